@@ -1,0 +1,1 @@
+"""Compiled byte work of the request path: framing, peeking and projecting events."""

@@ -1,0 +1,1 @@
+"""Client languages: body bytes to request, events to replies, errors to envelopes."""

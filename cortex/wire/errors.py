@@ -1,0 +1,166 @@
+"""The errors that cross a process or reach a client, before a dialect gives them its own shape.
+
+An :class:`ApiError` knows its HTTP status, a stable code and the parameter at fault; it does not know how OpenAI or
+Anthropic write it down (see :mod:`cortex.dialects`).
+"""
+
+import msgspec
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error as a value.
+
+    ``status`` is the HTTP status a client would get before the first byte; ``code`` is stable and machine-readable;
+    ``param`` names the offending field of the request; ``retry_after_s`` is set when a later retry may succeed.
+    """
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+class ApiError(Exception):
+    """An error with an answer. Subclasses fix the status and the code."""
+
+    status: int = 500
+    code: str = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def info(self) -> ErrorInfo:
+        """Return this error as a value."""
+        return ErrorInfo(self.status, self.code, self.message, self.param, self.retry_after_s)
+
+
+class RemoteError(ApiError):
+    """An error that another process reported as :class:`ErrorInfo`; raised here unchanged."""
+
+    def __init__(self, error: ErrorInfo) -> None:
+        super().__init__(error.message, param=error.param, retry_after_s=error.retry_after_s)
+        self.status = error.status
+        self.code = error.code
+
+
+class InvalidRequestError(ApiError):
+    """The request is wrong and stays wrong: do not retry."""
+
+    status = 400
+    code = "invalid_value"
+
+
+class InvalidJsonError(InvalidRequestError):
+    """The body is not JSON, or not a JSON object."""
+
+    code = "invalid_json"
+
+
+class MissingParameterError(InvalidRequestError):
+    """A required field is absent."""
+
+    code = "missing_required_parameter"
+
+
+class InvalidTypeError(InvalidRequestError):
+    """A field has the wrong JSON type."""
+
+    code = "invalid_type"
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    """A field asks for something this server does not do; it is refused rather than ignored."""
+
+    code = "unsupported_parameter"
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt does not fit the context. Clients compact their history by this code and phrase."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, context_tokens: int, prompt_tokens: int, *, param: str | None = None) -> None:
+        super().__init__(
+            f"This model's maximum context length is {context_tokens} tokens. However, your messages resulted in "
+            f"{prompt_tokens} tokens. Please reduce the length of the messages.",
+            param=param,
+        )
+
+
+class ChainedConversationError(InvalidRequestError):
+    """A neuron was given ``previous_response_id``; chains are resolved by the gateway."""
+
+    code = "chained_conversation_not_supported"
+
+
+class BodyTooLargeError(ApiError):
+    """The body is longer than the server reads."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class NotFoundError(ApiError):
+    """No such path."""
+
+    status = 404
+    code = "unknown_url"
+
+
+class MethodNotAllowedError(ApiError):
+    """The path exists, the method does not."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class ModelNotFoundError(ApiError):
+    """No model of that name is known here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class UnprocessableError(ApiError):
+    """The request is well-formed and cannot be carried out as asked."""
+
+    status = 422
+    code = "unprocessable"
+
+
+class OverloadedError(ApiError):
+    """The queue is full: slow down and try again."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class UnavailableError(ApiError):
+    """Not now: loading, recovering, draining, or no node that can serve."""
+
+    status = 503
+    code = "service_unavailable"
+
+
+class NoHarnessError(UnavailableError):
+    """This node has no harness that can run inference."""
+
+    code = "no_harness"
+
+
+class UpstreamError(ApiError):
+    """A node could not be reached, or ended its answer too early."""
+
+    status = 502
+    code = "upstream_error"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """A node accepted the request and then stayed silent."""
+
+    status = 504
+    code = "upstream_timeout"

@@ -1,0 +1,86 @@
+"""``InferenceEvent``: what one inference produces, in order, whatever the client's dialect.
+
+A stream is ``Started``, then deltas, then one ``Finished`` for each choice; or it ends early with one ``Failed``.
+Nothing follows ``Failed`` or the last ``Finished``. Events carry text, never frames or token ids.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from cortex.wire.errors import ErrorInfo
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended."""
+
+    STOP = "stop"
+    """An end-of-turn token or a stop string."""
+    LENGTH = "length"
+    """The token limit of the request or of the context."""
+    TOOL_CALLS = "tool_calls"
+    """The model ended its turn to have tools called."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One sampled or alternative token: its text, its UTF-8 bytes and its natural-log probability."""
+
+    token: str
+    utf8: bytes
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
+class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
+    """The engine accepted the request. ``cached_tokens`` of the prompt were already in the KV cache."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
+class TextDelta(msgspec.Struct, frozen=True, tag="text", tag_field="event"):
+    """A piece of the answer."""
+
+    text: str
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class ReasoningDelta(msgspec.Struct, frozen=True, tag="reasoning", tag_field="event"):
+    """A piece of the model's reasoning."""
+
+    text: str
+    choice: int = 0
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, tag="tool_call", tag_field="event"):
+    """A piece of a tool call.
+
+    ``call`` counts the calls of a choice from 0. ``id`` and ``name`` are set on the first piece of a call and empty
+    after it; ``arguments`` pieces concatenate to one JSON object.
+    """
+
+    call: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    choice: int = 0
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event"):
+    """A choice ended. Token counts are of this choice; ``reasoning_tokens`` is part of ``output_tokens``."""
+
+    reason: FinishReason
+    output_tokens: int
+    reasoning_tokens: int = 0
+    stop_string: str | None = None
+    choice: int = 0
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed", tag_field="event"):
+    """The inference ended with an error after it had been accepted."""
+
+    error: ErrorInfo
+
+
+InferenceEvent = Started | TextDelta | ReasoningDelta | ToolCallDelta | Finished | Failed

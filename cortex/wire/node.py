@@ -1,0 +1,168 @@
+"""What a node tells about itself: its devices, its models and their states.
+
+These are the bodies of a neuron's ``/discovery``, ``/health``, ``/models`` and ``/models/load``. States are enums.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class DeviceKind(StrEnum):
+    """What a device is driven by."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class WorkerState(StrEnum):
+    """The state of the process that owns a device."""
+
+    STARTING = "starting"
+    READY = "ready"
+    POISONED = "poisoned"
+    RECOVERING = "recovering"
+    STOPPED = "stopped"
+
+
+class ModelState(StrEnum):
+    """The state of a model on a node."""
+
+    AVAILABLE = "available"
+    """Known and not loaded."""
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    """Being unloaded: running requests finish, new ones are refused."""
+    RECOVERING = "recovering"
+    """Its device worker died and is being replaced; the model is reloaded there."""
+    FAILED = "failed"
+
+
+class Device(msgspec.Struct, frozen=True):
+    """One device. Memory is in bytes; ``compute_capability`` is e.g. ``9.0`` and empty for a CPU."""
+
+    id: str
+    """``cuda:0`` or ``cpu:0``."""
+    kind: DeviceKind
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    compute_capability: str = ""
+    num_cores: int = 0
+    worker: WorkerState | None = None
+    """``None`` for a device that this daemon was not told to use."""
+
+
+class Discovery(msgspec.Struct, frozen=True):
+    """``GET /discovery``: what this host is and what it can do."""
+
+    name: str
+    version: str
+    hostname: str
+    os: str
+    driver_version: str | None
+    cuda_version: str | None
+    devices: tuple[Device, ...]
+    harnesses: tuple[str, ...]
+    dialects: tuple[str, ...]
+
+
+class NodeState(StrEnum):
+    """Where a daemon is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class WorkerHealth(msgspec.Struct, frozen=True):
+    """One device worker as ``/health`` reports it."""
+
+    device: str
+    state: WorkerState
+    restarts: int
+    fault: str | None = None
+
+
+class Health(msgspec.Struct, frozen=True):
+    """``GET /health``: whether requests are taken, and what is still warming up."""
+
+    state: NodeState
+    uptime_s: float
+    workers: tuple[WorkerHealth, ...]
+    activating: tuple[str, ...] = ()
+    """Models that are being loaded because the configuration asks for them."""
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model as asked for: what to load, from where, within which limits.
+
+    ``source`` is a local path, ``hf:OWNER/NAME[@REVISION][:FILE]`` or ``pypi:PACKAGE==VERSION[:FILE]``.
+    ``context_tokens`` and ``max_sequences`` of 0 take what the model and the free memory allow.
+    """
+
+    id: str
+    source: str
+    sha256: str = ""
+    harness: str = "torch"
+    devices: tuple[str, ...] = ()
+    tensor_parallel: int = 1
+    dtype: str = "auto"
+    context_tokens: int = 0
+    max_sequences: int = 0
+    kv_cache_bytes: int = 0
+
+
+class Capability(StrEnum):
+    """What a loaded model can be asked to do."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+    TOOLS = "tools"
+    REASONING = "reasoning"
+    VISION = "vision"
+    EMBEDDINGS = "embeddings"
+
+
+class ModelStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One row of ``GET /models``. Times are Unix seconds; ``progress`` is 0 to 1 while loading."""
+
+    id: str
+    state: ModelState
+    source: str = ""
+    devices: tuple[str, ...] = ()
+    capabilities: tuple[Capability, ...] = ()
+    architecture: str = ""
+    dtype: str = ""
+    context_tokens: int = 0
+    max_sequences: int = 0
+    weights_bytes: int = 0
+    kv_cache_bytes: int = 0
+    running: int = 0
+    waiting: int = 0
+    progress: float = 0.0
+    loaded_at: float = 0.0
+    last_used_at: float = 0.0
+    error: str | None = None
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """``GET /models``."""
+
+    models: tuple[ModelStatus, ...]
+
+
+class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /models/unload``."""
+
+    id: str
+    drain_timeout_s: float = 30.0
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """``GET /models/{id}/endpoint``: where inference for a model is served."""
+
+    id: str
+    base_url: str
+    dialects: tuple[str, ...]

@@ -1,0 +1,136 @@
+"""``InferenceRequest``: what is asked of a model, whatever dialect it was asked in.
+
+Absent sampling fields are ``None``: the model's own generation config fills them in, not a house default.
+A dialect's own concerns (streaming, usage chunks, echoing of fields) are not here.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+
+class Role(StrEnum):
+    """Who speaks. ``developer`` of the OpenAI dialects is ``system`` here."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+class TextPart(msgspec.Struct, frozen=True, tag="text"):
+    """Text within a message of mixed content."""
+
+    text: str
+
+
+class ImagePart(msgspec.Struct, frozen=True, tag="image"):
+    """An image by ``data:`` or ``http(s):`` address."""
+
+    url: str
+    detail: str = "auto"
+
+
+Part = TextPart | ImagePart
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call the model made in an earlier turn; ``arguments`` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn. Text-only content is one string; mixed content keeps its parts in order."""
+
+    role: Role
+    content: str | tuple[Part, ...] = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning: str | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function the model may call; ``parameters`` is a JSON schema."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    strict: bool = False
+
+
+class ToolMode(StrEnum):
+    """Whether the model may, must or must not call tools."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+    NAMED = "named"
+
+
+class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which tools may be called; ``name`` is set for ``NAMED`` only."""
+
+    mode: ToolMode = ToolMode.AUTO
+    name: str | None = None
+    parallel: bool = True
+
+
+class FormatKind(StrEnum):
+    """What the answer must look like."""
+
+    TEXT = "text"
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+
+
+class OutputFormat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A constraint on the answer: a JSON schema, a regular expression or a grammar, as text."""
+
+    kind: FormatKind = FormatKind.TEXT
+    source: str = ""
+    name: str = ""
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token is chosen. ``None`` takes the model's generation config."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+
+
+class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One request for one model.
+
+    ``max_tokens`` bounds the output, reasoning included; ``None`` leaves it to the context. ``thinking`` turns a
+    reasoning model's thinking on or off; ``None`` leaves it to the template. ``prompt`` is raw text that no chat
+    template touches (text completions) and excludes ``messages``.
+    """
+
+    model: str
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    num_choices: int = 1
+    top_logprobs: int | None = None
+    output_format: OutputFormat = OutputFormat()
+    thinking: bool | None = None
+    template_arguments: dict[str, Any] = {}

@@ -1,0 +1,177 @@
+"""What a daemon and a device worker say to each other over their channel.
+
+Each message is one MessagePack-encoded struct. A *job* asks for one thing and is answered by ``Done`` or
+``JobFailed`` with its number; a *sequence* runs until ``SequenceFailed`` or a finished row in ``Tokens``.
+Token ids travel as int32 in the machine's byte order (``array('i').tobytes()``).
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from cortex.wire.errors import ErrorInfo
+from cortex.wire.node import ModelSpec
+
+
+class SequenceEnd(StrEnum):
+    """Why the engine stopped a sequence."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class SamplerSettings(msgspec.Struct, frozen=True, array_like=True):
+    """Sampling with every field resolved. ``temperature`` 0 is greedy; 0 turns ``top_k`` off, 1 turns ``top_p`` off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+
+
+# ------------------------------------------------------------------ daemon -> worker
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """Load a model. Answered by ``Done`` with :class:`LoadedModel`, with ``Progress`` before it."""
+
+    job: int
+    spec: ModelSpec
+    path: str
+    """The weights on this host: a ``.gguf`` file or a folder with ``config.json`` and safetensors."""
+
+
+class Unload(msgspec.Struct, frozen=True, tag="unload"):
+    """Drop a model and every byte it holds. Its running sequences are cancelled."""
+
+    job: int
+    model: str
+
+
+class QueryMemory(msgspec.Struct, frozen=True, tag="query_memory"):
+    """Ask for :class:`Memory`."""
+
+    job: int
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Run one sequence. ``prompt`` is int32 token ids; ``eos`` ids end it unless empty."""
+
+    sequence: int
+    model: str
+    prompt: bytes
+    max_tokens: int
+    eos: tuple[int, ...]
+    sampler: SamplerSettings
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop a sequence and free what it holds; unknown and finished sequences are ignored."""
+
+    sequence: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Cancel everything, release the device and exit 0."""
+
+
+ToWorker = Load | Unload | QueryMemory | Generate | Cancel | Shutdown
+
+# ------------------------------------------------------------------ worker -> daemon
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The worker owns its device. First message of every worker."""
+
+    device: str
+    pid: int
+    memory_total_bytes: int
+    memory_free_bytes: int
+
+
+class LoadedModel(msgspec.Struct, frozen=True, tag="loaded_model"):
+    """What a load made of a spec: the plan as carried out, in bytes and tokens."""
+
+    model: str
+    architecture: str
+    dtype: str
+    context_tokens: int
+    max_sequences: int
+    weights_bytes: int
+    kv_cache_bytes: int
+
+
+class Memory(msgspec.Struct, frozen=True, tag="memory"):
+    """Memory of the device in bytes; ``used_bytes`` is what this process holds."""
+
+    total_bytes: int
+    free_bytes: int
+    used_bytes: int
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """A job succeeded."""
+
+    job: int
+    result: LoadedModel | Memory | None = None
+
+
+class JobFailed(msgspec.Struct, frozen=True, tag="job_failed"):
+    """A job failed; the worker goes on."""
+
+    job: int
+    error: ErrorInfo
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """How far a load is, 0 to 1."""
+
+    job: int
+    fraction: float
+
+
+class TokenRow(msgspec.Struct, frozen=True, array_like=True):
+    """What one step gave one sequence: int32 ids, and the reason if it ended.
+
+    An end-of-turn token is not among ``ids``. ``prompt_cached`` is set on the first row of a sequence.
+    """
+
+    sequence: int
+    ids: bytes
+    end: SequenceEnd | None = None
+    prompt_cached: int | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """One engine step's output for all sequences it ran, and the queue lengths after it."""
+
+    rows: tuple[TokenRow, ...]
+    running: int
+    waiting: int
+
+
+class SequenceFailed(msgspec.Struct, frozen=True, tag="sequence_failed"):
+    """One sequence failed; others go on."""
+
+    sequence: int
+    error: ErrorInfo
+
+
+class Poisoned(msgspec.Struct, frozen=True, tag="poisoned"):
+    """The device faulted; the worker exits after this message."""
+
+    reason: str
+
+
+FromWorker = Ready | Done | JobFailed | Progress | Tokens | SequenceFailed | Poisoned
+
+EXIT_POISONED = 70
+"""Exit status of a worker whose driver reported a fault."""
+EXIT_WEDGED = 71
+"""Exit status of a worker whose watchdog saw a step outlast its limit."""

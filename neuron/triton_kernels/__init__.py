@@ -1,0 +1,1 @@
+"""GPU kernels in Triton, and the eager reference of each."""

@@ -1,0 +1,118 @@
+"""Every import points down: the floors of ARCHITECTURE.md, checked against the source."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# A room is named by its longest prefix here. Each may import rooms on a lower floor, itself, and what ALSO lists.
+FLOORS = {
+    "cortex.wire": -1,
+    "cortex.config": 0,
+    "cortex.errors": 0,
+    "cortex.metrics": 0,
+    "cortex._fast": 1,
+    "cortex.dialects": 1,
+    "cortex.upstream": 2,
+    "cortex.http_io": 2,
+    "cortex.fleet": 3,
+    "cortex.endpoints": 4,
+    "cortex.asgi": 5,
+    "cortex.cli": 5,
+    "cortex.demo": 5,
+    "cortex": 9,
+    "neuron.config": 0,
+    "neuron.errors": 0,
+    "neuron.metrics": 0,
+    "neuron.device.jobs": 0,
+    "neuron.device.driver": 0,
+    "neuron.device.channel": 0,
+    "neuron.device": 2,
+    "neuron.triton_kernels": 0,
+    "neuron.models": 1,
+    "neuron.engine": 3,
+    "neuron.text": 3,
+    "neuron.load": 3,
+    "neuron.harness": 3,
+    "neuron.api": 4,
+    "neuron.service": 4,
+    "neuron.cli": 5,
+    "neuron": 9,
+}
+ALSO = {
+    # the project's version, read where a command or a page prints it
+    ("cortex", "cortex.wire"),
+    # a dialect's frames are made by its compiled projector, which is of the same floor
+    ("cortex.dialects", "cortex._fast"),
+}
+NEURON_MAY_USE_OF_CORTEX = ("cortex.wire", "cortex.dialects", "cortex._fast")
+CIMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+c?import|c?import\s+([\w.]+))", re.MULTILINE)
+
+
+def room_of(module: str) -> str | None:
+    return max((r for r in FLOORS if module == r or module.startswith(r + ".")), key=len, default=None)
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Return the modules a source file imports; ``from package import module`` counts as ``package.module``."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return {a or b for a, b in CIMPORT.findall(text)}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources() -> list[pathlib.Path]:
+    return [
+        path
+        for package in ("cortex", "neuron")
+        for path in sorted((ROOT / package).rglob("*"))
+        if path.suffix in {".py", ".pyx", ".pxd"}
+    ]
+
+
+def may_import(here: str, there: str) -> bool:
+    if here.startswith("neuron") and there.startswith("cortex"):
+        return there in NEURON_MAY_USE_OF_CORTEX
+    if here.startswith("cortex") and there.startswith("neuron"):
+        return False
+    return here == there or FLOORS[there] < FLOORS[here] or (here, there) in ALSO
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: pathlib.Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    here = room_of(module)
+    assert here is not None
+    assert here not in {"cortex", "neuron"} or path.name == "__init__.py", f"{module} has no floor in {__file__}"
+    for target in imports(path):
+        there = room_of(target)
+        if there in {"cortex", "neuron"} and target.endswith("__version__"):
+            there = "cortex.wire"
+        assert there is None or may_import(here, there), f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("entry", ["cortex.asgi", "neuron.cli"])
+def test_no_tensor_library_before_it_is_needed(entry: str) -> None:
+    code = f"import {entry}, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not {"torch", "triton", "transformers"} & set(loaded.split())
+
+
+def test_the_check_sees_an_upward_import() -> None:
+    assert may_import("cortex.fleet", "cortex.upstream")
+    assert not may_import("cortex.upstream", "cortex.fleet")
+    assert not may_import("neuron.api", "cortex.fleet")
+    assert not may_import("cortex.wire", "cortex._fast")
