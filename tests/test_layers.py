@@ -16,10 +16,10 @@ FLOORS = {
     "cortex.config": 0,
     "cortex.errors": 0,
     "cortex.metrics": 0,
+    "cortex.http_io": 0,
     "cortex._fast": 1,
     "cortex.dialects": 1,
     "cortex.upstream": 2,
-    "cortex.http_io": 2,
     "cortex.fleet": 3,
     "cortex.endpoints": 4,
     "cortex.asgi": 5,
@@ -50,7 +50,7 @@ ALSO = {
     # a dialect's frames are made by its compiled projector, which is of the same floor
     ("cortex.dialects", "cortex._fast"),
 }
-NEURON_MAY_USE_OF_CORTEX = ("cortex.wire", "cortex.dialects", "cortex._fast")
+NEURON_MAY_USE_OF_CORTEX = ("cortex.wire", "cortex.http_io", "cortex.dialects", "cortex._fast")
 CIMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+c?import|c?import\s+([\w.]+))", re.MULTILINE)
 
 

@@ -1,0 +1,209 @@
+"""One HTTP exchange over ASGI: bounded body, one reply or one stream, heartbeats, and the client that goes away.
+
+Both daemons answer through this. It knows neither routes nor dialects: what a heartbeat or an error looks like comes in
+as bytes. Rules of a stream: headers are held back for a moment so that an early failure keeps its HTTP status; after
+that they go out, and heartbeats fill every silence; a client that leaves ends the work behind its answer at once.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from cortex.wire.errors import ApiError, BodyTooLargeError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+T = TypeVar("T")
+
+HOLD_HEADERS_S = 0.8
+"""How long the headers of a stream wait for its first bytes; clients need them within a second of asking."""
+
+HEARTBEAT_INTERVAL_S = 8.0
+"""Longest silence on a stream; intermediaries have been seen to cut at 60 s and agents to warn at 20 s."""
+
+STREAM_HEADERS: tuple[Header, ...] = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+class ClientDisconnectedError(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+class Exchange:
+    """A request being answered. Not reusable; one coroutine writes to it."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.query: bytes = scope.get("query_string", b"")
+        self.request_id = request_id
+        self.status = 0
+        """HTTP status sent, 0 before that."""
+        self._raw_headers: Sequence[Header] = scope["headers"]
+        self._receive = receive
+        self._send = send
+        self._sends_head_only = self.method == "HEAD"
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return a request header by its lower-case name, or ``None``."""
+        for key, value in self._raw_headers:
+            if key == name:
+                return value
+        return None
+
+    async def read_body(self, limit_bytes: int) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            BodyTooLargeError: it is longer than ``limit_bytes``; no more than that was kept.
+            ClientDisconnectedError: the client left while sending it.
+        """
+        declared = self.header(b"content-length")
+        if declared is not None and declared.isdigit() and int(declared) > limit_bytes:
+            raise BodyTooLargeError(f"The request body has {int(declared)} bytes; at most {limit_bytes} are read.")
+        chunks: list[bytes] = []
+        size_bytes = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnectedError
+            chunk: bytes = message.get("body", b"")
+            size_bytes += len(chunk)
+            if size_bytes > limit_bytes:
+                raise BodyTooLargeError(f"The request body is longer than the {limit_bytes} bytes that are read.")
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def reply(
+        self, status: int, body: bytes, *, content_type: bytes = b"application/json", headers: Sequence[Header] = ()
+    ) -> None:
+        """Send a complete answer."""
+        await self._start(
+            status,
+            [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *headers],
+        )
+        await self._send({"type": "http.response.body", "body": b"" if self._sends_head_only else body})
+
+    async def start_stream(self, headers: Sequence[Header] = ()) -> None:
+        """Send status 200 and the headers of an event stream."""
+        await self._start(200, [*STREAM_HEADERS, *headers])
+
+    async def write(self, data: bytes) -> None:
+        """Send some bytes of a started stream."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def finish(self) -> None:
+        """End a started stream."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def disconnected(self) -> None:
+        """Return when the client has gone. Call only after the body was read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _start(self, status: int, headers: list[Header]) -> None:
+        self.status = status
+        request_id = self.request_id.encode()
+        headers += [(b"x-request-id", request_id), (b"request-id", request_id)]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def until_disconnect(exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work`` and return its result; cancel it when the client leaves.
+
+    Raises:
+        ClientDisconnectedError: the client left first; ``work`` has ended by then.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(exchange.disconnected())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnectedError
+    finally:
+        await _cancel(task)
+        await _cancel(gone)
+
+
+async def stream(
+    exchange: Exchange,
+    chunks: AsyncGenerator[bytes, None],
+    *,
+    heartbeat: bytes,
+    error_frame: Callable[[ApiError], bytes],
+    headers: Sequence[Header] = (),
+) -> None:
+    """Send an event stream whose bytes come from ``chunks``, each chunk whole frames.
+
+    An :class:`ApiError` from ``chunks`` is raised again if no header went out yet; later it becomes ``error_frame`` and
+    the end of the stream. ``chunks`` is closed in every case.
+
+    Raises:
+        ApiError: before the first byte.
+        ClientDisconnectedError: the client left.
+    """
+    gone = asyncio.ensure_future(exchange.disconnected())
+    started = False
+    pending: asyncio.Task[bytes | None] | None = None
+    async with aclosing(chunks):
+        try:
+            while True:
+                pending = asyncio.ensure_future(_next(chunks))
+                while not pending.done():
+                    limit_s = HEARTBEAT_INTERVAL_S if started else HOLD_HEADERS_S
+                    await asyncio.wait({pending, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+                    if gone.done():
+                        raise ClientDisconnectedError
+                    if pending.done():
+                        break
+                    if not started:
+                        await exchange.start_stream(headers)
+                        started = True
+                    await exchange.write(heartbeat)
+                try:
+                    chunk = pending.result()
+                except ApiError as error:
+                    if not started:
+                        raise
+                    await exchange.write(error_frame(error))
+                    chunk = None
+                if not started:
+                    await exchange.start_stream(headers)
+                    started = True
+                if chunk is None:
+                    await exchange.finish()
+                    return
+                await exchange.write(chunk)
+        finally:
+            if pending is not None:
+                await _cancel(pending)
+            await _cancel(gone)
+
+
+async def _next(chunks: AsyncGenerator[bytes, None]) -> bytes | None:
+    return await anext(chunks, None)
+
+
+async def _cancel(task: "asyncio.Future[Any]") -> None:
+    """Cancel a task and wait until it has ended; its outcome no longer matters to anyone."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
+
+
+def query_parameters(query: bytes) -> Mapping[str, str]:
+    """Return the last value of each parameter of a query string."""
+    from urllib.parse import parse_qsl
+
+    return dict(parse_qsl(query.decode("latin-1")))
