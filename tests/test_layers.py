@@ -19,6 +19,8 @@ FLOORS = {
     "cortex.http_io": 0,
     "cortex._fast": 1,
     "cortex.dialects": 1,
+    # how an error is written down, which the projectors need too
+    "cortex.dialects.openai_errors": 0,
     "cortex.upstream": 2,
     "cortex.fleet": 3,
     "cortex.endpoints": 4,
@@ -48,9 +50,15 @@ ALSO = {
     # the project's version, read where a command or a page prints it
     ("cortex", "cortex.wire"),
     # a dialect's frames are made by its compiled projector, which is of the same floor
-    ("cortex.dialects", "cortex._fast"),
+    ("cortex.dialects", "cortex.dialects.openai_errors", "cortex._fast"),
 }
-NEURON_MAY_USE_OF_CORTEX = ("cortex.wire", "cortex.http_io", "cortex.dialects", "cortex._fast")
+NEURON_MAY_USE_OF_CORTEX = (
+    "cortex.wire",
+    "cortex.http_io",
+    "cortex.dialects",
+    "cortex.dialects.openai_errors",
+    "cortex._fast",
+)
 CIMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+c?import|c?import\s+([\w.]+))", re.MULTILINE)
 
 
