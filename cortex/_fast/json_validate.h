@@ -260,13 +260,6 @@ static inline const uint8_t *json_check_literal(const uint8_t *p, const uint8_t 
     return p + length;
 }
 
-static inline const uint8_t *json_blank(const uint8_t *p, const uint8_t *end)
-{
-    while (p < end && (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t'))
-        p++;
-    return p;
-}
-
 /* Write the text of the string body [p, end), valid and with escapes, to `out`; return its length, which is never
  * more than the body's. Stops before a character that would pass `room`. */
 static inline size_t json_unescape(const uint8_t *p, const uint8_t *end, uint8_t *out, size_t room)
@@ -336,7 +329,7 @@ static inline json_fault json_check_object(const uint8_t *start, const uint8_t *
 {
     uint64_t is_object[JSON_MAX_DEPTH / 64] = {0};
     unsigned depth = 0;
-    const uint8_t *p = json_blank(start, end);
+    const uint8_t *p = json_space(start, end);
     const uint8_t *value;
     json_wanted *member = NULL;
     json_fault fault = {NULL, NULL};
@@ -352,7 +345,7 @@ static inline json_fault json_check_object(const uint8_t *start, const uint8_t *
     }
 
 value:
-    value = p = json_blank(p, end);
+    value = p = json_space(p, end);
     if (p == end) {
         json_fail(&fault, "the body ends early", p);
         return fault;
@@ -375,7 +368,7 @@ value:
             member->start = p;
         }
         depth++;
-        p = json_blank(p + 1, end);
+        p = json_space(p + 1, end);
         if (p < end && *p == (in_object ? '}' : ']'))
             goto close;
         if (in_object)
@@ -414,14 +407,14 @@ value:
     }
 
 after_value:
-    p = json_blank(p, end);
+    p = json_space(p, end);
     in_object = is_object[(depth - 1) / 64] >> (depth - 1) % 64 & 1;
     if (p == end) {
         json_fail(&fault, "the body ends early", p);
         return fault;
     }
     if (*p == ',') {
-        p = json_blank(p + 1, end);
+        p = json_space(p + 1, end);
         if (in_object)
             goto key;
         goto value;
@@ -435,7 +428,7 @@ close:
     p++;
     if (--depth)
         goto after_value;
-    p = json_blank(p, end);
+    p = json_space(p, end);
     if (p != end)
         json_fail(&fault, "something follows the JSON object", p);
     return fault;
@@ -452,7 +445,7 @@ key:
         return fault;
     if (depth == 1)
         member = json_match_key(value + 1, p - 1, escaped, wanted, num_wanted);
-    p = json_blank(p, end);
+    p = json_space(p, end);
     if (p == end || *p != ':') {
         json_fail(&fault, "expected : after a key", p);
         return fault;

@@ -2,8 +2,9 @@
 
 A stream is a list of output items. At most one reasoning or message item is open, and text of the other kind closes
 it; function calls stay open to the end, since their pieces may alternate. What an item has said is kept escaped, as it
-went out, and copied into the events that repeat it: ``done``, the item, the response. Order and ids follow CLIENTS of
-the wire contract: created, in_progress, then for each item added, part added, deltas, done, part done, item done.
+went out, and copied into the events that repeat it: ``done``, the item, the response. The order is the one on which
+the official clients rely: created, in_progress, then for each item added, part added, deltas, done, part done, item
+done, and last the event that carries the whole response.
 """
 
 import time

@@ -1,4 +1,4 @@
-/* Byte searches that every module here is built on: runs of plain text, line ends, keys.
+/* Byte searches that every module here is built on: runs of plain text, line ends, white space, keys.
  *
  * Text comes in long runs without a byte of interest, so each search tests 16 bytes at a time (SSE2, part of every
  * x86-64) or 8 (any other machine), and only the last few one by one. No search reads a byte outside [p, end).
@@ -84,6 +84,14 @@ static inline const uint8_t *scan_either(const uint8_t *p, const uint8_t *end, u
     }
 #endif
     while (p < end && *p != a && *p != b)
+        p++;
+    return p;
+}
+
+/* Return what follows the white space that JSON allows between tokens. */
+static inline const uint8_t *json_space(const uint8_t *p, const uint8_t *end)
+{
+    while (p < end && (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t'))
         p++;
     return p;
 }
