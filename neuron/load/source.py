@@ -95,14 +95,15 @@ def parse(source: str) -> LocalSource | HubSource | WheelSource:
         return WheelSource(**match.groupdict())
     if source.startswith(("hf:", "pypi:")) or not source:
         raise InvalidSourceError(
-            f"Invalid 'source': '{source}' is not a path, hf:OWNER/NAME[@REVISION][:FILE] or pypi:NAME==VERSION[:FILE].",
+            f"Invalid 'source': '{source}' is neither a path nor hf:OWNER/NAME[@REVISION][:FILE] "
+            "nor pypi:NAME==VERSION[:FILE].",
             param="source",
         )
     return LocalSource(pathlib.Path(source).expanduser())
 
 
 def default_cache() -> pathlib.Path:
-    """Return the folder for downloads: ``$NEURON_CACHE``, or the user's cache, or the service's where there is no home."""
+    """Return the folder for downloads: ``$NEURON_CACHE``, the user's cache, or the service's where there is no home."""
     if chosen := os.environ.get("NEURON_CACHE"):
         return pathlib.Path(chosen)
     if base := os.environ.get("XDG_CACHE_HOME"):
@@ -261,9 +262,9 @@ def _unpack(wheel: pathlib.Path, folder: pathlib.Path, source: WheelSource) -> N
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if n.endswith(source.file or ".gguf")]
             if len(names) != 1:
-                listed = ", ".join(names) or "none"
+                wanted, listed = source.file or ".gguf file", ", ".join(names) or "none"
                 raise SourceNotFoundError(
-                    f"{source.package} {source.version} should hold one {source.file or '.gguf file'}; found: {listed}.",
+                    f"{source.package} {source.version} should hold one {wanted}; found: {listed}.",
                     param="source",
                 )
             with archive.open(names[0]) as packed, (folder / pathlib.PurePosixPath(names[0]).name).open("wb") as file:
