@@ -1,6 +1,6 @@
 """``cortex demo``: a whole system on this machine, and one chat with a real model through it.
 
-Starts a neuron on the CPU and a gateway as the commands a user would type, in a folder of their own, and ends them both.
+Starts a neuron on the CPU and a gateway with the commands a user would type, and ends them both.
 """
 
 import argparse

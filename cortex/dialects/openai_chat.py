@@ -128,11 +128,11 @@ class _Body(msgspec.Struct):
     ignore_eos: bool | None = None
     # known and refused
     modalities: list[str] | None = None
-    audio: msgspec.Raw | None = None
-    prediction: msgspec.Raw | None = None
-    web_search_options: msgspec.Raw | None = None
-    functions: msgspec.Raw | None = None
-    function_call: msgspec.Raw | None = None
+    audio: object = None
+    prediction: object = None
+    web_search_options: object = None
+    functions: object = None
+    function_call: object = None
 
 
 _DECODER = msgspec.json.Decoder(_Body)
@@ -150,11 +150,11 @@ def decode(body: bytes) -> ChatCall:
     fields.refuse(
         (
             ("modalities", parsed.modalities is not None and parsed.modalities != ["text"]),
-            ("audio", parsed.audio is not None and parsed.audio != b"null"),
-            ("prediction", parsed.prediction is not None and parsed.prediction != b"null"),
-            ("web_search_options", parsed.web_search_options is not None and parsed.web_search_options != b"null"),
-            ("functions", parsed.functions is not None and parsed.functions != b"null"),
-            ("function_call", parsed.function_call is not None and parsed.function_call != b"null"),
+            ("audio", parsed.audio is not None),
+            ("prediction", parsed.prediction is not None),
+            ("web_search_options", parsed.web_search_options is not None),
+            ("functions", parsed.functions is not None),
+            ("function_call", parsed.function_call is not None),
         )
     )
     limit_name = "max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens"

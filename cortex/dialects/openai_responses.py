@@ -109,8 +109,8 @@ class _Body(msgspec.Struct):
     include: list[str] | None = None
     previous_response_id: str | None = None
     # known and refused
-    conversation: msgspec.Raw | None = None
-    prompt: msgspec.Raw | None = None
+    conversation: object = None
+    prompt: object = None
     background: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
@@ -157,8 +157,8 @@ def decode(body: bytes) -> ResponsesCall:
         )
     fields.refuse(
         (
-            ("conversation", parsed.conversation is not None and parsed.conversation != b"null"),
-            ("prompt", parsed.prompt is not None and parsed.prompt != b"null"),
+            ("conversation", parsed.conversation is not None),
+            ("prompt", parsed.prompt is not None),
             ("background", bool(parsed.background)),
             ("truncation", parsed.truncation == "auto"),
         )
@@ -297,4 +297,4 @@ def _output_format(text: _Text | None) -> OutputFormat:
 def _echo(body: bytes) -> bytes:
     """Return the fields a response object repeats, as sent; absent and null ones are left to the projector."""
     given = _ECHO_DECODER.decode(body)
-    return msgspec.json.encode({name: given[name] for name in _ECHOED if given.get(name, b"null") != b"null"})
+    return msgspec.json.encode({n: given[n] for n in _ECHOED if n in given and bytes(given[n]) != b"null"})

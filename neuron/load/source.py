@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable
 from typing import Any, Final
 
-from cortex.wire.errors import ApiError, InvalidRequestError, UnprocessableError
+from neuron.errors import HashMismatchError, InvalidSourceError, SourceNotFoundError, SourceUnavailableError
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all (0 if unknown)."""
@@ -27,31 +27,6 @@ Progress = Callable[[int, int], None]
 _CHUNK_BYTES: Final = 1 << 20
 _TIMEOUT_S: Final = 30.0
 _HUB_PATTERNS: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
-
-
-class InvalidSourceError(InvalidRequestError):
-    """A source that is none of the forms this project reads."""
-
-    code = "invalid_source"
-
-
-class SourceNotFoundError(UnprocessableError):
-    """The source names nothing that exists."""
-
-    code = "source_not_found"
-
-
-class SourceUnavailableError(ApiError):
-    """The source is not in the cache and could not be downloaded."""
-
-    status = 503
-    code = "source_unavailable"
-
-
-class HashMismatchError(UnprocessableError):
-    """What was downloaded is not what was asked for."""
-
-    code = "hash_mismatch"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

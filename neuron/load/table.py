@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from cortex.wire.errors import ApiError, ModelNotFoundError, UnavailableError, UnprocessableError
+from cortex.wire.errors import ApiError, ModelNotFoundError, UnavailableError
 from cortex.wire.node import ModelSpec, ModelState, ModelStatus
+from neuron.errors import ModelConflictError
 from neuron.harness import Harness, Model
 
 _log = logging.getLogger("neuron.models")
@@ -21,12 +22,6 @@ Load = Callable[["Entry"], Awaitable[Model]]
 """Brings an entry's model up: fetches, checks and loads it (:mod:`neuron.load.loader`)."""
 
 LOADING_RETRY_AFTER_S = 2.0
-
-
-class ModelConflictError(UnprocessableError):
-    """A model of this name is here already, with another source or limits."""
-
-    code = "model_conflict"
 
 
 @dataclass

@@ -16,22 +16,11 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from cortex.wire.errors import InvalidRequestError, UnprocessableError, UnsupportedParameterError
+from cortex.wire.errors import InvalidRequestError, UnsupportedParameterError
 from cortex.wire.request import ImagePart, InferenceRequest, Message, Role, TextPart, Tool, ToolMode
+from neuron.errors import NoTemplateError, TemplateError
 from neuron.text.reasoning import ReasoningTags
 from neuron.text.tokenizer import TextFiles
-
-
-class TemplateError(UnprocessableError):
-    """The model's chat template cannot render this conversation."""
-
-    code = "chat_template_failed"
-
-
-class NoTemplateError(UnprocessableError):
-    """The model has no chat template: it completes text and cannot chat."""
-
-    code = "no_chat_template"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

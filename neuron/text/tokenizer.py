@@ -12,14 +12,8 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from cortex.wire.errors import UnprocessableError
+from neuron.errors import UnsupportedTokenizerError
 from neuron.models.gguf import GgufHeader, read_header
-
-
-class UnsupportedTokenizerError(UnprocessableError):
-    """The files hold no tokenizer this project can rebuild."""
-
-    code = "unsupported_tokenizer"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class ToolCallParser:
     def __init__(self) -> None:
         self._pending = ""
         self._inside = False
+        self._skips_newlines = False
 
     def feed(self, text: str) -> list[str | ParsedCall]:
         """Return what has become certain; text that may begin a call is held back."""
@@ -48,15 +49,21 @@ class ToolCallParser:
                 if end < 0:
                     return pieces
                 pieces.append(_parse(self._pending[:end]) or START + self._pending[:end] + END)
-                self._pending = self._pending[end + len(END) :].lstrip("\n")
+                self._pending = self._pending[end + len(END) :]
                 self._inside = False
+                self._skips_newlines = True
                 continue
+            if self._skips_newlines:
+                self._pending = self._pending.lstrip("\n")
+                self._skips_newlines = not self._pending
             start = self._pending.find(START)
             if start < 0:
                 keep = held_back(self._pending, [START])
-                if ready := self._pending[: len(self._pending) - keep]:
+                # Newlines before a call are the call's: hold them back with what may be its tag.
+                ready = self._pending[: len(self._pending) - keep].rstrip("\n")
+                if ready:
                     pieces.append(ready)
-                self._pending = self._pending[len(self._pending) - keep :]
+                self._pending = self._pending[len(ready) :]
                 return pieces
             if before := self._pending[:start].rstrip("\n"):
                 pieces.append(before)
