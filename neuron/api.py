@@ -120,7 +120,8 @@ class Api:
         await _reply(exchange, {"name": "neuron", "version": __version__})
 
     async def _metrics(self, exchange: Exchange) -> None:
-        await exchange.reply(200, metrics.render(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
+        text = metrics.render(self._service.models.statuses(), self._service.health().workers)
+        await exchange.reply(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, exchange: Exchange) -> None:
         await _reply(exchange, ModelList(self._service.models.statuses()))
@@ -131,7 +132,7 @@ class Api:
 
     async def _unload(self, exchange: Exchange) -> None:
         asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _UNLOAD_DECODER)
-        await _reply(exchange, await self._service.models.unload(asked.id, asked.drain_timeout_s))
+        await _reply(exchange, await self._service.unload(asked))
 
     async def _endpoint(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix("/models/").removesuffix("/endpoint")

@@ -5,11 +5,14 @@ Series of a model are removed when it is unloaded. No prompt text ever comes her
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from cortex.wire.events import Failed, Finished, InferenceEvent, Started
+from cortex.wire.node import ModelStatus, WorkerHealth
 
 _log = logging.getLogger("neuron.requests")
 
@@ -41,17 +44,42 @@ RATE = Histogram(
     buckets=_RATE_BUCKETS,
     registry=REGISTRY,
 )
-RUNNING = Gauge("neuron_requests_running", "Requests being answered", ["model"], registry=REGISTRY)
-MODEL_READY = Gauge("neuron_model_ready", "1 for a model that is loaded and serving", ["model"], registry=REGISTRY)
 WORKER_RESTARTS = Counter("neuron_worker_restarts", "Restarts of a device worker", ["device"], registry=REGISTRY)
-SEQUENCES = Gauge("neuron_worker_sequences", "Sequences in a device worker", ["device", "state"], registry=REGISTRY)
 
-_OF_A_MODEL = (REQUESTS, TOKENS, FIRST_TOKEN, DURATION, RATE, RUNNING, MODEL_READY)
+_OF_A_MODEL = (REQUESTS, TOKENS, FIRST_TOKEN, DURATION, RATE)
 
 
-def render() -> bytes:
-    """Return all metrics in Prometheus' text format."""
-    return generate_latest(REGISTRY)
+def render(models: Sequence[ModelStatus], workers: Sequence[WorkerHealth]) -> bytes:
+    """Return all metrics in Prometheus' text format.
+
+    What is true now (states, queues) is made from the given values at each scrape, so it cannot go stale.
+    """
+    now = CollectorRegistry()
+    now.register(_Snapshot(models, workers))
+    return generate_latest(REGISTRY) + generate_latest(now)
+
+
+class _Snapshot(Collector):
+    def __init__(self, models: Sequence[ModelStatus], workers: Sequence[WorkerHealth]) -> None:
+        self._models = models
+        self._workers = workers
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the gauges."""
+        state = GaugeMetricFamily("neuron_model_state", "1 for the state a model is in", labels=["model", "state"])
+        running = GaugeMetricFamily("neuron_requests_running", "Requests being answered", labels=["model"])
+        kv_cache = GaugeMetricFamily("neuron_model_kv_cache_bytes", "KV cache of a model", labels=["model"])
+        for model in self._models:
+            state.add_metric([model.id, str(model.state)], 1)
+            running.add_metric([model.id], model.running)
+            kv_cache.add_metric([model.id], model.kv_cache_bytes)
+        worker_state = GaugeMetricFamily("neuron_worker_state", "1 for a worker's state", labels=["device", "state"])
+        sequences = GaugeMetricFamily("neuron_worker_sequences", "Sequences in a worker", labels=["device", "state"])
+        for worker in self._workers:
+            worker_state.add_metric([worker.device, str(worker.state)], 1)
+            sequences.add_metric([worker.device, "running"], worker.running)
+            sequences.add_metric([worker.device, "waiting"], worker.waiting)
+        yield from (state, running, kv_cache, worker_state, sequences)
 
 
 def forget_model(model: str) -> None:

@@ -14,7 +14,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -42,7 +42,8 @@ STOPPING_RETRY_AFTER_S = 5.0
 class Service:
     """One daemon. Construct, then :meth:`run` once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, harnesses: Mapping[str, Harness] | None = None) -> None:
+        """``harnesses`` replaces those that the configuration names (tests; other engines)."""
         self._config = config
         self.listen = config.daemon.listen
         self.max_body_bytes = config.daemon.max_body_bytes
@@ -51,7 +52,7 @@ class Service:
         self._stopping = asyncio.Event()
         self._devices = probe.parse_devices(config.daemon.devices)
         self._workers = {device: self._worker(device) for device in self._devices}
-        self._harnesses = self._find_harnesses()
+        self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
         self.models = ModelTable(
             Loader(pathlib.Path(cache) if (cache := config.daemon.cache) else source.default_cache()).load
         )
@@ -73,6 +74,12 @@ class Service:
             known = ", ".join(self._harnesses)
             raise NoHarnessError(f"There is no harness '{spec.harness}' here; there is: {known}.", param="harness")
         return await self.models.load(spec, self._harnesses[spec.harness])
+
+    async def unload(self, asked: UnloadRequest) -> ModelStatus:
+        """Unload a model; see :meth:`ModelTable.unload`."""
+        status = await self.models.unload(asked.id, asked.drain_timeout_s)
+        metrics.forget_model(asked.id)
+        return status
 
     async def discovery(self, dialects: Sequence[str]) -> Discovery:
         """Describe this host with fresh memory figures."""
@@ -99,7 +106,7 @@ class Service:
             state=self._state,
             uptime_s=time.monotonic() - self._started,
             workers=tuple(
-                WorkerHealth(device, worker.state, worker.restarts, worker.fault)
+                WorkerHealth(device, worker.state, worker.restarts, worker.running, worker.waiting, worker.fault)
                 for device, worker in self._workers.items()
             ),
             activating=tuple(sorted(self._activating)),
@@ -181,11 +188,11 @@ class Service:
     def _worker(self, device: str) -> Worker:
         async def restarted() -> None:
             metrics.WORKER_RESTARTS.labels(device).inc()
-            await self.models.recover(device, lost=False)
+            await self.models.recover(device)
 
         def changed(state: WorkerState) -> None:
             if state is WorkerState.POISONED:
-                asyncio.ensure_future(self.models.recover(device, lost=True))
+                self.models.lose(device)
 
         command = [sys.executable, "-m", "neuron.engine", "--device", device]
         return Worker(device, command, environment=dict(os.environ), on_state=changed, on_restarted=restarted)

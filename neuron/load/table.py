@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import msgspec
+
 from cortex.wire.errors import ApiError, ModelNotFoundError, UnavailableError
 from cortex.wire.node import ModelSpec, ModelState, ModelStatus
 from neuron.errors import ModelConflictError
@@ -55,7 +57,7 @@ class Entry:
         if self.model is None:
             return common
         loaded = self.model.loaded
-        return _with(
+        return msgspec.structs.replace(
             common,
             devices=self.model.devices,
             capabilities=self.model.capabilities,
@@ -167,17 +169,20 @@ class ModelTable:
         entry.state, entry.error, entry.progress = ModelState.AVAILABLE, None, 0.0
         return entry.status()
 
-    async def recover(self, device: str, *, lost: bool) -> None:
-        """Mark the models of a lost device ``recovering`` (``lost``), or load them again on its new worker."""
-        affected = [e for e in self._entries.values() if e.model is not None and device in e.model.devices]
-        if lost:
-            for entry in affected:
-                entry.state = ModelState.RECOVERING
-            return
-        for entry in affected:
-            if entry.state is ModelState.RECOVERING:
-                self._begin(entry, ModelState.RECOVERING)
-        await asyncio.gather(*(e.loading for e in affected if e.loading is not None), return_exceptions=True)
+    def lose(self, device: str) -> None:
+        """Mark the models of a device whose worker died ``recovering``: they answer 503 until :meth:`recover`."""
+        for entry in self._on(device):
+            entry.state = ModelState.RECOVERING
+
+    async def recover(self, device: str) -> None:
+        """Load the models of a device again on its new worker; returns when each is ready or has failed."""
+        recovering = [entry for entry in self._on(device) if entry.state is ModelState.RECOVERING]
+        for entry in recovering:
+            self._begin(entry, ModelState.RECOVERING)
+        await asyncio.gather(*(e.loading for e in recovering if e.loading is not None), return_exceptions=True)
+
+    def _on(self, device: str) -> list[Entry]:
+        return [e for e in self._entries.values() if e.model is not None and device in e.model.devices]
 
     def _begin(self, entry: Entry, state: ModelState) -> None:
         entry.state, entry.error, entry.progress = state, None, 0.0
@@ -201,9 +206,3 @@ class ModelTable:
             entry.loading = None
         entry.state, entry.progress, entry.loaded_at = ModelState.READY, 1.0, time.time()
         _log.info("loaded model=%s seconds=%.2f", entry.spec.id, time.monotonic() - start)
-
-
-def _with(status: ModelStatus, **changes: object) -> ModelStatus:
-    import msgspec
-
-    return msgspec.structs.replace(status, **changes)
