@@ -22,7 +22,16 @@ from granian.constants import Interfaces
 from granian.server.embed import Server
 
 from cortex.wire.errors import ApiError, UnavailableError
-from cortex.wire.node import Discovery, Health, ModelSpec, ModelStatus, NodeState, WorkerHealth, WorkerState
+from cortex.wire.node import (
+    Discovery,
+    Health,
+    ModelSpec,
+    ModelStatus,
+    NodeState,
+    UnloadRequest,
+    WorkerHealth,
+    WorkerState,
+)
 from neuron import __version__, metrics
 from neuron.config import Config
 from neuron.device import probe
