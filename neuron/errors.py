@@ -1,6 +1,7 @@
 """The errors of the daemon, beside those every process shares (:mod:`cortex.wire.errors`).
 
-Each has a stable code and an HTTP status; the message says what happened, with the value, and what can be done.
+Each has a stable code and an HTTP status; the message says what happened, with the value, and what can be done. Those of
+models and of the engine are beside them, since a worker process has no use for these.
 """
 
 from cortex.wire.errors import ApiError, InvalidRequestError, UnavailableError, UnprocessableError
@@ -15,10 +16,34 @@ class ListenError(ApiError):
 # ------------------------------------------------------------------ devices
 
 
+class DeviceListError(InvalidRequestError):
+    """A list of devices does not parse or names one twice."""
+
+    code = "invalid_device"
+
+
+class UnknownDeviceError(DeviceListError):
+    """A device was named that this host does not have."""
+
+    code = "unknown_device"
+
+
 class NoDeviceError(UnavailableError):
     """No device of this node can take the work."""
 
     code = "no_device"
+
+
+class DeviceWorkerLostError(UnavailableError):
+    """The process that owned the device ended while it was needed; it is being replaced."""
+
+    code = "device_worker_lost"
+
+
+class DeviceWorkerNotReadyError(UnavailableError):
+    """The process that owns the device takes no work now: it starts, recovers or was stopped."""
+
+    code = "device_worker_not_ready"
 
 
 # ------------------------------------------------------------------ sources of weights

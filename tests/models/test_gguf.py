@@ -153,7 +153,7 @@ def test_every_truncation_is_an_error(sample: pathlib.Path, tmp_path: pathlib.Pa
     edits=st.lists(
         st.tuples(
             st.integers(0, 900),
-            st.sampled_from([b"\0", b"\xff", b"\x01", b"\x09", b"\x08", b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 1 << 33)])
+            st.sampled_from([b"\0", b"\xff", b"\x01", b"\x09", b"\x08", b"\xff" * 8, bytes(8)])
             | st.binary(min_size=1, max_size=8),
         ),
         min_size=1,
