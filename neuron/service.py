@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
-import os
 import pathlib
 import platform
 import socket
@@ -59,8 +58,9 @@ class Service:
         self._started = time.monotonic()
         self._state = NodeState.STARTING
         self._stopping = asyncio.Event()
-        self._devices = probe.parse_devices(config.daemon.devices)
-        self._workers = {device: self._worker(device) for device in self._devices}
+        available = [device.id for device in probe.probe().devices]
+        chosen = probe.parse_devices(config.daemon.devices, available)
+        self._workers = {device: self._worker(device) for device in chosen}
         self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
         self.models = ModelTable(
             Loader(pathlib.Path(cache) if (cache := config.daemon.cache) else source.default_cache()).load
@@ -92,7 +92,7 @@ class Service:
 
     async def discovery(self, dialects: Sequence[str]) -> Discovery:
         """Describe this host with fresh memory figures."""
-        host = await asyncio.to_thread(probe.probe_host)
+        host = await asyncio.to_thread(probe.probe)
         workers = self._workers
         return Discovery(
             name=self._config.daemon.name,
@@ -114,10 +114,7 @@ class Service:
         return Health(
             state=self._state,
             uptime_s=time.monotonic() - self._started,
-            workers=tuple(
-                WorkerHealth(device, worker.state, worker.restarts, worker.running, worker.waiting, worker.fault)
-                for device, worker in self._workers.items()
-            ),
+            workers=tuple(worker.health() for worker in self._workers.values()),
             activating=tuple(sorted(self._activating)),
         )
 
@@ -199,12 +196,14 @@ class Service:
             metrics.WORKER_RESTARTS.labels(device).inc()
             await self.models.recover(device)
 
-        def changed(state: WorkerState) -> None:
-            if state is WorkerState.POISONED:
+        def changed(health: WorkerHealth) -> None:
+            _log.info("worker device=%s state=%s fault=%s", device, health.state, health.fault)
+            if health.state is WorkerState.POISONED:
                 self.models.lose(device)
 
-        command = [sys.executable, "-m", "neuron.engine", "--device", device]
-        return Worker(device, command, environment=dict(os.environ), on_state=changed, on_restarted=restarted)
+        limit = str(self._config.daemon.step_limit_s)
+        command = [sys.executable, "-P", "-m", "neuron.engine", "--step-limit-s", limit]
+        return Worker(device, command, on_state=changed, on_restarted=restarted)
 
 
 def _server(app: Any, listen: str) -> Server:
