@@ -82,6 +82,12 @@ class ModelConflictError(UnprocessableError):
     code = "model_conflict"
 
 
+class ModelFailedError(UnavailableError):
+    """The model's last load failed; asking for it to be loaded tries again."""
+
+    code = "model_failed"
+
+
 class UnsupportedTokenizerError(UnprocessableError):
     """The files hold no tokenizer this project can rebuild."""
 

@@ -20,7 +20,7 @@ import msgspec
 from granian.constants import Interfaces
 from granian.server.embed import Server
 
-from cortex.wire.errors import ApiError, UnavailableError
+from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
 from cortex.wire.node import (
     Discovery,
     Health,
@@ -35,7 +35,7 @@ from neuron import __version__, metrics
 from neuron.config import Config
 from neuron.device import probe
 from neuron.device.worker import Worker
-from neuron.errors import ListenError, NoHarnessError
+from neuron.errors import DeviceWorkerLostError, ListenError
 from neuron.harness import Harness
 from neuron.load import source
 from neuron.load.loader import Loader
@@ -45,6 +45,7 @@ from neuron.torch_harness import TorchHarness
 _log = logging.getLogger("neuron.service")
 
 STOPPING_RETRY_AFTER_S = 5.0
+START_RETRY_FIRST_S, START_RETRY_MAX_S = 2.0, 60.0
 
 
 class Service:
@@ -147,7 +148,7 @@ class Service:
             await asyncio.gather(
                 *(worker.stop(self._config.daemon.stop_timeout_s) for worker in self._workers.values())
             )
-            server.stop()
+            server.stop()  # type: ignore[no-untyped-call]
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
 
@@ -158,18 +159,42 @@ class Service:
             if entry.spec().harness in self._harnesses:
                 self.models.add(entry.spec(), self._harnesses[entry.spec().harness])
         self._activating = {entry.id for entry in preload}
-        started = await asyncio.gather(*(worker.start() for worker in self._workers.values()), return_exceptions=True)
-        for device, outcome in zip(self._workers, started, strict=True):
-            if isinstance(outcome, Exception):
-                _log.error("worker did not start device=%s error=%s", device, outcome)
-        self._state = NodeState.READY
-        for entry in preload:
+        starts = {asyncio.create_task(self._start(worker)) for worker in self._workers.values()}
+        try:
+            # One device that does not come up holds up neither the others nor the models that fit there.
+            await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+            self._state = NodeState.READY
+            for entry in preload:
+                await self._preload(entry.spec())
+            while starts:
+                done, starts = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+                if any(task.result() for task in done):
+                    for entry in preload:
+                        await self._preload(entry.spec())
+        finally:
+            for task in starts:
+                task.cancel()
+
+    async def _start(self, worker: Worker) -> bool:
+        """Start a worker, trying again with growing pauses; return whether it needed more than one try."""
+        pause_s = START_RETRY_FIRST_S
+        while True:
             try:
-                await self.load(entry.spec())
-            except ApiError as error:
-                _log.error("preload failed model=%s error=%s", entry.id, error.message)
-            finally:
-                self._activating.discard(entry.id)
+                await worker.start()
+            except DeviceWorkerLostError as error:
+                _log.error("worker did not start device=%s retry_s=%.0f error=%s", worker.device_id, pause_s, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, START_RETRY_MAX_S)
+            else:
+                return pause_s > START_RETRY_FIRST_S
+
+    async def _preload(self, spec: ModelSpec) -> None:
+        try:
+            await self.load(spec)
+        except ApiError as error:
+            _log.error("preload failed model=%s error=%s", spec.id, error.message)
+        finally:
+            self._activating.discard(spec.id)
 
     async def _drain(self) -> None:
         """Close admission and give running requests their time."""
