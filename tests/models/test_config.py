@@ -68,8 +68,8 @@ def test_a_published_configuration(tmp_path: pathlib.Path) -> None:
 def test_the_number_of_parameters_is_that_of_the_tensors(make_checkpoint: Callable[..., pathlib.Path]) -> None:
     import math
 
-    for settings in ({"kind": "llama", "attention_bias": True}, {"kind": "qwen3", "tie_word_embeddings": True}):
-        config = read_config(make_checkpoint(**settings))
+    for changes in ({"kind": "llama", "attention_bias": True}, {"kind": "qwen3", "tie_word_embeddings": True}):
+        config = read_config(make_checkpoint(**changes))
         assert config.num_parameters() == sum(math.prod(shape) for shape in config.tensor_shapes().values())
 
 
