@@ -102,7 +102,7 @@ class Worker:
 
     def health(self) -> WorkerHealth:
         """Return this worker as ``/health`` shows it. ``fault`` is the reason of the last death."""
-        return WorkerHealth(self.device_id, self.state, self.restarts, self.fault)
+        return WorkerHealth(self.device_id, self.state, self.restarts, self.running, self.waiting, self.fault)
 
     # ------------------------------------------------------------------ life
 
