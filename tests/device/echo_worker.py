@@ -86,7 +86,7 @@ class Echo:
             case "fault":
                 self.loop.replay(0x77)
             case "die":
-                os.kill(os.getpid(), signal.SIGSEGV)
+                os.kill(os.getpid(), signal.SIGABRT)
             case "exit":
                 os._exit(9)
             case "leave":

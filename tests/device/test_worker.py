@@ -277,7 +277,7 @@ def test_a_long_prompt_goes_through_in_pieces() -> None:
 # ------------------------------------------------------------------ death and replacement
 
 DEATHS = [
-    ("die", "killed by SIGSEGV"),
+    ("die", "killed by SIGABRT"),
     ("exit", "exited with status 9"),
     ("leave", "exited by itself"),
     ("crash", "its engine crashed; the log has the traceback"),
