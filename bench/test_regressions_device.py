@@ -1,0 +1,82 @@
+"""The device loop's costs as pytest-benchmark rounds: run with ``--benchmark-only``."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from neuron.device import _fake_driver as fake  # type: ignore[attr-defined]
+from neuron.device.channel import Channel, socket_pair
+from neuron.device.loop import DeviceLoop
+
+
+class Answering:
+    """Replays as often as the message says, and answers."""
+
+    busy = False
+
+    def __init__(self, loop: DeviceLoop) -> None:
+        self.loop = loop
+
+    def handle(self, message: bytes) -> None:
+        """Answer one message."""
+        if message.isdigit():
+            self.loop.replay(0x77, int(message))
+        self.loop.send(message)
+
+    def step(self) -> None:
+        """Never called: nothing is ever busy."""
+
+
+@pytest.fixture(name="daemon")
+def daemon_fixture() -> Iterator[Channel]:
+    """Give the daemon's end of a loop that runs on a thread of its own."""
+    theirs, ours = socket_pair()
+    fake.reset()
+
+    def serve() -> None:
+        with DeviceLoop(fake.capsule(), 0, theirs, name="cuda-dev-0", step_limit_s=60.0) as loop:
+            loop.run(Answering(loop))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    channel = Channel(ours)
+    yield channel
+    channel.close()
+    thread.join()
+
+
+@pytest.mark.parametrize("message", [b"x" * 100, b"x" * 10_000], ids=["100 bytes", "10 kB"])
+def test_round_trip(benchmark: BenchmarkFixture, daemon: Channel, message: bytes) -> None:
+    """Send a small job to the loop and wait for its answer."""
+
+    def trip() -> bytes:
+        daemon.send(message)
+        return daemon.recv(10.0)
+
+    assert benchmark(trip) == message
+
+
+def test_replay_of_100_000_launches(benchmark: BenchmarkFixture, daemon: Channel) -> None:
+    """Replay without the GIL through a driver that only counts."""
+
+    def replay() -> bytes:
+        daemon.send(b"100000")
+        return daemon.recv(10.0)
+
+    assert benchmark(replay) == b"100000"
+
+
+def test_messages_through_a_socket(benchmark: BenchmarkFixture) -> None:
+    """Send 64 rows and read them in one turn, on one thread."""
+    left, right = (Channel(fd) for fd in socket_pair())
+
+    def burst() -> int:
+        for _ in range(64):
+            left.send(b"a row of tokens, about as long as they are: sixty-four bytes of..")
+        return len(right.receive_ready())
+
+    assert benchmark(burst) == 64
+    left.close()
+    right.close()
