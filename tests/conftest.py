@@ -7,12 +7,17 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
+import hypothesis
 import msgspec
 import pytest
 
 from cortex.wire.errors import ErrorInfo
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
+
+# No test is timed: on a busy machine a deadline fails tests at random.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
