@@ -1,6 +1,7 @@
 """Log lines: fields rather than sentences, as text or as JSON.
 
-A record's fields come in ``extra={"fields": {...}}``; its message is the line's name. Nothing here knows what they mean.
+A record's fields come in ``extra={"fields": {...}}``; its message is the line's name. What they
+mean is not known here.
 """
 
 import logging

@@ -37,7 +37,7 @@ class Record:
         self.dialect = dialect
         self.model = ""
         self.node = ""
-        self.status = 0
+        self.status = 500
         self.finish = ""
         self.is_stream = False
         self.usage: Usage | None = None

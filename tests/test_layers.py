@@ -15,13 +15,18 @@ FLOORS = {
     "cortex.wire": -1,
     "cortex.config": 0,
     "cortex.errors": 0,
+    "cortex.logs": 1,
     "cortex.metrics": 0,
     "cortex.http_io": 0,
     "cortex._fast": 1,
     "cortex.dialects": 1,
+    "cortex.record": 2,
+    "cortex.report": 0,
     "cortex.upstream": 2,
     "cortex.fleet": 3,
     "cortex.endpoints": 4,
+    "cortex.admin": 4,
+    "cortex.gateway": 4.5,
     "cortex.asgi": 5,
     "cortex.cli": 5,
     "cortex.demo": 5,
@@ -47,6 +52,8 @@ FLOORS = {
 ALSO = {
     # the project's version, read where a command or a page prints it
     ("cortex", "cortex.wire"),
+    # a wrong configuration is one of the process's errors
+    ("cortex.config", "cortex.errors"),
     # a dialect's frames are made by its compiled projector, which is of the same floor
     ("cortex.dialects", "cortex._fast"),
 }

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from cortex.dialects.openai_errors import error_body
+from cortex.dialects.openai_errors import error_body, error_object, response_error_code
 from cortex.wire.errors import ErrorInfo
 
 TAIL_CHUNKS = 4
@@ -106,11 +106,8 @@ def responses_failure(error: ErrorInfo, first: bytes, last: bytes) -> bytes:
     sequence = 0
     for match in _SEQUENCE_NUMBER.finditer(last):
         sequence = max(sequence, int(match[1]) + 1)
-    # The field's closed set; clients check it.
-    code = "rate_limit_exceeded" if error.status == 429 else "server_error"
     response = _begun_response(first)
-    response |= {"status": "failed", "error": {"code": code, "message": error.message}}
-    detail = orjson.loads(error_body(error))["error"]
+    response |= {"status": "failed", "error": {"code": response_error_code(error), "message": error.message}}
     events: list[dict[str, Any]] = [
         {
             "type": "error",
@@ -118,7 +115,7 @@ def responses_failure(error: ErrorInfo, first: bytes, last: bytes) -> bytes:
             "code": error.code,
             "message": error.message,
             "param": error.param,
-            "error": detail,
+            "error": orjson.Fragment(error_object(error)),
         },
         {"type": "response.failed", "sequence_number": sequence + 1, "response": response},
     ]

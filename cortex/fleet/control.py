@@ -4,6 +4,7 @@ One call, one HTTP exchange, on connections of its own: a poll never waits behin
 :class:`~cortex.wire.errors.ApiError`, those of the neuron with its own status and code.
 """
 
+import asyncio
 from typing import TypeVar
 
 import msgspec
@@ -11,7 +12,7 @@ import orjson
 
 from cortex.config import GatewaySettings
 from cortex.upstream import Pool
-from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
+from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError, UpstreamTimeoutError
 from cortex.wire.node import Discovery, Health, ModelList, ModelSpec, ModelStatus
 
 T = TypeVar("T")
@@ -26,20 +27,23 @@ class NeuronClient:
 
     def __init__(self, name: str, endpoint: str, settings: GatewaySettings) -> None:
         self.name = name
-        self._pool = Pool(name, endpoint, settings.timeouts, NUM_CONNECTIONS)
+        timeouts = msgspec.structs.replace(
+            settings.timeouts, connect_s=min(settings.timeouts.connect_s, settings.polling.timeout_s)
+        )
+        self._pool = Pool(name, endpoint, timeouts, NUM_CONNECTIONS)
         self._timeout_s = settings.polling.timeout_s
 
     async def discovery(self) -> Discovery:
         """Return what the host is."""
-        return await self._call(b"GET", b"/discovery", Discovery, timeout_s=self._timeout_s)
+        return await self._look(b"/discovery", Discovery)
 
     async def health(self) -> Health:
         """Return how the daemon is."""
-        return await self._call(b"GET", b"/health", Health, timeout_s=self._timeout_s)
+        return await self._look(b"/health", Health)
 
     async def models(self) -> tuple[ModelStatus, ...]:
         """Return the models it knows."""
-        return (await self._call(b"GET", b"/models", ModelList, timeout_s=self._timeout_s)).models
+        return (await self._look(b"/models", ModelList)).models
 
     async def load(self, spec: ModelSpec, *, timeout_s: float) -> ModelStatus:
         """Ask for a model and return when it is ready. The load goes on in the node if the caller stops waiting.
@@ -51,6 +55,15 @@ class NeuronClient:
     def close(self) -> None:
         """Close the connections."""
         self._pool.close()
+
+    async def _look(self, target: bytes, kind: type[T]) -> T:
+        """Read something that a daemon always has at hand: here the whole exchange is timed."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._call(b"GET", target, kind, timeout_s=self._timeout_s)
+        except TimeoutError:
+            message = f"{self.name} did not answer {target.decode()} within {self._timeout_s:g} s."
+            raise UpstreamTimeoutError(message) from None
 
     async def _call(self, method: bytes, target: bytes, kind: type[T], body: bytes = b"", *, timeout_s: float) -> T:
         response = await self._pool.request(

@@ -124,20 +124,19 @@ class Dispatcher:
             if response.status == 200:
                 return Answer(node, response, seat)
             try:
-                error = await _reply_error(response)
+                refusal = await _reply_error(response)
             finally:
                 response.close()
                 seat.release()
-            if error.status == ModelNotFoundError.status and error.code == ModelNotFoundError.code:
+            if refusal.status == ModelNotFoundError.status and refusal.code == ModelNotFoundError.code:
                 self._fleet.forget_model(node, question.model)
-                self._on_retry(node, error.code)
                 last = NoNodeError(f"{node} does not have {question.model} loaded any more.", retry_after_s=1)
-            elif error.status in BACK_PRESSURE:
-                self._on_retry(node, error.code)
-                last = error
+            elif refusal.status in BACK_PRESSURE:
+                last = refusal
                 excluded |= {node}
             else:
-                raise error
+                raise refusal
+            self._on_retry(node, refusal.code)
         assert last is not None
         raise last
 
@@ -154,7 +153,7 @@ class Dispatcher:
                     profile = profile or offered_profile(state, model)
                     assert profile is not None
                     return await self._loader.load(profile.spec(), candidates)
-                case (Busy() | Unknown()) if not state.complete:
+                case Busy() | Unknown() if not state.complete:
                     await self.first_look()
                     if not self._fleet.state.complete:
                         raise NoNodeError("The fleet has not been looked at yet.", retry_after_s=1)

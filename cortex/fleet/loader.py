@@ -37,12 +37,14 @@ class Loader:
         fleet: Fleet,
         neurons: Mapping[str, NeuronClient],
         stall_s: float,
-        poll_soon: Callable[[str], None] = lambda _: None,
+        poll_soon: Callable[[str], None] = lambda node: None,
+        on_load: Callable[[str, bool], None] = lambda model, succeeded: None,
     ) -> None:
         self._fleet = fleet
         self._neurons = neurons
         self._stall_s = stall_s
         self._poll_soon = poll_soon
+        self._on_load = on_load
         self._loads: dict[str, asyncio.Task[str]] = {}
 
     async def load(self, spec: ModelSpec, candidates: tuple[str, ...]) -> str:
@@ -85,8 +87,10 @@ class Loader:
                 self._poll_soon(name)
                 continue
             self._fleet.set_model(name, status)
+            self._on_load(spec.id, True)
             log.info("model=%s node=%s ready", spec.id, name)
             return name
+        self._on_load(spec.id, False)
         reasons = "; ".join(f"{name}: {error.message}" for name, error in errors)
         message = f"{spec.id} could not be loaded. {reasons}"
         if all(error.status in REFUSALS for _, error in errors):

@@ -1,8 +1,8 @@
 """Keeps what is known of each node fresh: one task per node, so that a slow one delays nobody else.
 
-A poll asks ``/health``, ``/models`` and ``/discovery`` together, the last one for its free memory. A missed poll changes
-nothing but the count of strikes; the configured number of them in a row makes the node down. A node that is down is
-asked less and less often, up to a bound, and is up again with its first good answer.
+A poll asks ``/health``, ``/models`` and, for its free memory, ``/discovery`` together. A missed poll changes nothing
+but the count of strikes; the configured number of them in a row makes the node down. A node that is down is asked less
+and less often, up to a bound, and is up again with its first good answer.
 """
 
 import asyncio

@@ -6,7 +6,7 @@ them.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -88,9 +88,10 @@ class FleetState:
 
 
 class InFlight:
-    """Requests of this process that have a node and no end yet."""
+    """Requests of this process that have a node and no end yet. ``observe`` is told a node's new count."""
 
-    def __init__(self) -> None:
+    def __init__(self, observe: Callable[[str, int], None] = lambda node, count: None) -> None:
+        self._observe = observe
         self.by_node: dict[str, int] = {}
         self.by_model: dict[str, int] = {}
 
@@ -98,12 +99,16 @@ class InFlight:
         """Count a request at the moment its node is selected."""
         self.by_node[node] = self.by_node.get(node, 0) + 1
         self.by_model[model] = self.by_model.get(model, 0) + 1
+        self._observe(node, self.by_node[node])
         return Seat(self, node, model)
 
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self.by_node.values())
+    def give_back(self, node: str, model: str) -> None:
+        """Count it no more."""
+        for table, key in ((self.by_node, node), (self.by_model, model)):
+            table[key] -= 1
+            if not table[key]:
+                del table[key]
+        self._observe(node, self.by_node.get(node, 0))
 
 
 class Seat:
@@ -119,20 +124,16 @@ class Seat:
     def release(self) -> None:
         """Count the request no more."""
         counts, self._counts = self._counts, None
-        if counts is None:
-            return
-        for table, key in ((counts.by_node, self.node), (counts.by_model, self.model)):
-            table[key] -= 1
-            if not table[key]:
-                del table[key]
+        if counts is not None:
+            counts.give_back(self.node, self.model)
 
 
 class Fleet:
     """The current :class:`FleetState`, who waits for the next one, and the requests in flight."""
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
+    def __init__(self, nodes: Iterable[Node], in_flight: InFlight | None = None) -> None:
         self.state = FleetState.of(nodes)
-        self.in_flight = InFlight()
+        self.in_flight = in_flight or InFlight()
         self._changed = asyncio.Event()
 
     def replace(self, node: Node) -> None:
