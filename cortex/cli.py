@@ -131,7 +131,6 @@ def _run(config: "Config") -> int:
         websockets=False,
         workers_kill_timeout=gateway.drain_timeout_s,
         respawn_failed_workers=True,
-        process_name="cortex",
         log_access=False,
     )
     try:

@@ -14,8 +14,6 @@ import msgspec
 
 from cortex.wire.node import Discovery, Health, ModelState, ModelStatus, NodeState
 
-NO_MODELS: Mapping[str, ModelStatus] = MappingProxyType({})
-
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -28,7 +26,7 @@ class Node:
     """Whether one poll has ended, well or not."""
     discovery: Discovery | None = None
     health: Health | None = None
-    models: Mapping[str, ModelStatus] = NO_MODELS
+    models: Mapping[str, ModelStatus] = field(default_factory=dict)
     foreign_load: int = 0
     """Requests it has from elsewhere: what it reported less what this process had there then."""
     strikes: int = 0
