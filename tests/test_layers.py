@@ -18,6 +18,7 @@ FLOORS = {
     "cortex.logs": 1,
     "cortex.metrics": 0,
     "cortex.http_io": 0,
+    "cortex.settings": -1,
     "cortex._fast": 1,
     "cortex.dialects": 1,
     "cortex.record": 2,
@@ -43,10 +44,11 @@ FLOORS = {
     "neuron.engine": 3,
     "neuron.text": 3,
     "neuron.load": 3,
-    "neuron.harness": 3,
-    "neuron.api": 4,
-    "neuron.service": 4,
-    "neuron.cli": 5,
+    "neuron.harness": 1,
+    "neuron.torch_harness": 4,
+    "neuron.service": 5,
+    "neuron.api": 6,
+    "neuron.cli": 7,
     "neuron": 9,
 }
 ALSO = {
@@ -57,7 +59,7 @@ ALSO = {
     # a dialect's frames are made by its compiled projector, which is of the same floor
     ("cortex.dialects", "cortex._fast"),
 }
-NEURON_MAY_USE_OF_CORTEX = ("cortex.wire", "cortex.http_io", "cortex.dialects", "cortex._fast")
+NEURON_MAY_USE_OF_CORTEX = ("cortex.wire", "cortex.settings", "cortex.http_io", "cortex.dialects", "cortex._fast")
 CIMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+c?import|c?import\s+([\w.]+))", re.MULTILINE)
 
 

@@ -175,3 +175,5 @@ EXIT_POISONED = 70
 """Exit status of a worker whose driver reported a fault."""
 EXIT_WEDGED = 71
 """Exit status of a worker whose watchdog saw a step outlast its limit."""
+EXIT_CRASHED = 72
+"""Exit status of a worker whose engine let an exception escape."""

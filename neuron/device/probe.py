@@ -1,0 +1,214 @@
+"""What devices this host has, and which of them the daemon was told to use.
+
+GPUs are asked through NVML, which makes no CUDA context, so the daemon can look and fork freely; the CPU is described
+within its control group, because a limit is what a load must fit. The numbering is that of the PCI bus, filtered by
+``CUDA_VISIBLE_DEVICES``, and the workers are started so that CUDA counts the same way. Nothing here imports torch.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from cortex.wire.node import Device, DeviceKind
+from neuron.errors import DeviceListError, UnknownDeviceError
+
+CUDA_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""What a worker needs in its environment for its ordinals to be those of this module."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Host:
+    """What was found: devices in the order of their ordinals, and the versions of driver and CUDA if there is one."""
+
+    devices: tuple[Device, ...]
+    driver_version: str | None = None
+    cuda_version: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Roots:
+    """Where the kernel's files are."""
+
+    proc: pathlib.Path = pathlib.Path("/proc")
+    cgroup: pathlib.Path = pathlib.Path("/sys/fs/cgroup")
+
+
+ROOTS = Roots()
+
+
+def probe(environment: Mapping[str, str] = os.environ, roots: Roots = ROOTS) -> Host:
+    """Return every device of this host: the visible GPUs, then the CPU."""
+    gpus, driver_version, cuda_version = _probe_gpus(environment.get("CUDA_VISIBLE_DEVICES"))
+    return Host((*gpus, probe_cpu(roots)), driver_version, cuda_version)
+
+
+def parse_devices(text: str, available: Sequence[str]) -> tuple[str, ...]:
+    """Return the ids that ``text`` names: ``0,1``, ``cuda:0``, ``cpu``, ``all``, or ``auto``.
+
+    ``available`` are the ids of :func:`probe`. A bare number is a GPU; ``auto`` takes every GPU, or the CPU where
+    there is none; ``all`` also takes the CPU. Raises DeviceListError and UnknownDeviceError.
+    """
+    gpus = tuple(device for device in available if device.startswith("cuda:"))
+    words = [word.strip().lower() for word in text.split(",")]
+    if words == ["auto"]:
+        return gpus or ("cpu:0",)
+    if words == ["all"]:
+        return tuple(available)
+    found: list[str] = []
+    for word in words:
+        if not word:
+            raise DeviceListError(f"empty device in {text!r}: name devices like 0,1 or cuda:0 or cpu")
+        if not (match := re.fullmatch(r"(?:cuda:)?(\d+)|(cpu)(?::0)?", word)):
+            raise DeviceListError(f"{word!r} is no device: name devices like 0,1 or cuda:0 or cpu, or say auto")
+        device = "cpu:0" if match[2] else f"cuda:{int(match[1])}"
+        if device not in available:
+            raise UnknownDeviceError(f"there is no {device} here; available: {', '.join(available)}")
+        if device in found:
+            raise DeviceListError(f"{device} is named twice in {text!r}")
+        found.append(device)
+    return tuple(found)
+
+
+def ordinal_of(device_id: str) -> int:
+    """Return the driver's ordinal of a device id: 1 of ``cuda:1``."""
+    return int(device_id.partition(":")[2])
+
+
+# ------------------------------------------------------------------ GPUs
+
+
+def visible_gpus(setting: str | None, uuids: Sequence[str]) -> list[int]:
+    """Return the bus ordinals that ``CUDA_VISIBLE_DEVICES`` leaves, in its order.
+
+    As CUDA reads it: unset is all, entries are ordinals or beginnings of a UUID, and the first entry that names
+    nothing, or something named before, ends the list. (CUDA programming guide, "CUDA environment variables".)
+    """
+    if setting is None:
+        return list(range(len(uuids)))
+    found: list[int] = []
+    for entry in (part.strip() for part in setting.split(",")):
+        if entry.isdigit():
+            matches = [int(entry)] if int(entry) < len(uuids) else []
+        else:
+            matches = [index for index, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
+        if len(matches) != 1 or matches[0] in found:
+            break
+        found += matches
+    return found
+
+
+def _probe_gpus(visible: str | None) -> tuple[list[Device], str | None, str | None]:
+    try:
+        import pynvml
+    except ImportError:  # a gateway-only installation
+        return [], None, None
+    with contextlib.ExitStack() as stack:
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError:  # no driver, or one that does not run
+            return [], None, None
+        stack.callback(pynvml.nvmlShutdown)
+        version = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        order = visible_gpus(visible, [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles])
+        devices = []
+        for ordinal, index in enumerate(order):
+            handle = handles[index]
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            devices.append(
+                Device(
+                    id=f"cuda:{ordinal}",
+                    kind=DeviceKind.CUDA,
+                    name=_text(pynvml.nvmlDeviceGetName(handle)),
+                    memory_total_bytes=int(memory.total),
+                    memory_free_bytes=int(memory.free),
+                    compute_capability=f"{major}.{minor}",
+                )
+            )
+        return devices, _text(pynvml.nvmlSystemGetDriverVersion()), f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _text(value: str | bytes) -> str:
+    """Return a string of NVML's, which older bindings give as bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+# ------------------------------------------------------------------ the CPU
+
+
+def probe_cpu(roots: Roots = ROOTS) -> Device:
+    """Return this host's CPU, with the cores and the memory this process may use."""
+    free_bytes, total_bytes = host_memory(roots)
+    return Device(
+        id="cpu:0",
+        kind=DeviceKind.CPU,
+        name=_cpu_name(roots),
+        memory_total_bytes=total_bytes,
+        memory_free_bytes=free_bytes,
+        num_cores=usable_cores(roots),
+    )
+
+
+def usable_cores(roots: Roots = ROOTS) -> int:
+    """Return how many cores this process may keep busy: its affinity, within the quota of its control group."""
+    cores = len(os.sched_getaffinity(0))
+    for folder in _cgroups(roots, "cpu"):
+        quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
+        if not period:  # version 1
+            quota, period = _read(folder / "cpu.cfs_quota_us") or "-1", _read(folder / "cpu.cfs_period_us") or "0"
+        if quota not in {"max", "-1"} and int(period) > 0:
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def host_memory(roots: Roots = ROOTS) -> tuple[int, int]:
+    """Return (free, total) bytes: what the kernel can give, within the control group's limits.
+
+    Page cache that the group could drop counts as free, as it does in the kernel's MemAvailable.
+    """
+    facts = dict(re.findall(r"^(\w+):\s+(\d+) kB$", (roots.proc / "meminfo").read_text(), re.MULTILINE))
+    total_bytes = int(facts["MemTotal"]) * 1024
+    free_bytes = int(facts["MemAvailable"]) * 1024
+    for folder in _cgroups(roots, "memory"):
+        limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
+        used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
+        if not limit or not used or limit == "max" or int(limit) >= total_bytes:
+            continue
+        total_bytes = int(limit)
+        stat = _read(folder / "memory.stat") or ""
+        cache = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
+        held = int(used) - (int(cache[1]) if cache else 0)
+        free_bytes = min(free_bytes, max(0, int(limit) - held))
+    return free_bytes, total_bytes
+
+
+def _cpu_name(roots: Roots) -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", _read(roots.proc / "cpuinfo") or "", re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def _cgroups(roots: Roots, controller: str) -> Iterator[pathlib.Path]:
+    """Yield the folders of this process's control groups that can limit ``controller``, from its own to the root."""
+    for line in (_read(roots.proc / "self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = roots.cgroup / controller if controllers else roots.cgroup
+        folder = root / path.lstrip("/")
+        # In a container with its own view the path may lead nowhere; then its root is the group.
+        yield folder
+        while folder != root and root in folder.parents:
+            folder = folder.parent
+            yield folder
+
+
+def _read(path: pathlib.Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

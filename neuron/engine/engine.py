@@ -1,0 +1,249 @@
+"""The engine: what a device loop drives. Messages in, steps while there is work, messages out.
+
+It decides nothing about a step (the scheduler does) and computes nothing (the runner does). Several models share the
+device and take turns, a step each; a load advances by one layer between steps, so that it stalls nobody. An error
+belongs to the request or the job that caused it; only a device fault leaves the engine, as :class:`DeviceFault`.
+"""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable, Generator
+from typing import assert_never
+
+import msgspec
+import numpy as np
+import torch
+
+from cortex.wire.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnavailableError,
+    UnprocessableError,
+)
+from neuron.device.jobs import (
+    Cancel,
+    Done,
+    FromWorker,
+    Generate,
+    JobFailed,
+    Load,
+    Memory,
+    Progress,
+    QueryMemory,
+    SequenceEnd,
+    SequenceFailed,
+    Shutdown,
+    TokenRow,
+    Tokens,
+    ToWorker,
+    Unload,
+)
+from neuron.engine.errors import error_info, raise_device_fault
+from neuron.engine.loaded import Model, load_model
+from neuron.engine.process_memory import return_freed_memory, used_bytes
+from neuron.engine.sampler import check_settings
+from neuron.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class _Loading:
+    """A load in progress."""
+
+    job: Load
+    progress: Generator[float, None, Model]
+    told: float = 0.0
+
+
+class Engine:
+    """All models of one device.
+
+    ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
+    is called on :class:`Shutdown`.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        send: Callable[[bytes], None],
+        memory: Callable[[], tuple[int, int]],
+        stop: Callable[[], None],
+    ) -> None:
+        self._device = torch.device(device)
+        self._send_bytes = send
+        self._memory = memory
+        self._stop = stop
+        self._models: dict[str, Model] = {}
+        self._model_of: dict[int, Model] = {}
+        self._loads: dict[str, _Loading] = {}
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    @property
+    def busy(self) -> bool:
+        """Return whether there is a step to run."""
+        return bool(self._loads or self._model_of)
+
+    def handle(self, message: bytes) -> None:
+        """Take one message of the daemon's. Raises DeviceFault, and ``msgspec.DecodeError`` for what is none."""
+        job = self._decoder.decode(message)
+        match job:
+            case Generate():
+                self._start(job)
+            case Cancel():
+                self._cancel([job.sequence])
+            case Load():
+                self._load(job)
+            case Unload():
+                self._unload(job)
+            case QueryMemory():
+                free_bytes, total_bytes = self._free_bytes(), self._memory()[1]
+                self._send(Done(job.job, Memory(total_bytes, free_bytes, used_bytes(self._device))))
+            case Shutdown():
+                self._shutdown()
+            case _:
+                assert_never(job)
+
+    def step(self) -> None:
+        """Advance the oldest load by a layer, and run one step of the next model that has work."""
+        if self._loads:
+            self._advance(next(iter(self._loads.values())))
+        for name, model in list(self._models.items()):
+            if model.scheduler.busy:
+                # To the end of the line: models take turns.
+                self._models[name] = self._models.pop(name)
+                self._step(model)
+                break
+
+    # -------------------------------------------------------------- sequences
+
+    def _start(self, job: Generate) -> None:
+        try:
+            model = self._models.get(job.model)
+            if model is None:
+                raise ModelNotFoundError(f"model {job.model!r} is not loaded on {self._device}", param="model")
+            model.scheduler.add(_sequence(job, model))
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
+            self._send(SequenceFailed(job.sequence, error_info(error)))
+        else:
+            self._model_of[job.sequence] = model
+
+    def _cancel(self, numbers: list[int]) -> None:
+        rows = []
+        for number in numbers:
+            model = self._model_of.pop(number, None)
+            if model is not None:
+                model.scheduler.remove(number)
+                rows.append(TokenRow(number, b"", SequenceEnd.CANCELLED))
+        self._send_rows(rows)
+
+    def _step(self, model: Model) -> None:
+        outcome = model.step()
+        for number, error in outcome.failures:
+            del self._model_of[number]
+            self._send(SequenceFailed(number, error))
+        for row in outcome.rows:
+            if row.end is not None:
+                del self._model_of[row.sequence]
+        self._send_rows(outcome.rows)
+        if not model.scheduler.busy:
+            model.scheduler.check_integrity()
+
+    def _send_rows(self, rows: list[TokenRow]) -> None:
+        if rows:
+            schedulers = [model.scheduler for model in self._models.values()]
+            running = sum(len(scheduler.running) for scheduler in schedulers)
+            waiting = sum(len(scheduler.waiting) for scheduler in schedulers)
+            self._send(Tokens(tuple(rows), running, waiting))
+
+    # -------------------------------------------------------------- models
+
+    def _load(self, job: Load) -> None:
+        name = job.spec.id
+        if name in self._models or name in self._loads:
+            error = UnprocessableError(f"model {name!r} is loaded or loading on {self._device} already", param="id")
+            self._send(JobFailed(job.job, error.info()))
+            return
+        pieces = load_model(job.spec, pathlib.Path(job.path), self._device, self._free_bytes)
+        self._loads[name] = _Loading(job, pieces)
+
+    def _advance(self, loading: _Loading) -> None:
+        job = loading.job
+        try:
+            fraction = next(loading.progress)
+        except StopIteration as finished:
+            del self._loads[job.spec.id]
+            model: Model = finished.value
+            self._models[job.spec.id] = model
+            self._send(Done(job.job, model.describe()))
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is this job's)
+            raise_device_fault(error)
+            logger.warning("load of %s failed: %s", job.spec.id, error)
+            del self._loads[job.spec.id]
+            self._send(JobFailed(job.job, error_info(error)))
+            del error, loading.progress
+            return_freed_memory(self._device)
+        else:
+            if fraction == 0 or fraction - loading.told >= 0.05:
+                loading.told = fraction
+                self._send(Progress(job.job, fraction))
+
+    def _unload(self, job: Unload) -> None:
+        if job.model in self._loads:
+            loading = self._loads.pop(job.model)
+            loading.progress.close()
+            error = UnavailableError(f"model {job.model!r} was unloaded while it loaded")
+            self._send(JobFailed(loading.job.job, error.info()))
+            del loading
+        elif job.model in self._models:
+            model = self._models[job.model]
+            self._cancel([*model.scheduler.running, *model.scheduler.waiting])
+            del self._models[job.model], model
+        else:
+            missing = ModelNotFoundError(f"model {job.model!r} is not loaded on {self._device}", param="id")
+            self._send(JobFailed(job.job, missing.info()))
+            return
+        return_freed_memory(self._device)
+        self._send(Done(job.job))
+
+    def _shutdown(self) -> None:
+        self._cancel(list(self._model_of))
+        for loading in self._loads.values():
+            loading.progress.close()
+        self._loads.clear()
+        self._models.clear()
+        return_freed_memory(self._device)
+        self._stop()
+
+    def _free_bytes(self) -> int:
+        """Return what a new model may take. A host gives memory only as it is touched, so what is promised to the
+        caches of the models here is not free, touched or not."""
+        free_bytes = self._memory()[0]
+        if self._device.type == "cpu":
+            free_bytes -= sum(model.plan.kv_cache_bytes for model in self._models.values())
+        return max(0, free_bytes)
+
+    def _send(self, message: FromWorker) -> None:
+        self._send_bytes(self._encoder.encode(message))
+
+
+def _sequence(job: Generate, model: Model) -> Sequence:
+    """Return the sequence that ``job`` asks for. Raises :class:`InvalidRequestError` for what can never be served."""
+    context_tokens, vocab_size = model.plan.context_tokens, model.config.vocab_size
+    if len(job.prompt) % 4 or not job.prompt:
+        raise InvalidRequestError("the prompt has no tokens", param="prompt")
+    prompt = np.frombuffer(job.prompt, np.int32)
+    if int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size:
+        raise InvalidRequestError(
+            f"the prompt holds a token that is not among the model's {vocab_size}", param="prompt"
+        )
+    if len(prompt) >= context_tokens:
+        raise ContextLengthError(context_tokens, len(prompt), param="prompt")
+    if job.max_tokens < 1:
+        raise InvalidRequestError(f"max_tokens is {job.max_tokens}; it must be at least 1", param="max_tokens")
+    check_settings(job.sampler, vocab_size)
+    max_tokens = min(job.max_tokens, context_tokens - len(prompt))
+    return Sequence(job.sequence, prompt, max_tokens, frozenset(job.eos), job.sampler)

@@ -1,0 +1,61 @@
+"""What can go wrong with one sequence, and how torch's exceptions become ours."""
+
+import re
+from typing import Final
+
+import torch
+
+from cortex.wire.errors import ApiError, ErrorInfo, UnavailableError
+from neuron.device.driver import DeviceFault
+
+
+class EngineError(ApiError):
+    """The engine failed this sequence; the others go on."""
+
+    code = "engine_error"
+
+
+class NonFiniteLogitsError(EngineError):
+    """The model's output for this sequence holds a NaN or an infinity."""
+
+    code = "non_finite_logits"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"model {model!r} computed a NaN or an infinity for this sequence")
+
+
+class OutOfMemoryError(UnavailableError):
+    """The device ran out of memory in this step."""
+
+    code = "out_of_memory"
+
+
+# What torch raises for driver and library faults before and after torch.AcceleratorError. A failed allocation is none.
+FAULTS: Final = re.compile(
+    r"CUDA error|CUDNN_STATUS_|CUBLAS_STATUS_(?!NOT_SUPPORTED|ALLOC_FAILED)|NCCL error|cudaError"
+)
+
+
+def raise_device_fault(error: Exception) -> None:
+    """Raise :class:`DeviceFault` if ``error`` says that the device's context is lost; return if it does not.
+
+    An exception of one request must not poison a device, and a lost context must never answer again.
+    """
+    if isinstance(error, DeviceFault):
+        raise error
+    if isinstance(error, torch.OutOfMemoryError):
+        return
+    known = getattr(torch, "AcceleratorError", ())
+    if (known and isinstance(error, known)) or (isinstance(error, RuntimeError) and FAULTS.search(str(error))):
+        code = getattr(error, "error_code", None)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DeviceFault("torch", code if isinstance(code, int) else -1, reason) from error
+
+
+def error_info(error: Exception) -> ErrorInfo:
+    """Return what a client is told of ``error``."""
+    if isinstance(error, ApiError):
+        return error.info()
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return OutOfMemoryError(f"out of device memory: {error}", retry_after_s=1.0).info()
+    return EngineError(f"{type(error).__name__}: {error}").info()

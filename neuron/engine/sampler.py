@@ -1,0 +1,158 @@
+"""From logits to token ids for all rows of a step at once, each row by its own sequence's settings.
+
+What a sequence asked for is written into tables when it is admitted, one row a seat, and gathered by seat in each step.
+A row's draw depends on its seed and on how many tokens it has, never on its neighbours. Logits stay on the device.
+"""
+
+import math
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from cortex.wire.errors import InvalidRequestError
+from neuron.device.jobs import SamplerSettings
+from neuron.engine.sequence import Int32Array
+from neuron.triton_kernels import reference as kernels
+
+NON_FINITE: Final = -1
+"""The id given to a row whose logits hold a NaN or an infinity."""
+GREEDY_BELOW: Final = 1e-5
+"""Temperatures under this are greedy: dividing by them overflows float32."""
+
+Float64Array = np.ndarray[Any, np.dtype[np.float64]]
+UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+class Sampler:
+    """The sampling state of one model's running sequences, on ``device``."""
+
+    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._temperature: Float64Array = np.zeros(max_sequences)
+        self._top_p: Float64Array = np.ones(max_sequences)
+        self._min_p: Float64Array = np.zeros(max_sequences)
+        self._top_k: Int32Array = np.zeros(max_sequences, np.int32)
+        self._seed: UInt64Array = np.zeros(max_sequences, np.uint64)
+        self._penalties: Float64Array = np.zeros((max_sequences, 3))
+        """Repetition, presence, frequency."""
+        self._penalised = np.zeros(max_sequences, np.bool_)
+        self._bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # [seats, V], made when the first sequence with penalties comes: how often each token was generated, and
+        # whether the prompt has it.
+        self._counts: torch.Tensor | None = None
+        self._in_prompt: torch.Tensor | None = None
+
+    def admit(self, seat: int, settings: SamplerSettings, prompt: Int32Array) -> None:
+        """Take over a sequence's settings, which :func:`check_settings` has passed."""
+        self._temperature[seat] = 0 if settings.temperature < GREEDY_BELOW else settings.temperature
+        self._top_k[seat] = min(settings.top_k, self._vocab_size)
+        self._top_p[seat] = settings.top_p
+        self._min_p[seat] = settings.min_p
+        self._seed[seat] = settings.seed & 0xFFFF_FFFF_FFFF_FFFF
+        penalties = (settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty)
+        self._penalties[seat] = penalties
+        self._penalised[seat] = penalties != (1.0, 0.0, 0.0)
+        self._bias.pop(seat, None)
+        if settings.logit_bias:
+            tokens, values = zip(*settings.logit_bias, strict=True)
+            self._bias[seat] = (
+                torch.tensor(tokens, dtype=torch.int64, device=self._device),
+                torch.tensor(values, dtype=torch.float32, device=self._device),
+            )
+        if self._penalised[seat]:
+            if self._counts is None or self._in_prompt is None:
+                shape = (len(self._seed), self._vocab_size)
+                self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+                self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
+            self._counts[seat] = 0
+            self._in_prompt[seat] = False
+            self._in_prompt[seat, torch.from_numpy(prompt).to(self._device, torch.int64)] = True
+
+    def sample(self, logits: torch.Tensor, seats: Int32Array, num_output: Int32Array) -> torch.Tensor:
+        """Return the next token id int32 ``[R]`` of each row of ``logits`` ``[R, V]`` float32, which are overwritten.
+
+        ``seats`` and ``num_output`` ``[R]`` are the rows' sequences and how many tokens each has generated.
+        """
+        # A sum is finite only if every term is, and reads the logits once: 7 us a row against 46 for isfinite().all().
+        finite = logits.sum(-1).isfinite()
+        penalised = np.flatnonzero(self._penalised[seats])
+        if len(penalised):
+            self._penalise(logits, penalised, seats)
+        for row, seat in enumerate(seats.tolist()) if self._bias else ():
+            if seat in self._bias:
+                tokens, values = self._bias[seat]
+                logits[row].index_add_(0, tokens, values)
+        ids = kernels.sample(
+            logits,
+            self._temperature[seats],
+            self._top_k[seats],
+            self._top_p[seats],
+            self._min_p[seats],
+            uniform(self._seed[seats], num_output),
+        )
+        if len(penalised) and self._counts is not None:
+            rows = torch.from_numpy(penalised).to(self._device)
+            chosen = torch.from_numpy(seats[penalised]).to(self._device, torch.int64)
+            ones = torch.ones(len(penalised), dtype=torch.int32, device=self._device)
+            self._counts.index_put_((chosen, ids.index_select(0, rows)), ones, accumulate=True)
+        return ids.to(torch.int32).masked_fill_(~finite, NON_FINITE)
+
+    def _penalise(self, logits: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array) -> None:
+        """Apply the penalties to the rows ``which``: repetition to prompt and output, the other two to output only.
+
+        Repetition: arXiv:1909.05858, dividing what is positive and multiplying what is negative.
+        """
+        if self._counts is None or self._in_prompt is None:
+            raise RuntimeError("a penalised sequence was never admitted")
+        rows = torch.from_numpy(which).to(self._device)
+        chosen = torch.from_numpy(seats[which]).to(self._device, torch.int64)
+        counts = self._counts.index_select(0, chosen)
+        seen = (counts > 0) | self._in_prompt.index_select(0, chosen)
+        penalties = torch.from_numpy(self._penalties[seats[which]]).to(self._device, torch.float32)
+        repetition, presence, frequency = penalties.unsqueeze(-1).unbind(1)
+        x = logits.index_select(0, rows)
+        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+        x -= frequency * counts + presence * (counts > 0)
+        logits.index_copy_(0, rows, x)
+
+
+def check_settings(settings: SamplerSettings, vocab_size: int) -> None:
+    """Raise :class:`InvalidRequestError` naming the first setting that is out of its range."""
+    ranges = {
+        "temperature": (0.0, math.inf),
+        "top_k": (0, math.inf),
+        "top_p": (0.0, 1.0),
+        "min_p": (0.0, 1.0),
+        "repetition_penalty": (1e-3, 1e3),
+        "presence_penalty": (-1e3, 1e3),
+        "frequency_penalty": (-1e3, 1e3),
+    }
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if not low <= value <= high or value == math.inf:
+            raise InvalidRequestError(f"{name} is {value}; it must be from {low:g} to {high:g}", param=name)
+    for token, value in settings.logit_bias:
+        if not 0 <= token < vocab_size or not math.isfinite(value):
+            raise InvalidRequestError(
+                f"logit_bias adds {value} to token {token}; the model has {vocab_size} tokens", param="logit_bias"
+            )
+
+
+def uniform(seeds: UInt64Array, counters: Int32Array) -> Float64Array:
+    """Return one number in [0, 1) for each seed and counter: the splitmix64 finaliser over both, in turn.
+
+    43 bits, so that times a float64 total it stays below the total. (Steele et al., OOPSLA 2014.)
+    """
+    bits = _mix(_mix(seeds + _GAMMA) + (counters.astype(np.uint64) + np.uint64(1)) * _GAMMA)
+    return (bits >> np.uint64(21)).astype(np.float64) * 2.0**-43
+
+
+_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(bits: UInt64Array) -> UInt64Array:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))

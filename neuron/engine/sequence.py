@@ -1,0 +1,68 @@
+"""A sequence: one request inside the engine, from its prompt to its last token.
+
+Plain state without torch and without decisions: the scheduler moves it, the plan reads it.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from neuron.device.jobs import SamplerSettings
+
+Int32Array = np.ndarray[Any, np.dtype[np.int32]]
+
+NO_PAGES: Int32Array = np.empty(0, np.int32)
+
+
+class SequenceState(StrEnum):
+    """Where a sequence is. A running one prefills until its whole prompt is computed, then decodes."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """``tokens`` holds prompt and output with room for ``max_tokens`` of output; ``num_computed`` are in the cache."""
+
+    __slots__ = (
+        "eos", "max_tokens", "num_computed", "num_prompt", "num_tokens", "number", "pages", "sampler", "seat", "state",
+        "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self, number: int, prompt: Int32Array, max_tokens: int, eos: frozenset[int], sampler: SamplerSettings
+    ) -> None:
+        self.number = number
+        self.num_prompt = self.num_tokens = len(prompt)
+        self.max_tokens = max_tokens
+        self.eos = eos
+        self.sampler = sampler
+        self.tokens: Int32Array = np.empty(len(prompt) + max_tokens, np.int32)
+        self.tokens[: len(prompt)] = prompt
+        self.num_computed = 0
+        self.pages: Int32Array = NO_PAGES
+        self.seat = -1
+        """Row of the page table and of the sampler's tables while running."""
+        self.state = SequenceState.WAITING
+
+    @property
+    def num_output(self) -> int:
+        """Return how many tokens were generated."""
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Return how many tokens the cache must hold in the end: the last one generated is never read back."""
+        return self.num_prompt + self.max_tokens - 1
+
+    @property
+    def prefills(self) -> bool:
+        """Return whether part of the prompt is still to be computed."""
+        return self.num_computed < self.num_prompt
+
+    def append(self, token: int) -> None:
+        """Add one generated token."""
+        self.tokens[self.num_tokens] = token
+        self.num_tokens += 1

@@ -1,0 +1,333 @@
+"""What a model is, read from ``config.json`` or from GGUF metadata into one value, and how many bytes that takes.
+
+Does not import torch: the daemon decides whether a model fits with the same functions as the worker that loads it.
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any, Final
+
+from neuron.models.architecture import Architecture
+from neuron.models.errors import (
+    CorruptWeightsError,
+    UnsupportedArchitectureError,
+    UnsupportedQuantizationError,
+    UnsupportedRopeError,
+)
+from neuron.models.gguf import GgufHeader, TensorKind, read_header
+from neuron.models.registry import find_architecture
+from neuron.models.rope import FrequencyFactors, LinearScaling, RopeScaling, scaling_from
+
+MAX_LAYERS: Final = 1024
+DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Sampling as the model's authors recommend it; ``None`` where they do not say."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model's shape and constants."""
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    attention_bias: bool
+    tie_embeddings: bool
+    context_tokens: int
+    """The longest context the model was made for, prompt and output together."""
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    generation: GenerationDefaults
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return every tensor of the checkpoint by its safetensors name: what must be there and nothing else."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        layer = self._layer_shapes()
+        for number in range(self.num_layers):
+            shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, queries, keys = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (queries, hidden),
+            "self_attn.k_proj.weight": (keys, hidden),
+            "self_attn.v_proj.weight": (keys, hidden),
+            "self_attn.o_proj.weight": (hidden, queries),
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (self.intermediate_size, hidden),
+            "mlp.up_proj.weight": (self.intermediate_size, hidden),
+            "mlp.down_proj.weight": (hidden, self.intermediate_size),
+        }
+        if self.attention_bias:
+            shapes["self_attn.q_proj.bias"] = (queries,)
+            shapes["self_attn.k_proj.bias"] = shapes["self_attn.v_proj.bias"] = (keys,)
+            if self.architecture.output_bias_follows_qkv:
+                shapes["self_attn.o_proj.bias"] = (hidden,)
+        if self.architecture.qk_norm:
+            shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        return shapes
+
+    def num_parameters(self) -> int:
+        """Return the number of weights; a tied head counts once."""
+        per_layer = sum(math.prod(shape) for shape in self._layer_shapes().values())
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return embeddings + self.hidden_size + self.num_layers * per_layer
+
+    def weights_bytes(self, dtype: str) -> int:
+        """Return the bytes of all weights in ``dtype``."""
+        return self.num_parameters() * DTYPE_BYTES[dtype]
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Return the bytes of keys and values that one token takes over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+
+def read_config(path: pathlib.Path) -> ModelConfig:
+    """Read the model at ``path``: a ``.gguf`` file, or a folder with ``config.json``.
+
+    Raises :class:`CorruptWeightsError`, :class:`UnsupportedArchitectureError`, :class:`UnsupportedRopeError` or
+    :class:`UnsupportedQuantizationError`.
+    """
+    if path.is_dir():
+        return _from_folder(path)
+    if not path.is_file():
+        raise CorruptWeightsError(path, "no such file or folder")
+    return config_from_gguf(path, read_header(path))
+
+
+# ------------------------------------------------------------------ config.json
+
+
+def _from_folder(folder: pathlib.Path) -> ModelConfig:
+    path = folder / "config.json"
+    values = _json_object(path)
+    if values is None:
+        raise CorruptWeightsError(path, "no such file")
+    class_names = tuple(map(str, values.get("architectures") or ()))
+    architecture = find_architecture(str(values.get("model_type")), class_names or None, path)
+    _refuse_unsupported(values, path)
+    fields = _Fields(path, values)
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CorruptWeightsError(path, "the rope parameters are not an object")
+    generation_path = folder / "generation_config.json"
+    generation = _json_object(generation_path) or {}
+    eos_ids = (*_ids(generation.get("eos_token_id"), path), *_ids(values.get("eos_token_id"), path))
+    heads = fields.size("num_attention_heads")
+    return _checked(
+        path,
+        ModelConfig(
+            architecture=architecture,
+            vocab_size=fields.size("vocab_size"),
+            hidden_size=fields.size("hidden_size"),
+            num_layers=fields.size("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=fields.size("num_key_value_heads", heads),
+            head_dim=fields.size("head_dim", fields.size("hidden_size") // heads),
+            intermediate_size=fields.size("intermediate_size"),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope_theta=_Fields(path, {**values, **rope}).number("rope_theta", 10000.0),
+            rope_scaling=scaling_from(rope, path),
+            attention_bias=fields.flag("attention_bias"),
+            tie_embeddings=fields.flag("tie_word_embeddings"),
+            context_tokens=fields.size("max_position_embeddings"),
+            eos_ids=tuple(dict.fromkeys(eos_ids)),
+            bos_id=next(iter(_ids(values.get("bos_token_id"), path)), None),
+            generation=_generation(generation_path, generation, GENERATION_KEYS),
+        ),
+    )
+
+
+GENERATION_KEYS: Final = {field.name: field.name for field in dataclasses.fields(GenerationDefaults)}
+
+
+def _refuse_unsupported(values: Mapping[str, Any], path: pathlib.Path) -> None:
+    if method := values.get("quantization_config"):
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise UnsupportedQuantizationError(f"{path}: quantization {name!r} is not supported")
+    others = set(values.get("layer_types") or ()) - {"full_attention"}
+    if values.get("use_sliding_window") or others:
+        raise UnsupportedArchitectureError(f"{path}: sliding-window attention is not supported")
+    if values.get("mlp_bias"):
+        raise UnsupportedArchitectureError(f"{path}: biases in the MLP are not supported")
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        raise UnsupportedArchitectureError(f"{path}: activation {activation!r} is not supported")
+
+
+def _json_object(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise CorruptWeightsError(path, f"not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CorruptWeightsError(path, "not a JSON object")
+    return values
+
+
+# ------------------------------------------------------------------ GGUF
+
+
+def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
+    """Return the configuration that a GGUF header holds; ``path`` is the file it was read from."""
+    values = header.metadata
+    name = str(values.get("general.architecture"))
+    architecture = find_architecture(name, None, path)
+    own = {key.removeprefix(name + "."): value for key, value in values.items() if key.startswith(name + ".")}
+    fields = _Fields(path, own)
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    heads = fields.size("attention.head_count")
+    head_dim = fields.size("attention.key_length", fields.size("embedding_length") // heads)
+    if fields.size("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedArchitectureError(f"{path}: keys and values of different sizes are not supported")
+    if fields.size("rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedRopeError(f"{path}: a rotary embedding of part of the head is not supported")
+    eos = [values.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    return _checked(
+        path,
+        ModelConfig(
+            architecture=architecture,
+            vocab_size=shapes.get("token_embd.weight", (0,))[0],
+            hidden_size=fields.size("embedding_length"),
+            num_layers=fields.size("block_count"),
+            num_heads=heads,
+            num_kv_heads=fields.size("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            intermediate_size=fields.size("feed_forward_length"),
+            rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
+            rope_theta=fields.number("rope.freq_base", 10000.0),
+            rope_scaling=_gguf_scaling(path, header, own),
+            attention_bias="blk.0.attn_q.bias" in shapes,
+            tie_embeddings="output.weight" not in shapes,
+            context_tokens=fields.size("context_length"),
+            eos_ids=tuple(dict.fromkeys(found for value in eos for found in _ids(value, path))),
+            bos_id=next(iter(_ids(values.get("tokenizer.ggml.bos_token_id"), path)), None),
+            generation=_generation(path, values, GGUF_GENERATION_KEYS),
+        ),
+    )
+
+
+GGUF_GENERATION_KEYS: Final = {
+    "temperature": "general.sampling.temp",
+    "top_p": "general.sampling.top_p",
+    "top_k": "general.sampling.top_k",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
+
+def _gguf_scaling(path: pathlib.Path, header: GgufHeader, own: Mapping[str, Any]) -> RopeScaling | None:
+    tensor = next((tensor for tensor in header.tensors if tensor.name == "rope_freqs.weight"), None)
+    if tensor is not None:
+        if tensor.kind is not TensorKind.F32 or len(tensor.shape) != 1:
+            raise CorruptWeightsError(path, "rope_freqs.weight is not a vector of float32")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            factors = struct.unpack_from(f"<{tensor.shape[0]}f", data, tensor.offset)
+        if not all(0 < factor < math.inf for factor in factors):
+            raise CorruptWeightsError(path, "rope_freqs.weight holds a number that is not positive")
+        return FrequencyFactors(factors)
+    kind = own.get("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    factor = own.get("rope.scaling.factor")
+    if kind == "linear" and isinstance(factor, float) and 0 < factor < math.inf:
+        return LinearScaling(factor)
+    raise UnsupportedRopeError(f"{path}: rope scaling {kind!r} by {factor!r} is not supported (linear and llama3 are)")
+
+
+# ------------------------------------------------------------------ checks
+
+
+class _Fields:
+    """Typed reads of a configuration; what is wrong is named."""
+
+    def __init__(self, path: pathlib.Path, values: Mapping[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            raise CorruptWeightsError(self.path, f"{key} is {value!r}, not a positive 32-bit number")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.values.get(key, default)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise CorruptWeightsError(self.path, f"{key} is {value!r}, not a positive number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            raise CorruptWeightsError(self.path, f"{key} is {value!r}, not true or false")
+        return value
+
+
+def _ids(value: Any, path: pathlib.Path) -> tuple[int, ...]:
+    found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+        raise CorruptWeightsError(path, f"token ids {value!r} are not numbers")
+    return tuple(token for token in found if token >= 0)
+
+
+def _generation(path: pathlib.Path, values: Mapping[str, Any], keys: Mapping[str, str]) -> GenerationDefaults:
+    found: dict[str, Any] = {}
+    for name, key in keys.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise CorruptWeightsError(path, f"{key} is {value!r}, not a number of at least 0")
+        found[name] = int(value) if name == "top_k" else float(value)
+    return GenerationDefaults(**found)
+
+
+def _checked(path: pathlib.Path, config: ModelConfig) -> ModelConfig:
+    """Return ``config`` if its sizes agree with one another."""
+    if config.num_heads % config.num_kv_heads:
+        raise CorruptWeightsError(path, f"{config.num_heads} heads cannot share {config.num_kv_heads} key-value heads")
+    if config.head_dim < 2 or config.head_dim % 2:
+        raise CorruptWeightsError(path, f"a rotary embedding needs an even head dimension, not {config.head_dim}")
+    if config.num_layers > MAX_LAYERS:
+        raise CorruptWeightsError(path, f"{config.num_layers} layers are more than any model has")
+    if config.vocab_size < 1:
+        raise CorruptWeightsError(path, "there is no token_embd.weight")
+    scaling = config.rope_scaling
+    if isinstance(scaling, FrequencyFactors) and len(scaling.factors) != config.head_dim // 2:
+        raise CorruptWeightsError(
+            path, f"rope_freqs.weight has {len(scaling.factors)} numbers, not {config.head_dim // 2}"
+        )
+    return config

@@ -1,0 +1,284 @@
+"""Read the header of a GGUF file: its metadata and where its tensors lie.
+
+The ``gguf`` library's reader makes several numpy views per string and takes 1.8 s for a vocabulary of 49,152 tokens and
+its merges; this one takes 25 ms for the same file, and checks what it reads. It knows the container and nothing of
+models, and does not import torch: the daemon reads tokenizers and configurations with it.
+
+A header comes from anywhere, so nothing in it is believed: each count and length is compared with the bytes that are
+left before anything is allocated for it. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import dataclasses
+import mmap
+import os
+import pathlib
+import struct
+from enum import IntEnum
+from typing import Any, Final
+
+from neuron.models.errors import CorruptWeightsError
+
+MAX_HEADER_BYTES: Final = 128 << 20
+"""Bound on the header, so that a corrupt count in a file of many GiB cannot keep the reader busy for minutes. The
+largest vocabularies in use (256k tokens with merges) take 20 MiB."""
+DEFAULT_ALIGNMENT: Final = 32
+MAX_DIMENSIONS: Final = 4
+
+
+class TensorKind(IntEnum):
+    """How a tensor's elements are stored (``ggml_type``)."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q8_1 = 9
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    Q8_K = 15
+    IQ2_XXS = 16
+    IQ2_XS = 17
+    IQ3_XXS = 18
+    IQ1_S = 19
+    IQ4_NL = 20
+    IQ3_S = 21
+    IQ2_S = 22
+    IQ4_XS = 23
+    I8 = 24
+    I16 = 25
+    I32 = 26
+    I64 = 27
+    F64 = 28
+    IQ1_M = 29
+    BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
+    MXFP4 = 39
+
+
+BLOCKS: Final[dict[TensorKind, tuple[int, int]]] = {
+    TensorKind.F32: (1, 4),
+    TensorKind.F16: (1, 2),
+    TensorKind.Q4_0: (32, 18),
+    TensorKind.Q4_1: (32, 20),
+    TensorKind.Q5_0: (32, 22),
+    TensorKind.Q5_1: (32, 24),
+    TensorKind.Q8_0: (32, 34),
+    TensorKind.Q8_1: (32, 40),
+    TensorKind.Q2_K: (256, 84),
+    TensorKind.Q3_K: (256, 110),
+    TensorKind.Q4_K: (256, 144),
+    TensorKind.Q5_K: (256, 176),
+    TensorKind.Q6_K: (256, 210),
+    TensorKind.Q8_K: (256, 292),
+    TensorKind.IQ2_XXS: (256, 66),
+    TensorKind.IQ2_XS: (256, 74),
+    TensorKind.IQ3_XXS: (256, 98),
+    TensorKind.IQ1_S: (256, 50),
+    TensorKind.IQ4_NL: (32, 18),
+    TensorKind.IQ3_S: (256, 110),
+    TensorKind.IQ2_S: (256, 82),
+    TensorKind.IQ4_XS: (256, 136),
+    TensorKind.I8: (1, 1),
+    TensorKind.I16: (1, 2),
+    TensorKind.I32: (1, 4),
+    TensorKind.I64: (1, 8),
+    TensorKind.F64: (1, 8),
+    TensorKind.IQ1_M: (256, 56),
+    TensorKind.BF16: (1, 2),
+    TensorKind.TQ1_0: (256, 54),
+    TensorKind.TQ2_0: (256, 66),
+    TensorKind.MXFP4: (32, 17),
+}
+"""Elements and bytes of one block of each kind."""
+
+# Metadata value types: fixed-size ones by struct code, then bool, string and array.
+_SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+_BOOL: Final = 7
+_STRING: Final = 8
+_ARRAY: Final = 9
+_U32: Final = struct.Struct("<I")
+_U64: Final = struct.Struct("<Q")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: ``shape`` is row-major (the reverse of the file's order), ``offset`` counts from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: TensorKind
+    offset: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """All that a GGUF file says before its tensors' data. Arrays in ``metadata`` are lists."""
+
+    version: int
+    metadata: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+    data_offset: int
+
+
+def read_header(path: str | os.PathLike[str]) -> GgufHeader:
+    """Read and check the header of the GGUF file at ``path``.
+
+    Raises :class:`CorruptWeightsError` naming the file and the reason; ``OSError`` if the file cannot be opened.
+    """
+    with pathlib.Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 24:
+            raise CorruptWeightsError(path, f"{size} bytes are too few for a GGUF header")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(path, data, size).header()
+
+
+class _Reader:
+    """A cursor over the header's bytes; every read says what it was for when it fails."""
+
+    def __init__(self, path: str | os.PathLike[str], data: mmap.mmap, size: int) -> None:
+        self.path = path
+        self.data = data
+        self.size = size
+        self.limit = min(size, MAX_HEADER_BYTES)
+        self.position = 0
+
+    def fail(self, reason: str) -> CorruptWeightsError:
+        return CorruptWeightsError(self.path, reason)
+
+    def take(self, count: int, what: str) -> int:
+        """Return the position of the next ``count`` bytes and step over them."""
+        start = self.position
+        if count > self.limit - start:
+            raise self.fail(f"{what} at byte {start} needs {count} bytes, {self.limit - start} are left")
+        self.position = start + count
+        return start
+
+    def u32(self, what: str) -> int:
+        value: int = _U32.unpack_from(self.data, self.take(4, what))[0]
+        return value
+
+    def u64(self, what: str) -> int:
+        value: int = _U64.unpack_from(self.data, self.take(8, what))[0]
+        return value
+
+    def string(self, what: str) -> str:
+        length = self.u64(what)
+        start = self.take(length, what)
+        try:
+            return self.data[start : start + length].decode()
+        except UnicodeDecodeError as error:
+            raise self.fail(f"{what} at byte {start} is not UTF-8") from error
+
+    def header(self) -> GgufHeader:
+        magic = self.data[self.take(4, "magic") : 4]
+        if magic != b"GGUF":
+            raise self.fail(f"not a GGUF file: it begins with {magic!r}")
+        version = self.u32("version")
+        if version not in (2, 3):
+            raise self.fail(f"GGUF version {version} is not 2 or 3 (little-endian)")
+        num_tensors = self.u64("tensor count")
+        num_values = self.u64("metadata count")
+        # A tensor's entry is at least 32 bytes (one dimension, empty name), a metadata value's at least 13.
+        if num_tensors * 32 + num_values * 13 > self.limit - self.position:
+            raise self.fail(f"{num_tensors} tensors and {num_values} metadata values cannot be in {self.size} bytes")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_values):
+            key = self.string("metadata key")
+            if key in metadata:
+                raise self.fail(f"metadata key {key!r} appears twice")
+            metadata[key] = self.value(self.u32(key), key)
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
+            raise self.fail(f"general.alignment {alignment!r} is not a power of two from 8 to 2^20")
+        entries = [self.tensor_entry() for _ in range(num_tensors)]
+        data_offset = -(-self.position // alignment) * alignment
+        tensors: dict[str, TensorInfo] = {}
+        for name, shape, kind, offset in entries:
+            if name in tensors:
+                raise self.fail(f"tensor {name!r} appears twice")
+            tensors[name] = self.tensor(name, shape, kind, offset, data_offset, alignment)
+        return GgufHeader(version, metadata, tuple(tensors.values()), data_offset)
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind in _SCALARS:
+            code = "<" + _SCALARS[kind]
+            return struct.unpack_from(code, self.data, self.take(struct.calcsize(code), key))[0]
+        if kind == _BOOL:
+            return self.data[self.take(1, key)] != 0
+        if kind == _STRING:
+            return self.string(key)
+        if kind == _ARRAY:
+            return self.array_value(self.u32(key), self.u64(key), key)
+        raise self.fail(f"metadata {key!r} has unknown type {kind}")
+
+    def array_value(self, kind: int, count: int, key: str) -> list[Any]:
+        if kind == _STRING:
+            return self.strings(count, key)
+        if kind == _BOOL:
+            start = self.take(count, key)
+            return [byte != 0 for byte in self.data[start : start + count]]
+        if kind not in _SCALARS:
+            raise self.fail(f"metadata {key!r} is an array of unknown or nested type {kind}")
+        code = _SCALARS[kind]
+        nbytes = count * struct.calcsize("<" + code)
+        start = self.take(nbytes, key)
+        return list(struct.unpack(f"<{count}{code}", self.data[start : start + nbytes]))
+
+    def strings(self, count: int, key: str) -> list[str]:
+        """Read an array of strings: the hot loop of a header (49,152 tokens and 48,900 merges: 18 ms)."""
+        if count * 8 > self.limit - self.position:
+            raise self.fail(f"{count} strings of {key!r} cannot be in {self.limit - self.position} bytes")
+        data, position, limit, unpack = self.data, self.position, self.limit, _U64.unpack_from
+        found = []
+        try:
+            for _ in range(count):
+                # May read a length beyond the limit but never beyond the file (struct.error): it is checked next.
+                start = position + 8
+                position = start + unpack(data, position)[0]
+                if position > limit:
+                    raise self.fail(f"a string of {key!r} at byte {start} ends at {position}, beyond the header")
+                found.append(data[start:position].decode())
+        except (struct.error, UnicodeDecodeError) as error:
+            raise self.fail(f"an array of strings, {key!r}, is cut or is not UTF-8 at item {len(found)}") from error
+        self.position = position
+        return found
+
+    def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self.string("tensor name")
+        num_dimensions = self.u32(f"tensor {name!r}")
+        if not 1 <= num_dimensions <= MAX_DIMENSIONS:
+            raise self.fail(f"tensor {name!r} has {num_dimensions} dimensions, not 1 to {MAX_DIMENSIONS}")
+        start = self.take(8 * num_dimensions, f"tensor {name!r}")
+        shape = struct.unpack_from(f"<{num_dimensions}Q", self.data, start)[::-1]
+        return name, shape, self.u32(f"tensor {name!r}"), self.u64(f"tensor {name!r}")
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], number: int, offset: int, data_offset: int, alignment: int
+    ) -> TensorInfo:
+        """Check one entry against the file: its kind, its shape, and that all of its bytes are there."""
+        try:
+            kind = TensorKind(number)
+        except ValueError as error:
+            raise self.fail(f"tensor {name!r} has unknown type {number}") from error
+        block, block_bytes = BLOCKS[kind]
+        num_elements = 1
+        for dimension in shape:
+            num_elements *= dimension
+        if num_elements == 0 or shape[-1] % block:
+            raise self.fail(f"tensor {name!r} of type {kind.name} has the impossible shape {list(shape)}")
+        nbytes = num_elements // block * block_bytes
+        if offset % alignment:
+            raise self.fail(f"tensor {name!r} at offset {offset} is not aligned to {alignment}")
+        end = data_offset + offset + nbytes
+        if end > self.size:
+            raise self.fail(f"tensor {name!r} ends at byte {end} of a file of {self.size}")
+        return TensorInfo(name, shape, kind, data_offset + offset, nbytes)

@@ -1,0 +1,24 @@
+"""The architectures that this engine runs. A new one is a file beside this one and a line here."""
+
+from typing import Final
+
+from neuron.models.architecture import Architecture
+from neuron.models.errors import UnsupportedArchitectureError
+from neuron.models.llama import LLAMA
+from neuron.models.qwen3 import QWEN3
+
+ARCHITECTURES: Final[dict[str, Architecture]] = {found.name: found for found in (LLAMA, QWEN3)}
+
+
+def find_architecture(name: str, class_names: tuple[str, ...] | None, where: object) -> Architecture:
+    """Return the architecture of that name; ``class_names`` are those of ``config.json``, ``None`` for GGUF.
+
+    Raises :class:`UnsupportedArchitectureError`.
+    """
+    found = ARCHITECTURES.get(name)
+    if found is None or (class_names is not None and not set(class_names) & set(found.class_names)):
+        told = f"{name} ({', '.join(class_names)})" if class_names else name
+        raise UnsupportedArchitectureError(
+            f"{where}: architecture {told!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return found

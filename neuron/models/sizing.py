@@ -1,0 +1,160 @@
+"""Does a model fit on a device, and with which plan: the one place that decides it.
+
+Pure and without torch, so that the daemon's preflight, the worker's load and the advertised context limit cannot
+disagree. It knows sizes only; who holds the free bytes, and whether some could be freed, is the caller's business.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Final
+
+from cortex.wire.errors import InvalidRequestError
+from cortex.wire.node import ModelSpec
+from neuron.models.config import DTYPE_BYTES, ModelConfig
+from neuron.models.errors import DoesNotFitError
+
+PAGE_TOKENS: Final = 16
+"""Tokens of one page of the KV cache: the unit of admission, and a tile's height in the kernels."""
+MIN_CONTEXT_TOKENS: Final = 512
+"""A model that can hold less than this of its own context is refused: loaded, it could not serve."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceDefaults:
+    """What a kind of device gets when the spec does not say."""
+
+    max_sequences: int
+    cache_tokens: int
+    """KV cache, as tokens over all sequences."""
+    cache_share: float
+    """Bound on the same, as a share of what is free after weights and work space."""
+    step_tokens: int
+    """Tokens of one step while nothing but prefill runs."""
+    mixed_step_tokens: int
+    """Tokens of one step while sequences decode: bounds how long a prompt can hold up running streams."""
+
+
+CPU_DEFAULTS: Final = DeviceDefaults(16, 16 * 8192, 0.25, step_tokens=512, mixed_step_tokens=64)
+"""A host has other uses for its memory; 64 tokens of SmolLM2 prefill in 20-30 ms on two cores."""
+CUDA_DEFAULTS: Final = DeviceDefaults(64, 64 * 8192, 0.8, step_tokens=2048, mixed_step_tokens=512)
+"""Bounded in tokens too, so that a small model on a large card leaves room for a second one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a model will sit on its device. ``kv_cache_bytes`` is exactly ``num_pages`` pages."""
+
+    dtype: str
+    context_tokens: int
+    max_sequences: int
+    num_pages: int
+    step_tokens: int
+    mixed_step_tokens: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Return all that the model takes."""
+        return self.weights_bytes + self.kv_cache_bytes + self.workspace_bytes
+
+
+def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: int) -> MemoryPlan:
+    """Return the plan for ``spec`` on ``device`` (``cpu:0``, ``cuda:1``) with ``free_bytes`` free.
+
+    Raises :class:`DoesNotFitError` if there is none, :class:`InvalidRequestError` if the spec contradicts itself.
+    """
+    defaults = CPU_DEFAULTS if device.startswith("cpu") else CUDA_DEFAULTS
+    dtype = resolve_dtype(spec.dtype, device)
+    for name in ("context_tokens", "max_sequences", "kv_cache_bytes"):
+        if getattr(spec, name) < 0:
+            raise InvalidRequestError(f"{name} is {getattr(spec, name)}; it cannot be negative", param=name)
+    if spec.context_tokens > config.context_tokens:
+        raise InvalidRequestError(
+            f"context_tokens is {spec.context_tokens}; the model was made for at most {config.context_tokens}",
+            param="context_tokens",
+        )
+    max_sequences = spec.max_sequences or defaults.max_sequences
+    weights_bytes = config.weights_bytes(dtype)
+    fixed_bytes = workspace_bytes(config, dtype, defaults.step_tokens, max_sequences)
+    page_bytes = PAGE_TOKENS * config.kv_bytes_per_token(dtype)
+    # The eager attention gathers one layer's pages before it reads them: so much more per page.
+    gather_bytes = -(-page_bytes // config.num_layers)
+
+    needed_tokens = spec.context_tokens or min(MIN_CONTEXT_TOKENS, config.context_tokens)
+    needed_pages = -(-needed_tokens // PAGE_TOKENS)
+    room_bytes = free_bytes - weights_bytes - fixed_bytes
+    if spec.kv_cache_bytes:
+        num_pages = spec.kv_cache_bytes // page_bytes
+        if num_pages < needed_pages:
+            raise InvalidRequestError(
+                f"kv_cache_bytes is {spec.kv_cache_bytes}; {needed_tokens} tokens need {needed_pages * page_bytes}",
+                param="kv_cache_bytes",
+            )
+        needed_pages = num_pages
+    else:
+        wanted_tokens = max(needed_tokens, min(defaults.cache_tokens, max_sequences * config.context_tokens))
+        affordable = int(room_bytes * defaults.cache_share) // (page_bytes + gather_bytes)
+        num_pages = max(min(-(-wanted_tokens // PAGE_TOKENS), affordable), needed_pages)
+    if needed_pages * (page_bytes + gather_bytes) > room_bytes:
+        needs = weights_bytes + fixed_bytes + needed_pages * (page_bytes + gather_bytes)
+        raise DoesNotFitError(
+            f"model does not fit on {device}: needs {_gib(needs)}, free {_gib(free_bytes)} (weights in {dtype} "
+            f"{_gib(weights_bytes)}, cache for {needed_pages * PAGE_TOKENS} tokens {_gib(needed_pages * page_bytes)})"
+        )
+    return MemoryPlan(
+        dtype=dtype,
+        context_tokens=spec.context_tokens or min(config.context_tokens, num_pages * PAGE_TOKENS),
+        max_sequences=max_sequences,
+        num_pages=num_pages,
+        step_tokens=defaults.step_tokens,
+        mixed_step_tokens=defaults.mixed_step_tokens,
+        weights_bytes=weights_bytes,
+        kv_cache_bytes=num_pages * page_bytes,
+        workspace_bytes=fixed_bytes + num_pages * gather_bytes,
+    )
+
+
+def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, max_sequences: int) -> int:
+    """Return the bytes of activations and sampling that a step takes beside weights and cache.
+
+    Counted at the widest point of a layer (the MLP: gate and up, their product, residual and normalised input), and
+    in the sampler per row: float32 logits and probabilities, a float64 running sum, token counts and the prompt's mask.
+    """
+    width = 3 * config.intermediate_size + 4 * config.hidden_size
+    width += (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return step_tokens * width * DTYPE_BYTES[dtype] + max_sequences * config.vocab_size * (4 + 4 + 8 + 4 + 1)
+
+
+def resolve_dtype(requested: str, device: str) -> str:
+    """Return the dtype a model is computed in; ``auto`` takes what the device is fast in.
+
+    On a CPU without bfloat16 instructions torch converts every operand, and float32 is faster; in float16 no CPU path
+    of torch is fast (60 GFLOP/s where bfloat16 makes 950), so it is refused there.
+    """
+    on_cpu = device.startswith("cpu")
+    if requested == "auto":
+        return "bfloat16" if not on_cpu or cpu_has_bfloat16() else "float32"
+    if requested not in DTYPE_BYTES or (on_cpu and requested == "float16"):
+        known = [name for name in DTYPE_BYTES if not (on_cpu and name == "float16")]
+        raise InvalidRequestError(
+            f"dtype {requested!r} is not supported on {device}; supported are auto, {', '.join(known)}", param="dtype"
+        )
+    return requested
+
+
+@functools.cache
+def cpu_has_bfloat16(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> bool:
+    """Return whether this host multiplies bfloat16 natively."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.1f} GiB"

@@ -1,0 +1,195 @@
+"""Read a checkpoint's tensors by their safetensors names, whatever file they lie in.
+
+Files are memory-mapped, and a tensor is converted on its way into the memory where it stays: nothing is ever held twice
+but the piece in flight. The set of names and shapes is checked against the configuration before any byte is moved.
+"""
+
+import json
+import mmap
+import pathlib
+from typing import Any, Final, Protocol
+
+import gguf
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from neuron.models.architecture import gguf_name
+from neuron.models.config import ModelConfig, config_from_gguf, read_config
+from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
+from neuron.models.gguf import BLOCKS, TensorInfo, read_header
+
+PIECE_ELEMENTS: Final = 1 << 18
+"""Elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between passes."""
+DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", "rope_freqs.weight")
+"""Constants that some exporters store; ours come from the configuration."""
+SAFETENSORS_DTYPES: Final = ("F64", "F32", "F16", "BF16")
+HEAD_TENSORS: Final = tuple(f"self_attn.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
+
+PackedBytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class WeightSource(Protocol):
+    """An open checkpoint."""
+
+    config: ModelConfig
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors that are there, by safetensors name."""
+
+    def read_into(self, name: str, destination: torch.Tensor) -> None:
+        """Copy one tensor into ``destination``, of the same shape and of any float dtype and device."""
+
+    def close(self) -> None:
+        """Unmap the files."""
+
+
+def open_weights(path: pathlib.Path) -> WeightSource:
+    """Open the checkpoint at ``path`` and check that it holds what its configuration says.
+
+    Raises :class:`CorruptWeightsError` and the errors of :func:`neuron.models.config.read_config`.
+    """
+    source = SafetensorsSource(path) if path.is_dir() else GgufSource(path)
+    try:
+        check_shapes(path, source.config.tensor_shapes(), source.shapes(), source.config.tie_embeddings)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def check_shapes(
+    path: pathlib.Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], tied: bool
+) -> None:
+    """Raise :class:`CorruptWeightsError` unless ``found`` is ``expected``; a tied head may be stored as well."""
+    extra = set(found) - set(expected) - ({"lm_head.weight"} if tied else set())
+    for what, names in (("lacks", set(expected) - set(found)), ("has unexpected", extra)):
+        if names:
+            some = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise CorruptWeightsError(path, f"the checkpoint {what} {some}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CorruptWeightsError(
+                path, f"{name} has shape {list(found[name])}, the configuration says {list(shape)}"
+            )
+
+
+class _SafetensorsFile(Protocol):
+    """What we use of ``safetensors.safe_open``, which carries no types."""
+
+    def keys(self) -> list[str]: ...
+    def get_slice(self, name: str) -> Any: ...
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
+
+class SafetensorsSource:
+    """A folder with ``config.json`` and one or several ``.safetensors`` files."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.config = read_config(folder)
+        self._folder = folder
+        self._files: dict[str, _SafetensorsFile] = {}
+        index_path = folder / "model.safetensors.index.json"
+        if index_path.exists():
+            self._file_of = _read_index(index_path)
+            for name, file_name in self._file_of.items():
+                if name not in self._open(file_name).keys():  # noqa: SIM118 (safe_open is no mapping)
+                    raise CorruptWeightsError(folder / file_name, f"the index promises {name}")
+        else:
+            self._file_of = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+        self._file_of = {name: file for name, file in self._file_of.items() if not name.endswith(DERIVED_TENSORS)}
+
+    def _open(self, file_name: str) -> _SafetensorsFile:
+        if file_name not in self._files:
+            path = self._folder / file_name
+            try:
+                self._files[file_name] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CorruptWeightsError(path, str(error)) from error
+        return self._files[file_name]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors that are there."""
+        return {name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in self._file_of.items()}
+
+    def read_into(self, name: str, destination: torch.Tensor) -> None:
+        """Copy from the mapped file; the conversion and the move are one pass."""
+        file_name = self._file_of[name]
+        stored = self._files[file_name].get_slice(name).get_dtype()
+        if stored not in SAFETENSORS_DTYPES:
+            raise UnsupportedQuantizationError(f"{self._folder / file_name}: {name} is stored as {stored}")
+        destination.copy_(self._files[file_name].get_tensor(name))
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._files.clear()
+
+
+class GgufSource:
+    """One GGUF file, dequantised piece by piece."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        header = read_header(path)
+        self.config = config_from_gguf(path, header)
+        self._path = path
+        stored = {tensor.name: tensor for tensor in header.tensors if not tensor.name.endswith(DERIVED_TENSORS)}
+        known = {gguf_name(name): name for name in (*self.config.tensor_shapes(), "lm_head.weight")}
+        self._tensors = {known.get(name, name): tensor for name, tensor in stored.items()}
+        with path.open("rb") as file:
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors that are there; one that has no safetensors name keeps its own."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def read_into(self, name: str, destination: torch.Tensor) -> None:
+        """Dequantise into ``destination``, which is contiguous, piece by piece."""
+        tensor = self._tensors[name]
+        block, block_bytes = BLOCKS[tensor.kind]
+        packed = self._packed(name, tensor).reshape(-1, block_bytes)
+        flat = destination.view(-1)
+        step = PIECE_ELEMENTS // block
+        for start in range(0, len(packed), step):
+            values = self._dequantize(tensor, packed[start : start + step])
+            flat[start * block :][: len(values)].copy_(torch.from_numpy(values))
+
+    def _packed(self, name: str, tensor: TensorInfo) -> PackedBytes:
+        """Return a tensor's bytes with its rows in the order that a rotate-half embedding wants.
+
+        Llama's GGUF export interleaves the two halves of each query and key head for llama.cpp's rotary embedding. Rows
+        are packed one by one, so they are put back before they are dequantised, at a quarter of the bytes.
+        """
+        packed = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
+        if self.config.architecture.gguf_interleaves_heads and name.endswith(HEAD_TENSORS):
+            row_bytes = tensor.nbytes // tensor.shape[0]
+            return packed.reshape(-1, self.config.head_dim // 2, 2, row_bytes).swapaxes(1, 2).reshape(-1)
+        return packed
+
+    def _dequantize(self, tensor: TensorInfo, blocks: PackedBytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return the elements of ``blocks`` as one writable vector."""
+        try:
+            # As one row: the library would walk over groups of 16 rows, in small passes.
+            kind = gguf.GGMLQuantizationType(tensor.kind)
+            values = np.asarray(gguf.quants.dequantize(blocks.reshape(1, -1), kind), np.float32).reshape(-1)
+        except NotImplementedError as error:
+            raise UnsupportedQuantizationError(
+                f"{self._path}: {tensor.name} is stored as {tensor.kind.name}"
+            ) from error
+        return values if values.flags.writeable else values.copy()
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._data.close()
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    """Return the file name of each tensor in a sharded checkpoint."""
+    try:
+        file_of = json.loads(path.read_bytes())["weight_map"]
+        # Only names within the folder: an index is as untrusted as the weights.
+        sound = all(pathlib.PurePath(file).name == file for file in file_of.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptWeightsError(path, f"not an index of weights: {error!r}") from error
+    if not sound:
+        raise CorruptWeightsError(path, "the index names a file outside of its folder")
+    return dict(file_of)
