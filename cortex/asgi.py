@@ -10,10 +10,10 @@ from typing import Any
 
 from cortex import config, logs
 from cortex.endpoints import request_id_of
-from cortex.errors import ConfigError
 from cortex.fleet import catalogue
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange, Receive, Scope, Send
+from cortex.settings import ConfigError
 
 
 class Application:
@@ -51,9 +51,10 @@ class Application:
                 return
 
     def _start(self) -> None:
-        settings = config.load(config.find(self._environment), self._environment)
+        path = config.find(self._environment)
+        settings = config.load(path, self._environment)
         logs.configure(settings.gateway.log_format)
-        offered = catalogue.load(settings.models_path, {node.name for node in settings.neurons})
+        offered = catalogue.load(config.models_path(settings, path), {node.name for node in settings.neurons})
         self.gateway = Gateway(settings, offered)
         self.gateway.start()
 

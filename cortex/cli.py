@@ -5,20 +5,20 @@ Exit status 2 with one line for a wrong configuration, 1 for a gateway that cann
 
 import argparse
 import http.client
-import importlib
 import os
 import pathlib
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import orjson
 
 from cortex import __version__
-from cortex.errors import ConfigError
+from cortex.settings import ConfigError, split_address
 
 if TYPE_CHECKING:
     from cortex.config import Config
@@ -33,9 +33,7 @@ MAX_PENDING_CONNECTIONS = 4096
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "demo":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options = parser.parse_args(arguments)
     try:
         match options.command:
             case "serve":
@@ -45,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "models":
                 return _models(options)
             case "demo":
-                return _demo(rest)
+                return _demo(options)
             case _:
                 parser.print_help()
                 return EXIT_CONFIG
@@ -72,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         where.add_argument("--config", metavar="FILE", help="take the address from a cortex.toml")
         command.add_argument("--json", action="store_true", help="print what the gateway answered")
 
-    commands.add_parser("demo", help="a model, a neuron and a gateway on this machine", add_help=False)
+    demo = commands.add_parser("demo", help="chat with a small real model, all on this machine")
+    demo.add_argument("--once", action="store_true", help="end after one answer")
     return parser
 
 
@@ -81,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(options: argparse.Namespace) -> int:
     """Check the configuration here, where an error has a terminal to go to; then let the workers read it again."""
-    from cortex import config as settings
+    from cortex import config
     from cortex.fleet import catalogue
 
     flags = {
@@ -89,23 +88,24 @@ def _serve(options: argparse.Namespace) -> int:
         "gateway.metrics_listen": options.metrics_listen,
         "gateway.workers": options.workers,
     }
-    config = settings.load(_config_path(options.config), flags=flags)
-    catalogue.load(config.models_path, {node.name for node in config.neurons})
+    path = _config_path(options.config)
+    found = config.load(path, flags=flags)
+    offered = catalogue.load(config.models_path(found, path), {node.name for node in found.neurons})
     if options.check:
-        sys.stdout.write(f"{config.path}: {len(config.neurons)} nodes, models in {config.models_path}: ok\n")
+        sys.stdout.write(f"{path}: ok, {len(found.neurons)} nodes, {len(offered.profiles)} models\n")
         return 0
-    os.environ[settings.CONFIG_VARIABLE] = config.path
+    os.environ[config.CONFIG_VARIABLE] = str(path)
     for key, value in flags.items():
         if value is not None:
             table, _, name = key.partition(".")
-            os.environ[f"{settings.ENVIRONMENT_PREFIX}{table}__{name}".upper()] = str(value)
-    if config.gateway.workers == 1:
-        return _run(config)
+            os.environ[f"{config.ENVIRONMENT_PREFIX}{table}__{name}".upper()] = str(value)
+    if found.gateway.workers == 1:
+        return _run(found)
     # Before prometheus_client is imported anywhere: it chooses shared files or plain memory once.
     shared = tempfile.mkdtemp(prefix="cortex-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
     try:
-        return _run(config)
+        return _run(found)
     finally:
         shutil.rmtree(shared, ignore_errors=True)
 
@@ -116,10 +116,12 @@ def _run(config: "Config") -> int:
     from granian.constants import Interfaces, Loops
     from granian.errors import ConfigurationError
 
-    from cortex.config import split_address
-
     gateway = config.gateway
     host, port = split_address(gateway.listen)
+    try:
+        _try_to_bind(host, port)
+    except OSError as error:
+        return _fail(f"cannot listen at {gateway.listen}: {error.strerror or error}", EXIT_CONFIG)
     server = Granian(
         "cortex.asgi:app",
         address=host,
@@ -137,11 +139,20 @@ def _run(config: "Config") -> int:
         server.serve()
     except ConfigurationError as error:
         return _fail(f"granian: {error}", EXIT_CONFIG)
-    except OSError as error:
-        return _fail(f"cannot listen at {gateway.listen}: {error.strerror or error}", EXIT_CONFIG)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     return 0
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    """Raise ``OSError`` if the address cannot be had: the server's own failure is a panic with a backtrace.
+
+    Without ``SO_REUSEPORT``, so that another gateway there is seen even if it shares its port among workers.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.bind(address)
 
 
 # ------------------------------------------------------------------ status, models
@@ -197,37 +208,32 @@ def _ask(options: argparse.Namespace, path: str) -> bytes | int:
 
 def _address(path: str | None) -> str:
     """Return where the configured gateway listens, as a client on this host reaches it."""
-    from cortex import config as settings
+    from cortex import config
 
     try:
-        listen = settings.load(_config_path(path)).gateway.listen
+        listen = config.load(_config_path(path)).gateway.listen
     except ConfigError:
         if path is not None:
             raise
-        listen = settings.GatewaySettings().listen
-    host, port = settings.split_address(listen)
+        listen = config.GatewaySettings().listen
+    host, port = split_address(listen)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _config_path(path: str | None) -> pathlib.Path:
-    from cortex import config as settings
+    from cortex import config
 
-    return pathlib.Path(path) if path is not None else settings.find(os.environ)
+    return pathlib.Path(path) if path is not None else config.find(os.environ)
 
 
 # ------------------------------------------------------------------
 
 
-def _demo(arguments: Sequence[str]) -> int:
-    try:
-        demo = importlib.import_module("cortex.demo")
-    except ModuleNotFoundError as error:
-        if error.name != "cortex.demo":
-            raise
-        return _fail("this installation has no demo", EXIT_UNREACHABLE)
-    status: Any = demo.main(list(arguments))
-    return int(status or 0)
+def _demo(options: argparse.Namespace) -> int:
+    from cortex import demo
+
+    return demo.main(options)
 
 
 def _fail(message: str, status: int) -> int:

@@ -87,7 +87,7 @@ class Endpoints:
             raise MissingParameterError("You must provide a model parameter.", param="model")
         model = self._catalogue.resolve(found.model)
         if not self._dispatcher.knows(model):
-            await self._dispatcher.first_look()
+            await self._dispatcher.first_look(lambda: self._dispatcher.knows(model))
             if not self._dispatcher.knows(model):
                 raise ModelNotFoundError(f"The model {found.model!r} does not exist.", param="model")
         record.model = model

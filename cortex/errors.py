@@ -1,20 +1,9 @@
-"""The gateway's own errors.
+"""The gateway's own errors: answers to clients, as :mod:`cortex.wire.errors` are.
 
-:class:`ConfigError` ends a start; the others are answers to clients, and derive from :mod:`cortex.wire.errors`.
 A cold load that fails is never a 404: the model exists, it could not be brought up.
 """
 
 from cortex.wire.errors import ApiError, OverloadedError, UnavailableError, UnprocessableError, UpstreamError
-
-
-class ConfigError(Exception):
-    """The configuration cannot be used: which file, which key, and why."""
-
-    def __init__(self, source: str, key: str, reason: str) -> None:
-        super().__init__(f"{source}: {key}: {reason}" if key else f"{source}: {reason}")
-        self.source = source
-        self.key = key
-        self.reason = reason
 
 
 class NoNodeError(UnavailableError):

@@ -6,8 +6,8 @@ It speaks :class:`~cortex.http_io.Exchange`, not ASGI: a server's own interface 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
-from cortex import config
 from cortex.admin import Admin
+from cortex.config import Config
 from cortex.dialects.passthrough import CHAT, RESPONSES
 from cortex.endpoints import Endpoints, reply_error
 from cortex.fleet.catalogue import Catalogue
@@ -15,6 +15,7 @@ from cortex.fleet.service import FleetService
 from cortex.fleet.state import Fleet
 from cortex.http_io import ClientDisconnectedError, Exchange, Header
 from cortex.metrics import FleetSample, Metrics, ModelSample, NodeSample, forget_dead_workers
+from cortex.settings import split_address
 from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
 
 log = logging.getLogger("cortex")
@@ -25,7 +26,7 @@ Endpoint = Callable[[Exchange], Awaitable[None]]
 class Gateway:
     """One gateway process: what the lifespan starts and ends, and the paths it answers."""
 
-    def __init__(self, settings: config.Config, offered: Catalogue) -> None:
+    def __init__(self, settings: Config, offered: Catalogue) -> None:
         self.metrics = Metrics(self._sample)
         self.service = FleetService(
             settings,
@@ -56,7 +57,7 @@ class Gateway:
         """Serve metrics and begin to watch the fleet."""
         forget_dead_workers()
         if self._settings.gateway.metrics_listen:
-            self._stop_metrics = self.metrics.serve(*config.split_address(self._settings.gateway.metrics_listen))
+            self._stop_metrics = self.metrics.serve(*split_address(self._settings.gateway.metrics_listen))
         self.service.start()
 
     async def stop(self) -> None:

@@ -30,7 +30,7 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
     """Print nodes, their devices and their models."""
     console = console or Console()
     nodes: Sequence[Mapping[str, Any]] = report.get("nodes", ())
-    table = _table("Node", "State", "Endpoint", ">Requests", "Version")
+    table = _table("Node", "State", "Endpoint", ">Asked", "Version")
     for node in nodes:
         state = (node.get("state") or "up") if node.get("up") else "down"
         in_flight = str(node.get("in_flight", ""))
@@ -39,7 +39,7 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
     for node in nodes:
         if node.get("fault"):
             console.print(Text(f"{node['name']}: {node['fault']}", "red"))
-    devices = _table("Node", "Device", "Name", "Worker", ">Free GiB", ">Total GiB")
+    devices = _table("Node", "Device", "Name", "Worker", ">Free GiB", ">of")
     for node in nodes:
         for device in node.get("devices", ()):
             devices.add_row(
@@ -90,10 +90,17 @@ def print_models(listing: Mapping[str, Any], console: Console | None = None) -> 
 
 
 def _table(*columns: str) -> Table:
+    """Return a table; ``>`` marks a number. Names give way where a line is too long, numbers and states never."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         is_number = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if is_number else "left", overflow="fold")
+        name = column.removeprefix(">")
+        table.add_column(
+            name,
+            justify="right" if is_number else "left",
+            no_wrap=is_number or name in {"State", "Worker", "Device", "Version"},
+            overflow="fold",
+        )
     return table
 
 

@@ -10,6 +10,7 @@ replaced once, in silence.
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
+from typing import cast
 
 import httptools
 
@@ -197,8 +198,7 @@ class _Connection(asyncio.Protocol):
     # ------------------------------------------------------------ from the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its ancestry
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

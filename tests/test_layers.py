@@ -29,7 +29,7 @@ FLOORS = {
     "cortex.admin": 4,
     "cortex.gateway": 4.5,
     "cortex.asgi": 5,
-    "cortex.cli": 5,
+    "cortex.cli": 6,
     "cortex.demo": 5,
     "cortex": 9,
     "neuron.config": 0,
@@ -54,8 +54,6 @@ FLOORS = {
 ALSO = {
     # the project's version, read where a command or a page prints it
     ("cortex", "cortex.wire"),
-    # a wrong configuration is one of the process's errors
-    ("cortex.config", "cortex.errors"),
     # a dialect's frames are made by its compiled projector, which is of the same floor
     ("cortex.dialects", "cortex._fast"),
 }

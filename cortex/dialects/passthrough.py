@@ -153,14 +153,14 @@ def _begun_response(first: bytes) -> dict[str, Any]:
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
 CHAT = Dialect(
-    "chat",
+    "openai-chat",
     "/v1/chat/completions",
     error_body,
     chat_failure,
     re.compile(rb'"finish_reason": ?"(\w+)"'),
 )
 RESPONSES = Dialect(
-    "responses",
+    "openai-responses",
     "/v1/responses",
     error_body,
     responses_failure,

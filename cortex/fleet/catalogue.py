@@ -1,14 +1,15 @@
 """The catalogue: every model that an operator offers, by its id and by its aliases.
 
-Read once from ``models.toml`` and never changed; a reload makes another one. It knows nothing of what is loaded.
+Read once from ``models.toml`` and never changed; a reload makes another one. A file that is missing is an error; one
+that names no model leaves the offer to what the nodes have loaded by themselves. Nothing of that is known here.
 """
 
 import pathlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from cortex.config import ModelProfile, ModelsFile, convert, read_toml
-from cortex.errors import ConfigError
+from cortex.config import ModelProfile, ModelsFile
+from cortex.settings import ConfigError, convert, read_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,11 @@ def load(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
     """Return the catalogue in ``path``, whose profiles may name the given nodes.
 
     Raises:
-        ConfigError: a key is wrong, an id or alias is taken, an alias leads in a circle or nowhere, a profile names an
-            unknown node, or there is no model at all.
+        ConfigError: the file cannot be read, a key is wrong, an id or alias is taken, an alias leads in a circle or
+            nowhere, or a profile names an unknown node.
     """
     source = str(path)
     file = convert(read_toml(path), ModelsFile, source)
-    if not file.models:
-        raise ConfigError(source, "models", "names no model; a catalogue needs at least one [[models]]")
     profiles: dict[str, ModelProfile] = {}
     for index, profile in enumerate(file.models):
         if profile.id in profiles:

@@ -18,7 +18,7 @@ from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.control import read_error
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
-from cortex.fleet.router import Busy, Load, Serve, Unknown, offered_profile, route
+from cortex.fleet.router import Busy, Decision, Load, Serve, Unknown, offered_profile, route
 from cortex.fleet.state import Fleet, Seat
 from cortex.upstream import Header, Pool, Response
 from cortex.wire.errors import ApiError, ModelNotFoundError
@@ -80,14 +80,14 @@ class Dispatcher:
         self._pins = frozenset(profile.id for profile in catalogue.profiles.values() if profile.pinned)
 
     def knows(self, model: str) -> bool:
-        """Return whether a model is in the catalogue or on a node."""
-        return model in self._catalogue.profiles or model in self._fleet.state.listing
+        """Return whether a model is in the catalogue, or on a node even if that is down now."""
+        return model in self._catalogue.profiles or model in self._fleet.state.known
 
-    async def first_look(self) -> None:
-        """Return when every node has been polled once, or has had the time to be."""
+    async def first_look(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """Return when every node has been polled once or has had the time to be, or as soon as ``enough`` is true."""
         try:
             async with asyncio.timeout(self._first_look_s):
-                while not self._fleet.state.complete:
+                while not self._fleet.state.complete and not enough():
                     await self._fleet.changed()
         except TimeoutError:
             pass
@@ -142,27 +142,30 @@ class Dispatcher:
 
     async def _find(self, model: str, excluded: frozenset[str], last: ApiError | None) -> str:
         """Return a node that has the model ready, loading it if need be."""
-        while True:
-            state = self._fleet.state
-            profile = self._catalogue.profiles.get(model)
-            decision = route(state, model, profile, self._fleet.in_flight.by_node, excluded, self._pins)
-            match decision:
-                case Serve(node):
-                    return node
-                case Load(candidates):
-                    profile = profile or offered_profile(state, model)
-                    assert profile is not None
-                    return await self._loader.load(profile.spec(), candidates)
-                case Busy() | Unknown() if not state.complete:
-                    await self.first_look()
-                    if not self._fleet.state.complete:
-                        raise NoNodeError("The fleet has not been looked at yet.", retry_after_s=1)
-                case Busy(retry_after_s, reason):
-                    raise last or NoNodeError(f"{reason[0].upper()}{reason[1:]}.", retry_after_s=retry_after_s)
-                case Unknown():
-                    raise last or ModelNotFoundError(f"The model {model!r} does not exist.", param="model")
-                case _:
-                    assert_never(decision)
+        profile = self._catalogue.profiles.get(model)
+
+        def decide() -> Decision:
+            in_flight = self._fleet.in_flight.by_node
+            return route(self._fleet.state, model, profile, in_flight, excluded, self._pins)
+
+        decision = decide()
+        if not isinstance(decision, Serve) and not self._fleet.state.complete:
+            # Just started: a node that has not been heard of yet may have the model ready.
+            await self.first_look(lambda: isinstance(decide(), Serve))
+            decision = decide()
+        match decision:
+            case Serve(node):
+                return node
+            case Load(candidates):
+                profile = profile or offered_profile(self._fleet.state, model)
+                assert profile is not None
+                return await self._loader.load(profile.spec(), candidates)
+            case Busy(retry_after_s, reason):
+                raise last or NoNodeError(f"{reason[0].upper()}{reason[1:]}.", retry_after_s=retry_after_s)
+            case Unknown():
+                raise last or ModelNotFoundError(f"The model {model!r} does not exist.", param="model")
+            case _:
+                assert_never(decision)
 
     async def _post(self, node: str, question: Question) -> Response:
         timeouts = self._timeouts

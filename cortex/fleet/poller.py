@@ -30,6 +30,8 @@ class Poller:
     def start(self) -> None:
         """Begin; the first polls are under way when this returns."""
         self._tasks = [asyncio.create_task(self._watch(name), name=f"poll {name}") for name in self._neurons]
+        for task in self._tasks:
+            task.add_done_callback(_tell_why)
 
     async def stop(self) -> None:
         """Stop and wait for the tasks."""
@@ -98,3 +100,9 @@ class Poller:
         if excess <= 0:
             return settings.interval_s
         return max(settings.interval_s, min(settings.max_backoff_s, settings.interval_s * 2.0 ** min(excess, 16)))
+
+
+def _tell_why(task: asyncio.Task[None]) -> None:
+    """Log what ended a watch that nobody stopped: its node would look the same for ever."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("%s ended", task.get_name(), exc_info=error)

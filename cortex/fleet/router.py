@@ -83,6 +83,8 @@ def _route_cold(
     listing = state.listing.get(model, ())
     states = {node.name: node.models[model].state for node in listing}
     if profile is None and not listing:
+        if model in state.known:
+            return Busy(RETRY_RECOVERY_S, f"the nodes that have {model} are down")
         return Unknown()
     if ModelState.RECOVERING in states.values():
         return Busy(RETRY_RECOVERY_S, f"{model} is being recovered after a fault of its device")

@@ -48,8 +48,10 @@ class FleetState:
     """Every node by name, and for each model the nodes that serve it and those that list it, both in name order."""
 
     nodes: Mapping[str, Node]
-    serving: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
-    listing: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
+    serving: Mapping[str, tuple[Node, ...]]
+    listing: Mapping[str, tuple[Node, ...]]
+    known: frozenset[str]
+    """Models that nodes listed when they last answered, those that are down now included."""
 
     @classmethod
     def of(cls, nodes: Iterable[Node]) -> "FleetState":
@@ -68,6 +70,7 @@ class FleetState:
             MappingProxyType(by_name),
             {model: tuple(found) for model, found in serving.items()},
             {model: tuple(found) for model, found in listing.items()},
+            frozenset(model for node in by_name.values() for model in node.models),
         )
 
     def with_node(self, node: Node) -> "FleetState":
