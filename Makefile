@@ -12,6 +12,7 @@ ONCE ?=
 
 $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade "pip>=25.1"
 	$(PIP) install "meson-python>=0.18" "Cython>=3.1" ninja
 	touch $@
 
@@ -65,6 +66,11 @@ bench: $(VENV)/editable
 
 bench-regressions: $(VENV)/editable
 	$(BIN)/python -P -m pytest --benchmark-only
+
+FUZZ_RUNS ?= 1000000
+fuzz: $(VENV)/editable
+	$(PIP) install --group fuzz
+	for target in peek sse; do $(BIN)/python -P tests/fuzz/fuzz_$$target.py -runs=$(FUZZ_RUNS); done
 
 wheel: $(VENV)/made
 	$(PIP) install build

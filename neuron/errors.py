@@ -1,7 +1,7 @@
 """The errors of the daemon, beside those every process shares (:mod:`cortex.wire.errors`).
 
-Each has a stable code and an HTTP status; the message says what happened, with the value, and what can be done. Those of
-models and of the engine are beside them, since a worker process has no use for these.
+Each has a stable code and an HTTP status; the message says what happened, with the value, and what can be done. Those
+of models and of the engine are beside them, since a worker process has no use for these.
 """
 
 from cortex.wire.errors import ApiError, InvalidRequestError, UnavailableError, UnprocessableError
@@ -80,6 +80,12 @@ class ModelConflictError(UnprocessableError):
     """A model of this name is here already, with another source or limits."""
 
     code = "model_conflict"
+
+
+class ModelFailedError(UnavailableError):
+    """The model's last load failed; asking for it to be loaded tries again."""
+
+    code = "model_failed"
 
 
 class UnsupportedTokenizerError(UnprocessableError):

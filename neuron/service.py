@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
-import os
 import pathlib
 import platform
 import socket
@@ -21,7 +20,7 @@ import msgspec
 from granian.constants import Interfaces
 from granian.server.embed import Server
 
-from cortex.wire.errors import ApiError, UnavailableError
+from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
 from cortex.wire.node import (
     Discovery,
     Health,
@@ -36,7 +35,7 @@ from neuron import __version__, metrics
 from neuron.config import Config
 from neuron.device import probe
 from neuron.device.worker import Worker
-from neuron.errors import ListenError, NoHarnessError
+from neuron.errors import DeviceWorkerLostError, ListenError
 from neuron.harness import Harness
 from neuron.load import source
 from neuron.load.loader import Loader
@@ -46,6 +45,7 @@ from neuron.torch_harness import TorchHarness
 _log = logging.getLogger("neuron.service")
 
 STOPPING_RETRY_AFTER_S = 5.0
+START_RETRY_FIRST_S, START_RETRY_MAX_S = 2.0, 60.0
 
 
 class Service:
@@ -59,8 +59,9 @@ class Service:
         self._started = time.monotonic()
         self._state = NodeState.STARTING
         self._stopping = asyncio.Event()
-        self._devices = probe.parse_devices(config.daemon.devices)
-        self._workers = {device: self._worker(device) for device in self._devices}
+        available = [device.id for device in probe.probe().devices]
+        chosen = probe.parse_devices(config.daemon.devices, available)
+        self._workers = {device: self._worker(device) for device in chosen}
         self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
         self.models = ModelTable(
             Loader(pathlib.Path(cache) if (cache := config.daemon.cache) else source.default_cache()).load
@@ -92,7 +93,7 @@ class Service:
 
     async def discovery(self, dialects: Sequence[str]) -> Discovery:
         """Describe this host with fresh memory figures."""
-        host = await asyncio.to_thread(probe.probe_host)
+        host = await asyncio.to_thread(probe.probe)
         workers = self._workers
         return Discovery(
             name=self._config.daemon.name,
@@ -114,10 +115,7 @@ class Service:
         return Health(
             state=self._state,
             uptime_s=time.monotonic() - self._started,
-            workers=tuple(
-                WorkerHealth(device, worker.state, worker.restarts, worker.running, worker.waiting, worker.fault)
-                for device, worker in self._workers.items()
-            ),
+            workers=tuple(worker.health() for worker in self._workers.values()),
             activating=tuple(sorted(self._activating)),
         )
 
@@ -150,7 +148,7 @@ class Service:
             await asyncio.gather(
                 *(worker.stop(self._config.daemon.stop_timeout_s) for worker in self._workers.values())
             )
-            server.stop()
+            server.stop()  # type: ignore[no-untyped-call]
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
 
@@ -161,18 +159,42 @@ class Service:
             if entry.spec().harness in self._harnesses:
                 self.models.add(entry.spec(), self._harnesses[entry.spec().harness])
         self._activating = {entry.id for entry in preload}
-        started = await asyncio.gather(*(worker.start() for worker in self._workers.values()), return_exceptions=True)
-        for device, outcome in zip(self._workers, started, strict=True):
-            if isinstance(outcome, Exception):
-                _log.error("worker did not start device=%s error=%s", device, outcome)
-        self._state = NodeState.READY
-        for entry in preload:
+        starts = {asyncio.create_task(self._start(worker)) for worker in self._workers.values()}
+        try:
+            # One device that does not come up holds up neither the others nor the models that fit there.
+            await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+            self._state = NodeState.READY
+            for entry in preload:
+                await self._preload(entry.spec())
+            while starts:
+                done, starts = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+                if any(task.result() for task in done):
+                    for entry in preload:
+                        await self._preload(entry.spec())
+        finally:
+            for task in starts:
+                task.cancel()
+
+    async def _start(self, worker: Worker) -> bool:
+        """Start a worker, trying again with growing pauses; return whether it needed more than one try."""
+        pause_s = START_RETRY_FIRST_S
+        while True:
             try:
-                await self.load(entry.spec())
-            except ApiError as error:
-                _log.error("preload failed model=%s error=%s", entry.id, error.message)
-            finally:
-                self._activating.discard(entry.id)
+                await worker.start()
+            except DeviceWorkerLostError as error:
+                _log.error("worker did not start device=%s retry_s=%.0f error=%s", worker.device_id, pause_s, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, START_RETRY_MAX_S)
+            else:
+                return pause_s > START_RETRY_FIRST_S
+
+    async def _preload(self, spec: ModelSpec) -> None:
+        try:
+            await self.load(spec)
+        except ApiError as error:
+            _log.error("preload failed model=%s error=%s", spec.id, error.message)
+        finally:
+            self._activating.discard(spec.id)
 
     async def _drain(self) -> None:
         """Close admission and give running requests their time."""
@@ -199,12 +221,14 @@ class Service:
             metrics.WORKER_RESTARTS.labels(device).inc()
             await self.models.recover(device)
 
-        def changed(state: WorkerState) -> None:
-            if state is WorkerState.POISONED:
+        def changed(health: WorkerHealth) -> None:
+            _log.info("worker device=%s state=%s fault=%s", device, health.state, health.fault)
+            if health.state is WorkerState.POISONED:
                 self.models.lose(device)
 
-        command = [sys.executable, "-m", "neuron.engine", "--device", device]
-        return Worker(device, command, environment=dict(os.environ), on_state=changed, on_restarted=restarted)
+        limit = str(self._config.daemon.step_limit_s)
+        command = [sys.executable, "-P", "-m", "neuron.engine", "--step-limit-s", limit]
+        return Worker(device, command, on_state=changed, on_restarted=restarted)
 
 
 def _server(app: Any, listen: str) -> Server:

@@ -6,9 +6,12 @@ This module imports no torch; only the worker processes do.
 
 import array
 import asyncio
+import contextlib
 import pathlib
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
+
+import msgspec
 
 from cortex.wire.errors import (
     ApiError,
@@ -24,7 +27,7 @@ from neuron.device.jobs import LoadedModel, SamplerSettings, TokenRow
 from neuron.device.worker import Worker
 from neuron.errors import NoDeviceError
 from neuron.harness import Model, Progress
-from neuron.models.config import ModelConfig, read_config
+from neuron.models.config import GenerationDefaults, ModelConfig, read_config
 from neuron.models.sizing import plan_memory
 from neuron.text import tokenizer
 from neuron.text.detokenize import Detokenizer
@@ -34,6 +37,8 @@ INLINE_TOKENISE_CHARS = 20_000
 """Conversations up to this size are rendered on the event loop (about 5 ms); longer ones in a thread."""
 
 QUEUE_RETRY_AFTER_S = 2.0
+
+_SEED_MASK = (1 << 62) - 1
 
 
 class TorchHarness:
@@ -56,8 +61,8 @@ class TorchHarness:
         config = await asyncio.to_thread(read_config, path)
         files = await asyncio.to_thread(tokenizer.load, path)
         worker, free_bytes = await self._choose(spec)
-        plan_memory(config, spec, free_bytes, worker.device)
-        loaded = await worker.load(spec, path, progress)
+        plan_memory(config, spec, worker.device_id, free_bytes)
+        loaded = await _load(worker, spec, path, progress)
         return TorchModel(loaded, config, PromptFormat(files), files, worker, self._max_waiting)
 
     async def unload(self, model: Model) -> None:
@@ -73,7 +78,7 @@ class TorchHarness:
         candidates = [self._workers[device] for device in spec.devices or self._workers]
         ready = [worker for worker in candidates if worker.state is WorkerState.READY]
         if not ready:
-            states = ", ".join(f"{worker.device} is {worker.state}" for worker in candidates) or "there are none"
+            states = ", ".join(f"{worker.device_id} is {worker.state}" for worker in candidates) or "there are none"
             raise NoDeviceError(f"No device can take '{spec.id}': {states}.", retry_after_s=QUEUE_RETRY_AFTER_S)
         memory = await asyncio.gather(*(worker.memory() for worker in ready))
         free, worker = max(zip((m.free_bytes for m in memory), ready, strict=True), key=lambda pair: pair[0])
@@ -102,7 +107,7 @@ class TorchModel:
     @property
     def devices(self) -> tuple[str, ...]:
         """The one device it lives on."""
-        return (self.worker.device,)
+        return (self.worker.device_id,)
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
@@ -150,16 +155,13 @@ class TorchModel:
 
     def _start(self, run: "_Run", request: InferenceRequest, prompt: Prompt) -> None:
         room = self.loaded.context_tokens - len(prompt.ids)
-        settings = resolve_sampling(request.sampling, self._config)
+        max_tokens = min(request.max_tokens or room, room)
+        eos = () if request.ignore_eos else self._config.eos_ids
+        ids = array.array("i", prompt.ids).tobytes()
+        settings = resolve_sampling(request.sampling, self._config.generation)
         for choice in range(request.num_choices):
-            run.start(
-                choice,
-                model=self.loaded.model,
-                prompt=array.array("i", prompt.ids).tobytes(),
-                max_tokens=min(request.max_tokens or room, room),
-                eos=() if request.ignore_eos else self._config.eos_ids,
-                sampler=SamplerSettings(**{**settings, "seed": settings["seed"] + choice}),
-            )
+            sampler = msgspec.structs.replace(settings, seed=(settings.seed + choice) & _SEED_MASK)
+            run.start(choice, self.loaded.model, ids, max_tokens, eos, sampler)
 
 
 class _Run:
@@ -172,14 +174,16 @@ class _Run:
         self._arrived: list[tuple[int, TokenRow | ApiError]] = []
         self._wake = asyncio.Event()
 
-    def start(self, choice: int, **fields: object) -> None:
+    def start(
+        self, choice: int, model: str, prompt: bytes, max_tokens: int, eos: tuple[int, ...], sampler: SamplerSettings
+    ) -> None:
         """Submit one choice's sequence."""
 
         def sink(item: TokenRow | ApiError) -> None:
             self._arrived.append((choice, item))
             self._wake.set()
 
-        self._sequences[choice] = self._worker.generate(sink, **fields)
+        self._sequences[choice] = self._worker.generate(model, prompt, max_tokens, eos, sampler, sink)
 
     async def events(self, prompt_tokens: int) -> AsyncGenerator[list[InferenceEvent], None]:
         """Yield events until every choice has finished, or one has failed."""
@@ -234,24 +238,33 @@ def refuse_unsupported(request: InferenceRequest) -> None:
             raise UnsupportedParameterError(f"Unsupported parameter: '{name}' is not supported here.", param=name)
 
 
-def resolve_sampling(asked: Sampling, config: ModelConfig) -> dict[str, object]:
+async def _load(worker: Worker, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> LoadedModel:
+    """Load in the worker; a load nobody waits for any more is undone there."""
+    try:
+        return await worker.load(spec, str(path), progress=progress)
+    except asyncio.CancelledError:
+        with contextlib.suppress(ApiError):
+            await worker.unload(spec.id)
+        raise
+
+
+def resolve_sampling(asked: Sampling, defaults: GenerationDefaults) -> SamplerSettings:
     """Fill in what a request left open from the model's own generation config; without one, plain sampling."""
-    defaults = config.generation
 
     def pick(name: str, otherwise: float) -> float:
         for value in (getattr(asked, name), getattr(defaults, name, None)):
             if value is not None:
-                return value
+                return float(value)
         return otherwise
 
-    return {
-        "temperature": pick("temperature", 1.0),
-        "top_k": max(0, int(pick("top_k", 0))),
-        "top_p": pick("top_p", 1.0),
-        "min_p": pick("min_p", 0.0),
-        "repetition_penalty": pick("repetition_penalty", 1.0),
-        "presence_penalty": pick("presence_penalty", 0.0),
-        "frequency_penalty": pick("frequency_penalty", 0.0),
-        "logit_bias": tuple(asked.logit_bias.items()),
-        "seed": (secrets.randbits(62) if asked.seed is None else asked.seed) & ((1 << 62) - 1),
-    }
+    return SamplerSettings(
+        temperature=pick("temperature", 1.0),
+        top_k=max(0, int(pick("top_k", 0))),
+        top_p=pick("top_p", 1.0),
+        min_p=pick("min_p", 0.0),
+        repetition_penalty=pick("repetition_penalty", 1.0),
+        presence_penalty=pick("presence_penalty", 0.0),
+        frequency_penalty=pick("frequency_penalty", 0.0),
+        logit_bias=tuple(asked.logit_bias.items()),
+        seed=(secrets.randbits(62) if asked.seed is None else asked.seed) & _SEED_MASK,
+    )

@@ -1,9 +1,18 @@
-"""What all tests share: the small real model."""
+"""What the model and engine tests share: checkpoints, small and random or small and real, and an engine to run them."""
 
+import array
+import collections
+import contextlib
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 
+import msgspec
 import pytest
+
+from cortex.wire.errors import ErrorInfo
+from cortex.wire.node import ModelSpec
+from neuron.device import jobs
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +22,131 @@ def smollm2_gguf() -> pathlib.Path:
     if not named:
         pytest.skip("CORTEX_TEST_MODEL does not name SmolLM2-135M-Instruct.Q4_1.gguf")
     return pathlib.Path(named)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
+    """Write a tiny random model of transformers' as safetensors; odd sizes, so that nothing fits by chance."""
+    import torch
+    import transformers
+
+    def make(kind: str, *, shard: str | None = None, **changes: object) -> pathlib.Path:
+        settings: dict[str, object] = {
+            "vocab_size": 131,
+            "hidden_size": 48,
+            "intermediate_size": 77,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "initializer_range": 0.3,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **changes,
+        }
+        name = {"llama": "Llama", "qwen3": "Qwen3"}[kind]
+        if kind == "qwen3":
+            settings.setdefault("head_dim", 12)
+        torch.manual_seed(1)
+        model = getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(**settings))
+        for parameter_name, parameter in model.named_parameters():
+            # transformers starts these at 1 and 0, where a mix-up would not show.
+            if "norm" in parameter_name or parameter_name.endswith("bias"):
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
+    return make_checkpoint("llama")
+
+
+class EngineHarness:
+    """An engine driven as a device loop drives it: encoded messages in, encoded messages out."""
+
+    def __init__(self, free_bytes: int = 1 << 33) -> None:
+        from neuron.engine.engine import Engine
+
+        self.free_bytes = free_bytes
+        self.sent: list[jobs.FromWorker] = []
+        self.stopped = False
+        self._decoder = msgspec.msgpack.Decoder(jobs.FromWorker)
+        self.engine = Engine(
+            "cpu:0",
+            lambda message: self.sent.append(self._decoder.decode(message)),
+            lambda: (self.free_bytes, 1 << 34),
+            self._stop,
+        )
+
+    def _stop(self) -> None:
+        self.stopped = True
+
+    def tell(self, *messages: jobs.ToWorker) -> None:
+        for message in messages:
+            self.engine.handle(msgspec.msgpack.encode(message))
+
+    def run(self, max_steps: int = 100_000) -> None:
+        for _ in range(max_steps):
+            if not self.engine.busy:
+                return
+            self.engine.step()
+        raise AssertionError(f"still busy after {max_steps} steps")
+
+    def load(self, path: pathlib.Path, name: str = "m", **spec: object) -> jobs.FromWorker:
+        """Load a model in float32 and return the answer."""
+        settings = {"dtype": "float32", **spec}
+        self.tell(jobs.Load(1, ModelSpec(name, "test", **settings), str(path)))  # type: ignore[arg-type]
+        self.run()
+        return self.sent[-1]
+
+    def generate(
+        self,
+        number: int,
+        prompt: Sequence[int],
+        max_tokens: int = 16,
+        *,
+        model: str = "m",
+        eos: tuple[int, ...] = (),
+        **sampler: object,
+    ) -> None:
+        settings = jobs.SamplerSettings(**{"temperature": 0.0, **sampler})  # type: ignore[arg-type]
+        ids = array.array("i", prompt).tobytes()
+        self.tell(jobs.Generate(number, model, ids, max_tokens, eos, settings))
+
+    @property
+    def rows(self) -> list[jobs.TokenRow]:
+        return [row for message in self.sent if isinstance(message, jobs.Tokens) for row in message.rows]
+
+    def outputs(self) -> dict[int, list[int]]:
+        """Return the ids that each sequence was given."""
+        found: dict[int, list[int]] = collections.defaultdict(list)
+        for row in self.rows:
+            found[row.sequence].extend(array.array("i", row.ids))
+        return dict(found)
+
+    def ends(self) -> dict[int, jobs.SequenceEnd]:
+        return {row.sequence: row.end for row in self.rows if row.end is not None}
+
+    def failures(self) -> dict[int, ErrorInfo]:
+        return {sent.sequence: sent.error for sent in self.sent if isinstance(sent, jobs.SequenceFailed)}
+
+
+@pytest.fixture
+def harness() -> Callable[..., EngineHarness]:
+    return EngineHarness
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """Let torch use two threads at most."""
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))

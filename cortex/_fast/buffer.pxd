@@ -6,7 +6,7 @@ copy it makes.
 
 cimport cython
 from libc.stdint cimport uint8_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, strlen
 
 
 @cython.final
@@ -44,3 +44,8 @@ cdef inline int put(Buffer buffer, const char* text, Py_ssize_t length) except -
 cdef inline int put_bytes(Buffer buffer, bytes text) except -1:
     """Append a bytes object."""
     return put(buffer, <const char*>text, len(text))
+
+
+cdef inline int put_literal(Buffer buffer, const char* text) except -1:
+    """Append a literal: its length is known when this is compiled."""
+    return put(buffer, text, strlen(text))

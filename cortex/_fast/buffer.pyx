@@ -6,7 +6,7 @@ string in between.
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.mem cimport PyMem_Free, PyMem_Realloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from libc.math cimport isfinite
 from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memmove
@@ -39,9 +39,12 @@ cdef class Buffer:
     """Bytes that grow at the end. The only owner of its memory."""
 
     def __cinit__(self):
-        self.data = NULL
+        # Never NULL, so that no copy of zero bytes needs a test.
+        self.data = <char*>PyMem_Malloc(FIRST_CAPACITY)
+        if self.data == NULL:
+            raise MemoryError
         self.size = 0
-        self.capacity = 0
+        self.capacity = FIRST_CAPACITY
 
     def __dealloc__(self):
         PyMem_Free(self.data)
@@ -71,10 +74,7 @@ cdef class Buffer:
     cdef int grow(self, Py_ssize_t extra) except -1:
         """Make room for ``extra`` bytes, at least doubling."""
         cdef Py_ssize_t wanted = self.size + extra
-        cdef Py_ssize_t capacity = max(self.capacity * 2, <Py_ssize_t>FIRST_CAPACITY)
-        if wanted < 0:
-            raise MemoryError
-        capacity = max(capacity, wanted)
+        cdef Py_ssize_t capacity = max(self.capacity * 2, wanted)
         cdef char* data = <char*>PyMem_Realloc(self.data, capacity)
         if data == NULL:
             raise MemoryError
@@ -84,6 +84,8 @@ cdef class Buffer:
 
     cdef int put_text(self, str text) except -1:
         """Append ``text`` as the inside of a JSON string."""
+        if text is None:
+            raise TypeError("expected str, got None")
         cdef Py_ssize_t length = PyUnicode_GET_LENGTH(text)
         cdef const uint8_t* p = <const uint8_t*>PyUnicode_DATA(text)
         if not PyUnicode_IS_ASCII(text):

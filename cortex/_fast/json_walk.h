@@ -14,13 +14,6 @@ typedef struct {
     const uint8_t *value, *value_end; /* a string with its quotes */
 } json_member;
 
-static inline const uint8_t *json_space(const uint8_t *p, const uint8_t *end)
-{
-    while (p < end && (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t'))
-        p++;
-    return p;
-}
-
 /* Return what follows the string whose opening quote is at `p`, or NULL if it does not end. */
 static inline const uint8_t *json_skip_string(const uint8_t *p, const uint8_t *end)
 {

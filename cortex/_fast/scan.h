@@ -1,4 +1,4 @@
-/* Byte searches that every module here is built on: runs of plain text, line ends, keys.
+/* Byte searches that every module here is built on: runs of plain text, line ends, white space, keys.
  *
  * Text comes in long runs without a byte of interest, so each search tests 16 bytes at a time (SSE2, part of every
  * x86-64) or 8 (any other machine), and only the last few one by one. No search reads a byte outside [p, end).
@@ -31,20 +31,27 @@ static inline uint64_t scan_has(uint64_t word, uint8_t byte)
     return (x - SCAN_ONES) & ~x & SCAN_HIGHS;
 }
 
+#ifdef CORTEX_SSE2
+/* Return a bit for each of 16 bytes that is not plain ASCII inside a JSON string. */
+static inline unsigned scan_plain_mask(const uint8_t *p)
+{
+    __m128i x = _mm_loadu_si128((const __m128i *)p);
+    /* Signed: one comparison finds both the control characters and the bytes from 0x80 up. */
+    __m128i outside = _mm_cmplt_epi8(x, _mm_set1_epi8(' '));
+    __m128i quote = _mm_cmpeq_epi8(x, _mm_set1_epi8('"')), backslash = _mm_cmpeq_epi8(x, _mm_set1_epi8('\\'));
+    return (unsigned)_mm_movemask_epi8(_mm_or_si128(outside, _mm_or_si128(quote, backslash)));
+}
+#endif
+
 /* Return the first byte that ends a run of plain ASCII inside a JSON string: a quote, a backslash, a control
  * character or the start of a multi-byte character; `end` if there is none. */
 static inline const uint8_t *scan_plain(const uint8_t *p, const uint8_t *end)
 {
 #ifdef CORTEX_SSE2
-    const __m128i quote = _mm_set1_epi8('"'), backslash = _mm_set1_epi8('\\'), space = _mm_set1_epi8(' ');
     for (; end - p >= 16; p += 16) {
-        __m128i x = _mm_loadu_si128((const __m128i *)p);
-        /* Signed: one comparison finds both the control characters and the bytes from 0x80 up. */
-        __m128i hit = _mm_or_si128(_mm_cmplt_epi8(x, space),
-                                   _mm_or_si128(_mm_cmpeq_epi8(x, quote), _mm_cmpeq_epi8(x, backslash)));
-        int mask = _mm_movemask_epi8(hit);
+        unsigned mask = scan_plain_mask(p);
         if (mask)
-            return p + __builtin_ctz((unsigned)mask);
+            return p + __builtin_ctz(mask);
     }
 #else
     for (; end - p >= 8; p += 8) {
@@ -77,6 +84,14 @@ static inline const uint8_t *scan_either(const uint8_t *p, const uint8_t *end, u
     }
 #endif
     while (p < end && *p != a && *p != b)
+        p++;
+    return p;
+}
+
+/* Return what follows the white space that JSON allows between tokens. */
+static inline const uint8_t *json_space(const uint8_t *p, const uint8_t *end)
+{
+    while (p < end && (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t'))
         p++;
     return p;
 }

@@ -15,7 +15,7 @@ import msgspec
 
 from cortex.wire.errors import ApiError, ModelNotFoundError, UnavailableError
 from cortex.wire.node import ModelSpec, ModelState, ModelStatus
-from neuron.errors import ModelConflictError
+from neuron.errors import ModelConflictError, ModelFailedError
 from neuron.harness import Harness, Model
 
 _log = logging.getLogger("neuron.models")
@@ -24,6 +24,7 @@ Load = Callable[["Entry"], Awaitable[Model]]
 """Brings an entry's model up: fetches, checks and loads it (:mod:`neuron.load.loader`)."""
 
 LOADING_RETRY_AFTER_S = 2.0
+FAILED_RETRY_AFTER_S = 30.0
 
 
 @dataclass
@@ -107,12 +108,17 @@ class ModelTable:
 
         Raises:
             ModelNotFoundError: it is not loaded here.
+            ModelFailedError: its last load failed.
             UnavailableError: it is loading, draining or recovering.
         """
         entry = self.find(name)
-        if entry.state is ModelState.AVAILABLE or entry.state is ModelState.FAILED:
-            why = f": {entry.error}" if entry.error else "."
-            raise ModelNotFoundError(f"The model '{name}' is not loaded on this node{why}", param="model")
+        if entry.state is ModelState.AVAILABLE:
+            raise ModelNotFoundError(f"The model '{name}' is not loaded on this node.", param="model")
+        if entry.state is ModelState.FAILED:
+            raise ModelFailedError(
+                f"The model '{name}' could not be loaded on this node: {entry.error}",
+                retry_after_s=FAILED_RETRY_AFTER_S,
+            )
         if entry.state is not ModelState.READY or entry.model is None:
             raise UnavailableError(
                 f"The model '{name}' is {entry.state} on this node.", retry_after_s=LOADING_RETRY_AFTER_S

@@ -130,10 +130,9 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
     values = _json_object(path)
     if values is None:
         raise CorruptWeightsError(path, "no such file")
-    class_names = tuple(map(str, values.get("architectures") or ()))
-    architecture = find_architecture(str(values.get("model_type")), class_names or None, path)
-    _refuse_unsupported(values, path)
     fields = _Fields(path, values)
+    architecture = find_architecture(str(values.get("model_type")), fields.names("architectures") or None, path)
+    _refuse_unsupported(fields)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise CorruptWeightsError(path, "the rope parameters are not an object")
@@ -168,12 +167,12 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
 GENERATION_KEYS: Final = {field.name: field.name for field in dataclasses.fields(GenerationDefaults)}
 
 
-def _refuse_unsupported(values: Mapping[str, Any], path: pathlib.Path) -> None:
+def _refuse_unsupported(fields: "_Fields") -> None:
+    path, values = fields.path, fields.values
     if method := values.get("quantization_config"):
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise UnsupportedQuantizationError(f"{path}: quantization {name!r} is not supported")
-    others = set(values.get("layer_types") or ()) - {"full_attention"}
-    if values.get("use_sliding_window") or others:
+    if values.get("use_sliding_window") or set(fields.names("layer_types")) - {"full_attention"}:
         raise UnsupportedArchitectureError(f"{path}: sliding-window attention is not supported")
     if values.get("mlp_bias"):
         raise UnsupportedArchitectureError(f"{path}: biases in the MLP are not supported")
@@ -288,6 +287,14 @@ class _Fields:
         if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise CorruptWeightsError(self.path, f"{key} is {value!r}, not a positive number")
         return float(value)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise CorruptWeightsError(self.path, f"{key} is {value!r}, not a list of names")
+        return tuple(value)
 
     def flag(self, key: str) -> bool:
         value = self.values.get(key, False)

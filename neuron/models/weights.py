@@ -49,6 +49,8 @@ def open_weights(path: pathlib.Path) -> WeightSource:
 
     Raises :class:`CorruptWeightsError` and the errors of :func:`neuron.models.config.read_config`.
     """
+    if not path.exists():
+        raise CorruptWeightsError(path, "no such file or folder")
     source = SafetensorsSource(path) if path.is_dir() else GgufSource(path)
     try:
         check_shapes(path, source.config.tensor_shapes(), source.shapes(), source.config.tie_embeddings)

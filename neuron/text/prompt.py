@@ -65,7 +65,8 @@ class PromptFormat:
         ids = self._files.tokenizer.encode(text, add_special_tokens=request.prompt is not None).ids
         if add_bos and (bos := self._files.special_tokens.get("bos_token")) is not None:
             bos_id = self._files.tokenizer.token_to_id(bos)
-            ids = ids if ids[:1] == [bos_id] else [bos_id, *ids]
+            if bos_id is not None and ids[:1] != [bos_id]:
+                ids = [bos_id, *ids]
         if not ids:
             raise InvalidRequestError("Invalid 'messages': the prompt is empty.", param="messages")
         opened = self.tags is not None and text.rstrip().endswith(self.tags.start)

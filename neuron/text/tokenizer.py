@@ -86,8 +86,8 @@ def from_gguf(header: GgufHeader) -> TextFiles:
         pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
     special = [tokens[i] for i, token_kind in enumerate(kinds) if token_kind == _CONTROL]
     added = [tokens[i] for i, token_kind in enumerate(kinds) if token_kind == _USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])

@@ -8,7 +8,7 @@ from scripted_harness import ScriptedHarness
 
 from cortex.wire.errors import ApiError, ModelNotFoundError, UnavailableError, UnprocessableError
 from cortex.wire.node import ModelSpec, ModelState
-from neuron.errors import ModelConflictError
+from neuron.errors import ModelConflictError, ModelFailedError
 from neuron.harness import Model
 from neuron.load.table import Entry, ModelTable
 
@@ -54,7 +54,7 @@ def test_a_failed_load_is_told_to_all_and_can_be_tried_again() -> None:
         outcomes = await asyncio.gather(*(models.load(SPEC, harness) for _ in range(3)), return_exceptions=True)
         assert [str(outcome) for outcome in outcomes] == ["too big"] * 3
         assert (state(models), models.statuses()[0].error) == (ModelState.FAILED, "too big")
-        with pytest.raises(ModelNotFoundError, match="too big"), models.use("m"):
+        with pytest.raises(ModelFailedError, match="too big"), models.use("m"):
             pass
         harness.fails = None
         assert (await models.load(SPEC, harness)).state is ModelState.READY

@@ -1,0 +1,61 @@
+"""The worker process of one device: ``python -m neuron.engine --channel-fd N --device cpu:0``.
+
+Started by the daemon with its end of a channel. The device loop owns the device and the thread; this file joins it to
+the engine. The daemon decides when it ends: SIGINT, which a terminal sends to the whole group, is ignored.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+
+import msgspec
+import torch
+
+from neuron.device.driver import cuda_driver
+from neuron.device.jobs import Ready
+from neuron.device.loop import DeviceLoop, die_with_parent
+from neuron.device.probe import usable_cores
+from neuron.engine.engine import Engine
+from neuron.engine.process_memory import keep_activations_mapped
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve the device until the daemon is done with it; return the exit status."""
+    parser = argparse.ArgumentParser(prog="neuron.engine", description=__doc__)
+    parser.add_argument("--channel-fd", type=int, required=True, help="the inherited end of the daemon's channel")
+    parser.add_argument("--device", required=True, help="cpu:0, cuda:0, cuda:1, ...")
+    parser.add_argument("--step-limit-s", type=float, default=0.0, help="a longer step ends the process; 0: no limit")
+    parser.add_argument("--log-level", default="INFO")
+    options = parser.parse_args(arguments)
+    kind, _, ordinal = options.device.partition(":")
+    if kind not in {"cpu", "cuda"} or not ordinal.isdigit():
+        parser.error(f"--device is {options.device!r}, not cpu:N or cuda:N")
+    name = f"{kind}-dev-{ordinal}"
+    logging.basicConfig(level=options.log_level.upper(), format=f"%(levelname)s {name} %(name)s: %(message)s")
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    if kind == "cpu":
+        keep_activations_mapped()
+        torch.set_num_threads(usable_cores())
+    else:
+        torch.cuda.set_device(int(ordinal))
+    with DeviceLoop(
+        cuda_driver() if kind == "cuda" else None,
+        int(ordinal),
+        options.channel_fd,
+        name=name,
+        step_limit_s=options.step_limit_s,
+    ) as loop:
+        # Ends the loop after the message or step in hand, like the daemon's own Shutdown.
+        signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+        engine = Engine(options.device, loop.send, loop.memory, loop.stop)
+        free_bytes, total_bytes = loop.memory()
+        loop.send(msgspec.msgpack.encode(Ready(options.device, os.getpid(), total_bytes, free_bytes)))
+        return loop.run(engine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,435 @@
+"""The engine through its messages: what every request, job and fault comes to."""
+
+import array
+import gc
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from cortex.wire.node import ModelSpec
+from neuron.device import jobs
+from neuron.device.driver import DeviceFault
+from neuron.device.jobs import SequenceEnd
+from neuron.engine import loaded
+from neuron.engine.engine import Engine
+from neuron.engine.errors import raise_device_fault
+
+PROMPT = list(range(3, 43))
+HALF_A_TOKEN = jobs.Generate(1, "m", b"abc", 1, (), jobs.SamplerSettings())
+
+
+@pytest.fixture
+def driver(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> Any:
+    found = harness()
+    answer = found.load(tiny_llama)
+    assert isinstance(answer, jobs.Done), answer
+    return found
+
+
+def model_of(driver: Any, name: str = "m") -> Any:
+    return driver.engine._models[name]
+
+
+def reference_output(driver: Any, prompt: list[int], max_tokens: int, **sampler: Any) -> list[int]:
+    """What a sequence gets when it runs alone."""
+    driver.generate(999_999, prompt, max_tokens, **sampler)
+    driver.run()
+    found: list[int] = driver.outputs()[999_999]
+    driver.sent.clear()
+    return found
+
+
+def test_a_load_reports_its_progress_and_its_plan(driver: Any) -> None:
+    fractions = [message.fraction for message in driver.sent if isinstance(message, jobs.Progress)]
+    assert fractions == sorted(fractions)
+    assert fractions[0] == 0
+    done = driver.sent[-1]
+    assert done.job == 1
+    result = done.result
+    assert (result.model, result.architecture, result.dtype) == ("m", "llama", "float32")
+    assert result.context_tokens == 512
+    assert result.weights_bytes == sum(tensor.nbytes for tensor in weights_of(driver))
+    keys, values = model_of(driver).runner._keys, model_of(driver).runner._values
+    page_bytes = (keys[:, 0].numel() + values[:, 0].numel()) * 4
+    assert result.kv_cache_bytes == keys.nbytes + values.nbytes - page_bytes
+
+
+def weights_of(driver: Any) -> list[torch.Tensor]:
+    weights = model_of(driver).runner._weights
+    layers = [getattr(layer, name) for layer in weights.layers for name in layer.__slots__]
+    return [tensor for tensor in (weights.embedding, weights.norm, weights.head, *layers) if tensor is not None]
+
+
+def test_rows_are_one_message_a_step_and_count_the_queue(driver: Any) -> None:
+    driver.sent.clear()
+    for number in range(20):
+        driver.generate(number, PROMPT[: 5 + number], 6)
+    driver.run()
+    messages = [message for message in driver.sent if isinstance(message, jobs.Tokens)]
+    assert len(messages) == len(driver.sent)
+    assert messages[0].running == 16
+    assert messages[0].waiting == 4
+    assert (messages[-1].running, messages[-1].waiting) == (0, 0)
+    assert all(len(message.rows) <= 16 for message in messages)
+    assert all(len(tokens) == 6 for tokens in driver.outputs().values())
+    assert set(driver.ends().values()) == {SequenceEnd.LENGTH}
+    first_of: dict[int, jobs.TokenRow] = {}
+    for row in driver.rows:
+        assert (row.prompt_cached == 0) == (row.sequence not in first_of)
+        first_of.setdefault(row.sequence, row)
+
+
+def test_an_eos_ends_a_sequence_and_is_not_among_its_ids(driver: Any) -> None:
+    plain = reference_output(driver, PROMPT, 30)
+    stop = plain[7]
+    driver.generate(1, PROMPT, 30, eos=(stop, 130))
+    driver.run()
+    assert driver.outputs()[1] == plain[: plain.index(stop)]
+    assert driver.ends() == {1: SequenceEnd.STOP}
+    # The very first token may be one.
+    driver.sent.clear()
+    driver.generate(2, PROMPT, 30, eos=(plain[0],))
+    driver.run()
+    assert driver.rows == [jobs.TokenRow(2, b"", SequenceEnd.STOP, 0)]
+
+
+def test_the_context_bounds_the_output(driver: Any) -> None:
+    driver.generate(1, [5] * 500, 1000)
+    driver.run()
+    assert len(driver.outputs()[1]) == 12
+    assert driver.ends() == {1: SequenceEnd.LENGTH}
+
+
+@pytest.mark.parametrize(
+    ("request_of", "code", "status", "named"),
+    [
+        (lambda d: d.generate(1, [5] * 512), "context_length_exceeded", 400, "512"),
+        (lambda d: d.generate(1, []), "invalid_value", 400, "no tokens"),
+        (lambda d: d.generate(1, [5, 131]), "invalid_value", 400, "131"),
+        (lambda d: d.generate(1, [5, -1]), "invalid_value", 400, "131"),
+        (lambda d: d.generate(1, PROMPT, 0), "invalid_value", 400, "max_tokens"),
+        (lambda d: d.generate(1, PROMPT, temperature=float("nan")), "invalid_value", 400, "temperature"),
+        (lambda d: d.generate(1, PROMPT, model="other"), "model_not_found", 404, "other"),
+        (lambda d: d.tell(HALF_A_TOKEN), "invalid_value", 400, "tokens"),
+    ],
+)  # fmt: skip
+def test_a_request_that_can_never_be_served_fails_at_once(
+    driver: Any, request_of: Callable[[Any], None], code: str, status: int, named: str
+) -> None:
+    request_of(driver)
+    error = driver.failures()[1]
+    assert (error.code, error.status) == (code, status)
+    assert named in error.message
+    assert not driver.engine.busy
+    assert len(reference_output(driver, PROMPT, 3)) == 3
+
+
+def test_neighbours_and_chunks_change_no_token(driver: Any) -> None:
+    settings = [{"temperature": 0.0}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.0, "seed": 5, "top_p": 0.9},
+                {"temperature": 1.0, "seed": 6, "repetition_penalty": 1.2}]  # fmt: skip
+    requests = [(PROMPT[: 1 + 3 * i], settings[i % 4]) for i in range(12)]
+    alone = [reference_output(driver, prompt, 20, **sampler) for prompt, sampler in requests]
+    for number, (prompt, sampler) in enumerate(requests):
+        driver.generate(number, prompt, 20, **sampler)
+        driver.engine.step()
+    driver.run()
+    assert [driver.outputs()[number] for number in range(12)] == alone
+    assert reference_output(driver, PROMPT, 20, temperature=1.0, seed=1) != reference_output(
+        driver, PROMPT, 20, temperature=1.0, seed=2
+    )
+
+
+# ------------------------------------------------------------------ cancel
+
+
+def cancelled(driver: Any, number: int) -> None:
+    """Cancel and check that it took effect there and then."""
+    before = len(driver.sent)
+    driver.tell(jobs.Cancel(number))
+    rows = driver.sent[before].rows
+    assert rows == (jobs.TokenRow(number, b"", SequenceEnd.CANCELLED),)
+    model_of(driver).scheduler.check_integrity()
+    assert number not in model_of(driver).scheduler.running
+    assert number not in model_of(driver).scheduler.waiting
+
+
+def test_cancel_while_waiting_prefilling_and_decoding(driver: Any) -> None:
+    plain = reference_output(driver, PROMPT, 10)
+    scheduler = model_of(driver).scheduler
+    for number in range(16):
+        driver.generate(number, PROMPT, 10)
+    driver.generate(16, PROMPT, 10)
+    driver.engine.step()
+    assert 16 in scheduler.waiting
+    cancelled(driver, 16)
+    # 16 prompts of 40 tokens do not fit one step of 512: some are still prefilling.
+    prefilling = next(s.number for s in scheduler.running.values() if s.num_computed < s.num_prompt)
+    cancelled(driver, prefilling)
+    driver.engine.step()
+    decoding = next(s.number for s in scheduler.running.values() if s.num_output > 1)
+    cancelled(driver, decoding)
+    driver.run()
+    survivors = set(range(16)) - {prefilling, decoding}
+    assert {number for number, end in driver.ends().items() if end is SequenceEnd.LENGTH} == survivors
+    assert all(driver.outputs()[number] == plain for number in survivors)
+    sent = len(driver.sent)
+    for number in (0, 16, 4711):
+        driver.tell(jobs.Cancel(number))
+    assert len(driver.sent) == sent, "finished and unknown sequences are ignored"
+    assert scheduler.pool.num_free == scheduler.limits.num_pages
+
+
+def test_a_number_that_runs_already_is_refused_and_the_first_goes_on(driver: Any) -> None:
+    driver.generate(1, PROMPT, 5)
+    driver.generate(1, PROMPT, 5)
+    assert driver.failures()[1].status == 500
+    driver.run()
+    assert len(driver.outputs()[1]) == 5
+
+
+# ------------------------------------------------------------------ errors within a step
+
+
+def test_a_nan_is_its_own_sequences_error(driver: Any) -> None:
+    """One token's embedding is poisoned: who uses it fails; who shares the batch, or gets the pages next, does not."""
+    runner = model_of(driver).runner
+    plain = {number: reference_output(driver, PROMPT[: 10 + number], 30) for number in range(4)}
+    runner._weights.embedding[100] = float("nan")
+    for number in range(4):
+        driver.generate(number, PROMPT[: 10 + number], 30)
+    driver.generate(50, [*PROMPT, 100, *PROMPT], 30)
+    driver.engine.step()
+    for number in range(51, 58):
+        driver.generate(number, [100] * 33, 30)
+    driver.run()
+    assert sorted(driver.failures()) == [50, *range(51, 58)]
+    assert {error.code for error in driver.failures().values()} == {"non_finite_logits"}
+    assert {number: driver.outputs()[number] for number in range(4)} == plain
+    assert not runner._keys.isnan().any()
+    assert not runner._values.isnan().any()
+    driver.sent.clear()
+    for number in range(60, 76):
+        driver.generate(number, PROMPT[:11], 30)
+    driver.run()
+    assert all(driver.outputs()[number] == plain[1] for number in range(60, 76))
+
+
+def test_a_nan_in_a_chunk_fails_before_the_prompt_is_done(driver: Any) -> None:
+    model_of(driver).runner._weights.embedding[100] = float("nan")
+    driver.generate(1, PROMPT[:5], 400)
+    driver.engine.step()
+    driver.generate(2, [100] * 300, 5)
+    driver.engine.step()
+    assert driver.failures()[2].code == "non_finite_logits"
+
+
+def test_an_exception_in_a_step_fails_those_in_it_and_nobody_else(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = model_of(driver).runner
+    run = runner.run
+
+    def fail_once(plan: Any) -> Any:
+        monkeypatch.setattr(runner, "run", run)
+        raise ValueError("a broken kernel")
+
+    driver.generate(1, PROMPT, 5)
+    driver.engine.step()
+    monkeypatch.setattr(runner, "run", fail_once)
+    driver.generate(2, PROMPT, 5)
+    driver.run()
+    assert set(driver.failures()) == {1, 2}
+    assert "a broken kernel" in driver.failures()[1].message
+    assert model_of(driver).scheduler.pool.num_free == model_of(driver).scheduler.limits.num_pages
+    assert len(reference_output(driver, PROMPT, 5)) == 5
+
+
+def test_running_out_of_memory_is_temporary(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(plan: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA error: out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(model_of(driver).runner, "run", fail)
+    driver.generate(1, PROMPT, 5)
+    driver.run()
+    assert driver.failures()[1].status == 503
+    assert driver.failures()[1].retry_after_s
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        DeviceFault("cuGraphLaunch", 700, "CUDA_ERROR_ILLEGAL_ADDRESS"),
+    ],
+    ids=str,
+)
+def test_a_device_fault_leaves_the_engine(driver: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(plan: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(model_of(driver).runner, "run", fail)
+    driver.generate(1, PROMPT, 5)
+    with pytest.raises(DeviceFault):
+        driver.run()
+
+
+def test_other_exceptions_are_no_faults() -> None:
+    for error in (ValueError("CUDA error"), RuntimeError("shape mismatch"), torch.OutOfMemoryError("CUDA error")):
+        raise_device_fault(error)
+
+
+# ------------------------------------------------------------------ jobs
+
+
+def test_two_models_take_turns(driver: Any, make_checkpoint: Callable[..., pathlib.Path]) -> None:
+    other = make_checkpoint("qwen3")
+    assert isinstance(driver.load(other, "other"), jobs.Done)
+    alone = {name: [] for name in ("m", "other")}
+    for name in alone:
+        driver.generate(1, PROMPT, 12, model=name)
+        driver.run()
+        alone[name] = driver.outputs()[1]
+        driver.sent.clear()
+    driver.generate(1, PROMPT, 12)
+    driver.generate(2, PROMPT, 12, model="other")
+    driver.run()
+    assert driver.outputs() == {1: alone["m"], 2: alone["other"]}
+    assert [row.sequence for row in driver.rows] == [1, 2] * 12
+
+
+def test_a_load_does_not_stall_what_runs(driver: Any, tiny_llama: pathlib.Path) -> None:
+    driver.generate(1, PROMPT, 60)
+    driver.engine.step()
+    driver.sent.clear()
+    driver.tell(jobs.Load(7, ModelSpec("second", "x", dtype="float32"), str(tiny_llama)))
+    while not any(isinstance(message, jobs.Done) for message in driver.sent):
+        before = len(driver.rows)
+        driver.engine.step()
+        assert len(driver.rows) == before + 1
+    assert 2 < len(driver.rows) < 59
+
+
+def test_a_load_that_fails_names_the_reason_and_the_engine_goes_on(
+    driver: Any, tiny_llama: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((tiny_llama / "model.safetensors").read_bytes()[:-100])
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    for path, spec, code, status in (
+        (tmp_path, {}, "corrupt_weights", 422),
+        (broken, {}, "corrupt_weights", 422),
+        (tmp_path / "absent", {}, "corrupt_weights", 422),
+        (tiny_llama, {"dtype": "int2"}, "invalid_value", 400),
+        (tiny_llama, {"context_tokens": 513}, "invalid_value", 400),
+        (tiny_llama, {"tensor_parallel": 2}, "unprocessable", 422),
+        (tiny_llama, {"name": "m"}, "unprocessable", 422),
+    ):
+        answer = driver.load(path, **{"name": "new", **spec})
+        assert isinstance(answer, jobs.JobFailed), (path, spec)
+        assert (answer.error.code, answer.error.status) == (code, status)
+    driver.free_bytes = 1 << 20
+    answer = driver.load(tiny_llama, "new")
+    assert isinstance(answer, jobs.JobFailed)
+    assert answer.error.code == "model_does_not_fit"
+    assert "needs" in answer.error.message
+    assert len(reference_output(driver, PROMPT, 3)) == 3
+
+
+def test_what_is_promised_to_one_models_cache_is_not_free_for_the_next(driver: Any, tiny_llama: pathlib.Path) -> None:
+    taken = model_of(driver).plan.kv_cache_bytes
+    driver.tell(jobs.QueryMemory(3))
+    memory = driver.sent[-1].result
+    assert memory.free_bytes == driver.free_bytes - taken
+    assert memory.used_bytes > 0
+    driver.free_bytes = taken + (1 << 20)
+    assert isinstance(driver.load(tiny_llama, "second"), jobs.JobFailed)
+
+
+def test_unload_cancels_and_forgets(driver: Any) -> None:
+    for number in range(20):
+        driver.generate(number, PROMPT, 50)
+    driver.engine.step()
+    driver.tell(jobs.Unload(9, "m"))
+    assert set(driver.ends()) == set(range(20))
+    assert set(driver.ends().values()) == {SequenceEnd.CANCELLED}
+    assert driver.sent[-1] == jobs.Done(9)
+    assert not driver.engine.busy
+    driver.generate(50, PROMPT)
+    assert driver.failures()[50].code == "model_not_found"
+    driver.tell(jobs.Unload(10, "m"))
+    assert driver.sent[-1].error.code == "model_not_found"
+
+
+def test_unload_while_loading_ends_both(driver: Any, tiny_llama: pathlib.Path) -> None:
+    driver.tell(jobs.Load(7, ModelSpec("second", "x"), str(tiny_llama)))
+    driver.engine.step()
+    driver.tell(jobs.Unload(8, "second"))
+    assert [type(message) for message in driver.sent[-2:]] == [jobs.JobFailed, jobs.Done]
+    assert driver.sent[-2].job == 7
+    assert not driver.engine.busy
+    assert isinstance(driver.load(tiny_llama, "second"), jobs.Done)
+
+
+def test_shutdown_cancels_everything_and_stops(driver: Any) -> None:
+    driver.generate(1, PROMPT, 50)
+    driver.engine.step()
+    driver.tell(jobs.Shutdown())
+    assert driver.ends() == {1: SequenceEnd.CANCELLED}
+    assert driver.stopped
+    assert not driver.engine.busy
+
+
+def test_what_is_no_message_is_not_swallowed(driver: Any) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        driver.engine.handle(b"\xc1")
+
+
+def num_tensors() -> int:
+    return sum(type(found) is torch.Tensor for found in gc.get_objects())
+
+
+def test_unload_returns_every_byte(harness: Callable[..., Any], make_checkpoint: Callable[..., pathlib.Path]) -> None:
+    """12 MB of weights and some touched cache, loaded and dropped again and again: the process does not grow."""
+    path = make_checkpoint("llama", hidden_size=384, intermediate_size=1024, vocab_size=2000, num_hidden_layers=2)
+    driver = harness()
+    process = psutil.Process()
+
+    def cycle() -> None:
+        assert isinstance(driver.load(path), jobs.Done)
+        driver.generate(1, PROMPT * 8, 40, temperature=1.0, presence_penalty=0.1)
+        driver.run()
+        assert len(driver.outputs()[1]) == 40
+        driver.tell(jobs.Unload(2, "m"))
+        driver.sent.clear()
+
+    for _ in range(3):
+        cycle()
+    tensors = num_tensors()
+    before = process.memory_info().rss
+    for _ in range(12):
+        cycle()
+    assert num_tensors() == tensors
+    # A leak of one model a cycle would be 140 MB.
+    assert process.memory_info().rss - before < 8 << 20
+
+
+def test_ids_are_int32_in_machine_order(driver: Any) -> None:
+    driver.generate(1, PROMPT, 3)
+    driver.run()
+    joined = b"".join(row.ids for row in driver.rows)
+    assert np.frombuffer(joined, np.int32).tolist() == array.array("i", joined).tolist() == driver.outputs()[1]
+
+
+def test_every_job_of_the_channel_is_handled() -> None:
+    """A message type that is added to the channel must reach the engine's match."""
+    source = pathlib.Path(loaded.__file__).with_name("engine.py").read_text()
+    for job in jobs.ToWorker.__args__:
+        assert f"case {job.__name__}()" in source
+    assert Engine.handle.__doc__

@@ -1,0 +1,208 @@
+"""Sampling: the distributions it draws from, that a seed decides everything, and each setting against its formula."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cortex.wire.errors import InvalidRequestError
+from neuron.device.jobs import SamplerSettings
+from neuron.engine.sampler import NON_FINITE, Sampler, check_settings, uniform
+from neuron.triton_kernels import reference
+
+DRAWS = 20_000
+CPU = torch.device("cpu")
+
+
+def draw(logits: torch.Tensor, draws: int = DRAWS, **settings: Any) -> np.ndarray[Any, Any]:
+    """Return how often each token comes out of ``draws`` rows of the same ``logits``, one seed each."""
+    sampler = Sampler(1, len(logits), CPU)
+    sampler.admit(0, SamplerSettings(**settings), np.zeros(1, np.int32))
+    seats = np.zeros(draws, np.int32)
+    ids = sampler.sample(logits.repeat(draws, 1), seats, np.arange(draws, dtype=np.int32))
+    return np.bincount(ids.numpy(), minlength=len(logits))
+
+
+def expected_probabilities(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray[Any, Any]:
+    """The textbook, one token at a time."""
+    p = (logits.double() / temperature).softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda token: -p[token])
+    kept = order[: top_k or len(p)]
+    total = sum(p[token] for token in kept)
+    chosen, mass = [], 0.0
+    for token in kept:
+        if mass >= top_p and chosen:
+            break
+        chosen.append(token)
+        mass += p[token] / total
+    chosen = [token for token in chosen if p[token] >= min_p * p[order[0]]]
+    total = sum(p[token] for token in chosen)
+    found = np.zeros(len(p))
+    found[chosen] = [p[token] / total for token in chosen]
+    return found
+
+
+def assert_drawn_from(counts: np.ndarray[Any, Any], probabilities: np.ndarray[Any, Any]) -> None:
+    """Chi-square with its cells over 5 expected draws, at 5 standard deviations; nothing from outside the support."""
+    assert counts[probabilities == 0].sum() == 0
+    expected = probabilities * counts.sum()
+    cells = expected >= 5
+    statistic = ((counts[cells] - expected[cells]) ** 2 / expected[cells]).sum()
+    freedom = max(1, int(cells.sum()) - 1)
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom), f"chi-square {statistic:.1f} with {freedom} degrees"
+
+
+@pytest.mark.parametrize("vocab_size", [5, 97, 1500])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 1.7},
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 4, "top_p": 0.6},
+        {"top_p": 0.3},
+        {"top_p": 0.9},
+        {"top_p": 0.0},
+        {"min_p": 0.2},
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.05},
+    ],
+    ids=str,
+)
+def test_tokens_come_as_often_as_they_should(vocab_size: int, settings: dict[str, Any]) -> None:
+    torch.manual_seed(vocab_size)
+    logits = torch.randn(vocab_size) * 2
+    assert_drawn_from(draw(logits, **settings), expected_probabilities(logits, **settings))
+
+
+def test_top_p_of_a_flat_distribution_needs_more_than_the_first_candidates() -> None:
+    logits = torch.linspace(0.0, 0.5, 4 * reference.TOP_P_CANDIDATES)
+    assert_drawn_from(draw(logits, 5000, top_p=0.8), expected_probabilities(logits, top_p=0.8))
+
+
+def test_the_chi_square_notices_a_wrong_distribution() -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(97) * 2
+    with pytest.raises(AssertionError, match="chi-square"):
+        assert_drawn_from(draw(logits, temperature=1.1), expected_probabilities(logits))
+
+
+def test_uniform_numbers_are_uniform_and_independent() -> None:
+    seeds, counters = np.meshgrid(np.arange(256, dtype=np.uint64), np.arange(256, dtype=np.int32))
+    numbers = uniform(seeds.ravel(), counters.ravel())
+    assert 0 <= numbers.min() < numbers.max() < 1
+    assert_drawn_from(np.bincount((numbers * 64).astype(int), minlength=64), np.full(64, 1 / 64))
+    pairs = (numbers[:-1] * 8).astype(int) * 8 + (numbers[1:] * 8).astype(int)
+    assert_drawn_from(np.bincount(pairs, minlength=64), np.full(64, 1 / 64))
+
+
+def test_a_row_depends_on_its_own_seed_and_step_only() -> None:
+    torch.manual_seed(0)
+    vocab_size, rows = 1000, 12
+    sampler = Sampler(rows, vocab_size, CPU)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.0},
+        {"top_k": 40},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"top_p": 0.5},
+    ]
+    for seat in range(rows):
+        settings = SamplerSettings(**{"temperature": 1.2, "seed": seat // 6, **kinds[seat % 6]})
+        sampler.admit(seat, settings, np.zeros(1, np.int32))
+    logits = torch.randn(rows, vocab_size)
+    seats = np.arange(rows, dtype=np.int32)
+    together = sampler.sample(logits.clone(), seats, seats + 3).tolist()
+    for order in (seats[::-1], seats[3:7]):
+        shuffled = sampler.sample(logits[order.copy()].clone(), order.copy(), order + 3)
+        assert shuffled.tolist() == [together[seat] for seat in order]
+    for seat in range(rows):
+        alone = sampler.sample(logits[seat : seat + 1].clone(), seats[seat : seat + 1], seats[seat : seat + 1] + 3)
+        assert alone.tolist() == [together[seat]]
+    others = [draw(torch.zeros(vocab_size), 50, seed=seed).nonzero()[0].tolist() for seed in (1, 2, -1, 1 << 63)]
+    assert len({tuple(other) for other in others}) == 4
+
+
+def test_penalties_and_bias_follow_their_formulas() -> None:
+    torch.manual_seed(1)
+    vocab_size = 30
+    logits = torch.randn(1, vocab_size) * 3
+    settings = SamplerSettings(
+        temperature=0.0,
+        repetition_penalty=1.3,
+        presence_penalty=0.7,
+        frequency_penalty=0.4,
+        logit_bias=((4, 2.5), (9, -50.0)),
+    )
+    prompt, output = [3, 4, 4, 11], []
+    sampler = Sampler(2, vocab_size, CPU)
+    seat = np.ones(1, np.int32)
+    sampler.admit(1, settings, np.array(prompt, np.int32))
+    for step in range(25):
+        expected = logits[0].clone()
+        for token in {*prompt, *output}:
+            expected[token] = expected[token] / 1.3 if expected[token] > 0 else expected[token] * 1.3
+        for token in set(output):
+            expected[token] -= 0.7 + 0.4 * output.count(token)
+        expected[4] += 2.5
+        expected[9] -= 50.0
+        found = sampler.sample(logits.clone(), seat, np.array([step], np.int32))
+        assert found.tolist() == [int(expected.argmax())]
+        output += found.tolist()
+    assert len(set(output)) > 3
+    # The next sequence on this seat starts clean.
+    sampler.admit(1, SamplerSettings(temperature=0.0, presence_penalty=1e-6), np.array([1], np.int32))
+    assert sampler.sample(logits.clone(), seat, np.zeros(1, np.int32)).tolist() == [int(logits.argmax())]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 3}, {"presence_penalty": 1.0}]
+)
+def test_a_bad_row_is_reported_and_its_neighbours_go_on(bad: float, settings: dict[str, Any]) -> None:
+    sampler = Sampler(3, 600, CPU)
+    for seat in range(3):
+        sampler.admit(seat, SamplerSettings(**settings), np.zeros(1, np.int32))
+    logits = torch.randn(3, 600)
+    seats, steps = np.arange(3, dtype=np.int32), np.zeros(3, np.int32)
+    expected = sampler.sample(logits.clone(), seats, steps).tolist()
+    for seat in range(3):
+        sampler.admit(seat, SamplerSettings(**settings), np.zeros(1, np.int32))
+    logits[1, 17] = bad
+    assert sampler.sample(logits, seats, steps).tolist() == [expected[0], NON_FINITE, expected[2]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"min_p": -0.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"presence_penalty": math.inf}, "presence_penalty"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty"),
+        ({"logit_bias": ((30, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((1, math.nan),)}, "logit_bias"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(settings: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_settings(SamplerSettings(**settings), 30)
+    assert caught.value.param == param
+
+
+def test_the_smallest_temperatures_are_greedy() -> None:
+    check_settings(SamplerSettings(temperature=1e-30), 30)
+    logits = torch.randn(30)
+    assert draw(logits, 10, temperature=1e-30)[int(logits.argmax())] == 10

@@ -1,0 +1,225 @@
+"""Configurations and memory plans: what is read, what is refused, and that both sizes agree with the real weights."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cortex.wire.errors import ApiError, InvalidRequestError
+from cortex.wire.node import ModelSpec
+from neuron.models import sizing
+from neuron.models.config import ModelConfig, read_config
+from neuron.models.errors import (
+    CorruptWeightsError,
+    DoesNotFitError,
+    UnsupportedArchitectureError,
+    UnsupportedQuantizationError,
+    UnsupportedRopeError,
+)
+from neuron.models.sizing import plan_memory, resolve_dtype
+
+QWEN3_8B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "eos_token_id": 151645,
+    "bos_token_id": 151643,
+}
+
+
+def write(folder: pathlib.Path, generation: dict[str, Any] | None = None, **changes: Any) -> pathlib.Path:
+    values = {key: value for key, value in {**QWEN3_8B, **changes}.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(values))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def test_a_published_configuration(tmp_path: pathlib.Path) -> None:
+    generation = {"eos_token_id": [151645, 151643], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True}
+    config = read_config(write(tmp_path, generation))
+    assert config.architecture.name == "qwen3"
+    assert config.eos_ids == (151645, 151643)
+    assert config.bos_id == 151643
+    assert (config.generation.temperature, config.generation.top_k, config.generation.top_p) == (0.6, 20, 0.95)
+    assert (config.generation.min_p, config.generation.repetition_penalty) == (None, None)
+    # As published: 8,190,735,360 parameters.
+    assert config.num_parameters() == 8_190_735_360
+    assert config.weights_bytes("bfloat16") == 2 * 8_190_735_360
+    assert config.kv_bytes_per_token("bfloat16") == 147_456
+
+
+def test_the_number_of_parameters_is_that_of_the_tensors(make_checkpoint: Callable[..., pathlib.Path]) -> None:
+    import math
+
+    for changes in ({"kind": "llama", "attention_bias": True}, {"kind": "qwen3", "tie_word_embeddings": True}):
+        config = read_config(make_checkpoint(**changes))
+        assert config.num_parameters() == sum(math.prod(shape) for shape in config.tensor_shapes().values())
+
+
+def test_gguf_metadata(smollm2_gguf: pathlib.Path) -> None:
+    config = read_config(smollm2_gguf)
+    assert config.num_parameters() == 134_515_008
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.context_tokens) == (9, 3, 64, 8192)
+    assert config.tie_embeddings
+    assert config.eos_ids == (2,)
+    assert config.rope_theta == 100000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"model_type": "mamba"}, UnsupportedArchitectureError, "mamba"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, UnsupportedArchitectureError, "SequenceClass"),
+        ({"use_sliding_window": True}, UnsupportedArchitectureError, "sliding"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, UnsupportedArchitectureError, "sliding"),
+        ({"hidden_act": "gelu"}, UnsupportedArchitectureError, "gelu"),
+        ({"mlp_bias": True}, UnsupportedArchitectureError, "MLP"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, UnsupportedRopeError, "yarn"),
+        ({"rope_scaling": {"type": "linear"}}, UnsupportedRopeError, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, UnsupportedRopeError, "linear"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, UnsupportedRopeError, "low_freq_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, UnsupportedRopeError, "part of the head"),
+        ({"rope_parameters": [1]}, CorruptWeightsError, "rope"),
+        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedQuantizationError, "awq"),
+        ({"hidden_size": "absent"}, CorruptWeightsError, "hidden_size"),
+        ({"hidden_size": -4}, CorruptWeightsError, "hidden_size"),
+        ({"vocab_size": True}, CorruptWeightsError, "vocab_size"),
+        ({"num_hidden_layers": 1 << 40}, CorruptWeightsError, "num_hidden_layers"),
+        ({"num_hidden_layers": 1 << 20}, CorruptWeightsError, "layers"),
+        ({"num_key_value_heads": 5}, CorruptWeightsError, "5 key-value heads"),
+        ({"head_dim": 7}, CorruptWeightsError, "even"),
+        ({"rms_norm_eps": "small"}, CorruptWeightsError, "rms_norm_eps"),
+        ({"eos_token_id": "</s>"}, CorruptWeightsError, "token ids"),
+        ({"tie_word_embeddings": 1}, CorruptWeightsError, "tie_word_embeddings"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(
+    tmp_path: pathlib.Path, changes: dict[str, Any], error: type[ApiError], named: str
+) -> None:
+    with pytest.raises(error, match=named) as caught:
+        read_config(write(tmp_path, **changes))
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.status == 422
+
+
+def test_broken_files(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(CorruptWeightsError, match="no such file"):
+        read_config(tmp_path)
+    with pytest.raises(CorruptWeightsError, match="no such file"):
+        read_config(tmp_path / "model.gguf")
+    for text in ("{", "[]", "\xff"):
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(CorruptWeightsError, match="JSON"):
+            read_config(tmp_path)
+    write(tmp_path, {"temperature": "hot"})
+    with pytest.raises(CorruptWeightsError, match="temperature"):
+        read_config(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 1 << 40) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["rope_type", "factor"]), inner),
+    max_leaves=3,
+)
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from([*QWEN3_8B, "rope_parameters", "layer_types", "quantization_config"]), JSON))
+def test_any_configuration_is_read_or_refused(tmp_path: pathlib.Path, changes: dict[str, Any]) -> None:
+    try:
+        read_config(write(tmp_path, **changes))
+    except (CorruptWeightsError, UnsupportedArchitectureError, UnsupportedRopeError, UnsupportedQuantizationError):
+        pass
+
+
+# ------------------------------------------------------------------ sizing
+
+
+@pytest.fixture
+def config(tmp_path: pathlib.Path) -> ModelConfig:
+    return read_config(write(tmp_path))
+
+
+def test_a_model_that_does_not_fit_says_by_how_much(config: ModelConfig) -> None:
+    with pytest.raises(DoesNotFitError, match=r"does not fit on cuda:0: needs 15\.\d GiB, free 12\.0 GiB") as caught:
+        plan_memory(config, ModelSpec("m", "x", dtype="bfloat16"), "cuda:0", 12 << 30)
+    assert caught.value.info().status == 422
+
+
+@given(
+    free_gib=st.integers(1, 200),
+    context_tokens=st.integers(0, 40960),
+    max_sequences=st.integers(0, 300),
+    kv_cache_mib=st.integers(0, 1 << 16),
+    device=st.sampled_from(["cpu:0", "cuda:3"]),
+)
+def test_a_plan_keeps_its_promises(
+    tmp_path_factory: pytest.TempPathFactory,
+    free_gib: int,
+    context_tokens: int,
+    max_sequences: int,
+    kv_cache_mib: int,
+    device: str,
+) -> None:
+    config = read_config(write(tmp_path_factory.getbasetemp()))
+    spec = ModelSpec(
+        "m", "x", dtype="bfloat16", context_tokens=context_tokens, max_sequences=max_sequences,
+        kv_cache_bytes=kv_cache_mib << 20,
+    )  # fmt: skip
+    try:
+        plan = plan_memory(config, spec, device, free_gib << 30)
+    except (DoesNotFitError, InvalidRequestError):
+        return
+    assert plan.total_bytes <= free_gib << 30
+    assert plan.kv_cache_bytes == plan.num_pages * sizing.PAGE_TOKENS * config.kv_bytes_per_token("bfloat16")
+    assert plan.num_pages * sizing.PAGE_TOKENS >= plan.context_tokens
+    assert plan.context_tokens == context_tokens or (not context_tokens and plan.context_tokens >= 512)
+    assert plan.max_sequences == max_sequences or not max_sequences
+    assert not kv_cache_mib or plan.kv_cache_bytes <= kv_cache_mib << 20
+
+
+@pytest.mark.parametrize(
+    ("spec", "param"),
+    [
+        (ModelSpec("m", "x", context_tokens=40961), "context_tokens"),
+        (ModelSpec("m", "x", context_tokens=-1), "context_tokens"),
+        (ModelSpec("m", "x", max_sequences=-1), "max_sequences"),
+        (ModelSpec("m", "x", kv_cache_bytes=1), "kv_cache_bytes"),
+        (ModelSpec("m", "x", dtype="int3"), "dtype"),
+        (ModelSpec("m", "x", dtype="float16"), "dtype"),
+    ],
+)
+def test_a_spec_that_contradicts_itself_is_refused(config: ModelConfig, spec: ModelSpec, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        plan_memory(config, spec, "cpu:0", 1 << 40)
+    assert caught.value.param == param
+
+
+def test_auto_is_what_the_device_is_fast_in(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_dtype("auto", "cuda:0") == "bfloat16"
+    for flags, dtype in (("fpu avx512f avx512_bf16", "bfloat16"), ("fpu avx2", "float32")):
+        cpuinfo = tmp_path / flags.replace(" ", "-")
+        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+        monkeypatch.setattr(sizing, "cpu_has_bfloat16", lambda path=cpuinfo: _has(path))
+        assert resolve_dtype("auto", "cpu:0") == dtype
+    assert not _has(tmp_path / "absent")
+
+
+_has = sizing.cpu_has_bfloat16.__wrapped__

@@ -1,0 +1,147 @@
+"""The engine against transformers on the same weights: logits of every step, and the tokens they lead to."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+NUM_TOKENS = 64
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"kind": "llama"},
+    "llama-tied": {"kind": "llama", "tie_word_embeddings": True},
+    "llama-bias": {"kind": "llama", "attention_bias": True},
+    "llama-multi-query": {"kind": "llama", "num_key_value_heads": 1},
+    "llama-no-sharing": {"kind": "llama", "num_key_value_heads": 6},
+    "llama-rope-linear": {
+        "kind": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
+    },
+    "llama-rope-llama3": {
+        "kind": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen3": {"kind": "qwen3"},
+    "qwen3-tied": {"kind": "qwen3", "tie_word_embeddings": True, "head_dim": 16, "num_attention_heads": 4},
+}  # fmt: skip
+
+
+class Recorder:
+    """Keeps the logits of each step on their way through a sampler."""
+
+    def __init__(self, sampler: Any, scheduler: Any) -> None:
+        self._sampler = sampler
+        self._scheduler = scheduler
+        self.logits: dict[int, list[torch.Tensor]] = {}
+        self.admit = sampler.admit
+
+    def sample(self, logits: torch.Tensor, seats: np.ndarray[Any, Any], num_output: np.ndarray[Any, Any]) -> Any:
+        number_of = {sequence.seat: number for number, sequence in self._scheduler.running.items()}
+        for row, seat in enumerate(seats.tolist()):
+            self.logits.setdefault(number_of[seat], []).append(logits[row].clone())
+        return self._sampler.sample(logits, seats, num_output)
+
+
+def expected_of(
+    model: transformers.PreTrainedModel, prompt: list[int], num_tokens: int = NUM_TOKENS
+) -> tuple[list[int], torch.Tensor]:
+    """Return transformers' greedy tokens and the logits of each step."""
+    ids = list(prompt)
+    found = []
+    with torch.inference_mode():
+        output = model(torch.tensor([ids]), use_cache=True)
+        for _ in range(num_tokens):
+            found.append(output.logits[0, -1].float())
+            ids.append(int(found[-1].argmax()))
+            output = model(torch.tensor([ids[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+    return ids[len(prompt) :], torch.stack(found)
+
+
+def run_engine(
+    harness: Any, path: pathlib.Path, prompts: list[list[int]], step_tokens: int, num_tokens: int = NUM_TOKENS
+) -> tuple[dict[int, list[int]], dict[int, torch.Tensor]]:
+    """Return the engine's greedy tokens and logits for ``prompts``, all at once, in chunks of ``step_tokens``."""
+    import dataclasses
+
+    driver = harness()
+    driver.load(path)
+    model = driver.engine._models["m"]
+    limits = dataclasses.replace(model.scheduler.limits, step_tokens=step_tokens, mixed_step_tokens=step_tokens)
+    model.scheduler.limits = limits
+    model.runner.sampler = recorder = Recorder(model.runner.sampler, model.scheduler)
+    for number, prompt in enumerate(prompts):
+        driver.generate(number, prompt, num_tokens)
+    driver.run()
+    assert not driver.failures()
+    return driver.outputs(), {number: torch.stack(rows) for number, rows in recorder.logits.items()}
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (found - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert error.max() < 1e-3, f"relative error {error.max():.2e} at step {int(error.argmax())}"
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(
+    request: pytest.FixtureRequest, make_checkpoint: Callable[..., pathlib.Path]
+) -> tuple[pathlib.Path, list[list[int]], list[tuple[list[int], torch.Tensor]]]:
+    path = make_checkpoint(**ARCHITECTURES[request.param])
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    random = np.random.default_rng(7)
+    prompts = [random.integers(3, 131, size).tolist() for size in (1, 5, 16, 17, 33, 150)]
+    return path, prompts, [expected_of(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("step_tokens", [7, 32, 512])
+def test_a_batch_of_mixed_lengths_is_what_transformers_computes(case: Any, harness: Any, step_tokens: int) -> None:
+    path, prompts, expected = case
+    tokens, logits = run_engine(harness, path, prompts, step_tokens)
+    for number, (expected_tokens, expected_logits) in enumerate(expected):
+        assert tokens[number] == expected_tokens
+        assert_close(logits[number], expected_logits)
+
+
+def test_a_sequence_alone_is_what_transformers_computes(case: Any, harness: Any) -> None:
+    path, prompts, expected = case
+    for prompt, (expected_tokens, expected_logits) in zip(prompts[3:5], expected[3:5], strict=True):
+        tokens, logits = run_engine(harness, path, [prompt], 16)
+        assert tokens[0] == expected_tokens
+        assert_close(logits[0], expected_logits)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf: pathlib.Path) -> transformers.PreTrainedModel:
+    # What from_pretrained(gguf_file=...) does, less the check that accelerate is installed.
+    config = transformers.AutoConfig.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tensors = load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.slow
+def test_smollm2_is_what_transformers_computes(
+    smollm2: transformers.PreTrainedModel, smollm2_gguf: pathlib.Path, harness: Any
+) -> None:
+    # "What is the capital of France?" in the model's chat template, and a piece of prose.
+    question = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+    prose = np.random.default_rng(3).integers(100, 49000, 150).tolist()
+    expected = [expected_of(smollm2, prompt) for prompt in (question, prose)]
+    tokens, logits = run_engine(harness, smollm2_gguf, [question, prose], 100)
+    for number, (expected_tokens, expected_logits) in enumerate(expected):
+        assert tokens[number] == expected_tokens
+        assert_close(logits[number], expected_logits)

@@ -1,0 +1,239 @@
+"""Weights from safetensors and GGUF: the same numbers from both, and errors that name the tensor."""
+
+import json
+import pathlib
+import struct
+from collections.abc import Callable
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from cortex.wire.errors import ApiError
+from neuron.models.architecture import gguf_name
+from neuron.models.config import read_config
+from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
+from neuron.models.rope import inverse_frequencies
+from neuron.models.weights import open_weights
+
+Kind = gguf.GGMLQuantizationType
+
+
+def read_all(path: pathlib.Path) -> dict[str, torch.Tensor]:
+    source = open_weights(path)
+    found = {}
+    for name, shape in source.config.tensor_shapes().items():
+        found[name] = torch.empty(shape)
+        source.read_into(name, found[name])
+    source.close()
+    return found
+
+
+def export_gguf(
+    folder: pathlib.Path, path: pathlib.Path, kind: Kind, extra: dict[str, np.ndarray] | None = None
+) -> None:
+    """Write a safetensors checkpoint as llama.cpp's converter does, Llama's query and key rows interleaved."""
+    config = read_config(folder)
+    name = config.architecture.name
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.context_tokens)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    for tensor_name, tensor in load_file(folder / "model.safetensors").items():
+        values = tensor.numpy()
+        heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(tensor_name.split(".")[-2][0])
+        if name == "llama" and heads and "_proj" in tensor_name and "self_attn" in tensor_name:
+            halves = values.reshape(heads, 2, config.head_dim // 2, *values.shape[1:])
+            values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+        packs = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        stored = kind if packs else Kind.F32
+        writer.add_tensor(gguf_name(tensor_name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+    for tensor_name, values in (extra or {}).items():
+        writer.add_tensor(tensor_name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "llama-bias"])
+def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
+    kind, _, bias = request.param.partition("-")
+    return make_checkpoint(
+        kind, hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16, attention_bias=bool(bias)
+    )
+
+
+KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
+TOLERANCE = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 1e-2, Kind.Q8_0: 1e-2, Kind.Q5_0: 0.07, Kind.Q5_1: 0.07}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_gguf_holds_what_safetensors_holds(checkpoint: pathlib.Path, tmp_path: pathlib.Path, kind: Kind) -> None:
+    path = tmp_path / "model.gguf"
+    export_gguf(checkpoint, path, kind)
+    expected = read_all(checkpoint)
+    stored = load_file(checkpoint / "model.safetensors")
+    for name, tensor in read_all(path).items():
+        assert torch.equal(expected[name], stored[name])
+        error = (tensor - expected[name]).abs().max() / expected[name].abs().max()
+        assert error <= TOLERANCE.get(kind, 0.15), name
+
+
+@pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K], ids=lambda kind: kind.name)
+def test_k_quants_are_what_the_library_makes_of_them(
+    make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path, kind: Kind
+) -> None:
+    """The library does not quantise to these, so random blocks stand in; pieces must join without a seam."""
+    folder = make_checkpoint(
+        "llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1
+    )
+    config = read_config(folder)
+    path = tmp_path / "k.gguf"
+    random = np.random.default_rng(5)
+    expected = {}
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_block_count, 1), (writer.add_context_length, 512), (writer.add_embedding_length, 256),
+        (writer.add_feed_forward_length, 77), (writer.add_head_count, 4), (writer.add_head_count_kv, 2),
+    ):  # fmt: skip
+        add(value)
+    for name, shape in config.tensor_shapes().items():
+        quantised = len(shape) == 2 and shape[1] == 256
+        stored = kind if quantised else Kind.F32
+        if quantised:
+            block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+            # Exponents of the float16 scales kept small, so that all numbers are finite.
+            data = random.integers(0, 0x3C, (shape[0], shape[1] // block * nbytes), dtype=np.uint8)
+        else:
+            data = random.random(shape, np.float32)
+        values = gguf.quants.dequantize(data, stored)
+        if "q_proj" in name or "k_proj" in name:
+            values = values.reshape(-1, 32, 2, 256).swapaxes(1, 2).reshape(shape)
+        expected[name] = values
+        writer.add_tensor(gguf_name(name), data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for name, tensor in read_all(path).items():
+        assert np.array_equal(tensor.numpy(), expected[name]), name
+
+
+def test_a_sharded_checkpoint_is_one(make_checkpoint: Callable[..., pathlib.Path]) -> None:
+    whole, sharded = make_checkpoint("llama"), make_checkpoint("llama", shard="50KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    expected = read_all(whole)
+    for name, tensor in read_all(sharded).items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_llama3_scaling_in_gguf_is_that_of_the_configuration(
+    make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    folder = make_checkpoint("llama", rope_parameters={**rope, "original_max_position_embeddings": 64})
+    scaled = read_config(folder)
+    expected = inverse_frequencies(500.0, 8, scaled.rope_scaling)
+    plain = inverse_frequencies(500.0, 8, None)
+    factors = np.array([a / b for a, b in zip(plain, expected, strict=True)], np.float32)
+    path = tmp_path / "scaled.gguf"
+    export_gguf(folder, path, Kind.F32, {"rope_freqs.weight": factors})
+    found = read_config(path)
+    assert inverse_frequencies(500.0, 8, found.rope_scaling) == pytest.approx(expected)
+    assert max(factors) == 8
+    assert min(factors) == 1
+    assert read_all(path).keys() == read_all(folder).keys()
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+def copy_of(
+    folder: pathlib.Path, target: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], object]
+) -> pathlib.Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "lacks model.norm.weight"),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), "unexpected more"),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": torch.zeros(131, 49)}),
+            r"lm_head.weight has shape \[131, 49\]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_match_are_named(
+    tiny_llama: pathlib.Path, tmp_path: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], object], reason: str
+) -> None:
+    with pytest.raises(CorruptWeightsError, match=reason):
+        open_weights(copy_of(tiny_llama, tmp_path, change))
+
+
+def test_constants_that_exporters_store_are_left_alone(tiny_llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    stored = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    open_weights(copy_of(tiny_llama, tmp_path, lambda tensors: tensors.update(stored)))
+
+
+def test_integers_are_no_weights(tiny_llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    norm = {"model.norm.weight": torch.zeros(48, dtype=torch.int8)}
+    source = open_weights(copy_of(tiny_llama, tmp_path, lambda tensors: tensors.update(norm)))
+    with pytest.raises(UnsupportedQuantizationError, match=r"model\.norm\.weight is stored as I8"):
+        source.read_into("model.norm.weight", torch.empty(48))
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": "b"}}',
+     '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "model.safetensors"}}'],
+)  # fmt: skip
+def test_a_broken_index(tiny_llama: pathlib.Path, tmp_path: pathlib.Path, index: str) -> None:
+    copy_of(tiny_llama, tmp_path, lambda tensors: None)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CorruptWeightsError):
+        open_weights(tmp_path)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    position=st.integers(0, 4000), replacement=st.binary(min_size=1, max_size=8), cut=st.none() | st.integers(0, 5000)
+)
+def test_a_fuzzed_safetensors_file_is_read_or_refused(
+    tiny_llama: pathlib.Path, tmp_path: pathlib.Path, position: int, replacement: bytes, cut: int | None
+) -> None:
+    data = bytearray((tiny_llama / "model.safetensors").read_bytes())
+    data[position : position + len(replacement)] = replacement
+    (tmp_path / "model.safetensors").write_bytes(bytes(data[:cut]))
+    (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+    try:
+        read_all(tmp_path)
+    except ApiError as error:
+        assert error.status == 422
+
+
+def test_a_header_that_promises_too_much(tiny_llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+    header = json.dumps(
+        {"model.norm.weight": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
+    ).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CorruptWeightsError):
+        open_weights(tmp_path)
