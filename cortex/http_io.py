@@ -6,9 +6,19 @@ that they go out, and heartbeats fill every silence; a client that leaves ends t
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
-from contextlib import aclosing
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from cortex.wire.errors import ApiError, BodyTooLargeError
 
@@ -116,22 +126,49 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
 
+@asynccontextmanager
+async def ended_by_disconnect(exchange: Exchange) -> AsyncIterator[None]:
+    """Run the block; cancel it when the client leaves. Enter only after the body was read.
+
+    Raises:
+        ClientDisconnectedError: the client left first; the block has ended by then.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    left = False
+
+    def leave(watcher: "asyncio.Future[None]") -> None:
+        nonlocal left
+        if not watcher.cancelled():
+            watcher.exception()
+            left = True
+            task.cancel()
+
+    watcher = asyncio.ensure_future(exchange.disconnected())
+    watcher.add_done_callback(leave)
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Ours alone, or also somebody else's who wants this task to end?
+        if left and task.cancelling() == 1:
+            raise ClientDisconnectedError from None
+        raise
+    finally:
+        watcher.remove_done_callback(leave)
+        watcher.cancel()
+        if left:
+            task.uncancel()
+
+
 async def until_disconnect(exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
     """Run ``work`` and return its result; cancel it when the client leaves.
 
     Raises:
         ClientDisconnectedError: the client left first; ``work`` has ended by then.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(exchange.disconnected())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnectedError
-    finally:
-        await _cancel(task)
-        await _cancel(gone)
+    async with ended_by_disconnect(exchange):
+        return await work
+    raise AssertionError("the block returns or raises")
 
 
 async def stream(
@@ -145,65 +182,75 @@ async def stream(
     """Send an event stream whose bytes come from ``chunks``, each chunk whole frames.
 
     An :class:`ApiError` from ``chunks`` is raised again if no header went out yet; later it becomes ``error_frame`` and
-    the end of the stream. ``chunks`` is closed in every case.
+    the end of the stream. ``chunks`` is closed in every case, before the stream is.
 
     Raises:
         ApiError: before the first byte.
         ClientDisconnectedError: the client left.
     """
-    gone = asyncio.ensure_future(exchange.disconnected())
-    started = False
-    pending: asyncio.Task[bytes | None] | None = None
-    async with aclosing(chunks):
-        try:
-            while True:
-                pending = asyncio.ensure_future(_next(chunks))
-                while not pending.done():
-                    limit_s = HEARTBEAT_INTERVAL_S if started else HOLD_HEADERS_S
-                    await asyncio.wait({pending, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-                    if gone.done():
-                        raise ClientDisconnectedError
-                    if pending.done():
-                        break
-                    if not started:
-                        await exchange.start_stream(headers)
-                        started = True
-                    await exchange.write(heartbeat)
-                try:
-                    chunk = pending.result()
-                except ApiError as error:
-                    if not started:
-                        raise
-                    await exchange.write(error_frame(error))
-                    chunk = None
-                if not started:
-                    await exchange.start_stream(headers)
-                    started = True
-                if chunk is None:
-                    await exchange.finish()
-                    return
-                await exchange.write(chunk)
-        finally:
-            if pending is not None:
-                await _cancel(pending)
-            await _cancel(gone)
+    out = _EventStream(exchange, heartbeat, headers)
+    pulse = asyncio.ensure_future(out.beat())
+    try:
+        async with ended_by_disconnect(exchange):
+            try:
+                async with aclosing(chunks):
+                    async for chunk in chunks:
+                        await out.write(chunk)
+            except ApiError as error:
+                if not out.started:
+                    raise
+                await out.write(error_frame(error))
+            await out.finish()
+    finally:
+        pulse.cancel()
 
 
-async def _next(chunks: AsyncGenerator[bytes, None]) -> bytes | None:
-    return await anext(chunks, None)
+class _EventStream:
+    """The writing side of one stream: headers once, heartbeats only between chunks.
 
+    One task beats for the whole stream and looks at a clock; a chunk costs no task and no timer.
+    """
 
-async def _cancel(task: "asyncio.Future[Any]") -> None:
-    """Cancel a task and wait until it has ended; its outcome no longer matters to anyone."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()
+    def __init__(self, exchange: Exchange, heartbeat: bytes, headers: Sequence[Header]) -> None:
+        self.started = False
+        self._exchange = exchange
+        self._heartbeat = heartbeat
+        self._headers = headers
+        self._turn = asyncio.Lock()
+        self._clock = asyncio.get_running_loop().time
+        self._written_at = self._clock()
+
+    async def write(self, data: bytes) -> None:
+        """Send whole frames, after the headers if these are the first."""
+        async with self._turn:
+            await self._start()
+            await self._exchange.write(data)
+            self._written_at = self._clock()
+
+    async def finish(self) -> None:
+        """End the stream. The lock is never given back: nothing may follow."""
+        await self._turn.acquire()
+        await self._start()
+        await self._exchange.finish()
+
+    async def beat(self) -> None:
+        """Fill silences until cancelled."""
+        await asyncio.sleep(HOLD_HEADERS_S)
+        if not self.started:
+            await self.write(self._heartbeat)
+        while True:
+            silent_s = self._clock() - self._written_at
+            if silent_s >= HEARTBEAT_INTERVAL_S:
+                await self.write(self._heartbeat)
+            else:
+                await asyncio.sleep(HEARTBEAT_INTERVAL_S - silent_s)
+
+    async def _start(self) -> None:
+        if not self.started:
+            self.started = True
+            await self._exchange.start_stream(self._headers)
 
 
 def query_parameters(query: bytes) -> Mapping[str, str]:
     """Return the last value of each parameter of a query string."""
-    from urllib.parse import parse_qsl
-
     return dict(parse_qsl(query.decode("latin-1")))

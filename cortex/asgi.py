@@ -1,0 +1,62 @@
+"""``app``: the gateway as an ASGI application, for ``granian --interface asgi cortex.asgi:app``.
+
+The lifespan and nothing else; the paths are :mod:`cortex.gateway`'s. Each worker process has an ``app`` of its own,
+with its own view of the fleet. ``CORTEX_CONFIG`` names the configuration.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from cortex import config, logs
+from cortex.endpoints import request_id_of
+from cortex.fleet import catalogue
+from cortex.gateway import Gateway
+from cortex.http_io import Exchange, Receive, Scope, Send
+from cortex.settings import ConfigError
+
+
+class Application:
+    """The ASGI callable. The gateway exists between the lifespan's startup and its shutdown."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._environment = environment
+        self.gateway: Gateway | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one scope."""
+        if scope["type"] == "http":
+            assert self.gateway is not None, "the server did not run the lifespan"
+            request_id = request_id_of(scope["headers"])
+            await self.gateway.handle(Exchange(scope, receive, send, request_id=request_id))
+        elif scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        else:
+            raise NotImplementedError(f"scope type {scope['type']}")
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message: Mapping[str, Any] = await receive()
+            if message["type"] == "lifespan.startup":
+                try:
+                    self._start()
+                except ConfigError as error:
+                    await send({"type": "lifespan.startup.failed", "message": f"cortex: {error}"})
+                    return
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                if self.gateway is not None:
+                    await self.gateway.stop()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    def _start(self) -> None:
+        path = config.find(self._environment)
+        settings = config.load(path, self._environment)
+        logs.configure(settings.gateway.log_format)
+        offered = catalogue.load(config.models_path(settings, path), {node.name for node in settings.neurons})
+        self.gateway = Gateway(settings, offered)
+        self.gateway.start()
+
+
+app = Application()

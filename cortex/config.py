@@ -1,0 +1,220 @@
+"""``cortex.toml`` and ``models.toml``: what an operator says, checked before anything starts.
+
+Layers and their errors are those of :mod:`cortex.settings`, with ``CORTEX_`` as the environment's prefix
+(``CORTEX_GATEWAY__LISTEN``). This module checks values and pairs of them; what the catalogue means is
+:mod:`cortex.fleet.catalogue`'s.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+
+from cortex import settings
+from cortex.settings import ConfigError
+from cortex.wire.node import ModelSpec
+
+ENVIRONMENT_PREFIX = "CORTEX_"
+CONFIG_VARIABLE = "CORTEX_CONFIG"
+"""Names ``cortex.toml`` for ``granian cortex.asgi:app``."""
+
+SEARCH_PATH = ("cortex.toml", "/etc/cortex/cortex.toml")
+
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+ModelId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
+
+
+class LogFormat(StrEnum):
+    """How a log line is written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class EvictionStrategy(StrEnum):
+    """Which idle model goes first when memory is needed."""
+
+    LRU = "lru"
+    PRIORITY = "priority"
+
+
+class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long a node may stay silent. None of them bounds a healthy answer, however long it takes."""
+
+    connect_s: Seconds = 5.0
+    first_byte_s: Seconds = 60.0
+    """A streamed answer's first byte; a node sends its headers within a second, before it has a token."""
+    answer_s: Seconds = 1800.0
+    """An answer that is not streamed: its first byte comes when all of it is made."""
+    stall_s: Seconds = 60.0
+    """Silence within an answer. Nodes send a heartbeat every few seconds."""
+    load_stall_s: Seconds = 600.0
+    """A cold load that makes no progress."""
+
+
+class Polling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How nodes are watched. ``strikes`` missed polls in a row make a node down."""
+
+    interval_s: Seconds = 2.0
+    timeout_s: Seconds = 3.0
+    max_backoff_s: Seconds = 30.0
+    strikes: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[gateway]``. Addresses are ``host:port``; ``models`` is relative to the file that names it."""
+
+    listen: str = "127.0.0.1:31313"
+    metrics_listen: str = "127.0.0.1:31314"
+    """Empty: no metrics are served."""
+    models: str = "models.toml"
+    log_format: LogFormat = LogFormat.TEXT
+    max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
+    max_connections_per_node: Annotated[int, msgspec.Meta(ge=1)] = 1024
+    workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    drain_timeout_s: Annotated[int, msgspec.Meta(ge=1)] = 30
+    timeouts: Timeouts = Timeouts()
+    polling: Polling = Polling()
+
+
+class EvictionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[eviction]``. ``defrag_after_cycles`` of 0 never recycles a device worker."""
+
+    strategy: EvictionStrategy = EvictionStrategy.LRU
+    defrag_after_cycles: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One of ``[[neurons]]``."""
+
+    name: Name
+    endpoint: str
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole ``cortex.toml``."""
+
+    gateway: GatewaySettings = GatewaySettings()
+    eviction: EvictionSettings = EvictionSettings()
+    neurons: tuple[NodeSettings, ...] = ()
+
+
+class ModelProfile(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One of ``[[models]]``: what to load, and where it may live."""
+
+    id: ModelId
+    aliases: tuple[ModelId, ...] = ()
+    pinned: tuple[str, ...] = ()
+    """Nodes on which the model is kept and never evicted."""
+    preferred_nodes: tuple[str, ...] = ()
+    priority: int = 0
+    """Under ``priority`` eviction a lower one goes first."""
+    memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """What it needs, for placement before any node has loaded it; 0: not known."""
+
+    def spec(self) -> ModelSpec:
+        """Return the part that a neuron is asked to load."""
+        return ModelSpec(**{field: getattr(self, field) for field in ModelSpec.__struct_fields__})
+
+
+class ModelsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole ``models.toml``."""
+
+    models: tuple[ModelProfile, ...] = ()
+    aliases: dict[ModelId, str] = {}
+
+
+def find(environment: Mapping[str, str]) -> pathlib.Path:
+    """Return the configuration file that applies.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    named = environment.get(CONFIG_VARIABLE)
+    if named:
+        return pathlib.Path(named)
+    for candidate in SEARCH_PATH:
+        if pathlib.Path(candidate).exists():
+            return pathlib.Path(candidate)
+    raise ConfigError(CONFIG_VARIABLE, "", f"no configuration: none of {', '.join(SEARCH_PATH)} exists")
+
+
+def load(
+    path: pathlib.Path, environment: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None
+) -> Config:
+    """Return the checked configuration. ``flags`` maps dotted keys to values; ``None`` values are not given.
+
+    Raises:
+        ConfigError: the file, the environment or a flag is wrong.
+    """
+    environment = dict(os.environ if environment is None else environment)
+    environment.pop(CONFIG_VARIABLE, None)
+    config = settings.load(
+        Config,
+        settings.read_toml(path),
+        str(path),
+        prefix=ENVIRONMENT_PREFIX,
+        environment=environment,
+        flags=flags,
+    )
+    _check(config, str(path))
+    return config
+
+
+def models_path(config: Config, path: pathlib.Path) -> pathlib.Path:
+    """Return where ``models.toml`` is, given the path of the ``cortex.toml`` that names it."""
+    return path.parent / config.gateway.models
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int, str]:
+    """Return host, port and path prefix of ``http://host:port[/prefix]``.
+
+    Raises:
+        ValueError: it is not such an address.
+    """
+    wrong = ValueError(f"{endpoint!r} is not http://host:port[/prefix]")
+    try:
+        parts = urlsplit(endpoint)
+        port = parts.port
+    except ValueError:
+        raise wrong from None
+    if parts.scheme != "http" or not parts.hostname or parts.username is not None or parts.query or parts.fragment:
+        raise wrong
+    if not endpoint.isascii() or not endpoint.isprintable() or " " in endpoint or port == 0:
+        raise wrong
+    return parts.hostname, port or 80, parts.path.rstrip("/")
+
+
+def _check(config: Config, source: str) -> None:
+    """Check what types cannot say."""
+    gateway = config.gateway
+    for key, address in (("gateway.listen", gateway.listen), ("gateway.metrics_listen", gateway.metrics_listen)):
+        if address or key == "gateway.listen":
+            try:
+                settings.split_address(address)
+            except ValueError as error:
+                raise ConfigError(source, key, str(error)) from None
+    if gateway.listen == gateway.metrics_listen:
+        raise ConfigError(source, "gateway.metrics_listen", f"is {gateway.listen!r}, as gateway.listen is")
+    if not gateway.models:
+        raise ConfigError(source, "gateway.models", "is empty; it names the catalogue, models.toml")
+    if not config.neurons:
+        raise ConfigError(source, "neurons", "names no node; a gateway needs at least one [[neurons]]")
+    names: set[str] = set()
+    endpoints: dict[str, str] = {}
+    for index, node in enumerate(config.neurons):
+        if node.name in names:
+            raise ConfigError(source, f"neurons[{index}].name", f"{node.name!r} is used twice")
+        names.add(node.name)
+        try:
+            split_endpoint(node.endpoint)
+        except ValueError as error:
+            raise ConfigError(source, f"neurons[{index}].endpoint", str(error)) from None
+        other = endpoints.setdefault(node.endpoint.rstrip("/"), node.name)
+        if other != node.name:
+            raise ConfigError(source, f"neurons[{index}].endpoint", f"{node.endpoint!r} is also {other!r}'s")

@@ -1,0 +1,267 @@
+"""The gateway's HTTP surface; above all the story of one request: read, peek, route, ask, stream back.
+
+Bodies go to the node byte for byte, but for the model's name where the client used an alias; answers come back byte
+for byte, in whole frames. What goes wrong before the first byte keeps its HTTP status, later it ends the stream in the
+request's own dialect. Routing, loading and retries are :mod:`cortex.fleet.dispatch`'s.
+"""
+
+import math
+import re
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import msgspec
+
+from cortex import __version__
+from cortex._fast.peek import PeekError, PeekTypeError, peek, splice
+from cortex._fast.sse import FrameTooLarge
+from cortex._fast.tap import StreamTap
+from cortex.config import Config
+from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, error_body_for, read_answer, read_usage
+from cortex.errors import ReplyError
+from cortex.fleet.catalogue import Catalogue
+from cortex.fleet.dispatch import Answer, Dispatcher, Question
+from cortex.fleet.offers import OfferList, find, offers
+from cortex.fleet.state import Fleet
+from cortex.http_io import ClientDisconnectedError, Exchange, Header, stream, until_disconnect
+from cortex.metrics import Metrics
+from cortex.record import CLIENT_CLOSED_REQUEST, Record
+from cortex.upstream import Header as UpstreamHeader
+from cortex.wire.errors import (
+    ApiError,
+    InvalidJsonError,
+    InvalidTypeError,
+    MissingParameterError,
+    ModelNotFoundError,
+    UpstreamError,
+)
+
+HEARTBEAT = b": keep-alive\n\n"
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""Of an answer that is not streamed; it is held whole, so that a cut one is an error and not half a body."""
+
+FORWARDED_HEADERS = (b"traceparent", b"tracestate")
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class Endpoints:
+    """What answers each path. One for the life of a process."""
+
+    def __init__(
+        self, config: Config, catalogue: Catalogue, fleet: Fleet, dispatcher: Dispatcher, metrics: Metrics
+    ) -> None:
+        self._max_body_bytes = config.gateway.max_body_bytes
+        self._catalogue = catalogue
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+
+    def infer(self, dialect: Dialect) -> Callable[[Exchange], Awaitable[None]]:
+        """Return the endpoint that passes inference of ``dialect`` on."""
+
+        async def endpoint(exchange: Exchange) -> None:
+            record = Record(exchange.request_id, dialect.name)
+            try:
+                await self._infer(exchange, dialect, record)
+            except ClientDisconnectedError:
+                record.status, record.finish = CLIENT_CLOSED_REQUEST, "disconnected"
+                raise
+            except ApiError as error:
+                record.status, record.finish = error.status, error.code
+                raise
+            finally:
+                record.finish_with(self._metrics)
+
+        return endpoint
+
+    async def _infer(self, exchange: Exchange, dialect: Dialect, record: Record) -> None:
+        body = await exchange.read_body(self._max_body_bytes)
+        try:
+            found = peek(body)
+        except PeekTypeError as error:
+            raise InvalidTypeError(f"Invalid type: {error.reason}.", param=error.field) from None
+        except PeekError as error:
+            raise InvalidJsonError(f"The body cannot be read: {error}.") from None
+        if not found.model:
+            raise MissingParameterError("You must provide a model parameter.", param="model")
+        model = self._catalogue.resolve(found.model)
+        if not self._dispatcher.knows(model):
+            await self._dispatcher.first_look(lambda: self._dispatcher.knows(model))
+            if not self._dispatcher.knows(model):
+                raise ModelNotFoundError(f"The model {found.model!r} does not exist.", param="model")
+        record.model = model
+        record.is_stream = found.stream
+        if model != found.model:
+            body = splice(body, found, model)
+        question = Question(model, dialect.path.encode(), self._headers(exchange), body, found.stream)
+        if found.stream:
+            await self._stream(exchange, dialect, record, question)
+        else:
+            await self._answer(exchange, record, question)
+
+    async def _answer(self, exchange: Exchange, record: Record, question: Question) -> None:
+        async def ask() -> tuple[bytes, bytes]:
+            answer = await self._ask(record, question)
+            try:
+                body = await answer.response.read_all(MAX_ANSWER_BYTES)
+                return body, answer.response.header(b"content-type") or b"application/json"
+            finally:
+                answer.close()
+
+        body, content_type = await until_disconnect(exchange, ask())
+        record.usage, record.finish = read_answer(body)
+        record.status = 200
+        await exchange.reply(200, body, content_type=content_type)
+
+    async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, question: Question) -> None:
+        relay = _Relay()
+
+        def end_in_failure(error: ApiError) -> bytes:
+            record.status, record.finish = error.status, error.code
+            return dialect.failure(error.info(), relay.first, b"".join(relay.tail))
+
+        record.status = 200
+        frames = self._frames(relay, record, question)
+        try:
+            await stream(exchange, frames, heartbeat=HEARTBEAT, error_frame=end_in_failure)
+        finally:
+            relay.note_end(dialect, record)
+
+    async def _frames(self, relay: "_Relay", record: Record, question: Question) -> AsyncGenerator[bytes, None]:
+        """Yield what may go on of a node's stream.
+
+        Raises:
+            ApiError: no node could be asked, or the stream broke, fell silent or ended before its terminator.
+        """
+        answer = await self._ask(record, question)
+        try:
+            content_type = answer.response.header(b"content-type") or b""
+            if not content_type.startswith(b"text/event-stream"):
+                raise UpstreamError(f"{answer.node} answered a streamed request with {content_type.decode('latin-1')}.")
+            read = answer.response.read
+            while data := await read():
+                frames = relay.take(data)
+                if record.first_token_at is None and relay.has_token:
+                    record.note_first_token()
+                if frames:
+                    yield frames
+            if not relay.is_complete:
+                raise UpstreamError(f"{answer.node} ended its answer before the stream's terminator.")
+        except FrameTooLarge as error:
+            raise UpstreamError(f"{answer.node} sent a frame of more than {error.max_frame_bytes} bytes.") from None
+        except UpstreamError:
+            # Without its terminator the answer is broken; with it, only the connection's own end is missing.
+            if not relay.is_complete:
+                raise
+        finally:
+            answer.close()
+
+    async def _ask(self, record: Record, question: Question) -> Answer:
+        def note(node: str) -> None:
+            record.node = node
+
+        return await self._dispatcher.ask(question, note)
+
+    def _headers(self, exchange: Exchange) -> list[UpstreamHeader]:
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"x-request-id", exchange.request_id.encode()),
+            (b"x-cortex-report-usage", b"1"),
+        ]
+        for name in FORWARDED_HEADERS:
+            value = exchange.header(name)
+            if value is not None:
+                headers.append((name, value))
+        return headers
+
+    async def models(self, exchange: Exchange) -> None:
+        """``GET /v1/models``."""
+        await self._dispatcher.first_look()
+        listed = OfferList(offers(self._catalogue, self._fleet.state))
+        await exchange.reply(200, msgspec.json.encode(listed))
+
+    async def model(self, exchange: Exchange) -> None:
+        """``GET /v1/models/{id}``; an id may contain slashes."""
+        name = exchange.path.removeprefix("/v1/models/")
+        await self._dispatcher.first_look()
+        offer = find(self._catalogue, self._fleet.state, name)
+        if offer is None:
+            raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
+        await exchange.reply(200, msgspec.json.encode(offer))
+
+    async def health(self, exchange: Exchange) -> None:
+        """``GET /health``: 200 while this process answers; whether it has anybody to ask is in the body."""
+        nodes = self._fleet.state.nodes.values()
+        num_up = sum(node.up for node in nodes)
+        state = "ready" if num_up else "no_node"
+        body = {"state": state, "nodes_up": num_up, "nodes": len(nodes), "in_flight": self.num_in_flight}
+        await exchange.reply(200, msgspec.json.encode(body))
+
+    async def version(self, exchange: Exchange) -> None:
+        """``GET /version``."""
+        await exchange.reply(200, msgspec.json.encode({"name": "cortex", "version": __version__}))
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests of this process that have a node and no end yet."""
+        return sum(self._fleet.in_flight.by_node.values())
+
+
+class _Relay:
+    """One stream passing through, and what is to be remembered of it."""
+
+    def __init__(self) -> None:
+        self.first = b""
+        self.tail: deque[bytes] = deque(maxlen=TAIL_CHUNKS)
+        self._tap = StreamTap()
+
+    def take(self, data: bytes) -> bytes:
+        """Return the whole frames that ``data`` completes."""
+        frames = self._tap.feed(data)
+        if frames:
+            if not self.first:
+                self.first = frames
+            self.tail.append(frames)
+        return frames
+
+    @property
+    def has_token(self) -> bool:
+        """Whether a token has passed."""
+        return self._tap.first_token
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the stream has ended as its dialect demands, well or with an error of its own."""
+        return self._tap.terminated or self._tap.failed
+
+    def note_end(self, dialect: Dialect, record: Record) -> None:
+        """Write down what the stream said of itself; an error that ended it has been written already."""
+        if self._tap.usage is not None:
+            record.usage = read_usage(self._tap.usage)
+        if record.finish or not self.is_complete:
+            return
+        finishes = dialect.finish.findall(b"".join(self.tail))
+        record.finish = finishes[-1].decode() if finishes else ""
+        if self._tap.failed:
+            record.status, record.finish = UpstreamError.status, "failed"
+
+
+def request_id_of(headers: list[Header] | tuple[Header, ...]) -> str:
+    """Return the caller's ``x-request-id`` if it is fit to be logged and sent on, else a new one."""
+    for name, value in headers:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            return value.decode()
+    return f"req_{secrets.token_hex(12)}"
+
+
+async def reply_error(exchange: Exchange, error: ApiError, headers: tuple[Header, ...] = ()) -> None:
+    """Answer with an error, in the envelope of the path's dialect; a node's own body goes on as it is."""
+    if isinstance(error, ReplyError) and error.content_type.startswith(b"application/json"):
+        if error.retry_after is not None:
+            headers = (*headers, (b"retry-after", error.retry_after))
+        await exchange.reply(error.status, error.body, content_type=error.content_type, headers=headers)
+        return
+    if error.retry_after_s is not None:
+        headers = (*headers, (b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
+    await exchange.reply(error.status, error_body_for(exchange.path)(error.info()), headers=headers)

@@ -1,0 +1,87 @@
+"""The catalogue: every model that an operator offers, by its id and by its aliases.
+
+Read once from ``models.toml`` and never changed; a reload makes another one. A file that is missing is an error; one
+that names no model leaves the offer to what the nodes have loaded by themselves. Nothing of that is known here.
+"""
+
+import pathlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from cortex.config import ModelProfile, ModelsFile
+from cortex.settings import ConfigError, convert, read_toml
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Profiles by id, and every alias with the id it ends at. ``created`` is the file's age in Unix seconds."""
+
+    profiles: Mapping[str, ModelProfile]
+    aliases: Mapping[str, str]
+    created: int = 0
+
+    def resolve(self, name: str) -> str:
+        """Return the id that ``name`` stands for; a name that is no alias stands for itself."""
+        return self.aliases.get(name, name)
+
+
+def load(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
+    """Return the catalogue in ``path``, whose profiles may name the given nodes.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is wrong, an id or alias is taken, an alias leads in a circle or
+            nowhere, or a profile names an unknown node.
+    """
+    source = str(path)
+    file = convert(read_toml(path), ModelsFile, source)
+    profiles: dict[str, ModelProfile] = {}
+    for index, profile in enumerate(file.models):
+        if profile.id in profiles:
+            raise ConfigError(source, f"models[{index}].id", f"{profile.id!r} is used twice")
+        if not profile.source:
+            raise ConfigError(source, f"models[{index}].source", "is empty")
+        for key in ("pinned", "preferred_nodes"):
+            for node in getattr(profile, key):
+                if node not in nodes:
+                    raise ConfigError(source, f"models[{index}].{key}", f"{node!r} is not one of [[neurons]]")
+        profiles[profile.id] = profile
+    targets: dict[str, tuple[str, str]] = {}  # alias -> what it names, and the key that says so
+    for index, profile in enumerate(file.models):
+        for alias in profile.aliases:
+            _claim(targets, profiles, alias, profile.id, f"models[{index}].aliases", source)
+    for alias, target in file.aliases.items():
+        _claim(targets, profiles, alias, target, f"aliases.{alias}", source)
+    aliases = {alias: _follow(alias, targets, profiles, source) for alias in targets}
+    return Catalogue(profiles, aliases, created=int(path.stat().st_mtime))
+
+
+def _claim(
+    targets: dict[str, tuple[str, str]],
+    profiles: Mapping[str, ModelProfile],
+    alias: str,
+    target: str,
+    key: str,
+    source: str,
+) -> None:
+    if alias in profiles:
+        raise ConfigError(source, key, f"{alias!r} is the id of a model")
+    if alias in targets:
+        raise ConfigError(source, key, f"{alias!r} is already an alias of {targets[alias][0]!r}")
+    targets[alias] = (target, key)
+
+
+def _follow(
+    alias: str, targets: Mapping[str, tuple[str, str]], profiles: Mapping[str, ModelProfile], source: str
+) -> str:
+    """Return the model id at the end of a chain of aliases."""
+    key = targets[alias][1]
+    seen = [alias]
+    name = targets[alias][0]
+    while name not in profiles:
+        if name in seen:
+            raise ConfigError(source, key, f"aliases form a loop: {' -> '.join([*seen, name])}")
+        if name not in targets:
+            raise ConfigError(source, key, f"{name!r} is neither a model nor an alias")
+        seen.append(name)
+        name = targets[name][0]
+    return name

@@ -1,0 +1,101 @@
+"""The control plane of a neuron, typed: what it is, how it is, what it has, and what it should load.
+
+One call, one HTTP exchange, on connections of its own: a poll never waits behind inference. Errors are
+:class:`~cortex.wire.errors.ApiError`, those of the neuron with its own status and code.
+"""
+
+import asyncio
+from typing import TypeVar
+
+import msgspec
+import orjson
+
+from cortex.config import GatewaySettings
+from cortex.upstream import Pool
+from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError, UpstreamTimeoutError
+from cortex.wire.node import Discovery, Health, ModelList, ModelSpec, ModelStatus
+
+T = TypeVar("T")
+
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
+NUM_CONNECTIONS = 64
+JSON_HEADERS = ((b"content-type", b"application/json"),)
+
+
+class NeuronClient:
+    """The control plane of one node."""
+
+    def __init__(self, name: str, endpoint: str, settings: GatewaySettings) -> None:
+        self.name = name
+        timeouts = msgspec.structs.replace(
+            settings.timeouts, connect_s=min(settings.timeouts.connect_s, settings.polling.timeout_s)
+        )
+        self._pool = Pool(name, endpoint, timeouts, NUM_CONNECTIONS)
+        self._timeout_s = settings.polling.timeout_s
+
+    async def discovery(self) -> Discovery:
+        """Return what the host is."""
+        return await self._look(b"/discovery", Discovery)
+
+    async def health(self) -> Health:
+        """Return how the daemon is."""
+        return await self._look(b"/health", Health)
+
+    async def models(self) -> tuple[ModelStatus, ...]:
+        """Return the models it knows."""
+        return (await self._look(b"/models", ModelList)).models
+
+    async def load(self, spec: ModelSpec, *, timeout_s: float) -> ModelStatus:
+        """Ask for a model and return when it is ready. The load goes on in the node if the caller stops waiting.
+
+        ``timeout_s`` bounds the silence of a node that makes progress elsewhere visible; the caller watches that.
+        """
+        return await self._call(b"POST", b"/models/load", ModelStatus, msgspec.json.encode(spec), timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.close()
+
+    async def _look(self, target: bytes, kind: type[T]) -> T:
+        """Read something that a daemon always has at hand: here the whole exchange is timed."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._call(b"GET", target, kind, timeout_s=self._timeout_s)
+        except TimeoutError:
+            message = f"{self.name} did not answer {target.decode()} within {self._timeout_s:g} s."
+            raise UpstreamTimeoutError(message) from None
+
+    async def _call(self, method: bytes, target: bytes, kind: type[T], body: bytes = b"", *, timeout_s: float) -> T:
+        response = await self._pool.request(
+            method, target, JSON_HEADERS if body else (), body, first_byte_s=timeout_s, stall_s=self._timeout_s
+        )
+        answer = await response.read_all(MAX_ANSWER_BYTES)
+        if response.status != 200:
+            retry_after = response.header(b"retry-after")
+            raise RemoteError(read_error(response.status, answer, retry_after))
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            path = target.decode()
+            raise UpstreamError(f"{self.name} answered {path} with something else than was asked: {error}.") from None
+
+
+def read_error(status: int, body: bytes, retry_after: bytes | None = None) -> ErrorInfo:
+    """Return the error that a node's answer carries, whether or not its body is the expected envelope."""
+    retry_after_s = float(retry_after) if retry_after is not None and retry_after.isdigit() else None
+    fallback = ErrorInfo(status, ApiError.code, f"The node answered with status {status}.", None, retry_after_s)
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return fallback
+    error = document.get("error") if isinstance(document, dict) else None
+    if not isinstance(error, dict):
+        return fallback
+    message, code, param = error.get("message"), error.get("code"), error.get("param")
+    return ErrorInfo(
+        status,
+        code if isinstance(code, str) else fallback.code,
+        message if isinstance(message, str) else fallback.message,
+        param if isinstance(param, str) else None,
+        retry_after_s,
+    )

@@ -1,0 +1,95 @@
+"""What clients may ask for: the catalogue and the fleet, as one list.
+
+Pure. A model is offered if the catalogue names it or a node that is up lists it; an alias is an entry of its own, for
+clients that look for a name. Where nodes differ, the best state and the longest context are what is told.
+"""
+
+import msgspec
+
+from cortex.fleet.catalogue import Catalogue
+from cortex.fleet.state import FleetState
+from cortex.wire.node import Capability, ModelState, ModelStatus
+
+BEST_FIRST = (
+    ModelState.READY,
+    ModelState.LOADING,
+    ModelState.RECOVERING,
+    ModelState.DRAINING,
+    ModelState.AVAILABLE,
+    ModelState.FAILED,
+)
+
+
+class NodeOffer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model on one node."""
+
+    name: str
+    state: ModelState
+    progress: float = 0.0
+    error: str | None = None
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """An OpenAI ``Model`` object, and what this system knows beyond it. ``context_length`` of 0 is not known yet."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "cortex"
+    display_name: str
+    state: ModelState
+    nodes: tuple[NodeOffer, ...] = ()
+    context_length: int = 0
+    capabilities: tuple[Capability, ...] = ()
+    aliases: tuple[str, ...] = ()
+    alias_of: str | None = None
+
+
+class OfferList(msgspec.Struct, frozen=True):
+    """``GET /v1/models``."""
+
+    data: tuple[Offer, ...]
+    object: str = "list"
+
+
+def offers(catalogue: Catalogue, state: FleetState) -> tuple[Offer, ...]:
+    """Return every offer: models by id, then aliases by name."""
+    models = sorted(catalogue.profiles.keys() | state.listing.keys())
+    by_id = {model: _offer(catalogue, state, model) for model in models}
+    aliases = tuple(_alias(alias, by_id[model]) for alias, model in sorted(catalogue.aliases.items()))
+    return (*by_id.values(), *aliases)
+
+
+def find(catalogue: Catalogue, state: FleetState, name: str) -> Offer | None:
+    """Return the offer of that id or alias."""
+    model = catalogue.resolve(name)
+    if model not in catalogue.profiles and model not in state.listing:
+        return None
+    offer = _offer(catalogue, state, model)
+    return offer if name == model else _alias(name, offer)
+
+
+def _offer(catalogue: Catalogue, state: FleetState, model: str) -> Offer:
+    profile = catalogue.profiles.get(model)
+    found = [(node.name, node.models[model]) for node in state.listing.get(model, ())]
+    statuses = [status for _, status in found]
+    ready = [status for status in statuses if status.state is ModelState.READY]
+    context_length = max((status.context_tokens for status in ready or statuses), default=0)
+    return Offer(
+        id=model,
+        created=catalogue.created,
+        display_name=model,
+        state=min((status.state for status in statuses), key=BEST_FIRST.index, default=ModelState.AVAILABLE),
+        nodes=tuple(_on_node(name, status) for name, status in found),
+        context_length=context_length or (profile.context_tokens if profile else 0),
+        capabilities=tuple(sorted({capability for status in statuses for capability in status.capabilities})),
+        aliases=tuple(sorted(alias for alias, target in catalogue.aliases.items() if target == model)),
+    )
+
+
+def _on_node(name: str, status: ModelStatus) -> NodeOffer:
+    return NodeOffer(name, status.state, status.progress, status.error)
+
+
+def _alias(alias: str, offer: Offer) -> Offer:
+    return msgspec.structs.replace(offer, id=alias, display_name=alias, aliases=(), alias_of=offer.id)

@@ -1,0 +1,108 @@
+"""Keeps what is known of each node fresh: one task per node, so that a slow one delays nobody else.
+
+A poll asks ``/health``, ``/models`` and, for its free memory, ``/discovery`` together. A missed poll changes nothing
+but the count of strikes; the configured number of them in a row makes the node down. A node that is down is asked less
+and less often, up to a bound, and is up again with its first good answer.
+"""
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from cortex.config import Polling
+from cortex.fleet.control import NeuronClient
+from cortex.fleet.state import Fleet
+from cortex.wire.errors import ApiError
+
+log = logging.getLogger("cortex.fleet")
+
+
+class Poller:
+    """Polls every node until stopped."""
+
+    def __init__(self, fleet: Fleet, neurons: dict[str, NeuronClient], settings: Polling) -> None:
+        self._fleet = fleet
+        self._neurons = neurons
+        self._settings = settings
+        self._wanted = {name: asyncio.Event() for name in neurons}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin; the first polls are under way when this returns."""
+        self._tasks = [asyncio.create_task(self._watch(name), name=f"poll {name}") for name in self._neurons]
+        for task in self._tasks:
+            task.add_done_callback(_tell_why)
+
+    async def stop(self) -> None:
+        """Stop and wait for the tasks."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def poll_soon(self, node: str) -> None:
+        """Poll a node now rather than when it is due: a request has just learnt something about it."""
+        self._wanted[node].set()
+
+    async def poll(self, name: str) -> None:
+        """Ask a node once and note what it says."""
+        neuron = self._neurons[name]
+        fault: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                health = group.create_task(neuron.health())
+                models = group.create_task(neuron.models())
+                discovery = group.create_task(neuron.discovery())
+        except* ApiError as errors:
+            fault = errors.exceptions[0]
+        if fault is not None:
+            self._strike(name, fault)
+            return
+        known = self._fleet.state.nodes[name]
+        statuses = {status.id: status for status in models.result()}
+        reported = sum(status.running + status.waiting for status in statuses.values())
+        if not known.up:
+            log.info("node=%s up", name)
+        self._fleet.replace(
+            replace(
+                known,
+                up=True,
+                polled=True,
+                discovery=discovery.result(),
+                health=health.result(),
+                models=statuses,
+                foreign_load=max(0, reported - self._fleet.in_flight.by_node.get(name, 0)),
+                strikes=0,
+                fault=None,
+            )
+        )
+
+    def _strike(self, name: str, error: BaseException) -> None:
+        known = self._fleet.state.nodes[name]
+        strikes = known.strikes + 1
+        up = known.up and strikes < self._settings.strikes
+        if known.up and not up:
+            log.warning("node=%s down strikes=%d fault=%r", name, strikes, str(error))
+        self._fleet.replace(replace(known, up=up, polled=True, strikes=strikes, fault=str(error)))
+
+    async def _watch(self, name: str) -> None:
+        while True:
+            await self.poll(name)
+            self._wanted[name].clear()
+            try:
+                async with asyncio.timeout(self._pause_s(name)):
+                    await self._wanted[name].wait()
+            except TimeoutError:
+                pass
+
+    def _pause_s(self, name: str) -> float:
+        settings = self._settings
+        excess = self._fleet.state.nodes[name].strikes - settings.strikes
+        if excess <= 0:
+            return settings.interval_s
+        return max(settings.interval_s, min(settings.max_backoff_s, settings.interval_s * 2.0 ** min(excess, 16)))
+
+
+def _tell_why(task: asyncio.Task[None]) -> None:
+    """Log what ended a watch that nobody stopped: its node would look the same for ever."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("%s ended", task.get_name(), exc_info=error)

@@ -1,0 +1,160 @@
+"""What is known of the fleet: one immutable value, replaced whole, and the count of requests in flight.
+
+Readers take :attr:`Fleet.state` once per decision and never see half a change. Requests are counted when their node is
+selected, not when it answers, so that a burst spreads out; the counts are this process's own, and polls never touch
+them.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import msgspec
+
+from cortex.wire.node import Discovery, Health, ModelState, ModelStatus, NodeState
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node as last seen. ``strikes`` counts missed polls in a row; ``fault`` says what was wrong with the last."""
+
+    name: str
+    endpoint: str
+    up: bool = False
+    polled: bool = False
+    """Whether one poll has ended, well or not."""
+    discovery: Discovery | None = None
+    health: Health | None = None
+    models: Mapping[str, ModelStatus] = field(default_factory=dict)
+    foreign_load: int = 0
+    """Requests it has from elsewhere: what it reported less what this process had there then."""
+    strikes: int = 0
+    fault: str | None = None
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a loaded model can be asked here."""
+        return self.up and self.health is not None and self.health.state is NodeState.READY
+
+
+def can_serve(status: ModelStatus) -> bool:
+    """Return whether a model answers requests: it is ready, and has memory for at least one sequence."""
+    return status.state is ModelState.READY and (status.kv_cache_bytes > 0 or status.weights_bytes == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetState:
+    """Every node by name, and for each model the nodes that serve it and those that list it, both in name order."""
+
+    nodes: Mapping[str, Node]
+    serving: Mapping[str, tuple[Node, ...]]
+    listing: Mapping[str, tuple[Node, ...]]
+    known: frozenset[str]
+    """Models that nodes listed when they last answered, those that are down now included."""
+
+    @classmethod
+    def of(cls, nodes: Iterable[Node]) -> "FleetState":
+        """Return the state that ``nodes`` make up."""
+        by_name = {node.name: node for node in sorted(nodes, key=lambda node: node.name)}
+        serving: dict[str, list[Node]] = {}
+        listing: dict[str, list[Node]] = {}
+        for node in by_name.values():
+            if not node.up:
+                continue
+            for model, status in node.models.items():
+                listing.setdefault(model, []).append(node)
+                if node.takes_requests and can_serve(status):
+                    serving.setdefault(model, []).append(node)
+        return cls(
+            MappingProxyType(by_name),
+            {model: tuple(found) for model, found in serving.items()},
+            {model: tuple(found) for model, found in listing.items()},
+            frozenset(model for node in by_name.values() for model in node.models),
+        )
+
+    def with_node(self, node: Node) -> "FleetState":
+        """Return the state with one node replaced."""
+        return FleetState.of({**self.nodes, node.name: node}.values())
+
+    def status(self, node: str, model: str) -> ModelStatus | None:
+        """Return what a node says of a model; ``None`` if it is not up or does not list it."""
+        known = self.nodes[node]
+        return known.models.get(model) if known.up else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every node has been polled at least once."""
+        return all(node.polled for node in self.nodes.values())
+
+
+class InFlight:
+    """Requests of this process that have a node and no end yet. ``observe`` is told a node's new count."""
+
+    def __init__(self, observe: Callable[[str, int], None] = lambda node, count: None) -> None:
+        self._observe = observe
+        self.by_node: dict[str, int] = {}
+        self.by_model: dict[str, int] = {}
+
+    def take(self, node: str, model: str) -> "Seat":
+        """Count a request at the moment its node is selected."""
+        self.by_node[node] = self.by_node.get(node, 0) + 1
+        self.by_model[model] = self.by_model.get(model, 0) + 1
+        self._observe(node, self.by_node[node])
+        return Seat(self, node, model)
+
+    def give_back(self, node: str, model: str) -> None:
+        """Count it no more."""
+        for table, key in ((self.by_node, node), (self.by_model, model)):
+            table[key] -= 1
+            if not table[key]:
+                del table[key]
+        self._observe(node, self.by_node.get(node, 0))
+
+
+class Seat:
+    """One counted request. Releasing it again does nothing."""
+
+    __slots__ = ("_counts", "model", "node")
+
+    def __init__(self, counts: InFlight, node: str, model: str) -> None:
+        self._counts: InFlight | None = counts
+        self.node = node
+        self.model = model
+
+    def release(self) -> None:
+        """Count the request no more."""
+        counts, self._counts = self._counts, None
+        if counts is not None:
+            counts.give_back(self.node, self.model)
+
+
+class Fleet:
+    """The current :class:`FleetState`, who waits for the next one, and the requests in flight."""
+
+    def __init__(self, nodes: Iterable[Node], in_flight: InFlight | None = None) -> None:
+        self.state = FleetState.of(nodes)
+        self.in_flight = in_flight or InFlight()
+        self._changed = asyncio.Event()
+
+    def replace(self, node: Node) -> None:
+        """Make ``node`` what is known of the node of that name."""
+        self.state = self.state.with_node(node)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def set_model(self, node: str, status: ModelStatus) -> None:
+        """Note a model's status as its node has just told it, ahead of the next poll."""
+        known = self.state.nodes[node]
+        self.replace(replace(known, models={**known.models, status.id: status}))
+
+    def forget_model(self, node: str, model: str) -> None:
+        """Note that a node does not have a model loaded after all."""
+        known = self.state.nodes[node]
+        status = known.models.get(model)
+        if status is not None:
+            self.set_model(node, msgspec.structs.replace(status, state=ModelState.AVAILABLE))
+
+    async def changed(self) -> None:
+        """Return when the state has been replaced."""
+        await self._changed.wait()

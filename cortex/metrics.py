@@ -1,0 +1,177 @@
+"""The gateway's Prometheus metrics: what is counted, in which buckets, and where it is served.
+
+Labels are bounded: models of the catalogue or of the fleet, nodes of the configuration, dialects, statuses. A name that
+a client made up is never one. What is known of nodes and models is not kept in gauges but read from the fleet at each
+scrape, so that it goes when the model does. With several workers the counters are shared through files
+(``PROMETHEUS_MULTIPROC_DIR``), and the worker that binds the port first serves the sum.
+"""
+
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    multiprocess,
+    start_http_server,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+log = logging.getLogger("cortex.metrics")
+
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120, 300)
+DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 900, 1800, 3600)
+SPEED_BUCKETS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000, 2000)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSample:
+    """What a scrape shows of a node."""
+
+    node: str
+    is_up: bool
+    memory_total_bytes: int
+    memory_free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSample:
+    """What a scrape shows of a model on a node."""
+
+    node: str
+    model: str
+    state: str
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSample:
+    """What a scrape shows of the fleet."""
+
+    nodes: tuple[NodeSample, ...]
+    models: tuple[ModelSample, ...]
+
+
+class _FleetCollector(Collector):
+    def __init__(self, sample: Callable[[], FleetSample]) -> None:
+        self._sample = sample
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        sample = self._sample()
+        up = GaugeMetricFamily("cortex_node_up", "Whether a node answers its polls.", labels=["node"])
+        total = GaugeMetricFamily("cortex_node_memory_total_bytes", "Device memory of a node.", labels=["node"])
+        free = GaugeMetricFamily("cortex_node_memory_free_bytes", "Free device memory of a node.", labels=["node"])
+        for node in sample.nodes:
+            up.add_metric([node.node], float(node.is_up))
+            total.add_metric([node.node], node.memory_total_bytes)
+            free.add_metric([node.node], node.memory_free_bytes)
+        nodes_up = GaugeMetricFamily("cortex_nodes_up", "Nodes that answer their polls.")
+        nodes_up.add_metric([], sum(node.is_up for node in sample.nodes))
+        labels = ["node", "model"]
+        state = GaugeMetricFamily("cortex_model_state", "1 for the state a model is in.", labels=[*labels, "state"])
+        running = GaugeMetricFamily("cortex_model_running", "Requests a node is running.", labels=labels)
+        waiting = GaugeMetricFamily("cortex_model_waiting", "Requests queued on a node.", labels=labels)
+        for model in sample.models:
+            state.add_metric([model.node, model.model, model.state], 1)
+            running.add_metric([model.node, model.model], model.running)
+            waiting.add_metric([model.node, model.model], model.waiting)
+        return up, total, free, nodes_up, state, running, waiting
+
+
+class Metrics:
+    """The gateway's counters, in a registry of their own."""
+
+    def __init__(self, fleet: Callable[[], FleetSample]) -> None:
+        self.registry = CollectorRegistry()
+        self._fleet = fleet
+        labels = ("model", "node", "dialect")
+        self.requests = Counter("cortex_requests", "Finished requests.", (*labels, "status"), registry=self.registry)
+        self.tokens_in = Counter("cortex_prompt_tokens", "Prompt tokens.", labels, registry=self.registry)
+        self.tokens_out = Counter("cortex_completion_tokens", "Generated tokens.", labels, registry=self.registry)
+        self.tokens_cached = Counter(
+            "cortex_cached_tokens", "Prompt tokens found in a prefix cache.", labels, registry=self.registry
+        )
+        self.first_token_s = Histogram(
+            "cortex_time_to_first_token_seconds",
+            "From the request's arrival to the first token of a streamed answer.",
+            labels,
+            buckets=FIRST_TOKEN_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.duration_s = Histogram(
+            "cortex_request_duration_seconds",
+            "From the request's arrival to the end of its answer.",
+            labels,
+            buckets=DURATION_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.tokens_per_s = Histogram(
+            "cortex_tokens_per_second",
+            "Speed of a streamed answer after its first token.",
+            labels,
+            buckets=SPEED_BUCKETS,
+            registry=self.registry,
+        )
+        self.retries = Counter(
+            "cortex_upstream_retries",
+            "Requests sent again, to another replica or after a load.",
+            ("node", "reason"),
+            registry=self.registry,
+        )
+        self.loads = Counter(
+            "cortex_model_loads", "Cold loads asked for.", ("model", "outcome"), registry=self.registry
+        )
+        self.in_flight = Gauge(
+            "cortex_in_flight_requests",
+            "Requests that have a node and no end yet.",
+            ("node",),
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+
+    def serve(self, host: str, port: int) -> Callable[[], None]:
+        """Serve all workers' metrics if this one is the first to bind the port; return what stops that."""
+        registry = self.registry
+        directory = os.environ.get(MULTIPROCESS_VARIABLE)
+        if directory:
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
+        collector = _FleetCollector(self._fleet)
+        registry.register(collector)
+        try:
+            server, thread = start_http_server(port, host, registry)
+        except OSError as error:
+            registry.unregister(collector)
+            log.info("metrics are not served by this worker: %s:%d: %s", host, port, error.strerror)
+            return lambda: None
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return stop
+
+
+def forget_dead_workers() -> None:
+    """Drop the gauges of workers that have ended, where workers share files."""
+    directory = os.environ.get(MULTIPROCESS_VARIABLE)
+    if not directory:
+        return
+    for path in pathlib.Path(directory).glob("gauge_live*_*.db"):
+        pid = int(path.stem.rpartition("_")[2])
+        if not pathlib.Path(f"/proc/{pid}").exists():
+            multiprocess.mark_process_dead(pid, directory)  # type: ignore[no-untyped-call]

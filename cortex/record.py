@@ -1,0 +1,87 @@
+"""What is written down of a request when it has ended: one log line, and its metrics. Never a word of its text.
+
+A :class:`Record` is filled as the request goes and finished exactly once, however it ended. Time to first token is
+to the first token, not to the first byte: heartbeats and headers do not count.
+"""
+
+import logging
+import time
+
+from cortex.dialects.passthrough import Usage
+from cortex.metrics import Metrics
+
+log = logging.getLogger("cortex.request")
+
+CLIENT_CLOSED_REQUEST = 499
+"""The status that is counted where the client left before its answer was complete."""
+
+
+class Record:
+    """One request. ``model`` is set only once it is known to exist, so that it may label a metric."""
+
+    __slots__ = (
+        "dialect",
+        "finish",
+        "first_token_at",
+        "is_stream",
+        "model",
+        "node",
+        "request_id",
+        "started_at",
+        "status",
+        "usage",
+    )
+
+    def __init__(self, request_id: str, dialect: str) -> None:
+        self.request_id = request_id
+        self.dialect = dialect
+        self.model = ""
+        self.node = ""
+        self.status = 500
+        self.finish = ""
+        self.is_stream = False
+        self.usage: Usage | None = None
+        self.started_at = time.perf_counter()
+        self.first_token_at: float | None = None
+
+    def note_first_token(self) -> None:
+        """Take the time, the first time."""
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+
+    def finish_with(self, metrics: Metrics) -> None:
+        """Count the request and write its line."""
+        now = time.perf_counter()
+        total_s = now - self.started_at
+        labels = (self.model, self.node, self.dialect)
+        metrics.requests.labels(*labels, self.status).inc()
+        metrics.duration_s.labels(*labels).observe(total_s)
+        fields: dict[str, object] = {
+            "id": self.request_id,
+            "dialect": self.dialect,
+            "model": self.model,
+            "node": self.node,
+            "status": self.status,
+            "stream": self.is_stream,
+            "finish": self.finish,
+        }
+        usage = self.usage
+        if usage is not None:
+            metrics.tokens_in.labels(*labels).inc(usage.tokens_in)
+            metrics.tokens_out.labels(*labels).inc(usage.tokens_out)
+            metrics.tokens_cached.labels(*labels).inc(usage.tokens_cached)
+            fields |= {
+                "tokens_in": usage.tokens_in,
+                "tokens_out": usage.tokens_out,
+                "tokens_cached": usage.tokens_cached,
+            }
+        if self.first_token_at is not None:
+            first_token_s = self.first_token_at - self.started_at
+            metrics.first_token_s.labels(*labels).observe(first_token_s)
+            fields["ttft_s"] = round(first_token_s, 6)
+            generation_s = now - self.first_token_at
+            if usage is not None and usage.tokens_out > 1 and generation_s > 0:
+                # The first token's time is the prompt's; the others are what the speed is about.
+                metrics.tokens_per_s.labels(*labels).observe((usage.tokens_out - 1) / generation_s)
+        fields["total_s"] = round(total_s, 6)
+        log.info("request", extra={"fields": fields})

@@ -1,0 +1,112 @@
+"""What ``cortex status`` and ``cortex models`` print: tables that an 80-column terminal can hold.
+
+Takes the JSON that a gateway answered, of this version or another; missing fields are left blank.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+GIB = 1024**3
+COLOURS = {
+    "ready": "green",
+    "up": "green",
+    "available": "dim",
+    "loading": "yellow",
+    "starting": "yellow",
+    "draining": "yellow",
+    "recovering": "yellow",
+    "failed": "red",
+    "poisoned": "red",
+    "down": "red",
+}
+
+
+def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print nodes, their devices and their models."""
+    console = console or Console()
+    nodes: Sequence[Mapping[str, Any]] = report.get("nodes", ())
+    table = _table("Node", "State", "Endpoint", ">Asked", "Version")
+    for node in nodes:
+        state = (node.get("state") or "up") if node.get("up") else "down"
+        in_flight = str(node.get("in_flight", ""))
+        table.add_row(node["name"], _state(state), node.get("endpoint", ""), in_flight, node.get("version", ""))
+    console.print(table)
+    for node in nodes:
+        if node.get("fault"):
+            console.print(Text(f"{node['name']}: {node['fault']}", "red"))
+    devices = _table("Node", "Device", "Name", "Worker", ">Free GiB", ">of")
+    for node in nodes:
+        for device in node.get("devices", ()):
+            devices.add_row(
+                node["name"],
+                device.get("id", ""),
+                device.get("name", ""),
+                _state(device.get("worker") or "unused"),
+                _gib(device.get("memory_free_bytes")),
+                _gib(device.get("memory_total_bytes")),
+            )
+    if devices.row_count:
+        console.print(devices)
+    models = _table("Model", "Node", "State", ">Context", ">Mem GiB", ">Run", ">Wait")
+    for node in nodes:
+        for model in node.get("models", ()) if node.get("up") else ():
+            state = model.get("state", "")
+            progress = f" {model['progress']:.0%}" if state == "loading" and model.get("progress") else ""
+            models.add_row(
+                model.get("id", ""),
+                node["name"],
+                _state(state, progress),
+                str(model.get("context_tokens", "")),
+                _gib(model.get("weights_bytes", 0) + model.get("kv_cache_bytes", 0)),
+                str(model.get("running", 0)),
+                str(model.get("waiting", 0)),
+            )
+    if models.row_count:
+        console.print(models)
+
+
+def print_models(listing: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what clients may ask for."""
+    console = console or Console()
+    table = _table("Model", "State", "Nodes", ">Context", "Can")
+    for model in listing.get("data", ()):
+        name = Text(model["id"])
+        if model.get("alias_of"):
+            name.append(f" -> {model['alias_of']}", "dim")
+        nodes = ", ".join(node["name"] for node in model.get("nodes", ()) if node.get("state") == "ready")
+        table.add_row(
+            name,
+            _state(model.get("state", "")),
+            nodes,
+            str(model.get("context_length") or ""),
+            ", ".join(model.get("capabilities", ())),
+        )
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    """Return a table; ``>`` marks a number. Names give way where a line is too long, numbers and states never."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        is_number = column.startswith(">")
+        name = column.removeprefix(">")
+        table.add_column(
+            name,
+            justify="right" if is_number else "left",
+            no_wrap=is_number or name in {"State", "Worker", "Device", "Version"},
+            overflow="fold",
+        )
+    return table
+
+
+def _state(state: str, suffix: str = "") -> Text:
+    return Text(state + suffix, COLOURS.get(state, ""))
+
+
+def _gib(size_bytes: int | None) -> str:
+    return f"{size_bytes / GIB:.1f}" if size_bytes else ""

@@ -1,0 +1,189 @@
+"""Cold loads: one for all who wait, patient with progress, and never a 404."""
+
+import asyncio
+
+import msgspec
+import pytest
+from fake_neuron import Asked, FakeNeuron, Line, Script, error
+from gateway_rig import QUICK, Rig, rig, until
+
+from cortex.config import ModelProfile, Timeouts
+from cortex.errors import LoadFailedError, LoadRefusedError
+from cortex.fleet.loader import Loader
+from cortex.wire.node import ModelSpec, ModelState, ModelStatus
+
+PROFILE = ModelProfile(id="m", source="/w", context_tokens=512)
+
+
+def loader(gateway: Rig) -> Loader:
+    return gateway.gateway.service.dispatcher._loader
+
+
+async def test_fifty_callers_make_one_load() -> None:
+    go = asyncio.Event()
+    first, second = FakeNeuron("a"), FakeNeuron("b", free_bytes=1)
+
+    async def load(spec: ModelSpec) -> ModelStatus:
+        await go.wait()
+        return first.ready(spec.id).models[spec.id]
+
+    first.load = load
+    async with rig(first, second, models=(PROFILE,)) as gateway:
+        calls = [gateway.chat(stream=bool(i % 2)) for i in range(50)]
+        await until(lambda: first.loads)
+        go.set()
+        assert {(await call.end()).status for call in calls} == {200}
+        assert first.loads == [PROFILE.spec()]
+        assert not second.loads
+        assert len(first.asked) == 50
+        assert gateway.metric("cortex_model_loads_total", model="m", outcome="ok") == 1
+
+
+async def test_a_spec_is_what_the_catalogue_says_and_no_placement() -> None:
+    profile = ModelProfile(id="m", source="/w", dtype="bf16", priority=3, preferred_nodes=("a",))
+    neuron = FakeNeuron()
+    async with rig(neuron, models=(profile,)) as gateway:
+        assert (await gateway.chat().end()).status == 200
+    assert neuron.loads == [ModelSpec("m", "/w", dtype="bf16")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status", "code"),
+    [
+        ([error(422, "does_not_fit")], [None], 200, None),
+        ([error(503, "draining", "retry-after: 9")], [None], 200, None),
+        ([error(422, "does_not_fit")], [error(422, "does_not_fit")], 422, "model_load_refused"),
+        ([error(422, "does_not_fit")], [error(503, "draining", "retry-after: 9")], 503, "model_load_failed"),
+        ([error(404, "unknown_url")], [error(404, "model_not_found")], 503, "model_load_failed"),
+        ([error(500, "internal_error")], [error(500, "internal_error")], 503, "model_load_failed"),
+    ],
+)
+async def test_a_refusal_goes_on_to_the_next_candidate(
+    first: list[Script | None], second: list[Script | None], status: int, code: str | None
+) -> None:
+    neurons = FakeNeuron("a"), FakeNeuron("b", free_bytes=1)
+
+    def told(neuron: FakeNeuron, script: Script | None) -> None:
+        async def load(spec: ModelSpec) -> ModelStatus | Script:
+            return script or neuron.ready(spec.id).models[spec.id]
+
+        neuron.load = load
+
+    told(neurons[0], first[0])
+    told(neurons[1], second[0])
+    async with rig(*neurons, models=(PROFILE,)) as gateway:
+        call = await gateway.chat().end()
+        assert call.status == status
+        assert len(neurons[0].loads) == len(neurons[1].loads) == 1
+        if code is not None:
+            assert call.json()["error"]["code"] == code
+            assert "a: told" in call.json()["error"]["message"]
+            assert "b: told" in call.json()["error"]["message"]
+            assert ("retry-after" in call.headers) == (status == 503)
+            if "draining" in call.json()["error"]["message"]:
+                assert call.headers["retry-after"] == "9"
+
+
+async def test_the_next_request_tries_a_failed_load_again() -> None:
+    neuron = FakeNeuron()
+    outcomes: list[Script | None] = [error(500, "bad_disk"), None]
+
+    async def load(spec: ModelSpec) -> ModelStatus | Script:
+        told = outcomes.pop(0)
+        if told:
+            neuron.models["m"] = ModelStatus("m", ModelState.FAILED, source="/w", error="bad disk")
+        return told or neuron.ready(spec.id).models[spec.id]
+
+    neuron.load = load
+    async with rig(neuron, models=(PROFILE,)) as gateway:
+        assert (await gateway.chat().end()).status == 503
+        await until(lambda: gateway.gateway.fleet.state.status("a", "m"))
+        assert (await gateway.chat().end()).status == 200
+
+
+async def test_a_load_may_take_long_but_not_stand_still() -> None:
+    neuron = FakeNeuron()
+    standing_still = asyncio.Event()
+
+    async def load(spec: ModelSpec) -> ModelStatus:
+        for i in range(12):
+            neuron.models["m"] = ModelStatus("m", ModelState.LOADING, source="/w", progress=i / 12)
+            await asyncio.sleep(0.1)
+        await standing_still.wait()
+        return neuron.ready("m").models["m"]
+
+    neuron.load = load
+    async with rig(neuron, models=(PROFILE,), timeouts=Timeouts(load_stall_s=0.5)) as gateway:
+        started = asyncio.get_running_loop().time()
+        call = await gateway.chat().end()
+        assert asyncio.get_running_loop().time() - started > 1.1, "progress keeps a load alive"
+        assert call.status == 503
+        assert "no progress for 0.5 s" in call.json()["error"]["message"]
+
+
+async def test_a_node_that_goes_down_in_a_load_ends_it() -> None:
+    neuron = FakeNeuron()
+
+    async def load(spec: ModelSpec) -> ModelStatus:
+        async def mute(asked: Asked, line: Line) -> None:
+            await asyncio.sleep(60)
+
+        neuron.control = mute
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    neuron.load = load
+    quick = msgspec.structs.replace(QUICK, timeout_s=0.1)
+    async with rig(neuron, models=(PROFILE,), polling=quick) as gateway:
+        call = await gateway.chat().end()
+        assert call.status == 503
+        assert "went down" in call.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("after", [ModelState.READY, ModelState.LOADING])
+async def test_a_broken_connection_is_no_answer(after: ModelState) -> None:
+    """The load goes on in the node: no second copy is asked for anywhere."""
+    first, second = FakeNeuron("a"), FakeNeuron("b", free_bytes=1)
+
+    async def load(spec: ModelSpec) -> ModelStatus | Script:
+        first.ready("m")
+        if len(first.loads) > 1:
+            return first.models["m"]
+        first.models["m"] = msgspec.structs.replace(first.models["m"], state=after)
+
+        async def break_off(asked: Asked, line: Line) -> None:
+            await line.send(b"HTTP/1.1 200 OK\r\n")
+            line.cut()
+
+        return break_off
+
+    first.load = load
+    async with rig(first, second, models=(PROFILE,)) as gateway:
+        assert (await gateway.chat().end()).status == 200
+        assert len(first.loads) == (1 if after is ModelState.READY else 2)
+        assert not second.loads
+
+
+async def test_waiters_come_and_go_and_the_load_stays() -> None:
+    go = asyncio.Event()
+    neuron = FakeNeuron()
+
+    async def load(spec: ModelSpec) -> ModelStatus:
+        await go.wait()
+        return neuron.ready("m").models["m"]
+
+    neuron.load = load
+    async with rig(neuron, models=(PROFILE,)) as gateway:
+        waiting = [asyncio.ensure_future(loader(gateway).load(PROFILE.spec(), ("a",))) for _ in range(5)]
+        await until(lambda: neuron.loads)
+        for task in waiting[:4]:
+            task.cancel()
+        await asyncio.gather(*waiting[:4], return_exceptions=True)
+        go.set()
+        assert await waiting[4] == "a"
+        assert len(neuron.loads) == 1
+
+
+async def test_errors_have_their_status() -> None:
+    assert LoadRefusedError("x").status == 422
+    assert LoadFailedError("x").status == 503

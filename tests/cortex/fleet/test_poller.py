@@ -1,0 +1,118 @@
+"""Watching nodes: three strikes, back-off, recovery, and nobody waits for the slow one."""
+
+import asyncio
+
+import msgspec
+import pytest
+from fake_neuron import Asked, FakeNeuron, Line, answer, error
+from gateway_rig import QUICK, rig, until
+
+from cortex.wire.node import NodeState
+
+
+async def hang(asked: Asked, line: Line) -> None:
+    await asyncio.sleep(60)
+
+
+async def nonsense(asked: Asked, line: Line) -> None:
+    await line.reply(200, b'{"models": 5}')
+
+
+async def test_one_missed_poll_is_not_a_dead_node() -> None:
+    neuron = FakeNeuron().ready("m")
+    async with rig(neuron) as gateway:
+        fleet = gateway.gateway.fleet
+        struck = asyncio.Event()
+        failures = 0
+
+        async def fail_once(asked: Asked, line: Line) -> None:
+            nonlocal failures
+            failures += 1
+            if failures >= 3:  # one poll is three calls
+                neuron.control = None
+                struck.set()
+            await error(500, "x")(asked, line)
+
+        neuron.control = fail_once
+        await struck.wait()
+        seen = set()
+        while neuron.num_polls < 3 or fleet.state.nodes["a"].strikes:
+            seen.add(fleet.state.nodes["a"].up)
+            await fleet.changed()
+        assert seen <= {True}
+        assert fleet.state.nodes["a"].up
+
+
+@pytest.mark.parametrize("fault", [hang, nonsense, error(500, "x")])
+async def test_three_strikes_and_recovery(fault: object) -> None:
+    neuron = FakeNeuron().ready("m")
+    quick = msgspec.structs.replace(QUICK, timeout_s=0.1)
+    async with rig(neuron, polling=quick) as gateway:
+        fleet = gateway.gateway.fleet
+        neuron.control = fault  # type: ignore[assignment]
+        strikes_when_down = None
+        while strikes_when_down is None:
+            await fleet.changed()
+            known = fleet.state.nodes["a"]
+            assert known.up == (known.strikes < 3)
+            if not known.up:
+                strikes_when_down = known.strikes
+        assert strikes_when_down == 3
+        assert fleet.state.nodes["a"].fault
+        assert not fleet.state.serving
+        call = await gateway.chat().end()
+        assert (call.status, call.headers["retry-after"]) == (503, "5"), "known, though its node is down"
+        neuron.control = None
+        await until(lambda: fleet.state.nodes["a"].up)
+        assert fleet.state.nodes["a"].strikes == 0
+        assert (await gateway.chat().end()).status == 200
+
+
+async def test_a_slow_node_delays_nobody() -> None:
+    slow, quick = FakeNeuron("slow", control=hang), FakeNeuron("quick").ready("m")
+    async with rig(slow, quick, wait=False, polling=msgspec.structs.replace(QUICK, timeout_s=2)) as gateway:
+        call = await gateway.chat().end(timeout_s=1)
+        assert call.status == 200
+        await until(lambda: quick.num_polls >= 5, timeout_s=1)
+        assert not gateway.gateway.fleet.state.nodes["slow"].polled
+
+
+async def test_a_node_that_is_down_is_asked_less_often() -> None:
+    neuron = FakeNeuron(control=error(500, "x"))
+    async with rig(neuron) as gateway:
+        poller, fleet = gateway.gateway.service.poller, gateway.gateway.fleet
+        await until(lambda: fleet.state.nodes["a"].strikes >= 6)
+        assert poller._pause_s("a") == pytest.approx(QUICK.max_backoff_s)
+        neuron.control = None
+        poller.poll_soon("a")
+        await until(lambda: fleet.state.nodes["a"].up, timeout_s=QUICK.max_backoff_s)
+
+
+async def test_polls_never_touch_the_counts_in_flight() -> None:
+    go = asyncio.Event()
+
+    async def script(asked: Asked, line: Line) -> None:
+        await go.wait()
+        await answer(asked, line)
+
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron) as gateway:
+        calls = [gateway.chat() for _ in range(5)]
+        await until(lambda: len(neuron.asked) == 5)
+        polls = neuron.num_polls
+        neuron.models["m"] = msgspec.structs.replace(neuron.models["m"], running=7, waiting=1)
+        await until(lambda: neuron.num_polls >= polls + 3)
+        assert gateway.in_flight == 5
+        assert gateway.gateway.fleet.state.nodes["a"].foreign_load == 3
+        go.set()
+        for call in calls:
+            await call.end()
+        assert gateway.in_flight == 0
+
+
+async def test_a_draining_node_gets_no_requests() -> None:
+    first, second = FakeNeuron("a", state=NodeState.DRAINING).ready("m"), FakeNeuron("b").ready("m")
+    async with rig(first, second) as gateway:
+        for _ in range(3):
+            assert (await gateway.chat().end()).status == 200
+        assert len(second.asked) == 3

@@ -1,0 +1,129 @@
+"""A client that goes away ends the work behind its answer, wherever that is."""
+
+import asyncio
+import random
+import time
+
+import pytest
+from fake_neuron import CHAT_ANSWER, CHAT_STREAM, Asked, FakeNeuron, Line, answer, chat_chunk
+from gateway_rig import rig, until
+
+from cortex.config import ModelProfile
+
+BOUND_S = 0.05
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("when", ["before the first byte", "after the first byte"])
+async def test_leaving_reaches_the_node(path: str, stream: bool, when: str) -> None:
+    sent = asyncio.Event()
+
+    async def script(asked: Asked, line: Line) -> None:
+        if when == "after the first byte":
+            if stream:
+                await line.start_stream()
+                await line.chunk(CHAT_STREAM[0])
+            else:
+                await line.head(200, "content-type: application/json", f"content-length: {len(CHAT_ANSWER)}")
+                await line.send(CHAT_ANSWER[:10])
+        sent.set()
+        await asyncio.sleep(60)
+
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron) as gateway:
+        call = gateway.call("POST", path, {"model": "m", "stream": stream})
+        await sent.wait()
+        if stream and when == "after the first byte":
+            await call.until(lambda call: call.body)
+        assert gateway.in_flight == 1
+        call.leave()
+        left_at = time.monotonic()
+        await until(lambda: neuron.num_left == 1)
+        assert time.monotonic() - left_at < BOUND_S
+        await call.end()
+        assert gateway.in_flight == 0
+        dialect = "openai-chat" if path == "/v1/chat/completions" else "openai-responses"
+        assert gateway.metric("cortex_requests_total", model="m", node="a", dialect=dialect, status="499") == 1
+        pool = gateway.gateway.service.pools["a"]
+        await until(lambda: pool.num_connections == 0)
+
+
+async def test_leaving_while_not_reading_reaches_the_node() -> None:
+    async def flood(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        while True:
+            await line.chunk(chat_chunk({"content": "x" * 1000}))
+
+    neuron = FakeNeuron(script=flood).ready("m")
+    async with rig(neuron) as gateway:
+        call = gateway.chat(stream=True)
+        await call.until(lambda call: call.body)
+        call.hold()
+        (line,) = neuron.lines
+        written = -1
+        while written != line.written_bytes:
+            written = line.written_bytes
+            await asyncio.sleep(0.1)
+        assert written < 32 * 1024 * 1024, "a reader that stalls must stop the node"
+        call.leave()
+        await until(lambda: neuron.num_left == 1)
+        await call.end()
+        assert gateway.in_flight == 0
+
+
+async def test_leaving_a_cold_load_leaves_the_load_to_the_others() -> None:
+    go = asyncio.Event()
+    neuron = FakeNeuron()
+
+    async def load(spec: object) -> object:
+        await go.wait()
+        return neuron.ready("m").models["m"]
+
+    neuron.load = load  # type: ignore[assignment]
+    async with rig(neuron, models=(ModelProfile(id="m", source="/w"),)) as gateway:
+        calls = [gateway.chat(stream=bool(i % 2)) for i in range(20)]
+        await until(lambda: neuron.loads)
+        for call in calls[:19]:
+            call.leave()
+        for call in calls[:19]:
+            await call.end()
+        go.set()
+        await calls[19].end()
+        assert calls[19].status == 200
+        assert len(neuron.loads) == 1
+        assert len(neuron.asked) == 1
+        assert gateway.in_flight == 0
+
+
+async def test_many_clients_that_leave_at_random_leave_nothing() -> None:
+    random_numbers = random.Random(5)
+
+    async def script(asked: Asked, line: Line) -> None:
+        await asyncio.sleep(random_numbers.random() * 0.02)
+        await line.start_stream()
+        for _ in range(20):
+            await line.chunk(CHAT_STREAM[1])
+            await asyncio.sleep(random_numbers.random() * 0.01)
+        for frame in CHAT_STREAM[3:]:
+            await line.chunk(frame)
+        await line.end()
+
+    neurons = FakeNeuron("a", script=script).ready("m"), FakeNeuron("b", script=script).ready("m")
+    async with rig(*neurons) as gateway:
+
+        async def one() -> None:
+            call = gateway.chat(stream=True)
+            await asyncio.sleep(random_numbers.random() * 0.25)
+            call.leave()
+            await call.end()
+
+        await asyncio.gather(*(one() for _ in range(300)))
+        assert gateway.in_flight == 0
+        for name in "ab":
+            pool = gateway.gateway.service.pools[name]
+            await until(lambda pool=pool: pool.num_connections == len(pool._idle))
+            assert gateway.metric("cortex_in_flight_requests", node=name) == 0
+        for neuron in neurons:
+            neuron.script = answer
+        assert (await gateway.chat().end()).status == 200

@@ -1,0 +1,463 @@
+"""The gateway through its public interface, in process, over fake neurons."""
+
+import asyncio
+import json
+import time
+
+import msgspec
+import orjson
+import pytest
+from fake_neuron import CHAT_ANSWER, CHAT_STREAM, RESPONSES_STREAM, Asked, FakeNeuron, Line, answer, error
+from gateway_rig import CHAT, STREAM, rig, until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cortex.config import ModelProfile, Timeouts
+from cortex.wire.node import ModelState
+
+PROFILE = ModelProfile(id="m", source="/weights")
+
+
+async def test_a_body_goes_through_as_it_is_and_the_answer_too() -> None:
+    neuron = FakeNeuron().ready("m")
+    body = b'{ "model" : "m",\n "messages":[{"role":"user","content":"\\u00e9 \xc3\xa9 "}], "x": 1.50 }'
+    async with rig(neuron) as gateway:
+        call = await gateway.call("POST", "/v1/chat/completions", body, {"x-request-id": "abc-1"}).end()
+    assert (call.status, call.body) == (200, CHAT_ANSWER)
+    assert call.headers["x-request-id"] == "abc-1"
+    assert neuron.asked[0].body == body
+    assert neuron.asked[0].headers["x-request-id"] == "abc-1"
+    assert neuron.asked[0].headers["x-cortex-report-usage"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("path", "frames"), [("/v1/chat/completions", CHAT_STREAM), ("/v1/responses", RESPONSES_STREAM)]
+)
+async def test_a_stream_goes_through_as_it_is(path: str, frames: tuple[bytes, ...]) -> None:
+    async with rig(FakeNeuron().ready("m")) as gateway:
+        call = await gateway.call("POST", path, STREAM).end()
+        assert call.status == 200
+        assert call.headers["content-type"].startswith("text/event-stream")
+        assert call.body == b"".join(frames)
+        assert gateway.in_flight == 0
+
+
+async def test_an_alias_is_spliced_and_nothing_else_changes() -> None:
+    neuron = FakeNeuron().ready("m/long-name")
+    async with rig(neuron, models=(ModelProfile(id="m/long-name", source="/w"),), aliases={"al": "m/long-name"}) as r:
+        call = r.call("POST", "/v1/chat/completions", b'{"a": {"model": "al"}, "model" :  "al" , "b":[1, 2]}')
+        assert (await call.end()).status == 200
+        assert neuron.asked[0].body == b'{"a": {"model": "al"}, "model" :  "m/long-name" , "b":[1, 2]}'
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=12), st.booleans())
+def test_any_split_of_the_bytes_gives_the_same_stream(sizes: list[int], as_http_chunks: bool) -> None:
+    """Random splits, both of the SSE bytes into HTTP chunks and of the HTTP bytes into TCP segments."""
+    payload = b"".join(CHAT_STREAM)
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        raw = b"%x\r\n%s\r\n0\r\n\r\n" % (len(payload), payload)
+        at, turn = 0, 0
+        data = payload if as_http_chunks else raw
+        while at < len(data):
+            piece = data[at : at + sizes[turn % len(sizes)]]
+            await (line.chunk(piece) if as_http_chunks else line.send(piece))
+            at, turn = at + len(piece), turn + 1
+            await asyncio.sleep(0)
+        if as_http_chunks:
+            await line.end()
+
+    async def story() -> None:
+        async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+            call = await gateway.chat(stream=True).end()
+            assert call.body == payload
+            assert all(chunk.endswith(b"\n\n") for chunk in call.chunks), "whole frames only"
+
+    asyncio.run(story())
+
+
+# ------------------------------------------------------------------ wrong requests
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        (b"", 400, "invalid_json", None),
+        (b"{", 400, "invalid_json", None),
+        (b"[]", 400, "invalid_json", None),
+        (b'"x"', 400, "invalid_json", None),
+        (b"{}", 400, "missing_required_parameter", "model"),
+        (b'{"model": ""}', 400, "missing_required_parameter", "model"),
+        (b'{"model": 5}', 400, "invalid_type", "model"),
+        (b'{"model": null}', 400, "invalid_type", "model"),
+        (b'{"model": "m", "stream": "yes"}', 400, "invalid_type", "stream"),
+        (b'{"model": "nobody"}', 404, "model_not_found", "model"),
+        (b'{"model": "m", "pad": "' + b"x" * 4096 + b'"}', 413, "request_too_large", None),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_a_wrong_request_is_told_what_is_wrong(
+    path: str, body: bytes, status: int, code: str, param: str | None
+) -> None:
+    neuron = FakeNeuron().ready("m")
+    async with rig(neuron, max_body_bytes=2048) as gateway:
+        call = await gateway.call("POST", path, body).end()
+        assert call.status == status
+        assert set(call.json()["error"]) == {"message", "type", "param", "code"}
+        assert call.json()["error"]["code"] == code
+        assert call.json()["error"]["param"] == param
+        assert call.headers["x-request-id"].startswith("req_")
+        assert not neuron.asked
+        text = gateway.gateway.metrics.registry
+        labels = {label for family in text.collect() for sample in family.samples for label in sample.labels.values()}
+        assert "nobody" not in labels
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("GET", "/v1/nothing", 404, None),
+        ("POST", "/", 404, None),
+        ("HEAD", "/nothing", 404, None),
+        ("OPTIONS", "/nothing", 404, None),
+        ("GET", "/v1/models/", 404, None),
+        ("GET", "/v1/chat/completions", 405, "POST, OPTIONS"),
+        ("HEAD", "/v1/chat/completions", 405, "POST, OPTIONS"),
+        ("DELETE", "/v1/models", 405, "GET, HEAD, OPTIONS"),
+        ("OPTIONS", "/v1/responses", 204, "POST, OPTIONS"),
+        ("OPTIONS", "/v1/models/m", 204, "GET, HEAD, OPTIONS"),
+        ("HEAD", "/v1/models", 200, None),
+        ("HEAD", "/health", 200, None),
+        ("GET", "/version", 200, None),
+        ("BREW", "/health", 405, "GET, HEAD, OPTIONS"),
+    ],
+)
+async def test_every_method_and_path_has_an_answer(method: str, path: str, status: int, allow: str | None) -> None:
+    async with rig(FakeNeuron().ready("m")) as gateway:
+        call = await gateway.call(method, path).end()
+        assert call.status == status
+        assert call.headers.get("allow") == allow
+        if method == "HEAD":
+            assert call.body == b""
+        elif status >= 400:
+            assert call.json()["error"]["code"] in {"unknown_url", "method_not_allowed"}
+
+
+@pytest.mark.parametrize("given", ["", "has space", "x" * 129, "new\tline", "né"])
+async def test_an_unfit_request_id_is_replaced(given: str) -> None:
+    async with rig(FakeNeuron().ready("m")) as gateway:
+        call = await gateway.call("GET", "/version", b"", {"x-request-id": given}).end()
+        assert call.headers["x-request-id"].startswith("req_")
+        assert call.headers["request-id"] == call.headers["x-request-id"]
+
+
+# ------------------------------------------------------------------ what a node says when it says no
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_nodes_error_keeps_its_status_body_and_retry_after(stream: bool) -> None:
+    neuron = FakeNeuron(script=error(400, "context_length_exceeded")).ready("m")
+    async with rig(neuron) as gateway:
+        call = await gateway.chat(stream=stream).end()
+        assert call.status == 400
+        assert call.json() == {
+            "error": {"message": "told context_length_exceeded", "type": "t", "param": None,
+                      "code": "context_length_exceeded"}
+        }  # fmt: skip
+        neuron.script = error(503, "device_worker_lost", "retry-after: 7")
+        call = await gateway.chat(stream=stream).end()
+        assert (call.status, call.headers["retry-after"]) == (503, "7")
+        assert len(neuron.asked) == 2, "there is no other replica to try"
+        assert gateway.in_flight == 0
+
+
+async def test_an_error_that_is_not_json_gets_an_envelope() -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        await line.reply(502, b"<html>bad</html>", content_type="text/html")
+
+    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+        call = await gateway.chat().end()
+        assert call.status == 502
+        assert "status 502" in call.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("how", ["cut", "reset", "end early", "stall", "garbage"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_a_broken_stream_ends_in_an_error_of_its_dialect(how: str, path: str) -> None:
+    begun = CHAT_STREAM[:2] if path == "/v1/chat/completions" else RESPONSES_STREAM[:2]
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        for frame in begun:
+            await line.chunk(frame)
+        await line.chunk(b'data: {"half')
+        match how:
+            case "cut":
+                line.cut()
+            case "reset":
+                await asyncio.sleep(0.05)  # what was sent before a reset may be lost with it
+                line.reset()
+            case "end early":
+                await line.end()
+            case "garbage":
+                await line.send(b"not a chunk\r\n")
+            case "stall":
+                await asyncio.sleep(60)
+
+    async with rig(FakeNeuron(script=script).ready("m"), timeouts=Timeouts(stall_s=0.3)) as gateway:
+        call = await gateway.call("POST", path, STREAM).end()
+        assert call.status == 200
+        whole = b"".join(begun)
+        assert call.body.startswith(whole)
+        ending = call.body.removeprefix(whole)
+        expected = "upstream_timeout" if how == "stall" else "upstream_error"
+        if path == "/v1/chat/completions":
+            assert ending.startswith(b"data: ")
+            assert json.loads(ending[6:])["error"]["code"] == expected
+            assert b"[DONE]" not in call.body
+        else:
+            first, second = (block.split(b"\ndata: ") for block in ending.strip().split(b"\n\n"))
+            assert first[0] == b"event: error"
+            assert second[0] == b"event: response.failed"
+            told, failed = json.loads(first[1]), json.loads(second[1])
+            assert (told["sequence_number"], failed["sequence_number"]) == (2, 3)
+            assert told["code"] == told["error"]["code"] == expected
+            assert failed["response"]["id"] == "resp_1"
+            assert failed["response"]["status"] == "failed"
+            assert failed["response"]["error"]["code"] == "server_error"
+        status = "504" if how == "stall" else "502"
+        dialect = "openai-chat" if path == "/v1/chat/completions" else "openai-responses"
+        assert gateway.metric("cortex_requests_total", model="m", node="a", dialect=dialect, status=status) == 1
+        assert gateway.in_flight == 0
+
+
+async def test_a_stream_that_is_complete_may_lose_its_connection() -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        for frame in CHAT_STREAM:
+            await line.chunk(frame)
+        line.cut()
+
+    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+        assert (await gateway.chat(stream=True).end()).body == b"".join(CHAT_STREAM)
+
+
+async def test_a_nodes_own_error_frame_is_the_only_one() -> None:
+    told = b'data: {"error":{"message":"lost","type":"server_error","param":null,"code":"device_worker_lost"}}\n\n'
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        await line.chunk(CHAT_STREAM[0] + told)
+        await line.end()
+
+    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+        assert (await gateway.chat(stream=True).end()).body == CHAT_STREAM[0] + told
+
+
+@pytest.mark.parametrize("how", ["cut", "short", "silent"])
+async def test_a_broken_answer_is_an_error_and_never_half_a_body(how: str) -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        if how != "silent":
+            await line.head(200, "content-type: application/json", f"content-length: {len(CHAT_ANSWER)}")
+            await line.send(CHAT_ANSWER[:-5])
+            line.cut()
+        await asyncio.sleep(60 if how == "silent" else 0)
+
+    async with rig(FakeNeuron(script=script).ready("m"), timeouts=Timeouts(answer_s=0.2)) as gateway:
+        call = await gateway.chat().end()
+        assert call.status == (504 if how == "silent" else 502)
+        assert call.json()["error"]["code"] == ("upstream_timeout" if how == "silent" else "upstream_error")
+        assert gateway.in_flight == 0
+
+
+async def test_a_streamed_request_that_is_not_streamed_back_is_an_error() -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        await line.reply(200, CHAT_ANSWER)
+
+    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+        call = await gateway.chat(stream=True).end()
+        assert call.status == 502
+
+
+# ------------------------------------------------------------------ replicas
+
+
+@pytest.mark.parametrize("how", ["refused", "reset", "503", "429"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_another_replica_is_asked_before_the_first_byte(how: str, stream: bool) -> None:
+    async def reset(asked: Asked, line: Line) -> None:
+        line.reset()
+
+    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("m")
+    first.script = {"503": error(503, "x"), "429": error(429, "x")}.get(how, reset)
+    async with first.serving(), second.serving(), rig(first, second) as gateway:
+        if how == "refused":
+            # Its address is gone while the gateway still believes in it.
+            state = gateway.gateway.fleet.state
+            pool = gateway.gateway.service.pools["a"]
+            pool._port = 1
+            assert state.nodes["a"].up
+        call = await gateway.chat(stream=stream).end()
+        assert call.status == 200
+        assert call.body == (b"".join(CHAT_STREAM) if stream else CHAT_ANSWER)
+        assert (len(first.asked), len(second.asked)) == (0 if how == "refused" else 1, 1)
+        reason = {"refused": "upstream_unreachable", "reset": "upstream_reset"}.get(how, "x")
+        assert gateway.metric("cortex_upstream_retries_total", node="a", reason=reason) == 1
+        assert gateway.metric("cortex_requests_total", model="m", node="b", dialect="openai-chat", status="200") == 1
+        assert gateway.in_flight == 0
+
+
+async def test_nothing_is_sent_twice_once_an_answer_has_begun() -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        await line.chunk(CHAT_STREAM[0])
+        await asyncio.sleep(0.05)
+        line.reset()
+
+    first, second = FakeNeuron("a", script=script).ready("m"), FakeNeuron("b", script=script).ready("m")
+    async with rig(first, second) as gateway:
+        call = await gateway.chat(stream=True).end()
+        assert b'"code":"upstream_error"' in call.body
+        assert len(first.asked) + len(second.asked) == 1
+
+
+async def test_silence_is_not_sent_again() -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        await asyncio.sleep(60)
+
+    first, second = FakeNeuron("a", script=script).ready("m"), FakeNeuron("b").ready("m")
+    async with rig(first, second, timeouts=Timeouts(first_byte_s=0.2)) as gateway:
+        call = await gateway.chat(stream=True).end()
+        assert call.status == 504
+        assert not second.asked
+
+
+async def test_a_burst_spreads_over_the_replicas() -> None:
+    go = asyncio.Event()
+
+    async def script(asked: Asked, line: Line) -> None:
+        await go.wait()
+        await answer(asked, line)
+
+    neurons = [FakeNeuron(name, script=script).ready("m") for name in "abcd"]
+    async with rig(*neurons) as gateway:
+        calls = [gateway.chat() for _ in range(40)]
+        await until(lambda: sum(len(neuron.asked) for neuron in neurons) == 40)
+        assert [len(neuron.asked) for neuron in neurons] == [10, 10, 10, 10]
+        assert gateway.metric("cortex_in_flight_requests", node="a") == 10
+        go.set()
+        assert {(await call.end()).status for call in calls} == {200}
+        assert gateway.in_flight == 0
+        assert gateway.metric("cortex_in_flight_requests", node="a") == 0
+
+
+async def test_a_node_that_lost_the_model_gets_it_again() -> None:
+    neuron = FakeNeuron().ready("m")
+    scripts = [error(404, "model_not_found"), answer]
+
+    async def script(asked: Asked, line: Line) -> None:
+        await scripts.pop(0)(asked, line)
+
+    neuron.script = script
+    async with rig(neuron, models=(PROFILE,)) as gateway:
+        assert (await gateway.chat().end()).status == 200
+        assert [spec.id for spec in neuron.loads] == ["m"]
+
+
+# ------------------------------------------------------------------ cold loads, seen from a client
+
+
+async def test_a_stream_that_waits_for_a_load_has_headers_and_heartbeats_within_a_second() -> None:
+    go = asyncio.Event()
+    neuron = FakeNeuron()
+
+    async def load(spec: object) -> object:
+        await go.wait()
+        return neuron.ready("m").models["m"]
+
+    neuron.load = load  # type: ignore[assignment]
+    async with rig(neuron, models=(PROFILE,)) as gateway:
+        asked_at = time.monotonic()
+        call = gateway.chat(stream=True)
+        await call.until(lambda call: call.body)
+        assert time.monotonic() - asked_at < 1.0
+        assert call.body == b": keep-alive\n\n"
+        go.set()
+        await call.end()
+        assert call.data() == b"".join(frame for frame in CHAT_STREAM if not frame.startswith(b":"))
+
+
+async def test_a_load_that_fails_late_is_an_error_in_the_stream() -> None:
+    go = asyncio.Event()
+
+    async def load(spec: object) -> object:
+        await go.wait()
+        return error(422, "does_not_fit")
+
+    async with rig(FakeNeuron(load=load), models=(PROFILE,)) as gateway:  # type: ignore[arg-type]
+        call = gateway.chat(stream=True)
+        await call.until(lambda call: call.body)
+        go.set()
+        await call.end()
+        assert json.loads(call.data()[6:])["error"]["code"] == "model_load_refused"
+
+
+async def test_no_node_is_503_with_retry_after_and_unknown_is_404() -> None:
+    neuron = FakeNeuron()
+    async with neuron.serving():
+        pass  # its port is known, and closed
+    async with rig(neuron, models=(PROFILE,)) as gateway:
+        call = await gateway.chat().end()
+        assert (call.status, call.json()["error"]["code"]) == (503, "no_node")
+        assert int(call.headers["retry-after"]) >= 1
+        assert (await gateway.chat(model="x").end()).status == 404
+
+
+async def test_a_recovering_model_is_503_and_gets_no_second_copy() -> None:
+    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b")
+    first.models["m"] = msgspec.structs.replace(first.models["m"], state=ModelState.RECOVERING)
+    async with rig(first, second, models=(PROFILE,)) as gateway:
+        call = await gateway.chat(stream=True).end()
+        assert call.status == 503
+        assert call.headers["retry-after"] == "5"
+        assert not first.loads + second.loads
+
+
+# ------------------------------------------------------------------ the catalogue and the rest
+
+
+async def test_models_are_the_catalogue_and_what_nodes_have() -> None:
+    first, second = FakeNeuron("a").ready("m", context_tokens=8192), FakeNeuron("b").ready("m", "extra")
+    cold = ModelProfile(id="cold", source="/w", context_tokens=2048)
+    async with rig(first, second, models=(PROFILE, cold), aliases={"gpt-4o": "m"}) as gateway:
+        listed = (await gateway.call("GET", "/v1/models").end()).json()
+        assert listed["object"] == "list"
+        by_id = {model["id"]: model for model in listed["data"]}
+        assert list(by_id) == ["cold", "extra", "m", "gpt-4o"]
+        assert all(model["object"] == "model" and isinstance(model["created"], int) for model in by_id.values())
+        assert by_id["cold"]["state"] == "available"
+        assert by_id["cold"]["context_length"] == 2048
+        assert by_id["m"]["context_length"] == 8192
+        assert by_id["m"]["capabilities"] == ["chat"]
+        assert [node["name"] for node in by_id["m"]["nodes"]] == ["a", "b"]
+        assert by_id["gpt-4o"]["alias_of"] == "m"
+        one = (await gateway.call("GET", "/v1/models/gpt-4o").end()).json()
+        assert one == by_id["gpt-4o"]
+        assert (await gateway.call("GET", "/v1/models/none").end()).status == 404
+
+
+async def test_the_operators_view_and_health() -> None:
+    async with rig(FakeNeuron("a").ready("m"), FakeNeuron("b")) as gateway:
+        health = (await gateway.call("GET", "/health").end()).json()
+        assert health == {"state": "ready", "nodes_up": 2, "nodes": 2, "in_flight": 0}
+        nodes = (await gateway.call("GET", "/admin/fleet").end()).json()["nodes"]
+        assert [node["name"] for node in nodes] == ["a", "b"]
+        assert nodes[0]["devices"][0]["id"] == "cpu:0"
+        assert nodes[0]["models"][0]["id"] == "m"
+
+
+def test_the_fake_speaks_what_the_tests_assume() -> None:
+    assert orjson.loads(CHAT_ANSWER)["usage"]["prompt_tokens"] == 7
+    assert CHAT["model"] == "m"

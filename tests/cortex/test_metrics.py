@@ -1,0 +1,162 @@
+"""What is counted and logged of known traffic."""
+
+import asyncio
+import json
+import logging
+import time
+
+import httpx
+import msgspec
+import pytest
+from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, error
+from gateway_rig import free_port, rig, until
+from prometheus_client.parser import text_string_to_metric_families
+
+from cortex.config import LogFormat, ModelProfile
+from cortex.logs import JsonFormatter, TextFormatter
+from cortex.wire.node import ModelState
+
+LABELS = {"model": "m", "node": "a", "dialect": "openai-chat"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_tokens_are_counted_whatever_the_dialect(stream: bool, path: str) -> None:
+    async with rig(FakeNeuron().ready("m")) as gateway:
+        for _ in range(3):
+            await gateway.call("POST", path, {"model": "m", "stream": stream}).end()
+        dialect = "openai-chat" if path == "/v1/chat/completions" else "openai-responses"
+        labels = LABELS | {"dialect": dialect}
+        assert gateway.metric("cortex_requests_total", **labels, status="200") == 3
+        assert gateway.metric("cortex_prompt_tokens_total", **labels) == 21
+        assert gateway.metric("cortex_completion_tokens_total", **labels) == 6
+        assert gateway.metric("cortex_cached_tokens_total", **labels) == 9
+        assert gateway.metric("cortex_request_duration_seconds_count", **labels) == 3
+        assert gateway.metric("cortex_time_to_first_token_seconds_count", **labels) == (3 if stream else 0)
+        assert gateway.metric("cortex_tokens_per_second_count", **labels) == (3 if stream else 0)
+
+
+async def test_first_token_is_not_first_byte_and_duration_is_to_the_end() -> None:
+    pauses = [0.15, 0.2, 0.1]  # until the head, from heartbeat and role to the first token, from there to the end
+
+    async def script(asked: Asked, line: Line) -> None:
+        await asyncio.sleep(pauses[0])
+        await line.start_stream()
+        await line.chunk(b": keep-alive\n\n" + CHAT_STREAM[0])
+        await asyncio.sleep(pauses[1])
+        await line.chunk(CHAT_STREAM[1])
+        await asyncio.sleep(pauses[2])
+        for frame in CHAT_STREAM[2:]:
+            await line.chunk(frame)
+        await line.end()
+
+    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+        started = time.perf_counter()
+        await gateway.chat(stream=True).end()
+        elapsed = time.perf_counter() - started
+        first = gateway.metric("cortex_time_to_first_token_seconds_sum", **LABELS)
+        total = gateway.metric("cortex_request_duration_seconds_sum", **LABELS)
+        assert sum(pauses[:2]) <= first <= elapsed - pauses[2]
+        assert sum(pauses) <= total <= elapsed
+        speed = gateway.metric("cortex_tokens_per_second_sum", **LABELS)
+        assert speed == pytest.approx(1 / (total - first), rel=0.05), "one more token after the first"
+
+
+async def test_names_that_clients_make_up_are_never_labels() -> None:
+    async with rig(FakeNeuron().ready("m"), aliases={"al": "m"}) as gateway:
+        for i in range(50):
+            assert (await gateway.chat(model=f"made-up-{i}").end()).status == 404
+        await gateway.chat(model="al").end()
+        models = {
+            sample.labels["model"]
+            for family in gateway.gateway.metrics.registry.collect()
+            for sample in family.samples
+            if "model" in sample.labels
+        }
+        assert models == {"", "m"}
+        labels = {"model": "", "node": "", "dialect": "openai-chat", "status": "404"}
+        assert gateway.metric("cortex_requests_total", **labels) == 50
+
+
+async def test_a_models_gauges_go_with_the_model_and_come_from_its_nodes() -> None:
+    neuron = FakeNeuron("a").ready("m", "n")
+    async with rig(neuron) as gateway:
+        port = free_port()
+        stop = gateway.gateway.metrics.serve("127.0.0.1", port)
+        try:
+
+            async def scrape() -> dict[str, list[dict[str, str]]]:
+                async with httpx.AsyncClient() as client:
+                    text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+                return {
+                    sample.name: [other.labels for other in family.samples if other.value]
+                    for family in text_string_to_metric_families(text)
+                    for sample in family.samples
+                }
+
+            seen = await scrape()
+            assert seen["cortex_nodes_up"] == [{}]
+            assert {row["model"] for row in seen["cortex_model_state"]} == {"m", "n"}
+            del neuron.models["n"]
+            neuron.models["m"] = msgspec.structs.replace(neuron.models["m"], state=ModelState.DRAINING)
+            await until(lambda: "n" not in gateway.gateway.fleet.state.known)
+            seen = await scrape()
+            assert seen["cortex_model_state"] == [{"node": "a", "model": "m", "state": "draining"}]
+        finally:
+            stop()
+        assert port
+
+
+async def test_the_second_to_bind_the_port_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("cortex").propagate = True
+    async with rig(FakeNeuron()) as gateway:
+        port = free_port()
+        stop = gateway.gateway.metrics.serve("127.0.0.1", port)
+        with caplog.at_level("INFO", "cortex.metrics"):
+            gateway.gateway.metrics.serve("127.0.0.1", port)()
+        stop()
+        assert [record.levelname for record in caplog.records if record.name == "cortex.metrics"] == ["INFO"]
+
+
+async def test_one_line_for_each_finished_request(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("cortex").propagate = True
+    secret = "the prompt is nobody's business"
+    messages = [{"role": "user", "content": secret}]
+    with caplog.at_level("INFO", "cortex.request"):
+        neuron = FakeNeuron().ready("m")
+        async with rig(neuron, models=(ModelProfile(id="m", source="/w"),)) as gateway:
+            await gateway.chat(stream=True, messages=messages).end()
+            await gateway.chat(messages=messages).end()
+            neuron.script = error(400, "context_length_exceeded")
+            await gateway.chat(stream=True, messages=messages).end()
+            neuron.script = lambda asked, line: asyncio.sleep(60)
+            call = gateway.chat(stream=True)
+            await until(lambda: gateway.in_flight)
+            call.leave()
+            await call.end()
+    lines = [record for record in caplog.records if record.name == "cortex.request"]
+    fields = [record.fields for record in lines]  # type: ignore[attr-defined]
+    assert [(row["status"], row["finish"], row["stream"]) for row in fields] == [
+        (200, "stop", True),
+        (200, "stop", False),
+        (400, "context_length_exceeded", True),
+        (499, "disconnected", True),
+    ]
+    assert fields[0]["tokens_in"] == 7
+    assert fields[0]["tokens_cached"] == 3
+    assert 0 < fields[0]["ttft_s"] <= fields[0]["total_s"]
+    assert fields[0]["node"] == "a"
+    for record in lines:
+        text = TextFormatter().format(record)
+        document = json.loads(JsonFormatter().format(record))
+        assert document["id"].startswith("req_")
+        assert f"id={document['id']} dialect=openai-chat model=m" in text
+        assert secret not in text + str(document)
+        assert "\n" not in text
+
+
+def test_text_lines_quote_what_would_break_them() -> None:
+    record = logging.LogRecord("cortex", logging.INFO, "", 0, "request", (), None)
+    record.fields = {"id": 'a b="c"', "model": "", "x": 1.23456}
+    assert TextFormatter().format(record).endswith('request id="a b=\\"c\\"" model="" x=1.235')
+    assert LogFormat.JSON.value == "json"

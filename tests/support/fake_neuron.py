@@ -1,0 +1,320 @@
+"""A neuron that does as a test says: a control plane that answers, and inference that a script plays byte by byte.
+
+Raw asyncio, so that a test can split, stall, cut and reset wherever it likes, and see when the other side leaves.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import orjson
+
+from cortex.wire.node import (
+    Capability,
+    Device,
+    DeviceKind,
+    Discovery,
+    Health,
+    ModelList,
+    ModelSpec,
+    ModelState,
+    ModelStatus,
+    NodeState,
+    WorkerHealth,
+    WorkerState,
+)
+
+GIB = 1024**3
+
+
+def chat_chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
+    """Return one frame of a chat stream."""
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    chunk = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+
+CHAT_STREAM = (
+    chat_chunk({"role": "assistant", "content": ""}),
+    chat_chunk({"content": "Hel"}),
+    chat_chunk({"content": "lo"}),
+    chat_chunk({}, "stop"),
+    b"data: [DONE]\n\n",
+    b': usage {"prompt_tokens":7,"completion_tokens":2,"cached_tokens":3}\n\n',
+)
+CHAT_ANSWER = orjson.dumps(
+    {
+        "id": "c1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 7,
+            "completion_tokens": 2,
+            "total_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 3},
+        },
+    }
+)
+RESPONSE = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1,
+    "model": "m",
+    "status": "in_progress",
+    "output": [],
+    "parallel_tool_calls": True,
+    "tool_choice": "auto",
+    "tools": [],
+}
+
+
+def event(name: str, sequence: int, **fields: Any) -> bytes:
+    """Return one frame of a Responses stream."""
+    data = orjson.dumps({"type": name, "sequence_number": sequence, **fields})
+    return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
+
+
+DELTA = {"item_id": "msg_1", "output_index": 0, "content_index": 0, "logprobs": []}
+USAGE = {
+    "input_tokens": 7,
+    "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
+    "output_tokens": 2,
+    "output_tokens_details": {"reasoning_tokens": 0},
+    "total_tokens": 9,
+}
+RESPONSES_STREAM = (
+    event("response.created", 0, response=RESPONSE),
+    event("response.output_text.delta", 1, delta="Hel", **DELTA),
+    event("response.output_text.delta", 2, delta="lo", **DELTA),
+    event("response.completed", 3, response=RESPONSE | {"status": "completed", "usage": USAGE}),
+)
+
+
+@dataclass
+class Asked:
+    """One inference request as it arrived."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class Line:
+    """The writing end of one connection, and whether the other side is still there."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        self.left = asyncio.Event()
+        self.written_bytes = 0
+
+    async def send(self, data: bytes) -> None:
+        """Send raw bytes, and wait while the other side does not take them."""
+        self.written_bytes += len(data)
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def head(self, status: int = 200, *headers: str) -> None:
+        """Send a status line and headers; the framing is the script's to say."""
+        lines = [f"HTTP/1.1 {status} Status", *headers, "", ""]
+        await self.send("\r\n".join(lines).encode())
+
+    async def start_stream(self) -> None:
+        """Send the head of a chunked event stream."""
+        await self.head(200, "content-type: text/event-stream; charset=utf-8", "transfer-encoding: chunked")
+
+    async def chunk(self, data: bytes) -> None:
+        """Send one HTTP chunk."""
+        await self.send(b"%x\r\n%s\r\n" % (len(data), data))
+
+    async def end(self) -> None:
+        """End a chunked body."""
+        await self.send(b"0\r\n\r\n")
+
+    async def reply(self, status: int, body: bytes, *headers: str, content_type: str = "application/json") -> None:
+        """Send a whole answer."""
+        await self.head(status, f"content-type: {content_type}", f"content-length: {len(body)}", *headers)
+        await self.send(body)
+
+    def cut(self) -> None:
+        """Close the connection in the middle."""
+        self.writer.close()
+
+    def reset(self) -> None:
+        """Reset the connection."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+
+Script = Callable[[Asked, Line], Awaitable[None]]
+
+
+async def answer(asked: Asked, line: Line) -> None:
+    """The default script: a short answer in the dialect asked for, streamed or not."""
+    if not orjson.loads(asked.body).get("stream"):
+        await line.reply(200, CHAT_ANSWER)
+        return
+    await line.start_stream()
+    for frame in RESPONSES_STREAM if asked.path == "/v1/responses" else CHAT_STREAM:
+        await line.chunk(frame)
+    await line.end()
+
+
+def error(status: int, code: str, *headers: str) -> Script:
+    """Return a script that answers with an error."""
+    body = orjson.dumps({"error": {"message": f"told {code}", "type": "t", "param": None, "code": code}})
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.reply(status, body, *headers)
+
+    return script
+
+
+@dataclass
+class FakeNeuron:
+    """One node. Change its fields as the test goes."""
+
+    name: str = "a"
+    port: int = 0
+    models: dict[str, ModelStatus] = field(default_factory=dict)
+    state: NodeState = NodeState.READY
+    script: Script = answer
+    control: Script | None = None
+    """Plays every control call in place of the answers here."""
+    load: Callable[[ModelSpec], Awaitable[ModelStatus | Script]] | None = None
+    free_bytes: int = 16 * GIB
+    asked: list[Asked] = field(default_factory=list)
+    loads: list[ModelSpec] = field(default_factory=list)
+    num_polls: int = 0
+    lines: set[Line] = field(default_factory=set)
+    num_connections: int = 0
+    """Connections ever made for inference."""
+    num_left: int = 0
+    """Clients that went away while a script was playing."""
+    max_requests_per_connection: int = 10**9
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ready(self, *models: str, **fields: Any) -> "FakeNeuron":
+        """Have these models loaded."""
+        for model in models:
+            self.models[model] = ModelStatus(
+                model,
+                ModelState.READY,
+                source="/weights",
+                devices=("cpu:0",),
+                capabilities=(Capability.CHAT,),
+                **{"context_tokens": 4096, "weights_bytes": GIB, "kv_cache_bytes": GIB, **fields},
+            )
+        return self
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator["FakeNeuron"]:
+        """Listen on 127.0.0.1, on the same port each time."""
+        tasks: set[asyncio.Task[None]] = set()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        server = await asyncio.start_server(accept, "127.0.0.1", self.port)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            for task in tuple(tasks):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = Line(writer)
+        num_inferences = 0
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                request, *header_lines = head.decode("latin-1").split("\r\n")[:-2]
+                headers = dict(row.split(": ", 1) for row in header_lines)
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                _, path, _ = request.split(" ")
+                asked = Asked(path, headers, body)
+                if path.startswith("/v1/"):
+                    num_inferences += 1
+                    self.num_connections += num_inferences == 1
+                    self.asked.append(asked)
+                    self.lines.add(line)
+                    await self._play(self.script, asked, line, reader)
+                    if num_inferences >= self.max_requests_per_connection:
+                        return
+                else:
+                    await self._play(self.control or self._control, asked, line, reader)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.lines.discard(line)
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def _play(self, script: Script, asked: Asked, line: Line, reader: asyncio.StreamReader) -> None:
+        """Play a script until it ends or the other side leaves. Nobody pipelines here, so a byte is an error."""
+        playing = asyncio.ensure_future(script(asked, line))
+        watching = asyncio.ensure_future(reader.read(1))
+        try:
+            await asyncio.wait({playing, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not playing.done():
+                assert watching.exception() or watching.result() == b"", "a second request before the first answer"
+                self.num_left += asked.path.startswith("/v1/")
+                line.left.set()
+                raise ConnectionError
+            if isinstance(playing.exception(), ConnectionError):
+                self.num_left += asked.path.startswith("/v1/")
+            playing.result()
+            if watching.done():
+                raise ConnectionError
+        finally:
+            for task in (playing, watching):
+                task.cancel()
+            await asyncio.gather(playing, watching, return_exceptions=True)
+
+    async def _control(self, asked: Asked, line: Line) -> None:
+        answers: dict[str, Callable[[], Any]] = {
+            "/discovery": self.discovery,
+            "/health": self.health,
+            "/models": lambda: ModelList(tuple(self.models.values())),
+        }
+        if asked.path in answers:
+            self.num_polls += asked.path == "/health"
+            await line.reply(200, msgspec.json.encode(answers[asked.path]()))
+        elif asked.path == "/models/load":
+            spec = msgspec.json.decode(asked.body, type=ModelSpec)
+            self.loads.append(spec)
+            result = await self.load(spec) if self.load else self.ready(spec.id).models[spec.id]
+            if isinstance(result, ModelStatus):
+                self.models[spec.id] = result
+                await line.reply(200, msgspec.json.encode(result))
+            else:
+                await result(asked, line)
+        else:
+            await line.reply(404, b'{"error":{"message":"no","type":"t","param":null,"code":"unknown_url"}}')
+
+    def discovery(self) -> Discovery:
+        """Return what the node is."""
+        device = Device("cpu:0", DeviceKind.CPU, "a CPU", 32 * GIB, self.free_bytes, num_cores=2)
+        device = msgspec.structs.replace(device, worker=WorkerState.READY)
+        return Discovery(self.name, "0", "host", "linux", None, None, (device,), ("torch",), ("openai-chat",))
+
+    def health(self) -> Health:
+        """Return how the node is."""
+        return Health(self.state, 1.0, (WorkerHealth("cpu:0", WorkerState.READY, 0),))

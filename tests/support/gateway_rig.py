@@ -1,0 +1,105 @@
+"""A gateway in front of fake neurons: in this process and its loop, or as the real server in a process of its own."""
+
+import asyncio
+import contextlib
+import pathlib
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from asgi_call import Call
+from fake_neuron import FakeNeuron
+
+from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, Polling, Timeouts
+from cortex.endpoints import request_id_of
+from cortex.fleet.catalogue import Catalogue
+from cortex.gateway import Gateway
+from cortex.http_io import Exchange
+
+QUICK = Polling(interval_s=0.05, timeout_s=0.5, max_backoff_s=0.2)
+PATIENT = Timeouts()
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+STREAM = {**CHAT, "stream": True}
+
+
+class Rig:
+    """A gateway in process."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        exchange = Exchange(scope, receive, send, request_id=request_id_of(scope["headers"]))
+        await self.gateway.handle(exchange)
+
+    def call(self, method: str, path: str, body: Any = b"", headers: dict[str, str] | None = None) -> Call:
+        """Send a request."""
+        return Call(self, method, path, body, headers)
+
+    def chat(self, **fields: Any) -> Call:
+        """Ask for a chat completion."""
+        return self.call("POST", "/v1/chat/completions", {**CHAT, **fields})
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a sample's value; 0 if there is none."""
+        return self.gateway.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    @property
+    def in_flight(self) -> int:
+        return sum(self.gateway.fleet.in_flight.by_node.values())
+
+
+@contextlib.asynccontextmanager
+async def rig(
+    *neurons: FakeNeuron,
+    models: tuple[ModelProfile, ...] = (),
+    aliases: dict[str, str] | None = None,
+    timeouts: Timeouts = PATIENT,
+    polling: Polling = QUICK,
+    wait: bool = True,
+    **settings: Any,
+) -> AsyncIterator[Rig]:
+    """Run a gateway over ``neurons``, which are served here unless they have been given a port."""
+    async with contextlib.AsyncExitStack() as stack:
+        for neuron in neurons:
+            if not neuron.port:
+                await stack.enter_async_context(neuron.serving())
+        config = Config(
+            gateway=GatewaySettings(metrics_listen="", timeouts=timeouts, polling=polling, **settings),
+            neurons=tuple(NodeSettings(neuron.name, neuron.url) for neuron in neurons),
+        )
+        catalogue = Catalogue({profile.id: profile for profile in models}, aliases or {})
+        gateway = Gateway(config, catalogue)
+        gateway.start()
+        try:
+            if wait:
+                await until(lambda: gateway.fleet.state.complete)
+            yield Rig(gateway)
+        finally:
+            await gateway.stop()
+
+
+async def until(condition: Callable[[], Any], timeout_s: float = 10, what: str = "") -> Any:
+    """Let the loop run until ``condition`` is true, and return what it returned."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what or condition}"
+        await asyncio.sleep(0.002)
+    return found
+
+
+def write_config(folder: pathlib.Path, *neurons: FakeNeuron, models: str = "", gateway: str = "") -> pathlib.Path:
+    """Write ``cortex.toml`` and ``models.toml`` and return the path of the former."""
+    path = folder / "cortex.toml"
+    nodes = "".join(f'[[neurons]]\nname = "{neuron.name}"\nendpoint = "{neuron.url}"\n' for neuron in neurons)
+    path.write_text(f"[gateway]\n{gateway}\n[gateway.polling]\ninterval_s = 0.05\n{nodes}")
+    (folder / "models.toml").write_text(models)
+    return path
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
