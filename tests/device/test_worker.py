@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 import psutil
 import pytest
 import uvloop
+from row_queue import RowQueue
 
 from cortex.wire.errors import ApiError, OverloadedError, RemoteError
 from cortex.wire.node import ModelSpec, WorkerHealth, WorkerState
 from neuron.device import worker as worker_module
 from neuron.device.jobs import LoadedModel, SamplerSettings, SequenceEnd, TokenRow
 from neuron.device.process import reason_of
-from neuron.device.rows import RowQueue
 from neuron.device.worker import RestartPolicy, Worker
 from neuron.errors import DeviceWorkerLostError, DeviceWorkerNotReadyError
 
