@@ -63,6 +63,13 @@ def as_dict(text: str) -> dict[str, Any]:
     }
 
 
+def responses(turn: list[InferenceEvent]) -> None:
+    """Make a whole Responses stream, its last event included, which repeats the text."""
+    stream = ResponsesStream("resp_9f8e7d6c5b4a", MODEL, CREATED, echo=b"{}")
+    for start in range(0, len(turn), BATCH):
+        stream.frames(turn[start : start + BATCH])
+
+
 def producers(text: str) -> dict[str, tuple[Callable[[], object], int]]:
     """Return for each way to make a frame a call, and how many frames it makes."""
     encoder = msgspec.json.Encoder()
@@ -86,10 +93,7 @@ def producers(text: str) -> dict[str, tuple[Callable[[], object], int]]:
         "sse.encode (payload given)": (lambda: sse.encode(payload), 1),
         "ChatStream, one event": (lambda: chat.frames(one), 1),
         f"ChatStream, batch of {BATCH}": (lambda: chat.frames(batch), BATCH),
-        f"ResponsesStream, a turn of {TURN_EVENTS}": (
-            lambda: ResponsesStream("resp_9f8e7d6c5b4a", MODEL, CREATED, echo=b"{}").frames(turn),
-            TURN_EVENTS,
-        ),
+        f"ResponsesStream, a turn in batches of {BATCH}": (lambda: responses(turn), TURN_EVENTS),
     }
 
 
