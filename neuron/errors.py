@@ -1,6 +1,19 @@
-"""The errors of a neuron: each has the HTTP status and the stable code that a client sees."""
+"""The errors of the daemon, beside those every process shares (:mod:`cortex.wire.errors`).
 
-from cortex.wire.errors import InvalidRequestError, UnavailableError
+Each has a stable code and an HTTP status; the message says what happened, with the value, and what can be done. Those
+of models and of the engine are beside them, since a worker process has no use for these.
+"""
+
+from cortex.wire.errors import ApiError, InvalidRequestError, UnavailableError, UnprocessableError
+
+
+class ListenError(ApiError):
+    """The daemon's address is taken, or not of this host."""
+
+    code = "cannot_listen"
+
+
+# ------------------------------------------------------------------ devices
 
 
 class DeviceListError(InvalidRequestError):
@@ -15,6 +28,12 @@ class UnknownDeviceError(DeviceListError):
     code = "unknown_device"
 
 
+class NoDeviceError(UnavailableError):
+    """No device of this node can take the work."""
+
+    code = "no_device"
+
+
 class DeviceWorkerLostError(UnavailableError):
     """The process that owned the device ended while it was needed; it is being replaced."""
 
@@ -25,3 +44,63 @@ class DeviceWorkerNotReadyError(UnavailableError):
     """The process that owns the device takes no work now: it starts, recovers or was stopped."""
 
     code = "device_worker_not_ready"
+
+
+# ------------------------------------------------------------------ sources of weights
+
+
+class InvalidSourceError(InvalidRequestError):
+    """A source that is none of the forms this project reads."""
+
+    code = "invalid_source"
+
+
+class SourceNotFoundError(UnprocessableError):
+    """The source names nothing that exists."""
+
+    code = "source_not_found"
+
+
+class SourceUnavailableError(UnavailableError):
+    """The source is not in the cache and could not be downloaded."""
+
+    code = "source_unavailable"
+
+
+class HashMismatchError(UnprocessableError):
+    """What was downloaded is not what was asked for."""
+
+    code = "hash_mismatch"
+
+
+# ------------------------------------------------------------------ models
+
+
+class ModelConflictError(UnprocessableError):
+    """A model of this name is here already, with another source or limits."""
+
+    code = "model_conflict"
+
+
+class ModelFailedError(UnavailableError):
+    """The model's last load failed; asking for it to be loaded tries again."""
+
+    code = "model_failed"
+
+
+class UnsupportedTokenizerError(UnprocessableError):
+    """The files hold no tokenizer this project can rebuild."""
+
+    code = "unsupported_tokenizer"
+
+
+class NoTemplateError(UnprocessableError):
+    """The model has no chat template: it completes text and cannot chat."""
+
+    code = "no_chat_template"
+
+
+class TemplateError(UnprocessableError):
+    """The model's chat template cannot render this conversation."""
+
+    code = "chat_template_failed"

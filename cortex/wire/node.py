@@ -82,6 +82,10 @@ class WorkerHealth(msgspec.Struct, frozen=True):
     device: str
     state: WorkerState
     restarts: int
+    running: int = 0
+    """Sequences that take part in steps."""
+    waiting: int = 0
+    """Sequences that wait for room."""
     fault: str | None = None
 
 

@@ -180,9 +180,9 @@ def host_memory(roots: Roots = ROOTS) -> tuple[int, int]:
         if not limit or not used or limit == "max" or int(limit) >= total_bytes:
             continue
         total_bytes = int(limit)
-        stat = _read(folder / "memory.stat") or ""
-        cache = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
-        held = int(used) - (int(cache[1]) if cache else 0)
+        stat = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE))
+        # version 1 counts the groups below in its total_ rows only
+        held = int(used) - int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
         free_bytes = min(free_bytes, max(0, int(limit) - held))
     return free_bytes, total_bytes
 

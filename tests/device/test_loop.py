@@ -206,7 +206,9 @@ def test_messages_are_handled_in_order_and_between_steps(start: Callable[..., Ru
     def make(loop: DeviceLoop) -> Handler:
         def handle(message: bytes) -> None:
             log.append(message.decode())
-            script.busy = message != b"stop"
+            script.busy = message not in (b"stop", b"idle")
+            if message == b"idle":
+                loop.send(b"heard")
 
         def step() -> None:
             log.append("step")
@@ -222,6 +224,8 @@ def test_messages_are_handled_in_order_and_between_steps(start: Callable[..., Ru
     running.daemon.send(b"still")
     running.daemon.send(b"stop")
     running.daemon.send(b"idle")
+    while running.daemon.recv(30) != b"heard":
+        pass
     running.end()
     assert [entry for entry in log if entry != "step"] == ["go", "still", "stop", "idle"]
     assert log.count("step") == running.seen.steps >= 3
@@ -297,27 +301,24 @@ def test_a_daemon_that_is_gone_ends_the_loop(start: Callable[..., Running], busy
 def test_a_daemon_that_does_not_read_stops_the_steps(
     start: Callable[..., Running], wait_for: Callable[..., None]
 ) -> None:
-    rows = 0
+    pending: list[int] = []  # after each row
 
     def make(loop: DeviceLoop) -> Handler:
         def step() -> None:
-            nonlocal rows
-            rows += 1
-            loop.send(b"%d" % rows + bytes(10_000))
-            script.busy = rows < 1000
+            loop.send(b"%d" % (len(pending) + 1) + bytes(10_000))
+            pending.append(loop.channel.pending_bytes)
+            script.busy = len(pending) < 1000
 
         script = Script(lambda message: loop.send(b"heard"), step)
         script.busy = True
         return script
 
     running = start(make, queue_limit_bytes=100_000)
-    wait_for(lambda: getattr(running.seen, "loop", None), "the loop")
-    channel = running.seen.loop.channel
-    wait_for(lambda: channel.pending_bytes > 100_000, "the queue to fill")
+    wait_for(lambda: pending and pending[-1] > 100_000, "the queue to fill")
     stat = pathlib.Path(f"/proc/self/task/{running.thread.native_id}/stat")
     wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S", "the loop to sleep")
-    assert channel.pending_bytes < 100_000 + 2 * 10_000, "one row over the limit at the most"
-    assert rows < 100
+    assert pending[-1] < 100_000 + 2 * 10_000, "one row over the limit at the most"
+    assert len(pending) < 100
     for row in range(1, 1001):
         assert running.daemon.recv(30).startswith(b"%d\0" % row)
     running.daemon.send(b"?")
@@ -392,8 +393,8 @@ def test_replay_counts(start: Callable[..., Running], count: int, stop_on_messag
 
 
 def test_replay_stops_for_a_message(start: Callable[..., Running], wait_for: Callable[..., None]) -> None:
-    running = start(replayer(1_000_000, stop_on_message=True))
     fake.delay("cuEventSynchronize", 1000)  # a step
+    running = start(replayer(1_000_000, stop_on_message=True))
     running.daemon.send(b"go")
     wait_for(lambda: fake.count("cuGraphLaunch") > 10, "the replay")
     running.daemon.send(b"cancel")

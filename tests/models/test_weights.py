@@ -226,7 +226,7 @@ def test_a_fuzzed_safetensors_file_is_read_or_refused(
     try:
         read_all(tmp_path)
     except ApiError as error:
-        assert error.status == 422  # noqa: PT017
+        assert error.status == 422
 
 
 def test_a_header_that_promises_too_much(tiny_llama: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -40,7 +40,11 @@ cdef extern from *:
     static __thread void *fake_current_context;
     static void *fake_get_current(void) { return fake_current_context; }
     static void fake_set_current(void *context) { fake_current_context = context; }
+    #define fake_count(counter) __atomic_add_fetch((counter), 1, __ATOMIC_RELAXED)
+    #define fake_counted(counter) __atomic_load_n((counter), __ATOMIC_RELAXED)
     """
+    uint64_t fake_count(uint64_t *counter) nogil
+    uint64_t fake_counted(uint64_t *counter) nogil
     void *fake_get_current() nogil
     void fake_set_current(void *context) nogil
 
@@ -50,7 +54,8 @@ cdef enum:
     NUM_DEVICES = 2
     INVALID_DEVICE = 101
 
-# Safety: one loop at a time uses the table, from its own thread; the test reads when that thread rests or has ended.
+# Safety: one loop at a time uses the table, from its own thread; the test sets up before that thread starts and reads
+# when it rests or has ended. The counts alone are atomic: tests wait for them while the loop runs.
 cdef int log[LOG_CALLS]
 cdef uint64_t num_calls
 cdef uint64_t counts[<int>NUM_CALLS]
@@ -76,12 +81,12 @@ cdef int enter(Call call) noexcept nogil:
     if num_calls < LOG_CALLS:
         log[num_calls] = call
     num_calls += 1
-    counts[<int>call] += 1
+    cdef uint64_t nth = fake_count(&counts[<int>call])
     if delays_us[<int>call]:
         usleep(delays_us[<int>call])
     if broken:
         return broken
-    if fail_at[<int>call] and counts[<int>call] == fail_at[<int>call]:
+    if nth == fail_at[<int>call]:
         if sticky:
             broken = fail_with[<int>call]
         return fail_with[<int>call]
@@ -278,7 +283,7 @@ def delay(name, unsigned int microseconds):
 
 
 def count(name):
-    return counts[<int>call_number(name)]
+    return fake_counted(&counts[<int>call_number(name)])
 
 
 def calls():

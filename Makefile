@@ -1,0 +1,81 @@
+# Everything a developer or a newcomer runs. `make demo` and `make test` need Python 3.11+, gcc and make, nothing else.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+ONCE ?=
+
+.PHONY: demo test lint format bench bench-regressions test-native test-asan test-tsan fuzz wheel clean
+
+# --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
+
+$(VENV)/made:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade "pip>=25.1"
+	$(PIP) install "meson-python>=0.18" "Cython>=3.1" ninja
+	touch $@
+
+# A real (not editable) install: products run from it. Rebuilt when any source changes.
+SOURCES := $(shell find cortex neuron tests/native -name '*.py' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -name meson.build 2>/dev/null) meson.build meson.options pyproject.toml
+
+$(VENV)/installed: $(VENV)/made $(SOURCES)
+	$(PIP) install --no-build-isolation ".[neuron]"
+	rm -f $(VENV)/editable
+	touch $@
+
+# An editable install with the test tools. Build isolation is off: an isolated editable build fails at first import.
+$(VENV)/editable: $(VENV)/made pyproject.toml meson.build
+	$(PIP) install --no-build-isolation --editable ".[neuron]" --config-settings=build-dir=build/editable
+	$(PIP) install --group test --group lint
+	rm -f $(VENV)/installed
+	touch $@
+
+# --- for users -------------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/installed
+	$(BIN)/cortex demo $(if $(ONCE),--once)
+
+# --- for developers --------------------------------------------------------------------------------------------------
+
+test: $(VENV)/editable
+	$(BIN)/ninja -C build/editable --quiet
+	$(BIN)/python -P -m pytest
+
+lint: $(VENV)/editable
+	$(BIN)/ninja -C build/editable --quiet
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -P -m mypy
+	$(BIN)/python -P -m mypy.stubtest $(shell $(BIN)/python tests/extensions.py 2>/dev/null || python3 tests/extensions.py)
+
+format: $(VENV)/editable
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test-asan: $(VENV)/editable
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/sanitize.sh address
+
+test-tsan: $(VENV)/editable
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/sanitize.sh thread
+
+test-native: test-asan test-tsan
+
+bench: $(VENV)/editable
+	for script in sse peek device_loop gateway_overhead decode_tokens; do $(BIN)/python -P bench/$$script.py --keep; done
+
+bench-regressions: $(VENV)/editable
+	$(BIN)/python -P -m pytest --benchmark-only
+
+FUZZ_RUNS ?= 1000000
+fuzz: $(VENV)/editable
+	$(PIP) install --group fuzz
+	for target in peek sse; do $(BIN)/python -P tests/fuzz/fuzz_$$target.py -runs=$(FUZZ_RUNS); done
+
+wheel: $(VENV)/made
+	$(PIP) install build
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+clean:
+	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,176 @@
+"""Finds what routing needs in a JSON body, and proves that the rest of it is JSON, without building any of it.
+
+A gateway reads four fields of a body that may be megabytes of conversation and passes the bytes on as they are.
+Refuses what orjson refuses (a node decodes the same bytes with it), and documents that are not an object.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.math cimport isinf
+from libc.stdint cimport uint8_t
+from libc.string cimport memcpy
+
+from cortex._fast.buffer cimport Buffer
+
+cdef extern from "Python.h":
+    double PyOS_string_to_double(const char* text, char** end, void* overflow) except? -1.0
+
+cdef extern from "json_validate.h":
+    enum:
+        JSON_ABSENT, JSON_STRING, JSON_TRUE, JSON_FALSE, JSON_NULL
+        JSON_MAX_DEPTH
+    ctypedef struct json_wanted:
+        const char* name
+        size_t name_length
+        int kind
+        int escaped
+        const uint8_t* start
+        const uint8_t* end
+    ctypedef struct json_fault:
+        const char* reason
+        const uint8_t* at
+    ctypedef int (*json_is_finite)(const uint8_t* p, const uint8_t* end) noexcept
+    json_fault json_check_object(
+        const uint8_t* start, const uint8_t* end, json_is_finite is_finite, json_wanted* wanted, int num_wanted)
+    size_t json_unescape(const uint8_t* p, const uint8_t* end, uint8_t* out, size_t room)
+
+MAX_DEPTH = JSON_MAX_DEPTH
+
+cdef enum:
+    MODEL, STREAM, PREVIOUS_RESPONSE_ID, PROMPT_CACHE_KEY, NUM_WANTED
+
+
+class PeekError(ValueError):
+    """The body is not a JSON object. ``reason`` says what is wrong at byte ``offset``."""
+
+    def __init__(self, reason, offset):
+        super().__init__(f"{reason} (at byte {offset})")
+        self.reason = reason
+        self.offset = offset
+
+
+class PeekTypeError(PeekError):
+    """The body is a JSON object whose ``field`` has the wrong type."""
+
+    def __init__(self, field, reason, offset):
+        super().__init__(reason, offset)
+        self.field = field
+
+
+@cython.final
+@cython.freelist(16)
+cdef class Peek:
+    """The top-level fields of a body by which it is routed.
+
+    ``model_start`` and ``model_end`` bound the value of ``model``, its quotes included; both are -1 if it is absent.
+    """
+
+    cdef readonly str model
+    cdef readonly Py_ssize_t model_start
+    cdef readonly Py_ssize_t model_end
+    cdef readonly bint stream
+    cdef readonly str previous_response_id
+    cdef readonly str prompt_cache_key
+
+    def __repr__(self):
+        return (
+            f"Peek(model={self.model!r}, stream={self.stream}, previous_response_id={self.previous_response_id!r}, "
+            f"prompt_cache_key={self.prompt_cache_key!r})"
+        )
+
+
+def peek(bytes body not None):
+    """Return the fields that route ``body``.
+
+    Of a key given twice the last counts. Raises :exc:`PeekError` unless ``body`` is one JSON object in UTF-8, nested
+    no deeper than ``MAX_DEPTH``, and :exc:`PeekTypeError` unless ``model`` is a string, ``stream`` a boolean or null
+    and the other two strings or null, where they are present.
+    """
+    cdef json_wanted wanted[NUM_WANTED]
+    cdef const uint8_t* start = <const uint8_t*>PyBytes_AS_STRING(body)
+    cdef json_fault fault
+    cdef Peek found
+    cdef json_wanted* model = &wanted[MODEL]
+    cdef json_wanted* stream = &wanted[STREAM]
+    _want(model, b"model", 5)
+    _want(stream, b"stream", 6)
+    _want(&wanted[PREVIOUS_RESPONSE_ID], b"previous_response_id", 20)
+    _want(&wanted[PROMPT_CACHE_KEY], b"prompt_cache_key", 16)
+    fault = json_check_object(start, start + len(body), _is_finite, wanted, NUM_WANTED)
+    if fault.reason != NULL:
+        raise PeekError((<bytes>fault.reason).decode(), fault.at - start)
+    found = Peek.__new__(Peek)
+    found.model_start = found.model_end = -1
+    if model.kind != JSON_ABSENT:
+        if model.kind != JSON_STRING:
+            raise PeekTypeError("model", "model must be a string", model.start - start)
+        found.model = _text(model)
+        found.model_start = model.start - start
+        found.model_end = model.end - start
+    if stream.kind not in (JSON_ABSENT, JSON_TRUE, JSON_FALSE, JSON_NULL):
+        raise PeekTypeError("stream", "stream must be true or false", stream.start - start)
+    found.stream = stream.kind == JSON_TRUE
+    found.previous_response_id = _optional_text(&wanted[PREVIOUS_RESPONSE_ID], start)
+    found.prompt_cache_key = _optional_text(&wanted[PROMPT_CACHE_KEY], start)
+    return found
+
+
+def splice(bytes body not None, Peek found not None, str model not None):
+    """Return ``body`` with the value of ``model`` replaced; ``found`` is what :func:`peek` found in it.
+
+    Raises ``ValueError`` if the body has no ``model``, or ``found`` is of another body.
+    """
+    cdef Py_ssize_t start = found.model_start
+    cdef Py_ssize_t end = found.model_end
+    cdef Py_ssize_t length = len(body)
+    cdef const char* text = PyBytes_AS_STRING(body)
+    cdef Buffer value
+    cdef bytes spliced
+    cdef char* out
+    if start < 0:
+        raise ValueError("the body has no model to replace")
+    if end > length or text[start] != c'"' or text[end - 1] != c'"':
+        raise ValueError("the model is not where the peek found it: this is another body")
+    value = Buffer()
+    value.append_json(model)
+    spliced = PyBytes_FromStringAndSize(NULL, length - (end - start) + value.size)
+    out = PyBytes_AS_STRING(spliced)
+    memcpy(out, text, start)
+    memcpy(out + start, value.data, value.size)
+    memcpy(out + start + value.size, text + end, length - end)
+    return spliced
+
+
+cdef inline void _want(json_wanted* wanted, const char* name, size_t length) noexcept:
+    wanted.name = name
+    wanted.name_length = length
+    wanted.kind = JSON_ABSENT
+
+
+cdef int _is_finite(const uint8_t* p, const uint8_t* end) noexcept:
+    # Reads as far as the number goes: a bytes object ends with a NUL, so one at its very end stops the reading too.
+    cdef char* stop
+    return not isinf(PyOS_string_to_double(<const char*>p, &stop, NULL))
+
+
+cdef str _optional_text(json_wanted* wanted, const uint8_t* body):
+    if wanted.kind == JSON_ABSENT or wanted.kind == JSON_NULL:
+        return None
+    if wanted.kind != JSON_STRING:
+        name = (<bytes>wanted.name).decode()
+        raise PeekTypeError(name, f"{name} must be a string or null", wanted.start - body)
+    return _text(wanted)
+
+
+cdef str _text(json_wanted* wanted):
+    cdef const uint8_t* start = wanted.start + 1
+    cdef const uint8_t* end = wanted.end - 1
+    cdef Buffer plain
+    if not wanted.escaped:
+        return PyUnicode_DecodeUTF8(<const char*>start, end - start, NULL)
+    plain = Buffer()
+    # json_unescape wants room for one more character than it writes.
+    plain.grow(end - start + 4)
+    plain.size = json_unescape(start, end, <uint8_t*>plain.data, plain.capacity)
+    return PyUnicode_DecodeUTF8(plain.data, plain.size, NULL)

@@ -1,0 +1,10 @@
+"""The C side of event-stream framing, for the tap."""
+
+from libc.stdint cimport uint8_t
+
+cdef extern from "frames.h":
+    size_t frame_length(const uint8_t* p, size_t length, size_t* resume, bint eager) nogil
+    const uint8_t* frame_next_line(const uint8_t* line_end, const uint8_t* end) nogil
+    const uint8_t* frame_field(
+        const uint8_t* line, const uint8_t* line_end, const char* name, size_t length) nogil
+    const uint8_t* scan_line_end(const uint8_t* p, const uint8_t* end) nogil

@@ -1,0 +1,351 @@
+"""What the gateway puts on a stream that it passes on: whole frames through, unchanged, noting what went by.
+
+Knows the three dialects by their marks only and never builds an event. The marks are looked for where each dialect
+puts them (the top level of the data, the choices, the response object), so that generated text, tool schemas or
+metadata that contain the same words are not mistaken for them.
+
+Most frames are one more delta. Where the first of them kept its text is remembered, and a frame with the same bytes in
+the same place is another one: one comparison and one search for ``"usage"`` instead of a walk.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t
+from libc.string cimport memcmp, memcpy
+
+from cortex._fast.buffer cimport Buffer, put
+from cortex._fast.sse cimport frame_field, frame_length, frame_next_line, scan_line_end
+
+from cortex._fast import sse
+
+cdef extern from "json_walk.h":
+    ctypedef struct json_member:
+        const uint8_t* key
+        const uint8_t* key_end
+        const uint8_t* value
+        const uint8_t* value_end
+    const uint8_t* json_space(const uint8_t* p, const uint8_t* end) nogil
+    const uint8_t* json_open(const uint8_t* p, const uint8_t* end, uint8_t bracket) nogil
+    const uint8_t* json_skip_value(const uint8_t* p, const uint8_t* end) nogil
+    const uint8_t* json_next_member(const uint8_t* p, const uint8_t* end, json_member* member) nogil
+    const uint8_t* json_next_element(const uint8_t* p, const uint8_t* end, const uint8_t** element) nogil
+    bint json_key_is(const json_member* member, const char* name) nogil
+    const uint8_t* scan_usage_key(const uint8_t* p, const uint8_t* end) nogil
+
+cdef enum:
+    PROBE_BYTES = 64
+
+# What an event is by its name. The first is for data that has no name, or one that no dialect gives a meaning.
+cdef enum Kind:
+    UNNAMED
+    TOKEN        # generated content
+    MESSAGE      # Anthropic's message_start and message_delta: may carry usage
+    COMPLETED    # the last event of a Responses stream, with the response in it
+    FAILED       # the same, with an error
+    STOP         # the last event of a Messages stream
+    ERROR
+    OTHER        # known, and of no interest
+
+
+@cython.final
+cdef class StreamTap:
+    """Passes an event stream on in whole frames and notes first token, usage and end."""
+
+    cdef readonly bint first_token
+    cdef readonly Py_ssize_t num_token_frames
+    cdef readonly bytes usage
+    cdef readonly bint terminated
+    cdef readonly bint failed
+
+    cdef Buffer held
+    cdef Buffer joined
+    cdef size_t max_frame_bytes
+    cdef size_t resume
+    cdef bint started
+    cdef uint8_t probe[PROBE_BYTES]
+    cdef Py_ssize_t probe_length
+    cdef Py_ssize_t probe_offset
+
+    def __init__(self, size_t max_frame_bytes=sse.MAX_FRAME_BYTES):
+        self.held = Buffer()
+        self.joined = Buffer()
+        self.max_frame_bytes = max_frame_bytes
+
+    @property
+    def tail(self):
+        """The bytes held back: the beginning of a frame that has not ended, empty between frames."""
+        return self.held.slice(0, self.held.size)
+
+    def feed(self, bytes data not None):
+        """Return the bytes that may go on: every frame that ``data`` completes, as it came.
+
+        Returns ``data`` itself where it is whole frames, and ``b""`` where it completes none. A CR at the very end
+        waits for the byte that says whether it is half of a CRLF. Raises :exc:`FrameTooLarge` as soon as a frame, its
+        blank line included, is longer than the limit.
+        """
+        cdef const uint8_t* p
+        cdef Py_ssize_t length, whole
+        cdef bytes passed
+        if self.held.size == 0:
+            p = <const uint8_t*>PyBytes_AS_STRING(data)
+            length = len(data)
+            whole = self.read(p, length)
+            if whole == length:
+                return data
+            put(self.held, <const char*>p + whole, length - whole)
+            return PyBytes_FromStringAndSize(<const char*>p, whole)
+        self.held.append(data)
+        whole = self.read(<const uint8_t*>self.held.data, self.held.size)
+        passed = self.held.slice(0, whole)
+        if whole:
+            self.held.drop(whole)
+        return passed
+
+    cdef Py_ssize_t read(self, const uint8_t* p, Py_ssize_t length) except -1:
+        """Note the whole frames at ``p``; return how many bytes they are."""
+        cdef Py_ssize_t used = 0
+        cdef size_t frame_bytes
+        while used < length:
+            frame_bytes = frame_length(p + used, length - used, &self.resume, False)
+            if (frame_bytes or <size_t>(length - used)) > self.max_frame_bytes:
+                raise sse.FrameTooLarge(self.max_frame_bytes)
+            if frame_bytes == 0:
+                break
+            self.resume = 0
+            self.note_frame(p + used, p + used + frame_bytes)
+            used += frame_bytes
+        return used
+
+    cdef int note_frame(self, const uint8_t* line, const uint8_t* end) except -1:
+        cdef const uint8_t* line_end
+        cdef const uint8_t* value
+        cdef const uint8_t* data = NULL
+        cdef const uint8_t* data_end = NULL
+        cdef Kind kind = UNNAMED
+        cdef bint several = False
+        if not self.started:
+            self.started = True
+            if end - line >= 3 and memcmp(line, b"\xef\xbb\xbf", 3) == 0:
+                line += 3
+        while line < end:
+            line_end = scan_line_end(line, end)
+            value = frame_field(line, line_end, b"data", 4)
+            if value != NULL:
+                if data != NULL:
+                    if not several:
+                        several = True
+                        self.joined.size = 0
+                        put(self.joined, <const char*>data, data_end - data)
+                    put(self.joined, b"\n", 1)
+                    put(self.joined, <const char*>value, line_end - value)
+                data = value
+                data_end = line_end
+            else:
+                value = frame_field(line, line_end, b"event", 5)
+                if value != NULL:
+                    kind = kind_of(value, line_end)
+                elif line_end - line > 8 and memcmp(line, b": usage {", 9) == 0:
+                    self.keep_usage(line + 8, line_end)
+            line = frame_next_line(line_end, end)
+        if several:
+            data = <const uint8_t*>self.joined.data
+            data_end = data + self.joined.size
+        if data != NULL:
+            self.note_data(data, data_end, kind)
+        return 0
+
+    cdef int note_data(self, const uint8_t* data, const uint8_t* end, Kind kind) except -1:
+        cdef const uint8_t* key
+        if kind == UNNAMED:
+            if self.matches_probe(data, end):
+                self.num_token_frames += 1
+                # A server may put running usage, or null in its place, into every chunk.
+                key = scan_usage_key(data, end)
+                while key != end:
+                    if is_object_after(key + 7, end):
+                        self.note_usage(data, end)
+                        break
+                    key = scan_usage_key(key + 7, end)
+                return 0
+            if end - data >= 6 and memcmp(data, b"[DONE]", 6) == 0:
+                self.terminated = True
+                return 0
+            return self.note_object(data, end)
+        return self.note_kind(data, end, kind)
+
+    cdef int note_kind(self, const uint8_t* data, const uint8_t* end, Kind kind) except -1:
+        if kind == TOKEN:
+            self.first_token = True
+            self.num_token_frames += 1
+        elif kind == MESSAGE:
+            self.note_usage(data, end)
+        elif kind == COMPLETED or kind == FAILED:
+            self.terminated = True
+            self.failed |= kind == FAILED
+            self.note_usage(data, end)
+        elif kind == STOP:
+            self.terminated = True
+        elif kind == ERROR:
+            self.failed = True
+        return 0
+
+    cdef int note_object(self, const uint8_t* data, const uint8_t* end) except -1:
+        """Walk the top level of data that came without a telling event name."""
+        cdef json_member member
+        cdef const uint8_t* at = json_open(json_space(data, end), end, c"{")
+        cdef const uint8_t* usage = NULL
+        cdef const uint8_t* usage_end = NULL
+        cdef Kind kind
+        cdef bint token = False
+        while True:
+            at = json_next_member(at, end, &member)
+            if at == NULL:
+                break
+            if json_key_is(&member, b"type") and member.value[0] == c'"':
+                kind = kind_of(member.value + 1, member.value_end - 1)
+                if kind != UNNAMED:
+                    return self.note_kind(data, end, kind)
+            elif json_key_is(&member, b"choices"):
+                token = self.find_token(member.value, member.value_end, data)
+            elif json_key_is(&member, b"usage") and member.value[0] == c"{":
+                usage = member.value
+                usage_end = member.value_end
+            elif json_key_is(&member, b"error") and member.value[0] != c"n":
+                self.failed = True
+        if token:
+            self.first_token = True
+            self.num_token_frames += 1
+        if usage != NULL:
+            self.keep_usage(usage, usage_end)
+        return 0
+
+    cdef bint find_token(self, const uint8_t* choices, const uint8_t* end, const uint8_t* data) noexcept:
+        """Say whether one of ``choices`` carries content, and remember where it was."""
+        cdef const uint8_t* at = json_open(choices, end, c"[")
+        cdef const uint8_t* choice
+        cdef const uint8_t* inner
+        cdef json_member member
+        while True:
+            at = json_next_element(at, end, &choice)
+            if at == NULL:
+                return False
+            inner = json_open(choice, at, c"{")
+            while True:
+                inner = json_next_member(inner, at, &member)
+                if inner == NULL:
+                    break
+                if json_key_is(&member, b"text"):
+                    if is_filled(&member):
+                        self.remember(member.key - 1, member.value + 1, data)
+                        return True
+                elif json_key_is(&member, b"delta") and self.find_delta(&member, data):
+                    return True
+
+    cdef bint find_delta(self, json_member* delta, const uint8_t* data) noexcept:
+        cdef const uint8_t* at = json_open(delta.value, delta.value_end, c"{")
+        cdef json_member member
+        while True:
+            at = json_next_member(at, delta.value_end, &member)
+            if at == NULL:
+                return False
+            if not is_filled(&member):
+                continue
+            if (
+                json_key_is(&member, b"content")
+                or json_key_is(&member, b"reasoning_content")
+                or json_key_is(&member, b"reasoning")
+                or json_key_is(&member, b"tool_calls")
+                or json_key_is(&member, b"function_call")
+                or json_key_is(&member, b"refusal")
+            ):
+                self.remember(delta.key - 1, member.value + 1, data)
+                return True
+
+    cdef void remember(self, const uint8_t* start, const uint8_t* end, const uint8_t* data) noexcept:
+        """Keep the bytes from the key's quote up to the first of the content, and their place."""
+        if end - start > PROBE_BYTES:
+            self.probe_length = 0
+            return
+        memcpy(self.probe, start, end - start)
+        self.probe_length = end - start
+        self.probe_offset = start - data
+
+    cdef bint matches_probe(self, const uint8_t* data, const uint8_t* end) noexcept:
+        cdef const uint8_t* at = data + self.probe_offset
+        cdef uint8_t first
+        if self.probe_length == 0 or end - data <= self.probe_offset + self.probe_length:
+            return False
+        if memcmp(at, self.probe, self.probe_length):
+            return False
+        first = at[self.probe_length]
+        return first != c'"' and first != c"]" and first != c"}"
+
+    cdef int note_usage(self, const uint8_t* data, const uint8_t* end) except -1:
+        """Keep the usage at the top level, or within the ``response`` or ``message`` there."""
+        cdef json_member member
+        cdef json_member inner
+        cdef const uint8_t* at = json_open(json_space(data, end), end, c"{")
+        cdef const uint8_t* within
+        while True:
+            at = json_next_member(at, end, &member)
+            if at == NULL:
+                return 0
+            if member.value[0] != c"{":
+                continue
+            if json_key_is(&member, b"usage"):
+                return self.keep_usage(member.value, member.value_end)
+            if not (json_key_is(&member, b"response") or json_key_is(&member, b"message")):
+                continue
+            within = json_open(member.value, member.value_end, c"{")
+            while True:
+                within = json_next_member(within, member.value_end, &inner)
+                if within == NULL:
+                    break
+                if json_key_is(&inner, b"usage") and inner.value[0] == c"{":
+                    return self.keep_usage(inner.value, inner.value_end)
+
+    cdef int keep_usage(self, const uint8_t* start, const uint8_t* end) except -1:
+        self.usage = PyBytes_FromStringAndSize(<const char*>start, end - start)
+        return 0
+
+
+cdef inline bint is_filled(const json_member* member) noexcept nogil:
+    """Say whether a value is a string, an array or an object with something in it."""
+    cdef uint8_t first = member.value[0]
+    return (first == c'"' or first == c"[" or first == c"{") and member.value_end - member.value > 2
+
+
+cdef inline bint is_object_after(const uint8_t* p, const uint8_t* end) noexcept nogil:
+    p = json_space(p, end)
+    if p == end or p[0] != c":":
+        return False
+    p = json_space(p + 1, end)
+    return p < end and p[0] == c"{"
+
+
+cdef inline bint is_name(const uint8_t* name, size_t length, const char* other, size_t other_length) noexcept nogil:
+    return length == other_length and memcmp(name, other, length) == 0
+
+
+cdef Kind kind_of(const uint8_t* name, const uint8_t* end) noexcept nogil:
+    """Return what the dialects mean by an event name."""
+    cdef size_t length = end - name
+    if length > 9 and memcmp(name, b"response.", 9) == 0:
+        if length > 15 and memcmp(end - 6, b".delta", 6) == 0:
+            return TOKEN
+        if is_name(name, length, b"response.completed", 18) or is_name(name, length, b"response.incomplete", 19):
+            return COMPLETED
+        if is_name(name, length, b"response.failed", 15):
+            return FAILED
+        return OTHER
+    if is_name(name, length, b"content_block_delta", 19):
+        return TOKEN
+    if is_name(name, length, b"message_delta", 13) or is_name(name, length, b"message_start", 13):
+        return MESSAGE
+    if is_name(name, length, b"message_stop", 12):
+        return STOP
+    if is_name(name, length, b"error", 5):
+        return ERROR
+    if length > 14 and memcmp(name, b"content_block_", 14) == 0 or is_name(name, length, b"ping", 4):
+        return OTHER
+    return UNNAMED

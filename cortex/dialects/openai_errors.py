@@ -1,0 +1,56 @@
+"""How the OpenAI dialects write an error down: the envelope, its type, and the code of a failed response.
+
+SDKs choose their exception by the HTTP status; clients then read ``code``, which is passed on as it is.
+"""
+
+import msgspec
+
+from cortex.wire.errors import ErrorInfo
+
+_QUOTA_CODE = "insufficient_quota"
+
+# What ``response.error.code`` may be (openai 3.54, of those that can arise here); strict clients accept no other.
+_RESPONSE_CODES = frozenset({"server_error", "rate_limit_exceeded", "invalid_prompt"})
+
+
+class _Error(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+def error_type(error: ErrorInfo) -> str:
+    """Return the ``type`` of an error: what kind of thing went wrong, by its status."""
+    if error.code == _QUOTA_CODE:
+        return _QUOTA_CODE
+    match error.status:
+        case 401:
+            return "authentication_error"
+        case 403:
+            return "permission_error"
+        case 429:
+            return "rate_limit_error"
+        case status if status < 500:
+            return "invalid_request_error"
+        case _:
+            return "server_error"
+
+
+def error_object(error: ErrorInfo) -> bytes:
+    """Return the inner object of the envelope: ``message``, ``type``, ``param`` and ``code``."""
+    return msgspec.json.encode(_Error(error.message, error_type(error), error.param, error.code))
+
+
+def error_body(error: ErrorInfo) -> bytes:
+    """Return the envelope: the body of a refused request, and the last data of a chat stream that fails."""
+    return b'{"error":%b}' % error_object(error)
+
+
+def response_error_code(error: ErrorInfo) -> str:
+    """Return the ``code`` of a failed response: one of OpenAI's list, by the status where the error's own is not."""
+    if error.code in _RESPONSE_CODES:
+        return error.code
+    if error.status == 429:
+        return "rate_limit_exceeded"
+    return "invalid_prompt" if error.status < 500 else "server_error"

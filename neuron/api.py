@@ -1,0 +1,262 @@
+"""The daemon's HTTP surface: what a request asks for, and the shape of the answer.
+
+Chat Completions and Responses are projections of the same ``InferenceEvent``s. State lives in the service; what a
+model does, in its harness. Every error leaves in the OpenAI envelope.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Protocol
+
+import msgspec
+from cortex._fast.chat_stream import ChatStream
+from cortex._fast.responses_stream import ResponsesStream
+from cortex.dialects.openai_chat_reply import ChatReply
+from cortex.dialects.openai_errors import error_body
+
+from cortex.dialects import openai_chat, openai_fields, openai_responses
+from cortex.http_io import (
+    ClientDisconnectedError,
+    Exchange,
+    Header,
+    Receive,
+    Scope,
+    Send,
+    stream,
+    until_disconnect,
+)
+from cortex.wire.errors import ApiError, ErrorInfo, MethodNotAllowedError, NotFoundError, RemoteError
+from cortex.wire.events import Failed, InferenceEvent
+from cortex.wire.node import Endpoint, ModelList, ModelSpec, UnloadRequest
+from cortex.wire.request import InferenceRequest
+from neuron import __version__, metrics
+from neuron.metrics import RequestRecord
+from neuron.service import Service
+
+_log = logging.getLogger("neuron.api")
+
+DIALECTS = ("openai-chat", "openai-responses")
+HEARTBEAT = b": keep-alive\n\n"
+CLIENT_LEFT_STATUS = 499
+REPORT_USAGE_HEADER = b"x-cortex-report-usage"
+"""A gateway sends it to have usage in a comment at the end of a stream, whatever the client asked for."""
+
+_ADMIN_BODY_BYTES = 1 << 20
+_SPEC_DECODER = msgspec.json.Decoder(ModelSpec)
+_UNLOAD_DECODER = msgspec.json.Decoder(UnloadRequest)
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class Projector(Protocol):
+    """Turns events into the frames of a dialect."""
+
+    def frames(self, events: Sequence[InferenceEvent], /) -> bytes:
+        """Return the frames of a batch of events."""
+
+
+class Api:
+    """The ASGI application."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/discovery": {"GET": self._discovery},
+            "/health": {"GET": self._health},
+            "/version": {"GET": self._version},
+            "/metrics": {"GET": self._metrics},
+            "/models": {"GET": self._models},
+            "/models/load": {"POST": self._load},
+            "/models/unload": {"POST": self._unload},
+            "/v1/models": {"GET": self._openai_models},
+            "/v1/chat/completions": {"POST": self._chat},
+            "/v1/responses": {"POST": self._responses},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        exchange = Exchange(scope, receive, send, request_id="")
+        given = exchange.header(b"x-request-id")
+        exchange.request_id = given.decode("latin-1")[:128] if given else f"req_{secrets.token_hex(12)}"
+        try:
+            await self._handler(exchange)(exchange)
+        except ClientDisconnectedError:
+            return
+        except ApiError as error:
+            await _reply_error(exchange, error.info())
+        except Exception:
+            # The last resort of a server: the bug is logged, the client gets a typed answer, the daemon lives on.
+            _log.exception("unexpected error id=%s path=%s", exchange.request_id, exchange.path)
+            if exchange.status:
+                raise
+            await _reply_error(exchange, ErrorInfo(500, "internal_error", "An internal error occurred."))
+
+    def _handler(self, exchange: Exchange) -> Handler:
+        methods = self._routes.get(exchange.path)
+        if methods is None and exchange.path.startswith("/models/") and exchange.path.endswith("/endpoint"):
+            methods = {"GET": self._endpoint}
+        if methods is None:
+            raise NotFoundError(f"Unknown path: {exchange.method} {exchange.path}.")
+        handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
+        if handler is None:
+            allowed = ", ".join(methods)
+            raise MethodNotAllowedError(f"{exchange.path} does not take {exchange.method}; it takes {allowed}.")
+        return handler
+
+    # ------------------------------------------------------------------ the node
+
+    async def _discovery(self, exchange: Exchange) -> None:
+        await _reply(exchange, await self._service.discovery(DIALECTS))
+
+    async def _health(self, exchange: Exchange) -> None:
+        await _reply(exchange, self._service.health())
+
+    async def _version(self, exchange: Exchange) -> None:
+        await _reply(exchange, {"name": "neuron", "version": __version__})
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        text = metrics.render(self._service.models.statuses(), self._service.health().workers)
+        await exchange.reply(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def _models(self, exchange: Exchange) -> None:
+        await _reply(exchange, ModelList(self._service.models.statuses()))
+
+    async def _load(self, exchange: Exchange) -> None:
+        spec = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _SPEC_DECODER)
+        await _reply(exchange, await until_disconnect(exchange, self._service.load(spec)))
+
+    async def _unload(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _UNLOAD_DECODER)
+        await _reply(exchange, await self._service.unload(asked))
+
+    async def _endpoint(self, exchange: Exchange) -> None:
+        name = exchange.path.removeprefix("/models/").removesuffix("/endpoint")
+        with self._service.models.use(name):
+            host = exchange.header(b"host") or self._service.listen.encode()
+            await _reply(exchange, Endpoint(name, f"http://{host.decode('latin-1')}/v1", DIALECTS))
+
+    async def _openai_models(self, exchange: Exchange) -> None:
+        data = [
+            {"id": status.id, "object": "model", "created": int(status.loaded_at), "owned_by": "neuron"}
+            for status in self._service.models.statuses()
+        ]
+        await _reply(exchange, {"object": "list", "data": data})
+
+    # ------------------------------------------------------------------ inference
+
+    async def _chat(self, exchange: Exchange) -> None:
+        self._service.admit()
+        call = openai_chat.decode(await exchange.read_body(self._service.max_body_bytes))
+        request, created = call.request, int(time.time())
+        reply_id = f"chatcmpl-{secrets.token_hex(12)}"
+        record = RequestRecord(exchange.request_id, "openai-chat", stream=call.stream)
+        if call.stream:
+            frames = ChatStream(
+                reply_id,
+                request.model,
+                created,
+                num_choices=request.num_choices,
+                include_usage=call.include_usage,
+                report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+            )
+            await self._stream(exchange, request, frames, record)
+            return
+        reply = ChatReply(reply_id, request.model, created, request.num_choices)
+        await self._complete(exchange, request, reply.add, reply.body, record)
+
+    async def _responses(self, exchange: Exchange) -> None:
+        self._service.admit()
+        call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
+        record = RequestRecord(exchange.request_id, "openai-responses", stream=call.stream)
+        frames = ResponsesStream(
+            f"resp_{secrets.token_hex(24)}",
+            call.request.model,
+            int(time.time()),
+            echo=call.echo,
+            report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+        )
+        if call.stream:
+            await self._stream(exchange, call.request, frames, record)
+        else:
+            await self._complete(exchange, call.request, frames.frames, frames.response, record)
+
+    async def _stream(
+        self, exchange: Exchange, request: InferenceRequest, projector: Projector, record: RequestRecord
+    ) -> None:
+        async def frames() -> AsyncGenerator[bytes, None]:
+            async for events in self._events(request, record):
+                if made := projector.frames(events):
+                    yield made
+
+        with _recorded(exchange, record):
+            await stream(
+                exchange,
+                frames(),
+                heartbeat=HEARTBEAT,
+                error_frame=lambda error: projector.frames([Failed(error.info())]),
+            )
+
+    async def _complete(
+        self,
+        exchange: Exchange,
+        request: InferenceRequest,
+        add: Callable[[Sequence[InferenceEvent]], object],
+        body: Callable[[], bytes],
+        record: RequestRecord,
+    ) -> None:
+        async def gather() -> None:
+            async with aclosing(self._events(request, record)) as batches:
+                async for events in batches:
+                    for event in events:
+                        if isinstance(event, Failed):
+                            raise RemoteError(event.error)
+                    add(events)
+
+        with _recorded(exchange, record):
+            await until_disconnect(exchange, gather())
+            await exchange.reply(200, body())
+
+    async def _events(
+        self, request: InferenceRequest, record: RequestRecord
+    ) -> AsyncGenerator[Sequence[InferenceEvent], None]:
+        """Run a request on its model, which stays in use until the generator is closed."""
+        with self._service.models.use(request.model) as model:
+            record.model = request.model
+            async with aclosing(model.infer(request)) as batches:
+                async for events in batches:
+                    record.see(events)
+                    yield events
+
+
+@contextmanager
+def _recorded(exchange: Exchange, record: RequestRecord) -> Iterator[None]:
+    """Close the record of a request however it ends."""
+    status = 500
+    try:
+        yield
+        status = exchange.status
+    except ClientDisconnectedError:
+        status = CLIENT_LEFT_STATUS
+        raise
+    except ApiError as error:
+        status = error.status
+        record.finish = record.finish or error.code
+        raise
+    finally:
+        record.close(status)
+
+
+async def _reply(exchange: Exchange, value: object) -> None:
+    await exchange.reply(200, msgspec.json.encode(value))
+
+
+async def _reply_error(exchange: Exchange, error: ErrorInfo) -> None:
+    headers: list[Header] = []
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+    await exchange.reply(error.status, error_body(error), headers=headers)

@@ -1,0 +1,60 @@
+"""``neuron``: the daemon's command line. Parses arguments, sets up logging and signals, and runs the service."""
+
+import argparse
+import asyncio
+import logging
+import pathlib
+import signal
+import sys
+
+import uvloop
+
+from cortex.settings import ConfigError
+from cortex.wire.errors import ApiError
+from neuron import __version__
+from neuron.api import Api
+from neuron.config import Config, load
+from neuron.service import Service
+
+EXIT_CONFIG = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    found = argparse.ArgumentParser(
+        "neuron", description="Load open-weight models on this host's devices and serve inference over HTTP."
+    )
+    found.add_argument("--devices", help="devices to use: 'auto', 'cpu', or GPU indices such as '0,1'")
+    found.add_argument("--config", type=pathlib.Path, help="neuron.toml (default: $NEURON_CONFIG, /etc/neuron)")
+    found.add_argument("--listen", help="address to serve on, host:port (default 127.0.0.1:13131)")
+    found.add_argument("--name", help="this node's name (default: the host's)")
+    found.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    found.add_argument("--version", action="version", version=f"neuron {__version__}")
+    return found
+
+
+def main() -> int:
+    """Run the daemon until SIGTERM or SIGINT. Returns 0 after an orderly end, 2 for a wrong configuration."""
+    arguments = parser().parse_args()
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    flags = {
+        "daemon.devices": arguments.devices,
+        "daemon.listen": arguments.listen,
+        "daemon.name": arguments.name,
+    }
+    try:
+        return uvloop.run(_run(load(arguments.config, flags)))
+    except (ConfigError, ApiError) as error:
+        print(f"neuron: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_CONFIG
+
+
+async def _run(config: Config) -> int:
+    service = Service(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.stop)
+    await service.run(Api(service))
+    return 0

@@ -1,0 +1,89 @@
+"""``neuron.toml``: what an operator says of one daemon, checked before anything starts.
+
+All of it has defaults, so a daemon runs without a file. Layers as in :mod:`cortex.settings`, with ``NEURON_`` as the
+prefix of the environment (``NEURON_DAEMON__LISTEN``).
+"""
+
+import os
+import pathlib
+import socket
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+
+from cortex import settings
+from cortex.settings import ConfigError
+from cortex.wire.node import ModelSpec
+
+ENVIRONMENT_PREFIX = "NEURON_"
+CONFIG_VARIABLE = "NEURON_CONFIG"
+SYSTEM_PATH = "/etc/neuron/neuron.toml"
+
+
+class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[daemon]``."""
+
+    name: str = msgspec.field(default_factory=socket.gethostname)
+    listen: str = "127.0.0.1:13131"
+    devices: str = "auto"
+    """``auto``, ``cpu``, or indices of GPUs such as ``0,1``."""
+    harnesses: tuple[str, ...] = ("torch",)
+    cache: str = ""
+    """Folder for downloaded weights; empty: ``$NEURON_CACHE`` or the user's cache."""
+    max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
+    max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
+    """Requests that may wait in a device worker before more are told to come back later."""
+    drain_timeout_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
+    """How long running requests may go on after SIGTERM."""
+    step_limit_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    """A step of a device worker that takes longer has hung: the worker is replaced. 0: no limit."""
+    stop_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    """How long a device worker may take to end before it is killed."""
+
+
+class ModelSettings(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One of ``[[models]]``: a model this node knows, loaded at start if ``preload``."""
+
+    preload: bool = True
+
+    def spec(self) -> ModelSpec:
+        """Return the part that says what to load."""
+        return ModelSpec(**{name: getattr(self, name) for name in ModelSpec.__struct_fields__})
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole ``neuron.toml``."""
+
+    daemon: DaemonSettings = DaemonSettings()
+    models: tuple[ModelSettings, ...] = ()
+
+
+def load(
+    path: pathlib.Path | None,
+    flags: Mapping[str, object] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Config:
+    """Return the checked configuration; without ``path`` that of ``$NEURON_CONFIG``, of /etc, or the defaults.
+
+    Raises:
+        ConfigError: the file, the environment or a flag is wrong.
+    """
+    environment = os.environ if environment is None else environment
+    if path is None and CONFIG_VARIABLE in environment:
+        path = pathlib.Path(environment[CONFIG_VARIABLE])
+    if path is None and pathlib.Path(SYSTEM_PATH).exists():
+        path = pathlib.Path(SYSTEM_PATH)
+    document = settings.read_toml(path) if path else {}
+    source = str(path or "defaults")
+    config = settings.load(Config, document, source, prefix=ENVIRONMENT_PREFIX, environment=environment, flags=flags)
+    try:
+        settings.split_address(config.daemon.listen)
+    except ValueError as error:
+        raise ConfigError(source, "daemon.listen", str(error)) from None
+    seen: set[str] = set()
+    for index, model in enumerate(config.models):
+        if not model.id or model.id in seen:
+            raise ConfigError(source, f"models[{index}].id", f"{model.id!r} is empty or there twice")
+        seen.add(model.id)
+    return config

@@ -1,0 +1,410 @@
+"""The daemon's handle on the worker of one device: jobs and sequences in, results and token rows out.
+
+A worker that dies takes what it was doing with it: every job and sequence fails at once, the process is replaced
+after a pause that grows while it keeps dying, and the owner reloads its models before new sequences are taken. Numbers
+of jobs and sequences are never used twice, so what an earlier process said can reach nobody. Which models belong here
+is the owner's to know.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import assert_never
+
+import msgspec
+
+from cortex.wire.errors import ApiError, OverloadedError, RemoteError
+from cortex.wire.node import ModelSpec, WorkerHealth, WorkerState
+from neuron.device import jobs
+from neuron.device.probe import CUDA_ENVIRONMENT
+from neuron.device.process import KILL_GRACE_S, WorkerProcess
+from neuron.errors import DeviceWorkerLostError, DeviceWorkerNotReadyError
+
+TERMINATE_GRACE_S = 2.0
+"""How long a worker has between SIGTERM and SIGKILL."""
+MAX_PENDING_BYTES = 64 << 20
+"""How much may wait for a worker that does not read before new work is refused."""
+
+Sink = Callable[[jobs.TokenRow | ApiError], None]
+"""Takes the rows of one sequence, and at most one error, which ends it. Called on the event loop; must not block."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """When a worker is replaced: the pause doubles with each death in a row and is forgotten after a healthy life."""
+
+    first_delay_s: float = 0.5
+    max_delay_s: float = 30.0
+    healthy_after_s: float = 60.0
+    ready_timeout_s: float = 120.0
+    """How long a process may take to its ``Ready``: it imports torch and makes a context."""
+
+    def delay_s(self, deaths: int) -> float:
+        """Return the pause before the next start, after ``deaths`` in a row (from 1)."""
+        return min(self.max_delay_s, self.first_delay_s * 2.0 ** min(deaths - 1, 30))
+
+
+@dataclasses.dataclass(slots=True)
+class _Job:
+    answer: asyncio.Future[jobs.LoadedModel | jobs.Memory | None]
+    progress: Callable[[float], None] | None
+
+
+class Worker:
+    """Owns the process of device ``device_id``. Use it from one event loop, on a thread as long-lived as the daemon.
+
+    ``command`` starts the process (see :class:`WorkerProcess`), with ``environment`` added to this one's. ``on_state``
+    is told every change of state. ``on_restarted`` is awaited after each replacement, with jobs allowed and
+    sequences not; the worker is ready when it returns.
+    """
+
+    def __init__(
+        self,
+        device_id: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        on_state: Callable[[WorkerHealth], None] | None = None,
+        on_restarted: Callable[[], Awaitable[None]] | None = None,
+        policy: RestartPolicy | None = None,
+    ) -> None:
+        self.device_id = device_id
+        self.state = WorkerState.STOPPED
+        self.restarts = 0
+        self.fault: str | None = None
+        self.ready: jobs.Ready | None = None
+        self.running = 0
+        self.waiting = 0
+        self.on_restarted = on_restarted
+        self._command = tuple(command)
+        self._environment = {**CUDA_ENVIRONMENT, **(environment or {})}
+        self._on_state = on_state
+        self._policy = policy or RestartPolicy()
+        self._process: WorkerProcess | None = None
+        self._greeted: asyncio.Event = asyncio.Event()
+        self._supervisor: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._deaths = 0
+        self._started_at = 0.0
+        self._start_s = 1.0
+        self._numbers = itertools.count(1)
+        self._jobs: dict[int, _Job] = {}
+        self._sinks: dict[int, Sink] = {}
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(jobs.FromWorker).decode
+
+    def health(self) -> WorkerHealth:
+        """Return this worker as ``/health`` shows it. ``fault`` is the reason of the last death."""
+        return WorkerHealth(self.device_id, self.state, self.restarts, self.running, self.waiting, self.fault)
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> jobs.Ready:
+        """Spawn the process and wait until it owns its device.
+
+        Raises DeviceWorkerLostError if the first process does not get that far; nothing is left running then, and
+        the worker may be started again.
+        """
+        if self._process is not None or self._supervisor is not None:
+            raise RuntimeError(f"the worker of {self.device_id} is already started")
+        self._stopping = False
+        self._enter(WorkerState.STARTING)
+        try:
+            ready = await self._launch()
+        except BaseException:
+            self._enter(WorkerState.STOPPED)
+            raise
+        self._enter(WorkerState.READY)
+        self._supervisor = asyncio.create_task(self._supervise(), name=f"worker {self.device_id}")
+        return ready
+
+    async def stop(self, timeout_s: float = 10.0) -> None:
+        """End the process: ask, then SIGTERM after ``timeout_s``, then SIGKILL. Everything under way fails.
+
+        Takes at most ``timeout_s`` + 8 s. Stopping twice is fine. When cancelled, the process is killed at once.
+        """
+        self._stopping = True
+        supervisor, self._supervisor = self._supervisor, None
+        process = self._process
+        try:
+            if supervisor is not None:
+                supervisor.cancel()
+                await asyncio.wait({supervisor})
+            process = self._process
+            if process is not None:
+                process.send(self._encode(jobs.Shutdown()))
+                if not await _within(process.ended, timeout_s):
+                    logger.warning("%s: pid %d ignores Shutdown: SIGTERM", self.device_id, process.pid)
+                    process.signal(signal.SIGTERM)
+                    if not await _within(process.ended, TERMINATE_GRACE_S):
+                        process.condemn("stopped")
+                        await _within(process.ended, KILL_GRACE_S + 1.0)
+        finally:
+            if process is not None:
+                process.destroy()
+            self._fail_everything("was stopped")
+            self._enter(WorkerState.STOPPED)
+
+    async def _launch(self) -> jobs.Ready:
+        """Spawn and greet one process."""
+        began = time.monotonic()
+        self._greeted.clear()
+        try:
+            process = WorkerProcess(
+                self.device_id,
+                self._command,
+                environment=self._environment,
+                on_message=self._take,
+                on_end=self._lost,
+            )
+        except OSError as error:
+            self.fault = f"cannot be started: {error}"
+            raise self._lost_error() from error
+        self._process = process
+        try:
+            if not await _within(self._greeted, self._policy.ready_timeout_s) and not process.ended.is_set():
+                process.condemn(f"was not ready within {self._policy.ready_timeout_s:g} s")
+                await process.ended.wait()
+        except BaseException:
+            process.destroy()
+            raise
+        if self.ready is None or process.ended.is_set():
+            raise self._lost_error()
+        self._started_at = time.monotonic()
+        self._start_s = self._started_at - began
+        logger.info("%s: worker pid %d ready after %.2f s", self.device_id, process.pid, self._start_s)
+        return self.ready
+
+    async def _supervise(self) -> None:
+        """Replace the process whenever it ends."""
+        while True:
+            if self._process is not None:
+                await self._process.ended.wait()
+            delay_s = self._policy.delay_s(self._deaths)
+            logger.warning("%s: worker lost: %s; restart in %.2f s", self.device_id, self.fault, delay_s)
+            self._enter(WorkerState.RECOVERING)
+            await asyncio.sleep(delay_s)
+            try:
+                await self._launch()
+            except DeviceWorkerLostError:
+                if self._process is None and self.state is not WorkerState.POISONED:
+                    self._deaths += 1  # it could not even be spawned, so nothing was lost
+                continue
+            self.restarts += 1
+            if await self._reload():
+                self._enter(WorkerState.READY)
+
+    async def _reload(self) -> bool:
+        """Let the owner put back what it had here; return whether the process lived through it."""
+        process = self._process
+        if process is None or process.ended.is_set():
+            return False
+        if self.on_restarted is None:
+            return True
+        reload = asyncio.ensure_future(self.on_restarted())
+        death = asyncio.ensure_future(process.ended.wait())
+        try:
+            await asyncio.wait({reload, death}, return_when=asyncio.FIRST_COMPLETED)
+            if process.ended.is_set():
+                return False
+            if not reload.cancelled() and (error := reload.exception()):
+                logger.error("%s: reloading after a restart failed", self.device_id, exc_info=error)
+            return True
+        finally:
+            for task in (reload, death):
+                task.cancel()
+            await asyncio.wait({reload, death})
+
+    def _enter(self, state: WorkerState) -> None:
+        if state is self.state:
+            return
+        self.state = state
+        if self._on_state is None:
+            return
+        try:
+            self._on_state(self.health())
+        except Exception:
+            logger.exception("%s: whoever follows its state failed", self.device_id)
+
+    # ------------------------------------------------------------------ what the owner asks
+
+    async def load(
+        self, spec: ModelSpec, path: str, *, progress: Callable[[float], None] | None = None
+    ) -> jobs.LoadedModel:
+        """Load a model; ``progress`` gets 0 to 1. Raises RemoteError, DeviceWorkerLostError and -NotReadyError."""
+        result = await self._submit(lambda job: jobs.Load(job, spec, path), progress)
+        if not isinstance(result, jobs.LoadedModel):
+            raise self._misled("a load", result)
+        return result
+
+    async def unload(self, model: str) -> None:
+        """Drop a model; its sequences are cancelled. Raises as :meth:`load`."""
+        await self._submit(lambda job: jobs.Unload(job, model))
+
+    async def memory(self) -> jobs.Memory:
+        """Ask the device for its memory. Raises as :meth:`load`."""
+        result = await self._submit(jobs.QueryMemory)
+        if not isinstance(result, jobs.Memory):
+            raise self._misled("a query of memory", result)
+        return result
+
+    def generate(
+        self,
+        model: str,
+        prompt: bytes,
+        max_tokens: int,
+        eos: tuple[int, ...],
+        sampler: jobs.SamplerSettings,
+        sink: Sink,
+    ) -> int:
+        """Start a sequence over int32 ``prompt`` and return its number; ``sink`` gets what comes of it.
+
+        Raises DeviceWorkerNotReadyError, and OverloadedError if the worker does not read what it is sent.
+        """
+        if self.state is not WorkerState.READY:
+            raise self._not_ready()
+        sequence = next(self._numbers)
+        self._send(jobs.Generate(sequence, model, prompt, max_tokens, eos, sampler))
+        self._sinks[sequence] = sink
+        return sequence
+
+    def cancel(self, sequence: int) -> None:
+        """Stop a sequence; its sink gets nothing more. One that has ended or never was is ignored."""
+        if self._sinks.pop(sequence, None) is not None and self._process is not None:
+            self._process.send(self._encode(jobs.Cancel(sequence)))
+
+    async def _submit(
+        self, make: Callable[[int], jobs.ToWorker], progress: Callable[[float], None] | None = None
+    ) -> jobs.LoadedModel | jobs.Memory | None:
+        number = next(self._numbers)
+        self._send(make(number))
+        job = self._jobs[number] = _Job(asyncio.get_running_loop().create_future(), progress)
+        try:
+            return await job.answer
+        finally:
+            # A cancelled wait leaves the job running; its answer will find nobody.
+            self._jobs.pop(number, None)
+
+    def _send(self, message: jobs.ToWorker) -> None:
+        if self._process is None or self.ready is None or self._stopping:
+            raise self._not_ready()
+        if self._process.pending_bytes > MAX_PENDING_BYTES:
+            raise OverloadedError(
+                f"the worker of {self.device_id} does not read: {self._process.pending_bytes} bytes wait for it",
+                retry_after_s=1.0,
+            )
+        self._process.send(self._encode(message))
+
+    # ------------------------------------------------------------------ what the process says
+
+    def _take(self, data: bytes) -> None:
+        try:
+            message = self._decode(data)
+        except msgspec.MsgspecError as error:
+            self._condemn(f"sent a message that does not parse: {error}")
+            return
+        match message:
+            case jobs.Tokens():
+                self.running, self.waiting = message.running, message.waiting
+                for row in message.rows:
+                    self._deliver(row.sequence, row, row.end is not None)
+            case jobs.SequenceFailed():
+                self._deliver(message.sequence, RemoteError(message.error), True)
+            case jobs.Done():
+                if (job := self._jobs.get(message.job)) and not job.answer.done():
+                    job.answer.set_result(message.result)
+            case jobs.JobFailed():
+                if (job := self._jobs.get(message.job)) and not job.answer.done():
+                    job.answer.set_exception(RemoteError(message.error))
+            case jobs.Progress():
+                if (job := self._jobs.get(message.job)) and job.progress is not None:
+                    job.progress(message.fraction)
+            case jobs.Ready():
+                if message.device != self.device_id or self.ready is not None:
+                    self._condemn(f"said it is ready for {message.device}")
+                    return
+                self.ready = message
+                self._greeted.set()
+            case jobs.Poisoned():
+                if self._process is not None:
+                    self._process.expect_end(f"device fault: {message.reason}")
+            case _:
+                assert_never(message)
+
+    def _deliver(self, sequence: int, item: jobs.TokenRow | ApiError, last: bool) -> None:
+        sink = self._sinks.pop(sequence, None) if last else self._sinks.get(sequence)
+        if sink is None:  # cancelled here before the worker heard of it
+            return
+        try:
+            sink(item)
+        except Exception:
+            # Whoever reads that sequence is broken; the other rows of this message are not.
+            logger.exception("%s: the sink of sequence %d failed", self.device_id, sequence)
+            self.cancel(sequence)
+
+    def _condemn(self, reason: str) -> None:
+        if self._process is not None:
+            self._process.condemn(reason)
+
+    def _lost(self, reason: str) -> None:
+        """Called once when the process has ended."""
+        self._process = None
+        lived_s = time.monotonic() - self._started_at if self.ready is not None else 0.0
+        self.ready = None
+        self._greeted.set()  # whoever waits for it looks and finds none
+        if self._stopping:
+            return
+        self._deaths = 1 if lived_s >= self._policy.healthy_after_s else self._deaths + 1
+        self.fault = reason
+        if self.state is not WorkerState.STARTING:
+            self._enter(WorkerState.POISONED)
+        self._fail_everything(f"was lost: {reason}")
+
+    def _fail_everything(self, what: str) -> None:
+        message = f"the worker of {self.device_id} {what}; the request was not finished"
+        unfinished, self._jobs = self._jobs, {}
+        sinks, self._sinks = self._sinks, {}
+        self.running = self.waiting = 0
+        for job in unfinished.values():
+            if not job.answer.done():
+                job.answer.set_exception(DeviceWorkerLostError(message, retry_after_s=self._retry_after_s()))
+        for sequence, sink in sinks.items():
+            try:
+                sink(DeviceWorkerLostError(message, retry_after_s=self._retry_after_s()))
+            except Exception:
+                logger.exception("%s: the sink of sequence %d failed", self.device_id, sequence)
+
+    def _retry_after_s(self) -> float:
+        """Return when a replacement is likely there: the pause and as long as the last start took."""
+        return max(1.0, self._policy.delay_s(max(self._deaths, 1)) + self._start_s)
+
+    def _lost_error(self) -> DeviceWorkerLostError:
+        return DeviceWorkerLostError(
+            f"the worker of {self.device_id} {self.fault}", retry_after_s=self._retry_after_s()
+        )
+
+    def _not_ready(self) -> DeviceWorkerNotReadyError:
+        return DeviceWorkerNotReadyError(
+            f"the worker of {self.device_id} is {self.state}", retry_after_s=self._retry_after_s()
+        )
+
+    def _misled(self, question: str, answer: object) -> DeviceWorkerLostError:
+        self._condemn(f"answered {question} with {type(answer).__name__}")
+        return DeviceWorkerLostError(
+            f"the worker of {self.device_id} answered {question} with {type(answer).__name__}",
+            retry_after_s=self._retry_after_s(),
+        )
+
+
+async def _within(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait for ``event``; return whether it came in time."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+    return event.is_set()

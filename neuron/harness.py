@@ -1,0 +1,56 @@
+"""The ``Harness`` interface: what runs a model's inference, and the registry of those that are installed.
+
+A harness loads models and turns a request into ``InferenceEvent``s. It knows nothing of HTTP or dialects. ``torch`` is
+the one that ships (:mod:`neuron.torch_harness`); it runs models in this project's own device workers.
+"""
+
+import pathlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Protocol
+
+from cortex.wire.events import InferenceEvent
+from cortex.wire.node import Capability, ModelSpec
+from cortex.wire.request import InferenceRequest
+from neuron.device.jobs import LoadedModel
+
+Progress = Callable[[float], None]
+"""Called with how far a load is, 0 to 1."""
+
+
+class Model(Protocol):
+    """A loaded model."""
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """What the load made of the spec."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices it lives on."""
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What it can be asked to do."""
+
+    def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
+        """Run a request and yield its events in batches; closing the generator cancels it within one step.
+
+        Raises:
+            ApiError: the request cannot be carried out; raised before the first batch.
+        """
+
+
+class Harness(Protocol):
+    """Loads models on this host's devices."""
+
+    name: str
+
+    async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> Model:
+        """Load the weights at ``path``.
+
+        Raises:
+            ApiError: 422 with the reason if it cannot fit or cannot be read; nothing stays allocated.
+        """
+
+    async def unload(self, model: Model) -> None:
+        """Free every byte of a model. Its running requests fail."""

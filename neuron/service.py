@@ -1,0 +1,253 @@
+"""The life of the daemon: listen, start the workers, bring models up, serve, drain.
+
+The listener is bound before anything warms up, so that a probe sees ``starting`` rather than a refused connection. The
+service owns the workers and the table of models; what a request means is the API's.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import pathlib
+import platform
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from granian.constants import Interfaces
+from granian.server.embed import Server
+
+from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
+from cortex.wire.node import (
+    Discovery,
+    Health,
+    ModelSpec,
+    ModelStatus,
+    NodeState,
+    UnloadRequest,
+    WorkerHealth,
+    WorkerState,
+)
+from neuron import __version__, metrics
+from neuron.config import Config
+from neuron.device import probe
+from neuron.device.worker import Worker
+from neuron.errors import DeviceWorkerLostError, ListenError
+from neuron.harness import Harness
+from neuron.load import source
+from neuron.load.loader import Loader
+from neuron.load.table import ModelTable
+from neuron.torch_harness import TorchHarness
+
+_log = logging.getLogger("neuron.service")
+
+STOPPING_RETRY_AFTER_S = 5.0
+START_RETRY_FIRST_S, START_RETRY_MAX_S = 2.0, 60.0
+
+
+class Service:
+    """One daemon. Construct, then :meth:`run` once."""
+
+    def __init__(self, config: Config, harnesses: Mapping[str, Harness] | None = None) -> None:
+        """``harnesses`` replaces those that the configuration names (tests; other engines)."""
+        self._config = config
+        self.listen = config.daemon.listen
+        self.max_body_bytes = config.daemon.max_body_bytes
+        self._started = time.monotonic()
+        self._state = NodeState.STARTING
+        self._stopping = asyncio.Event()
+        available = [device.id for device in probe.probe().devices]
+        chosen = probe.parse_devices(config.daemon.devices, available)
+        self._workers = {device: self._worker(device) for device in chosen}
+        self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
+        self.models = ModelTable(
+            Loader(pathlib.Path(cache) if (cache := config.daemon.cache) else source.default_cache()).load
+        )
+        self._activating: set[str] = set()
+
+    # ------------------------------------------------------------------ what the API asks
+
+    def admit(self) -> None:
+        """Raise unless inference may begin: not without a harness, not while draining."""
+        if not self._harnesses:
+            raise NoHarnessError("This neuron has no harness that can run inference.")
+        if self._state is NodeState.DRAINING:
+            raise UnavailableError("This neuron is shutting down.", retry_after_s=STOPPING_RETRY_AFTER_S)
+
+    async def load(self, spec: ModelSpec) -> ModelStatus:
+        """Load a model; see :meth:`ModelTable.load`."""
+        self.admit()
+        if spec.harness not in self._harnesses:
+            known = ", ".join(self._harnesses)
+            raise NoHarnessError(f"There is no harness '{spec.harness}' here; there is: {known}.", param="harness")
+        return await self.models.load(spec, self._harnesses[spec.harness])
+
+    async def unload(self, asked: UnloadRequest) -> ModelStatus:
+        """Unload a model; see :meth:`ModelTable.unload`."""
+        status = await self.models.unload(asked.id, asked.drain_timeout_s)
+        metrics.forget_model(asked.id)
+        return status
+
+    async def discovery(self, dialects: Sequence[str]) -> Discovery:
+        """Describe this host with fresh memory figures."""
+        host = await asyncio.to_thread(probe.probe)
+        workers = self._workers
+        return Discovery(
+            name=self._config.daemon.name,
+            version=__version__,
+            hostname=socket.gethostname(),
+            os=f"{platform.system()} {platform.release()}",
+            driver_version=host.driver_version,
+            cuda_version=host.cuda_version,
+            devices=tuple(
+                msgspec.structs.replace(device, worker=workers[device.id].state if device.id in workers else None)
+                for device in host.devices
+            ),
+            harnesses=tuple(self._harnesses),
+            dialects=tuple(dialects),
+        )
+
+    def health(self) -> Health:
+        """Tell where the daemon is in its life."""
+        return Health(
+            state=self._state,
+            uptime_s=time.monotonic() - self._started,
+            workers=tuple(worker.health() for worker in self._workers.values()),
+            activating=tuple(sorted(self._activating)),
+        )
+
+    # ------------------------------------------------------------------ life
+
+    def stop(self) -> None:
+        """Begin an orderly end; safe to call again."""
+        self._stopping.set()
+
+    async def run(self, app: Any) -> None:
+        """Serve until :meth:`stop`, then drain in bounded time.
+
+        Raises:
+            ListenError: the address is taken or not of this host.
+        """
+        server = _server(app, self.listen)
+        serving = asyncio.create_task(server.serve())
+        activation = asyncio.create_task(self._activate())
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+                raise ListenError(f"The server on {self.listen} ended unexpectedly.")
+            await self._drain()
+        finally:
+            for task in (activation, stopping):
+                task.cancel()
+            await asyncio.gather(activation, stopping, return_exceptions=True)
+            await asyncio.gather(
+                *(worker.stop(self._config.daemon.stop_timeout_s) for worker in self._workers.values())
+            )
+            server.stop()  # type: ignore[no-untyped-call]
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+
+    async def _activate(self) -> None:
+        """Start the workers, then bring up the models that the configuration asks for."""
+        preload = [entry for entry in self._config.models if entry.preload]
+        for entry in self._config.models:
+            if entry.spec().harness in self._harnesses:
+                self.models.add(entry.spec(), self._harnesses[entry.spec().harness])
+        self._activating = {entry.id for entry in preload}
+        starts = {asyncio.create_task(self._start(worker)) for worker in self._workers.values()}
+        try:
+            # One device that does not come up holds up neither the others nor the models that fit there.
+            await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+            self._state = NodeState.READY
+            for entry in preload:
+                await self._preload(entry.spec())
+            while starts:
+                done, starts = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+                if any(task.result() for task in done):
+                    for entry in preload:
+                        await self._preload(entry.spec())
+        finally:
+            for task in starts:
+                task.cancel()
+
+    async def _start(self, worker: Worker) -> bool:
+        """Start a worker, trying again with growing pauses; return whether it needed more than one try."""
+        pause_s = START_RETRY_FIRST_S
+        while True:
+            try:
+                await worker.start()
+            except DeviceWorkerLostError as error:
+                _log.error("worker did not start device=%s retry_s=%.0f error=%s", worker.device_id, pause_s, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, START_RETRY_MAX_S)
+            else:
+                return pause_s > START_RETRY_FIRST_S
+
+    async def _preload(self, spec: ModelSpec) -> None:
+        try:
+            await self.load(spec)
+        except ApiError as error:
+            _log.error("preload failed model=%s error=%s", spec.id, error.message)
+        finally:
+            self._activating.discard(spec.id)
+
+    async def _drain(self) -> None:
+        """Close admission and give running requests their time."""
+        self._state = NodeState.DRAINING
+        busy = [entry for entry in self.models.entries() if entry.running]
+        _log.info("draining requests=%d", sum(entry.running for entry in busy))
+        if busy:
+            waits = [asyncio.ensure_future(entry.idle.wait()) for entry in busy]
+            await asyncio.wait(waits, timeout=self._config.daemon.drain_timeout_s)
+            for wait in waits:
+                wait.cancel()
+
+    def _find_harnesses(self) -> dict[str, Harness]:
+        found: dict[str, Harness] = {}
+        for name in self._config.daemon.harnesses:
+            if importlib.util.find_spec("torch") is None:
+                _log.warning("harness %s is not available: torch is not installed", name)
+                continue
+            found[name] = TorchHarness(self._workers, max_waiting=self._config.daemon.max_waiting)
+        return found
+
+    def _worker(self, device: str) -> Worker:
+        async def restarted() -> None:
+            metrics.WORKER_RESTARTS.labels(device).inc()
+            await self.models.recover(device)
+
+        def changed(health: WorkerHealth) -> None:
+            _log.info("worker device=%s state=%s fault=%s", device, health.state, health.fault)
+            if health.state is WorkerState.POISONED:
+                self.models.lose(device)
+
+        limit = str(self._config.daemon.step_limit_s)
+        command = [sys.executable, "-P", "-m", "neuron.engine", "--step-limit-s", limit]
+        return Worker(device, command, on_state=changed, on_restarted=restarted)
+
+
+def _server(app: Any, listen: str) -> Server:
+    """Return the embedded HTTP server, after a look whether its address is free: Granian would share it silently."""
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, int(port)))
+        except OSError as error:
+            raise ListenError(f"Cannot listen on {listen}: {error.strerror}.") from error
+    return Server(
+        app,
+        address=host,
+        port=int(port),
+        interface=Interfaces.ASGINL,
+        log_enabled=False,
+        websockets=False,
+        backlog=1024,
+    )

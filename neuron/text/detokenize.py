@@ -1,0 +1,149 @@
+"""Token ids to ``InferenceEvent``s: decoding, stop strings, reasoning and tool calls, for one choice.
+
+What cannot be decided yet is held back: half a character, the beginning of a stop string or of a tag. At the end all of
+it comes out. Stop strings apply to the answer, not to reasoning.
+"""
+
+import secrets
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from cortex.wire.events import Finished, FinishReason, InferenceEvent, ReasoningDelta, TextDelta, ToolCallDelta
+from neuron.device.jobs import SequenceEnd
+from neuron.text.holdback import held_back
+from neuron.text.reasoning import Part, ReasoningSplitter, ReasoningTags
+from neuron.text.tools import ParsedCall, ToolCallParser
+
+
+class Detokenizer:
+    """Turns the ids of one sequence into the events of one choice.
+
+    ``parses_tools`` says whether the request offered tools: without them a ``<tool_call>`` is just text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        choice: int = 0,
+        stop: Sequence[str] = (),
+        tags: ReasoningTags | None = None,
+        starts_in_reasoning: bool = False,
+        parses_tools: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._undecoded: list[int] = []
+        self._choice = choice
+        self._stop = tuple(stop)
+        self._stop_pending = ""
+        self._splitter = ReasoningSplitter(tags, starts_inside=starts_in_reasoning) if tags else None
+        self._tools = ToolCallParser() if parses_tools else None
+        self._num_calls = 0
+        self._output_tokens = 0
+        self._reasoning_tokens = 0
+        self.finished = False
+
+    def feed(self, ids: Sequence[int]) -> list[InferenceEvent]:
+        """Return the events that ``ids`` make certain; a stop string ends the choice (see ``finished``)."""
+        events: list[InferenceEvent] = []
+        for token in ids:
+            self._output_tokens += 1
+            if self._splitter is not None and self._splitter.inside:
+                self._reasoning_tokens += 1
+            self._undecoded.append(token)
+            text = self._decoder.step(self._tokenizer, token)
+            if text is None:
+                continue
+            self._undecoded.clear()
+            self._split(text, events)
+            if self.finished:
+                break
+        return _merge(events)
+
+    def close(self, end: SequenceEnd) -> list[InferenceEvent]:
+        """Return what was held back and the ``Finished`` of this choice."""
+        if self.finished:
+            return []
+        events: list[InferenceEvent] = []
+        if self._undecoded:
+            # Half a character at the end, or only special tokens, which decode to nothing.
+            self._split(self._tokenizer.decode(self._undecoded, skip_special_tokens=True), events)
+        if not self.finished and self._splitter is not None:
+            for part, text in self._splitter.close():
+                self._route(part, text, events)
+        if not self.finished:
+            rest, self._stop_pending = self._stop_pending, ""
+            self._answer(rest, events)
+            self._finish(FinishReason.STOP if end is SequenceEnd.STOP else FinishReason.LENGTH, None, events)
+        return _merge(events)
+
+    def _split(self, text: str, events: list[InferenceEvent]) -> None:
+        if self._splitter is None:
+            self._route(Part.ANSWER, text, events)
+            return
+        for part, piece in self._splitter.feed(text):
+            self._route(part, piece, events)
+            if self.finished:
+                return
+
+    def _route(self, part: Part, text: str, events: list[InferenceEvent]) -> None:
+        if part is Part.REASONING:
+            events.append(ReasoningDelta(text, self._choice))
+            return
+        if not self._stop:
+            self._answer(text, events)
+            return
+        text = self._stop_pending + text
+        hits = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if hits:
+            at, stop = min(hits)
+            self._stop_pending = ""
+            self._answer(text[:at], events)
+            self._finish(FinishReason.STOP, stop, events)
+            return
+        keep = held_back(text, self._stop)
+        self._stop_pending = text[len(text) - keep :]
+        self._answer(text[: len(text) - keep], events)
+
+    def _answer(self, text: str, events: list[InferenceEvent]) -> None:
+        if self._tools is None:
+            if text:
+                events.append(TextDelta(text, self._choice))
+            return
+        self._emit(self._tools.feed(text), events)
+
+    def _emit(self, pieces: list[str | ParsedCall], events: list[InferenceEvent]) -> None:
+        for piece in pieces:
+            if isinstance(piece, str):
+                events.append(TextDelta(piece, self._choice))
+            else:
+                call_id = f"call_{secrets.token_hex(12)}"
+                events.append(ToolCallDelta(self._num_calls, call_id, piece.name, piece.arguments, self._choice))
+                self._num_calls += 1
+
+    def _finish(self, reason: FinishReason, stop: str | None, events: list[InferenceEvent]) -> None:
+        if self._tools is not None:
+            self._emit(self._tools.close(), events)
+        if self._num_calls and reason is FinishReason.STOP and stop is None:
+            reason = FinishReason.TOOL_CALLS
+        events.append(Finished(reason, self._output_tokens, self._reasoning_tokens, stop, self._choice))
+        self.finished = True
+
+
+def _merge(events: list[InferenceEvent]) -> list[InferenceEvent]:
+    """Join neighbouring text of one kind: fewer frames say the same."""
+    if len(events) < 2:
+        return events
+    merged = events[:1]
+    for event in events[1:]:
+        last = merged[-1]
+        if isinstance(event, TextDelta) and isinstance(last, TextDelta):
+            merged[-1] = TextDelta(last.text + event.text, event.choice, last.logprobs + event.logprobs)
+        elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
+            merged[-1] = ReasoningDelta(last.text + event.text, event.choice)
+        else:
+            merged.append(event)
+    return merged

@@ -1,0 +1,270 @@
+"""The harness that ships: models under torch in this project's device workers, text handled here.
+
+Prompts are rendered and tokenised in the daemon, token ids run through the worker, and ids become events here again.
+This module imports no torch; only the worker processes do.
+"""
+
+import array
+import asyncio
+import contextlib
+import pathlib
+import secrets
+from collections.abc import AsyncGenerator, Mapping, Sequence
+
+import msgspec
+
+from cortex.wire.errors import (
+    ApiError,
+    ContextLengthError,
+    OverloadedError,
+    UnprocessableError,
+    UnsupportedParameterError,
+)
+from cortex.wire.events import Failed, InferenceEvent, Started
+from cortex.wire.node import Capability, ModelSpec, WorkerState
+from cortex.wire.request import FormatKind, InferenceRequest, Sampling, ToolMode
+from neuron.device.jobs import LoadedModel, SamplerSettings, TokenRow
+from neuron.device.worker import Worker
+from neuron.errors import NoDeviceError
+from neuron.harness import Model, Progress
+from neuron.models.config import GenerationDefaults, ModelConfig, read_config
+from neuron.models.sizing import plan_memory
+from neuron.text import tokenizer
+from neuron.text.detokenize import Detokenizer
+from neuron.text.prompt import Prompt, PromptFormat
+
+INLINE_TOKENISE_CHARS = 20_000
+"""Conversations up to this size are rendered on the event loop (about 5 ms); longer ones in a thread."""
+
+QUEUE_RETRY_AFTER_S = 2.0
+
+_SEED_MASK = (1 << 62) - 1
+
+
+class TorchHarness:
+    """Owns no processes: the workers are the service's, one for each device."""
+
+    name = "torch"
+
+    def __init__(self, workers: Mapping[str, Worker], *, max_waiting: int) -> None:
+        self._workers = workers
+        self._max_waiting = max_waiting
+
+    async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> "TorchModel":
+        """Load the weights at ``path`` on the device the spec names, or on the one with the most free memory."""
+        if spec.tensor_parallel != 1 or len(spec.devices) > 1:
+            raise UnprocessableError(
+                f"'{spec.id}' asks for {max(spec.tensor_parallel, len(spec.devices))} devices; "
+                "a model runs on one device here.",
+                param="tensor_parallel",
+            )
+        config = await asyncio.to_thread(read_config, path)
+        files = await asyncio.to_thread(tokenizer.load, path)
+        worker, free_bytes = await self._choose(spec)
+        plan_memory(config, spec, worker.device_id, free_bytes)
+        loaded = await _load(worker, spec, path, progress)
+        return TorchModel(loaded, config, PromptFormat(files), files, worker, self._max_waiting)
+
+    async def unload(self, model: Model) -> None:
+        """Free a model's memory on its device."""
+        assert isinstance(model, TorchModel)
+        await model.worker.unload(model.loaded.model)
+
+    async def _choose(self, spec: ModelSpec) -> tuple[Worker, int]:
+        for device in spec.devices:
+            if device not in self._workers:
+                known = ", ".join(self._workers) or "none"
+                raise NoDeviceError(f"'{device}' is not a device of this neuron; it has: {known}.", param="devices")
+        candidates = [self._workers[device] for device in spec.devices or self._workers]
+        ready = [worker for worker in candidates if worker.state is WorkerState.READY]
+        if not ready:
+            states = ", ".join(f"{worker.device_id} is {worker.state}" for worker in candidates) or "there are none"
+            raise NoDeviceError(f"No device can take '{spec.id}': {states}.", retry_after_s=QUEUE_RETRY_AFTER_S)
+        memory = await asyncio.gather(*(worker.memory() for worker in ready))
+        free, worker = max(zip((m.free_bytes for m in memory), ready, strict=True), key=lambda pair: pair[0])
+        return worker, free
+
+
+class TorchModel:
+    """A model loaded in a device worker, with the text side that belongs to it."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: ModelConfig,
+        prompts: PromptFormat,
+        files: tokenizer.TextFiles,
+        worker: Worker,
+        max_waiting: int,
+    ) -> None:
+        self.loaded = loaded
+        self.worker = worker
+        self._config = config
+        self._prompts = prompts
+        self._tokenizer = files.tokenizer
+        self._max_waiting = max_waiting
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The one device it lives on."""
+        return (self.worker.device_id,)
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What its template and tokenizer allow."""
+        if not self._prompts.can_chat:
+            return (Capability.COMPLETION,)
+        found = [Capability.COMPLETION, Capability.CHAT, Capability.TOOLS]
+        if self._prompts.tags is not None:
+            found.append(Capability.REASONING)
+        return tuple(found)
+
+    async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
+        """Run a request; see :class:`neuron.harness.Model`."""
+        refuse_unsupported(request)
+        size = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
+        if size <= INLINE_TOKENISE_CHARS:
+            prompt = self._prompts.build(request)
+        else:
+            prompt = await asyncio.to_thread(self._prompts.build, request)
+        context = self.loaded.context_tokens
+        if len(prompt.ids) >= context:
+            raise ContextLengthError(context, len(prompt.ids), param="messages")
+        if self.worker.waiting >= self._max_waiting:
+            raise OverloadedError(
+                f"{self.worker.waiting} requests wait for '{self.loaded.model}'; try again shortly.",
+                retry_after_s=QUEUE_RETRY_AFTER_S,
+            )
+        run = _Run(self.worker, [self._detokenizer(request, prompt, choice) for choice in range(request.num_choices)])
+        try:
+            self._start(run, request, prompt)
+            async for events in run.events(len(prompt.ids)):
+                yield events
+        finally:
+            run.cancel()
+
+    def _detokenizer(self, request: InferenceRequest, prompt: Prompt, choice: int) -> Detokenizer:
+        return Detokenizer(
+            self._tokenizer,
+            choice=choice,
+            stop=request.stop,
+            tags=self._prompts.tags if request.prompt is None else None,
+            starts_in_reasoning=prompt.starts_in_reasoning,
+            parses_tools=bool(request.tools) and request.tool_choice.mode is not ToolMode.NONE,
+        )
+
+    def _start(self, run: "_Run", request: InferenceRequest, prompt: Prompt) -> None:
+        room = self.loaded.context_tokens - len(prompt.ids)
+        max_tokens = min(request.max_tokens or room, room)
+        eos = () if request.ignore_eos else self._config.eos_ids
+        ids = array.array("i", prompt.ids).tobytes()
+        settings = resolve_sampling(request.sampling, self._config.generation)
+        for choice in range(request.num_choices):
+            sampler = msgspec.structs.replace(settings, seed=(settings.seed + choice) & _SEED_MASK)
+            run.start(choice, self.loaded.model, ids, max_tokens, eos, sampler)
+
+
+class _Run:
+    """The sequences of one request in a worker, one for each choice, and what has come back from them."""
+
+    def __init__(self, worker: Worker, choices: list[Detokenizer]) -> None:
+        self._worker = worker
+        self._choices = choices
+        self._sequences: dict[int, int] = {}
+        self._arrived: list[tuple[int, TokenRow | ApiError]] = []
+        self._wake = asyncio.Event()
+
+    def start(
+        self, choice: int, model: str, prompt: bytes, max_tokens: int, eos: tuple[int, ...], sampler: SamplerSettings
+    ) -> None:
+        """Submit one choice's sequence."""
+
+        def sink(item: TokenRow | ApiError) -> None:
+            self._arrived.append((choice, item))
+            self._wake.set()
+
+        self._sequences[choice] = self._worker.generate(model, prompt, max_tokens, eos, sampler, sink)
+
+    async def events(self, prompt_tokens: int) -> AsyncGenerator[list[InferenceEvent], None]:
+        """Yield events until every choice has finished, or one has failed."""
+        started = False
+        while self._sequences:
+            await self._wake.wait()
+            self._wake.clear()
+            arrived, self._arrived = self._arrived, []
+            events: list[InferenceEvent] = []
+            for choice, item in arrived:
+                if choice not in self._sequences:
+                    continue  # it ended on a stop string while this row was on its way
+                if isinstance(item, ApiError):
+                    if not started and not events:
+                        raise item
+                    yield [*events, Failed(item.info())]
+                    return
+                if not started:
+                    events.append(Started(prompt_tokens, item.prompt_cached or 0))
+                    started = True
+                events += self._feed(choice, item)
+            if events:
+                yield events
+
+    def cancel(self) -> None:
+        """Free whatever still runs."""
+        for sequence in self._sequences.values():
+            self._worker.cancel(sequence)
+        self._sequences.clear()
+
+    def _feed(self, choice: int, row: TokenRow) -> list[InferenceEvent]:
+        text = self._choices[choice]
+        events = text.feed(array.array("i", row.ids))
+        if row.end is not None:
+            events += text.close(row.end)
+            del self._sequences[choice]
+        elif text.finished:
+            self._worker.cancel(self._sequences.pop(choice))
+        return events
+
+
+def refuse_unsupported(request: InferenceRequest) -> None:
+    """Refuse by name what this harness does not do yet, rather than ignore it."""
+    refused = (
+        ("logprobs", request.top_logprobs is not None),
+        ("response_format", request.output_format.kind is not FormatKind.TEXT),
+        ("tool_choice", request.tool_choice.mode in {ToolMode.REQUIRED, ToolMode.NAMED}),
+        ("parallel_tool_calls", bool(request.tools) and not request.tool_choice.parallel),
+    )
+    for name, asked in refused:
+        if asked:
+            raise UnsupportedParameterError(f"Unsupported parameter: '{name}' is not supported here.", param=name)
+
+
+async def _load(worker: Worker, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> LoadedModel:
+    """Load in the worker; a load nobody waits for any more is undone there."""
+    try:
+        return await worker.load(spec, str(path), progress=progress)
+    except asyncio.CancelledError:
+        with contextlib.suppress(ApiError):
+            await worker.unload(spec.id)
+        raise
+
+
+def resolve_sampling(asked: Sampling, defaults: GenerationDefaults) -> SamplerSettings:
+    """Fill in what a request left open from the model's own generation config; without one, plain sampling."""
+
+    def pick(name: str, otherwise: float) -> float:
+        for value in (getattr(asked, name), getattr(defaults, name, None)):
+            if value is not None:
+                return float(value)
+        return otherwise
+
+    return SamplerSettings(
+        temperature=pick("temperature", 1.0),
+        top_k=max(0, int(pick("top_k", 0))),
+        top_p=pick("top_p", 1.0),
+        min_p=pick("min_p", 0.0),
+        repetition_penalty=pick("repetition_penalty", 1.0),
+        presence_penalty=pick("presence_penalty", 0.0),
+        frequency_penalty=pick("frequency_penalty", 0.0),
+        logit_bias=tuple(asked.logit_bias.items()),
+        seed=(secrets.randbits(62) if asked.seed is None else asked.seed) & _SEED_MASK,
+    )

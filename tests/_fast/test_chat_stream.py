@@ -1,0 +1,340 @@
+"""Chat frames: valid to the official SDK, in the right order, and the same answer as the one that is not streamed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import openai
+import orjson
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import TypeAdapter
+
+from cortex._fast.chat_stream import ChatStream
+from cortex._fast.sse import FrameDecoder
+from cortex._fast.tap import StreamTap
+from cortex.dialects.openai_chat_reply import ChatReply
+from cortex.wire.errors import ErrorInfo
+from cortex.wire.events import (
+    Failed,
+    Finished,
+    FinishReason,
+    InferenceEvent,
+    ReasoningDelta,
+    Started,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+)
+
+CHUNK = TypeAdapter(ChatCompletionChunk)
+COMPLETION = TypeAdapter(ChatCompletion)
+ERROR = ErrorInfo(502, "worker_lost", 'the worker "died"\n', retry_after_s=2.0)
+LOGPROBS = (
+    TokenLogprob("H", b"H", -0.25, (TokenLogprob("H", b"H", -0.25), TokenLogprob('"', b'"', float("-inf")))),
+    TokenLogprob("\ufffd", b"\xe4\xbd", -1e-7),
+)
+
+
+def stream(**options: Any) -> ChatStream:
+    return ChatStream("chatcmpl-1", 'org/"model"', 1_700_000_000, **options)
+
+
+def payloads(frames: bytes) -> list[Any]:
+    """Return the data of every frame, decoded; each chunk checked against the SDK's type."""
+    decoder = FrameDecoder()
+    found: list[Any] = []
+    for frame in decoder.feed(frames):
+        assert frame.event is None
+        if frame.data == b"[DONE]":
+            found.append("[DONE]")
+            continue
+        found.append(orjson.loads(frame.data))
+        if "error" not in found[-1]:
+            CHUNK.validate_json(frame.data, strict=True)
+    assert decoder.close() == b""
+    return found
+
+
+def deltas(frames: bytes) -> list[Any]:
+    return [p["choices"][0]["delta"] for p in payloads(frames) if p != "[DONE]" and p.get("choices")]
+
+
+def accumulate(chunks: list[Any], num_choices: int) -> list[dict[str, Any]]:
+    """Put chunks together as a client does."""
+    choices: list[dict[str, Any]] = [
+        {"content": "", "reasoning": "", "calls": [], "logprobs": [], "finish": None, "role": None}
+        for _ in range(num_choices)
+    ]
+    for chunk in chunks:
+        for piece in chunk["choices"]:
+            choice, delta = choices[piece["index"]], piece["delta"]
+            assert choice["finish"] is None, "nothing follows the finish of a choice"
+            if "role" in delta:
+                assert choice["role"] is None
+                choice["role"] = delta["role"]
+            assert choice["role"] == "assistant", "the role comes first"
+            choice["content"] += delta.get("content", "")
+            choice["reasoning"] += delta.get("reasoning_content", "")
+            choice["logprobs"] += (piece.get("logprobs") or {"content": []})["content"]
+            for call in delta.get("tool_calls", []):
+                if call["index"] == len(choice["calls"]):
+                    assert call["type"] == "function"
+                    choice["calls"].append({"id": call["id"], "name": call["function"]["name"], "arguments": ""})
+                else:
+                    assert not {"id", "type"} & set(call)
+                    assert set(call["function"]) == {"arguments"}
+                choice["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
+            choice["finish"] = piece["finish_reason"]
+    return choices
+
+
+def replied(body: bytes) -> list[dict[str, Any]]:
+    """Return what a reply says in the same form."""
+    return [
+        {
+            "content": choice["message"]["content"] or "",
+            "reasoning": choice["message"].get("reasoning_content", ""),
+            "calls": [
+                {"id": call["id"], "name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+                for call in choice["message"].get("tool_calls", [])
+            ],
+            "logprobs": (choice["logprobs"] or {"content": []})["content"],
+            "finish": choice["finish_reason"],
+            "role": choice["message"]["role"],
+        }
+        for choice in orjson.loads(body)["choices"]
+    ]
+
+
+def test_frames_are_these_bytes() -> None:
+    events = [Started(7, 3), TextDelta('"Hi"'), Finished(FinishReason.STOP, 2)]
+    head = b'data: {"id":"c","object":"chat.completion.chunk","created":5,"model":"m","choices":['
+    assert ChatStream("c", "m", 5).frames(events) == (
+        head + b'{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+        + head + b'{"index":0,"delta":{"content":"\\"Hi\\""},"finish_reason":null}]}\n\n'
+        + head + b'{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+        + b"data: [DONE]\n\n"
+    )  # fmt: skip
+
+
+def test_order_of_a_turn_with_everything() -> None:
+    events = [
+        Started(7, 3),
+        ReasoningDelta("Hm"),
+        TextDelta("Hi", logprobs=LOGPROBS),
+        TextDelta(""),
+        ReasoningDelta(""),
+        ToolCallDelta(0, "call_a", "first", '{"a":'),
+        ToolCallDelta(1, "call_b", "second"),
+        ToolCallDelta(1),
+        ToolCallDelta(0, arguments="1}"),
+        ToolCallDelta(1, arguments="{}"),
+        Finished(FinishReason.TOOL_CALLS, 9, 4),
+    ]
+    chat = stream(include_usage=True)
+    *chunks, usage, done = payloads(chat.frames(events))
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": ""},
+        {"reasoning_content": "Hm"},
+        {"content": "Hi"},
+        {"tool_calls": [_call(0, "call_a", "first", '{"a":')]},
+        {"tool_calls": [_call(1, "call_b", "second", "")]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]},
+        {},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 7 + ["tool_calls"]
+    assert usage["choices"] == []
+    assert usage["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 9,
+        "total_tokens": 16,
+        "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 4},
+    }
+    assert done == "[DONE]"
+    assert chat.finished
+
+
+def _call(index: int, id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_log_probabilities() -> None:
+    [_, chunk] = payloads(stream().frames([TextDelta("H", logprobs=LOGPROBS)]))
+    assert chunk["choices"][0]["logprobs"] == {
+        "content": [
+            {
+                "token": "H",
+                "bytes": [72],
+                "logprob": -0.25,
+                "top_logprobs": [
+                    {"token": "H", "bytes": [72], "logprob": -0.25},
+                    {"token": '"', "bytes": [34], "logprob": -9999.0},
+                ],
+            },
+            {"token": "\ufffd", "bytes": [0xE4, 0xBD], "logprob": -1e-7, "top_logprobs": []},
+        ],
+        "refusal": None,
+    }
+
+
+def test_a_token_without_text_still_has_its_probability() -> None:
+    [_, delta] = deltas(stream().frames([TextDelta("", logprobs=LOGPROBS)]))
+    assert delta == {"content": ""}
+
+
+def test_the_start_is_made_up_once() -> None:
+    chat = stream(include_usage=True)
+    assert deltas(chat.frames([TextDelta("a")])) == [{"role": "assistant", "content": ""}, {"content": "a"}]
+    assert chat.frames([Started(5, 1)]) == b""
+    usage = payloads(chat.frames([Finished(FinishReason.STOP, 1)]))[-2]["usage"]
+    assert usage["prompt_tokens"] == 5
+    assert deltas(stream().frames([Finished(FinishReason.STOP, 0)])) == [{"role": "assistant", "content": ""}, {}]
+
+
+def test_a_failure_is_the_last_frame() -> None:
+    chat = stream(include_usage=True, report_usage=True)
+    chat.frames([Started(1), TextDelta("a")])
+    assert payloads(chat.frames([Failed(ERROR), TextDelta("b"), Finished(FinishReason.STOP, 1)])) == [
+        {"error": {"message": ERROR.message, "type": "server_error", "param": None, "code": "worker_lost"}}
+    ]
+    assert chat.finished
+    assert payloads(stream().frames([Failed(ERROR)]))[0]["error"]["code"] == "worker_lost"
+
+
+def test_what_follows_the_end_is_dropped() -> None:
+    chat = stream(num_choices=2)
+    chat.frames([Started(1), Finished(FinishReason.STOP, 1, choice=0)])
+    assert not chat.finished
+    late: list[InferenceEvent] = [TextDelta("x"), ReasoningDelta("x"), ToolCallDelta(0, "i", "n")]
+    assert chat.frames([*late, Finished(FinishReason.LENGTH, 1, choice=0)]) == b""
+    assert chat.frames([Finished(FinishReason.STOP, 1, choice=1)]).endswith(b"data: [DONE]\n\n")
+    assert chat.finished
+    assert chat.frames([*late, Failed(ERROR), Finished(FinishReason.STOP, 1)]) == b""
+
+
+def test_the_usage_comment_comes_before_the_end() -> None:
+    frames = stream(report_usage=True).frames([Started(7, 3), TextDelta("a"), Finished(FinishReason.LENGTH, 2)])
+    assert frames.endswith(b': usage {"prompt_tokens":7,"completion_tokens":2,"cached_tokens":3}\n\ndata: [DONE]\n\n')
+    assert b'"usage"' not in frames
+
+
+def test_usage_is_of_all_choices() -> None:
+    chat = stream(num_choices=3, include_usage=True)
+    finishes = [Finished(FinishReason.STOP, n + 1, n, choice=n) for n in range(3)]
+    found = payloads(chat.frames([Started(10), *finishes]))
+    assert [c["index"] for p in found[:6] for c in p["choices"]] == [0, 1, 2, 0, 1, 2]
+    assert found[-2]["usage"]["completion_tokens"] == 6
+    assert found[-2]["usage"]["completion_tokens_details"]["reasoning_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        TextDelta("a", choice=1),
+        ReasoningDelta("a", choice=-1),
+        Finished(FinishReason.STOP, 1, choice=2),
+        ToolCallDelta(0),
+        ToolCallDelta(0, "id"),
+        ToolCallDelta(1, "id", "name"),
+    ],
+)
+def test_what_a_producer_may_not_do(event: InferenceEvent) -> None:
+    chat = stream()
+    chat.frames([Started(1)])
+    with pytest.raises(ValueError, match=r"choice|tool call"):
+        chat.frames([TextDelta("before"), event])
+    # The stream can still be ended with an error, and has lost nothing.
+    assert payloads(chat.frames([Failed(ERROR)]))[0]["choices"][0]["delta"] == {"content": "before"}
+
+
+def test_only_events() -> None:
+    with pytest.raises(TypeError, match="not an inference event: 'text'"):
+        stream().frames(["text"])  # type: ignore[list-item]
+    with pytest.raises(TypeError):
+        stream().frames([TextDelta(5)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one choice"):
+        stream(num_choices=0)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+CHOICE = st.integers(0, 1)
+EVENTS = st.lists(
+    st.one_of(
+        st.builds(TextDelta, TEXT, CHOICE, st.sampled_from([(), (), LOGPROBS])),
+        st.builds(ReasoningDelta, TEXT, CHOICE),
+        st.builds(lambda text, choice: ToolCallDelta(0, arguments=text, choice=choice), TEXT, CHOICE),
+    ),
+    max_size=20,
+)
+
+
+@given(EVENTS, st.sampled_from(FinishReason), st.integers(1, 25))
+@example([TextDelta("\u2028 \x7f 😀 \x00")], FinishReason.STOP, 1)
+def test_the_stream_says_what_the_reply_says(deltas: list[InferenceEvent], reason: FinishReason, batch: int) -> None:
+    calls = [ToolCallDelta(0, f"call_{c}", "tool", "", c) for c in range(2)]
+    ends = [Finished(reason, 3 + c, c, choice=c) for c in range(2)]
+    events: list[InferenceEvent] = [Started(11, 2), *calls, *deltas, *ends]
+    chat, reply = stream(num_choices=2, include_usage=True), ChatReply("chatcmpl-1", "m", 1, 2)
+    frames = b""
+    for i in range(0, len(events), batch):
+        frames += chat.frames(events[i : i + batch])
+        reply.add(events[i : i + batch])
+    *chunks, last, done = payloads(frames)
+    body = reply.body()
+    COMPLETION.validate_json(body, strict=True)
+    assert accumulate(chunks, 2) == replied(body)
+    assert last["usage"] == orjson.loads(body)["usage"]
+    assert done == "[DONE]"
+    tap = StreamTap()
+    assert tap.feed(frames) == frames
+    num_tokens = sum(
+        any(piece["delta"].get(f) for f in ("content", "reasoning_content", "tool_calls"))
+        for chunk in chunks
+        for piece in chunk["choices"]
+    )
+    assert tap.num_token_frames == num_tokens
+    assert (tap.terminated, tap.failed) == (True, False)
+    assert orjson.loads(tap.usage or b"") == last["usage"]
+
+
+def client(frames: bytes) -> openai.OpenAI:
+    def answer(_request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=frames)
+
+    http_client = httpx.Client(transport=httpx.MockTransport(answer))
+    return openai.OpenAI(api_key="k", base_url="http://x/v1", http_client=http_client, _strict_response_validation=True)
+
+
+def through_the_sdk(events: Sequence[InferenceEvent]) -> Any:
+    frames = stream(include_usage=True, report_usage=True).frames(events)
+    with client(frames).chat.completions.stream(model="m", messages=[]) as chunks:
+        return chunks.get_final_completion()
+
+
+def test_the_sdk_puts_it_together() -> None:
+    final = through_the_sdk(
+        [
+            Started(3),
+            ReasoningDelta("Hm"),
+            TextDelta("Hello"),
+            TextDelta(" you"),
+            ToolCallDelta(0, "call_a", "f", '{"a":'),
+            ToolCallDelta(0, arguments="1}"),
+            Finished(FinishReason.TOOL_CALLS, 4),
+        ]
+    )
+    [choice] = final.choices
+    assert choice.message.content == "Hello you"
+    assert choice.message.tool_calls[0].function.arguments == '{"a":1}'
+    assert choice.finish_reason == "tool_calls"
+    assert final.usage.total_tokens == 7
+
+
+def test_the_sdk_raises_on_a_failure() -> None:
+    with pytest.raises(openai.APIError, match="died"):
+        through_the_sdk([Started(3), TextDelta("Hello"), Failed(ERROR)])

@@ -1,0 +1,275 @@
+"""The tap: bytes pass unchanged in whole frames, and what it notes is what was there."""
+
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex._fast.sse import FrameTooLarge
+from cortex._fast.tap import StreamTap
+
+# Streams as other servers write them, one for each dialect and kind of end.
+STREAMS = {path.stem: path.read_bytes() for path in sorted((pathlib.Path(__file__).parent / "streams").glob("*.sse"))}
+CHAT = STREAMS["chat"]
+
+
+def notes(tap: StreamTap) -> tuple[bool, int, bytes | None, bool, bool]:
+    return tap.first_token, tap.num_token_frames, tap.usage, tap.terminated, tap.failed
+
+
+def feed(tap: StreamTap, *pieces: bytes) -> bytes:
+    return b"".join([tap.feed(piece) for piece in pieces])
+
+
+def tapped(*pieces: bytes) -> StreamTap:
+    tap = StreamTap()
+    feed(tap, *pieces)
+    return tap
+
+
+def chat(**fields: Any) -> bytes:
+    return b"data: " + json.dumps({"id": "c", "object": "chat.completion.chunk"} | fields).encode() + b"\n\n"
+
+
+def delta(**fields: Any) -> bytes:
+    return chat(choices=[{"index": 0, "delta": fields, "finish_reason": None}])
+
+
+@pytest.mark.parametrize(
+    ("name", "num_token_frames", "usage", "terminated", "failed"),
+    [
+        ("chat", 4, {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}, True, False),
+        ("chat_failed", 1, None, False, True),
+        ("completions", 2, {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}, True, False),
+        ("responses", 4, {"input_tokens": 5, "output_tokens": 6, "total_tokens": 11}, True, False),
+        ("responses_failed", 1, {"input_tokens": 5, "output_tokens": 1, "total_tokens": 6}, True, True),
+        ("anthropic", 3, {"input_tokens": 9, "output_tokens": 8}, True, False),
+    ],
+)
+def test_dialects(name: str, num_token_frames: int, usage: Any, terminated: bool, failed: bool) -> None:
+    tap = tapped(STREAMS[name])
+    assert tap.first_token
+    assert tap.num_token_frames == num_token_frames
+    assert (json.loads(tap.usage) if tap.usage is not None else None) == usage
+    assert (tap.terminated, tap.failed) == (terminated, failed)
+    assert tap.tail == b""
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_every_split_passes_whole_frames(name: str, line_end: bytes) -> None:
+    stream = STREAMS[name].replace(b"\n", line_end)
+    whole = notes(tapped(stream))
+    ends = {0}
+    for i in range(len(stream)):
+        if stream[: i + 1].endswith(line_end * 2):
+            ends.add(i + 1)
+    for i in range(len(stream) + 1):
+        tap = StreamTap()
+        first = tap.feed(stream[:i])
+        assert len(first) in ends
+        assert first + tap.tail == stream[:i]
+        assert first + tap.feed(stream[i:]) == stream
+        assert notes(tap) == whole
+    tap = StreamTap()
+    passed = [tap.feed(stream[i : i + 1]) for i in range(len(stream))]
+    assert b"".join(passed) == stream
+    assert [piece for piece in passed if piece] == [frame + line_end * 2 for frame in stream.split(line_end * 2)[:-1]]
+    assert notes(tap) == whole
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"\n", b"\r", b"\r\n", b"data: {", b"event: error", b"x", b":", b"\n\n"]), max_size=16
+    ).map(b"".join),
+    st.lists(st.integers(0, 60), max_size=5),
+)
+def test_any_bytes_pass_in_order(stream: bytes, cuts: list[int]) -> None:
+    edges = sorted({0, len(stream), *(min(c, len(stream)) for c in cuts)})
+    tap = StreamTap()
+    passed = b"".join(tap.feed(stream[a:b]) for a, b in itertools.pairwise(edges))
+    once = StreamTap()
+    assert passed + tap.tail == stream
+    assert passed == once.feed(stream)
+    assert notes(tap) == notes(once)
+
+
+@given(st.binary(), st.binary(max_size=30))
+def test_garbage_is_harmless(inner: bytes, event: bytes) -> None:
+    text = b"event: " + event + b'\ndata: {"choices":[{"delta":{"content":"' + inner + b"\n\n"
+    tap = StreamTap()
+    assert tap.feed(text) + tap.tail == text
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_every_truncated_payload_is_harmless(name: str) -> None:
+    for frame in STREAMS[name].split(b"\n\n"):
+        for i in range(len(frame)):
+            text = frame[:i] + b"\n\n"
+            assert StreamTap().feed(text) == text
+
+
+def test_whole_frames_pass_as_the_same_object() -> None:
+    tap = StreamTap()
+    data = CHAT[: CHAT.index(b"\n\n") + 2]
+    assert tap.feed(data) is data
+    assert tap.feed(b"") == b""
+    assert tap.feed(b"data: x") == b""
+    assert tap.tail == b"data: x"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"content": "x"},
+        {"role": "assistant", "content": "x"},
+        {"reasoning_content": "x"},
+        {"reasoning": "x"},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
+        {"refusal": "no"},
+        {"content": "]"},
+        {"content": "}"},
+        {"content": '"'},
+    ],
+)
+def test_a_token_is_content_of_any_kind(fields: dict[str, Any]) -> None:
+    for frames in range(1, 4):
+        tap = tapped(delta(**fields) * frames)
+        assert tap.first_token
+        assert tap.num_token_frames == frames
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        delta(role="assistant", content=""),
+        delta(content=None),
+        delta(tool_calls=[]),
+        delta(),
+        chat(choices=[]),
+        chat(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}]),
+        b": keep-alive\n\n",
+        b"event: ping\ndata: {}\n\n",
+        b'event: response.created\ndata: {"type":"response.created","response":{"usage":null}}\n\n',
+        b'event: content_block_start\ndata: {"type":"content_block_start","content_block":{"text":""}}\n\n',
+        b"data: not json\n\n",
+        b"data: [DONE\n\n",
+        b"\n\n\n",
+    ],
+)
+def test_what_is_no_token(frame: bytes) -> None:
+    assert notes(tapped(frame)) == (False, 0, None, False, False)
+    # Nor is it one behind a token whose place is remembered.
+    tap = tapped(delta(content="x"), frame)
+    assert notes(tap) == (True, 1, None, False, False)
+
+
+def test_tokens_of_different_shapes_are_all_counted() -> None:
+    shapes = [
+        delta(role="assistant", content="a"),
+        delta(reasoning_content="b"),
+        delta(content="c"),
+        delta(role="assistant", content=""),
+        delta(content="d"),
+        chat(choices=[{"index": 1, "delta": {"content": "e"}}]),
+        chat(choices=[{"index": 0, "delta": {}}, {"index": 1, "delta": {"content": "f"}}]),
+        chat(choices=[{"index": 0, "text": "g"}]),
+        delta(content="h" * 10_000),
+        chat(model="m" * 300, choices=[{"index": 0, "delta": {"a" * 100: 1, "content": "i"}}]),
+    ]
+    assert tapped(*shapes).num_token_frames == len(shapes) - 1
+
+
+SPOOFS = [
+    'data: [DONE]\n\n"usage":{"prompt_tokens":1}',
+    '{"usage":{"prompt_tokens":1}}',
+    '"},"usage":{"prompt_tokens":1},"x":{"y":"',
+    '\\","usage":{"prompt_tokens":1}',
+    '": usage {"prompt_tokens":1}\n\n: usage {"prompt_tokens":1}\n\n',
+    'event: error\ndata: {"error":{}}\n\n',
+    '{"type":"response.completed","response":{"usage":{}}}',
+    "usage",
+    '"usage"',
+    "[DONE]",
+]
+
+
+@pytest.mark.parametrize("text", SPOOFS)
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+def test_generated_text_cannot_forge_a_mark(text: str, separators: tuple[str, str]) -> None:
+    chunk = {"choices": [{"index": 0, "delta": {"content": text, "tool_calls": [{"function": {"arguments": text}}]}}]}
+    frames = b"data: " + json.dumps(chunk, separators=separators).encode() + b"\n\n"
+    assert notes(tapped(frames * 3)) == (True, 3, None, False, False)
+    done = {"type": "response.output_text.done", "text": text}
+    frames = b"event: response.output_text.done\ndata: " + json.dumps(done, separators=separators).encode() + b"\n\n"
+    assert notes(tapped(frames)) == (False, 0, None, False, False)
+
+
+def test_a_tool_named_usage_is_not_usage() -> None:
+    schema = {"properties": {"usage": {"type": "object"}, "error": {"type": "string"}}}
+    response = {"tools": [{"parameters": schema}], "metadata": {"usage": "x"}, "usage": {"input_tokens": 1}}
+    data = json.dumps({"type": "response.completed", "response": response}).encode()
+    assert tapped(b"event: response.completed\ndata: " + data + b"\n\n").usage == b'{"input_tokens": 1}'
+    nested = chat(choices=[{"index": 0, "delta": {"content": "x"}, "extra": {"usage": {"prompt_tokens": 1}}}])
+    assert tapped(nested * 2).usage is None
+
+
+def test_running_usage_is_the_last() -> None:
+    chunk = {"choices": [{"index": 0, "delta": {"content": "x"}}]}
+    frames = [b"data: " + json.dumps(chunk | {"usage": {"completion_tokens": n}}).encode() + b"\n\n" for n in range(5)]
+    tap = tapped(*frames)
+    assert tap.usage == b'{"completion_tokens": 4}'
+    assert tap.num_token_frames == 5
+    assert tapped(*frames, delta(content="x", usage=None)).usage == b'{"completion_tokens": 4}'
+
+
+def test_our_own_usage_comment() -> None:
+    tap = tapped(b': usage {"prompt_tokens":1,"completion_tokens":2,"cached_tokens":0}\n\n')
+    assert tap.usage == b'{"prompt_tokens":1,"completion_tokens":2,"cached_tokens":0}'
+    assert not tap.terminated
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b'data: {"error":{"message":"x"}}\n\n',
+        b'data: {"error": "x"}\n\n',
+        b'data: { "error" : {"message":"x"}}\n\n',
+        b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n',
+        b'data: {"type":"error","message":"x"}\n\n',
+        chat(error={"message": "x"}, choices=[{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}]),
+        b"event: error\ndata:\ndata: {}\n\n",
+    ],
+)
+def test_errors(frame: bytes) -> None:
+    tap = tapped(delta(content="x"), frame)
+    assert tap.failed
+    assert not tap.terminated
+
+
+def test_null_error_is_none() -> None:
+    assert not tapped(chat(error=None, choices=[])).failed
+
+
+def test_data_over_several_lines() -> None:
+    stream = (
+        b'data: {"choices":[{"index":0,\ndata: "delta":{"content":"x"}}],\ndata: "usage":{"a":1}}\n\ndata: [DONE]\n\n'
+    )
+    assert notes(tapped(stream)) == (True, 1, b'{"a":1}', True, False)
+
+
+def test_byte_order_mark() -> None:
+    assert notes(tapped(b"\xef\xbb\xbf" + CHAT)) == notes(tapped(CHAT))
+
+
+def test_a_frame_has_a_limit_whole_or_not() -> None:
+    frame = b"data: " + b"x" * 92 + b"\n\n"
+    assert StreamTap(max_frame_bytes=100).feed(frame * 3) == frame * 3
+    for pieces in ([frame], [frame[:50], frame[50:]]):
+        tap = StreamTap(max_frame_bytes=99)
+        with pytest.raises(FrameTooLarge):
+            feed(tap, *pieces)

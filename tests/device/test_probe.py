@@ -1,0 +1,221 @@
+"""What is found on hosts of other shapes: control groups of both versions, GPUs through a stand-in for NVML."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from cortex.wire.node import DeviceKind
+from neuron.device.probe import (
+    Roots,
+    host_memory,
+    ordinal_of,
+    parse_devices,
+    probe,
+    probe_cpu,
+    usable_cores,
+    visible_gpus,
+)
+from neuron.errors import DeviceListError, UnknownDeviceError
+
+GIB = 1 << 30
+TWO = ("cuda:0", "cuda:1", "cpu:0")
+
+
+@pytest.mark.parametrize(
+    ("text", "available", "expected"),
+    [
+        ("0,1", TWO, ("cuda:0", "cuda:1")),
+        ("1", TWO, ("cuda:1",)),
+        ("cuda:1, CPU", TWO, ("cuda:1", "cpu:0")),
+        ("cpu:0", TWO, ("cpu:0",)),
+        ("auto", TWO, ("cuda:0", "cuda:1")),
+        ("auto", ("cpu:0",), ("cpu:0",)),
+        ("all", TWO, TWO),
+    ],
+)
+def test_devices_by_name(text: str, available: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    assert parse_devices(text, available) == expected
+
+
+@pytest.mark.parametrize("text", ["", ",", "0,", "gpu", "cuda:", "cuda:x", "cpu:1", "-1", "1.5", "0,cuda:0", "auto,0"])
+def test_lists_that_make_no_sense(text: str) -> None:
+    with pytest.raises(DeviceListError) as refused:
+        parse_devices(text, TWO)
+    assert refused.value.code == "invalid_device"
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(UnknownDeviceError, match="there is no cuda:2 here; available: cuda:0, cuda:1, cpu:0"):
+        parse_devices("2", TWO)
+
+
+def test_ordinals() -> None:
+    assert [ordinal_of(device) for device in ("cuda:0", "cuda:11", "cpu:0")] == [0, 11, 0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("2,0", [2, 0]),
+        ("GPU-b", [1]),
+        ("GPU-", []),  # says two: ambiguous ends the list
+        ("1,7,0", [1]),
+        ("0,0", [0]),
+        ("-1", []),
+        ("NoDevFiles", []),
+    ],
+)
+def test_cuda_visible_devices(setting: str | None, expected: list[int]) -> None:
+    assert visible_gpus(setting, ["GPU-aa", "GPU-bb", "MIG-cc"]) == expected
+
+
+# ------------------------------------------------------------------ the CPU
+
+
+def host(tmp_path: pathlib.Path, cgroup: str, files: dict[str, str]) -> Roots:
+    roots = Roots(tmp_path / "proc", tmp_path / "cgroup")
+    (roots.proc / "self").mkdir(parents=True)
+    (roots.proc / "self/cgroup").write_text(cgroup)
+    (roots.proc / "meminfo").write_text(
+        f"MemTotal:       {64 << 20} kB\nMemFree: 1 kB\nMemAvailable:   {48 << 20} kB\nHugePages_Total: 0\n"
+    )
+    (roots.proc / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 3000\n")
+    for name, text in files.items():
+        path = roots.cgroup / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return roots
+
+
+def test_a_host_without_limits(tmp_path: pathlib.Path) -> None:
+    roots = host(tmp_path, "0::/user.slice\n", {"user.slice/memory.max": "max", "user.slice/cpu.max": "max 100000"})
+    assert host_memory(roots) == (48 * GIB, 64 * GIB)
+    device = probe_cpu(roots)
+    assert (device.id, device.kind, device.name) == ("cpu:0", DeviceKind.CPU, "Abacus 3000")
+    assert device.num_cores == len(os.sched_getaffinity(0))
+
+
+def test_the_tightest_group_on_the_way_up_counts(tmp_path: pathlib.Path) -> None:
+    files = {
+        "a/memory.max": str(8 * GIB),
+        "a/memory.current": str(5 * GIB),
+        "a/memory.stat": f"anon {3 * GIB}\ninactive_file {2 * GIB}",
+        "a/b/memory.max": str(16 * GIB),
+        "a/b/memory.current": str(1 * GIB),
+        "a/cpu.max": "100000 100000",
+        "a/b/cpu.max": "max 100000",
+    }
+    roots = host(tmp_path, "0::/a/b\n", files)
+    assert host_memory(roots) == (5 * GIB, 8 * GIB)
+    assert usable_cores(roots) == 1
+
+
+def test_a_container_with_its_own_view(tmp_path: pathlib.Path) -> None:
+    roots = host(
+        tmp_path, "0::/\n", {"memory.max": str(GIB), "memory.current": str(2 * GIB), "cpu.max": "50000 100000"}
+    )
+    assert host_memory(roots) == (0, GIB)
+    assert usable_cores(roots) == 1, "half a core is still one"
+
+
+def test_control_groups_of_version_one(tmp_path: pathlib.Path) -> None:
+    files = {
+        "memory/job/memory.limit_in_bytes": str(4 * GIB),
+        "memory/job/memory.usage_in_bytes": str(3 * GIB),
+        "memory/job/memory.stat": f"inactive_file 5\ntotal_inactive_file {GIB}",
+        "memory/memory.limit_in_bytes": "9223372036854771712",
+        "memory/memory.usage_in_bytes": str(20 * GIB),
+        "cpu/job/cpu.cfs_quota_us": "100000",
+        "cpu/job/cpu.cfs_period_us": "100000",
+        "cpu/cpu.cfs_quota_us": "-1",
+        "cpu/cpu.cfs_period_us": "100000",
+    }
+    roots = host(tmp_path, "4:memory:/job\n3:cpu,cpuacct:/job\n1:name=systemd:/job\n0::/job\n", files)
+    assert host_memory(roots) == (2 * GIB, 4 * GIB)
+    assert usable_cores(roots) == 1
+
+
+def test_no_control_groups_at_all(tmp_path: pathlib.Path) -> None:
+    roots = host(tmp_path, "", {})
+    (roots.proc / "self/cgroup").unlink()
+    (roots.proc / "cpuinfo").unlink()
+    assert host_memory(roots) == (48 * GIB, 64 * GIB)
+    assert probe_cpu(roots).name == os.uname().machine
+
+
+def test_this_host() -> None:
+    free_bytes, total_bytes = host_memory()
+    assert 0 < free_bytes <= total_bytes
+    assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+
+
+# ------------------------------------------------------------------ GPUs
+
+
+class NVMLError(Exception):
+    pass
+
+
+def nvml(*, driver: bool = True) -> types.ModuleType:
+    """Two boards, as nvidia-ml-py tells of them."""
+    module = types.ModuleType("pynvml")
+    calls: list[str] = []
+
+    def init() -> None:
+        if not driver:
+            raise NVMLError("Driver Not Loaded")
+        calls.append("init")
+
+    answers = {
+        "NVMLError": NVMLError,
+        "nvmlInit": init,
+        "nvmlShutdown": lambda: calls.append("shutdown"),
+        "nvmlSystemGetCudaDriverVersion_v2": lambda: 12080,
+        "nvmlSystemGetDriverVersion": lambda: b"570.124.06",
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUUID": lambda index: f"GPU-{'ab'[index]}",
+        "nvmlDeviceGetName": lambda index: f"NVIDIA H20{index}",
+        "nvmlDeviceGetMemoryInfo": lambda index: types.SimpleNamespace(total=(index + 1) * GIB, free=index * GIB),
+        "nvmlDeviceGetCudaComputeCapability": lambda index: (9, index),
+        "calls": calls,
+    }
+    module.__dict__.update(answers)
+    return module
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    found = probe({})
+    assert (found.driver_version, found.cuda_version) == ("570.124.06", "12.8")
+    assert [device.id for device in found.devices] == ["cuda:0", "cuda:1", "cpu:0"]
+    second = found.devices[1]
+    assert (second.name, second.memory_total_bytes, second.memory_free_bytes, second.compute_capability) == (
+        "NVIDIA H201",
+        2 * GIB,
+        GIB,
+        "9.1",
+    )
+    assert module.calls == ["init", "shutdown"]
+    hidden = probe({"CUDA_VISIBLE_DEVICES": "GPU-b"})
+    assert [(device.id, device.name) for device in hidden.devices[:-1]] == [("cuda:0", "NVIDIA H201")]
+
+
+@pytest.mark.parametrize("module", [None, nvml(driver=False)], ids=["no bindings", "no driver"])
+def test_no_gpus(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType | None) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    found = probe({})
+    assert (found.driver_version, found.cuda_version) == (None, None)
+    assert [device.id for device in found.devices] == ["cpu:0"]
+
+
+def test_probing_loads_no_torch() -> None:
+    code = "import sys; from neuron.device.probe import probe; probe(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "False\n"

@@ -1,0 +1,159 @@
+"""Bodies of /v1/responses: how they flatten into a chat, and what is said of a wrong one."""
+
+from typing import Any
+
+import orjson
+import pytest
+
+from cortex.dialects import openai_chat, openai_responses
+from cortex.wire.errors import ApiError
+from cortex.wire.request import FormatKind, ImagePart, Message, Role, TextPart, ToolCall, ToolMode
+
+
+def decode(**body: Any) -> openai_responses.ResponsesCall:
+    return openai_responses.decode(orjson.dumps({"model": "m", "input": "hello"} | body))
+
+
+def messages(**body: Any) -> tuple[Message, ...]:
+    return decode(**body).request.messages
+
+
+def test_instructions_and_text_input() -> None:
+    assert messages(instructions="be brief") == (Message(Role.SYSTEM, "be brief"), Message(Role.USER, "hello"))
+
+
+def test_items_flatten_into_turns() -> None:
+    items = [
+        {"role": "developer", "content": "rules"},
+        {
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}],
+        },
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x", "content": None},
+        {
+            "type": "message",
+            "role": "assistant",
+            "id": "msg_1",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": "calling", "annotations": []}],
+        },
+        {
+            "type": "function_call",
+            "id": "fc_1",
+            "call_id": "c1",
+            "name": "f",
+            "arguments": '{"x":1}',
+            "status": "completed",
+        },
+        {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "id": "fco_1", "call_id": "c1", "output": "one"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "two"}]},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+    ]
+    assert messages(input=items) == (
+        Message(Role.SYSTEM, "rules"),
+        Message(Role.USER, "ab"),
+        Message(Role.ASSISTANT, "calling", (ToolCall("c1", "f", '{"x":1}'), ToolCall("c2", "g", "{}"))),
+        Message(Role.TOOL, "one", tool_call_id="c1"),
+        Message(Role.TOOL, "two", tool_call_id="c2"),
+    )
+
+
+def test_mixed_content_keeps_its_parts() -> None:
+    content = [
+        {"type": "input_text", "text": "see"},
+        {"type": "input_image", "image_url": "https://x/y.png", "detail": "low"},
+    ]
+    assert messages(input=[{"role": "user", "content": content}]) == (
+        Message(Role.USER, (TextPart("see"), ImagePart("https://x/y.png", "low"))),
+    )
+
+
+def test_tools_of_agents_never_fail() -> None:
+    tools = [
+        {"type": "function", "name": "f", "parameters": None, "strict": False},
+        {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "g"}]},
+        {"type": "web_search", "external_web_access": True},
+        {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
+    ]
+    call = decode(tools=tools, tool_choice={"type": "function", "name": "g"})
+    assert [tool.name for tool in call.request.tools] == ["f", "g"]
+    assert (call.request.tool_choice.mode, call.request.tool_choice.name) == (ToolMode.NAMED, "g")
+    assert orjson.loads(call.echo)["tools"] == tools
+
+
+def test_formats_reasoning_and_echo() -> None:
+    text = {"format": {"type": "json_schema", "name": "s", "schema": {"type": "object"}}}
+    call = decode(text=text, reasoning={"effort": "none"}, metadata={"a": "b"}, temperature=0.5, instructions=None)
+    assert call.request.output_format.kind is FormatKind.JSON_SCHEMA
+    assert call.request.thinking is False
+    assert orjson.loads(call.echo) == {
+        "metadata": {"a": "b"},
+        "reasoning": {"effort": "none"},
+        "temperature": 0.5,
+        "text": text,
+    }
+
+
+def test_the_same_conversation_is_the_same_request_in_either_dialect() -> None:
+    tool = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    chat = openai_chat.decode(
+        orjson.dumps(
+            {
+                "model": "m",
+                "messages": [
+                    {"role": "system", "content": "rules"},
+                    {"role": "user", "content": "go"},
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+                    },
+                    {"role": "tool", "tool_call_id": "c", "content": "done"},
+                ],
+                "tools": [{"type": "function", "function": tool}],
+                "max_tokens": 5,
+            }
+        )
+    )
+    responses = decode(
+        instructions="rules",
+        input=[
+            {"role": "user", "content": "go"},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": "done"},
+        ],
+        tools=[{"type": "function", **tool}],
+        max_output_tokens=5,
+    )
+    assert chat.request == responses.request
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "chained_conversation_not_supported", "previous_response_id"),
+        ({"input": []}, "invalid_value", "input"),
+        ({"input": 3}, "invalid_type", "input"),
+        ({"input": [3]}, "invalid_value", "input[0]"),
+        ({"input": [{"role": "user"}]}, "invalid_value", "input[0].content"),
+        ({"input": [{"content": "x"}]}, "invalid_value", "input[0].role"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "invalid_value", "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "invalid_value", "input[0].output"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "unsupported_parameter", "input[0].type=item_reference"),
+        ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens"),
+        ({"temperature": 9}, "invalid_value", "temperature"),
+        ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
+        ({"background": True}, "unsupported_parameter", "background"),
+        ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
+        ({"reasoning": {"effort": "heroic"}}, "invalid_value", "reasoning.effort"),
+        ({"text": {"format": {"type": "poem"}}}, "invalid_value", "text.format.type"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "invalid_value", "tool_choice"),
+        ({"model": None}, "invalid_type", "model"),
+    ],
+)
+def test_a_wrong_field_is_named(body: dict[str, Any], code: str, param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        decode(**body)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)

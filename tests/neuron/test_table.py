@@ -1,0 +1,151 @@
+"""The table of models: one load for many callers, draining, recovery, and what each state says."""
+
+import asyncio
+import pathlib
+
+import pytest
+from scripted_harness import ScriptedHarness
+
+from cortex.wire.errors import ApiError, ModelNotFoundError, UnavailableError, UnprocessableError
+from cortex.wire.node import ModelSpec, ModelState
+from neuron.errors import ModelConflictError, ModelFailedError
+from neuron.harness import Model
+from neuron.load.table import Entry, ModelTable
+
+SPEC = ModelSpec("m", "/models/m")
+
+
+def table() -> ModelTable:
+    async def load(entry: Entry) -> Model:
+        def progress(fraction: float) -> None:
+            entry.progress = fraction
+
+        return await entry.harness.load(entry.spec, pathlib.Path(entry.spec.source), progress)
+
+    return ModelTable(load)
+
+
+def state(models: ModelTable) -> ModelState:
+    return models.find("m").state
+
+
+def test_fifty_callers_share_one_load() -> None:
+    async def story() -> None:
+        models, harness = table(), ScriptedHarness()
+        harness.waits = asyncio.Event()
+        callers = [asyncio.ensure_future(models.load(SPEC, harness)) for _ in range(50)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert state(models) is ModelState.LOADING
+        assert models.statuses()[0].progress == 0.5
+        callers[0].cancel()
+        harness.waits.set()
+        statuses = await asyncio.gather(*callers[1:])
+        assert {status.state for status in statuses} == {ModelState.READY}
+        assert harness.loads == [SPEC]
+
+    asyncio.run(story())
+
+
+def test_a_failed_load_is_told_to_all_and_can_be_tried_again() -> None:
+    async def story() -> None:
+        models, harness = table(), ScriptedHarness()
+        harness.fails = UnprocessableError("too big")
+        outcomes = await asyncio.gather(*(models.load(SPEC, harness) for _ in range(3)), return_exceptions=True)
+        assert [str(outcome) for outcome in outcomes] == ["too big"] * 3
+        assert (state(models), models.statuses()[0].error) == (ModelState.FAILED, "too big")
+        with pytest.raises(ModelFailedError, match="too big"), models.use("m"):
+            pass
+        harness.fails = None
+        assert (await models.load(SPEC, harness)).state is ModelState.READY
+        assert models.statuses()[0].error is None
+
+    asyncio.run(story())
+
+
+def test_another_spec_under_the_same_name_is_a_conflict() -> None:
+    async def story() -> None:
+        models, harness = table(), ScriptedHarness()
+        await models.load(SPEC, harness)
+        with pytest.raises(ModelConflictError):
+            await models.load(ModelSpec("m", "/models/other"), harness)
+
+    asyncio.run(story())
+
+
+def test_an_unload_waits_for_running_requests() -> None:
+    async def story() -> None:
+        models, harness = table(), ScriptedHarness()
+        await models.load(SPEC, harness)
+        with models.use("m"):
+            unload = asyncio.ensure_future(models.unload("m", 30))
+            await asyncio.sleep(0)
+            assert state(models) is ModelState.DRAINING
+            with pytest.raises(UnavailableError) as caught, models.use("m"):
+                pass
+            assert caught.value.retry_after_s
+            with pytest.raises(UnavailableError):
+                await models.load(SPEC, harness)
+            assert not harness.unloads
+        assert (await unload).state is ModelState.AVAILABLE
+        assert harness.unloads == ["m"]
+        with pytest.raises(ModelNotFoundError), models.use("m"):
+            pass
+
+    asyncio.run(story())
+
+
+def test_an_unload_does_not_wait_for_ever() -> None:
+    async def story() -> None:
+        models, harness = table(), ScriptedHarness()
+        await models.load(SPEC, harness)
+        with models.use("m"):
+            await models.unload("m", 0.01)
+        assert harness.unloads == ["m"]
+
+    asyncio.run(story())
+
+
+def test_an_unload_ends_a_load() -> None:
+    async def story() -> None:
+        models, harness = table(), ScriptedHarness()
+        harness.waits = asyncio.Event()
+        load = asyncio.ensure_future(models.load(SPEC, harness))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (await models.unload("m", 1)).state is ModelState.AVAILABLE
+        with pytest.raises((ApiError, asyncio.CancelledError)):
+            await load
+
+    asyncio.run(story())
+
+
+def test_a_lost_device_and_its_return() -> None:
+    async def story() -> None:
+        models, harness = table(), ScriptedHarness()
+        await models.load(SPEC, harness)
+        models.lose("cpu:0")
+        models.lose("cuda:7")
+        assert state(models) is ModelState.RECOVERING
+        with pytest.raises(UnavailableError) as caught, models.use("m"):
+            pass
+        assert caught.value.retry_after_s
+        await models.recover("cpu:0")
+        assert state(models) is ModelState.READY
+        assert harness.loads == [SPEC, SPEC]
+
+    asyncio.run(story())
+
+
+def test_use_is_counted() -> None:
+    async def story() -> None:
+        models, harness = table(), ScriptedHarness()
+        models.add(SPEC, harness)
+        assert state(models) is ModelState.AVAILABLE
+        await models.load(SPEC, harness)
+        with models.use("m"), models.use("m"):
+            assert models.statuses()[0].running == 2
+        assert models.statuses()[0].running == 0
+        assert models.statuses()[0].last_used_at > 0
+
+    asyncio.run(story())

@@ -1,0 +1,134 @@
+"""Start the real commands for a test, wait until they serve, and end them by pid."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import psutil
+
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 20.0
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
+    """Poll until ``condition`` returns something true, and return that; fail after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if found := condition():
+            return found
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what or condition}"
+        time.sleep(0.02)
+
+
+@dataclass
+class Daemon:
+    """A running command and where it serves."""
+
+    process: "subprocess.Popen[bytes]"
+    port: int
+    log: pathlib.Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, path: str) -> Any:
+        """Return the decoded answer of a GET, or ``None`` if there is none yet."""
+        try:
+            reply = httpx.get(self.url + path, timeout=5)
+        except httpx.HTTPError:
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            return None
+        return reply.json() if reply.status_code == 200 else None
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the daemon's device workers."""
+        return [child for child in psutil.Process(self.process.pid).children() if child.is_running()]
+
+    def open_files(self) -> int:
+        """Return how many file descriptors the daemon has open."""
+        return psutil.Process(self.process.pid).num_fds()
+
+
+@contextlib.contextmanager
+def daemon(command: str, *arguments: str, port: int, log: pathlib.Path, **environment: str) -> Iterator[Daemon]:
+    """Run one of the installed commands until the block is left; it must then end by itself on SIGTERM, with 0."""
+    program = pathlib.Path(sys.executable).with_name(command)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(program), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+        )
+    found = Daemon(process, port, log)
+    try:
+        until(lambda: found.get("/health"), START_TIMEOUT_S, f"{command} serves")
+        yield found
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                status = process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise AssertionError(f"{command} did not end on SIGTERM:\n{log.read_text()[-4000:]}") from None
+            assert status == 0, f"{command} ended with {status}:\n{log.read_text()[-4000:]}"
+
+
+MODEL = "SmolLM2-135M-Instruct"
+
+
+@contextlib.contextmanager
+def neuron(folder: pathlib.Path, weights: pathlib.Path, **environment: str) -> Iterator[Daemon]:
+    """A neuron on the CPU with the real small model loaded."""
+    port = free_port()
+    config = folder / "neuron.toml"
+    config.write_text(
+        f'[daemon]\nname = "test"\nlisten = "127.0.0.1:{port}"\ndevices = "cpu"\n\n'
+        f'[[models]]\nid = "{MODEL}"\nsource = "{weights}"\n'
+    )
+    with daemon("neuron", "--config", str(config), port=port, log=folder / "neuron.log", **environment) as found:
+        until(lambda: model_state(found) == "ready", START_TIMEOUT_S, "the model is ready")
+        yield found
+
+
+@contextlib.contextmanager
+def cortex(folder: pathlib.Path, *neurons: Daemon) -> Iterator[Daemon]:
+    """A gateway in front of ``neurons``."""
+    port = free_port()
+    nodes = "".join(f'[[neurons]]\nname = "n{i}"\nendpoint = "{node.url}"\n' for i, node in enumerate(neurons))
+    (folder / "cortex.toml").write_text(
+        f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:{free_port()}"\n{nodes}'
+    )
+    (folder / "models.toml").write_text("")
+    config = str(folder / "cortex.toml")
+    with daemon("cortex", "serve", "--config", config, port=port, log=folder / "cortex.log") as found:
+        until(
+            lambda: any(m["id"] == MODEL for m in (found.get("/v1/models") or {}).get("data", ())), 20, "the catalogue"
+        )
+        yield found
+
+
+def model_state(node: Daemon) -> str | None:
+    """Return the state of the model on a neuron."""
+    models = (node.get("/models") or {}).get("models", ())
+    return next((model["state"] for model in models if model["id"] == MODEL), None)

@@ -1,0 +1,74 @@
+"""A harness that plays scripts: what a model does is written in the test."""
+
+import asyncio
+import pathlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from cortex.wire.errors import ApiError
+from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
+from cortex.wire.node import Capability, ModelSpec
+from cortex.wire.request import InferenceRequest
+from neuron.device.jobs import LoadedModel
+from neuron.harness import Model, Progress
+
+Step = Sequence[InferenceEvent] | Exception | asyncio.Event
+"""A batch to yield, an error to raise, or something to wait for."""
+
+HELLO: list[Step] = [
+    [Started(5, 2)],
+    [TextDelta("Hel")],
+    [TextDelta("lo")],
+    [Finished(FinishReason.STOP, 2)],
+]
+
+
+class ScriptedModel:
+    """Plays ``script`` for every request and keeps what it was asked."""
+
+    def __init__(self, name: str, script: Callable[[InferenceRequest], list[Step]]) -> None:
+        self.loaded = LoadedModel(name, "scripted", "none", 100, 4, 10, 20)
+        self.devices = ("cpu:0",)
+        self.capabilities = (Capability.CHAT,)
+        self.requests: list[InferenceRequest] = []
+        self.closed = 0
+        self._script = script
+
+    async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
+        self.requests.append(request)
+        try:
+            for step in self._script(request):
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                    continue
+                yield step
+        finally:
+            self.closed += 1
+
+
+class ScriptedHarness:
+    """Loads scripted models; ``fails`` and ``waits`` shape the load."""
+
+    name = "torch"
+
+    def __init__(self, script: Callable[[InferenceRequest], list[Step]] = lambda request: HELLO) -> None:
+        self.script = script
+        self.fails: ApiError | None = None
+        self.waits: asyncio.Event | None = None
+        self.loads: list[ModelSpec] = []
+        self.unloads: list[str] = []
+        self.models: dict[str, ScriptedModel] = {}
+
+    async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> Model:
+        self.loads.append(spec)
+        progress(0.5)
+        if self.waits is not None:
+            await self.waits.wait()
+        if self.fails is not None:
+            raise self.fails
+        self.models[spec.id] = ScriptedModel(spec.id, self.script)
+        return self.models[spec.id]
+
+    async def unload(self, model: Model) -> None:
+        self.unloads.append(model.loaded.model)

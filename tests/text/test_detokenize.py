@@ -1,0 +1,112 @@
+"""Ids to events: characters, stop strings and tags that are cut by tokens, and the counts at the end."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from cortex.wire.events import Finished, FinishReason, InferenceEvent, ReasoningDelta, TextDelta, ToolCallDelta
+from neuron.device.jobs import SequenceEnd
+from neuron.text.detokenize import Detokenizer
+from neuron.text.reasoning import ReasoningTags
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, so that every character and tag is cut everywhere."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|end|>": 0} | {token: i + 1 for i, token in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return tokenizer
+
+
+def run(
+    tokenizer: Tokenizer, text: str, step: int = 1, end: SequenceEnd = SequenceEnd.STOP, **options: object
+) -> list[InferenceEvent]:
+    ids = tokenizer.encode(text).ids
+    detokenizer = Detokenizer(tokenizer, **options)
+    events: list[InferenceEvent] = []
+    for start in range(0, len(ids), step):
+        events += detokenizer.feed(ids[start : start + step])
+        if detokenizer.finished:
+            return events
+    return events + detokenizer.close(end)
+
+
+def text_of(events: list[InferenceEvent]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def finish_of(events: list[InferenceEvent]) -> Finished:
+    assert isinstance(events[-1], Finished)
+    assert sum(isinstance(event, Finished) for event in events) == 1
+    return events[-1]
+
+
+@given(st.text(max_size=30), st.integers(1, 7))
+def test_text_survives_every_cut(byte_tokenizer: Tokenizer, text: str, step: int) -> None:
+    events = run(byte_tokenizer, text, step)
+    assert text_of(events) == text
+    assert finish_of(events).output_tokens == len(text.encode())
+
+
+def test_half_a_character_at_the_end_is_shown_as_one(byte_tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(byte_tokenizer)
+    events = detokenizer.feed(byte_tokenizer.encode("é").ids[:1]) + detokenizer.close(SequenceEnd.LENGTH)
+    assert text_of(events) == "�"
+    assert finish_of(events).reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "stop", "left", "hit"),
+    [
+        ("one two three", ["two"], "one ", "two"),
+        ("one two three", ["three", "two"], "one ", "two"),
+        ("one two", ["twice"], "one two", None),
+        ("aab", ["ab"], "a", "ab"),
+        ("no st", ["stop"], "no st", None),
+        ("stop", ["stop"], "", "stop"),
+    ],
+)
+def test_stop_strings_never_leak(
+    byte_tokenizer: Tokenizer, text: str, stop: list[str], left: str, hit: str | None, step: int
+) -> None:
+    events = run(byte_tokenizer, text, step, stop=stop)
+    assert text_of(events) == left
+    assert (finish_of(events).reason, finish_of(events).stop_string) == (FinishReason.STOP, hit)
+
+
+def test_a_stop_string_in_reasoning_does_not_stop(byte_tokenizer: Tokenizer) -> None:
+    events = run(byte_tokenizer, "<think>stop here</think>answer stop", stop=["stop"], tags=ReasoningTags())
+    assert "".join(event.text for event in events if isinstance(event, ReasoningDelta)) == "stop here"
+    assert text_of(events) == "answer "
+
+
+def test_reasoning_tokens_are_counted(byte_tokenizer: Tokenizer) -> None:
+    events = run(byte_tokenizer, "abc</think>de", tags=ReasoningTags(), starts_in_reasoning=True)
+    finished = finish_of(events)
+    assert finished.output_tokens == 13
+    assert finished.reasoning_tokens == 3 + len("</think>")
+
+
+@pytest.mark.parametrize("step", [1, 5, 100])
+def test_a_call_ends_the_turn_with_tool_calls(byte_tokenizer: Tokenizer, step: int) -> None:
+    text = 'I look.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    events = run(byte_tokenizer, text, step, parses_tools=True)
+    calls = [event for event in events if isinstance(event, ToolCallDelta)]
+    assert [(call.call, call.name, call.arguments) for call in calls] == [(0, "f", '{"x":1}')]
+    assert calls[0].id.startswith("call_")
+    assert text_of(events) == "I look."
+    assert finish_of(events).reason is FinishReason.TOOL_CALLS
+    assert "<tool_call>" in text_of(run(byte_tokenizer, text, step))
+
+
+def test_special_tokens_are_not_text(byte_tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(byte_tokenizer)
+    assert (
+        text_of(detokenizer.feed([0, *byte_tokenizer.encode("x").ids, 0]) + detokenizer.close(SequenceEnd.STOP)) == "x"
+    )
