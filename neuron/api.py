@@ -12,12 +12,12 @@ from contextlib import aclosing, contextmanager
 from typing import Protocol
 
 import msgspec
+
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.responses_stream import ResponsesStream
+from cortex.dialects import openai_chat, openai_fields, openai_responses
 from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.dialects.openai_errors import error_body
-
-from cortex.dialects import openai_chat, openai_fields, openai_responses
 from cortex.http_io import (
     ClientDisconnectedError,
     Exchange,
