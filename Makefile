@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ONCE ?=
 
+# meson and ninja are looked up on the path when a build runs without isolation.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
 .PHONY: demo test lint format bench bench-regressions test-native test-asan test-tsan fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -54,10 +57,10 @@ format: $(VENV)/editable
 	$(BIN)/ruff check --fix .
 
 test-asan: $(VENV)/editable
-	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/sanitize.sh address
+	tests/native/sanitize.sh address
 
 test-tsan: $(VENV)/editable
-	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/sanitize.sh thread
+	tests/native/sanitize.sh thread
 
 test-native: test-asan test-tsan
 
