@@ -242,7 +242,7 @@ class _Relay:
         if record.finish or not self.is_complete:
             return
         finishes = dialect.finish.findall(b"".join(self.tail))
-        record.finish = finishes[-1].decode() if finishes else ""
+        record.finish = finishes[-1].decode().rpartition(".")[2] if finishes else ""
         if self._tap.failed:
             record.status, record.finish = UpstreamError.status, "failed"
 

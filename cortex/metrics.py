@@ -62,6 +62,18 @@ class FleetSample:
     models: tuple[ModelSample, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The counters of one model on one node in one dialect, looked up once: a lookup costs more than a count."""
+
+    tokens_in: Counter
+    tokens_out: Counter
+    tokens_cached: Counter
+    first_token_s: Histogram
+    duration_s: Histogram
+    tokens_per_s: Histogram
+
+
 class _FleetCollector(Collector):
     def __init__(self, sample: Callable[[], FleetSample]) -> None:
         self._sample = sample
@@ -97,6 +109,7 @@ class Metrics:
     def __init__(self, fleet: Callable[[], FleetSample]) -> None:
         self.registry = CollectorRegistry()
         self._fleet = fleet
+        self._series: dict[tuple[str, str, str], Series] = {}
         labels = ("model", "node", "dialect")
         self.requests = Counter("cortex_requests", "Finished requests.", (*labels, "status"), registry=self.registry)
         self.tokens_in = Counter("cortex_prompt_tokens", "Prompt tokens.", labels, registry=self.registry)
@@ -141,6 +154,21 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=self.registry,
         )
+
+    def series(self, model: str, node: str, dialect: str) -> Series:
+        """Return what is counted for each finished request of these labels."""
+        labels = (model, node, dialect)
+        found = self._series.get(labels)
+        if found is None:
+            found = self._series[labels] = Series(
+                self.tokens_in.labels(*labels),
+                self.tokens_out.labels(*labels),
+                self.tokens_cached.labels(*labels),
+                self.first_token_s.labels(*labels),
+                self.duration_s.labels(*labels),
+                self.tokens_per_s.labels(*labels),
+            )
+        return found
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Serve all workers' metrics if this one is the first to bind the port; return what stops that."""

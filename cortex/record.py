@@ -53,9 +53,9 @@ class Record:
         """Count the request and write its line."""
         now = time.perf_counter()
         total_s = now - self.started_at
-        labels = (self.model, self.node, self.dialect)
-        metrics.requests.labels(*labels, self.status).inc()
-        metrics.duration_s.labels(*labels).observe(total_s)
+        series = metrics.series(self.model, self.node, self.dialect)
+        metrics.requests.labels(self.model, self.node, self.dialect, self.status).inc()
+        series.duration_s.observe(total_s)
         fields: dict[str, object] = {
             "id": self.request_id,
             "dialect": self.dialect,
@@ -67,9 +67,9 @@ class Record:
         }
         usage = self.usage
         if usage is not None:
-            metrics.tokens_in.labels(*labels).inc(usage.tokens_in)
-            metrics.tokens_out.labels(*labels).inc(usage.tokens_out)
-            metrics.tokens_cached.labels(*labels).inc(usage.tokens_cached)
+            series.tokens_in.inc(usage.tokens_in)
+            series.tokens_out.inc(usage.tokens_out)
+            series.tokens_cached.inc(usage.tokens_cached)
             fields |= {
                 "tokens_in": usage.tokens_in,
                 "tokens_out": usage.tokens_out,
@@ -77,11 +77,11 @@ class Record:
             }
         if self.first_token_at is not None:
             first_token_s = self.first_token_at - self.started_at
-            metrics.first_token_s.labels(*labels).observe(first_token_s)
+            series.first_token_s.observe(first_token_s)
             fields["ttft_s"] = round(first_token_s, 6)
             generation_s = now - self.first_token_at
             if usage is not None and usage.tokens_out > 1 and generation_s > 0:
                 # The first token's time is the prompt's; the others are what the speed is about.
-                metrics.tokens_per_s.labels(*labels).observe((usage.tokens_out - 1) / generation_s)
+                series.tokens_per_s.observe((usage.tokens_out - 1) / generation_s)
         fields["total_s"] = round(total_s, 6)
         log.info("request", extra={"fields": fields})

@@ -15,6 +15,7 @@ import orjson
 
 from cortex.dialects.openai_errors import error_body, error_object, response_error_code
 from cortex.wire.errors import ErrorInfo
+from cortex.wire.responses_events import LAST, ResponsesEvent
 
 TAIL_CHUNKS = 4
 """Chunks kept of a stream: the finish, the usage, the terminator and the node's own usage may come one by one."""
@@ -110,14 +111,14 @@ def responses_failure(error: ErrorInfo, first: bytes, last: bytes) -> bytes:
     response |= {"status": "failed", "error": {"code": response_error_code(error), "message": error.message}}
     events: list[dict[str, Any]] = [
         {
-            "type": "error",
+            "type": ResponsesEvent.ERROR,
             "sequence_number": sequence,
             "code": error.code,
             "message": error.message,
             "param": error.param,
             "error": orjson.Fragment(error_object(error)),
         },
-        {"type": "response.failed", "sequence_number": sequence + 1, "response": response},
+        {"type": ResponsesEvent.FAILED, "sequence_number": sequence + 1, "response": response},
     ]
     return b"".join(
         b"event: " + event["type"].encode() + b"\ndata: " + orjson.dumps(event) + b"\n\n" for event in events
@@ -164,7 +165,7 @@ RESPONSES = Dialect(
     "/v1/responses",
     error_body,
     responses_failure,
-    re.compile(rb"^event: ?response\.(completed|incomplete|failed)\r?$", re.MULTILINE),
+    re.compile(b"^event: ?(%s)\r?$" % b"|".join(re.escape(name.encode()) for name in sorted(LAST)), re.MULTILINE),
 )
 
 

@@ -18,7 +18,7 @@ def test_the_shipped_examples_load_and_show_every_key() -> None:
     models = catalogue.load(config.models_path(found, EXAMPLES / "cortex.toml"), {node.name for node in found.neurons})
     assert found.gateway == config.GatewaySettings(), "the example shows the defaults"
     assert found.eviction == config.EvictionSettings()
-    assert models.resolve("gpt-4o-mini") == "smollm2-135m-instruct"
+    assert models.resolve("gpt-4o-mini") == "SmolLM2-135M-Instruct"
     text = (EXAMPLES / "cortex.toml").read_text()
     for kind in (config.GatewaySettings, config.EvictionSettings, config.Timeouts, config.Polling, config.NodeSettings):
         for key in kind.__struct_fields__:

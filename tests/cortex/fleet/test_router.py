@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cortex.config import ModelProfile
@@ -207,8 +207,10 @@ NODES = st.builds(
 FLEETS = st.lists(NODES, max_size=6, unique_by=lambda node: node.name)
 COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 20))
 EXCLUDED = st.frozensets(st.sampled_from("abcdef"))
+LAW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@LAW
 @given(FLEETS, COUNTS, EXCLUDED, st.sampled_from([0, 8 * GIB]))
 def test_a_decision_is_sound_and_depends_on_nothing_else(
     nodes: list[Node], counts: dict[str, int], excluded: frozenset[str], memory_bytes: int
@@ -243,6 +245,7 @@ def test_a_decision_is_sound_and_depends_on_nothing_else(
             pytest.fail("the catalogue has it")
 
 
+@LAW
 @given(FLEETS, COUNTS)
 def test_less_load_never_loses_a_request(nodes: list[Node], counts: dict[str, int]) -> None:
     state = FleetState.of(nodes)

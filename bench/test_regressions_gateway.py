@@ -1,0 +1,107 @@
+"""Regressions of the gateway's own work per request: routing among many nodes, and reading a node's answer."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from cortex.config import ModelProfile, Timeouts
+from cortex.fleet.router import Serve, route
+from cortex.fleet.state import FleetState, Node
+from cortex.upstream import Pool, Response, _Connection
+from cortex.wire.node import Health, ModelState, ModelStatus, NodeState
+
+NUM_NODES = 100
+FRAME = b'data: {"choices":[{"index":0,"delta":{"content":" word"},"finish_reason":null}]}\n\n'
+
+
+def fleet(num_replicas: int) -> FleetState:
+    """Return a fleet whose first ``num_replicas`` nodes serve one model."""
+    status = ModelStatus("m", ModelState.READY, weights_bytes=1, kv_cache_bytes=1)
+    return FleetState.of(
+        Node(
+            f"node-{i:03}",
+            "http://x",
+            up=True,
+            polled=True,
+            health=Health(NodeState.READY, 1.0, ()),
+            models={"m": status} if i < num_replicas else {},
+        )
+        for i in range(NUM_NODES)
+    )
+
+
+@pytest.mark.parametrize("num_replicas", [1, 4, NUM_NODES])
+def test_route_among_a_hundred_nodes(benchmark: Any, num_replicas: int) -> None:
+    """One decision."""
+    state = fleet(num_replicas)
+    in_flight = {f"node-{i:03}": 1 + i % 7 for i in range(NUM_NODES)}
+    profile = ModelProfile(id="m", source="/w")
+    decision = benchmark(route, state, "m", profile, in_flight)
+    assert isinstance(decision, Serve)
+
+
+def test_replace_one_of_a_hundred_nodes(benchmark: Any) -> None:
+    """One poll's result taken in."""
+    state = fleet(NUM_NODES)
+    assert benchmark(state.with_node, state.nodes["node-050"]).nodes.keys() == state.nodes.keys()
+
+
+class _Wire(asyncio.Transport):
+    """A transport to nowhere."""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self
+
+    def setsockopt(self, *arguments: int) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def writelines(self, list_of_data: Any) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+ANSWER = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"x":"' + b"x" * 492 + b'"}'
+STREAM = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    + (b"%x\r\n%s\r\n" % (len(FRAME), FRAME)) * 64
+    + b"0\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("answer", [ANSWER, STREAM], ids=["answer of 500 bytes", "stream of 64 frames"])
+def test_read_a_nodes_answer(benchmark: Any, answer: bytes) -> None:
+    """One request and its whole answer on a kept-alive connection, parser and bookkeeping without a socket."""
+    loop = asyncio.new_event_loop()
+
+    async def story() -> tuple[_Connection, Pool]:
+        pool = Pool("a", "http://127.0.0.1:1", Timeouts(), 4)
+        connection = _Connection(pool)
+        connection.connection_made(_Wire())
+        return connection, pool
+
+    connection, pool = loop.run_until_complete(story())
+
+    def once() -> Response:
+        response, _ = connection.send((b"POST",), 60, 60)
+        connection.data_received(answer)
+        pool._idle.clear()
+        return response
+
+    try:
+        response = benchmark(once)
+        body = loop.run_until_complete(response.read_all(10**6))
+        assert body == (FRAME * 64 if answer is STREAM else answer[-500:])
+    finally:
+        loop.close()
