@@ -47,8 +47,8 @@ _log = logging.getLogger("neuron.service")
 
 STOPPING_RETRY_AFTER_S = 5.0
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
-"""torch's threads wait for each other by spinning, for milliseconds unless told otherwise. Where other programs want the
-cores that is ruin: decode fell from 61 to 0.5-3 tokens/s on a machine with a load of 7, and to 8-20 with this."""
+"""torch's threads wait for each other by spinning, for milliseconds unless told otherwise. Where other programs want
+the cores that is ruin: at a load of 7 on two cores, decode made 0.5-3 tokens/s, and 8-20 with this."""
 START_RETRY_FIRST_S, START_RETRY_MAX_S = 2.0, 60.0
 
 
