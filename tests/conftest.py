@@ -16,6 +16,10 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.load import source
 
+# As the daemon's workers have it: a spinning barrier on a busy machine makes these tests ten times slower. Read when
+# torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 # No test is timed: on a busy machine a deadline fails tests at random.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
