@@ -183,12 +183,13 @@ def _document(block: Block, where: str) -> list[Part]:
     parts: list[Part] = [TextPart(f"{block.title}\n")] if block.title else []
     if source.type == "text":
         parts.append(TextPart(needed(source.data, f"{where}.source.data")))
-    elif source.type == "content" and isinstance(source.content, str):
-        parts.append(TextPart(source.content))
     elif source.type == "content":
-        content: Sequence[Block] = source.content or ()
-        for number, inner in enumerate(content):
-            parts += _parts(inner, f"{where}.source.content[{number}]")
+        content = source.content or ""
+        if isinstance(content, str):
+            parts.append(TextPart(content))
+        else:
+            for number, inner in enumerate(content):
+                parts += _parts(inner, f"{where}.source.content[{number}]")
     elif source.type == "base64" and (source.media_type or "").startswith("text/"):
         try:
             text = base64.b64decode(needed(source.data, f"{where}.source.data"), validate=True).decode()
