@@ -27,6 +27,8 @@ SEARCH_PATH = ("cortex.toml", "/etc/cortex/cortex.toml")
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModelId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
+Alias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}\*?$")]
+"""A model's other name; with a ``*`` at its end, every name that begins so and that nothing else answers to."""
 
 
 class LogFormat(StrEnum):
@@ -108,7 +110,7 @@ class ModelProfile(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=T
     """One of ``[[models]]``: what to load, and where it may live."""
 
     id: ModelId
-    aliases: tuple[ModelId, ...] = ()
+    aliases: tuple[Alias, ...] = ()
     pinned: tuple[str, ...] = ()
     """Nodes on which the model is kept and never evicted."""
     preferred_nodes: tuple[str, ...] = ()
@@ -126,7 +128,7 @@ class ModelsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A whole ``models.toml``."""
 
     models: tuple[ModelProfile, ...] = ()
-    aliases: dict[ModelId, str] = {}
+    aliases: dict[Alias, str] = {}
 
 
 def find(environment: Mapping[str, str]) -> pathlib.Path:

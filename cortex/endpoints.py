@@ -18,7 +18,7 @@ from cortex._fast.peek import PeekError, PeekTypeError, peek, splice
 from cortex._fast.sse import FrameTooLarge
 from cortex._fast.tap import StreamTap
 from cortex.config import Config
-from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, error_body_for, read_answer, read_usage
+from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, envelope_for, read_answer, read_usage
 from cortex.errors import ReplyError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Answer, Dispatcher, Question
@@ -37,7 +37,6 @@ from cortex.wire.errors import (
     UpstreamError,
 )
 
-HEARTBEAT = b": keep-alive\n\n"
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Of an answer that is not streamed; it is held whole, so that a cut one is an error and not half a body."""
 
@@ -85,20 +84,31 @@ class Endpoints:
             raise InvalidJsonError(f"The body cannot be read: {error}.") from None
         if not found.model:
             raise MissingParameterError("You must provide a model parameter.", param="model")
-        model = self._catalogue.resolve(found.model)
-        if not self._dispatcher.knows(model):
-            await self._dispatcher.first_look(lambda: self._dispatcher.knows(model))
-            if not self._dispatcher.knows(model):
-                raise ModelNotFoundError(f"The model {found.model!r} does not exist.", param="model")
+        model = await self._model(found.model)
         record.model = model
-        record.is_stream = found.stream
+        record.is_stream = found.stream and dialect.streams
         if model != found.model:
             body = splice(body, found, model)
-        question = Question(model, dialect.path.encode(), self._headers(exchange), body, found.stream)
-        if found.stream:
+        question = Question(model, dialect.name, dialect.path.encode(), self._headers(exchange), body, record.is_stream)
+        if record.is_stream:
             await self._stream(exchange, dialect, record, question)
         else:
             await self._answer(exchange, record, question)
+
+    async def _model(self, name: str) -> str:
+        """Return the id of the model that a client means: the one of that name, else what an alias makes of it.
+
+        Raises:
+            ModelNotFoundError: nobody offers it.
+        """
+        model = self._catalogue.resolve(name)
+        if not self._dispatcher.knows(model):
+            await self._dispatcher.first_look(lambda: self._dispatcher.knows(model))
+        if not self._dispatcher.knows(model):
+            model = self._catalogue.match(name) or model
+        if not self._dispatcher.knows(model):
+            raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
+        return model
 
     async def _answer(self, exchange: Exchange, record: Record, question: Question) -> None:
         async def ask() -> tuple[bytes, bytes]:
@@ -124,7 +134,7 @@ class Endpoints:
         record.status = 200
         frames = self._frames(relay, record, question)
         try:
-            await stream(exchange, frames, heartbeat=HEARTBEAT, error_frame=end_in_failure)
+            await stream(exchange, frames, heartbeat=dialect.heartbeat, error_frame=end_in_failure)
         finally:
             relay.note_end(dialect, record)
 
@@ -179,7 +189,7 @@ class Endpoints:
         """``GET /v1/models``."""
         await self._dispatcher.first_look()
         listed = OfferList(offers(self._catalogue, self._fleet.state))
-        await exchange.reply(200, msgspec.json.encode(listed))
+        await exchange.reply(200, msgspec.json.encode(listed.as_anthropic() if _is_anthropic(exchange) else listed))
 
     async def model(self, exchange: Exchange) -> None:
         """``GET /v1/models/{id}``; an id may contain slashes."""
@@ -188,7 +198,7 @@ class Endpoints:
         offer = find(self._catalogue, self._fleet.state, name)
         if offer is None:
             raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
-        await exchange.reply(200, msgspec.json.encode(offer))
+        await exchange.reply(200, msgspec.json.encode(offer.as_anthropic() if _is_anthropic(exchange) else offer))
 
     async def health(self, exchange: Exchange) -> None:
         """``GET /health``: 200 while this process answers; whether it has anybody to ask is in the body."""
@@ -255,6 +265,11 @@ def request_id_of(headers: list[Header] | tuple[Header, ...]) -> str:
     return f"req_{secrets.token_hex(12)}"
 
 
+def _is_anthropic(exchange: Exchange) -> bool:
+    """Return whether a client of either family that asks at a path of both is Anthropic's."""
+    return exchange.header(b"anthropic-version") is not None
+
+
 async def reply_error(exchange: Exchange, error: ApiError, headers: tuple[Header, ...] = ()) -> None:
     """Answer with an error, in the envelope of the path's dialect; a node's own body goes on as it is."""
     if isinstance(error, ReplyError) and error.content_type.startswith(b"application/json"):
@@ -264,4 +279,5 @@ async def reply_error(exchange: Exchange, error: ApiError, headers: tuple[Header
         return
     if error.retry_after_s is not None:
         headers = (*headers, (b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
-    await exchange.reply(error.status, error_body_for(exchange.path)(error.info()), headers=headers)
+    envelope, info = envelope_for(exchange.path), error.info()
+    await exchange.reply(envelope.status(info), envelope.body(info, exchange.request_id), headers=headers)

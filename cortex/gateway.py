@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from cortex.admin import Admin
 from cortex.config import Config
-from cortex.dialects.passthrough import CHAT, RESPONSES
+from cortex.dialects.passthrough import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES
 from cortex.endpoints import Endpoints, reply_error
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
@@ -39,8 +39,10 @@ class Gateway:
         self._stop_metrics: Callable[[], None] = lambda: None
         endpoints = Endpoints(settings, offered, self.fleet, self.service.dispatcher, self.metrics)
         self._paths: Mapping[str, tuple[str, Endpoint]] = {
-            "/v1/chat/completions": ("POST", endpoints.infer(CHAT)),
-            "/v1/responses": ("POST", endpoints.infer(RESPONSES)),
+            CHAT.path: ("POST", endpoints.infer(CHAT)),
+            RESPONSES.path: ("POST", endpoints.infer(RESPONSES)),
+            MESSAGES.path: ("POST", endpoints.infer(MESSAGES)),
+            COUNT_TOKENS.path: ("POST", endpoints.infer(COUNT_TOKENS)),
             "/v1/models": ("GET", endpoints.models),
             "/health": ("GET", endpoints.health),
             "/version": ("GET", endpoints.version),

@@ -78,7 +78,7 @@ def convert(document: Mapping[str, object], kind: type[S], source: str) -> S:
         return msgspec.convert(document, kind)
     except msgspec.ValidationError as error:
         reason, _, where = str(error).partition(" - at `")
-        key = where.rstrip("`").removeprefix("$").removeprefix(".")
+        key = where.rstrip("`").removeprefix("key` in `").removeprefix("$").removeprefix(".")
         if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
             key, reason = f"{key}.{unknown[1]}".lstrip("."), "unknown key"
         elif missing := re.fullmatch(r"Object missing required field `(.*)`", reason):

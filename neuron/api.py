@@ -1,7 +1,7 @@
 """The daemon's HTTP surface: what a request asks for, and the shape of the answer.
 
-Chat Completions and Responses are projections of the same ``InferenceEvent``s. State lives in the service; what a
-model does, in its harness. Every error leaves in the OpenAI envelope.
+Chat Completions, Responses and Messages are projections of the same ``InferenceEvent``s. State lives in the service;
+what a model does, in its harness. Every error leaves in the envelope of its path's dialect.
 """
 
 import logging
@@ -14,10 +14,11 @@ from typing import Protocol
 import msgspec
 
 from cortex._fast.chat_stream import ChatStream
+from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
-from cortex.dialects import openai_chat, openai_fields, openai_responses
+from cortex.dialects import anthropic_messages, openai_chat, openai_fields, openai_responses
 from cortex.dialects.openai_chat_reply import ChatReply
-from cortex.dialects.openai_errors import error_body
+from cortex.dialects.passthrough import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, Dialect, envelope_for
 from cortex.http_io import (
     ClientDisconnectedError,
     Exchange,
@@ -38,8 +39,7 @@ from neuron.service import Service
 
 _log = logging.getLogger("neuron.api")
 
-DIALECTS = ("openai-chat", "openai-responses")
-HEARTBEAT = b": keep-alive\n\n"
+DIALECTS = (CHAT.name, RESPONSES.name, MESSAGES.name)
 CLIENT_LEFT_STATUS = 499
 REPORT_USAGE_HEADER = b"x-cortex-report-usage"
 """A gateway sends it to have usage in a comment at the end of a stream, whatever the client asked for."""
@@ -72,8 +72,10 @@ class Api:
             "/models/load": {"POST": self._load},
             "/models/unload": {"POST": self._unload},
             "/v1/models": {"GET": self._openai_models},
-            "/v1/chat/completions": {"POST": self._chat},
-            "/v1/responses": {"POST": self._responses},
+            CHAT.path: {"POST": self._chat},
+            RESPONSES.path: {"POST": self._responses},
+            MESSAGES.path: {"POST": self._messages},
+            COUNT_TOKENS.path: {"POST": self._count_tokens},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,7 +156,7 @@ class Api:
         call = openai_chat.decode(await exchange.read_body(self._service.max_body_bytes))
         request, created = call.request, int(time.time())
         reply_id = f"chatcmpl-{secrets.token_hex(12)}"
-        record = RequestRecord(exchange.request_id, "openai-chat", stream=call.stream)
+        record = RequestRecord(exchange.request_id, CHAT.name, stream=call.stream)
         if call.stream:
             frames = ChatStream(
                 reply_id,
@@ -164,7 +166,7 @@ class Api:
                 include_usage=call.include_usage,
                 report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
             )
-            await self._stream(exchange, request, frames, record)
+            await self._stream(exchange, CHAT, request, frames, record)
             return
         reply = ChatReply(reply_id, request.model, created, request.num_choices)
         await self._complete(exchange, request, reply.add, reply.body, record)
@@ -172,7 +174,7 @@ class Api:
     async def _responses(self, exchange: Exchange) -> None:
         self._service.admit()
         call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
-        record = RequestRecord(exchange.request_id, "openai-responses", stream=call.stream)
+        record = RequestRecord(exchange.request_id, RESPONSES.name, stream=call.stream)
         frames = ResponsesStream(
             f"resp_{secrets.token_hex(24)}",
             call.request.model,
@@ -181,12 +183,33 @@ class Api:
             report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
         )
         if call.stream:
-            await self._stream(exchange, call.request, frames, record)
+            await self._stream(exchange, RESPONSES, call.request, frames, record)
         else:
             await self._complete(exchange, call.request, frames.frames, frames.response, record)
 
+    async def _messages(self, exchange: Exchange) -> None:
+        self._service.admit()
+        call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
+        record = RequestRecord(exchange.request_id, MESSAGES.name, stream=call.stream)
+        frames = MessagesStream(f"msg_{secrets.token_hex(12)}", call.request.model)
+        if call.stream:
+            await self._stream(exchange, MESSAGES, call.request, frames, record)
+        else:
+            await self._complete(exchange, call.request, frames.frames, frames.message, record)
+
+    async def _count_tokens(self, exchange: Exchange) -> None:
+        self._service.admit()
+        request = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes)).request
+        with self._service.models.use(request.model) as model:
+            await _reply(exchange, {"input_tokens": await until_disconnect(exchange, model.count_tokens(request))})
+
     async def _stream(
-        self, exchange: Exchange, request: InferenceRequest, projector: Projector, record: RequestRecord
+        self,
+        exchange: Exchange,
+        dialect: Dialect,
+        request: InferenceRequest,
+        projector: Projector,
+        record: RequestRecord,
     ) -> None:
         async def frames() -> AsyncGenerator[bytes, None]:
             async for events in self._events(request, record):
@@ -197,7 +220,7 @@ class Api:
             await stream(
                 exchange,
                 frames(),
-                heartbeat=HEARTBEAT,
+                heartbeat=dialect.heartbeat,
                 error_frame=lambda error: projector.frames([Failed(error.info())]),
             )
 
@@ -259,4 +282,5 @@ async def _reply_error(exchange: Exchange, error: ErrorInfo) -> None:
     headers: list[Header] = []
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
-    await exchange.reply(error.status, error_body(error), headers=headers)
+    envelope = envelope_for(exchange.path)
+    await exchange.reply(envelope.status(error), envelope.body(error, exchange.request_id), headers=headers)

@@ -32,6 +32,13 @@ class Model(Protocol):
     def capabilities(self) -> tuple[Capability, ...]:
         """What it can be asked to do."""
 
+    async def count_tokens(self, request: InferenceRequest) -> int:
+        """Return how many tokens the prompt of ``request`` has: what ``Started`` would say of it.
+
+        Raises:
+            ApiError: the request cannot be made a prompt.
+        """
+
     def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         """Run a request and yield its events in batches; closing the generator cancels it within one step.
 

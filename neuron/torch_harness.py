@@ -120,14 +120,14 @@ class TorchModel:
             found.append(Capability.REASONING)
         return tuple(found)
 
+    async def count_tokens(self, request: InferenceRequest) -> int:
+        """Count the tokens of a prompt made as :meth:`infer` makes it; one too long for the context has a count too."""
+        return len((await self._build(request)).ids)
+
     async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         """Run a request; see :class:`neuron.harness.Model`."""
         refuse_unsupported(request)
-        size = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
-        if size <= INLINE_TOKENISE_CHARS:
-            prompt = self._prompts.build(request)
-        else:
-            prompt = await asyncio.to_thread(self._prompts.build, request)
+        prompt = await self._build(request)
         context = self.loaded.context_tokens
         if len(prompt.ids) >= context:
             raise ContextLengthError(context, len(prompt.ids), param="messages")
@@ -143,6 +143,12 @@ class TorchModel:
                 yield events
         finally:
             run.cancel()
+
+    async def _build(self, request: InferenceRequest) -> Prompt:
+        size = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
+        if size <= INLINE_TOKENISE_CHARS:
+            return self._prompts.build(request)
+        return await asyncio.to_thread(self._prompts.build, request)
 
     def _detokenizer(self, request: InferenceRequest, prompt: Prompt, choice: int) -> Detokenizer:
         return Detokenizer(

@@ -25,6 +25,7 @@ FLOORS = {
     "cortex.report": 0,
     # how an error is written down, which the projectors need too
     "cortex.dialects.openai_errors": 0,
+    "cortex.dialects.anthropic_errors": 0,
     "cortex.upstream": 2,
     "cortex.fleet": 3,
     "cortex.endpoints": 4,

@@ -1,4 +1,4 @@
-"""What the two OpenAI dialects share when a body is read: decoding, ranges, content parts and tools.
+"""What the dialects share when a body is read: decoding, ranges, content parts, tools and formats.
 
 A wrong body becomes a typed error that names the field at fault in the client's own spelling. Fields this project has
 never heard of pass (clients send many); fields it knows and cannot honour are refused by the dialect modules.
@@ -67,15 +67,15 @@ def refuse(fields: Iterable[tuple[str, bool]]) -> None:
             raise UnsupportedParameterError(f"Unsupported parameter: '{name}' is not supported here.", param=name)
 
 
-def stop_strings(value: str | Sequence[str] | None, limit: int = 16) -> tuple[str, ...]:
+def stop_strings(value: str | Sequence[str] | None, limit: int = 16, *, param: str = "stop") -> tuple[str, ...]:
     """Return the stop strings of a request; empty ones are refused since they would stop everything."""
     if value is None:
         return ()
     stops = (value,) if isinstance(value, str) else tuple(value)
     if len(stops) > limit:
-        raise InvalidRequestError(f"Invalid 'stop': {len(stops)} strings, at most {limit} are taken.", param="stop")
+        raise InvalidRequestError(f"Invalid '{param}': {len(stops)} strings, at most {limit} are taken.", param=param)
     if not all(stops):
-        raise InvalidRequestError("Invalid 'stop': an empty string.", param="stop")
+        raise InvalidRequestError(f"Invalid '{param}': an empty string.", param=param)
     return stops
 
 

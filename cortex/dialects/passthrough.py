@@ -7,12 +7,13 @@ ended and what it cost. No body is built or changed here; the reading is of an a
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import orjson
 
+from cortex.dialects import anthropic_errors
 from cortex.dialects.openai_errors import error_body, error_object, response_error_code
 from cortex.wire.errors import ErrorInfo
 from cortex.wire.responses_events import LAST, ResponsesEvent
@@ -35,13 +36,16 @@ class Usage(msgspec.Struct, frozen=True):
     input_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
     prompt_tokens_details: TokenDetails | None = None
     input_tokens_details: TokenDetails | None = None
 
     @property
     def tokens_in(self) -> int:
-        """Prompt tokens."""
-        return self.prompt_tokens or self.input_tokens or 0
+        """Prompt tokens. Anthropic counts those that a cache read or wrote beside the others."""
+        beside = (self.cache_read_input_tokens or 0) + (self.cache_creation_input_tokens or 0)
+        return self.prompt_tokens or (self.input_tokens or 0) + beside
 
     @property
     def tokens_out(self) -> int:
@@ -52,7 +56,8 @@ class Usage(msgspec.Struct, frozen=True):
     def tokens_cached(self) -> int:
         """Prompt tokens that were in the node's prefix cache."""
         details = self.prompt_tokens_details or self.input_tokens_details
-        return self.cached_tokens or (details.cached_tokens if details else 0) or 0
+        in_details = details.cached_tokens if details else 0
+        return self.cached_tokens or self.cache_read_input_tokens or in_details or 0
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -63,6 +68,16 @@ class _Answer(msgspec.Struct, frozen=True):
     usage: Usage | None = None
     choices: tuple[_Choice, ...] = ()
     status: str | None = None
+    stop_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """How an error before the first byte is written."""
+
+    status: Callable[[ErrorInfo], int]
+    body: Callable[[ErrorInfo, str], bytes]
+    """Of an error and the id of its request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +86,14 @@ class Dialect:
 
     name: str
     path: str
-    error_body: Callable[[ErrorInfo], bytes]
-    """The body of an error before the first byte."""
     failure: Callable[[ErrorInfo, bytes, bytes], bytes]
     """The frames that end a stream in failure, given the first and the last bytes that were sent of it."""
     finish: "re.Pattern[bytes]"
     """Finds why a stream ended in its last bytes."""
+    heartbeat: bytes
+    """A whole frame that says nothing: what the dialect's clients let pass between any two others."""
+    streams: bool = True
+    """Whether an answer is ever a stream, whatever the body says."""
 
 
 def read_usage(text: bytes) -> Usage | None:
@@ -93,7 +110,7 @@ def read_answer(body: bytes) -> tuple[Usage | None, str]:
         answer = msgspec.json.decode(body, type=_Answer)
     except (msgspec.ValidationError, msgspec.DecodeError):
         return None, ""
-    finish = answer.choices[0].finish_reason if answer.choices else answer.status
+    finish = answer.choices[0].finish_reason if answer.choices else answer.stop_reason or answer.status
     return answer.usage, finish or ""
 
 
@@ -125,6 +142,11 @@ def responses_failure(error: ErrorInfo, first: bytes, last: bytes) -> bytes:
     )
 
 
+def messages_failure(error: ErrorInfo, first: bytes, last: bytes) -> bytes:
+    """Return the event that ends a Messages stream in failure."""
+    return b"event: error\ndata: " + anthropic_errors.error_body(error) + b"\n\n"
+
+
 def _begun_response(first: bytes) -> dict[str, Any]:
     """Return the response object that a stream began with, or one like it if it had not begun."""
     for line in first.splitlines():
@@ -153,29 +175,41 @@ def _begun_response(first: bytes) -> dict[str, Any]:
 # Inside a JSON string every quote is escaped, so these are found in structure only.
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
+COMMENT = b": keep-alive\n\n"
+"""The only heartbeat that OpenAI's clients let pass: to them an event without a payload of theirs is an error."""
+
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+
 CHAT = Dialect(
     "openai-chat",
     "/v1/chat/completions",
-    error_body,
     chat_failure,
     re.compile(rb'"finish_reason": ?"(\w+)"'),
+    COMMENT,
 )
 RESPONSES = Dialect(
     "openai-responses",
     "/v1/responses",
-    error_body,
     responses_failure,
     re.compile(b"^event: ?(%s)\r?$" % b"|".join(re.escape(name.encode()) for name in sorted(LAST)), re.MULTILINE),
+    COMMENT,
 )
+MESSAGES = Dialect(
+    "anthropic-messages",
+    "/v1/messages",
+    messages_failure,
+    re.compile(rb'"stop_reason": ?"(\w+)"'),
+    PING,
+)
+COUNT_TOKENS = replace(MESSAGES, path="/v1/messages/count_tokens", streams=False)
 
 
-def error_body_for(path: str) -> Callable[[ErrorInfo], bytes]:
+def envelope_for(path: str) -> Envelope:
     """Return how an error at ``path`` is written, whether or not anything is there."""
-    for prefix, writer in _ENVELOPES:
-        if path.startswith(prefix):
-            return writer
-    return error_body
+    if path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/"):
+        return _ANTHROPIC
+    return _OPENAI
 
 
-_ENVELOPES: tuple[tuple[str, Callable[[ErrorInfo], bytes]], ...] = (("/v1/", error_body),)
-"""The longest prefix first."""
+_OPENAI = Envelope(lambda error: error.status, lambda error, request_id: error_body(error))
+_ANTHROPIC = Envelope(anthropic_errors.error_status, anthropic_errors.error_body)

@@ -6,7 +6,7 @@ that names no model leaves the offer to what the nodes have loaded by themselves
 
 import pathlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cortex.config import ModelProfile, ModelsFile
 from cortex.settings import ConfigError, convert, read_toml
@@ -14,15 +14,24 @@ from cortex.settings import ConfigError, convert, read_toml
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Profiles by id, and every alias with the id it ends at. ``created`` is the file's age in Unix seconds."""
+    """Profiles by id, and every alias with the id it ends at. ``created`` is the file's age in Unix seconds.
+
+    ``prefixes`` are the aliases that ended with a ``*``, without it.
+    """
 
     profiles: Mapping[str, ModelProfile]
     aliases: Mapping[str, str]
     created: int = 0
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
     def resolve(self, name: str) -> str:
         """Return the id that ``name`` stands for; a name that is no alias stands for itself."""
         return self.aliases.get(name, name)
+
+    def match(self, name: str) -> str | None:
+        """Return the id for a name that nothing else answers to: that of the longest prefix it begins with."""
+        prefix = max((prefix for prefix in self.prefixes if name.startswith(prefix)), key=len, default=None)
+        return None if prefix is None else self.prefixes[prefix]
 
 
 def load(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
@@ -52,7 +61,12 @@ def load(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
     for alias, target in file.aliases.items():
         _claim(targets, profiles, alias, target, f"aliases.{alias}", source)
     aliases = {alias: _follow(alias, targets, profiles, source) for alias in targets}
-    return Catalogue(profiles, aliases, created=int(path.stat().st_mtime))
+    return Catalogue(
+        profiles,
+        {alias: model for alias, model in aliases.items() if not alias.endswith("*")},
+        created=int(path.stat().st_mtime),
+        prefixes={alias[:-1]: model for alias, model in aliases.items() if alias.endswith("*")},
+    )
 
 
 def _claim(

@@ -92,6 +92,9 @@ def read_error(status: int, body: bytes, retry_after: bytes | None = None) -> Er
     if not isinstance(error, dict):
         return fallback
     message, code, param = error.get("message"), error.get("code"), error.get("param")
+    details = error.get("details")
+    if code is None and isinstance(details, dict):  # where the Anthropic dialect has it
+        code = details.get("error_code")
     return ErrorInfo(
         status,
         code if isinstance(code, str) else fallback.code,

@@ -1,9 +1,9 @@
 """From a model's name to an answer that has begun: route, load, ask, and ask another where that can help.
 
 A request is sent again only while nothing of an answer has arrived: after a connection that could not be made or broke
-before its first byte, and after a node's 503 or 429. Silence is not retried, for the node may be working. A node that
-does not have the model after all is believed, and the request is routed anew. Knows no dialect; an error body is passed
-on as it is.
+before its first byte, and after a node's 503, 529 or 429. Silence is not retried, for the node may be working. A node
+that does not have the model after all is believed, and the request is routed anew. Of dialects it knows which nodes
+speak one; an error body is passed on as it is.
 """
 
 import asyncio
@@ -27,14 +27,15 @@ log = logging.getLogger("cortex.fleet")
 
 MAX_ATTEMPTS = 8
 MAX_ERROR_BYTES = 1024 * 1024
-BACK_PRESSURE = frozenset({429, 503})
+BACK_PRESSURE = frozenset({429, 503, 529})
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of a node. ``target`` is the path, ``model`` an id, never an alias."""
+    """What is asked of a node. ``target`` is the path, ``model`` an id, never an alias; ``dialect`` must be spoken."""
 
     model: str
+    dialect: str
     target: bytes
     headers: Sequence[Header]
     body: bytes
@@ -101,7 +102,11 @@ class Dispatcher:
             ReplyError: a node answered with an error, the last one that was tried.
             ApiError: the load failed, or the last node that was tried could not be reached.
         """
-        excluded: frozenset[str] = frozenset()
+        excluded = frozenset(
+            node.name
+            for node in self._fleet.state.nodes.values()
+            if node.discovery is not None and question.dialect not in node.discovery.dialects
+        )
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
             node = await self._find(question.model, excluded, last)

@@ -1,8 +1,11 @@
 """What clients may ask for: the catalogue and the fleet, as one list.
 
 Pure. A model is offered if the catalogue names it or a node that is up lists it; an alias is an entry of its own, for
-clients that look for a name. Where nodes differ, the best state and the longest context are what is told.
+clients that look for a name (one that ends with ``*`` is none). Where nodes differ, the best state and the longest
+context are what is told.
 """
+
+import datetime
 
 import msgspec
 
@@ -44,12 +47,46 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
     alias_of: str | None = None
 
+    def as_anthropic(self) -> "ModelInfo":
+        """Return what Anthropic's clients are told of it."""
+        return ModelInfo(
+            id=self.id,
+            display_name=self.display_name,
+            created_at=datetime.datetime.fromtimestamp(self.created, datetime.UTC),
+            max_input_tokens=self.context_length or None,
+        )
+
 
 class OfferList(msgspec.Struct, frozen=True):
     """``GET /v1/models``."""
 
     data: tuple[Offer, ...]
     object: str = "list"
+
+    def as_anthropic(self) -> "ModelInfoList":
+        """Return the list that Anthropic's clients are told: all of it on one page."""
+        data = tuple(offer.as_anthropic() for offer in self.data)
+        return ModelInfoList(data, data[0].id if data else None, data[-1].id if data else None)
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """An Anthropic ``ModelInfo``. Its ``capabilities`` are another thing than an :class:`Offer`'s, and left out."""
+
+    type: str = "model"
+    id: str
+    display_name: str
+    created_at: datetime.datetime
+    lifecycle: str = "active"
+    max_input_tokens: int | None = None
+
+
+class ModelInfoList(msgspec.Struct, frozen=True):
+    """``GET /v1/models`` of a client that names a version of Anthropic's API."""
+
+    data: tuple[ModelInfo, ...]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = False
 
 
 def offers(catalogue: Catalogue, state: FleetState) -> tuple[Offer, ...]:
@@ -64,6 +101,8 @@ def find(catalogue: Catalogue, state: FleetState, name: str) -> Offer | None:
     """Return the offer of that id or alias."""
     model = catalogue.resolve(name)
     if model not in catalogue.profiles and model not in state.listing:
+        model = catalogue.match(name) or model
+    if model not in catalogue.profiles and model not in state.listing:
         return None
     offer = _offer(catalogue, state, model)
     return offer if name == model else _alias(name, offer)
@@ -75,13 +114,14 @@ def _offer(catalogue: Catalogue, state: FleetState, model: str) -> Offer:
     statuses = [status for _, status in found]
     ready = [status for status in statuses if status.state is ModelState.READY]
     context_length = max((status.context_tokens for status in ready or statuses), default=0)
+    context_length = context_length or (profile.context_tokens if profile else 0)
     return Offer(
         id=model,
         created=catalogue.created,
         display_name=model,
         state=min((status.state for status in statuses), key=BEST_FIRST.index, default=ModelState.AVAILABLE),
         nodes=tuple(_on_node(name, status) for name, status in found),
-        context_length=context_length or (profile.context_tokens if profile else 0),
+        context_length=context_length,
         capabilities=tuple(sorted({capability for status in statuses for capability in status.capabilities})),
         aliases=tuple(sorted(alias for alias, target in catalogue.aliases.items() if target == model)),
     )

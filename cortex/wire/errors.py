@@ -11,7 +11,9 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error as a value.
 
     ``status`` is the HTTP status a client would get before the first byte; ``code`` is stable and machine-readable;
-    ``param`` names the offending field of the request; ``retry_after_s`` is set when a later retry may succeed.
+    ``param`` names the offending field of the request; ``retry_after_s`` is set when a later retry may succeed. Of a
+    prompt that is too long, ``prompt_tokens`` and ``context_tokens`` say by how much, for dialects with words of their
+    own.
     """
 
     status: int
@@ -19,6 +21,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+    prompt_tokens: int = 0
+    context_tokens: int = 0
 
 
 class ApiError(Exception):
@@ -45,6 +49,11 @@ class RemoteError(ApiError):
         super().__init__(error.message, param=error.param, retry_after_s=error.retry_after_s)
         self.status = error.status
         self.code = error.code
+        self._error = error
+
+    def info(self) -> ErrorInfo:
+        """Return the error as it was reported."""
+        return self._error
 
 
 class InvalidRequestError(ApiError):
@@ -89,6 +98,11 @@ class ContextLengthError(InvalidRequestError):
             f"{prompt_tokens} tokens. Please reduce the length of the messages.",
             param=param,
         )
+        self._tokens = (prompt_tokens, context_tokens)
+
+    def info(self) -> ErrorInfo:
+        """Return this error as a value."""
+        return ErrorInfo(self.status, self.code, self.message, self.param, None, *self._tokens)
 
 
 class ChainedConversationError(InvalidRequestError):

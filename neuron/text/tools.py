@@ -84,5 +84,11 @@ def _parse(block: str) -> ParsedCall | None:
         body = _DECODER.decode(block.strip())
     except msgspec.DecodeError:
         return None
-    arguments = body.arguments
-    return ParsedCall(body.name, arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode())
+    if isinstance(body.arguments, dict):
+        return ParsedCall(body.name, msgspec.json.encode(body.arguments).decode())
+    try:
+        # Some models write the object as a string, as the OpenAI dialect has it.
+        msgspec.json.decode(body.arguments, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return None
+    return ParsedCall(body.name, body.arguments)

@@ -171,6 +171,8 @@ MODEL = '[[models]]\nid = "m"\nsource = "/w"\n'
         (MODEL + "[aliases]\nx = 'x'\n", "aliases.x", "loop: x -> x"),
         (MODEL + "[aliases]\nx = 'y'\ny = 'z'\nz = 'x'\n", "aliases.x", "loop: x -> y -> z -> x"),
         (MODEL + "[aliases]\nm = 'm'\n", "aliases.m", "is the id of a model"),
+        (MODEL + "[aliases]\n'x*' = 'y'\n", "aliases.x*", "neither a model nor an alias"),
+        (MODEL + "[aliases]\n'*x' = 'm'\n", "aliases", "regex"),
         (MODEL + "[aliases]\nx = 5\n", "aliases[...]", "Expected `str`"),
     ],
 )

@@ -111,24 +111,44 @@ def neuron(folder: pathlib.Path, weights: pathlib.Path, **environment: str) -> I
         yield found
 
 
+SCRIPTED_MODEL = "m"
+
+
 @contextlib.contextmanager
-def cortex(folder: pathlib.Path, *neurons: Daemon) -> Iterator[Daemon]:
-    """A gateway in front of ``neurons``."""
+def scripted_neuron(folder: pathlib.Path) -> Iterator[Daemon]:
+    """The real daemon with a model that plays the scenarios of ``scripted_neuron.py``, loaded as ``m``."""
+    port = free_port()
+    script = str(pathlib.Path(__file__).with_name("scripted_neuron.py"))
+    with daemon("python", script, str(port), port=port, log=folder / "neuron.log") as found:
+        until(lambda: model_state(found, SCRIPTED_MODEL) == "ready", START_TIMEOUT_S, "the model is ready")
+        yield found
+
+
+@contextlib.contextmanager
+def cortex(
+    folder: pathlib.Path, *neurons: Daemon, models: str = "", model: str = MODEL, gateway: str = ""
+) -> Iterator[Daemon]:
+    """A gateway in front of ``neurons``, which serves when it lists ``model``."""
     port = free_port()
     nodes = "".join(f'[[neurons]]\nname = "n{i}"\nendpoint = "{node.url}"\n' for i, node in enumerate(neurons))
     (folder / "cortex.toml").write_text(
-        f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:{free_port()}"\n{nodes}'
+        f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:{free_port()}"\n{gateway}\n{nodes}'
     )
-    (folder / "models.toml").write_text("")
+    (folder / "models.toml").write_text(models)
     config = str(folder / "cortex.toml")
     with daemon("cortex", "serve", "--config", config, port=port, log=folder / "cortex.log") as found:
         until(
-            lambda: any(m["id"] == MODEL for m in (found.get("/v1/models") or {}).get("data", ())), 20, "the catalogue"
+            lambda: any(
+                listed["id"] == model and listed["state"] == "ready"
+                for listed in (found.get("/v1/models") or {}).get("data", ())
+            ),
+            20,
+            "the catalogue",
         )
         yield found
 
 
-def model_state(node: Daemon) -> str | None:
-    """Return the state of the model on a neuron."""
+def model_state(node: Daemon, name: str = MODEL) -> str | None:
+    """Return the state of a model on a neuron."""
     models = (node.get("/models") or {}).get("models", ())
-    return next((model["state"] for model in models if model["id"] == MODEL), None)
+    return next((model["state"] for model in models if model["id"] == name), None)

@@ -97,6 +97,45 @@ RESPONSES_STREAM = (
 )
 
 
+def message_event(name: str, **fields: Any) -> bytes:
+    """Return one frame of a Messages stream."""
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps({"type": name, **fields}) + b"\n\n"
+
+
+MESSAGE = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "m",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+    "usage": {"input_tokens": 4, "cache_read_input_tokens": 3, "output_tokens": 0},
+}
+MESSAGES_STREAM = (
+    message_event("message_start", message=MESSAGE),
+    message_event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+    message_event("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hel"}),
+    message_event("ping"),
+    message_event("content_block_delta", index=0, delta={"type": "text_delta", "text": "lo"}),
+    message_event("content_block_stop", index=0),
+    message_event(
+        "message_delta",
+        delta={"stop_reason": "end_turn", "stop_sequence": None},
+        usage={"input_tokens": 4, "cache_read_input_tokens": 3, "output_tokens": 2},
+    ),
+    message_event("message_stop"),
+)
+MESSAGES_ANSWER = orjson.dumps(
+    MESSAGE
+    | {
+        "content": [{"type": "text", "text": "Hello"}],
+        "stop_reason": "end_turn",
+        "usage": {"input_tokens": 4, "cache_read_input_tokens": 3, "output_tokens": 2},
+    }
+)
+
+
 @dataclass
 class Asked:
     """One inference request as it arrived."""
@@ -158,11 +197,15 @@ Script = Callable[[Asked, Line], Awaitable[None]]
 
 async def answer(asked: Asked, line: Line) -> None:
     """The default script: a short answer in the dialect asked for, streamed or not."""
+    streams = {"/v1/responses": RESPONSES_STREAM, "/v1/messages": MESSAGES_STREAM}
+    if asked.path == "/v1/messages/count_tokens":
+        await line.reply(200, b'{"input_tokens":7}')
+        return
     if not orjson.loads(asked.body).get("stream"):
-        await line.reply(200, CHAT_ANSWER)
+        await line.reply(200, MESSAGES_ANSWER if asked.path == "/v1/messages" else CHAT_ANSWER)
         return
     await line.start_stream()
-    for frame in RESPONSES_STREAM if asked.path == "/v1/responses" else CHAT_STREAM:
+    for frame in streams.get(asked.path, CHAT_STREAM):
         await line.chunk(frame)
     await line.end()
 
@@ -190,6 +233,7 @@ class FakeNeuron:
     """Plays every control call in place of the answers here."""
     load: Callable[[ModelSpec], Awaitable[ModelStatus | Script]] | None = None
     free_bytes: int = 16 * GIB
+    dialects: tuple[str, ...] = ("openai-chat", "openai-responses", "anthropic-messages")
     asked: list[Asked] = field(default_factory=list)
     loads: list[ModelSpec] = field(default_factory=list)
     num_polls: int = 0
@@ -313,7 +357,7 @@ class FakeNeuron:
         """Return what the node is."""
         device = Device("cpu:0", DeviceKind.CPU, "a CPU", 32 * GIB, self.free_bytes, num_cores=2)
         device = msgspec.structs.replace(device, worker=WorkerState.READY)
-        return Discovery(self.name, "0", "host", "linux", None, None, (device,), ("torch",), ("openai-chat",))
+        return Discovery(self.name, "0", "host", "linux", None, None, (device,), ("torch",), self.dialects)
 
     def health(self) -> Health:
         """Return how the node is."""

@@ -55,6 +55,7 @@ async def rig(
     *neurons: FakeNeuron,
     models: tuple[ModelProfile, ...] = (),
     aliases: dict[str, str] | None = None,
+    prefixes: dict[str, str] | None = None,
     timeouts: Timeouts = PATIENT,
     polling: Polling = QUICK,
     wait: bool = True,
@@ -69,7 +70,7 @@ async def rig(
             gateway=GatewaySettings(metrics_listen="", timeouts=timeouts, polling=polling, **settings),
             neurons=tuple(NodeSettings(neuron.name, neuron.url) for neuron in neurons),
         )
-        catalogue = Catalogue({profile.id: profile for profile in models}, aliases or {})
+        catalogue = Catalogue({profile.id: profile for profile in models}, aliases or {}, prefixes=prefixes or {})
         gateway = Gateway(config, catalogue)
         gateway.start()
         try:

@@ -33,6 +33,17 @@ class ScriptedModel:
         self.closed = 0
         self._script = script
 
+    async def count_tokens(self, request: InferenceRequest) -> int:
+        """What the script says of its start, as the engine's own count would be."""
+        for step in self._script(request):
+            if isinstance(step, Exception):
+                raise step
+            if not isinstance(step, asyncio.Event):
+                for event in step:
+                    if isinstance(event, Started):
+                        return event.prompt_tokens
+        raise AssertionError("the script has no start")
+
     async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         self.requests.append(request)
         try:

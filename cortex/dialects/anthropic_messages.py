@@ -1,0 +1,158 @@
+"""Anthropic Messages: a body of ``/v1/messages`` or ``/v1/messages/count_tokens`` to an ``InferenceRequest``.
+
+Turns are read by :mod:`cortex.dialects.anthropic_blocks`, answers made by :mod:`cortex._fast.messages_stream`.
+
+Accepted without effect: ``metadata``, ``cache_control``, ``context_management``, ``service_tier``, ``betas``,
+``thinking.budget_tokens``, ``output_config.effort``, and fields nobody here has heard of: agents give up on a server
+that refuses one. Hosted tools are not offered to the model. An assistant's turn at the end is answered by another one
+rather than continued.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from cortex.dialects import anthropic_blocks as blocks
+from cortex.dialects import openai_fields as fields
+from cortex.wire.errors import InvalidRequestError
+from cortex.wire.request import (
+    InferenceRequest,
+    OutputFormat,
+    Sampling,
+    Tool,
+    ToolChoice,
+    ToolMode,
+)
+
+MAX_STOP_SEQUENCES = 64
+
+
+class MessagesCall(msgspec.Struct, frozen=True):
+    """A decoded call."""
+
+    request: InferenceRequest
+    stream: bool
+
+
+class _Tool(msgspec.Struct):
+    name: str | None = None
+    type: str | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _ToolChoice(msgspec.Struct):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class _Thinking(msgspec.Struct):
+    type: Literal["enabled", "adaptive", "disabled"]
+
+
+class _Format(msgspec.Struct):
+    type: str
+    schema: dict[str, Any] | None = None
+    name: str | None = None
+
+
+class _OutputConfig(msgspec.Struct):
+    format: _Format | None = None
+
+
+class _Body(msgspec.Struct):
+    model: str
+    messages: list[blocks.Turn]
+    system: str | list[blocks.Block] | None = None
+    max_tokens: int | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: list[str] | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: _ToolChoice | None = None
+    thinking: _Thinking | None = None
+    output_config: _OutputConfig | None = None
+    output_format: _Format | None = None
+
+
+_DECODER = msgspec.json.Decoder(_Body)
+
+
+def decode(body: bytes) -> MessagesCall:
+    """Decode a request body.
+
+    Raises:
+        InvalidRequestError: with the parameter at fault; see :func:`cortex.dialects.openai_fields.decode`.
+    """
+    parsed = fields.decode(body, _DECODER)
+    if not parsed.messages:
+        raise InvalidRequestError("Invalid 'messages': at least one message is needed.", param="messages")
+    messages = list(blocks.system(parsed.system, "system"))
+    for index, turn in enumerate(parsed.messages):
+        messages += blocks.messages_of(turn, f"messages[{index}].content")
+    tools = tuple(
+        Tool(
+            blocks.needed(tool.name, f"tools[{index}].name"),
+            tool.description or "",
+            tool.input_schema or {},
+            bool(tool.strict),
+        )
+        for index, tool in enumerate(parsed.tools or ())
+        if tool.type in (None, "custom") or tool.input_schema is not None
+    )
+    request = InferenceRequest(
+        model=parsed.model,
+        messages=tuple(messages),
+        tools=tools,
+        tool_choice=_tool_choice(parsed.tool_choice, tools),
+        sampling=Sampling(
+            temperature=fields.in_range("temperature", parsed.temperature, 0, 2),
+            top_p=fields.in_range("top_p", parsed.top_p, 0, 1),
+            top_k=fields.in_range("top_k", parsed.top_k, -1, 1 << 31),
+        ),
+        max_tokens=fields.in_range("max_tokens", parsed.max_tokens, 1, 1 << 31),
+        stop=fields.stop_strings(parsed.stop_sequences, MAX_STOP_SEQUENCES, param="stop_sequences"),
+        output_format=_output_format(parsed),
+        thinking=_thinking(parsed.thinking),
+    )
+    return MessagesCall(request, bool(parsed.stream))
+
+
+def _tool_choice(choice: _ToolChoice | None, tools: Sequence[Tool]) -> ToolChoice:
+    if choice is None:
+        return ToolChoice()
+    parallel = not choice.disable_parallel_tool_use
+    match choice.type:
+        case "auto":
+            return ToolChoice(ToolMode.AUTO, parallel=parallel)
+        case "none":
+            return ToolChoice(ToolMode.NONE, parallel=parallel)
+        case "any" if tools:
+            return ToolChoice(ToolMode.REQUIRED, parallel=parallel)
+        case "any":
+            raise InvalidRequestError("Invalid 'tool_choice': it needs 'tools'.", param="tool_choice")
+        case "tool":
+            name = blocks.needed(choice.name, "tool_choice.name")
+            if name not in {tool.name for tool in tools}:
+                raise InvalidRequestError(
+                    f"Invalid 'tool_choice': there is no tool named '{name}'.", param="tool_choice"
+                )
+            return ToolChoice(ToolMode.NAMED, name, parallel)
+
+
+def _thinking(asked: _Thinking | None) -> bool | None:
+    """Return whether to think. Who does not ask gets none: such a client reads the first block as the answer."""
+    if asked is None or asked.type == "disabled":
+        return False
+    return True if asked.type == "enabled" else None
+
+
+def _output_format(body: _Body) -> OutputFormat:
+    name = "output_format" if body.output_config is None else "output_config.format"
+    asked = body.output_format if body.output_config is None else body.output_config.format
+    return OutputFormat() if asked is None else fields.output_format(asked.type, asked.schema, asked.name, name)

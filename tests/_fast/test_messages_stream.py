@@ -1,0 +1,265 @@
+"""Messages frames: valid to the official SDK, in the one right order, and the same as the message not streamed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx2 as httpx
+import orjson
+import pytest
+from anthropic.types import ErrorResponse, Message, RawMessageStreamEvent
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from cortex._fast.messages_stream import SIGNATURE, MessagesStream
+from cortex._fast.sse import FrameDecoder
+from cortex._fast.tap import StreamTap
+from cortex.wire.errors import ErrorInfo, RemoteError, UpstreamError
+from cortex.wire.events import (
+    Failed,
+    Finished,
+    FinishReason,
+    InferenceEvent,
+    ReasoningDelta,
+    Started,
+    TextDelta,
+    ToolCallDelta,
+)
+
+EVENT: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
+MESSAGE = TypeAdapter(Message)
+STORY: list[InferenceEvent] = [
+    Started(9, 4),
+    ReasoningDelta("why "),
+    ReasoningDelta('not?"\n'),
+    TextDelta("Let me "),
+    TextDelta("see. ☃"),
+    ToolCallDelta(0, "toolu_1", 'f"g', '{"a": "'),
+    ToolCallDelta(0, arguments='\\n"}'),
+    ToolCallDelta(1, "toolu_2", "h"),
+    Finished(FinishReason.TOOL_CALLS, 12, 3),
+]
+
+
+def stream() -> MessagesStream:
+    return MessagesStream("msg_1", 'org/"model"')
+
+
+def payloads(frames: bytes) -> list[Any]:
+    """Return the data of every frame; each checked against the SDK's type, its name and the grammar of a stream."""
+    decoder = FrameDecoder()
+    found: list[Any] = []
+    open_block: int | None = None
+    num_blocks = 0
+    for frame in decoder.feed(frames):
+        data = orjson.loads(frame.data)
+        assert frame.event is not None
+        assert frame.event.decode() == data["type"]
+        found.append(data)
+        if data["type"] == "error":
+            TypeAdapter(ErrorResponse).validate_json(frame.data, strict=True)
+            continue
+        EVENT.validate_json(frame.data, strict=True)
+        match data["type"]:
+            case "message_start":
+                assert len(found) == 1
+            case "content_block_start":
+                assert open_block is None
+                assert data["index"] == num_blocks
+                open_block = num_blocks
+                num_blocks += 1
+            case "content_block_delta":
+                assert data["index"] == open_block
+            case "content_block_stop":
+                assert data["index"] == open_block
+                open_block = None
+            case "message_delta":
+                assert open_block is None
+    assert decoder.close() == b""
+    return found
+
+
+def as_the_sdk_reads(frames: bytes) -> Message:
+    """Return the message that the SDK's stream helper puts together."""
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=frames, headers={"content-type": "text/event-stream"})
+
+    client = anthropic.Anthropic(
+        api_key="none",
+        max_retries=0,
+        http_client=httpx.Client(transport=httpx.MockTransport(reply)),
+        _strict_response_validation=True,
+    )
+    with client.messages.stream(model="m", max_tokens=1, messages=[{"role": "user", "content": "hi"}]) as events:
+        return events.get_final_message()
+
+
+def test_the_whole_story() -> None:
+    found = payloads(stream().frames(STORY))
+    assert [data["type"].removeprefix("content_block_") for data in found] == [
+        "message_start",
+        *("start", "delta", "delta", "delta", "stop"),
+        *("start", "delta", "delta", "stop"),
+        *("start", "delta", "delta", "stop"),
+        *("start", "stop"),
+        "message_delta",
+        "message_stop",
+    ]
+    message = found[0]["message"]
+    assert message["content"] == []
+    assert message["usage"] == {
+        "input_tokens": 5,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 4,
+        "output_tokens": 0,
+    }
+    assert [data["content_block"] for data in found if data["type"] == "content_block_start"] == [
+        {"type": "thinking", "thinking": "", "signature": ""},
+        {"type": "text", "text": ""},
+        {"type": "tool_use", "id": "toolu_1", "name": 'f"g', "input": {}},
+        {"type": "tool_use", "id": "toolu_2", "name": "h", "input": {}},
+    ]
+    assert found[4]["delta"] == {"type": "signature_delta", "signature": SIGNATURE}
+    assert found[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None, "stop_details": None}
+    assert found[-2]["usage"] == {
+        **message["usage"],
+        "output_tokens": 12,
+        "output_tokens_details": {"thinking_tokens": 3},
+    }
+
+
+def test_arguments_are_byte_exact() -> None:
+    found = payloads(stream().frames(STORY))
+    pieces = [d["delta"]["partial_json"] for d in found if d.get("delta", {}).get("type") == "input_json_delta"]
+    assert "".join(pieces) == '{"a": "\\n"}'
+
+
+@pytest.mark.parametrize(
+    ("end", "reason", "sequence"),
+    [
+        (Finished(FinishReason.STOP, 1), "end_turn", None),
+        (Finished(FinishReason.STOP, 1, stop_string='</"x">'), "stop_sequence", '</"x">'),
+        (Finished(FinishReason.LENGTH, 1), "max_tokens", None),
+        (Finished(FinishReason.TOOL_CALLS, 1), "tool_use", None),
+    ],
+)
+def test_why_it_ended(end: Finished, reason: str, sequence: str | None) -> None:
+    frames = stream()
+    delta = payloads(frames.frames([Started(1), TextDelta("a"), end]))[-2]["delta"]
+    message = MESSAGE.validate_json(frames.message(), strict=True)
+    assert (delta["stop_reason"], delta["stop_sequence"]) == (reason, sequence)
+    assert (message.stop_reason, message.stop_sequence) == (reason, sequence)
+
+
+def test_the_sdk_puts_the_stream_together_as_the_message_says() -> None:
+    frames = stream()
+    told = as_the_sdk_reads(frames.frames(STORY))
+    whole = MESSAGE.validate_json(frames.message(), strict=True)
+    assert told.to_dict() == whole.to_dict()
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@st.composite
+def stories(draw: st.DrawFn) -> list[InferenceEvent]:
+    """Events of one answer: any turns of reasoning, text and calls, each call's arguments cut anywhere."""
+    events: list[InferenceEvent] = [Started(draw(st.integers(4, 99)), draw(st.integers(0, 4)))]
+    num_calls = 0
+    for kind in draw(st.lists(st.sampled_from("rtc"), max_size=8)):
+        if kind == "c":
+            value = draw(st.dictionaries(TEXT, TEXT | st.integers() | st.none(), max_size=3))
+            text = orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode() if _fits(value) else "{}"
+            cut = draw(st.integers(0, len(text)))
+            events.append(ToolCallDelta(num_calls, f"toolu_{num_calls}", draw(TEXT) or "f", text[:cut]))
+            events.append(ToolCallDelta(num_calls, arguments=text[cut:]))
+            num_calls += 1
+        else:
+            events.append(ReasoningDelta(draw(TEXT)) if kind == "r" else TextDelta(draw(TEXT)))
+    reason = FinishReason.TOOL_CALLS if num_calls else draw(st.sampled_from([FinishReason.STOP, FinishReason.LENGTH]))
+    return [*events, Finished(reason, draw(st.integers(0, 99)), 0)]
+
+
+def _fits(value: dict[str, Any]) -> bool:
+    return all(not isinstance(v, int) or abs(v) < 1 << 53 for v in value.values())
+
+
+def batches(events: list[InferenceEvent], sizes: list[int]) -> Iterator[list[InferenceEvent]]:
+    at = 0
+    for size in sizes:
+        yield events[at : at + size]
+        at += size
+    yield events[at:]
+
+
+@given(stories(), st.lists(st.integers(0, 4), max_size=8))
+def test_any_story_in_any_batches(events: list[InferenceEvent], sizes: list[int]) -> None:
+    at_once, in_batches = stream(), stream()
+    frames = at_once.frames(events)
+    payloads(frames)
+    assert b"".join(in_batches.frames(batch) for batch in batches(events, sizes)) == frames
+    assert in_batches.message() == at_once.message()
+    told, whole = as_the_sdk_reads(frames), MESSAGE.validate_json(at_once.message(), strict=True)
+    assert told.to_dict() == whole.to_dict()
+
+
+def test_a_failure_in_the_middle_reaches_the_sdk() -> None:
+    frames = stream()
+    sent = frames.frames([Started(1), TextDelta("a"), Failed(ErrorInfo(503, "worker_lost", 'it "died"')), *STORY])
+    assert payloads(sent)[-1] == {
+        "type": "error",
+        "error": {"type": "overloaded_error", "message": 'it "died"', "details": {"error_code": "worker_lost"}},
+    }
+    assert frames.finished
+    with pytest.raises(anthropic.APIStatusError, match="died"):
+        as_the_sdk_reads(sent)
+    with pytest.raises(RemoteError, match="died"):
+        frames.message()
+
+
+def test_the_start_is_made_up_and_the_end_is_final() -> None:
+    frames = stream()
+    assert payloads(frames.frames([TextDelta("a")]))[0]["type"] == "message_start"
+    assert frames.frames([Finished(FinishReason.STOP, 1)])
+    assert frames.frames([TextDelta("b"), Failed(ErrorInfo(500, "c", "m"))]) == b""
+    assert orjson.loads(frames.message())["content"] == [{"type": "text", "text": "a"}]
+
+
+def test_an_answer_without_an_end_is_an_error() -> None:
+    frames = stream()
+    frames.frames([Started(1), TextDelta("a")])
+    with pytest.raises(UpstreamError, match="not complete"):
+        frames.message()
+
+
+def test_arguments_that_the_limit_cut_are_an_empty_object() -> None:
+    frames = stream()
+    frames.frames([Started(1), ToolCallDelta(0, "t", "f", '{"a": '), Finished(FinishReason.LENGTH, 3)])
+    assert MESSAGE.validate_json(frames.message(), strict=True).content[0].to_dict()["input"] == {}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [TextDelta("a", choice=1)],
+        [ToolCallDelta(1, "t", "f")],
+        [ToolCallDelta(0, "", "f")],
+        [ToolCallDelta(0, "t", "f"), ToolCallDelta(1, "u", "g"), ToolCallDelta(0, arguments="{}")],
+        [ToolCallDelta(0, "t", "f"), TextDelta("a"), ToolCallDelta(0, arguments="{}")],
+        [Finished(FinishReason.STOP, 1, choice=1)],
+    ],
+)
+def test_what_this_dialect_cannot_say_is_a_value_error(events: list[InferenceEvent]) -> None:
+    with pytest.raises(ValueError, match=r"choice|out of turn"):
+        stream().frames(events)
+
+
+def test_a_gateway_reads_it_in_passing() -> None:
+    frames, tap = stream().frames(STORY), StreamTap()
+    assert b"".join(tap.feed(frames[i : i + 1]) for i in range(len(frames))) == frames
+    assert tap.first_token
+    assert tap.terminated
+    assert not tap.failed
+    assert orjson.loads(tap.usage or b"")["output_tokens"] == 12

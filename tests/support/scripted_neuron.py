@@ -1,0 +1,134 @@
+"""A neuron whose model plays a scenario, chosen by the first word that its user says: ``scripted_neuron.py PORT``.
+
+All of the daemon but the model is the real one: its server, its surface, its dialects.
+"""
+
+import asyncio
+import signal
+import sys
+
+import uvloop
+from scripted_harness import ScriptedHarness, Step
+
+from cortex.wire.errors import ContextLengthError, ErrorInfo, OverloadedError, UnsupportedParameterError
+from cortex.wire.events import (
+    Failed,
+    Finished,
+    FinishReason,
+    InferenceEvent,
+    ReasoningDelta,
+    Started,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+)
+from cortex.wire.node import ModelSpec
+from cortex.wire.request import ImagePart, InferenceRequest, Message, Role, ToolMode
+from neuron.api import Api
+from neuron.config import Config, DaemonSettings
+from neuron.service import Service
+
+PATCH = '*** Begin Patch\n+"x"\n*** End Patch'
+
+
+def count(request: InferenceRequest) -> int:
+    """Return a token count that every part of a conversation takes part in."""
+    said = sum(len(_text(m)) + sum(len(c.arguments) for c in m.tool_calls) for m in request.messages)
+    return 1 + said + sum(len(tool.name) + len(tool.description) for tool in request.tools)
+
+
+def play(request: InferenceRequest) -> list[Step]:
+    """Return what the model does."""
+    user = next(
+        (m for m in reversed(request.messages) if m.role is Role.USER), Message(Role.USER, request.prompt or "")
+    )
+    word = _text(user).split(" ")[0]
+    last = request.messages[-1] if request.messages else user
+    start = Started(count(request), 1)
+    if last.role is Role.TOOL:
+        return [[start], *_said("It says ", _text(last)), [Finished(FinishReason.STOP, 7)]]
+    match word:
+        case "think":
+            return [
+                [start, ReasoningDelta("I ")],
+                [ReasoningDelta("wonder.\n")],
+                *_said("So: ", '"yes" ☃'),
+                [Finished(FinishReason.STOP, 9, 4)],
+            ]
+        case "call" | "patch":
+            name = request.tools[0].name
+            arguments = ['{"city": "', 'Paris"}'] if word == "call" else ['{"input": ', _quoted(PATCH), "}"]
+            pieces: list[Step] = [[ToolCallDelta(0, arguments=piece)] for piece in arguments]
+            return [[start, TextDelta("Looking.")], [ToolCallDelta(0, "call_1", name)], *pieces, _called(11)]
+        case "parallel":
+            calls = [ToolCallDelta(i, f"call_{i}", tool.name, f'{{"n":{i}}}') for i, tool in enumerate(request.tools)]
+            return [[start, *calls], _called(12)]
+        case "forced":
+            assert request.tool_choice.mode in {ToolMode.NAMED, ToolMode.REQUIRED}
+            name = request.tool_choice.name or request.tools[0].name
+            return [[start, ToolCallDelta(0, "call_1", name, "{}")], _called(3)]
+        case "stop":
+            return [[start, TextDelta("a")], [Finished(FinishReason.STOP, 2, stop_string=request.stop[0])]]
+        case "length":
+            return [[start, TextDelta("a b c")], [Finished(FinishReason.LENGTH, request.max_tokens or 3)]]
+        case "long":
+            return [[start], *_said(*(f"word{i} " for i in range(2000))), [Finished(FinishReason.STOP, 2000)]]
+        case "choices":
+            choices = range(request.num_choices)
+            return [
+                [start, *(TextDelta(f"choice {i}", i) for i in choices)],
+                [Finished(FinishReason.STOP, 2, choice=i) for i in choices],
+            ]
+        case "logprobs":
+            token = TokenLogprob("a", b"a", -0.5, (TokenLogprob("a", b"a", -0.5), TokenLogprob("b", b"b", -1.5)))
+            return [[start, TextDelta("a", logprobs=(token,))], [Finished(FinishReason.STOP, 1)]]
+        case "image":
+            images = [part for part in user.content if isinstance(part, ImagePart)]
+            return [[start, *(TextDelta(image.url[:15]) for image in images)], [Finished(FinishReason.STOP, 1)]]
+        case "wait":
+            return [[start, TextDelta("a")], asyncio.Event()]
+        case "fail":
+            return [[start, TextDelta("a")], [Failed(ErrorInfo(503, "device_worker_lost", "The worker is gone."))]]
+        case "busy":
+            return [OverloadedError("Too many wait.", retry_after_s=2)]
+        case "full":
+            return [ContextLengthError(100, 150, param="messages")]
+        case "unsupported":
+            return [UnsupportedParameterError("Unsupported parameter: 'x'.", param="x")]
+        case "turns":
+            turns = [f"{m.role}:{_text(m)}" for m in request.messages]
+            return [[start, TextDelta("|".join(turns))], [Finished(FinishReason.STOP, len(turns))]]
+        case _:
+            return [[start], *_said("Hel", "lo"), [Finished(FinishReason.STOP, 2)]]
+
+
+def _said(*pieces: str) -> list[Step]:
+    return [[TextDelta(piece)] for piece in pieces]
+
+
+def _called(num_tokens: int) -> list[InferenceEvent]:
+    return [Finished(FinishReason.TOOL_CALLS, num_tokens)]
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def _text(message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "".join("" if isinstance(part, ImagePart) else part.text for part in message.content)
+
+
+async def _run(port: int) -> None:
+    config = Config(daemon=DaemonSettings(name="scripted", listen=f"127.0.0.1:{port}", devices="cpu"))
+    service = Service(config, {"torch": ScriptedHarness(play)})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, service.stop)
+    loading = asyncio.ensure_future(service.load(ModelSpec("m", "/")))
+    await service.run(Api(service))
+    await loading
+
+
+if __name__ == "__main__":
+    uvloop.run(_run(int(sys.argv[1])))
