@@ -12,6 +12,9 @@ import torch
 from torch.nn import functional
 
 from neuron.triton_kernels.batch import AttentionPart, Batch
+from neuron.triton_kernels.quantized import QuantizedMatrix
+from neuron.triton_kernels.routing import Routing
+from neuron.triton_kernels.sampling_rows import SamplingRows
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -34,6 +37,59 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` ``[T, I]`` of the fused projection ``[T, 2 I]`` (SwiGLU, arXiv:2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)
+
+
+def gelu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return ``gelu(gate) * up`` ``[T, I]`` of the fused projection ``[T, 2 I]``, with the tanh form of GELU."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh").mul_(up)
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x w^T + bias`` ``[M, N]`` of ``x`` ``[M, K]`` and ``weight`` ``[N, K]``."""
+    return functional.linear(x, weight, bias)
+
+
+def skinny_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``activation(norm(x) w^T + bias)``, added in place to ``residual`` if that is given."""
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    out = functional.linear(x, weight)
+    if bias is not None:
+        if activation is None:
+            out += bias
+        else:
+            out[:, : len(bias)] += bias
+    if activation is not None:
+        out = silu_and_mul(out) if activation == "silu" else gelu_and_mul(out)
+    return out if residual is None else residual.add_(out)
+
+
+def quantized_matmul(x: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x w^T + bias`` with ``weight`` dequantised to float32."""
+    out = functional.linear(x.float(), weight.dequantize(), None if bias is None else bias.float())
+    return out.to(x.dtype)
+
+
+def moe_matmul(x: torch.Tensor, weight: torch.Tensor, routing: Routing, *, weighted: bool = False) -> torch.Tensor:
+    """Return ``[T C, N]``, row ``token * C + choice``: each pair's row of ``x`` by its expert's ``weight`` ``[N, K]``."""
+    num_pairs = len(routing.order)
+    shared = num_pairs // len(x)
+    out = torch.empty((num_pairs, weight.shape[1]), dtype=x.dtype, device=x.device)
+    starts = routing.starts.tolist()
+    for expert, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        pairs = routing.order[start:stop].long()
+        product = functional.linear(x[pairs // shared], weight[expert])
+        out[pairs] = product * routing.weights[pairs, None].to(x.dtype) if weighted else product
+    return out
 
 
 def rotary_table(
@@ -148,6 +204,136 @@ def _attend(
         scale=scale,
     )
     return out[0].transpose(0, 1).reshape(q.shape[0], -1)
+
+
+def windowed_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Return what :func:`paged_attention` does ``[T, H, D]``, with a sliding window and a cap on the scores; 0 is off.
+
+    In float32 and by the definition, one sequence after another: slow, and what the attention kernels are held against.
+    """
+    num_heads = q.shape[1]
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    outputs = []
+    starts = batch.cu_seqlens.tolist()
+    for index, context in enumerate(batch.context_lens.tolist()):
+        pages = batch.page_table[index].long()
+        keys, values = (
+            cache[pages].reshape(-1, num_kv_heads, head_dim)[:context].float().repeat_interleave(
+                num_heads // num_kv_heads, 1
+            )
+            for cache in (key_cache, value_cache)
+        )
+        queries = q[starts[index] : starts[index + 1]].float()
+        scores = torch.einsum("thd,shd->hts", queries, keys) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        position = torch.arange(context - len(queries), context, device=q.device)[:, None]
+        cached = torch.arange(context, device=q.device)[None, :]
+        seen = cached <= position
+        if window:
+            seen &= cached > position - window
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hts,shd->thd", weights, values).to(q.dtype))
+    return torch.cat(outputs)
+
+
+def rope_decode_attention(
+    qkv: torch.Tensor,
+    qk_norm: torch.Tensor | None,
+    eps: float,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Norm, rotate, write the new keys and values, and attend: ``[B, H D]`` of ``qkv`` ``[B, (H + 2 K) D]``."""
+    q = rope_and_cache(qkv, qk_norm, eps, rotary, batch.slots, key_cache, value_cache)
+    out = windowed_attention(q, key_cache, value_cache, batch, scale, window=window, soft_cap=soft_cap)
+    return out.reshape(len(qkv), -1)
+
+
+def philox(seed: int, first: np.ndarray[Any, Any], second: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Return the first word of Philox 4x32-10 (Salmon et al., SC 2011) at the counters (first, second, 0, 0)."""
+    low = np.uint64(0xFFFF_FFFF)
+    c = [first.astype(np.uint64), np.full(len(first), second, np.uint64), *np.zeros((2, len(first)), np.uint64)]
+    key = [np.uint64(seed & 0xFFFF_FFFF), np.uint64(seed >> 32 & 0xFFFF_FFFF)]
+    for _ in range(10):
+        product_0, product_2 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            (product_2 >> np.uint64(32)) ^ c[1] ^ key[0],
+            product_2 & low,
+            (product_0 >> np.uint64(32)) ^ c[3] ^ key[1],
+            product_0 & low,
+        ]
+        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
+    return c[0].astype(np.uint32)
+
+
+def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a token id int32 ``[R]`` and its log-probability ``[R]`` for each row of ``logits`` ``[R, V]`` float32.
+
+    What :mod:`neuron.triton_kernels.sampling` says, by sorting; a row with a NaN or an infinity, or with nothing
+    allowed, gets -1.
+    """
+    num_rows, vocab_size = logits.shape
+    ids = torch.full((num_rows,), -1, dtype=torch.int32, device=logits.device)
+    logprobs = torch.full((num_rows,), torch.nan, device=logits.device)
+    for row in range(num_rows):
+        x = logits[row].double()
+        if not x.isfinite().all():
+            continue
+        own = x.log_softmax(-1)
+        seat = int(rows.seats[row]) if rows.seats is not None else 0
+        if rows.penalties is not None and rows.counts is not None and rows.in_prompt is not None:
+            repetition, presence, frequency = rows.penalties[row].tolist()
+            counts = rows.counts[seat]
+            seen = (counts > 0) | rows.in_prompt[seat]
+            x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+            x = x - frequency * counts - presence * (counts > 0)
+        if rows.allowed is not None:
+            bits = rows.allowed[row].repeat_interleave(32)[:vocab_size] >> (
+                torch.arange(vocab_size, device=logits.device, dtype=torch.int32) % 32
+            )
+            x = x.masked_fill(bits & 1 == 0, -torch.inf)
+        if rows.bias_tokens is not None and rows.bias_values is not None:
+            used = rows.bias_tokens[row] >= 0
+            x = x.index_add(0, rows.bias_tokens[row][used].long(), rows.bias_values[row][used].double())
+        if x.max() == -torch.inf:
+            continue
+        temperature = float(rows.temperature[row])
+        if temperature > 0:
+            x = x / temperature
+            top_k = int(rows.top_k[row])
+            if 0 < top_k < vocab_size:
+                x = x.masked_fill(x < x.topk(top_k).values[-1], -torch.inf)
+            descending, order = x.sort(descending=True)
+            chances = descending.softmax(-1)
+            above = chances.cumsum(-1) - chances
+            dropped = above >= max(float(rows.top_p[row]), 1e-30) if rows.top_p[row] < 1 else above < -1
+            dropped |= chances < float(rows.min_p[row]) * chances[0]
+            x = x.masked_fill(torch.zeros_like(dropped).index_put((order,), dropped), -torch.inf)
+            bits = philox(int(rows.seeds[row]), np.arange(vocab_size), int(rows.counters[row]))
+            u = torch.from_numpy(((bits >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24).to(x.device)
+            x = x - (-u.log()).log()
+        token = int(x.argmax())
+        ids[row] = token
+        logprobs[row] = own[token]
+        if rows.penalties is not None and rows.counts is not None:
+            rows.counts[seat, token] += 1
+    return ids, logprobs
 
 
 def sample(

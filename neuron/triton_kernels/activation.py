@@ -1,0 +1,55 @@
+"""Gated activations: ``f(gate) * up`` of the fused projection.
+
+``gate_up`` ``[T, 2 I]`` holds the gate in its first half and ``up`` in its second; the result is ``[T, I]``. ``f`` is
+SiLU (SwiGLU) or the tanh form of GELU (GeGLU), both of arXiv:2002.05202. Computed in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from neuron.triton_kernels.launch import cdiv, launch
+
+
+@triton.jit
+def activate(gate, ACTIVATION: tl.constexpr):
+    """Return SiLU or tanh-GELU of float32 ``gate``; both are ``gate * sigmoid(something)``."""
+    if ACTIVATION == "silu":
+        argument = gate
+    else:
+        # tanh(a) = 2 sigmoid(2 a) - 1, so gelu(x) = x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+        argument = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1.0 + tl.exp(-argument))
+
+
+@triton.jit
+def _gated_kernel(gate_up, out, stride, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + width + columns, mask=inside, other=0.0).to(tl.float32)
+    value = activate(gate, ACTIVATION) * up
+    tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask=inside)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up`` ``[T, I]``."""
+    return _launch(gate_up, "silu")
+
+
+def gelu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return ``gelu(gate) * up`` ``[T, I]``, with the tanh form of GELU."""
+    return _launch(gate_up, "gelu")
+
+
+def _launch(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    launch(
+        _gated_kernel,
+        (num_rows, cdiv(width, 1024)),
+        {"gate_up": gate_up, "out": out, "stride": gate_up.stride(0), "width": width},
+        {"ACTIVATION": activation, "BLOCK": 1024},
+    )
+    return out

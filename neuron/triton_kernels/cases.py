@@ -1,0 +1,439 @@
+"""What every kernel is checked on: small irregular shapes for its numbers, real ones for its machine code.
+
+A numeric case runs a launcher and its reference on the same random inputs, outputs poisoned with NaN where they are
+written in place, and returns both results. :func:`launch_everything` makes the launches of real models' shapes on
+``meta`` tensors, for :func:`neuron.triton_kernels.launch.recording` to note.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+import torch
+
+from neuron.triton_kernels import (
+    activation,
+    decode_attention,
+    matmul,
+    moe_matmul,
+    norm,
+    prefill_attention,
+    quantized,
+    quantized_matmul,
+    reference,
+    rope,
+    sampling,
+    skinny_matmul,
+)
+from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.launch import Target
+from neuron.triton_kernels.routing import Routing, route
+from neuron.triton_kernels.sampling_rows import SamplingRows
+
+PAGE: Final = 16
+HALF_TYPES: Final = (torch.bfloat16, torch.float16)
+ALL_TYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+TOLERANCE: Final = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
+"""Of the largest magnitude expected. bfloat16 has 8 bits, and the interpreter truncates where hardware rounds."""
+
+Results = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """One comparison of a kernel with its reference."""
+
+    name: str
+    dtype: torch.dtype
+    run: Callable[[torch.device], Results]
+
+    def error(self, device: torch.device) -> float:
+        """Return the largest difference over all results, as a share of the largest magnitude expected."""
+        worst = 0.0
+        for found, expected in self.run(device):
+            found, expected = found.double().cpu(), expected.double().cpu()
+            if found.shape != expected.shape:
+                raise ValueError(f"{self.name}: {list(found.shape)} instead of {list(expected.shape)}")
+            same = (found == expected) | (found.isnan() & expected.isnan())
+            difference = torch.where(same, 0.0, (found - expected).abs() / expected.nan_to_num().abs().max().clamp(1e-6))
+            worst = max(worst, float(difference.nan_to_num(torch.inf).max()))
+        return worst
+
+    @property
+    def tolerance(self) -> float:
+        """Return the error that is still rounding."""
+        return TOLERANCE[self.dtype]
+
+
+def numeric_cases() -> Iterator[Case]:
+    """Yield every case; the whole takes a few minutes in the interpreter."""
+    for dtype in ALL_TYPES:
+        yield from _pointwise_cases(dtype)
+        yield from _attention_cases(dtype)
+        yield from _matmul_cases(dtype)
+    for dtype in HALF_TYPES:
+        yield from _quantized_cases(dtype)
+        yield from _moe_cases(dtype)
+    yield Case("sampling", torch.float32, _sampling)
+
+
+def _random(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, device=device) * scale).to(dtype)
+
+
+def _pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
+    def norms(device: torch.device) -> Results:
+        results: Results = []
+        for rows, hidden in ((1, 48), (3, 77), (5, 576)):
+            x = _random(rows, 2 * hidden, dtype=dtype, device=device)[:, :hidden]
+            residual = _random(rows, hidden, dtype=dtype, device=device)
+            weight = _random(hidden, dtype=dtype, device=device)
+            results.append((norm.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5)))
+            twin = residual.clone()
+            found = norm.add_rms_norm(x, residual, weight, 1e-5)
+            results += [(found, reference.add_rms_norm(x, twin, weight, 1e-5)), (residual, twin)]
+        return results
+
+    def gates(device: torch.device) -> Results:
+        results: Results = []
+        for rows, width in ((1, 11), (4, 1025)):
+            x = _random(rows, 2 * width, dtype=dtype, device=device)
+            results.append((activation.silu_and_mul(x), reference.silu_and_mul(x.float())))
+            results.append((activation.gelu_and_mul(x), reference.gelu_and_mul(x.float())))
+        return results
+
+    def ropes(device: torch.device) -> Results:
+        results: Results = []
+        for num_heads, num_kv_heads, head_dim, normed in ((9, 3, 64, False), (6, 2, 12, True), (4, 4, 80, True)):
+            tokens = 3
+            qkv = _random(tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
+            weight = _random(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device) if normed else None
+            slots = torch.tensor([33, 16, 47], device=device)
+            rotary = _rotary(torch.tensor([0, 7, 1000]), head_dim, dtype, device)
+            caches = torch.zeros(2, 3, PAGE, num_kv_heads, head_dim, dtype=dtype, device=device)
+            twins = caches.clone()
+            found = rope.rope_and_cache(qkv, weight, 1e-6, rotary, slots, *caches)
+            expected = reference.rope_and_cache(qkv, weight, 1e-6, rotary, slots, *twins)
+            results += [(found, expected), (caches, twins)]
+        return results
+
+    yield Case("norm", dtype, norms)
+    yield Case("activation", dtype, gates)
+    yield Case("rope", dtype, ropes)
+
+
+def _rotary(
+    positions: torch.Tensor, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    frequencies = 10000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+    return reference.rotary_table(positions.to(device), frequencies.to(device), dtype)
+
+
+def random_batch(lengths: list[tuple[int, int]], device: torch.device) -> tuple[Batch, int]:
+    """Return a step of sequences of (query, context) tokens on scattered pages, and how many pages it uses."""
+    num_pages = [-(-context // PAGE) for _, context in lengths]
+    order = np.random.default_rng(len(lengths)).permutation(np.arange(1, sum(num_pages) + 1)).astype(np.int32)
+    table = np.zeros((len(lengths), max(num_pages)), np.int32)
+    positions, slots = [], []
+    for index, end in enumerate(np.cumsum(num_pages)):
+        table[index, : num_pages[index]] = order[end - num_pages[index] : end]
+        query, context = lengths[index]
+        own = np.arange(context - query, context)
+        positions.append(own)
+        slots.append(table[index, own // PAGE].astype(np.int64) * PAGE + own % PAGE)
+    batch = Batch(
+        positions=torch.from_numpy(np.concatenate(positions).astype(np.int32)).to(device),
+        slots=torch.from_numpy(np.concatenate(slots)).to(device),
+        cu_seqlens=torch.tensor([0, *np.cumsum([query for query, _ in lengths])], dtype=torch.int32, device=device),
+        page_table=torch.from_numpy(table).to(device),
+        context_lens=torch.tensor([context for _, context in lengths], dtype=torch.int32, device=device),
+    )
+    return batch, sum(num_pages) + 1
+
+
+ATTENTION_SHAPES: Final = ((9, 3, 64), (4, 4, 80), (5, 1, 96), (4, 2, 128), (2, 1, 256))
+ATTENTION_EXTRAS: Final = ((0, 0.0), (37, 0.0), (0, 5.0), (9, 20.0))
+
+
+def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    def prefill(device: torch.device, heads: tuple[int, int, int], window: int, cap: float) -> Results:
+        num_heads, num_kv_heads, head_dim = heads
+        lengths = [(1, 50), (1, 3), (5, 5), (70, 91), (1, 17), (33, 140)]
+        batch, num_pages = random_batch(lengths, device)
+        caches = _random(2, num_pages, PAGE, num_kv_heads, head_dim, dtype=dtype, device=device)
+        q = _random(sum(query for query, _ in lengths), num_heads, head_dim, dtype=dtype, device=device, scale=2)
+        found = torch.full_like(q, torch.nan)
+        scale = head_dim**-0.5
+        for first in (2, 0):
+            prefill_attention.prefill_attention(
+                q, *caches, batch, scale, found, first_sequence=first, window=window, soft_cap=cap
+            )
+            if first and not found[:2].isnan().all():
+                raise ValueError("rows before the first sequence were written")
+        expected = reference.windowed_attention(q, *caches, batch, scale, window=window, soft_cap=cap)
+        return [(found, expected)]
+
+    def decode(device: torch.device, heads: tuple[int, int, int], window: int, cap: float) -> Results:
+        num_heads, num_kv_heads, head_dim = heads
+        scale = head_dim**-0.5
+        results: Results = []
+        for contexts in ([1], [300, 129, 128, 17, 1], [600]):
+            batch, num_pages = random_batch([(1, context) for context in contexts], device)
+            caches = _random(2, num_pages, PAGE, num_kv_heads, head_dim, dtype=dtype, device=device)
+            q = _random(len(contexts), num_heads, head_dim, dtype=dtype, device=device, scale=2)
+            found = torch.full_like(q, torch.nan)
+            decode_attention.decode_attention(
+                q, *caches, batch, scale, found, num_sequences=len(contexts), window=window, soft_cap=cap
+            )
+            expected = reference.windowed_attention(q, *caches, batch, scale, window=window, soft_cap=cap)
+            results.append((found, expected))
+
+            qkv = _random(len(contexts), (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
+            weight = _random(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device) if window else None
+            rotary = _rotary(batch.positions, head_dim, dtype, device)
+            caches.view(2, -1, num_kv_heads, head_dim)[:, batch.slots] = torch.nan
+            twins = caches.clone()
+            extras = {"window": window, "soft_cap": cap}
+            given = (qkv, weight, 1e-6, rotary)
+            fused = decode_attention.rope_decode_attention(*given, *caches, batch, scale, **extras)
+            plain = reference.rope_decode_attention(*given, *twins, batch, scale, **extras)
+            results += [(fused, plain), (caches, twins)]
+        return results
+
+    for heads in ATTENTION_SHAPES:
+        for window, cap in ATTENTION_EXTRAS if heads[2] == 64 else ATTENTION_EXTRAS[-1:]:
+            name = f"H{heads[0]} K{heads[1]} D{heads[2]} window {window} cap {cap:g}"
+            yield Case(f"prefill {name}", dtype, lambda d, h=heads, w=window, c=cap: prefill(d, h, w, c))  # type: ignore[misc]
+            yield Case(f"decode {name}", dtype, lambda d, h=heads, w=window, c=cap: decode(d, h, w, c))  # type: ignore[misc]
+
+
+def _matmul_cases(dtype: torch.dtype) -> Iterator[Case]:
+    def plain(device: torch.device) -> Results:
+        results: Results = []
+        for rows, depth, width in ((1, 16, 16), (70, 144, 200), (300, 80, 272), (65, 77, 131)):
+            x = _random(rows, depth, dtype=dtype, device=device)
+            weight = _random(width, depth, dtype=dtype, device=device, scale=depth**-0.5)
+            bias = _random(width, dtype=dtype, device=device) if rows == 70 else None
+            expected = reference.matmul(x.float(), weight.float(), None if bias is None else bias.float())
+            results.append((matmul.matmul(x, weight, bias), expected))
+        return results
+
+    def skinny(device: torch.device) -> Results:
+        results: Results = []
+        for rows, depth, width in ((1, 2064, 40), (1, 77, 9), (3, 1040, 48), (16, 130, 33), (40, 512, 70)):
+            x = _random(rows, depth, dtype=dtype, device=device)
+            gain = _random(depth, dtype=dtype, device=device)
+            weight = _random(2 * width, depth, dtype=dtype, device=device, scale=depth**-0.5)
+            bias = _random(2 * width, dtype=dtype, device=device)
+            residual = _random(rows, 2 * width, dtype=dtype, device=device)
+            wide = residual.float()
+            normed = dtype != torch.float16 or rows == 1
+            norm_of = (gain, 1e-5) if normed else None
+            wide_norm = (gain.float(), 1e-5) if normed else None
+            results.append(
+                (
+                    skinny_matmul.skinny_matmul(x, weight, bias, norm=norm_of),
+                    reference.skinny_matmul(x.float(), weight.float(), bias.float(), norm=wide_norm),
+                )
+            )
+            for function in ("silu", "gelu"):
+                results.append(
+                    (
+                        skinny_matmul.skinny_matmul(x, weight, norm=norm_of, activation=function),
+                        reference.skinny_matmul(x.float(), weight.float(), norm=wide_norm, activation=function),
+                    )
+                )
+            skinny_matmul.skinny_matmul(x, weight, residual=residual)
+            results.append((residual, reference.skinny_matmul(x.float(), weight.float(), residual=wide)))
+        return results
+
+    yield Case("matmul", dtype, plain)
+    yield Case("skinny matmul", dtype, skinny)
+
+
+def quantized_forms(weight: torch.Tensor) -> dict[str, quantized.QuantizedMatrix]:
+    """Return ``weight`` ``[N, K]`` in every format, K being a multiple of 128."""
+    rows, columns = weight.shape
+    blocks = np.random.default_rng(3).integers(0, 256, (rows * columns // 32, 34), dtype=np.uint8)
+    halves = np.random.default_rng(4).uniform(0.01, 0.1, (len(blocks), 2)).astype(np.float16).view(np.uint8)
+    blocks[:, :4] = halves
+    return {
+        "int8": quantized.quantize_int8(weight),
+        "int4 g32": quantized.quantize_int4(weight, 32),
+        "int4 g128": quantized.quantize_int4(weight, 128),
+        "fp8": quantized.quantize_fp8(weight),
+        "Q8_0": quantized.from_gguf("Q8_0", blocks, rows),
+        "Q4_0": quantized.from_gguf("Q4_0", blocks[:, :18], rows),
+        "Q4_1": quantized.from_gguf("Q4_1", blocks[:, :20], rows),
+    }
+
+
+def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
+    def run(device: torch.device, name: str) -> Results:
+        results: Results = []
+        for rows, depth, width in ((1, 384, 20), (5, 640, 70), (40, 256, 33), (130, 384, 140)):
+            weight = quantized_forms(torch.randn(width, depth) * depth**-0.5)[name]
+            weight = dataclasses.replace(
+                weight,
+                quants=weight.quants.to(device),
+                scales=weight.scales.to(device),
+                minima=None if weight.minima is None else weight.minima.to(device),
+            )
+            x = _random(rows, depth, dtype=dtype, device=device)
+            bias = _random(width, dtype=dtype, device=device)
+            found = quantized_matmul.quantized_matmul(x, weight, bias)
+            results.append((found, reference.quantized_matmul(x.float(), weight, bias.float())))
+        return results
+
+    for name in quantized_forms(torch.zeros(1, 128)):
+        yield Case(f"quantized {name}", dtype, lambda d, n=name: run(d, n))  # type: ignore[misc]
+
+
+def _moe_cases(dtype: torch.dtype) -> Iterator[Case]:
+    def run(device: torch.device) -> Results:
+        results: Results = []
+        for tokens, experts, choices, depth, width in ((1, 4, 2, 48, 40), (37, 6, 3, 80, 72), (90, 3, 2, 64, 130)):
+            x = _random(tokens, depth, dtype=dtype, device=device)
+            first = _random(experts, width, depth, dtype=dtype, device=device, scale=depth**-0.5)
+            second = _random(experts, depth, width, dtype=dtype, device=device, scale=width**-0.5)
+            routing = route(torch.randn(tokens, experts, device=device), choices)
+            wide = reference.moe_matmul(x.float(), first.float(), routing)
+            results.append((moe_matmul.moe_matmul(x, first, routing), wide))
+            inner = wide.to(dtype)
+            found = moe_matmul.moe_matmul(inner, second, routing, weighted=True)
+            results.append((found, reference.moe_matmul(inner.float(), second.float(), routing, weighted=True)))
+        return results
+
+    yield Case("moe matmul", dtype, run)
+
+
+def sampling_rows(num_rows: int, vocab_size: int, device: torch.device, *, everything: bool) -> SamplingRows:
+    """Return rows that ask for different things; with ``everything`` also for penalties, bias and a mask."""
+    generator = np.random.default_rng(num_rows)
+
+    def pick(*choices: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor([choices[i % len(choices)] for i in range(num_rows)], dtype=dtype, device=device)
+
+    rows = SamplingRows(
+        temperature=pick(0.0, 1.0, 0.7, 1.3, 5.0),
+        top_k=pick(0, 0, 5, 1, 40, 0, 3, dtype=torch.int32),
+        top_p=pick(1.0, 0.9, 1.0, 0.3, 0.95, 0.0),
+        min_p=pick(0.0, 0.0, 0.2, 0.0, 0.05),
+        seeds=torch.from_numpy(generator.integers(0, 1 << 62, num_rows)).to(device),
+        counters=torch.arange(num_rows, dtype=torch.int32, device=device),
+    )
+    if not everything:
+        return rows
+    bias = np.full((num_rows, 7), -1, np.int32)
+    for row in range(num_rows):
+        bias[row, : row % 8] = generator.choice(vocab_size, row % 8, replace=False)
+    words = generator.integers(-(1 << 31), 1 << 31, (num_rows, -(-vocab_size // 32)), dtype=np.int64).astype(np.int32)
+    words[::2] = -1
+    words[-1] = 0
+    return dataclasses.replace(
+        rows,
+        seats=torch.from_numpy(generator.permutation(num_rows).astype(np.int32)).to(device),
+        penalties=torch.from_numpy(generator.uniform((0.5, -1, -1), (2, 1, 1), (num_rows, 3)).astype(np.float32)).to(device),
+        counts=torch.from_numpy(generator.poisson(0.3, (num_rows, vocab_size)).astype(np.int32)).to(device),
+        in_prompt=torch.from_numpy(generator.random((num_rows, vocab_size)) < 0.2).to(device),
+        bias_tokens=torch.from_numpy(bias).to(device),
+        bias_values=torch.from_numpy(generator.normal(0, 3, bias.shape).astype(np.float32)).to(device),
+        allowed=torch.from_numpy(words).to(device),
+    )
+
+
+def _sampling(device: torch.device) -> Results:
+    results: Results = []
+    for num_rows, vocab_size, everything in ((11, 131, False), (13, 131, True), (5, 5000, False), (9, 4999, True)):
+        logits = _random(num_rows, vocab_size, dtype=torch.float32, device=device, scale=3)
+        logits[num_rows // 2, vocab_size // 2] = torch.nan
+        rows = sampling_rows(num_rows, vocab_size, device, everything=everything)
+        twin = dataclasses.replace(rows, counts=None if rows.counts is None else rows.counts.clone())
+        before = logits.clone()
+        results += zip(sampling.sample_rows(logits, rows), reference.sample_rows(logits, twin), strict=True)
+        results.append((logits, before))
+        if rows.counts is not None and twin.counts is not None:
+            results.append((rows.counts, twin.counts))
+    return results
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_everything(target: Target) -> None:
+    """Make a launch of every kernel and tile choice at real models' shapes, inside ``recording(target)``."""
+    i32, i64, f32 = torch.int32, torch.int64, torch.float32
+    for dtype in HALF_TYPES:
+        norm.rms_norm(_meta(9, 4096, dtype=dtype), _meta(4096, dtype=dtype), 1e-5)
+        norm.add_rms_norm(*(_meta(9, 8192, dtype=dtype) for _ in range(2)), _meta(8192, dtype=dtype), 1e-5)
+        activation.silu_and_mul(_meta(9, 24576, dtype=dtype))
+        activation.gelu_and_mul(_meta(9, 24576, dtype=dtype))
+        for num_heads, num_kv_heads, head_dim in ((9, 3, 64), (32, 32, 80), (32, 32, 96), (32, 8, 128), (8, 4, 256)):
+            batch = Batch(
+                positions=_meta(64, dtype=i32),
+                slots=_meta(64, dtype=i64),
+                cu_seqlens=_meta(65, dtype=i32),
+                page_table=_meta(64, 128, dtype=i32),
+                context_lens=_meta(64, dtype=i32),
+            )
+            qkv = _meta(64, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+            q = _meta(64, num_heads, head_dim, dtype=dtype)
+            caches = [_meta(99, PAGE, num_kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+            rotary = _meta(64, 1, head_dim, dtype=dtype), _meta(64, 1, head_dim // 2, dtype=dtype)
+            gain = _meta(num_heads + num_kv_heads, head_dim, dtype=dtype)
+            rope.rope_and_cache(qkv, gain, 1e-6, rotary, batch.slots, *caches)
+            for window, cap in ((0, 0.0), (4096, 50.0)) if head_dim in (128, 256) else ((0, 0.0),):
+                extras = {"window": window, "soft_cap": cap}
+                prefill_attention.prefill_attention(q, *caches, batch, 0.1, q, **extras)  # type: ignore[arg-type]
+                decode_attention.decode_attention(q, *caches, batch, 0.1, q, num_sequences=64, **extras)  # type: ignore[arg-type]
+                decode_attention.rope_decode_attention(qkv, gain, 1e-6, rotary, *caches, batch, 0.1, **extras)  # type: ignore[arg-type]
+        for rows in (200, 4096):
+            matmul.matmul(_meta(rows, 4096, dtype=dtype), _meta(6144, 4096, dtype=dtype))
+            matmul.matmul(_meta(rows, 77, dtype=dtype), _meta(131, 77, dtype=dtype), _meta(131, dtype=dtype))
+        # The plain form is also what Hopper runs where only the output's rows are not whole.
+        matmul.matmul(_meta(4096, 4096, dtype=dtype), _meta(49155, 4096, dtype=dtype))
+        for rows in (1, 16, 64):
+            x = _meta(rows, 4096, dtype=dtype)
+            gain = (_meta(4096, dtype=dtype), 1e-6) if dtype == torch.bfloat16 or rows == 1 else None
+            skinny_matmul.skinny_matmul(x, _meta(6144, 4096, dtype=dtype), _meta(6144, dtype=dtype), norm=gain)
+            skinny_matmul.skinny_matmul(x, _meta(24576, 4096, dtype=dtype), norm=gain, activation="silu")
+            skinny_matmul.skinny_matmul(x, _meta(24576, 4096, dtype=dtype), norm=gain, activation="gelu")
+            skinny_matmul.skinny_matmul(x, _meta(4096, 4096, dtype=dtype), residual=_meta(rows, 4096, dtype=dtype))
+        for rows in (1, 16, 64, 2048):
+            for weight in _meta_quantized(4096, 4096, target):
+                quantized_matmul.quantized_matmul(_meta(rows, 4096, dtype=dtype), weight)
+        for tokens in (1, 128, 4096):
+            routing = Routing(_meta(tokens * 8, dtype=i32), _meta(129, dtype=i32), _meta(tokens * 8, dtype=f32), 8)
+            moe_matmul.moe_matmul(_meta(tokens, 2048, dtype=dtype), _meta(128, 1536, 2048, dtype=dtype), routing)
+            inner, weight = _meta(tokens * 8, 768, dtype=dtype), _meta(128, 2048, 768, dtype=dtype)
+            moe_matmul.moe_matmul(inner, weight, routing, weighted=True)
+    for everything in (False, True):
+        rows_asked = sampling_rows(8, 151936, torch.device("cpu"), everything=False)
+        fields = {f.name: getattr(rows_asked, f.name) for f in dataclasses.fields(rows_asked)}
+        asked = {name: _meta(*t.shape, dtype=t.dtype) for name, t in fields.items() if t is not None}
+        if everything:
+            asked |= {"seats": _meta(8, dtype=i32), "penalties": _meta(8, 3, dtype=f32)}
+            asked |= {"counts": _meta(64, 151936, dtype=i32), "in_prompt": _meta(64, 151936, dtype=torch.bool)}
+            asked |= {"bias_tokens": _meta(8, 300, dtype=i32), "bias_values": _meta(8, 300, dtype=f32)}
+            asked |= {"allowed": _meta(8, 4748, dtype=i32)}
+        sampling.sample_rows(_meta(8, 151936, dtype=f32), SamplingRows(**asked))
+
+
+def _meta_quantized(rows: int, columns: int, target: Target) -> Iterator[quantized.QuantizedMatrix]:
+    f16, f32, u8 = torch.float16, torch.float32, torch.uint8
+    kinds = quantized.Quantization
+    per_row = _meta(rows, 1, dtype=f32)
+    yield quantized.QuantizedMatrix(kinds.INT8, 0, _meta(rows, columns, dtype=torch.int8), per_row)
+    if target.capability >= 89:
+        yield quantized.QuantizedMatrix(kinds.FP8, 0, _meta(rows, columns, dtype=torch.float8_e4m3fn), per_row)
+    scales = _meta(rows, columns // 32, dtype=f16)
+    yield quantized.QuantizedMatrix(kinds.INT8, 32, _meta(rows, columns, dtype=torch.int8), scales)
+    packed = _meta(rows, columns // 2, dtype=u8)
+    yield quantized.QuantizedMatrix(kinds.INT4, 32, packed, scales)
+    yield quantized.QuantizedMatrix(kinds.INT4, 32, packed, scales, scales)
+    wide = _meta(rows, columns // 32, dtype=f32)
+    yield quantized.QuantizedMatrix(kinds.INT4, 32, packed, wide, wide)
+    fewer = _meta(rows, columns // 128, dtype=f16)
+    yield quantized.QuantizedMatrix(kinds.INT4, 128, packed, fewer, fewer)

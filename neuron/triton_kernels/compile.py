@@ -1,0 +1,298 @@
+"""Compile variants ahead of time, keep them on disk, and forbid compiling once a model is ready.
+
+No GPU is needed: the compiler's wheel carries ptxas. A compiled kernel is a cubin and what a launcher must know of it
+(:class:`Metadata`). The cache is keyed by the sources of all kernels, the compiler's version, the chip and the variant,
+so that an entry is either right or not found. Each entry carries a digest of its cubin: one that was cut short, edited
+or mixed up is compiled again, and a warning says so.
+"""
+
+import collections
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from neuron.triton_kernels.launch import Target, Variant
+
+logger = logging.getLogger(__name__)
+
+_TOOLS: Final = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_SOURCES: Final = pathlib.Path(__file__).parent
+_ARRAY_TYPES: Final = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
+
+
+class CompileAfterReadyError(RuntimeError):
+    """A kernel was about to be compiled while models were being served."""
+
+    code = "kernel_compile_after_ready"
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__(
+            f"{kernel} would be compiled now, after the model was marked ready; the set of variants compiled at load "
+            "lacks it"
+        )
+
+
+class KernelCompileError(RuntimeError):
+    """The compiler refused a kernel."""
+
+    code = "kernel_compile_failed"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Metadata:
+    """What a launcher needs beside the cubin, and what the check reads."""
+
+    name: str
+    """The kernel's symbol in the cubin."""
+    capability: int
+    num_warps: int
+    registers: int
+    stack_bytes: int
+    """Over 0 means spills."""
+    shared_bytes: int
+    """Dynamic shared memory of a block."""
+    scratch_bytes: int
+    """Global memory a program wants for what it makes on the device (tensor descriptors)."""
+    dependent_launch: bool
+    parameters: tuple[str, ...]
+    """Types of the arguments in order; two scratch pointers follow them."""
+    cubin_sha256: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiled:
+    """A kernel for one chip."""
+
+    metadata: Metadata
+    cubin: bytes
+
+
+@functools.cache
+def source_digest() -> str:
+    """Return the digest of every file here: kernels call each other, and a spurious miss only costs a second."""
+    digest = hashlib.sha256()
+    for path in sorted(_SOURCES.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def cache_key(variant: Variant, capability: int) -> str:
+    """Return the name of an entry: 32 hexadecimal digits of all that decides its bytes."""
+    parts = (source_digest(), triton.__version__, str(capability), repr(variant))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def compile_variant(variant: Variant, capability: int) -> Compiled:
+    """Compile one variant. Raises :class:`KernelCompileError`."""
+    kernel = variant.function()
+    if not isinstance(kernel, triton.JITFunction):
+        raise KernelCompileError("TRITON_INTERPRET is set: kernels are interpreted in this process, not compiled")
+    index = {name: i for i, name in enumerate(kernel.arg_names)}
+    signature = {parameter.name: parameter.kind for parameter in variant.parameters}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature.get(name, "constexpr") for name in kernel.arg_names},
+        constexprs={(index[name],): value for name, value in variant.constants},
+        attrs={(index[p.name],): [["tt.divisibility", 16]] for p in variant.parameters if p.aligned},
+    )
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options())
+        cubin: bytes = compiled.asm["cubin"]
+        registers, stack_bytes = resource_usage(cubin)
+    except Exception as error:
+        raise KernelCompileError(f"{variant.kernel} for sm_{capability}: {error}") from error
+    found = compiled.metadata
+    return Compiled(
+        Metadata(
+            name=found.name,
+            capability=capability,
+            num_warps=found.num_warps,
+            registers=registers,
+            stack_bytes=stack_bytes,
+            shared_bytes=found.shared,
+            scratch_bytes=found.global_scratch_size,
+            dependent_launch=variant.dependent_launch,
+            parameters=tuple(parameter.kind for parameter in variant.parameters),
+            cubin_sha256=hashlib.sha256(cubin).hexdigest(),
+        ),
+        cubin,
+    )
+
+
+def _on_file(tool: str, cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([_TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers a thread, and bytes of stack a thread: more than none are spills or arrays in memory."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _on_file("cuobjdump", cubin, "--dump-resource-usage"))
+    if found is None:
+        raise KernelCompileError("cuobjdump names no resources")
+    return int(found[1]), int(found[2])
+
+
+def instructions(cubin: bytes) -> collections.Counter[str]:
+    """Return how often each machine instruction occurs: HGMMA is Hopper's matrix unit, STL and LDL are spills."""
+    listing = _on_file("nvdisasm", cubin)
+    return collections.Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)", listing, re.M))
+
+
+class KernelCache:
+    """Compiled kernels in a folder: ``KEY.cubin`` and ``KEY.json`` each. Several processes may share one."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+
+    def load(self, variant: Variant, capability: int) -> Compiled | None:
+        """Return an entry, or None if there is none or it is damaged, which is logged."""
+        key = cache_key(variant, capability)
+        try:
+            cubin = (self.folder / f"{key}.cubin").read_bytes()
+            text = (self.folder / f"{key}.json").read_text()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            logger.warning("kernel cache: %s of %s cannot be read: %s", key, variant.kernel, error)
+            return None
+        try:
+            fields = json.loads(text)
+            metadata = Metadata(**{**fields, "parameters": tuple(fields["parameters"])})
+        except (ValueError, TypeError, KeyError) as error:
+            logger.warning("kernel cache: %s of %s is corrupt (%r); compiling again", key, variant.kernel, error)
+            return None
+        if hashlib.sha256(cubin).hexdigest() != metadata.cubin_sha256 or metadata.capability != capability:
+            logger.warning("kernel cache: %s of %s does not match its digest; compiling again", key, variant.kernel)
+            return None
+        return Compiled(metadata, cubin)
+
+    def store(self, variant: Variant, compiled: Compiled) -> None:
+        """Write an entry whole: a reader sees the old one, the new one or none; metadata come last."""
+        key = cache_key(variant, compiled.metadata.capability)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(compiled.metadata), indent=1)
+        for name, content in ((f"{key}.cubin", compiled.cubin), (f"{key}.json", text.encode())):
+            descriptor, temporary = tempfile.mkstemp(dir=self.folder)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(content)
+                pathlib.Path(temporary).replace(self.folder / name)
+            except BaseException:
+                pathlib.Path(temporary).unlink(missing_ok=True)
+                raise
+
+    def get(self, variant: Variant, capability: int) -> Compiled:
+        """Return an entry, compiled and stored first if need be. A folder that cannot be written is not an error."""
+        found = self.load(variant, capability)
+        if found is None:
+            found = compile_variant(variant, capability)
+            try:
+                self.store(variant, found)
+            except OSError as error:
+                logger.warning("kernel cache: cannot write to %s: %s", self.folder, error)
+        return found
+
+
+def default_cache() -> KernelCache:
+    """Return the user's cache: ``$NEURON_KERNEL_CACHE``, or under ``$XDG_CACHE_HOME``."""
+    named = os.environ.get("NEURON_KERNEL_CACHE")
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return KernelCache(pathlib.Path(named) if named else base / "helexa" / "kernels")
+
+
+def compile_variants(
+    wanted: Iterable[Variant], capability: int, cache: KernelCache, progress: Callable[[Variant], None] | None = None
+) -> list[Compiled]:
+    """Return the compiled form of each of ``wanted``, from ``cache`` where it has it."""
+    compiled = []
+    for variant in wanted:
+        compiled.append(cache.get(variant, capability))
+        if progress is not None:
+            progress(variant)
+    return compiled
+
+
+class _Array:
+    """Stands for a tensor whose memory is not there: its type and its alignment are all the compiler asks for."""
+
+    def __init__(self, kind: str, aligned: bool) -> None:
+        self.dtype = kind.removeprefix("*")
+        self._address = 0 if aligned else 1
+
+    def data_ptr(self) -> int:
+        """Return an address with the alignment, and no memory behind it."""
+        return self._address
+
+
+def warm(wanted: Iterable[Variant]) -> None:
+    """Compile ``wanted`` into this process for the device in use, so that launching them compiles nothing."""
+    for variant in wanted:
+        arguments: dict[str, Any] = dict(variant.constants)
+        for parameter in variant.parameters:
+            if parameter.kind.startswith("*"):
+                arguments[parameter.name] = _Array(parameter.kind, parameter.aligned)
+            elif parameter.kind == "fp32":
+                arguments[parameter.name] = 0.5
+            else:
+                arguments[parameter.name] = (16 if parameter.aligned else 17) << (32 if parameter.kind == "i64" else 0)
+        variant.function().warmup(grid=(1,), **arguments, **variant.options())
+
+
+_loading: contextvars.ContextVar[bool] = contextvars.ContextVar("loading", default=False)
+_armed = False
+
+
+def forbid_compiling() -> None:
+    """From now on a kernel that is not compiled yet is an error, but inside :func:`allowing_compiles`."""
+    global _armed
+    _armed = True
+    knobs.runtime.jit_cache_hook = _refuse
+
+
+def permit_compiling() -> None:
+    """Undo :func:`forbid_compiling`: no model is left."""
+    global _armed
+    _armed = False
+    knobs.runtime.jit_cache_hook = None
+
+
+@contextlib.contextmanager
+def allowing_compiles() -> Iterator[None]:
+    """Allow compiling for a while: another model is being loaded."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def _refuse(**what: Any) -> bool:
+    """Triton calls this when a launch finds no binary in memory, before it compiles or looks on disk."""
+    if _armed and not _loading.get():
+        raise CompileAfterReadyError(str(what.get("repr") or what.get("key")))
+    return False
+
+
+def target_for(capability: int) -> Target:
+    """Return the usual chip of a capability, for compiling without one: its processors only size grids."""
+    return Target(capability, {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}.get(capability, 108))

@@ -1,0 +1,309 @@
+"""Attention of one new token a sequence over the paged cache, split over the cached tokens (flash-decoding).
+
+``out[b, h] = sum_s softmax_s(cap(scale q[b, h] . k[s, h / G])) v[s, h / G]``. A program takes one key-value head of one
+sequence and a run of its tokens; the G query heads are the rows of one tile, padded to the 16 that matrix units want,
+so every cached byte is read once. Each leaves an unnormalised sum, a maximum and a total, and the last to arrive merges
+them (arXiv:2307.08691 section 3.3 for the algebra): :mod:`neuron.triton_kernels.workspace` says why not a second kernel.
+
+The fused form also does what comes between projection and attention: it norms and rotates its queries itself (16 rows,
+recomputed by every split), and the split that owns the new token rotates its key, attends to it from registers and
+writes key and value to the cache. No program reads what another writes, so no barrier is needed.
+"""
+
+import math
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.launch import Target, cdiv, launch, power_of_two, target_of
+from neuron.triton_kernels.prefill_attention import LOG2_E, capped
+from neuron.triton_kernels.workspace import counters
+
+MIN_SPLIT_TOKENS: Final = 128
+"""Tokens that a split has at least: two tiles, so that the pipeline is worth filling."""
+MAX_SPLITS: Final = 64
+
+
+@triton.jit
+def _rotated(x, norm, offsets, mask, cos, sin, d, eps, D: tl.constexpr, AXIS: tl.constexpr):
+    """Return the heads at ``x + offsets`` normed and rotated, float32; ``d`` is the element's index in its head.
+
+    The other half of a pair is read a second time, from the cache lines just read, rather than shuffled over.
+    """
+    half: tl.constexpr = D // 2
+    pair = tl.where(d < half, half, -half)
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(x + offsets + pair, mask=mask, other=0.0).to(tl.float32)
+    if norm is not None:
+        scale = tl.rsqrt(tl.sum(value * value, AXIS, keep_dims=True) / D + eps)
+        value *= scale * tl.load(norm + offsets, mask=mask, other=0.0).to(tl.float32)
+        other *= scale * tl.load(norm + offsets + pair, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(cos + d, mask=d < D, other=0.0).to(tl.float32)
+    s = tl.load(sin + d % half, mask=d < D, other=0.0).to(tl.float32)
+    return value * c + other * tl.where(d < half, -s, s)
+
+
+@triton.jit(do_not_specialize=["eps", "table_stride", "window", "num_splits", "scale_log2", "soft_cap"])
+def _decode_attention_kernel(
+    q,
+    qk_norm,
+    cos,
+    sin,
+    slots,
+    key_cache,
+    value_cache,
+    out,
+    page_table,
+    context_lens,
+    partial,
+    arrived,
+    q_stride,
+    eps,
+    table_stride,
+    window,
+    num_splits,
+    scale_log2,
+    soft_cap,
+    FUSED: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    MIN_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    group: tl.constexpr = H // K
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    sequence = tl.program_id(2)
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    context = tl.load(context_lens + sequence)
+    row = sequence.to(tl.int64)
+    r = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    mask = (r < group)[:, None] & (d < D)[None, :]
+    head = kv_head * group + r
+    heads_at = head[:, None] * D + d[None, :]
+
+    # The tokens before the window are skipped, and the new token is not in the cache yet if it is made here.
+    lowest = 0
+    if HAS_WINDOW:
+        lowest = tl.maximum(context - window, 0) // BLOCK_N * BLOCK_N
+    cached_end = context
+    if FUSED:
+        cached_end = context - 1
+    share = tl.cdiv(tl.cdiv(context - lowest, num_splits), MIN_TOKENS) * MIN_TOKENS
+    begin = lowest + split * share
+    end = tl.minimum(begin + share, cached_end)
+    owns_new = (context - 1 >= begin) & (context - 1 < begin + share)
+
+    if FUSED:
+        query = _rotated(q + row * q_stride, qk_norm, heads_at, mask, cos + row * D, sin + row * (D // 2),
+                         d[None, :], eps, D, 1).to(q.dtype.element_ty)  # fmt: skip
+    else:
+        query = tl.load(q + row * (H * D) + heads_at, mask=mask, other=0.0)
+
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    pages = page_table + row * table_stride
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        cached = n < end
+        page = tl.load(pages + n // PAGE, mask=cached, other=0).to(tl.int64)
+        at = (page * PAGE + n % PAGE)[:, None] * (K * D) + kv_head * D + d[None, :]
+        inside = cached[:, None] & (d < D)[None, :]
+        k = tl.load(key_cache + at, mask=inside, other=0.0)
+        v = tl.load(value_cache + at, mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(k))
+        if HAS_CAP:
+            scores = capped(scores * scale_log2 / 1.4426950408889634, soft_cap) * 1.4426950408889634
+        else:
+            scores = scores * scale_log2
+        seen = cached
+        if HAS_WINDOW:
+            seen = seen & (n >= context - window)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(maximum, tl.max(scores, 1))
+        shift = higher
+        if HAS_WINDOW:
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(maximum - shift)
+        total = total * fade + tl.sum(weights, 1)
+        accumulator = tl.dot(weights.to(v.dtype), v, accumulator * fade[:, None])
+        maximum = higher
+
+    if FUSED:
+        if owns_new:
+            new = q + row * q_stride
+            key = _rotated(new, qk_norm, (H + kv_head) * D + d, d < D, cos + row * D, sin + row * (D // 2),
+                           d, eps, D, 0).to(q.dtype.element_ty)  # fmt: skip
+            value = tl.load(new + (H + K + kv_head) * D + d, mask=d < D, other=0.0)
+            at = tl.load(slots + sequence) * (K * D) + kv_head * D + d
+            tl.store(key_cache + at, key, mask=d < D)
+            tl.store(value_cache + at, value, mask=d < D)
+            score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+            if HAS_CAP:
+                score = capped(score * scale_log2 / 1.4426950408889634, soft_cap) * 1.4426950408889634
+            else:
+                score = score * scale_log2
+            higher = tl.maximum(maximum, score)
+            weight = tl.exp2(score - higher)
+            fade = tl.exp2(maximum - higher)
+            total = total * fade + weight
+            accumulator = accumulator * fade[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+            maximum = higher
+
+    out_at = out + row * (H * D) + heads_at
+    if num_splits == 1:
+        tl.store(out_at, (accumulator / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        return
+    # A split's part: G rows of D sums, and behind all of them the maxima and the totals.
+    part = (row * K + kv_head) * num_splits + split
+    rows: tl.constexpr = group * (D + 2)
+    scalars: tl.constexpr = group * D
+    part_at = partial + part * rows
+    tl.store(part_at + r[:, None] * D + d[None, :], accumulator, mask=mask)
+    tl.store(part_at + scalars + r, maximum, mask=r < group)
+    tl.store(part_at + scalars + group + r, total, mask=r < group)
+    # Every thread's stores come before the one thread's release, and its acquire before every thread's loads.
+    tl.debug_barrier()
+    counter = arrived + sequence * K + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel") < num_splits - 1:
+        return
+    tl.debug_barrier()
+    tl.store(counter, 0)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    part_at = partial + (row * K + kv_head) * num_splits * rows
+    # Splits past the sequence's end have nothing: only the first used ones are looked at.
+    used = tl.cdiv(context - lowest, share)
+    for _ in tl.range(0, used):
+        # .cg: past the first-level cache, which other processors' stores do not reach.
+        their_maximum = tl.load(part_at + scalars + r, mask=r < group, other=0.0, cache_modifier=".cg")
+        their_total = tl.load(part_at + scalars + group + r, mask=r < group, other=1.0, cache_modifier=".cg")
+        sums = tl.load(part_at + r[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(maximum, their_maximum)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        mine, theirs = tl.exp2(maximum - shift), tl.exp2(their_maximum - shift)
+        accumulator = accumulator * mine[:, None] + sums * theirs[:, None]
+        total = total * mine + their_total * theirs
+        maximum = higher
+        part_at += rows
+    tl.store(out_at, (accumulator / total[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+def num_splits_for(num_sequences: int, num_kv_heads: int, max_context: int, target: Target) -> int:
+    """Return into how many parts to split: two programs a processor, but no part under MIN_SPLIT_TOKENS."""
+    wanted = cdiv(2 * target.num_sms, num_sequences * num_kv_heads)
+    return max(min(wanted, cdiv(max_context, MIN_SPLIT_TOKENS), MAX_SPLITS), 1)
+
+
+def decode_tiles(head_dim: int, target: Target) -> tuple[int, int, int]:
+    """Return BLOCK_N, warps and stages."""
+    if head_dim > 128:
+        return (32, 4, 2)
+    return (64, 4, 3) if target.big_shared_memory else (64, 4, 2)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    num_sequences: int,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> None:
+    """Write the attention of the first ``num_sequences`` rows of ``q`` ``[T, H, D]`` into ``out`` ``[T, H, D]``.
+
+    Sequence b's only query is row b, and its key and value are in the cache already.
+    """
+    num_heads = q.shape[1]
+    _launch(q, None, None, None, key_cache, value_cache, batch, scale, out, num_heads, num_sequences, window, soft_cap)
+
+
+def rope_decode_attention(
+    qkv: torch.Tensor,
+    qk_norm: torch.Tensor | None,
+    eps: float,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Norm, rotate, write the new keys and values, and attend: ``[B, H D]`` of ``qkv`` ``[B, (H + 2 K) D]``."""
+    head_dim = key_cache.shape[3]
+    num_heads = qkv.shape[1] // head_dim - 2 * key_cache.shape[2]
+    out = torch.empty((qkv.shape[0], num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    _launch(
+        qkv, (qk_norm, eps), rotary, batch.slots, key_cache, value_cache, batch, scale, out,
+        num_heads, qkv.shape[0], window, soft_cap,
+    )  # fmt: skip
+    return out
+
+
+def _launch(
+    q: torch.Tensor,
+    norm: tuple[torch.Tensor | None, float] | None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    slots: torch.Tensor | None,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    out: torch.Tensor,
+    num_heads: int,
+    num_sequences: int,
+    window: int,
+    soft_cap: float,
+) -> None:
+    page_size, num_kv_heads, head_dim = key_cache.shape[1:]
+    target = target_of(q.device)
+    group = num_heads // num_kv_heads
+    max_context = batch.page_table.shape[1] * page_size
+    splits = num_splits_for(num_sequences, num_kv_heads, min(max_context, window or max_context), target)
+    parts = (num_sequences * num_kv_heads * splits, group * (head_dim + 2))
+    partial = torch.empty(parts, dtype=torch.float32, device=q.device)
+    block_n, num_warps, num_stages = decode_tiles(head_dim, target)
+    qk_norm, eps = norm or (None, 0.0)
+    cos, sin = rotary or (None, None)
+    dependent = target.has_dependent_launch and q.device.type != "cpu"
+    launch(
+        _decode_attention_kernel,
+        (num_kv_heads, splits, num_sequences),
+        {"q": q, "qk_norm": qk_norm, "cos": cos, "sin": sin, "slots": slots}
+        | {"key_cache": key_cache, "value_cache": value_cache, "out": out, "page_table": batch.page_table}
+        | {"context_lens": batch.context_lens, "partial": partial}
+        | {"arrived": counters(q.device, num_sequences * num_kv_heads), "q_stride": q.stride(0), "eps": eps}
+        | {"table_stride": batch.page_table.stride(0), "window": window, "num_splits": splits}
+        | {"scale_log2": scale * LOG2_E, "soft_cap": soft_cap or math.inf},
+        {"FUSED": rotary is not None, "H": num_heads, "K": num_kv_heads, "D": head_dim, "PAGE": page_size}
+        | {"MIN_TOKENS": MIN_SPLIT_TOKENS, "BLOCK_M": max(power_of_two(group), 16), "BLOCK_N": block_n}
+        | {"BLOCK_D": power_of_two(head_dim), "HAS_WINDOW": window > 0, "HAS_CAP": soft_cap > 0}
+        | {"STAGES": num_stages, "PDL": dependent},
+        num_warps=num_warps,
+        num_stages=num_stages,
+        dependent_launch=dependent,
+    )

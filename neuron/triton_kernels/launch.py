@@ -1,0 +1,230 @@
+"""Start a kernel, or only note what it would take to start it.
+
+Every launcher ends in :func:`launch`. On a GPU, and in Triton's interpreter, that runs the kernel. Inside
+:func:`recording` it notes the :class:`Variant` instead and touches no data, so tensors may lie on ``meta``: running a
+model's launchers that way yields exactly the set of binaries it needs, because the same code chooses them both times.
+It knows nothing of what the kernels compute.
+
+What makes two launches different binaries: the kernel, the types of its arguments, whether each pointer and each size
+that is fixed for a model is divisible by 16, the constants, and the options. Sizes that change from step to step are
+named in the kernel's ``do_not_specialize`` and never make a variant.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+import triton
+from triton import knobs
+
+Argument = torch.Tensor | int | float | None
+Constant = int | float | bool | str | None
+
+_TYPES: Final = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+SHARED_BYTES: Final = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Dynamic shared memory that one block may have (CUDA C++ programming guide, table of compute capabilities)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """The chip that launchers choose tiles for."""
+
+    capability: int
+    """10 * major + minor of the compute capability."""
+    num_sms: int
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether tensor descriptors are hardware (TMA) and not an emulation."""
+        return self.capability >= 90
+
+    @property
+    def has_dependent_launch(self) -> bool:
+        """Whether a kernel may start before the one it depends on ends (programmatic dependent launch)."""
+        return self.capability >= 90
+
+    @property
+    def big_shared_memory(self) -> bool:
+        """Whether a block may have 160 KiB and more."""
+        return SHARED_BYTES.get(self.capability, 0) > 160_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parameter:
+    """One run-time argument of a kernel, as the compiler sees it."""
+
+    name: str
+    kind: str
+    """``*bf16``, ``i32``, ``fp32``, ..."""
+    aligned: bool
+    """Divisible by 16 for certain."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variant:
+    """Everything that decides a kernel's binary but the chip and the compiler."""
+
+    kernel: str
+    """``module:function``"""
+    parameters: tuple[Parameter, ...]
+    constants: tuple[tuple[str, Constant], ...]
+    num_warps: int
+    num_stages: int
+    dependent_launch: bool
+
+    def function(self) -> Any:
+        """Return the kernel itself, a ``triton.JITFunction`` (or its interpreted twin)."""
+        module, _, name = self.kernel.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def options(self) -> dict[str, Any]:
+        """Return what the compiler is told beside the constants."""
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.dependent_launch:
+            options["launch_pdl"] = True
+        return options
+
+
+class Recorder:
+    """The variants of the launches made inside :func:`recording`, each once, in order of first use."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Variant, None] = {}
+
+    def add(self, variant: Variant) -> None:
+        """Note one launch."""
+        self._seen.setdefault(variant)
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Return what was noted."""
+        return tuple(self._seen)
+
+
+_recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
+_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def targeting(target: Target) -> Iterator[None]:
+    """Choose tiles for ``target``, whatever the device is."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+@contextlib.contextmanager
+def recording(target: Target) -> Iterator[Recorder]:
+    """Note launches for ``target`` instead of making them."""
+    recorder = Recorder()
+    token = _recorder.set(recorder)
+    try:
+        with targeting(target):
+            yield recorder
+    finally:
+        _recorder.reset(token)
+
+
+def target_of(device: torch.device) -> Target:
+    """Return the chip to choose tiles for."""
+    return _target.get() or _device_target(device)
+
+
+@functools.cache
+def _device_target(device: torch.device) -> Target:
+    if device.type != "cuda":
+        return Target(80, 4)  # the interpreter
+    properties = torch.cuda.get_device_properties(device)
+    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    arguments: Mapping[str, Argument],
+    constants: Mapping[str, Constant],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    dependent_launch: bool = False,
+) -> None:
+    """Run ``kernel`` on ``grid``, or note its variant; an argument that is ``None`` is a constant to the compiler."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.add(_variant(kernel, arguments, constants, num_warps, num_stages, dependent_launch))
+        return
+    if 0 in grid:
+        return
+    if knobs.runtime.interpret:
+        kernel[tuple(grid)](**arguments, **constants)
+        return
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if dependent_launch:
+        options["launch_pdl"] = True
+    kernel[tuple(grid)](**arguments, **constants, **options)
+
+
+def _variant(
+    kernel: Any,
+    arguments: Mapping[str, Argument],
+    constants: Mapping[str, Constant],
+    num_warps: int,
+    num_stages: int,
+    dependent_launch: bool,
+) -> Variant:
+    function = kernel.fn
+    varying = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
+    parameters, fixed = [], dict(constants)
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        match arguments[name]:
+            case None:
+                fixed[name] = None
+            case torch.Tensor() as tensor:
+                parameters.append(Parameter(name, _TYPES[tensor.dtype], tensor.data_ptr() % 16 == 0))
+            case int(value):
+                if value == 1 and name not in varying:
+                    # The JIT would make it a constant; no size that is fixed for a model is 1.
+                    raise ValueError(f"{function.__name__}: {name} is 1, which would make a variant of its own")
+                kind = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+                parameters.append(Parameter(name, kind, name not in varying and value % 16 == 0))
+            case float():
+                parameters.append(Parameter(name, "fp32", False))
+    order = {name: i for i, name in enumerate(kernel.arg_names)}
+    return Variant(
+        f"{function.__module__}:{function.__name__}",
+        tuple(parameters),
+        tuple(sorted(fixed.items(), key=lambda item: order[item[0]])),
+        num_warps,
+        num_stages,
+        dependent_launch,
+    )
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Return the quotient, rounded up."""
+    return -(-numerator // denominator)
+
+
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not less than ``number``."""
+    return int(triton.next_power_of_2(number))

@@ -1,0 +1,145 @@
+"""``out = x w^T + bias`` for many rows: ``x`` ``[M, K]``, ``w`` ``[N, K]``, both with the last dimension contiguous.
+
+Two kernels. On Hopper and later a persistent one: as many programs as processors, each walking over output tiles,
+operands copied by tensor descriptors (TMA), accumulators in float32. Elsewhere, and where a row is not a multiple of 16
+bytes, a pipelined one with one tile a program. Tiles are taken in groups of GROUP rows of tiles, so that what runs at
+the same time shares operands in the second-level cache (the order of the Triton tutorial's matmul, our own code).
+"""
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+
+from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+
+GROUP: Final = 8
+
+
+@triton.jit
+def tile_of(tile, rows, columns, GROUP: tl.constexpr):
+    """Return the row and column of tiles that ``tile`` is, in groups of GROUP rows."""
+    band = tile // (GROUP * columns)
+    height = tl.minimum(rows - band * GROUP, GROUP)
+    within = tile % (GROUP * columns)
+    return band * GROUP + within % height, within // height
+
+
+@triton.jit(do_not_specialize=["M"])
+def _matmul_kernel(
+    x,
+    w,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    x_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i, j = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows past the end repeat the last one: cheaper than a mask, and they are not stored.
+    x_at = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+    w_at = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        inside = (k < K - start)[None, :]
+        a = tl.load(x_at, mask=inside, other=0.0)
+        b = tl.load(w_at, mask=inside, other=0.0)
+        accumulator = tl.dot(a, tl.trans(b), accumulator)
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    if bias is not None:
+        accumulator += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out + m.to(tl.int64)[:, None] * N + n[None, :], accumulator.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _persistent_matmul_kernel(
+    x,
+    w,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    x_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    x_tiles = tl.make_tensor_descriptor(x, [M, K], [x_stride, 1], [BLOCK_M, BLOCK_K])
+    w_tiles = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0)):
+        i, j = tile_of(tile, rows, columns, GROUP)
+        accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            a = x_tiles.load([i * BLOCK_M, start])
+            b = w_tiles.load([j * BLOCK_N, start])
+            accumulator = tl.dot(a, tl.trans(b), accumulator)
+        if bias is not None:
+            n = j * BLOCK_N + tl.arange(0, BLOCK_N)
+            accumulator += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        out_tiles.store([i * BLOCK_M, j * BLOCK_N], accumulator.to(out.dtype.element_ty))
+
+
+def matmul_tiles(num_rows: int, aligned: bool, target: Target) -> tuple[int, int, int, int, int]:
+    """Return BLOCK_M, BLOCK_N, BLOCK_K, warps and stages: a small and a large choice a chip, by rows only.
+
+    Rows that are not ``aligned`` to 16 bytes are copied element by element through registers, which large tiles spill.
+    """
+    if not aligned:
+        return (64, 64, 32, 4, 2)
+    large = num_rows > 256
+    if target.capability in (90, 100):
+        return (128, 256, 64, 8, 3) if large else (64, 128, 64, 4, 4)
+    if target.big_shared_memory:
+        return (128, 128, 64, 8, 3) if large else (64, 128, 64, 4, 3)
+    return (128, 128, 32, 8, 3) if large else (64, 128, 32, 4, 3)
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x w^T + bias`` ``[M, N]`` of ``x`` ``[M, K]`` and ``weight`` ``[N, K]``, contiguous."""
+    num_rows, depth = x.shape
+    width = weight.shape[0]
+    target = target_of(x.device)
+    out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
+    # Whole units of 16 elements, which is also what the compiler may assume of a size that is fixed for a model.
+    aligned = depth % 16 == 0 and x.stride(0) % 16 == 0
+    block_m, block_n, block_k, num_warps, num_stages = matmul_tiles(num_rows, aligned, target)
+    tiles = cdiv(num_rows, block_m) * cdiv(width, block_n)
+    persistent = target.has_descriptors and aligned and width % 16 == 0
+    if persistent:
+        set_scratch_allocator()
+    launch(
+        _persistent_matmul_kernel if persistent else _matmul_kernel,
+        (min(tiles, target.num_sms) if persistent else tiles,),
+        {"x": x, "w": weight, "bias": bias, "out": out}
+        | {"M": num_rows, "N": width, "K": depth, "x_stride": x.stride(0)},
+        {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": GROUP, "STAGES": num_stages},
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return out
+
+
+def set_scratch_allocator() -> None:
+    """Give Triton memory for the descriptors that a kernel makes on the device (128 bytes each, a program)."""
+    triton.set_allocator(_allocate)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")

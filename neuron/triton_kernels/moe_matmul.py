@@ -1,0 +1,95 @@
+"""Matmuls of a mixture of experts: each row by the weights of the expert it was routed to, in one launch.
+
+``out[r] = x[order[r] // rows_per_token] w[expert(r)]^T``, times the routing weight where asked. ``x`` is ``[T, K]``, ``w``
+``[E, N, K]``. Rows are the (token, choice) pairs sorted by expert, so that an expert's rows are tiles of a plain matmul
+(as in megablocks, arXiv:2211.15841, without padding to whole blocks). The grid is a bound, as in
+:mod:`neuron.triton_kernels.prefill_attention`, so routing never leaves the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+from neuron.triton_kernels.prefill_attention import find_block
+from neuron.triton_kernels.routing import Routing
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _moe_matmul_kernel(
+    x,
+    w,
+    out,
+    order,
+    starts,
+    weights,
+    blocks,
+    N,
+    K,
+    EXPERTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    none, all_ = tl.full([], 0, tl.int32), tl.full([], EXPERTS, tl.int32)
+    expert, block = find_block(starts, none, all_, tl.program_id(0) % blocks, BLOCK_M)
+    first = tl.load(starts + expert)
+    length = tl.load(starts + expert + 1) - first
+    if block * BLOCK_M >= length:
+        return
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    pair = tl.load(order + first + tl.minimum(r, length - 1)).to(tl.int64)
+    x_at = x + (pair // SHARED)[:, None] * K + k[None, :]
+    w_at = w + (expert.to(tl.int64) * N + tl.minimum(n, N - 1))[:, None] * K + k[None, :]
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        inside = (k < K - start)[None, :]
+        a = tl.load(x_at, mask=inside, other=0.0)
+        b = tl.load(w_at, mask=inside, other=0.0)
+        sums = tl.dot(a, tl.trans(b), sums)
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    if weights is not None:
+        sums *= tl.load(weights + pair)[:, None]
+    mask = (r < length)[:, None] & (n < N)[None, :]
+    tl.store(out + pair[:, None] * N + n[None, :], sums.to(out.dtype.element_ty), mask=mask)
+
+
+def moe_tiles(rows_per_expert: int, target: Target) -> tuple[int, int, int, int, int]:
+    """Return BLOCK_M, BLOCK_N, BLOCK_K, warps and stages for experts of so many rows on average."""
+    if rows_per_expert <= 16:
+        return (16, 64, 128, 4, 3) if target.big_shared_memory else (16, 64, 64, 4, 4)
+    if rows_per_expert <= 64 or not target.big_shared_memory:
+        return (64, 128, 64, 4, 3)
+    return (128, 128, 64, 8, 3)
+
+
+def moe_matmul(x: torch.Tensor, weight: torch.Tensor, routing: Routing, *, weighted: bool = False) -> torch.Tensor:
+    """Return ``[T C, N]``, row ``token * C + choice``, of ``weight`` ``[E, N, K]``.
+
+    ``x`` is ``[T, K]``, shared by a token's choices, or ``[T C, K]``, contiguous. With ``weighted`` each row is
+    multiplied by its routing weight, so that summing over the choices finishes the layer.
+    """
+    num_experts, width, depth = weight.shape
+    num_pairs = routing.order.shape[0]
+    if x.shape[0] not in (num_pairs, num_pairs // routing.choices):
+        raise ValueError(f"x has {x.shape[0]} rows; {num_pairs} pairs of {routing.choices} choices are routed")
+    out = torch.empty((num_pairs, width), dtype=x.dtype, device=x.device)
+    target = target_of(x.device)
+    block_m, block_n, block_k, num_warps, num_stages = moe_tiles(cdiv(num_pairs, num_experts), target)
+    blocks = num_pairs // block_m + num_experts
+    launch(
+        _moe_matmul_kernel,
+        (blocks * cdiv(width, block_n),),
+        {"x": x, "w": weight, "out": out, "order": routing.order, "starts": routing.starts}
+        | {"weights": routing.weights if weighted else None, "blocks": blocks, "N": width, "K": depth},
+        {"EXPERTS": num_experts, "SHARED": 1 if x.shape[0] == num_pairs else routing.choices}
+        | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": num_stages},
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return out

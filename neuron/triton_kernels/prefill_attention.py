@@ -1,0 +1,244 @@
+"""Causal attention of prompts over the paged cache: sequences of any length in one launch.
+
+``out[t, h] = sum_s softmax_s(cap(scale q[t, h] . k[s, h / G])) v[s, h / G]`` over the cached tokens ``s`` of the row's
+sequence at or before it, and, with a sliding window, less than ``window`` before it; ``cap(x) = c tanh(x / c)``. The
+algorithm is FlashAttention-2 (arXiv:2307.08691): one pass over the keys with a running maximum and sum.
+
+The G = H / K query heads that share a key-value head are rows of one tile, so a tile of 128 rows is ``128 / G`` tokens
+and every key is read once for all of them. The grid is a bound that needs no look at device memory: T tokens in B
+sequences have at most ``T / tokens + B`` blocks, and a program finds its own by bisecting ``cu_seqlens``.
+
+Blocks that lie wholly before the diagonal skip the masks: with them the loop has a third more instructions.
+"""
+
+import math
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+
+from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.launch import Target, cdiv, launch, power_of_two, target_of
+
+LOG2_E: Final = 1.4426950408889634
+
+
+@triton.jit
+def capped(scores, soft_cap):
+    """Return ``soft_cap * tanh(scores / soft_cap)``; tanh by exp, which the interpreter has too."""
+    return soft_cap * (2.0 / (1.0 + tl.exp(-2.0 * scores / soft_cap)) - 1.0)
+
+
+@triton.jit
+def find_block(starts, first, last, block, BLOCK: tl.constexpr):
+    """Return the segment that ``block`` belongs to and the block's number in it.
+
+    Segment i, from ``starts[i]`` to ``starts[i + 1]``, is given the block numbers from
+    ``starts[i] // BLOCK + i`` (both counted from ``first``): never too few, at most one too many.
+    """
+    origin = tl.load(starts + first)
+    low, high = first, last
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (tl.load(starts + middle) - origin) // BLOCK + middle - first <= block:
+            low = middle
+        else:
+            high = middle
+    return low, block - (tl.load(starts + low) - origin) // BLOCK - (low - first)
+
+
+@triton.jit
+def _blocks(
+    accumulator,
+    total,
+    maximum,
+    q,
+    keys,
+    values,
+    pages,
+    begin,
+    end,
+    position,
+    context,
+    window,
+    scale_log2,
+    soft_cap,
+    MASKED: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    d = tl.arange(0, BLOCK_D)
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        cached = n < context
+        page = tl.load(pages + n // PAGE, mask=cached, other=0).to(tl.int64)
+        at = (page * PAGE + n % PAGE)[:, None] * (K * D) + d[None, :]
+        if D == BLOCK_D:
+            if MASKED:
+                k = tl.load(keys + at, mask=cached[:, None], other=0.0)
+            else:
+                k = tl.load(keys + at)
+        else:
+            k = tl.load(keys + at, mask=cached[:, None] & (d < D)[None, :], other=0.0)
+        scores = tl.dot(q, tl.trans(k))
+        if HAS_CAP:
+            scores = capped(scores * scale_log2 / 1.4426950408889634, soft_cap) * 1.4426950408889634
+        else:
+            scores = scores * scale_log2
+        if MASKED:
+            seen = n[None, :] <= position[:, None]
+            if HAS_WINDOW:
+                seen = seen & (n[None, :] > position[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(maximum, tl.max(scores, 1))
+        if HAS_WINDOW:
+            # A row may have seen nothing yet: its window begins in a later block.
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+        else:
+            shift = higher
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(maximum - shift)
+        total = total * fade + tl.sum(weights, 1)
+        accumulator = accumulator * fade[:, None]
+        if D == BLOCK_D:
+            if MASKED:
+                v = tl.load(values + at, mask=cached[:, None], other=0.0)
+            else:
+                v = tl.load(values + at)
+        else:
+            v = tl.load(values + at, mask=cached[:, None] & (d < D)[None, :], other=0.0)
+        accumulator = tl.dot(weights.to(v.dtype), v, accumulator)
+        maximum = higher
+    return accumulator, total, maximum
+
+
+@triton.jit(do_not_specialize=["table_stride", "first", "last", "window", "scale_log2", "soft_cap"])
+def _prefill_attention_kernel(
+    q,
+    key_cache,
+    value_cache,
+    out,
+    cu_seqlens,
+    page_table,
+    context_lens,
+    table_stride,
+    first,
+    last,
+    window,
+    scale_log2,
+    soft_cap,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    group: tl.constexpr = H // K
+    tokens: tl.constexpr = BLOCK_M // group
+    kv_head = tl.program_id(0)
+    # Late blocks have the most keys: they go first, so that the short ones fill the end.
+    sequence, block = find_block(cu_seqlens, first, last, tl.num_programs(1) - 1 - tl.program_id(1), tokens)
+    row_start = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - row_start
+    if block * tokens >= length:
+        return
+    context = tl.load(context_lens + sequence)
+
+    r = tl.arange(0, BLOCK_M)
+    token = block * tokens + r // group
+    inside = (token < length) & (r < tokens * group)
+    position = context - length + tl.minimum(token, length - 1)
+    d = tl.arange(0, BLOCK_D)
+    row = (row_start + token).to(tl.int64)
+    at = (row * H + kv_head * group + r % group)[:, None] * D + d[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    query = tl.load(q + at, mask=mask, other=0.0)
+
+    end = tl.minimum(context, context - length + (block + 1) * tokens)
+    if HAS_WINDOW:
+        begin = tl.maximum(context - length + block * tokens - window + 1, 0) // BLOCK_N * BLOCK_N
+        plain_end = begin
+    else:
+        begin = 0
+        # Keys up to the block's first query are seen by all of its rows.
+        plain_end = (context - length + block * tokens + 1) // BLOCK_N * BLOCK_N
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    keys = key_cache + kv_head * D
+    values = value_cache + kv_head * D
+    pages = page_table + sequence.to(tl.int64) * table_stride
+    if not HAS_WINDOW:
+        accumulator, total, maximum = _blocks(
+            accumulator, total, maximum, query, keys, values, pages, begin, plain_end, position, context,
+            window, scale_log2, soft_cap, False, K, D, PAGE, BLOCK_N, BLOCK_D, HAS_WINDOW, HAS_CAP, STAGES,
+        )  # fmt: skip
+    accumulator, total, maximum = _blocks(
+        accumulator, total, maximum, query, keys, values, pages, plain_end, end, position, context,
+        window, scale_log2, soft_cap, True, K, D, PAGE, BLOCK_N, BLOCK_D, HAS_WINDOW, HAS_CAP, STAGES,
+    )  # fmt: skip
+    tl.store(out + at, (accumulator / total[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+def prefill_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int]:
+    """Return BLOCK_M, BLOCK_N, warps and stages: the largest that spill nowhere (see ``bench/results/kernels.json``).
+
+    On Hopper 64 rows a warp group is what HGMMA needs.
+    """
+    if target.capability in (90, 100):
+        if head_dim > 128:
+            return (128, 32, 8, 2)
+        return (128, 64, 8, 2) if head_dim > 64 else (128, 64, 4, 3)
+    if head_dim > 128:
+        return (64, 32, 8, 1)
+    return (64, 32, 4, 2)
+
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    first_sequence: int = 0,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> None:
+    """Write the attention of every row from ``first_sequence`` on into ``out`` ``[T, H, D]``.
+
+    ``q`` is ``[T, H, D]``; the caches are ``[P, page, K, D]``; the rest is in :class:`Batch`. ``window`` and
+    ``soft_cap`` of 0 are off.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    page_size, num_kv_heads = key_cache.shape[1:3]
+    num_sequences = batch.context_lens.shape[0]
+    block_m, block_n, num_warps, num_stages = prefill_tiles(head_dim, target_of(q.device))
+    tokens = block_m // (num_heads // num_kv_heads)
+    launch(
+        _prefill_attention_kernel,
+        (num_kv_heads, cdiv(num_tokens - first_sequence, tokens) + num_sequences - first_sequence),
+        {"q": q, "key_cache": key_cache, "value_cache": value_cache, "out": out, "cu_seqlens": batch.cu_seqlens}
+        | {"page_table": batch.page_table, "context_lens": batch.context_lens}
+        | {"table_stride": batch.page_table.stride(0), "first": first_sequence, "last": num_sequences}
+        | {"window": window, "scale_log2": scale * LOG2_E, "soft_cap": soft_cap or math.inf},
+        {"H": num_heads, "K": num_kv_heads, "D": head_dim, "PAGE": page_size}
+        | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": power_of_two(head_dim)}
+        | {"HAS_WINDOW": window > 0, "HAS_CAP": soft_cap > 0, "STAGES": num_stages},
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )

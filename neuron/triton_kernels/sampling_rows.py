@@ -1,0 +1,40 @@
+"""What the rows of one step want of the sampler, as tensors: what the sampling kernel and its reference are told.
+
+It knows numbers and tables, not requests.
+"""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """What each of R rows asked for, on the device; V is the vocabulary. ``None`` is off for all rows."""
+
+    temperature: torch.Tensor
+    """``[R]`` float32; 0 is greedy."""
+    top_k: torch.Tensor
+    """``[R]`` int32; 0 is off."""
+    top_p: torch.Tensor
+    """``[R]`` float32; 1 is off."""
+    min_p: torch.Tensor
+    """``[R]`` float32; 0 is off."""
+    seeds: torch.Tensor
+    """``[R]`` int64"""
+    counters: torch.Tensor
+    """``[R]`` int32: tokens the row has generated."""
+    seats: torch.Tensor | None = None
+    """``[R]`` int32: the row's place in the two tables below."""
+    penalties: torch.Tensor | None = None
+    """``[R, 3]`` float32: repetition, presence, frequency."""
+    counts: torch.Tensor | None = None
+    """``[seats, V]`` int32: how often each token was generated; the drawn token is counted."""
+    in_prompt: torch.Tensor | None = None
+    """``[seats, V]`` bool"""
+    bias_tokens: torch.Tensor | None = None
+    """``[R, X]`` int32, -1 where there are fewer; no token twice."""
+    bias_values: torch.Tensor | None = None
+    """``[R, X]`` float32"""
+    allowed: torch.Tensor | None = None
+    """``[R, ceil(V / 32)]`` int32: bit ``v % 32`` of word ``v // 32`` says that token v may come."""

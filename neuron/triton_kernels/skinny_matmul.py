@@ -1,0 +1,283 @@
+"""``out = x w^T`` for 1 to 64 rows, where the time is that of reading ``w`` ``[N, K]`` once; with what surrounds it.
+
+Around the product, each where it is asked for:
+
+- *norm prologue*: ``x`` ``[M, K]`` is RMS-normalised. ``sum_k w x g / rms(x) = (sum_k w (x g)) / rms(x)``, so the mean
+  square is summed up in the same pass and divides the result: no second pass, no kernel of its own.
+- *gate and up*: ``w`` is ``[2 N, K]``; a program computes the same columns of both halves and stores ``f(gate) * up``.
+- *bias*, and *residual*: the product is added to ``residual`` ``[M, N]`` in place instead of stored.
+
+One row is a sum of products on the ordinary units, with a tile of weights in flight while the last is multiplied; 2 to
+64 rows are rows of a matrix tile. K is split over programs where N alone does not fill the chip; the last to arrive
+adds up (see :mod:`neuron.triton_kernels.workspace`). With dependent launch the first tile of weights, which no other
+kernel writes, is asked for before the wait for the activations.
+"""
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from neuron.triton_kernels.activation import activate
+from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+from neuron.triton_kernels.workspace import counters
+
+MAX_ROWS: Final = 64
+MAX_SPLITS: Final = 8
+
+
+@triton.jit
+def _weights(w, n, k, N, K, end):
+    """Return a tile of weights, which are read once: first to leave the cache."""
+    mask = (n < N)[:, None] & (k < end)[None, :]
+    at = n.to(tl.int64)[:, None] * K + k[None, :]
+    return tl.load(w + at, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["eps", "num_splits"])
+def _gemv_kernel(
+    x,
+    w,
+    norm,
+    bias,
+    residual,
+    out,
+    partial,
+    arrived,
+    N,
+    K,
+    eps,
+    num_splits,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    gated: tl.constexpr = ACTIVATION is not None
+    block, split = tl.program_id(0), tl.program_id(1)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_K)
+    share = tl.cdiv(tl.cdiv(K, BLOCK_K), num_splits) * BLOCK_K
+    begin = split * share
+    end = tl.minimum(begin + share, K)
+    if PDL:
+        cuda.gdc_launch_dependents()
+    first = _weights(w, n, begin + lane, N, K, end)
+    second = first
+    if gated:
+        second = _weights(w + N.to(tl.int64) * K, n, begin + lane, N, K, end)
+    if PDL:
+        cuda.gdc_wait()
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    more_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        k = start + lane
+        value = tl.load(x + k, mask=k < end, other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += value * value
+            value *= tl.load(norm + k, mask=k < end, other=0.0).to(tl.float32)
+        next_first = _weights(w, n, k + BLOCK_K, N, K, end)
+        if gated:
+            next_second = _weights(w + N.to(tl.int64) * K, n, k + BLOCK_K, N, K, end)
+            more_sums += second.to(tl.float32) * value[None, :]
+            second = next_second
+        sums += first.to(tl.float32) * value[None, :]
+        first = next_first
+    result = tl.sum(sums, 1)
+    gate_up = tl.sum(more_sums, 1)
+    square = tl.sum(squares, 0)
+    if num_splits > 1:
+        # Parts lie as [block, split, 3, BLOCK_N]; the third row holds the sum of squares.
+        at = partial + (block * num_splits + split) * (3 * BLOCK_N) + tl.arange(0, BLOCK_N)
+        tl.store(at, result)
+        tl.store(at + BLOCK_N, gate_up)
+        tl.store(at + 2 * BLOCK_N, tl.zeros([BLOCK_N], tl.float32) + square)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + block, 1, sem="acq_rel") < num_splits - 1:
+            return
+        tl.debug_barrier()
+        tl.store(arrived + block, 0)
+        result = tl.zeros([BLOCK_N], tl.float32)
+        gate_up = tl.zeros([BLOCK_N], tl.float32)
+        many = tl.zeros([BLOCK_N], tl.float32)
+        at = partial + block * num_splits * (3 * BLOCK_N) + tl.arange(0, BLOCK_N)
+        for _ in range(num_splits):
+            result += tl.load(at, cache_modifier=".cg")
+            gate_up += tl.load(at + BLOCK_N, cache_modifier=".cg")
+            many += tl.load(at + 2 * BLOCK_N, cache_modifier=".cg")
+            at += 3 * BLOCK_N
+        square = tl.max(many, 0)
+    if norm is not None:
+        scale = tl.rsqrt(square / K + eps)
+        result *= scale
+        gate_up *= scale
+    if bias is not None:
+        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if gated:
+        result = activate(result, ACTIVATION) * gate_up
+    if residual is not None:
+        result += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["M", "eps", "num_splits"])
+def _skinny_kernel(
+    x,
+    w,
+    norm,
+    bias,
+    residual,
+    out,
+    partial,
+    arrived,
+    M,
+    N,
+    K,
+    eps,
+    num_splits,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    gated: tl.constexpr = ACTIVATION is not None
+    block, split = tl.program_id(0), tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    share = tl.cdiv(tl.cdiv(K, BLOCK_K), num_splits) * BLOCK_K
+    begin = split * share
+    end = tl.minimum(begin + share, K)
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    more_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = (m < M)[:, None] & (k < end)[None, :]
+        value = tl.load(x + m[:, None] * K + k[None, :], mask=mask, other=0.0)
+        if norm is not None:
+            wide = value.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            gain = tl.load(norm + k, mask=k < end, other=0.0).to(tl.float32)
+            value = (wide * gain[None, :]).to(x.dtype.element_ty)
+        sums = tl.dot(value, tl.trans(_weights(w, n, k, N, K, end)), sums)
+        if gated:
+            up = _weights(w + N.to(tl.int64) * K, n, k, N, K, end)
+            more_sums = tl.dot(value, tl.trans(up), more_sums)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if num_splits > 1:
+        size: tl.constexpr = BLOCK_M * BLOCK_N
+        tile = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        at = partial + (block * num_splits + split) * (2 * size + BLOCK_M)
+        tl.store(at + tile, sums)
+        if gated:
+            tl.store(at + size + tile, more_sums)
+        tl.store(at + 2 * size + m, squares)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + block, 1, sem="acq_rel") < num_splits - 1:
+            return
+        tl.debug_barrier()
+        tl.store(arrived + block, 0)
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        more_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        at = partial + block * num_splits * (2 * size + BLOCK_M)
+        for _ in range(num_splits):
+            sums += tl.load(at + tile, cache_modifier=".cg")
+            if gated:
+                more_sums += tl.load(at + size + tile, cache_modifier=".cg")
+            squares += tl.load(at + 2 * size + m, cache_modifier=".cg")
+            at += 2 * size + BLOCK_M
+    if norm is not None:
+        scale = tl.rsqrt(squares / K + eps)[:, None]
+        sums *= scale
+        more_sums *= scale
+    if bias is not None:
+        sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if gated:
+        sums = activate(sums, ACTIVATION) * more_sums
+    at = m[:, None] * N + n[None, :]
+    if residual is not None:
+        sums += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=inside)
+
+
+def num_splits_for(num_blocks: int, depth: int, block_k: int, target: Target) -> int:
+    """Return into how many parts to split K: four programs a processor, but no part under four tiles."""
+    wanted = 4 * target.num_sms // max(num_blocks, 1)
+    return max(min(wanted, cdiv(depth, 4 * block_k), MAX_SPLITS), 1)
+
+
+def skinny_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the product ``[M, N]`` of ``x`` ``[M, K]``, contiguous, M up to 64, with ``weight``, and what is around it.
+
+    ``norm`` is the weight ``[K]`` and epsilon of the norm of ``x``. With ``activation`` ``"silu"`` or ``"gelu"``
+    ``weight`` is ``[2 N, K]``, else ``[N, K]``. ``residual`` ``[M, N]`` is added to, in place, and returned. Float16
+    takes no norm for more than one row: ``x g`` before the division by the root mean square can overflow it.
+    """
+    num_rows, depth = x.shape
+    width = weight.shape[0] // (2 if activation else 1)
+    if not 1 <= num_rows <= MAX_ROWS:
+        raise ValueError(f"a skinny matmul has 1 to {MAX_ROWS} rows, not {num_rows}")
+    if norm is not None and x.dtype == torch.float16 and num_rows > 1:
+        raise ValueError("the norm prologue of several float16 rows can overflow; normalise first")
+    target = target_of(x.device)
+    dependent = target.has_dependent_launch and x.device.type != "cpu"
+    out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
+    gain, eps = norm or (None, 0.0)
+    arguments = {"x": x, "w": weight, "norm": gain, "bias": bias, "residual": residual, "out": out}
+    if num_rows == 1:
+        block_n, block_k, num_warps = (4, 1024, 4) if activation else (8, 1024, 4)
+        num_blocks = cdiv(width, block_n)
+        splits = num_splits_for(num_blocks, depth, block_k, target)
+        partial = torch.empty((num_blocks * splits, 3 * block_n), dtype=torch.float32, device=x.device)
+        launch(
+            _gemv_kernel,
+            (num_blocks, splits),
+            {**arguments, "partial": partial, "arrived": counters(x.device, num_blocks)}
+            | {"N": width, "K": depth, "eps": eps, "num_splits": splits},
+            {"ACTIVATION": activation, "BLOCK_N": block_n, "BLOCK_K": block_k, "PDL": dependent},
+            num_warps=num_warps,
+            dependent_launch=dependent,
+        )
+        return out
+    block_m = 16 if num_rows <= 16 else 64
+    block_n, block_k, num_stages = skinny_tiles(block_m, target)
+    num_blocks = cdiv(width, block_n)
+    splits = num_splits_for(num_blocks, depth, block_k, target)
+    size = 2 * block_m * block_n + block_m
+    partial = torch.empty((num_blocks * splits, size), dtype=torch.float32, device=x.device)
+    launch(
+        _skinny_kernel,
+        (num_blocks, splits),
+        {**arguments, "partial": partial, "arrived": counters(x.device, num_blocks)}
+        | {"M": num_rows, "N": width, "K": depth, "eps": eps, "num_splits": splits},
+        {"ACTIVATION": activation, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        | {"STAGES": num_stages, "PDL": dependent},
+        num_warps=4,
+        num_stages=num_stages,
+        dependent_launch=dependent,
+    )
+    return out
+
+
+def skinny_tiles(block_m: int, target: Target) -> tuple[int, int, int]:
+    """Return BLOCK_N, BLOCK_K and stages: 32 to 64 KiB of weights in flight a program."""
+    if target.big_shared_memory:
+        return (32, 256, 3) if block_m == 16 else (32, 128, 4)
+    return (32, 128, 3) if block_m == 16 else (32, 64, 4)
