@@ -148,6 +148,14 @@ class EngineHarness:
         return {sent.sequence: sent.error for sent in self.sent if isinstance(sent, jobs.SequenceFailed)}
 
 
+@pytest.fixture(params=["eager", "native"])
+def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run models on the CPU in eager torch, or on the native kernels."""
+    monkeypatch.setenv("NEURON_CPU_KERNELS", "off" if request.param == "eager" else "on")
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
 def harness() -> Callable[..., EngineHarness]:
     return EngineHarness

@@ -42,6 +42,7 @@ FLOORS = {
     "neuron.device.driver": 0,
     "neuron.device.channel": 0,
     "neuron.device": 2,
+    "neuron.cpu_kernels": 0,
     "neuron.triton_kernels": 0,
     "neuron.models": 1,
     "neuron.engine": 3,

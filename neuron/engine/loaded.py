@@ -14,13 +14,16 @@ from cortex.wire.errors import ErrorInfo, UnprocessableError
 from cortex.wire.node import ModelSpec
 from neuron.device.jobs import LoadedModel, SequenceEnd, TokenRow
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
+from neuron.engine.native_runner import NativeRunner, shared_pool
 from neuron.engine.plan import build_plan
 from neuron.engine.runner import NOT_SAMPLED, Runner
 from neuron.engine.sampler import NON_FINITE
 from neuron.engine.scheduler import Limits, Scheduler
 from neuron.engine.sequence import Sequence
+from neuron.models import packed
 from neuron.models.config import ModelConfig
 from neuron.models.decoder import load_decoder
+from neuron.models.packed_weights import load_packed
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan, plan_memory
 from neuron.models.weights import open_weights
 
@@ -38,7 +41,7 @@ class Outcome:
 class Model:
     """A loaded model with its scheduler and its runner."""
 
-    def __init__(self, name: str, config: ModelConfig, plan: MemoryPlan, runner: Runner) -> None:
+    def __init__(self, name: str, config: ModelConfig, plan: MemoryPlan, runner: Runner | NativeRunner) -> None:
         self.name = name
         self.config = config
         self.plan = plan
@@ -133,7 +136,14 @@ def load_model(
     try:
         plan = plan_memory(source.config, spec, str(device), free_bytes())
         yield 0.0
-        weights = yield from load_decoder(source, getattr(torch, plan.dtype), device)
+        runner: Runner | NativeRunner
+        if plan.native:
+            runner = NativeRunner(source.config, (yield from load_packed(source, plan.dtype, shared_pool())), plan)
+        else:
+            if device.type == "cpu":
+                logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
+            weights = yield from load_decoder(source, getattr(torch, plan.dtype), device)
+            runner = Runner(source.config, weights, plan, device)
     finally:
         source.close()
-    return Model(spec.id, source.config, plan, Runner(source.config, weights, plan, device))
+    return Model(spec.id, source.config, plan, runner)

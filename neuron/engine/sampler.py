@@ -70,6 +70,14 @@ class Sampler:
             self._in_prompt[seat] = False
             self._in_prompt[seat, torch.from_numpy(prompt).to(self._device, torch.int64)] = True
 
+    def takes_likeliest(self, seats: Int32Array) -> bool:
+        """Return whether every one of ``seats`` takes the likeliest token of its logits as they are."""
+        return not (
+            self._temperature[seats].any()
+            or self._penalised[seats].any()
+            or (self._bias and not self._bias.keys().isdisjoint(seats.tolist()))
+        )
+
     def sample(self, logits: torch.Tensor, seats: Int32Array, num_output: Int32Array) -> torch.Tensor:
         """Return the next token id int32 ``[R]`` of each row of ``logits`` ``[R, V]`` float32, which are overwritten.
 

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
-from neuron.models.architecture import Architecture
+from neuron.models.architecture import Architecture, gguf_name
 from neuron.models.errors import (
     CorruptWeightsError,
     UnsupportedArchitectureError,
@@ -60,6 +60,8 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     bos_id: int | None
     generation: GenerationDefaults
+    tensor_kinds: Mapping[str, TensorKind] = dataclasses.field(default_factory=dict)
+    """How a GGUF file stores each tensor, by safetensors name; empty for a folder, where all are floats."""
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every tensor of the checkpoint by its safetensors name: what must be there and nothing else."""
@@ -212,7 +214,8 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
     if fields.size("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedRopeError(f"{path}: a rotary embedding of part of the head is not supported")
     eos = [values.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    return _checked(
+    kinds = {tensor.name: tensor.kind for tensor in header.tensors}
+    config = _checked(
         path,
         ModelConfig(
             architecture=architecture,
@@ -234,6 +237,8 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
             generation=_generation(path, values, GGUF_GENERATION_KEYS),
         ),
     )
+    stored = {name: kinds[gguf_name(name)] for name in config.tensor_shapes() if gguf_name(name) in kinds}
+    return dataclasses.replace(config, tensor_kinds=stored)
 
 
 GGUF_GENERATION_KEYS: Final = {

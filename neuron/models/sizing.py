@@ -6,11 +6,13 @@ disagree. It knows sizes only; who holds the free bytes, and whether some could 
 
 import dataclasses
 import functools
+import os
 import pathlib
 from typing import Final
 
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
+from neuron.models import packed
 from neuron.models.config import DTYPE_BYTES, ModelConfig
 from neuron.models.errors import DoesNotFitError
 
@@ -18,6 +20,10 @@ PAGE_TOKENS: Final = 16
 """Tokens of one page of the KV cache: the unit of admission, and a tile's height in the kernels."""
 MIN_CONTEXT_TOKENS: Final = 512
 """A model that can hold less than this of its own context is refused: loaded, it could not serve."""
+
+
+SAMPLER_BYTES: Final = 4 + 4 + 8 + 4 + 1
+"""Per row and token of the vocabulary: logits, probabilities, their float64 running sum, counts, the prompt's mask."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,6 +60,8 @@ class MemoryPlan:
     weights_bytes: int
     kv_cache_bytes: int
     workspace_bytes: int
+    native: bool = False
+    """Runs on the CPU kernels; ``dtype`` is then that of the cache and of what the file stores as floats."""
 
     @property
     def total_bytes(self) -> int:
@@ -67,7 +75,10 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
     Raises :class:`DoesNotFitError` if there is none, :class:`InvalidRequestError` if the spec contradicts itself.
     """
     defaults = CPU_DEFAULTS if device.startswith("cpu") else CUDA_DEFAULTS
+    native = device.startswith("cpu") and packed.obstacle(config) is None
     dtype = resolve_dtype(spec.dtype, device)
+    if native and spec.dtype == "auto":
+        dtype = "bfloat16"  # the kernels take bfloat16 apart where the processor cannot multiply it
     for name in ("context_tokens", "max_sequences", "kv_cache_bytes"):
         if getattr(spec, name) < 0:
             raise InvalidRequestError(f"{name} is {getattr(spec, name)}; it cannot be negative", param=name)
@@ -82,6 +93,13 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
     page_bytes = PAGE_TOKENS * config.kv_bytes_per_token(dtype)
     # The eager attention gathers one layer's pages before it reads them: so much more per page.
     gather_bytes = -(-page_bytes // config.num_layers)
+    if native:
+        weights_bytes = packed.weights_bytes(config, dtype)
+        rows = max(defaults.step_tokens, max_sequences + PAGE_TOKENS)
+        fixed_bytes = packed.arena_bytes(config, rows, max_sequences, os.cpu_count() or 1)
+        fixed_bytes += max_sequences * config.vocab_size * SAMPLER_BYTES
+        page_bytes = packed.page_bytes(config, dtype, PAGE_TOKENS)
+        gather_bytes = 0
 
     needed_tokens = spec.context_tokens or min(MIN_CONTEXT_TOKENS, config.context_tokens)
     needed_pages = -(-needed_tokens // PAGE_TOKENS)
@@ -114,6 +132,7 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
         weights_bytes=weights_bytes,
         kv_cache_bytes=num_pages * page_bytes,
         workspace_bytes=fixed_bytes + num_pages * gather_bytes,
+        native=native,
     )
 
 
@@ -125,7 +144,7 @@ def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, max_seque
     """
     width = 3 * config.intermediate_size + 4 * config.hidden_size
     width += (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return step_tokens * width * DTYPE_BYTES[dtype] + max_sequences * config.vocab_size * (4 + 4 + 8 + 4 + 1)
+    return step_tokens * width * DTYPE_BYTES[dtype] + max_sequences * config.vocab_size * SAMPLER_BYTES
 
 
 def resolve_dtype(requested: str, device: str) -> str:

@@ -4,6 +4,7 @@ Files are memory-mapped, and a tensor is converted on its way into the memory wh
 but the piece in flight. The set of names and shapes is checked against the configuration before any byte is moved.
 """
 
+import dataclasses
 import json
 import mmap
 import pathlib
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from neuron.models.architecture import gguf_name
 from neuron.models.config import ModelConfig, config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
-from neuron.models.gguf import BLOCKS, TensorInfo, read_header
+from neuron.models.gguf import BLOCKS, TensorInfo, TensorKind, read_header
 
 PIECE_ELEMENTS: Final = 1 << 18
 """Elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between passes."""
@@ -26,7 +27,23 @@ DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", "rope_freqs.weight")
 SAFETENSORS_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 HEAD_TENSORS: Final = tuple(f"self_attn.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
 
+STORED_KINDS: Final = {
+    torch.float32: TensorKind.F32,
+    torch.float16: TensorKind.F16,
+    torch.bfloat16: TensorKind.BF16,
+}
+
 PackedBytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A view of a tensor's bytes."""
+
+    kind: TensorKind
+    packed: PackedBytes
+    interleaves_heads: bool
+    """The rows of each head are stored as pairs of its halves, see :class:`Architecture`."""
 
 
 class WeightSource(Protocol):
@@ -40,8 +57,11 @@ class WeightSource(Protocol):
     def read_into(self, name: str, destination: torch.Tensor) -> None:
         """Copy one tensor into ``destination``, of the same shape and of any float dtype and device."""
 
+    def read_stored(self, name: str) -> "StoredTensor | None":
+        """Return one tensor as the file has it, without a copy; ``None`` if that is no kind of GGUF's."""
+
     def close(self) -> None:
-        """Unmap the files."""
+        """Unmap the files. No stored tensor may be in use."""
 
 
 def open_weights(path: pathlib.Path) -> WeightSource:
@@ -122,6 +142,12 @@ class SafetensorsSource:
             raise UnsupportedQuantizationError(f"{self._folder / file_name}: {name} is stored as {stored}")
         destination.copy_(self._files[file_name].get_tensor(name))
 
+    def read_stored(self, name: str) -> StoredTensor | None:
+        """Return the mapped tensor."""
+        tensor = self._files[self._file_of[name]].get_tensor(name)
+        kind = STORED_KINDS.get(tensor.dtype)
+        return None if kind is None else StoredTensor(kind, tensor.view(torch.uint8).reshape(-1).numpy(), False)
+
     def close(self) -> None:
         """Unmap the files."""
         self._files.clear()
@@ -154,6 +180,13 @@ class GgufSource:
         for start in range(0, len(packed), step):
             values = self._dequantize(tensor, packed[start : start + step])
             flat[start * block :][: len(values)].copy_(torch.from_numpy(values))
+
+    def read_stored(self, name: str) -> StoredTensor:
+        """Return the mapped blocks."""
+        tensor = self._tensors[name]
+        packed = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
+        interleaves = self.config.architecture.gguf_interleaves_heads and name.endswith(HEAD_TENSORS)
+        return StoredTensor(tensor.kind, packed, interleaves)
 
     def _packed(self, name: str, tensor: TensorInfo) -> PackedBytes:
         """Return a tensor's bytes with its rows in the order that a rotate-half embedding wants.

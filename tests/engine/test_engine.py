@@ -19,13 +19,15 @@ from neuron.device.jobs import SequenceEnd
 from neuron.engine import loaded
 from neuron.engine.engine import Engine
 from neuron.engine.errors import raise_device_fault
+from neuron.engine.native_runner import NativeRunner
+from neuron.models import packed
 
 PROMPT = list(range(3, 43))
 HALF_A_TOKEN = jobs.Generate(1, "m", b"abc", 1, (), jobs.SamplerSettings())
 
 
 @pytest.fixture
-def driver(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> Any:
+def driver(executor: str, harness: Callable[..., Any], tiny_llama: pathlib.Path) -> Any:
     found = harness()
     answer = found.load(tiny_llama)
     assert isinstance(answer, jobs.Done), answer
@@ -54,14 +56,41 @@ def test_a_load_reports_its_progress_and_its_plan(driver: Any) -> None:
     result = done.result
     assert (result.model, result.architecture, result.dtype) == ("m", "llama", "float32")
     assert result.context_tokens == 512
-    assert result.weights_bytes == sum(tensor.nbytes for tensor in weights_of(driver))
-    keys, values = model_of(driver).runner._keys, model_of(driver).runner._values
-    page_bytes = (keys[:, 0].numel() + values[:, 0].numel()) * 4
-    assert result.kv_cache_bytes == keys.nbytes + values.nbytes - page_bytes
+    assert result.weights_bytes == weights_bytes_of(driver)
+    # All but page 0, which is nobody's.
+    caches = caches_of(driver)
+    assert result.kv_cache_bytes == sum(cache[1:].nbytes for cache in caches)
+    assert all(cache.dtype is torch.float32 for cache in caches)
 
 
-def weights_of(driver: Any) -> list[torch.Tensor]:
-    weights = model_of(driver).runner._weights
+def caches_of(driver: Any) -> list[torch.Tensor]:
+    """The caches with their pages first."""
+    runner = model_of(driver).runner
+    if isinstance(runner, NativeRunner):
+        return [runner._cache]
+    return [runner._keys.transpose(0, 1), runner._values.transpose(0, 1)]
+
+
+def poison(driver: Any, token: int) -> None:
+    """Make the embedding of one token NaN."""
+    runner = model_of(driver).runner
+    if isinstance(runner, NativeRunner):
+        # The first matrix of the region: float32 blocks of 16 rows.
+        hidden = runner.config.hidden_size
+        blocks = runner._weights.region[: 4 * packed.padded(131) * hidden].view(np.float32).reshape(-1, hidden, 16)
+        blocks[token // 16, :, token % 16] = np.nan
+    else:
+        runner._weights.embedding[token] = float("nan")
+
+
+def weights_bytes_of(driver: Any) -> int:
+    runner = model_of(driver).runner
+    if isinstance(runner, NativeRunner):
+        return len(runner._weights.region)
+    return sum(tensor.nbytes for tensor in tensors_of(runner._weights))
+
+
+def tensors_of(weights: Any) -> list[torch.Tensor]:
     layers = [getattr(layer, name) for layer in weights.layers for name in layer.__slots__]
     return [tensor for tensor in (weights.embedding, weights.norm, weights.head, *layers) if tensor is not None]
 
@@ -198,9 +227,8 @@ def test_a_number_that_runs_already_is_refused_and_the_first_goes_on(driver: Any
 
 def test_a_nan_is_its_own_sequences_error(driver: Any) -> None:
     """One token's embedding is poisoned: who uses it fails; who shares the batch, or gets the pages next, does not."""
-    runner = model_of(driver).runner
     plain = {number: reference_output(driver, PROMPT[: 10 + number], 30) for number in range(4)}
-    runner._weights.embedding[100] = float("nan")
+    poison(driver, 100)
     for number in range(4):
         driver.generate(number, PROMPT[: 10 + number], 30)
     driver.generate(50, [*PROMPT, 100, *PROMPT], 30)
@@ -211,8 +239,7 @@ def test_a_nan_is_its_own_sequences_error(driver: Any) -> None:
     assert sorted(driver.failures()) == [50, *range(51, 58)]
     assert {error.code for error in driver.failures().values()} == {"non_finite_logits"}
     assert {number: driver.outputs()[number] for number in range(4)} == plain
-    assert not runner._keys.isnan().any()
-    assert not runner._values.isnan().any()
+    assert not any(cache.isnan().any() for cache in caches_of(driver))
     driver.sent.clear()
     for number in range(60, 76):
         driver.generate(number, PROMPT[:11], 30)
@@ -221,7 +248,7 @@ def test_a_nan_is_its_own_sequences_error(driver: Any) -> None:
 
 
 def test_a_nan_in_a_chunk_fails_before_the_prompt_is_done(driver: Any) -> None:
-    model_of(driver).runner._weights.embedding[100] = float("nan")
+    poison(driver, 100)
     driver.generate(1, PROMPT[:5], 400)
     driver.engine.step()
     driver.generate(2, [100] * 300, 5)
@@ -395,7 +422,9 @@ def num_tensors() -> int:
     return sum(type(found) is torch.Tensor for found in gc.get_objects())
 
 
-def test_unload_returns_every_byte(harness: Callable[..., Any], make_checkpoint: Callable[..., pathlib.Path]) -> None:
+def test_unload_returns_every_byte(
+    executor: str, harness: Callable[..., Any], make_checkpoint: Callable[..., pathlib.Path]
+) -> None:
     """12 MB of weights and some touched cache, loaded and dropped again and again: the process does not grow."""
     path = make_checkpoint("llama", hidden_size=384, intermediate_size=1024, vocab_size=2000, num_hidden_layers=2)
     driver = harness()

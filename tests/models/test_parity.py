@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from neuron.cpu_kernels import native
+
 NUM_TOKENS = 64
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"kind": "llama"},
@@ -45,6 +47,9 @@ class Recorder:
         self._scheduler = scheduler
         self.logits: dict[int, list[torch.Tensor]] = {}
         self.admit = sampler.admit
+
+    def takes_likeliest(self, seats: np.ndarray[Any, Any]) -> bool:
+        return False
 
     def sample(self, logits: torch.Tensor, seats: np.ndarray[Any, Any], num_output: np.ndarray[Any, Any]) -> Any:
         number_of = {sequence.seat: number for number, sequence in self._scheduler.running.items()}
@@ -90,6 +95,15 @@ def run_engine(
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     error = (found - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert error.max() < 1e-3, f"relative error {error.max():.2e} at step {int(error.argmax())}"
+
+
+@pytest.fixture(params=["eager", *native.levels()], autouse=True)
+def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager torch, and the native kernels at every level that this processor has."""
+    if request.param == "eager":
+        monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    else:
+        monkeypatch.setenv("NEURON_CPU_LEVEL", request.param)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

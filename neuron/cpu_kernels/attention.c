@@ -1,0 +1,247 @@
+/* Causal attention of query rows over a paged cache, with the rotary embedding and the cache's write.
+ *
+ *     out[t, h] = softmax(scale q[t, h] . k[0..p(t)]) v[0..p(t)]          k, v of kv head h / (H / K)
+ *
+ * A page of one kv head holds 16 tokens: keys as [D / 2][16 tokens][2] bfloat16 (or [D][16] float32), so that a register
+ * of scores is 16 tokens and needs no horizontal sum; values as [16 tokens][D padded to 16]. A task reads its pages once
+ * for all its queries (the heads that share a kv head, times a few rows of a prompt), in blocks of SCORE_TOKENS: scores,
+ * online softmax (arXiv:1805.02867), weighted values with the sums in registers. Scores and sums are float32.
+ * Reference: paged_attention and rope_and_cache of neuron.triton_kernels.reference.
+ */
+#include "kernels.h"
+#include "simd.h"
+
+#include <math.h>
+
+/* Normalise one head where the model does, and rotate its halves (i, i + D / 2), as arXiv:2104.09864 in pairs. */
+static void rotate(const struct attention *a, const float *x, int head, int row, float scale, float *out) {
+    int dim = a->head_dim, half = dim / 2;
+    const float *cosine = a->cosine + (size_t)row * (size_t)half, *sine = a->sine + (size_t)row * (size_t)half;
+    float normed[dim];
+    if (a->qk_norm != NULL) {
+        const float *weight = a->qk_norm + (size_t)head * (size_t)dim;
+        float sum = 0;
+        for (int i = 0; i < dim; i++) sum += x[i] * x[i];
+        float factor = 1.0f / sqrtf(sum / (float)dim + a->eps);
+        for (int i = 0; i < dim; i++) normed[i] = x[i] * factor * weight[i];
+        x = normed;
+    }
+    for (int i = 0; i < half; i++) {
+        out[i] = (x[i] * cosine[i] - x[i + half] * sine[i]) * scale;
+        out[i + half] = (x[i + half] * cosine[i] + x[i] * sine[i]) * scale;
+    }
+}
+
+void LEVEL(write_kv)(const struct attention *a, int row, int kv_head, int page, int offset) {
+    int dim = a->head_dim;
+    const float *from = a->qkv + (size_t)row * a->qkv_stride;
+    const float *value = from + a->value_column + kv_head * dim;
+    uint8_t *keys = a->keys + (size_t)page * a->page_stride + (size_t)kv_head * a->head_stride;
+    uint8_t *values = a->values + (size_t)page * a->page_stride + (size_t)kv_head * a->head_stride;
+    float key[dim];
+    rotate(a, from + a->key_column + kv_head * dim, a->num_heads + kv_head, row, 1.0f, key);
+    if (a->kv_float32) {
+        for (int i = 0; i < dim; i++) memcpy(keys + 4 * (16 * i + offset), &key[i], 4);
+        memcpy(values + 4 * offset * round_up(dim, 16), value, (size_t)dim * 4);
+        return;
+    }
+    uint8_t *to = values + 2 * offset * round_up(dim, 16);
+    for (int i = 0; i < dim; i += 2) {
+        uint16_t pair[2] = {float_to_bf16(key[i]), float_to_bf16(key[i + 1])};
+        uint16_t two[2] = {float_to_bf16(value[i]), float_to_bf16(value[i + 1])};
+        memcpy(keys + 4 * (16 * (i / 2) + offset), pair, 4);
+        memcpy(to + 2 * i, two, 4);
+    }
+}
+
+/* Scores of num_queries (a constant where this is inlined) with the 16 tokens of a page. */
+INLINE void page_scores(const int num_queries, const int is_float32, const float *q, int stride, int dim,
+                        const uint8_t *keys, float *scores) {
+    vf acc[SCORE_ROWS];
+    UNROLL for (int r = 0; r < num_queries; r++) acc[r] = vf_zero();
+    if (is_float32) {
+        for (int i = 0; i < dim; i++) {
+            float lanes[16];
+            memcpy(lanes, keys + 64 * i, sizeof lanes);
+            vf k = vf_load(lanes);
+            UNROLL for (int r = 0; r < num_queries; r++) acc[r] = vf_fma(k, vf_set1(q[r * stride + i]), acc[r]);
+        }
+    } else {
+        for (int i = 0; i < dim; i += 2) {
+            vf even, odd;
+            uint16_t pairs[32];
+            memcpy(pairs, keys + 32 * i, sizeof pairs);
+            vf_load_pairs(pairs, &even, &odd);
+            UNROLL for (int r = 0; r < num_queries; r++) {
+                acc[r] = vf_fma(even, vf_set1(q[r * stride + i]), acc[r]);
+                acc[r] = vf_fma(odd, vf_set1(q[r * stride + i + 1]), acc[r]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < num_queries; r++) vf_store(scores + r * SCORE_TOKENS, acc[r]);
+}
+
+/* out[r] += weights[r] values for num_queries and num_vectors registers of the head (constants where inlined). */
+INLINE void weigh(const int num_queries, const int num_vectors, const int is_float32, const struct attention *a,
+                  const int32_t *pages, const uint8_t *base, int tokens, const float *weights, float *out) {
+    int padded = round_up(a->head_dim, 16);
+    size_t size = is_float32 ? 4 : 2;
+    vf acc[VALUE_ROWS][VALUE_VECTORS];
+    UNROLL for (int r = 0; r < num_queries; r++)
+        UNROLL for (int i = 0; i < num_vectors; i++) acc[r][i] = vf_load(out + r * padded + 16 * i);
+    for (int token = 0; token < tokens; token++) {
+        const uint8_t *from = base + (size_t)pages[token / PAGE_TOKENS] * a->page_stride +
+                              size * (size_t)(token % PAGE_TOKENS * padded);
+        vf value[VALUE_VECTORS];
+        UNROLL for (int i = 0; i < num_vectors; i++) {
+            if (is_float32) {
+                float lanes[16];
+                memcpy(lanes, from + 64 * i, sizeof lanes);
+                value[i] = vf_load(lanes);
+            } else {
+                uint16_t lanes[16];
+                memcpy(lanes, from + 32 * i, sizeof lanes);
+                value[i] = vf_load_bf16(lanes);
+            }
+        }
+        UNROLL for (int r = 0; r < num_queries; r++) {
+            vf weight = vf_set1(weights[r * SCORE_TOKENS + token]);
+            UNROLL for (int i = 0; i < num_vectors; i++) acc[r][i] = vf_fma(weight, value[i], acc[r][i]);
+        }
+    }
+    UNROLL for (int r = 0; r < num_queries; r++)
+        UNROLL for (int i = 0; i < num_vectors; i++) vf_store(out + r * padded + 16 * i, acc[r][i]);
+}
+
+INLINE void score_block(const int is_float32, const struct attention *a, const int32_t *pages, const uint8_t *base,
+                        int tokens, const float *q, int num_queries, float *scores) {
+    int padded = round_up(a->head_dim, 16);
+    for (int token = 0; token < tokens; token += PAGE_TOKENS) {
+        const uint8_t *keys = base + (size_t)pages[token / PAGE_TOKENS] * a->page_stride;
+        int r = 0;
+        for (; r + SCORE_ROWS <= num_queries; r += SCORE_ROWS)
+            page_scores(SCORE_ROWS, is_float32, q + r * padded, padded, a->head_dim, keys,
+                        scores + r * SCORE_TOKENS + token);
+        for (; r + 3 <= num_queries && SCORE_ROWS >= 3; r += 3)
+            page_scores(3, is_float32, q + r * padded, padded, a->head_dim, keys, scores + r * SCORE_TOKENS + token);
+        for (; r < num_queries; r++)
+            page_scores(1, is_float32, q + r * padded, padded, a->head_dim, keys, scores + r * SCORE_TOKENS + token);
+    }
+}
+
+INLINE void weigh_block(const int is_float32, const struct attention *a, const int32_t *pages, const uint8_t *base,
+                        int tokens, const float *weights, int num_queries, float *out) {
+    int padded = round_up(a->head_dim, 16);
+    size_t size = is_float32 ? 4 : 2;
+    int i = 0;
+    for (; i + 16 * VALUE_VECTORS <= padded; i += 16 * VALUE_VECTORS) {
+        int r = 0;
+        const uint8_t *column = base + size * (size_t)i;
+        for (; r + VALUE_ROWS <= num_queries; r += VALUE_ROWS)
+            weigh(VALUE_ROWS, VALUE_VECTORS, is_float32, a, pages, column, tokens, weights + r * SCORE_TOKENS,
+                  out + r * padded + i);
+        for (; r + 3 <= num_queries && VALUE_ROWS >= 3; r += 3)
+            weigh(3, VALUE_VECTORS, is_float32, a, pages, column, tokens, weights + r * SCORE_TOKENS,
+                  out + r * padded + i);
+        for (; r < num_queries; r++)
+            weigh(1, VALUE_VECTORS, is_float32, a, pages, column, tokens, weights + r * SCORE_TOKENS,
+                  out + r * padded + i);
+    }
+    for (; i < padded; i += 16)
+        for (int r = 0; r < num_queries; r++)
+            weigh(1, 1, is_float32, a, pages, base + size * (size_t)i, tokens, weights + r * SCORE_TOKENS,
+                  out + r * padded + i);
+}
+
+void LEVEL(attend)(const struct attention *a, const struct attention_task *t, float *scratch) {
+    int dim = a->head_dim, padded = round_up(dim, 16), num_queries = t->num_rows * t->num_heads;
+    float *q = scratch, *out = q + MAX_TASK_QUERIES * padded, *scores = out + MAX_TASK_QUERIES * padded;
+    float largest[MAX_TASK_QUERIES], total[MAX_TASK_QUERIES];
+    const uint8_t *keys = a->keys + (size_t)t->kv_head * a->head_stride;
+    const uint8_t *values = a->values + (size_t)t->kv_head * a->head_stride;
+    if (t->writes)
+        LEVEL(write_kv)(a, t->first_row, t->kv_head, t->pages[t->position / PAGE_TOKENS], t->position % PAGE_TOKENS);
+    for (int r = 0; r < num_queries; r++) {
+        int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;
+        rotate(a, a->qkv + (size_t)row * a->qkv_stride + head * dim, head, row, a->scale, q + r * padded);
+        for (int i = 0; i < padded; i++) out[r * padded + i] = 0;
+        largest[r] = -INFINITY;
+        total[r] = 0;
+    }
+    for (int start = t->first_token; start < t->end_token; start += SCORE_TOKENS) {
+        int tokens = t->end_token - start < SCORE_TOKENS ? t->end_token - start : SCORE_TOKENS;
+        const int32_t *pages = t->pages + start / PAGE_TOKENS;
+        if (a->kv_float32)
+            score_block(1, a, pages, keys, tokens, q, num_queries, scores);
+        else
+            score_block(0, a, pages, keys, tokens, q, num_queries, scores);
+        for (int r = 0; r < num_queries; r++) {
+            float *row = scores + r * SCORE_TOKENS;
+            int seen = t->position + r / t->num_heads + 1 - start;
+            seen = seen < 0 ? 0 : seen < tokens ? seen : tokens;
+            /* Beyond what the row sees: page padding, other rows' tokens. Whole registers, so that the rest is 0. */
+            int whole = round_up(tokens, 16);
+            for (int i = seen; i < whole; i++) row[i] = -INFINITY;
+            if (seen == 0) {
+                memset(row, 0, (size_t)whole * 4);
+                continue;
+            }
+            vf most = vf_set1(largest[r]);
+            for (int i = 0; i < seen; i += 16) most = vf_max(most, vf_load(row + i));
+            float now = vf_reduce_max(most);
+            vf sum = vf_zero(), by = vf_set1(now);
+            int i = 0;
+            for (; i < seen; i += 16) {
+                vf weight = vf_exp(vf_sub(vf_load(row + i), by));
+                vf_store(row + i, weight);
+                if (i + 16 <= seen) sum = vf_add(sum, weight);
+            }
+            float tail = 0;
+            if (seen % 16 != 0)
+                for (int j = seen & ~15; j < seen; j++) tail += row[j];
+            for (int j = seen; j < whole; j++) row[j] = 0;
+            float correction = largest[r] == -INFINITY ? 0.0f : expf(largest[r] - now);
+            total[r] = total[r] * correction + vf_sum(sum) + tail;
+            if (correction != 1.0f)
+                for (int j = 0; j < padded; j += 16)
+                    vf_store(out + r * padded + j, vf_mul(vf_load(out + r * padded + j), vf_set1(correction)));
+            largest[r] = now;
+        }
+        if (a->kv_float32)
+            weigh_block(1, a, pages, values, tokens, scores, num_queries, out);
+        else
+            weigh_block(0, a, pages, values, tokens, scores, num_queries, out);
+    }
+    for (int r = 0; r < num_queries; r++) {
+        int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;
+        if (t->part < 0) {
+            float *to = a->out + (size_t)row * a->out_stride + head * dim, inverse = 1.0f / total[r];
+            for (int i = 0; i < dim; i++) to[i] = out[r * padded + i] * inverse;
+            continue;
+        }
+        size_t number = ((size_t)row * (size_t)a->num_heads + (size_t)head) * (size_t)a->max_parts + (size_t)t->part;
+        float *part = a->parts + number * (size_t)(padded + 2);
+        memcpy(part, out + r * padded, (size_t)padded * 4);
+        part[padded] = largest[r];
+        part[padded + 1] = total[r];
+    }
+}
+
+void LEVEL(merge_parts)(const struct attention *a, int row, int num_parts, float *out) {
+    int dim = a->head_dim, padded = round_up(dim, 16);
+    for (int head = 0; head < a->num_heads; head++, out += dim) {
+        size_t number = ((size_t)row * (size_t)a->num_heads + (size_t)head) * (size_t)a->max_parts;
+        const float *parts = a->parts + number * (size_t)(padded + 2);
+        float largest = -INFINITY, total = 0;
+        for (int p = 0; p < num_parts; p++) largest = fmaxf(largest, parts[p * (padded + 2) + padded]);
+        for (int i = 0; i < dim; i++) out[i] = 0;
+        for (int p = 0; p < num_parts; p++) {
+            const float *part = parts + p * (padded + 2);
+            float weight = expf(part[padded] - largest);
+            total += weight * part[padded + 1];
+            for (int i = 0; i < dim; i++) out[i] += weight * part[i];
+        }
+        float inverse = 1.0f / total;
+        for (int i = 0; i < dim; i++) out[i] *= inverse;
+    }
+}

@@ -1,0 +1,39 @@
+/* Which kernels this processor can run. Asked of the compiler's run time, which also asks whether the system saves the
+ * wide registers. */
+#include "kernels.h"
+
+extern const struct kernels kernels_portable;
+#ifdef NEURON_X86
+extern const struct kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#endif
+
+static int list(const struct kernels *found[4]) {
+    int count = 0;
+#ifdef NEURON_X86
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                 __builtin_cpu_supports("avx512vnni");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &kernels_avx512_bf16;
+    if (avx512) found[count++] = &kernels_avx512;
+    if (avx2) found[count++] = &kernels_avx2;
+#endif
+    found[count++] = &kernels_portable;
+    return count;
+}
+
+const struct kernels *kernels_at(int index) {
+    const struct kernels *found[4];
+    int count = list(found);
+    return index >= 0 && index < count ? found[index] : NULL;
+}
+
+const struct kernels *best_kernels(void) { return kernels_at(0); }
+
+const struct kernels *find_kernels(const char *name) {
+    const struct kernels *found;
+    for (int i = 0; (found = kernels_at(i)) != NULL; i++)
+        if (strcmp(found->name, name) == 0) return found;
+    return NULL;
+}

@@ -1,0 +1,95 @@
+/* The operations of a step as a table of functions: one table a dispatch level, the same signatures in each. */
+#ifndef NEURON_KERNELS_H
+#define NEURON_KERNELS_H
+
+#include "formats.h"
+
+/* What becomes of the products of one block of rows. */
+enum epilogue {
+    STORE,  /* y = w x + bias */
+    ADD,    /* y += w x + bias */
+    SWIGLU, /* blocks alternate gate, up: y = silu(gate) up, at half the row number */
+    ARGMAX, /* keep the largest product of each x, and whether all were finite */
+};
+
+/* The likeliest token of one row so far. */
+struct best {
+    float value;
+    int32_t index;    /* -1: none yet */
+    float not_finite; /* 0, or NaN once a product was infinite or no number */
+};
+
+/* y[T, rows] = x[T, columns] w[rows, columns]^T. x is in the form that w's format multiplies (activation_bytes). */
+struct matmul {
+    const struct matrix *w;
+    const uint8_t *x;
+    size_t x_stride; /* bytes */
+    float *y;
+    size_t y_stride; /* floats */
+    struct best *best; /* [T], ARGMAX only */
+    int num_x;       /* T */
+    int valid_rows;  /* ARGMAX only: rows that are no padding */
+    enum epilogue epilogue;
+};
+
+/* A run of query rows of one sequence against a run of its pages, for some heads of one key-value head. */
+struct attention_task {
+    const int32_t *pages; /* the sequence's page table */
+    int32_t first_row;    /* in the step */
+    int32_t num_rows;
+    int32_t position;   /* of the first row; the rows follow one another */
+    int32_t first_head;
+    int32_t num_heads;  /* which share kv_head */
+    int32_t kv_head;
+    int32_t first_token; /* of the context, a multiple of the page */
+    int32_t end_token;
+    int32_t part;   /* -1: whole, into out; else which of the row's partial results */
+    int32_t writes; /* first store this row's key and value (num_rows is 1) */
+};
+
+enum { MAX_TASK_QUERIES = 16, SCORE_TOKENS = 128 };
+
+/* One layer's attention over a step. Head vectors are padded to whole registers: padded = round_up(head_dim, 16). */
+struct attention {
+    const float *qkv; /* [T, qkv_stride]: q heads, k heads at key_column, v heads at value_column */
+    size_t qkv_stride;
+    int key_column, value_column;
+    const float *qk_norm; /* [H + K, head_dim], or NULL */
+    const float *cosine, *sine; /* [T, head_dim / 2] */
+    uint8_t *keys, *values;     /* this layer's, of page 0 */
+    size_t page_stride;         /* bytes from page to page */
+    size_t head_stride;         /* bytes from one kv head's page to the next's */
+    float *out;                 /* [T, out_stride]: heads of head_dim */
+    size_t out_stride;
+    float *parts; /* [T, H, max_parts, padded + 2]: weighted values, their largest score, their sum of weights */
+    int max_parts;
+    int num_heads, num_kv_heads, head_dim;
+    int kv_float32; /* else bfloat16 */
+    float eps, scale;
+};
+
+struct kernels {
+    const char *name;
+    /* Rows of blocks [first, end) of w for all of x. */
+    void (*matmul)(const struct matmul *task, int first_block, int end_block);
+    /* x[n] / rms(x) * weight, into out; n_padded is n rounded up to 16, what lies between is zero and stays so. */
+    void (*rms_norm)(const float *x, const float *weight, float eps, int n, int n_padded, float *out);
+    /* x[n] in the form that a matrix of `format` multiplies; out holds activation_bytes(format, n). */
+    void (*quantize)(int format, const float *x, int n, uint8_t *out);
+    void (*write_kv)(const struct attention *a, int row, int kv_head, int page, int offset);
+    /* scratch holds attention_scratch_floats(head_dim). */
+    void (*attend)(const struct attention *a, const struct attention_task *task, float *scratch);
+    /* Put a row's partial results together: out[H head_dim]. */
+    void (*merge_parts)(const struct attention *a, int row, int num_parts, float *out);
+};
+
+static inline size_t attention_scratch_floats(int head_dim) {
+    return (size_t)MAX_TASK_QUERIES * (size_t)(2 * round_up(head_dim, 16) + SCORE_TOKENS);
+}
+
+/* The table in use: the best that this processor can run, or the one that NEURON_CPU_LEVEL names. */
+const struct kernels *find_kernels(const char *name); /* NULL: unknown, or this processor cannot run it */
+const struct kernels *best_kernels(void);
+const struct kernels *kernels_at(int index); /* those this processor can run, best first; NULL beyond */
+
+#endif

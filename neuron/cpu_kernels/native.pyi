@@ -1,0 +1,91 @@
+from typing import Any, Literal, Self, TypeAlias, final
+
+import numpy as np
+
+_Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+_Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+_Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
+
+def levels() -> tuple[str, ...]: ...
+def packed_bytes(format: int, rows: int, columns: int) -> int: ...
+def can_pack(kind: int, format: int) -> bool: ...
+def pack(
+    pool: Pool,
+    stored: _Bytes,
+    kind: int,
+    rows: int,
+    columns: int,
+    packed: _Bytes,
+    format: int,
+    *,
+    interleaved_head: int = 0,
+    first_block: int = 0,
+    block_step: int = 1,
+) -> None: ...
+def linear(
+    level: str, matrix: Matrix, x: _Floats, y: _Floats, mode: Literal["store", "add", "swiglu"] = "store"
+) -> None: ...
+def rms_norm(level: str, x: _Floats, weight: _Floats, eps: float, count: int, out: _Floats) -> None: ...
+
+@final
+class Pool:
+    def __new__(cls, num_threads: int) -> Self: ...
+    @property
+    def num_threads(self) -> int: ...
+
+@final
+class Matrix:
+    def __new__(cls, packed: _Bytes, format: int, rows: int, columns: int, bias: _Floats | None = None) -> Self: ...
+    def unpack_row(self, row: int, out: _Floats) -> None: ...
+
+@final
+class Model:
+    def __new__(
+        cls,
+        pool: Pool,
+        level: str,
+        *,
+        num_layers: int,
+        hidden: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        intermediate: int,
+        vocab: int,
+        eps: float,
+        kv_float32: bool,
+        max_rows: int,
+        max_sequences: int,
+    ) -> Self: ...
+    def set_ends(self, embedding: Matrix, head: Matrix, norm: _Floats, inverse_frequencies: _Floats) -> None: ...
+    def set_layer(
+        self,
+        number: int,
+        *,
+        input_norm: _Floats,
+        post_norm: _Floats,
+        qk_norm: _Floats | None,
+        query: Matrix,
+        key: Matrix,
+        value: Matrix,
+        output: Matrix,
+        gate_up: Matrix,
+        down: Matrix,
+    ) -> None: ...
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def arena_bytes(self) -> int: ...
+    def attach(self, cache: _Bytes, arena: _Bytes) -> None: ...
+    def run(
+        self,
+        token_ids: _Ints,
+        positions: _Ints,
+        slots: _Ints,
+        cu_seqlens: _Ints,
+        page_table: _Ints,
+        context_lens: _Ints,
+        sampled: _Ints,
+        logits: _Floats | None,
+        ids: _Ints,
+    ) -> None: ...

@@ -1,0 +1,425 @@
+"""The kernels and the step executor, for Python: arrays in, no copies, no GIL while anything runs.
+
+Everything is checked here that the C code takes for granted: lengths, and that a step is within the model's bounds. A
+Model keeps what its pointers point to.
+"""
+
+cimport cython
+from libc.stdint cimport int32_t, uint8_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+
+cdef extern from "formats.h" nogil:
+    cdef struct matrix:
+        const uint8_t *data
+        const float *bias
+        int32_t rows
+        int32_t columns
+        int32_t format
+    int W4, W8, W16, W32, BLOCK_ROWS
+    int round_up(int value, int unit)
+    size_t block_bytes(int format, int columns)
+    size_t activation_bytes(int format, int columns)
+
+cdef extern from "pack.h" nogil:
+    cdef struct packing:
+        const uint8_t *from_ "from"
+        size_t row_bytes
+        int kind, rows, columns, interleaved_head
+        uint8_t *to
+        size_t to_stride
+        int format
+    int c_can_pack "can_pack"(int kind, int format)
+    size_t c_row_bytes "row_bytes"(int kind, int columns)
+    void pack_blocks(const packing *packing, int first_block, int end_block)
+    void unpack_row(const matrix *matrix, int row, float *out)
+
+cdef extern from "pool.h" nogil:
+    cdef struct pool:
+        pass
+    pool *pool_create(int num_threads)
+    void pool_destroy(pool *pool)
+    int pool_threads(const pool *pool)
+    void pool_run(pool *pool, void (*work)(void *, int) noexcept nogil, void *argument)
+
+cdef extern from "kernels.h" nogil:
+    enum epilogue:
+        STORE, ADD, SWIGLU, ARGMAX
+    cdef struct matmul_task "matmul":
+        const matrix *w
+        const uint8_t *x
+        size_t x_stride
+        float *y
+        size_t y_stride
+        int num_x
+        epilogue epilogue
+    cdef struct kernels:
+        const char *name
+        void matmul(const matmul_task *task, int first_block, int end_block) noexcept nogil
+        void rms_norm(const float *x, const float *weight, float eps, int n, int n_padded, float *out) noexcept nogil
+        void quantize(int format, const float *x, int n, uint8_t *out) noexcept nogil
+    const kernels *find_kernels(const char *name)
+    const kernels *kernels_at(int index)
+
+cdef extern from "step.h" nogil:
+    cdef struct layer:
+        const float *input_norm
+        const float *post_norm
+        const float *qk_norm
+        matrix qkv[3]
+        matrix output, gate_up, down
+    cdef struct model:
+        const kernels *kernels
+        pool *pool
+        int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab
+        float eps
+        int kv_float32
+        int max_rows, max_sequences
+        const float *inverse_frequencies
+        const float *norm
+        matrix embedding, head
+        layer *layers
+        uint8_t *cache
+        uint8_t *arena
+    cdef struct step:
+        int num_tokens, num_sequences, num_sampled, page_columns
+        const int32_t *token_ids
+        const int32_t *positions
+        const int32_t *slots
+        const int32_t *cu_seqlens
+        const int32_t *page_table
+        const int32_t *context_lens
+        const int32_t *sampled
+        float *logits
+        int32_t *ids
+    size_t c_page_bytes "page_bytes"(const model *model)
+    size_t c_arena_bytes "arena_bytes"(const model *model)
+    void run_step(const model *model, const step *step)
+
+
+def levels():
+    """Return the dispatch levels that this processor can run, best first."""
+    found = []
+    cdef const kernels *table = kernels_at(0)
+    while table != NULL:
+        found.append(table.name.decode())
+        table = kernels_at(<int>len(found))
+    return tuple(found)
+
+
+def packed_bytes(int format, int rows, int columns):
+    """Return the bytes of a packed matrix ``[rows, columns]``."""
+    return round_up(rows, BLOCK_ROWS) // BLOCK_ROWS * block_bytes(format, columns)
+
+
+def can_pack(int kind, int format):
+    """Return whether a GGUF tensor kind can be packed as ``format`` from its own blocks."""
+    return bool(c_can_pack(kind, format))
+
+
+@cython.final
+cdef class Pool:
+    """Threads that run steps: ``num_threads`` with the caller."""
+
+    cdef pool *_pool
+
+    def __cinit__(self, int num_threads):
+        if num_threads < 1:
+            raise ValueError(f"{num_threads} threads cannot run anything")
+        self._pool = pool_create(num_threads)
+        if self._pool == NULL:
+            raise MemoryError(f"no pool of {num_threads} threads")
+
+    def __dealloc__(self):
+        if self._pool != NULL:
+            pool_destroy(self._pool)
+
+    @property
+    def num_threads(self):
+        """How many threads run a step."""
+        return pool_threads(self._pool)
+
+
+cdef struct pack_work:
+    packing packing
+    pool *pool
+
+
+cdef void pack_share(void *argument, int thread) noexcept nogil:
+    cdef pack_work *work = <pack_work *>argument
+    cdef int blocks = round_up(work.packing.rows, BLOCK_ROWS) // BLOCK_ROWS, threads = pool_threads(work.pool)
+    pack_blocks(&work.packing, <int>(<long>blocks * thread // threads), <int>(<long>blocks * (thread + 1) // threads))
+
+
+def pack(
+    Pool pool not None,
+    const unsigned char[::1] stored not None,
+    int kind,
+    int rows,
+    int columns,
+    unsigned char[::1] packed not None,
+    int format,
+    *,
+    int interleaved_head=0,
+    int first_block=0,
+    int block_step=1,
+):
+    """Pack a stored matrix ``[rows, columns]`` of a GGUF ``kind`` into blocks of ``packed``, on all threads.
+
+    Its first block becomes ``first_block``, the next one ``block_step`` further. ``interleaved_head`` is the head
+    dimension where the rows of each head are stored as pairs (2i, 2i + 1). Raises ValueError if lengths do not fit.
+    """
+    cdef pack_work work
+    cdef size_t bytes = c_row_bytes(kind, columns), block = block_bytes(format, columns)
+    cdef Py_ssize_t blocks = round_up(rows, BLOCK_ROWS) // BLOCK_ROWS
+    if rows < 1 or columns < 1 or not W4 <= format <= W32 or not c_can_pack(kind, format) or bytes == 0:
+        raise ValueError(f"kind {kind} of [{rows}, {columns}] cannot be packed as format {format}")
+    if format <= W8 and columns % 32:
+        raise ValueError(f"{columns} columns are no whole groups of 32")
+    if interleaved_head and rows % interleaved_head:
+        raise ValueError(f"{rows} rows are no heads of {interleaved_head}")
+    if stored.shape[0] != <Py_ssize_t>bytes * rows:
+        raise ValueError(f"{stored.shape[0]} bytes stored, {bytes * rows} wanted")
+    if first_block < 0 or block_step < 1 or packed.shape[0] < ((blocks - 1) * block_step + first_block + 1) * <Py_ssize_t>block:
+        raise ValueError(f"{packed.shape[0]} bytes cannot hold {blocks} blocks")
+    work.pool = pool._pool
+    work.packing.from_ = &stored[0]
+    work.packing.row_bytes = bytes
+    work.packing.kind, work.packing.rows, work.packing.columns = kind, rows, columns
+    work.packing.interleaved_head = interleaved_head
+    work.packing.to = &packed[first_block * <Py_ssize_t>block]
+    work.packing.to_stride = block * block_step
+    work.packing.format = format
+    # Safety: the views are held by this frame; each thread writes blocks of its own.
+    with nogil:
+        pool_run(work.pool, pack_share, &work)
+
+
+@cython.final
+cdef class Matrix:
+    """A packed matrix ``[rows, columns]``, padded with zeros to 16 rows, and a bias of as many."""
+
+    cdef matrix _matrix
+    cdef object _kept
+
+    def __cinit__(self, const unsigned char[::1] packed not None, int format, int rows, int columns, const float[::1] bias=None):
+        if not W4 <= format <= W32 or rows < 1 or columns < 1 or (format <= W8 and columns % 32):
+            raise ValueError(f"no matrix [{rows}, {columns}] of format {format}")
+        padded = round_up(rows, BLOCK_ROWS)
+        if packed.shape[0] != padded // BLOCK_ROWS * <Py_ssize_t>block_bytes(format, columns):
+            raise ValueError(f"{packed.shape[0]} bytes are no matrix [{rows}, {columns}] of format {format}")
+        if bias is not None and bias.shape[0] != padded:
+            raise ValueError(f"a bias of {bias.shape[0]} for {padded} rows")
+        self._kept = (packed, bias)
+        self._matrix.data = &packed[0]
+        self._matrix.bias = &bias[0] if bias is not None else NULL
+        self._matrix.rows, self._matrix.columns, self._matrix.format = padded, columns, format
+
+    def unpack_row(self, int row, float[::1] out not None):
+        """Write row ``row`` as float32 into ``out`` ``[columns]``."""
+        if not 0 <= row < self._matrix.rows or out.shape[0] != self._matrix.columns:
+            raise ValueError(f"no row {row} of {out.shape[0]} elements")
+        unpack_row(&self._matrix, row, &out[0])
+
+
+cdef const kernels *table_of(str level) except NULL:
+    cdef const kernels *table = find_kernels(level.encode())
+    if table == NULL:
+        raise ValueError(f"{level!r} is not among this processor's levels: {', '.join(levels())}")
+    return table
+
+
+def linear(str level not None, Matrix matrix not None, const float[:, ::1] x not None, float[:, ::1] y not None, str mode="store"):
+    """Multiply ``x`` ``[T, columns]`` into ``y`` ``[T, rows]``: ``store``, ``add``, or ``swiglu`` into ``[T, rows / 2]``.
+
+    ``x`` is put into the form that the matrix multiplies first, as a step does. ``rows`` is padded to 16.
+    """
+    cdef const kernels *table = table_of(level)
+    cdef matmul_task task
+    cdef int i
+    task.epilogue = {"store": STORE, "add": ADD, "swiglu": SWIGLU}[mode]
+    width = matrix._matrix.rows // 2 if mode == "swiglu" else matrix._matrix.rows
+    if x.shape[1] != matrix._matrix.columns or y.shape[0] != x.shape[0] or y.shape[1] != width or not x.shape[0]:
+        raise ValueError(f"x [{x.shape[0]}, {x.shape[1]}] and y [{y.shape[0]}, {y.shape[1]}] do not fit")
+    task.w = &matrix._matrix
+    task.num_x = <int>x.shape[0]
+    task.x_stride = activation_bytes(matrix._matrix.format, matrix._matrix.columns)
+    task.y = &y[0, 0]
+    task.y_stride = y.shape[1]
+    cdef uint8_t *activations = <uint8_t *>calloc(task.num_x, task.x_stride)
+    if activations == NULL:
+        raise MemoryError
+    task.x = activations
+    # Safety: the views and the buffer are this frame's.
+    with nogil:
+        for i in range(task.num_x):
+            table.quantize(matrix._matrix.format, &x[i, 0], matrix._matrix.columns, activations + i * task.x_stride)
+        table.matmul(&task, 0, matrix._matrix.rows // BLOCK_ROWS)
+    free(activations)
+
+
+def rms_norm(str level not None, const float[::1] x not None, const float[::1] weight not None, float eps, int count, float[::1] out not None):
+    """Normalise the first ``count`` elements of ``x`` ``[count padded to 16]``, whose rest is zero, into ``out``."""
+    cdef int padded = round_up(count, 16)
+    if count < 1 or x.shape[0] != padded or weight.shape[0] != padded or out.shape[0] != padded:
+        raise ValueError(f"vectors of {padded} wanted")
+    table_of(level).rms_norm(&x[0], &weight[0], eps, count, padded, &out[0])
+
+
+@cython.final
+cdef class Model:
+    """A model's weights, cache and buffers as the executor wants them."""
+
+    cdef model _model
+    cdef Pool _pool
+    cdef list _kept
+    cdef object _cache
+    cdef object _arena
+    cdef Py_ssize_t _num_pages
+
+    def __cinit__(
+        self, Pool pool not None, str level not None, *, int num_layers, int hidden, int num_heads, int num_kv_heads,
+        int head_dim, int intermediate, int vocab, float eps, bint kv_float32, int max_rows, int max_sequences,
+    ):
+        sizes = (num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_rows, max_sequences)
+        if min(sizes) < 1 or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024:
+            raise ValueError(f"no model of sizes {sizes}")
+        memset(&self._model, 0, sizeof(model))
+        self._pool = pool
+        self._kept = []
+        m = &self._model
+        m.kernels, m.pool = table_of(level), pool._pool
+        m.num_layers, m.hidden, m.num_heads, m.num_kv_heads = num_layers, hidden, num_heads, num_kv_heads
+        m.head_dim, m.intermediate, m.vocab, m.eps = head_dim, intermediate, vocab, eps
+        m.kv_float32, m.max_rows, m.max_sequences = kv_float32, max_rows, max_sequences
+        m.layers = <layer *>calloc(num_layers, sizeof(layer))
+        if m.layers == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self._model.layers)
+
+    cdef const float *_vector(self, const float[::1] values, Py_ssize_t length) except NULL:
+        if values.shape[0] != length:
+            raise ValueError(f"a vector of {values.shape[0]}, {length} wanted")
+        self._kept.append(values)
+        return &values[0]
+
+    cdef matrix _checked(self, Matrix found, int rows, int columns) except *:
+        if found._matrix.rows != round_up(rows, 16) or found._matrix.columns != columns:
+            raise ValueError(f"a matrix [{found._matrix.rows}, {found._matrix.columns}], [{rows}, {columns}] wanted")
+        self._kept.append(found)
+        return found._matrix
+
+    def set_ends(self, Matrix embedding not None, Matrix head not None, norm not None, inverse_frequencies not None):
+        """Give what stands before and after the layers. ``norm`` is padded to 16."""
+        m = &self._model
+        m.embedding = self._checked(embedding, m.vocab, m.hidden)
+        m.head = self._checked(head, m.vocab, m.hidden)
+        m.norm = self._vector(norm, round_up(m.hidden, 16))
+        m.inverse_frequencies = self._vector(inverse_frequencies, m.head_dim // 2)
+
+    def set_layer(
+        self, int number, *, input_norm not None, post_norm not None, qk_norm, Matrix query not None,
+        Matrix key not None, Matrix value not None, Matrix output not None, Matrix gate_up not None, Matrix down not None,
+    ):
+        """Give a layer. Norms are padded to 16; ``gate_up`` has their blocks of 16 rows in turn."""
+        m = &self._model
+        if not 0 <= number < m.num_layers:
+            raise ValueError(f"no layer {number}")
+        found = &m.layers[number]
+        queries, keys = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+        found.input_norm = self._vector(input_norm, round_up(m.hidden, 16))
+        found.post_norm = self._vector(post_norm, round_up(m.hidden, 16))
+        found.qk_norm = NULL
+        if qk_norm is not None:
+            found.qk_norm = self._vector(qk_norm, (m.num_heads + m.num_kv_heads) * m.head_dim)
+        found.qkv[0] = self._checked(query, queries, m.hidden)
+        found.qkv[1] = self._checked(key, keys, m.hidden)
+        found.qkv[2] = self._checked(value, keys, m.hidden)
+        forms = {max(part._matrix.format, <int>W8) for part in (query, key, value)}
+        if len(forms) != 1:
+            raise ValueError("query, key and value multiply different forms of the same activations")
+        found.output = self._checked(output, m.hidden, queries)
+        found.gate_up = self._checked(gate_up, 2 * round_up(m.intermediate, 16), m.hidden)
+        found.down = self._checked(down, m.hidden, m.intermediate)
+
+    @property
+    def page_bytes(self):
+        """Bytes of one page of the cache over all layers."""
+        return c_page_bytes(&self._model)
+
+    @property
+    def arena_bytes(self):
+        """Bytes of what a step writes beside the cache. Asked when all matrices are given."""
+        return c_arena_bytes(&self._model)
+
+    def attach(self, unsigned char[::1] cache not None, unsigned char[::1] arena not None):
+        """Give the cache (whole pages) and the arena, zeroed and aligned to 64 bytes."""
+        page = <Py_ssize_t>c_page_bytes(&self._model)
+        if self._model.head.data == NULL or any(self._model.layers[i].input_norm == NULL for i in range(self._model.num_layers)):
+            raise ValueError("weights are missing")
+        if cache.shape[0] < page or cache.shape[0] % page or arena.shape[0] < <Py_ssize_t>c_arena_bytes(&self._model):
+            raise ValueError(f"a cache of {cache.shape[0]} bytes and an arena of {arena.shape[0]} do not fit")
+        if <size_t>&cache[0] % 64 or <size_t>&arena[0] % 64:
+            raise ValueError("cache and arena must be aligned to 64 bytes")
+        self._cache, self._arena = cache, arena
+        self._num_pages = cache.shape[0] // page
+        self._model.cache, self._model.arena = &cache[0], &arena[0]
+
+    def run(
+        self,
+        const int32_t[::1] token_ids not None,
+        const int32_t[::1] positions not None,
+        const int32_t[::1] slots not None,
+        const int32_t[::1] cu_seqlens not None,
+        const int32_t[:, ::1] page_table not None,
+        const int32_t[::1] context_lens not None,
+        const int32_t[::1] sampled not None,
+        float[:, ::1] logits,
+        int32_t[::1] ids not None,
+    ):
+        """Compute a step of B sequences and T tokens (see StepPlan) and write ``ids`` ``[B]``.
+
+        A sampled sequence gets its likeliest token, or, with ``logits`` ``[R, V padded to 16]``, its logits there and
+        -2 in ``ids``; the others get -2, and whatever is not finite -1.
+        """
+        cdef step s
+        m = &self._model
+        cdef Py_ssize_t T = token_ids.shape[0], B = context_lens.shape[0], R = sampled.shape[0]
+        cdef Py_ssize_t i, j
+        if m.arena == NULL:
+            raise ValueError("the model has no cache yet")
+        if not 0 < T <= m.max_rows or not 0 < B <= m.max_sequences or R > B:
+            raise ValueError(f"a step of {T} tokens of {B} sequences; at most {m.max_rows} of {m.max_sequences}")
+        if positions.shape[0] != T or slots.shape[0] != T or cu_seqlens.shape[0] != B + 1 or page_table.shape[0] != B or ids.shape[0] != B:
+            raise ValueError("the arrays of a step differ in length")
+        if logits is not None and (logits.shape[0] != R or logits.shape[1] != m.head.rows):
+            raise ValueError(f"logits [{logits.shape[0]}, {logits.shape[1]}], [{R}, {m.head.rows}] wanted")
+        for i in range(T):
+            if not 0 <= token_ids[i] < m.vocab or not 0 <= slots[i] < self._num_pages * 16:
+                raise ValueError(f"token {token_ids[i]} or slot {slots[i]} is out of range")
+        for i in range(B):
+            if cu_seqlens[i + 1] <= cu_seqlens[i] or not 0 < context_lens[i] <= page_table.shape[1] * 16:
+                raise ValueError(f"sequence {i} has no tokens, or more than its pages hold")
+            if positions[cu_seqlens[i + 1] - 1] != context_lens[i] - 1 or positions[cu_seqlens[i]] < 0:
+                raise ValueError(f"sequence {i} does not end at its last token")
+            for j in range((context_lens[i] + 15) // 16):
+                if not 0 <= page_table[i, j] < self._num_pages:
+                    raise ValueError(f"page {page_table[i, j]} is out of range")
+        if cu_seqlens[0] != 0 or cu_seqlens[B] != T:
+            raise ValueError("the sequences do not cover the step")
+        for i in range(R):
+            if not (sampled[i - 1] if i else -1) < sampled[i] < B:
+                raise ValueError("sampled sequences are not in rising order")
+        s.num_tokens, s.num_sequences, s.num_sampled, s.page_columns = <int>T, <int>B, <int>R, <int>page_table.shape[1]
+        s.token_ids, s.positions, s.slots, s.cu_seqlens = &token_ids[0], &positions[0], &slots[0], &cu_seqlens[0]
+        s.page_table, s.context_lens = &page_table[0, 0], &context_lens[0]
+        s.sampled = &sampled[0] if R else NULL
+        s.logits = &logits[0, 0] if logits is not None and R else NULL
+        s.ids = &ids[0]
+        # Safety: the plan's arrays are held by this frame, weights, cache and arena by self; the engine runs one step
+        # of a model at a time, and the pool one call.
+        with nogil:
+            run_step(m, &s)

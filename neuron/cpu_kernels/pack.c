@@ -1,0 +1,210 @@
+/* Packing, once a load, on all threads: for most formats moving dwords, at the speed of memory.
+ *
+ *     Q4_0  d (q - 8)          -> W4, m = -8 d        exact
+ *     Q4_1  d q + m            -> W4                  exact
+ *     Q8_0  d q                -> W8                  exact
+ *     Q4_K  d sc q - dmin sm   -> W4 a sub-block      d sc and dmin sm rounded to float16: 2^-11 of the scale
+ *     Q6_K and anything else   -> W8                  rounded to 255 levels of each 32 columns' largest
+ *     float                    -> W16, W32 (or W8)
+ *
+ * Block layouts of the K kinds: ggml's k-quants, as documented with GGUF. Reference: gguf.quants.dequantize.
+ */
+#include "pack.h"
+
+#include <math.h>
+
+enum { SUPER = 256 };
+
+static size_t block_size(int kind, int *elements) {
+    switch (kind) {
+    case KIND_F32: *elements = 1; return 4;
+    case KIND_F16: *elements = 1; return 2;
+    case KIND_BF16: *elements = 1; return 2;
+    case KIND_Q4_0: *elements = GROUP; return 18;
+    case KIND_Q4_1: *elements = GROUP; return 20;
+    case KIND_Q8_0: *elements = GROUP; return 34;
+    case KIND_Q4_K: *elements = SUPER; return 144;
+    case KIND_Q6_K: *elements = SUPER; return 210;
+    default: *elements = 1; return 0;
+    }
+}
+
+size_t row_bytes(int kind, int columns) {
+    int elements;
+    size_t bytes = block_size(kind, &elements);
+    return columns % elements == 0 ? (size_t)(columns / elements) * bytes : 0;
+}
+
+int can_pack(int kind, int format) {
+    int elements;
+    if (block_size(kind, &elements) == 0) return 0;
+    return format != W4 || kind == KIND_Q4_0 || kind == KIND_Q4_1 || kind == KIND_Q4_K;
+}
+
+static uint16_t load_u16(const uint8_t *from) { return (uint16_t)(from[0] | from[1] << 8); }
+
+/* Six-bit scale and offset of sub-block j of a Q4_K block, packed into twelve bytes. */
+static void sub_scales(const uint8_t *packed, int j, int *scale, int *offset) {
+    if (j < 4) {
+        *scale = packed[j] & 63;
+        *offset = packed[j + 4] & 63;
+    } else {
+        *scale = (packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4;
+        *offset = packed[j + 4] >> 4 | (packed[j] >> 6) << 4;
+    }
+}
+
+/* The codes (in the order of W4), scale and offset of group g of a row of a 4-bit kind. */
+static void read_w4(int kind, const uint8_t *row, int g, uint8_t codes[16], uint16_t *d, uint16_t *m) {
+    if (kind == KIND_Q4_0) {
+        const uint8_t *block = row + 18 * (size_t)g;
+        *d = load_u16(block);
+        *m = float_to_half(-8.0f * half_to_float(*d));
+        memcpy(codes, block + 2, 16);
+    } else if (kind == KIND_Q4_1) {
+        const uint8_t *block = row + 20 * (size_t)g;
+        *d = load_u16(block);
+        *m = load_u16(block + 2);
+        memcpy(codes, block + 4, 16);
+    } else {
+        const uint8_t *block = row + 144 * (size_t)(g / 8);
+        const uint8_t *bytes = block + 16 + 32 * (g % 8 / 2);
+        int scale, offset, shift = g % 2 * 4;
+        sub_scales(block + 4, g % 8, &scale, &offset);
+        *d = float_to_half(half_to_float(load_u16(block)) * (float)scale);
+        *m = float_to_half(-half_to_float(load_u16(block + 2)) * (float)offset);
+        for (int i = 0; i < 16; i++)
+            codes[i] = (uint8_t)((bytes[i] >> shift & 15) | (bytes[i + 16] >> shift & 15) << 4);
+    }
+}
+
+/* Group g of a row as float32; beyond the row's end zeros. */
+static void read_floats(int kind, const uint8_t *row, int g, int columns, float out[GROUP]) {
+    int count = columns - g * GROUP < GROUP ? columns - g * GROUP : GROUP;
+    for (int i = count; i < GROUP; i++) out[i] = 0;
+    if (kind == KIND_F32) {
+        memcpy(out, row + 4 * (size_t)g * GROUP, 4 * (size_t)count);
+    } else if (kind == KIND_F16) {
+        for (int i = 0; i < count; i++) out[i] = half_to_float(load_u16(row + 2 * ((size_t)g * GROUP + (size_t)i)));
+    } else if (kind == KIND_BF16) {
+        for (int i = 0; i < count; i++) out[i] = bf16_to_float(load_u16(row + 2 * ((size_t)g * GROUP + (size_t)i)));
+    } else if (kind == KIND_Q8_0) {
+        const uint8_t *block = row + 34 * (size_t)g;
+        float d = half_to_float(load_u16(block));
+        for (int i = 0; i < GROUP; i++) out[i] = d * (float)(int8_t)block[2 + i];
+    } else if (kind == KIND_Q6_K) {
+        const uint8_t *block = row + 210 * (size_t)(g / 8);
+        int half = g % 8 / 4, quarter = g % 4;
+        const uint8_t *low = block + 64 * half + 32 * (quarter % 2), *high = block + 128 + 32 * half;
+        const uint8_t *scales = block + 192 + 8 * half + 2 * quarter;
+        float d = half_to_float(load_u16(block + 208));
+        for (int i = 0; i < GROUP; i++) {
+            int code = (low[i] >> (quarter / 2 * 4) & 15) | (high[i] >> (2 * quarter) & 3) << 4;
+            out[i] = d * (float)(int8_t)scales[i / 16] * (float)(code - 32);
+        }
+    } else {
+        uint8_t codes[16];
+        uint16_t d, m;
+        read_w4(kind, row, g, codes, &d, &m);
+        for (int i = 0; i < 16; i++) {
+            out[i] = half_to_float(d) * (float)(codes[i] & 15) + half_to_float(m);
+            out[i + 16] = half_to_float(d) * (float)(codes[i] >> 4) + half_to_float(m);
+        }
+    }
+}
+
+static void write_w4(int kind, const uint8_t *row, int g, int lane, uint8_t *group) {
+    uint8_t codes[16];
+    uint16_t d, m;
+    read_w4(kind, row, g, codes, &d, &m);
+    for (int j = 0; j < 4; j++) memcpy(group + 64 * j + 4 * lane, codes + 4 * j, 4);
+    memcpy(group + 256 + 2 * lane, &d, 2);
+    memcpy(group + 288 + 2 * lane, &m, 2);
+}
+
+static void write_w8(int kind, const uint8_t *row, int g, int columns, int lane, uint8_t *group) {
+    uint8_t codes[GROUP];
+    uint16_t d;
+    if (kind == KIND_Q8_0) {
+        const uint8_t *block = row + 34 * (size_t)g;
+        d = load_u16(block);
+        for (int i = 0; i < GROUP; i++) codes[i] = block[2 + i] ^ 0x80;
+    } else {
+        float values[GROUP], largest = 0;
+        read_floats(kind, row, g, columns, values);
+        for (int i = 0; i < GROUP; i++) largest = fmaxf(largest, fabsf(values[i]));
+        d = float_to_half(largest / 127.0f);
+        float inverse = half_to_float(d) > 0 ? 1.0f / half_to_float(d) : 0.0f;
+        for (int i = 0; i < GROUP; i++) {
+            float code = rintf(values[i] * inverse);
+            codes[i] = (uint8_t)((int)fminf(fmaxf(code, -127.0f), 127.0f) + 128);
+        }
+    }
+    for (int j = 0; j < 8; j++) memcpy(group + 64 * j + 4 * lane, codes + 4 * j, 4);
+    memcpy(group + 512 + 2 * lane, &d, 2);
+}
+
+static int source_row(const struct packing *p, int row) {
+    int dim = p->interleaved_head;
+    if (dim == 0) return row;
+    int within = row % dim;
+    return row - within + (within < dim / 2 ? 2 * within : 2 * (within - dim / 2) + 1);
+}
+
+void pack_blocks(const struct packing *p, int first_block, int end_block) {
+    int groups = (p->columns + GROUP - 1) / GROUP;
+    size_t bytes = block_bytes(p->format, p->columns);
+    for (int block = first_block; block < end_block; block++) {
+        uint8_t *to = p->to + (size_t)block * p->to_stride;
+        int lanes = p->rows - block * BLOCK_ROWS < BLOCK_ROWS ? p->rows - block * BLOCK_ROWS : BLOCK_ROWS;
+        if (lanes < BLOCK_ROWS || p->format >= W16) memset(to, 0, bytes);
+        for (int lane = 0; lane < lanes; lane++) {
+            const uint8_t *row = p->from + (size_t)source_row(p, block * BLOCK_ROWS + lane) * p->row_bytes;
+            for (int g = 0; g < groups; g++) {
+                if (p->format == W4) {
+                    write_w4(p->kind, row, g, lane, to + (size_t)g * W4_GROUP_BYTES);
+                } else if (p->format == W8) {
+                    write_w8(p->kind, row, g, p->columns, lane, to + (size_t)g * W8_GROUP_BYTES);
+                } else {
+                    float values[GROUP];
+                    int count = p->columns - g * GROUP < GROUP ? p->columns - g * GROUP : GROUP;
+                    read_floats(p->kind, row, g, p->columns, values);
+                    for (int i = 0; i < count; i++) {
+                        size_t column = (size_t)g * GROUP + (size_t)i;
+                        uint16_t rounded = float_to_bf16(values[i]);
+                        if (p->format == W16)
+                            memcpy(to + 64 * (column / 2) + 4 * lane + 2 * (column % 2), &rounded, 2);
+                        else
+                            memcpy(to + 64 * column + 4 * lane, &values[i], 4);
+                    }
+                }
+            }
+        }
+    }
+}
+
+void unpack_row(const struct matrix *matrix, int row, float *out) {
+    const uint8_t *block = matrix->data + (size_t)(row / BLOCK_ROWS) * block_bytes(matrix->format, matrix->columns);
+    int lane = row % BLOCK_ROWS;
+    if (matrix->format >= W16) {
+        for (int i = 0; i < matrix->columns; i++)
+            out[i] = matrix->format == W16 ? bf16_to_float(load_u16(block + 64 * (i / 2) + 4 * lane + 2 * (i % 2)))
+                                           : bits_float(load_u32(block + 64 * (size_t)i + 4 * lane));
+        return;
+    }
+    for (int g = 0; g < matrix->columns / GROUP; g++, out += GROUP) {
+        if (matrix->format == W4) {
+            const uint8_t *group = block + (size_t)g * W4_GROUP_BYTES;
+            float d = half_to_float(load_u16(group + 256 + 2 * lane)), m = half_to_float(load_u16(group + 288 + 2 * lane));
+            for (int i = 0; i < 16; i++) {
+                int code = group[64 * (i / 4) + 4 * lane + i % 4];
+                out[i] = d * (float)(code & 15) + m;
+                out[i + 16] = d * (float)(code >> 4) + m;
+            }
+        } else {
+            const uint8_t *group = block + (size_t)g * W8_GROUP_BYTES;
+            float d = half_to_float(load_u16(group + 512 + 2 * lane));
+            for (int i = 0; i < GROUP; i++) out[i] = d * (float)(group[64 * (i / 4) + 4 * lane + i % 4] - 128);
+        }
+    }
+}

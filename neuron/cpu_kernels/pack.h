@@ -1,0 +1,41 @@
+/* From a checkpoint's rows to the blocks of formats.h. */
+#ifndef NEURON_PACK_H
+#define NEURON_PACK_H
+
+#include "formats.h"
+
+/* How a checkpoint stores a matrix: ggml's type numbers (GGUF), of which these are read here. */
+enum kind {
+    KIND_F32 = 0,
+    KIND_F16 = 1,
+    KIND_Q4_0 = 2,
+    KIND_Q4_1 = 3,
+    KIND_Q8_0 = 8,
+    KIND_Q4_K = 12,
+    KIND_Q6_K = 14,
+    KIND_BF16 = 30,
+};
+
+struct packing {
+    const uint8_t *from; /* [rows] of row_bytes each */
+    size_t row_bytes;
+    int kind, rows, columns;
+    int interleaved_head; /* head_dim if each head's rows are stored as pairs (2i, 2i + 1) of its halves; else 0 */
+    uint8_t *to;          /* the first block */
+    size_t to_stride;     /* bytes from block to block: two blocks' where gate and up alternate */
+    int format;
+};
+
+/* Whether `kind` can be packed as `format`: W4 takes only the 4-bit kinds, whose codes it keeps. */
+int can_pack(int kind, int format);
+
+/* Bytes of `columns` elements of `kind`; 0 for a kind not known here, or columns that are no whole blocks of it. */
+size_t row_bytes(int kind, int columns);
+
+/* Pack blocks [first, end). Rows that are padding are zeros. */
+void pack_blocks(const struct packing *packing, int first_block, int end_block);
+
+/* Row `row` of a packed matrix as float32: out[columns]. */
+void unpack_row(const struct matrix *matrix, int row, float *out);
+
+#endif

@@ -1,0 +1,22 @@
+/* Threads that run one function together and meet at barriers: N - 1 workers and the caller. */
+#ifndef NEURON_POOL_H
+#define NEURON_POOL_H
+
+struct pool;
+
+/* Return a pool of `num_threads` (the caller is one of them), or NULL when a thread cannot be had. */
+struct pool *pool_create(int num_threads);
+
+/* Stop and join the workers. No call may be running. */
+void pool_destroy(struct pool *pool);
+
+int pool_threads(const struct pool *pool);
+
+/* Call work(argument, thread) on every thread of the pool, 0 being the caller; return when all have returned. Calls from
+ * several threads take turns. */
+void pool_run(struct pool *pool, void (*work)(void *argument, int thread), void *argument);
+
+/* Within work: wait until every thread of the pool is here. What a thread wrote before, all read after. */
+void pool_barrier(struct pool *pool);
+
+#endif

@@ -1,0 +1,400 @@
+/* One step of a model, from token ids to next tokens: the layer loop that every thread of the pool runs.
+ *
+ *     embed | { norm, qkv | [write kv |] attend | output + residual | norm, gate-up, SwiGLU | down + residual } | norm, head
+ *
+ * A bar is a barrier: what stands before it is read by other threads after it. Between bars each thread works on rows of
+ * weights of its own, all activations; or on activations of its own; or on attention tasks of its own. With few rows each
+ * thread prepares all activations for itself, which is cheaper than a barrier more (0.2 us against 0.3 for one row of 576).
+ */
+#include "step.h"
+
+#include "pack.h"
+
+#include <math.h>
+
+enum {
+    PRIVATE_ROWS = 2,
+    MAX_PARTS = 16,
+    /* Shorter runs of context are not worth a partial result. */
+    MIN_PART_TOKENS = 64,
+};
+
+/* Where everything lies in the arena. */
+struct arena {
+    float *x;      /* [T, hidden_stride]: the residual */
+    float *qkv;    /* [T, qkv_stride] */
+    float *mixed;  /* [T, mixed_stride]: attention's output */
+    float *gated;  /* [T, gated_stride] */
+    float *cosine, *sine;
+    float *parts;
+    uint8_t *shared; /* [T, activation_stride] */
+    uint8_t *private; /* [threads, PRIVATE_ROWS, activation_stride] */
+    float *row;       /* [threads, row_stride] */
+    float *scratch;   /* [threads, scratch_stride] */
+    struct best *best; /* [threads, max_sequences] */
+    struct attention_task *tasks;
+    int32_t *row_parts; /* [T]: partial results of each row, 0 if it is whole */
+    int32_t *last_rows; /* [max_sequences] */
+    size_t hidden_stride, qkv_stride, mixed_stride, gated_stride, activation_stride, row_stride, scratch_stride;
+    size_t max_tasks;
+    int key_column, value_column;
+    size_t bytes;
+};
+
+struct run {
+    const struct model *model;
+    const struct step *step;
+    struct arena arena;
+    size_t num_tasks;
+    int writes_apart; /* keys and values are written in a pass of their own */
+};
+
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+static void *carve(struct arena *arena, uint8_t *base, size_t count, size_t size) {
+    size_t at = arena->bytes;
+    arena->bytes += (count * size + 63) & ~(size_t)63;
+    return base == NULL ? NULL : base + at;
+}
+
+static int heads_per_task(const struct model *m) {
+    int group = m->num_heads / m->num_kv_heads;
+    return group < MAX_TASK_QUERIES ? group : MAX_TASK_QUERIES;
+}
+
+static struct arena lay_out(const struct model *m, uint8_t *base) {
+    struct arena a = {0};
+    size_t threads = (size_t)pool_threads(m->pool), rows = (size_t)m->max_rows, dim = (size_t)m->head_dim;
+    size_t sequences = (size_t)m->max_sequences, half = dim / 2;
+    int queries = m->num_heads * m->head_dim, keys = m->num_kv_heads * m->head_dim;
+    a.hidden_stride = (size_t)round_up(m->hidden, 16);
+    a.key_column = round_up(queries, 16);
+    a.value_column = a.key_column + round_up(keys, 16);
+    a.qkv_stride = (size_t)(a.value_column + round_up(keys, 16));
+    a.mixed_stride = (size_t)round_up(queries, 16);
+    a.gated_stride = (size_t)round_up(m->intermediate, 16);
+    a.activation_stride = activation_bytes(m->head.format, m->hidden);
+    for (int i = 0; i < m->num_layers; i++) {
+        const struct layer *l = &m->layers[i];
+        const struct matrix *each[] = {&l->qkv[0], &l->output, &l->gate_up, &l->down};
+        for (int j = 0; j < 4; j++)
+            a.activation_stride = larger(a.activation_stride, activation_bytes(each[j]->format, each[j]->columns));
+    }
+    a.row_stride = larger(a.hidden_stride, a.mixed_stride);
+    a.scratch_stride = attention_scratch_floats(m->head_dim);
+    size_t groups = (size_t)(m->num_heads / m->num_kv_heads + heads_per_task(m) - 1) / (size_t)heads_per_task(m);
+    a.max_tasks = (rows + sequences * MAX_PARTS) * (size_t)m->num_kv_heads * groups;
+    a.x = carve(&a, base, rows * a.hidden_stride, 4);
+    a.qkv = carve(&a, base, rows * a.qkv_stride, 4);
+    a.mixed = carve(&a, base, rows * a.mixed_stride, 4);
+    a.gated = carve(&a, base, rows * a.gated_stride, 4);
+    a.cosine = carve(&a, base, rows * half, 4);
+    a.sine = carve(&a, base, rows * half, 4);
+    a.parts = carve(&a, base, sequences * (size_t)m->num_heads * MAX_PARTS * (size_t)(round_up(m->head_dim, 16) + 2), 4);
+    a.shared = carve(&a, base, larger(rows, sequences) * a.activation_stride, 1);
+    a.private = carve(&a, base, threads * PRIVATE_ROWS * a.activation_stride, 1);
+    a.row = carve(&a, base, threads * a.row_stride, 4);
+    a.scratch = carve(&a, base, threads * a.scratch_stride, 4);
+    a.best = carve(&a, base, threads * sequences, sizeof *a.best);
+    a.tasks = carve(&a, base, a.max_tasks, sizeof *a.tasks);
+    a.row_parts = carve(&a, base, rows, 4);
+    a.last_rows = carve(&a, base, sequences, 4);
+    return a;
+}
+
+size_t arena_bytes(const struct model *m) { return lay_out(m, NULL).bytes; }
+
+static size_t head_page_bytes(const struct model *m) {
+    return (size_t)PAGE_TOKENS * (size_t)round_up(m->head_dim, 16) * (m->kv_float32 ? 4 : 2);
+}
+
+size_t page_bytes(const struct model *m) {
+    return 2 * (size_t)m->num_layers * (size_t)m->num_kv_heads * head_page_bytes(m);
+}
+
+/* ---------------------------------------------------------------- before the layers, on the caller's thread */
+
+/* How many partial results to cut one sequence's context into, so that `num_tasks` occupy all threads evenly. */
+static int num_parts(int num_tasks, int threads, int context) {
+    int most = context / MIN_PART_TOKENS;
+    if (most > MAX_PARTS) most = MAX_PARTS;
+    if (num_tasks >= 4 * threads || most < 2) return 1;
+    for (int parts = 1; parts <= most; parts++)
+        if (parts * num_tasks % threads == 0 || parts * num_tasks >= 4 * threads) return parts;
+    return most;
+}
+
+static void plan_attention(struct run *run) {
+    const struct model *m = run->model;
+    const struct step *s = run->step;
+    struct arena *a = &run->arena;
+    int group = m->num_heads / m->num_kv_heads, width = heads_per_task(m), threads = pool_threads(m->pool);
+    int rows_per_task = MAX_TASK_QUERIES / width;
+    int singles = 0;
+    run->writes_apart = width < group;
+    for (int b = 0; b < s->num_sequences; b++) {
+        if (s->cu_seqlens[b + 1] - s->cu_seqlens[b] == 1)
+            singles++;
+        else
+            run->writes_apart = 1;
+    }
+    int single_tasks = singles * m->num_kv_heads;
+    memset(a->row_parts, 0, (size_t)s->num_tokens * 4);
+    run->num_tasks = 0;
+    for (int b = 0; b < s->num_sequences; b++) {
+        int first = s->cu_seqlens[b], num_rows = s->cu_seqlens[b + 1] - first;
+        int parts = num_rows == 1 ? num_parts(single_tasks, threads, s->context_lens[b]) : 1;
+        int pages = (s->context_lens[b] + PAGE_TOKENS - 1) / PAGE_TOKENS;
+        if (parts > 1) a->row_parts[first] = parts;
+        for (int row = 0; row < num_rows; row += rows_per_task) {
+            int rows = num_rows - row < rows_per_task ? num_rows - row : rows_per_task;
+            int position = s->positions[first + row];
+            for (int kv = 0; kv < m->num_kv_heads; kv++)
+                for (int head = 0; head < group; head += width)
+                    for (int part = 0; part < parts; part++) {
+                        int end = part + 1 == parts ? position + rows : pages * (part + 1) / parts * PAGE_TOKENS;
+                        a->tasks[run->num_tasks++] = (struct attention_task){
+                            .pages = s->page_table + (size_t)b * (size_t)s->page_columns,
+                            .first_row = first + row,
+                            .num_rows = rows,
+                            .position = position,
+                            .first_head = kv * group + head,
+                            .num_heads = group - head < width ? group - head : width,
+                            .kv_head = kv,
+                            .first_token = pages * part / parts * PAGE_TOKENS,
+                            .end_token = end,
+                            .part = parts > 1 ? part : -1,
+                            .writes = !run->writes_apart && part + 1 == parts,
+                        };
+                    }
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- within the layers, on every thread */
+
+static void share_of(int count, int threads, int thread, int *first, int *end) {
+    *first = (int)((int64_t)count * thread / threads);
+    *end = (int)((int64_t)count * (thread + 1) / threads);
+}
+
+static void embed(const struct run *run, int thread) {
+    const struct model *m = run->model;
+    const struct step *s = run->step;
+    const struct arena *a = &run->arena;
+    int first, end, half = m->head_dim / 2;
+    share_of(s->num_tokens, pool_threads(m->pool), thread, &first, &end);
+    for (int row = first; row < end; row++) {
+        float *x = a->x + (size_t)row * a->hidden_stride;
+        unpack_row(&m->embedding, s->token_ids[row], x);
+        for (size_t i = (size_t)m->hidden; i < a->hidden_stride; i++) x[i] = 0;
+        for (int i = 0; i < half; i++) {
+            float angle = (float)s->positions[row] * m->inverse_frequencies[i];
+            a->cosine[(size_t)row * (size_t)half + (size_t)i] = cosf(angle);
+            a->sine[(size_t)row * (size_t)half + (size_t)i] = sinf(angle);
+        }
+    }
+}
+
+/* Where the rows that a matrix multiplies come from. */
+enum source { NORMED, MIXED, GATED };
+
+static void prepare_row(const struct run *run, const struct attention *attention, int thread, enum source source,
+                        const float *norm, int row, int format, uint8_t *out) {
+    const struct model *m = run->model;
+    const struct arena *a = &run->arena;
+    float *temporary = a->row + (size_t)thread * a->row_stride;
+    if (source == GATED) {
+        m->kernels->quantize(format, a->gated + (size_t)row * a->gated_stride, m->intermediate, out);
+    } else if (source == MIXED) {
+        const float *mixed = a->mixed + (size_t)row * a->mixed_stride;
+        if (a->row_parts[row] > 0) {
+            m->kernels->merge_parts(attention, row, a->row_parts[row], temporary);
+            mixed = temporary;
+        }
+        m->kernels->quantize(format, mixed, m->num_heads * m->head_dim, out);
+    } else {
+        const float *x = a->x + (size_t)row * a->hidden_stride;
+        m->kernels->rms_norm(x, norm, m->eps, m->hidden, (int)a->hidden_stride, temporary);
+        m->kernels->quantize(format, temporary, m->hidden, out);
+    }
+}
+
+/* Every row of the step in the form that `format` multiplies: this thread's own copy, or one that all made. */
+static const uint8_t *prepare(const struct run *run, const struct attention *attention, int thread, enum source source,
+                              const float *norm, int format) {
+    const struct model *m = run->model;
+    const struct arena *a = &run->arena;
+    int first = 0, end = run->step->num_tokens;
+    uint8_t *to = a->shared;
+    int is_private = end <= PRIVATE_ROWS;
+    if (is_private)
+        to = a->private + (size_t)thread * PRIVATE_ROWS * a->activation_stride;
+    else
+        share_of(end, pool_threads(m->pool), thread, &first, &end);
+    for (int row = first; row < end; row++)
+        prepare_row(run, attention, thread, source, norm, row, format, to + (size_t)row * a->activation_stride);
+    if (!is_private) pool_barrier(m->pool);
+    return to;
+}
+
+static void multiply(const struct run *run, int thread, const struct matrix *matrices, int count, const uint8_t *x,
+                     float *y, size_t y_stride, enum epilogue epilogue) {
+    const struct model *m = run->model;
+    int unit = epilogue == SWIGLU ? 2 : 1, total = 0, first, end;
+    for (int i = 0; i < count; i++) total += matrices[i].rows / BLOCK_ROWS;
+    share_of(total / unit, pool_threads(m->pool), thread, &first, &end);
+    first *= unit;
+    end *= unit;
+    for (int i = 0; i < count; i++) {
+        int blocks = matrices[i].rows / BLOCK_ROWS;
+        struct matmul task = {
+            .w = &matrices[i],
+            .x = x,
+            .x_stride = run->arena.activation_stride,
+            .y = y,
+            .y_stride = y_stride,
+            .num_x = run->step->num_tokens,
+            .epilogue = epilogue,
+        };
+        int from = first > 0 ? first : 0, to = end < blocks ? end : blocks;
+        if (from < to) m->kernels->matmul(&task, from, to);
+        first -= blocks;
+        end -= blocks;
+        y += matrices[i].rows;
+    }
+}
+
+static void attend(const struct run *run, const struct attention *attention, int thread) {
+    const struct model *m = run->model;
+    const struct step *s = run->step;
+    const struct arena *a = &run->arena;
+    int threads = pool_threads(m->pool);
+    if (run->writes_apart) {
+        int first, end;
+        share_of(s->num_tokens, threads, thread, &first, &end);
+        for (int row = first; row < end; row++)
+            for (int kv = 0; kv < m->num_kv_heads; kv++)
+                m->kernels->write_kv(attention, row, kv, s->slots[row] / PAGE_TOKENS, s->slots[row] % PAGE_TOKENS);
+        pool_barrier(m->pool);
+    }
+    float *scratch = a->scratch + (size_t)thread * a->scratch_stride;
+    /* In turn, not in runs: a prompt's later rows see more. */
+    for (size_t i = (size_t)thread; i < run->num_tasks; i += (size_t)threads)
+        m->kernels->attend(attention, &a->tasks[i], scratch);
+}
+
+static void run_layer(const struct run *run, int thread, int number) {
+    const struct model *m = run->model;
+    const struct arena *a = &run->arena;
+    const struct layer *l = &m->layers[number];
+    size_t head_bytes = head_page_bytes(m), side = (size_t)m->num_kv_heads * head_bytes;
+    struct attention attention = {
+        .qkv = a->qkv,
+        .qkv_stride = a->qkv_stride,
+        .key_column = a->key_column,
+        .value_column = a->value_column,
+        .qk_norm = l->qk_norm,
+        .cosine = a->cosine,
+        .sine = a->sine,
+        .keys = m->cache + 2 * (size_t)number * side,
+        .values = m->cache + (2 * (size_t)number + 1) * side,
+        .page_stride = page_bytes(m),
+        .head_stride = head_bytes,
+        .out = a->mixed,
+        .out_stride = a->mixed_stride,
+        .parts = a->parts,
+        .max_parts = MAX_PARTS,
+        .num_heads = m->num_heads,
+        .num_kv_heads = m->num_kv_heads,
+        .head_dim = m->head_dim,
+        .kv_float32 = m->kv_float32,
+        .eps = m->eps,
+        .scale = 1.0f / sqrtf((float)m->head_dim),
+    };
+    const uint8_t *x = prepare(run, &attention, thread, NORMED, l->input_norm, l->qkv[0].format);
+    multiply(run, thread, l->qkv, 3, x, a->qkv, a->qkv_stride, STORE);
+    pool_barrier(m->pool);
+    attend(run, &attention, thread);
+    pool_barrier(m->pool);
+    x = prepare(run, &attention, thread, MIXED, NULL, l->output.format);
+    multiply(run, thread, &l->output, 1, x, a->x, a->hidden_stride, ADD);
+    pool_barrier(m->pool);
+    x = prepare(run, &attention, thread, NORMED, l->post_norm, l->gate_up.format);
+    multiply(run, thread, &l->gate_up, 1, x, a->gated, a->gated_stride, SWIGLU);
+    pool_barrier(m->pool);
+    x = prepare(run, &attention, thread, GATED, NULL, l->down.format);
+    multiply(run, thread, &l->down, 1, x, a->x, a->hidden_stride, ADD);
+    pool_barrier(m->pool);
+}
+
+/* Normalise the last row of every sequence, tell of those that are not finite, and multiply the sampled with the head. */
+static void finish(const struct run *run, int thread) {
+    const struct model *m = run->model;
+    const struct step *s = run->step;
+    const struct arena *a = &run->arena;
+    int threads = pool_threads(m->pool), first, end;
+    float *row = a->row + (size_t)thread * a->row_stride;
+    share_of(s->num_sequences, threads, thread, &first, &end);
+    int next = 0; /* sampled is in rising order */
+    while (next < s->num_sampled && s->sampled[next] < first) next++;
+    for (int b = first; b < end; b++) {
+        const float *x = a->x + (size_t)(s->cu_seqlens[b + 1] - 1) * a->hidden_stride;
+        m->kernels->rms_norm(x, m->norm, m->eps, m->hidden, (int)a->hidden_stride, row);
+        float sum = 0;
+        for (int i = 0; i < m->hidden; i++) sum += row[i] * 0.0f;
+        s->ids[b] = sum == 0 ? NOT_SAMPLED : NON_FINITE;
+        if (next < s->num_sampled && s->sampled[next] == b) {
+            m->kernels->quantize(m->head.format, row, m->hidden, a->shared + (size_t)next * a->activation_stride);
+            next++;
+        }
+    }
+    pool_barrier(m->pool);
+    if (s->num_sampled == 0) return;
+    struct best *best = a->best + (size_t)thread * (size_t)m->max_sequences;
+    for (int i = 0; i < s->num_sampled; i++) best[i] = (struct best){.index = -1};
+    struct matmul task = {
+        .w = &m->head,
+        .x = a->shared,
+        .x_stride = a->activation_stride,
+        .y = s->logits,
+        .y_stride = (size_t)m->head.rows,
+        .best = best,
+        .num_x = s->num_sampled,
+        .valid_rows = m->vocab,
+        .epilogue = s->logits != NULL ? STORE : ARGMAX,
+    };
+    share_of(m->head.rows / BLOCK_ROWS, threads, thread, &first, &end);
+    m->kernels->matmul(&task, first, end);
+    if (s->logits != NULL) return;
+    pool_barrier(m->pool);
+    if (thread != 0) return;
+    for (int i = 0; i < s->num_sampled; i++) {
+        struct best found = a->best[i];
+        for (int t = 1; t < threads; t++) {
+            struct best other = a->best[(size_t)t * (size_t)m->max_sequences + (size_t)i];
+            found.not_finite += other.not_finite;
+            /* Rows rise with the threads, so the first of equals stays. */
+            if (found.index < 0 || (other.index >= 0 && other.value > found.value)) {
+                found.index = other.index;
+                found.value = other.value;
+            }
+        }
+        int32_t *id = &s->ids[s->sampled[i]];
+        if (*id != NON_FINITE) *id = found.not_finite == 0 ? found.index : NON_FINITE;
+    }
+}
+
+static void work(void *argument, int thread) {
+    const struct run *run = argument;
+    embed(run, thread);
+    pool_barrier(run->model->pool);
+    for (int layer = 0; layer < run->model->num_layers; layer++) run_layer(run, thread, layer);
+    finish(run, thread);
+}
+
+void run_step(const struct model *model, const struct step *step) {
+    struct run run = {.model = model, .step = step, .arena = lay_out(model, model->arena)};
+    plan_attention(&run);
+    pool_run(model->pool, work, &run);
+}

@@ -1,0 +1,54 @@
+/* A model as the executor knows it, and one step of it. Both are filled by native.pyx. */
+#ifndef NEURON_STEP_H
+#define NEURON_STEP_H
+
+#include "kernels.h"
+#include "pool.h"
+
+struct layer {
+    const float *input_norm; /* [hidden padded to 16] */
+    const float *post_norm;
+    const float *qk_norm; /* [H + K, head_dim], or NULL */
+    struct matrix qkv[3]; /* apart, because a file may store each in a kind of its own */
+    struct matrix output, gate_up, down;
+};
+
+struct model {
+    const struct kernels *kernels;
+    struct pool *pool;
+    int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab;
+    float eps;
+    int kv_float32;
+    int max_rows, max_sequences;
+    const float *inverse_frequencies; /* [head_dim / 2] */
+    const float *norm;                /* [hidden padded to 16] */
+    struct matrix embedding, head;
+    struct layer *layers;
+    uint8_t *cache; /* [pages, layers, 2 (keys, values), K, page of a head] */
+    uint8_t *arena; /* arena_bytes(model), 64-byte aligned */
+};
+
+/* The arrays of neuron.engine.plan.StepPlan, and where the results go. */
+struct step {
+    int num_tokens, num_sequences, num_sampled, page_columns;
+    const int32_t *token_ids, *positions, *slots; /* [T] */
+    const int32_t *cu_seqlens;                    /* [B + 1] */
+    const int32_t *page_table;                    /* [B, page_columns] */
+    const int32_t *context_lens;                  /* [B] */
+    const int32_t *sampled;                       /* [R] */
+    float *logits; /* [R, vocab]: what the sampled rows come to; NULL: their likeliest token into ids */
+    int32_t *ids;  /* [B] */
+};
+
+enum { NOT_SAMPLED = -2, NON_FINITE = -1 };
+
+/* Bytes that one page takes over all layers. */
+size_t page_bytes(const struct model *model);
+
+/* Bytes of everything a step writes beside the cache; depends on sizes and threads only. */
+size_t arena_bytes(const struct model *model);
+
+/* Run a step on the model's pool. Its sizes are within the model's bounds and its ids within the vocabulary. */
+void run_step(const struct model *model, const struct step *step);
+
+#endif

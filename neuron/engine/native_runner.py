@@ -1,0 +1,96 @@
+"""Execute a plan on the CPU kernels: a whole step in one native call.
+
+The same interface as :class:`neuron.engine.runner.Runner`. Steps in which all are greedy end with token ids, others
+with logits, which the sampler turns into ids as on any device.
+"""
+
+import functools
+
+import numpy as np
+import torch
+
+from neuron.cpu_kernels import native
+from neuron.device.probe import usable_cores
+from neuron.engine.plan import StepPlan
+from neuron.engine.sampler import NON_FINITE, Sampler
+from neuron.engine.sequence import Int32Array
+from neuron.models import packed
+from neuron.models.config import ModelConfig
+from neuron.models.packed_weights import PackedWeights, huge_pages, make_model
+from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
+
+
+@functools.cache
+def shared_pool() -> native.Pool:
+    """Return this process's threads: one for each core it may use, for all models, which take turns."""
+    return native.Pool(usable_cores())
+
+
+class NativeRunner:
+    """One loaded model on the CPU."""
+
+    def __init__(self, config: ModelConfig, weights: PackedWeights, plan: MemoryPlan) -> None:
+        self.config = config
+        self._weights = weights
+        self._max_sequences = plan.max_sequences
+        rows = max(plan.step_tokens, plan.max_sequences + PAGE_TOKENS)
+        self._model = make_model(
+            config,
+            weights,
+            shared_pool(),
+            packed.level(),
+            dtype=plan.dtype,
+            rows=rows,
+            sequences=plan.max_sequences,
+        )
+        # One more page than the pool hands out: page 0 pads page tables. A page holds all layers, so that a short
+        # sequence touches few huge pages however many layers there are.
+        cache = huge_pages((plan.num_pages + 1) * self._model.page_bytes)
+        arena = huge_pages(self._model.arena_bytes)
+        if len(arena) > plan.workspace_bytes:
+            raise RuntimeError(f"the plan counted {plan.workspace_bytes} bytes of work space, {len(arena)} are needed")
+        self._model.attach(cache, arena)
+        dtype = torch.float32 if plan.dtype == "float32" else torch.bfloat16
+        shape = (plan.num_pages + 1, config.num_layers, 2, config.num_kv_heads, -1)
+        self._cache = torch.from_numpy(cache).view(dtype).view(shape)
+        """``[pages, layers, keys and values, K, 16 D]``; keys lie as ``attention.c`` says."""
+        self._logits: torch.Tensor | None = None
+        self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"))
+
+    def run(self, plan: StepPlan) -> Int32Array:
+        """Compute a step; return a token id int32 ``[B]`` per sequence: NOT_SAMPLED or NON_FINITE if it has none."""
+        ids = np.empty(len(plan.sequences), np.int32)
+        num_sampled = len(plan.sampled)
+        seats = plan.seats[plan.sampled]
+        if not num_sampled or self.sampler.takes_likeliest(seats):
+            self._run(plan, None, ids)
+            return ids
+        width = packed.padded(self.config.vocab_size)
+        if self._logits is None:
+            self._logits = torch.empty((self._max_sequences, width), dtype=torch.float32)
+        logits = self._logits[:num_sampled]
+        self._run(plan, logits.numpy(), ids)
+        with torch.inference_mode():
+            rows = logits[:, : self.config.vocab_size]
+            sampled = self.sampler.sample(rows, seats, plan.num_output[plan.sampled]).numpy()
+        ids[plan.sampled] = np.where(ids[plan.sampled] == NON_FINITE, NON_FINITE, sampled)
+        return ids
+
+    def _run(
+        self, plan: StepPlan, logits: np.ndarray[tuple[int, int], np.dtype[np.float32]] | None, ids: Int32Array
+    ) -> None:
+        self._model.run(
+            plan.token_ids,
+            np.ascontiguousarray(plan.positions),
+            plan.slots,
+            plan.cu_seqlens,
+            np.ascontiguousarray(plan.page_table),
+            plan.context_lens,
+            plan.sampled,
+            logits,
+            ids,
+        )
+
+    def clear_pages(self, pages: Int32Array) -> None:
+        """Zero ``pages``, so that a NaN in them cannot reach the next sequence they are given to."""
+        self._cache[torch.from_numpy(pages).to(torch.int64)] = 0

@@ -1,0 +1,146 @@
+"""How the CPU kernels keep a model: the format of every matrix, and the bytes that makes.
+
+Decides, and knows sizes only: the daemon's preflight and the worker's load ask the same functions. GGUF's 4-bit and
+8-bit kinds keep their codes; what is stored as floats becomes bfloat16, and everything float32 where that is asked for.
+"""
+
+import os
+from enum import IntEnum
+from typing import Final
+
+from neuron.cpu_kernels import native
+from neuron.models.config import ModelConfig
+from neuron.models.gguf import TensorKind
+
+SWITCH: Final = "NEURON_CPU_KERNELS"
+"""``off`` in the environment runs models on the CPU in eager torch."""
+LEVEL_SWITCH: Final = "NEURON_CPU_LEVEL"
+"""The dispatch level to use instead of this processor's best."""
+LANES: Final = 16
+MAX_HEAD_DIM: Final = 1024
+
+
+class Format(IntEnum):
+    """The packed formats of ``formats.h``."""
+
+    W4 = 0
+    W8 = 1
+    W16 = 2
+    W32 = 3
+
+
+FLOATS: Final = (TensorKind.F32, TensorKind.F16, TensorKind.BF16, TensorKind.F64)
+LAYER_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def enabled() -> bool:
+    """Return whether models on a CPU run on the native kernels."""
+    return os.environ.get(SWITCH, "on") != "off"
+
+
+def level() -> str:
+    """Return the dispatch level to use. Raises ``ValueError`` for one that this processor does not have."""
+    wanted = os.environ.get(LEVEL_SWITCH)
+    levels = native.levels()
+    if wanted is None:
+        return levels[0]
+    if wanted not in levels:
+        raise ValueError(f"{LEVEL_SWITCH} is {wanted!r}; this processor has {', '.join(levels)}")
+    return wanted
+
+
+def obstacle(config: ModelConfig) -> str | None:
+    """Return why the kernels cannot run a model, ``None`` if they can."""
+    if not enabled():
+        return f"{SWITCH} is off"
+    if config.head_dim > MAX_HEAD_DIM:
+        return f"heads of {config.head_dim} dimensions; at most {MAX_HEAD_DIM} are supported"
+    return None
+
+
+def padded(count: int) -> int:
+    """Return ``count`` rounded up to whole registers."""
+    return -(-count // LANES) * LANES
+
+
+def layer_formats(config: ModelConfig, number: int, dtype: str) -> dict[str, Format]:
+    """Return the format of each matrix of a layer, by projection.
+
+    Query, key and value multiply the same activations, so they agree on integer or float; gate and up alternate within
+    one matrix, so they are alike.
+    """
+    prefix = f"model.layers.{number}."
+    found = {}
+    for name in LAYER_MATRICES:
+        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        found[name] = format_of(config, f"{prefix}{block}.{name}.weight", dtype)
+    attention = ("q_proj", "k_proj", "v_proj")
+    if len({max(found[name], Format.W8) for name in attention}) > 1:
+        found |= dict.fromkeys(attention, Format.W16)
+    if found["gate_proj"] != found["up_proj"]:
+        found["gate_proj"] = found["up_proj"] = max(found["gate_proj"], found["up_proj"])
+    return found
+
+
+def format_of(config: ModelConfig, name: str, dtype: str) -> Format:
+    """Return the format of one matrix, by its safetensors name."""
+    if dtype == "float32":
+        return Format.W32
+    kind = config.tensor_kinds.get(name, TensorKind.BF16)
+    if kind in FLOATS:
+        return Format.W16
+    return Format.W4 if native.can_pack(kind, Format.W4) else Format.W8
+
+
+def weights_bytes(config: ModelConfig, dtype: str) -> int:
+    """Return the bytes of all weights, packed: what the load allocates, to the byte."""
+    shapes = config.tensor_shapes()
+    total = native.packed_bytes(
+        format_of(config, "model.embed_tokens.weight", dtype), config.vocab_size, config.hidden_size
+    )
+    if not config.tie_embeddings:
+        total += native.packed_bytes(format_of(config, "lm_head.weight", dtype), config.vocab_size, config.hidden_size)
+    for number in range(config.num_layers):
+        formats = layer_formats(config, number, dtype)
+        for name, format in formats.items():
+            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            rows, columns = shapes[f"model.layers.{number}.{block}.{name}.weight"]
+            total += native.packed_bytes(format, rows, columns)
+    return total + 4 * vector_elements(config)
+
+
+def vector_elements(config: ModelConfig) -> int:
+    """Return the float32 elements of norms, biases and frequencies, each padded to whole registers."""
+    hidden, queries, keys = (
+        config.hidden_size,
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
+    layer = 2 * padded(hidden)
+    if config.attention_bias:
+        layer += padded(queries) + 2 * padded(keys)
+        if config.architecture.output_bias_follows_qkv:
+            layer += padded(hidden)
+    if config.architecture.qk_norm:
+        layer += padded(queries + keys)
+    return config.num_layers * layer + padded(hidden) + padded(config.head_dim // 2)
+
+
+def page_bytes(config: ModelConfig, dtype: str, page_tokens: int) -> int:
+    """Return the bytes of a page over all layers: head vectors are padded to whole registers."""
+    element = 4 if dtype == "float32" else 2
+    return 2 * config.num_layers * config.num_kv_heads * page_tokens * padded(config.head_dim) * element
+
+
+def arena_bytes(config: ModelConfig, rows: int, sequences: int, threads: int) -> int:
+    """Return a bound on what a step of ``rows`` tokens writes beside the cache (``lay_out`` of ``step.c``)."""
+    hidden, heads, dim = padded(config.hidden_size), config.num_heads, config.head_dim
+    queries, keys = padded(heads * dim), padded(config.num_kv_heads * dim)
+    gated = padded(config.intermediate_size)
+    activation = 4 * max(hidden, queries, gated) + 64
+    row = 4 * (hidden + 2 * queries + 2 * keys + gated + dim) + activation + 4
+    # One task a row and key-value head at most, and 16 partial results of each head of a decoding sequence.
+    row += 64 * heads
+    sequence = activation + heads * 16 * 4 * (padded(dim) + 2) + 64 * heads * 16 + 32 * threads
+    thread = 2 * activation + 4 * max(hidden, queries) + 4 * 16 * (2 * padded(dim) + 128)
+    return rows * row + sequences * sequence + threads * thread + 32 * 64

@@ -1,0 +1,51 @@
+"""The pool: many calls, from many threads, with more threads than cores."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from neuron.cpu_kernels import native
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 9])
+def test_every_share_is_done_once_whoever_calls(num_threads: int) -> None:
+    pool = native.Pool(num_threads)
+    assert pool.num_threads == num_threads
+    values = np.random.default_rng(0).standard_normal((100, 5)).astype(np.float32)
+    expected = np.zeros(native.packed_bytes(3, 100, 5), np.uint8)
+    native.pack(native.Pool(1), values.view(np.uint8).reshape(-1), 0, 100, 5, expected, 3)
+    wrong = []
+
+    def call() -> None:
+        for _ in range(50):
+            packed = np.zeros_like(expected)
+            native.pack(pool, values.view(np.uint8).reshape(-1), 0, 100, 5, packed, 3)
+            if not np.array_equal(packed, expected):
+                wrong.append(packed)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_threads_go_with_their_pool() -> None:
+    before = threading_count()
+    for _ in range(20):
+        pool = native.Pool(4)
+        assert threading_count() == before + 3
+        del pool
+    assert threading_count() == before
+
+
+def threading_count() -> int:
+    with open("/proc/self/status") as status:  # noqa: PTH123
+        return next(int(line.split()[1]) for line in status if line.startswith("Threads:"))
+
+
+def test_no_threads_are_refused() -> None:
+    with pytest.raises(ValueError):
+        native.Pool(0)
