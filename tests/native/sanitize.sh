@@ -77,10 +77,13 @@ for seed in $seeds; do
 done
 
 forget
-tests=(tests/device)
+tests=(tests/device tests/cpu_kernels/test_matmul.py tests/cpu_kernels/test_pool.py)
+tests+=(tests/cpu_kernels/test_step.py)
 if [ "$kind" = thread ]; then
     # Where threads of ours meet: a loop beside its daemon, the watchdog, channels between threads.
     tests=(tests/device/test_loop.py tests/device/test_channel.py)
+    # The pool that all kernels run on.
+    tests+=(tests/cpu_kernels/test_pool.py tests/cpu_kernels/test_step.py)
     # The runtime holds signals back until a thread comes by, so waits are not interrupted; nothing there is shared.
     tests+=(--deselect tests/device/test_channel.py::test_an_interrupted_wait_goes_on)
 elif [ -d tests/_fast ]; then

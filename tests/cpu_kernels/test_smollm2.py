@@ -1,0 +1,79 @@
+"""The real model on the kernels: tokens at every level, and perplexity against float32 on the same weights."""
+
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neuron.cpu_kernels import native
+from neuron.text import tokenizer
+
+QUESTION = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+ANSWER = [504, 3575, 282, 4649, 314, 7042, 30, 2]  # The capital of France is Paris.<|im_end|>
+TEXT = pathlib.Path(__file__).with_name("text.txt")
+
+
+class Likelihood:
+    """In a sampler's place: keeps how likely the next token of the text was, and gives that token."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.total = 0.0
+
+    def admit(self, *_: object) -> None:
+        pass
+
+    def takes_likeliest(self, _: object) -> bool:
+        return False
+
+    def sample(self, logits: torch.Tensor, _: object, num_output: np.ndarray[Any, Any]) -> torch.Tensor:
+        token = self.tokens[int(num_output[0]) + 1]
+        self.total -= float(logits[0].log_softmax(-1)[token])
+        return torch.tensor([token], dtype=torch.int32)
+
+
+def perplexity(harness: Callable[..., Any], path: pathlib.Path, tokens: list[int], dtype: str) -> float:
+    driver = harness()
+    driver.load(path, dtype=dtype)
+    driver.engine._models["m"].runner.sampler = likelihood = Likelihood(tokens)
+    driver.generate(1, tokens[:1], len(tokens) - 1)
+    driver.run()
+    assert driver.outputs()[1] == tokens[1:]
+    return math.exp(likelihood.total / (len(tokens) - 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", native.levels())
+def test_the_answer_is_paris_at_every_level(
+    level: str, smollm2_gguf: pathlib.Path, harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURON_CPU_LEVEL", level)
+    driver = harness()
+    driver.load(smollm2_gguf, dtype="auto")
+    # Alone, and eight together: different tiles of the same products.
+    for number in range(9):
+        driver.generate(number, QUESTION, 40)
+        if number == 0:
+            driver.run()
+    driver.run()
+    found = driver.outputs()
+    assert found[0][:8] == ANSWER
+    assert len(found[0]) == 40
+    assert all(found[number] == found[0] for number in range(1, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_quantised_activations_cost_less_than_a_hundredth_of_perplexity(
+    smollm2_gguf: pathlib.Path, harness: Callable[..., Any]
+) -> None:
+    text = tokenizer.load(smollm2_gguf).tokenizer
+    tokens = text.encode(TEXT.read_text(), add_special_tokens=False).ids
+    assert len(tokens) > 400
+    exact = perplexity(harness, smollm2_gguf, tokens, "float32")
+    found = perplexity(harness, smollm2_gguf, tokens, "auto")
+    assert abs(found / exact - 1) < 0.01, f"perplexity {found:.4f}, in float32 {exact:.4f}"

@@ -1,0 +1,137 @@
+"""A step of the executor on a small model made here: what it refuses, and that threads and chunks change nothing."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from neuron.cpu_kernels import native
+from neuron.models.packed import Format, padded
+from neuron.models.packed_weights import huge_pages
+
+SIZES = {"num_layers": 2, "hidden": 40, "num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "intermediate": 37,
+         "vocab": 77, "eps": 1e-5}  # fmt: skip
+MAX_ROWS, MAX_SEQUENCES, NUM_PAGES = 200, 5, 40
+
+
+def make_model(threads: int, level: str, kv_float32: bool = True, seed: int = 0) -> native.Model:
+    random = np.random.default_rng(seed)
+    pool = native.Pool(threads)
+
+    def matrix(rows: int, columns: int) -> native.Matrix:
+        values = (random.standard_normal((rows, columns)) * 0.3).astype(np.float32)
+        packed = np.zeros(native.packed_bytes(Format.W32, rows, columns), np.uint8)
+        native.pack(pool, values.view(np.uint8).reshape(-1), 0, rows, columns, packed, Format.W32)
+        return native.Matrix(packed, Format.W32, rows, columns)
+
+    def vector(length: int) -> np.ndarray[Any, Any]:
+        return np.concatenate((random.random(length), np.zeros(padded(length) - length))).astype(np.float32)
+
+    model = native.Model(
+        pool, level, **SIZES, kv_float32=kv_float32, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="weights are missing"):
+        model.attach(huge_pages(model.page_bytes), huge_pages(1 << 24))
+    frequencies = (0.7 ** np.arange(5)).astype(np.float32)
+    model.set_ends(matrix(77, 40), matrix(77, 40), vector(40), frequencies)
+    for number in range(2):
+        model.set_layer(
+            number, input_norm=vector(40), post_norm=vector(40), qk_norm=random.random(80).astype(np.float32),
+            query=matrix(60, 40), key=matrix(20, 40), value=matrix(20, 40), output=matrix(40, 60),
+            gate_up=matrix(96, 40), down=matrix(40, 37),
+        )  # fmt: skip
+    model.attach(huge_pages(NUM_PAGES * model.page_bytes), huge_pages(model.arena_bytes))
+    return model
+
+
+class Driver:
+    """Sequences with scattered pages, and the plans of their steps."""
+
+    def __init__(self, model: native.Model) -> None:
+        self.model = model
+        self.tables = np.random.default_rng(4).permutation(np.arange(1, NUM_PAGES, dtype=np.int32))[:35].reshape(5, 7)
+        self.starts = [0] * 5
+
+    def plan(self, chunks: dict[int, list[int]]) -> list[np.ndarray[Any, Any]]:
+        tokens, positions, slots, ends, contexts = [], [], [], [0], []
+        for number, chunk in chunks.items():
+            for token in chunk:
+                position = self.starts[number]
+                tokens.append(token)
+                positions.append(position)
+                slots.append(self.tables[number, position // 16] * 16 + position % 16)
+                self.starts[number] += 1
+            ends.append(len(tokens))
+            contexts.append(self.starts[number])
+        arrays = [np.array(values, np.int32) for values in (tokens, positions, slots, ends)]
+        return [*arrays, np.ascontiguousarray(self.tables[list(chunks)]), np.array(contexts, np.int32)]
+
+    def step(self, chunks: dict[int, list[int]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return ids and logits of one step; the ids are from the step run again, which writes the same."""
+        arrays = self.plan(chunks)
+        everyone = np.arange(len(chunks), dtype=np.int32)
+        logits, ids = np.zeros((len(chunks), 80), np.float32), np.zeros(len(chunks), np.int32)
+        self.model.run(*arrays, everyone, logits, ids)
+        assert (ids == -2).all()
+        self.model.run(*arrays, everyone, None, ids)
+        np.testing.assert_array_equal(ids, logits[:, :77].argmax(-1))
+        return ids, logits[:, :77]
+
+
+def conversation(model: native.Model, chunk: int) -> list[np.ndarray[Any, Any]]:
+    """Five sequences of up to 90 tokens, prompts in chunks, then decoding together with a prompt."""
+    random = np.random.default_rng(9)
+    driver = Driver(model)
+    prompts = [random.integers(0, 77, size).tolist() for size in (90, 33, 1, 16, 70)]
+    last = {}
+    for number, prompt in enumerate(prompts[:4]):
+        for start in range(0, len(prompt), chunk):
+            last[number] = driver.step({number: prompt[start : start + chunk]})[1][0]
+    decodes = {number: [int(last[number].argmax())] for number in (0, 1, 3, 2)}
+    found = [*last.values()]
+    ids, logits = driver.step({**decodes, 4: prompts[4][:20]})
+    found += [*logits]
+    ids, logits = driver.step({0: [int(ids[0])], 4: prompts[4][20:]})
+    found += [*logits]
+    return found
+
+
+@pytest.mark.parametrize("kv_float32", [True, False])
+@pytest.mark.parametrize("level", native.levels())
+def test_threads_and_chunks_change_nothing(level: str, kv_float32: bool) -> None:
+    plain = conversation(make_model(1, "portable"), 200)
+    for threads, chunk in ((1, 200), (2, 7), (5, 31), (3, 1)):
+        found = conversation(make_model(threads, level, kv_float32), chunk)
+        tolerance = 2e-4 if kv_float32 else 0.05
+        for row, expected in zip(found, plain, strict=True):
+            assert np.abs(row - expected).max() < tolerance * np.abs(expected).max()
+
+
+def test_a_step_out_of_bounds_is_refused() -> None:
+    model = make_model(1, native.levels()[0])
+    driver = Driver(model)
+    driver.step({0: [1, 2, 3]})
+    good = driver.plan({0: [4, 5], 1: [6]})
+    sampled, ids = np.array([0, 1], np.int32), np.zeros(2, np.int32)
+    model.run(*good, sampled, None, ids)
+    changes: list[tuple[int, int, int]] = [
+        (0, 0, 77), (0, 0, -1), (1, 1, 9), (2, 0, NUM_PAGES * 16), (2, 0, -1), (3, 0, 1), (3, 1, 3), (3, 2, 2),
+        (5, 0, 0), (5, 1, 200),
+    ]  # fmt: skip
+    for which, index, value in changes:
+        arrays = [array.copy() for array in good]
+        arrays[which][index] = value
+        with pytest.raises(ValueError):
+            model.run(*arrays, sampled, None, ids)
+    arrays = [array.copy() for array in good]
+    arrays[4][0, 0] = NUM_PAGES
+    with pytest.raises(ValueError):
+        model.run(*arrays, sampled, None, ids)
+    for wrong in ([1, 0], [0, 0], [0, 2], [-1, 0]):
+        with pytest.raises(ValueError):
+            model.run(*good, np.array(wrong, np.int32), None, ids)
+    with pytest.raises(ValueError):
+        model.run(*good, sampled, np.zeros((2, 77), np.float32), ids)
+    with pytest.raises(ValueError):
+        model.run(*good, sampled, None, ids[:1])
+    model.run(*good, sampled, None, ids)
