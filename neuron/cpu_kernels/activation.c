@@ -3,6 +3,11 @@
  *     rms_norm: out = x / sqrt(mean(x^2) + eps) * weight                         (arXiv:1910.07467)
  *     int8:     per 32 elements, s = max|x| / 127, q = round(x / s)
  *
+ * A few activations are hundreds of times larger than the rest, those of a text's first token above all
+ * (arXiv:2402.17762), and leave their group's others with a bit or two. What rounding left of such a group goes into a
+ * group of its own behind the row and is multiplied too: 4 % more groups, and the logits of SmolLM2 after a chat template
+ * are off by 0.12 (root mean square) where they were by 0.69.
+ *
  * What is infinite or no number must not become a finite int8: its magnitude's bits are the largest integers, so the
  * maximum, taken over bits, is it, the scale is infinite or NaN, and so is every product with the group.
  */
@@ -24,23 +29,42 @@ void LEVEL(rms_norm)(const float *x, const float *weight, float eps, int n, int 
     for (i = 0; i < n_padded; i += 16) vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), factor), vf_load(weight + i)));
 }
 
+/* How many times the row's root mean square a group's largest element must be for its remainder to count. */
+static const float COARSE = 8.0f;
+
+static float group_to_int8(const float *x, struct group8 *out) {
+    vf a = vf_load(x), b = vf_load(x + 16);
+    float largest = bits_float((uint32_t)vi_reduce_max(vi_max(vi_magnitude(a), vi_magnitude(b))));
+    /* Below this 127 / largest would overflow; such a group is as good as zero. */
+    vf inverse = vf_set1(largest < 1e-36f ? 0.0f : 127.0f / largest);
+    vi qa = vi_from_float(vf_mul(a, inverse)), qb = vi_from_float(vf_mul(b, inverse));
+    vi_store_s8(out->q, qa);
+    vi_store_s8(out->q + 16, qb);
+    int32_t sum = 0;
+    /* Of what was stored: conversions of what is no number saturate. */
+    if (largest < INFINITY) sum = vi_sum(vi_add(qa, qb));
+    out->scale = largest / 127.0f;
+    out->scaled_sum = out->scale * (float)sum;
+    out->minus128sum = -128 * sum;
+    out->remainder = 0;
+    return largest;
+}
+
 static void to_int8(const float *x, int groups, struct group8 *out) {
-    for (int g = 0; g < groups; g++, x += GROUP, out++) {
-        vf a = vf_load(x), b = vf_load(x + 16);
-        float largest = bits_float((uint32_t)vi_reduce_max(vi_max(vi_magnitude(a), vi_magnitude(b))));
-        /* Below this 127 / largest would overflow; such a group is as good as zero. */
-        vf inverse = vf_set1(largest < 1e-36f ? 0.0f : 127.0f / largest);
-        vi qa = vi_from_float(vf_mul(a, inverse)), qb = vi_from_float(vf_mul(b, inverse));
-        vi_store_s8(out->q, qa);
-        vi_store_s8(out->q + 16, qb);
-        int32_t sum = 0;
-        /* Of what was stored: conversions of what is no number saturate. */
-        if (largest < INFINITY) sum = vi_sum(vi_add(qa, qb));
-        out->scale = largest / 127.0f;
-        out->scaled_sum = out->scale * (float)sum;
-        out->minus128sum = -128 * sum;
-        out->unused = 0;
+    vf squares = vf_zero();
+    for (int i = 0; i < groups * GROUP; i += 16) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
+    float coarse = COARSE * sqrtf(vf_sum(squares) / (float)(groups * GROUP));
+    int count = 0;
+    for (int g = 0; g < groups; g++, x += GROUP) {
+        float largest = group_to_int8(x, &out[g]);
+        /* Not for what is not finite: no comparison with it, or with a mean of it, is true. */
+        if (!(largest > coarse && largest < INFINITY) || count == max_remainders(groups)) continue;
+        float left[GROUP];
+        for (int i = 0; i < GROUP; i++) left[i] = x[i] - (float)out[g].q[i] * out[g].scale;
+        group_to_int8(left, &out[groups + count]);
+        out[groups + count++].remainder = g;
     }
+    out[0].remainder = count;
 }
 
 void LEVEL(quantize)(int format, const float *x, int n, uint8_t *out) {

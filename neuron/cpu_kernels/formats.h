@@ -34,14 +34,18 @@ struct matrix {
     int32_t format;
 };
 
-/* 32 activations as int8 with one scale, and what the formats' offsets need of their sum. */
+/* 32 activations as int8 with one scale, and what the formats' offsets need of their sum. A row's groups are followed by
+ * those of what rounding left of its coarse ones, see to_int8. */
 struct group8 {
     int8_t q[GROUP];
     float scale;
     float scaled_sum;    /* scale * sum(q): times m of W4 */
     int32_t minus128sum; /* -128 * sum(q): undoes the offset of W8 */
-    int32_t unused;
+    int32_t remainder;   /* of a row's first group: how many follow the row; of one that follows: whose it is */
 };
+
+/* How many groups of a row may have a remainder. */
+static inline int max_remainders(int groups) { return groups / 4 + 1; }
 
 static inline int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
@@ -60,8 +64,9 @@ static inline size_t block_bytes(int format, int columns) {
 
 /* Bytes of one row of activations in the form that a matrix of `format` multiplies, a multiple of 64. */
 static inline size_t activation_bytes(int format, int columns) {
-    size_t bytes = format <= W8    ? (size_t)num_groups(format, columns) * sizeof(struct group8)
-                   : format == W16 ? (size_t)num_groups(format, columns) * 4
+    int groups = num_groups(format, columns);
+    size_t bytes = format <= W8    ? (size_t)(groups + max_remainders(groups)) * sizeof(struct group8)
+                   : format == W16 ? (size_t)groups * 4
                                    : (size_t)columns * 4;
     return (bytes + 63) & ~(size_t)63;
 }

@@ -35,9 +35,22 @@ INLINE vf w16_dot(vf acc, const uint8_t *w, uint32_t pair) {
 }
 #endif
 
+/* What rounding left of a row's coarse groups: seldom more than a few. */
+INLINE void remainders(const int format, const uint8_t *w, int groups, const uint8_t *const *x, vf *acc) {
+    const struct group8 *row = (const struct group8 *)x[0];
+    for (int i = 0; i < row->remainder; i++) {
+        int of = row[groups + i].remainder;
+        if (format == W4)
+            w4_group(1, w + (size_t)of * W4_GROUP_BYTES, x, groups + i, acc);
+        else
+            w8_group(1, w + (size_t)of * W8_GROUP_BYTES, x, groups + i, acc);
+    }
+}
+
 /* The products of one block with a tile of num_rows (a constant where this is inlined). */
 INLINE void block_dot(const int format, const int num_rows, const uint8_t *w, int groups, const uint8_t *const *x,
                       vf *acc) {
+    const uint8_t *block = w;
     UNROLL for (int b = 0; b < num_rows; b++) acc[b] = vf_zero();
     if (format == W4) {
         for (int g = 0; g < groups; g++, w += W4_GROUP_BYTES) {
@@ -73,6 +86,8 @@ INLINE void block_dot(const int format, const int num_rows, const uint8_t *w, in
                 acc[b] = vf_fma(weights, vf_set1(load_float(x[b] + 4 * g)), acc[b]);
         }
     }
+    if (format == W4 || format == W8)
+        for (int b = 0; b < num_rows; b++) remainders(format, block, groups, x + b, acc + b);
 }
 
 static void keep_best(struct best *best, vf acc, int first_row, int num_rows) {
