@@ -60,6 +60,7 @@ cdef extern from "<poll.h>" nogil:
 cdef enum:
     MESSAGES_PER_STEP = 64  # a flood of messages does not starve the sequences that run
     MAX_NAME_BYTES = 15  # the kernel's bound on a thread's name
+    SIGNAL_CHECK_MS = 1000  # a signal that arrives just before a poll does not interrupt it, and is seen after this
 
 cdef double LAST_WORDS_S = 2.0  # how long an ending loop waits for the daemon to read what is queued
 
@@ -366,12 +367,12 @@ cdef class DeviceLoop:
         return 0
 
     cdef int _rest(self, short events) except -1:
-        """Sleep until the channel has one of ``events`` or the daemon is gone."""
+        """Sleep until the channel has one of ``events`` or the daemon is gone, a second at the most."""
         cdef int ready
         # Safety: reads the descriptor only, which this thread alone closes.
         with nogil:
-            ready = self.channel.wait(events, -1)
-        if ready == -EINTR:
+            ready = self.channel.wait(events, SIGNAL_CHECK_MS)
+        if ready == 0 or ready == -EINTR:
             PyErr_CheckSignals()
         elif ready < 0:
             raise OSError(-ready, os.strerror(-ready))
