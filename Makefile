@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint format bench bench-regressions test-native test-asan test-tsan fuzz wheel clean
+.PHONY: demo test lint format bench bench-cpu bench-regressions test-native test-asan test-tsan fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
 
@@ -66,6 +66,9 @@ test-native: test-asan test-tsan
 
 bench: $(VENV)/editable
 	for script in sse peek device_loop gateway_overhead decode_tokens; do $(BIN)/python -P bench/$$script.py --keep; done
+
+bench-cpu: $(VENV)/editable
+	$(BIN)/python bench/cpu.py --keep
 
 bench-regressions: $(VENV)/editable
 	$(BIN)/python -P -m pytest --benchmark-only
