@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ONCE ?=
 
-.PHONY: demo test lint format bench bench-regressions test-native test-asan test-tsan fuzz wheel clean
+.PHONY: demo test lint format bench bench-regressions bench-gpu check-kernels kernels test-native test-asan test-tsan fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
 
@@ -60,6 +60,24 @@ test-tsan: $(VENV)/editable
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/sanitize.sh thread
 
 test-native: test-asan test-tsan
+
+# Every kernel against its reference in the interpreter, and its machine code for five chips (about 15 minutes on two
+# cores the first time, a minute or two when nothing has changed: build/kernels keeps what was compiled).
+$(VENV)/triton: $(VENV)/editable
+	$(PIP) install "triton>=3.6,<3.10"
+	touch $@
+
+check-kernels: $(VENV)/triton
+	$(BIN)/python -P -m neuron.triton_kernels.check --keep
+
+# Cubins and their metadata for MODELS (folders with a config.json), without a GPU.
+MODELS ?=
+kernels: $(VENV)/triton
+	$(BIN)/python -P -m neuron.models.prebuild --out build/kernels $(MODELS)
+
+# Needs an NVIDIA GPU; says so and stops where there is none.
+bench-gpu: $(VENV)/triton
+	$(BIN)/python bench/gpu/run.py --keep
 
 bench: $(VENV)/editable
 	for script in sse peek device_loop gateway_overhead decode_tokens; do $(BIN)/python -P bench/$$script.py --keep; done
