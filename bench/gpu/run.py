@@ -106,9 +106,7 @@ def products(torch: Any) -> list[dict[str, Any]]:
             work = 2 * batch * width * depth / 1e6
             ours = work / graph_us(torch, lambda _, x=x, w=weight: matmul(x, w))
             theirs = work / graph_us(torch, lambda _, x=x, w=weight: torch.mm(x, w.t()))
-            rows.append(
-                {"M": batch, "N": width, "K": depth, "TFLOP/s": ours, "cuBLAS": theirs, "share": ours / theirs}
-            )
+            rows.append({"M": batch, "N": width, "K": depth, "TFLOP/s": ours, "cuBLAS": theirs, "share": ours / theirs})
     return rows
 
 

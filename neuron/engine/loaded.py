@@ -21,6 +21,7 @@ from neuron.engine.scheduler import Limits, Scheduler
 from neuron.engine.sequence import Sequence
 from neuron.models.config import ModelConfig
 from neuron.models.decoder import load_decoder
+from neuron.models.prebuild import prepare
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan, plan_memory
 from neuron.models.weights import open_weights
 
@@ -136,4 +137,5 @@ def load_model(
         weights = yield from load_decoder(source, getattr(torch, plan.dtype), device)
     finally:
         source.close()
+    prepare(source.config, plan, device)
     return Model(spec.id, source.config, plan, Runner(source.config, weights, plan, device))

@@ -10,25 +10,30 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from neuron.models import decoder
 from neuron.models.config import ModelConfig, read_config
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
+from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
-from neuron.triton_kernels.compile import KernelCache, compile_variants, target_for
-from neuron.triton_kernels.launch import Variant, recording
-from neuron.triton_kernels.operations import TritonOperations
+
+if TYPE_CHECKING:
+    from neuron.triton_kernels.launch import Variant
 
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
 STEPS: Final = (1, 2, 16, 17, 64, 65, 256, 257)
 """Tokens of a step that stand for all between them: each side of every row count that the launchers compare with."""
 
 
-def variants(config: ModelConfig, plan: MemoryPlan, capability: int) -> tuple[Variant, ...]:
+def variants(config: ModelConfig, plan: MemoryPlan, capability: int) -> "tuple[Variant, ...]":
     """Return every variant that serving the model under ``plan`` on a chip can launch."""
+    from neuron.triton_kernels.compile import target_for
+    from neuron.triton_kernels.launch import recording
+    from neuron.triton_kernels.operations import TritonOperations
+
     dtype = getattr(torch, plan.dtype)
     if dtype == torch.float32:
         return ()
@@ -45,11 +50,27 @@ def variants(config: ModelConfig, plan: MemoryPlan, capability: int) -> tuple[Va
     return recorder.variants
 
 
+def prepare(config: ModelConfig, plan: MemoryPlan, device: torch.device) -> None:
+    """Compile all that the model can launch on ``device``, and forbid compiling from then on.
+
+    Nothing to do where eager torch runs. Raises what the compiler raises.
+    """
+    if dispatch.operations_for(device, getattr(torch, plan.dtype)) is dispatch.EAGER:
+        return
+    # Only here: a host without CUDA has no use for the compiler, and may not have it.
+    from neuron.triton_kernels.compile import allowing_compiles, forbid_compiling, warm
+    from neuron.triton_kernels.launch import target_of
+
+    with allowing_compiles(), torch.cuda.device(device):
+        warm(variants(config, plan, target_of(device).capability))
+    forbid_compiling()
+
+
 def _batches(plan: MemoryPlan) -> Iterator[Batch]:
     """Yield steps of decodes alone, of a prompt alone, and of both."""
     pages = -(-plan.context_tokens // PAGE_TOKENS)
     for num_tokens in sorted({min(n, plan.step_tokens) for n in (*STEPS, plan.step_tokens)}):
-        for num_decodes in {min(num_tokens, plan.max_sequences), 0, 1}:
+        for num_decodes in dict.fromkeys((min(num_tokens, plan.max_sequences), 1, 0)):
             prompts = int(num_tokens > num_decodes)
             num_sequences = num_decodes + prompts
             if not num_sequences:
@@ -108,12 +129,16 @@ def any_plan(config: ModelConfig, dtype: str) -> MemoryPlan:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile the kernels of the models whose ``config.json`` folders are named."""
-    parser = argparse.ArgumentParser(description="Compile the kernels that models need, for GPUs that need not be here.")
+    parser = argparse.ArgumentParser(
+        description="Compile the kernels that models need, for GPUs that need not be here."
+    )
     parser.add_argument("models", nargs="+", type=pathlib.Path, help="folders with a config.json, or GGUF files")
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/kernels"))
     options = parser.parse_args(arguments)
+    from neuron.triton_kernels.compile import KernelCache, compile_variants
+
     for model in options.models:
         config = read_config(model)
         for capability in options.capability or CAPABILITIES:

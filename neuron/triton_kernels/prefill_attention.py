@@ -207,7 +207,6 @@ def prefill_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int]:
     return (64, 32, 4, 2)
 
 
-
 def prefill_attention(
     q: torch.Tensor,
     key_cache: torch.Tensor,

@@ -139,15 +139,14 @@ class _Driver:
 
 
 @pytest.fixture
-def driver() -> Iterator[None]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from triton.runtime import driver
 
-    driver.set_active(_Driver())
+    monkeypatch.setattr(driver, "_active", _Driver())
     activation._gated_kernel.device_caches.clear()
     yield
     compile.permit_compiling()
     activation._gated_kernel.device_caches.clear()
-    driver.reset_active()
 
 
 @pytest.mark.usefixtures("driver")
@@ -193,12 +192,12 @@ def test_a_step_of_decodes_takes_five_kernels_a_layer() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_no_number_of_rows_needs_a_variant_that_is_not_listed(
-    capability: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_number_of_rows_needs_a_variant_that_is_not_listed(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from neuron.models import prebuild
 
-    model = config(num_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536, architecture=LLAMA)
+    model = config(
+        num_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536, architecture=LLAMA
+    )
     plan = any_plan(model, "bfloat16")
     listed = variants(model, plan, capability)
     monkeypatch.setattr(prebuild, "STEPS", tuple(range(1, 300)))

@@ -31,6 +31,8 @@ def test_the_check_sees_a_wrong_number() -> None:
         "raise SystemExit(check.check_numbers('activation'))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert "FAIL activation" in done.stdout
