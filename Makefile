@@ -9,7 +9,8 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint format bench bench-cpu bench-regressions test-native test-asan test-tsan fuzz wheel clean
+.PHONY: demo test lint format bench bench-cpu bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
+        fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
 
@@ -63,6 +64,24 @@ test-tsan: $(VENV)/editable
 	tests/native/sanitize.sh thread
 
 test-native: test-asan test-tsan
+
+# Every kernel against its reference in the interpreter, and its machine code for five chips (about 15 minutes on two
+# cores the first time, a minute or two when nothing has changed: build/kernels keeps what was compiled).
+$(VENV)/triton: $(VENV)/editable
+	$(PIP) install "triton>=3.6,<3.10"
+	touch $@
+
+check-kernels: $(VENV)/triton
+	$(BIN)/python -P -m neuron.triton_kernels.check --keep
+
+# Cubins and their metadata for MODELS (folders with a config.json), without a GPU.
+MODELS ?=
+kernels: $(VENV)/triton
+	$(BIN)/python -P -m neuron.models.prebuild --out build/kernels $(MODELS)
+
+# Needs an NVIDIA GPU; says so and stops where there is none.
+bench-gpu: $(VENV)/triton
+	$(BIN)/python bench/gpu/run.py --keep
 
 bench: $(VENV)/editable
 	for script in sse peek device_loop gateway_overhead decode_tokens; do $(BIN)/python -P bench/$$script.py --keep; done

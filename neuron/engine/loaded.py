@@ -24,6 +24,7 @@ from neuron.models import packed
 from neuron.models.config import ModelConfig
 from neuron.models.decoder import load_decoder
 from neuron.models.packed_weights import load_packed
+from neuron.models.prebuild import prepare
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan, plan_memory
 from neuron.models.weights import open_weights
 
@@ -146,4 +147,5 @@ def load_model(
             runner = Runner(source.config, weights, plan, device)
     finally:
         source.close()
+    prepare(source.config, plan, device)
     return Model(spec.id, source.config, plan, runner)

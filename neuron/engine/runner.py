@@ -50,6 +50,7 @@ class Runner:
             cu_seqlens=self._to_device(plan.cu_seqlens),
             page_table=self._to_device(plan.page_table),
             context_lens=self._to_device(plan.context_lens),
+            num_decodes=plan.num_decodes,
             parts=attention_parts(plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device),
         )
         token_ids = self._to_device(plan.token_ids)

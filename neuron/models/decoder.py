@@ -13,8 +13,9 @@ from torch.nn import functional
 from neuron.models.config import ModelConfig
 from neuron.models.rope import inverse_frequencies
 from neuron.models.weights import WeightSource
-from neuron.triton_kernels import reference as kernels
+from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.reference import rotary_table
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,30 +106,30 @@ def forward(
     batch: Batch,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    operations: dispatch.Operations | None = None,
 ) -> torch.Tensor:
     """Return the normalised hidden state ``[T, hidden]`` of ``token_ids`` ``[T]``, and write their keys and values.
 
-    The caches are ``[layers, pages, page_size, K, D]``.
+    The caches are ``[layers, pages, page_size, K, D]``. ``operations`` are the device's own unless given.
     """
     eps = config.rms_norm_eps
     scale = config.head_dim**-0.5
     residual = functional.embedding(token_ids, weights.embedding)
-    rotary = kernels.rotary_table(batch.positions, weights.inverse_frequencies, residual.dtype)
-    x = kernels.rms_norm(residual, weights.layers[0].input_norm, eps)
+    kernels = dispatch.operations_for(residual.device, residual.dtype) if operations is None else operations
+    rotary = rotary_table(batch.positions, weights.inverse_frequencies, residual.dtype)
     for number, layer in enumerate(weights.layers):
         keys, values = key_cache[number], value_cache[number]
-        if number:
-            x = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
-        qkv = functional.linear(x, layer.qkv, layer.qkv_bias)
-        q = kernels.rope_and_cache(qkv, layer.qk_norm, eps, rotary, batch.slots, keys, values)
-        x = kernels.paged_attention(q, keys, values, batch, scale)
-        x = functional.linear(x, layer.output, layer.output_bias)
-        x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
-        x = kernels.silu_and_mul(functional.linear(x, layer.gate_up))
-        x = functional.linear(x, layer.down)
-    return kernels.add_rms_norm(x, residual, weights.norm, eps)
+        qkv = kernels.normed_linear(residual, (layer.input_norm, eps), layer.qkv, layer.qkv_bias)
+        x = kernels.attention(qkv, layer.qk_norm, eps, rotary, keys, values, batch, scale)
+        kernels.add_linear(x, layer.output, layer.output_bias, residual)
+        x = kernels.normed_mlp_in(residual, (layer.post_norm, eps), layer.gate_up)
+        kernels.add_linear(x, layer.down, None, residual)
+    return kernels.rms_norm(residual, weights.norm, eps)
 
 
-def logits(weights: DecoderWeights, hidden: torch.Tensor) -> torch.Tensor:
+def logits(
+    weights: DecoderWeights, hidden: torch.Tensor, operations: dispatch.Operations | None = None
+) -> torch.Tensor:
     """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``."""
-    return functional.linear(hidden, weights.head).float()
+    kernels = dispatch.operations_for(hidden.device, hidden.dtype) if operations is None else operations
+    return kernels.linear(hidden, weights.head).float()

@@ -40,3 +40,5 @@ class Batch:
     """``[B]`` int32: tokens in the cache once this step's are written."""
     parts: tuple[AttentionPart, ...] = ()
     """The same as views, for the eager reference only."""
+    num_decodes: int = 0
+    """How many of the first sequences have one query token; all may be treated as prompts."""

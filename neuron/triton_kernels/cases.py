@@ -56,7 +56,9 @@ class Case:
             if found.shape != expected.shape:
                 raise ValueError(f"{self.name}: {list(found.shape)} instead of {list(expected.shape)}")
             same = (found == expected) | (found.isnan() & expected.isnan())
-            difference = torch.where(same, 0.0, (found - expected).abs() / expected.nan_to_num().abs().max().clamp(1e-6))
+            difference = torch.where(
+                same, 0.0, (found - expected).abs() / expected.nan_to_num().abs().max().clamp(1e-6)
+            )
             worst = max(worst, float(difference.nan_to_num(torch.inf).max()))
         return worst
 
@@ -113,8 +115,8 @@ def _pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
             rotary = _rotary(torch.tensor([0, 7, 1000]), head_dim, dtype, device)
             caches = torch.zeros(2, 3, PAGE, num_kv_heads, head_dim, dtype=dtype, device=device)
             twins = caches.clone()
-            found = rope.rope_and_cache(qkv, weight, 1e-6, rotary, slots, *caches)
-            expected = reference.rope_and_cache(qkv, weight, 1e-6, rotary, slots, *twins)
+            found = rope.rope_and_cache(qkv, weight, 1e-6, rotary, slots, caches[0], caches[1])
+            expected = reference.rope_and_cache(qkv, weight, 1e-6, rotary, slots, twins[0], twins[1])
             results += [(found, expected), (caches, twins)]
         return results
 
@@ -167,11 +169,11 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
         scale = head_dim**-0.5
         for first in (2, 0):
             prefill_attention.prefill_attention(
-                q, *caches, batch, scale, found, first_sequence=first, window=window, soft_cap=cap
+                q, caches[0], caches[1], batch, scale, found, first_sequence=first, window=window, soft_cap=cap
             )
             if first and not found[:2].isnan().all():
                 raise ValueError("rows before the first sequence were written")
-        expected = reference.windowed_attention(q, *caches, batch, scale, window=window, soft_cap=cap)
+        expected = reference.windowed_attention(q, caches[0], caches[1], batch, scale, window=window, soft_cap=cap)
         return [(found, expected)]
 
     def decode(device: torch.device, heads: tuple[int, int, int], window: int, cap: float) -> Results:
@@ -184,9 +186,9 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
             q = _random(len(contexts), num_heads, head_dim, dtype=dtype, device=device, scale=2)
             found = torch.full_like(q, torch.nan)
             decode_attention.decode_attention(
-                q, *caches, batch, scale, found, num_sequences=len(contexts), window=window, soft_cap=cap
+                q, caches[0], caches[1], batch, scale, found, num_sequences=len(contexts), window=window, soft_cap=cap
             )
-            expected = reference.windowed_attention(q, *caches, batch, scale, window=window, soft_cap=cap)
+            expected = reference.windowed_attention(q, caches[0], caches[1], batch, scale, window=window, soft_cap=cap)
             results.append((found, expected))
 
             qkv = _random(len(contexts), (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
@@ -194,10 +196,12 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
             rotary = _rotary(batch.positions, head_dim, dtype, device)
             caches.view(2, -1, num_kv_heads, head_dim)[:, batch.slots] = torch.nan
             twins = caches.clone()
-            extras = {"window": window, "soft_cap": cap}
-            given = (qkv, weight, 1e-6, rotary)
-            fused = decode_attention.rope_decode_attention(*given, *caches, batch, scale, **extras)
-            plain = reference.rope_decode_attention(*given, *twins, batch, scale, **extras)
+            fused = decode_attention.rope_decode_attention(
+                qkv, weight, 1e-6, rotary, caches[0], caches[1], batch, scale, window=window, soft_cap=cap
+            )
+            plain = reference.rope_decode_attention(
+                qkv, weight, 1e-6, rotary, twins[0], twins[1], batch, scale, window=window, soft_cap=cap
+            )
             results += [(fused, plain), (caches, twins)]
         return results
 
@@ -334,7 +338,9 @@ def sampling_rows(num_rows: int, vocab_size: int, device: torch.device, *, every
     return dataclasses.replace(
         rows,
         seats=torch.from_numpy(generator.permutation(num_rows).astype(np.int32)).to(device),
-        penalties=torch.from_numpy(generator.uniform((0.5, -1, -1), (2, 1, 1), (num_rows, 3)).astype(np.float32)).to(device),
+        penalties=torch.from_numpy(generator.uniform((0.5, -1, -1), (2, 1, 1), (num_rows, 3)).astype(np.float32)).to(
+            device
+        ),
         counts=torch.from_numpy(generator.poisson(0.3, (num_rows, vocab_size)).astype(np.int32)).to(device),
         in_prompt=torch.from_numpy(generator.random((num_rows, vocab_size)) < 0.2).to(device),
         bias_tokens=torch.from_numpy(bias).to(device),
@@ -363,14 +369,19 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def launch_everything(target: Target) -> None:
-    """Make a launch of every kernel and tile choice at real models' shapes, inside ``recording(target)``."""
+    """Make a launch of every kernel and tile choice at real models' shapes, inside ``recording(target)``.
+
+    In bfloat16; in float16, whose machine code is the same but for the names of the formats, one of each kernel.
+    """
     i32, i64, f32 = torch.int32, torch.int64, torch.float32
     for dtype in HALF_TYPES:
         norm.rms_norm(_meta(9, 4096, dtype=dtype), _meta(4096, dtype=dtype), 1e-5)
-        norm.add_rms_norm(*(_meta(9, 8192, dtype=dtype) for _ in range(2)), _meta(8192, dtype=dtype), 1e-5)
+        norm.add_rms_norm(_meta(9, 8192, dtype=dtype), _meta(9, 8192, dtype=dtype), _meta(8192, dtype=dtype), 1e-5)
         activation.silu_and_mul(_meta(9, 24576, dtype=dtype))
         activation.gelu_and_mul(_meta(9, 24576, dtype=dtype))
         for num_heads, num_kv_heads, head_dim in ((9, 3, 64), (32, 32, 80), (32, 32, 96), (32, 8, 128), (8, 4, 256)):
+            if dtype == torch.float16 and head_dim != 128:
+                continue
             batch = Batch(
                 positions=_meta(64, dtype=i32),
                 slots=_meta(64, dtype=i64),
@@ -383,32 +394,34 @@ def launch_everything(target: Target) -> None:
             caches = [_meta(99, PAGE, num_kv_heads, head_dim, dtype=dtype) for _ in range(2)]
             rotary = _meta(64, 1, head_dim, dtype=dtype), _meta(64, 1, head_dim // 2, dtype=dtype)
             gain = _meta(num_heads + num_kv_heads, head_dim, dtype=dtype)
-            rope.rope_and_cache(qkv, gain, 1e-6, rotary, batch.slots, *caches)
+            rope.rope_and_cache(qkv, gain, 1e-6, rotary, batch.slots, caches[0], caches[1])
             for window, cap in ((0, 0.0), (4096, 50.0)) if head_dim in (128, 256) else ((0, 0.0),):
-                extras = {"window": window, "soft_cap": cap}
-                prefill_attention.prefill_attention(q, *caches, batch, 0.1, q, **extras)  # type: ignore[arg-type]
-                decode_attention.decode_attention(q, *caches, batch, 0.1, q, num_sequences=64, **extras)  # type: ignore[arg-type]
-                decode_attention.rope_decode_attention(qkv, gain, 1e-6, rotary, *caches, batch, 0.1, **extras)  # type: ignore[arg-type]
+                prefill_attention.prefill_attention(q, caches[0], caches[1], batch, 0.1, q, window=window, soft_cap=cap)
+                decode_attention.decode_attention(
+                    q, caches[0], caches[1], batch, 0.1, q, num_sequences=64, window=window, soft_cap=cap
+                )
+                decode_attention.rope_decode_attention(
+                    qkv, gain, 1e-6, rotary, caches[0], caches[1], batch, 0.1, window=window, soft_cap=cap
+                )
         for rows in (200, 4096):
             matmul.matmul(_meta(rows, 4096, dtype=dtype), _meta(6144, 4096, dtype=dtype))
             matmul.matmul(_meta(rows, 77, dtype=dtype), _meta(131, 77, dtype=dtype), _meta(131, dtype=dtype))
         # The plain form is also what Hopper runs where only the output's rows are not whole.
         matmul.matmul(_meta(4096, 4096, dtype=dtype), _meta(49155, 4096, dtype=dtype))
-        for rows in (1, 16, 64):
+        for rows in (1, 16, 64) if dtype == torch.bfloat16 else (16,):
             x = _meta(rows, 4096, dtype=dtype)
-            gain = (_meta(4096, dtype=dtype), 1e-6) if dtype == torch.bfloat16 or rows == 1 else None
-            skinny_matmul.skinny_matmul(x, _meta(6144, 4096, dtype=dtype), _meta(6144, dtype=dtype), norm=gain)
-            skinny_matmul.skinny_matmul(x, _meta(24576, 4096, dtype=dtype), norm=gain, activation="silu")
-            skinny_matmul.skinny_matmul(x, _meta(24576, 4096, dtype=dtype), norm=gain, activation="gelu")
+            norm_of = (_meta(4096, dtype=dtype), 1e-6) if dtype == torch.bfloat16 or rows == 1 else None
+            skinny_matmul.skinny_matmul(x, _meta(6144, 4096, dtype=dtype), _meta(6144, dtype=dtype), norm=norm_of)
+            skinny_matmul.skinny_matmul(x, _meta(24576, 4096, dtype=dtype), norm=norm_of, activation="silu")
             skinny_matmul.skinny_matmul(x, _meta(4096, 4096, dtype=dtype), residual=_meta(rows, 4096, dtype=dtype))
-        for rows in (1, 16, 64, 2048):
+        for rows in (1, 16, 64, 2048) if dtype == torch.bfloat16 else (16,):
             for weight in _meta_quantized(4096, 4096, target):
                 quantized_matmul.quantized_matmul(_meta(rows, 4096, dtype=dtype), weight)
-        for tokens in (1, 128, 4096):
+        for tokens in (1, 128, 1024, 4096) if dtype == torch.bfloat16 else (128,):
             routing = Routing(_meta(tokens * 8, dtype=i32), _meta(129, dtype=i32), _meta(tokens * 8, dtype=f32), 8)
             moe_matmul.moe_matmul(_meta(tokens, 2048, dtype=dtype), _meta(128, 1536, 2048, dtype=dtype), routing)
-            inner, weight = _meta(tokens * 8, 768, dtype=dtype), _meta(128, 2048, 768, dtype=dtype)
-            moe_matmul.moe_matmul(inner, weight, routing, weighted=True)
+            inner, down = _meta(tokens * 8, 768, dtype=dtype), _meta(128, 2048, 768, dtype=dtype)
+            moe_matmul.moe_matmul(inner, down, routing, weighted=True)
     for everything in (False, True):
         rows_asked = sampling_rows(8, 151936, torch.device("cpu"), everything=False)
         fields = {f.name: getattr(rows_asked, f.name) for f in dataclasses.fields(rows_asked)}

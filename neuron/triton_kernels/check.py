@@ -1,0 +1,187 @@
+"""``make check-kernels``: are the kernels right, and is their machine code what it should be?
+
+Numbers: every case of :mod:`neuron.triton_kernels.cases` in Triton's interpreter, as the tile choices of sm_80 and of
+sm_90, against the eager reference; in a process of its own, because the interpreter is chosen when Triton is imported.
+Machine code: every variant of the same list compiled for five chips. Failures are: a stack (spills), STL or LDL, more
+shared memory than the chip has, and on sm_90 no HGMMA in the large matmul or in prefill attention. The table goes to
+``bench/results/kernels.json`` with ``--keep``.
+"""
+
+import argparse
+import collections
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any, Final
+
+import torch
+import triton
+
+from neuron.triton_kernels import cases
+from neuron.triton_kernels.compile import Compiled, KernelCache, KernelCompileError, instructions, target_for
+from neuron.triton_kernels.launch import SHARED_BYTES, Target, Variant, recording, targeting
+
+CAPABILITIES: Final = (80, 89, 90, 100, 120)
+NUMERIC_TARGETS: Final = (Target(80, 40), Target(90, 3))
+"""Many processors make decode attention and skinny matmuls split; few make the persistent matmul take several tiles."""
+COUNTED: Final = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG", "STG", "STL", "LDL")
+MUST_USE_HGMMA: Final = ("_prefill_attention_kernel", "_persistent_matmul_kernel")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One compiled variant and what is wrong with it."""
+
+    variant: Variant
+    compiled: Compiled
+    counts: collections.Counter[str]
+
+    @property
+    def kernel(self) -> str:
+        """Return the kernel's name without its module."""
+        return self.variant.kernel.partition(":")[2]
+
+    def faults(self) -> list[str]:
+        """Return every rule that the machine code breaks."""
+        metadata, found = self.compiled.metadata, []
+        if metadata.stack_bytes:
+            found.append(f"{metadata.stack_bytes} bytes of stack")
+        if self.counts["STL"] or self.counts["LDL"]:
+            found.append(f"spills: {self.counts['STL']} STL, {self.counts['LDL']} LDL")
+        limit = SHARED_BYTES[metadata.capability]
+        if metadata.shared_bytes > limit:
+            found.append(f"{metadata.shared_bytes} bytes of shared memory, the chip has {limit}")
+        if metadata.capability == 90 and self.kernel in MUST_USE_HGMMA and not self.counts["HGMMA"]:
+            found.append("no HGMMA")
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """Return the row of the table."""
+        metadata = self.compiled.metadata
+        constants = {k: v for k, v in self.variant.constants if v is not None and v is not False}
+        return {
+            "kernel": self.kernel.strip("_").removesuffix("_kernel"),
+            "sm": metadata.capability,
+            "dtype": next(p.kind.removeprefix("*") for p in self.variant.parameters),
+            "constants": " ".join(f"{k}={v}" for k, v in constants.items()),
+            "warps": metadata.num_warps,
+            "registers": metadata.registers,
+            "shared_bytes": metadata.shared_bytes,
+            "instructions": self.counts.total(),
+            **{name: self.counts[name] for name in COUNTED if self.counts[name]},
+        }
+
+
+def inspect_variants(wanted: Iterable[Variant], capability: int, cache: KernelCache) -> list[Row]:
+    """Compile ``wanted`` and read the machine code. Raises :class:`KernelCompileError`."""
+    rows = []
+    for variant in wanted:
+        compiled = cache.get(variant, capability)
+        rows.append(Row(variant, compiled, instructions(compiled.cubin)))
+    return rows
+
+
+def all_variants(capability: int) -> tuple[Variant, ...]:
+    """Return the variants that the machine-code check covers on one chip."""
+    target = target_for(capability)
+    with recording(target) as recorder:
+        cases.launch_everything(target)
+    return recorder.variants
+
+
+def check_numbers(name_part: str = "") -> int:
+    """Run the numeric cases in this process; print each that fails, and a summary; return how many failed."""
+    from neuron.triton_kernels.interpreter import mend
+
+    mend()
+    failed = num_cases = 0
+    start = time.monotonic()
+    worst: dict[str, float] = {}
+    for target in NUMERIC_TARGETS:
+        for case in cases.numeric_cases():
+            if name_part not in case.name or ("fp8" in case.name and target.capability < 89):
+                continue
+            torch.manual_seed(num_cases)
+            with targeting(target):
+                error = case.error(torch.device("cpu"))
+            num_cases += 1
+            kind = f"{case.name.split(' H')[0]} {str(case.dtype).removeprefix('torch.')}"
+            worst[kind] = max(worst.get(kind, 0.0), error)
+            if not error <= case.tolerance:
+                failed += 1
+                print(f"FAIL {case.name} {case.dtype} as sm_{target.capability}: {error:.2e} > {case.tolerance:.0e}")
+    for kind, error in sorted(worst.items()):
+        print(f"{kind:32} worst error {error:.1e}")
+    print(f"numbers: {num_cases} cases, {failed} failed, {time.monotonic() - start:.0f} s")
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run both halves and return the exit status."""
+    parser = argparse.ArgumentParser(description="Check the Triton kernels: numbers and machine code.")
+    parser.add_argument("--numbers", action="store_true", help="only the numbers; needs TRITON_INTERPRET=1")
+    parser.add_argument("--code", action="store_true", help="only the machine code")
+    parser.add_argument("--only", default="", help="part of a kernel's or a case's name")
+    parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
+    parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("build/kernels"))
+    parser.add_argument("--keep", action="store_true", help="write bench/results/kernels.json")
+    options = parser.parse_args(arguments)
+    if options.numbers:
+        return 1 if check_numbers(options.only) else 0
+    failed = 0
+    if not options.code:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-P", "-m", __spec__.name, "--numbers", "--only", options.only]
+        failed += subprocess.run(command, env=environment, check=False).returncode != 0
+    start = time.monotonic()
+    records = []
+    for capability in options.capability or CAPABILITIES:
+        wanted = [v for v in all_variants(capability) if options.only in v.kernel]
+        for variant in wanted:
+            try:
+                (row,) = inspect_variants([variant], capability, KernelCache(options.cache))
+            except KernelCompileError as error:
+                failed += 1
+                print(f"FAIL {error}")
+                continue
+            records.append(row.record())
+            for fault in row.faults():
+                failed += 1
+                print(f"FAIL {row.kernel} sm_{capability} {records[-1]['dtype']} {records[-1]['constants']}: {fault}")
+        print(f"sm_{capability}: {len(wanted)} variants, {time.monotonic() - start:.0f} s", flush=True)
+    _print_table(records)
+    if options.keep:
+        _keep(records)
+    return 1 if failed else 0
+
+
+def _print_table(records: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    lines = [columns, *([str(record.get(column, "")) for column in columns] for record in records)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _keep(records: list[dict[str, Any]]) -> None:
+    path = pathlib.Path("bench/results/kernels.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "question": "What does the compiler make of each kernel?",
+        "date": datetime.date.today().isoformat(),
+        "versions": {"triton": triton.__version__, "torch": torch.__version__},
+        "rows": records,
+    }
+    lines = ",\n".join("    " + json.dumps(record) for record in result.pop("rows"))
+    head = json.dumps(result, indent=2).removesuffix("\n}")
+    path.write_text(head + ',\n  "rows": [\n' + lines + "\n  ]\n}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -34,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _TOOLS: Final = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SOURCES: Final = pathlib.Path(__file__).parent
-_ARRAY_TYPES: Final = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 
 
 class CompileAfterReadyError(RuntimeError):
@@ -289,7 +287,7 @@ def allowing_compiles() -> Iterator[None]:
 def _refuse(**what: Any) -> bool:
     """Triton calls this when a launch finds no binary in memory, before it compiles or looks on disk."""
     if _armed and not _loading.get():
-        raise CompileAfterReadyError(str(what.get("repr") or what.get("key")))
+        raise CompileAfterReadyError(str(what.get("repr") or what.get("key")).partition("[")[0])
     return False
 
 

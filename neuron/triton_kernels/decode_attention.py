@@ -3,7 +3,7 @@
 ``out[b, h] = sum_s softmax_s(cap(scale q[b, h] . k[s, h / G])) v[s, h / G]``. A program takes one key-value head of one
 sequence and a run of its tokens; the G query heads are the rows of one tile, padded to the 16 that matrix units want,
 so every cached byte is read once. Each leaves an unnormalised sum, a maximum and a total, and the last to arrive merges
-them (arXiv:2307.08691 section 3.3 for the algebra): :mod:`neuron.triton_kernels.workspace` says why not a second kernel.
+them (the algebra of arXiv:2307.08691): :mod:`neuron.triton_kernels.workspace` says why not a second kernel.
 
 The fused form also does what comes between projection and attention: it norms and rotates its queries itself (16 rows,
 recomputed by every split), and the split that owns the new token rotates its key, attends to it from registers and
@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from neuron.triton_kernels.batch import Batch
-from neuron.triton_kernels.launch import Target, cdiv, launch, power_of_two, target_of
+from neuron.triton_kernels.launch import Argument, Target, cdiv, launch, power_of_two, target_of
 from neuron.triton_kernels.prefill_attention import LOG2_E, capped
 from neuron.triton_kernels.workspace import counters
 
@@ -290,10 +290,11 @@ def _launch(
     qk_norm, eps = norm or (None, 0.0)
     cos, sin = rotary or (None, None)
     dependent = target.has_dependent_launch and q.device.type != "cpu"
+    made_here: dict[str, Argument] = {"qk_norm": qk_norm, "cos": cos, "sin": sin, "slots": slots}
     launch(
         _decode_attention_kernel,
         (num_kv_heads, splits, num_sequences),
-        {"q": q, "qk_norm": qk_norm, "cos": cos, "sin": sin, "slots": slots}
+        {"q": q, **made_here}
         | {"key_cache": key_cache, "value_cache": value_cache, "out": out, "page_table": batch.page_table}
         | {"context_lens": batch.context_lens, "partial": partial}
         | {"arrived": counters(q.device, num_sequences * num_kv_heads), "q_stride": q.stride(0), "eps": eps}

@@ -200,11 +200,11 @@ def prefill_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int]:
     if target.capability in (90, 100):
         if head_dim > 128:
             return (128, 32, 8, 2)
-        return (128, 64, 8, 2) if head_dim > 64 else (128, 64, 4, 3)
+        # With 4 warps head dimension 64 takes 237 registers on sm_90 and spills 72 bytes on sm_100.
+        return (128, 64, 8, 2) if head_dim > 64 or target.capability == 100 else (128, 64, 4, 3)
     if head_dim > 128:
         return (64, 32, 8, 1)
     return (64, 32, 4, 2)
-
 
 
 def prefill_attention(

@@ -1,7 +1,8 @@
 """Quantised weight matrices on the device: what they look like, how they are made, what they mean.
 
-``w[n, k] = quants[n, k] * scales[n, k // group] + minima[n, k // group]``, planar: all quants of a row, then all scales,
-each in an array of its own so that both are read in aligned runs of 16 bytes (GGUF's 18-byte blocks cannot be). The
+``w[n, k] = quants[n, k] * scales[n, k // group] + minima[n, k // group]``, planar: quants and
+scales each in an array of its own so that both are read in aligned runs of 16 bytes (GGUF's 18-byte blocks cannot
+be). The
 numbers are GGUF's own, only moved.
 
 - ``int8`` per channel: one scale a row. ``fp8``: the same with float8 e4m3 quants.

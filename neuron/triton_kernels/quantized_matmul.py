@@ -158,7 +158,7 @@ def quantized_tiles(num_rows: int, target: Target) -> tuple[int, int, int, int, 
         return (16, 64, 4, 4, 3)
     if num_rows <= 64:
         return (64, 64, 4, 4, 3)
-    return (128, 128, 2, 8, 3) if target.big_shared_memory else (64, 128, 2, 8, 2)
+    return (128, 128, 2, 8, 3) if target.capability in (90, 100) else (64, 128, 2, 8, 2)
 
 
 def quantized_matmul(x: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:

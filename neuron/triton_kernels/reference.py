@@ -5,6 +5,7 @@ sequence, I intermediate size, V vocabulary. Activations are in the model's dtyp
 docstring says so. Written for few and large calls, because on a CPU a call costs 1 to 60 us whatever its size.
 """
 
+import itertools
 from typing import Any, Final
 
 import numpy as np
@@ -80,12 +81,12 @@ def quantized_matmul(x: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tenso
 
 
 def moe_matmul(x: torch.Tensor, weight: torch.Tensor, routing: Routing, *, weighted: bool = False) -> torch.Tensor:
-    """Return ``[T C, N]``, row ``token * C + choice``: each pair's row of ``x`` by its expert's ``weight`` ``[N, K]``."""
+    """Return ``[T C, N]``, row ``token * C + choice``: each pair's row of ``x`` by its expert's ``[N, K]``."""
     num_pairs = len(routing.order)
     shared = num_pairs // len(x)
     out = torch.empty((num_pairs, weight.shape[1]), dtype=x.dtype, device=x.device)
     starts = routing.starts.tolist()
-    for expert, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for expert, (start, stop) in enumerate(itertools.pairwise(starts)):
         pairs = routing.order[start:stop].long()
         product = functional.linear(x[pairs // shared], weight[expert])
         out[pairs] = product * routing.weights[pairs, None].to(x.dtype) if weighted else product
@@ -227,9 +228,10 @@ def windowed_attention(
     for index, context in enumerate(batch.context_lens.tolist()):
         pages = batch.page_table[index].long()
         keys, values = (
-            cache[pages].reshape(-1, num_kv_heads, head_dim)[:context].float().repeat_interleave(
-                num_heads // num_kv_heads, 1
-            )
+            cache[pages]
+            .reshape(-1, num_kv_heads, head_dim)[:context]
+            .float()
+            .repeat_interleave(num_heads // num_kv_heads, 1)
             for cache in (key_cache, value_cache)
         )
         queries = q[starts[index] : starts[index + 1]].float()
@@ -279,7 +281,8 @@ def philox(seed: int, first: np.ndarray[Any, Any], second: int) -> np.ndarray[An
             product_0 & low,
         ]
         key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
-    return c[0].astype(np.uint32)
+    word: np.ndarray[Any, np.dtype[np.uint32]] = c[0].astype(np.uint32)
+    return word
 
 
 def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,8 +328,8 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor,
             dropped = above >= max(float(rows.top_p[row]), 1e-30) if rows.top_p[row] < 1 else above < -1
             dropped |= chances < float(rows.min_p[row]) * chances[0]
             x = x.masked_fill(torch.zeros_like(dropped).index_put((order,), dropped), -torch.inf)
-            bits = philox(int(rows.seeds[row]), np.arange(vocab_size), int(rows.counters[row]))
-            u = torch.from_numpy(((bits >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24).to(x.device)
+            drawn = philox(int(rows.seeds[row]), np.arange(vocab_size), int(rows.counters[row]))
+            u = torch.from_numpy(((drawn >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24).to(x.device)
             x = x - (-u.log()).log()
         token = int(x.argmax())
         ids[row] = token

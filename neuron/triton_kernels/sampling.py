@@ -2,8 +2,9 @@
 
 In this order, as :mod:`neuron.engine.sampler` has it: penalties (repetition of prompt and output, arXiv:1909.05858;
 presence and frequency of output only), bias, grammar mask; then temperature, top-k, top-p of what that leaves, min-p
-relative to the likeliest; then one token, drawn by the Gumbel-max trick: ``argmax(logit / T - log(-log u))``, with ``u``
-of Philox 4x32-10 (Salmon et al., SC 2011) at the counter (token id, number of the draw) under the row's seed, so that a
+relative to the likeliest; then one token, drawn by the Gumbel-max trick: ``argmax(logit / T - log(-log u))``, with
+``u`` of Philox 4x32-10 (Salmon et al., SC 2011) at the counter (token id, number of the draw) under the row's seed,
+so that a
 row's draw depends on nothing but its own logits, seed and position. Temperature 0 is the argmax.
 
 Top-k and top-p keep what lies at or above a threshold, found by bisecting on the bits of the logits: as integers they

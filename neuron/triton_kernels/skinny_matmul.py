@@ -224,7 +224,7 @@ def skinny_matmul(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the product ``[M, N]`` of ``x`` ``[M, K]``, contiguous, M up to 64, with ``weight``, and what is around it.
+    """Return the product ``[M, N]`` of contiguous ``x`` ``[M, K]``, M up to 64, and ``weight``, and what surrounds it.
 
     ``norm`` is the weight ``[K]`` and epsilon of the norm of ``x``. With ``activation`` ``"silu"`` or ``"gelu"``
     ``weight`` is ``[2 N, K]``, else ``[N, K]``. ``residual`` ``[M, N]`` is added to, in place, and returned. Float16

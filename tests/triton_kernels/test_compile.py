@@ -1,0 +1,205 @@
+"""Compiling ahead of time, the cache on disk, and no compiling once a model is ready."""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from neuron.models.config import ModelConfig  # noqa: E402
+from neuron.models.llama import LLAMA  # noqa: E402
+from neuron.models.prebuild import any_plan, variants  # noqa: E402
+from neuron.models.qwen3 import QWEN3  # noqa: E402
+from neuron.triton_kernels import activation, check, compile, matmul, norm, prefill_attention  # noqa: E402
+from neuron.triton_kernels.batch import Batch  # noqa: E402
+from neuron.triton_kernels.compile import CompileAfterReadyError, KernelCache, target_for  # noqa: E402
+from neuron.triton_kernels.launch import Variant, recording  # noqa: E402
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def activation_variant() -> Variant:
+    with recording(target_for(90)) as recorder:
+        activation.silu_and_mul(meta(3, 2048))
+    (variant,) = recorder.variants
+    return variant
+
+
+@pytest.fixture
+def cache(tmp_path: pathlib.Path) -> KernelCache:
+    return KernelCache(tmp_path / "kernels")
+
+
+def test_a_kernel_that_spills_fails_the_check(cache: KernelCache) -> None:
+    """A tile of 256 by 256 float32 for 128 threads: 512 registers each, of 255."""
+    with recording(target_for(80)) as recorder:
+        matmul.matmul(meta(4096, 4096), meta(4096, 4096))
+    (variant,) = recorder.variants
+    constants = dict(variant.constants) | {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 32, "STAGES": 2}
+    spilling = dataclasses.replace(variant, constants=tuple(constants.items()), num_warps=4, num_stages=2)
+    (row,) = check.inspect_variants([spilling], 80, cache)
+    assert row.compiled.metadata.stack_bytes > 0
+    assert any("stack" in fault for fault in row.faults())
+    assert any("spills" in fault for fault in row.faults())
+
+
+def test_hopper_uses_its_matrix_unit(cache: KernelCache) -> None:
+    i32 = torch.int32
+    batch = Batch(meta(64, dtype=i32), meta(64), meta(3, dtype=i32), meta(2, 99, dtype=i32), meta(2, dtype=i32))
+    q, keys = meta(64, 32, 128), meta(9, 16, 8, 128)
+    with recording(target_for(90)) as recorder:
+        matmul.matmul(meta(4096, 4096), meta(4096, 4096))
+        prefill_attention.prefill_attention(q, keys, keys, batch, 0.1, q)
+    rows = check.inspect_variants(recorder.variants, 90, cache)
+    assert [row.kernel for row in rows] == ["_persistent_matmul_kernel", "_prefill_attention_kernel"]
+    for row in rows:
+        assert row.faults() == []
+        assert row.counts["HGMMA"] > 0
+        row.counts["HGMMA"] = 0
+        assert row.faults() == ["no HGMMA"]
+    assert rows[0].counts["UTMALDG"] > 0
+
+
+def test_sizes_that_change_from_step_to_step_make_no_variant() -> None:
+    with recording(target_for(90)) as recorder:
+        for rows in (1, 2, 15, 16, 17, 4096, 4097):
+            norm.rms_norm(meta(rows, 4096), meta(4096), 1e-5)
+    assert len(recorder.variants) == 1
+
+
+def test_the_cache_returns_what_it_was_given(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = activation_variant()
+    assert cache.load(variant, 80) is None
+    first = cache.get(variant, 80)
+    assert first.cubin[:4] == b"\x7fELF"
+    assert first.metadata.registers > 0
+    assert first.metadata.parameters == ("*bf16", "*bf16", "i32", "i32")
+    monkeypatch.setattr(compile, "compile_variant", None)
+    assert cache.get(variant, 80) == first
+    assert cache.load(variant, 90) is None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        ("cubin", lambda content: content[:-1]),
+        ("cubin", lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:]),
+        ("cubin", lambda _: b""),
+        ("json", lambda content: content[: len(content) // 2]),
+        ("json", lambda _: b"[]"),
+        ("json", lambda _: b"\xff\xfe"),
+        ("json", lambda content: content.replace(b'"capability": 80', b'"capability": 90')),
+    ],
+)
+def test_a_corrupt_entry_is_compiled_again_and_said_so(
+    cache: KernelCache, caplog: pytest.LogCaptureFixture, suffix: str, damage: object
+) -> None:
+    variant = activation_variant()
+    first = cache.get(variant, 80)
+    path = cache.folder / f"{compile.cache_key(variant, 80)}.{suffix}"
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    with caplog.at_level(logging.WARNING):
+        assert cache.get(variant, 80) == first
+    assert any("kernel cache" in record.message for record in caplog.records)
+    caplog.clear()
+    assert cache.load(variant, 80) == first
+    assert not caplog.records
+
+
+def test_the_key_follows_source_compiler_chip_and_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = activation_variant()
+    keys = {compile.cache_key(variant, 80), compile.cache_key(variant, 90)}
+    keys.add(compile.cache_key(dataclasses.replace(variant, num_warps=8), 80))
+    monkeypatch.setattr(triton, "__version__", "0")
+    keys.add(compile.cache_key(variant, 80))
+    monkeypatch.setattr(compile, "source_digest", lambda: "other")
+    keys.add(compile.cache_key(variant, 80))
+    assert len(keys) == 5
+
+
+class _Driver:
+    """As much of Triton's driver as looking up and compiling a kernel takes."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", _Driver())
+    activation._gated_kernel.device_caches.clear()
+    yield
+    compile.permit_compiling()
+    activation._gated_kernel.device_caches.clear()
+
+
+@pytest.mark.usefixtures("driver")
+def test_compiling_after_ready_is_an_error() -> None:
+    variant = activation_variant()
+    compile.warm([variant])
+    compile.forbid_compiling()
+    compile.warm([variant])  # it is there: nothing to compile
+    other = dataclasses.replace(variant, num_warps=8)
+    with pytest.raises(CompileAfterReadyError, match="_gated_kernel would be compiled now"):
+        compile.warm([other])
+    with compile.allowing_compiles():
+        compile.warm([other])
+    compile.warm([other])
+
+
+@pytest.mark.usefixtures("driver")
+def test_what_is_warmed_is_what_a_launch_looks_up() -> None:
+    """The JIT's own view of a launch's arguments, tensors and sizes, is that of the recorded variant."""
+    compile.warm([activation_variant()])
+    compile.forbid_compiling()
+    constants = {"ACTIVATION": "silu", "BLOCK": 1024}
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    x, out = torch.empty(5, 2048, dtype=torch.bfloat16), torch.empty(5, 1024, dtype=torch.bfloat16)
+    activation._gated_kernel.warmup(x, out, 2048, 1024, grid=(5,), **constants, **options)
+    with pytest.raises(CompileAfterReadyError):
+        activation._gated_kernel.warmup(x, out, 2047, 1024, grid=(5,), **constants, **options)
+
+
+def config(**changes: object) -> ModelConfig:
+    fields: dict[str, object] = {
+        "architecture": QWEN3, "vocab_size": 151936, "hidden_size": 4096, "num_layers": 36, "num_heads": 32,
+        "num_kv_heads": 8, "head_dim": 128, "intermediate_size": 12288, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "rope_scaling": None, "attention_bias": False, "tie_embeddings": False, "context_tokens": 40960,
+        "eos_ids": (), "bos_id": None, "generation": None, **changes,
+    }  # fmt: skip
+    return ModelConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_a_step_of_decodes_takes_five_kernels_a_layer() -> None:
+    names = [v.kernel.partition(":")[2] for v in variants(config(), any_plan(config(), "bfloat16"), 90)]
+    assert names[:4] == ["_gemv_kernel", "_decode_attention_kernel", "_gemv_kernel", "_gemv_kernel"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_number_of_rows_needs_a_variant_that_is_not_listed(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neuron.models import prebuild
+
+    model = config(
+        num_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536, architecture=LLAMA
+    )
+    plan = any_plan(model, "bfloat16")
+    listed = variants(model, plan, capability)
+    monkeypatch.setattr(prebuild, "STEPS", tuple(range(1, 300)))
+    assert set(variants(model, plan, capability)) == set(listed)
+    assert len(listed) < 30
