@@ -181,6 +181,10 @@ class Api:
             int(time.time()),
             echo=call.echo,
             report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+            custom_tools=call.tools.custom,
+            namespaces=call.tools.namespaces,
+            summarises=call.summarises,
+            seals=call.seals,
         )
         if call.stream:
             await self._stream(exchange, RESPONSES, call.request, frames, record)

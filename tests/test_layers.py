@@ -26,6 +26,7 @@ FLOORS = {
     # how an error is written down, which the projectors need too
     "cortex.dialects.openai_errors": 0,
     "cortex.dialects.anthropic_errors": 0,
+    "cortex.dialects.openai_sealed": 0,
     "cortex.upstream": 2,
     "cortex.fleet": 3,
     "cortex.endpoints": 4,
