@@ -40,6 +40,12 @@ class ResponsesCall(msgspec.Struct, frozen=True):
     seals: bool
     """Whether the client will send reasoning back, which it reads nothing of."""
 
+    def echoed(self, *, stores: bool, previous: bytes | None) -> bytes:
+        """Return :attr:`echo` with what a gateway does: it keeps the response, and has resolved an earlier one's id."""
+        gateway = {"store": stores, "previous_response_id": previous.decode("latin-1") if previous else None}
+        echo = _FIELDS_DECODER.decode(self.echo) | {name: value for name, value in gateway.items() if value}
+        return msgspec.json.encode(echo) if stores or previous else self.echo
+
 
 class _Format(msgspec.Struct):
     type: str
@@ -95,7 +101,6 @@ _ECHOED = (
     "reasoning",
     "safety_identifier",
     "service_tier",
-    "store",
     "temperature",
     "text",
     "tool_choice",
