@@ -39,7 +39,7 @@ class Application:
             message: Mapping[str, Any] = await receive()
             if message["type"] == "lifespan.startup":
                 try:
-                    self._start()
+                    await self._start()
                 except ConfigError as error:
                     await send({"type": "lifespan.startup.failed", "message": f"cortex: {error}"})
                     return
@@ -50,13 +50,13 @@ class Application:
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
-    def _start(self) -> None:
+    async def _start(self) -> None:
         path = config.find(self._environment)
         settings = config.load(path, self._environment)
         logs.configure(settings.gateway.log_format)
         offered = catalogue.load(config.models_path(settings, path), {node.name for node in settings.neurons})
         self.gateway = Gateway(settings, offered)
-        self.gateway.start()
+        await self.gateway.start()
 
 
 app = Application()

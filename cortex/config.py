@@ -91,6 +91,28 @@ class EvictionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     defrag_after_cycles: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
+class StoreKind(StrEnum):
+    """What responses are stored in."""
+
+    NONE = "none"
+    SQLITE = "sqlite"
+    VALKEY = "valkey"
+
+
+class StoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[store]``: responses that clients refer to by ``previous_response_id``."""
+
+    kind: StoreKind = StoreKind.SQLITE
+    path: str = ""
+    """Of the SQLite file. Empty: ``responses.db`` in the service's state directory, or in the user's."""
+    url: str = "redis://127.0.0.1:6379/0"
+    """Of Valkey or Redis."""
+    ttl_s: Seconds = 30 * 24 * 3600.0
+    """Since a response was last part of a conversation."""
+    max_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 1024 * 1024 * 1024
+    """Of all responses in the SQLite file; the oldest go first."""
+
+
 class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of ``[[neurons]]``."""
 
@@ -103,6 +125,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     gateway: GatewaySettings = GatewaySettings()
     eviction: EvictionSettings = EvictionSettings()
+    store: StoreSettings = StoreSettings()
     neurons: tuple[NodeSettings, ...] = ()
 
 

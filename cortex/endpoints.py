@@ -18,7 +18,7 @@ from cortex._fast.peek import PeekError, PeekTypeError, peek, splice
 from cortex._fast.sse import FrameTooLarge
 from cortex._fast.tap import StreamTap
 from cortex.config import Config
-from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, envelope_for, read_answer, read_usage
+from cortex.dialects.passthrough import RESPONSES, TAIL_CHUNKS, Dialect, envelope_for, read_answer, read_usage
 from cortex.errors import ReplyError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Answer, Dispatcher, Question
@@ -27,6 +27,7 @@ from cortex.fleet.state import Fleet
 from cortex.http_io import ClientDisconnectedError, Exchange, Header, stream, until_disconnect
 from cortex.metrics import Metrics
 from cortex.record import CLIENT_CLOSED_REQUEST, Record
+from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header as UpstreamHeader
 from cortex.wire.errors import (
     ApiError,
@@ -48,13 +49,20 @@ class Endpoints:
     """What answers each path. One for the life of a process."""
 
     def __init__(
-        self, config: Config, catalogue: Catalogue, fleet: Fleet, dispatcher: Dispatcher, metrics: Metrics
+        self,
+        config: Config,
+        catalogue: Catalogue,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        conversations: Conversations | None,
     ) -> None:
         self._max_body_bytes = config.gateway.max_body_bytes
         self._catalogue = catalogue
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._conversations = conversations
 
     def infer(self, dialect: Dialect) -> Callable[[Exchange], Awaitable[None]]:
         """Return the endpoint that passes inference of ``dialect`` on."""
@@ -89,11 +97,17 @@ class Endpoints:
         record.is_stream = found.stream and dialect.streams
         if model != found.model:
             body = splice(body, found, model)
-        question = Question(model, dialect.name, dialect.path.encode(), self._headers(exchange), body, record.is_stream)
+        headers = self._headers(exchange)
+        turn = None
+        if dialect is RESPONSES and self._conversations is not None:
+            turn = await self._conversations.begin(body, found)
+            body = turn.body
+            headers += turn.headers
+        question = Question(model, dialect.name, dialect.path.encode(), headers, body, record.is_stream)
         if record.is_stream:
-            await self._stream(exchange, dialect, record, question)
+            await self._stream(exchange, dialect, record, question, turn)
         else:
-            await self._answer(exchange, record, question)
+            await self._answer(exchange, record, question, turn)
 
     async def _model(self, name: str) -> str:
         """Return the id of the model that a client means: the one of that name, else what an alias makes of it.
@@ -110,7 +124,7 @@ class Endpoints:
             raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
         return model
 
-    async def _answer(self, exchange: Exchange, record: Record, question: Question) -> None:
+    async def _answer(self, exchange: Exchange, record: Record, question: Question, turn: Turn | None) -> None:
         async def ask() -> tuple[bytes, bytes]:
             answer = await self._ask(record, question)
             try:
@@ -122,9 +136,13 @@ class Endpoints:
         body, content_type = await until_disconnect(exchange, ask())
         record.usage, record.finish = read_answer(body)
         record.status = 200
+        if turn is not None and self._conversations is not None:
+            await self._conversations.keep(turn, body)
         await exchange.reply(200, body, content_type=content_type)
 
-    async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, question: Question) -> None:
+    async def _stream(
+        self, exchange: Exchange, dialect: Dialect, record: Record, question: Question, turn: Turn | None
+    ) -> None:
         relay = _Relay()
 
         def end_in_failure(error: ApiError) -> bytes:
@@ -132,13 +150,15 @@ class Endpoints:
             return dialect.failure(error.info(), relay.first, b"".join(relay.tail))
 
         record.status = 200
-        frames = self._frames(relay, record, question)
+        frames = self._frames(relay, record, question, turn)
         try:
             await stream(exchange, frames, heartbeat=dialect.heartbeat, error_frame=end_in_failure)
         finally:
             relay.note_end(dialect, record)
 
-    async def _frames(self, relay: "_Relay", record: Record, question: Question) -> AsyncGenerator[bytes, None]:
+    async def _frames(
+        self, relay: "_Relay", record: Record, question: Question, turn: Turn | None
+    ) -> AsyncGenerator[bytes, None]:
         """Yield what may go on of a node's stream.
 
         Raises:
@@ -155,6 +175,8 @@ class Endpoints:
                 if record.first_token_at is None and relay.has_token:
                     record.note_first_token()
                 if frames:
+                    if turn is not None and relay.is_complete and self._conversations is not None:
+                        await self._conversations.keep_streamed(turn, frames)
                     yield frames
             if not relay.is_complete:
                 raise UpstreamError(f"{answer.node} ended its answer before the stream's terminator.")

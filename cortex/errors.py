@@ -3,7 +3,14 @@
 A cold load that fails is never a 404: the model exists, it could not be brought up.
 """
 
-from cortex.wire.errors import ApiError, OverloadedError, UnavailableError, UnprocessableError, UpstreamError
+from cortex.wire.errors import (
+    ApiError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+    UnprocessableError,
+    UpstreamError,
+)
 
 
 class NoNodeError(UnavailableError):
@@ -42,6 +49,25 @@ class PoolFullError(OverloadedError):
     """Every connection this gateway may open to a node is in use."""
 
     code = "upstream_connections_exhausted"
+
+
+class PreviousResponseNotFoundError(InvalidRequestError):
+    """A request continues a response that is not stored, or not any more."""
+
+    code = "previous_response_not_found"
+
+
+class ResponseNotFoundError(ApiError):
+    """No response of that id is stored."""
+
+    status = 404
+    code = "response_not_found"
+
+
+class StoreUnavailableError(UnavailableError):
+    """The store of responses does not answer."""
+
+    code = "store_unavailable"
 
 
 class ReplyError(ApiError):

@@ -4,8 +4,10 @@ It speaks :class:`~cortex.http_io.Exchange`, not ASGI: a server's own interface 
 """
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping
 
+from cortex import store
 from cortex.admin import Admin
 from cortex.config import Config
 from cortex.dialects.passthrough import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES
@@ -15,12 +17,16 @@ from cortex.fleet.service import FleetService
 from cortex.fleet.state import Fleet
 from cortex.http_io import ClientDisconnectedError, Exchange, Header
 from cortex.metrics import FleetSample, Metrics, ModelSample, NodeSample, forget_dead_workers
-from cortex.settings import split_address
+from cortex.settings import ConfigError, split_address
+from cortex.store.conversation import Conversations
+from cortex.store.interface import StoreError
+from cortex.stored_endpoints import StoredEndpoints
 from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
 
 log = logging.getLogger("cortex")
 
 Endpoint = Callable[[Exchange], Awaitable[None]]
+Methods = Mapping[str, Endpoint]
 
 
 class Gateway:
@@ -37,26 +43,43 @@ class Gateway:
         )
         self._settings = settings
         self._stop_metrics: Callable[[], None] = lambda: None
-        endpoints = Endpoints(settings, offered, self.fleet, self.service.dispatcher, self.metrics)
-        self._paths: Mapping[str, tuple[str, Endpoint]] = {
-            CHAT.path: ("POST", endpoints.infer(CHAT)),
-            RESPONSES.path: ("POST", endpoints.infer(RESPONSES)),
-            MESSAGES.path: ("POST", endpoints.infer(MESSAGES)),
-            COUNT_TOKENS.path: ("POST", endpoints.infer(COUNT_TOKENS)),
-            "/v1/models": ("GET", endpoints.models),
-            "/health": ("GET", endpoints.health),
-            "/version": ("GET", endpoints.version),
-            "/admin/fleet": ("GET", Admin(self.fleet).fleet),
+        self._store = store.make(settings.store)
+        conversations = Conversations(self._store) if self._store is not None else None
+        endpoints = Endpoints(settings, offered, self.fleet, self.service.dispatcher, self.metrics, conversations)
+        stored = StoredEndpoints(conversations)
+        self._paths: Mapping[str, Methods] = {
+            CHAT.path: {"POST": endpoints.infer(CHAT)},
+            RESPONSES.path: {"POST": endpoints.infer(RESPONSES)},
+            MESSAGES.path: {"POST": endpoints.infer(MESSAGES)},
+            COUNT_TOKENS.path: {"POST": endpoints.infer(COUNT_TOKENS)},
+            "/v1/models": {"GET": endpoints.models},
+            "/health": {"GET": endpoints.health},
+            "/version": {"GET": endpoints.version},
+            "/admin/fleet": {"GET": Admin(self.fleet).fleet},
         }
-        self._prefixes: tuple[tuple[str, str, Endpoint], ...] = (("/v1/models/", "GET", endpoints.model),)
+        self._patterns: tuple[tuple[re.Pattern[str], Methods], ...] = (
+            (re.compile(r"/v1/models/.+"), {"GET": endpoints.model}),
+            (re.compile(r"/v1/responses/[^/]+"), {"GET": stored.get, "DELETE": stored.delete}),
+            (re.compile(r"/v1/responses/[^/]+/input_items"), {"GET": stored.input_items}),
+            (re.compile(r"/v1/responses/[^/]+/cancel"), {"POST": stored.cancel}),
+        )
 
     @property
     def fleet(self) -> Fleet:
         """What is known of the nodes."""
         return self.service.fleet
 
-    def start(self) -> None:
-        """Serve metrics and begin to watch the fleet."""
+    async def start(self) -> None:
+        """Open the store, serve metrics and begin to watch the fleet.
+
+        Raises:
+            ConfigError: the store that is configured cannot be used.
+        """
+        if self._store is not None:
+            try:
+                await self._store.open()
+            except StoreError as error:
+                raise ConfigError("cortex.toml", "store", str(error)) from None
         forget_dead_workers()
         if self._settings.gateway.metrics_listen:
             self._stop_metrics = self.metrics.serve(*split_address(self._settings.gateway.metrics_listen))
@@ -66,6 +89,8 @@ class Gateway:
         """End what :meth:`start` began. Requests have ended by then."""
         await self.service.stop()
         self._stop_metrics()
+        if self._store is not None:
+            await self._store.close()
 
     async def handle(self, exchange: Exchange) -> None:
         """Answer one request."""
@@ -94,18 +119,16 @@ class Gateway:
             raise NotFoundError(f"Unknown request URL: {method} {path}.")
         if method == "OPTIONS":
             return None
-        if method != allowed[0] and not (method == "HEAD" and allowed[0] == "GET"):
-            raise MethodNotAllowedError(f"{method} is not allowed at {path}; use {allowed[0]}.")
-        return allowed[1]
+        endpoint = allowed.get("GET" if method == "HEAD" else method)
+        if endpoint is None:
+            raise MethodNotAllowedError(f"{method} is not allowed at {path}; use {' or '.join(allowed)}.")
+        return endpoint
 
-    def _allowed(self, path: str) -> tuple[str, Endpoint] | None:
+    def _allowed(self, path: str) -> Methods | None:
         known = self._paths.get(path)
         if known is not None:
             return known
-        for prefix, method, endpoint in self._prefixes:
-            if path.startswith(prefix) and path != prefix:
-                return method, endpoint
-        return None
+        return next((methods for pattern, methods in self._patterns if pattern.fullmatch(path)), None)
 
     def _sample(self) -> FleetSample:
         nodes = self.fleet.state.nodes.values()
@@ -128,7 +151,7 @@ class Gateway:
         )
 
 
-def _allow(allowed: tuple[str, Endpoint] | None) -> tuple[Header, ...]:
+def _allow(allowed: Methods | None) -> tuple[Header, ...]:
     assert allowed is not None
-    methods = "GET, HEAD, OPTIONS" if allowed[0] == "GET" else f"{allowed[0]}, OPTIONS"
-    return ((b"allow", methods.encode()),)
+    methods = [name for method in allowed for name in ((method, "HEAD") if method == "GET" else (method,))]
+    return ((b"allow", ", ".join([*methods, "OPTIONS"]).encode()),)

@@ -18,7 +18,16 @@ from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
 from cortex.dialects import anthropic_messages, openai_chat, openai_fields, openai_responses
 from cortex.dialects.openai_chat_reply import ChatReply
-from cortex.dialects.passthrough import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, Dialect, envelope_for
+from cortex.dialects.passthrough import (
+    CHAT,
+    COUNT_TOKENS,
+    MESSAGES,
+    PREVIOUS_HEADER,
+    RESPONSES,
+    STORES_HEADER,
+    Dialect,
+    envelope_for,
+)
 from cortex.http_io import (
     ClientDisconnectedError,
     Exchange,
@@ -179,8 +188,14 @@ class Api:
             f"resp_{secrets.token_hex(24)}",
             call.request.model,
             int(time.time()),
-            echo=call.echo,
+            echo=call.echoed(
+                stores=exchange.header(STORES_HEADER) is not None, previous=exchange.header(PREVIOUS_HEADER)
+            ),
             report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+            custom_tools=call.tools.custom,
+            namespaces=call.tools.namespaces,
+            summarises=call.summarises,
+            seals=call.seals,
         )
         if call.stream:
             await self._stream(exchange, RESPONSES, call.request, frames, record)

@@ -26,9 +26,12 @@ FLOORS = {
     # how an error is written down, which the projectors need too
     "cortex.dialects.openai_errors": 0,
     "cortex.dialects.anthropic_errors": 0,
+    "cortex.dialects.openai_sealed": 0,
     "cortex.upstream": 2,
     "cortex.fleet": 3,
+    "cortex.store": 3,
     "cortex.endpoints": 4,
+    "cortex.stored_endpoints": 4,
     "cortex.admin": 4,
     "cortex.gateway": 5,
     "cortex.asgi": 6,

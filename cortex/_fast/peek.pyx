@@ -1,6 +1,6 @@
 """Finds what routing needs in a JSON body, and proves that the rest of it is JSON, without building any of it.
 
-A gateway reads four fields of a body that may be megabytes of conversation and passes the bytes on as they are.
+A gateway reads five fields of a body that may be megabytes of conversation and passes the bytes on as they are.
 Refuses what orjson refuses (a node decodes the same bytes with it), and documents that are not an object.
 """
 
@@ -38,7 +38,7 @@ cdef extern from "json_validate.h":
 MAX_DEPTH = JSON_MAX_DEPTH
 
 cdef enum:
-    MODEL, STREAM, PREVIOUS_RESPONSE_ID, PROMPT_CACHE_KEY, NUM_WANTED
+    MODEL, STREAM, PREVIOUS_RESPONSE_ID, PROMPT_CACHE_KEY, STORE, NUM_WANTED
 
 
 class PeekError(ValueError):
@@ -64,6 +64,7 @@ cdef class Peek:
     """The top-level fields of a body by which it is routed.
 
     ``model_start`` and ``model_end`` bound the value of ``model``, its quotes included; both are -1 if it is absent.
+    ``stores`` is false only where ``store`` is.
     """
 
     cdef readonly str model
@@ -72,11 +73,12 @@ cdef class Peek:
     cdef readonly bint stream
     cdef readonly str previous_response_id
     cdef readonly str prompt_cache_key
+    cdef readonly bint stores
 
     def __repr__(self):
         return (
             f"Peek(model={self.model!r}, stream={self.stream}, previous_response_id={self.previous_response_id!r}, "
-            f"prompt_cache_key={self.prompt_cache_key!r})"
+            f"prompt_cache_key={self.prompt_cache_key!r}, stores={self.stores})"
         )
 
 
@@ -97,6 +99,7 @@ def peek(bytes body not None):
     _want(stream, b"stream", 6)
     _want(&wanted[PREVIOUS_RESPONSE_ID], b"previous_response_id", 20)
     _want(&wanted[PROMPT_CACHE_KEY], b"prompt_cache_key", 16)
+    _want(&wanted[STORE], b"store", 5)
     fault = json_check_object(start, start + len(body), _is_finite, wanted, NUM_WANTED)
     if fault.reason != NULL:
         raise PeekError((<bytes>fault.reason).decode(), fault.at - start)
@@ -111,6 +114,7 @@ def peek(bytes body not None):
     if stream.kind not in (JSON_ABSENT, JSON_TRUE, JSON_FALSE, JSON_NULL):
         raise PeekTypeError("stream", "stream must be true or false", stream.start - start)
     found.stream = stream.kind == JSON_TRUE
+    found.stores = wanted[STORE].kind != JSON_FALSE
     found.previous_response_id = _optional_text(&wanted[PREVIOUS_RESPONSE_ID], start)
     found.prompt_cache_key = _optional_text(&wanted[PROMPT_CACHE_KEY], start)
     return found

@@ -7,6 +7,17 @@ from cortex.wire.events import InferenceEvent
 class ResponsesStream:
     @property
     def finished(self) -> bool: ...
-    def __init__(self, id: str, model: str, created: int, echo: bytes, report_usage: bool = False) -> None: ...
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        created: int,
+        echo: bytes,
+        report_usage: bool = False,
+        custom_tools: frozenset[str] = ...,
+        namespaces: dict[str, tuple[str, str]] | None = None,
+        summarises: bool = False,
+        seals: bool = False,
+    ) -> None: ...
     def frames(self, events: Sequence[InferenceEvent]) -> bytes: ...
     def response(self) -> bytes: ...

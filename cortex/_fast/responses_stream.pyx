@@ -1,8 +1,8 @@
 """Inference events to the events of an OpenAI Responses stream; a batch in, one ``bytes`` of finished frames out.
 
 A stream is a list of output items. At most one reasoning or message item is open, and text of the other kind closes
-it; function calls stay open to the end, since their pieces may alternate. What an item has said is kept escaped, as it
-went out, and copied into the events that repeat it: ``done``, the item, the response. The order is the one on which
+it; calls of tools stay open to the end, since their pieces may alternate. The arguments of a custom tool are an object
+around its one input, which is told when it is whole. What an item has said is kept escaped, as it went out, and copied into the events that repeat it: ``done``, the item, the response. The order is the one on which
 the official clients rely: created, in_progress, then for each item added, part added, deltas, done, part done, item
 done, and last the event that carries the whole response.
 """
@@ -28,6 +28,7 @@ from cortex._fast.event_fields cimport (
 )
 
 from cortex.dialects.openai_errors import error_object, response_error_code
+from cortex.dialects.openai_sealed import seal
 from cortex.wire.errors import RemoteError, UpstreamError
 from cortex.wire.events import FinishReason
 from cortex.wire.responses_events import ResponsesEvent
@@ -65,6 +66,11 @@ cdef frozenset _OWN = frozenset({
     "completed_at", "created_at", "error", "id", "incomplete_details", "model", "object", "output", "status", "usage",
 })
 
+class _CustomInput(msgspec.Struct):
+    input: str
+
+
+cdef object _custom_decoder = msgspec.json.Decoder(_CustomInput)
 cdef object _echo_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -77,8 +83,6 @@ cdef bytes _CREATED = _head(ResponsesEvent.CREATED)
 cdef bytes _IN_PROGRESS = _head(ResponsesEvent.IN_PROGRESS)
 cdef bytes _ITEM_ADDED = _head(ResponsesEvent.OUTPUT_ITEM_ADDED)
 cdef bytes _ITEM_DONE = _head(ResponsesEvent.OUTPUT_ITEM_DONE)
-cdef bytes _PART_ADDED = _head(ResponsesEvent.CONTENT_PART_ADDED)
-cdef bytes _PART_DONE = _head(ResponsesEvent.CONTENT_PART_DONE)
 cdef bytes _COMPLETED = _head(ResponsesEvent.COMPLETED)
 cdef bytes _INCOMPLETE = _head(ResponsesEvent.INCOMPLETE)
 cdef bytes _FAILED = _head(ResponsesEvent.FAILED)
@@ -87,19 +91,37 @@ cdef bytes _ERROR = _head(ResponsesEvent.ERROR)
 cdef enum ItemKind:
     REASONING_ITEM
     MESSAGE_ITEM
-    CALL_ITEM
+    SUMMARY_ITEM     # reasoning, told as a summary of itself
+    CALL_ITEM        # this one and the next have no parts
+    CUSTOM_ITEM
 
-# By the kind of an item: the prefix of its id, its delta and its done event.
-cdef tuple _ID_PREFIXES = ("rs", "msg", "fc")
+# By the kind of an item: the prefix of its id, which part of it an event is about, its delta and its done event, and
+# the events of its part.
+cdef tuple _ID_PREFIXES = ("rs", "msg", "rs", "fc", "ctc")
+cdef tuple _PLACES = (b',"content_index":0', b',"content_index":0', b',"summary_index":0', b"", b"")
 cdef tuple _DELTAS = (
     _head(ResponsesEvent.REASONING_TEXT_DELTA),
     _head(ResponsesEvent.OUTPUT_TEXT_DELTA),
+    _head(ResponsesEvent.REASONING_SUMMARY_TEXT_DELTA),
     _head(ResponsesEvent.FUNCTION_CALL_ARGUMENTS_DELTA),
+    _head(ResponsesEvent.CUSTOM_TOOL_CALL_INPUT_DELTA),
 )
 cdef tuple _DONES = (
     _head(ResponsesEvent.REASONING_TEXT_DONE),
     _head(ResponsesEvent.OUTPUT_TEXT_DONE),
+    _head(ResponsesEvent.REASONING_SUMMARY_TEXT_DONE),
     _head(ResponsesEvent.FUNCTION_CALL_ARGUMENTS_DONE),
+    _head(ResponsesEvent.CUSTOM_TOOL_CALL_INPUT_DONE),
+)
+cdef tuple _PARTS_ADDED = (
+    _head(ResponsesEvent.CONTENT_PART_ADDED),
+    _head(ResponsesEvent.CONTENT_PART_ADDED),
+    _head(ResponsesEvent.REASONING_SUMMARY_PART_ADDED),
+)
+cdef tuple _PARTS_DONE = (
+    _head(ResponsesEvent.CONTENT_PART_DONE),
+    _head(ResponsesEvent.CONTENT_PART_DONE),
+    _head(ResponsesEvent.REASONING_SUMMARY_PART_DONE),
 )
 
 
@@ -108,15 +130,19 @@ cdef class _Item:
     """One output item: what it has said so far, escaped, and the parts of its events that do not change."""
 
     cdef ItemKind kind
-    cdef bytes place            # ,"item_id":...,"output_index":... and for text also ,"content_index":0
+    cdef bytes place            # ,"item_id":...,"output_index":... and for text also which part
     cdef bytes delta_head       # of a delta event, up to the text
     cdef bytes item_head        # of the item object: id, type, name
     cdef bytes output_index
     cdef bytes status
     cdef Buffer said
     cdef Buffer logprobs
+    cdef list pieces            # what was said as it is, where it is needed once more: custom calls, sealed reasoning
+    cdef bytes sealed           # of reasoning: what a client may send back in its place, None if it did not ask
 
-    def __init__(self, ItemKind kind, str response_id, Py_ssize_t index, str call_id="", str name=""):
+    def __init__(
+        self, ItemKind kind, str response_id, Py_ssize_t index, str call_id="", str name="", str namespace=None
+    ):
         cdef Buffer out = Buffer()
         cdef str id = f"{_ID_PREFIXES[<int>kind]}_{response_id.removeprefix('resp_')}_{index}"
         self.kind = kind
@@ -127,27 +153,30 @@ cdef class _Item:
         out.append(b',"item_id":')
         out.append_json(id)
         out.append(self.output_index)
-        if kind != CALL_ITEM:
-            out.append(b',"content_index":0')
+        out.append(_PLACES[<int>kind])
         self.place = out.take()
         self.delta_head = _DELTAS[<int>kind] + self.place + b',"delta":"'
         out.append(b'{"id":')
         out.append_json(id)
-        if kind == REASONING_ITEM:
-            out.append(b',"type":"reasoning","summary":[]')
+        if kind == REASONING_ITEM or kind == SUMMARY_ITEM:
+            out.append(b',"type":"reasoning"')
         elif kind == MESSAGE_ITEM:
             out.append(b',"type":"message","role":"assistant"')
         else:
-            out.append(b',"type":"function_call","call_id":')
+            out.append(b',"type":"custom_tool_call"' if kind == CUSTOM_ITEM else b',"type":"function_call"')
+            out.append(b',"call_id":')
             out.append_json(call_id)
             out.append(b',"name":')
             out.append_json(name)
+            if namespace is not None:
+                out.append(b',"namespace":')
+                out.append_json(namespace)
         self.item_head = out.take()
 
     cdef int put_part(self, Buffer out) except -1:
         """Append the content part, with what was said so far."""
-        if self.kind == REASONING_ITEM:
-            put_literal(out, b'{"type":"reasoning_text","text":"')
+        if self.kind != MESSAGE_ITEM:
+            put_bytes(out, b'{"type":"%b_text","text":"' % (b"summary" if self.kind == SUMMARY_ITEM else b"reasoning"))
             put(out, self.said.data, self.said.size)
             return put_literal(out, b'"}')
         put_literal(out, b'{"type":"output_text","text":"')
@@ -159,15 +188,21 @@ cdef class _Item:
     cdef int put_item(self, Buffer out, bint with_content) except -1:
         """Append the item object; ``with_content`` is false where the item is only announced."""
         put_bytes(out, self.item_head)
-        if self.kind == CALL_ITEM:
-            put_literal(out, b',"arguments":"')
+        if self.kind >= CALL_ITEM:
+            put_literal(out, b',"arguments":"' if self.kind == CALL_ITEM else b',"input":"')
             put(out, self.said.data, self.said.size)
             put_literal(out, b'"')
         else:
-            put_literal(out, b',"content":[')
+            if self.kind == REASONING_ITEM:
+                put_literal(out, b',"summary":[]')
+            put_literal(out, b',"summary":[' if self.kind == SUMMARY_ITEM else b',"content":[')
             if with_content:
                 self.put_part(out)
             put_literal(out, b"]")
+            if self.sealed is not None:
+                put_literal(out, b',"encrypted_content":"')
+                put_bytes(out, self.sealed)
+                put_literal(out, b'"')
         put_literal(out, b',"status":"')
         put_bytes(out, self.status)
         return put_literal(out, b'"}')
@@ -183,7 +218,9 @@ cdef class ResponsesStream:
     """Makes the frames of one Responses stream, or the one response of a request that is not streamed.
 
     ``echo`` is a JSON object of the request's fields that every response object repeats; where it lacks a field that
-    clients need, a default stands in. The start is made up if the first event is not one. Events after the end of the
+    clients need, a default stands in. ``custom_tools`` are names of tools whose calls carry an input; ``namespaces``
+    gives the namespace and the own name of a tool that the model knows by another one. Reasoning is told as text, or as
+    a summary if the client asked for one, and sealed if it wants to send it back. The start is made up if the first event is not one. Events after the end of the
     stream are dropped: a worker may still fail behind its last token.
     """
 
@@ -197,6 +234,10 @@ cdef class ResponsesStream:
     cdef _Item latest
     cdef bytes last_response
     cdef object error
+    cdef frozenset custom_tools
+    cdef dict namespaces
+    cdef ItemKind reasoning_kind
+    cdef bint seals
     cdef bint report_usage
     cdef bint begun
     cdef Py_ssize_t sequence_number
@@ -204,7 +245,16 @@ cdef class ResponsesStream:
     cdef Py_ssize_t cached_tokens
 
     def __init__(
-        self, str id not None, str model not None, long long created, bytes echo not None, bint report_usage=False
+        self,
+        str id not None,
+        str model not None,
+        long long created,
+        bytes echo not None,
+        bint report_usage=False,
+        frozenset custom_tools=frozenset(),
+        dict namespaces=None,
+        bint summarises=False,
+        bint seals=False,
     ):
         """Raises ``ValueError`` if ``echo`` says what only the stream knows, ``msgspec.DecodeError`` if it is no object."""
         cdef Buffer head = Buffer()
@@ -230,6 +280,10 @@ cdef class ResponsesStream:
         self.items = []
         self.calls = []
         self.report_usage = report_usage
+        self.custom_tools = custom_tools
+        self.namespaces = namespaces or {}
+        self.reasoning_kind = SUMMARY_ITEM if summarises else REASONING_ITEM
+        self.seals = seals
         self.out = Buffer()
 
     def frames(self, events not None):
@@ -262,7 +316,7 @@ cdef class ResponsesStream:
             return self.add_text(MESSAGE_ITEM, &delta)
         if kind == REASONING:
             delta.logprobs = NULL
-            return self.add_text(REASONING_ITEM, &delta)
+            return self.add_text(self.reasoning_kind, &delta)
         if kind == STARTED:
             self.prompt_tokens = event.prompt_tokens
             self.cached_tokens = event.cached_tokens
@@ -307,6 +361,8 @@ cdef class ResponsesStream:
         self.out.put_text(text)
         put(item.said, self.out.data + start, self.out.size - start)
         put_literal(self.out, b'"')
+        if item.pieces is not None:
+            item.pieces.append(text)
         if kind == MESSAGE_ITEM:
             put_literal(self.out, b',"logprobs":')
             if logprobs:
@@ -326,9 +382,11 @@ cdef class ResponsesStream:
     cdef _Item open_text(self, ItemKind kind):
         self.close_text(b"completed")
         cdef _Item item = _Item(kind, self.id, len(self.items))
+        if self.seals and kind != MESSAGE_ITEM:
+            item.pieces = []
         self.announce(item)
         self.open_item = item
-        put_bytes(self.out, _PART_ADDED)
+        put_bytes(self.out, _PARTS_ADDED[<int>kind])
         put_bytes(self.out, item.place)
         put_literal(self.out, b',"part":')
         item.put_part(self.out)
@@ -358,17 +416,21 @@ cdef class ResponsesStream:
             put_literal(self.out, b',"logprobs":')
             item.put_logprobs(self.out)
         self.end_event()
-        put_bytes(self.out, _PART_DONE)
+        put_bytes(self.out, _PARTS_DONE[<int>item.kind])
         put_bytes(self.out, item.place)
         put_literal(self.out, b',"part":')
         item.put_part(self.out)
         self.end_event()
+        if item.pieces is not None:
+            item.sealed = seal("".join(item.pieces)).encode()
         return self.end_item(item, status)
 
     cdef int close_call(self, _Item item, bytes status) except -1:
-        put_bytes(self.out, _DONES[<int>CALL_ITEM])
+        if item.kind == CUSTOM_ITEM:
+            self.put_call_delta(item, custom_input("".join(item.pieces)))
+        put_bytes(self.out, _DONES[<int>item.kind])
         put_bytes(self.out, item.place)
-        put_literal(self.out, b',"arguments":"')
+        put_literal(self.out, b',"arguments":"' if item.kind == CALL_ITEM else b',"input":"')
         put(self.out, item.said.data, item.said.size)
         put_literal(self.out, b'"')
         self.end_event()
@@ -385,7 +447,6 @@ cdef class ResponsesStream:
     cdef int add_call(self, object event) except -1:
         cdef Py_ssize_t call = event.call
         cdef str arguments = event.arguments
-        cdef Py_ssize_t start
         cdef _Item item
         check_choice(event.choice)
         if call < len(self.calls):
@@ -394,15 +455,32 @@ cdef class ResponsesStream:
             raise ValueError(f"tool call {call} does not begin with its id and name, or begins out of turn")
         else:
             self.close_text(b"completed")
-            item = _Item(CALL_ITEM, self.id, len(self.items), event.id, event.name)
-            self.calls.append(item)
-            self.announce(item)
+            item = self.open_call(event.id, event.name)
         self.latest = item
-        if not arguments:
+        if item.kind == CUSTOM_ITEM:
+            item.pieces.append(arguments)
+            return 0
+        return self.put_call_delta(item, arguments)
+
+    cdef _Item open_call(self, str id, str name):
+        """Open the item of a call, under the name that the client knows the tool by."""
+        cdef ItemKind kind = CUSTOM_ITEM if name in self.custom_tools else CALL_ITEM
+        cdef _Item item
+        namespace, own_name = self.namespaces.get(name, (None, name))
+        item = _Item(kind, self.id, len(self.items), id, own_name, namespace)
+        if kind == CUSTOM_ITEM:
+            item.pieces = []
+        self.calls.append(item)
+        self.announce(item)
+        return item
+
+    cdef int put_call_delta(self, _Item item, str text) except -1:
+        cdef Py_ssize_t start
+        if not text:
             return 0
         put_bytes(self.out, item.delta_head)
         start = self.out.size
-        self.out.put_text(arguments)
+        self.out.put_text(text)
         put(item.said, self.out.data + start, self.out.size - start)
         put_literal(self.out, b'"')
         return self.end_event()
@@ -498,6 +576,14 @@ cdef class ResponsesStream:
         out.put_integer(self.prompt_tokens + <Py_ssize_t>finished.output_tokens)
         put_literal(out, b"}")
         return out.cut()
+
+
+cdef str custom_input(str arguments):
+    """Return the input of a custom tool within its arguments; all of them if the model, or its limit, broke the form."""
+    try:
+        return _custom_decoder.decode(arguments).input
+    except (msgspec.DecodeError, UnicodeError):
+        return arguments
 
 
 cdef int check_choice(Py_ssize_t choice) except -1:

@@ -22,6 +22,11 @@ TAIL_CHUNKS = 4
 """Chunks kept of a stream: the finish, the usage, the terminator and the node's own usage may come one by one."""
 
 
+STORES_HEADER = b"x-cortex-stores"
+PREVIOUS_HEADER = b"x-cortex-previous-response"
+"""What a gateway tells a neuron, so that a response says of itself what the gateway does with it."""
+
+
 class TokenDetails(msgspec.Struct, frozen=True):
     """The part of a prompt that was cached."""
 

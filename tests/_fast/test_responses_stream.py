@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import FrameDecoder
 from cortex._fast.tap import StreamTap
+from cortex.dialects.openai_sealed import unseal
 from cortex.wire.errors import ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
     Failed,
@@ -67,8 +68,8 @@ PRESENT = [
 ]
 
 
-def stream(echo: bytes = b"{}", *, report_usage: bool = False) -> ResponsesStream:
-    return ResponsesStream("resp_7f", 'org/"model"', CREATED, echo=echo, report_usage=report_usage)
+def stream(echo: bytes = b"{}", **options: Any) -> ResponsesStream:
+    return ResponsesStream("resp_7f", 'org/"model"', CREATED, echo=echo, **options)
 
 
 def payloads(frames: bytes) -> list[dict[str, Any]]:
@@ -185,6 +186,72 @@ def test_order(events: list[InferenceEvent], expected: list[str]) -> None:
     again = payloads(b"".join(one_by_one.frames([event]) for event in events))
     assert story(again) == story(once)
     assert one_by_one.finished
+
+
+def test_a_custom_call_has_an_input() -> None:
+    pieces = [ToolCallDelta(0, "call_a", "patch", '{"input": "a\\n'), ToolCallDelta(0, arguments='\\"b\\""}')]
+    projector = stream(custom_tools=frozenset({"patch"}))
+    told = payloads(projector.frames([Started(1), *pieces, Finished(FinishReason.TOOL_CALLS, 5)]))
+    assert story(told)[2:] == [
+        "output_item.added 0",
+        "custom_tool_call_input.delta 0",
+        "custom_tool_call_input.done 0",
+        "output_item.done 0",
+        "completed",
+    ]
+    assert told[3]["delta"] == told[4]["input"] == 'a\n"b"'
+    assert told[2]["item"] | {"input": 'a\n"b"', "status": "completed"} == told[5]["item"]
+    assert told[2]["item"] == {
+        "id": "ctc_7f_0",
+        "type": "custom_tool_call",
+        "call_id": "call_a",
+        "name": "patch",
+        "input": "",
+        "status": "in_progress",
+    }
+
+
+@pytest.mark.parametrize("arguments", ["", "{}", '{"input": 3}', '{"input": "cut', "free text", "\ud800"])
+def test_a_custom_call_that_is_not_in_form_loses_nothing(arguments: str) -> None:
+    projector = stream(custom_tools=frozenset({"patch"}))
+    projector.frames([ToolCallDelta(0, "a", "patch", arguments), Finished(FinishReason.LENGTH, 5)])
+    said = orjson.loads(projector.response())["output"][0]["input"]
+    assert said == arguments.replace("\ud800", said[:1])
+
+
+def test_a_tool_of_a_namespace_comes_back_as_the_client_knows_it() -> None:
+    projector = stream(namespaces={"ns__g": ("ns", "g")})
+    calls = [ToolCallDelta(0, "a", "ns__g", "{}"), ToolCallDelta(1, "b", "f", "{}")]
+    last = payloads(projector.frames([*calls, Finished(FinishReason.TOOL_CALLS, 5)]))[-1]["response"]
+    assert [(item["name"], item.get("namespace")) for item in last["output"]] == [("g", "ns"), ("f", None)]
+
+
+def test_reasoning_as_a_summary() -> None:
+    events: list[InferenceEvent] = [ReasoningDelta("a"), ReasoningDelta("b"), Finished(FinishReason.STOP, 2)]
+    told = payloads(stream(summarises=True).frames(events))
+    assert story(told)[2:] == [
+        "output_item.added 0",
+        "reasoning_summary_part.added 0",
+        "reasoning_summary_text.delta 0",
+        "reasoning_summary_text.delta 0",
+        "reasoning_summary_text.done 0",
+        "reasoning_summary_part.done 0",
+        "output_item.done 0",
+        "completed",
+    ]
+    item = told[-1]["response"]["output"][0]
+    assert item["summary"] == [{"type": "summary_text", "text": "ab"}]
+    assert "content" not in item
+
+
+@pytest.mark.parametrize("summarises", [False, True])
+def test_sealed_reasoning_is_what_was_thought(summarises: bool) -> None:
+    events: list[InferenceEvent] = [ReasoningDelta('wh"'), ReasoningDelta("y"), Finished(FinishReason.STOP, 2)]
+    told = payloads(stream(summarises=summarises, seals=True).frames(events))
+    item = told[-1]["response"]["output"][0]
+    assert unseal(item["encrypted_content"]) == 'wh"y'
+    assert told[-2]["item"] == item
+    assert "encrypted_content" not in told[2]["item"]
 
 
 def test_text_then_call_then_text() -> None:
@@ -347,10 +414,22 @@ EVENTS = st.lists(
 END = st.one_of(st.builds(Finished, st.sampled_from(FinishReason), st.just(9)), st.just(Failed(ERROR)))
 
 
-@given(EVENTS, END, st.integers(1, 25))
-def test_a_stream_tells_one_story(deltas: list[InferenceEvent], end: InferenceEvent, batch: int) -> None:
+OPTIONS = st.fixed_dictionaries(
+    {
+        "summarises": st.booleans(),
+        "seals": st.booleans(),
+        "custom_tools": st.sampled_from([frozenset(), frozenset({"first"}), frozenset({"first", "second"})]),
+        "namespaces": st.sampled_from([None, {"second": ("ns", "own")}]),
+    }
+)
+
+
+@given(EVENTS, END, st.integers(1, 25), OPTIONS)
+def test_a_stream_tells_one_story(
+    deltas: list[InferenceEvent], end: InferenceEvent, batch: int, options: dict[str, Any]
+) -> None:
     events: list[InferenceEvent] = [Started(11, 2), *CALLS[:2], *deltas, end]
-    projector = stream()
+    projector = stream(**options)
     frames = b"".join(projector.frames(events[i : i + batch]) for i in range(0, len(events), batch))
     told = payloads(frames)
     assert [event["sequence_number"] for event in told] == list(range(len(told)))
@@ -361,8 +440,9 @@ def test_a_stream_tells_one_story(deltas: list[InferenceEvent], end: InferenceEv
     assert response["output"] == items
     assert told[-1]["type"] in LAST
     assert not any(event["type"] in LAST for event in told[:-1])
-    for kind, event in (("output_text", TextDelta), ("reasoning_text", ReasoningDelta)):
-        said = "".join(c["text"] for i in items for c in i.get("content", ()) if c["type"] == kind)
+    for kinds, event in ((["output_text"], TextDelta), (["reasoning_text", "summary_text"], ReasoningDelta)):
+        parts = [part for item in items for part in [*item.get("content", ()), *item.get("summary", ())]]
+        said = "".join(part["text"] for part in parts if part["type"] in kinds)
         assert said == "".join(e.text for e in events if isinstance(e, event))
     if isinstance(end, Finished):
         assert orjson.loads(projector.response()) == response
@@ -390,25 +470,33 @@ def replay(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         assert item["id"] not in done
         assert event.get("item_id", item["id"]) == item["id"]
         match event["type"].removeprefix("response."):
-            case "content_part.added":
-                item["content"].append(event["part"])
+            case "content_part.added" | "reasoning_summary_part.added":
+                parts = item["content"] if "content_index" in event else item["summary"]
+                assert len(parts) == event.get("content_index", event.get("summary_index"))
+                parts.append(event["part"])
                 open_parts[item["id"]] = event["part"]
-            case "output_text.delta" | "reasoning_text.delta":
+            case "output_text.delta" | "reasoning_text.delta" | "reasoning_summary_text.delta":
                 part = open_parts[item["id"]]
                 part["text"] += event["delta"]
                 if "logprobs" in part:
                     part["logprobs"] += event["logprobs"]
             case "function_call_arguments.delta":
                 item["arguments"] += event["delta"]
-            case "output_text.done" | "reasoning_text.done":
+            case "custom_tool_call_input.delta":
+                item["input"] += event["delta"]
+            case "output_text.done" | "reasoning_text.done" | "reasoning_summary_text.done":
                 assert event["text"] == open_parts[item["id"]]["text"]
             case "function_call_arguments.done":
                 assert event["arguments"] == item["arguments"]
-            case "content_part.done":
+            case "custom_tool_call_input.done":
+                assert event["input"] == item["input"]
+            case "content_part.done" | "reasoning_summary_part.done":
                 assert event["part"] == open_parts.pop(item["id"])
             case "output_item.done":
                 assert item["id"] not in open_parts
                 item["status"] = event["item"]["status"]
+                if "encrypted_content" in event["item"]:
+                    item["encrypted_content"] = event["item"]["encrypted_content"]
                 assert event["item"] == item
                 done.add(item["id"])
             case other:

@@ -6,6 +6,7 @@ import orjson
 import pytest
 
 from cortex.dialects import openai_chat, openai_responses
+from cortex.dialects.openai_sealed import seal
 from cortex.wire.errors import ApiError
 from cortex.wire.request import FormatKind, ImagePart, Message, Role, TextPart, ToolCall, ToolMode
 
@@ -71,16 +72,103 @@ def test_mixed_content_keeps_its_parts() -> None:
 
 
 def test_tools_of_agents_never_fail() -> None:
+    grammar = {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}
     tools = [
         {"type": "function", "name": "f", "parameters": None, "strict": False},
-        {"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "g"}]},
+        {"type": "namespace", "name": "ns", "description": "", "tools": [{"type": "function", "name": "g"}]},
+        {"type": "namespace", "name": "mcp__s__", "description": "", "tools": [{"type": "custom", "name": "h"}]},
         {"type": "web_search", "external_web_access": True},
-        {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
+        {"type": "custom", "name": "apply_patch", "description": "Patches.", "format": grammar},
+        {"type": "custom", "name": "f"},
     ]
     call = decode(tools=tools, tool_choice={"type": "function", "name": "g"})
-    assert [tool.name for tool in call.request.tools] == ["f", "g"]
-    assert (call.request.tool_choice.mode, call.request.tool_choice.name) == (ToolMode.NAMED, "g")
-    assert orjson.loads(call.echo)["tools"] == tools
+    assert [tool.name for tool in call.request.tools] == ["f", "ns__g", "mcp__s__h", "apply_patch"]
+    assert (call.request.tool_choice.mode, call.request.tool_choice.name) == (ToolMode.NAMED, "ns__g")
+    assert call.tools.custom == {"mcp__s__h", "apply_patch"}
+    assert call.tools.namespaces == {"ns__g": ("ns", "g"), "mcp__s__h": ("mcp__s__", "h")}
+    patch = call.request.tools[-1]
+    assert patch.description == "Patches.\n\nThe input must match this lark grammar:\nstart: /.+/"
+    assert patch.parameters["required"] == ["input"]
+    assert orjson.loads(call.echo)["tools"] == [tools[0] | {"description": None}, *tools[1:]]
+
+
+@pytest.mark.parametrize(
+    ("choice", "mode", "names"),
+    [
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]}, ToolMode.AUTO, "g"),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "custom", "name": "f"}]},
+            ToolMode.REQUIRED,
+            "f",
+        ),
+        ({"type": "custom", "name": "f"}, ToolMode.NAMED, "fg"),
+        ("required", ToolMode.REQUIRED, "fg"),
+        ("none", ToolMode.NONE, "fg"),
+    ],
+)
+def test_tool_choice(choice: Any, mode: ToolMode, names: str) -> None:
+    request = decode(
+        tools=[{"type": "custom", "name": "f"}, {"type": "function", "name": "g"}], tool_choice=choice
+    ).request
+    assert request.tool_choice.mode is mode
+    assert "".join(tool.name for tool in request.tools) == names
+
+
+def test_calls_of_custom_and_namespaced_tools_come_back_under_the_models_names() -> None:
+    items = [
+        {"type": "custom_tool_call", "call_id": "c1", "name": "p", "input": 'a"b'},
+        {"type": "function_call", "call_id": "c2", "name": "g", "namespace": "ns", "arguments": "{}"},
+        {"type": "function_call", "call_id": "c3", "name": "g", "arguments": "{}"},
+        {"type": "custom_tool_call_output", "call_id": "c1", "output": "done"},
+    ]
+    tools = [{"type": "namespace", "name": "ns", "tools": [{"type": "function", "name": "g"}]}]
+    calls = (ToolCall("c1", "p", '{"input":"a\\"b"}'), ToolCall("c2", "ns__g", "{}"), ToolCall("c3", "ns__g", "{}"))
+    assert messages(input=items, tools=tools) == (
+        Message(Role.ASSISTANT, "", calls),
+        Message(Role.TOOL, "done", tool_call_id="c1"),
+    )
+
+
+@pytest.mark.parametrize(
+    "reasoning",
+    [
+        {"id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "why"}]},
+        {"summary": [{"type": "summary_text", "text": "wh"}, {"type": "summary_text", "text": "y"}]},
+        {"summary": [], "encrypted_content": seal("why")},
+        {"summary": [], "content": None, "encrypted_content": seal("why"), "status": None},
+    ],
+)
+def test_reasoning_goes_to_the_turn_it_precedes(reasoning: dict[str, Any]) -> None:
+    item = {"type": "reasoning", **reasoning}
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    said = {"role": "assistant", "content": "so"}
+    user = {"role": "user", "content": "go"}
+    called = (ToolCall("c", "f", "{}"),)
+    assert messages(input=[user, item, said, call])[1] == Message(Role.ASSISTANT, "so", called, reasoning="why")
+    assert messages(input=[user, item, call])[1] == Message(Role.ASSISTANT, "", called, reasoning="why")
+    turns = messages(input=[user, item, call, item, said])[1:]
+    assert turns == (
+        Message(Role.ASSISTANT, "", called, reasoning="why"),
+        Message(Role.ASSISTANT, "so", reasoning="why"),
+    )
+
+
+@pytest.mark.parametrize("sealed", ["gAAAA", "open1.!", "open1./w=="])
+def test_what_another_server_sealed_says_nothing(sealed: str) -> None:
+    item = {"type": "reasoning", "summary": [], "encrypted_content": sealed}
+    assert messages(input=[item, {"role": "assistant", "content": "so"}]) == (Message(Role.ASSISTANT, "so"),)
+
+
+def test_what_is_asked_of_the_answer() -> None:
+    plain = decode()
+    asked = decode(reasoning={"summary": "auto"}, include=["reasoning.encrypted_content"], truncation="auto")
+    assert (plain.summarises, plain.seals) == (False, False)
+    assert (asked.summarises, asked.seals) == (True, True)
+    assert "truncation" not in orjson.loads(asked.echo), "nothing is truncated"
+    assert orjson.loads(decode(text={"verbosity": "low"}).echo)["text"] == {
+        "format": {"type": "text"},
+        "verbosity": "low",
+    }
 
 
 def test_formats_reasoning_and_echo() -> None:
@@ -141,12 +229,14 @@ def test_the_same_conversation_is_the_same_request_in_either_dialect() -> None:
         ({"input": [{"content": "x"}]}, "invalid_value", "input[0].role"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "invalid_value", "input[0].call_id"),
         ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "invalid_value", "input[0].output"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "unsupported_parameter", "input[0].type=item_reference"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "unsupported_parameter", "input[0]"),
         ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens"),
         ({"temperature": 9}, "invalid_value", "temperature"),
         ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
         ({"background": True}, "unsupported_parameter", "background"),
-        ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
+        ({"truncation": "sometimes"}, "invalid_type", "truncation"),
+        ({"tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].name"),
+        ({"tool_choice": {"type": "web_search"}}, "unsupported_parameter", "tool_choice.type=web_search"),
         ({"reasoning": {"effort": "heroic"}}, "invalid_value", "reasoning.effort"),
         ({"text": {"format": {"type": "poem"}}}, "invalid_value", "text.format.type"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "invalid_value", "tool_choice"),

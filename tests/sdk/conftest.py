@@ -5,16 +5,6 @@ from collections.abc import Iterator
 import daemons
 import pytest
 
-MODELS = """
-[[models]]
-id = "m"
-source = "/"
-
-[aliases]
-"small" = "m"
-"claude-*" = "m"
-"""
-
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[daemons.Daemon]:
@@ -24,7 +14,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[daemons.Daemon]:
 
 @pytest.fixture(scope="session")
 def gateway(tmp_path_factory: pytest.TempPathFactory, node: daemons.Daemon) -> Iterator[daemons.Daemon]:
-    with daemons.cortex(tmp_path_factory.mktemp("cortex"), node, models=MODELS, model="m") as found:
+    with daemons.cortex(tmp_path_factory.mktemp("cortex"), node, models=daemons.SCRIPTED_CATALOGUE, model="m") as found:
         yield found
 
 

@@ -112,6 +112,15 @@ def neuron(folder: pathlib.Path, weights: pathlib.Path, **environment: str) -> I
 
 
 SCRIPTED_MODEL = "m"
+SCRIPTED_CATALOGUE = """
+[[models]]
+id = "m"
+source = "/"
+
+[aliases]
+"small" = "m"
+"claude-*" = "m"
+"""
 
 
 @contextlib.contextmanager
@@ -126,17 +135,18 @@ def scripted_neuron(folder: pathlib.Path) -> Iterator[Daemon]:
 
 @contextlib.contextmanager
 def cortex(
-    folder: pathlib.Path, *neurons: Daemon, models: str = "", model: str = MODEL, gateway: str = ""
+    folder: pathlib.Path, *neurons: Daemon, models: str = "", model: str = MODEL, **environment: str
 ) -> Iterator[Daemon]:
     """A gateway in front of ``neurons``, which serves when it lists ``model``."""
     port = free_port()
     nodes = "".join(f'[[neurons]]\nname = "n{i}"\nendpoint = "{node.url}"\n' for i, node in enumerate(neurons))
     (folder / "cortex.toml").write_text(
-        f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:{free_port()}"\n{gateway}\n{nodes}'
+        f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:{free_port()}"\n{nodes}'
+        f'[store]\npath = "{folder / "responses.db"}"\n'
     )
     (folder / "models.toml").write_text(models)
     config = str(folder / "cortex.toml")
-    with daemon("cortex", "serve", "--config", config, port=port, log=folder / "cortex.log") as found:
+    with daemon("cortex", "serve", "--config", config, port=port, log=folder / "cortex.log", **environment) as found:
         until(
             lambda: any(
                 listed["id"] == model and listed["state"] == "ready"

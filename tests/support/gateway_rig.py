@@ -11,7 +11,7 @@ from typing import Any
 from asgi_call import Call
 from fake_neuron import FakeNeuron
 
-from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, Polling, Timeouts
+from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, Polling, StoreSettings, Timeouts
 from cortex.endpoints import request_id_of
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
@@ -19,6 +19,7 @@ from cortex.http_io import Exchange
 
 QUICK = Polling(interval_s=0.05, timeout_s=0.5, max_backoff_s=0.2)
 PATIENT = Timeouts()
+IN_MEMORY = StoreSettings(path=":memory:")
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = {**CHAT, "stream": True}
 
@@ -58,6 +59,7 @@ async def rig(
     prefixes: dict[str, str] | None = None,
     timeouts: Timeouts = PATIENT,
     polling: Polling = QUICK,
+    store: StoreSettings = IN_MEMORY,
     wait: bool = True,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
@@ -67,12 +69,13 @@ async def rig(
             if not neuron.port:
                 await stack.enter_async_context(neuron.serving())
         config = Config(
+            store=store,
             gateway=GatewaySettings(metrics_listen="", timeouts=timeouts, polling=polling, **settings),
             neurons=tuple(NodeSettings(neuron.name, neuron.url) for neuron in neurons),
         )
         catalogue = Catalogue({profile.id: profile for profile in models}, aliases or {}, prefixes=prefixes or {})
         gateway = Gateway(config, catalogue)
-        gateway.start()
+        await gateway.start()
         try:
             if wait:
                 await until(lambda: gateway.fleet.state.complete)
@@ -95,6 +98,7 @@ def write_config(folder: pathlib.Path, *neurons: FakeNeuron, models: str = "", g
     path = folder / "cortex.toml"
     nodes = "".join(f'[[neurons]]\nname = "{neuron.name}"\nendpoint = "{neuron.url}"\n' for neuron in neurons)
     path.write_text(f"[gateway]\n{gateway}\n[gateway.polling]\ninterval_s = 0.05\n{nodes}")
+    path.write_text(path.read_text() + f'[store]\npath = "{folder}/responses.db"\n')
     (folder / "models.toml").write_text(models)
     return path
 

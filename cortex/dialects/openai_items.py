@@ -1,0 +1,167 @@
+"""The input items of a Responses request to the turns of a chat.
+
+Calls of one turn are separate items here and one message there; reasoning becomes that of the turn it precedes. Traces
+of hosted tools, and items of types nobody here has heard of, say nothing to the model and drop.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeVar
+
+import msgspec
+
+from cortex.dialects import openai_fields as fields
+from cortex.dialects.openai_sealed import unseal
+from cortex.dialects.openai_tools import OfferedTools
+from cortex.wire.errors import InvalidRequestError, UnsupportedParameterError
+from cortex.wire.request import Message, Part, Role, TextPart, ToolCall
+
+T = TypeVar("T")
+
+
+class _Content(msgspec.Struct):
+    """A part of a message or of a tool's output: text of any kind, a refusal, or an image."""
+
+    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal", "input_image"]
+    text: str | None = None
+    refusal: str | None = None
+    image_url: str | None = None
+    detail: str | None = None
+
+
+class _Kind(msgspec.Struct):
+    type: str = "message"
+
+
+class _Item(msgspec.Struct):
+    """An input item of any type; what each type needs is checked in :func:`messages_of`."""
+
+    type: str = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[_Content] | msgspec.UnsetType | None = msgspec.UNSET
+    call_id: str | None = None
+    name: str | None = None
+    namespace: str | None = None
+    arguments: str | None = None
+    input: str | None = None
+    summary: list[_Content] | None = None
+    encrypted_content: str | None = None
+    output: str | list[_Content] | None = None
+
+
+_ITEM_DECODER = msgspec.json.Decoder(_Item)
+_KIND_DECODER = msgspec.json.Decoder(_Kind)
+_READ = frozenset(
+    {
+        "message",
+        "function_call",
+        "function_call_output",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "reasoning",
+    }
+)
+
+
+def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[Message]:
+    """Yield the turns that ``input`` is made of.
+
+    Raises:
+        InvalidRequestError: an item lacks what its type needs.
+        UnsupportedParameterError: an item refers to a stored one.
+    """
+    thought = ""  # of the assistant's turn that comes next
+    turn: Message | None = None  # the assistant's, to which calls may still be added
+    for index, raw in enumerate(items):
+        where = f"input[{index}]"
+        item = _item(raw, where)
+        match item.type:
+            case "message":
+                message = _message(item, where)
+            case "function_call" | "custom_tool_call":
+                call = _call(item, tools, where)
+                if turn is not None and not thought:
+                    # Calls of one turn are separate items here and one message in a chat.
+                    turn = msgspec.structs.replace(turn, tool_calls=(*turn.tool_calls, call))
+                    continue
+                message = Message(Role.ASSISTANT, "", (call,))
+            case "function_call_output" | "custom_tool_call_output":
+                call_id = _needed(item.call_id, where, "call_id")
+                if item.output is None:
+                    raise _missing(where, "output")
+                message = Message(Role.TOOL, _content(item.output, f"{where}.output"), tool_call_id=call_id)
+            case "reasoning":
+                thought += _thought(item)
+                continue
+            case "item_reference":
+                raise UnsupportedParameterError(
+                    "Unsupported parameter: an 'item_reference' is resolved by the gateway.", param=where
+                )
+            case _:  # the traces of hosted tools say nothing to the model
+                continue
+        if turn is not None:
+            yield turn
+        turn = None
+        if message.role is Role.ASSISTANT:
+            turn, thought = msgspec.structs.replace(message, reasoning=thought or None), ""
+        else:
+            yield message
+    if turn is not None:
+        yield turn
+
+
+def _item(raw: msgspec.Raw, where: str) -> _Item:
+    """Return an item; of one whose type has no meaning here only that."""
+    try:
+        kind = _KIND_DECODER.decode(raw).type
+        return _ITEM_DECODER.decode(raw) if kind in _READ else _Item(kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"Invalid '{where}': {error}.", param=where) from None
+
+
+def _message(item: _Item, where: str) -> Message:
+    role = _needed(item.role, where, "role")
+    if item.content is msgspec.UNSET:
+        raise _missing(where, "content")
+    assert not isinstance(item.content, msgspec.UnsetType)
+    return Message(Role.SYSTEM if role == "developer" else Role(role), _content(item.content, f"{where}.content"))
+
+
+def _call(item: _Item, tools: OfferedTools, where: str) -> ToolCall:
+    call_id, name = _needed(item.call_id, where, "call_id"), _needed(item.name, where, "name")
+    arguments = item.arguments
+    if arguments is None:
+        arguments = msgspec.json.encode({"input": item.input or ""}).decode()
+    return ToolCall(call_id, tools.known_as(name, item.namespace), arguments)
+
+
+def _thought(item: _Item) -> str:
+    """Return the text of a reasoning item: its own, its summary, or what was sealed of it here."""
+    for parts in (item.content, item.summary):
+        if isinstance(parts, list) and parts:
+            return "".join(part.text or "" for part in parts)
+    return unseal(item.encrypted_content or "") or ""
+
+
+def _needed(value: T | None, where: str, name: str) -> T:
+    if value is None:
+        raise _missing(where, name)
+    return value
+
+
+def _missing(where: str, name: str) -> InvalidRequestError:
+    return InvalidRequestError(f"Invalid '{where}': '{name}' is missing.", param=f"{where}.{name}")
+
+
+def _content(content: str | list[_Content] | None, where: str) -> str | tuple[Part, ...]:
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts: list[Part] = []
+    for number, part in enumerate(content):
+        if part.type == "input_image":
+            param = f"{where}[{number}].image_url"
+            if part.image_url is None:
+                raise InvalidRequestError(f"Invalid '{param}': an image needs an address.", param=param)
+            parts.append(fields.image(part.image_url, part.detail, param))
+        else:
+            parts.append(TextPart(part.text or part.refusal or ""))
+    return fields.collapse(parts)

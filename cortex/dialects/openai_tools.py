@@ -1,0 +1,179 @@
+"""The tools of a Responses request: what the model is offered, and under which names the client knows them.
+
+The model is offered functions only. A custom tool becomes one with a single string, its input; the tools of a namespace
+become functions whose names begin with it. Hosted tools (``web_search``, ``image_generation``, ...) are sent by agents
+to every server: they are echoed and not offered.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from cortex.dialects import openai_fields as fields
+from cortex.wire.errors import InvalidRequestError, MissingParameterError
+from cortex.wire.request import Tool, ToolChoice, ToolMode
+
+_INPUT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+
+# What a function tool of a response always says, whether or not the request did.
+_FUNCTION_DEFAULTS = {
+    "description": msgspec.Raw(b"null"),
+    "parameters": msgspec.Raw(b"null"),
+    "strict": msgspec.Raw(b"false"),
+}
+
+_ECHO_DECODER = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+
+
+class GrammarBody(msgspec.Struct):
+    """What the input of a custom tool must look like."""
+
+    type: str
+    syntax: str | None = None
+    definition: str | None = None
+
+
+class ToolBody(msgspec.Struct):
+    """An entry of ``tools``, of any type."""
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    format: GrammarBody | None = None
+    tools: "list[ToolBody] | None" = None
+
+
+class ChoiceBody(msgspec.Struct):
+    """A ``tool_choice`` that is an object."""
+
+    type: str
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list["ChoiceBody"] | None = None
+
+
+class OfferedTools(msgspec.Struct, frozen=True):
+    """The tools of a request, by the names that the model knows.
+
+    ``custom`` names those whose arguments wrap an input; ``namespaces`` gives the namespace and the own name of each
+    that has one.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    custom: frozenset[str] = frozenset()
+    namespaces: dict[str, tuple[str, str]] = {}
+
+    def known_as(self, name: str, namespace: str | None = None) -> str:
+        """Return the name under which the model knows a tool of the client's."""
+        if namespace:
+            return flat_name(namespace, name)
+        if all(tool.name != name for tool in self.tools):
+            for flat, (_, own_name) in self.namespaces.items():
+                if own_name == name:
+                    return flat
+        return name
+
+
+def flat_name(namespace: str, name: str) -> str:
+    """Return the name of a function that stands for a tool of a namespace."""
+    return f"{namespace}{name}" if namespace.endswith("_") else f"{namespace}__{name}"
+
+
+def offered(bodies: Sequence[ToolBody]) -> OfferedTools:
+    """Return what the model is offered. Of tools that come to the same name the first one counts.
+
+    Raises:
+        MissingParameterError: a tool has no name.
+    """
+    tools: dict[str, Tool] = {}
+    custom: set[str] = set()
+    namespaces: dict[str, tuple[str, str]] = {}
+    for namespace, body, where in _flatten(bodies):
+        if body.name is None:
+            raise MissingParameterError(f"Missing required parameter: '{where}.name'.", param=f"{where}.name")
+        name = flat_name(namespace, body.name) if namespace else body.name
+        if name in tools:
+            continue
+        if namespace:
+            namespaces[name] = (namespace, body.name)
+        if body.type == "custom":
+            custom.add(name)
+            tools[name] = Tool(name, _custom_description(body), _INPUT_SCHEMA)
+        else:
+            tools[name] = Tool(name, body.description or "", body.parameters or {}, bool(body.strict))
+    return OfferedTools(tuple(tools.values()), frozenset(custom), namespaces)
+
+
+def _flatten(bodies: Sequence[ToolBody]) -> Iterator[tuple[str, ToolBody, str]]:
+    """Yield each tool that can be called: its namespace, itself, and its place in the body."""
+    for index, body in enumerate(bodies):
+        if body.type == "namespace":
+            for number, inner in enumerate(body.tools or ()):
+                if inner.type in ("function", "custom"):
+                    yield body.name or "", inner, f"tools[{index}].tools[{number}]"
+        elif body.type in ("function", "custom"):
+            yield "", body, f"tools[{index}]"
+
+
+def _custom_description(body: ToolBody) -> str:
+    """Return what the model is told of a custom tool; a grammar is told, and not enforced."""
+    description = body.description or ""
+    if body.format is None or not body.format.definition:
+        return description
+    syntax = body.format.syntax or "given"
+    return f"{description}\n\nThe input must match this {syntax} grammar:\n{body.format.definition}".lstrip()
+
+
+def chosen(
+    choice: Literal["auto", "none", "required"] | ChoiceBody | None, parallel: bool, tools: OfferedTools
+) -> tuple[ToolChoice, tuple[Tool, ...]]:
+    """Return how tools may be called, and which: ``allowed_tools`` leaves only some of those offered.
+
+    Raises:
+        InvalidRequestError: a tool is forced that is not there.
+        UnsupportedParameterError: a hosted tool is forced.
+    """
+    match choice:
+        case None | "auto":
+            return ToolChoice(ToolMode.AUTO, parallel=parallel), tools.tools
+        case "none":
+            return ToolChoice(ToolMode.NONE, parallel=parallel), tools.tools
+        case "required":
+            return _required(tools.tools, parallel), tools.tools
+        case ChoiceBody(type="allowed_tools"):
+            allowed = {tools.known_as(tool.name or "") for tool in choice.tools or ()}
+            left = tuple(tool for tool in tools.tools if tool.name in allowed)
+            if choice.mode == "required":
+                return _required(left, parallel), left
+            return ToolChoice(ToolMode.AUTO, parallel=parallel), left
+    fields.refuse([(f"tool_choice.type={choice.type}", choice.type not in ("function", "custom"))])
+    name = tools.known_as(choice.name or "")
+    if all(tool.name != name for tool in tools.tools):
+        raise InvalidRequestError(
+            f"Invalid 'tool_choice': there is no tool named '{choice.name}'.", param="tool_choice"
+        )
+    return ToolChoice(ToolMode.NAMED, name, parallel), tools.tools
+
+
+def _required(tools: Sequence[Tool], parallel: bool) -> ToolChoice:
+    if not tools:
+        raise InvalidRequestError("Invalid 'tool_choice': it needs 'tools'.", param="tool_choice")
+    return ToolChoice(ToolMode.REQUIRED, parallel=parallel)
+
+
+def echoed(tools: bytes) -> bytes:
+    """Return ``tools`` as a response repeats them: as they came, with what strict clients miss in functions."""
+    bodies = _ECHO_DECODER.decode(tools)
+    for body in bodies:
+        if bytes(body["type"]) == b'"function"':
+            for name, value in _FUNCTION_DEFAULTS.items():
+                body.setdefault(name, value)
+    return msgspec.json.encode(bodies)

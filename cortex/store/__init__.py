@@ -1,0 +1,48 @@
+"""Stored responses: what a client may refer to later instead of sending it again."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import assert_never
+
+from cortex.config import StoreKind, StoreSettings
+from cortex.settings import ConfigError
+from cortex.store.interface import ResponseStore, StoreError
+
+
+def make(settings: StoreSettings, environment: Mapping[str, str] = os.environ) -> ResponseStore | None:
+    """Return the store that is configured, not yet open; ``None`` for none.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    match settings.kind:
+        case StoreKind.NONE:
+            return None
+        case StoreKind.SQLITE:
+            from cortex.store.sqlite import SqliteStore
+
+            path = settings.path or str(_state_folder(environment) / "responses.db")
+            return SqliteStore(path, ttl_s=settings.ttl_s, max_bytes=settings.max_bytes)
+        case StoreKind.VALKEY:
+            from cortex.store.valkey import ValkeyStore
+
+            try:
+                return ValkeyStore(settings.url, ttl_s=settings.ttl_s)
+            except StoreError as error:
+                raise ConfigError("cortex.toml", "store.url", str(error)) from None
+        case _:
+            assert_never(settings.kind)
+
+
+def _state_folder(environment: Mapping[str, str]) -> pathlib.Path:
+    """Return where this service may keep state: systemd's word for it, the user's, or the user's home."""
+    if service := environment.get("STATE_DIRECTORY"):
+        return pathlib.Path(service.split(":")[0])
+    if base := environment.get("XDG_STATE_HOME"):
+        return pathlib.Path(base, "cortex")
+    if home := environment.get("HOME"):
+        return pathlib.Path(home, ".local", "state", "cortex")
+    raise ConfigError(
+        "cortex.toml", "store.path", "is empty, and neither $STATE_DIRECTORY nor $HOME says where to keep it"
+    )

@@ -1,0 +1,73 @@
+"""The items of a stored turn, as JSON: what is kept of an input, and how a chain of turns becomes one input.
+
+Pure. Items are kept as the client sent them, with the id, type and content list that a listing of them owes.
+"""
+
+import secrets
+from typing import Any
+
+import msgspec
+import orjson
+
+from cortex.wire.errors import InvalidTypeError
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
+
+_ID_PREFIXES = {
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+}
+
+
+def input_items(body: bytes) -> list[dict[str, Any]]:
+    """Return the input of a request as items.
+
+    Raises:
+        InvalidTypeError: it is neither a text nor a list of objects.
+    """
+    given = orjson.loads(body).get("input")
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
+        raise InvalidTypeError("Invalid value for 'input': expected a string or a list of objects.", param="input")
+    return given
+
+
+def listed(items: list[dict[str, Any]]) -> bytes:
+    """Return items as a listing of them shows them: each with a type, an id, and content in parts."""
+    return orjson.dumps([_listed(item) for item in items])
+
+
+def _listed(item: dict[str, Any]) -> dict[str, Any]:
+    kind = item.get("type") or "message"
+    found = {**item, "type": kind}
+    if not isinstance(found.get("id"), str):
+        found["id"] = f"{_ID_PREFIXES.get(str(kind), 'item')}_{secrets.token_hex(12)}"
+    if kind == "message":
+        found.setdefault("status", "completed")
+        if isinstance(found.get("content"), str):
+            part: dict[str, Any] = {"type": "input_text", "text": found["content"]}
+            if found.get("role") == "assistant":
+                part = {"type": "output_text", "text": found["content"], "annotations": []}
+            found["content"] = [part]
+    elif kind != "reasoning" and kind in _ID_PREFIXES:
+        found.setdefault("status", "completed")
+    return found
+
+
+def output_items(response: bytes) -> list[msgspec.Raw]:
+    """Return the output items of a response."""
+    return _ITEMS.decode(_FIELDS.decode(response)["output"])
+
+
+def with_input(body: bytes, items: list[msgspec.Raw]) -> bytes:
+    """Return a request body that says ``items`` and continues nothing."""
+    given = _FIELDS.decode(body)
+    given.pop("previous_response_id", None)
+    given["input"] = msgspec.Raw(msgspec.json.encode(items))
+    return msgspec.json.encode(given)

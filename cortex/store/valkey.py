@@ -1,0 +1,80 @@
+"""Responses in Valkey, or in Redis: for gateways on several hosts. Needs the ``redis`` package.
+
+Each response is a key of its own with a time to live; how many bytes there may be is the server's ``maxmemory`` to say.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from cortex.store.interface import StoredResponse, StoreError
+
+PREFIX = "cortex:response:"
+TIMEOUT_S = 5.0
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(tuple[str, bytes, bytes]).decode
+
+
+class ValkeyStore:
+    """A store at ``redis://[user:password@]host:port[/database]``."""
+
+    def __init__(self, url: str, *, ttl_s: float) -> None:
+        """Raises :class:`StoreError` where the client library is not installed, or the address is none."""
+        try:
+            from redis import asyncio as client
+            from redis import exceptions
+        except ImportError:
+            raise StoreError("the store needs the redis package: pip install 'helexa-cortex[valkey]'") from None
+        self._url = url
+        self._ttl_ms = round(ttl_s * 1000)
+        self._errors: tuple[type[Exception], ...] = (exceptions.RedisError, OSError)
+        try:
+            self._client = client.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+        except ValueError as error:
+            raise StoreError(f"{url}: {error}") from None
+
+    async def open(self) -> None:
+        """Say hello."""
+        try:
+            await self._client.ping()
+        except self._errors as error:
+            raise self._failed(error) from error
+
+    async def get(self, id: str) -> StoredResponse | None:
+        """Return a response that has not expired."""
+        try:
+            value = await self._client.get(PREFIX + id)
+        except self._errors as error:
+            raise self._failed(error) from error
+        if value is None:
+            return None
+        assert isinstance(value, bytes)  # nothing is decoded for us
+        previous, items, body = _decode(value)
+        return StoredResponse(previous, msgspec.Raw(items), msgspec.Raw(body))
+
+    async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
+        """Keep a response and what it continues, in one round trip."""
+        value = _encode((stored.previous, bytes(stored.items), bytes(stored.body)))
+        try:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.set(PREFIX + id, value, px=self._ttl_ms)
+                for earlier in chain:
+                    pipeline.pexpire(PREFIX + earlier, self._ttl_ms)
+                await pipeline.execute()
+        except self._errors as error:
+            raise self._failed(error) from error
+
+    async def delete(self, id: str) -> bool:
+        """Forget a response."""
+        try:
+            return bool(await self._client.delete(PREFIX + id))
+        except self._errors as error:
+            raise self._failed(error) from error
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    def _failed(self, error: Exception) -> StoreError:
+        return StoreError(f"{self._url.rpartition('@')[2]}: {error}")
