@@ -16,7 +16,6 @@ import msgspec
 from cortex.wire.errors import (
     ApiError,
     ContextLengthError,
-    OverloadedError,
     UnprocessableError,
     UnsupportedParameterError,
 )
@@ -36,7 +35,7 @@ from neuron.text.prompt import Prompt, PromptFormat
 INLINE_TOKENISE_CHARS = 20_000
 """Conversations up to this size are rendered on the event loop (about 5 ms); longer ones in a thread."""
 
-QUEUE_RETRY_AFTER_S = 2.0
+RETRY_AFTER_S = 2.0
 
 _SEED_MASK = (1 << 62) - 1
 
@@ -46,9 +45,8 @@ class TorchHarness:
 
     name = "torch"
 
-    def __init__(self, workers: Mapping[str, Worker], *, max_waiting: int) -> None:
+    def __init__(self, workers: Mapping[str, Worker]) -> None:
         self._workers = workers
-        self._max_waiting = max_waiting
 
     async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> "TorchModel":
         """Load the weights at ``path`` on the device the spec names, or on the one with the most free memory."""
@@ -63,7 +61,7 @@ class TorchHarness:
         worker, free_bytes = await self._choose(spec)
         plan_memory(config, spec, worker.device_id, free_bytes)
         loaded = await _load(worker, spec, path, progress)
-        return TorchModel(loaded, config, PromptFormat(files), files, worker, self._max_waiting)
+        return TorchModel(loaded, config, PromptFormat(files), files, worker)
 
     async def unload(self, model: Model) -> None:
         """Free a model's memory on its device."""
@@ -80,7 +78,7 @@ class TorchHarness:
         ready = [worker for worker in candidates if worker.ready is not None]
         if not ready:
             states = ", ".join(f"{worker.device_id} is {worker.state}" for worker in candidates) or "there are none"
-            raise NoDeviceError(f"No device can take '{spec.id}': {states}.", retry_after_s=QUEUE_RETRY_AFTER_S)
+            raise NoDeviceError(f"No device can take '{spec.id}': {states}.", retry_after_s=RETRY_AFTER_S)
         memory = await asyncio.gather(*(worker.memory() for worker in ready))
         free, worker = max(zip((m.free_bytes for m in memory), ready, strict=True), key=lambda pair: pair[0])
         return worker, free
@@ -96,14 +94,12 @@ class TorchModel:
         prompts: PromptFormat,
         files: tokenizer.TextFiles,
         worker: Worker,
-        max_waiting: int,
     ) -> None:
         self.loaded = loaded
         self.worker = worker
         self._config = config
         self._prompts = prompts
         self._tokenizer = files.tokenizer
-        self._max_waiting = max_waiting
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -131,11 +127,6 @@ class TorchModel:
         context = self.loaded.context_tokens
         if len(prompt.ids) >= context:
             raise ContextLengthError(context, len(prompt.ids), param="messages")
-        if self.worker.waiting >= self._max_waiting:
-            raise OverloadedError(
-                f"{self.worker.waiting} requests wait for '{self.loaded.model}'; try again shortly.",
-                retry_after_s=QUEUE_RETRY_AFTER_S,
-            )
         run = _Run(self.worker, [self._detokenizer(request, prompt, choice) for choice in range(request.num_choices)])
         try:
             self._start(run, request, prompt)

@@ -77,7 +77,7 @@ def tiny_llama(make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
 class EngineHarness:
     """An engine driven as a device loop drives it: encoded messages in, encoded messages out."""
 
-    def __init__(self, free_bytes: int = 1 << 33) -> None:
+    def __init__(self, free_bytes: int = 1 << 33, *, max_waiting: int = 256) -> None:
         from neuron.engine.engine import Engine
 
         self.free_bytes = free_bytes
@@ -89,6 +89,7 @@ class EngineHarness:
             lambda message: self.sent.append(self._decoder.decode(message)),
             lambda: (self.free_bytes, 1 << 34),
             self._stop,
+            max_waiting=max_waiting,
         )
 
     def _stop(self) -> None:

@@ -69,6 +69,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     max_tokens: int
     eos: tuple[int, ...]
     sampler: SamplerSettings
+    principal: str = ""
+    """On whose behalf: seats are shared out among principals."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

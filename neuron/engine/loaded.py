@@ -8,6 +8,7 @@ import logging
 import pathlib
 from collections.abc import Callable, Generator
 
+import numpy as np
 import torch
 
 from cortex.wire.errors import ErrorInfo, UnprocessableError
@@ -38,7 +39,9 @@ class Outcome:
 class Model:
     """A loaded model with its scheduler and its runner."""
 
-    def __init__(self, name: str, config: ModelConfig, plan: MemoryPlan, runner: Runner) -> None:
+    def __init__(
+        self, name: str, config: ModelConfig, plan: MemoryPlan, runner: Runner, *, prefix_cache: bool = True
+    ) -> None:
         self.name = name
         self.config = config
         self.plan = plan
@@ -51,6 +54,7 @@ class Model:
                 max_sequences=plan.max_sequences,
                 step_tokens=plan.step_tokens,
                 mixed_step_tokens=plan.mixed_step_tokens,
+                prefix_cache=prefix_cache,
             )
         )
 
@@ -72,8 +76,8 @@ class Model:
         outcome = Outcome([], [])
         for sequence in self.scheduler.admit():
             try:
-                prompt = sequence.tokens[: sequence.num_prompt]
-                self.runner.sampler.admit(sequence.seat, sequence.sampler, prompt)
+                prompt, output = np.split(sequence.tokens[: sequence.num_tokens], [sequence.num_prompt])
+                self.runner.sampler.admit(sequence.seat, sequence.sampler, prompt, output)
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
                 self._fail([sequence], error, outcome)
         step = self.scheduler.schedule()
@@ -89,14 +93,15 @@ class Model:
         for index, (sequence, token, num_tokens) in enumerate(
             zip(step.sequences, ids.tolist(), step.num_tokens, strict=True)
         ):
-            sequence.num_computed += num_tokens
-            if token == NOT_SAMPLED:
-                continue
             if token == NON_FINITE:
-                self.runner.clear_pages(sequence.pages)
+                # Pages before these are full, sound, and maybe another's too.
+                self.runner.clear_pages(sequence.pages[sequence.num_computed // PAGE_TOKENS :])
                 self._fail([sequence], NonFiniteLogitsError(self.name), outcome)
                 continue
-            cached = 0 if sequence.num_output == 0 else None
+            self.scheduler.advance(sequence, num_tokens)
+            if token == NOT_SAMPLED:
+                continue
+            cached = sequence.num_cached if sequence.num_output == 0 else None
             if token in sequence.eos:
                 outcome.rows.append(TokenRow(sequence.number, b"", SequenceEnd.STOP, cached))
                 self.scheduler.remove(sequence.number)
@@ -136,4 +141,6 @@ def load_model(
         weights = yield from load_decoder(source, getattr(torch, plan.dtype), device)
     finally:
         source.close()
-    return Model(spec.id, source.config, plan, Runner(source.config, weights, plan, device))
+    return Model(
+        spec.id, source.config, plan, Runner(source.config, weights, plan, device), prefix_cache=spec.prefix_cache
+    )

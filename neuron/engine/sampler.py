@@ -23,6 +23,8 @@ GREEDY_BELOW: Final = 1e-5
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
 
+NO_TOKENS: Final[Int32Array] = np.empty(0, np.int32)
+
 
 class Sampler:
     """The sampling state of one model's running sequences, on ``device``."""
@@ -44,8 +46,11 @@ class Sampler:
         self._counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
 
-    def admit(self, seat: int, settings: SamplerSettings, prompt: Int32Array) -> None:
-        """Take over a sequence's settings, which :func:`check_settings` has passed."""
+    def admit(self, seat: int, settings: SamplerSettings, prompt: Int32Array, output: Int32Array = NO_TOKENS) -> None:
+        """Take over a sequence's settings, which :func:`check_settings` has passed.
+
+        ``output`` is what it has generated so far: nothing, unless it was preempted.
+        """
         self._temperature[seat] = 0 if settings.temperature < GREEDY_BELOW else settings.temperature
         self._top_k[seat] = min(settings.top_k, self._vocab_size)
         self._top_p[seat] = settings.top_p
@@ -66,7 +71,7 @@ class Sampler:
                 shape = (len(self._seed), self._vocab_size)
                 self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
                 self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
-            self._counts[seat] = 0
+            self._counts[seat] = torch.from_numpy(np.bincount(output, minlength=self._vocab_size)).to(self._device)
             self._in_prompt[seat] = False
             self._in_prompt[seat, torch.from_numpy(prompt).to(self._device, torch.int64)] = True
 
