@@ -137,6 +137,8 @@ class Engine:
                     f"{len(model.scheduler.waiting)} requests wait for {job.model!r} already; try again shortly",
                     retry_after_s=QUEUE_RETRY_AFTER_S,
                 )
+            if job.constraint is not None:
+                sequence.constraint = model.constrain(job.constraint)
             model.scheduler.add(sequence)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
             self._send(SequenceFailed(job.sequence, error_info(error)))

@@ -4,7 +4,7 @@ Plain state without torch and without decisions: the scheduler moves it, the pla
 """
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,12 +25,22 @@ class SequenceState(StrEnum):
     FINISHED = "finished"
 
 
+class Constrained(Protocol):
+    """What the engine asks of a grammar: see :class:`neuron.engine.constraint.Constraint`."""
+
+    def mask(self) -> Int32Array | None:
+        """Return which tokens may come next, a bit each; ``None`` if all may."""
+
+    def accept(self, token: int) -> bool:
+        """Take the next token; return whether the output is complete."""
+
+
 class Sequence:
     """``tokens`` holds prompt and output with room for ``max_tokens`` of output; ``num_computed`` are in the cache."""
 
     __slots__ = (
-        "eos", "keys", "max_tokens", "num_cached", "num_computed", "num_fill", "num_prompt", "num_published",
-        "num_tokens", "number", "pages", "principal", "sampler", "seat", "state", "tokens",
+        "constraint", "eos", "keys", "max_tokens", "num_cached", "num_computed", "num_fill", "num_prompt",
+        "num_published", "num_tokens", "number", "pages", "principal", "sampler", "seat", "state", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -41,6 +51,7 @@ class Sequence:
         eos: frozenset[int],
         sampler: SamplerSettings,
         principal: str = "",
+        constraint: Constrained | None = None,
     ) -> None:
         self.number = number
         self.num_prompt = self.num_tokens = self.num_fill = len(prompt)
@@ -49,6 +60,7 @@ class Sequence:
         self.sampler = sampler
         self.principal = principal
         """On whose behalf it runs: seats are shared out among principals."""
+        self.constraint = constraint
         self.tokens: Int32Array = np.empty(len(prompt) + max_tokens, np.int32)
         self.tokens[: len(prompt)] = prompt
         self.num_computed = 0

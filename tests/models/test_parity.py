@@ -44,7 +44,7 @@ class Recorder:
         self._sampler = sampler
         self._scheduler = scheduler
         self.logits: dict[int, list[torch.Tensor]] = {}
-        self.admit = sampler.admit
+        self.admit, self.take_logprobs = sampler.admit, sampler.take_logprobs
 
     def sample(self, logits: torch.Tensor, seats: np.ndarray[Any, Any], num_output: np.ndarray[Any, Any]) -> Any:
         number_of = {sequence.seat: number for number, sequence in self._scheduler.running.items()}
