@@ -84,7 +84,7 @@ bench-gpu: $(VENV)/triton
 	$(BIN)/python bench/gpu/run.py --keep
 
 bench: $(VENV)/editable
-	for script in sse peek device_loop gateway_overhead decode_tokens; do $(BIN)/python -P bench/$$script.py --keep; done
+	for script in sse peek device_loop gateway_overhead decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
 
 bench-cpu: $(VENV)/editable
 	$(BIN)/python bench/cpu.py --keep

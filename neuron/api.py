@@ -53,6 +53,9 @@ CLIENT_LEFT_STATUS = 499
 REPORT_USAGE_HEADER = b"x-cortex-report-usage"
 """A gateway sends it to have usage in a comment at the end of a stream, whatever the client asked for."""
 
+PRINCIPAL_HEADER = b"x-cortex-principal"
+"""A gateway sends it to say on whose behalf a request is: seats are shared out among principals."""
+
 _ADMIN_BODY_BYTES = 1 << 20
 _SPEC_DECODER = msgspec.json.Decoder(ModelSpec)
 _UNLOAD_DECODER = msgspec.json.Decoder(UnloadRequest)
@@ -163,7 +166,7 @@ class Api:
     async def _chat(self, exchange: Exchange) -> None:
         self._service.admit()
         call = openai_chat.decode(await exchange.read_body(self._service.max_body_bytes))
-        request, created = call.request, int(time.time())
+        request, created = _on_behalf(exchange, call.request), int(time.time())
         reply_id = f"chatcmpl-{secrets.token_hex(12)}"
         record = RequestRecord(exchange.request_id, CHAT.name, stream=call.stream)
         if call.stream:
@@ -183,6 +186,7 @@ class Api:
     async def _responses(self, exchange: Exchange) -> None:
         self._service.admit()
         call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
+        request = _on_behalf(exchange, call.request)
         record = RequestRecord(exchange.request_id, RESPONSES.name, stream=call.stream)
         frames = ResponsesStream(
             f"resp_{secrets.token_hex(24)}",
@@ -198,19 +202,20 @@ class Api:
             seals=call.seals,
         )
         if call.stream:
-            await self._stream(exchange, RESPONSES, call.request, frames, record)
+            await self._stream(exchange, RESPONSES, request, frames, record)
         else:
-            await self._complete(exchange, call.request, frames.frames, frames.response, record)
+            await self._complete(exchange, request, frames.frames, frames.response, record)
 
     async def _messages(self, exchange: Exchange) -> None:
         self._service.admit()
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
+        request = _on_behalf(exchange, call.request)
         record = RequestRecord(exchange.request_id, MESSAGES.name, stream=call.stream)
         frames = MessagesStream(f"msg_{secrets.token_hex(12)}", call.request.model)
         if call.stream:
-            await self._stream(exchange, MESSAGES, call.request, frames, record)
+            await self._stream(exchange, MESSAGES, request, frames, record)
         else:
-            await self._complete(exchange, call.request, frames.frames, frames.message, record)
+            await self._complete(exchange, request, frames.frames, frames.message, record)
 
     async def _count_tokens(self, exchange: Exchange) -> None:
         self._service.admit()
@@ -269,6 +274,12 @@ class Api:
                 async for events in batches:
                     record.see(events)
                     yield events
+
+
+def _on_behalf(exchange: Exchange, request: InferenceRequest) -> InferenceRequest:
+    """Return ``request`` with its principal, if the gateway named one."""
+    principal = exchange.header(PRINCIPAL_HEADER)
+    return request if principal is None else msgspec.structs.replace(request, principal=principal.decode("latin-1"))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Folder for downloaded weights; empty: ``$NEURON_CACHE`` or the user's cache."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
-    """Requests that may wait in a device worker before more are told to come back later."""
+    """Choices of requests that may wait for a seat, for each model, before more are told to come back later."""
     drain_timeout_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
     """How long running requests may go on after SIGTERM."""
     step_limit_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0

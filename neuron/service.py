@@ -217,7 +217,7 @@ class Service:
             if importlib.util.find_spec("torch") is None:
                 _log.warning("harness %s is not available: torch is not installed", name)
                 continue
-            found[name] = TorchHarness(self._workers, max_waiting=self._config.daemon.max_waiting)
+            found[name] = TorchHarness(self._workers)
         return found
 
     def _worker(self, device: str) -> Worker:
@@ -230,8 +230,9 @@ class Service:
             if health.state is WorkerState.POISONED:
                 self.models.lose(device)
 
-        limit = str(self._config.daemon.step_limit_s)
-        command = [sys.executable, "-P", "-m", "neuron.engine", "--step-limit-s", limit]
+        daemon = self._config.daemon
+        command = [sys.executable, "-P", "-m", "neuron.engine"]
+        command += ["--step-limit-s", str(daemon.step_limit_s), "--max-waiting", str(daemon.max_waiting)]
         environment = CPU_ENVIRONMENT if device.startswith("cpu") else {}
         environment = {name: value for name, value in environment.items() if name not in os.environ}
         return Worker(device, command, environment=environment, on_state=changed, on_restarted=restarted)

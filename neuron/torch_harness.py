@@ -7,36 +7,38 @@ This module imports no torch; only the worker processes do.
 import array
 import asyncio
 import contextlib
+import functools
 import pathlib
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 import msgspec
 
 from cortex.wire.errors import (
     ApiError,
     ContextLengthError,
-    OverloadedError,
     UnprocessableError,
     UnsupportedParameterError,
 )
-from cortex.wire.events import Failed, InferenceEvent, Started
+from cortex.wire.events import Failed, InferenceEvent, Started, TokenLogprob
 from cortex.wire.node import Capability, ModelSpec
 from cortex.wire.request import FormatKind, InferenceRequest, Sampling, ToolMode
-from neuron.device.jobs import LoadedModel, SamplerSettings, TokenRow
-from neuron.device.worker import Worker
+from neuron.device.jobs import ConstraintSettings, LoadedModel, SamplerSettings, TokenRow
+from neuron.device.worker import Sink, Worker
 from neuron.errors import NoDeviceError
 from neuron.harness import Model, Progress
 from neuron.models.config import GenerationDefaults, ModelConfig, read_config
 from neuron.models.sizing import plan_memory
 from neuron.text import tokenizer
 from neuron.text.detokenize import Detokenizer
+from neuron.text.grammar import constraint_of
 from neuron.text.prompt import Prompt, PromptFormat
+from neuron.text.token_bytes import token_bytes
 
 INLINE_TOKENISE_CHARS = 20_000
 """Conversations up to this size are rendered on the event loop (about 5 ms); longer ones in a thread."""
 
-QUEUE_RETRY_AFTER_S = 2.0
+RETRY_AFTER_S = 2.0
 
 _SEED_MASK = (1 << 62) - 1
 
@@ -46,9 +48,8 @@ class TorchHarness:
 
     name = "torch"
 
-    def __init__(self, workers: Mapping[str, Worker], *, max_waiting: int) -> None:
+    def __init__(self, workers: Mapping[str, Worker]) -> None:
         self._workers = workers
-        self._max_waiting = max_waiting
 
     async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> "TorchModel":
         """Load the weights at ``path`` on the device the spec names, or on the one with the most free memory."""
@@ -63,7 +64,7 @@ class TorchHarness:
         worker, free_bytes = await self._choose(spec)
         plan_memory(config, spec, worker.device_id, free_bytes)
         loaded = await _load(worker, spec, path, progress)
-        return TorchModel(loaded, config, PromptFormat(files), files, worker, self._max_waiting)
+        return TorchModel(loaded, config, PromptFormat(files), files, worker)
 
     async def unload(self, model: Model) -> None:
         """Free a model's memory on its device."""
@@ -80,7 +81,7 @@ class TorchHarness:
         ready = [worker for worker in candidates if worker.ready is not None]
         if not ready:
             states = ", ".join(f"{worker.device_id} is {worker.state}" for worker in candidates) or "there are none"
-            raise NoDeviceError(f"No device can take '{spec.id}': {states}.", retry_after_s=QUEUE_RETRY_AFTER_S)
+            raise NoDeviceError(f"No device can take '{spec.id}': {states}.", retry_after_s=RETRY_AFTER_S)
         memory = await asyncio.gather(*(worker.memory() for worker in ready))
         free, worker = max(zip((m.free_bytes for m in memory), ready, strict=True), key=lambda pair: pair[0])
         return worker, free
@@ -96,14 +97,13 @@ class TorchModel:
         prompts: PromptFormat,
         files: tokenizer.TextFiles,
         worker: Worker,
-        max_waiting: int,
     ) -> None:
         self.loaded = loaded
         self.worker = worker
         self._config = config
         self._prompts = prompts
         self._tokenizer = files.tokenizer
-        self._max_waiting = max_waiting
+        self._token_bytes: list[bytes] | None = None
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -126,19 +126,18 @@ class TorchModel:
 
     async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         """Run a request; see :class:`neuron.harness.Model`."""
-        refuse_unsupported(request)
         prompt = await self._build(request)
         context = self.loaded.context_tokens
         if len(prompt.ids) >= context:
             raise ContextLengthError(context, len(prompt.ids), param="messages")
-        if self.worker.waiting >= self._max_waiting:
-            raise OverloadedError(
-                f"{self.worker.waiting} requests wait for '{self.loaded.model}'; try again shortly.",
-                retry_after_s=QUEUE_RETRY_AFTER_S,
-            )
-        run = _Run(self.worker, [self._detokenizer(request, prompt, choice) for choice in range(request.num_choices)])
+        constraint = await self._constraint(request, prompt)
+        run = _Run(
+            self.worker,
+            self._token_text,
+            [self._detokenizer(request, prompt, choice) for choice in range(request.num_choices)],
+        )
         try:
-            self._start(run, request, prompt)
+            self._start(run, request, prompt, constraint)
             async for events in run.events(len(prompt.ids)):
                 yield events
         finally:
@@ -158,39 +157,83 @@ class TorchModel:
             tags=self._prompts.tags if request.prompt is None else None,
             starts_in_reasoning=prompt.starts_in_reasoning,
             parses_tools=bool(request.tools) and request.tool_choice.mode is not ToolMode.NONE,
+            parallel_calls=request.tool_choice.parallel,
         )
 
-    def _start(self, run: "_Run", request: InferenceRequest, prompt: Prompt) -> None:
+    async def _constraint(self, request: InferenceRequest, prompt: Prompt) -> ConstraintSettings | None:
+        """Return what the answer must look like, checked, in a thread: a large schema takes 0.1 s.
+
+        Raises InvalidSchemaError, and UnsupportedParameterError if the tags of reasoning are not tokens of the model.
+        """
+        if request.output_format.kind is FormatKind.TEXT and request.tool_choice.mode in {ToolMode.AUTO, ToolMode.NONE}:
+            return None
+        grammar = await asyncio.to_thread(constraint_of, request)
+        tags = self._prompts.tags if request.prompt is None else None
+        if grammar is None or tags is None or prompt.ends_reasoning:
+            return None if grammar is None else ConstraintSettings(grammar)
+        opens, closes = self._tokenizer.token_to_id(tags.start), self._tokenizer.token_to_id(tags.end)
+        if opens is None or closes is None:
+            raise UnsupportedParameterError(
+                f"'{self.loaded.model}' reasons in plain text, which no grammar can follow.", param="response_format"
+            )
+        inside = prompt.starts_in_reasoning
+        return ConstraintSettings(grammar, -1 if inside else opens, closes, inside)
+
+    def _token_text(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of tokens."""
+        if self._token_bytes is None:
+            self._token_bytes = token_bytes(self._tokenizer)
+        known = self._token_bytes
+        return [known[token] if token < len(known) else b"" for token in ids]
+
+    def _start(
+        self, run: "_Run", request: InferenceRequest, prompt: Prompt, constraint: ConstraintSettings | None
+    ) -> None:
         room = self.loaded.context_tokens - len(prompt.ids)
         max_tokens = min(request.max_tokens or room, room)
         eos = () if request.ignore_eos else self._config.eos_ids
         ids = array.array("i", prompt.ids).tobytes()
         settings = resolve_sampling(request.sampling, self._config.generation)
+        if request.top_logprobs is not None:
+            settings = msgspec.structs.replace(settings, top_logprobs=request.top_logprobs)
         for choice in range(request.num_choices):
             sampler = msgspec.structs.replace(settings, seed=(settings.seed + choice) & _SEED_MASK)
-            run.start(choice, self.loaded.model, ids, max_tokens, eos, sampler)
+            run.start(
+                choice,
+                functools.partial(
+                    self.worker.generate,
+                    self.loaded.model,
+                    ids,
+                    max_tokens,
+                    eos,
+                    sampler,
+                    principal=request.principal,
+                    constraint=constraint,
+                ),
+            )
 
 
 class _Run:
     """The sequences of one request in a worker, one for each choice, and what has come back from them."""
 
-    def __init__(self, worker: Worker, choices: list[Detokenizer]) -> None:
+    def __init__(
+        self, worker: Worker, token_text: Callable[[Sequence[int]], list[bytes]], choices: list[Detokenizer]
+    ) -> None:
         self._worker = worker
+        self._token_text = token_text
         self._choices = choices
         self._sequences: dict[int, int] = {}
         self._arrived: list[tuple[int, TokenRow | ApiError]] = []
         self._wake = asyncio.Event()
 
-    def start(
-        self, choice: int, model: str, prompt: bytes, max_tokens: int, eos: tuple[int, ...], sampler: SamplerSettings
-    ) -> None:
+    def start(self, choice: int, generate: Callable[[Sink], int]) -> None:
         """Submit one choice's sequence."""
 
         def sink(item: TokenRow | ApiError) -> None:
             self._arrived.append((choice, item))
             self._wake.set()
 
-        self._sequences[choice] = self._worker.generate(model, prompt, max_tokens, eos, sampler, sink)
+        self._sequences[choice] = generate(sink)
 
     async def events(self, prompt_tokens: int) -> AsyncGenerator[list[InferenceEvent], None]:
         """Yield events until every choice has finished, or one has failed."""
@@ -223,7 +266,7 @@ class _Run:
 
     def _feed(self, choice: int, row: TokenRow) -> list[InferenceEvent]:
         text = self._choices[choice]
-        events = text.feed(array.array("i", row.ids))
+        events = text.feed(array.array("i", row.ids), self._logprobs(row))
         if row.end is not None:
             events += text.close(row.end)
             del self._sequences[choice]
@@ -231,18 +274,21 @@ class _Run:
             self._worker.cancel(self._sequences.pop(choice))
         return events
 
+    def _logprobs(self, row: TokenRow) -> list[TokenLogprob]:
+        if row.logprobs is None:
+            return []
+        ids, chosen = array.array("i", row.ids), array.array("f", row.logprobs.chosen)
+        top_ids, top = array.array("i", row.logprobs.top_ids), array.array("f", row.logprobs.top)
+        width = len(top_ids) // max(1, len(ids))
+        others = [_logprob(*pair) for pair in zip(self._token_text(top_ids), top, strict=True)]
+        return [
+            _logprob(text, value, tuple(others[index * width : (index + 1) * width]))
+            for index, (text, value) in enumerate(zip(self._token_text(ids), chosen, strict=True))
+        ]
 
-def refuse_unsupported(request: InferenceRequest) -> None:
-    """Refuse by name what this harness does not do yet, rather than ignore it."""
-    refused = (
-        ("logprobs", request.top_logprobs is not None),
-        ("response_format", request.output_format.kind is not FormatKind.TEXT),
-        ("tool_choice", request.tool_choice.mode in {ToolMode.REQUIRED, ToolMode.NAMED}),
-        ("parallel_tool_calls", bool(request.tools) and not request.tool_choice.parallel),
-    )
-    for name, asked in refused:
-        if asked:
-            raise UnsupportedParameterError(f"Unsupported parameter: '{name}' is not supported here.", param=name)
+
+def _logprob(utf8: bytes, value: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    return TokenLogprob(utf8.decode(errors="replace"), utf8, value, top)
 
 
 async def _load(worker: Worker, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> LoadedModel:

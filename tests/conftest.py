@@ -78,10 +78,40 @@ def tiny_llama(make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
     return make_checkpoint("llama")
 
 
+@pytest.fixture(scope="session")
+def talking_llama(make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
+    """A tiny random model with a tokenizer: every byte, some JSON, the tags of reasoning and calls, and an end."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [
+        ("{", '"'),
+        ('"', ":"),
+        ('"', ","),
+        ('"', "}"),
+        ("t", "r"),
+        ("u", "e"),
+        ("tr", "ue"),
+        ("1", "2"),
+        ("a", "b"),
+    ]
+    pieces = ["<pad>", "<s>", "</s>", *letters, *(first + second for first, second in merges)]
+    tokenizer = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    tokenizer.add_tokens(["<think>", "</think>"])
+    # Wider than the vocabulary, as real models are.
+    folder = make_checkpoint("llama", vocab_size=300, num_hidden_layers=2, max_position_embeddings=2048)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 class EngineHarness:
     """An engine driven as a device loop drives it: encoded messages in, encoded messages out."""
 
-    def __init__(self, free_bytes: int = 1 << 33) -> None:
+    def __init__(self, free_bytes: int = 1 << 33, *, max_waiting: int = 256) -> None:
         from neuron.engine.engine import Engine
 
         self.free_bytes = free_bytes
@@ -93,6 +123,7 @@ class EngineHarness:
             lambda message: self.sent.append(self._decoder.decode(message)),
             lambda: (self.free_bytes, 1 << 34),
             self._stop,
+            max_waiting=max_waiting,
         )
 
     def _stop(self) -> None:
@@ -124,11 +155,13 @@ class EngineHarness:
         *,
         model: str = "m",
         eos: tuple[int, ...] = (),
+        principal: str = "",
+        constraint: jobs.ConstraintSettings | None = None,
         **sampler: object,
     ) -> None:
         settings = jobs.SamplerSettings(**{"temperature": 0.0, **sampler})  # type: ignore[arg-type]
         ids = array.array("i", prompt).tobytes()
-        self.tell(jobs.Generate(number, model, ids, max_tokens, eos, settings))
+        self.tell(jobs.Generate(number, model, ids, max_tokens, eos, settings, principal, constraint))
 
     @property
     def rows(self) -> list[jobs.TokenRow]:

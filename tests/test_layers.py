@@ -50,6 +50,9 @@ FLOORS = {
     "neuron.models": 1,
     "neuron.engine": 3,
     "neuron.text": 3,
+    # what a worker reads too, for its grammars
+    "neuron.text.token_bytes": 2,
+    "neuron.text.tokenizer": 2,
     "neuron.load": 3,
     "neuron.harness": 1,
     "neuron.torch_harness": 4,

@@ -87,6 +87,15 @@ class UnsupportedParameterError(InvalidRequestError):
     code = "unsupported_parameter"
 
 
+class InvalidSchemaError(InvalidRequestError):
+    """A schema, expression or grammar that the answer should follow cannot be compiled."""
+
+    code = "invalid_schema"
+
+    def __init__(self, problem: str, *, param: str | None = None) -> None:
+        super().__init__(f"Invalid schema: {problem}.", param=param)
+
+
 class ContextLengthError(InvalidRequestError):
     """The prompt does not fit the context. Clients compact their history by this code and phrase."""
 

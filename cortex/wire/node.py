@@ -116,6 +116,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_tokens: int = 0
     max_sequences: int = 0
     kv_cache_bytes: int = 0
+    prefix_cache: bool = True
+    """Whether beginnings that prompts share are computed once."""
 
 
 class Capability(StrEnum):

@@ -134,3 +134,5 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     output_format: OutputFormat = OutputFormat()
     thinking: bool | None = None
     template_arguments: dict[str, Any] = {}
+    principal: str = ""
+    """On whose behalf, as the gateway names it; seats are shared out among principals."""

@@ -33,6 +33,21 @@ class SamplerSettings(msgspec.Struct, frozen=True, array_like=True):
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+    top_logprobs: int = -1
+    """How many alternatives to report the log probabilities of, beside the token's own; -1 reports none."""
+
+
+class ConstraintSettings(msgspec.Struct, frozen=True, array_like=True):
+    """A Lark grammar that the output must follow, once reasoning is over.
+
+    ``opens`` and ``closes`` are the tokens around reasoning, -1 for a model without; ``starts_inside`` says that the
+    prompt has opened it already.
+    """
+
+    grammar: str
+    opens: int = -1
+    closes: int = -1
+    starts_inside: bool = False
 
 
 # ------------------------------------------------------------------ daemon -> worker
@@ -69,6 +84,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     max_tokens: int
     eos: tuple[int, ...]
     sampler: SamplerSettings
+    principal: str = ""
+    """On whose behalf: seats are shared out among principals."""
+    constraint: ConstraintSettings | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -136,6 +154,17 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     fraction: float
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities of a row's N tokens and of the K likeliest in each one's place, before any filter."""
+
+    chosen: bytes
+    """float32 ``[N]``"""
+    top_ids: bytes = b""
+    """int32 ``[N, K]``, likeliest first"""
+    top: bytes = b""
+    """float32 ``[N, K]``"""
+
+
 class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     """What one step gave one sequence: int32 ids, and the reason if it ended.
 
@@ -146,6 +175,7 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     ids: bytes
     end: SequenceEnd | None = None
     prompt_cached: int | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):

@@ -263,6 +263,9 @@ class Worker:
         eos: tuple[int, ...],
         sampler: jobs.SamplerSettings,
         sink: Sink,
+        *,
+        principal: str = "",
+        constraint: jobs.ConstraintSettings | None = None,
     ) -> int:
         """Start a sequence over int32 ``prompt`` and return its number; ``sink`` gets what comes of it.
 
@@ -271,7 +274,7 @@ class Worker:
         if self.state is not WorkerState.READY:
             raise self._not_ready()
         sequence = next(self._numbers)
-        self._send(jobs.Generate(sequence, model, prompt, max_tokens, eos, sampler))
+        self._send(jobs.Generate(sequence, model, prompt, max_tokens, eos, sampler, principal, constraint))
         self._sinks[sequence] = sink
         return sequence
 

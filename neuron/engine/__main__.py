@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--channel-fd", type=int, required=True, help="the inherited end of the daemon's channel")
     parser.add_argument("--device", required=True, help="cpu:0, cuda:0, cuda:1, ...")
     parser.add_argument("--step-limit-s", type=float, default=0.0, help="a longer step ends the process; 0: no limit")
+    parser.add_argument("--max-waiting", type=int, default=256, help="sequences of a model that may wait for a seat")
     parser.add_argument("--log-level", default="INFO")
     options = parser.parse_args(arguments)
     kind, _, ordinal = options.device.partition(":")
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     ) as loop:
         # Ends the loop after the message or step in hand, like the daemon's own Shutdown.
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
-        engine = Engine(options.device, loop.send, loop.memory, loop.stop)
+        engine = Engine(options.device, loop.send, loop.memory, loop.stop, max_waiting=options.max_waiting)
         free_bytes, total_bytes = loop.memory()
         loop.send(msgspec.msgpack.encode(Ready(options.device, os.getpid(), total_bytes, free_bytes)))
         return loop.run(engine)

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable, Generator
-from typing import assert_never
+from typing import Final, assert_never
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from cortex.wire.errors import (
     ContextLengthError,
     InvalidRequestError,
     ModelNotFoundError,
+    OverloadedError,
     UnavailableError,
     UnprocessableError,
 )
@@ -48,6 +49,8 @@ from neuron.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
+QUEUE_RETRY_AFTER_S: Final = 2.0
+
 
 @dataclasses.dataclass(slots=True)
 class _Loading:
@@ -62,7 +65,7 @@ class Engine:
     """All models of one device.
 
     ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
-    is called on :class:`Shutdown`.
+    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take.
     """
 
     def __init__(
@@ -71,11 +74,14 @@ class Engine:
         send: Callable[[bytes], None],
         memory: Callable[[], tuple[int, int]],
         stop: Callable[[], None],
+        *,
+        max_waiting: int = 256,
     ) -> None:
         self._device = torch.device(device)
         self._send_bytes = send
         self._memory = memory
         self._stop = stop
+        self._max_waiting = max_waiting
         self._models: dict[str, Model] = {}
         self._model_of: dict[int, Model] = {}
         self._loads: dict[str, _Loading] = {}
@@ -125,7 +131,15 @@ class Engine:
             model = self._models.get(job.model)
             if model is None:
                 raise ModelNotFoundError(f"model {job.model!r} is not loaded on {self._device}", param="model")
-            model.scheduler.add(_sequence(job, model))
+            sequence = _sequence(job, model)
+            if model.scheduler.num_unseated >= self._max_waiting:
+                raise OverloadedError(
+                    f"{len(model.scheduler.waiting)} requests wait for {job.model!r} already; try again shortly",
+                    retry_after_s=QUEUE_RETRY_AFTER_S,
+                )
+            if job.constraint is not None:
+                sequence.constraint = model.constrain(job.constraint)
+            model.scheduler.add(sequence)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
             self._send(SequenceFailed(job.sequence, error_info(error)))
         else:
@@ -246,4 +260,4 @@ def _sequence(job: Generate, model: Model) -> Sequence:
         raise InvalidRequestError(f"max_tokens is {job.max_tokens}; it must be at least 1", param="max_tokens")
     check_settings(job.sampler, vocab_size)
     max_tokens = min(job.max_tokens, context_tokens - len(prompt))
-    return Sequence(job.sequence, prompt, max_tokens, frozenset(job.eos), job.sampler)
+    return Sequence(job.sequence, prompt, max_tokens, frozenset(job.eos), job.sampler, job.principal)

@@ -8,11 +8,13 @@ import logging
 import pathlib
 from collections.abc import Callable, Generator
 
+import numpy as np
 import torch
 
 from cortex.wire.errors import ErrorInfo, UnprocessableError
 from cortex.wire.node import ModelSpec
-from neuron.device.jobs import LoadedModel, SequenceEnd, TokenRow
+from neuron.device.jobs import ConstraintSettings, LoadedModel, SequenceEnd, TokenRow
+from neuron.engine.constraint import Constraint, ConstraintError, Vocabulary
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
 from neuron.engine.native_runner import NativeRunner, shared_pool
 from neuron.engine.plan import build_plan
@@ -27,6 +29,7 @@ from neuron.models.packed_weights import load_packed
 from neuron.models.prebuild import prepare
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan, plan_memory
 from neuron.models.weights import open_weights
+from neuron.text import tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +45,22 @@ class Outcome:
 class Model:
     """A loaded model with its scheduler and its runner."""
 
-    def __init__(self, name: str, config: ModelConfig, plan: MemoryPlan, runner: Runner | NativeRunner) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        plan: MemoryPlan,
+        runner: Runner | NativeRunner,
+        path: pathlib.Path,
+        *,
+        prefix_cache: bool = True,
+    ) -> None:
         self.name = name
         self.config = config
         self.plan = plan
         self.runner = runner
+        self._path = path
+        self._vocabulary: Vocabulary | None = None
         self.scheduler = Scheduler(
             Limits(
                 num_pages=plan.num_pages,
@@ -55,6 +69,7 @@ class Model:
                 max_sequences=plan.max_sequences,
                 step_tokens=plan.step_tokens,
                 mixed_step_tokens=plan.mixed_step_tokens,
+                prefix_cache=prefix_cache,
             )
         )
 
@@ -70,14 +85,29 @@ class Model:
             kv_cache_bytes=self.plan.kv_cache_bytes,
         )
 
+    def constrain(self, settings: ConstraintSettings) -> Constraint:
+        """Return the state of a sequence that follows a grammar.
+
+        Reads the tokenizer when the first one comes. Raises :class:`InvalidSchemaError`,
+        :class:`UnsupportedTokenizerError`, :class:`UnprocessableError`.
+        """
+        if self._vocabulary is None:
+            if not self.config.eos_ids:
+                raise UnprocessableError(f"model {self.name!r} has no end-of-text token, so no grammar can end")
+            files = tokenizer.load(self._path)
+            self._vocabulary = Vocabulary(files.tokenizer, self.config.vocab_size, self.config.eos_ids)
+        return self._vocabulary.start(settings)
+
     def step(self) -> Outcome:
         """Admit, schedule, run, and hand out what was sampled. Raises DeviceFault; any other exception of the step
         fails the sequences that were in it."""
         outcome = Outcome([], [])
         for sequence in self.scheduler.admit():
             try:
-                prompt = sequence.tokens[: sequence.num_prompt]
-                self.runner.sampler.admit(sequence.seat, sequence.sampler, prompt)
+                prompt, output = np.split(sequence.tokens[: sequence.num_tokens], [sequence.num_prompt])
+                self.runner.sampler.admit(sequence.seat, sequence.sampler, prompt, output)
+                if sequence.constraint is not None:
+                    self.runner.sampler.constrain(sequence.seat, sequence.constraint.mask())
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
                 self._fail([sequence], error, outcome)
         step = self.scheduler.schedule()
@@ -93,21 +123,32 @@ class Model:
         for index, (sequence, token, num_tokens) in enumerate(
             zip(step.sequences, ids.tolist(), step.num_tokens, strict=True)
         ):
-            sequence.num_computed += num_tokens
-            if token == NOT_SAMPLED:
-                continue
             if token == NON_FINITE:
-                self.runner.clear_pages(sequence.pages)
+                # Pages before these are full, sound, and maybe another's too.
+                self.runner.clear_pages(sequence.pages[sequence.num_computed // PAGE_TOKENS :])
                 self._fail([sequence], NonFiniteLogitsError(self.name), outcome)
                 continue
-            cached = 0 if sequence.num_output == 0 else None
+            self.scheduler.advance(sequence, num_tokens)
+            if token == NOT_SAMPLED:
+                continue
+            cached = sequence.num_cached if sequence.num_output == 0 else None
+            complete = False
+            if sequence.constraint is not None and token not in sequence.eos:
+                try:
+                    complete = sequence.constraint.accept(token)
+                    self.runner.sampler.constrain(sequence.seat, None if complete else sequence.constraint.mask())
+                except ConstraintError as error:
+                    self._fail([sequence], error, outcome)
+                    continue
             if token in sequence.eos:
                 outcome.rows.append(TokenRow(sequence.number, b"", SequenceEnd.STOP, cached))
                 self.scheduler.remove(sequence.number)
                 continue
             sequence.append(token)
             end = SequenceEnd.LENGTH if sequence.num_output == sequence.max_tokens else None
-            outcome.rows.append(TokenRow(sequence.number, id_bytes[4 * index : 4 * index + 4], end, cached))
+            end = SequenceEnd.STOP if complete else end
+            logprobs = self.runner.sampler.take_logprobs(sequence.seat)
+            outcome.rows.append(TokenRow(sequence.number, id_bytes[4 * index : 4 * index + 4], end, cached, logprobs))
             if end is not None:
                 self.scheduler.remove(sequence.number)
         return outcome
@@ -148,4 +189,4 @@ def load_model(
     finally:
         source.close()
     prepare(source.config, plan, device)
-    return Model(spec.id, source.config, plan, runner)
+    return Model(spec.id, source.config, plan, runner, path, prefix_cache=spec.prefix_cache)

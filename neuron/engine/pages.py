@@ -1,8 +1,13 @@
-"""Who holds which pages of the KV cache, by number.
+"""Who holds which pages of the KV cache, by number, and which full pages are known by what is in them.
 
-Pages carry a reference count, because a page may serve several sequences that begin alike. Knows no tensors. Page 0 is
-never handed out: it pads page tables, and stays zero, so that what pads a sequence never belongs to another.
+Pages carry a reference count, because a page may serve several sequences that begin alike. A full page may be
+*published* under a key that stands for its tokens and all before them (:mod:`neuron.engine.prefix`); once nobody holds
+it, it stays as it is until room is needed, least recently used first. Knows no tensors. Page 0 is never handed out: it
+pads page tables, and stays zero, so that what pads a sequence never belongs to another.
 """
+
+import collections
+from collections.abc import Sequence as Several
 
 import numpy as np
 
@@ -14,34 +19,95 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        # A stack; the first ``num_free`` are free. The page freed last is handed out first, warm in the cache.
-        self._free: Int32Array = np.arange(num_pages, 0, -1, dtype=np.int32)
-        self.num_free = num_pages
+        # A stack; the first ``_num_blank`` are blank. The page freed last is handed out first, warm in the cache.
+        self._blank: Int32Array = np.arange(num_pages, 0, -1, dtype=np.int32)
+        self._num_blank = num_pages
         self._references: Int32Array = np.zeros(num_pages + 1, np.int32)
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        # Published and held by nobody, least recently used first.
+        self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Return how many pages :meth:`allocate` can hand out: the blank ones and those that are only kept."""
+        return self._num_blank + len(self._idle)
+
+    @property
+    def num_idle(self) -> int:
+        """Return how many published pages nobody holds."""
+        return len(self._idle)
 
     def allocate(self, count: int) -> Int32Array:
         """Take ``count`` free pages, each with one reference. The caller has checked that there are as many."""
         if count > self.num_free:
             raise RuntimeError(f"{count} pages wanted, {self.num_free} free")
-        self.num_free -= count
-        pages: Int32Array = self._free[self.num_free : self.num_free + count][::-1].copy()
+        blank = min(count, self._num_blank)
+        self._num_blank -= blank
+        pages: Int32Array = np.empty(count, np.int32)
+        pages[:blank] = self._blank[self._num_blank : self._num_blank + blank][::-1]
+        for index in range(blank, count):
+            page, _ = self._idle.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
+            pages[index] = page
         self._references[pages] = 1
         return pages
 
     def release(self, pages: Int32Array) -> None:
-        """Drop one reference of each of ``pages``, which are distinct; those without any are free again."""
+        """Drop one reference of each of ``pages``, which are distinct and in a sequence's order.
+
+        Those without any are free again. The end of a sequence is forgotten before its beginning, which more of the
+        next ones share.
+        """
         if (self._references[pages] < 1).any():
             raise RuntimeError("a page is released that nobody holds")
         self._references[pages] -= 1
-        freed = pages[self._references[pages] == 0]
-        self._free[self.num_free : self.num_free + len(freed)] = freed[::-1]
-        self.num_free += len(freed)
+        for page in pages[self._references[pages] == 0][::-1].tolist():
+            if page in self._key_of:
+                self._idle[page] = None
+            else:
+                self._blank[self._num_blank] = page
+                self._num_blank += 1
+
+    # -------------------------------------------------------------- published pages
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Let ``page``, which is held and full, be found under ``key``. Another page of that key stays the one."""
+        if self._references[page] < 1 or page in self._key_of:
+            raise RuntimeError(f"page {page} is published twice or held by nobody")
+        if key not in self._page_of:
+            self._page_of[key] = page
+            self._key_of[page] = key
+
+    def find(self, keys: Several[bytes]) -> Int32Array:
+        """Return the pages of the longest beginning of ``keys`` that is here."""
+        found = []
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            found.append(page)
+        return np.array(found, np.int32)
+
+    def count_idle(self, pages: Int32Array) -> int:
+        """Return how many of ``pages`` are among the free ones, and will not be once they are shared."""
+        return int(np.count_nonzero(self._references[pages] == 0))
+
+    def share(self, pages: Int32Array) -> None:
+        """Take one more reference of each of ``pages``, which :meth:`find` returned."""
+        for page in pages[self._references[pages] == 0].tolist():
+            del self._idle[page]
+        self._references[pages] += 1
 
     def check_integrity(self, held: list[Int32Array]) -> None:
         """Raise unless the references are exactly those of ``held``, one array a holder, and the rest is free."""
-        counted = np.bincount(np.concatenate([*held, self._free[:0]]), minlength=self.num_pages + 1)
+        counted = np.bincount(np.concatenate([*held, self._blank[:0]]), minlength=self.num_pages + 1)
         if not np.array_equal(counted, self._references):
             raise RuntimeError("page references differ from what the sequences hold")
-        free = np.sort(self._free[: self.num_free])
+        free = np.sort([*self._blank[: self._num_blank].tolist(), *self._idle])
         if not np.array_equal(free, np.flatnonzero(counted[1:] == 0) + 1):
             raise RuntimeError("the free pages are not those without a holder")
+        if {page: key for key, page in self._page_of.items()} != self._key_of or not self._idle.keys() <= set(
+            self._key_of
+        ):
+            raise RuntimeError("the published pages and their keys do not agree")

@@ -40,7 +40,7 @@ class StepPlan:
     """``[B]``: tokens generated before this step."""
 
 
-FIELDS = operator.attrgetter("num_computed", "num_prompt", "seat", "num_tokens")
+FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "seat", "num_tokens")
 
 
 def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan:
@@ -48,7 +48,7 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
     sequences = step.sequences
     num_decodes = step.num_decodes
     counts = np.array(step.num_tokens, np.int32)
-    starts, num_prompt, seats, num_tokens = np.array([FIELDS(sequence) for sequence in sequences], np.int32).T
+    starts, num_prompt, num_fill, seats, num_tokens = np.array([FIELDS(sequence) for sequence in sequences], np.int32).T
     cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
     context_lens = starts + counts
@@ -74,7 +74,7 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
         cu_seqlens=cu_seqlens,
         page_table=own_pages,
         context_lens=context_lens,
-        sampled=np.flatnonzero(context_lens >= num_prompt).astype(np.int32),
+        sampled=np.flatnonzero(context_lens >= num_fill).astype(np.int32),
         seats=seats,
         num_output=num_tokens - num_prompt,
     )

@@ -11,17 +11,20 @@ import numpy as np
 import torch
 
 from cortex.wire.errors import InvalidRequestError
-from neuron.device.jobs import SamplerSettings
+from neuron.device.jobs import SamplerSettings, TokenLogprobs
 from neuron.engine.sequence import Int32Array
 from neuron.triton_kernels import reference as kernels
 
 NON_FINITE: Final = -1
 """The id given to a row whose logits hold a NaN or an infinity."""
+MAX_TOP_LOGPROBS: Final = 20
 GREEDY_BELOW: Final = 1e-5
 """Temperatures under this are greedy: dividing by them overflows float32."""
 
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
+
+NO_TOKENS: Final[Int32Array] = np.empty(0, np.int32)
 
 
 class Sampler:
@@ -38,19 +41,27 @@ class Sampler:
         self._penalties: Float64Array = np.zeros((max_sequences, 3))
         """Repetition, presence, frequency."""
         self._penalised = np.zeros(max_sequences, np.bool_)
+        self._top_logprobs: Int32Array = np.full(max_sequences, -1, np.int32)
+        self._logprobs: dict[int, TokenLogprobs] = {}
+        self._masks: dict[int, torch.Tensor] = {}
         self._bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # [seats, V], made when the first sequence with penalties comes: how often each token was generated, and
         # whether the prompt has it.
         self._counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
 
-    def admit(self, seat: int, settings: SamplerSettings, prompt: Int32Array) -> None:
-        """Take over a sequence's settings, which :func:`check_settings` has passed."""
+    def admit(self, seat: int, settings: SamplerSettings, prompt: Int32Array, output: Int32Array = NO_TOKENS) -> None:
+        """Take over a sequence's settings, which :func:`check_settings` has passed.
+
+        ``output`` is what it has generated so far: nothing, unless it was preempted.
+        """
         self._temperature[seat] = 0 if settings.temperature < GREEDY_BELOW else settings.temperature
         self._top_k[seat] = min(settings.top_k, self._vocab_size)
         self._top_p[seat] = settings.top_p
         self._min_p[seat] = settings.min_p
         self._seed[seat] = settings.seed & 0xFFFF_FFFF_FFFF_FFFF
+        self._top_logprobs[seat] = min(settings.top_logprobs, self._vocab_size)
+        self._masks.pop(seat, None)
         penalties = (settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty)
         self._penalties[seat] = penalties
         self._penalised[seat] = penalties != (1.0, 0.0, 0.0)
@@ -66,7 +77,7 @@ class Sampler:
                 shape = (len(self._seed), self._vocab_size)
                 self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
                 self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
-            self._counts[seat] = 0
+            self._counts[seat] = torch.from_numpy(np.bincount(output, minlength=self._vocab_size)).to(self._device)
             self._in_prompt[seat] = False
             self._in_prompt[seat, torch.from_numpy(prompt).to(self._device, torch.int64)] = True
 
@@ -75,8 +86,22 @@ class Sampler:
         return not (
             self._temperature[seats].any()
             or self._penalised[seats].any()
-            or (self._bias and not self._bias.keys().isdisjoint(seats.tolist()))
+            or (self._top_logprobs[seats] >= 0).any()
+            or not self._bias.keys().isdisjoint(seats.tolist())
+            or not self._masks.keys().isdisjoint(seats.tolist())
         )
+
+    def constrain(self, seat: int, mask: Int32Array | None) -> None:
+        """Let the next token of ``seat`` be only one whose bit is set in ``mask`` ``[ceil(V / 32)]``; ``None``: any."""
+        if mask is None:
+            self._masks.pop(seat, None)
+            return
+        forbidden = np.unpackbits(~mask.view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
+        self._masks[seat] = torch.from_numpy(forbidden).to(self._device)
+
+    def take_logprobs(self, seat: int) -> TokenLogprobs | None:
+        """Return what the last :meth:`sample` reported for ``seat``, once; ``None`` if it did not ask."""
+        return self._logprobs.pop(seat, None) if self._logprobs else None
 
     def sample(self, logits: torch.Tensor, seats: Int32Array, num_output: Int32Array) -> torch.Tensor:
         """Return the next token id int32 ``[R]`` of each row of ``logits`` ``[R, V]`` float32, which are overwritten.
@@ -85,6 +110,8 @@ class Sampler:
         """
         # A sum is finite only if every term is, and reads the logits once: 7 us a row against 46 for isfinite().all().
         finite = logits.sum(-1).isfinite()
+        reported = np.flatnonzero(self._top_logprobs[seats] >= 0)
+        raw = logits[torch.from_numpy(reported).to(self._device)] if len(reported) else None
         penalised = np.flatnonzero(self._penalised[seats])
         if len(penalised):
             self._penalise(logits, penalised, seats)
@@ -92,6 +119,9 @@ class Sampler:
             if seat in self._bias:
                 tokens, values = self._bias[seat]
                 logits[row].index_add_(0, tokens, values)
+        for row, seat in enumerate(seats.tolist()) if self._masks else ():
+            if seat in self._masks:
+                logits[row].masked_fill_(self._masks[seat], -torch.inf)
         ids = kernels.sample(
             logits,
             self._temperature[seats],
@@ -105,7 +135,22 @@ class Sampler:
             chosen = torch.from_numpy(seats[penalised]).to(self._device, torch.int64)
             ones = torch.ones(len(penalised), dtype=torch.int32, device=self._device)
             self._counts.index_put_((chosen, ids.index_select(0, rows)), ones, accumulate=True)
+        if raw is not None:
+            self._report(raw, ids, reported, seats)
         return ids.to(torch.int32).masked_fill_(~finite, NON_FINITE)
+
+    def _report(self, raw: torch.Tensor, ids: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array) -> None:
+        """Keep the log probabilities of the rows ``which``, whose logits were ``raw`` ``[N, V]`` before any filter."""
+        widths = self._top_logprobs[seats[which]].tolist()
+        logprobs = raw.log_softmax(-1)
+        chosen = ids[torch.from_numpy(which).to(self._device)].unsqueeze(-1)
+        own = logprobs.gather(-1, chosen).cpu().numpy()
+        likeliest = logprobs.topk(max(widths))
+        values, tokens = likeliest.values.cpu().numpy(), likeliest.indices.to(torch.int32).cpu().numpy()
+        self._logprobs = {
+            seat: TokenLogprobs(own[row].tobytes(), tokens[row, :width].tobytes(), values[row, :width].tobytes())
+            for row, (seat, width) in enumerate(zip(seats[which].tolist(), widths, strict=True))
+        }
 
     def _penalise(self, logits: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array) -> None:
         """Apply the penalties to the rows ``which``: repetition to prompt and output, the other two to output only.
@@ -131,6 +176,7 @@ def check_settings(settings: SamplerSettings, vocab_size: int) -> None:
     ranges = {
         "temperature": (0.0, math.inf),
         "top_k": (0, math.inf),
+        "top_logprobs": (-1, MAX_TOP_LOGPROBS),
         "top_p": (0.0, 1.0),
         "min_p": (0.0, 1.0),
         "repetition_penalty": (1e-3, 1e3),

@@ -1,18 +1,31 @@
 """Who runs in the next step: continuous batching with chunked prefill, without torch.
 
-The rules. First come, first admitted: a sequence starts when a seat is free and the pool has the pages for its whole
-prompt and output, so nothing that runs can run out, and there is no preemption. Every decoding sequence is in every
-step; prompts fill what is left of the step's token budget, in order, cut where it ends. Waiting is bounded, since what
-runs ends and the first in line is never overtaken.
+The rules. First come, first admitted, among principals the one with the fewest running first. A sequence starts when a
+seat is free and the pool has the pages for what it has so far and a margin for everyone to grow; pages of a beginning
+that is in the cache are shared. Every decoding sequence is in every step; prompts fill what is left of the step's token
+budget, in order, cut where it ends. When pages run out, the youngest gives its own back, waits ahead of everyone, and
+is computed again, mostly from the cache. The oldest is never preempted and always advances, and the first in line is
+never overtaken for want of room, so waiting is bounded.
+
+Full pages are shared, the last part of a prompt is not: two sequences of one prompt each compute its last 1 to 16
+tokens, and no page is ever copied. One whose beginning is being computed by another just now waits for it.
 """
 
+import collections
 import dataclasses
 import operator
+from typing import Final
 
 import numpy as np
 
 from neuron.engine.pages import PagePool
+from neuron.engine.prefix import extend_keys
 from neuron.engine.sequence import NO_PAGES, Int32Array, Sequence, SequenceState
+
+GROWTH_PAGES: Final = 4
+"""Pages that must be free, for each running sequence that may still need them, to admit one more."""
+AWAITED_PAGES: Final = 4
+"""A shared beginning of fewer pages is computed twice rather than waited for: 64 tokens cost about one step."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +40,7 @@ class Limits:
     """Query tokens of a step in which nothing decodes."""
     mixed_step_tokens: int
     """Query tokens of a step in which something does: bounds how long a prompt holds up the others' next token."""
+    prefix_cache: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,25 +59,34 @@ class Scheduler:
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
         self.waiting: dict[int, Sequence] = {}
+        """In order of arrival, after those that were preempted."""
         self.running: dict[int, Sequence] = {}
+        """In order of admission."""
         max_pages = -(-limits.context_tokens // limits.page_tokens)
         self.page_table: Int32Array = np.zeros((limits.max_sequences, max_pages), np.int32)
-        """``[seats, P]``: written when a sequence is admitted, read by every step's plan."""
+        """``[seats, P]``: written when a sequence is admitted or grows, read by every step's plan."""
+        self.num_preemptions = 0
         self._seats = list(range(limits.max_sequences))[::-1]
+        # Keys of the pages that running sequences are about to fill, and by whom.
+        self._promised: dict[bytes, int] = {}
 
     @property
     def busy(self) -> bool:
         """Return whether there is anything to run."""
         return bool(self.running or self.waiting)
 
-    def num_pages_for(self, sequence: Sequence) -> int:
-        """Return the pages that a sequence takes from admission to its end."""
-        return -(-sequence.num_cache_tokens // self.limits.page_tokens)
+    @property
+    def num_unseated(self) -> int:
+        """Return how many sequences wait beyond those that the free seats will take; negative if seats stay free."""
+        return len(self.waiting) - len(self._seats)
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.page_tokens)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises ``ValueError`` for one that could never be admitted."""
         fits = sequence.num_prompt + sequence.max_tokens <= self.limits.context_tokens
-        if not fits or self.num_pages_for(sequence) > self.limits.num_pages:
+        if not fits or self._num_pages(sequence.num_cache_tokens) > self.limits.num_pages:
             raise ValueError(f"sequence {sequence.number} needs {sequence.num_cache_tokens} tokens of cache")
         if sequence.number in self.waiting or sequence.number in self.running:
             raise ValueError(f"sequence {sequence.number} is known already")
@@ -73,35 +96,109 @@ class Scheduler:
         """Take a sequence out in whatever state it is and free what it holds; ``None`` if it is not here."""
         sequence = self.waiting.pop(number, None)
         if sequence is None:
-            sequence = self.running.pop(number, None)
+            sequence = self.running.get(number)
             if sequence is None:
                 return None
-            self.pool.release(sequence.pages)
-            self._seats.append(sequence.seat)
-            self.page_table[sequence.seat] = 0
-            sequence.pages, sequence.seat = NO_PAGES, -1
+            self._vacate(sequence)
         sequence.state = SequenceState.FINISHED
         return sequence
 
+    def _vacate(self, sequence: Sequence) -> None:
+        """Take back seat, pages and promises of a running sequence."""
+        del self.running[sequence.number]
+        for key in sequence.keys[sequence.num_published :]:
+            if self._promised.get(key) == sequence.number:
+                del self._promised[key]
+        self.pool.release(sequence.pages)
+        self._seats.append(sequence.seat)
+        self.page_table[sequence.seat] = 0
+        sequence.pages, sequence.seat = NO_PAGES, -1
+        sequence.num_computed = sequence.num_published = 0
+
+    # -------------------------------------------------------------- admission
+
     def admit(self) -> list[Sequence]:
-        """Start as many of the waiting as seats and pages allow, in order; return those."""
-        admitted = []
-        while self.waiting and self._seats:
-            sequence = next(iter(self.waiting.values()))
-            num_pages = self.num_pages_for(sequence)
-            if num_pages > self.pool.num_free:
+        """Start as many of the waiting as seats and pages allow; return those, in order."""
+        admitted: list[Sequence] = []
+        while self._seats:
+            sequence = self._next_in_line()
+            if sequence is None or not self._place(sequence):
                 break
-            del self.waiting[sequence.number]
-            sequence.pages = self.pool.allocate(num_pages)
-            sequence.seat = self._seats.pop()
-            self.page_table[sequence.seat, :num_pages] = sequence.pages
-            sequence.state = SequenceState.RUNNING
-            self.running[sequence.number] = sequence
             admitted.append(sequence)
         return admitted
 
+    def _next_in_line(self) -> Sequence | None:
+        """Return who is admitted next, ``None`` if nobody waits but for what another is computing."""
+        num_running = collections.Counter(sequence.principal for sequence in self.running.values())
+        first: Sequence | None = None
+        seen: set[str] = set()
+        for sequence in self.waiting.values():
+            if sequence.state is SequenceState.PREEMPTED:
+                return sequence
+            if sequence.principal in seen or self._awaits_another(sequence):
+                continue
+            seen.add(sequence.principal)
+            if first is None or num_running[sequence.principal] < num_running[first.principal]:
+                first = sequence
+        return first
+
+    def _awaits_another(self, sequence: Sequence) -> bool:
+        """Return whether a running sequence is about to fill pages that this one could share."""
+        if not self._promised:
+            return False
+        keys = self._sharable_keys(sequence)
+        farthest = len(self.pool.find(keys)) + AWAITED_PAGES - 1
+        return farthest < len(keys) and keys[farthest] in self._promised
+
+    def _sharable_keys(self, sequence: Sequence) -> list[bytes]:
+        """Return the keys of the full pages that it may share: at least one token is left to compute."""
+        if not self.limits.prefix_cache:
+            return []
+        count = (sequence.num_tokens - 1) // self.limits.page_tokens
+        extend_keys(sequence.keys, sequence.tokens, count, self.limits.page_tokens)
+        return sequence.keys[:count]
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Give a sequence its seat and its pages; return whether there is room."""
+        keys = self._sharable_keys(sequence)
+        shared = self.pool.find(keys)
+        num_pages = self._num_pages(sequence.num_tokens)
+        margin = min(GROWTH_PAGES, self._num_pages(sequence.num_cache_tokens) - num_pages)
+        for other in self.running.values():
+            margin += min(GROWTH_PAGES, self._num_pages(other.num_cache_tokens) - len(other.pages))
+        needed = num_pages - len(shared) + margin
+        if needed > self.pool.num_free - self.pool.count_idle(shared):
+            return False
+        del self.waiting[sequence.number]
+        self.pool.share(shared)
+        sequence.pages = np.concatenate((shared, self.pool.allocate(num_pages - len(shared))))
+        sequence.seat = self._seats.pop()
+        self.page_table[sequence.seat, :num_pages] = sequence.pages
+        sequence.num_computed = len(shared) * self.limits.page_tokens
+        sequence.num_published = len(shared)
+        sequence.num_fill = sequence.num_tokens
+        if sequence.state is SequenceState.WAITING:
+            sequence.num_cached = sequence.num_computed
+        for key in keys[len(shared) :]:
+            self._promised.setdefault(key, sequence.number)
+        sequence.state = SequenceState.RUNNING
+        self.running[sequence.number] = sequence
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take everything from a running sequence and put it before all that wait."""
+        self._vacate(sequence)
+        sequence.state = SequenceState.PREEMPTED
+        self.waiting = {sequence.number: sequence, **self.waiting}
+        self.num_preemptions += 1
+
+    # -------------------------------------------------------------- a step
+
     def schedule(self) -> Step | None:
-        """Return the next step of what runs, ``None`` if nothing does."""
+        """Return the next step of what runs, ``None`` if nothing does. May preempt."""
+        for sequence in list(self.running.values()):
+            if sequence.state is SequenceState.RUNNING and not sequence.prefills:
+                self._grow(sequence)
         if not self.running:
             return None
         sequences = [sequence for sequence in self.running.values() if not sequence.prefills]
@@ -115,7 +212,7 @@ class Scheduler:
             budget = mixed if num_decodes else limits.step_tokens
             for sequence in self.running.values():
                 if sequence.prefills:
-                    count = min(sequence.num_prompt - sequence.num_computed, budget)
+                    count = min(sequence.num_fill - sequence.num_computed, budget)
                     sequences.append(sequence)
                     counts.append(count)
                     budget -= count
@@ -123,8 +220,36 @@ class Scheduler:
                         break
         return Step(tuple(sequences), tuple(counts), num_decodes)
 
+    def _grow(self, sequence: Sequence) -> None:
+        """Make room for the next token of ``sequence``, by preemption of the youngest, itself included, if need be."""
+        if sequence.num_computed < len(sequence.pages) * self.limits.page_tokens:
+            return
+        while not self.pool.num_free:
+            youngest = next(reversed(self.running.values()))
+            self._preempt(youngest)
+            if youngest is sequence:
+                return
+        page = self.pool.allocate(1)
+        self.page_table[sequence.seat, len(sequence.pages)] = page[0]
+        sequence.pages = np.concatenate((sequence.pages, page))
+
+    def advance(self, sequence: Sequence, num_tokens: int) -> None:
+        """Note that the cache holds ``num_tokens`` more of a running sequence, all sound; publish the pages filled."""
+        sequence.num_computed += num_tokens
+        if not self.limits.prefix_cache:
+            return
+        full = sequence.num_computed // self.limits.page_tokens
+        if full > sequence.num_published:
+            extend_keys(sequence.keys, sequence.tokens, full, self.limits.page_tokens)
+            for index in range(sequence.num_published, full):
+                key = sequence.keys[index]
+                self.pool.publish(int(sequence.pages[index]), key)
+                if self._promised.get(key) == sequence.number:
+                    del self._promised[key]
+            sequence.num_published = full
+
     def check_integrity(self) -> None:
-        """Raise unless seats, pages and the page table agree with the sequences that run."""
+        """Raise unless seats, pages, promises and the page table agree with the sequences that run."""
         running = list(self.running.values())
         self.pool.check_integrity([sequence.pages for sequence in running])
         if sorted([*self._seats, *(sequence.seat for sequence in running)]) != list(range(self.limits.max_sequences)):
@@ -134,3 +259,5 @@ class Scheduler:
             expected[sequence.seat, : len(sequence.pages)] = sequence.pages
         if not np.array_equal(expected, self.page_table):
             raise RuntimeError("the page table differs from the sequences' pages")
+        if not set(self._promised.values()) <= self.running.keys():
+            raise RuntimeError("pages are promised by a sequence that does not run")

@@ -4,7 +4,7 @@ Plain state without torch and without decisions: the scheduler moves it, the pla
 """
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,33 +16,61 @@ NO_PAGES: Int32Array = np.empty(0, np.int32)
 
 
 class SequenceState(StrEnum):
-    """Where a sequence is. A running one prefills until its whole prompt is computed, then decodes."""
+    """Where a sequence is. A running one prefills until all it has is computed, then decodes."""
 
     WAITING = "waiting"
     RUNNING = "running"
+    PREEMPTED = "preempted"
+    """Waiting again, ahead of those who never ran: its pages went to an older one."""
     FINISHED = "finished"
+
+
+class Constrained(Protocol):
+    """What the engine asks of a grammar: see :class:`neuron.engine.constraint.Constraint`."""
+
+    def mask(self) -> Int32Array | None:
+        """Return which tokens may come next, a bit each; ``None`` if all may."""
+
+    def accept(self, token: int) -> bool:
+        """Take the next token; return whether the output is complete."""
 
 
 class Sequence:
     """``tokens`` holds prompt and output with room for ``max_tokens`` of output; ``num_computed`` are in the cache."""
 
     __slots__ = (
-        "eos", "max_tokens", "num_computed", "num_prompt", "num_tokens", "number", "pages", "sampler", "seat", "state",
-        "tokens",
+        "constraint", "eos", "keys", "max_tokens", "num_cached", "num_computed", "num_fill", "num_prompt",
+        "num_published", "num_tokens", "number", "pages", "principal", "sampler", "seat", "state", "tokens",
     )  # fmt: skip
 
     def __init__(
-        self, number: int, prompt: Int32Array, max_tokens: int, eos: frozenset[int], sampler: SamplerSettings
+        self,
+        number: int,
+        prompt: Int32Array,
+        max_tokens: int,
+        eos: frozenset[int],
+        sampler: SamplerSettings,
+        principal: str = "",
+        constraint: Constrained | None = None,
     ) -> None:
         self.number = number
-        self.num_prompt = self.num_tokens = len(prompt)
+        self.num_prompt = self.num_tokens = self.num_fill = len(prompt)
         self.max_tokens = max_tokens
         self.eos = eos
         self.sampler = sampler
+        self.principal = principal
+        """On whose behalf it runs: seats are shared out among principals."""
+        self.constraint = constraint
         self.tokens: Int32Array = np.empty(len(prompt) + max_tokens, np.int32)
         self.tokens[: len(prompt)] = prompt
         self.num_computed = 0
+        self.num_cached = 0
+        """How much of the prompt was in the cache when it first ran."""
         self.pages: Int32Array = NO_PAGES
+        self.keys: list[bytes] = []
+        """Of its first full pages, as far as anyone asked."""
+        self.num_published = 0
+        """How many of its pages have been offered to the pool."""
         self.seat = -1
         """Row of the page table and of the sampler's tables while running."""
         self.state = SequenceState.WAITING
@@ -59,8 +87,11 @@ class Sequence:
 
     @property
     def prefills(self) -> bool:
-        """Return whether part of the prompt is still to be computed."""
-        return self.num_computed < self.num_prompt
+        """Return whether part of what it had when it was admitted is still to be computed.
+
+        That is ``num_fill`` tokens: the prompt, and after a preemption the output so far as well.
+        """
+        return self.num_computed < self.num_fill
 
     def append(self, token: int) -> None:
         """Add one generated token."""

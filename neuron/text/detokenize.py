@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from cortex.wire.events import Finished, FinishReason, InferenceEvent, ReasoningDelta, TextDelta, ToolCallDelta
+from cortex.wire.events import (
+    Finished,
+    FinishReason,
+    InferenceEvent,
+    ReasoningDelta,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+)
 from neuron.device.jobs import SequenceEnd
 from neuron.text.holdback import held_back
 from neuron.text.reasoning import Part, ReasoningSplitter, ReasoningTags
@@ -20,7 +28,8 @@ from neuron.text.tools import ParsedCall, ToolCallParser
 class Detokenizer:
     """Turns the ids of one sequence into the events of one choice.
 
-    ``parses_tools`` says whether the request offered tools: without them a ``<tool_call>`` is just text.
+    ``parses_tools`` says whether the request offered tools: without them a ``<tool_call>`` is just text. Without
+    ``parallel_calls`` the first call ends the choice.
     """
 
     def __init__(
@@ -32,6 +41,7 @@ class Detokenizer:
         tags: ReasoningTags | None = None,
         starts_in_reasoning: bool = False,
         parses_tools: bool = False,
+        parallel_calls: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
@@ -41,27 +51,37 @@ class Detokenizer:
         self._stop_pending = ""
         self._splitter = ReasoningSplitter(tags, starts_inside=starts_in_reasoning) if tags else None
         self._tools = ToolCallParser() if parses_tools else None
+        self._parallel_calls = parallel_calls
+        self._logprobs: list[TokenLogprob] = []
         self._num_calls = 0
         self._output_tokens = 0
         self._reasoning_tokens = 0
         self.finished = False
 
-    def feed(self, ids: Sequence[int]) -> list[InferenceEvent]:
-        """Return the events that ``ids`` make certain; a stop string ends the choice (see ``finished``)."""
+    def feed(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> list[InferenceEvent]:
+        """Return the events that ``ids`` make certain; a stop string ends the choice (see ``finished``).
+
+        ``logprobs`` are those of ``ids``, or empty. Those of reasoning and of calls are dropped; the others go with the
+        next piece of the answer, which may be later than their own text where some was held back.
+        """
         events: list[InferenceEvent] = []
-        for token in ids:
+        for index, token in enumerate(ids):
             self._output_tokens += 1
-            if self._splitter is not None and self._splitter.inside:
-                self._reasoning_tokens += 1
+            thinking = self._splitter is not None and self._splitter.inside
+            self._reasoning_tokens += thinking
+            if logprobs:
+                self._logprobs.append(logprobs[index])
             self._undecoded.append(token)
             text = self._decoder.step(self._tokenizer, token)
             if text is None:
                 continue
             self._undecoded.clear()
             self._split(text, events)
+            if thinking:
+                self._logprobs.clear()  # those of the closing tag among them
             if self.finished:
                 break
-        return _merge(events)
+        return self._with_logprobs(_merge(events))
 
     def close(self, end: SequenceEnd) -> list[InferenceEvent]:
         """Return what was held back and the ``Finished`` of this choice."""
@@ -77,8 +97,28 @@ class Detokenizer:
         if not self.finished:
             rest, self._stop_pending = self._stop_pending, ""
             self._answer(rest, events)
+        if not self.finished:
             self._finish(FinishReason.STOP if end is SequenceEnd.STOP else FinishReason.LENGTH, None, events)
-        return _merge(events)
+        return self._with_logprobs(_merge(events))
+
+    def _with_logprobs(self, events: list[InferenceEvent]) -> list[InferenceEvent]:
+        """Give what was gathered to the first piece of text; at the end to an empty one, if there is none."""
+        if not self._logprobs:
+            return events
+        for index, event in enumerate(events):
+            match event:
+                case TextDelta():
+                    events[index] = TextDelta(event.text, event.choice, tuple(self._logprobs))
+                    self._logprobs.clear()
+                    break
+                case ToolCallDelta():
+                    self._logprobs.clear()
+                    break
+                case Finished():
+                    events.insert(index, TextDelta("", self._choice, tuple(self._logprobs)))
+                    self._logprobs.clear()
+                    break
+        return events
 
     def _split(self, text: str, events: list[InferenceEvent]) -> None:
         if self._splitter is None:
@@ -102,7 +142,8 @@ class Detokenizer:
             at, stop = min(hits)
             self._stop_pending = ""
             self._answer(text[:at], events)
-            self._finish(FinishReason.STOP, stop, events)
+            if not self.finished:
+                self._finish(FinishReason.STOP, stop, events)
             return
         keep = held_back(text, self._stop)
         self._stop_pending = text[len(text) - keep :]
@@ -123,12 +164,20 @@ class Detokenizer:
                 call_id = f"call_{secrets.token_hex(12)}"
                 events.append(ToolCallDelta(self._num_calls, call_id, piece.name, piece.arguments, self._choice))
                 self._num_calls += 1
+                if not self._parallel_calls:
+                    self._end(FinishReason.TOOL_CALLS, None, events)
+                    return
 
     def _finish(self, reason: FinishReason, stop: str | None, events: list[InferenceEvent]) -> None:
         if self._tools is not None:
             self._emit(self._tools.close(), events)
+            if self.finished:
+                return
         if self._num_calls and reason is FinishReason.STOP and stop is None:
             reason = FinishReason.TOOL_CALLS
+        self._end(reason, stop, events)
+
+    def _end(self, reason: FinishReason, stop: str | None, events: list[InferenceEvent]) -> None:
         events.append(Finished(reason, self._output_tokens, self._reasoning_tokens, stop, self._choice))
         self.finished = True
 

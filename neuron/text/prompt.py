@@ -29,6 +29,8 @@ class Prompt:
 
     ids: list[int]
     starts_in_reasoning: bool
+    ends_reasoning: bool = False
+    """Whether the template closed the reasoning itself, as it does where thinking is turned off."""
 
 
 class PromptFormat:
@@ -70,7 +72,8 @@ class PromptFormat:
         if not ids:
             raise InvalidRequestError("Invalid 'messages': the prompt is empty.", param="messages")
         opened = self.tags is not None and text.rstrip().endswith(self.tags.start)
-        return Prompt(ids, opened)
+        closed = self.tags is not None and text.rstrip().endswith(self.tags.end)
+        return Prompt(ids, opened, closed)
 
     def render(self, request: InferenceRequest) -> str:
         """Return the prompt's text."""

@@ -110,8 +110,10 @@ def test_rows_are_one_message_a_step_and_count_the_queue(driver: Any) -> None:
     assert set(driver.ends().values()) == {SequenceEnd.LENGTH}
     first_of: dict[int, jobs.TokenRow] = {}
     for row in driver.rows:
-        assert (row.prompt_cached == 0) == (row.sequence not in first_of)
+        assert (row.prompt_cached is not None) == (row.sequence not in first_of)
         first_of.setdefault(row.sequence, row)
+    # The last four waited for a seat, and by then the first page of them all was in the cache.
+    assert [first_of[number].prompt_cached for number in range(20)] == [0] * 16 + [16] * 4
 
 
 def test_an_eos_ends_a_sequence_and_is_not_among_its_ids(driver: Any) -> None:
@@ -125,7 +127,7 @@ def test_an_eos_ends_a_sequence_and_is_not_among_its_ids(driver: Any) -> None:
     driver.sent.clear()
     driver.generate(2, PROMPT, 30, eos=(plain[0],))
     driver.run()
-    assert driver.rows == [jobs.TokenRow(2, b"", SequenceEnd.STOP, 0)]
+    assert driver.rows == [jobs.TokenRow(2, b"", SequenceEnd.STOP, 32)]
 
 
 def test_the_context_bounds_the_output(driver: Any) -> None:
@@ -188,7 +190,9 @@ def cancelled(driver: Any, number: int) -> None:
     assert number not in model_of(driver).scheduler.waiting
 
 
-def test_cancel_while_waiting_prefilling_and_decoding(driver: Any) -> None:
+def test_cancel_while_waiting_prefilling_and_decoding(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    driver = harness()
+    driver.load(tiny_llama, prefix_cache=False)  # else the prompts would wait for the first of them
     plain = reference_output(driver, PROMPT, 10)
     scheduler = model_of(driver).scheduler
     for number in range(16):
@@ -220,6 +224,30 @@ def test_a_number_that_runs_already_is_refused_and_the_first_goes_on(driver: Any
     assert driver.failures()[1].status == 500
     driver.run()
     assert len(driver.outputs()[1]) == 5
+
+
+def test_a_full_queue_is_told_at_once_and_a_misfit_is_told_so_even_then(
+    harness: Callable[..., Any], tiny_llama: pathlib.Path
+) -> None:
+    driver = harness(max_waiting=3)
+    driver.load(tiny_llama, max_sequences=2)
+    for number in range(7):
+        driver.generate(number, PROMPT, 5)
+    driver.generate(7, [5] * 600, 5)
+    # Two will have a seat, three may wait.
+    assert {number: error.code for number, error in driver.failures().items()} == {
+        5: "rate_limit_exceeded", 6: "rate_limit_exceeded", 7: "context_length_exceeded"
+    }  # fmt: skip
+    assert driver.failures()[5].status == 429
+    assert driver.failures()[5].retry_after_s
+    driver.engine.step()
+    driver.generate(8, PROMPT, 5)
+    assert driver.failures()[8].status == 429, "nobody has left yet"
+    driver.tell(jobs.Cancel(4))
+    driver.generate(9, PROMPT, 5)
+    assert 9 not in driver.failures()
+    driver.run()
+    assert {number for number, end in driver.ends().items() if end is SequenceEnd.LENGTH} == {0, 1, 2, 3, 9}
 
 
 # ------------------------------------------------------------------ errors within a step

@@ -1,4 +1,7 @@
-"""Scheduler and pages under random arrivals and cancels: nothing leaks, nobody starves, every step obeys its limits."""
+"""Scheduler and pages under random arrivals, forks, stops, cancels and preemptions.
+
+Nothing leaks, nobody starves, every step obeys its limits, and what a sequence reads is what was computed for it.
+"""
 
 import dataclasses
 
@@ -9,19 +12,48 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from neuron.device.jobs import SamplerSettings
+from neuron.engine import scheduler as scheduler_module
 from neuron.engine.pages import PagePool
 from neuron.engine.plan import build_plan
+from neuron.engine.prefix import extend_keys
 from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import Sequence, SequenceState
 
 LIMITS = Limits(
     num_pages=24, page_tokens=4, context_tokens=64, max_sequences=4, step_tokens=24, mixed_step_tokens=10
 )  # fmt: skip
+POWERS = np.cumprod(np.full(4096, 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint64)
 
 
-def sequence(number: int, num_prompt: int, max_tokens: int) -> Sequence:
-    prompt = np.arange(num_prompt, dtype=np.int32)
-    return Sequence(number, prompt, max_tokens, frozenset(), SamplerSettings())
+def sequence(number: int, num_prompt: int, max_tokens: int, *, family: int = -1, principal: str = "") -> Sequence:
+    """A sequence whose prompt begins like all of its family's; without one, like nobody's."""
+    prompt = np.arange(num_prompt, dtype=np.int32) + 1000 * (number + 10 if family < 0 else family)
+    return Sequence(number, prompt, max_tokens, frozenset(), SamplerSettings(), principal)
+
+
+def contents(s: Sequence, stop: int) -> np.ndarray:
+    """What the cache must hold of the first ``stop`` tokens: a number for each that depends on all before it."""
+    return np.cumsum((s.tokens[:stop].astype(np.uint64) + np.uint64(1)) * POWERS[:stop], dtype=np.uint64)
+
+
+class Cache:
+    """A cache of such numbers, written and read by plans as a model would."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.slots = np.zeros((limits.num_pages + 1) * limits.page_tokens, np.uint64)
+
+    def run(self, step: Step, scheduler: Scheduler, *, reads: bool = True) -> None:
+        page_tokens = scheduler.limits.page_tokens
+        plan = build_plan(step, scheduler.page_table, page_tokens)
+        for index, s in enumerate(step.sequences):
+            rows = slice(plan.cu_seqlens[index], plan.cu_seqlens[index + 1])
+            length = int(plan.context_lens[index])
+            expected = contents(s, length)
+            self.slots[plan.slots[rows]] = expected[plan.positions[rows]]
+        for index, s in enumerate(step.sequences) if reads else ():
+            length = int(plan.context_lens[index])
+            read = self.slots.reshape(-1, page_tokens)[plan.page_table[index]].reshape(-1)[:length]
+            assert np.array_equal(read, contents(s, length)), f"sequence {s.number} reads another's cache"
 
 
 def check_step(step: Step, scheduler: Scheduler) -> None:
@@ -39,7 +71,7 @@ def check_step(step: Step, scheduler: Scheduler) -> None:
     # The budget is used: a prompt is cut only where it ends.
     if sum(step.num_tokens) < budget and step.num_decodes < limits.mixed_step_tokens - limits.page_tokens:
         chunks = zip(step.sequences, step.num_tokens, strict=True)
-        assert sum(count for s, count in chunks if s.prefills) == sum(s.num_prompt - s.num_computed for s in prefilling)
+        assert sum(count for s, count in chunks if s.prefills) == sum(s.num_fill - s.num_computed for s in prefilling)
 
 
 def check_plan(step: Step, scheduler: Scheduler) -> None:
@@ -62,7 +94,7 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
             assert plan.token_ids[row] == s.tokens[position]
             assert plan.slots[row] == s.pages[position // page_tokens] * page_tokens + position % page_tokens
             row += 1
-        if s.num_computed + count >= s.num_prompt:
+        if s.num_computed + count == s.num_tokens:
             sampled.append(index)
     assert plan.cu_seqlens[-1] == row == len(plan.token_ids)
     assert plan.sampled.tolist() == sampled
@@ -72,46 +104,55 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
         assert not isinstance(value, np.ndarray) or value.dtype == np.int32, field.name
 
 
-def advance(step: Step, scheduler: Scheduler) -> list[int]:
-    """Do what running a step does; return the sequences that ended."""
+def advance(step: Step, scheduler: Scheduler, stop_at: int = -1) -> list[int]:
+    """Do what running a step does; return the sequences that ended. A token that is ``stop_at`` stops one early."""
     ended = []
     for s, count in zip(step.sequences, step.num_tokens, strict=True):
-        s.num_computed += count
+        scheduler.advance(s, count)
         assert s.num_computed <= len(s.pages) * scheduler.limits.page_tokens
-        if s.num_computed >= s.num_prompt:
-            s.append(7)
-            if s.num_output == s.max_tokens:
+        if s.num_computed == s.num_tokens:
+            # A function of the sequence and the position, so that a preempted one continues as it began.
+            token = (7 * s.number + 13 * s.num_tokens) % 101
+            s.append(token)
+            if s.num_output == s.max_tokens or token == stop_at:
                 scheduler.remove(s.number)
                 ended.append(s.number)
     return ended
 
 
 class Arrivals(RuleBasedStateMachine):
-    @initialize()
-    def start(self) -> None:
-        self.scheduler = Scheduler(LIMITS)
+    @initialize(prefix_cache=st.booleans())
+    def start(self, prefix_cache: bool) -> None:
+        self.limits = dataclasses.replace(LIMITS, prefix_cache=prefix_cache)
+        self.scheduler = Scheduler(self.limits)
+        self.cache = Cache(self.limits)
         self.number = 0
-        self.order: list[int] = []
-        self.admitted: list[int] = []
 
-    @rule(num_prompt=st.integers(1, 63), max_tokens=st.integers(1, 63))
-    def arrive(self, num_prompt: int, max_tokens: int) -> None:
-        self.number += 1
-        new = sequence(self.number, num_prompt, min(max_tokens, 64 - num_prompt))
-        self.scheduler.add(new)
-        self.order.append(self.number)
-        with pytest.raises(ValueError, match="known already"):
+    @rule(
+        num_prompt=st.integers(1, 63), max_tokens=st.integers(1, 63), family=st.integers(-1, 2),
+        principal=st.sampled_from("ab"), forks=st.integers(1, 3),
+    )  # fmt: skip
+    def arrive(self, num_prompt: int, max_tokens: int, family: int, principal: str, forks: int) -> None:
+        for _ in range(forks):
+            self.number += 1
+            max_tokens = min(max_tokens, 64 - num_prompt)
+            new = sequence(self.number, num_prompt, max_tokens, family=family, principal=principal)
             self.scheduler.add(new)
+            with pytest.raises(ValueError, match="known already"):
+                self.scheduler.add(new)
 
     @precondition(lambda self: self.scheduler.busy)
-    @rule()
-    def step(self) -> None:
-        self.admitted += [s.number for s in self.scheduler.admit()]
+    @rule(stop_at=st.integers(-1, 100))
+    def step(self, stop_at: int = -1) -> None:
+        oldest = next(iter(self.scheduler.running.values()), None)
+        self.scheduler.admit()
         step = self.scheduler.schedule()
         assert step is not None, "somebody waits and nobody runs"
+        assert oldest is None or oldest.state is SequenceState.RUNNING, "the oldest was preempted"
         check_step(step, self.scheduler)
         check_plan(step, self.scheduler)
-        advance(step, self.scheduler)
+        self.cache.run(step, self.scheduler)
+        advance(step, self.scheduler, stop_at)
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -122,57 +163,63 @@ class Arrivals(RuleBasedStateMachine):
         if removed is not None:
             assert removed.state is SequenceState.FINISHED
             assert not len(removed.pages)
-        if number in self.order and number not in self.admitted:
-            self.order.remove(number)
 
     @invariant()
     def sound(self) -> None:
         self.scheduler.check_integrity()
-        # First come, first admitted.
-        assert self.admitted == self.order[: len(self.admitted)]
+        assert not any(s.prefills and not s.num_fill for s in self.scheduler.running.values())
 
     def teardown(self) -> None:
         steps = 0
         while self.scheduler.busy:
             self.step()
             steps += 1
-            assert steps < 64 * (len(self.order) + 1), "somebody starves"
+            assert steps < 128 * (self.number + 1), "somebody starves"
         self.scheduler.check_integrity()
         assert self.scheduler.pool.num_free == LIMITS.num_pages
+        assert self.limits.prefix_cache or not self.scheduler.pool.num_idle
 
 
-Arrivals.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+Arrivals.TestCase.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
 TestArrivals = Arrivals.TestCase
 
 
-def test_ten_thousand_sequences_leave_nothing_behind() -> None:
+def test_ten_thousand_sequences_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrivals, forks, stops, cancels and preemptions at random, in a cache that is always too small."""
+    monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 1)
     random = np.random.default_rng(11)
-    scheduler = Scheduler(
-        dataclasses.replace(LIMITS, num_pages=400, max_sequences=64, mixed_step_tokens=256, step_tokens=256)
+    limits = dataclasses.replace(
+        LIMITS, num_pages=120, context_tokens=256, max_sequences=32, mixed_step_tokens=256, step_tokens=256
     )
+    scheduler = Scheduler(limits)
+    cache = Cache(limits)
     numbers = iter(range(10_000))
-    finished = 0
+    finished = num_cached = 0
     for round_number in range(100_000):
-        for _ in range(int(random.integers(0, 8))):
-            number = next(numbers, None)
-            if number is not None:
-                num_prompt = int(random.integers(1, 50))
-                scheduler.add(sequence(number, num_prompt, int(random.integers(1, 64 - num_prompt + 1))))
+        for _ in range(int(random.integers(0, 4))):
+            num_prompt, family = int(random.integers(1, 24)), int(random.integers(-1, 30))
+            max_tokens = int(random.integers(1, 200 if random.random() < 0.2 else 16))
+            for _ in range(int(random.integers(1, 4))):
+                if (number := next(numbers, None)) is not None:
+                    scheduler.add(sequence(number, num_prompt, max_tokens, family=family, principal=str(family % 3)))
         if random.random() < 0.2 and scheduler.busy:
             victims = [*scheduler.running, *scheduler.waiting]
             finished += scheduler.remove(victims[int(random.integers(len(victims)))]) is not None
-        scheduler.admit()
+        num_cached += sum(s.num_cached for s in scheduler.admit())
         step = scheduler.schedule()
         if step is None:
             if finished == 10_000:
                 break
             continue
-        finished += len(advance(step, scheduler))
+        cache.run(step, scheduler, reads=round_number % 10 == 0)
+        finished += len(advance(step, scheduler, stop_at=50))
         if round_number % 50 == 0:
             scheduler.check_integrity()
     assert finished == 10_000
     scheduler.check_integrity()
-    assert scheduler.pool.num_free == 400
+    assert scheduler.pool.num_free == 120
+    assert num_cached > 10_000, "the families' beginnings were not shared"
+    assert scheduler.num_preemptions > 100, "the cache was not too small"
 
 
 def test_a_sequence_that_can_never_run_is_refused() -> None:
@@ -201,6 +248,159 @@ def test_a_long_prompt_takes_only_its_share_of_a_mixed_step() -> None:
         advance(step, scheduler)
 
 
+def run_until_idle(scheduler: Scheduler) -> None:
+    while scheduler.busy:
+        scheduler.admit()
+        step = scheduler.schedule()
+        assert step is not None
+        advance(step, scheduler)
+
+
+# ------------------------------------------------------------------ the prefix cache
+
+
+def test_a_second_prompt_shares_the_full_pages_of_the_first() -> None:
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(sequence(1, 22, 3, family=1))
+    run_until_idle(scheduler)
+    assert scheduler.pool.num_idle == 6, "24 tokens were computed: output counts too"
+    # 22 tokens of the prompt are 5 full pages; a prompt of exactly 20 keeps one page to compute.
+    for num_prompt, cached in ((22, 20), (60, 20), (20, 16), (4, 0), (3, 0)):
+        second = sequence(100 + num_prompt, num_prompt, 1, family=1)
+        scheduler.add(second)
+        assert scheduler.admit() == [second]
+        assert second.num_cached == second.num_computed == cached
+        scheduler.check_integrity()
+        scheduler.remove(second.number)
+
+
+def test_the_switch_turns_sharing_off() -> None:
+    scheduler = Scheduler(dataclasses.replace(LIMITS, prefix_cache=False))
+    for number in (1, 2):
+        one = sequence(number, 22, 3, family=1)
+        scheduler.add(one)
+        run_until_idle(scheduler)
+        assert one.num_cached == 0
+        assert not one.keys
+    assert scheduler.pool.num_idle == 0
+
+
+def test_choices_of_one_prompt_share_its_pages_and_it_is_computed_once() -> None:
+    scheduler = Scheduler(LIMITS)
+    choices = [sequence(number, 22, 4, family=1) for number in range(4)]
+    stranger = sequence(9, 5, 4)
+    for one in choices[:3]:
+        scheduler.add(one)
+    scheduler.add(stranger)
+    # The others wait for the first; whoever shares nothing with it does not.
+    assert scheduler.admit() == [choices[0], stranger]
+    step = scheduler.schedule()
+    assert step is not None
+    advance(step, scheduler)
+    assert scheduler.admit() == choices[1:3]
+    assert [one.num_cached for one in choices[:3]] == [0, 20, 20]
+    assert all(np.array_equal(one.pages[:5], choices[0].pages[:5]) for one in choices[1:3])
+    assert len({int(one.pages[5]) for one in choices[:3]}) == 3, "the last, partial page is everyone's own"
+    scheduler.check_integrity()
+
+
+def test_who_waits_for_a_beginning_computes_it_if_the_other_leaves() -> None:
+    scheduler = Scheduler(LIMITS)
+    first, second = (sequence(number, 30, 4, family=1) for number in (1, 2))
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.admit() == [first]
+    step = scheduler.schedule()
+    assert step is not None
+    assert step.num_tokens == (24,)
+    advance(step, scheduler)
+    assert scheduler.admit() == [second], "6 pages are there, and the rest is too little to wait for"
+    scheduler.remove(1)
+    scheduler.remove(2)
+    scheduler.add(third := sequence(3, 60, 4, family=2))
+    scheduler.add(fourth := sequence(4, 60, 4, family=2))
+    assert scheduler.admit() == [third]
+    scheduler.remove(3)
+    assert scheduler.admit() == [fourth]
+    assert fourth.num_cached == 0
+    scheduler.check_integrity()
+
+
+def test_kept_pages_are_given_up_before_anyone_waits_oldest_first_and_last_pages_first() -> None:
+    scheduler = Scheduler(LIMITS)
+    for number, family in ((1, 1), (2, 2)):
+        scheduler.add(sequence(number, 32, 1, family=family))
+        run_until_idle(scheduler)
+    assert scheduler.pool.num_idle == 16
+    scheduler.add(hungry := sequence(3, 44, 1))
+    assert scheduler.admit() == [hungry]
+    run_until_idle(scheduler)
+    # 8 pages were blank and 11 needed: the end of the first family's went.
+    keys = [[], []]
+    for family in (1, 2):
+        extend_keys(keys[family - 1], sequence(1, 32, 1, family=family).tokens, 8, 4)
+    assert [len(scheduler.pool.find(some)) for some in keys] == [5, 8]
+
+
+# ------------------------------------------------------------------ preemption
+
+
+def test_the_youngest_gives_its_pages_back_and_continues_from_the_cache() -> None:
+    limits = dataclasses.replace(LIMITS, num_pages=14, max_sequences=2)
+    scheduler = Scheduler(limits)
+    cache = Cache(limits)
+    old, young = sequence(1, 8, 44), sequence(2, 8, 44)
+    scheduler.add(old)
+    scheduler.add(young)
+    order = []
+    preempted = False
+    while scheduler.busy:
+        scheduler.admit()
+        step = scheduler.schedule()
+        assert step is not None
+        if scheduler.num_preemptions and not preempted:
+            preempted = True
+            assert list(scheduler.waiting) == [2]
+            assert young.num_computed == 0
+            assert young.num_output > 0
+        cache.run(step, scheduler)
+        order += advance(step, scheduler)
+    assert preempted
+    assert order == [1, 2]
+    assert young.num_cached == 0, "what it computed itself was not cached for the client"
+    assert young.num_output == 44
+
+
+def test_admission_takes_the_prompt_and_a_margin_not_the_whole_output() -> None:
+    limits = dataclasses.replace(LIMITS, num_pages=16, max_sequences=4)
+    scheduler = Scheduler(limits)
+    for number in range(1, 4):
+        scheduler.add(sequence(number, 4, 60))
+    # 16 pages would hold one whole output of 60; with 1 + 4 pages each, three fit and a fourth would not.
+    assert len(scheduler.admit()) == 3
+    scheduler.add(sequence(4, 4, 60))
+    assert not scheduler.admit()
+    run_until_idle(scheduler)
+    assert scheduler.num_preemptions > 0
+    scheduler.check_integrity()
+
+
+def test_seats_are_shared_out_among_principals() -> None:
+    scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=400))
+    for number in range(8):
+        scheduler.add(sequence(number, 4, 4, principal="greedy"))
+    assert [s.number for s in scheduler.admit()] == [0, 1, 2, 3]
+    scheduler.add(sequence(20, 4, 4, principal="modest"))
+    scheduler.add(sequence(21, 4, 4, principal="modest"))
+    for number in (0, 1, 2):
+        scheduler.remove(number)
+    # One of the greedy still runs: the modest catch up, then arrival decides.
+    assert [s.number for s in scheduler.admit()] == [20, 4, 21]
+
+
+# ------------------------------------------------------------------ pages
+
+
 @given(st.lists(st.integers(1, 9), max_size=40), st.randoms(use_true_random=False))
 def test_pages_return_to_where_they_came_from(sizes: list[int], random: object) -> None:
     pool = PagePool(64)
@@ -225,7 +425,13 @@ def test_misuse_of_pages_is_loud() -> None:
     pages = pool.allocate(2)
     with pytest.raises(RuntimeError, match="differ"):
         pool.check_integrity([])
+    pool.publish(int(pages[0]), b"key")
+    with pytest.raises(RuntimeError, match="published twice"):
+        pool.publish(int(pages[0]), b"other")
     pool.release(pages)
+    assert pool.num_idle == 1
+    with pytest.raises(RuntimeError, match="held by nobody"):
+        pool.publish(int(pages[1]), b"other")
     with pytest.raises(RuntimeError, match="nobody holds"):
         pool.release(pages)
     with pytest.raises(RuntimeError, match="differ"):

@@ -46,7 +46,7 @@ class Recorder:
         self._sampler = sampler
         self._scheduler = scheduler
         self.logits: dict[int, list[torch.Tensor]] = {}
-        self.admit = sampler.admit
+        self.admit, self.take_logprobs = sampler.admit, sampler.take_logprobs
 
     def takes_likeliest(self, seats: np.ndarray[Any, Any]) -> bool:
         return False

@@ -1,0 +1,130 @@
+"""What an answer must look like, as a grammar that the engine's masks are made of.
+
+A request asks for JSON (any object, or by a schema), for a regular expression or a grammar, or that tools be called, in
+the ``<tool_call>`` form that :mod:`neuron.text.tools` reads back. All of it becomes one Lark grammar for llguidance,
+compiled once here, before the request is admitted, so that what cannot be compiled is an error of the request.
+"""
+
+import json
+import re
+from typing import Any, Final
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+
+from cortex.wire.errors import InvalidRequestError, InvalidSchemaError
+from cortex.wire.request import FormatKind, InferenceRequest, OutputFormat, Tool, ToolMode
+from neuron.text.tools import END, START
+
+MAX_SOURCE_BYTES: Final = 256 << 10
+MAX_SCHEMA_DEPTH: Final = 64
+JSON_OPTIONS: Final = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n]{0,16}"}
+"""White space is free but bounded: a model that is unsure likes to write it for ever."""
+
+
+def constraint_of(request: InferenceRequest) -> str | None:
+    """Return the grammar that the answer to ``request`` must follow, ``None`` if it is free.
+
+    With tools on offer, an answer in the format asked for may be a call instead. Raises :class:`InvalidSchemaError`.
+    """
+    mode = request.tool_choice.mode
+    tools = request.tools if mode is not ToolMode.NONE else ()
+    forced = mode in {ToolMode.REQUIRED, ToolMode.NAMED}
+    if forced:
+        tools = tuple(tool for tool in tools if mode is ToolMode.REQUIRED or tool.name == request.tool_choice.name)
+        if not tools:
+            raise InvalidRequestError("Invalid 'tool_choice': it names no tool of this request.", param="tool_choice")
+        grammar = "start: calls\n" + _calls(tools, parallel=request.tool_choice.parallel)
+        param = "tools"
+    elif request.output_format.kind is FormatKind.TEXT:
+        return None
+    else:
+        param = "response_format"
+        body = _format(request.output_format)
+        alternatives = "answer | calls" if tools else "answer"
+        calls = _calls(tools, parallel=request.tool_choice.parallel) if tools else ""
+        # A whole grammar has a start of its own.
+        grammar = f"start: {alternatives}\n{calls}{body}" if not body.startswith("start:") else body
+    if len(grammar) > MAX_SOURCE_BYTES:
+        raise InvalidSchemaError(f"it is longer than {MAX_SOURCE_BYTES} bytes", param=param)
+    if (problem := LLMatcher.validate_grammar(grammar)) and not problem.startswith("WARNING"):
+        raise InvalidSchemaError(_plain(problem), param=param)
+    return grammar
+
+
+def _format(asked: OutputFormat) -> str:
+    """Return a rule ``answer``, or a whole grammar."""
+    match asked.kind:
+        case FormatKind.JSON_OBJECT:
+            return "answer: " + _json_rule({"type": "object"})
+        case FormatKind.JSON_SCHEMA:
+            try:
+                schema = json.loads(asked.source)
+            except (ValueError, RecursionError) as error:
+                raise InvalidSchemaError(f"it is not JSON: {error}", param="response_format") from None
+            _check_depth(schema, "response_format")
+            return "answer: " + _json_rule(schema)
+        case FormatKind.REGEX:
+            pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", asked.source).replace("\n", r"\n")
+            return f"answer: /{pattern}/\n"
+        case _:
+            source = asked.source
+            if "::=" in source:
+                try:
+                    source = gbnf_to_lark(source)
+                except (GbnfToLarkError, ValueError, RecursionError) as error:
+                    raise InvalidSchemaError(f"the grammar cannot be read: {error}", param="response_format") from None
+            if not re.match(r"\s*start\s*:", source):
+                found = re.search(r"^\s*start\s*:", source, re.MULTILINE)
+                if found is None:
+                    raise InvalidSchemaError("the grammar has no rule 'start'", param="response_format")
+                source = source[found.start() :] + "\n" + source[: found.start()]
+            return source.lstrip()
+
+
+def _calls(tools: tuple[Tool, ...], *, parallel: bool) -> str:
+    """Return the rules of one or more calls of ``tools``."""
+    bodies = []
+    for index, tool in enumerate(tools):
+        _check_depth(tool.parameters, "tools")
+        arguments = {"type": "object", **tool.parameters}
+        schema: dict[str, Any] = {
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, "arguments": arguments},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for key in ("$defs", "definitions"):  # references begin at the root
+            if key in arguments:
+                schema[key] = arguments.pop(key)
+        bodies.append(f"call_{index}: {_json_rule(schema)}")
+    names = " | ".join(f"call_{index}" for index in range(len(tools)))
+    more = ' ("\\n" call)*' if parallel else ""
+    return f'calls: call{more}\ncall: "{START}\\n" ({names}) "\\n{END}"\n' + "".join(bodies)
+
+
+def _json_rule(schema: object) -> str:
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    if not isinstance(schema, dict):
+        raise InvalidSchemaError(f"a schema is an object, not {json.dumps(schema)[:50]}", param="response_format")
+    return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS}) + "\n"
+
+
+def _plain(problem: str) -> str:
+    """Return a compiler's message without its listing of the grammar, which is not what the client wrote."""
+    return re.sub(r"\n *\d+ \|.*", "", problem, flags=re.DOTALL).removesuffix(".")[:500]
+
+
+def _check_depth(schema: object, param: str) -> None:
+    """Raise for what is nested deeper than anyone means; walks it without recursion."""
+    level = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [
+            child
+            for value in level
+            for child in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+        ]
+        if not level:
+            return
+    raise InvalidSchemaError(f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels", param=param)

@@ -1,0 +1,237 @@
+"""Grammars on a model that knows nothing: whatever it says follows them."""
+
+import json
+import pathlib
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import pytest
+from tokenizers import Tokenizer
+
+from cortex.wire.request import FormatKind, InferenceRequest, OutputFormat, Tool, ToolChoice, ToolMode
+from neuron.device import jobs
+from neuron.device.jobs import ConstraintSettings, SequenceEnd
+from neuron.text.detokenize import Detokenizer
+from neuron.text.grammar import constraint_of
+
+EOS = 2
+PROMPT = [1, 50, 60, 70]
+
+
+def grammar(kind: FormatKind, source: str = "", **changes: Any) -> str:
+    found = constraint_of(InferenceRequest("m", prompt="x", output_format=OutputFormat(kind, source), **changes))
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer(talking_llama: pathlib.Path) -> Tokenizer:
+    return Tokenizer.from_file(str(talking_llama / "tokenizer.json"))
+
+
+@pytest.fixture
+def driver(harness: Callable[..., Any], talking_llama: pathlib.Path) -> Any:
+    found = harness()
+    assert isinstance(found.load(talking_llama), jobs.Done)
+    return found
+
+
+def say(
+    driver: Any, tokenizer: Tokenizer, settings: list[ConstraintSettings], max_tokens: int = 300, **sampler: Any
+) -> list[tuple[str, bool]]:
+    """Return what the model says under each grammar, and whether it came to an end."""
+    driver.sent.clear()
+    for number, constraint in enumerate(settings):
+        driver.generate(
+            number,
+            PROMPT,
+            max_tokens,
+            eos=(EOS,),
+            constraint=constraint,
+            **{"temperature": 0.7, "seed": number, **sampler},
+        )
+    driver.run()
+    assert not driver.failures()
+    outputs, ends = driver.outputs(), driver.ends()
+    decode = tokenizer.decode
+    return [(decode(outputs.get(n, [])), ends[n] is SequenceEnd.STOP) for n in range(len(settings))]
+
+
+# ------------------------------------------------------------------ JSON by random schemas
+
+
+def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
+    """One of the kind that people write: objects, arrays, enums, patterns, numbers with bounds, nested."""
+    kinds = ["string", "pattern", "enum", "integer", "number", "boolean", "null", "const"]
+    kind = rng.choice([*kinds, "object", "object", "object", "array", "array", "anyOf", "ref"] if depth else kinds)
+    match kind:
+        case "string":
+            low = rng.randrange(3)
+            return {"type": "string", "minLength": low, "maxLength": low + rng.randrange(1, 6)}
+        case "pattern":
+            return {"type": "string", "pattern": rng.choice(
+                [r"^[a-z]{2,5}$", r"^\d{4}-\d{2}$", r"^(foo|bar)+x?$", r"^[A-F0-9]{3}$", r"^a.b$", r"^\w{1,4}@\w{2,3}$"]
+            )}  # fmt: skip
+        case "enum":
+            return {"enum": rng.sample(["a", "bc", 'd"e', "é", 1, -2.5, None, True, "x y", []], rng.randrange(1, 5))}
+        case "const":
+            return {"const": rng.choice(["fixed", 0, None, [1, "two"], {"k": "v"}])}
+        case "integer":
+            low = rng.randrange(-50, 50)
+            return {"type": "integer", "minimum": low, "maximum": low + rng.randrange(100)}
+        case "number":
+            return {"type": "number", "minimum": 0, "exclusiveMaximum": 10}
+        case "array":
+            low = rng.randrange(2)
+            items = random_schema(rng, depth - 1)
+            return {"type": "array", "items": items, "minItems": low, "maxItems": low + rng.randrange(1, 3)}
+        case "anyOf":
+            return {"anyOf": [random_schema(rng, depth - 1) for _ in range(rng.randrange(1, 4))]}
+        case "ref":
+            return {"$defs": {"T": random_schema(rng, 0)}, "$ref": "#/$defs/T"} if depth == 3 else {"type": "boolean"}
+        case "object":
+            names = rng.sample(["name", "age", "tags", "a b", "été", "x", "id"], rng.randrange(0, 4))
+            return {
+                "type": "object",
+                "properties": {name: random_schema(rng, depth - 1) for name in names},
+                "required": rng.sample(names, rng.randrange(len(names) + 1)),
+                "additionalProperties": False,
+            }
+    return {"type": kind}
+
+
+def check_schemas(driver: Any, tokenizer: Tokenizer, count: int) -> None:
+    rng = random.Random(2024)
+    schemas = [random_schema(rng) for _ in range(count)]
+    settings = [ConstraintSettings(grammar(FormatKind.JSON_SCHEMA, json.dumps(schema))) for schema in schemas]
+    completed = 0
+    for start in range(0, count, 100):
+        said = say(driver, tokenizer, settings[start : start + 100])
+        for schema, (text, ended) in zip(schemas[start : start + 100], said, strict=True):
+            if ended:
+                completed += 1
+                jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+            assert not re.search(r"[ \n]{17}", text), "white space without end"
+    assert completed > 0.9 * count, f"only {completed} of {count} came to an end"
+
+
+def test_schemas(driver: Any, tokenizer: Tokenizer) -> None:
+    check_schemas(driver, tokenizer, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_five_hundred_schemas(driver: Any, tokenizer: Tokenizer) -> None:
+    check_schemas(driver, tokenizer, 500)
+
+
+# ------------------------------------------------------------------ other formats
+
+
+def test_regular_expressions_and_grammars(driver: Any, tokenizer: Tokenizer) -> None:
+    asked = [
+        (FormatKind.REGEX, r"[a-c]{3}/\d{2}", r"[a-c]{3}/\d{2}"),
+        (FormatKind.REGEX, "(yes|no)", "yes|no"),
+        (FormatKind.GRAMMAR, 'root ::= "a" b\nb ::= [0-9] [0-9]', r"a\d\d"),
+        (FormatKind.GRAMMAR, 'rest: /x{2}/\nstart: "<" rest ">"', "<xx>"),
+    ]
+    said = say(driver, tokenizer, [ConstraintSettings(grammar(kind, source)) for kind, source, _ in asked])
+    for (_, _, pattern), (text, ended) in zip(asked, said, strict=True):
+        assert ended
+        assert re.fullmatch(pattern, text), text
+
+
+def test_an_object_of_any_kind_is_json(driver: Any, tokenizer: Tokenizer) -> None:
+    said = say(driver, tokenizer, [ConstraintSettings(grammar(FormatKind.JSON_OBJECT))] * 6, 500, temperature=1.2)
+    whole = [json.loads(text) for text, ended in said if ended]
+    assert all(isinstance(value, dict) for value in whole)
+    assert all(text.startswith("{") for text, _ in said)
+
+
+TOOLS = (
+    Tool("get_weather", "", {"type": "object", "properties": {"n": {"$ref": "#/$defs/N"}}, "required": ["n"],
+                             "additionalProperties": False,
+                             "$defs": {"N": {"type": "integer", "maximum": 9, "minimum": 0}}}),
+    Tool("stop", "", {"type": "object", "properties": {}, "additionalProperties": False}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [ToolMode.REQUIRED, ToolMode.NAMED])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_call_is_forced(driver: Any, tokenizer: Tokenizer, mode: ToolMode, parallel: bool) -> None:
+    choice = ToolChoice(mode, "stop" if mode is ToolMode.NAMED else None, parallel)
+    constraint = ConstraintSettings(grammar(FormatKind.TEXT, tools=TOOLS, tool_choice=choice))
+    driver.sent.clear()
+    for number in range(6):
+        driver.generate(number, PROMPT, 400, eos=(EOS,), constraint=constraint, temperature=0.8, seed=number)
+    driver.run()
+    seen = set()
+    for number, ids in driver.outputs().items():
+        text = Detokenizer(tokenizer, parses_tools=True, parallel_calls=parallel)
+        events = [*text.feed(ids), *text.close(driver.ends()[number])]
+        calls = [event for event in events if type(event).__name__ == "ToolCallDelta"]
+        assert calls
+        assert parallel or len(calls) == 1
+        for call in calls:
+            seen.add(call.name)
+            tool = next(tool for tool in TOOLS if tool.name == call.name)
+            jsonschema.Draft202012Validator(tool.parameters).validate(json.loads(call.arguments))
+        assert not [e for e in events if type(e).__name__ == "TextDelta" and driver.ends()[number] is SequenceEnd.STOP]
+    assert seen == ({"stop"} if mode is ToolMode.NAMED else {"stop", "get_weather"})
+
+
+# ------------------------------------------------------------------ reasoning
+
+
+def test_the_grammar_begins_where_reasoning_ends(driver: Any, tokenizer: Tokenizer) -> None:
+    opens, closes = tokenizer.token_to_id("<think>"), tokenizer.token_to_id("</think>")
+    digits = grammar(FormatKind.REGEX, r"\d{4}")
+    # A bias makes the model end its reasoning sooner or later; without one, it would go on for ever.
+    inside = ConstraintSettings(digits, closes=closes, starts_inside=True)
+    before = ConstraintSettings(digits, opens=opens, closes=closes)
+    for settings, bias, reasons in (
+        (inside, ((closes, 8.0), (EOS, -100.0)), True),
+        (before, ((opens, 100.0), (closes, 98.0)), True),
+        (before, ((opens, -100.0),), False),
+    ):
+        (text, ended), *_ = say(driver, tokenizer, [settings], 2000, temperature=1.0, logit_bias=bias)
+        assert ended
+        head, tag, answer = text.rpartition("</think>")
+        assert bool(tag) == reasons, text
+        assert re.fullmatch(r"\d{4}", answer)
+        assert settings is inside or not reasons or head.startswith("<think>")
+
+
+# ------------------------------------------------------------------ what cannot be
+
+
+def test_a_bad_grammar_is_this_sequences_error(driver: Any, tokenizer: Tokenizer) -> None:
+    driver.generate(1, PROMPT, 9, constraint=ConstraintSettings("start: nothing"))
+    error = driver.failures()[1]
+    assert (error.status, error.code) == (400, "invalid_schema")
+    assert say(driver, tokenizer, [ConstraintSettings(grammar(FormatKind.REGEX, "ok"))])[0] == ("ok", True)
+
+
+def test_a_model_without_a_tokenizer_says_so(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    driver = harness()
+    driver.load(tiny_llama)
+    driver.generate(1, PROMPT, 9, constraint=ConstraintSettings("start: /a/"))
+    assert driver.failures()[1].code == "unsupported_tokenizer"
+
+
+def test_a_grammar_survives_preemption_and_neighbours(driver: Any, tokenizer: Tokenizer) -> None:
+    settings = [ConstraintSettings(grammar(FormatKind.REGEX, r"([a-z]\d){30}"))] * 4
+    alone, _ = say(driver, tokenizer, settings[:1], seed=7)[0]
+    driver.sent.clear()
+    scheduler = driver.engine._models["m"].scheduler
+    for number, constraint in enumerate(settings):
+        driver.generate(number, PROMPT, 300, eos=(EOS,), constraint=constraint, temperature=0.7, seed=7)
+    driver.generate(9, PROMPT, 40)
+    for _ in range(10):
+        driver.engine.step()
+    scheduler._preempt(scheduler.running[2])
+    driver.run()
+    assert [tokenizer.decode(driver.outputs()[number]) for number in range(4)] == [alone] * 4

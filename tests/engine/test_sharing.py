@@ -1,0 +1,98 @@
+"""What sequences share and take from one another changes no token: prefix cache, forks, preemption."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from neuron.device import jobs
+from neuron.engine import scheduler as scheduler_module
+
+SYSTEM = [3 + 7 * i % 120 for i in range(100)]
+
+
+def run(driver: Any, requests: dict[int, dict[str, Any]]) -> dict[int, list[int]]:
+    driver.sent.clear()
+    for number, request in requests.items():
+        driver.generate(number, **request)
+    driver.run()
+    assert not driver.failures()
+    return driver.outputs()
+
+
+def loaded(harness: Callable[..., Any], path: pathlib.Path, **spec: Any) -> Any:
+    driver = harness()
+    assert isinstance(driver.load(path, **spec), jobs.Done)
+    return driver
+
+
+REQUESTS = {
+    number: {"prompt": SYSTEM[: 20 * number] + [50 + number] * 5, "max_tokens": 40, **settings}
+    for number, settings in enumerate(
+        [{}, {}, {}, {"temperature": 0.8, "seed": 3}, {"presence_penalty": 0.7, "frequency_penalty": 0.2}, {}]
+    )
+}
+
+
+def test_the_prefix_cache_changes_no_token(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    cold = run(loaded(harness, tiny_llama, prefix_cache=False), REQUESTS)
+    driver = loaded(harness, tiny_llama)
+    assert run(driver, REQUESTS) == cold
+    # Once more, from a cache that has all of it, the output included.
+    assert run(driver, REQUESTS) == cold
+    cached = {row.sequence: row.prompt_cached for row in driver.rows if row.prompt_cached is not None}
+    assert cached == {number: (20 * number + 4) // 16 * 16 for number in REQUESTS}
+    # A conversation goes on: what the model said is in the cache as well.
+    turn = [*REQUESTS[5]["prompt"], *cold[5], 9, 9]
+    run(driver, {9: {"prompt": turn, "max_tokens": 1}})
+    assert driver.rows[0].prompt_cached == (len(turn) - 2 - 1) // 16 * 16
+
+
+def test_choices_of_one_prompt_are_computed_once(
+    harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = loaded(harness, tiny_llama)
+    runner = driver.engine._models["m"].runner
+    num_rows = []
+    plain_run = runner.run
+    monkeypatch.setattr(runner, "run", lambda plan: (num_rows.append(len(plan.token_ids)), plain_run(plan))[1])
+    prompt = [77, *SYSTEM[1:]]
+    expected = run(driver, {number: {"prompt": prompt, "max_tokens": 8} for number in range(4)})
+    assert len({tuple(tokens) for tokens in expected.values()}) == 1
+    # 100 rows once, then for each of the other three the 4 that no full page holds.
+    assert num_rows[:2] == [100, 1 + 3 * 4]
+
+
+def test_preemption_changes_no_token(
+    harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 1)
+    requests = {}
+    for number in range(8):
+        settings = {key: value for key, value in REQUESTS[number % 6].items() if key not in {"prompt", "max_tokens"}}
+        requests[number] = {"prompt": [3 + number] * (5 + 9 * number), "max_tokens": 150, **settings}
+    roomy = loaded(harness, tiny_llama)
+    expected = run(roomy, requests)
+    assert roomy.engine._models["m"].scheduler.num_preemptions == 0
+    for prefix_cache in (True, False):
+        page_bytes = 16 * 2 * 3 * 2 * 8 * 4
+        driver = loaded(
+            harness, tiny_llama, prefix_cache=prefix_cache, context_tokens=400, kv_cache_bytes=40 * page_bytes
+        )
+        found = run(driver, requests)
+        assert driver.engine._models["m"].scheduler.num_preemptions > 3
+        assert found == expected
+        firsts = [row.sequence for row in driver.rows if row.prompt_cached is not None]
+        assert sorted(firsts) == list(range(8)), "a preempted sequence started again for its client"
+
+
+def test_a_nan_clears_only_its_own_pages(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    driver = loaded(harness, tiny_llama)
+    expected = run(driver, {1: {"prompt": SYSTEM, "max_tokens": 10}})[1]
+    driver.engine._models["m"].runner._weights.embedding[130] = float("nan")
+    driver.generate(2, [*SYSTEM[:70], 130], 5)
+    driver.run()
+    assert driver.failures()[2].code == "non_finite_logits"
+    assert run(driver, {3: {"prompt": SYSTEM, "max_tokens": 10}})[3] == expected
+    assert driver.rows[0].prompt_cached == 96
