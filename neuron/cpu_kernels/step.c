@@ -34,7 +34,6 @@ struct arena {
     struct best *best; /* [threads, max_sequences] */
     struct attention_task *tasks;
     int32_t *row_parts; /* [T]: partial results of each row, 0 if it is whole */
-    int32_t *last_rows; /* [max_sequences] */
     size_t hidden_stride, qkv_stride, mixed_stride, gated_stride, activation_stride, row_stride, scratch_stride;
     size_t max_tasks;
     int key_column, value_column;
@@ -98,7 +97,6 @@ static struct arena lay_out(const struct model *m, uint8_t *base) {
     a.best = carve(&a, base, threads * sequences, sizeof *a.best);
     a.tasks = carve(&a, base, a.max_tasks, sizeof *a.tasks);
     a.row_parts = carve(&a, base, rows, 4);
-    a.last_rows = carve(&a, base, sequences, 4);
     return a;
 }
 
