@@ -4,7 +4,7 @@
  *
  * A bar is a barrier: what stands before it is read by other threads after it. Between bars each thread works on rows of
  * weights of its own, all activations; or on activations of its own; or on attention tasks of its own. With few rows each
- * thread prepares all activations for itself, which is cheaper than a barrier more (0.2 us against 0.3 for one row of 576).
+ * thread prepares all activations for itself, which saves a barrier.
  */
 #include "step.h"
 
