@@ -1,8 +1,5 @@
 /* The pool of pool.h. A step has some 150 barriers a few microseconds apart, so a waiting thread spins; a core that
  * somebody else needs is given up after SPIN_NS by sleeping on a futex, which also is how workers wait between steps.
- *
- * Tried: sched_yield instead of the futex. With another program on each core a step then takes as long as the
- * scheduler's slices, because a yielding thread stays runnable and is preferred again and again.
  */
 #define _GNU_SOURCE
 #include "pool.h"

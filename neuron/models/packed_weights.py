@@ -54,7 +54,7 @@ class PackedWeights:
 def huge_pages(num_bytes: int) -> PackedBytes:
     """Return zeroed memory on huge pages where the system gives them, aligned to them, that goes with the array.
 
-    A pass over 97 MB of weights touches 23,600 small pages or 47 huge ones: 5 % of a step of SmolLM2.
+    A pass over 97 MB of weights touches 23,600 small pages or 47 huge ones.
     """
     mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES)
     if hasattr(mmap, "MADV_HUGEPAGE"):
