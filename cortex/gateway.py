@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from cortex import store
 from cortex.admin import Admin
 from cortex.config import Config
-from cortex.dialects.passthrough import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES
+from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
 from cortex.endpoints import Endpoints, reply_error
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
@@ -49,6 +49,7 @@ class Gateway:
         stored = StoredEndpoints(conversations)
         self._paths: Mapping[str, Methods] = {
             CHAT.path: {"POST": endpoints.infer(CHAT)},
+            COMPLETIONS.path: {"POST": endpoints.infer(COMPLETIONS)},
             RESPONSES.path: {"POST": endpoints.infer(RESPONSES)},
             MESSAGES.path: {"POST": endpoints.infer(MESSAGES)},
             COUNT_TOKENS.path: {"POST": endpoints.infer(COUNT_TOKENS)},

@@ -1,7 +1,7 @@
 """The daemon's HTTP surface: what a request asks for, and the shape of the answer.
 
-Chat Completions, Responses and Messages are projections of the same ``InferenceEvent``s. State lives in the service;
-what a model does, in its harness. Every error leaves in the envelope of its path's dialect.
+Chat Completions, text completions, Responses and Messages are projections of the same ``InferenceEvent``s. State lives
+in the service; what a model does, in its harness. Every error leaves in the envelope of its path's dialect.
 """
 
 import logging
@@ -16,10 +16,11 @@ import msgspec
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
-from cortex.dialects import anthropic_messages, openai_chat, openai_fields, openai_responses
+from cortex.dialects import anthropic_messages, openai_chat, openai_completions, openai_fields, openai_responses
 from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.dialects.passthrough import (
     CHAT,
+    COMPLETIONS,
     COUNT_TOKENS,
     MESSAGES,
     PREVIOUS_HEADER,
@@ -48,7 +49,7 @@ from neuron.service import Service
 
 _log = logging.getLogger("neuron.api")
 
-DIALECTS = (CHAT.name, RESPONSES.name, MESSAGES.name)
+DIALECTS = (CHAT.name, COMPLETIONS.name, RESPONSES.name, MESSAGES.name)
 CLIENT_LEFT_STATUS = 499
 REPORT_USAGE_HEADER = b"x-cortex-report-usage"
 """A gateway sends it to have usage in a comment at the end of a stream, whatever the client asked for."""
@@ -85,6 +86,7 @@ class Api:
             "/models/unload": {"POST": self._unload},
             "/v1/models": {"GET": self._openai_models},
             CHAT.path: {"POST": self._chat},
+            COMPLETIONS.path: {"POST": self._completions},
             RESPONSES.path: {"POST": self._responses},
             MESSAGES.path: {"POST": self._messages},
             COUNT_TOKENS.path: {"POST": self._count_tokens},
@@ -182,6 +184,23 @@ class Api:
             return
         reply = ChatReply(reply_id, request.model, created, request.num_choices)
         await self._complete(exchange, request, reply.add, reply.body, record)
+
+    async def _completions(self, exchange: Exchange) -> None:
+        self._service.admit()
+        call = openai_completions.decode(await exchange.read_body(self._service.max_body_bytes))
+        record = RequestRecord(exchange.request_id, COMPLETIONS.name, stream=call.stream)
+        frames = openai_completions.Completion(
+            f"cmpl-{secrets.token_hex(12)}",
+            call.request.model,
+            int(time.time()),
+            num_choices=call.request.num_choices,
+            include_usage=call.include_usage,
+            report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+        )
+        if call.stream:
+            await self._stream(exchange, COMPLETIONS, call.request, frames, record)
+        else:
+            await self._complete(exchange, call.request, frames.add, frames.body, record)
 
     async def _responses(self, exchange: Exchange) -> None:
         self._service.admit()

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from cortex._fast.peek import PeekError, PeekTypeError, peek
 from cortex.dialects import openai_fields as fields
 from cortex.dialects import openai_tools
 from cortex.dialects.openai_items import messages_of
 from cortex.dialects.openai_tools import OfferedTools
-from cortex.wire.errors import ChainedConversationError, InvalidRequestError
+from cortex.wire.errors import ChainedConversationError, InvalidJsonError, InvalidRequestError
 from cortex.wire.request import (
     InferenceRequest,
     Message,
@@ -118,6 +119,13 @@ def decode(body: bytes) -> ResponsesCall:
         ChainedConversationError: it continues an earlier response, which only a gateway can look up.
         InvalidRequestError: with the parameter at fault; see :func:`cortex.dialects.openai_fields.decode`.
     """
+    try:
+        peek(body)
+    except PeekTypeError:
+        pass  # the decoder has more to say of it
+    except PeekError as error:
+        # The decoder skips over what it has no field for; here some of that is decoded later, or told again.
+        raise InvalidJsonError(f"The request body is not valid JSON: {error}.") from None
     parsed = fields.decode(body, _DECODER)
     if parsed.previous_response_id is not None:
         raise ChainedConversationError(

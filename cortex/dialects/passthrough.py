@@ -192,6 +192,7 @@ CHAT = Dialect(
     re.compile(rb'"finish_reason": ?"(\w+)"'),
     COMMENT,
 )
+COMPLETIONS = replace(CHAT, name="openai-completions", path="/v1/completions")
 RESPONSES = Dialect(
     "openai-responses",
     "/v1/responses",

@@ -256,7 +256,7 @@ def test_discovery_says_what_is_here() -> None:
     found = get("/discovery").json()
     assert found["name"] == "node"
     assert found["harnesses"] == ["torch"]
-    assert found["dialects"] == ["openai-chat", "openai-responses", "anthropic-messages"]
+    assert found["dialects"] == ["openai-chat", "openai-completions", "openai-responses", "anthropic-messages"]
     cpu = next(device for device in found["devices"] if device["id"] == "cpu:0")
     assert cpu["kind"] == "cpu"
     assert cpu["memory_total_bytes"] > cpu["memory_free_bytes"] > 0

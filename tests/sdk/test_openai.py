@@ -186,6 +186,30 @@ def test_errors_before_the_first_byte(
         assert caught.value.request_id
 
 
+@STREAMED
+def test_text_completions(client: openai.OpenAI, stream: bool) -> None:
+    body: Any = {"model": "m", "prompt": ["hi"], "max_tokens": 9}
+    # The SDK's type of a chunk forbids the null finish_reason that the service itself sends.
+    lenient = openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=0)
+    if stream:
+        chunks = list(lenient.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+        text, usage = "".join(c.choices[0].text for c in chunks if c.choices), chunks[-1].usage
+        finish = [c.choices[0].finish_reason for c in chunks if c.choices][-1]
+    else:
+        whole = client.completions.create(**body)
+        text, usage, finish = whole.choices[0].text, whole.usage, whole.choices[0].finish_reason
+    assert (text, finish) == ("Hello", "stop")
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (1, 2)
+    several = client.completions.create(model="m", prompt="choices", n=3)
+    assert [choice.text for choice in several.choices] == ["choice 0", "choice 1", "choice 2"]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="m", prompt="hi", suffix="x", stream=stream)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "suffix")
+    with pytest.raises(openai.APIError, match="worker is gone"):
+        list(lenient.completions.create(model="m", prompt="fail", stream=True))
+
+
 def test_a_failure_in_the_middle(client: openai.OpenAI) -> None:
     for ask in (respond, chat):
         with pytest.raises(openai.APIError, match="worker is gone"):

@@ -233,7 +233,7 @@ class FakeNeuron:
     """Plays every control call in place of the answers here."""
     load: Callable[[ModelSpec], Awaitable[ModelStatus | Script]] | None = None
     free_bytes: int = 16 * GIB
-    dialects: tuple[str, ...] = ("openai-chat", "openai-responses", "anthropic-messages")
+    dialects: tuple[str, ...] = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
     asked: list[Asked] = field(default_factory=list)
     loads: list[ModelSpec] = field(default_factory=list)
     num_polls: int = 0

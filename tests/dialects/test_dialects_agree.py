@@ -1,0 +1,322 @@
+"""A conversation is the same request in every dialect, and no body, however broken, is anything but a typed error."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import orjson
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cortex.dialects import anthropic_messages, openai_chat, openai_completions, openai_responses
+from cortex.dialects.openai_sealed import seal
+from cortex.wire.errors import ApiError
+from cortex.wire.request import ImagePart, InferenceRequest, Message, Role
+
+DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "chat": openai_chat.decode,
+    "responses": openai_responses.decode,
+    "messages": anthropic_messages.decode,
+    "completions": openai_completions.decode,
+}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda text: text.strip())
+NAME = st.sampled_from(["read", "write", "run"])
+ARGUMENTS = st.dictionaries(TEXT, TEXT | st.integers(-9, 9) | st.booleans() | st.none(), max_size=2)
+SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
+IMAGE = "data:image/png;base64,AAAA"
+
+
+def compact(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Turns without a dialect: what a user says, and what an assistant thinks, says, calls and is answered."""
+    turns: list[dict[str, Any]] = []
+    num_calls = 0
+    for _ in range(draw(st.integers(1, 4))):
+        said = draw(st.lists(TEXT | st.just(ImagePart(IMAGE)), min_size=1, max_size=3))
+        turns.append({"role": "user", "said": said})
+        for _ in range(draw(st.integers(0, 2))):
+            calls = []
+            for _ in range(draw(st.integers(0, 2))):
+                num_calls += 1
+                calls.append((f"call_{num_calls}", draw(NAME), draw(ARGUMENTS), draw(TEXT)))
+            said_too = draw(st.none() | TEXT) if calls else draw(TEXT)
+            turns.append({"role": "assistant", "thought": draw(st.none() | TEXT), "said": said_too, "calls": calls})
+            if not calls:
+                break
+    return turns
+
+
+def as_chat(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn["role"] == "user":
+            parts = [
+                {"type": "image_url", "image_url": {"url": part.url}}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": part}
+                for part in turn["said"]
+            ]
+            messages.append({"role": "user", "content": parts})
+            continue
+        message = {"role": "assistant", "content": turn["said"], "reasoning_content": turn["thought"]}
+        if turn["calls"]:
+            message["tool_calls"] = [
+                {"id": id, "type": "function", "function": {"name": name, "arguments": compact(arguments)}}
+                for id, name, arguments, _ in turn["calls"]
+            ]
+        messages.append(message)
+        messages += [{"role": "tool", "tool_call_id": id, "content": result} for id, _, _, result in turn["calls"]]
+    return messages
+
+
+def as_responses(turns: list[dict[str, Any]], sealed: bool) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn["role"] == "user":
+            parts = [
+                {"type": "input_image", "image_url": part.url}
+                if isinstance(part, ImagePart)
+                else {"type": "input_text", "text": part}
+                for part in turn["said"]
+            ]
+            items.append({"role": "user", "content": parts})
+            continue
+        if turn["thought"] is not None:
+            said = {"encrypted_content": seal(turn["thought"])} if sealed else {
+                "content": [{"type": "reasoning_text", "text": turn["thought"]}]
+            }  # fmt: skip
+            items.append({"type": "reasoning", "summary": [], **said})
+        if turn["said"] is not None:
+            items.append({"role": "assistant", "content": [{"type": "output_text", "text": turn["said"]}]})
+        for id, name, arguments, _ in turn["calls"]:
+            call = {"type": "function_call", "call_id": id, "name": name, "arguments": compact(arguments)}
+            items.append(call)
+        items += [{"type": "function_call_output", "call_id": id, "output": out} for id, _, _, out in turn["calls"]]
+    return items
+
+
+def as_messages(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn["role"] == "user":
+            source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
+            blocks: list[Any] = [
+                {"type": "image", "source": source} if isinstance(part, ImagePart) else {"type": "text", "text": part}
+                for part in turn["said"]
+            ]
+            if (
+                messages and messages[-1]["content"][-1]["type"] == "tool_result"
+            ):  # the results of tools: one turn of both, as clients send
+                messages[-1]["content"] += blocks
+            else:
+                messages.append({"role": "user", "content": blocks})
+            continue
+        blocks = []
+        if turn["thought"] is not None:
+            blocks.append({"type": "thinking", "thinking": turn["thought"], "signature": "x"})
+        if turn["said"] is not None:
+            blocks.append({"type": "text", "text": turn["said"]})
+        for id, name, arguments, _ in turn["calls"]:
+            blocks.append({"type": "tool_use", "id": id, "name": name, "input": arguments})
+        messages.append({"role": "assistant", "content": blocks})
+        results = [{"type": "tool_result", "tool_use_id": id, "content": out} for id, _, _, out in turn["calls"]]
+        if results:
+            messages.append({"role": "user", "content": results})
+    return messages
+
+
+@given(conversations(), TEXT, st.booleans())
+def test_a_conversation_is_the_same_request_in_every_dialect(
+    turns: list[dict[str, Any]], system: str, sealed: bool
+) -> None:
+    tools = [{"name": name, "description": "d", "parameters": SCHEMA} for name in ("read", "write", "run")]
+    common = {"model": "m", "temperature": 0.5, "top_p": 0.25}
+    found: dict[str, InferenceRequest] = {}
+    chat = {
+        **common,
+        "messages": [{"role": "developer", "content": system}, *as_chat(turns)],
+        "tools": [{"type": "function", "function": tool} for tool in tools],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_completion_tokens": 99,
+        "reasoning_effort": "high",
+    }
+    responses = {
+        **common,
+        "instructions": system,
+        "input": as_responses(turns, sealed),
+        "tools": [{"type": "function", **tool} for tool in tools],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_output_tokens": 99,
+        "reasoning": {"effort": "high"},
+    }
+    messages = {
+        **common,
+        "system": [{"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}],
+        "messages": as_messages(turns),
+        "tools": [{"name": t["name"], "description": "d", "input_schema": SCHEMA} for t in tools],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+        "max_tokens": 99,
+        "thinking": {"type": "enabled", "budget_tokens": 1},
+    }
+    for name, body in (("chat", chat), ("responses", responses), ("messages", messages)):
+        found[name] = DECODERS[name](orjson.dumps(body)).request
+    assert found["responses"] == found["chat"]
+    assert found["messages"] == found["chat"]
+    assert found["chat"].messages[0] == Message(Role.SYSTEM, system)
+
+
+WHOLE: dict[str, list[dict[str, Any]]] = {
+    "chat": [
+        {
+            "model": "m",
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": [{"type": "text", "text": "t"},
+                                             {"type": "image_url", "image_url": {"url": IMAGE}}]},
+                {"role": "assistant", "content": None, "reasoning_content": "r",
+                 "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+                {"role": "tool", "tool_call_id": "c", "content": "x"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}}, "stream": True,
+            "stream_options": {"include_usage": True}, "temperature": 1, "logit_bias": {"1": 2}, "stop": ["a"], "n": 2,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}},
+            "logprobs": True, "top_logprobs": 2, "seed": 1, "max_tokens": 5, "reasoning_effort": "low",
+        }
+    ],
+    "responses": [
+        {
+            "model": "m", "instructions": "i",
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "t"},
+                                             {"type": "input_image", "image_url": IMAGE}]},
+                {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "t"}],
+                 "encrypted_content": seal("t")},
+                {"type": "function_call", "call_id": "c", "name": "f", "namespace": "n", "arguments": "{}"},
+                {"type": "custom_tool_call", "call_id": "d", "name": "p", "input": "x"},
+                {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "t"}]},
+                {"type": "custom_tool_call_output", "call_id": "d", "output": "x"},
+            ],
+            "tools": [{"type": "function", "name": "f", "parameters": SCHEMA},
+                      {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
+                      {"type": "custom", "name": "p", "format": {"type": "grammar", "definition": "x"}},
+                      {"type": "web_search"}],
+            "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}, "verbosity": "low"},
+            "reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"],
+            "truncation": "auto", "max_output_tokens": 4, "metadata": {"a": "b"}, "top_logprobs": 1,
+        }
+    ],
+    "messages": [
+        {
+            "model": "m", "max_tokens": 5, "system": [{"type": "text", "text": "s"}],
+            "messages": [
+                {"role": "user", "content": [
+                    {"type": "text", "text": "t"},
+                    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}},
+                    {"type": "document", "title": "T", "source": {"type": "text", "data": "x"}},
+                    {"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": "aGk="}},
+                    {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "t"}]}},
+                    {"type": "search_result", "source": "s", "title": "t", "content": [{"type": "text", "text": "t"}]},
+                ]},
+                {"role": "assistant", "content": [
+                    {"type": "thinking", "thinking": "t", "signature": "s"},
+                    {"type": "server_tool_use", "id": "s", "name": "n", "input": {}},
+                    {"type": "tool_use", "id": "c", "name": "f", "input": {"x": [1]}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "is_error": True,
+                                              "content": [{"type": "tool_reference", "tool_name": "f"}]}]},
+                {"role": "system", "content": "s"},
+            ],
+            "tools": [{"name": "f", "input_schema": SCHEMA}, {"type": "web_search_20250305", "name": "w"}],
+            "tool_choice": {"type": "tool", "name": "f"}, "stop_sequences": ["a"], "temperature": 1, "top_k": 3,
+            "thinking": {"type": "enabled", "budget_tokens": 9}, "stream": True,
+            "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+        }
+    ],
+    "completions": [
+        {"model": "m", "prompt": ["t"], "max_tokens": 5, "n": 2, "stop": "x", "logit_bias": {"1": 1}, "stream": True}
+    ],
+}  # fmt: skip
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.integers(1 << 60, 1 << 70),
+    st.floats(),
+    st.text(max_size=4),
+    st.sampled_from([[], {}, [None], [[]], {"type": None}, {"type": "x"}, "auto", "none", "message"]),
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of everything within a document."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
+
+
+@st.composite
+def mutated(draw: st.DrawFn, dialect: str) -> bytes:
+    """A body in which something is replaced, taken away or doubled, a few times; then perhaps a byte of it too."""
+    body = orjson.loads(orjson.dumps(draw(st.sampled_from(WHOLE[dialect]))))
+    for _ in range(draw(st.integers(0, 3))):
+        path = draw(st.sampled_from(places(body)))
+        if not path:
+            continue
+        parent = body
+        for key in path[:-1]:
+            parent = parent[key]
+        match draw(st.sampled_from(["replace", "remove", "double"])):
+            case "replace":
+                parent[path[-1]] = copy.deepcopy(draw(ODD))
+            case "remove":
+                del parent[path[-1]]
+            case "double" if isinstance(parent, list):
+                parent.append(copy.deepcopy(parent[path[-1]]))
+    text = msgspec.json.encode(body)
+    if draw(st.integers(0, 3)) == 0:
+        at = draw(st.integers(0, len(text)))
+        piece = draw(st.binary(max_size=2) | st.sampled_from([b"\\ud800", b"\\u0000", b"1e999", b"NaN", b"[" * 2000]))
+        text = text[:at] + piece + text[at + draw(st.integers(0, 2)) :]
+    return text
+
+
+@pytest.mark.parametrize("dialect", list(WHOLE))
+def test_the_whole_bodies_decode(dialect: str) -> None:
+    for body in WHOLE[dialect]:
+        assert DECODERS[dialect](orjson.dumps(body)).request.model == "m"
+
+
+@settings(max_examples=400)
+@given(st.data())
+@pytest.mark.parametrize("dialect", list(WHOLE))
+def test_no_body_is_anything_but_a_request_or_a_typed_error(dialect: str, data: st.DataObject) -> None:
+    check(dialect, data.draw(mutated(dialect)))
+
+
+@given(st.sampled_from(list(WHOLE)), st.binary(max_size=40))
+@example("chat", b"[" * 100_000)
+@example("responses", b'{"model":"m","input":' + b"[" * 100_000)
+@example("messages", b'{"a":' * 100_000)
+def test_no_bytes_are(dialect: str, body: bytes) -> None:
+    check(dialect, body)
+
+
+def check(dialect: str, body: bytes) -> None:
+    try:
+        call = DECODERS[dialect](body)
+    except ApiError as error:
+        assert 400 <= error.status < 500
+        msgspec.json.encode(error.info())
+        return
+    # What got through can be sent on and told: text within it is text.
+    msgspec.json.encode(call.request)
+    if dialect == "responses":
+        orjson.loads(call.echo)
