@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ONCE ?=
 
-.PHONY: demo test lint format bench bench-regressions test-native test-asan test-tsan fuzz wheel clean
+.PHONY: demo test lint format bench bench-engine bench-regressions test-native test-asan test-tsan fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
 
@@ -63,6 +63,9 @@ test-native: test-asan test-tsan
 
 bench: $(VENV)/editable
 	for script in sse peek device_loop gateway_overhead decode_tokens; do $(BIN)/python -P bench/$$script.py --keep; done
+
+bench-engine: $(VENV)/editable
+	$(BIN)/python -P bench/engine.py --keep
 
 bench-regressions: $(VENV)/editable
 	$(BIN)/python -P -m pytest --benchmark-only
