@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint format bench bench-cpu bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
+.PHONY: demo test lint format bench bench-cpu bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -88,6 +88,9 @@ bench: $(VENV)/editable
 
 bench-cpu: $(VENV)/editable
 	$(BIN)/python bench/cpu.py --keep
+
+bench-engine: $(VENV)/editable
+	$(BIN)/python -P bench/engine.py --keep
 
 bench-regressions: $(VENV)/editable
 	$(BIN)/python -P -m pytest --benchmark-only

@@ -57,11 +57,13 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., p
             "pad_token_id": 0,
             **changes,
         }
-        name = {"llama": "Llama", "qwen3": "Qwen3"}[kind]
-        if kind == "qwen3":
+        names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "gemma3": "Gemma3"}
+        name = names[kind]
+        if kind in {"qwen3", "qwen3_moe", "gemma3"}:
             settings.setdefault("head_dim", 12)
+        config_name = name + ("TextConfig" if kind == "gemma3" else "Config")
         torch.manual_seed(1)
-        model = getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(**settings))
+        model = getattr(transformers, name + "ForCausalLM")(getattr(transformers, config_name)(**settings))
         for parameter_name, parameter in model.named_parameters():
             # transformers starts these at 1 and 0, where a mix-up would not show.
             if "norm" in parameter_name or parameter_name.endswith("bias"):

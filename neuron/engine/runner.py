@@ -51,7 +51,9 @@ class Runner:
             page_table=self._to_device(plan.page_table),
             context_lens=self._to_device(plan.context_lens),
             num_decodes=plan.num_decodes,
-            parts=attention_parts(plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device),
+            parts=attention_parts(
+                plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device, self.config.window_tokens
+            ),
         )
         token_ids = self._to_device(plan.token_ids)
         hidden = decoder.forward(self.config, self._weights, token_ids, batch, self._keys, self._values)
@@ -62,7 +64,8 @@ class Runner:
         if len(plan.sampled):
             everyone = len(plan.sampled) == len(hidden)
             rows = self._to_device(plan.sampled).to(torch.int64)
-            logits = decoder.logits(self._weights, hidden if everyone else hidden.index_select(0, rows))
+            chosen = hidden if everyone else hidden.index_select(0, rows)
+            logits = decoder.logits(self._weights, chosen, cap=self.config.logit_cap)
             sampled = self.sampler.sample(logits, plan.seats[plan.sampled], plan.num_output[plan.sampled])
             ids.index_copy_(0, rows, sampled)
         return ids.cpu().numpy()

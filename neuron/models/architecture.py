@@ -14,7 +14,7 @@ class Architecture:
     """One architecture as ``config.json`` and GGUF files call it, and what it does differently."""
 
     name: str
-    """``model_type`` in ``config.json`` and ``general.architecture`` in GGUF."""
+    """``model_type`` in ``config.json``, and ``general.architecture`` in GGUF unless it is said below."""
     class_names: tuple[str, ...]
     """The ``architectures`` in ``config.json`` that are this one: a reward model shares its type, not these."""
     qk_norm: bool = False
@@ -23,6 +23,23 @@ class Architecture:
     """Whether ``attention_bias`` puts a bias on the attention's output too."""
     gguf_interleaves_heads: bool = False
     """GGUF stores the rows of each query and key head as pairs (2i, 2i+1), not as halves (i, i + D/2)."""
+    gguf_architecture: str = ""
+    qkv_bias: bool = False
+    """Queries, keys and values have biases, whatever ``attention_bias`` says."""
+    has_experts: bool = False
+    """The MLP is a router and experts."""
+    sandwich_norms: bool = False
+    """What attention and MLP put out is normalised as well, before it is added to the residual."""
+    norm_adds_one: bool = False
+    """Norms in safetensors are stored less one."""
+    scales_embedding: bool = False
+    """Embeddings are multiplied by the square root of the hidden size."""
+    activation: str = "silu"
+    """Of the gate, by its name in ``config.json``: ``silu`` or ``gelu_pytorch_tanh``."""
+    windowed: bool = False
+    """Some layers see only a window of the last tokens, and rotate by a base of their own."""
+    ties_embeddings: bool = False
+    """Whether the head is the embedding where ``config.json`` does not say."""
 
 
 TENSOR_NAMES: Final = {
@@ -45,6 +62,7 @@ LAYER_TENSOR_NAMES: Final = {
     "self_attn.o_proj.weight": "attn_output.weight",
     "self_attn.o_proj.bias": "attn_output.bias",
     "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
     "mlp.gate_proj.weight": "ffn_gate.weight",
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
@@ -52,9 +70,25 @@ LAYER_TENSOR_NAMES: Final = {
 """The same within one layer: ``model.layers.N.`` there, ``blk.N.`` in GGUF."""
 
 
-def gguf_name(name: str) -> str:
-    """Return what GGUF calls the tensor that a safetensors checkpoint calls ``name``."""
+SANDWICH_TENSOR_NAMES: Final = {
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+}
+"""Where there are norms on both sides, ``post_attention_layernorm`` is another one."""
+
+
+def gguf_name(name: str, architecture: Architecture) -> str:
+    """Return what GGUF calls the tensor that a safetensors checkpoint calls ``name``.
+
+    GGUF has one tensor for a layer's experts; expert 7 of ``ffn_up_exps`` goes by ``ffn_up_exps.7`` here.
+    """
     if name in TENSOR_NAMES:
         return TENSOR_NAMES[name]
     _, _, layer, rest = name.split(".", 3)
+    if rest.startswith("mlp.experts."):
+        _, _, expert, which, _ = rest.split(".")
+        return f"blk.{layer}.ffn_{which.removesuffix('_proj')}_exps.{expert}"
+    if architecture.sandwich_norms and rest in SANDWICH_TENSOR_NAMES:
+        return f"blk.{layer}.{SANDWICH_TENSOR_NAMES[rest]}"
     return f"blk.{layer}.{LAYER_TENSOR_NAMES[rest]}"

@@ -62,6 +62,26 @@ class ModelConfig:
     generation: GenerationDefaults
     tensor_kinds: Mapping[str, TensorKind] = dataclasses.field(default_factory=dict)
     """How a GGUF file stores each tensor, by safetensors name; empty for a folder, where all are floats."""
+    attention_scale: float = 0.0
+    """What scores are multiplied by; 0: one over the square root of ``head_dim``."""
+    logit_cap: float = 0.0
+    """Logits are squeezed into this on both sides of 0 by tanh; 0: not."""
+    window_tokens: int = 0
+    """How many of the last tokens, its own included, a token sees in the layers with a window."""
+    windowed_layers: frozenset[int] = frozenset()
+    window_rope_theta: float = 0.0
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    normalises_experts: bool = True
+    """Whether the weights of the experts picked are made to sum to 1."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is Llama's form: what the fused kernels of CPUs and GPUs compute."""
+        kind = self.architecture
+        differs = kind.has_experts or kind.sandwich_norms or kind.scales_embedding or kind.windowed
+        return not (differs or kind.activation != "silu" or self.logit_cap or self.attention_scale)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every tensor of the checkpoint by its safetensors name: what must be there and nothing else."""
@@ -83,10 +103,16 @@ class ModelConfig:
             "self_attn.v_proj.weight": (keys, hidden),
             "self_attn.o_proj.weight": (hidden, queries),
             "post_attention_layernorm.weight": (hidden,),
-            "mlp.gate_proj.weight": (self.intermediate_size, hidden),
-            "mlp.up_proj.weight": (self.intermediate_size, hidden),
-            "mlp.down_proj.weight": (hidden, self.intermediate_size),
         }
+        if self.num_experts:
+            shapes["mlp.gate.weight"] = (self.num_experts, hidden)
+        prefixes = [f"mlp.experts.{number}." for number in range(self.num_experts)] or ["mlp."]
+        width = self.expert_intermediate_size if self.num_experts else self.intermediate_size
+        for prefix in prefixes:
+            shapes[prefix + "gate_proj.weight"] = shapes[prefix + "up_proj.weight"] = (width, hidden)
+            shapes[prefix + "down_proj.weight"] = (hidden, width)
+        if self.architecture.sandwich_norms:
+            shapes["pre_feedforward_layernorm.weight"] = shapes["post_feedforward_layernorm.weight"] = (hidden,)
         if self.attention_bias:
             shapes["self_attn.q_proj.bias"] = (queries,)
             shapes["self_attn.k_proj.bias"] = shapes["self_attn.v_proj.bias"] = (keys,)
@@ -134,10 +160,14 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
         raise CorruptWeightsError(path, "no such file")
     fields = _Fields(path, values)
     architecture = find_architecture(str(values.get("model_type")), fields.names("architectures") or None, path)
-    _refuse_unsupported(fields)
+    _refuse_unsupported(fields, architecture)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise CorruptWeightsError(path, "the rope parameters are not an object")
+    window_rope = rope.get("sliding_attention", {})
+    rope = rope.get("full_attention", rope)
+    if not isinstance(rope, dict) or not isinstance(window_rope, dict):
+        raise CorruptWeightsError(path, "the rope parameters of a kind of layer are not an object")
     generation_path = folder / "generation_config.json"
     generation = _json_object(generation_path) or {}
     eos_ids = (*_ids(generation.get("eos_token_id"), path), *_ids(values.get("eos_token_id"), path))
@@ -154,31 +184,78 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
             head_dim=fields.size("head_dim", fields.size("hidden_size") // heads),
             intermediate_size=fields.size("intermediate_size"),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope_theta=_Fields(path, {**values, **rope}).number("rope_theta", 10000.0),
+            rope_theta=_Fields(path, {**values, **rope}).number("rope_theta", 1e6 if architecture.windowed else 1e4),
             rope_scaling=scaling_from(rope, path),
-            attention_bias=fields.flag("attention_bias"),
-            tie_embeddings=fields.flag("tie_word_embeddings"),
+            attention_bias=architecture.qkv_bias or fields.flag("attention_bias"),
+            tie_embeddings=fields.flag("tie_word_embeddings", architecture.ties_embeddings),
             context_tokens=fields.size("max_position_embeddings"),
             eos_ids=tuple(dict.fromkeys(eos_ids)),
             bos_id=next(iter(_ids(values.get("bos_token_id"), path)), None),
             generation=_generation(generation_path, generation, GENERATION_KEYS),
+            **_folder_windows(fields, architecture, window_rope),
+            **_folder_experts(fields, architecture),
         ),
     )
+
+
+def _folder_windows(fields: "_Fields", architecture: Architecture, window_rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``config.json`` says of layers with a window, and of the scales that come with them."""
+    if not architecture.windowed:
+        return {}
+    path, values = fields.path, fields.values
+    if scaling_from(window_rope, path) is not None:
+        raise UnsupportedRopeError(f"{path}: rope scaling in layers with a window is not supported")
+    num_layers = fields.size("num_hidden_layers")
+    kinds = fields.names("layer_types")
+    if not kinds:
+        every = fields.size("sliding_window_pattern", 6)
+        kinds = tuple("full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(num_layers))
+    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise CorruptWeightsError(
+            path, f"layer_types does not name a kind of attention for each of {num_layers} layers"
+        )
+    scalar = fields.number("query_pre_attn_scalar", 256)
+    return {
+        "attention_scale": scalar**-0.5,
+        "logit_cap": fields.number("final_logit_softcapping", 1) if values.get("final_logit_softcapping") else 0.0,
+        "window_tokens": fields.size("sliding_window"),
+        "windowed_layers": frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention"),
+        "window_rope_theta": _Fields(path, {**values, **window_rope}).number(
+            "rope_theta" if "rope_theta" in window_rope else "rope_local_base_freq", 1e4
+        ),
+    }
+
+
+def _folder_experts(fields: "_Fields", architecture: Architecture) -> dict[str, Any]:
+    if not architecture.has_experts:
+        return {}
+    if fields.values.get("mlp_only_layers") or fields.size("decoder_sparse_step", 1) != 1:
+        raise UnsupportedArchitectureError(f"{fields.path}: layers without experts among others are not supported")
+    return {
+        "num_experts": fields.size("num_experts" if "num_experts" in fields.values else "num_local_experts"),
+        "num_experts_per_token": fields.size("num_experts_per_tok"),
+        "expert_intermediate_size": fields.size("moe_intermediate_size"),
+        "normalises_experts": fields.flag("norm_topk_prob"),
+    }
 
 
 GENERATION_KEYS: Final = {field.name: field.name for field in dataclasses.fields(GenerationDefaults)}
 
 
-def _refuse_unsupported(fields: "_Fields") -> None:
+def _refuse_unsupported(fields: "_Fields", architecture: Architecture) -> None:
     path, values = fields.path, fields.values
     if method := values.get("quantization_config"):
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise UnsupportedQuantizationError(f"{path}: quantization {name!r} is not supported")
-    if values.get("use_sliding_window") or set(fields.names("layer_types")) - {"full_attention"}:
+    windows = bool(values.get("use_sliding_window") or set(fields.names("layer_types")) - {"full_attention"})
+    if windows and not architecture.windowed:
         raise UnsupportedArchitectureError(f"{path}: sliding-window attention is not supported")
     if values.get("mlp_bias"):
         raise UnsupportedArchitectureError(f"{path}: biases in the MLP are not supported")
-    if (activation := values.get("hidden_act", "silu")) != "silu":
+    if values.get("attn_logit_softcapping") or values.get("use_bidirectional_attention"):
+        raise UnsupportedArchitectureError(f"{path}: attention with a soft cap, or both ways, is not supported")
+    activation = values.get("hidden_activation") or values.get("hidden_act") or architecture.activation
+    if activation != architecture.activation:
         raise UnsupportedArchitectureError(f"{path}: activation {activation!r} is not supported")
 
 
@@ -235,10 +312,38 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
             eos_ids=tuple(dict.fromkeys(found for value in eos for found in _ids(value, path))),
             bos_id=next(iter(_ids(values.get("tokenizer.ggml.bos_token_id"), path)), None),
             generation=_generation(path, values, GGUF_GENERATION_KEYS),
+            **_gguf_windows(fields, architecture, head_dim),
+            **_gguf_experts(fields, architecture),
         ),
     )
-    stored = {name: kinds[gguf_name(name)] for name in config.tensor_shapes() if gguf_name(name) in kinds}
+    names = {name: gguf_name(name, architecture) for name in config.tensor_shapes()}
+    stored = {name: kinds[there] for name, there in names.items() if there in kinds}
     return dataclasses.replace(config, tensor_kinds=stored)
+
+
+def _gguf_windows(fields: "_Fields", architecture: Architecture, head_dim: int) -> dict[str, Any]:
+    """Return the same from GGUF, which leaves to the reader that every sixth layer has no window."""
+    if not architecture.windowed:
+        return {}
+    num_layers = fields.size("block_count")
+    # As in llama.cpp: only the 27B model, of 62 layers, scales its queries by hidden size over heads.
+    scalar = fields.size("embedding_length") / fields.size("attention.head_count") if num_layers == 62 else head_dim
+    return {
+        "attention_scale": scalar**-0.5,
+        "window_tokens": fields.size("attention.sliding_window"),
+        "windowed_layers": frozenset(i for i in range(num_layers) if (i + 1) % 6),
+        "window_rope_theta": 1e4,
+    }
+
+
+def _gguf_experts(fields: "_Fields", architecture: Architecture) -> dict[str, Any]:
+    if not architecture.has_experts:
+        return {}
+    return {
+        "num_experts": fields.size("expert_count"),
+        "num_experts_per_token": fields.size("expert_used_count"),
+        "expert_intermediate_size": fields.size("expert_feed_forward_length"),
+    }
 
 
 GGUF_GENERATION_KEYS: Final = {
@@ -301,8 +406,8 @@ class _Fields:
             raise CorruptWeightsError(self.path, f"{key} is {value!r}, not a list of names")
         return tuple(value)
 
-    def flag(self, key: str) -> bool:
-        value = self.values.get(key, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise CorruptWeightsError(self.path, f"{key} is {value!r}, not true or false")
         return value
@@ -333,6 +438,8 @@ def _checked(path: pathlib.Path, config: ModelConfig) -> ModelConfig:
         raise CorruptWeightsError(path, f"{config.num_heads} heads cannot share {config.num_kv_heads} key-value heads")
     if config.head_dim < 2 or config.head_dim % 2:
         raise CorruptWeightsError(path, f"a rotary embedding needs an even head dimension, not {config.head_dim}")
+    if config.num_experts_per_token > config.num_experts:
+        raise CorruptWeightsError(path, f"{config.num_experts_per_token} of {config.num_experts} experts are picked")
     if config.num_layers > MAX_LAYERS:
         raise CorruptWeightsError(path, f"{config.num_layers} layers are more than any model has")
     if config.vocab_size < 1:

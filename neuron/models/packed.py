@@ -53,6 +53,8 @@ def obstacle(config: ModelConfig) -> str | None:
     """Return why the kernels cannot run a model, ``None`` if they can."""
     if not enabled():
         return f"{SWITCH} is off"
+    if not config.is_plain:
+        return f"the architecture {config.architecture.name} has parts that only the eager path computes"
     if config.head_dim > MAX_HEAD_DIM:
         return f"heads of {config.head_dim} dimensions; at most {MAX_HEAD_DIM} are supported"
     return None

@@ -4,10 +4,17 @@ from typing import Final
 
 from neuron.models.architecture import Architecture
 from neuron.models.errors import UnsupportedArchitectureError
+from neuron.models.gemma3 import GEMMA3
 from neuron.models.llama import LLAMA
+from neuron.models.qwen2 import QWEN2
 from neuron.models.qwen3 import QWEN3
+from neuron.models.qwen3_moe import QWEN3_MOE
 
-ARCHITECTURES: Final[dict[str, Architecture]] = {found.name: found for found in (LLAMA, QWEN3)}
+ARCHITECTURES: Final[dict[str, Architecture]] = {
+    name: found
+    for found in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, GEMMA3)
+    for name in (found.name, found.gguf_architecture or found.name)
+}
 
 
 def find_architecture(name: str, class_names: tuple[str, ...] | None, where: object) -> Architecture:

@@ -141,6 +141,8 @@ class SafetensorsSource:
         if stored not in SAFETENSORS_DTYPES:
             raise UnsupportedQuantizationError(f"{self._folder / file_name}: {name} is stored as {stored}")
         destination.copy_(self._files[file_name].get_tensor(name))
+        if self.config.architecture.norm_adds_one and name.endswith("norm.weight"):
+            destination.add_(1)
 
     def read_stored(self, name: str) -> StoredTensor | None:
         """Return the mapped tensor."""
@@ -160,8 +162,10 @@ class GgufSource:
         header = read_header(path)
         self.config = config_from_gguf(path, header)
         self._path = path
-        stored = {tensor.name: tensor for tensor in header.tensors if not tensor.name.endswith(DERIVED_TENSORS)}
-        known = {gguf_name(name): name for name in (*self.config.tensor_shapes(), "lm_head.weight")}
+        tensors = [part for tensor in header.tensors for part in _experts(tensor)]
+        stored = {tensor.name: tensor for tensor in tensors if not tensor.name.endswith(DERIVED_TENSORS)}
+        names = (*self.config.tensor_shapes(), "lm_head.weight")
+        known = {gguf_name(name, self.config.architecture): name for name in names}
         self._tensors = {known.get(name, name): tensor for name, tensor in stored.items()}
         with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -215,6 +219,21 @@ class GgufSource:
     def close(self) -> None:
         """Unmap the file."""
         self._data.close()
+
+
+def _experts(tensor: TensorInfo) -> list[TensorInfo]:
+    """Return a layer's experts one by one, as ``ffn_up_exps.7``; any other tensor as it is."""
+    stem = tensor.name.removesuffix(".weight")
+    if not stem.endswith("_exps") or len(tensor.shape) != 3:
+        return [tensor]
+    count, *shape = tensor.shape
+    nbytes = tensor.nbytes // count
+    return [
+        dataclasses.replace(
+            tensor, name=f"{stem}.{i}", shape=tuple(shape), offset=tensor.offset + i * nbytes, nbytes=nbytes
+        )
+        for i in range(count)
+    ]
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:

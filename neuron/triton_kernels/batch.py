@@ -22,6 +22,8 @@ class AttentionPart:
     mask: torch.Tensor | None
     """What a row may see: ``[B, 1, 1, S]`` for decodes, ``[T, S]`` for a prompt's chunk; ``None`` is all, or causal."""
     decodes: bool
+    window_mask: torch.Tensor | None = None
+    """The same in layers with a window, where the sequences are longer than it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

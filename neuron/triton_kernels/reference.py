@@ -41,7 +41,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return ``gelu(gate) * up`` ``[T, I]`` of the fused projection ``[T, 2 I]``, with the tanh form of GELU."""
+    """Return ``gelu(gate) * up`` ``[T, I]`` of ``[T, 2 I]``, with GELU in its tanh form (arXiv:1606.08415)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.gelu(gate, approximate="tanh").mul_(up)
 
@@ -93,6 +93,26 @@ def moe_matmul(x: torch.Tensor, weight: torch.Tensor, routing: Routing, *, weigh
     return out
 
 
+def experts(
+    x: torch.Tensor, router: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, k: int, normalise: bool
+) -> torch.Tensor:
+    """Return the sum ``[T, hidden]`` of the ``k`` likeliest experts of each row, weighted by the router's softmax.
+
+    ``router`` ``[T, E]`` are its logits; ``gate_up`` ``[E, 2 I, hidden]`` and ``down`` ``[E, hidden, I]``. With
+    ``normalise`` the k weights sum to 1. One pass an expert that any row picked (arXiv:1701.06538).
+    """
+    weights, picked = router.softmax(-1, dtype=torch.float32).topk(k)
+    if normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights.to(x.dtype)
+    out = torch.zeros_like(x)
+    for expert in torch.unique(picked).tolist():
+        rows, place = torch.where(picked == expert)
+        product = silu_and_mul(functional.linear(x.index_select(0, rows), gate_up[expert]))
+        out.index_add_(0, rows, functional.linear(product, down[expert]) * weights[rows, place].unsqueeze(-1))
+    return out
+
+
 def rotary_table(
     positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +154,12 @@ def rope_and_cache(
 
 
 def attention_parts(
-    cu_seqlens: Int32Array, page_table: Int32Array, context_lens: Int32Array, page_size: int, device: torch.device
+    cu_seqlens: Int32Array,
+    page_table: Int32Array,
+    context_lens: Int32Array,
+    page_size: int,
+    device: torch.device,
+    window: int = 0,
 ) -> tuple[AttentionPart, ...]:
     """Split a step into parts, on the host, once for all layers.
 
@@ -165,27 +190,38 @@ def attention_parts(
             seen = np.arange(longest, dtype=np.int32) <= np.arange(longest - query_lens[first], longest)[:, None]
             mask = torch.from_numpy(seen).to(device)
         decodes = bool(query_lens[first] == 1)
-        parts.append(AttentionPart(start, int(cu_seqlens[last]), last - first, pages, longest, mask, decodes))
+        window_mask = None
+        if 0 < window < longest:
+            if decodes:
+                own = context_lens[first:last, None] - 1
+            else:
+                own = np.arange(longest - query_lens[first], longest)[:, None]
+            tokens = np.arange(longest, dtype=np.int32)
+            window_mask = torch.from_numpy((tokens <= own) & (tokens > own - window)).to(device)
+            window_mask = window_mask[:, None, None, :] if decodes else window_mask
+        stop = int(cu_seqlens[last])
+        parts.append(AttentionPart(start, stop, last - first, pages, longest, mask, decodes, window_mask))
         first = last
     return tuple(parts)
 
 
 def paged_attention(
-    q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: Batch, scale: float
+    q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: Batch, scale: float, window: int = 0
 ) -> torch.Tensor:
     """Return causal attention ``[T, H D]`` of ``q`` ``[T, H, D]`` over each row's own sequence in the paged cache.
 
     Prefill and decode rows mix. Query head h reads key-value head ``h // (H / K)``. This step's keys and values must be
-    in the cache already.
+    in the cache already. With a ``window``, a row sees that many tokens, itself the last.
     """
-    outputs = [_attend(q[part.start : part.stop], key_cache, value_cache, part, scale) for part in batch.parts]
+    outputs = [_attend(q[part.start : part.stop], key_cache, value_cache, part, scale, window) for part in batch.parts]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _attend(
-    q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, part: AttentionPart, scale: float
+    q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, part: AttentionPart, scale: float, window: int
 ) -> torch.Tensor:
     num_kv_heads, head_dim = key_cache.shape[2:]
+    mask = part.window_mask if window and part.window_mask is not None else part.mask
     gathered = (part.num_sequences, -1, num_kv_heads, head_dim)
     keys = key_cache.index_select(0, part.pages).view(gathered)[:, : part.num_tokens].transpose(1, 2)
     values = value_cache.index_select(0, part.pages).view(gathered)[:, : part.num_tokens].transpose(1, 2)
@@ -193,14 +229,14 @@ def _attend(
         # The queries of one key-value head see the same tokens, so they can be the rows of one small attention: no
         # head is repeated, and it is four times as fast as matmul, softmax, matmul.
         grouped = q.view(part.num_sequences, num_kv_heads, -1, head_dim)
-        out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=part.mask, scale=scale)
+        out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return out.reshape(part.num_sequences, -1)
     out = functional.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
         keys,
         values,
-        attn_mask=part.mask,
-        is_causal=part.mask is None,
+        attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=True,
         scale=scale,
     )

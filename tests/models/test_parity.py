@@ -36,6 +36,26 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"kind": "qwen3"},
     "qwen3-tied": {"kind": "qwen3", "tie_word_embeddings": True, "head_dim": 16, "num_attention_heads": 4},
+    "qwen2": {"kind": "qwen2"},
+    "qwen3-moe": {
+        "kind": "qwen3_moe",
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 28,  # transformers wants multiples of 16 bytes
+        "norm_topk_prob": True,
+    },
+    "qwen3-moe-plain-sum": {
+        "kind": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+        "norm_topk_prob": False,
+    },
+    # A window shorter than the prompts, in two layers of three, and in the other none.
+    "gemma3": {
+        "kind": "gemma3", "sliding_window": 20, "sliding_window_pattern": 3, "query_pre_attn_scalar": 9,
+        "final_logit_softcapping": 5.0, "tie_word_embeddings": True,
+    },
+    "gemma3-wide-window": {  # and one longer
+        "kind": "gemma3", "sliding_window": 300, "num_hidden_layers": 6, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 
 

