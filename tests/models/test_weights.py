@@ -58,7 +58,7 @@ def export_gguf(
             values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
         packs = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         stored = kind if packs else Kind.F32
-        writer.add_tensor(gguf_name(tensor_name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(gguf_name(tensor_name, config.architecture), gguf.quants.quantize(values, stored), raw_dtype=stored)
     for tensor_name, values in (extra or {}).items():
         writer.add_tensor(tensor_name, values)
     writer.write_header_to_file()
