@@ -62,10 +62,10 @@ test-tsan: $(VENV)/editable
 test-native: test-asan test-tsan
 
 bench: $(VENV)/editable
-	for script in sse peek device_loop gateway_overhead decode_tokens; do $(BIN)/python -P bench/$$script.py --keep; done
+	for script in sse peek device_loop gateway_overhead decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
 
 bench-engine: $(VENV)/editable
-	$(BIN)/python -P bench/engine.py --keep
+	PYTHONPATH=bench $(BIN)/python -P bench/engine.py --keep
 
 bench-regressions: $(VENV)/editable
 	$(BIN)/python -P -m pytest --benchmark-only

@@ -1,13 +1,15 @@
 """What do many streams cost one another: in throughput, in stalls while a long prompt comes in, and in a shared prompt?
 
 SmolLM2-135M-Instruct through the engine's own messages, a step at a time as the device loop drives it. Three questions:
-tokens per second of 1 and of 16 streams; the time between two tokens of 8 running streams while a prompt of 4,000 tokens
-is prefilled, its 99th percentile against the median without one; the time to the first token of two requests that share a system prompt of 1,500 tokens, the first and the next.
+tokens per second of 1 and of 16 streams; the time between two tokens of 8 running streams while a prompt of 4,000
+tokens is prefilled, its 99th percentile against the median without one; the time to the first token of two requests
+that share a system prompt of 1,500 tokens, the first and the next.
 
     python bench/engine.py [MODEL.gguf] [--keep]
 """
 
 import array
+import itertools
 import os
 import pathlib
 import statistics
@@ -31,7 +33,7 @@ PROMPT_TOKENS = 64
 DECODE_TOKENS = 49
 LONG_PROMPT_TOKENS = 4000
 SYSTEM_TOKENS, QUESTION_TOKENS = 1500, 20
-REPEATS = 3
+REPEATS = 2
 
 
 class Driver:
@@ -94,7 +96,7 @@ def gaps(driver: Driver, prompts: list[list[int]], long_prompt: list[int]) -> tu
     quiet, busy = [], []
     for number in numbers:
         own = driver.arrivals[number]
-        for before, after in zip(own, own[1:], strict=False):
+        for before, after in itertools.pairwise(own):
             (busy if after > began else quiet).append(after - before)
     for number in numbers:
         driver.engine.handle(msgspec.msgpack.encode(jobs.Cancel(number)))

@@ -423,7 +423,10 @@ def num_tensors() -> int:
     return sum(type(found) is torch.Tensor for found in gc.get_objects())
 
 
-def test_unload_returns_every_byte(harness: Callable[..., Any], make_checkpoint: Callable[..., pathlib.Path]) -> None:
+@pytest.mark.parametrize("cycles", [12, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_unload_returns_every_byte(
+    harness: Callable[..., Any], make_checkpoint: Callable[..., pathlib.Path], cycles: int
+) -> None:
     """12 MB of weights and some touched cache, loaded and dropped again and again: the process does not grow."""
     path = make_checkpoint("llama", hidden_size=384, intermediate_size=1024, vocab_size=2000, num_hidden_layers=2)
     driver = harness()
@@ -441,7 +444,7 @@ def test_unload_returns_every_byte(harness: Callable[..., Any], make_checkpoint:
         cycle()
     tensors = num_tensors()
     before = process.memory_info().rss
-    for _ in range(12):
+    for _ in range(cycles):
         cycle()
     assert num_tensors() == tensors
     # A leak of one model a cycle would be 140 MB.
