@@ -63,7 +63,8 @@ def test_a_load_reports_its_progress_and_its_plan(driver: Any) -> None:
 def weights_of(driver: Any) -> list[torch.Tensor]:
     weights = model_of(driver).runner._weights
     layers = [getattr(layer, name) for layer in weights.layers for name in layer.__slots__]
-    return [tensor for tensor in (weights.embedding, weights.norm, weights.head, *layers) if tensor is not None]
+    found = (weights.embedding, weights.norm, weights.head, *layers)
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 def test_rows_are_one_message_a_step_and_count_the_queue(driver: Any) -> None:
