@@ -90,7 +90,7 @@ bench-cpu: $(VENV)/editable
 	$(BIN)/python bench/cpu.py --keep
 
 bench-engine: $(VENV)/editable
-	$(BIN)/python -P bench/engine.py --keep
+	PYTHONPATH=bench $(BIN)/python -P bench/engine.py --keep
 
 bench-regressions: $(VENV)/editable
 	$(BIN)/python -P -m pytest --benchmark-only

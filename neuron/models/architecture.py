@@ -78,7 +78,7 @@ SANDWICH_TENSOR_NAMES: Final = {
 """Where there are norms on both sides, ``post_attention_layernorm`` is another one."""
 
 
-def gguf_name(name: str, architecture: Architecture) -> str:
+def gguf_name(name: str, architecture: Architecture | None = None) -> str:
     """Return what GGUF calls the tensor that a safetensors checkpoint calls ``name``.
 
     GGUF has one tensor for a layer's experts; expert 7 of ``ffn_up_exps`` goes by ``ffn_up_exps.7`` here.
@@ -89,6 +89,6 @@ def gguf_name(name: str, architecture: Architecture) -> str:
     if rest.startswith("mlp.experts."):
         _, _, expert, which, _ = rest.split(".")
         return f"blk.{layer}.ffn_{which.removesuffix('_proj')}_exps.{expert}"
-    if architecture.sandwich_norms and rest in SANDWICH_TENSOR_NAMES:
+    if architecture is not None and architecture.sandwich_norms and rest in SANDWICH_TENSOR_NAMES:
         return f"blk.{layer}.{SANDWICH_TENSOR_NAMES[rest]}"
     return f"blk.{layer}.{LAYER_TENSOR_NAMES[rest]}"

@@ -1,9 +1,11 @@
 """The official SDK, unmodified, against cortex -> neuron -> device worker with the real model."""
 
+import json
 from collections.abc import Iterator
 
 import daemons
 import httpx
+import jsonschema
 import openai
 import pytest
 from openai.types.responses import ResponseCompletedEvent, ResponseTextDeltaEvent
@@ -109,6 +111,65 @@ def test_a_conversation_of_several_turns(client: openai.OpenAI) -> None:
     ]
     again = client.chat.completions.create(**CHAT | {"messages": messages})
     assert "Rome" in (again.choices[0].message.content or "")
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}, "country": {"enum": ["France", "Italy"]}},
+    "required": ["city", "country"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_in_a_schema(client: openai.OpenAI) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    answer = client.chat.completions.create(**CHAT | {"max_tokens": 60}, response_format=asked).choices[0]
+    assert answer.finish_reason == "stop"
+    jsonschema.validate(json.loads(answer.message.content or ""), SCHEMA)
+    text = {"format": {"type": "json_schema", "name": "place", "schema": SCHEMA}}
+    response = client.responses.create(**RESPONSES | {"max_output_tokens": 60}, text=text)
+    jsonschema.validate(json.loads(response.output_text), SCHEMA)
+
+
+def test_a_schema_that_cannot_be_compiled(client: openai.OpenAI) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "bad", "schema": {"type": "strin"}}}
+    with pytest.raises(openai.BadRequestError, match="strin") as caught:
+        client.chat.completions.create(**CHAT, response_format=asked)
+    assert caught.value.code == "invalid_schema"
+
+
+def test_a_tool_that_must_be_called(client: openai.OpenAI) -> None:
+    tool = {"type": "function", "function": {"name": "find", "description": "Find a place.", "parameters": SCHEMA}}
+    asked = CHAT | {"max_tokens": 80}
+    answer = client.chat.completions.create(
+        **asked, tools=[tool], tool_choice="required", parallel_tool_calls=False
+    ).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.tool_calls is not None
+    assert len(answer.message.tool_calls) == 1
+    jsonschema.validate(json.loads(answer.message.tool_calls[0].function.arguments), SCHEMA)
+
+
+def test_log_probabilities(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=2).choices[0]
+    assert answer.logprobs is not None
+    tokens = answer.logprobs.content or []
+    assert "".join(token.token for token in tokens) == answer.message.content
+    for token in tokens:
+        # Greedy: the token is the likeliest.
+        assert token.top_logprobs[0].token == token.token
+        assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)
+        assert token.top_logprobs[1].logprob <= token.logprob <= 0
+
+
+def test_the_second_question_finds_the_first_in_the_cache(client: openai.OpenAI) -> None:
+    system = {"role": "system", "content": "You know the capital of every country. " * 20}
+    asked = CHAT | {"messages": [system, *CHAT["messages"]], "max_tokens": 4}
+    client.chat.completions.create(**asked)
+    usage = client.chat.completions.create(**asked).usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == (usage.prompt_tokens - 1) // 16 * 16
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,5 +1,6 @@
 """Weights from safetensors and GGUF: the same numbers from both, and errors that name the tensor."""
 
+import dataclasses
 import json
 import pathlib
 import struct
@@ -38,7 +39,8 @@ def export_gguf(
 ) -> None:
     """Write a safetensors checkpoint as llama.cpp's converter does, Llama's query and key rows interleaved."""
     config = read_config(folder)
-    name = config.architecture.name
+    architecture = config.architecture
+    name = architecture.gguf_architecture or architecture.name
     writer = gguf.GGUFWriter(path, name)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.context_tokens)
@@ -50,15 +52,31 @@ def export_gguf(
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.windowed_layers:
+        writer.add_sliding_window(config.window_tokens)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_token)
+        writer.add_expert_feed_forward_length(config.expert_intermediate_size)
+    experts: dict[str, dict[int, np.ndarray]] = {}
     for tensor_name, tensor in load_file(folder / "model.safetensors").items():
-        values = tensor.numpy()
+        values = tensor.numpy() + (architecture.norm_adds_one and tensor_name.endswith("norm.weight"))
+        if ".experts." in tensor_name:
+            stem, _, number = gguf_name(tensor_name, architecture).rpartition(".")
+            experts.setdefault(stem, {})[int(number)] = values
+            continue
         heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(tensor_name.split(".")[-2][0])
         if name == "llama" and heads and "_proj" in tensor_name and "self_attn" in tensor_name:
             halves = values.reshape(heads, 2, config.head_dim // 2, *values.shape[1:])
             values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
         packs = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         stored = kind if packs else Kind.F32
-        writer.add_tensor(gguf_name(tensor_name, config.architecture), gguf.quants.quantize(values, stored), raw_dtype=stored)
+        packed = gguf.quants.quantize(values, stored)
+        writer.add_tensor(gguf_name(tensor_name, architecture), packed, raw_dtype=stored)
+    for stem, parts in experts.items():
+        values = np.stack([parts[number] for number in range(len(parts))])
+        stored = kind if values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Kind.F32
+        writer.add_tensor(stem + ".weight", gguf.quants.quantize(values, stored), raw_dtype=stored)
     for tensor_name, values in (extra or {}).items():
         writer.add_tensor(tensor_name, values)
     writer.write_header_to_file()
@@ -67,14 +85,26 @@ def export_gguf(
     writer.close()
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "llama-bias"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "llama-bias", "qwen2", "qwen3_moe", "gemma3"])
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
     kind, _, bias = request.param.partition("-")
+    more = {
+        "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        "gemma3": {
+            "sliding_window": 20,
+            "num_hidden_layers": 6,
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": True,
+        },
+    }
+    changes = {} if kind in {"gemma3", "qwen2"} else {"attention_bias": bool(bias)}
     return make_checkpoint(
-        kind, hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16, attention_bias=bool(bias)
+        kind, **more.get(kind, {}), **changes, hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16
     )
 
 
+# What the exporter above does not write, or GGUF rounds.
+UNTOLD = {"eos_ids": (), "bos_id": None, "rms_norm_eps": 0.0}
 KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 TOLERANCE = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 1e-2, Kind.Q8_0: 1e-2, Kind.Q5_0: 0.07, Kind.Q5_1: 0.07}
 
@@ -85,8 +115,10 @@ def test_gguf_holds_what_safetensors_holds(checkpoint: pathlib.Path, tmp_path: p
     export_gguf(checkpoint, path, kind)
     expected = read_all(checkpoint)
     stored = load_file(checkpoint / "model.safetensors")
+    adds_one = read_config(checkpoint).architecture.norm_adds_one
+    assert dataclasses.replace(read_config(path), **UNTOLD) == dataclasses.replace(read_config(checkpoint), **UNTOLD)
     for name, tensor in read_all(path).items():
-        assert torch.equal(expected[name], stored[name])
+        assert torch.equal(expected[name], stored[name] + (adds_one and name.endswith("norm.weight")))
         error = (tensor - expected[name]).abs().max() / expected[name].abs().max()
         assert error <= TOLERANCE.get(kind, 0.15), name
 
