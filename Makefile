@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint format bench bench-cpu bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
+.PHONY: demo test test-slow lint format bench bench-cpu bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -45,6 +45,11 @@ demo: $(VENV)/installed
 test: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest
+
+# What takes minutes: hundreds of random schemas, a hundred loads and unloads.
+test-slow: $(VENV)/editable
+	$(BIN)/ninja -C build/editable --quiet
+	$(BIN)/python -P -m pytest -m slow
 
 lint: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet
