@@ -70,8 +70,8 @@ test-tsan: $(VENV)/editable
 
 test-native: test-asan test-tsan
 
-# Every kernel against its reference in the interpreter, and its machine code for five chips (about 15 minutes on two
-# cores the first time, a minute or two when nothing has changed: build/kernels keeps what was compiled).
+# Every kernel against its reference in the interpreter, and its machine code for five chips (about ten minutes on two
+# cores: six for the numbers, three for what is not in build/kernels yet).
 $(VENV)/triton: $(VENV)/editable
 	$(PIP) install "triton>=3.6,<3.10"
 	touch $@
