@@ -1,0 +1,42 @@
+"""Quantised matrices mean what the gguf library says their blocks mean, and rounding is as near as it can be."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from neuron.triton_kernels import quantized
+
+
+@pytest.mark.parametrize(("kind", "halves"), [("Q4_0", 1), ("Q4_1", 2), ("Q8_0", 1), ("Q4_K", 2)])
+def test_gguf_blocks_keep_their_values(kind: str, halves: int) -> None:
+    rows, columns = 3, 512
+    which = gguf.GGMLQuantizationType[kind]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[which]
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (rows * columns // block, block_bytes), dtype=np.uint8)
+    scales = random.uniform(-2, 2, (len(blocks), halves)).astype(np.float16)
+    blocks[:, : 2 * halves] = scales.view(np.uint8)
+    expected = gguf.quants.dequantize(blocks.reshape(rows, -1), which)
+    matrix = quantized.from_gguf(kind, blocks, rows)
+    assert matrix.shape == (rows, columns)
+    torch.testing.assert_close(matrix.dequantize(), torch.from_numpy(expected), rtol=1e-6, atol=1e-5)
+
+
+def test_other_gguf_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="Q2_K blocks have no form"):
+        quantized.from_gguf("Q2_K", np.zeros((1, 84), np.uint8), 1)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_rounding_errs_by_half_a_step(group: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5, 256)
+    for matrix, steps in ((quantized.quantize_int8(weight), 254), (quantized.quantize_int4(weight, group), 15)):
+        width = 256 if steps == 254 else group
+        grouped = weight.view(5, -1, width)
+        reach = 2 * grouped.abs().amax(-1) if steps == 254 else grouped.amax(-1) - grouped.amin(-1)
+        error = (matrix.dequantize() - weight).view(5, -1, width).abs().amax(-1)
+        assert (error <= 0.51 * reach / steps + 4e-3).all()
+    fp8 = quantized.quantize_fp8(weight)
+    assert ((fp8.dequantize() - weight).abs() <= weight.abs() / 16 + fp8.scales * 2**-9).all()
