@@ -86,13 +86,13 @@ kernels: $(VENV)/triton
 
 # Needs an NVIDIA GPU; says so and stops where there is none.
 bench-gpu: $(VENV)/triton
-	$(BIN)/python bench/gpu/run.py --keep
+	PYTHONPATH=bench $(BIN)/python -P bench/gpu/run.py --keep
 
 bench: $(VENV)/editable
 	for script in sse peek device_loop gateway_overhead decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
 
 bench-cpu: $(VENV)/editable
-	$(BIN)/python bench/cpu.py --keep
+	PYTHONPATH=bench $(BIN)/python -P bench/cpu.py --keep --build-peer
 
 bench-engine: $(VENV)/editable
 	PYTHONPATH=bench $(BIN)/python -P bench/engine.py --keep
