@@ -55,7 +55,7 @@ class EngineSide:
         self._decoder = msgspec.msgpack.Decoder(jobs.FromWorker)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._engine = Engine("cpu:0", self._take, lambda: (memory // 2, memory), lambda: None)
-        self._tell(jobs.Load(1, ModelSpec("m", str(path)), str(path)))
+        self._tell(jobs.Load(1, ModelSpec("m", str(path), prefix_cache=False), str(path)))
         self._run()
         done = self._answers[-1]
         assert isinstance(done, jobs.Done), done
