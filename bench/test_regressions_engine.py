@@ -23,7 +23,8 @@ def scheduler() -> Scheduler:
     """64 sequences, of 500 to 3,650 tokens so far; the last of them prefills."""
     found = Scheduler(LIMITS)
     for number in range(64):
-        prompt = np.arange(500 + 50 * number, dtype=np.int32)
+        # Prompts of their own: one that begins as another that is being computed would wait for it.
+        prompt = np.arange(500 + 50 * number, dtype=np.int32) + 10_000 * number
         found.add(Sequence(number, prompt, 400, frozenset(), SamplerSettings()))
     found.admit()
     for sequence in list(found.running.values())[:-1]:
