@@ -16,7 +16,6 @@ from cortex.wire.request import (
     OutputFormat,
     Part,
     Role,
-    Sampling,
     TextPart,
     ToolCall,
     ToolChoice,
@@ -95,27 +94,14 @@ class _ResponseFormat(msgspec.Struct):
     json_schema: _JsonSchema | None = None
 
 
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
-
-
-class _Body(msgspec.Struct):
+class _Body(fields.SamplingBody, kw_only=True):
     model: str
     messages: list[_MessageBody]
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: fields.StreamOptions | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
     stop: str | list[str] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -167,17 +153,7 @@ def decode(body: bytes) -> ChatCall:
         messages=tuple(_message(message, i) for i, message in enumerate(parsed.messages)),
         tools=tuple(tool.function.tool() for tool in parsed.tools or ()),
         tool_choice=_tool_choice(parsed),
-        sampling=Sampling(
-            temperature=fields.in_range("temperature", parsed.temperature, 0, 2),
-            top_p=fields.in_range("top_p", parsed.top_p, 0, 1),
-            top_k=fields.in_range("top_k", parsed.top_k, -1, 1 << 31),
-            min_p=fields.in_range("min_p", parsed.min_p, 0, 1),
-            repetition_penalty=fields.in_range("repetition_penalty", parsed.repetition_penalty, 1e-3, 10),
-            presence_penalty=fields.in_range("presence_penalty", parsed.presence_penalty, -2, 2),
-            frequency_penalty=fields.in_range("frequency_penalty", parsed.frequency_penalty, -2, 2),
-            logit_bias=fields.token_bias(parsed.logit_bias),
-            seed=fields.in_range("seed", parsed.seed, -(1 << 63), (1 << 63) - 1),
-        ),
+        sampling=parsed.sampling(),
         max_tokens=fields.in_range(limit_name, limit, 1, 1 << 31),
         stop=fields.stop_strings(parsed.stop),
         ignore_eos=bool(parsed.ignore_eos),

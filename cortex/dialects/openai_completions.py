@@ -14,7 +14,7 @@ from cortex.dialects import openai_fields as fields
 from cortex.dialects.openai_errors import error_body
 from cortex.wire.errors import InvalidRequestError, RemoteError, UpstreamError
 from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, ReasoningDelta, Started, TextDelta
-from cortex.wire.request import InferenceRequest, Sampling
+from cortex.wire.request import InferenceRequest
 
 
 class CompletionCall(msgspec.Struct, frozen=True):
@@ -25,26 +25,13 @@ class CompletionCall(msgspec.Struct, frozen=True):
     include_usage: bool
 
 
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
-
-
-class _Body(msgspec.Struct):
+class _Body(fields.SamplingBody, kw_only=True):
     model: str
     prompt: str | list[str | int | list[int]]
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: fields.StreamOptions | None = None
     max_tokens: int | None = None
     n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
     # known and refused
@@ -77,17 +64,7 @@ def decode(body: bytes) -> CompletionCall:
     request = InferenceRequest(
         model=parsed.model,
         prompt=prompt,
-        sampling=Sampling(
-            temperature=fields.in_range("temperature", parsed.temperature, 0, 2),
-            top_p=fields.in_range("top_p", parsed.top_p, 0, 1),
-            top_k=fields.in_range("top_k", parsed.top_k, -1, 1 << 31),
-            min_p=fields.in_range("min_p", parsed.min_p, 0, 1),
-            repetition_penalty=fields.in_range("repetition_penalty", parsed.repetition_penalty, 1e-3, 10),
-            presence_penalty=fields.in_range("presence_penalty", parsed.presence_penalty, -2, 2),
-            frequency_penalty=fields.in_range("frequency_penalty", parsed.frequency_penalty, -2, 2),
-            logit_bias=fields.token_bias(parsed.logit_bias),
-            seed=fields.in_range("seed", parsed.seed, -(1 << 63), (1 << 63) - 1),
-        ),
+        sampling=parsed.sampling(),
         max_tokens=fields.in_range("max_tokens", parsed.max_tokens, 1, 1 << 31),
         stop=fields.stop_strings(parsed.stop),
         ignore_eos=bool(parsed.ignore_eos),

@@ -18,7 +18,7 @@ from cortex.wire.errors import (
     MissingParameterError,
     UnsupportedParameterError,
 )
-from cortex.wire.request import FormatKind, ImagePart, OutputFormat, Part, TextPart, Tool
+from cortex.wire.request import FormatKind, ImagePart, OutputFormat, Part, Sampling, TextPart, Tool
 
 T = TypeVar("T")
 
@@ -100,6 +100,40 @@ def image(url: str, detail: str | None, param: str) -> ImagePart:
     if not url.startswith(("data:image/", "https://", "http://")):
         raise InvalidRequestError(f"Invalid '{param}': an image needs a data: or http(s): address.", param=param)
     return ImagePart(url, detail or "auto")
+
+
+class StreamOptions(msgspec.Struct):
+    """What a client wants of a stream beside the answer."""
+
+    include_usage: bool | None = None
+
+
+class SamplingBody(msgspec.Struct, kw_only=True):
+    """The sampling fields that chat and text completions share; a body is a subclass."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+
+    def sampling(self) -> Sampling:
+        """Return what is asked for, with every range checked."""
+        return Sampling(
+            temperature=in_range("temperature", self.temperature, 0, 2),
+            top_p=in_range("top_p", self.top_p, 0, 1),
+            top_k=in_range("top_k", self.top_k, -1, 1 << 31),
+            min_p=in_range("min_p", self.min_p, 0, 1),
+            repetition_penalty=in_range("repetition_penalty", self.repetition_penalty, 1e-3, 10),
+            presence_penalty=in_range("presence_penalty", self.presence_penalty, -2, 2),
+            frequency_penalty=in_range("frequency_penalty", self.frequency_penalty, -2, 2),
+            logit_bias=token_bias(self.logit_bias),
+            seed=in_range("seed", self.seed, -(1 << 63), (1 << 63) - 1),
+        )
 
 
 class FunctionBody(msgspec.Struct):

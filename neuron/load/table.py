@@ -97,11 +97,6 @@ class ModelTable:
             raise ModelNotFoundError(f"The model '{name}' does not exist on this node.", param="model")
         return entry
 
-    def spec_of(self, name: str) -> ModelSpec | None:
-        """Return what is known of how to load a model."""
-        entry = self._entries.get(name)
-        return entry.spec if entry else None
-
     @contextmanager
     def use(self, name: str) -> Iterator[Model]:
         """Hold a ready model while a request runs on it, so that an unload waits for it.
