@@ -1,5 +1,6 @@
 """The engine against transformers on the same weights: logits of every step, and the tokens they lead to."""
 
+import inspect
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -84,12 +85,14 @@ def expected_of(
     """Return transformers' greedy tokens and the logits of each step."""
     ids = list(prompt)
     found = []
+    # Its name until 5.24, and from then on.
+    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.inference_mode():
         output = model(torch.tensor([ids]), use_cache=True)
         for _ in range(num_tokens):
             found.append(output.logits[0, -1].float())
             ids.append(int(found[-1].argmax()))
-            output = model(torch.tensor([ids[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+            output = model(torch.tensor([ids[-1:]]), use_cache=True, **{cache: getattr(output, cache)})
     return ids[len(prompt) :], torch.stack(found)
 
 
