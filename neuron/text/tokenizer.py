@@ -1,16 +1,18 @@
 """A model's tokenizer and chat template, from a GGUF file's metadata or a folder's ``tokenizer.json``.
 
-Byte-level BPE is rebuilt from GGUF vocabularies; which pre-tokenizer goes with one is named in the file, and the table
-below gives each its rules as the models' own ``tokenizer.json`` files have them. Loads no torch.
+BPE is rebuilt from GGUF vocabularies, byte-level or SentencePiece's; which pre-tokenizer goes with a byte-level one is
+named in the file, and the table below gives each its rules as the models' own ``tokenizer.json`` files have them. Loads
+no torch.
 """
 
 import dataclasses
 import json
+import operator
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Final
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from neuron.errors import UnsupportedTokenizerError
 from neuron.models.gguf import GgufHeader, read_header
@@ -45,7 +47,9 @@ _PRE_TOKENIZERS: Final[dict[str, tuple[bool, str]]] = {
     "deepseek-r1-qwen": (False, _QWEN2),
 }
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+_SPACE: Final = "\u2581"
+"""What SentencePiece writes for a space."""
 
 
 def load(path: pathlib.Path) -> TextFiles:
@@ -61,33 +65,15 @@ def load(path: pathlib.Path) -> TextFiles:
 
 
 def from_gguf(header: GgufHeader) -> TextFiles:
-    """Rebuild a byte-level BPE tokenizer from GGUF metadata."""
+    """Rebuild a tokenizer from GGUF metadata: byte-level BPE (``gpt2``) or SentencePiece's (``llama``)."""
     meta = header.metadata
     kind = meta.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise UnsupportedTokenizerError(f"The GGUF tokenizer model {kind!r} is not supported; 'gpt2' (BPE) is.")
-    pre = meta.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
-        known = ", ".join(sorted(_PRE_TOKENIZERS))
-        raise UnsupportedTokenizerError(f"The GGUF pre-tokenizer {pre!r} is not supported; known: {known}.")
+    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(str(kind))
+    if build is None:
+        raise UnsupportedTokenizerError(f"The GGUF tokenizer model {kind!r} is not supported; 'gpt2' and 'llama' are.")
     tokens: list[str] = meta.get("tokenizer.ggml.tokens", [])
-    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges", [])]
     kinds: list[int] = meta.get("tokenizer.ggml.token_type", [])
-    if not tokens or not merges:
-        raise UnsupportedTokenizerError("The GGUF file has no vocabulary or no merges.")
-    try:
-        bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    except Exception as error:
-        raise UnsupportedTokenizerError(f"The GGUF vocabulary and merges do not fit together: {error}.") from error
-    tokenizer = Tokenizer(bpe)
-    splits_digits, pattern = _PRE_TOKENIZERS[pre]
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if splits_digits else []
-    steps += [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = build(meta, tokens, kinds)
     special = [tokens[i] for i, token_kind in enumerate(kinds) if token_kind == _CONTROL]
     added = [tokens[i] for i, token_kind in enumerate(kinds) if token_kind == _USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
@@ -98,9 +84,74 @@ def from_gguf(header: GgufHeader) -> TextFiles:
         for name, key in names.items()
         if isinstance(index := meta.get(f"tokenizer.ggml.{key}_token_id"), int) and index < len(tokens)
     }
-    return TextFiles(
-        tokenizer, meta.get("tokenizer.chat_template"), found, bool(meta.get("tokenizer.ggml.add_bos_token", False))
+    # SentencePiece models begin a text with their first token unless they say otherwise.
+    add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", kind == "llama"))
+    return TextFiles(tokenizer, meta.get("tokenizer.chat_template"), found, add_bos)
+
+
+def _byte_level(meta: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
+    pre = meta.get("tokenizer.ggml.pre", "default")
+    if pre not in _PRE_TOKENIZERS:
+        known = ", ".join(sorted(_PRE_TOKENIZERS))
+        raise UnsupportedTokenizerError(f"The GGUF pre-tokenizer {pre!r} is not supported; known: {known}.")
+    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges", [])]
+    tokenizer = Tokenizer(_bpe(tokens, merges))
+    splits_digits, pattern = _PRE_TOKENIZERS[pre]
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if splits_digits else []
+    steps += [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(meta: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
+    """Rebuild SentencePiece's BPE: of two adjacent pieces those join first whose union has the best score.
+
+    That is BPE with every split of every piece as a merge, best scores first; what the file leaves out can be counted
+    from the vocabulary (1.3 s for the 262,144 pieces of Gemma 3). Unknown characters fall back to their bytes.
+    """
+    scores: list[float] = meta.get("tokenizer.ggml.scores", [])
+    if len(scores) != len(tokens) or len(kinds) != len(tokens):
+        raise UnsupportedTokenizerError(
+            f"The GGUF vocabulary has {len(tokens)} pieces, {len(scores)} scores and {len(kinds)} kinds."
+        )
+    pieces = {token for token, kind in zip(tokens, kinds, strict=True) if kind in {_NORMAL, _USER_DEFINED}}
+    ranked: list[tuple[float, str, str]] = []
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        if kind == _NORMAL:
+            for at in range(1, len(token)):
+                if (left := token[:at]) in pieces and (right := token[at:]) in pieces:
+                    ranked.append((score, left, right))
+    ranked.sort(key=operator.itemgetter(0), reverse=True)
+    unknown = meta.get("tokenizer.ggml.unknown_token_id")
+    tokenizer = Tokenizer(
+        _bpe(
+            tokens,
+            [(left, right) for _, left, right in ranked],
+            unk_token=tokens[unknown] if isinstance(unknown, int) and unknown < len(tokens) else None,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
+    # A model that wants its text to begin with a space says so; as in SentencePiece, that is the default.
+    prefixed = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
+    replace = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefixed else replace
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefixed else []))
+    return tokenizer
+
+
+def _bpe(tokens: list[str], merges: list[Any], **options: Any) -> models.BPE:
+    if not tokens or not merges:
+        raise UnsupportedTokenizerError("The GGUF file has no vocabulary or no merges.")
+    try:
+        return models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, **options)
+    except Exception as error:
+        raise UnsupportedTokenizerError(f"The GGUF vocabulary and merges do not fit together: {error}.") from error
 
 
 def _from_folder(folder: pathlib.Path) -> TextFiles:

