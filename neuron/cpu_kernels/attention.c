@@ -178,14 +178,16 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
         for (int r = 0; r < num_queries; r++) {
             float *row = scores + r * SCORE_TOKENS;
             int seen = t->position + r / t->num_heads + 1 - start;
+            int unseen = a->window_tokens > 0 && seen > a->window_tokens ? seen - a->window_tokens : 0;
             seen = seen < 0 ? 0 : seen < tokens ? seen : tokens;
-            /* Beyond what the row sees: page padding, other rows' tokens. Whole registers, so that the rest is 0. */
+            /* What the row does not see: page padding, other rows' tokens. Whole registers, so that the rest is 0. */
             int whole = round_up(tokens, 16);
             for (int i = seen; i < whole; i++) row[i] = -INFINITY;
-            if (seen == 0) {
+            if (unseen >= seen) {
                 memset(row, 0, (size_t)whole * 4);
                 continue;
             }
+            for (int i = 0; i < unseen; i++) row[i] = -INFINITY;
             vf most = vf_set1(largest[r]);
             for (int i = 0; i < seen; i += 16) most = vf_max(most, vf_load(row + i));
             float now = vf_reduce_max(most);
@@ -199,6 +201,7 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
             float tail = 0;
             if (seen % 16 != 0)
                 for (int j = seen & ~15; j < seen; j++) tail += row[j];
+            for (int j = 0; j < unseen; j++) row[j] = 0;
             for (int j = seen; j < whole; j++) row[j] = 0;
             float correction = largest[r] == -INFINITY ? 0.0f : expf(largest[r] - now);
             total[r] = total[r] * correction + vf_sum(sum) + tail;

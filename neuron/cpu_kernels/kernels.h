@@ -9,6 +9,7 @@ enum epilogue {
     STORE,  /* y = w x + bias */
     ADD,    /* y += w x + bias */
     SWIGLU, /* blocks alternate gate, up: y = silu(gate) up, at half the row number */
+    GEGLU,  /* the same with gelu(gate), in its tanh form */
     ARGMAX, /* keep the largest product of each x, and whether all were finite */
 };
 
@@ -62,9 +63,11 @@ struct attention {
     float *out;                 /* [T, out_stride]: heads of head_dim */
     size_t out_stride;
     float *parts; /* [T, H, max_parts, padded + 2]: weighted values, their largest score, their sum of weights */
+    const int32_t *row_parts; /* [T]: partial results of each row, 0 if it is whole */
     int max_parts;
     int num_heads, num_kv_heads, head_dim;
-    int kv_float32; /* else bfloat16 */
+    int kv_float32;    /* else bfloat16 */
+    int window_tokens; /* how many of the last tokens a row sees, its own included; 0: all */
     float eps, scale;
 };
 

@@ -107,6 +107,12 @@ static void keep_best(struct best *best, vf acc, int first_row, int num_rows) {
     }
 }
 
+/* gelu(x) = x / (1 + exp(-this)): its tanh form, for tanh(z) is 2 / (1 + exp(-2 z)) - 1 (arXiv:1606.08415). */
+INLINE vf gelu_exponent(vf x) {
+    vf cubic = vf_fma(vf_mul(x, x), vf_set1(0.044715f), vf_set1(1.0f));
+    return vf_mul(vf_mul(x, cubic), vf_set1(1.5957691216f)); /* 2 sqrt(2 / pi) */
+}
+
 INLINE void tile(const int format, const int num_rows, const struct matmul *t, int block, size_t bytes, int groups,
                  int first) {
     const uint8_t *x[TILE_ROWS];
@@ -114,11 +120,12 @@ INLINE void tile(const int format, const int num_rows, const struct matmul *t, i
     vf acc[TILE_ROWS];
     for (int b = 0; b < num_rows; b++) x[b] = t->x + (size_t)(first + b) * t->x_stride;
     block_dot(format, num_rows, w, groups, x, acc);
-    if (t->epilogue == SWIGLU) {
+    if (t->epilogue == SWIGLU || t->epilogue == GEGLU) {
         vf up[TILE_ROWS];
         block_dot(format, num_rows, w + bytes, groups, x, up);
         for (int b = 0; b < num_rows; b++) {
-            vf denominator = vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), acc[b])));
+            vf exponent = t->epilogue == SWIGLU ? acc[b] : gelu_exponent(acc[b]);
+            vf denominator = vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), exponent)));
             vf gated = vf_mul(vf_div(acc[b], denominator), up[b]);
             vf_store(t->y + (size_t)(first + b) * t->y_stride + (size_t)block / 2 * BLOCK_ROWS, gated);
         }
@@ -141,7 +148,7 @@ INLINE void tile(const int format, const int num_rows, const struct matmul *t, i
 INLINE void blocks(const int format, const struct matmul *t, int first_block, int end_block) {
     size_t bytes = block_bytes(format, t->w->columns);
     int groups = num_groups(format, t->w->columns);
-    int step = t->epilogue == SWIGLU ? 2 : 1;
+    int step = t->epilogue == SWIGLU || t->epilogue == GEGLU ? 2 : 1;
     int panel = (int)(PANEL_BYTES / t->x_stride) / TILE_ROWS * TILE_ROWS;
     if (panel < TILE_ROWS) panel = TILE_ROWS;
     for (int from = 0; from < t->num_x; from += panel) {

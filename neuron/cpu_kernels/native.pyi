@@ -56,8 +56,19 @@ class Model:
         kv_float32: bool,
         max_rows: int,
         max_sequences: int,
+        embedding_scale: float = 1.0,
+        attention_scale: float = 0.0,
+        gelu: bool = False,
+        window_tokens: int = 0,
     ) -> Self: ...
-    def set_ends(self, embedding: Matrix, head: Matrix, norm: _Floats, inverse_frequencies: _Floats) -> None: ...
+    def set_ends(
+        self,
+        embedding: Matrix,
+        head: Matrix,
+        norm: _Floats,
+        inverse_frequencies: _Floats,
+        window_inverse_frequencies: _Floats | None = None,
+    ) -> None: ...
     def set_layer(
         self,
         number: int,
@@ -71,6 +82,9 @@ class Model:
         output: Matrix,
         gate_up: Matrix,
         down: Matrix,
+        attention_out_norm: _Floats | None = None,
+        mlp_out_norm: _Floats | None = None,
+        windowed: bool = False,
     ) -> None: ...
     @property
     def page_bytes(self) -> int: ...

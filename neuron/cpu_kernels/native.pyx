@@ -45,7 +45,7 @@ cdef extern from "pool.h" nogil:
 
 cdef extern from "kernels.h" nogil:
     enum epilogue:
-        STORE, ADD, SWIGLU, ARGMAX
+        STORE, ADD, SWIGLU, GEGLU, ARGMAX
     cdef struct matmul_task "matmul":
         const matrix *w
         const uint8_t *x
@@ -66,17 +66,23 @@ cdef extern from "step.h" nogil:
     cdef struct layer:
         const float *input_norm
         const float *post_norm
+        const float *attention_out_norm
+        const float *mlp_out_norm
         const float *qk_norm
         matrix qkv[3]
         matrix output, gate_up, down
+        int windowed
     cdef struct model:
         const kernels *kernels
         pool *pool
         int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab
-        float eps
+        float eps, embedding_scale, attention_scale
+        int gelu
         int kv_float32
         int max_rows, max_sequences
+        int window_tokens
         const float *inverse_frequencies
+        const float *window_inverse_frequencies
         const float *norm
         matrix embedding, head
         layer *layers
@@ -231,15 +237,15 @@ cdef const kernels *table_of(str level) except NULL:
 
 
 def linear(str level not None, Matrix matrix not None, const float[:, ::1] x not None, float[:, ::1] y not None, str mode="store"):
-    """Multiply ``x`` ``[T, columns]`` into ``y`` ``[T, rows]``: ``store``, ``add``, or ``swiglu`` into ``[T, rows / 2]``.
+    """Multiply ``x`` ``[T, columns]`` into ``y`` ``[T, rows]``: ``store``, ``add``; ``swiglu``, ``geglu`` into ``[T, rows / 2]``.
 
     ``x`` is put into the form that the matrix multiplies first, as a step does. ``rows`` is padded to 16.
     """
     cdef const kernels *table = table_of(level)
     cdef matmul_task task
     cdef int i
-    task.epilogue = {"store": STORE, "add": ADD, "swiglu": SWIGLU}[mode]
-    width = matrix._matrix.rows // 2 if mode == "swiglu" else matrix._matrix.rows
+    task.epilogue = {"store": STORE, "add": ADD, "swiglu": SWIGLU, "geglu": GEGLU}[mode]
+    width = matrix._matrix.rows // 2 if mode in ("swiglu", "geglu") else matrix._matrix.rows
     if x.shape[1] != matrix._matrix.columns or y.shape[0] != x.shape[0] or y.shape[1] != width or not x.shape[0]:
         raise ValueError(f"x [{x.shape[0]}, {x.shape[1]}] and y [{y.shape[0]}, {y.shape[1]}] do not fit")
     task.w = &matrix._matrix
@@ -281,9 +287,10 @@ cdef class Model:
     def __cinit__(
         self, Pool pool not None, str level not None, *, int num_layers, int hidden, int num_heads, int num_kv_heads,
         int head_dim, int intermediate, int vocab, float eps, bint kv_float32, int max_rows, int max_sequences,
+        float embedding_scale=1.0, float attention_scale=0.0, bint gelu=False, int window_tokens=0,
     ):
         sizes = (num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_rows, max_sequences)
-        if min(sizes) < 1 or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024:
+        if min(sizes) < 1 or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024 or window_tokens < 0:
             raise ValueError(f"no model of sizes {sizes}")
         memset(&self._model, 0, sizeof(model))
         self._pool = pool
@@ -293,6 +300,8 @@ cdef class Model:
         m.num_layers, m.hidden, m.num_heads, m.num_kv_heads = num_layers, hidden, num_heads, num_kv_heads
         m.head_dim, m.intermediate, m.vocab, m.eps = head_dim, intermediate, vocab, eps
         m.kv_float32, m.max_rows, m.max_sequences = kv_float32, max_rows, max_sequences
+        m.embedding_scale, m.attention_scale = embedding_scale, attention_scale or head_dim ** -0.5
+        m.gelu, m.window_tokens = gelu, window_tokens
         m.layers = <layer *>calloc(num_layers, sizeof(layer))
         if m.layers == NULL:
             raise MemoryError
@@ -312,17 +321,25 @@ cdef class Model:
         self._kept.append(found)
         return found._matrix
 
-    def set_ends(self, Matrix embedding not None, Matrix head not None, norm not None, inverse_frequencies not None):
+    def set_ends(
+        self, Matrix embedding not None, Matrix head not None, norm not None, inverse_frequencies not None,
+        window_inverse_frequencies=None,
+    ):
         """Give what stands before and after the layers. ``norm`` is padded to 16."""
         m = &self._model
         m.embedding = self._checked(embedding, m.vocab, m.hidden)
         m.head = self._checked(head, m.vocab, m.hidden)
         m.norm = self._vector(norm, round_up(m.hidden, 16))
         m.inverse_frequencies = self._vector(inverse_frequencies, m.head_dim // 2)
+        if (window_inverse_frequencies is None) != (m.window_tokens == 0):
+            raise ValueError("a window and frequencies for its layers come together")
+        if window_inverse_frequencies is not None:
+            m.window_inverse_frequencies = self._vector(window_inverse_frequencies, m.head_dim // 2)
 
     def set_layer(
         self, int number, *, input_norm not None, post_norm not None, qk_norm, Matrix query not None,
         Matrix key not None, Matrix value not None, Matrix output not None, Matrix gate_up not None, Matrix down not None,
+        attention_out_norm=None, mlp_out_norm=None, bint windowed=False,
     ):
         """Give a layer. Norms are padded to 16; ``gate_up`` has their blocks of 16 rows in turn."""
         m = &self._model
@@ -332,7 +349,15 @@ cdef class Model:
         queries, keys = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
         found.input_norm = self._vector(input_norm, round_up(m.hidden, 16))
         found.post_norm = self._vector(post_norm, round_up(m.hidden, 16))
-        found.qk_norm = NULL
+        found.attention_out_norm = found.mlp_out_norm = found.qk_norm = NULL
+        if (attention_out_norm is None) != (mlp_out_norm is None):
+            raise ValueError("what attention and MLP put out is normalised, or neither")
+        if attention_out_norm is not None:
+            found.attention_out_norm = self._vector(attention_out_norm, round_up(m.hidden, 16))
+            found.mlp_out_norm = self._vector(mlp_out_norm, round_up(m.hidden, 16))
+        if windowed and not m.window_tokens:
+            raise ValueError("a layer with a window in a model without")
+        found.windowed = windowed
         if qk_norm is not None:
             found.qk_norm = self._vector(qk_norm, (m.num_heads + m.num_kv_heads) * m.head_dim)
         found.qkv[0] = self._checked(query, queries, m.hidden)
@@ -360,6 +385,8 @@ cdef class Model:
         page = <Py_ssize_t>c_page_bytes(&self._model)
         if self._model.head.data == NULL or any(self._model.layers[i].input_norm == NULL for i in range(self._model.num_layers)):
             raise ValueError("weights are missing")
+        if len({self._model.layers[i].mlp_out_norm == NULL for i in range(self._model.num_layers)}) > 1:
+            raise ValueError("some layers normalise what they put out, and others do not")
         if cache.shape[0] < page or cache.shape[0] % page or arena.shape[0] < <Py_ssize_t>c_arena_bytes(&self._model):
             raise ValueError(f"a cache of {cache.shape[0]} bytes and an arena of {arena.shape[0]} do not fit")
         if <size_t>&cache[0] % 64 or <size_t>&arena[0] % 64:

@@ -19,21 +19,31 @@ enum {
     MIN_PART_TOKENS = 64,
 };
 
+/* What the attention of some layers sees, all of a context or a window, and how it turns. */
+struct sight {
+    int window_tokens; /* 0: all */
+    const float *frequencies;
+    float *cosine, *sine; /* [T, head_dim / 2] */
+    struct attention_task *tasks;
+    size_t num_tasks;
+    int32_t *row_parts; /* [T]: partial results of each row, 0 if it is whole */
+};
+
 /* Where everything lies in the arena. */
 struct arena {
     float *x;      /* [T, hidden_stride]: the residual */
+    float *out;    /* [T, hidden_stride]: what a block puts out, where that is normalised */
+    float *own_x;  /* [threads, PRIVATE_ROWS, hidden_stride]: there, each thread's copy of the residual */
     float *qkv;    /* [T, qkv_stride] */
     float *mixed;  /* [T, mixed_stride]: attention's output */
     float *gated;  /* [T, gated_stride] */
-    float *cosine, *sine;
     float *parts;
     uint8_t *shared; /* [T, activation_stride] */
     uint8_t *private; /* [threads, PRIVATE_ROWS, activation_stride] */
     float *row;       /* [threads, row_stride] */
     float *scratch;   /* [threads, scratch_stride] */
     struct best *best; /* [threads, max_sequences] */
-    struct attention_task *tasks;
-    int32_t *row_parts; /* [T]: partial results of each row, 0 if it is whole */
+    struct sight sights[2]; /* of layers without a window, and with one */
     size_t hidden_stride, qkv_stride, mixed_stride, gated_stride, activation_stride, row_stride, scratch_stride;
     size_t max_tasks;
     int key_column, value_column;
@@ -44,8 +54,8 @@ struct run {
     const struct model *model;
     const struct step *step;
     struct arena arena;
-    size_t num_tasks;
     int writes_apart; /* keys and values are written in a pass of their own */
+    int has_own_x;    /* the threads' copies of the residual are in use */
 };
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -60,6 +70,10 @@ static int heads_per_task(const struct model *m) {
     int group = m->num_heads / m->num_kv_heads;
     return group < MAX_TASK_QUERIES ? group : MAX_TASK_QUERIES;
 }
+
+static int has_out_norms(const struct model *m) { return m->layers[0].mlp_out_norm != NULL; }
+
+static int num_sights(const struct model *m) { return m->window_tokens > 0 ? 2 : 1; }
 
 static struct arena lay_out(const struct model *m, uint8_t *base) {
     struct arena a = {0};
@@ -87,16 +101,25 @@ static struct arena lay_out(const struct model *m, uint8_t *base) {
     a.qkv = carve(&a, base, rows * a.qkv_stride, 4);
     a.mixed = carve(&a, base, rows * a.mixed_stride, 4);
     a.gated = carve(&a, base, rows * a.gated_stride, 4);
-    a.cosine = carve(&a, base, rows * half, 4);
-    a.sine = carve(&a, base, rows * half, 4);
+    if (has_out_norms(m)) {
+        a.out = carve(&a, base, rows * a.hidden_stride, 4);
+        a.own_x = carve(&a, base, threads * PRIVATE_ROWS * a.hidden_stride, 4);
+    }
     a.parts = carve(&a, base, sequences * (size_t)m->num_heads * MAX_PARTS * (size_t)(round_up(m->head_dim, 16) + 2), 4);
     a.shared = carve(&a, base, larger(rows, sequences) * a.activation_stride, 1);
     a.private = carve(&a, base, threads * PRIVATE_ROWS * a.activation_stride, 1);
     a.row = carve(&a, base, threads * a.row_stride, 4);
     a.scratch = carve(&a, base, threads * a.scratch_stride, 4);
     a.best = carve(&a, base, threads * sequences, sizeof *a.best);
-    a.tasks = carve(&a, base, a.max_tasks, sizeof *a.tasks);
-    a.row_parts = carve(&a, base, rows, 4);
+    for (int i = 0; i < num_sights(m); i++) {
+        struct sight *sight = &a.sights[i];
+        sight->window_tokens = i == 0 ? 0 : m->window_tokens;
+        sight->frequencies = i == 0 ? m->inverse_frequencies : m->window_inverse_frequencies;
+        sight->cosine = carve(&a, base, rows * half, 4);
+        sight->sine = carve(&a, base, rows * half, 4);
+        sight->tasks = carve(&a, base, a.max_tasks, sizeof *sight->tasks);
+        sight->row_parts = carve(&a, base, rows, 4);
+    }
     return a;
 }
 
@@ -122,10 +145,15 @@ static int num_parts(int num_tasks, int threads, int context) {
     return most;
 }
 
-static void plan_attention(struct run *run) {
+/* The first page of which a token at `position` sees anything. */
+static int first_page(const struct sight *sight, int position) {
+    int unseen = position + 1 - sight->window_tokens;
+    return sight->window_tokens > 0 && unseen > 0 ? unseen / PAGE_TOKENS : 0;
+}
+
+static void plan_attention(struct run *run, struct sight *sight) {
     const struct model *m = run->model;
     const struct step *s = run->step;
-    struct arena *a = &run->arena;
     int group = m->num_heads / m->num_kv_heads, width = heads_per_task(m), threads = pool_threads(m->pool);
     int rows_per_task = MAX_TASK_QUERIES / width;
     int singles = 0;
@@ -137,21 +165,23 @@ static void plan_attention(struct run *run) {
             run->writes_apart = 1;
     }
     int single_tasks = singles * m->num_kv_heads;
-    memset(a->row_parts, 0, (size_t)s->num_tokens * 4);
-    run->num_tasks = 0;
+    memset(sight->row_parts, 0, (size_t)s->num_tokens * 4);
+    sight->num_tasks = 0;
     for (int b = 0; b < s->num_sequences; b++) {
         int first = s->cu_seqlens[b], num_rows = s->cu_seqlens[b + 1] - first;
-        int parts = num_rows == 1 ? num_parts(single_tasks, threads, s->context_lens[b]) : 1;
         int pages = (s->context_lens[b] + PAGE_TOKENS - 1) / PAGE_TOKENS;
-        if (parts > 1) a->row_parts[first] = parts;
+        int unseen = first_page(sight, s->positions[first]); /* pages */
+        int parts = num_rows == 1 ? num_parts(single_tasks, threads, s->context_lens[b] - unseen * PAGE_TOKENS) : 1;
+        if (parts > 1) sight->row_parts[first] = parts;
         for (int row = 0; row < num_rows; row += rows_per_task) {
             int rows = num_rows - row < rows_per_task ? num_rows - row : rows_per_task;
-            int position = s->positions[first + row];
+            int position = s->positions[first + row], from = first_page(sight, position);
             for (int kv = 0; kv < m->num_kv_heads; kv++)
                 for (int head = 0; head < group; head += width)
                     for (int part = 0; part < parts; part++) {
-                        int end = part + 1 == parts ? position + rows : pages * (part + 1) / parts * PAGE_TOKENS;
-                        a->tasks[run->num_tasks++] = (struct attention_task){
+                        int start = from + (pages - from) * part / parts;
+                        int end = from + (pages - from) * (part + 1) / parts;
+                        sight->tasks[sight->num_tasks++] = (struct attention_task){
                             .pages = s->page_table + (size_t)b * (size_t)s->page_columns,
                             .first_row = first + row,
                             .num_rows = rows,
@@ -159,8 +189,8 @@ static void plan_attention(struct run *run) {
                             .first_head = kv * group + head,
                             .num_heads = group - head < width ? group - head : width,
                             .kv_head = kv,
-                            .first_token = pages * part / parts * PAGE_TOKENS,
-                            .end_token = end,
+                            .first_token = start * PAGE_TOKENS,
+                            .end_token = part + 1 == parts ? position + rows : end * PAGE_TOKENS,
                             .part = parts > 1 ? part : -1,
                             .writes = !run->writes_apart && part + 1 == parts,
                         };
@@ -185,20 +215,42 @@ static void embed(const struct run *run, int thread) {
     for (int row = first; row < end; row++) {
         float *x = a->x + (size_t)row * a->hidden_stride;
         unpack_row(&m->embedding, s->token_ids[row], x);
+        if (m->embedding_scale != 1.0f)
+            for (int i = 0; i < m->hidden; i++) x[i] *= m->embedding_scale;
         for (size_t i = (size_t)m->hidden; i < a->hidden_stride; i++) x[i] = 0;
-        for (int i = 0; i < half; i++) {
-            float angle = (float)s->positions[row] * m->inverse_frequencies[i];
-            a->cosine[(size_t)row * (size_t)half + (size_t)i] = cosf(angle);
-            a->sine[(size_t)row * (size_t)half + (size_t)i] = sinf(angle);
+        for (int k = 0; k < num_sights(m); k++) {
+            const struct sight *sight = &a->sights[k];
+            for (int i = 0; i < half; i++) {
+                float angle = (float)s->positions[row] * sight->frequencies[i];
+                sight->cosine[(size_t)row * (size_t)half + (size_t)i] = cosf(angle);
+                sight->sine[(size_t)row * (size_t)half + (size_t)i] = sinf(angle);
+            }
         }
     }
+}
+
+static float *residual_of(const struct run *run, int thread, int row) {
+    const struct arena *a = &run->arena;
+    if (!run->has_own_x) return a->x + (size_t)row * a->hidden_stride;
+    return a->own_x + (size_t)(thread * PRIVATE_ROWS + row) * a->hidden_stride;
+}
+
+/* Add what a block put out to a row's residual, normalised. */
+static void add_out(const struct run *run, int thread, int row, const float *out_norm) {
+    const struct model *m = run->model;
+    const struct arena *a = &run->arena;
+    float *x = residual_of(run, thread, row), *normed = a->row + (size_t)thread * a->row_stride;
+    const float *out = a->out + (size_t)row * a->hidden_stride;
+    m->kernels->rms_norm(out, out_norm, m->eps, m->hidden, (int)a->hidden_stride, normed);
+    for (size_t i = 0; i < a->hidden_stride; i++) x[i] += normed[i];
 }
 
 /* Where the rows that a matrix multiplies come from. */
 enum source { NORMED, MIXED, GATED };
 
+/* `norm` is for NORMED, and `out_norm`, unless NULL, of what the block before put out. */
 static void prepare_row(const struct run *run, const struct attention *attention, int thread, enum source source,
-                        const float *norm, int row, int format, uint8_t *out) {
+                        const float *norm, const float *out_norm, int row, int format, uint8_t *out) {
     const struct model *m = run->model;
     const struct arena *a = &run->arena;
     float *temporary = a->row + (size_t)thread * a->row_stride;
@@ -206,13 +258,14 @@ static void prepare_row(const struct run *run, const struct attention *attention
         m->kernels->quantize(format, a->gated + (size_t)row * a->gated_stride, m->intermediate, out);
     } else if (source == MIXED) {
         const float *mixed = a->mixed + (size_t)row * a->mixed_stride;
-        if (a->row_parts[row] > 0) {
-            m->kernels->merge_parts(attention, row, a->row_parts[row], temporary);
+        if (attention->row_parts[row] > 0) {
+            m->kernels->merge_parts(attention, row, attention->row_parts[row], temporary);
             mixed = temporary;
         }
         m->kernels->quantize(format, mixed, m->num_heads * m->head_dim, out);
     } else {
-        const float *x = a->x + (size_t)row * a->hidden_stride;
+        if (out_norm != NULL) add_out(run, thread, row, out_norm);
+        const float *x = residual_of(run, thread, row);
         m->kernels->rms_norm(x, norm, m->eps, m->hidden, (int)a->hidden_stride, temporary);
         m->kernels->quantize(format, temporary, m->hidden, out);
     }
@@ -220,7 +273,7 @@ static void prepare_row(const struct run *run, const struct attention *attention
 
 /* Every row of the step in the form that `format` multiplies: this thread's own copy, or one that all made. */
 static const uint8_t *prepare(const struct run *run, const struct attention *attention, int thread, enum source source,
-                              const float *norm, int format) {
+                              const float *norm, const float *out_norm, int format) {
     const struct model *m = run->model;
     const struct arena *a = &run->arena;
     int first = 0, end = run->step->num_tokens;
@@ -231,7 +284,8 @@ static const uint8_t *prepare(const struct run *run, const struct attention *att
     else
         share_of(end, pool_threads(m->pool), thread, &first, &end);
     for (int row = first; row < end; row++)
-        prepare_row(run, attention, thread, source, norm, row, format, to + (size_t)row * a->activation_stride);
+        prepare_row(run, attention, thread, source, norm, out_norm, row, format,
+                    to + (size_t)row * a->activation_stride);
     if (!is_private) pool_barrier(m->pool);
     return to;
 }
@@ -239,7 +293,7 @@ static const uint8_t *prepare(const struct run *run, const struct attention *att
 static void multiply(const struct run *run, int thread, const struct matrix *matrices, int count, const uint8_t *x,
                      float *y, size_t y_stride, enum epilogue epilogue) {
     const struct model *m = run->model;
-    int unit = epilogue == SWIGLU ? 2 : 1, total = 0, first, end;
+    int unit = epilogue == SWIGLU || epilogue == GEGLU ? 2 : 1, total = 0, first, end;
     for (int i = 0; i < count; i++) total += matrices[i].rows / BLOCK_ROWS;
     share_of(total / unit, pool_threads(m->pool), thread, &first, &end);
     first *= unit;
@@ -263,7 +317,7 @@ static void multiply(const struct run *run, int thread, const struct matrix *mat
     }
 }
 
-static void attend(const struct run *run, const struct attention *attention, int thread) {
+static void attend(const struct run *run, const struct attention *attention, const struct sight *sight, int thread) {
     const struct model *m = run->model;
     const struct step *s = run->step;
     const struct arena *a = &run->arena;
@@ -278,14 +332,15 @@ static void attend(const struct run *run, const struct attention *attention, int
     }
     float *scratch = a->scratch + (size_t)thread * a->scratch_stride;
     /* In turn, not in runs: a prompt's later rows see more. */
-    for (size_t i = (size_t)thread; i < run->num_tasks; i += (size_t)threads)
-        m->kernels->attend(attention, &a->tasks[i], scratch);
+    for (size_t i = (size_t)thread; i < sight->num_tasks; i += (size_t)threads)
+        m->kernels->attend(attention, &sight->tasks[i], scratch);
 }
 
 static void run_layer(const struct run *run, int thread, int number) {
     const struct model *m = run->model;
     const struct arena *a = &run->arena;
     const struct layer *l = &m->layers[number];
+    const struct sight *sight = &a->sights[l->windowed];
     size_t head_bytes = head_page_bytes(m), side = (size_t)m->num_kv_heads * head_bytes;
     struct attention attention = {
         .qkv = a->qkv,
@@ -293,8 +348,8 @@ static void run_layer(const struct run *run, int thread, int number) {
         .key_column = a->key_column,
         .value_column = a->value_column,
         .qk_norm = l->qk_norm,
-        .cosine = a->cosine,
-        .sine = a->sine,
+        .cosine = sight->cosine,
+        .sine = sight->sine,
         .keys = m->cache + 2 * (size_t)number * side,
         .values = m->cache + (2 * (size_t)number + 1) * side,
         .page_stride = page_bytes(m),
@@ -302,27 +357,58 @@ static void run_layer(const struct run *run, int thread, int number) {
         .out = a->mixed,
         .out_stride = a->mixed_stride,
         .parts = a->parts,
+        .row_parts = sight->row_parts,
         .max_parts = MAX_PARTS,
         .num_heads = m->num_heads,
         .num_kv_heads = m->num_kv_heads,
         .head_dim = m->head_dim,
         .kv_float32 = m->kv_float32,
         .eps = m->eps,
-        .scale = 1.0f / sqrtf((float)m->head_dim),
+        .window_tokens = sight->window_tokens,
+        .scale = m->attention_scale,
     };
-    const uint8_t *x = prepare(run, &attention, thread, NORMED, l->input_norm, l->qkv[0].format);
+    /* What a block puts out joins the residual at once, or is normalised first by whoever prepares the next. */
+    int is_normed = has_out_norms(m);
+    float *joined = is_normed ? a->out : a->x;
+    enum epilogue join = is_normed ? STORE : ADD;
+    const float *out_norm = number > 0 ? l[-1].mlp_out_norm : NULL;
+    const uint8_t *x = prepare(run, &attention, thread, NORMED, l->input_norm, out_norm, l->qkv[0].format);
     multiply(run, thread, l->qkv, 3, x, a->qkv, a->qkv_stride, STORE);
     pool_barrier(m->pool);
-    attend(run, &attention, thread);
+    attend(run, &attention, sight, thread);
     pool_barrier(m->pool);
-    x = prepare(run, &attention, thread, MIXED, NULL, l->output.format);
-    multiply(run, thread, &l->output, 1, x, a->x, a->hidden_stride, ADD);
+    x = prepare(run, &attention, thread, MIXED, NULL, NULL, l->output.format);
+    multiply(run, thread, &l->output, 1, x, joined, a->hidden_stride, join);
     pool_barrier(m->pool);
-    x = prepare(run, &attention, thread, NORMED, l->post_norm, l->gate_up.format);
-    multiply(run, thread, &l->gate_up, 1, x, a->gated, a->gated_stride, SWIGLU);
+    x = prepare(run, &attention, thread, NORMED, l->post_norm, l->attention_out_norm, l->gate_up.format);
+    multiply(run, thread, &l->gate_up, 1, x, a->gated, a->gated_stride, m->gelu ? GEGLU : SWIGLU);
     pool_barrier(m->pool);
-    x = prepare(run, &attention, thread, GATED, NULL, l->down.format);
-    multiply(run, thread, &l->down, 1, x, a->x, a->hidden_stride, ADD);
+    x = prepare(run, &attention, thread, GATED, NULL, NULL, l->down.format);
+    multiply(run, thread, &l->down, 1, x, joined, a->hidden_stride, join);
+    pool_barrier(m->pool);
+}
+
+/* Where each thread has a residual of its own: begin with the one that all made. */
+static void copy_residual(const struct run *run, int thread) {
+    const struct arena *a = &run->arena;
+    if (!run->has_own_x) return;
+    for (int row = 0; row < run->step->num_tokens; row++)
+        memcpy(residual_of(run, thread, row), a->x + (size_t)row * a->hidden_stride, a->hidden_stride * 4);
+}
+
+/* Where what blocks put out is normalised: put what the last one did into the residual that all read. */
+static void settle(const struct run *run, int thread) {
+    const struct model *m = run->model;
+    const struct arena *a = &run->arena;
+    const float *out_norm = m->layers[m->num_layers - 1].mlp_out_norm;
+    int first, end;
+    if (out_norm == NULL) return;
+    share_of(run->step->num_tokens, pool_threads(m->pool), thread, &first, &end);
+    for (int row = first; row < end; row++) {
+        add_out(run, thread, row, out_norm);
+        float *x = a->x + (size_t)row * a->hidden_stride;
+        if (run->has_own_x) memcpy(x, residual_of(run, thread, row), a->hidden_stride * 4);
+    }
     pool_barrier(m->pool);
 }
 
@@ -385,14 +471,18 @@ static void finish(const struct run *run, int thread) {
 
 static void work(void *argument, int thread) {
     const struct run *run = argument;
+    const struct model *m = run->model;
     embed(run, thread);
-    pool_barrier(run->model->pool);
-    for (int layer = 0; layer < run->model->num_layers; layer++) run_layer(run, thread, layer);
+    pool_barrier(m->pool);
+    copy_residual(run, thread);
+    for (int layer = 0; layer < m->num_layers; layer++) run_layer(run, thread, layer);
+    settle(run, thread);
     finish(run, thread);
 }
 
 void run_step(const struct model *model, const struct step *step) {
     struct run run = {.model = model, .step = step, .arena = lay_out(model, model->arena)};
-    plan_attention(&run);
+    run.has_own_x = has_out_norms(model) && step->num_tokens <= PRIVATE_ROWS;
+    for (int i = 0; i < num_sights(model); i++) plan_attention(&run, &run.arena.sights[i]);
     pool_run(model->pool, work, &run);
 }

@@ -8,9 +8,12 @@
 struct layer {
     const float *input_norm; /* [hidden padded to 16] */
     const float *post_norm;
+    /* Of what attention and MLP put out, before it joins the residual; both or neither in all layers. */
+    const float *attention_out_norm, *mlp_out_norm;
     const float *qk_norm; /* [H + K, head_dim], or NULL */
     struct matrix qkv[3]; /* apart, because a file may store each in a kind of its own */
     struct matrix output, gate_up, down;
+    int windowed; /* sees the model's window only, and turns by its frequencies */
 };
 
 struct model {
@@ -18,10 +21,13 @@ struct model {
     struct pool *pool;
     int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab;
     float eps;
+    float embedding_scale, attention_scale;
+    int gelu; /* the gate's activation; else SiLU */
     int kv_float32;
     int max_rows, max_sequences;
-    const float *inverse_frequencies; /* [head_dim / 2] */
-    const float *norm;                /* [hidden padded to 16] */
+    int window_tokens; /* of the layers that have one; 0: none has */
+    const float *inverse_frequencies, *window_inverse_frequencies; /* [head_dim / 2] */
+    const float *norm; /* [hidden padded to 16] */
     struct matrix embedding, head;
     struct layer *layers;
     uint8_t *cache; /* [pages, layers, 2 (keys, values), K, page of a head] */

@@ -72,6 +72,8 @@ class NativeRunner:
         self._run(plan, logits.numpy(), ids)
         with torch.inference_mode():
             rows = logits[:, : self.config.vocab_size]
+            if cap := self.config.logit_cap:  # which keeps the order, so the likeliest need none
+                rows = rows.div_(cap).tanh_().mul_(cap)
             sampled = self.sampler.sample(rows, seats, plan.num_output[plan.sampled]).numpy()
         ids[plan.sampled] = np.where(ids[plan.sampled] == NON_FINITE, NON_FINITE, sampled)
         return ids

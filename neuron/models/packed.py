@@ -53,8 +53,8 @@ def obstacle(config: ModelConfig) -> str | None:
     """Return why the kernels cannot run a model, ``None`` if they can."""
     if not enabled():
         return f"{SWITCH} is off"
-    if not config.is_plain:
-        return f"the architecture {config.architecture.name} has parts that only the eager path computes"
+    if config.num_experts:
+        return f"{config.architecture.name} has experts, which only the eager path computes"
     if config.head_dim > MAX_HEAD_DIM:
         return f"heads of {config.head_dim} dimensions; at most {MAX_HEAD_DIM} are supported"
     return None
@@ -118,14 +118,15 @@ def vector_elements(config: ModelConfig) -> int:
         config.num_heads * config.head_dim,
         config.num_kv_heads * config.head_dim,
     )
-    layer = 2 * padded(hidden)
+    layer = (4 if config.architecture.sandwich_norms else 2) * padded(hidden)
     if config.attention_bias:
         layer += padded(queries) + 2 * padded(keys)
         if config.architecture.output_bias_follows_qkv:
             layer += padded(hidden)
     if config.architecture.qk_norm:
         layer += padded(queries + keys)
-    return config.num_layers * layer + padded(hidden) + padded(config.head_dim // 2)
+    frequencies = (2 if config.windowed_layers else 1) * padded(config.head_dim // 2)
+    return config.num_layers * layer + padded(hidden) + frequencies
 
 
 def page_bytes(config: ModelConfig, dtype: str, page_tokens: int) -> int:
@@ -140,9 +141,10 @@ def arena_bytes(config: ModelConfig, rows: int, sequences: int, threads: int) ->
     queries, keys = padded(heads * dim), padded(config.num_kv_heads * dim)
     gated = padded(config.intermediate_size)
     activation = 4 * max(hidden, queries, gated) + 64
-    row = 4 * (hidden + 2 * queries + 2 * keys + gated + dim) + activation + 4
-    # One task a row and key-value head at most, and 16 partial results of each head of a decoding sequence.
-    row += 64 * heads
-    sequence = activation + heads * 16 * 4 * (padded(dim) + 2) + 64 * heads * 16 + 32 * threads
-    thread = 2 * activation + 4 * max(hidden, queries) + 4 * 16 * (2 * padded(dim) + 128)
-    return rows * row + sequences * sequence + threads * thread + 32 * 64
+    row = 4 * (2 * hidden + 2 * queries + 2 * keys + gated) + activation
+    # Whether there is a window or not: angles, and one task a row and key-value head at most.
+    row += 2 * (4 * dim + 4 + 64 * heads)
+    # 16 partial results of each head of a decoding sequence.
+    sequence = activation + heads * 16 * 4 * (padded(dim) + 2) + 2 * 64 * heads * 16 + 32 * threads
+    thread = 2 * activation + 4 * max(hidden, queries) + 8 * hidden + 4 * 16 * (2 * padded(dim) + 128)
+    return rows * row + sequences * sequence + threads * thread + 64 * 64

@@ -34,6 +34,8 @@ class PackedLayer:
     """``[(H + K) D]``: the query norm's weights for each query head, then the key norm's for each key head."""
     output: native.Matrix
     post_norm: Vector
+    attention_out_norm: Vector | None
+    mlp_out_norm: Vector | None
     gate_up: native.Matrix
     """Blocks of 16 rows of gate and up in turn."""
     down: native.Matrix
@@ -48,6 +50,7 @@ class PackedWeights:
     head: native.Matrix
     norm: Vector
     frequencies: Vector
+    window_frequencies: Vector | None
     layers: tuple[PackedLayer, ...]
 
 
@@ -154,12 +157,17 @@ def load_packed(source: WeightSource, dtype: str, pool: native.Pool) -> Generato
     if not config.tie_embeddings:
         head = packer.matrix("lm_head.weight", packed.format_of(config, "lm_head.weight", dtype))
     angles = inverse_frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
+    window_frequencies = None
+    if config.windowed_layers:
+        window_angles = inverse_frequencies(config.window_rope_theta, config.head_dim, None)
+        window_frequencies = packer.constant(np.array(window_angles, np.float32))
     return PackedWeights(
         region=packer.region,
         embedding=embedding,
         head=head,
         norm=packer.vector("model.norm.weight"),
         frequencies=packer.constant(np.array(angles, np.float32)),
+        window_frequencies=window_frequencies,
         layers=tuple(layers),
     )
 
@@ -181,15 +189,25 @@ def _load_layer(packer: _Packer, number: int) -> PackedLayer:
     if config.architecture.qk_norm:
         names = (attention + "q_norm.weight", attention + "k_norm.weight")
         qk_norm = packer.vector(*names, repeats=(config.num_heads, config.num_kv_heads))
+    sandwich = config.architecture.sandwich_norms
     return PackedLayer(
         input_norm=packer.vector(prefix + "input_layernorm.weight"),
         qkv=(projection("q_proj"), projection("k_proj"), projection("v_proj")),
         qk_norm=qk_norm,
         output=projection("o_proj"),
-        post_norm=packer.vector(prefix + "post_attention_layernorm.weight"),
+        post_norm=packer.vector(prefix + f"{'pre_feedforward' if sandwich else 'post_attention'}_layernorm.weight"),
+        attention_out_norm=packer.vector(prefix + "post_attention_layernorm.weight") if sandwich else None,
+        mlp_out_norm=packer.vector(prefix + "post_feedforward_layernorm.weight") if sandwich else None,
         gate_up=packer.alternating((mlp + "gate_proj.weight", mlp + "up_proj.weight"), formats["gate_proj"]),
         down=packer.matrix(mlp + "down_proj.weight", formats["down_proj"]),
     )
+
+
+def embedding_scale(config: ModelConfig, dtype: str) -> float:
+    """Return what embeddings are multiplied by: rounded to the dtype, as these models were trained."""
+    if not config.architecture.scales_embedding:
+        return 1.0
+    return float(torch.tensor(config.hidden_size**0.5, dtype=getattr(torch, dtype)))
 
 
 def make_model(
@@ -210,9 +228,20 @@ def make_model(
         kv_float32=dtype == "float32",
         max_rows=rows,
         max_sequences=sequences,
+        embedding_scale=embedding_scale(config, dtype),
+        attention_scale=config.attention_scale,
+        gelu=config.architecture.activation != "silu",
+        window_tokens=config.window_tokens if config.windowed_layers else 0,
     )
     qk_norm_length = (config.num_heads + config.num_kv_heads) * config.head_dim
-    model.set_ends(weights.embedding, weights.head, weights.norm, weights.frequencies[: config.head_dim // 2])
+    half = config.head_dim // 2
+    model.set_ends(
+        weights.embedding,
+        weights.head,
+        weights.norm,
+        weights.frequencies[:half],
+        None if weights.window_frequencies is None else weights.window_frequencies[:half],
+    )
     for number, layer in enumerate(weights.layers):
         model.set_layer(
             number,
@@ -225,5 +254,8 @@ def make_model(
             output=layer.output,
             gate_up=layer.gate_up,
             down=layer.down,
+            attention_out_norm=layer.attention_out_norm,
+            mlp_out_norm=layer.mlp_out_norm,
+            windowed=number in config.windowed_layers,
         )
     return model

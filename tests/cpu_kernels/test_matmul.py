@@ -178,7 +178,8 @@ def test_the_largest_codes_do_not_saturate(level: str, format: Format) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("tokens", [1, 5, 11])
-def test_swiglu_and_bias(level: str, tokens: int) -> None:
+@pytest.mark.parametrize("mode", ["swiglu", "geglu"])
+def test_gates_and_bias(level: str, tokens: int, mode: str) -> None:
     rows, columns = 20, 45
     gate, up = (stored_of(TensorKind.F32, rows, columns, seed) for seed in (1, 2))
     packed = np.zeros(2 * native.packed_bytes(Format.W32, rows, columns), np.uint8)
@@ -187,9 +188,13 @@ def test_swiglu_and_bias(level: str, tokens: int) -> None:
     matrix = native.Matrix(packed, Format.W32, 2 * padded(rows), columns)
     x = np.random.default_rng(3).standard_normal((tokens, columns)).astype(np.float32) * 3
     y = np.zeros((tokens, padded(rows)), np.float32)
-    native.linear(level, matrix, x, y, "swiglu")
+    native.linear(level, matrix, x, y, mode)
     gates, ups = (x.astype(np.float64) @ values.astype(np.float64).T for _, values in (gate, up))
-    np.testing.assert_allclose(y[:, :rows], gates / (1 + np.exp(-gates)) * ups, rtol=2e-5, atol=2e-5)
+    if mode == "swiglu":
+        gated = gates / (1 + np.exp(-gates))
+    else:
+        gated = gates / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gates + 0.044715 * gates**3)))
+    np.testing.assert_allclose(y[:, :rows], gated * ups, rtol=2e-5, atol=2e-5)
     bias = np.arange(32, dtype=np.float32)
     plain = np.zeros(native.packed_bytes(Format.W32, rows, columns), np.uint8)
     native.pack(POOL, gate[0], 0, rows, columns, plain, Format.W32)

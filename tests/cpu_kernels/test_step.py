@@ -11,10 +11,17 @@ from neuron.models.packed_weights import huge_pages
 
 SIZES = {"num_layers": 2, "hidden": 40, "num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "intermediate": 37,
          "vocab": 77, "eps": 1e-5}  # fmt: skip
-MAX_ROWS, MAX_SEQUENCES, NUM_PAGES = 200, 5, 40
+MAX_ROWS, MAX_SEQUENCES, NUM_PAGES = 200, 5, 80
+PLAIN: dict[str, Any] = {}
+GEMMA: dict[str, Any] = {"window_tokens": 21, "gelu": True, "embedding_scale": 3.0, "attention_scale": 0.2}
+# Long enough for the context of one sequence to be cut into parts, within the window too.
+FORMS = {"plain": PLAIN, "gemma": GEMMA, "gemma-wide-window": {**GEMMA, "window_tokens": 150}}
 
 
-def make_model(threads: int, level: str, kv_float32: bool = True, seed: int = 0) -> native.Model:
+def make_model(
+    threads: int, level: str, kv_float32: bool = True, seed: int = 0, form: dict[str, Any] = PLAIN
+) -> native.Model:
+    """Return a random model; with a ``GEMMA`` form, norms behind its blocks and a window in its first layer."""
     random = np.random.default_rng(seed)
     pool = native.Pool(threads)
 
@@ -28,17 +35,19 @@ def make_model(threads: int, level: str, kv_float32: bool = True, seed: int = 0)
         return np.concatenate((random.random(length), np.zeros(padded(length) - length))).astype(np.float32)
 
     model = native.Model(
-        pool, level, **SIZES, kv_float32=kv_float32, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES
+        pool, level, **SIZES, **form, kv_float32=kv_float32, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES
     )  # fmt: skip
     with pytest.raises(ValueError, match="weights are missing"):
         model.attach(huge_pages(model.page_bytes), huge_pages(1 << 24))
     frequencies = (0.7 ** np.arange(5)).astype(np.float32)
-    model.set_ends(matrix(77, 40), matrix(77, 40), vector(40), frequencies)
+    model.set_ends(matrix(77, 40), matrix(77, 40), vector(40), frequencies, frequencies**2 if form else None)
     for number in range(2):
         model.set_layer(
             number, input_norm=vector(40), post_norm=vector(40), qk_norm=random.random(80).astype(np.float32),
             query=matrix(60, 40), key=matrix(20, 40), value=matrix(20, 40), output=matrix(40, 60),
             gate_up=matrix(96, 40), down=matrix(40, 37),
+            attention_out_norm=vector(40) if form else None, mlp_out_norm=vector(40) if form else None,
+            windowed=bool(form) and number == 0,
         )  # fmt: skip
     model.attach(huge_pages(NUM_PAGES * model.page_bytes), huge_pages(model.arena_bytes))
     return model
@@ -49,7 +58,7 @@ class Driver:
 
     def __init__(self, model: native.Model) -> None:
         self.model = model
-        self.tables = np.random.default_rng(4).permutation(np.arange(1, NUM_PAGES, dtype=np.int32))[:35].reshape(5, 7)
+        self.tables = np.random.default_rng(4).permutation(np.arange(1, NUM_PAGES, dtype=np.int32))[:75].reshape(5, 15)
         self.starts = [0] * 5
 
     def plan(self, chunks: dict[int, list[int]]) -> list[np.ndarray[Any, Any]]:
@@ -79,10 +88,10 @@ class Driver:
 
 
 def conversation(model: native.Model, chunk: int) -> list[np.ndarray[Any, Any]]:
-    """Five sequences of up to 90 tokens, prompts in chunks, then decoding together with a prompt."""
+    """Five sequences of up to 190 tokens, prompts in chunks, then decoding together with a prompt."""
     random = np.random.default_rng(9)
     driver = Driver(model)
-    prompts = [random.integers(0, 77, size).tolist() for size in (90, 33, 1, 16, 70)]
+    prompts = [random.integers(0, 77, size).tolist() for size in (190, 33, 1, 16, 70)]
     last = {}
     for number, prompt in enumerate(prompts[:4]):
         for start in range(0, len(prompt), chunk):
@@ -97,11 +106,12 @@ def conversation(model: native.Model, chunk: int) -> list[np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("kv_float32", [True, False])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("level", native.levels())
-def test_threads_and_chunks_change_nothing(level: str, kv_float32: bool) -> None:
-    plain = conversation(make_model(1, "portable"), 200)
-    for threads, chunk in ((1, 200), (2, 7), (5, 31), (3, 1)):
-        found = conversation(make_model(threads, level, kv_float32), chunk)
+def test_threads_and_chunks_change_nothing(level: str, form: str, kv_float32: bool) -> None:
+    plain = conversation(make_model(1, "portable", form=FORMS[form]), 200)
+    for threads, chunk in ((1, 200), (2, 7), (5, 31), (3, 5)):
+        found = conversation(make_model(threads, level, kv_float32, form=FORMS[form]), chunk)
         tolerance = 2e-4 if kv_float32 else 0.05
         for row, expected in zip(found, plain, strict=True):
             assert np.abs(row - expected).max() < tolerance * np.abs(expected).max()
