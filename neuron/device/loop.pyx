@@ -301,7 +301,6 @@ cdef class DeviceLoop:
         daemon first) or the handler raises (EXIT_CRASHED, with the traceback logged). Return that exit status."""
         cdef int status = 0
         self._check_owner()
-        self._stopping = False
         try:
             status = self._serve(handler)
         except DriverError as error:

@@ -290,6 +290,14 @@ def test_stop_sends_what_is_queued_first(start: Callable[..., Running]) -> None:
     assert running.join() == 0
 
 
+def test_a_stop_before_the_loop_runs_is_not_forgotten(start: Callable[..., Running]) -> None:
+    def make(loop: DeviceLoop) -> Handler:
+        loop.stop()
+        return Script()
+
+    assert start(make).join() == 0
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_daemon_that_is_gone_ends_the_loop(start: Callable[..., Running], busy: bool) -> None:
     def make(loop: DeviceLoop) -> Handler:
