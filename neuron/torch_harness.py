@@ -156,7 +156,9 @@ class TorchModel:
             stop=request.stop,
             tags=self._prompts.tags if request.prompt is None else None,
             starts_in_reasoning=prompt.starts_in_reasoning,
-            parses_tools=bool(request.tools) and request.tool_choice.mode is not ToolMode.NONE,
+            tools=request.tools if request.tool_choice.mode is not ToolMode.NONE else (),
+            call_form=self._prompts.call_form,
+            markers=self._prompts.markers,
             parallel_calls=request.tool_choice.parallel,
         )
 
@@ -167,7 +169,7 @@ class TorchModel:
         """
         if request.output_format.kind is FormatKind.TEXT and request.tool_choice.mode in {ToolMode.AUTO, ToolMode.NONE}:
             return None
-        grammar = await asyncio.to_thread(constraint_of, request)
+        grammar = await asyncio.to_thread(constraint_of, request, self._prompts.call_form)
         tags = self._prompts.tags if request.prompt is None else None
         if grammar is None or tags is None or prompt.ends_reasoning:
             return None if grammar is None else ConstraintSettings(grammar)

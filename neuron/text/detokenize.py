@@ -5,7 +5,7 @@ it comes out. Stop strings apply to the answer, not to reasoning.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -19,17 +19,20 @@ from cortex.wire.events import (
     TokenLogprob,
     ToolCallDelta,
 )
+from cortex.wire.request import Tool
 from neuron.device.jobs import SequenceEnd
+from neuron.text.call_pieces import CallArguments, CallBegins, Piece
 from neuron.text.holdback import held_back
 from neuron.text.reasoning import Part, ReasoningSplitter, ReasoningTags
-from neuron.text.tools import ParsedCall, ToolCallParser
+from neuron.text.tools import CallForm, ToolCallParser
 
 
 class Detokenizer:
     """Turns the ids of one sequence into the events of one choice.
 
-    ``parses_tools`` says whether the request offered tools: without them a ``<tool_call>`` is just text. Without
-    ``parallel_calls`` the first call ends the choice.
+    ``tools`` are those the request offered, whose calls are looked for in the model's ``call_form``: without them a
+    ``<tool_call>`` is just text. Without ``parallel_calls`` the first call ends the choice. ``markers`` gives the text
+    of special tokens that say something here; all others are no text.
     """
 
     def __init__(
@@ -40,7 +43,9 @@ class Detokenizer:
         stop: Sequence[str] = (),
         tags: ReasoningTags | None = None,
         starts_in_reasoning: bool = False,
-        parses_tools: bool = False,
+        tools: Sequence[Tool] = (),
+        call_form: CallForm = CallForm.TAGGED,
+        markers: Mapping[int, str] = {},
         parallel_calls: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
@@ -50,7 +55,8 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._stop_pending = ""
         self._splitter = ReasoningSplitter(tags, starts_inside=starts_in_reasoning) if tags else None
-        self._tools = ToolCallParser() if parses_tools else None
+        self._tools = ToolCallParser(call_form, tools) if tools else None
+        self._markers = markers
         self._parallel_calls = parallel_calls
         self._logprobs: list[TokenLogprob] = []
         self._num_calls = 0
@@ -68,17 +74,20 @@ class Detokenizer:
         for index, token in enumerate(ids):
             self._output_tokens += 1
             thinking = self._splitter is not None and self._splitter.inside
+            calling = self._tools is not None and self._tools.in_call
             self._reasoning_tokens += thinking
             if logprobs:
                 self._logprobs.append(logprobs[index])
-            self._undecoded.append(token)
-            text = self._decoder.step(self._tokenizer, token)
+            text = self._markers.get(token)
+            if text is None:
+                self._undecoded.append(token)
+                text = self._decoder.step(self._tokenizer, token)
             if text is None:
                 continue
             self._undecoded.clear()
             self._split(text, events)
-            if thinking:
-                self._logprobs.clear()  # those of the closing tag among them
+            if thinking or calling:
+                self._logprobs.clear()  # those of what closes it among them
             if self.finished:
                 break
         return self._with_logprobs(_merge(events))
@@ -156,21 +165,23 @@ class Detokenizer:
             return
         self._emit(self._tools.feed(text), events)
 
-    def _emit(self, pieces: list[str | ParsedCall], events: list[InferenceEvent]) -> None:
+    def _emit(self, pieces: Sequence[Piece], events: list[InferenceEvent]) -> None:
         for piece in pieces:
             if isinstance(piece, str):
                 events.append(TextDelta(piece, self._choice))
-            else:
+            elif isinstance(piece, CallBegins):
                 call_id = f"call_{secrets.token_hex(12)}"
-                events.append(ToolCallDelta(self._num_calls, call_id, piece.name, piece.arguments, self._choice))
+                events.append(ToolCallDelta(self._num_calls, call_id, piece.name, "", self._choice))
                 self._num_calls += 1
-                if not self._parallel_calls:
-                    self._end(FinishReason.TOOL_CALLS, None, events)
-                    return
+            elif isinstance(piece, CallArguments):
+                events.append(ToolCallDelta(self._num_calls - 1, arguments=piece.text, choice=self._choice))
+            elif not self._parallel_calls:
+                self._end(FinishReason.TOOL_CALLS, None, events)
+                return
 
     def _finish(self, reason: FinishReason, stop: str | None, events: list[InferenceEvent]) -> None:
         if self._tools is not None:
-            self._emit(self._tools.close(), events)
+            self._emit(self._tools.close(cut=reason is FinishReason.LENGTH or stop is not None), events)
             if self.finished:
                 return
         if self._num_calls and reason is FinishReason.STOP and stop is None:
@@ -183,7 +194,7 @@ class Detokenizer:
 
 
 def _merge(events: list[InferenceEvent]) -> list[InferenceEvent]:
-    """Join neighbouring text of one kind: fewer frames say the same."""
+    """Join neighbouring pieces of one text or call: fewer frames say the same."""
     if len(events) < 2:
         return events
     merged = events[:1]
@@ -193,6 +204,8 @@ def _merge(events: list[InferenceEvent]) -> list[InferenceEvent]:
             merged[-1] = TextDelta(last.text + event.text, event.choice, last.logprobs + event.logprobs)
         elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
             merged[-1] = ReasoningDelta(last.text + event.text, event.choice)
+        elif isinstance(event, ToolCallDelta) and isinstance(last, ToolCallDelta) and not event.name:
+            merged[-1] = ToolCallDelta(last.call, last.id, last.name, last.arguments + event.arguments, event.choice)
         else:
             merged.append(event)
     return merged

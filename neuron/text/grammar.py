@@ -1,8 +1,9 @@
 """What an answer must look like, as a grammar that the engine's masks are made of.
 
 A request asks for JSON (any object, or by a schema), for a regular expression or a grammar, or that tools be called, in
-the ``<tool_call>`` form that :mod:`neuron.text.tools` reads back. All of it becomes one Lark grammar for llguidance,
-compiled once here, before the request is admitted, so that what cannot be compiled is an error of the request.
+a form that :mod:`neuron.text.tools` reads back: Llama's own for such models, else the tagged one (Mistral's marker is a
+special token, which a grammar of text cannot ask for). All of it becomes one Lark grammar for llguidance, compiled once
+here, before the request is admitted, so that what cannot be compiled is an error of the request.
 """
 
 import json
@@ -14,7 +15,7 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from cortex.wire.errors import InvalidRequestError, InvalidSchemaError
 from cortex.wire.request import FormatKind, InferenceRequest, OutputFormat, Tool, ToolMode
-from neuron.text.tools import END, START
+from neuron.text.tools import END, START, CallForm
 
 MAX_SOURCE_BYTES: Final = 256 << 10
 MAX_SCHEMA_DEPTH: Final = 64
@@ -22,7 +23,7 @@ JSON_OPTIONS: Final = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n
 """White space is free but bounded: a model that is unsure likes to write it for ever."""
 
 
-def constraint_of(request: InferenceRequest) -> str | None:
+def constraint_of(request: InferenceRequest, form: CallForm = CallForm.TAGGED) -> str | None:
     """Return the grammar that the answer to ``request`` must follow, ``None`` if it is free.
 
     With tools on offer, an answer in the format asked for may be a call instead. Raises :class:`InvalidSchemaError`.
@@ -34,7 +35,7 @@ def constraint_of(request: InferenceRequest) -> str | None:
         tools = tuple(tool for tool in tools if mode is ToolMode.REQUIRED or tool.name == request.tool_choice.name)
         if not tools:
             raise InvalidRequestError("Invalid 'tool_choice': it names no tool of this request.", param="tool_choice")
-        grammar = "start: calls\n" + _calls(tools, parallel=request.tool_choice.parallel)
+        grammar = "start: calls\n" + _calls(tools, form, parallel=request.tool_choice.parallel)
         param = "tools"
     elif request.output_format.kind is FormatKind.TEXT:
         return None
@@ -42,7 +43,7 @@ def constraint_of(request: InferenceRequest) -> str | None:
         param = "response_format"
         body = _format(request.output_format)
         alternatives = "answer | calls" if tools else "answer"
-        calls = _calls(tools, parallel=request.tool_choice.parallel) if tools else ""
+        calls = _calls(tools, form, parallel=request.tool_choice.parallel) if tools else ""
         # A whole grammar has a start of its own.
         grammar = f"start: {alternatives}\n{calls}{body}" if not body.startswith("start:") else body
     if len(grammar) > MAX_SOURCE_BYTES:
@@ -82,16 +83,17 @@ def _format(asked: OutputFormat) -> str:
             return source.lstrip()
 
 
-def _calls(tools: tuple[Tool, ...], *, parallel: bool) -> str:
+def _calls(tools: tuple[Tool, ...], form: CallForm, *, parallel: bool) -> str:
     """Return the rules of one or more calls of ``tools``."""
+    key_of_arguments = "parameters" if form is CallForm.LLAMA else "arguments"
     bodies = []
     for index, tool in enumerate(tools):
         _check_depth(tool.parameters, "tools")
         arguments = {"type": "object", **tool.parameters}
         schema: dict[str, Any] = {
             "type": "object",
-            "properties": {"name": {"const": tool.name}, "arguments": arguments},
-            "required": ["name", "arguments"],
+            "properties": {"name": {"const": tool.name}, key_of_arguments: arguments},
+            "required": ["name", key_of_arguments],
             "additionalProperties": False,
         }
         for key in ("$defs", "definitions"):  # references begin at the root
@@ -99,6 +101,9 @@ def _calls(tools: tuple[Tool, ...], *, parallel: bool) -> str:
                 schema[key] = arguments.pop(key)
         bodies.append(f"call_{index}: {_json_rule(schema)}")
     names = " | ".join(f"call_{index}" for index in range(len(tools)))
+    if form is CallForm.LLAMA:
+        more = ' ("; " call)*' if parallel else ""
+        return f"calls: call{more}\ncall: {names}\n" + "".join(bodies)
     more = ' ("\\n" call)*' if parallel else ""
     return f'calls: call{more}\ncall: "{START}\\n" ({names}) "\\n{END}"\n' + "".join(bodies)
 

@@ -21,6 +21,7 @@ from cortex.wire.request import ImagePart, InferenceRequest, Message, Role, Text
 from neuron.errors import NoTemplateError, TemplateError
 from neuron.text.reasoning import ReasoningTags
 from neuron.text.tokenizer import TextFiles
+from neuron.text.tools import MARKERS, form_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +50,15 @@ class PromptFormat:
         """Whether the template has a place of its own for tools."""
         self.tags = ReasoningTags() if source is not None and "<think>" in source else None
         """The tags around this model's reasoning, ``None`` for a model that does not reason."""
+        self.call_form = form_of(source)
+        """How this model writes calls."""
+        marked = {*MARKERS, *((self.tags.start, self.tags.end) if self.tags else ())}
+        self.markers = {
+            id: token.content
+            for id, token in files.tokenizer.get_added_tokens_decoder().items()
+            if token.special and token.content in marked
+        }
+        """The special tokens that a reader of answers looks for, by id."""
 
     @property
     def can_chat(self) -> bool:

@@ -16,13 +16,15 @@ from neuron.device import jobs
 from neuron.device.jobs import ConstraintSettings, SequenceEnd
 from neuron.text.detokenize import Detokenizer
 from neuron.text.grammar import constraint_of
+from neuron.text.tools import CallForm
 
 EOS = 2
 PROMPT = [1, 50, 60, 70]
 
 
-def grammar(kind: FormatKind, source: str = "", **changes: Any) -> str:
-    found = constraint_of(InferenceRequest("m", prompt="x", output_format=OutputFormat(kind, source), **changes))
+def grammar(kind: FormatKind, source: str = "", form: CallForm = CallForm.TAGGED, **changes: Any) -> str:
+    request = InferenceRequest("m", prompt="x", output_format=OutputFormat(kind, source), **changes)
+    found = constraint_of(request, form)
     assert found is not None
     return found
 
@@ -161,16 +163,17 @@ TOOLS = (
 
 @pytest.mark.parametrize("mode", [ToolMode.REQUIRED, ToolMode.NAMED])
 @pytest.mark.parametrize("parallel", [True, False])
-def test_a_call_is_forced(driver: Any, tokenizer: Tokenizer, mode: ToolMode, parallel: bool) -> None:
+@pytest.mark.parametrize("form", CallForm)
+def test_a_call_is_forced(driver: Any, tokenizer: Tokenizer, mode: ToolMode, parallel: bool, form: CallForm) -> None:
     choice = ToolChoice(mode, "stop" if mode is ToolMode.NAMED else None, parallel)
-    constraint = ConstraintSettings(grammar(FormatKind.TEXT, tools=TOOLS, tool_choice=choice))
+    constraint = ConstraintSettings(grammar(FormatKind.TEXT, form=form, tools=TOOLS, tool_choice=choice))
     driver.sent.clear()
     for number in range(6):
         driver.generate(number, PROMPT, 400, eos=(EOS,), constraint=constraint, temperature=0.8, seed=number)
     driver.run()
     seen = set()
     for number, ids in driver.outputs().items():
-        text = Detokenizer(tokenizer, parses_tools=True, parallel_calls=parallel)
+        text = Detokenizer(tokenizer, tools=TOOLS, call_form=form, parallel_calls=parallel)
         events = [*text.feed(ids), *text.close(driver.ends()[number])]
         calls = [event for event in events if type(event).__name__ == "ToolCallDelta"]
         assert calls

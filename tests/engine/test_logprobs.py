@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from cortex.wire.events import TextDelta, TokenLogprob
+from cortex.wire.request import Tool
 from neuron.device.jobs import SamplerSettings, SequenceEnd
 from neuron.engine.sampler import Sampler
 from neuron.text.detokenize import Detokenizer
@@ -78,7 +79,7 @@ def feed(tokenizer: Tokenizer, text: str, **settings: Any) -> list[TokenLogprob]
 
 def test_every_token_of_the_answer_has_one_whatever_is_held_back(tokenizer: Tokenizer) -> None:
     for text in ("plain", "é𝟫 bytes", "a <tool_call> that is none", "ends on <"):
-        found = feed(tokenizer, text, parses_tools=True, stop=["<never>"])
+        found = feed(tokenizer, text, tools=[Tool("f")], stop=["<never>"])
         assert b"".join(logprob.utf8 for logprob in found).decode() == text
 
 
@@ -89,7 +90,7 @@ def test_reasoning_has_none(tokenizer: Tokenizer) -> None:
 
 def test_the_first_call_is_the_last_where_calls_are_not_parallel(tokenizer: Tokenizer) -> None:
     call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
-    detokenizer = Detokenizer(tokenizer, parses_tools=True, parallel_calls=False)
+    detokenizer = Detokenizer(tokenizer, tools=[Tool("f")], parallel_calls=False)
     events = detokenizer.feed(tokenizer.encode(f"{call}\n{call}").ids)
     assert [type(event).__name__ for event in events] == ["ToolCallDelta", "Finished"]
     assert events[-1].reason == "tool_calls"  # type: ignore[union-attr]

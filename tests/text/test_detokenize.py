@@ -5,10 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cortex.wire.events import Finished, FinishReason, InferenceEvent, ReasoningDelta, TextDelta, ToolCallDelta
+from cortex.wire.events import (
+    Finished,
+    FinishReason,
+    InferenceEvent,
+    ReasoningDelta,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+)
+from cortex.wire.request import Tool
 from neuron.device.jobs import SequenceEnd
 from neuron.text.detokenize import Detokenizer
 from neuron.text.reasoning import ReasoningTags
+from neuron.text.tools import CallForm
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +106,11 @@ def test_reasoning_tokens_are_counted(byte_tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("step", [1, 5, 100])
 def test_a_call_ends_the_turn_with_tool_calls(byte_tokenizer: Tokenizer, step: int) -> None:
     text = 'I look.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
-    events = run(byte_tokenizer, text, step, parses_tools=True)
+    events = run(byte_tokenizer, text, step, tools=[Tool("f")])
     calls = [event for event in events if isinstance(event, ToolCallDelta)]
-    assert [(call.call, call.name, call.arguments) for call in calls] == [(0, "f", '{"x":1}')]
+    assert (calls[0].name, {call.call for call in calls}) == ("f", {0})
+    assert "".join(call.arguments for call in calls) == '{"x": 1}'
+    assert not any(call.id or call.name for call in calls[1:])
     assert calls[0].id.startswith("call_")
     assert text_of(events) == "I look."
     assert finish_of(events).reason is FinishReason.TOOL_CALLS
@@ -110,3 +122,37 @@ def test_special_tokens_are_not_text(byte_tokenizer: Tokenizer) -> None:
     assert (
         text_of(detokenizer.feed([0, *byte_tokenizer.encode("x").ids, 0]) + detokenizer.close(SequenceEnd.STOP)) == "x"
     )
+
+
+def test_a_special_token_that_marks_a_call_is_read(byte_tokenizer: Tokenizer) -> None:
+    ids = [0, *byte_tokenizer.encode('f{"x": 1}').ids]
+    detokenizer = Detokenizer(
+        byte_tokenizer, tools=[Tool("f")], call_form=CallForm.MISTRAL, markers={0: "[TOOL_CALLS]"}
+    )
+    call, end = detokenizer.feed(ids) + detokenizer.close(SequenceEnd.STOP)
+    assert isinstance(call, ToolCallDelta)
+    assert (call.name, call.arguments) == ("f", '{"x": 1}')
+    assert isinstance(end, Finished)
+    assert end.reason is FinishReason.TOOL_CALLS
+
+
+def test_a_call_that_the_limit_cuts_says_so(byte_tokenizer: Tokenizer) -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"x": '
+    call, *_, end = run(byte_tokenizer, text, 100, end=SequenceEnd.LENGTH, tools=[Tool("f")])
+    assert isinstance(call, ToolCallDelta)
+    assert isinstance(end, Finished)
+    assert end.reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_log_probabilities_of_calls_are_dropped(byte_tokenizer: Tokenizer, step: int) -> None:
+    text = 'I.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    ids = byte_tokenizer.encode(text).ids
+    detokenizer = Detokenizer(byte_tokenizer, tools=[Tool("f")])
+    events: list[InferenceEvent] = []
+    for start in range(0, len(ids), step):
+        some = ids[start : start + step]
+        events += detokenizer.feed(some, [TokenLogprob(chr(0), b"", -1.0)] * len(some))
+    events += detokenizer.close(SequenceEnd.STOP)
+    told = sum(len(event.logprobs) for event in events if isinstance(event, TextDelta))
+    assert told <= len("I.\n<tool") + step, "those of the text, and what was held back with its end"
