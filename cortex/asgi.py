@@ -29,6 +29,9 @@ class Application:
             assert self.gateway is not None, "the server did not run the lifespan"
             request_id = request_id_of(scope["headers"])
             await self.gateway.handle(Exchange(scope, receive, send, request_id=request_id))
+        elif scope["type"] == "websocket":
+            assert self.gateway is not None, "the server did not run the lifespan"
+            await self.gateway.handle_socket(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         else:

@@ -130,7 +130,7 @@ def _run(config: "Config") -> int:
         loop=Loops.uvloop,
         workers=gateway.workers,
         backpressure=MAX_PENDING_CONNECTIONS,
-        websockets=False,
+        websockets=True,
         workers_kill_timeout=gateway.drain_timeout_s,
         respawn_failed_workers=True,
         log_access=False,

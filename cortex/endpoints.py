@@ -8,6 +8,7 @@ request's own dialect. Routing, loading and retries are :mod:`cortex.fleet.dispa
 import math
 import re
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
@@ -15,16 +16,18 @@ import msgspec
 
 from cortex import __version__
 from cortex._fast.peek import PeekError, PeekTypeError, peek, splice
+from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import FrameTooLarge
 from cortex._fast.tap import StreamTap
 from cortex.config import Config
+from cortex.dialects import openai_responses
 from cortex.dialects.passthrough import RESPONSES, TAIL_CHUNKS, Dialect, envelope_for, read_answer, read_usage
 from cortex.errors import ReplyError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Answer, Dispatcher, Question
 from cortex.fleet.offers import OfferList, find, offers
 from cortex.fleet.state import Fleet
-from cortex.http_io import ClientDisconnectedError, Exchange, Header, stream, until_disconnect
+from cortex.http_io import ClientDisconnectedError, Exchange, Header, SocketExchange, stream, until_disconnect
 from cortex.metrics import Metrics
 from cortex.record import CLIENT_CLOSED_REQUEST, Record
 from cortex.store.conversation import Conversations, Turn
@@ -37,6 +40,7 @@ from cortex.wire.errors import (
     ModelNotFoundError,
     UpstreamError,
 )
+from cortex.wire.events import Finished, FinishReason, Started
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Of an answer that is not streamed; it is held whole, so that a cut one is an error and not half a body."""
@@ -55,7 +59,7 @@ class Endpoints:
         fleet: Fleet,
         dispatcher: Dispatcher,
         metrics: Metrics,
-        conversations: Conversations | None,
+        conversations: Conversations,
     ) -> None:
         self._max_body_bytes = config.gateway.max_body_bytes
         self._catalogue = catalogue
@@ -99,12 +103,18 @@ class Endpoints:
             body = splice(body, found, model)
         headers = self._headers(exchange)
         turn = None
-        if dialect is RESPONSES and self._conversations is not None:
-            turn = await self._conversations.begin(body, found)
+        generates = True
+        if dialect is RESPONSES:
+            said = None
+            if isinstance(exchange, SocketExchange):
+                said, generates = exchange.said, exchange.generates
+            turn = await self._conversations.begin(body, found, said)
             body = turn.body
             headers += turn.headers
         question = Question(model, dialect.name, dialect.path.encode(), headers, body, record.is_stream)
-        if record.is_stream:
+        if not generates and turn is not None:
+            await self._only_read(exchange, record, turn)
+        elif record.is_stream:
             await self._stream(exchange, dialect, record, question, turn)
         else:
             await self._answer(exchange, record, question, turn)
@@ -136,9 +146,21 @@ class Endpoints:
         body, content_type = await until_disconnect(exchange, ask())
         record.usage, record.finish = read_answer(body)
         record.status = 200
-        if turn is not None and self._conversations is not None:
+        if turn is not None:
             await self._conversations.keep(turn, body)
         await exchange.reply(200, body, content_type=content_type)
+
+    async def _only_read(self, exchange: Exchange, record: Record, turn: Turn) -> None:
+        """Answer with an empty response, which later turns continue; no node is asked."""
+        call = openai_responses.decode(turn.body)
+        echo = call.echoed(stores=turn.stores, previous=turn.previous.encode() or None)
+        made = ResponsesStream(f"resp_{secrets.token_hex(24)}", call.request.model, int(time.time()), echo)
+        frames = made.frames([Started(0), Finished(FinishReason.STOP, 0)])
+        await self._conversations.keep_streamed(turn, frames)
+        record.status, record.finish = 200, "not_generated"
+        await exchange.start_stream()
+        await exchange.write(frames)
+        await exchange.finish()
 
     async def _stream(
         self, exchange: Exchange, dialect: Dialect, record: Record, question: Question, turn: Turn | None
@@ -175,7 +197,7 @@ class Endpoints:
                 if record.first_token_at is None and relay.has_token:
                     record.note_first_token()
                 if frames:
-                    if turn is not None and relay.is_complete and self._conversations is not None:
+                    if turn is not None and relay.is_complete:
                         await self._conversations.keep_streamed(turn, frames)
                     yield frames
             if not relay.is_complete:

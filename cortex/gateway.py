@@ -11,12 +11,13 @@ from cortex import store
 from cortex.admin import Admin
 from cortex.config import Config
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
-from cortex.endpoints import Endpoints, reply_error
+from cortex.endpoints import Endpoints, reply_error, request_id_of
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Fleet
-from cortex.http_io import ClientDisconnectedError, Exchange, Header
+from cortex.http_io import ClientDisconnectedError, Exchange, Header, Receive, Scope, Send
 from cortex.metrics import FleetSample, Metrics, ModelSample, NodeSample, forget_dead_workers
+from cortex.responses_socket import ResponsesSocket
 from cortex.settings import ConfigError, split_address
 from cortex.store.conversation import Conversations
 from cortex.store.interface import StoreError
@@ -44,7 +45,7 @@ class Gateway:
         self._settings = settings
         self._stop_metrics: Callable[[], None] = lambda: None
         self._store = store.make(settings.store)
-        conversations = Conversations(self._store) if self._store is not None else None
+        conversations = Conversations(self._store)
         endpoints = Endpoints(settings, offered, self.fleet, self.service.dispatcher, self.metrics, conversations)
         stored = StoredEndpoints(conversations)
         self._paths: Mapping[str, Methods] = {
@@ -112,6 +113,21 @@ class Gateway:
             if exchange.status:
                 raise  # too late for a status: the server cuts the connection
             await reply_error(exchange, ApiError("The gateway failed to answer; its log says why."))
+
+    async def handle_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one WebSocket; only Responses have one."""
+        if scope["path"] != RESPONSES.path:
+            await receive()
+            await send({"type": "websocket.close"})  # before it was accepted: the handshake is refused
+            return
+        await ResponsesSocket(
+            scope,
+            receive,
+            send,
+            handle=self.handle,
+            new_request_id=lambda: request_id_of(()),
+            max_message_bytes=self._settings.gateway.max_body_bytes,
+        ).serve()
 
     def _find(self, method: str, path: str) -> Endpoint | None:
         """Return what answers; ``None`` for OPTIONS, which asks only what would."""

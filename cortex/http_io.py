@@ -20,6 +20,8 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
+import msgspec
+
 from cortex.wire.errors import ApiError, BodyTooLargeError
 
 Scope = MutableMapping[str, Any]
@@ -124,6 +126,24 @@ class Exchange:
         request_id = self.request_id.encode()
         headers += [(b"x-request-id", request_id), (b"request-id", request_id)]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+class SocketExchange(Exchange):
+    """A turn on a WebSocket, as an exchange. ``said`` is what the connection remembers, conversations by response."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        request_id: str,
+        said: MutableMapping[str, tuple[msgspec.Raw, ...]],
+    ) -> None:
+        super().__init__(scope, receive, send, request_id=request_id)
+        self.said = said
+        self.generates = True
+        """Whether an answer is wanted, and not only that the conversation is known."""
 
 
 @asynccontextmanager

@@ -32,6 +32,7 @@ FLOORS = {
     "cortex.store": 3,
     "cortex.endpoints": 4,
     "cortex.stored_endpoints": 4,
+    "cortex.responses_socket": 4,
     "cortex.admin": 4,
     "cortex.gateway": 5,
     "cortex.asgi": 6,

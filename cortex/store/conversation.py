@@ -7,7 +7,7 @@ client, who may continue it at once; that it could not be kept is logged, and co
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,12 @@ MAX_TURNS = 4096
 _ID = re.compile(r"resp_[A-Za-z0-9_-]{1,120}")
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]+)_\d+")
 _KEPT = (b"response.completed", b"response.incomplete")
+Said = MutableMapping[str, tuple[msgspec.Raw, ...]]
+"""Whole conversations by the id of their last response: what a connection remembers."""
+
+MAX_SAID = 8
+"""Conversations a connection remembers, the latest."""
+
 _ANSWER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -38,66 +44,102 @@ class Turn:
     """One request on its way: what is sent on, and what is kept when it has been answered."""
 
     body: bytes
-    headers: tuple[tuple[bytes, bytes], ...]
-    previous: str
-    chain: tuple[str, ...]
-    items: tuple[dict[str, Any], ...] | None
-    """The request's own, ``None`` if nothing is to be kept."""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    previous: str = ""
+    items: tuple[dict[str, Any], ...] = ()
+    """The request's own."""
+    chain: tuple[str, ...] = ()
+    """The stored responses before it, the latest first."""
+    before: tuple[msgspec.Raw, ...] = ()
+    """What was said before it, for a connection to remember."""
+    is_remembered_only: bool = False
+    """Whether no store knows what was said before it."""
+    stores: bool = False
+    said: Said | None = None
+    """What the connection remembers, where it is one that does."""
 
 
 class Conversations:
-    """The stored responses of a gateway."""
+    """The stored responses of a gateway; without a store it knows only what a connection remembers."""
 
-    def __init__(self, store: ResponseStore) -> None:
+    def __init__(self, store: ResponseStore | None) -> None:
         self._store = store
 
-    async def begin(self, body: bytes, found: Peek) -> Turn:
+    async def begin(self, body: bytes, found: Peek, said: Said | None = None) -> Turn:
         """Return how a request goes on. ``found`` was found in the body before the model's name was spliced in.
+
+        ``said`` is what the request's connection remembers: there its answer is kept too, whatever is stored.
 
         Raises:
             PreviousResponseNotFoundError: it continues a response that is not there.
             InvalidRequestError: its input is none, or refers to an item that is not there.
             StoreUnavailableError: the store failed.
         """
+        stores = found.stores and self._store is not None
+        if self._store is None and said is None:
+            return Turn(body)  # the node refuses what refers to something
         previous = found.previous_response_id or ""
         refers = b'"item_reference"' in body
-        if not (previous or refers or found.stores):
-            return Turn(body, (), "", (), None)
+        if not (previous or refers or stores or said is not None):
+            return Turn(body)
         try:
             own = items.input_items(body)
         except InvalidTypeError:
             if previous or refers:
                 raise
-            return Turn(body, (), "", (), None)  # for the node to refuse
+            return Turn(body)  # for the node to refuse
         if refers:
             own = [await self._resolve(item) for item in own]
-        headers: tuple[tuple[bytes, bytes], ...] = ((STORES_HEADER, b"1"),) if found.stores else ()
+        headers: tuple[tuple[bytes, bytes], ...] = ((STORES_HEADER, b"1"),) if stores else ()
         chain: tuple[str, ...] = ()
+        earlier: list[msgspec.Raw] = []
+        remembered = said is not None and previous in said
+        if said is not None and remembered:
+            earlier = list(said[previous])
+            if stores and await self._get(previous) is not None:
+                chain, remembered = (await self._said(previous))[0], False
+        elif previous:
+            chain, earlier = await self._said(previous)
         if previous or refers:
-            chain, said = await self._said(previous) if previous else ((), [])
-            said += [msgspec.Raw(orjson.dumps(item)) for item in own]
-            body = items.with_input(body, said)
+            body = items.with_input(body, [*earlier, *(msgspec.Raw(orjson.dumps(item)) for item in own)])
             if previous:
                 headers += ((PREVIOUS_HEADER, previous.encode()),)
-        return Turn(body, headers, previous, chain, tuple(own) if found.stores else None)
+        before = tuple(earlier) if said is not None else ()
+        return Turn(body, headers, previous, tuple(own), chain, before, remembered, stores, said)
 
     async def keep(self, turn: Turn, response: bytes) -> None:
-        """Keep the response that answered ``turn``, if it is one and is to be kept."""
-        if turn.items is None:
+        """Keep the response that answered ``turn``, if it is one, where it is to be kept."""
+        if not turn.stores and turn.said is None:
             return
         try:
             id = msgspec.json.decode(_ANSWER.decode(response)["id"], type=str)
         except (msgspec.DecodeError, KeyError):
             log.warning("an answer that is no response was not kept")
             return
-        own = msgspec.Raw(items.listed(list(turn.items)))
+        if turn.said is not None:
+            own = (msgspec.Raw(orjson.dumps(item)) for item in turn.items)
+            turn.said[id] = (*turn.before, *own, *items.output_items(response))
+            if len(turn.said) > MAX_SAID:
+                del turn.said[next(iter(turn.said))]
+        if not turn.stores or self._store is None:
+            return
+        own_items = list(turn.items)
+        if turn.is_remembered_only:
+            own_items = [*(orjson.loads(bytes(item)) for item in turn.before), *own_items]
+        kept = StoredResponse(
+            "" if turn.is_remembered_only else turn.previous,
+            msgspec.Raw(items.listed(own_items)),
+            msgspec.Raw(response),
+        )
         try:
-            await self._store.put(id, StoredResponse(turn.previous, own, msgspec.Raw(response)), turn.chain)
+            await self._store.put(id, kept, turn.chain)
         except StoreError as error:
             log.error("response %s was not kept: %s", id, error)
 
     async def keep_streamed(self, turn: Turn, frames: bytes) -> None:
         """Keep the response in the last frames of a stream; one that failed is not kept."""
+        if not turn.stores and turn.said is None:
+            return
         for frame in FrameDecoder(len(frames) + 1).feed(frames):
             if frame.event in _KEPT:
                 await self.keep(turn, bytes(_ANSWER.decode(frame.data)["response"]))
@@ -112,7 +154,7 @@ class Conversations:
     async def delete(self, id: str) -> None:
         """Forget a stored response. Raises as :meth:`get` does."""
         try:
-            was_there = await self._store.delete(id)
+            was_there = self._store is not None and await self._store.delete(id)
         except StoreError as error:
             raise _unavailable(error) from error
         if not was_there:
@@ -179,7 +221,7 @@ class Conversations:
         raise InvalidRequestError(f"Item with id '{id}' not found.", param="input")
 
     async def _get(self, id: str) -> StoredResponse | None:
-        if _ID.fullmatch(id) is None:
+        if self._store is None or _ID.fullmatch(id) is None:
             return None
         try:
             return await self._store.get(id)

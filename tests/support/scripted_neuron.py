@@ -4,6 +4,7 @@ All of the daemon but the model is the real one: its server, its surface, its di
 """
 
 import asyncio
+import json
 import signal
 import sys
 
@@ -42,7 +43,8 @@ def play(request: InferenceRequest) -> list[Step]:
     user = next(
         (m for m in reversed(request.messages) if m.role is Role.USER), Message(Role.USER, request.prompt or "")
     )
-    word = _text(user).split(" ")[0]
+    said = _text(user).strip().strip('"')  # some clients quote their argument
+    word = said.split(" ")[0]
     last = request.messages[-1] if request.messages else user
     start = Started(count(request), 1)
     if last.role is Role.TOOL:
@@ -60,6 +62,10 @@ def play(request: InferenceRequest) -> list[Step]:
             arguments = ['{"city": "', 'Paris"}'] if word == "call" else ['{"input": ', _quoted(PATCH), "}"]
             pieces: list[Step] = [[ToolCallDelta(0, arguments=piece)] for piece in arguments]
             return [[start, TextDelta("Looking.")], [ToolCallDelta(0, "call_1", name)], *pieces, _called(11)]
+        case "run":
+            return [[start, TextDelta("I run it.")], [_shell_call(request, said.partition(" ")[2])], _called(8)]
+        case "write":  # in the words of an editor that has no tools
+            return [[start, TextDelta("made.txt\n```\nscripted\n```\n")], [Finished(FinishReason.STOP, 8)]]
         case "parallel":
             calls = [ToolCallDelta(i, f"call_{i}", tool.name, f'{{"n":{i}}}') for i, tool in enumerate(request.tools)]
             return [[start, *calls], _called(12)]
@@ -104,6 +110,14 @@ def play(request: InferenceRequest) -> list[Step]:
 
 def _said(*pieces: str) -> list[Step]:
     return [[TextDelta(piece)] for piece in pieces]
+
+
+def _shell_call(request: InferenceRequest, command: str) -> ToolCallDelta:
+    """Call the tool by which an agent runs commands, whichever agent asks."""
+    names = {"exec_command": "cmd", "shell_command": "command", "bash": "command"}
+    name = next(tool.name for tool in request.tools if tool.name in names)
+    arguments = {names[name]: command.strip(), "description": "as asked"}
+    return ToolCallDelta(0, "call_run", name, json.dumps(arguments))
 
 
 def _called(num_tokens: int) -> list[InferenceEvent]:

@@ -1,0 +1,209 @@
+"""Responses over a WebSocket: each ``response.create`` is an exchange whose stream goes out as messages.
+
+A turn is answered by what answers ``POST /v1/responses``, so that limits, routing, records and errors are the same;
+here its frames become messages, and an answer that is no stream an ``error`` message. Turns of one lane
+(``stream_id``) follow one another, lanes run beside one another. A connection remembers its latest responses, stored or
+not, so that a client sends only what is new. ``generate: false`` has a conversation remembered and not answered.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import orjson
+
+from cortex._fast.sse import FrameDecoder
+from cortex.dialects.openai_errors import error_object
+from cortex.dialects.passthrough import RESPONSES
+from cortex.http_io import Receive, Scope, Send, SocketExchange
+from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, OverloadedError
+
+MAX_PENDING_TURNS = 32
+"""Of one connection, those that run and those that wait for their lane."""
+
+CREATE = "response.create"
+TOO_BIG = 1009
+INTERNAL_ERROR = 1011
+"""Close codes: a message is longer than a body may be, and what is nobody's fault but ours."""
+
+_NOT_FORWARDED = frozenset({b"connection", b"upgrade", b"content-length", b"content-type", b"transfer-encoding"})
+_OWN_FIELDS = ("type", "generate", "stream_id", "stream", "background")
+_MESSAGE = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_STRING = msgspec.json.Decoder(str)
+
+
+class ResponsesSocket:
+    """One connection. ``handle`` answers an exchange."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        handle: Callable[[SocketExchange], Awaitable[None]],
+        new_request_id: Callable[[], str],
+        max_message_bytes: int,
+    ) -> None:
+        self._receive = receive
+        self._send = send
+        self._handle = handle
+        self._new_request_id = new_request_id
+        self._max_message_bytes = max_message_bytes
+        headers = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name not in _NOT_FORWARDED and not name.startswith(b"sec-websocket")
+        ]
+        self._scope = {
+            "type": "http",
+            "method": "POST",
+            "path": RESPONSES.path,
+            "query_string": scope.get("query_string", b""),
+            "headers": headers,
+            "client": scope.get("client"),
+        }
+        self._said: dict[str, tuple[msgspec.Raw, ...]] = {}
+        self._lanes: dict[str | None, asyncio.Task[None]] = {}
+        self._turns: set[asyncio.Task[None]] = set()
+        self._left = asyncio.Event()
+
+    async def serve(self) -> None:
+        """Answer until the client leaves; what still runs then is cancelled."""
+        if (await self._receive())["type"] != "websocket.connect":
+            return
+        await self._send({"type": "websocket.accept"})
+        try:
+            while (message := await self._receive())["type"] != "websocket.disconnect":
+                text = message.get("text")
+                data = message.get("bytes") or b"" if text is None else text.encode()
+                if len(data) > self._max_message_bytes:
+                    await self._send({"type": "websocket.close", "code": TOO_BIG, "reason": "message too big"})
+                    return
+                await self._take(data)
+        finally:
+            self._left.set()
+            # A turn that runs sees the client leave as over HTTP; one that waits for its lane is just dropped.
+            if self._turns:
+                await asyncio.wait(self._turns)
+
+    async def _take(self, data: bytes) -> None:
+        """Begin a turn, or refuse the message."""
+        lane: str | None = None
+        try:
+            fields = _fields(data)
+            lane = _text(fields, "stream_id")
+            if (kind := _text(fields, "type")) != CREATE:
+                raise InvalidRequestError(f"Invalid 'type': '{kind}' is not known; '{CREATE}' is.", param="type")
+            if len(self._turns) >= MAX_PENDING_TURNS:
+                raise OverloadedError(f"{MAX_PENDING_TURNS} responses are under way on this connection.")
+        except ApiError as error:
+            await self._refuse(error, lane)
+            return
+        generates = bytes(fields.get("generate", b"true")) != b"false"
+        if bytes(fields.get("background", b"false")) == b"true":
+            await self._refuse(
+                InvalidRequestError("'background' is not supported over a WebSocket.", param="background"), lane
+            )
+            return
+        body = {name: value for name, value in fields.items() if name not in _OWN_FIELDS}
+        before = self._lanes.get(lane)
+        turn = asyncio.create_task(self._turn(msgspec.json.encode(body | {"stream": True}), generates, lane, before))
+        self._lanes[lane] = turn
+        self._turns.add(turn)
+        turn.add_done_callback(lambda done: self._end(done, lane))
+
+    def _end(self, turn: "asyncio.Task[None]", lane: str | None) -> None:
+        self._turns.discard(turn)
+        if self._lanes.get(lane) is turn:
+            del self._lanes[lane]
+        turn.exception()  # it has been logged, and has closed the connection
+
+    async def _turn(self, body: bytes, generates: bool, lane: str | None, before: "asyncio.Task[None] | None") -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        if self._left.is_set():
+            return
+        answer = _Answer(self._send, lane)
+        asked = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if asked:
+                return asked.pop()
+            await self._left.wait()
+            return {"type": "http.disconnect"}
+
+        exchange = SocketExchange(
+            dict(self._scope), receive, answer.take, request_id=self._new_request_id(), said=self._said
+        )
+        exchange.generates = generates
+        try:
+            await self._handle(exchange)
+        except Exception:
+            # Too late for an error in the stream's own words.
+            await self._send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": "internal error"})
+            raise
+
+    async def _refuse(self, error: ApiError, lane: str | None) -> None:
+        info = error.info()
+        await self._send(_text_message(_error(info.status, error_object(info)), lane))
+
+
+class _Answer:
+    """What an exchange sends, as messages."""
+
+    def __init__(self, send: Send, lane: str | None) -> None:
+        self._send = send
+        self._lane = lane
+        self._status = 0
+        self._is_stream = False
+        self._decoder = FrameDecoder()
+        self._body = b""
+
+    async def take(self, message: Any) -> None:
+        """Take one message of an HTTP answer."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = dict(message["headers"])
+            self._is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            return
+        data = message.get("body", b"")
+        if self._is_stream:
+            for frame in self._decoder.feed(data):
+                await self._send(_text_message(frame.data, self._lane))
+            return
+        self._body += data
+        if not message.get("more_body", False):
+            try:
+                error = bytes(_MESSAGE.decode(self._body)["error"])
+            except (msgspec.DecodeError, KeyError):
+                error = error_object(ApiError("The answer cannot be read.").info())
+            await self._send(_text_message(_error(self._status, error), self._lane))
+
+
+def _fields(data: bytes) -> dict[str, msgspec.Raw]:
+    try:
+        return _MESSAGE.decode(data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidJsonError(f"The message is not a JSON object: {error}.") from None
+
+
+def _text(fields: dict[str, msgspec.Raw], name: str) -> str | None:
+    value = fields.get(name)
+    if value is None or bytes(value) == b"null":
+        return None
+    try:
+        return _STRING.decode(value)
+    except msgspec.DecodeError:
+        raise InvalidRequestError(f"Invalid '{name}': it must be a string.", param=name) from None
+
+
+def _error(status: int, error: bytes) -> bytes:
+    return b'{"type":"error","status":%d,"error":%b}' % (status, error)
+
+
+def _text_message(data: bytes, lane: str | None) -> dict[str, Any]:
+    if lane is not None:
+        data = data[:-1] + b',"stream_id":' + orjson.dumps(lane) + b"}"
+    return {"type": "websocket.send", "text": data.decode()}
