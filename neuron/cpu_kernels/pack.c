@@ -2,6 +2,7 @@
  *
  *     Q4_0  d (q - 8)          -> W4, m = -8 d        exact
  *     Q4_1  d q + m            -> W4                  exact
+ *     Q5_0  d (q - 16)         -> W8                  exact
  *     Q8_0  d q                -> W8                  exact
  *     Q4_K  d sc q - dmin sm   -> W4 a sub-block      d sc and dmin sm rounded to float16: 2^-11 of the scale
  *     Q6_K and anything else   -> W8                  rounded to 255 levels of each 32 columns' largest
@@ -22,6 +23,7 @@ static size_t block_size(int kind, int *elements) {
     case KIND_BF16: *elements = 1; return 2;
     case KIND_Q4_0: *elements = GROUP; return 18;
     case KIND_Q4_1: *elements = GROUP; return 20;
+    case KIND_Q5_0: *elements = GROUP; return 22;
     case KIND_Q8_0: *elements = GROUP; return 34;
     case KIND_Q4_K: *elements = SUPER; return 144;
     case KIND_Q6_K: *elements = SUPER; return 210;
@@ -78,6 +80,22 @@ static void read_w4(int kind, const uint8_t *row, int g, uint8_t codes[16], uint
     }
 }
 
+/* The scale and the codes of group g of a row of a kind that is d times a whole number. */
+static uint16_t read_codes(int kind, const uint8_t *row, int g, int8_t codes[GROUP]) {
+    if (kind == KIND_Q8_0) {
+        const uint8_t *block = row + 34 * (size_t)g;
+        memcpy(codes, block + 2, GROUP);
+        return load_u16(block);
+    }
+    const uint8_t *block = row + 22 * (size_t)g;
+    uint32_t fifth = load_u32(block + 2);
+    for (int i = 0; i < 16; i++) {
+        codes[i] = (int8_t)(((block[6 + i] & 15) | (fifth >> i & 1) << 4) - 16);
+        codes[i + 16] = (int8_t)((block[6 + i] >> 4 | (fifth >> (i + 16) & 1) << 4) - 16);
+    }
+    return load_u16(block);
+}
+
 /* Group g of a row as float32; beyond the row's end zeros. */
 static void read_floats(int kind, const uint8_t *row, int g, int columns, float out[GROUP]) {
     int count = columns - g * GROUP < GROUP ? columns - g * GROUP : GROUP;
@@ -88,10 +106,10 @@ static void read_floats(int kind, const uint8_t *row, int g, int columns, float 
         for (int i = 0; i < count; i++) out[i] = half_to_float(load_u16(row + 2 * ((size_t)g * GROUP + (size_t)i)));
     } else if (kind == KIND_BF16) {
         for (int i = 0; i < count; i++) out[i] = bf16_to_float(load_u16(row + 2 * ((size_t)g * GROUP + (size_t)i)));
-    } else if (kind == KIND_Q8_0) {
-        const uint8_t *block = row + 34 * (size_t)g;
-        float d = half_to_float(load_u16(block));
-        for (int i = 0; i < GROUP; i++) out[i] = d * (float)(int8_t)block[2 + i];
+    } else if (kind == KIND_Q8_0 || kind == KIND_Q5_0) {
+        int8_t codes[GROUP];
+        float d = half_to_float(read_codes(kind, row, g, codes));
+        for (int i = 0; i < GROUP; i++) out[i] = d * (float)codes[i];
     } else if (kind == KIND_Q6_K) {
         const uint8_t *block = row + 210 * (size_t)(g / 8);
         int half = g % 8 / 4, quarter = g % 4;
@@ -125,10 +143,10 @@ static void write_w4(int kind, const uint8_t *row, int g, int lane, uint8_t *gro
 static void write_w8(int kind, const uint8_t *row, int g, int columns, int lane, uint8_t *group) {
     uint8_t codes[GROUP];
     uint16_t d;
-    if (kind == KIND_Q8_0) {
-        const uint8_t *block = row + 34 * (size_t)g;
-        d = load_u16(block);
-        for (int i = 0; i < GROUP; i++) codes[i] = block[2 + i] ^ 0x80;
+    if (kind == KIND_Q8_0 || kind == KIND_Q5_0) {
+        int8_t own[GROUP];
+        d = read_codes(kind, row, g, own);
+        for (int i = 0; i < GROUP; i++) codes[i] = (uint8_t)own[i] ^ 0x80;
     } else {
         float values[GROUP], largest = 0;
         read_floats(kind, row, g, columns, values);

@@ -12,7 +12,7 @@ from neuron.models.packed import Format, padded
 
 LEVELS = native.levels()
 POOL = native.Pool(2)
-EXACT = {TensorKind.Q4_0: Format.W4, TensorKind.Q4_1: Format.W4, TensorKind.Q8_0: Format.W8,
+EXACT = {TensorKind.Q4_0: Format.W4, TensorKind.Q4_1: Format.W4, TensorKind.Q5_0: Format.W8, TensorKind.Q8_0: Format.W8,
          TensorKind.F32: Format.W32, TensorKind.BF16: Format.W16}  # fmt: skip
 
 
@@ -22,7 +22,8 @@ def stored_of(kind: TensorKind, rows: int, columns: int, seed: int = 0) -> tuple
     if kind is TensorKind.F32:
         values = random.standard_normal((rows, columns)).astype(np.float32)
         return values.view(np.uint8).reshape(-1), values
-    if kind in (TensorKind.F16, TensorKind.BF16, TensorKind.Q4_0, TensorKind.Q4_1, TensorKind.Q8_0):
+    if kind in (TensorKind.F16, TensorKind.BF16, TensorKind.Q4_0, TensorKind.Q4_1, TensorKind.Q5_0,
+                TensorKind.Q8_0):  # fmt: skip
         values = random.standard_normal((rows, columns)).astype(np.float32)
         packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType(kind))
     else:  # the library does not write K kinds: any bytes are one, but for their float16 scales
