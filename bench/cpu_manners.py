@@ -1,0 +1,47 @@
+"""Does decoding leave the cores to others? Measured beside a busy process a core; printed as JSON, for ``cpu.py``.
+
+The busy processes only count. With one of them a core and one thread of ours a core, a fair share is a half each.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+
+
+def be_busy() -> None:
+    """Use a core until ended."""
+    while True:
+        pass
+
+
+def main() -> None:
+    """Measure, print, end."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="a side of cpu.py and its arguments")
+    options = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    busy = [multiprocessing.Process(target=be_busy, daemon=True) for _ in range(cores)]
+    for process in busy:
+        process.start()
+    watched = [psutil.Process(process.pid) for process in busy]
+    used = -sum(process.cpu_times().user for process in watched)
+    start = time.perf_counter()
+    output = subprocess.run(options.command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    elapsed = time.perf_counter() - start
+    used += sum(process.cpu_times().user for process in watched)
+    for process in busy:
+        process.terminate()
+        process.join()
+    found = json.loads(output.splitlines()[-1])
+    print(json.dumps({**found, "left_to_others": used / elapsed / cores}))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
