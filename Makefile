@@ -79,17 +79,18 @@ $(VENV)/triton: $(VENV)/editable
 check-kernels: $(VENV)/triton
 	$(BIN)/python -P -m neuron.triton_kernels.check --keep
 
-# Cubins and their metadata for MODELS (folders with a config.json), without a GPU.
-MODELS ?=
+# Cubins and their metadata for the shapes in packaging/kernels, without a GPU; `make wheel` packs them. MODELS narrows
+# it (folders with a config.json, or GGUF files). The whole takes about an hour on two cores.
+MODELS ?= $(wildcard packaging/kernels/*/)
 kernels: $(VENV)/triton
-	$(BIN)/python -P -m neuron.models.prebuild --out build/kernels $(MODELS)
+	$(BIN)/python -P -m neuron.models.prebuild --out neuron/triton_kernels/prebuilt $(MODELS)
 
 # Needs an NVIDIA GPU; says so and stops where there is none.
 bench-gpu: $(VENV)/triton
 	PYTHONPATH=bench $(BIN)/python -P bench/gpu/run.py --keep
 
 bench: $(VENV)/editable
-	for script in sse peek translate device_loop gateway_overhead decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
+	for script in sse peek device_loop gateway_overhead decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
 
 bench-cpu: $(VENV)/editable
 	PYTHONPATH=bench:tests/support $(BIN)/python -P bench/cpu.py --keep --build-peer
@@ -107,7 +108,7 @@ fuzz: $(VENV)/editable
 
 wheel: $(VENV)/made
 	$(PIP) install build
-	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

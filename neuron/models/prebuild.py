@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from neuron.models import decoder
+from neuron.models import decoder, quantization
 from neuron.models.config import ModelConfig, read_config
+from neuron.models.gguf import TensorKind
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
 STEPS: Final = (1, 2, 16, 17, 64, 65, 256, 257)
 """Tokens of a step that stand for all between them: each side of every row count that the launchers compare with."""
+FP8_CAPABILITY: Final = 89
+FORMS: Final = (quantization.NONE, *quantization.ROW_BYTES)
+EXPERT_ROWS: Final = (16, 64)
+"""The same for rows of an expert on average."""
 
 
 def variants(config: ModelConfig, plan: MemoryPlan, capability: int) -> "tuple[Variant, ...]":
@@ -37,39 +42,49 @@ def variants(config: ModelConfig, plan: MemoryPlan, capability: int) -> "tuple[V
     dtype = getattr(torch, plan.dtype)
     if dtype == torch.float32:
         return ()
-    one_layer = dataclasses.replace(config, num_layers=1)
-    weights = _weights(one_layer, dtype)
+    weights = _weights(config, dtype, plan.quant)
     operations = TritonOperations()
-    shape = (1, plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
+    shape = (len(weights.layers), plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
     keys, values = _meta(*shape, dtype=dtype), _meta(*shape, dtype=dtype)
     with recording(target_for(capability)) as recorder:
-        for batch in _batches(plan):
+        for batch in _batches(plan, _steps(config)):
             token_ids = _meta(len(batch.positions), dtype=torch.int32)
-            hidden = decoder.forward(one_layer, weights, token_ids, batch, keys, values, operations)
+            hidden = decoder.forward(config, weights, token_ids, batch, keys, values, operations)
             decoder.logits(weights, hidden[: len(batch.context_lens)], operations)
     return recorder.variants
 
 
-def prepare(config: ModelConfig, plan: MemoryPlan, device: torch.device) -> None:
-    """Compile all that the model can launch on ``device``, and forbid compiling from then on.
+def prepare(
+    config: ModelConfig, plan: MemoryPlan, device: torch.device, driver_version: tuple[int, int] = (99, 0)
+) -> None:
+    """Load all that the model can launch on ``device``, compiled now if need be, and forbid compiling from then on.
 
-    Nothing to do where eager torch runs. Raises what the compiler raises.
+    Nothing to do where eager torch runs. Raises what :func:`neuron.triton_kernels.warm.warm` raises.
     """
     if dispatch.operations_for(device, getattr(torch, plan.dtype)) is dispatch.EAGER:
         return
     # Only here: a host without CUDA has no use for the compiler, and may not have it.
-    from neuron.triton_kernels.compile import allowing_compiles, forbid_compiling, warm
+    from neuron.triton_kernels.compile import default_cache
     from neuron.triton_kernels.launch import target_of
+    from neuron.triton_kernels.warm import allowing_compiles, forbid_compiling, warm
 
     with allowing_compiles(), torch.cuda.device(device):
-        warm(variants(config, plan, target_of(device).capability))
+        capability = target_of(device).capability
+        warm(variants(config, plan, capability), capability, default_cache(), driver_version)
     forbid_compiling()
 
 
-def _batches(plan: MemoryPlan) -> Iterator[Batch]:
+def _steps(config: ModelConfig) -> tuple[int, ...]:
+    if not config.num_experts:
+        return STEPS
+    edges = [rows * config.num_experts // config.num_experts_per_token for rows in EXPERT_ROWS]
+    return (*STEPS, *(edge + after for edge in edges for after in (0, 1)))
+
+
+def _batches(plan: MemoryPlan, steps: tuple[int, ...]) -> Iterator[Batch]:
     """Yield steps of decodes alone, of a prompt alone, and of both."""
     pages = -(-plan.context_tokens // PAGE_TOKENS)
-    for num_tokens in sorted({min(n, plan.step_tokens) for n in (*STEPS, plan.step_tokens)}):
+    for num_tokens in sorted({min(n, plan.step_tokens) for n in (*steps, plan.step_tokens)}):
         for num_decodes in dict.fromkeys((min(num_tokens, plan.max_sequences), 1, 0)):
             prompts = int(num_tokens > num_decodes)
             num_sequences = num_decodes + prompts
@@ -89,30 +104,39 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _weights(config: ModelConfig, dtype: torch.dtype) -> decoder.DecoderWeights:
-    def meta(*shape: int) -> torch.Tensor:
-        return _meta(*shape, dtype=dtype)
+class _NoFile:
+    """Stands for a checkpoint of which nothing but the shapes is asked."""
 
-    hidden, heads = config.hidden_size, config.num_heads + 2 * config.num_kv_heads
-    shapes = config.tensor_shapes()
-    has_output_bias = "model.layers.0.self_attn.o_proj.bias" in shapes
-    layer = decoder.LayerWeights(
-        input_norm=meta(hidden),
-        qkv=meta(heads * config.head_dim, hidden),
-        qkv_bias=meta(heads * config.head_dim) if "model.layers.0.self_attn.q_proj.bias" in shapes else None,
-        qk_norm=meta(heads - config.num_kv_heads, config.head_dim) if config.architecture.qk_norm else None,
-        output=meta(hidden, config.num_heads * config.head_dim),
-        output_bias=meta(hidden) if has_output_bias else None,
-        post_norm=meta(hidden),
-        gate_up=meta(2 * config.intermediate_size, hidden),
-        down=meta(hidden, config.intermediate_size),
-    )
-    embedding = meta(config.vocab_size, hidden)
-    frequencies = torch.empty(config.head_dim // 2, dtype=torch.float32, device="meta")
-    return decoder.DecoderWeights(embedding, (layer,), meta(hidden), embedding, frequencies)
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.config.tensor_shapes()
+
+    def read_into(self, name: str, destination: torch.Tensor, **where: object) -> None:
+        raise TypeError(f"{name} is to be read from no file")
+
+    def read_stored(self, name: str) -> None:
+        raise TypeError(f"{name} is to be read from no file")
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
-def any_plan(config: ModelConfig, dtype: str) -> MemoryPlan:
+def _weights(config: ModelConfig, dtype: torch.dtype, quant: str) -> decoder.DecoderWeights:
+    """Return weights on ``meta`` with one layer of each kind: of windows, and of the forms of its matrices."""
+    loading = decoder.load_decoder(_NoFile(config), dtype, torch.device("meta"), quant=quant)
+    while True:
+        try:
+            next(loading)
+        except StopIteration as finished:
+            weights: decoder.DecoderWeights = finished.value
+            break
+    kinds = {(bool(layer.window_tokens), repr(layer)): layer for layer in weights.layers}
+    return dataclasses.replace(weights, layers=tuple(kinds.values()))
+
+
+def any_plan(config: ModelConfig, dtype: str, quant: str = quantization.NONE) -> MemoryPlan:
     """Return a plan with the limits of a large card: no variant depends on more than these."""
     return MemoryPlan(
         dtype=dtype,
@@ -124,7 +148,16 @@ def any_plan(config: ModelConfig, dtype: str) -> MemoryPlan:
         weights_bytes=0,
         kv_cache_bytes=0,
         workspace_bytes=0,
+        quant=quant,
     )
+
+
+def _stored_as(config: ModelConfig, form: str) -> tuple[ModelConfig, str]:
+    """Return ``config`` as of a file with its matrices in ``form``, and the ``quant`` that leads to."""
+    if form not in TensorKind.__members__:
+        return config, form
+    kinds = {name: TensorKind[form] for name, shape in config.tensor_shapes().items() if len(shape) == 2}
+    return dataclasses.replace(config, tensor_kinds=kinds), quantization.STORED
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,16 +168,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="+", type=pathlib.Path, help="folders with a config.json, or GGUF files")
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--quant", action="append", choices=FORMS, help="forms of the weights; all unless given")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/kernels"))
     options = parser.parse_args(arguments)
     from neuron.triton_kernels.compile import KernelCache, compile_variants
 
+    cache = KernelCache(options.out)
     for model in options.models:
-        config = read_config(model)
+        found = read_config(model)
         for capability in options.capability or CAPABILITIES:
             start = time.monotonic()
-            wanted = variants(config, any_plan(config, options.dtype), capability)
-            compile_variants(wanted, capability, KernelCache(options.out))
+            wanted: dict[Variant, None] = {}
+            for form in options.quant or FORMS:
+                if form == "fp8" and capability < FP8_CAPABILITY:
+                    continue
+                config, quant = _stored_as(found, form)
+                wanted |= dict.fromkeys(variants(config, any_plan(config, options.dtype, quant), capability))
+            compile_variants(wanted, capability, cache)
             print(f"{model}: {len(wanted)} kernels for sm_{capability}, {time.monotonic() - start:.0f} s")  # noqa: T201
     return 0
 

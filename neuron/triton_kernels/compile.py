@@ -1,14 +1,13 @@
-"""Compile variants ahead of time, keep them on disk, and forbid compiling once a model is ready.
+"""Compile variants ahead of time, and keep them on disk.
 
 No GPU is needed: the compiler's wheel carries ptxas. A compiled kernel is a cubin and what a launcher must know of it
 (:class:`Metadata`). The cache is keyed by the sources of all kernels, the compiler's version, the chip and the variant,
-so that an entry is either right or not found. Each entry carries a digest of its cubin: one that was cut short, edited
-or mixed up is compiled again, and a warning says so.
+so that an entry is either right or not found, whichever machine made it: an installed package may carry entries
+(``make kernels wheel``), which are looked up where the user's own folder has none. Each entry carries a digest of its
+cubin: one that was cut short, edited or mixed up is compiled again, and a warning says so.
 """
 
 import collections
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -19,12 +18,12 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from neuron.triton_kernels.launch import Target, Variant
@@ -33,18 +32,8 @@ logger = logging.getLogger(__name__)
 
 _TOOLS: Final = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SOURCES: Final = pathlib.Path(__file__).parent
-
-
-class CompileAfterReadyError(RuntimeError):
-    """A kernel was about to be compiled while models were being served."""
-
-    code = "kernel_compile_after_ready"
-
-    def __init__(self, kernel: str) -> None:
-        super().__init__(
-            f"{kernel} would be compiled now, after the model was marked ready; the set of variants compiled at load "
-            "lacks it"
-        )
+PREBUILT: Final = _SOURCES / "prebuilt"
+"""Entries that came with the package."""
 
 
 class KernelCompileError(RuntimeError):
@@ -71,6 +60,8 @@ class Metadata:
     dependent_launch: bool
     parameters: tuple[str, ...]
     """Types of the arguments in order; two scratch pointers follow them."""
+    cuda_version: str
+    """Of the assembler: a driver of an older major version loads no such cubin."""
     cubin_sha256: str
 
 
@@ -80,6 +71,8 @@ class Compiled:
 
     metadata: Metadata
     cubin: bytes
+    triton_metadata: dict[str, Any]
+    """What Triton's own launcher wants to know."""
 
 
 @functools.cache
@@ -128,9 +121,11 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
             scratch_bytes=found.global_scratch_size,
             dependent_launch=variant.dependent_launch,
             parameters=tuple(parameter.kind for parameter in variant.parameters),
+            cuda_version=get_ptxas(capability).version,
             cubin_sha256=hashlib.sha256(cubin).hexdigest(),
         ),
         cubin,
+        json.loads(json.dumps(found._asdict(), default=vars)),
     )
 
 
@@ -157,38 +152,29 @@ def instructions(cubin: bytes) -> collections.Counter[str]:
 
 
 class KernelCache:
-    """Compiled kernels in a folder: ``KEY.cubin`` and ``KEY.json`` each. Several processes may share one."""
+    """Compiled kernels in a folder: ``KEY.cubin`` and ``KEY.json`` each. Several processes may share one.
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    What is not there is looked for in the folder ``prebuilt``, which is only read.
+    """
+
+    def __init__(self, folder: pathlib.Path, prebuilt: pathlib.Path | None = None) -> None:
         self.folder = folder
+        self.prebuilt = prebuilt
 
     def load(self, variant: Variant, capability: int) -> Compiled | None:
         """Return an entry, or None if there is none or it is damaged, which is logged."""
-        key = cache_key(variant, capability)
-        try:
-            cubin = (self.folder / f"{key}.cubin").read_bytes()
-            text = (self.folder / f"{key}.json").read_text()
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            logger.warning("kernel cache: %s of %s cannot be read: %s", key, variant.kernel, error)
-            return None
-        try:
-            fields = json.loads(text)
-            metadata = Metadata(**{**fields, "parameters": tuple(fields["parameters"])})
-        except (ValueError, TypeError, KeyError) as error:
-            logger.warning("kernel cache: %s of %s is corrupt (%r); compiling again", key, variant.kernel, error)
-            return None
-        if hashlib.sha256(cubin).hexdigest() != metadata.cubin_sha256 or metadata.capability != capability:
-            logger.warning("kernel cache: %s of %s does not match its digest; compiling again", key, variant.kernel)
-            return None
-        return Compiled(metadata, cubin)
+        for folder in (self.folder, self.prebuilt):
+            found = None if folder is None else _load(folder, variant, capability)
+            if found is not None:
+                return found
+        return None
 
     def store(self, variant: Variant, compiled: Compiled) -> None:
         """Write an entry whole: a reader sees the old one, the new one or none; metadata come last."""
         key = cache_key(variant, compiled.metadata.capability)
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(compiled.metadata), indent=1)
+        fields = {**dataclasses.asdict(compiled.metadata), "triton": compiled.triton_metadata}
+        text = json.dumps(fields, indent=1)
         for name, content in ((f"{key}.cubin", compiled.cubin), (f"{key}.json", text.encode())):
             descriptor, temporary = tempfile.mkstemp(dir=self.folder)
             try:
@@ -211,11 +197,34 @@ class KernelCache:
         return found
 
 
+def _load(folder: pathlib.Path, variant: Variant, capability: int) -> Compiled | None:
+    key = cache_key(variant, capability)
+    try:
+        cubin = (folder / f"{key}.cubin").read_bytes()
+        text = (folder / f"{key}.json").read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        logger.warning("kernel cache: %s of %s cannot be read: %s", key, variant.kernel, error)
+        return None
+    try:
+        fields = json.loads(text)
+        launcher = fields.pop("triton")
+        metadata = Metadata(**{**fields, "parameters": tuple(fields["parameters"])})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning("kernel cache: %s of %s is corrupt (%r); compiling again", key, variant.kernel, error)
+        return None
+    if hashlib.sha256(cubin).hexdigest() != metadata.cubin_sha256 or metadata.capability != capability:
+        logger.warning("kernel cache: %s of %s does not match its digest; compiling again", key, variant.kernel)
+        return None
+    return Compiled(metadata, cubin, launcher)
+
+
 def default_cache() -> KernelCache:
-    """Return the user's cache: ``$NEURON_KERNEL_CACHE``, or under ``$XDG_CACHE_HOME``."""
+    """Return the user's cache, ``$NEURON_KERNEL_CACHE`` or under ``$XDG_CACHE_HOME``, and what the package brought."""
     named = os.environ.get("NEURON_KERNEL_CACHE")
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return KernelCache(pathlib.Path(named) if named else base / "helexa" / "kernels")
+    return KernelCache(pathlib.Path(named) if named else base / "helexa" / "kernels", PREBUILT)
 
 
 def compile_variants(
@@ -228,67 +237,6 @@ def compile_variants(
         if progress is not None:
             progress(variant)
     return compiled
-
-
-class _Array:
-    """Stands for a tensor whose memory is not there: its type and its alignment are all the compiler asks for."""
-
-    def __init__(self, kind: str, aligned: bool) -> None:
-        self.dtype = kind.removeprefix("*")
-        self._address = 0 if aligned else 1
-
-    def data_ptr(self) -> int:
-        """Return an address with the alignment, and no memory behind it."""
-        return self._address
-
-
-def warm(wanted: Iterable[Variant]) -> None:
-    """Compile ``wanted`` into this process for the device in use, so that launching them compiles nothing."""
-    for variant in wanted:
-        arguments: dict[str, Any] = dict(variant.constants)
-        for parameter in variant.parameters:
-            if parameter.kind.startswith("*"):
-                arguments[parameter.name] = _Array(parameter.kind, parameter.aligned)
-            elif parameter.kind == "fp32":
-                arguments[parameter.name] = 0.5
-            else:
-                arguments[parameter.name] = (16 if parameter.aligned else 17) << (32 if parameter.kind == "i64" else 0)
-        variant.function().warmup(grid=(1,), **arguments, **variant.options())
-
-
-_loading: contextvars.ContextVar[bool] = contextvars.ContextVar("loading", default=False)
-_armed = False
-
-
-def forbid_compiling() -> None:
-    """From now on a kernel that is not compiled yet is an error, but inside :func:`allowing_compiles`."""
-    global _armed
-    _armed = True
-    knobs.runtime.jit_cache_hook = _refuse
-
-
-def permit_compiling() -> None:
-    """Undo :func:`forbid_compiling`: no model is left."""
-    global _armed
-    _armed = False
-    knobs.runtime.jit_cache_hook = None
-
-
-@contextlib.contextmanager
-def allowing_compiles() -> Iterator[None]:
-    """Allow compiling for a while: another model is being loaded."""
-    token = _loading.set(True)
-    try:
-        yield
-    finally:
-        _loading.reset(token)
-
-
-def _refuse(**what: Any) -> bool:
-    """Triton calls this when a launch finds no binary in memory, before it compiles or looks on disk."""
-    if _armed and not _loading.get():
-        raise CompileAfterReadyError(str(what.get("repr") or what.get("key")).partition("[")[0])
-    return False
 
 
 def target_for(capability: int) -> Target:

@@ -13,13 +13,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from neuron.models.config import ModelConfig  # noqa: E402
+from neuron.models.gemma3 import GEMMA3  # noqa: E402
 from neuron.models.llama import LLAMA  # noqa: E402
 from neuron.models.prebuild import any_plan, variants  # noqa: E402
 from neuron.models.qwen3 import QWEN3  # noqa: E402
-from neuron.triton_kernels import activation, check, compile, matmul, norm, prefill_attention  # noqa: E402
+from neuron.models.qwen3_moe import QWEN3_MOE  # noqa: E402
+from neuron.triton_kernels import activation, check, compile, matmul, norm, prefill_attention, warm  # noqa: E402
 from neuron.triton_kernels.batch import Batch  # noqa: E402
-from neuron.triton_kernels.compile import CompileAfterReadyError, KernelCache, target_for  # noqa: E402
+from neuron.triton_kernels.compile import KernelCache, target_for  # noqa: E402
 from neuron.triton_kernels.launch import Variant, recording  # noqa: E402
+from neuron.triton_kernels.warm import CompileAfterReadyError, DriverTooOldError  # noqa: E402
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -95,6 +98,7 @@ def test_the_cache_returns_what_it_was_given(cache: KernelCache, monkeypatch: py
         ("cubin", lambda _: b""),
         ("json", lambda content: content[: len(content) // 2]),
         ("json", lambda _: b"[]"),
+        ("json", lambda content: content.replace(b'"triton"', b'"tritium"')),
         ("json", lambda _: b"\xff\xfe"),
         ("json", lambda content: content.replace(b'"capability": 80', b'"capability": 90')),
     ],
@@ -145,35 +149,61 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(driver, "_active", _Driver())
     activation._gated_kernel.device_caches.clear()
     yield
-    compile.permit_compiling()
+    warm.permit_compiling()
     activation._gated_kernel.device_caches.clear()
 
 
 @pytest.mark.usefixtures("driver")
-def test_compiling_after_ready_is_an_error() -> None:
+def test_compiling_after_ready_is_an_error(cache: KernelCache) -> None:
     variant = activation_variant()
-    compile.warm([variant])
-    compile.forbid_compiling()
-    compile.warm([variant])  # it is there: nothing to compile
+    warm.warm([variant], 90, cache)
+    warm.forbid_compiling()
+    warm.warm([variant], 90, cache)  # it is there: nothing to compile
     other = dataclasses.replace(variant, num_warps=8)
     with pytest.raises(CompileAfterReadyError, match="_gated_kernel would be compiled now"):
-        compile.warm([other])
-    with compile.allowing_compiles():
-        compile.warm([other])
-    compile.warm([other])
+        warm.warm([other], 90, cache)
+    with warm.allowing_compiles():
+        warm.warm([other], 90, cache)
+    warm.warm([other], 90, cache)
 
 
 @pytest.mark.usefixtures("driver")
-def test_what_is_warmed_is_what_a_launch_looks_up() -> None:
+def test_what_is_warmed_is_what_a_launch_looks_up(cache: KernelCache) -> None:
     """The JIT's own view of a launch's arguments, tensors and sizes, is that of the recorded variant."""
-    compile.warm([activation_variant()])
-    compile.forbid_compiling()
+    warm.warm([activation_variant()], 90, cache)
+    warm.forbid_compiling()
     constants = {"ACTIVATION": "silu", "BLOCK": 1024}
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     x, out = torch.empty(5, 2048, dtype=torch.bfloat16), torch.empty(5, 1024, dtype=torch.bfloat16)
     activation._gated_kernel.warmup(x, out, 2048, 1024, grid=(5,), **constants, **options)
     with pytest.raises(CompileAfterReadyError):
         activation._gated_kernel.warmup(x, out, 2047, 1024, grid=(5,), **constants, **options)
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_prebuilt_kernel_needs_no_compiler(
+    cache: KernelCache, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a wheel: entries in a folder that is only read, loaded by a process that cannot compile."""
+    variant = activation_variant()
+    made = cache.get(variant, 90)
+    monkeypatch.setattr(compile, "compile_variant", None)
+    monkeypatch.setattr(triton, "compile", None)
+    elsewhere = KernelCache(tmp_path / "own", prebuilt=cache.folder)
+    warm.warm([variant], 90, elsewhere)
+    (kernel,) = activation._gated_kernel.device_caches[0][0].values()
+    assert kernel.asm["cubin"] == made.cubin
+    assert kernel.name == made.metadata.name
+    assert kernel.metadata.shared == made.metadata.shared_bytes
+    assert not elsewhere.folder.exists()
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_driver_older_than_the_cubins_is_told_of_before_a_launch(cache: KernelCache) -> None:
+    variant = activation_variant()
+    with pytest.raises(DriverTooOldError, match=r"supports CUDA 11\.8, .* by CUDA 1[23]\..*; install a driver"):
+        warm.warm([variant], 90, cache, (11, 8))
+    warm.warm([variant], 90, cache, (int(cache.get(variant, 90).metadata.cuda_version.partition(".")[0]), 0))
 
 
 def config(**changes: object) -> ModelConfig:
@@ -191,15 +221,40 @@ def test_a_step_of_decodes_takes_five_kernels_a_layer() -> None:
     assert names[:4] == ["_gemv_kernel", "_decode_attention_kernel", "_gemv_kernel", "_gemv_kernel"]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_no_number_of_rows_needs_a_variant_that_is_not_listed(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+MODELS = {
+    "llama": {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "architecture": LLAMA},
+    "gemma3": {
+        "num_heads": 4, "num_kv_heads": 1, "head_dim": 256, "architecture": GEMMA3, "num_layers": 6,
+        "window_tokens": 512, "windowed_layers": frozenset(range(5)), "window_rope_theta": 1e4, "logit_cap": 30.0,
+    },
+    "qwen3_moe": {
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "architecture": QWEN3_MOE, "num_layers": 1,
+        "num_experts": 8, "num_experts_per_token": 2, "expert_intermediate_size": 256,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "quant", "capability", "most"),
+    [("llama", "none", 80, 30), ("llama", "int4", 90, 30), ("gemma3", "none", 90, 40), ("qwen3_moe", "int8", 90, 40)],
+)
+def test_no_number_of_rows_needs_a_variant_that_is_not_listed(
+    name: str, quant: str, capability: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from neuron.models import prebuild
 
-    model = config(
-        num_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576, intermediate_size=1536, architecture=LLAMA
-    )
-    plan = any_plan(model, "bfloat16")
+    model = config(hidden_size=576, intermediate_size=1536, **MODELS[name])
+    plan = any_plan(model, "bfloat16", quant)
     listed = variants(model, plan, capability)
     monkeypatch.setattr(prebuild, "STEPS", tuple(range(1, 300)))
     assert set(variants(model, plan, capability)) == set(listed)
-    assert len(listed) < 30
+    assert len(listed) < most
+
+
+def test_windows_and_experts_are_listed() -> None:
+    model = config(hidden_size=576, intermediate_size=1536, **MODELS["gemma3"])
+    constants = [dict(v.constants) for v in variants(model, any_plan(model, "bfloat16"), 90)]
+    assert {c["HAS_WINDOW"] for c in constants if "HAS_WINDOW" in c} == {True, False}
+    model = config(hidden_size=576, intermediate_size=1536, **MODELS["qwen3_moe"])
+    kernels = {v.kernel.partition(":")[2] for v in variants(model, any_plan(model, "bfloat16"), 90)}
+    assert "_moe_matmul_kernel" in kernels

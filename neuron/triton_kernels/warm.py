@@ -1,0 +1,138 @@
+"""Put compiled kernels into this process before they are launched, and forbid compiling from then on.
+
+Triton's launcher compiles what it does not find in its memory, in the middle of a step if need be. Here its memory is
+filled while a model loads, from the cache of :mod:`neuron.triton_kernels.compile`, and a launch that still misses is an
+error: it would stall every stream for a second.
+"""
+
+import contextlib
+import contextvars
+import json
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from neuron.triton_kernels.compile import Compiled, KernelCache, cache_key
+from neuron.triton_kernels.launch import Variant
+
+
+class CompileAfterReadyError(RuntimeError):
+    """A kernel was about to be compiled while models were being served."""
+
+    code = "kernel_compile_after_ready"
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__(
+            f"{kernel} would be compiled now, after the model was marked ready; the set of variants compiled at load "
+            "lacks it"
+        )
+
+
+class DriverTooOldError(RuntimeError):
+    """The NVIDIA driver cannot load what the compiler makes."""
+
+    code = "driver_too_old"
+
+    def __init__(self, driver_version: tuple[int, int], cuda_version: str) -> None:
+        has = ".".join(map(str, driver_version))
+        super().__init__(
+            f"the NVIDIA driver supports CUDA {has}, and the kernels are made by CUDA {cuda_version}; install a driver "
+            f"for CUDA {cuda_version.partition('.')[0]}.0 or later, or set NEURON_TRITON=off to run without kernels"
+        )
+
+
+class _Array:
+    """Stands for a tensor whose memory is not there: its type and its alignment are all the compiler asks for."""
+
+    def __init__(self, kind: str, aligned: bool) -> None:
+        self.dtype = kind.removeprefix("*")
+        self._address = 0 if aligned else 1
+
+    def data_ptr(self) -> int:
+        """Return an address with the alignment, and no memory behind it."""
+        return self._address
+
+
+def warm(
+    wanted: Iterable[Variant], capability: int, cache: KernelCache, driver_version: tuple[int, int] = (99, 0)
+) -> None:
+    """Put ``wanted`` into this process for the device in use, compiling what ``cache`` lacks.
+
+    Raises :class:`DriverTooOldError`, :class:`neuron.triton_kernels.compile.KernelCompileError`.
+    """
+    for variant in wanted:
+        compiled = cache.get(variant, capability)
+        if driver_version[0] < int(compiled.metadata.cuda_version.partition(".")[0]):
+            raise DriverTooOldError(driver_version, compiled.metadata.cuda_version)
+        arguments: dict[str, Any] = dict(variant.constants)
+        for parameter in variant.parameters:
+            if parameter.kind.startswith("*"):
+                arguments[parameter.name] = _Array(parameter.kind, parameter.aligned)
+            elif parameter.kind == "fp32":
+                arguments[parameter.name] = 0.5
+            else:
+                arguments[parameter.name] = (16 if parameter.aligned else 17) << (32 if parameter.kind == "i64" else 0)
+        with _compiles_to(variant.function(), compiled, cache_key(variant, capability)) as function:
+            function.warmup(grid=(1,), **arguments, **variant.options())
+
+
+@contextlib.contextmanager
+def _compiles_to(function: Any, compiled: Compiled, key: str) -> Iterator[Any]:
+    """Have ``function`` take ``compiled`` for what its compiler returns."""
+    function.device_caches[driver.active.get_current_device()]  # makes it look its compiler up, once
+    theirs = function.compile
+
+    def ours(source: Any, **_: object) -> Any:
+        # Read by the constructor; nothing refers to the files afterwards.
+        with tempfile.TemporaryDirectory() as folder:
+            name = compiled.metadata.name[:150]
+            files = {kind: pathlib.Path(folder) / f"{name}.{kind}" for kind in ("json", "cubin")}
+            files["json"].write_text(json.dumps(compiled.triton_metadata))
+            files["cubin"].write_bytes(compiled.cubin)
+            return CompiledKernel(source, {file.name: str(file) for file in files.values()}, key)
+
+    function.compile = ours
+    try:
+        yield function
+    finally:
+        function.compile = theirs
+
+
+_loading: contextvars.ContextVar[bool] = contextvars.ContextVar("loading", default=False)
+_armed = False
+
+
+def forbid_compiling() -> None:
+    """From now on a kernel that is not compiled yet is an error, but inside :func:`allowing_compiles`."""
+    global _armed
+    _armed = True
+    knobs.runtime.jit_cache_hook = _refuse
+
+
+def permit_compiling() -> None:
+    """Undo :func:`forbid_compiling`: no model is left."""
+    global _armed
+    _armed = False
+    knobs.runtime.jit_cache_hook = None
+
+
+@contextlib.contextmanager
+def allowing_compiles() -> Iterator[None]:
+    """Allow compiling for a while: another model is being loaded."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def _refuse(**what: Any) -> bool:
+    """Triton calls this when a launch finds no binary in memory, before it compiles or looks on disk."""
+    if _armed and not _loading.get():
+        raise CompileAfterReadyError(str(what.get("repr") or what.get("key")).partition("[")[0])
+    return False
