@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from cortex.config import Timeouts
-from cortex.dialects.passthrough import CHAT
-from cortex.dialects.translate import told_error
 from cortex.errors import ConnectError, ConnectionLostError, NoNodeError, PoolFullError, ReplyError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.control import read_error
@@ -23,7 +21,7 @@ from cortex.fleet.poller import Poller
 from cortex.fleet.router import Busy, Decision, Load, Serve, Unknown, offered_profile, route
 from cortex.fleet.state import Fleet, Seat
 from cortex.upstream import Header, Pool, Response
-from cortex.wire.errors import ApiError, ModelNotFoundError, RemoteError
+from cortex.wire.errors import ApiError, ModelNotFoundError
 
 log = logging.getLogger("cortex.fleet")
 
@@ -34,10 +32,7 @@ BACK_PRESSURE = frozenset({429, 503, 529})
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of a node. ``target`` is the path, ``model`` an id, never an alias.
-
-    ``dialect`` must be spoken, unless ``as_chat`` gives the question as a chat, for a node that speaks that.
-    """
+    """What is asked of a node. ``target`` is the path, ``model`` an id, never an alias; ``dialect`` must be spoken."""
 
     model: str
     dialect: str
@@ -45,7 +40,6 @@ class Question:
     headers: Sequence[Header]
     body: bytes
     is_stream: bool
-    as_chat: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +49,6 @@ class Answer:
     node: str
     response: Response
     seat: Seat
-    is_chat: bool = False
-    """Whether the question was asked as a chat, so that this is one."""
 
     def close(self) -> None:
         """Give the seat back, and the connection up unless the body is complete."""
@@ -113,7 +105,7 @@ class Dispatcher:
         excluded = frozenset(
             node.name
             for node in self._fleet.state.nodes.values()
-            if node.discovery is not None and not _understands(question, node.discovery.dialects)
+            if node.discovery is not None and question.dialect not in node.discovery.dialects
         )
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
@@ -122,8 +114,7 @@ class Dispatcher:
             # Counted from here on, before the node knows: a burst must not pile onto one replica.
             seat = self._fleet.in_flight.take(node, question.model)
             try:
-                is_chat = self._is_asked_as_chat(node, question)
-                response = await self._post(node, question, is_chat)
+                response = await self._post(node, question)
             except (ConnectError, ConnectionLostError, PoolFullError) as error:
                 seat.release()
                 last = error
@@ -136,9 +127,9 @@ class Dispatcher:
                 seat.release()
                 raise
             if response.status == 200:
-                return Answer(node, response, seat, is_chat)
+                return Answer(node, response, seat)
             try:
-                refusal = await _read_refusal(response, is_chat)
+                refusal = await _reply_error(response)
             finally:
                 response.close()
                 seat.release()
@@ -181,34 +172,22 @@ class Dispatcher:
             case _:
                 assert_never(decision)
 
-    def _is_asked_as_chat(self, node: str, question: Question) -> bool:
-        """Return whether a node has to be asked in chat, which it speaks, for want of the question's own dialect."""
-        discovery = self._fleet.state.nodes[node].discovery
-        return question.as_chat is not None and discovery is not None and question.dialect not in discovery.dialects
-
-    async def _post(self, node: str, question: Question, as_chat: bool) -> Response:
+    async def _post(self, node: str, question: Question) -> Response:
         timeouts = self._timeouts
         return await self._pools[node].request(
             b"POST",
-            CHAT.path.encode() if as_chat else question.target,
+            question.target,
             question.headers,
-            question.as_chat() if as_chat and question.as_chat is not None else question.body,
+            question.body,
             first_byte_s=timeouts.first_byte_s if question.is_stream else timeouts.answer_s,
         )
 
 
-def _understands(question: Question, dialects: Sequence[str]) -> bool:
-    return question.dialect in dialects or (question.as_chat is not None and CHAT.name in dialects)
-
-
-async def _read_refusal(response: Response, is_chat: bool) -> ReplyError | RemoteError:
-    """Return a node's error, with its body unless that is in another dialect than the caller's."""
+async def _reply_error(response: Response) -> ReplyError:
     body = await response.read_all(MAX_ERROR_BYTES)
     retry_after = response.header(b"retry-after")
     status = response.status if response.status >= 400 else 502
     error = read_error(status, body, retry_after)
-    if is_chat:
-        return RemoteError(told_error(error))
     return ReplyError(
         status,
         body,

@@ -103,7 +103,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model as asked for: what to load, from where, within which limits.
 
     ``source`` is a local path, ``hf:OWNER/NAME[@REVISION][:FILE]`` or ``pypi:PACKAGE==VERSION[:FILE]``.
-    ``context_tokens`` and ``max_sequences`` of 0 take what the model and the free memory allow.
+    ``context_tokens`` and ``max_sequences`` of 0 take what the model and the free memory allow. ``quant`` is ``auto``
+    (as the file has it, where the device can), ``none``, or what to round the weights to on a GPU: ``int8``, ``int4``,
+    ``fp8``.
     """
 
     id: str
@@ -113,6 +115,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: tuple[str, ...] = ()
     tensor_parallel: int = 1
     dtype: str = "auto"
+    quant: str = "auto"
     context_tokens: int = 0
     max_sequences: int = 0
     kv_cache_bytes: int = 0

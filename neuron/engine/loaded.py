@@ -184,7 +184,7 @@ def load_model(
         else:
             if device.type == "cpu":
                 logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
-            weights = yield from load_decoder(source, getattr(torch, plan.dtype), device)
+            weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
             runner = Runner(source.config, weights, plan, device)
     finally:
         source.close()

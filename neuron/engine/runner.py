@@ -34,8 +34,8 @@ class Runner:
         self._weights = weights
         # One more page than the pool hands out: page 0 pads page tables.
         shape = (config.num_layers, plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
-        self._keys = zeros(shape, weights.embedding.dtype, device)
-        self._values = zeros(shape, weights.embedding.dtype, device)
+        self._keys = zeros(shape, weights.dtype, device)
+        self._values = zeros(shape, weights.dtype, device)
         self.sampler = Sampler(plan.max_sequences, config.vocab_size, device)
 
     @torch.inference_mode()

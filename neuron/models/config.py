@@ -76,13 +76,6 @@ class ModelConfig:
     normalises_experts: bool = True
     """Whether the weights of the experts picked are made to sum to 1."""
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is Llama's form: what the fused kernels of CPUs and GPUs compute."""
-        kind = self.architecture
-        differs = kind.has_experts or kind.sandwich_norms or kind.scales_embedding or kind.windowed
-        return not (differs or kind.activation != "silu" or self.logit_cap or self.attention_scale)
-
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every tensor of the checkpoint by its safetensors name: what must be there and nothing else."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
@@ -127,10 +120,6 @@ class ModelConfig:
         per_layer = sum(math.prod(shape) for shape in self._layer_shapes().values())
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.hidden_size + self.num_layers * per_layer
-
-    def weights_bytes(self, dtype: str) -> int:
-        """Return the bytes of all weights in ``dtype``."""
-        return self.num_parameters() * DTYPE_BYTES[dtype]
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Return the bytes of keys and values that one token takes over all layers."""
@@ -316,8 +305,13 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
             **_gguf_experts(fields, architecture),
         ),
     )
-    names = {name: gguf_name(name, architecture) for name in config.tensor_shapes()}
-    stored = {name: kinds[there] for name, there in names.items() if there in kinds}
+    stored = {}
+    for name in config.tensor_shapes():
+        there = gguf_name(name, architecture)
+        # A layer's experts are one tensor there: expert 7 of ffn_up_exps.weight is ffn_up_exps.7 here.
+        kind = kinds.get(there, kinds.get(there.rpartition(".")[0] + ".weight"))
+        if kind is not None:
+            stored[name] = kind
     return dataclasses.replace(config, tensor_kinds=stored)
 
 

@@ -5,37 +5,42 @@ input are one matrix each (q, k and v; gate and up), put together while the chec
 """
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import torch
-from torch.nn import functional
 
+from neuron.models import quantization
 from neuron.models.config import ModelConfig
+from neuron.models.matrix_reader import MatrixReader, some_rows
 from neuron.models.rope import inverse_frequencies
+from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.models.weights import WeightSource
-from neuron.triton_kernels import dispatch, reference
+from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix, embedding_rows
 from neuron.triton_kernels.reference import rotary_table
+
+SumRanks = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. Matrices are ``[out, in]``."""
+    """One layer. Matrices are ``[out, in]``, and may be quantised."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Matrix
     """``[(H + 2 K) D, hidden]``"""
     qkv_bias: torch.Tensor | None
     qk_norm: torch.Tensor | None
     """``[H + K, D]``: the query norm's weights for each query head, then the key norm's for each key head."""
-    output: torch.Tensor
+    output: Matrix
     output_bias: torch.Tensor | None
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
+    gate_up: Matrix
     """``[2 I, hidden]``"""
-    down: torch.Tensor
+    down: Matrix
     router: torch.Tensor | None = None
-    """``[E, hidden]`` where the MLP is E experts; ``gate_up`` and ``down`` then begin with a dimension E."""
+    """``[E, hidden]`` where the MLP is E experts; ``gate_up`` and ``down`` are then :data:`~.dispatch.Experts`."""
     attention_out_norm: torch.Tensor | None = None
     mlp_out_norm: torch.Tensor | None = None
     window_tokens: int = 0
@@ -46,63 +51,71 @@ class LayerWeights:
 class DecoderWeights:
     """All weights of a model, on one device in one dtype. ``head`` is ``embedding`` where they are tied."""
 
-    embedding: torch.Tensor
+    embedding: torch.Tensor | QuantizedMatrix
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: Matrix
     inverse_frequencies: torch.Tensor
     """``[D / 2]`` float32"""
     window_inverse_frequencies: torch.Tensor | None = None
     """The same in layers with a window."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return what activations and the cache are in."""
+        return self.norm.dtype
+
 
 def load_decoder(
-    source: WeightSource, dtype: torch.dtype, device: torch.device
+    source: WeightSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quant: str = quantization.NONE,
+    shard: Shard = WHOLE,
 ) -> Generator[float, None, DecoderWeights]:
-    """Read a checkpoint; yield the share done after each layer, return the weights."""
+    """Read a checkpoint, or one rank's part; yield the share done after each layer, return the weights."""
     config = source.config
-
-    def read(*names: str) -> torch.Tensor:
-        shapes = [expected[name] for name in names]
-        fused = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype, device=device)
-        start = 0
-        for name, shape in zip(names, shapes, strict=True):
-            source.read_into(name, fused[start : start + shape[0]])
-            start += shape[0]
-        return fused
-
-    expected = config.tensor_shapes()
-    embedding = read("model.embed_tokens.weight")
+    local = local_config(config, shard)
+    reader = MatrixReader(source, dtype, device, quant, shard)
+    expected = reader.shapes
+    embedding = reader.table("model.embed_tokens.weight")
     layers = []
     for number in range(config.num_layers):
         yield (number + 1) / (config.num_layers + 2)
         prefix = f"model.layers.{number}."
         attention = prefix + "self_attn."
-        biased = attention + "q_proj.bias" in expected
         qk_norm = None
         if config.architecture.qk_norm:
-            query, key = read(attention + "q_norm.weight"), read(attention + "k_norm.weight")
-            qk_norm = torch.cat((query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)))
+            query, key = reader.vector(attention + "q_norm.weight"), reader.vector(attention + "k_norm.weight")
+            qk_norm = torch.cat((query.expand(local.num_heads, -1), key.expand(local.num_kv_heads, -1)))
         mlps = [f"{prefix}mlp.experts.{i}." for i in range(config.num_experts)] or [prefix + "mlp."]
-        gate_up = read(*(f"{mlp}{which}_proj.weight" for mlp in mlps for which in ("gate", "up")))
-        down = read(*(mlp + "down_proj.weight" for mlp in mlps))
+        gate_up = reader.matrix(*(f"{mlp}{which}_proj.weight" for mlp in mlps for which in ("gate", "up")))
+        down = reader.matrix(*(mlp + "down_proj.weight" for mlp in mlps))
         if config.num_experts:
-            gate_up, down = (matrix.view(config.num_experts, -1, matrix.shape[-1]) for matrix in (gate_up, down))
+            gate_up, down = (
+                matrix.view(config.num_experts, -1, matrix.shape[-1]) if isinstance(matrix, torch.Tensor) else matrix
+                for matrix in (gate_up, down)
+            )
         sandwich = config.architecture.sandwich_norms
+        biases = [attention + which + "_proj.bias" for which in "qkvo"]
         layers.append(
             LayerWeights(
-                input_norm=read(prefix + "input_layernorm.weight"),
-                qkv=read(*(f"{attention}{which}_proj.weight" for which in "qkv")),
-                qkv_bias=read(*(f"{attention}{which}_proj.bias" for which in "qkv")) if biased else None,
+                input_norm=reader.vector(prefix + "input_layernorm.weight"),
+                qkv=reader.matrix(*(f"{attention}{which}_proj.weight" for which in "qkv")),
+                qkv_bias=reader.vector(*biases[:3]) if biases[0] in expected else None,
                 qk_norm=qk_norm,
-                output=read(attention + "o_proj.weight"),
-                output_bias=read(attention + "o_proj.bias") if attention + "o_proj.bias" in expected else None,
-                post_norm=read(prefix + f"{'pre_feedforward' if sandwich else 'post_attention'}_layernorm.weight"),
+                output=reader.matrix(attention + "o_proj.weight"),
+                # Ranks' parts of a product are added up: the bias is in one of them.
+                output_bias=reader.vector(biases[3]) if biases[3] in expected and not shard.rank else None,
+                post_norm=reader.vector(
+                    prefix + f"{'pre_feedforward' if sandwich else 'post_attention'}_layernorm.weight"
+                ),
                 gate_up=gate_up,
                 down=down,
-                router=read(prefix + "mlp.gate.weight") if config.num_experts else None,
-                attention_out_norm=read(prefix + "post_attention_layernorm.weight") if sandwich else None,
-                mlp_out_norm=read(prefix + "post_feedforward_layernorm.weight") if sandwich else None,
+                router=reader.plain(prefix + "mlp.gate.weight") if config.num_experts else None,
+                attention_out_norm=reader.vector(prefix + "post_attention_layernorm.weight") if sandwich else None,
+                mlp_out_norm=reader.vector(prefix + "post_feedforward_layernorm.weight") if sandwich else None,
                 window_tokens=config.window_tokens if number in config.windowed_layers else 0,
             )
         )
@@ -114,8 +127,10 @@ def load_decoder(
     return DecoderWeights(
         embedding=embedding,
         layers=tuple(layers),
-        norm=read("model.norm.weight"),
-        head=embedding if config.tie_embeddings else read("lm_head.weight"),
+        norm=reader.vector("model.norm.weight"),
+        head=some_rows(embedding, shard.share(config.vocab_size))
+        if config.tie_embeddings
+        else reader.matrix("lm_head.weight"),
         inverse_frequencies=torch.tensor(angles, dtype=torch.float32, device=device),
         window_inverse_frequencies=torch.tensor(window_angles, device=device) if window_angles else None,
     )
@@ -129,80 +144,79 @@ def forward(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     operations: dispatch.Operations | None = None,
+    sum_ranks: SumRanks | None = None,
 ) -> torch.Tensor:
     """Return the normalised hidden state ``[T, hidden]`` of ``token_ids`` ``[T]``, and write their keys and values.
 
-    The caches are ``[layers, pages, page_size, K, D]``. ``operations`` are the device's own unless given.
+    The caches are ``[layers, pages, page_size, K, D]``. ``operations`` are the device's own unless given. Where several
+    ranks hold the model, ``config`` is that of the rank's own part, and ``sum_ranks`` returns the sum of a tensor over
+    the ranks, in place or not.
     """
     eps = config.rms_norm_eps
     scale = config.attention_scale or config.head_dim**-0.5
-    residual = functional.embedding(token_ids, weights.embedding)
-    if not config.is_plain:
-        return _forward_any(config, weights, residual, batch, key_cache, value_cache, scale)
+    kind = config.architecture
+    activation = "silu" if kind.activation == "silu" else "gelu"
+    residual = embedding_rows(token_ids, weights.embedding, weights.dtype)
     kernels = dispatch.operations_for(residual.device, residual.dtype) if operations is None else operations
-    rotary = rotary_table(batch.positions, weights.inverse_frequencies, residual.dtype)
-    for number, layer in enumerate(weights.layers):
-        keys, values = key_cache[number], value_cache[number]
-        qkv = kernels.normed_linear(residual, (layer.input_norm, eps), layer.qkv, layer.qkv_bias)
-        x = kernels.attention(qkv, layer.qk_norm, eps, rotary, keys, values, batch, scale)
-        kernels.add_linear(x, layer.output, layer.output_bias, residual)
-        x = kernels.normed_mlp_in(residual, (layer.post_norm, eps), layer.gate_up)
-        kernels.add_linear(x, layer.down, None, residual)
-    return kernels.rms_norm(residual, weights.norm, eps)
-
-
-def _forward_any(
-    config: ModelConfig,
-    weights: DecoderWeights,
-    residual: torch.Tensor,
-    batch: Batch,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """The forward pass of an architecture with windows, experts or norms behind its blocks: eager on every device."""
-    eps = config.rms_norm_eps
-    if config.architecture.scales_embedding:
+    if kind.scales_embedding:
         # Rounded to the dtype first, as these models were trained.
         residual *= torch.tensor(config.hidden_size**0.5, dtype=residual.dtype)
     rotary = window_rotary = rotary_table(batch.positions, weights.inverse_frequencies, residual.dtype)
     if weights.window_inverse_frequencies is not None:
         window_rotary = rotary_table(batch.positions, weights.window_inverse_frequencies, residual.dtype)
-    x = reference.rms_norm(residual, weights.layers[0].input_norm, eps)
     for number, layer in enumerate(weights.layers):
         keys, values = key_cache[number], value_cache[number]
-        if number:
-            x = reference.add_rms_norm(x, residual, layer.input_norm, eps)
-        qkv = functional.linear(x, layer.qkv, layer.qkv_bias)
         angles = window_rotary if layer.window_tokens else rotary
-        q = reference.rope_and_cache(qkv, layer.qk_norm, eps, angles, batch.slots, keys, values)
-        x = reference.paged_attention(q, keys, values, batch, scale, layer.window_tokens)
-        x = functional.linear(x, layer.output, layer.output_bias)
-        if layer.attention_out_norm is not None:
-            x = reference.rms_norm(x, layer.attention_out_norm, eps)
-        x = reference.add_rms_norm(x, residual, layer.post_norm, eps)
-        x = _mlp(config, layer, x)
-        if layer.mlp_out_norm is not None:
-            x = reference.rms_norm(x, layer.mlp_out_norm, eps)
-    return reference.add_rms_norm(x, residual, weights.norm, eps)
+        qkv = kernels.normed_linear(residual, (layer.input_norm, eps), layer.qkv, layer.qkv_bias)
+        x = kernels.attention(qkv, layer.qk_norm, eps, angles, keys, values, batch, scale, layer.window_tokens)
+        _add(kernels, x, layer.output, layer.output_bias, layer.attention_out_norm, eps, residual, sum_ranks)
+        if layer.router is None:
+            x = kernels.normed_mlp_in(residual, (layer.post_norm, eps), layer.gate_up, activation)
+            _add(kernels, x, layer.down, None, layer.mlp_out_norm, eps, residual, sum_ranks)
+        else:
+            x = kernels.rms_norm(residual, layer.post_norm, eps)
+            picks = dispatch.Picks(config.num_experts_per_token, config.normalises_experts)
+            x = kernels.experts(x, layer.router, _experts(layer.gate_up), _experts(layer.down), picks)
+            residual.add_(x if sum_ranks is None else sum_ranks(x))
+    return kernels.rms_norm(residual, weights.norm, eps)
 
 
-def _mlp(config: ModelConfig, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-    """Return the MLP of ``x`` ``[T, hidden]``."""
-    if layer.router is not None:
-        router, k = functional.linear(x, layer.router), config.num_experts_per_token
-        return reference.experts(x, router, layer.gate_up, layer.down, k, config.normalises_experts)
-    gate_up = functional.linear(x, layer.gate_up)
-    product = (
-        reference.silu_and_mul(gate_up) if config.architecture.activation == "silu" else reference.gelu_and_mul(gate_up)
-    )
-    return functional.linear(product, layer.down)
+def _add(
+    kernels: dispatch.Operations,
+    x: torch.Tensor,
+    weight: Matrix,
+    bias: torch.Tensor | None,
+    out_norm: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor,
+    sum_ranks: SumRanks | None,
+) -> None:
+    """Add ``x weight^T + bias``, summed over the ranks and normalised where the model does so, to ``residual``."""
+    if out_norm is None and sum_ranks is None:
+        kernels.add_linear(x, weight, bias, residual)
+        return
+    x = kernels.linear(x, weight, bias)
+    if sum_ranks is not None:
+        x = sum_ranks(x)
+    if out_norm is None:
+        residual.add_(x)
+    else:
+        kernels.add_normed(x, (out_norm, eps), residual)
+
+
+def _experts(matrix: Matrix) -> dispatch.Experts:
+    if isinstance(matrix, StackedMatrix):
+        raise TypeError("experts of one layer are in one form")
+    return matrix
 
 
 def logits(
     weights: DecoderWeights, hidden: torch.Tensor, operations: dispatch.Operations | None = None, cap: float = 0.0
 ) -> torch.Tensor:
-    """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``, within ``cap`` unless it is 0."""
+    """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``, within ``cap`` unless it is 0.
+
+    Of a rank's part, those of its run of the vocabulary.
+    """
     kernels = dispatch.operations_for(hidden.device, hidden.dtype) if operations is None else operations
     found = kernels.linear(hidden, weights.head).float()
     return found.div_(cap).tanh_().mul_(cap) if cap else found

@@ -12,9 +12,10 @@ from typing import Final
 
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
-from neuron.models import packed
+from neuron.models import packed, quantization
 from neuron.models.config import DTYPE_BYTES, ModelConfig
 from neuron.models.errors import DoesNotFitError
+from neuron.models.shard import WHOLE, Shard, local_config
 
 PAGE_TOKENS: Final = 16
 """Tokens of one page of the KV cache: the unit of admission, and a tile's height in the kernels."""
@@ -60,6 +61,8 @@ class MemoryPlan:
     weights_bytes: int
     kv_cache_bytes: int
     workspace_bytes: int
+    quant: str = quantization.NONE
+    """What :func:`neuron.models.quantization.resolve` returned."""
     native: bool = False
     """Runs on the CPU kernels; ``dtype`` is then that of the cache and of what the file stores as floats."""
 
@@ -69,14 +72,18 @@ class MemoryPlan:
         return self.weights_bytes + self.kv_cache_bytes + self.workspace_bytes
 
 
-def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: int) -> MemoryPlan:
+def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: int, shard: Shard = WHOLE) -> MemoryPlan:
     """Return the plan for ``spec`` on ``device`` (``cpu:0``, ``cuda:1``) with ``free_bytes`` free.
 
-    Raises :class:`DoesNotFitError` if there is none, :class:`InvalidRequestError` if the spec contradicts itself.
+    Of a model that several devices hold, the plan of one rank's part. Raises :class:`DoesNotFitError` if there is none,
+    :class:`InvalidRequestError` if the spec contradicts itself, :class:`UnsupportedQuantizationError`.
     """
     defaults = CPU_DEFAULTS if device.startswith("cpu") else CUDA_DEFAULTS
-    native = device.startswith("cpu") and packed.obstacle(config) is None
+    native = device.startswith("cpu") and shard.size == 1 and packed.obstacle(config) is None
     dtype = resolve_dtype(spec.dtype, device)
+    quant = quantization.resolve(config, spec.quant, dtype, device)
+    if native and spec.quant == quantization.NONE and config.tensor_kinds:
+        native = False  # the kernels keep a file's codes
     if native and spec.dtype == "auto":
         dtype = "bfloat16"  # the kernels take bfloat16 apart where the processor cannot multiply it
     for name in ("context_tokens", "max_sequences", "kv_cache_bytes"):
@@ -88,9 +95,12 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
             param="context_tokens",
         )
     max_sequences = spec.max_sequences or defaults.max_sequences
-    weights_bytes = config.weights_bytes(dtype)
-    fixed_bytes = workspace_bytes(config, dtype, defaults.step_tokens, max_sequences)
-    page_bytes = PAGE_TOKENS * config.kv_bytes_per_token(dtype)
+    weights_bytes = quantization.weights_bytes(config, dtype, quant, shard)
+    local = local_config(config, shard)
+    fixed_bytes = workspace_bytes(local, dtype, defaults.step_tokens, max_sequences)
+    if device.startswith("cpu") and quant != quantization.NONE:
+        fixed_bytes += 8 * quantization.largest_matrix_elements(config)
+    page_bytes = PAGE_TOKENS * local.kv_bytes_per_token(dtype)
     # The eager attention gathers one layer's pages before it reads them: so much more per page.
     gather_bytes = -(-page_bytes // config.num_layers)
     if native:
@@ -119,8 +129,9 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
     if needed_pages * (page_bytes + gather_bytes) > room_bytes:
         needs = weights_bytes + fixed_bytes + needed_pages * (page_bytes + gather_bytes)
         raise DoesNotFitError(
-            f"model does not fit on {device}: needs {_gib(needs)}, free {_gib(free_bytes)} (weights in {dtype} "
-            f"{_gib(weights_bytes)}, cache for {needed_pages * PAGE_TOKENS} tokens {_gib(needed_pages * page_bytes)})"
+            f"model does not fit on {device}: needs {_gib(needs)}, free {_gib(free_bytes)} (weights in "
+            f"{quant if quant in quantization.ROUNDED else dtype} {_gib(weights_bytes)}, "
+            f"cache for {needed_pages * PAGE_TOKENS} tokens {_gib(needed_pages * page_bytes)})"
         )
     return MemoryPlan(
         dtype=dtype,
@@ -132,6 +143,7 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
         weights_bytes=weights_bytes,
         kv_cache_bytes=num_pages * page_bytes,
         workspace_bytes=fixed_bytes + num_pages * gather_bytes,
+        quant=quant,
         native=native,
     )
 
@@ -139,10 +151,13 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
 def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, max_sequences: int) -> int:
     """Return the bytes of activations and sampling that a step takes beside weights and cache.
 
-    Counted at the widest point of a layer (the MLP: gate and up, their product, residual and normalised input), and
+    Counted at the widest point of a layer (the MLP: gate and up, their product, residual and normalised input; for each
+    expert picked, where there are some), and
     in the sampler per row: float32 logits and probabilities, a float64 running sum, token counts and the prompt's mask.
     """
-    width = 3 * config.intermediate_size + 4 * config.hidden_size
+    picks = config.num_experts_per_token
+    gated = picks * config.expert_intermediate_size if picks else config.intermediate_size
+    width = 3 * gated + (4 + picks) * config.hidden_size
     width += (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return step_tokens * width * DTYPE_BYTES[dtype] + max_sequences * config.vocab_size * SAMPLER_BYTES
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from neuron.models.architecture import gguf_name
 from neuron.models.config import ModelConfig, config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
-from neuron.models.gguf import BLOCKS, TensorInfo, TensorKind, read_header
+from neuron.models.gguf import TensorInfo, TensorKind, read_header
+from neuron.models.transfer import ON_HOST, Transfer
 
 PIECE_ELEMENTS: Final = 1 << 18
 """Elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between passes."""
@@ -45,6 +46,20 @@ class StoredTensor:
     interleaves_heads: bool
     """The rows of each head are stored as pairs of its halves, see :class:`Architecture`."""
 
+    def rows(self, num_rows: int, head_dim: int, start: int, stop: int) -> PackedBytes:
+        """Return rows ``start`` to ``stop`` of ``num_rows`` as bytes ``[rows, bytes]``, in rotate-half order.
+
+        Llama's GGUF export interleaves the two halves of each query and key head for llama.cpp's rotary embedding. Rows
+        are packed one by one, so they are put back before they are dequantised, at a quarter of the bytes.
+        """
+        packed = self.packed.reshape(num_rows, -1)
+        if not self.interleaves_heads:
+            return packed[start:stop]
+        wanted = np.arange(start, stop)
+        place = wanted % head_dim
+        chosen: PackedBytes = packed[wanted - place + place % (head_dim // 2) * 2 + place // (head_dim // 2)]
+        return chosen
+
 
 class WeightSource(Protocol):
     """An open checkpoint."""
@@ -54,8 +69,19 @@ class WeightSource(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors that are there, by safetensors name."""
 
-    def read_into(self, name: str, destination: torch.Tensor) -> None:
-        """Copy one tensor into ``destination``, of the same shape and of any float dtype and device."""
+    def read_into(
+        self,
+        name: str,
+        destination: torch.Tensor,
+        *,
+        transfer: Transfer = ON_HOST,
+        first_row: int = 0,
+        first_column: int = 0,
+    ) -> None:
+        """Copy the part of a tensor that begins there into ``destination``, of any float dtype and device.
+
+        ``destination`` is contiguous, and has the part's shape.
+        """
 
     def read_stored(self, name: str) -> "StoredTensor | None":
         """Return one tensor as the file has it, without a copy; ``None`` if that is no kind of GGUF's."""
@@ -134,13 +160,29 @@ class SafetensorsSource:
         """Return the tensors that are there."""
         return {name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in self._file_of.items()}
 
-    def read_into(self, name: str, destination: torch.Tensor) -> None:
+    def read_into(
+        self,
+        name: str,
+        destination: torch.Tensor,
+        *,
+        transfer: Transfer = ON_HOST,
+        first_row: int = 0,
+        first_column: int = 0,
+    ) -> None:
         """Copy from the mapped file; the conversion and the move are one pass."""
         file_name = self._file_of[name]
-        stored = self._files[file_name].get_slice(name).get_dtype()
+        tensor = self._files[file_name].get_slice(name)
+        stored = tensor.get_dtype()
         if stored not in SAFETENSORS_DTYPES:
             raise UnsupportedQuantizationError(f"{self._folder / file_name}: {name} is stored as {stored}")
-        destination.copy_(self._files[file_name].get_tensor(name))
+        if list(destination.shape) == tensor.get_shape():
+            # A view of the mapping; a slice would be a copy of it.
+            transfer.copy(self._files[file_name].get_tensor(name), destination)
+        elif destination.ndim == 1:
+            transfer.copy(tensor[first_row : first_row + len(destination)], destination)
+        else:
+            rows, columns = destination.shape
+            transfer.copy(tensor[first_row : first_row + rows, first_column : first_column + columns], destination)
         if self.config.architecture.norm_adds_one and name.endswith("norm.weight"):
             destination.add_(1)
 
@@ -174,16 +216,30 @@ class GgufSource:
         """Return the tensors that are there; one that has no safetensors name keeps its own."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def read_into(self, name: str, destination: torch.Tensor) -> None:
-        """Dequantise into ``destination``, which is contiguous, piece by piece."""
+    def read_into(
+        self,
+        name: str,
+        destination: torch.Tensor,
+        *,
+        transfer: Transfer = ON_HOST,
+        first_row: int = 0,
+        first_column: int = 0,
+    ) -> None:
+        """Dequantise into ``destination``, piece by piece."""
         tensor = self._tensors[name]
-        block, block_bytes = BLOCKS[tensor.kind]
-        packed = self._packed(name, tensor).reshape(-1, block_bytes)
-        flat = destination.view(-1)
-        step = PIECE_ELEMENTS // block
-        for start in range(0, len(packed), step):
-            values = self._dequantize(tensor, packed[start : start + step])
-            flat[start * block :][: len(values)].copy_(torch.from_numpy(values))
+        if len(tensor.shape) == 1:
+            packed = self.read_stored(name).rows(tensor.shape[0], self.config.head_dim, 0, tensor.shape[0])
+            values = torch.from_numpy(self._dequantize(tensor, packed))
+            transfer.copy(values[first_row : first_row + len(destination)], destination)
+            return
+        stored, (num_rows, num_columns) = self.read_stored(name), tensor.shape
+        step = max(1, PIECE_ELEMENTS // num_columns)
+        for start in range(0, len(destination), step):
+            part = destination[start : start + step]
+            first = first_row + start
+            packed = stored.rows(num_rows, self.config.head_dim, first, first + len(part))
+            values = torch.from_numpy(self._dequantize(tensor, packed)).view(len(part), num_columns)
+            transfer.copy(values[:, first_column : first_column + part.shape[1]], part)
 
     def read_stored(self, name: str) -> StoredTensor:
         """Return the mapped blocks."""
@@ -191,18 +247,6 @@ class GgufSource:
         packed = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
         interleaves = self.config.architecture.gguf_interleaves_heads and name.endswith(HEAD_TENSORS)
         return StoredTensor(tensor.kind, packed, interleaves)
-
-    def _packed(self, name: str, tensor: TensorInfo) -> PackedBytes:
-        """Return a tensor's bytes with its rows in the order that a rotate-half embedding wants.
-
-        Llama's GGUF export interleaves the two halves of each query and key head for llama.cpp's rotary embedding. Rows
-        are packed one by one, so they are put back before they are dequantised, at a quarter of the bytes.
-        """
-        packed = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
-        if self.config.architecture.gguf_interleaves_heads and name.endswith(HEAD_TENSORS):
-            row_bytes = tensor.nbytes // tensor.shape[0]
-            return packed.reshape(-1, self.config.head_dim // 2, 2, row_bytes).swapaxes(1, 2).reshape(-1)
-        return packed
 
     def _dequantize(self, tensor: TensorInfo, blocks: PackedBytes) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Return the elements of ``blocks`` as one writable vector."""

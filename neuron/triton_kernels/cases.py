@@ -256,42 +256,75 @@ def _matmul_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("skinny matmul", dtype, skinny)
 
 
+GGUF_BYTES: Final = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+"""Of a block: 32 elements, or 256 of the K kinds."""
+
+
 def quantized_forms(weight: torch.Tensor) -> dict[str, quantized.QuantizedMatrix]:
-    """Return ``weight`` ``[N, K]`` in every format, K being a multiple of 128."""
+    """Return ``weight`` ``[N, K]`` in every form that rounds, and other weights in GGUF's; K is a multiple of 256."""
     rows, columns = weight.shape
-    blocks = np.random.default_rng(3).integers(0, 256, (rows * columns // 32, 34), dtype=np.uint8)
-    halves = np.random.default_rng(4).uniform(0.01, 0.1, (len(blocks), 2)).astype(np.float16).view(np.uint8)
-    blocks[:, :4] = halves
-    return {
+    forms = {
         "int8": quantized.quantize_int8(weight),
         "int4 g32": quantized.quantize_int4(weight, 32),
         "int4 g128": quantized.quantize_int4(weight, 128),
         "fp8": quantized.quantize_fp8(weight),
-        "Q8_0": quantized.from_gguf("Q8_0", blocks, rows),
-        "Q4_0": quantized.from_gguf("Q4_0", blocks[:, :18], rows),
-        "Q4_1": quantized.from_gguf("Q4_1", blocks[:, :20], rows),
     }
+    generator = np.random.default_rng(3)
+    for kind, block_bytes in GGUF_BYTES.items():
+        num_blocks = rows * columns // (256 if kind.endswith("K") else 32)
+        blocks = generator.integers(0, 256, (num_blocks, block_bytes), dtype=np.uint8)
+        scales = generator.uniform(0.01, 0.1, (num_blocks, 2)) / (32 if kind.endswith("K") else 1)
+        halves = scales.astype(np.float16).view(np.uint8)
+        if kind == "Q6_K":
+            blocks[:, -2:] = halves[:, :2]
+        else:
+            blocks[:, :4] = halves
+        forms[kind] = quantized.from_gguf(kind, blocks, rows)
+    return forms
 
 
 def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
     def run(device: torch.device, name: str) -> Results:
         results: Results = []
-        for rows, depth, width in ((1, 384, 20), (5, 640, 70), (40, 256, 33), (130, 384, 140)):
-            weight = quantized_forms(torch.randn(width, depth) * depth**-0.5)[name]
-            weight = dataclasses.replace(
-                weight,
-                quants=weight.quants.to(device),
-                scales=weight.scales.to(device),
-                minima=None if weight.minima is None else weight.minima.to(device),
-            )
+        for rows, depth, width in ((1, 512, 20), (5, 768, 70), (40, 256, 33), (130, 512, 140)):
+            weight = quantized_forms(torch.randn(width, depth) * depth**-0.5)[name].map(lambda t: t.to(device))
             x = _random(rows, depth, dtype=dtype, device=device)
             bias = _random(width, dtype=dtype, device=device)
             found = quantized_matmul.quantized_matmul(x, weight, bias)
             results.append((found, reference.quantized_matmul(x.float(), weight, bias.float())))
+            residual = _random(rows, width, dtype=dtype, device=device, scale=depth**0.5)
+            expected = reference.quantized_matmul(x.float(), weight, residual=residual.float())
+            results.append((quantized_matmul.quantized_matmul(x, weight, residual=residual), expected))
         return results
 
-    for name in quantized_forms(torch.zeros(1, 128)):
+    def experts(device: torch.device, name: str) -> Results:
+        tokens, count, choices, depth, width = 37, 5, 3, 256, 40
+        weight = quantized_forms(torch.randn(count * width, depth) * depth**-0.5)[name].map(lambda t: t.to(device))
+        x = _random(tokens, depth, dtype=dtype, device=device)
+        routing = route(torch.randn(tokens, count, device=device), choices)
+        return [
+            (
+                quantized_matmul.quantized_moe_matmul(x, weight, routing, weighted=weighted),
+                reference.moe_matmul(x.float(), weight, routing, weighted=weighted),
+            )
+            for weighted in (False, True)
+        ]
+
+    def stacked(device: torch.device) -> Results:
+        forms = quantized_forms(torch.randn(48, 256) / 16)
+        stack = quantized.StackedMatrix(tuple(forms[k].map(lambda t: t.to(device)) for k in ("Q4_K", "Q6_K")))
+        bias = _random(96, dtype=dtype, device=device)
+        xs = [_random(rows, 256, dtype=dtype, device=device) for rows in (1, 9)]
+        return [
+            (quantized_matmul.quantized_matmul(x, stack, bias), reference.linear(x.float(), stack, bias.float()))
+            for x in xs
+        ]
+
+    for name in quantized_forms(torch.zeros(1, 256)):
         yield Case(f"quantized {name}", dtype, lambda d, n=name: run(d, n))  # type: ignore[misc]
+    for name in ("int8", "fp8", "int4 g128", "Q8_0", "Q4_K", "Q6_K"):
+        yield Case(f"quantized experts {name}", dtype, lambda d, n=name: experts(d, n))  # type: ignore[misc]
+    yield Case("quantized stack", dtype, stacked)
 
 
 def _moe_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -416,12 +449,16 @@ def launch_everything(target: Target) -> None:
             skinny_matmul.skinny_matmul(x, _meta(4096, 4096, dtype=dtype), residual=_meta(rows, 4096, dtype=dtype))
         for rows in (1, 16, 64, 2048) if dtype == torch.bfloat16 else (16,):
             for weight in _meta_quantized(4096, 4096, target):
-                quantized_matmul.quantized_matmul(_meta(rows, 4096, dtype=dtype), weight)
+                x = _meta(rows, 4096, dtype=dtype)
+                quantized_matmul.quantized_matmul(x, weight)
+                quantized_matmul.quantized_matmul(x, weight, residual=_meta(rows, 4096, dtype=dtype))
         for tokens in (1, 128, 1024, 4096) if dtype == torch.bfloat16 else (128,):
             routing = Routing(_meta(tokens * 8, dtype=i32), _meta(129, dtype=i32), _meta(tokens * 8, dtype=f32), 8)
             moe_matmul.moe_matmul(_meta(tokens, 2048, dtype=dtype), _meta(128, 1536, 2048, dtype=dtype), routing)
             inner, down = _meta(tokens * 8, 768, dtype=dtype), _meta(128, 2048, 768, dtype=dtype)
             moe_matmul.moe_matmul(inner, down, routing, weighted=True)
+            for weight in _meta_quantized(128 * 2048, 768, target) if tokens in (1, 1024) else ():
+                quantized_matmul.quantized_moe_matmul(inner, weight, routing, weighted=True)
     for everything in (False, True):
         rows_asked = sampling_rows(8, 151936, torch.device("cpu"), everything=False)
         fields = {f.name: getattr(rows_asked, f.name) for f in dataclasses.fields(rows_asked)}
@@ -435,18 +472,22 @@ def launch_everything(target: Target) -> None:
 
 
 def _meta_quantized(rows: int, columns: int, target: Target) -> Iterator[quantized.QuantizedMatrix]:
-    f16, f32, u8 = torch.float16, torch.float32, torch.uint8
+    """Yield a matrix in each form that a model can have on a chip, and groups of 32 beside those of 128."""
+    f16, f32, i8 = torch.float16, torch.float32, torch.int8
     kinds = quantized.Quantization
+    bytes_, nibbles = _meta(rows, columns, dtype=i8), _meta(rows, columns // 2, dtype=torch.uint8)
     per_row = _meta(rows, 1, dtype=f32)
-    yield quantized.QuantizedMatrix(kinds.INT8, 0, _meta(rows, columns, dtype=torch.int8), per_row)
+    yield quantized.QuantizedMatrix(kinds.INT8, 0, bytes_, per_row)
     if target.capability >= 89:
         yield quantized.QuantizedMatrix(kinds.FP8, 0, _meta(rows, columns, dtype=torch.float8_e4m3fn), per_row)
     scales = _meta(rows, columns // 32, dtype=f16)
-    yield quantized.QuantizedMatrix(kinds.INT8, 32, _meta(rows, columns, dtype=torch.int8), scales)
-    packed = _meta(rows, columns // 2, dtype=u8)
-    yield quantized.QuantizedMatrix(kinds.INT4, 32, packed, scales)
-    yield quantized.QuantizedMatrix(kinds.INT4, 32, packed, scales, scales)
-    wide = _meta(rows, columns // 32, dtype=f32)
-    yield quantized.QuantizedMatrix(kinds.INT4, 32, packed, wide, wide)
+    yield quantized.QuantizedMatrix(kinds.INT8, 32, bytes_, scales)
+    yield quantized.QuantizedMatrix(kinds.INT4, 32, nibbles, scales)
+    yield quantized.QuantizedMatrix(kinds.INT4, 32, nibbles, scales, scales)
     fewer = _meta(rows, columns // 128, dtype=f16)
-    yield quantized.QuantizedMatrix(kinds.INT4, 128, packed, fewer, fewer)
+    yield quantized.QuantizedMatrix(kinds.INT4, 128, nibbles, fewer, fewer)
+    inner, outer = _meta(rows, columns // 32, dtype=i8), _meta(rows, columns // 256, dtype=f16)
+    yield quantized.QuantizedMatrix(kinds.INT4, 32, nibbles, inner, inner, outer, outer)
+    yield quantized.QuantizedMatrix(kinds.INT8, 32, bytes_, inner, inner, outer, outer)
+    finest = _meta(rows, columns // 16, dtype=i8)
+    yield quantized.QuantizedMatrix(kinds.INT8, 16, bytes_, finest, super_scales=outer)

@@ -10,12 +10,14 @@ pass is written once: the eager ones are compositions of :mod:`neuron.triton_ker
 import functools
 import logging
 import os
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 
 from neuron.triton_kernels import reference
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix
+from neuron.triton_kernels.routing import route
 
 logger = logging.getLogger(__name__)
 
@@ -24,23 +26,31 @@ SKINNY_ROWS: Final = 64
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Norm = tuple[torch.Tensor, float]
+Experts = torch.Tensor | QuantizedMatrix
+"""``[E, N, K]``, or ``[E N, K]`` quantised."""
+
+
+class Picks(NamedTuple):
+    """How many experts a token gets, and whether their weights are made to sum to 1."""
+
+    choices: int
+    normalise: bool
 
 
 class Operations(Protocol):
     """What a decoder's layer is made of; shapes as in :mod:`neuron.triton_kernels.reference`."""
 
-    def normed_linear(
-        self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def normed_linear(self, x: torch.Tensor, norm: Norm, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
         """Return ``norm(x) weight^T + bias``."""
 
-    def normed_mlp_in(self, x: torch.Tensor, norm: Norm, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return ``silu(gate) * up`` of ``norm(x) gate_up^T``."""
+    def normed_mlp_in(self, x: torch.Tensor, norm: Norm, gate_up: Matrix, activation: str) -> torch.Tensor:
+        """Return ``f(gate) * up`` of ``norm(x) gate_up^T``, f being ``"silu"`` or ``"gelu"``."""
 
-    def add_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
-    ) -> None:
+    def add_linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
         """Add ``x weight^T + bias`` to ``residual`` in place."""
+
+    def add_normed(self, x: torch.Tensor, norm: Norm, residual: torch.Tensor) -> None:
+        """Add ``norm(x)`` to ``residual`` in place."""
 
     def attention(
         self,
@@ -52,34 +62,41 @@ class Operations(Protocol):
         value_cache: torch.Tensor,
         batch: Batch,
         scale: float,
+        window: int,
     ) -> torch.Tensor:
-        """Norm and rotate heads, write keys and values, and attend: ``[T, H D]``."""
+        """Norm and rotate heads, write keys and values, and attend to the last ``window`` or all: ``[T, H D]``."""
+
+    def experts(
+        self, x: torch.Tensor, router: torch.Tensor, gate_up: Experts, down: Experts, picks: Picks
+    ) -> torch.Tensor:
+        """Return the weighted sum of the experts that ``router`` ``[E, hidden]`` picks for each row (SiLU)."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return ``x`` normalised."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return ``x weight^T``."""
+    def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return ``x weight^T + bias``."""
 
 
 class EagerOperations:
     """The operations in eager torch."""
 
-    def normed_linear(
-        self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def normed_linear(self, x: torch.Tensor, norm: Norm, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
         """Return ``norm(x) weight^T + bias``."""
-        return reference.matmul(reference.rms_norm(x, *norm), weight, bias)
+        return reference.linear(reference.rms_norm(x, *norm), weight, bias)
 
-    def normed_mlp_in(self, x: torch.Tensor, norm: Norm, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return ``silu(gate) * up`` of ``norm(x) gate_up^T``."""
-        return reference.silu_and_mul(reference.matmul(reference.rms_norm(x, *norm), gate_up))
+    def normed_mlp_in(self, x: torch.Tensor, norm: Norm, gate_up: Matrix, activation: str) -> torch.Tensor:
+        """Return ``f(gate) * up`` of ``norm(x) gate_up^T``."""
+        product = reference.linear(reference.rms_norm(x, *norm), gate_up)
+        return reference.silu_and_mul(product) if activation == "silu" else reference.gelu_and_mul(product)
 
-    def add_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
-    ) -> None:
+    def add_linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
         """Add ``x weight^T + bias`` to ``residual`` in place."""
-        residual.add_(reference.matmul(x, weight, bias))
+        residual.add_(reference.linear(x, weight, bias))
+
+    def add_normed(self, x: torch.Tensor, norm: Norm, residual: torch.Tensor) -> None:
+        """Add ``norm(x)`` to ``residual`` in place."""
+        residual.add_(reference.rms_norm(x, *norm))
 
     def attention(
         self,
@@ -91,18 +108,27 @@ class EagerOperations:
         value_cache: torch.Tensor,
         batch: Batch,
         scale: float,
+        window: int,
     ) -> torch.Tensor:
         """Norm and rotate heads, write keys and values, and attend: ``[T, H D]``."""
         q = reference.rope_and_cache(qkv, qk_norm, eps, rotary, batch.slots, key_cache, value_cache)
-        return reference.paged_attention(q, key_cache, value_cache, batch, scale)
+        return reference.paged_attention(q, key_cache, value_cache, batch, scale, window)
+
+    def experts(
+        self, x: torch.Tensor, router: torch.Tensor, gate_up: Experts, down: Experts, picks: Picks
+    ) -> torch.Tensor:
+        """Return the weighted sum of the experts picked."""
+        routing = route(reference.matmul(x, router), picks.choices, normalise=picks.normalise)
+        inner = reference.silu_and_mul(reference.moe_matmul(x, gate_up, routing))
+        return reference.moe_matmul(inner, down, routing, weighted=True).view(len(x), picks.choices, -1).sum(1)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return ``x`` normalised."""
         return reference.rms_norm(x, weight, eps)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return ``x weight^T``."""
-        return reference.matmul(x, weight)
+    def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return ``x weight^T + bias``."""
+        return reference.linear(x, weight, bias)
 
 
 EAGER: Final = EagerOperations()

@@ -1,27 +1,35 @@
 """Quantised weight matrices on the device: what they look like, how they are made, what they mean.
 
-``w[n, k] = quants[n, k] * scales[n, k // group] + minima[n, k // group]``, planar: quants and
-scales each in an array of its own so that both are read in aligned runs of 16 bytes (GGUF's 18-byte blocks cannot
-be). The
-numbers are GGUF's own, only moved.
+``w[n, k] = quants[n, k] * scales[n, k // group] + minima[n, k // group]``, planar: quants and scales each in an array
+of its own so that both are read in aligned runs of 16 bytes (GGUF's 18-byte blocks cannot be). The numbers are GGUF's
+own, only moved.
 
 - ``int8`` per channel: one scale a row. ``fp8``: the same with float8 e4m3 quants.
 - ``int8`` in groups of 32: GGUF Q8_0.
 - ``int4`` in groups of 32 or 128: two quants a byte. Within each 32 elements byte j holds element j below and element
   j + 16 above, GGUF's order, so that the two halves meet two plain runs of the activations. Q4_0 is ``d (q - 8)``: a
-  minimum of ``-8 d``, which needs no array. Q4_1 has minima. Q4_K is Q4_1 with 6-bit scales of scales: its products
-  ``d s`` and ``-m s`` are kept in float32, exact.
+  minimum of ``-8 d``, which needs no array. Q4_1 has minima.
+- GGUF's K kinds have scales of scales: 256 elements share a float16, which multiplies the 6 or 8 bits of each group's
+  own. Both are kept as they are, since their product takes 17 bits. Q4_K is ``int4`` in groups of 32 with minima, Q5_K
+  and Q6_K are ``int8`` in groups of 32 with minima and of 16 without: a byte for 5 or 6 bits, because a thread would
+  have to gather the fifth and sixth from planes of their own.
 """
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import torch
+from torch.nn import functional
+
+PackedBlocks = np.ndarray[Any, np.dtype[np.uint8]]
 
 BLOCK: Final = 32
 """Elements of a GGUF block, and the unit that 4-bit quants are packed in."""
+SUPER_BLOCK: Final = 256
+"""Elements that share a scale of scales."""
 
 
 class Quantization(enum.Enum):
@@ -42,9 +50,13 @@ class QuantizedMatrix:
     quants: torch.Tensor
     """``[N, K]`` int8 or float8, or ``[N, K / 2]`` uint8."""
     scales: torch.Tensor
-    """``[N, K / group]`` or ``[N, 1]``, float16 or float32."""
+    """``[N, K / group]`` or ``[N, 1]``: float16 or float32, or int8 with ``super_scales``."""
     minima: torch.Tensor | None = None
     """Like ``scales``; None is ``-8 * scales`` for int4 and none for the others."""
+    super_scales: torch.Tensor | None = None
+    """``[N, K / 256]`` float16, which multiplies ``scales``."""
+    super_minima: torch.Tensor | None = None
+    """The same for ``minima``."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,7 +67,23 @@ class QuantizedMatrix:
     @property
     def nbytes(self) -> int:
         """Return what it takes on the device."""
-        return sum(t.nbytes for t in (self.quants, self.scales, self.minima) if t is not None)
+        return sum(tensor.nbytes for tensor in self.arrays())
+
+    def arrays(self) -> tuple[torch.Tensor, ...]:
+        """Return what it is made of: each has a row for each of the matrix."""
+        fields = (self.quants, self.scales, self.minima, self.super_scales, self.super_minima)
+        return tuple(tensor for tensor in fields if tensor is not None)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "QuantizedMatrix":
+        """Return the matrix with ``function`` applied to each of its arrays: a move, or a choice of rows."""
+        return dataclasses.replace(
+            self,
+            quants=function(self.quants),
+            scales=function(self.scales),
+            minima=None if self.minima is None else function(self.minima),
+            super_scales=None if self.super_scales is None else function(self.super_scales),
+            super_minima=None if self.super_minima is None else function(self.super_minima),
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the matrix ``[N, K]``."""
@@ -67,13 +95,47 @@ class QuantizedMatrix:
         else:
             values = self.quants.float()
         values = values.view(rows, -1, group)
-        scales = self.scales.float().unsqueeze(-1)
+        scales = _scaled(self.scales, self.super_scales).unsqueeze(-1)
         values = values * scales
         if self.minima is not None:
-            values = values + self.minima.float().unsqueeze(-1)
+            values = values + _scaled(self.minima, self.super_minima).unsqueeze(-1)
         elif self.quantization is Quantization.INT4:
             values = values - 8 * scales
         return values.view(rows, columns).to(dtype)
+
+
+def _scaled(scales: torch.Tensor, supers: torch.Tensor | None) -> torch.Tensor:
+    wide = scales.float()
+    if supers is None:
+        return wide
+    return wide.mul_(supers.float().repeat_interleave(scales.shape[1] // supers.shape[1], 1))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackedMatrix:
+    """A weight ``[N, K]`` whose rows lie in parts of different forms: a file may quantise values finer than queries."""
+
+    parts: "tuple[torch.Tensor | QuantizedMatrix, ...]"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return N and K."""
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Return what it takes on the device."""
+        return sum(part.nbytes for part in self.parts)
+
+
+Matrix = torch.Tensor | QuantizedMatrix | StackedMatrix
+
+
+def embedding_rows(token_ids: torch.Tensor, table: torch.Tensor | QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rows ``token_ids`` ``[T]`` of ``table`` ``[V, hidden]`` in ``dtype``."""
+    if isinstance(table, torch.Tensor):
+        return functional.embedding(token_ids, table)
+    return table.map(lambda array: array.index_select(0, token_ids)).dequantize(dtype)
 
 
 def quantize_int8(weight: torch.Tensor) -> QuantizedMatrix:
@@ -105,8 +167,8 @@ def quantize_int4(weight: torch.Tensor, group: int = 128) -> QuantizedMatrix:
     return QuantizedMatrix(Quantization.INT4, group, packed, scales, minima)
 
 
-def from_gguf(kind: str, blocks: np.ndarray[Any, np.dtype[np.uint8]], num_rows: int) -> QuantizedMatrix:
-    """Return the matrix in GGUF ``blocks`` ``[num_blocks, block_bytes]`` of Q4_0, Q4_1, Q8_0 or Q4_K."""
+def from_gguf(kind: str, blocks: PackedBlocks, num_rows: int) -> QuantizedMatrix:
+    """Return the matrix in GGUF ``blocks`` ``[num_blocks, block_bytes]`` of Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K."""
     match kind:
         case "Q8_0":
             quants = _tensor(blocks[:, 2:], num_rows).view(torch.int8)
@@ -117,27 +179,57 @@ def from_gguf(kind: str, blocks: np.ndarray[Any, np.dtype[np.uint8]], num_rows: 
         case "Q4_1":
             scales, minima = _halves(blocks[:, :2], num_rows), _halves(blocks[:, 2:4], num_rows)
             return QuantizedMatrix(Quantization.INT4, BLOCK, _tensor(blocks[:, 4:], num_rows), scales, minima)
-        case "Q4_K":
-            return _from_q4_k(blocks, num_rows)
+        case "Q4_K" | "Q5_K":
+            return _from_q4_or_q5_k(blocks, num_rows)
+        case "Q6_K":
+            return _from_q6_k(blocks, num_rows)
         case _:
-            raise ValueError(f"{kind} blocks have no form on the device; Q4_0, Q4_1, Q4_K and Q8_0 have")
+            raise ValueError(f"{kind} blocks have no form on the device; Q4_0, Q4_1, Q8_0, Q4_K, Q5_K and Q6_K have")
 
 
-def _from_q4_k(blocks: np.ndarray[Any, np.dtype[np.uint8]], num_rows: int) -> QuantizedMatrix:
-    """256 elements: d and dmin, eight 6-bit scales and minima in 12 bytes, then four runs of 64 elements.
+def _from_q4_or_q5_k(blocks: PackedBlocks, num_rows: int) -> QuantizedMatrix:
+    """256 elements: d and dmin, eight 6-bit scales and minima in 12 bytes, for Q5_K 32 bytes of fifth bits, four runs.
 
-    Of a run's 32 bytes the low halves are elements 0 to 31 and the high halves 32 to 63: two sub-blocks.
+    Of a run's 32 bytes the low halves are elements 0 to 31 and the high halves 32 to 63: two sub-blocks of 64 elements.
+    Bit i of the j-th byte of fifth bits is that of element j of sub-block i.
     """
-    d, dmin = (np.ascontiguousarray(blocks[:, i : i + 2]).view(np.float16).astype(np.float32) for i in (0, 2))
     low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scale = np.concatenate((low & 63, (high & 15) | (low >> 6) << 4), axis=1)
     minimum = np.concatenate((middle & 63, (high >> 4) | (middle >> 6) << 4), axis=1)
-    runs = blocks[:, 16:].reshape(-1, 4, 1, 32)
-    levels = np.concatenate((runs & 15, runs >> 4), axis=2).reshape(-1, 8, 2, 16)
-    packed = levels[:, :, 0] | levels[:, :, 1] << 4
-    scales = torch.from_numpy(d * scale).view(num_rows, -1)
-    minima = torch.from_numpy(-(dmin * minimum)).view(num_rows, -1)
-    return QuantizedMatrix(Quantization.INT4, BLOCK, _tensor(packed, num_rows), scales, minima)
+    runs = blocks[:, -128:].reshape(-1, 4, 1, 32)
+    levels = np.concatenate((runs & 15, runs >> 4), axis=2).reshape(-1, 8, 32)
+    if fifth := blocks.shape[1] > 144:
+        levels |= (blocks[:, 16:48, None] >> np.arange(8, dtype=np.uint8) & 1).swapaxes(1, 2) << 4
+    else:
+        halves = levels.reshape(-1, 8, 2, 16)
+        levels = halves[:, :, 0] | halves[:, :, 1] << 4
+    quants = _tensor(levels, num_rows)
+    return QuantizedMatrix(
+        Quantization.INT8 if fifth else Quantization.INT4,
+        BLOCK,
+        quants.view(torch.int8) if fifth else quants,
+        _tensor(scale, num_rows).view(torch.int8),
+        _tensor(minimum, num_rows).view(torch.int8),
+        _halves(blocks[:, :2], num_rows),
+        -_halves(blocks[:, 2:4], num_rows),
+    )
+
+
+def _from_q6_k(blocks: PackedBlocks, num_rows: int) -> QuantizedMatrix:
+    """256 elements in two halves: 64 bytes of low fours each, then 32 bytes of high twos each, 16 int8 scales, and d.
+
+    Of a half's bytes of low fours, the low nibbles are its elements 0 to 63 and the high ones 64 to 127; byte j of high
+    twos has those of elements j, j + 32, j + 64 and j + 96. A quant is 32 less than its six bits.
+    """
+    low = blocks[:, :128].reshape(-1, 2, 1, 64)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    fours = np.concatenate((low & 15, low >> 4), axis=2).reshape(-1, 2, 4, 32)
+    twos = high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    quants = _tensor((fours | twos << 4) - np.uint8(32), num_rows).view(torch.int8)
+    scales = _tensor(blocks[:, 192:208], num_rows).view(torch.int8)
+    return QuantizedMatrix(
+        Quantization.INT8, BLOCK // 2, quants, scales, super_scales=_halves(blocks[:, 208:], num_rows)
+    )
 
 
 def _tensor(values: np.ndarray[Any, np.dtype[np.uint8]], num_rows: int) -> torch.Tensor:

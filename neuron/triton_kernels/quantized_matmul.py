@@ -1,7 +1,8 @@
 """``out = x w^T + bias`` with ``w`` ``[N, K]`` quantised, dequantised in registers on its way to the multiplier.
 
 Formats and their layout: :mod:`neuron.triton_kernels.quantized`. ``x`` is ``[M, K]``, M from 1 up; K is a multiple of
-the group.
+the group. A ``residual`` is added to in place instead of a result stored. A mixture of experts is the same with rows
+taken from where their routing says, by the weights of their expert (see :mod:`neuron.triton_kernels.moe_matmul`).
 
 For one row a group is multiplied before it is scaled, ``sum_k w x = scale sum_k q x + minimum sum_k x``: one
 multiplication by a scale for 32 elements instead of 32. For more rows quants become the activations' dtype, scaled, and
@@ -14,8 +15,21 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
-from neuron.triton_kernels.quantized import BLOCK, Quantization, QuantizedMatrix
+from neuron.triton_kernels.launch import Argument, Target, cdiv, launch, target_of
+from neuron.triton_kernels.prefill_attention import find_block
+from neuron.triton_kernels.quantized import BLOCK, Quantization, QuantizedMatrix, StackedMatrix
+from neuron.triton_kernels.routing import Routing
+
+
+@triton.jit
+def _group_scales(scales, supers, row, block, inside, K, GROUP: tl.constexpr, UNIT: tl.constexpr):
+    """Return the float32 scale of each block of UNIT elements: ``[rows, blocks]``."""
+    at = row[:, None] * (K // GROUP) + (block // (GROUP // UNIT))[None, :]
+    found = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
+    if supers is not None:
+        super_at = row[:, None] * (K // 256) + (block // (256 // UNIT))[None, :]
+        found *= tl.load(supers + super_at, mask=inside, other=0.0).to(tl.float32)
+    return found
 
 
 @triton.jit
@@ -24,25 +38,29 @@ def _quantized_gemv_kernel(
     quants,
     scales,
     minima,
+    super_scales,
+    super_minima,
     bias,
+    residual,
     out,
     N,
     K,
     INT4: tl.constexpr,
     GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # A tile is [BLOCK_N rows, BLOCKS blocks, bytes of a block]: a thread holds whole runs of 16 bytes.
-    bytes_: tl.constexpr = 16 if INT4 else 32
+    bytes_: tl.constexpr = UNIT // 2 if INT4 else UNIT
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, bytes_)
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     sums = tl.zeros([BLOCK_N, BLOCKS], tl.float32)
-    num_blocks = K // 32
+    num_blocks = K // UNIT
     row = n.to(tl.int64)
     for start in range(0, num_blocks, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
@@ -50,7 +68,7 @@ def _quantized_gemv_kernel(
         mask = (n < N)[:, None] & inside[None, :]
         at = (row[:, None] * num_blocks + block[None, :])[:, :, None] * bytes_ + lane[None, None, :]
         q = tl.load(quants + at, mask=mask[:, :, None], other=0.0, eviction_policy="evict_first")
-        x_at = x + block[:, None] * 32 + lane[None, :]
+        x_at = x + block[:, None] * UNIT + lane[None, :]
         value = tl.load(x_at, mask=inside[:, None], other=0.0).to(tl.float32)
         if INT4:
             upper = tl.load(x_at + 16, mask=inside[:, None], other=0.0).to(tl.float32)
@@ -61,10 +79,9 @@ def _quantized_gemv_kernel(
             part = tl.sum(q.to(tl.float32) * value[None, :, :], 2)
             total = tl.sum(value, 1)[None, :]
         if GROUP > 0:
-            scale_at = row[:, None] * (K // GROUP) + (block // (GROUP // 32))[None, :]
-            scale = tl.load(scales + scale_at, mask=mask, other=0.0).to(tl.float32)
+            scale = _group_scales(scales, super_scales, row, block, mask, K, GROUP, UNIT)
             if minima is not None:
-                part = part * scale + total * tl.load(minima + scale_at, mask=mask, other=0.0).to(tl.float32)
+                part = part * scale + total * _group_scales(minima, super_minima, row, block, mask, K, GROUP, UNIT)
             elif INT4:
                 part = (part - 8.0 * total) * scale
             else:
@@ -75,6 +92,8 @@ def _quantized_gemv_kernel(
         result *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)
     if bias is not None:
         result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if residual is not None:
+        result += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < N)
 
 
@@ -84,52 +103,73 @@ def _quantized_matmul_kernel(
     quants,
     scales,
     minima,
+    super_scales,
+    super_minima,
     bias,
+    residual,
     out,
+    order,
+    starts,
+    weights,
     M,
     N,
     K,
     x_stride,
+    out_stride,
     INT4: tl.constexpr,
     GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    bytes_: tl.constexpr = 16 if INT4 else 32
+    bytes_: tl.constexpr = UNIT // 2 if INT4 else UNIT
     columns: tl.constexpr = BLOCKS * bytes_
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.arange(0, columns)
-    group_of = tl.arange(0, BLOCKS)
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    num_blocks = K // 32
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1).to(tl.int64)
-    x_row = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_stride
+    if EXPERTS > 0:
+        none, all_ = tl.full([], 0, tl.int32), tl.full([], EXPERTS, tl.int32)
+        expert, own = find_block(starts, none, all_, tl.program_id(0), BLOCK_M)
+        first = tl.load(starts + expert)
+        length = tl.load(starts + expert + 1) - first
+        if own * BLOCK_M >= length:
+            return
+        m = own * BLOCK_M + tl.arange(0, BLOCK_M)
+        out_row = tl.load(order + first + tl.minimum(m, length - 1)).to(tl.int64)
+        x_row = x + (out_row // SHARED)[:, None] * x_stride
+        row += expert.to(tl.int64) * N
+        inside_rows = m < length
+    else:
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        out_row = tl.minimum(m, M - 1).to(tl.int64)
+        x_row = x + out_row[:, None] * x_stride
+        inside_rows = m < M
+    c = tl.arange(0, columns)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    num_blocks = K // UNIT
     for start in tl.range(0, num_blocks, BLOCKS, num_stages=STAGES):
         inside = (start + c // bytes_ < num_blocks)[None, :]
-        k = start * 32 + c // bytes_ * 32 + c % bytes_
+        k = start * UNIT + c // bytes_ * UNIT + c % bytes_
         at = row[:, None] * (num_blocks * bytes_) + start * bytes_ + c[None, :]
         q = tl.load(quants + at, mask=inside, other=0.0)
         value = tl.load(x_row + k[None, :], mask=inside, other=0.0)
         if INT4:
             upper = tl.load(x_row + k[None, :] + 16, mask=inside, other=0.0)
         if GROUP > 0:
-            block = start + group_of
-            scale_at = row[:, None] * (K // GROUP) + (block // (GROUP // 32))[None, :]
-            scale_mask = (block < num_blocks)[None, :]
-            scale = tl.load(scales + scale_at, mask=scale_mask, other=0.0).to(tl.float32)[:, :, None]
+            block = start + tl.arange(0, BLOCKS)
+            there = (block < num_blocks)[None, :]
+            scale = _group_scales(scales, super_scales, row, block, there, K, GROUP, UNIT)[:, :, None]
             if minima is not None:
-                least = tl.load(minima + scale_at, mask=scale_mask, other=0.0).to(tl.float32)[:, :, None]
+                least = _group_scales(minima, super_minima, row, block, there, K, GROUP, UNIT)[:, :, None]
             elif INT4:
                 least = -8.0 * scale
-            else:
-                least = 0.0 * scale
             parts = tl.reshape(q, [BLOCK_N, BLOCKS, bytes_])
             if INT4:
                 low = (parts & 15).to(tl.float32) * scale + least
@@ -139,33 +179,89 @@ def _quantized_matmul_kernel(
                 sums = tl.dot(value, tl.trans(low), sums)
                 sums = tl.dot(upper, tl.trans(high), sums)
             else:
-                wide = tl.reshape(parts.to(tl.float32) * scale, [BLOCK_N, columns]).to(x.dtype.element_ty)
+                wide = parts.to(tl.float32) * scale
+                if minima is not None:
+                    wide += least
+                wide = tl.reshape(wide, [BLOCK_N, columns]).to(x.dtype.element_ty)
                 sums = tl.dot(value, tl.trans(wide), sums)
         else:
             # By way of float32, exact for both formats: the interpreter has no other way from int8 to bfloat16.
             sums = tl.dot(value, tl.trans(q.to(tl.float32).to(x.dtype.element_ty)), sums)
     if GROUP == 0:
-        sums *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        sums *= tl.load(scales + row).to(tl.float32)[None, :]
     if bias is not None:
         sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out + m.to(tl.int64)[:, None] * N + n[None, :], sums.to(out.dtype.element_ty), mask=mask)
+    if weights is not None:
+        sums *= tl.load(weights + out_row)[:, None]
+    mask = inside_rows[:, None] & (n < N)[None, :]
+    out_at = out_row[:, None] * out_stride + n[None, :]
+    if residual is not None:
+        sums += tl.load(residual + out_at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + out_at, sums.to(out.dtype.element_ty), mask=mask)
 
 
-def quantized_tiles(num_rows: int, target: Target) -> tuple[int, int, int, int, int]:
-    """Return BLOCK_M, BLOCK_N, BLOCKS of 32 elements, warps and stages."""
+def quantized_tiles(num_rows: int, nested: bool, target: Target) -> tuple[int, int, int, int, int]:
+    """Return BLOCK_M, BLOCK_N, BLOCKS of 32 elements, warps and stages; ``nested`` scales have scales of their own."""
     if num_rows <= 16:
-        # Float16 by 8-bit weights with 128 columns a tile spills 8 bytes on sm_100.
-        return (16, 64, 2, 4, 3) if target.capability == 100 else (16, 64, 4, 4, 3)
+        if target.capability == 100:
+            # Float16 by 8-bit weights with 128 columns a tile spills 8 bytes here, and so do nested scales with 64.
+            return (16, 32, 2, 4, 3) if nested else (16, 64, 2, 4, 3)
+        return (16, 64, 4, 4, 3)
     if num_rows <= 64:
-        return (64, 64, 4, 4, 3)
+        # Routed rows and nested scales together spill 176 bytes on sm_80 with 128 columns a tile.
+        return (64, 64, 2 if nested else 4, 4, 3)
     return (128, 128, 2, 8, 3) if target.capability in (90, 100) else (64, 128, 2, 8, 2)
 
 
-def quantized_matmul(x: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``x w^T + bias`` ``[M, N]`` of ``x`` ``[M, K]``, contiguous in its last dimension."""
-    num_rows, depth = x.shape
-    width = weight.shape[0]
+def quantized_matmul(
+    x: torch.Tensor,
+    weight: QuantizedMatrix | StackedMatrix,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x w^T + bias`` ``[M, N]`` of ``x`` ``[M, K]``, contiguous in its last dimension.
+
+    ``residual`` ``[M, N]``, contiguous, is added to in place, and returned. The parts of a stacked matrix are a launch
+    each, into their columns of the result; those that are not quantised are for the caller to compute.
+    """
+    num_rows, width = len(x), weight.shape[0]
+    out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
+    parts = weight.parts if isinstance(weight, StackedMatrix) else (weight,)
+    start = 0
+    for part in parts:
+        columns = slice(start, start + part.shape[0])
+        start = columns.stop
+        if isinstance(part, QuantizedMatrix):
+            own_bias = None if bias is None else bias[columns]
+            own_residual = None if residual is None else residual[:, columns]
+            _launch(x, part, own_bias, own_residual, out[:, columns])
+    return out
+
+
+def quantized_moe_matmul(
+    x: torch.Tensor, weight: QuantizedMatrix, routing: Routing, *, weighted: bool = False
+) -> torch.Tensor:
+    """Return what :func:`neuron.triton_kernels.moe_matmul.moe_matmul` does, of ``weight`` ``[E N, K]``."""
+    num_pairs, num_experts = routing.order.shape[0], routing.starts.shape[0] - 1
+    width = weight.shape[0] // num_experts
+    out = torch.empty((num_pairs, width), dtype=x.dtype, device=x.device)
+    _launch(x, weight, None, None, out, routing, weighted)
+    return out
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: QuantizedMatrix,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    routing: Routing | None = None,
+    weighted: bool = False,
+) -> None:
+    num_rows, width = out.shape
+    depth = x.shape[1]
+    unit = min(weight.group, BLOCK) or BLOCK
     if depth % BLOCK:
         raise ValueError(f"a quantised matmul wants a multiple of {BLOCK} columns, not {depth}")
     target = target_of(x.device)
@@ -173,29 +269,39 @@ def quantized_matmul(x: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tenso
         raise ValueError(f"sm_{target.capability} cannot convert float8 e4m3; sm_89 and later can")
     dependent = target.has_dependent_launch and x.device.type != "cpu"
     int4 = weight.quantization is Quantization.INT4
-    out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
-    arguments = {"x": x, "quants": weight.quants, "scales": weight.scales, "minima": weight.minima}
-    arguments |= {"bias": bias, "out": out}
-    constants = {"INT4": int4, "GROUP": weight.group, "PDL": dependent}
-    if num_rows == 1:
+    arguments: dict[str, Argument] = {"x": x, "quants": weight.quants, "scales": weight.scales}
+    arguments |= {"minima": weight.minima, "super_scales": weight.super_scales, "super_minima": weight.super_minima}
+    arguments |= {"bias": bias, "residual": residual, "out": out}
+    constants = {"INT4": int4, "GROUP": weight.group, "UNIT": unit, "PDL": dependent}
+    if num_rows == 1 and routing is None:
         block_n = 8
         launch(
             _quantized_gemv_kernel,
             (cdiv(width, block_n),),
             {**arguments, "N": width, "K": depth},
-            {**constants, "BLOCK_N": block_n, "BLOCKS": 64 if int4 else 32},
+            {**constants, "BLOCK_N": block_n, "BLOCKS": (64 if int4 else 32) * BLOCK // unit},
             num_warps=4,
             dependent_launch=dependent,
         )
-        return out
-    block_m, block_n, blocks, num_warps, num_stages = quantized_tiles(num_rows, target)
+        return
+    experts, shared, rows_per_tile = 0, 1, num_rows
+    if routing is not None:
+        experts = routing.starts.shape[0] - 1
+        shared = num_rows // len(x)
+        rows_per_tile = cdiv(num_rows, experts)
+    block_m, block_n, blocks, num_warps, num_stages = quantized_tiles(
+        rows_per_tile, weight.super_scales is not None, target
+    )
+    num_blocks = num_rows // block_m + experts if experts else cdiv(num_rows, block_m)
     launch(
         _quantized_matmul_kernel,
-        (cdiv(num_rows, block_m), cdiv(width, block_n)),
-        {**arguments, "M": num_rows, "N": width, "K": depth, "x_stride": x.stride(0)},
-        {**constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCKS": blocks, "STAGES": num_stages},
+        (num_blocks, cdiv(width, block_n)),
+        {**arguments, "order": routing.order if routing else None, "starts": routing.starts if routing else None}
+        | {"weights": routing.weights if routing is not None and weighted else None}
+        | {"M": num_rows, "N": width, "K": depth, "x_stride": x.stride(0), "out_stride": out.stride(0)},
+        {**constants, "EXPERTS": experts, "SHARED": shared}
+        | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCKS": blocks * BLOCK // unit, "STAGES": num_stages},
         num_warps=num_warps,
         num_stages=num_stages,
         dependent_launch=dependent,
     )
-    return out

@@ -6,14 +6,14 @@ docstring says so. Written for few and large calls, because on a CPU a call cost
 """
 
 import itertools
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from neuron.triton_kernels.batch import AttentionPart, Batch
-from neuron.triton_kernels.quantized import QuantizedMatrix
+from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix
 from neuron.triton_kernels.routing import Routing
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
@@ -74,42 +74,54 @@ def skinny_matmul(
     return out if residual is None else residual.add_(out)
 
 
-def quantized_matmul(x: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``x w^T + bias`` with ``weight`` dequantised to float32."""
+def quantized_matmul(
+    x: torch.Tensor,
+    weight: QuantizedMatrix,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x w^T + bias`` with ``weight`` dequantised to float32, added in place to ``residual`` if given."""
     out = functional.linear(x.float(), weight.dequantize(), None if bias is None else bias.float())
-    return out.to(x.dtype)
+    return out.to(x.dtype) if residual is None else residual.add_(out)
 
 
-def moe_matmul(x: torch.Tensor, weight: torch.Tensor, routing: Routing, *, weighted: bool = False) -> torch.Tensor:
-    """Return ``[T C, N]``, row ``token * C + choice``: each pair's row of ``x`` by its expert's ``[N, K]``."""
-    num_pairs = len(routing.order)
+def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x w^T + bias`` ``[M, N]``, whatever form the weight has."""
+    match weight:
+        case torch.Tensor():
+            return functional.linear(x, weight, bias)
+        case QuantizedMatrix():
+            return quantized_matmul(x, weight, bias)
+        case StackedMatrix():
+            out = torch.cat([linear(x, part) for part in weight.parts], dim=-1)
+            return out if bias is None else out.add_(bias)
+        case _:
+            assert_never(weight)
+
+
+def moe_matmul(
+    x: torch.Tensor, weight: torch.Tensor | QuantizedMatrix, routing: Routing, *, weighted: bool = False
+) -> torch.Tensor:
+    """Return ``[T C, N]``, row ``token * C + choice``: each pair's row of ``x`` by its expert's ``[N, K]``.
+
+    ``weight`` is ``[E, N, K]``, or ``[E N, K]`` quantised. One pass an expert that any row picked.
+    """
+    num_pairs, num_experts = len(routing.order), len(routing.starts) - 1
     shared = num_pairs // len(x)
-    out = torch.empty((num_pairs, weight.shape[1]), dtype=x.dtype, device=x.device)
+    width = weight.shape[1] if isinstance(weight, torch.Tensor) else weight.shape[0] // num_experts
+    out = torch.empty((num_pairs, width), dtype=x.dtype, device=x.device)
     starts = routing.starts.tolist()
     for expert, (start, stop) in enumerate(itertools.pairwise(starts)):
+        if start == stop:
+            continue
         pairs = routing.order[start:stop].long()
-        product = functional.linear(x[pairs // shared], weight[expert])
+        if isinstance(weight, torch.Tensor):
+            own: Matrix = weight[expert]
+        else:
+            own = weight.map(lambda array, e=expert: array[e * width : (e + 1) * width])  # type: ignore[misc]
+        product = linear(x[pairs // shared], own)
         out[pairs] = product * routing.weights[pairs, None].to(x.dtype) if weighted else product
-    return out
-
-
-def experts(
-    x: torch.Tensor, router: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, k: int, normalise: bool
-) -> torch.Tensor:
-    """Return the sum ``[T, hidden]`` of the ``k`` likeliest experts of each row, weighted by the router's softmax.
-
-    ``router`` ``[T, E]`` are its logits; ``gate_up`` ``[E, 2 I, hidden]`` and ``down`` ``[E, hidden, I]``. With
-    ``normalise`` the k weights sum to 1. One pass an expert that any row picked (arXiv:1701.06538).
-    """
-    weights, picked = router.softmax(-1, dtype=torch.float32).topk(k)
-    if normalise:
-        weights = weights / weights.sum(-1, keepdim=True)
-    weights = weights.to(x.dtype)
-    out = torch.zeros_like(x)
-    for expert in torch.unique(picked).tolist():
-        rows, place = torch.where(picked == expert)
-        product = silu_and_mul(functional.linear(x.index_select(0, rows), gate_up[expert]))
-        out.index_add_(0, rows, functional.linear(product, down[expert]) * weights[rows, place].unsqueeze(-1))
     return out
 
 

@@ -92,7 +92,7 @@ def weights_bytes_of(driver: Any) -> int:
 
 def tensors_of(weights: Any) -> list[torch.Tensor]:
     layers = [getattr(layer, name) for layer in weights.layers for name in layer.__slots__]
-    found = (weights.embedding, weights.norm, weights.head, *layers)
+    found = (weights.embedding, weights.norm, weights.head, weights.inverse_frequencies, *layers)
     return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 

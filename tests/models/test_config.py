@@ -61,7 +61,6 @@ def test_a_published_configuration(tmp_path: pathlib.Path) -> None:
     assert (config.generation.min_p, config.generation.repetition_penalty) == (None, None)
     # As published: 8,190,735,360 parameters.
     assert config.num_parameters() == 8_190_735_360
-    assert config.weights_bytes("bfloat16") == 2 * 8_190_735_360
     assert config.kv_bytes_per_token("bfloat16") == 147_456
 
 

@@ -1,0 +1,98 @@
+"""One rank's part of a model that several devices hold together: which rows and columns of each tensor are its.
+
+Megatron's cut (arXiv:1909.08053): matrices that read the residual are cut by rows (heads; the MLP's width), those that
+write it by columns, so that a layer adds up over the ranks twice. The head is cut by rows too, and rank 0 gathers the
+logits. Vectors and the embedding are everywhere. Parts are whole key-value heads and runs of the MLP's width, as equal
+as they can be: 3 heads on 2 ranks are 2 and 1. Pure and without torch, as :mod:`neuron.models.sizing`.
+"""
+
+import dataclasses
+from typing import Final
+
+from cortex.wire.errors import InvalidRequestError
+from neuron.models.config import ModelConfig
+
+WIDTH_UNIT: Final = 256
+"""The MLP is cut at multiples of this where it is wide enough: GGUF's longest blocks stay whole."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """Rank ``rank`` of ``size``."""
+
+    rank: int = 0
+    size: int = 1
+
+    def share(self, count: int, unit: int = 1) -> slice:
+        """Return this rank's run of ``count`` things, in whole units but for the last."""
+        units = -(-count // unit)
+        bounds = [min(count, unit * (units * rank // self.size)) for rank in (self.rank, self.rank + 1)]
+        return slice(*bounds)
+
+    def kv_heads(self, config: ModelConfig) -> slice:
+        """Return this rank's key-value heads."""
+        return self.share(config.num_kv_heads)
+
+    def width(self, config: ModelConfig) -> slice:
+        """Return this rank's run of the MLP's width, of each expert's where there are some."""
+        width = config.expert_intermediate_size if config.num_experts else config.intermediate_size
+        unit = next((unit for unit in (WIDTH_UNIT, 32) if width >= unit * self.size), 1)
+        return self.share(width, unit)
+
+    def rows(self, config: ModelConfig, name: str, size: int) -> slice:
+        """Return which of the ``size`` rows of a tensor this rank has, by its safetensors name."""
+        if self.size == 1:
+            return slice(0, size)
+        heads = self.kv_heads(config)
+        match name.split(".")[-2]:
+            case "q_proj":
+                unit = config.num_heads // config.num_kv_heads * config.head_dim
+                return slice(heads.start * unit, heads.stop * unit)
+            case "k_proj" | "v_proj":
+                return slice(heads.start * config.head_dim, heads.stop * config.head_dim)
+            case "gate_proj" | "up_proj":
+                return self.width(config)
+            case "lm_head":
+                return self.share(size)
+            case _:
+                return slice(0, size)
+
+    def columns(self, config: ModelConfig, name: str, size: int) -> slice:
+        """Return which of the ``size`` columns of a matrix this rank has."""
+        if self.size == 1:
+            return slice(0, size)
+        match name.split(".")[-2]:
+            case "o_proj":
+                heads = self.kv_heads(config)
+                unit = config.num_heads // config.num_kv_heads * config.head_dim
+                return slice(heads.start * unit, heads.stop * unit)
+            case "down_proj":
+                return self.width(config)
+            case _:
+                return slice(0, size)
+
+
+WHOLE: Final = Shard()
+
+
+def local_config(config: ModelConfig, shard: Shard) -> ModelConfig:
+    """Return the configuration of one rank's part: its heads and its width; what is not cut stays.
+
+    Raises :class:`InvalidRequestError` if there are more ranks than key-value heads.
+    """
+    if shard.size == 1:
+        return config
+    if shard.size > config.num_kv_heads:
+        raise InvalidRequestError(
+            f"tensor_parallel is {shard.size}; the model's {config.num_kv_heads} key-value heads can be shared out to "
+            "at most as many devices",
+            param="tensor_parallel",
+        )
+    heads, width = shard.kv_heads(config), shard.width(config)
+    num_kv_heads, size = heads.stop - heads.start, width.stop - width.start
+    return dataclasses.replace(
+        config,
+        num_kv_heads=num_kv_heads,
+        num_heads=config.num_heads // config.num_kv_heads * num_kv_heads,
+        **{"expert_intermediate_size" if config.num_experts else "intermediate_size": size},
+    )

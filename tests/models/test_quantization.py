@@ -1,0 +1,297 @@
+"""Quantised weights on a device: the file's numbers, the bytes that were promised, and a rank's part of both."""
+
+import dataclasses
+import pathlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+from cortex.wire.errors import ApiError, InvalidRequestError
+from cortex.wire.node import ModelSpec
+from neuron.models import decoder, packed, quantization
+from neuron.models.config import ModelConfig
+from neuron.models.errors import UnsupportedQuantizationError
+from neuron.models.gguf import TensorKind
+from neuron.models.shard import Shard, local_config
+from neuron.models.sizing import plan_memory
+from neuron.models.transfer import Transfer
+from neuron.models.weights import WeightSource, open_weights
+from neuron.triton_kernels import cases, reference
+from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix
+
+from .test_weights import export_gguf
+
+HOST = torch.device("cpu")
+KINDS = ("Q4_0", "Q4_1", "Q8_0")
+"""What the gguf library can write; the K kinds' blocks are checked in tests/triton_kernels/test_quantized.py."""
+WIDE: dict[str, Any] = {
+    "kind": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+}
+
+
+def loaded(source: WeightSource, **options: Any) -> decoder.DecoderWeights:
+    loading = decoder.load_decoder(source, torch.float32, HOST, **options)
+    while True:
+        try:
+            next(loading)
+        except StopIteration as finished:
+            weights: decoder.DecoderWeights = finished.value
+            return weights
+
+
+def matrices(weights: decoder.DecoderWeights) -> Iterator[Matrix]:
+    yield weights.embedding
+    yield weights.head
+    for layer in weights.layers:
+        yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+
+
+def dense(matrix: Matrix) -> torch.Tensor:
+    match matrix:
+        case torch.Tensor():
+            return matrix.view(-1, matrix.shape[-1])
+        case QuantizedMatrix():
+            return matrix.dequantize()
+        case StackedMatrix():
+            return torch.cat([dense(part) for part in matrix.parts])
+
+
+def allocated(weights: decoder.DecoderWeights) -> int:
+    """The bytes of every array, each once however many views there are of it."""
+    found: dict[int, int] = {}
+    pending: list[Any] = [weights]
+    while pending:
+        match pending.pop():
+            case torch.Tensor() as tensor:
+                storage = tensor.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            case tuple() as several:
+                pending += several
+            case thing if dataclasses.is_dataclass(thing):
+                pending += [getattr(thing, field.name) for field in dataclasses.fields(thing)]
+    return sum(found.values())
+
+
+def run(
+    weights: decoder.DecoderWeights, config: ModelConfig, sum_ranks: decoder.SumRanks | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt and three decodes: the last hidden states and their logits."""
+    generator = torch.Generator().manual_seed(1)
+    batch, pages = cases.random_batch([(1, 20), (1, 3), (9, 30)], HOST)
+    arrays = (batch.cu_seqlens.numpy(), batch.page_table.numpy(), batch.context_lens.numpy())
+    parts = reference.attention_parts(*arrays, 16, HOST, config.window_tokens)
+    batch = dataclasses.replace(batch, parts=parts, num_decodes=2)
+    shape = (len(weights.layers), pages, 16, config.num_kv_heads, config.head_dim)
+    ids = torch.randint(config.vocab_size, (11,), generator=generator)
+    hidden = decoder.forward(config, weights, ids, batch, torch.zeros(shape), torch.zeros(shape), sum_ranks=sum_ranks)
+    return hidden, decoder.logits(weights, hidden, cap=config.logit_cap)
+
+
+@pytest.fixture
+def gguf_of(make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
+    def make(stored: str, **changes: Any) -> pathlib.Path:
+        path = tmp_path / f"{stored}.gguf"
+        export_gguf(make_checkpoint(**WIDE | changes), path, gguf.GGMLQuantizationType[stored])
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_blocks_stay_and_mean_the_same(gguf_of: Callable[..., pathlib.Path], kind: str, architecture: str) -> None:
+    source = open_weights(gguf_of(kind, kind=architecture))
+    kept, plain = loaded(source, quant=quantization.STORED), loaded(source)
+    for matrix, expected in zip(matrices(kept), matrices(plain), strict=True):
+        assert isinstance(matrix, QuantizedMatrix)
+        torch.testing.assert_close(dense(matrix), dense(expected), rtol=1e-6, atol=1e-7)
+    for found, expected in zip(run(kept, source.config), run(plain, source.config), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    source.close()
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"kind": "llama", "attention_bias": True},
+    "llama-tied": {"kind": "llama", "tie_word_embeddings": True},
+    "qwen2": {"kind": "qwen2"},
+    "qwen3": {"kind": "qwen3"},
+    "qwen3-moe": {
+        "kind": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "gemma3": {"kind": "gemma3", "sliding_window": 20, "sliding_window_pattern": 3, "final_logit_softcapping": 5.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_plan_counts_every_byte(
+    make_checkpoint: Callable[..., pathlib.Path], gguf_of: Callable[..., pathlib.Path], architecture: str, size: int
+) -> None:
+    changes = WIDE | ARCHITECTURES[architecture]
+    paths = {
+        make_checkpoint(**changes): ("none", "int8", "int4", "fp8"),
+        gguf_of("Q8_0", **changes): ("none", "stored"),
+    }
+    for path, quants in paths.items():
+        source = open_weights(path)
+        for quant in quants:
+            for rank in range(size):
+                shard = Shard(rank, size)
+                weights = loaded(source, quant=quant, shard=shard)
+                assert allocated(weights) == quantization.weights_bytes(source.config, "float32", quant, shard)
+                del weights
+        source.close()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("quant", ["none", "stored"])
+def test_two_ranks_together_are_the_model(gguf_of: Callable[..., pathlib.Path], architecture: str, quant: str) -> None:
+    """On threads that add up as a collective does."""
+    source = open_weights(gguf_of("Q8_0", **WIDE | ARCHITECTURES[architecture]))
+    hidden, logits = run(loaded(source, quant=quant), source.config)
+    barrier, given, results = threading.Barrier(2, timeout=30), [hidden] * 2, [(hidden, logits)] * 2
+
+    def work(rank: int) -> None:
+        def sum_ranks(x: torch.Tensor) -> torch.Tensor:
+            given[rank] = x
+            barrier.wait()
+            total = given[0] + given[1]
+            barrier.wait()
+            return total
+
+        shard = Shard(rank, 2)
+        weights = loaded(source, quant=quant, shard=shard)
+        results[rank] = run(weights, local_config(source.config, shard), sum_ranks)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(2):
+        torch.testing.assert_close(results[rank][0], hidden, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([found for _, found in results], -1), logits, rtol=1e-4, atol=1e-4)
+    source.close()
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4", "fp8"])
+def test_floats_are_rounded_while_they_are_read(make_checkpoint: Callable[..., pathlib.Path], quant: str) -> None:
+    source = open_weights(make_checkpoint(**WIDE))
+    rounded, plain = loaded(source, quant=quant), loaded(source)
+    for layer, expected in zip(rounded.layers, plain.layers, strict=True):
+        for name in ("qkv", "output", "gate_up", "down"):
+            matrix, exact = getattr(layer, name), getattr(expected, name)
+            assert isinstance(matrix, QuantizedMatrix)
+            error = (matrix.dequantize() - exact).abs().max() / exact.abs().max()
+            assert 0 < error < {"int8": 0.005, "int4": 0.08, "fp8": 0.05}[quant]
+    assert isinstance(rounded.embedding, torch.Tensor)
+    source.close()
+
+
+def test_values_stored_finer_than_queries_are_a_part_of_their_own(
+    gguf_of: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Q4_K_M files; here some are not kept at all."""
+    source = open_weights(gguf_of("Q8_0"))
+    kinds = {name: TensorKind.F16 if "v_proj" in name else kind for name, kind in source.config.tensor_kinds.items()}
+    source.config = dataclasses.replace(source.config, tensor_kinds=kinds)
+    kept, plain = loaded(source, quant=quantization.STORED), loaded(source)
+    matrix = kept.layers[0].qkv
+    assert isinstance(matrix, StackedMatrix)
+    assert [type(part) for part in matrix.parts] == [QuantizedMatrix, torch.Tensor]
+    torch.testing.assert_close(dense(matrix), plain.layers[0].qkv)
+    torch.testing.assert_close(run(kept, source.config)[1], run(plain, source.config)[1], rtol=1e-4, atol=1e-4)
+    assert allocated(kept) == quantization.weights_bytes(source.config, "float32", quantization.STORED)
+    source.close()
+
+
+def test_what_quant_may_be(
+    gguf_of: Callable[..., pathlib.Path], make_checkpoint: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(**WIDE)
+    floats, blocks = open_weights(folder), open_weights(gguf_of("Q8_0"))
+
+    def plan(source: WeightSource, quant: str, device: str = "cuda:0", dtype: str = "auto") -> str:
+        spec = ModelSpec("m", "x", quant=quant, dtype=dtype)
+        return plan_memory(source.config, spec, device, 8 << 30).quant
+
+    assert [plan(floats, quant) for quant in ("auto", "none", "int8")] == ["none", "none", "int8"]
+    assert [plan(blocks, quant) for quant in ("auto", "none")] == ["stored", "none"]
+    assert plan(blocks, "auto", dtype="float32") == "none"
+    assert plan(blocks, "auto", "cpu:0") == "none"
+    for source, quant, device, reason in (
+        (floats, "int3", "cuda:0", "quant is 'int3'; it can be auto, none, int8, int4, fp8"),
+        (blocks, "int4", "cuda:0", "quantised already"),
+        (floats, "int4", "cpu:0", "which is for GPUs"),
+    ):
+        with pytest.raises(UnsupportedQuantizationError, match=reason) as caught:
+            plan(source, quant, device)
+        assert isinstance(caught.value, ApiError)
+        assert caught.value.info().param == "quant"
+    monkeypatch.setenv(packed.SWITCH, "off")
+    assert plan(floats, "int4", "cpu:0") == "int4"
+    floats.close()
+    blocks.close()
+
+
+def test_quantised_weights_leave_more_room(gguf_of: Callable[..., pathlib.Path]) -> None:
+    source = open_weights(gguf_of("Q4_0", tie_word_embeddings=True))
+    plans = [
+        plan_memory(source.config, ModelSpec("m", "x", quant=quant, dtype="bfloat16"), "cuda:0", 1 << 30)
+        for quant in ("auto", "none")
+    ]
+    assert plans[0].weights_bytes < 0.35 * plans[1].weights_bytes
+    source.close()
+
+
+def test_more_ranks_than_key_value_heads_are_refused(make_checkpoint: Callable[..., pathlib.Path]) -> None:
+    source = open_weights(make_checkpoint(**WIDE, num_key_value_heads=2))
+    with pytest.raises(InvalidRequestError, match="2 key-value heads can be shared out to at most"):
+        local_config(source.config, Shard(0, 4))
+    source.close()
+
+
+# ------------------------------------------------------------------ copies
+
+
+class FakeEvent:
+    """Tells the tape of a fake device what is waited for."""
+
+    def __init__(self, tape: list[str], number: int) -> None:
+        self.tape, self.number = tape, number
+
+    def record(self) -> None:
+        self.tape.append(f"record {self.number}")
+
+    def synchronize(self) -> None:
+        self.tape.append(f"wait {self.number}")
+
+
+def test_copies_take_two_buffers_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    tape: list[str] = []
+    events = iter(range(9))
+    transfer = Transfer(
+        torch.device("cuda"),
+        buffer_bytes=64,
+        allocate=lambda size: torch.empty(size, dtype=torch.uint8),
+        event=lambda: FakeEvent(tape, next(events)),
+    )
+    source = torch.randn(5, 12)
+    whole, part = torch.empty(5, 12, dtype=torch.bfloat16), torch.empty(5, 3)
+    transfer.copy(source, whole)
+    transfer.copy(source[:, 4:7], part)
+    assert torch.equal(whole, source.bfloat16())
+    assert torch.equal(part, source[:, 4:7])
+    # 60 elements of 2 bytes in two runs, then 5 rows of 12 bytes in one of 64 bytes: the third waits for the first.
+    assert tape == ["wait 0", "record 0", "wait 1", "record 1", "wait 0", "record 0"]
+    with pytest.raises(ValueError, match="from \\[5, 12\\] to \\[5, 3\\]"):
+        transfer.copy(source, part)
