@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -22,6 +23,7 @@ from cortex._fast.tap import StreamTap
 from cortex.config import Config
 from cortex.dialects import openai_responses
 from cortex.dialects.passthrough import RESPONSES, TAIL_CHUNKS, Dialect, envelope_for, read_answer, read_usage
+from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.errors import ReplyError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Answer, Dispatcher, Question
@@ -111,13 +113,25 @@ class Endpoints:
             turn = await self._conversations.begin(body, found, said)
             body = turn.body
             headers += turn.headers
-        question = Question(model, dialect.name, dialect.path.encode(), headers, body, record.is_stream)
         if not generates and turn is not None:
             await self._only_read(exchange, record, turn)
-        elif record.is_stream:
-            await self._stream(exchange, dialect, record, question, turn)
+            return
+        stores, previous = (turn.stores, turn.previous) if turn is not None else (False, "")
+        chat = to_chat(dialect, body, stores=stores, previous=previous)
+        asked = Question(
+            model,
+            dialect.name,
+            dialect.path.encode(),
+            headers,
+            body,
+            record.is_stream,
+            as_chat=chat.body if chat is not None else None,
+        )
+        question = _Asked(asked, chat, turn)
+        if record.is_stream:
+            await self._stream(exchange, dialect, record, question)
         else:
-            await self._answer(exchange, record, question, turn)
+            await self._answer(exchange, record, question)
 
     async def _model(self, name: str) -> str:
         """Return the id of the model that a client means: the one of that name, else what an alias makes of it.
@@ -134,11 +148,13 @@ class Endpoints:
             raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
         return model
 
-    async def _answer(self, exchange: Exchange, record: Record, question: Question, turn: Turn | None) -> None:
+    async def _answer(self, exchange: Exchange, record: Record, asked: "_Asked") -> None:
         async def ask() -> tuple[bytes, bytes]:
-            answer = await self._ask(record, question)
+            answer = await self._ask(record, asked.question)
             try:
                 body = await answer.response.read_all(MAX_ANSWER_BYTES)
+                if answer.is_chat:
+                    return asked.translated().whole(body), b"application/json"
                 return body, answer.response.header(b"content-type") or b"application/json"
             finally:
                 answer.close()
@@ -146,8 +162,8 @@ class Endpoints:
         body, content_type = await until_disconnect(exchange, ask())
         record.usage, record.finish = read_answer(body)
         record.status = 200
-        if turn is not None:
-            await self._conversations.keep(turn, body)
+        if asked.turn is not None:
+            await self._conversations.keep(asked.turn, body)
         await exchange.reply(200, body, content_type=content_type)
 
     async def _only_read(self, exchange: Exchange, record: Record, turn: Turn) -> None:
@@ -162,9 +178,7 @@ class Endpoints:
         await exchange.write(frames)
         await exchange.finish()
 
-    async def _stream(
-        self, exchange: Exchange, dialect: Dialect, record: Record, question: Question, turn: Turn | None
-    ) -> None:
+    async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
         relay = _Relay()
 
         def end_in_failure(error: ApiError) -> bytes:
@@ -172,33 +186,37 @@ class Endpoints:
             return dialect.failure(error.info(), relay.first, b"".join(relay.tail))
 
         record.status = 200
-        frames = self._frames(relay, record, question, turn)
+        frames = self._frames(relay, record, asked)
         try:
             await stream(exchange, frames, heartbeat=dialect.heartbeat, error_frame=end_in_failure)
         finally:
             relay.note_end(dialect, record)
 
-    async def _frames(
-        self, relay: "_Relay", record: Record, question: Question, turn: Turn | None
-    ) -> AsyncGenerator[bytes, None]:
+    async def _frames(self, relay: "_Relay", record: Record, asked: "_Asked") -> AsyncGenerator[bytes, None]:
         """Yield what may go on of a node's stream.
 
         Raises:
             ApiError: no node could be asked, or the stream broke, fell silent or ended before its terminator.
         """
-        answer = await self._ask(record, question)
+        answer = await self._ask(record, asked.question)
         try:
             content_type = answer.response.header(b"content-type") or b""
             if not content_type.startswith(b"text/event-stream"):
                 raise UpstreamError(f"{answer.node} answered a streamed request with {content_type.decode('latin-1')}.")
             read = answer.response.read
-            while data := await read():
+            translated = asked.translated() if answer.is_chat else None
+            more = True
+            while more:
+                data = await read()
+                more = bool(data)
+                if translated is not None:
+                    data = translated.frames(data) if more else translated.end()
                 frames = relay.take(data)
                 if record.first_token_at is None and relay.has_token:
                     record.note_first_token()
                 if frames:
-                    if turn is not None and relay.is_complete:
-                        await self._conversations.keep_streamed(turn, frames)
+                    if asked.turn is not None and relay.is_complete:
+                        await self._conversations.keep_streamed(asked.turn, frames)
                     yield frames
             if not relay.is_complete:
                 raise UpstreamError(f"{answer.node} ended its answer before the stream's terminator.")
@@ -260,6 +278,20 @@ class Endpoints:
     def num_in_flight(self) -> int:
         """Requests of this process that have a node and no end yet."""
         return sum(self._fleet.in_flight.by_node.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question, what it is in chat, and the turn of a conversation that it is."""
+
+    question: Question
+    chat: Translation | None
+    turn: Turn | None
+
+    def translated(self) -> TranslatedAnswer:
+        """Return what reads a chat that answers it."""
+        assert self.chat is not None  # only then is a node asked in chat
+        return self.chat.begin()
 
 
 class _Relay:

@@ -27,6 +27,8 @@ FLOORS = {
     "cortex.dialects.openai_errors": 0,
     "cortex.dialects.anthropic_errors": 0,
     "cortex.dialects.openai_sealed": 0,
+    # what chat chunks say, which the reader of their stream needs
+    "cortex.dialects.openai_chunks": 0,
     "cortex.upstream": 2,
     "cortex.fleet": 3,
     "cortex.store": 3,

@@ -198,7 +198,12 @@ cdef class ChatStream:
         put_bytes(self.out, choice.head)
         put_literal(self.out, b'{},"finish_reason":"')
         self.out.put_text(event.reason.value)
-        put_literal(self.out, b'"}]}\n\n')
+        put_literal(self.out, b'"')
+        if event.stop_string is not None:
+            # Beside OpenAI's own fields, under the name by which others tell it: another dialect asks for it.
+            put_literal(self.out, b',"stop_reason":')
+            self.out.append_json(event.stop_string)
+        put_literal(self.out, b"}]}\n\n")
         self.num_open -= 1
         if self.num_open:
             return 0

@@ -125,7 +125,8 @@ def _choice(index: int, choice: _Choice, end: Finished) -> dict[str, Any]:
             ],
             "refusal": None,
         }
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": end.reason}
+    told = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": end.reason}
+    return told if end.stop_string is None else told | {"stop_reason": end.stop_string}
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from cortex.config import Timeouts
+from cortex.dialects.passthrough import CHAT
+from cortex.dialects.translate import told_error
 from cortex.errors import ConnectError, ConnectionLostError, NoNodeError, PoolFullError, ReplyError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.control import read_error
@@ -21,7 +23,7 @@ from cortex.fleet.poller import Poller
 from cortex.fleet.router import Busy, Decision, Load, Serve, Unknown, offered_profile, route
 from cortex.fleet.state import Fleet, Seat
 from cortex.upstream import Header, Pool, Response
-from cortex.wire.errors import ApiError, ModelNotFoundError
+from cortex.wire.errors import ApiError, ModelNotFoundError, RemoteError
 
 log = logging.getLogger("cortex.fleet")
 
@@ -32,7 +34,10 @@ BACK_PRESSURE = frozenset({429, 503, 529})
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of a node. ``target`` is the path, ``model`` an id, never an alias; ``dialect`` must be spoken."""
+    """What is asked of a node. ``target`` is the path, ``model`` an id, never an alias.
+
+    ``dialect`` must be spoken, unless ``as_chat`` gives the question as a chat, for a node that speaks that.
+    """
 
     model: str
     dialect: str
@@ -40,6 +45,7 @@ class Question:
     headers: Sequence[Header]
     body: bytes
     is_stream: bool
+    as_chat: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,8 @@ class Answer:
     node: str
     response: Response
     seat: Seat
+    is_chat: bool = False
+    """Whether the question was asked as a chat, so that this is one."""
 
     def close(self) -> None:
         """Give the seat back, and the connection up unless the body is complete."""
@@ -105,7 +113,7 @@ class Dispatcher:
         excluded = frozenset(
             node.name
             for node in self._fleet.state.nodes.values()
-            if node.discovery is not None and question.dialect not in node.discovery.dialects
+            if node.discovery is not None and not _understands(question, node.discovery.dialects)
         )
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
@@ -114,7 +122,8 @@ class Dispatcher:
             # Counted from here on, before the node knows: a burst must not pile onto one replica.
             seat = self._fleet.in_flight.take(node, question.model)
             try:
-                response = await self._post(node, question)
+                is_chat = self._is_asked_as_chat(node, question)
+                response = await self._post(node, question, is_chat)
             except (ConnectError, ConnectionLostError, PoolFullError) as error:
                 seat.release()
                 last = error
@@ -127,9 +136,9 @@ class Dispatcher:
                 seat.release()
                 raise
             if response.status == 200:
-                return Answer(node, response, seat)
+                return Answer(node, response, seat, is_chat)
             try:
-                refusal = await _reply_error(response)
+                refusal = await _read_refusal(response, is_chat)
             finally:
                 response.close()
                 seat.release()
@@ -172,22 +181,34 @@ class Dispatcher:
             case _:
                 assert_never(decision)
 
-    async def _post(self, node: str, question: Question) -> Response:
+    def _is_asked_as_chat(self, node: str, question: Question) -> bool:
+        """Return whether a node has to be asked in chat, which it speaks, for want of the question's own dialect."""
+        discovery = self._fleet.state.nodes[node].discovery
+        return question.as_chat is not None and discovery is not None and question.dialect not in discovery.dialects
+
+    async def _post(self, node: str, question: Question, as_chat: bool) -> Response:
         timeouts = self._timeouts
         return await self._pools[node].request(
             b"POST",
-            question.target,
+            CHAT.path.encode() if as_chat else question.target,
             question.headers,
-            question.body,
+            question.as_chat() if as_chat and question.as_chat is not None else question.body,
             first_byte_s=timeouts.first_byte_s if question.is_stream else timeouts.answer_s,
         )
 
 
-async def _reply_error(response: Response) -> ReplyError:
+def _understands(question: Question, dialects: Sequence[str]) -> bool:
+    return question.dialect in dialects or (question.as_chat is not None and CHAT.name in dialects)
+
+
+async def _read_refusal(response: Response, is_chat: bool) -> ReplyError | RemoteError:
+    """Return a node's error, with its body unless that is in another dialect than the caller's."""
     body = await response.read_all(MAX_ERROR_BYTES)
     retry_after = response.header(b"retry-after")
     status = response.status if response.status >= 400 else 502
     error = read_error(status, body, retry_after)
+    if is_chat:
+        return RemoteError(told_error(error))
     return ReplyError(
         status,
         body,

@@ -18,8 +18,32 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, node: daemons.Daemon) -> I
         yield found
 
 
-@pytest.fixture(params=["gateway", "node"])
+@pytest.fixture(scope="session")
+def chat_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[daemons.Daemon]:
+    """A node that speaks chat alone."""
+    folder = tmp_path_factory.mktemp("chat_neuron")
+    with daemons.scripted_neuron(folder, "openai-chat", "openai-completions") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def translating(tmp_path_factory: pytest.TempPathFactory, chat_node: daemons.Daemon) -> Iterator[daemons.Daemon]:
+    """A gateway in front of it."""
+    folder = tmp_path_factory.mktemp("translating")
+    with daemons.cortex(folder, chat_node, models=daemons.SCRIPTED_CATALOGUE, model="m") as found:
+        yield found
+
+
+@pytest.fixture(params=["gateway", "node", "translating"])
 def server(request: pytest.FixtureRequest) -> daemons.Daemon:
-    """The gateway, then the neuron by itself."""
+    """The gateway, the neuron by itself, and a gateway that translates."""
     found: daemons.Daemon = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def serving(request: pytest.FixtureRequest, server: daemons.Daemon) -> daemons.Daemon:
+    """The node that answers in the end."""
+    is_translated = request.node.callspec.params["server"] == "translating"
+    found: daemons.Daemon = request.getfixturevalue("chat_node" if is_translated else "node")
     return found

@@ -125,7 +125,9 @@ def test_system_turns_and_billing(client: anthropic.Anthropic) -> None:
     ]
     said = [{"role": "user", "content": "turns"}, {"role": "system", "content": "Brief."}]
     message = ask(client, said, False, system=system)
-    assert message.content[0].to_dict()["text"] == "system:Rules.|user:turns|system:Brief."
+    text = message.content[0].to_dict()["text"]
+    # To a server that may refuse a second one, system turns go as one.
+    assert text in ("system:Rules.|user:turns|system:Brief.", "system:Rules.\n\nBrief.|user:turns")
 
 
 @pytest.mark.parametrize("extra", [{}, {"tools": [WEATHER, SEARCH]}, {"system": "You are."}])
@@ -175,14 +177,14 @@ def test_a_failure_in_the_middle(client: anthropic.Anthropic) -> None:
         ask(client, "fail", False)
 
 
-def test_a_client_that_leaves_frees_its_place(server: daemons.Daemon, node: daemons.Daemon) -> None:
+def test_a_client_that_leaves_frees_its_place(server: daemons.Daemon, serving: daemons.Daemon) -> None:
     body = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "wait"}]}
     with httpx.stream("POST", server.url + "/v1/messages?beta=true", json=body, timeout=20) as reply:
         lines = reply.iter_lines()
         assert next(lines) == "event: message_start"
-        assert running(node) == 1
+        assert running(serving) == 1
         left_at = time.monotonic()
-    daemons.until(lambda: running(node) == 0, 5, "the model is free")
+    daemons.until(lambda: running(serving) == 0, 5, "the model is free")
     assert time.monotonic() - left_at < 1
 
 

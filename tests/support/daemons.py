@@ -124,11 +124,14 @@ source = "/"
 
 
 @contextlib.contextmanager
-def scripted_neuron(folder: pathlib.Path) -> Iterator[Daemon]:
-    """The real daemon with a model that plays the scenarios of ``scripted_neuron.py``, loaded as ``m``."""
+def scripted_neuron(folder: pathlib.Path, *dialects: str) -> Iterator[Daemon]:
+    """The real daemon with a model that plays the scenarios of ``scripted_neuron.py``, loaded as ``m``.
+
+    With ``dialects`` it speaks no others.
+    """
     port = free_port()
     script = str(pathlib.Path(__file__).with_name("scripted_neuron.py"))
-    with daemon("python", script, str(port), port=port, log=folder / "neuron.log") as found:
+    with daemon("python", script, str(port), *dialects, port=port, log=folder / "neuron.log") as found:
         until(lambda: model_state(found, SCRIPTED_MODEL) == "ready", START_TIMEOUT_S, "the model is ready")
         yield found
 

@@ -1,5 +1,7 @@
 """A neuron whose model plays a scenario, chosen by the first word that its user says: ``scripted_neuron.py PORT``.
 
+Dialects named behind the port are the only ones it speaks.
+
 All of the daemon but the model is the real one: its server, its surface, its dialects.
 """
 
@@ -7,10 +9,13 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Sequence
 
 import uvloop
 from scripted_harness import ScriptedHarness, Step
 
+import neuron.api
+from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
 from cortex.wire.errors import ContextLengthError, ErrorInfo, OverloadedError, UnsupportedParameterError
 from cortex.wire.events import (
     Failed,
@@ -134,15 +139,24 @@ def _text(message: Message) -> str:
     return "".join("" if isinstance(part, ImagePart) else part.text for part in message.content)
 
 
-async def _run(port: int) -> None:
+def _speak_only(api: Api, dialects: Sequence[str]) -> Api:
+    """Take away what the API offers beyond ``dialects``, and what it says of itself."""
+    for dialect in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, COUNT_TOKENS):
+        if dialect.name not in dialects:
+            del api._routes[dialect.path]
+    neuron.api.DIALECTS = tuple(dialects)
+    return api
+
+
+async def _run(port: int, dialects: Sequence[str]) -> None:
     config = Config(daemon=DaemonSettings(name="scripted", listen=f"127.0.0.1:{port}", devices="cpu"))
     service = Service(config, {"torch": ScriptedHarness(play)})
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, service.stop)
     loading = asyncio.ensure_future(service.load(ModelSpec("m", "/")))
-    await service.run(Api(service))
+    await service.run(_speak_only(Api(service), dialects or neuron.api.DIALECTS))
     await loading
 
 
 if __name__ == "__main__":
-    uvloop.run(_run(int(sys.argv[1])))
+    uvloop.run(_run(int(sys.argv[1]), sys.argv[2:]))

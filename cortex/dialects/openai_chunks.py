@@ -1,0 +1,231 @@
+"""What another server's chat answers say, as inference events; tolerant of how differently servers write them.
+
+Servers leave out indices, repeat names, send empty lists, call reasoning ``reasoning`` or ``reasoning_content``, and
+tell usage with the last choice, after it, or not at all. A finish is held back until usage has had its chance to come.
+"""
+
+import secrets
+from typing import Any
+
+import msgspec
+
+from cortex.wire.errors import ErrorInfo, UpstreamError
+from cortex.wire.events import (
+    Failed,
+    Finished,
+    FinishReason,
+    InferenceEvent,
+    ReasoningDelta,
+    Started,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+)
+
+DONE = b"[DONE]"
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | dict[str, Any] | None = None
+
+
+class _Call(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+
+
+class _Token(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    top_logprobs: "list[_Token] | None" = None
+
+    def told(self) -> TokenLogprob:
+        """Return it as an event carries it."""
+        utf8 = bytes(self.bytes) if self.bytes is not None else self.token.encode("utf-8", "replace")
+        return TokenLogprob(self.token, utf8, self.logprob, tuple(token.told() for token in self.top_logprobs or ()))
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Token] | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    tool_calls: list[_Call] | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _OutputDetails(msgspec.Struct):
+    reasoning_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _OutputDetails | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _ErrorBody(msgspec.Struct):
+    message: str | None = None
+    code: str | int | None = None
+    param: str | None = None
+
+
+_DECODER = msgspec.json.Decoder(_Chunk)
+_ERROR_DECODER = msgspec.json.Decoder(_ErrorBody | str)
+
+
+class ChunkReader:
+    """Reads the data of a stream's frames, one after another, or one whole answer."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.plain: tuple[str, str] | None = None
+        """The kind and the text of the last chunk, if it was a piece of text and nothing else."""
+        self._usage: _Usage | None = None
+        self._begun = False
+        self._finish: _Choice | None = None
+        self._calls: list[str] = []
+        self._by_index: dict[int, int] = {}
+
+    def read(self, data: bytes) -> list[InferenceEvent]:
+        """Return the events of one frame's data.
+
+        Raises:
+            UpstreamError: it is no chunk of a chat.
+        """
+        self.plain = None
+        if self.ended:
+            return []
+        if data.strip() == DONE:
+            return self.close()
+        chunk = _decode(data)
+        if bytes(chunk.error) != b"null":
+            self.ended = True
+            return [Failed(_error(chunk.error))]
+        events: list[InferenceEvent] = []
+        if chunk.usage is not None:
+            self._usage = chunk.usage
+        if not self._begun:
+            self._begun = True
+            events.append(self._started())
+        for choice in chunk.choices or ():
+            if choice.index == 0:
+                self._read_choice(choice, events)
+        if len(events) == 1 and chunk.usage is None and chunk.choices is not None and len(chunk.choices) == 1:
+            only = events[0]
+            if isinstance(only, TextDelta) and not only.logprobs:
+                self.plain = ("text", only.text)
+            elif isinstance(only, ReasoningDelta):
+                self.plain = ("reasoning", only.text)
+        return events
+
+    def read_whole(self, body: bytes) -> list[InferenceEvent]:
+        """Return the events of an answer that was not streamed. Raises as :meth:`read` does."""
+        events = self.read(body)
+        if self._finish is None:
+            raise UpstreamError("The node's answer has no choice that has finished.")
+        return events + self.close()
+
+    def close(self) -> list[InferenceEvent]:
+        """Return what ends the answer; nothing if it has not finished."""
+        if self._finish is None or self.ended:
+            return []
+        self.ended = True
+        usage = self._usage or _Usage()
+        details = usage.completion_tokens_details
+        end = Finished(
+            _reason(self._finish.finish_reason, bool(self._calls)),
+            usage.completion_tokens or 0,
+            (details.reasoning_tokens if details else 0) or 0,
+            self._finish.stop_reason if isinstance(self._finish.stop_reason, str) else None,
+        )
+        # Told again: at the start the counts were not known yet.
+        return [self._started(), end]
+
+    def _started(self) -> Started:
+        usage = self._usage or _Usage()
+        details = usage.prompt_tokens_details
+        return Started(usage.prompt_tokens or 0, (details.cached_tokens if details else 0) or 0)
+
+    def _read_choice(self, choice: _Choice, events: list[InferenceEvent]) -> None:
+        said = choice.delta or choice.message or _Delta()
+        if thought := said.reasoning_content or said.reasoning:
+            events.append(ReasoningDelta(thought))
+        logprobs = choice.logprobs.content if choice.logprobs is not None else None
+        if (text := said.content or said.refusal or "") or logprobs:
+            events.append(TextDelta(text, logprobs=tuple(token.told() for token in logprobs or ())))
+        for place, call in enumerate(said.tool_calls or ()):
+            self._read_call(call, place, events)
+        if choice.finish_reason is not None and self._finish is None:
+            self._finish = choice
+
+    def _read_call(self, call: _Call, place: int, events: list[InferenceEvent]) -> None:
+        """Add a piece of a call. A call that has an id or a name of its own begins where its index is new."""
+        function = call.function or _Function()
+        given = function.arguments
+        arguments = given if isinstance(given, str) else msgspec.json.encode(given).decode() if given else ""
+        index = call.index
+        if index is None:
+            # Without an index, an id that is new begins a call; else it goes on with the last one.
+            known = call.id in self._calls if call.id else not function.name
+            index = self._calls.index(call.id) if known and call.id else len(self._calls) - known
+        number = self._by_index.get(index)
+        if number is None:
+            if not function.name:
+                return  # a piece of a call that has no name: there is nothing to call
+            number = self._by_index[index] = len(self._calls)
+            self._calls.append(call.id or f"call_{secrets.token_hex(12)}")
+            events.append(ToolCallDelta(number, self._calls[number], function.name, arguments))
+        elif arguments:
+            events.append(ToolCallDelta(number, arguments=arguments))
+
+
+def _decode(data: bytes) -> _Chunk:
+    try:
+        return _DECODER.decode(data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise UpstreamError(f"The node answered with something else than a chat: {error}.") from None
+
+
+def _error(raw: msgspec.Raw) -> ErrorInfo:
+    try:
+        body = _ERROR_DECODER.decode(raw)
+    except (msgspec.DecodeError, UnicodeError):
+        body = "The node failed."
+    if isinstance(body, str):
+        body = _ErrorBody(body)
+    status = body.code if isinstance(body.code, int) and 400 <= body.code < 600 else UpstreamError.status
+    code = body.code if isinstance(body.code, str) else UpstreamError.code
+    return ErrorInfo(status, code, body.message or "The node failed.", body.param)
+
+
+def _reason(told: str | None, called: bool) -> FinishReason:
+    if told == "length":
+        return FinishReason.LENGTH
+    return FinishReason.TOOL_CALLS if called or told in ("tool_calls", "function_call") else FinishReason.STOP

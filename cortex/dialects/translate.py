@@ -1,0 +1,298 @@
+"""A request in any dialect as a chat, and a chat's answer back in that dialect: for nodes that speak chat alone.
+
+The request is decoded by its dialect as a neuron would decode it; one encoder writes the chat. What the node says
+becomes inference events (:mod:`cortex._fast.chat_events`), which the same projectors as a neuron's turn into frames. So
+every dialect has one meaning, whoever serves it. What a chat cannot ask for is refused by name.
+"""
+
+import functools
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from cortex._fast.chat_events import ChatEvents
+from cortex._fast.messages_stream import MessagesStream
+from cortex._fast.responses_stream import ResponsesStream
+from cortex.dialects import anthropic_messages, openai_responses
+from cortex.dialects.openai_chunks import ChunkReader
+from cortex.dialects.passthrough import COUNT_TOKENS, MESSAGES, RESPONSES, Dialect
+from cortex.wire.errors import ContextLengthError, ErrorInfo, UpstreamError
+from cortex.wire.events import InferenceEvent, Started
+from cortex.wire.request import (
+    FormatKind,
+    ImagePart,
+    InferenceRequest,
+    Message,
+    Role,
+    TextPart,
+    Tool,
+    ToolMode,
+)
+
+
+class Projector(Protocol):
+    """Turns events into the frames of a dialect."""
+
+    def frames(self, events: Sequence[InferenceEvent], /) -> bytes:
+        """Return the frames of a batch of events."""
+
+
+Make = Callable[[], tuple[Projector, Callable[[], bytes]]]
+"""Begins an answer: what makes its frames, and what then returns the whole of it."""
+
+
+class Translation:
+    """One request, as a chat. Decoded when it is first asked for: most nodes need none of it."""
+
+    def __init__(self, read: Callable[[], tuple[InferenceRequest, bool, Make]]) -> None:
+        self._read = read
+
+    @functools.cached_property
+    def _parts(self) -> tuple[InferenceRequest, bool, Make]:
+        return self._read()
+
+    @functools.cached_property
+    def _body(self) -> bytes:
+        request, stream, _ = self._parts
+        return chat_body(request, stream=stream)
+
+    def body(self) -> bytes:
+        """Return the chat to ask for.
+
+        Raises:
+            InvalidRequestError: the request is wrong.
+        """
+        return self._body
+
+    def begin(self) -> "TranslatedAnswer":
+        """Return what reads the answer of a node that was asked."""
+        return TranslatedAnswer(*self._parts[2]())
+
+
+class TranslatedAnswer:
+    """One node's answer, chat in, the caller's dialect out."""
+
+    def __init__(self, projector: Projector, whole: Callable[[], bytes]) -> None:
+        self._events = ChatEvents()
+        self._projector = projector
+        self._whole = whole
+
+    def frames(self, data: bytes) -> bytes:
+        """Return the frames that some bytes of a stream make. Raises :class:`UpstreamError`."""
+        events = self._events.feed(data)
+        return self._projector.frames(events) if events else b""
+
+    def end(self) -> bytes:
+        """Return the frames that the end of a stream makes: its last, if the node left out the terminator."""
+        return self._projector.frames(self._events.close())
+
+    def whole(self, body: bytes) -> bytes:
+        """Return the answer that an answer makes which is no stream. Raises :class:`UpstreamError`, RemoteError."""
+        self._projector.frames(ChunkReader().read_whole(body))
+        return self._whole()
+
+
+def to_chat(dialect: Dialect, body: bytes, *, stores: bool = False, previous: str = "") -> Translation | None:
+    """Return a request as a chat; ``None`` if its dialect is not one that is translated.
+
+    ``stores`` and ``previous`` are what the gateway does, for a response to say.
+    """
+    if dialect == MESSAGES:
+        return Translation(lambda: _read_messages(body))
+    if dialect == COUNT_TOKENS:
+        return Translation(lambda: _read_count(body))
+    if dialect == RESPONSES:
+        return Translation(lambda: _read_responses(body, stores, previous))
+    return None
+
+
+def _read_messages(body: bytes) -> tuple[InferenceRequest, bool, Make]:
+    call = anthropic_messages.decode(body)
+
+    def make() -> tuple[Projector, Callable[[], bytes]]:
+        stream = MessagesStream(f"msg_{secrets.token_hex(12)}", call.request.model)
+        return stream, stream.message
+
+    return call.request, call.stream, make
+
+
+def _read_count(body: bytes) -> tuple[InferenceRequest, bool, Make]:
+    """Ask for one token: its usage has the engine's own count, and its cache then has the prompt."""
+
+    def make() -> tuple[Projector, Callable[[], bytes]]:
+        counter = _Count()
+        return counter, counter.body
+
+    return msgspec.structs.replace(anthropic_messages.decode(body).request, max_tokens=1), False, make
+
+
+def _read_responses(body: bytes, stores: bool, previous: str) -> tuple[InferenceRequest, bool, Make]:
+    call = openai_responses.decode(body)
+    echo = call.echoed(stores=stores, previous=previous.encode() or None)
+
+    def make() -> tuple[Projector, Callable[[], bytes]]:
+        stream = ResponsesStream(
+            f"resp_{secrets.token_hex(24)}",
+            call.request.model,
+            int(time.time()),
+            echo,
+            custom_tools=call.tools.custom,
+            namespaces=call.tools.namespaces,
+            summarises=call.summarises,
+            seals=call.seals,
+        )
+        return stream, stream.response
+
+    return call.request, call.stream, make
+
+
+class _Count:
+    """Reads off an answer how many tokens its prompt had."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+
+    def frames(self, events: Sequence[InferenceEvent], /) -> bytes:
+        """Take a batch of events."""
+        for event in events:
+            if isinstance(event, Started):
+                self._tokens = event.prompt_tokens
+        return b""
+
+    def body(self) -> bytes:
+        """Return the answer. Raises :class:`UpstreamError` if the node did not say."""
+        if not self._tokens:
+            raise UpstreamError("The node does not say how many tokens a prompt has.")
+        return msgspec.json.encode({"input_tokens": self._tokens})
+
+
+def told_error(error: ErrorInfo) -> ErrorInfo:
+    """Return another server's error with our code where its words say that the prompt is too long."""
+    lengths = _TOO_LONG.search(error.message)
+    if lengths is None:
+        return error
+    context, prompt = lengths["context"], lengths["prompt"]
+    return msgspec.structs.replace(
+        error,
+        status=ContextLengthError.status,
+        code=ContextLengthError.code,
+        context_tokens=int(context or 0),
+        prompt_tokens=int(prompt or 0),
+    )
+
+
+_TOO_LONG = re.compile(
+    r"maximum context length(?: is (?P<context>\d+) tokens)?(?:\D+(?P<prompt>\d+))?|exceeds the available context size"
+)
+
+
+# ------------------------------------------------------------------ the request, written as a chat
+
+
+def chat_body(request: InferenceRequest, *, stream: bool) -> bytes:
+    """Return ``request`` as a body of ``/v1/chat/completions``. System messages are one, at the front."""
+    system = "\n\n".join(_plain(message) for message in request.messages if message.role is Role.SYSTEM)
+    messages = [_message(message) for message in request.messages if message.role is not Role.SYSTEM]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    sampling = request.sampling
+    optional = {
+        "max_tokens": request.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "seed": sampling.seed,
+        "stop": list(request.stop) or None,
+        "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()} or None,
+        "ignore_eos": request.ignore_eos or None,
+        "n": request.num_choices if request.num_choices > 1 else None,
+        "response_format": _response_format(request),
+        "chat_template_kwargs": _template_arguments(request),
+    }
+    body: dict[str, Any] = {"model": request.model, "messages": messages}
+    body |= {name: value for name, value in optional.items() if value is not None}
+    if request.top_logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+    if request.tools:
+        body |= {"tools": [_tool(tool) for tool in request.tools], "tool_choice": _tool_choice(request)}
+        if not request.tool_choice.parallel:
+            body["parallel_tool_calls"] = False
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return msgspec.json.encode(body)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    told: dict[str, Any] = {"role": str(message.role), "content": _content(message)}
+    if message.tool_calls:
+        told["content"] = told["content"] or None
+        told["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        told["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        told["name"] = message.name
+    if message.reasoning is not None:
+        told["reasoning_content"] = message.reasoning
+    return told
+
+
+def _content(message: Message) -> str | list[dict[str, Any]]:
+    if isinstance(message.content, str):
+        return message.content
+    parts: list[dict[str, Any]] = []
+    for part in message.content:
+        if isinstance(part, ImagePart):
+            parts.append({"type": "image_url", "image_url": {"url": part.url, "detail": part.detail}})
+        else:
+            parts.append({"type": "text", "text": part.text})
+    return parts
+
+
+def _plain(message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "".join(part.text for part in message.content if isinstance(part, TextPart))
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+    function["parameters"] = tool.parameters or {"type": "object", "properties": {}}
+    if tool.strict:
+        function["strict"] = True
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(request: InferenceRequest) -> str | dict[str, Any]:
+    choice = request.tool_choice
+    if choice.mode is ToolMode.NAMED:
+        return {"type": "function", "function": {"name": choice.name}}
+    return str(choice.mode)
+
+
+def _response_format(request: InferenceRequest) -> dict[str, Any] | None:
+    asked = request.output_format
+    if asked.kind is FormatKind.JSON_OBJECT:
+        return {"type": "json_object"}
+    if asked.kind is FormatKind.JSON_SCHEMA:
+        schema = {"name": asked.name or "answer", "schema": msgspec.Raw(asked.source.encode()), "strict": True}
+        return {"type": "json_schema", "json_schema": schema}
+    return None
+
+
+def _template_arguments(request: InferenceRequest) -> dict[str, Any] | None:
+    """Return what servers of open-weight models hand to their chat templates: whether to think, among it."""
+    arguments = dict(request.template_arguments)
+    if request.thinking is not None:
+        arguments.setdefault("enable_thinking", request.thinking)
+    return arguments or None
