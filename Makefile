@@ -90,7 +90,7 @@ bench-gpu: $(VENV)/triton
 	PYTHONPATH=bench $(BIN)/python -P bench/gpu/run.py --keep
 
 bench: $(VENV)/editable
-	for script in sse peek device_loop gateway_overhead decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
+	for script in sse peek translate device_loop gateway_overhead decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
 
 bench-cpu: $(VENV)/editable
 	PYTHONPATH=bench:tests/support $(BIN)/python -P bench/cpu.py --keep --build-peer

@@ -30,7 +30,7 @@ cdef class ChatEvents:
     cdef bytes prefix
     cdef bytes suffix
 
-    def __init__(self):
+    def __cinit__(self):
         self.decoder = FrameDecoder()
         self.reader = ChunkReader()
 

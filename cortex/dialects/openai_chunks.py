@@ -148,7 +148,7 @@ class ChunkReader:
     def read_whole(self, body: bytes) -> list[InferenceEvent]:
         """Return the events of an answer that was not streamed. Raises as :meth:`read` does."""
         events = self.read(body)
-        if self._finish is None:
+        if self._finish is None and not self.ended:
             raise UpstreamError("The node's answer has no choice that has finished.")
         return events + self.close()
 

@@ -91,13 +91,13 @@ async def test_paths_that_are_not_there(method: str, path: str, status: int) -> 
 
 
 async def test_a_node_that_does_not_speak_the_dialect_is_not_asked() -> None:
-    old, new = FakeNeuron("a", dialects=("openai-chat",)).ready("m"), FakeNeuron("b").ready("m")
+    old, new = FakeNeuron("a", dialects=("openai-completions",)).ready("m"), FakeNeuron("b").ready("m")
     async with rig(old, new) as gateway:
         for _ in range(4):
             assert (await gateway.call("POST", MESSAGES, BODY).end()).status == 200
         assert (await gateway.chat().end()).status == 200
     assert [asked.path for asked in old.asked] == ["/v1/chat/completions"]
-    async with rig(FakeNeuron(dialects=("openai-chat",)).ready("m")) as gateway:
+    async with rig(FakeNeuron(dialects=("openai-completions",)).ready("m")) as gateway:
         assert (await gateway.call("POST", MESSAGES, BODY).end()).status == 529
 
 

@@ -1,0 +1,131 @@
+"""Nodes that speak chat alone: who is asked in which dialect, and errors in the caller's own."""
+
+from typing import Any
+
+import orjson
+import pytest
+from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, answer, chat_chunk, error
+from gateway_rig import rig
+
+MESSAGES = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+RESPONSES = {"model": "m", "input": "Hi"}
+PATHS = [("/v1/messages", MESSAGES), ("/v1/responses", RESPONSES)]
+
+
+def chat_only(name: str = "a") -> FakeNeuron:
+    return FakeNeuron(name, dialects=("openai-chat",)).ready("m")
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_it_is_asked_in_chat(path: str, body: dict[str, Any], stream: bool) -> None:
+    node = chat_only()
+    async with rig(node) as gateway:
+        call = await gateway.call("POST", path, {**body, "stream": stream}).end()
+        assert call.status == 200
+        assert b"Hello" in call.body or b"Hel" in call.body
+    assert [asked.path for asked in node.asked] == ["/v1/chat/completions"]
+    sent = orjson.loads(node.asked[0].body)
+    assert sent["messages"] == [{"role": "user", "content": "Hi"}]
+    assert sent.get("stream", False) is stream
+    labels = {"model": "m", "node": "a", "dialect": "anthropic-messages" if "messages" in path else "openai-responses"}
+    assert gateway.metric("cortex_requests_total", status="200", **labels) == 1
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+async def test_a_node_that_speaks_the_dialect_gets_the_bytes(path: str, body: dict[str, Any]) -> None:
+    node = FakeNeuron().ready("m")
+    async with rig(node) as gateway:
+        text = orjson.dumps(body)
+        await gateway.call("POST", path, text).end()
+    assert [(asked.path, asked.body) for asked in node.asked] == [(path, text)]
+
+
+async def test_a_count_is_asked_for_in_chat() -> None:
+    node = chat_only()
+    async with rig(node) as gateway:
+        call = await gateway.call("POST", "/v1/messages/count_tokens", MESSAGES).end()
+    assert call.json() == {"input_tokens": 7}
+    assert orjson.loads(node.asked[0].body)["max_tokens"] == 1
+
+
+async def test_the_other_replica_is_asked_in_its_own_dialect() -> None:
+    first, second = chat_only("a"), FakeNeuron("b").ready("m")
+    first.script = error(503, "busy")
+    async with rig(first, second) as gateway:
+        for _ in range(4):
+            call = await gateway.call("POST", "/v1/messages", {**MESSAGES, "stream": True}).end()
+            assert call.status == 200
+            assert call.data().endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
+    assert {asked.path for asked in first.asked} <= {"/v1/chat/completions"}
+    assert {asked.path for asked in second.asked} == {"/v1/messages"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "told", "expected"),
+    [
+        ("/v1/messages", MESSAGES, 400, "bad", 400, {"type": "invalid_request_error", "message": "told bad"}),
+        ("/v1/messages", MESSAGES, 429, "slow", 429, {"type": "rate_limit_error", "message": "told slow"}),
+        ("/v1/messages", MESSAGES, 503, "busy", 529, {"type": "overloaded_error", "message": "told busy"}),
+        ("/v1/responses", RESPONSES, 400, "bad", 400, {"code": "bad", "message": "told bad"}),
+        ("/v1/messages", {**MESSAGES, "top_p": 3}, 400, "", 400, {"type": "invalid_request_error"}),
+        ("/v1/responses", {"model": "m", "input": 3}, 400, "", 400, {"param": "input"}),
+    ],
+)
+async def test_errors_are_in_the_callers_dialect(
+    path: str, body: dict[str, Any], status: int, code: str, told: int, expected: dict[str, str]
+) -> None:
+    node = chat_only()
+    node.script = error(status, code)
+    async with rig(node) as gateway:
+        call = await gateway.call("POST", path, body).end()
+    assert call.status == told
+    assert expected.items() <= call.json()["error"].items()
+    assert gateway.in_flight == 0
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+async def test_a_stream_that_breaks_is_an_error(path: str, body: dict[str, Any]) -> None:
+    async def cut(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        await line.chunk(chat_chunk({"content": "Hel"}))
+        await line.end()
+
+    node = chat_only()
+    node.script = cut
+    async with rig(node) as gateway:
+        call = await gateway.call("POST", path, {**body, "stream": True}).end()
+    assert (b"event: error" if "messages" in path else b"response.failed") in call.body
+
+
+async def test_a_stream_without_its_terminator_is_whole() -> None:
+    async def without(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        for frame in CHAT_STREAM[:4]:
+            await line.chunk(frame)
+        await line.end()
+
+    node = chat_only()
+    node.script = without
+    async with rig(node) as gateway:
+        call = await gateway.call("POST", "/v1/messages", {**MESSAGES, "stream": True}).end()
+    assert b"message_stop" in call.body
+
+
+async def test_what_it_says_is_kept_and_continued() -> None:
+    node = chat_only()
+    async with rig(node) as gateway:
+        first = (await gateway.call("POST", "/v1/responses", RESPONSES).end()).json()
+        assert first["store"] is True
+        node.script = answer
+        again = {**RESPONSES, "previous_response_id": first["id"]}
+        second = (await gateway.call("POST", "/v1/responses", again).end()).json()
+    assert second["previous_response_id"] == first["id"]
+    said = [message["content"] for message in orjson.loads(node.asked[-1].body)["messages"]]
+    assert said == ["Hi", "Hello", "Hi"]
+
+
+async def test_a_node_that_speaks_neither_is_not_asked() -> None:
+    async with rig(FakeNeuron(dialects=("openai-completions",)).ready("m")) as gateway:
+        call = await gateway.call("POST", "/v1/messages", MESSAGES).end()
+    assert call.status == 529
