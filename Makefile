@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow lint format bench bench-cpu bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
+.PHONY: demo test test-slow test-clients lint format bench bench-cpu bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -50,6 +50,22 @@ test: $(VENV)/editable
 test-slow: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m slow
+
+# The clients that people use, installed beside the build, each of which completes a turn against the real daemons.
+CLIENTS := build/clients
+$(CLIENTS)/installed: Makefile
+	mkdir -p $(CLIENTS)
+	cd $(CLIENTS) && npm install --no-audit --no-fund --no-save @openai/codex@0.169.0 opencode-ai@1.18.33 openai@7 @anthropic-ai/sdk@1
+	$(PYTHON) -m venv $(CLIENTS)/aider
+	$(CLIENTS)/aider/bin/pip install --quiet aider-chat==0.86.2
+	$(PYTHON) -m venv $(CLIENTS)/python
+	$(CLIENTS)/python/bin/pip install --quiet llm langchain-openai langchain-anthropic "pydantic-ai-slim[openai,anthropic]"
+	touch $@
+
+test-clients: $(VENV)/editable
+	$(MAKE) $(CLIENTS)/installed || echo "some clients are not installed: their tests are skipped"
+	$(BIN)/ninja -C build/editable --quiet
+	$(BIN)/python -P -m pytest -m clients -rs tests/sdk/test_clients.py
 
 lint: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet

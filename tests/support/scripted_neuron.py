@@ -82,6 +82,8 @@ def play(request: InferenceRequest) -> list[Step]:
             return [[start, TextDelta("a")], [Finished(FinishReason.STOP, 2, stop_string=request.stop[0])]]
         case "length":
             return [[start, TextDelta("a b c")], [Finished(FinishReason.LENGTH, request.max_tokens or 3)]]
+        case "json":
+            return [[start], *_said('{"city":', '"Paris"}'), [Finished(FinishReason.STOP, 4)]]
         case "long":
             return [[start], *_said(*(f"word{i} " for i in range(2000))), [Finished(FinishReason.STOP, 2000)]]
         case "choices":
