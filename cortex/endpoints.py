@@ -5,24 +5,28 @@ for byte, in whole frames. What goes wrong before the first byte keeps its HTTP 
 request's own dialect. Routing, loading and retries are :mod:`cortex.fleet.dispatch`'s.
 """
 
+import asyncio
 import math
 import re
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import msgspec
+import orjson
 
 from cortex import __version__
 from cortex._fast.peek import PeekError, PeekTypeError, peek, splice
 from cortex._fast.responses_stream import ResponsesStream
-from cortex._fast.sse import FrameTooLarge
+from cortex._fast.sse import FrameDecoder, FrameTooLarge
 from cortex._fast.tap import StreamTap
+from cortex.background import Background
 from cortex.config import Config
 from cortex.dialects import openai_responses
-from cortex.dialects.passthrough import RESPONSES, TAIL_CHUNKS, Dialect, envelope_for, read_answer, read_usage
+from cortex.dialects.passthrough import NO_PART, RESPONSES, TAIL_CHUNKS, Dialect, envelope_for, read_answer, read_usage
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.errors import ReplyError
 from cortex.fleet.catalogue import Catalogue
@@ -62,6 +66,7 @@ class Endpoints:
         dispatcher: Dispatcher,
         metrics: Metrics,
         conversations: Conversations,
+        background: Background,
     ) -> None:
         self._max_body_bytes = config.gateway.max_body_bytes
         self._catalogue = catalogue
@@ -69,6 +74,7 @@ class Endpoints:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._conversations = conversations
+        self._background = background
 
     def infer(self, dialect: Dialect) -> Callable[[Exchange], Awaitable[None]]:
         """Return the endpoint that passes inference of ``dialect`` on."""
@@ -116,19 +122,21 @@ class Endpoints:
         if not generates and turn is not None:
             await self._only_read(exchange, record, turn)
             return
-        stores, previous = (turn.stores, turn.previous) if turn is not None else (False, "")
-        chat = to_chat(dialect, body, stores=stores, previous=previous)
+        in_background = turn is not None and turn.part.background
+        chat = to_chat(dialect, body, turn.part if turn is not None else NO_PART)
         asked = Question(
             model,
             dialect.name,
             dialect.path.encode(),
             headers,
             body,
-            record.is_stream,
+            record.is_stream or in_background,
             as_chat=chat.body if chat is not None else None,
         )
         question = _Asked(asked, chat, turn)
-        if record.is_stream:
+        if turn is not None and in_background:
+            await self._begin(exchange, dialect, record, question, turn)
+        elif record.is_stream:
             await self._stream(exchange, dialect, record, question)
         else:
             await self._answer(exchange, record, question)
@@ -168,10 +176,7 @@ class Endpoints:
 
     async def _only_read(self, exchange: Exchange, record: Record, turn: Turn) -> None:
         """Answer with an empty response, which later turns continue; no node is asked."""
-        call = openai_responses.decode(turn.body)
-        echo = call.echoed(stores=turn.stores, previous=turn.previous.encode() or None)
-        made = ResponsesStream(f"resp_{secrets.token_hex(24)}", call.request.model, int(time.time()), echo)
-        frames = made.frames([Started(0), Finished(FinishReason.STOP, 0)])
+        frames = _made_here(turn).frames([Started(0), Finished(FinishReason.STOP, 0)])
         await self._conversations.keep_streamed(turn, frames)
         record.status, record.finish = 200, "not_generated"
         await exchange.start_stream()
@@ -247,6 +252,43 @@ class Endpoints:
                 headers.append((name, value))
         return headers
 
+    async def _begin(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn) -> None:
+        """Begin a response that is made in the background; what it costs is written down by a record of its own."""
+        created = FrameDecoder().feed(_made_here(turn).frames([Started(0)]))[0]
+        queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
+        making = Record(record.request_id, dialect.name)
+        making.model, making.is_stream = record.model, True
+        frames = self._made(dialect, making, _Asked(asked.question, asked.chat, None))
+        run = await self._background.start(turn, queued, frames)
+        record.status, record.finish = 200, "queued"
+        if not record.is_stream:
+            await exchange.reply(200, queued)
+            return
+        await stream(
+            exchange,
+            run.follow(-1),
+            heartbeat=dialect.heartbeat,
+            error_frame=lambda error: dialect.failure(error.info(), b"", b""),
+        )
+
+    async def _made(self, dialect: Dialect, record: Record, asked: "_Asked") -> AsyncGenerator[bytes, None]:
+        """Yield the frames of a response that nobody may be waiting for, and write down how it went."""
+        relay = _Relay()
+        record.status = 200
+        try:
+            async with aclosing(self._frames(relay, record, asked)) as frames:
+                async for some in frames:
+                    yield some
+        except ApiError as error:
+            record.status, record.finish = error.status, error.code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            record.status, record.finish = CLIENT_CLOSED_REQUEST, "cancelled"
+            raise
+        finally:
+            relay.note_end(dialect, record)
+            record.finish_with(self._metrics)
+
     async def models(self, exchange: Exchange) -> None:
         """``GET /v1/models``."""
         await self._dispatcher.first_look()
@@ -278,6 +320,13 @@ class Endpoints:
     def num_in_flight(self) -> int:
         """Requests of this process that have a node and no end yet."""
         return sum(self._fleet.in_flight.by_node.values())
+
+
+def _made_here(turn: Turn) -> ResponsesStream:
+    """Return what makes a response of a turn without a node. Raises :class:`InvalidRequestError`."""
+    call = openai_responses.decode(turn.body)
+    id = turn.part.id or f"resp_{secrets.token_hex(24)}"
+    return ResponsesStream(id, call.request.model, int(time.time()), call.echoed(turn.part))
 
 
 @dataclass(frozen=True, slots=True)

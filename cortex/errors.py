@@ -64,6 +64,19 @@ class ResponseNotFoundError(ApiError):
     code = "response_not_found"
 
 
+class ConversationNotFoundError(ApiError):
+    """No conversation of that id is stored, or no item in it."""
+
+    status = 404
+    code = "conversation_not_found"
+
+
+class GatewayStoppedError(UnavailableError):
+    """The gateway that made a response ended before it."""
+
+    code = "gateway_stopped"
+
+
 class StoreUnavailableError(UnavailableError):
     """The store of responses does not answer."""
 

@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from cortex import store
 from cortex.admin import Admin
+from cortex.background import Background
 from cortex.config import Config
+from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
 from cortex.endpoints import Endpoints, reply_error, request_id_of
 from cortex.fleet.catalogue import Catalogue
@@ -21,6 +23,7 @@ from cortex.responses_socket import ResponsesSocket
 from cortex.settings import ConfigError, split_address
 from cortex.store.conversation import Conversations
 from cortex.store.interface import StoreError
+from cortex.store.named import NamedConversations
 from cortex.stored_endpoints import StoredEndpoints
 from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
 
@@ -46,14 +49,19 @@ class Gateway:
         self._stop_metrics: Callable[[], None] = lambda: None
         self._store = store.make(settings.store)
         conversations = Conversations(self._store)
-        endpoints = Endpoints(settings, offered, self.fleet, self.service.dispatcher, self.metrics, conversations)
-        stored = StoredEndpoints(conversations)
+        self._background = Background(conversations)
+        endpoints = Endpoints(
+            settings, offered, self.fleet, self.service.dispatcher, self.metrics, conversations, self._background
+        )
+        stored = StoredEndpoints(conversations, self._background)
+        named = ConversationEndpoints(NamedConversations(conversations), settings.gateway.max_body_bytes)
         self._paths: Mapping[str, Methods] = {
             CHAT.path: {"POST": endpoints.infer(CHAT)},
             COMPLETIONS.path: {"POST": endpoints.infer(COMPLETIONS)},
             RESPONSES.path: {"POST": endpoints.infer(RESPONSES)},
             MESSAGES.path: {"POST": endpoints.infer(MESSAGES)},
             COUNT_TOKENS.path: {"POST": endpoints.infer(COUNT_TOKENS)},
+            "/v1/conversations": {"POST": named.create},
             "/v1/models": {"GET": endpoints.models},
             "/health": {"GET": endpoints.health},
             "/version": {"GET": endpoints.version},
@@ -64,6 +72,12 @@ class Gateway:
             (re.compile(r"/v1/responses/[^/]+"), {"GET": stored.get, "DELETE": stored.delete}),
             (re.compile(r"/v1/responses/[^/]+/input_items"), {"GET": stored.input_items}),
             (re.compile(r"/v1/responses/[^/]+/cancel"), {"POST": stored.cancel}),
+            (
+                re.compile(r"/v1/conversations/[^/]+"),
+                {"GET": named.get, "POST": named.update, "DELETE": named.delete},
+            ),
+            (re.compile(r"/v1/conversations/[^/]+/items"), {"GET": named.items, "POST": named.add_items}),
+            (re.compile(r"/v1/conversations/[^/]+/items/[^/]+"), {"GET": named.item, "DELETE": named.delete_item}),
         )
 
     @property
@@ -89,6 +103,7 @@ class Gateway:
 
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""
+        await self._background.stop()
         await self.service.stop()
         self._stop_metrics()
         if self._store is not None:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 
 import orjson
 
-from cortex.http_io import Exchange, query_parameters
+from cortex.background import Background
+from cortex.dialects.passthrough import RESPONSES
+from cortex.http_io import Exchange, query_parameters, stream
 from cortex.store.conversation import Conversations
-from cortex.wire.errors import InvalidRequestError, UnsupportedParameterError
+from cortex.wire.errors import InvalidRequestError
 
 PREFIX = "/v1/responses/"
 
@@ -17,21 +19,31 @@ PREFIX = "/v1/responses/"
 class StoredEndpoints:
     """What answers at stored responses."""
 
-    def __init__(self, conversations: Conversations) -> None:
+    def __init__(self, conversations: Conversations, background: Background) -> None:
         self._conversations = conversations
+        self._background = background
 
     async def get(self, exchange: Exchange) -> None:
-        """``GET /v1/responses/{id}``: the response as it was told."""
-        stored = await self._conversations.get(_id(exchange))
-        if query_parameters(exchange.query).get("stream") == "true":
-            raise UnsupportedParameterError(
-                "Unsupported parameter: 'stream': a stored response is not told again as a stream.", param="stream"
-            )
-        await exchange.reply(200, bytes(stored.body))
+        """``GET /v1/responses/{id}``: the response as it is now, or the frames of its stream from a number on."""
+        id, query = _id(exchange), query_parameters(exchange.query)
+        if query.get("stream") != "true":
+            await exchange.reply(200, await self._background.response(id))
+            return
+        after = query.get("starting_after", "-1")
+        if not (after.isdecimal() or after == "-1"):
+            raise InvalidRequestError("Invalid 'starting_after': it is the number of an event.", param="starting_after")
+        frames = await self._background.follow(id, int(after))
+        await stream(
+            exchange,
+            frames,
+            heartbeat=RESPONSES.heartbeat,
+            error_frame=lambda error: RESPONSES.failure(error.info(), b"", b""),
+        )
 
     async def delete(self, exchange: Exchange) -> None:
         """``DELETE /v1/responses/{id}``."""
         id = _id(exchange)
+        await self._background.end(id)
         await self._conversations.delete(id)
         await exchange.reply(200, orjson.dumps({"id": id, "object": "response", "deleted": True}))
 
@@ -41,9 +53,8 @@ class StoredEndpoints:
         await exchange.reply(200, await self._conversations.input_items(_id(exchange, "/input_items"), dict(query)))
 
     async def cancel(self, exchange: Exchange) -> None:
-        """``POST /v1/responses/{id}/cancel``: what is stored here has ended, and none ran in the background."""
-        await self._conversations.get(_id(exchange, "/cancel"))
-        raise InvalidRequestError("Cannot cancel a synchronous response.", param="response_id")
+        """``POST /v1/responses/{id}/cancel``: of one that is made in the background, or was."""
+        await exchange.reply(200, await self._background.cancel(_id(exchange, "/cancel")))
 
 
 def _id(exchange: Exchange, suffix: str = "") -> str:

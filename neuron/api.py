@@ -22,11 +22,11 @@ from cortex.dialects.passthrough import (
     CHAT,
     COMPLETIONS,
     COUNT_TOKENS,
+    GATEWAY_PART_HEADER,
     MESSAGES,
-    PREVIOUS_HEADER,
     RESPONSES,
-    STORES_HEADER,
     Dialect,
+    GatewayPart,
     envelope_for,
 )
 from cortex.http_io import (
@@ -207,13 +207,12 @@ class Api:
         call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
         request = _on_behalf(exchange, call.request)
         record = RequestRecord(exchange.request_id, RESPONSES.name, stream=call.stream)
+        part = GatewayPart.of(exchange.header(GATEWAY_PART_HEADER))
         frames = ResponsesStream(
-            f"resp_{secrets.token_hex(24)}",
+            part.id or f"resp_{secrets.token_hex(24)}",
             call.request.model,
             int(time.time()),
-            echo=call.echoed(
-                stores=exchange.header(STORES_HEADER) is not None, previous=exchange.header(PREVIOUS_HEADER)
-            ),
+            echo=call.echoed(part),
             report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
             custom_tools=call.tools.custom,
             namespaces=call.tools.namespaces,

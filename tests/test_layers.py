@@ -35,6 +35,8 @@ FLOORS = {
     "cortex.endpoints": 4,
     "cortex.stored_endpoints": 4,
     "cortex.responses_socket": 4,
+    "cortex.background": 4,
+    "cortex.conversation_endpoints": 4,
     "cortex.admin": 4,
     "cortex.gateway": 5,
     "cortex.asgi": 6,
@@ -65,6 +67,9 @@ FLOORS = {
     "neuron": 9,
 }
 ALSO = {
+    # responses made in the background, begun by a request and told of by its id
+    ("cortex.endpoints", "cortex.background"),
+    ("cortex.stored_endpoints", "cortex.background"),
     # the project's version, read where a command or a page prints it
     ("cortex", "cortex.wire"),
     # a dialect's frames are made by its compiled projector, which is of the same floor

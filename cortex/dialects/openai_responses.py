@@ -19,6 +19,7 @@ from cortex.dialects import openai_fields as fields
 from cortex.dialects import openai_tools
 from cortex.dialects.openai_items import messages_of
 from cortex.dialects.openai_tools import OfferedTools
+from cortex.dialects.passthrough import GatewayPart
 from cortex.wire.errors import ChainedConversationError, InvalidJsonError, InvalidRequestError
 from cortex.wire.request import (
     InferenceRequest,
@@ -41,11 +42,16 @@ class ResponsesCall(msgspec.Struct, frozen=True):
     seals: bool
     """Whether the client will send reasoning back, which it reads nothing of."""
 
-    def echoed(self, *, stores: bool, previous: bytes | None) -> bytes:
-        """Return :attr:`echo` with what a gateway does: it keeps the response, and has resolved an earlier one's id."""
-        gateway = {"store": stores, "previous_response_id": previous.decode("latin-1") if previous else None}
-        echo = _FIELDS_DECODER.decode(self.echo) | {name: value for name, value in gateway.items() if value}
-        return msgspec.json.encode(echo) if stores or previous else self.echo
+    def echoed(self, part: GatewayPart) -> bytes:
+        """Return :attr:`echo` with what a gateway does, which the request's own fields are not true of."""
+        told = {
+            "store": part.store,
+            "previous_response_id": part.previous_response_id,
+            "background": part.background,
+            "conversation": {"id": part.conversation} if part.conversation else None,
+        }
+        told = {name: value for name, value in told.items() if value}
+        return msgspec.json.encode(_FIELDS_DECODER.decode(self.echo) | told) if told else self.echo
 
 
 class _Format(msgspec.Struct):

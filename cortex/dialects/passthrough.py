@@ -22,9 +22,39 @@ TAIL_CHUNKS = 4
 """Chunks kept of a stream: the finish, the usage, the terminator and the node's own usage may come one by one."""
 
 
-STORES_HEADER = b"x-cortex-stores"
-PREVIOUS_HEADER = b"x-cortex-previous-response"
-"""What a gateway tells a neuron, so that a response says of itself what the gateway does with it."""
+GATEWAY_PART_HEADER = b"x-cortex-response"
+
+
+class GatewayPart(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a gateway does with a response, told to a neuron so that the response says so of itself.
+
+    An empty ``id`` leaves that to the neuron.
+    """
+
+    id: str = ""
+    store: bool = False
+    previous_response_id: str = ""
+    background: bool = False
+    conversation: str = ""
+
+    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """Return the headers that tell it; none if there is nothing to tell."""
+        text = msgspec.json.encode(self)
+        return () if text == b"{}" else ((GATEWAY_PART_HEADER, text),)
+
+    @classmethod
+    def of(cls, header: bytes | None) -> "GatewayPart":
+        """Return what a header tells; nothing if it is none of a gateway's."""
+        try:
+            return _GATEWAY_PART.decode(header or b"{}")
+        except (msgspec.DecodeError, UnicodeError):
+            return cls()
+
+
+NO_PART = GatewayPart()
+"""Of a request that no gateway has done anything with."""
+
+_GATEWAY_PART = msgspec.json.Decoder(GatewayPart)
 
 
 class TokenDetails(msgspec.Struct, frozen=True):

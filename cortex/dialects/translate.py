@@ -19,7 +19,7 @@ from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
 from cortex.dialects import anthropic_messages, openai_responses
 from cortex.dialects.openai_chunks import ChunkReader
-from cortex.dialects.passthrough import COUNT_TOKENS, MESSAGES, RESPONSES, Dialect
+from cortex.dialects.passthrough import COUNT_TOKENS, MESSAGES, NO_PART, RESPONSES, Dialect, GatewayPart
 from cortex.wire.errors import ContextLengthError, ErrorInfo, UpstreamError
 from cortex.wire.events import InferenceEvent, Started
 from cortex.wire.request import (
@@ -96,17 +96,14 @@ class TranslatedAnswer:
         return self._whole()
 
 
-def to_chat(dialect: Dialect, body: bytes, *, stores: bool = False, previous: str = "") -> Translation | None:
-    """Return a request as a chat; ``None`` if its dialect is not one that is translated.
-
-    ``stores`` and ``previous`` are what the gateway does, for a response to say.
-    """
+def to_chat(dialect: Dialect, body: bytes, part: GatewayPart = NO_PART) -> Translation | None:
+    """Return a request as a chat; ``None`` if its dialect is not one that is translated. A response tells ``part``."""
     if dialect == MESSAGES:
         return Translation(lambda: _read_messages(body))
     if dialect == COUNT_TOKENS:
         return Translation(lambda: _read_count(body))
     if dialect == RESPONSES:
-        return Translation(lambda: _read_responses(body, stores, previous))
+        return Translation(lambda: _read_responses(body, part))
     return None
 
 
@@ -130,13 +127,13 @@ def _read_count(body: bytes) -> tuple[InferenceRequest, bool, Make]:
     return msgspec.structs.replace(anthropic_messages.decode(body).request, max_tokens=1), False, make
 
 
-def _read_responses(body: bytes, stores: bool, previous: str) -> tuple[InferenceRequest, bool, Make]:
+def _read_responses(body: bytes, part: GatewayPart) -> tuple[InferenceRequest, bool, Make]:
     call = openai_responses.decode(body)
-    echo = call.echoed(stores=stores, previous=previous.encode() or None)
+    echo = call.echoed(part)
 
     def make() -> tuple[Projector, Callable[[], bytes]]:
         stream = ResponsesStream(
-            f"resp_{secrets.token_hex(24)}",
+            part.id or f"resp_{secrets.token_hex(24)}",
             call.request.model,
             int(time.time()),
             echo,

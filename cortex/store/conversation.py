@@ -7,7 +7,9 @@ client, who may continue it at once; that it could not be kept is logged, and co
 
 import logging
 import re
-from collections.abc import MutableMapping, Sequence
+import secrets
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +18,36 @@ import orjson
 
 from cortex._fast.peek import Peek
 from cortex._fast.sse import FrameDecoder
-from cortex.dialects.passthrough import PREVIOUS_HEADER, STORES_HEADER
-from cortex.errors import PreviousResponseNotFoundError, ResponseNotFoundError, StoreUnavailableError
+from cortex.dialects.passthrough import NO_PART, GatewayPart
+from cortex.errors import (
+    ConversationNotFoundError,
+    PreviousResponseNotFoundError,
+    ResponseNotFoundError,
+    StoreUnavailableError,
+)
 from cortex.store import items
 from cortex.store.interface import ResponseStore, StoredResponse, StoreError
+from cortex.store.paging import page_of
 from cortex.wire.errors import InvalidRequestError, InvalidTypeError
 
 log = logging.getLogger("cortex.store")
 
+
+class _Named(msgspec.Struct):
+    id: str
+
+
 MAX_TURNS = 4096
 """Of one chain; a longer one does not fit any context."""
 
-_ID = re.compile(r"resp_[A-Za-z0-9_-]{1,120}")
+RESPONSE, NAME, TURN = "resp", "conv", "turn"
+"""What the id of something that is stored begins with: a response, a conversation's name, a turn without a response."""
+
+_ID = re.compile(r"[a-z]+_[A-Za-z0-9_-]{1,120}")
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]+)_\d+")
 _KEPT = (b"response.completed", b"response.incomplete")
+_FIELDS = ("conversation", "background")
+
 Said = MutableMapping[str, tuple[msgspec.Raw, ...]]
 """Whole conversations by the id of their last response: what a connection remembers."""
 
@@ -37,6 +55,7 @@ MAX_SAID = 8
 """Conversations a connection remembers, the latest."""
 
 _ANSWER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NAMED = msgspec.json.Decoder(str | _Named | None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +63,28 @@ class Turn:
     """One request on its way: what is sent on, and what is kept when it has been answered."""
 
     body: bytes
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+    part: GatewayPart = NO_PART
+    """What the gateway does with the response, for that to say."""
     previous: str = ""
+    """The stored turn that it continues."""
     items: tuple[dict[str, Any], ...] = ()
-    """The request's own."""
+    """The request's own; where no store knows what was said before it, that too."""
     chain: tuple[str, ...] = ()
-    """The stored responses before it, the latest first."""
-    before: tuple[msgspec.Raw, ...] = ()
-    """What was said before it, for a connection to remember."""
-    is_remembered_only: bool = False
-    """Whether no store knows what was said before it."""
-    stores: bool = False
+    """The stored turns before it, the latest first."""
     said: Said | None = None
     """What the connection remembers, where it is one that does."""
+    said_before: tuple[msgspec.Raw, ...] = ()
+    """What was said before the request's own items, for a connection to remember."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its answer is kept anywhere."""
+        return self.part.store or bool(self.part.conversation) or self.said is not None
+
+    @property
+    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """What a node is told."""
+        return self.part.headers()
 
 
 class Conversations:
@@ -72,44 +100,73 @@ class Conversations:
 
         Raises:
             PreviousResponseNotFoundError: it continues a response that is not there.
+            ConversationNotFoundError: it is part of a conversation that is not there.
             InvalidRequestError: its input is none, or refers to an item that is not there.
             StoreUnavailableError: the store failed.
         """
-        stores = found.stores and self._store is not None
         if self._store is None and said is None:
             return Turn(body)  # the node refuses what refers to something
-        previous = found.previous_response_id or ""
+        previous, stores = found.previous_response_id or "", found.stores and self._store is not None
+        conversation, background = "", False
+        if self._store is not None and any(b'"%b"' % name.encode() in body for name in _FIELDS):
+            body, conversation, background = _without_fields(body, stores)
+            if conversation and previous:
+                raise InvalidRequestError(
+                    "Invalid 'conversation': a response continues one or a previous response, not both.",
+                    param="conversation",
+                )
         refers = b'"item_reference"' in body
-        if not (previous or refers or stores or said is not None):
+        if not (previous or conversation or refers or stores or said is not None):
             return Turn(body)
         try:
             own = items.input_items(body)
         except InvalidTypeError:
-            if previous or refers:
+            if previous or conversation or refers or background:
                 raise
             return Turn(body)  # for the node to refuse
         if refers:
             own = [await self._resolve(item) for item in own]
-        headers: tuple[tuple[bytes, bytes], ...] = ((STORES_HEADER, b"1"),) if stores else ()
-        chain: tuple[str, ...] = ()
-        earlier: list[msgspec.Raw] = []
-        remembered = said is not None and previous in said
-        if said is not None and remembered:
-            earlier = list(said[previous])
-            if stores and await self._get(previous) is not None:
-                chain, remembered = (await self._said(previous))[0], False
-        elif previous:
-            chain, earlier = await self._said(previous)
-        if previous or refers:
+        part = GatewayPart(
+            id=f"{RESPONSE}_{secrets.token_hex(24)}" if background else "",
+            store=stores,
+            previous_response_id=previous,
+            background=background,
+            conversation=conversation,
+        )
+        chain, earlier, is_stored = await self._before(part, said)
+        if earlier or previous or conversation or refers:
             body = items.with_input(body, [*earlier, *(msgspec.Raw(orjson.dumps(item)) for item in own)])
-            if previous:
-                headers += ((PREVIOUS_HEADER, previous.encode()),)
-        before = tuple(earlier) if said is not None else ()
-        return Turn(body, headers, previous, tuple(own), chain, before, remembered, stores, said)
+        kept = own if is_stored else [*(orjson.loads(bytes(item)) for item in earlier), *own]
+        return Turn(
+            body,
+            part,
+            chain[0] if chain else "",
+            tuple(kept),
+            chain,
+            said,
+            tuple(earlier) if said is not None and is_stored else (),
+        )
+
+    async def _before(self, part: GatewayPart, said: Said | None) -> tuple[tuple[str, ...], list[msgspec.Raw], bool]:
+        """Return the stored turns before a request, all that was said in them, and whether a store knows that."""
+        if part.conversation:
+            name = await self.name(part.conversation)
+            if not name.previous:
+                return (), [], True
+            chain, earlier = await self._said(name.previous)
+            return chain, _without(earlier, name), True
+        previous = part.previous_response_id
+        if not previous:
+            return (), [], True
+        if said is None or previous not in said:
+            return *await self._said(previous), True
+        if part.store and await self._get(previous) is not None:
+            return (await self._said(previous))[0], list(said[previous]), True
+        return (), list(said[previous]), not part.store
 
     async def keep(self, turn: Turn, response: bytes) -> None:
         """Keep the response that answered ``turn``, if it is one, where it is to be kept."""
-        if not turn.stores and turn.said is None:
+        if not turn.is_kept:
             return
         try:
             id = msgspec.json.decode(_ANSWER.decode(response)["id"], type=str)
@@ -118,77 +175,87 @@ class Conversations:
             return
         if turn.said is not None:
             own = (msgspec.Raw(orjson.dumps(item)) for item in turn.items)
-            turn.said[id] = (*turn.before, *own, *items.output_items(response))
+            turn.said[id] = (*turn.said_before, *own, *items.output_items(response))
             if len(turn.said) > MAX_SAID:
                 del turn.said[next(iter(turn.said))]
-        if not turn.stores or self._store is None:
-            return
-        own_items = list(turn.items)
-        if turn.is_remembered_only:
-            own_items = [*(orjson.loads(bytes(item)) for item in turn.before), *own_items]
-        kept = StoredResponse(
-            "" if turn.is_remembered_only else turn.previous,
-            msgspec.Raw(items.listed(own_items)),
-            msgspec.Raw(response),
-        )
-        try:
-            await self._store.put(id, kept, turn.chain)
-        except StoreError as error:
-            log.error("response %s was not kept: %s", id, error)
+        with suppress(StoreUnavailableError):  # it is in the log
+            await self.settle(turn, id, self.stored(turn, response))
 
     async def keep_streamed(self, turn: Turn, frames: bytes) -> None:
         """Keep the response in the last frames of a stream; one that failed is not kept."""
-        if not turn.stores and turn.said is None:
+        if not turn.is_kept:
             return
         for frame in FrameDecoder(len(frames) + 1).feed(frames):
             if frame.event in _KEPT:
                 await self.keep(turn, bytes(_ANSWER.decode(frame.data)["response"]))
 
+    def stored(self, turn: Turn, response: bytes) -> StoredResponse:
+        """Return a turn with its answer, as it is kept."""
+        return StoredResponse(turn.previous, msgspec.Raw(items.listed(list(turn.items))), msgspec.Raw(response))
+
+    async def settle(self, turn: Turn, id: str, stored: StoredResponse) -> None:
+        """Keep a turn that has ended, and let the conversation it is part of end with it.
+
+        Raises:
+            StoreUnavailableError: the store failed.
+        """
+        if not turn.part.store:
+            if not turn.part.conversation:
+                return
+            id = f"{TURN}_{secrets.token_hex(24)}"
+        await self.put(id, stored, turn.chain)
+        if turn.part.conversation:
+            name = await self.name(turn.part.conversation)
+            await self.put(turn.part.conversation, msgspec.structs.replace(name, previous=id))
+
+    async def put(self, id: str, stored: StoredResponse, chain: Sequence[str] = ()) -> None:
+        """Keep something under an id. Raises :class:`StoreUnavailableError`."""
+        if self._store is None:
+            raise _unavailable(StoreError("there is none"))
+        try:
+            await self._store.put(id, stored, chain)
+        except StoreError as error:
+            raise _unavailable(error) from error
+
+    async def find(self, id: str) -> StoredResponse | None:
+        """Return what is kept under an id. Raises :class:`StoreUnavailableError`."""
+        return await self._get(id)
+
+    async def forget(self, id: str) -> bool:
+        """Forget what is kept under an id; return whether there was anything. Raises :class:`StoreUnavailableError`."""
+        try:
+            return self._store is not None and await self._store.delete(id)
+        except StoreError as error:
+            raise _unavailable(error) from error
+
+    async def name(self, id: str) -> StoredResponse:
+        """Return what is kept of a conversation. Raises :class:`ConversationNotFoundError`."""
+        stored = await self._get(id) if id.startswith(f"{NAME}_") else None
+        if stored is None:
+            raise ConversationNotFoundError(f"Conversation with id '{id}' not found.", param="conversation")
+        return stored
+
+    async def said_in(self, id: str) -> list[msgspec.Raw]:
+        """Return all items of a conversation. Raises :class:`ConversationNotFoundError`."""
+        name = await self.name(id)
+        return _without((await self._said(name.previous))[1], name) if name.previous else []
+
     async def get(self, id: str) -> StoredResponse:
         """Return a stored response. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
-        stored = await self._get(id)
+        stored = await self._get(id) if id.startswith(f"{RESPONSE}_") else None
         if stored is None:
             raise ResponseNotFoundError(f"Response with id '{id}' not found.", param="response_id")
         return stored
 
     async def delete(self, id: str) -> None:
         """Forget a stored response. Raises as :meth:`get` does."""
-        try:
-            was_there = self._store is not None and await self._store.delete(id)
-        except StoreError as error:
-            raise _unavailable(error) from error
-        if not was_there:
+        if not (id.startswith(f"{RESPONSE}_") and await self.forget(id)):
             raise ResponseNotFoundError(f"Response with id '{id}' not found.", param="response_id")
 
-    async def input_items(self, id: str, query: dict[str, str]) -> bytes:
-        """Return a page of the items of a response's own input, the latest first unless asked otherwise.
-
-        Raises:
-            InvalidRequestError: ``limit``, ``order`` or ``after`` is wrong.
-        """
+    async def input_items(self, id: str, query: Mapping[str, str]) -> bytes:
+        """Return a page of the items of a response's own input. Raises as :func:`page_of` does."""
         found: list[dict[str, Any]] = orjson.loads(bytes((await self.get(id)).items))
-        order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
-        if order not in ("asc", "desc"):
-            raise InvalidRequestError("Invalid 'order': it is 'asc' or 'desc'.", param="order")
-        if not limit.isdecimal() or not 1 <= int(limit) <= 100:
-            raise InvalidRequestError("Invalid 'limit': it is between 1 and 100.", param="limit")
-        if order == "desc":
-            found.reverse()
-        if after is not None:
-            ids = [item["id"] for item in found]
-            if after not in ids:
-                raise InvalidRequestError(f"Invalid 'after': there is no item '{after}'.", param="after")
-            found = found[ids.index(after) + 1 :]
-        page = found[: int(limit)]
-        return orjson.dumps(
-            {
-                "object": "list",
-                "data": page,
-                "first_id": page[0]["id"] if page else None,
-                "last_id": page[-1]["id"] if page else None,
-                "has_more": len(page) < len(found),
-            }
-        )
+        return orjson.dumps(page_of(found, query))
 
     async def _said(self, previous: str) -> tuple[tuple[str, ...], list[msgspec.Raw]]:
         """Return the ids of a chain that ends with ``previous``, and all that was said in it."""
@@ -200,6 +267,10 @@ class Conversations:
             if stored is None:
                 raise PreviousResponseNotFoundError(
                     f"Previous response with id '{previous}' not found.", param="previous_response_id"
+                )
+            if stored.until:
+                raise InvalidRequestError(
+                    f"Response '{id}' is still being made: it cannot be continued yet.", param="previous_response_id"
                 )
             chain.append(id)
             own = msgspec.json.decode(stored.items, type=list[msgspec.Raw])
@@ -227,6 +298,31 @@ class Conversations:
             return await self._store.get(id)
         except StoreError as error:
             raise _unavailable(error) from error
+
+
+def _without_fields(body: bytes, stores: bool) -> tuple[bytes, str, bool]:
+    """Return a body without what only a gateway understands, and that: a conversation's id, and whether it waits.
+
+    What is made in the background is made as a stream, which can be followed.
+    """
+    try:
+        given = _ANSWER.decode(body)
+        named = _NAMED.decode(given.pop("conversation", msgspec.Raw(b"null")))
+        background = msgspec.json.decode(given.pop("background", msgspec.Raw(b"null")), type=bool | None) or False
+    except msgspec.DecodeError:
+        return body, "", False  # for the node to refuse
+    if background:
+        given["stream"] = msgspec.Raw(b"true")
+        if not stores:
+            raise InvalidRequestError("Invalid 'background': it needs 'store' to be true.", param="background")
+    conversation = named.id if isinstance(named, _Named) else named or ""
+    return msgspec.json.encode(given), conversation, background
+
+
+def _without(said: list[msgspec.Raw], name: StoredResponse) -> list[msgspec.Raw]:
+    """Return what is left of a conversation's items."""
+    gone = set(orjson.loads(bytes(name.items)))
+    return [item for item in said if orjson.loads(bytes(item)).get("id") not in gone] if gone else said
 
 
 def _unavailable(error: StoreError) -> StoreUnavailableError:

@@ -12,12 +12,40 @@ import msgspec
 class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
     """One turn: the response it continues (empty if none), the items of its own input, and the response as it was told.
 
-    ``items`` is a JSON array without the items of earlier turns, ``body`` the response object.
+    ``items`` is a JSON array without the items of earlier turns, ``body`` the response object. Of one that was made in
+    the background, ``frames`` are those of its stream. ``until`` is set of one that is still being made: the time at
+    which whoever makes it must have said so again.
     """
 
     previous: str
     items: msgspec.Raw
     body: msgspec.Raw
+    frames: bytes = b""
+    until: float = 0
+
+
+class _Row(msgspec.Struct, frozen=True, array_like=True):
+    previous: str
+    items: bytes
+    body: bytes
+    frames: bytes = b""
+    until: float = 0
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(_Row)
+
+
+def to_bytes(stored: StoredResponse) -> bytes:
+    """Return what a store keeps."""
+    row = _Row(stored.previous, bytes(stored.items), bytes(stored.body), stored.frames, stored.until)
+    return _ENCODER.encode(row)
+
+
+def from_bytes(value: bytes) -> StoredResponse:
+    """Return what :func:`to_bytes` made a value of."""
+    row = _DECODER.decode(value)
+    return StoredResponse(row.previous, msgspec.Raw(row.items), msgspec.Raw(row.body), row.frames, row.until)
 
 
 class ResponseStore(Protocol):

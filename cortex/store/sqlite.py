@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import msgspec
-
-from cortex.store.interface import StoredResponse, StoreError
+from cortex.store.interface import StoredResponse, StoreError, from_bytes, to_bytes
 
 T = TypeVar("T")
 
@@ -36,9 +34,6 @@ CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON responses
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON responses
     BEGIN UPDATE total SET size_bytes = size_bytes - OLD.size_bytes; END;
 """
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(tuple[str, bytes, bytes]).decode
 
 
 class SqliteStore:
@@ -64,14 +59,13 @@ class SqliteStore:
             row = connection.execute(statement, (id, self._clock())).fetchone()
             if row is None:
                 return None
-            previous, items, body = _decode(row[0])
-            return StoredResponse(previous, msgspec.Raw(items), msgspec.Raw(body))
+            return from_bytes(row[0])
 
         return await self._run(lambda: read(self._open()))
 
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
         """Keep a response; forget what has expired, and the oldest while all are too many bytes."""
-        value = _encode((stored.previous, bytes(stored.items), bytes(stored.body)))
+        value = to_bytes(stored)
 
         def write(connection: sqlite3.Connection) -> None:
             now = self._clock()

@@ -5,15 +5,10 @@ Each response is a key of its own with a time to live; how many bytes there may 
 
 from collections.abc import Sequence
 
-import msgspec
-
-from cortex.store.interface import StoredResponse, StoreError
+from cortex.store.interface import StoredResponse, StoreError, from_bytes, to_bytes
 
 PREFIX = "cortex:response:"
 TIMEOUT_S = 5.0
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(tuple[str, bytes, bytes]).decode
 
 
 class ValkeyStore:
@@ -50,12 +45,11 @@ class ValkeyStore:
         if value is None:
             return None
         assert isinstance(value, bytes)  # nothing is decoded for us
-        previous, items, body = _decode(value)
-        return StoredResponse(previous, msgspec.Raw(items), msgspec.Raw(body))
+        return from_bytes(value)
 
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
         """Keep a response and what it continues, in one round trip."""
-        value = _encode((stored.previous, bytes(stored.items), bytes(stored.body)))
+        value = to_bytes(stored)
         try:
             async with self._client.pipeline(transaction=False) as pipeline:
                 pipeline.set(PREFIX + id, value, px=self._ttl_ms)

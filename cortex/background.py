@@ -1,0 +1,240 @@
+"""Responses that are made while nobody need wait: begun, looked at, followed, cancelled, by whoever has their id.
+
+A run lives in the gateway that began it and is kept in the store from the start, so that every gateway can tell of it.
+What is kept of a running one is a promise with a date: its gateway renews it, and one that has run out is told as
+failed, for then that gateway is gone. A wish to cancel that reaches another gateway is written into the store, where
+the run finds it. Frames are numbered from 0, one by one, which is what lets a reader go on where it stopped.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from typing import Any
+
+import msgspec
+import orjson
+
+from cortex._fast.sse import FrameDecoder, encode
+from cortex.dialects.passthrough import responses_failure
+from cortex.errors import GatewayStoppedError
+from cortex.store.conversation import Conversations, Turn
+from cortex.store.interface import StoredResponse
+from cortex.wire.errors import ApiError, InvalidRequestError, UnsupportedParameterError
+from cortex.wire.responses_events import LAST
+
+log = logging.getLogger("cortex.background")
+
+LEASE_S = 30.0
+RENEW_S = 2.0
+"""How long a promise holds, and how often it is renewed; a cancellation elsewhere takes effect within the second."""
+
+LOOK_S = 0.5
+"""How often the store is asked for a run of another gateway that somebody follows."""
+
+_RESPONSE = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class Run:
+    """One response being made."""
+
+    def __init__(self, id: str, response: bytes) -> None:
+        self.id = id
+        self.response = response
+        """The response object as it is now."""
+        self.frames: list[bytes] = []
+        self.ended = False
+        self._decoder = FrameDecoder()
+        self._changed = asyncio.Event()
+
+    def add(self, data: bytes) -> None:
+        """Take some whole frames."""
+        for frame in self._decoder.feed(data):
+            self.frames.append(encode(frame.data, frame.event))
+            event = _RESPONSE.decode(frame.data)
+            if "response" in event:
+                self.response = bytes(event["response"])
+            self.ended = self.ended or (frame.event or b"").decode() in LAST
+        self._tell()
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it has ended as something that a conversation goes on from."""
+        return orjson.loads(self.response)["status"] in ("completed", "incomplete")
+
+    def close(self, **changes: Any) -> None:
+        """End without a frame that says so, with some fields of the response changed."""
+        self.response = orjson.dumps(orjson.loads(self.response) | changes)
+        self.ended = True
+        self._tell()
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def follow(self, after: int) -> AsyncGenerator[bytes, None]:
+        """Yield the frames behind number ``after``, those to come too."""
+        at = after + 1
+        while True:
+            changed, end = self._changed, len(self.frames)
+            if at < end:
+                yield b"".join(self.frames[at:end])
+                at = end  # and not where they end by now
+            elif self.ended:
+                return
+            else:
+                await changed.wait()
+
+
+class Background:
+    """The runs of this gateway, and a view of those of others."""
+
+    def __init__(self, conversations: Conversations, clock: Callable[[], float] = time.time) -> None:
+        self._conversations = conversations
+        self._clock = clock
+        self._runs: dict[str, Run] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._stopping = False
+
+    async def start(self, turn: Turn, queued: bytes, frames: AsyncGenerator[bytes, None]) -> Run:
+        """Begin to make a response. ``queued`` is the object that tells of it before the node does.
+
+        Raises:
+            StoreUnavailableError: it cannot be promised.
+        """
+        run = Run(turn.part.id, queued)
+        await self._conversations.put(run.id, self._promise(turn, run), turn.chain)
+        self._runs[run.id] = run
+        self._tasks[run.id] = asyncio.create_task(self._make(run, turn, frames), name=f"response {run.id}")
+        return run
+
+    async def stop(self) -> None:
+        """End every run; those who ask later are told why."""
+        self._stopping = True
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def response(self, id: str) -> bytes:
+        """Return a response as it is now. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
+        run = self._runs.get(id)
+        return run.response if run is not None else self._told(await self._conversations.get(id))
+
+    async def follow(self, id: str, after: int) -> AsyncGenerator[bytes, None]:
+        """Return the frames of a response behind number ``after``, those to come too.
+
+        Raises:
+            UnsupportedParameterError: it was not made in the background: nothing is kept of its frames.
+        """
+        run = self._runs.get(id)
+        if run is not None:
+            return run.follow(after)
+        stored = await self._conversations.get(id)
+        if not stored.until and not stored.frames:
+            raise UnsupportedParameterError(
+                "Unsupported parameter: 'stream': only a response made in the background is told again as a stream.",
+                param="stream",
+            )
+        return self._follow_elsewhere(id, stored, after)
+
+    async def cancel(self, id: str) -> bytes:
+        """End a response, wherever it is made, and return what it is then; one that has ended stays as it is.
+
+        Raises:
+            InvalidRequestError: it was not made in the background.
+        """
+        run = self._runs.get(id)
+        if run is not None:
+            await self.end(id)
+            return run.response
+        stored = await self._conversations.get(id)
+        response = orjson.loads(bytes(stored.body))
+        if not response.get("background"):
+            raise InvalidRequestError("Cannot cancel a synchronous response.", param="response_id")
+        if not stored.until:
+            return bytes(stored.body)
+        cancelled = msgspec.Raw(orjson.dumps(response | {"status": "cancelled"}))
+        await self._conversations.put(id, msgspec.structs.replace(stored, body=cancelled, until=0))
+        return bytes(cancelled)
+
+    async def end(self, id: str) -> None:
+        """End a run of this gateway, and return when it has ended; others are left alone."""
+        task = self._tasks.get(id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _make(self, run: Run, turn: Turn, frames: AsyncGenerator[bytes, None]) -> None:
+        renewing = asyncio.create_task(self._renew(run, turn, asyncio.current_task()))
+        try:
+            async with aclosing(frames):
+                async for some in frames:
+                    run.add(some)
+        except ApiError as error:
+            run.add(self._failure(run, error))
+        except asyncio.CancelledError:
+            if self._stopping:
+                run.add(self._failure(run, GatewayStoppedError("The gateway was stopped while it made the response.")))
+            else:
+                run.close(status="cancelled")
+        except Exception:
+            log.exception("response %s failed", run.id)
+            run.add(self._failure(run, ApiError("The gateway failed to answer; its log says why.")))
+        finally:
+            renewing.cancel()
+            with suppress(asyncio.CancelledError):
+                await renewing
+            kept = self._conversations.stored(turn, run.response)
+            with suppress(ApiError):  # it is in the log
+                ended = msgspec.structs.replace(kept, frames=b"".join(run.frames))
+                if run.is_answer:
+                    await self._conversations.settle(turn, run.id, ended)
+                else:
+                    await self._conversations.put(run.id, ended)
+            del self._runs[run.id], self._tasks[run.id]
+
+    async def _renew(self, run: Run, turn: Turn, making: "asyncio.Task[None] | None") -> None:
+        """Renew the promise until cancelled, or end the run if somebody wrote that they want it ended."""
+        renewed_at = self._clock()
+        while True:
+            await asyncio.sleep(RENEW_S / 2)
+            with suppress(ApiError):
+                stored = await self._conversations.find(run.id)
+                if stored is not None and not stored.until:
+                    assert making is not None
+                    making.cancel()
+                    return
+                if self._clock() - renewed_at >= RENEW_S:
+                    renewed_at = self._clock()
+                    await self._conversations.put(run.id, self._promise(turn, run))
+
+    def _promise(self, turn: Turn, run: Run) -> StoredResponse:
+        kept = self._conversations.stored(turn, run.response)
+        return msgspec.structs.replace(kept, until=self._clock() + LEASE_S)
+
+    def _failure(self, run: Run, error: ApiError) -> bytes:
+        first = run.frames[0] if run.frames else b'data: {"response":%b}\n\n' % run.response
+        return responses_failure(error.info(), first, run.frames[-1] if run.frames else b"")
+
+    def _told(self, stored: StoredResponse) -> bytes:
+        if not stored.until or self._clock() < stored.until:
+            return bytes(stored.body)
+        error = {"code": "server_error", "message": "The gateway that made the response is gone."}
+        return orjson.dumps(orjson.loads(bytes(stored.body)) | {"status": "failed", "error": error})
+
+    async def _follow_elsewhere(self, id: str, stored: StoredResponse, after: int) -> AsyncGenerator[bytes, None]:
+        """Yield the frames of a response that another gateway makes, once it has ended, or that had ended before."""
+        while stored.until:
+            if self._clock() >= stored.until:
+                run = Run(id, self._told(stored))
+                error = orjson.loads(run.response)["error"]
+                yield self._failure(run, GatewayStoppedError(error["message"]))
+                return
+            await asyncio.sleep(LOOK_S)
+            stored = await self._conversations.get(id)
+        run = Run(id, bytes(stored.body))
+        run.add(stored.frames)
+        run.ended = True
+        async for frames in run.follow(after):
+            yield frames

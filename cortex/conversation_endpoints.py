@@ -1,0 +1,100 @@
+"""The paths of conversations by name: ``/v1/conversations`` and those below it.
+
+A conversation is a name for the end of a chain of stored turns (:mod:`cortex.store.named`); no node is asked here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import orjson
+
+from cortex.dialects import openai_fields as fields
+from cortex.errors import ConversationNotFoundError
+from cortex.http_io import Exchange, query_parameters
+from cortex.store.named import NamedConversations
+from cortex.store.paging import page_of
+
+PREFIX = "/v1/conversations/"
+
+
+class _Create(msgspec.Struct):
+    items: list[dict[str, Any]] | None = None
+    metadata: dict[str, str] | None = None
+
+
+class _Update(msgspec.Struct):
+    metadata: dict[str, str] | None
+
+
+class _AddItems(msgspec.Struct):
+    items: list[dict[str, Any]]
+
+
+_CREATE = msgspec.json.Decoder(_Create)
+_UPDATE = msgspec.json.Decoder(_Update)
+_ADD_ITEMS = msgspec.json.Decoder(_AddItems)
+
+
+class ConversationEndpoints:
+    """What answers at conversations."""
+
+    def __init__(self, conversations: NamedConversations, max_body_bytes: int) -> None:
+        self._conversations = conversations
+        self._max_body_bytes = max_body_bytes
+
+    async def create(self, exchange: Exchange) -> None:
+        """``POST /v1/conversations``; a body may be left out."""
+        asked = fields.decode(await exchange.read_body(self._max_body_bytes) or b"{}", _CREATE)
+        await _reply(exchange, await self._conversations.create(asked.items or [], asked.metadata or {}))
+
+    async def get(self, exchange: Exchange) -> None:
+        """``GET /v1/conversations/{id}``."""
+        await _reply(exchange, await self._conversations.get(_parts(exchange, 1)[0]))
+
+    async def update(self, exchange: Exchange) -> None:
+        """``POST /v1/conversations/{id}``: other metadata."""
+        (id,) = _parts(exchange, 1)
+        asked = fields.decode(await exchange.read_body(self._max_body_bytes), _UPDATE)
+        await _reply(exchange, await self._conversations.update(id, asked.metadata or {}))
+
+    async def delete(self, exchange: Exchange) -> None:
+        """``DELETE /v1/conversations/{id}``; its responses stay."""
+        (id,) = _parts(exchange, 1)
+        await self._conversations.delete(id)
+        await _reply(exchange, {"id": id, "object": "conversation.deleted", "deleted": True})
+
+    async def items(self, exchange: Exchange) -> None:
+        """``GET /v1/conversations/{id}/items``."""
+        found = await self._conversations.items(_parts(exchange, 2)[0])
+        await _reply(exchange, page_of(found, query_parameters(exchange.query)))
+
+    async def add_items(self, exchange: Exchange) -> None:
+        """``POST /v1/conversations/{id}/items``."""
+        asked = fields.decode(await exchange.read_body(self._max_body_bytes), _ADD_ITEMS)
+        added = await self._conversations.add_items(_parts(exchange, 2)[0], asked.items)
+        await _reply(exchange, page_of(added, {"order": "asc", "limit": str(max(1, min(100, len(added))))}))
+
+    async def item(self, exchange: Exchange) -> None:
+        """``GET /v1/conversations/{id}/items/{item_id}``."""
+        id, _, item_id = _parts(exchange, 3)
+        for item in await self._conversations.items(id):
+            if item["id"] == item_id:
+                await _reply(exchange, item)
+                return
+        raise ConversationNotFoundError(f"Item with id '{item_id}' not found.", param="item_id")
+
+    async def delete_item(self, exchange: Exchange) -> None:
+        """``DELETE /v1/conversations/{id}/items/{item_id}``: what is left is the conversation."""
+        id, _, item_id = _parts(exchange, 3)
+        await _reply(exchange, await self._conversations.delete_item(id, item_id))
+
+
+def _parts(exchange: Exchange, count: int) -> Sequence[str]:
+    parts = exchange.path.removeprefix(PREFIX).split("/")
+    assert len(parts) == count  # the path was matched
+    return parts
+
+
+async def _reply(exchange: Exchange, value: object) -> None:
+    await exchange.reply(200, orjson.dumps(value))

@@ -1,0 +1,83 @@
+"""Conversations by name: a stored name for the end of a chain of turns.
+
+A turn in a conversation continues what the name points at, and moves it. Items that are added without a turn are a turn
+that nobody answered; items that are taken out are remembered by id, since turns are not rewritten. Of two turns that
+continue one conversation at the same time, the later to end is the one that goes on.
+"""
+
+import secrets
+import time
+from typing import Any
+
+import msgspec
+import orjson
+
+from cortex.errors import ConversationNotFoundError
+from cortex.store import items as stored_items
+from cortex.store.conversation import NAME, TURN, Conversations
+from cortex.store.interface import StoredResponse
+
+_NO_ANSWER = msgspec.Raw(b'{"output":[]}')
+
+
+class NamedConversations:
+    """The named conversations of a store."""
+
+    def __init__(self, conversations: Conversations) -> None:
+        self._conversations = conversations
+
+    async def create(self, items: list[dict[str, Any]], metadata: dict[str, str]) -> dict[str, Any]:
+        """Make a conversation of some items, and return it. Raises :class:`StoreUnavailableError`."""
+        id = f"{NAME}_{secrets.token_hex(24)}"
+        told = {
+            "id": id,
+            "object": "conversation",
+            "created_at": int(time.time()),
+            "metadata": metadata,
+        }
+        name = StoredResponse("", msgspec.Raw(b"[]"), msgspec.Raw(orjson.dumps(told)))
+        await self._conversations.put(id, name)
+        if items:
+            await self.add_items(id, items)
+        return told
+
+    async def get(self, id: str) -> dict[str, Any]:
+        """Return a conversation. Raises :class:`ConversationNotFoundError`, as all below do."""
+        told: dict[str, Any] = orjson.loads(bytes((await self._conversations.name(id)).body))
+        return told
+
+    async def update(self, id: str, metadata: dict[str, str]) -> dict[str, Any]:
+        """Give a conversation other metadata."""
+        name = await self._conversations.name(id)
+        told: dict[str, Any] = orjson.loads(bytes(name.body)) | {"metadata": metadata}
+        await self._conversations.put(id, msgspec.structs.replace(name, body=msgspec.Raw(orjson.dumps(told))))
+        return told
+
+    async def delete(self, id: str) -> None:
+        """Forget the name."""
+        await self._conversations.name(id)
+        await self._conversations.forget(id)
+
+    async def items(self, id: str) -> list[dict[str, Any]]:
+        """Return all that was said, the oldest first."""
+        found = await self._conversations.said_in(id)
+        return [orjson.loads(bytes(item)) for item in found]
+
+    async def add_items(self, id: str, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Say something without asking for an answer; return it as it is listed."""
+        name = await self._conversations.name(id)
+        listed = stored_items.listed(items)
+        turn = f"{TURN}_{secrets.token_hex(24)}"
+        await self._conversations.put(turn, StoredResponse(name.previous, msgspec.Raw(listed), _NO_ANSWER))
+        await self._conversations.put(id, msgspec.structs.replace(name, previous=turn))
+        found: list[dict[str, Any]] = orjson.loads(listed)
+        return found
+
+    async def delete_item(self, id: str, item_id: str) -> dict[str, Any]:
+        """Take an item out and return the conversation."""
+        name = await self._conversations.name(id)
+        if all(item["id"] != item_id for item in await self.items(id)):
+            raise ConversationNotFoundError(f"Item with id '{item_id}' not found.", param="item_id")
+        gone = [*orjson.loads(bytes(name.items)), item_id]
+        await self._conversations.put(id, msgspec.structs.replace(name, items=msgspec.Raw(orjson.dumps(gone))))
+        return await self.get(id)
