@@ -16,7 +16,7 @@ import msgspec
 
 from cortex import settings
 from cortex.settings import ConfigError
-from cortex.wire.node import ModelSpec
+from cortex.wire.node import EvictionStrategy, ModelSpec, spec_of
 
 ENVIRONMENT_PREFIX = "CORTEX_"
 CONFIG_VARIABLE = "CORTEX_CONFIG"
@@ -36,13 +36,6 @@ class LogFormat(StrEnum):
 
     TEXT = "text"
     JSON = "json"
-
-
-class EvictionStrategy(StrEnum):
-    """Which idle model goes first when memory is needed."""
-
-    LRU = "lru"
-    PRIORITY = "priority"
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,7 +137,7 @@ class ModelProfile(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def spec(self) -> ModelSpec:
         """Return the part that a neuron is asked to load."""
-        return ModelSpec(**{field: getattr(self, field) for field in ModelSpec.__struct_fields__})
+        return spec_of(self)
 
 
 class ModelsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -23,7 +23,7 @@ from cortex.wire.events import (
     TokenLogprob,
     ToolCallDelta,
 )
-from cortex.wire.node import ModelSpec
+from cortex.wire.node import LoadRequest
 from cortex.wire.request import ImagePart, InferenceRequest, Message, Role, ToolMode
 from neuron.api import Api
 from neuron.config import Config, DaemonSettings
@@ -139,7 +139,7 @@ async def _run(port: int) -> None:
     service = Service(config, {"torch": ScriptedHarness(play)})
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, service.stop)
-    loading = asyncio.ensure_future(service.load(ModelSpec("m", "/")))
+    loading = asyncio.ensure_future(service.load(LoadRequest(id="m", source="/")))
     await service.run(Api(service))
     await loading
 
