@@ -111,7 +111,9 @@ class Endpoints:
             turn = await self._conversations.begin(body, found, said)
             body = turn.body
             headers += turn.headers
-        question = Question(model, dialect.name, dialect.path.encode(), headers, body, record.is_stream)
+        question = Question(
+            model, dialect.name, dialect.path.encode(), headers, body, record.is_stream, found.prompt_cache_key
+        )
         if not generates and turn is not None:
             await self._only_read(exchange, record, turn)
         elif record.is_stream:
@@ -171,10 +173,14 @@ class Endpoints:
             record.status, record.finish = error.status, error.code
             return dialect.failure(error.info(), relay.first, b"".join(relay.tail))
 
+        def heartbeat() -> bytes:
+            progress = self._dispatcher.load_progress(question.model)
+            return dialect.heartbeat if progress is None else dialect.loading(question.model, progress)
+
         record.status = 200
         frames = self._frames(relay, record, question, turn)
         try:
-            await stream(exchange, frames, heartbeat=dialect.heartbeat, error_frame=end_in_failure)
+            await stream(exchange, frames, heartbeat=heartbeat, error_frame=end_in_failure)
         finally:
             relay.note_end(dialect, record)
 
@@ -203,10 +209,12 @@ class Endpoints:
             if not relay.is_complete:
                 raise UpstreamError(f"{answer.node} ended its answer before the stream's terminator.")
         except FrameTooLarge as error:
+            answer.note_broken()
             raise UpstreamError(f"{answer.node} sent a frame of more than {error.max_frame_bytes} bytes.") from None
         except UpstreamError:
             # Without its terminator the answer is broken; with it, only the connection's own end is missing.
             if not relay.is_complete:
+                answer.note_broken()
                 raise
         finally:
             answer.close()
