@@ -103,24 +103,29 @@ class RoomMaker:
         self, entry: "Entry", eviction: Eviction, need: Requirement, free_bytes: Mapping[str, int], asked_at: float
     ) -> None:
         """Take one step: let the victims go, or wait until something changes."""
-        settled = {other.spec.id: self._settles_in_s(other, asked_at) for other in self._loaded()}
+        settles_in_s = {other.spec.id: self._settles_in_s(other, asked_at) for other in self._loaded()}
         residents = [_resident(other) for other in self._loaded()]
+        quiet = {other.spec.id for other in self._loaded() if other.uses and not other.running}
+        quiet |= {model for model, wait_s in settles_in_s.items() if wait_s <= 0}
 
         def choose(among: list[Resident]) -> Room | None:
             return find_room(need, free_bytes, among, eviction.strategy, entry.stay.priority)
 
-        now = choose([resident for resident in residents if settled[resident.model] <= 0])
-        if now is not None:
-            for model in now.victims:
+        room = choose([resident for resident in residents if resident.model in quiet])
+        if room is None:
+            if choose(residents) is None:
+                raise self._refusal(entry, need, free_bytes)
+            wait_s = min(wait_s for wait_s in settles_in_s.values() if wait_s > 0)
+        else:
+            wait_s = max(settles_in_s[model] for model in room.victims)
+        if room is not None and wait_s <= 0:
+            for model in room.victims:
                 _log.info("evict model=%s for=%s generation=%d", model, entry.spec.id, self._table.generation)
                 await self._table.unload(model, math.inf)
             return
-        later = choose(residents)
-        if later is None:
-            raise self._refusal(entry, need, free_bytes)
         changed = asyncio.ensure_future(self._table.changed())
         try:
-            await asyncio.wait({changed}, timeout=min(s for s in settled.values() if s > 0))
+            await asyncio.wait({changed}, timeout=wait_s)
         finally:
             changed.cancel()
 
