@@ -7,6 +7,7 @@ Layers and their errors are those of :mod:`cortex.settings`, with ``CORTEX_`` as
 
 import os
 import pathlib
+import ssl
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated
@@ -16,11 +17,14 @@ import msgspec
 
 from cortex import settings
 from cortex.settings import ConfigError
-from cortex.wire.node import ModelSpec
+from cortex.wire.node import EvictionStrategy, ModelSpec, spec_of
 
 ENVIRONMENT_PREFIX = "CORTEX_"
 CONFIG_VARIABLE = "CORTEX_CONFIG"
 """Names ``cortex.toml`` for ``granian cortex.asgi:app``."""
+
+DIALECTS = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
+"""The names of the clients' languages, as nodes and :mod:`cortex.dialects` use them."""
 
 SEARCH_PATH = ("cortex.toml", "/etc/cortex/cortex.toml")
 
@@ -36,13 +40,6 @@ class LogFormat(StrEnum):
 
     TEXT = "text"
     JSON = "json"
-
-
-class EvictionStrategy(StrEnum):
-    """Which idle model goes first when memory is needed."""
-
-    LRU = "lru"
-    PRIORITY = "priority"
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,6 +65,29 @@ class Polling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     strikes: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
 
 
+class NodeTimeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Timeouts of one node, in place of the gateway's; ``None`` takes those."""
+
+    connect_s: Seconds | None = None
+    first_byte_s: Seconds | None = None
+    answer_s: Seconds | None = None
+    stall_s: Seconds | None = None
+    load_stall_s: Seconds | None = None
+
+    def over(self, timeouts: Timeouts) -> Timeouts:
+        """Return ``timeouts`` with these in place of its own."""
+        given = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+        return msgspec.structs.replace(timeouts, **given)
+
+
+class BreakerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When a replica that keeps failing is left alone: after ``failures`` in a row, for ``open_s`` and then longer."""
+
+    failures: Annotated[int, msgspec.Meta(ge=1)] = 5
+    open_s: Seconds = 5.0
+    max_open_s: Seconds = 60.0
+
+
 class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[gateway]``. Addresses are ``host:port``; ``models`` is relative to the file that names it."""
 
@@ -82,6 +102,17 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_timeout_s: Annotated[int, msgspec.Meta(ge=1)] = 30
     timeouts: Timeouts = Timeouts()
     polling: Polling = Polling()
+    breaker: BreakerSettings = BreakerSettings()
+    affinity_slack: Annotated[int, msgspec.Meta(ge=-1)] = 4
+    """Requests by which a node that has a conversation's beginning may be busier than the least busy one; -1: no
+    affinity."""
+    secret_file: str = ""
+    """A file whose first line is sent to every neuron; see ``daemon.secret_file`` there."""
+    tls_certificate: str = ""
+    """PEM files; with them ``cortex serve`` answers clients over TLS."""
+    tls_key: str = ""
+    reload_check_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    """How often the files are looked at for changes; 0: only SIGHUP reads them again."""
 
 
 class EvictionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,11 +144,33 @@ class StoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of all responses in the SQLite file; the oldest go first."""
 
 
+class NodeType(StrEnum):
+    """What answers at a node's endpoint."""
+
+    NEURON = "neuron"
+    OPENAI = "openai"
+    """Any server that speaks OpenAI's dialects: asked for inference, never told to load anything."""
+
+
 class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of ``[[neurons]]``."""
 
     name: Name
     endpoint: str
+    type: NodeType = NodeType.NEURON
+    secret_file: str = ""
+    """In place of the gateway's; for ``openai`` a file with an API key."""
+    ca_file: str = ""
+    """Of an ``https`` endpoint: the authority its certificate is checked against, if not the system's."""
+    models: dict[str, str] = {}
+    """Of ``openai``: the names that are offered, and what each is called there. Empty: all that it lists."""
+    dialects: tuple[str, ...] = ("openai-chat", "openai-completions")
+    """Of ``openai``: what it speaks."""
+    timeouts: NodeTimeouts = NodeTimeouts()
+
+    def secret_path(self, gateway: GatewaySettings) -> str:
+        """Return the file with what is sent to it as ``Authorization: Bearer``; empty: nothing is."""
+        return self.secret_file or (gateway.secret_file if self.type is NodeType.NEURON else "")
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -138,13 +191,17 @@ class ModelProfile(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Nodes on which the model is kept and never evicted."""
     preferred_nodes: tuple[str, ...] = ()
     priority: int = 0
-    """Under ``priority`` eviction a lower one goes first."""
+    """Under ``priority`` eviction a lower one goes first, and never for one that is lower still."""
+    idle_ttl_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Unloaded when nobody has used it for so long; 0: never."""
+    min_compute_capability: Annotated[str, msgspec.Meta(pattern=r"^([0-9]+\.[0-9]+)?$")] = ""
+    """GPUs below it are not asked to load it."""
     memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
     """What it needs, for placement before any node has loaded it; 0: not known."""
 
     def spec(self) -> ModelSpec:
         """Return the part that a neuron is asked to load."""
-        return ModelSpec(**{field: getattr(self, field) for field in ModelSpec.__struct_fields__})
+        return spec_of(self)
 
 
 class ModelsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,22 +254,28 @@ def models_path(config: Config, path: pathlib.Path) -> pathlib.Path:
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int, str]:
-    """Return host, port and path prefix of ``http://host:port[/prefix]``.
+    """Return host, port and path prefix of ``http[s]://host:port[/prefix]``.
 
     Raises:
         ValueError: it is not such an address.
     """
-    wrong = ValueError(f"{endpoint!r} is not http://host:port[/prefix]")
+    wrong = ValueError(f"{endpoint!r} is not http[s]://host:port[/prefix]")
     try:
         parts = urlsplit(endpoint)
         port = parts.port
     except ValueError:
         raise wrong from None
-    if parts.scheme != "http" or not parts.hostname or parts.username is not None or parts.query or parts.fragment:
+    if (
+        parts.scheme not in {"http", "https"}
+        or not parts.hostname
+        or parts.username is not None
+        or parts.query
+        or parts.fragment
+    ):
         raise wrong
     if not endpoint.isascii() or not endpoint.isprintable() or " " in endpoint or port == 0:
         raise wrong
-    return parts.hostname, port or 80, parts.path.rstrip("/")
+    return parts.hostname, port or (443 if parts.scheme == "https" else 80), parts.path.rstrip("/")
 
 
 def _check(config: Config, source: str) -> None:
@@ -226,6 +289,12 @@ def _check(config: Config, source: str) -> None:
                 raise ConfigError(source, key, str(error)) from None
     if gateway.listen == gateway.metrics_listen:
         raise ConfigError(source, "gateway.metrics_listen", f"is {gateway.listen!r}, as gateway.listen is")
+    settings.read_secret(gateway.secret_file, source, "gateway.secret_file")
+    if bool(gateway.tls_certificate) != bool(gateway.tls_key):
+        raise ConfigError(source, "gateway.tls_key", "tls_certificate and tls_key go together")
+    for key in ("tls_certificate", "tls_key"):
+        if (named := getattr(gateway, key)) and not os.access(named, os.R_OK):
+            raise ConfigError(source, f"gateway.{key}", f"{named} cannot be read")
     if not gateway.models:
         raise ConfigError(source, "gateway.models", "is empty; it names the catalogue, models.toml")
     if not config.neurons:
@@ -240,6 +309,21 @@ def _check(config: Config, source: str) -> None:
             split_endpoint(node.endpoint)
         except ValueError as error:
             raise ConfigError(source, f"neurons[{index}].endpoint", str(error)) from None
+        _check_node(config, node, f"{source}", f"neurons[{index}]")
         other = endpoints.setdefault(node.endpoint.rstrip("/"), node.name)
         if other != node.name:
             raise ConfigError(source, f"neurons[{index}].endpoint", f"{node.endpoint!r} is also {other!r}'s")
+
+
+def _check_node(config: Config, node: NodeSettings, source: str, key: str) -> None:
+    settings.read_secret(node.secret_path(config.gateway), source, f"{key}.secret_file")
+    if node.ca_file:
+        try:
+            ssl.create_default_context(cafile=node.ca_file)
+        except OSError as error:
+            raise ConfigError(source, f"{key}.ca_file", f"{node.ca_file}: {error.strerror or error}") from None
+    if node.type is NodeType.NEURON and node.models:
+        raise ConfigError(source, f"{key}.models", 'is for nodes of type = "openai"')
+    for dialect in node.dialects:
+        if dialect not in DIALECTS:
+            raise ConfigError(source, f"{key}.dialects", f"{dialect!r} is none of {', '.join(DIALECTS)}")

@@ -131,6 +131,7 @@ class Endpoints:
             headers,
             body,
             record.is_stream or in_background,
+            found.prompt_cache_key,
             as_chat=chat.body if chat is not None else None,
         )
         question = _Asked(asked, chat, turn)
@@ -190,10 +191,14 @@ class Endpoints:
             record.status, record.finish = error.status, error.code
             return dialect.failure(error.info(), relay.first, b"".join(relay.tail))
 
+        def heartbeat() -> bytes:
+            progress = self._dispatcher.load_progress(asked.question.model)
+            return dialect.heartbeat if progress is None else dialect.loading(asked.question.model, progress)
+
         record.status = 200
         frames = self._frames(relay, record, asked)
         try:
-            await stream(exchange, frames, heartbeat=dialect.heartbeat, error_frame=end_in_failure)
+            await stream(exchange, frames, heartbeat=heartbeat, error_frame=end_in_failure)
         finally:
             relay.note_end(dialect, record)
 
@@ -226,10 +231,12 @@ class Endpoints:
             if not relay.is_complete:
                 raise UpstreamError(f"{answer.node} ended its answer before the stream's terminator.")
         except FrameTooLarge as error:
+            answer.note_broken()
             raise UpstreamError(f"{answer.node} sent a frame of more than {error.max_frame_bytes} bytes.") from None
         except UpstreamError:
             # Without its terminator the answer is broken; with it, only the connection's own end is missing.
             if not relay.is_complete:
+                answer.note_broken()
                 raise
         finally:
             answer.close()

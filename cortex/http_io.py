@@ -195,7 +195,7 @@ async def stream(
     exchange: Exchange,
     chunks: AsyncGenerator[bytes, None],
     *,
-    heartbeat: bytes,
+    heartbeat: bytes | Callable[[], bytes],
     error_frame: Callable[[ApiError], bytes],
     headers: Sequence[Header] = (),
 ) -> None:
@@ -231,7 +231,7 @@ class _EventStream:
     One task beats for the whole stream and looks at a clock; a chunk costs no task and no timer.
     """
 
-    def __init__(self, exchange: Exchange, heartbeat: bytes, headers: Sequence[Header]) -> None:
+    def __init__(self, exchange: Exchange, heartbeat: bytes | Callable[[], bytes], headers: Sequence[Header]) -> None:
         self.started = False
         self._exchange = exchange
         self._heartbeat = heartbeat
@@ -257,13 +257,16 @@ class _EventStream:
         """Fill silences until cancelled."""
         await asyncio.sleep(HOLD_HEADERS_S)
         if not self.started:
-            await self.write(self._heartbeat)
+            await self.write(self._beat())
         while True:
             silent_s = self._clock() - self._written_at
             if silent_s >= HEARTBEAT_INTERVAL_S:
-                await self.write(self._heartbeat)
+                await self.write(self._beat())
             else:
                 await asyncio.sleep(HEARTBEAT_INTERVAL_S - silent_s)
+
+    def _beat(self) -> bytes:
+        return self._heartbeat if isinstance(self._heartbeat, bytes) else self._heartbeat()
 
     async def _start(self) -> None:
         if not self.started:

@@ -86,6 +86,23 @@ def convert(document: Mapping[str, object], kind: type[S], source: str) -> S:
         raise ConfigError(source, key, reason) from None
 
 
+def read_secret(path: str, source: str, key: str) -> bytes:
+    """Return the first line of a file that holds a secret; nothing for no path.
+
+    Raises:
+        ConfigError: it cannot be read, or is empty.
+    """
+    if not path:
+        return b""
+    try:
+        secret = pathlib.Path(path).read_bytes().partition(b"\n")[0].strip()
+    except OSError as error:
+        raise ConfigError(source, key, f"{path} cannot be read: {error.strerror}") from None
+    if not secret:
+        raise ConfigError(source, key, f"{path} is empty")
+    return secret
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Return host and port of ``host:port`` or ``[v6]:port``.
 

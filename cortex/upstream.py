@@ -9,6 +9,7 @@ replaced once, in silence.
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from typing import cast
 
@@ -55,6 +56,11 @@ class Response:
             if key == name:
                 return value
         return None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole body has arrived."""
+        return self._connection is None and self._error is None
 
     async def read(self) -> bytes:
         """Return what has arrived, waiting for at least one byte; empty at the end of the body.
@@ -319,13 +325,27 @@ class _Connection(asyncio.Protocol):
 class Pool:
     """The connections to one node. The most recently used one is used again; the others age and are closed by it."""
 
-    def __init__(self, name: str, endpoint: str, timeouts: Timeouts, max_connections: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        endpoint: str,
+        timeouts: Timeouts,
+        max_connections: int,
+        *,
+        secret: bytes = b"",
+        ca_file: str = "",
+    ) -> None:
+        """``secret`` goes out with every request; ``ca_file`` takes the place of the system's authorities."""
         self.name = name
+        self.timeouts = timeouts
+        is_https = endpoint.startswith("https:")
+        self._tls = ssl.create_default_context(cafile=ca_file or None) if is_https else None
         self._host, self._port, prefix = split_endpoint(endpoint)
         authority = f"[{self._host}]" if ":" in self._host else self._host
         self._prefix = prefix.encode()
         self._host_lines = f" HTTP/1.1\r\nhost: {authority}:{self._port}\r\n".encode()
-        self._timeouts = timeouts
+        if secret:
+            self._host_lines += b"authorization: Bearer " + secret + b"\r\n"
         self._max_connections = max_connections
         self._idle: list[_Connection] = []
         self._open: set[_Connection] = set()
@@ -360,8 +380,8 @@ class Pool:
         """
         data = self._encode(method, target, headers, body)
         limits = (
-            self._timeouts.first_byte_s if first_byte_s is None else first_byte_s,
-            self._timeouts.stall_s if stall_s is None else stall_s,
+            self.timeouts.first_byte_s if first_byte_s is None else first_byte_s,
+            self.timeouts.stall_s if stall_s is None else stall_s,
         )
         while self._idle:
             connection = self._idle.pop()
@@ -384,6 +404,12 @@ class Pool:
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
+
+    def retire(self) -> None:
+        """Take no connection back any more; answers under way go on to their end."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().abort()
 
     def close(self) -> None:
         """Close every connection; answers under way end with an error."""
@@ -409,12 +435,12 @@ class Pool:
             raise PoolFullError(f"All {self._max_connections} connections to {self.name} are in use.", retry_after_s=1)
         self._connecting += 1
         try:
-            async with asyncio.timeout(self._timeouts.connect_s):
+            async with asyncio.timeout(self.timeouts.connect_s):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(self), self._host, self._port
+                    lambda: _Connection(self), self._host, self._port, ssl=self._tls
                 )
         except TimeoutError:
-            reason = f"no connection within {self._timeouts.connect_s:g} s"
+            reason = f"no connection within {self.timeouts.connect_s:g} s"
         except OSError as error:
             reason = error.strerror or str(error)
         else:

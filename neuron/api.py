@@ -4,6 +4,7 @@ Chat Completions, text completions, Responses and Messages are projections of th
 in the service; what a model does, in its harness. Every error leaves in the envelope of its path's dialect.
 """
 
+import hmac
 import logging
 import secrets
 import time
@@ -39,9 +40,16 @@ from cortex.http_io import (
     stream,
     until_disconnect,
 )
-from cortex.wire.errors import ApiError, ErrorInfo, MethodNotAllowedError, NotFoundError, RemoteError
+from cortex.wire.errors import (
+    ApiError,
+    ErrorInfo,
+    MethodNotAllowedError,
+    NotFoundError,
+    RemoteError,
+    UnauthorizedError,
+)
 from cortex.wire.events import Failed, InferenceEvent
-from cortex.wire.node import Endpoint, ModelList, ModelSpec, UnloadRequest
+from cortex.wire.node import DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
 from cortex.wire.request import InferenceRequest
 from neuron import __version__, metrics
 from neuron.metrics import RequestRecord
@@ -58,8 +66,10 @@ PRINCIPAL_HEADER = b"x-cortex-principal"
 """A gateway sends it to say on whose behalf a request is: seats are shared out among principals."""
 
 _ADMIN_BODY_BYTES = 1 << 20
-_SPEC_DECODER = msgspec.json.Decoder(ModelSpec)
+_LOAD_DECODER = msgspec.json.Decoder(LoadRequest)
 _UNLOAD_DECODER = msgspec.json.Decoder(UnloadRequest)
+_PIN_DECODER = msgspec.json.Decoder(PinRequest)
+_DRAIN_DECODER = msgspec.json.Decoder(DrainRequest)
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
@@ -84,6 +94,8 @@ class Api:
             "/models": {"GET": self._models},
             "/models/load": {"POST": self._load},
             "/models/unload": {"POST": self._unload},
+            "/models/pin": {"POST": self._pin},
+            "/drain": {"POST": self._drain},
             "/v1/models": {"GET": self._openai_models},
             CHAT.path: {"POST": self._chat},
             COMPLETIONS.path: {"POST": self._completions},
@@ -100,7 +112,9 @@ class Api:
         given = exchange.header(b"x-request-id")
         exchange.request_id = given.decode("latin-1")[:128] if given else f"req_{secrets.token_hex(12)}"
         try:
-            await self._handler(exchange)(exchange)
+            handler = self._handler(exchange)
+            self._check_secret(exchange)
+            await handler(exchange)
         except ClientDisconnectedError:
             return
         except ApiError as error:
@@ -124,6 +138,15 @@ class Api:
             raise MethodNotAllowedError(f"{exchange.path} does not take {exchange.method}; it takes {allowed}.")
         return handler
 
+    def _check_secret(self, exchange: Exchange) -> None:
+        """Let only those in who have the secret, where there is one. Whether the daemon lives, anybody may ask."""
+        secret = self._service.secret
+        if not secret or exchange.path == "/health":
+            return
+        given = exchange.header(b"authorization") or b""
+        if not hmac.compare_digest(given, b"Bearer " + secret):
+            raise UnauthorizedError("This neuron answers only those who send its secret.")
+
     # ------------------------------------------------------------------ the node
 
     async def _discovery(self, exchange: Exchange) -> None:
@@ -140,15 +163,25 @@ class Api:
         await exchange.reply(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, exchange: Exchange) -> None:
-        await _reply(exchange, ModelList(self._service.models.statuses()))
+        models = self._service.models
+        await _reply(exchange, ModelList(models.statuses(), models.generation))
 
     async def _load(self, exchange: Exchange) -> None:
-        spec = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _SPEC_DECODER)
-        await _reply(exchange, await until_disconnect(exchange, self._service.load(spec)))
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _LOAD_DECODER)
+        await _reply(exchange, await until_disconnect(exchange, self._service.load(asked)))
 
     async def _unload(self, exchange: Exchange) -> None:
         asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _UNLOAD_DECODER)
         await _reply(exchange, await self._service.unload(asked))
+
+    async def _pin(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _PIN_DECODER)
+        status = self._service.models.pin(asked.id, asked.pinned, asked.priority, asked.idle_ttl_s)
+        await _reply(exchange, status)
+
+    async def _drain(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _DRAIN_DECODER)
+        await _reply(exchange, self._service.drain(asked))
 
     async def _endpoint(self, exchange: Exchange) -> None:
         name = exchange.path.removeprefix("/models/").removesuffix("/endpoint")

@@ -14,7 +14,7 @@ import msgspec
 
 from cortex import settings
 from cortex.settings import ConfigError
-from cortex.wire.node import ModelSpec
+from cortex.wire.node import LoadRequest
 
 ENVIRONMENT_PREFIX = "NEURON_"
 CONFIG_VARIABLE = "NEURON_CONFIG"
@@ -40,16 +40,25 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A step of a device worker that takes longer has hung: the worker is replaced. 0: no limit."""
     stop_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     """How long a device worker may take to end before it is killed."""
+    hold_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    """How long a model that was just loaded is kept for those it was loaded for to use it."""
+    linger_s: Annotated[float, msgspec.Meta(ge=0)] = 0.5
+    """How long after its last request a model is kept while another waits for its room."""
+    patience_s: Annotated[float, msgspec.Meta(ge=0)] = 20.0
+    """How long a busy model still takes requests while another waits for its room."""
+    defrag_idle_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    """How long the models of a device must have been idle before its worker is replaced (``defrag_after_cycles``)."""
+    secret_file: str = ""
+    """A file whose first line everyone must send as ``Authorization: Bearer``, but for ``/health``. Empty: nobody."""
+    tls_certificate: str = ""
+    """PEM files; with them the API is served over TLS."""
+    tls_key: str = ""
 
 
-class ModelSettings(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ModelSettings(LoadRequest, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One of ``[[models]]``: a model this node knows, loaded at start if ``preload``."""
 
     preload: bool = True
-
-    def spec(self) -> ModelSpec:
-        """Return the part that says what to load."""
-        return ModelSpec(**{name: getattr(self, name) for name in ModelSpec.__struct_fields__})
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,6 +90,13 @@ def load(
         settings.split_address(config.daemon.listen)
     except ValueError as error:
         raise ConfigError(source, "daemon.listen", str(error)) from None
+    daemon = config.daemon
+    settings.read_secret(daemon.secret_file, source, "daemon.secret_file")
+    if bool(daemon.tls_certificate) != bool(daemon.tls_key):
+        raise ConfigError(source, "daemon.tls_key", "tls_certificate and tls_key go together")
+    for key in ("tls_certificate", "tls_key"):
+        if (named := getattr(daemon, key)) and not os.access(named, os.R_OK):
+            raise ConfigError(source, f"daemon.{key}", f"{named} cannot be read")
     seen: set[str] = set()
     for index, model in enumerate(config.models):
         if not model.id or model.id in seen:

@@ -82,6 +82,25 @@ class ModelConflictError(UnprocessableError):
     code = "model_conflict"
 
 
+class ModelNotReadyError(UnavailableError):
+    """The model is on its way in or out; asking for it to be loaded waits for it."""
+
+    code = "model_not_ready"
+
+
+class GenerationConflictError(ApiError):
+    """An unload means a load of the model that is not here any more."""
+
+    status = 409
+    code = "generation_conflict"
+
+
+class NoRoomError(UnavailableError):
+    """The model does not fit beside what is loaded, and nothing may be evicted for it."""
+
+    code = "no_room"
+
+
 class ModelFailedError(UnavailableError):
     """The model's last load failed; asking for it to be loaded tries again."""
 

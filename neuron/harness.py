@@ -5,7 +5,8 @@ the one that ships (:mod:`neuron.torch_harness`); it runs models in this project
 """
 
 import pathlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from cortex.wire.events import InferenceEvent
@@ -15,6 +16,22 @@ from neuron.device.jobs import LoadedModel
 
 Progress = Callable[[float], None]
 """Called with how far a load is, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What a model needs before it can be loaded: ``num_devices`` of those in ``bytes_on``, with so much free on each.
+
+    Without devices it needs nothing, and none is chosen for it.
+    """
+
+    bytes_on: Mapping[str, int] = field(default_factory=dict)
+    num_devices: int = 1
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the least it takes on all its devices together."""
+        return self.num_devices * min(self.bytes_on.values(), default=0)
 
 
 class Model(Protocol):
@@ -52,8 +69,18 @@ class Harness(Protocol):
 
     name: str
 
+    async def measure(self, spec: ModelSpec, path: pathlib.Path) -> Requirement:
+        """Return what the weights at ``path`` need, whatever is free now.
+
+        Raises:
+            ApiError: they cannot be read, or no device that the spec allows is here.
+        """
+
+    async def free_bytes(self, devices: Collection[str]) -> Mapping[str, int]:
+        """Return the memory that is free now on each of ``devices`` that takes loads."""
+
     async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> Model:
-        """Load the weights at ``path``.
+        """Load the weights at ``path``, on the devices that ``spec`` names if it names any.
 
         Raises:
             ApiError: 422 with the reason if it cannot fit or cannot be read; nothing stays allocated.

@@ -14,18 +14,20 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from granian.constants import Interfaces
 from granian.server.embed import Server
 
+from cortex.settings import read_secret
 from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
 from cortex.wire.node import (
     Discovery,
+    DrainRequest,
     Health,
-    ModelSpec,
+    LoadRequest,
     ModelStatus,
     NodeState,
     UnloadRequest,
@@ -33,19 +35,22 @@ from cortex.wire.node import (
     WorkerState,
 )
 from neuron import __version__, metrics
-from neuron.config import Config
+from neuron.config import Config, DaemonSettings
 from neuron.device import probe
 from neuron.device.worker import Worker
 from neuron.errors import DeviceWorkerLostError, ListenError
 from neuron.harness import Harness
 from neuron.load import source
+from neuron.load.eviction import Patience
 from neuron.load.loader import Loader
-from neuron.load.table import ModelTable
+from neuron.load.table import ModelTable, Stay
 from neuron.torch_harness import TorchHarness
 
 _log = logging.getLogger("neuron.service")
 
 STOPPING_RETRY_AFTER_S = 5.0
+HOUSEKEEPING_S = 0.5
+"""How often idle models and workers that are due for replacement are looked for."""
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 """torch's threads wait for each other by spinning, for milliseconds unless told otherwise. Where other programs want
 the cores that is ruin: at a load of 7 on two cores, decode made 0.5-3 tokens/s, and 8-20 with this."""
@@ -55,20 +60,34 @@ START_RETRY_FIRST_S, START_RETRY_MAX_S = 2.0, 60.0
 class Service:
     """One daemon. Construct, then :meth:`run` once."""
 
-    def __init__(self, config: Config, harnesses: Mapping[str, Harness] | None = None) -> None:
-        """``harnesses`` replaces those that the configuration names (tests; other engines)."""
+    def __init__(
+        self,
+        config: Config,
+        harnesses: Mapping[str, Harness] | None = None,
+        workers: Mapping[str, Worker] | None = None,
+        look: Callable[[], probe.Host] = probe.probe,
+    ) -> None:
+        """``harnesses`` replaces those that the configuration names, ``workers`` and ``look`` what is here (tests)."""
         self._config = config
+        self._look = look
+        self._is_closed = False
         self.listen = config.daemon.listen
         self.max_body_bytes = config.daemon.max_body_bytes
+        self.secret = read_secret(config.daemon.secret_file, "neuron.toml", "daemon.secret_file")
+        """What callers must send; empty: nothing."""
         self._started = time.monotonic()
         self._state = NodeState.STARTING
         self._stopping = asyncio.Event()
-        available = [device.id for device in probe.probe().devices]
-        chosen = probe.parse_devices(config.daemon.devices, available)
-        self._workers = {device: self._worker(device) for device in chosen}
+        if workers is None:
+            chosen = probe.parse_devices(config.daemon.devices, [device.id for device in look().devices])
+            workers = {device: self._worker(device) for device in chosen}
+        self._workers = workers
         self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
+        daemon = config.daemon
         self.models = ModelTable(
-            Loader(pathlib.Path(cache) if (cache := config.daemon.cache) else source.default_cache()).load
+            Loader(pathlib.Path(daemon.cache) if daemon.cache else source.default_cache()).load,
+            Patience(daemon.hold_s, daemon.linger_s, daemon.patience_s),
+            self._recycle,
         )
         self._activating: set[str] = set()
 
@@ -80,24 +99,33 @@ class Service:
             raise NoHarnessError("This neuron has no harness that can run inference.")
         if self._state is NodeState.DRAINING:
             raise UnavailableError("This neuron is shutting down.", retry_after_s=STOPPING_RETRY_AFTER_S)
+        if self._is_closed:
+            raise UnavailableError("This neuron is drained for maintenance.", retry_after_s=STOPPING_RETRY_AFTER_S)
 
-    async def load(self, spec: ModelSpec) -> ModelStatus:
+    async def load(self, asked: LoadRequest) -> ModelStatus:
         """Load a model; see :meth:`ModelTable.load`."""
         self.admit()
-        if spec.harness not in self._harnesses:
+        if asked.harness not in self._harnesses:
             known = ", ".join(self._harnesses)
-            raise NoHarnessError(f"There is no harness '{spec.harness}' here; there is: {known}.", param="harness")
-        return await self.models.load(spec, self._harnesses[spec.harness])
+            raise NoHarnessError(f"There is no harness '{asked.harness}' here; there is: {known}.", param="harness")
+        stay = Stay(asked.pinned, asked.priority, asked.idle_ttl_s)
+        return await self.models.load(asked.spec(), self._harnesses[asked.harness], stay, asked.evict)
 
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
         """Unload a model; see :meth:`ModelTable.unload`."""
-        status = await self.models.unload(asked.id, asked.drain_timeout_s)
+        status = await self.models.unload(asked.id, asked.drain_timeout_s, asked.generation)
         metrics.forget_model(asked.id)
         return status
 
+    def drain(self, asked: DrainRequest) -> Health:
+        """Take no more requests and loads, while what runs goes on; or take them again."""
+        self._is_closed = asked.draining
+        _log.info("draining=%d", asked.draining)
+        return self.health()
+
     async def discovery(self, dialects: Sequence[str]) -> Discovery:
         """Describe this host with fresh memory figures."""
-        host = await asyncio.to_thread(probe.probe)
+        host = await asyncio.to_thread(self._look)
         workers = self._workers
         return Discovery(
             name=self._config.daemon.name,
@@ -117,7 +145,7 @@ class Service:
     def health(self) -> Health:
         """Tell where the daemon is in its life."""
         return Health(
-            state=self._state,
+            state=NodeState.DRAINING if self._is_closed else self._state,
             uptime_s=time.monotonic() - self._started,
             workers=tuple(worker.health() for worker in self._workers.values()),
             activating=tuple(sorted(self._activating)),
@@ -135,9 +163,10 @@ class Service:
         Raises:
             ListenError: the address is taken or not of this host.
         """
-        server = _server(app, self.listen)
+        server = _server(app, self._config.daemon)
         serving = asyncio.create_task(server.serve())
         activation = asyncio.create_task(self._activate())
+        housekeeping = asyncio.create_task(self._keep_house())
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -146,9 +175,10 @@ class Service:
                 raise ListenError(f"The server on {self.listen} ended unexpectedly.")
             await self._drain()
         finally:
-            for task in (activation, stopping):
+            tasks = (activation, housekeeping, stopping)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(activation, stopping, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(
                 *(worker.stop(self._config.daemon.stop_timeout_s) for worker in self._workers.values())
             )
@@ -160,8 +190,9 @@ class Service:
         """Start the workers, then bring up the models that the configuration asks for."""
         preload = [entry for entry in self._config.models if entry.preload]
         for entry in self._config.models:
-            if entry.spec().harness in self._harnesses:
-                self.models.add(entry.spec(), self._harnesses[entry.spec().harness])
+            if entry.harness in self._harnesses:
+                stay = Stay(entry.pinned, entry.priority, entry.idle_ttl_s)
+                self.models.add(entry.spec(), self._harnesses[entry.harness], stay)
         self._activating = {entry.id for entry in preload}
         starts = {asyncio.create_task(self._start(worker)) for worker in self._workers.values()}
         try:
@@ -169,12 +200,12 @@ class Service:
             await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
             self._state = NodeState.READY
             for entry in preload:
-                await self._preload(entry.spec())
+                await self._preload(entry)
             while starts:
                 done, starts = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
                 if any(task.result() for task in done):
                     for entry in preload:
-                        await self._preload(entry.spec())
+                        await self._preload(entry)
         finally:
             for task in starts:
                 task.cancel()
@@ -192,13 +223,28 @@ class Service:
             else:
                 return pause_s > START_RETRY_FIRST_S
 
-    async def _preload(self, spec: ModelSpec) -> None:
+    async def _preload(self, asked: LoadRequest) -> None:
         try:
-            await self.load(spec)
+            await self.load(asked)
         except ApiError as error:
-            _log.error("preload failed model=%s error=%s", spec.id, error.message)
+            _log.error("preload failed model=%s error=%s", asked.id, error.message)
         finally:
-            self._activating.discard(spec.id)
+            self._activating.discard(asked.id)
+
+    async def _keep_house(self) -> None:
+        """Unload what has been idle for too long, and replace workers that are due for it."""
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            for model in await self.models.unload_idle():
+                metrics.forget_model(model)
+            await self.models.rooms.tidy(self._config.daemon.defrag_idle_s)
+
+    async def _recycle(self, device: str) -> None:
+        """Replace a worker by a fresh one; returns when that is ready, however many tries it takes."""
+        worker = self._workers[device]
+        await worker.stop(self._config.daemon.stop_timeout_s)
+        await self._start(worker)
+        worker.recycles += 1
 
     async def _drain(self) -> None:
         """Close admission and give running requests their time."""
@@ -238,8 +284,9 @@ class Service:
         return Worker(device, command, environment=environment, on_state=changed, on_restarted=restarted)
 
 
-def _server(app: Any, listen: str) -> Server:
+def _server(app: Any, daemon: DaemonSettings) -> Server:
     """Return the embedded HTTP server, after a look whether its address is free: Granian would share it silently."""
+    listen = daemon.listen
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -257,4 +304,6 @@ def _server(app: Any, listen: str) -> Server:
         log_enabled=False,
         websockets=False,
         backlog=1024,
+        ssl_cert=pathlib.Path(daemon.tls_certificate) if daemon.tls_certificate else None,
+        ssl_key=pathlib.Path(daemon.tls_key) if daemon.tls_key else None,
     )

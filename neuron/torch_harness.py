@@ -10,7 +10,7 @@ import contextlib
 import functools
 import pathlib
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 
 import msgspec
 
@@ -26,9 +26,9 @@ from cortex.wire.request import FormatKind, InferenceRequest, Sampling, ToolMode
 from neuron.device.jobs import ConstraintSettings, LoadedModel, SamplerSettings, TokenRow
 from neuron.device.worker import Sink, Worker
 from neuron.errors import NoDeviceError
-from neuron.harness import Model, Progress
+from neuron.harness import Model, Progress, Requirement
 from neuron.models.config import GenerationDefaults, ModelConfig, read_config
-from neuron.models.sizing import plan_memory
+from neuron.models.sizing import least_bytes, plan_memory
 from neuron.text import tokenizer
 from neuron.text.detokenize import Detokenizer
 from neuron.text.grammar import constraint_of
@@ -51,14 +51,27 @@ class TorchHarness:
     def __init__(self, workers: Mapping[str, Worker]) -> None:
         self._workers = workers
 
-    async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> "TorchModel":
-        """Load the weights at ``path`` on the device the spec names, or on the one with the most free memory."""
+    async def measure(self, spec: ModelSpec, path: pathlib.Path) -> Requirement:
+        """Return the least that the worker's own plan takes on each device the spec allows."""
         if spec.tensor_parallel != 1 or len(spec.devices) > 1:
             raise UnprocessableError(
                 f"'{spec.id}' asks for {max(spec.tensor_parallel, len(spec.devices))} devices; "
                 "a model runs on one device here.",
                 param="tensor_parallel",
             )
+        devices = [worker.device_id for worker in self._candidates(spec)]
+        config = await asyncio.to_thread(read_config, path)
+        return Requirement({device: least_bytes(config, spec, device) for device in devices})
+
+    async def free_bytes(self, devices: Collection[str]) -> dict[str, int]:
+        """Ask the workers of ``devices`` that are there."""
+        # A worker that recovers takes jobs before it takes sequences: its models are loaded again that way.
+        ready = [device for device in devices if self._workers[device].ready is not None]
+        memory = await asyncio.gather(*(self._workers[device].memory() for device in ready))
+        return {device: answer.free_bytes for device, answer in zip(ready, memory, strict=True)}
+
+    async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> "TorchModel":
+        """Load the weights at ``path`` on the device the spec names, or on the one with the most free memory."""
         config = await asyncio.to_thread(read_config, path)
         files = await asyncio.to_thread(tokenizer.load, path)
         worker, free_bytes = await self._choose(spec)
@@ -71,20 +84,21 @@ class TorchHarness:
         assert isinstance(model, TorchModel)
         await model.worker.unload(model.loaded.model)
 
-    async def _choose(self, spec: ModelSpec) -> tuple[Worker, int]:
+    def _candidates(self, spec: ModelSpec) -> list[Worker]:
         for device in spec.devices:
             if device not in self._workers:
                 known = ", ".join(self._workers) or "none"
                 raise NoDeviceError(f"'{device}' is not a device of this neuron; it has: {known}.", param="devices")
-        candidates = [self._workers[device] for device in spec.devices or self._workers]
-        # A worker that recovers takes jobs before it takes sequences: its models are loaded again that way.
-        ready = [worker for worker in candidates if worker.ready is not None]
-        if not ready:
+        return [self._workers[device] for device in spec.devices or self._workers]
+
+    async def _choose(self, spec: ModelSpec) -> tuple[Worker, int]:
+        candidates = self._candidates(spec)
+        free_bytes = await self.free_bytes([worker.device_id for worker in candidates])
+        if not free_bytes:
             states = ", ".join(f"{worker.device_id} is {worker.state}" for worker in candidates) or "there are none"
             raise NoDeviceError(f"No device can take '{spec.id}': {states}.", retry_after_s=RETRY_AFTER_S)
-        memory = await asyncio.gather(*(worker.memory() for worker in ready))
-        free, worker = max(zip((m.free_bytes for m in memory), ready, strict=True), key=lambda pair: pair[0])
-        return worker, free
+        device = max(free_bytes, key=free_bytes.__getitem__)
+        return self._workers[device], free_bytes[device]
 
 
 class TorchModel:

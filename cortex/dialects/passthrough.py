@@ -130,6 +130,12 @@ class Dialect:
     streams: bool = True
     """Whether an answer is ever a stream, whatever the body says."""
 
+    def loading(self, model: str, progress: float) -> bytes:
+        """Return a heartbeat that says how far the load of a model is, where the dialect has room for it."""
+        if not self.heartbeat.startswith(b":"):
+            return self.heartbeat
+        return f": loading {model} {progress:.0%}\n\n".encode()
+
 
 def read_usage(text: bytes) -> Usage | None:
     """Return the counts in a usage object; ``None`` if it is none."""

@@ -10,28 +10,43 @@ from typing import TypeVar
 import msgspec
 import orjson
 
-from cortex.config import GatewaySettings
+from cortex.config import GatewaySettings, NodeSettings
+from cortex.settings import read_secret
 from cortex.upstream import Pool
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError, UpstreamTimeoutError
-from cortex.wire.node import Discovery, Health, ModelList, ModelSpec, ModelStatus
+from cortex.wire.node import (
+    Discovery,
+    DrainRequest,
+    Health,
+    LoadRequest,
+    ModelList,
+    ModelState,
+    ModelStatus,
+    NodeState,
+    PinRequest,
+    UnloadRequest,
+)
 
 T = TypeVar("T")
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 NUM_CONNECTIONS = 64
+UNLOAD_TIMEOUT_S = 30.0
+"""Beyond the drain itself."""
 JSON_HEADERS = ((b"content-type", b"application/json"),)
 
 
 class NeuronClient:
     """The control plane of one node."""
 
-    def __init__(self, name: str, endpoint: str, settings: GatewaySettings) -> None:
-        self.name = name
-        timeouts = msgspec.structs.replace(
-            settings.timeouts, connect_s=min(settings.timeouts.connect_s, settings.polling.timeout_s)
+    def __init__(self, node: NodeSettings, settings: GatewaySettings) -> None:
+        self.name = node.name
+        quick = msgspec.structs.replace(
+            settings, timeouts=msgspec.structs.replace(settings.timeouts, connect_s=settings.polling.timeout_s)
         )
-        self._pool = Pool(name, endpoint, timeouts, NUM_CONNECTIONS)
+        self._pool = make_pool(node, quick, NUM_CONNECTIONS)
         self._timeout_s = settings.polling.timeout_s
+        self.load_stall_s = self._pool.timeouts.load_stall_s
 
     async def discovery(self) -> Discovery:
         """Return what the host is."""
@@ -45,12 +60,28 @@ class NeuronClient:
         """Return the models it knows."""
         return (await self._look(b"/models", ModelList)).models
 
-    async def load(self, spec: ModelSpec, *, timeout_s: float) -> ModelStatus:
+    async def load(self, asked: LoadRequest, *, timeout_s: float) -> ModelStatus:
         """Ask for a model and return when it is ready. The load goes on in the node if the caller stops waiting.
 
         ``timeout_s`` bounds the silence of a node that makes progress elsewhere visible; the caller watches that.
         """
-        return await self._call(b"POST", b"/models/load", ModelStatus, msgspec.json.encode(spec), timeout_s=timeout_s)
+        return await self._call(b"POST", b"/models/load", ModelStatus, msgspec.json.encode(asked), timeout_s=timeout_s)
+
+    async def unload(self, asked: UnloadRequest) -> ModelStatus:
+        """Unload a model and return when it is gone: after its running requests, or the drain timeout."""
+        timeout_s = asked.drain_timeout_s + UNLOAD_TIMEOUT_S
+        return await self._call(
+            b"POST", b"/models/unload", ModelStatus, msgspec.json.encode(asked), timeout_s=timeout_s
+        )
+
+    async def pin(self, asked: PinRequest) -> ModelStatus:
+        """Change how long a model may stay."""
+        body = msgspec.json.encode(asked)
+        return await self._call(b"POST", b"/models/pin", ModelStatus, body, timeout_s=self._timeout_s)
+
+    async def drain(self, asked: DrainRequest) -> Health:
+        """Have the node take no more requests and loads, or take them again."""
+        return await self._call(b"POST", b"/drain", Health, msgspec.json.encode(asked), timeout_s=self._timeout_s)
 
     def close(self) -> None:
         """Close the connections."""
@@ -78,6 +109,51 @@ class NeuronClient:
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             path = target.decode()
             raise UpstreamError(f"{self.name} answered {path} with something else than was asked: {error}.") from None
+
+
+class _Listed(msgspec.Struct, frozen=True):
+    id: str
+
+
+class _Listing(msgspec.Struct, frozen=True):
+    data: tuple[_Listed, ...]
+
+
+class OpenAIClient(NeuronClient):
+    """Another server that speaks OpenAI's dialects, seen as a node: what it lists is ready, and it loads nothing."""
+
+    def __init__(self, node: NodeSettings, settings: GatewaySettings) -> None:
+        super().__init__(node, settings)
+        self._node = node
+
+    async def discovery(self) -> Discovery:
+        """Return what the configuration says of it: no devices, no harness, so that nothing is ever placed there."""
+        return Discovery(self.name, "", self._node.endpoint, "", None, None, (), (), self._node.dialects)
+
+    async def health(self) -> Health:
+        """Return that it is ready; whether it is there, :meth:`models` finds out."""
+        return Health(NodeState.READY, 0.0, ())
+
+    async def models(self) -> tuple[ModelStatus, ...]:
+        """Return what it lists, under the names that are offered here."""
+        listing = await self._look(b"/v1/models", _Listing)
+        there = {model.id for model in listing.data}
+        names = self._node.models or dict.fromkeys(there, "")
+        return tuple(
+            ModelStatus(name, ModelState.READY) for name, other in names.items() if not other or other in there
+        )
+
+
+def make_pool(node: NodeSettings, settings: GatewaySettings, max_connections: int) -> Pool:
+    """Return a pool of connections to a node, with its secret and its timeouts."""
+    return Pool(
+        node.name,
+        node.endpoint,
+        node.timeouts.over(settings.timeouts),
+        max_connections,
+        secret=read_secret(node.secret_path(settings), "cortex.toml", f"neurons.{node.name}.secret_file"),
+        ca_file=node.ca_file,
+    )
 
 
 def read_error(status: int, body: bytes, retry_after: bytes | None = None) -> ErrorInfo:

@@ -2,20 +2,24 @@
 
 A request is sent again only while nothing of an answer has arrived: after a connection that could not be made or broke
 before its first byte, and after a node's 503, 529 or 429. Silence is not retried, for the node may be working. A node
-that does not have the model after all is believed, and the request is routed anew. Of dialects it knows which nodes
-speak one; an error body is passed on as it is.
+that does not have the model after all, or not now, is believed, and the request is routed anew. Replicas whose circuit
+is open are left out. Of dialects it knows which nodes speak one; an error body is passed on as it is.
 """
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from cortex.config import Timeouts
+from cortex._fast.peek import peek, splice
+from cortex.config import Config, NodeType
 from cortex.dialects.passthrough import CHAT
 from cortex.dialects.translate import told_error
 from cortex.errors import ConnectError, ConnectionLostError, NoNodeError, PoolFullError, ReplyError
+from cortex.fleet.affinity import NO_AFFINITY, Affinity, Beginnings, Prefixes, beginnings
+from cortex.fleet.breaker import Breakers
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.control import read_error
 from cortex.fleet.loader import Loader
@@ -23,13 +27,18 @@ from cortex.fleet.poller import Poller
 from cortex.fleet.router import Busy, Decision, Load, Serve, Unknown, offered_profile, route
 from cortex.fleet.state import Fleet, Seat
 from cortex.upstream import Header, Pool, Response
-from cortex.wire.errors import ApiError, ModelNotFoundError, RemoteError
+from cortex.wire.errors import ApiError, ModelNotFoundError, RemoteError, UpstreamError
 
 log = logging.getLogger("cortex.fleet")
 
 MAX_ATTEMPTS = 8
 MAX_ERROR_BYTES = 1024 * 1024
 BACK_PRESSURE = frozenset({429, 503, 529})
+FAULTS = frozenset({500, 502, 504})
+"""Statuses that say that something is wrong with a node."""
+
+NOT_READY = "model_not_ready"
+"""The code with which a neuron says that a model is on its way in or out: a load of it waits for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +54,32 @@ class Question:
     headers: Sequence[Header]
     body: bytes
     is_stream: bool
+    cache_key: str | None = None
+    """A client's own name for what its prompts have in common."""
     as_chat: Callable[[], bytes] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """A node's 200, with its body to come. Close it in every case."""
 
     node: str
     response: Response
     seat: Seat
+    breakers: Breakers
     is_chat: bool = False
     """Whether the question was asked as a chat, so that this is one."""
+    is_broken: bool = False
+
+    def note_broken(self) -> None:
+        """Count it against the node that the answer broke off."""
+        self.is_broken = True
+        self.breakers.fail(self.node, self.seat.model, time.monotonic())
 
     def close(self) -> None:
         """Give the seat back, and the connection up unless the body is complete."""
+        if not self.is_broken and self.response.is_complete:
+            self.breakers.succeed(self.node, self.seat.model)
         self.response.close()
         self.seat.release()
 
@@ -70,27 +90,38 @@ class Dispatcher:
     def __init__(
         self,
         fleet: Fleet,
+        config: Config,
         catalogue: Catalogue,
         pools: dict[str, Pool],
         loader: Loader,
         poller: Poller,
-        timeouts: Timeouts,
-        first_look_s: float,
         on_retry: Callable[[str, str], None] = lambda node, reason: None,
     ) -> None:
         self._fleet = fleet
-        self._catalogue = catalogue
         self._pools = pools
         self._loader = loader
         self._poller = poller
-        self._timeouts = timeouts
-        self._first_look_s = first_look_s
         self._on_retry = on_retry
-        self._pins = frozenset(profile.id for profile in catalogue.profiles.values() if profile.pinned)
+        self._prefixes = Prefixes()
+        self.breakers = Breakers(config.gateway.breaker)
+        self.reconfigure(config, catalogue)
+
+    def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
+        """Go by these from now on."""
+        self._catalogue = catalogue
+        self._slack = config.gateway.affinity_slack
+        self._first_look_s = config.gateway.polling.timeout_s + 1
+        self._names_there = {node.name: node.models for node in config.neurons if node.type is NodeType.OPENAI}
+        self.breakers.settings = config.gateway.breaker
+        self.breakers.keep(frozenset(node.name for node in config.neurons))
 
     def knows(self, model: str) -> bool:
         """Return whether a model is in the catalogue, or on a node even if that is down now."""
         return model in self._catalogue.profiles or model in self._fleet.state.known
+
+    def load_progress(self, model: str) -> float | None:
+        """Return how far the load is that requests for ``model`` wait for; ``None`` if they wait for none."""
+        return self._loader.progress(model)
 
     async def first_look(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Return when every node has been polled once or has had the time to be, or as soon as ``enough`` is true."""
@@ -110,57 +141,94 @@ class Dispatcher:
             ReplyError: a node answered with an error, the last one that was tried.
             ApiError: the load failed, or the last node that was tried could not be reached.
         """
+        model = question.model
         excluded = frozenset(
             node.name
             for node in self._fleet.state.nodes.values()
             if node.discovery is not None and not _understands(question, node.discovery.dialects)
         )
+        begins: Beginnings | None = None
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
-            node = await self._find(question.model, excluded, last)
+            if begins is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
+                begins = beginnings(model, question.body, question.cache_key)
+            node = await self._find(model, excluded, last, begins)
             on_node(node)
             # Counted from here on, before the node knows: a burst must not pile onto one replica.
-            seat = self._fleet.in_flight.take(node, question.model)
+            seat = self._fleet.in_flight.take(node, model)
+            self.breakers.ask(node, model)
             try:
                 is_chat = self._is_asked_as_chat(node, question)
                 response = await self._post(node, question, is_chat)
-            except (ConnectError, ConnectionLostError, PoolFullError) as error:
+            except (ConnectError, ConnectionLostError) as error:
                 seat.release()
                 last = error
+                self.breakers.fail(node, model, time.monotonic())
                 self._on_retry(node, error.code)
-                if not isinstance(error, PoolFullError):
-                    self._poller.poll_soon(node)
+                self._poller.poll_soon(node)
                 excluded |= {node}
                 continue
+            except PoolFullError as error:
+                seat.release()
+                last = error
+                self.breakers.let_go(node, model)
+                self._on_retry(node, error.code)
+                excluded |= {node}
+                continue
+            except UpstreamError:
+                seat.release()
+                self.breakers.fail(node, model, time.monotonic())
+                raise
             except BaseException:
                 seat.release()
+                self.breakers.let_go(node, model)
                 raise
             if response.status == 200:
-                return Answer(node, response, seat, is_chat)
+                self.breakers.answer(node, model)
+                if begins is not None:
+                    self._prefixes.note(begins, node)
+                return Answer(node, response, seat, self.breakers, is_chat)
             try:
                 refusal = await _read_refusal(response, is_chat)
             finally:
                 response.close()
                 seat.release()
-            if refusal.status == ModelNotFoundError.status and refusal.code == ModelNotFoundError.code:
-                self._fleet.forget_model(node, question.model)
-                last = NoNodeError(f"{node} does not have {question.model} loaded any more.", retry_after_s=1)
+                self.breakers.let_go(node, model)
+            is_missing = refusal.status == ModelNotFoundError.status and refusal.code == ModelNotFoundError.code
+            if is_missing or refusal.code == NOT_READY:
+                # On its way in or out, or gone: a load joins the one, waits for the other, and is needed for the third.
+                self._fleet.forget_model(node, model)
+                last = NoNodeError(f"{node} does not have {model} ready any more.", retry_after_s=1)
             elif refusal.status in BACK_PRESSURE:
                 last = refusal
                 excluded |= {node}
             else:
+                if refusal.status in FAULTS:
+                    self.breakers.fail(node, model, time.monotonic())
+                else:
+                    self.breakers.succeed(node, model)
                 raise refusal
             self._on_retry(node, refusal.code)
         assert last is not None
         raise last
 
-    async def _find(self, model: str, excluded: frozenset[str], last: ApiError | None) -> str:
+    async def _find(
+        self, model: str, excluded: frozenset[str], last: ApiError | None, begins: Beginnings | None
+    ) -> str:
         """Return a node that has the model ready, loading it if need be."""
         profile = self._catalogue.profiles.get(model)
+        blocked = self.breakers.blocked(model, time.monotonic())
+        if blocked:
+            excluded |= blocked
+            last = last or NoNodeError(
+                f"Every replica of {model} has been failing; it is tried again in a moment.",
+                retry_after_s=self.breakers.retry_after_s(model, time.monotonic()),
+            )
 
         def decide() -> Decision:
             in_flight = self._fleet.in_flight.by_node
-            return route(self._fleet.state, model, profile, in_flight, excluded, self._pins)
+            affinity = NO_AFFINITY if begins is None else self._look(begins)
+            return route(self._fleet.state, model, profile, in_flight, excluded, affinity, self._slack)
 
         decision = decide()
         if not isinstance(decision, Serve) and not self._fleet.state.complete:
@@ -173,7 +241,7 @@ class Dispatcher:
             case Load(candidates):
                 profile = profile or offered_profile(self._fleet.state, model)
                 assert profile is not None
-                return await self._loader.load(profile.spec(), candidates)
+                return await self._loader.load(profile, candidates)
             case Busy(retry_after_s, reason):
                 raise last or NoNodeError(f"{reason[0].upper()}{reason[1:]}.", retry_after_s=retry_after_s)
             case Unknown():
@@ -181,18 +249,33 @@ class Dispatcher:
             case _:
                 assert_never(decision)
 
+    def _look(self, begins: Beginnings) -> Affinity:
+        return self._prefixes.look(begins, self._fleet.state.nodes.__contains__)
+
     def _is_asked_as_chat(self, node: str, question: Question) -> bool:
         """Return whether a node has to be asked in chat, which it speaks, for want of the question's own dialect."""
-        discovery = self._fleet.state.nodes[node].discovery
+        known = self._fleet.state.nodes.get(node)
+        discovery = known.discovery if known is not None else None
         return question.as_chat is not None and discovery is not None and question.dialect not in discovery.dialects
 
-    async def _post(self, node: str, question: Question, as_chat: bool) -> Response:
-        timeouts = self._timeouts
-        return await self._pools[node].request(
+    async def _post(self, node: str, question: Question, is_chat: bool) -> Response:
+        pool = self._pools.get(node)
+        if pool is None:
+            raise ConnectError(f"{node} is not a node of this gateway any more.", retry_after_s=1)
+        headers, target, body = question.headers, question.target, question.body
+        if is_chat and question.as_chat is not None:
+            target, body = CHAT.path.encode(), question.as_chat()
+        names = self._names_there.get(node)
+        if names is not None:  # a server that is not ours: it is told no more than it needs
+            headers = [(name, value) for name, value in headers if not name.startswith(b"x-cortex-")]
+            if other := names.get(question.model, ""):
+                body = splice(body, peek(body), other)
+        timeouts = pool.timeouts
+        return await pool.request(
             b"POST",
-            CHAT.path.encode() if as_chat else question.target,
-            question.headers,
-            question.as_chat() if as_chat and question.as_chat is not None else question.body,
+            target,
+            headers,
+            body,
             first_byte_s=timeouts.first_byte_s if question.is_stream else timeouts.answer_s,
         )
 

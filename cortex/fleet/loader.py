@@ -3,18 +3,21 @@
 One load per model at a time, which every request for that model joins; a request that gives up leaves the others and
 the load alone. Nothing limits how long a load takes, only how long it makes no progress. The node decides whether it
 will: a refusal moves on to the next candidate, and what comes out in the end is a typed error that says what each node
-said, and never a 404.
+said, and never a 404. Where there is a choice of nodes, each is first asked to load beside what it has, and only if
+none can is one of them asked to make room: what a node measures beats what is guessed of it here. A node that the
+catalogue prefers is asked to make room at once.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
+from cortex.config import EvictionSettings, ModelProfile
 from cortex.errors import LoadFailedError, LoadRefusedError
 from cortex.fleet.control import NeuronClient
 from cortex.fleet.state import Fleet
 from cortex.wire.errors import ApiError, UpstreamError
-from cortex.wire.node import ModelSpec, ModelState, ModelStatus
+from cortex.wire.node import Eviction, LoadRequest, ModelState, ModelStatus
 
 log = logging.getLogger("cortex.fleet")
 
@@ -24,6 +27,9 @@ RETRY_AFTER_S = 5.0
 MAX_ASKS = 3
 UNLIMITED_S = 1e8
 """More than three years: what is watched instead is progress."""
+
+NO_ROOM = "no_room"
+"""The code with which a node says that it would have to evict something."""
 
 REFUSALS = frozenset({400, 413, 422})
 """Statuses with which a node says that asking again will not help."""
@@ -36,18 +42,18 @@ class Loader:
         self,
         fleet: Fleet,
         neurons: Mapping[str, NeuronClient],
-        stall_s: float,
+        eviction: EvictionSettings,
         poll_soon: Callable[[str], None] = lambda node: None,
         on_load: Callable[[str, bool], None] = lambda model, succeeded: None,
     ) -> None:
         self._fleet = fleet
         self._neurons = neurons
-        self._stall_s = stall_s
+        self.eviction = eviction
         self._poll_soon = poll_soon
         self._on_load = on_load
         self._loads: dict[str, asyncio.Task[str]] = {}
 
-    async def load(self, spec: ModelSpec, candidates: tuple[str, ...]) -> str:
+    async def load(self, profile: ModelProfile, candidates: tuple[str, ...]) -> str:
         """Return the node that has the model ready, after loading it on the first candidate that takes it.
 
         Joins a load of this model that is under way, whatever candidates that one has.
@@ -56,12 +62,37 @@ class Loader:
             LoadRefusedError: every candidate refused for good.
             LoadFailedError: no candidate loaded it, and a later try may succeed.
         """
-        task = self._loads.get(spec.id)
+        task = self._loads.get(profile.id)
         if task is None:
-            task = asyncio.create_task(self._load(spec, candidates), name=f"load {spec.id}")
-            self._loads[spec.id] = task
-            task.add_done_callback(lambda done: self._ended(spec.id, done))
+            task = asyncio.create_task(self._load(profile, candidates), name=f"load {profile.id}")
+            self._loads[profile.id] = task
+            task.add_done_callback(lambda done: self._ended(profile.id, done))
         return await asyncio.shield(task)
+
+    async def load_on(self, name: str, profile: ModelProfile, *, may_evict: bool = True) -> ModelStatus:
+        """Load a model on one node, and return when it is ready there.
+
+        Raises:
+            ApiError: the node refuses or fails, in its own words.
+        """
+        log.info("model=%s node=%s load evict=%d", profile.id, name, may_evict)
+        asked = self._request(name, profile, may_evict)
+        try:
+            status = await self._load_on(name, asked)
+        except ApiError as error:
+            log.warning("model=%s node=%s load failed status=%d code=%s", profile.id, name, error.status, error.code)
+            self._poll_soon(name)
+            raise
+        self._fleet.set_model(name, status)
+        log.info("model=%s node=%s ready generation=%d", profile.id, name, status.generation)
+        return status
+
+    def progress(self, model: str) -> float | None:
+        """Return how far the load of a model is that requests of this process wait for; ``None`` if there is none."""
+        if model not in self._loads:
+            return None
+        statuses = (node.models[model] for node in self._fleet.state.listing.get(model, ()))
+        return max((s.progress for s in statuses if s.state is ModelState.LOADING), default=0.0)
 
     async def stop(self) -> None:
         """Stop waiting for loads. The nodes go on with theirs."""
@@ -75,30 +106,48 @@ class Loader:
         if not task.cancelled():
             task.exception()  # seen, even if every waiter has gone
 
-    async def _load(self, spec: ModelSpec, candidates: tuple[str, ...]) -> str:
-        errors: list[tuple[str, ApiError]] = []
-        for name in candidates:
-            log.info("model=%s node=%s load", spec.id, name)
+    def _request(self, name: str, profile: ModelProfile, may_evict: bool) -> LoadRequest:
+        return LoadRequest(
+            **{field: getattr(profile, field) for field in profile.spec().__struct_fields__},
+            pinned=name in profile.pinned,
+            priority=profile.priority,
+            idle_ttl_s=profile.idle_ttl_s,
+            evict=Eviction(self.eviction.strategy, self.eviction.defrag_after_cycles) if may_evict else None,
+        )
+
+    async def _load(self, profile: ModelProfile, candidates: tuple[str, ...]) -> str:
+        errors: dict[str, ApiError] = {}
+        full: list[str] = []
+        wanted = {*profile.pinned, *profile.preferred_nodes}
+        for name, may_evict in [(name, len(candidates) == 1 or name in wanted) for name in candidates]:
             try:
-                status = await self._load_on(name, spec)
+                await self.load_on(name, profile, may_evict=may_evict)
             except ApiError as error:
-                log.warning("model=%s node=%s load failed status=%d code=%s", spec.id, name, error.status, error.code)
-                errors.append((name, error))
-                self._poll_soon(name)
-                continue
-            self._fleet.set_model(name, status)
-            self._on_load(spec.id, True)
-            log.info("model=%s node=%s ready", spec.id, name)
-            return name
-        self._on_load(spec.id, False)
-        reasons = "; ".join(f"{name}: {error.message}" for name, error in errors)
-        message = f"{spec.id} could not be loaded. {reasons}"
-        if all(error.status in REFUSALS for _, error in errors):
+                errors[name] = error
+                if error.code == NO_ROOM and not may_evict:
+                    full.append(name)
+            else:
+                return self._loaded(profile.id, name)
+        for name in full:
+            try:
+                await self.load_on(name, profile)
+            except ApiError as error:
+                errors[name] = error
+            else:
+                return self._loaded(profile.id, name)
+        self._on_load(profile.id, False)
+        reasons = "; ".join(f"{name}: {error.message}" for name, error in errors.items())
+        message = f"{profile.id} could not be loaded. {reasons}"
+        if all(error.status in REFUSALS for error in errors.values()):
             raise LoadRefusedError(message, param="model")
-        waits = [error.retry_after_s for _, error in errors if error.retry_after_s is not None]
+        waits = [error.retry_after_s for error in errors.values() if error.retry_after_s is not None]
         raise LoadFailedError(message, retry_after_s=min(waits, default=RETRY_AFTER_S))
 
-    async def _load_on(self, name: str, spec: ModelSpec) -> ModelStatus:
+    def _loaded(self, model: str, name: str) -> str:
+        self._on_load(model, True)
+        return name
+
+    async def _load_on(self, name: str, spec: LoadRequest) -> ModelStatus:
         """Load on one node. A connection that breaks is no answer: the node is asked what became of the load."""
         for _ in range(MAX_ASKS):
             try:
@@ -123,29 +172,36 @@ class Loader:
                 return status
         raise error
 
-    async def _ask(self, name: str, spec: ModelSpec) -> ModelStatus:
+    async def _ask(self, name: str, spec: LoadRequest) -> ModelStatus:
         """Ask one node, and give up on it only when it makes no progress or is down."""
-        asked = asyncio.create_task(self._neurons[name].load(spec, timeout_s=UNLIMITED_S))
+        neuron = self._neurons.get(name)
+        if neuron is None:
+            raise LoadFailedError(f"{name} is not a node of this gateway any more")
+        asked = asyncio.create_task(neuron.load(spec, timeout_s=UNLIMITED_S))
         try:
-            await self._progress_or_end(name, spec.id, asked)
+            await self._progress_or_end(name, spec.id, asked, neuron.load_stall_s)
             if asked.done():
                 return asked.result()
         finally:
             if not asked.done():
                 asked.cancel()
                 await asyncio.wait({asked})
-        if not self._fleet.state.nodes[name].up:
+        if not self._is_up(name):
             raise LoadFailedError(f"{name} went down while it loaded {spec.id}")
-        raise LoadFailedError(f"loading {spec.id} made no progress for {self._stall_s:g} s")
+        raise LoadFailedError(f"loading {spec.id} made no progress for {neuron.load_stall_s:g} s")
 
-    async def _progress_or_end(self, name: str, model: str, asked: "asyncio.Task[ModelStatus]") -> None:
+    def _is_up(self, name: str) -> bool:
+        node = self._fleet.state.nodes.get(name)
+        return node is not None and node.up
+
+    async def _progress_or_end(self, name: str, model: str, asked: "asyncio.Task[ModelStatus]", stall_s: float) -> None:
         """Return when ``asked`` is done, or nothing has moved in the node's own account for the stall limit."""
         clock = asyncio.get_running_loop().time
         moved_at = clock()
         seen = self._account(name, model)
         while not asked.done():
-            left_s = moved_at + self._stall_s - clock()
-            if left_s <= 0 or not self._fleet.state.nodes[name].up:
+            left_s = moved_at + stall_s - clock()
+            if left_s <= 0 or not self._is_up(name):
                 return
             changed = asyncio.ensure_future(self._fleet.changed())
             try:

@@ -11,8 +11,12 @@ from enum import IntEnum
 
 from cortex.config import ModelProfile
 from cortex.fleet.state import FleetState, Node
-from cortex.wire.node import Device, ModelState, ModelStatus, NodeState, WorkerState
+from cortex.wire.node import Device, DeviceKind, ModelState, ModelStatus, NodeState, WorkerState
 
+CAPABILITY_OF_DTYPE = {"bfloat16": "8.0"}
+"""What a GPU must be to compute in a dtype."""
+
+HOLDS_MEMORY = frozenset({ModelState.READY, ModelState.DRAINING, ModelState.RECOVERING})
 USABLE_WORKERS = frozenset({WorkerState.READY, WorkerState.STARTING, WorkerState.RECOVERING})
 
 
@@ -23,8 +27,10 @@ class Fit(IntEnum):
     UNKNOWN = 1
     """Its size is not known; the node's preflight will tell."""
     AFTER_EVICTION = 2
-    NO = 3
-    """Not even then: too large for the node, or what lies there is pinned or busy."""
+    AFTER_WAITING = 3
+    """Once models that are in use now have been let go."""
+    NO = 4
+    """Not even then: too large for the node, or what lies there is pinned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +57,22 @@ class Candidate:
         )
 
 
-def choose(
-    state: FleetState, profile: ModelProfile, excluded: frozenset[str] = frozenset(), pins: frozenset[str] = frozenset()
-) -> tuple[Candidate, ...]:
-    """Return the nodes that may load ``profile``, best first; those where it does not fit are left out.
-
-    ``pins`` are the ids of models that are not evicted anywhere.
-    """
-    needed_bytes = profile.memory_bytes or _known_size(state, profile.id)
+def choose(state: FleetState, profile: ModelProfile, excluded: frozenset[str] = frozenset()) -> tuple[Candidate, ...]:
+    """Return the nodes that may load ``profile``, best first; those where it does not fit are left out."""
+    elsewhere_bytes = _known_size(state, profile.id)
     found = []
     for node in state.nodes.values():
-        if node.name in excluded or not _takes_loads(node, profile.id):
+        if node.name in excluded or not _takes_loads(node):
             continue
         devices = usable_devices(node, profile)
         if not devices:
             continue
         free_bytes = sum(device.memory_free_bytes for device in devices)
-        fit = _fit(node, devices, free_bytes, needed_bytes, pins)
+        status = node.models.get(profile.id)
+        measured_bytes = status.required_bytes if status is not None else 0
+        fit = _fit(node, devices, free_bytes, measured_bytes or profile.memory_bytes or elsewhere_bytes)
         if fit is Fit.NO:
             continue
-        status = node.models.get(profile.id)
         found.append(
             Candidate(
                 node.name,
@@ -88,7 +90,9 @@ def usable_devices(node: Node, profile: ModelProfile) -> tuple[Device, ...]:
     """Return the devices a load would use: the named ones, or the freest ``tensor_parallel``; empty if it cannot."""
     if node.discovery is None or profile.harness not in node.discovery.harnesses:
         return ()
-    working = [device for device in node.discovery.devices if device.worker in USABLE_WORKERS]
+    working = [
+        device for device in node.discovery.devices if device.worker in USABLE_WORKERS and is_able(device, profile)
+    ]
     if profile.devices:
         named = tuple(device for device in working if device.id in profile.devices)
         return named if len(named) == len(profile.devices) else ()
@@ -104,37 +108,53 @@ def usable_devices(node: Node, profile: ModelProfile) -> tuple[Device, ...]:
     return best
 
 
+def is_able(device: Device, profile: ModelProfile) -> bool:
+    """Return whether a device computes what a model needs: a GPU of at least its compute capability."""
+    if device.kind is not DeviceKind.CUDA or not device.compute_capability:
+        return True
+    needed = profile.min_compute_capability or CAPABILITY_OF_DTYPE.get(profile.dtype, "")
+    return not needed or _version(device.compute_capability) >= _version(needed)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
 def _free(devices: tuple[Device, ...] | list[Device]) -> int:
     return sum(device.memory_free_bytes for device in devices) if devices else -1
 
 
-def _takes_loads(node: Node, model: str) -> bool:
-    if not node.up or node.health is None or node.health.state is NodeState.DRAINING:
-        return False
-    status = node.models.get(model)
-    return status is None or status.state is not ModelState.DRAINING
+def _takes_loads(node: Node) -> bool:
+    """Return whether a load may be asked of a node; one of a model that is leaving waits there until it has left."""
+    return node.up and node.health is not None and node.health.state is not NodeState.DRAINING
 
 
-def _fit(node: Node, devices: tuple[Device, ...], free_bytes: int, needed_bytes: int, pins: frozenset[str]) -> Fit:
+def _fit(node: Node, devices: tuple[Device, ...], free_bytes: int, needed_bytes: int) -> Fit:
     if not needed_bytes:
         return Fit.UNKNOWN
     if needed_bytes <= free_bytes:
         return Fit.FREE
     ids = {device.id for device in devices}
-    evictable_bytes = sum(
-        status.weights_bytes + status.kv_cache_bytes
+    there = [
+        status
         for status in node.models.values()
-        if status.state is ModelState.READY
-        and status.id not in pins
-        and not status.running + status.waiting
-        and set(status.devices) <= ids
+        if status.state in HOLDS_MEMORY and not status.pinned and set(status.devices) & ids
+    ]
+    idle_bytes = sum(
+        status.weights_bytes + status.kv_cache_bytes
+        for status in there
+        if status.state is ModelState.READY and not status.running + status.waiting
     )
-    return Fit.AFTER_EVICTION if needed_bytes <= free_bytes + evictable_bytes else Fit.NO
+    if needed_bytes <= free_bytes + idle_bytes:
+        return Fit.AFTER_EVICTION
+    all_bytes = sum(status.weights_bytes + status.kv_cache_bytes for status in there)
+    is_coming = any(status.state is ModelState.LOADING for status in node.models.values())  # of a size not known yet
+    return Fit.AFTER_WAITING if is_coming or needed_bytes <= free_bytes + all_bytes else Fit.NO
 
 
 def _known_size(state: FleetState, model: str) -> int:
-    """Return the least that any node has reported for the weights of a model; 0 if none has."""
-    sizes = (status.weights_bytes for status in _statuses(state, model))
+    """Return the least that any node has measured or holds of a model; 0 if none has."""
+    sizes = (status.required_bytes or status.weights_bytes for status in _statuses(state, model))
     return min((size for size in sizes if size), default=0)
 
 

@@ -7,6 +7,7 @@ and less often, up to a bound, and is up again with its first good answer.
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 from cortex.config import Polling
@@ -20,28 +21,38 @@ log = logging.getLogger("cortex.fleet")
 class Poller:
     """Polls every node until stopped."""
 
-    def __init__(self, fleet: Fleet, neurons: dict[str, NeuronClient], settings: Polling) -> None:
+    def __init__(self, fleet: Fleet, neurons: Mapping[str, NeuronClient], settings: Polling) -> None:
         self._fleet = fleet
         self._neurons = neurons
         self._settings = settings
-        self._wanted = {name: asyncio.Event() for name in neurons}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._wanted: dict[str, asyncio.Event] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def start(self) -> None:
         """Begin; the first polls are under way when this returns."""
-        self._tasks = [asyncio.create_task(self._watch(name), name=f"poll {name}") for name in self._neurons]
-        for task in self._tasks:
+        self.reconfigure(self._neurons, self._settings)
+
+    def reconfigure(self, neurons: Mapping[str, NeuronClient], settings: Polling) -> None:
+        """Watch these from now on."""
+        changed = {name for name, neuron in neurons.items() if self._neurons.get(name) is not neuron}
+        for name in self._tasks.keys() - neurons.keys() | (self._tasks.keys() & changed):
+            self._tasks.pop(name).cancel()
+        self._neurons, self._settings = dict(neurons), settings
+        for name in neurons.keys() - self._tasks.keys():
+            self._wanted[name] = asyncio.Event()
+            task = self._tasks[name] = asyncio.create_task(self._watch(name), name=f"poll {name}")
             task.add_done_callback(_tell_why)
 
     async def stop(self) -> None:
         """Stop and wait for the tasks."""
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def poll_soon(self, node: str) -> None:
         """Poll a node now rather than when it is due: a request has just learnt something about it."""
-        self._wanted[node].set()
+        if node in self._tasks:
+            self._wanted[node].set()
 
     async def poll(self, name: str) -> None:
         """Ask a node once and note what it says."""

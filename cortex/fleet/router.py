@@ -1,15 +1,18 @@
 """Where a request goes: to a node that serves its model, to a load, or back with a reason.
 
 Pure and deterministic: the same state, counts and exclusions give the same :data:`Decision`. The node with the least
-outstanding work wins, ties go by name. A model that is being recovered, or whose only replicas have just refused this
-request, is not loaded a second time elsewhere: that is :class:`Busy`.
+outstanding work wins, unless another has the conversation's beginning and is not much busier; ties go by a hash of that
+beginning, so that gateways which have never seen it agree, and without one by name. A model that is being recovered, or
+whose only replicas have just refused this request, is not loaded a second time elsewhere: that is :class:`Busy`.
 """
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cortex.config import ModelProfile
 from cortex.fleet import placement
+from cortex.fleet.affinity import NO_AFFINITY, Affinity
 from cortex.fleet.state import FleetState
 from cortex.wire.node import ModelState
 
@@ -54,32 +57,38 @@ def route(
     profile: ModelProfile | None,
     in_flight: Mapping[str, int],
     excluded: frozenset[str] = NO_NODES,
-    pins: frozenset[str] = NO_NODES,
+    affinity: Affinity = NO_AFFINITY,
+    slack: int = 0,
 ) -> Decision:
     """Decide for one request.
 
     ``profile`` is the catalogue's, or ``None`` for a model that only nodes know. ``in_flight`` counts this process's
-    requests by node. ``excluded`` nodes have failed this request already.
+    requests by node. ``excluded`` nodes have failed this request already, or are left alone. The node that
+    ``affinity`` names is taken while it has at most ``slack`` requests more than the least busy one.
     """
     serving = state.serving.get(model, ())
-    best: str | None = None
-    least = 0
+    best: tuple[int, int, str] | None = None
+    known: int | None = None
     for node in serving:
         if node.name in excluded:
             continue
         load = in_flight.get(node.name, 0) + node.foreign_load
-        if best is None or load < least:
-            best, least = node.name, load
+        if node.name == affinity.node:
+            known = load
+        tie = zlib.crc32(node.name.encode(), affinity.tie) if affinity.tie else 0
+        rank = load, tie, node.name
+        if best is None or rank < best:
+            best = rank
     if best is not None:
-        return Serve(best)
+        if known is not None and affinity.node is not None and known <= best[0] + slack:
+            return Serve(affinity.node)
+        return Serve(best[2])
     if serving:
         return Busy(RETRY_SOON_S, f"every replica of {model} refused the request")
-    return _route_cold(state, model, profile, excluded, pins)
+    return _route_cold(state, model, profile, excluded)
 
 
-def _route_cold(
-    state: FleetState, model: str, profile: ModelProfile | None, excluded: frozenset[str], pins: frozenset[str]
-) -> Decision:
+def _route_cold(state: FleetState, model: str, profile: ModelProfile | None, excluded: frozenset[str]) -> Decision:
     listing = state.listing.get(model, ())
     states = {node.name: node.models[model].state for node in listing}
     if profile is None and not listing:
@@ -100,11 +109,9 @@ def _route_cold(
         health = node.health
         if node.up and health is not None and model in health.activating and node.name not in excluded:
             return Load((node.name,))
-    candidates = placement.choose(state, profile, excluded, pins)
+    candidates = placement.choose(state, profile, excluded)
     if candidates:
         return Load(tuple(candidate.node for candidate in candidates))
-    if ModelState.DRAINING in states.values():
-        return Busy(RETRY_SOON_S, f"{model} is being unloaded")
     if not any(node.up for node in state.nodes.values()):
         return Busy(RETRY_RECOVERY_S, "no node is up")
     if excluded:

@@ -1,18 +1,20 @@
 """Everything of the fleet that runs in one process, put together: connections, polls, loads, dispatch.
 
-It decides nothing; the parts do.
+It decides nothing; the parts do. What they are told can be replaced while they run (:meth:`FleetService.reconfigure`).
 """
 
 from collections.abc import Callable
 
-from cortex.config import Config
+from cortex.config import Config, ModelProfile, NodeSettings, NodeType
 from cortex.fleet.catalogue import Catalogue
-from cortex.fleet.control import NeuronClient
+from cortex.fleet.control import NeuronClient, OpenAIClient, make_pool
 from cortex.fleet.dispatch import Dispatcher
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
 from cortex.fleet.state import Fleet, InFlight, Node
+from cortex.fleet.warmer import Warmer
 from cortex.upstream import Pool
+from cortex.wire.node import PinRequest
 
 
 class FleetService:
@@ -27,35 +29,64 @@ class FleetService:
         on_in_flight: Callable[[str, int], None] = lambda node, count: None,
         on_load: Callable[[str, bool], None] = lambda model, succeeded: None,
     ) -> None:
-        settings = config.gateway
+        self.config = config
+        self.catalogue = catalogue
         self.fleet = Fleet((Node(node.name, node.endpoint) for node in config.neurons), InFlight(on_in_flight))
-        self.pools = {
-            node.name: Pool(node.name, node.endpoint, settings.timeouts, settings.max_connections_per_node)
-            for node in config.neurons
-        }
-        self._neurons = {node.name: NeuronClient(node.name, node.endpoint, settings) for node in config.neurons}
-        self.poller = Poller(self.fleet, self._neurons, settings.polling)
-        self._loader = Loader(self.fleet, self._neurons, settings.timeouts.load_stall_s, self.poller.poll_soon, on_load)
+        self.pools = {node.name: self._pool(node) for node in config.neurons}
+        self.neurons = {node.name: self._client(node) for node in config.neurons}
+        self.poller = Poller(self.fleet, self.neurons, config.gateway.polling)
+        self.loader = Loader(self.fleet, self.neurons, config.eviction, self.poller.poll_soon, on_load)
+        self.warmer = Warmer(self.fleet, lambda: self.catalogue, self._warm, self._pin)
         self.dispatcher = Dispatcher(
-            self.fleet,
-            catalogue,
-            self.pools,
-            self._loader,
-            self.poller,
-            settings.timeouts,
-            first_look_s=settings.polling.timeout_s + 1,
-            on_retry=on_retry,
+            self.fleet, config, catalogue, self.pools, self.loader, self.poller, on_retry=on_retry
         )
+        self._retired: list[Pool] = []
 
     def start(self) -> None:
         """Begin to watch the nodes; returns before the first of them has answered."""
         self.poller.start()
+        self.warmer.start()
 
     async def stop(self) -> None:
         """End the tasks and close every connection."""
-        await self._loader.stop()
+        await self.warmer.stop()
+        await self.loader.stop()
         await self.poller.stop()
-        for pool in self.pools.values():
+        for pool in (*self.pools.values(), *self._retired):
             pool.close()
-        for neuron in self._neurons.values():
+        for neuron in self.neurons.values():
             neuron.close()
+
+    def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
+        """Go on with other nodes, models and limits. Requests that run end as they began."""
+        before = {node.name: node for node in self.config.neurons}
+        gateway_changed = config.gateway != self.config.gateway
+        self.config, self.catalogue = config, catalogue
+        wanted = {node.name: node for node in config.neurons}
+        for name in [*self.pools]:
+            if gateway_changed or wanted.get(name) != before[name]:
+                retired = self.pools.pop(name)
+                retired.retire()
+                self._retired.append(retired)
+                self.neurons.pop(name).close()
+        self._retired = [pool for pool in self._retired if pool.num_connections]
+        for name, node in wanted.items():
+            if name not in self.pools:
+                self.pools[name], self.neurons[name] = self._pool(node), self._client(node)
+        self.fleet.reconfigure(Node(node.name, node.endpoint) for node in config.neurons)
+        self.poller.reconfigure(self.neurons, config.gateway.polling)
+        self.loader.eviction = config.eviction
+        self.dispatcher.reconfigure(config, catalogue)
+
+    def _pool(self, node: NodeSettings) -> Pool:
+        return make_pool(node, self.config.gateway, self.config.gateway.max_connections_per_node)
+
+    def _client(self, node: NodeSettings) -> NeuronClient:
+        kind = OpenAIClient if node.type is NodeType.OPENAI else NeuronClient
+        return kind(node, self.config.gateway)
+
+    async def _warm(self, name: str, profile: ModelProfile) -> None:
+        await self.loader.load_on(name, profile)
+
+    async def _pin(self, name: str, profile: ModelProfile) -> None:
+        self.fleet.set_model(name, await self.neurons[name].pin(PinRequest(profile.id, pinned=True)))

@@ -79,8 +79,8 @@ class FleetState:
 
     def status(self, node: str, model: str) -> ModelStatus | None:
         """Return what a node says of a model; ``None`` if it is not up or does not list it."""
-        known = self.nodes[node]
-        return known.models.get(model) if known.up else None
+        known = self.nodes.get(node)
+        return known.models.get(model) if known is not None and known.up else None
 
     @property
     def complete(self) -> bool:
@@ -138,20 +138,36 @@ class Fleet:
         self._changed = asyncio.Event()
 
     def replace(self, node: Node) -> None:
-        """Make ``node`` what is known of the node of that name."""
-        self.state = self.state.with_node(node)
+        """Make ``node`` what is known of the node of that name, if there still is one."""
+        if node.name in self.state.nodes:
+            self._become(self.state.with_node(node))
+
+    def reconfigure(self, nodes: Iterable[Node]) -> None:
+        """Have these nodes from now on; of one that was there before at the same endpoint, what is known stays."""
+        known = self.state.nodes
+        self._become(
+            FleetState.of(
+                old if (old := known.get(node.name)) is not None and old.endpoint == node.endpoint else node
+                for node in nodes
+            )
+        )
+
+    def _become(self, state: FleetState) -> None:
+        self.state = state
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
     def set_model(self, node: str, status: ModelStatus) -> None:
         """Note a model's status as its node has just told it, ahead of the next poll."""
-        known = self.state.nodes[node]
+        known = self.state.nodes.get(node)
+        if known is None:
+            return
         self.replace(replace(known, models={**known.models, status.id: status}))
 
     def forget_model(self, node: str, model: str) -> None:
         """Note that a node does not have a model loaded after all."""
-        known = self.state.nodes[node]
-        status = known.models.get(model)
+        known = self.state.nodes.get(node)
+        status = known.models.get(model) if known is not None else None
         if status is not None:
             self.set_model(node, msgspec.structs.replace(status, state=ModelState.AVAILABLE))
 

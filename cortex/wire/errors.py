@@ -120,6 +120,20 @@ class ChainedConversationError(InvalidRequestError):
     code = "chained_conversation_not_supported"
 
 
+class UnauthorizedError(ApiError):
+    """No key, or none that is known here."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class ForbiddenError(ApiError):
+    """A known key, for something it may not do."""
+
+    status = 403
+    code = "permission_denied"
+
+
 class BodyTooLargeError(ApiError):
     """The body is longer than the server reads."""
 

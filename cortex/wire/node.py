@@ -87,6 +87,8 @@ class WorkerHealth(msgspec.Struct, frozen=True):
     waiting: int = 0
     """Sequences that wait for room."""
     fault: str | None = None
+    recycles: int = 0
+    """How often it was replaced to give its device's memory back in one piece."""
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -123,6 +125,42 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether beginnings that prompts share are computed once."""
 
 
+class EvictionStrategy(StrEnum):
+    """Which idle model goes first when memory is needed."""
+
+    LRU = "lru"
+    PRIORITY = "priority"
+
+
+class Eviction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a node may do to make room for a load."""
+
+    strategy: EvictionStrategy = EvictionStrategy.LRU
+    defrag_after_cycles: int = 0
+    """Unloads on a device after which its worker is replaced when it is idle; 0: never."""
+
+
+class LoadRequest(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``POST /models/load``: a model, how long it may stay, and what may be evicted for it."""
+
+    pinned: bool = False
+    """Never evicted, nor unloaded for being idle."""
+    priority: int = 0
+    idle_ttl_s: float = 0.0
+    """Unload it when nobody has used it for so long; 0: never."""
+    evict: Eviction | None = None
+    """``None``: load it only if it fits beside what is here."""
+
+    def spec(self) -> ModelSpec:
+        """Return the part that says what to load."""
+        return spec_of(self)
+
+
+def spec_of(wider: ModelSpec) -> ModelSpec:
+    """Return the :class:`ModelSpec` in something that says more."""
+    return ModelSpec(**{name: getattr(wider, name) for name in ModelSpec.__struct_fields__})
+
+
 class Capability(StrEnum):
     """What a loaded model can be asked to do."""
 
@@ -154,12 +192,20 @@ class ModelStatus(msgspec.Struct, frozen=True):
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     error: str | None = None
+    generation: int = 0
+    """Which load of the model this is; an unload may name it, and is refused if another has taken its place."""
+    required_bytes: int = 0
+    """The least free memory it needs here, all devices together, as its preflight found; 0: not known yet."""
+    pinned: bool = False
+    priority: int = 0
+    idle_ttl_s: float = 0.0
 
 
 class ModelList(msgspec.Struct, frozen=True):
-    """``GET /models``."""
+    """``GET /models``. ``generation`` grows with every change of a model's state, over restarts too."""
 
     models: tuple[ModelStatus, ...]
+    generation: int = 0
 
 
 class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -167,6 +213,23 @@ class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     id: str
     drain_timeout_s: float = 30.0
+    generation: int = 0
+    """Of the load that is meant; 0: whichever is here."""
+
+
+class PinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /models/pin``: change how long a model may stay; what is ``None`` stays as it is."""
+
+    id: str
+    pinned: bool | None = None
+    priority: int | None = None
+    idle_ttl_s: float | None = None
+
+
+class DrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /drain``: take no more requests and loads, or take them again."""
+
+    draining: bool = True
 
 
 class Endpoint(msgspec.Struct, frozen=True):

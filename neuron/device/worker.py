@@ -78,6 +78,7 @@ class Worker:
         self.device_id = device_id
         self.state = WorkerState.STOPPED
         self.restarts = 0
+        self.recycles = 0
         self.fault: str | None = None
         self.ready: jobs.Ready | None = None
         self.running = 0
@@ -102,7 +103,9 @@ class Worker:
 
     def health(self) -> WorkerHealth:
         """Return this worker as ``/health`` shows it. ``fault`` is the reason of the last death."""
-        return WorkerHealth(self.device_id, self.state, self.restarts, self.running, self.waiting, self.fault)
+        return WorkerHealth(
+            self.device_id, self.state, self.restarts, self.running, self.waiting, self.fault, self.recycles
+        )
 
     # ------------------------------------------------------------------ life
 

@@ -1,30 +1,46 @@
 """The models of this node and their states: the one owner of what is loaded here.
 
-Loads are single-flight for each model and joinable; an unload drains first. Times are Unix seconds. The table decides
-nothing about devices: that is the harness's, and the worker's.
+Loads are single-flight for each model and joinable; an unload drains first, and a load that comes meanwhile waits for
+its end. ``generation`` grows with every change of a state, so that what somebody decided on an older view can be told
+apart. Times that are shown are Unix seconds, those that are compared are monotonic. Which devices a load gets and what
+must go for it is :mod:`neuron.load.eviction`'s to decide.
 """
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from cortex.wire.errors import ApiError, ModelNotFoundError, UnavailableError
-from cortex.wire.node import ModelSpec, ModelState, ModelStatus
-from neuron.errors import ModelConflictError, ModelFailedError
-from neuron.harness import Harness, Model
+from cortex.wire.node import Eviction, ModelSpec, ModelState, ModelStatus
+from neuron.errors import GenerationConflictError, ModelConflictError, ModelFailedError, ModelNotReadyError
+from neuron.harness import Harness, Model, Requirement
+from neuron.load.eviction import Patience, Recycle, RoomMaker
 
 _log = logging.getLogger("neuron.models")
 
-Load = Callable[["Entry"], Awaitable[Model]]
+GiveRoom = Callable[["Entry", Requirement], AbstractAsyncContextManager[tuple[str, ...]]]
+"""Makes room for an entry and says on which devices; see :meth:`RoomMaker.room`."""
+
+Load = Callable[["Entry", GiveRoom], Awaitable[Model]]
 """Brings an entry's model up: fetches, checks and loads it (:mod:`neuron.load.loader`)."""
 
 LOADING_RETRY_AFTER_S = 2.0
 FAILED_RETRY_AFTER_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """How long a model may stay. ``idle_ttl_s`` of 0 is for ever."""
+
+    pinned: bool = False
+    priority: int = 0
+    idle_ttl_s: float = 0.0
 
 
 @dataclass
@@ -33,6 +49,17 @@ class Entry:
 
     spec: ModelSpec
     harness: Harness
+    stay: Stay = Stay()
+    evict: Eviction | None = None
+    """What may be done to make room for it."""
+    need: Requirement = field(default_factory=Requirement)
+    generation: int = 0
+    """Of its last load."""
+    ready_at: float = 0.0
+    idle_at: float = 0.0
+    load_s: float = 0.0
+    uses: int = 0
+    """Requests since its last load."""
     state: ModelState = ModelState.AVAILABLE
     model: Model | None = None
     progress: float = 0.0
@@ -41,6 +68,7 @@ class Entry:
     running: int = 0
     error: str | None = None
     loading: "asyncio.Task[None] | None" = None
+    leaving: "asyncio.Task[None] | None" = None
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def status(self) -> ModelStatus:
@@ -54,6 +82,11 @@ class Entry:
             loaded_at=self.loaded_at,
             last_used_at=self.last_used_at,
             error=self.error,
+            generation=self.generation,
+            required_bytes=self.need.total_bytes,
+            pinned=self.stay.pinned,
+            priority=self.stay.priority,
+            idle_ttl_s=self.stay.idle_ttl_s,
         )
         if self.model is None:
             return common
@@ -74,13 +107,17 @@ class Entry:
 class ModelTable:
     """All entries by id. Call from one event loop."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, patience: Patience | None = None, recycle: Recycle | None = None) -> None:
         self._load = load
         self._entries: dict[str, Entry] = {}
+        self._changed = asyncio.Event()
+        self.generation = time.time_ns() // 1_000_000  # above that of any earlier life of the daemon
+        self.defrag_after_cycles = 0
+        self.rooms = RoomMaker(self, patience or Patience(), recycle)
 
-    def add(self, spec: ModelSpec, harness: Harness) -> None:
+    def add(self, spec: ModelSpec, harness: Harness, stay: Stay | None = None) -> None:
         """Make a model known without loading it."""
-        self._entries.setdefault(spec.id, Entry(spec, harness))
+        self._entries.setdefault(spec.id, Entry(spec, harness, stay or Stay()))
 
     def statuses(self) -> tuple[ModelStatus, ...]:
         """Return every model's status, by name."""
@@ -115,78 +152,166 @@ class ModelTable:
                 retry_after_s=FAILED_RETRY_AFTER_S,
             )
         if entry.state is not ModelState.READY or entry.model is None:
-            raise UnavailableError(
+            raise ModelNotReadyError(
                 f"The model '{name}' is {entry.state} on this node.", retry_after_s=LOADING_RETRY_AFTER_S
             )
         entry.running += 1
+        entry.uses += 1
         entry.idle.clear()
         entry.last_used_at = time.time()
         try:
             yield entry.model
         finally:
             entry.running -= 1
-            entry.last_used_at = time.time()
+            entry.last_used_at, entry.idle_at = time.time(), time.monotonic()
             if entry.running == 0:
                 entry.idle.set()
+                self._note_change()
 
-    async def load(self, spec: ModelSpec, harness: Harness) -> ModelStatus:
+    async def load(
+        self, spec: ModelSpec, harness: Harness, stay: Stay | None = None, evict: Eviction | None = None
+    ) -> ModelStatus:
         """Load a model and return its status once it is ready; join a load that is under way.
 
-        The load goes on when a caller is cancelled: others may wait for it, and the next request will.
+        The load goes on when a caller is cancelled: others may wait for it, and the next request will. A model that is
+        here already is pinned if ``stay`` says so, never unpinned.
 
         Raises:
             ApiError: why it could not be loaded.
             ModelConflictError: it is here already from another source or with other limits.
         """
+        stay = stay or Stay()
         entry = self._entries.get(spec.id)
+        while entry is not None and entry.leaving is not None:
+            await asyncio.shield(entry.leaving)
+            entry = self._entries.get(spec.id)
+        if evict is not None:
+            self.defrag_after_cycles = evict.defrag_after_cycles
         if entry is None or entry.state in {ModelState.AVAILABLE, ModelState.FAILED}:
-            entry = self._entries[spec.id] = Entry(spec, harness)
+            need = entry.need if entry is not None and entry.spec == spec else Requirement()
+            entry = self._entries[spec.id] = Entry(spec, harness, stay, evict, need)
             self._begin(entry, ModelState.LOADING)
         elif entry.spec != spec:
             raise ModelConflictError(
                 f"The model '{spec.id}' is {entry.state} here from '{entry.spec.source}'; unload it first.", param="id"
             )
-        elif entry.state is ModelState.DRAINING:
-            raise UnavailableError(f"The model '{spec.id}' is being unloaded.", retry_after_s=LOADING_RETRY_AFTER_S)
-        if entry.loading is not None:
-            await asyncio.shield(entry.loading)
+        elif stay.pinned:
+            entry.stay = stay
+        if (loading := entry.loading) is not None:
+            await asyncio.wait({loading})
+            if loading.cancelled():
+                raise UnavailableError(f"The load of '{spec.id}' was ended by an unload.", retry_after_s=1.0)
+            loading.result()
         return entry.status()
 
-    async def unload(self, name: str, drain_timeout_s: float) -> ModelStatus:
-        """Let running requests finish for up to ``drain_timeout_s``, then free the model; returns its last status."""
+    async def unload(self, name: str, drain_timeout_s: float, generation: int = 0) -> ModelStatus:
+        """Let running requests finish for up to ``drain_timeout_s``, then free the model; returns its last status.
+
+        It goes on when its caller is cancelled. A ``generation`` other than 0 is that of the load that is meant.
+
+        Raises:
+            ModelNotFoundError: it is not known here.
+            GenerationConflictError: another load has taken the place of the one that was meant.
+        """
         entry = self.find(name)
+        if generation not in {0, entry.generation}:
+            raise GenerationConflictError(
+                f"'{name}' was loaded again since: generation {entry.generation}, not {generation}.", param="generation"
+            )
         if entry.loading is not None:
             entry.loading.cancel()
             await asyncio.wait({entry.loading})
-        if entry.model is not None and entry.state is not ModelState.DRAINING:
-            entry.state = ModelState.DRAINING
-            if entry.running:
-                try:
-                    await asyncio.wait_for(entry.idle.wait(), drain_timeout_s)
-                except TimeoutError:
-                    _log.warning("unload model=%s cut %d running requests", name, entry.running)
-            model, entry.model = entry.model, None
-            await entry.harness.unload(model)
-        entry.state, entry.error, entry.progress = ModelState.AVAILABLE, None, 0.0
+        if entry.leaving is None and entry.model is not None:
+            self._enter(entry, ModelState.DRAINING)
+            entry.leaving = asyncio.create_task(self._leave(entry, drain_timeout_s))
+        if entry.leaving is not None:
+            await asyncio.shield(entry.leaving)
+        elif entry.model is None:
+            entry.error, entry.progress = None, 0.0
+            self._enter(entry, ModelState.AVAILABLE)
+        return entry.status()
+
+    async def unload_idle(self) -> list[str]:
+        """Unload the models that nobody has used for their ``idle_ttl_s``, and return which."""
+        now = time.monotonic()
+        due = [
+            entry.spec.id
+            for entry in self._entries.values()
+            if entry.state is ModelState.READY
+            and entry.stay.idle_ttl_s > 0
+            and not entry.stay.pinned
+            and not entry.running
+            and now - max(entry.idle_at, entry.ready_at) >= entry.stay.idle_ttl_s
+        ]
+        for name in due:
+            _log.info("idle model=%s", name)
+            await self.unload(name, math.inf)
+        return due
+
+    def pin(
+        self, name: str, pinned: bool | None = None, priority: int | None = None, idle_ttl_s: float | None = None
+    ) -> ModelStatus:
+        """Change how long a model may stay; ``None`` leaves as it is."""
+        entry = self.find(name)
+        asked = {"pinned": pinned, "priority": priority, "idle_ttl_s": idle_ttl_s}
+        entry.stay = replace(entry.stay, **{key: value for key, value in asked.items() if value is not None})  # type: ignore[arg-type]
+        self._note_change()
         return entry.status()
 
     def lose(self, device: str) -> None:
         """Mark the models of a device whose worker died ``recovering``: they answer 503 until :meth:`recover`."""
-        for entry in self._on(device):
-            entry.state = ModelState.RECOVERING
+        self.rooms.unloads.pop(device, None)
+        for entry in self.on_device(device):
+            if entry.leaving is None:
+                self._enter(entry, ModelState.RECOVERING)
 
     async def recover(self, device: str) -> None:
         """Load the models of a device again on its new worker; returns when each is ready or has failed."""
-        recovering = [entry for entry in self._on(device) if entry.state is ModelState.RECOVERING]
+        recovering = [entry for entry in self.on_device(device) if entry.state is ModelState.RECOVERING]
         for entry in recovering:
             self._begin(entry, ModelState.RECOVERING)
         await asyncio.gather(*(e.loading for e in recovering if e.loading is not None), return_exceptions=True)
 
-    def _on(self, device: str) -> list[Entry]:
+    def on_device(self, device: str) -> list[Entry]:
+        """Return the entries that are loaded on a device."""
         return [e for e in self._entries.values() if e.model is not None and device in e.model.devices]
 
+    async def changed(self) -> None:
+        """Return when a model has changed its state or become idle."""
+        await self._changed.wait()
+
+    def _enter(self, entry: Entry, state: ModelState) -> None:
+        entry.state = state
+        self.generation += 1
+        self._note_change()
+
+    def _note_change(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _leave(self, entry: Entry, drain_timeout_s: float) -> None:
+        name = entry.spec.id
+        try:
+            if entry.running:
+                try:
+                    await asyncio.wait_for(entry.idle.wait(), None if drain_timeout_s == math.inf else drain_timeout_s)
+                except TimeoutError:
+                    _log.warning("unload model=%s cut %d running requests", name, entry.running)
+            model, entry.model = entry.model, None
+            assert model is not None
+            for device in model.devices:
+                self.rooms.unloads[device] = self.rooms.unloads.get(device, 0) + 1
+            await entry.harness.unload(model)
+        except ApiError as error:  # the worker that had it is gone, and the model with it
+            _log.warning("unload model=%s error=%s", name, error.message)
+        finally:
+            entry.leaving, entry.error, entry.progress = None, None, 0.0
+            self._enter(entry, ModelState.AVAILABLE)
+
     def _begin(self, entry: Entry, state: ModelState) -> None:
-        entry.state, entry.error, entry.progress = state, None, 0.0
+        entry.error, entry.progress, entry.uses = None, 0.0, 0
+        self._enter(entry, state)
+        entry.generation = self.generation
         entry.loading = asyncio.create_task(self._bring_up(entry))
         # Whoever waits sees the error; where no one does, the entry's status holds it.
         entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -194,10 +319,10 @@ class ModelTable:
     async def _bring_up(self, entry: Entry) -> None:
         start = time.monotonic()
         try:
-            entry.model = await self._load(entry)
+            entry.model = await self._load(entry, self.rooms.room)
         except BaseException as error:
             entry.model = None
-            entry.state = ModelState.FAILED
+            self._enter(entry, ModelState.FAILED)
             entry.error = error.message if isinstance(error, ApiError) else f"{type(error).__name__}: {error}"
             if isinstance(error, asyncio.CancelledError):
                 entry.error = "the load was cancelled"
@@ -205,5 +330,7 @@ class ModelTable:
             raise
         finally:
             entry.loading = None
-        entry.state, entry.progress, entry.loaded_at = ModelState.READY, 1.0, time.time()
-        _log.info("loaded model=%s seconds=%.2f", entry.spec.id, time.monotonic() - start)
+        entry.progress, entry.loaded_at = 1.0, time.time()
+        entry.ready_at = entry.idle_at = time.monotonic()
+        self._enter(entry, ModelState.READY)
+        _log.info("loaded model=%s seconds=%.2f generation=%d", entry.spec.id, entry.ready_at - start, entry.generation)

@@ -38,3 +38,8 @@ class DoesNotFitError(UnprocessableError):
     """The model needs more memory than its device has free, or asks for more context than the model has."""
 
     code = "model_does_not_fit"
+
+    def __init__(self, message: str, needed_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        """Free bytes with which it would fit."""

@@ -131,7 +131,8 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
         raise DoesNotFitError(
             f"model does not fit on {device}: needs {_gib(needs)}, free {_gib(free_bytes)} (weights in "
             f"{quant if quant in quantization.ROUNDED else dtype} {_gib(weights_bytes)}, "
-            f"cache for {needed_pages * PAGE_TOKENS} tokens {_gib(needed_pages * page_bytes)})"
+            f"cache for {needed_pages * PAGE_TOKENS} tokens {_gib(needed_pages * page_bytes)})",
+            needs,
         )
     return MemoryPlan(
         dtype=dtype,
@@ -146,6 +147,17 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
         quant=quant,
         native=native,
     )
+
+
+def least_bytes(config: ModelConfig, spec: ModelSpec, device: str) -> int:
+    """Return the fewest free bytes with which :func:`plan_memory` has a plan.
+
+    Raises :class:`InvalidRequestError` as that does.
+    """
+    try:
+        return plan_memory(config, spec, device, 0).total_bytes
+    except DoesNotFitError as error:
+        return error.needed_bytes
 
 
 def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, max_sequences: int) -> int:

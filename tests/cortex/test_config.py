@@ -20,7 +20,14 @@ def test_the_shipped_examples_load_and_show_every_key() -> None:
     assert found.eviction == config.EvictionSettings()
     assert models.resolve("gpt-4o-mini") == "SmolLM2-135M-Instruct"
     text = (EXAMPLES / "cortex.toml").read_text()
-    for kind in (config.GatewaySettings, config.EvictionSettings, config.Timeouts, config.Polling, config.NodeSettings):
+    for kind in (
+        config.GatewaySettings,
+        config.BreakerSettings,
+        config.EvictionSettings,
+        config.Timeouts,
+        config.Polling,
+        config.NodeSettings,
+    ):
         for key in kind.__struct_fields__:
             assert f"{key} = " in text or f".{key}]" in text, key
     text = (EXAMPLES / "models.toml").read_text()
@@ -35,7 +42,11 @@ def test_the_comments_of_the_example_tell_the_true_defaults(tmp_path: pathlib.Pa
     for line in text.splitlines():
         body = line.removeprefix("# ")
         key = body.partition(" = ")[0]
-        is_setting = " = " in body and key.isidentifier() and key not in {"name", "endpoint"}
+        is_setting = (
+            " = " in body
+            and key.isidentifier()
+            and key not in {"name", "endpoint", "type", "models", "secret_file", "ca_file", "dialects", "timeouts"}
+        )
         lines.append(body if is_setting else line)
     path = tmp_path / "cortex.toml"
     path.write_text("\n".join(lines))
@@ -98,11 +109,20 @@ def test_file_then_environment_then_flag(write: object) -> None:
         ("", "neurons", "names no node"),
         ("[[neurons]]\nname = 'a'\n", "neurons[0].endpoint", "is missing"),
         ("[[neurons]]\nname = 'a b'\nendpoint = 'http://a:1'\n", "neurons[0].name", "regex"),
-        ("[[neurons]]\nname = 'a'\nendpoint = 'a:1'\n", "neurons[0].endpoint", "is not http://"),
-        ("[[neurons]]\nname = 'a'\nendpoint = 'https://a:1'\n", "neurons[0].endpoint", "is not http://"),
-        ("[[neurons]]\nname = 'a'\nendpoint = 'http://a:x'\n", "neurons[0].endpoint", "is not http://"),
-        ("[[neurons]]\nname = 'a'\nendpoint = 'http://u@a:1'\n", "neurons[0].endpoint", "is not http://"),
-        ("[[neurons]]\nname = 'a'\nendpoint = 'http://a:1/?q'\n", "neurons[0].endpoint", "is not http://"),
+        ("[[neurons]]\nname = 'a'\nendpoint = 'a:1'\n", "neurons[0].endpoint", "is not http[s]://"),
+        ("[[neurons]]\nname = 'a'\nendpoint = 'ftp://a:1'\n", "neurons[0].endpoint", "is not http[s]://"),
+        (NODE + "type = 'vllm'\n", "neurons[0].type", "Invalid enum value"),
+        (NODE + "models = {x = 'y'}\n", "neurons[0].models", "is for nodes of type"),
+        (NODE + "dialects = ['latin']\n", "neurons[0].dialects", "'latin' is none of"),
+        (NODE + "secret_file = '/no'\n", "neurons[0].secret_file", "/no cannot be read"),
+        (NODE + "ca_file = '/no'\n", "neurons[0].ca_file", "/no"),
+        (NODE + "[neurons.timeouts]\nstall_s = 0\n", "neurons[0].timeouts.stall_s", "> 0"),
+        ("[gateway]\nsecret_file = '/no'\n" + NODE, "gateway.secret_file", "/no cannot be read"),
+        ("[gateway]\ntls_key = '/dev/null'\n" + NODE, "gateway.tls_key", "go together"),
+        ("[gateway.breaker]\nfailures = 0\n" + NODE, "gateway.breaker.failures", ">= 1"),
+        ("[[neurons]]\nname = 'a'\nendpoint = 'http://a:x'\n", "neurons[0].endpoint", "is not http[s]://"),
+        ("[[neurons]]\nname = 'a'\nendpoint = 'http://u@a:1'\n", "neurons[0].endpoint", "is not http[s]://"),
+        ("[[neurons]]\nname = 'a'\nendpoint = 'http://a:1/?q'\n", "neurons[0].endpoint", "is not http[s]://"),
         (NODE + NODE, "neurons[1].name", "used twice"),
         (NODE + NODE.replace('"a"', '"b"'), "neurons[1].endpoint", "is also 'a'"),
     ],

@@ -292,7 +292,7 @@ async def test_another_replica_is_asked_before_the_first_byte(how: str, stream: 
 
     first, second = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("m")
     first.script = {"503": error(503, "x"), "429": error(429, "x")}.get(how, reset)
-    async with first.serving(), second.serving(), rig(first, second) as gateway:
+    async with first.serving(), second.serving(), rig(first, second, affinity_slack=-1) as gateway:
         if how == "refused":
             # Its address is gone while the gateway still believes in it.
             state = gateway.gateway.fleet.state
@@ -383,7 +383,7 @@ async def test_a_stream_that_waits_for_a_load_has_headers_and_heartbeats_within_
         call = gateway.chat(stream=True)
         await call.until(lambda call: call.body)
         assert time.monotonic() - asked_at < 1.0
-        assert call.body == b": keep-alive\n\n"
+        assert call.body == b": loading m 0%\n\n"
         go.set()
         await call.end()
         assert call.data() == b"".join(frame for frame in CHAT_STREAM if not frame.startswith(b":"))

@@ -1,6 +1,7 @@
 """The daemon's HTTP surface, in process, with a harness that plays scripts."""
 
 import asyncio
+import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from scripted_harness import HELLO, ScriptedHarness, Step
 from cortex import http_io
 from cortex.wire.errors import ErrorInfo, OverloadedError, UnprocessableError
 from cortex.wire.events import Failed, Finished, FinishReason, ReasoningDelta, Started, TextDelta, ToolCallDelta
-from cortex.wire.node import ModelSpec
+from cortex.wire.node import LoadRequest
 from neuron.api import Api
 from neuron.config import Config, DaemonSettings
 from neuron.service import Service
@@ -35,7 +36,7 @@ def with_api(
         config = Config(daemon=DaemonSettings(name="node", devices="cpu"))
         service = Service(config, {} if harness is None else {"torch": harness})
         if harness is not None and load:
-            await service.load(ModelSpec("m", "/"))
+            await service.load(LoadRequest("m", "/"))
         await story(Api(service), service)
 
     asyncio.run(run())
@@ -362,3 +363,59 @@ def test_the_sdk_raises_its_own_error_types() -> None:
     body = ask_once("/v1/chat/completions", CHAT | {"temperature": 9}).json()
     error = openai.APIError("x", request=None, body=body["error"])  # type: ignore[arg-type]
     assert (error.code, error.param, error.type) == ("invalid_value", "temperature", "invalid_request_error")
+
+
+# ------------------------------------------------------------------ who may stay, who may ask
+
+
+def test_a_load_says_how_long_its_model_may_stay_and_a_pin_changes_it() -> None:
+    async def story(api: Api, service: Service) -> None:
+        body = {"id": "n", "source": "/", "priority": 2, "idle_ttl_s": 60, "evict": {"strategy": "priority"}}
+        status = (await ask(api, "POST", "/models/load", body)).json()
+        assert (status["state"], status["priority"], status["idle_ttl_s"], status["pinned"]) == ("ready", 2, 60, False)
+        pinned = (await ask(api, "POST", "/models/pin", {"id": "n", "pinned": True})).json()
+        assert (pinned["pinned"], pinned["priority"]) == (True, 2)
+        assert (await ask(api, "POST", "/models/pin", {"id": "nobody"})).status == 404
+        stale = {"id": "n", "generation": status["generation"] - 1}
+        reply = await ask(api, "POST", "/models/unload", stale)
+        assert (reply.status, reply.json()["error"]["code"]) == (409, "generation_conflict")
+        before = (await ask(api, "GET", "/models")).json()["generation"]
+        unloaded = await ask(api, "POST", "/models/unload", {"id": "n", "generation": status["generation"]})
+        assert unloaded.json()["state"] == "available"
+        assert (await ask(api, "GET", "/models")).json()["generation"] > before
+
+    with_api(story, ScriptedHarness())
+
+
+def test_a_drained_node_takes_nothing_new_until_it_is_opened_again() -> None:
+    async def story(api: Api, service: Service) -> None:
+        assert (await ask(api, "POST", "/drain", {})).json()["state"] == "draining"
+        assert (await ask(api, "GET", "/health")).json()["state"] == "draining"
+        for path, body in (("/v1/chat/completions", CHAT), ("/models/load", {"id": "n", "source": "/"})):
+            reply = await ask(api, "POST", path, body)
+            assert (reply.status, "retry-after" in reply.headers) == (503, True)
+        await ask(api, "POST", "/drain", {"draining": False})
+        assert (await ask(api, "POST", "/v1/chat/completions", CHAT)).status == 200
+
+    with_api(story, ScriptedHarness())
+
+
+def test_a_node_with_a_secret_answers_only_those_who_have_it(tmp_path: pathlib.Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("open sesame\n")
+
+    async def run() -> None:
+        service = Service(
+            Config(daemon=DaemonSettings(devices="cpu", secret_file=str(secret))), {"torch": ScriptedHarness()}
+        )
+        await service.load(LoadRequest("m", "/"))
+        api = Api(service)
+        for given in ({}, {"authorization": "Bearer open"}, {"authorization": "open sesame"}):
+            reply = await ask(api, "POST", "/v1/chat/completions", CHAT, headers=given)
+            assert (reply.status, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert (await ask(api, "GET", "/models", headers=given)).status == 401
+        assert (await ask(api, "GET", "/health")).status == 200
+        given = {"authorization": "Bearer open sesame"}
+        assert (await ask(api, "POST", "/v1/chat/completions", CHAT, headers=given)).status == 200
+
+    asyncio.run(run())

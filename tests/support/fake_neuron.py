@@ -6,6 +6,7 @@ Raw asyncio, so that a test can split, stall, cut and reset wherever it likes, a
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -19,12 +20,16 @@ from cortex.wire.node import (
     Device,
     DeviceKind,
     Discovery,
+    DrainRequest,
     Health,
+    LoadRequest,
     ModelList,
     ModelSpec,
     ModelState,
     ModelStatus,
     NodeState,
+    PinRequest,
+    UnloadRequest,
     WorkerHealth,
     WorkerState,
 )
@@ -236,6 +241,8 @@ class FakeNeuron:
     dialects: tuple[str, ...] = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
     asked: list[Asked] = field(default_factory=list)
     loads: list[ModelSpec] = field(default_factory=list)
+    load_requests: list[LoadRequest] = field(default_factory=list)
+    pins: list[PinRequest] = field(default_factory=list)
     num_polls: int = 0
     lines: set[Line] = field(default_factory=set)
     num_connections: int = 0
@@ -243,6 +250,7 @@ class FakeNeuron:
     num_left: int = 0
     """Clients that went away while a script was playing."""
     max_requests_per_connection: int = 10**9
+    tls: ssl.SSLContext | None = None
 
     @property
     def url(self) -> str:
@@ -271,7 +279,7 @@ class FakeNeuron:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-        server = await asyncio.start_server(accept, "127.0.0.1", self.port)
+        server = await asyncio.start_server(accept, "127.0.0.1", self.port, ssl=self.tls)
         self.port = server.sockets[0].getsockname()[1]
         try:
             yield self
@@ -342,7 +350,9 @@ class FakeNeuron:
             self.num_polls += asked.path == "/health"
             await line.reply(200, msgspec.json.encode(answers[asked.path]()))
         elif asked.path == "/models/load":
-            spec = msgspec.json.decode(asked.body, type=ModelSpec)
+            request = msgspec.json.decode(asked.body, type=LoadRequest)
+            self.load_requests.append(request)
+            spec = request.spec()
             self.loads.append(spec)
             result = await self.load(spec) if self.load else self.ready(spec.id).models[spec.id]
             if isinstance(result, ModelStatus):
@@ -350,6 +360,19 @@ class FakeNeuron:
                 await line.reply(200, msgspec.json.encode(result))
             else:
                 await result(asked, line)
+        elif asked.path == "/models/pin":
+            pin = msgspec.json.decode(asked.body, type=PinRequest)
+            self.pins.append(pin)
+            self.models[pin.id] = msgspec.structs.replace(self.models[pin.id], pinned=bool(pin.pinned))
+            await line.reply(200, msgspec.json.encode(self.models[pin.id]))
+        elif asked.path == "/models/unload":
+            unload = msgspec.json.decode(asked.body, type=UnloadRequest)
+            self.models[unload.id] = msgspec.structs.replace(self.models[unload.id], state=ModelState.AVAILABLE)
+            await line.reply(200, msgspec.json.encode(self.models[unload.id]))
+        elif asked.path == "/drain":
+            drain = msgspec.json.decode(asked.body, type=DrainRequest)
+            self.state = NodeState.DRAINING if drain.draining else NodeState.READY
+            await line.reply(200, msgspec.json.encode(self.health()))
         else:
             await line.reply(404, b'{"error":{"message":"no","type":"t","param":null,"code":"unknown_url"}}')
 

@@ -11,7 +11,16 @@ from typing import Any
 from asgi_call import Call
 from fake_neuron import FakeNeuron
 
-from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, Polling, StoreSettings, Timeouts
+from cortex.config import (
+    Config,
+    EvictionSettings,
+    GatewaySettings,
+    ModelProfile,
+    NodeSettings,
+    Polling,
+    StoreSettings,
+    Timeouts,
+)
 from cortex.endpoints import request_id_of
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
@@ -61,9 +70,11 @@ async def rig(
     polling: Polling = QUICK,
     store: StoreSettings = IN_MEMORY,
     wait: bool = True,
+    nodes: tuple[NodeSettings, ...] = (),
+    eviction: EvictionSettings | None = None,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
-    """Run a gateway over ``neurons``, which are served here unless they have been given a port."""
+    """Run a gateway over ``neurons``, which are served here unless they have been given a port, or over ``nodes``."""
     async with contextlib.AsyncExitStack() as stack:
         for neuron in neurons:
             if not neuron.port:
@@ -71,7 +82,8 @@ async def rig(
         config = Config(
             store=store,
             gateway=GatewaySettings(metrics_listen="", timeouts=timeouts, polling=polling, **settings),
-            neurons=tuple(NodeSettings(neuron.name, neuron.url) for neuron in neurons),
+            eviction=eviction or EvictionSettings(),
+            neurons=nodes or tuple(NodeSettings(neuron.name, neuron.url) for neuron in neurons),
         )
         catalogue = Catalogue({profile.id: profile for profile in models}, aliases or {}, prefixes=prefixes or {})
         gateway = Gateway(config, catalogue)

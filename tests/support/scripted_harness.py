@@ -2,14 +2,14 @@
 
 import asyncio
 import pathlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 from cortex.wire.errors import ApiError
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
 from cortex.wire.node import Capability, ModelSpec
 from cortex.wire.request import InferenceRequest
 from neuron.device.jobs import LoadedModel
-from neuron.harness import Model, Progress
+from neuron.harness import Model, Progress, Requirement
 
 Step = Sequence[InferenceEvent] | Exception | asyncio.Event
 """A batch to yield, an error to raise, or something to wait for."""
@@ -70,6 +70,12 @@ class ScriptedHarness:
         self.loads: list[ModelSpec] = []
         self.unloads: list[str] = []
         self.models: dict[str, ScriptedModel] = {}
+
+    async def measure(self, spec: ModelSpec, path: pathlib.Path) -> Requirement:
+        return Requirement()
+
+    async def free_bytes(self, devices: Collection[str]) -> dict[str, int]:
+        return dict.fromkeys(devices, 0)
 
     async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> Model:
         self.loads.append(spec)

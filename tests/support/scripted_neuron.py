@@ -28,7 +28,7 @@ from cortex.wire.events import (
     TokenLogprob,
     ToolCallDelta,
 )
-from cortex.wire.node import ModelSpec
+from cortex.wire.node import LoadRequest
 from cortex.wire.request import ImagePart, InferenceRequest, Message, Role, ToolMode
 from neuron.api import Api
 from neuron.config import Config, DaemonSettings
@@ -155,7 +155,7 @@ async def _run(port: int, dialects: Sequence[str]) -> None:
     service = Service(config, {"torch": ScriptedHarness(play)})
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, service.stop)
-    loading = asyncio.ensure_future(service.load(ModelSpec("m", "/")))
+    loading = asyncio.ensure_future(service.load(LoadRequest(id="m", source="/")))
     await service.run(_speak_only(Api(service), dialects or neuron.api.DIALECTS))
     await loading
 

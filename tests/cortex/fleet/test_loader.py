@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from fake_neuron import Asked, FakeNeuron, Line, Script, error
+from fake_neuron import Asked, FakeNeuron, Line, Script, answer, error
 from gateway_rig import QUICK, Rig, rig, until
 
 from cortex.config import ModelProfile, Timeouts
@@ -174,7 +174,7 @@ async def test_waiters_come_and_go_and_the_load_stays() -> None:
 
     neuron.load = load
     async with rig(neuron, models=(PROFILE,)) as gateway:
-        waiting = [asyncio.ensure_future(loader(gateway).load(PROFILE.spec(), ("a",))) for _ in range(5)]
+        waiting = [asyncio.ensure_future(loader(gateway).load(PROFILE, ("a",))) for _ in range(5)]
         await until(lambda: neuron.loads)
         for task in waiting[:4]:
             task.cancel()
@@ -187,3 +187,66 @@ async def test_waiters_come_and_go_and_the_load_stays() -> None:
 async def test_errors_have_their_status() -> None:
     assert LoadRefusedError("x").status == 422
     assert LoadFailedError("x").status == 503
+
+
+@pytest.mark.parametrize(
+    ("full", "asked"),
+    [
+        ((), [("a", False)]),
+        (("a",), [("a", False), ("b", False)]),
+        (("a", "b"), [("a", False), ("b", False), ("a", True)]),
+    ],
+)
+async def test_nodes_are_asked_to_make_room_only_when_none_has_it(
+    full: tuple[str, ...], asked: list[tuple[str, bool]]
+) -> None:
+    neurons = FakeNeuron("a"), FakeNeuron("b", free_bytes=1)
+    seen = []
+    for neuron in neurons:
+
+        async def load(spec: ModelSpec, neuron: FakeNeuron = neuron) -> ModelStatus | Script:
+            may_evict = neuron.load_requests[-1].evict is not None
+            seen.append((neuron.name, may_evict))
+            if neuron.name in full and not may_evict:
+                return error(503, "no_room")
+            return neuron.ready(spec.id).models[spec.id]
+
+        neuron.load = load
+    async with rig(*neurons, models=(PROFILE,)) as gateway:
+        assert (await gateway.chat().end()).status == 200
+    assert seen == asked
+
+
+async def test_a_load_says_how_long_its_model_may_stay() -> None:
+    profile = ModelProfile(id="m", source="/w", pinned=("a",), priority=3, idle_ttl_s=60)
+    neuron = FakeNeuron()
+    async with rig(neuron, models=(profile,)):
+        (request,) = await until(lambda: neuron.load_requests)
+    assert (request.pinned, request.priority, request.idle_ttl_s) == (True, 3, 60)
+    assert request.evict is not None
+
+
+async def test_pinned_models_are_loaded_at_start_and_again_after_a_restart() -> None:
+    profiles = ModelProfile(id="m", source="/w", pinned=("a", "b")), ModelProfile(id="n", source="/w")
+    first, second = FakeNeuron("a"), FakeNeuron("b").ready("m")
+    async with rig(first, second, models=profiles) as gateway:
+        await until(lambda: first.loads)
+        await until(lambda: second.pins)
+        assert not second.loads, "it is there and only pinned"
+        first.models.clear()
+        await until(lambda: len(first.loads) == 2)
+        await until(lambda: gateway.gateway.fleet.state.status("a", "m"))
+        assert {spec.id for spec in first.loads} == {"m"}
+
+
+async def test_a_request_waits_for_a_model_that_is_on_its_way_out() -> None:
+    neuron = FakeNeuron().ready("m")
+    refusals = [error(503, "model_not_ready", "retry-after: 2")]
+
+    async def script(asked: Asked, line: Line) -> None:
+        await (refusals.pop() if refusals else answer)(asked, line)
+
+    neuron.script = script
+    async with rig(neuron, models=(PROFILE,)) as gateway:
+        assert (await gateway.chat().end()).status == 200
+        assert len(neuron.loads) == 1

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cortex.config import ModelProfile
 from cortex.fleet import placement
+from cortex.fleet.affinity import Affinity
 from cortex.fleet.placement import Fit
 from cortex.fleet.router import Busy, Decision, Load, Serve, Unknown, route
 from cortex.fleet.state import FleetState, Node
@@ -119,7 +121,6 @@ def test_replicas_that_refused_are_left_alone_and_not_doubled() -> None:
         ((node("a", devices=()),), "can load"),
         ((node("a", devices=(device(worker=WorkerState.POISONED),)),), "can load"),
         ((node("a", devices=(device(worker=None),)),), "can load"),
-        ((node("a", status(ModelState.DRAINING)),), "being unloaded"),
         ((node("a", state=NodeState.DRAINING),), "can load"),
     ],
 )
@@ -161,9 +162,53 @@ def test_what_is_pinned_or_busy_is_not_counted_as_evictable() -> None:
     old = status(model="old", weights_bytes=8 * GIB)
     (candidate,) = placement.choose(FleetState.of([node("a", old, devices=small)]), profile)
     assert candidate.fit is Fit.AFTER_EVICTION
-    assert not names(node("a", old, devices=small), profile=profile, pins=frozenset({"old"}))
+    pinned = status(model="old", weights_bytes=8 * GIB, pinned=True)
+    assert not names(node("a", pinned, devices=small), profile=profile)
     busy = status(model="old", weights_bytes=8 * GIB, running=1)
-    assert not names(node("a", busy, devices=small), profile=profile)
+    (candidate,) = placement.choose(FleetState.of([node("a", busy, devices=small)]), profile)
+    assert candidate.fit is Fit.AFTER_WAITING
+    assert names(node("a", busy, devices=small), node("b", old, devices=small), profile=profile) == ["b", "a"]
+
+
+def test_what_a_node_has_measured_beats_what_is_configured() -> None:
+    profile = ModelProfile(id="m", source="/w", memory_bytes=8 * GIB)
+    measured = status(ModelState.AVAILABLE, weights_bytes=0, kv_cache_bytes=0, required_bytes=12 * GIB)
+    assert names(node("a", measured), node("b", devices=(device(free_gib=9),)), profile=profile) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "able"),
+    [
+        ({}, ["new", "old", "cpu"]),
+        ({"dtype": "bfloat16"}, ["new", "cpu"]),
+        ({"dtype": "float16"}, ["new", "old", "cpu"]),
+        ({"min_compute_capability": "8.9"}, ["new", "cpu"]),
+        ({"min_compute_capability": "10.0"}, ["cpu"]),
+    ],
+)
+def test_a_card_that_cannot_compute_a_model_is_not_asked(changes: dict[str, Any], able: list[str]) -> None:
+    def card(capability: str) -> tuple[Device, ...]:
+        return (msgspec.structs.replace(device(), compute_capability=capability),)
+
+    cpu = msgspec.structs.replace(device("cpu:0", 5), kind=DeviceKind.CPU)
+    fleet = node("new", devices=card("9.0")), node("old", devices=card("7.5")), node("cpu", devices=(cpu,))
+    assert names(*fleet, profile=ModelProfile(id="m", source="/w", **changes)) == able
+
+
+def test_a_conversation_goes_on_where_it_was_unless_that_is_much_busier() -> None:
+    replicas = node("a", status()), node("b", status()), node("c", status())
+
+    def place(affinity: Affinity, **in_flight: int) -> Decision:
+        return decide(*replicas, in_flight=in_flight, affinity=affinity, slack=4)
+
+    assert place(Affinity("b")) == Serve("b")
+    assert place(Affinity("b"), b=4) == Serve("b")
+    assert place(Affinity("b"), b=5) == Serve("a")
+    assert place(Affinity("gone")) == Serve("a")
+    assert decide(*replicas, affinity=Affinity("b"), slack=4, excluded=frozenset("b")) == Serve("a")
+    ties = {place(Affinity(None, tie)) for tie in range(1, 60)}
+    assert ties == {Serve("a"), Serve("b"), Serve("c")}, "conversations nobody has seen spread out"
+    assert place(Affinity(None, 7), a=1, b=1, c=1) == place(Affinity(None, 7))
 
 
 def test_tensor_parallel_sums_devices_of_one_kind() -> None:
@@ -189,11 +234,14 @@ NODES = st.builds(
     st.sampled_from("abcdef"),
     st.lists(
         st.builds(
-            lambda state, model, kv, running: status(state, model, kv_cache_bytes=kv, running=running),
+            lambda state, model, kv, running, pinned: status(
+                state, model, kv_cache_bytes=kv, running=running, pinned=pinned
+            ),
             STATES,
             st.sampled_from(["m", "old"]),
             st.sampled_from([0, GIB]),
             st.integers(0, 2),
+            st.booleans(),
         ),
         max_size=2,
     ),
@@ -259,3 +307,46 @@ def test_less_load_never_loses_a_request(nodes: list[Node], counts: dict[str, in
             assert isinstance(winner, Serve)
             load = fewer.get(winner.node, 0) + state.nodes[winner.node].foreign_load
             assert load == 0
+
+
+@LAW
+@given(FLEETS, COUNTS, EXCLUDED, st.sampled_from([None, *"abcdef"]), st.integers(0, 6), st.integers(0, 9))
+def test_affinity_changes_who_serves_and_never_whether(
+    nodes: list[Node], counts: dict[str, int], excluded: frozenset[str], wanted: str | None, slack: int, tie: int
+) -> None:
+    state = FleetState.of(nodes)
+    plain = route(state, "m", PROFILE, counts, excluded)
+    decision = route(state, "m", PROFILE, counts, excluded, Affinity(wanted, tie), slack)
+    if not isinstance(plain, Serve):
+        assert decision == plain
+        return
+    assert isinstance(decision, Serve)
+    assert decision.node in {node.name for node in state.serving["m"]} - excluded
+
+    def load(name: str) -> int:
+        return counts.get(name, 0) + state.nodes[name].foreign_load
+
+    assert load(decision.node) <= load(plain.node) + (slack if decision.node == wanted else 0)
+
+
+@LAW
+@given(FLEETS, EXCLUDED, st.integers(1, 24))
+def test_placement_names_only_nodes_that_could(nodes: list[Node], excluded: frozenset[str], gib: int) -> None:
+    """What it names has room once all that is not pinned is gone, or does not know yet; less need is no loss."""
+    state = FleetState.of(nodes)
+    profile = ModelProfile(id="m", source="/w", memory_bytes=gib * GIB)
+    found = placement.choose(state, profile, excluded)
+    assert [candidate.rank for candidate in found] == sorted(candidate.rank for candidate in found)
+    for candidate in found:
+        chosen = state.nodes[candidate.node]
+        assert chosen.up
+        assert candidate.node not in excluded
+        assert chosen.discovery is not None
+        movable_bytes = sum(s.weights_bytes + s.kv_cache_bytes for s in chosen.models.values() if not s.pinned)
+        is_coming = any(s.state is ModelState.LOADING for s in chosen.models.values())
+        assert is_coming or gib * GIB <= candidate.free_bytes + movable_bytes
+        if candidate.fit is Fit.AFTER_EVICTION:
+            idle = [s for s in chosen.models.values() if not s.pinned and not s.running and s.state is ModelState.READY]
+            assert gib * GIB <= candidate.free_bytes + sum(s.weights_bytes + s.kv_cache_bytes for s in idle)
+    smaller = ModelProfile(id="m", source="/w", memory_bytes=max(1, gib - 1) * GIB)
+    assert {c.node for c in found} <= {c.node for c in placement.choose(state, smaller, excluded)}

@@ -1,0 +1,86 @@
+"""Keeps pinned models loaded: at the start, after a node was restarted, and after a reload of the catalogue.
+
+One load for each pin that is not true yet, tried again with growing pauses; the node makes one of what several gateways
+ask. A model that is there by somebody else's wish is pinned where it is.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from cortex.config import ModelProfile
+from cortex.fleet.catalogue import Catalogue
+from cortex.fleet.state import Fleet
+from cortex.wire.errors import ApiError
+from cortex.wire.node import ModelState
+
+log = logging.getLogger("cortex.fleet")
+
+RETRY_FIRST_S, RETRY_MAX_S = 5.0, 300.0
+
+Act = Callable[[str, ModelProfile], Awaitable[None]]
+"""Does something about a model on a node."""
+
+
+class Warmer:
+    """One task that watches, and one for each load."""
+
+    def __init__(self, fleet: Fleet, catalogue: Callable[[], Catalogue], load: Act, pin: Act) -> None:
+        self._fleet = fleet
+        self._catalogue = catalogue
+        self._load = load
+        self._pin = pin
+        self._acts: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._watch: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        self._watch = asyncio.create_task(self._run(), name="keep pinned models warm")
+
+    async def stop(self) -> None:
+        """Stop; loads that were asked for go on in their nodes."""
+        tasks = [task for task in (self._watch, *self._acts.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            for profile in self._catalogue().profiles.values():
+                for node in profile.pinned:
+                    self._look(node, profile)
+            await self._fleet.changed()
+
+    def _look(self, name: str, profile: ModelProfile) -> None:
+        key = name, profile.id
+        node = self._fleet.state.nodes.get(name)
+        if node is None or not node.takes_requests or key in self._acts:
+            return
+        status = node.models.get(profile.id)
+        if status is None or status.state in {ModelState.AVAILABLE, ModelState.FAILED}:
+            act = self._load
+        elif status.state is ModelState.READY and not status.pinned:
+            act = self._pin
+        else:
+            return
+        task = self._acts[key] = asyncio.create_task(self._try(act, name, profile), name=f"warm {profile.id} on {name}")
+        task.add_done_callback(lambda done: self._ended(key))
+
+    def _ended(self, key: tuple[str, str]) -> None:
+        self._acts.pop(key, None)
+
+    async def _try(self, act: Act, name: str, profile: ModelProfile) -> None:
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                await act(name, profile)
+            except ApiError as error:
+                log.warning("model=%s node=%s not warm yet: %s", profile.id, name, error.message)
+            else:
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RETRY_MAX_S)
+            node = self._fleet.state.nodes.get(name)
+            current = self._catalogue().profiles.get(profile.id)
+            if node is None or not node.takes_requests or current is None or name not in current.pinned:
+                return  # it will be looked at anew

@@ -1,0 +1,67 @@
+"""Conversations go on where their beginning is cached."""
+
+import orjson
+from fake_neuron import FakeNeuron
+from gateway_rig import rig
+
+from cortex.fleet.affinity import NO_AFFINITY, Prefixes, beginnings
+
+SYSTEM = "You are a careful assistant. " * 100
+
+
+def body(*turns: str, system: str = SYSTEM, **fields: object) -> bytes:
+    messages = [{"role": "system", "content": system}] + [{"role": "user", "content": turn} for turn in turns]
+    return orjson.dumps({"model": "m", "messages": messages, **fields})
+
+
+def test_a_longer_conversation_has_the_beginnings_of_the_shorter_one() -> None:
+    first, second = beginnings("m", body("a" * 2000)), beginnings("m", body("a" * 2000, "b" * 3000))
+    shared = [one for one, other in zip(first.hashes, second.hashes, strict=False) if one == other]
+    assert len(shared) >= len(first.hashes) - 1
+    assert first.tie == second.tie
+    assert beginnings("n", body("a")).hashes != beginnings("m", body("a")).hashes
+
+
+def test_the_longest_known_beginning_says_where() -> None:
+    prefixes = Prefixes()
+    one, other = beginnings("m", body("x" * 4000)), beginnings("m", body("y" * 4000))
+    prefixes.note(one, "a")
+    prefixes.note(other, "b")  # the system prompt is the same, and b had it last
+    assert prefixes.look(beginnings("m", body("x" * 4000, "more")), lambda node: True).node == "a"
+    assert prefixes.look(beginnings("m", body("y" * 4000, "more")), lambda node: True).node == "b"
+    assert prefixes.look(beginnings("m", body("new")), lambda node: True).node == "b"
+    assert prefixes.look(beginnings("m", body("x" * 4000)), lambda node: node != "a").node == "b"
+    assert prefixes.look(beginnings("m", body("q", system="z" * 5000)), lambda node: True).node is None
+    assert NO_AFFINITY.node is None
+
+
+def test_a_clients_own_key_stands_for_its_prompt() -> None:
+    assert beginnings("m", body("a"), "key") == beginnings("m", body("b" * 9000, system="z"), "key")
+    assert beginnings("m", body("a"), "key") != beginnings("m", body("a"), "other")
+
+
+def test_a_header_that_changes_each_time_is_left_out() -> None:
+    def claude(number: int) -> bytes:
+        return body("hi", system=f"x-anthropic-billing-header: cc_version=2; cch={number};" + SYSTEM)
+
+    assert beginnings("m", claude(1)) == beginnings("m", claude(2))
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    prefixes = Prefixes(max_beginnings=50)
+    for number in range(1000):
+        prefixes.note(beginnings("m", body(system=f"{number}" * 900)), "a")
+    assert len(prefixes._nodes) == 50
+
+
+async def test_conversations_keep_to_their_node_and_spread_over_both() -> None:
+    neurons = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("m")
+    async with rig(*neurons) as gateway:
+        for _ in range(5):
+            for name in "abcdefghij":
+                messages = [{"role": "user", "content": f"conversation {name} " * 100}]
+                call = await gateway.chat(messages=messages).end()
+                assert call.status == 200
+    asked = [{orjson.loads(a.body)["messages"][0]["content"] for a in neuron.asked} for neuron in neurons]
+    assert not asked[0] & asked[1]
+    assert all(asked)

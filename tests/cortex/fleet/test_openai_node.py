@@ -1,0 +1,153 @@
+"""Other servers as nodes, and what differs from node to node: secrets, timeouts, TLS."""
+
+import asyncio
+import pathlib
+import shutil
+import ssl
+import subprocess
+
+import orjson
+import pytest
+from fake_neuron import Asked, FakeNeuron, Line, answer
+from gateway_rig import rig as make_rig
+from gateway_rig import until
+
+from cortex.config import ModelProfile, NodeSettings, NodeTimeouts, NodeType
+
+
+class Server(FakeNeuron):
+    """Speaks OpenAI's dialects, and nothing of ours."""
+
+    def __init__(self, *models: str) -> None:
+        super().__init__("other")
+        self.listed = models
+        self.script = self._answer
+
+    async def _answer(self, asked: Asked, line: Line) -> None:
+        if asked.path == "/v1/models":
+            self.asked.remove(asked)
+            data = [{"id": name, "object": "model"} for name in self.listed]
+            await line.reply(200, orjson.dumps({"object": "list", "data": data}))
+        else:
+            await answer(asked, line)
+
+
+async def test_what_another_server_lists_is_offered_and_asked_there(tmp_path: pathlib.Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("sk-there\n")
+    server = Server("x", "y")
+    async with (
+        server.serving(),
+        make_rig(nodes=(NodeSettings("other", server.url, NodeType.OPENAI, str(key)),)) as gateway,
+    ):
+        listed = (await gateway.call("GET", "/v1/models").end()).json()["data"]
+        assert {(model["id"], model["state"]) for model in listed} == {("x", "ready"), ("y", "ready")}
+        headers = {"authorization": "Bearer sk-here", "x-cortex-principal": "me"}
+        call = await gateway.call("POST", "/v1/chat/completions", {"model": "x", "messages": []}, headers).end()
+        assert call.status == 200
+    (asked,) = server.asked
+    assert asked.headers["authorization"] == "Bearer sk-there"
+    assert not [name for name in asked.headers if name.startswith("x-cortex")]
+
+
+async def test_its_models_may_have_other_names_here() -> None:
+    server = Server("vendor/big-70b", "vendor/hidden")
+    node = NodeSettings("other", server.url, NodeType.OPENAI, models={"big": "vendor/big-70b", "none": "vendor/gone"})
+    async with server.serving():
+        node = NodeSettings("other", server.url, NodeType.OPENAI, models=node.models)
+        async with make_rig(nodes=(node,)) as gateway:
+            listed = (await gateway.call("GET", "/v1/models").end()).json()["data"]
+            assert [model["id"] for model in listed] == ["big"]
+            body = {"model": "big", "messages": [], "stream": True}
+            assert (await gateway.call("POST", "/v1/chat/completions", body).end()).status == 200
+            assert (await gateway.call("POST", "/v1/responses", {"model": "big", "input": "x"}).end()).status == 503
+    assert [orjson.loads(asked.body)["model"] for asked in server.asked] == ["vendor/big-70b"]
+
+
+async def test_nothing_is_ever_loaded_on_it() -> None:
+    server, neuron = Server("x"), FakeNeuron("a")
+    async with server.serving(), neuron.serving():
+        nodes = NodeSettings("a", neuron.url), NodeSettings("other", server.url, NodeType.OPENAI)
+        async with make_rig(nodes=nodes, models=(ModelProfile(id="m", source="/w"),)) as gateway:
+            assert (await gateway.chat().end()).status == 200
+    assert len(neuron.loads) == 1
+    assert not server.loads
+    assert not server.asked
+
+
+async def test_a_node_has_timeouts_of_its_own() -> None:
+    slow, quick = FakeNeuron("slow").ready("m"), FakeNeuron("quick").ready("n")
+
+    async def mute(asked: Asked, line: Line) -> None:
+        await line.left.wait()
+
+    slow.script = quick.script = mute
+    async with slow.serving(), quick.serving():
+        nodes = (
+            NodeSettings("slow", slow.url, timeouts=NodeTimeouts(answer_s=0.3)),
+            NodeSettings("quick", quick.url, timeouts=NodeTimeouts(answer_s=0.1)),
+        )
+        async with make_rig(nodes=nodes) as gateway:
+            first, second = gateway.chat(), gateway.chat(model="n")
+            await second.end()
+            assert not first.task.done()
+            assert "0.1 s" in second.json()["error"]["message"]
+            assert "0.3 s" in (await first.end()).json()["error"]["message"]
+
+
+async def test_a_load_tells_its_progress_in_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cortex import http_io
+    from cortex.wire.node import ModelSpec, ModelState, ModelStatus
+
+    monkeypatch.setattr(http_io, "HOLD_HEADERS_S", 0.05)
+    monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.02)
+    neuron, go = FakeNeuron(), asyncio.Event()
+
+    async def load(spec: ModelSpec) -> ModelStatus:
+        neuron.models["m"] = ModelStatus("m", ModelState.LOADING, source="/w", progress=0.42)
+        await go.wait()
+        return neuron.ready("m").models["m"]
+
+    neuron.load = load
+    async with make_rig(neuron, models=(ModelProfile(id="m", source="/w"),)) as gateway:
+        chat, messages = gateway.chat(stream=True), gateway.call("POST", "/v1/messages", {"model": "m", "stream": True})
+        await chat.until(lambda call: b": loading m 42%\n\n" in call.body)
+        assert chat.status == 200
+        await messages.until(lambda call: b"event: ping" in call.body)
+        go.set()
+        await asyncio.gather(chat.end(), messages.end())
+        assert b"loading" not in messages.body
+        assert chat.body.endswith(b"\n\n")
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path]:
+    """A certificate for 127.0.0.1 and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    found = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-days", "2", "-subj", "/CN=node", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-out", str(found[0]), "-keyout", str(found[1])),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return found
+
+
+async def test_a_node_behind_tls(certificate: tuple[pathlib.Path, pathlib.Path]) -> None:
+    neuron = FakeNeuron().ready("m")
+    neuron.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    neuron.tls.load_cert_chain(*certificate)
+    async with neuron.serving():
+        url = neuron.url.replace("http:", "https:")
+        async with make_rig(nodes=(NodeSettings("a", url, ca_file=str(certificate[0])),)) as gateway:
+            assert (await gateway.chat().end()).status == 200
+            assert (await gateway.chat(stream=True).end()).data()
+        async with make_rig(nodes=(NodeSettings("a", url),)) as gateway:
+            await until(lambda: gateway.gateway.fleet.state.nodes["a"].fault)
+            assert "certificate" in str(gateway.gateway.fleet.state.nodes["a"].fault).lower()

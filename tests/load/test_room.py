@@ -1,0 +1,109 @@
+"""Where a model goes and what goes for it: properties of the decision, whatever the figures."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex.wire.node import EvictionStrategy
+from neuron.harness import Requirement
+from neuron.load.room import Resident, find_room
+
+DEVICES = ("cuda:0", "cuda:1", "cuda:2")
+LRU, PRIORITY = EvictionStrategy.LRU, EvictionStrategy.PRIORITY
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> dict[str, object]:
+    num_devices = draw(st.integers(1, 3))
+    free = {device: draw(st.integers(0, 20)) for device in DEVICES}
+    names = draw(st.lists(st.sampled_from("abcdefg"), unique=True))
+    residents = [
+        Resident(
+            name,
+            dict.fromkeys(draw(st.lists(st.sampled_from(DEVICES), min_size=1, unique=True)), draw(st.integers(0, 15))),
+            draw(st.integers(0, 5)),
+            draw(st.integers(-1, 1)),
+            draw(st.booleans()),
+        )
+        for name in names
+    ]
+    return {
+        "need": Requirement({device: draw(st.integers(1, 25)) for device in DEVICES}, num_devices),
+        "free_bytes": free,
+        "residents": residents,
+        "strategy": draw(st.sampled_from([LRU, PRIORITY])),
+        "priority": draw(st.integers(-1, 1)),
+    }
+
+
+def freed(residents: list[Resident], victims: tuple[str, ...], device: str) -> int:
+    return sum(r.bytes_on.get(device, 0) for r in residents if r.model in victims)
+
+
+@given(situations())
+def test_room_is_room_and_nobody_is_evicted_who_must_not_be(case: dict) -> None:
+    room = find_room(**case)
+    assert room == find_room(**{**case, "residents": list(reversed(case["residents"]))})
+    if room is None:
+        return
+    need, residents = case["need"], case["residents"]
+    assert len(set(room.devices)) == need.num_devices
+    for device in room.devices:
+        assert need.bytes_on[device] <= case["free_bytes"][device] + freed(residents, room.victims, device)
+    by_name = {resident.model: resident for resident in residents}
+    for victim in room.victims:
+        assert not by_name[victim].pinned
+        assert case["strategy"] is LRU or by_name[victim].priority <= case["priority"]
+        others = tuple(other for other in room.victims if other != victim)
+        assert any(
+            need.bytes_on[device] > case["free_bytes"][device] + freed(residents, others, device)
+            for device in room.devices
+        ), "a victim too many"
+
+
+@given(situations())
+def test_there_is_no_room_only_where_there_is_none(case: dict) -> None:
+    if find_room(**case) is not None:
+        return
+    need, by_priority = case["need"], case["strategy"] is PRIORITY
+    movable = tuple(
+        r.model for r in case["residents"] if not r.pinned and not (by_priority and r.priority > case["priority"])
+    )
+    able = [d for d in DEVICES if need.bytes_on[d] <= case["free_bytes"][d] + freed(case["residents"], movable, d)]
+    assert len(able) < need.num_devices
+
+
+@given(situations(), st.sampled_from(DEVICES), st.integers(0, 30))
+def test_more_free_memory_never_costs_a_model_its_place(case: dict, device: str, more: int) -> None:
+    room = find_room(**case)
+    roomier = find_room(**{**case, "free_bytes": {**case["free_bytes"], device: case["free_bytes"][device] + more}})
+    if room is not None:
+        assert roomier is not None
+        assert room.victims or not roomier.victims
+
+
+def one_device(*residents: Resident, strategy: EvictionStrategy = LRU, priority: int = 0, needs: int = 8) -> object:
+    room = find_room(Requirement({"cuda:0": needs}), {"cuda:0": 0}, residents, strategy, priority)
+    return room and room.victims
+
+
+def test_the_order_of_eviction() -> None:
+    def resident(name: str, used: float, priority: int = 0, pinned: bool = False, size: int = 8) -> Resident:
+        return Resident(name, {"cuda:0": size}, used, priority, pinned)
+
+    assert one_device(resident("old", 1), resident("new", 2)) == ("old",)
+    assert one_device(resident("old", 1, pinned=True), resident("new", 2)) == ("new",)
+    assert one_device(resident("old", 1, priority=5), resident("new", 2)) == ("old",)
+    assert one_device(resident("old", 1, priority=5), resident("new", 2), strategy=PRIORITY, priority=9) == ("new",)
+    assert one_device(resident("high", 1, priority=5), strategy=PRIORITY) is None
+    assert one_device(resident("equal", 1), strategy=PRIORITY) == ("equal",), "else two models deadlock a node"
+    small = [resident(f"s{i}", i, size=4) for i in range(4)]
+    assert one_device(*small) == ("s0", "s1")
+    assert one_device(resident("tiny", 1, size=1), resident("big", 2, size=8)) == ("big",), "tiny would go for nothing"
+
+
+def test_shards_lie_on_as_many_devices_and_the_freest() -> None:
+    need = Requirement(dict.fromkeys(DEVICES, 10), 2)
+    room = find_room(need, {"cuda:0": 12, "cuda:1": 9, "cuda:2": 30})
+    assert room is not None
+    assert room.devices == ("cuda:2", "cuda:0")
+    assert find_room(need, {"cuda:0": 12, "cuda:1": 9, "cuda:2": 9}) is None
