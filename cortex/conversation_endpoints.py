@@ -18,22 +18,28 @@ from cortex.store.paging import page_of
 PREFIX = "/v1/conversations/"
 
 
-class _Create(msgspec.Struct):
+class CreateBody(msgspec.Struct):
+    """Of a new conversation."""
+
     items: list[dict[str, Any]] | None = None
     metadata: dict[str, str] | None = None
 
 
-class _Update(msgspec.Struct):
+class UpdateBody(msgspec.Struct):
+    """Of a change."""
+
     metadata: dict[str, str] | None
 
 
-class _AddItems(msgspec.Struct):
+class AddItemsBody(msgspec.Struct):
+    """Of what is said."""
+
     items: list[dict[str, Any]]
 
 
-_CREATE = msgspec.json.Decoder(_Create)
-_UPDATE = msgspec.json.Decoder(_Update)
-_ADD_ITEMS = msgspec.json.Decoder(_AddItems)
+_CREATE = msgspec.json.Decoder(CreateBody)
+_UPDATE = msgspec.json.Decoder(UpdateBody)
+_ADD_ITEMS = msgspec.json.Decoder(AddItemsBody)
 
 
 class ConversationEndpoints:
@@ -45,8 +51,9 @@ class ConversationEndpoints:
 
     async def create(self, exchange: Exchange) -> None:
         """``POST /v1/conversations``; a body may be left out."""
-        asked = fields.decode(await exchange.read_body(self._max_body_bytes) or b"{}", _CREATE)
-        await _reply(exchange, await self._conversations.create(asked.items or [], asked.metadata or {}))
+        body = await exchange.read_body(self._max_body_bytes) or b"{}"
+        asked = fields.decode(body, _CREATE)
+        await _reply(exchange, await self._conversations.create(_items(body), asked.metadata or {}))
 
     async def get(self, exchange: Exchange) -> None:
         """``GET /v1/conversations/{id}``."""
@@ -71,8 +78,9 @@ class ConversationEndpoints:
 
     async def add_items(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}/items``."""
-        asked = fields.decode(await exchange.read_body(self._max_body_bytes), _ADD_ITEMS)
-        added = await self._conversations.add_items(_parts(exchange, 2)[0], asked.items)
+        body = await exchange.read_body(self._max_body_bytes)
+        fields.decode(body, _ADD_ITEMS)
+        added = await self._conversations.add_items(_parts(exchange, 2)[0], _items(body))
         await _reply(exchange, page_of(added, {"order": "asc", "limit": str(max(1, min(100, len(added))))}))
 
     async def item(self, exchange: Exchange) -> None:
@@ -88,6 +96,12 @@ class ConversationEndpoints:
         """``DELETE /v1/conversations/{id}/items/{item_id}``: what is left is the conversation."""
         id, _, item_id = _parts(exchange, 3)
         await _reply(exchange, await self._conversations.delete_item(id, item_id))
+
+
+def _items(body: bytes) -> list[dict[str, Any]]:
+    """Return the items of a body whose types have been checked, in numbers that can be written again."""
+    found: list[dict[str, Any]] = orjson.loads(body).get("items") or []
+    return found
 
 
 def _parts(exchange: Exchange, count: int) -> Sequence[str]:

@@ -7,11 +7,12 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
 
-from cortex import store
+from cortex import api_description, store
 from cortex.admin import Admin
 from cortex.background import Background
 from cortex.config import Config
 from cortex.conversation_endpoints import ConversationEndpoints
+from cortex.dialects import openapi
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
 from cortex.endpoints import Endpoints, reply_error, request_id_of
 from cortex.fleet.catalogue import Catalogue
@@ -66,6 +67,7 @@ class Gateway:
             "/health": {"GET": endpoints.health},
             "/version": {"GET": endpoints.version},
             "/admin/fleet": {"GET": Admin(self.fleet).fleet},
+            openapi.PATH: {"GET": self._describe},
         }
         self._patterns: tuple[tuple[re.Pattern[str], Methods], ...] = (
             (re.compile(r"/v1/models/.+"), {"GET": endpoints.model}),
@@ -161,6 +163,9 @@ class Gateway:
         if known is not None:
             return known
         return next((methods for pattern, methods in self._patterns if pattern.fullmatch(path)), None)
+
+    async def _describe(self, exchange: Exchange) -> None:
+        await exchange.reply(200, api_description.description())
 
     def _sample(self) -> FleetSample:
         nodes = self.fleet.state.nodes.values()

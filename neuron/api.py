@@ -17,7 +17,14 @@ import msgspec
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
-from cortex.dialects import anthropic_messages, openai_chat, openai_completions, openai_fields, openai_responses
+from cortex.dialects import (
+    anthropic_messages,
+    openai_chat,
+    openai_completions,
+    openai_fields,
+    openai_responses,
+    openapi,
+)
 from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.dialects.passthrough import (
     CHAT,
@@ -51,7 +58,7 @@ from cortex.wire.errors import (
 from cortex.wire.events import Failed, InferenceEvent
 from cortex.wire.node import DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
 from cortex.wire.request import InferenceRequest
-from neuron import __version__, metrics
+from neuron import __version__, api_description, metrics
 from neuron.metrics import RequestRecord
 from neuron.service import Service
 
@@ -97,6 +104,7 @@ class Api:
             "/models/pin": {"POST": self._pin},
             "/drain": {"POST": self._drain},
             "/v1/models": {"GET": self._openai_models},
+            openapi.PATH: {"GET": self._describe},
             CHAT.path: {"POST": self._chat},
             COMPLETIONS.path: {"POST": self._completions},
             RESPONSES.path: {"POST": self._responses},
@@ -157,6 +165,9 @@ class Api:
 
     async def _version(self, exchange: Exchange) -> None:
         await _reply(exchange, {"name": "neuron", "version": __version__})
+
+    async def _describe(self, exchange: Exchange) -> None:
+        await exchange.reply(200, api_description.description())
 
     async def _metrics(self, exchange: Exchange) -> None:
         text = metrics.render(self._service.models.statuses(), self._service.health().workers)

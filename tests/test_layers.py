@@ -36,6 +36,7 @@ FLOORS = {
     "cortex.stored_endpoints": 4,
     "cortex.responses_socket": 4,
     "cortex.background": 4,
+    "cortex.api_description": 5,
     "cortex.conversation_endpoints": 4,
     "cortex.admin": 4,
     "cortex.gateway": 5,
@@ -63,10 +64,12 @@ FLOORS = {
     "neuron.torch_harness": 4,
     "neuron.service": 5,
     "neuron.api": 6,
+    "neuron.api_description": 5,
     "neuron.cli": 7,
     "neuron": 9,
 }
 ALSO = {
+    ("cortex.gateway", "cortex.api_description"),
     # responses made in the background, begun by a request and told of by its id
     ("cortex.endpoints", "cortex.background"),
     ("cortex.stored_endpoints", "cortex.background"),

@@ -63,7 +63,9 @@ class _OutputConfig(msgspec.Struct):
     format: _Format | None = None
 
 
-class _Body(msgspec.Struct):
+class MessagesBody(msgspec.Struct):
+    """A request body, as far as it is read."""
+
     model: str
     messages: list[blocks.Turn]
     system: str | list[blocks.Block] | None = None
@@ -80,7 +82,7 @@ class _Body(msgspec.Struct):
     output_format: _Format | None = None
 
 
-_DECODER = msgspec.json.Decoder(_Body)
+_DECODER = msgspec.json.Decoder(MessagesBody)
 
 
 def decode(body: bytes) -> MessagesCall:
@@ -152,7 +154,7 @@ def _thinking(asked: _Thinking | None) -> bool | None:
     return True if asked.type == "enabled" else None
 
 
-def _output_format(body: _Body) -> OutputFormat:
+def _output_format(body: MessagesBody) -> OutputFormat:
     name = "output_format" if body.output_config is None else "output_config.format"
     asked = body.output_format if body.output_config is None else body.output_config.format
     return OutputFormat() if asked is None else fields.output_format(asked.type, asked.schema, asked.name, name)

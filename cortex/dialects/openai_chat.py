@@ -94,7 +94,9 @@ class _ResponseFormat(msgspec.Struct):
     json_schema: _JsonSchema | None = None
 
 
-class _Body(fields.SamplingBody, kw_only=True):
+class ChatBody(fields.SamplingBody, kw_only=True):
+    """A request body, as far as it is read."""
+
     model: str
     messages: list[_MessageBody]
     stream: bool | None = None
@@ -121,7 +123,7 @@ class _Body(fields.SamplingBody, kw_only=True):
     function_call: object = None
 
 
-_DECODER = msgspec.json.Decoder(_Body)
+_DECODER = msgspec.json.Decoder(ChatBody)
 
 
 def decode(body: bytes) -> ChatCall:
@@ -203,7 +205,7 @@ def _arguments(value: str | dict[str, Any]) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _tool_choice(body: _Body) -> ToolChoice:
+def _tool_choice(body: ChatBody) -> ToolChoice:
     parallel = body.parallel_tool_calls is not False
     match body.tool_choice:
         case None | "auto":

@@ -25,7 +25,9 @@ class CompletionCall(msgspec.Struct, frozen=True):
     include_usage: bool
 
 
-class _Body(fields.SamplingBody, kw_only=True):
+class CompletionBody(fields.SamplingBody, kw_only=True):
+    """A request body, as far as it is read."""
+
     model: str
     prompt: str | list[str | int | list[int]]
     stream: bool | None = None
@@ -41,7 +43,7 @@ class _Body(fields.SamplingBody, kw_only=True):
     suffix: str | None = None
 
 
-_DECODER = msgspec.json.Decoder(_Body)
+_DECODER = msgspec.json.Decoder(CompletionBody)
 
 
 def decode(body: bytes) -> CompletionCall:

@@ -72,7 +72,9 @@ class _Reasoning(msgspec.Struct):
     generate_summary: str | None = None
 
 
-class _Body(msgspec.Struct):
+class ResponsesBody(msgspec.Struct):
+    """A request body, as far as it is read."""
+
     model: str
     input: str | list[msgspec.Raw]
     instructions: str | None = None
@@ -95,7 +97,7 @@ class _Body(msgspec.Struct):
     background: bool | None = None
 
 
-_DECODER = msgspec.json.Decoder(_Body)
+_DECODER = msgspec.json.Decoder(ResponsesBody)
 _FIELDS_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 _ECHOED = (

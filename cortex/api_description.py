@@ -1,0 +1,52 @@
+"""What the gateway answers, for ``/openapi.json``. A test holds it against the paths that are served."""
+
+from cortex import __version__
+from cortex.admin import FleetReport
+from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
+from cortex.dialects import openapi
+from cortex.dialects.openapi import COUNT, LIST, OBJECT, RESPONSE_ANSWER, TEXT, Operation, Schema, object_with
+from cortex.fleet.offers import Offer
+
+_PAGE = object_with(object={"const": "list"}, data=LIST, has_more={"type": "boolean"})
+_PAGED: dict[str, Schema] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 100},
+    "order": {"enum": ["asc", "desc"]},
+    "after": TEXT,
+}
+_DELETED = object_with(id=TEXT, object=TEXT, deleted={"const": True})
+_CONVERSATION = object_with(id=TEXT, object={"const": "conversation"}, created_at=COUNT, metadata=OBJECT)
+_RESPONSE, _NAMED = "/v1/responses/{response_id}", "/v1/conversations/{conversation_id}"
+
+OPERATIONS = (
+    *openapi.INFERENCE,
+    Operation("GET", "/v1/models", "List the models on offer.", object_with(data=LIST)),
+    Operation("GET", "/v1/models/{model}", "Describe a model.", Offer),
+    Operation(
+        "GET",
+        _RESPONSE,
+        "Return a stored response, or follow one.",
+        RESPONSE_ANSWER,
+        streams=True,
+        query={"stream": {"type": "boolean"}, "starting_after": COUNT},
+    ),
+    Operation("DELETE", _RESPONSE, "Forget a response.", _DELETED),
+    Operation("GET", f"{_RESPONSE}/input_items", "List what a response was asked.", _PAGE, query=_PAGED),
+    Operation("POST", f"{_RESPONSE}/cancel", "End a response that is made in the background.", RESPONSE_ANSWER),
+    Operation("POST", "/v1/conversations", "Name a conversation.", _CONVERSATION, CreateBody),
+    Operation("GET", _NAMED, "Describe a conversation.", _CONVERSATION),
+    Operation("POST", _NAMED, "Give a conversation other metadata.", _CONVERSATION, UpdateBody),
+    Operation("DELETE", _NAMED, "Forget a conversation's name.", _DELETED),
+    Operation("GET", f"{_NAMED}/items", "List what was said.", _PAGE, query=_PAGED),
+    Operation("POST", f"{_NAMED}/items", "Say something without an answer.", _PAGE, AddItemsBody),
+    Operation("GET", f"{_NAMED}/items/{{item_id}}", "Return an item.", OBJECT),
+    Operation("DELETE", f"{_NAMED}/items/{{item_id}}", "Take an item out.", _CONVERSATION),
+    Operation("GET", "/health", "Say whether the gateway lives.", object_with(state=TEXT, nodes_up=COUNT, nodes=COUNT)),
+    Operation("GET", "/version", "Say which version this is.", openapi.VERSION_ANSWER),
+    Operation("GET", "/admin/fleet", "Report the nodes.", FleetReport),
+    Operation("GET", openapi.PATH, "Describe all this.", OBJECT),
+)
+
+
+def description() -> bytes:
+    """Return the document."""
+    return openapi.document("cortex", __version__, OPERATIONS)

@@ -1,0 +1,37 @@
+"""What a neuron answers, for ``/openapi.json``. A test holds it against the paths that are served."""
+
+from cortex.dialects import openapi
+from cortex.dialects.openapi import LIST, OBJECT, Operation, object_with
+from cortex.wire.node import (
+    Discovery,
+    DrainRequest,
+    Endpoint,
+    Health,
+    LoadRequest,
+    ModelList,
+    ModelStatus,
+    PinRequest,
+    UnloadRequest,
+)
+from neuron import __version__
+
+OPERATIONS = (
+    *openapi.INFERENCE,
+    Operation("GET", "/v1/models", "List the models.", object_with(data=LIST)),
+    Operation("GET", "/discovery", "Say what this host is.", Discovery),
+    Operation("GET", "/health", "Say whether requests are taken.", Health),
+    Operation("GET", "/version", "Say which version this is.", openapi.VERSION_ANSWER),
+    Operation("GET", "/metrics", "Report figures to Prometheus.", None),
+    Operation("GET", "/models", "List the models and their states.", ModelList),
+    Operation("POST", "/models/load", "Load a model.", ModelStatus, LoadRequest),
+    Operation("POST", "/models/unload", "Unload a model.", ModelStatus, UnloadRequest),
+    Operation("POST", "/models/pin", "Pin a model, or let go of it.", ModelStatus, PinRequest),
+    Operation("POST", "/drain", "Take no more requests, or take them again.", Health, DrainRequest),
+    Operation("GET", "/models/{model}/endpoint", "Say where a model is served.", Endpoint),
+    Operation("GET", openapi.PATH, "Describe all this.", OBJECT),
+)
+
+
+def description() -> bytes:
+    """Return the document."""
+    return openapi.document("neuron", __version__, OPERATIONS)
