@@ -120,7 +120,7 @@ bench-regressions: $(VENV)/editable
 FUZZ_RUNS ?= 1000000
 fuzz: $(VENV)/editable
 	$(PIP) install --group fuzz
-	for target in peek sse; do $(BIN)/python -P tests/fuzz/fuzz_$$target.py -runs=$(FUZZ_RUNS); done
+	for target in peek sse bodies; do $(BIN)/python -P tests/fuzz/fuzz_$$target.py -runs=$(FUZZ_RUNS); done
 
 wheel: $(VENV)/made
 	$(PIP) install build

@@ -1,31 +1,21 @@
 """A conversation is the same request in every dialect, and no body, however broken, is anything but a typed error."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import orjson
 import pytest
+from bodies import DECODERS, IMAGE, SCHEMA, WHOLE, check
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cortex.dialects import anthropic_messages, openai_chat, openai_completions, openai_responses
 from cortex.dialects.openai_sealed import seal
-from cortex.wire.errors import ApiError
 from cortex.wire.request import ImagePart, InferenceRequest, Message, Role
 
-DECODERS: dict[str, Callable[[bytes], Any]] = {
-    "chat": openai_chat.decode,
-    "responses": openai_responses.decode,
-    "messages": anthropic_messages.decode,
-    "completions": openai_completions.decode,
-}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda text: text.strip())
 NAME = st.sampled_from(["read", "write", "run"])
 ARGUMENTS = st.dictionaries(TEXT, TEXT | st.integers(-9, 9) | st.booleans() | st.none(), max_size=2)
-SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
-IMAGE = "data:image/png;base64,AAAA"
 
 
 def compact(value: Any) -> str:
@@ -173,78 +163,6 @@ def test_a_conversation_is_the_same_request_in_every_dialect(
     assert found["chat"].messages[0] == Message(Role.SYSTEM, system)
 
 
-WHOLE: dict[str, list[dict[str, Any]]] = {
-    "chat": [
-        {
-            "model": "m",
-            "messages": [
-                {"role": "system", "content": "s"},
-                {"role": "user", "content": [{"type": "text", "text": "t"},
-                                             {"type": "image_url", "image_url": {"url": IMAGE}}]},
-                {"role": "assistant", "content": None, "reasoning_content": "r",
-                 "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-                {"role": "tool", "tool_call_id": "c", "content": "x"},
-            ],
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}],
-            "tool_choice": {"type": "function", "function": {"name": "f"}}, "stream": True,
-            "stream_options": {"include_usage": True}, "temperature": 1, "logit_bias": {"1": 2}, "stop": ["a"], "n": 2,
-            "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}},
-            "logprobs": True, "top_logprobs": 2, "seed": 1, "max_tokens": 5, "reasoning_effort": "low",
-        }
-    ],
-    "responses": [
-        {
-            "model": "m", "instructions": "i",
-            "input": [
-                {"role": "user", "content": [{"type": "input_text", "text": "t"},
-                                             {"type": "input_image", "image_url": IMAGE}]},
-                {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "t"}],
-                 "encrypted_content": seal("t")},
-                {"type": "function_call", "call_id": "c", "name": "f", "namespace": "n", "arguments": "{}"},
-                {"type": "custom_tool_call", "call_id": "d", "name": "p", "input": "x"},
-                {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "t"}]},
-                {"type": "custom_tool_call_output", "call_id": "d", "output": "x"},
-            ],
-            "tools": [{"type": "function", "name": "f", "parameters": SCHEMA},
-                      {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
-                      {"type": "custom", "name": "p", "format": {"type": "grammar", "definition": "x"}},
-                      {"type": "web_search"}],
-            "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
-            "text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}, "verbosity": "low"},
-            "reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"],
-            "truncation": "auto", "max_output_tokens": 4, "metadata": {"a": "b"}, "top_logprobs": 1,
-        }
-    ],
-    "messages": [
-        {
-            "model": "m", "max_tokens": 5, "system": [{"type": "text", "text": "s"}],
-            "messages": [
-                {"role": "user", "content": [
-                    {"type": "text", "text": "t"},
-                    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}},
-                    {"type": "document", "title": "T", "source": {"type": "text", "data": "x"}},
-                    {"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": "aGk="}},
-                    {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "t"}]}},
-                    {"type": "search_result", "source": "s", "title": "t", "content": [{"type": "text", "text": "t"}]},
-                ]},
-                {"role": "assistant", "content": [
-                    {"type": "thinking", "thinking": "t", "signature": "s"},
-                    {"type": "server_tool_use", "id": "s", "name": "n", "input": {}},
-                    {"type": "tool_use", "id": "c", "name": "f", "input": {"x": [1]}}]},
-                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "is_error": True,
-                                              "content": [{"type": "tool_reference", "tool_name": "f"}]}]},
-                {"role": "system", "content": "s"},
-            ],
-            "tools": [{"name": "f", "input_schema": SCHEMA}, {"type": "web_search_20250305", "name": "w"}],
-            "tool_choice": {"type": "tool", "name": "f"}, "stop_sequences": ["a"], "temperature": 1, "top_k": 3,
-            "thinking": {"type": "enabled", "budget_tokens": 9}, "stream": True,
-            "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
-        }
-    ],
-    "completions": [
-        {"model": "m", "prompt": ["t"], "max_tokens": 5, "n": 2, "stop": "x", "logit_bias": {"1": 1}, "stream": True}
-    ],
-}  # fmt: skip
 ODD = st.one_of(
     st.none(),
     st.booleans(),
@@ -307,16 +225,3 @@ def test_no_body_is_anything_but_a_request_or_a_typed_error(dialect: str, data: 
 @example("messages", b'{"a":' * 100_000)
 def test_no_bytes_are(dialect: str, body: bytes) -> None:
     check(dialect, body)
-
-
-def check(dialect: str, body: bytes) -> None:
-    try:
-        call = DECODERS[dialect](body)
-    except ApiError as error:
-        assert 400 <= error.status < 500
-        msgspec.json.encode(error.info())
-        return
-    # What got through can be sent on and told: text within it is text.
-    msgspec.json.encode(call.request)
-    if dialect == "responses":
-        orjson.loads(call.echo)

@@ -115,5 +115,5 @@ def test_the_check_sees_a_wrong_description(gateway: daemons.Daemon) -> None:
     content = document["paths"]["/version"]["get"]["responses"]["200"]["content"]
     content["application/json"]["schema"] = {"type": "object", "required": ["absent"]}
     case = described_by(document, gateway)["/version"]["GET"].Case()
-    with pytest.raises(BaseExceptionGroup, match="1 sub-exception|failure"):
+    with pytest.raises(BaseExceptionGroup, match="failure"):
         case.call_and_validate(checks=[response_schema_conformance])
