@@ -28,7 +28,7 @@ def scheduler() -> Scheduler:
         found.add(Sequence(number, prompt, 400, frozenset(), SamplerSettings()))
     found.admit()
     for sequence in list(found.running.values())[:-1]:
-        sequence.num_computed = sequence.num_prompt
+        sequence.num_computed = sequence.num_settled = sequence.num_prompt
         sequence.append(1)
     return found
 

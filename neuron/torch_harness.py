@@ -24,7 +24,7 @@ from cortex.wire.events import Failed, InferenceEvent, Started, TokenLogprob
 from cortex.wire.node import Capability, ModelSpec
 from cortex.wire.request import FormatKind, InferenceRequest, Sampling, ToolMode
 from neuron.device.jobs import ConstraintSettings, LoadedModel, SamplerSettings, TokenRow
-from neuron.device.worker import Sink, Worker
+from neuron.device.worker import Item, Sink, Worker
 from neuron.errors import NoDeviceError
 from neuron.harness import Model, Progress, Requirement
 from neuron.models.config import GenerationDefaults, ModelConfig, read_config
@@ -239,13 +239,13 @@ class _Run:
         self._token_text = token_text
         self._choices = choices
         self._sequences: dict[int, int] = {}
-        self._arrived: list[tuple[int, TokenRow | ApiError]] = []
+        self._arrived: list[tuple[int, Item]] = []
         self._wake = asyncio.Event()
 
     def start(self, choice: int, generate: Callable[[Sink], int]) -> None:
         """Submit one choice's sequence."""
 
-        def sink(item: TokenRow | ApiError) -> None:
+        def sink(item: Item) -> None:
             self._arrived.append((choice, item))
             self._wake.set()
 
@@ -267,6 +267,7 @@ class _Run:
                         raise item
                     yield [*events, Failed(item.info())]
                     return
+                assert isinstance(item, TokenRow)
                 if not started:
                     events.append(Started(prompt_tokens, item.prompt_cached or 0))
                     started = True

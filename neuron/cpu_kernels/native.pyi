@@ -56,6 +56,7 @@ class Model:
         kv_float32: bool,
         max_rows: int,
         max_sequences: int,
+        max_sampled: int,
         embedding_scale: float = 1.0,
         attention_scale: float = 0.0,
         gelu: bool = False,
@@ -100,6 +101,9 @@ class Model:
         page_table: _Ints,
         context_lens: _Ints,
         sampled: _Ints,
+        hidden_rows: _Ints,
         logits: _Floats | None,
         ids: _Ints,
+        finite: _Ints,
+        hidden: _Floats | None,
     ) -> None: ...

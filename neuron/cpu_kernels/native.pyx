@@ -79,7 +79,7 @@ cdef extern from "step.h" nogil:
         float eps, embedding_scale, attention_scale
         int gelu
         int kv_float32
-        int max_rows, max_sequences
+        int max_rows, max_sequences, max_sampled
         int window_tokens
         const float *inverse_frequencies
         const float *window_inverse_frequencies
@@ -89,7 +89,7 @@ cdef extern from "step.h" nogil:
         uint8_t *cache
         uint8_t *arena
     cdef struct step:
-        int num_tokens, num_sequences, num_sampled, page_columns
+        int num_tokens, num_sequences, num_sampled, num_hidden, page_columns
         const int32_t *token_ids
         const int32_t *positions
         const int32_t *slots
@@ -97,8 +97,11 @@ cdef extern from "step.h" nogil:
         const int32_t *page_table
         const int32_t *context_lens
         const int32_t *sampled
+        const int32_t *hidden_rows
         float *logits
         int32_t *ids
+        int32_t *finite
+        float *hidden
     size_t c_page_bytes "page_bytes"(const model *model)
     size_t c_arena_bytes "arena_bytes"(const model *model)
     void run_step(const model *model, const step *step)
@@ -288,9 +291,12 @@ cdef class Model:
         self, Pool pool not None, str level not None, *, int num_layers, int hidden, int num_heads, int num_kv_heads,
         int head_dim, int intermediate, int vocab, float eps, bint kv_float32, int max_rows, int max_sequences,
         float embedding_scale=1.0, float attention_scale=0.0, bint gelu=False, int window_tokens=0,
+        int max_sampled,
     ):
-        sizes = (num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_rows, max_sequences)
-        if min(sizes) < 1 or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024 or window_tokens < 0:
+        sizes = (
+            num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_rows, max_sequences, max_sampled
+        )
+        if min(sizes) < 1 or max_sampled < max_sequences or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024 or window_tokens < 0:
             raise ValueError(f"no model of sizes {sizes}")
         memset(&self._model, 0, sizeof(model))
         self._pool = pool
@@ -299,7 +305,7 @@ cdef class Model:
         m.kernels, m.pool = table_of(level), pool._pool
         m.num_layers, m.hidden, m.num_heads, m.num_kv_heads = num_layers, hidden, num_heads, num_kv_heads
         m.head_dim, m.intermediate, m.vocab, m.eps = head_dim, intermediate, vocab, eps
-        m.kv_float32, m.max_rows, m.max_sequences = kv_float32, max_rows, max_sequences
+        m.kv_float32, m.max_rows, m.max_sequences, m.max_sampled = kv_float32, max_rows, max_sequences, max_sampled
         m.embedding_scale, m.attention_scale = embedding_scale, attention_scale or head_dim ** -0.5
         m.gelu, m.window_tokens = gelu, window_tokens
         m.layers = <layer *>calloc(num_layers, sizeof(layer))
@@ -404,26 +410,35 @@ cdef class Model:
         const int32_t[:, ::1] page_table not None,
         const int32_t[::1] context_lens not None,
         const int32_t[::1] sampled not None,
+        const int32_t[::1] hidden_rows not None,
         float[:, ::1] logits,
         int32_t[::1] ids not None,
+        int32_t[::1] finite not None,
+        float[:, ::1] hidden,
     ):
-        """Compute a step of B sequences and T tokens (see StepPlan) and write ``ids`` ``[B]``.
+        """Compute a step of B sequences and T tokens (see StepPlan) and write ``finite`` ``[B]``, 0 where it went wrong.
 
-        A sampled sequence gets its likeliest token, or, with ``logits`` ``[R, V padded to 16]``, its logits there and
-        -2 in ``ids``; the others get -2, and whatever is not finite -1.
+        The R sampled rows get their likeliest tokens in ``ids`` ``[R]``, -1 where there is none; or, with ``logits``
+        ``[R, V padded to 16]``, their logits there. The E ``hidden_rows`` get their last hidden states in ``hidden``
+        ``[E, hidden]``.
         """
         cdef step s
         m = &self._model
-        cdef Py_ssize_t T = token_ids.shape[0], B = context_lens.shape[0], R = sampled.shape[0]
+        cdef Py_ssize_t T = token_ids.shape[0], B = context_lens.shape[0], R = sampled.shape[0], E = hidden_rows.shape[0]
         cdef Py_ssize_t i, j
+        cdef const int32_t[::1] rows
         if m.arena == NULL:
             raise ValueError("the model has no cache yet")
-        if not 0 < T <= m.max_rows or not 0 < B <= m.max_sequences or R > B:
-            raise ValueError(f"a step of {T} tokens of {B} sequences; at most {m.max_rows} of {m.max_sequences}")
-        if positions.shape[0] != T or slots.shape[0] != T or cu_seqlens.shape[0] != B + 1 or page_table.shape[0] != B or ids.shape[0] != B:
+        if not 0 < T <= m.max_rows or not 0 < B <= m.max_sequences or R > m.max_sampled:
+            raise ValueError(
+                f"a step of {T} tokens of {B} sequences, {R} sampled; at most {m.max_rows}, {m.max_sequences}, {m.max_sampled}"
+            )
+        if positions.shape[0] != T or slots.shape[0] != T or cu_seqlens.shape[0] != B + 1 or page_table.shape[0] != B or finite.shape[0] != B or ids.shape[0] != R:
             raise ValueError("the arrays of a step differ in length")
         if logits is not None and (logits.shape[0] != R or logits.shape[1] != m.head.rows):
             raise ValueError(f"logits [{logits.shape[0]}, {logits.shape[1]}], [{R}, {m.head.rows}] wanted")
+        if (E or hidden is not None) and (hidden is None or hidden.shape[0] != E or hidden.shape[1] != m.hidden):
+            raise ValueError(f"hidden states of {E} rows of {m.hidden} have no place")
         for i in range(T):
             if not 0 <= token_ids[i] < m.vocab or not 0 <= slots[i] < self._num_pages * 16:
                 raise ValueError(f"token {token_ids[i]} or slot {slots[i]} is out of range")
@@ -437,15 +452,20 @@ cdef class Model:
                     raise ValueError(f"page {page_table[i, j]} is out of range")
         if cu_seqlens[0] != 0 or cu_seqlens[B] != T:
             raise ValueError("the sequences do not cover the step")
-        for i in range(R):
-            if not (sampled[i - 1] if i else -1) < sampled[i] < B:
-                raise ValueError("sampled sequences are not in rising order")
-        s.num_tokens, s.num_sequences, s.num_sampled, s.page_columns = <int>T, <int>B, <int>R, <int>page_table.shape[1]
+        for rows in (sampled, hidden_rows):
+            for i in range(rows.shape[0]):
+                if not (rows[i - 1] if i else -1) < rows[i] < T:
+                    raise ValueError("rows are not in rising order")
+        s.num_tokens, s.num_sequences, s.num_sampled, s.num_hidden = <int>T, <int>B, <int>R, <int>E
+        s.page_columns = <int>page_table.shape[1]
         s.token_ids, s.positions, s.slots, s.cu_seqlens = &token_ids[0], &positions[0], &slots[0], &cu_seqlens[0]
         s.page_table, s.context_lens = &page_table[0, 0], &context_lens[0]
         s.sampled = &sampled[0] if R else NULL
         s.logits = &logits[0, 0] if logits is not None and R else NULL
-        s.ids = &ids[0]
+        s.ids = &ids[0] if R else NULL
+        s.finite = &finite[0]
+        s.hidden_rows = &hidden_rows[0] if E else NULL
+        s.hidden = &hidden[0, 0] if E else NULL
         # Safety: the plan's arrays are held by this frame, weights, cache and arena by self; the engine runs one step
         # of a model at a time, and the pool one call.
         with nogil:

@@ -42,7 +42,7 @@ struct arena {
     uint8_t *private; /* [threads, PRIVATE_ROWS, activation_stride] */
     float *row;       /* [threads, row_stride] */
     float *scratch;   /* [threads, scratch_stride] */
-    struct best *best; /* [threads, max_sequences] */
+    struct best *best; /* [threads, max_sampled] */
     struct sight sights[2]; /* of layers without a window, and with one */
     size_t hidden_stride, qkv_stride, mixed_stride, gated_stride, activation_stride, row_stride, scratch_stride;
     size_t max_tasks;
@@ -106,11 +106,11 @@ static struct arena lay_out(const struct model *m, uint8_t *base) {
         a.own_x = carve(&a, base, threads * PRIVATE_ROWS * a.hidden_stride, 4);
     }
     a.parts = carve(&a, base, sequences * (size_t)m->num_heads * MAX_PARTS * (size_t)(round_up(m->head_dim, 16) + 2), 4);
-    a.shared = carve(&a, base, larger(rows, sequences) * a.activation_stride, 1);
+    a.shared = carve(&a, base, larger(rows, (size_t)m->max_sampled) * a.activation_stride, 1);
     a.private = carve(&a, base, threads * PRIVATE_ROWS * a.activation_stride, 1);
     a.row = carve(&a, base, threads * a.row_stride, 4);
     a.scratch = carve(&a, base, threads * a.scratch_stride, 4);
-    a.best = carve(&a, base, threads * sequences, sizeof *a.best);
+    a.best = carve(&a, base, threads * (size_t)m->max_sampled, sizeof *a.best);
     for (int i = 0; i < num_sights(m); i++) {
         struct sight *sight = &a.sights[i];
         sight->window_tokens = i == 0 ? 0 : m->window_tokens;
@@ -412,7 +412,8 @@ static void settle(const struct run *run, int thread) {
     pool_barrier(m->pool);
 }
 
-/* Normalise the last row of every sequence, tell of those that are not finite, and multiply the sampled with the head. */
+/* Normalise what the step is asked for: sampled rows for the head, rows wanted as they are, and the last row of every
+ * sequence to tell whether it is finite. Then multiply the sampled with the head. */
 static void finish(const struct run *run, int thread) {
     const struct model *m = run->model;
     const struct step *s = run->step;
@@ -420,22 +421,28 @@ static void finish(const struct run *run, int thread) {
     int threads = pool_threads(m->pool), first, end;
     float *row = a->row + (size_t)thread * a->row_stride;
     share_of(s->num_sequences, threads, thread, &first, &end);
-    int next = 0; /* sampled is in rising order */
-    while (next < s->num_sampled && s->sampled[next] < first) next++;
     for (int b = first; b < end; b++) {
         const float *x = a->x + (size_t)(s->cu_seqlens[b + 1] - 1) * a->hidden_stride;
-        m->kernels->rms_norm(x, m->norm, m->eps, m->hidden, (int)a->hidden_stride, row);
         float sum = 0;
+        m->kernels->rms_norm(x, m->norm, m->eps, m->hidden, (int)a->hidden_stride, row);
         for (int i = 0; i < m->hidden; i++) sum += row[i] * 0.0f;
-        s->ids[b] = sum == 0 ? NOT_SAMPLED : NON_FINITE;
-        if (next < s->num_sampled && s->sampled[next] == b) {
-            m->kernels->quantize(m->head.format, row, m->hidden, a->shared + (size_t)next * a->activation_stride);
-            next++;
-        }
+        s->finite[b] = sum == 0;
     }
-    pool_barrier(m->pool);
+    share_of(s->num_hidden, threads, thread, &first, &end);
+    for (int i = first; i < end; i++) {
+        const float *x = a->x + (size_t)s->hidden_rows[i] * a->hidden_stride;
+        m->kernels->rms_norm(x, m->norm, m->eps, m->hidden, (int)a->hidden_stride, row);
+        memcpy(s->hidden + (size_t)i * (size_t)m->hidden, row, (size_t)m->hidden * sizeof *row);
+    }
+    share_of(s->num_sampled, threads, thread, &first, &end);
+    for (int i = first; i < end; i++) {
+        const float *x = a->x + (size_t)s->sampled[i] * a->hidden_stride;
+        m->kernels->rms_norm(x, m->norm, m->eps, m->hidden, (int)a->hidden_stride, row);
+        m->kernels->quantize(m->head.format, row, m->hidden, a->shared + (size_t)i * a->activation_stride);
+    }
     if (s->num_sampled == 0) return;
-    struct best *best = a->best + (size_t)thread * (size_t)m->max_sequences;
+    pool_barrier(m->pool);
+    struct best *best = a->best + (size_t)thread * (size_t)m->max_sampled;
     for (int i = 0; i < s->num_sampled; i++) best[i] = (struct best){.index = -1};
     struct matmul task = {
         .w = &m->head,
@@ -456,7 +463,7 @@ static void finish(const struct run *run, int thread) {
     for (int i = 0; i < s->num_sampled; i++) {
         struct best found = a->best[i];
         for (int t = 1; t < threads; t++) {
-            struct best other = a->best[(size_t)t * (size_t)m->max_sequences + (size_t)i];
+            struct best other = a->best[(size_t)t * (size_t)m->max_sampled + (size_t)i];
             found.not_finite += other.not_finite;
             /* Rows rise with the threads, so the first of equals stays. */
             if (found.index < 0 || (other.index >= 0 && other.value > found.value)) {
@@ -464,8 +471,7 @@ static void finish(const struct run *run, int thread) {
                 found.value = other.value;
             }
         }
-        int32_t *id = &s->ids[s->sampled[i]];
-        if (*id != NON_FINITE) *id = found.not_finite == 0 ? found.index : NON_FINITE;
+        s->ids[i] = found.not_finite == 0 ? found.index : NON_FINITE;
     }
 }
 

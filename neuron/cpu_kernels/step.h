@@ -24,7 +24,7 @@ struct model {
     float embedding_scale, attention_scale;
     int gelu; /* the gate's activation; else SiLU */
     int kv_float32;
-    int max_rows, max_sequences;
+    int max_rows, max_sequences, max_sampled;
     int window_tokens; /* of the layers that have one; 0: none has */
     const float *inverse_frequencies, *window_inverse_frequencies; /* [head_dim / 2] */
     const float *norm; /* [hidden padded to 16] */
@@ -36,17 +36,20 @@ struct model {
 
 /* The arrays of neuron.engine.plan.StepPlan, and where the results go. */
 struct step {
-    int num_tokens, num_sequences, num_sampled, page_columns;
+    int num_tokens, num_sequences, num_sampled, num_hidden, page_columns;
     const int32_t *token_ids, *positions, *slots; /* [T] */
     const int32_t *cu_seqlens;                    /* [B + 1] */
     const int32_t *page_table;                    /* [B, page_columns] */
     const int32_t *context_lens;                  /* [B] */
-    const int32_t *sampled;                       /* [R] */
-    float *logits; /* [R, vocab]: what the sampled rows come to; NULL: their likeliest token into ids */
-    int32_t *ids;  /* [B] */
+    const int32_t *sampled;                       /* [R]: rows */
+    const int32_t *hidden_rows;                   /* [E] */
+    float *logits;   /* [R, vocab]: what the sampled rows come to; NULL: their likeliest token into ids */
+    int32_t *ids;    /* [R]: NON_FINITE for a row whose logits are not; untouched with logits */
+    int32_t *finite; /* [B]: whether all that a sequence's last row comes from is */
+    float *hidden;   /* [E, hidden]: those rows, normalised */
 };
 
-enum { NOT_SAMPLED = -2, NON_FINITE = -1 };
+enum { NON_FINITE = -1 };
 
 /* Bytes that one page takes over all layers. */
 size_t page_bytes(const struct model *model);

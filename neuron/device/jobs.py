@@ -21,6 +21,14 @@ class SequenceEnd(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Pooling(StrEnum):
+    """Which hidden states of a text become its embedding."""
+
+    LAST = "last"
+    """The last token's, which has seen all others."""
+    MEAN = "mean"
+
+
 class SamplerSettings(msgspec.Struct, frozen=True, array_like=True):
     """Sampling with every field resolved. ``temperature`` 0 is greedy; 0 turns ``top_k`` off, 1 turns ``top_p`` off."""
 
@@ -89,6 +97,16 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     constraint: ConstraintSettings | None = None
 
 
+class Embed(msgspec.Struct, frozen=True, tag="embed"):
+    """Compute the embedding of ``prompt``, int32 token ids; answered by :class:`Embedding` or ``SequenceFailed``."""
+
+    sequence: int
+    model: str
+    prompt: bytes
+    pooling: Pooling
+    principal: str = ""
+
+
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Stop a sequence and free what it holds; unknown and finished sequences are ignored."""
 
@@ -99,7 +117,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Cancel everything, release the device and exit 0."""
 
 
-ToWorker = Load | Unload | QueryMemory | Generate | Cancel | Shutdown
+ToWorker = Load | Unload | QueryMemory | Generate | Embed | Cancel | Shutdown
 
 # ------------------------------------------------------------------ worker -> daemon
 
@@ -186,6 +204,13 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     waiting: int
 
 
+class Embedding(msgspec.Struct, frozen=True, tag="embedding"):
+    """The end of a sequence that was to be embedded: float32 ``[hidden]`` of length 1."""
+
+    sequence: int
+    vector: bytes
+
+
 class SequenceFailed(msgspec.Struct, frozen=True, tag="sequence_failed"):
     """One sequence failed; others go on."""
 
@@ -199,7 +224,7 @@ class Poisoned(msgspec.Struct, frozen=True, tag="poisoned"):
     reason: str
 
 
-FromWorker = Ready | Done | JobFailed | Progress | Tokens | SequenceFailed | Poisoned
+FromWorker = Ready | Done | JobFailed | Progress | Tokens | Embedding | SequenceFailed | Poisoned
 
 EXIT_POISONED = 70
 """Exit status of a worker whose driver reported a fault."""

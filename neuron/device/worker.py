@@ -30,8 +30,10 @@ TERMINATE_GRACE_S = 2.0
 MAX_PENDING_BYTES = 64 << 20
 """How much may wait for a worker that does not read before new work is refused."""
 
-Sink = Callable[[jobs.TokenRow | ApiError], None]
-"""Takes the rows of one sequence, and at most one error, which ends it. Called on the event loop; must not block."""
+Item = jobs.TokenRow | jobs.Embedding | ApiError
+Sink = Callable[[Item], None]
+"""Takes what comes of one sequence: rows or an embedding, and at most one error, which ends it. Called on the event
+loop; must not block."""
 
 logger = logging.getLogger(__name__)
 
@@ -274,10 +276,19 @@ class Worker:
 
         Raises DeviceWorkerNotReadyError, and OverloadedError if the worker does not read what it is sent.
         """
+        return self._start(
+            lambda number: jobs.Generate(number, model, prompt, max_tokens, eos, sampler, principal, constraint), sink
+        )
+
+    def embed(self, model: str, prompt: bytes, pooling: jobs.Pooling, sink: Sink, *, principal: str = "") -> int:
+        """Start the embedding of int32 ``prompt`` and return its number. Raises as :meth:`generate`."""
+        return self._start(lambda number: jobs.Embed(number, model, prompt, pooling, principal), sink)
+
+    def _start(self, make: Callable[[int], jobs.ToWorker], sink: Sink) -> int:
         if self.state is not WorkerState.READY:
             raise self._not_ready()
         sequence = next(self._numbers)
-        self._send(jobs.Generate(sequence, model, prompt, max_tokens, eos, sampler, principal, constraint))
+        self._send(make(sequence))
         self._sinks[sequence] = sink
         return sequence
 
@@ -321,6 +332,8 @@ class Worker:
                 self.running, self.waiting = message.running, message.waiting
                 for row in message.rows:
                     self._deliver(row.sequence, row, row.end is not None)
+            case jobs.Embedding():
+                self._deliver(message.sequence, message, True)
             case jobs.SequenceFailed():
                 self._deliver(message.sequence, RemoteError(message.error), True)
             case jobs.Done():
@@ -344,7 +357,7 @@ class Worker:
             case _:
                 assert_never(message)
 
-    def _deliver(self, sequence: int, item: jobs.TokenRow | ApiError, last: bool) -> None:
+    def _deliver(self, sequence: int, item: Item, last: bool) -> None:
         sink = self._sinks.pop(sequence, None) if last else self._sinks.get(sequence)
         if sink is None:  # cancelled here before the worker heard of it
             return

@@ -26,6 +26,7 @@ from cortex.wire.errors import (
 from neuron.device.jobs import (
     Cancel,
     Done,
+    Embed,
     FromWorker,
     Generate,
     JobFailed,
@@ -33,6 +34,7 @@ from neuron.device.jobs import (
     Memory,
     Progress,
     QueryMemory,
+    SamplerSettings,
     SequenceEnd,
     SequenceFailed,
     Shutdown,
@@ -91,13 +93,13 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Return whether there is a step to run."""
-        return bool(self._loads or self._model_of)
+        return bool(self._loads) or any(model.busy for model in self._models.values())
 
     def handle(self, message: bytes) -> None:
         """Take one message of the daemon's. Raises DeviceFault, and ``msgspec.DecodeError`` for what is none."""
         job = self._decoder.decode(message)
         match job:
-            case Generate():
+            case Generate() | Embed():
                 self._start(job)
             case Cancel():
                 self._cancel([job.sequence])
@@ -118,7 +120,7 @@ class Engine:
         if self._loads:
             self._advance(next(iter(self._loads.values())))
         for name, model in list(self._models.items()):
-            if model.scheduler.busy:
+            if model.busy:
                 # To the end of the line: models take turns.
                 self._models[name] = self._models.pop(name)
                 self._step(model)
@@ -126,7 +128,7 @@ class Engine:
 
     # -------------------------------------------------------------- sequences
 
-    def _start(self, job: Generate) -> None:
+    def _start(self, job: Generate | Embed) -> None:
         try:
             model = self._models.get(job.model)
             if model is None:
@@ -137,7 +139,7 @@ class Engine:
                     f"{len(model.scheduler.waiting)} requests wait for {job.model!r} already; try again shortly",
                     retry_after_s=QUEUE_RETRY_AFTER_S,
                 )
-            if job.constraint is not None:
+            if isinstance(job, Generate) and job.constraint is not None:
                 sequence.constraint = model.constrain(job.constraint)
             model.scheduler.add(sequence)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
@@ -155,15 +157,18 @@ class Engine:
         self._send_rows(rows)
 
     def _step(self, model: Model) -> None:
-        outcome = model.step()
-        for number, error in outcome.failures:
+        output = model.step()
+        for number, error in output.failures:
             del self._model_of[number]
             self._send(SequenceFailed(number, error))
-        for row in outcome.rows:
+        for embedding in output.embeddings:
+            del self._model_of[embedding.sequence]
+            self._send(embedding)
+        for row in output.rows:
             if row.end is not None:
                 del self._model_of[row.sequence]
-        self._send_rows(outcome.rows)
-        if not model.scheduler.busy:
+        self._send_rows(output.rows)
+        if not model.busy:
             model.scheduler.check_integrity()
 
     def _send_rows(self, rows: list[TokenRow]) -> None:
@@ -244,7 +249,7 @@ class Engine:
         self._send_bytes(self._encoder.encode(message))
 
 
-def _sequence(job: Generate, model: Model) -> Sequence:
+def _sequence(job: Generate | Embed, model: Model) -> Sequence:
     """Return the sequence that ``job`` asks for. Raises :class:`InvalidRequestError` for what can never be served."""
     context_tokens, vocab_size = model.plan.context_tokens, model.config.vocab_size
     if len(job.prompt) % 4 or not job.prompt:
@@ -256,6 +261,9 @@ def _sequence(job: Generate, model: Model) -> Sequence:
         )
     if len(prompt) >= context_tokens:
         raise ContextLengthError(context_tokens, len(prompt), param="prompt")
+    if isinstance(job, Embed):
+        settings = SamplerSettings(temperature=0.0)
+        return Sequence(job.sequence, prompt, 1, frozenset(), settings, job.principal, pooling=job.pooling)
     if job.max_tokens < 1:
         raise InvalidRequestError(f"max_tokens is {job.max_tokens}; it must be at least 1", param="max_tokens")
     check_settings(job.sampler, vocab_size)

@@ -3,25 +3,40 @@
 Knows one model's sequences and nothing of the channel: it returns rows and failures, and the engine sends them.
 """
 
+import array
 import dataclasses
 import logging
+import os
 import pathlib
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Iterable
+from typing import Final
 
 import numpy as np
 import torch
 
 from cortex.wire.errors import ErrorInfo, UnprocessableError
 from cortex.wire.node import ModelSpec
-from neuron.device.jobs import ConstraintSettings, LoadedModel, SequenceEnd, TokenRow
+from neuron.device.jobs import (
+    ConstraintSettings,
+    Embedding,
+    LoadedModel,
+    Pooling,
+    SequenceEnd,
+    TokenLogprobs,
+    TokenRow,
+)
 from neuron.engine.constraint import Constraint, ConstraintError, Vocabulary
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
+from neuron.engine.launched import Executor, Launched
 from neuron.engine.native_runner import NativeRunner, shared_pool
-from neuron.engine.plan import build_plan
-from neuron.engine.runner import NOT_SAMPLED, Runner
+from neuron.engine.pace import Pace
+from neuron.engine.plan import StepPlan, build_plan
+from neuron.engine.runner import Runner
 from neuron.engine.sampler import NON_FINITE
-from neuron.engine.scheduler import Limits, Scheduler
-from neuron.engine.sequence import Sequence
+from neuron.engine.scheduler import Limits, Scheduler, Step
+from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceState
+from neuron.engine.speculation import PromptLookup, Speculation
 from neuron.models import packed
 from neuron.models.config import ModelConfig
 from neuron.models.decoder import load_decoder
@@ -34,12 +49,27 @@ from neuron.text import tokenizer
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(slots=True)
-class Outcome:
-    """What a step made: rows for those that got on, and the error of each sequence that did not."""
+SPECULATION_SWITCH: Final = "NEURON_SPECULATION"
+"""``off`` in the environment generates one token of a sequence a step."""
 
-    rows: list[TokenRow]
-    failures: list[tuple[int, ErrorInfo]]
+
+@dataclasses.dataclass(slots=True)
+class Output:
+    """What came of a step: rows for those that got on, finished embeddings, and the error of each that did not."""
+
+    rows: list[TokenRow] = dataclasses.field(default_factory=list)
+    embeddings: list[Embedding] = dataclasses.field(default_factory=list)
+    failures: list[tuple[int, ErrorInfo]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A launched step."""
+
+    step: Step
+    plan: StepPlan
+    launched: Launched
+    started_s: float
 
 
 class Model:
@@ -50,17 +80,26 @@ class Model:
         name: str,
         config: ModelConfig,
         plan: MemoryPlan,
-        runner: Runner | NativeRunner,
+        runner: Executor,
         path: pathlib.Path,
         *,
         prefix_cache: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """``clock`` says the time in seconds, by which steps are measured."""
         self.name = name
         self.config = config
         self.plan = plan
         self.runner = runner
         self._path = path
         self._vocabulary: Vocabulary | None = None
+        self._under_way: _UnderWay | None = None
+        self._clock = clock
+        self._settled_s = 0.0
+        self._pace = Pace(PAGE_TOKENS, plan.mixed_step_tokens)
+        self.speculation: Speculation | None = None
+        if os.environ.get(SPECULATION_SWITCH, "on") != "off":
+            self.speculation = Speculation(PromptLookup(), self._pace, plan.sampled_rows)
         self.scheduler = Scheduler(
             Limits(
                 num_pages=plan.num_pages,
@@ -98,68 +137,167 @@ class Model:
             self._vocabulary = Vocabulary(files.tokenizer, self.config.vocab_size, self.config.eos_ids)
         return self._vocabulary.start(settings)
 
-    def step(self) -> Outcome:
-        """Admit, schedule, run, and hand out what was sampled. Raises DeviceFault; any other exception of the step
-        fails the sequences that were in it."""
-        outcome = Outcome([], [])
+    @property
+    def busy(self) -> bool:
+        """Return whether there is a step to run or to wait for."""
+        return self.scheduler.busy or self._under_way is not None
+
+    def step(self) -> Output:
+        """Admit, launch a step, and hand out what a step made certain.
+
+        That is the step just launched, or, where steps overlap, the one before it. Raises DeviceFault; any other
+        exception of a step fails the sequences that were in it.
+        """
+        output = Output()
+        self._admit(output)
+        launched = self._launch(output)
+        before, self._under_way = self._under_way, launched
+        if not self.runner.overlaps:
+            before, self._under_way = launched, None
+        if before is not None:
+            self._settle(before, output)
+        return output
+
+    def _admit(self, output: Output) -> None:
         for sequence in self.scheduler.admit():
             try:
-                prompt, output = np.split(sequence.tokens[: sequence.num_tokens], [sequence.num_prompt])
-                self.runner.sampler.admit(sequence.seat, sequence.sampler, prompt, output)
+                prompt, generated = np.split(sequence.tokens[: sequence.num_tokens], [sequence.num_prompt])
+                self.runner.sampler.admit(sequence.seat, sequence.sampler, prompt, generated)
                 if sequence.constraint is not None:
                     self.runner.sampler.constrain(sequence.seat, sequence.constraint.mask())
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
-                self._fail([sequence], error, outcome)
-        step = self.scheduler.schedule()
+                self._fail([sequence], error, output)
+
+    def _launch(self, output: Output) -> _UnderWay | None:
+        step = self.scheduler.schedule(self._pace.mixed_step_tokens, self._propose)
         if step is None:
-            return outcome
+            return None
+        started_s = self._clock()
         try:
             plan = build_plan(step, self.scheduler.page_table, PAGE_TOKENS)
-            ids = self.runner.run(plan)
+            launched = self.runner.launch(plan)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is these requests')
-            self._fail(list(step.sequences), error, outcome)
-            return outcome
-        id_bytes = ids.tobytes()
-        for index, (sequence, token, num_tokens) in enumerate(
-            zip(step.sequences, ids.tolist(), step.num_tokens, strict=True)
-        ):
-            if token == NON_FINITE:
+            self._fail(step.sequences, error, output)
+            return None
+        self.scheduler.begin(step)
+        return _UnderWay(step, plan, launched, started_s)
+
+    def _propose(self, decoding: list[Sequence]) -> None:
+        if self.speculation is None:
+            return
+        able = [
+            sequence
+            for sequence in decoding
+            if not sequence.num_awaited and self.runner.sampler.checks_guesses(sequence.seat)
+        ]
+        self.speculation.propose(decoding, able, self.scheduler.make_room)
+
+    def _settle(self, under_way: _UnderWay, output: Output) -> None:
+        """Wait for a step and hand out what it brought."""
+        step, plan = under_way.step, under_way.plan
+        try:
+            outcome = under_way.launched.wait()
+        except Exception as error:  # noqa: BLE001 (as above)
+            self._fail(step.sequences, error, output)
+            return
+        now_s = self._clock()
+        num_generating = step.num_decodes + step.num_drafting
+        num_rows = int(plan.cu_seqlens[num_generating])
+        # A step behind another began when that one ended.
+        seconds = now_s - max(under_way.started_s, self._settled_s)
+        self._pace.note(num_rows, int(plan.cu_seqlens[-1]) - num_rows, seconds)
+        self._settled_s = now_s
+        firsts = np.searchsorted(plan.sampled, plan.cu_seqlens).tolist()
+        finite, ids = outcome.finite.tolist(), outcome.ids.tolist()
+        for index, (sequence, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
+            if sequence.state is not SequenceState.RUNNING:
+                continue  # it ended while this step was under way
+            first, end = firsts[index], firsts[index + 1]
+            if not finite[index] or NON_FINITE in ids[first:end]:
                 # Pages before these are full, sound, and maybe another's too.
-                self.runner.clear_pages(sequence.pages[sequence.num_computed // PAGE_TOKENS :])
-                self._fail([sequence], NonFiniteLogitsError(self.name), outcome)
-                continue
-            self.scheduler.advance(sequence, num_tokens)
-            if token == NOT_SAMPLED:
-                continue
-            cached = sequence.num_cached if sequence.num_output == 0 else None
+                self.runner.clear_pages(sequence.pages[sequence.num_settled // PAGE_TOKENS :])
+                self._fail([sequence], NonFiniteLogitsError(self.name), output)
+            elif sequence.pooling is not None:
+                rows = slice(*np.searchsorted(plan.hidden_rows, plan.cu_seqlens[index : index + 2]))
+                self._pool(sequence, num_tokens, outcome.hidden[rows], output)
+            elif first == end:
+                self.scheduler.settle(sequence, num_tokens, 0)
+            else:
+                num_tokens = 1 if index < num_generating else num_tokens
+                self._continue(sequence, num_tokens, ids[first:end], outcome.logprobs.get(first), output)
+
+    def _continue(
+        self,
+        sequence: Sequence,
+        num_tokens: int,
+        sampled: list[int],
+        logprobs: TokenLogprobs | None,
+        output: Output,
+    ) -> None:
+        """Give a sequence the first of the tokens ``sampled``, and of those after right guesses as many as are certain.
+
+        ``num_tokens`` are in the cache for good without these.
+        """
+        num_right = 0
+        if len(sampled) > 1:
+            drafts = sequence.drafts.tolist()
+            while num_right < len(drafts) and sampled[num_right] == drafts[num_right]:
+                num_right += 1
+            if self.speculation is not None:
+                self.speculation.learn(sequence, num_right)
+            sequence.drafts = NO_TOKENS
+        cached = sequence.num_cached if sequence.num_output == 0 else None
+        ids = array.array("i")
+        end: SequenceEnd | None = None
+        for token in sampled[: num_right + 1]:
+            if token in sequence.eos:
+                end = SequenceEnd.STOP
+                break
             complete = False
-            if sequence.constraint is not None and token not in sequence.eos:
+            if sequence.constraint is not None:
                 try:
                     complete = sequence.constraint.accept(token)
                     self.runner.sampler.constrain(sequence.seat, None if complete else sequence.constraint.mask())
                 except ConstraintError as error:
-                    self._fail([sequence], error, outcome)
-                    continue
-            if token in sequence.eos:
-                outcome.rows.append(TokenRow(sequence.number, b"", SequenceEnd.STOP, cached))
-                self.scheduler.remove(sequence.number)
-                continue
+                    self._fail([sequence], error, output)
+                    return
             sequence.append(token)
-            end = SequenceEnd.LENGTH if sequence.num_output == sequence.max_tokens else None
-            end = SequenceEnd.STOP if complete else end
-            logprobs = self.runner.sampler.take_logprobs(sequence.seat)
-            outcome.rows.append(TokenRow(sequence.number, id_bytes[4 * index : 4 * index + 4], end, cached, logprobs))
+            ids.append(token)
+            if complete:
+                end = SequenceEnd.STOP
+            elif sequence.num_output == sequence.max_tokens:
+                end = SequenceEnd.LENGTH
             if end is not None:
-                self.scheduler.remove(sequence.number)
-        return outcome
+                break
+        # Behind an end nothing counts, and what is certain by then is in the cache.
+        self.scheduler.settle(sequence, num_tokens + max(0, len(ids) - 1), len(sampled))
+        output.rows.append(TokenRow(sequence.number, ids.tobytes(), end, cached, logprobs if ids else None))
+        if end is not None:
+            self.scheduler.remove(sequence.number)
 
-    def _fail(self, sequences: list[Sequence], error: Exception, outcome: Outcome) -> None:
+    def _pool(self, sequence: Sequence, num_tokens: int, hidden: Float32Array, output: Output) -> None:
+        """Take the hidden states ``[E, hidden]`` of a piece of a text; with the last, its embedding is done."""
+        self.scheduler.settle(sequence, num_tokens, 0)
+        if sequence.pooling is Pooling.MEAN:
+            total = hidden.sum(0)
+            sequence.pooled = total if sequence.pooled is None else sequence.pooled + total
+        elif len(hidden):
+            sequence.pooled = hidden[0]
+        if sequence.num_settled < sequence.num_prompt:
+            return
+        assert sequence.pooled is not None
+        # The mean of what is scaled to length 1 is the scaled sum.
+        vector = sequence.pooled / max(float(np.linalg.norm(sequence.pooled)), 1e-12)
+        output.embeddings.append(Embedding(sequence.number, vector.astype(np.float32).tobytes()))
+        self.scheduler.remove(sequence.number)
+
+    def _fail(self, sequences: Iterable[Sequence], error: Exception, output: Output) -> None:
         raise_device_fault(error)
         if not isinstance(error, NonFiniteLogitsError):
             logger.error("model %s: a step failed", self.name, exc_info=error)
         for sequence in sequences:
-            self.scheduler.remove(sequence.number)
-            outcome.failures.append((sequence.number, error_info(error)))
+            if self.scheduler.remove(sequence.number) is not None:
+                output.failures.append((sequence.number, error_info(error)))
 
 
 def load_model(
@@ -178,7 +316,7 @@ def load_model(
     try:
         plan = plan_memory(source.config, spec, str(device), free_bytes())
         yield 0.0
-        runner: Runner | NativeRunner
+        runner: Executor
         if plan.native:
             runner = NativeRunner(source.config, (yield from load_packed(source, plan.dtype, shared_pool())), plan)
         else:

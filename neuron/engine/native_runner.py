@@ -1,7 +1,6 @@
 """Execute a plan on the CPU kernels: a whole step in one native call.
 
-The same interface as :class:`neuron.engine.runner.Runner`. Steps in which all are greedy end with token ids, others
-with logits, which the sampler turns into ids as on any device.
+Steps in which all are greedy end with token ids, others with logits, which the sampler turns into ids as on any device.
 """
 
 import functools
@@ -10,10 +9,12 @@ import numpy as np
 import torch
 
 from neuron.cpu_kernels import native
+from neuron.device.jobs import TokenLogprobs
 from neuron.device.probe import usable_cores
+from neuron.engine.launched import HostStep, StepOutcome
 from neuron.engine.plan import StepPlan
-from neuron.engine.sampler import NON_FINITE, Sampler
-from neuron.engine.sequence import Int32Array
+from neuron.engine.sampler import Sampler
+from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.models import packed
 from neuron.models.config import ModelConfig
 from neuron.models.packed_weights import PackedWeights, huge_pages, make_model
@@ -29,11 +30,13 @@ def shared_pool() -> native.Pool:
 class NativeRunner:
     """One loaded model on the CPU."""
 
+    overlaps = False
+
     def __init__(self, config: ModelConfig, weights: PackedWeights, plan: MemoryPlan) -> None:
         self.config = config
         self._weights = weights
-        self._max_sequences = plan.max_sequences
-        rows = max(plan.step_tokens, plan.max_sequences + PAGE_TOKENS)
+        self._sampled_rows = plan.sampled_rows
+        rows = max(plan.step_tokens, plan.sampled_rows + PAGE_TOKENS)
         self._model = make_model(
             config,
             weights,
@@ -42,6 +45,7 @@ class NativeRunner:
             dtype=plan.dtype,
             rows=rows,
             sequences=plan.max_sequences,
+            sampled=plan.sampled_rows,
         )
         # One more page than the pool hands out: page 0 pads page tables. A page holds all layers, so that a short
         # sequence touches few huge pages however many layers there are.
@@ -57,30 +61,19 @@ class NativeRunner:
         self._logits: torch.Tensor | None = None
         self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"))
 
-    def run(self, plan: StepPlan) -> Int32Array:
-        """Compute a step; return a token id int32 ``[B]`` per sequence: NOT_SAMPLED or NON_FINITE if it has none."""
-        ids = np.empty(len(plan.sequences), np.int32)
+    def launch(self, plan: StepPlan) -> HostStep:
+        """Compute a step, on all cores, before returning."""
         num_sampled = len(plan.sampled)
-        seats = plan.seats[plan.sampled]
-        if not num_sampled or self.sampler.takes_likeliest(seats):
-            self._run(plan, None, ids)
-            return ids
-        width = packed.padded(self.config.vocab_size)
-        if self._logits is None:
-            self._logits = torch.empty((self._max_sequences, width), dtype=torch.float32)
-        logits = self._logits[:num_sampled]
-        self._run(plan, logits.numpy(), ids)
-        with torch.inference_mode():
-            rows = logits[:, : self.config.vocab_size]
-            if cap := self.config.logit_cap:  # which keeps the order, so the likeliest need none
-                rows = rows.div_(cap).tanh_().mul_(cap)
-            sampled = self.sampler.sample(rows, seats, plan.num_output[plan.sampled]).numpy()
-        ids[plan.sampled] = np.where(ids[plan.sampled] == NON_FINITE, NON_FINITE, sampled)
-        return ids
-
-    def _run(
-        self, plan: StepPlan, logits: np.ndarray[tuple[int, int], np.dtype[np.float32]] | None, ids: Int32Array
-    ) -> None:
+        ids = np.empty(num_sampled, np.int32)
+        finite = np.empty(len(plan.context_lens), np.int32)
+        hidden: Float32Array = np.empty((len(plan.hidden_rows), self.config.hidden_size), np.float32)
+        logprobs: dict[int, TokenLogprobs] = {}
+        logits: torch.Tensor | None = None
+        if num_sampled and not self.sampler.takes_likeliest(plan.seats):
+            if self._logits is None:
+                width = packed.padded(self.config.vocab_size)
+                self._logits = torch.empty((self._sampled_rows, width), dtype=torch.float32)
+            logits = self._logits[:num_sampled]
         self._model.run(
             plan.token_ids,
             np.ascontiguousarray(plan.positions),
@@ -89,9 +82,21 @@ class NativeRunner:
             np.ascontiguousarray(plan.page_table),
             plan.context_lens,
             plan.sampled,
-            logits,
+            plan.hidden_rows,
+            None if logits is None else logits.numpy(),
             ids,
+            finite,
+            hidden if len(hidden) else None,
         )
+        if logits is not None:
+            with torch.inference_mode():
+                rows = logits[:, : self.config.vocab_size]
+                if cap := self.config.logit_cap:  # which keeps the order, so the likeliest need none
+                    rows = rows.div_(cap).tanh_().mul_(cap)
+                ids = self.sampler.sample(rows, plan.seats, plan.num_output).numpy()
+                if self.sampler.report is not None:
+                    logprobs = self.sampler.report.rows()
+        return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs))
 
     def clear_pages(self, pages: Int32Array) -> None:
         """Zero ``pages``, so that a NaN in them cannot reach the next sequence they are given to."""

@@ -9,19 +9,19 @@ import operator
 
 import numpy as np
 
+from neuron.device.jobs import Pooling
 from neuron.engine.scheduler import Step
-from neuron.engine.sequence import Int32Array, Sequence
+from neuron.engine.sequence import NO_TOKENS, Int32Array
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """B sequences with T query tokens, of which R sequences get a next token. All arrays are int32."""
+    """B sequences with T query tokens, of which R rows get a next token. All arrays are int32."""
 
-    sequences: tuple[Sequence, ...]
     num_decodes: int
     """The first sequences, with one query token each, longest context first."""
     token_ids: Int32Array
-    """``[T]``"""
+    """``[T]``. A negative one, -1 - i, is the i-th that the step before sampled: it may still be on the device."""
     positions: Int32Array
     """``[T]``"""
     slots: Int32Array
@@ -33,14 +33,16 @@ class StepPlan:
     context_lens: Int32Array
     """``[B]``: tokens in the cache after this step."""
     sampled: Int32Array
-    """``[R]``: the sequences, as indices into the above, whose last row is sampled."""
+    """``[R]``: the rows that are sampled, rising: a prompt's last, and all of a sequence that decodes."""
     seats: Int32Array
-    """``[B]``: each sequence's row in the tables that outlive a step."""
+    """``[R]``: the row of each one's sequence in the tables that outlive a step."""
     num_output: Int32Array
-    """``[B]``: tokens generated before this step."""
+    """``[R]``: how many tokens were generated before it."""
+    hidden_rows: Int32Array
+    """``[E]``: the rows whose last hidden states are wanted, rising."""
 
 
-FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "seat", "num_tokens")
+FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "seat")
 
 
 def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan:
@@ -48,25 +50,38 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
     sequences = step.sequences
     num_decodes = step.num_decodes
     counts = np.array(step.num_tokens, np.int32)
-    starts, num_prompt, num_fill, seats, num_tokens = np.array([FIELDS(sequence) for sequence in sequences], np.int32).T
+    starts, num_prompt, num_fill, seats = np.array([FIELDS(sequence) for sequence in sequences], np.int32).T
     cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
     context_lens = starts + counts
     own_pages = page_table[seats, : -(-int(context_lens.max()) // page_tokens)]
+    hidden_rows = NO_TOKENS
     if num_decodes == len(sequences):
-        rows = np.arange(num_decodes, dtype=np.int32)
+        rows = sampled = sampled_of = np.arange(num_decodes, dtype=np.int32)
         positions = starts
     else:
         rows = np.repeat(np.arange(len(sequences), dtype=np.int32), counts)
         positions = np.arange(cu_seqlens[-1], dtype=np.int32) - cu_seqlens[rows] + starts[rows]
+        # Of a prompt the last row is sampled; of a sequence that decodes, the guesses behind its last token too.
+        is_sampled = positions >= num_fill[rows] - 1
+        if any(sequence.pooling is not None for sequence in sequences):
+            pooling = [sequence.pooling for sequence in sequences]
+            is_sampled &= np.array([kind is None for kind in pooling])[rows]
+            wanted = np.array([kind is Pooling.MEAN for kind in pooling])[rows]
+            wanted |= np.array([kind is Pooling.LAST for kind in pooling])[rows] & (positions == num_fill[rows] - 1)
+            hidden_rows = np.flatnonzero(wanted).astype(np.int32)
+        sampled = np.flatnonzero(is_sampled).astype(np.int32)
+        sampled_of = rows[sampled]
     token_ids = np.empty(len(rows), np.int32)
     token_ids[:num_decodes] = [sequence.tokens[sequence.num_computed] for sequence in sequences[:num_decodes]]
     for index in range(num_decodes, len(sequences)):
-        token_ids[cu_seqlens[index] : cu_seqlens[index + 1]] = sequences[index].tokens[
-            starts[index] : context_lens[index]
-        ]
+        sequence, first, end = sequences[index], cu_seqlens[index], cu_seqlens[index + 1]
+        if sequence.prefills:
+            token_ids[first:end] = sequence.tokens[starts[index] : context_lens[index]]
+        else:
+            token_ids[first] = sequence.tokens[sequence.num_computed]
+            token_ids[first + 1 : end] = sequence.drafts[: end - first - 1]
     return StepPlan(
-        sequences=sequences,
         num_decodes=num_decodes,
         token_ids=token_ids,
         positions=positions,
@@ -74,7 +89,8 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
         cu_seqlens=cu_seqlens,
         page_table=own_pages,
         context_lens=context_lens,
-        sampled=np.flatnonzero(context_lens >= num_fill).astype(np.int32),
-        seats=seats,
-        num_output=num_tokens - num_prompt,
+        sampled=sampled,
+        seats=seats[sampled_of],
+        num_output=positions[sampled] + 1 - num_prompt[sampled_of],
+        hidden_rows=hidden_rows,
     )

@@ -1,17 +1,18 @@
-"""Execute a plan on a model: the one place of the engine where tensors are made.
+"""Execute a plan on a model in eager torch: the executor that every other one is compared with.
 
-``run(plan)`` is the whole interface of an executor; this one is eager torch. It owns the KV cache and the sampler's
-tables, and knows sequences only by their rows, seats and pages.
+It owns the KV cache and the sampler's tables, and knows sequences only by their rows, seats and pages.
 """
 
 import mmap
+import os
 from typing import Final
 
 import numpy as np
 import torch
 
+from neuron.engine.launched import DeviceStep
 from neuron.engine.plan import StepPlan
-from neuron.engine.sampler import NON_FINITE, Sampler
+from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Int32Array
 from neuron.models import decoder
 from neuron.models.config import ModelConfig
@@ -19,8 +20,8 @@ from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.reference import attention_parts
 
-NOT_SAMPLED: Final = -2
-"""What :meth:`Runner.run` returns for a sequence in the middle of its prompt."""
+OVERLAP_SWITCH: Final = "NEURON_OVERLAP"
+"""``off`` in the environment has each step wait for the one before it."""
 
 
 class Runner:
@@ -31,19 +32,20 @@ class Runner:
     ) -> None:
         self.config = config
         self.device = device
+        # A CPU computes while it launches, so there is nothing to overlap with.
+        self.overlaps = device.type == "cuda" and os.environ.get(OVERLAP_SWITCH, "on") != "off"
         self._weights = weights
         # One more page than the pool hands out: page 0 pads page tables.
         shape = (config.num_layers, plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
         self._keys = zeros(shape, weights.dtype, device)
         self._values = zeros(shape, weights.dtype, device)
+        self._last_ids = torch.empty(0, dtype=torch.int32, device=device)
+        """What the last step sampled."""
         self.sampler = Sampler(plan.max_sequences, config.vocab_size, device)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Int32Array:
-        """Compute a step; return a token id int32 ``[B]`` per sequence: NOT_SAMPLED or NON_FINITE if it has none.
-
-        A NaN anywhere in a sequence reaches its last row by way of attention, so that row tells of the whole chunk.
-        """
+    def launch(self, plan: StepPlan) -> DeviceStep:
+        """Queue a step on the device."""
         batch = Batch(
             positions=self._to_device(plan.positions),
             slots=self._to_device(plan.slots).to(torch.int64),
@@ -56,19 +58,21 @@ class Runner:
             ),
         )
         token_ids = self._to_device(plan.token_ids)
+        if plan.token_ids.min() < 0:
+            # What was not finite has no token; its sequence ends when that is known.
+            before = self._last_ids.clamp(min=0)
+            token_ids = torch.where(token_ids < 0, before[(-1 - token_ids).clamp(min=0)], token_ids)
         hidden = decoder.forward(self.config, self._weights, token_ids, batch, self._keys, self._values)
-        if len(hidden) != len(plan.sequences):
-            hidden = hidden.index_select(0, batch.cu_seqlens[1:] - 1)
-        ids = torch.full((len(hidden),), NOT_SAMPLED, dtype=torch.int32, device=self.device)
-        ids.masked_fill_(~hidden.sum(-1, dtype=torch.float32).isfinite(), NON_FINITE)
+        last = hidden.index_select(0, batch.cu_seqlens[1:] - 1)
+        finite = last.sum(-1, dtype=torch.float32).isfinite()
+        ids = torch.empty(0, dtype=torch.int32, device=self.device)
+        report: LogprobReport | None = None
         if len(plan.sampled):
-            everyone = len(plan.sampled) == len(hidden)
-            rows = self._to_device(plan.sampled).to(torch.int64)
-            chosen = hidden if everyone else hidden.index_select(0, rows)
+            chosen = self._rows(hidden, plan.sampled)
             logits = decoder.logits(self._weights, chosen, cap=self.config.logit_cap)
-            sampled = self.sampler.sample(logits, plan.seats[plan.sampled], plan.num_output[plan.sampled])
-            ids.index_copy_(0, rows, sampled)
-        return ids.cpu().numpy()
+            ids, report = self.sampler.sample(logits, plan.seats, plan.num_output), self.sampler.report
+        self._last_ids = ids
+        return DeviceStep(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
 
     def clear_pages(self, pages: Int32Array) -> None:
         """Zero ``pages``, so that a NaN in them cannot reach the next sequence they are given to.
@@ -78,6 +82,9 @@ class Runner:
         chosen = torch.from_numpy(pages).to(self.device, torch.int64)
         self._keys[:, chosen] = 0
         self._values[:, chosen] = 0
+
+    def _rows(self, hidden: torch.Tensor, rows: Int32Array) -> torch.Tensor:
+        return hidden if len(rows) == len(hidden) else hidden.index_select(0, self._to_device(rows))
 
     def _to_device(self, array: Int32Array) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

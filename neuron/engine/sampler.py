@@ -4,6 +4,7 @@ What a sequence asked for is written into tables when it is admitted, one row a 
 A row's draw depends on its seed and on how many tokens it has, never on its neighbours. Logits stay on the device.
 """
 
+import dataclasses
 import math
 from typing import Any, Final
 
@@ -27,6 +28,28 @@ UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
 NO_TOKENS: Final[Int32Array] = np.empty(0, np.int32)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LogprobReport:
+    """The log probabilities of the rows of one step that asked for them, where they were computed."""
+
+    place: dict[int, tuple[int, int]]
+    """For each such row of the step, which of these it is and how many alternatives it asked for."""
+    own: torch.Tensor
+    """``[N, 1]`` float32"""
+    likeliest: torch.Tensor
+    """``[N, K]`` float32"""
+    likeliest_ids: torch.Tensor
+    """``[N, K]`` int32"""
+
+    def rows(self) -> dict[int, TokenLogprobs]:
+        """Return each row's, once the device has computed them."""
+        own, values, ids = (part.cpu().numpy() for part in (self.own, self.likeliest, self.likeliest_ids))
+        return {
+            row: TokenLogprobs(own[at].tobytes(), ids[at, :width].tobytes(), values[at, :width].tobytes())
+            for row, (at, width) in self.place.items()
+        }
+
+
 class Sampler:
     """The sampling state of one model's running sequences, on ``device``."""
 
@@ -42,7 +65,8 @@ class Sampler:
         """Repetition, presence, frequency."""
         self._penalised = np.zeros(max_sequences, np.bool_)
         self._top_logprobs: Int32Array = np.full(max_sequences, -1, np.int32)
-        self._logprobs: dict[int, TokenLogprobs] = {}
+        self.report: LogprobReport | None = None
+        """Of the last :meth:`sample`."""
         self._masks: dict[int, torch.Tensor] = {}
         self._bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # [seats, V], made when the first sequence with penalties comes: how often each token was generated, and
@@ -81,6 +105,10 @@ class Sampler:
             self._in_prompt[seat] = False
             self._in_prompt[seat, torch.from_numpy(prompt).to(self._device, torch.int64)] = True
 
+    def checks_guesses(self, seat: int) -> bool:
+        """Return whether several rows of ``seat`` may be sampled at once."""
+        return not (self._penalised[seat] or self._top_logprobs[seat] >= 0 or seat in self._masks)
+
     def takes_likeliest(self, seats: Int32Array) -> bool:
         """Return whether every one of ``seats`` takes the likeliest token of its logits as they are."""
         return not (
@@ -99,14 +127,11 @@ class Sampler:
         forbidden = np.unpackbits(~mask.view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
         self._masks[seat] = torch.from_numpy(forbidden).to(self._device)
 
-    def take_logprobs(self, seat: int) -> TokenLogprobs | None:
-        """Return what the last :meth:`sample` reported for ``seat``, once; ``None`` if it did not ask."""
-        return self._logprobs.pop(seat, None) if self._logprobs else None
-
     def sample(self, logits: torch.Tensor, seats: Int32Array, num_output: Int32Array) -> torch.Tensor:
         """Return the next token id int32 ``[R]`` of each row of ``logits`` ``[R, V]`` float32, which are overwritten.
 
-        ``seats`` and ``num_output`` ``[R]`` are the rows' sequences and how many tokens each has generated.
+        ``seats`` and ``num_output`` ``[R]`` are the rows' sequences and how many tokens each has generated. Several
+        rows may be of one sequence if it has neither penalties nor a grammar. Leaves ``report``.
         """
         # A sum is finite only if every term is, and reads the logits once: 7 us a row against 46 for isfinite().all().
         finite = logits.sum(-1).isfinite()
@@ -135,22 +160,19 @@ class Sampler:
             chosen = torch.from_numpy(seats[penalised]).to(self._device, torch.int64)
             ones = torch.ones(len(penalised), dtype=torch.int32, device=self._device)
             self._counts.index_put_((chosen, ids.index_select(0, rows)), ones, accumulate=True)
-        if raw is not None:
-            self._report(raw, ids, reported, seats)
+        self.report = None if raw is None else self._report(raw, ids, reported, seats)
         return ids.to(torch.int32).masked_fill_(~finite, NON_FINITE)
 
-    def _report(self, raw: torch.Tensor, ids: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array) -> None:
-        """Keep the log probabilities of the rows ``which``, whose logits were ``raw`` ``[N, V]`` before any filter."""
+    def _report(
+        self, raw: torch.Tensor, ids: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array
+    ) -> LogprobReport:
+        """Return those of the rows ``which``, whose logits were ``raw`` ``[N, V]`` before any filter."""
         widths = self._top_logprobs[seats[which]].tolist()
         logprobs = raw.log_softmax(-1)
         chosen = ids[torch.from_numpy(which).to(self._device)].unsqueeze(-1)
-        own = logprobs.gather(-1, chosen).cpu().numpy()
         likeliest = logprobs.topk(max(widths))
-        values, tokens = likeliest.values.cpu().numpy(), likeliest.indices.to(torch.int32).cpu().numpy()
-        self._logprobs = {
-            seat: TokenLogprobs(own[row].tobytes(), tokens[row, :width].tobytes(), values[row, :width].tobytes())
-            for row, (seat, width) in enumerate(zip(seats[which].tolist(), widths, strict=True))
-        }
+        place = {row: (at, width) for at, (row, width) in enumerate(zip(which.tolist(), widths, strict=True))}
+        return LogprobReport(place, logprobs.gather(-1, chosen), likeliest.values, likeliest.indices.to(torch.int32))
 
     def _penalise(self, logits: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array) -> None:
         """Apply the penalties to the rows ``which``: repetition to prompt and output, the other two to output only.

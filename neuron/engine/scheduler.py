@@ -9,18 +9,23 @@ never overtaken for want of room, so waiting is bounded.
 
 Full pages are shared, the last part of a prompt is not: two sequences of one prompt each compute its last 1 to 16
 tokens, and no page is ever copied. One whose beginning is being computed by another just now waits for it.
+
+A step may be scheduled while the one before it runs: :meth:`Scheduler.begin` notes what was launched,
+:meth:`Scheduler.settle` what came of it. Only what is settled is shared, and nobody is preempted in mid-step.
 """
 
 import collections
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 
+from neuron.device.jobs import Pooling
 from neuron.engine.pages import PagePool
 from neuron.engine.prefix import extend_keys
-from neuron.engine.sequence import NO_PAGES, Int32Array, Sequence, SequenceState
+from neuron.engine.sequence import NO_PAGES, NO_TOKENS, Int32Array, Sequence, SequenceState
 
 GROWTH_PAGES: Final = 4
 """Pages that must be free, for each running sequence that may still need them, to admit one more."""
@@ -45,11 +50,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """Who runs and how many tokens of each: decodes first, longest first, then prompts in order of admission."""
+    """Who runs and how many tokens of each: decodes first, longest first; then those with guesses behind their next
+    token, and prompts in order of admission."""
 
     sequences: tuple[Sequence, ...]
     num_tokens: tuple[int, ...]
     num_decodes: int
+    """The sequences with one token each."""
+    num_drafting: int = 0
+    """Those after them that check guesses."""
 
 
 class Scheduler:
@@ -113,7 +122,8 @@ class Scheduler:
         self._seats.append(sequence.seat)
         self.page_table[sequence.seat] = 0
         sequence.pages, sequence.seat = NO_PAGES, -1
-        sequence.num_computed = sequence.num_published = 0
+        sequence.num_computed = sequence.num_settled = sequence.num_published = sequence.num_awaited = 0
+        sequence.drafts, sequence.pooled = NO_TOKENS, None
 
     # -------------------------------------------------------------- admission
 
@@ -152,7 +162,8 @@ class Scheduler:
 
     def _sharable_keys(self, sequence: Sequence) -> list[bytes]:
         """Return the keys of the full pages that it may share: at least one token is left to compute."""
-        if not self.limits.prefix_cache:
+        # A mean needs every row, and what is shared is not computed.
+        if not self.limits.prefix_cache or sequence.pooling is Pooling.MEAN:
             return []
         count = (sequence.num_tokens - 1) // self.limits.page_tokens
         extend_keys(sequence.keys, sequence.tokens, count, self.limits.page_tokens)
@@ -174,7 +185,7 @@ class Scheduler:
         sequence.pages = np.concatenate((shared, self.pool.allocate(num_pages - len(shared))))
         sequence.seat = self._seats.pop()
         self.page_table[sequence.seat, :num_pages] = sequence.pages
-        sequence.num_computed = len(shared) * self.limits.page_tokens
+        sequence.num_computed = sequence.num_settled = len(shared) * self.limits.page_tokens
         sequence.num_published = len(shared)
         sequence.num_fill = sequence.num_tokens
         if sequence.state is SequenceState.WAITING:
@@ -194,22 +205,40 @@ class Scheduler:
 
     # -------------------------------------------------------------- a step
 
-    def schedule(self) -> Step | None:
-        """Return the next step of what runs, ``None`` if nothing does. May preempt."""
-        for sequence in list(self.running.values()):
-            if sequence.state is SequenceState.RUNNING and not sequence.prefills:
-                self._grow(sequence)
-        if not self.running:
-            return None
-        sequences = [sequence for sequence in self.running.values() if not sequence.prefills]
+    def schedule(
+        self,
+        mixed_step_tokens: Callable[[int], int] | None = None,
+        propose: Callable[[list[Sequence]], None] | None = None,
+    ) -> Step | None:
+        """Return the next step of what runs, ``None`` if nothing can. May preempt.
+
+        ``propose`` may give those who decode guesses, for which it has made room. ``mixed_step_tokens`` is told how
+        many rows decode and bounds this step below the limit of that name.
+        """
+        decoding = [
+            sequence
+            for sequence in list(self.running.values())
+            if sequence.state is SequenceState.RUNNING and sequence.decodes and self._grow(sequence)
+        ]
+        if propose is not None and decoding:
+            propose(decoding)
+        drafting = [sequence for sequence in decoding if len(sequence.drafts)]
+        sequences = [sequence for sequence in decoding if not len(sequence.drafts)]
         sequences.sort(key=operator.attrgetter("num_computed"), reverse=True)
         num_decodes = len(sequences)
         counts = [1] * num_decodes
-        if num_decodes < len(self.running):
+        for sequence in drafting:
+            sequences.append(sequence)
+            counts.append(1 + len(sequence.drafts))
+        if any(sequence.prefills for sequence in self.running.values()):
             limits = self.limits
-            # At least a page of prompt per step, however many decode: prompts are never starved either.
-            mixed = max(limits.mixed_step_tokens - num_decodes, limits.page_tokens)
-            budget = mixed if num_decodes else limits.step_tokens
+            budget = limits.step_tokens
+            if sequences:
+                # At least a page of prompt per step, however many decode: prompts are never starved either.
+                num_rows = sum(counts)
+                mixed = limits.mixed_step_tokens
+                mixed = mixed if mixed_step_tokens is None else min(mixed, mixed_step_tokens(num_rows))
+                budget = max(mixed - num_rows, limits.page_tokens)
             for sequence in self.running.values():
                 if sequence.prefills:
                     count = min(sequence.num_fill - sequence.num_computed, budget)
@@ -218,27 +247,70 @@ class Scheduler:
                     budget -= count
                     if not budget:
                         break
-        return Step(tuple(sequences), tuple(counts), num_decodes)
+        return Step(tuple(sequences), tuple(counts), num_decodes, len(drafting)) if sequences else None
 
-    def _grow(self, sequence: Sequence) -> None:
-        """Make room for the next token of ``sequence``, by preemption of the youngest, itself included, if need be."""
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for the next token of ``sequence``, by preemption of the youngest, itself included, if need be.
+
+        Returns whether there is. There is not, for the moment, if the youngest is in a step that is under way.
+        """
         if sequence.num_computed < len(sequence.pages) * self.limits.page_tokens:
-            return
+            return True
         while not self.pool.num_free:
             youngest = next(reversed(self.running.values()))
+            if youngest.in_flight:
+                return False
             self._preempt(youngest)
             if youngest is sequence:
-                return
+                return False
+        self._add_page(sequence)
+        return True
+
+    def _add_page(self, sequence: Sequence) -> None:
         page = self.pool.allocate(1)
         self.page_table[sequence.seat, len(sequence.pages)] = page[0]
         sequence.pages = np.concatenate((sequence.pages, page))
 
-    def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """Note that the cache holds ``num_tokens`` more of a running sequence, all sound; publish the pages filled."""
-        sequence.num_computed += num_tokens
-        if not self.limits.prefix_cache:
+    def make_room(self, sequence: Sequence, count: int) -> int:
+        """Return how many guesses behind the next token of ``sequence`` have room, ``count`` at the most.
+
+        Takes pages for them that nobody else is going to need: the margin by which others were admitted is not for
+        guesses.
+        """
+        count = min(count, sequence.max_tokens - sequence.num_output - 1)
+        while (room := len(sequence.pages) * self.limits.page_tokens - sequence.num_computed - 1) < count:
+            if self.pool.num_free <= GROWTH_PAGES * len(self.running):
+                return room
+            self._add_page(sequence)
+        return count
+
+    def begin(self, step: Step) -> None:
+        """Note that ``step`` has been launched; its plan was built before."""
+        row = 0
+        for index, (sequence, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
+            if index < step.num_decodes + step.num_drafting:
+                # What its guesses put into the cache counts once they have proved right.
+                sequence.num_computed += 1
+                sequence.await_tokens(count, row)
+                row += count
+                continue
+            sequence.num_computed += count
+            if not sequence.prefills and sequence.pooling is None:
+                sequence.await_tokens(1, row)
+                row += 1
+
+    def settle(self, sequence: Sequence, num_tokens: int, num_sampled: int) -> None:
+        """Note that a step of a running sequence came out sound: ``num_tokens`` more are in the cache for good.
+
+        ``num_sampled`` rows of it were sampled. The tokens that they made certain have been appended; more of them than
+        one are guesses that proved right, and are in the cache as well. Publishes the pages filled.
+        """
+        sequence.num_settled += num_tokens
+        sequence.num_computed = max(sequence.num_computed, sequence.num_settled)
+        sequence.num_awaited -= num_sampled
+        if not self.limits.prefix_cache or sequence.pooling is Pooling.MEAN:
             return
-        full = sequence.num_computed // self.limits.page_tokens
+        full = sequence.num_settled // self.limits.page_tokens
         if full > sequence.num_published:
             extend_keys(sequence.keys, sequence.tokens, full, self.limits.page_tokens)
             for index in range(sequence.num_published, full):

@@ -4,15 +4,19 @@ Plain state without torch and without decisions: the scheduler moves it, the pla
 """
 
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
-from neuron.device.jobs import SamplerSettings
+from neuron.device.jobs import Pooling, SamplerSettings
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
+Float32Array = np.ndarray[Any, np.dtype[np.float32]]
 
 NO_PAGES: Int32Array = np.empty(0, np.int32)
+NO_TOKENS: Int32Array = np.empty(0, np.int32)
+FIRST_HIT_RATE: Final = 0.7
+"""How often a guess of what a sequence says next is taken to be right before any was checked."""
 
 
 class SequenceState(StrEnum):
@@ -36,11 +40,17 @@ class Constrained(Protocol):
 
 
 class Sequence:
-    """``tokens`` holds prompt and output with room for ``max_tokens`` of output; ``num_computed`` are in the cache."""
+    """``tokens`` holds prompt and output with room for ``max_tokens`` of output.
+
+    ``num_computed`` of them are in the cache once all that was launched has run, ``num_settled`` of these are known to
+    be sound. In between a step is under way, and ``num_awaited`` tokens are being sampled; each one's place in
+    ``tokens`` holds -1 - i meanwhile, where i is its row among those that its step samples.
+    """
 
     __slots__ = (
-        "constraint", "eos", "keys", "max_tokens", "num_cached", "num_computed", "num_fill", "num_prompt",
-        "num_published", "num_tokens", "number", "pages", "principal", "sampler", "seat", "state", "tokens",
+        "constraint", "drafts", "eos", "hit_rate", "keys", "max_tokens", "num_awaited", "num_cached", "num_computed",
+        "num_fill", "num_prompt", "num_published", "num_settled", "num_tokens", "number", "pages", "pooled", "pooling",
+        "principal", "sampler", "seat", "state", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +62,7 @@ class Sequence:
         sampler: SamplerSettings,
         principal: str = "",
         constraint: Constrained | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         self.number = number
         self.num_prompt = self.num_tokens = self.num_fill = len(prompt)
@@ -61,9 +72,17 @@ class Sequence:
         self.principal = principal
         """On whose behalf it runs: seats are shared out among principals."""
         self.constraint = constraint
+        self.pooling = pooling
+        """It ends with its prompt, as one vector, if this is set."""
+        self.pooled: Float32Array | None = None
+        """The sum of its hidden states so far, where their mean is wanted."""
         self.tokens: Int32Array = np.empty(len(prompt) + max_tokens, np.int32)
         self.tokens[: len(prompt)] = prompt
-        self.num_computed = 0
+        self.drafts: Int32Array = NO_TOKENS
+        """Guesses of what comes next, to be checked in its next step."""
+        self.hit_rate = FIRST_HIT_RATE
+        self.num_computed = self.num_settled = 0
+        self.num_awaited = 0
         self.num_cached = 0
         """How much of the prompt was in the cache when it first ran."""
         self.pages: Int32Array = NO_PAGES
@@ -92,6 +111,29 @@ class Sequence:
         That is ``num_fill`` tokens: the prompt, and after a preemption the output so far as well.
         """
         return self.num_computed < self.num_fill
+
+    @property
+    def in_flight(self) -> bool:
+        """Return whether a step with it has been launched whose outcome is not known yet."""
+        return self.num_computed != self.num_settled
+
+    @property
+    def decodes(self) -> bool:
+        """Return whether it can take part in the next step with its next token.
+
+        Behind a step that is under way it can if nothing but the device must know that token: a grammar must, and so
+        must whoever checks guesses.
+        """
+        if self.prefills or self.pooling is not None:
+            return False
+        if not self.num_awaited:
+            return True
+        return self.num_awaited == 1 and self.constraint is None and self.num_output + 1 < self.max_tokens
+
+    def await_tokens(self, count: int, row: int) -> None:
+        """Note that a launched step samples ``count`` tokens of it, the first as its ``row``."""
+        self.tokens[self.num_tokens + self.num_awaited] = -1 - row
+        self.num_awaited += count
 
     def append(self, token: int) -> None:
         """Add one generated token."""

@@ -135,7 +135,7 @@ def page_bytes(config: ModelConfig, dtype: str, page_tokens: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * page_tokens * padded(config.head_dim) * element
 
 
-def arena_bytes(config: ModelConfig, rows: int, sequences: int, threads: int) -> int:
+def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, threads: int) -> int:
     """Return a bound on what a step of ``rows`` tokens writes beside the cache (``lay_out`` of ``step.c``)."""
     hidden, heads, dim = padded(config.hidden_size), config.num_heads, config.head_dim
     queries, keys = padded(heads * dim), padded(config.num_kv_heads * dim)
@@ -145,6 +145,6 @@ def arena_bytes(config: ModelConfig, rows: int, sequences: int, threads: int) ->
     # Whether there is a window or not: angles, and one task a row and key-value head at most.
     row += 2 * (4 * dim + 4 + 64 * heads)
     # 16 partial results of each head of a decoding sequence.
-    sequence = activation + heads * 16 * 4 * (padded(dim) + 2) + 2 * 64 * heads * 16 + 32 * threads
+    sequence = heads * 16 * 4 * (padded(dim) + 2) + 2 * 64 * heads * 16
     thread = 2 * activation + 4 * max(hidden, queries) + 8 * hidden + 4 * 16 * (2 * padded(dim) + 128)
-    return rows * row + sequences * sequence + threads * thread + 64 * 64
+    return rows * row + sequences * sequence + sampled * (activation + 32 * threads) + threads * thread + 64 * 64

@@ -211,9 +211,17 @@ def embedding_scale(config: ModelConfig, dtype: str) -> float:
 
 
 def make_model(
-    config: ModelConfig, weights: PackedWeights, pool: native.Pool, level: str, *, dtype: str, rows: int, sequences: int
+    config: ModelConfig,
+    weights: PackedWeights,
+    pool: native.Pool,
+    level: str,
+    *,
+    dtype: str,
+    rows: int,
+    sequences: int,
+    sampled: int,
 ) -> native.Model:
-    """Return the executor's model of ``weights``, without a cache yet."""
+    """Return the executor's model of ``weights``, without a cache yet, for steps of so many rows and sequences."""
     model = native.Model(
         pool,
         level,
@@ -228,6 +236,7 @@ def make_model(
         kv_float32=dtype == "float32",
         max_rows=rows,
         max_sequences=sequences,
+        max_sampled=sampled,
         embedding_scale=embedding_scale(config, dtype),
         attention_scale=config.attention_scale,
         gelu=config.architecture.activation != "silu",

@@ -142,6 +142,7 @@ def any_plan(config: ModelConfig, dtype: str, quant: str = quantization.NONE) ->
         dtype=dtype,
         context_tokens=config.context_tokens,
         max_sequences=64,
+        sampled_rows=64,
         num_pages=4096,
         step_tokens=2048,
         mixed_step_tokens=512,

@@ -22,7 +22,8 @@ PAGE_TOKENS: Final = 16
 MIN_CONTEXT_TOKENS: Final = 512
 """A model that can hold less than this of its own context is refused: loaded, it could not serve."""
 
-
+MIN_SAMPLED_ROWS: Final = 16
+"""Rows of a step that may be sampled though fewer sequences run: guessed tokens are checked side by side."""
 SAMPLER_BYTES: Final = 4 + 4 + 8 + 4 + 1
 """Per row and token of the vocabulary: logits, probabilities, their float64 running sum, counts, the prompt's mask."""
 
@@ -55,6 +56,8 @@ class MemoryPlan:
     dtype: str
     context_tokens: int
     max_sequences: int
+    sampled_rows: int
+    """At most so many rows of a step get a next token."""
     num_pages: int
     step_tokens: int
     mixed_step_tokens: int
@@ -95,9 +98,10 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
             param="context_tokens",
         )
     max_sequences = spec.max_sequences or defaults.max_sequences
+    sampled_rows = max(max_sequences, MIN_SAMPLED_ROWS)
     weights_bytes = quantization.weights_bytes(config, dtype, quant, shard)
     local = local_config(config, shard)
-    fixed_bytes = workspace_bytes(local, dtype, defaults.step_tokens, max_sequences)
+    fixed_bytes = workspace_bytes(local, dtype, defaults.step_tokens, sampled_rows)
     if device.startswith("cpu") and quant != quantization.NONE:
         fixed_bytes += 8 * quantization.largest_matrix_elements(config)
     page_bytes = PAGE_TOKENS * local.kv_bytes_per_token(dtype)
@@ -105,9 +109,9 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
     gather_bytes = -(-page_bytes // config.num_layers)
     if native:
         weights_bytes = packed.weights_bytes(config, dtype)
-        rows = max(defaults.step_tokens, max_sequences + PAGE_TOKENS)
-        fixed_bytes = packed.arena_bytes(config, rows, max_sequences, os.cpu_count() or 1)
-        fixed_bytes += max_sequences * config.vocab_size * SAMPLER_BYTES
+        rows = max(defaults.step_tokens, sampled_rows + PAGE_TOKENS)
+        fixed_bytes = packed.arena_bytes(config, rows, max_sequences, sampled_rows, os.cpu_count() or 1)
+        fixed_bytes += sampled_rows * config.vocab_size * SAMPLER_BYTES
         page_bytes = packed.page_bytes(config, dtype, PAGE_TOKENS)
         gather_bytes = 0
 
@@ -138,6 +142,7 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
         dtype=dtype,
         context_tokens=spec.context_tokens or min(config.context_tokens, num_pages * PAGE_TOKENS),
         max_sequences=max_sequences,
+        sampled_rows=sampled_rows,
         num_pages=num_pages,
         step_tokens=defaults.step_tokens,
         mixed_step_tokens=defaults.mixed_step_tokens,
@@ -160,7 +165,7 @@ def least_bytes(config: ModelConfig, spec: ModelSpec, device: str) -> int:
         return error.needed_bytes
 
 
-def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, max_sequences: int) -> int:
+def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, sampled_rows: int) -> int:
     """Return the bytes of activations and sampling that a step takes beside weights and cache.
 
     Counted at the widest point of a layer (the MLP: gate and up, their product, residual and normalised input; for each
@@ -171,7 +176,7 @@ def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, max_seque
     gated = picks * config.expert_intermediate_size if picks else config.intermediate_size
     width = 3 * gated + (4 + picks) * config.hidden_size
     width += (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return step_tokens * width * DTYPE_BYTES[dtype] + max_sequences * config.vocab_size * SAMPLER_BYTES
+    return step_tokens * width * DTYPE_BYTES[dtype] + sampled_rows * config.vocab_size * SAMPLER_BYTES
 
 
 def resolve_dtype(requested: str, device: str) -> str:

@@ -11,7 +11,8 @@ from neuron.models.packed_weights import huge_pages
 
 SIZES = {"num_layers": 2, "hidden": 40, "num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "intermediate": 37,
          "vocab": 77, "eps": 1e-5}  # fmt: skip
-MAX_ROWS, MAX_SEQUENCES, NUM_PAGES = 200, 5, 80
+MAX_ROWS, MAX_SEQUENCES, MAX_SAMPLED, NUM_PAGES = 200, 5, 8, 80
+NONE = np.empty(0, np.int32)
 PLAIN: dict[str, Any] = {}
 GEMMA: dict[str, Any] = {"window_tokens": 21, "gelu": True, "embedding_scale": 3.0, "attention_scale": 0.2}
 # Long enough for the context of one sequence to be cut into parts, within the window too.
@@ -35,7 +36,8 @@ def make_model(
         return np.concatenate((random.random(length), np.zeros(padded(length) - length))).astype(np.float32)
 
     model = native.Model(
-        pool, level, **SIZES, **form, kv_float32=kv_float32, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES
+        pool, level, **SIZES, **form, kv_float32=kv_float32, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES,
+        max_sampled=MAX_SAMPLED,
     )  # fmt: skip
     with pytest.raises(ValueError, match="weights are missing"):
         model.attach(huge_pages(model.page_bytes), huge_pages(1 << 24))
@@ -76,13 +78,25 @@ class Driver:
         return [*arrays, np.ascontiguousarray(self.tables[list(chunks)]), np.array(contexts, np.int32)]
 
     def step(self, chunks: dict[int, list[int]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Return ids and logits of one step; the ids are from the step run again, which writes the same."""
+        """Return ids and logits of one step, of the last row of each sequence."""
+        return self.sample(chunks, self.last_rows(chunks))
+
+    def last_rows(self, chunks: dict[int, list[int]]) -> list[int]:
+        return (np.cumsum([len(chunk) for chunk in chunks.values()]) - 1).tolist()
+
+    def sample(
+        self, chunks: dict[int, list[int]], rows: list[int], hidden_rows: list[int] | None = None
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return ids and logits of ``rows``; the ids are from the step run again, which writes the same."""
         arrays = self.plan(chunks)
-        everyone = np.arange(len(chunks), dtype=np.int32)
-        logits, ids = np.zeros((len(chunks), 80), np.float32), np.zeros(len(chunks), np.int32)
-        self.model.run(*arrays, everyone, logits, ids)
-        assert (ids == -2).all()
-        self.model.run(*arrays, everyone, None, ids)
+        sampled, wanted = np.array(rows, np.int32), np.array(hidden_rows or [], np.int32)
+        self.hidden = np.full((len(wanted), 40), np.nan, np.float32) if len(wanted) else None
+        logits, ids = np.zeros((len(rows), 80), np.float32), np.full(len(rows), -7, np.int32)
+        finite = np.full(len(chunks), -7, np.int32)
+        self.model.run(*arrays, sampled, wanted, logits, ids, finite, self.hidden)
+        assert (ids == -7).all()
+        assert (finite == 1).all()
+        self.model.run(*arrays, sampled, NONE, None, ids, finite, None)
         np.testing.assert_array_equal(ids, logits[:, :77].argmax(-1))
         return ids, logits[:, :77]
 
@@ -122,8 +136,12 @@ def test_a_step_out_of_bounds_is_refused() -> None:
     driver = Driver(model)
     driver.step({0: [1, 2, 3]})
     good = driver.plan({0: [4, 5], 1: [6]})
-    sampled, ids = np.array([0, 1], np.int32), np.zeros(2, np.int32)
-    model.run(*good, sampled, None, ids)
+    sampled, ids, finite = np.array([1, 2], np.int32), np.zeros(2, np.int32), np.zeros(2, np.int32)
+
+    def run(arrays: Any, sampled: Any = sampled, wanted: Any = NONE, logits: Any = None, hidden: Any = None) -> None:
+        model.run(*arrays, sampled, wanted, logits, ids, finite, hidden)
+
+    run(good)
     changes: list[tuple[int, int, int]] = [
         (0, 0, 77), (0, 0, -1), (1, 1, 9), (2, 0, NUM_PAGES * 16), (2, 0, -1), (3, 0, 1), (3, 1, 3), (3, 2, 2),
         (5, 0, 0), (5, 1, 200),
@@ -132,16 +150,40 @@ def test_a_step_out_of_bounds_is_refused() -> None:
         arrays = [array.copy() for array in good]
         arrays[which][index] = value
         with pytest.raises(ValueError):
-            model.run(*arrays, sampled, None, ids)
+            run(arrays)
     arrays = [array.copy() for array in good]
     arrays[4][0, 0] = NUM_PAGES
     with pytest.raises(ValueError):
-        model.run(*arrays, sampled, None, ids)
-    for wrong in ([1, 0], [0, 0], [0, 2], [-1, 0]):
+        run(arrays)
+    for wrong in ([1, 0], [0, 0], [0, 3], [-1, 0]):
         with pytest.raises(ValueError):
-            model.run(*good, np.array(wrong, np.int32), None, ids)
+            run(good, np.array(wrong, np.int32))
+    one, two = np.zeros((1, 40), np.float32), np.zeros((2, 40), np.float32)
+    for rows, hidden in (([1, 0], two), ([3], one), ([0], two), ([0], None), ([], one), ([0], np.zeros((1, 39), "f4"))):
+        with pytest.raises(ValueError):
+            run(good, wanted=np.array(rows, np.int32), hidden=hidden)
     with pytest.raises(ValueError):
-        model.run(*good, sampled, np.zeros((2, 77), np.float32), ids)
+        run(good, logits=np.zeros((2, 77), np.float32))
     with pytest.raises(ValueError):
-        model.run(*good, sampled, None, ids[:1])
-    model.run(*good, sampled, None, ids)
+        model.run(*good, sampled, NONE, None, ids[:1], finite, None)
+    with pytest.raises(ValueError):
+        model.run(*good, sampled, NONE, None, ids, finite[:1], None)
+    nine = driver.plan({0: [1] * 9})
+    with pytest.raises(ValueError, match="9 sampled"):
+        model.run(*nine, np.arange(9, dtype=np.int32), NONE, None, np.zeros(9, np.int32), finite[:1], None)
+    run(good)
+
+
+def test_rows_in_the_middle_are_sampled_and_shown_as_the_last_of_shorter_steps() -> None:
+    model = make_model(3, native.levels()[0])
+    chunk, other = [3, 1, 4, 1, 5, 9], [2, 6, 5]
+    apart, together = Driver(model), Driver(model)
+    expected = []
+    for token in chunk:
+        expected += [*apart.sample({0: [token]}, [0], [0])[1]]
+        hidden = apart.hidden
+    _, found = together.sample({0: chunk, 1: other}, [1, 2, 5, 8], [5, 6])
+    for row, index in enumerate((1, 2, 5)):
+        np.testing.assert_allclose(found[row], expected[index], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(together.hidden[0], hidden[0], rtol=1e-4, atol=1e-4)
+    assert np.isfinite(together.hidden).all()

@@ -29,17 +29,18 @@ def test_they_are_of_the_distribution_before_any_filter() -> None:
     expected = logits.log_softmax(-1)
     ids = sampler.sample(logits.clone(), np.array([0, 1, 2], np.int32), np.zeros(3, np.int32)).tolist()
     assert ids[0] == 7
-    first, second, third = (sampler.take_logprobs(seat) for seat in range(3))
-    assert second is None
-    assert first is not None
-    assert third is not None
+    assert sampler.report is not None
+    found = sampler.report.rows()
+    assert found.keys() == {0, 2}
+    first, third = found[0], found[2]
     assert np.frombuffer(first.chosen, np.float32) == pytest.approx(expected[0, 7].item(), abs=1e-5)
     values, tokens = expected[0].topk(4)
     assert np.frombuffer(first.top_ids, np.int32).tolist() == tokens.tolist()
     assert np.frombuffer(first.top, np.float32) == pytest.approx(values.numpy(), abs=1e-5)
     assert np.frombuffer(third.chosen, np.float32) == pytest.approx(expected[2, ids[2]].item(), abs=1e-5)
     assert not third.top_ids
-    assert sampler.take_logprobs(0) is None, "they are handed out once"
+    sampler.sample(logits[1:2].clone(), np.array([1], np.int32), np.zeros(1, np.int32))
+    assert sampler.report is None
 
 
 def test_asking_changes_no_token_and_reaches_only_who_asked(

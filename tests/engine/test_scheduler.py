@@ -59,8 +59,9 @@ class Cache:
 def check_step(step: Step, scheduler: Scheduler) -> None:
     """What every step must satisfy."""
     limits = scheduler.limits
-    decoding = [s for s in scheduler.running.values() if not s.prefills]
+    decoding = [s for s in scheduler.running.values() if s.decodes]
     assert set(step.sequences[: step.num_decodes]) == set(decoding)
+    assert not step.num_drafting
     assert len(set(step.sequences)) == len(step.sequences) == len(step.num_tokens)
     lengths = [s.num_computed for s in step.sequences[: step.num_decodes]]
     assert lengths == sorted(lengths, reverse=True)
@@ -79,12 +80,10 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
     page_tokens = scheduler.limits.page_tokens
     plan = build_plan(step, scheduler.page_table, page_tokens)
     row = 0
-    sampled = []
+    sampled, seats, num_output = [], [], []
     for index, (s, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
         assert plan.cu_seqlens[index] == row
         assert plan.context_lens[index] == s.num_computed + count
-        assert plan.seats[index] == s.seat
-        assert plan.num_output[index] == s.num_output
         pages = plan.page_table[index]
         needed = min(len(s.pages), len(pages))
         assert pages[:needed].tolist() == s.pages[:needed].tolist()
@@ -95,9 +94,12 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
             assert plan.slots[row] == s.pages[position // page_tokens] * page_tokens + position % page_tokens
             row += 1
         if s.num_computed + count == s.num_tokens:
-            sampled.append(index)
+            sampled.append(row - 1)
+            seats.append(s.seat)
+            num_output.append(s.num_output)
     assert plan.cu_seqlens[-1] == row == len(plan.token_ids)
-    assert plan.sampled.tolist() == sampled
+    assert (plan.sampled.tolist(), plan.seats.tolist(), plan.num_output.tolist()) == (sampled, seats, num_output)
+    assert not len(plan.hidden_rows)
     assert len(np.unique(plan.slots)) == row
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
@@ -107,16 +109,18 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
 def advance(step: Step, scheduler: Scheduler, stop_at: int = -1) -> list[int]:
     """Do what running a step does; return the sequences that ended. A token that is ``stop_at`` stops one early."""
     ended = []
+    scheduler.begin(step)
     for s, count in zip(step.sequences, step.num_tokens, strict=True):
-        scheduler.advance(s, count)
         assert s.num_computed <= len(s.pages) * scheduler.limits.page_tokens
-        if s.num_computed == s.num_tokens:
+        num_sampled = s.num_awaited
+        if num_sampled:
             # A function of the sequence and the position, so that a preempted one continues as it began.
             token = (7 * s.number + 13 * s.num_tokens) % 101
             s.append(token)
-            if s.num_output == s.max_tokens or token == stop_at:
-                scheduler.remove(s.number)
-                ended.append(s.number)
+        scheduler.settle(s, count, num_sampled)
+        if num_sampled and (s.num_output == s.max_tokens or token == stop_at):
+            scheduler.remove(s.number)
+            ended.append(s.number)
     return ended
 
 

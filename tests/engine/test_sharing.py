@@ -55,8 +55,8 @@ def test_choices_of_one_prompt_are_computed_once(
     driver = loaded(harness, tiny_llama)
     runner = driver.engine._models["m"].runner
     num_rows = []
-    plain_run = runner.run
-    monkeypatch.setattr(runner, "run", lambda plan: (num_rows.append(len(plan.token_ids)), plain_run(plan))[1])
+    plain_run = runner.launch
+    monkeypatch.setattr(runner, "launch", lambda plan: (num_rows.append(len(plan.token_ids)), plain_run(plan))[1])
     prompt = [77, *SYSTEM[1:]]
     expected = run(driver, {number: {"prompt": prompt, "max_tokens": 8} for number in range(4)})
     assert len({tuple(tokens) for tokens in expected.values()}) == 1

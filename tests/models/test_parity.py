@@ -65,16 +65,19 @@ class Recorder:
     def __init__(self, sampler: Any, scheduler: Any) -> None:
         self._sampler = sampler
         self._scheduler = scheduler
-        self.logits: dict[int, list[torch.Tensor]] = {}
-        self.admit, self.take_logprobs = sampler.admit, sampler.take_logprobs
+        self.logits: dict[int, dict[int, torch.Tensor]] = {}
+        self.admit, self.checks_guesses = sampler.admit, sampler.checks_guesses
+
+    report = None
 
     def takes_likeliest(self, seats: np.ndarray[Any, Any]) -> bool:
         return False
 
     def sample(self, logits: torch.Tensor, seats: np.ndarray[Any, Any], num_output: np.ndarray[Any, Any]) -> Any:
         number_of = {sequence.seat: number for number, sequence in self._scheduler.running.items()}
-        for row, seat in enumerate(seats.tolist()):
-            self.logits.setdefault(number_of[seat], []).append(logits[row].clone())
+        for row, (seat, index) in enumerate(zip(seats.tolist(), num_output.tolist(), strict=True)):
+            # A row behind a wrong guess is sampled again in a later step, which counts.
+            self.logits.setdefault(number_of[seat], {})[index] = logits[row].clone()
         return self._sampler.sample(logits, seats, num_output)
 
 
@@ -107,7 +110,10 @@ def run_engine(
         driver.generate(number, prompt, num_tokens)
     driver.run()
     assert not driver.failures()
-    return driver.outputs(), {number: torch.stack(rows) for number, rows in recorder.logits.items()}
+    logits = {
+        number: torch.stack([rows[index] for index in range(num_tokens)]) for number, rows in recorder.logits.items()
+    }
+    return driver.outputs(), logits
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

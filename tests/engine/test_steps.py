@@ -1,0 +1,432 @@
+"""A model's steps on a device that is none: overlap, guesses, ends and cancels at random give everyone what is theirs.
+
+The device keeps what it was given under numbers that depend on all tokens before them, and samples a token that is a
+function of its sequence and place, so that whatever was mixed up shows. Its steps come out late, one behind the next.
+"""
+
+import array
+import itertools
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from neuron.device.jobs import Pooling, SamplerSettings, SequenceEnd
+from neuron.engine import scheduler as scheduler_module
+from neuron.engine.launched import StepOutcome
+from neuron.engine.loaded import Model, Output
+from neuron.engine.pace import STALL_FACTOR, Pace
+from neuron.engine.plan import StepPlan
+from neuron.engine.sampler import NON_FINITE
+from neuron.engine.sequence import Sequence, SequenceState
+from neuron.engine.speculation import PromptLookup, Speculation, lookup
+from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
+
+PLAN = MemoryPlan(
+    dtype="float32", context_tokens=256, max_sequences=4, sampled_rows=16, num_pages=20, step_tokens=64,
+    mixed_step_tokens=24, weights_bytes=0, kv_cache_bytes=0, workspace_bytes=0,
+)  # fmt: skip
+EOS = 7
+FACTOR = 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
+
+
+def next_token(seed: int, state: int) -> int:
+    """What the device samples after a text: often a repetition, so that guesses are right now and then."""
+    return (seed * 31 + (state >> 40)) % 97 if state % 3 else 8 + state % 2
+
+
+def state_after(state: int, token: int) -> int:
+    return ((state ^ (token + 1)) * FACTOR) & MASK
+
+
+class Sampler:
+    """Knows each seat's seed, and refuses guesses for every fifth."""
+
+    def __init__(self) -> None:
+        self.seeds: dict[int, int] = {}
+
+    def admit(self, seat: int, sampler: SamplerSettings, *_: object) -> None:
+        self.seeds[seat] = sampler.seed
+
+    def checks_guesses(self, seat: int) -> bool:
+        return self.seeds[seat] % 5 > 0
+
+
+class Late:
+    """A step under way."""
+
+    def __init__(self, device: "Device", outcome: StepOutcome) -> None:
+        self.device, self.outcome = device, outcome
+        device.num_under_way += 1
+        assert device.num_under_way <= 2
+
+    def wait(self) -> StepOutcome:
+        self.device.num_under_way -= 1
+        if self.device.faults.pop("wait", None):
+            raise ValueError("the step went wrong")
+        return self.outcome
+
+
+class Device:
+    """Executes plans on one number a slot."""
+
+    def __init__(self, overlaps: bool) -> None:
+        self.overlaps = overlaps
+        self.sampler = Sampler()
+        self.slots = [0] * ((PLAN.num_pages + 1) * PAGE_TOKENS)
+        self.last_ids: list[int] = []
+        self.num_under_way = 0
+        self.faults: dict[str, bool] = {}
+        self.num_rows: list[int] = []
+
+    def launch(self, plan: StepPlan) -> Late:
+        if self.faults.pop("launch", None):
+            raise ValueError("the step did not start")
+        self.num_rows.append(len(plan.token_ids))
+        ids: list[int] = []
+        hidden = np.zeros((len(plan.hidden_rows), 3), np.float32)
+        seats = dict(zip(plan.sampled.tolist(), plan.seats.tolist(), strict=True))
+        for index in range(len(plan.context_lens)):
+            pages = plan.page_table[index]
+            first, end = plan.cu_seqlens[index], plan.cu_seqlens[index + 1]
+            for row in range(first, end):
+                token, position = int(plan.token_ids[row]), int(plan.positions[row])
+                if token < 0:
+                    assert self.overlaps, "a token that is not there"
+                    token = self.last_ids[-1 - token]
+                slot = int(pages[position // PAGE_TOKENS]) * PAGE_TOKENS + position % PAGE_TOKENS
+                assert slot == plan.slots[row]
+                assert slot >= PAGE_TOKENS, "page 0 is written"
+                before = int(pages[(position - 1) // PAGE_TOKENS]) * PAGE_TOKENS + (position - 1) % PAGE_TOKENS
+                state = self.slots[slot] = state_after(self.slots[before] if position else 1, token)
+                if row in seats:
+                    ids.append(next_token(self.sampler.seeds[seats[row]], state))
+                if row in plan.hidden_rows:
+                    at = plan.hidden_rows.tolist().index(row)
+                    hidden[at] = (1.0, state % 1000, state // 1000 % 1000)
+        finite = np.ones(len(plan.context_lens), np.bool_)
+        if self.faults.pop("nan", None):
+            finite[0] = False
+            if len(ids):
+                ids[0] = NON_FINITE if 0 in plan.sampled else ids[0]
+        self.last_ids = [max(0, token) for token in ids]
+        return Late(self, StepOutcome(np.array(ids, np.int32), finite, hidden, {}))
+
+    def clear_pages(self, pages: np.ndarray[Any, Any]) -> None:
+        for page in pages.tolist():
+            self.slots[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = [0] * PAGE_TOKENS
+
+
+def expected_output(prompt: list[int], seed: int, max_tokens: int) -> tuple[list[int], SequenceEnd]:
+    state = 1
+    for token in prompt:
+        state = state_after(state, token)
+    found: list[int] = []
+    while len(found) < max_tokens:
+        token = next_token(seed, state)
+        if token == EOS:
+            return found, SequenceEnd.STOP
+        found.append(token)
+        state = state_after(state, token)
+    return found, SequenceEnd.LENGTH
+
+
+def expected_embedding(prompt: list[int], pooling: Pooling) -> np.ndarray[Any, Any]:
+    state, rows = 1, []
+    for token in prompt:
+        state = state_after(state, token)
+        rows.append((1.0, state % 1000, state // 1000 % 1000))
+    vector = np.array(rows[-1] if pooling is Pooling.LAST else np.sum(rows, 0), np.float64)
+    return vector / np.linalg.norm(vector)
+
+
+class Guesser:
+    """Guesses at random among right and wrong, and costs nothing."""
+
+    def __init__(self, machine: "Steps") -> None:
+        self.machine = machine
+
+    def available(self, sequences: list[Sequence], most: int) -> list[int]:
+        return [most] * len(sequences)
+
+    def cost_s(self, num_sequences: int, depth: int) -> float:
+        return 0.0
+
+    def propose(self, sequences: list[Sequence], counts: list[int]) -> list[np.ndarray[Any, Any]]:
+        found = []
+        for s, count in zip(sequences, counts, strict=True):
+            known = [int(token) for token in s.tokens[: s.num_tokens]]
+            right, _ = expected_output(known, s.sampler.seed, count)
+            wrong_from = int(self.machine.random.integers(0, count + 2))
+            guesses = [token if at < wrong_from else (token + 1) % 97 for at, token in enumerate(right)]
+            found.append(np.array(guesses[: int(self.machine.random.integers(0, count + 1))], np.int32))
+        return found
+
+
+POOLINGS = st.sampled_from([None, None, None, None, *Pooling])
+
+
+class Steps(RuleBasedStateMachine):
+    @initialize(overlaps=st.booleans(), guesses=st.booleans(), prefix_cache=st.booleans(), seed=st.integers(0, 99))
+    def start(self, overlaps: bool, guesses: bool, prefix_cache: bool, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.device = Device(overlaps)
+        clock = itertools.count()
+        self.model = Model(
+            "m", None, PLAN, self.device, pathlib.Path(),  # type: ignore[arg-type]
+            prefix_cache=prefix_cache, clock=lambda: float(next(clock)),
+        )  # fmt: skip
+        self.model.speculation = None
+        if guesses:
+            pace = Pace(PAGE_TOKENS, PLAN.mixed_step_tokens)
+            pace.note(1, 0, 1.0)
+            self.model.speculation = Speculation(Guesser(self), pace, PLAN.sampled_rows)
+        self.number = 0
+        self.asked: dict[int, Sequence] = {}
+        self.got: dict[int, list[int]] = {}
+        self.num_finished = self.num_failed = 0
+
+    @rule(size=st.integers(1, 90), max_tokens=st.integers(1, 160), family=st.integers(0, 2), pooling=POOLINGS)
+    def arrive(self, size: int, max_tokens: int, family: int, pooling: Pooling | None) -> None:
+        self.number += 1
+        prompt = (np.arange(size, dtype=np.int32) * (family + 1)) % 23
+        s = Sequence(
+            self.number, prompt, 1 if pooling else max_tokens, frozenset({EOS}), SamplerSettings(seed=self.number),
+            pooling=pooling,
+        )  # fmt: skip
+        self.asked[s.number], self.got[s.number] = s, []
+        self.model.scheduler.add(s)
+
+    @precondition(lambda self: self.model.busy)
+    @rule(fault=st.sampled_from([None] * 12 + ["nan", "wait", "launch"]))
+    def step(self, fault: str | None = None) -> None:
+        if fault is not None:
+            self.device.faults[fault] = True
+        self.take(self.model.step())
+        self.model.scheduler.check_integrity()
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.asked:
+            number = data.draw(st.sampled_from(sorted(self.asked)))
+            self.leave(number)
+
+    def leave(self, number: int) -> None:
+        assert self.model.scheduler.remove(number) is not None
+        self.check_beginning(number)
+        del self.asked[number]
+
+    def check_beginning(self, number: int) -> None:
+        s, got = self.asked[number], self.got[number]
+        expected, _ = expected_output(s.tokens[: s.num_prompt].tolist(), s.sampler.seed, s.max_tokens)
+        assert got == expected[: len(got)]
+
+    def take(self, output: Output) -> None:
+        for row in output.rows:
+            s = self.asked[row.sequence]
+            assert s.pooling is None
+            assert (row.prompt_cached is None) == bool(self.got[row.sequence])
+            self.got[row.sequence] += array.array("i", row.ids)
+            self.check_beginning(row.sequence)
+            if row.end is not None:
+                prompt = s.tokens[: s.num_prompt].tolist()
+                assert (self.got[row.sequence], row.end) == expected_output(prompt, s.sampler.seed, s.max_tokens)
+                self.finish(row.sequence)
+        for embedding in output.embeddings:
+            s = self.asked[embedding.sequence]
+            assert s.pooling is not None
+            expected = expected_embedding(s.tokens[: s.num_prompt].tolist(), s.pooling)
+            np.testing.assert_allclose(np.frombuffer(embedding.vector, np.float32), expected, rtol=1e-5)
+            self.finish(embedding.sequence)
+        for number, _ in output.failures:
+            assert self.asked.pop(number).state is SequenceState.FINISHED
+            self.num_failed += 1
+
+    def finish(self, number: int) -> None:
+        assert self.asked.pop(number).state is SequenceState.FINISHED
+        self.num_finished += 1
+
+    def teardown(self) -> None:
+        self.device.faults.clear()
+        steps = 0
+        while self.model.busy:
+            self.step()
+            steps += 1
+            assert steps < 300 * (self.number + 1), "somebody starves"
+        assert not self.asked
+        assert self.model.scheduler.pool.num_free == PLAN.num_pages
+
+
+Steps.TestCase.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestSteps = Steps.TestCase
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_two_thousand_sequences_in_a_cache_that_is_too_small(overlaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preemptions, guesses, cancels and faults at random, and everyone gets what is theirs or an error."""
+    monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 0)
+    machine = Steps()
+    machine.start(overlaps, True, True, 5)
+    random = machine.random
+    while machine.number < 2000 or machine.model.busy:
+        for _ in range(int(random.integers(0, 3)) if machine.number < 2000 else 0):
+            pooling = Pooling.MEAN if random.random() < 0.1 else None
+            machine.arrive(
+                int(random.integers(1, 60)), int(random.integers(1, 120)), int(random.integers(0, 9)), pooling
+            )
+        if machine.asked and random.random() < 0.1:
+            machine.leave(int(random.choice(sorted(machine.asked))))
+        if random.random() < 0.01:
+            machine.device.faults[str(random.choice(["nan", "wait", "launch"]))] = True
+        if machine.model.busy:
+            machine.take(machine.model.step())
+    machine.teardown()
+    assert machine.model.scheduler.num_preemptions > 30
+    assert machine.model.speculation is not None
+    assert machine.model.speculation.num_accepted > 500
+    assert machine.num_finished > 600
+    assert machine.num_failed > 20
+
+
+def driver_of(overlaps: bool) -> Steps:
+    machine = Steps()
+    machine.start(overlaps, False, True, 0)
+    return machine
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_known() -> None:
+    machine = driver_of(overlaps=True)
+    machine.arrive(20, 40, 0, None)
+    assert not machine.model.step().rows, "the prompt is under way"
+    assert machine.device.num_under_way == 1
+    rows = machine.model.step().rows
+    assert len(rows) == 1, "the prompt's token, while the step that reads it runs"
+    assert machine.device.num_under_way == 1
+    machine.take(Output(rows))
+    machine.teardown()
+
+
+def test_a_stop_costs_one_step_for_nothing_and_a_limit_none() -> None:
+    ends = set()
+    for number in range(1, 20):
+        machine = driver_of(overlaps=True)
+        machine.number = number
+        machine.arrive(20, 40, 0, None)
+        _, end = expected_output((np.arange(20) % 23).tolist(), number + 1, 40)
+        machine.teardown()
+        ends.add(end)
+        # Each token but the last is computed; the stop is known when the step behind it is under way.
+        late = 2 if end is SequenceEnd.STOP else 0
+        assert len(machine.device.num_rows) == len(machine.got[number + 1]) + late
+    assert ends == {SequenceEnd.STOP, SequenceEnd.LENGTH}
+
+
+def test_without_overlap_a_token_comes_with_its_step() -> None:
+    machine = driver_of(overlaps=False)
+    machine.arrive(20, 5, 0, None)
+    assert len(machine.model.step().rows) == 1
+    assert machine.device.num_under_way == 0
+
+
+def test_a_cancel_in_mid_flight_frees_everything_at_once() -> None:
+    machine = driver_of(overlaps=True)
+    machine.arrive(20, 40, 0, None)
+    machine.model.step()
+    machine.model.step()
+    machine.model.scheduler.remove(1)
+    machine.model.scheduler.check_integrity()
+    assert machine.model.busy, "the step is still to be waited for"
+    assert not machine.model.step().rows
+    assert not machine.model.busy
+
+
+# ------------------------------------------------------------------ guesses
+
+
+def test_a_lookup_continues_the_last_place_of_the_last_three_tokens() -> None:
+    text = np.array([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7, 1, 2, 3], np.int32)
+    assert lookup(text, 8).tolist() == [5, 6, 7, 1, 2, 3]
+    assert lookup(text, 2).tolist() == [5, 6]
+    assert lookup(text[:-1], 8).tolist() == []
+    assert lookup(np.array([1, 1, 1, 1], np.int32), 8).tolist() == [1]
+    assert lookup(np.array([1, 2, 3], np.int32), 8).tolist() == []
+
+
+def speculation(row_s: float, hit_rate: float) -> int:
+    """Return how many guesses one sequence gets where each row costs ``row_s`` beside the first's second."""
+    pace = Pace(16, 64)
+    for rows in range(1, 17):
+        pace.note(rows, 0, 1.0 + row_s * (rows - 1))
+    tokens = np.tile(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], np.int32), 4)
+    s = Sequence(1, tokens, 100, frozenset(), SamplerSettings())
+    s.hit_rate = hit_rate
+    Speculation(PromptLookup(), pace, 16).propose([s], [s], lambda _, count: count)
+    return len(s.drafts)
+
+
+def test_guesses_are_checked_only_where_that_pays() -> None:
+    assert speculation(row_s=0.01, hit_rate=0.9) == 8
+    assert 0 < speculation(row_s=0.2, hit_rate=0.7) < 8
+    assert speculation(row_s=0.8, hit_rate=0.7) == 0
+    assert speculation(row_s=0.01, hit_rate=0.01) == 0
+
+
+def test_a_rate_of_right_guesses_is_learned_and_forgotten() -> None:
+    pace = Pace(16, 64)
+    pace.note(1, 0, 1.0)
+    pace.note(9, 0, 5.0)
+    found = Speculation(PromptLookup(), pace, 16)
+    s = Sequence(1, np.tile(np.arange(10, dtype=np.int32), 4), 100, frozenset(), SamplerSettings())
+    tries = 0
+    for _ in range(300):
+        s.drafts = s.drafts[:0]
+        found.propose([s], [s], lambda _, count: count)
+        if len(s.drafts):
+            tries += 1
+            found.learn(s, 0)
+    assert 3 < tries < 60, "it gives up, and tries again now and then"
+    for _ in range(20):
+        s.drafts = np.arange(4, dtype=np.int32)
+        found.learn(s, 4)
+    assert s.hit_rate > 0.95
+    assert found.num_accepted == 80
+
+
+# ------------------------------------------------------------------ pace
+
+
+def test_a_prompt_takes_what_the_others_can_spare() -> None:
+    pace = Pace(16, 512)
+    assert pace.mixed_step_tokens(4) == 4 + 16, "before anything is known: a page"
+    pace.note(4, 0, 0.010)
+    for _ in range(12):
+        tokens = pace.mixed_step_tokens(4) - 4
+        pace.note(4, tokens, 0.010 + 0.0001 * tokens)
+    assert tokens == pytest.approx((STALL_FACTOR - 1) * 100, abs=2)
+    for _ in range(12):  # its later tokens are dearer
+        tokens = pace.mixed_step_tokens(4) - 4
+        pace.note(4, tokens, 0.010 + 0.0005 * tokens)
+    assert tokens == pytest.approx((STALL_FACTOR - 1) * 20, abs=2)
+    for _ in range(12):
+        pace.note(4, 16, 1.0)
+    assert pace.mixed_step_tokens(4) == 4 + 16, "never less than a page"
+
+
+def test_times_between_and_beyond_those_measured() -> None:
+    pace = Pace(16, 64)
+    assert pace.step_s(3) is None
+    pace.note(2, 0, 2.0)
+    pace.note(6, 0, 4.0)
+    assert [pace.step_s(rows) for rows in (1, 2, 4, 6)] == [2.0, 2.0, 3.0, 4.0]
+    beyond = pace.step_s(10)
+    assert beyond is not None
+    assert 4.0 < beyond < 6.0
+    pace.note(2, 0, 1000.0)
+    after = pace.step_s(2)
+    assert after is not None
+    assert after < 3.0, "one step that something held up says little"
