@@ -172,7 +172,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-FIELDS = st.sampled_from(["model", "stream", *(f.name for f in msgspec.structs.fields(openai_chat._Body))])
+FIELDS = st.sampled_from(["model", "stream", *(f.name for f in msgspec.structs.fields(openai_chat.ChatBody))])
 
 
 @given(st.dictionaries(FIELDS, JSON, max_size=5))

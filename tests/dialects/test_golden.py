@@ -1,0 +1,55 @@
+"""The transcripts that are kept are what is said, and any cut of the bytes on the way gives the same."""
+
+import golden
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cortex._fast.chat_events import ChatEvents
+from cortex._fast.tap import StreamTap
+
+FILES = sorted(golden.FOLDER.glob("*.txt"))
+CUTS = st.lists(st.integers(0, 1 << 20), max_size=8)
+
+
+def test_what_is_said_is_what_is_kept() -> None:
+    made = dict(golden.transcripts())
+    assert {path.name for path in FILES} == {path.name for path in made}
+    for path, text in made.items():
+        assert path.read_bytes() == text, f"{path.name}: see python tests/support/golden.py"
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    at = sorted(place % (len(data) + 1) for place in places)
+    return [data[start:end] for start, end in zip([0, *at], [*at, len(data)], strict=True)]
+
+
+def stream_of(name: str) -> bytes:
+    return (golden.FOLDER / name).read_bytes().partition(b"----\n")[0]
+
+
+@pytest.mark.parametrize("name", [path.name for path in FILES])
+@settings(max_examples=25)
+@given(places=CUTS)
+def test_a_gateway_passes_it_on_however_it_is_cut(name: str, places: list[int]) -> None:
+    tap, stream = StreamTap(), stream_of(name)
+    assert b"".join(tap.feed(data) for data in cut(stream, places)) == stream
+    assert tap.failed is ("fail" in name)
+    assert tap.terminated or tap.failed
+
+
+@pytest.mark.parametrize("dialect", ["messages", "responses"])
+@pytest.mark.parametrize("scenario", [name for name in golden.SCENARIOS if name not in golden.ONE_CHOICE])
+@settings(max_examples=25)
+@given(places=CUTS)
+def test_a_chat_is_translated_into_it_however_it_is_cut(dialect: str, scenario: str, places: list[int]) -> None:
+    make = golden.messages_stream if dialect == "messages" else golden.responses_stream
+    whole, pieces = make(scenario), make(scenario)
+    stream, reader, other = stream_of(f"chat-{scenario}.txt"), ChatEvents(), ChatEvents()
+    translated = b"".join(pieces.frames(reader.feed(data)) for data in cut(stream, places))
+    assert golden.timeless(translated) == golden.timeless(whole.frames(other.feed(stream)))
+    if scenario != "fail":
+        # What the kept transcript says, but for the counts, which a chat tells at its end.
+        kept = (golden.FOLDER / f"{dialect}-{scenario}.txt").read_bytes().partition(b"----\n")[2]
+        answer = whole.message() if dialect == "messages" else whole.response()  # type: ignore[union-attr]
+        assert golden.timeless(golden.msgspec.json.format(answer, indent=1)) + b"\n" == kept
