@@ -3,12 +3,14 @@
 SmolLM2-135M-Instruct through the engine's own messages, a step at a time as the device loop drives it. Three questions:
 tokens per second of 1 and of 16 streams; the time between two tokens of 8 running streams while a prompt of 4,000
 tokens is prefilled, its 99th percentile against the median without one; the time to the first token of two requests
-that share a system prompt of 1,500 tokens, the first and the next.
+that share a system prompt of 1,500 tokens, the first and the next. All without guesses; then one stream with and
+without them.
 
     python bench/engine.py [MODEL.gguf] [--keep]
 """
 
 import array
+import collections
 import itertools
 import os
 import pathlib
@@ -37,12 +39,14 @@ REPEATS = 2
 
 
 class Driver:
-    """An engine and a clock: when each sequence was given each token."""
+    """An engine and a clock: when each sequence was given tokens."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: pathlib.Path, *, speculation: bool = False) -> None:
+        os.environ["NEURON_SPECULATION"] = "on" if speculation else "off"
         self._decoder = msgspec.msgpack.Decoder(jobs.FromWorker)
         self._last: jobs.FromWorker | None = None
         self.arrivals: dict[int, list[float]] = {}
+        self.num_tokens: collections.Counter[int] = collections.Counter()
         self.cached: dict[int, int] = {}
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.engine = Engine("cpu:0", self._take, lambda: (memory // 2, memory), lambda: None)
@@ -58,6 +62,7 @@ class Driver:
         if isinstance(message, jobs.Tokens):
             for row in message.rows:
                 self.arrivals.setdefault(row.sequence, []).append(now)
+                self.num_tokens[row.sequence] += len(row.ids) // 4
                 if row.prompt_cached is not None:
                     self.cached[row.sequence] = row.prompt_cached
 
@@ -103,6 +108,14 @@ def gaps(driver: Driver, prompts: list[list[int]], long_prompt: list[int]) -> tu
     return quiet, busy
 
 
+def guessing(driver: Driver, prompt: list[int]) -> float:
+    """Return the tokens per second of one stream behind its first token."""
+    number = driver.start(prompt, 4 * DECODE_TOKENS)
+    driver.run()
+    times = driver.arrivals[number]
+    return (driver.num_tokens[number] - 1) / (times[-1] - times[0])
+
+
 def first_token_s(driver: Driver, prompt: list[int]) -> tuple[float, int]:
     """Return the time to a prompt's first token, and how much of it was cached."""
     begin = time.perf_counter()
@@ -118,7 +131,8 @@ def main() -> None:
     options = parser.parse_args()
     keep_activations_mapped()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    driver = Driver(options.model or source.fetch(SMOLLM2))
+    path = options.model or source.fetch(SMOLLM2)
+    driver = Driver(path)
     random = np.random.default_rng(0)
 
     def prompts(count: int, size: int) -> list[list[int]]:
@@ -138,6 +152,16 @@ def main() -> None:
         assert cached == SYSTEM_TOKENS // 16 * 16
         cold.append(cold_s)
         warm.append(warm_s)
+    del driver
+    # A text that is said again, and one that is not: what a guess can win and what it may cost.
+    text = prompts(1, 200)[0]
+    repeats, plain = text * 4, prompts(1, 800)[0]
+    rates = {}
+    for name in ("off", "on") * REPEATS:
+        driver = Driver(path, speculation=name == "on")
+        for what, prompt in (("again", repeats), ("new", plain)):
+            rates[what, name] = max(rates.get((what, name), 0.0), guessing(driver, prompt))
+        del driver
     rows = [
         {"what": "decode, 1 stream", "tok/s": single},
         {"what": f"decode, {STREAMS} streams", "tok/s": many},
@@ -147,6 +171,7 @@ def main() -> None:
          "p99 ms": 1e3 * worst},
         {"what": f"first token, {SYSTEM_TOKENS} + {QUESTION_TOKENS}, cold", "best ms": 1e3 * min(cold)},
         {"what": f"first token, {SYSTEM_TOKENS} + {QUESTION_TOKENS}, cached", "best ms": 1e3 * min(warm)},
+        *({"what": f"decode, text said {what}, guesses {name}", "tok/s": rate} for (what, name), rate in rates.items()),
     ]  # fmt: skip
     report.write(
         "engine",
@@ -157,6 +182,8 @@ def main() -> None:
             "batch_16_over_1": many / single,
             "stall_p99_over_median": worst / alone,
             "warm_ttft_over_cold": min(warm) / min(cold),
+            "guesses_said_again": rates["again", "on"] / rates["again", "off"],
+            "guesses_said_new": rates["new", "on"] / rates["new", "off"],
         },
         keep=options.keep,
     )

@@ -99,7 +99,7 @@ class Model:
         self._pace = Pace(PAGE_TOKENS, plan.mixed_step_tokens)
         self.speculation: Speculation | None = None
         if os.environ.get(SPECULATION_SWITCH, "on") != "off":
-            self.speculation = Speculation(PromptLookup(), self._pace, plan.sampled_rows)
+            self.speculation = Speculation(PromptLookup(), self._pace)
         self.scheduler = Scheduler(
             Limits(
                 num_pages=plan.num_pages,
@@ -190,7 +190,9 @@ class Model:
             for sequence in decoding
             if not sequence.num_awaited and self.runner.sampler.checks_guesses(sequence.seat)
         ]
-        self.speculation.propose(decoding, able, self.scheduler.make_room)
+        # Whoever does not decode yet may come to the end of its prompt in this step.
+        num_rows = self.plan.sampled_rows - len(self.scheduler.running)
+        self.speculation.propose(len(decoding), able, num_rows, self.scheduler.make_room)
 
     def _settle(self, under_way: _UnderWay, output: Output) -> None:
         """Wait for a step and hand out what it brought."""

@@ -76,24 +76,23 @@ def lookup(tokens: Int32Array, count: int) -> Int32Array:
 class Speculation:
     """Decides who guesses how much in a step, and learns from what came of it."""
 
-    def __init__(self, drafter: Drafter, pace: Pace, sampled_rows: int) -> None:
+    def __init__(self, drafter: Drafter, pace: Pace) -> None:
         self._drafter = drafter
         self._pace = pace
-        self._sampled_rows = sampled_rows
         self.num_proposed = self.num_accepted = 0
 
     def propose(
-        self, decoding: list[Sequence], able: list[Sequence], make_room: Callable[[Sequence, int], int]
+        self, num_decoding: int, able: list[Sequence], num_rows: int, make_room: Callable[[Sequence, int], int]
     ) -> None:
-        """Give those of ``able`` guesses whose check is expected to pay in a step with all of ``decoding``.
+        """Give ``able`` guesses, ``num_rows`` in all, if checking them should pay in a step of ``num_decoding``.
 
         ``make_room`` reserves pages for so many tokens behind a sequence's next and returns how many there are.
         """
-        most = min(MAX_DRAFTS, (self._sampled_rows - len(decoding)) // max(1, len(able)))
-        if not able or most < 1 or self._pace.step_s(len(decoding)) is None:
+        most = min(MAX_DRAFTS, num_rows // max(1, len(able)))
+        if not able or most < 1 or self._pace.step_s(num_decoding) is None:
             return
         available = self._drafter.available(able, most)
-        depth = self._depth(len(decoding), able, available)
+        depth = self._depth(num_decoding, able, available)
         if not depth:
             for sequence, count in zip(able, available, strict=True):
                 if count:

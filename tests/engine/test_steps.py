@@ -27,7 +27,7 @@ from neuron.engine.speculation import PromptLookup, Speculation, lookup
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 
 PLAN = MemoryPlan(
-    dtype="float32", context_tokens=256, max_sequences=4, sampled_rows=16, num_pages=20, step_tokens=64,
+    dtype="float32", context_tokens=256, max_sequences=4, sampled_rows=7, num_pages=20, step_tokens=64,
     mixed_step_tokens=24, weights_bytes=0, kv_cache_bytes=0, workspace_bytes=0,
 )  # fmt: skip
 EOS = 7
@@ -88,6 +88,7 @@ class Device:
         if self.faults.pop("launch", None):
             raise ValueError("the step did not start")
         self.num_rows.append(len(plan.token_ids))
+        assert len(plan.sampled) <= PLAN.sampled_rows
         ids: list[int] = []
         hidden = np.zeros((len(plan.hidden_rows), 3), np.float32)
         seats = dict(zip(plan.sampled.tolist(), plan.seats.tolist(), strict=True))
@@ -185,7 +186,7 @@ class Steps(RuleBasedStateMachine):
         if guesses:
             pace = Pace(PAGE_TOKENS, PLAN.mixed_step_tokens)
             pace.note(1, 0, 1.0)
-            self.model.speculation = Speculation(Guesser(self), pace, PLAN.sampled_rows)
+            self.model.speculation = Speculation(Guesser(self), pace)
         self.number = 0
         self.asked: dict[int, Sequence] = {}
         self.got: dict[int, list[int]] = {}
@@ -288,8 +289,8 @@ def test_two_thousand_sequences_in_a_cache_that_is_too_small(overlaps: bool, mon
     machine.teardown()
     assert machine.model.scheduler.num_preemptions > 30
     assert machine.model.speculation is not None
-    assert machine.model.speculation.num_accepted > 500
-    assert machine.num_finished > 600
+    assert machine.model.speculation.num_accepted > 200
+    assert machine.num_finished > 500
     assert machine.num_failed > 20
 
 
@@ -365,7 +366,7 @@ def speculation(row_s: float, hit_rate: float) -> int:
     tokens = np.tile(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], np.int32), 4)
     s = Sequence(1, tokens, 100, frozenset(), SamplerSettings())
     s.hit_rate = hit_rate
-    Speculation(PromptLookup(), pace, 16).propose([s], [s], lambda _, count: count)
+    Speculation(PromptLookup(), pace).propose(1, [s], 15, lambda _, count: count)
     return len(s.drafts)
 
 
@@ -380,12 +381,12 @@ def test_a_rate_of_right_guesses_is_learned_and_forgotten() -> None:
     pace = Pace(16, 64)
     pace.note(1, 0, 1.0)
     pace.note(9, 0, 5.0)
-    found = Speculation(PromptLookup(), pace, 16)
+    found = Speculation(PromptLookup(), pace)
     s = Sequence(1, np.tile(np.arange(10, dtype=np.int32), 4), 100, frozenset(), SamplerSettings())
     tries = 0
     for _ in range(300):
         s.drafts = s.drafts[:0]
-        found.propose([s], [s], lambda _, count: count)
+        found.propose(1, [s], 15, lambda _, count: count)
         if len(s.drafts):
             tries += 1
             found.learn(s, 0)
