@@ -74,7 +74,7 @@ class Record:
         fields: dict[str, object] = {
             "id": self.request_id,
             "dialect": self.dialect,
-            "key": self.key,
+            **({"key": self.key} if self.key else {}),
             "model": self.model,
             "node": self.node,
             "status": self.status,

@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import pathlib
-import shutil
-import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest

@@ -18,7 +18,6 @@ from cortex.access.keys import Limits, Principal
 from cortex.access.ledger import Lease, MemoryLedger, Reason, Refusal
 from cortex.access.valkey import LedgerUnavailableError, ValkeyLedger
 
-
 Ledger = MemoryLedger | ValkeyLedger
 
 
