@@ -1,10 +1,38 @@
-"""The operators' view: what the gateway knows of its fleet, as ``cortex status`` shows it."""
+"""The operators' view and hand: what the gateway knows of its fleet, and what it can be told to have done there.
+
+Every act is a neuron's; this finds the node and passes on what it says. Any gateway of a fleet will do: the neurons
+hold the state, so a pin or a drain that one gateway asks for is seen by all.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from cortex.fleet.state import Fleet
+from cortex.access.gate import Gate
+from cortex.access.ledger import Usage
+from cortex.config import ModelProfile
+from cortex.dialects import openai_fields
+from cortex.errors import NoNodeError
+from cortex.fleet import placement
+from cortex.fleet.control import NeuronClient
+from cortex.fleet.router import offered_profile
+from cortex.fleet.service import FleetService
 from cortex.http_io import Exchange
-from cortex.wire.node import Device, ModelStatus, NodeState, WorkerHealth
+from cortex.settings import ConfigError
+from cortex.wire.errors import ApiError, InvalidRequestError, ModelNotFoundError, NotFoundError
+from cortex.wire.node import (
+    Device,
+    DrainRequest,
+    ModelState,
+    ModelStatus,
+    NodeState,
+    PinRequest,
+    UnloadRequest,
+    WorkerHealth,
+)
+
+MAX_BODY_BYTES = 1 << 20
 
 
 class NodeReport(msgspec.Struct, frozen=True):
@@ -25,40 +53,228 @@ class NodeReport(msgspec.Struct, frozen=True):
 
 
 class FleetReport(msgspec.Struct, frozen=True):
-    """``GET /admin/fleet``."""
+    """``GET /admin/fleet``. ``config_error`` is why the files as they are now are not in force."""
 
     nodes: tuple[NodeReport, ...]
+    config_error: str | None = None
+
+
+class KeyReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of ``GET /admin/keys``. Limits of 0 are none."""
+
+    name: str
+    models: tuple[str, ...]
+    admin: bool
+    priority: int
+    requests_per_minute: int
+    max_concurrent: int
+    tokens_per_window: int
+    window_s: float
+    balance_tokens: int
+    used: Usage
+
+
+class KeysReport(msgspec.Struct, frozen=True):
+    """``GET /admin/keys``."""
+
+    keys: tuple[KeyReport, ...]
+
+
+class ModelAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /admin/models/load`` and ``unload``: without ``node``, the best one, or all that have it."""
+
+    model: str
+    node: str = ""
+    drain_timeout_s: float = 30.0
+
+
+class PinAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /admin/models/pin``: on a node, or on all that have the model loaded."""
+
+    model: str
+    node: str = ""
+    pinned: bool = True
+
+
+class DrainAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /admin/nodes/drain``."""
+
+    node: str
+    draining: bool = True
+
+
+class Acted(msgspec.Struct, frozen=True):
+    """What an act on models came to, by node."""
+
+    nodes: dict[str, ModelStatus]
+
+
+_MODEL_ACT = msgspec.json.Decoder(ModelAct)
+_PIN_ACT = msgspec.json.Decoder(PinAct)
+_DRAIN_ACT = msgspec.json.Decoder(DrainAct)
 
 
 class Admin:
-    """The endpoints under ``/admin``."""
+    """The endpoints under ``/admin``. Who may use them is checked before."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(
+        self,
+        service: FleetService,
+        gate: Gate,
+        reload: Callable[[], None],
+        config_error: Callable[[], ConfigError | None],
+    ) -> None:
+        self._service = service
+        self._fleet = service.fleet
+        self._gate = gate
+        self._reload = reload
+        self._config_error = config_error
 
     async def fleet(self, exchange: Exchange) -> None:
         """``GET /admin/fleet``."""
         await exchange.reply(200, msgspec.json.encode(self.report()))
 
+    async def keys(self, exchange: Exchange) -> None:
+        """``GET /admin/keys``: limits and use of every key, by name."""
+        rows = []
+        for principal in self._gate.keys.by_name():
+            limits = principal.limits
+            used = Usage() if limits.are_none else await self._gate.ledger.usage(principal.name, limits)
+            rows.append(
+                KeyReport(
+                    name=principal.name,
+                    models=principal.models,
+                    admin=principal.is_admin,
+                    priority=principal.priority,
+                    **{field: getattr(limits, field) for field in limits.__dataclass_fields__},
+                    used=used,
+                )
+            )
+        await exchange.reply(200, msgspec.json.encode(KeysReport(tuple(rows))))
+
+    async def load(self, exchange: Exchange) -> None:
+        """``POST /admin/models/load``: returns when the model is ready."""
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _MODEL_ACT)
+        profile = self._profile(asked.model)
+        if asked.node:
+            self._neuron(asked.node)
+            await self._service.loader.load_on(asked.node, profile)
+            name = asked.node
+        else:
+            candidates = placement.choose(self._fleet.state, profile)
+            if not candidates:
+                raise NoNodeError(f"No node that is up can load {profile.id}.", retry_after_s=5)
+            name = await self._service.loader.load(profile, tuple(candidate.node for candidate in candidates))
+        await self._reply(exchange, {name: self._status(name, profile.id)})
+
+    async def unload(self, exchange: Exchange) -> None:
+        """``POST /admin/models/unload``: returns when the model is gone."""
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _MODEL_ACT)
+
+        async def act(neuron: NeuronClient, status: ModelStatus) -> ModelStatus:
+            return await neuron.unload(UnloadRequest(status.id, asked.drain_timeout_s, status.generation))
+
+        await self._on_each(exchange, asked.model, asked.node, act)
+
+    async def pin(self, exchange: Exchange) -> None:
+        """``POST /admin/models/pin``."""
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _PIN_ACT)
+
+        async def act(neuron: NeuronClient, status: ModelStatus) -> ModelStatus:
+            return await neuron.pin(PinRequest(status.id, asked.pinned))
+
+        await self._on_each(exchange, asked.model, asked.node, act)
+
+    async def drain(self, exchange: Exchange) -> None:
+        """``POST /admin/nodes/drain``: the node takes nothing new; what runs there goes on."""
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _DRAIN_ACT)
+        health = await self._neuron(asked.node).drain(DrainRequest(asked.draining))
+        await self._service.poller.poll(asked.node)
+        await exchange.reply(200, msgspec.json.encode(health))
+
+    async def reload(self, exchange: Exchange) -> None:
+        """``POST /admin/reload``: read the configuration again, all of it or nothing."""
+        try:
+            self._reload()
+        except ConfigError as error:
+            raise InvalidRequestError(f"The configuration is as it was: {error}", param=error.key or None) from None
+        await exchange.reply(200, msgspec.json.encode(self.report()))
+
     def report(self) -> FleetReport:
         """Return the fleet as it is known now."""
         in_flight = self._fleet.in_flight.by_node
-        return FleetReport(
-            tuple(
-                NodeReport(
-                    name=node.name,
-                    endpoint=node.endpoint,
-                    up=node.up,
-                    state=node.health.state if node.health else None,
-                    version=node.discovery.version if node.discovery else "",
-                    hostname=node.discovery.hostname if node.discovery else "",
-                    devices=node.discovery.devices if node.discovery else (),
-                    workers=node.health.workers if node.health else (),
-                    models=tuple(sorted(node.models.values(), key=lambda status: status.id)),
-                    in_flight=in_flight.get(node.name, 0),
-                    strikes=node.strikes,
-                    fault=node.fault,
-                )
-                for node in self._fleet.state.nodes.values()
+        error = self._config_error()
+        nodes = tuple(
+            NodeReport(
+                name=node.name,
+                endpoint=node.endpoint,
+                up=node.up,
+                state=node.health.state if node.health else None,
+                version=node.discovery.version if node.discovery else "",
+                hostname=node.discovery.hostname if node.discovery else "",
+                devices=node.discovery.devices if node.discovery else (),
+                workers=node.health.workers if node.health else (),
+                models=tuple(sorted(node.models.values(), key=lambda status: status.id)),
+                in_flight=in_flight.get(node.name, 0),
+                strikes=node.strikes,
+                fault=node.fault,
             )
+            for node in self._fleet.state.nodes.values()
         )
+        return FleetReport(nodes, None if error is None else str(error))
+
+    async def _on_each(
+        self,
+        exchange: Exchange,
+        name: str,
+        node: str,
+        act: Callable[[NeuronClient, ModelStatus], Awaitable[ModelStatus]],
+    ) -> None:
+        """Do something about a model on a node, or on all that have it, and tell what came of it."""
+        model = self._service.catalogue.resolve(name)
+        await asyncio.gather(
+            *(self._service.poller.poll(known) for known in ([node] if node else self._service.neurons))
+        )
+        found = {
+            known.name: known.models[model]
+            for known in self._fleet.state.listing.get(model, ())
+            if (known.name == node if node else known.models[model].state is not ModelState.AVAILABLE)
+        }
+        if node:
+            self._neuron(node)
+        if not found:
+            where = f"on {node}" if node else "on any node that is up"
+            raise ModelNotFoundError(f"The model {name!r} is not {where}.", param="model")
+        outcomes = await asyncio.gather(*(act(self._neuron(known), status) for known, status in found.items()))
+        for known, status in zip(found, outcomes, strict=True):
+            self._fleet.set_model(known, status)
+        await self._reply(exchange, dict(zip(found, outcomes, strict=True)))
+
+    async def _reply(self, exchange: Exchange, nodes: dict[str, ModelStatus]) -> None:
+        await exchange.reply(200, msgspec.json.encode(Acted(nodes)))
+
+    def _profile(self, name: str) -> ModelProfile:
+        model = self._service.catalogue.resolve(name)
+        profile = self._service.catalogue.profiles.get(model) or offered_profile(self._fleet.state, model)
+        if profile is None:
+            raise ModelNotFoundError(f"The model {name!r} is not in the catalogue.", param="model")
+        return profile
+
+    def _neuron(self, name: str) -> NeuronClient:
+        neuron = self._service.neurons.get(name)
+        if neuron is None:
+            known = ", ".join(self._service.neurons)
+            raise UnknownNodeError(f"There is no node '{name}'; there is: {known}.", param="node")
+        return neuron
+
+    def _status(self, node: str, model: str) -> ModelStatus:
+        status = self._fleet.state.status(node, model)
+        if status is None:
+            raise ApiError(f"{node} went down after it loaded {model}.")
+        return status
+
+
+class UnknownNodeError(NotFoundError):
+    """No node of that name is configured."""
+
+    code = "node_not_found"

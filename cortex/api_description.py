@@ -1,11 +1,12 @@
 """What the gateway answers, for ``/openapi.json``. A test holds it against the paths that are served."""
 
 from cortex import __version__
-from cortex.admin import FleetReport
+from cortex.admin import Acted, DrainAct, FleetReport, KeysReport, ModelAct, PinAct
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
 from cortex.dialects import openapi
 from cortex.dialects.openapi import COUNT, LIST, OBJECT, RESPONSE_ANSWER, TEXT, Operation, Schema, object_with
 from cortex.fleet.offers import Offer
+from cortex.wire.node import Health
 
 _PAGE = object_with(object={"const": "list"}, data=LIST, has_more={"type": "boolean"})
 _PAGED: dict[str, Schema] = {
@@ -43,6 +44,12 @@ OPERATIONS = (
     Operation("GET", "/health", "Say whether the gateway lives.", object_with(state=TEXT, nodes_up=COUNT, nodes=COUNT)),
     Operation("GET", "/version", "Say which version this is.", openapi.VERSION_ANSWER),
     Operation("GET", "/admin/fleet", "Report the nodes.", FleetReport),
+    Operation("GET", "/admin/keys", "Report the keys, their limits and use.", KeysReport),
+    Operation("POST", "/admin/models/load", "Load a model.", Acted, ModelAct),
+    Operation("POST", "/admin/models/unload", "Unload a model.", Acted, ModelAct),
+    Operation("POST", "/admin/models/pin", "Pin a model, or let go of it.", Acted, PinAct),
+    Operation("POST", "/admin/nodes/drain", "Keep requests from a node, or let them come again.", Health, DrainAct),
+    Operation("POST", "/admin/reload", "Read the configuration again.", OBJECT),
     Operation("GET", openapi.PATH, "Describe all this.", OBJECT),
 )
 

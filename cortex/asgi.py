@@ -8,9 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cortex import config, logs
+from cortex import config, logs, reload
 from cortex.endpoints import request_id_of
-from cortex.fleet import catalogue
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange, Receive, Scope, Send
 from cortex.settings import ConfigError
@@ -22,6 +21,7 @@ class Application:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
         self.gateway: Gateway | None = None
+        self._reloader: reload.Reloader | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope."""
@@ -48,6 +48,8 @@ class Application:
                     return
                 await send({"type": "lifespan.startup.complete"})
             else:
+                if self._reloader is not None:
+                    await self._reloader.stop()
                 if self.gateway is not None:
                     await self.gateway.stop()
                 await send({"type": "lifespan.shutdown.complete"})
@@ -55,11 +57,16 @@ class Application:
 
     async def _start(self) -> None:
         path = config.find(self._environment)
-        settings = config.load(path, self._environment)
-        logs.configure(settings.gateway.log_format)
-        offered = catalogue.load(config.models_path(settings, path), {node.name for node in settings.neurons})
-        self.gateway = Gateway(settings, offered)
+        loaded = reload.load(path, self._environment)
+        logs.configure(loaded.config.gateway.log_format)
+        self._reloader = reloader = reload.Reloader(path, self._environment, loaded, self._apply)
+        self.gateway = Gateway(loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error)
         await self.gateway.start()
+        reloader.start()
+
+    def _apply(self, loaded: reload.Loaded) -> None:
+        assert self.gateway is not None
+        self.gateway.reconfigure(loaded.config, loaded.catalogue, loaded.keys)
 
 
 app = Application()

@@ -1,31 +1,27 @@
-"""``cortex``: serve, look at a running gateway, and nothing that needs the gateway's own modules to say ``--version``.
+"""``cortex``: serve, chat with a demo, and what :mod:`cortex.operate` has for those who look after a running gateway.
 
 Exit status 2 with one line for a wrong configuration, 1 for a gateway that cannot be reached, 0 otherwise.
 """
 
 import argparse
-import http.client
+import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-import orjson
-
-from cortex import __version__
+from cortex import __version__, operate
 from cortex.settings import ConfigError, split_address
 
 if TYPE_CHECKING:
     from cortex.config import Config
 
-EXIT_UNREACHABLE = 1
 EXIT_CONFIG = 2
-STATUS_TIMEOUT_S = 10.0
 MAX_PENDING_CONNECTIONS = 4096
 """Connections a worker serves at a time; a stream is one for as long as it lasts."""
 
@@ -38,17 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match options.command:
             case "serve":
                 return _serve(options)
-            case "status":
-                return _status(options)
-            case "models":
-                return _models(options)
             case "demo":
                 return _demo(options)
-            case _:
+            case None:
                 parser.print_help()
                 return EXIT_CONFIG
+            case _:
+                run: Callable[[argparse.Namespace], int] = options.run
+                return run(options)
     except ConfigError as error:
         return _fail(str(error), EXIT_CONFIG)
+    except operate.GatewayError as error:
+        return _fail(str(error), operate.EXIT_UNREACHABLE)
+    except KeyboardInterrupt:
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,12 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--workers", type=int, metavar="N", help="processes that accept connections")
     serve.add_argument("--check", action="store_true", help="check the configuration and exit")
 
-    for name, help_text in (("status", "show nodes, devices and models"), ("models", "show what clients may ask for")):
-        command = commands.add_parser(name, help=help_text)
-        where = command.add_mutually_exclusive_group()
-        where.add_argument("--url", help="the gateway's address, e.g. http://127.0.0.1:31313")
-        where.add_argument("--config", metavar="FILE", help="take the address from a cortex.toml")
-        command.add_argument("--json", action="store_true", help="print what the gateway answered")
+    operate.add_commands(commands)
 
     demo = commands.add_parser("demo", help="chat with a small real model, all on this machine")
     demo.add_argument("--once", action="store_true", help="end after one answer")
@@ -80,19 +74,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(options: argparse.Namespace) -> int:
     """Check the configuration here, where an error has a terminal to go to; then let the workers read it again."""
-    from cortex import config
-    from cortex.fleet import catalogue
+    from cortex import config, reload
 
-    flags = {
+    flags: dict[str, object] = {
         "gateway.listen": options.listen,
         "gateway.metrics_listen": options.metrics_listen,
         "gateway.workers": options.workers,
     }
     path = _config_path(options.config)
-    found = config.load(path, flags=flags)
-    offered = catalogue.load(config.models_path(found, path), {node.name for node in found.neurons})
+    loaded = reload.load(path, os.environ, flags)
+    found = loaded.config
     if options.check:
-        sys.stdout.write(f"{path}: ok, {len(found.neurons)} nodes, {len(offered.profiles)} models\n")
+        counts = f"{len(found.neurons)} nodes, {len(loaded.catalogue.profiles)} models"
+        if loaded.keys.principals:
+            counts += f", {len(loaded.keys.principals)} keys"
+        sys.stdout.write(f"{path}: ok, {counts}\n")
         return 0
     os.environ[config.CONFIG_VARIABLE] = str(path)
     for key, value in flags.items():
@@ -134,7 +130,11 @@ def _run(config: "Config") -> int:
         workers_kill_timeout=gateway.drain_timeout_s,
         respawn_failed_workers=True,
         log_access=False,
+        ssl_cert=pathlib.Path(gateway.tls_certificate) if gateway.tls_certificate else None,
+        ssl_key=pathlib.Path(gateway.tls_key) if gateway.tls_key else None,
     )
+    # Granian would replace its workers on SIGHUP, by ones that fail if a file is wrong: they read it again themselves.
+    server.signal_handler_reload = _hang_up_workers  # type: ignore[method-assign]
     try:
         server.serve()
     except ConfigurationError as error:
@@ -142,6 +142,12 @@ def _run(config: "Config") -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     return 0
+
+
+def _hang_up_workers(*signal_and_frame: object) -> None:
+    for worker in multiprocessing.active_children():
+        if worker.pid is not None:
+            os.kill(worker.pid, signal.SIGHUP)
 
 
 def _try_to_bind(host: str, port: int) -> None:
@@ -153,72 +159,6 @@ def _try_to_bind(host: str, port: int) -> None:
     with socket.socket(family, kind, protocol) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         trial.bind(address)
-
-
-# ------------------------------------------------------------------ status, models
-
-
-def _status(options: argparse.Namespace) -> int:
-    from cortex import report
-
-    answer = _ask(options, "/admin/fleet")
-    if isinstance(answer, int):
-        return answer
-    if options.json:
-        sys.stdout.write(answer.decode() + "\n")
-    else:
-        report.print_fleet(orjson.loads(answer))
-    return 0
-
-
-def _models(options: argparse.Namespace) -> int:
-    from cortex import report
-
-    answer = _ask(options, "/v1/models")
-    if isinstance(answer, int):
-        return answer
-    if options.json:
-        sys.stdout.write(answer.decode() + "\n")
-    else:
-        report.print_models(orjson.loads(answer))
-    return 0
-
-
-def _ask(options: argparse.Namespace, path: str) -> bytes | int:
-    """Return a running gateway's answer, or the exit status if there is none."""
-    url = options.url or f"http://{_address(options.config)}"
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        return _fail(f"{url!r} is not the address of a gateway", EXIT_CONFIG)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    try:
-        connection = kind(parts.hostname, parts.port, timeout=STATUS_TIMEOUT_S)
-        try:
-            connection.request("GET", parts.path.rstrip("/") + path)
-            response = connection.getresponse()
-            body = response.read()
-        finally:
-            connection.close()
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        return _fail(f"no gateway answers at {url}: {error}", EXIT_UNREACHABLE)
-    if response.status != 200:
-        return _fail(f"{url}{path} answered with status {response.status}", EXIT_UNREACHABLE)
-    return body
-
-
-def _address(path: str | None) -> str:
-    """Return where the configured gateway listens, as a client on this host reaches it."""
-    from cortex import config
-
-    try:
-        listen = config.load(_config_path(path)).gateway.listen
-    except ConfigError:
-        if path is not None:
-            raise
-        listen = config.GatewaySettings().listen
-    host, port = split_address(listen)
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _config_path(path: str | None) -> pathlib.Path:

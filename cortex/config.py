@@ -144,6 +144,33 @@ class StoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of all responses in the SQLite file; the oldest go first."""
 
 
+class CountersKind(StrEnum):
+    """Where it is counted what keys use."""
+
+    MEMORY = "memory"
+    VALKEY = "valkey"
+
+
+class AccessSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[access]``: who may ask. ``keys`` is relative to the file that names it."""
+
+    keys: str = ""
+    """Empty: everybody may ask for everything."""
+    anonymous: bool = False
+    """Whether those without a key are let in, where there are keys. They are served from what nobody else needs."""
+    anonymous_models: tuple[str, ...] = ("*",)
+    anonymous_requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Of all of them together; 0: no limit."""
+    anonymous_max_concurrent: Annotated[int, msgspec.Meta(ge=0)] = 0
+    counters: CountersKind = CountersKind.MEMORY
+    url: str = "redis://127.0.0.1:6379/0"
+    """Of Valkey or Redis."""
+    reserve_tokens: Annotated[int, msgspec.Meta(ge=0)] = 1024
+    """Reserved for the answer to a request that sets no limit of its own, until it is known what it used."""
+    leftover_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    """How long a request that is served from what is left over waits for it."""
+
+
 class NodeType(StrEnum):
     """What answers at a node's endpoint."""
 
@@ -179,6 +206,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway: GatewaySettings = GatewaySettings()
     eviction: EvictionSettings = EvictionSettings()
     store: StoreSettings = StoreSettings()
+    access: AccessSettings = AccessSettings()
     neurons: tuple[NodeSettings, ...] = ()
 
 
@@ -251,6 +279,11 @@ def load(
 def models_path(config: Config, path: pathlib.Path) -> pathlib.Path:
     """Return where ``models.toml`` is, given the path of the ``cortex.toml`` that names it."""
     return path.parent / config.gateway.models
+
+
+def keys_path(config: Config, path: pathlib.Path) -> pathlib.Path | None:
+    """Return where ``keys.toml`` is, if there are keys."""
+    return path.parent / config.access.keys if config.access.keys else None
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int, str]:

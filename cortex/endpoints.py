@@ -23,6 +23,8 @@ from cortex._fast.peek import PeekError, PeekTypeError, peek, splice
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import FrameDecoder, FrameTooLarge
 from cortex._fast.tap import StreamTap
+from cortex.access.gate import Gate, Permit, prompt_tokens
+from cortex.access.keys import Principal, check_model
 from cortex.background import Background
 from cortex.config import Config
 from cortex.dialects import openai_responses
@@ -67,14 +69,23 @@ class Endpoints:
         metrics: Metrics,
         conversations: Conversations,
         background: Background,
+        gate: Gate,
     ) -> None:
-        self._max_body_bytes = config.gateway.max_body_bytes
-        self._catalogue = catalogue
+        self.reconfigure(config, catalogue)
+        self._gate = gate
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._conversations = conversations
         self._background = background
+
+    def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
+        """Go by these from now on."""
+        self._max_body_bytes = config.gateway.max_body_bytes
+        self._catalogue = catalogue
+
+    def _identify(self, exchange: Exchange) -> Principal:
+        return self._gate.identify(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
 
     def infer(self, dialect: Dialect) -> Callable[[Exchange], Awaitable[None]]:
         """Return the endpoint that passes inference of ``dialect`` on."""
@@ -95,6 +106,8 @@ class Endpoints:
         return endpoint
 
     async def _infer(self, exchange: Exchange, dialect: Dialect, record: Record) -> None:
+        principal = self._identify(exchange)
+        record.key = principal.name
         body = await exchange.read_body(self._max_body_bytes)
         try:
             found = peek(body)
@@ -105,6 +118,7 @@ class Endpoints:
         if not found.model:
             raise MissingParameterError("You must provide a model parameter.", param="model")
         model = await self._model(found.model)
+        check_model(principal, model)
         record.model = model
         record.is_stream = found.stream and dialect.streams
         if model != found.model:
@@ -122,6 +136,8 @@ class Endpoints:
         if not generates and turn is not None:
             await self._only_read(exchange, record, turn)
             return
+        if principal.name:
+            headers.append((b"x-cortex-principal", principal.name.encode()))
         in_background = turn is not None and turn.part.background
         chat = to_chat(dialect, body, turn.part if turn is not None else NO_PART)
         asked = Question(
@@ -133,14 +149,19 @@ class Endpoints:
             record.is_stream or in_background,
             found.prompt_cache_key,
             as_chat=chat.body if chat is not None else None,
+            priority=principal.priority,
         )
         question = _Asked(asked, chat, turn)
-        if turn is not None and in_background:
-            await self._begin(exchange, dialect, record, question, turn)
-        elif record.is_stream:
-            await self._stream(exchange, dialect, record, question)
-        else:
-            await self._answer(exchange, record, question)
+        permit = await self._gate.admit(principal, body)
+        try:
+            if turn is not None and in_background:
+                await self._begin(exchange, dialect, record, question, turn, permit)
+            elif record.is_stream:
+                await self._stream(exchange, dialect, record, question)
+            else:
+                await self._answer(exchange, record, question)
+        finally:
+            await permit.settle(record.tokens_used(prompt_tokens(body)))
 
     async def _model(self, name: str) -> str:
         """Return the id of the model that a client means: the one of that name, else what an alias makes of it.
@@ -225,6 +246,7 @@ class Endpoints:
                 if record.first_token_at is None and relay.has_token:
                     record.note_first_token()
                 if frames:
+                    record.num_chunks += 1
                     if asked.turn is not None and relay.is_complete:
                         await self._conversations.keep_streamed(asked.turn, frames)
                     yield frames
@@ -259,14 +281,21 @@ class Endpoints:
                 headers.append((name, value))
         return headers
 
-    async def _begin(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn) -> None:
+    async def _begin(
+        self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn, permit: Permit
+    ) -> None:
         """Begin a response that is made in the background; what it costs is written down by a record of its own."""
         created = FrameDecoder().feed(_made_here(turn).frames([Started(0)]))[0]
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
-        making.model, making.is_stream = record.model, True
-        frames = self._made(dialect, making, _Asked(asked.question, asked.chat, None))
-        run = await self._background.start(turn, queued, frames)
+        making.model, making.key, making.is_stream = record.model, record.key, True
+        held = permit.move()
+        frames = self._made(dialect, making, _Asked(asked.question, asked.chat, None), held)
+        try:
+            run = await self._background.start(turn, queued, frames)
+        except BaseException:
+            await held.settle(0)
+            raise
         record.status, record.finish = 200, "queued"
         if not record.is_stream:
             await exchange.reply(200, queued)
@@ -278,7 +307,9 @@ class Endpoints:
             error_frame=lambda error: dialect.failure(error.info(), b"", b""),
         )
 
-    async def _made(self, dialect: Dialect, record: Record, asked: "_Asked") -> AsyncGenerator[bytes, None]:
+    async def _made(
+        self, dialect: Dialect, record: Record, asked: "_Asked", permit: Permit
+    ) -> AsyncGenerator[bytes, None]:
         """Yield the frames of a response that nobody may be waiting for, and write down how it went."""
         relay = _Relay()
         record.status = 200
@@ -295,19 +326,23 @@ class Endpoints:
         finally:
             relay.note_end(dialect, record)
             record.finish_with(self._metrics)
+            await permit.settle(record.tokens_used(prompt_tokens(asked.question.body)))
 
     async def models(self, exchange: Exchange) -> None:
         """``GET /v1/models``."""
+        principal = self._identify(exchange)
         await self._dispatcher.first_look()
-        listed = OfferList(offers(self._catalogue, self._fleet.state))
+        everything = offers(self._catalogue, self._fleet.state)
+        listed = OfferList(tuple(o for o in everything if principal.may_use(o.alias_of or o.id)))
         await exchange.reply(200, msgspec.json.encode(listed.as_anthropic() if _is_anthropic(exchange) else listed))
 
     async def model(self, exchange: Exchange) -> None:
         """``GET /v1/models/{id}``; an id may contain slashes."""
+        principal = self._identify(exchange)
         name = exchange.path.removeprefix("/v1/models/")
         await self._dispatcher.first_look()
         offer = find(self._catalogue, self._fleet.state, name)
-        if offer is None:
+        if offer is None or not principal.may_use(offer.alias_of or offer.id):
             raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
         await exchange.reply(200, msgspec.json.encode(offer.as_anthropic() if _is_anthropic(exchange) else offer))
 

@@ -8,9 +8,13 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 
 from cortex import api_description, store
+from cortex.access.gate import Gate
+from cortex.access.keys import KeyRing
+from cortex.access.ledger import Ledger, MemoryLedger
+from cortex.access.valkey import ValkeyLedger
 from cortex.admin import Admin
 from cortex.background import Background
-from cortex.config import Config
+from cortex.config import AccessSettings, Config, CountersKind
 from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dialects import openapi
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
@@ -37,7 +41,19 @@ Methods = Mapping[str, Endpoint]
 class Gateway:
     """One gateway process: what the lifespan starts and ends, and the paths it answers."""
 
-    def __init__(self, settings: Config, offered: Catalogue) -> None:
+    def __init__(
+        self,
+        settings: Config,
+        offered: Catalogue,
+        keys: KeyRing | None = None,
+        reload: Callable[[], None] = lambda: None,
+        config_error: Callable[[], ConfigError | None] = lambda: None,
+    ) -> None:
+        """``reload`` and ``config_error`` are what ``/admin`` asks of whoever reads the files.
+
+        Raises:
+            ConfigError: the counters of keys cannot be used.
+        """
         self.metrics = Metrics(self._sample)
         self.service = FleetService(
             settings,
@@ -50,10 +66,19 @@ class Gateway:
         self._stop_metrics: Callable[[], None] = lambda: None
         self._store = store.make(settings.store)
         conversations = Conversations(self._store)
+        self._gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens)
         self._background = Background(conversations)
-        endpoints = Endpoints(
-            settings, offered, self.fleet, self.service.dispatcher, self.metrics, conversations, self._background
+        self._endpoints = endpoints = Endpoints(
+            settings,
+            offered,
+            self.fleet,
+            self.service.dispatcher,
+            self.metrics,
+            conversations,
+            self._background,
+            self._gate,
         )
+        admin = Admin(self.service, self._gate, reload, config_error)
         stored = StoredEndpoints(conversations, self._background)
         named = ConversationEndpoints(NamedConversations(conversations), settings.gateway.max_body_bytes)
         self._paths: Mapping[str, Methods] = {
@@ -66,7 +91,13 @@ class Gateway:
             "/v1/models": {"GET": endpoints.models},
             "/health": {"GET": endpoints.health},
             "/version": {"GET": endpoints.version},
-            "/admin/fleet": {"GET": Admin(self.fleet).fleet},
+            "/admin/fleet": {"GET": admin.fleet},
+            "/admin/keys": {"GET": admin.keys},
+            "/admin/models/load": {"POST": admin.load},
+            "/admin/models/unload": {"POST": admin.unload},
+            "/admin/models/pin": {"POST": admin.pin},
+            "/admin/nodes/drain": {"POST": admin.drain},
+            "/admin/reload": {"POST": admin.reload},
             openapi.PATH: {"GET": self._describe},
         }
         self._patterns: tuple[tuple[re.Pattern[str], Methods], ...] = (
@@ -98,6 +129,7 @@ class Gateway:
                 await self._store.open()
             except StoreError as error:
                 raise ConfigError("cortex.toml", "store", str(error)) from None
+        await self._gate.ledger.open()
         forget_dead_workers()
         if self._settings.gateway.metrics_listen:
             self._stop_metrics = self.metrics.serve(*split_address(self._settings.gateway.metrics_listen))
@@ -107,13 +139,22 @@ class Gateway:
         """End what :meth:`start` began. Requests have ended by then."""
         await self._background.stop()
         await self.service.stop()
+        await self._gate.ledger.close()
         self._stop_metrics()
         if self._store is not None:
             await self._store.close()
 
+    def reconfigure(self, settings: Config, offered: Catalogue, keys: KeyRing) -> None:
+        """Go on with other nodes, models, keys and limits; requests that run end as they began."""
+        self._settings = settings
+        self._gate.keys, self._gate.reserve_tokens = keys, settings.access.reserve_tokens
+        self._endpoints.reconfigure(settings, offered)
+        self.service.reconfigure(settings, offered)
+
     async def handle(self, exchange: Exchange) -> None:
         """Answer one request."""
         try:
+            self._check(exchange)
             endpoint = self._find(exchange.method, exchange.path)
             if endpoint is None:
                 await exchange.reply(204, b"", headers=_allow(self._allowed(exchange.path)))
@@ -145,6 +186,16 @@ class Gateway:
             new_request_id=lambda: request_id_of(()),
             max_message_bytes=self._settings.gateway.max_body_bytes,
         ).serve()
+
+    def _check(self, exchange: Exchange) -> None:
+        """Let nobody in who may not ask at this path; what for, the endpoint sees to."""
+        if exchange.method == "OPTIONS":
+            return
+        given = exchange.header(b"authorization"), exchange.header(b"x-api-key")
+        if exchange.path.startswith("/v1/"):
+            self._gate.identify(*given)
+        elif exchange.path.startswith("/admin/"):
+            self._gate.check_admin(*given, exchange.client)
 
     def _find(self, method: str, path: str) -> Endpoint | None:
         """Return what answers; ``None`` for OPTIONS, which asks only what would."""
@@ -186,6 +237,15 @@ class Gateway:
                 for status in node.models.values()
             ),
         )
+
+
+def _ledger(access: AccessSettings) -> Ledger:
+    if access.counters is CountersKind.MEMORY:
+        return MemoryLedger()
+    try:
+        return ValkeyLedger(access.url)
+    except ValueError as error:
+        raise ConfigError("cortex.toml", "access.url", str(error)) from None
 
 
 def _allow(allowed: Methods | None) -> tuple[Header, ...]:

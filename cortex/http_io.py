@@ -55,6 +55,8 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.query: bytes = scope.get("query_string", b"")
+        self.client: str = (scope.get("client") or ("", 0))[0]
+        """The address that the request comes from."""
         self.request_id = request_id
         self.status = 0
         """HTTP status sent, 0 before that."""

@@ -24,8 +24,10 @@ class Record:
         "finish",
         "first_token_at",
         "is_stream",
+        "key",
         "model",
         "node",
+        "num_chunks",
         "request_id",
         "started_at",
         "status",
@@ -37,6 +39,10 @@ class Record:
         self.dialect = dialect
         self.model = ""
         self.node = ""
+        self.key = ""
+        """The name of the key it came with."""
+        self.num_chunks = 0
+        """Pieces of a stream that went on to the client."""
         self.status = 500
         self.finish = ""
         self.is_stream = False
@@ -49,6 +55,15 @@ class Record:
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
 
+    def tokens_used(self, prompt_tokens: int) -> int:
+        """Return what to book: what the node said, or where the answer broke off after its first token, an estimate.
+
+        ``prompt_tokens`` is that of the prompt; a piece of a stream is about a token.
+        """
+        if self.usage is not None:
+            return self.usage.tokens_in + self.usage.tokens_out
+        return prompt_tokens + self.num_chunks if self.first_token_at is not None else 0
+
     def finish_with(self, metrics: Metrics) -> None:
         """Count the request and write its line."""
         now = time.perf_counter()
@@ -59,6 +74,7 @@ class Record:
         fields: dict[str, object] = {
             "id": self.request_id,
             "dialect": self.dialect,
+            **({"key": self.key} if self.key else {}),
             "model": self.model,
             "node": self.node,
             "status": self.status,

@@ -58,7 +58,7 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
             state = model.get("state", "")
             progress = f" {model['progress']:.0%}" if state == "loading" and model.get("progress") else ""
             models.add_row(
-                model.get("id", ""),
+                model.get("id", "") + (" *" if model.get("pinned") else ""),
                 node["name"],
                 _state(state, progress),
                 str(model.get("context_tokens", "")),
@@ -68,6 +68,48 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
             )
     if models.row_count:
         console.print(models)
+    if any(model.get("pinned") for node in nodes for model in node.get("models", ())):
+        console.print(Text("* pinned", "dim"))
+    if report.get("config_error"):
+        console.print(Text(f"the configuration was changed and is not in force: {report['config_error']}", "red"))
+
+
+def print_act(answer: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what an act on a model came to on each node."""
+    console = console or Console()
+    for node, model in answer.get("nodes", {}).items():
+        pinned = ", pinned" if model.get("pinned") else ""
+        console.print(Text(f"{model['id']} on {node}: ").append_text(_state(model["state"], pinned)))
+
+
+def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what keys may use and have used, as ``used/limit``."""
+    console = console or Console()
+    table = _table("Key", "Models", ">Prio", ">Per min", ">Now", ">Tokens", ">Ever")
+    for key in answer.get("keys", ()):
+        used = key.get("used", {})
+        table.add_row(
+            Text(key["name"], "bold" if key.get("admin") else ""),
+            " ".join(key.get("models", ())) or "-",
+            str(key.get("priority", 0)),
+            _of(used.get("requests"), key.get("requests_per_minute")),
+            _of(used.get("running"), key.get("max_concurrent")),
+            _of(used.get("tokens"), key.get("tokens_per_window")),
+            _of(used.get("spent_tokens"), key.get("balance_tokens")),
+        )
+    console.print(table)
+
+
+def _of(used: int | None, limit: int | None) -> str:
+    """Return ``used/limit`` with large numbers short; nothing where there is no limit."""
+    return f"{_short(used or 0)}/{_short(limit)}" if limit else ""
+
+
+def _short(number: int) -> str:
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
+        if number >= size:
+            return f"{number / (1000 if letter == 'k' else size):.4g}{letter}"
+    return str(number)
 
 
 def print_models(listing: Mapping[str, Any], console: Console | None = None) -> None:

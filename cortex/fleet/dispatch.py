@@ -22,6 +22,7 @@ from cortex.fleet.affinity import NO_AFFINITY, Affinity, Beginnings, Prefixes, b
 from cortex.fleet.breaker import Breakers
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.control import read_error
+from cortex.fleet.leftovers import Leftovers
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
 from cortex.fleet.router import Busy, Decision, Load, Serve, Unknown, offered_profile, route
@@ -57,6 +58,8 @@ class Question:
     cache_key: str | None = None
     """A client's own name for what its prompts have in common."""
     as_chat: Callable[[], bytes] | None = None
+    priority: int = 0
+    """Below 0: nothing is evicted for it, and it waits for a seat that nobody else needs."""
 
 
 @dataclass(slots=True)
@@ -103,6 +106,7 @@ class Dispatcher:
         self._poller = poller
         self._on_retry = on_retry
         self._prefixes = Prefixes()
+        self._leftovers = Leftovers(fleet)
         self.breakers = Breakers(config.gateway.breaker)
         self.reconfigure(config, catalogue)
 
@@ -111,6 +115,7 @@ class Dispatcher:
         self._catalogue = catalogue
         self._slack = config.gateway.affinity_slack
         self._first_look_s = config.gateway.polling.timeout_s + 1
+        self._leftover_wait_s = config.access.leftover_wait_s
         self._names_there = {node.name: node.models for node in config.neurons if node.type is NodeType.OPENAI}
         self.breakers.settings = config.gateway.breaker
         self.breakers.keep(frozenset(node.name for node in config.neurons))
@@ -147,12 +152,14 @@ class Dispatcher:
             for node in self._fleet.state.nodes.values()
             if node.discovery is not None and not _understands(question, node.discovery.dialects)
         )
+        if question.priority < 0:
+            await self._leftovers.wait(model, question.priority, self._leftover_wait_s)
         begins: Beginnings | None = None
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
             if begins is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
                 begins = beginnings(model, question.body, question.cache_key)
-            node = await self._find(model, excluded, last, begins)
+            node = await self._find(question, excluded, last, begins)
             on_node(node)
             # Counted from here on, before the node knows: a burst must not pile onto one replica.
             seat = self._fleet.in_flight.take(node, model)
@@ -213,9 +220,10 @@ class Dispatcher:
         raise last
 
     async def _find(
-        self, model: str, excluded: frozenset[str], last: ApiError | None, begins: Beginnings | None
+        self, question: Question, excluded: frozenset[str], last: ApiError | None, begins: Beginnings | None
     ) -> str:
         """Return a node that has the model ready, loading it if need be."""
+        model = question.model
         profile = self._catalogue.profiles.get(model)
         blocked = self.breakers.blocked(model, time.monotonic())
         if blocked:
@@ -241,7 +249,7 @@ class Dispatcher:
             case Load(candidates):
                 profile = profile or offered_profile(self._fleet.state, model)
                 assert profile is not None
-                return await self._loader.load(profile, candidates)
+                return await self._loader.load(profile, candidates, may_evict=question.priority >= 0)
             case Busy(retry_after_s, reason):
                 raise last or NoNodeError(f"{reason[0].upper()}{reason[1:]}.", retry_after_s=retry_after_s)
             case Unknown():

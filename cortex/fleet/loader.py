@@ -53,10 +53,10 @@ class Loader:
         self._on_load = on_load
         self._loads: dict[str, asyncio.Task[str]] = {}
 
-    async def load(self, profile: ModelProfile, candidates: tuple[str, ...]) -> str:
+    async def load(self, profile: ModelProfile, candidates: tuple[str, ...], *, may_evict: bool = True) -> str:
         """Return the node that has the model ready, after loading it on the first candidate that takes it.
 
-        Joins a load of this model that is under way, whatever candidates that one has.
+        Joins a load of this model that is under way, whatever that one may do.
 
         Raises:
             LoadRefusedError: every candidate refused for good.
@@ -64,7 +64,7 @@ class Loader:
         """
         task = self._loads.get(profile.id)
         if task is None:
-            task = asyncio.create_task(self._load(profile, candidates), name=f"load {profile.id}")
+            task = asyncio.create_task(self._load(profile, candidates, may_evict), name=f"load {profile.id}")
             self._loads[profile.id] = task
             task.add_done_callback(lambda done: self._ended(profile.id, done))
         return await asyncio.shield(task)
@@ -115,16 +115,17 @@ class Loader:
             evict=Eviction(self.eviction.strategy, self.eviction.defrag_after_cycles) if may_evict else None,
         )
 
-    async def _load(self, profile: ModelProfile, candidates: tuple[str, ...]) -> str:
+    async def _load(self, profile: ModelProfile, candidates: tuple[str, ...], may_evict: bool) -> str:
         errors: dict[str, ApiError] = {}
         full: list[str] = []
         wanted = {*profile.pinned, *profile.preferred_nodes}
-        for name, may_evict in [(name, len(candidates) == 1 or name in wanted) for name in candidates]:
+        for name in candidates:
+            at_once = may_evict and (len(candidates) == 1 or name in wanted)
             try:
-                await self.load_on(name, profile, may_evict=may_evict)
+                await self.load_on(name, profile, may_evict=at_once)
             except ApiError as error:
                 errors[name] = error
-                if error.code == NO_ROOM and not may_evict:
+                if error.code == NO_ROOM and may_evict and not at_once:
                     full.append(name)
             else:
                 return self._loaded(profile.id, name)

@@ -93,6 +93,7 @@ class InFlight:
 
     def __init__(self, observe: Callable[[str, int], None] = lambda node, count: None) -> None:
         self._observe = observe
+        self.on_release: Callable[[], None] = lambda: None
         self.by_node: dict[str, int] = {}
         self.by_model: dict[str, int] = {}
 
@@ -110,6 +111,7 @@ class InFlight:
             if not table[key]:
                 del table[key]
         self._observe(node, self.by_node.get(node, 0))
+        self.on_release()
 
 
 class Seat:
@@ -135,7 +137,9 @@ class Fleet:
     def __init__(self, nodes: Iterable[Node], in_flight: InFlight | None = None) -> None:
         self.state = FleetState.of(nodes)
         self.in_flight = in_flight or InFlight()
+        self.in_flight.on_release = self.note_move
         self._changed = asyncio.Event()
+        self._moved: asyncio.Event | None = None
 
     def replace(self, node: Node) -> None:
         """Make ``node`` what is known of the node of that name, if there still is one."""
@@ -156,6 +160,7 @@ class Fleet:
         self.state = state
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        self.note_move()
 
     def set_model(self, node: str, status: ModelStatus) -> None:
         """Note a model's status as its node has just told it, ahead of the next poll."""
@@ -174,3 +179,15 @@ class Fleet:
     async def changed(self) -> None:
         """Return when the state has been replaced."""
         await self._changed.wait()
+
+    def note_move(self) -> None:
+        """Wake those who wait for a seat; nearly always nobody does."""
+        moved, self._moved = self._moved, None
+        if moved is not None:
+            moved.set()
+
+    async def moved(self) -> None:
+        """Return when the state has been replaced or a request of this process has ended."""
+        if self._moved is None:
+            self._moved = asyncio.Event()
+        await self._moved.wait()

@@ -13,6 +13,9 @@
 
 #include <math.h>
 
+/* How far ahead of the scores their keys are fetched. */
+enum { FETCH_TOKENS = 4 * PAGE_TOKENS };
+
 /* Normalise one head where the model does, and rotate its halves (i, i + D / 2), as arXiv:2104.09864 in pairs. */
 static void rotate(const struct attention *a, const float *x, int head, int row, float scale, float *out) {
     int dim = a->head_dim, half = dim / 2;
@@ -54,11 +57,19 @@ void LEVEL(write_kv)(const struct attention *a, int row, int kv_head, int page, 
     }
 }
 
+/* Fetch one kv head's keys or values of a page: the next page lies elsewhere, where no hardware looks for it. */
+INLINE void prefetch_page(const struct attention *a, const uint8_t *base, int page) {
+    const uint8_t *from = base + (size_t)page * a->page_stride;
+    for (size_t i = 0; i < a->head_stride; i += 64) __builtin_prefetch(from + i);
+}
+
 /* Scores of num_queries (a constant where this is inlined) with the 16 tokens of a page. */
 INLINE void page_scores(const int num_queries, const int is_float32, const float *q, int stride, int dim,
                         const uint8_t *keys, float *scores) {
-    vf acc[SCORE_ROWS];
-    UNROLL for (int r = 0; r < num_queries; r++) acc[r] = vf_zero();
+    vf acc[SCORE_ROWS], second[SCORE_ROWS];
+    /* Two sums of few queries: one alone is bound by the latency of its additions. */
+    const int is_split = num_queries <= SPLIT_ROWS;
+    UNROLL for (int r = 0; r < num_queries; r++) acc[r] = second[r] = vf_zero();
     if (is_float32) {
         for (int i = 0; i < dim; i++) {
             float lanes[16];
@@ -74,11 +85,13 @@ INLINE void page_scores(const int num_queries, const int is_float32, const float
             vf_load_pairs(pairs, &even, &odd);
             UNROLL for (int r = 0; r < num_queries; r++) {
                 acc[r] = vf_fma(even, vf_set1(q[r * stride + i]), acc[r]);
-                acc[r] = vf_fma(odd, vf_set1(q[r * stride + i + 1]), acc[r]);
+                vf *other = is_split ? &second[r] : &acc[r];
+                *other = vf_fma(odd, vf_set1(q[r * stride + i + 1]), *other);
             }
         }
     }
-    UNROLL for (int r = 0; r < num_queries; r++) vf_store(scores + r * SCORE_TOKENS, acc[r]);
+    UNROLL for (int r = 0; r < num_queries; r++)
+        vf_store(scores + r * SCORE_TOKENS, is_split ? vf_add(acc[r], second[r]) : acc[r]);
 }
 
 /* out[r] += weights[r] values for num_queries and num_vectors registers of the head (constants where inlined). */
@@ -113,11 +126,14 @@ INLINE void weigh(const int num_queries, const int num_vectors, const int is_flo
         UNROLL for (int i = 0; i < num_vectors; i++) vf_store(out + r * padded + 16 * i, acc[r][i]);
 }
 
+/* `tokens` of the `left` ones that follow; their values are fetched too, which are wanted next. */
 INLINE void score_block(const int is_float32, const struct attention *a, const int32_t *pages, const uint8_t *base,
-                        int tokens, const float *q, int num_queries, float *scores) {
+                        const uint8_t *values, int tokens, int left, const float *q, int num_queries, float *scores) {
     int padded = round_up(a->head_dim, 16);
     for (int token = 0; token < tokens; token += PAGE_TOKENS) {
         const uint8_t *keys = base + (size_t)pages[token / PAGE_TOKENS] * a->page_stride;
+        prefetch_page(a, values, pages[token / PAGE_TOKENS]);
+        if (token + FETCH_TOKENS < left) prefetch_page(a, base, pages[(token + FETCH_TOKENS) / PAGE_TOKENS]);
         int r = 0;
         for (; r + SCORE_ROWS <= num_queries; r += SCORE_ROWS)
             page_scores(SCORE_ROWS, is_float32, q + r * padded, padded, a->head_dim, keys,
@@ -172,9 +188,9 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
         int tokens = t->end_token - start < SCORE_TOKENS ? t->end_token - start : SCORE_TOKENS;
         const int32_t *pages = t->pages + start / PAGE_TOKENS;
         if (a->kv_float32)
-            score_block(1, a, pages, keys, tokens, q, num_queries, scores);
+            score_block(1, a, pages, keys, values, tokens, t->end_token - start, q, num_queries, scores);
         else
-            score_block(0, a, pages, keys, tokens, q, num_queries, scores);
+            score_block(0, a, pages, keys, values, tokens, t->end_token - start, q, num_queries, scores);
         for (int r = 0; r < num_queries; r++) {
             float *row = scores + r * SCORE_TOKENS;
             int seen = t->position + r / t->num_heads + 1 - start;

@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from cortex import config
+from cortex.access import keys
 from cortex.config import EvictionStrategy, LogFormat
 from cortex.fleet import catalogue
 from cortex.settings import ConfigError
@@ -22,6 +23,7 @@ def test_the_shipped_examples_load_and_show_every_key() -> None:
     text = (EXAMPLES / "cortex.toml").read_text()
     for kind in (
         config.GatewaySettings,
+        config.AccessSettings,
         config.BreakerSettings,
         config.EvictionSettings,
         config.Timeouts,
@@ -32,6 +34,14 @@ def test_the_shipped_examples_load_and_show_every_key() -> None:
             assert f"{key} = " in text or f".{key}]" in text, key
     text = (EXAMPLES / "models.toml").read_text()
     for key in config.ModelProfile.__struct_fields__:
+        assert f"{key} = " in text, key
+
+
+def test_the_example_of_keys_shows_every_key() -> None:
+    (principal,) = keys.load(EXAMPLES / "keys.toml").by_name()
+    assert (principal.name, principal.is_admin, principal.limits) == ("alice", True, keys.NO_LIMITS)
+    text = (EXAMPLES / "keys.toml").read_text()
+    for key in keys.KeySettings.__struct_fields__:
         assert f"{key} = " in text, key
 
 

@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import pathlib
-import shutil
-import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
@@ -19,24 +17,6 @@ from cortex.store.interface import ResponseStore, StoredResponse, StoreError
 from cortex.store.sqlite import SqliteStore
 
 Make = Callable[..., ResponseStore]
-
-
-@pytest.fixture(scope="session")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of its own, on a socket port of this host."""
-    program = shutil.which("valkey-server") or shutil.which("redis-server")
-    if program is None:
-        pytest.skip("neither valkey-server nor redis-server is installed")
-    pytest.importorskip("redis")
-    port, folder = free_port(), tmp_path_factory.mktemp("valkey")
-    process = subprocess.Popen(
-        [program, "--port", str(port), "--save", "", "--dir", str(folder)], stdout=subprocess.DEVNULL
-    )
-    try:
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 @pytest.fixture(params=["sqlite", "valkey"])

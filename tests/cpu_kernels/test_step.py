@@ -1,5 +1,7 @@
 """A step of the executor on a small model made here: what it refuses, and that threads and chunks change nothing."""
 
+import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -129,6 +131,23 @@ def test_threads_and_chunks_change_nothing(level: str, form: str, kv_float32: bo
         tolerance = 2e-4 if kv_float32 else 0.05
         for row, expected in zip(found, plain, strict=True):
             assert np.abs(row - expected).max() < tolerance * np.abs(expected).max()
+
+
+def test_memory_lies_on_huge_pages_where_there_are_any() -> None:
+    switch = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not switch.exists() or "[never]" in switch.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    memory = huge_pages(64 << 20)
+    memory[:] = 1
+    address = memory.ctypes.data
+    found = pathlib.Path("/proc/self/smaps").read_text()
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", found, flags=re.MULTILINE)[1:]:
+        start, end = (int(bound, 16) for bound in mapping.split(maxsplit=1)[0].split("-"))
+        if start <= address < end:
+            # Not all of it: a kernel short of whole ones gives small ones.
+            assert re.search(r"^AnonHugePages: +[1-9]", mapping, re.MULTILINE), mapping
+            return
+    raise AssertionError("the memory is not mapped")
 
 
 def test_a_step_out_of_bounds_is_refused() -> None:

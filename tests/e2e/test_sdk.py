@@ -209,7 +209,9 @@ def test_bad_json(gateway: daemons.Daemon, node: daemons.Daemon, path: str, body
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_chain_straight_to_a_neuron(node: daemons.Daemon, stream: bool) -> None:
-    client = openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0)
-    with pytest.raises(openai.BadRequestError) as caught:
+    with (
+        openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.BadRequestError) as caught,
+    ):
         client.responses.create(**RESPONSES, previous_response_id="resp_1", stream=stream)
     assert (caught.value.code, caught.value.param) == ("chained_conversation_not_supported", "previous_response_id")

@@ -190,9 +190,9 @@ def test_errors_before_the_first_byte(
 def test_text_completions(client: openai.OpenAI, stream: bool) -> None:
     body: Any = {"model": "m", "prompt": ["hi"], "max_tokens": 9}
     # The SDK's type of a chunk forbids the null finish_reason that the service itself sends.
-    lenient = openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=0)
     if stream:
-        chunks = list(lenient.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+        with openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=0) as lenient:
+            chunks = list(lenient.completions.create(**body, stream=True, stream_options={"include_usage": True}))
         text, usage = "".join(c.choices[0].text for c in chunks if c.choices), chunks[-1].usage
         finish = [c.choices[0].finish_reason for c in chunks if c.choices][-1]
     else:

@@ -36,8 +36,8 @@ CHECKS = [
 EXAMPLES = 8
 """Of each operation; ``make fuzz`` asks for more in other ways."""
 
-LASTING = {"/drain", "/models/load", "/models/unload", "/models/pin"}
-"""What changes a node for all that come after: asked of a node of its own."""
+LASTING = re.compile(r"(/admin)?(/nodes)?(/models/(load|unload|pin)|/drain|/reload)")
+"""What changes a node or a gateway for all that come after: asked of one of its own."""
 
 
 def described(module: Any) -> dict[str, set[str]]:
@@ -79,6 +79,13 @@ def own_node(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield found
 
 
+@pytest.fixture(scope="session")
+def own_gateway(tmp_path_factory: pytest.TempPathFactory, own_node: daemons.Daemon) -> Any:
+    folder = tmp_path_factory.mktemp("own_gateway")
+    with daemons.cortex(folder, own_node, models=daemons.SCRIPTED_CATALOGUE, model="m") as found:
+        yield found
+
+
 DAEMONS: dict[str, Any] = {"gateway": cortex_description, "node": neuron_description}
 OPERATIONS = [(name, one.method, one.path) for name, module in DAEMONS.items() for one in module.OPERATIONS]
 
@@ -88,7 +95,7 @@ OPERATIONS = [(name, one.method, one.path) for name, module in DAEMONS.items() f
 def test_nothing_contradicts_it(
     request: pytest.FixtureRequest, daemon: str, method: str, path: str, mode: GenerationMode
 ) -> None:
-    server = request.getfixturevalue("own_node" if path in LASTING else daemon)
+    server = request.getfixturevalue(f"own_{daemon}" if LASTING.fullmatch(path) else daemon)
     operation = described_by(httpx.get(f"{server.url}/openapi.json").json(), server)[path][method]
 
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))

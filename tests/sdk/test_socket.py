@@ -213,8 +213,10 @@ def test_a_message_that_is_too_long(gateway: daemons.Daemon) -> None:
 
 @pytest.mark.filterwarnings("ignore:connect:DeprecationWarning")  # the SDK's business
 def test_the_sdks_own_connection(gateway: daemons.Daemon) -> None:
-    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
-    with client.responses.connect() as connection:
+    with (
+        openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client,
+        client.responses.connect() as connection,
+    ):
         connection.response.create(model="m", input="hi")
         types = []
         for event in connection:

@@ -17,6 +17,7 @@ class Call:
         path: str,
         body: bytes | dict[str, Any] = b"",
         headers: dict[str, str] | None = None,
+        client: str = "127.0.0.1",
     ) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
@@ -39,6 +40,7 @@ class Call:
             "method": method,
             "path": path,
             "query_string": b"",
+            "client": (client, 1),
             "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
         }
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))

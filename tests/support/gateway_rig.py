@@ -5,13 +5,17 @@ import contextlib
 import pathlib
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+import msgspec
 from asgi_call import Call
 from fake_neuron import FakeNeuron
 
+from cortex.access.keys import KeyRing
 from cortex.config import (
+    AccessSettings,
     Config,
     EvictionSettings,
     GatewaySettings,
@@ -43,9 +47,11 @@ class Rig:
         exchange = Exchange(scope, receive, send, request_id=request_id_of(scope["headers"]))
         await self.gateway.handle(exchange)
 
-    def call(self, method: str, path: str, body: Any = b"", headers: dict[str, str] | None = None) -> Call:
+    def call(
+        self, method: str, path: str, body: Any = b"", headers: dict[str, str] | None = None, client: str = "127.0.0.1"
+    ) -> Call:
         """Send a request."""
-        return Call(self, method, path, body, headers)
+        return Call(self, method, path, body, headers, client)
 
     def chat(self, **fields: Any) -> Call:
         """Ask for a chat completion."""
@@ -72,6 +78,8 @@ async def rig(
     wait: bool = True,
     nodes: tuple[NodeSettings, ...] = (),
     eviction: EvictionSettings | None = None,
+    keys: KeyRing | None = None,
+    access: Mapping[str, Any] = MappingProxyType({}),
     **settings: Any,
 ) -> AsyncIterator[Rig]:
     """Run a gateway over ``neurons``, which are served here unless they have been given a port, or over ``nodes``."""
@@ -83,10 +91,11 @@ async def rig(
             store=store,
             gateway=GatewaySettings(metrics_listen="", timeouts=timeouts, polling=polling, **settings),
             eviction=eviction or EvictionSettings(),
+            access=msgspec.convert(dict(access), AccessSettings),
             neurons=nodes or tuple(NodeSettings(neuron.name, neuron.url) for neuron in neurons),
         )
         catalogue = Catalogue({profile.id: profile for profile in models}, aliases or {}, prefixes=prefixes or {})
-        gateway = Gateway(config, catalogue)
+        gateway = Gateway(config, catalogue, keys)
         await gateway.start()
         try:
             if wait:

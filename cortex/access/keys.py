@@ -1,0 +1,176 @@
+"""``keys.toml``: the keys that clients present, by their hashes, and what each may do.
+
+A key is 32 random bytes, so one round of SHA-256 keeps it as well as any slow hash would, and a lookup by hash tells an
+attacker's clock nothing about the key. The file holds no key and no log ever does; a name stands for each.
+"""
+
+import hashlib
+import hmac
+import pathlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+
+from cortex.settings import ConfigError, convert, read_toml
+from cortex.wire.errors import ForbiddenError, UnauthorizedError
+
+PREFIX = "sk-cortex-"
+ANONYMOUS = "anonymous"
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One of ``[[keys]]``. A limit of 0 is none."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,62}$")]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+    models: tuple[str, ...] = ()
+    """Ids of models; one that ends with ``*`` stands for all that begin so."""
+    admin: bool = False
+    priority: int = 0
+    """Below 0: served only from what nobody else needs."""
+    requests_per_minute: Count = 0
+    max_concurrent: Count = 0
+    tokens_per_window: Count = 0
+    window_s: Annotated[float, msgspec.Meta(ge=1)] = 24 * 3600.0
+    """The window rolls: what was used longer ago than this counts no more."""
+    balance_tokens: Count = 0
+    """All that it may ever use."""
+
+
+class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole ``keys.toml``."""
+
+    keys: tuple[KeySettings, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one principal may use. 0 is no limit."""
+
+    requests_per_minute: int = 0
+    max_concurrent: int = 0
+    tokens_per_window: int = 0
+    window_s: float = 24 * 3600.0
+    balance_tokens: int = 0
+
+    @property
+    def are_none(self) -> bool:
+        """Whether nothing has to be counted."""
+        return not (self.requests_per_minute or self.max_concurrent or self.tokens_per_window or self.balance_tokens)
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """On whose behalf a request is. Nothing here is secret."""
+
+    name: str = ""
+    models: tuple[str, ...] = ("*",)
+    is_admin: bool = False
+    priority: int = 0
+    limits: Limits = NO_LIMITS
+
+    def may_use(self, model: str) -> bool:
+        """Return whether it may ask for a model, by its id."""
+        return any(
+            model.startswith(allowed[:-1]) if allowed.endswith("*") else model == allowed for allowed in self.models
+        )
+
+    @property
+    def takes_leftovers(self) -> bool:
+        """Whether it is served only from what nobody else needs."""
+        return self.priority < 0
+
+
+EVERYBODY = Principal()
+"""Who asks where there are no keys."""
+
+INDEX_BYTES = 8
+NOBODY = (bytes(32), EVERYBODY)
+"""No key has this hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRing:
+    """All keys, and who those without one are; ``None`` where they are not let in.
+
+    ``principals`` are found by the first bytes of a key's hash; whether it is the one, a comparison of the whole tells
+    that takes as long for a near miss as for a hit.
+    """
+
+    principals: Mapping[bytes, tuple[bytes, Principal]] = field(default_factory=dict)
+    anonymous: Principal | None = EVERYBODY
+
+    def identify(self, key: bytes | None) -> Principal:
+        """Return who presents ``key``.
+
+        Raises:
+            UnauthorizedError: nobody may without one, or nobody has this one. The message does not repeat it.
+        """
+        if key is None or (not self.principals and self.anonymous is not None):
+            if self.anonymous is None:
+                raise UnauthorizedError("No API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
+            return self.anonymous
+        digest = hashlib.sha256(key).digest()
+        known, principal = self.principals.get(digest[:INDEX_BYTES], NOBODY)
+        if not hmac.compare_digest(known, digest):
+            raise UnauthorizedError("Incorrect API key provided.")
+        return principal
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether any key is an administrator's."""
+        return any(principal.is_admin for _, principal in self.principals.values())
+
+    def by_name(self) -> Sequence[Principal]:
+        """Return all principals, by name."""
+        everyone = [principal for _, principal in self.principals.values()]
+        if self.anonymous is not None and self.anonymous is not EVERYBODY:
+            everyone.append(self.anonymous)
+        return sorted(everyone, key=lambda principal: principal.name)
+
+
+def check_model(principal: Principal, model: str) -> None:
+    """Raise :class:`ForbiddenError` if ``principal`` may not use ``model``."""
+    if not principal.may_use(model):
+        raise ForbiddenError(f"This key may not use the model '{model}'.", param="model")
+
+
+def load(path: pathlib.Path, anonymous: Principal | None = None) -> KeyRing:
+    """Return the keys in a file.
+
+    Raises:
+        ConfigError: it cannot be read, a key of it is wrong, a name or hash is there twice, or a key has no models.
+    """
+    source = str(path)
+    principals: dict[bytes, tuple[bytes, Principal]] = {}
+    names = {ANONYMOUS}
+    for index, key in enumerate(convert(read_toml(path), KeysFile, source).keys):
+        if key.name in names:
+            raise ConfigError(source, f"keys[{index}].name", f"{key.name!r} is taken")
+        names.add(key.name)
+        digest = bytes.fromhex(key.sha256)
+        if digest[:INDEX_BYTES] in principals:
+            other = principals[digest[:INDEX_BYTES]][1].name
+            raise ConfigError(source, f"keys[{index}].sha256", f"is also {other!r}'s")
+        if not key.models and not key.admin:
+            raise ConfigError(source, f"keys[{index}].models", f'{key.name!r} may use no model; ["*"] is all of them')
+        limits = Limits(
+            key.requests_per_minute, key.max_concurrent, key.tokens_per_window, key.window_s, key.balance_tokens
+        )
+        principal = Principal(key.name, key.models, key.admin, key.priority, limits)
+        principals[digest[:INDEX_BYTES]] = digest, principal
+    return KeyRing(principals, anonymous)
+
+
+def new_key() -> tuple[str, str]:
+    """Return a new key, and the hash that stands for it in the file."""
+    key = PREFIX + secrets.token_urlsafe(32)
+    return key, hashlib.sha256(key.encode()).hexdigest()

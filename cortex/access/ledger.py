@@ -1,0 +1,166 @@
+"""What each principal has used, and whether it may use more: the interface, and the counters of one process.
+
+A request *takes* before it is sent and *settles* when it has ended. Taking counts it, holds a seat, and reserves the
+tokens it may need, all at once or not at all; settling gives the seat and the reservation back and books what was
+really used. So limits are exact however many requests come at once, and a budget is overdrawn by no more than the
+estimates of those under way were short.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import msgspec
+
+from cortex.access.keys import Limits
+
+MINUTE_S = 60.0
+NUM_BUCKETS = 60
+"""Parts of a token window: what was used leaves it a part at a time."""
+SEAT_RETRY_S = 1.0
+
+
+class Reason(StrEnum):
+    """Which limit is reached; the code a client is told."""
+
+    REQUESTS = "requests_per_minute_exceeded"
+    CONCURRENCY = "concurrency_exceeded"
+    TOKENS = "token_budget_exceeded"
+    BALANCE = "insufficient_quota"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Not now, or never again; then ``retry_after_s`` is ``None``."""
+
+    reason: Reason
+    retry_after_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One request that was let in."""
+
+    name: str
+    number: str
+    reserved_tokens: int
+    window_s: float
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What a principal has used: in the last minute, now, in its window, and ever."""
+
+    requests: int = 0
+    running: int = 0
+    tokens: int = 0
+    spent_tokens: int = 0
+
+
+class Ledger(Protocol):
+    """Keeps account. ``now`` is its own clock's."""
+
+    async def take(self, name: str, limits: Limits, reserve_tokens: int) -> Lease | Refusal:
+        """Let a request in, or say why not."""
+
+    async def settle(self, lease: Lease, used_tokens: int) -> None:
+        """End a request and book what it used."""
+
+    async def usage(self, name: str, limits: Limits) -> Usage:
+        """Return what a principal has used."""
+
+    async def open(self) -> None:
+        """Get ready."""
+
+    async def close(self) -> None:
+        """Let go."""
+
+
+@dataclass(slots=True)
+class _Account:
+    requests: deque[float] = field(default_factory=deque)
+    running: int = 0
+    reserved_tokens: int = 0
+    buckets: deque[list[float]] = field(default_factory=deque)
+    """Pairs of the number of a part of the window, and the tokens used in it."""
+    tokens: int = 0
+    """The sum of the buckets."""
+    spent_tokens: int = 0
+
+
+class MemoryLedger:
+    """The counters of one process. A restart begins anew."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._accounts: dict[str, _Account] = {}
+        self._numbers = itertools.count()
+
+    async def take(self, name: str, limits: Limits, reserve_tokens: int) -> Lease | Refusal:
+        """Let a request in, or say why not. Nothing is awaited, so nobody comes between the look and the count."""
+        now = self._clock()
+        account = self._current(name, limits, now)
+        if limits.max_concurrent and account.running >= limits.max_concurrent:
+            return Refusal(Reason.CONCURRENCY, SEAT_RETRY_S)
+        if limits.requests_per_minute and len(account.requests) >= limits.requests_per_minute:
+            return Refusal(Reason.REQUESTS, account.requests[0] + MINUTE_S - now)
+        reserve_tokens = capped(reserve_tokens, limits)
+        needed = account.reserved_tokens + reserve_tokens
+        if limits.balance_tokens and account.spent_tokens + needed > limits.balance_tokens:
+            return Refusal(Reason.BALANCE, SEAT_RETRY_S if account.reserved_tokens else None)
+        if limits.tokens_per_window and account.tokens + needed > limits.tokens_per_window:
+            if account.reserved_tokens or not account.buckets:
+                return Refusal(Reason.TOKENS, SEAT_RETRY_S)
+            width_s = limits.window_s / NUM_BUCKETS
+            return Refusal(Reason.TOKENS, (account.buckets[0][0] + NUM_BUCKETS + 1) * width_s - now)
+        if limits.requests_per_minute:
+            account.requests.append(now)
+        account.running += 1
+        account.reserved_tokens += reserve_tokens
+        return Lease(name, str(next(self._numbers)), reserve_tokens, limits.window_s)
+
+    async def settle(self, lease: Lease, used_tokens: int) -> None:
+        """End a request and book what it used."""
+        account = self._accounts[lease.name]
+        account.running -= 1
+        account.reserved_tokens -= lease.reserved_tokens
+        if not used_tokens:
+            return
+        account.spent_tokens += used_tokens
+        account.tokens += used_tokens
+        number = self._clock() // (lease.window_s / NUM_BUCKETS)
+        if account.buckets and account.buckets[-1][0] == number:
+            account.buckets[-1][1] += used_tokens
+        else:
+            account.buckets.append([number, used_tokens])
+
+    async def usage(self, name: str, limits: Limits) -> Usage:
+        """Return what a principal has used."""
+        account = self._current(name, limits, self._clock())
+        return Usage(len(account.requests), account.running, account.tokens, account.spent_tokens)
+
+    async def open(self) -> None:
+        """Nothing to get ready."""
+
+    async def close(self) -> None:
+        """Nothing to let go."""
+
+    def _current(self, name: str, limits: Limits, now: float) -> _Account:
+        account = self._accounts.setdefault(name, _Account())
+        while account.requests and account.requests[0] <= now - MINUTE_S:
+            account.requests.popleft()
+        oldest = now // (limits.window_s / NUM_BUCKETS) - NUM_BUCKETS
+        while account.buckets and account.buckets[0][0] < oldest:
+            account.tokens -= int(account.buckets.popleft()[1])
+        return account
+
+
+def capped(reserve_tokens: int, limits: Limits) -> int:
+    """Return a reservation that a whole budget can hold: a request larger than that is let in when nothing is used."""
+    for budget in (limits.tokens_per_window, limits.balance_tokens):
+        if budget:
+            reserve_tokens = min(reserve_tokens, budget)
+    return reserve_tokens

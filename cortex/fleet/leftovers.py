@@ -1,0 +1,64 @@
+"""Seats that nobody else needs: where requests of low priority wait for one.
+
+A model has a seat to spare while one of its nodes runs fewer requests than it takes at a time, less one that is kept
+for whoever comes next. Those who wait go in the order of their priority, then of their arrival. What others use is
+known from the node's last poll, so a request of low priority may get in just before one that matters, never a crowd.
+"""
+
+import asyncio
+import bisect
+import itertools
+from collections.abc import Mapping
+
+from cortex.fleet.state import Fleet, FleetState
+from cortex.wire.errors import OverloadedError
+
+KEPT_SEATS = 1
+
+
+def has_spare_seat(state: FleetState, model: str, in_flight: Mapping[str, int]) -> bool:
+    """Return whether a request for ``model`` takes a seat from nobody; one that is not loaded has no rivals."""
+    serving = state.serving.get(model, ())
+    if not serving:
+        return True
+    for node in serving:
+        load = in_flight.get(node.name, 0) + node.foreign_load
+        seats = node.models[model].max_sequences
+        if load == 0 or load + KEPT_SEATS < seats:
+            return True
+    return False
+
+
+class Leftovers:
+    """One queue for each model."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._queues: dict[str, list[tuple[int, int]]] = {}
+        self._arrivals = itertools.count()
+
+    async def wait(self, model: str, priority: int, timeout_s: float) -> None:
+        """Return when there is a seat to spare and nobody of a higher priority waits.
+
+        Raises:
+            OverloadedError: there was none for so long.
+        """
+        queue = self._queues.setdefault(model, [])
+        place = (-priority, next(self._arrivals))
+        bisect.insort(queue, place)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while queue[0] is not place or not self._is_free(model):
+                    await self._fleet.moved()
+        except TimeoutError:
+            message = f"No capacity of {model} is left over for requests of this priority."
+            raise OverloadedError(message, retry_after_s=max(1.0, timeout_s)) from None
+        finally:
+            queue.remove(place)
+            if not queue:
+                self._queues.pop(model, None)
+            else:
+                self._fleet.note_move()  # the next one is first now
+
+    def _is_free(self, model: str) -> bool:
+        return has_spare_seat(self._fleet.state, model, self._fleet.in_flight.by_node)

@@ -1,0 +1,188 @@
+"""The commands that talk to a running gateway: look at its fleet, load, unload, pin, drain, keys.
+
+Each is one exchange with ``/admin`` (or ``/v1/models``), shown as tables that 80 columns hold, or as JSON, as it came.
+Exit status 0, 1 for a gateway that cannot be reached or says no, 2 for a wrong command or configuration.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import pathlib
+import ssl
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+
+from cortex import config, report
+from cortex.access import keys
+from cortex.settings import ConfigError, read_secret, split_address
+
+EXIT_UNREACHABLE = 1
+EXIT_CONFIG = 2
+LOOK_TIMEOUT_S = 10.0
+ACT_TIMEOUT_S = 3600.0
+"""A load may have to download its weights first."""
+KEY_VARIABLE = "CORTEX_KEY"
+CLEAR_SCREEN = "\x1b[H\x1b[2J"
+
+
+class GatewayError(Exception):
+    """There is no gateway, or it says no."""
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands to a parser; each leaves what to run in ``run``."""
+    where = argparse.ArgumentParser(add_help=False)
+    address = where.add_mutually_exclusive_group()
+    address.add_argument("--url", help="the gateway's address, e.g. http://127.0.0.1:31313")
+    address.add_argument("--config", metavar="FILE", help="take the address from a cortex.toml")
+    where.add_argument("--key-file", metavar="FILE", help=f"an administrator's key (default: ${KEY_VARIABLE})")
+    where.add_argument("--ca-file", metavar="FILE", help="checks the certificate of an https gateway")
+    where.add_argument("--json", action="store_true", help="print what the gateway answered")
+
+    def add(name: str, help_text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_text, parents=[where])
+        command.set_defaults(run=run)
+        return command
+
+    status = add("status", "show nodes, devices and models", _status)
+    status.add_argument("--watch", nargs="?", type=float, const=2.0, metavar="SECONDS", help="show it again and again")
+    add("models", "show what clients may ask for", _models)
+    for name, help_text in (("load", "load a model"), ("unload", "unload a model, after its running requests")):
+        command = add(name, help_text, _load if name == "load" else _unload)
+        command.add_argument("model")
+        command.add_argument("--node", default="", help="there only")
+    command.add_argument("--drain-timeout", type=float, default=30.0, metavar="SECONDS")
+    pin = add("pin", "keep a model loaded where it is, until its node is restarted (models.toml pins for good)", _pin)
+    pin.add_argument("model")
+    pin.add_argument("--node", default="", help="there only")
+    pin.add_argument("--off", action="store_true", help="let it be evicted again")
+    drain = add("drain", "have a node take nothing new", _drain)
+    drain.add_argument("node")
+    drain.add_argument("--off", action="store_true", help="open it again")
+    add("reload", "read the configuration again", _reload)
+    keys_command = add("keys", "show what each key may use and has used", _keys)
+    keys_command.add_argument("--new", metavar="NAME", help="make a key and print what keys.toml must have of it")
+
+
+def _status(options: argparse.Namespace) -> int:
+    while True:
+        answer = _ask(options, "GET", "/admin/fleet")
+        if options.watch is not None:
+            sys.stdout.write(CLEAR_SCREEN)
+        _show(options, answer, report.print_fleet)
+        if options.watch is None:
+            return 0
+        sys.stdout.flush()
+        time.sleep(options.watch)
+
+
+def _models(options: argparse.Namespace) -> int:
+    return _show(options, _ask(options, "GET", "/v1/models"), report.print_models)
+
+
+def _load(options: argparse.Namespace) -> int:
+    body = {"model": options.model, "node": options.node}
+    return _show(options, _ask(options, "POST", "/admin/models/load", body), report.print_act)
+
+
+def _unload(options: argparse.Namespace) -> int:
+    body = {"model": options.model, "node": options.node, "drain_timeout_s": options.drain_timeout}
+    return _show(options, _ask(options, "POST", "/admin/models/unload", body), report.print_act)
+
+
+def _pin(options: argparse.Namespace) -> int:
+    body = {"model": options.model, "node": options.node, "pinned": not options.off}
+    return _show(options, _ask(options, "POST", "/admin/models/pin", body), report.print_act)
+
+
+def _drain(options: argparse.Namespace) -> int:
+    body = {"node": options.node, "draining": not options.off}
+    answer = _ask(options, "POST", "/admin/nodes/drain", body)
+    return _show(options, answer, lambda health: sys.stdout.write(f"{options.node}: {health['state']}\n"))
+
+
+def _reload(options: argparse.Namespace) -> int:
+    return _show(options, _ask(options, "POST", "/admin/reload", {}), report.print_fleet)
+
+
+def _keys(options: argparse.Namespace) -> int:
+    if options.new is None:
+        return _show(options, _ask(options, "GET", "/admin/keys"), report.print_keys)
+    key, sha256 = keys.new_key()
+    row = {"name": options.new, "sha256": sha256, "models": ["*"]}
+    if options.json:
+        sys.stdout.write(json.dumps({"key": key, **row}) + "\n")
+        return 0
+    sys.stdout.write(f"The key, shown this once: {key}\n\nFor keys.toml:\n\n[[keys]]\n")
+    sys.stdout.writelines(f"{name} = {json.dumps(value)}\n" for name, value in row.items())
+    return 0
+
+
+def _show(options: argparse.Namespace, answer: bytes, show: Callable[[Any], object]) -> int:
+    if options.json:
+        sys.stdout.write(answer.decode() + "\n")
+    else:
+        show(orjson.loads(answer))
+    return 0
+
+
+def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+    """Return a running gateway's answer.
+
+    Raises:
+        GatewayError: there is none, or it is an error.
+        ConfigError: the address or a file is wrong.
+    """
+    url = options.url or _address(options.config)
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigError("--url", "", f"{url!r} is not the address of a gateway")
+    key = read_secret(options.key_file or "", "--key-file", "").decode() or os.environ.get(KEY_VARIABLE, "")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    timeout_s = LOOK_TIMEOUT_S if method == "GET" else ACT_TIMEOUT_S
+    connection: http.client.HTTPConnection
+    try:
+        if parts.scheme == "https":
+            tls = ssl.create_default_context(cafile=options.ca_file)
+            connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=tls)
+        else:
+            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
+        try:
+            data = None if body is None else orjson.dumps(body)
+            connection.request(method, parts.path.rstrip("/") + path, data, headers)
+            response = connection.getresponse()
+            answer = response.read()
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise GatewayError(f"no gateway answers at {url}: {error}") from None
+    if response.status != 200:
+        raise GatewayError(f"{url}{path} answered with status {response.status}: {_message(answer)}")
+    return answer
+
+
+def _message(answer: bytes) -> str:
+    try:
+        return str(orjson.loads(answer)["error"]["message"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return answer.decode(errors="replace")[:200]
+
+
+def _address(path: str | None) -> str:
+    """Return where the configured gateway listens, as a client on this host reaches it."""
+    try:
+        gateway = config.load(pathlib.Path(path) if path is not None else config.find(os.environ)).gateway
+    except ConfigError:
+        if path is not None:
+            raise
+        gateway = config.GatewaySettings()
+    host, port = split_address(gateway.listen)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    scheme = "https" if gateway.tls_certificate else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

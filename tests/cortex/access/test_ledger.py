@@ -1,0 +1,251 @@
+"""Limits hold to the request: in one process, and in Valkey for several. Each test runs over both."""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import pytest
+from fake_neuron import Asked, FakeNeuron, Line, answer
+from gateway_rig import free_port, rig, until
+from key_rig import KEY, ring
+
+from cortex.access import ledger as ledgers
+from cortex.access.keys import Limits, Principal
+from cortex.access.ledger import Lease, MemoryLedger, Reason, Refusal
+from cortex.access.valkey import LedgerUnavailableError, ValkeyLedger
+
+Ledger = MemoryLedger | ValkeyLedger
+
+
+@pytest.fixture(params=["memory", "valkey"])
+def url(request: pytest.FixtureRequest) -> str:
+    return "" if request.param == "memory" else str(request.getfixturevalue("valkey"))
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Ledger]:
+    found = ValkeyLedger(url) if url else MemoryLedger()
+    await found.open()
+    try:
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(LedgerUnavailableError):
+                    await found.usage("nobody", Limits())
+                    break
+                await asyncio.sleep(0.02)
+        yield found
+    finally:
+        await found.close()
+
+
+async def rush(found: Ledger, name: str, limits: Limits, count: int, reserve: int = 0) -> list[Lease | Refusal]:
+    """Ask ``count`` times, 64 at once."""
+    gate = asyncio.Semaphore(64)
+
+    async def one() -> Lease | Refusal:
+        async with gate:
+            return await found.take(name, limits, reserve)
+
+    return await asyncio.gather(*(one() for _ in range(count)))
+
+
+def leases(outcomes: list[Lease | Refusal]) -> list[Lease]:
+    return [outcome for outcome in outcomes if isinstance(outcome, Lease)]
+
+
+def reasons(outcomes: list[Lease | Refusal]) -> set[Reason]:
+    return {outcome.reason for outcome in outcomes if isinstance(outcome, Refusal)}
+
+
+async def test_requests_a_minute(url: str) -> None:
+    async with opened(url) as found:
+        outcomes = await rush(found, "rate", Limits(requests_per_minute=37), 200)
+        assert len(leases(outcomes)) == 37
+        assert reasons(outcomes) == {Reason.REQUESTS}
+        refusal = await found.take("rate", Limits(requests_per_minute=37), 0)
+        assert isinstance(refusal, Refusal)
+        assert 50 < (refusal.retry_after_s or 0) <= 60
+        assert isinstance(await found.take("other", Limits(requests_per_minute=37), 0), Lease)
+
+
+async def test_requests_at_a_time(url: str) -> None:
+    limits = Limits(max_concurrent=5)
+    async with opened(url) as found:
+        running = leases(await rush(found, "seats", limits, 64))
+        assert len(running) == 5
+        await found.settle(running[0], 0)
+        assert len(leases(await rush(found, "seats", limits, 64))) == 1
+
+
+async def test_a_window_of_tokens(url: str) -> None:
+    """Ten requests of 10 fit into 100 while they run; what they did not use is there again, what they used is not."""
+    limits = Limits(tokens_per_window=100)
+    async with opened(url) as found:
+        outcomes = await rush(found, "tokens", limits, 64, reserve=10)
+        assert len(leases(outcomes)) == 10
+        assert reasons(outcomes) == {Reason.TOKENS}
+        await asyncio.gather(*(found.settle(lease, 4) for lease in leases(outcomes)))
+        assert (await found.usage("tokens", limits)).tokens == 40
+        assert len(leases(await rush(found, "tokens", limits, 64, reserve=10))) == 6
+
+
+async def test_what_was_used_leaves_the_window(url: str) -> None:
+    limits = Limits(tokens_per_window=10, window_s=1)
+    async with opened(url) as found:
+        (lease,) = leases([await found.take("rolling", limits, 10)])
+        await found.settle(lease, 10)
+        refusal = await found.take("rolling", limits, 10)
+        assert isinstance(refusal, Refusal)
+        assert refusal.retry_after_s is not None
+        assert 0.5 < refusal.retry_after_s < 1.2
+        await asyncio.sleep(refusal.retry_after_s + 0.02)
+        assert isinstance(await found.take("rolling", limits, 10), Lease)
+
+
+async def test_a_balance_does_not_come_back(url: str) -> None:
+    limits = Limits(balance_tokens=100, window_s=1)
+    async with opened(url) as found:
+        outcomes = await rush(found, "balance", limits, 64, reserve=30)
+        assert len(leases(outcomes)) == 3
+        await asyncio.gather(*(found.settle(lease, 33) for lease in leases(outcomes)))
+        refusal = await found.take("balance", limits, 30)
+        assert refusal == Refusal(Reason.BALANCE, None)
+        assert isinstance(await found.take("balance", Limits(balance_tokens=200), 30), Lease), "topped up"
+        assert (await found.usage("balance", limits)).spent_tokens == 99
+
+
+async def test_a_request_larger_than_a_budget_is_let_in_when_nothing_is_used(url: str) -> None:
+    limits = Limits(tokens_per_window=100)
+    async with opened(url) as found:
+        (lease,) = leases([await found.take("large", limits, 5000)])
+        assert isinstance(await found.take("large", limits, 1), Refusal)
+        await found.settle(lease, 150)
+        assert isinstance(await found.take("large", limits, 1), Refusal)
+
+
+PROGRAM = """
+import asyncio, sys
+from cortex.access.keys import Limits
+from cortex.access.ledger import Lease
+from cortex.access.valkey import ValkeyLedger
+
+async def main():
+    found = ValkeyLedger(sys.argv[1])
+    gate = asyncio.Semaphore(64)
+    async def one(name, limits, reserve):
+        async with gate:
+            return isinstance(await found.take(name, limits, reserve), Lease)
+    counts = []
+    for name, limits, reserve in (
+        ("p-rate", Limits(requests_per_minute=101), 0),
+        ("p-seats", Limits(max_concurrent=17), 0),
+        ("p-tokens", Limits(tokens_per_window=1000), 30),
+    ):
+        counts.append(sum(await asyncio.gather(*(one(name, limits, reserve) for _ in range(150)))))
+    print(*counts)
+    await found.close()
+
+asyncio.run(main())
+"""
+
+
+def test_four_processes_count_together(valkey: str) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, valkey], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert not any(process.returncode for process in processes)
+    counts = [[int(number) for number in output.split()] for output in outputs]
+    assert [sum(column) for column in zip(*counts, strict=True)] == [101, 17, 33]
+
+
+async def test_a_killed_gateway_gives_its_seats_back(valkey: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cortex.access.valkey.LEASE_S", 0.3)
+    limits = Limits(max_concurrent=1, tokens_per_window=10)
+    killed = ValkeyLedger(valkey)  # never opened: it renews nothing
+    async with opened(valkey) as found:
+        assert isinstance(await killed.take("lost", limits, 10), Lease)
+        assert isinstance(await found.take("lost", limits, 10), Refusal)
+        await asyncio.sleep(0.35)
+        assert isinstance(await found.take("lost", limits, 10), Lease)
+        await asyncio.sleep(0.5)
+        assert isinstance(await found.take("lost", limits, 10), Refusal), "one that is held is renewed"
+    await killed.close()
+
+
+async def test_no_server_is_a_typed_error() -> None:
+    found = ValkeyLedger(f"redis://127.0.0.1:{free_port()}/0")
+    with pytest.raises(LedgerUnavailableError) as caught:
+        await found.take("a", Limits(max_concurrent=1), 0)
+    assert (caught.value.status, caught.value.code) == (503, "access_counters_unavailable")
+    await found.close()
+
+
+def test_the_memory_window_by_its_own_clock() -> None:
+    async def story() -> None:
+        now = 1000.0
+        found = MemoryLedger(lambda: now)
+        limits = Limits(requests_per_minute=2, tokens_per_window=100, window_s=600)
+        for _ in range(2):
+            (lease,) = leases([await found.take("a", limits, 10)])
+            await found.settle(lease, 50)
+        assert isinstance(await found.take("a", limits, 10), Refusal)
+        now += 60
+        refusal = await found.take("a", limits, 10)
+        assert isinstance(refusal, Refusal)
+        assert refusal.reason is Reason.TOKENS
+        now += refusal.retry_after_s or 0
+        assert isinstance(await found.take("a", limits, 10), Lease)
+
+    asyncio.run(story())
+    assert ledgers.NUM_BUCKETS == 60
+
+
+# ------------------------------------------------------------------ through the gateway
+
+
+async def test_a_limit_is_told_in_each_dialect_and_seats_come_back(url: str) -> None:
+    go = asyncio.Event()
+    neuron = FakeNeuron().ready("m")
+
+    async def script(asked: Asked, line: Line) -> None:
+        await go.wait()
+        await answer(asked, line)
+
+    neuron.script = script
+    access = {"counters": "valkey", "url": url} if url else {}
+    principal = Principal(f"gated{time.time()}", limits=Limits(max_concurrent=2))
+    given = {"authorization": f"Bearer {KEY}"}
+    async with rig(neuron, keys=ring((KEY, principal)), access=access) as gateway:
+        body = {"model": "m", "messages": []}
+        held = [gateway.call("POST", "/v1/chat/completions", body | {"stream": i > 0}, given) for i in range(2)]
+        await until(lambda: len(neuron.asked) == 2)
+        refused = await gateway.call("POST", "/v1/chat/completions", body, given).end()
+        assert (refused.status, refused.json()["error"]["code"]) == (429, "concurrency_exceeded")
+        assert refused.headers["retry-after"] == "1"
+        refused = await gateway.call("POST", "/v1/messages", body | {"max_tokens": 1}, given).end()
+        assert (refused.status, refused.json()["error"]["type"]) == (429, "rate_limit_error")
+        held[0].leave()
+        await until(lambda: not gateway.in_flight or gateway.in_flight == 1)
+        go.set()
+        for call in held:
+            await call.end()
+        ledger = gateway.gateway._gate.ledger
+        usage = await ledger.usage(principal.name, principal.limits)
+        assert usage.running == 0
+        assert usage.spent_tokens == 9, "the one that was answered, as its node counted"
+
+
+async def test_exactly_as_many_as_allowed_get_through_the_gateway() -> None:
+    neuron = FakeNeuron().ready("m")
+    principal = Principal("alice", limits=Limits(requests_per_minute=50))
+    async with rig(neuron, keys=ring((KEY, principal))) as gateway:
+        body, given = {"model": "m", "messages": []}, {"x-api-key": KEY}
+        calls = [gateway.call("POST", "/v1/chat/completions", body, given) for _ in range(64)]
+        statuses = Counter([(await call.end()).status for call in calls])
+        assert statuses == {200: 50, 429: 14}
+        assert len(neuron.asked) == 50

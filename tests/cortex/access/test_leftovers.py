@@ -1,0 +1,83 @@
+"""Requests of low priority get what nobody else needs, in the order of their priority, and evict nothing."""
+
+import asyncio
+
+from fake_neuron import Asked, FakeNeuron, Line, answer
+from gateway_rig import rig, until
+from key_rig import KEY, ring
+
+from cortex.access.keys import Principal
+from cortex.config import ModelProfile
+from cortex.fleet.leftovers import Leftovers
+
+ANYBODY = Principal("anonymous", priority=-100)
+LOW = Principal("low", priority=-1)
+KEYS = ring((KEY, Principal("alice")), ("low", LOW), anonymous=ANYBODY)
+BODY = {"model": "m", "messages": []}
+
+
+async def test_anonymous_callers_wait_for_a_seat_and_the_others_do_not() -> None:
+    go = asyncio.Event()
+    neuron = FakeNeuron().ready("m", max_sequences=3)
+
+    async def script(asked: Asked, line: Line) -> None:
+        await go.wait()
+        await answer(asked, line)
+
+    neuron.script = script
+    async with rig(neuron, keys=KEYS, access={"leftover_wait_s": 5}) as gateway:
+
+        def ask(key: str | None) -> object:
+            headers = {"x-api-key": key} if key else {}
+            return gateway.call("POST", "/v1/chat/completions", BODY, headers)
+
+        keyed = [ask(KEY) for _ in range(2)]
+        await until(lambda: len(neuron.asked) == 2)
+        waiting = [ask(None), ask("low")]
+        keyed.append(ask(KEY))
+        await until(lambda: len(neuron.asked) == 3)
+        await asyncio.sleep(0.1)
+        assert len(neuron.asked) == 3, "one seat is left, and kept"
+        go.set()
+        for call in (*keyed, *waiting):
+            assert (await call.end()).status == 200  # type: ignore[attr-defined]
+        names = [asked.headers["x-cortex-principal"] for asked in neuron.asked]
+        assert names[:3] == ["alice"] * 3
+        assert sorted(names[3:]) == ["anonymous", "low"]
+
+
+async def test_those_who_wait_go_by_priority_and_then_by_arrival() -> None:
+    neuron = FakeNeuron().ready("m", max_sequences=2)
+    async with rig(neuron) as gateway:
+        fleet = gateway.gateway.fleet
+        leftovers, order = Leftovers(fleet), []
+        seats = [fleet.in_flight.take("a", "m") for _ in range(2)]
+
+        async def wait(name: str, priority: int) -> None:
+            await leftovers.wait("m", priority, 5)
+            order.append(name)
+            seats.append(fleet.in_flight.take("a", "m"))
+
+        waiting = [asyncio.ensure_future(wait(*who)) for who in (("c", -9), ("a", -1), ("d", -9), ("b", -1))]
+        await asyncio.sleep(0)
+        for _ in waiting:
+            while seats:
+                seats.pop().release()
+            await until(lambda: seats)
+        await asyncio.gather(*waiting)
+        assert order == ["a", "b", "c", "d"]
+
+
+async def test_a_wait_is_bounded() -> None:
+    neuron = FakeNeuron().ready("m", max_sequences=2, running=2)
+    async with rig(neuron, keys=KEYS, access={"leftover_wait_s": 0.1}) as gateway:
+        call = await gateway.call("POST", "/v1/chat/completions", BODY).end()
+        assert (call.status, "retry-after" in call.headers) == (429, True)
+        assert (await gateway.call("POST", "/v1/chat/completions", BODY, {"x-api-key": KEY}).end()).status == 200
+
+
+async def test_nothing_is_evicted_for_them() -> None:
+    neuron = FakeNeuron()
+    async with rig(neuron, keys=KEYS, models=(ModelProfile(id="m", source="/w"),)) as gateway:
+        assert (await gateway.call("POST", "/v1/chat/completions", BODY).end()).status == 200
+    assert [request.evict for request in neuron.load_requests] == [None]

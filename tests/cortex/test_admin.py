@@ -1,0 +1,134 @@
+"""What operators can see and have done, over HTTP and by command; and who may."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+from fake_neuron import FakeNeuron
+from gateway_rig import rig
+from key_rig import KEY, ring
+from rich.console import Console
+
+from cortex import cli, report
+from cortex.access.keys import Limits, Principal
+from cortex.config import ModelProfile
+from cortex.wire.node import ModelState, NodeState
+
+PROFILE = ModelProfile(id="m", source="/w", aliases=("alias",))
+
+
+async def test_a_model_is_loaded_pinned_and_unloaded() -> None:
+    first, second = FakeNeuron("a"), FakeNeuron("b", free_bytes=1 << 30)
+    async with rig(first, second, models=(PROFILE,), aliases={"alias": "m"}) as gateway:
+
+        async def act(what: str, **body: Any) -> Any:
+            call = await gateway.call("POST", f"/admin/models/{what}", body).end()
+            return call.json() if call.status == 200 else (call.status, call.json()["error"]["code"])
+
+        assert (await act("load", model="alias"))["nodes"]["a"]["state"] == "ready"
+        assert list((await act("load", model="m", node="b"))["nodes"]) == ["b"]
+        assert set((await act("pin", model="m"))["nodes"]) == {"a", "b"}
+        assert first.models["m"].pinned
+        assert not (await act("pin", model="m", node="a", pinned=False))["nodes"]["a"]["pinned"]
+        assert list((await act("unload", model="m", node="b"))["nodes"]) == ["b"]
+        assert second.models["m"].state is ModelState.AVAILABLE
+        assert list((await act("unload", model="alias"))["nodes"]) == ["a"]
+        assert await act("unload", model="m") == (404, "model_not_found")
+        assert await act("load", model="nobody") == (404, "model_not_found")
+        assert await act("load", model="m", node="c") == (404, "node_not_found")
+        assert await act("load") == (400, "missing_required_parameter")
+        assert (await act("load", model="m", nodes="a"))[0] == 400
+
+
+async def test_a_node_is_drained_and_opened_again() -> None:
+    neuron = FakeNeuron().ready("m")
+    async with rig(neuron) as gateway:
+        assert (await gateway.call("POST", "/admin/nodes/drain", {"node": "a"}).end()).json()["state"] == "draining"
+        assert neuron.state is NodeState.DRAINING
+        assert (await gateway.chat().end()).status == 503
+        await gateway.call("POST", "/admin/nodes/drain", {"node": "a", "draining": False}).end()
+        assert (await gateway.chat().end()).status == 200
+
+
+async def test_who_may() -> None:
+    async with rig(FakeNeuron().ready("m")) as gateway:
+        assert (await gateway.call("GET", "/admin/fleet").end()).status == 200
+        assert (await gateway.call("GET", "/admin/fleet", client="10.0.0.9").end()).status == 403
+    keys = ring((KEY, Principal("root", (), is_admin=True)), ("user", Principal("user")))
+    async with rig(FakeNeuron().ready("m"), keys=keys) as gateway:
+        for key, status in ((None, 401), ("wrong", 401), ("user", 403), (KEY, 200)):
+            given = {"authorization": f"Bearer {key}"} if key else {}
+            for client in ("127.0.0.1", "10.0.0.9"):
+                assert (await gateway.call("GET", "/admin/fleet", b"", given, client=client).end()).status == status
+        call = await gateway.call("POST", "/v1/chat/completions", {"model": "m"}, {"x-api-key": KEY}).end()
+        assert call.status == 403, "an administrator's key without models asks for none"
+
+
+async def test_what_keys_have_used_is_shown_and_no_key() -> None:
+    limits = Limits(requests_per_minute=10, tokens_per_window=2_000_000, balance_tokens=15_000)
+    keys = ring((KEY, Principal("alice", ("*",), True, limits=limits)), ("b", Principal("bob", ("m",), priority=-1)))
+    async with rig(FakeNeuron().ready("m"), keys=keys) as gateway:
+        given = {"x-api-key": KEY}
+        await gateway.call("POST", "/v1/chat/completions", {"model": "m", "messages": []}, given).end()
+        call = await gateway.call("GET", "/admin/keys", b"", given).end()
+    alice, bob = call.json()["keys"]
+    assert alice["used"] == {"requests": 1, "running": 0, "tokens": 9, "spent_tokens": 9}
+    assert (bob["name"], bob["priority"]) == ("bob", -1)
+    assert KEY.encode() not in call.body
+    console = Console(width=80, record=True)
+    report.print_keys(call.json(), console)
+    text = console.export_text()
+    assert "1/10" in text
+    assert "9/2M" in text
+    assert "9/15k" in text
+
+
+def test_tables_fit_80_columns() -> None:
+    devices = [
+        {"id": f"cuda:{i}", "name": "NVIDIA H100 80GB HBM3", "worker": "ready", "memory_free_bytes": 5 << 33,
+         "memory_total_bytes": 80 << 30} for i in range(2)
+    ]  # fmt: skip
+    models = [
+        {
+            "id": "Qwen/Qwen3-235B-A22B-Instruct-2507-FP8",
+            "state": "loading",
+            "progress": 0.42,
+            "context_tokens": 262144,
+        },
+        {"id": "small", "state": "ready", "weights_bytes": 1 << 30, "running": 12, "waiting": 3, "pinned": True},
+    ]
+    node = {"name": "gpu-host-17.rack-3.example", "endpoint": "https://gpu-host-17.example.com:13131", "up": True,
+            "state": "ready", "version": "0.1.0", "in_flight": 1234, "devices": devices, "models": models}  # fmt: skip
+    fleet = {"nodes": [node, {**node, "name": "b", "up": False, "fault": "no connection"}], "config_error": "a: b: c"}
+    offers = [
+        {"id": model["id"], "state": model["state"], "context_length": 262144, "capabilities": ["chat", "tools"],
+         "nodes": [{"name": node["name"], "state": "ready"}]} for model in models
+    ]  # fmt: skip
+    console = Console(width=80, record=True)
+    report.print_fleet(fleet, console)
+    report.print_models({"data": offers}, console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for needle in ("loading 42%", "small *", "1234", "262144", "no connection", "not in force"):
+        assert needle in text, needle
+
+
+def test_a_new_key_and_a_gateway_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["keys", "--new", "alice", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["key"].startswith("sk-cortex-")
+    assert cli.main(["keys", "--new", "alice"]) == 0
+    out = capsys.readouterr().out
+    path = tmp_path / "keys.toml"
+    path.write_text(out.split("For keys.toml:")[1])
+    from cortex.access import keys
+
+    key = out.split("once: ")[1].split()[0]
+    assert keys.load(path).identify(key.encode()).name == "alice"
+    assert cli.main(["drain", "a", "--url", "http://127.0.0.1:1"]) == 1
+    assert "no gateway answers" in capsys.readouterr().err
+    assert cli.main(["load", "m", "--url", "nonsense"]) == 2

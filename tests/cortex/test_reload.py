@@ -1,0 +1,172 @@
+"""The files are read again: all of what they say, or nothing of it."""
+
+import asyncio
+import os
+import pathlib
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from asgi_call import Call
+from fake_neuron import FakeNeuron
+from gateway_rig import until, write_config
+
+from cortex.asgi import Application
+from cortex.config import Config
+from cortex.reload import load
+from cortex.settings import ConfigError
+
+
+class Running:
+    """The ASGI application between its startup and its shutdown."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.app = Application({"CORTEX_CONFIG": str(path)})
+        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def __aenter__(self) -> "Running":
+        self._task = asyncio.ensure_future(self.app({"type": "lifespan"}, self._messages.get, self._sent.put))
+        await self._messages.put({"type": "lifespan.startup"})
+        assert (await self._sent.get())["type"] == "lifespan.startup.complete"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._messages.put({"type": "lifespan.shutdown"})
+        await self._task
+
+    async def get(self, path: str) -> Any:
+        return (await Call(self.app, "GET", path).end()).json()
+
+    async def names(self) -> set[str]:
+        return {model["id"] for model in (await self.get("/v1/models"))["data"]}
+
+    async def until_named(self, *names: str) -> None:
+        async with asyncio.timeout(10):
+            while await self.names() != set(names):
+                await asyncio.sleep(0.02)
+
+
+def model(name: str) -> str:
+    return f'[[models]]\nid = "{name}"\nsource = "/w"\n'
+
+
+def logged(capsys: pytest.CaptureFixture[str], *texts: str) -> Callable[[], bool]:
+    """Return what tells whether all of ``texts`` have been logged."""
+    seen = ""
+
+    def look() -> bool:
+        nonlocal seen
+        seen += "".join(capsys.readouterr())
+        return all(text in seen for text in texts)
+
+    return look
+
+
+QUICK = 'metrics_listen = ""\nreload_check_s = 0.05\n'
+SLOW = 'metrics_listen = ""\nreload_check_s = 0\n'
+
+
+async def test_a_change_is_seen_and_a_bad_one_changes_nothing(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = FakeNeuron("a"), FakeNeuron("b").ready("there")
+    async with first.serving(), second.serving():
+        path = write_config(tmp_path, first, models=model("one"), gateway=QUICK)
+        async with Running(path) as running:
+            await running.until_named("one")
+            write_config(tmp_path, first, second, models=model("two"), gateway=QUICK)
+            await running.until_named("two", "there")
+            assert (await running.get("/health"))["nodes"] == 2
+            (tmp_path / "models.toml").write_text(model("three") + "nonsense = 1\n")
+            await until(logged(capsys, "configuration not reloaded: ", "nonsense: unknown key"))
+            report = await running.get("/admin/fleet")
+            assert "unknown key" in report["config_error"]
+            assert await running.names() == {"two", "there"}
+            (tmp_path / "cortex.toml").write_text("[[neurons")
+            (tmp_path / "models.toml").write_text(model("four"))
+            await asyncio.sleep(0.2)
+            assert await running.names() == {"two", "there"}, "half of it is right, and none of it is used"
+            write_config(tmp_path, second, models=model("four"), gateway=QUICK)
+            await running.until_named("four", "there")
+            assert (await running.get("/admin/fleet"))["config_error"] is None
+            assert (await running.get("/health"))["nodes"] == 1
+
+
+async def test_a_hangup_reads_the_files_and_so_does_admin(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    neuron = FakeNeuron()
+    async with neuron.serving():
+        path = write_config(tmp_path, neuron, models=model("one"), gateway=SLOW)
+        async with Running(path) as running:
+            (tmp_path / "models.toml").write_text(model("two"))
+            await asyncio.sleep(0.1)
+            assert await running.names() == {"one"}
+            os.kill(os.getpid(), signal.SIGHUP)
+            await running.until_named("two")
+            (tmp_path / "models.toml").write_text("[")
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(logged(capsys, "configuration not reloaded: ", "is not TOML"))
+            call = await Call(running.app, "POST", "/admin/reload", b"{}").end()
+            assert (call.status, "is not TOML" in call.json()["error"]["message"]) == (400, True)
+            assert await running.names() == {"two"}
+            (tmp_path / "models.toml").write_text(model("three"))
+            assert (await Call(running.app, "POST", "/admin/reload", b"{}").end()).status == 200
+            assert await running.names() == {"three"}
+
+
+async def test_running_requests_outlive_their_node(tmp_path: pathlib.Path) -> None:
+    neuron, go = FakeNeuron("a").ready("m"), asyncio.Event()
+    answer = neuron.script
+
+    async def script(asked: Any, line: Any) -> None:
+        await go.wait()
+        await answer(asked, line)
+
+    neuron.script = script
+    other = FakeNeuron("b").ready("n")
+    async with neuron.serving(), other.serving():
+        path = write_config(tmp_path, neuron, gateway=QUICK)
+        async with Running(path) as running:
+            call = Call(running.app, "POST", "/v1/chat/completions", {"model": "m", "messages": []})
+            await until(lambda: neuron.asked)
+            write_config(tmp_path, other, gateway=QUICK)
+            await running.until_named("n")
+            go.set()
+            assert (await call.end()).status == 200
+            assert (await running.get("/health"))["in_flight"] == 0
+
+
+async def test_what_cannot_change_in_a_process_is_said(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    neuron = FakeNeuron().ready("m")
+    async with neuron.serving():
+        path = write_config(tmp_path, neuron, gateway=QUICK)
+        async with Running(path) as running:
+            write_config(tmp_path, neuron, gateway=QUICK + 'listen = "127.0.0.1:7"\nworkers = 2\n')
+            await until(logged(capsys, "needs a restart for: listen, workers"))
+            assert await running.names() == {"m"}
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "reason"),
+    [
+        ('[access]\nkeys = "no.toml"\n', "", "cannot be read"),
+        ("[access]\nanonymous = true\n", "access.anonymous", "means nothing without access.keys"),
+        ('[access]\nkeys = "keys.toml"\n[gateway]\nworkers = 2\n', "access.counters", "only count together"),
+    ],
+)
+def test_access_that_makes_no_sense(tmp_path: pathlib.Path, text: str, key: str, reason: str) -> None:
+    path = write_config(tmp_path, FakeNeuron(port=1))
+    rest = path.read_text().replace("[gateway]\n", "" if "[gateway]" in text else "[gateway]\n")
+    path.write_text(text + rest)
+    row = f'[[keys]]\nname = "a"\nsha256 = "{"0" * 64}"\nmodels = ["*"]\nmax_concurrent = 1\n'
+    (tmp_path / "keys.toml").write_text(row)
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    assert caught.value.key == key
+    assert reason in caught.value.reason
+    assert Config().access.keys == ""
