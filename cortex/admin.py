@@ -232,6 +232,8 @@ class Admin:
     ) -> None:
         """Do something about a model on a node, or on all that have it, and tell what came of it."""
         model = self._service.catalogue.resolve(name)
+        if node:
+            self._neuron(node)
         await asyncio.gather(
             *(self._service.poller.poll(known) for known in ([node] if node else self._service.neurons))
         )
@@ -240,8 +242,6 @@ class Admin:
             for known in self._fleet.state.listing.get(model, ())
             if (known.name == node if node else known.models[model].state is not ModelState.AVAILABLE)
         }
-        if node:
-            self._neuron(node)
         if not found:
             where = f"on {node}" if node else "on any node that is up"
             raise ModelNotFoundError(f"The model {name!r} is not {where}.", param="model")
