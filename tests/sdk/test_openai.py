@@ -186,13 +186,18 @@ def test_errors_before_the_first_byte(
         assert caught.value.request_id
 
 
+@pytest.fixture
+def lenient(client: openai.OpenAI) -> Iterator[openai.OpenAI]:
+    """Of text completions: the SDK's type of a chunk forbids the null finish_reason that the service itself sends."""
+    with openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=0) as found:
+        yield found
+
+
 @STREAMED
-def test_text_completions(client: openai.OpenAI, stream: bool) -> None:
+def test_text_completions(client: openai.OpenAI, lenient: openai.OpenAI, stream: bool) -> None:
     body: Any = {"model": "m", "prompt": ["hi"], "max_tokens": 9}
-    # The SDK's type of a chunk forbids the null finish_reason that the service itself sends.
     if stream:
-        with openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=0) as lenient:
-            chunks = list(lenient.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+        chunks = list(lenient.completions.create(**body, stream=True, stream_options={"include_usage": True}))
         text, usage = "".join(c.choices[0].text for c in chunks if c.choices), chunks[-1].usage
         finish = [c.choices[0].finish_reason for c in chunks if c.choices][-1]
     else:
