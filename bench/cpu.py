@@ -58,8 +58,8 @@ def run(*command: object, cores: int | None = None, **environment: str) -> Figur
     if cores is not None:
         chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
         command = ("taskset", "-c", chosen, *command)
-    # As the daemon's workers have it: torch's threads give way soon.
-    own = {"GOMP_SPINCOUNT": "2000", **os.environ, **environment}
+    # As the daemon's workers have it: torch's threads give way soon. And no guesses: every token is read for.
+    own = {"GOMP_SPINCOUNT": "2000", "NEURON_SPECULATION": "off", **os.environ, **environment}
     output = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True, env=own).stdout
     found: Figures = json.loads(output.splitlines()[-1])
     return found

@@ -17,7 +17,7 @@ from cortex.background import Background
 from cortex.config import AccessSettings, Config, CountersKind
 from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dialects import openapi
-from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
+from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
 from cortex.endpoints import Endpoints, reply_error, request_id_of
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
@@ -83,6 +83,7 @@ class Gateway:
         named = ConversationEndpoints(NamedConversations(conversations), settings.gateway.max_body_bytes)
         self._paths: Mapping[str, Methods] = {
             CHAT.path: {"POST": endpoints.infer(CHAT)},
+            EMBEDDINGS.path: {"POST": endpoints.infer(EMBEDDINGS)},
             COMPLETIONS.path: {"POST": endpoints.infer(COMPLETIONS)},
             RESPONSES.path: {"POST": endpoints.infer(RESPONSES)},
             MESSAGES.path: {"POST": endpoints.infer(MESSAGES)},

@@ -21,6 +21,7 @@ from cortex.dialects import (
     anthropic_messages,
     openai_chat,
     openai_completions,
+    openai_embeddings,
     openai_fields,
     openai_responses,
     openapi,
@@ -30,6 +31,7 @@ from cortex.dialects.passthrough import (
     CHAT,
     COMPLETIONS,
     COUNT_TOKENS,
+    EMBEDDINGS,
     GATEWAY_PART_HEADER,
     MESSAGES,
     RESPONSES,
@@ -55,7 +57,7 @@ from cortex.wire.errors import (
     RemoteError,
     UnauthorizedError,
 )
-from cortex.wire.events import Failed, InferenceEvent
+from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, Started
 from cortex.wire.node import DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
 from cortex.wire.request import InferenceRequest
 from neuron import __version__, api_description, metrics
@@ -64,7 +66,7 @@ from neuron.service import Service
 
 _log = logging.getLogger("neuron.api")
 
-DIALECTS = (CHAT.name, COMPLETIONS.name, RESPONSES.name, MESSAGES.name)
+DIALECTS = (CHAT.name, COMPLETIONS.name, EMBEDDINGS.name, RESPONSES.name, MESSAGES.name)
 CLIENT_LEFT_STATUS = 499
 REPORT_USAGE_HEADER = b"x-cortex-report-usage"
 """A gateway sends it to have usage in a comment at the end of a stream, whatever the client asked for."""
@@ -107,6 +109,7 @@ class Api:
             openapi.PATH: {"GET": self._describe},
             CHAT.path: {"POST": self._chat},
             COMPLETIONS.path: {"POST": self._completions},
+            EMBEDDINGS.path: {"POST": self._embeddings},
             RESPONSES.path: {"POST": self._responses},
             MESSAGES.path: {"POST": self._messages},
             COUNT_TOKENS.path: {"POST": self._count_tokens},
@@ -246,6 +249,18 @@ class Api:
         else:
             await self._complete(exchange, call.request, frames.add, frames.body, record)
 
+    async def _embeddings(self, exchange: Exchange) -> None:
+        self._service.admit()
+        call = openai_embeddings.decode(await exchange.read_body(self._service.max_body_bytes))
+        request = msgspec.structs.replace(call.request, principal=_principal(exchange))
+        record = RequestRecord(exchange.request_id, EMBEDDINGS.name, stream=False)
+        with _recorded(exchange, record), self._service.models.use(request.model) as model:
+            record.model = request.model
+            found = await until_disconnect(exchange, model.embed(request))
+            record.see([Started(found.prompt_tokens, 0), Finished(FinishReason.STOP, 0)])
+            body = openai_embeddings.reply(request.model, found.vectors, found.prompt_tokens, is_base64=call.is_base64)
+            await exchange.reply(200, body)
+
     async def _responses(self, exchange: Exchange) -> None:
         self._service.admit()
         call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
@@ -340,8 +355,12 @@ class Api:
 
 def _on_behalf(exchange: Exchange, request: InferenceRequest) -> InferenceRequest:
     """Return ``request`` with its principal, if the gateway named one."""
-    principal = exchange.header(PRINCIPAL_HEADER)
-    return request if principal is None else msgspec.structs.replace(request, principal=principal.decode("latin-1"))
+    principal = _principal(exchange)
+    return msgspec.structs.replace(request, principal=principal) if principal else request
+
+
+def _principal(exchange: Exchange) -> str:
+    return (exchange.header(PRINCIPAL_HEADER) or b"").decode("latin-1")
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from cortex.wire.events import InferenceEvent
 from cortex.wire.node import Capability, ModelSpec
-from cortex.wire.request import InferenceRequest
+from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron.device.jobs import LoadedModel
 
 Progress = Callable[[float], None]
@@ -34,6 +36,13 @@ class Requirement:
         return self.num_devices * min(self.bytes_on.values(), default=0)
 
 
+class Embeddings(msgspec.Struct, frozen=True):
+    """Vectors of length 1, float32 in this machine's byte order, one for each input."""
+
+    vectors: tuple[bytes, ...]
+    prompt_tokens: int
+
+
 class Model(Protocol):
     """A loaded model."""
 
@@ -54,6 +63,13 @@ class Model(Protocol):
 
         Raises:
             ApiError: the request cannot be made a prompt.
+        """
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Return the embeddings of a request's inputs; cancelled with its caller.
+
+        Raises:
+            ApiError: the request cannot be carried out.
         """
 
     def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:

@@ -22,11 +22,11 @@ from cortex.wire.errors import (
 )
 from cortex.wire.events import Failed, InferenceEvent, Started, TokenLogprob
 from cortex.wire.node import Capability, ModelSpec
-from cortex.wire.request import FormatKind, InferenceRequest, Sampling, ToolMode
-from neuron.device.jobs import ConstraintSettings, LoadedModel, SamplerSettings, TokenRow
+from cortex.wire.request import EmbeddingRequest, FormatKind, InferenceRequest, Sampling, ToolMode
+from neuron.device.jobs import ConstraintSettings, Embedding, LoadedModel, SamplerSettings, TokenRow
 from neuron.device.worker import Item, Sink, Worker
 from neuron.errors import NoDeviceError
-from neuron.harness import Model, Progress, Requirement
+from neuron.harness import Embeddings, Model, Progress, Requirement
 from neuron.models.config import GenerationDefaults, ModelConfig, read_config
 from neuron.models.sizing import least_bytes, plan_memory
 from neuron.text import tokenizer
@@ -128,8 +128,8 @@ class TorchModel:
     def capabilities(self) -> tuple[Capability, ...]:
         """What its template and tokenizer allow."""
         if not self._prompts.can_chat:
-            return (Capability.COMPLETION,)
-        found = [Capability.COMPLETION, Capability.CHAT, Capability.TOOLS]
+            return (Capability.COMPLETION, Capability.EMBEDDINGS)
+        found = [Capability.COMPLETION, Capability.EMBEDDINGS, Capability.CHAT, Capability.TOOLS]
         if self._prompts.tags is not None:
             found.append(Capability.REASONING)
         return tuple(found)
@@ -156,6 +156,53 @@ class TorchModel:
                 yield events
         finally:
             run.cancel()
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Embed each input as a sequence of its own; see :class:`neuron.harness.Model`."""
+        size = self._config.hidden_size
+        if request.dimensions not in {None, size}:
+            raise UnsupportedParameterError(
+                f"'{self.loaded.model}' was not trained to have its embeddings cut: 'dimensions' can be {size} only.",
+                param="dimensions",
+            )
+        prompts = [
+            list(given)
+            if isinstance(given, tuple)
+            else (await self._build(InferenceRequest(request.model, prompt=given))).ids
+            for given in request.inputs
+        ]
+        for index, ids in enumerate(prompts):
+            if len(ids) >= self.loaded.context_tokens:
+                raise ContextLengthError(self.loaded.context_tokens, len(ids), param=f"input[{index}]")
+        # Not all at once: the queue is everyone's.
+        seats = asyncio.Semaphore(self.loaded.max_sequences)
+        tasks = [asyncio.create_task(self._embed(ids, request.principal, seats)) for ids in prompts]
+        try:
+            vectors = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return Embeddings(tuple(vectors), sum(len(ids) for ids in prompts))
+
+    async def _embed(self, ids: Sequence[int], principal: str, seats: asyncio.Semaphore) -> bytes:
+        async with seats:
+            answer: asyncio.Future[Item] = asyncio.get_running_loop().create_future()
+            prompt = array.array("i", ids).tobytes()
+
+            def sink(item: Item) -> None:
+                if not answer.done():
+                    answer.set_result(item)
+
+            sequence = self.worker.embed(self.loaded.model, prompt, self._config.pooling, sink, principal=principal)
+            try:
+                item = await answer
+            except asyncio.CancelledError:
+                self.worker.cancel(sequence)
+                raise
+        if isinstance(item, ApiError):
+            raise item
+        assert isinstance(item, Embedding)
+        return item.vector
 
     async def _build(self, request: InferenceRequest) -> Prompt:
         size = len(request.prompt or "") + sum(len(message.content) for message in request.messages)

@@ -243,6 +243,7 @@ MESSAGES = Dialect(
     re.compile(rb'"stop_reason": ?"(\w+)"'),
     PING,
 )
+EMBEDDINGS = replace(CHAT, name="openai-embeddings", path="/v1/embeddings", streams=False)
 COUNT_TOKENS = replace(MESSAGES, path="/v1/messages/count_tokens", streams=False)
 
 

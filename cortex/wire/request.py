@@ -136,3 +136,12 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     template_arguments: dict[str, Any] = {}
     principal: str = ""
     """On whose behalf, as the gateway names it; seats are shared out among principals."""
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Texts, or token ids in their place, to be embedded by one model."""
+
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    dimensions: int | None = None
+    principal: str = ""

@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 _CHUNK_BYTES: Final = 1 << 20
 _TIMEOUT_S: Final = 30.0
-_HUB_PATTERNS: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+_HUB_PATTERNS: Final = ["*.json", "1_Pooling/*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
+from neuron.device.jobs import Pooling
 from neuron.models.architecture import Architecture, gguf_name
 from neuron.models.errors import (
     CorruptWeightsError,
@@ -60,6 +61,8 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     bos_id: int | None
     generation: GenerationDefaults
+    pooling: Pooling = Pooling.LAST
+    """What its embeddings are made of."""
     tensor_kinds: Mapping[str, TensorKind] = dataclasses.field(default_factory=dict)
     """How a GGUF file stores each tensor, by safetensors name; empty for a folder, where all are floats."""
     attention_scale: float = 0.0
@@ -181,6 +184,7 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
             eos_ids=tuple(dict.fromkeys(eos_ids)),
             bos_id=next(iter(_ids(values.get("bos_token_id"), path)), None),
             generation=_generation(generation_path, generation, GENERATION_KEYS),
+            pooling=_folder_pooling(folder),
             **_folder_windows(fields, architecture, window_rope),
             **_folder_experts(fields, architecture),
         ),
@@ -301,6 +305,7 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
             eos_ids=tuple(dict.fromkeys(found for value in eos for found in _ids(value, path))),
             bos_id=next(iter(_ids(values.get("tokenizer.ggml.bos_token_id"), path)), None),
             generation=_generation(path, values, GGUF_GENERATION_KEYS),
+            pooling=Pooling.MEAN if own.get("pooling_type") == GGUF_MEAN_POOLING else Pooling.LAST,
             **_gguf_windows(fields, architecture, head_dim),
             **_gguf_experts(fields, architecture),
         ),
@@ -340,6 +345,8 @@ def _gguf_experts(fields: "_Fields", architecture: Architecture) -> dict[str, An
     }
 
 
+GGUF_MEAN_POOLING: Final = 1
+"""``pooling_type`` in GGUF; a decoder's other kinds have seen no more than its last token."""
 GGUF_GENERATION_KEYS: Final = {
     "temperature": "general.sampling.temp",
     "top_p": "general.sampling.top_p",
@@ -366,6 +373,12 @@ def _gguf_scaling(path: pathlib.Path, header: GgufHeader, own: Mapping[str, Any]
     if kind == "linear" and isinstance(factor, float) and 0 < factor < math.inf:
         return LinearScaling(factor)
     raise UnsupportedRopeError(f"{path}: rope scaling {kind!r} by {factor!r} is not supported (linear and llama3 are)")
+
+
+def _folder_pooling(folder: pathlib.Path) -> Pooling:
+    """Return how sentence-transformers pools the model, where it was made for that."""
+    values = _json_object(folder / "1_Pooling" / "config.json") or {}
+    return Pooling.MEAN if values.get("pooling_mode_mean_tokens") is True else Pooling.LAST
 
 
 # ------------------------------------------------------------------ checks

@@ -1,6 +1,9 @@
 """The daemon's HTTP surface, in process, with a harness that plays scripts."""
 
+import array
 import asyncio
+import base64
+import json
 import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -246,6 +249,25 @@ def test_a_body_that_is_too_large_is_413() -> None:
     with_api(story, ScriptedHarness())
 
 
+def test_embeddings_of_texts_and_tokens() -> None:
+    reply = ask_once("/v1/embeddings", json.dumps({"model": "m", "input": ["ab", "c"]}).encode())
+    assert reply.status == 200
+    assert reply.json() == {
+        "object": "list",
+        "model": "m",
+        "data": [
+            {"object": "embedding", "index": 0, "embedding": [2.0, 0.0]},
+            {"object": "embedding", "index": 1, "embedding": [1.0, 1.0]},
+        ],
+        "usage": {"prompt_tokens": 3, "total_tokens": 3},
+    }
+    body = {"model": "m", "input": [5, 6, 7], "encoding_format": "base64", "user": "u"}
+    packed = ask_once("/v1/embeddings", json.dumps(body).encode()).json()["data"][0]["embedding"]
+    assert array.array("f", base64.b64decode(packed)).tolist() == [3.0, 0.0]
+    missing = ask_once("/v1/embeddings", b'{"model": "x", "input": "a"}')
+    assert (missing.status, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
 # ------------------------------------------------------------------ the node
 
 
@@ -257,7 +279,9 @@ def test_discovery_says_what_is_here() -> None:
     found = get("/discovery").json()
     assert found["name"] == "node"
     assert found["harnesses"] == ["torch"]
-    assert found["dialects"] == ["openai-chat", "openai-completions", "openai-responses", "anthropic-messages"]
+    assert found["dialects"] == [
+        "openai-chat", "openai-completions", "openai-embeddings", "openai-responses", "anthropic-messages",
+    ]  # fmt: skip
     cpu = next(device for device in found["devices"] if device["id"] == "cpu:0")
     assert cpu["kind"] == "cpu"
     assert cpu["memory_total_bytes"] > cpu["memory_free_bytes"] > 0

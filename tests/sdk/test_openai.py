@@ -186,13 +186,18 @@ def test_errors_before_the_first_byte(
         assert caught.value.request_id
 
 
+@pytest.fixture
+def lenient(client: openai.OpenAI) -> Iterator[openai.OpenAI]:
+    """Of text completions: the SDK's type of a chunk forbids the null finish_reason that the service itself sends."""
+    with openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=0) as found:
+        yield found
+
+
 @STREAMED
-def test_text_completions(client: openai.OpenAI, stream: bool) -> None:
+def test_text_completions(client: openai.OpenAI, lenient: openai.OpenAI, stream: bool) -> None:
     body: Any = {"model": "m", "prompt": ["hi"], "max_tokens": 9}
-    # The SDK's type of a chunk forbids the null finish_reason that the service itself sends.
     if stream:
-        with openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=0) as lenient:
-            chunks = list(lenient.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+        chunks = list(lenient.completions.create(**body, stream=True, stream_options={"include_usage": True}))
         text, usage = "".join(c.choices[0].text for c in chunks if c.choices), chunks[-1].usage
         finish = [c.choices[0].finish_reason for c in chunks if c.choices][-1]
     else:
@@ -214,3 +219,18 @@ def test_a_failure_in_the_middle(client: openai.OpenAI) -> None:
     for ask in (respond, chat):
         with pytest.raises(openai.APIError, match="worker is gone"):
             ask(client, "fail", True)
+
+
+def test_embeddings(gateway: daemons.Daemon) -> None:
+    options: Any = {"base_url": f"{gateway.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 20}
+    with openai.OpenAI(**options, _strict_response_validation=True) as client:
+        found = client.embeddings.create(model="m", input=["one", "three"], encoding_format="float")
+        assert [embedding.index for embedding in found.data] == [0, 1]
+        assert found.usage.prompt_tokens > 0
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.embeddings.create(model="m", input=["a", ""])
+        assert caught.value.body["param"] == "input[1]"  # type: ignore[index]
+    # Without a format the SDK asks for base64 and makes numbers of it, which its own validation does not expect.
+    with openai.OpenAI(**options) as client:
+        assert client.embeddings.create(model="m", input=["one", "three"]).data[1].embedding == [5.0, 1.0]
+        assert client.embeddings.create(model="m", input=[1, 2]).data[0].embedding == [2.0, 0.0]

@@ -1,5 +1,6 @@
 """A harness that plays scripts: what a model does is written in the test."""
 
+import array
 import asyncio
 import pathlib
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
@@ -7,9 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from cortex.wire.errors import ApiError
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
 from cortex.wire.node import Capability, ModelSpec
-from cortex.wire.request import InferenceRequest
+from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron.device.jobs import LoadedModel
-from neuron.harness import Model, Progress, Requirement
+from neuron.harness import Embeddings, Model, Progress, Requirement
 
 Step = Sequence[InferenceEvent] | Exception | asyncio.Event
 """A batch to yield, an error to raise, or something to wait for."""
@@ -32,6 +33,11 @@ class ScriptedModel:
         self.requests: list[InferenceRequest] = []
         self.closed = 0
         self._script = script
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """A vector of each input's length and place."""
+        vectors = [array.array("f", [len(given), index]).tobytes() for index, given in enumerate(request.inputs)]
+        return Embeddings(tuple(vectors), sum(len(given) for given in request.inputs))
 
     async def count_tokens(self, request: InferenceRequest) -> int:
         """What the script says of its start, as the engine's own count would be."""

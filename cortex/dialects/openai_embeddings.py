@@ -1,0 +1,85 @@
+"""OpenAI's embeddings: a body of ``/v1/embeddings`` to an ``EmbeddingRequest``, and its answer.
+
+Inputs are texts or token ids, one or many. Accepted without effect: ``user``. Vectors travel as float32 bytes and leave
+as base64 of these or as numbers, as the request has it.
+"""
+
+import array
+import base64
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from cortex.dialects import openai_fields as fields
+from cortex.wire.errors import InvalidRequestError
+from cortex.wire.request import EmbeddingRequest
+
+MAX_INPUTS = 2048
+"""As OpenAI has it."""
+
+
+class EmbeddingCall(msgspec.Struct, frozen=True):
+    """A decoded call."""
+
+    request: EmbeddingRequest
+    is_base64: bool
+
+
+class EmbeddingBody(msgspec.Struct, kw_only=True):
+    """A request body, as far as it is read."""
+
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+
+_DECODER = msgspec.json.Decoder(EmbeddingBody)
+
+
+def decode(body: bytes) -> EmbeddingCall:
+    """Decode a request body.
+
+    Raises:
+        InvalidRequestError: with the parameter at fault; see :func:`cortex.dialects.openai_fields.decode`.
+    """
+    parsed = fields.decode(body, _DECODER)
+    request = EmbeddingRequest(
+        model=parsed.model,
+        inputs=_inputs(parsed.input),
+        dimensions=fields.in_range("dimensions", parsed.dimensions, 1, 1 << 31),
+    )
+    return EmbeddingCall(request, parsed.encoding_format == "base64")
+
+
+def _inputs(given: str | list[str | int | list[int]]) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(given, str):
+        given = [given]
+    elif given and all(isinstance(item, int) for item in given):
+        given = [[item for item in given if isinstance(item, int)]]
+    if not 1 <= len(given) <= MAX_INPUTS:
+        raise InvalidRequestError(f"Invalid 'input': {len(given)} texts; 1 to {MAX_INPUTS} are taken.", param="input")
+    inputs: list[str | tuple[int, ...]] = []
+    for index, item in enumerate(given):
+        if isinstance(item, int):
+            raise InvalidRequestError("Invalid 'input': token ids among texts.", param="input")
+        if not item:
+            raise InvalidRequestError(f"Invalid 'input': text {index} is empty.", param=f"input[{index}]")
+        inputs.append(item if isinstance(item, str) else tuple(item))
+    return tuple(inputs)
+
+
+def reply(model: str, vectors: Sequence[bytes], prompt_tokens: int, *, is_base64: bool) -> bytes:
+    """Return the answer's body; ``vectors`` are float32 in this machine's byte order, which is little-endian."""
+    data: list[dict[str, Any]] = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64.b64encode(vector).decode() if is_base64 else array.array("f", vector).tolist(),
+        }
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
+    return msgspec.json.encode({"object": "list", "data": data, "model": model, "usage": usage})
