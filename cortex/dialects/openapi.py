@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from cortex.dialects import anthropic_messages, openai_chat, openai_completions, openai_responses
-from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
+from cortex.dialects import anthropic_messages, openai_chat, openai_completions, openai_embeddings, openai_responses
+from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
 
 PATH = "/openapi.json"
 
@@ -111,6 +111,7 @@ CHAT_ANSWER = object_with(
 COMPLETION_ANSWER = object_with(
     id=TEXT, object={"const": "text_completion"}, created=COUNT, model=TEXT, choices=LIST, usage=OBJECT
 )
+EMBEDDINGS_ANSWER = object_with(object={"const": "list"}, data=LIST, model=TEXT, usage=OBJECT)
 RESPONSE_ANSWER = object_with(
     id=TEXT, object={"const": "response"}, created_at={"type": "number"}, model=TEXT, status=TEXT, output=LIST,
     parallel_tool_calls={"type": "boolean"}, tool_choice={}, tools=LIST,
@@ -123,6 +124,7 @@ TOKENS_ANSWER = object_with(input_tokens=COUNT)
 VERSION_ANSWER = object_with(name=TEXT, version=TEXT)
 
 INFERENCE = (
+    Operation("POST", EMBEDDINGS.path, "Embed texts.", EMBEDDINGS_ANSWER, openai_embeddings.EmbeddingBody),
     Operation("POST", CHAT.path, "Answer a chat.", CHAT_ANSWER, openai_chat.ChatBody, streams=True),
     Operation(
         "POST", COMPLETIONS.path, "Go on with a text.", COMPLETION_ANSWER, openai_completions.CompletionBody, True
