@@ -52,7 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     ) as loop:
         # Ends the loop after the message or step in hand, like the daemon's own Shutdown.
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
-        engine = Engine(options.device, loop.send, loop.memory, loop.stop, max_waiting=options.max_waiting)
+        engine = Engine(
+            options.device,
+            loop.send,
+            loop.memory,
+            loop.stop,
+            max_waiting=options.max_waiting,
+            channel_fd=loop.channel.fileno(),
+        )
         free_bytes, total_bytes = loop.memory()
         loop.send(msgspec.msgpack.encode(Ready(options.device, os.getpid(), total_bytes, free_bytes)))
         return loop.run(engine)

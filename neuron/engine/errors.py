@@ -30,6 +30,12 @@ class OutOfMemoryError(UnavailableError):
     code = "out_of_memory"
 
 
+class GroupLostError(UnavailableError):
+    """A rank of the model's group is gone or does not answer."""
+
+    code = "group_lost"
+
+
 # What torch raises for driver and library faults before and after torch.AcceleratorError. A failed allocation is none.
 FAULTS: Final = re.compile(
     r"CUDA error|CUDNN_STATUS_|CUBLAS_STATUS_(?!NOT_SUPPORTED|ALLOC_FAILED)|NCCL error|cudaError"
@@ -43,6 +49,9 @@ def raise_device_fault(error: Exception) -> None:
     """
     if isinstance(error, DeviceFault):
         raise error
+    if isinstance(error, GroupLostError):
+        # The ranks no longer run the same step, so all their workers are replaced.
+        raise DeviceFault("group", -1, error.message) from error
     if isinstance(error, torch.OutOfMemoryError):
         return
     known = getattr(torch, "AcceleratorError", ())
