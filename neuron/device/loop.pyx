@@ -274,6 +274,19 @@ cdef class DeviceLoop:
         self.driver.adopt_graph_exec(<uintptr_t>graph_exec)
         return <uintptr_t>graph_exec
 
+    def launch(self, uintptr_t graph_exec):
+        """Queue an instantiated graph on the loop's stream once, and return at once. Raises as :meth:`replay`."""
+        cdef int code
+        self._check_usable()
+        if self.driver.table.graph_launch == NULL:
+            raise ValueError(f"{self.name} has no graphs to replay")
+        # Safety: as in replay.
+        with nogil:
+            code = self.driver.table.graph_launch(<void *>graph_exec, self._stream)
+        if code != SUCCESS:
+            self._poison(code, CALL_GRAPH_LAUNCH)
+        self.launches += 1
+
     def replay(
         self, uintptr_t graph_exec, uint64_t count=1, *, bint stop_on_message=False, uintptr_t stop_word=0
     ):

@@ -18,6 +18,7 @@ from neuron.device.jobs import Ready
 from neuron.device.loop import DeviceLoop, die_with_parent
 from neuron.device.probe import usable_cores
 from neuron.engine.engine import Engine
+from neuron.engine.graph_runner import DeviceGraphs
 from neuron.engine.process_memory import keep_activations_mapped
 
 
@@ -52,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     ) as loop:
         # Ends the loop after the message or step in hand, like the daemon's own Shutdown.
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+        graphs: DeviceGraphs | None = None
+        if kind == "cuda":
+            # torch's work and the loop's graphs are queued on one stream, in the order they are given.
+            torch.cuda.set_stream(torch.cuda.ExternalStream(loop.stream))  # type: ignore[no-untyped-call]
+            graphs = DeviceGraphs(loop)
         engine = Engine(
             options.device,
             loop.send,
@@ -59,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             loop.stop,
             max_waiting=options.max_waiting,
             channel_fd=loop.channel.fileno(),
+            graphs=graphs,
         )
         free_bytes, total_bytes = loop.memory()
         loop.send(msgspec.msgpack.encode(Ready(options.device, os.getpid(), total_bytes, free_bytes)))

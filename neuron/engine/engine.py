@@ -45,6 +45,7 @@ from neuron.device.jobs import (
     Unload,
 )
 from neuron.engine.errors import GroupLostError, error_info, raise_device_fault
+from neuron.engine.graph_runner import Graphs
 from neuron.engine.group_runner import Follower
 from neuron.engine.loaded import Model, load_model
 from neuron.engine.process_memory import return_freed_memory, used_bytes
@@ -71,7 +72,8 @@ class Engine:
     """All models of one device.
 
     ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
-    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take.
+    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take. The daemon's
+    messages come by ``channel_fd``, for which a worker that follows another waits. ``graphs`` capture steps, on a GPU.
     """
 
     def __init__(
@@ -83,7 +85,9 @@ class Engine:
         *,
         max_waiting: int = 256,
         channel_fd: int = -1,
+        graphs: Graphs | None = None,
     ) -> None:
+        self._graphs = graphs
         self._channel_fd = channel_fd
         self._name = device
         # cpu:1 is another worker on the same processor.
@@ -223,7 +227,7 @@ class Engine:
             self._send(JobFailed(job.job, error.info()))
             return
         self._left.discard(name)
-        pieces = load_model(job.spec, pathlib.Path(job.path), self._device, self._free_bytes, job.group)
+        pieces = load_model(job.spec, pathlib.Path(job.path), self._device, self._free_bytes, job.group, self._graphs)
         self._loads[name] = _Loading(job, pieces)
 
     def _advance(self, loading: _Loading) -> None:

@@ -29,6 +29,7 @@ from neuron.device.jobs import (
 )
 from neuron.engine.constraint import Constraint, ConstraintError, Vocabulary
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
+from neuron.engine.graph_runner import GraphRunner, Graphs
 from neuron.engine.group import Group
 from neuron.engine.group_runner import Follower, GroupRunner
 from neuron.engine.launched import Executor, Launched
@@ -122,9 +123,11 @@ class Model:
         return _described(self.name, self.config, self.plan)
 
     def close(self) -> None:
-        """Leave the other ranks, where there are some."""
+        """Leave the other ranks, and destroy the graphs, where there are some."""
         if isinstance(self.runner, GroupRunner):
             self.runner.group.close()
+        elif isinstance(self.runner, GraphRunner):
+            self.runner.close()
 
     def constrain(self, settings: ConstraintSettings) -> Constraint:
         """Return the state of a sequence that follows a grammar.
@@ -322,8 +325,11 @@ def load_model(
     device: torch.device,
     free_bytes: Callable[[], int],
     group: GroupSettings | None = None,
+    graphs: Graphs | None = None,
 ) -> Generator[float, None, Model | Follower]:
     """Load a model, or with ``group`` one rank's part, in pieces of one layer; yield the share done, return it.
+
+    ``graphs`` are what the device captures steps with, if it can.
 
     Nothing is allocated before it is known to fit. Raises the errors of :mod:`neuron.models`, :class:`GroupLostError`.
     """
@@ -345,7 +351,11 @@ def load_model(
             if device.type == "cpu":
                 logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
             weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
-            runner = Runner(source.config, weights, plan, device)
+            runner = (
+                Runner(source.config, weights, plan, device)
+                if graphs is None
+                else GraphRunner(source.config, weights, plan, device, graphs)
+            )
     finally:
         source.close()
     prepare(source.config, plan, device)
