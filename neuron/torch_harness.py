@@ -113,25 +113,27 @@ class TorchHarness:
                 )
         self._groups[spec.id] = devices
         address = f"127.0.0.1:{_free_port()}"
-        loads = [
-            asyncio.ensure_future(
-                worker.load(
-                    spec,
-                    str(path),
-                    progress=None if rank else progress,
-                    group=GroupSettings(rank, len(workers), address, self._collective_limit_s),
-                )
+        loads = (
+            worker.load(
+                spec,
+                str(path),
+                progress=None if rank else progress,
+                group=GroupSettings(rank, len(workers), address, self._collective_limit_s),
             )
             for rank, worker in enumerate(workers)
-        ]
+        )
+        parts: list[LoadedModel] = []
+        undone = workers
         try:
-            parts = await asyncio.gather(*loads)
+            outcomes = await asyncio.gather(*loads, return_exceptions=True)
+            failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            parts = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+            undone = tuple(w for w, outcome in zip(workers, outcomes, strict=True) if isinstance(outcome, LoadedModel))
+            if failures:
+                raise failures[0]
         except BaseException:
             self._groups.pop(spec.id, None)
-            undone = [worker for worker, load in zip(workers, loads, strict=True) if not _failed(load)]
-            for load in loads:
-                load.cancel()
-            await asyncio.gather(*loads, *(worker.unload(spec.id) for worker in undone), return_exceptions=True)
+            await asyncio.gather(*(worker.unload(spec.id) for worker in undone), return_exceptions=True)
             raise
         return msgspec.structs.replace(
             parts[0],
@@ -413,10 +415,6 @@ class _Run:
 
 def _logprob(utf8: bytes, value: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
     return TokenLogprob(utf8.decode(errors="replace"), utf8, value, top)
-
-
-def _failed(load: "asyncio.Future[LoadedModel]") -> bool:
-    return load.done() and not load.cancelled() and load.exception() is not None
 
 
 def _free_port() -> int:

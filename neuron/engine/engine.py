@@ -72,8 +72,8 @@ class Engine:
     """All models of one device.
 
     ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
-    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take. The daemon's
-    messages come by ``channel_fd``, for which a worker that follows another waits. ``graphs`` capture steps, on a GPU.
+    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take. Messages of
+    the daemon come by ``channel_fd``, for which a worker that follows another waits. ``graphs`` capture steps on a GPU.
     """
 
     def __init__(

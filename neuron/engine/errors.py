@@ -3,6 +3,7 @@
 import re
 from typing import Final
 
+import msgspec
 import torch
 
 from cortex.wire.errors import ApiError, ErrorInfo, UnavailableError
@@ -67,4 +68,7 @@ def error_info(error: Exception) -> ErrorInfo:
         return error.info()
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return OutOfMemoryError(f"out of device memory: {error}", retry_after_s=1.0).info()
-    return EngineError(f"{type(error).__name__}: {error}").info()
+    found = EngineError(f"{type(error).__name__}: {error}").info()
+    # Errors of the kernels know no wire, but have a code.
+    code = getattr(error, "code", None)
+    return msgspec.structs.replace(found, code=code) if isinstance(code, str) else found

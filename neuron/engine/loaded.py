@@ -17,6 +17,7 @@ import torch
 
 from cortex.wire.errors import ErrorInfo, UnprocessableError
 from cortex.wire.node import ModelSpec
+from neuron.device.driver import DriverHandle, cuda_driver
 from neuron.device.jobs import (
     ConstraintSettings,
     Embedding,
@@ -319,6 +320,10 @@ def _described(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
     )
 
 
+def _driver_version(device: torch.device) -> tuple[int, int]:
+    return DriverHandle(cuda_driver()).version() if device.type == "cuda" else (0, 0)
+
+
 def load_model(
     spec: ModelSpec,
     path: pathlib.Path,
@@ -358,7 +363,7 @@ def load_model(
             )
     finally:
         source.close()
-    prepare(source.config, plan, device)
+    prepare(source.config, plan, device, _driver_version(device))
     return Model(spec.id, source.config, plan, runner, path, prefix_cache=spec.prefix_cache)
 
 
@@ -377,7 +382,7 @@ def _load_part(
         dtype = getattr(torch, plan.dtype)
         weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
         runner = GroupRunner(config, weights, plan, device, group)
-        prepare(local_config(config, shard), plan, device)
+        prepare(local_config(config, shard), plan, device, _driver_version(device))
     except BaseException:
         if group is not None:
             group.close()

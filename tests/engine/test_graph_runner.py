@@ -4,7 +4,7 @@ There is no GPU here, so a graph is the captured function, called again: what it
 """
 
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,7 +79,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def with_graphs(
     harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Any]]:
+) -> Callable[..., Any]:
     def make(graphs: Recorded, **spec: object) -> Any:
         driver = harness()
         driver.engine._graphs = graphs
@@ -88,7 +88,7 @@ def with_graphs(
         assert isinstance(driver.engine._models["m"].runner, GraphRunner)
         return driver
 
-    yield make
+    return make
 
 
 def ask(driver: Any, num_tokens: int = 20, count: int = 5, **settings: object) -> dict[int, list[int]]:
