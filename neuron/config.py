@@ -38,6 +38,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long running requests may go on after SIGTERM."""
     step_limit_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0
     """A step of a device worker that takes longer has hung: the worker is replaced. 0: no limit."""
+    collective_limit_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
+    """How long a device waits for the others that hold a model with it before their workers are replaced."""
     stop_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     """How long a device worker may take to end before it is killed."""
     hold_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0

@@ -197,15 +197,19 @@ class Service:
         starts = {asyncio.create_task(self._start(worker)) for worker in self._workers.values()}
         try:
             # One device that does not come up holds up neither the others nor the models that fit there.
-            await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
-            self._state = NodeState.READY
-            for entry in preload:
-                await self._preload(entry)
+            due = preload
             while starts:
                 done, starts = await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+                self._state = NodeState.READY
                 if any(task.result() for task in done):
-                    for entry in preload:
+                    due = preload
+                # A model for several devices waits until so many are up, or until all are and it is told it cannot be.
+                num_ready = sum(worker.ready is not None for worker in self._workers.values())
+                later = [entry for entry in due if starts and entry.tensor_parallel > num_ready]
+                for entry in due:
+                    if entry not in later:
                         await self._preload(entry)
+                due = later
         finally:
             for task in starts:
                 task.cancel()
@@ -263,7 +267,7 @@ class Service:
             if importlib.util.find_spec("torch") is None:
                 _log.warning("harness %s is not available: torch is not installed", name)
                 continue
-            found[name] = TorchHarness(self._workers)
+            found[name] = TorchHarness(self._workers, self._config.daemon.collective_limit_s)
         return found
 
     def _worker(self, device: str) -> Worker:
@@ -274,7 +278,8 @@ class Service:
         def changed(health: WorkerHealth) -> None:
             _log.info("worker device=%s state=%s fault=%s", device, health.state, health.fault)
             if health.state is WorkerState.POISONED:
-                self.models.lose(device)
+                for other in self.models.lose(device):
+                    self._workers[other].replace(f"{device}, which held a model together with it, was lost")
 
         daemon = self._config.daemon
         command = [sys.executable, "-P", "-m", "neuron.engine"]

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import pathlib
 import secrets
+import socket
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 
 import msgspec
@@ -23,11 +24,12 @@ from cortex.wire.errors import (
 from cortex.wire.events import Failed, InferenceEvent, Started, TokenLogprob
 from cortex.wire.node import Capability, ModelSpec
 from cortex.wire.request import EmbeddingRequest, FormatKind, InferenceRequest, Sampling, ToolMode
-from neuron.device.jobs import ConstraintSettings, Embedding, LoadedModel, SamplerSettings, TokenRow
+from neuron.device.jobs import ConstraintSettings, Embedding, GroupSettings, LoadedModel, SamplerSettings, TokenRow
 from neuron.device.worker import Item, Sink, Worker
 from neuron.errors import NoDeviceError
 from neuron.harness import Embeddings, Model, Progress, Requirement
 from neuron.models.config import GenerationDefaults, ModelConfig, read_config
+from neuron.models.shard import Shard
 from neuron.models.sizing import least_bytes, plan_memory
 from neuron.text import tokenizer
 from neuron.text.detokenize import Detokenizer
@@ -48,20 +50,25 @@ class TorchHarness:
 
     name = "torch"
 
-    def __init__(self, workers: Mapping[str, Worker]) -> None:
+    def __init__(self, workers: Mapping[str, Worker], collective_limit_s: float = 30.0) -> None:
         self._workers = workers
+        self._collective_limit_s = collective_limit_s
+        self._groups: dict[str, tuple[str, ...]] = {}
+        """The devices of each model that several hold."""
 
     async def measure(self, spec: ModelSpec, path: pathlib.Path) -> Requirement:
         """Return the least that the worker's own plan takes on each device the spec allows."""
-        if spec.tensor_parallel != 1 or len(spec.devices) > 1:
+        size = spec.tensor_parallel
+        if len(spec.devices) > 1 and len(spec.devices) != size:
             raise UnprocessableError(
-                f"'{spec.id}' asks for {max(spec.tensor_parallel, len(spec.devices))} devices; "
-                "a model runs on one device here.",
+                f"'{spec.id}' names {len(spec.devices)} devices, and tensor_parallel is {size}.",
                 param="tensor_parallel",
             )
         devices = [worker.device_id for worker in self._candidates(spec)]
         config = await asyncio.to_thread(read_config, path)
-        return Requirement({device: least_bytes(config, spec, device) for device in devices})
+        shards = [Shard(rank, size) for rank in range(size)]
+        least = {device: max(least_bytes(config, spec, device, shard) for shard in shards) for device in devices}
+        return Requirement(least, size)
 
     async def free_bytes(self, devices: Collection[str]) -> dict[str, int]:
         """Ask the workers of ``devices`` that are there."""
@@ -71,34 +78,87 @@ class TorchHarness:
         return {device: answer.free_bytes for device, answer in zip(ready, memory, strict=True)}
 
     async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> "TorchModel":
-        """Load the weights at ``path`` on the device the spec names, or on the one with the most free memory."""
+        """Load the weights at ``path`` on the devices the spec names, or on those with the most free memory."""
+        size = spec.tensor_parallel
         config = await asyncio.to_thread(read_config, path)
         files = await asyncio.to_thread(tokenizer.load, path)
-        worker, free_bytes = await self._choose(spec)
-        plan_memory(config, spec, worker.device_id, free_bytes)
-        loaded = await _load(worker, spec, path, progress)
-        return TorchModel(loaded, config, PromptFormat(files), files, worker)
+        chosen = await self._choose(spec)
+        for rank, (worker, free_bytes) in enumerate(chosen):
+            plan_memory(config, spec, worker.device_id, free_bytes, Shard(rank, size))
+        workers = tuple(worker for worker, _ in chosen)
+        if size == 1:
+            loaded = await _load(workers[0], spec, path, progress)
+        else:
+            loaded = await self._load_group(workers, spec, path, progress)
+        return TorchModel(loaded, config, PromptFormat(files), files, workers)
 
     async def unload(self, model: Model) -> None:
-        """Free a model's memory on its device."""
+        """Free a model's memory on its devices."""
         assert isinstance(model, TorchModel)
-        await model.worker.unload(model.loaded.model)
+        self._groups.pop(model.loaded.model, None)
+        await asyncio.gather(*(worker.unload(model.loaded.model) for worker in model.workers))
+
+    async def _load_group(
+        self, workers: tuple[Worker, ...], spec: ModelSpec, path: pathlib.Path, progress: Progress
+    ) -> LoadedModel:
+        """Load a part on each worker; what a load that fails somewhere leaves elsewhere is undone."""
+        devices = tuple(worker.device_id for worker in workers)
+        for name, others in self._groups.items():
+            if name != spec.id and others != devices and set(others) & set(devices):
+                # Two steps that wait for each other's devices would wait for ever.
+                raise UnprocessableError(
+                    f"'{spec.id}' would run on {', '.join(devices)}, and '{name}' runs on {', '.join(others)}: models "
+                    "that share devices must share all of them.",
+                    param="devices",
+                )
+        self._groups[spec.id] = devices
+        address = f"127.0.0.1:{_free_port()}"
+        loads = (
+            worker.load(
+                spec,
+                str(path),
+                progress=None if rank else progress,
+                group=GroupSettings(rank, len(workers), address, self._collective_limit_s),
+            )
+            for rank, worker in enumerate(workers)
+        )
+        parts: list[LoadedModel] = []
+        undone = workers
+        try:
+            outcomes = await asyncio.gather(*loads, return_exceptions=True)
+            failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            parts = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+            undone = tuple(w for w, outcome in zip(workers, outcomes, strict=True) if isinstance(outcome, LoadedModel))
+            if failures:
+                raise failures[0]
+        except BaseException:
+            self._groups.pop(spec.id, None)
+            await asyncio.gather(*(worker.unload(spec.id) for worker in undone), return_exceptions=True)
+            raise
+        return msgspec.structs.replace(
+            parts[0],
+            weights_bytes=sum(part.weights_bytes for part in parts),
+            kv_cache_bytes=sum(part.kv_cache_bytes for part in parts),
+        )
 
     def _candidates(self, spec: ModelSpec) -> list[Worker]:
         for device in spec.devices:
             if device not in self._workers:
                 known = ", ".join(self._workers) or "none"
                 raise NoDeviceError(f"'{device}' is not a device of this neuron; it has: {known}.", param="devices")
-        return [self._workers[device] for device in spec.devices or self._workers]
+        return [worker for device, worker in self._workers.items() if device in (spec.devices or self._workers)]
 
-    async def _choose(self, spec: ModelSpec) -> tuple[Worker, int]:
+    async def _choose(self, spec: ModelSpec) -> list[tuple[Worker, int]]:
+        """Return the workers to load on, rank 0 first, and the free bytes of each."""
         candidates = self._candidates(spec)
         free_bytes = await self.free_bytes([worker.device_id for worker in candidates])
-        if not free_bytes:
+        if len(free_bytes) < spec.tensor_parallel:
             states = ", ".join(f"{worker.device_id} is {worker.state}" for worker in candidates) or "there are none"
-            raise NoDeviceError(f"No device can take '{spec.id}': {states}.", retry_after_s=RETRY_AFTER_S)
-        device = max(free_bytes, key=free_bytes.__getitem__)
-        return self._workers[device], free_bytes[device]
+            wants = f"'{spec.id}' wants {spec.tensor_parallel} devices" if spec.tensor_parallel > 1 else ""
+            raise NoDeviceError(f"{wants or f'No device can take {spec.id!r}'}: {states}.", retry_after_s=RETRY_AFTER_S)
+        roomiest = sorted(free_bytes, key=lambda device: -free_bytes[device])[: spec.tensor_parallel]
+        # Ranks are in the order of devices, so that groups of the same devices have the same rank 0.
+        return [(worker, free_bytes[device]) for device, worker in self._workers.items() if device in roomiest]
 
 
 class TorchModel:
@@ -110,10 +170,12 @@ class TorchModel:
         config: ModelConfig,
         prompts: PromptFormat,
         files: tokenizer.TextFiles,
-        worker: Worker,
+        workers: tuple[Worker, ...],
     ) -> None:
         self.loaded = loaded
-        self.worker = worker
+        self.workers = workers
+        self.worker = workers[0]
+        """Rank 0, which takes the sequences."""
         self._config = config
         self._prompts = prompts
         self._tokenizer = files.tokenizer
@@ -121,8 +183,8 @@ class TorchModel:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The one device it lives on."""
-        return (self.worker.device_id,)
+        """The devices it lives on, one for each rank."""
+        return tuple(worker.device_id for worker in self.workers)
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
@@ -353,6 +415,13 @@ class _Run:
 
 def _logprob(utf8: bytes, value: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
     return TokenLogprob(utf8.decode(errors="replace"), utf8, value, top)
+
+
+def _free_port() -> int:
+    """Return a port where the ranks of a group can meet; it was free a moment ago."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
 
 
 async def _load(worker: Worker, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> LoadedModel:

@@ -1,8 +1,9 @@
-"""The kernels on a GPU: right on it, and how near to what the card can do? One command, under five minutes.
+"""The kernels and whole models on a GPU: right on it, and how near to what the card can do?
 
 Ceilings are measured in the same run: a copy for bytes, cuBLAS for products, torch's scaled dot product attention for
 prefill. Times are of whole CUDA graphs of many nodes, so that launches cost what they cost in a decode step.
-Run from the root of a checkout: `python bench/gpu/run.py --keep`.
+Run from the root of a checkout: `python bench/gpu/run.py --keep`, or in two calls of under ten minutes each with
+`--part kernels` and `--part models`. It needs torch, triton and msgspec, and no build: nothing native is imported.
 """
 
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "gpu")]
 
 import report  # noqa: E402
 
@@ -146,9 +147,90 @@ def attention(torch: Any, ceiling: float) -> list[dict[str, Any]]:
     return rows
 
 
+def quantised(torch: Any, ceiling: float) -> list[dict[str, Any]]:
+    """Time products with weights in each form; each node reads others."""
+    from neuron.triton_kernels.cases import quantized_forms
+    from neuron.triton_kernels.quantized_matmul import quantized_matmul
+
+    rows = []
+    width, depth = 12288, 4096
+    small = quantized_forms(torch.randn(256, depth))
+    for name, matrix in small.items():
+        if name == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+            continue
+        whole = matrix.map(lambda array: array.to("cuda").repeat(width // 256, 1))
+        copies = [whole.map(lambda array: array.clone()) for _ in range(8)]
+        for batch in (1, 8, 64, 2048):
+            x = torch.randn(batch, depth, device="cuda", dtype=torch.bfloat16)
+            us = graph_us(torch, lambda i, x=x, w=copies: quantized_matmul(x, w[i % len(w)]))
+            rate = whole.nbytes / us / 1e3
+            row = {"form": name, "rows": batch, "N": width, "K": depth, "us": us, "GB/s": rate}
+            rows.append(row | {"share of copy": rate / ceiling, "TFLOP/s": 2 * batch * width * depth / us / 1e6})
+    return rows
+
+
+def pointwise(torch: Any, ceiling: float) -> list[dict[str, Any]]:
+    """Time what moves bytes only, the experts, and the sampler."""
+    from neuron.triton_kernels import activation, cases, moe_matmul, norm, sampling
+    from neuron.triton_kernels.routing import route
+
+    rows = []
+
+    def add(name: str, nbytes: int, call: Callable[[int], object]) -> None:
+        us = graph_us(torch, call)
+        rows.append({"kernel": name, "us": us, "GB/s": nbytes / us / 1e3, "share of copy": nbytes / us / 1e3 / ceiling})
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    x, gain, wide = random(8192, 4096), random(4096), random(8192, 24576)
+    add("norm 8192 x 4096", 2 * x.nbytes, lambda _: norm.rms_norm(x, gain, 1e-6))
+    add("silu and mul 8192 x 24576", 3 * wide.nbytes // 2, lambda _: activation.silu_and_mul(wide))
+    for tokens in (1, 32, 512):
+        experts, few = random(128, 1536, 2048), random(tokens, 2048)
+        routing = route(random(tokens, 128), 8)
+        used = int((routing.starts.diff() > 0).sum()) * experts[0].nbytes
+        add(f"experts, {tokens} tokens", used, lambda _, r=routing, e=experts, f=few: moe_matmul.moe_matmul(f, e, r))
+    for num_rows in (1, 64):
+        asked = cases.sampling_rows(num_rows, 151936, torch.device("cuda"), everything=False)
+        logits = torch.randn(num_rows, 151936, device="cuda")
+        add(f"sampling, {num_rows} rows", logits.nbytes, lambda _, a=asked, v=logits: sampling.sample_rows(v, a))
+    return rows
+
+
+def nodes(torch: Any) -> list[dict[str, Any]]:
+    """Time a node that does next to nothing, with and without dependent launch."""
+    from neuron.triton_kernels import launch
+    from neuron.triton_kernels.skinny_matmul import skinny_matmul
+
+    here = launch.target_of(torch.device("cuda"))
+    x = torch.randn(1, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
+    rows = []
+    for name, capability in (("dependent launch", here.capability), ("plain launch", min(here.capability, 80))):
+        if name == "plain launch" or here.has_dependent_launch:
+            with launch.targeting(launch.Target(capability, here.num_sms)):
+                rows.append({"node": name, "us": graph_us(torch, lambda _: skinny_matmul(x, weight))})
+    return rows
+
+
+def models(ceiling: float, settings: dict[str, Any]) -> None:
+    """Measure whole models."""
+    import models as whole
+
+    decode = [row for name in whole.SHAPES for row in whole.decode_rows(ceiling, name, "none")]
+    decode += [row for quant in ("int8", "int4") for row in whole.decode_rows(ceiling, "8B", quant)]
+    report.write("gpu_decode", decode, question="Decode: how much of the copy's bandwidth?", **settings)
+    prefill = [row for name in ("1.7B", "8B") for row in whole.prefill_rows(name)]
+    report.write("gpu_prefill", prefill, question="Prefill: how many products a second?", **settings)
+    report.write("gpu_load", list(whole.load_rows()), question="Loading: how much of the bus?", **settings)
+
+
 def main() -> int:
     """Run all, or say why not."""
-    options = report.arguments(__doc__).parse_args()
+    parser = report.arguments(__doc__)
+    parser.add_argument("--part", choices=("all", "kernels", "models"), default="all")
+    options = parser.parse_args()
     try:
         import torch
         import triton
@@ -162,10 +244,17 @@ def main() -> int:
         print("skipped: TRITON_INTERPRET is set")
         return 0
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
-    good = numbers(torch, options.keep)
+    good = options.part == "models" or numbers(torch, options.keep)
     ceiling = copy_gb_s(torch)
     ratios = {"copy GB/s": ceiling}
     settings: dict[str, Any] = {"packages": PACKAGES, "keep": options.keep, "ratios": ratios}
+    if options.part != "kernels":
+        models(ceiling, settings)
+    if options.part == "models":
+        return 0
+    report.write("gpu_nodes", nodes(torch), question="What does a node of a graph cost?", **settings)
+    report.write("gpu_quantised", quantised(torch, ceiling), question="Quantised products?", **settings)
+    report.write("gpu_pointwise", pointwise(torch, ceiling), question="The other kernels?", **settings)
     report.write("gpu_gemv", gemv(torch, ceiling), question="GEMV: how much of the copy's bandwidth?", **settings)
     report.write("gpu_matmul", products(torch), question="Matmul: how much of cuBLAS?", **settings)
     report.write("gpu_attention", attention(torch, ceiling), question="Attention: SDPA and the copy?", **settings)

@@ -1,10 +1,16 @@
-/* Which kernels this processor can run. Asked of the compiler's run time, which also asks whether the system saves the
- * wide registers. */
+/* Which kernels this processor can run. On x86 the compiler's run time is asked, which also asks whether the system saves
+ * the wide registers; on Arm the kernel. */
 #include "kernels.h"
 
 extern const struct kernels kernels_portable;
 #ifdef NEURON_X86
 extern const struct kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#endif
+#ifdef NEURON_ARM64
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+
+extern const struct kernels kernels_neon_dotprod;
 #endif
 
 static int list(const struct kernels *found[4]) {
@@ -18,6 +24,9 @@ static int list(const struct kernels *found[4]) {
     if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &kernels_avx512_bf16;
     if (avx512) found[count++] = &kernels_avx512;
     if (avx2) found[count++] = &kernels_avx2;
+#endif
+#ifdef NEURON_ARM64
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found[count++] = &kernels_neon_dotprod;
 #endif
     found[count++] = &kernels_portable;
     return count;

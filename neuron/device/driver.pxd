@@ -19,6 +19,7 @@ cdef struct Driver:
     int (*event_destroy)(void *event) noexcept nogil
     int (*event_record)(void *event, void *stream) noexcept nogil
     int (*event_synchronize)(void *event) noexcept nogil
+    int (*graph_instantiate)(void **graph_exec, void *graph, unsigned long long flags) noexcept nogil
     int (*graph_launch)(void *graph_exec, void *stream) noexcept nogil
     int (*graph_exec_destroy)(void *graph_exec) noexcept nogil
 
@@ -40,12 +41,14 @@ cdef enum Call:
     CALL_EVENT_DESTROY
     CALL_EVENT_RECORD
     CALL_EVENT_SYNCHRONIZE
+    CALL_GRAPH_INSTANTIATE
     CALL_GRAPH_LAUNCH
     CALL_GRAPH_EXEC_DESTROY
     NUM_CALLS
 
 cdef enum:
     SUCCESS = 0
+    OUT_OF_MEMORY = 2
     NOT_READY = 600
 
 

@@ -34,6 +34,7 @@ SYMBOLS = (
     "cuEventDestroy_v2",
     "cuEventRecord",
     "cuEventSynchronize",
+    "cuGraphInstantiateWithFlags",
     "cuGraphLaunch",
     "cuGraphExecDestroy",
 )
@@ -97,7 +98,7 @@ cdef int _fill(Driver *table, str library) except -1:
         if symbol == NULL:
             dlclose(opened)
             raise DriverNotFoundError(
-                f"{library} has no {name}: the NVIDIA driver is too old; CUDA 11 or later is needed"
+                f"{library} has no {name}: the NVIDIA driver is too old; CUDA 11.4 or later is needed"
             )
         memcpy(<char *>table + position, &symbol, sizeof(void *))
         position += sizeof(void *)

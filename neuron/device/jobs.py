@@ -61,6 +61,17 @@ class ConstraintSettings(msgspec.Struct, frozen=True, array_like=True):
 # ------------------------------------------------------------------ daemon -> worker
 
 
+class GroupSettings(msgspec.Struct, frozen=True, array_like=True):
+    """A rank's place among the workers that hold a model together."""
+
+    rank: int
+    size: int
+    address: str
+    """``host:port`` of rank 0's, where the ranks meet."""
+    limit_s: float = 30.0
+    """How long a rank waits for the others before it takes them for lost."""
+
+
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """Load a model. Answered by ``Done`` with :class:`LoadedModel`, with ``Progress`` before it."""
 
@@ -68,6 +79,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     spec: ModelSpec
     path: str
     """The weights on this host: a ``.gguf`` file or a folder with ``config.json`` and safetensors."""
+    group: GroupSettings | None = None
+    """Where several workers each load a part; the one of rank 0 then takes the model's sequences."""
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):

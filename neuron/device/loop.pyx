@@ -16,9 +16,11 @@ from neuron.device.driver cimport (
     CALL_CONTEXT_SET_CURRENT,
     CALL_EVENT_RECORD,
     CALL_EVENT_SYNCHRONIZE,
+    CALL_GRAPH_INSTANTIATE,
     CALL_GRAPH_LAUNCH,
     CALL_MEMORY_INFO,
     CALL_STREAM_SYNCHRONIZE,
+    OUT_OF_MEMORY,
     SUCCESS,
     Call,
     Driver,
@@ -56,6 +58,13 @@ cdef extern from "<sys/prctl.h>" nogil:
 
 cdef extern from "<poll.h>" nogil:
     enum: POLLIN, POLLOUT
+
+cdef extern from *:
+    """
+    /* Written by the device, or by a test's thread: read anew each time. */
+    static inline int device_word(uintptr_t address) { return __atomic_load_n((int *)address, __ATOMIC_ACQUIRE); }
+    """
+    int device_word(uintptr_t address) nogil
 
 cdef enum:
     MESSAGES_PER_STEP = 64  # a flood of messages does not starve the sequences that run
@@ -246,10 +255,45 @@ cdef class DeviceLoop:
         """End :meth:`run` with status 0 after the call in hand, once the daemon has read what is queued."""
         self._stopping = True
 
-    def replay(self, uintptr_t graph_exec, uint64_t count=1, *, bint stop_on_message=False):
+    def instantiate(self, uintptr_t graph):
+        """Make the captured ``graph`` (a ``CUgraph``) ready to replay; return the handle, which this loop owns.
+
+        Too little memory for it is a DriverError that leaves the device as it was: its caller can do without. Any other
+        is a DeviceFault. Raises ValueError on a device without graphs.
+        """
+        cdef void *graph_exec = NULL
+        cdef int code
+        self._check_usable()
+        if self.driver.table.graph_instantiate == NULL:
+            raise ValueError(f"{self.name} has no graphs")
+        code = self.driver.table.graph_instantiate(&graph_exec, <void *>graph, 0)
+        if code == OUT_OF_MEMORY:
+            raise DriverError(_SYMBOLS[<int>CALL_GRAPH_INSTANTIATE], code, self.driver.error_name(code))
+        if code != SUCCESS:
+            self._poison(code, CALL_GRAPH_INSTANTIATE)
+        self.driver.adopt_graph_exec(<uintptr_t>graph_exec)
+        return <uintptr_t>graph_exec
+
+    def launch(self, uintptr_t graph_exec):
+        """Queue an instantiated graph on the loop's stream once, and return at once. Raises as :meth:`replay`."""
+        cdef int code
+        self._check_usable()
+        if self.driver.table.graph_launch == NULL:
+            raise ValueError(f"{self.name} has no graphs to replay")
+        # Safety: as in replay.
+        with nogil:
+            code = self.driver.table.graph_launch(<void *>graph_exec, self._stream)
+        if code != SUCCESS:
+            self._poison(code, CALL_GRAPH_LAUNCH)
+        self.launches += 1
+
+    def replay(
+        self, uintptr_t graph_exec, uint64_t count=1, *, bint stop_on_message=False, uintptr_t stop_word=0
+    ):
         """Launch an instantiated graph ``count`` times on the loop's stream, wait for it, return how often it ran.
 
-        With ``stop_on_message`` it ends early when the daemon has something to say: the step that runs and the one
+        With ``stop_on_message`` it ends early when the daemon has something to say, with ``stop_word`` when the device
+        has written something other than 0 to the int32 at that address of pinned memory: the step that runs and the one
         queued behind it still finish, so that the device never waits for the host. Raises DeviceFault, and
         ValueError on a device without graphs.
         """
@@ -262,13 +306,13 @@ cdef class DeviceLoop:
         # Safety: the graph is the caller's for the length of the call; stream and events are this loop's, which
         # belongs to this thread; the driver's table never changes.
         with nogil:
-            done = self._replay(<void *>graph_exec, count, stop_on_message, &code, &call)
+            done = self._replay(<void *>graph_exec, count, stop_on_message, stop_word, &code, &call)
         if code != SUCCESS:
             self._poison(code, call)
         return done
 
     cdef uint64_t _replay(
-        self, void *graph_exec, uint64_t count, bint stop_on_message, int *code, Call *call
+        self, void *graph_exec, uint64_t count, bint stop_on_message, uintptr_t stop_word, int *code, Call *call
     ) noexcept nogil:
         cdef Driver *table = self.driver.table
         cdef uint64_t done = 0
@@ -279,10 +323,10 @@ cdef class DeviceLoop:
                 return done
             done += 1
             self.launches += 1
-            if not stop_on_message or done == count:
+            if not (stop_on_message or stop_word) or done == count:
                 continue
-            # Launching returns at once, so looking for messages between launches alone would look before the first
-            # step has run. Waiting for the step before the last keeps one queued behind the one that runs.
+            # Launching returns at once, so looking between launches alone would look before the first step has run.
+            # Waiting for the step before the last keeps one queued behind the one that runs.
             call[0] = CALL_EVENT_RECORD
             code[0] = table.event_record(self._events[done & 1], self._stream)
             if code[0] == SUCCESS and done > 1:
@@ -290,7 +334,9 @@ cdef class DeviceLoop:
                 code[0] = table.event_synchronize(self._events[(done - 1) & 1])
             if code[0] != SUCCESS:
                 return done
-            if self.channel.wait(POLLIN, 0) > 0:
+            if stop_word and device_word(stop_word):
+                break
+            if stop_on_message and self.channel.wait(POLLIN, 0) > 0:
                 break
         call[0] = CALL_STREAM_SYNCHRONIZE
         code[0] = table.stream_synchronize(self._stream)

@@ -50,7 +50,8 @@ def parse_devices(text: str, available: Sequence[str]) -> tuple[str, ...]:
     """Return the ids that ``text`` names: ``0,1``, ``cuda:0``, ``cpu``, ``all``, or ``auto``.
 
     ``available`` are the ids of :func:`probe`. A bare number is a GPU; ``auto`` takes every GPU, or the CPU where
-    there is none; ``all`` also takes the CPU. Raises DeviceListError and UnknownDeviceError.
+    there is none; ``all`` also takes the CPU. ``cpu:1`` and so on are more workers on the same processor and memory,
+    for models over several ranks. Raises DeviceListError and UnknownDeviceError.
     """
     gpus = tuple(device for device in available if device.startswith("cuda:"))
     words = [word.strip().lower() for word in text.split(",")]
@@ -62,10 +63,10 @@ def parse_devices(text: str, available: Sequence[str]) -> tuple[str, ...]:
     for word in words:
         if not word:
             raise DeviceListError(f"empty device in {text!r}: name devices like 0,1 or cuda:0 or cpu")
-        if not (match := re.fullmatch(r"(?:cuda:)?(\d+)|(cpu)(?::0)?", word)):
+        if not (match := re.fullmatch(r"(?:cuda:)?(\d+)|cpu(?::(\d+))?", word)):
             raise DeviceListError(f"{word!r} is no device: name devices like 0,1 or cuda:0 or cpu, or say auto")
-        device = "cpu:0" if match[2] else f"cuda:{int(match[1])}"
-        if device not in available:
+        device = f"cuda:{int(match[1])}" if match[1] else f"cpu:{int(match[2] or 0)}"
+        if device not in available and match[1]:
             raise UnknownDeviceError(f"there is no {device} here; available: {', '.join(available)}")
         if device in found:
             raise DeviceListError(f"{device} is named twice in {text!r}")

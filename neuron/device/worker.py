@@ -241,10 +241,18 @@ class Worker:
     # ------------------------------------------------------------------ what the owner asks
 
     async def load(
-        self, spec: ModelSpec, path: str, *, progress: Callable[[float], None] | None = None
+        self,
+        spec: ModelSpec,
+        path: str,
+        *,
+        progress: Callable[[float], None] | None = None,
+        group: jobs.GroupSettings | None = None,
     ) -> jobs.LoadedModel:
-        """Load a model; ``progress`` gets 0 to 1. Raises RemoteError, DeviceWorkerLostError and -NotReadyError."""
-        result = await self._submit(lambda job: jobs.Load(job, spec, path), progress)
+        """Load a model, or a rank's part of it; ``progress`` gets 0 to 1.
+
+        Raises RemoteError, DeviceWorkerLostError and -NotReadyError.
+        """
+        result = await self._submit(lambda job: jobs.Load(job, spec, path, group), progress)
         if not isinstance(result, jobs.LoadedModel):
             raise self._misled("a load", result)
         return result
@@ -296,6 +304,10 @@ class Worker:
         """Stop a sequence; its sink gets nothing more. One that has ended or never was is ignored."""
         if self._sinks.pop(sequence, None) is not None and self._process is not None:
             self._process.send(self._encode(jobs.Cancel(sequence)))
+
+    def replace(self, reason: str) -> None:
+        """Kill the process, which may hang, and have another take its place. One that is going anyway goes."""
+        self._condemn(reason)
 
     async def _submit(
         self, make: Callable[[int], jobs.ToWorker], progress: Callable[[float], None] | None = None

@@ -13,12 +13,16 @@ import sys
 import msgspec
 import torch
 
-from neuron.device.driver import cuda_driver
-from neuron.device.jobs import Ready
+from neuron.device.channel import Channel
+from neuron.device.driver import DriverError, DriverNotFoundError, cuda_driver
+from neuron.device.jobs import EXIT_POISONED, Poisoned, Ready
 from neuron.device.loop import DeviceLoop, die_with_parent
 from neuron.device.probe import usable_cores
 from neuron.engine.engine import Engine
+from neuron.engine.graph_runner import DeviceGraphs
 from neuron.engine.process_memory import keep_activations_mapped
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,21 +45,49 @@ def main(arguments: list[str] | None = None) -> int:
     if kind == "cpu":
         keep_activations_mapped()
         torch.set_num_threads(usable_cores())
-    else:
-        torch.cuda.set_device(int(ordinal))
-    with DeviceLoop(
-        cuda_driver() if kind == "cuda" else None,
-        int(ordinal),
-        options.channel_fd,
-        name=name,
-        step_limit_s=options.step_limit_s,
-    ) as loop:
+    # The loop closes its descriptor with it, and the daemon is to be told why there is none.
+    spare_fd = os.dup(options.channel_fd)
+    try:
+        loop = DeviceLoop(
+            cuda_driver() if kind == "cuda" else None,
+            int(ordinal),
+            options.channel_fd,
+            name=name,
+            step_limit_s=options.step_limit_s,
+        )
+    except (DriverNotFoundError, DriverError) as error:
+        return _refuse(f"{options.device} cannot be taken: {error}", spare_fd)
+    os.close(spare_fd)
+    with loop:
         # Ends the loop after the message or step in hand, like the daemon's own Shutdown.
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
-        engine = Engine(options.device, loop.send, loop.memory, loop.stop, max_waiting=options.max_waiting)
+        graphs: DeviceGraphs | None = None
+        if kind == "cuda":
+            torch.cuda.set_device(int(ordinal))
+            # torch's work and the loop's graphs are queued on one stream, in the order they are given.
+            torch.cuda.set_stream(torch.cuda.ExternalStream(loop.stream))  # type: ignore[no-untyped-call]
+            graphs = DeviceGraphs(loop)
+        engine = Engine(
+            options.device,
+            loop.send,
+            loop.memory,
+            loop.stop,
+            max_waiting=options.max_waiting,
+            channel_fd=loop.channel.fileno(),
+            graphs=graphs,
+        )
         free_bytes, total_bytes = loop.memory()
         loop.send(msgspec.msgpack.encode(Ready(options.device, os.getpid(), total_bytes, free_bytes)))
         return loop.run(engine)
+
+
+def _refuse(reason: str, channel_fd: int) -> int:
+    """Tell the daemon why there is no device; return the exit status."""
+    logger.error("%s", reason)
+    channel = Channel(channel_fd)
+    channel.send(msgspec.msgpack.encode(Poisoned(reason)))
+    channel.close()
+    return EXIT_POISONED
 
 
 if __name__ == "__main__":

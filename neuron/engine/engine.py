@@ -8,6 +8,7 @@ belongs to the request or the job that caused it; only a device fault leaves the
 import dataclasses
 import logging
 import pathlib
+import select
 from collections.abc import Callable, Generator
 from typing import Final, assert_never
 
@@ -43,7 +44,9 @@ from neuron.device.jobs import (
     ToWorker,
     Unload,
 )
-from neuron.engine.errors import error_info, raise_device_fault
+from neuron.engine.errors import GroupLostError, error_info, raise_device_fault
+from neuron.engine.graph_runner import Graphs
+from neuron.engine.group_runner import Follower
 from neuron.engine.loaded import Model, load_model
 from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
@@ -52,6 +55,8 @@ from neuron.engine.sequence import Sequence
 logger = logging.getLogger(__name__)
 
 QUEUE_RETRY_AFTER_S: Final = 2.0
+FOLLOW_WAIT_S: Final = 0.5
+"""How long a step may be that only waits for rank 0 of some model."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,7 +64,7 @@ class _Loading:
     """A load in progress."""
 
     job: Load
-    progress: Generator[float, None, Model]
+    progress: Generator[float, None, Model | Follower]
     told: float = 0.0
 
 
@@ -67,7 +72,8 @@ class Engine:
     """All models of one device.
 
     ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
-    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take.
+    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take. Messages of
+    the daemon come by ``channel_fd``, for which a worker that follows another waits. ``graphs`` capture steps on a GPU.
     """
 
     def __init__(
@@ -78,8 +84,14 @@ class Engine:
         stop: Callable[[], None],
         *,
         max_waiting: int = 256,
+        channel_fd: int = -1,
+        graphs: Graphs | None = None,
     ) -> None:
-        self._device = torch.device(device)
+        self._graphs = graphs
+        self._channel_fd = channel_fd
+        self._name = device
+        # cpu:1 is another worker on the same processor.
+        self._device = torch.device("cpu" if device.startswith("cpu") else device)
         self._send_bytes = send
         self._memory = memory
         self._stop = stop
@@ -87,13 +99,16 @@ class Engine:
         self._models: dict[str, Model] = {}
         self._model_of: dict[int, Model] = {}
         self._loads: dict[str, _Loading] = {}
+        self._followers: dict[str, Follower] = {}
+        self._left: set[str] = set()
+        """Models whose rank 0 has left before the daemon said that they are to go."""
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
         self._encoder = msgspec.msgpack.Encoder()
 
     @property
     def busy(self) -> bool:
         """Return whether there is a step to run."""
-        return bool(self._loads) or any(model.busy for model in self._models.values())
+        return bool(self._loads or self._followers) or any(model.busy for model in self._models.values())
 
     def handle(self, message: bytes) -> None:
         """Take one message of the daemon's. Raises DeviceFault, and ``msgspec.DecodeError`` for what is none."""
@@ -116,7 +131,12 @@ class Engine:
                 assert_never(job)
 
     def step(self) -> None:
-        """Advance the oldest load by a layer, and run one step of the next model that has work."""
+        """Advance the oldest load by a layer, and run one step of the next model that has work.
+
+        Of models that another rank leads, do what it sends; with nothing else to do, wait a moment for that or a job.
+        """
+        if self._followers:
+            self._follow(0.0 if self._loads or any(model.busy for model in self._models.values()) else FOLLOW_WAIT_S)
         if self._loads:
             self._advance(next(iter(self._loads.values())))
         for name, model in list(self._models.items()):
@@ -126,13 +146,33 @@ class Engine:
                 self._step(model)
                 break
 
+    def _follow(self, timeout_s: float) -> None:
+        sources = select.poll()
+        for descriptor in (self._channel_fd, *(f.runner.group.fileno() for f in self._followers.values())):
+            if descriptor >= 0:
+                sources.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in sources.poll(timeout_s * 1e3)}
+        for name, follower in list(self._followers.items()):
+            if follower.runner.group.fileno() in ready:
+                try:
+                    goes_on = follower.runner.follow()
+                except Exception as error:
+                    raise_device_fault(error)
+                    raise
+                if not goes_on:
+                    self._leave(name)
+                    self._left.add(name)
+
+    def _leave(self, name: str) -> None:
+        self._followers.pop(name).runner.group.close()
+
     # -------------------------------------------------------------- sequences
 
     def _start(self, job: Generate | Embed) -> None:
         try:
             model = self._models.get(job.model)
             if model is None:
-                raise ModelNotFoundError(f"model {job.model!r} is not loaded on {self._device}", param="model")
+                raise ModelNotFoundError(f"model {job.model!r} is not loaded on {self._name}", param="model")
             sequence = _sequence(job, model)
             if model.scheduler.num_unseated >= self._max_waiting:
                 raise OverloadedError(
@@ -182,11 +222,12 @@ class Engine:
 
     def _load(self, job: Load) -> None:
         name = job.spec.id
-        if name in self._models or name in self._loads:
-            error = UnprocessableError(f"model {name!r} is loaded or loading on {self._device} already", param="id")
+        if name in self._models or name in self._loads or name in self._followers:
+            error = UnprocessableError(f"model {name!r} is loaded or loading on {self._name} already", param="id")
             self._send(JobFailed(job.job, error.info()))
             return
-        pieces = load_model(job.spec, pathlib.Path(job.path), self._device, self._free_bytes)
+        self._left.discard(name)
+        pieces = load_model(job.spec, pathlib.Path(job.path), self._device, self._free_bytes, job.group, self._graphs)
         self._loads[name] = _Loading(job, pieces)
 
     def _advance(self, loading: _Loading) -> None:
@@ -195,11 +236,15 @@ class Engine:
             fraction = next(loading.progress)
         except StopIteration as finished:
             del self._loads[job.spec.id]
-            model: Model = finished.value
-            self._models[job.spec.id] = model
-            self._send(Done(job.job, model.describe()))
+            model: Model | Follower = finished.value
+            if isinstance(model, Follower):
+                self._followers[job.spec.id] = model
+            else:
+                self._models[job.spec.id] = model
+            self._send(Done(job.job, model.loaded))
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this job's)
-            raise_device_fault(error)
+            if not isinstance(error, GroupLostError):  # nothing of this device's is lost with a load
+                raise_device_fault(error)
             logger.warning("load of %s failed: %s", job.spec.id, error)
             del self._loads[job.spec.id]
             self._send(JobFailed(job.job, error_info(error)))
@@ -220,9 +265,14 @@ class Engine:
         elif job.model in self._models:
             model = self._models[job.model]
             self._cancel([*model.scheduler.running, *model.scheduler.waiting])
+            model.close()
             del self._models[job.model], model
+        elif job.model in self._followers:
+            self._leave(job.model)
+        elif job.model in self._left:
+            self._left.remove(job.model)
         else:
-            missing = ModelNotFoundError(f"model {job.model!r} is not loaded on {self._device}", param="id")
+            missing = ModelNotFoundError(f"model {job.model!r} is not loaded on {self._name}", param="id")
             self._send(JobFailed(job.job, missing.info()))
             return
         return_freed_memory(self._device)
@@ -233,7 +283,11 @@ class Engine:
         for loading in self._loads.values():
             loading.progress.close()
         self._loads.clear()
+        for model in self._models.values():
+            model.close()
         self._models.clear()
+        for name in list(self._followers):
+            self._leave(name)
         return_freed_memory(self._device)
         self._stop()
 
@@ -243,6 +297,7 @@ class Engine:
         free_bytes = self._memory()[0]
         if self._device.type == "cpu":
             free_bytes -= sum(model.plan.kv_cache_bytes for model in self._models.values())
+            free_bytes -= sum(follower.plan.kv_cache_bytes for follower in self._followers.values())
         return max(0, free_bytes)
 
     def _send(self, message: FromWorker) -> None:

@@ -3,6 +3,7 @@
 import re
 from typing import Final
 
+import msgspec
 import torch
 
 from cortex.wire.errors import ApiError, ErrorInfo, UnavailableError
@@ -30,6 +31,12 @@ class OutOfMemoryError(UnavailableError):
     code = "out_of_memory"
 
 
+class GroupLostError(UnavailableError):
+    """A rank of the model's group is gone or does not answer."""
+
+    code = "group_lost"
+
+
 # What torch raises for driver and library faults before and after torch.AcceleratorError. A failed allocation is none.
 FAULTS: Final = re.compile(
     r"CUDA error|CUDNN_STATUS_|CUBLAS_STATUS_(?!NOT_SUPPORTED|ALLOC_FAILED)|NCCL error|cudaError"
@@ -43,6 +50,9 @@ def raise_device_fault(error: Exception) -> None:
     """
     if isinstance(error, DeviceFault):
         raise error
+    if isinstance(error, GroupLostError):
+        # The ranks no longer run the same step, so all their workers are replaced.
+        raise DeviceFault("group", -1, error.message) from error
     if isinstance(error, torch.OutOfMemoryError):
         return
     known = getattr(torch, "AcceleratorError", ())
@@ -58,4 +68,7 @@ def error_info(error: Exception) -> ErrorInfo:
         return error.info()
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return OutOfMemoryError(f"out of device memory: {error}", retry_after_s=1.0).info()
-    return EngineError(f"{type(error).__name__}: {error}").info()
+    found = EngineError(f"{type(error).__name__}: {error}").info()
+    # Errors of the kernels know no wire, but have a code.
+    code = getattr(error, "code", None)
+    return msgspec.structs.replace(found, code=code) if isinstance(code, str) else found

@@ -17,9 +17,11 @@ import torch
 
 from cortex.wire.errors import ErrorInfo, UnprocessableError
 from cortex.wire.node import ModelSpec
+from neuron.device.driver import DriverHandle, cuda_driver
 from neuron.device.jobs import (
     ConstraintSettings,
     Embedding,
+    GroupSettings,
     LoadedModel,
     Pooling,
     SequenceEnd,
@@ -28,6 +30,9 @@ from neuron.device.jobs import (
 )
 from neuron.engine.constraint import Constraint, ConstraintError, Vocabulary
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
+from neuron.engine.graph_runner import GraphRunner, Graphs
+from neuron.engine.group import Group
+from neuron.engine.group_runner import Follower, GroupRunner
 from neuron.engine.launched import Executor, Launched
 from neuron.engine.native_runner import NativeRunner, shared_pool
 from neuron.engine.pace import Pace
@@ -42,7 +47,8 @@ from neuron.models.config import ModelConfig
 from neuron.models.decoder import load_decoder
 from neuron.models.packed_weights import load_packed
 from neuron.models.prebuild import prepare
-from neuron.models.sizing import PAGE_TOKENS, MemoryPlan, plan_memory
+from neuron.models.shard import Shard, local_config
+from neuron.models.sizing import PAGE_TOKENS, MemoryPlan, plan_memory, with_pages
 from neuron.models.weights import open_weights
 from neuron.text import tokenizer
 
@@ -112,17 +118,17 @@ class Model:
             )
         )
 
-    def describe(self) -> LoadedModel:
-        """Return what the daemon is told of a finished load."""
-        return LoadedModel(
-            model=self.name,
-            architecture=self.config.architecture.name,
-            dtype=self.plan.dtype,
-            context_tokens=self.plan.context_tokens,
-            max_sequences=self.plan.max_sequences,
-            weights_bytes=self.plan.weights_bytes,
-            kv_cache_bytes=self.plan.kv_cache_bytes,
-        )
+    @property
+    def loaded(self) -> LoadedModel:
+        """What the daemon is told of a finished load."""
+        return _described(self.name, self.config, self.plan)
+
+    def close(self) -> None:
+        """Leave the other ranks, and destroy the graphs, where there are some."""
+        if isinstance(self.runner, GroupRunner):
+            self.runner.group.close()
+        elif isinstance(self.runner, GraphRunner):
+            self.runner.close()
 
     def constrain(self, settings: ConstraintSettings) -> Constraint:
         """Return the state of a sequence that follows a grammar.
@@ -302,16 +308,41 @@ class Model:
                 output.failures.append((sequence.number, error_info(error)))
 
 
-def load_model(
-    spec: ModelSpec, path: pathlib.Path, device: torch.device, free_bytes: Callable[[], int]
-) -> Generator[float, None, Model]:
-    """Load a model in pieces of one layer; yield the share done, return the model.
+def _described(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
+    return LoadedModel(
+        model=name,
+        architecture=config.architecture.name,
+        dtype=plan.dtype,
+        context_tokens=plan.context_tokens,
+        max_sequences=plan.max_sequences,
+        weights_bytes=plan.weights_bytes,
+        kv_cache_bytes=plan.kv_cache_bytes,
+    )
 
-    Nothing is allocated before it is known to fit. Raises the errors of :mod:`neuron.models`.
+
+def _driver_version(device: torch.device) -> tuple[int, int]:
+    return DriverHandle(cuda_driver()).version() if device.type == "cuda" else (0, 0)
+
+
+def load_model(
+    spec: ModelSpec,
+    path: pathlib.Path,
+    device: torch.device,
+    free_bytes: Callable[[], int],
+    group: GroupSettings | None = None,
+    graphs: Graphs | None = None,
+) -> Generator[float, None, Model | Follower]:
+    """Load a model, or with ``group`` one rank's part, in pieces of one layer; yield the share done, return it.
+
+    ``graphs`` are what the device captures steps with, if it can.
+
+    Nothing is allocated before it is known to fit. Raises the errors of :mod:`neuron.models`, :class:`GroupLostError`.
     """
+    if group is not None:
+        return (yield from _load_part(spec, path, device, free_bytes, group))
     if spec.tensor_parallel != 1:
         raise UnprocessableError(
-            f"tensor_parallel is {spec.tensor_parallel}; this engine runs a model on one device",
+            f"tensor_parallel is {spec.tensor_parallel}; this worker was told of no group to be in",
             param="tensor_parallel",
         )
     source = open_weights(path)
@@ -325,8 +356,39 @@ def load_model(
             if device.type == "cpu":
                 logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
             weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
-            runner = Runner(source.config, weights, plan, device)
+            runner = (
+                Runner(source.config, weights, plan, device)
+                if graphs is None
+                else GraphRunner(source.config, weights, plan, device, graphs)
+            )
     finally:
         source.close()
-    prepare(source.config, plan, device)
+    prepare(source.config, plan, device, _driver_version(device))
     return Model(spec.id, source.config, plan, runner, path, prefix_cache=spec.prefix_cache)
+
+
+def _load_part(
+    spec: ModelSpec, path: pathlib.Path, device: torch.device, free_bytes: Callable[[], int], settings: GroupSettings
+) -> Generator[float, None, Model | Follower]:
+    shard = Shard(settings.rank, settings.size)
+    source = open_weights(path)
+    group: Group | None = None
+    try:
+        config = source.config
+        plan = plan_memory(config, spec, str(device), free_bytes(), shard)
+        yield 0.0
+        group = Group(settings, device)
+        plan = with_pages(plan, group.least(plan.num_pages))
+        dtype = getattr(torch, plan.dtype)
+        weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
+        runner = GroupRunner(config, weights, plan, device, group)
+        prepare(local_config(config, shard), plan, device, _driver_version(device))
+    except BaseException:
+        if group is not None:
+            group.close()
+        raise
+    finally:
+        source.close()
+    if settings.rank:
+        return Follower(runner, plan, _described(spec.id, config, plan))
+    return Model(spec.id, config, plan, runner, path, prefix_cache=spec.prefix_cache)

@@ -41,6 +41,7 @@ class Runner:
         self._values = zeros(shape, weights.dtype, device)
         self._last_ids = torch.empty(0, dtype=torch.int32, device=device)
         """What the last step sampled."""
+        self._none = torch.empty((0, config.hidden_size), dtype=torch.float32, device=device)
         self.sampler = Sampler(plan.max_sequences, config.vocab_size, device)
 
     @torch.inference_mode()
@@ -59,17 +60,14 @@ class Runner:
         )
         token_ids = self._to_device(plan.token_ids)
         if plan.token_ids.min() < 0:
-            # What was not finite has no token; its sequence ends when that is known.
-            before = self._last_ids.clamp(min=0)
-            token_ids = torch.where(token_ids < 0, before[(-1 - token_ids).clamp(min=0)], token_ids)
-        hidden = decoder.forward(self.config, self._weights, token_ids, batch, self._keys, self._values)
+            token_ids = self._known(token_ids)
+        hidden = self._forward(token_ids, batch)
         last = hidden.index_select(0, batch.cu_seqlens[1:] - 1)
         finite = last.sum(-1, dtype=torch.float32).isfinite()
         ids = torch.empty(0, dtype=torch.int32, device=self.device)
         report: LogprobReport | None = None
         if len(plan.sampled):
-            chosen = self._rows(hidden, plan.sampled)
-            logits = decoder.logits(self._weights, chosen, cap=self.config.logit_cap)
+            logits = self._logits(self._rows(hidden, plan.sampled))
             ids, report = self.sampler.sample(logits, plan.seats, plan.num_output), self.sampler.report
         self._last_ids = ids
         return DeviceStep(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
@@ -82,6 +80,20 @@ class Runner:
         chosen = torch.from_numpy(pages).to(self.device, torch.int64)
         self._keys[:, chosen] = 0
         self._values[:, chosen] = 0
+
+    def _known(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return ``token_ids`` with those that the step before sampled in the places of the negative ones."""
+        # What was not finite has no token; its sequence ends when that is known.
+        before = self._last_ids.clamp(min=0)
+        return torch.where(token_ids < 0, before[(-1 - token_ids).clamp(min=0)], token_ids)
+
+    def _forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the hidden states ``[T, hidden]``."""
+        return decoder.forward(self.config, self._weights, token_ids, batch, self._keys, self._values)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[R, V]`` of the rows ``hidden``."""
+        return decoder.logits(self._weights, hidden, cap=self.config.logit_cap)
 
     def _rows(self, hidden: torch.Tensor, rows: Int32Array) -> torch.Tensor:
         return hidden if len(rows) == len(hidden) else hidden.index_select(0, self._to_device(rows))

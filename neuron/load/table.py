@@ -69,6 +69,8 @@ class Entry:
     error: str | None = None
     loading: "asyncio.Task[None] | None" = None
     leaving: "asyncio.Task[None] | None" = None
+    lost_on: set[str] = field(default_factory=set)
+    """Devices whose workers have to come back before it can be loaded again."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def status(self) -> ModelStatus:
@@ -258,18 +260,35 @@ class ModelTable:
         self._note_change()
         return entry.status()
 
-    def lose(self, device: str) -> None:
-        """Mark the models of a device whose worker died ``recovering``: they answer 503 until :meth:`recover`."""
+    def lose(self, device: str) -> frozenset[str]:
+        """Mark the models of a device whose worker died ``recovering``: they answer 503 until :meth:`recover`.
+
+        Returns the devices that hold such a model together with it: their workers are of no use to it any more, and one
+        of them may hang, so all are to be replaced.
+        """
         self.rooms.unloads.pop(device, None)
+        others: set[str] = set()
         for entry in self.on_device(device):
-            if entry.leaving is None:
-                self._enter(entry, ModelState.RECOVERING)
+            if entry.leaving is not None:
+                continue
+            self._enter(entry, ModelState.RECOVERING)
+            if not entry.lost_on and entry.model is not None:
+                entry.lost_on.update(entry.model.devices)
+                others |= entry.lost_on
+            entry.lost_on.add(device)
+        return frozenset(others - {device})
 
     async def recover(self, device: str) -> None:
-        """Load the models of a device again on its new worker; returns when each is ready or has failed."""
-        recovering = [entry for entry in self.on_device(device) if entry.state is ModelState.RECOVERING]
-        for entry in recovering:
-            self._begin(entry, ModelState.RECOVERING)
+        """Load the models of a device again on its new worker; returns when each is ready or has failed.
+
+        One that several devices hold is loaded when the last of them is back.
+        """
+        recovering = []
+        for entry in self.on_device(device):
+            entry.lost_on.discard(device)
+            if entry.state is ModelState.RECOVERING and not entry.lost_on:
+                recovering.append(entry)
+                self._begin(entry, ModelState.RECOVERING)
         await asyncio.gather(*(e.loading for e in recovering if e.loading is not None), return_exceptions=True)
 
     def on_device(self, device: str) -> list[Entry]:

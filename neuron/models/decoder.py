@@ -6,6 +6,7 @@ input are one matrix each (q, k and v; gate and up), put together while the chec
 
 import dataclasses
 from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,11 +15,13 @@ from neuron.models.config import ModelConfig
 from neuron.models.matrix_reader import MatrixReader, some_rows
 from neuron.models.rope import inverse_frequencies
 from neuron.models.shard import WHOLE, Shard, local_config
-from neuron.models.weights import WeightSource
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix, embedding_rows
 from neuron.triton_kernels.reference import rotary_table
+
+if TYPE_CHECKING:
+    from neuron.models.weights import WeightSource
 
 SumRanks = Callable[[torch.Tensor], torch.Tensor]
 
@@ -67,7 +70,7 @@ class DecoderWeights:
 
 
 def load_decoder(
-    source: WeightSource,
+    source: "WeightSource",
     dtype: torch.dtype,
     device: torch.device,
     *,

@@ -7,7 +7,7 @@ that are to be rounded are rounded on the device. On ``meta`` nothing is read: t
 
 import itertools
 from collections.abc import Iterator
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 
@@ -16,9 +16,11 @@ from neuron.models.config import ModelConfig
 from neuron.models.gguf import BLOCKS
 from neuron.models.shard import Shard
 from neuron.models.transfer import Transfer
-from neuron.models.weights import WeightSource
 from neuron.triton_kernels import quantized
 from neuron.triton_kernels.quantized import BLOCK, SUPER_BLOCK, Matrix, Quantization, QuantizedMatrix, StackedMatrix
+
+if TYPE_CHECKING:
+    from neuron.models.weights import WeightSource
 
 RUN_ELEMENTS: Final = 1 << 22
 """Elements of a matrix that are laid out anew at a time: some 20 MiB of temporary arrays."""
@@ -28,7 +30,7 @@ class MatrixReader:
     """Reads the tensors of ``source``; floats in ``dtype``, matrices in the form that ``quant`` leads to."""
 
     def __init__(
-        self, source: WeightSource, dtype: torch.dtype, device: torch.device, quant: str, shard: Shard
+        self, source: "WeightSource", dtype: torch.dtype, device: torch.device, quant: str, shard: Shard
     ) -> None:
         self.shapes = source.config.tensor_shapes()
         """Of the whole model, by safetensors name."""

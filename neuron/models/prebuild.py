@@ -16,6 +16,7 @@ import torch
 
 from neuron.models import decoder, quantization
 from neuron.models.config import ModelConfig, read_config
+from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import dispatch
@@ -61,6 +62,8 @@ def prepare(
 
     Nothing to do where eager torch runs. Raises what :func:`neuron.triton_kernels.warm.warm` raises.
     """
+    if plan.quant == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UnsupportedQuantizationError(f"{device} cannot convert float8; sm_89 and later can", param="quant")
     if dispatch.operations_for(device, getattr(torch, plan.dtype)) is dispatch.EAGER:
         return
     # Only here: a host without CUDA has no use for the compiler, and may not have it.

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from neuron.models import packed
 from neuron.models.config import DTYPE_BYTES, ModelConfig
 from neuron.models.errors import UnsupportedQuantizationError
+from neuron.models.gguf import BLOCKS
 from neuron.models.shard import WHOLE, Shard, local_config
 
 NONE: Final = "none"
@@ -55,15 +55,22 @@ def resolve(config: ModelConfig, quant: str, dtype: str, device: str) -> str:
         return STORED if kept and not on_cpu and dtype != "float32" else NONE
     if quant == NONE:
         return NONE
-    if any(kind not in packed.FLOATS for kind in config.tensor_kinds.values()):
+    if any(BLOCKS[kind][0] > 1 for kind in config.tensor_kinds.values()):
         raise UnsupportedQuantizationError(
             f"quant is {quant!r}, but the file is quantised already; load it with quant = 'auto'", param="quant"
         )
-    if on_cpu and packed.enabled():
+    if on_cpu and _cpu_kernels_run():
         raise UnsupportedQuantizationError(
             f"quant is {quant!r}, which is for GPUs; a CPU runs a GGUF file in the form it is stored in", param="quant"
         )
     return quant
+
+
+def _cpu_kernels_run() -> bool:
+    # Only here: whoever has a GPU needs no native code for its weights.
+    from neuron.models import packed
+
+    return packed.enabled()
 
 
 def form_of(config: ModelConfig, name: str, quant: str, columns: slice) -> str | None:

@@ -75,6 +75,16 @@ class MemoryPlan:
         return self.weights_bytes + self.kv_cache_bytes + self.workspace_bytes
 
 
+def with_pages(plan: MemoryPlan, num_pages: int) -> MemoryPlan:
+    """Return ``plan`` with fewer pages: ranks have as many as the one with the least room."""
+    return dataclasses.replace(
+        plan,
+        num_pages=num_pages,
+        context_tokens=min(plan.context_tokens, num_pages * PAGE_TOKENS),
+        kv_cache_bytes=plan.kv_cache_bytes // plan.num_pages * num_pages,
+    )
+
+
 def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: int, shard: Shard = WHOLE) -> MemoryPlan:
     """Return the plan for ``spec`` on ``device`` (``cpu:0``, ``cuda:1``) with ``free_bytes`` free.
 
@@ -154,13 +164,13 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
     )
 
 
-def least_bytes(config: ModelConfig, spec: ModelSpec, device: str) -> int:
+def least_bytes(config: ModelConfig, spec: ModelSpec, device: str, shard: Shard = WHOLE) -> int:
     """Return the fewest free bytes with which :func:`plan_memory` has a plan.
 
     Raises :class:`InvalidRequestError` as that does.
     """
     try:
-        return plan_memory(config, spec, device, 0).total_bytes
+        return plan_memory(config, spec, device, 0, shard).total_bytes
     except DoesNotFitError as error:
         return error.needed_bytes
 

@@ -1,6 +1,7 @@
 """The pool: many calls, from many threads, with more threads than cores."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -39,6 +40,19 @@ def test_threads_go_with_their_pool() -> None:
         assert threading_count() == before + 3
         del pool
     assert threading_count() == before
+
+
+def test_idle_threads_take_no_time() -> None:
+    """They spin for 50 us behind a call, and sleep until the next."""
+    pool = native.Pool(4)
+    values = np.zeros((64, 32), np.float32)
+    packed = np.zeros(native.packed_bytes(3, 64, 32), np.uint8)
+    for _ in range(20):
+        native.pack(pool, values.view(np.uint8).reshape(-1), 0, 64, 32, packed, 3)
+    time.sleep(0.05)
+    begin = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - begin < 0.05
 
 
 def threading_count() -> int:

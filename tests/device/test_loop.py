@@ -434,6 +434,64 @@ def test_a_message_that_waits_lets_one_step_run(start: Callable[..., Running]) -
     running.end()
 
 
+@pytest.mark.parametrize("stop_on_message", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_word_of_the_device_stops_a_run_of_steps(
+    start: Callable[..., Running], steps: int, stop_on_message: bool
+) -> None:
+    """As when all sequences have ended: the step that says so and the one queued behind it are the last."""
+    word = fake.stop_word_after(steps)
+
+    def make(loop: DeviceLoop) -> Handler:
+        def handle(message: bytes) -> None:
+            done = loop.replay(GRAPH, 1000, stop_on_message=stop_on_message, stop_word=word)
+            loop.send(b"done %d" % done)
+
+        return Script(handle)
+
+    running = start(make)
+    running.daemon.send(b"go")
+    assert running.daemon.recv(30) == b"done %d" % (steps + 1)
+    running.end()
+    assert running.seen.launches == fake.count("cuGraphLaunch") == steps + 1
+    assert fake.most_under_way() == 2
+
+
+def test_a_captured_graph_is_made_ready_and_owned(start: Callable[..., Running]) -> None:
+    """Too little memory for a graph leaves the device as it was; any other failure does not."""
+    said: list[str] = []
+
+    def make(loop: DeviceLoop) -> Handler:
+        def handle(message: bytes) -> None:
+            if message == b"more":
+                loop.instantiate(0x51)
+            graph = loop.instantiate(0x50)
+            assert loop.driver.num_graph_execs == 1
+            assert loop.replay(graph, 3) == 3
+            try:
+                loop.instantiate(0x51)
+            except DriverError as error:
+                said.append(str(error))
+                assert not isinstance(error, DeviceFault)
+            assert loop.driver.num_graph_execs == 1
+            loop.driver.destroy_graph_exec(graph)
+            loop.send(b"%d" % loop.replay(graph, 2))
+
+        return Script(handle)
+
+    fake.reset(faults_stick=False)
+    fake.fail("cuGraphInstantiateWithFlags", 2, 2)
+    running = start(make)
+    running.daemon.send(b"go")
+    assert running.daemon.recv(30) == b"2"
+    assert said == ["cuGraphInstantiateWithFlags returned 2 (CUDA_ERROR_OUT_OF_MEMORY)"]
+    assert running.seen.loop is not None
+    fake.fail("cuGraphInstantiateWithFlags", 3, 719)
+    running.daemon.send(b"more")
+    assert b"cuGraphInstantiateWithFlags returned 719" in running.daemon.recv(30)
+    assert running.join() == EXIT_POISONED
+
+
 @pytest.mark.parametrize("at", [1, 2, 7])
 @pytest.mark.parametrize("call", ["cuGraphLaunch", "cuStreamSynchronize", "cuEventRecord", "cuEventSynchronize"])
 def test_a_fault_poisons(start: Callable[..., Running], caplog: pytest.LogCaptureFixture, call: str, at: int) -> None:

@@ -41,7 +41,11 @@ def test_devices_by_name(text: str, available: tuple[str, ...], expected: tuple[
     assert parse_devices(text, available) == expected
 
 
-@pytest.mark.parametrize("text", ["", ",", "0,", "gpu", "cuda:", "cuda:x", "cpu:1", "-1", "1.5", "0,cuda:0", "auto,0"])
+def test_more_workers_on_the_processor_can_be_named() -> None:
+    assert parse_devices("cpu, cpu:1", ["cpu:0"]) == ("cpu:0", "cpu:1")
+
+
+@pytest.mark.parametrize("text", ["", ",", "0,", "gpu", "cuda:", "cuda:x", "-1", "1.5", "0,cuda:0", "auto,0"])
 def test_lists_that_make_no_sense(text: str) -> None:
     with pytest.raises(DeviceListError) as refused:
         parse_devices(text, TWO)

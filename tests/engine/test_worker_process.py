@@ -1,6 +1,8 @@
 """The worker as a process of its own, over a real channel."""
 
 import array
+import asyncio
+import importlib.util
 import os
 import pathlib
 import signal
@@ -14,7 +16,9 @@ import pytest
 
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
+from neuron.device import worker as device_worker
 from neuron.device.channel import Channel, socket_pair
+from neuron.errors import DeviceWorkerLostError
 
 
 class Worker:
@@ -78,3 +82,34 @@ def test_sigterm_and_a_daemon_that_goes_are_orderly_ends(worker: Worker) -> None
     assert isinstance(other.receive(), jobs.Ready)
     other.channel.close()
     assert other.process.wait(30) == 0
+
+
+def fault_of(library: pathlib.Path | None, tmp_path: pathlib.Path, device: str) -> str:
+    """Start a worker of a GPU that is not to be had; return what the daemon's handle on it says."""
+    environment = {}
+    if library is not None:
+        (tmp_path / "libcuda.so.1").symlink_to(library)
+        environment["LD_LIBRARY_PATH"] = str(tmp_path)
+
+    async def story() -> str:
+        found = device_worker.Worker(device, [sys.executable, "-m", "neuron.engine"], environment=environment)
+        with pytest.raises(DeviceWorkerLostError) as caught:
+            await found.start()
+        await found.stop()
+        return str(caught.value)
+
+    return asyncio.run(story())
+
+
+def test_a_host_without_a_driver_is_told_what_to_do(tmp_path: pathlib.Path) -> None:
+    said = fault_of(None, tmp_path, "cuda:0")
+    assert "cuda:0 cannot be taken: no NVIDIA driver: libcuda.so.1 cannot be opened" in said
+    assert "--devices cpu" in said
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
+    spec = importlib.util.find_spec("neuron.device._fake_libcuda")
+    assert spec is not None
+    assert spec.origin is not None
+    said = fault_of(pathlib.Path(spec.origin), tmp_path, "cuda:5")
+    assert "cuda:5 cannot be taken: cuDeviceGet returned 100 (CUDA_ERROR_NO_DEVICE)" in said

@@ -21,6 +21,7 @@ from neuron.device.driver cimport (
     CALL_EVENT_SYNCHRONIZE,
     CALL_GET_VERSION,
     CALL_GRAPH_EXEC_DESTROY,
+    CALL_GRAPH_INSTANTIATE,
     CALL_GRAPH_LAUNCH,
     CALL_INIT,
     CALL_MEMORY_INFO,
@@ -41,9 +42,11 @@ cdef extern from *:
     static void *fake_get_current(void) { return fake_current_context; }
     static void fake_set_current(void *context) { fake_current_context = context; }
     #define fake_count(counter) __atomic_add_fetch((counter), 1, __ATOMIC_RELAXED)
+    #define fake_store(word, value) __atomic_store_n((word), (value), __ATOMIC_RELEASE)
     #define fake_counted(counter) __atomic_load_n((counter), __ATOMIC_RELAXED)
     """
     uint64_t fake_count(uint64_t *counter) nogil
+    void fake_store(int *word, int value) nogil
     uint64_t fake_counted(uint64_t *counter) nogil
     void *fake_get_current() nogil
     void fake_set_current(void *context) nogil
@@ -111,6 +114,8 @@ cdef int fake_error_name(int code, const char **name) noexcept nogil:
         name[0] = b"CUDA_ERROR_LAUNCH_FAILED"
     elif code == 700:
         name[0] = b"CUDA_ERROR_ILLEGAL_ADDRESS"
+    elif code == 2:
+        name[0] = b"CUDA_ERROR_OUT_OF_MEMORY"
     elif code == INVALID_DEVICE:
         name[0] = b"CUDA_ERROR_INVALID_DEVICE"
     else:
@@ -171,11 +176,21 @@ cdef int fake_stream_destroy(void *stream) noexcept nogil:
     streams -= 1
     return enter(CALL_STREAM_DESTROY)
 
-cdef int fake_stream_synchronize(void *stream) noexcept nogil:
+# What the device does of its own: the step that finishes as number `stop_at` writes to the host's word.
+cdef uint64_t stop_at
+cdef int stop_word
+
+cdef void finish(uint64_t until) noexcept nogil:
     global finished
+    if until > finished:
+        finished = until
+    if stop_at and finished >= stop_at:
+        fake_store(&stop_word, 1)
+
+cdef int fake_stream_synchronize(void *stream) noexcept nogil:
     cdef int code = enter(CALL_STREAM_SYNCHRONIZE)
     if code == 0:
-        finished = launched
+        finish(launched)
         code = need_context()
     return code
 
@@ -204,10 +219,9 @@ cdef int fake_event_record(void *event, void *stream) noexcept nogil:
     return enter(CALL_EVENT_RECORD)
 
 cdef int fake_event_synchronize(void *event) noexcept nogil:
-    global finished
     cdef int code = enter(CALL_EVENT_SYNCHRONIZE)
-    if code == 0 and recorded[<uintptr_t>event & 63] > finished:
-        finished = recorded[<uintptr_t>event & 63]
+    if code == 0:
+        finish(recorded[<uintptr_t>event & 63])
     return code
 
 cdef uint64_t furthest  # the most launches that were ever under way at once
@@ -222,6 +236,16 @@ cdef int fake_launch(void *graph_exec, void *stream) noexcept nogil:
     if code == 0:
         launched += 1
         furthest = max(furthest, launched - finished)
+    return code
+
+cdef int fake_instantiate(void **graph_exec, void *graph, unsigned long long flags) noexcept nogil:
+    global next_handle
+    cdef int code = enter(CALL_GRAPH_INSTANTIATE)
+    if code == 0:
+        code = need_context()
+    if code == 0:
+        next_handle += 1
+        graph_exec[0] = <void *>next_handle
     return code
 
 cdef int fake_graph_destroy(void *graph_exec) noexcept nogil:
@@ -245,6 +269,7 @@ table.event_create = fake_event_create
 table.event_destroy = fake_event_destroy
 table.event_record = fake_event_record
 table.event_synchronize = fake_event_synchronize
+table.graph_instantiate = fake_instantiate
 table.graph_launch = fake_launch
 table.graph_exec_destroy = fake_graph_destroy
 
@@ -260,7 +285,9 @@ def call_number(name):
 def reset(*, size_t free=3 << 30, size_t total=4 << 30, bint faults_stick=True):
     """Forget everything. With ``faults_stick`` each call after a failed one fails too, as on a real device."""
     global num_calls, retained, streams, events, misuses, launched, finished, free_bytes, total_bytes, sticky, broken
-    global context, furthest
+    global context, furthest, stop_at
+    stop_at = 0
+    fake_store(&stop_word, 0)
     num_calls = launched = finished = furthest = 0
     retained = streams = events = misuses = broken = 0
     context = NULL
@@ -276,6 +303,13 @@ def fail(name, uint64_t at, int code=719):
     cdef int call = call_number(name)
     fail_at[call] = at
     fail_with[call] = code
+
+
+def stop_word_after(uint64_t steps):
+    """Return the address of a word that the device writes when it has finished so many launches."""
+    global stop_at
+    stop_at = steps
+    return <uintptr_t>&stop_word
 
 
 def delay(name, unsigned int microseconds):

@@ -1,0 +1,199 @@
+"""The ranks that hold one model together: sums and gathers over them, and the steps that rank 0 sends the others.
+
+Each rank is the same worker process with a part of the weights. Rank 0 schedules, samples and answers; before it runs a
+step it sends the step's plan to the others, which run it on their part and meet it in the sums. They meet over TCP, so
+ranks may sit on several hosts. Sums go by NCCL between GPUs and by Gloo otherwise; plans by a connection of their own,
+which a rank can wait for beside its daemon's channel, as it could not for a collective.
+
+A rank that is gone or that hangs makes the others' sums fail, at once or after ``limit_s``, and the group is over:
+:class:`GroupLostError`. It does not know schedulers or requests.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import secrets
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import torch
+from torch import distributed
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # typed there, and exported by torch.distributed
+from torch.distributed import ReduceOp
+
+from neuron.device.jobs import GroupSettings
+from neuron.engine.errors import GroupLostError
+from neuron.engine.plan import StepPlan
+from neuron.engine.sequence import Int32Array
+
+TOKEN_BYTES: Final = 16
+_LENGTH: Final = struct.Struct("<I")
+_BACKEND: Final = {"cuda": "nccl", "cpu": "gloo"}
+
+
+class Cleared(msgspec.Struct, frozen=True, tag="cleared"):
+    """Pages to be zeroed, as int32."""
+
+    pages: bytes
+
+
+class Planned(msgspec.Struct, frozen=True, tag="planned"):
+    """The fields of a step's plan, by name: numbers, and int32 arrays as shape and bytes."""
+
+    numbers: dict[str, int]
+    arrays: dict[str, tuple[tuple[int, ...], bytes]]
+
+
+class Group:
+    """This rank's place among the others, from when all have come until :meth:`close`.
+
+    Raises :class:`GroupLostError` if they do not come within ``limit_s``.
+    """
+
+    def __init__(self, settings: GroupSettings, device: torch.device) -> None:
+        self.rank, self.size = settings.rank, settings.size
+        self._device = device
+        self._limit_s = settings.limit_s
+        self._sockets: list[socket.socket] = []
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Planned | Cleared).decode
+        host, _, port = settings.address.rpartition(":")
+        limit = datetime.timedelta(seconds=settings.limit_s)
+        with _lost("meeting the other ranks"):
+            leads = self.rank == 0
+            self._store = TCPStore(host, int(port), self.size, leads, limit, wait_for_workers=False)
+            self._connect(host)
+            store = PrefixStore(_BACKEND[device.type], self._store)
+            self._ranks = _process_group(device, store, self.rank, self.size, limit)
+            self.least(0)  # a first collective makes all connections
+
+    # ------------------------------------------------------------------ collectives
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum of ``x`` over the ranks, in place."""
+        with _lost("a sum"):
+            self._ranks.allreduce([x]).wait()
+        return x
+
+    def gather(self, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+        """Return the parts of all ranks side by side: ``[R, sum(widths)]`` of this rank's ``[R, widths[rank]]``."""
+        widest = max(widths)
+        if x.shape[1] < widest:
+            x = torch.nn.functional.pad(x, (0, widest - x.shape[1]))
+        parts = [torch.empty_like(x) for _ in widths]
+        with _lost("a gather"):
+            self._ranks.allgather([parts], [x.contiguous()]).wait()
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+    def least(self, number: int) -> int:
+        """Return the least of the ranks' numbers."""
+        value = torch.tensor([number], dtype=torch.int64, device=self._device)
+        options = distributed.AllreduceOptions()
+        options.reduceOp = ReduceOp(ReduceOp.MIN)
+        with _lost("a comparison"):
+            self._ranks.allreduce([value], options).wait()
+        return int(value)
+
+    # ------------------------------------------------------------------ plans
+
+    def send(self, what: StepPlan | Int32Array) -> None:
+        """Send the other ranks a step, or pages to be zeroed. Of rank 0."""
+        if isinstance(what, np.ndarray):
+            message: Planned | Cleared = Cleared(what.tobytes())
+        else:
+            fields = {field.name: getattr(what, field.name) for field in dataclasses.fields(what)}
+            message = Planned(
+                {name: value for name, value in fields.items() if isinstance(value, int)},
+                {
+                    name: (value.shape, np.ascontiguousarray(value).tobytes())
+                    for name, value in fields.items()
+                    if isinstance(value, np.ndarray)
+                },
+            )
+        data = self._encode(message)
+        with _lost("sending a step"):
+            for other in self._sockets:
+                other.sendall(_LENGTH.pack(len(data)) + data)
+
+    def fileno(self) -> int:
+        """Return what becomes readable when rank 0 has sent something. Of the other ranks."""
+        return self._sockets[0].fileno()
+
+    def receive(self) -> Planned | Cleared | None:
+        """Return the next thing that rank 0 sent; ``None`` once it has left. Of the other ranks."""
+        with _lost("receiving a step"):
+            size = self._read(_LENGTH.size)
+            data = size and self._read(_LENGTH.unpack(size)[0])
+        return self._decode(data) if data else None
+
+    def close(self) -> None:
+        """Leave: what the others do next with this group fails."""
+        for other in self._sockets:
+            other.close()
+        self._sockets.clear()
+        with contextlib.suppress(RuntimeError):
+            self._ranks.abort()
+        del self._ranks
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            piece = self._sockets[0].recv(size - len(data))
+            if not piece:
+                return b""
+            data += piece
+        return bytes(data)
+
+    def _connect(self, host: str) -> None:
+        """Join rank 0 to each other rank. Where it listens, and the word that opens, are in the store."""
+        if self.rank:
+            where = self._store.get("plans").decode()
+            port, _, token = where.partition(" ")
+            link = socket.create_connection((host, int(port)), self._limit_s)
+            self._sockets.append(link)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.sendall(bytes.fromhex(token))
+            return
+        token_bytes = secrets.token_bytes(TOKEN_BYTES)
+        with socket.create_server((host, 0), backlog=self.size) as listener:
+            listener.settimeout(self._limit_s)
+            self._store.set("plans", f"{listener.getsockname()[1]} {token_bytes.hex()}")
+            while len(self._sockets) < self.size - 1:
+                link, _ = listener.accept()
+                link.settimeout(self._limit_s)
+                if link.recv(TOKEN_BYTES, socket.MSG_WAITALL) == token_bytes:
+                    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    self._sockets.append(link)
+                else:
+                    link.close()
+
+
+def _process_group(device: torch.device, store: Store, rank: int, size: int, limit: datetime.timedelta) -> Any:
+    """Return the collectives themselves. A class of its own and not torch's one global group: models come and go."""
+    if device.type == "cuda":
+        options = distributed.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        return distributed.ProcessGroupNCCL(store, rank, size, options)
+    return distributed.ProcessGroupGloo(store, rank, size, limit)
+
+
+@contextlib.contextmanager
+def _lost(doing: str) -> Iterator[None]:
+    """Name what failed between the ranks. torch raises RuntimeError for a lost connection and for one too slow."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise GroupLostError(f"a rank of the group was lost in {doing}: {str(error).splitlines()[0]}") from error
+
+
+def plan_of(planned: Planned) -> StepPlan:
+    """Return the plan that rank 0 has; what is no number or array is not sent."""
+    arrays = {
+        name: np.frombuffer(data, np.int32).reshape(shape).copy() for name, (shape, data) in planned.arrays.items()
+    }
+    known: dict[str, Any] = {**planned.numbers, **arrays}
+    return StepPlan(**{field.name: known.get(field.name, ()) for field in dataclasses.fields(StepPlan)})

@@ -1,0 +1,135 @@
+/* Every level that this processor can run against the portable one, on random matrices and contexts: a program of its own,
+ * so that it can be built for another processor and run in an emulator (test_arm.py). Prints what it compared. */
+#include "kernels.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { ROWS = 48, COLUMNS = 96, MOST_X = 11, DIM = 32, TOKENS = 150, HEADS = 6, KV_HEADS = 2 };
+
+static int failures;
+
+static float uniform(void) { return (float)rand() / (float)RAND_MAX * 2.0f - 1.0f; }
+
+static void compare(const char *level, const char *what, const float *found, const float *expected, int count) {
+    float largest = 0, error = 0;
+    for (int i = 0; i < count; i++) {
+        largest = fmaxf(largest, fabsf(expected[i]));
+        error = fmaxf(error, fabsf(found[i] - expected[i]));
+    }
+    int is_right = error <= 1e-5f * largest && largest > 0;
+    failures += !is_right;
+    printf("%s %s: error %g of %g%s\n", level, what, (double)error, (double)largest, is_right ? "" : " WRONG");
+}
+
+static void *zeros(size_t bytes) {
+    void *memory = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
+    memset(memory, 0, (bytes + 63) & ~(size_t)63);
+    return memory;
+}
+
+static void check_matmul(const struct kernels *level, const struct kernels *plain, int format) {
+    uint8_t *data = zeros(ROWS / BLOCK_ROWS * block_bytes(format, COLUMNS));
+    for (size_t i = 0; i < ROWS / BLOCK_ROWS * block_bytes(format, COLUMNS); i++) data[i] = (uint8_t)rand();
+    for (int block = 0; block < ROWS / BLOCK_ROWS; block++)
+        for (int g = 0; g < num_groups(format, COLUMNS); g++) {
+            static const int bytes[] = {W4_GROUP_BYTES, W8_GROUP_BYTES, W16_GROUP_BYTES, W32_GROUP_BYTES};
+            uint8_t *group = data + (size_t)block * block_bytes(format, COLUMNS) + (size_t)(g * bytes[format]);
+            for (int i = 0; i < 32; i++) {
+                uint16_t half = float_to_half(uniform()), bf16 = float_to_bf16(uniform());
+                float whole = uniform();
+                if (format == W4) memcpy(group + 256 + 2 * i, &half, 2);
+                if (format == W8 && i < 16) memcpy(group + 512 + 2 * i, &half, 2);
+                if (format == W16) memcpy(group + 2 * i, &bf16, 2);
+                if (format == W32 && i < 16) memcpy(group + 4 * i, &whole, 4);
+            }
+        }
+    struct matrix w = {data, NULL, ROWS, COLUMNS, format};
+    float x[COLUMNS], y[2][MOST_X * ROWS];
+    size_t stride = activation_bytes(format, COLUMNS);
+    uint8_t *forms[2] = {zeros(MOST_X * stride), zeros(MOST_X * stride)};
+    for (int row = 0; row < MOST_X; row++) {
+        for (int i = 0; i < COLUMNS; i++) x[i] = uniform() * (i == 7 ? 40.0f : 1.0f);
+        level->quantize(format, x, COLUMNS, forms[0] + (size_t)row * stride);
+        plain->quantize(format, x, COLUMNS, forms[1] + (size_t)row * stride);
+    }
+    static const enum epilogue epilogues[] = {STORE, SWIGLU, GEGLU};
+    for (int e = 0; e < 3; e++) {
+        if (epilogues[e] != STORE && ROWS / BLOCK_ROWS % 2) w.rows = ROWS - BLOCK_ROWS;
+        for (int i = 0; i < 2; i++) {
+            memset(y[i], 0, sizeof y[i]);
+            struct matmul task = {.w = &w, .x = forms[i], .x_stride = stride, .y = y[i], .y_stride = ROWS,
+                                  .num_x = MOST_X, .epilogue = epilogues[e]};
+            (i == 0 ? level : plain)->matmul(&task, 0, w.rows / BLOCK_ROWS);
+        }
+        char what[40];
+        snprintf(what, sizeof what, "matmul, format %d, epilogue %d", format, e);
+        compare(level->name, what, y[0], y[1], MOST_X * ROWS);
+        w.rows = ROWS;
+    }
+    free(data);
+    free(forms[0]);
+    free(forms[1]);
+}
+
+static void check_attention(const struct kernels *level, const struct kernels *plain, int is_float32, int window) {
+    int pages = (TOKENS + PAGE_TOKENS - 1) / PAGE_TOKENS, width = (HEADS + 2 * KV_HEADS) * DIM;
+    size_t head = (size_t)PAGE_TOKENS * DIM * (is_float32 ? 4 : 2);
+    float *qkv = zeros((size_t)(TOKENS * width) * 4), *angles[2] = {zeros(TOKENS * DIM * 2), zeros(TOKENS * DIM * 2)};
+    float *out[2] = {zeros(HEADS * DIM * 4), zeros(HEADS * DIM * 4)}, *scratch = zeros(attention_scratch_floats(DIM) * 4);
+    int32_t table[TOKENS / PAGE_TOKENS + 1];
+    for (int i = 0; i < TOKENS * width; i++) qkv[i] = uniform();
+    for (int i = 0; i < TOKENS * DIM / 2; i++) {
+        angles[0][i] = cosf((float)i);
+        angles[1][i] = sinf((float)i);
+    }
+    for (int i = 0; i < pages; i++) table[i] = pages - 1 - i;
+    for (int which = 0; which < 2; which++) {
+        const struct kernels *kernels = which == 0 ? level : plain;
+        uint8_t *cache = zeros((size_t)pages * 2 * KV_HEADS * head);
+        struct attention a = {
+            .qkv = qkv, .qkv_stride = (size_t)width, .key_column = HEADS * DIM, .value_column = (HEADS + KV_HEADS) * DIM,
+            .cosine = angles[0], .sine = angles[1], .keys = cache, .values = cache + KV_HEADS * head,
+            .page_stride = 2 * KV_HEADS * head, .head_stride = head, .out = out[which] - (TOKENS - 1) * HEADS * DIM,
+            .out_stride = HEADS * DIM, .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM,
+            .kv_float32 = is_float32, .window_tokens = window, .eps = 1e-5f, .scale = 0.3f,
+        };
+        for (int row = 0; row < TOKENS; row++)
+            for (int kv = 0; kv < KV_HEADS; kv++)
+                kernels->write_kv(&a, row, kv, table[row / PAGE_TOKENS], row % PAGE_TOKENS);
+        for (int kv = 0; kv < KV_HEADS; kv++) {
+            struct attention_task task = {
+                .pages = table, .first_row = TOKENS - 1, .num_rows = 1, .position = TOKENS - 1,
+                .first_head = kv * HEADS / KV_HEADS, .num_heads = HEADS / KV_HEADS, .kv_head = kv,
+                .end_token = TOKENS, .part = -1,
+            };
+            kernels->attend(&a, &task, scratch);
+        }
+        free(cache);
+    }
+    char what[40];
+    snprintf(what, sizeof what, "attention, float32 %d, window %d", is_float32, window);
+    compare(level->name, what, out[0], out[1], HEADS * DIM);
+    free(qkv);
+    free(angles[0]);
+    free(angles[1]);
+    free(out[0]);
+    free(out[1]);
+    free(scratch);
+}
+
+int main(void) {
+    const struct kernels *plain = find_kernels("portable"), *level;
+    for (int i = 0; (level = kernels_at(i)) != NULL; i++) {
+        for (int format = W4; format <= W32; format++) check_matmul(level, plain, format);
+        float x[COLUMNS], weight[COLUMNS], normed[2][COLUMNS];
+        for (int j = 0; j < COLUMNS; j++) x[j] = uniform(), weight[j] = uniform();
+        level->rms_norm(x, weight, 1e-5f, COLUMNS, COLUMNS, normed[0]);
+        plain->rms_norm(x, weight, 1e-5f, COLUMNS, COLUMNS, normed[1]);
+        compare(level->name, "rms_norm", normed[0], normed[1], COLUMNS);
+        for (int is_float32 = 0; is_float32 < 2; is_float32++)
+            for (int window = 0; window < 80; window += 40) check_attention(level, plain, is_float32, window);
+    }
+    return failures != 0;
+}

@@ -1,0 +1,219 @@
+"""Several ranks of one model: what they say to each other, and that they compute what one would."""
+
+import array
+import asyncio
+import concurrent.futures
+import dataclasses
+import datetime
+import pathlib
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cortex.wire.errors import ApiError, UnprocessableError
+from cortex.wire.node import ModelSpec
+from neuron.device.jobs import GroupSettings, SamplerSettings, TokenRow
+from neuron.device.worker import Worker
+from neuron.engine.errors import GroupLostError
+from neuron.engine.group import Cleared, Group, Planned, plan_of
+from neuron.engine.plan import StepPlan
+from neuron.torch_harness import TorchHarness
+
+HOST = torch.device("cpu")
+
+
+def address() -> str:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{trial.getsockname()[1]}"
+
+
+def together(size: int, work: Callable[[Group], Any], limit_s: float = 20.0) -> list[Any]:
+    """Run ``work`` as each rank, on threads; return what each returned."""
+    where = address()
+
+    def run(rank: int) -> Any:
+        group = Group(GroupSettings(rank, size, where, limit_s), HOST)
+        try:
+            return work(group)
+        finally:
+            group.close()
+
+    with concurrent.futures.ThreadPoolExecutor(size) as ranks:
+        return list(ranks.map(run, range(size)))
+
+
+def test_sums_gathers_and_least() -> None:
+    def work(group: Group) -> tuple[torch.Tensor, torch.Tensor, int]:
+        total = group.sum(torch.full((3, 2), 10.0**group.rank))
+        widths = (3, 2, 2)
+        part = torch.full((2, widths[group.rank]), float(group.rank))
+        return total, group.gather(part, widths), group.least(7 - group.rank)
+
+    for total, gathered, least in together(3, work):
+        assert total.tolist() == [[111.0, 111.0]] * 3
+        assert gathered.tolist() == [[0, 0, 0, 1, 1, 2, 2]] * 2
+        assert least == 5
+
+
+def plan() -> StepPlan:
+    fields = dataclasses.fields(StepPlan)
+    arrays = {field.name: np.arange(5, dtype=np.int32) for field in fields}
+    arrays["page_table"] = np.arange(12, dtype=np.int32).reshape(3, 4)[:, :3]
+    return StepPlan(**{**arrays, "num_decodes": 3})  # type: ignore[arg-type]
+
+
+def test_what_rank_0_sends_arrives() -> None:
+    sent = plan()
+
+    def work(group: Group) -> list[Any]:
+        if group.rank:
+            found = []
+            while (message := group.receive()) is not None:
+                found.append(message)
+            return found
+        group.send(sent)
+        group.send(np.array([4, 2], np.int32))
+        return []
+
+    for step, cleared in together(3, work)[1:]:
+        assert isinstance(step, Planned)
+        assert isinstance(cleared, Cleared)
+        assert np.frombuffer(cleared.pages, np.int32).tolist() == [4, 2]
+        for field in dataclasses.fields(StepPlan):
+            found, expected = getattr(plan_of(step), field.name), getattr(sent, field.name)
+            assert np.array_equal(found, expected), field.name
+
+
+def test_a_rank_that_does_not_come_is_said_so() -> None:
+    start = time.monotonic()
+    with pytest.raises(GroupLostError, match="lost in meeting the other ranks"):
+        Group(GroupSettings(0, 2, address(), 0.5), HOST)
+    assert time.monotonic() - start < 5
+
+
+def test_a_rank_that_leaves_or_hangs_is_noticed() -> None:
+    gone = threading.Event()
+
+    def work(group: Group) -> float:
+        if group.rank:
+            gone.wait(10)
+            return 0.0
+        start = time.monotonic()
+        with pytest.raises(GroupLostError, match="lost in a sum"):
+            group.sum(torch.ones(1))
+        gone.set()
+        return time.monotonic() - start
+
+    assert 0.5 < together(2, work, limit_s=1.0)[0] < 5
+
+
+def test_a_stranger_gets_no_plans() -> None:
+    where = address()
+
+    def run(rank: int) -> bool:
+        if rank:
+            host, _, port = where.partition(":")
+            store = torch.distributed.TCPStore(host, int(port), is_master=False, timeout=datetime.timedelta(seconds=20))
+            plans = int(store.get("plans").decode().partition(" ")[0])
+            with socket.create_connection((host, plans), 10) as link:
+                link.sendall(bytes(16))  # the wrong word
+        group = Group(GroupSettings(rank, 2, where, 20.0), HOST)
+        if rank:
+            found = group.receive() == Cleared(np.array([1], np.int32).tobytes())
+        else:
+            group.send(np.array([1], np.int32))
+            found = len(group._sockets) == 1
+        group.close()
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(run, range(2))) == [True, True]
+
+
+# ------------------------------------------------------------------ processes
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"kind": "llama", "attention_bias": True},
+    "qwen2": {"kind": "qwen2"},
+    "qwen3": {"kind": "qwen3", "tie_word_embeddings": True},
+    "qwen3-moe": {
+        "kind": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "gemma3": {
+        "kind": "gemma3", "sliding_window": 20, "sliding_window_pattern": 3, "num_key_value_heads": 2,
+        "final_logit_softcapping": 5.0, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+PROMPTS = ([5, 9, 17, 40, 3], list(range(3, 60)), [7])
+
+
+async def generated(worker: Worker, model: str, prompts: tuple[list[int], ...], max_tokens: int) -> list[list[int]]:
+    """Greedy tokens of all prompts at once."""
+    done = [asyncio.get_running_loop().create_future() for _ in prompts]
+    found: list[list[int]] = [[] for _ in prompts]
+
+    def sink(index: int, item: Any) -> None:
+        if isinstance(item, TokenRow):
+            found[index] += array.array("i", item.ids)
+            if item.end is not None:
+                done[index].set_result(None)
+        else:
+            done[index].set_exception(item)
+
+    for index, prompt in enumerate(prompts):
+        ids = array.array("i", prompt).tobytes()
+        worker.generate(
+            model, ids, max_tokens, (), SamplerSettings(temperature=0.0), lambda item, i=index: sink(i, item)
+        )
+    await asyncio.wait_for(asyncio.gather(*done), 60)
+    return found
+
+
+def test_two_workers_compute_what_one_does(
+    make_checkpoint: Callable[..., pathlib.Path], harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    paths = {name: make_checkpoint(**changes) for name, changes in CONFIGS.items()}
+
+    async def story() -> dict[str, list[list[int]]]:
+        command = [sys.executable, "-P", "-m", "neuron.engine"]
+        workers = tuple(Worker(f"cpu:{i}", command, environment={"OMP_NUM_THREADS": "1"}) for i in range(2))
+        try:
+            await asyncio.gather(*(worker.start() for worker in workers))
+            loader = TorchHarness({worker.device_id: worker for worker in workers})
+            found = {}
+            for name, path in paths.items():
+                spec = ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=4 << 20)
+                loaded = await loader._load_group(workers, spec, path, lambda _: None)
+                assert loaded.model == name
+                found[name] = await generated(workers[0], name, PROMPTS, 24)
+            with pytest.raises(ApiError, match="loaded or loading on cpu:"):
+                await loader._load_group(workers, spec, path, lambda _: None)
+            spec = ModelSpec("other", "x", tensor_parallel=2, dtype="float32")
+            with pytest.raises(UnprocessableError, match="must share all of them"):
+                await loader._load_group((workers[1], workers[0]), spec, path, lambda _: None)
+            for name in paths:
+                await asyncio.gather(*(worker.unload(name) for worker in workers))
+            assert [(await worker.memory()).used_bytes > 0 for worker in workers] == [True, True]
+            return found
+        finally:
+            await asyncio.gather(*(worker.stop(5) for worker in workers))
+
+    found = asyncio.run(story())
+    for name, path in paths.items():
+        single = harness()
+        single.load(path, dtype="float32")
+        for number, prompt in enumerate(PROMPTS):
+            single.generate(number, prompt, 24)
+        single.run()
+        assert found[name] == [single.outputs()[number] for number in range(len(PROMPTS))], name
