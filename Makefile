@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-clients lint format bench bench-cpu bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
+.PHONY: demo test test-slow test-clients test-fleet soak lint format bench bench-cpu bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -66,6 +66,16 @@ test-clients: $(VENV)/editable
 	$(MAKE) $(CLIENTS)/installed || echo "some clients are not installed: their tests are skipped"
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m clients -rs tests/sdk/test_clients.py
+
+# Six neurons, two of them with the real model, and two gateways of two workers: what can happen to a fleet.
+test-fleet: $(VENV)/editable
+	$(BIN)/ninja -C build/editable --quiet
+	$(BIN)/python -P -m pytest -m fleet tests/fleet
+
+# The same for long: 1,000 swaps, 100,000 requests, 2,000 streams at once.
+soak: $(VENV)/editable
+	$(BIN)/ninja -C build/editable --quiet
+	$(BIN)/python -P -m pytest -m soak tests/fleet
 
 lint: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet

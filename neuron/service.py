@@ -51,6 +51,8 @@ _log = logging.getLogger("neuron.service")
 STOPPING_RETRY_AFTER_S = 5.0
 HOUSEKEEPING_S = 0.5
 """How often idle models and workers that are due for replacement are looked for."""
+MAX_CONNECTIONS = 16384
+"""Served at a time. Granian's own limit is the backlog: at 1,024 streams a node would not even answer its polls."""
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 """torch's threads wait for each other by spinning, for milliseconds unless told otherwise. Where other programs want
 the cores that is ruin: at a load of 7 on two cores, decode made 0.5-3 tokens/s, and 8-20 with this."""
@@ -308,7 +310,8 @@ def _server(app: Any, daemon: DaemonSettings) -> Server:
         interface=Interfaces.ASGINL,
         log_enabled=False,
         websockets=False,
-        backlog=1024,
+        backlog=2048,
+        backpressure=MAX_CONNECTIONS,
         ssl_cert=pathlib.Path(daemon.tls_certificate) if daemon.tls_certificate else None,
         ssl_key=pathlib.Path(daemon.tls_key) if daemon.tls_key else None,
     )
