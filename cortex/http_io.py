@@ -31,10 +31,10 @@ Header = tuple[bytes, bytes]
 
 T = TypeVar("T")
 
-HOLD_HEADERS_S = 0.8
+HOLD_HEADERS_S = 0.3
 """How long the headers of a stream wait for its first bytes; clients need them within a second of asking."""
 
-HEARTBEAT_INTERVAL_S = 8.0
+HEARTBEAT_INTERVAL_S = 5.0
 """Longest silence on a stream; intermediaries have been seen to cut at 60 s and agents to warn at 20 s."""
 
 STREAM_HEADERS: tuple[Header, ...] = (

