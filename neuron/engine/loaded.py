@@ -382,7 +382,7 @@ def _load_part(
         dtype = getattr(torch, plan.dtype)
         weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
         runner = GroupRunner(config, weights, plan, device, group)
-        prepare(local_config(config, shard), plan, device, _driver_version(device))
+        prepare(local_config(config, shard), plan, device, _driver_version(device), in_group=True)
     except BaseException:
         if group is not None:
             group.close()

@@ -17,7 +17,8 @@ from neuron.engine.sequence import Int32Array
 from neuron.models import decoder
 from neuron.models.config import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
-from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels import dispatch
+from neuron.triton_kernels.batch import AttentionPart, Batch
 from neuron.triton_kernels.reference import attention_parts
 
 OVERLAP_SWITCH: Final = "NEURON_OVERLAP"
@@ -54,9 +55,7 @@ class Runner:
             page_table=self._to_device(plan.page_table),
             context_lens=self._to_device(plan.context_lens),
             num_decodes=plan.num_decodes,
-            parts=attention_parts(
-                plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device, self.config.window_tokens
-            ),
+            parts=self._parts(plan),
         )
         token_ids = self._to_device(plan.token_ids)
         if plan.token_ids.min() < 0:
@@ -80,6 +79,14 @@ class Runner:
         chosen = torch.from_numpy(pages).to(self.device, torch.int64)
         self._keys[:, chosen] = 0
         self._values[:, chosen] = 0
+
+    def _parts(self, plan: StepPlan) -> tuple[AttentionPart, ...]:
+        """Return what eager attention is told; kernels read the page table."""
+        if dispatch.operations_for(self.device, self._weights.dtype) is not dispatch.EAGER:
+            return ()
+        return attention_parts(
+            plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device, self.config.window_tokens
+        )
 
     def _known(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Return ``token_ids`` with those that the step before sampled in the places of the negative ones."""

@@ -34,8 +34,13 @@ EXPERT_ROWS: Final = (16, 64)
 """The same for rows of an expert on average."""
 
 
-def variants(config: ModelConfig, plan: MemoryPlan, capability: int) -> "tuple[Variant, ...]":
-    """Return every variant that serving the model under ``plan`` on a chip can launch."""
+def variants(
+    config: ModelConfig, plan: MemoryPlan, capability: int, *, in_group: bool = False
+) -> "tuple[Variant, ...]":
+    """Return every variant that serving the model under ``plan`` on a chip can launch.
+
+    ``in_group``: it is one rank's part, so that what its matrices put out is summed before the residual has it.
+    """
     from neuron.triton_kernels.compile import target_for
     from neuron.triton_kernels.launch import recording
     from neuron.triton_kernels.operations import TritonOperations
@@ -50,13 +55,21 @@ def variants(config: ModelConfig, plan: MemoryPlan, capability: int) -> "tuple[V
     with recording(target_for(capability)) as recorder:
         for batch in _batches(plan, _steps(config)):
             token_ids = _meta(len(batch.positions), dtype=torch.int32)
-            hidden = decoder.forward(config, weights, token_ids, batch, keys, values, operations)
-            decoder.logits(weights, hidden[: len(batch.context_lens)], operations)
+            decoder.forward(
+                config, weights, token_ids, batch, keys, values, operations, (lambda x: x) if in_group else None
+            )
+        for rows in sorted({min(n, plan.sampled_rows) for n in (*STEPS, plan.sampled_rows)}):
+            decoder.logits(weights, _meta(rows, config.hidden_size, dtype=dtype), operations)
     return recorder.variants
 
 
 def prepare(
-    config: ModelConfig, plan: MemoryPlan, device: torch.device, driver_version: tuple[int, int] = (99, 0)
+    config: ModelConfig,
+    plan: MemoryPlan,
+    device: torch.device,
+    driver_version: tuple[int, int] = (99, 0),
+    *,
+    in_group: bool = False,
 ) -> None:
     """Load all that the model can launch on ``device``, compiled now if need be, and forbid compiling from then on.
 
@@ -73,7 +86,7 @@ def prepare(
 
     with allowing_compiles(), torch.cuda.device(device):
         capability = target_of(device).capability
-        warm(variants(config, plan, capability), capability, default_cache(), driver_version)
+        warm(variants(config, plan, capability, in_group=in_group), capability, default_cache(), driver_version)
     forbid_compiling()
 
 
@@ -187,7 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
                 if form == "fp8" and capability < FP8_CAPABILITY:
                     continue
                 config, quant = _stored_as(found, form)
-                wanted |= dict.fromkeys(variants(config, any_plan(config, options.dtype, quant), capability))
+                plan = any_plan(config, options.dtype, quant)
+                for in_group in (False, True):
+                    wanted |= dict.fromkeys(variants(config, plan, capability, in_group=in_group))
             compile_variants(wanted, capability, cache)
             print(f"{model}: {len(wanted)} kernels for sm_{capability}, {time.monotonic() - start:.0f} s")  # noqa: T201
     return 0

@@ -251,6 +251,25 @@ def test_no_number_of_rows_needs_a_variant_that_is_not_listed(
     assert len(listed) < most
 
 
+def test_a_part_of_a_model_adds_to_the_residual_after_the_sum() -> None:
+    model = config(hidden_size=576, intermediate_size=1536, **MODELS["llama"])
+    plan = any_plan(model, "bfloat16")
+    alone, part = (variants(model, plan, 90, in_group=in_group) for in_group in (False, True))
+
+    def adds(listed: tuple[Variant, ...]) -> set[str]:
+        return {v.kernel for v in listed if "residual" in [parameter.name for parameter in v.parameters]}
+
+    assert len(adds(alone)) == 2
+    assert not adds(part)
+
+
+def test_guesses_may_take_more_logits_than_there_are_sequences() -> None:
+    model = config(hidden_size=576, intermediate_size=1536, **MODELS["llama"])
+    plan = dataclasses.replace(any_plan(model, "bfloat16"), sampled_rows=200, max_sequences=4, step_tokens=8)
+    kernels = {v.kernel.partition(":")[2] for v in variants(model, plan, 90)}
+    assert "_persistent_matmul_kernel" in kernels
+
+
 def test_windows_and_experts_are_listed() -> None:
     model = config(hidden_size=576, intermediate_size=1536, **MODELS["gemma3"])
     constants = [dict(v.constants) for v in variants(model, any_plan(model, "bfloat16"), 90)]
