@@ -90,6 +90,7 @@ class Service:
             Loader(pathlib.Path(daemon.cache) if daemon.cache else source.default_cache()).load,
             Patience(daemon.hold_s, daemon.linger_s, daemon.patience_s),
             self._recycle,
+            metrics.forget_model,
         )
         self._activating: set[str] = set()
 
@@ -115,9 +116,7 @@ class Service:
 
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
         """Unload a model; see :meth:`ModelTable.unload`."""
-        status = await self.models.unload(asked.id, asked.drain_timeout_s, asked.generation)
-        metrics.forget_model(asked.id)
-        return status
+        return await self.models.unload(asked.id, asked.drain_timeout_s, asked.generation)
 
     def drain(self, asked: DrainRequest) -> Health:
         """Take no more requests and loads, while what runs goes on; or take them again."""
@@ -241,8 +240,7 @@ class Service:
         """Unload what has been idle for too long, and replace workers that are due for it."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
-            for model in await self.models.unload_idle():
-                metrics.forget_model(model)
+            await self.models.unload_idle()
             await self.models.rooms.tidy(self._config.daemon.defrag_idle_s)
 
     async def _recycle(self, device: str) -> None:

@@ -109,8 +109,16 @@ class Entry:
 class ModelTable:
     """All entries by id. Call from one event loop."""
 
-    def __init__(self, load: Load, patience: Patience | None = None, recycle: Recycle | None = None) -> None:
+    def __init__(
+        self,
+        load: Load,
+        patience: Patience | None = None,
+        recycle: Recycle | None = None,
+        on_leave: Callable[[str], None] = lambda model: None,
+    ) -> None:
+        """``on_leave`` is told of each model that has been unloaded, for whatever reason."""
         self._load = load
+        self._on_leave = on_leave
         self._entries: dict[str, Entry] = {}
         self._changed = asyncio.Event()
         self.generation = time.time_ns() // 1_000_000  # above that of any earlier life of the daemon
@@ -326,6 +334,7 @@ class ModelTable:
         finally:
             entry.leaving, entry.error, entry.progress = None, None, 0.0
             self._enter(entry, ModelState.AVAILABLE)
+            self._on_leave(name)
 
     def _begin(self, entry: Entry, state: ModelState) -> None:
         entry.error, entry.progress, entry.uses = None, 0.0, 0

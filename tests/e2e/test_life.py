@@ -144,3 +144,21 @@ def test_a_wrong_command_line_ends_at_once(arguments: list[str], said: str) -> N
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_worker_is_replaced_once_enough_models_have_left(tmp_path: pathlib.Path, smollm2_gguf: pathlib.Path) -> None:
+    """With a real worker: another process, the same device, and the model answers as before."""
+    with daemons.neuron(tmp_path, smollm2_gguf) as node:
+        first = node.get("/health")["workers"][0]
+        (before,) = node.workers()
+        load = {"id": daemons.MODEL, "source": str(smollm2_gguf), "evict": {"defrag_after_cycles": 2}}
+        for _ in range(2):
+            assert httpx.post(f"{node.url}/models/unload", json={"id": daemons.MODEL}).status_code == 200
+            status = httpx.post(f"{node.url}/models/load", json=load, timeout=60).json()
+            assert status["state"] == "ready", status
+        worker = node.get("/health")["workers"][0]
+        assert (worker["state"], worker["recycles"], worker["restarts"]) == ("ready", 1, first["restarts"])
+        (after,) = node.workers()
+        assert after.pid != before.pid
+        body = {"model": daemons.MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+        assert httpx.post(f"{node.url}/v1/chat/completions", json=body, timeout=60).status_code == 200

@@ -32,7 +32,8 @@ class Node:
             {name.replace("_", ":"): gib * GIB for name, gib in (devices or {"cuda_0": 10}).items()}
         )
         self.recycled: list[str] = []
-        self.models = ModelTable(self._load, patience, self._recycle)
+        self.gone: list[str] = []
+        self.models = ModelTable(self._load, patience, self._recycle, self.gone.append)
 
     async def _load(self, entry: Entry, room: GiveRoom) -> Model:
         path = pathlib.Path(entry.spec.source)
@@ -82,6 +83,7 @@ async def test_a_load_evicts_what_is_idle_and_says_what_it_needs(folder: pathlib
     status = await node.load("b")
     assert (status.state, status.required_bytes, status.devices) == (ModelState.READY, 6 * GIB, ("cuda:0",))
     assert node.here() == {"b"}
+    assert node.gone == ["a"], "whoever keeps figures of it is told"
     assert node.models.find("a").status().required_bytes == 6 * GIB, "known from its preflight, though not loaded"
 
 
