@@ -65,9 +65,9 @@ class TorchHarness:
                 param="tensor_parallel",
             )
         devices = [worker.device_id for worker in self._candidates(spec)]
-        config = await asyncio.to_thread(read_config, path)
+        config, draft = await _read_configs(spec, path)
         shards = [Shard(rank, size) for rank in range(size)]
-        least = {device: max(least_bytes(config, spec, device, shard) for shard in shards) for device in devices}
+        least = {device: max(least_bytes(config, spec, device, shard, draft) for shard in shards) for device in devices}
         return Requirement(least, size)
 
     async def free_bytes(self, devices: Collection[str]) -> dict[str, int]:
@@ -80,11 +80,17 @@ class TorchHarness:
     async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> "TorchModel":
         """Load the weights at ``path`` on the devices the spec names, or on those with the most free memory."""
         size = spec.tensor_parallel
-        config = await asyncio.to_thread(read_config, path)
+        config, draft = await _read_configs(spec, path)
         files = await asyncio.to_thread(tokenizer.load, path)
+        if draft is not None:
+            others = await asyncio.to_thread(tokenizer.load, pathlib.Path(spec.draft))
+            if others.tokenizer.get_vocab() != files.tokenizer.get_vocab():
+                raise UnprocessableError(
+                    f"'{spec.draft}' has another vocabulary than '{spec.id}', so it cannot guess for it.", param="draft"
+                )
         chosen = await self._choose(spec)
         for rank, (worker, free_bytes) in enumerate(chosen):
-            plan_memory(config, spec, worker.device_id, free_bytes, Shard(rank, size))
+            plan_memory(config, spec, worker.device_id, free_bytes, Shard(rank, size), draft)
         workers = tuple(worker for worker, _ in chosen)
         if size == 1:
             loaded = await _load(workers[0], spec, path, progress)
@@ -422,6 +428,14 @@ def _free_port() -> int:
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         return int(trial.getsockname()[1])
+
+
+async def _read_configs(spec: ModelSpec, path: pathlib.Path) -> tuple[ModelConfig, ModelConfig | None]:
+    """Read the configuration of a model, and of the one that guesses for it."""
+    if spec.draft and spec.tensor_parallel != 1:
+        raise UnprocessableError(f"'{spec.id}' is on several devices; there nobody guesses for it.", param="draft")
+    draft = await asyncio.to_thread(read_config, pathlib.Path(spec.draft)) if spec.draft else None
+    return await asyncio.to_thread(read_config, path), draft
 
 
 async def _load(worker: Worker, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> LoadedModel:

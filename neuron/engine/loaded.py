@@ -29,6 +29,7 @@ from neuron.device.jobs import (
     TokenRow,
 )
 from neuron.engine.constraint import Constraint, ConstraintError, Vocabulary
+from neuron.engine.draft import DraftModel
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
 from neuron.engine.graph_runner import GraphRunner, Graphs
 from neuron.engine.group import Group
@@ -43,13 +44,13 @@ from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceState
 from neuron.engine.speculation import PromptLookup, Speculation
 from neuron.models import packed
-from neuron.models.config import ModelConfig
+from neuron.models.config import ModelConfig, read_config
 from neuron.models.decoder import load_decoder
 from neuron.models.packed_weights import load_packed
 from neuron.models.prebuild import prepare
 from neuron.models.shard import Shard, local_config
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan, plan_memory, with_pages
-from neuron.models.weights import open_weights
+from neuron.models.weights import WeightSource, open_weights
 from neuron.text import tokenizer
 
 logger = logging.getLogger(__name__)
@@ -89,10 +90,11 @@ class Model:
         runner: Executor,
         path: pathlib.Path,
         *,
+        draft: Executor | None = None,
         prefix_cache: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``clock`` says the time in seconds, by which steps are measured."""
+        """``draft`` runs the model that guesses. ``clock`` says the time in seconds, by which steps are measured."""
         self.name = name
         self.config = config
         self.plan = plan
@@ -103,9 +105,6 @@ class Model:
         self._clock = clock
         self._settled_s = 0.0
         self._pace = Pace(PAGE_TOKENS, plan.mixed_step_tokens)
-        self.speculation: Speculation | None = None
-        if os.environ.get(SPECULATION_SWITCH, "on") != "off":
-            self.speculation = Speculation(PromptLookup(), self._pace)
         self.scheduler = Scheduler(
             Limits(
                 num_pages=plan.num_pages,
@@ -118,6 +117,13 @@ class Model:
             )
         )
 
+        self.speculation: Speculation | None = None
+        self._draft: DraftModel | None = None
+        if os.environ.get(SPECULATION_SWITCH, "on") != "off":
+            if draft is not None:
+                self._draft = DraftModel(draft, self.scheduler.page_table, PAGE_TOKENS, plan.step_tokens)
+            self.speculation = Speculation(self._draft or PromptLookup(), self._pace)
+
     @property
     def loaded(self) -> LoadedModel:
         """What the daemon is told of a finished load."""
@@ -127,8 +133,9 @@ class Model:
         """Leave the other ranks, and destroy the graphs, where there are some."""
         if isinstance(self.runner, GroupRunner):
             self.runner.group.close()
-        elif isinstance(self.runner, GraphRunner):
-            self.runner.close()
+        for executor in (self.runner, *([] if self._draft is None else [self._draft.executor])):
+            if isinstance(executor, GraphRunner):
+                executor.close()
 
     def constrain(self, settings: ConstraintSettings) -> Constraint:
         """Return the state of a sequence that follows a grammar.
@@ -169,6 +176,8 @@ class Model:
             try:
                 prompt, generated = np.split(sequence.tokens[: sequence.num_tokens], [sequence.num_prompt])
                 self.runner.sampler.admit(sequence.seat, sequence.sampler, prompt, generated)
+                if self._draft is not None:
+                    self._draft.executor.sampler.admit(sequence.seat, sequence.sampler, prompt, generated)
                 if sequence.constraint is not None:
                     self.runner.sampler.constrain(sequence.seat, sequence.constraint.mask())
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
@@ -182,6 +191,8 @@ class Model:
         try:
             plan = build_plan(step, self.scheduler.page_table, PAGE_TOKENS)
             launched = self.runner.launch(plan)
+            if self._draft is not None:
+                self._draft.follow(step)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is these requests')
             self._fail(step.sequences, error, output)
             return None
@@ -223,7 +234,8 @@ class Model:
             first, end = firsts[index], firsts[index + 1]
             if not finite[index] or NON_FINITE in ids[first:end]:
                 # Pages before these are full, sound, and maybe another's too.
-                self.runner.clear_pages(sequence.pages[sequence.num_settled // PAGE_TOKENS :])
+                for executor in (self.runner, *([] if self._draft is None else [self._draft.executor])):
+                    executor.clear_pages(sequence.pages[sequence.num_settled // PAGE_TOKENS :])
                 self._fail([sequence], NonFiniteLogitsError(self.name), output)
             elif sequence.pooling is not None:
                 rows = slice(*np.searchsorted(plan.hidden_rows, plan.cu_seqlens[index : index + 2]))
@@ -315,8 +327,8 @@ def _described(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
         dtype=plan.dtype,
         context_tokens=plan.context_tokens,
         max_sequences=plan.max_sequences,
-        weights_bytes=plan.weights_bytes,
-        kv_cache_bytes=plan.kv_cache_bytes,
+        weights_bytes=sum(part.weights_bytes for part in plan.parts),
+        kv_cache_bytes=sum(part.kv_cache_bytes for part in plan.parts),
     )
 
 
@@ -345,26 +357,42 @@ def load_model(
             f"tensor_parallel is {spec.tensor_parallel}; this worker was told of no group to be in",
             param="tensor_parallel",
         )
+    draft_path = pathlib.Path(spec.draft) if spec.draft else None
+    draft_config = read_config(draft_path) if draft_path else None
     source = open_weights(path)
     try:
-        plan = plan_memory(source.config, spec, str(device), free_bytes())
+        plan = plan_memory(source.config, spec, str(device), free_bytes(), draft=draft_config)
         yield 0.0
-        runner: Executor
-        if plan.native:
-            runner = NativeRunner(source.config, (yield from load_packed(source, plan.dtype, shared_pool())), plan)
-        else:
-            if device.type == "cpu":
-                logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
-            weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
-            runner = (
-                Runner(source.config, weights, plan, device)
-                if graphs is None
-                else GraphRunner(source.config, weights, plan, device, graphs)
-            )
+        runner = yield from _load_runner(spec, source, plan, device, graphs)
     finally:
         source.close()
+    draft: Executor | None = None
+    if draft_path is not None and plan.draft is not None:
+        source_of_draft = open_weights(draft_path)
+        try:
+            draft = yield from _load_runner(spec, source_of_draft, plan.draft, device, graphs)
+        finally:
+            source_of_draft.close()
+    return Model(spec.id, source.config, plan, runner, path, draft=draft, prefix_cache=spec.prefix_cache)
+
+
+def _load_runner(
+    spec: ModelSpec, source: WeightSource, plan: MemoryPlan, device: torch.device, graphs: Graphs | None
+) -> Generator[float, None, Executor]:
+    runner: Executor
+    if plan.native:
+        runner = NativeRunner(source.config, (yield from load_packed(source, plan.dtype, shared_pool())), plan)
+    else:
+        if device.type == "cpu":
+            logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
+        weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
+        runner = (
+            Runner(source.config, weights, plan, device)
+            if graphs is None
+            else GraphRunner(source.config, weights, plan, device, graphs)
+        )
     prepare(source.config, plan, device, _driver_version(device))
-    return Model(spec.id, source.config, plan, runner, path, prefix_cache=spec.prefix_cache)
+    return runner
 
 
 def _load_part(

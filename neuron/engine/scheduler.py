@@ -123,6 +123,7 @@ class Scheduler:
         self.page_table[sequence.seat] = 0
         sequence.pages, sequence.seat = NO_PAGES, -1
         sequence.num_computed = sequence.num_settled = sequence.num_published = sequence.num_awaited = 0
+        sequence.num_drafted = 0
         sequence.drafts, sequence.pooled = NO_TOKENS, None
 
     # -------------------------------------------------------------- admission
@@ -185,7 +186,7 @@ class Scheduler:
         sequence.pages = np.concatenate((shared, self.pool.allocate(num_pages - len(shared))))
         sequence.seat = self._seats.pop()
         self.page_table[sequence.seat, :num_pages] = sequence.pages
-        sequence.num_computed = sequence.num_settled = len(shared) * self.limits.page_tokens
+        sequence.num_computed = sequence.num_settled = sequence.num_drafted = len(shared) * self.limits.page_tokens
         sequence.num_published = len(shared)
         sequence.num_fill = sequence.num_tokens
         if sequence.state is SequenceState.WAITING:

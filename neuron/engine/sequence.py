@@ -49,8 +49,8 @@ class Sequence:
 
     __slots__ = (
         "constraint", "drafts", "eos", "hit_rate", "keys", "max_tokens", "num_awaited", "num_cached", "num_computed",
-        "num_fill", "num_prompt", "num_published", "num_settled", "num_tokens", "number", "pages", "pooled", "pooling",
-        "principal", "sampler", "seat", "state", "tokens",
+        "num_drafted", "num_fill", "num_prompt", "num_published", "num_settled", "num_tokens", "number", "pages",
+        "pooled", "pooling", "principal", "sampler", "seat", "state", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +85,8 @@ class Sequence:
         self.num_awaited = 0
         self.num_cached = 0
         """How much of the prompt was in the cache when it first ran."""
+        self.num_drafted = 0
+        """How many of its tokens are in the cache of the model that guesses, where there is one."""
         self.pages: Int32Array = NO_PAGES
         self.keys: list[bytes] = []
         """Of its first full pages, as far as anyone asked."""

@@ -127,5 +127,7 @@ class Speculation:
         checked = num_right + (num_right < proposed)
         weight = 1.0 - (1.0 - HIT_NEWS) ** checked
         sequence.hit_rate += weight * (num_right / checked - sequence.hit_rate)
+        # Behind the first wrong guess what a model keeps of them is wrong too.
+        sequence.num_drafted = min(sequence.num_drafted, sequence.num_tokens + num_right)
         self.num_proposed += proposed
         self.num_accepted += num_right

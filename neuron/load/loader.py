@@ -41,6 +41,9 @@ class Loader:
         path = await asyncio.to_thread(
             source.fetch, spec.source, cache=self._cache, sha256=spec.sha256, progress=fetched
         )
+        if spec.draft:
+            draft = await asyncio.to_thread(source.fetch, spec.draft, cache=self._cache, progress=fetched)
+            spec = msgspec.structs.replace(spec, draft=str(draft))
         need = await entry.harness.measure(spec, path)
         async with room(entry, need) as devices:
             start = time.monotonic()

@@ -40,11 +40,11 @@ class DeviceDefaults:
     step_tokens: int
     """Tokens of one step while nothing but prefill runs."""
     mixed_step_tokens: int
-    """Tokens of one step while sequences decode: bounds how long a prompt can hold up running streams."""
+    """Tokens of one step while sequences decode, at the most: :mod:`neuron.engine.pace` says how many of them."""
 
 
-CPU_DEFAULTS: Final = DeviceDefaults(16, 16 * 8192, 0.25, step_tokens=512, mixed_step_tokens=64)
-"""A host has other uses for its memory; 64 tokens of SmolLM2 prefill in 20-30 ms on two cores."""
+CPU_DEFAULTS: Final = DeviceDefaults(16, 16 * 8192, 0.25, step_tokens=512, mixed_step_tokens=128)
+"""A host has other uses for its memory."""
 CUDA_DEFAULTS: Final = DeviceDefaults(64, 64 * 8192, 0.8, step_tokens=2048, mixed_step_tokens=512)
 """Bounded in tokens too, so that a small model on a large card leaves room for a second one."""
 
@@ -68,11 +68,18 @@ class MemoryPlan:
     """What :func:`neuron.models.quantization.resolve` returned."""
     native: bool = False
     """Runs on the CPU kernels; ``dtype`` is then that of the cache and of what the file stores as floats."""
+    draft: "MemoryPlan | None" = None
+    """Of the model that guesses for it, beside it on the device."""
+
+    @property
+    def parts(self) -> "tuple[MemoryPlan, ...]":
+        """Return the plan itself and that of the model that guesses, where there is one."""
+        return (self,) if self.draft is None else (self, self.draft)
 
     @property
     def total_bytes(self) -> int:
-        """Return all that the model takes."""
-        return self.weights_bytes + self.kv_cache_bytes + self.workspace_bytes
+        """Return all that the model takes, and the one that guesses for it."""
+        return sum(part.weights_bytes + part.kv_cache_bytes + part.workspace_bytes for part in self.parts)
 
 
 def with_pages(plan: MemoryPlan, num_pages: int) -> MemoryPlan:
@@ -85,13 +92,23 @@ def with_pages(plan: MemoryPlan, num_pages: int) -> MemoryPlan:
     )
 
 
-def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: int, shard: Shard = WHOLE) -> MemoryPlan:
-    """Return the plan for ``spec`` on ``device`` (``cpu:0``, ``cuda:1``) with ``free_bytes`` free.
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Costs:
+    """What a model takes, whatever the size of its cache, and for each page of it."""
 
-    Of a model that several devices hold, the plan of one rank's part. Raises :class:`DoesNotFitError` if there is none,
-    :class:`InvalidRequestError` if the spec contradicts itself, :class:`UnsupportedQuantizationError`.
-    """
-    defaults = CPU_DEFAULTS if device.startswith("cpu") else CUDA_DEFAULTS
+    dtype: str
+    quant: str
+    native: bool
+    weights_bytes: int
+    fixed_bytes: int
+    page_bytes: int
+    gather_bytes: int
+    """Of work space for each page: the eager attention gathers one layer's pages before it reads them."""
+
+
+def _costs(
+    config: ModelConfig, spec: ModelSpec, device: str, max_sequences: int, step_tokens: int, shard: Shard
+) -> _Costs:
     native = device.startswith("cpu") and shard.size == 1 and packed.obstacle(config) is None
     dtype = resolve_dtype(spec.dtype, device)
     quant = quantization.resolve(config, spec.quant, dtype, device)
@@ -99,33 +116,59 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
         native = False  # the kernels keep a file's codes
     if native and spec.dtype == "auto":
         dtype = "bfloat16"  # the kernels take bfloat16 apart where the processor cannot multiply it
-    for name in ("context_tokens", "max_sequences", "kv_cache_bytes"):
-        if getattr(spec, name) < 0:
-            raise InvalidRequestError(f"{name} is {getattr(spec, name)}; it cannot be negative", param=name)
-    if spec.context_tokens > config.context_tokens:
-        raise InvalidRequestError(
-            f"context_tokens is {spec.context_tokens}; the model was made for at most {config.context_tokens}",
-            param="context_tokens",
-        )
-    max_sequences = spec.max_sequences or defaults.max_sequences
     sampled_rows = max(max_sequences, MIN_SAMPLED_ROWS)
-    weights_bytes = quantization.weights_bytes(config, dtype, quant, shard)
-    local = local_config(config, shard)
-    fixed_bytes = workspace_bytes(local, dtype, defaults.step_tokens, sampled_rows)
-    if device.startswith("cpu") and quant != quantization.NONE:
-        fixed_bytes += 8 * quantization.largest_matrix_elements(config)
-    page_bytes = PAGE_TOKENS * local.kv_bytes_per_token(dtype)
-    # The eager attention gathers one layer's pages before it reads them: so much more per page.
-    gather_bytes = -(-page_bytes // config.num_layers)
     if native:
-        weights_bytes = packed.weights_bytes(config, dtype)
-        rows = max(defaults.step_tokens, sampled_rows + PAGE_TOKENS)
+        rows = max(step_tokens, sampled_rows + PAGE_TOKENS)
         fixed_bytes = packed.arena_bytes(config, rows, max_sequences, sampled_rows, os.cpu_count() or 1)
         fixed_bytes += sampled_rows * config.vocab_size * SAMPLER_BYTES
         page_bytes = packed.page_bytes(config, dtype, PAGE_TOKENS)
-        gather_bytes = 0
+        return _Costs(dtype, quant, True, packed.weights_bytes(config, dtype), fixed_bytes, page_bytes, 0)
+    local = local_config(config, shard)
+    fixed_bytes = workspace_bytes(local, dtype, step_tokens, sampled_rows)
+    if device.startswith("cpu") and quant != quantization.NONE:
+        fixed_bytes += 8 * quantization.largest_matrix_elements(config)
+    page_bytes = PAGE_TOKENS * local.kv_bytes_per_token(dtype)
+    weights_bytes = quantization.weights_bytes(config, dtype, quant, shard)
+    return _Costs(dtype, quant, False, weights_bytes, fixed_bytes, page_bytes, -(-page_bytes // config.num_layers))
 
-    needed_tokens = spec.context_tokens or min(MIN_CONTEXT_TOKENS, config.context_tokens)
+
+def plan_memory(
+    config: ModelConfig,
+    spec: ModelSpec,
+    device: str,
+    free_bytes: int,
+    shard: Shard = WHOLE,
+    draft: ModelConfig | None = None,
+) -> MemoryPlan:
+    """Return the plan for ``spec`` on ``device`` (``cpu:0``, ``cuda:1``) with ``free_bytes`` free.
+
+    Of a model that several devices hold, the plan of one rank's part; with ``draft``, the model that guesses has a plan
+    in it, of as many pages. Raises :class:`DoesNotFitError` if there is none, :class:`InvalidRequestError` if the spec
+    contradicts itself, :class:`UnsupportedQuantizationError`.
+    """
+    defaults = CPU_DEFAULTS if device.startswith("cpu") else CUDA_DEFAULTS
+    for name in ("context_tokens", "max_sequences", "kv_cache_bytes"):
+        if getattr(spec, name) < 0:
+            raise InvalidRequestError(f"{name} is {getattr(spec, name)}; it cannot be negative", param=name)
+    longest = config.context_tokens if draft is None else min(config.context_tokens, draft.context_tokens)
+    if spec.context_tokens > longest:
+        made_for = "the model was made" if longest == config.context_tokens else "the model that guesses was made"
+        raise InvalidRequestError(
+            f"context_tokens is {spec.context_tokens}; {made_for} for at most {longest}", param="context_tokens"
+        )
+    if draft is not None and draft.vocab_size > config.vocab_size:
+        raise InvalidRequestError(
+            f"the model that guesses has {draft.vocab_size} tokens, the model itself {config.vocab_size}", param="draft"
+        )
+    max_sequences = spec.max_sequences or defaults.max_sequences
+    each = [
+        _costs(part, spec, device, max_sequences, defaults.step_tokens, shard)
+        for part in (config, *([] if draft is None else [draft]))
+    ]
+    own = each[0]
+    weights_bytes, fixed_bytes = sum(c.weights_bytes for c in each), sum(c.fixed_bytes for c in each)
+    page_bytes, gather_bytes = sum(c.page_bytes for c in each), sum(c.gather_bytes for c in each)
+    needed_tokens = spec.context_tokens or min(MIN_CONTEXT_TOKENS, longest)
     needed_pages = -(-needed_tokens // PAGE_TOKENS)
     room_bytes = free_bytes - weights_bytes - fixed_bytes
     if spec.kv_cache_bytes:
@@ -137,40 +180,47 @@ def plan_memory(config: ModelConfig, spec: ModelSpec, device: str, free_bytes: i
             )
         needed_pages = num_pages
     else:
-        wanted_tokens = max(needed_tokens, min(defaults.cache_tokens, max_sequences * config.context_tokens))
+        wanted_tokens = max(needed_tokens, min(defaults.cache_tokens, max_sequences * longest))
         affordable = int(room_bytes * defaults.cache_share) // (page_bytes + gather_bytes)
         num_pages = max(min(-(-wanted_tokens // PAGE_TOKENS), affordable), needed_pages)
     if needed_pages * (page_bytes + gather_bytes) > room_bytes:
         needs = weights_bytes + fixed_bytes + needed_pages * (page_bytes + gather_bytes)
         raise DoesNotFitError(
             f"model does not fit on {device}: needs {_gib(needs)}, free {_gib(free_bytes)} (weights in "
-            f"{quant if quant in quantization.ROUNDED else dtype} {_gib(weights_bytes)}, "
+            f"{own.quant if own.quant in quantization.ROUNDED else own.dtype} {_gib(weights_bytes)}, "
             f"cache for {needed_pages * PAGE_TOKENS} tokens {_gib(needed_pages * page_bytes)})",
             needs,
         )
-    return MemoryPlan(
-        dtype=dtype,
-        context_tokens=spec.context_tokens or min(config.context_tokens, num_pages * PAGE_TOKENS),
-        max_sequences=max_sequences,
-        sampled_rows=sampled_rows,
-        num_pages=num_pages,
-        step_tokens=defaults.step_tokens,
-        mixed_step_tokens=defaults.mixed_step_tokens,
-        weights_bytes=weights_bytes,
-        kv_cache_bytes=num_pages * page_bytes,
-        workspace_bytes=fixed_bytes + num_pages * gather_bytes,
-        quant=quant,
-        native=native,
-    )
+    found: MemoryPlan | None = None
+    for costs in reversed(each):
+        found = MemoryPlan(
+            dtype=costs.dtype,
+            context_tokens=spec.context_tokens or min(longest, num_pages * PAGE_TOKENS),
+            max_sequences=max_sequences,
+            sampled_rows=max(max_sequences, MIN_SAMPLED_ROWS),
+            num_pages=num_pages,
+            step_tokens=defaults.step_tokens,
+            mixed_step_tokens=defaults.mixed_step_tokens,
+            weights_bytes=costs.weights_bytes,
+            kv_cache_bytes=num_pages * costs.page_bytes,
+            workspace_bytes=costs.fixed_bytes + num_pages * costs.gather_bytes,
+            quant=costs.quant,
+            native=costs.native,
+            draft=found,
+        )
+    assert found is not None
+    return found
 
 
-def least_bytes(config: ModelConfig, spec: ModelSpec, device: str, shard: Shard = WHOLE) -> int:
+def least_bytes(
+    config: ModelConfig, spec: ModelSpec, device: str, shard: Shard = WHOLE, draft: ModelConfig | None = None
+) -> int:
     """Return the fewest free bytes with which :func:`plan_memory` has a plan.
 
     Raises :class:`InvalidRequestError` as that does.
     """
     try:
-        return plan_memory(config, spec, device, 0, shard).total_bytes
+        return plan_memory(config, spec, device, 0, shard, draft).total_bytes
     except DoesNotFitError as error:
         return error.needed_bytes
 

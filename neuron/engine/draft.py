@@ -1,0 +1,109 @@
+"""A smaller model of the same vocabulary, whose guesses the larger one checks.
+
+It keeps a cache of its own under the same page numbers as the larger model's, so whatever the scheduler says of a page
+holds for both, shared beginnings included. It computes prompts beside the larger one and, when it is asked for
+guesses, what it has missed since; a guess is what it samples itself with the numbers of the sequence it guesses for.
+"""
+
+import time
+
+import numpy as np
+
+from neuron.engine.launched import Executor, StepOutcome
+from neuron.engine.pace import Pace
+from neuron.engine.plan import StepPlan
+from neuron.engine.scheduler import Step
+from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
+
+Rows = list[tuple[Sequence, int, int]]
+"""Sequences, and which of their tokens to compute: from, to."""
+
+
+class DraftModel:
+    """A :class:`~neuron.engine.speculation.Drafter`. ``page_table`` ``[seats, P]`` is the scheduler's."""
+
+    def __init__(self, executor: Executor, page_table: Int32Array, page_tokens: int, step_tokens: int) -> None:
+        self.executor = executor
+        self._page_table = page_table
+        self._page_tokens = page_tokens
+        self._step_tokens = step_tokens
+        self._pace = Pace(page_tokens, step_tokens)
+
+    def follow(self, step: Step) -> None:
+        """Compute the prompts of ``step``, which is about to begin, here as well."""
+        prompts = step.sequences[step.num_decodes + step.num_drafting :]
+        counts = step.num_tokens[step.num_decodes + step.num_drafting :]
+        rows = [(s, s.num_drafted, s.num_computed + count) for s, count in zip(prompts, counts, strict=True)]
+        if rows:
+            self._run(rows, sampled=False)
+
+    def available(self, sequences: list[Sequence], most: int) -> list[int]:
+        """See :class:`~neuron.engine.speculation.Drafter`."""
+        return [most] * len(sequences)
+
+    def cost_s(self, num_sequences: int, depth: int) -> float:
+        """See :class:`~neuron.engine.speculation.Drafter`. Nothing before it was measured, so that it is."""
+        return depth * (self._pace.step_s(num_sequences) or 0.0)
+
+    def propose(self, sequences: list[Sequence], counts: list[int]) -> list[Int32Array]:
+        """See :class:`~neuron.engine.speculation.Drafter`."""
+        left = {s.number: count for s, count in zip(sequences, counts, strict=True)}
+        self._catch_up([s for s in sequences if left[s.number]])
+        for round_number in range(max(counts, default=0)):
+            active = [s for s in sequences if left[s.number] > round_number]
+            if not active:
+                break
+            started_s = time.perf_counter()
+            rows = [(s, s.num_drafted, s.num_tokens + round_number) for s in active]
+            outcome = self._run(rows, sampled=True)
+            self._pace.note(len(active), 0, time.perf_counter() - started_s)
+            for (s, _, end), token in zip(self._order(rows), outcome.ids.tolist(), strict=True):
+                if token < 0:  # no number: this one guesses no further
+                    left[s.number] = round_number
+                else:
+                    # Behind the known tokens there is room; what is sampled there overwrites it.
+                    s.tokens[end] = token
+        return [s.tokens[s.num_tokens : s.num_tokens + left[s.number]].copy() for s in sequences]
+
+    def _catch_up(self, sequences: list[Sequence]) -> None:
+        """Compute all known tokens but the last few."""
+        for s in sequences:
+            while s.num_tokens - s.num_drafted > self._page_tokens:
+                self._run([(s, s.num_drafted, min(s.num_tokens - 1, s.num_drafted + self._step_tokens))], sampled=False)
+
+    def _run(self, rows: Rows, *, sampled: bool) -> StepOutcome:
+        outcome = self.executor.launch(self._plan(self._order(rows), sampled)).wait()
+        for s, _, end in rows:
+            s.num_drafted = end
+        return outcome
+
+    def _order(self, rows: Rows) -> Rows:
+        """Return the rows as a plan wants them: of steps of single tokens, the longest context first."""
+        if any(end - start > 1 for _, start, end in rows):
+            return rows
+        return sorted(rows, key=lambda row: row[2], reverse=True)
+
+    def _plan(self, rows: Rows, sampled: bool) -> StepPlan:
+        starts, ends = (np.array([row[at] for row in rows], np.int32) for at in (1, 2))
+        seats = np.array([s.seat for s, _, _ in rows], np.int32)
+        counts = ends - starts
+        cu_seqlens = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=cu_seqlens[1:])
+        of_row = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+        positions = np.arange(cu_seqlens[-1], dtype=np.int32) - cu_seqlens[of_row] + starts[of_row]
+        pages = self._page_table[seats, : -(-int(ends.max()) // self._page_tokens)]
+        prompts = np.array([s.num_prompt for s, _, _ in rows], np.int32)
+        return StepPlan(
+            num_decodes=len(rows) if counts.max() == 1 else 0,
+            token_ids=np.concatenate([s.tokens[start:end] for s, start, end in rows]),
+            positions=positions,
+            slots=pages[of_row, positions // self._page_tokens] * np.int32(self._page_tokens)
+            + positions % self._page_tokens,
+            cu_seqlens=cu_seqlens,
+            page_table=pages,
+            context_lens=ends,
+            sampled=cu_seqlens[1:] - 1 if sampled else NO_TOKENS,
+            seats=seats if sampled else NO_TOKENS,
+            num_output=ends - prompts if sampled else NO_TOKENS,
+            hidden_rows=NO_TOKENS,
+        )
