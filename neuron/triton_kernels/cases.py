@@ -28,10 +28,10 @@ from neuron.triton_kernels import (
 )
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.launch import Target
+from neuron.triton_kernels.random_batch import PAGE, random_batch
 from neuron.triton_kernels.routing import Routing, route
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
-PAGE: Final = 16
 HALF_TYPES: Final = (torch.bfloat16, torch.float16)
 ALL_TYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE: Final = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
@@ -130,28 +130,6 @@ def _rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     frequencies = 10000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
     return reference.rotary_table(positions.to(device), frequencies.to(device), dtype)
-
-
-def random_batch(lengths: list[tuple[int, int]], device: torch.device) -> tuple[Batch, int]:
-    """Return a step of sequences of (query, context) tokens on scattered pages, and how many pages it uses."""
-    num_pages = [-(-context // PAGE) for _, context in lengths]
-    order = np.random.default_rng(len(lengths)).permutation(np.arange(1, sum(num_pages) + 1)).astype(np.int32)
-    table = np.zeros((len(lengths), max(num_pages)), np.int32)
-    positions, slots = [], []
-    for index, end in enumerate(np.cumsum(num_pages)):
-        table[index, : num_pages[index]] = order[end - num_pages[index] : end]
-        query, context = lengths[index]
-        own = np.arange(context - query, context)
-        positions.append(own)
-        slots.append(table[index, own // PAGE].astype(np.int64) * PAGE + own % PAGE)
-    batch = Batch(
-        positions=torch.from_numpy(np.concatenate(positions).astype(np.int32)).to(device),
-        slots=torch.from_numpy(np.concatenate(slots)).to(device),
-        cu_seqlens=torch.tensor([0, *np.cumsum([query for query, _ in lengths])], dtype=torch.int32, device=device),
-        page_table=torch.from_numpy(table).to(device),
-        context_lens=torch.tensor([context for _, context in lengths], dtype=torch.int32, device=device),
-    )
-    return batch, sum(num_pages) + 1
 
 
 ATTENTION_SHAPES: Final = ((9, 3, 64), (4, 4, 80), (5, 1, 96), (4, 2, 128), (2, 1, 256))

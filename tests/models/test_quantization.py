@@ -22,6 +22,7 @@ from neuron.models.transfer import Transfer
 from neuron.models.weights import WeightSource, open_weights
 from neuron.triton_kernels import reference
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix
+from neuron.triton_kernels.random_batch import random_batch
 
 from .test_weights import export_gguf
 
@@ -85,8 +86,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A prompt and three decodes: the last hidden states and their logits."""
     generator = torch.Generator().manual_seed(1)
-    cases = pytest.importorskip("neuron.triton_kernels.cases", reason="triton is not installed", exc_type=ImportError)
-    batch, pages = cases.random_batch([(1, 20), (1, 3), (9, 30)], HOST)
+    batch, pages = random_batch([(1, 20), (1, 3), (9, 30)], HOST)
     arrays = (batch.cu_seqlens.numpy(), batch.page_table.numpy(), batch.context_lens.numpy())
     parts = reference.attention_parts(*arrays, 16, HOST, config.window_tokens)
     batch = dataclasses.replace(batch, parts=parts, num_decodes=2)
