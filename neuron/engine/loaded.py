@@ -226,8 +226,9 @@ class Model:
         seconds = now_s - max(under_way.started_s, self._settled_s)
         self._pace.note(num_rows, int(plan.cu_seqlens[-1]) - num_rows, seconds)
         self._settled_s = now_s
-        firsts = np.searchsorted(plan.sampled, plan.cu_seqlens).tolist()
         finite, ids = outcome.finite.tolist(), outcome.ids.tolist()
+        decodes_only = step.num_decodes == len(step.sequences)
+        firsts = range(len(ids) + 1) if decodes_only else np.searchsorted(plan.sampled, plan.cu_seqlens).tolist()
         for index, (sequence, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
             if sequence.state is not SequenceState.RUNNING:
                 continue  # it ended while this step was under way

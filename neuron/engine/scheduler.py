@@ -131,7 +131,7 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Start as many of the waiting as seats and pages allow; return those, in order."""
         admitted: list[Sequence] = []
-        while self._seats:
+        while self._seats and self.waiting:
             sequence = self._next_in_line()
             if sequence is None or not self._place(sequence):
                 break
