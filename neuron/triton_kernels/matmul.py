@@ -96,16 +96,17 @@ def _persistent_matmul_kernel(
         out_tiles.store([i * BLOCK_M, j * BLOCK_N], accumulator.to(out.dtype.element_ty))
 
 
-def matmul_tiles(num_rows: int, aligned: bool, target: Target) -> tuple[int, int, int, int, int]:
+def matmul_tiles(num_rows: int, aligned: bool, described: bool, target: Target) -> tuple[int, int, int, int, int]:
     """Return BLOCK_M, BLOCK_N, BLOCK_K, warps and stages: a small and a large choice a chip, by rows only.
 
     Rows that are not ``aligned`` to 16 bytes are copied element by element through registers, which large tiles spill.
+    Without descriptors (not ``described``) addresses take registers too, and the largest tile spills on sm_90.
     """
     if not aligned:
         return (64, 64, 32, 4, 2)
     large = num_rows > 256
     if target.capability in (90, 100):
-        return (128, 256, 64, 8, 3) if large else (64, 128, 64, 4, 4)
+        return (128, 256 if described else 128, 64, 8, 3) if large else (64, 128, 64, 4, 4)
     if target.big_shared_memory:
         return (128, 128, 64, 8, 3) if large else (64, 128, 64, 4, 3)
     return (128, 128, 32, 8, 3) if large else (64, 128, 32, 4, 3)
@@ -119,9 +120,9 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     # Whole units of 16 elements, which is also what the compiler may assume of a size that is fixed for a model.
     aligned = depth % 16 == 0 and x.stride(0) % 16 == 0
-    block_m, block_n, block_k, num_warps, num_stages = matmul_tiles(num_rows, aligned, target)
-    tiles = cdiv(num_rows, block_m) * cdiv(width, block_n)
     persistent = target.has_descriptors and aligned and width % 16 == 0
+    block_m, block_n, block_k, num_warps, num_stages = matmul_tiles(num_rows, aligned, persistent, target)
+    tiles = cdiv(num_rows, block_m) * cdiv(width, block_n)
     if persistent:
         set_scratch_allocator()
     launch(
