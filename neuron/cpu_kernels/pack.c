@@ -57,24 +57,24 @@ static void sub_scales(const uint8_t *packed, int j, int *scale, int *offset) {
 }
 
 /* The codes (in the order of W4), scale and offset of group g of a row of a 4-bit kind. */
-static void read_w4(int kind, const uint8_t *row, int g, uint8_t codes[16], uint16_t *d, uint16_t *m) {
+static void read_w4(int kind, const uint8_t *row, int g, uint8_t codes[16], float *d, float *m) {
     if (kind == KIND_Q4_0) {
         const uint8_t *block = row + 18 * (size_t)g;
-        *d = load_u16(block);
-        *m = float_to_half(-8.0f * half_to_float(*d));
+        *d = half_to_float(load_u16(block));
+        *m = -8.0f * *d;
         memcpy(codes, block + 2, 16);
     } else if (kind == KIND_Q4_1) {
         const uint8_t *block = row + 20 * (size_t)g;
-        *d = load_u16(block);
-        *m = load_u16(block + 2);
+        *d = half_to_float(load_u16(block));
+        *m = half_to_float(load_u16(block + 2));
         memcpy(codes, block + 4, 16);
     } else {
         const uint8_t *block = row + 144 * (size_t)(g / 8);
         const uint8_t *bytes = block + 16 + 32 * (g % 8 / 2);
         int scale, offset, shift = g % 2 * 4;
         sub_scales(block + 4, g % 8, &scale, &offset);
-        *d = float_to_half(half_to_float(load_u16(block)) * (float)scale);
-        *m = float_to_half(-half_to_float(load_u16(block + 2)) * (float)offset);
+        *d = half_to_float(load_u16(block)) * (float)scale;
+        *m = -half_to_float(load_u16(block + 2)) * (float)offset;
         for (int i = 0; i < 16; i++)
             codes[i] = (uint8_t)((bytes[i] >> shift & 15) | (bytes[i + 16] >> shift & 15) << 4);
     }
@@ -122,19 +122,21 @@ static void read_floats(int kind, const uint8_t *row, int g, int columns, float 
         }
     } else {
         uint8_t codes[16];
-        uint16_t d, m;
+        float d, m;
         read_w4(kind, row, g, codes, &d, &m);
         for (int i = 0; i < 16; i++) {
-            out[i] = half_to_float(d) * (float)(codes[i] & 15) + half_to_float(m);
-            out[i + 16] = half_to_float(d) * (float)(codes[i] >> 4) + half_to_float(m);
+            out[i] = d * (float)(codes[i] & 15) + m;
+            out[i + 16] = d * (float)(codes[i] >> 4) + m;
         }
     }
 }
 
 static void write_w4(int kind, const uint8_t *row, int g, int lane, uint8_t *group) {
     uint8_t codes[16];
-    uint16_t d, m;
-    read_w4(kind, row, g, codes, &d, &m);
+    float scale, offset;
+    read_w4(kind, row, g, codes, &scale, &offset);
+    /* Exact for Q4_0 and Q4_1; a product of scales in Q4_K loses up to 2^-11 of itself. */
+    uint16_t d = float_to_half(scale), m = float_to_half(offset);
     for (int j = 0; j < 4; j++) memcpy(group + 64 * j + 4 * lane, codes + 4 * j, 4);
     memcpy(group + 256 + 2 * lane, &d, 2);
     memcpy(group + 288 + 2 * lane, &m, 2);

@@ -59,6 +59,8 @@ def test_the_answer_is_paris_at_every_level(
     level: str, smollm2_gguf: pathlib.Path, harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEURON_CPU_LEVEL", level)
+    # Guesses change which rows are in a step from run to run, and with a bfloat16 cache that may turn a tie.
+    monkeypatch.setenv("NEURON_SPECULATION", "off")
     driver = harness()
     driver.load(smollm2_gguf, dtype="auto")
     # Alone, and eight together: different tiles of the same products.

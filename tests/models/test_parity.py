@@ -1,5 +1,7 @@
 """The engine against transformers on the same weights: logits of every step, and the tokens they lead to."""
 
+import dataclasses
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,7 @@ import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from neuron.cpu_kernels import native
+from neuron.engine.speculation import Speculation
 
 NUM_TOKENS = 64
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -98,8 +101,6 @@ def run_engine(
     harness: Any, path: pathlib.Path, prompts: list[list[int]], step_tokens: int, num_tokens: int = NUM_TOKENS
 ) -> tuple[dict[int, list[int]], dict[int, torch.Tensor]]:
     """Return the engine's greedy tokens and logits for ``prompts``, all at once, in chunks of ``step_tokens``."""
-    import dataclasses
-
     driver = harness()
     driver.load(path)
     model = driver.engine._models["m"]
@@ -195,3 +196,40 @@ def test_a_real_model_is_what_transformers_computes(
     for number, (expected_tokens, expected_logits) in enumerate(expected):
         assert tokens[number][: len(expected_tokens)] == expected_tokens
         assert_close(logits[number][: len(expected_logits)], expected_logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL_MODELS)
+def test_how_a_real_model_is_run_does_not_show(
+    name: str, request: pytest.FixtureRequest, harness: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefix cache, chunks, one or sixteen streams, guesses: the same greedy tokens."""
+    if "NEURON_CPU_LEVEL" not in os.environ or os.environ["NEURON_CPU_LEVEL"] != native.levels()[0]:
+        pytest.skip("once, on the fastest kernels")
+    path: pathlib.Path = request.getfixturevalue(name)
+    monkeypatch.setattr(Speculation, "_depth", lambda self, decoding, able, available: min(3, max(available)))
+    random = np.random.default_rng(9)
+    prompts = [REAL_MODELS[name] * 3, *(random.integers(1000, 40_000, size).tolist() for size in (70, 130))]
+    found = []
+    for guesses in ("off", "on"):
+        monkeypatch.setenv("NEURON_SPECULATION", guesses)
+        for prefix_cache in (False, True):
+            for step_tokens in (40, 512):
+                driver = harness()
+                driver.load(path, prefix_cache=prefix_cache)
+                model = driver.engine._models["m"]
+                model.scheduler.limits = dataclasses.replace(
+                    model.scheduler.limits, step_tokens=step_tokens, mixed_step_tokens=step_tokens
+                )
+                for number, prompt in enumerate(prompts):
+                    driver.generate(number, prompt, NUM_TOKENS)
+                    driver.run()
+                for number in range(16):
+                    driver.generate(10 + number, prompts[number % 3], NUM_TOKENS)
+                driver.run()
+                outputs = driver.outputs()
+                found.append([outputs[number] for number in range(3)])
+                assert all(outputs[10 + number] == outputs[number % 3] for number in range(16))
+                guesser = model.speculation
+                assert (guesser is not None and guesser.num_accepted > 0) == (guesses == "on")
+    assert all(tokens == found[0] for tokens in found)
