@@ -235,11 +235,11 @@ class Scheduler:
             limits = self.limits
             budget = limits.step_tokens
             if sequences:
-                # At least a page of prompt per step, however many decode: prompts are never starved either.
+                # At least one token of a prompt per step, however many decode: prompts are never starved either.
                 num_rows = sum(counts)
                 mixed = limits.mixed_step_tokens
                 mixed = mixed if mixed_step_tokens is None else min(mixed, mixed_step_tokens(num_rows))
-                budget = max(mixed - num_rows, limits.page_tokens)
+                budget = max(mixed - num_rows, 1)
             for sequence in self.running.values():
                 if sequence.prefills:
                     count = min(sequence.num_fill - sequence.num_computed, budget)

@@ -19,7 +19,7 @@ from neuron.device.jobs import Pooling, SamplerSettings, SequenceEnd
 from neuron.engine import scheduler as scheduler_module
 from neuron.engine.launched import StepOutcome
 from neuron.engine.loaded import Model, Output
-from neuron.engine.pace import STALL_FACTOR, Pace
+from neuron.engine.pace import MIN_PROMPT_TOKENS, STALL_FACTOR, Pace
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import NON_FINITE
 from neuron.engine.sequence import Sequence, SequenceState
@@ -415,7 +415,7 @@ def test_a_prompt_takes_what_the_others_can_spare() -> None:
     assert tokens == pytest.approx((STALL_FACTOR - 1) * 20, abs=2)
     for _ in range(12):
         pace.note(4, 16, 1.0)
-    assert pace.mixed_step_tokens(4) == 4 + 16, "never less than a page"
+    assert pace.mixed_step_tokens(4) == 4 + MIN_PROMPT_TOKENS, "never nothing"
 
 
 def test_times_between_and_beyond_those_measured() -> None:
