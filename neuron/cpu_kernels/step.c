@@ -75,6 +75,9 @@ static int has_out_norms(const struct model *m) { return m->layers[0].mlp_out_no
 
 static int num_sights(const struct model *m) { return m->window_tokens > 0 ? 2 : 1; }
 
+/* Rows whose context may be cut into partial results: those that decode or check guesses, and the first few of a prompt. */
+static size_t parted_rows(const struct model *m) { return (size_t)m->max_sampled + MAX_TASK_QUERIES; }
+
 static struct arena lay_out(const struct model *m, uint8_t *base) {
     struct arena a = {0};
     size_t threads = (size_t)pool_threads(m->pool), rows = (size_t)m->max_rows, dim = (size_t)m->head_dim;
@@ -105,7 +108,7 @@ static struct arena lay_out(const struct model *m, uint8_t *base) {
         a.out = carve(&a, base, rows * a.hidden_stride, 4);
         a.own_x = carve(&a, base, threads * PRIVATE_ROWS * a.hidden_stride, 4);
     }
-    a.parts = carve(&a, base, sequences * (size_t)m->num_heads * MAX_PARTS * (size_t)(round_up(m->head_dim, 16) + 2), 4);
+    a.parts = carve(&a, base, parted_rows(m) * (size_t)m->num_heads * MAX_PARTS * (size_t)(round_up(m->head_dim, 16) + 2), 4);
     a.shared = carve(&a, base, larger(rows, (size_t)m->max_sampled) * a.activation_stride, 1);
     a.private = carve(&a, base, threads * PRIVATE_ROWS * a.activation_stride, 1);
     a.row = carve(&a, base, threads * a.row_stride, 4);
@@ -135,14 +138,10 @@ size_t page_bytes(const struct model *m) {
 
 /* ---------------------------------------------------------------- before the layers, on the caller's thread */
 
-/* How many partial results to cut one sequence's context into, so that `num_tasks` occupy all threads evenly. */
-static int num_parts(int num_tasks, int threads, int context) {
-    int most = context / MIN_PART_TOKENS;
-    if (most > MAX_PARTS) most = MAX_PARTS;
-    if (num_tasks >= 4 * threads || most < 2) return 1;
-    for (int parts = 1; parts <= most; parts++)
-        if (parts * num_tasks % threads == 0 || parts * num_tasks >= 4 * threads) return parts;
-    return most;
+/* How many partial results to cut a context of so many tokens into, where `share` is even work for every thread. */
+static int num_parts(int tokens, int64_t share) {
+    int64_t parts = tokens / (share < MIN_PART_TOKENS ? MIN_PART_TOKENS : share);
+    return parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : (int)parts;
 }
 
 /* The first page of which a token at `position` sees anything. */
@@ -156,23 +155,25 @@ static void plan_attention(struct run *run, struct sight *sight) {
     const struct step *s = run->step;
     int group = m->num_heads / m->num_kv_heads, width = heads_per_task(m), threads = pool_threads(m->pool);
     int rows_per_task = MAX_TASK_QUERIES / width;
-    int singles = 0;
+    int64_t narrow_tokens = 0; /* of the sequences whose rows are one task a key-value head */
     run->writes_apart = width < group;
     for (int b = 0; b < s->num_sequences; b++) {
-        if (s->cu_seqlens[b + 1] - s->cu_seqlens[b] == 1)
-            singles++;
-        else
-            run->writes_apart = 1;
+        int num_rows = s->cu_seqlens[b + 1] - s->cu_seqlens[b];
+        if (num_rows > 1) run->writes_apart = 1;
+        if (num_rows <= rows_per_task)
+            narrow_tokens += s->context_lens[b] - first_page(sight, s->positions[s->cu_seqlens[b]]) * PAGE_TOKENS;
     }
-    int single_tasks = singles * m->num_kv_heads;
+    int64_t share = narrow_tokens * m->num_kv_heads / (4 * threads);
     memset(sight->row_parts, 0, (size_t)s->num_tokens * 4);
     sight->num_tasks = 0;
     for (int b = 0; b < s->num_sequences; b++) {
         int first = s->cu_seqlens[b], num_rows = s->cu_seqlens[b + 1] - first;
         int pages = (s->context_lens[b] + PAGE_TOKENS - 1) / PAGE_TOKENS;
         int unseen = first_page(sight, s->positions[first]); /* pages */
-        int parts = num_rows == 1 ? num_parts(single_tasks, threads, s->context_lens[b] - unseen * PAGE_TOKENS) : 1;
-        if (parts > 1) sight->row_parts[first] = parts;
+        int parts = 1;
+        if (num_rows <= rows_per_task && (size_t)(first + num_rows) <= parted_rows(m))
+            parts = num_parts(s->context_lens[b] - unseen * PAGE_TOKENS, share);
+        for (int row = 0; parts > 1 && row < num_rows; row++) sight->row_parts[first + row] = parts;
         for (int row = 0; row < num_rows; row += rows_per_task) {
             int rows = num_rows - row < rows_per_task ? num_rows - row : rows_per_task;
             int position = s->positions[first + row], from = first_page(sight, position);

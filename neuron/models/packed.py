@@ -144,7 +144,9 @@ def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, th
     row = 4 * (2 * hidden + 2 * queries + 2 * keys + gated) + activation
     # Whether there is a window or not: angles, and one task a row and key-value head at most.
     row += 2 * (4 * dim + 4 + 64 * heads)
-    # 16 partial results of each head of a decoding sequence.
-    sequence = heads * 16 * 4 * (padded(dim) + 2) + 2 * 64 * heads * 16
+    sequence = 2 * 64 * heads * 16
+    # 16 partial results of each head of a row whose context is cut.
+    per_sampled = activation + 32 * threads
+    parted = (sampled + LANES) * heads * 16 * 4 * (padded(dim) + 2)
     thread = 2 * activation + 4 * max(hidden, queries) + 8 * hidden + 4 * 16 * (2 * padded(dim) + 128)
-    return rows * row + sequences * sequence + sampled * (activation + 32 * threads) + threads * thread + 64 * 64
+    return parted + rows * row + sequences * sequence + sampled * per_sampled + threads * thread + 64 * 64
