@@ -204,9 +204,14 @@ class Service:
                 self._state = NodeState.READY
                 if any(task.result() for task in done):
                     due = preload
-                # A model for several devices waits until so many are up, or until all are and it is told it cannot be.
-                num_ready = sum(worker.ready is not None for worker in self._workers.values())
-                later = [entry for entry in due if starts and entry.tensor_parallel > num_ready]
+                # A model waits until as many of its devices are up as it takes, or until all are and it is told that it
+                # cannot be loaded.
+                ready = {device for device, worker in self._workers.items() if worker.ready is not None}
+                later = [
+                    entry
+                    for entry in due
+                    if starts and len(ready.intersection(entry.devices or ready)) < entry.tensor_parallel
+                ]
                 for entry in due:
                     if entry not in later:
                         await self._preload(entry)
