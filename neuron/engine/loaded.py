@@ -123,6 +123,8 @@ class Model:
             if draft is not None:
                 self._draft = DraftModel(draft, self.scheduler.page_table, PAGE_TOKENS, plan.step_tokens)
             self.speculation = Speculation(self._draft or PromptLookup(), self._pace)
+        self._executors = (runner,) if self._draft is None else (runner, self._draft.executor)
+        """Of the model itself and of the one that guesses for it."""
 
     @property
     def loaded(self) -> LoadedModel:
@@ -133,7 +135,7 @@ class Model:
         """Leave the other ranks, and destroy the graphs, where there are some."""
         if isinstance(self.runner, GroupRunner):
             self.runner.group.close()
-        for executor in (self.runner, *([] if self._draft is None else [self._draft.executor])):
+        for executor in self._executors:
             if isinstance(executor, GraphRunner):
                 executor.close()
 
@@ -175,9 +177,8 @@ class Model:
         for sequence in self.scheduler.admit():
             try:
                 prompt, generated = np.split(sequence.tokens[: sequence.num_tokens], [sequence.num_prompt])
-                self.runner.sampler.admit(sequence.seat, sequence.sampler, prompt, generated)
-                if self._draft is not None:
-                    self._draft.executor.sampler.admit(sequence.seat, sequence.sampler, prompt, generated)
+                for executor in self._executors:
+                    executor.sampler.admit(sequence.seat, sequence.sampler, prompt, generated)
                 if sequence.constraint is not None:
                     self.runner.sampler.constrain(sequence.seat, sequence.constraint.mask())
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
@@ -235,7 +236,7 @@ class Model:
             first, end = firsts[index], firsts[index + 1]
             if not finite[index] or NON_FINITE in ids[first:end]:
                 # Pages before these are full, sound, and maybe another's too.
-                for executor in (self.runner, *([] if self._draft is None else [self._draft.executor])):
+                for executor in self._executors:
                     executor.clear_pages(sequence.pages[sequence.num_settled // PAGE_TOKENS :])
                 self._fail([sequence], NonFiniteLogitsError(self.name), output)
             elif sequence.pooling is not None:
