@@ -1,6 +1,7 @@
 """Translation by way of chat: what is asked and what is answered stay the same, however a server writes its chunks."""
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -85,8 +86,10 @@ def test_frames_are_what_a_node_that_speaks_the_dialect_sends(events: list[Infer
 
 
 def shape(frames: bytes) -> list[Any]:
+    """Return a stream's events, without the time at which each was completed."""
     found = [line.removeprefix(b"data: ") for line in frames.split(b"\n") if line.startswith(b"data: ")]
-    return json.loads(b"[" + b",".join(found).replace(b"completed_at", b"at") + b"]")  # type: ignore[no-any-return]
+    timeless = re.sub(rb'"completed_at":\d+', b'"completed_at":0', b",".join(found))
+    return json.loads(b"[" + timeless + b"]")  # type: ignore[no-any-return]
 
 
 @given(streams())

@@ -30,7 +30,7 @@ from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange
 
-QUICK = Polling(interval_s=0.05, timeout_s=0.5, max_backoff_s=0.2)
+QUICK = Polling(interval_s=0.05, timeout_s=3, max_backoff_s=0.2)  # a busy machine may hold everything up for a second
 PATIENT = Timeouts()
 IN_MEMORY = StoreSettings(path=":memory:")
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
