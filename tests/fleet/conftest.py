@@ -1,6 +1,7 @@
 """One fleet for all scenarios, which each leave it as it was."""
 
 import contextlib
+import functools
 import pathlib
 import signal
 from collections.abc import Iterator
@@ -33,10 +34,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: pathlib.Path) 
             own = folder / name
             own.mkdir()
             endpoints[name] = stack.enter_context(daemons.neuron(own, smollm2_gguf)).url
-        gateways = [stack.enter_context(gateway(folder, f"gateway{i}", endpoints, models)) for i in range(2)]
+        start_gateway = functools.partial(gateway, folder, endpoints, models)
+        gateways = [stack.enter_context(start_gateway(f"gateway{i}")) for i in range(2)]
         for running in gateways:
             daemons.until(lambda running=running: (running.get("/health") or {}).get("nodes_up") == 6, 30, "all are up")
-        yield Fleet(nodes, gateways, proxy)
+        yield Fleet(nodes, gateways, proxy, start_gateway)
 
 
 @pytest.fixture(autouse=True)

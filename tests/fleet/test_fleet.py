@@ -3,14 +3,18 @@
 import asyncio
 import json
 import os
+import pathlib
+import resource
 import signal
 import time
 from collections import Counter
+from typing import Any
 
 import daemons
 import httpx
+import psutil
 import pytest
-from fleet_rig import MODELS, Client, Fleet, hang_up, swap_at_random, workers_of
+from fleet_rig import MODELS, NO_STORE, Client, Fleet, hang_up, swap_at_random, workers_of
 
 pytestmark = pytest.mark.fleet
 
@@ -149,14 +153,10 @@ def test_a_node_killed_in_the_middle_of_streams(fleet: Fleet) -> None:
             assert is_typed(reply), reply.text
             assert time.monotonic() < deadline, reply.text
             await asyncio.sleep(0.1)
-        assert len(fleet_without(fleet, name).where("kill")) == 1
+        assert len(fleet.without(name).where("kill")) == 1
         fleet.nodes[name].start()
 
     fleet.run(story)
-
-
-def fleet_without(fleet: Fleet, name: str) -> Fleet:
-    return Fleet({k: v for k, v in fleet.nodes.items() if k != name}, fleet.gateways, fleet.proxy)
 
 
 def test_a_frozen_node(fleet: Fleet) -> None:
@@ -203,6 +203,146 @@ def test_a_network_that_is_cut_and_healed(fleet: Fleet) -> None:
         assert is_right(await client.chat("cut"), "cut")
 
     fleet.run(story)
+
+
+def test_a_slow_node(fleet: Fleet) -> None:
+    """It is waited for as long as the limits say; nobody who asks another node waits with it."""
+
+    async def story(client: Client) -> None:
+        assert is_right(await client.chat("cut"), "cut")
+        assert is_right(await client.chat("cold"), "cold")
+        assert fleet.where("cut") == ["c"]
+        assert "c" not in fleet.where("cold")
+        fleet.proxy.delay_s = 0.7
+        started = time.monotonic()
+        slow = [asyncio.ensure_future(client.chat("cut")) for _ in range(8)]
+        quick = await asyncio.gather(*(client.chat("cold") for _ in range(40)))
+        assert time.monotonic() - started < 0.7, "the others go by"
+        assert all(is_right(reply, "cold") for reply in quick)
+        assert all(is_right(reply, "cut") for reply in await asyncio.gather(*slow))
+
+        fleet.proxy.delay_s = 30  # slower than any limit: its polls fail too
+        started = time.monotonic()
+        replies = await asyncio.gather(*(client.chat("cut") for _ in range(4)))
+        lines = [line async for line in client.stream("cut")]
+        assert time.monotonic() - started < 20 + 4 + 2, "the limits for a whole answer and a first byte, and a little"
+        assert all(is_right(reply, "cut") or is_typed(reply) for reply in replies)
+        assert ended_well(lines) or ended_in_an_error(lines)
+        fleet.proxy.delay_s = 0
+        deadline = time.monotonic() + 15
+        while (await client.http.get(f"{client.url()}/health")).json()["nodes_up"] != 6:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+        while not is_right(reply := await client.chat("cut"), "cut"):
+            assert is_typed(reply), reply.text
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+
+    fleet.run(story)
+
+
+async def load_two(client: Client, fleet: Fleet, first: str, second: str) -> None:
+    """Have two models on ``d`` and nothing else; the first is used last."""
+    for known in fleet.nodes["d"].get("/models")["models"]:
+        if known["state"] == "ready":
+            assert (await client.act("models/unload", model=known["id"], node="d")).status_code == 200
+    for name in (first, second, first):
+        assert is_right(reply := await client.chat(name), name), reply.text
+    assert fleet.where(first) == fleet.where(second) == ["d"]
+
+
+def test_the_least_recently_used_model_goes(fleet: Fleet) -> None:
+    async def story(client: Client) -> None:
+        await load_two(client, fleet, "p0", "p2")
+        assert is_right(await client.chat("p1"), "p1")
+        assert (fleet.where("p0"), fleet.where("p2")) == (["d"], [])
+
+    fleet.run(story)
+
+
+def test_the_model_of_the_lowest_priority_goes(fleet: Fleet) -> None:
+    """Although it was used last; and one that matters more than the newcomer never does."""
+
+    async def story(client: Client) -> None:
+        await load_two(client, fleet, "p0", "p2")
+        assert is_right(await client.chat("p1"), "p1")
+        assert (fleet.where("p0"), fleet.where("p2")) == ([], ["d"])
+        refused = await client.chat("p0")
+        assert is_typed(refused)
+        assert "matters more" in refused.json()["error"]["message"]
+        assert (fleet.where("p1"), fleet.where("p2")) == (["d"], ["d"])
+
+    with fleet.with_gateway("by-priority", '[eviction]\nstrategy = "priority"\n' + NO_STORE) as other:
+        other.run(story)
+
+
+def test_a_disk_that_is_full(fleet: Fleet, tmp_path: pathlib.Path) -> None:
+    """Answers are given though they cannot be kept, which is logged; what continues one is told; with room all is well."""
+
+    async def story(client: Client) -> None:
+        async def respond(say: str, **more: Any) -> httpx.Response:
+            body = {"model": "cold", "input": say, **more}
+            return await client.http.post(f"{client.url()}/v1/responses", json=body)
+
+        def limit_files(size_bytes: int) -> None:
+            for process in workers_of(running):
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
+
+        kept = (await respond("tokens=3")).json()
+        limit_files(100_000)
+        started = time.monotonic()
+        for _ in range(4):
+            lost = await respond(f"tokens=3 {'x' * 200_000}")
+            assert lost.json()["status"] == "completed"
+            refused = await respond("tokens=3", previous_response_id=lost.json()["id"])
+            assert refused.status_code == 400
+            assert refused.json()["error"]["code"] == "previous_response_not_found"
+        body = {"model": "cold", "input": "x" * 200_000, "stream": True}
+        async with client.http.stream("POST", f"{client.url()}/v1/responses", json=body) as streamed:
+            assert "response.completed" in (await streamed.aread()).decode()
+        background = await respond("x" * 200_000, background=True)
+        assert background.status_code == 503
+        assert background.json()["error"]["code"] == "store_unavailable"
+        assert is_right(await client.chat("cold"), "cold")
+        assert time.monotonic() - started < 5
+        assert running.log.read_text().count("responses.db: ") >= 6
+        limit_files(resource.RLIM_INFINITY)
+        for _ in range(4):
+            kept = (await respond("tokens=3", previous_response_id=kept["id"])).json()
+            assert kept["status"] == "completed"
+
+    with fleet.with_gateway("full", f'[store]\npath = "{tmp_path / "responses.db"}"\n') as other:
+        running = other.gateways[0]
+        other.run(story)
+
+
+def test_a_gateway_killed(fleet: Fleet) -> None:
+    """All of its processes at once, with streams and a load under way: the load is not begun twice, nothing is left."""
+
+    async def story(client: Client) -> None:
+        async def ask(model: str) -> str:
+            try:
+                lines = [line async for line in client.stream(model, "tokens=400 pause=0.05", 0)]
+            except httpx.HTTPError:
+                return "cut"
+            return "well" if ended_well(lines) else "error"
+
+        await client.act("models/unload", model="slow")
+        loads = fleet.loads("slow")
+        asked = [asyncio.ensure_future(ask(model)) for model in ["cold"] * 8 + ["slow"] * 4]
+        await asyncio.sleep(1)
+        running = other.gateways[0]
+        for process in [*workers_of(running), psutil.Process(running.process.pid)]:
+            process.kill()
+        assert set(await asyncio.gather(*asked)) == {"cut"}
+        replies = await asyncio.gather(*(Client(client.http, urls).chat("slow") for _ in range(8)))
+        assert all(is_right(reply, "slow") for reply in replies)
+        assert fleet.loads("slow") == loads + 1
+
+    urls = [running.url for running in fleet.gateways]
+    with fleet.with_gateway("killed") as other:
+        other.run(story)
+    fleet.assert_idle()
 
 
 def test_a_drained_node_finishes_what_it_runs(fleet: Fleet) -> None:

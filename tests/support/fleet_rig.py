@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -40,14 +41,16 @@ MODELS: tuple[tuple[str, float, float, str], ...] = (
     ("huge", 500, 0.05, ""),
     ("broken", 2, 0.05, ""),
     *((f"s{i}", 12, 0.01, "tensor_parallel = 2") for i in range(8)),  # two of them fit on d, and none elsewhere
+    *((f"p{i}", 12, 0.01, f"tensor_parallel = 2\npriority = {i}") for i in range(3)),  # nor of these
 )
 
 
 class Proxy:
-    """Passes connections on to a port until it is cut."""
+    """Passes connections on to a port until it is cut, each piece of an answer ``delay_s`` late."""
 
     def __init__(self, target: int) -> None:
         self.port = daemons.free_port()
+        self.delay_s = 0.0
         self._target = target
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
@@ -85,12 +88,15 @@ class Proxy:
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             there = await asyncio.open_connection("127.0.0.1", self._target)
-            await asyncio.gather(self._copy(reader, there[1]), self._copy(there[0], writer))
+            await asyncio.gather(self._copy(reader, there[1]), self._copy(there[0], writer, is_answer=True))
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_answer: bool = False) -> None:
         self._writers.add(writer)
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
+                arrived = time.monotonic()
+                while is_answer and time.monotonic() < arrived + self.delay_s and not writer.is_closing():
+                    await asyncio.sleep(0.01)
                 writer.write(data)
                 await writer.drain()
         self._writers.discard(writer)
@@ -142,13 +148,33 @@ class Node:
                 raise
 
 
+StartGateway = Callable[[str, str], contextlib.AbstractContextManager[daemons.Daemon]]
+
+NO_STORE = '[store]\nkind = "none"\n'
+
+
 class Fleet:
     """Everything that runs."""
 
-    def __init__(self, nodes: dict[str, Node], gateways: list[daemons.Daemon], proxy: Proxy) -> None:
+    def __init__(
+        self, nodes: dict[str, Node], gateways: list[daemons.Daemon], proxy: Proxy, start_gateway: "StartGateway"
+    ) -> None:
         self.nodes = nodes
         self.gateways = gateways
         self.proxy = proxy
+        self._start_gateway = start_gateway
+
+    @contextlib.contextmanager
+    def with_gateway(self, name: str, more: str = NO_STORE) -> Iterator["Fleet"]:
+        """Have this fleet behind one more gateway, and be asked through that alone, while the block runs."""
+        with self._start_gateway(name, more) as running:
+            daemons.until(lambda: (running.get("/health") or {}).get("nodes_up") == 6, 30, "all are up")
+            yield Fleet(self.nodes, [running], self.proxy, self._start_gateway)
+
+    def without(self, name: str) -> "Fleet":
+        """Return this fleet but for a node."""
+        rest = {other: node for other, node in self.nodes.items() if other != name}
+        return Fleet(rest, self.gateways, self.proxy, self._start_gateway)
 
     def loads(self, model: str) -> int:
         """Return how often any node has loaded a model."""
@@ -222,7 +248,10 @@ class Client:
 
 
 @contextlib.contextmanager
-def gateway(folder: pathlib.Path, name: str, endpoints: dict[str, str], models: str) -> Iterator[daemons.Daemon]:
+def gateway(
+    folder: pathlib.Path, endpoints: dict[str, str], models: str, name: str, more: str = NO_STORE
+) -> Iterator[daemons.Daemon]:
+    """A gateway of two workers over ``endpoints``; ``more`` ends its ``cortex.toml``."""
     port = daemons.free_port()
     own = folder / name
     own.mkdir()
@@ -234,7 +263,7 @@ def gateway(folder: pathlib.Path, name: str, endpoints: dict[str, str], models: 
         f"[gateway.timeouts]\n{TIMEOUTS}"
         "[gateway.polling]\ninterval_s = 0.2\ntimeout_s = 1.0\nmax_backoff_s = 0.5\n"
         "[gateway.breaker]\nopen_s = 0.5\nmax_open_s = 1.0\n"
-        f'[store]\nkind = "none"\n{nodes}'
+        f"{nodes}{more}"
     )
     with daemons.daemon(
         "cortex", "serve", "--config", str(own / "cortex.toml"), port=port, log=own / "cortex.log"
