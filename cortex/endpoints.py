@@ -138,6 +138,8 @@ class Endpoints:
             return
         if principal.name:
             headers.append((b"x-cortex-principal", principal.name.encode()))
+        if principal.priority:
+            headers.append((b"x-cortex-priority", b"%d" % principal.priority))
         in_background = turn is not None and turn.part.background
         chat = to_chat(dialect, body, turn.part if turn is not None else NO_PART)
         asked = Question(
@@ -168,6 +170,7 @@ class Endpoints:
 
         Raises:
             ModelNotFoundError: nobody offers it.
+            NoNodeError: nobody that has been heard of offers it.
         """
         model = self._catalogue.resolve(name)
         if not self._dispatcher.knows(model):
@@ -175,7 +178,7 @@ class Endpoints:
         if not self._dispatcher.knows(model):
             model = self._catalogue.match(name) or model
         if not self._dispatcher.knows(model):
-            raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
+            raise self._dispatcher.unknown(name)
         return model
 
     async def _answer(self, exchange: Exchange, record: Record, asked: "_Asked") -> None:

@@ -6,11 +6,12 @@ in the service; what a model does, in its harness. Every error leaves in the env
 
 import hmac
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -52,6 +53,7 @@ from cortex.http_io import (
 from cortex.wire.errors import (
     ApiError,
     ErrorInfo,
+    InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
     RemoteError,
@@ -59,7 +61,7 @@ from cortex.wire.errors import (
 )
 from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, Started
 from cortex.wire.node import DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
-from cortex.wire.request import InferenceRequest
+from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron import __version__, api_description, metrics
 from neuron.metrics import RequestRecord
 from neuron.service import Service
@@ -74,6 +76,11 @@ REPORT_USAGE_HEADER = b"x-cortex-report-usage"
 PRINCIPAL_HEADER = b"x-cortex-principal"
 """A gateway sends it to say on whose behalf a request is: seats are shared out among principals."""
 
+PRIORITY_HEADER = b"x-cortex-priority"
+"""A gateway sends it with a principal's priority, an integer, unless that is 0."""
+
+_PRIORITY = re.compile(rb"[+-]?[0-9]{1,9}")
+_Request = TypeVar("_Request", InferenceRequest, EmbeddingRequest)
 _ADMIN_BODY_BYTES = 1 << 20
 _LOAD_DECODER = msgspec.json.Decoder(LoadRequest)
 _UNLOAD_DECODER = msgspec.json.Decoder(UnloadRequest)
@@ -252,7 +259,7 @@ class Api:
     async def _embeddings(self, exchange: Exchange) -> None:
         self._service.admit()
         call = openai_embeddings.decode(await exchange.read_body(self._service.max_body_bytes))
-        request = msgspec.structs.replace(call.request, principal=_principal(exchange))
+        request = _on_behalf(exchange, call.request)
         record = RequestRecord(exchange.request_id, EMBEDDINGS.name, stream=False)
         with _recorded(exchange, record), self._service.models.use(request.model) as model:
             record.model = request.model
@@ -353,14 +360,20 @@ class Api:
                     yield events
 
 
-def _on_behalf(exchange: Exchange, request: InferenceRequest) -> InferenceRequest:
-    """Return ``request`` with its principal, if the gateway named one."""
-    principal = _principal(exchange)
-    return msgspec.structs.replace(request, principal=principal) if principal else request
+def _on_behalf(exchange: Exchange, request: _Request) -> _Request:
+    """Return ``request`` with its principal and priority, if the gateway named them.
 
-
-def _principal(exchange: Exchange) -> str:
-    return (exchange.header(PRINCIPAL_HEADER) or b"").decode("latin-1")
+    Raises:
+        InvalidRequestError: the priority is not an integer.
+    """
+    principal, priority = exchange.header(PRINCIPAL_HEADER), exchange.header(PRIORITY_HEADER)
+    if not principal and not priority:
+        return request
+    if priority and _PRIORITY.fullmatch(priority) is None:
+        raise InvalidRequestError(f"The header {PRIORITY_HEADER.decode()} is not an integer.")
+    return msgspec.structs.replace(
+        request, principal=(principal or b"").decode("latin-1"), priority=int(priority or b"0")
+    )
 
 
 @contextmanager

@@ -244,7 +244,7 @@ class TorchModel:
                 raise ContextLengthError(self.loaded.context_tokens, len(ids), param=f"input[{index}]")
         # Not all at once: the queue is everyone's.
         seats = asyncio.Semaphore(self.loaded.max_sequences)
-        tasks = [asyncio.create_task(self._embed(ids, request.principal, seats)) for ids in prompts]
+        tasks = [asyncio.create_task(self._embed(ids, request, seats)) for ids in prompts]
         try:
             vectors = await asyncio.gather(*tasks)
         finally:
@@ -252,7 +252,7 @@ class TorchModel:
                 task.cancel()
         return Embeddings(tuple(vectors), sum(len(ids) for ids in prompts))
 
-    async def _embed(self, ids: Sequence[int], principal: str, seats: asyncio.Semaphore) -> bytes:
+    async def _embed(self, ids: Sequence[int], request: EmbeddingRequest, seats: asyncio.Semaphore) -> bytes:
         async with seats:
             answer: asyncio.Future[Item] = asyncio.get_running_loop().create_future()
             prompt = array.array("i", ids).tobytes()
@@ -261,7 +261,14 @@ class TorchModel:
                 if not answer.done():
                     answer.set_result(item)
 
-            sequence = self.worker.embed(self.loaded.model, prompt, self._config.pooling, sink, principal=principal)
+            sequence = self.worker.embed(
+                self.loaded.model,
+                prompt,
+                self._config.pooling,
+                sink,
+                principal=request.principal,
+                priority=request.priority,
+            )
             try:
                 item = await answer
             except asyncio.CancelledError:
@@ -339,6 +346,7 @@ class TorchModel:
                     eos,
                     sampler,
                     principal=request.principal,
+                    priority=request.priority,
                     constraint=constraint,
                 ),
             )

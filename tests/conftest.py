@@ -169,7 +169,7 @@ class EngineHarness:
     ) -> None:
         settings = jobs.SamplerSettings(**{"temperature": 0.0, **sampler})  # type: ignore[arg-type]
         ids = array.array("i", prompt).tobytes()
-        self.tell(jobs.Generate(number, model, ids, max_tokens, eos, settings, principal, constraint))
+        self.tell(jobs.Generate(number, model, ids, max_tokens, eos, settings, principal, constraint=constraint))
 
     @property
     def rows(self) -> list[jobs.TokenRow]:

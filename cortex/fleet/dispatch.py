@@ -25,7 +25,7 @@ from cortex.fleet.control import read_error
 from cortex.fleet.leftovers import Leftovers
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
-from cortex.fleet.router import Busy, Decision, Load, Serve, Unknown, offered_profile, route
+from cortex.fleet.router import RETRY_RECOVERY_S, Busy, Decision, Load, Serve, Unknown, offered_profile, route
 from cortex.fleet.state import Fleet, Seat
 from cortex.upstream import Header, Pool, Response
 from cortex.wire.errors import ApiError, ModelNotFoundError, RemoteError, UpstreamError
@@ -123,6 +123,14 @@ class Dispatcher:
     def knows(self, model: str) -> bool:
         """Return whether a model is in the catalogue, or on a node even if that is down now."""
         return model in self._catalogue.profiles or model in self._fleet.state.known
+
+    def unknown(self, name: str) -> ApiError:
+        """Return what is said of a model that nobody has: none for good, or for now while a node never answered."""
+        unheard = [node.name for node in self._fleet.state.nodes.values() if node.discovery is None]
+        if not unheard:
+            return ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
+        message = f"No node has the model {name!r}, and {', '.join(unheard)} has not answered yet."
+        return NoNodeError(message, retry_after_s=RETRY_RECOVERY_S)
 
     def load_progress(self, model: str) -> float | None:
         """Return how far the load is that requests for ``model`` wait for; ``None`` if they wait for none."""
@@ -253,7 +261,7 @@ class Dispatcher:
             case Busy(retry_after_s, reason):
                 raise last or NoNodeError(f"{reason[0].upper()}{reason[1:]}.", retry_after_s=retry_after_s)
             case Unknown():
-                raise last or ModelNotFoundError(f"The model {model!r} does not exist.", param="model")
+                raise last or self.unknown(model)
             case _:
                 assert_never(decision)
 

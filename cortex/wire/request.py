@@ -136,6 +136,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     template_arguments: dict[str, Any] = {}
     principal: str = ""
     """On whose behalf, as the gateway names it; seats are shared out among principals."""
+    priority: int = 0
+    """The principal's: of those who wait for a seat, the highest goes first."""
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -145,3 +147,4 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     inputs: tuple[str | tuple[int, ...], ...]
     dimensions: int | None = None
     principal: str = ""
+    priority: int = 0

@@ -107,6 +107,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     sampler: SamplerSettings
     principal: str = ""
     """On whose behalf: seats are shared out among principals."""
+    priority: int = 0
+    """The principal's: who waits with a higher one gets a seat first."""
     constraint: ConstraintSettings | None = None
 
 
@@ -118,6 +120,7 @@ class Embed(msgspec.Struct, frozen=True, tag="embed"):
     prompt: bytes
     pooling: Pooling
     principal: str = ""
+    priority: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

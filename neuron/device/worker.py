@@ -278,6 +278,7 @@ class Worker:
         sink: Sink,
         *,
         principal: str = "",
+        priority: int = 0,
         constraint: jobs.ConstraintSettings | None = None,
     ) -> int:
         """Start a sequence over int32 ``prompt`` and return its number; ``sink`` gets what comes of it.
@@ -285,12 +286,17 @@ class Worker:
         Raises DeviceWorkerNotReadyError, and OverloadedError if the worker does not read what it is sent.
         """
         return self._start(
-            lambda number: jobs.Generate(number, model, prompt, max_tokens, eos, sampler, principal, constraint), sink
+            lambda number: jobs.Generate(
+                number, model, prompt, max_tokens, eos, sampler, principal, priority, constraint
+            ),
+            sink,
         )
 
-    def embed(self, model: str, prompt: bytes, pooling: jobs.Pooling, sink: Sink, *, principal: str = "") -> int:
+    def embed(
+        self, model: str, prompt: bytes, pooling: jobs.Pooling, sink: Sink, *, principal: str = "", priority: int = 0
+    ) -> int:
         """Start the embedding of int32 ``prompt`` and return its number. Raises as :meth:`generate`."""
-        return self._start(lambda number: jobs.Embed(number, model, prompt, pooling, principal), sink)
+        return self._start(lambda number: jobs.Embed(number, model, prompt, pooling, principal, priority), sink)
 
     def _start(self, make: Callable[[int], jobs.ToWorker], sink: Sink) -> int:
         if self.state is not WorkerState.READY:

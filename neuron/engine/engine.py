@@ -318,9 +318,9 @@ def _sequence(job: Generate | Embed, model: Model) -> Sequence:
         raise ContextLengthError(context_tokens, len(prompt), param="prompt")
     if isinstance(job, Embed):
         settings = SamplerSettings(temperature=0.0)
-        return Sequence(job.sequence, prompt, 1, frozenset(), settings, job.principal, pooling=job.pooling)
+        return Sequence(job.sequence, prompt, 1, frozenset(), settings, job.principal, job.priority, job.pooling)
     if job.max_tokens < 1:
         raise InvalidRequestError(f"max_tokens is {job.max_tokens}; it must be at least 1", param="max_tokens")
     check_settings(job.sampler, vocab_size)
     max_tokens = min(job.max_tokens, context_tokens - len(prompt))
-    return Sequence(job.sequence, prompt, max_tokens, frozenset(job.eos), job.sampler, job.principal)
+    return Sequence(job.sequence, prompt, max_tokens, frozenset(job.eos), job.sampler, job.principal, job.priority)

@@ -1,11 +1,12 @@
 """Who runs in the next step: continuous batching with chunked prefill, without torch.
 
-The rules. First come, first admitted, among principals the one with the fewest running first. A sequence starts when a
+The rules. First come, first admitted, among principals the one of the highest priority first, and of
+those the one with the fewest running. A sequence starts when a
 seat is free and the pool has the pages for what it has so far and a margin for everyone to grow; pages of a beginning
 that is in the cache are shared. Every decoding sequence is in every step; prompts fill what is left of the step's token
 budget, in order, cut where it ends. When pages run out, the youngest gives its own back, waits ahead of everyone, and
 is computed again, mostly from the cache. The oldest is never preempted and always advances, and the first in line is
-never overtaken for want of room, so waiting is bounded.
+never overtaken for want of room, so waiting is bounded but for those whom higher priorities keep out of every seat.
 
 Full pages are shared, the last part of a prompt is not: two sequences of one prompt each compute its last 1 to 16
 tokens, and no page is ever copied. One whose beginning is being computed by another just now waits for it.
@@ -142,6 +143,7 @@ class Scheduler:
         """Return who is admitted next, ``None`` if nobody waits but for what another is computing."""
         num_running = collections.Counter(sequence.principal for sequence in self.running.values())
         first: Sequence | None = None
+        best = (0, 0)
         seen: set[str] = set()
         for sequence in self.waiting.values():
             if sequence.state is SequenceState.PREEMPTED:
@@ -149,8 +151,9 @@ class Scheduler:
             if sequence.principal in seen or self._awaits_another(sequence):
                 continue
             seen.add(sequence.principal)
-            if first is None or num_running[sequence.principal] < num_running[first.principal]:
-                first = sequence
+            rank = -sequence.priority, num_running[sequence.principal]
+            if first is None or rank < best:
+                first, best = sequence, rank
         return first
 
     def _awaits_another(self, sequence: Sequence) -> bool:

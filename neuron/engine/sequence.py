@@ -50,7 +50,7 @@ class Sequence:
     __slots__ = (
         "constraint", "drafts", "eos", "hit_rate", "keys", "max_tokens", "num_awaited", "num_cached", "num_computed",
         "num_drafted", "num_fill", "num_prompt", "num_published", "num_settled", "num_tokens", "number", "pages",
-        "pooled", "pooling", "principal", "sampler", "seat", "state", "tokens",
+        "pooled", "pooling", "principal", "priority", "sampler", "seat", "state", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -61,8 +61,9 @@ class Sequence:
         eos: frozenset[int],
         sampler: SamplerSettings,
         principal: str = "",
-        constraint: Constrained | None = None,
+        priority: int = 0,
         pooling: Pooling | None = None,
+        constraint: Constrained | None = None,
     ) -> None:
         self.number = number
         self.num_prompt = self.num_tokens = self.num_fill = len(prompt)
@@ -71,6 +72,8 @@ class Sequence:
         self.sampler = sampler
         self.principal = principal
         """On whose behalf it runs: seats are shared out among principals."""
+        self.priority = priority
+        """The principal's."""
         self.constraint = constraint
         self.pooling = pooling
         """It ends with its prompt, as one vector, if this is set."""

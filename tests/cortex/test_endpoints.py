@@ -404,7 +404,7 @@ async def test_a_load_that_fails_late_is_an_error_in_the_stream() -> None:
         assert json.loads(call.data()[6:])["error"]["code"] == "model_load_refused"
 
 
-async def test_no_node_is_503_with_retry_after_and_unknown_is_404() -> None:
+async def test_no_node_is_503_with_retry_after_and_nothing_is_denied_for_it() -> None:
     neuron = FakeNeuron()
     async with neuron.serving():
         pass  # its port is known, and closed
@@ -412,7 +412,8 @@ async def test_no_node_is_503_with_retry_after_and_unknown_is_404() -> None:
         call = await gateway.chat().end()
         assert (call.status, call.json()["error"]["code"]) == (503, "no_node")
         assert int(call.headers["retry-after"]) >= 1
-        assert (await gateway.chat(model="x").end()).status == 404
+        unheard = await gateway.chat(model="x").end()
+        assert (unheard.status, unheard.json()["error"]["code"]) == (503, "no_node")
 
 
 async def test_a_recovering_model_is_503_and_gets_no_second_copy() -> None:

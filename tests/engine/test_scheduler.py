@@ -25,10 +25,12 @@ LIMITS = Limits(
 POWERS = np.cumprod(np.full(4096, 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint64)
 
 
-def sequence(number: int, num_prompt: int, max_tokens: int, *, family: int = -1, principal: str = "") -> Sequence:
+def sequence(
+    number: int, num_prompt: int, max_tokens: int, *, family: int = -1, principal: str = "", priority: int = 0
+) -> Sequence:
     """A sequence whose prompt begins like all of its family's; without one, like nobody's."""
     prompt = np.arange(num_prompt, dtype=np.int32) + 1000 * (number + 10 if family < 0 else family)
-    return Sequence(number, prompt, max_tokens, frozenset(), SamplerSettings(), principal)
+    return Sequence(number, prompt, max_tokens, frozenset(), SamplerSettings(), principal, priority)
 
 
 def contents(s: Sequence, stop: int) -> np.ndarray:
@@ -134,13 +136,13 @@ class Arrivals(RuleBasedStateMachine):
 
     @rule(
         num_prompt=st.integers(1, 63), max_tokens=st.integers(1, 63), family=st.integers(-1, 2),
-        principal=st.sampled_from("ab"), forks=st.integers(1, 3),
+        principal=st.sampled_from("ab"), priority=st.integers(-1, 1), forks=st.integers(1, 3),
     )  # fmt: skip
-    def arrive(self, num_prompt: int, max_tokens: int, family: int, principal: str, forks: int) -> None:
+    def arrive(self, num_prompt: int, max_tokens: int, family: int, principal: str, priority: int, forks: int) -> None:
         for _ in range(forks):
             self.number += 1
             max_tokens = min(max_tokens, 64 - num_prompt)
-            new = sequence(self.number, num_prompt, max_tokens, family=family, principal=principal)
+            new = sequence(self.number, num_prompt, max_tokens, family=family, principal=principal, priority=priority)
             self.scheduler.add(new)
             with pytest.raises(ValueError, match="known already"):
                 self.scheduler.add(new)
@@ -400,6 +402,21 @@ def test_seats_are_shared_out_among_principals() -> None:
         scheduler.remove(number)
     # One of the greedy still runs: the modest catch up, then arrival decides.
     assert [s.number for s in scheduler.admit()] == [20, 4, 21]
+
+
+def test_a_higher_priority_waits_less() -> None:
+    scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=400))
+    for number in range(6):
+        scheduler.add(sequence(number, 4, 4, principal=str(number)))
+    scheduler.add(sequence(20, 4, 4, principal="urgent", priority=2))
+    scheduler.add(sequence(21, 4, 4, principal="urgent", priority=2))
+    scheduler.add(sequence(22, 4, 4, principal="later", priority=-1))
+    assert [s.number for s in scheduler.admit()] == [20, 21, 0, 1]
+    for number in (20, 21, 0, 1):
+        scheduler.remove(number)
+    assert [s.number for s in scheduler.admit()] == [2, 3, 4, 5]
+    scheduler.remove(2)
+    assert [s.number for s in scheduler.admit()] == [22]
 
 
 # ------------------------------------------------------------------ pages

@@ -277,7 +277,7 @@ def test_the_model_of_the_lowest_priority_goes(fleet: Fleet) -> None:
 
 
 def test_a_disk_that_is_full(fleet: Fleet, tmp_path: pathlib.Path) -> None:
-    """Answers are given though they cannot be kept, which is logged; what continues one is told; with room all is well."""
+    """Answers are given though they cannot be kept, which is logged; with room again, they are kept again."""
 
     async def story(client: Client) -> None:
         async def respond(say: str, **more: Any) -> httpx.Response:

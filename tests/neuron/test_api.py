@@ -20,6 +20,7 @@ from cortex import http_io
 from cortex.wire.errors import ErrorInfo, OverloadedError, UnprocessableError
 from cortex.wire.events import Failed, Finished, FinishReason, ReasoningDelta, Started, TextDelta, ToolCallDelta
 from cortex.wire.node import LoadRequest
+from cortex.wire.request import InferenceRequest
 from neuron.api import Api
 from neuron.config import Config, DaemonSettings
 from neuron.service import Service
@@ -222,6 +223,25 @@ def test_headers_and_heartbeats_do_not_wait_for_the_model(monkeypatch: pytest.Mo
 
     silent = asyncio.Event()
     with_api(story, ScriptedHarness(lambda request: [silent, *HELLO]))
+
+
+def test_a_gateway_says_on_whose_behalf_a_request_is() -> None:
+    asked = []
+
+    def play(request: InferenceRequest) -> list[Any]:
+        asked.append((request.principal, request.priority))
+        return list(HELLO)
+
+    async def story(api: Api, service: Service) -> None:
+        for priority in ("7", "-3", ""):
+            headers = {"x-cortex-principal": "alice", "x-cortex-priority": priority}
+            assert (await ask(api, "POST", "/v1/chat/completions", CHAT, headers=headers)).status == 200
+        wrong = await ask(api, "POST", "/v1/chat/completions", CHAT, headers={"x-cortex-priority": "first"})
+        assert wrong.status == 400
+        assert "x-cortex-priority" in wrong.json()["error"]["message"]
+
+    with_api(story, ScriptedHarness(play))
+    assert asked == [("alice", 7), ("alice", -3), ("alice", 0)]
 
 
 def test_usage_is_reported_to_a_gateway_that_asks() -> None:

@@ -82,7 +82,7 @@ def test_what_a_request_allows_itself(body: bytes, tokens: int) -> None:
 async def test_only_those_with_a_key_are_let_in_and_no_log_has_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     neuron = FakeNeuron().ready("m", "other")
-    async with rig(neuron, keys=ring((KEY, Principal("alice", ("m",))))) as gateway:
+    async with rig(neuron, keys=ring((KEY, Principal("alice", ("m",), priority=3)))) as gateway:
         for method, path in (
             ("POST", "/v1/chat/completions"),
             ("POST", "/v1/messages"),
@@ -106,6 +106,7 @@ async def test_only_those_with_a_key_are_let_in_and_no_log_has_it(caplog: pytest
             assert (await gateway.call("GET", "/v1/models/other", b"", given).end()).status == 404
         assert (await gateway.call("GET", "/health").end()).status == 200
     assert {asked.headers["x-cortex-principal"] for asked in neuron.asked} == {"alice"}
+    assert {asked.headers.get("x-cortex-priority") for asked in neuron.asked} == {"3"}
     assert not any(KEY in value for asked in neuron.asked for value in asked.headers.values())
     text = caplog.text + "".join(str(record.__dict__) for record in caplog.records)
     assert "alice" in text

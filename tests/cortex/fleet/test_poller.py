@@ -77,6 +77,20 @@ async def test_a_slow_node_delays_nobody() -> None:
         assert not gateway.gateway.fleet.state.nodes["slow"].polled
 
 
+async def test_what_a_node_that_never_answered_has_is_not_denied() -> None:
+    """404 is for good: clients do not ask again."""
+    away, here = FakeNeuron("away", control=error(500, "x")), FakeNeuron("here").ready("other")
+    away.ready("m")
+    async with rig(away, here) as gateway:
+        call = await gateway.chat().end()
+        assert (call.status, call.json()["error"]["code"]) == (503, "no_node")
+        assert "away has not answered yet" in call.json()["error"]["message"]
+        away.control = None
+        await until(lambda: gateway.gateway.fleet.state.nodes["away"].up)
+        assert (await gateway.chat().end()).status == 200
+        assert (await gateway.chat(model="none").end()).status == 404
+
+
 async def test_a_node_that_is_down_is_asked_less_often() -> None:
     neuron = FakeNeuron(control=error(500, "x"))
     async with rig(neuron) as gateway:
