@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-clients test-fleet soak lint format bench bench-cpu bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
+.PHONY: demo test test-slow test-clients test-fleet soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -116,10 +116,34 @@ bench-gpu: $(VENV)/triton
 	PYTHONPATH=bench $(BIN)/python -P bench/gpu/run.py --keep
 
 bench: $(VENV)/editable
-	for script in sse peek translate device_loop gateway_overhead decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
+	for script in sse peek translate device_loop decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
 
 bench-cpu: $(VENV)/editable
 	PYTHONPATH=bench:tests/support $(BIN)/python -P bench/cpu.py --keep --build-peer
+
+# The gateways that cortex is measured beside, in an environment of their own: pinned, since they change fast. nginx and
+# wrk come from Debian where this may install them.
+GATEWAY_PEERS := build/gateway/peers
+$(GATEWAY_PEERS)/installed: bench/gateway/peers.txt
+	$(PYTHON) -m venv $(GATEWAY_PEERS)
+	$(GATEWAY_PEERS)/bin/pip install --disable-pip-version-check --quiet -r bench/gateway/peers.txt
+	touch $@
+
+build/gateway/debian:
+	mkdir -p build/gateway
+	export PATH="$$PATH:/usr/sbin"; { command -v nginx && command -v wrk; } >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light wrk; }
+	touch $@
+
+bench-gateway-peers:
+	$(MAKE) $(GATEWAY_PEERS)/installed || echo "$(GATEWAY_PEERS): not all is installed; what is missing is left out"
+	$(MAKE) build/gateway/debian || echo "nginx and wrk: not installed (as root: apt-get install nginx-light wrk)"
+
+# About six minutes. GATEWAY_OPTIONS="--quick", or --only and --scenario with names.
+GATEWAY_OPTIONS ?=
+bench-gateway: $(VENV)/editable bench-gateway-peers
+	$(BIN)/ninja -C build/editable --quiet
+	PYTHONPATH=bench $(BIN)/python -P bench/gateway/run.py --keep $(GATEWAY_OPTIONS)
 
 bench-engine: $(VENV)/editable
 	PYTHONPATH=bench $(BIN)/python -P bench/engine.py --keep

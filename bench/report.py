@@ -75,8 +75,13 @@ def write(
     packages: Iterable[str] = (),
     ratios: Mapping[str, float] | None = None,
     keep: bool = True,
+    peers: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Print ``rows`` as a table and, if ``keep``, write ``results/NAME.json``."""
+    """Print ``rows`` as a table and, if ``keep``, write ``results/NAME.json``.
+
+    ``packages`` are of this environment; ``peers`` are versions of what runs elsewhere.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
@@ -85,6 +90,8 @@ def write(
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     for ratio, value in (ratios or {}).items():
         print(f"{ratio}: {value:.2f}")
+    for note in notes:
+        print(note)
     if not keep:
         return
     RESULTS.mkdir(exist_ok=True)
@@ -92,7 +99,8 @@ def write(
         "question": question,
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
-        "versions": versions(["helexa-cortex", *packages]),
+        "versions": {**versions(["helexa-cortex", *packages]), **(peers or {})},
+        "notes": list(notes),
         "ratios": dict(ratios or {}),
         "rows": [dict(row) for row in rows],
     }

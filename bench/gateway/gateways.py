@@ -1,0 +1,205 @@
+"""The gateways that are measured: how each is started in front of the mock node, and whether it is here.
+
+Each is run as its own documentation says, with one worker, and with what its users have on: cortex checks a key,
+routes, counts, times and logs each request. The peers keep their defaults where those cost them no speed, and else are
+set to what is cheapest for them: the routers take turns among nodes and log warnings only, nginx writes no access log.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gateway.rig import BUILD, KEY, Word, free_ports, save
+
+PEERS = BUILD / "peers"
+"""A virtual environment with what PyPI has; `make bench-gateway` makes it."""
+
+PENDING_CONNECTIONS = 4096
+"""As ``cortex serve`` tells Granian."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What starts a gateway."""
+
+    arguments: Sequence[Word]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """One row of the table. ``command`` takes the gateway's port, the nodes' and a folder for files."""
+
+    name: str
+    command: Callable[[int, Sequence[int], pathlib.Path], Command]
+    missing: Callable[[], str | None]
+    """Why it cannot be run here, or ``None``."""
+    version: Callable[[], str]
+
+
+def cortex_command(
+    interface: str, port: int, nodes: Sequence[int], folder: pathlib.Path, *, workers: int = 1, interval_s: float = 2.0
+) -> Command:
+    """Return Granian with cortex in one of its interfaces."""
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    (folder / "keys.toml").write_text(f'[[keys]]\nname = "bench"\nsha256 = "{digest}"\nmodels = ["*"]\n')
+    (folder / "models.toml").write_text('[[models]]\nid = "m"\nsource = "/m"\n')
+    (folder / "cortex.toml").write_text(
+        f'[gateway]\nmetrics_listen = "127.0.0.1:{free_ports()}"\nmax_connections_per_node = 16384\n'
+        f"[gateway.polling]\ninterval_s = {interval_s}\n"
+        f'[access]\nkeys = "keys.toml"\n[store]\npath = "{folder / "responses.db"}"\n'
+        + "".join(
+            f'[[neurons]]\nname = "node{i}"\nendpoint = "http://127.0.0.1:{node}"\n' for i, node in enumerate(nodes)
+        )
+    )
+    granian = pathlib.Path(sys.executable).with_name("granian")
+    options = {
+        "interface": interface,
+        "loop": "uvloop",
+        "port": port,
+        "workers": workers,
+        "backpressure": PENDING_CONNECTIONS,
+    }
+    arguments: list[Word] = [granian]
+    for name, value in options.items():
+        arguments += [f"--{name}", str(value)]
+    return Command([*arguments, f"cortex.{interface}:app"], {"CORTEX_CONFIG": str(folder / "cortex.toml")})
+
+
+def cortex(interface: str) -> Gateway:
+    """Return cortex in one of its interfaces."""
+
+    def command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Command:
+        return cortex_command(interface, port, nodes, folder)
+
+    def missing() -> str | None:
+        return None if importlib.util.find_spec(f"cortex.{interface}") else f"there is no cortex.{interface}"
+
+    return Gateway(f"cortex {interface}", command, missing, lambda: importlib.metadata.version("helexa-cortex"))
+
+
+def peer_version(package: str) -> str:
+    """Return the version of a package of the peers' environment."""
+    [folder] = PEERS.glob("lib/python*/site-packages")
+    [found] = importlib.metadata.distributions(name=package, path=[str(folder)])
+    return found.version
+
+
+def peer(name: str, program: str, command: Callable[[int, Sequence[int], pathlib.Path], Command]) -> Gateway:
+    """Return a gateway from PyPI."""
+
+    def missing() -> str | None:
+        return None if (PEERS / "bin" / program).exists() else f"{PEERS / 'bin' / program} is not installed"
+
+    return Gateway(name, command, missing, lambda: peer_version(name))
+
+
+def router(program: str, *subcommand: str, log_level: str) -> Callable[[int, Sequence[int], pathlib.Path], Command]:
+    """Return what starts a Rust router, with the policy that costs it least.
+
+    By default vllm-router has a node render each prompt before it asks it, which makes two requests of one, and both
+    keep a tree of prompts: 85 us a request instead of 39 (vllm-router), 47 instead of 44 (sglang-router).
+    """
+
+    def command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Command:
+        urls = [f"http://127.0.0.1:{node}" for node in nodes]
+        options = {
+            "host": "127.0.0.1",
+            "port": port,
+            "prometheus-port": free_ports(),
+            "log-level": log_level,
+            "policy": "round_robin",
+        }
+        flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return Command([PEERS / "bin" / program, *subcommand, "--worker-urls", *urls, *flags])
+
+    return command
+
+
+def litellm_command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Command:
+    """Return LiteLLM's proxy, which knows one key and asks nobody for prices."""
+    models = [
+        {
+            "model_name": "m",
+            "litellm_params": {"model": "openai/m", "api_base": f"http://127.0.0.1:{node}/v1", "api_key": "none"},
+        }
+        for node in nodes
+    ]
+    settings = {"telemetry": False, "request_timeout": 600}
+    config = {"model_list": models, "general_settings": {"master_key": KEY}, "litellm_settings": settings}
+    path = save(folder / "litellm.yaml", config)
+    flags: list[Word] = ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1", "--config", path]
+    return Command([PEERS / "bin" / "litellm", *flags], {"LITELLM_LOCAL_MODEL_COST_MAP": "True"})
+
+
+NGINX = """
+worker_processes 1;
+master_process off;
+daemon off;
+pid {folder}/nginx.pid;
+error_log stderr warn;
+events {{ worker_connections 16384; }}
+http {{
+    access_log off;
+    keepalive_requests 1000000000;
+    client_max_body_size 32m;
+    client_body_buffer_size 256k;
+    {paths}
+    upstream nodes {{
+        {servers}
+        keepalive 1024;
+        keepalive_requests 1000000000;
+    }}
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://nodes;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_buffering off;
+            proxy_read_timeout 600;
+        }}
+    }}
+}}
+"""
+
+
+def nginx_program() -> str | None:
+    """Return where nginx is: Debian puts it where only the administrator looks."""
+    return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+
+def nginx_command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Command:
+    """Return nginx as a proxy that buffers no answer."""
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    text = NGINX.format(
+        port=port,
+        folder=folder,
+        paths="\n    ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds),
+        servers="\n        ".join(f"server 127.0.0.1:{node};" for node in nodes),
+    )
+    (folder / "nginx.conf").write_text(text)
+    return Command([nginx_program() or "nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")])
+
+
+def nginx_version() -> str:
+    """Return what ``nginx -v`` says."""
+    said = subprocess.run([nginx_program() or "nginx", "-v"], capture_output=True, text=True, check=True).stderr
+    return said.rpartition("/")[2].strip()
+
+
+GATEWAYS: tuple[Gateway, ...] = (
+    cortex("rsgi"),
+    cortex("asgi"),
+    peer("vllm-router", "vllm-router", router("vllm-router", log_level="warning")),
+    peer("sglang-router", "sglang-router", router("sglang-router", "launch", log_level="warn")),
+    peer("litellm", "litellm", litellm_command),
+    Gateway("nginx", nginx_command, lambda: None if nginx_program() else "nginx is not installed", nginx_version),
+)

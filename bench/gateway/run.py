@@ -1,0 +1,317 @@
+"""What does a gateway cost? cortex in both its interfaces beside the routers and proxies that people use, in one run.
+
+Every gateway stands before the same mock node and is asked by the same load (both in C, together far faster than any
+gateway), on a core of its own. All are started once and then asked in turn, round by round, so that a machine that
+slows down slows all of them; a ratio is the median of the rounds' ratios. An answer that is wrong fails its gateway's
+run: the cell is empty and the reason is printed.
+
+    python bench/gateway/run.py [--only NAME...] [--scenario NAME...] [--quick] [--keep]
+
+``direct`` is the load before the mock node without a gateway: the rig's own limit. Added times are over it.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+import report
+from gateway import rig
+from gateway.gateways import GATEWAYS, Gateway
+from gateway.rig import Figures, Memory, RunError, Server
+
+DIRECT = "direct"
+RSGI, ASGI, VLLM, SGLANG, LITELLM, NGINX = (gateway.name for gateway in GATEWAYS)
+
+NUM_FRAMES = 200
+PACE_MS = 10
+PACED_FRAMES = 300
+LARGE_BYTES = 60_000
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is asked. ``options`` are the load's."""
+
+    name: str
+    connections: int
+    options: Mapping[str, float | str] = field(default_factory=dict)
+    is_timed: bool = True
+    """Whether it runs for a time, or for one stream on each connection."""
+
+    def run(self, port: int, server: Server | None, seconds: float) -> Figures:
+        """Ask once."""
+        timed = {"seconds": seconds, "warm": 0.2} if self.is_timed else {}
+        return rig.run_load(port, self.connections, server, **timed, **self.options)
+
+
+SCENARIOS = (
+    Scenario("1", 1),
+    Scenario("16", 16),
+    Scenario("64", 64),
+    Scenario("16_60k", 16, {"body": LARGE_BYTES}),
+    Scenario("sse", 64, {"frames": NUM_FRAMES}),
+    Scenario("paced", 64, {"frames": PACED_FRAMES, "pace": PACE_MS, "answers": 1, "spread": PACE_MS}, is_timed=False),
+    Scenario("stream_1", 1, {"frames": 20, "pace": 5, "answers": 8}, is_timed=False),
+)
+TOO_SLOW = {(LITELLM, "paced")}
+"""At 6,400 frames a second it would be measured what a queue does."""
+
+
+class Table:
+    """Every run's figures, by gateway and scenario, a round after another."""
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[str, str], list[Figures]] = {}
+        self.failures: list[str] = []
+
+    def run(self, name: str, scenario: Scenario, port: int, server: Server | None, seconds: float) -> None:
+        """Ask a gateway once, and note what it did."""
+        try:
+            figures = scenario.run(port, server, seconds)
+        except RunError as error:
+            self.failures.append(f"{name}, {scenario.name}: {error}")
+            return
+        self._runs.setdefault((name, scenario.name), []).append(figures)
+
+    def has(self, name: str, scenario: str) -> bool:
+        """Return whether every run of it succeeded."""
+        failed = any(failure.startswith(f"{name}, {scenario}: ") for failure in self.failures)
+        return not failed and (name, scenario) in self._runs
+
+    def values(self, name: str, scenario: str, figure: str) -> list[float]:
+        """Return a figure of each round."""
+        return [getattr(figures, figure) for figures in self._runs[name, scenario]]
+
+    def median(self, name: str, scenario: str, figure: str) -> float | None:
+        """Return a figure's median over the rounds, or ``None`` where a run failed or there was none."""
+        return statistics.median(self.values(name, scenario, figure)) if self.has(name, scenario) else None
+
+    def added(self, name: str, scenario: str, figure: str) -> float | None:
+        """Return what a gateway adds to a figure over asking directly."""
+        if name == DIRECT or not self.has(name, scenario) or not self.has(DIRECT, scenario):
+            return None
+        pairs = zip(self.values(name, scenario, figure), self.values(DIRECT, scenario, figure), strict=True)
+        return statistics.median(own - direct for own, direct in pairs)
+
+    def ratio(self, over: str, under: str, scenario: str, figure: str) -> float | None:
+        """Return the median over the rounds of one gateway's figure over another's."""
+        if not self.has(over, scenario) or not self.has(under, scenario):
+            return None
+        pairs = zip(self.values(over, scenario, figure), self.values(under, scenario, figure), strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+
+def rows(table: Table, names: Sequence[str], idle: Mapping[str, Memory]) -> list[dict[str, object]]:
+    """Return the table that is printed: one figure a row, one gateway a column, medians of the rounds."""
+    found: list[dict[str, object]] = []
+
+    def add(figure: str, value: Callable[[str], float | None]) -> None:
+        found.append({"figure": figure, **{name: value(name) for name in names}})
+
+    def add_median(figure: str, scenario: str, attribute: str) -> None:
+        add(figure, lambda name: table.median(name, scenario, attribute))
+
+    def add_added(figure: str, scenario: str, attribute: str) -> None:
+        add(figure, lambda name: table.added(name, scenario, attribute))
+
+    def memory(name: str, attribute: str) -> float | None:
+        return getattr(idle[name], attribute) / 2**20 if name in idle else None
+
+    add_median("requests/s, 1 connection", "1", "answers_per_s")
+    add_median("requests/s, 16", "16", "answers_per_s")
+    add_median("requests/s, 64", "64", "answers_per_s")
+    add_median("requests/s, 16, 60 KB asked", "16_60k", "answers_per_s")
+    add_median("frames/s, 64 streams", "sse", "frames_per_s")
+    add_median("CPU us a request, 16", "16", "cpu_answer_us")
+    add_median("CPU us a request, 64", "64", "cpu_answer_us")
+    add_median("CPU us a request, 60 KB", "16_60k", "cpu_answer_us")
+    add_median("CPU us a frame, 64 streams", "sse", "cpu_frame_us")
+    add_median("CPU us a frame, 64 paced", "paced", "cpu_frame_us")
+    add_added("added ms, 1 connection", "1", "latency_ms")
+    add_added("p99", "1", "latency_p99_ms")
+    add_added("added ms, first token of 64", "paced", "first_ms")
+    add_added("added ms, each token of 64", "paced", "delay_ms")
+    add_added("p99", "paced", "delay_p99_ms")
+    add_added("added ms, first token of 1", "stream_1", "first_ms")
+    add_median("late frames of 160, 1 stream", "stream_1", "late")
+    add("idle RSS MiB, largest process", lambda name: memory(name, "largest_bytes"))
+    add("idle PSS MiB, all processes", lambda name: memory(name, "total_bytes"))
+    return found
+
+
+def ratios(table: Table, subject: str, idle: Mapping[str, Memory]) -> dict[str, float]:
+    """Return what is held against the targets; what could not be measured is left out."""
+    added_1 = [table.added(name, "1", "latency_ms") for name in (subject, VLLM)]
+    found = {
+        "rps_1": table.ratio(subject, VLLM, "1", "answers_per_s"),
+        "rps_16": table.ratio(subject, VLLM, "16", "answers_per_s"),
+        "rps_64": table.ratio(subject, VLLM, "64", "answers_per_s"),
+        "rps_16_60k": table.ratio(subject, VLLM, "16_60k", "answers_per_s"),
+        "sse": table.ratio(subject, SGLANG, "sse", "frames_per_s"),
+        "rps_16_litellm": table.ratio(subject, LITELLM, "16", "answers_per_s"),
+        "rps_16_nginx": table.ratio(subject, NGINX, "16", "answers_per_s"),
+        "asgi_over_rsgi": table.ratio(ASGI, RSGI, "16", "answers_per_s"),
+        "cpu_16": table.ratio(VLLM, subject, "16", "cpu_answer_us"),
+        "cpu_64": table.ratio(VLLM, subject, "64", "cpu_answer_us"),
+        "cpu_frame": table.ratio(VLLM, subject, "paced", "cpu_frame_us"),
+        "latency_1": added_1[0] / added_1[1] if added_1[0] is not None and added_1[1] else None,
+        "ttft_64_ms": table.added(subject, "paced", "first_ms"),
+        "late_frames_1": table.median(subject, "stream_1", "late"),
+        "idle_rss_mib": idle[subject].largest_bytes / 2**20 if subject in idle else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@contextlib.contextmanager
+def started(
+    chosen: Sequence[Gateway], node: int, folder: pathlib.Path, table: Table
+) -> Iterator[dict[str, tuple[int, Server]]]:
+    """Run the gateways, all of them on the gateways' core; the idle ones only look after their node's health."""
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for gateway in chosen:
+            own = folder / gateway.name.replace(" ", "-")
+            own.mkdir()
+            port = rig.free_ports()
+            command = gateway.command(port, [node], own)
+            log = rig.BUILD / "logs" / f"{own.name}.log"
+            server = Server(command.arguments, pinned=rig.cores()[0], log=log, environment=command.environment)
+            try:
+                stack.enter_context(server).wait_for(port)
+            except RunError as error:
+                table.failures.append(f"{gateway.name}, start: {error}")
+            else:
+                running[gateway.name] = port, server
+        yield running
+
+
+class Onlookers:
+    """What share of the machine others took while the bench ran: figures of a busy machine must say so."""
+
+    def __init__(self) -> None:
+        self._busy_s, self._own_s = self._busy(), self._own()
+        self._started = time.perf_counter()
+
+    def share(self) -> float:
+        """Return it, once all that the bench started has ended."""
+        elapsed_s = (time.perf_counter() - self._started) * (os.cpu_count() or 1)
+        return max(0.0, (self._busy() - self._busy_s) - (self._own() - self._own_s)) / elapsed_s
+
+    @staticmethod
+    def _busy() -> float:
+        times = psutil.cpu_times()
+        return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+    @staticmethod
+    def _own() -> float:
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
+
+
+def measure(
+    chosen: Sequence[Gateway], scenarios: Sequence[Scenario], *, rounds: int, seconds: float
+) -> tuple[Table, dict[str, Memory]]:
+    """Start everything, run all rounds, and return the figures and what each gateway holds when idle."""
+    table = Table()
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folder = pathlib.Path(temporary)
+        node = stack.enter_context(rig.mock(folder))
+        running = stack.enter_context(started(chosen, node, folder, table))
+        time.sleep(1.0)
+        idle = {name: server.memory() for name, (_, server) in running.items()}
+        everything: dict[str, tuple[int, Server | None]] = {DIRECT: (node, None), **running}
+        for number in range(rounds):
+            for scenario in scenarios:
+                for name, (port, server) in everything.items():
+                    if (name, scenario.name) not in TOO_SLOW:
+                        table.run(name, scenario, port, server, seconds)
+            print(f"round {number + 1} of {rounds} done", file=sys.stderr)
+        if wrk := shutil.which("wrk"):
+            check_with_wrk(wrk, node, table)
+    return table, idle
+
+
+def check_with_wrk(wrk: str, node: int, table: Table) -> None:
+    """Hold the load against wrk, before the mock node: who counts wrong would differ."""
+    script = rig.BUILD / "wrk.lua"
+    body = rig.chat_request(node).data
+    assert isinstance(body, bytes)
+    script.write_text(
+        f"wrk.method = 'POST'\nwrk.path = '/v1/chat/completions'\nwrk.body = '{body.decode()}'\n"
+        "wrk.headers['Content-Type'] = 'application/json'\n"
+    )
+    asked: list[rig.Word] = [wrk, "-t1", "-c16", "-d2s", "-s", script, f"http://127.0.0.1:{node}"]
+    command = rig.on_core(rig.cores()[1], asked)
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rate = float(said.partition("Requests/sec:")[2].split()[0])
+    own = table.median(DIRECT, "16", "answers_per_s")
+    print(f"direct, 16 connections: wrk {rate:,.0f} requests/s, the load {own or 0:,.0f}", file=sys.stderr)
+
+
+def choose(options: argparse.Namespace) -> tuple[list[Gateway], list[str]]:
+    """Return the gateways to run, and what is said about the others."""
+    chosen, notes = [], []
+    for gateway in GATEWAYS:
+        if options.only and gateway.name not in options.only:
+            continue
+        why = gateway.missing()
+        if why:
+            notes.append(f"{gateway.name} is left out: {why}")
+        else:
+            chosen.append(gateway)
+    return chosen, notes
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = report.arguments(__doc__)
+    names = [gateway.name for gateway in GATEWAYS]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--scenario", nargs="+", choices=[scenario.name for scenario in SCENARIOS], metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each run that is timed")
+    parser.add_argument("--quick", action="store_true", help="one short round: to see that all works")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds = 1, 0.5
+    chosen, notes = choose(options)
+    scenarios = [scenario for scenario in SCENARIOS if not options.scenario or scenario.name in options.scenario]
+    onlookers = Onlookers()
+    started_at = time.perf_counter()
+    table, idle = measure(chosen, scenarios, rounds=options.rounds, seconds=options.seconds)
+    seconds = time.perf_counter() - started_at
+    own_cores = rig.cores()
+    notes.append(f"{seconds:.0f} s; gateways on core {own_cores[0]}, load and mock node on core {own_cores[1]}")
+    if (share := onlookers.share()) > 0.03:
+        notes.append(f"Others took {share:.0%} of the machine meanwhile: compare CPU times, and ratios with care.")
+    running = [gateway.name for gateway in chosen]
+    subject = RSGI if RSGI in running else ASGI
+    if subject == ASGI:
+        notes.append("The ratios are of cortex asgi: cortex rsgi was not measured.")
+    notes += [f"FAILED {failure}" for failure in table.failures]
+    report.write(
+        "gateway",
+        rows(table, [DIRECT, *running], idle),
+        question="What does a gateway cost, one core for it, beside the others?",
+        packages=["granian", "uvloop"],
+        peers={gateway.name: gateway.version() for gateway in chosen if "cortex" not in gateway.name},
+        ratios=ratios(table, subject, idle) if running else {},
+        notes=notes,
+        keep=options.keep,
+    )
+    if table.failures:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
