@@ -1,9 +1,9 @@
 """Makes room for a load: one at a time, on fresh figures, and never at the cost of a request that runs.
 
-Loads of one node take turns, so two callers that want the same memory are answered one after the other, and neither
-takes what the other has just been given: a model stays until whoever it was loaded for has used it, or ``hold_s`` has
-passed. An idle model goes once nobody has come for ``linger_s``, so that callers who take turns are served together
-and not one swap each. A busy one keeps taking requests for ``patience_s``; then it is closed to new ones, its running
+Loads are let in in order, and memory takes one at a time, so two callers that want the same are answered one after the
+other, and neither takes what the other has just been given; loads on different GPUs run side by side. A model stays
+until whoever it was loaded for has used it, or ``hold_s`` has passed. An idle model goes once nobody has come for
+``linger_s``, so that callers who take turns are served together and not one swap each. A busy one keeps taking requests for ``patience_s``; then it is closed to new ones, its running
 ones finish, however long that takes, and it goes. So every model that is asked for has its turn, and nothing is cut.
 """
 
@@ -55,6 +55,8 @@ class RoomMaker:
         self._patience = patience
         self._recycle = recycle
         self._turn = asyncio.Lock()
+        self._taking: set[str] = set()
+        """Devices onto which a load is under way: what is free there is not known."""
         self.unloads: dict[str, int] = {}
         """Models that have gone from each device since its worker was started."""
 
@@ -69,7 +71,13 @@ class RoomMaker:
         """
         entry.need = need
         async with self._turn:
-            yield await self._clear(entry, need) if need.bytes_on else ()
+            devices = await self._clear(entry, need) if need.bytes_on else ()
+            self._taking.update(devices)
+        try:
+            yield devices
+        finally:
+            self._taking.difference_update(devices)
+            self._table.note_change()
 
     async def tidy(self, idle_s: float) -> None:
         """Replace the workers that are due for it and whose models nobody has used for ``idle_s``."""
@@ -77,6 +85,8 @@ class RoomMaker:
             entries = self._table.on_device(device)
             now = time.monotonic()
             if any(entry.running or now - entry.idle_at < idle_s for entry in entries) or self._turn.locked():
+                continue
+            if self._is_taken(device):
                 continue
             async with self._turn:
                 self._table.lose(device)
@@ -86,15 +96,20 @@ class RoomMaker:
     async def _clear(self, entry: "Entry", need: Requirement) -> tuple[str, ...]:
         asked_at = time.monotonic()
         while True:
-            for device in need.bytes_on:
+            idle = [device for device in need.bytes_on if not self._is_taken(device)]
+            for device in idle:
                 if self._is_due(device) and not self._table.on_device(device):
                     await self._replace(device)
-            free_bytes = await entry.harness.free_bytes(list(need.bytes_on))
-            if not free_bytes:
-                raise NoDeviceError(f"No device can take '{entry.spec.id}' now.", retry_after_s=RETRY_AFTER_S)
+            free_bytes = await entry.harness.free_bytes(idle) if idle else {}
             room = find_room(need, free_bytes)
             if room is not None:
                 return room.devices
+            if len(idle) < len(need.bytes_on):  # rather than evict: there may be room where a load is under way
+                if any(map(self._is_taken, need.bytes_on)):
+                    await self._table.changed()
+                continue
+            if not free_bytes:
+                raise NoDeviceError(f"No device can take '{entry.spec.id}' now.", retry_after_s=RETRY_AFTER_S)
             if entry.evict is None:
                 raise NoRoomError(self._explain(entry, need, free_bytes), retry_after_s=RETRY_AFTER_S)
             await self._give_way(entry, entry.evict, need, free_bytes, asked_at)
@@ -157,6 +172,12 @@ class RoomMaker:
         )
         devices = f" on {need.num_devices} devices" if need.num_devices > 1 else ""
         return f"model does not fit: '{entry.spec.id}'{devices}; {where}"
+
+    def _is_taken(self, device: str) -> bool:
+        """Return whether a load is under way in this device's memory; that of CPU devices is the host's, and one."""
+        if device.startswith("cpu"):
+            return any(taken.startswith("cpu") for taken in self._taking)
+        return device in self._taking
 
     def _is_due(self, device: str) -> bool:
         cycles = self._table.defrag_after_cycles

@@ -176,7 +176,7 @@ class ModelTable:
             entry.last_used_at, entry.idle_at = time.time(), time.monotonic()
             if entry.running == 0:
                 entry.idle.set()
-                self._note_change()
+                self.note_change()
 
     async def load(
         self, spec: ModelSpec, harness: Harness, stay: Stay | None = None, evict: Eviction | None = None
@@ -265,7 +265,7 @@ class ModelTable:
         entry = self.find(name)
         asked = {"pinned": pinned, "priority": priority, "idle_ttl_s": idle_ttl_s}
         entry.stay = replace(entry.stay, **{key: value for key, value in asked.items() if value is not None})  # type: ignore[arg-type]
-        self._note_change()
+        self.note_change()
         return entry.status()
 
     def lose(self, device: str) -> frozenset[str]:
@@ -310,9 +310,10 @@ class ModelTable:
     def _enter(self, entry: Entry, state: ModelState) -> None:
         entry.state = state
         self.generation += 1
-        self._note_change()
+        self.note_change()
 
-    def _note_change(self) -> None:
+    def note_change(self) -> None:
+        """Wake those who wait for a change."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

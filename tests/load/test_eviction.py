@@ -88,6 +88,29 @@ async def test_a_load_evicts_what_is_idle_and_says_what_it_needs(folder: pathlib
 
 
 @story
+async def test_loads_on_different_cards_run_side_by_side(folder: pathlib.Path) -> None:
+    """A third waits for the two, rather than have either's memory; nothing is evicted for want of a moment."""
+    node = Node(folder, cuda_0=10, cuda_1=10)
+    loads = [asyncio.ensure_future(node.load(name, 4, load_s=0.2)) for name in "abcd"]
+    started = asyncio.get_running_loop().time()
+    await asyncio.gather(*loads)
+    assert asyncio.get_running_loop().time() - started < 0.7, "two and two, not one by one"
+    assert node.here() == set("abcd")
+    assert not node.gone
+
+
+@story
+async def test_cpu_devices_share_their_memory(folder: pathlib.Path) -> None:
+    node = Node(folder, cpu_0=10, cpu_1=10)
+    loads = [asyncio.ensure_future(node.load(name, 4, load_s=0.1)) for name in "ab"]
+    while not all(load.done() for load in loads):
+        taken = sum(node.harness.used_bytes.values()) // (4 * GIB)
+        assert taken - len(node.harness.here) <= 1, "one load at a time"
+        await asyncio.sleep(0.01)
+    assert node.here() == set("ab")
+
+
+@story
 async def test_without_leave_to_evict_a_load_is_refused(folder: pathlib.Path) -> None:
     node = Node(folder)
     await node.load("a")
