@@ -3,8 +3,9 @@
 Loads are let in in order, and memory takes one at a time, so two callers that want the same are answered one after the
 other, and neither takes what the other has just been given; loads on different GPUs run side by side. A model stays
 until whoever it was loaded for has used it, or ``hold_s`` has passed. An idle model goes once nobody has come for
-``linger_s``, so that callers who take turns are served together and not one swap each. A busy one keeps taking requests for ``patience_s``; then it is closed to new ones, its running
-ones finish, however long that takes, and it goes. So every model that is asked for has its turn, and nothing is cut.
+``linger_s``, so that callers who take turns are served together and not one swap each. A busy one keeps taking requests
+for ``patience_s``; then it is closed to new ones, its running ones finish, however long that takes, and it goes. So
+every model that is asked for has its turn, and nothing is cut.
 """
 
 import asyncio

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -70,15 +71,23 @@ class Daemon:
     process: "subprocess.Popen[bytes]"
     port: int
     log: pathlib.Path
+    ca_file: pathlib.Path | None = None
+    """Where it serves over TLS: what its certificate is checked by."""
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.ca_file else 'http'}://127.0.0.1:{self.port}"
+
+    def client(self) -> httpx.Client:
+        """Return a client that takes this daemon for what it is."""
+        verify: Any = ssl.create_default_context(cafile=self.ca_file) if self.ca_file else True
+        return httpx.Client(verify=verify, timeout=60)
 
     def get(self, path: str) -> Any:
         """Return the decoded answer of a GET, or ``None`` if there is none yet."""
         try:
-            reply = httpx.get(self.url + path, timeout=5)
+            with self.client() as client:
+                reply = client.get(self.url + path, timeout=5)
         except httpx.HTTPError:
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             return None
@@ -94,7 +103,14 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def daemon(command: str, *arguments: str, port: int, log: pathlib.Path, **environment: str) -> Iterator[Daemon]:
+def daemon(
+    command: str,
+    *arguments: str,
+    port: int,
+    log: pathlib.Path,
+    ca_file: pathlib.Path | None = None,
+    **environment: str,
+) -> Iterator[Daemon]:
     """Run one of the installed commands until the block is left; it must then end by itself on SIGTERM, with 0."""
     program = pathlib.Path(sys.executable).with_name(command)
     with log.open("wb") as output:
@@ -105,7 +121,7 @@ def daemon(command: str, *arguments: str, port: int, log: pathlib.Path, **enviro
             stderr=output,
             env={**os.environ, **environment},
         )
-    found = Daemon(process, port, log)
+    found = Daemon(process, port, log, ca_file)
     try:
         until(lambda: found.get("/health"), START_TIMEOUT_S, f"{command} serves")
         yield found
