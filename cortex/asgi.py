@@ -4,11 +4,12 @@ The lifespan and nothing else; the paths are :mod:`cortex.gateway`'s. Each worke
 with its own view of the fleet. ``CORTEX_CONFIG`` names the configuration.
 """
 
+import asyncio
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from cortex import config, logs, reload
+from cortex import config, logs, reload, systemd, tracing
 from cortex.endpoints import request_id_of
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange, Receive, Scope, Send
@@ -22,6 +23,7 @@ class Application:
         self._environment = environment
         self.gateway: Gateway | None = None
         self._reloader: reload.Reloader | None = None
+        self._pulse: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope."""
@@ -48,21 +50,29 @@ class Application:
                     return
                 await send({"type": "lifespan.startup.complete"})
             else:
+                if self._pulse is not None:
+                    self._pulse.cancel()
                 if self._reloader is not None:
                     await self._reloader.stop()
                 if self.gateway is not None:
                     await self.gateway.stop()
+                await asyncio.to_thread(tracing.shut_down)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
     async def _start(self) -> None:
         path = config.find(self._environment)
         loaded = reload.load(path, self._environment)
-        logs.configure(loaded.config.gateway.log_format)
+        gateway = loaded.config.gateway
+        logs.configure(gateway.log_format)
+        tracing.configure(gateway.trace_endpoint, "cortex", gateway.listen)
         self._reloader = reloader = reload.Reloader(path, self._environment, loaded, self._apply)
         self.gateway = Gateway(loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error)
         await self.gateway.start()
         reloader.start()
+        # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
+        systemd.notify(systemd.READY)
+        self._pulse = asyncio.create_task(systemd.stay_alive())
 
     def _apply(self, loaded: reload.Loaded) -> None:
         assert self.gateway is not None

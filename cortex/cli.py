@@ -13,9 +13,10 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cortex import __version__, operate
+from cortex import __version__, logs, operate, systemd
+from cortex.build_identity import COMMIT
 from cortex.settings import ConfigError, split_address
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cortex", description="A gateway in front of your own GPU hosts.")
-    parser.add_argument("--version", action="version", version=f"cortex {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"cortex {__version__}{f' ({COMMIT[:12]})' if COMMIT else ''}"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the gateway")
@@ -114,10 +117,14 @@ def _run(config: "Config") -> int:
 
     gateway = config.gateway
     host, port = split_address(gateway.listen)
-    try:
-        _try_to_bind(host, port)
-    except OSError as error:
-        return _fail(f"cannot listen at {gateway.listen}: {error.strerror or error}", EXIT_CONFIG)
+    handed_over = systemd.listen_fds()
+    if len(handed_over) > 1:
+        return _fail(f"{len(handed_over)} sockets were handed over; the gateway listens on one", EXIT_CONFIG)
+    if not handed_over:
+        try:
+            _try_to_bind(host, port)
+        except OSError as error:
+            return _fail(f"cannot listen at {gateway.listen}: {error.strerror or error}", EXIT_CONFIG)
     server = Granian(
         "cortex.asgi:app",
         address=host,
@@ -130,11 +137,21 @@ def _run(config: "Config") -> int:
         workers_kill_timeout=gateway.drain_timeout_s,
         respawn_failed_workers=True,
         log_access=False,
+        log_dictconfig=dict(logs.server_settings(gateway.log_format)),
         ssl_cert=pathlib.Path(gateway.tls_certificate) if gateway.tls_certificate else None,
         ssl_key=pathlib.Path(gateway.tls_key) if gateway.tls_key else None,
     )
     # Granian would replace its workers on SIGHUP, by ones that fail if a file is wrong: they read it again themselves.
     server.signal_handler_reload = _hang_up_workers  # type: ignore[method-assign]
+    stop = server.signal_handler_interrupt
+
+    def end(*signal_and_frame: object) -> None:
+        systemd.notify(systemd.STOPPING)
+        stop()  # type: ignore[no-untyped-call]
+
+    server.signal_handler_interrupt = end  # type: ignore[method-assign]
+    if handed_over:
+        _listen_on(server, handed_over[0])
     try:
         server.serve()
     except ConfigurationError as error:
@@ -142,6 +159,21 @@ def _run(config: "Config") -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     return 0
+
+
+def _listen_on(server: Any, fd: int) -> None:
+    """Have the server accept from a socket that is not its own.
+
+    Whoever handed it over, or another gateway that has it too, keeps what is waiting in its queue when this one ends.
+    """
+    from granian._granian import SocketHolder
+
+    os.set_blocking(fd, False)
+
+    def take() -> None:
+        server._ssp, server._shd, server._sfd = None, SocketHolder(fd), fd  # type: ignore[call-arg]
+
+    server._init_shared_socket = take
 
 
 def _hang_up_workers(*signal_and_frame: object) -> None:

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from cortex import settings
+from cortex import settings, tracing
+from cortex.logs import LogFormat
 from cortex.settings import ConfigError
 from cortex.wire.node import EvictionStrategy, ModelSpec, spec_of
 
@@ -33,13 +34,6 @@ Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 ModelId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 Alias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}\*?$")]
 """A model's other name; with a ``*`` at its end, every name that begins so and that nothing else answers to."""
-
-
-class LogFormat(StrEnum):
-    """How a log line is written."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,6 +105,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_certificate: str = ""
     """PEM files; with them ``cortex serve`` answers clients over TLS."""
     tls_key: str = ""
+    trace_endpoint: str = ""
+    """Of an OpenTelemetry collector (OTLP over HTTP, ``http://host:4318``), which gets a span of each request. Empty:
+    none is made."""
     reload_check_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     """How often the files are looked at for changes; 0: only SIGHUP reads them again."""
 
@@ -328,6 +325,7 @@ def _check(config: Config, source: str) -> None:
     for key in ("tls_certificate", "tls_key"):
         if (named := getattr(gateway, key)) and not os.access(named, os.R_OK):
             raise ConfigError(source, f"gateway.{key}", f"{named} cannot be read")
+    tracing.check(gateway.trace_endpoint, source, "gateway.trace_endpoint")
     if not gateway.models:
         raise ConfigError(source, "gateway.models", "is empty; it names the catalogue, models.toml")
     if not config.neurons:

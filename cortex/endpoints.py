@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import msgspec
 import orjson
 
-from cortex import __version__
+from cortex import __version__, tracing
 from cortex._fast.peek import PeekError, PeekTypeError, peek, splice
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import FrameDecoder, FrameTooLarge
@@ -26,6 +26,7 @@ from cortex._fast.tap import StreamTap
 from cortex.access.gate import Gate, Permit, prompt_tokens
 from cortex.access.keys import Principal, check_model
 from cortex.background import Background
+from cortex.build_identity import COMMIT
 from cortex.config import Config
 from cortex.dialects import openai_responses
 from cortex.dialects.passthrough import NO_PART, RESPONSES, TAIL_CHUNKS, Dialect, envelope_for, read_answer, read_usage
@@ -53,7 +54,6 @@ from cortex.wire.events import Finished, FinishReason, Started
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Of an answer that is not streamed; it is held whole, so that a cut one is an error and not half a body."""
 
-FORWARDED_HEADERS = (b"traceparent", b"tracestate")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -92,6 +92,9 @@ class Endpoints:
 
         async def endpoint(exchange: Exchange) -> None:
             record = Record(exchange.request_id, dialect.name)
+            record.trace = tracing.begin(
+                dialect.name, exchange.header(tracing.TRACEPARENT), exchange.header(tracing.TRACESTATE)
+            )
             try:
                 await self._infer(exchange, dialect, record)
             except ClientDisconnectedError:
@@ -123,7 +126,7 @@ class Endpoints:
         record.is_stream = found.stream and dialect.streams
         if model != found.model:
             body = splice(body, found, model)
-        headers = self._headers(exchange)
+        headers = self._headers(exchange, record)
         turn = None
         generates = True
         if dialect is RESPONSES:
@@ -272,16 +275,14 @@ class Endpoints:
 
         return await self._dispatcher.ask(question, note)
 
-    def _headers(self, exchange: Exchange) -> list[UpstreamHeader]:
+    def _headers(self, exchange: Exchange, record: Record) -> list[UpstreamHeader]:
         headers = [
             (b"content-type", b"application/json"),
             (b"x-request-id", exchange.request_id.encode()),
             (b"x-cortex-report-usage", b"1"),
         ]
-        for name in FORWARDED_HEADERS:
-            value = exchange.header(name)
-            if value is not None:
-                headers.append((name, value))
+        if record.trace is not None:
+            headers += record.trace.headers
         return headers
 
     async def _begin(
@@ -292,6 +293,8 @@ class Endpoints:
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
         making.model, making.key, making.is_stream = record.model, record.key, True
+        if record.trace is not None:  # its span is about the answer, which is still to be made
+            making.trace, record.trace = record.trace, record.trace.without_span()
         held = permit.move()
         frames = self._made(dialect, making, _Asked(asked.question, asked.chat, None), held)
         try:
@@ -359,7 +362,7 @@ class Endpoints:
 
     async def version(self, exchange: Exchange) -> None:
         """``GET /version``."""
-        await exchange.reply(200, msgspec.json.encode({"name": "cortex", "version": __version__}))
+        await exchange.reply(200, msgspec.json.encode({"name": "cortex", "version": __version__, "commit": COMMIT}))
 
     @property
     def num_in_flight(self) -> int:

@@ -31,6 +31,7 @@ from cortex.store.interface import StoreError
 from cortex.store.named import NamedConversations
 from cortex.stored_endpoints import StoredEndpoints
 from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
+from cortex.wire.node import NodeState
 
 log = logging.getLogger("cortex")
 
@@ -58,11 +59,11 @@ class Gateway:
         self.service = FleetService(
             settings,
             offered,
-            on_retry=lambda node, reason: self.metrics.retries.labels(node, reason).inc(),
+            on_retry=self.metrics.note_retry,
             on_in_flight=lambda node, count: self.metrics.in_flight.labels(node).set(count),
             on_load=lambda model, succeeded: self.metrics.loads.labels(model, "ok" if succeeded else "failed").inc(),
         )
-        self._settings = settings
+        self._settings, self._offered = settings, offered
         self._stop_metrics: Callable[[], None] = lambda: None
         self._store = store.make(settings.store)
         conversations = Conversations(self._store)
@@ -147,7 +148,7 @@ class Gateway:
 
     def reconfigure(self, settings: Config, offered: Catalogue, keys: KeyRing) -> None:
         """Go on with other nodes, models, keys and limits; requests that run end as they began."""
-        self._settings = settings
+        self._settings, self._offered = settings, offered
         self._gate.keys, self._gate.reserve_tokens = keys, settings.access.reserve_tokens
         self._endpoints.reconfigure(settings, offered)
         self.service.reconfigure(settings, offered)
@@ -155,8 +156,7 @@ class Gateway:
     async def handle(self, exchange: Exchange) -> None:
         """Answer one request."""
         try:
-            self._check(exchange)
-            endpoint = self._find(exchange.method, exchange.path)
+            endpoint = self._let_in(exchange)
             if endpoint is None:
                 await exchange.reply(204, b"", headers=_allow(self._allowed(exchange.path)))
             else:
@@ -187,6 +187,21 @@ class Gateway:
             new_request_id=lambda: request_id_of(()),
             max_message_bytes=self._settings.gateway.max_body_bytes,
         ).serve()
+
+    def _let_in(self, exchange: Exchange) -> Endpoint | None:
+        """Return what answers; ``None`` for OPTIONS. What is rejected here is written down here: nobody else sees it.
+
+        Raises:
+            ApiError: who asks may not, or there is no such path or method.
+        """
+        try:
+            self._check(exchange)
+            return self._find(exchange.method, exchange.path)
+        except ApiError as error:
+            self.metrics.rejected.labels(error.status).inc()
+            fields = {"id": exchange.request_id, "method": exchange.method[:16], "path": exchange.path[:128]}
+            log.info("rejected", extra={"fields": fields | {"status": error.status, "finish": error.code}})
+            raise
 
     def _check(self, exchange: Exchange) -> None:
         """Let nobody in who may not ask at this path; what for, the endpoint sees to."""
@@ -226,6 +241,7 @@ class Gateway:
                 NodeSample(
                     node.name,
                     node.up,
+                    node.health is not None and node.health.state is NodeState.DRAINING,
                     sum(device.memory_total_bytes for device in node.discovery.devices) if node.discovery else 0,
                     sum(device.memory_free_bytes for device in node.discovery.devices) if node.discovery else 0,
                 )
@@ -237,6 +253,7 @@ class Gateway:
                 if node.up
                 for status in node.models.values()
             ),
+            self.fleet.state.known.union(self._offered.profiles),
         )
 
 

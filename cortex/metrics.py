@@ -1,14 +1,17 @@
 """The gateway's Prometheus metrics: what is counted, in which buckets, and where it is served.
 
 Labels are bounded: models of the catalogue or of the fleet, nodes of the configuration, dialects, statuses. A name that
-a client made up is never one. What is known of nodes and models is not kept in gauges but read from the fleet at each
-scrape, so that it goes when the model does. With several workers the counters are shared through files
-(``PROMETHEUS_MULTIPROC_DIR``), and the worker that binds the port first serves the sum.
+a client made up is never one, and of the codes that nodes make up there are few. What is known of nodes and models is
+not kept in gauges but read from the fleet at each scrape, so that it goes when the model does; counters of nodes and
+models that are not there any more are left out of a scrape, and go on where they were should those come back. With
+several workers the counters are shared through files (``PROMETHEUS_MULTIPROC_DIR``), and the worker that binds the port
+first serves the sum.
 """
 
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,11 +21,15 @@ from prometheus_client import (
     Gauge,
     Histogram,
     Metric,
+    ProcessCollector,
     multiprocess,
     start_http_server,
 )
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from cortex.build_identity import COMMIT
+from cortex.wire import VERSION
 
 log = logging.getLogger("cortex.metrics")
 
@@ -32,6 +39,9 @@ FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2
 DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 900, 1800, 3600)
 SPEED_BUCKETS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000, 2000)
 
+MAX_RETRY_CODES = 64
+CODE = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
+
 
 @dataclass(frozen=True, slots=True)
 class NodeSample:
@@ -39,6 +49,7 @@ class NodeSample:
 
     node: str
     is_up: bool
+    is_draining: bool
     memory_total_bytes: int
     memory_free_bytes: int
 
@@ -60,6 +71,8 @@ class FleetSample:
 
     nodes: tuple[NodeSample, ...]
     models: tuple[ModelSample, ...]
+    known_models: frozenset[str]
+    """Every model that somebody offers or lists, whether it is loaded or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +97,14 @@ class _FleetCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         sample = self._sample()
         up = GaugeMetricFamily("cortex_node_up", "Whether a node answers its polls.", labels=["node"])
+        draining = GaugeMetricFamily(
+            "cortex_node_draining", "Whether a node takes nothing new because it was told so.", labels=["node"]
+        )
         total = GaugeMetricFamily("cortex_node_memory_total_bytes", "Device memory of a node.", labels=["node"])
         free = GaugeMetricFamily("cortex_node_memory_free_bytes", "Free device memory of a node.", labels=["node"])
         for node in sample.nodes:
             up.add_metric([node.node], float(node.is_up))
+            draining.add_metric([node.node], float(node.is_draining))
             total.add_metric([node.node], node.memory_total_bytes)
             free.add_metric([node.node], node.memory_free_bytes)
         nodes_up = GaugeMetricFamily("cortex_nodes_up", "Nodes that answer their polls.")
@@ -100,7 +117,31 @@ class _FleetCollector(Collector):
             state.add_metric([model.node, model.model, model.state], 1)
             running.add_metric([model.node, model.model], model.running)
             waiting.add_metric([model.node, model.model], model.waiting)
-        return up, total, free, nodes_up, state, running, waiting
+        build = GaugeMetricFamily("cortex_build_info", "1, with what is running.", labels=["version", "commit"])
+        build.add_metric([VERSION, COMMIT], 1)
+        return up, draining, total, free, nodes_up, state, running, waiting, build
+
+
+class _Current(Collector):
+    """The counters of a registry, without those of nodes and models that are gone."""
+
+    def __init__(self, counters: CollectorRegistry, sample: Callable[[], FleetSample]) -> None:
+        self._counters = counters
+        self._sample = sample
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        sample = self._sample()
+        current = {"node": {"", *(node.node for node in sample.nodes)}, "model": {"", *sample.known_models}}
+        for metric in self._counters.collect():
+            metric.samples = [
+                found
+                for found in metric.samples
+                if all(found.labels.get(label, "") in names for label, names in current.items())
+            ]
+            yield metric
 
 
 class Metrics:
@@ -109,6 +150,7 @@ class Metrics:
     def __init__(self, fleet: Callable[[], FleetSample]) -> None:
         self.registry = CollectorRegistry()
         self._fleet = fleet
+        self._retry_codes: set[str] = set()
         self._series: dict[tuple[str, str, str], Series] = {}
         labels = ("model", "node", "dialect")
         self.requests = Counter("cortex_requests", "Finished requests.", (*labels, "status"), registry=self.registry)
@@ -144,6 +186,12 @@ class Metrics:
             ("node", "reason"),
             registry=self.registry,
         )
+        self.rejected = Counter(
+            "cortex_rejected_requests",
+            "Requests that no endpoint saw: a path, a method or a key that is not known.",
+            ("status",),
+            registry=self.registry,
+        )
         self.loads = Counter(
             "cortex_model_loads", "Cold loads asked for.", ("model", "outcome"), registry=self.registry
         )
@@ -154,6 +202,14 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=self.registry,
         )
+
+    def note_retry(self, node: str, code: str) -> None:
+        """Count that a request is sent again because of an error. Codes are a node's to choose, but not how many."""
+        if code not in self._retry_codes:
+            if len(self._retry_codes) >= MAX_RETRY_CODES or not CODE.fullmatch(code):
+                code = "other"
+            self._retry_codes.add(code)
+        self.retries.labels(node, code).inc()
 
     def series(self, model: str, node: str, dialect: str) -> Series:
         """Return what is counted for each finished request of these labels."""
@@ -172,17 +228,19 @@ class Metrics:
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Serve all workers' metrics if this one is the first to bind the port; return what stops that."""
-        registry = self.registry
+        counters = self.registry
+        registry = CollectorRegistry()
         directory = os.environ.get(MULTIPROCESS_VARIABLE)
         if directory:
-            registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
-        collector = _FleetCollector(self._fleet)
-        registry.register(collector)
+            counters = CollectorRegistry()
+            multiprocess.MultiProcessCollector(counters, directory)  # type: ignore[no-untyped-call]
+        else:
+            ProcessCollector(registry=registry)
+        registry.register(_Current(counters, self._fleet))
+        registry.register(_FleetCollector(self._fleet))
         try:
             server, thread = start_http_server(port, host, registry)
         except OSError as error:
-            registry.unregister(collector)
             log.info("metrics are not served by this worker: %s:%d: %s", host, port, error.strerror)
             return lambda: None
 

@@ -9,6 +9,7 @@ import time
 
 from cortex.dialects.passthrough import Usage
 from cortex.metrics import Metrics
+from cortex.tracing import Trace
 
 log = logging.getLogger("cortex.request")
 
@@ -31,6 +32,7 @@ class Record:
         "request_id",
         "started_at",
         "status",
+        "trace",
         "usage",
     )
 
@@ -47,6 +49,7 @@ class Record:
         self.finish = ""
         self.is_stream = False
         self.usage: Usage | None = None
+        self.trace: Trace | None = None
         self.started_at = time.perf_counter()
         self.first_token_at: float | None = None
 
@@ -100,4 +103,7 @@ class Record:
                 # The first token's time is the prompt's; the others are what the speed is about.
                 series.tokens_per_s.observe((usage.tokens_out - 1) / generation_s)
         fields["total_s"] = round(total_s, 6)
+        if self.trace is not None:
+            fields["trace"] = self.trace.trace_id
+            self.trace.end(fields)
         log.info("request", extra={"fields": fields})

@@ -24,7 +24,16 @@ from cortex.settings import ConfigError
 log = logging.getLogger("cortex.config")
 
 ANONYMOUS_PRIORITY = -100
-FIXED = ("listen", "metrics_listen", "workers", "log_format", "tls_certificate", "tls_key", "drain_timeout_s")
+FIXED = (
+    "listen",
+    "metrics_listen",
+    "workers",
+    "log_format",
+    "tls_certificate",
+    "tls_key",
+    "drain_timeout_s",
+    "trace_endpoint",
+)
 """Keys of ``[gateway]`` that a running process cannot change."""
 
 

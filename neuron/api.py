@@ -15,9 +15,11 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from cortex import tracing
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
+from cortex.build_identity import COMMIT
 from cortex.dialects import (
     anthropic_messages,
     openai_chat,
@@ -114,12 +116,12 @@ class Api:
             "/drain": {"POST": self._drain},
             "/v1/models": {"GET": self._openai_models},
             openapi.PATH: {"GET": self._describe},
-            CHAT.path: {"POST": self._chat},
-            COMPLETIONS.path: {"POST": self._completions},
-            EMBEDDINGS.path: {"POST": self._embeddings},
-            RESPONSES.path: {"POST": self._responses},
-            MESSAGES.path: {"POST": self._messages},
-            COUNT_TOKENS.path: {"POST": self._count_tokens},
+            CHAT.path: {"POST": self._infer(CHAT, self._chat)},
+            COMPLETIONS.path: {"POST": self._infer(COMPLETIONS, self._completions)},
+            EMBEDDINGS.path: {"POST": self._infer(EMBEDDINGS, self._embeddings)},
+            RESPONSES.path: {"POST": self._infer(RESPONSES, self._responses)},
+            MESSAGES.path: {"POST": self._infer(MESSAGES, self._messages)},
+            COUNT_TOKENS.path: {"POST": self._infer(COUNT_TOKENS, self._count_tokens)},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,9 +132,7 @@ class Api:
         given = exchange.header(b"x-request-id")
         exchange.request_id = given.decode("latin-1")[:128] if given else f"req_{secrets.token_hex(12)}"
         try:
-            handler = self._handler(exchange)
-            self._check_secret(exchange)
-            await handler(exchange)
+            await self._let_in(exchange)(exchange)
         except ClientDisconnectedError:
             return
         except ApiError as error:
@@ -143,6 +143,22 @@ class Api:
             if exchange.status:
                 raise
             await _reply_error(exchange, ErrorInfo(500, "internal_error", "An internal error occurred."))
+
+    def _let_in(self, exchange: Exchange) -> Handler:
+        """Return what answers. What is rejected here is written down here: nobody else sees it.
+
+        Raises:
+            ApiError: who asks may not, or there is no such path or method.
+        """
+        try:
+            handler = self._handler(exchange)
+            self._check_secret(exchange)
+        except ApiError as error:
+            metrics.REJECTED.labels(error.status).inc()
+            fields = {"id": exchange.request_id, "method": exchange.method[:16], "path": exchange.path[:128]}
+            _log.info("rejected", extra={"fields": fields | {"status": error.status, "finish": error.code}})
+            raise
+        return handler
 
     def _handler(self, exchange: Exchange) -> Handler:
         methods = self._routes.get(exchange.path)
@@ -174,13 +190,14 @@ class Api:
         await _reply(exchange, self._service.health())
 
     async def _version(self, exchange: Exchange) -> None:
-        await _reply(exchange, {"name": "neuron", "version": __version__})
+        await _reply(exchange, {"name": "neuron", "version": __version__, "commit": COMMIT})
 
     async def _describe(self, exchange: Exchange) -> None:
         await exchange.reply(200, api_description.description())
 
     async def _metrics(self, exchange: Exchange) -> None:
-        text = metrics.render(self._service.models.statuses(), self._service.health().workers)
+        devices = (await self._service.discovery(DIALECTS)).devices
+        text = metrics.render(self._service.models.statuses(), self._service.health().workers, devices)
         await exchange.reply(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, exchange: Exchange) -> None:
@@ -219,12 +236,25 @@ class Api:
 
     # ------------------------------------------------------------------ inference
 
-    async def _chat(self, exchange: Exchange) -> None:
-        self._service.admit()
+    def _infer(self, dialect: Dialect, answer: Callable[[Exchange, RequestRecord], Awaitable[None]]) -> Handler:
+        """Return the handler that writes down each request of a dialect, also one that is refused at once."""
+
+        async def handler(exchange: Exchange) -> None:
+            trace = tracing.begin(
+                dialect.name, exchange.header(tracing.TRACEPARENT), exchange.header(tracing.TRACESTATE)
+            )
+            record = RequestRecord(exchange.request_id, dialect.name, trace)
+            with _recorded(exchange, record):
+                self._service.admit()
+                await answer(exchange, record)
+
+        return handler
+
+    async def _chat(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_chat.decode(await exchange.read_body(self._service.max_body_bytes))
         request, created = _on_behalf(exchange, call.request), int(time.time())
         reply_id = f"chatcmpl-{secrets.token_hex(12)}"
-        record = RequestRecord(exchange.request_id, CHAT.name, stream=call.stream)
+        record.is_stream = call.stream
         if call.stream:
             frames = ChatStream(
                 reply_id,
@@ -239,10 +269,9 @@ class Api:
         reply = ChatReply(reply_id, request.model, created, request.num_choices)
         await self._complete(exchange, request, reply.add, reply.body, record)
 
-    async def _completions(self, exchange: Exchange) -> None:
-        self._service.admit()
+    async def _completions(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_completions.decode(await exchange.read_body(self._service.max_body_bytes))
-        record = RequestRecord(exchange.request_id, COMPLETIONS.name, stream=call.stream)
+        record.is_stream = call.stream
         frames = openai_completions.Completion(
             f"cmpl-{secrets.token_hex(12)}",
             call.request.model,
@@ -256,23 +285,20 @@ class Api:
         else:
             await self._complete(exchange, call.request, frames.add, frames.body, record)
 
-    async def _embeddings(self, exchange: Exchange) -> None:
-        self._service.admit()
+    async def _embeddings(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_embeddings.decode(await exchange.read_body(self._service.max_body_bytes))
         request = _on_behalf(exchange, call.request)
-        record = RequestRecord(exchange.request_id, EMBEDDINGS.name, stream=False)
-        with _recorded(exchange, record), self._service.models.use(request.model) as model:
+        with self._service.models.use(request.model) as model:
             record.model = request.model
             found = await until_disconnect(exchange, model.embed(request))
             record.see([Started(found.prompt_tokens, 0), Finished(FinishReason.STOP, 0)])
             body = openai_embeddings.reply(request.model, found.vectors, found.prompt_tokens, is_base64=call.is_base64)
             await exchange.reply(200, body)
 
-    async def _responses(self, exchange: Exchange) -> None:
-        self._service.admit()
+    async def _responses(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
         request = _on_behalf(exchange, call.request)
-        record = RequestRecord(exchange.request_id, RESPONSES.name, stream=call.stream)
+        record.is_stream = call.stream
         part = GatewayPart.of(exchange.header(GATEWAY_PART_HEADER))
         frames = ResponsesStream(
             part.id or f"resp_{secrets.token_hex(24)}",
@@ -290,22 +316,23 @@ class Api:
         else:
             await self._complete(exchange, request, frames.frames, frames.response, record)
 
-    async def _messages(self, exchange: Exchange) -> None:
-        self._service.admit()
+    async def _messages(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
         request = _on_behalf(exchange, call.request)
-        record = RequestRecord(exchange.request_id, MESSAGES.name, stream=call.stream)
+        record.is_stream = call.stream
         frames = MessagesStream(f"msg_{secrets.token_hex(12)}", call.request.model)
         if call.stream:
             await self._stream(exchange, MESSAGES, request, frames, record)
         else:
             await self._complete(exchange, request, frames.frames, frames.message, record)
 
-    async def _count_tokens(self, exchange: Exchange) -> None:
-        self._service.admit()
+    async def _count_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
         request = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes)).request
         with self._service.models.use(request.model) as model:
-            await _reply(exchange, {"input_tokens": await until_disconnect(exchange, model.count_tokens(request))})
+            record.model = request.model
+            num_tokens = await until_disconnect(exchange, model.count_tokens(request))
+            record.see([Started(num_tokens)])
+            await _reply(exchange, {"input_tokens": num_tokens})
 
     async def _stream(
         self,
@@ -320,13 +347,12 @@ class Api:
                 if made := projector.frames(events):
                     yield made
 
-        with _recorded(exchange, record):
-            await stream(
-                exchange,
-                frames(),
-                heartbeat=dialect.heartbeat,
-                error_frame=lambda error: projector.frames([Failed(error.info())]),
-            )
+        await stream(
+            exchange,
+            frames(),
+            heartbeat=dialect.heartbeat,
+            error_frame=lambda error: projector.frames([Failed(error.info())]),
+        )
 
     async def _complete(
         self,
@@ -344,9 +370,8 @@ class Api:
                             raise RemoteError(event.error)
                     add(events)
 
-        with _recorded(exchange, record):
-            await until_disconnect(exchange, gather())
-            await exchange.reply(200, body())
+        await until_disconnect(exchange, gather())
+        await exchange.reply(200, body())
 
     async def _events(
         self, request: InferenceRequest, record: RequestRecord

@@ -2,13 +2,14 @@
 
 import argparse
 import asyncio
-import logging
 import pathlib
 import signal
 import sys
 
 import uvloop
 
+from cortex import logs, tracing
+from cortex.build_identity import COMMIT
 from cortex.settings import ConfigError
 from cortex.wire.errors import ApiError
 from neuron import __version__
@@ -29,26 +30,30 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--listen", help="address to serve on, host:port (default 127.0.0.1:13131)")
     found.add_argument("--name", help="this node's name (default: the host's)")
     found.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    found.add_argument("--version", action="version", version=f"neuron {__version__}")
+    found.add_argument(
+        "--version", action="version", version=f"neuron {__version__}{f' ({COMMIT[:12]})' if COMMIT else ''}"
+    )
     return found
 
 
 def main() -> int:
     """Run the daemon until SIGTERM or SIGINT. Returns 0 after an orderly end, 2 for a wrong configuration."""
     arguments = parser().parse_args()
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-    )
     flags = {
         "daemon.devices": arguments.devices,
         "daemon.listen": arguments.listen,
         "daemon.name": arguments.name,
     }
     try:
-        return uvloop.run(_run(load(arguments.config, flags)))
+        config = load(arguments.config, flags)
+        logs.configure(config.daemon.log_format, arguments.log_level.upper(), logger="")
+        tracing.configure(config.daemon.trace_endpoint, "neuron", config.daemon.name)
+        return uvloop.run(_run(config))
     except (ConfigError, ApiError) as error:
         print(f"neuron: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_CONFIG
+    finally:
+        tracing.shut_down()
 
 
 async def _run(config: Config) -> int:

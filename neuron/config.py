@@ -12,7 +12,8 @@ from typing import Annotated
 
 import msgspec
 
-from cortex import settings
+from cortex import settings, tracing
+from cortex.logs import LogFormat
 from cortex.settings import ConfigError
 from cortex.wire.node import LoadRequest
 
@@ -31,6 +32,9 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     harnesses: tuple[str, ...] = ("torch",)
     cache: str = ""
     """Folder for downloaded weights; empty: ``$NEURON_CACHE`` or the user's cache."""
+    log_format: LogFormat = LogFormat.TEXT
+    trace_endpoint: str = ""
+    """Of an OpenTelemetry collector (OTLP over HTTP), which gets a span of each request. Empty: none is made."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
     """Choices of requests that may wait for a seat, for each model, before more are told to come back later."""
@@ -99,6 +103,7 @@ def load(
     for key in ("tls_certificate", "tls_key"):
         if (named := getattr(daemon, key)) and not os.access(named, os.R_OK):
             raise ConfigError(source, f"daemon.{key}", f"{named} cannot be read")
+    tracing.check(daemon.trace_endpoint, source, "daemon.trace_endpoint")
     seen: set[str] = set()
     for index, model in enumerate(config.models):
         if not model.id or model.id in seen:

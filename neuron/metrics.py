@@ -1,18 +1,22 @@
 """The daemon's Prometheus metrics and its one log line for each finished request.
 
-Series of a model are removed when it is unloaded. No prompt text ever comes here.
+Series of a model are removed when it is unloaded; one that a late request makes anew is not shown. What is true now is
+read at each scrape. No prompt text ever comes here.
 """
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from cortex.build_identity import COMMIT
+from cortex.tracing import Trace
+from cortex.wire import VERSION
 from cortex.wire.events import Failed, Finished, InferenceEvent, Started
-from cortex.wire.node import ModelStatus, WorkerHealth
+from cortex.wire.node import Device, ModelState, ModelStatus, WorkerHealth
 
 _log = logging.getLogger("neuron.requests")
 
@@ -44,42 +48,86 @@ RATE = Histogram(
     buckets=_RATE_BUCKETS,
     registry=REGISTRY,
 )
-WORKER_RESTARTS = Counter("neuron_worker_restarts", "Restarts of a device worker", ["device"], registry=REGISTRY)
+REJECTED = Counter(
+    "neuron_rejected_requests",
+    "Requests that were not let in: a path, a method or a secret that is not known",
+    ["status"],
+    registry=REGISTRY,
+)
 
 _OF_A_MODEL = (REQUESTS, TOKENS, FIRST_TOKEN, DURATION, RATE)
 
 
-def render(models: Sequence[ModelStatus], workers: Sequence[WorkerHealth]) -> bytes:
+def render(models: Sequence[ModelStatus], workers: Sequence[WorkerHealth], devices: Sequence[Device]) -> bytes:
     """Return all metrics in Prometheus' text format.
 
-    What is true now (states, queues) is made from the given values at each scrape, so it cannot go stale.
+    What is true now (states, queues, memory) is made from the given values at each scrape, so it cannot go stale.
     """
     now = CollectorRegistry()
-    now.register(_Snapshot(models, workers))
-    return generate_latest(REGISTRY) + generate_latest(now)
+    now.register(_Counted(frozenset(model.id for model in models if model.state is not ModelState.AVAILABLE)))
+    now.register(_Snapshot(models, workers, devices))
+    ProcessCollector(registry=now)
+    return generate_latest(now)
+
+
+class _Counted(Collector):
+    """What was counted, but for models that are not here (any more)."""
+
+    def __init__(self, models: frozenset[str]) -> None:
+        self._models = models | {""}
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        for metric in REGISTRY.collect():
+            metric.samples = [found for found in metric.samples if found.labels.get("model", "") in self._models]
+            yield metric
 
 
 class _Snapshot(Collector):
-    def __init__(self, models: Sequence[ModelStatus], workers: Sequence[WorkerHealth]) -> None:
+    def __init__(
+        self, models: Sequence[ModelStatus], workers: Sequence[WorkerHealth], devices: Sequence[Device]
+    ) -> None:
         self._models = models
         self._workers = workers
+        self._devices = devices
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the gauges."""
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
         state = GaugeMetricFamily("neuron_model_state", "1 for the state a model is in", labels=["model", "state"])
         running = GaugeMetricFamily("neuron_requests_running", "Requests being answered", labels=["model"])
-        kv_cache = GaugeMetricFamily("neuron_model_kv_cache_bytes", "KV cache of a model", labels=["model"])
+        weights = GaugeMetricFamily("neuron_model_weights_bytes", "Weights of a loaded model", labels=["model"])
+        kv_cache = GaugeMetricFamily("neuron_model_kv_cache_bytes", "KV cache of a loaded model", labels=["model"])
         for model in self._models:
             state.add_metric([model.id, str(model.state)], 1)
-            running.add_metric([model.id], model.running)
-            kv_cache.add_metric([model.id], model.kv_cache_bytes)
+            if model.state is not ModelState.AVAILABLE:
+                running.add_metric([model.id], model.running)
+                weights.add_metric([model.id], model.weights_bytes)
+                kv_cache.add_metric([model.id], model.kv_cache_bytes)
+        yield from (state, running, weights, kv_cache)
         worker_state = GaugeMetricFamily("neuron_worker_state", "1 for a worker's state", labels=["device", "state"])
         sequences = GaugeMetricFamily("neuron_worker_sequences", "Sequences in a worker", labels=["device", "state"])
+        restarts = CounterMetricFamily(
+            "neuron_worker_restarts", "Restarts of a device worker after a fault", labels=["device"]
+        )
+        recycles = CounterMetricFamily(
+            "neuron_worker_recycles", "Replacements of a device worker to defragment its memory", labels=["device"]
+        )
         for worker in self._workers:
             worker_state.add_metric([worker.device, str(worker.state)], 1)
             sequences.add_metric([worker.device, "running"], worker.running)
             sequences.add_metric([worker.device, "waiting"], worker.waiting)
-        yield from (state, running, kv_cache, worker_state, sequences)
+            restarts.add_metric([worker.device], worker.restarts)
+            recycles.add_metric([worker.device], worker.recycles)
+        yield from (worker_state, sequences, restarts, recycles)
+        total = GaugeMetricFamily("neuron_device_memory_total_bytes", "Memory of a device", labels=["device"])
+        free = GaugeMetricFamily("neuron_device_memory_free_bytes", "Free memory of a device", labels=["device"])
+        for device in self._devices:
+            total.add_metric([device.id], device.memory_total_bytes)
+            free.add_metric([device.id], device.memory_free_bytes)
+        yield from (total, free)
+        build = GaugeMetricFamily("neuron_build_info", "1, with what is running", labels=["version", "commit"])
+        build.add_metric([VERSION, COMMIT], 1)
+        yield build
 
 
 def forget_model(model: str) -> None:
@@ -91,14 +139,15 @@ def forget_model(model: str) -> None:
 class RequestRecord:
     """What one request cost, noted while its events pass, written down once at its end."""
 
-    def __init__(self, request_id: str, dialect: str, *, stream: bool) -> None:
+    def __init__(self, request_id: str, dialect: str, trace: Trace | None = None) -> None:
         self._request_id = request_id
         self._dialect = dialect
-        self._stream = stream
+        self._trace = trace
         self._arrived = time.monotonic()
         self._first_token_s: float | None = None
         self.model: str | None = None
         """Set once the model is known to exist: unknown names must not become label values."""
+        self.is_stream = False
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.output_tokens = 0
@@ -122,21 +171,24 @@ class RequestRecord:
     def close(self, status: int) -> None:
         """Write the log line and the metrics. ``status`` is the HTTP status, 499 for a client that left."""
         total_s = time.monotonic() - self._arrived
-        _log.info(
-            "request id=%s dialect=%s model=%s stream=%d status=%d finish=%s prompt=%d cached=%d output=%d "
-            "ttft_ms=%s total_ms=%.1f",
-            self._request_id,
-            self._dialect,
-            self.model or "-",
-            self._stream,
-            status,
-            self.finish or "-",
-            self.prompt_tokens,
-            self.cached_tokens,
-            self.output_tokens,
-            "-" if self._first_token_s is None else f"{self._first_token_s * 1e3:.1f}",
-            total_s * 1e3,
-        )
+        first_token_s = self._first_token_s
+        fields: dict[str, object] = {
+            "id": self._request_id,
+            "dialect": self._dialect,
+            "model": self.model or "",
+            "status": status,
+            "stream": self.is_stream,
+            "finish": self.finish,
+            "tokens_in": self.prompt_tokens,
+            "tokens_out": self.output_tokens,
+            "tokens_cached": self.cached_tokens,
+            **({} if first_token_s is None else {"ttft_s": round(first_token_s, 6)}),
+            "total_s": round(total_s, 6),
+        }
+        if self._trace is not None:
+            fields["trace"] = self._trace.trace_id
+            self._trace.end(fields)
+        _log.info("request", extra={"fields": fields})
         REQUESTS.labels(self.model or "", self._dialect, str(status)).inc()
         if self.model is None:
             return

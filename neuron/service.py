@@ -21,7 +21,8 @@ import msgspec
 from granian.constants import Interfaces
 from granian.server.embed import Server
 
-from cortex.settings import read_secret
+from cortex import systemd
+from cortex.settings import read_secret, split_address
 from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
 from cortex.wire.node import (
     Discovery,
@@ -51,6 +52,7 @@ _log = logging.getLogger("neuron.service")
 STOPPING_RETRY_AFTER_S = 5.0
 HOUSEKEEPING_S = 0.5
 """How often idle models and workers that are due for replacement are looked for."""
+LISTEN_CHECK_S = 0.05
 MAX_CONNECTIONS = 16384
 """Served at a time. Granian's own limit is the backlog: at 1,024 streams a node would not even answer its polls."""
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
@@ -169,14 +171,16 @@ class Service:
         activation = asyncio.create_task(self._activate())
         housekeeping = asyncio.create_task(self._keep_house())
         stopping = asyncio.create_task(self._stopping.wait())
+        pulse = asyncio.create_task(self._tell_systemd())
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
                 raise ListenError(f"The server on {self.listen} ended unexpectedly.")
+            systemd.notify(systemd.STOPPING)
             await self._drain()
         finally:
-            tasks = (activation, housekeeping, stopping)
+            tasks = (activation, housekeeping, stopping, pulse)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -186,6 +190,20 @@ class Service:
             server.stop()  # type: ignore[no-untyped-call]
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
+
+    async def _tell_systemd(self) -> None:
+        """Report that the API answers, which is before any model is up, and then that this loop is alive."""
+        host, port = split_address(self.listen)
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(host, port)
+            except OSError:
+                await asyncio.sleep(LISTEN_CHECK_S)
+            else:
+                writer.close()
+                break
+        systemd.notify(systemd.READY)
+        await systemd.stay_alive()
 
     async def _activate(self) -> None:
         """Start the workers, then bring up the models that the configuration asks for."""
@@ -277,7 +295,6 @@ class Service:
 
     def _worker(self, device: str) -> Worker:
         async def restarted() -> None:
-            metrics.WORKER_RESTARTS.labels(device).inc()
             await self.models.recover(device)
 
         def changed(health: WorkerHealth) -> None:
@@ -288,6 +305,7 @@ class Service:
 
         daemon = self._config.daemon
         command = [sys.executable, "-P", "-m", "neuron.engine"]
+        command += ["--log-format", daemon.log_format]
         command += ["--step-limit-s", str(daemon.step_limit_s), "--max-waiting", str(daemon.max_waiting)]
         environment = CPU_ENVIRONMENT if device.startswith("cpu") else {}
         environment = {name: value for name, value in environment.items() if name not in os.environ}

@@ -12,13 +12,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A room is named by its longest prefix here. Each may import rooms on a lower floor, itself, and what ALSO lists.
 FLOORS = {
-    "cortex.wire": -1,
+    "cortex.wire": -2,
     "cortex.config": 0,
     "cortex.errors": 0,
-    "cortex.logs": 1,
+    "cortex.logs": -1,
+    "cortex.systemd": -1,
+    "cortex.tracing": -1,
+    "cortex.build_identity": -1,
     "cortex.metrics": 0,
     "cortex.http_io": 0,
-    "cortex.settings": -1,
+    "cortex.settings": -2,
     "cortex._fast": 1,
     "cortex.dialects": 1,
     "cortex.record": 2,
@@ -81,7 +84,18 @@ ALSO = {
     # a dialect's frames are made by its compiled projector, which is of the same floor
     ("cortex.dialects", "cortex._fast"),
 }
-NEURON_MAY_USE_OF_CORTEX = ("cortex.wire", "cortex.settings", "cortex.http_io", "cortex.dialects", "cortex._fast")
+NEURON_MAY_USE_OF_CORTEX = (
+    "cortex.wire",
+    "cortex.settings",
+    "cortex.http_io",
+    "cortex.dialects",
+    "cortex._fast",
+    # what both daemons tell those who run them
+    "cortex.logs",
+    "cortex.tracing",
+    "cortex.systemd",
+    "cortex.build_identity",
+)
 CIMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+c?import|c?import\s+([\w.]+))", re.MULTILINE)
 
 

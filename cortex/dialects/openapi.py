@@ -121,7 +121,7 @@ MESSAGE_ANSWER = object_with(
     stop_reason=TEXT_OR_NULL, stop_sequence=TEXT_OR_NULL,
 )  # fmt: skip
 TOKENS_ANSWER = object_with(input_tokens=COUNT)
-VERSION_ANSWER = object_with(name=TEXT, version=TEXT)
+VERSION_ANSWER = object_with(name=TEXT, version=TEXT, commit=TEXT)
 
 INFERENCE = (
     Operation("POST", EMBEDDINGS.path, "Embed texts.", EMBEDDINGS_ANSWER, openai_embeddings.EmbeddingBody),

@@ -13,6 +13,7 @@ import sys
 import msgspec
 import torch
 
+from cortex import logs
 from neuron.device.channel import Channel
 from neuron.device.driver import DriverError, DriverNotFoundError, cuda_driver
 from neuron.device.jobs import EXIT_POISONED, Poisoned, Ready
@@ -33,12 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step-limit-s", type=float, default=0.0, help="a longer step ends the process; 0: no limit")
     parser.add_argument("--max-waiting", type=int, default=256, help="sequences of a model that may wait for a seat")
     parser.add_argument("--log-level", default="INFO")
+    parser.add_argument("--log-format", default="text", choices=list(logs.LogFormat))
     options = parser.parse_args(arguments)
     kind, _, ordinal = options.device.partition(":")
     if kind not in {"cpu", "cuda"} or not ordinal.isdigit():
         parser.error(f"--device is {options.device!r}, not cpu:N or cuda:N")
     name = f"{kind}-dev-{ordinal}"
-    logging.basicConfig(level=options.log_level.upper(), format=f"%(levelname)s {name} %(name)s: %(message)s")
+    logs.configure(logs.LogFormat(options.log_format), options.log_level.upper(), logger="", worker=name)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()

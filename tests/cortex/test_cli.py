@@ -36,7 +36,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_version() -> None:
     done = run("--version")
     assert done.returncode == 0
-    assert re.fullmatch(r"cortex \d+\.\d+\.\d+\S*\n", done.stdout)
+    assert re.fullmatch(r"cortex \d+\.\d+\.\d+\S*( \([0-9a-f]{12}\))?\n", done.stdout)
 
 
 def test_a_configuration_can_be_checked_without_serving(folder: pathlib.Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from cortex import config
 from cortex.access import keys
-from cortex.config import EvictionStrategy, LogFormat
+from cortex.config import EvictionStrategy
 from cortex.fleet import catalogue
+from cortex.logs import LogFormat
 from cortex.settings import ConfigError
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "packaging" / "examples"

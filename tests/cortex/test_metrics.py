@@ -12,8 +12,8 @@ from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, error
 from gateway_rig import free_port, rig, until
 from prometheus_client.parser import text_string_to_metric_families
 
-from cortex.config import LogFormat, ModelProfile
-from cortex.logs import JsonFormatter, TextFormatter
+from cortex.config import ModelProfile
+from cortex.logs import JsonFormatter, LogFormat, TextFormatter
 from cortex.wire.node import ModelState
 
 LABELS = {"model": "m", "node": "a", "dialect": "openai-chat"}
