@@ -26,6 +26,9 @@ EXIT_CONFIG = 2
 MAX_PENDING_CONNECTIONS = 4096
 """Connections a worker serves at a time; a stream is one for as long as it lasts."""
 
+BACKLOG = 1024
+"""Connections that wait to be accepted."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -132,6 +135,7 @@ def _run(config: "Config") -> int:
         interface=Interfaces.ASGI,
         loop=Loops.uvloop,
         workers=gateway.workers,
+        backlog=BACKLOG,
         backpressure=MAX_PENDING_CONNECTIONS,
         websockets=True,
         workers_kill_timeout=gateway.drain_timeout_s,
@@ -171,7 +175,7 @@ def _listen_on(server: Any, fd: int) -> None:
     os.set_blocking(fd, False)
 
     def take() -> None:
-        server._ssp, server._shd, server._sfd = None, SocketHolder(fd), fd  # type: ignore[call-arg]
+        server._ssp, server._shd, server._sfd, server._sso = None, SocketHolder(fd, False, BACKLOG), fd, None  # type: ignore[call-arg]
 
     server._init_shared_socket = take
 

@@ -102,6 +102,22 @@ class Daemon:
         return psutil.Process(self.process.pid).num_fds()
 
 
+HAND_OVER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def with_socket(listener: socket.socket, *command: str) -> "subprocess.Popen[bytes]":
+    """Start a command as systemd does that listens for it. Its output is dropped."""
+    launcher = [sys.executable, "-c", HAND_OVER, str(listener.fileno()), *command]
+    return subprocess.Popen(
+        launcher, pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
 @contextlib.contextmanager
 def daemon(
     command: str,

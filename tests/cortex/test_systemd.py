@@ -1,0 +1,141 @@
+"""What a service manager is told, and the socket it hands over, by the real commands."""
+
+import asyncio
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import daemons
+import httpx
+import pytest
+from fake_neuron import FakeNeuron
+from gateway_rig import write_config
+
+from cortex import systemd
+
+BIN = pathlib.Path(sys.executable).parent
+
+
+class Manager:
+    """The receiving end of ``$NOTIFY_SOCKET``."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address.replace("@", "\0", 1))
+        self._socket.setblocking(False)
+        self.told: list[str] = []
+
+    def heard(self, message: str) -> int:
+        """Return how often it was told so until now."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.told.append(self._socket.recv(4096).decode())
+        return self.told.count(message)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def manager(tmp_path: pathlib.Path) -> Iterator[Manager]:
+    found = Manager(str(tmp_path / "notify"))
+    yield found
+    found.close()
+
+
+def test_a_message_goes_to_a_path_or_an_abstract_name_and_to_nobody_in_silence(tmp_path: pathlib.Path) -> None:
+    for address in (str(tmp_path / "n"), f"@helexa-test-{os.getpid()}"):
+        manager = Manager(address)
+        assert systemd.notify("X=1", {"NOTIFY_SOCKET": address})
+        assert manager.heard("X=1") == 1
+        manager.close()
+    assert not systemd.notify("X=1", {})
+    assert not systemd.notify("X=1", {"NOTIFY_SOCKET": str(tmp_path / "nobody")})
+
+
+@pytest.mark.parametrize(("given", "limit_s"), [("3000000", 3.0), ("", 0.0), ("x", 0.0), ("0", 0.0)])
+def test_the_watchdog_says_how_long_it_waits(given: str, limit_s: float) -> None:
+    assert systemd.watchdog_s({"WATCHDOG_USEC": given}) == limit_s
+
+
+def test_sockets_are_those_of_this_process_only() -> None:
+    mine = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2"}
+    assert systemd.listen_fds(mine) == (3, 4)
+    assert systemd.listen_fds(mine | {"LISTEN_PID": "1"}) == ()
+    assert systemd.listen_fds({}) == ()
+
+
+async def test_a_loop_that_hangs_falls_silent(manager: Manager) -> None:
+    environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "30000"}
+    pulse = asyncio.create_task(systemd.stay_alive(environment))
+    try:
+        async with asyncio.timeout(5):
+            while manager.heard(systemd.ALIVE) < 3:
+                await asyncio.sleep(0.005)
+        before = manager.heard(systemd.ALIVE)
+        __import__("time").sleep(0.2)
+        assert manager.heard(systemd.ALIVE) == before
+    finally:
+        pulse.cancel()
+    await asyncio.wait_for(systemd.stay_alive({}), 1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_the_gateway_says_that_it_is_ready_alive_and_stopping(
+    tmp_path: pathlib.Path, manager: Manager, workers: int
+) -> None:
+    neuron = FakeNeuron()
+    port = daemons.free_port()
+    async with neuron.serving():
+        config = write_config(tmp_path, neuron, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\n')
+        process = subprocess.Popen(
+            [str(BIN / "cortex"), "serve", "--config", str(config), "--workers", str(workers)],
+            env={**os.environ, "NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "600000"},
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            await asyncio.to_thread(daemons.until, lambda: manager.heard(systemd.READY) == workers)
+            await asyncio.to_thread(daemons.until, lambda: manager.heard(systemd.ALIVE) > 2 * workers)
+            assert manager.heard(systemd.STOPPING) == 0
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait, 15) == 0
+        assert manager.heard(systemd.STOPPING) == 1
+
+
+def test_the_neuron_says_that_it_is_ready_alive_and_stopping(tmp_path: pathlib.Path, manager: Manager) -> None:
+    port = daemons.free_port()
+    arguments = ("--devices", "cpu", "--listen", f"127.0.0.1:{port}")
+    environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "600000"}
+    with daemons.daemon("neuron", *arguments, port=port, log=tmp_path / "log", **environment) as node:
+        daemons.until(lambda: manager.heard(systemd.READY) == 1)
+        assert node.get("/version")["name"] == "neuron"
+        daemons.until(lambda: manager.heard(systemd.ALIVE) > 2)
+        assert manager.heard(systemd.STOPPING) == 0
+    assert manager.heard(systemd.STOPPING) == 1
+
+
+async def test_the_gateway_takes_the_socket_that_it_is_handed(tmp_path: pathlib.Path) -> None:
+    neuron = FakeNeuron().ready("m")
+    async with neuron.serving():
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(64)
+            port = listener.getsockname()[1]
+            config = write_config(tmp_path, neuron, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\n')
+            process = daemons.with_socket(listener, str(BIN / "cortex"), "serve", "--config", str(config))
+            # A client that comes before the gateway does is served when that is there.
+            try:
+                async with httpx.AsyncClient(timeout=30) as client:
+                    reply = await client.get(f"http://127.0.0.1:{port}/health")
+                assert reply.status_code == 200
+            finally:
+                process.send_signal(signal.SIGTERM)
+                assert await asyncio.to_thread(process.wait, 15) == 0
