@@ -7,6 +7,7 @@ from typing import Any
 import anthropic
 import daemons
 import httpx
+import pydantic
 import pytest
 from anthropic.types import Message
 
@@ -50,6 +51,21 @@ def test_text(client: anthropic.Anthropic, stream: bool) -> None:
 def test_streamed_and_whole_are_equal(client: anthropic.Anthropic, said: str) -> None:
     whole, streamed = (ask(client, said, stream, tools=[WEATHER, CLOCK]).to_dict() for stream in (False, True))
     assert whole | {"id": ""} == streamed | {"id": ""}
+
+
+class Place(pydantic.BaseModel):
+    city: str
+
+
+@STREAMED
+def test_a_json_schema(client: anthropic.Anthropic, stream: bool) -> None:
+    asked: Any = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "json"}]}
+    if stream:
+        with client.messages.stream(**asked, output_format=Place) as events:
+            answer = events.get_final_message()
+    else:
+        answer = client.messages.parse(**asked, output_format=Place)
+    assert answer.parsed_output == Place(city="Paris")
 
 
 @STREAMED

@@ -5,6 +5,7 @@ from typing import Any
 
 import daemons
 import openai
+import pydantic
 import pytest
 from openai.types.responses import Response
 
@@ -88,6 +89,34 @@ def test_chat_streamed_and_whole_are_equal(client: openai.OpenAI, said: str) -> 
                 call.pop("index", None)
     assert whole["choices"] == streamed["choices"]
     assert whole["usage"] == streamed["usage"]
+
+
+class Place(pydantic.BaseModel):
+    city: str
+
+
+@STREAMED
+def test_a_json_schema_in_chat(client: openai.OpenAI, stream: bool) -> None:
+    asked: Any = {"model": "m", "messages": [{"role": "user", "content": "json"}], "response_format": Place}
+    if stream:
+        with client.chat.completions.stream(**asked) as events:
+            answer = events.get_final_completion()
+    else:
+        answer = client.chat.completions.parse(**asked)
+    assert answer.choices[0].message.parsed == Place(city="Paris")
+
+
+@STREAMED
+def test_a_json_schema_in_responses(client: openai.OpenAI, stream: bool) -> None:
+    if stream:
+        with client.responses.stream(model="m", input="json", text_format=Place) as events:
+            answer = events.get_final_response()
+    else:
+        answer = client.responses.parse(model="m", input="json", text_format=Place)
+    assert answer.output_parsed == Place(city="Paris")
+    assert answer.text is not None
+    assert answer.text.format is not None
+    assert answer.text.format.type == "json_schema"
 
 
 @STREAMED

@@ -29,7 +29,7 @@ from cortex.wire.events import (
     ToolCallDelta,
 )
 from cortex.wire.node import LoadRequest
-from cortex.wire.request import ImagePart, InferenceRequest, Message, Role, ToolMode
+from cortex.wire.request import FormatKind, ImagePart, InferenceRequest, Message, Role, ToolMode
 from neuron.api import Api
 from neuron.config import Config, DaemonSettings
 from neuron.service import Service
@@ -83,6 +83,8 @@ def play(request: InferenceRequest) -> list[Step]:
         case "length":
             return [[start, TextDelta("a b c")], [Finished(FinishReason.LENGTH, request.max_tokens or 3)]]
         case "json":
+            assert request.output_format.kind is FormatKind.JSON_SCHEMA
+            assert "city" in json.loads(request.output_format.source)["properties"]
             return [[start], *_said('{"city":', '"Paris"}'), [Finished(FinishReason.STOP, 4)]]
         case "long":
             return [[start], *_said(*(f"word{i} " for i in range(2000))), [Finished(FinishReason.STOP, 2000)]]
