@@ -39,24 +39,31 @@ _RESPONSE = msgspec.json.Decoder(dict[str, msgspec.Raw])
 class Run:
     """One response being made."""
 
-    def __init__(self, id: str, response: bytes) -> None:
+    def __init__(self, id: str, response: bytes, owned: Conversations) -> None:
         self.id = id
+        self.owned = owned
+        """The stored responses that it is one of."""
         self.response = response
         """The response object as it is now."""
         self.frames: list[bytes] = []
         self.ended = False
+        self.making: asyncio.Task[None] | None = None
+        """What makes it; none of one that another gateway makes."""
+        self._num_told = 0
+        self._is_kept = False
         self._decoder = FrameDecoder()
         self._changed = asyncio.Event()
 
     def add(self, data: bytes) -> None:
-        """Take some whole frames."""
+        """Take some whole frames. Those that end it are told once it has been kept: it may be continued then."""
         for frame in self._decoder.feed(data):
             self.frames.append(encode(frame.data, frame.event))
             event = _RESPONSE.decode(frame.data)
             if "response" in event:
                 self.response = bytes(event["response"])
             self.ended = self.ended or (frame.event or b"").decode() in LAST
-        self._tell()
+        if not self.ended:
+            self._tell()
 
     @property
     def is_answer(self) -> bool:
@@ -67,9 +74,24 @@ class Run:
         """End without a frame that says so, with some fields of the response changed."""
         self.response = orjson.dumps(orjson.loads(self.response) | changes)
         self.ended = True
+
+    def cancel(self) -> None:
+        """End its making."""
+        assert self.making is not None
+        self.making.cancel()
+
+    async def wait(self) -> None:
+        """Return when it is made and kept."""
+        assert self.making is not None
+        await asyncio.wait({self.making})
+
+    def note_kept(self) -> None:
+        """Tell the end, which the store knows now."""
+        self._is_kept = True
         self._tell()
 
     def _tell(self) -> None:
+        self._num_told = len(self.frames)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -77,11 +99,11 @@ class Run:
         """Yield the frames behind number ``after``, those to come too."""
         at = after + 1
         while True:
-            changed, end = self._changed, len(self.frames)
+            changed, end = self._changed, self._num_told
             if at < end:
                 yield b"".join(self.frames[at:end])
                 at = end  # and not where they end by now
-            elif self.ended:
+            elif self._is_kept:
                 return
             else:
                 await changed.wait()
@@ -90,83 +112,92 @@ class Run:
 class Background:
     """The runs of this gateway, and a view of those of others."""
 
-    def __init__(self, conversations: Conversations, clock: Callable[[], float] = time.time) -> None:
-        self._conversations = conversations
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._runs: dict[str, Run] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopping = False
 
-    async def start(self, turn: Turn, queued: bytes, frames: AsyncGenerator[bytes, None]) -> Run:
+    async def start(self, owned: Conversations, turn: Turn, queued: bytes, frames: AsyncGenerator[bytes, None]) -> Run:
         """Begin to make a response. ``queued`` is the object that tells of it before the node does.
 
         Raises:
             StoreUnavailableError: it cannot be promised.
         """
-        run = Run(turn.part.id, queued)
-        await self._conversations.put(run.id, self._promise(turn, run), turn.chain)
-        self._runs[run.id] = run
-        self._tasks[run.id] = asyncio.create_task(self._make(run, turn, frames), name=f"response {run.id}")
+        run = Run(turn.part.id, queued, owned)
+        await owned.put(run.id, self._promise(turn, run), turn.chain)
+        run.making = asyncio.create_task(self._make(run, turn, frames), name=f"response {run.id}")
+        await asyncio.sleep(0)  # nobody can end it before it has begun, so what it holds is always given back
         return run
 
     async def stop(self) -> None:
         """End every run; those who ask later are told why."""
         self._stopping = True
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*map(self._end, tuple(self._runs.values())))
 
-    async def response(self, id: str) -> bytes:
+    async def response(self, owned: Conversations, id: str) -> bytes:
         """Return a response as it is now. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
-        run = self._runs.get(id)
-        return run.response if run is not None else self._told(await self._conversations.get(id))
+        run = self._run(owned, id)
+        if run is None:
+            return self._told(await owned.get(id))
+        if run.ended:
+            await run.wait()  # until it is kept
+        return run.response
 
-    async def follow(self, id: str, after: int) -> AsyncGenerator[bytes, None]:
+    async def follow(self, owned: Conversations, id: str, after: int) -> AsyncGenerator[bytes, None]:
         """Return the frames of a response behind number ``after``, those to come too.
 
         Raises:
             UnsupportedParameterError: it was not made in the background: nothing is kept of its frames.
         """
-        run = self._runs.get(id)
+        run = self._run(owned, id)
         if run is not None:
             return run.follow(after)
-        stored = await self._conversations.get(id)
+        stored = await owned.get(id)
         if not stored.until and not stored.frames:
             raise UnsupportedParameterError(
                 "Unsupported parameter: 'stream': only a response made in the background is told again as a stream.",
                 param="stream",
             )
-        return self._follow_elsewhere(id, stored, after)
+        return self._follow_elsewhere(owned, id, stored, after)
 
-    async def cancel(self, id: str) -> bytes:
+    async def cancel(self, owned: Conversations, id: str) -> bytes:
         """End a response, wherever it is made, and return what it is then; one that has ended stays as it is.
 
         Raises:
             InvalidRequestError: it was not made in the background.
         """
-        run = self._runs.get(id)
+        run = self._run(owned, id)
         if run is not None:
-            await self.end(id)
+            await self._end(run)
             return run.response
-        stored = await self._conversations.get(id)
+        stored = await owned.get(id)
         response = orjson.loads(bytes(stored.body))
         if not response.get("background"):
             raise InvalidRequestError("Cannot cancel a synchronous response.", param="response_id")
         if not stored.until:
             return bytes(stored.body)
         cancelled = msgspec.Raw(orjson.dumps(response | {"status": "cancelled"}))
-        await self._conversations.put(id, msgspec.structs.replace(stored, body=cancelled, until=0))
+        await owned.put(id, msgspec.structs.replace(stored, body=cancelled, until=0))
         return bytes(cancelled)
 
-    async def end(self, id: str) -> None:
+    async def end(self, owned: Conversations, id: str) -> None:
         """End a run of this gateway, and return when it has ended; others are left alone."""
-        task = self._tasks.get(id)
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
+        run = self._run(owned, id)
+        if run is not None:
+            await self._end(run)
+
+    def _run(self, owned: Conversations, id: str) -> Run | None:
+        run = self._runs.get(id)
+        return run if run is not None and run.owned.owner == owned.owner else None
+
+    async def _end(self, run: Run) -> None:
+        if not run.ended:  # one that has is being kept
+            run.cancel()
+        await run.wait()
 
     async def _make(self, run: Run, turn: Turn, frames: AsyncGenerator[bytes, None]) -> None:
-        renewing = asyncio.create_task(self._renew(run, turn, asyncio.current_task()))
+        self._runs[run.id] = run
+        renewing = asyncio.create_task(self._renew(run, turn))
         try:
             async with aclosing(frames):
                 async for some in frames:
@@ -185,32 +216,32 @@ class Background:
             renewing.cancel()
             with suppress(asyncio.CancelledError):
                 await renewing
-            kept = self._conversations.stored(turn, run.response)
+            kept = run.owned.stored(turn, run.response)
             with suppress(ApiError):  # it is in the log
                 ended = msgspec.structs.replace(kept, frames=b"".join(run.frames))
                 if run.is_answer:
-                    await self._conversations.settle(turn, run.id, ended)
+                    await run.owned.settle(turn, run.id, ended)
                 else:
-                    await self._conversations.put(run.id, ended)
-            del self._runs[run.id], self._tasks[run.id]
+                    await run.owned.put(run.id, ended)
+            run.note_kept()
+            del self._runs[run.id]
 
-    async def _renew(self, run: Run, turn: Turn, making: "asyncio.Task[None] | None") -> None:
+    async def _renew(self, run: Run, turn: Turn) -> None:
         """Renew the promise until cancelled, or end the run if somebody wrote that they want it ended."""
         renewed_at = self._clock()
         while True:
             await asyncio.sleep(RENEW_S / 2)
             with suppress(ApiError):
-                stored = await self._conversations.find(run.id)
+                stored = await run.owned.find(run.id)
                 if stored is not None and not stored.until:
-                    assert making is not None
-                    making.cancel()
+                    run.cancel()
                     return
                 if self._clock() - renewed_at >= RENEW_S:
                     renewed_at = self._clock()
-                    await self._conversations.put(run.id, self._promise(turn, run))
+                    await run.owned.put(run.id, self._promise(turn, run))
 
     def _promise(self, turn: Turn, run: Run) -> StoredResponse:
-        kept = self._conversations.stored(turn, run.response)
+        kept = run.owned.stored(turn, run.response)
         return msgspec.structs.replace(kept, until=self._clock() + LEASE_S)
 
     def _failure(self, run: Run, error: ApiError) -> bytes:
@@ -223,18 +254,20 @@ class Background:
         error = {"code": "server_error", "message": "The gateway that made the response is gone."}
         return orjson.dumps(orjson.loads(bytes(stored.body)) | {"status": "failed", "error": error})
 
-    async def _follow_elsewhere(self, id: str, stored: StoredResponse, after: int) -> AsyncGenerator[bytes, None]:
+    async def _follow_elsewhere(
+        self, owned: Conversations, id: str, stored: StoredResponse, after: int
+    ) -> AsyncGenerator[bytes, None]:
         """Yield the frames of a response that another gateway makes, once it has ended, or that had ended before."""
         while stored.until:
             if self._clock() >= stored.until:
-                run = Run(id, self._told(stored))
+                run = Run(id, self._told(stored), owned)
                 error = orjson.loads(run.response)["error"]
                 yield self._failure(run, GatewayStoppedError(error["message"]))
                 return
             await asyncio.sleep(LOOK_S)
-            stored = await self._conversations.get(id)
-        run = Run(id, bytes(stored.body))
+            stored = await owned.get(id)
+        run = Run(id, bytes(stored.body), owned)
         run.add(stored.frames)
-        run.ended = True
+        run.note_kept()
         async for frames in run.follow(after):
             yield frames

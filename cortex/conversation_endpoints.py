@@ -49,44 +49,47 @@ class ConversationEndpoints:
         self._conversations = conversations
         self._max_body_bytes = max_body_bytes
 
+    def _owned(self, exchange: Exchange) -> NamedConversations:
+        return self._conversations.of(exchange.owner)
+
     async def create(self, exchange: Exchange) -> None:
         """``POST /v1/conversations``; a body may be left out."""
         body = await exchange.read_body(self._max_body_bytes) or b"{}"
         asked = fields.decode(body, _CREATE)
-        await _reply(exchange, await self._conversations.create(_items(body), asked.metadata or {}))
+        await _reply(exchange, await self._owned(exchange).create(_items(body), asked.metadata or {}))
 
     async def get(self, exchange: Exchange) -> None:
         """``GET /v1/conversations/{id}``."""
-        await _reply(exchange, await self._conversations.get(_parts(exchange, 1)[0]))
+        await _reply(exchange, await self._owned(exchange).get(_parts(exchange, 1)[0]))
 
     async def update(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}``: other metadata."""
         (id,) = _parts(exchange, 1)
         asked = fields.decode(await exchange.read_body(self._max_body_bytes), _UPDATE)
-        await _reply(exchange, await self._conversations.update(id, asked.metadata or {}))
+        await _reply(exchange, await self._owned(exchange).update(id, asked.metadata or {}))
 
     async def delete(self, exchange: Exchange) -> None:
         """``DELETE /v1/conversations/{id}``; its responses stay."""
         (id,) = _parts(exchange, 1)
-        await self._conversations.delete(id)
+        await self._owned(exchange).delete(id)
         await _reply(exchange, {"id": id, "object": "conversation.deleted", "deleted": True})
 
     async def items(self, exchange: Exchange) -> None:
         """``GET /v1/conversations/{id}/items``."""
-        found = await self._conversations.items(_parts(exchange, 2)[0])
+        found = await self._owned(exchange).items(_parts(exchange, 2)[0])
         await _reply(exchange, page_of(found, query_parameters(exchange.query)))
 
     async def add_items(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}/items``."""
         body = await exchange.read_body(self._max_body_bytes)
         fields.decode(body, _ADD_ITEMS)
-        added = await self._conversations.add_items(_parts(exchange, 2)[0], _items(body))
+        added = await self._owned(exchange).add_items(_parts(exchange, 2)[0], _items(body))
         await _reply(exchange, page_of(added, {"order": "asc", "limit": str(max(1, min(100, len(added))))}))
 
     async def item(self, exchange: Exchange) -> None:
         """``GET /v1/conversations/{id}/items/{item_id}``."""
         id, _, item_id = _parts(exchange, 3)
-        for item in await self._conversations.items(id):
+        for item in await self._owned(exchange).items(id):
             if item["id"] == item_id:
                 await _reply(exchange, item)
                 return
@@ -95,7 +98,7 @@ class ConversationEndpoints:
     async def delete_item(self, exchange: Exchange) -> None:
         """``DELETE /v1/conversations/{id}/items/{item_id}``: what is left is the conversation."""
         id, _, item_id = _parts(exchange, 3)
-        await _reply(exchange, await self._conversations.delete_item(id, item_id))
+        await _reply(exchange, await self._owned(exchange).delete_item(id, item_id))
 
 
 def _items(body: bytes) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ class Endpoints:
             said = None
             if isinstance(exchange, SocketExchange):
                 said, generates = exchange.said, exchange.generates
-            turn = await self._conversations.begin(body, found, said)
+            turn = await self._conversations.of(principal.name).begin(body, found, said)
             body = turn.body
             headers += turn.headers
         if not generates and turn is not None:
@@ -199,13 +199,13 @@ class Endpoints:
         record.usage, record.finish = read_answer(body)
         record.status = 200
         if asked.turn is not None:
-            await self._conversations.keep(asked.turn, body)
+            await self._conversations.of(record.key).keep(asked.turn, body)
         await exchange.reply(200, body, content_type=content_type)
 
     async def _only_read(self, exchange: Exchange, record: Record, turn: Turn) -> None:
         """Answer with an empty response, which later turns continue; no node is asked."""
         frames = _made_here(turn).frames([Started(0), Finished(FinishReason.STOP, 0)])
-        await self._conversations.keep_streamed(turn, frames)
+        await self._conversations.of(record.key).keep_streamed(turn, frames)
         record.status, record.finish = 200, "not_generated"
         await exchange.start_stream()
         await exchange.write(frames)
@@ -254,7 +254,7 @@ class Endpoints:
                 if frames:
                     record.num_chunks += 1
                     if asked.turn is not None and relay.is_complete:
-                        await self._conversations.keep_streamed(asked.turn, frames)
+                        await self._conversations.of(record.key).keep_streamed(asked.turn, frames)
                     yield frames
             if not relay.is_complete:
                 raise UpstreamError(f"{answer.node} ended its answer before the stream's terminator.")
@@ -298,7 +298,7 @@ class Endpoints:
         held = permit.move()
         frames = self._made(dialect, making, _Asked(asked.question, asked.chat, None), held)
         try:
-            run = await self._background.start(turn, queued, frames)
+            run = await self._background.start(self._conversations.of(record.key), turn, queued, frames)
         except BaseException:
             await held.settle(0)
             raise

@@ -68,7 +68,7 @@ class Gateway:
         self._store = store.make(settings.store)
         conversations = Conversations(self._store)
         self._gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens)
-        self._background = Background(conversations)
+        self._background = Background()
         self._endpoints = endpoints = Endpoints(
             settings,
             offered,
@@ -209,7 +209,7 @@ class Gateway:
             return
         given = exchange.header(b"authorization"), exchange.header(b"x-api-key")
         if exchange.path.startswith("/v1/"):
-            self._gate.identify(*given)
+            exchange.owner = self._gate.identify(*given).name
         elif exchange.path.startswith("/admin/"):
             self._gate.check_admin(*given, exchange.client)
 

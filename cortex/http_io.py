@@ -58,6 +58,8 @@ class Exchange:
         self.client: str = (scope.get("client") or ("", 0))[0]
         """The address that the request comes from."""
         self.request_id = request_id
+        self.owner = ""
+        """Who asks, by the key's name, once that is known."""
         self.status = 0
         """HTTP status sent, 0 before that."""
         self._raw_headers: Sequence[Header] = scope["headers"]

@@ -27,12 +27,12 @@ class StoredEndpoints:
         """``GET /v1/responses/{id}``: the response as it is now, or the frames of its stream from a number on."""
         id, query = _id(exchange), query_parameters(exchange.query)
         if query.get("stream") != "true":
-            await exchange.reply(200, await self._background.response(id))
+            await exchange.reply(200, await self._background.response(self._owned(exchange), id))
             return
         after = query.get("starting_after", "-1")
         if not (after.isdecimal() or after == "-1"):
             raise InvalidRequestError("Invalid 'starting_after': it is the number of an event.", param="starting_after")
-        frames = await self._background.follow(id, int(after))
+        frames = await self._background.follow(self._owned(exchange), id, int(after))
         await stream(
             exchange,
             frames,
@@ -42,19 +42,23 @@ class StoredEndpoints:
 
     async def delete(self, exchange: Exchange) -> None:
         """``DELETE /v1/responses/{id}``."""
-        id = _id(exchange)
-        await self._background.end(id)
-        await self._conversations.delete(id)
+        id, owned = _id(exchange), self._owned(exchange)
+        await self._background.end(owned, id)
+        await owned.delete(id)
         await exchange.reply(200, orjson.dumps({"id": id, "object": "response", "deleted": True}))
 
     async def input_items(self, exchange: Exchange) -> None:
         """``GET /v1/responses/{id}/input_items``."""
         query: Mapping[str, str] = query_parameters(exchange.query)
-        await exchange.reply(200, await self._conversations.input_items(_id(exchange, "/input_items"), dict(query)))
+        id = _id(exchange, "/input_items")
+        await exchange.reply(200, await self._owned(exchange).input_items(id, dict(query)))
 
     async def cancel(self, exchange: Exchange) -> None:
         """``POST /v1/responses/{id}/cancel``: of one that is made in the background, or was."""
-        await exchange.reply(200, await self._background.cancel(_id(exchange, "/cancel")))
+        await exchange.reply(200, await self._background.cancel(self._owned(exchange), _id(exchange, "/cancel")))
+
+    def _owned(self, exchange: Exchange) -> Conversations:
+        return self._conversations.of(exchange.owner)
 
 
 def _id(exchange: Exchange, suffix: str = "") -> str:

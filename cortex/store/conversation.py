@@ -88,10 +88,18 @@ class Turn:
 
 
 class Conversations:
-    """The stored responses of a gateway; without a store it knows only what a connection remembers."""
+    """One principal's stored responses; without a store, only what a connection remembers is known.
 
-    def __init__(self, store: ResponseStore | None) -> None:
+    What is another's is not there.
+    """
+
+    def __init__(self, store: ResponseStore | None, owner: str = "") -> None:
         self._store = store
+        self.owner = owner
+
+    def of(self, owner: str) -> "Conversations":
+        """Return those of a principal, by its name."""
+        return Conversations(self._store, owner) if owner != self.owner else self
 
     async def begin(self, body: bytes, found: Peek, said: Said | None = None) -> Turn:
         """Return how a request goes on. ``found`` was found in the body before the model's name was spliced in.
@@ -213,7 +221,7 @@ class Conversations:
         if self._store is None:
             raise _unavailable(StoreError("there is none"))
         try:
-            await self._store.put(id, stored, chain)
+            await self._store.put(id, msgspec.structs.replace(stored, owner=self.owner), chain)
         except StoreError as error:
             raise _unavailable(error) from error
 
@@ -223,8 +231,10 @@ class Conversations:
 
     async def forget(self, id: str) -> bool:
         """Forget what is kept under an id; return whether there was anything. Raises :class:`StoreUnavailableError`."""
+        if self._store is None or await self._get(id) is None:
+            return False
         try:
-            return self._store is not None and await self._store.delete(id)
+            return await self._store.delete(id)
         except StoreError as error:
             raise _unavailable(error) from error
 
@@ -295,9 +305,10 @@ class Conversations:
         if self._store is None or _ID.fullmatch(id) is None:
             return None
         try:
-            return await self._store.get(id)
+            stored = await self._store.get(id)
         except StoreError as error:
             raise _unavailable(error) from error
+        return stored if stored is not None and stored.owner == self.owner else None
 
 
 def _without_fields(body: bytes, stores: bool) -> tuple[bytes, str, bool]:

@@ -14,7 +14,7 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
 
     ``items`` is a JSON array without the items of earlier turns, ``body`` the response object. Of one that was made in
     the background, ``frames`` are those of its stream. ``until`` is set of one that is still being made: the time at
-    which whoever makes it must have said so again.
+    which whoever makes it must have said so again. ``owner`` names the principal it was made for.
     """
 
     previous: str
@@ -22,6 +22,7 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
     body: msgspec.Raw
     frames: bytes = b""
     until: float = 0
+    owner: str = ""
 
 
 class _Row(msgspec.Struct, frozen=True, array_like=True):
@@ -30,6 +31,7 @@ class _Row(msgspec.Struct, frozen=True, array_like=True):
     body: bytes
     frames: bytes = b""
     until: float = 0
+    owner: str = ""
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -38,14 +40,14 @@ _DECODER = msgspec.msgpack.Decoder(_Row)
 
 def to_bytes(stored: StoredResponse) -> bytes:
     """Return what a store keeps."""
-    row = _Row(stored.previous, bytes(stored.items), bytes(stored.body), stored.frames, stored.until)
+    row = _Row(stored.previous, bytes(stored.items), bytes(stored.body), stored.frames, stored.until, stored.owner)
     return _ENCODER.encode(row)
 
 
 def from_bytes(value: bytes) -> StoredResponse:
     """Return what :func:`to_bytes` made a value of."""
     row = _DECODER.decode(value)
-    return StoredResponse(row.previous, msgspec.Raw(row.items), msgspec.Raw(row.body), row.frames, row.until)
+    return StoredResponse(row.previous, msgspec.Raw(row.items), msgspec.Raw(row.body), row.frames, row.until, row.owner)
 
 
 class ResponseStore(Protocol):

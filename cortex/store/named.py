@@ -26,6 +26,10 @@ class NamedConversations:
     def __init__(self, conversations: Conversations) -> None:
         self._conversations = conversations
 
+    def of(self, owner: str) -> "NamedConversations":
+        """Return those of a principal, by its name."""
+        return NamedConversations(self._conversations.of(owner))
+
     async def create(self, items: list[dict[str, Any]], metadata: dict[str, str]) -> dict[str, Any]:
         """Make a conversation of some items, and return it. Raises :class:`StoreUnavailableError`."""
         id = f"{NAME}_{secrets.token_hex(24)}"

@@ -4,16 +4,12 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, answer, chat_chunk, error
+from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, answer, chat_chunk, chat_only, error
 from gateway_rig import rig
 
 MESSAGES = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
 RESPONSES = {"model": "m", "input": "Hi"}
 PATHS = [("/v1/messages", MESSAGES), ("/v1/responses", RESPONSES)]
-
-
-def chat_only(name: str = "a") -> FakeNeuron:
-    return FakeNeuron(name, dialects=("openai-chat",)).ready("m")
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)

@@ -385,3 +385,8 @@ class FakeNeuron:
     def health(self) -> Health:
         """Return how the node is."""
         return Health(self.state, 1.0, (WorkerHealth("cpu:0", WorkerState.READY, 0),))
+
+
+def chat_only(name: str = "a") -> FakeNeuron:
+    """Return a node that speaks chat alone: the gateway translates for it."""
+    return FakeNeuron(name, dialects=("openai-chat",)).ready("m")
