@@ -32,7 +32,7 @@ NON_FINITE: Final = -1
 def _ordered(x):
     """Return uint32 that sort as the float32 ``x`` do."""
     bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
