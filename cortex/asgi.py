@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cortex import config, logs, reload, systemd, tracing
+from cortex.ending import Ending
 from cortex.endpoints import request_id_of
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange, Receive, Scope, Send
-from cortex.settings import ConfigError
+from cortex.settings import ConfigError, split_address
 
 
 class Application:
@@ -24,13 +25,22 @@ class Application:
         self.gateway: Gateway | None = None
         self._reloader: reload.Reloader | None = None
         self._pulse: asyncio.Task[None] | None = None
+        self._ending: Ending | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope."""
         if scope["type"] == "http":
             assert self.gateway is not None, "the server did not run the lifespan"
-            request_id = request_id_of(scope["headers"])
-            await self.gateway.handle(Exchange(scope, receive, send, request_id=request_id))
+            ending = self._ending
+            assert ending is not None
+            exchange = Exchange(scope, receive, send, request_id=request_id_of(scope["headers"]))
+            exchange.is_last = ending.has_begun and scope["http_version"] != "2"
+            ending.num_running += 1
+            try:
+                await self.gateway.handle(exchange)
+            finally:
+                ending.num_running -= 1
+                ending.last_at = asyncio.get_running_loop().time()
         elif scope["type"] == "websocket":
             assert self.gateway is not None, "the server did not run the lifespan"
             await self.gateway.handle_socket(scope, receive, send)
@@ -70,6 +80,9 @@ class Application:
         self.gateway = Gateway(loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error)
         await self.gateway.start()
         reloader.start()
+        ports = [split_address(gateway.metrics_listen)[1]] if gateway.metrics_listen else []
+        self._ending = Ending(gateway.drain_timeout_s, ports, self.gateway.end_requests)
+        self._ending.listen_to_signals()
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)
         self._pulse = asyncio.create_task(systemd.stay_alive())

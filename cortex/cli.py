@@ -29,6 +29,9 @@ MAX_PENDING_CONNECTIONS = 4096
 BACKLOG = 1024
 """Connections that wait to be accepted."""
 
+KILL_MARGIN_S = 10
+"""Beyond the drain timeout, for a worker to end its requests and itself before it is killed."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -138,7 +141,7 @@ def _run(config: "Config") -> int:
         backlog=BACKLOG,
         backpressure=MAX_PENDING_CONNECTIONS,
         websockets=True,
-        workers_kill_timeout=gateway.drain_timeout_s,
+        workers_kill_timeout=gateway.drain_timeout_s + KILL_MARGIN_S,
         respawn_failed_workers=True,
         log_access=False,
         log_dictconfig=dict(logs.server_settings(gateway.log_format)),

@@ -19,6 +19,7 @@ from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dialects import openapi
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
 from cortex.endpoints import Endpoints, reply_error, request_id_of
+from cortex.errors import GatewayStoppedError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Fleet
@@ -136,6 +137,11 @@ class Gateway:
         if self._settings.gateway.metrics_listen:
             self._stop_metrics = self.metrics.serve(*split_address(self._settings.gateway.metrics_listen))
         self.service.start()
+
+    def end_requests(self) -> None:
+        """End what still runs with an error in its own dialect."""
+        message = "The gateway is being restarted, and this answer took longer than it waits."
+        self.service.end_requests(GatewayStoppedError(message, retry_after_s=1))
 
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""

@@ -62,6 +62,8 @@ class Exchange:
         """Who asks, by the key's name, once that is known."""
         self.status = 0
         """HTTP status sent, 0 before that."""
+        self.is_last = False
+        """Whether the answer says that no other will come on this connection."""
         self._raw_headers: Sequence[Header] = scope["headers"]
         self._receive = receive
         self._send = send
@@ -129,6 +131,8 @@ class Exchange:
         self.status = status
         request_id = self.request_id.encode()
         headers += [(b"x-request-id", request_id), (b"request-id", request_id)]
+        if self.is_last:
+            headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
 

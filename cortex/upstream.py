@@ -351,6 +351,7 @@ class Pool:
         self._open: set[_Connection] = set()
         self._connecting = 0
         self._closed = False
+        self._ended: ApiError | None = None
 
     @property
     def num_connections(self) -> int:
@@ -378,6 +379,8 @@ class Pool:
             UpstreamTimeoutError: it stayed silent.
             UpstreamError: it answered something that is not HTTP, or half a head.
         """
+        if self._ended is not None:
+            raise self._ended
         data = self._encode(method, target, headers, body)
         limits = (
             self.timeouts.first_byte_s if first_byte_s is None else first_byte_s,
@@ -411,11 +414,12 @@ class Pool:
         while self._idle:
             self._idle.pop().abort()
 
-    def close(self) -> None:
-        """Close every connection; answers under way end with an error."""
+    def close(self, error: ApiError | None = None) -> None:
+        """Close every connection; answers under way end with ``error``, and so does every later request."""
         self._closed = True
+        self._ended = error or UpstreamError(f"The connection to {self.name} was closed.")
         for connection in tuple(self._open):
-            connection.fail(UpstreamError(f"The connection to {self.name} was closed."))
+            connection.fail(self._ended)
 
     async def _exchange(
         self, connection: _Connection, data: Sequence[bytes], first_byte_s: float, stall_s: float

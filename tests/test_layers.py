@@ -36,6 +36,7 @@ FLOORS = {
     "cortex.fleet": 3,
     "cortex.access": 3,
     "cortex.store": 3,
+    "cortex.ending": 0,
     "cortex.endpoints": 4,
     "cortex.stored_endpoints": 4,
     "cortex.responses_socket": 4,

@@ -52,6 +52,7 @@ class Loader:
         self._poll_soon = poll_soon
         self._on_load = on_load
         self._loads: dict[str, asyncio.Task[str]] = {}
+        self._stopped_by: ApiError | None = None
 
     async def load(self, profile: ModelProfile, candidates: tuple[str, ...], *, may_evict: bool = True) -> str:
         """Return the node that has the model ready, after loading it on the first candidate that takes it.
@@ -67,7 +68,12 @@ class Loader:
             task = asyncio.create_task(self._load(profile, candidates, may_evict), name=f"load {profile.id}")
             self._loads[profile.id] = task
             task.add_done_callback(lambda done: self._ended(profile.id, done))
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if self._stopped_by is not None and task.cancelled():
+                raise self._stopped_by from None
+            raise
 
     async def load_on(self, name: str, profile: ModelProfile, *, may_evict: bool = True) -> ModelStatus:
         """Load a model on one node, and return when it is ready there.
@@ -93,6 +99,12 @@ class Loader:
             return None
         statuses = (node.models[model] for node in self._fleet.state.listing.get(model, ()))
         return max((s.progress for s in statuses if s.state is ModelState.LOADING), default=0.0)
+
+    def end(self, error: ApiError) -> None:
+        """Have those who wait for a load get ``error``. The nodes go on with theirs."""
+        self._stopped_by = error
+        for task in self._loads.values():
+            task.cancel()
 
     async def stop(self) -> None:
         """Stop waiting for loads. The nodes go on with theirs."""

@@ -14,6 +14,7 @@ from cortex.fleet.poller import Poller
 from cortex.fleet.state import Fleet, InFlight, Node
 from cortex.fleet.warmer import Warmer
 from cortex.upstream import Pool
+from cortex.wire.errors import ApiError
 from cortex.wire.node import PinRequest
 
 
@@ -46,6 +47,12 @@ class FleetService:
         """Begin to watch the nodes; returns before the first of them has answered."""
         self.poller.start()
         self.warmer.start()
+
+    def end_requests(self, error: ApiError) -> None:
+        """End every request that a node is answering, or that waits for a load, with ``error``."""
+        self.loader.end(error)
+        for pool in (*self.pools.values(), *self._retired):
+            pool.close(error)
 
     async def stop(self) -> None:
         """End the tasks and close every connection."""

@@ -301,12 +301,12 @@ async def test_sigterm_lets_a_stream_finish(tmp_path: pathlib.Path, command: str
         )
         reply = await client.send(request, stream=True)
         gateway.process.send_signal(signal.SIGTERM)
-        await until(lambda: b"Shutting down" in gateway.log.read_bytes())
+        await until(lambda: b"cortex ending running=1" in gateway.log.read_bytes())
         go.set()
         assert (await reply.aread()).endswith(CHAT_STREAM[-1])
 
 
-async def test_a_stream_that_does_not_end_is_cut_after_the_drain_timeout(tmp_path: pathlib.Path) -> None:
+async def test_a_stream_that_does_not_end_is_told_after_the_drain_timeout(tmp_path: pathlib.Path) -> None:
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
         while True:
@@ -322,11 +322,14 @@ async def test_a_stream_that_does_not_end_is_cut_after_the_drain_timeout(tmp_pat
         request = client.build_request(
             "POST", gateway.url + "/v1/chat/completions", json={"model": "m", "stream": True}
         )
-        await client.send(request, stream=True)
+        reply = await client.send(request, stream=True)
         told_at = asyncio.get_running_loop().time()
         gateway.process.send_signal(signal.SIGTERM)
+        *_, last, rest = (await reply.aread()).split(b"\n\n")
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "gateway_stopped"
+        assert not rest
         await asyncio.to_thread(gateway.process.wait, STOP_TIMEOUT_S)
-        assert asyncio.get_running_loop().time() - told_at < 5
+        assert 1 <= asyncio.get_running_loop().time() - told_at < 5
         await until(lambda: neuron.num_left == 1)
 
 

@@ -162,3 +162,49 @@ def test_a_worker_is_replaced_once_enough_models_have_left(tmp_path: pathlib.Pat
         assert after.pid != before.pid
         body = {"model": daemons.MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
         assert httpx.post(f"{node.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("drain_s", [30, 1], ids=["finishes", "told"])
+def test_sigterm_closes_admission_and_ends_streams_in_time(
+    tmp_path: pathlib.Path, smollm2_gguf: pathlib.Path, drain_s: int
+) -> None:
+    """Streams finish within their time, or end with an error that says so; the daemon exits 0 (``daemons.daemon``)."""
+    tokens = 400 if drain_s == 30 else 4000
+    environment = {"NEURON_DAEMON__DRAIN_TIMEOUT_S": str(drain_s)}
+    with daemons.neuron(tmp_path, smollm2_gguf, **environment) as node:
+
+        async def one(client: httpx.AsyncClient, begun: asyncio.Event) -> list[str]:
+            body = LONG | {"max_tokens": tokens}
+            async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+                assert reply.status_code == 200
+                lines = []
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: "):
+                        lines.append(line)
+                        begun.set()
+            return lines
+
+        async def story() -> None:
+            async with httpx.AsyncClient(base_url=node.url, timeout=60) as client:
+                begun = [asyncio.Event() for _ in range(4)]
+                streams = [asyncio.create_task(one(client, event)) for event in begun]
+                await asyncio.gather(*(event.wait() for event in begun))
+                told_at = time.monotonic()
+                node.process.terminate()
+                async with asyncio.timeout(5):
+                    while (await client.get("/health")).json()["state"] != "draining":
+                        await asyncio.sleep(0.01)
+                late = await client.post("/v1/chat/completions", json=LONG | {"max_tokens": 1})
+                assert late.status_code == 503
+                assert late.headers["retry-after"]
+                for lines in await asyncio.gather(*streams):
+                    if drain_s == 30:
+                        assert lines[-1] == "data: [DONE]"
+                        assert len(lines) > tokens
+                    else:
+                        assert json.loads(lines[-1][6:])["error"]["code"] == "device_worker_lost"
+            assert await asyncio.to_thread(node.process.wait, 15) == 0
+            if drain_s == 1:
+                assert time.monotonic() - told_at < 10
+
+        asyncio.run(story())

