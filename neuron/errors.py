@@ -107,6 +107,15 @@ class ModelFailedError(UnavailableError):
     code = "model_failed"
 
 
+class AnswerCutError(UnavailableError):
+    """The model left before its answer was complete: it was unloaded, or the daemon stopped."""
+
+    code = "answer_cut"
+
+    def __init__(self) -> None:
+        super().__init__("The model was unloaded before its answer was complete.", retry_after_s=1.0)
+
+
 class UnsupportedTokenizerError(UnprocessableError):
     """The files hold no tokenizer this project can rebuild."""
 

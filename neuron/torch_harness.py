@@ -24,9 +24,17 @@ from cortex.wire.errors import (
 from cortex.wire.events import Failed, InferenceEvent, Started, TokenLogprob
 from cortex.wire.node import Capability, ModelSpec
 from cortex.wire.request import EmbeddingRequest, FormatKind, InferenceRequest, Sampling, ToolMode
-from neuron.device.jobs import ConstraintSettings, Embedding, GroupSettings, LoadedModel, SamplerSettings, TokenRow
+from neuron.device.jobs import (
+    ConstraintSettings,
+    Embedding,
+    GroupSettings,
+    LoadedModel,
+    SamplerSettings,
+    SequenceEnd,
+    TokenRow,
+)
 from neuron.device.worker import Item, Sink, Worker
-from neuron.errors import NoDeviceError
+from neuron.errors import AnswerCutError, NoDeviceError
 from neuron.harness import Embeddings, Model, Progress, Requirement
 from neuron.models.config import GenerationDefaults, ModelConfig, read_config
 from neuron.models.shard import Shard
@@ -276,6 +284,8 @@ class TorchModel:
                 raise
         if isinstance(item, ApiError):
             raise item
+        if isinstance(item, TokenRow):  # an embedding has none, but for the end that nobody here asked for
+            raise AnswerCutError
         assert isinstance(item, Embedding)
         return item.vector
 
@@ -385,6 +395,8 @@ class _Run:
             for choice, item in arrived:
                 if choice not in self._sequences:
                     continue  # it ended on a stop string while this row was on its way
+                if isinstance(item, TokenRow) and item.end is SequenceEnd.CANCELLED:
+                    item = AnswerCutError()  # nobody here asked for it
                 if isinstance(item, ApiError):
                     if not started and not events:
                         raise item
