@@ -3,7 +3,8 @@
 Megatron's cut (arXiv:1909.08053): matrices that read the residual are cut by rows (heads; the MLP's width), those that
 write it by columns, so that a layer adds up over the ranks twice. The head is cut by rows too, and rank 0 gathers the
 logits. Vectors and the embedding are everywhere. Parts are whole key-value heads and runs of the MLP's width, as equal
-as they can be: 3 heads on 2 ranks are 2 and 1. Pure and without torch, as :mod:`neuron.models.sizing`.
+as they can be: 3 heads on 2 ranks are 2 and 1. With more ranks than key-value heads, each of these is on several ranks,
+which share out the query heads that read it. Pure and without torch, as :mod:`neuron.models.sizing`.
 """
 
 import dataclasses
@@ -31,7 +32,20 @@ class Shard:
 
     def kv_heads(self, config: ModelConfig) -> slice:
         """Return this rank's key-value heads."""
-        return self.share(config.num_kv_heads)
+        if self.size <= config.num_kv_heads:
+            return self.share(config.num_kv_heads)
+        head = self.rank * config.num_kv_heads // self.size
+        return slice(head, head + 1)
+
+    def query_heads(self, config: ModelConfig) -> slice:
+        """Return this rank's query heads, which read its key-value heads and no others."""
+        per_kv_head = config.num_heads // config.num_kv_heads
+        heads = self.kv_heads(config)
+        if self.size <= config.num_kv_heads:
+            return slice(heads.start * per_kv_head, heads.stop * per_kv_head)
+        ranks = self.size // config.num_kv_heads
+        part = Shard(self.rank % ranks, ranks).share(per_kv_head)
+        return slice(heads.start * per_kv_head + part.start, heads.start * per_kv_head + part.stop)
 
     def width(self, config: ModelConfig) -> slice:
         """Return this rank's run of the MLP's width, of each expert's where there are some."""
@@ -43,13 +57,11 @@ class Shard:
         """Return which of the ``size`` rows of a tensor this rank has, by its safetensors name."""
         if self.size == 1:
             return slice(0, size)
-        heads = self.kv_heads(config)
         match name.split(".")[-2]:
             case "q_proj":
-                unit = config.num_heads // config.num_kv_heads * config.head_dim
-                return slice(heads.start * unit, heads.stop * unit)
+                return _scaled(self.query_heads(config), config.head_dim)
             case "k_proj" | "v_proj":
-                return slice(heads.start * config.head_dim, heads.stop * config.head_dim)
+                return _scaled(self.kv_heads(config), config.head_dim)
             case "gate_proj" | "up_proj":
                 return self.width(config)
             case "lm_head":
@@ -63,9 +75,7 @@ class Shard:
             return slice(0, size)
         match name.split(".")[-2]:
             case "o_proj":
-                heads = self.kv_heads(config)
-                unit = config.num_heads // config.num_kv_heads * config.head_dim
-                return slice(heads.start * unit, heads.stop * unit)
+                return _scaled(self.query_heads(config), config.head_dim)
             case "down_proj":
                 return self.width(config)
             case _:
@@ -78,21 +88,26 @@ WHOLE: Final = Shard()
 def local_config(config: ModelConfig, shard: Shard) -> ModelConfig:
     """Return the configuration of one rank's part: its heads and its width; what is not cut stays.
 
-    Raises :class:`InvalidRequestError` if there are more ranks than key-value heads.
+    Raises :class:`InvalidRequestError` if the heads cannot be shared out.
     """
     if shard.size == 1:
         return config
-    if shard.size > config.num_kv_heads:
+    if shard.size > config.num_kv_heads and (shard.size % config.num_kv_heads or shard.size > config.num_heads):
         raise InvalidRequestError(
-            f"tensor_parallel is {shard.size}; the model's {config.num_kv_heads} key-value heads can be shared out to "
-            "at most as many devices",
+            f"tensor_parallel is {shard.size}; the model's {config.num_heads} heads and {config.num_kv_heads} "
+            "key-value heads can be shared out to as many devices as there are key-value heads, or fewer, or to a "
+            "multiple of them up to the heads",
             param="tensor_parallel",
         )
-    heads, width = shard.kv_heads(config), shard.width(config)
-    num_kv_heads, size = heads.stop - heads.start, width.stop - width.start
+    heads, queries, width = shard.kv_heads(config), shard.query_heads(config), shard.width(config)
+    size = width.stop - width.start
     return dataclasses.replace(
         config,
-        num_kv_heads=num_kv_heads,
-        num_heads=config.num_heads // config.num_kv_heads * num_kv_heads,
+        num_kv_heads=heads.stop - heads.start,
+        num_heads=queries.stop - queries.start,
         **{"expert_intermediate_size" if config.num_experts else "intermediate_size": size},
     )
+
+
+def _scaled(run: slice, factor: int) -> slice:
+    return slice(run.start * factor, run.stop * factor)

@@ -183,8 +183,20 @@ def test_two_workers_compute_what_one_does(
     make_checkpoint: Callable[..., pathlib.Path], harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
-    paths = {name: make_checkpoint(**changes) for name, changes in CONFIGS.items()}
+    compare({name: make_checkpoint(**changes) for name, changes in CONFIGS.items()}, harness, 4 << 20)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2_gguf", "gemma3_gguf"])
+def test_two_workers_compute_what_one_does_of_a_real_model(
+    name: str, request: pytest.FixtureRequest, harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma has a single key-value head, which both have."""
+    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    compare({name: request.getfixturevalue(name)}, harness, 64 << 20)
+
+
+def compare(paths: dict[str, pathlib.Path], harness: Callable[..., Any], kv_cache_bytes: int) -> None:
     async def story() -> dict[str, list[list[int]]]:
         command = [sys.executable, "-P", "-m", "neuron.engine"]
         workers = tuple(Worker(f"cpu:{i}", command, environment={"OMP_NUM_THREADS": "1"}) for i in range(2))
@@ -193,15 +205,15 @@ def test_two_workers_compute_what_one_does(
             loader = TorchHarness({worker.device_id: worker for worker in workers})
             found = {}
             for name, path in paths.items():
-                spec = ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=4 << 20)
+                spec = ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=kv_cache_bytes)
                 loaded = await loader._load_group(workers, spec, path, lambda _: None)
                 assert loaded.model == name
                 found[name] = await generated(workers[0], name, PROMPTS, 24)
+            other = ModelSpec("other", "x", tensor_parallel=2, dtype="float32")
+            with pytest.raises(UnprocessableError, match="must share all of them"):
+                await loader._load_group((workers[1], workers[0]), other, path, lambda _: None)
             with pytest.raises(ApiError, match="loaded or loading on cpu:"):
                 await loader._load_group(workers, spec, path, lambda _: None)
-            spec = ModelSpec("other", "x", tensor_parallel=2, dtype="float32")
-            with pytest.raises(UnprocessableError, match="must share all of them"):
-                await loader._load_group((workers[1], workers[0]), spec, path, lambda _: None)
             for name in paths:
                 await asyncio.gather(*(worker.unload(name) for worker in workers))
             assert [(await worker.memory()).used_bytes > 0 for worker in workers] == [True, True]

@@ -155,9 +155,13 @@ def test_the_plan_counts_every_byte(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("quant", ["none", "stored"])
-def test_two_ranks_together_are_the_model(gguf_of: Callable[..., pathlib.Path], architecture: str, quant: str) -> None:
-    """On threads that add up as a collective does."""
-    source = open_weights(gguf_of("Q8_0", **WIDE | ARCHITECTURES[architecture]))
+@pytest.mark.parametrize("num_kv_heads", [2, 1])
+def test_two_ranks_together_are_the_model(
+    gguf_of: Callable[..., pathlib.Path], architecture: str, quant: str, num_kv_heads: int
+) -> None:
+    """On threads that add up as a collective does; a single key-value head is on both."""
+    changes = WIDE | ARCHITECTURES[architecture] | {"num_key_value_heads": num_kv_heads}
+    source = open_weights(gguf_of("Q8_0", **changes))
     hidden, logits = run(loaded(source, quant=quant), source.config)
     barrier, given, results = threading.Barrier(2, timeout=30), [hidden] * 2, [(hidden, logits)] * 2
 
@@ -254,10 +258,27 @@ def test_quantised_weights_leave_more_room(gguf_of: Callable[..., pathlib.Path])
     source.close()
 
 
-def test_more_ranks_than_key_value_heads_are_refused(make_checkpoint: Callable[..., pathlib.Path]) -> None:
+def test_how_many_ranks_there_can_be(make_checkpoint: Callable[..., pathlib.Path]) -> None:
+    """Every query head is on one rank, which has the key-value head that it reads."""
     source = open_weights(make_checkpoint(**WIDE, num_key_value_heads=2))
-    with pytest.raises(InvalidRequestError, match="2 key-value heads can be shared out to at most"):
-        local_config(source.config, Shard(0, 4))
+    for num_heads, num_kv_heads in ((4, 4), (4, 2), (6, 2), (4, 1), (12, 3), (9, 3)):
+        config = dataclasses.replace(source.config, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        for size in range(1, num_heads + 2):
+            shards = [Shard(rank, size) for rank in range(size)]
+            if size > num_kv_heads and (size % num_kv_heads or size > num_heads):
+                with pytest.raises(
+                    InvalidRequestError, match=f"the model's {num_heads} heads and {num_kv_heads} key-v"
+                ):
+                    local_config(config, shards[0])
+                continue
+            heads = [range(num_heads)[shard.query_heads(config)] for shard in shards]
+            assert [head for own in heads for head in own] == list(range(num_heads))
+            for own, shard in zip(heads, shards, strict=True):
+                kv_heads = range(num_kv_heads)[shard.kv_heads(config)]
+                assert {head * num_kv_heads // num_heads for head in own} == set(kv_heads)
+                local = local_config(config, shard)
+                assert (local.num_heads, local.num_kv_heads) == (len(own), len(kv_heads))
+                assert local.num_heads % local.num_kv_heads == 0
     source.close()
 
 
