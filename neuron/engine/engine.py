@@ -245,9 +245,11 @@ class Engine:
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this job's)
             if not isinstance(error, GroupLostError):  # nothing of this device's is lost with a load
                 raise_device_fault(error)
-            logger.warning("load of %s failed: %s", job.spec.id, error)
+            info = error_info(error)
+            # Not the error itself: a record would keep the frames it came through, and what they hold.
+            logger.warning("load of %s failed: %s", job.spec.id, info.message)
             del self._loads[job.spec.id]
-            self._send(JobFailed(job.job, error_info(error)))
+            self._send(JobFailed(job.job, info))
             del error, loading.progress
             return_freed_memory(self._device)
         else:

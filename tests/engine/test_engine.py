@@ -4,6 +4,7 @@ import array
 import gc
 import pathlib
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from neuron.engine.engine import Engine
 from neuron.engine.errors import raise_device_fault
 from neuron.engine.native_runner import NativeRunner
 from neuron.models import packed
+from neuron.models.matrix_reader import MatrixReader
 
 PROMPT = list(range(3, 43))
 HALF_A_TOKEN = jobs.Generate(1, "m", b"abc", 1, (), jobs.SamplerSettings())
@@ -397,6 +399,33 @@ def test_a_load_that_fails_names_the_reason_and_the_engine_goes_on(
     assert answer.error.code == "model_does_not_fit"
     assert "needs" in answer.error.message
     assert len(reference_output(driver, PROMPT, 3)) == 3
+
+
+def test_no_memory_at_a_load_is_said_and_given_back(
+    driver: Any, make_checkpoint: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a plan cannot know: somebody else took the memory meanwhile."""
+    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    path = make_checkpoint("llama", num_hidden_layers=4)
+    matrix, held = MatrixReader.matrix, []
+
+    def scarce(self: MatrixReader, *names: str) -> Any:
+        if any(".layers.2." in name for name in names):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        found = matrix(self, *names)
+        held.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(MatrixReader, "matrix", scarce)
+    failed = driver.load(path, "other")
+    assert isinstance(failed, jobs.JobFailed)
+    assert failed.error.code == "out_of_memory"
+    assert "Tried to allocate 2.00 GiB" in failed.error.message
+    assert held
+    assert not [ref for ref in held if ref() is not None], "what was loaded is freed"
+    monkeypatch.setattr(MatrixReader, "matrix", matrix)
+    assert isinstance(driver.load(path, "other"), jobs.Done)
+    assert len(reference_output(driver, PROMPT, 5)) == 5
 
 
 def test_what_is_promised_to_one_models_cache_is_not_free_for_the_next(driver: Any, tiny_llama: pathlib.Path) -> None:
