@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-clients test-fleet soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
+.PHONY: demo test test-slow test-clients test-fleet soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -144,6 +144,11 @@ GATEWAY_OPTIONS ?=
 bench-gateway: $(VENV)/editable bench-gateway-peers
 	$(BIN)/ninja -C build/editable --quiet
 	PYTHONPATH=bench $(BIN)/python -P bench/gateway/run.py --keep $(GATEWAY_OPTIONS)
+
+# What grows with streams, nodes, stalled readers and workers. About two minutes.
+bench-gateway-scale: $(VENV)/editable
+	$(BIN)/ninja -C build/editable --quiet
+	PYTHONPATH=bench $(BIN)/python -P bench/gateway/scale.py --keep $(GATEWAY_OPTIONS)
 
 bench-engine: $(VENV)/editable
 	PYTHONPATH=bench $(BIN)/python -P bench/engine.py --keep

@@ -77,17 +77,16 @@ def write(
     keep: bool = True,
     peers: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    more: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
     """Print ``rows`` as a table and, if ``keep``, write ``results/NAME.json``.
 
-    ``packages`` are of this environment; ``peers`` are versions of what runs elsewhere.
+    ``packages`` are of this environment; ``peers`` are versions of what runs elsewhere. ``more`` tables, by name, come
+    before ``rows``.
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     print(question)
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for table in (*(more or {}).values(), rows):
+        _show(table)
     for ratio, value in (ratios or {}).items():
         print(f"{ratio}: {value:.2f}")
     for note in notes:
@@ -95,7 +94,7 @@ def write(
     if not keep:
         return
     RESULTS.mkdir(exist_ok=True)
-    record = {
+    record: dict[str, Any] = {
         "question": question,
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
@@ -103,6 +102,7 @@ def write(
         "notes": list(notes),
         "ratios": dict(ratios or {}),
         "rows": [dict(row) for row in rows],
+        **{title: [dict(row) for row in table] for title, table in (more or {}).items()},
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -112,6 +112,14 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--keep", action="store_true", help="write the result under bench/results/")
     return parser
+
+
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _cell(value: Any) -> str:

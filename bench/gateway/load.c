@@ -177,13 +177,13 @@ static void connect_to_gateway(struct connection *c)
     c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)options.port)};
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&address, sizeof address))
-        die("load: connect");
-    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     if (options.stall) {
         int few = 4096; /* so that what is not read waits in the gateway, not here */
         setsockopt(c->fd, SOL_SOCKET, SO_RCVBUF, &few, sizeof few);
     }
+    if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&address, sizeof address))
+        die("load: connect");
+    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
     c->waits_for_room = 0;
     if (fcntl(c->fd, F_SETFL, O_NONBLOCK) || epoll_ctl(epoll_fd, EPOLL_CTL_ADD, c->fd, &event))

@@ -87,9 +87,9 @@ def cores() -> tuple[int, int]:
     return usable[0], usable[-1]
 
 
-def on_core(core: int, command: Sequence[Word]) -> list[Word]:
-    """Return a command that runs ``command`` on one core."""
-    return ["taskset", "--cpu-list", str(core), *command]
+def on_cores(pinned: Sequence[int], command: Sequence[Word]) -> list[Word]:
+    """Return a command that runs ``command`` on these cores alone."""
+    return ["taskset", "--cpu-list", ",".join(map(str, pinned)), *command]
 
 
 def free_ports(count: int = 1) -> int:
@@ -107,15 +107,15 @@ def free_ports(count: int = 1) -> int:
             return first
 
 
-def cpu_clock(pid: int) -> int:
-    """Return the clock of a process's CPU time: ``clock_getcpuclockid`` of the C library, which Python does not wrap.
+def cpu_s(pid: int) -> float:
+    """Return a process's CPU seconds, by ``clock_getcpuclockid`` of the C library, which Python does not wrap.
 
     It counts nanoseconds, where ``/proc`` counts hundredths of a second.
     """
     clock = ctypes.c_int()
     if error := ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(clock)):
         raise ProcessLookupError(error, os.strerror(error))
-    return clock.value
+    return time.clock_gettime(clock.value)
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,12 @@ class Server:
         self,
         command: Sequence[Word],
         *,
-        pinned: int,
+        pinned: Sequence[int],
         log: pathlib.Path,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._command = command
-        self._core = pinned
+        self._cores = pinned
         self._environment = {**os.environ, **(environment or {})}
         self.log = log
 
@@ -146,7 +146,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._running = subprocess.Popen(
-                on_core(self._core, self._command),
+                on_cores(self._cores, self._command),
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -181,7 +181,7 @@ class Server:
 
     def cpu_s(self) -> float:
         """Return the CPU seconds of all processes."""
-        return sum(time.clock_gettime(cpu_clock(process.pid)) for process in self.processes())
+        return sum(cpu_s(process.pid) for process in self.processes())
 
     def memory(self) -> "Memory":
         """Return what the processes hold now."""
@@ -223,7 +223,7 @@ def mock(folder: pathlib.Path, *, num_ports: int = 1) -> Iterator[int]:
         arguments.append(f"{path}={file}")
     port = free_ports(num_ports)
     command: list[Word] = [build("mock"), str(port), str(num_ports), *arguments]
-    with Server(command, pinned=cores()[1], log=folder / "mock.log") as server:
+    with Server(command, pinned=cores()[1:], log=folder / "mock.log") as server:
         server.wait_for(port)
         yield port
 
@@ -268,6 +268,17 @@ def load_command(port: int, connections: int, **options: float | str) -> list[st
     return command
 
 
+def read_figures(said: str, complained: str, status: int) -> dict[str, float]:
+    """Return what the load printed.
+
+    Raises:
+        RunError: it ended otherwise.
+    """
+    if status:
+        raise RunError(complained.strip())
+    return msgspec.json.decode(said, type=dict[str, float])
+
+
 def run_load(port: int, connections: int, server: Server | None, **options: float | str) -> Figures:
     """Ask a gateway, whose tree of processes is ``server``, and return what it did.
 
@@ -278,16 +289,14 @@ def run_load(port: int, connections: int, server: Server | None, **options: floa
     before_s = server.cpu_s() if server else 0.0
     started = time.perf_counter()
     try:
-        done = subprocess.run(on_core(cores()[1], command), capture_output=True, text=True, timeout=180)
+        done = subprocess.run(on_cores(cores()[1:], command), capture_output=True, text=True, timeout=180)
     except subprocess.TimeoutExpired:
         raise RunError("the load did not end within 180 s") from None
     elapsed_s = time.perf_counter() - started
     if server:
         server.check()
     used_s = server.cpu_s() - before_s if server else 0.0
-    if done.returncode:
-        raise RunError(done.stderr.strip())
-    found = msgspec.json.decode(done.stdout, type=dict[str, float])
+    found = read_figures(done.stdout, done.stderr, done.returncode)
     return Figures(
         answers_per_s=found["answers"] / found["seconds"],
         frames_per_s=found["frames"] / found["seconds"],
@@ -302,6 +311,27 @@ def run_load(port: int, connections: int, server: Server | None, **options: floa
         late=found["late"],
         load_share=found["cpu_s"] / elapsed_s,
     )
+
+
+class Onlookers:
+    """What others took of the machine while the bench ran: figures of a busy machine must say so."""
+
+    def __init__(self) -> None:
+        self._others_s, self._started = self._others(), time.perf_counter()
+
+    def notes(self) -> list[str]:
+        """Return what is to be said, once all that the bench started has ended."""
+        elapsed_s = (time.perf_counter() - self._started) * (os.cpu_count() or 1)
+        share = (self._others() - self._others_s) / elapsed_s
+        if share < 0.03:
+            return []
+        return [f"Others took {share:.0%} of the machine meanwhile: compare CPU times, and ratios with care."]
+
+    @staticmethod
+    def _others() -> float:
+        all_, own = psutil.cpu_times(), os.times()
+        busy_s = sum(all_) - all_.idle - all_.iowait - all_.guest - all_.guest_nice
+        return float(busy_s - own.user - own.system - own.children_user - own.children_system)
 
 
 def save(path: pathlib.Path, value: object) -> pathlib.Path:

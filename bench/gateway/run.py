@@ -12,7 +12,6 @@ run: the cell is empty and the reason is printed.
 
 import argparse
 import contextlib
-import os
 import pathlib
 import shutil
 import statistics
@@ -23,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import psutil
 import report
 from gateway import rig
 from gateway.gateways import GATEWAYS, Gateway
@@ -185,7 +183,7 @@ def started(
             port = rig.free_ports()
             command = gateway.command(port, [node], own)
             log = rig.BUILD / "logs" / f"{own.name}.log"
-            server = Server(command.arguments, pinned=rig.cores()[0], log=log, environment=command.environment)
+            server = Server(command.arguments, pinned=rig.cores()[:1], log=log, environment=command.environment)
             try:
                 stack.enter_context(server).wait_for(port)
             except RunError as error:
@@ -193,29 +191,6 @@ def started(
             else:
                 running[gateway.name] = port, server
         yield running
-
-
-class Onlookers:
-    """What share of the machine others took while the bench ran: figures of a busy machine must say so."""
-
-    def __init__(self) -> None:
-        self._busy_s, self._own_s = self._busy(), self._own()
-        self._started = time.perf_counter()
-
-    def share(self) -> float:
-        """Return it, once all that the bench started has ended."""
-        elapsed_s = (time.perf_counter() - self._started) * (os.cpu_count() or 1)
-        return max(0.0, (self._busy() - self._busy_s) - (self._own() - self._own_s)) / elapsed_s
-
-    @staticmethod
-    def _busy() -> float:
-        times = psutil.cpu_times()
-        return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
-
-    @staticmethod
-    def _own() -> float:
-        times = os.times()
-        return times.user + times.system + times.children_user + times.children_system
 
 
 def measure(
@@ -251,7 +226,7 @@ def check_with_wrk(wrk: str, node: int, table: Table) -> None:
         "wrk.headers['Content-Type'] = 'application/json'\n"
     )
     asked: list[rig.Word] = [wrk, "-t1", "-c16", "-d2s", "-s", script, f"http://127.0.0.1:{node}"]
-    command = rig.on_core(rig.cores()[1], asked)
+    command = rig.on_cores(rig.cores()[1:], asked)
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rate = float(said.partition("Requests/sec:")[2].split()[0])
     own = table.median(DIRECT, "16", "answers_per_s")
@@ -286,14 +261,13 @@ def main() -> None:
         options.rounds, options.seconds = 1, 0.5
     chosen, notes = choose(options)
     scenarios = [scenario for scenario in SCENARIOS if not options.scenario or scenario.name in options.scenario]
-    onlookers = Onlookers()
+    onlookers = rig.Onlookers()
     started_at = time.perf_counter()
     table, idle = measure(chosen, scenarios, rounds=options.rounds, seconds=options.seconds)
     seconds = time.perf_counter() - started_at
     own_cores = rig.cores()
     notes.append(f"{seconds:.0f} s; gateways on core {own_cores[0]}, load and mock node on core {own_cores[1]}")
-    if (share := onlookers.share()) > 0.03:
-        notes.append(f"Others took {share:.0%} of the machine meanwhile: compare CPU times, and ratios with care.")
+    notes += onlookers.notes()
     running = [gateway.name for gateway in chosen]
     subject = RSGI if RSGI in running else ASGI
     if subject == ASGI:
