@@ -178,8 +178,11 @@ static void connect_to_gateway(struct connection *c)
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)options.port)};
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     if (options.stall) {
-        int few = 4096; /* so that what is not read waits in the gateway, not here */
+        /* So that what is not read waits in the gateway, not here; and not in the kernel, which for the loopback's large
+         * packets would keep megabytes of it: packets of the size that a network has. */
+        int few = 4096, packet = 1400;
         setsockopt(c->fd, SOL_SOCKET, SO_RCVBUF, &few, sizeof few);
+        setsockopt(c->fd, IPPROTO_TCP, TCP_MAXSEG, &packet, sizeof packet);
     }
     if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&address, sizeof address))
         die("load: connect");

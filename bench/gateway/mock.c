@@ -332,8 +332,10 @@ static void accept_all(struct connection *listener)
 {
     int fd;
     while ((fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
-        int on = 1;
+        /* By default it grows to some megabytes here: the packets of the loopback are large. */
+        int on = 1, few = 64 * 1024;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &few, sizeof few);
         struct connection *c = calloc(1, sizeof *c);
         c->fd = fd;
         c->request = malloc(MAX_REQUEST);

@@ -114,7 +114,9 @@ def rows(table: Table, names: Sequence[str], idle: Mapping[str, Memory]) -> list
     found: list[dict[str, object]] = []
 
     def add(figure: str, value: Callable[[str], float | None]) -> None:
-        found.append({"figure": figure, **{name: value(name) for name in names}})
+        values = {name: value(name) for name in names}
+        if any(value is not None for value in values.values()):
+            found.append({"figure": figure, **values})
 
     def add_median(figure: str, scenario: str, attribute: str) -> None:
         add(figure, lambda name: table.median(name, scenario, attribute))
