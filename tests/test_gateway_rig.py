@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 from gateway import rig
 from gateway.run import DIRECT, Scenario, Table
+from gateway.scale import wait_until_still
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,20 @@ def test_a_wrong_answer_ends_the_load(node: int, kind: tuple[str, ...], old: byt
         done = ask(port, 1, "--answers", "1", *kind)
     assert done.returncode == 1
     assert says in done.stderr
+
+
+def test_a_load_that_stalls_reads_nothing_until_it_is_told(node: int) -> None:
+    before = rig.counts(node)
+    command = [*rig.load_command(node, 2, frames=20_000, answers=1), "--stall"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
+        assert load.stdout is not None
+        assert load.stdout.readline() == "stalled\n"
+        wait_until_still(node)
+        stuck = rig.counts(node)["frames"] - before["frames"]
+        assert 0 < stuck < 2 * 20_000 / 4
+        load.send_signal(signal.SIGUSR1)
+        figures = rig.read_figures(load.stdout.read(), "", load.wait(60))
+    assert figures["total_frames"] == 2 * 20_000 == rig.counts(node)["frames"] - before["frames"]
 
 
 def test_cpu_time_is_of_the_whole_tree(tmp_path: pathlib.Path) -> None:

@@ -417,10 +417,12 @@ static int by_value(const void *a, const void *b)
 
 static void print_times(const char *name, struct samples *samples)
 {
+    if (!samples->len)
+        return;
     qsort(samples->values, samples->len, sizeof *samples->values, by_value);
     static const double parts[] = {0.5, 0.9, 0.99, 1};
     static const char *const names[] = {"p50", "p90", "p99", "max"};
-    for (int i = 0; i < 4 && samples->len; i++) {
+    for (int i = 0; i < 4; i++) {
         size_t place = (size_t)(parts[i] * (double)(samples->len - 1) + 0.5);
         printf(",\"%s_%s_us\":%.1f", name, names[i], samples->values[place] / 1e3);
     }
