@@ -89,6 +89,8 @@ class WorkerHealth(msgspec.Struct, frozen=True):
     fault: str | None = None
     recycles: int = 0
     """How often it was replaced to give its device's memory back in one piece."""
+    generated: int = 0
+    """Tokens that it has given out since the daemon started, those of requests that are still running included."""
 
 
 class Health(msgspec.Struct, frozen=True):

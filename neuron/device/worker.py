@@ -30,6 +30,9 @@ TERMINATE_GRACE_S = 2.0
 MAX_PENDING_BYTES = 64 << 20
 """How much may wait for a worker that does not read before new work is refused."""
 
+TOKEN_BYTES = 4
+"""Of an id in a row."""
+
 Item = jobs.TokenRow | jobs.Embedding | ApiError
 Sink = Callable[[Item], None]
 """Takes what comes of one sequence: rows or an embedding, and at most one error, which ends it. Called on the event
@@ -85,6 +88,8 @@ class Worker:
         self.ready: jobs.Ready | None = None
         self.running = 0
         self.waiting = 0
+        self.generated = 0
+        """Tokens."""
         self.on_restarted = on_restarted
         self._command = tuple(command)
         self._environment = {**CUDA_ENVIRONMENT, **(environment or {})}
@@ -106,7 +111,14 @@ class Worker:
     def health(self) -> WorkerHealth:
         """Return this worker as ``/health`` shows it. ``fault`` is the reason of the last death."""
         return WorkerHealth(
-            self.device_id, self.state, self.restarts, self.running, self.waiting, self.fault, self.recycles
+            self.device_id,
+            self.state,
+            self.restarts,
+            self.running,
+            self.waiting,
+            self.fault,
+            self.recycles,
+            self.generated,
         )
 
     # ------------------------------------------------------------------ life
@@ -349,6 +361,7 @@ class Worker:
             case jobs.Tokens():
                 self.running, self.waiting = message.running, message.waiting
                 for row in message.rows:
+                    self.generated += len(row.ids) // TOKEN_BYTES
                     self._deliver(row.sequence, row, row.end is not None)
             case jobs.Embedding():
                 self._deliver(message.sequence, message, True)

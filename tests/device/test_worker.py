@@ -132,7 +132,7 @@ def test_a_life_without_incident() -> None:
             generate(worker, 5, queue)
             assert await collect(queue) == ([11, 22, 33, 11, 22], SequenceEnd.LENGTH)
             await worker.unload("m")
-            assert worker.health() == WorkerHealth("cpu:0", S.READY, 0)
+            assert worker.health() == WorkerHealth("cpu:0", S.READY, 0, generated=5)
         assert ears.states() == [S.STARTING, S.READY, S.STOPPED]
 
     run(main)

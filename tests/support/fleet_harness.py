@@ -34,7 +34,10 @@ def describe(
 class FleetModel:
     """A loaded model."""
 
-    def __init__(self, spec: ModelSpec, size_bytes: int, devices: tuple[str, ...]) -> None:
+    def __init__(
+        self, spec: ModelSpec, size_bytes: int, devices: tuple[str, ...], generated: "Counter[str] | None" = None
+    ) -> None:
+        self.generated = generated
         self.loaded = LoadedModel(spec.id, "fleet", "none", 4096, 16, size_bytes - size_bytes // 4, size_bytes // 4)
         self.devices = devices
         self.capabilities = (Capability.CHAT, Capability.COMPLETION)
@@ -50,6 +53,8 @@ class FleetModel:
         for number in range(tokens):
             if pause_s:
                 await asyncio.sleep(pause_s)
+            if self.generated is not None:
+                self.generated[self.devices[0]] += 1
             yield [TextDelta(f"{self.loaded.model}:{number} ")]
         yield [Finished(FinishReason.STOP, tokens)]
 
@@ -64,6 +69,8 @@ class FleetHarness:
         self.used_bytes = dict.fromkeys(total_bytes, 0)
         self.here: dict[str, FleetModel] = {}
         self.loads: Counter[str] = Counter()
+        self.generated: Counter[str] = Counter()
+        """Tokens, by device."""
         self.unloads: list[str] = []
 
     async def measure(self, spec: ModelSpec, path: pathlib.Path) -> Requirement:
@@ -92,7 +99,7 @@ class FleetHarness:
         except BaseException:
             self._free(spec.devices, share_bytes)
             raise
-        model = self.here[spec.id] = FleetModel(spec, int(made["gib"] * GIB), spec.devices)
+        model = self.here[spec.id] = FleetModel(spec, int(made["gib"] * GIB), spec.devices, self.generated)
         return model
 
     async def unload(self, model: Model) -> None:
@@ -119,13 +126,15 @@ class FleetHarness:
 class FleetWorker:
     """A worker without a process."""
 
-    def __init__(self, device_id: str) -> None:
+    def __init__(self, device_id: str, harness: FleetHarness | None = None) -> None:
         self.device_id = device_id
+        self.harness = harness
         self.state = WorkerState.STOPPED
         self.recycles = 0
 
     def health(self) -> WorkerHealth:
-        return WorkerHealth(self.device_id, self.state, 0, recycles=self.recycles)
+        generated = self.harness.generated[self.device_id] if self.harness else 0
+        return WorkerHealth(self.device_id, self.state, 0, recycles=self.recycles, generated=generated)
 
     async def start(self) -> None:
         self.state = WorkerState.READY

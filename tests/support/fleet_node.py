@@ -28,7 +28,7 @@ async def _run(port: int, name: str, devices: dict[str, float]) -> None:
         defrag_idle_s=0.5,
     )
     harness = FleetHarness({device: int(gib * GIB) for device, gib in devices.items()})
-    workers = {device: FleetWorker(device) for device in devices}
+    workers = {device: FleetWorker(device, harness) for device in devices}
     service = Service(Config(daemon=daemon), {"torch": harness}, workers, harness.host)  # type: ignore[arg-type]
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, service.stop)
