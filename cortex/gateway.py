@@ -11,6 +11,7 @@ from cortex import api_description, store
 from cortex.access.gate import Gate
 from cortex.access.keys import KeyRing
 from cortex.access.ledger import Ledger, MemoryLedger
+from cortex.access.local import comes_from_here
 from cortex.access.valkey import ValkeyLedger
 from cortex.admin import Admin
 from cortex.background import Background
@@ -217,7 +218,7 @@ class Gateway:
         if exchange.path.startswith("/v1/"):
             exchange.owner = self._gate.identify(*given).name
         elif exchange.path.startswith("/admin/"):
-            self._gate.check_admin(*given, exchange.client)
+            self._gate.check_admin(*given, comes_from_here(exchange.client, exchange.header))
 
     def _find(self, method: str, path: str) -> Endpoint | None:
         """Return what answers; ``None`` for OPTIONS, which asks only what would."""

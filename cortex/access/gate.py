@@ -18,7 +18,6 @@ CHARACTERS_PER_TOKEN = 4
 
 # In a JSON string every quote is escaped, so this is found in structure only.
 _MAX_TOKENS = re.compile(rb'"max_(?:completion_|output_)?tokens"\s*:\s*(\d{1,9})\b')
-LOOPBACK = frozenset({"127.0.0.1", "::1", "::ffff:127.0.0.1"})
 
 
 class LimitReachedError(OverloadedError):
@@ -75,7 +74,7 @@ class Gate:
         """
         return self.keys.identify(_key(authorization, api_key))
 
-    def check_admin(self, authorization: bytes | None, api_key: bytes | None, client: str) -> None:
+    def check_admin(self, authorization: bytes | None, api_key: bytes | None, is_from_here: bool) -> None:
         """Let an operator in: by an administrator's key, or from this host where there is no such key.
 
         Raises:
@@ -84,7 +83,7 @@ class Gate:
         if self.keys.has_admin:
             if not self.identify(authorization, api_key).is_admin:
                 raise ForbiddenError("This key is not an administrator's.")
-        elif client not in LOOPBACK:
+        elif not is_from_here:
             raise ForbiddenError("Without an administrator's key in keys.toml, /admin is for this host only.")
 
     async def admit(self, principal: Principal, body: bytes) -> Permit:

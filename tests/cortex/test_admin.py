@@ -65,6 +65,30 @@ async def test_who_may() -> None:
         assert call.status == 403, "an administrator's key without models asks for none"
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "127.0.0.1:31313"}, 200),
+        ({"host": "localhost:31313", "origin": "http://localhost:31313", "sec-fetch-site": "same-origin"}, 200),
+        ({"host": "[::1]:31313"}, 200),
+        ({"host": "evil.example:31313"}, 403),  # a name that was made to resolve to this host
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "127.0.0.1:31313", "origin": "http://evil.example"}, 403),  # a page of somebody else's
+        ({"host": "127.0.0.1:31313", "origin": "null"}, 403),
+        ({"host": "127.0.0.1:31313", "origin": "http://127.0.0.1:8000"}, 403),
+        ({"host": "127.0.0.1:31313", "sec-fetch-site": "cross-site"}, 403),
+        ({"host": "127.0.0.1:31313", "sec-fetch-site": "same-site"}, 403),
+        ({"host": "127.0.0.1:31313", "x-forwarded-for": "203.0.113.9"}, 403),  # a proxy on this host
+        ({"host": "127.0.0.1:31313", "forwarded": "for=203.0.113.9"}, 403),
+    ],
+)
+async def test_without_keys_only_somebody_on_this_host_may(headers: dict[str, str], status: int) -> None:
+    async with rig(FakeNeuron().ready("m")) as gateway:
+        call = await gateway.call("POST", "/admin/models/pin", {"model": "m"}, headers).end()
+        assert call.status == status
+
+
 async def test_what_keys_have_used_is_shown_and_no_key() -> None:
     limits = Limits(requests_per_minute=10, tokens_per_window=2_000_000, balance_tokens=15_000)
     keys = ring((KEY, Principal("alice", ("*",), True, limits=limits)), ("b", Principal("bob", ("m",), priority=-1)))
