@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-clients test-fleet soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
+.PHONY: demo test test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -72,7 +72,23 @@ test-fleet: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m fleet tests/fleet
 
-# The same for long: 1,000 swaps, 100,000 requests, 2,000 streams at once.
+# The page in a headless Chromium (Debian's package; installed here where that is possible), with axe-core looking at it.
+DASHBOARD := build/dashboard
+$(DASHBOARD)/installed: Makefile
+	mkdir -p $(DASHBOARD)
+	command -v chromium >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends chromium; } || echo "no browser: its tests are skipped"
+	cd $(DASHBOARD) && npm install --no-audit --no-fund --no-save axe-core@4.14.1 || echo "no axe-core: its tests are skipped"
+	touch $@
+
+test-dashboard: $(VENV)/editable $(DASHBOARD)/installed
+	$(BIN)/ninja -C build/editable --quiet
+	$(BIN)/python -P -m pytest -m dashboard -rs tests/dashboard
+
+dashboard-pictures: $(VENV)/editable $(DASHBOARD)/installed
+	$(BIN)/ninja -C build/editable --quiet
+	DASHBOARD_PICTURES=1 $(BIN)/python -P -m pytest -m dashboard tests/dashboard -k pictures
+
+# The fleet for long: 1,000 swaps, 100,000 requests, 2,000 streams at once.
 soak: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m soak tests/fleet

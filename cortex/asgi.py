@@ -81,7 +81,7 @@ class Application:
         await self.gateway.start()
         reloader.start()
         ports = [split_address(gateway.metrics_listen)[1]] if gateway.metrics_listen else []
-        self._ending = Ending(gateway.drain_timeout_s, ports, self.gateway.end_requests)
+        self._ending = Ending(gateway.drain_timeout_s, ports, self.gateway.end_requests, self.gateway.prepare_to_stop)
         self._ending.listen_to_signals()
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)

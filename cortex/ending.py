@@ -36,8 +36,18 @@ ESTABLISHED = "01"
 class Ending:
     """The end of one process: ``has_begun`` after SIGTERM, and the count of requests that it waits for."""
 
-    def __init__(self, limit_s: float, keep_listening: Iterable[int], end_requests: Callable[[], None]) -> None:
-        """``keep_listening`` are ports that are not for clients; ``end_requests`` ends what still runs at the limit."""
+    def __init__(
+        self,
+        limit_s: float,
+        keep_listening: Iterable[int],
+        end_requests: Callable[[], None],
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``keep_listening`` are ports that are not for clients; ``end_requests`` ends what still runs at the limit.
+
+        ``prepare`` is called as the end begins, for answers that end only when they are told.
+        """
+        self._prepare = prepare
         self._limit_s = limit_s
         self._ports = frozenset(keep_listening)
         self._end_requests = end_requests
@@ -58,6 +68,7 @@ class Ending:
         if self.has_begun:
             return
         self.has_begun = True
+        self._prepare()
         self._task = asyncio.get_running_loop().create_task(self._end())
 
     async def _end(self) -> None:

@@ -17,6 +17,8 @@ from cortex.admin import Admin
 from cortex.background import Background
 from cortex.config import AccessSettings, Config, CountersKind
 from cortex.conversation_endpoints import ConversationEndpoints
+from cortex.dashboard import assets
+from cortex.dashboard.feed import Feed
 from cortex.dialects import openapi
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
 from cortex.endpoints import Endpoints, reply_error, request_id_of
@@ -25,7 +27,14 @@ from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Fleet
 from cortex.http_io import ClientDisconnectedError, Exchange, Header, Receive, Scope, Send
-from cortex.metrics import FleetSample, Metrics, ModelSample, NodeSample, forget_dead_workers
+from cortex.metrics import (
+    FleetSample,
+    Metrics,
+    ModelSample,
+    NodeSample,
+    folder_of_workers,
+    forget_dead_workers,
+)
 from cortex.responses_socket import ResponsesSocket
 from cortex.settings import ConfigError, split_address
 from cortex.store.conversation import Conversations
@@ -82,6 +91,11 @@ class Gateway:
             self._gate,
         )
         admin = Admin(self.service, self._gate, reload, config_error)
+        page = assets.read()
+        self._feed = Feed(
+            self.service, config_error, self._check, build=assets.build_of(page), folder=folder_of_workers()
+        )
+        self.metrics.on_finished = self._feed.journal.note
         stored = StoredEndpoints(conversations, self._background)
         named = ConversationEndpoints(NamedConversations(conversations), settings.gateway.max_body_bytes)
         self._paths: Mapping[str, Methods] = {
@@ -103,6 +117,11 @@ class Gateway:
             "/admin/nodes/drain": {"POST": admin.drain},
             "/admin/reload": {"POST": admin.reload},
             openapi.PATH: {"GET": self._describe},
+        }
+        # What a browser gets. The page and its feed are of one version and speak to each other alone: no API.
+        self._pages: Mapping[str, Methods] = {
+            "/admin/events": {"GET": self._feed.events},
+            **{path: {"GET": assets.serve(asset)} for path, asset in page.items()},
         }
         self._patterns: tuple[tuple[re.Pattern[str], Methods], ...] = (
             (re.compile(r"/v1/models/.+"), {"GET": endpoints.model}),
@@ -138,6 +157,11 @@ class Gateway:
         if self._settings.gateway.metrics_listen:
             self._stop_metrics = self.metrics.serve(*split_address(self._settings.gateway.metrics_listen))
         self.service.start()
+        self._feed.start()
+
+    def prepare_to_stop(self) -> None:
+        """End what would go on until its client leaves."""
+        self._feed.close()
 
     def end_requests(self) -> None:
         """End what still runs with an error in its own dialect."""
@@ -146,6 +170,7 @@ class Gateway:
 
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""
+        await self._feed.stop()
         await self._background.stop()
         await self.service.stop()
         await self._gate.ledger.close()
@@ -233,7 +258,7 @@ class Gateway:
         return endpoint
 
     def _allowed(self, path: str) -> Methods | None:
-        known = self._paths.get(path)
+        known = self._paths.get(path) or self._pages.get(path)
         if known is not None:
             return known
         return next((methods for pattern, methods in self._patterns if pattern.fullmatch(path)), None)

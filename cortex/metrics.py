@@ -12,7 +12,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import (
@@ -152,6 +152,8 @@ class Metrics:
         self._fleet = fleet
         self._retry_codes: set[str] = set()
         self._series: dict[tuple[str, str, str], Series] = {}
+        self.on_finished: Callable[[Mapping[str, object]], None] = lambda fields: None
+        """Told of each finished request, by the fields of its log line."""
         labels = ("model", "node", "dialect")
         self.requests = Counter("cortex_requests", "Finished requests.", (*labels, "status"), registry=self.registry)
         self.tokens_in = Counter("cortex_prompt_tokens", "Prompt tokens.", labels, registry=self.registry)
@@ -252,12 +254,18 @@ class Metrics:
         return stop
 
 
+def folder_of_workers() -> pathlib.Path | None:
+    """Return the folder whose files all workers of this gateway share; ``None`` if there is none."""
+    directory = os.environ.get(MULTIPROCESS_VARIABLE)
+    return pathlib.Path(directory) if directory else None
+
+
 def forget_dead_workers() -> None:
     """Drop the gauges of workers that have ended, where workers share files."""
-    directory = os.environ.get(MULTIPROCESS_VARIABLE)
-    if not directory:
+    folder = folder_of_workers()
+    if folder is None:
         return
-    for path in pathlib.Path(directory).glob("gauge_live*_*.db"):
+    for path in folder.glob("gauge_live*_*.db"):
         pid = int(path.stem.rpartition("_")[2])
         if not pathlib.Path(f"/proc/{pid}").exists():
-            multiprocess.mark_process_dead(pid, directory)  # type: ignore[no-untyped-call]
+            multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]

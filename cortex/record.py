@@ -107,3 +107,4 @@ class Record:
             fields["trace"] = self.trace.trace_id
             self.trace.end(fields)
         log.info("request", extra={"fields": fields})
+        metrics.on_finished(fields)

@@ -44,6 +44,7 @@ FLOORS = {
     "cortex.api_description": 5,
     "cortex.conversation_endpoints": 4,
     "cortex.admin": 4,
+    "cortex.dashboard": 4,
     "cortex.gateway": 5,
     "cortex.reload": 5,
     "cortex.asgi": 6,

@@ -10,7 +10,7 @@ SOURCES = sorted(
     path
     for package in ("cortex", "neuron")
     for path in (ROOT / package).rglob("*")
-    if path.suffix in {".py", ".pyi", ".pyx", ".typed", ".toml"}
+    if path.suffix in {".py", ".pyi", ".pyx", ".typed", ".toml", ".html", ".css", ".js", ".svg"}
 )
 
 

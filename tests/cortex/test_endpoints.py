@@ -119,7 +119,8 @@ async def test_a_wrong_request_is_told_what_is_wrong(
     ("method", "path", "status", "allow"),
     [
         ("GET", "/v1/nothing", 404, None),
-        ("POST", "/", 404, None),
+        ("POST", "/nothing", 404, None),
+        ("POST", "/", 405, "GET, HEAD, OPTIONS"),
         ("HEAD", "/nothing", 404, None),
         ("OPTIONS", "/nothing", 404, None),
         ("GET", "/v1/models/", 404, None),

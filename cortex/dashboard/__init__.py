@@ -1,0 +1,1 @@
+"""The operators' page: its files, and the one event stream that feeds it."""

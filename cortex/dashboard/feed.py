@@ -1,0 +1,191 @@
+"""The event stream behind the page: the whole once, then once a second what has changed.
+
+Its rate is bounded by the clock, not by the fleet: however much happens, there is one frame a second, the same bytes
+for every viewer, made once. A viewer that reads too slowly, so that frames it needs are gone, gets the whole again;
+nothing is queued for anybody. While nobody looks, only the points of the charts are made.
+"""
+
+import asyncio
+import pathlib
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import msgspec
+
+from cortex import __version__
+from cortex.dashboard.journal import Entry, Journal
+from cortex.dashboard.rates import SERIES, Point, Rates
+from cortex.dashboard.view import Tree, catalogue_tree, difference, node_tree
+from cortex.errors import GatewayStoppedError
+from cortex.fleet.service import FleetService
+from cortex.fleet.state import Node
+from cortex.http_io import Exchange, stream
+from cortex.settings import ConfigError
+from cortex.wire.errors import ApiError, OverloadedError
+
+INTERVAL_S = 1.0
+RECENT_REQUESTS = 100
+"""What a page that opens is told of; and the most that one frame has of new ones is half of it."""
+KEPT_FRAMES = 20
+"""Seconds that a viewer may be behind before it is told everything anew."""
+MAX_VIEWERS = 64
+HEARTBEAT = b": keep-alive\n\n"
+LAST_WORD = b"event: bye\ndata: {}\n\n"
+
+
+class Feed:
+    """What the pages of one gateway process are told."""
+
+    def __init__(
+        self,
+        service: FleetService,
+        config_error: Callable[[], ConfigError | None],
+        may_watch: Callable[[Exchange], None],
+        build: str,
+        folder: pathlib.Path | None = None,
+    ) -> None:
+        """``may_watch`` raises if an exchange may not, and is asked every second. ``build`` names the page's files.
+
+        In ``folder`` the workers of a gateway tell one another which requests have ended.
+        """
+        self.journal = Journal(folder)
+        self._service = service
+        self._config_error = config_error
+        self._may_watch = may_watch
+        self._build = build
+        self._rates = Rates()
+        self._recent: deque[Entry] = deque(maxlen=RECENT_REQUESTS)
+        self._trees: dict[str, tuple[Node, Tree]] = {}
+        self._state: Tree = {}
+        self._frames: deque[bytes] = deque(maxlen=KEPT_FRAMES)
+        self._number = 0
+        """Of the latest frame."""
+        self._ticked = asyncio.Event()
+        self._ticked_at = time.monotonic()
+        self._num_viewers = 0
+        self._closed = False
+        self._task: asyncio.Task[None] | None = None
+        self._encode = msgspec.json.Encoder().encode
+
+    def start(self) -> None:
+        """Begin to look once a second."""
+        self._task = asyncio.create_task(self._run(), name="dashboard")
+
+    def close(self) -> None:
+        """Say goodbye to every viewer: this process is about to end, and must not wait for them."""
+        self._closed = True
+        self._wake()
+
+    async def stop(self) -> None:
+        """Stop looking."""
+        self.close()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def events(self, exchange: Exchange) -> None:
+        """``GET /admin/events``."""
+        if exchange.method == "HEAD":
+            await exchange.reply(200, b"", content_type=b"text/event-stream; charset=utf-8")
+            return
+        if self._closed:
+            raise GatewayStoppedError("The gateway is stopping.", retry_after_s=1)
+        if self._num_viewers >= MAX_VIEWERS:
+            raise OverloadedError(f"{MAX_VIEWERS} dashboards are open at this gateway already.", retry_after_s=30)
+        self._num_viewers += 1
+        try:
+            await stream(exchange, self._follow(exchange), heartbeat=HEARTBEAT, error_frame=self._refusal)
+        finally:
+            self._num_viewers -= 1
+
+    def tick(self) -> None:
+        """Look at the fleet now, and make a frame of what is new if anybody watches."""
+        now = time.monotonic()
+        ended = self.journal.read()
+        nodes = self._service.fleet.state.nodes
+        point = self._rates.take(time.time(), nodes, ended, now - self._ticked_at)
+        self._ticked_at = now
+        self._recent.extend(ended.entries)
+        if not self._num_viewers:
+            self._state = {}
+            self._trees.clear()
+            return
+        before, self._state = self._state, self._look()
+        told: Tree = {"point": point}
+        if ended.entries:
+            told["requests"] = ended.entries[-RECENT_REQUESTS // 2 :]
+        if patch := difference(before, self._state):
+            told["patch"] = patch
+        self._number += 1
+        self._frames.append(b"event: tick\ndata: " + self._encode(told) + b"\n\n")
+        self._wake()
+
+    async def _run(self) -> None:
+        while True:
+            self.tick()
+            await asyncio.sleep(INTERVAL_S)
+
+    async def _follow(self, exchange: Exchange) -> AsyncGenerator[bytes, None]:
+        """Yield frames until the viewer may not watch any more, or this process ends."""
+        position = self._number
+        yield self._whole()
+        while not self._closed:
+            await self._ticked.wait()
+            self._may_watch(exchange)  # keys change while a page is open
+            behind = self._number - position
+            position = self._number
+            if behind > len(self._frames):
+                yield self._whole()
+            elif behind:
+                yield b"".join(list(self._frames)[-behind:])
+        yield LAST_WORD
+
+    def _whole(self) -> bytes:
+        """Return the frame that says everything, as of the latest frame."""
+        if not self._state:
+            self._state = self._look()
+        points: list[Point] = list(self._rates.points)
+        told: dict[str, Any] = {
+            "version": __version__,
+            "build": self._build,
+            "interval_s": INTERVAL_S,
+            "series": SERIES,
+            "points": points,
+            "requests": list(self._recent),
+            "state": self._state,
+        }
+        return b"event: whole\ndata: " + self._encode(told) + b"\n\n"
+
+    def _look(self) -> Tree:
+        """Return the fleet as a tree; of a node that has not been heard of since, the same one as before."""
+        state = self._service.fleet.state
+        asked = self._service.fleet.in_flight.by_node
+        nodes: Tree = {}
+        for name, node in state.nodes.items():
+            known = self._trees.get(name)
+            if known is None or known[0] is not node:
+                known = self._trees[name] = node, node_tree(node)
+            nodes[name] = {
+                **known[1],
+                "asked": asked.get(name, 0),
+                "tokens_per_s": round(self._rates.tokens_per_s.get(name, 0.0), 1),
+            }
+        for name in self._trees.keys() - nodes.keys():
+            del self._trees[name]
+        error = self._config_error()
+        return {
+            "config_error": "" if error is None else str(error),
+            "nodes": nodes,
+            "models": catalogue_tree(self._service.catalogue, state.nodes),
+        }
+
+    def _refusal(self, error: ApiError) -> bytes:
+        return b"event: refused\ndata: " + self._encode({"message": error.message, "status": error.status}) + b"\n\n"
+
+    def _wake(self) -> None:
+        ticked, self._ticked = self._ticked, asyncio.Event()
+        if self._closed:
+            self._ticked.set()
+        ticked.set()

@@ -1,0 +1,140 @@
+"""The requests that have ended lately, of all workers of one gateway: what the page lists and its charts count.
+
+Each worker writes into a ring of its own, which is a file where workers share a folder and memory where there is one
+worker; whoever has a page open reads them all. A ring has one writer. Its count is written after the slot that it
+counts, so a reader that looks at the count before and after knows which slots may have changed under it. Never a word
+of a request's text.
+"""
+
+import mmap
+import os
+import pathlib
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+NUM_SLOTS = 256
+SLOT_BYTES = 768
+_COUNTS = struct.Struct("<QQ")
+_LENGTH = struct.Struct("<H")
+_RING_BYTES = _COUNTS.size + NUM_SLOTS * SLOT_BYTES
+CLIENT_CLOSED_REQUEST = 499
+"""The client left: no fault of anybody here."""
+
+
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One request that has ended. ``at`` is Unix time; the other fields are those of its log line."""
+
+    at: float
+    id: str
+    dialect: str
+    model: str
+    node: str
+    status: int
+    stream: bool
+    finish: str
+    total_s: float
+    key: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    tokens_cached: int = 0
+    ttft_s: float | None = None
+
+
+def is_error(status: int) -> bool:
+    """Return whether a request that ended so is counted as an error."""
+    return status >= 400 and status != CLIENT_CLOSED_REQUEST
+
+
+@dataclass(slots=True)
+class Batch:
+    """What has ended since the last look. ``entries`` are the latest of it, the oldest first."""
+
+    requests: int = 0
+    errors: int = 0
+    entries: list[Entry] = field(default_factory=list)
+
+
+class _Ring:
+    """The slots of one worker. Where two differ in ``count``, the slots between are what is new."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many requests it has ever had, and how many of them were errors."""
+        requests, errors = _COUNTS.unpack_from(self._memory)
+        return requests, errors
+
+    def add(self, payload: bytes, is_error: bool) -> None:
+        """Add a request; without a payload it is only counted."""
+        requests, errors = self.counts()
+        at = _COUNTS.size + requests % NUM_SLOTS * SLOT_BYTES
+        _LENGTH.pack_into(self._memory, at, len(payload))
+        self._memory[at + _LENGTH.size : at + _LENGTH.size + len(payload)] = payload
+        _COUNTS.pack_into(self._memory, 0, requests + 1, errors + is_error)
+
+    def since(self, count: int) -> list[bytes]:
+        """Return what was added after ``count`` and is still there."""
+        last, _ = self.counts()
+        first = max(count, last - NUM_SLOTS)
+        found = []
+        for number in range(first, last):
+            at = _COUNTS.size + number % NUM_SLOTS * SLOT_BYTES
+            (length,) = _LENGTH.unpack_from(self._memory, at)
+            found.append(bytes(self._memory[at + _LENGTH.size : at + _LENGTH.size + length]))
+        # Of the slots, the writer may meanwhile have gone over the oldest, the one that it is at included.
+        torn = self.counts()[0] + 1 - NUM_SLOTS - first
+        return [payload for payload in found[max(0, torn) :] if payload]
+
+
+class Journal:
+    """Writes this worker's ring, and reads those of all."""
+
+    def __init__(self, folder: pathlib.Path | None = None) -> None:
+        self._folder = folder
+        self._own = f"requests-{os.getpid()}.ring"
+        self._encode = msgspec.json.Encoder().encode
+        self._decode = msgspec.json.Decoder(Entry).decode
+        if folder is None:
+            own = mmap.mmap(-1, _RING_BYTES)
+        else:
+            with (folder / self._own).open("w+b") as file:
+                file.truncate(_RING_BYTES)
+                own = mmap.mmap(file.fileno(), _RING_BYTES)
+        self._ring = _Ring(own)
+        self._rings = {self._own: self._ring}
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def note(self, fields: Mapping[str, object]) -> None:
+        """Write down a request that has ended, by the fields of its log line."""
+        payload = self._encode({"at": time.time(), **fields})
+        status = fields["status"]
+        assert isinstance(status, int)
+        self._ring.add(payload if len(payload) <= SLOT_BYTES - _LENGTH.size else b"", is_error(status))
+
+    def read(self) -> Batch:
+        """Return what has ended since the last call, in any worker. At the first, what is there counts as old."""
+        batch = Batch()
+        for name, ring in self._all():
+            requests, errors = ring.counts()
+            seen = self._seen.get(name)
+            batch.entries += map(self._decode, ring.since(seen[0] if seen else 0))
+            if seen:
+                batch.requests += requests - seen[0]
+                batch.errors += errors - seen[1]
+            self._seen[name] = requests, errors
+        batch.entries.sort(key=lambda entry: entry.at)
+        return batch
+
+    def _all(self) -> Iterator[tuple[str, _Ring]]:
+        if self._folder is not None:
+            for path in self._folder.glob("requests-*.ring"):
+                if path.name not in self._rings and path.stat().st_size == _RING_BYTES:
+                    with path.open("rb") as file:
+                        memory = mmap.mmap(file.fileno(), _RING_BYTES, access=mmap.ACCESS_READ)
+                    self._rings[path.name] = _Ring(memory)
+        yield from self._rings.items()

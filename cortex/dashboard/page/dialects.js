@@ -1,0 +1,138 @@
+// The three languages that a client may speak: what is asked in each, and what its frames say. Pure.
+//
+// A reader takes a frame and calls what it was given: text(delta), reasoning(delta), call(index, name), argument(index,
+// delta), usage({input, output, cached}), finish(reason), fail(message).
+
+const spoken = (turns) => turns.filter((turn) => turn.text).map(({ role, text }) => ({ role, content: text }));
+
+function chat({ model, system, turns, limit, temperature, tools }) {
+  return {
+    model,
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...spoken(turns)],
+    stream: true,
+    stream_options: { include_usage: true },
+    ...(limit && { max_completion_tokens: limit }),
+    ...(temperature !== null && { temperature }),
+    ...(tools.length && { tools: tools.map((tool) => ({ type: "function", function: tool })) }),
+  };
+}
+
+function readChat({ data }, on) {
+  if (data === "[DONE]") return;
+  const chunk = JSON.parse(data);
+  if (chunk.error) { on.fail(chunk.error.message); return; }
+  for (const { delta = {}, finish_reason: reason } of chunk.choices ?? []) {
+    if (delta.reasoning_content) on.reasoning(delta.reasoning_content);
+    if (delta.content) on.text(delta.content);
+    for (const call of delta.tool_calls ?? []) {
+      if (call.function?.name) on.call(call.index, call.function.name);
+      if (call.function?.arguments) on.argument(call.index, call.function.arguments);
+    }
+    if (reason) on.finish(reason);
+  }
+  if (chunk.usage) {
+    on.usage({
+      input: chunk.usage.prompt_tokens, output: chunk.usage.completion_tokens,
+      cached: chunk.usage.prompt_tokens_details?.cached_tokens ?? 0,
+    });
+  }
+}
+
+function responses({ model, system, turns, limit, temperature, tools }) {
+  return {
+    model,
+    ...(system && { instructions: system }),
+    input: spoken(turns),
+    stream: true,
+    store: false,
+    ...(limit && { max_output_tokens: limit }),
+    ...(temperature !== null && { temperature }),
+    ...(tools.length && { tools: tools.map((tool) => ({ type: "function", ...tool })) }),
+  };
+}
+
+function readResponses({ data }, on) {
+  const event = JSON.parse(data);
+  const { response } = event;
+  switch (event.type) {
+    case "response.output_text.delta": on.text(event.delta); break;
+    case "response.reasoning_text.delta":
+    case "response.reasoning_summary_text.delta": on.reasoning(event.delta); break;
+    case "response.output_item.added":
+      if (event.item.type === "function_call") on.call(event.output_index, event.item.name);
+      break;
+    case "response.function_call_arguments.delta": on.argument(event.output_index, event.delta); break;
+    case "response.completed":
+    case "response.incomplete":
+      on.finish(response.incomplete_details?.reason ?? response.status);
+      on.usage({
+        input: response.usage?.input_tokens, output: response.usage?.output_tokens,
+        cached: response.usage?.input_tokens_details?.cached_tokens ?? 0,
+      });
+      break;
+    case "response.failed": on.fail(response.error?.message ?? "The response failed."); break;
+    case "error": on.fail(event.message ?? event.error?.message ?? "The response failed."); break;
+    default:
+  }
+}
+
+function messages({ model, system, turns, limit, temperature, tools }) {
+  return {
+    model,
+    ...(system && { system }),
+    messages: spoken(turns),
+    stream: true,
+    max_tokens: limit || 4096, // this dialect asks for a limit
+    ...(temperature !== null && { temperature: Math.min(1, temperature) }),
+    ...(tools.length && {
+      tools: tools.map(({ name, description, parameters }) => ({ name, description, input_schema: parameters ?? { type: "object" } })),
+    }),
+  };
+}
+
+function readMessages({ data }, on) {
+  const event = JSON.parse(data);
+  switch (event.type) {
+    case "content_block_start":
+      if (event.content_block.type === "tool_use") on.call(event.index, event.content_block.name);
+      break;
+    case "content_block_delta":
+      if (event.delta.type === "text_delta") on.text(event.delta.text);
+      else if (event.delta.type === "thinking_delta") on.reasoning(event.delta.thinking);
+      else if (event.delta.type === "input_json_delta") on.argument(event.index, event.delta.partial_json);
+      break;
+    case "message_delta":
+      on.finish(event.delta.stop_reason);
+      if (event.usage) {
+        const cached = event.usage.cache_read_input_tokens ?? 0;
+        on.usage({ input: (event.usage.input_tokens ?? 0) + cached, output: event.usage.output_tokens, cached });
+      }
+      break;
+    case "error": on.fail(event.error.message); break;
+    default:
+  }
+}
+
+export const dialects = [
+  { name: "OpenAI chat", path: "v1/chat/completions", body: chat, read: readChat },
+  { name: "OpenAI responses", path: "v1/responses", body: responses, read: readResponses },
+  { name: "Anthropic messages", path: "v1/messages", body: messages, read: readMessages },
+];
+
+// The tools of a request, from what was typed: a list, in the form of any of the dialects. Throws with what is wrong.
+export function readTools(typed) {
+  if (!typed.trim()) return [];
+  let parsed;
+  try { parsed = JSON.parse(typed); } catch (error) { throw new Error(`The tools are not JSON: ${error.message}`); }
+  return (Array.isArray(parsed) ? parsed : [parsed]).map((given) => {
+    const tool = given.function ?? given;
+    if (typeof tool.name !== "string" || !tool.name) throw new Error("A tool has no name.");
+    return { name: tool.name, description: tool.description ?? "", parameters: tool.parameters ?? tool.input_schema ?? { type: "object", properties: {} } };
+  });
+}
+
+export const EXAMPLE_TOOL = [{
+  name: "weather",
+  description: "Tell the weather of a city.",
+  parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] },
+}];

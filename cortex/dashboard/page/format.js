@@ -1,0 +1,38 @@
+// Numbers as people read them. Pure.
+
+export function bytes(count) {
+  if (!count) return "0";
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let power = Math.min(units.length - 1, Math.floor(Math.log2(count) / 10));
+  let value = count / 1024 ** power;
+  if (value >= 999.5 && power < units.length - 1) { value /= 1024; power += 1; }
+  return `${value >= 100 || power === 0 ? value.toFixed(0) : value.toFixed(1)} ${units[power]}`;
+}
+
+export function count(value) {
+  if (value >= 999.5e6) return `${(value / 1e9).toFixed(1)}G`;
+  if (value >= 999.5e3) return `${(value / 1e6).toFixed(1)}M`;
+  if (value >= 9999.5) return `${(value / 1e3).toFixed(1)}k`;
+  return value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(1);
+}
+
+export function seconds(value) {
+  if (value === null || value === undefined) return "–";
+  if (value < 0.9995) return `${(value * 1000).toFixed(value < 0.00995 ? 1 : 0)} ms`;
+  if (value < 59.95) return `${value.toFixed(value < 9.995 ? 2 : 1)} s`;
+  const minutes = Math.floor(Math.round(value) / 60);
+  if (minutes < 60) return `${minutes} min ${Math.round(value) % 60} s`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+export function percent(part, whole) {
+  return whole ? `${((100 * part) / whole).toFixed(part && part / whole < 0.0995 ? 1 : 0)} %` : "0 %";
+}
+
+export function clock(at) {
+  return new Date(at * 1000).toLocaleTimeString([], { hour12: false });
+}
+
+export function plural(number, one, many = `${one}s`) {
+  return `${number} ${number === 1 ? one : many}`;
+}

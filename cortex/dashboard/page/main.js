@@ -1,0 +1,166 @@
+// The page put together: the feed fills the store, the store's changes are drawn, keys and buttons find their place.
+
+import { toast } from "./acts.js";
+import { Chat } from "./chat.js";
+import { $, shown, text } from "./dom.js";
+import { Feed } from "./feed.js";
+import { Models } from "./models.js";
+import { Nodes } from "./nodes.js";
+import { Overview } from "./overview.js";
+import { Requests } from "./requests.js";
+import { key, setKey } from "./session.js";
+import { Store } from "./store.js";
+
+const HISTORY = 300;
+const store = new Store();
+const overview = new Overview($("overview"));
+const models = new Models(store);
+const nodes = new Nodes(store);
+const requests = new Requests();
+const chat = new Chat();
+let build = "";
+
+// What was measured of the last updates, for whoever asks the page: a test, or an operator in the console.
+const timings = [];
+window.cortexTimings = timings;
+
+function measured(draw) {
+  const began = performance.now();
+  draw();
+  timings.push(performance.now() - began);
+  if (timings.length > 600) timings.shift();
+}
+
+function notice(message, action) {
+  const element = $("notice");
+  shown(element, Boolean(message));
+  if (element.lastNotice === message) return;
+  element.lastNotice = message;
+  element.replaceChildren(message);
+  if (action) element.append(" ", action);
+}
+
+function tellNotice() {
+  if (stale) {
+    const reload = document.createElement("button");
+    reload.type = "button";
+    reload.textContent = "Reload";
+    reload.addEventListener("click", () => location.reload());
+    notice("The gateway has another version of this page.", reload);
+  } else {
+    const error = store.state.config_error;
+    notice(error ? `The configuration was changed and is not in force: ${error}` : "");
+  }
+}
+
+let stale = false;
+const feed = new Feed({
+  state(name, detail) {
+    const words = { connecting: "Connecting", live: "Live", lost: "Reconnecting", refused: "Signed out" };
+    $("link").dataset.state = name;
+    text($("link-text"), words[name]);
+    $("link").title = detail;
+    $("fleet").classList.toggle("stale", name === "lost");
+    shown($("locked"), name === "refused");
+    shown($("fleet"), name !== "refused");
+    document.body.classList.toggle("guest", name === "refused");
+    if (name === "refused") text($("locked-text"), detail);
+    if (name === "refused" || name === "live") chat.refresh();
+  },
+  whole(data) {
+    measured(() => {
+      stale = build !== "" && build !== data.build;
+      build ||= data.build;
+      document.title = `cortex ${data.version}`;
+      store.replace(data.state);
+      overview.begin(data.series, data.points, HISTORY);
+      models.update();
+      nodes.update();
+      requests.replace(data.requests);
+      tellNotice();
+    });
+  },
+  tick(data) {
+    measured(() => {
+      overview.add(data.point);
+      if (data.patch) {
+        const changed = store.patch(data.patch);
+        if (changed.models.length) { models.update(changed.models); chat.refreshSoon?.(); }
+        if (changed.nodes.length) nodes.update(changed.nodes);
+        if ("config_error" in data.patch) tellNotice();
+      }
+      if (data.requests) requests.add(data.requests);
+    });
+  },
+});
+
+// The list of models to talk to follows, but is asked for no more than every few seconds.
+chat.refreshSoon = (() => {
+  let due = null;
+  return () => { due ??= setTimeout(() => { due = null; chat.refresh(); }, 2000); };
+})();
+
+function showSign() { text($("sign"), key() ? "Sign out" : "Sign in"); }
+
+function signIn() {
+  $("key").value = "";
+  $("key-dialog").returnValue = "no";
+  $("key-dialog").showModal();
+}
+
+$("key-form").addEventListener("submit", (event) => {
+  // Enter in the field means yes, though Cancel comes first.
+  if (event.submitter?.value === "no" && document.activeElement === $("key")) { event.preventDefault(); $("key-dialog").close("yes"); }
+});
+$("key-dialog").addEventListener("close", () => {
+  const given = $("key").value.trim();
+  $("key").value = "";
+  if ($("key-dialog").returnValue !== "yes" || !given) return;
+  setKey(given);
+  showSign();
+  feed.open();
+});
+$("sign").addEventListener("click", () => {
+  if (!key()) { signIn(); return; }
+  setKey("");
+  showSign();
+  toast("Signed out.");
+  feed.open();
+});
+$("locked-sign").addEventListener("click", signIn);
+$("theme").addEventListener("click", () => window.cortexTheme.next());
+$("help").addEventListener("click", () => $("help-dialog").showModal());
+
+$("filter").addEventListener("input", () => {
+  models.filter = nodes.filter = $("filter").value.trim().toLowerCase();
+  models.sift();
+  nodes.sift();
+});
+for (const radio of document.querySelectorAll("input[name=which]")) {
+  radio.addEventListener("change", () => { nodes.which = radio.value; nodes.sift(); });
+}
+for (const radio of document.querySelectorAll("input[name=ended]")) {
+  radio.addEventListener("change", () => { requests.which = radio.value; requests.sift(); });
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  const field = event.target.closest("input, textarea, select");
+  if (event.key === "Escape") {
+    if (chat.abort) chat.stop();
+    else field?.blur();
+    return;
+  }
+  if (field && field.type !== "radio") return;
+  const does = {
+    "/": () => $("filter").focus(),
+    c: () => { $("chat-text").focus(); $("chat").scrollIntoView({ block: "nearest" }); },
+    t: () => window.cortexTheme.next(),
+    "?": () => $("help-dialog").showModal(),
+  }[event.key];
+  if (does) { event.preventDefault(); does(); }
+});
+
+window.cortexTheme.show();
+showSign();
+feed.open();

@@ -1,0 +1,62 @@
+// The latest requests, newest first: what each cost and how it ended. Their text never comes here.
+
+import { $, h, shown, text } from "./dom.js";
+import { clock, count, seconds } from "./format.js";
+import { setPill, pill } from "./models.js";
+
+const KEPT = 100;
+const LEFT = 499;
+
+function kind(status) {
+  if (status === LEFT) return "left";
+  return status >= 500 ? "error" : status >= 400 ? "refused" : "ok";
+}
+
+function row(entry) {
+  const status = pill();
+  setPill(status, kind(entry.status), String(entry.status));
+  const generated = entry.ttft_s === undefined ? 0 : entry.total_s - entry.ttft_s;
+  const speed = entry.tokens_out > 1 && generated > 0 ? (entry.tokens_out - 1) / generated : null;
+  const cached = entry.tokens_cached ? h("span.cached", { title: "of these from the prefix cache" }, ` (${count(entry.tokens_cached)})`) : "";
+  return h(
+    "tr", { title: entry.id, "data-kind": kind(entry.status) },
+    h("td.time", {}, clock(entry.at)), h("td", {}, status), h("td.model", {}, entry.model || "–"),
+    h("td.wide", {}, entry.node || "–"), h("td.wide", {}, entry.dialect.replace(/^(openai|anthropic)-/, "")), h("td.wide.key", {}, entry.key ?? ""), h("td.wide", {}, entry.finish),
+    h("td.number.wide", {}, count(entry.tokens_in ?? 0), cached), h("td.number", {}, count(entry.tokens_out ?? 0)),
+    h("td.number", {}, seconds(entry.ttft_s)), h("td.number.wide", {}, speed === null ? "–" : count(Math.round(10 * speed) / 10)),
+    h("td.number", {}, seconds(entry.total_s)),
+  );
+}
+
+export class Requests {
+  constructor() {
+    this.body = $("requests-rows");
+    this.which = "all";
+  }
+
+  replace(entries) {
+    this.body.replaceChildren();
+    this.add(entries);
+  }
+
+  add(entries) {
+    const fragment = document.createDocumentFragment();
+    for (const entry of entries.slice(-KEPT)) fragment.prepend(row(entry));
+    if (entries.some((entry) => entry.key)) $("requests-table").classList.remove("keyless");
+    this.body.prepend(fragment);
+    while (this.body.children.length > KEPT) this.body.lastElementChild.remove();
+    this.sift();
+  }
+
+  sift() {
+    let number = 0;
+    for (const element of this.body.children) {
+      const fits = this.which === "all" || ["error", "refused"].includes(element.dataset.kind);
+      shown(element, fits);
+      number += fits ? 1 : 0;
+    }
+    text($("requests-count"), number ? `latest ${number}` : "");
+    shown($("requests-empty"), number === 0);
+    text($("requests-empty"), this.which === "all" ? "No request has ended yet." : "No errors among the latest.");
+  }
+}

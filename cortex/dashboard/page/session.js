@@ -1,0 +1,31 @@
+// The key of this tab. It is kept in the tab's own storage, goes into a header and nowhere else.
+
+const NAME = "cortex-key";
+
+export function key() {
+  try { return sessionStorage.getItem(NAME) ?? ""; } catch { return ""; }
+}
+
+export function setKey(value) {
+  try {
+    if (value) sessionStorage.setItem(NAME, value);
+    else sessionStorage.removeItem(NAME);
+  } catch { /* storage is off: nobody is signed in */ }
+}
+
+// fetch, as whoever is signed in here.
+export function ask(path, options = {}) {
+  const headers = { ...options.headers };
+  if (key()) headers.authorization = `Bearer ${key()}`;
+  return fetch(path, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
+}
+
+// What an answer that is no success says of itself, in any dialect.
+export async function complaint(reply) {
+  try {
+    const body = await reply.json();
+    return body.error?.message ?? `The gateway answered ${reply.status}.`;
+  } catch {
+    return `The gateway answered ${reply.status}.`;
+  }
+}

@@ -1,0 +1,57 @@
+"""One fleet and one browser for all that is done with the page."""
+
+import pathlib
+from collections.abc import Iterator
+
+import browser
+import dashboard_rig
+import pytest
+
+WIDE = (1440, 900)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("dashboard")
+
+
+@pytest.fixture(scope="session")
+def page(folder: pathlib.Path) -> Iterator[browser.Page]:
+    with browser.page(folder) as found:
+        found.size(*WIDE)
+        yield found
+
+
+@pytest.fixture(scope="session")
+def nodes(page: browser.Page, folder: pathlib.Path) -> Iterator[dict[str, str]]:
+    with dashboard_rig.neurons(folder) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def models(folder: pathlib.Path, smollm2_gguf: pathlib.Path) -> str:
+    return dashboard_rig.catalogue(folder, smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def gateway(folder: pathlib.Path, nodes: dict[str, str], models: str) -> Iterator[dashboard_rig.Gateway]:
+    own = folder / "gateway"
+    own.mkdir()
+    found = dashboard_rig.Gateway(own, nodes, models)
+    found.start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def opened(page: browser.Page, gateway: dashboard_rig.Gateway) -> Iterator[browser.Page]:
+    """The page, open and live; whatever is done with it, it must have nothing to complain of."""
+    page.complaints.clear()
+    page.asked.clear()
+    page.go(gateway.url + "/")
+    page.until("document.getElementById('link')?.dataset.state === 'live'", what="the feed is live")
+    page.until("document.getElementById('chat-model').length", what="the models are listed")
+    yield page
+    assert not page.complaints
+    foreign = [url for url in page.asked if not url.startswith(gateway.url + "/")]
+    assert not foreign, "the page asked another host"

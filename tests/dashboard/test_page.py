@@ -1,0 +1,538 @@
+"""The page in a real browser, in front of real daemons: two on the CPU, one that plays scripts, some pretended cards.
+
+Run by ``make test-dashboard``. ``DASHBOARD_PICTURES=1`` writes the pictures of docs/images anew.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import daemons
+import httpx
+import pytest
+from browser import Page
+from dashboard_rig import REAL, Gateway
+
+from cortex.access.keys import new_key
+
+pytestmark = pytest.mark.dashboard
+
+ROOT = pathlib.Path(__file__).parents[2]
+AXE = ROOT / "build/dashboard/node_modules/axe-core/axe.min.js"
+PICTURES = ROOT / "docs/images" if os.environ.get("DASHBOARD_PICTURES") else None
+SLOW = "Qwen3-32B"
+
+
+def row(model: str) -> str:
+    return f'tr.model[data-model="{model}"]'
+
+
+def placed(model: str, node: str) -> str:
+    return f'{row(model)} + tr.detail tr[data-node="{node}"]'
+
+
+def card(node: str) -> str:
+    return f'.card[data-node="{node}"]'
+
+
+def act(page: Page, scope: str, label: str) -> None:
+    """Press the button that is called so."""
+    page.until(f"!!document.querySelector({json.dumps(scope)})", what=scope)
+    page.run(
+        f"[...document.querySelectorAll({json.dumps(scope + ' button')})]"
+        f".forEach((b) => b.toggleAttribute('data-wanted', b.textContent === {json.dumps(label)} && !b.hidden))"
+    )
+    page.click(f"{scope} button[data-wanted]")
+
+
+def open_row(page: Page, model: str) -> None:
+    if page.run(f"document.querySelector('{row(model)} button.name').ariaExpanded") != "true":
+        page.click(f"{row(model)} button.name")
+
+
+def confirm(page: Page) -> None:
+    """Say yes with the keyboard: the dialog has the focus."""
+    page.until("document.getElementById('ask').open")
+    page.press("Tab")
+    page.until("document.activeElement.id === 'ask-yes'")
+    page.press("Enter")
+    page.until("!document.getElementById('ask').open")
+
+
+def state_on(url: str, model: str) -> dict[str, Any]:
+    listed = httpx.get(f"{url}/models").json()["models"]
+    return next((status for status in listed if status["id"] == model), {"state": "available"})
+
+
+NOTE_TEXTS = """(selector) => {
+  window.noted = [];
+  const look = () => {
+    const text = document.querySelector(selector)?.textContent ?? "";
+    if (text !== window.noted.at(-1)) window.noted.push(text);
+  };
+  new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true});
+  look();
+}"""
+
+
+def watch_text(page: Page, selector: str) -> Callable[[], list[str]]:
+    """Note every text that an element has from now on."""
+    page.run(f"({NOTE_TEXTS})({json.dumps(selector)})")
+    return lambda: list(page.run("window.noted"))
+
+
+def load(page: Page, model: str, timeout_s: float = 60) -> None:
+    page.until(f"!!document.querySelector('{row(model)}')")
+    if page.text(f"{row(model)} .pill") != "ready":
+        act(page, row(model), "Load")
+        page.until(
+            f"document.querySelector('{row(model)} .pill').textContent === 'ready'", timeout_s, f"{model} is ready"
+        )
+
+
+# ------------------------------------------------------------------ what an administrator does
+
+
+def test_a_load_is_seen_to_progress_and_finish(opened: Page, nodes: dict[str, str]) -> None:
+    noted = watch_text(opened, f"{row(SLOW)} .pill")
+    load(opened, SLOW)
+    seen = noted()
+    steps = [int(found[1]) for text in seen if (found := re.fullmatch(r"loading (\d+) %", text))]
+    assert seen[0] == "available"
+    assert seen[-1] == "ready"
+    assert len(steps) >= 3, seen
+    assert steps == sorted(steps)
+    assert opened.run(f"document.querySelector('{row(SLOW)} .meter').hidden")
+    # And a real one, from a real file, on a real CPU.
+    load(opened, REAL)
+    assert state_on(nodes["cpu-1"], REAL)["state"] == "ready"
+    assert "cpu-1" in opened.text(f"{row(REAL)} td:nth-child(3)")
+    opened.until("[...document.querySelectorAll('.toast')].some((t) => t.textContent.includes('is ready'))")
+
+
+def test_a_model_is_loaded_on_a_second_node_pinned_and_unloaded(opened: Page, nodes: dict[str, str]) -> None:
+    load(opened, REAL)
+    open_row(opened, REAL)
+    opened.until(f"[...document.querySelectorAll('{row(REAL)} + tr.detail option')].some((o) => o.value === 'cpu-2')")
+    opened.run(f"document.querySelector('{row(REAL)} + tr.detail select').value = 'cpu-2'")
+    act(opened, f"{row(REAL)} + tr.detail .more", "Load there")
+    pill = f"document.querySelector('{placed(REAL, 'cpu-2')} .pill')?.textContent"
+    opened.until(f"{pill} === 'ready'", 60)
+
+    act(opened, placed(REAL, "cpu-2"), "Pin")
+    opened.until(f"document.querySelector('{row(REAL)}').textContent.includes('cpu-2 pinned')")
+    assert state_on(nodes["cpu-2"], REAL)["pinned"]
+    act(opened, placed(REAL, "cpu-2"), "Unpin")
+    opened.until(f"!document.querySelector('{row(REAL)}').textContent.includes('pinned')")
+    assert not state_on(nodes["cpu-2"], REAL)["pinned"]
+
+    act(opened, placed(REAL, "cpu-2"), "Unload")
+    opened.until("document.getElementById('ask').open")
+    opened.press("Escape")
+    assert state_on(nodes["cpu-2"], REAL)["state"] == "ready", "Escape is no"
+    act(opened, placed(REAL, "cpu-2"), "Unload")
+    confirm(opened)
+    opened.until(f"!document.querySelector('{placed(REAL, 'cpu-2')}')", 40)
+    assert state_on(nodes["cpu-2"], REAL)["state"] == "available"
+    assert state_on(nodes["cpu-1"], REAL)["state"] == "ready"
+
+
+def test_a_node_is_drained_and_opened(opened: Page, nodes: dict[str, str]) -> None:
+    act(opened, card("gpu-3"), "Drain")
+    confirm(opened)
+    opened.until(f"document.querySelector('{card('gpu-3')} .pill').textContent === 'draining'")
+    assert httpx.get(f"{nodes['gpu-3']}/health").json()["state"] == "draining"
+    opened.click("input[value=trouble] + span")
+    opened.until("[...document.querySelectorAll('.card:not([hidden])')].map((c) => c.dataset.node).join() === 'gpu-3'")
+    opened.click("#nodes input[value=all] + span")
+    act(opened, card("gpu-3"), "Open")
+    opened.until(f"document.querySelector('{card('gpu-3')} .pill').textContent === 'ready'")
+
+
+def test_what_a_node_refuses_is_said(opened: Page) -> None:
+    opened.run("import('/dashboard/acts.js').then((acts) => acts.load(document.createElement('button'), 'nobody', ''))")
+    opened.until("document.querySelector('.toast.bad')?.textContent.includes('nobody')")
+    # The browser itself notes a 404 that a script asked for.
+    assert all("404" in complaint for complaint in opened.complaints)
+    opened.complaints.clear()
+
+
+# ------------------------------------------------------------------ chat
+
+
+def say(page: Page, model: str, words: str, dialect: int = 0) -> str:
+    """Say something and return what was answered."""
+    page.run(f"document.getElementById('chat-dialect').value = {dialect}")
+    page.run(f"document.getElementById('chat-model').value = {json.dumps(model)}")
+    page.click("#chat-text")
+    page.type(words)
+    page.press("Enter")
+    page.until("[...document.querySelectorAll('.turn.assistant')].at(-1)?.dataset.done", 60, "the answer has ended")
+    found = page.run("(() => { const t = [...document.querySelectorAll('.turn.assistant')].at(-1);"
+                     "return t.dataset.done === 'yes' ? t.innerText : 'failed: ' + t.innerText; })()")  # fmt: skip
+    return str(found)
+
+
+def test_a_real_answer_is_streamed(opened: Page) -> None:
+    load(opened, REAL)
+    opened.run("document.getElementById('chat-limit').value = 40")
+    noted = watch_text(opened, ".turn.assistant .said")
+    answer = say(opened, REAL, "Name three colours, please.")
+    grown = [text for text in noted() if text]
+    assert len(grown) > 3, "it came in pieces"
+    assert all(after.startswith(before) for before, after in itertools.pairwise(grown))
+    assert re.search(r"first token [\d.]+ m?s · [\d.]+ tokens/s · \d+ in", answer), answer
+    # A second turn has the first before it.
+    assert "failed" not in say(opened, REAL, "And three more.")
+    assert opened.run("document.querySelectorAll('.turn').length") == 4
+    opened.until("document.querySelectorAll('#requests-rows tr').length >= 2")
+    assert REAL in opened.text("#requests-rows tr")
+    assert "colours" not in opened.text("#requests")
+    opened.until("document.querySelector('#overview .value').textContent !== '0'", what="tokens are counted")
+
+
+@pytest.mark.parametrize("dialect", [0, 1, 2])
+def test_reasoning_and_calls_are_shown_in_every_dialect(opened: Page, dialect: int) -> None:
+    opened.run("document.getElementById('chat-clear').click()")
+    answer = say(opened, "m", "think hard", dialect)
+    assert 'So: "yes" ☃' in answer
+    assert "Reasoning" in answer
+    assert opened.run("[...document.querySelectorAll('.reasoning')].at(-1).textContent") == "I wonder.\n"
+    opened.run("document.querySelector('.chat-more').open = true")
+    opened.click("#chat-example")
+    opened.run("document.querySelector('.chat-more').open = false")
+    opened.run("document.getElementById('chat-clear').click()")
+    answer = say(opened, "m", "call it", dialect)
+    assert "Looking." in answer
+    assert "Calls weather" in answer
+    assert opened.text(".call pre") == '{"city": "Paris"}'
+    opened.run("document.getElementById('chat-tools').value = ''")
+    opened.run("document.getElementById('chat-clear').click()")
+
+
+def test_an_answer_can_be_stopped_and_an_error_is_shown(opened: Page) -> None:
+    load(opened, SLOW)
+    opened.run(f"document.getElementById('chat-model').value = {json.dumps(SLOW)}")
+    opened.click("#chat-text")
+    opened.type("tokens=500 pause=0.05")
+    opened.press("Enter")
+    opened.until("document.querySelector('.turn.assistant .said')?.textContent.length > 20")
+    opened.press("Escape")
+    opened.until("document.querySelector('.turn.assistant').dataset.done")
+    assert "stopped" in opened.text(".turn.assistant")
+    opened.run("document.getElementById('chat-tools').value = '{'")
+    opened.click("#chat-text")
+    opened.type("Hi")
+    opened.press("Enter")
+    opened.until("document.querySelector('.toast.bad')?.textContent.includes('not JSON')")
+
+
+# ------------------------------------------------------------------ the connection
+
+
+def test_a_gateway_that_goes_and_comes_back_is_followed(opened: Page, gateway: Gateway) -> None:
+    opened.run("window.sameDocument = true")
+    began = time.monotonic()
+    stopping = threading.Thread(target=gateway.stop)
+    stopping.start()
+    opened.until("document.getElementById('link').dataset.state === 'lost'", what="the loss is told")
+    stopping.join()
+    assert time.monotonic() - began < 12, "an open page held up the gateway"
+    assert opened.run("document.getElementById('fleet').classList.contains('stale')")
+    assert opened.run("document.querySelectorAll('.card').length") == 6, "what was known stays"
+    gateway.start()
+    opened.until("document.getElementById('link').dataset.state === 'live'", 30, "the page is live again")
+    assert opened.run("window.sameDocument")
+    opened.until(f"!!document.querySelector('{row(REAL)}')")
+    # The browser notes each attempt that found nobody; nothing else may be wrong.
+    expected = re.compile(r"net::ERR_|status of 503 ")
+    assert all(expected.search(complaint) for complaint in opened.complaints), opened.complaints
+    opened.complaints.clear()
+
+
+# ------------------------------------------------------------------ keyboard, narrow screens, accessibility
+
+
+def test_all_of_it_by_keyboard(opened: Page) -> None:
+    opened.run("document.activeElement.blur()")
+    opened.press("Tab")
+    assert opened.run("document.activeElement.className") == "skip"
+    opened.press("Enter")
+    opened.until("location.hash === '#main'")
+    opened.press("/")
+    assert opened.run("document.activeElement.id") == "filter"
+    opened.type("gpu-2")
+    opened.until("document.querySelectorAll('.card:not([hidden])').length === 1")
+    opened.run("document.getElementById('filter').select()")
+    opened.type("nothing is called so")
+    opened.until("!document.getElementById('nodes-empty').hidden && !document.getElementById('models-empty').hidden")
+    opened.run("document.getElementById('filter').value = ''")
+    opened.run("document.getElementById('filter').dispatchEvent(new Event('input'))")
+    opened.press("Escape")
+    assert opened.run("document.activeElement === document.body")
+    opened.press("?")
+    opened.until("document.getElementById('help-dialog').open")
+    opened.press("Escape")
+    opened.until("!document.getElementById('help-dialog').open")
+    opened.press("c")
+    assert opened.run("document.activeElement.id") == "chat-text"
+    opened.press("Escape")
+    # Every control can be reached, and shows where it is.
+    reached = set()
+    for _ in range(120):
+        opened.press("Tab")
+        reached.add(opened.run("document.activeElement.textContent.trim() || document.activeElement.id"))
+    for wanted in ("Sign in", "Drain", "Load", "gpu-1", REAL, "Send", "Clear", "filter"):
+        assert wanted in reached, (wanted, reached)
+
+
+def test_the_theme_follows_the_system_until_one_is_chosen(opened: Page) -> None:
+    background = "getComputedStyle(document.body).backgroundColor"
+    opened.prefer("light")
+    light = opened.run(background)
+    opened.prefer("dark")
+    dark = opened.run(background)
+    assert light != dark
+    opened.click("#theme")
+    assert opened.run(background) == light
+    opened.run("location.reload()")
+    opened.until("document.getElementById('theme')?.textContent === 'Theme: light'")
+    assert opened.run(background) == light
+    opened.click("#theme")
+    assert opened.run(background) == dark
+    opened.click("#theme")
+    assert opened.run("document.getElementById('theme').textContent") == "Theme: system"
+    opened.prefer("light")
+    assert opened.run(background) == light
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 390), ("dark", 820)])
+def test_nothing_overflows_and_axe_finds_no_serious_fault(opened: Page, scheme: str, width: int) -> None:
+    opened.size(width, 900)
+    opened.prefer(scheme)
+    try:
+        load(opened, REAL)
+        open_row(opened, REAL)
+        opened.click(f"{card('cpu-1')} button.name")
+        say(opened, "m", "think", 0)
+        assert opened.run("document.documentElement.scrollWidth") <= width
+        check_axe(opened)
+        opened.run("document.getElementById('help').click()")
+        check_axe(opened)
+        opened.press("Escape")
+    finally:
+        opened.size(1440, 900)
+        opened.prefer("light")
+
+
+RUN_AXE = """axe.run(document, {resultTypes: ["violations"]}).then((result) => result.violations.map((found) => (
+  {id: found.id, impact: found.impact, nodes: found.nodes.map((node) => `${node.html} ${node.failureSummary}`)})))"""
+
+
+def check_axe(page: Page) -> None:
+    if not AXE.exists():
+        pytest.skip(f"axe-core is not installed: {AXE} is not there; make test-dashboard fetches it")
+    page.run(AXE.read_text() + ";0")
+    found = page.run(RUN_AXE)
+    serious = [fault for fault in found if fault["impact"] in {"serious", "critical"}]
+    assert not serious, json.dumps(serious, indent=1)[:4000]
+
+
+def test_axe_sees_a_fault_that_is_put_there(opened: Page) -> None:
+    opened.run("document.getElementById('main').prepend(document.createElement('button'))")
+    with pytest.raises(AssertionError, match="button-name"):
+        check_axe(opened)
+
+
+# ------------------------------------------------------------------ keys
+
+
+def test_a_guest_sees_no_fleet_and_keys_open_it(
+    page: Page, folder: pathlib.Path, nodes: dict[str, str], models: str
+) -> None:
+    own = folder / "guarded"
+    own.mkdir()
+    (admin, admin_hash), (user, user_hash) = new_key(), new_key()
+    keys = (
+        f'[[keys]]\nname = "root"\nsha256 = "{admin_hash}"\nmodels = ["*"]\nadmin = true\n'
+        f'[[keys]]\nname = "alice"\nsha256 = "{user_hash}"\nmodels = ["m"]\n'
+    )
+    guarded = Gateway(own, nodes, models, keys)
+    guarded.start()
+
+    def sign_in(key: str) -> None:
+        page.click("#sign")
+        page.until("document.getElementById('key-dialog').open")
+        page.type(key)
+        page.press("Enter")
+
+    try:
+        page.go(guarded.url + "/")
+        page.until("document.getElementById('link')?.dataset.state === 'refused'")
+        assert "administrators" in page.text("#locked")
+        assert page.run("document.querySelectorAll('.card').length") == 0
+        check_axe(page)
+        sign_in(user)
+        page.until("document.getElementById('chat-model').length === 1", what="alice may use one model")
+        assert page.run("document.getElementById('link').dataset.state") == "refused"
+        assert 'So: "yes"' in say(page, "m", "think")
+        page.click("#sign")  # out
+        page.until("document.getElementById('sign').textContent === 'Sign in'")
+        sign_in(admin)
+        page.until("document.getElementById('link').dataset.state === 'live'")
+        page.until("document.querySelectorAll('.card').length === 6")
+        assert page.run("Object.keys(localStorage).filter((k) => k !== 'cortex-theme').length") == 0
+        assert page.run("sessionStorage.length") == 1
+        assert page.run("document.cookie") == ""
+        page.run("window.before = true; location.reload()")
+        page.until(
+            "!window.before && document.getElementById('link')?.dataset.state === 'live'", what="the key is kept"
+        )
+        page.until("document.getElementById('requests').textContent.includes('alice')")
+        assert admin not in page.run("document.documentElement.outerHTML")
+        assert not any(admin in url or user in url for url in page.asked)
+        page.click("#sign")
+        page.until("document.getElementById('link').dataset.state === 'refused'")
+        assert page.run("sessionStorage.length") == 0
+    finally:
+        page.go("about:blank")
+        guarded.stop()
+        page.complaints.clear()  # a browser notes each 401
+
+
+# ------------------------------------------------------------------ a hundred nodes
+
+
+def test_a_hundred_nodes_stay_smooth(page: Page, folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = folder / "many"
+    own.mkdir()
+    script = str(pathlib.Path(daemons.__file__).with_name("busy_fleet.py"))
+    with subprocess.Popen([sys.executable, script, "100"], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            many = json.loads(process.stdout.readline())
+            gateway = Gateway(own, many, "", interval_s=2.0)
+            gateway.start()
+            try:
+                figures = measure(page, gateway.url)
+            finally:
+                page.go("about:blank")
+                gateway.stop()
+        finally:
+            process.terminate()
+    with capsys.disabled():
+        print(
+            "\n100 nodes, 800 devices, 500 placements: "
+            + ", ".join(f"{key} {value:.1f}" for key, value in figures.items())
+        )
+    assert figures["feed kB/s"] < 80
+    assert figures["update ms (median)"] < 25
+    assert figures["frames/s"] > 20
+    assert figures["browser busy %"] < 60
+
+
+WATCH_FRAMES = """(() => {
+  window.numFrames = 0;
+  window.slowest = 0;
+  const next = () => { window.numFrames += 1; requestAnimationFrame(next); };
+  next();
+  new PerformanceObserver((list) => {
+    for (const task of list.getEntries()) window.slowest = Math.max(window.slowest, task.duration);
+  }).observe({type: "longtask"});
+  cortexTimings.length = 0;
+})()"""
+
+
+def measure(page: Page, url: str, duration_s: float = 15.0) -> dict[str, float]:
+    """Watch a page for a while, and return what its feed and its updates cost."""
+    page.go(url + "/")
+    page.until("document.querySelectorAll('.card').length === 100", 40)
+    page.tell("Performance.enable")
+    page.run(WATCH_FRAMES)
+
+    def spent_s() -> tuple[float, float]:
+        told = {entry["name"]: float(entry["value"]) for entry in page.tell("Performance.getMetrics")["metrics"]}
+        return told["TaskDuration"], told["LayoutDuration"] + told["RecalcStyleDuration"]
+
+    begun, before = time.monotonic(), spent_s()
+    page.received_bytes = 0
+    while time.monotonic() - begun < duration_s:
+        page.run("new Promise((resolve) => setTimeout(resolve, 200))")
+    elapsed_s, after = time.monotonic() - begun, spent_s()
+    timings = sorted(page.run("cortexTimings"))
+    assert len(timings) >= duration_s * 0.6, "a tick a second"
+    return {
+        "feed kB/s": page.received_bytes / elapsed_s / 1000,
+        "update ms (median)": timings[len(timings) // 2],
+        "update ms (most)": timings[-1],
+        "layout ms/s": 1000 * (after[1] - before[1]) / elapsed_s,
+        "browser busy %": 100 * (after[0] - before[0]) / elapsed_s,
+        "longest task ms": page.run("window.slowest"),
+        "frames/s": page.run("window.numFrames") / elapsed_s,
+    }
+
+
+# ------------------------------------------------------------------ pictures
+
+
+@pytest.mark.skipif(PICTURES is None, reason="DASHBOARD_PICTURES=1 takes the pictures of docs/images")
+def test_pictures(opened: Page, gateway: Gateway) -> None:
+    assert PICTURES is not None
+    for model in (REAL, SLOW, "Llama-3.3-70B"):
+        load(opened, model)
+    act_url = f"{gateway.url}/admin/models"
+    httpx.post(f"{act_url}/pin", json={"model": "Llama-3.3-70B"}).raise_for_status()
+    stop = threading.Event()
+
+    def talk(model: str, words: str) -> None:
+        body = {"model": model, "stream": True, "max_tokens": 80, "messages": [{"role": "user", "content": words}]}
+        while not stop.is_set():
+            with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body, timeout=60) as reply:
+                for _ in reply.iter_bytes():
+                    pass
+            stop.wait(0.4)
+
+    talks = [(REAL, "Tell me about the sea."), (SLOW, "tokens=70 pause=0.02"), (SLOW, "tokens=45 pause=0.03"),
+             ("Llama-3.3-70B", "tokens=60 pause=0.04"), ("Llama-3.3-70B", "tokens=20 pause=0.02")]  # fmt: skip
+    threads = [threading.Thread(target=talk, args=one) for one in talks]
+    for thread in threads:
+        thread.start()
+    try:
+        opened.run("document.getElementById('chat-clear').click()")
+        opened.run("document.getElementById('chat-limit').value = 60")
+        say(opened, REAL, "Why is the sea salty?")
+        say(opened, "m", "think about it")
+        stop.wait(60)
+        opened.size(1440, 900)
+        open_row(opened, "Llama-3.3-70B")
+        act(opened, row("Gemma-3-27B"), "Load")
+        opened.until("[...document.querySelectorAll('.pill')].some((p) => /loading [3-6]\\d/.test(p.textContent))", 30)
+        # Where a test keeps its files says nothing to a reader.
+        opened.run("document.activeElement.blur(); document.querySelectorAll('.source').forEach((e) => e.remove())")
+
+        def take(name: str, scheme: str, place: str) -> None:
+            opened.prefer(scheme)
+            opened.run(f"document.getElementById('toasts').replaceChildren(); {place}")
+            opened.run("new Promise((resolve) => setTimeout(resolve, 400))")
+            opened.picture(PICTURES / f"dashboard-{name}.png")
+
+        take("light", "light", "scrollTo(0, 0)")
+        take("dark", "dark", "document.getElementById('nodes').scrollIntoView()")
+        opened.size(390, 844, 1.5, mobile=True)
+        opened.until(f"document.querySelector('{row('Gemma-3-27B')} .pill').textContent === 'ready'")
+        take("narrow", "light", "scrollTo(0, 0)")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        opened.size(1440, 900)
+    for file in PICTURES.glob("dashboard-*.png"):
+        assert file.stat().st_size < 300_000, file
