@@ -21,7 +21,7 @@ $(VENV)/made:
 	touch $@
 
 # A real (not editable) install: products run from it. Rebuilt when any source changes.
-SOURCES := $(shell find cortex neuron tests/native -name '*.py' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -name meson.build 2>/dev/null) meson.build meson.options pyproject.toml
+SOURCES := $(shell find cortex neuron tests/native -name '*.py' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -path '*/page/*' -o -name meson.build 2>/dev/null) meson.build meson.options pyproject.toml
 
 $(VENV)/installed: $(VENV)/made $(SOURCES)
 	$(PIP) install --no-build-isolation ".[neuron]"

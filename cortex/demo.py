@@ -231,7 +231,7 @@ def _say_how_to_go_on(console: Console, gateway: int) -> None:
     request = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}]})
     console.print(
         f"\nTry it:\n  curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{request}'\n\n"
-        f"OpenAI base URL: {base}/v1\nAnthropic base URL: {base}\nmodel: {MODEL}",
+        f"Dashboard: {base}/\nOpenAI base URL: {base}/v1\nAnthropic base URL: {base}\nmodel: {MODEL}",
         highlight=False,
         markup=False,
         soft_wrap=True,

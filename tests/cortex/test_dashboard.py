@@ -342,6 +342,44 @@ def test_an_open_page_does_not_hold_up_the_end_of_a_server(tmp_path: pathlib.Pat
         assert time.monotonic() - began < 10, "it waited for a page"
 
 
+def answered_by_each(folder: pathlib.Path) -> list[int]:
+    """Return how many requests have ended at each worker of the gateway that keeps its files in ``folder``."""
+    rings = folder.glob("cortex-metrics-*/requests-*.ring")
+    return [int.from_bytes(ring.read_bytes()[:8], "little") for ring in rings]
+
+
+def test_a_feed_at_one_worker_tells_of_the_requests_at_all(tmp_path: pathlib.Path) -> None:
+    port = daemons.free_port()
+    nobody = FakeNeuron("a", port=daemons.free_port())
+    config = write_config(tmp_path, nobody, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\nworkers = 2\n')
+    asked: set[str] = set()
+    with (
+        daemons.daemon(
+            "cortex", "serve", "--config", str(config), port=port, log=tmp_path / "log", TMPDIR=str(tmp_path)
+        ) as running,
+        httpx.stream("GET", f"{running.url}/admin/events", timeout=20) as reply,
+    ):
+
+        def ask() -> bool:
+            name = f"r{len(asked)}"
+            asked.add(name)
+            headers = {"x-request-id": name}
+            assert httpx.post(f"{running.url}/v1/chat/completions", content=b"{}", headers=headers).status_code == 400
+            counts = answered_by_each(tmp_path)
+            return len(counts) == 2 and min(counts) > 0
+
+        daemons.until(ask, 60, "both workers have been asked")
+        body = b""
+        for chunk in reply.iter_bytes():
+            body += chunk
+            told_of = [
+                entry["id"] for _, data in events(body.rpartition(b"\n\n")[0]) for entry in data.get("requests", ())
+            ]
+            if asked <= set(told_of):
+                break
+        assert len(told_of) == len(set(told_of)), "each is told once"
+
+
 # ------------------------------------------------------------------ how much it says
 
 

@@ -5,7 +5,7 @@ import { dialects, EXAMPLE_TOOL, readTools } from "./dialects.js";
 import { $, h, shown, text } from "./dom.js";
 import { frames } from "./events.js";
 import { count, seconds } from "./format.js";
-import { ask, complaint } from "./session.js";
+import { ask, complaint, key } from "./session.js";
 import { byName } from "./store.js";
 
 const NEAR_END_PX = 40;
@@ -80,13 +80,13 @@ export class Chat {
     try {
       const reply = await ask("v1/models");
       if (reply.ok) listed = (await reply.json()).data;
-      else text($("chat-count"), await complaint(reply));
+      else text($("chat-count"), reply.status === 401 && !key() ? "Sign in to chat" : await complaint(reply));
     } catch { return; }
     const models = listed.filter((model) => !model.alias_of).sort((a, b) => byName(a.id, b.id));
     const ready = models.filter((model) => model.state === "ready");
-    const key = models.map((model) => `${model.id}/${model.state === "ready"}`).join();
-    if (key === this.key) return;
-    this.key = key;
+    const listing = models.map((model) => `${model.id}/${model.state === "ready"}`).join();
+    if (listing === this.listing) return;
+    this.listing = listing;
     const chosen = select.value;
     const group = (label, some) => (some.length ? [h("optgroup", { label }, ...some.map(({ id }) => h("option", { value: id }, id)))] : []);
     select.replaceChildren(...group("Ready", ready), ...group("Loaded when asked", models.filter((model) => model.state !== "ready")));

@@ -10,9 +10,10 @@ export function bytes(count) {
 }
 
 export function count(value) {
-  if (value >= 999.5e6) return `${(value / 1e9).toFixed(1)}G`;
-  if (value >= 999.5e3) return `${(value / 1e6).toFixed(1)}M`;
-  if (value >= 9999.5) return `${(value / 1e3).toFixed(1)}k`;
+  const short = (size, letter) => `${(value / size).toFixed(value < 99.95 * size ? 1 : 0)}${letter}`;
+  if (value >= 999.5e6) return short(1e9, "G");
+  if (value >= 999.5e3) return short(1e6, "M");
+  if (value >= 9999.5) return short(1e3, "k");
   return value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(1);
 }
 

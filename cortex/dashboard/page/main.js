@@ -4,7 +4,7 @@ import { toast } from "./acts.js";
 import { Chat } from "./chat.js";
 import { $, shown, text } from "./dom.js";
 import { Feed } from "./feed.js";
-import { Models } from "./models.js";
+import { Models, summary } from "./models.js";
 import { Nodes } from "./nodes.js";
 import { Overview } from "./overview.js";
 import { Requests } from "./requests.js";
@@ -65,7 +65,7 @@ const feed = new Feed({
     shown($("fleet"), name !== "refused");
     document.body.classList.toggle("guest", name === "refused");
     if (name === "refused") text($("locked-text"), detail);
-    if (name === "refused" || name === "live") chat.refresh();
+    if (name === "refused") chat.refresh();
   },
   whole(data) {
     measured(() => {
@@ -77,6 +77,7 @@ const feed = new Feed({
       models.update();
       nodes.update();
       requests.replace(data.requests);
+      talkables();
       tellNotice();
     });
   },
@@ -85,7 +86,7 @@ const feed = new Feed({
       overview.add(data.point);
       if (data.patch) {
         const changed = store.patch(data.patch);
-        if (changed.models.length) { models.update(changed.models); chat.refreshSoon?.(); }
+        if (changed.models.length) { models.update(changed.models); talkables(); }
         if (changed.nodes.length) nodes.update(changed.nodes);
         if ("config_error" in data.patch) tellNotice();
       }
@@ -94,11 +95,15 @@ const feed = new Feed({
   },
 });
 
-// The list of models to talk to follows, but is asked for no more than every few seconds.
-chat.refreshSoon = (() => {
-  let due = null;
-  return () => { due ??= setTimeout(() => { due = null; chat.refresh(); }, 2000); };
-})();
+// The list of models to talk to is asked for again when there are others, or others are ready; not at every figure.
+let talked = "";
+let due = null;
+function talkables() {
+  const key = store.models().map((id) => `${id}/${summary(store.placed(id)).state === "ready"}`).join();
+  if (key === talked) return;
+  talked = key;
+  due ??= setTimeout(() => { due = null; chat.refresh(); }, 1000);
+}
 
 function showSign() { text($("sign"), key() ? "Sign out" : "Sign in"); }
 

@@ -5,7 +5,7 @@ import { $, attribute, h, Keyed, shown, style, text } from "./dom.js";
 import { bytes, count, plural } from "./format.js";
 import { pill, setPill } from "./models.js";
 
-const HEALTHY = new Set(["ready"]);
+const MANY_DEVICES = 2; // more of them are bars side by side and a sum, until the card is opened
 
 export const running = (node) => Object.values(node.models ?? {}).reduce((sum, status) => sum + (status.running ?? 0), 0);
 export const waiting = (node) => Object.values(node.devices ?? {}).reduce((sum, device) => sum + (device.waiting ?? 0), 0);
@@ -13,7 +13,7 @@ export const waiting = (node) => Object.values(node.devices ?? {}).reduce((sum, 
 // Whether somebody should look at it.
 export function isTrouble(node) {
   return (
-    !HEALTHY.has(node.state) ||
+    node.state !== "ready" ||
     Boolean(node.strikes) ||
     Object.values(node.devices ?? {}).some((device) => ["poisoned", "recovering", "stopped"].includes(device.worker)) ||
     Object.values(node.models ?? {}).some((status) => ["failed", "recovering"].includes(status.state))
@@ -56,6 +56,7 @@ class Node {
     this.name = name;
     this.list = h("ul.devices");
     this.devices = new Keyed(this.list, (id) => new Device(id));
+    this.sum = h("p.sum");
     this.figures = h("p.figures");
     this.running = h("b");
     this.waiting = h("b");
@@ -69,7 +70,7 @@ class Node {
     this.opened = false;
     this.element = h(
       "article.card", { "data-node": name, "aria-label": `Node ${name}` },
-      h("header", {}, h("h3", {}, this.toggle), this.pill, this.drain), this.list, this.figures, this.fault, this.more,
+      h("header", {}, h("h3", {}, this.toggle), this.pill, this.drain), this.list, this.sum, this.figures, this.fault, this.more,
     );
   }
 
@@ -90,16 +91,32 @@ class Node {
     const devices = node.devices ?? {};
     this.devices.keep(Object.keys(devices));
     for (const [id, device] of Object.entries(devices)) this.devices.get(id).update(device);
+    this.addUp(Object.values(devices));
     text(this.running, count(running(node) || node.asked || 0));
     text(this.waiting, count(waiting(node)));
     text(this.speed, count(node.tokens_per_s ?? 0));
     const up = node.state !== "down" && node.state !== "unknown";
     shown(this.figures, up);
     shown(this.list, up);
+    if (!up) shown(this.sum, false);
     text(this.fault, node.fault ? `${node.fault}${node.strikes ? ` (missed ${plural(node.strikes, "poll")})` : ""}` : "");
     shown(this.fault, Boolean(node.fault));
     const names = Object.entries(node.models ?? {}).map(([id, status]) => (status.state === "ready" ? id : `${id} (${status.state})`));
     text(this.models, names.length ? names.join(", ") : "No model is loaded here.");
+    this.tellAbout(node);
+  }
+
+  addUp(devices) {
+    const many = devices.length > MANY_DEVICES;
+    this.list.classList.toggle("many", many);
+    shown(this.sum, many);
+    if (!many) return;
+    const total = devices.reduce((sum, device) => sum + device.total, 0);
+    const free = devices.reduce((sum, device) => sum + (device.free ?? 0), 0);
+    text(this.sum, `${bytes(total - free)} of ${bytes(total)} on ${devices.length} devices`);
+  }
+
+  tellAbout(node) {
     text(this.about, [node.endpoint, node.hostname, node.version && `version ${node.version}`, node.activating?.length && `activating ${node.activating.join(", ")}`].filter(Boolean).join(" · "));
   }
 }
