@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from cortex.record import CLIENT_CLOSED_REQUEST
+
 NUM_SLOTS = 256
 SLOT_BYTES = 768
 _COUNTS = struct.Struct("<QQ")
 _LENGTH = struct.Struct("<H")
 _RING_BYTES = _COUNTS.size + NUM_SLOTS * SLOT_BYTES
-CLIENT_CLOSED_REQUEST = 499
-"""The client left: no fault of anybody here."""
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -45,7 +45,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def is_error(status: int) -> bool:
-    """Return whether a request that ended so is counted as an error."""
+    """Return whether a request that ended so is counted as an error; that a client left is nobody's fault here."""
     return status >= 400 and status != CLIENT_CLOSED_REQUEST
 
 

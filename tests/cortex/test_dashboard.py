@@ -28,6 +28,7 @@ from cortex.dashboard.rates import SERIES
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Node
+from cortex.record import CLIENT_CLOSED_REQUEST
 from cortex.wire.node import (
     Device,
     DeviceKind,
@@ -514,9 +515,7 @@ def test_a_ring_counts_everything_and_keeps_the_latest() -> None:
     one = Journal()
     assert one.read() == journal.Batch()
     for number in range(1000):
-        one.note(
-            fields(number, 500 if number % 10 == 0 else journal.CLIENT_CLOSED_REQUEST if number % 10 == 1 else 200)
-        )
+        one.note(fields(number, 500 if number % 10 == 0 else CLIENT_CLOSED_REQUEST if number % 10 == 1 else 200))
     batch = one.read()
     assert (batch.requests, batch.errors) == (1000, 100)
     assert [entry.id for entry in batch.entries] == [

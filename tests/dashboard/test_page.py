@@ -264,6 +264,13 @@ def test_a_gateway_that_goes_and_comes_back_is_followed(opened: Page, gateway: G
     opened.complaints.clear()
 
 
+def test_a_gateway_that_falls_silent_is_noticed(opened: Page, gateway: Gateway) -> None:
+    with gateway.frozen():
+        opened.until("document.getElementById('link').dataset.state === 'lost'", 30, "the silence is told")
+        assert "silent" in opened.run("document.getElementById('link').title")
+    opened.until("document.getElementById('link').dataset.state === 'live'", 30)
+
+
 # ------------------------------------------------------------------ keyboard, narrow screens, accessibility
 
 
@@ -291,6 +298,14 @@ def test_all_of_it_by_keyboard(opened: Page) -> None:
     opened.press("c")
     assert opened.run("document.activeElement.id") == "chat-text"
     opened.press("Escape")
+    # Who speaks to the page, or leans on the keyboard, can turn single keys off.
+    for are_on in (False, True):
+        opened.run("document.getElementById('help').click(); document.getElementById('keys-on').click()")
+        opened.press("Escape")
+        opened.until("!document.getElementById('help-dialog').open")
+        opened.press("c")
+        assert opened.run("document.activeElement.id === 'chat-text'") == are_on
+        opened.run("document.activeElement.blur()")
     # Every control can be reached, and shows where it is.
     reached = set()
     for _ in range(120):
@@ -395,7 +410,7 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
         sign_in(admin)
         page.until("document.getElementById('link').dataset.state === 'live'")
         page.until("document.querySelectorAll('.card').length === 6")
-        assert page.run("Object.keys(localStorage).filter((k) => k !== 'cortex-theme').length") == 0
+        assert admin not in page.run("JSON.stringify(localStorage)")
         assert page.run("sessionStorage.length") == 1
         assert page.run("document.cookie") == ""
         reload(page)  # the tab keeps the key
@@ -405,6 +420,9 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
         page.click("#sign")
         page.until("document.getElementById('link').dataset.state === 'refused'")
         assert page.run("sessionStorage.length") == 0
+        left = page.run("document.documentElement.textContent")
+        assert "gpu-1" not in left, "nothing of the fleet stays in the page"
+        assert "alice" not in left
     finally:
         page.go("about:blank")
         guarded.stop()

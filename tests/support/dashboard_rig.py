@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 import daemons
+import psutil
 from fleet_harness import describe
 
 REAL = "SmolLM2-135M-Instruct"
@@ -35,6 +36,7 @@ class Gateway:
         self.port = daemons.free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
+        self._process: psutil.Process | None = None
         self._running = contextlib.ExitStack()
         endpoints = "".join(f'[[neurons]]\nname = "{name}"\nendpoint = "{url}"\n' for name, url in nodes.items())
         (folder / "models.toml").write_text(models)
@@ -53,7 +55,21 @@ class Gateway:
             daemons.daemon("cortex", "serve", "--config", config, port=self.port, log=log)
         )
         daemons.until(lambda: (h := running.get("/health")) and h["nodes_up"] == h["nodes"], 30, "all nodes are up")
+        self._process = psutil.Process(running.process.pid)
         return running
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Have every process of it stand still, connections and all."""
+        assert self._process is not None
+        processes = [self._process, *self._process.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     def stop(self) -> None:
         """End, as SIGTERM ends it; an open page must not hold it up."""

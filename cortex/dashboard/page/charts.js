@@ -60,7 +60,7 @@ export class Chart {
     this.age = h("span.age");
     this.element = h(
       "div.tile", {},
-      h("h3", {}, title),
+      h("h2", {}, title),
       h("p.now", {}, this.value, " ", this.unit),
       h("div.plot", {}, this.svg, this.ruler),
       h("p.foot", {}, this.note, this.age),

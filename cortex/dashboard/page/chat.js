@@ -69,7 +69,7 @@ export class Chat {
     $("chat-text").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!this.abort) this.send(); }
     });
-    $("chat-clear").addEventListener("click", () => this.clear());
+    $("chat-clear").addEventListener("click", () => { this.clear(); $("chat-text").focus(); });
     $("chat-example").addEventListener("click", () => { $("chat-tools").value = JSON.stringify(EXAMPLE_TOOL, null, 2); });
   }
 
@@ -98,7 +98,6 @@ export class Chat {
     this.stop();
     this.turns = [];
     this.talk.replaceChildren(this.empty);
-    $("chat-text").focus();
   }
 
   stop() { this.abort?.abort(); }

@@ -64,8 +64,7 @@ const feed = new Feed({
     shown($("locked"), name === "refused");
     shown($("fleet"), name !== "refused");
     document.body.classList.toggle("guest", name === "refused");
-    if (name === "refused") text($("locked-text"), detail);
-    if (name === "refused") chat.refresh();
+    if (name === "refused") forget(detail);
   },
   whole(data) {
     measured(() => {
@@ -94,6 +93,18 @@ const feed = new Feed({
     });
   },
 });
+
+// Whoever may not see the fleet finds nothing of it in the page either.
+function forget(why) {
+  text($("locked-text"), why);
+  store.replace({ nodes: {}, models: {} });
+  models.update();
+  nodes.update();
+  requests.replace([]);
+  overview.clear();
+  talked = "";
+  chat.refresh();
+}
 
 // The list of models to talk to is asked for again when there are others, or others are ready; not at every figure.
 let talked = "";
@@ -129,12 +140,14 @@ $("sign").addEventListener("click", () => {
   if (!key()) { signIn(); return; }
   setKey("");
   showSign();
+  chat.clear();
   toast("Signed out.");
   feed.open();
 });
 $("locked-sign").addEventListener("click", signIn);
-$("theme").addEventListener("click", () => window.cortexTheme.next());
+$("theme").addEventListener("click", () => window.cortexChoices.nextTheme());
 $("help").addEventListener("click", () => $("help-dialog").showModal());
+$("keys-on").addEventListener("change", () => window.cortexChoices.setKeys($("keys-on").checked));
 
 $("filter").addEventListener("input", () => {
   models.filter = nodes.filter = $("filter").value.trim().toLowerCase();
@@ -156,16 +169,17 @@ document.addEventListener("keydown", (event) => {
     else field?.blur();
     return;
   }
-  if (field && field.type !== "radio") return;
+  if ((field && !["radio", "checkbox"].includes(field.type)) || !window.cortexChoices.keys) return;
   const does = {
     "/": () => $("filter").focus(),
     c: () => { $("chat-text").focus(); $("chat").scrollIntoView({ block: "nearest" }); },
-    t: () => window.cortexTheme.next(),
+    t: () => window.cortexChoices.nextTheme(),
     "?": () => $("help-dialog").showModal(),
   }[event.key];
   if (does) { event.preventDefault(); does(); }
 });
 
-window.cortexTheme.show();
+window.cortexChoices.showTheme();
+$("keys-on").checked = window.cortexChoices.keys;
 showSign();
 feed.open();

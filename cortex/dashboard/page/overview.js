@@ -25,6 +25,12 @@ export class Overview {
     this.draw();
   }
 
+  clear() {
+    this.points = [];
+    this.charts = [];
+    this.parent.replaceChildren();
+  }
+
   add(point) {
     this.points.push(point);
     if (this.points.length > this.slots) this.points.splice(0, this.points.length - this.slots);

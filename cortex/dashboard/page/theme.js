@@ -1,22 +1,25 @@
-// Before anything is drawn: the theme that was chosen here, or the system's.
+// What was chosen in this browser, before anything is drawn: the theme, or the system's; whether single keys do things.
 "use strict";
 
 (() => {
   const order = ["system", "light", "dark"];
-  const stored = () => { try { return localStorage.getItem("cortex-theme"); } catch { return null; } };
+  const stored = (name) => { try { return localStorage.getItem(name); } catch { return null; } };
+  const store = (name, value) => { try { localStorage.setItem(name, value); } catch { /* then it lasts as long as the page */ } };
   const apply = (theme) => {
     document.documentElement.dataset.theme = theme;
     const button = document.getElementById("theme");
     if (button) button.textContent = `Theme: ${theme}`;
   };
-  const current = () => { const theme = stored(); return order.includes(theme) ? theme : "system"; };
+  const current = () => { const theme = stored("cortex-theme"); return order.includes(theme) ? theme : "system"; };
   apply(current());
-  window.cortexTheme = {
-    next() {
+  window.cortexChoices = {
+    keys: stored("cortex-keys") !== "off",
+    setKeys(are) { this.keys = are; store("cortex-keys", are ? "on" : "off"); },
+    nextTheme() {
       const theme = order[(order.indexOf(document.documentElement.dataset.theme) + 1) % order.length];
-      try { localStorage.setItem("cortex-theme", theme); } catch { /* then it lasts as long as the page */ }
+      store("cortex-theme", theme);
       apply(theme);
     },
-    show: () => apply(document.documentElement.dataset.theme),
+    showTheme: () => apply(document.documentElement.dataset.theme),
   };
 })();
