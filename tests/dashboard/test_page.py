@@ -163,6 +163,15 @@ def test_a_node_is_drained_and_opened(opened: Page, nodes: dict[str, str]) -> No
     opened.until(f"document.querySelector('{card('gpu-3')} .pill').textContent === 'ready'")
 
 
+def test_a_configuration_that_is_not_in_force_is_told(opened: Page, gateway: Gateway, models: str) -> None:
+    file = gateway.folder / "models.toml"
+    file.write_text(models + "nonsense = 1\n")
+    opened.until("document.getElementById('notice').textContent.includes('nonsense')")
+    check_axe(opened)
+    file.write_text(models)
+    opened.until("document.getElementById('notice').hidden")
+
+
 def test_what_a_node_refuses_is_said(opened: Page) -> None:
     opened.run("import('/dashboard/acts.js').then((acts) => acts.load(document.createElement('button'), 'nobody', ''))")
     opened.until("document.querySelector('.toast.bad')?.textContent.includes('nobody')")

@@ -35,7 +35,7 @@ class Gateway:
     ) -> None:
         self.port = daemons.free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
+        self.folder = folder
         self._process: psutil.Process | None = None
         self._running = contextlib.ExitStack()
         endpoints = "".join(f'[[neurons]]\nname = "{name}"\nendpoint = "{url}"\n' for name, url in nodes.items())
@@ -50,7 +50,7 @@ class Gateway:
 
     def start(self) -> daemons.Daemon:
         """Serve, and return when every node has answered."""
-        config, log = str(self._folder / "cortex.toml"), self._folder / "cortex.log"
+        config, log = str(self.folder / "cortex.toml"), self.folder / "cortex.log"
         running = self._running.enter_context(
             daemons.daemon("cortex", "serve", "--config", config, port=self.port, log=log)
         )

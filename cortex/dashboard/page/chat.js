@@ -2,7 +2,7 @@
 
 import { toast } from "./acts.js";
 import { dialects, EXAMPLE_TOOL, readTools } from "./dialects.js";
-import { $, h, shown, text } from "./dom.js";
+import { $, h, text } from "./dom.js";
 import { frames } from "./events.js";
 import { count, seconds } from "./format.js";
 import { ask, complaint, key } from "./session.js";
@@ -166,7 +166,6 @@ export class Chat {
     text(answer.foot, failure || parts.join(" · "));
     answer.foot.classList.toggle("fault", Boolean(failure));
     answer.element.dataset.done = failure ? "failed" : "yes";
-    if (this.turns.length) answer.thinking.open = answer.thinking.open && !answer.text;
-    shown(answer.foot, true);
+    if (answer.text) answer.thinking.open = false; // its answer is what one reads now
   }
 }

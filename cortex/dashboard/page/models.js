@@ -43,8 +43,6 @@ class Placement {
       "tr", { "data-node": node }, h("th", { scope: "row" }, node), h("td", {}, this.pill, this.meter, this.error),
       this.devices, this.memory, this.running, this.used, h("td.acts", {}, this.pin, gone),
     );
-    this.model = model;
-    this.node = node;
   }
 
   update(status) {
@@ -67,7 +65,7 @@ class Model {
   constructor(id, store) {
     this.id = id;
     this.store = store;
-    const place = `places-${this.constructor.next++}`;
+    const place = `places-${Model.next++}`;
     this.pill = pill();
     this.meter = h("span.meter", { role: "progressbar", "aria-label": `Load of ${id}`, "aria-valuemin": 0, "aria-valuemax": 100 }, h("span"));
     this.also = h("span.also");
@@ -96,8 +94,6 @@ class Model {
     );
     this.detail.hidden = true;
     this.opened = false;
-    // Two rows, kept together.
-    this.element = this.row;
   }
 
   open(is) {
@@ -170,7 +166,7 @@ export class Models {
     this.body = $("models-rows");
   }
 
-  // Draw these models again, or all; `others` says that the list itself may have changed.
+  // Draw these models again, or all.
   update(ids = null) {
     const all = this.store.models();
     const known = all.length === this.views.size && all.every((id) => this.views.has(id));

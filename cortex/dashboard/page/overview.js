@@ -13,7 +13,7 @@ export class Overview {
     this.charts = [];
   }
 
-  // Begin with a history; `series` names the numbers of a point, `slots` is how many are kept.
+  // Begin with a history; `series` names the numbers of a point, `slots` is how many points are kept.
   begin(series, points, slots) {
     this.at = Object.fromEntries(series.map((name, index) => [name, index]));
     this.slots = slots;
