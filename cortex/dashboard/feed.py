@@ -19,6 +19,7 @@ from cortex.dashboard.journal import Entry, Journal
 from cortex.dashboard.rates import SERIES, Point, Rates
 from cortex.dashboard.view import Tree, catalogue_tree, difference, node_tree
 from cortex.errors import GatewayStoppedError
+from cortex.fleet.poller import tell_why
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Node
 from cortex.http_io import Exchange, stream
@@ -72,6 +73,7 @@ class Feed:
     def start(self) -> None:
         """Begin to look once a second."""
         self._task = asyncio.create_task(self._run(), name="dashboard")
+        self._task.add_done_callback(tell_why)
 
     def close(self) -> None:
         """Say goodbye to every viewer: this process is about to end, and must not wait for them."""

@@ -41,7 +41,7 @@ class Poller:
         for name in neurons.keys() - self._tasks.keys():
             self._wanted[name] = asyncio.Event()
             task = self._tasks[name] = asyncio.create_task(self._watch(name), name=f"poll {name}")
-            task.add_done_callback(_tell_why)
+            task.add_done_callback(tell_why)
 
     async def stop(self) -> None:
         """Stop and wait for the tasks."""
@@ -113,7 +113,7 @@ class Poller:
         return max(settings.interval_s, min(settings.max_backoff_s, settings.interval_s * 2.0 ** min(excess, 16)))
 
 
-def _tell_why(task: asyncio.Task[None]) -> None:
-    """Log what ended a watch that nobody stopped: its node would look the same for ever."""
+def tell_why(task: asyncio.Task[None]) -> None:
+    """Log what ended a task that nobody stopped: what it watches would look the same for ever."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.critical("%s ended", task.get_name(), exc_info=error)

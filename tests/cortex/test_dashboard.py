@@ -521,6 +521,8 @@ def test_a_ring_counts_everything_and_keeps_the_latest() -> None:
     assert [entry.id for entry in batch.entries] == [
         f"r{number}" for number in range(1000 - journal.NUM_SLOTS + 1, 1000)
     ]
+    one._ring.add(b'{"half', False)
+    assert one.read() == journal.Batch(requests=1)
     one.note(fields(1000) | {"model": "x" * 1000})
     batch = one.read()
     assert (batch.requests, batch.entries) == (1, [])  # too long to be listed, and counted all the same
