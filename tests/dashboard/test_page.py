@@ -233,6 +233,14 @@ def test_reasoning_and_calls_are_shown_in_every_dialect(opened: Page, dialect: i
     opened.run("document.getElementById('chat-clear').click()")
 
 
+def test_a_model_that_is_not_loaded_is_loaded_for_an_answer(opened: Page) -> None:
+    assert opened.text(f"{row('Gemma-3-27B')} .pill") == "available"
+    opened.run("document.getElementById('chat-clear').click()")
+    noted = watch_text(opened, ".turn.assistant .cost")
+    assert "Gemma-3-27B:2" in say(opened, "Gemma-3-27B", "tokens=3")
+    assert any(text.startswith("Loading the model, ") for text in noted())
+
+
 def test_an_answer_can_be_stopped_and_an_error_is_shown(opened: Page) -> None:
     load(opened, SLOW)
     opened.run(f"document.getElementById('chat-model').value = {json.dumps(SLOW)}")

@@ -40,6 +40,12 @@ class Answer {
     }
   }
 
+  // While a model is loaded for it, the gateway says in comments how far that is.
+  wait(comment) {
+    const [, percent] = /^loading .* (\d+)%$/.exec(comment) ?? [];
+    if (percent) text(this.foot, `Loading the model, ${percent} % …`);
+  }
+
   draw() {
     this.waiting = false;
     const { talk } = this;
@@ -143,7 +149,7 @@ export class Chat {
         headers: { "content-type": "application/json", ...(dialect.path === "v1/messages" && { "anthropic-version": "2023-06-01" }) },
       });
       if (!reply.ok) failure = await complaint(reply);
-      else for await (const frame of frames(reply)) dialect.read(frame, on);
+      else for await (const frame of frames(reply, { onComment: (said) => answer.wait(said) })) dialect.read(frame, on);
       if (!failure && !reason) failure = "The answer broke off.";
     } catch {
       if (abort.signal.aborted) reason = "stopped";

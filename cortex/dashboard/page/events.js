@@ -1,7 +1,7 @@
 // An event stream over fetch: EventSource sends no header, and a key does not belong in an address.
 
-// Yield {event, data} of a reply's body; `onBytes` is told of everything that arrives, comments too.
-export async function* frames(reply, onBytes = () => {}) {
+// Yield {event, data} of a reply's body; `onBytes` is told of everything that arrives, `onComment` what comments say.
+export async function* frames(reply, { onBytes = () => {}, onComment = () => {} } = {}) {
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   try {
@@ -17,7 +17,8 @@ export async function* frames(reply, onBytes = () => {}) {
         let event = "message";
         const data = [];
         for (const line of block.split("\n")) {
-          if (line.startsWith("event:")) event = line.slice(6).trim();
+          if (line.startsWith(":")) onComment(line.slice(1).trim());
+          else if (line.startsWith("event:")) event = line.slice(6).trim();
           else if (line.startsWith("data:")) data.push(line.slice(line[5] === " " ? 6 : 5));
         }
         if (data.length) yield { event, data: data.join("\n") };

@@ -55,7 +55,7 @@ export class Feed {
         return null;
       }
       if (!reply.ok) return await complaint(reply);
-      for await (const frame of frames(reply, () => { heard = performance.now(); })) {
+      for await (const frame of frames(reply, { onBytes: () => { heard = performance.now(); } })) {
         if (this.run !== run) return null;
         const data = JSON.parse(frame.data);
         if (frame.event === "whole") { this.pause = FIRST_PAUSE_MS; this.on.whole(data); this.on.state("live", data.version); }
