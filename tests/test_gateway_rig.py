@@ -38,7 +38,7 @@ def test_the_load_counts_what_the_mock_node_counts(node: int) -> None:
     assert streams["total_answers"] == 15
     assert streams["total_frames"] == streams["frames"] == 3000
     assert paced["total_frames"] == 20
-    assert 0.017 < paced["seconds"] < 2
+    assert 0.017 < paced["seconds"] < 30
     assert {key: after[key] - before[key] for key in ("requests", "streams", "frames", "cut")} == {
         "requests": 200 + 15 + 2,
         "streams": 17,
@@ -139,7 +139,7 @@ def test_cpu_time_is_of_the_whole_tree(tmp_path: pathlib.Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert len(server.processes()) == 2
-        assert 0.3 <= server.cpu_s() < 1.5
+        assert 0.3 <= server.cpu_s() < 3
     assert server.processes() == []
 
 
