@@ -96,7 +96,7 @@ def peer(name: str, program: str, command: Callable[[int, Sequence[int], pathlib
     """Return a gateway from PyPI."""
 
     def missing() -> str | None:
-        return None if (PEERS / "bin" / program).exists() else f"{PEERS / 'bin' / program} is not installed"
+        return None if (PEERS / "bin" / program).exists() else "make bench-gateway-peers has not installed it"
 
     return Gateway(name, command, missing, lambda: peer_version(name))
 

@@ -138,6 +138,7 @@ class Server:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._command = command
+        self._name = pathlib.Path(command[0]).name
         self._cores = pinned
         self._environment = {**os.environ, **(environment or {})}
         self.log = log
@@ -177,7 +178,7 @@ class Server:
         """Raise :class:`RunError` if the process has ended."""
         if self._running.poll() is not None:
             tail = self.log.read_text(errors="replace")[-2000:]
-            raise RunError(f"{self._command[0]} ended with status {self._running.returncode}:\n{tail}")
+            raise RunError(f"{self._name} ended with status {self._running.returncode}:\n{tail}")
 
     def cpu_s(self) -> float:
         """Return the CPU seconds of all processes."""
@@ -201,7 +202,7 @@ class Server:
             except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
                 if time.monotonic() > deadline:
                     tail = self.log.read_text(errors="replace")[-2000:]
-                    raise RunError(f"{self._command[0]} does not answer: {error}\n{tail}") from None
+                    raise RunError(f"{self._name} does not answer: {error}\n{tail}") from None
             time.sleep(0.1)
 
 
