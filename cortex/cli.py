@@ -35,7 +35,7 @@ KILL_MARGIN_S = 10
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = _parser()
+    parser = command_line()
     options = parser.parse_args(arguments)
     try:
         match options.command:
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """Return the command line."""
     parser = argparse.ArgumentParser(prog="cortex", description="A gateway in front of your own GPU hosts.")
     parser.add_argument(
         "--version", action="version", version=f"cortex {__version__}{f' ({COMMIT[:12]})' if COMMIT else ''}"
@@ -66,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="run the gateway")
     serve.add_argument("--config", metavar="FILE", help="cortex.toml (default: $CORTEX_CONFIG, ./ or /etc/cortex/)")
-    serve.add_argument("--listen", metavar="HOST:PORT")
-    serve.add_argument("--metrics-listen", metavar="HOST:PORT", help='"" serves no metrics')
+    serve.add_argument("--listen", metavar="HOST:PORT", help="where clients connect")
+    serve.add_argument("--metrics-listen", metavar="HOST:PORT", help='where Prometheus scrapes; "" serves no metrics')
     serve.add_argument("--workers", type=int, metavar="N", help="processes that accept connections")
     serve.add_argument("--check", action="store_true", help="check the configuration and exit")
 
@@ -126,6 +127,9 @@ def _run(config: "Config") -> int:
     handed_over = systemd.listen_fds()
     if len(handed_over) > 1:
         return _fail(f"{len(handed_over)} sockets were handed over; the gateway listens on one", EXIT_CONFIG)
+    if handed_over and (elsewhere := _differs(handed_over[0], host, port)):
+        reason = f"the socket that was handed over listens at {elsewhere}, and gateway.listen is {gateway.listen}"
+        return _fail(f"{reason}; make them the same (systemctl edit cortex.socket)", EXIT_CONFIG)
     if not handed_over:
         try:
             _try_to_bind(host, port)
@@ -181,6 +185,16 @@ def _listen_on(server: Any, fd: int) -> None:
         server._ssp, server._shd, server._sfd, server._sso = None, SocketHolder(fd, False, BACKLOG), fd, None  # type: ignore[call-arg]
 
     server._init_shared_socket = take
+
+
+def _differs(fd: int, host: str, port: int) -> str:
+    """Return the address of a socket if it is not the one that is configured; empty if it is."""
+    with socket.socket(fileno=os.dup(fd)) as given:
+        there, there_port = given.getsockname()[:2]
+    wanted = {address[4][0] for address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    everywhere = {"0.0.0.0", "::"}
+    is_same = there in wanted or (there in everywhere and bool(wanted & everywhere))
+    return "" if is_same and there_port == port else f"{there}:{there_port}"
 
 
 def _hang_up_workers(*signal_and_frame: object) -> None:

@@ -57,7 +57,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         command = add(name, help_text, _load if name == "load" else _unload)
         command.add_argument("model")
         command.add_argument("--node", default="", help="there only")
-    command.add_argument("--drain-timeout", type=float, default=30.0, metavar="SECONDS")
+    command.add_argument(
+        "--drain-timeout", type=float, default=30.0, metavar="SECONDS", help="how long running requests may take (30)"
+    )
     pin = add("pin", "keep a model loaded where it is, until its node is restarted (models.toml pins for good)", _pin)
     pin.add_argument("model")
     pin.add_argument("--node", default="", help="there only")

@@ -139,3 +139,12 @@ async def test_the_gateway_takes_the_socket_that_it_is_handed(tmp_path: pathlib.
             finally:
                 process.send_signal(signal.SIGTERM)
                 assert await asyncio.to_thread(process.wait, 15) == 0
+
+
+def test_a_socket_elsewhere_stops_the_start(tmp_path: pathlib.Path) -> None:
+    config = write_config(tmp_path, FakeNeuron(port=1), gateway='listen = "127.0.0.1:1"\nmetrics_listen = ""\n')
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        process = daemons.with_socket(listener, str(BIN / "cortex"), "serve", "--config", str(config))
+        assert process.wait(20) == 2

@@ -1,0 +1,148 @@
+"""What operators are given: manuals, completions, units, alert rules and the page of errors, held against the code."""
+
+import asyncio
+import importlib
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import httpx
+import pytest
+from fake_neuron import FakeNeuron
+from gateway_rig import free_port, rig
+
+from cortex.wire.errors import ApiError
+from cortex.wire.node import Device, DeviceKind, ModelState, ModelStatus, WorkerHealth, WorkerState
+from neuron import metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+PACKAGING = ROOT / "packaging"
+UNITS = sorted((PACKAGING / "systemd").iterdir())
+SUFFIXES = ("_bucket", "_sum", "_count", "_total", "_created", "")
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed; make test-ops installs it")
+    return found
+
+
+def run(*command: str, cwd: pathlib.Path | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_manuals_and_completions_are_those_of_the_commands() -> None:
+    spec = importlib.util.spec_from_file_location("command_line", PACKAGING / "command_line.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["command_line"] = module
+    spec.loader.exec_module(module)
+    for path, text in module.documents().items():
+        assert (PACKAGING / path).read_text() == text, f"{path} is old: python packaging/command_line.py"
+
+
+def test_alerts_are_about_metrics_that_there_are() -> None:
+    text = (PACKAGING / "prometheus" / "helexa.rules.yml").read_text()
+    named = set(re.findall(r"\b(?:cortex|neuron)_[a-z_]+\b(?=[{\[)\s]|$)", text))
+    known = {family.name for family in metrics.REGISTRY.collect()}
+    statuses = (ModelStatus("m", ModelState.READY),)
+    device = Device("cpu:0", DeviceKind.CPU, "a CPU", 2, 1)
+    rendered = metrics.render(statuses, (WorkerHealth("cpu:0", WorkerState.READY, 0),), (device,)).decode()
+    known |= set(re.findall(r"^# TYPE (\w+) ", rendered, re.MULTILINE))
+    text = asyncio.run(_scraped())
+    known |= set(re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE))
+    assert len(named) > 12
+    for name in named:
+        assert {name.removesuffix(suffix) for suffix in SUFFIXES} & known or name in known, name
+
+
+async def _scraped() -> str:
+    async with rig(FakeNeuron().ready("m")) as gateway, httpx.AsyncClient() as client:
+        port = free_port()
+        stop = gateway.gateway.metrics.serve("127.0.0.1", port)
+        try:
+            return (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+        finally:
+            stop()
+
+
+def test_every_code_of_an_error_is_explained() -> None:
+    for path in [*(ROOT / "cortex").rglob("*.py"), *(ROOT / "neuron").rglob("*.py")]:
+        if '\n    code = "' in path.read_text() and "triton_kernels" not in path.parts:  # an error's class
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+    def below(kind: type[ApiError]) -> set[str]:
+        return {kind.code}.union(*(below(narrower) for narrower in kind.__subclasses__()))
+
+    # Codes of this project's own classes; those that a test defines are not operators' business.
+    page = (ROOT / "docs" / "errors.md").read_text()
+    explained = set(re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE))
+    codes = {
+        code
+        for kind in _classes(ApiError)
+        if kind.__module__.startswith(("cortex.", "neuron."))
+        for code in {kind.code}
+    }
+    assert codes - explained == set(), "docs/errors.md does not explain these"
+    assert explained - below(ApiError) == set(), "docs/errors.md explains what there is not"
+
+
+def _classes(kind: type[ApiError]) -> set[type[ApiError]]:
+    return {kind}.union(*(_classes(narrower) for narrower in kind.__subclasses__()))
+
+
+# ------------------------------------------------------------------ with the tools that make test-ops installs
+
+
+@pytest.mark.ops
+def test_rules_and_their_unit_tests_hold() -> None:
+    folder = PACKAGING / "prometheus"
+    run(tool("promtool"), "check", "rules", "helexa.rules.yml", cwd=folder)
+    run(tool("promtool"), "check", "config", "--syntax-only", "prometheus.yml", cwd=folder)
+    run(tool("promtool"), "test", "rules", "helexa.rules.test.yml", cwd=folder)
+
+
+@pytest.mark.ops
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.suffix == ".service"], ids=lambda unit: unit.name)
+def test_units_are_sandboxed(unit: pathlib.Path) -> None:
+    shown = run(tool("systemd-analyze"), "security", "--offline=true", unit.name, cwd=unit.parent)
+    found = re.search(r"exposure level for \S+: ([\d.]+)", shown)
+    assert found is not None
+    assert float(found[1]) <= 3.0
+
+
+@pytest.mark.ops
+def test_units_are_valid(tmp_path: pathlib.Path) -> None:
+    bin_folder = pathlib.Path(sys.executable).parent
+    for unit in UNITS:
+        text = re.sub(r"^ExecStart=(\w+)", rf"ExecStart={bin_folder}/\1", unit.read_text(), flags=re.MULTILINE)
+        (tmp_path / unit.name).write_text(text)
+    assert run(tool("systemd-analyze"), "verify", "--man=no", *(f"./{unit.name}" for unit in UNITS), cwd=tmp_path) == ""
+
+
+@pytest.mark.ops
+def test_manuals_are_clean() -> None:
+    manuals = map(str, sorted((PACKAGING / "man").glob("*.1")))
+    assert run(tool("mandoc"), "-Tlint", "-W", "warning", *manuals) == ""
+
+
+@pytest.mark.ops
+@pytest.mark.parametrize(("shell", "pattern"), [("bash", "*.bash"), ("zsh", "_*"), ("fish", "*.fish")])
+def test_completions_parse(shell: str, pattern: str) -> None:
+    paths = sorted((PACKAGING / "completions").glob(pattern))
+    assert len(paths) == 2
+    for path in paths:
+        run(tool(shell), "-n", str(path))
+
+
+@pytest.mark.ops
+def test_specs_are_quiet() -> None:
+    specs = map(str, sorted((PACKAGING / "rpm").glob("*.spec")))
+    assert "0 errors" in run(tool("rpmlint"), "-c", str(PACKAGING / "rpm" / "rpmlint.toml"), *specs)
