@@ -119,7 +119,7 @@ def _serve(options: argparse.Namespace) -> int:
 def _run(config: "Config") -> int:
     """Run Granian until a signal ends it."""
     from granian import Granian
-    from granian.constants import Interfaces, Loops
+    from granian.constants import HTTPModes, Interfaces, Loops
     from granian.errors import ConfigurationError
 
     gateway = config.gateway
@@ -136,10 +136,11 @@ def _run(config: "Config") -> int:
         except OSError as error:
             return _fail(f"cannot listen at {gateway.listen}: {error.strerror or error}", EXIT_CONFIG)
     server = Granian(
-        "cortex.asgi:app",
+        "cortex.rsgi:app",
         address=host,
         port=port,
-        interface=Interfaces.ASGI,
+        interface=Interfaces.RSGI,
+        http=HTTPModes.http1,
         loop=Loops.uvloop,
         workers=gateway.workers,
         backlog=BACKLOG,

@@ -430,11 +430,10 @@ class _Relay:
             record.status, record.finish = UpstreamError.status, "failed"
 
 
-def request_id_of(headers: list[Header] | tuple[Header, ...]) -> str:
+def request_id_of(given: bytes | None) -> str:
     """Return the caller's ``x-request-id`` if it is fit to be logged and sent on, else a new one."""
-    for name, value in headers:
-        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
-            return value.decode()
+    if given is not None and REQUEST_ID.fullmatch(given):
+        return given.decode()
     return f"req_{secrets.token_hex(12)}"
 
 

@@ -216,7 +216,7 @@ class Gateway:
             receive,
             send,
             handle=self.handle,
-            new_request_id=lambda: request_id_of(()),
+            new_request_id=lambda: request_id_of(None),
             max_message_bytes=self._settings.gateway.max_body_bytes,
         ).serve()
 

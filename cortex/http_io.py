@@ -1,10 +1,12 @@
-"""One HTTP exchange over ASGI: bounded body, one reply or one stream, heartbeats, and the client that goes away.
+"""One HTTP exchange: bounded body, one reply or one stream, heartbeats, and the client that goes away.
 
-Both daemons answer through this. It knows neither routes nor dialects: what a heartbeat or an error looks like comes in
-as bytes. Rules of a stream: headers are held back for a moment so that an early failure keeps its HTTP status; after
-that they go out, and heartbeats fill every silence; a client that leaves ends the work behind its answer at once.
+Both daemons answer through this, over ASGI; a gateway also over RSGI (:mod:`cortex.rsgi_io`). It knows neither routes
+nor dialects: what a heartbeat or an error looks like comes in as bytes. Rules of a stream: headers are held back for a
+moment so that an early failure keeps its HTTP status; after that they go out, and heartbeats fill every silence; a
+client that leaves ends the work behind its answer at once.
 """
 
+import abc
 import asyncio
 from collections.abc import (
     AsyncGenerator,
@@ -48,14 +50,14 @@ class ClientDisconnectedError(Exception):
     """The client closed the connection before its answer was complete."""
 
 
-class Exchange:
-    """A request being answered. Not reusable; one coroutine writes to it."""
+class Exchange(abc.ABC):
+    """A request being answered. Not reusable; one coroutine writes to it. Each interface of a server has its own."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str) -> None:
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        self.query: bytes = scope.get("query_string", b"")
-        self.client: str = (scope.get("client") or ("", 0))[0]
+    def __init__(self, method: str, path: str, query: bytes, client: str, request_id: str) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.client = client
         """The address that the request comes from."""
         self.request_id = request_id
         self.owner = ""
@@ -64,6 +66,82 @@ class Exchange:
         """HTTP status sent, 0 before that."""
         self.is_last = False
         """Whether the answer says that no other will come on this connection."""
+
+    @abc.abstractmethod
+    def header(self, name: bytes) -> bytes | None:
+        """Return a request header by its lower-case name, or ``None``."""
+
+    @abc.abstractmethod
+    async def read_body(self, limit_bytes: int) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            BodyTooLargeError: it is longer than ``limit_bytes``; no more than that was kept.
+            ClientDisconnectedError: the client left while sending it.
+        """
+
+    @abc.abstractmethod
+    async def reply(
+        self, status: int, body: bytes, *, content_type: bytes = b"application/json", headers: Sequence[Header] = ()
+    ) -> None:
+        """Send a complete answer."""
+
+    @abc.abstractmethod
+    async def start_stream(self, headers: Sequence[Header] = ()) -> None:
+        """Send status 200 and the headers of an event stream."""
+
+    @abc.abstractmethod
+    async def write(self, data: bytes) -> None:
+        """Send some bytes of a started stream; return when the client may be sent more.
+
+        Raises:
+            ClientDisconnectedError: the client has gone, where that is seen here.
+        """
+
+    @abc.abstractmethod
+    async def finish(self) -> None:
+        """End a started stream."""
+
+    @abc.abstractmethod
+    def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
+        """Call ``tell`` when the client has gone; return what ends that. Call only after the body was read."""
+
+    def check_length(self, limit_bytes: int) -> int | None:
+        """Return how long the body is by its own account.
+
+        Raises:
+            BodyTooLargeError: that is more than ``limit_bytes``.
+        """
+        declared = self.header(b"content-length")
+        if declared is None or not declared.isdigit():
+            return None
+        if int(declared) > limit_bytes:
+            raise BodyTooLargeError(f"The request body has {int(declared)} bytes; at most {limit_bytes} are read.")
+        return int(declared)
+
+
+async def read_at_most(limit_bytes: int, pieces: AsyncIterator[bytes]) -> bytes:
+    """Return a body that comes in pieces.
+
+    Raises:
+        BodyTooLargeError: it is longer than ``limit_bytes``; no more than that was kept.
+    """
+    chunks: list[bytes] = []
+    size_bytes = 0
+    async for chunk in pieces:
+        size_bytes += len(chunk)
+        if size_bytes > limit_bytes:
+            raise BodyTooLargeError(f"The request body is longer than the {limit_bytes} bytes that are read.")
+        chunks.append(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+class AsgiExchange(Exchange):
+    """A request that came over ASGI."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str) -> None:
+        client = (scope.get("client") or ("", 0))[0]
+        super().__init__(scope["method"], scope["path"], scope.get("query_string", b""), client, request_id)
         self._raw_headers: Sequence[Header] = scope["headers"]
         self._receive = receive
         self._send = send
@@ -77,28 +155,18 @@ class Exchange:
         return None
 
     async def read_body(self, limit_bytes: int) -> bytes:
-        """Return the whole body.
+        """Return the whole body, as :class:`Exchange` says."""
+        self.check_length(limit_bytes)
+        return await read_at_most(limit_bytes, self._pieces())
 
-        Raises:
-            BodyTooLargeError: it is longer than ``limit_bytes``; no more than that was kept.
-            ClientDisconnectedError: the client left while sending it.
-        """
-        declared = self.header(b"content-length")
-        if declared is not None and declared.isdigit() and int(declared) > limit_bytes:
-            raise BodyTooLargeError(f"The request body has {int(declared)} bytes; at most {limit_bytes} are read.")
-        chunks: list[bytes] = []
-        size_bytes = 0
-        while True:
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        more = True
+        while more:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnectedError
-            chunk: bytes = message.get("body", b"")
-            size_bytes += len(chunk)
-            if size_bytes > limit_bytes:
-                raise BodyTooLargeError(f"The request body is longer than the {limit_bytes} bytes that are read.")
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            yield message.get("body", b"")
+            more = message.get("more_body", False)
 
     async def reply(
         self, status: int, body: bytes, *, content_type: bytes = b"application/json", headers: Sequence[Header] = ()
@@ -122,8 +190,24 @@ class Exchange:
         """End a started stream."""
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def disconnected(self) -> None:
-        """Return when the client has gone. Call only after the body was read."""
+    def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
+        """Call ``tell`` when the client has gone; return what ends that."""
+        watcher = asyncio.ensure_future(self._left())
+
+        def done(watcher: "asyncio.Future[None]") -> None:
+            if not watcher.cancelled():
+                watcher.exception()
+                tell()
+
+        watcher.add_done_callback(done)
+
+        def end() -> None:
+            watcher.remove_done_callback(done)
+            watcher.cancel()
+
+        return end
+
+    async def _left(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
@@ -136,7 +220,7 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-class SocketExchange(Exchange):
+class SocketExchange(AsgiExchange):
     """A turn on a WebSocket, as an exchange. ``said`` is what the connection remembers, conversations by response."""
 
     def __init__(
@@ -165,15 +249,12 @@ async def ended_by_disconnect(exchange: Exchange) -> AsyncIterator[None]:
     assert task is not None
     left = False
 
-    def leave(watcher: "asyncio.Future[None]") -> None:
+    def leave() -> None:
         nonlocal left
-        if not watcher.cancelled():
-            watcher.exception()
-            left = True
-            task.cancel()
+        left = True
+        task.cancel()
 
-    watcher = asyncio.ensure_future(exchange.disconnected())
-    watcher.add_done_callback(leave)
+    stop_watching = exchange.on_leave(leave)
     try:
         yield
     except asyncio.CancelledError:
@@ -182,8 +263,7 @@ async def ended_by_disconnect(exchange: Exchange) -> AsyncIterator[None]:
             raise ClientDisconnectedError from None
         raise
     finally:
-        watcher.remove_done_callback(leave)
-        watcher.cancel()
+        stop_watching()
         if left:
             task.uncancel()
 

@@ -43,6 +43,7 @@ from cortex.dialects.passthrough import (
     envelope_for,
 )
 from cortex.http_io import (
+    AsgiExchange,
     ClientDisconnectedError,
     Exchange,
     Header,
@@ -128,7 +129,7 @@ class Api:
         """Answer one request."""
         if scope["type"] != "http":
             return
-        exchange = Exchange(scope, receive, send, request_id="")
+        exchange = AsgiExchange(scope, receive, send, request_id="")
         given = exchange.header(b"x-request-id")
         exchange.request_id = given.decode("latin-1")[:128] if given else f"req_{secrets.token_hex(12)}"
         try:

@@ -60,9 +60,17 @@ class Server:
         return sums
 
 
+def granian(interface: str) -> list[str]:
+    """Return what serves the gateway in one of its interfaces."""
+    return ["granian", "--interface", interface, "--http", "1", "--loop", "uvloop", f"cortex.{interface}:app"]
+
+
+INTERFACES = pytest.mark.parametrize("interface", ["asgi", "rsgi"])
+
+
 @contextlib.asynccontextmanager
 async def server(
-    folder: pathlib.Path, *neurons: FakeNeuron, command: str = "granian", workers: int = 1, gateway: str = ""
+    folder: pathlib.Path, *neurons: FakeNeuron, command: str = "asgi", workers: int = 1, gateway: str = ""
 ) -> AsyncIterator[Server]:
     """Run a gateway as its users do, until the block is left; it must then end by itself on SIGTERM, with 0."""
     port, metrics_port, log = free_port(), free_port(), folder / "log"
@@ -71,12 +79,11 @@ async def server(
         folder, *neurons, models='[[models]]\nid = "cold"\nsource = "/w"\n', gateway=addresses + gateway
     )
     arguments = {
-        "granian": ["--interface", "asgi", "--port", str(port), "--workers", str(workers), "cortex.asgi:app"],
-        "cortex": ["serve", "--config", str(config), "--workers", str(workers)],
-    }[command]
+        "cortex": ["cortex", "serve", "--config", str(config), "--workers", str(workers)],
+    }.get(command, [*granian(command), "--port", str(port), "--workers", str(workers)])
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(BIN / command), *arguments],
+            [str(BIN / arguments[0]), *arguments[1:]],
             stdout=output,
             stderr=output,
             env={**os.environ, "CORTEX_CONFIG": str(config)},
@@ -107,9 +114,10 @@ async def server(
         assert status == 0, log.read_text()
 
 
-async def test_the_official_sdk_is_content(tmp_path: pathlib.Path) -> None:
+@INTERFACES
+async def test_the_official_sdk_is_content(tmp_path: pathlib.Path, interface: str) -> None:
     neuron = FakeNeuron().ready("m")
-    async with neuron.serving(), server(tmp_path, neuron) as gateway:
+    async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         sdk = openai.AsyncOpenAI(base_url=gateway.url + "/v1", api_key="none", max_retries=0)
         async with sdk as client:
             messages = [{"role": "user", "content": "Hi"}]
@@ -141,8 +149,9 @@ async def test_the_official_sdk_is_content(tmp_path: pathlib.Path) -> None:
                     pass
 
 
+@INTERFACES
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
-async def test_leaving_reaches_the_node_through_the_server(tmp_path: pathlib.Path, path: str) -> None:
+async def test_leaving_reaches_the_node_through_the_server(tmp_path: pathlib.Path, path: str, interface: str) -> None:
     begun = asyncio.Event()
     stream, after_first_byte = False, False
 
@@ -157,7 +166,7 @@ async def test_leaving_reaches_the_node_through_the_server(tmp_path: pathlib.Pat
         await asyncio.sleep(60)
 
     neuron = FakeNeuron(script=script).ready("m")
-    async with neuron.serving(), server(tmp_path, neuron) as gateway:
+    async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         for stream, after_first_byte in itertools.product((True, False), (True, False)):
             begun.clear()
             reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
@@ -185,7 +194,8 @@ async def in_flight_is(gateway: Server, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_two_hundred_clients_that_leave_at_random_leave_nothing(tmp_path: pathlib.Path) -> None:
+@INTERFACES
+async def test_two_hundred_clients_that_leave_at_random_leave_nothing(tmp_path: pathlib.Path, interface: str) -> None:
     dice = random.Random(3)
 
     async def script(asked: Asked, line: Line) -> None:
@@ -199,7 +209,7 @@ async def test_two_hundred_clients_that_leave_at_random_leave_nothing(tmp_path: 
         await line.end()
 
     neuron = FakeNeuron(script=script).ready("m")
-    async with neuron.serving(), server(tmp_path, neuron) as gateway:
+    async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         request = http_post("/v1/chat/completions", {"model": "m", "stream": True})
 
         async def one(patience_s: float) -> None:
@@ -225,7 +235,8 @@ async def test_two_hundred_clients_that_leave_at_random_leave_nothing(tmp_path: 
             assert (await client.post(gateway.url + "/v1/chat/completions", json={"model": "m"})).status_code == 200
 
 
-async def test_readers_that_stall_cost_a_bounded_amount(tmp_path: pathlib.Path) -> None:
+@INTERFACES
+async def test_readers_that_stall_cost_a_bounded_amount(tmp_path: pathlib.Path, interface: str) -> None:
     num_readers = 8
 
     async def flood(asked: Asked, line: Line) -> None:
@@ -234,7 +245,7 @@ async def test_readers_that_stall_cost_a_bounded_amount(tmp_path: pathlib.Path) 
             await line.chunk(chat_chunk({"content": "x" * 4000}))
 
     neuron = FakeNeuron(script=flood).ready("m")
-    async with neuron.serving(), server(tmp_path, neuron) as gateway:
+    async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         before = gateway.resident_bytes()
         request = http_post("/v1/chat/completions", {"model": "m", "stream": True})
         writers = []
@@ -271,9 +282,10 @@ async def test_several_workers_share_their_metrics_under_cortex_serve(tmp_path: 
         assert sums["cortex_nodes_up"] == 1
 
 
-async def test_several_workers_under_bare_granian(tmp_path: pathlib.Path) -> None:
+@INTERFACES
+async def test_several_workers_under_bare_granian(tmp_path: pathlib.Path, interface: str) -> None:
     neuron = FakeNeuron().ready("m")
-    async with neuron.serving(), server(tmp_path, neuron, workers=2) as gateway:
+    async with neuron.serving(), server(tmp_path, neuron, command=interface, workers=2) as gateway:
         async with httpx.AsyncClient() as client:
             for _ in range(4):
                 reply = await client.post(gateway.url + "/v1/chat/completions", json={"model": "m"})
@@ -282,7 +294,7 @@ async def test_several_workers_under_bare_granian(tmp_path: pathlib.Path) -> Non
         await until(lambda: gateway.log.read_text().count("metrics are not served by this worker") == 1)
 
 
-@pytest.mark.parametrize("command", ["granian", "cortex"])
+@pytest.mark.parametrize("command", ["asgi", "rsgi", "cortex"])
 async def test_sigterm_lets_a_stream_finish(tmp_path: pathlib.Path, command: str) -> None:
     go = asyncio.Event()
 
@@ -333,20 +345,20 @@ async def test_a_stream_that_does_not_end_is_told_after_the_drain_timeout(tmp_pa
         await until(lambda: neuron.num_left == 1)
 
 
-@pytest.mark.parametrize("command", ["granian", "cortex"])
+@pytest.mark.parametrize("command", ["asgi", "rsgi", "cortex"])
 def test_a_wrong_configuration_ends_the_server_with_its_reason(tmp_path: pathlib.Path, command: str) -> None:
     path = tmp_path / "cortex.toml"
     path.write_text("[gateway]\nlissten = 'x'\n")
-    arguments = ["--interface", "asgi", "cortex.asgi:app"] if command == "granian" else ["serve"]
+    arguments = ["cortex", "serve"] if command == "cortex" else [*granian(command), "--port", str(free_port())]
     done = subprocess.run(
-        [str(BIN / command), *arguments, *(["--port", str(free_port())] if command == "granian" else [])],
+        [str(BIN / arguments[0]), *arguments[1:]],
         capture_output=True,
         text=True,
         timeout=30,
         check=False,
         env={**os.environ, "CORTEX_CONFIG": str(path)},
     )
-    assert done.returncode == (1 if command == "granian" else 2)
+    assert done.returncode == (2 if command == "cortex" else 1)
     assert f"cortex: {path}: gateway.lissten: unknown key" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 

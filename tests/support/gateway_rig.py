@@ -28,7 +28,7 @@ from cortex.config import (
 from cortex.endpoints import request_id_of
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
-from cortex.http_io import Exchange
+from cortex.http_io import AsgiExchange
 
 QUICK = Polling(interval_s=0.05, timeout_s=3, max_backoff_s=0.2)  # a busy machine may hold everything up for a second
 PATIENT = Timeouts()
@@ -44,7 +44,8 @@ class Rig:
         self.gateway = gateway
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        exchange = Exchange(scope, receive, send, request_id=request_id_of(scope["headers"]))
+        given = dict(scope["headers"]).get(b"x-request-id")
+        exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
         await self.gateway.handle(exchange)
 
     def call(

@@ -1,0 +1,223 @@
+"""One HTTP exchange, or one WebSocket, over RSGI, Granian's own interface.
+
+Granian queues without limit whatever a stream is sent, so that a reader's pace has to be learnt elsewhere: a stream
+goes on while :class:`~cortex.reader_credit.Credit` lets it. It does not tell of a client's leaving unless it is asked,
+which costs more than most answers do; it is asked once an answer has taken a moment.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
+from typing import Any
+
+from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
+
+from cortex.endpoints import request_id_of
+from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header, read_at_most
+from cortex.reader_credit import Credit
+
+WATCH_AFTER_S = 0.02
+"""How long an answer takes before anybody asks whether its client is still there."""
+
+TextHeader = tuple[str, str]
+
+
+class RsgiExchange(Exchange):
+    """A request that came over RSGI."""
+
+    def __init__(self, scope: Any, protocol: Any) -> None:
+        headers = scope.headers
+        given = headers.get("x-request-id")
+        client = scope.client
+        super().__init__(
+            scope.method,
+            scope.path,
+            scope.query_string.encode(),
+            client.rpartition(":")[0].strip("[]"),
+            request_id_of(None if given is None else given.encode()),
+        )
+        self._scope = scope
+        self._headers = headers
+        self._protocol = protocol
+        self._transport: Any = None
+        self._credit: Credit | None = None
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return a request header by its lower-case name, or ``None``."""
+        value: str | None = self._headers.get(name.decode())
+        return None if value is None else value.encode()
+
+    async def read_body(self, limit_bytes: int) -> bytes:
+        """Return the whole body, as :class:`Exchange` says."""
+        declared = self.check_length(limit_bytes)
+        try:
+            if declared is not None:
+                body: bytes = await self._protocol()
+                return body
+            return await read_at_most(limit_bytes, self._pieces())
+        except ProtocolClosed:
+            raise ClientDisconnectedError from None
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        async for piece in self._protocol:
+            yield piece
+
+    async def reply(
+        self, status: int, body: bytes, *, content_type: bytes = b"application/json", headers: Sequence[Header] = ()
+    ) -> None:
+        """Send a complete answer."""
+        self.status = status
+        length = (b"content-length", b"%d" % len(body))
+        self._protocol.response_bytes(status, self._texts([(b"content-type", content_type), length, *headers]), body)
+
+    async def start_stream(self, headers: Sequence[Header] = ()) -> None:
+        """Send status 200 and the headers of an event stream."""
+        self.status = 200
+        self._transport = self._protocol.response_stream(200, self._texts([*STREAM_HEADERS, *headers]))
+        self._credit = Credit(self._scope.client, self._scope.server, is_tls=self._scope.scheme == "https")
+
+    async def write(self, data: bytes) -> None:
+        """Send some bytes of a started stream."""
+        assert self._credit is not None
+        try:
+            await self._transport.send_bytes(data)
+        except ProtocolClosed:
+            raise ClientDisconnectedError from None
+        if self._credit.spend(len(data)):
+            await self._credit.more()
+
+    async def finish(self) -> None:
+        """End a started stream."""
+        self._transport = None  # the end of the body is that nobody can write any more
+
+    def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
+        """Call ``tell`` when the client has gone; return what ends that."""
+        return _watches().begin(self._protocol, tell)
+
+    def _texts(self, headers: Sequence[Header]) -> list[TextHeader]:
+        id = self.request_id
+        texts = [*((name.decode(), _text(value)) for name, value in headers), ("x-request-id", id), ("request-id", id)]
+        if self.is_last:
+            texts.append(("connection", "close"))
+        return texts
+
+
+def _text(value: bytes) -> str:
+    """Return a header's value without what Granian would panic at: a node chooses the type of its answers."""
+    text = value.decode("latin-1")
+    return text if text.isascii() and text.isprintable() else "".join(c for c in text if " " <= c <= "~")
+
+
+class _Watch:
+    """Who wants to hear of a client's leaving."""
+
+    __slots__ = ("_future", "_protocol", "_tell")
+
+    def __init__(self, protocol: Any, tell: Callable[[], None]) -> None:
+        self._protocol = protocol
+        self._tell: Callable[[], None] | None = tell
+        self._future: Any = None
+
+    def end(self) -> None:
+        """Hear of it no more."""
+        self._tell = None
+        if self._future is not None:
+            self._future.cancel()
+
+    def ask(self) -> None:
+        """Have the server tell."""
+        if self._tell is None:
+            return
+        future = self._protocol.client_disconnect()
+        if asyncio.isfuture(future):
+            self._future = future
+            future.add_done_callback(self._hear)
+        else:  # it has gone already
+            self._hear(future)
+
+    def _hear(self, future: Any) -> None:
+        tell, self._tell = self._tell, None
+        if tell is not None:
+            tell()
+
+
+class _Watches:
+    """Those of a loop whose answers are still young; one timer for all of them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._young: list[_Watch] = []
+        self._older: list[_Watch] = []
+        self._is_timed = False
+
+    def begin(self, protocol: Any, tell: Callable[[], None]) -> Callable[[], None]:
+        """Watch from soon on; return what ends it."""
+        watch = _Watch(protocol, tell)
+        self._young.append(watch)
+        if not self._is_timed:
+            self._is_timed = True
+            self.loop.call_later(WATCH_AFTER_S / 2, self._look)
+        return watch.end
+
+    def _look(self) -> None:
+        for watch in self._older:
+            watch.ask()
+        self._older, self._young = self._young, []
+        self._is_timed = bool(self._older)
+        if self._is_timed:
+            self.loop.call_later(WATCH_AFTER_S / 2, self._look)
+
+
+_known: _Watches | None = None
+
+
+def _watches() -> _Watches:
+    global _known
+    loop = asyncio.get_running_loop()
+    if _known is None or _known.loop is not loop:
+        _known = _Watches(loop)
+    return _known
+
+
+class RsgiSocket:
+    """A WebSocket as the messages that ASGI has for one, which is what its endpoint speaks."""
+
+    def __init__(self, scope: Any, protocol: Any) -> None:
+        self.scope: MutableMapping[str, Any] = {
+            "type": "websocket",
+            "path": scope.path,
+            "query_string": scope.query_string.encode(),
+            "headers": [(name.encode(), value.encode()) for name, value in scope.headers.items()],
+            "client": (scope.client.rpartition(":")[0].strip("[]"), 0),
+        }
+        self._protocol = protocol
+        self._transport: Any = None
+        self._is_asked = False
+        self._turn = asyncio.Lock()
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """Return the next message."""
+        if not self._is_asked:
+            self._is_asked = True
+            return {"type": "websocket.connect"}
+        try:
+            message = await self._transport.receive()
+        except ProtocolClosed:
+            return {"type": "websocket.disconnect"}
+        if message.kind == 0:
+            return {"type": "websocket.disconnect"}
+        return {"type": "websocket.receive", "text" if message.kind == 2 else "bytes": message.data}
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Take one message. Those of several turns wait for each other: Granian takes one at a time."""
+        match message["type"]:
+            case "websocket.accept":
+                self._transport = await self._protocol.accept()
+            case "websocket.send":
+                async with self._turn:
+                    try:
+                        await self._transport.send_str(message["text"])
+                    except ProtocolClosed:
+                        return  # as over ASGI: that the client has left is received, not sent
+            case "websocket.close":
+                async with self._turn:
+                    self._protocol.close(message.get("code") if self._transport is not None else 403)
