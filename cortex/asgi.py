@@ -31,7 +31,7 @@ class Application:
         if scope["type"] == "http":
             given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
             exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
-            await self._worker.handle(exchange, may_be_last=scope["http_version"] != "2")
+            await self._worker.handle(exchange, may_be_last=scope.get("http_version") != "2")
         elif scope["type"] == "websocket":
             await self.gateway.handle_socket(scope, receive, send)
         elif scope["type"] == "lifespan":
