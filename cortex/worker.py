@@ -46,7 +46,7 @@ class Worker:
         await self._gateway.start()
         reloader.start()
         ports = [split_address(gateway.metrics_listen)[1]] if gateway.metrics_listen else []
-        self._ending = Ending(gateway.drain_timeout_s, ports, self._gateway.end_requests)
+        self._ending = Ending(gateway.drain_timeout_s, ports, self._gateway.end_requests, self._gateway.prepare_to_stop)
         self._ending.listen_to_signals()
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)
