@@ -1,4 +1,4 @@
-"""``app``: the gateway as an RSGI application, Granian's own interface, which costs a third less than ASGI a request.
+"""``app``: the gateway as an RSGI application, Granian's own interface, which costs less a request than ASGI.
 
 ``cortex serve`` runs this one; by hand it is ``granian --interface rsgi --http 1 --loop uvloop cortex.rsgi:app``. What
 is answered is what :mod:`cortex.asgi` answers. Over HTTP/2 it answers nothing: several streams share a connection
