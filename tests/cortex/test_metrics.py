@@ -12,6 +12,7 @@ from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, error
 from gateway_rig import free_port, rig, until
 from prometheus_client.parser import text_string_to_metric_families
 
+from cortex.access.keys import KeyRing
 from cortex.config import ModelProfile
 from cortex.logs import JsonFormatter, LogFormat, TextFormatter
 from cortex.wire.node import ModelState
@@ -160,3 +161,36 @@ def test_text_lines_quote_what_would_break_them() -> None:
     record.fields = {"id": 'a b="c"', "model": "", "x": 1.23456}
     assert TextFormatter().format(record).endswith('request id="a b=\\"c\\"" model="" x=1.235')
     assert LogFormat.JSON.value == "json"
+
+
+async def test_counters_of_a_node_and_a_model_that_are_gone_leave_the_scrape_and_come_back() -> None:
+    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("n")
+    async with rig(first, second) as gateway:
+        assert (await gateway.chat(model="m").end()).status == 200
+        assert (await gateway.chat(model="n").end()).status == 200
+        await gateway.call("GET", "/v1/nothing").end()
+        port = free_port()
+        stop = gateway.gateway.metrics.serve("127.0.0.1", port)
+        before = gateway.gateway._settings
+        try:
+
+            async def labels() -> set[tuple[str, str]]:
+                async with httpx.AsyncClient() as client:
+                    text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+                samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+                rows = [(s.name, *sorted(s.labels.items())) for s in samples]
+                assert len(rows) == len(set(rows))
+                assert ("cortex_rejected_requests_total", ("status", "404")) in rows
+                found = {(s.labels["node"], s.labels["model"]) for s in samples if {"node", "model"} <= s.labels.keys()}
+                return found | {(s.labels["node"], "") for s in samples if s.labels.keys() == {"node"}}
+
+            everything = {("a", "m"), ("b", "n"), ("a", ""), ("b", "")}
+            assert await labels() == everything
+            settings = msgspec.structs.replace(before, neurons=before.neurons[:1])
+            gateway.gateway.reconfigure(settings, gateway.gateway._offered, KeyRing())
+            assert await labels() == {("a", "m"), ("a", "")}
+            gateway.gateway.reconfigure(before, gateway.gateway._offered, KeyRing())
+            await until(lambda: "n" in gateway.gateway.fleet.state.known)
+            assert await labels() == everything
+        finally:
+            stop()

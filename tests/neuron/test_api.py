@@ -23,6 +23,7 @@ from cortex.wire.node import LoadRequest
 from cortex.wire.request import InferenceRequest
 from neuron.api import Api
 from neuron.config import Config, DaemonSettings
+from neuron.metrics import RequestRecord
 from neuron.service import Service
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -398,6 +399,31 @@ def test_metrics_parse_and_count() -> None:
         ]
 
     with_api(story, ScriptedHarness())
+
+
+def test_no_series_is_there_twice_or_outlives_its_model() -> None:
+    """Also where a request ends after its model was unloaded, and so counts itself anew."""
+
+    async def story(api: Api, service: Service) -> None:
+        async def models() -> set[str]:
+            text = (await ask(api, "GET", "/metrics")).body.decode()
+            samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+            rows = [(s.name, *sorted(s.labels.items())) for s in samples]
+            assert len(rows) == len(set(rows))
+            return {s.labels["model"] for s in samples if s.labels.get("model") and "state" not in s.labels}
+
+        assert await models() == set()
+        await ask(api, "POST", "/models/load", {"id": "m", "source": "/"})
+        await ask(api, "POST", "/v1/chat/completions", CHAT)
+        assert await models() == {"m"}
+        late = RequestRecord("req_late", "openai-chat")
+        late.model = "m"
+        await ask(api, "POST", "/models/unload", {"id": "m"})
+        assert await models() == set()
+        late.close(200)
+        assert await models() == set()
+
+    with_api(story, ScriptedHarness(), load=False)
 
 
 def test_the_sdk_raises_its_own_error_types() -> None:
