@@ -57,8 +57,9 @@ async def test_first_token_is_not_first_byte_and_duration_is_to_the_end() -> Non
         elapsed = time.perf_counter() - started
         first = gateway.metric("cortex_time_to_first_token_seconds_sum", **LABELS)
         total = gateway.metric("cortex_request_duration_seconds_sum", **LABELS)
-        assert sum(pauses[:2]) <= first <= elapsed - pauses[2]
-        assert sum(pauses) <= total <= elapsed
+        early = 0.005  # a loop's timers are as exact as its clock, and may go off a moment before their time
+        assert sum(pauses[:2]) - early <= first <= elapsed - pauses[2] + early
+        assert sum(pauses) - early <= total <= elapsed
         speed = gateway.metric("cortex_tokens_per_second_sum", **LABELS)
         assert speed == pytest.approx(1 / (total - first), rel=0.05), "one more token after the first"
 
