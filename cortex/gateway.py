@@ -71,7 +71,7 @@ class Gateway:
             settings,
             offered,
             on_retry=self.metrics.note_retry,
-            on_in_flight=lambda node, count: self.metrics.in_flight.labels(node).set(count),
+            on_in_flight=self.metrics.note_in_flight,
             on_load=lambda model, succeeded: self.metrics.loads.labels(model, "ok" if succeeded else "failed").inc(),
         )
         self._settings, self._offered = settings, offered

@@ -4,6 +4,7 @@ A record's fields come in ``extra={"fields": {...}}``; its message is the line's
 mean is not known here.
 """
 
+import functools
 import logging
 import sys
 import time
@@ -87,8 +88,13 @@ def server_settings(log_format: LogFormat) -> Mapping[str, Any]:
 
 
 def _timestamp(record: logging.LogRecord) -> str:
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    return f"{seconds}.{int(record.msecs):03d}Z"
+    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
+
+
+@functools.lru_cache(maxsize=4)
+def _second(second: int) -> str:
+    """Return the time of a second, which many lines share."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def _text(value: object) -> str:

@@ -85,6 +85,8 @@ class Series:
     first_token_s: Histogram
     duration_s: Histogram
     tokens_per_s: Histogram
+    requests: dict[int, Counter]
+    """By status, as they come."""
 
 
 class _FleetCollector(Collector):
@@ -152,6 +154,7 @@ class Metrics:
         self._fleet = fleet
         self._retry_codes: set[str] = set()
         self._series: dict[tuple[str, str, str], Series] = {}
+        self._in_flight_of: dict[str, Gauge] = {}
         self.on_finished: Callable[[Mapping[str, object]], None] = lambda fields: None
         """Told of each finished request, by the fields of its log line."""
         labels = ("model", "node", "dialect")
@@ -225,8 +228,25 @@ class Metrics:
                 self.first_token_s.labels(*labels),
                 self.duration_s.labels(*labels),
                 self.tokens_per_s.labels(*labels),
+                {},
             )
         return found
+
+    def note_request(self, model: str, node: str, dialect: str, status: int) -> Series:
+        """Count a request that has ended; return what else is counted of it."""
+        series = self.series(model, node, dialect)
+        counter = series.requests.get(status)
+        if counter is None:
+            counter = series.requests[status] = self.requests.labels(model, node, dialect, status)
+        counter.inc()
+        return series
+
+    def note_in_flight(self, node: str, count: int) -> None:
+        """Note how many requests a node has of this process."""
+        gauge = self._in_flight_of.get(node)
+        if gauge is None:
+            gauge = self._in_flight_of[node] = self.in_flight.labels(node)
+        gauge.set(count)
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Serve all workers' metrics if this one is the first to bind the port; return what stops that."""

@@ -71,8 +71,7 @@ class Record:
         """Count the request and write its line."""
         now = time.perf_counter()
         total_s = now - self.started_at
-        series = metrics.series(self.model, self.node, self.dialect)
-        metrics.requests.labels(self.model, self.node, self.dialect, self.status).inc()
+        series = metrics.note_request(self.model, self.node, self.dialect, self.status)
         series.duration_s.observe(total_s)
         fields: dict[str, object] = {
             "id": self.request_id,

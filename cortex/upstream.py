@@ -234,6 +234,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
         if self._response is None:
             return
         name = self._pool.name
@@ -293,23 +296,28 @@ class _Connection(asyncio.Protocol):
     # ------------------------------------------------------------
 
     def _finish(self, error: ApiError | None) -> None:
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-            self._watchdog = None
         response, self._response = self._response, None
         if response is not None:
             response.ended(error)
 
     def _watch(self, limit_s: float) -> None:
-        """Give the node ``limit_s`` of silence from now on."""
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        """Give the node ``limit_s`` of silence from now on.
+
+        A timer that is set stays, from one request to the next, if it is early enough: it looks at a clock.
+        """
         self._limit_s = limit_s
-        self._active_at = self._loop.time()
+        self._active_at = now = self._loop.time()
+        if self._watchdog is not None:
+            if self._watchdog.when() <= now + limit_s:
+                return
+            self._watchdog.cancel()
         self._watchdog = self._loop.call_later(limit_s, self._look)
 
     def _look(self) -> None:
         """Fail the response if the node has been silent; else look again when it could have been."""
+        self._watchdog = None
+        if self._response is None:
+            return
         now = self._loop.time()
         if self._paused:
             self._active_at = now
@@ -317,7 +325,6 @@ class _Connection(asyncio.Protocol):
         if silent_s < self._limit_s:
             self._watchdog = self._loop.call_later(self._limit_s - silent_s, self._look)
             return
-        self._watchdog = None
         what = "stopped in the middle of its answer" if self._in_body else "did not answer"
         self.fail(UpstreamTimeoutError(f"{self._pool.name} {what}: no byte for {self._limit_s:g} s."))
 
