@@ -1,0 +1,104 @@
+"""A node whose bytes are split, delayed and broken off at random, against a slow and obvious reading of them."""
+
+import asyncio
+import json
+import random
+from dataclasses import dataclass
+
+import pytest
+from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, chat_chunk
+from gateway_rig import Rig, rig
+
+from cortex.config import BreakerSettings
+from cortex.dialects.passthrough import COMMENT
+
+NUM_STREAMS = 80
+AT_ONCE = 16
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass
+class Story:
+    """What one connection is sent, in which pieces, and how it ends."""
+
+    pieces: list[bytes]
+    delays_s: list[float]
+    is_reset: bool
+
+    @classmethod
+    def of(cls, seed: int) -> "Story":
+        dice = random.Random(seed)
+        texts = [dice.choice(["a", "\\n\\n", "data: [DONE]", "é" * 40, "x" * 1500]) for _ in range(dice.randrange(15))]
+        frames = [CHAT_STREAM[0], *(chat_chunk({"content": text}) for text in texts), *CHAT_STREAM[3:]]
+        chunks = split(b"".join(frames), dice, 1 + dice.randrange(400))
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        wire = head + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+        if dice.random() < 0.6:
+            wire = wire[: dice.randrange(1, len(wire))]
+        pieces = split(wire, dice, dice.choice([10, 100, 1000, 100_000]))
+        return cls(pieces, [dice.choice([0, 0, 0, 0.001]) for _ in pieces], dice.random() < 0.3)
+
+
+def split(data: bytes, dice: random.Random, most: int) -> list[bytes]:
+    pieces = []
+    while data:
+        size = dice.randint(1, most)
+        pieces.append(data[:size])
+        data = data[size:]
+    return pieces
+
+
+def read_slowly(wire: bytes) -> bytes:
+    """Return the whole frames that a connection's bytes hold."""
+    _, _, rest = wire.partition(b"\r\n\r\n")
+    body = b""
+    while b"\r\n" in rest:
+        size, _, rest = rest.partition(b"\r\n")
+        body += rest[: int(size, 16)]
+        rest = rest[int(size, 16) + 2 :]
+    return body[: body.rfind(b"\n\n") + 2] if b"\n\n" in body else b""
+
+
+@pytest.mark.parametrize("first_seed", [0, 1000])
+async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int) -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        story = Story.of(json.loads(asked.body)["seed"])
+        for piece, delay_s in zip(story.pieces, story.delays_s, strict=True):
+            await line.send(piece)
+            await asyncio.sleep(delay_s)
+        if story.is_reset:
+            line.reset()
+        else:
+            line.cut()
+
+    async def one(gateway: Rig, seed: int) -> str:
+        story = Story.of(seed)
+        frames = read_slowly(b"".join(story.pieces))
+        async with turns:
+            call = await gateway.chat(stream=True, seed=seed).end()
+        if call.status != 200:  # nothing had gone out: the error has a status, and the frames are not half there
+            assert call.json()["error"]["code"], seed
+            assert story.is_reset or not frames, seed
+            return "error"
+        body = call.body.replace(COMMENT, b"")
+        assert call.complete, seed
+        if DONE in body:
+            assert body == frames or (story.is_reset and frames.startswith(body)), seed
+            return "whole"
+        *_, last, rest = body.split(b"\n\n")
+        assert not rest, seed
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"], seed
+        passed = body[: len(body) - len(last) - 2]
+        assert frames.startswith(passed), seed
+        assert DONE not in frames or story.is_reset, seed
+        assert story.is_reset or passed == frames, seed
+        return "broken"
+
+    turns = asyncio.Semaphore(AT_ONCE)
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron, breaker=BreakerSettings(failures=10**6)) as gateway:
+        seeds = range(first_seed, first_seed + NUM_STREAMS)
+        outcomes = await asyncio.gather(*(one(gateway, seed) for seed in seeds))
+        assert gateway.in_flight == 0
+    for outcome in ("whole", "broken", "error"):
+        assert outcomes.count(outcome) >= NUM_STREAMS // 40, outcomes
