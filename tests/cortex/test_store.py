@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import pathlib
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -117,6 +118,20 @@ async def test_a_file_that_is_something_else(tmp_path: pathlib.Path) -> None:
     made = SqliteStore(str(tmp_path / "r.db"), ttl_s=1, max_bytes=1024)
     with pytest.raises(StoreError, match="not a database"):
         await made.open()
+    await made.close()
+
+
+async def test_a_worker_that_starts_while_another_makes_the_file_waits_for_it(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "r.db"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("CREATE TABLE t (x)")
+    other.execute("BEGIN IMMEDIATE")
+    made = SqliteStore(str(path), ttl_s=1, max_bytes=1024)
+    opening = asyncio.ensure_future(made.open())
+    assert not (await asyncio.wait({opening}, timeout=0.1))[0]
+    other.execute("ROLLBACK")
+    other.close()
+    await opening
     await made.close()
 
 
