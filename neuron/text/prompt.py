@@ -2,8 +2,8 @@
 
 Templates mostly take one leading system message, arguments of tool calls as objects, and text as strings: that is made
 so before rendering. Where a template knows nothing of tools, the tools and calls are written into the messages in the
-``<tool_call>`` form that :mod:`neuron.text.tools` reads back. A template that fails is an error, never a retry with
-less.
+``<tool_call>`` form that :mod:`neuron.text.tools` reads back. A template that refuses two turns of one role in a row is
+given them as one. One that fails is an error, never a retry with less.
 """
 
 import dataclasses
@@ -22,6 +22,9 @@ from neuron.errors import NoTemplateError, TemplateError
 from neuron.text.reasoning import ReasoningTags
 from neuron.text.tokenizer import TextFiles
 from neuron.text.tools import MARKERS, form_of
+
+_TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a template raises of itself, or what it does with a conversation it was not written for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,20 +96,32 @@ class PromptFormat:
         messages = list(request.messages)
         if not self.renders_tools:
             messages = _write_tools_as_text(messages, tools)
+        tools_seen = [_tool_schema(tool) for tool in tools] if tools and self.renders_tools else None
         arguments: dict[str, Any] = {**self._files.special_tokens, **request.template_arguments}
         if request.thinking is not None:
             arguments.setdefault("enable_thinking", request.thinking)
+        turns = _one_system_message(messages)
         try:
-            return self._template.render(
-                messages=[_as_template_sees(message) for message in _one_system_message(messages)],
-                tools=[_tool_schema(tool) for tool in tools] if tools and self.renders_tools else None,
-                add_generation_prompt=True,
-                **arguments,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            try:
+                return self._rendered(turns, tools_seen, arguments)
+            except _TEMPLATE_FAILURES:
+                joined = _one_turn_each(turns)
+                if len(joined) == len(turns):
+                    raise
+                return self._rendered(joined, tools_seen, arguments)
+        except _TEMPLATE_FAILURES as error:
             # A template is a program of the model's author: what it raises is about the conversation.
             with_tools = " with tools" if tools else ""
             raise TemplateError(f"The chat template of '{request.model}' failed{with_tools}: {error}.") from error
+
+    def _rendered(self, turns: Sequence[Message], tools: Sequence[Any] | None, arguments: Mapping[str, Any]) -> str:
+        assert self._template is not None
+        return self._template.render(
+            messages=[_as_template_sees(message) for message in turns],
+            tools=tools,
+            add_generation_prompt=True,
+            **arguments,
+        )
 
 
 def _one_system_message(messages: Sequence[Message]) -> list[Message]:
@@ -115,6 +130,24 @@ def _one_system_message(messages: Sequence[Message]) -> list[Message]:
     others = [message for message in messages if message.role is not Role.SYSTEM]
     merged = "\n\n".join(text for text in system if text)
     return [Message(Role.SYSTEM, merged), *others] if merged else others
+
+
+def _one_turn_each(messages: Sequence[Message]) -> list[Message]:
+    """Join turns of one role that follow one another; results of tools stay apart, as each answers its own call."""
+    joined: list[Message] = []
+    for message in messages:
+        before = joined[-1] if joined else None
+        if before is None or before.role is not message.role or message.role is Role.TOOL:
+            joined.append(message)
+            continue
+        joined[-1] = Message(
+            message.role,
+            "\n\n".join(text for text in (_text(before), _text(message)) if text),
+            (*before.tool_calls, *message.tool_calls),
+            name=before.name,
+            reasoning="\n\n".join(text for text in (before.reasoning, message.reasoning) if text) or None,
+        )
+    return joined
 
 
 def _as_template_sees(message: Message) -> dict[str, Any]:
