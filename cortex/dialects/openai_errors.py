@@ -5,12 +5,14 @@ SDKs choose their exception by the HTTP status; clients then read ``code``, whic
 
 import msgspec
 
-from cortex.wire.errors import ErrorInfo
+from cortex.wire.errors import ContextLengthError, ErrorInfo
 
 _QUOTA_CODE = "insufficient_quota"
 
-# What ``response.error.code`` may be (openai 3.54, of those that can arise here); strict clients accept no other.
-_RESPONSE_CODES = frozenset({"server_error", "rate_limit_exceeded", "invalid_prompt"})
+# What ``response.error.code`` may be, of those that can arise here: openai 3.54's list, and the code by which agents
+# compact. That is not on the list, but a long prompt takes so long to count that the error comes after the headers, and
+# ``invalid_prompt`` tells an agent nothing to do. The SDKs raise on the ``error`` event before, and never look.
+_RESPONSE_CODES = frozenset({"server_error", "rate_limit_exceeded", "invalid_prompt", ContextLengthError.code})
 
 
 class _Error(msgspec.Struct, frozen=True):
@@ -48,7 +50,7 @@ def error_body(error: ErrorInfo) -> bytes:
 
 
 def response_error_code(error: ErrorInfo) -> str:
-    """Return the ``code`` of a failed response: one of OpenAI's list, by the status where the error's own is not."""
+    """Return the ``code`` of a failed response: one that clients know, by the status where the error's own is not."""
     if error.code in _RESPONSE_CODES:
         return error.code
     if error.status == 429:

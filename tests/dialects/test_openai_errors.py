@@ -10,7 +10,8 @@ from cortex.wire.errors import ErrorInfo
 @pytest.mark.parametrize(
     ("status", "code", "type", "response_code"),
     [
-        (400, "context_length_exceeded", "invalid_request_error", "invalid_prompt"),
+        (400, "context_length_exceeded", "invalid_request_error", "context_length_exceeded"),
+        (400, "invalid_value", "invalid_request_error", "invalid_prompt"),
         (401, "invalid_api_key", "authentication_error", "invalid_prompt"),
         (403, "forbidden", "permission_error", "invalid_prompt"),
         (404, "model_not_found", "invalid_request_error", "invalid_prompt"),
