@@ -1,15 +1,18 @@
 """OpenAI Chat Completions: a body of ``/v1/chat/completions`` to an ``InferenceRequest``.
 
 Its answers are made by :mod:`cortex._fast.chat_stream` and :mod:`cortex.dialects.openai_chat_reply`. Accepted without
-effect: ``user``, ``metadata``, ``store``, ``service_tier``, ``prompt_cache_key``, ``safety_identifier``, ``verbosity``.
+effect: ``user``, ``metadata``, ``store``, ``service_tier``, ``prompt_cache_key``, ``safety_identifier``, ``verbosity``,
+and tools that are no functions (``web_search``, ``custom``, ...), which clients send to every server: the model is
+offered the others.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from cortex.dialects import openai_fields as fields
-from cortex.wire.errors import InvalidRequestError
+from cortex.wire.errors import InvalidRequestError, MissingParameterError
 from cortex.wire.request import (
     InferenceRequest,
     Message,
@@ -17,6 +20,7 @@ from cortex.wire.request import (
     Part,
     Role,
     TextPart,
+    Tool,
     ToolCall,
     ToolChoice,
     ToolMode,
@@ -70,8 +74,8 @@ class _MessageBody(msgspec.Struct):
 
 
 class _ToolBody(msgspec.Struct):
-    function: fields.FunctionBody
-    type: Literal["function"] = "function"
+    function: fields.FunctionBody | None = None
+    type: str = "function"
 
 
 class _NamedFunction(msgspec.Struct):
@@ -150,11 +154,12 @@ def decode(body: bytes) -> ChatCall:
     wants_logprobs = bool(parsed.logprobs)
     if parsed.top_logprobs is not None and not wants_logprobs:
         raise InvalidRequestError("Invalid 'top_logprobs': it needs 'logprobs' to be true.", param="top_logprobs")
+    tools = tuple(_tools(parsed.tools or ()))
     request = InferenceRequest(
         model=parsed.model,
         messages=tuple(_message(message, i) for i, message in enumerate(parsed.messages)),
-        tools=tuple(tool.function.tool() for tool in parsed.tools or ()),
-        tool_choice=_tool_choice(parsed),
+        tools=tools,
+        tool_choice=_tool_choice(parsed, tools),
         sampling=parsed.sampling(),
         max_tokens=fields.in_range(limit_name, limit, 1, 1 << 31),
         stop=fields.stop_strings(parsed.stop),
@@ -205,7 +210,17 @@ def _arguments(value: str | dict[str, Any]) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _tool_choice(body: ChatBody) -> ToolChoice:
+def _tools(bodies: Sequence[_ToolBody]) -> Iterator[Tool]:
+    for index, body in enumerate(bodies):
+        if body.type != "function":
+            continue
+        if body.function is None:
+            name = f"tools[{index}].function"
+            raise MissingParameterError(f"Missing required parameter: '{name}'.", param=name)
+        yield body.function.tool()
+
+
+def _tool_choice(body: ChatBody, tools: Sequence[Tool]) -> ToolChoice:
     parallel = body.parallel_tool_calls is not False
     match body.tool_choice:
         case None | "auto":
@@ -216,11 +231,11 @@ def _tool_choice(body: ChatBody) -> ToolChoice:
             choice = ToolChoice(ToolMode.REQUIRED, parallel=parallel)
         case _NamedTool(function):
             choice = ToolChoice(ToolMode.NAMED, function.name, parallel)
-            if function.name not in {tool.function.name for tool in body.tools or ()}:
+            if all(tool.name != function.name for tool in tools):
                 raise InvalidRequestError(
                     f"Invalid 'tool_choice': there is no tool named '{function.name}'.", param="tool_choice"
                 )
-    if not body.tools:
+    if not tools:
         raise InvalidRequestError("Invalid 'tool_choice': it needs 'tools'.", param="tool_choice")
     return choice
 

@@ -26,7 +26,6 @@ from cortex.wire.request import (
     Message,
     OutputFormat,
     Role,
-    Sampling,
 )
 
 
@@ -72,16 +71,15 @@ class _Reasoning(msgspec.Struct):
     generate_summary: str | None = None
 
 
-class ResponsesBody(msgspec.Struct):
-    """A request body, as far as it is read."""
+class ResponsesBody(fields.SamplingBody, kw_only=True):
+    """A request body, as far as it is read. Sampling beyond OpenAI's own two fields is what open servers take too."""
 
     model: str
     input: str | list[msgspec.Raw]
     instructions: str | None = None
     stream: bool | None = None
     max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    stop: str | list[str] | None = None
     top_logprobs: int | None = None
     tools: list[openai_tools.ToolBody] | None = None
     tool_choice: Literal["auto", "none", "required"] | openai_tools.ChoiceBody | None = None
@@ -101,11 +99,13 @@ _DECODER = msgspec.json.Decoder(ResponsesBody)
 _FIELDS_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 _ECHOED = (
+    "frequency_penalty",
     "instructions",
     "max_output_tokens",
     "max_tool_calls",
     "metadata",
     "parallel_tool_calls",
+    "presence_penalty",
     "prompt_cache_key",
     "reasoning",
     "safety_identifier",
@@ -164,11 +164,9 @@ def decode(body: bytes) -> ResponsesCall:
         messages=tuple(messages),
         tools=left,
         tool_choice=tool_choice,
-        sampling=Sampling(
-            temperature=fields.in_range("temperature", parsed.temperature, 0, 2),
-            top_p=fields.in_range("top_p", parsed.top_p, 0, 1),
-        ),
+        sampling=parsed.sampling(),
         max_tokens=fields.in_range("max_output_tokens", parsed.max_output_tokens, 1, 1 << 31),
+        stop=fields.stop_strings(parsed.stop),
         top_logprobs=fields.in_range("top_logprobs", parsed.top_logprobs or 0, 0, 20) if wants_logprobs else None,
         output_format=_output_format(parsed.text),
         thinking=fields.thinking(reasoning.effort, "reasoning.effort"),

@@ -99,6 +99,15 @@ def test_tools_and_their_choice() -> None:
     assert bare.request.tools[0].parameters == {}
 
 
+def test_tools_that_are_no_functions_are_left_out_and_never_fail() -> None:
+    others = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "p"}}, {"type": "mcp", "function": None}]
+    assert [tool.name for tool in decode(tools=[*others, WEATHER, {"function": {"name": "f"}}]).request.tools] == [
+        "weather",
+        "f",
+    ]
+    assert decode(tools=others).request.tools == ()
+
+
 def test_formats() -> None:
     assert decode(response_format={"type": "json_object"}).request.output_format.kind is FormatKind.JSON_OBJECT
     schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
@@ -134,6 +143,8 @@ def test_fields_without_effect_pass(name: str) -> None:
         ({"top_logprobs": 2}, 400, "invalid_value", "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
         ({"tool_choice": "required"}, 400, "invalid_value", "tool_choice"),
+        ({"tool_choice": "required", "tools": [{"type": "web_search"}]}, 400, "invalid_value", "tool_choice"),
+        ({"tools": [WEATHER, {"type": "function"}]}, 400, "missing_required_parameter", "tools[1].function"),
         ({"response_format": {"type": "poem"}}, 400, "invalid_value", "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, 400, "missing_required_parameter", "response_format.schema"),
         ({"reasoning_effort": "heroic"}, 400, "invalid_value", "reasoning_effort"),

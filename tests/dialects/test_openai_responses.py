@@ -171,6 +171,27 @@ def test_what_is_asked_of_the_answer() -> None:
     }
 
 
+def test_every_sampling_field_arrives() -> None:
+    asked = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1,
+        "presence_penalty": 0.2, "frequency_penalty": -0.3, "seed": 7,
+    }  # fmt: skip
+    call = decode(**asked, logit_bias={"17": -100}, stop="END")
+    assert {name: getattr(call.request.sampling, name) for name in asked} == asked
+    assert (call.request.sampling.logit_bias, call.request.stop) == ({17: -100}, ("END",))
+    assert {"presence_penalty", "frequency_penalty"} <= set(orjson.loads(call.echo))
+
+
+def test_items_nobody_has_heard_of_are_passed_over() -> None:
+    items = [
+        {"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]},
+        {"type": "compaction_trigger"},
+        {"role": "developer", "id": "msg_9", "content": [{"type": "input_text", "text": "rules"}]},
+        {"role": "user", "content": "go"},
+    ]
+    assert messages(input=items) == (Message(Role.SYSTEM, "rules"), Message(Role.USER, "go"))
+
+
 def test_formats_reasoning_and_echo() -> None:
     text = {"format": {"type": "json_schema", "name": "s", "schema": {"type": "object"}}}
     call = decode(text=text, reasoning={"effort": "none"}, metadata={"a": "b"}, temperature=0.5, instructions=None)
@@ -232,6 +253,8 @@ def test_the_same_conversation_is_the_same_request_in_either_dialect() -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "unsupported_parameter", "input[0]"),
         ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens"),
         ({"temperature": 9}, "invalid_value", "temperature"),
+        ({"presence_penalty": 3}, "invalid_value", "presence_penalty"),
+        ({"stop": [""]}, "invalid_value", "stop"),
         ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
         ({"background": True}, "unsupported_parameter", "background"),
         ({"truncation": "sometimes"}, "invalid_type", "truncation"),
