@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from gateway import rig
+from gateway import gateways, rig
 from gateway.run import DIRECT, Scenario, Table
 from gateway.scale import wait_until_still
+
+from cortex import cli
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,29 @@ def test_the_load_counts_what_the_mock_node_counts(node: int) -> None:
         "frames": 3020,
         "cut": 0,
     }
+
+
+def test_what_is_measured_is_what_cortex_serve_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default that nobody measured may be anybody's: the bench's options are those of the command."""
+    told: dict[str, Any] = {}
+
+    class Told(Exception):
+        """In the place of a server that runs."""
+
+    def server(target: str, **options: Any) -> None:
+        told.update(options, target=target)
+        raise Told
+
+    monkeypatch.setattr("granian.Granian", server)
+    *arguments, target = map(str, gateways.cortex_command("rsgi", 1, [2], tmp_path).arguments[1:])
+    with pytest.raises(Told):
+        cli.main(["serve", "--config", str(tmp_path / "cortex.toml"), "--listen", f"127.0.0.1:{rig.free_ports()}"])
+    measured = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert target == told["target"]
+    assert measured["--interface"] == told["interface"].value
+    assert measured["--loop"] == told["loop"].value
+    assert measured["--backpressure"] == str(told["backpressure"])
+    assert told["log_access"] is False
 
 
 class Proxy:

@@ -9,14 +9,18 @@ from fake_neuron import CHAT_ANSWER, CHAT_STREAM, Asked, FakeNeuron, Line, answe
 from gateway_rig import rig, until
 
 from cortex.config import ModelProfile
+from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES, Dialect
 
 BOUND_S = 0.05
+ASKED = CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("dialect", [*ASKED, COUNT_TOKENS], ids=lambda dialect: dialect.path)
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("when", ["before the first byte", "after the first byte"])
-async def test_leaving_reaches_the_node(path: str, stream: bool, when: str) -> None:
+async def test_leaving_reaches_the_node(dialect: Dialect, stream: bool, when: str) -> None:
+    if stream and not dialect.streams:
+        return
     sent = asyncio.Event()
 
     async def script(asked: Asked, line: Line) -> None:
@@ -30,9 +34,9 @@ async def test_leaving_reaches_the_node(path: str, stream: bool, when: str) -> N
         sent.set()
         await asyncio.sleep(60)
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNeuron(script=script, dialects=tuple(kind.name for kind in ASKED)).ready("m")
     async with rig(neuron) as gateway:
-        call = gateway.call("POST", path, {"model": "m", "stream": stream})
+        call = gateway.call("POST", dialect.path, {"model": "m", "stream": stream})
         await sent.wait()
         if stream and when == "after the first byte":
             await call.until(lambda call: call.body)
@@ -43,8 +47,8 @@ async def test_leaving_reaches_the_node(path: str, stream: bool, when: str) -> N
         assert time.monotonic() - left_at < BOUND_S
         await call.end()
         assert gateway.in_flight == 0
-        dialect = "openai-chat" if path == "/v1/chat/completions" else "openai-responses"
-        assert gateway.metric("cortex_requests_total", model="m", node="a", dialect=dialect, status="499") == 1
+        labels = {"model": "m", "node": "a", "dialect": dialect.name, "status": "499"}
+        assert gateway.metric("cortex_requests_total", **labels) == 1
         pool = gateway.gateway.service.pools["a"]
         await until(lambda: pool.num_connections == 0)
 

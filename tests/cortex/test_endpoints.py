@@ -7,11 +7,22 @@ import time
 import msgspec
 import orjson
 import pytest
-from fake_neuron import CHAT_ANSWER, CHAT_STREAM, RESPONSES_STREAM, Asked, FakeNeuron, Line, answer, error
+from fake_neuron import (
+    CHAT_ANSWER,
+    CHAT_STREAM,
+    MESSAGES_STREAM,
+    RESPONSES_STREAM,
+    Asked,
+    FakeNeuron,
+    Line,
+    answer,
+    error,
+)
 from gateway_rig import CHAT, STREAM, rig, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cortex import http_io
 from cortex.config import ModelProfile, Timeouts
 from cortex.wire.node import ModelState
 
@@ -232,6 +243,38 @@ async def test_a_broken_stream_ends_in_an_error_of_its_dialect(how: str, path: s
         dialect = "openai-chat" if path == "/v1/chat/completions" else "openai-responses"
         assert gateway.metric("cortex_requests_total", model="m", node="a", dialect=dialect, status=status) == 1
         assert gateway.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "frames", "heartbeat"),
+    [
+        ("/v1/chat/completions", CHAT_STREAM, b": keep-alive\n\n"),
+        ("/v1/responses", RESPONSES_STREAM, b": keep-alive\n\n"),
+        ("/v1/messages", MESSAGES_STREAM, b'event: ping\ndata: {"type":"ping"}\n\n'),
+    ],
+)
+async def test_a_silence_in_the_middle_is_filled_and_never_within_a_frame(
+    path: str, frames: tuple[bytes, ...], heartbeat: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert http_io.HOLD_HEADERS_S < 1
+    assert http_io.HEARTBEAT_INTERVAL_S <= 10
+    monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.02)
+    heard = asyncio.Event()
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        await line.chunk(frames[0] + frames[1][:9])
+        await heard.wait()
+        await line.chunk(frames[1][9:] + b"".join(frames[2:]))
+        await line.end()
+
+    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+        call = gateway.call("POST", path, STREAM)
+        await call.until(lambda call: call.chunks.count(heartbeat) >= 3)
+        heard.set()
+        await call.end()
+    assert b"".join(chunk for chunk in call.chunks if chunk != heartbeat) == b"".join(frames)
+    assert all(chunk.endswith(b"\n\n") for chunk in call.chunks)
 
 
 async def test_a_stream_that_is_complete_may_lose_its_connection() -> None:

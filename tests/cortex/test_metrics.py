@@ -16,6 +16,7 @@ from cortex.access.keys import KeyRing
 from cortex.config import ModelProfile
 from cortex.logs import JsonFormatter, LogFormat, TextFormatter
 from cortex.wire.node import ModelState
+from neuron import metrics as neuron_metrics
 
 LABELS = {"model": "m", "node": "a", "dialect": "openai-chat"}
 
@@ -107,6 +108,28 @@ async def test_a_models_gauges_go_with_the_model_and_come_from_its_nodes() -> No
         finally:
             stop()
         assert port
+
+
+async def test_what_has_a_distribution_is_a_histogram_with_buckets_of_ours() -> None:
+    """Summaries of several workers and nodes cannot be added up, nor can quantiles of them be asked for later."""
+    async with rig(FakeNeuron().ready("m")) as gateway:
+        await gateway.chat(stream=True).end()
+        kinds: dict[str, set[str]] = {}
+        for registry in (gateway.gateway.metrics.registry, neuron_metrics.REGISTRY):
+            for family in registry.collect():
+                kinds.setdefault(family.type, set()).add(family.name)
+        assert "summary" not in kinds
+        assert {"cortex_time_to_first_token_seconds", "cortex_request_duration_seconds", "cortex_tokens_per_second",
+                "neuron_time_to_first_token_seconds", "neuron_request_duration_seconds",
+                "neuron_output_tokens_per_second"} <= kinds["histogram"]  # fmt: skip
+        bounds = {
+            float(sample.labels["le"])
+            for family in gateway.gateway.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == "cortex_time_to_first_token_seconds_bucket"
+        }
+        assert min(bounds) <= 0.05, "a model on a GPU"
+        assert sorted(bounds)[-2] >= 60, "one that is loaded first"
 
 
 async def test_the_second_to_bind_the_port_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:

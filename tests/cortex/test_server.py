@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -192,6 +193,42 @@ async def in_flight_is(gateway: Server, count: int) -> None:
     async with httpx.AsyncClient() as client, asyncio.timeout(10):
         while (await client.get(gateway.url + "/health")).json()["in_flight"] != count:
             await asyncio.sleep(0.01)
+
+
+@INTERFACES
+async def test_a_small_frame_goes_out_at_once(tmp_path: pathlib.Path, interface: str) -> None:
+    """Waiting for a fuller packet, or for an acknowledgement, costs 40 ms a frame on either side of the gateway."""
+    loop = asyncio.get_running_loop()
+    got = asyncio.Event()
+    delays: list[float] = []
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        for _ in range(60):
+            got.clear()
+            sent_at = loop.time()
+            await line.chunk(CHAT_STREAM[1])
+            await got.wait()
+            delays.append(loop.time() - sent_at)
+        await line.chunk(b"".join(CHAT_STREAM[3:]))
+        await line.end()
+
+    neuron = FakeNeuron(script=script).ready("m")
+    async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
+        for _ in range(3):  # a busy machine may hold one up
+            delays.clear()
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            writer.write(http_post("/v1/chat/completions", {"model": "m", "stream": True}))
+            for _ in range(60):
+                await reader.readuntil(b'"Hel"')
+                got.set()
+            await reader.readuntil(b"[DONE]")
+            writer.close()
+            # The kernel acknowledges the first few packets of a connection at once, whatever is asked of it.
+            if statistics.median(delays[30:]) < 0.02:
+                break
+        else:
+            pytest.fail(f"median {statistics.median(delays[30:]):.3f} s")
 
 
 @INTERFACES

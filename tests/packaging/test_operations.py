@@ -14,9 +14,11 @@ import pytest
 from fake_neuron import FakeNeuron
 from gateway_rig import free_port, rig
 
+from cortex.config import GatewaySettings
 from cortex.wire.errors import ApiError
 from cortex.wire.node import Device, DeviceKind, ModelState, ModelStatus, WorkerHealth, WorkerState
 from neuron import metrics
+from neuron.config import DaemonSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGING = ROOT / "packaging"
@@ -96,6 +98,40 @@ def test_every_code_of_an_error_is_explained() -> None:
 
 def _classes(kind: type[ApiError]) -> set[type[ApiError]]:
     return {kind}.union(*(_classes(narrower) for narrower in kind.__subclasses__()))
+
+
+def test_units_give_a_daemon_longer_to_end_than_it_takes() -> None:
+    gateway, daemon = GatewaySettings(), DaemonSettings()
+    needed_s = {
+        "cortex.service": gateway.drain_timeout_s,
+        "helexa-neuron.service": daemon.drain_timeout_s + daemon.stop_timeout_s,
+    }
+    for name, seconds in needed_s.items():
+        found = re.search(r"^TimeoutStopSec=(\d+)s$", (PACKAGING / "systemd" / name).read_text(), re.MULTILINE)
+        assert found is not None
+        assert int(found[1]) > seconds + 5, name
+
+
+def test_settings_are_for_their_service_alone_to_read() -> None:
+    """Keys and secrets stand in them."""
+    for name, user in (("cortex", "cortex"), ("helexa-neuron", "neuron")):
+        rules = (PACKAGING / "tmpfiles.d" / f"{name}.conf").read_text()
+        assert re.search(rf"^z /etc/{user}/\*\.toml 0640 root {user} ", rules, re.MULTILINE)
+        listed = re.findall(r"^%config.*$", (PACKAGING / "rpm" / f"{name}.spec").read_text(), re.MULTILINE)
+        ours = [line for line in listed if line.endswith(".toml")]
+        assert ours
+        assert all(f"%attr(0640, root, {user})" in line for line in ours), ours
+
+
+def test_addresses_and_open_ports_agree() -> None:
+    gateway, daemon = GatewaySettings(), DaemonSettings()
+    for name, address, port in (
+        ("cortex", gateway.listen, 31313),
+        ("cortex-metrics", gateway.metrics_listen, 31314),
+        ("helexa-neuron", daemon.listen, 13131),
+    ):
+        assert address.endswith(f":{port}")
+        assert f'port="{port}"' in (PACKAGING / "firewalld" / f"{name}.xml").read_text()
 
 
 # ------------------------------------------------------------------ with the tools that make test-ops installs

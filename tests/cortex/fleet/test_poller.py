@@ -124,6 +124,26 @@ async def test_polls_never_touch_the_counts_in_flight() -> None:
         assert gateway.in_flight == 0
 
 
+async def test_polls_do_not_stand_behind_requests() -> None:
+    go = asyncio.Event()
+
+    async def script(asked: Asked, line: Line) -> None:
+        await go.wait()
+        await answer(asked, line)
+
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron, max_connections_per_node=1) as gateway:
+        call = gateway.chat()
+        await until(lambda: neuron.asked)
+        full = await gateway.chat().end()
+        assert (full.status, "retry-after" in full.headers) == (429, True), "no connection is left for requests"
+        polls = neuron.num_polls
+        await until(lambda: neuron.num_polls >= polls + 3)
+        assert gateway.gateway.fleet.state.nodes["a"].up
+        go.set()
+        assert (await call.end()).status == 200
+
+
 async def test_a_draining_node_gets_no_requests() -> None:
     first, second = FakeNeuron("a", state=NodeState.DRAINING).ready("m"), FakeNeuron("b").ready("m")
     async with rig(first, second) as gateway:

@@ -1,0 +1,106 @@
+"""What a request becomes before it goes to a worker: limits, ends and sampling, asked for or left open."""
+
+import asyncio
+import dataclasses
+import pathlib
+from typing import Any
+
+import pytest
+
+from cortex.wire.errors import ContextLengthError
+from cortex.wire.events import Finished, FinishReason, InferenceEvent
+from cortex.wire.request import InferenceRequest, Sampling
+from neuron.device.jobs import LoadedModel, SequenceEnd, TokenRow
+from neuron.models.config import GenerationDefaults, read_config
+from neuron.text import tokenizer
+from neuron.text.prompt import PromptFormat
+from neuron.torch_harness import TorchModel
+
+CONTEXT = 64
+ENDS = (2, 300, 17)
+
+
+class Recorder:
+    """A worker that keeps what it is asked, and ends every sequence at once."""
+
+    device_id = "cpu:0"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.cancelled: list[int] = []
+
+    def generate(self, *asked: Any, **more: Any) -> int:
+        *rest, sink = asked
+        self.asked.append(tuple(rest))
+        sink(TokenRow(len(self.asked), b"", SequenceEnd.LENGTH, 0))
+        return len(self.asked)
+
+    def cancel(self, number: int) -> None:
+        self.cancelled.append(number)
+
+
+@pytest.fixture
+def worker() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def model(talking_llama: pathlib.Path, worker: Recorder) -> TorchModel:
+    """A model whose authors recommend a temperature and a top_k, and which ends on any of three tokens."""
+    config = dataclasses.replace(
+        read_config(talking_llama), eos_ids=ENDS, generation=GenerationDefaults(temperature=0.6, top_k=20)
+    )
+    files = tokenizer.load(talking_llama)
+    loaded = LoadedModel("m", "llama", "float32", CONTEXT, 4, 0, 0)
+    return TorchModel(loaded, config, PromptFormat(files), files, (worker,))  # type: ignore[arg-type]
+
+
+def run(model: TorchModel, **fields: Any) -> list[InferenceEvent]:
+    async def collect() -> list[InferenceEvent]:
+        request = InferenceRequest("m", **{"prompt": "hello", **fields})
+        return [event async for events in model.infer(request) for event in events]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted"), [(None, CONTEXT - 5), (3, 3), (CONTEXT - 5, CONTEXT - 5), (32_000, CONTEXT - 5)]
+)
+def test_the_output_may_fill_the_context_and_a_wish_for_more_is_no_error(
+    model: TorchModel, worker: Recorder, asked: int | None, granted: int
+) -> None:
+    events = run(model, max_tokens=asked)
+    assert worker.asked[0][2] == granted
+    assert isinstance(events[-1], Finished)
+    assert events[-1].reason is FinishReason.LENGTH
+
+
+def test_a_prompt_that_fills_the_context_is_refused_by_the_limit_that_is_advertised(
+    model: TorchModel, worker: Recorder
+) -> None:
+    run(model, prompt="x" * (CONTEXT - 1))
+    with pytest.raises(ContextLengthError, match=f"maximum context length is {CONTEXT} tokens") as caught:
+        run(model, prompt="x" * CONTEXT)
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+    assert len(worker.asked) == 1
+
+
+def test_every_end_of_the_models_list_ends_an_answer(model: TorchModel, worker: Recorder) -> None:
+    run(model)
+    run(model, ignore_eos=True)
+    assert [asked[3] for asked in worker.asked] == [ENDS, ()]
+
+
+def test_what_a_request_leaves_open_is_as_the_models_authors_recommend(model: TorchModel, worker: Recorder) -> None:
+    run(model)
+    run(model, sampling=Sampling(temperature=0.0, top_k=-1, top_p=0.5, seed=7))
+    left_open, given = (asked[4] for asked in worker.asked)
+    assert (left_open.temperature, left_open.top_k) == (0.6, 20)
+    assert (left_open.top_p, left_open.min_p, left_open.repetition_penalty) == (1.0, 0.0, 1.0), "no house defaults"
+    assert (given.temperature, given.top_k, given.top_p, given.seed) == (0.0, 0, 0.5, 7)
+
+
+def test_choices_differ_by_their_seeds_only(model: TorchModel, worker: Recorder) -> None:
+    run(model, num_choices=3, sampling=Sampling(seed=40))
+    assert [asked[4].seed for asked in worker.asked] == [40, 41, 42]
+    assert len({asked[:4] for asked in worker.asked}) == 1
