@@ -7,7 +7,8 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -223,7 +224,7 @@ def test_the_bound_holds_on_both_sides() -> None:
     large.close()
 
 
-def test_an_interrupted_wait_goes_on(ends: tuple[Channel, Channel], wait_for: Callable[..., None]) -> None:
+def test_an_interrupted_wait_goes_on(ends: tuple[Channel, Channel]) -> None:
     left, right = ends
     seen: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
@@ -231,9 +232,12 @@ def test_an_interrupted_wait_goes_on(ends: tuple[Channel, Channel], wait_for: Ca
     assert main is not None
 
     def interrupt() -> None:
-        for n in range(3):
+        # Again and again: one that comes just before the wait does not interrupt it.
+        for _ in range(1000):
             signal.pthread_kill(main, signal.SIGUSR1)
-            wait_for(lambda n=n: len(seen) > n, "the handler")
+            if len(seen) >= 3:
+                break
+            time.sleep(0.01)
         left.send(b"at last")
 
     thread = threading.Thread(target=interrupt)
@@ -241,7 +245,7 @@ def test_an_interrupted_wait_goes_on(ends: tuple[Channel, Channel], wait_for: Ca
     assert right.recv(30) == b"at last"
     thread.join()
     signal.signal(signal.SIGUSR1, before)
-    assert len(seen) == 3
+    assert len(seen) >= 3
 
 
 def test_use_after_close(ends: tuple[Channel, Channel]) -> None:
