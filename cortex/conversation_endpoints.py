@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from cortex.access.gate import principal_of
 from cortex.dialects import openai_fields as fields
 from cortex.errors import ConversationNotFoundError
 from cortex.http_io import Exchange, query_parameters
@@ -50,7 +51,7 @@ class ConversationEndpoints:
         self._max_body_bytes = max_body_bytes
 
     def _owned(self, exchange: Exchange) -> NamedConversations:
-        return self._conversations.of(exchange.owner)
+        return self._conversations.of(principal_of(exchange.caller).name)
 
     async def create(self, exchange: Exchange) -> None:
         """``POST /v1/conversations``; a body may be left out."""

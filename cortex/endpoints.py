@@ -23,8 +23,8 @@ from cortex._fast.peek import PeekError, PeekTypeError, peek, splice
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import FrameDecoder, FrameTooLarge
 from cortex._fast.tap import StreamTap
-from cortex.access.gate import Gate, Permit, prompt_tokens
-from cortex.access.keys import Principal, check_model
+from cortex.access.gate import Gate, Permit, principal_of, prompt_tokens
+from cortex.access.keys import check_model
 from cortex.background import Background
 from cortex.build_identity import COMMIT
 from cortex.config import Config
@@ -84,9 +84,6 @@ class Endpoints:
         self._max_body_bytes = config.gateway.max_body_bytes
         self._catalogue = catalogue
 
-    def _identify(self, exchange: Exchange) -> Principal:
-        return self._gate.identify(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
-
     def infer(self, dialect: Dialect) -> Callable[[Exchange], Awaitable[None]]:
         """Return the endpoint that passes inference of ``dialect`` on."""
 
@@ -109,7 +106,7 @@ class Endpoints:
         return endpoint
 
     async def _infer(self, exchange: Exchange, dialect: Dialect, record: Record) -> None:
-        principal = self._identify(exchange)
+        principal = principal_of(exchange.caller)
         record.key = principal.name
         body = await exchange.read_body(self._max_body_bytes)
         try:
@@ -336,7 +333,7 @@ class Endpoints:
 
     async def models(self, exchange: Exchange) -> None:
         """``GET /v1/models``."""
-        principal = self._identify(exchange)
+        principal = principal_of(exchange.caller)
         await self._dispatcher.first_look()
         everything = offers(self._catalogue, self._fleet.state)
         listed = OfferList(tuple(o for o in everything if principal.may_use(o.alias_of or o.id)))
@@ -344,7 +341,7 @@ class Endpoints:
 
     async def model(self, exchange: Exchange) -> None:
         """``GET /v1/models/{id}``; an id may contain slashes."""
-        principal = self._identify(exchange)
+        principal = principal_of(exchange.caller)
         name = exchange.path.removeprefix("/v1/models/")
         await self._dispatcher.first_look()
         offer = find(self._catalogue, self._fleet.state, name)

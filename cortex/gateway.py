@@ -241,7 +241,7 @@ class Gateway:
             return
         given = exchange.header(b"authorization"), exchange.header(b"x-api-key")
         if exchange.path.startswith("/v1/"):
-            exchange.owner = self._gate.identify(*given).name
+            exchange.caller = self._gate.identify(*given)
         elif exchange.path.startswith("/admin/"):
             self._gate.check_admin(*given, comes_from_here(exchange.client, exchange.header))
 

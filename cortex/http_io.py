@@ -60,8 +60,8 @@ class Exchange(abc.ABC):
         self.client = client
         """The address that the request comes from."""
         self.request_id = request_id
-        self.owner = ""
-        """Who asks, by the key's name, once that is known."""
+        self.caller: object = None
+        """Who asks, once that is known, as whoever found it out describes it."""
         self.status = 0
         """HTTP status sent, 0 before that."""
         self.is_last = False

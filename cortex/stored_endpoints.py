@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import orjson
 
+from cortex.access.gate import principal_of
 from cortex.background import Background
 from cortex.dialects.passthrough import RESPONSES
 from cortex.http_io import Exchange, query_parameters, stream
@@ -58,7 +59,7 @@ class StoredEndpoints:
         await exchange.reply(200, await self._background.cancel(self._owned(exchange), _id(exchange, "/cancel")))
 
     def _owned(self, exchange: Exchange) -> Conversations:
-        return self._conversations.of(exchange.owner)
+        return self._conversations.of(principal_of(exchange.caller).name)
 
 
 def _id(exchange: Exchange, suffix: str = "") -> str:
