@@ -4,34 +4,24 @@ The lifespan and nothing else; the paths are :mod:`cortex.gateway`'s. Each worke
 with its own view of the fleet.
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from cortex.endpoints import request_id_of
-from cortex.gateway import Gateway
 from cortex.http_io import AsgiExchange, Receive, Scope, Send
 from cortex.settings import ConfigError
 from cortex.worker import Worker
 
 
-class Application:
+class Application(Worker):
     """The ASGI callable."""
-
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        self._worker = Worker(environment)
-
-    @property
-    def gateway(self) -> Gateway:
-        """What answers, between the lifespan's startup and its shutdown."""
-        return self._worker.gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope."""
         if scope["type"] == "http":
             given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
             exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
-            await self._worker.handle(exchange, may_be_last=scope.get("http_version") != "2")
+            await self.handle(exchange, may_be_last=scope.get("http_version") != "2")
         elif scope["type"] == "websocket":
             await self.gateway.handle_socket(scope, receive, send)
         elif scope["type"] == "lifespan":
@@ -44,13 +34,13 @@ class Application:
             message: Mapping[str, Any] = await receive()
             if message["type"] == "lifespan.startup":
                 try:
-                    await self._worker.start()
+                    await self.start()
                 except ConfigError as error:
                     await send({"type": "lifespan.startup.failed", "message": f"cortex: {error}"})
                     return
                 await send({"type": "lifespan.startup.complete"})
             else:
-                await self._worker.stop()
+                await self.stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 

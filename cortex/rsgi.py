@@ -7,12 +7,9 @@ there, and what a reader has read of one of them cannot be known (:mod:`cortex.r
 
 import asyncio
 import logging
-import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
-from cortex.gateway import Gateway
 from cortex.rsgi_io import RsgiExchange, RsgiSocket
 from cortex.settings import ConfigError
 from cortex.worker import Worker
@@ -22,28 +19,20 @@ log = logging.getLogger("cortex")
 HTTP_2 = "2"
 
 
-class Application:
+class Application(Worker):
     """The RSGI callable. Granian starts and ends it with the worker process."""
-
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        self._worker = Worker(environment)
-
-    @property
-    def gateway(self) -> Gateway:
-        """What answers, between the worker's start and its end."""
-        return self._worker.gateway
 
     def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start, before anything is accepted."""
         try:
-            loop.run_until_complete(self._worker.start())
+            loop.run_until_complete(self.start())
         except ConfigError as error:
             log.error("cortex: %s", error)
             sys.exit(1)
 
     def __rsgi_del__(self, loop: asyncio.AbstractEventLoop) -> None:
         """End; requests have ended by then."""
-        loop.run_until_complete(self._worker.stop())
+        loop.run_until_complete(self.stop())
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
         """Serve one request or WebSocket."""
@@ -51,7 +40,7 @@ class Application:
             if scope.http_version == HTTP_2:
                 protocol.response_str(505, [("content-type", "text/plain")], "HTTP/2 is not spoken here; use HTTP/1.1.")
                 return
-            await self._worker.handle(RsgiExchange(scope, protocol))
+            await self.handle(RsgiExchange(scope, protocol))
         else:
             socket = RsgiSocket(scope, protocol)
             await self.gateway.handle_socket(socket.scope, socket.receive, socket.send)

@@ -85,9 +85,8 @@ class RoomMaker:
         for device in [device for device in self.unloads if self._is_due(device)]:
             entries = self._table.on_device(device)
             now = time.monotonic()
-            if any(entry.running or now - entry.idle_at < idle_s for entry in entries) or self._turn.locked():
-                continue
-            if self._is_taken(device):
+            is_used = any(entry.running or now - entry.idle_at < idle_s for entry in entries)
+            if is_used or self._turn.locked() or self._is_taken(device):
                 continue
             async with self._turn:
                 self._table.lose(device)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import daemons
 import httpx
@@ -125,14 +125,21 @@ async def gateways(
             assert await asyncio.to_thread(process.wait, 20) == 0
 
 
+@contextlib.contextmanager
+def listening() -> Iterator[socket.socket]:
+    """A socket for gateways to be handed, which goes on listening while they restart."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1024)
+        yield listener
+
+
 @pytest.mark.parametrize("keeps_alive", [False, True], ids=["fresh", "kept"])
 async def test_gateways_that_restart_in_turn_lose_no_request(tmp_path: pathlib.Path, keeps_alive: bool) -> None:
     neuron = FakeNeuron(script=slowly).ready("m")
     results: Counter[str] = Counter()
     stop = asyncio.Event()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(1024)
+    with listening() as listener:
         port = listener.getsockname()[1]
         async with neuron.serving(), gateways(tmp_path, neuron, listener) as restart:
             clients = [Client(port, stream=i % 2 == 0, keeps_alive=keeps_alive) for i in range(16)]
@@ -153,9 +160,7 @@ async def test_one_gateway_that_restarts_behind_a_socket_unit_keeps_its_clients_
     neuron = FakeNeuron(script=slowly).ready("m")
     results: Counter[str] = Counter()
     stop = asyncio.Event()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(1024)
+    with listening() as listener:
         port = listener.getsockname()[1]
         async with neuron.serving():
             config = write_config(tmp_path, neuron, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\n')
