@@ -119,7 +119,7 @@ def talking_llama(make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
 class EngineHarness:
     """An engine driven as a device loop drives it: encoded messages in, encoded messages out."""
 
-    def __init__(self, free_bytes: int = 1 << 33, *, max_waiting: int = 256) -> None:
+    def __init__(self, free_bytes: int = 1 << 33, *, max_waiting: int = 256, channel_fd: int = -1) -> None:
         from neuron.engine.engine import Engine
 
         self.free_bytes = free_bytes
@@ -132,6 +132,7 @@ class EngineHarness:
             lambda: (self.free_bytes, 1 << 34),
             self._stop,
             max_waiting=max_waiting,
+            channel_fd=channel_fd,
         )
 
     def _stop(self) -> None:

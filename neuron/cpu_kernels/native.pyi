@@ -106,4 +106,8 @@ class Model:
         ids: _Ints,
         finite: _Ints,
         hidden: _Floats | None,
-    ) -> None: ...
+        *,
+        later: _Ints | None = None,
+        stops: _Ints | None = None,
+        channel_fd: int = -1,
+    ) -> int: ...

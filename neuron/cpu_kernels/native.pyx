@@ -104,7 +104,16 @@ cdef extern from "step.h" nogil:
         float *hidden
     size_t c_page_bytes "page_bytes"(const model *model)
     size_t c_arena_bytes "arena_bytes"(const model *model)
-    void run_step(const model *model, const step *step)
+
+cdef extern from "burst.h" nogil:
+    cdef struct burst:
+        int num_rounds
+        int32_t *ids
+        const int32_t *stops
+        int num_stops
+        int fd
+        int32_t *scratch
+    int run_burst(const model *model, const step *step, const burst *burst)
 
 
 def levels():
@@ -285,6 +294,7 @@ cdef class Model:
     cdef list _kept
     cdef object _cache
     cdef object _arena
+    cdef int32_t *_scratch
     cdef Py_ssize_t _num_pages
 
     def __cinit__(
@@ -309,11 +319,13 @@ cdef class Model:
         m.embedding_scale, m.attention_scale = embedding_scale, attention_scale or head_dim ** -0.5
         m.gelu, m.window_tokens = gelu, window_tokens
         m.layers = <layer *>calloc(num_layers, sizeof(layer))
-        if m.layers == NULL:
+        self._scratch = <int32_t *>calloc(max_sequences, 4 * sizeof(int32_t))
+        if m.layers == NULL or self._scratch == NULL:
             raise MemoryError
 
     def __dealloc__(self):
         free(self._model.layers)
+        free(self._scratch)
 
     cdef const float *_vector(self, const float[::1] values, Py_ssize_t length) except NULL:
         if values.shape[0] != length:
@@ -415,17 +427,28 @@ cdef class Model:
         int32_t[::1] ids not None,
         int32_t[::1] finite not None,
         float[:, ::1] hidden,
+        *,
+        int32_t[:, ::1] later=None,
+        const int32_t[::1] stops=None,
+        int channel_fd=-1,
     ):
         """Compute a step of B sequences and T tokens (see StepPlan) and write ``finite`` ``[B]``, 0 where it went wrong.
 
         The R sampled rows get their likeliest tokens in ``ids`` ``[R]``, -1 where there is none; or, with ``logits``
         ``[R, V padded to 16]``, their logits there. The E ``hidden_rows`` get their last hidden states in ``hidden``
         ``[E, hidden]``.
+
+        With ``later`` ``[N - 1, B]``, where every sequence has one row and that is sampled, the step is done up to N
+        times, each with the tokens of the one before it: returns how often. It ends behind one that goes wrong, samples
+        one of ``stops``, or finds something to read at ``channel_fd``; ``finite`` is the last one's.
         """
         cdef step s
+        cdef burst rounds
+        cdef int done
         m = &self._model
         cdef Py_ssize_t T = token_ids.shape[0], B = context_lens.shape[0], R = sampled.shape[0], E = hidden_rows.shape[0]
         cdef Py_ssize_t i, j
+        cdef Py_ssize_t more = later.shape[0] if later is not None else 0
         cdef const int32_t[::1] rows
         if m.arena == NULL:
             raise ValueError("the model has no cache yet")
@@ -439,15 +462,17 @@ cdef class Model:
             raise ValueError(f"logits [{logits.shape[0]}, {logits.shape[1]}], [{R}, {m.head.rows}] wanted")
         if (E or hidden is not None) and (hidden is None or hidden.shape[0] != E or hidden.shape[1] != m.hidden):
             raise ValueError(f"hidden states of {E} rows of {m.hidden} have no place")
+        if more and (logits is not None or E or T != B or R != B or later.shape[1] != B):
+            raise ValueError(f"{T} tokens of {B} sequences, {R} sampled, cannot be done {more + 1} times")
         for i in range(T):
             if not 0 <= token_ids[i] < m.vocab or not 0 <= slots[i] < self._num_pages * 16:
                 raise ValueError(f"token {token_ids[i]} or slot {slots[i]} is out of range")
         for i in range(B):
-            if cu_seqlens[i + 1] <= cu_seqlens[i] or not 0 < context_lens[i] <= page_table.shape[1] * 16:
+            if cu_seqlens[i + 1] <= cu_seqlens[i] or not 0 < context_lens[i] <= page_table.shape[1] * 16 - more:
                 raise ValueError(f"sequence {i} has no tokens, or more than its pages hold")
             if positions[cu_seqlens[i + 1] - 1] != context_lens[i] - 1 or positions[cu_seqlens[i]] < 0:
                 raise ValueError(f"sequence {i} does not end at its last token")
-            for j in range((context_lens[i] + 15) // 16):
+            for j in range((context_lens[i] + more + 15) // 16):
                 if not 0 <= page_table[i, j] < self._num_pages:
                     raise ValueError(f"page {page_table[i, j]} is out of range")
         if cu_seqlens[0] != 0 or cu_seqlens[B] != T:
@@ -466,7 +491,12 @@ cdef class Model:
         s.finite = &finite[0]
         s.hidden_rows = &hidden_rows[0] if E else NULL
         s.hidden = &hidden[0, 0] if E else NULL
-        # Safety: the plan's arrays are held by this frame, weights, cache and arena by self; the engine runs one step
-        # of a model at a time, and the pool one call.
+        rounds.num_rounds, rounds.fd, rounds.scratch = <int>more + 1, channel_fd, self._scratch
+        rounds.ids = &later[0, 0] if more else NULL
+        rounds.num_stops = <int>stops.shape[0] if stops is not None else 0
+        rounds.stops = &stops[0] if rounds.num_stops else NULL
+        # Safety: the plan's arrays are held by this frame, weights, cache, arena and scratch by self; the engine runs one
+        # step of a model at a time, and the pool one call. The descriptor is only asked whether it can be read.
         with nogil:
-            run_step(m, &s)
+            done = run_burst(m, &s, &rounds)
+        return done

@@ -73,7 +73,8 @@ class Engine:
 
     ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
     is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take. Messages of
-    the daemon come by ``channel_fd``, for which a worker that follows another waits. ``graphs`` capture steps on a GPU.
+    the daemon come by ``channel_fd``: a worker that follows another waits for it, a burst of steps ends for it.
+    ``graphs`` capture steps on a GPU.
     """
 
     def __init__(
@@ -139,12 +140,11 @@ class Engine:
             self._follow(0.0 if self._loads or any(model.busy for model in self._models.values()) else FOLLOW_WAIT_S)
         if self._loads:
             self._advance(next(iter(self._loads.values())))
-        for name, model in list(self._models.items()):
-            if model.busy:
-                # To the end of the line: models take turns.
-                self._models[name] = self._models.pop(name)
-                self._step(model)
-                break
+        busy = [name for name, model in self._models.items() if model.busy]
+        if busy:
+            # To the end of the line: models take turns.
+            model = self._models[busy[0]] = self._models.pop(busy[0])
+            self._step(model, alone=len(busy) == 1 and not (self._loads or self._followers))
 
     def _follow(self, timeout_s: float) -> None:
         sources = select.poll()
@@ -196,8 +196,8 @@ class Engine:
                 rows.append(TokenRow(number, b"", SequenceEnd.CANCELLED))
         self._send_rows(rows)
 
-    def _step(self, model: Model) -> None:
-        output = model.step()
+    def _step(self, model: Model, *, alone: bool) -> None:
+        output = model.step(alone=alone)
         for number, error in output.failures:
             del self._model_of[number]
             self._send(SequenceFailed(number, error))
@@ -227,7 +227,9 @@ class Engine:
             self._send(JobFailed(job.job, error.info()))
             return
         self._left.discard(name)
-        pieces = load_model(job.spec, pathlib.Path(job.path), self._device, self._free_bytes, job.group, self._graphs)
+        pieces = load_model(
+            job.spec, pathlib.Path(job.path), self._device, self._free_bytes, job.group, self._graphs, self._channel_fd
+        )
         self._loads[name] = _Loading(job, pieces)
 
     def _advance(self, loading: _Loading) -> None:

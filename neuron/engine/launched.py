@@ -5,7 +5,7 @@ sampled stays for the next one. Waiting for it brings the outcome to the host.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.models.config import ModelConfig
+
+NO_ROUNDS: Final[Int32Array] = np.empty((0, 0), np.int32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +31,9 @@ class StepOutcome:
     """``[E, hidden]``"""
     logprobs: dict[int, TokenLogprobs]
     """Of those rows of R that asked for them."""
+    later: Int32Array = dataclasses.field(default_factory=lambda: NO_ROUNDS)
+    """``[N - 1, R]``: what the rounds after the first sampled, if there were any. A row that is not finite, or has
+    sampled a stop, has none after it; ``finite`` is of the last."""
 
 
 class Launched(Protocol):
@@ -45,6 +50,8 @@ class Executor(Protocol):
     sampler: Sampler
     overlaps: bool
     """Whether a step is launched before the outcome of the one before it is known."""
+    repeats: bool
+    """Whether it does a step of several rounds, if everyone takes the likeliest token."""
 
     def launch(self, plan: StepPlan) -> Launched:
         """Begin a step."""

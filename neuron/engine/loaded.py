@@ -28,6 +28,7 @@ from neuron.device.jobs import (
     TokenLogprobs,
     TokenRow,
 )
+from neuron.engine.burst import num_rounds
 from neuron.engine.constraint import Constraint, ConstraintError, Vocabulary
 from neuron.engine.draft import DraftModel
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
@@ -157,15 +158,16 @@ class Model:
         """Return whether there is a step to run or to wait for."""
         return self.scheduler.busy or self._under_way is not None
 
-    def step(self) -> Output:
+    def step(self, *, alone: bool = True) -> Output:
         """Admit, launch a step, and hand out what a step made certain.
 
-        That is the step just launched, or, where steps overlap, the one before it. Raises DeviceFault; any other
-        exception of a step fails the sequences that were in it.
+        That is the step just launched, or, where steps overlap, the one before it. ``alone``: nobody else wants the
+        device, so the step may be a burst. Raises DeviceFault; any other exception of a step fails the sequences that
+        were in it.
         """
         output = Output()
         self._admit(output)
-        launched = self._launch(output)
+        launched = self._launch(output, alone)
         before, self._under_way = self._under_way, launched
         if not self.runner.overlaps:
             before, self._under_way = launched, None
@@ -184,10 +186,15 @@ class Model:
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
                 self._fail([sequence], error, output)
 
-    def _launch(self, output: Output) -> _UnderWay | None:
+    def _launch(self, output: Output, alone: bool) -> _UnderWay | None:
         step = self.scheduler.schedule(self._pace.mixed_step_tokens, self._propose)
         if step is None:
             return None
+        # A model that guesses has to see every token as it comes.
+        if alone and self.runner.repeats and self._draft is None:
+            likeliest, make_room = self.runner.sampler.takes_likeliest, self.scheduler.make_room
+            rounds = num_rounds(step, self._pace.step_s(step.num_decodes), likeliest, make_room)
+            step = dataclasses.replace(step, num_rounds=rounds)
         started_s = self._clock()
         try:
             plan = build_plan(step, self.scheduler.page_table, PAGE_TOKENS)
@@ -224,17 +231,21 @@ class Model:
         num_generating = step.num_decodes + step.num_drafting
         num_rows = int(plan.cu_seqlens[num_generating])
         # A step behind another began when that one ended.
-        seconds = now_s - max(under_way.started_s, self._settled_s)
+        seconds = (now_s - max(under_way.started_s, self._settled_s)) / (1 + len(outcome.later))
         self._pace.note(num_rows, int(plan.cu_seqlens[-1]) - num_rows, seconds)
         self._settled_s = now_s
         finite, ids = outcome.finite.tolist(), outcome.ids.tolist()
+        later = outcome.later.T.tolist() if len(outcome.later) else []
         decodes_only = step.num_decodes == len(step.sequences)
         firsts = range(len(ids) + 1) if decodes_only else np.searchsorted(plan.sampled, plan.cu_seqlens).tolist()
         for index, (sequence, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
             if sequence.state is not SequenceState.RUNNING:
                 continue  # it ended while this step was under way
             first, end = firsts[index], firsts[index + 1]
-            if not finite[index] or NON_FINITE in ids[first:end]:
+            sampled = ids[first:end]
+            if later:
+                sampled += later[index]
+            if not finite[index] or NON_FINITE in sampled:
                 # Pages before these are full, sound, and maybe another's too.
                 for executor in self._executors:
                     executor.clear_pages(sequence.pages[sequence.num_settled // PAGE_TOKENS :])
@@ -246,20 +257,11 @@ class Model:
                 self.scheduler.settle(sequence, num_tokens, 0)
             else:
                 num_tokens = 1 if index < num_generating else num_tokens
-                self._continue(sequence, num_tokens, ids[first:end], outcome.logprobs.get(first), output)
+                certain = sampled if later else self._certain(sequence, sampled)
+                self._continue(sequence, num_tokens, end - first, certain, outcome.logprobs.get(first), output)
 
-    def _continue(
-        self,
-        sequence: Sequence,
-        num_tokens: int,
-        sampled: list[int],
-        logprobs: TokenLogprobs | None,
-        output: Output,
-    ) -> None:
-        """Give a sequence the first of the tokens ``sampled``, and of those after right guesses as many as are certain.
-
-        ``num_tokens`` are in the cache for good without these.
-        """
+    def _certain(self, sequence: Sequence, sampled: list[int]) -> list[int]:
+        """Return of the tokens ``sampled`` in rows of one step the first and those after right guesses."""
         num_right = 0
         if len(sampled) > 1:
             drafts = sequence.drafts.tolist()
@@ -268,10 +270,26 @@ class Model:
             if self.speculation is not None:
                 self.speculation.learn(sequence, num_right)
             sequence.drafts = NO_TOKENS
+        return sampled[: num_right + 1]
+
+    def _continue(
+        self,
+        sequence: Sequence,
+        num_tokens: int,
+        num_sampled: int,
+        certain: list[int],
+        logprobs: TokenLogprobs | None,
+        output: Output,
+    ) -> None:
+        """Give a sequence the ``certain`` tokens, up to its end.
+
+        ``num_tokens`` are in the cache for good without these, and so are these but the last. ``num_sampled`` rows of
+        the step were its.
+        """
         cached = sequence.num_cached if sequence.num_output == 0 else None
         ids = array.array("i")
         end: SequenceEnd | None = None
-        for token in sampled[: num_right + 1]:
+        for token in certain:
             if token in sequence.eos:
                 end = SequenceEnd.STOP
                 break
@@ -292,7 +310,7 @@ class Model:
             if end is not None:
                 break
         # Behind an end nothing counts, and what is certain by then is in the cache.
-        self.scheduler.settle(sequence, num_tokens + max(0, len(ids) - 1), len(sampled))
+        self.scheduler.settle(sequence, num_tokens + max(0, len(ids) - 1), num_sampled)
         output.rows.append(TokenRow(sequence.number, ids.tobytes(), end, cached, logprobs if ids else None))
         if end is not None:
             self.scheduler.remove(sequence.number)
@@ -345,10 +363,11 @@ def load_model(
     free_bytes: Callable[[], int],
     group: GroupSettings | None = None,
     graphs: Graphs | None = None,
+    channel_fd: int = -1,
 ) -> Generator[float, None, Model | Follower]:
     """Load a model, or with ``group`` one rank's part, in pieces of one layer; yield the share done, return it.
 
-    ``graphs`` are what the device captures steps with, if it can.
+    ``graphs`` are what the device captures steps with, if it can; ``channel_fd`` is where the daemon is heard.
 
     Nothing is allocated before it is known to fit. Raises the errors of :mod:`neuron.models`, :class:`GroupLostError`.
     """
@@ -365,25 +384,31 @@ def load_model(
     try:
         plan = plan_memory(source.config, spec, str(device), free_bytes(), draft=draft_config)
         yield 0.0
-        runner = yield from _load_runner(spec, source, plan, device, graphs)
+        runner = yield from _load_runner(spec, source, plan, device, graphs, channel_fd)
     finally:
         source.close()
     draft: Executor | None = None
     if draft_path is not None and plan.draft is not None:
         source_of_draft = open_weights(draft_path)
         try:
-            draft = yield from _load_runner(spec, source_of_draft, plan.draft, device, graphs)
+            draft = yield from _load_runner(spec, source_of_draft, plan.draft, device, graphs, channel_fd)
         finally:
             source_of_draft.close()
     return Model(spec.id, source.config, plan, runner, path, draft=draft, prefix_cache=spec.prefix_cache)
 
 
 def _load_runner(
-    spec: ModelSpec, source: WeightSource, plan: MemoryPlan, device: torch.device, graphs: Graphs | None
+    spec: ModelSpec,
+    source: WeightSource,
+    plan: MemoryPlan,
+    device: torch.device,
+    graphs: Graphs | None,
+    channel_fd: int,
 ) -> Generator[float, None, Executor]:
     runner: Executor
     if plan.native:
-        runner = NativeRunner(source.config, (yield from load_packed(source, plan.dtype, shared_pool())), plan)
+        packed_weights = yield from load_packed(source, plan.dtype, shared_pool())
+        runner = NativeRunner(source.config, packed_weights, plan, channel_fd)
     else:
         if device.type == "cpu":
             logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))

@@ -1,4 +1,4 @@
-"""Execute a plan on the CPU kernels: a whole step in one native call.
+"""Execute a plan on the CPU kernels: a whole step, or a burst of them, in one native call.
 
 Steps in which all are greedy end with token ids, others with logits, which the sampler turns into ids as on any device.
 """
@@ -31,9 +31,12 @@ class NativeRunner:
     """One loaded model on the CPU."""
 
     overlaps = False
+    repeats = True
 
-    def __init__(self, config: ModelConfig, weights: PackedWeights, plan: MemoryPlan) -> None:
+    def __init__(self, config: ModelConfig, weights: PackedWeights, plan: MemoryPlan, channel_fd: int = -1) -> None:
+        """``channel_fd`` has something to read when the daemon waits: a burst is cut short then."""
         self.config = config
+        self._channel_fd = channel_fd
         self._weights = weights
         self._sampled_rows = plan.sampled_rows
         rows = max(plan.step_tokens, plan.sampled_rows + PAGE_TOKENS)
@@ -74,7 +77,8 @@ class NativeRunner:
                 width = packed.padded(self.config.vocab_size)
                 self._logits = torch.empty((self._sampled_rows, width), dtype=torch.float32)
             logits = self._logits[:num_sampled]
-        self._model.run(
+        later = np.empty((plan.num_rounds - 1, num_sampled), np.int32)
+        num_rounds = self._model.run(
             plan.token_ids,
             np.ascontiguousarray(plan.positions),
             plan.slots,
@@ -87,6 +91,9 @@ class NativeRunner:
             ids,
             finite,
             hidden if len(hidden) else None,
+            later=later,
+            stops=plan.stops,
+            channel_fd=self._channel_fd,
         )
         if logits is not None:
             with torch.inference_mode():
@@ -96,7 +103,7 @@ class NativeRunner:
                 ids = self.sampler.sample(rows, plan.seats, plan.num_output).numpy()
                 if self.sampler.report is not None:
                     logprobs = self.sampler.report.rows()
-        return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs))
+        return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_rounds - 1]))
 
     def clear_pages(self, pages: Int32Array) -> None:
         """Zero ``pages``, so that a NaN in them cannot reach the next sequence they are given to."""

@@ -6,12 +6,13 @@ arrays. They are built with a few numpy calls a step, whatever the context's len
 
 import dataclasses
 import operator
+from collections.abc import Iterable
 
 import numpy as np
 
 from neuron.device.jobs import Pooling
 from neuron.engine.scheduler import Step
-from neuron.engine.sequence import NO_TOKENS, Int32Array
+from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class StepPlan:
     """``[R]``: how many tokens were generated before it."""
     hidden_rows: Int32Array
     """``[E]``: the rows whose last hidden states are wanted, rising."""
+    num_rounds: int = 1
+    """How often the step is done. Each time after the first, every token is what its row has just sampled, one further
+    on; the page table has room for them."""
+    stops: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
+    """Tokens that end the rounds, whichever row samples one."""
 
 
 FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "seat")
@@ -54,7 +60,7 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
     cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
     context_lens = starts + counts
-    own_pages = page_table[seats, : -(-int(context_lens.max()) // page_tokens)]
+    own_pages = page_table[seats, : -(-(int(context_lens.max()) + step.num_rounds - 1) // page_tokens)]
     hidden_rows = NO_TOKENS
     if num_decodes == len(sequences):
         rows = sampled = sampled_of = np.arange(num_decodes, dtype=np.int32)
@@ -93,4 +99,10 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
         seats=seats[sampled_of],
         num_output=positions[sampled] + 1 - num_prompt[sampled_of],
         hidden_rows=hidden_rows,
+        num_rounds=step.num_rounds,
+        stops=_stops(sequences) if step.num_rounds > 1 else NO_TOKENS,
     )
+
+
+def _stops(sequences: Iterable[Sequence]) -> Int32Array:
+    return np.array(sorted(frozenset().union(*(sequence.eos for sequence in sequences))), np.int32)

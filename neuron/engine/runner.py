@@ -28,6 +28,8 @@ OVERLAP_SWITCH: Final = "NEURON_OVERLAP"
 class Runner:
     """One loaded model on one device."""
 
+    repeats = False
+
     def __init__(
         self, config: ModelConfig, weights: decoder.DecoderWeights, plan: MemoryPlan, device: torch.device
     ) -> None:

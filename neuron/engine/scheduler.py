@@ -60,6 +60,8 @@ class Step:
     """The sequences with one token each."""
     num_drafting: int = 0
     """Those after them that check guesses."""
+    num_rounds: int = 1
+    """How often it is done, each time with the tokens of the time before; more than once only if all decode."""
 
 
 class Scheduler:
@@ -276,10 +278,10 @@ class Scheduler:
         sequence.pages = np.concatenate((sequence.pages, page))
 
     def make_room(self, sequence: Sequence, count: int) -> int:
-        """Return how many guesses behind the next token of ``sequence`` have room, ``count`` at the most.
+        """Return how many tokens behind the next one of ``sequence`` have room, ``count`` at the most.
 
-        Takes pages for them that nobody else is going to need: the margin by which others were admitted is not for
-        guesses.
+        They are guesses, or what comes in the same burst. Takes pages for them that nobody else is going to need: the
+        margin by which others were admitted is not for these.
         """
         count = min(count, sequence.max_tokens - sequence.num_output - 1)
         while (room := len(sequence.pages) * self.limits.page_tokens - sequence.num_computed - 1) < count:
@@ -306,8 +308,8 @@ class Scheduler:
     def settle(self, sequence: Sequence, num_tokens: int, num_sampled: int) -> None:
         """Note that a step of a running sequence came out sound: ``num_tokens`` more are in the cache for good.
 
-        ``num_sampled`` rows of it were sampled. The tokens that they made certain have been appended; more of them than
-        one are guesses that proved right, and are in the cache as well. Publishes the pages filled.
+        ``num_sampled`` rows of it were sampled. The tokens that became certain have been appended; all but the last are
+        in the cache as well, and counted: guesses that proved right, or a burst. Publishes the pages filled.
         """
         sequence.num_settled += num_tokens
         sequence.num_computed = max(sequence.num_computed, sequence.num_settled)

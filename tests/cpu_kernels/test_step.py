@@ -1,5 +1,6 @@
 """A step of the executor on a small model made here: what it refuses, and that threads and chunks change nothing."""
 
+import os
 import pathlib
 import re
 from typing import Any
@@ -22,14 +23,24 @@ FORMS = {"plain": PLAIN, "gemma": GEMMA, "gemma-wide-window": {**GEMMA, "window_
 
 
 def make_model(
-    threads: int, level: str, kv_float32: bool = True, seed: int = 0, form: dict[str, Any] = PLAIN
+    threads: int,
+    level: str,
+    kv_float32: bool = True,
+    seed: int = 0,
+    form: dict[str, Any] = PLAIN,
+    poisoned: int | None = None,
 ) -> native.Model:
-    """Return a random model; with a ``GEMMA`` form, norms behind its blocks and a window in its first layer."""
+    """Return a random model; with a ``GEMMA`` form, norms behind its blocks and a window in its first layer.
+
+    The embedding of the token ``poisoned`` is no number.
+    """
     random = np.random.default_rng(seed)
     pool = native.Pool(threads)
 
-    def matrix(rows: int, columns: int) -> native.Matrix:
+    def matrix(rows: int, columns: int, poisoned: int | None = None) -> native.Matrix:
         values = (random.standard_normal((rows, columns)) * 0.3).astype(np.float32)
+        if poisoned is not None:
+            values[poisoned] = np.nan
         packed = np.zeros(native.packed_bytes(Format.W32, rows, columns), np.uint8)
         native.pack(pool, values.view(np.uint8).reshape(-1), 0, rows, columns, packed, Format.W32)
         return native.Matrix(packed, Format.W32, rows, columns)
@@ -44,7 +55,7 @@ def make_model(
     with pytest.raises(ValueError, match="weights are missing"):
         model.attach(huge_pages(model.page_bytes), huge_pages(1 << 24))
     frequencies = (0.7 ** np.arange(5)).astype(np.float32)
-    model.set_ends(matrix(77, 40), matrix(77, 40), vector(40), frequencies, frequencies**2 if form else None)
+    model.set_ends(matrix(77, 40, poisoned), matrix(77, 40), vector(40), frequencies, frequencies**2 if form else None)
     for number in range(2):
         model.set_layer(
             number, input_norm=vector(40), post_norm=vector(40), qk_norm=random.random(80).astype(np.float32),
@@ -206,3 +217,110 @@ def test_rows_in_the_middle_are_sampled_and_shown_as_the_last_of_shorter_steps()
         np.testing.assert_allclose(found[row], expected[index], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(together.hidden[0], hidden[0], rtol=1e-4, atol=1e-4)
     assert np.isfinite(together.hidden).all()
+
+
+# ------------------------------------------------------------------ bursts
+
+
+class Burst:
+    """Three sequences that decode together, in bursts."""
+
+    def __init__(self, threads: int, level: str, form: dict[str, Any] = PLAIN, poisoned: int | None = None) -> None:
+        self.model = make_model(threads, level, form=form, poisoned=poisoned)
+        self.driver = Driver(self.model)
+        prompts = {0: list(range(20)) * 3, 1: [5] * 15, 2: [7, 8]}
+        self.next = {n: [int(self.driver.step({n: prompt})[0][0])] for n, prompt in prompts.items()}
+        self.finite = np.zeros(3, np.int32)
+
+    def run(self, num_rounds: int, stops: tuple[int, ...] = (), channel_fd: int = -1) -> np.ndarray[Any, Any]:
+        """Return ``[rounds, 3]`` of one burst."""
+        arrays = self.driver.plan(self.next)
+        sampled, ids = np.arange(3, dtype=np.int32), np.full(3, -7, np.int32)
+        later = np.full((num_rounds - 1, 3), -7, np.int32)
+        done = self.model.run(
+            *arrays, sampled, NONE, None, ids, self.finite, None, later=later, stops=np.array(stops, np.int32),
+            channel_fd=channel_fd,
+        )  # fmt: skip
+        assert (later[done - 1 :] == -7).all()
+        found = np.concatenate((ids[None], later[: done - 1]))
+        self.driver.starts = [start + (done - 1 if n < 3 else 0) for n, start in enumerate(self.driver.starts)]
+        self.next = {n: [int(found[-1][n])] for n in range(3)}
+        return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("level", native.levels())
+def test_a_burst_is_the_steps_it_stands_for(level: str, form: str) -> None:
+    for threads in (1, 3):
+        apart, together = Burst(threads, level, FORMS[form]), Burst(threads, level, FORMS[form])
+        expected = np.concatenate([apart.run(1) for _ in range(40)])
+        found = np.concatenate([together.run(count) for count in (17, 1, 2, 20)])
+        np.testing.assert_array_equal(found, expected)
+        assert (together.finite == 1).all()
+
+
+def test_a_stop_and_a_message_end_a_burst() -> None:
+    level = native.levels()[0]
+    expected = Burst(2, level).run(20)
+    stop = int(expected[6, 1])
+    first = int(np.argmax((expected == stop).any(1)))
+    np.testing.assert_array_equal(Burst(2, level).run(20, (76, stop)), expected[: first + 1])
+    reader, writer = os.pipe()
+    try:
+        np.testing.assert_array_equal(Burst(2, level).run(20, channel_fd=reader), expected)
+        os.write(writer, b"x")
+        np.testing.assert_array_equal(Burst(2, level).run(20, channel_fd=reader), expected[:1])
+        os.read(reader, 1)
+        os.close(writer)
+        writer = -1
+        np.testing.assert_array_equal(Burst(2, level).run(20, channel_fd=reader), expected[:1])  # nobody is there
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+
+
+def test_what_is_no_number_ends_a_burst() -> None:
+    level = native.levels()[0]
+    expected = Burst(2, level).run(20)
+    # A token that no prompt has and that is not sampled at once.
+    at, row = next(
+        (at, row) for at, row in np.argwhere(expected >= 20).tolist() if at and expected[at, row] not in expected[:at]
+    )
+    poisoned = int(expected[at, row])
+    burst = Burst(2, level, poisoned=poisoned)
+    found = burst.run(20)
+    np.testing.assert_array_equal(found[: at + 1], expected[: at + 1])
+    assert len(found) == at + 2, "the round that reads it is the last"
+    assert (found[-1] == -1).tolist() == (expected[at] == poisoned).tolist()
+    assert (burst.finite == 0).tolist() == (expected[at] == poisoned).tolist()
+
+
+def test_a_burst_out_of_bounds_is_refused() -> None:
+    model = make_model(1, native.levels()[0])
+    driver = Driver(model)
+    driver.step({0: [1, 2, 3], 1: [4]})
+    good = driver.plan({0: [4], 1: [6]})
+    both, ids, finite = np.arange(2, dtype=np.int32), np.zeros(2, np.int32), np.zeros(2, np.int32)
+
+    def run(arrays: Any = good, rounds: int = 5, width: int = 2, sampled: Any = both, logits: Any = None) -> None:
+        later = np.zeros((rounds - 1, width), np.int32)
+        model.run(*arrays, sampled, NONE, logits, ids[: len(sampled)], finite, None, later=later)
+
+    run()
+    run(rounds=15 * 16 - 3)
+    with pytest.raises(ValueError):
+        run(rounds=15 * 16 - 2)
+    with pytest.raises(ValueError):
+        run(width=1)
+    with pytest.raises(ValueError):
+        run(sampled=both[:1], width=1)
+    with pytest.raises(ValueError):
+        run(logits=np.zeros((2, 80), np.float32))
+    arrays = [array.copy() for array in good]
+    arrays[4][1, 1] = NUM_PAGES
+    run(arrays, rounds=15)
+    with pytest.raises(ValueError):
+        run(arrays, rounds=16)
+    with pytest.raises(ValueError):
+        run(driver.plan({0: [4, 5], 1: [6]}))

@@ -5,6 +5,7 @@ function of its sequence and place, so that whatever was mixed up shows. Its ste
 """
 
 import array
+import dataclasses
 import itertools
 import pathlib
 from typing import Any
@@ -17,11 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from neuron.device.jobs import Pooling, SamplerSettings, SequenceEnd
 from neuron.engine import scheduler as scheduler_module
+from neuron.engine.burst import BURST_S, num_rounds
 from neuron.engine.launched import StepOutcome
 from neuron.engine.loaded import Model, Output
 from neuron.engine.pace import MIN_PROMPT_TOKENS, STALL_FACTOR, Pace
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import NON_FINITE
+from neuron.engine.scheduler import Step
 from neuron.engine.sequence import Sequence, SequenceState
 from neuron.engine.speculation import PromptLookup, Speculation, lookup
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
@@ -45,7 +48,7 @@ def state_after(state: int, token: int) -> int:
 
 
 class Sampler:
-    """Knows each seat's seed, and refuses guesses for every fifth."""
+    """Knows each seat's seed, refuses guesses for every fifth, and draws for every seventh."""
 
     def __init__(self) -> None:
         self.seeds: dict[int, int] = {}
@@ -55,6 +58,9 @@ class Sampler:
 
     def checks_guesses(self, seat: int) -> bool:
         return self.seeds[seat] % 5 > 0
+
+    def takes_likeliest(self, seats: np.ndarray[Any, Any]) -> bool:
+        return all(self.seeds[seat] % 7 > 0 for seat in seats.tolist())
 
 
 class Late:
@@ -75,9 +81,13 @@ class Late:
 class Device:
     """Executes plans on one number a slot."""
 
-    def __init__(self, overlaps: bool) -> None:
+    def __init__(self, overlaps: bool, repeats: bool = False) -> None:
         self.overlaps = overlaps
+        self.repeats = repeats and not overlaps
         self.sampler = Sampler()
+        self.num_rounds: list[int] = []
+        self.message_after: int | None = None
+        """The round after which the daemon says something."""
         self.slots = [0] * ((PLAN.num_pages + 1) * PAGE_TOKENS)
         self.last_ids: list[int] = []
         self.num_under_way = 0
@@ -87,6 +97,28 @@ class Device:
     def launch(self, plan: StepPlan) -> Late:
         if self.faults.pop("launch", None):
             raise ValueError("the step did not start")
+        fault_in = plan.num_rounds - 1 if self.faults.pop("nan", None) else -1
+        outcome = self.round(plan, fault_in == 0)
+        later = []
+        while len(later) + 1 < plan.num_rounds:
+            assert self.repeats
+            assert self.sampler.takes_likeliest(plan.seats)
+            assert len(plan.sampled) == len(plan.context_lens) == len(plan.token_ids)
+            ids = np.array(later[-1] if later else outcome.ids, np.int32)
+            if not outcome.finite.all() or np.isin(ids, plan.stops).any() or len(later) + 1 == self.message_after:
+                break
+            at = plan.positions + len(later) + 1
+            slots = plan.page_table[np.arange(len(at)), at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS
+            plan_now = dataclasses.replace(plan, token_ids=ids, positions=at, slots=slots, context_lens=at + 1)
+            found = self.round(plan_now, len(later) + 1 == fault_in)
+            later.append(found.ids)
+            outcome = dataclasses.replace(outcome, finite=found.finite)
+        self.num_rounds.append(1 + len(later))
+        if later:
+            outcome = dataclasses.replace(outcome, later=np.array(later, np.int32))
+        return Late(self, outcome)
+
+    def round(self, plan: StepPlan, fault: bool) -> StepOutcome:
         self.num_rows.append(len(plan.token_ids))
         assert len(plan.sampled) <= PLAN.sampled_rows
         ids: list[int] = []
@@ -111,12 +143,12 @@ class Device:
                     at = plan.hidden_rows.tolist().index(row)
                     hidden[at] = (1.0, state % 1000, state // 1000 % 1000)
         finite = np.ones(len(plan.context_lens), np.bool_)
-        if self.faults.pop("nan", None):
+        if fault:
             finite[0] = False
             if len(ids):
                 ids[0] = NON_FINITE if 0 in plan.sampled else ids[0]
         self.last_ids = [max(0, token) for token in ids]
-        return Late(self, StepOutcome(np.array(ids, np.int32), finite, hidden, {}))
+        return StepOutcome(np.array(ids, np.int32), finite, hidden, {})
 
     def clear_pages(self, pages: np.ndarray[Any, Any]) -> None:
         for page in pages.tolist():
@@ -173,14 +205,18 @@ POOLINGS = st.sampled_from([None, None, None, None, *Pooling])
 
 
 class Steps(RuleBasedStateMachine):
-    @initialize(overlaps=st.booleans(), guesses=st.booleans(), prefix_cache=st.booleans(), seed=st.integers(0, 99))
-    def start(self, overlaps: bool, guesses: bool, prefix_cache: bool, seed: int) -> None:
+    @initialize(
+        overlaps=st.booleans(), guesses=st.booleans(), prefix_cache=st.booleans(), seed=st.integers(0, 99),
+        bursts=st.integers(1, 9),
+    )  # fmt: skip
+    def start(self, overlaps: bool, guesses: bool, prefix_cache: bool, seed: int, bursts: int) -> None:
         self.random = np.random.default_rng(seed)
-        self.device = Device(overlaps)
-        clock = itertools.count()
+        self.device = Device(overlaps, bursts > 1)
+        # A step takes one tick however many rounds it has, so bursts get longer from step to step.
+        clock = itertools.count(step=BURST_S / bursts)
         self.model = Model(
             "m", None, PLAN, self.device, pathlib.Path(),  # type: ignore[arg-type]
-            prefix_cache=prefix_cache, clock=lambda: float(next(clock)),
+            prefix_cache=prefix_cache, clock=lambda: next(clock),
         )  # fmt: skip
         self.model.speculation = None
         if guesses:
@@ -210,6 +246,10 @@ class Steps(RuleBasedStateMachine):
             self.device.faults[fault] = True
         self.take(self.model.step())
         self.model.scheduler.check_integrity()
+
+    @rule(after=st.sampled_from([None, None, 1, 2, 4]))
+    def interrupt(self, after: int | None) -> None:
+        self.device.message_after = after
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -267,12 +307,14 @@ Steps.TestCase.settings = settings(max_examples=80, stateful_step_count=60, dead
 TestSteps = Steps.TestCase
 
 
-@pytest.mark.parametrize("overlaps", [False, True])
-def test_two_thousand_sequences_in_a_cache_that_is_too_small(overlaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Preemptions, guesses, cancels and faults at random, and everyone gets what is theirs or an error."""
+@pytest.mark.parametrize(("overlaps", "guesses"), [(False, True), (True, True), (False, False)])
+def test_two_thousand_sequences_in_a_cache_that_is_too_small(
+    overlaps: bool, guesses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preemptions, guesses, bursts, cancels and faults at random, and everyone gets what is theirs or an error."""
     monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 0)
     machine = Steps()
-    machine.start(overlaps, True, True, 5)
+    machine.start(overlaps, guesses, True, 5, 4)
     random = machine.random
     while machine.number < 2000 or machine.model.busy:
         for _ in range(int(random.integers(0, 3)) if machine.number < 2000 else 0):
@@ -282,21 +324,24 @@ def test_two_thousand_sequences_in_a_cache_that_is_too_small(overlaps: bool, mon
             )
         if machine.asked and random.random() < 0.1:
             machine.leave(int(random.choice(sorted(machine.asked))))
+        machine.interrupt(int(random.integers(1, 5)) if random.random() < 0.1 else None)
         if random.random() < 0.01:
             machine.device.faults[str(random.choice(["nan", "wait", "launch"]))] = True
         if machine.model.busy:
             machine.take(machine.model.step())
     machine.teardown()
     assert machine.model.scheduler.num_preemptions > 30
-    assert machine.model.speculation is not None
-    assert machine.model.speculation.num_accepted > 200
+    if guesses:
+        assert machine.model.speculation is not None
+        assert machine.model.speculation.num_accepted > 200
+    assert (max(machine.device.num_rounds) > 1) == (not overlaps)
     assert machine.num_finished > 500
     assert machine.num_failed > 20
 
 
-def driver_of(overlaps: bool) -> Steps:
+def driver_of(overlaps: bool, bursts: int = 1) -> Steps:
     machine = Steps()
-    machine.start(overlaps, False, True, 0)
+    machine.start(overlaps, False, True, 0, bursts)
     return machine
 
 
@@ -344,6 +389,103 @@ def test_a_cancel_in_mid_flight_frees_everything_at_once() -> None:
     assert machine.model.busy, "the step is still to be waited for"
     assert not machine.model.step().rows
     assert not machine.model.busy
+
+
+# ------------------------------------------------------------------ bursts
+
+
+def test_a_burst_brings_several_tokens_and_no_other_ones() -> None:
+    machine = driver_of(overlaps=False, bursts=4)
+    machine.arrive(20, 40, 0, None)
+    machine.take(machine.model.step())
+    machine.take(machine.model.step())
+    assert machine.device.num_rounds == [1, 1], "how long a round takes is not known yet"
+    machine.take(machine.model.step())
+    assert machine.device.num_rounds[2] == 4
+    assert len(machine.got[1]) == 6
+    machine.teardown()
+
+
+def test_a_burst_ends_with_the_first_sequence_that_ends() -> None:
+    longest = 0
+    for number in range(1, 30):
+        machine = driver_of(overlaps=False, bursts=8)
+        machine.number = number
+        machine.arrive(20, 33, 0, None)
+        machine.arrive(31, 47, 1, None)
+        alone = {n: len(expected_output(s.tokens[: s.num_prompt].tolist(), n, s.max_tokens)[0]) + 1
+                 for n, s in machine.asked.items()}  # fmt: skip
+        machine.teardown()
+        assert machine.num_finished == 2
+        longest = max(longest, *machine.device.num_rounds)
+        # The first token of each comes of its prompt, and each row after that brings one, or an end.
+        decoded = sum(machine.device.num_rows) - 51
+        assert decoded <= sum(alone.values()), "rounds behind an end"
+    assert longest > 8
+
+
+def test_a_message_ends_a_burst() -> None:
+    machine = driver_of(overlaps=False, bursts=8)
+    machine.arrive(20, 40, 0, None)
+    machine.interrupt(2)
+    machine.teardown()
+    assert max(machine.device.num_rounds) == 2
+
+
+def test_whoever_draws_or_shares_the_device_has_no_bursts() -> None:
+    machine = driver_of(overlaps=False, bursts=8)
+    machine.number = 6
+    machine.arrive(20, 40, 0, None)
+    machine.teardown()
+    assert set(machine.device.num_rounds) == {1}
+    machine = driver_of(overlaps=False, bursts=8)
+    machine.arrive(20, 40, 0, None)
+    while machine.model.busy:
+        machine.take(machine.model.step(alone=False))
+    assert set(machine.device.num_rounds) == {1}
+
+
+def test_a_fault_in_mid_burst_fails_its_sequence_alone_and_leaves_no_trace() -> None:
+    machine = driver_of(overlaps=False, bursts=8)
+    machine.arrive(20, 60, 0, None)
+    machine.arrive(25, 60, 1, None)
+    for _ in range(3):
+        machine.take(machine.model.step())
+    assert len(machine.asked) == 2
+    failing = max(machine.asked.values(), key=lambda s: s.num_computed)
+    sound = set(failing.pages[: failing.num_settled // PAGE_TOKENS].tolist())
+    machine.device.faults["nan"] = True
+    machine.take(machine.model.step())
+    assert machine.device.num_rounds[-1] > 2
+    assert machine.num_failed == 1
+    (left,) = machine.asked
+    kept = set(machine.model.scheduler.running[left].pages.tolist())
+    written = {slot // PAGE_TOKENS for slot, state in enumerate(machine.device.slots) if state}
+    assert written - kept == sound
+    machine.teardown()
+    assert machine.num_finished == 1
+
+
+def round_of(sequences: list[Sequence]) -> Step:
+    return Step(tuple(sequences), (1,) * len(sequences), len(sequences))
+
+
+def rounds(step: Step, round_s: float | None = BURST_S / 6, room: int = 99, *, likeliest: bool = True) -> int:
+    return num_rounds(step, round_s, lambda _: likeliest, lambda _, count: min(count, room))
+
+
+def test_what_bounds_a_burst() -> None:
+    one, other = (Sequence(n, np.arange(5, dtype=np.int32), 100, frozenset(), SamplerSettings()) for n in (1, 2))
+    step = round_of([one, other])
+    assert rounds(step) in (5, 6), "its time"
+    assert rounds(step, room=2) == 3, "pages, or what is left to say"
+    assert rounds(step, room=0) == 1
+    assert rounds(step, round_s=None) == 1
+    assert rounds(step, round_s=BURST_S) == 1
+    assert rounds(step, likeliest=False) == 1
+    assert rounds(dataclasses.replace(step, num_decodes=1)) == 1, "a prompt, or guesses"
+    other.constraint = object()  # type: ignore[assignment]
+    assert rounds(step) == 1, "a grammar"
 
 
 # ------------------------------------------------------------------ guesses

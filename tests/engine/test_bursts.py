@@ -1,0 +1,132 @@
+"""Bursts through the engine's messages: several tokens at once, and nobody gets another token, end or error for it."""
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cortex.wire.node import ModelSpec
+from neuron.device import jobs
+from neuron.device.jobs import SequenceEnd
+from neuron.engine import burst
+from neuron.engine.burst import BURST_S
+from neuron.engine.pace import Pace
+
+PROMPT = list(range(3, 43))
+
+
+@pytest.fixture(autouse=True)
+def ten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast the machine is just now, a burst has ten rounds, and no guesses take its place."""
+    monkeypatch.setattr(Pace, "step_s", lambda *_: BURST_S / 10.5)
+    monkeypatch.setenv("NEURON_SPECULATION", "off")
+
+
+def lengths(driver: Any) -> list[int]:
+    """How many tokens each row brought."""
+    return [len(row.ids) // 4 for row in driver.rows]
+
+
+REQUESTS: dict[int, dict[str, Any]] = {
+    1: {"prompt": PROMPT, "max_tokens": 50},
+    2: {"prompt": PROMPT[:20], "max_tokens": 33},
+    3: {"prompt": PROMPT[5:], "max_tokens": 1},
+    4: {"prompt": [9] * 70, "max_tokens": 80},
+    5: {"prompt": [9] * 500, "max_tokens": 400},
+}
+EOS = {1: 23, 4: 41}
+"""The sequences that end at the token which, left alone, they have at this place."""
+
+
+def outcome(driver: Any, requests: dict[int, dict[str, Any]]) -> tuple[dict[int, list[int]], dict[int, SequenceEnd]]:
+    driver.sent.clear()
+    for number, request in requests.items():
+        driver.generate(number, **request)
+    driver.run()
+    return driver.outputs(), driver.ends()
+
+
+def test_bursts_change_nothing_but_how_many_tokens_come_at_once(
+    harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = harness()
+    driver.load(tiny_llama)
+    plain, _ = outcome(driver, REQUESTS)
+    assert max(lengths(driver)) == 10
+    requests = {n: {**request, "eos": (plain[n][EOS[n]],)} if n in EOS else request for n, request in REQUESTS.items()}
+    with_bursts = outcome(driver, requests)
+    assert max(lengths(driver)) == 10
+    monkeypatch.setattr(burst, "BURST_S", 0.0)
+    assert outcome(driver, REQUESTS)[0] == plain
+    assert outcome(driver, requests) == with_bursts
+    assert with_bursts[1] == {n: SequenceEnd.STOP if n in EOS else SequenceEnd.LENGTH for n in REQUESTS}
+    assert max(lengths(driver)) <= 1
+
+
+def test_a_preempted_sequence_says_the_same(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    """Pages run out in the middle: nobody's burst takes what another was promised."""
+    requests = {n: {"prompt": [3 + n] * (5 + 9 * n), "max_tokens": 150} for n in range(8)}
+    roomy = harness()
+    page_bytes = roomy.load(tiny_llama).result.kv_cache_bytes // roomy.engine._models["m"].plan.num_pages
+    expected = outcome(roomy, requests)
+    driver = harness()
+    driver.load(tiny_llama, context_tokens=400, kv_cache_bytes=40 * page_bytes)
+    assert outcome(driver, requests) == expected
+    assert driver.engine._models["m"].scheduler.num_preemptions > 0
+    assert max(lengths(driver)) > 4
+
+
+def test_a_message_of_the_daemon_waits_for_one_round(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    reader, writer = os.pipe()
+    driver = harness(channel_fd=reader)
+    driver.load(tiny_llama)
+    try:
+        driver.sent.clear()
+        driver.generate(1, PROMPT, 200)
+        driver.engine.step()
+        driver.engine.step()
+        os.write(writer, b"x")
+        driver.engine.step()
+        os.read(reader, 1)
+        driver.engine.step()
+        assert lengths(driver) == [1, 10, 1, 10], "the prompt's, a burst, one cut short, another"
+        driver.tell(jobs.Cancel(1))
+        assert driver.rows[-1] == jobs.TokenRow(1, b"", SequenceEnd.CANCELLED)
+        assert not driver.engine.busy
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_burst_is_for_a_model_that_has_the_device_to_itself(
+    harness: Callable[..., Any], tiny_llama: pathlib.Path
+) -> None:
+    driver = harness()
+    driver.load(tiny_llama)
+    driver.load(tiny_llama, "other")
+    driver.sent.clear()
+    driver.generate(1, PROMPT, 60)
+    driver.generate(2, PROMPT, 60, model="other")
+    for _ in range(40):
+        driver.engine.step()
+    assert max(lengths(driver)) == 1
+    driver.run()
+    driver.generate(3, PROMPT, 200)
+    driver.engine.step()
+    driver.sent.clear()
+    driver.tell(jobs.Load(7, ModelSpec("third", "test", dtype="float32"), str(tiny_llama)))
+    while driver.engine._loads:
+        driver.engine.step()
+    assert lengths(driver) == [1] * 5 + [10], "a load goes on by a layer a step, until it is done"
+
+
+def test_whoever_draws_has_no_bursts(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    driver = harness()
+    driver.load(tiny_llama)
+    driver.sent.clear()
+    driver.generate(1, PROMPT, 40, temperature=1.0, seed=3)
+    driver.generate(2, PROMPT, 40)
+    driver.run()
+    assert max(lengths(driver)) == 1
