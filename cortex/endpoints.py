@@ -7,6 +7,7 @@ request's own dialect. Routing, loading and retries are :mod:`cortex.fleet.dispa
 
 import asyncio
 import math
+import random
 import re
 import secrets
 import time
@@ -431,7 +432,7 @@ def request_id_of(given: bytes | None) -> str:
     """Return the caller's ``x-request-id`` if it is fit to be logged and sent on, else a new one."""
     if given is not None and REQUEST_ID.fullmatch(given):
         return given.decode()
-    return f"req_{secrets.token_hex(12)}"
+    return f"req_{random.getrandbits(96):024x}"
 
 
 def _is_anthropic(exchange: Exchange) -> bool:

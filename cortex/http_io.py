@@ -18,7 +18,8 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
+from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -238,34 +239,38 @@ class SocketExchange(AsgiExchange):
         """Whether an answer is wanted, and not only that the conversation is known."""
 
 
-@asynccontextmanager
-async def ended_by_disconnect(exchange: Exchange) -> AsyncIterator[None]:
-    """Run the block; cancel it when the client leaves. Enter only after the body was read.
+class EndedByDisconnect:
+    """A block that is cancelled when the client leaves. Enter only after the body was read.
 
     Raises:
         ClientDisconnectedError: the client left first; the block has ended by then.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    left = False
 
-    def leave() -> None:
-        nonlocal left
-        left = True
-        task.cancel()
+    __slots__ = ("_exchange", "_has_left", "_stop_watching", "_task")
 
-    stop_watching = exchange.on_leave(leave)
-    try:
-        yield
-    except asyncio.CancelledError:
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._has_left = False
+        self._stop_watching = self._exchange.on_leave(self._leave)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop_watching()
+        if not self._has_left:
+            return
         # Ours alone, or also somebody else's who wants this task to end?
-        if left and task.cancelling() == 1:
+        is_ours = self._task.cancelling() == 1
+        self._task.uncancel()
+        if is_ours and isinstance(error, asyncio.CancelledError):
             raise ClientDisconnectedError from None
-        raise
-    finally:
-        stop_watching()
-        if left:
-            task.uncancel()
+
+    def _leave(self) -> None:
+        self._has_left = True
+        self._task.cancel()
 
 
 async def until_disconnect(exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
@@ -274,9 +279,8 @@ async def until_disconnect(exchange: Exchange, work: Coroutine[Any, Any, T]) -> 
     Raises:
         ClientDisconnectedError: the client left first; ``work`` has ended by then.
     """
-    async with ended_by_disconnect(exchange):
+    with EndedByDisconnect(exchange):
         return await work
-    raise AssertionError("the block returns or raises")
 
 
 async def stream(
@@ -299,7 +303,7 @@ async def stream(
     out = _EventStream(exchange, heartbeat, headers)
     pulse = asyncio.ensure_future(out.beat())
     try:
-        async with ended_by_disconnect(exchange):
+        with EndedByDisconnect(exchange):
             try:
                 async with aclosing(chunks):
                     async for chunk in chunks:

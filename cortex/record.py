@@ -7,6 +7,7 @@ to the first token, not to the first byte: heartbeats and headers do not count.
 import logging
 import time
 
+from cortex import logs
 from cortex.dialects.passthrough import Usage
 from cortex.metrics import Metrics
 from cortex.tracing import Trace
@@ -105,5 +106,5 @@ class Record:
         if self.trace is not None:
             fields["trace"] = self.trace.trace_id
             self.trace.end(fields)
-        log.info("request", extra={"fields": fields})
+        logs.info(log, "request", fields)
         metrics.on_finished(fields)

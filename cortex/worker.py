@@ -4,6 +4,7 @@ It knows the files and the process, not HTTP. ``CORTEX_CONFIG`` names the config
 """
 
 import asyncio
+import gc
 import os
 from collections.abc import Mapping
 
@@ -12,6 +13,10 @@ from cortex.ending import Ending
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange
 from cortex.settings import split_address
+
+
+GARBAGE_AFTER = 50_000
+"""Objects made, less those given up, before cycles are looked for: a request in flight is hundreds that are none."""
 
 
 class Worker:
@@ -50,6 +55,8 @@ class Worker:
         self._ending.listen_to_signals()
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)
+        gc.freeze()  # modules and configuration stay: no collection need look at them
+        gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
         self._pulse = asyncio.create_task(systemd.stay_alive())
 
     async def handle(self, exchange: Exchange, *, may_be_last: bool = True) -> None:
