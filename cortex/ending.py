@@ -18,6 +18,7 @@ import os
 import pathlib
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -55,7 +56,7 @@ class Ending:
         self.has_begun = False
         self.num_running = 0
         self.last_at = 0.0
-        """When a request came or went."""
+        """When a request came or went, by ``time.monotonic``."""
 
     def listen_to_signals(self) -> None:
         """Begin on SIGTERM, in place of the server; it is told by SIGINT, which means the same to it."""
@@ -73,12 +74,11 @@ class Ending:
 
     async def _end(self) -> None:
         log.info("ending", extra={"fields": {"running": self.num_running}})
-        clock = asyncio.get_running_loop().time
-        begun = clock()
+        begun = time.monotonic()
         ports = stop_accepting(self._ports)
         await asyncio.sleep(SETTLE_S)
         while num_connections(ports):
-            now = clock()
+            now = time.monotonic()
             if not self.num_running and now - max(self.last_at, begun) >= QUIET_S:
                 break
             if now - begun >= self._limit_s:

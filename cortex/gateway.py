@@ -27,6 +27,7 @@ from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Fleet
 from cortex.http_io import ClientDisconnectedError, Exchange, Header, Receive, Scope, Send
+from cortex.inference import Inference
 from cortex.metrics import (
     FleetSample,
     Metrics,
@@ -66,12 +67,11 @@ class Gateway:
         Raises:
             ConfigError: the counters of keys cannot be used.
         """
-        self.metrics = Metrics(self._sample)
+        self.metrics = Metrics(self._sample, lambda: self.fleet.in_flight.by_node)
         self.service = FleetService(
             settings,
             offered,
             on_retry=self.metrics.note_retry,
-            on_in_flight=self.metrics.note_in_flight,
             on_load=lambda model, succeeded: self.metrics.loads.labels(model, "ok" if succeeded else "failed").inc(),
         )
         self._settings, self._offered = settings, offered
@@ -80,15 +80,10 @@ class Gateway:
         conversations = Conversations(self._store)
         self._gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens)
         self._background = Background()
-        self._endpoints = endpoints = Endpoints(
-            settings,
-            offered,
-            self.fleet,
-            self.service.dispatcher,
-            self.metrics,
-            conversations,
-            self._background,
-            self._gate,
+        dispatcher = self.service.dispatcher
+        self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher)
+        self._inference = inference = Inference(
+            settings, offered, dispatcher, self.metrics, conversations, self._background, self._gate
         )
         admin = Admin(self.service, self._gate, reload, config_error)
         page = assets.read()
@@ -99,12 +94,12 @@ class Gateway:
         stored = StoredEndpoints(conversations, self._background)
         named = ConversationEndpoints(NamedConversations(conversations), settings.gateway.max_body_bytes)
         self._paths: Mapping[str, Methods] = {
-            CHAT.path: {"POST": endpoints.infer(CHAT)},
-            EMBEDDINGS.path: {"POST": endpoints.infer(EMBEDDINGS)},
-            COMPLETIONS.path: {"POST": endpoints.infer(COMPLETIONS)},
-            RESPONSES.path: {"POST": endpoints.infer(RESPONSES)},
-            MESSAGES.path: {"POST": endpoints.infer(MESSAGES)},
-            COUNT_TOKENS.path: {"POST": endpoints.infer(COUNT_TOKENS)},
+            CHAT.path: {"POST": inference.endpoint(CHAT)},
+            EMBEDDINGS.path: {"POST": inference.endpoint(EMBEDDINGS)},
+            COMPLETIONS.path: {"POST": inference.endpoint(COMPLETIONS)},
+            RESPONSES.path: {"POST": inference.endpoint(RESPONSES)},
+            MESSAGES.path: {"POST": inference.endpoint(MESSAGES)},
+            COUNT_TOKENS.path: {"POST": inference.endpoint(COUNT_TOKENS)},
             "/v1/conversations": {"POST": named.create},
             "/v1/models": {"GET": endpoints.models},
             "/health": {"GET": endpoints.health},
@@ -156,6 +151,7 @@ class Gateway:
         forget_dead_workers()
         if self._settings.gateway.metrics_listen:
             self._stop_metrics = self.metrics.serve(*split_address(self._settings.gateway.metrics_listen))
+        self.metrics.start()
         self.service.start()
         self._feed.start()
 
@@ -174,6 +170,7 @@ class Gateway:
         await self._background.stop()
         await self.service.stop()
         await self._gate.ledger.close()
+        self.metrics.stop()
         self._stop_metrics()
         if self._store is not None:
             await self._store.close()
@@ -182,7 +179,8 @@ class Gateway:
         """Go on with other nodes, models, keys and limits; requests that run end as they began."""
         self._settings, self._offered = settings, offered
         self._gate.keys, self._gate.reserve_tokens = keys, settings.access.reserve_tokens
-        self._endpoints.reconfigure(settings, offered)
+        self._endpoints.catalogue = offered
+        self._inference.reconfigure(settings, offered)
         self.service.reconfigure(settings, offered)
 
     async def handle(self, exchange: Exchange) -> None:
@@ -239,11 +237,10 @@ class Gateway:
         """Let nobody in who may not ask at this path; what for, the endpoint sees to."""
         if exchange.method == "OPTIONS":
             return
-        given = exchange.header(b"authorization"), exchange.header(b"x-api-key")
         if exchange.path.startswith("/v1/"):
-            exchange.caller = self._gate.identify(*given)
+            exchange.caller = self._gate.identify(exchange.header)
         elif exchange.path.startswith("/admin/"):
-            self._gate.check_admin(*given, comes_from_here(exchange.client, exchange.header))
+            self._gate.check_admin(exchange.header, comes_from_here(exchange.client, exchange.header))
 
     def _find(self, method: str, path: str) -> Endpoint | None:
         """Return what answers; ``None`` for OPTIONS, which asks only what would."""

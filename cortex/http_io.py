@@ -58,15 +58,21 @@ class Exchange(abc.ABC):
         self.method = method
         self.path = path
         self.query = query
-        self.client = client
-        """The address that the request comes from."""
+        self._client = client
         self.request_id = request_id
         self.caller: object = None
         """Who asks, once that is known, as whoever found it out describes it."""
         self.status = 0
         """HTTP status sent, 0 before that."""
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Whose it is, if whoever made it knows: to find out costs a system call."""
         self.is_last = False
         """Whether the answer says that no other will come on this connection."""
+
+    @property
+    def client(self) -> str:
+        """The address that the request comes from."""
+        return self._client
 
     @abc.abstractmethod
     def header(self, name: bytes) -> bytes | None:
@@ -252,13 +258,15 @@ class EndedByDisconnect:
         self._exchange = exchange
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._exchange.loop)
         assert task is not None
         self._task = task
         self._has_left = False
         self._stop_watching = self._exchange.on_leave(self._leave)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop_watching()
         if not self._has_left:
             return

@@ -7,7 +7,6 @@ line's name. What they mean is not known here.
 import asyncio
 import functools
 import logging
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from enum import StrEnum
 from typing import Any, TextIO
 
 import orjson
+
+from cortex._fast.log_fields import log_fields
 
 
 class LogFormat(StrEnum):
@@ -58,17 +59,18 @@ class _Handler(logging.StreamHandler[TextIO]):
         """Take a line."""
         try:
             self._lines.append(self.format(record))
-            if record.levelno > logging.INFO:
-                self.flush()
-            elif len(self._lines) == 1:
-                try:
-                    loop = asyncio.get_running_loop()
-                except RuntimeError:
-                    self.flush()
-                else:
-                    loop.call_later(WRITE_AFTER_S, self.flush)
-        except Exception:
+        except Exception:  # noqa: BLE001 - a line that cannot be written must not fail what it tells of
             self.handleError(record)
+            return
+        if record.levelno > logging.INFO:
+            self.flush()
+        elif len(self._lines) == 1:
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:
+                self.flush()
+            else:
+                loop.call_later(WRITE_AFTER_S, self.flush)
 
     def flush(self) -> None:
         """Write what waits."""
@@ -98,8 +100,7 @@ class TextFormatter(FieldsFormatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         line = f"{_timestamp(record)} {record.levelname} {record.name} {record.getMessage()}"
-        for key, value in self.fields(record).items():
-            line += f" {key}={_text(value)}"
+        line += log_fields(self.fields(record))
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -146,10 +147,6 @@ def server_settings(log_format: LogFormat) -> Mapping[str, Any]:
     return {"formatters": formats, "handlers": {"console": handler}, "loggers": loggers}
 
 
-_is_plain = re.compile(r"[^\s\"\x00-\x1f\x7f]+").fullmatch
-"""Tells a value that needs no quotes to be told apart."""
-
-
 def _timestamp(record: logging.LogRecord) -> str:
     return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
 
@@ -158,10 +155,3 @@ def _timestamp(record: logging.LogRecord) -> str:
 def _second(second: int) -> str:
     """Return the time of a second, which many lines share."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-
-
-def _text(value: object) -> str:
-    if type(value) is float:
-        return "%.4g" % value
-    text = value if type(value) is str else str(value)
-    return text if _is_plain(text) else orjson.dumps(text).decode()

@@ -8,12 +8,15 @@ several workers the counters are shared through files (``PROMETHEUS_MULTIPROC_DI
 first serves the sum.
 """
 
+import asyncio
 import logging
 import os
 import pathlib
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -38,6 +41,9 @@ MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120, 300)
 DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 900, 1800, 3600)
 SPEED_BUCKETS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000, 2000)
+
+FOLD_INTERVAL_S = 0.5
+"""How old a counter may be where workers share files; a scrape of this process alone has everything."""
 
 MAX_RETRY_CODES = 64
 CODE = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
@@ -75,18 +81,46 @@ class FleetSample:
     """Every model that somebody offers or lists, whether it is loaded or not."""
 
 
-@dataclass(frozen=True, slots=True)
-class Series:
+class Ended(NamedTuple):
+    """What is counted of a request that has ended."""
+
+    model: str
+    node: str
+    dialect: str
+    status: int
+    duration_s: float
+    first_token_s: float | None = None
+    """``None`` where there was none, or the answer was not streamed."""
+    tokens_per_s: float | None = None
+    tokens: tuple[int, int, int] | None = None
+    """Of the prompt, generated, and found in a cache, if the node has said."""
+
+
+class _Series:
     """The counters of one model on one node in one dialect, looked up once: a lookup costs more than a count."""
 
-    tokens_in: Counter
-    tokens_out: Counter
-    tokens_cached: Counter
-    first_token_s: Histogram
-    duration_s: Histogram
-    tokens_per_s: Histogram
-    requests: dict[int, Counter]
-    """By status, as they come."""
+    def __init__(self, metrics: "Metrics", labels: tuple[str, str, str]) -> None:
+        counters = metrics.tokens_in, metrics.tokens_out, metrics.tokens_cached
+        self.tokens = tuple(counter.labels(*labels) for counter in counters)
+        self.first_token_s = metrics.first_token_s.labels(*labels)
+        self.duration_s = metrics.duration_s.labels(*labels)
+        self.tokens_per_s = metrics.tokens_per_s.labels(*labels)
+        self.requests: dict[int, Counter] = {}
+        """By status, as they come."""
+
+
+class _Folder(Collector):
+    """The first collector of a registry: has what has ended counted before the others are asked."""
+
+    def __init__(self, fold: Callable[[], None]) -> None:
+        self._fold = fold
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        self._fold()
+        return ()
 
 
 class _FleetCollector(Collector):
@@ -149,12 +183,17 @@ class _Current(Collector):
 class Metrics:
     """The gateway's counters, in a registry of their own."""
 
-    def __init__(self, fleet: Callable[[], FleetSample]) -> None:
+    def __init__(self, fleet: Callable[[], FleetSample], in_flight: Callable[[], Mapping[str, int]]) -> None:
+        """``in_flight`` are the requests of this process that have a node and no end yet, by node."""
         self.registry = CollectorRegistry()
         self._fleet = fleet
+        self._in_flight = in_flight
         self._retry_codes: set[str] = set()
-        self._series: dict[tuple[str, str, str], Series] = {}
+        self._series: dict[tuple[str, str, str], _Series] = {}
+        self._ended: deque[Ended] = deque()
         self._in_flight_of: dict[str, Gauge] = {}
+        self._next: asyncio.TimerHandle | None = None
+        self.registry.register(_Folder(self.fold))
         self.on_finished: Callable[[Mapping[str, object]], None] = lambda fields: None
         """Told of each finished request, by the fields of its log line."""
         labels = ("model", "node", "dialect")
@@ -216,37 +255,53 @@ class Metrics:
             self._retry_codes.add(code)
         self.retries.labels(node, code).inc()
 
-    def series(self, model: str, node: str, dialect: str) -> Series:
-        """Return what is counted for each finished request of these labels."""
-        labels = (model, node, dialect)
-        found = self._series.get(labels)
-        if found is None:
-            found = self._series[labels] = Series(
-                self.tokens_in.labels(*labels),
-                self.tokens_out.labels(*labels),
-                self.tokens_cached.labels(*labels),
-                self.first_token_s.labels(*labels),
-                self.duration_s.labels(*labels),
-                self.tokens_per_s.labels(*labels),
-                {},
-            )
-        return found
+    def start(self) -> None:
+        """Count what has ended every now and then, until :meth:`stop`."""
+        self.fold()
+        self._next = asyncio.get_running_loop().call_later(FOLD_INTERVAL_S, self.start)
 
-    def note_request(self, model: str, node: str, dialect: str, status: int) -> Series:
-        """Count a request that has ended; return what else is counted of it."""
-        series = self.series(model, node, dialect)
-        counter = series.requests.get(status)
+    def stop(self) -> None:
+        """Count what has ended since, and no more."""
+        self.fold()
+        if self._next is not None:
+            self._next.cancel()
+
+    def note_ended(self, ended: Ended) -> None:
+        """Count a request that has ended, by the next scrape."""
+        self._ended.append(ended)
+
+    def fold(self) -> None:
+        """Count what has ended. Any thread may call it: each request is taken once."""
+        while self._ended:
+            try:
+                ended = self._ended.popleft()
+            except IndexError:  # another thread was faster
+                break
+            self._count(ended)
+        now = dict(self._in_flight())
+        for node in self._in_flight_of.keys() | now.keys():
+            gauge = self._in_flight_of.get(node)
+            if gauge is None:
+                gauge = self._in_flight_of[node] = self.in_flight.labels(node)
+            gauge.set(now.get(node, 0))
+
+    def _count(self, ended: Ended) -> None:
+        labels = ended[:3]
+        series = self._series.get(labels)
+        if series is None:
+            series = self._series[labels] = _Series(self, labels)
+        counter = series.requests.get(ended.status)
         if counter is None:
-            counter = series.requests[status] = self.requests.labels(model, node, dialect, status)
+            counter = series.requests[ended.status] = self.requests.labels(*labels, ended.status)
         counter.inc()
-        return series
-
-    def note_in_flight(self, node: str, count: int) -> None:
-        """Note how many requests a node has of this process."""
-        gauge = self._in_flight_of.get(node)
-        if gauge is None:
-            gauge = self._in_flight_of[node] = self.in_flight.labels(node)
-        gauge.set(count)
+        series.duration_s.observe(ended.duration_s)
+        if ended.first_token_s is not None:
+            series.first_token_s.observe(ended.first_token_s)
+        if ended.tokens_per_s is not None:
+            series.tokens_per_s.observe(ended.tokens_per_s)
+        for counter, count in zip(series.tokens, ended.tokens or (), strict=False):
+            if count:
+                counter.inc(count)
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Serve all workers' metrics if this one is the first to bind the port; return what stops that."""

@@ -9,7 +9,7 @@ import time
 
 from cortex import logs
 from cortex.dialects.passthrough import Usage
-from cortex.metrics import Metrics
+from cortex.metrics import Ended, Metrics
 from cortex.tracing import Trace
 
 log = logging.getLogger("cortex.request")
@@ -54,6 +54,10 @@ class Record:
         self.started_at = time.perf_counter()
         self.first_token_at: float | None = None
 
+    def note_node(self, node: str) -> None:
+        """Note who is asked, the last one if several are."""
+        self.node = node
+
     def note_first_token(self) -> None:
         """Take the time, the first time."""
         if self.first_token_at is None:
@@ -72,39 +76,33 @@ class Record:
         """Count the request and write its line."""
         now = time.perf_counter()
         total_s = now - self.started_at
-        series = metrics.note_request(self.model, self.node, self.dialect, self.status)
-        series.duration_s.observe(total_s)
-        fields: dict[str, object] = {
-            "id": self.request_id,
-            "dialect": self.dialect,
-            **({"key": self.key} if self.key else {}),
-            "model": self.model,
-            "node": self.node,
-            "status": self.status,
-            "stream": self.is_stream,
-            "finish": self.finish,
-        }
-        usage = self.usage
-        if usage is not None:
-            series.tokens_in.inc(usage.tokens_in)
-            series.tokens_out.inc(usage.tokens_out)
-            series.tokens_cached.inc(usage.tokens_cached)
-            fields |= {
-                "tokens_in": usage.tokens_in,
-                "tokens_out": usage.tokens_out,
-                "tokens_cached": usage.tokens_cached,
-            }
+        fields: dict[str, object] = {"id": self.request_id, "dialect": self.dialect}
+        if self.key:
+            fields["key"] = self.key
+        fields["model"] = self.model
+        fields["node"] = self.node
+        fields["status"] = self.status
+        fields["stream"] = self.is_stream
+        fields["finish"] = self.finish
+        tokens = first_token_s = tokens_per_s = None
+        if self.usage is not None:
+            tokens = tokens_in, tokens_out, tokens_cached = self.usage.counts()
+            fields["tokens_in"] = tokens_in
+            fields["tokens_out"] = tokens_out
+            fields["tokens_cached"] = tokens_cached
         if self.first_token_at is not None:
             first_token_s = self.first_token_at - self.started_at
-            series.first_token_s.observe(first_token_s)
             fields["ttft_s"] = round(first_token_s, 6)
             generation_s = now - self.first_token_at
-            if usage is not None and usage.tokens_out > 1 and generation_s > 0:
+            if tokens is not None and tokens_out > 1 and generation_s > 0:
                 # The first token's time is the prompt's; the others are what the speed is about.
-                series.tokens_per_s.observe((usage.tokens_out - 1) / generation_s)
+                tokens_per_s = (tokens_out - 1) / generation_s
         fields["total_s"] = round(total_s, 6)
         if self.trace is not None:
             fields["trace"] = self.trace.trace_id
             self.trace.end(fields)
+        metrics.note_ended(
+            Ended(self.model, self.node, self.dialect, self.status, total_s, first_token_s, tokens_per_s, tokens)
+        )
         logs.info(log, "request", fields)
         metrics.on_finished(fields)

@@ -10,7 +10,7 @@ import logging
 import sys
 from typing import Any
 
-from cortex.rsgi_io import RsgiExchange, RsgiSocket
+from cortex.rsgi_io import RsgiExchange, RsgiSocket, Watches
 from cortex.settings import ConfigError
 from cortex.worker import Worker
 
@@ -24,6 +24,7 @@ class Application(Worker):
 
     def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start, before anything is accepted."""
+        self._watches = Watches(loop)
         try:
             loop.run_until_complete(self.start())
         except ConfigError as error:
@@ -40,7 +41,7 @@ class Application(Worker):
             if scope.http_version == HTTP_2:
                 protocol.response_str(505, [("content-type", "text/plain")], "HTTP/2 is not spoken here; use HTTP/1.1.")
                 return
-            await self.handle(RsgiExchange(scope, protocol))
+            await self.handle(RsgiExchange(scope, protocol, self._watches))
         else:
             socket = RsgiSocket(scope, protocol)
             await self.gateway.handle_socket(socket.scope, socket.receive, socket.send)

@@ -6,6 +6,7 @@ which costs more than most answers do; it is asked once an answer has taken a mo
 """
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -24,22 +25,23 @@ TextHeader = tuple[str, str]
 class RsgiExchange(Exchange):
     """A request that came over RSGI."""
 
-    def __init__(self, scope: Any, protocol: Any) -> None:
+    def __init__(self, scope: Any, protocol: Any, watches: "Watches") -> None:
         headers = scope.headers
         given = headers.get("x-request-id")
-        client = scope.client
-        super().__init__(
-            scope.method,
-            scope.path,
-            scope.query_string.encode(),
-            client.rpartition(":")[0].strip("[]"),
-            request_id_of(None if given is None else given.encode()),
-        )
+        id = request_id_of(None if given is None else given.encode())
+        super().__init__(scope.method, scope.path, scope.query_string.encode(), scope.client, id)
+        self.loop = watches.loop
         self._scope = scope
         self._headers = headers
         self._protocol = protocol
+        self._watches = watches
         self._transport: Any = None
         self._credit: Credit | None = None
+
+    @property
+    def client(self) -> str:
+        """The address that the request comes from."""
+        return self._client.rpartition(":")[0].strip("[]")
 
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name, or ``None``."""
@@ -66,13 +68,13 @@ class RsgiExchange(Exchange):
     ) -> None:
         """Send a complete answer."""
         self.status = status
-        length = (b"content-length", b"%d" % len(body))
-        self._protocol.response_bytes(status, self._texts([(b"content-type", content_type), length, *headers]), body)
+        texts = [("content-type", _text(content_type)), ("content-length", str(len(body)))]
+        self._protocol.response_bytes(status, self._finish_texts(texts, headers), body)
 
     async def start_stream(self, headers: Sequence[Header] = ()) -> None:
         """Send status 200 and the headers of an event stream."""
         self.status = 200
-        self._transport = self._protocol.response_stream(200, self._texts([*STREAM_HEADERS, *headers]))
+        self._transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
         self._credit = Credit(self._scope.client, self._scope.server, is_tls=self._scope.scheme == "https")
 
     async def write(self, data: bytes) -> None:
@@ -91,20 +93,25 @@ class RsgiExchange(Exchange):
 
     def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
         """Call ``tell`` when the client has gone; return what ends that."""
-        return _watches().begin(self._protocol, tell)
+        return self._watches.begin(self._protocol, tell)
 
-    def _texts(self, headers: Sequence[Header]) -> list[TextHeader]:
-        id = self.request_id
-        texts = [*((name.decode(), _text(value)) for name, value in headers), ("x-request-id", id), ("request-id", id)]
+    def _finish_texts(self, texts: list[TextHeader], headers: Sequence[Header]) -> list[TextHeader]:
+        """Add ``headers`` to ``texts``, and what every answer has."""
+        texts += [(name.decode(), _text(value)) for name, value in headers]
+        texts += ("x-request-id", self.request_id), ("request-id", self.request_id)
         if self.is_last:
             texts.append(("connection", "close"))
         return texts
 
 
+@functools.lru_cache(maxsize=64)
 def _text(value: bytes) -> str:
     """Return a header's value without what Granian would panic at: a node chooses the type of its answers."""
     text = value.decode("latin-1")
     return text if text.isascii() and text.isprintable() else "".join(c for c in text if " " <= c <= "~")
+
+
+STREAM_TEXTS = tuple((name.decode(), _text(value)) for name, value in STREAM_HEADERS)
 
 
 class _Watch:
@@ -140,7 +147,7 @@ class _Watch:
             tell()
 
 
-class _Watches:
+class Watches:
     """Those of a loop whose answers are still young; one timer for all of them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -165,17 +172,6 @@ class _Watches:
         self._is_timed = bool(self._older)
         if self._is_timed:
             self.loop.call_later(WATCH_AFTER_S / 2, self._look)
-
-
-_known: _Watches | None = None
-
-
-def _watches() -> _Watches:
-    global _known
-    loop = asyncio.get_running_loop()
-    if _known is None or _known.loop is not loop:
-        _known = _Watches(loop)
-    return _known
 
 
 class RsgiSocket:

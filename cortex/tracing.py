@@ -6,7 +6,7 @@ in what is passed on, and a request that came without a context begins a trace. 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -114,12 +114,16 @@ def shut_down() -> None:
         _provider = None
 
 
-def begin(name: str, traceparent: bytes | None, tracestate: bytes | None) -> Trace | None:
-    """Return the trace of a request that came with these headers; ``None`` if it is part of none.
+def begin(name: str, header: Callable[[bytes], bytes | None]) -> Trace | None:
+    """Return the trace of a request, whose headers ``header`` returns by name; ``None`` if it is part of none.
 
     A context that is not valid is dropped, as the standard demands, with its ``tracestate``.
     """
+    traceparent = header(TRACEPARENT)
+    if traceparent is None and _provider is None:
+        return None
     trace_id = None if traceparent is None else _trace_id(traceparent)
+    tracestate = header(TRACESTATE)
     if _provider is not None:
         return _begin_span(_provider, name, traceparent if trace_id else None, tracestate)
     if trace_id is None or traceparent is None:

@@ -462,13 +462,13 @@ class Pool:
         raise ConnectError(f"{self.name} cannot be reached at {self._host}:{self._port}: {reason}.", retry_after_s=2)
 
     def _encode(self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes) -> list[bytes]:
-        lines = [method, b" ", self._prefix, target, self._host_lines]
-        for name, value in headers:
-            if b"\n" in value or b"\r" in value:
-                raise ValueError(f"line break in header {name!r}")
-            lines += (name, b": ", value, b"\r\n")
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        num_breaks = len(lines)
         if body or method == b"POST":
             lines.append(b"content-length: %d\r\n" % len(body))
-        lines.append(b"\r\n")
-        head = b"".join(lines)
+            num_breaks += 1
+        given = b"".join(lines)
+        if given.count(b"\n") != num_breaks or given.count(b"\r") != num_breaks:
+            raise ValueError(f"line break in the headers {headers!r}")
+        head = b"%b %b%b%b%b\r\n" % (method, self._prefix, target, self._host_lines, given)
         return [head, body] if body else [head]

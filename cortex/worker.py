@@ -6,6 +6,7 @@ It knows the files and the process, not HTTP. ``CORTEX_CONFIG`` names the config
 import asyncio
 import gc
 import os
+import time
 from collections.abc import Mapping
 
 from cortex import config, logs, reload, systemd, tracing
@@ -13,7 +14,6 @@ from cortex.ending import Ending
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange
 from cortex.settings import split_address
-
 
 GARBAGE_AFTER = 50_000
 """Objects made, less those given up, before cycles are looked for: a request in flight is hundreds that are none."""
@@ -69,7 +69,7 @@ class Worker:
             await self.gateway.handle(exchange)
         finally:
             ending.num_running -= 1
-            ending.last_at = asyncio.get_running_loop().time()
+            ending.last_at = time.monotonic()
 
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""

@@ -241,9 +241,7 @@ class Api:
         """Return the handler that writes down each request of a dialect, also one that is refused at once."""
 
         async def handler(exchange: Exchange) -> None:
-            trace = tracing.begin(
-                dialect.name, exchange.header(tracing.TRACEPARENT), exchange.header(tracing.TRACESTATE)
-            )
+            trace = tracing.begin(dialect.name, exchange.header)
             record = RequestRecord(exchange.request_id, dialect.name, trace)
             with _recorded(exchange, record):
                 self._service.admit()

@@ -23,6 +23,8 @@ FLOORS = {
     "cortex.http_io": 0,
     "cortex.settings": -2,
     "cortex._fast": 1,
+    "cortex._fast.buffer": -3,
+    "cortex._fast.log_fields": -2,
     "cortex.dialects": 1,
     "cortex.record": 2,
     "cortex.report": 0,
@@ -37,6 +39,8 @@ FLOORS = {
     "cortex.access": 3,
     "cortex.store": 3,
     "cortex.ending": 0,
+    "cortex.relay": 3,
+    "cortex.inference": 4,
     "cortex.endpoints": 4,
     "cortex.stored_endpoints": 4,
     "cortex.responses_socket": 4,
@@ -83,7 +87,7 @@ FLOORS = {
 ALSO = {
     ("cortex.gateway", "cortex.api_description"),
     # responses made in the background, begun by a request and told of by its id
-    ("cortex.endpoints", "cortex.background"),
+    ("cortex.inference", "cortex.background"),
     ("cortex.stored_endpoints", "cortex.background"),
     # the project's version, read where a command or a page prints it
     ("cortex", "cortex.wire"),

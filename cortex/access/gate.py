@@ -6,12 +6,16 @@ It knows keys and the ledger, not models or nodes. A principal without limits pa
 import asyncio
 import logging
 import re
+from collections.abc import Callable
 
 from cortex.access.keys import KeyRing, Principal
 from cortex.access.ledger import Lease, Ledger, Reason, Refusal
 from cortex.wire.errors import ApiError, ForbiddenError, OverloadedError
 
 log = logging.getLogger("cortex.access")
+
+Headers = Callable[[bytes], bytes | None]
+"""Returns a request's header by its lower-case name."""
 
 CHARACTERS_PER_TOKEN = 4
 """Of a body, for an estimate before anybody has tokenised it."""
@@ -72,22 +76,22 @@ class Gate:
         self.ledger = ledger
         self.reserve_tokens = reserve_tokens
 
-    def identify(self, authorization: bytes | None, api_key: bytes | None) -> Principal:
+    def identify(self, header: Headers) -> Principal:
         """Return who asks, by the ``authorization`` or ``x-api-key`` header.
 
         Raises:
             UnauthorizedError: nobody who may.
         """
-        return self.keys.identify(_key(authorization, api_key))
+        return self.keys.identify(_key(header))
 
-    def check_admin(self, authorization: bytes | None, api_key: bytes | None, is_from_here: bool) -> None:
+    def check_admin(self, header: Headers, is_from_here: bool) -> None:
         """Let an operator in: by an administrator's key, or from this host where there is no such key.
 
         Raises:
             ApiError: this is none.
         """
         if self.keys.has_admin:
-            if not self.identify(authorization, api_key).is_admin:
+            if not self.identify(header).is_admin:
                 raise ForbiddenError("This key is not an administrator's.")
         elif not is_from_here:
             raise ForbiddenError("Without an administrator's key in keys.toml, /admin is for this host only.")
@@ -120,10 +124,11 @@ def output_tokens(body: bytes, otherwise: int) -> int:
     return int(found[1]) if found else otherwise
 
 
-def _key(authorization: bytes | None, api_key: bytes | None) -> bytes | None:
+def _key(header: Headers) -> bytes | None:
+    authorization = header(b"authorization")
     if authorization is not None and authorization[:7].lower() == b"bearer ":
         return authorization[7:].strip()
-    return api_key
+    return header(b"x-api-key")
 
 
 def _explain(principal: Principal, reason: Reason) -> str:

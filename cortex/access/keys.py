@@ -4,6 +4,7 @@ A key is 32 random bytes, so one round of SHA-256 keeps it as well as any slow h
 attacker's clock nothing about the key. The file holds no key and no log ever does; a name stands for each.
 """
 
+import functools
 import hashlib
 import hmac
 import pathlib
@@ -48,7 +49,7 @@ class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keys: tuple[KeySettings, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Limits:
     """What one principal may use. 0 is no limit."""
 
@@ -58,7 +59,7 @@ class Limits:
     window_s: float = 24 * 3600.0
     balance_tokens: int = 0
 
-    @property
+    @functools.cached_property
     def are_none(self) -> bool:
         """Whether nothing has to be counted."""
         return not (self.requests_per_minute or self.max_concurrent or self.tokens_per_window or self.balance_tokens)
@@ -79,7 +80,7 @@ class Principal:
 
     def may_use(self, model: str) -> bool:
         """Return whether it may ask for a model, by its id."""
-        return any(
+        return "*" in self.models or any(
             model.startswith(allowed[:-1]) if allowed.endswith("*") else model == allowed for allowed in self.models
         )
 

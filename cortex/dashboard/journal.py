@@ -1,9 +1,9 @@
 """The requests that have ended lately, of all workers of one gateway: what the page lists and its charts count.
 
-Each worker writes into a ring of its own, which is a file where workers share a folder and memory where there is one
-worker; whoever has a page open reads them all. A ring has one writer. Its count is written after the slot that it
-counts, so a reader that looks at the count before and after knows which slots may have changed under it. Never a word
-of a request's text.
+Each worker writes, once a second, into a ring of its own, which is a file where workers share a folder and memory where
+there is one worker; whoever has a page open reads them all. A ring has one writer. Its count is written after the slot
+that it counts, so a reader that looks at the count before and after knows which slots may have changed under it. Never
+a word of a request's text.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import os
 import pathlib
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -70,13 +71,20 @@ class _Ring:
         requests, errors = _COUNTS.unpack_from(self._memory)
         return requests, errors
 
-    def add(self, payload: bytes, is_error: bool) -> None:
+    def add(self, payload: bytes) -> None:
         """Add a request; without a payload it is only counted."""
         requests, errors = self.counts()
         at = _COUNTS.size + requests % NUM_SLOTS * SLOT_BYTES
         _LENGTH.pack_into(self._memory, at, len(payload))
         self._memory[at + _LENGTH.size : at + _LENGTH.size + len(payload)] = payload
-        _COUNTS.pack_into(self._memory, 0, requests + 1, errors + is_error)
+        _COUNTS.pack_into(self._memory, 0, requests + 1, errors)
+
+    def skip(self, requests: int, errors: int) -> None:
+        """Count requests whose slots would be written over anyway, and the errors among those and what comes next."""
+        before, errors_before = self.counts()
+        for number in range(before, before + min(requests, NUM_SLOTS)):
+            _LENGTH.pack_into(self._memory, _COUNTS.size + number % NUM_SLOTS * SLOT_BYTES, 0)
+        _COUNTS.pack_into(self._memory, 0, before + requests, errors_before + errors)
 
     def since(self, count: int) -> list[bytes]:
         """Return what was added after ``count`` and is still there."""
@@ -108,17 +116,30 @@ class Journal:
                 own = mmap.mmap(file.fileno(), _RING_BYTES)
         self._ring = _Ring(own)
         self._rings = {self._own: self._ring}
+        self._ended: deque[tuple[float, Mapping[str, object]]] = deque(maxlen=NUM_SLOTS)
+        self._num_ended = self._num_errors = 0
         self._seen: dict[str, tuple[int, int]] = {}
 
     def note(self, fields: Mapping[str, object]) -> None:
-        """Write down a request that has ended, by the fields of its log line."""
-        payload = self._encode({"at": time.time(), **fields})
+        """Take a request that has ended, by the fields of its log line. :meth:`write` writes it down."""
         status = fields["status"]
         assert isinstance(status, int)
-        self._ring.add(payload if len(payload) <= SLOT_BYTES - _LENGTH.size else b"", is_error(status))
+        self._ended.append((time.time(), fields))
+        self._num_ended += 1
+        self._num_errors += is_error(status)
+
+    def write(self) -> None:
+        """Write down what has ended since the last time; of more than the ring holds, the rest is only counted."""
+        self._ring.skip(self._num_ended - len(self._ended), self._num_errors)
+        for at, fields in self._ended:
+            payload = self._encode({"at": at, **fields})
+            self._ring.add(payload if len(payload) <= SLOT_BYTES - _LENGTH.size else b"")
+        self._ended.clear()
+        self._num_ended = self._num_errors = 0
 
     def read(self) -> Batch:
         """Return what has ended since the last call, in any worker. At the first, what is there counts as old."""
+        self.write()
         batch = Batch()
         for name, ring in self._all():
             requests, errors = ring.counts()

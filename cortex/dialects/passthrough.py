@@ -4,6 +4,7 @@ Where it is asked, how an error is written before and after the first byte, and 
 ended and what it cost. No body is built or changed here; the reading is of an answer's last bytes, once, at its end.
 """
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -94,6 +95,10 @@ class Usage(msgspec.Struct, frozen=True):
         in_details = details.cached_tokens if details else 0
         return self.cached_tokens or self.cache_read_input_tokens or in_details or 0
 
+    def counts(self) -> tuple[int, int, int]:
+        """Return all three."""
+        return self.tokens_in, self.tokens_out, self.tokens_cached
+
 
 class _Choice(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
@@ -115,7 +120,7 @@ class Envelope:
     """Of an error and the id of its request."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dialect:
     """One client language, as far as passing it on goes."""
 
@@ -129,6 +134,11 @@ class Dialect:
     """A whole frame that says nothing: what the dialect's clients let pass between any two others."""
     streams: bool = True
     """Whether an answer is ever a stream, whatever the body says."""
+
+    @functools.cached_property
+    def target(self) -> bytes:
+        """What a request asks for."""
+        return self.path.encode()
 
     def loading(self, model: str, progress: float) -> bytes:
         """Return a heartbeat that says how far the load of a model is, where the dialect has room for it."""

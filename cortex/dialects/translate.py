@@ -98,11 +98,11 @@ class TranslatedAnswer:
 
 def to_chat(dialect: Dialect, body: bytes, part: GatewayPart = NO_PART) -> Translation | None:
     """Return a request as a chat; ``None`` if its dialect is not one that is translated. A response tells ``part``."""
-    if dialect == MESSAGES:
+    if dialect is MESSAGES:
         return Translation(lambda: _read_messages(body))
-    if dialect == COUNT_TOKENS:
+    if dialect is COUNT_TOKENS:
         return Translation(lambda: _read_count(body))
-    if dialect == RESPONSES:
+    if dialect is RESPONSES:
         return Translation(lambda: _read_responses(body, part))
     return None
 

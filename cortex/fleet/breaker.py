@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from cortex.config import BreakerSettings
 
+NO_NODES: frozenset[str] = frozenset()
+
 Circuit = tuple[str, str]
 """A node and a model."""
 
@@ -31,8 +33,14 @@ class Breakers:
         self.settings = settings
         self._states: dict[Circuit, _State] = {}
 
+    def __bool__(self) -> bool:
+        """Return whether any has seen a failure since its last success."""
+        return bool(self._states)
+
     def blocked(self, model: str, now: float) -> frozenset[str]:
         """Return the nodes that are not to be asked for ``model``."""
+        if not self._states:
+            return NO_NODES
         return frozenset(
             node for (node, other), state in self._states.items() if other == model and self._is_open(state, now)
         )

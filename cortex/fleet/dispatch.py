@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+import msgspec
+
 from cortex._fast.peek import peek, splice
-from cortex.config import Config, NodeType
+from cortex.config import Config, ModelProfile, NodeType
 from cortex.dialects.passthrough import CHAT
 from cortex.dialects.translate import told_error
 from cortex.errors import ConnectError, ConnectionLostError, NoNodeError, PoolFullError, ReplyError
@@ -26,7 +28,7 @@ from cortex.fleet.leftovers import Leftovers
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
 from cortex.fleet.router import RETRY_RECOVERY_S, Busy, Decision, Load, Serve, Unknown, offered_profile, route
-from cortex.fleet.state import Fleet, Seat
+from cortex.fleet.state import Fleet, FleetState, Seat
 from cortex.upstream import Header, Pool, Response
 from cortex.wire.errors import ApiError, ModelNotFoundError, RemoteError, UpstreamError
 
@@ -42,8 +44,7 @@ NOT_READY = "model_not_ready"
 """The code with which a neuron says that a model is on its way in or out: a load of it waits for that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """What is asked of a node. ``target`` is the path, ``model`` an id, never an alias.
 
     ``dialect`` must be spoken, unless ``as_chat`` gives the question as a chat, for a node that speaks that.
@@ -60,6 +61,8 @@ class Question:
     as_chat: Callable[[], bytes] | None = None
     priority: int = 0
     """Below 0: nothing is evicted for it, and it waits for a seat that nobody else needs."""
+    on_node: Callable[[str], None] = lambda node: None
+    """Told of each node that is asked."""
 
 
 @dataclass(slots=True)
@@ -107,6 +110,7 @@ class Dispatcher:
         self._on_retry = on_retry
         self._prefixes = Prefixes()
         self._leftovers = Leftovers(fleet)
+        self._deaf: tuple[FleetState, dict[tuple[str, bool], frozenset[str]]] = fleet.state, {}
         self.breakers = Breakers(config.gateway.breaker)
         self.reconfigure(config, catalogue)
 
@@ -145,8 +149,8 @@ class Dispatcher:
         except TimeoutError:
             pass
 
-    async def ask(self, question: Question, on_node: Callable[[str], None]) -> Answer:
-        """Return the answer of a node to ``question``; ``on_node`` is told of each node that is tried.
+    async def ask(self, question: Question) -> Answer:
+        """Return the answer of a node to ``question``.
 
         Raises:
             ModelNotFoundError: nobody offers the model.
@@ -155,11 +159,7 @@ class Dispatcher:
             ApiError: the load failed, or the last node that was tried could not be reached.
         """
         model = question.model
-        excluded = frozenset(
-            node.name
-            for node in self._fleet.state.nodes.values()
-            if node.discovery is not None and not _understands(question, node.discovery.dialects)
-        )
+        excluded = self._deaf_to(question)
         if question.priority < 0:
             await self._leftovers.wait(model, question.priority, self._leftover_wait_s)
         begins: Beginnings | None = None
@@ -167,8 +167,8 @@ class Dispatcher:
         for _ in range(MAX_ATTEMPTS):
             if begins is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
                 begins = beginnings(model, question.body, question.cache_key)
-            node = await self._find(question, excluded, last, begins)
-            on_node(node)
+            node = self._ready(model, excluded, begins) or await self._find(question, excluded, last, begins)
+            question.on_node(node)
             # Counted from here on, before the node knows: a burst must not pile onto one replica.
             seat = self._fleet.in_flight.take(node, model)
             self.breakers.ask(node, model)
@@ -227,6 +227,36 @@ class Dispatcher:
         assert last is not None
         raise last
 
+    def _deaf_to(self, question: Question) -> frozenset[str]:
+        """Return the nodes that cannot be asked ``question``; one that has not said what it speaks is none of them."""
+        state, known = self._deaf
+        if state is not self._fleet.state:
+            known = {}
+            self._deaf = self._fleet.state, known
+        key = question.dialect, question.as_chat is not None
+        found = known.get(key)
+        if found is None:
+            found = known[key] = frozenset(
+                node.name
+                for node in self._fleet.state.nodes.values()
+                if node.discovery is not None and not _understands(question, node.discovery.dialects)
+            )
+        return found
+
+    def _decide(
+        self, model: str, excluded: frozenset[str], begins: Beginnings | None, profile: ModelProfile | None = None
+    ) -> Decision:
+        fleet = self._fleet
+        affinity = NO_AFFINITY if begins is None else self._look(begins)
+        return route(fleet.state, model, profile, fleet.in_flight.by_node, excluded, affinity, self._slack)
+
+    def _ready(self, model: str, excluded: frozenset[str], begins: Beginnings | None) -> str | None:
+        """Return a node that has the model ready, if that is how it is and no circuit has seen a failure."""
+        if self.breakers or model not in self._fleet.state.serving:
+            return None
+        decision = self._decide(model, excluded, begins)
+        return decision.node if isinstance(decision, Serve) else None
+
     async def _find(
         self, question: Question, excluded: frozenset[str], last: ApiError | None, begins: Beginnings | None
     ) -> str:
@@ -242,9 +272,7 @@ class Dispatcher:
             )
 
         def decide() -> Decision:
-            in_flight = self._fleet.in_flight.by_node
-            affinity = NO_AFFINITY if begins is None else self._look(begins)
-            return route(self._fleet.state, model, profile, in_flight, excluded, affinity, self._slack)
+            return self._decide(model, excluded, begins, profile)
 
         decision = decide()
         if not isinstance(decision, Serve) and not self._fleet.state.complete:
@@ -270,9 +298,11 @@ class Dispatcher:
 
     def _is_asked_as_chat(self, node: str, question: Question) -> bool:
         """Return whether a node has to be asked in chat, which it speaks, for want of the question's own dialect."""
+        if question.as_chat is None:
+            return False
         known = self._fleet.state.nodes.get(node)
         discovery = known.discovery if known is not None else None
-        return question.as_chat is not None and discovery is not None and question.dialect not in discovery.dialects
+        return discovery is not None and question.dialect not in discovery.dialects
 
     async def _post(self, node: str, question: Question, is_chat: bool) -> Response:
         pool = self._pools.get(node)

@@ -11,7 +11,7 @@ from cortex.fleet.control import NeuronClient, OpenAIClient, make_pool
 from cortex.fleet.dispatch import Dispatcher
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
-from cortex.fleet.state import Fleet, InFlight, Node
+from cortex.fleet.state import Fleet, Node
 from cortex.fleet.warmer import Warmer
 from cortex.upstream import Pool
 from cortex.wire.errors import ApiError
@@ -27,12 +27,11 @@ class FleetService:
         catalogue: Catalogue,
         *,
         on_retry: Callable[[str, str], None] = lambda node, reason: None,
-        on_in_flight: Callable[[str, int], None] = lambda node, count: None,
         on_load: Callable[[str, bool], None] = lambda model, succeeded: None,
     ) -> None:
         self.config = config
         self.catalogue = catalogue
-        self.fleet = Fleet((Node(node.name, node.endpoint) for node in config.neurons), InFlight(on_in_flight))
+        self.fleet = Fleet(Node(node.name, node.endpoint) for node in config.neurons)
         self.pools = {node.name: self._pool(node) for node in config.neurons}
         self.neurons = {node.name: self._client(node) for node in config.neurons}
         self.poller = Poller(self.fleet, self.neurons, config.gateway.polling)

@@ -89,10 +89,9 @@ class FleetState:
 
 
 class InFlight:
-    """Requests of this process that have a node and no end yet. ``observe`` is told a node's new count."""
+    """Requests of this process that have a node and no end yet."""
 
-    def __init__(self, observe: Callable[[str, int], None] = lambda node, count: None) -> None:
-        self._observe = observe
+    def __init__(self) -> None:
         self.on_release: Callable[[], None] = lambda: None
         self.by_node: dict[str, int] = {}
         self.by_model: dict[str, int] = {}
@@ -101,17 +100,21 @@ class InFlight:
         """Count a request at the moment its node is selected."""
         self.by_node[node] = self.by_node.get(node, 0) + 1
         self.by_model[model] = self.by_model.get(model, 0) + 1
-        self._observe(node, self.by_node[node])
         return Seat(self, node, model)
 
     def give_back(self, node: str, model: str) -> None:
         """Count it no more."""
-        for table, key in ((self.by_node, node), (self.by_model, model)):
-            table[key] -= 1
-            if not table[key]:
-                del table[key]
-        self._observe(node, self.by_node.get(node, 0))
+        _take_one(self.by_node, node)
+        _take_one(self.by_model, model)
         self.on_release()
+
+
+def _take_one(counts: dict[str, int], key: str) -> None:
+    count = counts[key] - 1
+    if count:
+        counts[key] = count
+    else:
+        del counts[key]
 
 
 class Seat:
@@ -134,9 +137,9 @@ class Seat:
 class Fleet:
     """The current :class:`FleetState`, who waits for the next one, and the requests in flight."""
 
-    def __init__(self, nodes: Iterable[Node], in_flight: InFlight | None = None) -> None:
+    def __init__(self, nodes: Iterable[Node]) -> None:
         self.state = FleetState.of(nodes)
-        self.in_flight = in_flight or InFlight()
+        self.in_flight = InFlight()
         self.in_flight.on_release = self.note_move
         self._changed = asyncio.Event()
         self._moved: asyncio.Event | None = None

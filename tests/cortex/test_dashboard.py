@@ -521,7 +521,7 @@ def test_a_ring_counts_everything_and_keeps_the_latest() -> None:
     assert [entry.id for entry in batch.entries] == [
         f"r{number}" for number in range(1000 - journal.NUM_SLOTS + 1, 1000)
     ]
-    one._ring.add(b'{"half', False)
+    one._ring.add(b'{"half')
     assert one.read() == journal.Batch(requests=1)
     one.note(fields(1000) | {"model": "x" * 1000})
     batch = one.read()
@@ -534,8 +534,10 @@ def test_workers_read_one_anothers_rings_while_they_are_written(tmp_path: pathli
     script = (
         "import sys, pathlib; from cortex.dashboard.journal import Journal\n"
         "one = Journal(pathlib.Path(sys.argv[1])); print('ready', flush=True); sys.stdin.readline()\n"
-        "for i in range(20000): one.note({'id': f'r{i}', 'dialect': 'd' * (i % 90), 'model': 'm', 'node': 'n',"
+        "for i in range(20000):\n"
+        " one.note({'id': f'r{i}', 'dialect': 'd' * (i % 90), 'model': 'm', 'node': 'n',"
         " 'status': 200, 'stream': False, 'finish': 'stop', 'total_s': float(i)})\n"
+        " if i % 7 == 6 or i > 19990: one.write()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import pathlib
+from collections.abc import Callable
 
 import pytest
 from fake_neuron import FakeNeuron
@@ -15,6 +16,10 @@ from cortex.settings import ConfigError
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 GIVEN = f"00-{TRACE}-{PARENT}-01"
+
+
+def headers(traceparent: bytes | None, tracestate: bytes | None) -> Callable[[bytes], bytes | None]:
+    return {b"traceparent": traceparent, b"tracestate": tracestate}.get
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
@@ -57,7 +62,7 @@ async def test_a_context_reaches_the_node_and_the_log_line_as_it_came(
     ],
 )
 def test_only_a_valid_context_is_passed_on(given: str, trace_id: str | None) -> None:
-    trace = tracing.begin("x", given.encode(), b"a=1")
+    trace = tracing.begin("x", headers(given.encode(), b"a=1"))
     if trace_id is None:
         assert trace is None
     else:
@@ -67,8 +72,8 @@ def test_only_a_valid_context_is_passed_on(given: str, trace_id: str | None) -> 
 
 
 def test_a_state_without_a_context_or_of_any_length_is_not() -> None:
-    assert tracing.begin("x", None, b"a=1") is None
-    trace = tracing.begin("x", GIVEN.encode(), b"a=" + b"1" * 600)
+    assert tracing.begin("x", headers(None, b"a=1")) is None
+    trace = tracing.begin("x", headers(GIVEN.encode(), b"a=" + b"1" * 600))
     assert trace is not None
     assert trace.headers == ((b"traceparent", GIVEN.encode()),)
 
@@ -129,7 +134,7 @@ async def test_each_request_is_a_span_between_its_caller_and_its_node(caplog: py
     assert told["http.response.status_code"].int_value == 200
     assert {one.key: one.value.string_value for one in third.attributes}["helexa.finish"] == "model_not_found"
     assert first.end_time_unix_nano > first.start_time_unix_nano
-    assert tracing.begin("x", None, None) is None, "after the end none is begun"
+    assert tracing.begin("x", headers(None, None)) is None, "after the end none is begun"
 
 
 def test_a_collector_that_is_none_stops_the_start(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,252 @@
+"""The gateway's own path of a request, without a kernel in it: what is between Granian's call and a node's socket.
+
+A request comes as Granian's RSGI would bring it and goes to a connection whose wire answers at once, in this process;
+everything between them is the product's own. For profiles, and for counts of instructions, which are the same in every
+run where seconds are not.
+
+    python bench/gateway/path.py [KIND] [--requests N]
+"""
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import uvloop
+
+from cortex import logs
+from cortex.access.keys import KeyRing, Limits, Principal
+from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, StoreSettings
+from cortex.fleet.catalogue import Catalogue
+from cortex.fleet.state import Node
+from cortex.gateway import Gateway
+from cortex.rsgi_io import RsgiExchange, Watches
+from cortex.upstream import _Connection
+from cortex.wire.node import Discovery, Health, ModelState, ModelStatus, NodeState
+
+NOWHERE = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process is there
+KEY = "sk-bench-0123456789abcdef0123456789abcdef"
+NUM_FRAMES = 32
+WHOLE = (
+    b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":'
+    b'"assistant","content":"Hello, how can I help?"},"finish_reason":"stop"}],"usage":{"prompt_tokens":12,'
+    b'"completion_tokens":8,"total_tokens":20}}'
+)
+FRAME = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,'
+    b'"delta":{"content":" word"},"finish_reason":null}]}\n\n'
+)
+LAST = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,'
+    b'"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+)
+
+
+def chunk(data: bytes) -> bytes:
+    """Return a piece of a body as HTTP/1.1 frames it."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\nx-request-id: r\r\ndate: Wed, 25 Nov 2026 00:00:00 GMT\r\n"
+ANSWER = (HEAD % b"application/json" + b"content-length: %d\r\n\r\n" % len(WHOLE) + WHOLE,)
+STREAM = (
+    HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n",
+    *([chunk(FRAME)] * NUM_FRAMES),
+    chunk(LAST) + b"0\r\n\r\n",
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is asked, and what the node then writes, piece by piece."""
+
+    body: bytes
+    answer: Sequence[bytes]
+
+
+def _body(stream: bool, pad: int = 0) -> bytes:
+    text = "x" * pad
+    return b'{"model":"m","messages":[{"role":"user","content":"Hi%s"}],"stream":%s}' % (
+        text.encode(),
+        b"true" if stream else b"false",
+    )
+
+
+KINDS: Mapping[str, Kind] = {
+    "whole": Kind(_body(stream=False), ANSWER),
+    "large": Kind(_body(stream=False, pad=60_000), ANSWER),
+    "stream": Kind(_body(stream=True), STREAM),
+}
+
+
+class Wire(asyncio.Transport):
+    """A transport whose other end answers each request in the same way, a turn of the loop a piece."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._loop = loop
+        self.connection: Any = None
+        self.answer: Sequence[bytes] = ()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Be its own socket."""
+        return self
+
+    def setsockopt(self, *arguments: int) -> None:
+        """Take an option."""
+
+    def is_closing(self) -> bool:
+        """Return that it is open."""
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        """Return that nothing waits."""
+        return 0
+
+    def write(self, data: Any) -> None:
+        """Take a request."""
+        self._loop.call_soon(self._say, 0)
+
+    def writelines(self, list_of_data: Any) -> None:
+        """Take a request."""
+        self._loop.call_soon(self._say, 0)
+
+    def abort(self) -> None:
+        """Close."""
+
+    def _say(self, index: int) -> None:
+        if index + 1 < len(self.answer):
+            self._loop.call_soon(self._say, index + 1)
+        self.connection.data_received(self.answer[index])
+
+
+class Protocol:
+    """What Granian gives an application of one request."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self.status = 0
+        self.sent_bytes = 0
+
+    async def __call__(self) -> bytes:
+        """Return the body."""
+        return self._body
+
+    def response_bytes(self, status: int, headers: Any, body: bytes) -> None:
+        """Take a whole answer."""
+        self.status, self.sent_bytes = status, len(body)
+
+    def response_stream(self, status: int, headers: Any) -> "Protocol":
+        """Begin a stream."""
+        self.status = status
+        return self
+
+    def send_bytes(self, data: bytes) -> Any:
+        """Take a piece of a stream."""
+        self.sent_bytes += len(data)
+        return DONE
+
+    def client_disconnect(self) -> Any:
+        """Return what would be done when the client left."""
+        return asyncio.get_running_loop().create_future()
+
+
+class _Done:
+    def __await__(self) -> Any:
+        return iter(())
+
+
+DONE = _Done()
+
+
+class Scope:
+    """A request's head, as Granian gives it."""
+
+    proto = "http"
+    http_version = "1.1"
+    server = "127.0.0.1:31313"
+    client = "127.0.0.1:50000"
+    scheme = "http"
+    method = "POST"
+    path = "/v1/chat/completions"
+    query_string = ""
+
+    def __init__(self, body: bytes) -> None:
+        self.headers = {
+            "host": "127.0.0.1:31313",
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "authorization": f"Bearer {KEY}",
+            "user-agent": "OpenAI/Python 2.0",
+        }
+
+
+async def ready_gateway() -> tuple[Gateway, Wire]:
+    """Return a gateway that knows one node with one model, and a connection to it."""
+    import hashlib
+
+    digest = hashlib.sha256(KEY.encode()).digest()
+    keys = KeyRing({digest[:8]: (digest, Principal("bench", ("*",), limits=Limits()))}, None)
+    config = Config(
+        gateway=GatewaySettings(metrics_listen=""),
+        store=StoreSettings(path=":memory:"),
+        neurons=(NodeSettings("node0", "http://127.0.0.1:9"),),
+    )
+    gateway = Gateway(config, Catalogue({"m": ModelProfile(id="m", source="/m")}, {}, prefixes={}), keys)
+    status = ModelStatus("m", ModelState.READY, weights_bytes=1, kv_cache_bytes=1)
+    gateway.fleet.replace(
+        Node(
+            "node0",
+            "http://127.0.0.1:9",
+            up=True,
+            polled=True,
+            discovery=Discovery("node0", "0", "h", "linux", None, None, (), (), ("openai-chat",)),
+            health=Health(NodeState.READY, 1.0, ()),
+            models={"m": status},
+        )
+    )
+    wire = Wire(asyncio.get_running_loop())
+    pool = gateway.service.pools["node0"]
+    wire.connection = connection = _Connection(pool)
+    connection.connection_made(wire)
+    pool.keep(connection)
+    return gateway, wire
+
+
+async def run(kind: Kind, num_requests: int) -> float:
+    """Serve requests one by one; return the CPU microseconds of one."""
+    logs.configure(logs.LogFormat.TEXT)
+    logging.getLogger("cortex").handlers[0].setStream(NOWHERE)  # type: ignore[attr-defined]
+    gateway, wire = await ready_gateway()
+    wire.answer = kind.answer
+    scope = Scope(kind.body)
+    watches = Watches(asyncio.get_running_loop())
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+    before_s = time.process_time()
+    for _ in range(num_requests):
+        protocol = Protocol(kind.body)
+        await gateway.handle(RsgiExchange(scope, protocol, watches))
+        assert protocol.status == 200
+        assert protocol.sent_bytes
+    return (time.process_time() - before_s) / num_requests * 1e6
+
+
+def main() -> None:
+    """Print what a request costs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", nargs="?", choices=KINDS, default="whole")
+    parser.add_argument("--requests", type=int, default=20_000)
+    options = parser.parse_args()
+    cost_us = uvloop.run(run(KINDS[options.kind], options.requests))
+    print(f"{options.kind}: {cost_us:.2f} us a request")
+
+
+if __name__ == "__main__":
+    main()

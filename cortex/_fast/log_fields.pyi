@@ -1,0 +1,3 @@
+from collections.abc import Mapping
+
+def log_fields(fields: Mapping[str, object]) -> str: ...

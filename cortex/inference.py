@@ -1,0 +1,328 @@
+"""The story of one request for inference: read, peek, route, ask, stream back.
+
+Bodies go to the node byte for byte, but for the model's name where the client used an alias; answers come back byte
+for byte, in whole frames. What goes wrong before the first byte keeps its HTTP status, later it ends the stream in the
+request's own dialect. Routing, loading and retries are :mod:`cortex.fleet.dispatch`'s.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import NamedTuple
+
+import msgspec
+import orjson
+
+from cortex import tracing
+from cortex._fast.peek import Peek, PeekError, PeekTypeError, peek, splice
+from cortex._fast.responses_stream import ResponsesStream
+from cortex._fast.sse import FrameDecoder, FrameTooLarge
+from cortex.access.gate import FREE, Gate, Permit, principal_of, prompt_tokens
+from cortex.access.keys import check_model
+from cortex.background import Background
+from cortex.config import Config
+from cortex.dialects import openai_responses
+from cortex.dialects.passthrough import NO_PART, RESPONSES, Dialect, read_answer
+from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
+from cortex.fleet.catalogue import Catalogue
+from cortex.fleet.dispatch import Dispatcher, Question
+from cortex.http_io import ClientDisconnectedError, EndedByDisconnect, Exchange, SocketExchange, stream
+from cortex.metrics import Metrics
+from cortex.record import CLIENT_CLOSED_REQUEST, Record
+from cortex.relay import Relay
+from cortex.store.conversation import Conversations, Turn
+from cortex.upstream import Header
+from cortex.wire.errors import ApiError, InvalidJsonError, InvalidTypeError, MissingParameterError, UpstreamError
+from cortex.wire.events import Finished, FinishReason, Started
+
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""Of an answer that is not streamed; it is held whole, so that a cut one is an error and not half a body."""
+
+JSON = b"application/json"
+TO_EVERY_NODE: tuple[Header, ...] = ((b"content-type", JSON), (b"x-cortex-report-usage", b"1"))
+
+
+class Inference:
+    """Answers requests for inference in every dialect. One for the life of a process."""
+
+    def __init__(
+        self,
+        config: Config,
+        catalogue: Catalogue,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        conversations: Conversations,
+        background: Background,
+        gate: Gate,
+    ) -> None:
+        self.reconfigure(config, catalogue)
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._conversations = conversations
+        self._background = background
+        self._gate = gate
+
+    def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
+        """Go by these from now on."""
+        self._max_body_bytes = config.gateway.max_body_bytes
+        self._catalogue = catalogue
+
+    def endpoint(self, dialect: Dialect) -> Callable[[Exchange], Awaitable[None]]:
+        """Return the endpoint that passes inference of ``dialect`` on."""
+
+        async def answer(exchange: Exchange) -> None:
+            record = Record(exchange.request_id, dialect.name)
+            record.trace = tracing.begin(dialect.name, exchange.header)
+            try:
+                await self._infer(exchange, dialect, record)
+            except ClientDisconnectedError:
+                record.status, record.finish = CLIENT_CLOSED_REQUEST, "disconnected"
+                raise
+            except ApiError as error:
+                record.status, record.finish = error.status, error.code
+                raise
+            finally:
+                record.finish_with(self._metrics)
+
+        return answer
+
+    async def _infer(self, exchange: Exchange, dialect: Dialect, record: Record) -> None:
+        principal = principal_of(exchange.caller)
+        record.key = principal.name
+        body = await exchange.read_body(self._max_body_bytes)
+        found = _peek(body)
+        name = found.model
+        if not name:
+            raise MissingParameterError("You must provide a model parameter.", param="model")
+        model = self._catalogue.resolve(name)
+        if not self._dispatcher.knows(model):
+            model = await self._look_for(name, model)
+        check_model(principal, model)
+        record.model = model
+        record.is_stream = found.stream and dialect.streams
+        if model != name:
+            body = splice(body, found, model)
+        headers = [*TO_EVERY_NODE, (b"x-request-id", exchange.request_id.encode())]
+        if record.trace is not None:
+            headers += record.trace.headers
+        turn, part, generates = None, NO_PART, True
+        if dialect is RESPONSES:
+            said = None
+            if isinstance(exchange, SocketExchange):
+                said, generates = exchange.said, exchange.generates
+            turn = await self._conversations.of(principal.name).begin(body, found, said)
+            body, part = turn.body, turn.part
+            headers += turn.headers
+            if not generates:
+                await self._only_read(exchange, record, turn)
+                return
+        if principal.name:
+            headers.append((b"x-cortex-principal", principal.name.encode()))
+        if principal.priority:
+            headers.append((b"x-cortex-priority", b"%d" % principal.priority))
+        chat = to_chat(dialect, body, part)
+        question = Question(
+            model,
+            dialect.name,
+            dialect.target,
+            headers,
+            body,
+            is_stream=record.is_stream or part.background,
+            cache_key=found.prompt_cache_key,
+            as_chat=None if chat is None else chat.body,
+            priority=principal.priority,
+            on_node=record.note_node,
+        )
+        asked = _Asked(question, chat, turn)
+        permit = FREE if principal.limits.are_none else await self._gate.admit(principal, body)
+        try:
+            if turn is not None and part.background:
+                await self._begin(exchange, dialect, record, asked, turn, permit)
+            elif record.is_stream:
+                await self._stream(exchange, dialect, record, asked)
+            else:
+                await self._answer(exchange, record, asked)
+        finally:
+            if permit is not FREE:
+                await permit.settle(record.tokens_used(prompt_tokens(body)))
+
+    async def _look_for(self, name: str, model: str) -> str:
+        """Return the id of a model that nobody is known to offer: it may be heard of yet, or an alias may fit it.
+
+        Raises:
+            ModelNotFoundError: nobody offers it.
+            NoNodeError: nobody that has been heard of offers it.
+        """
+        knows = self._dispatcher.knows
+        await self._dispatcher.first_look(lambda: knows(model))
+        if not knows(model):
+            model = self._catalogue.match(name) or model
+        if not knows(model):
+            raise self._dispatcher.unknown(name)
+        return model
+
+    async def _answer(self, exchange: Exchange, record: Record, asked: "_Asked") -> None:
+        content_type = JSON
+        with EndedByDisconnect(exchange):
+            answer = await self._dispatcher.ask(asked.question)
+            try:
+                body = await answer.response.read_all(MAX_ANSWER_BYTES)
+                if answer.is_chat:
+                    body = asked.translated().whole(body)
+                else:
+                    content_type = answer.response.header(b"content-type") or JSON
+            finally:
+                answer.close()
+        record.usage, record.finish = read_answer(body)
+        record.status = 200
+        if asked.turn is not None:
+            await self._conversations.of(record.key).keep(asked.turn, body)
+        await exchange.reply(200, body, content_type=content_type)
+
+    async def _only_read(self, exchange: Exchange, record: Record, turn: Turn) -> None:
+        """Answer with an empty response, which later turns continue; no node is asked."""
+        frames = _made_here(turn).frames([Started(0), Finished(FinishReason.STOP, 0)])
+        await self._conversations.of(record.key).keep_streamed(turn, frames)
+        record.status, record.finish = 200, "not_generated"
+        await exchange.start_stream()
+        await exchange.write(frames)
+        await exchange.finish()
+
+    async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
+        relay = Relay()
+
+        def end_in_failure(error: ApiError) -> bytes:
+            record.status, record.finish = error.status, error.code
+            return dialect.failure(error.info(), relay.first, b"".join(relay.tail))
+
+        def heartbeat() -> bytes:
+            progress = self._dispatcher.load_progress(asked.question.model)
+            return dialect.heartbeat if progress is None else dialect.loading(asked.question.model, progress)
+
+        record.status = 200
+        frames = self._frames(relay, record, asked)
+        try:
+            await stream(exchange, frames, heartbeat=heartbeat, error_frame=end_in_failure)
+        finally:
+            relay.note_end(dialect, record)
+
+    async def _frames(self, relay: Relay, record: Record, asked: "_Asked") -> AsyncGenerator[bytes, None]:
+        """Yield what may go on of a node's stream.
+
+        Raises:
+            ApiError: no node could be asked, or the stream broke, fell silent or ended before its terminator.
+        """
+        answer = await self._dispatcher.ask(asked.question)
+        try:
+            content_type = answer.response.header(b"content-type") or b""
+            if not content_type.startswith(b"text/event-stream"):
+                raise UpstreamError(f"{answer.node} answered a streamed request with {content_type.decode('latin-1')}.")
+            read = answer.response.read
+            translated = asked.translated() if answer.is_chat else None
+            more = True
+            while more:
+                data = await read()
+                more = bool(data)
+                if translated is not None:
+                    data = translated.frames(data) if more else translated.end()
+                frames = relay.take(data)
+                if record.first_token_at is None and relay.has_token:
+                    record.note_first_token()
+                if frames:
+                    record.num_chunks += 1
+                    if asked.turn is not None and relay.is_complete:
+                        await self._conversations.of(record.key).keep_streamed(asked.turn, frames)
+                    yield frames
+            if not relay.is_complete:
+                raise UpstreamError(f"{answer.node} ended its answer before the stream's terminator.")
+        except FrameTooLarge as error:
+            answer.note_broken()
+            raise UpstreamError(f"{answer.node} sent a frame of more than {error.max_frame_bytes} bytes.") from None
+        except UpstreamError:
+            # Without its terminator the answer is broken; with it, only the connection's own end is missing.
+            if not relay.is_complete:
+                answer.note_broken()
+                raise
+        finally:
+            answer.close()
+
+    async def _begin(
+        self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn, permit: Permit
+    ) -> None:
+        """Begin a response that is made in the background; what it costs is written down by a record of its own."""
+        created = FrameDecoder().feed(_made_here(turn).frames([Started(0)]))[0]
+        queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
+        making = Record(record.request_id, dialect.name)
+        making.model, making.key, making.is_stream = record.model, record.key, True
+        question = msgspec.structs.replace(asked.question, on_node=making.note_node)
+        if record.trace is not None:  # its span is about the answer, which is still to be made
+            making.trace, record.trace = record.trace, record.trace.without_span()
+        held = permit.move()
+        frames = self._made(dialect, making, _Asked(question, asked.chat, None), held)
+        try:
+            run = await self._background.start(self._conversations.of(record.key), turn, queued, frames)
+        except BaseException:
+            await held.settle(0)
+            raise
+        record.status, record.finish = 200, "queued"
+        if not record.is_stream:
+            await exchange.reply(200, queued)
+            return
+        await stream(
+            exchange,
+            run.follow(-1),
+            heartbeat=dialect.heartbeat,
+            error_frame=lambda error: dialect.failure(error.info(), b"", b""),
+        )
+
+    async def _made(
+        self, dialect: Dialect, record: Record, asked: "_Asked", permit: Permit
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the frames of a response that nobody may be waiting for, and write down how it went."""
+        relay = Relay()
+        record.status = 200
+        try:
+            async with aclosing(self._frames(relay, record, asked)) as frames:
+                async for some in frames:
+                    yield some
+        except ApiError as error:
+            record.status, record.finish = error.status, error.code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            record.status, record.finish = CLIENT_CLOSED_REQUEST, "cancelled"
+            raise
+        finally:
+            relay.note_end(dialect, record)
+            record.finish_with(self._metrics)
+            await permit.settle(record.tokens_used(prompt_tokens(asked.question.body)))
+
+
+def _peek(body: bytes) -> Peek:
+    try:
+        return peek(body)
+    except PeekTypeError as error:
+        raise InvalidTypeError(f"Invalid type: {error.reason}.", param=error.field) from None
+    except PeekError as error:
+        raise InvalidJsonError(f"The body cannot be read: {error}.") from None
+
+
+def _made_here(turn: Turn) -> ResponsesStream:
+    """Return what makes a response of a turn without a node. Raises :class:`InvalidRequestError`."""
+    call = openai_responses.decode(turn.body)
+    id = turn.part.id or f"resp_{secrets.token_hex(24)}"
+    return ResponsesStream(id, call.request.model, int(time.time()), call.echoed(turn.part))
+
+
+class _Asked(NamedTuple):
+    """A question, what it is in chat, and the turn of a conversation that it is."""
+
+    question: Question
+    chat: Translation | None
+    turn: Turn | None
+
+    def translated(self) -> TranslatedAnswer:
+        """Return what reads a chat that answers it."""
+        assert self.chat is not None  # only then is a node asked in chat
+        return self.chat.begin()
