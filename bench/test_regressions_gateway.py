@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from cortex._fast.http_client import Connection, Response
 from cortex.config import ModelProfile, Timeouts
 from cortex.fleet.router import Serve, route
 from cortex.fleet.state import FleetState, Node
-from cortex.upstream import Pool, Response, _Connection
+from cortex.upstream import Pool
 from cortex.wire.node import Health, ModelState, ModelStatus, NodeState
 
 NUM_NODES = 100
@@ -59,7 +60,7 @@ class _Wire(asyncio.Transport):
     def is_closing(self) -> bool:
         return False
 
-    def writelines(self, list_of_data: Any) -> None:
+    def write(self, data: Any) -> None:
         pass
 
     def get_write_buffer_size(self) -> int:
@@ -85,16 +86,16 @@ def test_read_a_nodes_answer(benchmark: Any, answer: bytes) -> None:
     """One request and its whole answer on a kept-alive connection, parser and bookkeeping without a socket."""
     loop = asyncio.new_event_loop()
 
-    async def story() -> tuple[_Connection, Pool]:
+    async def story() -> tuple[Connection, Pool]:
         pool = Pool("a", "http://127.0.0.1:1", Timeouts(), 4)
-        connection = _Connection(pool)
+        connection = Connection(pool, asyncio.get_running_loop())
         connection.connection_made(_Wire())
         return connection, pool
 
     connection, pool = loop.run_until_complete(story())
 
     def once() -> Response:
-        response, _ = connection.send((b"POST",), 60, 60)
+        response, _ = connection.send([b"POST"], 60, 60)
         connection.data_received(answer)
         pool._idle.clear()
         return response

@@ -67,7 +67,7 @@ class Gateway:
         Raises:
             ConfigError: the counters of keys cannot be used.
         """
-        self.metrics = Metrics(self._sample, lambda: self.fleet.in_flight.by_node)
+        self.metrics = Metrics(self._sample, self._in_flight)
         self.service = FleetService(
             settings,
             offered,
@@ -262,6 +262,10 @@ class Gateway:
 
     async def _describe(self, exchange: Exchange) -> None:
         await exchange.reply(200, api_description.description())
+
+    def _in_flight(self) -> Mapping[str, int]:
+        counts = self.fleet.in_flight.by_node
+        return {node: counts.get(node, 0) for node in self.fleet.state.nodes}
 
     def _sample(self) -> FleetSample:
         nodes = self.fleet.state.nodes.values()

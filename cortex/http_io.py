@@ -18,7 +18,7 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -104,6 +104,21 @@ class Exchange(abc.ABC):
         Raises:
             ClientDisconnectedError: the client has gone, where that is seen here.
         """
+
+    writes_at_once = False
+    """Whether a stream can be started and written to without waiting, by the two methods that follow."""
+
+    def start_now(self, headers: Sequence[Header] = ()) -> None:
+        """Send status 200 and the headers of an event stream."""
+        raise NotImplementedError
+
+    def write_now(self, data: bytes) -> Coroutine[Any, Any, None] | None:
+        """Send some bytes of a started stream; return what is to be awaited before there is more, if anything.
+
+        Raises:
+            ClientDisconnectedError: the client has gone, where that is seen here.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     async def finish(self) -> None:
@@ -299,79 +314,137 @@ async def stream(
     error_frame: Callable[[ApiError], bytes],
     headers: Sequence[Header] = (),
 ) -> None:
-    """Send an event stream whose bytes come from ``chunks``, each chunk whole frames.
+    """Send an event stream whose bytes come from ``chunks``, each chunk whole frames, as :func:`serve_stream` does.
 
-    An :class:`ApiError` from ``chunks`` is raised again if no header went out yet; later it becomes ``error_frame`` and
-    the end of the stream. ``chunks`` is closed in every case, before the stream is.
+    ``chunks`` is closed in every case, before the stream is.
+    """
+
+    async def write(out: EventStream) -> None:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                await out.write(chunk)
+
+    await serve_stream(exchange, write, heartbeat=heartbeat, error_frame=error_frame, headers=headers)
+
+
+async def serve_stream(
+    exchange: Exchange,
+    write: Callable[["EventStream"], Coroutine[Any, Any, None]],
+    *,
+    heartbeat: bytes | Callable[[], bytes],
+    error_frame: Callable[[ApiError], bytes],
+    headers: Sequence[Header] = (),
+) -> None:
+    """Send the event stream that ``write`` writes, and heartbeats into its silences.
+
+    An :class:`ApiError` from ``write`` is raised again if no header went out yet; later it becomes ``error_frame`` and
+    the end of the stream.
 
     Raises:
         ApiError: before the first byte.
-        ClientDisconnectedError: the client left.
+        ClientDisconnectedError: the client left; ``write`` has ended by then.
     """
-    out = _EventStream(exchange, heartbeat, headers)
-    pulse = asyncio.ensure_future(out.beat())
+    out = EventStream(exchange, heartbeat, headers)
     try:
         with EndedByDisconnect(exchange):
             try:
-                async with aclosing(chunks):
-                    async for chunk in chunks:
-                        await out.write(chunk)
+                await write(out)
             except ApiError as error:
                 if not out.started:
                     raise
                 await out.write(error_frame(error))
             await out.finish()
     finally:
-        pulse.cancel()
+        out.end()
 
 
-class _EventStream:
+class EventStream:
     """The writing side of one stream: headers once, heartbeats only between chunks.
 
-    One task beats for the whole stream and looks at a clock; a chunk costs no task and no timer.
+    A stream has one timer at a time, which looks at a clock; a chunk costs none.
     """
 
     def __init__(self, exchange: Exchange, heartbeat: bytes | Callable[[], bytes], headers: Sequence[Header]) -> None:
         self.started = False
+        self.writes_at_once = exchange.writes_at_once
+        """Whether :meth:`write_now` may be used."""
         self._exchange = exchange
         self._heartbeat = heartbeat
         self._headers = headers
-        self._turn = asyncio.Lock()
-        self._clock = asyncio.get_running_loop().time
-        self._written_at = self._clock()
+        self._turn: asyncio.Lock | None = None if exchange.writes_at_once else asyncio.Lock()
+        self._loop = exchange.loop or asyncio.get_running_loop()
+        self._written_at = self._loop.time()
+        self._timer = self._loop.call_later(HOLD_HEADERS_S, self._look)
+        self._beating: asyncio.Task[None] | None = None
 
     async def write(self, data: bytes) -> None:
-        """Send whole frames, after the headers if these are the first."""
+        """Send whole frames, after the headers if these are the first; return when more may be sent.
+
+        Raises:
+            ClientDisconnectedError: the client has gone, where that is seen here.
+        """
+        if self._turn is None:
+            pause = self.write_now(data)
+            if pause is not None:
+                await pause
+            return
         async with self._turn:
-            await self._start()
+            if not self.started:
+                self.started = True
+                await self._exchange.start_stream(self._headers)
             await self._exchange.write(data)
-            self._written_at = self._clock()
+            self._written_at = self._loop.time()
+
+    def write_now(self, data: bytes) -> Coroutine[Any, Any, None] | None:
+        """Send whole frames, after the headers if these are the first; return what to wait for before there is more.
+
+        Raises:
+            ClientDisconnectedError: the client has gone, where that is seen here.
+        """
+        if not self.started:
+            self.started = True
+            self._exchange.start_now(self._headers)
+        self._written_at = self._loop.time()
+        return self._exchange.write_now(data)
 
     async def finish(self) -> None:
-        """End the stream. The lock is never given back: nothing may follow."""
-        await self._turn.acquire()
-        await self._start()
-        await self._exchange.finish()
-
-    async def beat(self) -> None:
-        """Fill silences until cancelled."""
-        await asyncio.sleep(HOLD_HEADERS_S)
-        if not self.started:
-            await self.write(self._beat())
-        while True:
-            silent_s = self._clock() - self._written_at
-            if silent_s >= HEARTBEAT_INTERVAL_S:
-                await self.write(self._beat())
-            else:
-                await asyncio.sleep(HEARTBEAT_INTERVAL_S - silent_s)
-
-    def _beat(self) -> bytes:
-        return self._heartbeat if isinstance(self._heartbeat, bytes) else self._heartbeat()
-
-    async def _start(self) -> None:
+        """End the stream. Nothing may follow."""
+        self.end()
+        if self._turn is not None:
+            await self._turn.acquire()
         if not self.started:
             self.started = True
             await self._exchange.start_stream(self._headers)
+        await self._exchange.finish()
+
+    def end(self) -> None:
+        """Send no heartbeat any more."""
+        self._timer.cancel()
+        if self._beating is not None:
+            self._beating.cancel()
+
+    def _look(self) -> None:
+        """Fill a silence, and look again when there could be the next."""
+        silent_s = self._loop.time() - self._written_at
+        due_s = HEARTBEAT_INTERVAL_S - silent_s
+        if not self.started or due_s <= 0:
+            due_s = HEARTBEAT_INTERVAL_S
+            beat = self._heartbeat if isinstance(self._heartbeat, bytes) else self._heartbeat()
+            if self._turn is None:
+                self._beat_now(beat)
+            elif self._beating is None or self._beating.done():
+                self._beating = self._loop.create_task(self._beat(beat))
+        self._timer = self._loop.call_later(due_s, self._look)
+
+    async def _beat(self, beat: bytes) -> None:
+        with suppress(ClientDisconnectedError):
+            await self.write(beat)
+
+    def _beat_now(self, beat: bytes) -> None:
+        with suppress(ClientDisconnectedError):  # which is told elsewhere
+            pause = self.write_now(beat)
+            if pause is not None:  # its reader has not even read what there was; the next chunk waits for it
+                pause.close()
 
 
 def query_parameters(query: bytes) -> Mapping[str, str]:

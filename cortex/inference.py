@@ -18,7 +18,7 @@ import orjson
 from cortex import tracing
 from cortex._fast.peek import Peek, PeekError, PeekTypeError, peek, splice
 from cortex._fast.responses_stream import ResponsesStream
-from cortex._fast.sse import FrameDecoder, FrameTooLarge
+from cortex._fast.sse import FrameDecoder
 from cortex.access.gate import FREE, Gate, Permit, principal_of, prompt_tokens
 from cortex.access.keys import check_model
 from cortex.background import Background
@@ -27,14 +27,22 @@ from cortex.dialects import openai_responses
 from cortex.dialects.passthrough import NO_PART, RESPONSES, Dialect, read_answer
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.fleet.catalogue import Catalogue
-from cortex.fleet.dispatch import Dispatcher, Question
-from cortex.http_io import ClientDisconnectedError, EndedByDisconnect, Exchange, SocketExchange, stream
+from cortex.fleet.dispatch import Answer, Dispatcher, Question
+from cortex.http_io import (
+    ClientDisconnectedError,
+    EndedByDisconnect,
+    EventStream,
+    Exchange,
+    SocketExchange,
+    serve_stream,
+    stream,
+)
 from cortex.metrics import Metrics
 from cortex.record import CLIENT_CLOSED_REQUEST, Record
-from cortex.relay import Relay
+from cortex.relay import Passing, Relay
 from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header
-from cortex.wire.errors import ApiError, InvalidJsonError, InvalidTypeError, MissingParameterError, UpstreamError
+from cortex.wire.errors import ApiError, InvalidJsonError, InvalidTypeError, MissingParameterError
 from cortex.wire.events import Finished, FinishReason, Started
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
@@ -191,7 +199,7 @@ class Inference:
         await exchange.finish()
 
     async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
-        relay = Relay()
+        relay = Relay(record)
 
         def end_in_failure(error: ApiError) -> bytes:
             record.status, record.finish = error.status, error.code
@@ -201,24 +209,34 @@ class Inference:
             progress = self._dispatcher.load_progress(asked.question.model)
             return dialect.heartbeat if progress is None else dialect.loading(asked.question.model, progress)
 
-        record.status = 200
-        frames = self._frames(relay, record, asked)
-        try:
-            await stream(exchange, frames, heartbeat=heartbeat, error_frame=end_in_failure)
-        finally:
-            relay.note_end(dialect, record)
+        async def write(out: EventStream) -> None:
+            answer = await self._dispatcher.ask(asked.question)
+            if not out.writes_at_once or answer.is_chat or asked.turn is not None:
+                async with aclosing(self._pull(answer, relay, record, asked)) as frames:
+                    async for some in frames:
+                        await out.write(some)
+                return
 
-    async def _frames(self, relay: Relay, record: Record, asked: "_Asked") -> AsyncGenerator[bytes, None]:
+            def pass_on(data: bytes) -> Awaitable[None] | None:
+                frames = relay.take(data)
+                return out.write_now(frames) if frames else None
+
+            with Passing(answer, relay):
+                await answer.response.forward(pass_on)
+
+        record.status = 200
+        try:
+            await serve_stream(exchange, write, heartbeat=heartbeat, error_frame=end_in_failure)
+        finally:
+            relay.note_end(dialect)
+
+    async def _pull(self, answer: Answer, relay: Relay, record: Record, asked: "_Asked") -> AsyncGenerator[bytes, None]:
         """Yield what may go on of a node's stream.
 
         Raises:
-            ApiError: no node could be asked, or the stream broke, fell silent or ended before its terminator.
+            UpstreamError: the stream broke, fell silent or ended before its terminator.
         """
-        answer = await self._dispatcher.ask(asked.question)
-        try:
-            content_type = answer.response.header(b"content-type") or b""
-            if not content_type.startswith(b"text/event-stream"):
-                raise UpstreamError(f"{answer.node} answered a streamed request with {content_type.decode('latin-1')}.")
+        with Passing(answer, relay):
             read = answer.response.read
             translated = asked.translated() if answer.is_chat else None
             more = True
@@ -228,25 +246,10 @@ class Inference:
                 if translated is not None:
                     data = translated.frames(data) if more else translated.end()
                 frames = relay.take(data)
-                if record.first_token_at is None and relay.has_token:
-                    record.note_first_token()
                 if frames:
-                    record.num_chunks += 1
                     if asked.turn is not None and relay.is_complete:
                         await self._conversations.of(record.key).keep_streamed(asked.turn, frames)
                     yield frames
-            if not relay.is_complete:
-                raise UpstreamError(f"{answer.node} ended its answer before the stream's terminator.")
-        except FrameTooLarge as error:
-            answer.note_broken()
-            raise UpstreamError(f"{answer.node} sent a frame of more than {error.max_frame_bytes} bytes.") from None
-        except UpstreamError:
-            # Without its terminator the answer is broken; with it, only the connection's own end is missing.
-            if not relay.is_complete:
-                answer.note_broken()
-                raise
-        finally:
-            answer.close()
 
     async def _begin(
         self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn, permit: Permit
@@ -281,10 +284,11 @@ class Inference:
         self, dialect: Dialect, record: Record, asked: "_Asked", permit: Permit
     ) -> AsyncGenerator[bytes, None]:
         """Yield the frames of a response that nobody may be waiting for, and write down how it went."""
-        relay = Relay()
+        relay = Relay(record)
         record.status = 200
         try:
-            async with aclosing(self._frames(relay, record, asked)) as frames:
+            answer = await self._dispatcher.ask(asked.question)
+            async with aclosing(self._pull(answer, relay, record, asked)) as frames:
                 async for some in frames:
                     yield some
         except ApiError as error:
@@ -294,7 +298,7 @@ class Inference:
             record.status, record.finish = CLIENT_CLOSED_REQUEST, "cancelled"
             raise
         finally:
-            relay.note_end(dialect, record)
+            relay.note_end(dialect)
             record.finish_with(self._metrics)
             await permit.settle(record.tokens_used(prompt_tokens(asked.question.body)))
 

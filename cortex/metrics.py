@@ -278,7 +278,7 @@ class Metrics:
             except IndexError:  # another thread was faster
                 break
             self._count(ended)
-        now = dict(self._in_flight())
+        now = self._in_flight()
         for node in self._in_flight_of.keys() | now.keys():
             gauge = self._in_flight_of.get(node)
             if gauge is None:

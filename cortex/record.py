@@ -29,7 +29,7 @@ class Record:
         "key",
         "model",
         "node",
-        "num_chunks",
+        "num_token_frames",
         "request_id",
         "started_at",
         "status",
@@ -44,8 +44,8 @@ class Record:
         self.node = ""
         self.key = ""
         """The name of the key it came with."""
-        self.num_chunks = 0
-        """Pieces of a stream that went on to the client."""
+        self.num_token_frames = 0
+        """Frames of a stream with something generated in them."""
         self.status = 500
         self.finish = ""
         self.is_stream = False
@@ -66,11 +66,11 @@ class Record:
     def tokens_used(self, prompt_tokens: int) -> int:
         """Return what to book: what the node said, or where the answer broke off after its first token, an estimate.
 
-        ``prompt_tokens`` is that of the prompt; a piece of a stream is about a token.
+        ``prompt_tokens`` is that of the prompt; a frame of a stream is about a token.
         """
         if self.usage is not None:
             return self.usage.tokens_in + self.usage.tokens_out
-        return prompt_tokens + self.num_chunks if self.first_token_at is not None else 0
+        return prompt_tokens + self.num_token_frames if self.first_token_at is not None else 0
 
     def finish_with(self, metrics: Metrics) -> None:
         """Count the request and write its line."""

@@ -1,9 +1,12 @@
-"""One stream passing through a gateway, and what is to be remembered of it."""
+"""One stream passing through a gateway: what may go on of it, what is to be remembered of it, and how it ends."""
 
 from collections import deque
+from types import TracebackType
 
+from cortex._fast.sse import FrameTooLarge
 from cortex._fast.tap import StreamTap
 from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, read_usage
+from cortex.fleet.dispatch import Answer
 from cortex.record import Record
 from cortex.wire.errors import UpstreamError
 
@@ -11,9 +14,10 @@ from cortex.wire.errors import UpstreamError
 class Relay:
     """Lets whole frames through, and remembers the first and the last of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: Record) -> None:
         self.first = b""
         self.tail: deque[bytes] = deque(maxlen=TAIL_CHUNKS)
+        self._record = record
         self._tap = StreamTap()
 
     def take(self, data: bytes) -> bytes:
@@ -27,20 +31,19 @@ class Relay:
             if not self.first:
                 self.first = frames
             self.tail.append(frames)
+            if self._record.first_token_at is None and self._tap.first_token:
+                self._record.note_first_token()
         return frames
-
-    @property
-    def has_token(self) -> bool:
-        """Whether a token has passed."""
-        return self._tap.first_token
 
     @property
     def is_complete(self) -> bool:
         """Whether the stream has ended as its dialect demands, well or with an error of its own."""
         return self._tap.terminated or self._tap.failed
 
-    def note_end(self, dialect: Dialect, record: Record) -> None:
+    def note_end(self, dialect: Dialect) -> None:
         """Write down what the stream said of itself; an error that ended it has been written already."""
+        record = self._record
+        record.num_token_frames = self._tap.num_token_frames
         if self._tap.usage is not None:
             record.usage = read_usage(self._tap.usage)
         if record.finish or not self.is_complete:
@@ -49,3 +52,42 @@ class Relay:
         record.finish = finishes[-1].decode().rpartition(".")[2] if finishes else ""
         if self._tap.failed:
             record.status, record.finish = UpstreamError.status, "failed"
+
+
+class Passing:
+    """A block in which a node's stream is passed on. However it ends, the answer is closed.
+
+    Raises:
+        UpstreamError: the stream was broken, or has ended before its terminator. With that, only the connection's own
+            end can be missing, which is nobody's loss.
+    """
+
+    def __init__(self, answer: Answer, relay: Relay) -> None:
+        self._answer = answer
+        self._relay = relay
+
+    def __enter__(self) -> None:
+        content_type = self._answer.response.header(b"content-type") or b""
+        if not content_type.startswith(b"text/event-stream"):
+            self._answer.close()
+            kind = content_type.decode("latin-1")
+            raise UpstreamError(f"{self._answer.node} answered a streamed request with {kind}.")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        node = self._answer.node
+        try:
+            if isinstance(error, FrameTooLarge):
+                self._answer.note_broken()
+                raise UpstreamError(f"{node} sent a frame of more than {error.max_frame_bytes} bytes.") from None
+            if self._relay.is_complete:
+                return isinstance(error, UpstreamError)
+            if error is None:
+                self._answer.note_broken()
+                raise UpstreamError(f"{node} ended its answer before the stream's terminator.")
+            if isinstance(error, UpstreamError):
+                self._answer.note_broken()
+            return False
+        finally:
+            self._answer.close()

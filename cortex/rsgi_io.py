@@ -7,7 +7,7 @@ which costs more than most answers do; it is asked once an answer has taken a mo
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, MutableMapping, Sequence
 from typing import Any
 
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
@@ -73,19 +73,30 @@ class RsgiExchange(Exchange):
 
     async def start_stream(self, headers: Sequence[Header] = ()) -> None:
         """Send status 200 and the headers of an event stream."""
+        self.start_now(headers)
+
+    async def write(self, data: bytes) -> None:
+        """Send some bytes of a started stream."""
+        pause = self.write_now(data)
+        if pause is not None:
+            await pause
+
+    writes_at_once = True
+
+    def start_now(self, headers: Sequence[Header] = ()) -> None:
+        """Send status 200 and the headers of an event stream."""
         self.status = 200
         self._transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
         self._credit = Credit(self._scope.client, self._scope.server, is_tls=self._scope.scheme == "https")
 
-    async def write(self, data: bytes) -> None:
-        """Send some bytes of a started stream."""
+    def write_now(self, data: bytes) -> Coroutine[Any, Any, None] | None:
+        """Send some bytes of a started stream; return what is to be awaited before there is more, if anything.
+
+        Granian queues at once. That a client has gone it says to whoever waits, and :meth:`on_leave` to the others.
+        """
         assert self._credit is not None
-        try:
-            await self._transport.send_bytes(data)
-        except ProtocolClosed:
-            raise ClientDisconnectedError from None
-        if self._credit.spend(len(data)):
-            await self._credit.more()
+        self._transport.send_bytes(data)
+        return self._credit.more() if self._credit.spend(len(data)) else None
 
     async def finish(self) -> None:
         """End a started stream."""

@@ -21,13 +21,13 @@ from typing import Any
 import uvloop
 
 from cortex import logs
+from cortex._fast.http_client import Connection
 from cortex.access.keys import KeyRing, Limits, Principal
 from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, StoreSettings
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.state import Node
 from cortex.gateway import Gateway
 from cortex.rsgi_io import RsgiExchange, Watches
-from cortex.upstream import _Connection
 from cortex.wire.node import Discovery, Health, ModelState, ModelStatus, NodeState
 
 NOWHERE = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process is there
@@ -213,7 +213,7 @@ async def ready_gateway() -> tuple[Gateway, Wire]:
     )
     wire = Wire(asyncio.get_running_loop())
     pool = gateway.service.pools["node0"]
-    wire.connection = connection = _Connection(pool)
+    wire.connection = connection = Connection(pool, asyncio.get_running_loop())
     connection.connection_made(wire)
     pool.keep(connection)
     return gateway, wire

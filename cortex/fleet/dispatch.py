@@ -15,6 +15,7 @@ from typing import assert_never
 
 import msgspec
 
+from cortex._fast.http_client import Response
 from cortex._fast.peek import peek, splice
 from cortex.config import Config, ModelProfile, NodeType
 from cortex.dialects.passthrough import CHAT
@@ -29,7 +30,7 @@ from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
 from cortex.fleet.router import RETRY_RECOVERY_S, Busy, Decision, Load, Serve, Unknown, offered_profile, route
 from cortex.fleet.state import Fleet, FleetState, Seat
-from cortex.upstream import Header, Pool, Response
+from cortex.upstream import Header, Pool
 from cortex.wire.errors import ApiError, ModelNotFoundError, RemoteError, UpstreamError
 
 log = logging.getLogger("cortex.fleet")

@@ -11,9 +11,10 @@ from gateway_rig import free_port, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cortex._fast.http_client import BUFFER_BYTES, MAX_HEAD_BYTES
 from cortex.config import Timeouts
 from cortex.errors import ConnectError, ConnectionLostError, PoolFullError
-from cortex.upstream import BUFFER_BYTES, MAX_HEAD_BYTES, Pool
+from cortex.upstream import Pool
 from cortex.wire.errors import UpstreamError, UpstreamTimeoutError
 
 PATIENT = Timeouts()

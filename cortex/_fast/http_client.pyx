@@ -1,0 +1,401 @@
+"""One keep-alive HTTP/1.1 connection to a node, and the answer that arrives on it.
+
+The parser is httptools'; here is what happens around it, for each piece of each answer: who is told, when a socket is
+paused, how long a node may be silent. The pool that these connections belong to is :mod:`cortex.upstream`'s.
+"""
+
+import asyncio
+import socket
+
+import httptools
+
+from cortex.errors import ConnectionLostError
+from cortex.wire.errors import UpstreamError, UpstreamTimeoutError
+
+BUFFER_BYTES = 64 * 1024
+MAX_HEAD_BYTES = 64 * 1024
+KEEPALIVE_IDLE_S = 30
+
+cdef Py_ssize_t _BUFFER_BYTES = BUFFER_BYTES
+cdef Py_ssize_t _MAX_HEAD_BYTES = MAX_HEAD_BYTES
+
+
+class StaleConnectionError(ConnectionLostError):
+    """A kept-alive connection died before it answered; the request may go out again."""
+
+
+cdef class Response:
+    """A node's answer: ``status`` and ``headers`` are there, the body comes by :meth:`read` or :meth:`forward`.
+
+    Close it, or read it to its end.
+    """
+
+    cdef readonly int status
+    cdef readonly list headers
+    cdef object head
+    cdef Connection connection
+    cdef list chunks
+    cdef Py_ssize_t unread_bytes
+    cdef object waiter
+    cdef object error
+    cdef object sink
+    cdef object loop
+
+    def __init__(self, Connection connection not None, head):
+        self.headers = []
+        self.head = head
+        self.connection = connection
+        self.chunks = []
+        self.loop = connection.loop
+
+    def header(self, bytes name not None):
+        """Return a header by its lower-case name, or ``None``."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+    @property
+    def is_complete(self):
+        """Whether the whole body has arrived."""
+        return self.connection is None and self.error is None
+
+    async def read(self):
+        """Return what has arrived, waiting for at least one byte; empty at the end of the body.
+
+        Raises:
+            UpstreamError: the body was cut short, or is not HTTP.
+            UpstreamTimeoutError: the node has been silent for too long.
+        """
+        while not self.chunks:
+            if self.connection is None:
+                if self.error is not None:
+                    raise self.error
+                return b""
+            await self.something()
+        return self.take()
+
+    async def read_all(self, Py_ssize_t limit_bytes):
+        """Return the rest of the body.
+
+        Raises:
+            UpstreamError: as :meth:`read`; or it is longer than ``limit_bytes``.
+        """
+        cdef list chunks = []
+        cdef bytes chunk
+        cdef Py_ssize_t size_bytes = 0
+        while True:
+            if self.chunks:
+                chunk = self.take()
+                chunks.append(chunk)
+                size_bytes += len(chunk)
+                if size_bytes > limit_bytes:
+                    self.close()
+                    raise UpstreamError(f"The node's answer is longer than the {limit_bytes} bytes that are read.")
+            elif self.connection is not None:
+                await self.something()
+            elif self.error is not None:
+                raise self.error
+            else:
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def forward(self, sink):
+        """Hand the rest of the body to ``sink``, each piece as it arrives and in the loop's same turn.
+
+        ``sink`` takes bytes and returns ``None``, or what is to be awaited before it is given more. Meanwhile the
+        socket is read no further than a read and ``BUFFER_BYTES``.
+
+        Raises:
+            UpstreamError: as :meth:`read`. What ``sink`` raises ends the answer and is raised here too.
+        """
+        while True:
+            while self.chunks:
+                pause = sink(self.take())
+                if pause is not None:
+                    await pause
+            if self.connection is None:
+                if self.error is not None:
+                    raise self.error
+                return
+            self.sink = sink
+            try:
+                pause = await self.something()
+            finally:
+                self.sink = None
+            if pause is not None:
+                await pause
+
+    def close(self):
+        """Give the answer up. The connection is closed unless the body is complete."""
+        if self.connection is not None:
+            self.connection.fail(UpstreamError("The answer was given up."))
+
+    async def __aiter__(self):
+        while chunk := await self.read():
+            yield chunk
+
+    cdef object something(self):
+        """Return a future that is done when there is something to see; with a sink, when there is more to do."""
+        self.waiter = waiter = self.loop.create_future()
+        return waiter
+
+    cdef bytes take(self):
+        cdef list chunks = self.chunks
+        self.chunks = []
+        self.unread_bytes = 0
+        if self.connection is not None:
+            self.connection.resume()
+        return <bytes>chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    # ------------------------------------------------------------ from the connection
+
+    cdef int tell(self) except -1:
+        """Hand over what a read has brought, or let the reader look."""
+        cdef object pause = None
+        if self.waiter is None or self.waiter.done():
+            return 0
+        if self.sink is not None and self.chunks:
+            try:
+                pause = self.sink(self.take())
+            except Exception as error:
+                self.waiter.set_exception(error)
+                self.close()
+                return 0
+            if pause is None and self.connection is not None:
+                return 0
+        elif not self.chunks and self.connection is not None:
+            return 0
+        self.waiter.set_result(pause)
+        return 0
+
+    cdef int ended(self, error) except -1:
+        """Take note of the end of the body, or of the error in its place."""
+        self.connection = None
+        self.error = error
+        if not self.head.done():
+            if error is None:
+                self.head.set_result(None)
+            else:
+                self.head.set_exception(error)
+        return 0
+
+
+cdef class Connection:
+    """One TCP connection of a pool, with at most one response being received on it. An asyncio protocol."""
+
+    cdef object pool
+    cdef object loop
+    cdef object parser
+    cdef object transport
+    cdef Response response
+    cdef object watchdog
+    cdef double active_at
+    cdef double limit_s
+    cdef double stall_s
+    cdef Py_ssize_t head_bytes
+    cdef bint in_body
+    cdef bint ends_with_connection
+    cdef bint keeps_alive
+    cdef bint is_paused
+    cdef readonly Py_ssize_t num_responses
+
+    def __init__(self, pool, loop):
+        self.pool = pool
+        self.loop = loop
+        self.parser = httptools.HttpResponseParser(self)
+
+    # ------------------------------------------------------------ for the pool
+
+    @property
+    def usable(self):
+        """Whether another request may be sent."""
+        return self.transport is not None and not self.transport.is_closing()
+
+    def send(self, list data not None, double first_byte_s, double stall_s):
+        """Send a request; return its response and the future of that response's head."""
+        assert self.response is None
+        head = self.loop.create_future()
+        self.response = response = Response(self, head)
+        self.head_bytes = 0
+        self.in_body = False
+        self.ends_with_connection = True
+        self.stall_s = stall_s
+        self.watch(first_byte_s)
+        if len(data) == 1:
+            self.transport.write(data[0])
+        else:
+            self.transport.writelines(data)
+        return response, head
+
+    def fail(self, error):
+        """End the response with ``error`` and close the connection at once."""
+        self.finish(error)
+        self.abort()
+
+    def abort(self):
+        """Close the connection at once."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    cdef int resume(self) except -1:
+        """Read from the socket again; the time spent paused was the reader's, not the node's."""
+        if self.is_paused:
+            self.is_paused = False
+            self.active_at = self.loop.time()
+            if self.usable:
+                self.transport.resume_reading()
+        return 0
+
+    # ------------------------------------------------------------ from the transport
+
+    def connection_made(self, transport):
+        """Take the transport."""
+        self.transport = transport
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+    def data_received(self, bytes data not None):
+        """Take what the node sent."""
+        cdef Response response = self.response
+        if response is None:  # nobody asked
+            self.abort()
+            return
+        self.active_at = self.loop.time()
+        if not self.in_body:
+            self.head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self.response is not None:
+                self.fail(UpstreamError(f"{self.pool.name} sent what is not HTTP: {error}"))
+            else:
+                self.abort()
+        else:
+            if not self.in_body and self.response is not None and self.head_bytes > _MAX_HEAD_BYTES:
+                self.fail(UpstreamError(f"{self.pool.name} sent more than {MAX_HEAD_BYTES} bytes of headers."))
+        response.tell()
+
+    def eof_received(self):
+        """Let the transport close itself."""
+        return None
+
+    def pause_writing(self):
+        """Send on: a request is one body, which is there already."""
+
+    def resume_writing(self):
+        """Go on as before."""
+
+    def connection_lost(self, exc):
+        """End what was being received."""
+        cdef Response response = self.response
+        self.pool.forget(self)
+        if self.watchdog is not None:
+            self.watchdog.cancel()
+            self.watchdog = None
+        if response is None:
+            return
+        name = self.pool.name
+        if not self.head_bytes:
+            kind = StaleConnectionError if self.num_responses else ConnectionLostError
+            self.finish(kind(f"{name} closed the connection before it answered.", retry_after_s=1))
+        elif self.in_body and self.ends_with_connection and exc is None:
+            self.finish(None)
+        else:
+            self.finish(UpstreamError(f"{name} closed the connection in the middle of its answer."))
+
+    # ------------------------------------------------------------ from the parser
+
+    def on_header(self, bytes name not None, bytes value not None):
+        """Keep a header."""
+        name = name.lower()
+        if name == b"content-length" or name == b"transfer-encoding":
+            self.ends_with_connection = False
+        if self.response is not None:
+            self.response.headers.append((name, value))
+
+    def on_headers_complete(self):
+        """Let the asker go on."""
+        cdef Response response = self.response
+        cdef int status = self.parser.get_status_code()
+        if response is None:
+            return
+        if status < 200:  # 100 Continue and its like: the answer is yet to come
+            response.headers.clear()
+            return
+        self.in_body = True
+        self.keeps_alive = self.parser.should_keep_alive()
+        self.watch(self.stall_s)
+        response.status = status
+        if not response.head.done():
+            response.head.set_result(None)
+
+    def on_body(self, bytes chunk not None):
+        """Keep a piece of the body, and read no more of them than may wait."""
+        cdef Response response = self.response
+        if response is None:
+            return
+        response.chunks.append(chunk)
+        response.unread_bytes += len(chunk)
+        if response.unread_bytes > _BUFFER_BYTES and not self.is_paused and self.usable:
+            self.is_paused = True
+            self.transport.pause_reading()
+
+    def on_message_complete(self):
+        """End the response, and give the connection back if it is good for another."""
+        if not self.in_body or self.response is None:
+            return
+        # A node that answers before it has read the whole request leaves us mid-body: that connection is spent.
+        reusable = self.keeps_alive and self.transport.get_write_buffer_size() == 0
+        self.response.ended(None)  # the reader is told at the end of this read
+        self.response = None
+        self.resume()
+        self.num_responses += 1
+        if reusable:
+            self.pool.keep(self)
+        else:
+            self.abort()
+
+    # ------------------------------------------------------------
+
+    cdef int finish(self, error) except -1:
+        cdef Response response = self.response
+        self.response = None
+        if response is not None:
+            response.ended(error)
+            response.tell()
+        return 0
+
+    cdef int watch(self, double limit_s) except -1:
+        """Give the node ``limit_s`` of silence from now on.
+
+        A timer that is set stays, from one request to the next, if it is early enough: it looks at a clock.
+        """
+        cdef double now = self.loop.time()
+        self.limit_s = limit_s
+        self.active_at = now
+        if self.watchdog is not None:
+            if self.watchdog.when() <= now + limit_s:
+                return 0
+            self.watchdog.cancel()
+        self.watchdog = self.loop.call_later(limit_s, self.look)
+        return 0
+
+    def look(self):
+        """Fail the response if the node has been silent; else look again when it could have been."""
+        cdef double now, silent_s
+        self.watchdog = None
+        if self.response is None:
+            return
+        now = self.loop.time()
+        if self.is_paused:
+            self.active_at = now
+        silent_s = now - self.active_at
+        if silent_s < self.limit_s:
+            self.watchdog = self.loop.call_later(self.limit_s - silent_s, self.look)
+            return
+        what = "stopped in the middle of its answer" if self.in_body else "did not answer"
+        self.fail(UpstreamTimeoutError(f"{self.pool.name} {what}: no byte for {self.limit_s:g} s."))
