@@ -19,6 +19,7 @@ class _Pool(Protocol):
 class Response:
     status: int
     headers: list[tuple[bytes, bytes]]
+    unread_bytes: int
     def __init__(self, connection: Connection, head: asyncio.Future[None]) -> None: ...
     def header(self, name: bytes) -> bytes | None: ...
     @property

@@ -35,7 +35,7 @@ cdef class Response:
     cdef object head
     cdef Connection connection
     cdef list chunks
-    cdef Py_ssize_t unread_bytes
+    cdef readonly Py_ssize_t unread_bytes
     cdef object waiter
     cdef object error
     cdef object sink

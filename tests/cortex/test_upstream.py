@@ -241,7 +241,7 @@ async def test_a_slow_reader_pauses_the_node_within_a_bound() -> None:
         while written != line.written_bytes:  # until the kernel's buffers are full too
             written = line.written_bytes
             await asyncio.sleep(0.2)
-        assert response._unread_bytes <= BUFFER_BYTES + 256 * 1024
+        assert response.unread_bytes <= BUFFER_BYTES + 256 * 1024
         async with asyncio.timeout(10):
             while line.written_bytes == written:  # reading lets the node go on
                 assert len(await response.read()) <= BUFFER_BYTES + 256 * 1024
