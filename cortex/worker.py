@@ -15,7 +15,7 @@ from cortex.gateway import Gateway
 from cortex.http_io import Exchange
 from cortex.settings import split_address
 
-GARBAGE_AFTER = 50_000
+GARBAGE_AFTER = 10_000
 """Objects made, less those given up, before cycles are looked for: a request in flight is hundreds that are none."""
 
 
