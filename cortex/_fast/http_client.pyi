@@ -1,6 +1,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, final
 
 from cortex.errors import ConnectionLostError
 from cortex.wire.errors import ApiError
@@ -16,6 +16,7 @@ class _Pool(Protocol):
     def keep(self, connection: Connection) -> None: ...
     def forget(self, connection: Connection) -> None: ...
 
+@final
 class Response:
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -30,6 +31,7 @@ class Response:
     def close(self) -> None: ...
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
+@final
 class Connection:
     num_responses: int
     def __init__(self, pool: _Pool, loop: asyncio.AbstractEventLoop) -> None: ...

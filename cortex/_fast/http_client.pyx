@@ -4,7 +4,8 @@ The parser is httptools'; here is what happens around it, for each piece of each
 paused, how long a node may be silent. The pool that these connections belong to is :mod:`cortex.upstream`'s.
 """
 
-import asyncio
+cimport cython
+
 import socket
 
 import httptools
@@ -24,6 +25,7 @@ class StaleConnectionError(ConnectionLostError):
     """A kept-alive connection died before it answered; the request may go out again."""
 
 
+@cython.final
 cdef class Response:
     """A node's answer: ``status`` and ``headers`` are there, the body comes by :meth:`read` or :meth:`forward`.
 
@@ -180,6 +182,7 @@ cdef class Response:
         return 0
 
 
+@cython.final
 cdef class Connection:
     """One TCP connection of a pool, with at most one response being received on it. An asyncio protocol."""
 
