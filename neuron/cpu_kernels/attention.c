@@ -177,6 +177,12 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
     const uint8_t *values = a->values + (size_t)t->kv_head * a->head_stride;
     if (t->writes)
         LEVEL(write_kv)(a, t->first_row, t->kv_head, t->pages[t->position / PAGE_TOKENS], t->position % PAGE_TOKENS);
+    /* Nobody has fetched the first ones: they come while the queries are turned. */
+    for (int token = 0; token < FETCH_TOKENS && t->first_token + token < t->end_token; token += PAGE_TOKENS) {
+        int page = t->pages[(t->first_token + token) / PAGE_TOKENS];
+        prefetch_page(a, keys, page);
+        prefetch_page(a, values, page);
+    }
     for (int r = 0; r < num_queries; r++) {
         int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;
         rotate(a, a->qkv + (size_t)row * a->qkv_stride + head * dim, head, row, a->scale, q + r * padded);
