@@ -7,7 +7,7 @@ figures mean nothing on a machine that is shared: read the ratios, and the share
 
 ``--parts`` names what to measure: ``peer`` (both on one file: all rates, load, memory), ``formats`` (a prompt in
 llama.cpp's other weight formats), ``gemma``, ``avx2`` (both held to AVX2), ``transformers`` (bfloat16), ``http``
-(through neuron and cortex), ``cores`` (one core, and busy cores).
+(through neuron and cortex), ``cores`` (one core, cores that others want too, and a control group's quota of one).
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import cpu_quota
 import report
 
 from neuron.load import source
@@ -179,7 +180,7 @@ class Bench:
                 self.table.add(f"http_{daemon}_{key}", value, ours[key])
 
     def cores(self) -> None:
-        """One core, and cores that others want too."""
+        """One core, cores that others want too, and a quota."""
         quick = ["--streams", 1, "--tokens", 64, "--repeats", 2]
         built = (PEER / "done").exists()
         theirs = run(*peer(PEER, self.model, *quick), cores=1) if built else {}
@@ -189,6 +190,18 @@ class Bench:
         theirs = run(*beside, *peer(PEER, self.model, *quick)) if built else {}
         self.table.both(ours, theirs, "busy_cores_")
         self.table.add("busy_cores_left_to_others", None, ratio=ours["left_to_others"])
+        try:
+            with cpu_quota.limited(1.0):
+                pass
+        except OSError as error:
+            print(f"no quota is measured, for no control group can be made here: {error}", file=sys.stderr)
+            return
+        within = [sys.executable, "-P", HERE / "cpu_quota.py", 1.0]
+        ours = run(*within, *engine(self.model, "--streams", 1, "--tokens", 400, "--repeats", 3))
+        theirs = run(*within, *peer(PEER, self.model, *quick)) if built else {}
+        self.table.both(ours, theirs, "quota_1_")
+        for name, found in (("quota_1_not_throttled", ours), ("quota_1_peer_not_throttled", theirs)):
+            self.table.add(name, None, ratio=found.get("not_throttled"))
 
 
 PARTS = ("peer", "formats", "gemma", "avx2", "transformers", "http", "cores")
