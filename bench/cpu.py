@@ -6,8 +6,9 @@ for AVX2, with ``--build-peer`` (some minutes each, once); where a build is not 
 figures mean nothing on a machine that is shared: read the ratios, and the share of the bandwidth probed beside each.
 
 ``--parts`` names what to measure: ``peer`` (both on one file: all rates, load, memory), ``formats`` (a prompt in
-llama.cpp's other weight formats), ``gemma``, ``avx2`` (both held to AVX2), ``transformers`` (bfloat16), ``http``
-(through neuron and cortex), ``cores`` (one core, cores that others want too, and a control group's quota of one).
+llama.cpp's other weight formats), ``gemma``, ``avx2`` (both held to AVX2), ``drawn`` (by temperature and top-p),
+``transformers`` (bfloat16), ``http`` (through neuron and cortex), ``cores`` (one core, cores that others want too, and
+a control group's quota of one).
 """
 
 import argparse
@@ -165,6 +166,15 @@ class Bench:
         """Both without AVX-512."""
         self._beside("avx2_", PEER_AVX2, self.model, ["--streams", 1, 8, "--prompt"], NEURON_CPU_LEVEL="avx2")
 
+    def drawn(self) -> None:
+        """What drawing costs, as chat models' own settings have it, beside taking the likeliest."""
+        arguments = ["--streams", 1, 8, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
+        drawing = ["--temperature", 0.8, "--top-p", 0.95]
+        drawn, likeliest = self._in_turn(
+            lambda: run(*engine(self.model, *arguments, *drawing)), lambda: run(*engine(self.model, *arguments))
+        )
+        self.table.both(drawn, likeliest, "drawn_over_likeliest_")
+
     def transformers(self) -> None:
         """Our file beside the same weights in bfloat16."""
         ours = run(*engine(self.model, "--streams", 1, 8, "--prompt"))
@@ -204,7 +214,7 @@ class Bench:
             self.table.add(name, None, ratio=found.get("not_throttled"))
 
 
-PARTS = ("peer", "formats", "gemma", "avx2", "transformers", "http", "cores")
+PARTS = ("peer", "formats", "gemma", "avx2", "drawn", "transformers", "http", "cores")
 
 
 def main() -> None:

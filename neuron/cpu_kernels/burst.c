@@ -34,6 +34,7 @@ int run_burst(const struct model *model, const struct step *step, const struct b
         next.slots = slots;
         next.context_lens = context_lens;
         next.ids = burst->ids + (size_t)(done - 1) * (size_t)count;
+        next.round = done;
         run_step(model, &next);
     }
     return done;

@@ -71,6 +71,16 @@ struct attention {
     float eps, scale;
 };
 
+/* How a row of logits becomes a token. */
+struct draw {
+    float cap;         /* of logits; 0: none */
+    float temperature; /* 0: the likeliest */
+    float min_p;       /* 0: off */
+    double top_p;      /* 1: off */
+    int32_t top_k;     /* 0: off */
+    double uniform;    /* in [0, 1) */
+};
+
 struct kernels {
     const char *name;
     /* Rows of blocks [first, end) of w for all of x. */
@@ -84,6 +94,8 @@ struct kernels {
     void (*attend)(const struct attention *a, const struct attention_task *task, float *scratch);
     /* Put a row's partial results together: out[H head_dim]. */
     void (*merge_parts)(const struct attention *a, int row, int num_parts, float *out);
+    /* A token for logits[n], in a row of whole registers, which is overwritten; -1 if one is not finite. scratch[n]. */
+    int32_t (*draw)(float *logits, int n, const struct draw *draw, float *scratch);
 };
 
 static inline size_t attention_scratch_floats(int head_dim) {

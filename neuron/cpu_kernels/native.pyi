@@ -5,6 +5,8 @@ import numpy as np
 _Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 _Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 _Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
+_Doubles: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+_Seeds: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
 
 def levels() -> tuple[str, ...]: ...
 def packed_bytes(format: int, rows: int, columns: int) -> int: ...
@@ -26,6 +28,19 @@ def linear(
     level: str, matrix: Matrix, x: _Floats, y: _Floats, mode: Literal["store", "add", "swiglu"] = "store"
 ) -> None: ...
 def rms_norm(level: str, x: _Floats, weight: _Floats, eps: float, count: int, out: _Floats) -> None: ...
+def draw(
+    level: str,
+    logits: _Floats,
+    count: int,
+    scratch: _Floats,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    uniform: float = 0.5,
+    cap: float = 0.0,
+) -> int: ...
 
 @final
 class Pool:
@@ -61,6 +76,7 @@ class Model:
         attention_scale: float = 0.0,
         gelu: bool = False,
         window_tokens: int = 0,
+        logit_cap: float = 0.0,
     ) -> Self: ...
     def set_ends(
         self,
@@ -107,6 +123,7 @@ class Model:
         finite: _Ints,
         hidden: _Floats | None,
         *,
+        draws: tuple[_Doubles, _Doubles, _Doubles, _Ints, _Seeds, _Ints, _Floats] | None = None,
         later: _Ints | None = None,
         stops: _Ints | None = None,
         channel_fd: int = -1,

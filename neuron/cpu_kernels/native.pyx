@@ -5,7 +5,7 @@ Model keeps what its pointers point to.
 """
 
 cimport cython
-from libc.stdint cimport int32_t, uint8_t
+from libc.stdint cimport int32_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -54,11 +54,17 @@ cdef extern from "kernels.h" nogil:
         size_t y_stride
         int num_x
         epilogue epilogue
+    cdef struct token_draw "draw":
+        float cap, temperature, min_p
+        double top_p
+        int32_t top_k
+        double uniform
     cdef struct kernels:
         const char *name
         void matmul(const matmul_task *task, int first_block, int end_block) noexcept nogil
         void rms_norm(const float *x, const float *weight, float eps, int n, int n_padded, float *out) noexcept nogil
         void quantize(int format, const float *x, int n, uint8_t *out) noexcept nogil
+        int32_t draw(float *logits, int n, const token_draw *draw, float *scratch) noexcept nogil
     const kernels *find_kernels(const char *name)
     const kernels *kernels_at(int index)
 
@@ -76,7 +82,7 @@ cdef extern from "step.h" nogil:
         const kernels *kernels
         pool *pool
         int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab
-        float eps, embedding_scale, attention_scale
+        float eps, embedding_scale, attention_scale, logit_cap
         int gelu
         int kv_float32
         int max_rows, max_sequences, max_sampled
@@ -88,6 +94,14 @@ cdef extern from "step.h" nogil:
         layer *layers
         uint8_t *cache
         uint8_t *arena
+    cdef struct drawing "draws":
+        const double *temperature
+        const double *top_p
+        const double *min_p
+        const int32_t *top_k
+        const int32_t *counters
+        const uint64_t *seeds
+        float *scratch
     cdef struct step:
         int num_tokens, num_sequences, num_sampled, num_hidden, page_columns
         const int32_t *token_ids
@@ -99,6 +113,8 @@ cdef extern from "step.h" nogil:
         const int32_t *sampled
         const int32_t *hidden_rows
         float *logits
+        const drawing *draws
+        int32_t round
         int32_t *ids
         int32_t *finite
         float *hidden
@@ -285,6 +301,22 @@ def rms_norm(str level not None, const float[::1] x not None, const float[::1] w
     table_of(level).rms_norm(&x[0], &weight[0], eps, count, padded, &out[0])
 
 
+def draw(
+    str level not None, float[::1] logits not None, int count, float[::1] scratch not None, *, float temperature=1.0,
+    int top_k=0, double top_p=1.0, float min_p=0.0, double uniform=0.5, float cap=0.0,
+):
+    """Return the token that ``uniform`` in [0, 1) draws from ``count`` logits, whose row is padded to 16 and overwritten.
+
+    -1 if one of them is not finite. ``scratch`` is as long as the row.
+    """
+    cdef token_draw how
+    if count < 1 or logits.shape[0] != round_up(count, 16) or scratch.shape[0] != logits.shape[0]:
+        raise ValueError(f"{logits.shape[0]} and {scratch.shape[0]} are no rows for {count} logits")
+    how.temperature, how.top_k, how.top_p, how.min_p = temperature, top_k, top_p, min_p
+    how.uniform, how.cap = uniform, cap
+    return table_of(level).draw(&logits[0], count, &how, &scratch[0])
+
+
 @cython.final
 cdef class Model:
     """A model's weights, cache and buffers as the executor wants them."""
@@ -301,7 +333,7 @@ cdef class Model:
         self, Pool pool not None, str level not None, *, int num_layers, int hidden, int num_heads, int num_kv_heads,
         int head_dim, int intermediate, int vocab, float eps, bint kv_float32, int max_rows, int max_sequences,
         float embedding_scale=1.0, float attention_scale=0.0, bint gelu=False, int window_tokens=0,
-        int max_sampled,
+        float logit_cap=0.0, int max_sampled,
     ):
         sizes = (
             num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_rows, max_sequences, max_sampled
@@ -317,7 +349,7 @@ cdef class Model:
         m.head_dim, m.intermediate, m.vocab, m.eps = head_dim, intermediate, vocab, eps
         m.kv_float32, m.max_rows, m.max_sequences, m.max_sampled = kv_float32, max_rows, max_sequences, max_sampled
         m.embedding_scale, m.attention_scale = embedding_scale, attention_scale or head_dim ** -0.5
-        m.gelu, m.window_tokens = gelu, window_tokens
+        m.gelu, m.window_tokens, m.logit_cap = gelu, window_tokens, logit_cap
         m.layers = <layer *>calloc(num_layers, sizeof(layer))
         self._scratch = <int32_t *>calloc(max_sequences, 4 * sizeof(int32_t))
         if m.layers == NULL or self._scratch == NULL:
@@ -428,6 +460,7 @@ cdef class Model:
         int32_t[::1] finite not None,
         float[:, ::1] hidden,
         *,
+        tuple draws=None,
         int32_t[:, ::1] later=None,
         const int32_t[::1] stops=None,
         int channel_fd=-1,
@@ -435,7 +468,10 @@ cdef class Model:
         """Compute a step of B sequences and T tokens (see StepPlan) and write ``finite`` ``[B]``, 0 where it went wrong.
 
         The R sampled rows get their likeliest tokens in ``ids`` ``[R]``, -1 where there is none; or, with ``logits``
-        ``[R, V padded to 16]``, their logits there. The E ``hidden_rows`` get their last hidden states in ``hidden``
+        ``[R, V padded to 16]``, their logits there. With ``draws`` as well, tokens are drawn from these, and nothing is
+        left of them: temperature, top-p and min-p (float64 ``[R]``), top-k (int32), seeds (uint64) and counters (int32)
+        as :class:`neuron.engine.sampler.Draws` has them, and scratch, float32 ``[threads, V padded]``; rows with a
+        temperature below 0 are left. The E ``hidden_rows`` get their last hidden states in ``hidden``
         ``[E, hidden]``.
 
         With ``later`` ``[N - 1, B]``, where every sequence has one row and that is sampled, the step is done up to N
@@ -444,6 +480,11 @@ cdef class Model:
         """
         cdef step s
         cdef burst rounds
+        cdef drawing how
+        cdef const double[::1] temperature, top_p, min_p
+        cdef const int32_t[::1] top_k, counters
+        cdef const uint64_t[::1] seeds
+        cdef float[:, ::1] scratch
         cdef int done
         m = &self._model
         cdef Py_ssize_t T = token_ids.shape[0], B = context_lens.shape[0], R = sampled.shape[0], E = hidden_rows.shape[0]
@@ -462,7 +503,13 @@ cdef class Model:
             raise ValueError(f"logits [{logits.shape[0]}, {logits.shape[1]}], [{R}, {m.head.rows}] wanted")
         if (E or hidden is not None) and (hidden is None or hidden.shape[0] != E or hidden.shape[1] != m.hidden):
             raise ValueError(f"hidden states of {E} rows of {m.hidden} have no place")
-        if more and (logits is not None or E or T != B or R != B or later.shape[1] != B):
+        if draws is not None:
+            temperature, top_p, min_p, top_k, seeds, counters, scratch = draws
+            if logits is None or {part.shape[0] for part in draws[:6]} != {R}:
+                raise ValueError(f"{R} rows cannot be drawn")
+            if scratch.shape[0] < pool_threads(m.pool) or scratch.shape[1] < m.head.rows:
+                raise ValueError(f"no room to draw in: [{scratch.shape[0]}, {scratch.shape[1]}]")
+        if more and ((logits is not None and draws is None) or E or T != B or R != B or later.shape[1] != B):
             raise ValueError(f"{T} tokens of {B} sequences, {R} sampled, cannot be done {more + 1} times")
         for i in range(T):
             if not 0 <= token_ids[i] < m.vocab or not 0 <= slots[i] < self._num_pages * 16:
@@ -487,6 +534,12 @@ cdef class Model:
         s.page_table, s.context_lens = &page_table[0, 0], &context_lens[0]
         s.sampled = &sampled[0] if R else NULL
         s.logits = &logits[0, 0] if logits is not None and R else NULL
+        s.draws, s.round = NULL, 0
+        if draws is not None and R:
+            how.temperature, how.top_p, how.min_p = &temperature[0], &top_p[0], &min_p[0]
+            how.top_k, how.seeds, how.counters = &top_k[0], &seeds[0], &counters[0]
+            how.scratch = &scratch[0, 0]
+            s.draws = &how
         s.ids = &ids[0] if R else NULL
         s.finite = &finite[0]
         s.hidden_rows = &hidden_rows[0] if E else NULL

@@ -413,6 +413,37 @@ static void settle(const struct run *run, int thread) {
     pool_barrier(m->pool);
 }
 
+/* The finaliser of splitmix64 (Steele et al., OOPSLA 2014). */
+static uint64_t mix(uint64_t bits) {
+    bits = (bits ^ (bits >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+    bits = (bits ^ (bits >> 27)) * UINT64_C(0x94D049BB133111EB);
+    return bits ^ (bits >> 31);
+}
+
+/* neuron.engine.sampler.uniform: a number in [0, 1) of a seed and a counter. */
+static double uniform(uint64_t seed, uint64_t counter) {
+    const uint64_t gamma = UINT64_C(0x9E3779B97F4A7C15);
+    return (double)(mix(mix(seed + gamma) + (counter + 1) * gamma) >> 21) * 0x1p-43;
+}
+
+static void draw_row(const struct run *run, int thread, int row) {
+    const struct model *m = run->model;
+    const struct step *s = run->step;
+    const struct draws *draws = s->draws;
+    if (draws->temperature[row] < 0) return;
+    struct draw draw = {
+        .cap = m->logit_cap,
+        .temperature = (float)draws->temperature[row],
+        .top_p = draws->top_p[row],
+        .min_p = (float)draws->min_p[row],
+        .top_k = draws->top_k[row],
+        .uniform = uniform(draws->seeds[row], (uint64_t)(draws->counters[row] + s->round)),
+    };
+    size_t width = (size_t)m->head.rows;
+    float *logits = s->logits + (size_t)row * width, *scratch = draws->scratch + (size_t)thread * width;
+    s->ids[row] = m->kernels->draw(logits, m->vocab, &draw, scratch);
+}
+
 /* Normalise what the step is asked for: sampled rows for the head, rows wanted as they are, and the last row of every
  * sequence to tell whether it is finite. Then multiply the sampled with the head. */
 static void finish(const struct run *run, int thread) {
@@ -458,8 +489,12 @@ static void finish(const struct run *run, int thread) {
     };
     share_of(m->head.rows / BLOCK_ROWS, threads, thread, &first, &end);
     m->kernels->matmul(&task, first, end);
-    if (s->logits != NULL) return;
+    if (s->logits != NULL && s->draws == NULL) return;
     pool_barrier(m->pool);
+    if (s->logits != NULL) {
+        for (int i = thread; i < s->num_sampled; i += threads) draw_row(run, thread, i);
+        return;
+    }
     if (thread != 0) return;
     for (int i = 0; i < s->num_sampled; i++) {
         struct best found = a->best[i];

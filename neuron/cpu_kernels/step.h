@@ -22,6 +22,7 @@ struct model {
     int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab;
     float eps;
     float embedding_scale, attention_scale;
+    float logit_cap; /* of what is drawn from; 0: none */
     int gelu; /* the gate's activation; else SiLU */
     int kv_float32;
     int max_rows, max_sequences, max_sampled;
@@ -34,6 +35,14 @@ struct model {
     uint8_t *arena; /* arena_bytes(model), 64-byte aligned */
 };
 
+/* How sampled rows are drawn: neuron.engine.sampler's tables, by row. Below a temperature of 0 one is not, and left. */
+struct draws {
+    const double *temperature, *top_p, *min_p;
+    const int32_t *top_k, *counters;
+    const uint64_t *seeds;
+    float *scratch; /* [threads, vocab padded] */
+};
+
 /* The arrays of neuron.engine.plan.StepPlan, and where the results go. */
 struct step {
     int num_tokens, num_sequences, num_sampled, num_hidden, page_columns;
@@ -43,8 +52,10 @@ struct step {
     const int32_t *context_lens;                  /* [B] */
     const int32_t *sampled;                       /* [R]: rows */
     const int32_t *hidden_rows;                   /* [E] */
-    float *logits;   /* [R, vocab]: what the sampled rows come to; NULL: their likeliest token into ids */
-    int32_t *ids;    /* [R]: NON_FINITE for a row whose logits are not; untouched with logits */
+    float *logits;   /* [R, vocab padded]: what the sampled rows come to; NULL: their likeliest token into ids */
+    const struct draws *draws; /* tokens drawn from logits, which are lost, into ids; NULL: all are left */
+    int32_t round;             /* added to counters: every token of a sequence has its own number */
+    int32_t *ids;    /* [R]: NON_FINITE for a row whose logits are not; untouched with logits that are left */
     int32_t *finite; /* [B]: whether all that a sequence's last row comes from is */
     float *hidden;   /* [E, hidden]: those rows, normalised */
 };

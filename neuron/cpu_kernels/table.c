@@ -8,6 +8,7 @@ void LEVEL(quantize)(int, const float *, int, uint8_t *);
 void LEVEL(write_kv)(const struct attention *, int, int, int, int);
 void LEVEL(attend)(const struct attention *, const struct attention_task *, float *);
 void LEVEL(merge_parts)(const struct attention *, int, int, float *);
+int32_t LEVEL(draw)(float *, int, const struct draw *, float *);
 
 #define QUOTE(name) #name
 #define NAME(level) QUOTE(level)
@@ -21,4 +22,5 @@ const struct kernels LEVEL(kernels) = {
     .write_kv = LEVEL(write_kv),
     .attend = LEVEL(attend),
     .merge_parts = LEVEL(merge_parts),
+    .draw = LEVEL(draw),
 };

@@ -1,9 +1,9 @@
 """How many rounds a step of decodes has: several are one call of an executor that can, a *burst*.
 
 Between two steps the engine is in Python, for 0.2 to 0.5 ms that a small model on a CPU would have computed in. A burst
-spares that where each round follows from the one before it without the engine: everyone takes the likeliest token. What
-it costs is that tokens come together, so it is short; and whatever the engine must see ends it: a row that has its
-last token, a number that is none, a message of the daemon.
+spares that where each round follows from the one before it without the engine: everyone's token comes of the logits
+alone. What it costs is that tokens come together, so it is short; and whatever the engine must see ends it: a row that
+has its last token, a number that is none, a message of the daemon.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from neuron.engine.sampler import BoolArray
 from neuron.engine.scheduler import Step
 from neuron.engine.sequence import Int32Array, Sequence
 
@@ -21,12 +22,12 @@ BURST_S: Final = 0.016
 def num_rounds(
     step: Step,
     round_s: float | None,
-    takes_likeliest: Callable[[Int32Array], bool],
+    draws_plainly: Callable[[Int32Array], BoolArray],
     make_room: Callable[[Sequence, int], int],
 ) -> int:
     """Return how often to do ``step``, of which one round takes ``round_s`` seconds, if that is known.
 
-    Nobody's output ends before the last round, unless by a stop token. ``takes_likeliest`` is asked of seats,
+    Nobody's output ends before the last round, unless by a stop token. ``draws_plainly`` is asked of seats,
     ``make_room`` reserves pages for so many tokens behind a sequence's next and returns how many there are.
     """
     if round_s is None or step.num_decodes != len(step.sequences):
@@ -34,7 +35,7 @@ def num_rounds(
     count = int(BURST_S / round_s)
     if count < 2 or any(sequence.constraint is not None for sequence in step.sequences):
         return 1
-    if not takes_likeliest(np.array([sequence.seat for sequence in step.sequences], np.int32)):
+    if not draws_plainly(np.array([sequence.seat for sequence in step.sequences], np.int32)).all():
         return 1
     for sequence in step.sequences:
         if count < 2:

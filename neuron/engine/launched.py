@@ -51,7 +51,7 @@ class Executor(Protocol):
     overlaps: bool
     """Whether a step is launched before the outcome of the one before it is known."""
     repeats: bool
-    """Whether it does a step of several rounds, if everyone takes the likeliest token."""
+    """Whether it does a step of several rounds, if everyone draws plainly."""
 
     def launch(self, plan: StepPlan) -> Launched:
         """Begin a step."""

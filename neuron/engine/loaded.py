@@ -192,8 +192,8 @@ class Model:
             return None
         # A model that guesses has to see every token as it comes.
         if alone and self.runner.repeats and self._draft is None:
-            likeliest, make_room = self.runner.sampler.takes_likeliest, self.scheduler.make_room
-            rounds = num_rounds(step, self._pace.step_s(step.num_decodes), likeliest, make_room)
+            plainly, make_room = self.runner.sampler.draws_plainly, self.scheduler.make_room
+            rounds = num_rounds(step, self._pace.step_s(step.num_decodes), plainly, make_room)
             step = dataclasses.replace(step, num_rounds=rounds)
         started_s = self._clock()
         try:

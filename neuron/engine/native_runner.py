@@ -1,6 +1,7 @@
 """Execute a plan on the CPU kernels: a whole step, or a burst of them, in one native call.
 
-Steps in which all are greedy end with token ids, others with logits, which the sampler turns into ids as on any device.
+Rows that draw plainly end as token ids, others as logits, which the sampler turns into ids as on any device: how a row
+is drawn never depends on the others.
 """
 
 import functools
@@ -13,7 +14,7 @@ from neuron.device.jobs import TokenLogprobs
 from neuron.device.probe import usable_cores
 from neuron.engine.launched import HostStep, StepOutcome
 from neuron.engine.plan import StepPlan
-from neuron.engine.sampler import Sampler
+from neuron.engine.sampler import Draws, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.models import packed
 from neuron.models.config import ModelConfig
@@ -71,12 +72,14 @@ class NativeRunner:
         finite = np.empty(len(plan.context_lens), np.int32)
         hidden: Float32Array = np.empty((len(plan.hidden_rows), self.config.hidden_size), np.float32)
         logprobs: dict[int, TokenLogprobs] = {}
+        is_plain = self.sampler.draws_plainly(plan.seats)
+        draws: Draws | None = None
         logits: torch.Tensor | None = None
-        if num_sampled and not self.sampler.takes_likeliest(plan.seats):
-            if self._logits is None:
-                width = packed.padded(self.config.vocab_size)
-                self._logits = torch.empty((self._sampled_rows, width), dtype=torch.float32)
-            logits = self._logits[:num_sampled]
+        if is_plain.any():
+            draws = self.sampler.draws(plan.seats, plan.num_output)
+            draws.temperature[~is_plain] = -1.0
+        if num_sampled and (draws is None or draws.temperature.any()):
+            logits = self._rows()[:num_sampled]
         later = np.empty((plan.num_rounds - 1, num_sampled), np.int32)
         num_rounds = self._model.run(
             plan.token_ids,
@@ -91,19 +94,29 @@ class NativeRunner:
             ids,
             finite,
             hidden if len(hidden) else None,
+            draws=None if draws is None or logits is None else (*draws, self._rows()[self._sampled_rows :].numpy()),
             later=later,
             stops=plan.stops,
             channel_fd=self._channel_fd,
         )
-        if logits is not None:
+        if logits is not None and not is_plain.all():
+            which = np.flatnonzero(~is_plain)
             with torch.inference_mode():
-                rows = logits[:, : self.config.vocab_size]
+                rows = logits if draws is None else logits[torch.from_numpy(which)]
+                rows = rows[:, : self.config.vocab_size]
                 if cap := self.config.logit_cap:  # which keeps the order, so the likeliest need none
                     rows = rows.div_(cap).tanh_().mul_(cap)
-                ids = self.sampler.sample(rows, plan.seats, plan.num_output).numpy()
+                ids[which] = self.sampler.sample(rows, plan.seats[which], plan.num_output[which]).numpy()
                 if self.sampler.report is not None:
-                    logprobs = self.sampler.report.rows()
+                    logprobs = {int(which[row]): found for row, found in self.sampler.report.rows().items()}
         return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_rounds - 1]))
+
+    def _rows(self) -> torch.Tensor:
+        """Return the rows of logits ``[sampled rows, V padded]``, and behind them one for each thread to draw in."""
+        if self._logits is None:
+            num_rows = self._sampled_rows + shared_pool().num_threads
+            self._logits = torch.empty((num_rows, packed.padded(self.config.vocab_size)), dtype=torch.float32)
+        return self._logits
 
     def clear_pages(self, pages: Int32Array) -> None:
         """Zero ``pages``, so that a NaN in them cannot reach the next sequence they are given to."""

@@ -6,7 +6,7 @@ A row's draw depends on its seed and on how many tokens it has, never on its nei
 
 import dataclasses
 import math
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ MAX_TOP_LOGPROBS: Final = 20
 GREEDY_BELOW: Final = 1e-5
 """Temperatures under this are greedy: dividing by them overflows float32."""
 
+BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -48,6 +49,17 @@ class LogprobReport:
             row: TokenLogprobs(own[at].tobytes(), ids[at, :width].tobytes(), values[at, :width].tobytes())
             for row, (at, width) in self.place.items()
         }
+
+
+class Draws(NamedTuple):
+    """How each of R rows is drawn, if plainly. The logits of those with a temperature below 0 are left by kernels."""
+
+    temperature: Float64Array
+    top_p: Float64Array
+    min_p: Float64Array
+    top_k: Int32Array
+    seeds: UInt64Array
+    num_output: Int32Array
 
 
 class Sampler:
@@ -109,14 +121,23 @@ class Sampler:
         """Return whether several rows of ``seat`` may be sampled at once."""
         return not (self._penalised[seat] or self._top_logprobs[seat] >= 0 or seat in self._masks)
 
-    def takes_likeliest(self, seats: Int32Array) -> bool:
-        """Return whether every one of ``seats`` takes the likeliest token of its logits as they are."""
-        return not (
-            self._temperature[seats].any()
-            or self._penalised[seats].any()
-            or (self._top_logprobs[seats] >= 0).any()
-            or not self._bias.keys().isdisjoint(seats.tolist())
-            or not self._masks.keys().isdisjoint(seats.tolist())
+    def draws_plainly(self, seats: Int32Array) -> BoolArray:
+        """Return which of ``seats`` take the likeliest token of their logits as they are, or draw from them as they
+        are, so that nobody has to see these: ``[R]``."""
+        found: BoolArray = ~self._penalised[seats] & (self._top_logprobs[seats] < 0)
+        if self._bias or self._masks:
+            found &= np.array([seat not in self._bias and seat not in self._masks for seat in seats.tolist()], np.bool_)
+        return found
+
+    def draws(self, seats: Int32Array, num_output: Int32Array) -> Draws:
+        """Return how rows of ``seats`` are drawn of which so many tokens were."""
+        return Draws(
+            self._temperature[seats],
+            self._top_p[seats],
+            self._min_p[seats],
+            self._top_k[seats],
+            self._seed[seats],
+            num_output,
         )
 
     def constrain(self, seat: int, mask: Int32Array | None) -> None:

@@ -242,6 +242,7 @@ def make_model(
         attention_scale=config.attention_scale,
         gelu=config.architecture.activation != "silu",
         window_tokens=config.window_tokens if config.windowed_layers else 0,
+        logit_cap=config.logit_cap,
     )
     qk_norm_length = (config.num_heads + config.num_kv_heads) * config.head_dim
     half = config.head_dim // 2

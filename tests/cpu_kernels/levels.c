@@ -119,6 +119,20 @@ static void check_attention(const struct kernels *level, const struct kernels *p
     free(scratch);
 }
 
+static void check_draw(const struct kernels *level, const struct kernels *plain) {
+    enum { VOCAB = 1000, DRAWS = 20, WIDTH = 1008 };
+    float given[WIDTH] = {0}, logits[WIDTH], scratch[WIDTH], tokens[2][DRAWS];
+    for (int i = 0; i < VOCAB; i++) given[i] = 4.0f * uniform();
+    for (int i = 0; i < DRAWS; i++)
+        for (int which = 0; which < 2; which++) {
+            struct draw draw = {.temperature = 0.7f, .top_p = 0.95, .top_k = 200, .min_p = 0.01f, .cap = 5.0f,
+                                .uniform = (double)i / DRAWS};
+            memcpy(logits, given, sizeof logits);
+            tokens[which][i] = (float)(which == 0 ? level : plain)->draw(logits, VOCAB, &draw, scratch);
+        }
+    compare(level->name, "draw", tokens[0], tokens[1], DRAWS);
+}
+
 int main(void) {
     const struct kernels *plain = find_kernels("portable"), *level;
     for (int i = 0; (level = kernels_at(i)) != NULL; i++) {
@@ -128,6 +142,7 @@ int main(void) {
         level->rms_norm(x, weight, 1e-5f, COLUMNS, COLUMNS, normed[0]);
         plain->rms_norm(x, weight, 1e-5f, COLUMNS, COLUMNS, normed[1]);
         compare(level->name, "rms_norm", normed[0], normed[1], COLUMNS);
+        check_draw(level, plain);
         for (int is_float32 = 0; is_float32 < 2; is_float32++)
             for (int window = 0; window < 80; window += 40) check_attention(level, plain, is_float32, window);
     }

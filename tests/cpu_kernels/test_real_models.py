@@ -31,8 +31,8 @@ class Likelihood:
     def admit(self, *_: object) -> None:
         pass
 
-    def takes_likeliest(self, _: object) -> bool:
-        return False
+    def draws_plainly(self, seats: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.zeros(len(seats), np.bool_)
 
     def take_logprobs(self, _: object) -> None:
         pass

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from neuron.cpu_kernels import native
+from neuron.engine.sampler import uniform
 from neuron.models.packed import Format, padded
 from neuron.models.packed_weights import huge_pages
 
@@ -225,7 +226,15 @@ def test_rows_in_the_middle_are_sampled_and_shown_as_the_last_of_shorter_steps()
 class Burst:
     """Three sequences that decode together, in bursts."""
 
-    def __init__(self, threads: int, level: str, form: dict[str, Any] = PLAIN, poisoned: int | None = None) -> None:
+    def __init__(
+        self,
+        threads: int,
+        level: str,
+        form: dict[str, Any] = PLAIN,
+        poisoned: int | None = None,
+        draws: tuple[np.ndarray[Any, Any], ...] = (),
+    ) -> None:
+        self.draws, self.num_output, self.scratch = draws, 0, np.zeros((threads, 80), np.float32)
         self.model = make_model(threads, level, form=form, poisoned=poisoned)
         self.driver = Driver(self.model)
         prompts = {0: list(range(20)) * 3, 1: [5] * 15, 2: [7, 8]}
@@ -237,10 +246,12 @@ class Burst:
         arrays = self.driver.plan(self.next)
         sampled, ids = np.arange(3, dtype=np.int32), np.full(3, -7, np.int32)
         later = np.full((num_rounds - 1, 3), -7, np.int32)
+        how: Any = (*self.draws, np.full(3, self.num_output, np.int32), self.scratch) if self.draws else None
         done = self.model.run(
-            *arrays, sampled, NONE, None, ids, self.finite, None, later=later, stops=np.array(stops, np.int32),
-            channel_fd=channel_fd,
+            *arrays, sampled, NONE, np.zeros((3, 80), np.float32) if how else None, ids, self.finite, None, draws=how,
+            later=later, stops=np.array(stops, np.int32), channel_fd=channel_fd,
         )  # fmt: skip
+        self.num_output += done
         assert (later[done - 1 :] == -7).all()
         found = np.concatenate((ids[None], later[: done - 1]))
         self.driver.starts = [start + (done - 1 if n < 3 else 0) for n, start in enumerate(self.driver.starts)]
@@ -257,6 +268,61 @@ def test_a_burst_is_the_steps_it_stands_for(level: str, form: str) -> None:
         found = np.concatenate([together.run(count) for count in (17, 1, 2, 20)])
         np.testing.assert_array_equal(found, expected)
         assert (together.finite == 1).all()
+
+
+DRAWS = (
+    np.array([0.9, 0.0, 1.3]), np.array([0.8, 1.0, 1.0]), np.array([0.0, 0.0, 0.02]), np.array([0, 0, 20], np.int32),
+    np.array([5, 6, 1 << 63], np.uint64),
+)  # fmt: skip
+
+
+def test_rows_are_drawn_by_their_own_numbers_in_bursts_too() -> None:
+    level = native.levels()[0]
+    for threads in (1, 3):
+        apart, together = Burst(threads, level, draws=DRAWS), Burst(threads, level, draws=DRAWS)
+        expected = np.concatenate([apart.run(1) for _ in range(30)])
+        np.testing.assert_array_equal(np.concatenate([together.run(count) for count in (17, 1, 12)]), expected)
+    # From the logits of each step, as a sampler that has the seed and the count of tokens draws.
+    driver = Driver(make_model(2, level))
+    prompts = {0: list(range(20)) * 3, 1: [5] * 15, 2: [7, 8]}
+    tokens = {n: [int(driver.step({n: prompt})[0][0])] for n, prompt in prompts.items()}
+    for step, row in enumerate(expected[:10]):
+        _, logits = driver.step(tokens)
+        numbers = uniform(DRAWS[4], np.full(3, step, np.int32))
+        for n in range(3):
+            padded_row = np.zeros(80, np.float32)
+            padded_row[:77] = logits[n]
+            temperature, top_p, min_p, top_k = (values[n] for values in DRAWS[:4])
+            token = native.draw(
+                level, padded_row, 77, np.zeros(80, np.float32), temperature=temperature, top_p=top_p, min_p=min_p,
+                top_k=top_k, uniform=numbers[n],
+            )  # fmt: skip
+            assert token == row[n]
+        tokens = {n: [int(row[n])] for n in range(3)}
+
+
+def test_draws_without_room_or_of_another_length_are_refused() -> None:
+    model = make_model(2, native.levels()[0])
+    arrays = Driver(model).plan({0: [1, 2], 1: [3], 2: [4]})
+    rows, ids, finite = np.array([1, 2, 3], np.int32), np.zeros(3, np.int32), np.zeros(3, np.int32)
+    logits, scratch, counters = np.zeros((3, 80), np.float32), np.zeros((2, 80), np.float32), np.zeros(3, np.int32)
+
+    def run(given: Any, logits: Any = logits) -> None:
+        model.run(*arrays, rows, NONE, logits, ids, finite, None, draws=given)
+
+    run((*DRAWS, counters, scratch))
+    for index in range(5):
+        with pytest.raises(ValueError):
+            run((*DRAWS[:index], DRAWS[index][:2], *DRAWS[index + 1 :], counters, scratch))
+    for given in (
+        (*DRAWS, counters[:1], scratch),
+        (*DRAWS, counters, scratch[:1]),
+        (*DRAWS, counters, scratch[:, :79].copy()),
+    ):
+        with pytest.raises(ValueError):
+            run(given)
+    with pytest.raises(ValueError):
+        run((*DRAWS, counters, scratch), None)
 
 
 def test_a_stop_and_a_message_end_a_burst() -> None:

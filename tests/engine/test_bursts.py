@@ -35,6 +35,8 @@ REQUESTS: dict[int, dict[str, Any]] = {
     3: {"prompt": PROMPT[5:], "max_tokens": 1},
     4: {"prompt": [9] * 70, "max_tokens": 80},
     5: {"prompt": [9] * 500, "max_tokens": 400},
+    6: {"prompt": PROMPT[7:], "max_tokens": 60, "temperature": 1.0, "seed": 3},
+    7: {"prompt": PROMPT[7:], "max_tokens": 60, "temperature": 0.8, "top_p": 0.9, "top_k": 30, "seed": 4},
 }
 EOS = {1: 23, 4: 41}
 """The sequences that end at the token which, left alone, they have at this place."""
@@ -61,6 +63,7 @@ def test_bursts_change_nothing_but_how_many_tokens_come_at_once(
     monkeypatch.setattr(burst, "BURST_S", 0.0)
     assert outcome(driver, REQUESTS)[0] == plain
     assert outcome(driver, requests) == with_bursts
+    assert with_bursts[0][6] != with_bursts[0][7]
     assert with_bursts[1] == {n: SequenceEnd.STOP if n in EOS else SequenceEnd.LENGTH for n in REQUESTS}
     assert max(lengths(driver)) <= 1
 
@@ -122,11 +125,17 @@ def test_a_burst_is_for_a_model_that_has_the_device_to_itself(
     assert lengths(driver) == [1] * 5 + [10], "a load goes on by a layer a step, until it is done"
 
 
-def test_whoever_draws_has_no_bursts(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    [{"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"top_logprobs": 0}, {"logit_bias": ((5, 1.0),)}],
+)
+def test_what_the_sampler_must_see_has_no_bursts(
+    harness: Callable[..., Any], tiny_llama: pathlib.Path, setting: dict[str, Any]
+) -> None:
     driver = harness()
     driver.load(tiny_llama)
     driver.sent.clear()
-    driver.generate(1, PROMPT, 40, temperature=1.0, seed=3)
-    driver.generate(2, PROMPT, 40)
+    driver.generate(1, PROMPT, 30, **setting)
+    driver.generate(2, PROMPT, 30)
     driver.run()
     assert max(lengths(driver)) == 1

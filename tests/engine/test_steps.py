@@ -48,7 +48,7 @@ def state_after(state: int, token: int) -> int:
 
 
 class Sampler:
-    """Knows each seat's seed, refuses guesses for every fifth, and draws for every seventh."""
+    """Knows each seat's seed, refuses guesses for every fifth, and has something to see to for every seventh."""
 
     def __init__(self) -> None:
         self.seeds: dict[int, int] = {}
@@ -59,8 +59,8 @@ class Sampler:
     def checks_guesses(self, seat: int) -> bool:
         return self.seeds[seat] % 5 > 0
 
-    def takes_likeliest(self, seats: np.ndarray[Any, Any]) -> bool:
-        return all(self.seeds[seat] % 7 > 0 for seat in seats.tolist())
+    def draws_plainly(self, seats: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.array([self.seeds[seat] % 7 > 0 for seat in seats.tolist()])
 
 
 class Late:
@@ -102,7 +102,7 @@ class Device:
         later = []
         while len(later) + 1 < plan.num_rounds:
             assert self.repeats
-            assert self.sampler.takes_likeliest(plan.seats)
+            assert self.sampler.draws_plainly(plan.seats).all()
             assert len(plan.sampled) == len(plan.context_lens) == len(plan.token_ids)
             ids = np.array(later[-1] if later else outcome.ids, np.int32)
             if not outcome.finite.all() or np.isin(ids, plan.stops).any() or len(later) + 1 == self.message_after:
@@ -432,7 +432,7 @@ def test_a_message_ends_a_burst() -> None:
     assert max(machine.device.num_rounds) == 2
 
 
-def test_whoever_draws_or_shares_the_device_has_no_bursts() -> None:
+def test_whoever_needs_the_sampler_or_shares_the_device_has_no_bursts() -> None:
     machine = driver_of(overlaps=False, bursts=8)
     machine.number = 6
     machine.arrive(20, 40, 0, None)
@@ -470,8 +470,8 @@ def round_of(sequences: list[Sequence]) -> Step:
     return Step(tuple(sequences), (1,) * len(sequences), len(sequences))
 
 
-def rounds(step: Step, round_s: float | None = BURST_S / 6, room: int = 99, *, likeliest: bool = True) -> int:
-    return num_rounds(step, round_s, lambda _: likeliest, lambda _, count: min(count, room))
+def rounds(step: Step, round_s: float | None = BURST_S / 6, room: int = 99, *, plainly: bool = True) -> int:
+    return num_rounds(step, round_s, lambda _: np.array([plainly]), lambda _, count: min(count, room))
 
 
 def test_what_bounds_a_burst() -> None:
@@ -482,7 +482,7 @@ def test_what_bounds_a_burst() -> None:
     assert rounds(step, room=0) == 1
     assert rounds(step, round_s=None) == 1
     assert rounds(step, round_s=BURST_S) == 1
-    assert rounds(step, likeliest=False) == 1
+    assert rounds(step, plainly=False) == 1
     assert rounds(dataclasses.replace(step, num_decodes=1)) == 1, "a prompt, or guesses"
     other.constraint = object()  # type: ignore[assignment]
     assert rounds(step) == 1, "a grammar"

@@ -73,8 +73,8 @@ class Recorder:
 
     report = None
 
-    def takes_likeliest(self, seats: np.ndarray[Any, Any]) -> bool:
-        return False
+    def draws_plainly(self, seats: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.zeros(len(seats), np.bool_)
 
     def sample(self, logits: torch.Tensor, seats: np.ndarray[Any, Any], num_output: np.ndarray[Any, Any]) -> Any:
         number_of = {sequence.seat: number for number, sequence in self._scheduler.running.items()}

@@ -78,7 +78,7 @@ done
 
 forget
 tests=(tests/device tests/cpu_kernels/test_matmul.py tests/cpu_kernels/test_pool.py)
-tests+=(tests/cpu_kernels/test_step.py)
+tests+=(tests/cpu_kernels/test_draw.py tests/cpu_kernels/test_step.py)
 if [ "$kind" = thread ]; then
     # Where threads of ours meet: a loop beside its daemon, the watchdog, channels between threads.
     tests=(tests/device/test_loop.py tests/device/test_channel.py)
