@@ -507,8 +507,11 @@ cdef class Model:
             temperature, top_p, min_p, top_k, seeds, counters, scratch = draws
             if logits is None or {part.shape[0] for part in draws[:6]} != {R}:
                 raise ValueError(f"{R} rows cannot be drawn")
-            if scratch.shape[0] < pool_threads(m.pool) or scratch.shape[1] < m.head.rows:
+            if scratch.shape[0] < pool_threads(m.pool) or scratch.shape[1] != m.head.rows:
                 raise ValueError(f"no room to draw in: [{scratch.shape[0]}, {scratch.shape[1]}]")
+            for i in range(R if more else 0):
+                if temperature[i] < 0:
+                    raise ValueError(f"row {i} is left, so that nothing can follow it")
         if more and ((logits is not None and draws is None) or E or T != B or R != B or later.shape[1] != B):
             raise ValueError(f"{T} tokens of {B} sequences, {R} sampled, cannot be done {more + 1} times")
         for i in range(T):

@@ -301,6 +301,21 @@ def test_rows_are_drawn_by_their_own_numbers_in_bursts_too() -> None:
         tokens = {n: [int(row[n])] for n in range(3)}
 
 
+def test_a_row_that_is_left_keeps_its_logits_and_ends_there() -> None:
+    temperature = np.array([0.9, -1.0, 1.3])
+    burst = Burst(2, native.levels()[0], draws=(temperature, *DRAWS[1:]))
+    with pytest.raises(ValueError, match="row 1 is left"):
+        burst.run(2)
+    apart, beside = Burst(2, native.levels()[0]), Burst(2, native.levels()[0], draws=DRAWS)
+    arrays = apart.driver.plan(apart.next)
+    rows, ids, found = np.arange(3, dtype=np.int32), np.full(3, -7, np.int32), np.zeros((3, 80), np.float32)
+    how = (temperature, *DRAWS[1:], np.zeros(3, np.int32), apart.scratch)
+    apart.model.run(*arrays, rows, NONE, found, ids, apart.finite, None, draws=how)
+    expected = beside.run(1)[0]
+    assert ids.tolist() == [expected[0], -7, expected[2]]
+    assert int(found[1, :77].argmax()) == expected[1]
+
+
 def test_draws_without_room_or_of_another_length_are_refused() -> None:
     model = make_model(2, native.levels()[0])
     arrays = Driver(model).plan({0: [1, 2], 1: [3], 2: [4]})
