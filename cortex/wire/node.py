@@ -123,6 +123,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_tokens: int = 0
     max_sequences: int = 0
     kv_cache_bytes: int = 0
+    kv_dtype: str = "auto"
+    """How keys and values are kept: ``auto``, as the model computes, or ``int8``, in half the room, on a CPU only."""
     prefix_cache: bool = True
     """Whether beginnings that prompts share are computed once."""
     draft: str = ""

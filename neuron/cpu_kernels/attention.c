@@ -3,7 +3,9 @@
  *     out[t, h] = softmax(scale q[t, h] . k[0..p(t)]) v[0..p(t)]          k, v of kv head h / (H / K)
  *
  * A page of one kv head holds 16 tokens: keys as [D / 2][16 tokens][2] bfloat16 (or [D][16] float32), so that a register
- * of scores is 16 tokens and needs no horizontal sum; values as [16 tokens][D padded to 16]. A task reads its pages once
+ * of scores is 16 tokens and needs no horizontal sum; values as [16 tokens][D padded to 16]. In int8 keys are [D][16 tokens],
+ * and each token's key and value has a scale, its largest element over 127, behind those of its page: a score is multiplied
+ * with the key's, a weight with the value's. A task reads its pages once
  * for all its queries (the heads that share a kv head, times a few rows of a prompt), in blocks of SCORE_TOKENS: scores,
  * online softmax (arXiv:1805.02867), weighted values with the sums in registers. Scores and sums are float32.
  * Reference: paged_attention and rope_and_cache of neuron.triton_kernels.reference.
@@ -35,6 +37,19 @@ static void rotate(const struct attention *a, const float *x, int head, int row,
     }
 }
 
+/* Round x[n] to int8, `stride` apart; returns the scale, which is no number if an element is none. */
+static float round_to_int8(const float *x, int n, int stride, uint8_t *to) {
+    float largest = 0, odd = 0;
+    for (int i = 0; i < n; i++) {
+        largest = fmaxf(largest, fabsf(x[i]));
+        odd += x[i] * 0.0f;
+    }
+    /* Of less than this the inverse would be infinite: it is nothing. */
+    float inverse = largest > 1e-30f && odd == 0 ? 127.0f / largest : 0.0f;
+    for (int i = 0; i < n; i++) to[i * stride] = (uint8_t)(int8_t)(odd == 0 ? lrintf(x[i] * inverse) : 0);
+    return largest / 127.0f + odd;
+}
+
 void LEVEL(write_kv)(const struct attention *a, int row, int kv_head, int page, int offset) {
     int dim = a->head_dim;
     const float *from = a->qkv + (size_t)row * a->qkv_stride;
@@ -43,7 +58,15 @@ void LEVEL(write_kv)(const struct attention *a, int row, int kv_head, int page, 
     uint8_t *values = a->values + (size_t)page * a->page_stride + (size_t)kv_head * a->head_stride;
     float key[dim];
     rotate(a, from + a->key_column + kv_head * dim, a->num_heads + kv_head, row, 1.0f, key);
-    if (a->kv_float32) {
+    if (a->kv_form == KV_INT8) {
+        size_t scales = (size_t)PAGE_TOKENS * (size_t)round_up(dim, 16) + 4 * (size_t)offset;
+        float key_scale = round_to_int8(key, dim, PAGE_TOKENS, keys + offset);
+        float value_scale = round_to_int8(value, dim, 1, values + offset * round_up(dim, 16));
+        memcpy(keys + scales, &key_scale, 4);
+        memcpy(values + scales, &value_scale, 4);
+        return;
+    }
+    if (a->kv_form == KV_FLOAT32) {
         for (int i = 0; i < dim; i++) memcpy(keys + 4 * (16 * i + offset), &key[i], 4);
         memcpy(values + 4 * offset * round_up(dim, 16), value, (size_t)dim * 4);
         return;
@@ -64,13 +87,29 @@ INLINE void prefetch_page(const struct attention *a, const uint8_t *base, int pa
 }
 
 /* Scores of num_queries (a constant where this is inlined) with the 16 tokens of a page. */
-INLINE void page_scores(const int num_queries, const int is_float32, const float *q, int stride, int dim,
+INLINE void page_scores(const int num_queries, const enum kv_form form, const float *q, int stride, int dim,
                         const uint8_t *keys, float *scores) {
     vf acc[SCORE_ROWS], second[SCORE_ROWS];
     /* Two sums of few queries: one alone is bound by the latency of its additions. */
     const int is_split = num_queries <= SPLIT_ROWS;
     UNROLL for (int r = 0; r < num_queries; r++) acc[r] = second[r] = vf_zero();
-    if (is_float32) {
+    if (form == KV_INT8) {
+        for (int i = 0; i + 1 < dim; i += 2) {
+            vf even = vf_load_s8((const int8_t *)keys + 16 * i), odd = vf_load_s8((const int8_t *)keys + 16 * (i + 1));
+            UNROLL for (int r = 0; r < num_queries; r++) {
+                acc[r] = vf_fma(even, vf_set1(q[r * stride + i]), acc[r]);
+                vf *other = is_split ? &second[r] : &acc[r];
+                *other = vf_fma(odd, vf_set1(q[r * stride + i + 1]), *other);
+            }
+        }
+        float scales[16];
+        memcpy(scales, keys + 16 * round_up(dim, 16), sizeof scales);
+        vf scale = vf_load(scales);
+        UNROLL for (int r = 0; r < num_queries; r++) {
+            acc[r] = vf_mul(acc[r], scale);
+            second[r] = vf_mul(second[r], scale);
+        }
+    } else if (form == KV_FLOAT32) {
         for (int i = 0; i < dim; i++) {
             float lanes[16];
             memcpy(lanes, keys + 64 * i, sizeof lanes);
@@ -95,19 +134,23 @@ INLINE void page_scores(const int num_queries, const int is_float32, const float
 }
 
 /* out[r] += weights[r] values for num_queries and num_vectors registers of the head (constants where inlined). */
-INLINE void weigh(const int num_queries, const int num_vectors, const int is_float32, const struct attention *a,
-                  const int32_t *pages, const uint8_t *base, int tokens, const float *weights, float *out) {
+INLINE void weigh(const int num_queries, const int num_vectors, const enum kv_form form, const struct attention *a,
+                  const int32_t *pages, const uint8_t *base, int column, int tokens, const float *weights, float *out) {
     int padded = round_up(a->head_dim, 16);
-    size_t size = is_float32 ? 4 : 2;
+    size_t size = form == KV_INT8 ? 1 : form == KV_FLOAT32 ? 4 : 2;
     vf acc[VALUE_ROWS][VALUE_VECTORS];
     UNROLL for (int r = 0; r < num_queries; r++)
         UNROLL for (int i = 0; i < num_vectors; i++) acc[r][i] = vf_load(out + r * padded + 16 * i);
     for (int token = 0; token < tokens; token++) {
-        const uint8_t *from = base + (size_t)pages[token / PAGE_TOKENS] * a->page_stride +
-                              size * (size_t)(token % PAGE_TOKENS * padded);
+        const uint8_t *page = base + (size_t)pages[token / PAGE_TOKENS] * a->page_stride;
+        const uint8_t *from = page + size * (size_t)(token % PAGE_TOKENS * padded + column);
+        float scale = 1.0f;
+        if (form == KV_INT8) memcpy(&scale, page + PAGE_TOKENS * padded + 4 * (token % PAGE_TOKENS), 4);
         vf value[VALUE_VECTORS];
         UNROLL for (int i = 0; i < num_vectors; i++) {
-            if (is_float32) {
+            if (form == KV_INT8) {
+                value[i] = vf_load_s8((const int8_t *)from + 16 * i);
+            } else if (form == KV_FLOAT32) {
                 float lanes[16];
                 memcpy(lanes, from + 64 * i, sizeof lanes);
                 value[i] = vf_load(lanes);
@@ -118,7 +161,8 @@ INLINE void weigh(const int num_queries, const int num_vectors, const int is_flo
             }
         }
         UNROLL for (int r = 0; r < num_queries; r++) {
-            vf weight = vf_set1(weights[r * SCORE_TOKENS + token]);
+            float own = weights[r * SCORE_TOKENS + token];
+            vf weight = vf_set1(form == KV_INT8 ? own * scale : own);
             UNROLL for (int i = 0; i < num_vectors; i++) acc[r][i] = vf_fma(weight, value[i], acc[r][i]);
         }
     }
@@ -127,7 +171,7 @@ INLINE void weigh(const int num_queries, const int num_vectors, const int is_flo
 }
 
 /* `tokens` of the `left` ones that follow; their values are fetched too, which are wanted next. */
-INLINE void score_block(const int is_float32, const struct attention *a, const int32_t *pages, const uint8_t *base,
+INLINE void score_block(const enum kv_form form, const struct attention *a, const int32_t *pages, const uint8_t *base,
                         const uint8_t *values, int tokens, int left, const float *q, int num_queries, float *scores) {
     int padded = round_up(a->head_dim, 16);
     for (int token = 0; token < tokens; token += PAGE_TOKENS) {
@@ -136,37 +180,33 @@ INLINE void score_block(const int is_float32, const struct attention *a, const i
         if (token + FETCH_TOKENS < left) prefetch_page(a, base, pages[(token + FETCH_TOKENS) / PAGE_TOKENS]);
         int r = 0;
         for (; r + SCORE_ROWS <= num_queries; r += SCORE_ROWS)
-            page_scores(SCORE_ROWS, is_float32, q + r * padded, padded, a->head_dim, keys,
+            page_scores(SCORE_ROWS, form, q + r * padded, padded, a->head_dim, keys,
                         scores + r * SCORE_TOKENS + token);
         for (; r + 3 <= num_queries && SCORE_ROWS >= 3; r += 3)
-            page_scores(3, is_float32, q + r * padded, padded, a->head_dim, keys, scores + r * SCORE_TOKENS + token);
+            page_scores(3, form, q + r * padded, padded, a->head_dim, keys, scores + r * SCORE_TOKENS + token);
         for (; r < num_queries; r++)
-            page_scores(1, is_float32, q + r * padded, padded, a->head_dim, keys, scores + r * SCORE_TOKENS + token);
+            page_scores(1, form, q + r * padded, padded, a->head_dim, keys, scores + r * SCORE_TOKENS + token);
     }
 }
 
-INLINE void weigh_block(const int is_float32, const struct attention *a, const int32_t *pages, const uint8_t *base,
+INLINE void weigh_block(const enum kv_form form, const struct attention *a, const int32_t *pages, const uint8_t *base,
                         int tokens, const float *weights, int num_queries, float *out) {
-    int padded = round_up(a->head_dim, 16);
-    size_t size = is_float32 ? 4 : 2;
-    int i = 0;
+    int padded = round_up(a->head_dim, 16), i = 0;
     for (; i + 16 * VALUE_VECTORS <= padded; i += 16 * VALUE_VECTORS) {
         int r = 0;
-        const uint8_t *column = base + size * (size_t)i;
         for (; r + VALUE_ROWS <= num_queries; r += VALUE_ROWS)
-            weigh(VALUE_ROWS, VALUE_VECTORS, is_float32, a, pages, column, tokens, weights + r * SCORE_TOKENS,
+            weigh(VALUE_ROWS, VALUE_VECTORS, form, a, pages, base, i, tokens, weights + r * SCORE_TOKENS,
                   out + r * padded + i);
         for (; r + 3 <= num_queries && VALUE_ROWS >= 3; r += 3)
-            weigh(3, VALUE_VECTORS, is_float32, a, pages, column, tokens, weights + r * SCORE_TOKENS,
+            weigh(3, VALUE_VECTORS, form, a, pages, base, i, tokens, weights + r * SCORE_TOKENS,
                   out + r * padded + i);
         for (; r < num_queries; r++)
-            weigh(1, VALUE_VECTORS, is_float32, a, pages, column, tokens, weights + r * SCORE_TOKENS,
+            weigh(1, VALUE_VECTORS, form, a, pages, base, i, tokens, weights + r * SCORE_TOKENS,
                   out + r * padded + i);
     }
     for (; i < padded; i += 16)
         for (int r = 0; r < num_queries; r++)
-            weigh(1, 1, is_float32, a, pages, base + size * (size_t)i, tokens, weights + r * SCORE_TOKENS,
-                  out + r * padded + i);
+            weigh(1, 1, form, a, pages, base, i, tokens, weights + r * SCORE_TOKENS, out + r * padded + i);
 }
 
 void LEVEL(attend)(const struct attention *a, const struct attention_task *t, float *scratch) {
@@ -193,10 +233,12 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
     for (int start = t->first_token; start < t->end_token; start += SCORE_TOKENS) {
         int tokens = t->end_token - start < SCORE_TOKENS ? t->end_token - start : SCORE_TOKENS;
         const int32_t *pages = t->pages + start / PAGE_TOKENS;
-        if (a->kv_float32)
-            score_block(1, a, pages, keys, values, tokens, t->end_token - start, q, num_queries, scores);
-        else
-            score_block(0, a, pages, keys, values, tokens, t->end_token - start, q, num_queries, scores);
+        int left = t->end_token - start;
+        switch (a->kv_form) { /* the loops are compiled once a form */
+        case KV_BFLOAT16: score_block(KV_BFLOAT16, a, pages, keys, values, tokens, left, q, num_queries, scores); break;
+        case KV_FLOAT32: score_block(KV_FLOAT32, a, pages, keys, values, tokens, left, q, num_queries, scores); break;
+        case KV_INT8: score_block(KV_INT8, a, pages, keys, values, tokens, left, q, num_queries, scores); break;
+        }
         for (int r = 0; r < num_queries; r++) {
             float *row = scores + r * SCORE_TOKENS;
             int seen = t->position + r / t->num_heads + 1 - start;
@@ -232,10 +274,11 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
                     vf_store(out + r * padded + j, vf_mul(vf_load(out + r * padded + j), vf_set1(correction)));
             largest[r] = now;
         }
-        if (a->kv_float32)
-            weigh_block(1, a, pages, values, tokens, scores, num_queries, out);
-        else
-            weigh_block(0, a, pages, values, tokens, scores, num_queries, out);
+        switch (a->kv_form) {
+        case KV_BFLOAT16: weigh_block(KV_BFLOAT16, a, pages, values, tokens, scores, num_queries, out); break;
+        case KV_FLOAT32: weigh_block(KV_FLOAT32, a, pages, values, tokens, scores, num_queries, out); break;
+        case KV_INT8: weigh_block(KV_INT8, a, pages, values, tokens, scores, num_queries, out); break;
+        }
     }
     for (int r = 0; r < num_queries; r++) {
         int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;

@@ -33,6 +33,16 @@ struct matmul {
     enum epilogue epilogue;
 };
 
+/* How keys and values lie in the cache. */
+enum kv_form { KV_BFLOAT16, KV_FLOAT32, KV_INT8 };
+
+/* Bytes of a page of one head's keys, or of its values. Of int8, with a scale for each token behind them. */
+static inline size_t kv_page_bytes(enum kv_form form, int head_dim) {
+    static const size_t bytes[] = {[KV_BFLOAT16] = 2, [KV_FLOAT32] = 4, [KV_INT8] = 1};
+    size_t elements = (size_t)PAGE_TOKENS * (size_t)round_up(head_dim, 16);
+    return elements * bytes[form] + (form == KV_INT8 ? PAGE_TOKENS * sizeof(float) : 0);
+}
+
 /* A run of query rows of one sequence against a run of its pages, for some heads of one key-value head. */
 struct attention_task {
     const int32_t *pages; /* the sequence's page table */
@@ -66,7 +76,7 @@ struct attention {
     const int32_t *row_parts; /* [T]: partial results of each row, 0 if it is whole */
     int max_parts;
     int num_heads, num_kv_heads, head_dim;
-    int kv_float32;    /* else bfloat16 */
+    enum kv_form kv_form;
     int window_tokens; /* how many of the last tokens a row sees, its own included; 0: all */
     float eps, scale;
 };

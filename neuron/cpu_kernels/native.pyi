@@ -68,7 +68,7 @@ class Model:
         intermediate: int,
         vocab: int,
         eps: float,
-        kv_float32: bool,
+        kv_dtype: Literal["bfloat16", "float32", "int8"] | str,
         max_rows: int,
         max_sequences: int,
         max_sampled: int,

@@ -68,6 +68,9 @@ cdef extern from "kernels.h" nogil:
     const kernels *find_kernels(const char *name)
     const kernels *kernels_at(int index)
 
+    enum kv_form:
+        KV_BFLOAT16, KV_FLOAT32, KV_INT8
+
 cdef extern from "step.h" nogil:
     cdef struct layer:
         const float *input_norm
@@ -84,7 +87,7 @@ cdef extern from "step.h" nogil:
         int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab
         float eps, embedding_scale, attention_scale, logit_cap
         int gelu
-        int kv_float32
+        kv_form kv_form
         int max_rows, max_sequences, max_sampled
         int window_tokens
         const float *inverse_frequencies
@@ -331,7 +334,7 @@ cdef class Model:
 
     def __cinit__(
         self, Pool pool not None, str level not None, *, int num_layers, int hidden, int num_heads, int num_kv_heads,
-        int head_dim, int intermediate, int vocab, float eps, bint kv_float32, int max_rows, int max_sequences,
+        int head_dim, int intermediate, int vocab, float eps, str kv_dtype not None, int max_rows, int max_sequences,
         float embedding_scale=1.0, float attention_scale=0.0, bint gelu=False, int window_tokens=0,
         float logit_cap=0.0, int max_sampled,
     ):
@@ -347,7 +350,8 @@ cdef class Model:
         m.kernels, m.pool = table_of(level), pool._pool
         m.num_layers, m.hidden, m.num_heads, m.num_kv_heads = num_layers, hidden, num_heads, num_kv_heads
         m.head_dim, m.intermediate, m.vocab, m.eps = head_dim, intermediate, vocab, eps
-        m.kv_float32, m.max_rows, m.max_sequences, m.max_sampled = kv_float32, max_rows, max_sequences, max_sampled
+        m.kv_form = {"bfloat16": KV_BFLOAT16, "float32": KV_FLOAT32, "int8": KV_INT8}[kv_dtype]
+        m.max_rows, m.max_sequences, m.max_sampled = max_rows, max_sequences, max_sampled
         m.embedding_scale, m.attention_scale = embedding_scale, attention_scale or head_dim ** -0.5
         m.gelu, m.window_tokens, m.logit_cap = gelu, window_tokens, logit_cap
         m.layers = <layer *>calloc(num_layers, sizeof(layer))

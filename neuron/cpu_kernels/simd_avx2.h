@@ -58,6 +58,10 @@ INLINE vf vf_load_bf16(const uint16_t *from) {
     const __m128i *halves = (const __m128i *)from;
     return (vf){widen_bf16(_mm_loadu_si128(halves)), widen_bf16(_mm_loadu_si128(halves + 1))};
 }
+INLINE vf vf_load_s8(const int8_t *from) {
+    const __m128i low = _mm_loadl_epi64((const __m128i *)from), high = _mm_loadl_epi64((const __m128i *)(from + 8));
+    return (vf){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high))};
+}
 INLINE void vf_load_pairs(const uint16_t *from, vf *even, vf *odd) {
     const __m256i *pairs = (const __m256i *)from, mask = _mm256_set1_epi32((int)0xffff0000);
     __m256i first = _mm256_loadu_si256(pairs), second = _mm256_loadu_si256(pairs + 1);

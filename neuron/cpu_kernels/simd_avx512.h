@@ -27,6 +27,9 @@ INLINE vf vf_load_bf16(const uint16_t *from) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
 }
+INLINE vf vf_load_s8(const int8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+}
 /* The first and the second of 16 pairs of bfloat16. */
 INLINE void vf_load_pairs(const uint16_t *from, vf *even, vf *odd) {
     __m512i pairs = _mm512_loadu_si512(from);

@@ -37,6 +37,10 @@ INLINE vf vf_load_half(const void *from) {
 INLINE vf vf_load_bf16(const uint16_t *from) {
     EACH(vf, vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)));
 }
+INLINE vf vf_load_s8(const int8_t *from) {
+    int16x8_t halves[2] = {vmovl_s8(vld1_s8(from)), vmovl_s8(vld1_s8(from + 8))};
+    EACH(vf, vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(halves[i / 2]) : vget_low_s16(halves[i / 2]))));
+}
 INLINE void vf_load_pairs(const uint16_t *from, vf *even, vf *odd) {
     UNROLL for (int i = 0; i < 4; i++) {
         uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(from + 8 * i));

@@ -24,6 +24,7 @@ INLINE vf vf_power2(vf x, vf e) {
     LANES(x.v[i] * bits_float((uint32_t)((e.v[i] == e.v[i] ? (int32_t)e.v[i] : 0) + 127) << 23));
 }
 INLINE vf vf_load_bf16(const uint16_t *from) { LANES(bf16_to_float(from[i])); }
+INLINE vf vf_load_s8(const int8_t *from) { LANES((float)from[i]); }
 INLINE vf vf_load_half(const void *from) {
     uint16_t halves[16];
     memcpy(halves, from, sizeof halves);

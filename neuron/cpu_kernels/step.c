@@ -128,12 +128,8 @@ static struct arena lay_out(const struct model *m, uint8_t *base) {
 
 size_t arena_bytes(const struct model *m) { return lay_out(m, NULL).bytes; }
 
-static size_t head_page_bytes(const struct model *m) {
-    return (size_t)PAGE_TOKENS * (size_t)round_up(m->head_dim, 16) * (m->kv_float32 ? 4 : 2);
-}
-
 size_t page_bytes(const struct model *m) {
-    return 2 * (size_t)m->num_layers * (size_t)m->num_kv_heads * head_page_bytes(m);
+    return 2 * (size_t)m->num_layers * (size_t)m->num_kv_heads * kv_page_bytes(m->kv_form, m->head_dim);
 }
 
 /* ---------------------------------------------------------------- before the layers, on the caller's thread */
@@ -342,7 +338,7 @@ static void run_layer(const struct run *run, int thread, int number) {
     const struct arena *a = &run->arena;
     const struct layer *l = &m->layers[number];
     const struct sight *sight = &a->sights[l->windowed];
-    size_t head_bytes = head_page_bytes(m), side = (size_t)m->num_kv_heads * head_bytes;
+    size_t head_bytes = kv_page_bytes(m->kv_form, m->head_dim), side = (size_t)m->num_kv_heads * head_bytes;
     struct attention attention = {
         .qkv = a->qkv,
         .qkv_stride = a->qkv_stride,
@@ -363,7 +359,7 @@ static void run_layer(const struct run *run, int thread, int number) {
         .num_heads = m->num_heads,
         .num_kv_heads = m->num_kv_heads,
         .head_dim = m->head_dim,
-        .kv_float32 = m->kv_float32,
+        .kv_form = m->kv_form,
         .eps = m->eps,
         .window_tokens = sight->window_tokens,
         .scale = m->attention_scale,

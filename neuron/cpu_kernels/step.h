@@ -24,7 +24,7 @@ struct model {
     float embedding_scale, attention_scale;
     float logit_cap; /* of what is drawn from; 0: none */
     int gelu; /* the gate's activation; else SiLU */
-    int kv_float32;
+    enum kv_form kv_form;
     int max_rows, max_sequences, max_sampled;
     int window_tokens; /* of the layers that have one; 0: none has */
     const float *inverse_frequencies, *window_inverse_frequencies; /* [head_dim / 2] */

@@ -47,6 +47,7 @@ class NativeRunner:
             shared_pool(),
             packed.level(),
             dtype=plan.dtype,
+            kv_dtype=plan.kv_dtype,
             rows=rows,
             sequences=plan.max_sequences,
             sampled=plan.sampled_rows,
@@ -58,10 +59,10 @@ class NativeRunner:
         if len(arena) > plan.workspace_bytes:
             raise RuntimeError(f"the plan counted {plan.workspace_bytes} bytes of work space, {len(arena)} are needed")
         self._model.attach(cache, arena)
-        dtype = torch.float32 if plan.dtype == "float32" else torch.bfloat16
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(plan.kv_dtype, torch.uint8)
         shape = (plan.num_pages + 1, config.num_layers, 2, config.num_kv_heads, -1)
         self._cache = torch.from_numpy(cache).view(dtype).view(shape)
-        """``[pages, layers, keys and values, K, 16 D]``; keys lie as ``attention.c`` says."""
+        """``[pages, layers, keys and values, K, 16 D]``; they lie as ``attention.c`` says."""
         self._logits: torch.Tensor | None = None
         self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"))
 

@@ -18,6 +18,8 @@ LEVEL_SWITCH: Final = "NEURON_CPU_LEVEL"
 """The dispatch level to use instead of this processor's best."""
 LANES: Final = 16
 MAX_HEAD_DIM: Final = 1024
+INT8: Final = "int8"
+"""Of keys and values: each rounded by the largest of its elements."""
 
 
 class Format(IntEnum):
@@ -129,10 +131,12 @@ def vector_elements(config: ModelConfig) -> int:
     return config.num_layers * layer + padded(hidden) + frequencies
 
 
-def page_bytes(config: ModelConfig, dtype: str, page_tokens: int) -> int:
-    """Return the bytes of a page over all layers: head vectors are padded to whole registers."""
-    element = 4 if dtype == "float32" else 2
-    return 2 * config.num_layers * config.num_kv_heads * page_tokens * padded(config.head_dim) * element
+def page_bytes(config: ModelConfig, kv_dtype: str, page_tokens: int) -> int:
+    """Return the bytes of a page over all layers (``kv_page_bytes`` of ``kernels.h``): head vectors are padded to whole
+    registers, and those of int8 have a scale each."""
+    element = {"bfloat16": 2, "float32": 4, "int8": 1}[kv_dtype]
+    vector = padded(config.head_dim) * element + (4 if kv_dtype == INT8 else 0)
+    return 2 * config.num_layers * config.num_kv_heads * page_tokens * vector
 
 
 def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, threads: int) -> int:

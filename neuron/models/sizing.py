@@ -67,7 +67,9 @@ class MemoryPlan:
     quant: str = quantization.NONE
     """What :func:`neuron.models.quantization.resolve` returned."""
     native: bool = False
-    """Runs on the CPU kernels; ``dtype`` is then that of the cache and of what the file stores as floats."""
+    """Runs on the CPU kernels; ``dtype`` is then that of what the file stores as floats."""
+    kv_dtype: str = "auto"
+    """Of keys and values in the cache; ``auto``: as ``dtype``."""
     draft: "MemoryPlan | None" = None
     """Of the model that guesses for it, beside it on the device."""
 
@@ -99,6 +101,7 @@ class _Costs:
     dtype: str
     quant: str
     native: bool
+    kv_dtype: str
     weights_bytes: int
     fixed_bytes: int
     page_bytes: int
@@ -121,15 +124,23 @@ def _costs(
         rows = max(step_tokens, sampled_rows + PAGE_TOKENS)
         fixed_bytes = packed.arena_bytes(config, rows, max_sequences, sampled_rows, os.cpu_count() or 1)
         fixed_bytes += sampled_rows * config.vocab_size * SAMPLER_BYTES
-        page_bytes = packed.page_bytes(config, dtype, PAGE_TOKENS)
-        return _Costs(dtype, quant, True, packed.weights_bytes(config, dtype), fixed_bytes, page_bytes, 0)
+        fixed_bytes += 4 * (os.cpu_count() or 1) * packed.padded(config.vocab_size)  # to draw in
+        kv_dtype = dtype if spec.kv_dtype == "auto" else spec.kv_dtype
+        page_bytes = packed.page_bytes(config, kv_dtype, PAGE_TOKENS)
+        return _Costs(dtype, quant, True, kv_dtype, packed.weights_bytes(config, dtype), fixed_bytes, page_bytes, 0)
+    if spec.kv_dtype != "auto":
+        raise InvalidRequestError(
+            f"kv_dtype is {spec.kv_dtype!r}, which the CPU's kernels have; on {device} this model runs without them",
+            param="kv_dtype",
+        )
     local = local_config(config, shard)
     fixed_bytes = workspace_bytes(local, dtype, step_tokens, sampled_rows)
     if device.startswith("cpu") and quant != quantization.NONE:
         fixed_bytes += 8 * quantization.largest_matrix_elements(config)
     page_bytes = PAGE_TOKENS * local.kv_bytes_per_token(dtype)
     weights_bytes = quantization.weights_bytes(config, dtype, quant, shard)
-    return _Costs(dtype, quant, False, weights_bytes, fixed_bytes, page_bytes, -(-page_bytes // config.num_layers))
+    gather_bytes = -(-page_bytes // config.num_layers)
+    return _Costs(dtype, quant, False, dtype, weights_bytes, fixed_bytes, page_bytes, gather_bytes)
 
 
 def plan_memory(
@@ -150,6 +161,8 @@ def plan_memory(
     for name in ("context_tokens", "max_sequences", "kv_cache_bytes"):
         if getattr(spec, name) < 0:
             raise InvalidRequestError(f"{name} is {getattr(spec, name)}; it cannot be negative", param=name)
+    if spec.kv_dtype not in {"auto", packed.INT8}:
+        raise InvalidRequestError(f"kv_dtype is {spec.kv_dtype!r}; it must be auto or int8", param="kv_dtype")
     longest = config.context_tokens if draft is None else min(config.context_tokens, draft.context_tokens)
     if spec.context_tokens > longest:
         made_for = "the model was made" if longest == config.context_tokens else "the model that guesses was made"
@@ -206,6 +219,7 @@ def plan_memory(
             workspace_bytes=costs.fixed_bytes + num_pages * costs.gather_bytes,
             quant=costs.quant,
             native=costs.native,
+            kv_dtype=costs.kv_dtype,
             draft=found,
         )
     assert found is not None

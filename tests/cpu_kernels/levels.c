@@ -73,9 +73,9 @@ static void check_matmul(const struct kernels *level, const struct kernels *plai
     free(forms[1]);
 }
 
-static void check_attention(const struct kernels *level, const struct kernels *plain, int is_float32, int window) {
+static void check_attention(const struct kernels *level, const struct kernels *plain, enum kv_form form, int window) {
     int pages = (TOKENS + PAGE_TOKENS - 1) / PAGE_TOKENS, width = (HEADS + 2 * KV_HEADS) * DIM;
-    size_t head = (size_t)PAGE_TOKENS * DIM * (is_float32 ? 4 : 2);
+    size_t head = kv_page_bytes(form, DIM);
     float *qkv = zeros((size_t)(TOKENS * width) * 4), *angles[2] = {zeros(TOKENS * DIM * 2), zeros(TOKENS * DIM * 2)};
     float *out[2] = {zeros(HEADS * DIM * 4), zeros(HEADS * DIM * 4)}, *scratch = zeros(attention_scratch_floats(DIM) * 4);
     int32_t table[TOKENS / PAGE_TOKENS + 1];
@@ -93,7 +93,7 @@ static void check_attention(const struct kernels *level, const struct kernels *p
             .cosine = angles[0], .sine = angles[1], .keys = cache, .values = cache + KV_HEADS * head,
             .page_stride = 2 * KV_HEADS * head, .head_stride = head, .out = out[which] - (TOKENS - 1) * HEADS * DIM,
             .out_stride = HEADS * DIM, .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM,
-            .kv_float32 = is_float32, .window_tokens = window, .eps = 1e-5f, .scale = 0.3f,
+            .kv_form = form, .window_tokens = window, .eps = 1e-5f, .scale = 0.3f,
         };
         for (int row = 0; row < TOKENS; row++)
             for (int kv = 0; kv < KV_HEADS; kv++)
@@ -109,7 +109,7 @@ static void check_attention(const struct kernels *level, const struct kernels *p
         free(cache);
     }
     char what[40];
-    snprintf(what, sizeof what, "attention, float32 %d, window %d", is_float32, window);
+    snprintf(what, sizeof what, "attention, form %d, window %d", (int)form, window);
     compare(level->name, what, out[0], out[1], HEADS * DIM);
     free(qkv);
     free(angles[0]);
@@ -143,8 +143,8 @@ int main(void) {
         plain->rms_norm(x, weight, 1e-5f, COLUMNS, COLUMNS, normed[1]);
         compare(level->name, "rms_norm", normed[0], normed[1], COLUMNS);
         check_draw(level, plain);
-        for (int is_float32 = 0; is_float32 < 2; is_float32++)
-            for (int window = 0; window < 80; window += 40) check_attention(level, plain, is_float32, window);
+        for (int form = KV_BFLOAT16; form <= KV_INT8; form++)
+            for (int window = 0; window < 80; window += 40) check_attention(level, plain, (enum kv_form)form, window);
     }
     return failures != 0;
 }

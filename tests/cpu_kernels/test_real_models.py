@@ -43,9 +43,11 @@ class Likelihood:
         return torch.tensor([token], dtype=torch.int32)
 
 
-def perplexity(harness: Callable[..., Any], path: pathlib.Path, tokens: list[int], dtype: str) -> float:
+def perplexity(
+    harness: Callable[..., Any], path: pathlib.Path, tokens: list[int], dtype: str, kv_dtype: str = "auto"
+) -> float:
     driver = harness()
-    driver.load(path, dtype=dtype)
+    driver.load(path, dtype=dtype, kv_dtype=kv_dtype)
     driver.engine._models["m"].runner.sampler = likelihood = Likelihood(tokens)
     driver.generate(1, tokens[:1], len(tokens) - 1)
     driver.run()
@@ -82,7 +84,7 @@ def test_the_answer_is_paris_at_every_level(
     [("smollm2_gguf", native.levels(), []), ("gemma3_gguf", native.levels()[:1], [2])],
     ids=["smollm2", "gemma3"],
 )
-def test_quantised_activations_cost_less_than_a_hundredth_of_perplexity(
+def test_quantised_activations_and_keys_cost_less_than_a_hundredth_of_perplexity(
     model: str,
     levels: tuple[str, ...],
     begin: list[int],
@@ -97,6 +99,7 @@ def test_quantised_activations_cost_less_than_a_hundredth_of_perplexity(
     exact = perplexity(harness, path, tokens, "float32")
     for level in levels:
         monkeypatch.setenv("NEURON_CPU_LEVEL", level)
-        found = perplexity(harness, path, tokens, "auto")
-        print(f"{model} at {level}: perplexity {found:.4f}, in float32 {exact:.4f}")
-        assert abs(found / exact - 1) < 0.01, f"perplexity {found:.4f}, in float32 {exact:.4f}"
+        for kv_dtype in ("auto", "int8"):
+            found = perplexity(harness, path, tokens, "auto", kv_dtype)
+            print(f"{model} at {level}, keys {kv_dtype}: perplexity {found:.4f}, in float32 {exact:.4f}")
+            assert abs(found / exact - 1) < 0.01, f"perplexity {found:.4f}, in float32 {exact:.4f}"

@@ -26,7 +26,7 @@ FORMS = {"plain": PLAIN, "gemma": GEMMA, "gemma-wide-window": {**GEMMA, "window_
 def make_model(
     threads: int,
     level: str,
-    kv_float32: bool = True,
+    kv_dtype: str = "float32",
     seed: int = 0,
     form: dict[str, Any] = PLAIN,
     poisoned: int | None = None,
@@ -50,7 +50,7 @@ def make_model(
         return np.concatenate((random.random(length), np.zeros(padded(length) - length))).astype(np.float32)
 
     model = native.Model(
-        pool, level, **SIZES, **form, kv_float32=kv_float32, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES,
+        pool, level, **SIZES, **form, kv_dtype=kv_dtype, max_rows=MAX_ROWS, max_sequences=MAX_SEQUENCES,
         max_sampled=MAX_SAMPLED,
     )  # fmt: skip
     with pytest.raises(ValueError, match="weights are missing"):
@@ -133,14 +133,13 @@ def conversation(model: native.Model, chunk: int) -> list[np.ndarray[Any, Any]]:
     return found
 
 
-@pytest.mark.parametrize("kv_float32", [True, False])
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("float32", 2e-4), ("bfloat16", 0.05), ("int8", 0.05)])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("level", native.levels())
-def test_threads_and_chunks_change_nothing(level: str, form: str, kv_float32: bool) -> None:
+def test_threads_and_chunks_change_nothing(level: str, form: str, kv_dtype: str, tolerance: float) -> None:
     plain = conversation(make_model(1, "portable", form=FORMS[form]), 200)
     for threads, chunk in ((1, 200), (2, 7), (5, 31), (3, 5)):
-        found = conversation(make_model(threads, level, kv_float32, form=FORMS[form]), chunk)
-        tolerance = 2e-4 if kv_float32 else 0.05
+        found = conversation(make_model(threads, level, kv_dtype, form=FORMS[form]), chunk)
         for row, expected in zip(found, plain, strict=True):
             assert np.abs(row - expected).max() < tolerance * np.abs(expected).max()
 

@@ -198,6 +198,7 @@ def test_a_plan_keeps_its_promises(
     ("spec", "param"),
     [
         (ModelSpec("m", "x", context_tokens=40961), "context_tokens"),
+        (ModelSpec("m", "x", kv_dtype="int4"), "kv_dtype"),
         (ModelSpec("m", "x", context_tokens=-1), "context_tokens"),
         (ModelSpec("m", "x", max_sequences=-1), "max_sequences"),
         (ModelSpec("m", "x", kv_cache_bytes=1), "kv_cache_bytes"),
