@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-ops srpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels kernels test-native test-asan test-tsan \
+.PHONY: demo test test-ops srpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -135,6 +135,18 @@ $(VENV)/triton: $(VENV)/editable
 
 check-kernels: $(VENV)/triton
 	$(BIN)/python -P -m neuron.triton_kernels.check --keep
+
+# What the oldest Triton that is allowed makes of the kernels, and the tests that need a compiler: two minutes. It lies
+# beside the environment, which has torch and no Triton, or a newer one.
+OLDEST_TRITON := build/triton-3.6.0
+$(OLDEST_TRITON)/installed: | $(VENV)/made
+	$(PIP) install --no-deps --upgrade --target $(OLDEST_TRITON) triton==3.6.0
+	touch $@
+
+check-kernels-oldest: $(VENV)/editable $(OLDEST_TRITON)/installed
+	$(BIN)/ninja -C build/editable --quiet
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -P -m neuron.triton_kernels.check --code --brief --quiet --cache build/kernels
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -P -m pytest tests/triton_kernels/test_compile.py
 
 # Cubins and their metadata for the shapes in packaging/kernels, without a GPU; `make wheel` packs them. MODELS narrows
 # it (folders with a config.json, or GGUF files). The whole takes about an hour on two cores.

@@ -9,15 +9,17 @@ shared memory than the chip has, and on sm_90 no HGMMA in the large matmul or in
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import datetime
 import json
+import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -31,6 +33,8 @@ CAPABILITIES: Final = (80, 89, 90, 100, 120)
 NUMERIC_TARGETS: Final = (Target(80, 40), Target(90, 3))
 """Many processors make decode attention and skinny matmuls split; few make the persistent matmul take several tiles."""
 COUNTED: Final = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG", "STG", "STL", "LDL")
+BRIEF: Final = ("neuron.triton_kernels.quantized_matmul:", 120)
+"""With ``--brief``: kernels that are half of all variants, and the only chip that they are compiled for."""
 MUST_USE_HGMMA: Final = ("_prefill_attention_kernel", "_persistent_matmul_kernel")
 
 
@@ -76,6 +80,33 @@ class Row:
             "instructions": self.counts.total(),
             **{name: self.counts[name] for name in COUNTED if self.counts[name]},
         }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is kept of one variant: its row of the table, if it compiled, and what is wrong with it, a line each."""
+
+    record: dict[str, Any] | None
+    failures: list[str]
+
+
+def judge(variant: Variant, capability: int, folder: pathlib.Path) -> Verdict:
+    """Compile one variant, or find it in ``folder``, and hold its machine code against the rules."""
+    try:
+        (row,) = inspect_variants([variant], capability, KernelCache(folder))
+    except KernelCompileError as error:
+        return Verdict(None, [f"FAIL {error}"])
+    record = row.record()
+    what = f"{row.kernel} sm_{capability} {record['dtype']} {record['constants']}"
+    return Verdict(record, [f"FAIL {what}: {fault}" for fault in row.faults()])
+
+
+def judge_all(wanted: Iterable[tuple[Variant, int]], folder: pathlib.Path, num_processes: int) -> Iterator[Verdict]:
+    """Yield the verdict on each variant and chip in order, several at a time."""
+    # A process that has started Triton's threads is not forked.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
+        yield from pool.map(judge, *zip(*((*each, folder) for each in wanted), strict=True), chunksize=4)
 
 
 def inspect_variants(wanted: Iterable[Variant], capability: int, cache: KernelCache) -> list[Row]:
@@ -130,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="part of a kernel's or a case's name")
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("build/kernels"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--brief", action="store_true", help="quantised matmuls for one chip only")
+    parser.add_argument("--quiet", action="store_true", help="no table, only what fails and a summary")
     parser.add_argument("--keep", action="store_true", help="write bench/results/kernels.json")
     options = parser.parse_args(arguments)
     if options.numbers:
@@ -140,25 +174,32 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "-P", "-m", __spec__.name, "--numbers", "--only", options.only]
         failed += subprocess.run(command, env=environment, check=False).returncode != 0
     start = time.monotonic()
-    records = []
-    for capability in options.capability or CAPABILITIES:
-        wanted = [v for v in all_variants(capability) if options.only in v.kernel]
-        for variant in wanted:
-            try:
-                (row,) = inspect_variants([variant], capability, KernelCache(options.cache))
-            except KernelCompileError as error:
-                failed += 1
-                print(f"FAIL {error}")
-                continue
-            records.append(row.record())
-            for fault in row.faults():
-                failed += 1
-                print(f"FAIL {row.kernel} sm_{capability} {records[-1]['dtype']} {records[-1]['constants']}: {fault}")
-        print(f"sm_{capability}: {len(wanted)} variants, {time.monotonic() - start:.0f} s", flush=True)
-    _print_table(records)
+    wanted = [
+        (variant, capability)
+        for capability in options.capability or CAPABILITIES
+        for variant in all_variants(capability)
+        if options.only in variant.kernel
+        and not (options.brief and variant.kernel.startswith(BRIEF[0]) and capability != BRIEF[1])
+    ]
+    if not wanted:
+        print(f"no kernel has {options.only!r} in its name")
+        return 1
+    records, num_faults = [], 0
+    for verdict in judge_all(wanted, options.cache, options.processes):
+        num_faults += len(verdict.failures)
+        print(*verdict.failures, sep="\n", end="\n" * bool(verdict.failures), flush=True)
+        if verdict.record is not None:
+            records.append(verdict.record)
+    if not options.quiet:
+        _print_table(records)
+    chips = " ".join(f"sm_{c}" for c in options.capability or CAPABILITIES)
+    print(
+        f"machine code by triton {triton.__version__} for {chips}: {len(wanted)} variants, {num_faults} faults, "
+        f"{time.monotonic() - start:.0f} s"
+    )
     if options.keep:
         _keep(records)
-    return 1 if failed else 0
+    return 1 if failed or num_faults else 0
 
 
 def _print_table(records: list[dict[str, Any]]) -> None:

@@ -96,6 +96,14 @@ def _persistent_matmul_kernel(
         out_tiles.store([i * BLOCK_M, j * BLOCK_N], accumulator.to(out.dtype.element_ty))
 
 
+def _has_descriptors(target: Target) -> bool:
+    """Return whether copies by descriptors are plain instructions.
+
+    For sm_120 the assembler of Triton 3.6 puts a call with a stack frame beside each, for copies to other blocks.
+    """
+    return target.has_descriptors and not (target.capability == 120 and triton.__version__.startswith("3.6."))
+
+
 def matmul_tiles(num_rows: int, aligned: bool, described: bool, target: Target) -> tuple[int, int, int, int, int]:
     """Return BLOCK_M, BLOCK_N, BLOCK_K, warps and stages: a small and a large choice a chip, by rows only.
 
@@ -120,7 +128,7 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     # Whole units of 16 elements, which is also what the compiler may assume of a size that is fixed for a model.
     aligned = depth % 16 == 0 and x.stride(0) % 16 == 0
-    persistent = target.has_descriptors and aligned and width % 16 == 0
+    persistent = _has_descriptors(target) and aligned and width % 16 == 0
     block_m, block_n, block_k, num_warps, num_stages = matmul_tiles(num_rows, aligned, persistent, target)
     tiles = cdiv(num_rows, block_m) * cdiv(width, block_n)
     if persistent:

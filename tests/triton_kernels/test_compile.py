@@ -36,6 +36,14 @@ def activation_variant() -> Variant:
     return variant
 
 
+def matmul_variant(block_m: int, block_n: int) -> Variant:
+    with recording(target_for(80)) as recorder:
+        matmul.matmul(meta(4096, 4096), meta(4096, 4096))
+    (variant,) = recorder.variants
+    constants = dict(variant.constants) | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32, "STAGES": 2}
+    return dataclasses.replace(variant, constants=tuple(constants.items()), num_warps=4, num_stages=2)
+
+
 @pytest.fixture
 def cache(tmp_path: pathlib.Path) -> KernelCache:
     return KernelCache(tmp_path / "kernels")
@@ -43,15 +51,26 @@ def cache(tmp_path: pathlib.Path) -> KernelCache:
 
 def test_a_kernel_that_spills_fails_the_check(cache: KernelCache) -> None:
     """A tile of 256 by 256 float32 for 128 threads: 512 registers each, of 255."""
-    with recording(target_for(80)) as recorder:
-        matmul.matmul(meta(4096, 4096), meta(4096, 4096))
-    (variant,) = recorder.variants
-    constants = dict(variant.constants) | {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 32, "STAGES": 2}
-    spilling = dataclasses.replace(variant, constants=tuple(constants.items()), num_warps=4, num_stages=2)
-    (row,) = check.inspect_variants([spilling], 80, cache)
+    (row,) = check.inspect_variants([matmul_variant(256, 256)], 80, cache)
     assert row.compiled.metadata.stack_bytes > 0
     assert any("stack" in fault for fault in row.faults())
     assert any("spills" in fault for fault in row.faults())
+
+
+def test_one_kernel_that_spills_fails_the_command(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--code", "--quiet", "--processes", "1", "--capability", "80", "--cache", str(tmp_path)]
+    arguments += ["--only", "matmul:_matmul_kernel"]
+    sound, spilling = (matmul_variant(*tile) for tile in ((64, 64), (256, 256)))
+    monkeypatch.setattr(check, "all_variants", lambda capability: (sound,))
+    assert check.main(arguments) == 0
+    assert "1 variants, 0 faults" in capsys.readouterr().out
+    monkeypatch.setattr(check, "all_variants", lambda capability: (sound, spilling))
+    assert check.main(arguments) == 1
+    assert "FAIL _matmul_kernel sm_80" in capsys.readouterr().out
+    monkeypatch.setattr(check, "all_variants", lambda capability: ())
+    assert check.main(arguments) == 1
 
 
 def test_hopper_uses_its_matrix_unit(cache: KernelCache) -> None:
