@@ -405,6 +405,30 @@ def test_replay_counts(start: Callable[..., Running], count: int, stop_on_messag
     assert fake.most_under_way() == (min(count, 2) if stop_on_message else count)
 
 
+@pytest.mark.parametrize("stop_on_message", [False, True])
+def test_a_step_takes_the_host_less_than_ten_microseconds(start: Callable[..., Running], stop_on_message: bool) -> None:
+    """Of the thread's own processor time, so that a busy machine changes nothing; the best of ten runs."""
+
+    def make(loop: DeviceLoop) -> Handler:
+        def handle(message: bytes) -> None:
+            spent = []
+            for _ in range(10):
+                begin = time.thread_time_ns()
+                assert loop.replay(GRAPH, 1000, stop_on_message=stop_on_message) == 1000
+                spent.append(time.thread_time_ns() - begin)
+            loop.send(b"%d" % min(spent))
+
+        return Script(handle)
+
+    running = start(make)
+    running.daemon.send(b"go")
+    assert int(running.daemon.recv(30)) < 1000 * 10_000
+    running.end()
+    assert fake.count("cuGraphLaunch") == 10_000
+    assert fake.count("cuStreamSynchronize") == 10
+    assert fake.count("cuEventRecord") == fake.count("cuEventSynchronize") + 10 * stop_on_message
+
+
 def test_replay_stops_for_a_message(start: Callable[..., Running], wait_for: Callable[..., None]) -> None:
     fake.delay("cuEventSynchronize", 1000)  # a step
     running = start(replayer(1_000_000, stop_on_message=True))

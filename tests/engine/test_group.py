@@ -24,6 +24,7 @@ from neuron.device.worker import Worker
 from neuron.engine.errors import GroupLostError
 from neuron.engine.group import Cleared, Group, Planned, plan_of
 from neuron.engine.plan import StepPlan
+from neuron.errors import NoDeviceError
 from neuron.torch_harness import TorchHarness
 
 HOST = torch.device("cpu")
@@ -229,3 +230,10 @@ def compare(paths: dict[str, pathlib.Path], harness: Callable[..., Any], kv_cach
             single.generate(number, prompt, 24)
         single.run()
         assert found[name] == [single.outputs()[number] for number in range(len(PROMPTS))], name
+
+
+def test_a_device_that_is_not_there_is_told_of_with_those_that_are(tiny_llama: pathlib.Path) -> None:
+    loader = TorchHarness({"cpu:0": Worker("cpu:0", ["true"])})
+    with pytest.raises(NoDeviceError, match="'cuda:7' is not a device of this neuron; it has: cpu:0") as caught:
+        asyncio.run(loader.measure(ModelSpec("m", "x", devices=("cuda:7",)), tiny_llama))
+    assert caught.value.param == "devices"

@@ -12,7 +12,9 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from neuron.models.config import ModelConfig  # noqa: E402
+from neuron.engine.errors import error_info  # noqa: E402
+from neuron.models import prebuild  # noqa: E402
+from neuron.models.config import ModelConfig, read_config  # noqa: E402
 from neuron.models.gemma3 import GEMMA3  # noqa: E402
 from neuron.models.llama import LLAMA  # noqa: E402
 from neuron.models.prebuild import any_plan, variants  # noqa: E402
@@ -225,6 +227,28 @@ def test_a_driver_older_than_the_cubins_is_told_of_before_a_launch(cache: Kernel
     warm.warm([variant], 90, cache, (int(cache.get(variant, 90).metadata.cuda_version.partition(".")[0]), 0))
 
 
+def test_a_load_that_fails_for_the_driver_or_the_compiler_says_so() -> None:
+    told = error_info(DriverTooOldError((11, 8), "12.8"))
+    assert told.code == "driver_too_old"
+    assert "install a driver for CUDA 12.0 or later" in told.message
+    assert error_info(compile.KernelCompileError("ptxas: no")).code == "kernel_compile_failed"
+
+
+def test_what_make_kernels_compiles_is_what_a_load_looks_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = pathlib.Path(__file__).parents[2] / "packaging" / "kernels" / "SmolLM2-135M"
+    made = tmp_path / "prebuilt"
+    prebuild.main([str(shapes), "--capability", "80", "--quant", "none", "--out", str(made)])
+    assert len(list(made.glob("*.cubin"))) == len(list(made.glob("*.json"))) > 5
+    monkeypatch.setattr(compile, "compile_variant", None)
+    model = read_config(shapes)
+    wanted = variants(model, any_plan(model, "bfloat16"), 80)
+    found = compile.compile_variants(wanted, 80, KernelCache(tmp_path / "own", prebuilt=made))
+    assert [one.metadata.capability for one in found] == [80] * len(wanted)
+    assert not (tmp_path / "own").exists()
+
+
 def config(**changes: object) -> ModelConfig:
     fields: dict[str, object] = {
         "architecture": QWEN3, "vocab_size": 151936, "hidden_size": 4096, "num_layers": 36, "num_heads": 32,
@@ -260,8 +284,6 @@ MODELS = {
 def test_no_number_of_rows_needs_a_variant_that_is_not_listed(
     name: str, quant: str, capability: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neuron.models import prebuild
-
     model = config(hidden_size=576, intermediate_size=1536, **MODELS[name])
     plan = any_plan(model, "bfloat16", quant)
     listed = variants(model, plan, capability)
