@@ -29,6 +29,9 @@ for extra in sys.argv[2].split(","):
     for name in found:
         inner = name.partition("[")[2].partition("]")[0]
         wanted += project["project"]["optional-dependencies"][inner] if name.startswith("helexa-cortex") else [name]
+# What redis wants of a Python before 3.11.3, as the one that builds the package may be though this one is not.
+if "valkey" in sys.argv[2].split(","):
+    wanted.append("async-timeout>=4.0.3")
 print("\n".join(wanted))
 READ
 mkdir "$wheels/wheels"

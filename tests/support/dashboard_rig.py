@@ -34,6 +34,8 @@ class Gateway:
         self, folder: pathlib.Path, nodes: Mapping[str, str], models: str, keys: str = "", interval_s: float = 0.2
     ) -> None:
         self.port = daemons.free_port()
+        self.metrics_port = daemons.free_port()
+        self.nodes = dict(nodes)
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = folder
         self._process: psutil.Process | None = None
@@ -42,7 +44,8 @@ class Gateway:
         (folder / "models.toml").write_text(models)
         (folder / "keys.toml").write_text(keys)
         (folder / "cortex.toml").write_text(
-            f'[gateway]\nlisten = "127.0.0.1:{self.port}"\nmetrics_listen = ""\ndrain_timeout_s = 15\n'
+            f'[gateway]\nlisten = "127.0.0.1:{self.port}"\ndrain_timeout_s = 15\n'
+            f'metrics_listen = "127.0.0.1:{self.metrics_port}"\n'
             f"[gateway.polling]\ninterval_s = {interval_s}\nmax_backoff_s = {max(0.5, interval_s)}\n"
             + (f'[access]\nkeys = "{folder / "keys.toml"}"\n' if keys else "")
             + f'[store]\nkind = "none"\n{endpoints}'

@@ -1,0 +1,85 @@
+"""The container files, as far as no engine is needed: what they copy is there, and they run what the units run."""
+
+import pathlib
+import re
+import shlex
+import tomllib
+
+import pytest
+
+from cortex.config import GatewaySettings
+from neuron.config import DaemonSettings
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted((ROOT / "packaging" / "container").glob("*.Containerfile"))
+WORDS = {
+    "FROM", "ARG", "RUN", "WORKDIR", "COPY", "ENV", "USER", "VOLUME", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "CMD",
+}  # fmt: skip
+
+
+def read(path: pathlib.Path) -> list[tuple[str, str]]:
+    """Return the instructions and what they are given."""
+    text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [(line.partition(" ")[0], line.partition(" ")[2].strip()) for line in text.splitlines() if line.strip()]
+
+
+def settings(path: pathlib.Path) -> dict[str, str]:
+    words = [word for name, value in read(path) if name == "ENV" for word in shlex.split(value)]
+    return dict(word.split("=", 1) for word in words)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_is_copied_is_there_and_enough_to_build(path: pathlib.Path) -> None:
+    instructions = read(path)
+    assert {name for name, _ in instructions} <= WORDS
+    copied = {
+        source.rstrip("/").removeprefix("./")
+        for name, value in instructions
+        if name == "COPY" and not value.startswith("--from=build ")
+        for source in value.split()[:-1]
+    }
+    assert copied
+    for source in copied:
+        assert (ROOT / source).exists(), source
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {"pyproject.toml", "meson.build", "meson.options", project["readme"], *project["license-files"]}
+    needed |= set(re.findall(r"^subdir\('(.+)'\)", (ROOT / "meson.build").read_text(), re.MULTILINE))
+    for build in (
+        ROOT / "meson.build",
+        *(ROOT / "cortex").rglob("meson.build"),
+        *(ROOT / "neuron").rglob("meson.build"),
+    ):
+        for outside in re.findall(r"'(\.\./[^']+)'", build.read_text()):
+            needed.add(str((build.parent / outside).resolve().relative_to(ROOT)))
+    assert {file for file in needed if not any(file == own or file.startswith(own + "/") for own in copied)} == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_daemon_runs_without_rights_at_the_documented_port(path: pathlib.Path) -> None:
+    instructions = dict(read(path))
+    name = {"cortex": "cortex", "helexa-neuron": "neuron"}[path.stem]
+    assert instructions["USER"] == name
+    unit = (ROOT / "packaging" / "systemd" / f"{path.stem}.service").read_text()
+    command = re.search(r"^ExecStart=(.+)$", unit, re.MULTILINE)
+    assert command is not None
+    assert instructions["CMD"] == str(command[1].split()).replace("'", '"')
+    port = {"cortex": GatewaySettings().listen, "neuron": DaemonSettings().listen}[name].rpartition(":")[2]
+    assert port in instructions["EXPOSE"].split()
+    assert f"127.0.0.1:{port}/health" in instructions["HEALTHCHECK"]
+    ours = settings(path)
+    assert ours[f"{name.upper()}_{'GATEWAY' if name == 'cortex' else 'DAEMON'}__LISTEN"] == f"0.0.0.0:{port}"
+    # As under systemd: the folders for what is kept.
+    kept = dict(
+        word.split("=", 1) for line in re.findall(r"^Environment=(.+)$", unit, re.MULTILINE) for word in line.split()
+    )
+    assert kept.items() <= ours.items()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_extras_that_are_installed_exist(path: pathlib.Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = re.search(r"'?\"?\.\[([^\]]+)\]", path.read_text())
+    assert asked is not None
+    default = re.search(r"^ARG EXTRA=(\w+)", path.read_text(), re.MULTILINE)
+    for extra in asked[1].replace("${EXTRA}", default[1] if default else "").split(","):
+        assert extra in extras
