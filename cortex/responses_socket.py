@@ -19,6 +19,9 @@ from cortex.dialects.passthrough import RESPONSES
 from cortex.http_io import Receive, Scope, Send, SocketExchange
 from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, OverloadedError
 
+KEEPALIVE = b'{"type":"keepalive"}'
+"""What a comment is as a message: what OpenAI itself sends into long silences, and what clients let pass."""
+
 MAX_PENDING_TURNS = 32
 """Of one connection, those that run and those that wait for their lane."""
 
@@ -170,8 +173,11 @@ class _Answer:
             return
         data = message.get("body", b"")
         if self._is_stream:
-            for frame in self._decoder.feed(data):
+            frames = self._decoder.feed(data)
+            for frame in frames:
                 await self._send(_text_message(frame.data, self._lane))
+            if not frames and data.startswith(b":"):
+                await self._send(_text_message(KEEPALIVE, self._lane))
             return
         self._body += data
         if not message.get("more_body", False):

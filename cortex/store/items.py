@@ -61,8 +61,8 @@ def _listed(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def output_items(response: bytes) -> list[msgspec.Raw]:
-    """Return the output items of a response."""
-    return _ITEMS.decode(_FIELDS.decode(response)["output"])
+    """Return the output items of a response; none if it says nothing of them."""
+    return _ITEMS.decode(_FIELDS.decode(response).get("output", b"[]"))
 
 
 def with_input(body: bytes, items: list[msgspec.Raw]) -> bytes:
