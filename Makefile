@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-ops srpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
+.PHONY: demo test test-ops srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -94,9 +94,9 @@ soak: $(VENV)/editable
 	$(BIN)/python -P -m pytest -m soak tests/fleet
 
 # Packages, units and alert rules, by the tools of those who read them; apt installs what is missing (needs root).
-OPS_PACKAGES := prometheus rpm rpmlint mandoc zsh fish
+OPS_PACKAGES := prometheus rpm rpm2cpio cpio rpmlint mandoc zsh fish
 test-ops: $(VENV)/editable
-	command -v promtool rpmbuild rpmlint mandoc zsh fish > /dev/null || apt-get install -y --no-install-recommends $(OPS_PACKAGES)
+	command -v promtool rpmbuild rpmlint mandoc zsh fish rpm2cpio cpio > /dev/null || apt-get install -y --no-install-recommends $(OPS_PACKAGES)
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m ops -rs tests/packaging
 
@@ -106,6 +106,12 @@ srpm: $(VENV)/made
 	for name in cortex helexa-neuron; do \
 	  PYTHON=$(BIN)/python packaging/rpm/sources.sh $$name build/rpm/SOURCES && \
 	  rpmbuild -bs --define "_topdir $(CURDIR)/build/rpm" packaging/rpm/$$name.spec || exit 1; \
+	done
+
+# The packages themselves, for this machine's Python. --nodeps: on Debian rpm knows of no package that is installed.
+rpm: srpm
+	for name in cortex helexa-neuron; do \
+	  rpmbuild -bb --nodeps --define "_topdir $(CURDIR)/build/rpm" packaging/rpm/$$name.spec || exit 1; \
 	done
 
 lint: $(VENV)/editable

@@ -63,3 +63,7 @@ async def _run(config: Config) -> int:
         loop.add_signal_handler(number, service.stop)
     await service.run(Api(service))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
