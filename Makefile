@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-ops srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
+.PHONY: demo test test-ops srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -193,6 +193,12 @@ GATEWAY_OPTIONS ?=
 bench-gateway: $(VENV)/editable bench-gateway-peers
 	$(BIN)/ninja -C build/editable --quiet
 	PYTHONPATH=bench $(BIN)/python -P bench/gateway/run.py --keep $(GATEWAY_OPTIONS)
+
+# The gateway's own path of a request in instructions, which are the same on a busy machine: fails above what is kept.
+bench-gateway-path: $(VENV)/editable
+	$(BIN)/ninja -C build/editable --quiet
+	command -v valgrind >/dev/null || apt-get install -y -qq --no-install-recommends valgrind
+	PYTHONPATH=bench $(BIN)/python -P bench/gateway/path.py --instructions $(GATEWAY_OPTIONS)
 
 # What grows with streams, nodes, stalled readers and workers. About two minutes.
 bench-gateway-scale: $(VENV)/editable

@@ -5,19 +5,26 @@ everything between them is the product's own. For profiles, and for counts of in
 run where seconds are not.
 
     python bench/gateway/path.py [KIND] [--requests N]
+    python bench/gateway/path.py --instructions [--keep]
+
+The second counts them with valgrind, and fails where there are more than ``bench/results/gateway_path.json`` keeps.
 """
 
-import argparse
 import asyncio
 import gc
+import json
 import logging
 import os
 import pathlib
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import report
 import uvloop
 
 from cortex import logs
@@ -33,6 +40,10 @@ from cortex.wire.node import Discovery, Health, ModelState, ModelStatus, NodeSta
 NOWHERE = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process is there
 KEY = "sk-bench-0123456789abcdef0123456789abcdef"
 NUM_FRAMES = 32
+FEW_AND_MANY = 200, 600
+NOISE = 0.05
+COLLECTED = re.compile(r"Collected : (\d+)")
+KEPT = pathlib.Path(__file__).parents[1] / "results" / "gateway_path.json"
 WHOLE = (
     b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":'
     b'"assistant","content":"Hello, how can I help?"},"finish_reason":"stop"}],"usage":{"prompt_tokens":12,'
@@ -238,12 +249,52 @@ async def run(kind: Kind, num_requests: int) -> float:
     return (time.process_time() - before_s) / num_requests * 1e6
 
 
+def instructions(kind: str) -> float:
+    """Return the instructions of one request, by valgrind: what more requests take, start and end left out."""
+    few, many = (_counted(kind, number) for number in FEW_AND_MANY)
+    return (many - few) / (FEW_AND_MANY[1] - FEW_AND_MANY[0])
+
+
+def _counted(kind: str, num_requests: int) -> int:
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable, "-P", __file__, kind]
+    environment = os.environ | {"PYTHONHASHSEED": "0"}
+    done = subprocess.run(
+        [*command, "--requests", str(num_requests)], capture_output=True, text=True, check=True, env=environment
+    )
+    found = COLLECTED.search(done.stderr)
+    assert found is not None, done.stderr
+    return int(found[1])
+
+
+def compare(*, keep: bool) -> int:
+    """Count every kind's instructions; return 1 if one has more than are kept, by more than noise."""
+    kept = {}
+    if KEPT.exists():
+        kept = {row["request"]: row["instructions"] for row in json.loads(KEPT.read_text())["rows"]}
+    counts = {kind: instructions(kind) for kind in KINDS}
+    rows = [{"request": kind, "instructions": round(count), "kept": kept.get(kind)} for kind, count in counts.items()]
+    report.write(
+        "gateway_path",
+        rows,
+        question="How many instructions is the gateway's own path of a request, without a kernel?",
+        packages=("granian", "uvloop", "httptools", "msgspec", "orjson", "prometheus-client"),
+        keep=keep,
+    )
+    more = [kind for kind, count in counts.items() if count > (1 + NOISE) * kept.get(kind, count)]
+    if more and not keep:
+        print(f"more than {NOISE:.0%} above what is kept: {', '.join(more)}")
+    return int(bool(more) and not keep)
+
+
 def main() -> None:
     """Print what a request costs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = report.arguments(__doc__)
     parser.add_argument("kind", nargs="?", choices=KINDS, default="whole")
     parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--instructions", action="store_true", help="count instructions, of every kind")
     options = parser.parse_args()
+    if options.instructions:
+        sys.exit(compare(keep=options.keep))
     cost_us = uvloop.run(run(KINDS[options.kind], options.requests))
     print(f"{options.kind}: {cost_us:.2f} us a request")
 
