@@ -95,4 +95,4 @@ def test_installed_daemons_serve_a_chat_as_nobody_without_a_home(
         with at.client() as client:
             body = {"model": daemons.MODEL, "messages": messages, "temperature": 0, "max_tokens": 24}
             reply = client.post(f"{at.url}/v1/chat/completions", json=body).json()
-        assert "Paris" in reply["choices"][0]["message"]["content"], reply
+        assert "France" in reply["choices"][0]["message"]["content"], reply
