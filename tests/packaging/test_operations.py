@@ -87,6 +87,8 @@ def test_every_code_of_an_error_is_explained() -> None:
     }
     assert codes - explained == set(), "docs/errors.md does not explain these"
     assert explained - below(ApiError) == set(), "docs/errors.md explains what there is not"
+    advice = re.findall(r"^\| `[a-z_]+` \|.*\| (.+) \|$", page, re.MULTILINE)
+    assert len(advice) == len(set(advice)) == len(explained), "each code has advice of its own"
 
 
 def _classes(kind: type[ApiError]) -> set[type[ApiError]]:
