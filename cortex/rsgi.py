@@ -44,7 +44,10 @@ class Application(Worker):
             await self.handle(RsgiExchange(scope, protocol, self._watches))
         else:
             socket = RsgiSocket(scope, protocol)
-            await self.gateway.handle_socket(socket.scope, socket.receive, socket.send)
+            try:
+                await self.gateway.handle_socket(socket.scope, socket.receive, socket.send)
+            finally:
+                socket.end()
 
 
 app = Application()

@@ -228,3 +228,8 @@ class RsgiSocket:
             case "websocket.close":
                 async with self._turn:
                     self._protocol.close(message.get("code") if self._transport is not None else 403)
+
+    def end(self) -> None:
+        """Let go of the connection: it stays open for as long as anything has its transport."""
+        self._transport = None
+        self._protocol.close()

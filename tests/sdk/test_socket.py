@@ -211,6 +211,19 @@ def test_a_message_that_is_too_long(gateway: daemons.Daemon) -> None:
     run(work())
 
 
+def test_a_connection_ends_when_its_client_closes_it(gateway: daemons.Daemon) -> None:
+    """And not when a garbage collection finds what held it."""
+
+    async def work() -> None:
+        async with connected(gateway) as socket:
+            await socket.ask("hi")
+            async with asyncio.timeout(5):  # the client's own patience is 10 s
+                await socket.connection.close()
+                await socket.connection.wait_closed()
+
+    run(work())
+
+
 @pytest.mark.filterwarnings("ignore:connect:DeprecationWarning")  # the SDK's business
 def test_the_sdks_own_connection(gateway: daemons.Daemon) -> None:
     with (
