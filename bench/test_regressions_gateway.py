@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from gateway.path import Wire
 
 from cortex._fast.http_client import Connection, Response
 from cortex.config import ModelProfile, Timeouts
@@ -48,31 +49,6 @@ def test_replace_one_of_a_hundred_nodes(benchmark: Any) -> None:
     assert benchmark(state.with_node, state.nodes["node-050"]).nodes.keys() == state.nodes.keys()
 
 
-class _Wire(asyncio.Transport):
-    """A transport to nowhere."""
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self
-
-    def setsockopt(self, *arguments: int) -> None:
-        pass
-
-    def is_closing(self) -> bool:
-        return False
-
-    def write(self, data: Any) -> None:
-        pass
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-
 ANSWER = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"x":"' + b"x" * 492 + b'"}'
 STREAM = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -89,7 +65,7 @@ def test_read_a_nodes_answer(benchmark: Any, answer: bytes) -> None:
     async def story() -> tuple[Connection, Pool]:
         pool = Pool("a", "http://127.0.0.1:1", Timeouts(), 4)
         connection = Connection(pool, asyncio.get_running_loop())
-        connection.connection_made(_Wire())
+        connection.connection_made(Wire(asyncio.get_running_loop()))
         return connection, pool
 
     connection, pool = loop.run_until_complete(story())

@@ -55,8 +55,7 @@ class Worker:
         self._ending.listen_to_signals()
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)
-        gc.freeze()  # modules and configuration stay: no collection need look at them
-        gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
+        collect_seldom()
         self._pulse = asyncio.create_task(systemd.stay_alive())
 
     async def handle(self, exchange: Exchange, *, may_be_last: bool = True) -> None:
@@ -83,3 +82,9 @@ class Worker:
 
     def _apply(self, loaded: reload.Loaded) -> None:
         self.gateway.reconfigure(loaded.config, loaded.catalogue, loaded.keys)
+
+
+def collect_seldom() -> None:
+    """Have the garbage collector look at nothing that is there now, and seldom at what comes."""
+    gc.freeze()  # modules and configuration stay
+    gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])

@@ -52,10 +52,12 @@ MODEL = ModelStatus(
 )
 OPENAI_MODELS = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "mock"}]}
 SERVER_INFO = {"model_path": "m", "model_id": "m", "served_model_name": "m", "tp_size": 1, "dp_size": 1}
+DISCOVERY = Discovery("mock", "0", "mock", "linux", None, None, (DEVICE,), ("torch",), ("openai-chat",))
+HEALTH = Health(NodeState.READY, 0.0, ())
 PAGES: Mapping[str, object] = {
     # What a neuron tells its gateway,
-    "/discovery": Discovery("mock", "0", "mock", "linux", None, None, (DEVICE,), ("torch",), ("openai-chat",)),
-    "/health": Health(NodeState.READY, 0.0, ()),
+    "/discovery": DISCOVERY,
+    "/health": HEALTH,
     "/models": ModelList((MODEL,)),
     # and what the other routers ask of a worker.
     "/v1/models": OPENAI_MODELS,

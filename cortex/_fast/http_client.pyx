@@ -84,22 +84,14 @@ cdef class Response:
             UpstreamError: as :meth:`read`; or it is longer than ``limit_bytes``.
         """
         cdef list chunks = []
-        cdef bytes chunk
         cdef Py_ssize_t size_bytes = 0
-        while True:
-            if self.chunks:
-                chunk = self.take()
-                chunks.append(chunk)
-                size_bytes += len(chunk)
-                if size_bytes > limit_bytes:
-                    self.close()
-                    raise UpstreamError(f"The node's answer is longer than the {limit_bytes} bytes that are read.")
-            elif self.connection is not None:
-                await self.something()
-            elif self.error is not None:
-                raise self.error
-            else:
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        while chunk := await self.read():
+            chunks.append(chunk)
+            size_bytes += len(chunk)
+            if size_bytes > limit_bytes:
+                self.close()
+                raise UpstreamError(f"The node's answer is longer than the {limit_bytes} bytes that are read.")
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def forward(self, sink):
         """Hand the rest of the body to ``sink``, each piece as it arrives and in the loop's same turn.

@@ -25,11 +25,6 @@ VARIABLES = {"$__rate_interval": "1m", "$__range": "5m", "$model": ".*", "$node"
 THRESHOLD = re.compile(r"\s*(==|>=|>|<)\s*[\d.]+\s*$")
 
 
-def _panels() -> list[dict[str, Any]]:
-    board = json.loads((PACKAGING / "grafana" / "helexa.json").read_text())
-    return [panel for panel in board["panels"] if panel["type"] != "row"]
-
-
 def _dashboard_queries() -> dict[str, str]:
     """Every query of the dashboard, those of its variables included, as Grafana would send it; and where it is."""
     board = json.loads((PACKAGING / "grafana" / "helexa.json").read_text())
@@ -39,7 +34,8 @@ def _dashboard_queries() -> dict[str, str]:
             asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
             assert asked is not None
             found[f"variable {variable['name']}"] = f"count by ({asked[2]}) ({asked[1]})"
-    for panel in _panels():
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    for panel in panels:
         for target in panel["targets"]:
             query = target["expr"]
             for name, value in VARIABLES.items():
