@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
 
-from cortex import api_description, store
+from cortex import api_description, logs, store
 from cortex.access.gate import Gate
 from cortex.access.keys import KeyRing
 from cortex.access.ledger import Ledger, MemoryLedger
@@ -229,8 +229,7 @@ class Gateway:
             return self._find(exchange.method, exchange.path)
         except ApiError as error:
             self.metrics.rejected.labels(error.status).inc()
-            fields = {"id": exchange.request_id, "method": exchange.method[:16], "path": exchange.path[:128]}
-            log.info("rejected", extra={"fields": fields | {"status": error.status, "finish": error.code}})
+            logs.rejected(log, exchange.request_id, exchange.method, exchange.path, error.status, error.code)
             raise
 
     def _check(self, exchange: Exchange) -> None:

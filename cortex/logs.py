@@ -48,6 +48,12 @@ def info(logger: logging.Logger, message: str, fields: Mapping[str, object]) -> 
         logger.handle(_Line(logger.name, message, fields))
 
 
+def rejected(logger: logging.Logger, request_id: str, method: str, path: str, status: int, code: str) -> None:
+    """Write down a request that no endpoint has seen, of what may be any length as much as is of use."""
+    fields = {"id": request_id, "method": method[:16], "path": path[:128], "status": status, "finish": code}
+    info(logger, "rejected", fields)
+
+
 class _Handler(logging.StreamHandler[TextIO]):
     """Writes the lines of an event loop together, once in a moment; warnings, and those of other threads, at once."""
 

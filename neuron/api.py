@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from cortex import tracing
+from cortex import logs, tracing
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
@@ -156,8 +156,7 @@ class Api:
             self._check_secret(exchange)
         except ApiError as error:
             metrics.REJECTED.labels(error.status).inc()
-            fields = {"id": exchange.request_id, "method": exchange.method[:16], "path": exchange.path[:128]}
-            _log.info("rejected", extra={"fields": fields | {"status": error.status, "finish": error.code}})
+            logs.rejected(_log, exchange.request_id, exchange.method, exchange.path, error.status, error.code)
             raise
         return handler
 

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, Pro
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from cortex import logs
 from cortex.build_identity import COMMIT
 from cortex.tracing import Trace
 from cortex.wire import VERSION
@@ -188,7 +189,7 @@ class RequestRecord:
         if self._trace is not None:
             fields["trace"] = self._trace.trace_id
             self._trace.end(fields)
-        _log.info("request", extra={"fields": fields})
+        logs.info(_log, "request", fields)
         REQUESTS.labels(self.model or "", self._dialect, str(status)).inc()
         if self.model is None:
             return
