@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--listen", help="address to serve on, host:port (default 127.0.0.1:13131)")
     found.add_argument("--name", help="this node's name (default: the host's)")
     found.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    found.add_argument("--check", action="store_true", help="check the configuration and exit")
     found.add_argument(
         "--version", action="version", version=f"neuron {__version__}{f' ({COMMIT[:12]})' if COMMIT else ''}"
     )
@@ -46,6 +47,9 @@ def main() -> int:
     }
     try:
         config = load(arguments.config, flags)
+        if arguments.check:
+            print(f"neuron: the configuration is right, models: {len(config.models)}")  # noqa: T201
+            return 0
         logs.configure(config.daemon.log_format, arguments.log_level.upper(), logger="")
         tracing.configure(config.daemon.trace_endpoint, "neuron", config.daemon.name)
         return uvloop.run(_run(config))

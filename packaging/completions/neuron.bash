@@ -8,7 +8,7 @@ _neuron() {
         --devices|--listen|--name) return ;;
     esac
     case "$command" in
-        '') mapfile -t COMPREPLY < <(compgen -W '-h --help --devices --config --listen --name --log-level --version' -- "$current") ;;
+        '') mapfile -t COMPREPLY < <(compgen -W '-h --help --devices --config --listen --name --log-level --check --version' -- "$current") ;;
     esac
 }
 complete -o filenames -F _neuron neuron

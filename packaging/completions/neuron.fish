@@ -6,4 +6,5 @@ complete -c neuron -l config -r -F -d 'neuron.toml (default: $NEURON_CONFIG, /et
 complete -c neuron -l listen -x -d 'address to serve on, host:port (default 127.0.0.1:13131)'
 complete -c neuron -l name -x -d 'this node'\''s name (default: the host'\''s)'
 complete -c neuron -l log-level -x -a 'debug info warning error' -d ''
+complete -c neuron -l check -d 'check the configuration and exit'
 complete -c neuron -l version -d 'show program'\''s version number and exit'
