@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-ops srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
+.PHONY: demo test test-ops ops-tools srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -94,25 +94,42 @@ soak: $(VENV)/editable
 	$(BIN)/python -P -m pytest -m soak tests/fleet
 
 # Packages, units and alert rules, by the tools of those who read them; apt installs what is missing (needs root).
-OPS_PACKAGES := prometheus rpm rpm2cpio cpio rpmlint mandoc zsh fish
-test-ops: $(VENV)/editable
-	command -v promtool rpmbuild rpmlint mandoc zsh fish rpm2cpio cpio > /dev/null || apt-get install -y --no-install-recommends $(OPS_PACKAGES)
+OPS_PACKAGES := prometheus rpm rpm2cpio cpio rpmlint mandoc zsh fish systemd
+OPS_TOOLS := prometheus promtool rpmbuild rpm2cpio cpio rpmlint mandoc zsh fish systemd-analyze
+missing = $(strip $(foreach tool,$(1),$(if $(shell command -v $(tool) 2>/dev/null),,$(tool))))
+
+ops-tools:
+	$(if $(call missing,$(OPS_TOOLS)),apt-get update -q && apt-get install -qy --no-install-recommends $(OPS_PACKAGES))
+
+test-ops: $(VENV)/editable ops-tools rpm
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m ops -rs tests/packaging
 
-# Source packages of both daemons in build/rpm/SRPMS, with the wheels they need (NEURON_EXTRA=gpu: CUDA and Triton too).
-srpm: $(VENV)/made
-	$(PIP) install build
-	for name in cortex helexa-neuron; do \
-	  PYTHON=$(BIN)/python packaging/rpm/sources.sh $$name build/rpm/SOURCES && \
-	  rpmbuild -bs --define "_topdir $(CURDIR)/build/rpm" packaging/rpm/$$name.spec || exit 1; \
-	done
+# Packages of both daemons in build/rpm, for this machine's Python, with the wheels they need (NEURON_EXTRA=gpu: CUDA and
+# Triton too). They are of the last commit, as the source archive in them is: what is not committed is not in them. A
+# package of which rpmlint has anything to say that rpmlint.toml does not explain is no package.
+RPM := build/rpm
+RPM_OF := $(shell packaging/commit.sh)$(NEURON_EXTRA:%=-%)
+RPM_PACKAGES := cortex helexa-neuron
+RPMBUILD = rpmbuild --define "_topdir $(CURDIR)/$(RPM)/$*"
+RPMLINT := rpmlint --strict --config packaging/rpm/rpmlint.toml
 
-# The packages themselves, for this machine's Python. --nodeps: on Debian rpm knows of no package that is installed.
-rpm: srpm
-	for name in cortex helexa-neuron; do \
-	  rpmbuild -bb --nodeps --define "_topdir $(CURDIR)/build/rpm" packaging/rpm/$$name.spec || exit 1; \
-	done
+srpm: $(RPM_PACKAGES:%=$(RPM)/%/source-of-$(RPM_OF))
+rpm: $(RPM_PACKAGES:%=$(RPM)/%/binary-of-$(RPM_OF))
+
+$(RPM)/%/source-of-$(RPM_OF): $(wildcard packaging/rpm/*) | $(VENV)/made
+	rm -rf $(RPM)/$*
+	$(PIP) install build
+	PYTHON=$(BIN)/python packaging/rpm/sources.sh $* $(RPM)/$*/SOURCES
+	$(RPMBUILD) -bs packaging/rpm/$*.spec
+	$(RPMLINT) $(RPM)/$*/SRPMS/*.rpm
+	touch $@
+
+# From the source package, as it will be elsewhere. --nodeps: on Debian rpm knows of no package that is installed.
+$(RPM)/%/binary-of-$(RPM_OF): $(RPM)/%/source-of-$(RPM_OF)
+	$(RPMBUILD) --rebuild --nodeps $(RPM)/$*/SRPMS/*.rpm
+	$(RPMLINT) $(RPM)/$*/RPMS/*/*.rpm
+	touch $@
 
 lint: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet

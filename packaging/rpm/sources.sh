@@ -1,8 +1,8 @@
 #!/bin/sh
 # Make the sources of a package's SRPM in a folder: the source archive of this tree, and the wheels of what it needs.
 #   sources.sh cortex|helexa-neuron FOLDER
-# Wheels are for this machine's architecture and Python ($PYTHON, python3), as the package is. WITHOUT names projects whose
-# wheels are left out, in which case the package cannot be built: for a look at the rest of it.
+# Wheels are for this machine's architecture and Python ($PYTHON, python3), as the package is. NEURON_EXTRA=gpu gives the
+# neuron Triton too. Which extras the wheels are for stands beside them: the spec installs these.
 set -eu
 name="$1" folder="$(mkdir -p "$2" && cd "$2" && pwd)"
 tree="$(cd "$(dirname "$0")/../.." && pwd)"
@@ -14,9 +14,7 @@ case "$name" in
 esac
 version="$(sed -n 's/^version = "\(.*\)"/\1/p' "$tree/pyproject.toml")"
 
-if [ ! -e "$folder/helexa_cortex-$version.tar.gz" ]; then
-    "$python" -m build --sdist --no-isolation --outdir "$folder" "$tree"
-fi
+"$python" -m build --sdist --no-isolation --outdir "$folder" "$tree"
 wheels="$(mktemp -d)"
 trap 'rm -rf "$wheels"' EXIT
 # The requirements as pip resolves them for this tree, without the tree itself.
@@ -35,5 +33,6 @@ if "valkey" in sys.argv[2].split(","):
 print("\n".join(wanted))
 READ
 mkdir "$wheels/wheels"
+echo "$extras" > "$wheels/wheels/extras"
 "$python" -m pip download --quiet --only-binary :all: --dest "$wheels/wheels" --requirement "$wheels/requirements"
 tar -C "$wheels" --sort=name --owner=0 --group=0 --mtime=@0 -cf "$folder/$name-wheels-$version.tar" wheels
