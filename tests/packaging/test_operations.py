@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 import subprocess
@@ -15,6 +16,7 @@ from fake_neuron import FakeNeuron
 from gateway_rig import free_port, rig
 
 from cortex.config import GatewaySettings
+from cortex.wire import VERSION
 from cortex.wire.errors import ApiError
 from cortex.wire.node import Device, DeviceKind, ModelState, ModelStatus, WorkerHealth, WorkerState
 from neuron import metrics
@@ -23,7 +25,6 @@ from neuron.config import DaemonSettings
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGING = ROOT / "packaging"
 UNITS = sorted((PACKAGING / "systemd").iterdir())
-SUFFIXES = ("_bucket", "_sum", "_count", "_total", "_created", "")
 
 
 def run(*command: str, cwd: pathlib.Path | None = None) -> str:
@@ -43,19 +44,40 @@ def test_manuals_and_completions_are_those_of_the_commands() -> None:
         assert (PACKAGING / path).read_text() == text, f"{path} is old: python packaging/command_line.py"
 
 
-def test_alerts_are_about_metrics_that_there_are() -> None:
-    text = (PACKAGING / "prometheus" / "helexa.rules.yml").read_text()
-    named = set(re.findall(r"\b(?:cortex|neuron)_[a-z_]+\b(?=[{\[)\s]|$)", text))
-    known = {family.name for family in metrics.REGISTRY.collect()}
+@pytest.fixture(scope="module")
+def served() -> dict[str, str]:
+    """Every metric that a daemon serves and its type, but those of the process."""
     statuses = (ModelStatus("m", ModelState.READY),)
     device = Device("cpu:0", DeviceKind.CPU, "a CPU", 2, 1)
     rendered = metrics.render(statuses, (WorkerHealth("cpu:0", WorkerState.READY, 0),), (device,)).decode()
-    known |= set(re.findall(r"^# TYPE (\w+) ", rendered, re.MULTILINE))
-    text = asyncio.run(_scraped())
-    known |= set(re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE))
+    found = dict(re.findall(r"^# TYPE (\w+) (\w+)$", rendered + asyncio.run(_scraped()), re.MULTILINE))
+    ours = {name: kind for name, kind in found.items() if name.startswith(("cortex_", "neuron_"))}
+    return {name: kind for name, kind in ours.items() if not name.endswith("_created")}
+
+
+@pytest.mark.parametrize("path", ["prometheus/helexa.rules.yml", "grafana/helexa.json"])
+def test_what_is_asked_of_prometheus_is_about_metrics_that_there_are(path: str, served: dict[str, str]) -> None:
+    named = set(re.findall(r"\b(?:cortex|neuron)_[a-z_]+\b(?=[{\[),\s]|$)", (PACKAGING / path).read_text()))
     assert len(named) > 12
     for name in named:
-        assert {name.removesuffix(suffix) for suffix in SUFFIXES} & known or name in known, name
+        assert {name, *(name.removesuffix(suffix) for suffix in ("_bucket", "_sum", "_count"))} & set(served), name
+
+
+def test_the_panels_of_the_dashboard_are_told_apart_and_ask_the_source_that_is_chosen() -> None:
+    board = json.loads((PACKAGING / "grafana" / "helexa.json").read_text())
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    charts = [panel for panel in panels if panel["type"] != "row"]
+    assert charts
+    for panel in charts:
+        assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24, panel["title"]
+
+
+def test_every_metric_is_explained(served: dict[str, str]) -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    explained = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE))
+    assert explained == served
 
 
 async def _scraped() -> str:
@@ -66,6 +88,23 @@ async def _scraped() -> str:
             return (await client.get(f"http://127.0.0.1:{port}/metrics")).text
         finally:
             stop()
+
+
+def test_a_release_has_one_version() -> None:
+    """A tag is compared with the first of these alone."""
+    said = {
+        "pyproject.toml": r'^version = "(.+)"$',
+        "meson.build": r"^  version: '(.+)',$",
+        "cortex/wire/__init__.py": r'^VERSION = "(.+)"$',
+        "packaging/rpm/cortex.spec": r"^Version: +(.+)$",
+        "packaging/rpm/helexa-neuron.spec": r"^Version: +(.+)$",
+    }
+    found = {path: re.findall(pattern, (ROOT / path).read_text(), re.MULTILINE) for path, pattern in said.items()}
+    assert set(map(tuple, found.values())) == {(VERSION,)}, found
+    for spec in (PACKAGING / "rpm").glob("*.spec"):
+        newest = re.search(r"^%changelog\n\* .+ - (.+)-\d+$", spec.read_text(), re.MULTILINE)
+        assert newest is not None
+        assert newest[1] == VERSION, spec.name
 
 
 def test_every_code_of_an_error_is_explained() -> None:
