@@ -550,6 +550,8 @@ def test_pictures(opened: Page, gateway: Gateway) -> None:
         opened.run("document.getElementById('chat-limit').value = 60")
         say(opened, REAL, "Why is the sea salty?")
         say(opened, "m", "think about it")
+        opened.run("document.getElementById('chat-example').click()")
+        say(opened, "m", "call it")
         stop.wait(60)
         opened.size(1440, 900)
         open_row(opened, "Llama-3.3-70B")
