@@ -94,14 +94,21 @@ soak: $(VENV)/editable
 	$(BIN)/python -P -m pytest -m soak tests/fleet
 
 # Packages, units and alert rules, by the tools of those who read them; apt installs what is missing (needs root).
-OPS_PACKAGES := prometheus rpm rpm2cpio cpio rpmlint mandoc zsh fish systemd
-OPS_TOOLS := prometheus promtool rpmbuild rpm2cpio cpio rpmlint mandoc zsh fish systemd-analyze
+OPS_PACKAGES := prometheus rpm rpm2cpio cpio rpmlint mandoc zsh fish systemd debootstrap podman runc
+OPS_TOOLS := prometheus promtool rpmbuild rpm2cpio cpio rpmlint mandoc zsh fish systemd-analyze debootstrap podman runc
 missing = $(strip $(foreach tool,$(1),$(if $(shell command -v $(tool) 2>/dev/null),,$(tool))))
 
 ops-tools:
 	$(if $(call missing,$(OPS_TOOLS)),apt-get update -q && apt-get install -qy --no-install-recommends $(OPS_PACKAGES))
 
-test-ops: $(VENV)/editable ops-tools rpm
+# A small Debian, as this one is, in copies of which a test installs the packages and has systemd start them.
+MACHINE := build/machine
+$(MACHINE)/made: | ops-tools
+	rm -rf $(MACHINE)
+	debootstrap --variant=minbase --include=systemd,dbus,rpm,curl,python3 $$(. /etc/os-release && echo $$VERSION_CODENAME) $(CURDIR)/$(MACHINE)/root
+	touch $@
+
+test-ops: $(VENV)/editable ops-tools $(MACHINE)/made rpm
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m ops -rs tests/packaging
 
