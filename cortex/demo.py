@@ -44,6 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _interrupt)
         try:
+            _check_commands()
             folder = pathlib.Path(stack.enter_context(_kept_on_failure("cortex-demo-")))
             gateway, metrics, neuron = _ports()
             _configure(folder, gateway, metrics, neuron)
@@ -67,6 +68,16 @@ def main(arguments: argparse.Namespace) -> int:
             console.print(f"[red]demo: {error}[/red]", highlight=False)
             return 1
     return 0
+
+
+def _check_commands() -> None:
+    for program in map(_program, ("neuron", "cortex")):
+        if not program.exists():
+            raise DemoError(f"{program} is not there: both daemons run from one environment, as `make demo` makes it")
+
+
+def _program(command: str) -> pathlib.Path:
+    return pathlib.Path(sys.executable).with_name(command)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -118,10 +129,9 @@ def _configure(folder: pathlib.Path, gateway: int, metrics: int, neuron: int) ->
 @contextlib.contextmanager
 def _process(folder: pathlib.Path, command: str, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
     """Run one of our commands, logging into the folder; on leaving it is asked to end, then made to."""
-    program = pathlib.Path(sys.executable).with_name(command)
     with (folder / f"{command}.log").open("wb") as log:
         process = subprocess.Popen(
-            [str(program), *arguments],
+            [str(_program(command)), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -44,6 +44,14 @@ def test_a_configuration_can_be_checked_without_serving(folder: pathlib.Path) ->
     assert (done.returncode, done.stdout) == (0, f"{folder}/cortex.toml: ok, 1 nodes, 1 models\n")
 
 
+def test_a_demo_without_a_neuron_says_what_is_missing(tmp_path: pathlib.Path) -> None:
+    """As of a package that has the gateway alone."""
+    code = f"import sys; sys.executable = '{tmp_path}/python3'; from cortex import cli; sys.exit(cli.main(['demo']))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"demo: {tmp_path}/neuron is not there" in done.stdout.replace("\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "says"),
     [

@@ -1,7 +1,7 @@
 """The packages that `make rpm` built, installed into a Debian that systemd boots: the units as they are shipped.
 
-The machine is a container with an init, made of the folder that `make test-ops` has debootstrap fill. What it changes of
-the units is what the host denies them, limits above its own, and how long a hang may last.
+The machine is a container with an init, made of the folder that `make test-ops` has debootstrap fill. Of the units is
+changed what the host denies them, limits above its own, and how long a hang may last.
 """
 
 import contextlib
