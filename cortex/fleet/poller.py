@@ -57,17 +57,21 @@ class Poller:
     async def poll(self, name: str) -> None:
         """Ask a node once and note what it says."""
         neuron = self._neurons[name]
-        fault: BaseException | None = None
+        # Not a TaskGroup: one whose task fails leaves its caller marked as cancelled (until Python 3.13). Before 3.11.3 the
+        # next `asyncio.timeout` then ends the caller, so that a node which was down once would stay so for ever.
+        health = asyncio.create_task(neuron.health())
+        models = asyncio.create_task(neuron.models())
+        discovery = asyncio.create_task(neuron.discovery())
+        asked = health, models, discovery
         try:
-            async with asyncio.TaskGroup() as group:
-                health = group.create_task(neuron.health())
-                models = group.create_task(neuron.models())
-                discovery = group.create_task(neuron.discovery())
-        except* ApiError as errors:
-            fault = errors.exceptions[0]
-        if fault is not None:
-            self._strike(name, fault)
+            await asyncio.gather(*asked)
+        except ApiError as error:
+            self._strike(name, error)
             return
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
         known = self._fleet.state.nodes[name]
         statuses = {status.id: status for status in models.result()}
         reported = sum(status.running + status.waiting for status in statuses.values())

@@ -68,6 +68,18 @@ async def test_three_strikes_and_recovery(fault: object) -> None:
         assert (await gateway.chat().end()).status == 200
 
 
+async def test_a_poll_that_fails_leaves_nothing_to_whoever_polls() -> None:
+    """Before Python 3.11.3 a mark of cancellation that stays ends the next wait with a limit, and the task with it."""
+    neuron = FakeNeuron().ready("m")
+    async with rig(neuron) as gateway:
+        neuron.control = error(500, "x")
+        await gateway.gateway.service.poller.poll("a")
+        assert gateway.gateway.fleet.state.nodes["a"].strikes >= 1
+        current = asyncio.current_task()
+        assert current is not None
+        assert current.cancelling() == 0
+
+
 async def test_a_slow_node_delays_nobody() -> None:
     slow, quick = FakeNeuron("slow", control=hang), FakeNeuron("quick").ready("m")
     async with rig(slow, quick, wait=False, polling=msgspec.structs.replace(QUICK, timeout_s=2)) as gateway:
