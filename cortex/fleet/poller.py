@@ -57,8 +57,8 @@ class Poller:
     async def poll(self, name: str) -> None:
         """Ask a node once and note what it says."""
         neuron = self._neurons[name]
-        # Not a TaskGroup: one whose task fails leaves its caller marked as cancelled (until Python 3.13). Before 3.11.3 the
-        # next `asyncio.timeout` then ends the caller, so that a node which was down once would stay so for ever.
+        # Not a TaskGroup: one whose task fails leaves its caller marked as cancelled (until Python 3.13). The next
+        # `asyncio.timeout` then ends the caller (before 3.11.3): a node which was down once would stay so for ever.
         health = asyncio.create_task(neuron.health())
         models = asyncio.create_task(neuron.models())
         discovery = asyncio.create_task(neuron.discovery())

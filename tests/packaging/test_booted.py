@@ -97,6 +97,9 @@ def booted(root: pathlib.Path) -> Iterator[Machine]:
     try:
         daemons.until(lambda: _is_running(machine), 60, "systemd has booted")
         yield machine
+    except BaseException:
+        print(machine.run("journalctl", "--no-pager", "--lines=80"))
+        raise
     finally:
         subprocess.run([*podman, "rm", "--force", "--time=5", name], check=True, capture_output=True)
 
