@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-ops ops-tools srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
+.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -41,6 +41,11 @@ demo: $(VENV)/installed
 	$(BIN)/cortex demo $(if $(ONCE),--once)
 
 # --- for developers --------------------------------------------------------------------------------------------------
+
+# What asks a gateway, in process or as daemons, by the server's other interface; `test` is by the one of `cortex serve`.
+test-asgi: $(VENV)/editable
+	$(BIN)/ninja -C build/editable --quiet
+	CORTEX_INTERFACE=asgi $(BIN)/python -P -m pytest tests/cortex tests/sdk tests/e2e
 
 test: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet

@@ -15,6 +15,7 @@ from cortex.access.local import comes_from_here
 from cortex.access.valkey import ValkeyLedger
 from cortex.admin import Admin
 from cortex.background import Background
+from cortex.book import Book
 from cortex.config import AccessSettings, Config, CountersKind
 from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
@@ -74,23 +75,24 @@ class Gateway:
             on_retry=self.metrics.note_retry,
             on_load=lambda model, succeeded: self.metrics.loads.labels(model, "ok" if succeeded else "failed").inc(),
         )
-        self._settings, self._offered = settings, offered
+        self.settings, self.offered = settings, offered
         self._stop_metrics: Callable[[], None] = lambda: None
         self._store = store.make(settings.store)
         conversations = Conversations(self._store)
-        self._gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens)
+        self.gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens)
         self._background = Background()
+        self.book = Book(self.metrics)
         dispatcher = self.service.dispatcher
         self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher)
         self._inference = inference = Inference(
-            settings, offered, dispatcher, self.metrics, conversations, self._background, self._gate
+            settings, offered, dispatcher, self.book, conversations, self._background, self.gate
         )
-        admin = Admin(self.service, self._gate, reload, config_error)
+        admin = Admin(self.service, self.gate, reload, config_error)
         page = assets.read()
         self._feed = Feed(
             self.service, config_error, self._check, build=assets.build_of(page), folder=folder_of_workers()
         )
-        self.metrics.on_finished = self._feed.journal.note
+        self.book.on_written = self._feed.journal.note
         stored = StoredEndpoints(conversations, self._background)
         named = ConversationEndpoints(NamedConversations(conversations), settings.gateway.max_body_bytes)
         self._paths: Mapping[str, Methods] = {
@@ -147,10 +149,10 @@ class Gateway:
                 await self._store.open()
             except StoreError as error:
                 raise ConfigError("cortex.toml", "store", str(error)) from None
-        await self._gate.ledger.open()
+        await self.gate.ledger.open()
         forget_dead_workers()
-        if self._settings.gateway.metrics_listen:
-            self._stop_metrics = self.metrics.serve(*split_address(self._settings.gateway.metrics_listen))
+        if self.settings.gateway.metrics_listen:
+            self._stop_metrics = self.metrics.serve(*split_address(self.settings.gateway.metrics_listen))
         self.metrics.start()
         self.service.start()
         self._feed.start()
@@ -169,7 +171,7 @@ class Gateway:
         await self._feed.stop()
         await self._background.stop()
         await self.service.stop()
-        await self._gate.ledger.close()
+        await self.gate.ledger.close()
         self.metrics.stop()
         self._stop_metrics()
         if self._store is not None:
@@ -177,8 +179,8 @@ class Gateway:
 
     def reconfigure(self, settings: Config, offered: Catalogue, keys: KeyRing) -> None:
         """Go on with other nodes, models, keys and limits; requests that run end as they began."""
-        self._settings, self._offered = settings, offered
-        self._gate.keys, self._gate.reserve_tokens = keys, settings.access.reserve_tokens
+        self.settings, self.offered = settings, offered
+        self.gate.keys, self.gate.reserve_tokens = keys, settings.access.reserve_tokens
         self._endpoints.catalogue = offered
         self._inference.reconfigure(settings, offered)
         self.service.reconfigure(settings, offered)
@@ -215,7 +217,7 @@ class Gateway:
             send,
             handle=self.handle,
             new_request_id=lambda: request_id_of(None),
-            max_message_bytes=self._settings.gateway.max_body_bytes,
+            max_message_bytes=self.settings.gateway.max_body_bytes,
         ).serve()
 
     def _let_in(self, exchange: Exchange) -> Endpoint | None:
@@ -237,9 +239,9 @@ class Gateway:
         if exchange.method == "OPTIONS":
             return
         if exchange.path.startswith("/v1/"):
-            exchange.caller = self._gate.identify(exchange.header)
+            exchange.caller = self.gate.identify(exchange.header)
         elif exchange.path.startswith("/admin/"):
-            self._gate.check_admin(exchange.header, comes_from_here(exchange.client, exchange.header))
+            self.gate.check_admin(exchange.header, comes_from_here(exchange.client, exchange.header))
 
     def _find(self, method: str, path: str) -> Endpoint | None:
         """Return what answers; ``None`` for OPTIONS, which asks only what would."""
@@ -285,7 +287,7 @@ class Gateway:
                 if node.up
                 for status in node.models.values()
             ),
-            self.fleet.state.known.union(self._offered.profiles),
+            self.fleet.state.known.union(self.offered.profiles),
         )
 
 

@@ -66,6 +66,8 @@ class Exchange(abc.ABC):
         """HTTP status sent, 0 before that."""
         self.loop: asyncio.AbstractEventLoop | None = None
         """Whose it is, if whoever made it knows: to find out costs a system call."""
+        self.trip: object = None
+        """How far it has come on another way, as whoever knows that way describes it."""
         self.is_last = False
         """Whether the answer says that no other will come on this connection."""
 

@@ -16,12 +16,15 @@ import msgspec
 import orjson
 
 from cortex import tracing
+from cortex._fast.express import Trip
 from cortex._fast.peek import Peek, PeekError, PeekTypeError, peek, splice
+from cortex._fast.record import Record
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import FrameDecoder
 from cortex.access.gate import FREE, Gate, Permit, principal_of, prompt_tokens
-from cortex.access.keys import check_model
+from cortex.access.keys import Principal, check_model
 from cortex.background import Background
+from cortex.book import CLIENT_CLOSED_REQUEST, Book
 from cortex.config import Config
 from cortex.dialects import openai_responses
 from cortex.dialects.passthrough import NO_PART, RESPONSES, Dialect, read_answer
@@ -37,8 +40,6 @@ from cortex.http_io import (
     serve_stream,
     stream,
 )
-from cortex.metrics import Metrics
-from cortex.record import CLIENT_CLOSED_REQUEST, Record
 from cortex.relay import Passing, Relay
 from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header
@@ -60,14 +61,14 @@ class Inference:
         config: Config,
         catalogue: Catalogue,
         dispatcher: Dispatcher,
-        metrics: Metrics,
+        book: Book,
         conversations: Conversations,
         background: Background,
         gate: Gate,
     ) -> None:
         self.reconfigure(config, catalogue)
         self._dispatcher = dispatcher
-        self._metrics = metrics
+        self._book = book
         self._conversations = conversations
         self._background = background
         self._gate = gate
@@ -81,7 +82,8 @@ class Inference:
         """Return the endpoint that passes inference of ``dialect`` on."""
 
         async def answer(exchange: Exchange) -> None:
-            record = Record(exchange.request_id, dialect.name)
+            trip = _trip_of(exchange)
+            record = Record(exchange.request_id, dialect.name) if trip is None else trip.record
             record.trace = tracing.begin(dialect.name, exchange.header)
             try:
                 await self._infer(exchange, dialect, record)
@@ -92,11 +94,12 @@ class Inference:
                 record.status, record.finish = error.status, error.code
                 raise
             finally:
-                record.finish_with(self._metrics)
+                self._book.note(record)
 
         return answer
 
     async def _infer(self, exchange: Exchange, dialect: Dialect, record: Record) -> None:
+        trip = _trip_of(exchange)
         principal = principal_of(exchange.caller)
         record.key = principal.name
         body = await exchange.read_body(self._max_body_bytes)
@@ -126,10 +129,7 @@ class Inference:
             if not generates:
                 await self._only_read(exchange, record, turn)
                 return
-        if principal.name:
-            headers.append((b"x-cortex-principal", principal.name.encode()))
-        if principal.priority:
-            headers.append((b"x-cortex-priority", b"%d" % principal.priority))
+        headers += principal_headers(principal)
         chat = to_chat(dialect, body, part)
         question = Question(
             model,
@@ -142,6 +142,7 @@ class Inference:
             as_chat=None if chat is None else chat.body,
             priority=principal.priority,
             on_node=record.note_node,
+            take_begun=_nothing if trip is None else trip.take,
         )
         asked = _Asked(question, chat, turn)
         permit = FREE if principal.limits.are_none else await self._gate.admit(principal, body)
@@ -299,8 +300,28 @@ class Inference:
             raise
         finally:
             relay.note_end(dialect)
-            record.finish_with(self._metrics)
+            self._book.note(record)
             await permit.settle(record.tokens_used(prompt_tokens(asked.question.body)))
+
+
+def _trip_of(exchange: Exchange) -> Trip | None:
+    """Return how far a request has come on the express way, if it had to leave that."""
+    assert exchange.trip is None or isinstance(exchange.trip, Trip)
+    return exchange.trip
+
+
+def _nothing() -> None:
+    return None
+
+
+def principal_headers(principal: Principal) -> list[Header]:
+    """Return what a node is told of who asks."""
+    headers = []
+    if principal.name:
+        headers.append((b"x-cortex-principal", principal.name.encode()))
+    if principal.priority:
+        headers.append((b"x-cortex-priority", b"%d" % principal.priority))
+    return headers
 
 
 def _peek(body: bytes) -> Peek:

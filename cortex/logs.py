@@ -9,14 +9,14 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from enum import StrEnum
 from typing import Any, TextIO
 
 import orjson
 
-from cortex._fast.log_fields import log_fields
+from cortex._fast.log_fields import log_fields, log_lines
 
 
 class LogFormat(StrEnum):
@@ -36,8 +36,7 @@ _TELLS_NOTHING: Mapping[str, object] = logging.makeLogRecord({"levelno": logging
 class _Line(logging.LogRecord):
     """A record of a name and fields. It finds nothing out of the code that made it."""
 
-    def __init__(self, logger: str, message: str, fields: Mapping[str, object]) -> None:
-        now = time.time()
+    def __init__(self, logger: str, message: str, fields: Mapping[str, object], now: float) -> None:
         own = {"name": logger, "msg": message, "fields": fields, "created": now, "msecs": now % 1 * 1000}
         self.__dict__.update(_TELLS_NOTHING, **own)
 
@@ -45,7 +44,31 @@ class _Line(logging.LogRecord):
 def info(logger: logging.Logger, message: str, fields: Mapping[str, object]) -> None:
     """Write a line of fields down: what a request costs, each time, is mostly what its line costs."""
     if logger.isEnabledFor(logging.INFO):
-        logger.handle(_Line(logger.name, message, fields))
+        logger.handle(_Line(logger.name, message, fields, time.time()))
+
+
+def info_each(logger: logging.Logger, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> None:
+    """Write lines of fields down, each with its Unix time, which cost a fifth again when they come together."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    handler = _only_handler(logger)
+    if handler is not None:
+        handler.take(logger.name, message, lines)
+        return
+    for at, fields in lines:
+        logger.handle(_Line(logger.name, message, fields, at))
+
+
+def _only_handler(logger: logging.Logger) -> "_Handler | None":
+    """Return what alone takes the lines of a logger, if it is ours and takes them all."""
+    handlers = [*logger.handlers]
+    above: logging.Logger | None = logger
+    while above is not None and above.propagate:
+        above = above.parent
+        handlers += above.handlers if above is not None else ()
+    if len(handlers) != 1 or not isinstance(handlers[0], _Handler) or logger.filters or handlers[0].filters:
+        return None
+    return handlers[0]
 
 
 def rejected(logger: logging.Logger, request_id: str, method: str, path: str, status: int, code: str) -> None:
@@ -78,6 +101,17 @@ class _Handler(logging.StreamHandler[TextIO]):
             else:
                 loop.call_later(WRITE_AFTER_S, self.flush)
 
+    def take(self, logger: str, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> None:
+        """Write some lines of fields at once."""
+        try:
+            assert isinstance(self.formatter, FieldsFormatter)
+            text = self.formatter.lines(logger, message, lines)
+        except Exception:  # noqa: BLE001 - as above
+            self.handleError(_Line(logger, message, {}, time.time()))
+            return
+        self._lines.append(text.rstrip("\n"))
+        self.flush()
+
     def flush(self) -> None:
         """Write what waits."""
         with self.lock or nullcontext():
@@ -99,6 +133,10 @@ class FieldsFormatter(logging.Formatter):
         fields: Mapping[str, object] = getattr(record, "fields", None) or {}
         return {**self._constant, **fields} if self._constant else fields
 
+    def lines(self, logger: str, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> str:
+        """Return what :meth:`format` would say of each, a line each."""
+        return "".join(f"{self.format(_Line(logger, message, fields, at))}\n" for at, fields in lines)
+
 
 class TextFormatter(FieldsFormatter):
     """``2026-01-31T12:00:00.000Z INFO cortex.request request id=... status=200``."""
@@ -108,6 +146,12 @@ class TextFormatter(FieldsFormatter):
         line = f"{_timestamp(record)} {record.levelname} {record.name} {record.getMessage()}"
         line += log_fields(self.fields(record))
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+    def lines(self, logger: str, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> str:
+        """Return what :meth:`format` would say of each, a line each."""
+        if self._constant:
+            return super().lines(logger, message, lines)
+        return log_lines(f"INFO {logger} {message}", lines)
 
 
 class JsonFormatter(FieldsFormatter):

@@ -9,14 +9,13 @@ first serves the sum.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import pathlib
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -31,6 +30,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from cortex._fast.record import Record
 from cortex.build_identity import COMMIT
 from cortex.wire import VERSION
 
@@ -44,9 +44,6 @@ SPEED_BUCKETS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1
 
 FOLD_INTERVAL_S = 0.5
 """How old a counter may be where workers share files; a scrape of this process alone has everything."""
-
-FOLD_AFTER = 128
-"""Requests that may wait to be counted; so many at a time cost less than one by one."""
 
 MAX_RETRY_CODES = 64
 CODE = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
@@ -84,32 +81,50 @@ class FleetSample:
     """Every model that somebody offers or lists, whether it is loaded or not."""
 
 
-class Ended(NamedTuple):
-    """What is counted of a request that has ended."""
-
-    model: str
-    node: str
-    dialect: str
-    status: int
-    duration_s: float
-    first_token_s: float | None = None
-    """``None`` where there was none, or the answer was not streamed."""
-    tokens_per_s: float | None = None
-    tokens: tuple[int, int, int] | None = None
-    """Of the prompt, generated, and found in a cache, if the node has said."""
-
-
 class _Series:
-    """The counters of one model on one node in one dialect, looked up once: a lookup costs more than a count."""
+    """The counters of one model on one node in one dialect, looked up once, and what they are to be raised by.
+
+    To raise one takes a lock, or a write to a file that workers share.
+    """
 
     def __init__(self, metrics: "Metrics", labels: tuple[str, str, str]) -> None:
         counters = metrics.tokens_in, metrics.tokens_out, metrics.tokens_cached
-        self.tokens = tuple(counter.labels(*labels) for counter in counters)
-        self.first_token_s = metrics.first_token_s.labels(*labels)
-        self.duration_s = metrics.duration_s.labels(*labels)
-        self.tokens_per_s = metrics.tokens_per_s.labels(*labels)
-        self.requests: dict[int, Counter] = {}
-        """By status, as they come."""
+        self._tokens = tuple(counter.labels(*labels) for counter in counters)
+        self._first_token_s = metrics.first_token_s.labels(*labels)
+        self._duration_s = metrics.duration_s.labels(*labels)
+        self._tokens_per_s = metrics.tokens_per_s.labels(*labels)
+        self._requests = functools.cache(lambda status: metrics.requests.labels(*labels, status))
+        self._new_requests: dict[int, int] = {}
+        self._new_tokens = [0, 0, 0]
+
+    def add(self, record: Record) -> None:
+        """Take a request that has ended; :meth:`count` counts it."""
+        self._new_requests[record.status] = self._new_requests.get(record.status, 0) + 1
+        self._duration_s.observe(record.duration_s)
+        first_token_s = record.first_token_s
+        if first_token_s is not None:
+            self._first_token_s.observe(first_token_s)
+        if record.usage is not None:
+            tokens_in, tokens_out, tokens_cached = record.usage.counts()
+            new = self._new_tokens
+            new[0] += tokens_in
+            new[1] += tokens_out
+            new[2] += tokens_cached
+            generation_s = record.generation_s
+            if generation_s and tokens_out > 1:
+                # The first token's time is the prompt's; the others are what the speed is about.
+                self._tokens_per_s.observe((tokens_out - 1) / generation_s)
+
+    def count(self) -> None:
+        """Raise the counters by what was taken."""
+        if not self._new_requests:
+            return
+        for status, number in self._new_requests.items():
+            self._requests(status).inc(number)
+        for counter, number in zip(self._tokens, self._new_tokens, strict=True):
+            if number:
+                counter.inc(number)
+        self._new_requests, self._new_tokens = {}, [0, 0, 0]
 
 
 class _Folder(Collector):
@@ -193,12 +208,11 @@ class Metrics:
         self._in_flight = in_flight
         self._retry_codes: set[str] = set()
         self._series: dict[tuple[str, str, str], _Series] = {}
-        self._ended: deque[Ended] = deque()
         self._in_flight_of: dict[str, Gauge] = {}
         self._next: asyncio.TimerHandle | None = None
         self.registry.register(_Folder(self.fold))
-        self.on_finished: Callable[[Mapping[str, object]], None] = lambda fields: None
-        """Told of each finished request, by the fields of its log line."""
+        self.before_fold: Callable[[], None] = lambda: None
+        """Has what has ended counted. A scrape's thread calls it too."""
         labels = ("model", "node", "dialect")
         self.requests = Counter("cortex_requests", "Finished requests.", (*labels, "status"), registry=self.registry)
         self.tokens_in = Counter("cortex_prompt_tokens", "Prompt tokens.", labels, registry=self.registry)
@@ -269,15 +283,9 @@ class Metrics:
         if self._next is not None:
             self._next.cancel()
 
-    def note_ended(self, ended: Ended) -> None:
-        """Count a request that has ended, by the next scrape."""
-        self._ended.append(ended)
-        if len(self._ended) >= FOLD_AFTER:
-            self._count_ended()
-
     def fold(self) -> None:
-        """Count what has ended, and what has not. Any thread may call it: each request is taken once."""
-        self._count_ended()
+        """Count what has ended, and what has not. Any thread may call it."""
+        self.before_fold()
         now = self._in_flight()
         for node in self._in_flight_of.keys() | now.keys():
             gauge = self._in_flight_of.get(node)
@@ -285,31 +293,16 @@ class Metrics:
                 gauge = self._in_flight_of[node] = self.in_flight.labels(node)
             gauge.set(now.get(node, 0))
 
-    def _count_ended(self) -> None:
-        while self._ended:
-            try:
-                ended = self._ended.popleft()
-            except IndexError:  # another thread was faster
-                return
-            self._count(ended)
-
-    def _count(self, ended: Ended) -> None:
-        labels = ended[:3]
-        series = self._series.get(labels)
-        if series is None:
-            series = self._series[labels] = _Series(self, labels)
-        counter = series.requests.get(ended.status)
-        if counter is None:
-            counter = series.requests[ended.status] = self.requests.labels(*labels, ended.status)
-        counter.inc()
-        series.duration_s.observe(ended.duration_s)
-        if ended.first_token_s is not None:
-            series.first_token_s.observe(ended.first_token_s)
-        if ended.tokens_per_s is not None:
-            series.tokens_per_s.observe(ended.tokens_per_s)
-        for counter, count in zip(series.tokens, ended.tokens or (), strict=False):
-            if count:
-                counter.inc(count)
+    def count(self, ended: Iterable[Record]) -> None:
+        """Count requests that have ended."""
+        for record in ended:
+            labels = record.model, record.node, record.dialect
+            series = self._series.get(labels)
+            if series is None:
+                series = self._series[labels] = _Series(self, labels)
+            series.add(record)
+        for series in self._series.values():
+            series.count()
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
         """Serve all workers' metrics if this one is the first to bind the port; return what stops that."""

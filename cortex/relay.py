@@ -3,11 +3,11 @@
 from collections import deque
 from types import TracebackType
 
+from cortex._fast.record import Record
 from cortex._fast.sse import FrameTooLarge
 from cortex._fast.tap import StreamTap
 from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, read_usage
 from cortex.fleet.dispatch import Answer
-from cortex.record import Record
 from cortex.wire.errors import UpstreamError
 
 
@@ -31,7 +31,7 @@ class Relay:
             if not self.first:
                 self.first = frames
             self.tail.append(frames)
-            if self._record.first_token_at is None and self._tap.first_token:
+            if self._tap.first_token and not self._record.has_first_token:
                 self._record.note_first_token()
         return frames
 

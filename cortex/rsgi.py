@@ -10,6 +10,7 @@ import logging
 import sys
 from typing import Any
 
+from cortex.express import Express
 from cortex.rsgi_io import RsgiExchange, RsgiSocket, Watches
 from cortex.settings import ConfigError
 from cortex.worker import Worker
@@ -24,12 +25,17 @@ class Application(Worker):
 
     def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start, before anything is accepted."""
-        self._watches = Watches(loop)
         try:
             loop.run_until_complete(self.start())
         except ConfigError as error:
             log.error("cortex: %s", error)
             sys.exit(1)
+        self.open(loop)
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take requests from now on, on this loop."""
+        self._watches = Watches(loop)
+        self._express = Express(self.gateway, self.ending, self._watches)
 
     def __rsgi_del__(self, loop: asyncio.AbstractEventLoop) -> None:
         """End; requests have ended by then."""
@@ -41,7 +47,14 @@ class Application(Worker):
             if scope.http_version == HTTP_2:
                 protocol.response_str(505, [("content-type", "text/plain")], "HTTP/2 is not spoken here; use HTTP/1.1.")
                 return
-            await self.handle(RsgiExchange(scope, protocol, self._watches))
+            trip = self._express.way.begin(scope, protocol)
+            if trip is None:
+                await self.handle(RsgiExchange(scope, protocol, self._watches))
+            elif not await trip.answer():
+                try:
+                    await self.handle(RsgiExchange(scope, protocol, self._watches, trip))
+                finally:
+                    trip.give_up()
         else:
             socket = RsgiSocket(scope, protocol)
             try:

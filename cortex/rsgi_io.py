@@ -12,6 +12,7 @@ from typing import Any
 
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
+from cortex._fast.express import Trip
 from cortex.endpoints import request_id_of
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header, read_at_most
 from cortex.reader_credit import Credit
@@ -25,10 +26,13 @@ TextHeader = tuple[str, str]
 class RsgiExchange(Exchange):
     """A request that came over RSGI."""
 
-    def __init__(self, scope: Any, protocol: Any, watches: "Watches") -> None:
+    def __init__(self, scope: Any, protocol: Any, watches: "Watches", trip: Trip | None = None) -> None:
         headers = scope.headers
-        given = headers.get("x-request-id")
-        id = request_id_of(None if given is None else given.encode())
+        if trip is None:
+            given = headers.get("x-request-id")
+            id = request_id_of(None if given is None else given.encode())
+        else:
+            id = trip.record.request_id
         super().__init__(scope.method, scope.path, scope.query_string.encode(), scope.client, id)
         self.loop = watches.loop
         self._scope = scope
@@ -37,6 +41,8 @@ class RsgiExchange(Exchange):
         self._watches = watches
         self._transport: Any = None
         self._credit: Credit | None = None
+        self._body = None if trip is None else trip.body
+        self.trip = trip
 
     @property
     def client(self) -> str:
@@ -51,6 +57,8 @@ class RsgiExchange(Exchange):
     async def read_body(self, limit_bytes: int) -> bytes:
         """Return the whole body, as :class:`Exchange` says."""
         declared = self.check_length(limit_bytes)
+        if self._body is not None:
+            return self._body
         try:
             if declared is not None:
                 body: bytes = await self._protocol()

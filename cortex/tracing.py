@@ -106,6 +106,11 @@ def configure(endpoint: str, service: str, instance: str) -> None:
     _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
 
 
+def is_exporting() -> bool:
+    """Return whether every request has a span, whether it is part of a trace or not."""
+    return _provider is not None
+
+
 def shut_down() -> None:
     """Send what is left, and export no more. Blocks for as long as the collector takes, at most its timeout."""
     global _provider

@@ -8,11 +8,12 @@ replaced once, in silence.
 """
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Sequence
 from typing import cast
 
-from cortex._fast.http_client import Connection, Response, StaleConnectionError
+from cortex._fast.http_client import Connection, Response, StaleConnectionError, encode_head
 from cortex.config import Timeouts, split_endpoint
 from cortex.errors import ConnectError, PoolFullError
 from cortex.wire.errors import ApiError, UpstreamError
@@ -76,22 +77,33 @@ class Pool:
             PoolFullError: all connections are in use.
             UpstreamTimeoutError: it stayed silent.
             UpstreamError: it answered something that is not HTTP, or half a head.
+            ValueError: a header has a line break.
         """
         if self._ended is not None:
             raise self._ended
-        data = self._encode(method, target, headers, body)
-        limits = (
-            self.timeouts.first_byte_s if first_byte_s is None else first_byte_s,
-            self.timeouts.stall_s if stall_s is None else stall_s,
-        )
+        head = self.encode_head(method, target, headers)
+        if first_byte_s is None:
+            first_byte_s = self.timeouts.first_byte_s
+        if stall_s is None:
+            stall_s = self.timeouts.stall_s
+        connection = self.idle_connection()
+        if connection is not None:
+            with contextlib.suppress(StaleConnectionError):
+                return await connection.ask(head, body, first_byte_s, stall_s).begin()
+        connection = await self._connect()
+        return await connection.ask(head, body, first_byte_s, stall_s).begin()
+
+    def encode_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
+        """Return the head of a request to this node, but for its end. Raises ``ValueError`` for a line break in it."""
+        return encode_head(method, self._prefix + target, self._host_lines, headers)
+
+    def idle_connection(self) -> Connection | None:
+        """Take a connection that waits for a request; ``None`` if there is none."""
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
-                try:
-                    return await _exchange(connection, data, *limits)
-                except StaleConnectionError:
-                    break
-        return await _exchange(await self._connect(), data, *limits)
+                return connection
+        return None
 
     def keep(self, connection: Connection) -> None:
         """Take back a connection that may serve another request."""
@@ -140,27 +152,3 @@ class Pool:
         finally:
             self._connecting -= 1
         raise ConnectError(f"{self.name} cannot be reached at {self._host}:{self._port}: {reason}.", retry_after_s=2)
-
-    def _encode(self, method: bytes, target: bytes, headers: Sequence[Header], body: bytes) -> list[bytes]:
-        lines = [b"%b: %b\r\n" % header for header in headers]
-        num_breaks = len(lines)
-        if body or method == b"POST":
-            lines.append(b"content-length: %d\r\n" % len(body))
-            num_breaks += 1
-        given = b"".join(lines)
-        if given.count(b"\n") != num_breaks or given.count(b"\r") != num_breaks:
-            raise ValueError(f"line break in the headers {headers!r}")
-        head = b"%b %b%b%b%b\r\n" % (method, self._prefix, target, self._host_lines, given)
-        return [head, body] if body else [head]
-
-
-async def _exchange(connection: Connection, data: list[bytes], first_byte_s: float, stall_s: float) -> Response:
-    response, head = connection.send(data, first_byte_s, stall_s)
-    try:
-        await head
-    except asyncio.CancelledError:
-        if head.done() and not head.cancelled():
-            head.exception()  # seen: it lost the race against the cancellation
-        response.close()
-        raise
-    return response

@@ -4,8 +4,10 @@ It knows the files and the process, not HTTP. ``CORTEX_CONFIG`` names the config
 """
 
 import asyncio
+import contextlib
 import gc
 import os
+import pathlib
 import time
 from collections.abc import Mapping
 
@@ -20,20 +22,17 @@ GARBAGE_AFTER = 10_000
 
 
 class Worker:
-    """A process that serves. The gateway exists between :meth:`start` and :meth:`stop`."""
+    """A process that serves. Both of these exist from :meth:`start` on."""
+
+    gateway: Gateway
+    """What answers requests."""
+    ending: Ending
+    """What counts requests, and says when no more will come."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
-        self._gateway: Gateway | None = None
         self._reloader: reload.Reloader | None = None
         self._pulse: asyncio.Task[None] | None = None
-        self._ending: Ending | None = None
-
-    @property
-    def gateway(self) -> Gateway:
-        """What answers requests."""
-        assert self._gateway is not None, "the server did not start the application"
-        return self._gateway
 
     async def start(self) -> None:
         """Begin to serve.
@@ -47,21 +46,21 @@ class Worker:
         logs.configure(gateway.log_format)
         tracing.configure(gateway.trace_endpoint, "cortex", gateway.listen)
         self._reloader = reloader = reload.Reloader(path, self._environment, loaded, self._apply)
-        self._gateway = Gateway(loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error)
-        await self._gateway.start()
+        self.gateway = Gateway(loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error)
+        await self.gateway.start()
         reloader.start()
         ports = [split_address(gateway.metrics_listen)[1]] if gateway.metrics_listen else []
-        self._ending = Ending(gateway.drain_timeout_s, ports, self._gateway.end_requests, self._gateway.prepare_to_stop)
-        self._ending.listen_to_signals()
+        self.ending = Ending(gateway.drain_timeout_s, ports, self.gateway.end_requests, self.gateway.prepare_to_stop)
+        self.ending.listen_to_signals()
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)
         collect_seldom()
+        take_turns()
         self._pulse = asyncio.create_task(systemd.stay_alive())
 
     async def handle(self, exchange: Exchange, *, may_be_last: bool = True) -> None:
         """Answer one request; when the process is ending, as the last one on its connection if that may be said."""
-        ending = self._ending
-        assert ending is not None
+        ending = self.ending
         exchange.is_last = ending.has_begun and may_be_last
         ending.num_running += 1
         try:
@@ -76,8 +75,7 @@ class Worker:
             self._pulse.cancel()
         if self._reloader is not None:
             await self._reloader.stop()
-        if self._gateway is not None:
-            await self._gateway.stop()
+        await self.gateway.stop()
         await asyncio.to_thread(tracing.shut_down)
 
     def _apply(self, loaded: reload.Loaded) -> None:
@@ -88,3 +86,18 @@ def collect_seldom() -> None:
     """Have the garbage collector look at nothing that is there now, and seldom at what comes."""
     gc.freeze()  # modules and configuration stay
     gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
+
+
+def take_turns() -> None:
+    """Have the threads of this process not preempt each other when one wakes another, if the system knows how.
+
+    The server's thread wakes the loop's for every request, and the loop's the server's for every answer. On one core
+    each of them would run at once, for that one; so it runs when the other waits, for all that has come
+    (``SCHED_BATCH`` of sched(7)). Threads that begin later have it from those that are there. Whoever starts the
+    process with another policy keeps that.
+    """
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return
+    for thread in pathlib.Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended, or a sandbox forbids it: things go on as they are
+            os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))

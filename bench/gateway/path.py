@@ -33,9 +33,10 @@ from cortex import logs
 from cortex._fast.http_client import Connection
 from cortex.access.keys import KeyRing, Limits, Principal
 from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, StoreSettings
+from cortex.ending import Ending
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
-from cortex.rsgi_io import RsgiExchange, Watches
+from cortex.rsgi import Application
 from cortex.worker import collect_seldom
 
 NOWHERE = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process is there
@@ -234,12 +235,14 @@ async def run(kind: Kind, num_requests: int) -> float:
     gateway, wire = await ready_gateway()
     wire.answer = kind.answer
     scope = Scope(kind.body)
-    watches = Watches(asyncio.get_running_loop())
+    application = Application({})
+    application.gateway, application.ending = gateway, Ending(0, [], gateway.end_requests)
+    application.open(asyncio.get_running_loop())
     collect_seldom()
     before_s = time.process_time()
     for _ in range(num_requests):
         protocol = Protocol(kind.body)
-        await gateway.handle(RsgiExchange(scope, protocol, watches))
+        await application.__rsgi__(scope, protocol)
         assert protocol.status == 200
         assert protocol.sent_bytes
     return (time.process_time() - before_s) / num_requests * 1e6

@@ -5,10 +5,14 @@ paused, how long a node may be silent. The pool that these connections belong to
 """
 
 cimport cython
+from libc.string cimport memchr
 
+import asyncio
 import socket
 
 import httptools
+
+from cortex._fast.buffer cimport Buffer, put, put_bytes, put_literal
 
 from cortex.errors import ConnectionLostError
 from cortex.wire.errors import UpstreamError, UpstreamTimeoutError
@@ -17,7 +21,11 @@ BUFFER_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 KEEPALIVE_IDLE_S = 30
 
+JOINED_BYTES = 16 * 1024
+"""Up to this size a body is copied behind its head, to be written as one."""
+
 cdef Py_ssize_t _BUFFER_BYTES = BUFFER_BYTES
+cdef Py_ssize_t _JOINED_BYTES = JOINED_BYTES
 cdef Py_ssize_t _MAX_HEAD_BYTES = MAX_HEAD_BYTES
 
 
@@ -25,23 +33,62 @@ class StaleConnectionError(ConnectionLostError):
     """A kept-alive connection died before it answered; the request may go out again."""
 
 
+def encode_head(bytes method not None, bytes target not None, bytes rest not None, headers):
+    """Return a request's head without its end, so that there may be more.
+
+    ``rest`` is what follows ``target``: the version, and header lines that are known to be good. ``headers`` are pairs
+    of bytes. Raises ``ValueError`` for one with a line break.
+    """
+    cdef Buffer head = Buffer()
+    cdef bytes name, value
+    put_bytes(head, method)
+    put_literal(head, b" ")
+    put_bytes(head, target)
+    put_bytes(head, rest)
+    for name, value in headers:
+        if has_break(name) or has_break(value):
+            raise ValueError(f"line break in the headers {headers!r}")
+        put_bytes(head, name)
+        put_literal(head, b": ")
+        put_bytes(head, value)
+        put_literal(head, b"\r\n")
+    return head.slice(0, head.size)
+
+
+cdef list end_request(bytes head, bytes lines, bytes body):
+    """Return a request in pieces, to be written one after another: its head, more lines of that, and its body."""
+    cdef Buffer request = Buffer()
+    cdef Py_ssize_t size = len(body)
+    put_bytes(request, head)
+    put_bytes(request, lines)
+    put_literal(request, b"content-length: ")
+    request.put_integer(size)
+    put_literal(request, b"\r\n\r\n")
+    if size > _JOINED_BYTES:
+        return [request.slice(0, request.size), body]
+    put_bytes(request, body)
+    return [request.slice(0, request.size)]
+
+
+cdef bint has_break(bytes text) noexcept:
+    return memchr(<const char*>text, c"\n", len(text)) != NULL or memchr(<const char*>text, c"\r", len(text)) != NULL
+
+
+cdef class Listener:
+    """What is told of an answer in place of whoever would wait for it."""
+
+    cdef int told(self, Response response) except -1:
+        """Look at what has arrived, or at how it has ended."""
+        return 0
+
+
 @cython.final
 cdef class Response:
-    """A node's answer: ``status`` and ``headers`` are there, the body comes by :meth:`read` or :meth:`forward`.
+    """A node's answer: after :meth:`begin`, ``status`` and ``headers`` are there, and the body comes by :meth:`read` or
+    :meth:`forward`.
 
     Close it, or read it to its end.
     """
-
-    cdef readonly int status
-    cdef readonly list headers
-    cdef object head
-    cdef Connection connection
-    cdef list chunks
-    cdef readonly Py_ssize_t unread_bytes
-    cdef object waiter
-    cdef object error
-    cdef object sink
-    cdef object loop
 
     def __init__(self, Connection connection not None, head):
         self.headers = []
@@ -50,7 +97,24 @@ cdef class Response:
         self.chunks = []
         self.loop = connection.loop
 
-    def header(self, bytes name not None):
+    async def begin(self):
+        """Return this answer when its head is there; one that nobody waits for any more is given up.
+
+        Raises:
+            ConnectionLostError: the node closed the connection without a byte.
+            UpstreamTimeoutError: it stayed silent.
+            UpstreamError: it answered something that is not HTTP, or half a head.
+        """
+        try:
+            await self.head
+        except asyncio.CancelledError:
+            if self.head.done() and not self.head.cancelled():
+                self.head.exception()  # seen: it lost the race against the cancellation
+            self.close()
+            raise
+        return self
+
+    cpdef object header(self, bytes name):
         """Return a header by its lower-case name, or ``None``."""
         for key, value in self.headers:
             if key == name:
@@ -83,8 +147,11 @@ cdef class Response:
         Raises:
             UpstreamError: as :meth:`read`; or it is longer than ``limit_bytes``.
         """
-        cdef list chunks = []
+        cdef list chunks
         cdef Py_ssize_t size_bytes = 0
+        if len(self.chunks) == 1 and self.connection is None and self.error is None and self.unread_bytes <= limit_bytes:
+            return self.take()  # it has come in one piece, as most do
+        chunks = []
         while chunk := await self.read():
             chunks.append(chunk)
             size_bytes += len(chunk)
@@ -146,6 +213,9 @@ cdef class Response:
     cdef int tell(self) except -1:
         """Hand over what a read has brought, or let the reader look."""
         cdef object pause = None
+        if self.listener is not None:
+            self.listener.told(self)
+            return 0
         if self.waiter is None or self.waiter.done():
             return 0
         if self.sink is not None and self.chunks:
@@ -178,22 +248,6 @@ cdef class Response:
 cdef class Connection:
     """One TCP connection of a pool, with at most one response being received on it. An asyncio protocol."""
 
-    cdef object pool
-    cdef object loop
-    cdef object parser
-    cdef object transport
-    cdef Response response
-    cdef object watchdog
-    cdef double active_at
-    cdef double limit_s
-    cdef double stall_s
-    cdef Py_ssize_t head_bytes
-    cdef bint in_body
-    cdef bint ends_with_connection
-    cdef bint keeps_alive
-    cdef bint is_paused
-    cdef readonly Py_ssize_t num_responses
-
     def __init__(self, pool, loop):
         self.pool = pool
         self.loop = loop
@@ -206,11 +260,16 @@ cdef class Connection:
         """Whether another request may be sent."""
         return self.transport is not None and not self.transport.is_closing()
 
-    def send(self, list data not None, double first_byte_s, double stall_s):
-        """Send a request; return its response and the future of that response's head."""
+    def ask(self, bytes head not None, bytes body not None, double first_byte_s, double stall_s):
+        """Send a request whose head :func:`encode_head` began; return its response, which is still to begin."""
+        return self.send(head, b"", body, first_byte_s, stall_s)
+
+    cdef Response send(self, bytes head, bytes lines, bytes body, double first_byte_s, double stall_s):
+        """Send a request of a head, more lines of it, and a body; return its response, which is still to begin."""
+        cdef Response response
+        cdef list data = end_request(head, lines, body)
         assert self.response is None
-        head = self.loop.create_future()
-        self.response = response = Response(self, head)
+        self.response = response = Response(self, self.loop.create_future())
         self.head_bytes = 0
         self.in_body = False
         self.ends_with_connection = True
@@ -220,7 +279,7 @@ cdef class Connection:
             self.transport.write(data[0])
         else:
             self.transport.writelines(data)
-        return response, head
+        return response
 
     def fail(self, error):
         """End the response with ``error`` and close the connection at once."""

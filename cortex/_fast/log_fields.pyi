@@ -1,3 +1,5 @@
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 def log_fields(fields: Mapping[str, object]) -> str: ...
+def log_lines(head: str, lines: Iterable[tuple[float, dict[str, Any]]]) -> str: ...

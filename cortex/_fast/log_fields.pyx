@@ -1,9 +1,10 @@
-"""The fields of a log line as text: ``key=value``, in quotes where a value would not be told apart otherwise."""
+"""Log lines as text. Fields are ``key=value``, in quotes where a value would not be told apart otherwise."""
 
 from cpython.float cimport PyFloat_CheckExact
 from cpython.long cimport PyLong_CheckExact
 from libc.stdint cimport uint8_t
 from libc.stdio cimport snprintf
+from libc.time cimport gmtime, time_t, tm
 
 from cortex._fast.buffer cimport Buffer, put, put_literal, reserve
 
@@ -14,6 +15,7 @@ cdef extern from "Python.h":
 
 cdef enum:
     NUMBER_BYTES = 32
+    TIME_BYTES = 32
 
 
 def log_fields(fields not None):
@@ -23,6 +25,44 @@ def log_fields(fields not None):
     writes it.
     """
     cdef Buffer line = Buffer()
+    put_fields(line, fields)
+    return PyUnicode_DecodeUTF8(line.data, line.size, NULL)
+
+
+def log_lines(str head not None, lines not None):
+    """Return a line for each pair of a Unix time and fields: the time in UTC, ``head``, and the fields.
+
+    Each ends with a line feed. Raises ``ValueError`` for a time that is no time.
+    """
+    cdef Buffer text = Buffer()
+    cdef double at
+    cdef dict fields
+    cdef Py_ssize_t size
+    cdef const char* head_text = PyUnicode_AsUTF8AndSize(head, &size)
+    for at, fields in lines:
+        put_time(text, at)
+        put_literal(text, b" ")
+        put(text, head_text, size)
+        put_fields(text, fields)
+        put_literal(text, b"\n")
+    return PyUnicode_DecodeUTF8(text.data, text.size, NULL)
+
+
+cdef int put_time(Buffer line, double at) except -1:
+    cdef time_t second = <time_t>at
+    cdef tm* parts = gmtime(&second)
+    if parts == NULL or at < 0:
+        raise ValueError(f"{at} is no time")
+    reserve(line, TIME_BYTES)
+    line.size += snprintf(
+        line.data + line.size, TIME_BYTES, b"%04d-%02d-%02dT%02d:%02d:%02d.%03dZ",
+        parts.tm_year + 1900, parts.tm_mon + 1, parts.tm_mday, parts.tm_hour, parts.tm_min, parts.tm_sec,
+        <int>((at - second) * 1000),
+    )
+    return 0
+
+
+cdef int put_fields(Buffer line, fields) except -1:
     cdef str key
     cdef object value
     cdef const char* text
@@ -41,7 +81,7 @@ def log_fields(fields not None):
             put_float(line, value)
         else:
             put_value(line, value if isinstance(value, str) else str(value))
-    return PyUnicode_DecodeUTF8(line.data, line.size, NULL)
+    return 0
 
 
 cdef int put_float(Buffer line, double value) except -1:

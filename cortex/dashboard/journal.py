@@ -11,14 +11,14 @@ import mmap
 import os
 import pathlib
 import struct
-import time
+import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from cortex.record import CLIENT_CLOSED_REQUEST
+from cortex.book import CLIENT_CLOSED_REQUEST, Line
 
 NUM_SLOTS = 256
 SLOT_BYTES = 768
@@ -116,26 +116,27 @@ class Journal:
                 own = mmap.mmap(file.fileno(), _RING_BYTES)
         self._ring = _Ring(own)
         self._rings = {self._own: self._ring}
-        self._ended: deque[tuple[float, Mapping[str, object]]] = deque(maxlen=NUM_SLOTS)
+        self._ended: deque[Line] = deque(maxlen=NUM_SLOTS)
         self._num_ended = self._num_errors = 0
+        self._lock = threading.Lock()  # a scrape of the metrics has its own thread, and may be who brings them
         self._seen: dict[str, tuple[int, int]] = {}
 
-    def note(self, fields: Mapping[str, object]) -> None:
-        """Take a request that has ended, by the fields of its log line. :meth:`write` writes it down."""
-        status = fields["status"]
-        assert isinstance(status, int)
-        self._ended.append((time.time(), fields))
-        self._num_ended += 1
-        self._num_errors += is_error(status)
+    def note(self, lines: Sequence[Line]) -> None:
+        """Take requests that have ended, by their log lines. :meth:`write` writes them down."""
+        with self._lock:
+            self._ended.extend(lines)
+            self._num_ended += len(lines)
+            self._num_errors += sum(is_error(fields["status"]) for _, fields in lines)
 
     def write(self) -> None:
         """Write down what has ended since the last time; of more than the ring holds, the rest is only counted."""
-        self._ring.skip(self._num_ended - len(self._ended), self._num_errors)
-        for at, fields in self._ended:
-            payload = self._encode({"at": at, **fields})
-            self._ring.add(payload if len(payload) <= SLOT_BYTES - _LENGTH.size else b"")
-        self._ended.clear()
-        self._num_ended = self._num_errors = 0
+        with self._lock:
+            self._ring.skip(self._num_ended - len(self._ended), self._num_errors)
+            for at, fields in self._ended:
+                payload = self._encode({"at": at, **fields})
+                self._ring.add(payload if len(payload) <= SLOT_BYTES - _LENGTH.size else b"")
+            self._ended.clear()
+            self._num_ended = self._num_errors = 0
 
     def read(self) -> Batch:
         """Return what has ended since the last call, in any worker. At the first, what is there counts as old."""

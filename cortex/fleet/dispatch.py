@@ -9,7 +9,7 @@ is open are left out. Of dialects it knows which nodes speak one; an error body 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -64,6 +64,8 @@ class Question(msgspec.Struct, frozen=True):
     """Below 0: nothing is evicted for it, and it waits for a seat that nobody else needs."""
     on_node: Callable[[str], None] = lambda node: None
     """Told of each node that is asked."""
+    take_begun: Callable[[], tuple[str, Seat, Response] | None] = lambda: None
+    """Takes over what a node was asked already: its name, the seat there, and the answer, which may have begun."""
 
 
 @dataclass(slots=True)
@@ -137,6 +139,14 @@ class Dispatcher:
         message = f"No node has the model {name!r}, and {', '.join(unheard)} has not answered yet."
         return NoNodeError(message, retry_after_s=RETRY_RECOVERY_S)
 
+    def only_replica(self, model: str, dialect: str) -> str | None:
+        """Return the node that alone serves a model, if it is asked in a dialect with the body as it came."""
+        serving = self._fleet.state.serving.get(model, ())
+        if len(serving) != 1 or serving[0].name in self._names_there:
+            return None
+        discovery = serving[0].discovery
+        return serving[0].name if discovery is not None and dialect in discovery.dialects else None
+
     def load_progress(self, model: str) -> float | None:
         """Return how far the load is that requests for ``model`` wait for; ``None`` if they wait for none."""
         return self._loader.progress(model)
@@ -163,19 +173,24 @@ class Dispatcher:
         excluded = self._deaf_to(question)
         if question.priority < 0:
             await self._leftovers.wait(model, question.priority, self._leftover_wait_s)
+        begun = question.take_begun()
         begins: Beginnings | None = None
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
-            if begins is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
-                begins = beginnings(model, question.body, question.cache_key)
-            node = self._ready(model, excluded, begins) or await self._find(question, excluded, last, begins)
-            question.on_node(node)
-            # Counted from here on, before the node knows: a burst must not pile onto one replica.
-            seat = self._fleet.in_flight.take(node, model)
-            self.breakers.ask(node, model)
+            if begun is not None:
+                (node, seat, response), begun = begun, None
+                posted, is_chat = response.begin(), False
+            else:
+                if begins is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
+                    begins = beginnings(model, question.body, question.cache_key)
+                node = self._ready(model, excluded, begins) or await self._find(question, excluded, last, begins)
+                question.on_node(node)
+                # Counted from here on, before the node knows: a burst must not pile onto one replica.
+                seat = self._fleet.in_flight.take(node, model)
+                self.breakers.ask(node, model)
+                posted, is_chat = None, self._is_asked_as_chat(node, question)
             try:
-                is_chat = self._is_asked_as_chat(node, question)
-                response = await self._post(node, question, is_chat)
+                response = await (posted or self._post(node, question, is_chat))
             except (ConnectError, ConnectionLostError) as error:
                 seat.release()
                 last = error
@@ -305,7 +320,7 @@ class Dispatcher:
         discovery = known.discovery if known is not None else None
         return discovery is not None and question.dialect not in discovery.dialects
 
-    async def _post(self, node: str, question: Question, is_chat: bool) -> Response:
+    def _post(self, node: str, question: Question, is_chat: bool) -> Awaitable[Response]:
         pool = self._pools.get(node)
         if pool is None:
             raise ConnectError(f"{node} is not a node of this gateway any more.", retry_after_s=1)
@@ -318,7 +333,7 @@ class Dispatcher:
             if other := names.get(question.model, ""):
                 body = splice(body, peek(body), other)
         timeouts = pool.timeouts
-        return await pool.request(
+        return pool.request(
             b"POST",
             target,
             headers,

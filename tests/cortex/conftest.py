@@ -3,11 +3,15 @@
 import asyncio
 import inspect
 import logging
+import pathlib
+import types
 from collections.abc import Awaitable, Iterator
 
 import daemons
 import pytest
 import uvloop
+from daemons import INTERFACE
+from gateway_rig import rig
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -30,6 +34,19 @@ async def _run(test: Awaitable[None]) -> None:
             return
         await asyncio.sleep(0.005)
     raise AssertionError(f"tasks left behind: {left}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Over ASGI, leave out what does not ask a gateway in this process, and what says by itself over which it asks."""
+    if INTERFACE == "rsgi":
+        return
+    here = pathlib.Path(__file__).parent
+    items[:] = [item for item in items if here not in item.path.parents or asks(getattr(item, "module", None))]
+
+
+def asks(module: types.ModuleType | None) -> bool:
+    """Return whether a module of tests has a gateway in this process, by whichever interface."""
+    return any(value is rig for value in vars(module).values()) and "express" not in module.__name__
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,34 @@ class Story:
         return cls(pieces, [dice.choice([0, 0, 0, 0.001]) for _ in pieces], dice.random() < 0.3)
 
 
+@dataclass
+class WholeStory:
+    """The same of an answer that is no stream."""
+
+    body: bytes
+    pieces: list[bytes]
+    delays_s: list[float]
+    is_cut: bool
+    is_reset: bool
+
+    @classmethod
+    def of(cls, seed: int) -> "WholeStory":
+        dice = random.Random(seed)
+        body = json.dumps({"choices": [], "text": "é" * dice.choice([0, 10, 5000, 100_000])}).encode()
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+        if dice.random() < 0.5:
+            wire = head + b"content-length: %d\r\n\r\n" % len(body) + body
+        else:
+            chunks = split(body, dice, 1 + dice.randrange(20_000))
+            wire = head + b"transfer-encoding: chunked\r\n\r\n"
+            wire += b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+        is_cut = dice.random() < 0.4
+        if is_cut:
+            wire = wire[: dice.randrange(1, len(wire))]
+        pieces = split(wire, dice, max(dice.choice([10, 100, 100_000]), len(wire) // 200))
+        return cls(body, pieces, [dice.choice([0, 0, 0, 0.001]) for _ in pieces], is_cut, dice.random() < 0.3)
+
+
 def split(data: bytes, dice: random.Random, most: int) -> list[bytes]:
     pieces = []
     while data:
@@ -59,8 +87,12 @@ def read_slowly(wire: bytes) -> bytes:
     return body[: body.rfind(b"\n\n") + 2] if b"\n\n" in body else b""
 
 
+INTERFACES = pytest.mark.parametrize("interface", ["asgi", "rsgi"])
+
+
+@INTERFACES
 @pytest.mark.parametrize("first_seed", [0, 1000])
-async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int) -> None:
+async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int, interface: str) -> None:
     async def script(asked: Asked, line: Line) -> None:
         story = Story.of(json.loads(asked.body)["seed"])
         for piece, delay_s in zip(story.pieces, story.delays_s, strict=True):
@@ -96,9 +128,43 @@ async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int) -> None
 
     turns = asyncio.Semaphore(AT_ONCE)
     neuron = FakeNeuron(script=script).ready("m")
-    async with rig(neuron, breaker=BreakerSettings(failures=10**6)) as gateway:
+    async with rig(neuron, breaker=BreakerSettings(failures=10**6), interface=interface) as gateway:
         seeds = range(first_seed, first_seed + NUM_STREAMS)
         outcomes = await asyncio.gather(*(one(gateway, seed) for seed in seeds))
         assert gateway.in_flight == 0
     for outcome in ("whole", "broken", "error"):
         assert outcomes.count(outcome) >= NUM_STREAMS // 40, outcomes
+
+
+@INTERFACES
+async def test_an_answer_arrives_whole_or_as_an_error(interface: str) -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        story = WholeStory.of(json.loads(asked.body)["seed"])
+        for piece, delay_s in zip(story.pieces, story.delays_s, strict=True):
+            await line.send(piece)
+            await asyncio.sleep(delay_s)
+        if story.is_reset:
+            line.reset()
+        elif story.is_cut:
+            line.cut()
+
+    async def one(gateway: Rig, seed: int) -> str:
+        story = WholeStory.of(seed)
+        async with turns:
+            call = await gateway.chat(seed=seed).end()
+        assert call.complete, seed
+        if call.status == 200:
+            assert not story.is_cut, seed
+            assert call.body == story.body, seed
+            return "whole"
+        assert call.json()["error"]["code"], seed
+        assert story.is_cut or story.is_reset, seed
+        return "error"
+
+    turns = asyncio.Semaphore(AT_ONCE)
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron, breaker=BreakerSettings(failures=10**6), interface=interface) as gateway:
+        outcomes = await asyncio.gather(*(one(gateway, seed) for seed in range(2 * NUM_STREAMS)))
+        assert gateway.in_flight == 0
+    for outcome in ("whole", "error"):
+        assert outcomes.count(outcome) >= NUM_STREAMS // 4, outcomes

@@ -20,6 +20,7 @@ from gateway_rig import Rig, rig, until, write_config
 from key_rig import KEY, ring
 
 from cortex.access.keys import Principal
+from cortex.book import CLIENT_CLOSED_REQUEST
 from cortex.config import Config, ModelProfile
 from cortex.dashboard import assets, feed, journal, view
 from cortex.dashboard.feed import Feed
@@ -28,7 +29,6 @@ from cortex.dashboard.rates import SERIES
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Node
-from cortex.record import CLIENT_CLOSED_REQUEST
 from cortex.wire.node import (
     Device,
     DeviceKind,
@@ -181,7 +181,7 @@ async def test_a_key_that_is_taken_away_ends_the_feed(monkeypatch: pytest.Monkey
         watching = gateway.call("GET", "/admin/events", b"", {"x-api-key": KEY})
         await watching.until(lambda call: len(events(call.body)) >= 3)
         other = ring(("another", Principal("root", (), is_admin=True)))
-        gateway.gateway.reconfigure(gateway.gateway._settings, Catalogue({}, {}), other)
+        gateway.gateway.reconfigure(gateway.gateway.settings, Catalogue({}, {}), other)
         await watching.end()
         name, data = events(watching.body)[-1]
         assert (name, data["status"]) == ("refused", 401)
@@ -276,11 +276,11 @@ async def test_nodes_come_and_go_with_the_configuration(monkeypatch: pytest.Monk
         watching = await watch(gateway)
         inner = gateway.gateway
         both = tuple(
-            msgspec.structs.replace(inner._settings.neurons[0], name=n.name, endpoint=n.url) for n in (first, second)
+            msgspec.structs.replace(inner.settings.neurons[0], name=n.name, endpoint=n.url) for n in (first, second)
         )
         for nodes in (both, both[1:]):
-            settings = msgspec.structs.replace(inner._settings, neurons=nodes)
-            inner.reconfigure(settings, Catalogue({}, {}), inner._gate.keys)
+            settings = msgspec.structs.replace(inner.settings, neurons=nodes)
+            inner.reconfigure(settings, Catalogue({}, {}), inner.gate.keys)
             names = {node.name for node in nodes}
             await watching.until(lambda call, names=names: told(events(call.body))["nodes"].keys() == names)  # type: ignore[misc]
         watching.leave()
@@ -436,10 +436,10 @@ async def test_a_hundred_busy_nodes_cost_a_bounded_number_of_bytes_and_little_ti
             if (number + second) % 2:  # each is polled every two seconds, and half of them were
                 service.fleet.state = service.fleet.state.with_node(node_of(number, dice, float(second)))
         for _ in range(200):
-            inner.journal.note(
-                {"id": "r" * 32, "dialect": "openai-chat", "model": "model-1", "node": "gpu-001", "status": 200,
-                 "stream": True, "finish": "stop", "total_s": 1.5, "tokens_in": 900, "tokens_out": 300, "ttft_s": 0.25}
-            )  # fmt: skip
+            ended = {"id": "r" * 32, "dialect": "openai-chat", "model": "model-1", "node": "gpu-001", "status": 200,
+                     "stream": True, "finish": "stop", "total_s": 1.5, "tokens_in": 900, "tokens_out": 300,
+                     "ttft_s": 0.25}  # fmt: skip
+            inner.journal.note([(time.time(), ended)])
         began = time.process_time()
         inner.tick()
         times.append(time.process_time() - began)
@@ -515,7 +515,8 @@ def test_a_ring_counts_everything_and_keeps_the_latest() -> None:
     one = Journal()
     assert one.read() == journal.Batch()
     for number in range(1000):
-        one.note(fields(number, 500 if number % 10 == 0 else CLIENT_CLOSED_REQUEST if number % 10 == 1 else 200))
+        status = 500 if number % 10 == 0 else CLIENT_CLOSED_REQUEST if number % 10 == 1 else 200
+        one.note([(time.time(), fields(number, status))])
     batch = one.read()
     assert (batch.requests, batch.errors) == (1000, 100)
     assert [entry.id for entry in batch.entries] == [
@@ -523,7 +524,7 @@ def test_a_ring_counts_everything_and_keeps_the_latest() -> None:
     ]
     one._ring.add(b'{"half')
     assert one.read() == journal.Batch(requests=1)
-    one.note(fields(1000) | {"model": "x" * 1000})
+    one.note([(time.time(), fields(1000) | {"model": "x" * 1000})])
     batch = one.read()
     assert (batch.requests, batch.entries) == (1, [])  # too long to be listed, and counted all the same
 
@@ -535,8 +536,8 @@ def test_workers_read_one_anothers_rings_while_they_are_written(tmp_path: pathli
         "import sys, pathlib; from cortex.dashboard.journal import Journal\n"
         "one = Journal(pathlib.Path(sys.argv[1])); print('ready', flush=True); sys.stdin.readline()\n"
         "for i in range(20000):\n"
-        " one.note({'id': f'r{i}', 'dialect': 'd' * (i % 90), 'model': 'm', 'node': 'n',"
-        " 'status': 200, 'stream': False, 'finish': 'stop', 'total_s': float(i)})\n"
+        " one.note([(float(i), {'id': f'r{i}', 'dialect': 'd' * (i % 90), 'model': 'm', 'node': 'n',"
+        " 'status': 200, 'stream': False, 'finish': 'stop', 'total_s': float(i)})])\n"
         " if i % 7 == 6 or i > 19990: one.write()\n"
     )
     with subprocess.Popen(

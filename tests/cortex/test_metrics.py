@@ -195,7 +195,7 @@ async def test_counters_of_a_node_and_a_model_that_are_gone_leave_the_scrape_and
         await gateway.call("GET", "/v1/nothing").end()
         port = free_port()
         stop = gateway.gateway.metrics.serve("127.0.0.1", port)
-        before = gateway.gateway._settings
+        before = gateway.gateway.settings
         try:
 
             async def labels() -> set[tuple[str, str]]:
@@ -211,9 +211,9 @@ async def test_counters_of_a_node_and_a_model_that_are_gone_leave_the_scrape_and
             everything = {("a", "m"), ("b", "n"), ("a", ""), ("b", "")}
             assert await labels() == everything
             settings = msgspec.structs.replace(before, neurons=before.neurons[:1])
-            gateway.gateway.reconfigure(settings, gateway.gateway._offered, KeyRing())
+            gateway.gateway.reconfigure(settings, gateway.gateway.offered, KeyRing())
             assert await labels() == {("a", "m"), ("a", "")}
-            gateway.gateway.reconfigure(before, gateway.gateway._offered, KeyRing())
+            gateway.gateway.reconfigure(before, gateway.gateway.offered, KeyRing())
             await until(lambda: "n" in gateway.gateway.fleet.state.known)
             assert await labels() == everything
         finally:

@@ -24,13 +24,8 @@ class Call:
         self.body = b""
         self.chunks: list[bytes] = []
         self.complete = False
-        self._request = [
-            {
-                "type": "http.request",
-                "body": body if isinstance(body, bytes) else orjson.dumps(body),
-                "more_body": False,
-            }
-        ]
+        content = body if isinstance(body, bytes) else orjson.dumps(body)
+        self._request = [{"type": "http.request", "body": content, "more_body": False}]
         self._gone = asyncio.Event()
         self._reads = asyncio.Event()
         self._reads.set()
@@ -41,7 +36,10 @@ class Call:
             "path": path,
             "query_string": b"",
             "client": (client, 1),
-            "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
+            "headers": [
+                (name.lower().encode(), value.encode())
+                for name, value in ({"content-length": str(len(content))} | (headers or {})).items()
+            ],
         }
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
 

@@ -21,6 +21,8 @@ import pytest
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
+INTERFACE = os.environ.get("CORTEX_INTERFACE", "rsgi")
+"""Of the server, by which a gateway is called: `make test-asgi` says so."""
 
 
 def free_port() -> int:
@@ -216,7 +218,11 @@ def cortex(
     )
     (folder / "models.toml").write_text(models)
     config = str(folder / "cortex.toml")
-    with daemon("cortex", "serve", "--config", config, port=port, log=folder / "cortex.log", **environment) as found:
+    command = ["cortex", "serve", "--config", config]
+    if INTERFACE == "asgi":
+        server = ["granian", "--interface", "asgi", "--http", "1", "--loop", "uvloop", "--port", str(port)]
+        command, environment = [*server, "cortex.asgi:app"], {"CORTEX_CONFIG": config, **environment}
+    with daemon(*command, port=port, log=folder / "cortex.log", **environment) as found:
         until(
             lambda: any(
                 listed["id"] == model and listed["state"] == "ready"

@@ -10,9 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 import msgspec
+import rsgi_call
 from asgi_call import Call
+from daemons import INTERFACE
 from fake_neuron import FakeNeuron
 
+from cortex import rsgi
 from cortex.access.keys import KeyRing
 from cortex.config import (
     AccessSettings,
@@ -25,6 +28,7 @@ from cortex.config import (
     StoreSettings,
     Timeouts,
 )
+from cortex.ending import Ending
 from cortex.endpoints import request_id_of
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
@@ -37,13 +41,27 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = {**CHAT, "stream": True}
 
 
+class _Rsgi(rsgi.Application):
+    """The application over a gateway that is there already."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__({})
+        self.gateway = gateway
+        self.ending = Ending(1, [], gateway.end_requests)
+        self.open(asyncio.get_running_loop())
+
+
 class Rig:
     """A gateway in process."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, interface: str = INTERFACE) -> None:
         self.gateway = gateway
+        self._serve = self._asgi if interface == "asgi" else rsgi_call.Server(_Rsgi(gateway).__rsgi__)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._serve(scope, receive, send)
+
+    async def _asgi(self, scope: Any, receive: Any, send: Any) -> None:
         given = dict(scope["headers"]).get(b"x-request-id")
         exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
         await self.gateway.handle(exchange)
@@ -81,6 +99,7 @@ async def rig(
     eviction: EvictionSettings | None = None,
     keys: KeyRing | None = None,
     access: Mapping[str, Any] = MappingProxyType({}),
+    interface: str = INTERFACE,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
     """Run a gateway over ``neurons``, which are served here unless they have been given a port, or over ``nodes``."""
@@ -101,7 +120,8 @@ async def rig(
         try:
             if wait:
                 await until(lambda: gateway.fleet.state.complete)
-            yield Rig(gateway)
+            with rsgi_call.no_sockets():
+                yield Rig(gateway, interface)
         finally:
             await gateway.stop()
 

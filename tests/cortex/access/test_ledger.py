@@ -234,7 +234,7 @@ async def test_a_limit_is_told_in_each_dialect_and_seats_come_back(url: str) -> 
         go.set()
         for call in held:
             await call.end()
-        ledger = gateway.gateway._gate.ledger
+        ledger = gateway.gateway.gate.ledger
         usage = await ledger.usage(principal.name, principal.limits)
         assert usage.running == 0
         assert usage.spent_tokens == 9, "the one that was answered, as its node counted"

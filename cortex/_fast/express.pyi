@@ -1,0 +1,64 @@
+from collections.abc import Callable
+from typing import Any, final
+
+from cortex._fast.http_client import Listener, Response
+from cortex._fast.record import Record
+from cortex.access.keys import KeyRing
+from cortex.config import Config
+from cortex.dialects.passthrough import Usage
+from cortex.ending import Ending
+from cortex.fleet.breaker import Breakers
+from cortex.fleet.state import FleetState, Seat
+from cortex.gateway import Gateway
+from cortex.rsgi_io import Watches
+from cortex.upstream import Pool
+
+@final
+class Target:
+    def __init__(
+        self,
+        state: FleetState,
+        model: str,
+        node: str,
+        pool: Pool,
+        head: bytes,
+        is_alias: bool,
+        first_byte_s: float,
+        stall_s: float,
+    ) -> None: ...
+
+@final
+class Lane:
+    def __init__(
+        self,
+        settings: Config,
+        keys: KeyRing,
+        dialect: str,
+        key: str,
+        find: Callable[[str], Target | None],
+        max_body_bytes: int,
+    ) -> None: ...
+
+@final
+class Way:
+    def __init__(
+        self,
+        *,
+        find_lane: Callable[[str, str, str | None], Lane | None],
+        gateway: Gateway,
+        breakers: Breakers,
+        ending: Ending,
+        watches: Watches,
+        new_request_id: Callable[[bytes | None], str],
+        read_answer: Callable[[bytes], tuple[Usage | None, str]],
+    ) -> None: ...
+    def begin(self, scope: Any, protocol: Any) -> Trip | None: ...
+
+@final
+class Trip(Listener):
+    record: Record
+    body: bytes | None
+    async def answer(self) -> bool: ...
+    def take(self) -> tuple[str, Seat, Response] | None: ...
+    def leave(self) -> None: ...
+    def give_up(self) -> None: ...

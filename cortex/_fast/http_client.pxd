@@ -1,0 +1,50 @@
+cimport cython
+
+
+cdef class Listener:
+    cdef int told(self, Response response) except -1
+
+
+@cython.final
+cdef class Response:
+    cdef readonly int status
+    cdef readonly list headers
+    cdef object head
+    cdef Connection connection
+    cdef list chunks
+    cdef readonly Py_ssize_t unread_bytes
+    cdef object waiter
+    cdef object error
+    cdef object sink
+    cdef object loop
+    cdef Listener listener
+
+    cpdef object header(self, bytes name)
+    cdef object something(self)
+    cdef bytes take(self)
+    cdef int tell(self) except -1
+    cdef int ended(self, error) except -1
+
+
+@cython.final
+cdef class Connection:
+    cdef object pool
+    cdef object loop
+    cdef object parser
+    cdef object transport
+    cdef Response response
+    cdef object watchdog
+    cdef double active_at
+    cdef double limit_s
+    cdef double stall_s
+    cdef Py_ssize_t head_bytes
+    cdef bint in_body
+    cdef bint ends_with_connection
+    cdef bint keeps_alive
+    cdef bint is_paused
+    cdef readonly Py_ssize_t num_responses
+
+    cdef Response send(self, bytes head, bytes lines, bytes body, double first_byte_s, double stall_s)
+    cdef int resume(self) except -1
+    cdef int finish(self, error) except -1
+    cdef int watch(self, double limit_s) except -1

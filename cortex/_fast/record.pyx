@@ -1,0 +1,101 @@
+"""What is kept of a request until it is written down: :mod:`cortex.book` writes it.
+
+Never a word of its text. Time to first token is to the first token, not to the first byte: heartbeats and headers do
+not count.
+"""
+
+cimport cython
+from libc.math cimport NAN, floor, isnan
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+
+
+cdef double to_microseconds(double time_s) noexcept:
+    """Return a time without what is below a microsecond."""
+    return floor(time_s * 1e6 + 0.5) / 1e6
+
+
+cdef double seconds_of(int clock) noexcept:
+    cdef timespec now
+    clock_gettime(clock, &now)
+    return now.tv_sec + now.tv_nsec * 1e-9
+
+
+@cython.final
+@cython.freelist(64)
+cdef class Record:
+    """One request. ``model`` is set only once it is known to exist, so that it may label a metric.
+
+    ``key`` is the name of the key it came with, ``node`` who was asked, the last one if several were. ``usage`` is a
+    :class:`~cortex.dialects.passthrough.Usage`, ``trace`` a :class:`~cortex.tracing.Trace`, or each is ``None``.
+    ``num_token_frames`` are the frames of a stream with something generated in them.
+    """
+
+    def __init__(self, str request_id not None, str dialect not None):
+        self.request_id = request_id
+        self.dialect = dialect
+        self.model = self.node = self.key = self.finish = ""
+        self.status = 500
+        self.begun_s = seconds_of(CLOCK_MONOTONIC)
+        self.first_token_at_s = NAN
+
+    def note_node(self, str node not None):
+        """Note who is asked, the last one if several are."""
+        self.node = node
+
+    def note_first_token(self):
+        """Take the time, the first time."""
+        if isnan(self.first_token_at_s):
+            self.first_token_at_s = seconds_of(CLOCK_MONOTONIC)
+
+    def note_end(self):
+        """Take the time; ``ended_at`` is that of the day."""
+        self.ended_s = seconds_of(CLOCK_MONOTONIC)
+        self.ended_at = seconds_of(CLOCK_REALTIME)
+
+    @property
+    def has_first_token(self):
+        """Whether anything generated has arrived."""
+        return not isnan(self.first_token_at_s)
+
+    @property
+    def duration_s(self):
+        """From its arrival to its end."""
+        return self.ended_s - self.begun_s
+
+    @property
+    def first_token_s(self):
+        """From its arrival to the first token; ``None`` where there was none, or the answer was not streamed."""
+        return None if isnan(self.first_token_at_s) else self.first_token_at_s - self.begun_s
+
+    @property
+    def generation_s(self):
+        """From the first token to the end; ``None`` where there was none."""
+        return None if isnan(self.first_token_at_s) else self.ended_s - self.first_token_at_s
+
+    def tokens_used(self, Py_ssize_t prompt_tokens):
+        """Return what to book: what the node said, or where the answer broke off after its first token, an estimate.
+
+        ``prompt_tokens`` is that of the prompt; a frame of a stream is about a token.
+        """
+        if self.usage is not None:
+            return self.usage.tokens_in + self.usage.tokens_out
+        return 0 if isnan(self.first_token_at_s) else prompt_tokens + self.num_token_frames
+
+    def fields(self):
+        """Return the fields of its log line."""
+        cdef dict fields = {"id": self.request_id, "dialect": self.dialect}
+        if self.key:
+            fields["key"] = self.key
+        fields["model"] = self.model
+        fields["node"] = self.node
+        fields["status"] = self.status
+        fields["stream"] = self.is_stream
+        fields["finish"] = self.finish
+        if self.usage is not None:
+            fields["tokens_in"], fields["tokens_out"], fields["tokens_cached"] = self.usage.counts()
+        if not isnan(self.first_token_at_s):
+            fields["ttft_s"] = to_microseconds(self.first_token_at_s - self.begun_s)
+        fields["total_s"] = to_microseconds(self.ended_s - self.begun_s)
+        if self.trace is not None:
+            fields["trace"] = self.trace.trace_id
+        return fields

@@ -1,0 +1,62 @@
+"""Where requests that have ended are written down, some together: a log line of each, its metrics, and the page's list.
+
+Each is written once, however many ask for it: an event loop a moment after a request's end, a scrape of the metrics
+from a thread of its own.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cortex import logs
+from cortex._fast.record import Record
+from cortex.metrics import Metrics
+
+log = logging.getLogger("cortex.request")
+
+CLIENT_CLOSED_REQUEST = 499
+"""The status that is counted where the client left before its answer was complete."""
+
+WRITE_AFTER_S = 0.01
+WRITE_AFTER = 128
+"""How long a request may wait for others, and how many may: together they cost a third."""
+
+Line = tuple[float, dict[str, Any]]
+"""When a request ended, in Unix time, and the fields of its log line."""
+
+
+class Book:
+    """The requests of one process that have ended. ``on_written`` is told of those that were written down."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._ended: deque[Record] = deque()
+        self._turn = threading.Lock()
+        self.on_written: Callable[[Sequence[Line]], None] = lambda lines: None
+        metrics.before_fold = self.write
+
+    def note(self, record: Record) -> None:
+        """Take a request at its end."""
+        record.note_end()
+        if record.trace is not None:
+            record.trace.end(record.fields())
+        self._ended.append(record)
+        if len(self._ended) == 1:
+            asyncio.get_running_loop().call_later(WRITE_AFTER_S, self.write)
+        elif len(self._ended) >= WRITE_AFTER:
+            self.write()
+
+    def write(self) -> None:
+        """Write down what has ended. Any thread may call it."""
+        with self._turn:
+            ended = []
+            while self._ended:
+                ended.append(self._ended.popleft())
+            if ended:
+                lines = [(record.ended_at, record.fields()) for record in ended]
+                logs.info_each(log, "request", lines)
+                self._metrics.count(ended)
+                self.on_written(lines)

@@ -1,0 +1,76 @@
+"""Who may go the express way (:mod:`cortex._fast.express`), and to which node: asked once, and again after each change.
+
+Those whose use is not counted against a limit, with a whole answer to a question that a node gets as it came, of a
+model that one node alone has ready while no circuit has seen a failure. Everybody else goes the common way, and so does
+who may not ask at all: errors are said in one place.
+"""
+
+from cortex import tracing
+from cortex._fast.express import Lane, Target, Way
+from cortex.access.keys import Principal
+from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, Dialect, read_answer
+from cortex.ending import Ending
+from cortex.endpoints import request_id_of
+from cortex.gateway import Gateway
+from cortex.inference import TO_EVERY_NODE, principal_headers
+from cortex.rsgi_io import Watches
+from cortex.wire.errors import UnauthorizedError
+
+DIALECTS = {dialect.path: dialect for dialect in (CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, COUNT_TOKENS)}
+
+
+class Express:
+    """The express way of one gateway process."""
+
+    def __init__(self, gateway: Gateway, ending: Ending, watches: Watches) -> None:
+        self._gateway = gateway
+        self._dispatcher = gateway.service.dispatcher
+        self.way = Way(
+            find_lane=self._find_lane,
+            gateway=gateway,
+            breakers=self._dispatcher.breakers,
+            ending=ending,
+            watches=watches,
+            new_request_id=request_id_of,
+            read_answer=read_answer,
+        )
+
+    def _find_lane(self, path: str, header: str, value: str | None) -> Lane | None:
+        dialect = DIALECTS.get(path)
+        if dialect is None or tracing.is_exporting():
+            return None
+        if value is not None and header == "authorization" and value[:7].lower() != "bearer ":
+            return None  # another header may say who it is
+        given = None if value is None else value.encode()
+        try:
+            principal = self._gateway.gate.identify(lambda name: given if name == header.encode() else None)
+        except UnauthorizedError:
+            return None
+        if not principal.limits.are_none or principal.takes_leftovers:
+            return None
+        return Lane(
+            self._gateway.settings,
+            self._gateway.gate.keys,
+            dialect.name,
+            principal.name,
+            lambda model: self._find_target(dialect, principal, model),
+            self._gateway.settings.gateway.max_body_bytes,
+        )
+
+    def _find_target(self, dialect: Dialect, principal: Principal, name: str) -> Target | None:
+        model = self._gateway.offered.resolve(name)
+        node = self._dispatcher.only_replica(model, dialect.name)
+        pool = None if node is None else self._gateway.service.pools.get(node)
+        if node is None or pool is None or not principal.may_use(model):
+            return None
+        head = pool.encode_head(b"POST", dialect.target, [*TO_EVERY_NODE, *principal_headers(principal)])
+        return Target(
+            self._gateway.fleet.state,
+            model,
+            node,
+            pool,
+            head + b"x-request-id: ",
+            model != name,
+            pool.timeouts.answer_s,
+            pool.timeouts.stall_s,
+        )
