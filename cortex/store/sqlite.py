@@ -109,10 +109,14 @@ class SqliteStore:
             if self.path != ":memory:":
                 pathlib.Path(self.path).parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
-            # Readers and a writer at a time; a crash of the host may lose the last responses and never the file.
-            _switch_to_wal(connection)
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.executescript(_SCHEMA)
+            try:
+                # Readers and a writer at a time; a crash of the host may lose the last responses and never the file.
+                _switch_to_wal(connection)
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.executescript(_SCHEMA)
+            except sqlite3.Error:
+                connection.close()  # each request tries anew
+                raise
             self._connection = connection
         return self._connection
 

@@ -118,6 +118,8 @@ async def test_a_file_that_is_something_else(tmp_path: pathlib.Path) -> None:
     made = SqliteStore(str(tmp_path / "r.db"), ttl_s=1, max_bytes=1024)
     with pytest.raises(StoreError, match="not a database"):
         await made.open()
+    held = [str(found.readlink()) for found in pathlib.Path("/proc/self/fd").iterdir() if found.is_symlink()]
+    assert not [path for path in held if path.startswith(str(tmp_path))]
     await made.close()
 
 
