@@ -106,8 +106,9 @@ class _Handler(logging.StreamHandler[TextIO]):
         try:
             assert isinstance(self.formatter, FieldsFormatter)
             text = self.formatter.lines(logger, message, lines)
-        except Exception:  # noqa: BLE001 - as above
-            self.handleError(_Line(logger, message, {}, time.time()))
+        except Exception:  # noqa: BLE001 - one by one, only the one that cannot be written is lost
+            for at, fields in lines:
+                self.emit(_Line(logger, message, fields, at))
             return
         self._lines.append(text.rstrip("\n"))
         self.flush()

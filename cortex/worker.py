@@ -4,18 +4,22 @@ It knows the files and the process, not HTTP. ``CORTEX_CONFIG`` names the config
 """
 
 import asyncio
-import contextlib
 import gc
 import os
-import pathlib
 import time
 from collections.abc import Mapping
 
 from cortex import config, logs, reload, systemd, tracing
+from cortex._fast.scheduling import set_slices
 from cortex.ending import Ending
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange
 from cortex.settings import split_address
+
+SLICE_NS = 100_000
+"""How long a thread may keep its core from others. The server's thread and the loop's wake each other for every request;
+with the usual slices, of 1.4 ms and more, the one that is woken runs at once for that one. With short ones it runs when
+the other waits, for all that has come, and what else the machine computes holds neither up."""
 
 GARBAGE_AFTER = 10_000
 """Objects made, less those given up, before cycles are looked for: a request in flight is hundreds that are none."""
@@ -55,7 +59,7 @@ class Worker:
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)
         collect_seldom()
-        take_turns()
+        set_slices(SLICE_NS)
         self._pulse = asyncio.create_task(systemd.stay_alive())
 
     async def handle(self, exchange: Exchange, *, may_be_last: bool = True) -> None:
@@ -86,18 +90,3 @@ def collect_seldom() -> None:
     """Have the garbage collector look at nothing that is there now, and seldom at what comes."""
     gc.freeze()  # modules and configuration stay
     gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
-
-
-def take_turns() -> None:
-    """Have the threads of this process not preempt each other when one wakes another, if the system knows how.
-
-    The server's thread wakes the loop's for every request, and the loop's the server's for every answer. On one core
-    each of them would run at once, for that one; so it runs when the other waits, for all that has come
-    (``SCHED_BATCH`` of sched(7)). Threads that begin later have it from those that are there. Whoever starts the
-    process with another policy keeps that.
-    """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        return
-    for thread in pathlib.Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it has ended, or a sandbox forbids it: things go on as they are
-            os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))

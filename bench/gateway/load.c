@@ -99,12 +99,24 @@ static void keep(struct samples *samples, uint64_t value)
 
 /* ----------------------------------------------------------------------------------------------------- asking */
 
+/* A turn of an agent's conversation, as large bodies are made of: code and its escapes, a call of a tool, its result. */
+static const char TURN[] =
+    "{\"role\":\"user\",\"content\":\"In src/words.py, `count` fails for an empty line:\\n\\n```python\\ndef count(line):\\n"
+    "    words = line.split(\\\" \\\")\\n    return {word: words.count(word) for word in words if word != \\\"\\\"}\\n"
+    "```\\nWhat does it return there, and what should it?\"},"
+    "{\"role\":\"assistant\",\"content\":null,\"tool_calls\":[{\"id\":\"call_7\",\"type\":\"function\",\"function\":{\"name\":"
+    "\"run\",\"arguments\":\"{\\\"command\\\":\\\"python -m pytest -q tests/test_words.py\\\",\\\"timeout_s\\\":60}\"}}]},"
+    "{\"role\":\"tool\",\"tool_call_id\":\"call_7\",\"content\":\"F..                                    [100%]\\n"
+    "tests/test_words.py:12: in test_empty\\n    assert count(\\\"\\\") == {}\\nE   AssertionError\\n1 failed, 2 passed\"},";
+
 static void make_request(void)
 {
     static const char text[] = "word ";
     char *body = malloc(options.body + 256);
-    size_t len = (size_t)sprintf(body, "{\"model\":\"m\",%s\"messages\":[{\"role\":\"user\",\"content\":\"",
-                                 options.frames ? "\"stream\":true," : "");
+    size_t len = (size_t)sprintf(body, "{\"model\":\"m\",%s\"messages\":[", options.frames ? "\"stream\":true," : "");
+    while (len + sizeof TURN + 256 < options.body)
+        len += (size_t)sprintf(body + len, "%s", TURN);
+    len += (size_t)sprintf(body + len, "{\"role\":\"user\",\"content\":\"");
     while (len + MARKER_BYTES + 4 < options.body)
         body[len] = text[len % 5], len++;
     static const char end[] = "\"}]}";

@@ -1,0 +1,65 @@
+"""How long threads run at a time: set for all of them, and left alone where somebody has said otherwise."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from cortex._fast.scheduling import set_slice, slice_of
+
+SHORT_NS = 100_000
+
+
+def is_told() -> bool:
+    """Return whether this kernel lets a thread say how long it runs (Linux 6.12)."""
+    return slice_of(0) > 0
+
+
+@pytest.mark.skipif(not is_told(), reason="the kernel tells no slice")
+def test_each_thread_of_a_process_has_it_and_those_to_come() -> None:
+    script = """
+import os, threading
+from cortex._fast.scheduling import set_slices, slice_of
+goes_on, found = threading.Event(), {}
+def note(name):
+    found[name] = slice_of(0)
+def wait():
+    goes_on.wait()
+    note("before")
+before = threading.Thread(target=wait)
+before.start()
+os.nice(3)
+set_slices(100_000)
+goes_on.set()
+after = threading.Thread(target=note, args=["after"])
+after.start(); before.join(); after.join()
+note("main")
+assert found == {"before": 100_000, "after": 100_000, "main": 100_000}, found
+assert os.nice(0) == 3
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_who_was_started_otherwise_stays_so() -> None:
+    seen = []
+
+    def start() -> None:
+        thread = threading.get_native_id()
+        os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+        before = slice_of(thread)
+        set_slice(thread, SHORT_NS)
+        seen.append((os.sched_getscheduler(thread), slice_of(thread) == before))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert seen == [(os.SCHED_BATCH, True)]
+
+
+def test_a_thread_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(ProcessLookupError):
+        set_slice(2**22 + 1, SHORT_NS)
+    with pytest.raises(ProcessLookupError):
+        slice_of(2**22 + 1)

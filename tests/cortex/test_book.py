@@ -1,0 +1,124 @@
+"""Requests that have ended are written down once each, whoever asks for it, and look as they did one by one."""
+
+import asyncio
+import io
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from cortex import book, logs
+from cortex._fast.record import Record
+from cortex.book import Book
+from cortex.dialects.passthrough import Usage
+from cortex.logs import JsonFormatter, LogFormat, TextFormatter
+from cortex.metrics import FleetSample, Metrics
+
+LINES = [
+    (0.0, {"id": "a", "n": 1, "x": 1.23456789, "b": True}),
+    (1789000000.9996, {"id": 'a b="c"', "empty": "", "é": "ü", "large": 2**60, "none": None}),
+    (1789000001.25, {}),
+]
+
+
+@pytest.fixture
+def logger() -> Iterator[logging.Logger]:
+    found = logging.getLogger("cortex.request")
+    yield found
+    logging.getLogger("cortex").handlers.clear()
+    logging.getLogger("cortex").propagate = True
+
+
+def ended(number: int) -> Record:
+    record = Record(f"r{number}", "openai-chat")
+    record.model, record.node, record.status, record.finish = "m", "a", 200, "stop"
+    record.usage = Usage(prompt_tokens=3, completion_tokens=2)
+    return record
+
+
+def make() -> tuple[Metrics, Book]:
+    metrics = Metrics(lambda: FleetSample((), (), frozenset({"m"})), dict)
+    return metrics, Book(metrics)
+
+
+@pytest.mark.parametrize("log_format", LogFormat)
+@pytest.mark.parametrize("constant", [{}, {"worker": "cuda:0"}])
+def test_lines_written_together_are_those_written_alone(
+    logger: logging.Logger, log_format: LogFormat, constant: dict[str, str]
+) -> None:
+    logs.configure(log_format, **constant)
+    (handler,) = logging.getLogger("cortex").handlers
+    assert isinstance(handler, logging.StreamHandler)
+    written = io.StringIO()
+    handler.setStream(written)
+    logs.info_each(logger, "request", LINES)
+    assert isinstance(handler.formatter, TextFormatter | JsonFormatter)
+    alone = [handler.formatter.format(logs._Line(logger.name, "request", fields, at)) for at, fields in LINES]
+    assert written.getvalue() == "\n".join(alone) + "\n"
+
+
+def test_whoever_else_listens_has_them_one_by_one(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cortex")
+    logs.info_each(logger, "request", LINES)
+    assert [(record.created, record.fields) for record in caplog.records] == LINES
+    caplog.clear()
+    logger.setLevel(logging.WARNING)
+    logs.info_each(logger, "request", LINES)
+    logger.setLevel(logging.NOTSET)
+    assert not caplog.records
+
+
+def test_what_cannot_be_written_fails_nothing_else(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(LogFormat.TEXT)
+    logs.info_each(logger, "request", [(1.0, {"id": "a"}), (float("nan"), {}), (2.0, {"id": "b"})])
+    written = capsys.readouterr().err
+    assert "Logging error" in written
+    assert "1970-01-01T00:00:01.000Z INFO cortex.request request id=a\n" in written
+    assert "1970-01-01T00:00:02.000Z INFO cortex.request request id=b\n" in written
+
+
+async def test_some_are_written_together_and_none_waits_for_long() -> None:
+    metrics, writer = make()
+    batches: list[int] = []
+    writer.on_written = lambda lines: batches.append(len(lines))
+    for number in range(book.WRITE_AFTER + 5):
+        writer.note(ended(number))
+    assert batches == [book.WRITE_AFTER]
+    begun = time.monotonic()
+    while len(batches) < 2:
+        assert time.monotonic() < begun + 5
+        await asyncio.sleep(book.WRITE_AFTER_S)
+    assert batches == [book.WRITE_AFTER, 5]
+    labels = {"model": "m", "node": "a", "dialect": "openai-chat"}
+    value = metrics.registry.get_sample_value
+    assert value("cortex_requests_total", {**labels, "status": "200"}) == book.WRITE_AFTER + 5
+    assert value("cortex_prompt_tokens_total", labels) == 3 * (book.WRITE_AFTER + 5)
+    assert value("cortex_completion_tokens_total", labels) == 2 * (book.WRITE_AFTER + 5)
+    assert value("cortex_request_duration_seconds_count", labels) == book.WRITE_AFTER + 5
+
+
+async def test_a_scrape_has_all_and_counts_none_twice() -> None:
+    """While another thread scrapes, as the server of the metrics does."""
+    metrics, writer = make()
+    seen: list[str] = []
+    writer.on_written = lambda lines: seen.extend(fields["id"] for _, fields in lines)
+    is_over = threading.Event()
+
+    def scrape() -> None:
+        while not is_over.is_set():
+            metrics.fold()
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    for number in range(20_000):
+        writer.note(ended(number))
+        if number % 100 == 0:
+            await asyncio.sleep(0)
+    is_over.set()
+    thread.join()
+    metrics.fold()
+    assert sorted(seen) == sorted(f"r{number}" for number in range(20_000))
+    labels = {"model": "m", "node": "a", "dialect": "openai-chat", "status": "200"}
+    assert metrics.registry.get_sample_value("cortex_requests_total", labels) == 20_000
