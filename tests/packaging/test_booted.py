@@ -11,7 +11,8 @@ import pathlib
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import daemons
@@ -98,7 +99,8 @@ def booted(root: pathlib.Path) -> Iterator[Machine]:
         daemons.until(lambda: _is_running(machine), 60, "systemd has booted")
         yield machine
     except BaseException:
-        print(machine.run("journalctl", "--no-pager", "--lines=80"))
+        with contextlib.suppress(AssertionError):
+            print(machine.run("journalctl", "--no-pager", "--lines=80"))
         raise
     finally:
         subprocess.run([*podman, "rm", "--force", "--time=5", name], check=True, capture_output=True)
@@ -111,7 +113,7 @@ def _is_running(machine: Machine) -> bool:
 
 
 @pytest.fixture
-def root(tmp_path: pathlib.Path, smollm2_gguf: pathlib.Path) -> pathlib.Path:
+def root(smollm2_gguf: pathlib.Path) -> Iterator[pathlib.Path]:
     """A system with both packages, as a host has it before its first boot, and weights in the neuron's cache."""
     for tool in ("podman", "runc", "chroot"):
         daemons.tool(tool)
@@ -121,22 +123,27 @@ def root(tmp_path: pathlib.Path, smollm2_gguf: pathlib.Path) -> pathlib.Path:
         pytest.skip("there are no packages or no system to put them into; make test-ops makes them")
     if os.geteuid() != 0:
         pytest.skip("only root can boot it")
-    root = tmp_path / "root"
-    subprocess.run(["cp", "--archive", "--reflink=auto", str(system), str(root)], check=True)
-    for package in filter(None, packages):
+    with tempfile.TemporaryDirectory() as name:  # gigabytes, which pytest would keep
+        root = pathlib.Path(name) / "root"
+        subprocess.run(["cp", "--archive", "--reflink=auto", str(system), str(root)], check=True)
+        _install(root, [package for package in packages if package is not None])
+        cache = root / "var/cache/neuron/weights" / smollm2_gguf.parent.relative_to(smollm2_gguf.parents[2])
+        shutil.copytree(smollm2_gguf.parent, cache)
+        yield root
+
+
+def _install(root: pathlib.Path, packages: Sequence[pathlib.Path]) -> None:
+    for package in packages:
         shutil.copy(package, root / "tmp")
         # Warns of users that are not there yet: on Debian sysusers.d makes them when it boots.
         installed = ["chroot", str(root), "rpm", "--install", "--nodeps", f"/tmp/{package.name}"]
         subprocess.run(installed, check=True, capture_output=True)
-    cache = root / "var" / "cache" / "neuron" / "weights" / smollm2_gguf.parent.relative_to(smollm2_gguf.parents[2])
-    shutil.copytree(smollm2_gguf.parent, cache)
     files, locked = (resource.getrlimit(kind)[1] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK))
     for name in PACKAGES:
-        denied = root / "etc" / "systemd" / "system" / f"{name}.service.d" / "denied.conf"
+        denied = root / "etc/systemd/system" / f"{name}.service.d" / "denied.conf"
         denied.parent.mkdir(parents=True)
         # A hang is to be seen sooner than after a minute.
         denied.write_text(f"[Service]\nLimitNOFILE={files}\nLimitMEMLOCK={locked}\nWatchdogSec=8s\n")
-    return root
 
 
 @pytest.mark.ops
