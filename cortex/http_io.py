@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from cortex._fast.outlet import Outlet
 from cortex.wire.errors import ApiError, BodyTooLargeError
 
 Scope = MutableMapping[str, Any]
@@ -108,18 +109,10 @@ class Exchange(abc.ABC):
         """
 
     writes_at_once = False
-    """Whether a stream can be started and written to without waiting, by the two methods that follow."""
+    """Whether a stream can be started and written to without waiting, by :meth:`start_now`."""
 
-    def start_now(self, headers: Sequence[Header] = ()) -> None:
-        """Send status 200 and the headers of an event stream."""
-        raise NotImplementedError
-
-    def write_now(self, data: bytes) -> Coroutine[Any, Any, None] | None:
-        """Send some bytes of a started stream; return what is to be awaited before there is more, if anything.
-
-        Raises:
-            ClientDisconnectedError: the client has gone, where that is seen here.
-        """
+    def start_now(self, headers: Sequence[Header] = ()) -> Outlet:
+        """Send status 200 and the headers of an event stream; return what it is written to."""
         raise NotImplementedError
 
     @abc.abstractmethod
@@ -370,6 +363,8 @@ class EventStream:
         self.started = False
         self.writes_at_once = exchange.writes_at_once
         """Whether :meth:`write_now` may be used."""
+        self.outlet: Outlet | None = None
+        """What :meth:`write_now` has written to, once it has."""
         self._exchange = exchange
         self._heartbeat = heartbeat
         self._headers = headers
@@ -400,14 +395,12 @@ class EventStream:
     def write_now(self, data: bytes) -> Coroutine[Any, Any, None] | None:
         """Send whole frames, after the headers if these are the first; return what to wait for before there is more.
 
-        Raises:
-            ClientDisconnectedError: the client has gone, where that is seen here.
+        That the client has gone, what is returned raises, and :meth:`Exchange.on_leave` tells.
         """
-        if not self.started:
+        if self.outlet is None:
             self.started = True
-            self._exchange.start_now(self._headers)
-        self._written_at = self._loop.time()
-        return self._exchange.write_now(data)
+            self.outlet = self._exchange.start_now(self._headers)
+        return self.outlet.write(data)
 
     async def finish(self) -> None:
         """End the stream. Nothing may follow."""
@@ -427,7 +420,8 @@ class EventStream:
 
     def _look(self) -> None:
         """Fill a silence, and look again when there could be the next."""
-        silent_s = self._loop.time() - self._written_at
+        written_at = self._written_at if self.outlet is None else self.outlet.written_at
+        silent_s = self._loop.time() - written_at
         due_s = HEARTBEAT_INTERVAL_S - silent_s
         if not self.started or due_s <= 0:
             due_s = HEARTBEAT_INTERVAL_S

@@ -218,12 +218,9 @@ class Inference:
                         await out.write(some)
                 return
 
-            def pass_on(data: bytes) -> Awaitable[None] | None:
-                frames = relay.take(data)
-                return out.write_now(frames) if frames else None
-
+            relay.out = out
             with Passing(answer, relay):
-                await answer.response.forward(pass_on)
+                await answer.response.forward(relay)
 
         record.status = 200
         try:

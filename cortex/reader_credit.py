@@ -20,6 +20,7 @@ import struct
 import termios
 from collections.abc import Iterator
 
+from cortex._fast.outlet import Outlet
 from cortex.http_io import ClientDisconnectedError
 
 FREE_BYTES = 64 * 1024
@@ -35,14 +36,6 @@ FIRST_LOOK_S = 0.002
 LAST_LOOK_S = 0.25
 """How soon a reader that has fallen behind is looked at again: at first, and when it has stalled for long."""
 
-CHUNK_BYTES = 12
-"""The most that a chunk's own framing takes."""
-
-TLS_RECORD_BYTES = 30
-"""The most that a record takes beside its content, which is at most ``TLS_CONTENT_BYTES``."""
-
-TLS_CONTENT_BYTES = 16 * 1024
-
 _TCP_INFO_BYTES = 192
 _ACKED_OFFSET = 120
 """Of ``tcpi_bytes_acked`` in Linux's ``struct tcp_info``."""
@@ -51,28 +44,17 @@ _ACKED_OFFSET = 120
 class Credit:
     """What one stream may be sent. ``client`` and ``server`` are the connection's addresses, as ``host:port``."""
 
-    __slots__ = ("_acked_before", "_client", "_fd", "_is_tls", "_limit_bytes", "_sent_bytes", "_server_port")
+    __slots__ = ("_acked_before", "_client", "_fd", "_server_port")
 
-    def __init__(self, client: str, server: str, *, is_tls: bool) -> None:
+    def __init__(self, client: str, server: str) -> None:
         self._client = client
         self._server_port = int(server.rpartition(":")[2])
-        self._is_tls = is_tls
-        self._sent_bytes = 0
-        self._limit_bytes = FREE_BYTES
         self._acked_before: int | None = None
         """What had been acknowledged when nothing of this stream had been, or more than that."""
         self._fd = -1
 
-    def spend(self, size_bytes: int) -> bool:
-        """Count a piece that was sent; return whether to wait for :meth:`more` before the next one."""
-        sent_bytes = size_bytes + CHUNK_BYTES
-        if self._is_tls:
-            sent_bytes += TLS_RECORD_BYTES * (1 + size_bytes // TLS_CONTENT_BYTES)
-        self._sent_bytes += sent_bytes
-        return self._sent_bytes > self._limit_bytes
-
-    async def more(self) -> None:
-        """Return when the reader has read enough to be sent more.
+    async def more(self, outlet: Outlet) -> None:
+        """Return when the reader has read enough to be sent more, and say how much.
 
         Raises:
             ClientDisconnectedError: its connection is gone.
@@ -84,10 +66,10 @@ class Credit:
             if self._acked_before is None:
                 self._acked_before = acked
             elif was_empty and not num_queued:
-                self._acked_before = acked - self._sent_bytes
-            outstanding = self._sent_bytes - (acked - self._acked_before)
+                self._acked_before = acked - outlet.sent_bytes
+            outstanding = outlet.sent_bytes - (acked - self._acked_before)
             if outstanding <= RESUME_BYTES:
-                self._limit_bytes = self._sent_bytes + WINDOW_BYTES - outstanding
+                outlet.limit_bytes = outlet.sent_bytes + WINDOW_BYTES - outstanding
                 return
             was_empty = not num_queued
             await asyncio.sleep(pause_s)

@@ -1,56 +1,37 @@
 """One stream passing through a gateway: what may go on of it, what is to be remembered of it, and how it ends."""
 
-from collections import deque
 from types import TracebackType
 
+from cortex._fast.passing import FrameRelay
 from cortex._fast.record import Record
 from cortex._fast.sse import FrameTooLarge
-from cortex._fast.tap import StreamTap
 from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, read_usage
 from cortex.fleet.dispatch import Answer
 from cortex.wire.errors import UpstreamError
 
 
-class Relay:
+class Relay(FrameRelay):
     """Lets whole frames through, and remembers the first and the last of them."""
 
     def __init__(self, record: Record) -> None:
-        self.first = b""
-        self.tail: deque[bytes] = deque(maxlen=TAIL_CHUNKS)
-        self._record = record
-        self._tap = StreamTap()
-
-    def take(self, data: bytes) -> bytes:
-        """Return the whole frames that ``data`` completes.
-
-        Raises:
-            FrameTooLarge: one is longer than is read.
-        """
-        frames = self._tap.feed(data)
-        if frames:
-            if not self.first:
-                self.first = frames
-            self.tail.append(frames)
-            if self._tap.first_token and not self._record.has_first_token:
-                self._record.note_first_token()
-        return frames
+        super().__init__(record, TAIL_CHUNKS)
 
     @property
     def is_complete(self) -> bool:
         """Whether the stream has ended as its dialect demands, well or with an error of its own."""
-        return self._tap.terminated or self._tap.failed
+        return self.tap.terminated or self.tap.failed
 
     def note_end(self, dialect: Dialect) -> None:
         """Write down what the stream said of itself; an error that ended it has been written already."""
-        record = self._record
-        record.num_token_frames = self._tap.num_token_frames
-        if self._tap.usage is not None:
-            record.usage = read_usage(self._tap.usage)
+        record = self.record
+        record.num_token_frames = self.tap.num_token_frames
+        if self.tap.usage is not None:
+            record.usage = read_usage(self.tap.usage)
         if record.finish or not self.is_complete:
             return
         finishes = dialect.finish.findall(b"".join(self.tail))
         record.finish = finishes[-1].decode().rpartition(".")[2] if finishes else ""
-        if self._tap.failed:
+        if self.tap.failed:
             record.status, record.finish = UpstreamError.status, "failed"
 
 

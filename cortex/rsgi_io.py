@@ -7,15 +7,16 @@ which costs more than most answers do; it is asked once an answer has taken a mo
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from typing import Any
 
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from cortex._fast.express import Trip
+from cortex._fast.outlet import Outlet
 from cortex.endpoints import request_id_of
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header, read_at_most
-from cortex.reader_credit import Credit
+from cortex.reader_credit import FREE_BYTES, Credit
 
 WATCH_AFTER_S = 0.02
 """How long an answer takes before anybody asks whether its client is still there."""
@@ -39,8 +40,7 @@ class RsgiExchange(Exchange):
         self._headers = headers
         self._protocol = protocol
         self._watches = watches
-        self._transport: Any = None
-        self._credit: Credit | None = None
+        self._outlet: Outlet | None = None
         self._body = None if trip is None else trip.body
         self.trip = trip
 
@@ -85,30 +85,26 @@ class RsgiExchange(Exchange):
 
     async def write(self, data: bytes) -> None:
         """Send some bytes of a started stream."""
-        pause = self.write_now(data)
+        assert self._outlet is not None
+        pause = self._outlet.write(data)
         if pause is not None:
             await pause
 
     writes_at_once = True
 
-    def start_now(self, headers: Sequence[Header] = ()) -> None:
-        """Send status 200 and the headers of an event stream."""
+    def start_now(self, headers: Sequence[Header] = ()) -> Outlet:
+        """Send status 200 and the headers of an event stream; return what it is written to."""
         self.status = 200
-        self._transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
-        self._credit = Credit(self._scope.client, self._scope.server, is_tls=self._scope.scheme == "https")
-
-    def write_now(self, data: bytes) -> Coroutine[Any, Any, None] | None:
-        """Send some bytes of a started stream; return what is to be awaited before there is more, if anything.
-
-        Granian queues at once. That a client has gone it says to whoever waits, and :meth:`on_leave` to the others.
-        """
-        assert self._credit is not None
-        self._transport.send_bytes(data)
-        return self._credit.more() if self._credit.spend(len(data)) else None
+        transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
+        credit = Credit(self._client, self._scope.server)
+        is_tls = self._scope.scheme == "https"
+        self._outlet = Outlet(transport.send_bytes, credit.more, FREE_BYTES, is_tls=is_tls)
+        return self._outlet
 
     async def finish(self) -> None:
         """End a started stream."""
-        self._transport = None  # the end of the body is that nobody can write any more
+        assert self._outlet is not None
+        self._outlet.close()
 
     def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
         """Call ``tell`` when the client has gone; return what ends that."""

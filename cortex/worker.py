@@ -17,9 +17,9 @@ from cortex.http_io import Exchange
 from cortex.settings import split_address
 
 SLICE_NS = 100_000
-"""How long a thread may keep its core from others. The server's thread and the loop's wake each other for every
-request; with the usual slices, of 1.4 ms and more, the one that is woken runs at once for that one. With short ones it
-runs when the other waits, for all that has come, and what else the machine computes holds neither up."""
+"""How long a thread may keep its core from others. The server's thread and the loop's wake each other for each request;
+with the usual slices, of 1.4 ms and more, the one that is woken runs at once for that one. With short ones it runs when
+the other waits, for all that has come, and what else the machine computes holds neither up."""
 
 GARBAGE_AFTER = 10_000
 """Objects made, less those given up, before cycles are looked for: a request in flight is hundreds that are none."""

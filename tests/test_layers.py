@@ -27,6 +27,7 @@ FLOORS = {
     "cortex._fast.log_fields": -2,
     "cortex._fast.record": -2,
     "cortex._fast.scheduling": -2,
+    "cortex._fast.outlet": -2,
     "cortex._fast.express": 3,
     "cortex.dialects": 1,
     "cortex.book": 2,

@@ -1,6 +1,10 @@
 cimport cython
 
 
+cdef class Sink:
+    cdef object push(self, bytes data)
+
+
 cdef class Listener:
     cdef int told(self, Response response) except -1
 

@@ -74,6 +74,17 @@ cdef bint has_break(bytes text) noexcept:
     return memchr(<const char*>text, c"\n", len(text)) != NULL or memchr(<const char*>text, c"\r", len(text)) != NULL
 
 
+cdef inline object push(object sink, bytes data):
+    return (<Sink>sink).push(data) if isinstance(sink, Sink) else sink(data)
+
+
+cdef class Sink:
+    """What takes an answer's bytes in compiled code, in place of a function; see :meth:`Response.forward`."""
+
+    cdef object push(self, bytes data):
+        return None
+
+
 cdef class Listener:
     """What is told of an answer in place of whoever would wait for it."""
 
@@ -163,15 +174,15 @@ cdef class Response:
     async def forward(self, sink):
         """Hand the rest of the body to ``sink``, each piece as it arrives and in the loop's same turn.
 
-        ``sink`` takes bytes and returns ``None``, or what is to be awaited before it is given more. Meanwhile the
-        socket is read no further than a read and ``BUFFER_BYTES``.
+        ``sink``, a function or a :class:`Sink`, takes bytes and returns ``None``, or a coroutine to be awaited before it
+        is given more. Meanwhile the socket is read no further than a read and ``BUFFER_BYTES``.
 
         Raises:
             UpstreamError: as :meth:`read`. What ``sink`` raises ends the answer and is raised here too.
         """
         while True:
             while self.chunks:
-                pause = sink(self.take())
+                pause = push(sink, self.take())
                 if pause is not None:
                     await pause
             if self.connection is None:
@@ -179,8 +190,13 @@ cdef class Response:
                     raise self.error
                 return
             self.sink = sink
+            waiter = self.something()
             try:
-                pause = await self.something()
+                pause = await waiter
+            except asyncio.CancelledError:
+                if not waiter.cancelled() and waiter.exception() is None and waiter.result() is not None:
+                    waiter.result().close()  # it lost the race against the cancellation
+                raise
             finally:
                 self.sink = None
             if pause is not None:
@@ -220,7 +236,7 @@ cdef class Response:
             return 0
         if self.sink is not None and self.chunks:
             try:
-                pause = self.sink(self.take())
+                pause = push(self.sink, self.take())
             except Exception as error:
                 self.waiter.set_exception(error)
                 self.close()

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from cortex._fast.outlet import Outlet
 from cortex.http_io import ClientDisconnectedError
 from cortex.reader_credit import FREE_BYTES, WINDOW_BYTES, Credit
 
@@ -23,14 +24,21 @@ class Line:
         self.sent_bytes = 0
         host, port = writing.getpeername()[:2]
         at = f"[{host}]" if ":" in host else host
-        self.credit = Credit(f"{at}:{port}", f"{at}:{writing.getsockname()[1]}", is_tls=False)
+        self.credit = Credit(f"{at}:{port}", f"{at}:{writing.getsockname()[1]}")
+        self.outlet = Outlet(self.queue_up, self.credit.more, FREE_BYTES, is_tls=False)
 
     def push(self) -> bool:
         """Send one piece; return whether to wait."""
-        self.sent_bytes += len(PIECE)
-        self.queue += PIECE
+        pause = self.outlet.write(PIECE)
+        if pause is not None:
+            pause.close()
+        return pause is not None
+
+    def queue_up(self, data: bytes) -> None:
+        """Take a piece, as Granian does."""
+        self.sent_bytes += len(data)
+        self.queue += data
         self.pump()
-        return self.credit.spend(len(PIECE))
 
     def pump(self) -> None:
         """Write what the kernel takes."""
@@ -55,7 +63,7 @@ class Line:
             if self.push():
                 try:
                     async with asyncio.timeout(0.2):
-                        await self.credit.more()
+                        await self.credit.more(self.outlet)
                 except TimeoutError:
                     return True
         return False
@@ -80,7 +88,7 @@ async def test_a_reader_that_stalls_stops_the_writer_and_starts_it_again(host: s
         assert await one.push_until_stopped(1 << 24)
         assert FREE_BYTES < one.sent_bytes < 2 * WINDOW_BYTES
         for _ in range(3):
-            waiting = asyncio.ensure_future(one.credit.more())
+            waiting = asyncio.ensure_future(one.credit.more(one.outlet))
             async with asyncio.timeout(10):
                 while not waiting.done():
                     one.read()
@@ -97,12 +105,12 @@ async def test_a_reader_that_reads_is_never_waited_for_long() -> None:
             waits = one.push()
             one.read()
             if waits:
-                await one.credit.more()
+                await one.credit.more(one.outlet)
 
 
 async def test_short_streams_are_not_looked_at() -> None:
-    credit = Credit("203.0.113.1:1", "203.0.113.2:2", is_tls=True)
-    assert not any(credit.spend(200) for _ in range(200))
+    outlet = Outlet(lambda data: None, Credit("203.0.113.1:1", "203.0.113.2:2").more, FREE_BYTES, is_tls=True)
+    assert not any(outlet.write(bytes(200)) for _ in range(200))
 
 
 async def test_a_connection_that_is_gone_is_a_client_that_left() -> None:
@@ -110,4 +118,4 @@ async def test_a_connection_that_is_gone_is_a_client_that_left() -> None:
         assert await one.push_until_stopped(1 << 24)
         one.writing.close()
         with pytest.raises(ClientDisconnectedError):
-            await one.credit.more()
+            await one.credit.more(one.outlet)

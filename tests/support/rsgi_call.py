@@ -15,6 +15,7 @@ from unittest import mock
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from cortex import rsgi_io
+from cortex._fast.outlet import Outlet
 
 WINDOW_BYTES = 1024
 
@@ -128,16 +129,13 @@ class Credit:
 
     protocols: ClassVar[dict[str, Protocol]] = {}
 
-    def __init__(self, client: str, server: str, *, is_tls: bool) -> None:
+    def __init__(self, client: str, server: str) -> None:
         self._protocol = self.protocols[client]
 
-    def spend(self, size_bytes: int) -> bool:
-        """Return whether to wait."""
-        return self._protocol.queued_bytes > WINDOW_BYTES
-
-    async def more(self) -> None:
+    async def more(self, outlet: Outlet) -> None:
         """Return when the reader has read it."""
         await self._protocol.emptied.wait()
+        outlet.limit_bytes = outlet.sent_bytes + WINDOW_BYTES
 
 
 class Server:
@@ -167,5 +165,5 @@ class Server:
 @contextlib.contextmanager
 def no_sockets() -> Iterator[None]:
     """Have streams ask the queue what their readers have read."""
-    with mock.patch.object(rsgi_io, "Credit", Credit):
+    with mock.patch.object(rsgi_io, "Credit", Credit), mock.patch.object(rsgi_io, "FREE_BYTES", WINDOW_BYTES):
         yield

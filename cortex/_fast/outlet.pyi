@@ -1,0 +1,20 @@
+from collections.abc import Callable, Coroutine
+from typing import Any, final
+
+@final
+class Outlet:
+    limit_bytes: int
+    @property
+    def written_at(self) -> float: ...
+    @property
+    def sent_bytes(self) -> int: ...
+    def __init__(
+        self,
+        send: Callable[[bytes], Any],
+        wait: Callable[[Outlet], Coroutine[Any, Any, None]],
+        limit_bytes: int,
+        *,
+        is_tls: bool,
+    ) -> None: ...
+    def write(self, data: bytes) -> Coroutine[Any, Any, None] | None: ...
+    def close(self) -> None: ...
