@@ -238,8 +238,13 @@ cdef class Response:
             try:
                 pause = push(self.sink, self.take())
             except Exception as error:
-                self.waiter.set_exception(error)
+                if not self.waiter.done():
+                    self.waiter.set_exception(error)
                 self.close()
+                return 0
+            if self.waiter.done():  # its reader was cancelled meanwhile
+                if pause is not None:
+                    pause.close()
                 return 0
             if pause is None and self.connection is not None:
                 return 0

@@ -112,7 +112,7 @@ async def server(
                 child.kill()
             process.kill()
             process.wait()
-            raise AssertionError(f"did not end on SIGTERM:\n{log.read_text()}") from None
+            raise AssertionError(f"did not end on SIGTERM:\n{log.read_text()}")
         assert status == 0, log.read_text()
 
 
