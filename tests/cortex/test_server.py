@@ -107,12 +107,12 @@ async def server(
             process.send_signal(signal.SIGTERM)
         try:
             status = await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as error:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
             process.wait()
-            raise AssertionError(f"did not end on SIGTERM:\n{log.read_text()}")
+            raise AssertionError(f"did not end on SIGTERM:\n{log.read_text()}") from error
         assert status == 0, log.read_text()
 
 
