@@ -7,13 +7,13 @@ who may not ask at all: errors are said in one place.
 
 from cortex import tracing
 from cortex._fast.express import Lane, Target, Way
+from cortex._fast.watches import Watches
 from cortex.access.keys import Principal
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, Dialect, read_answer
 from cortex.ending import Ending
 from cortex.endpoints import request_id_of
 from cortex.gateway import Gateway
 from cortex.inference import TO_EVERY_NODE, principal_headers
-from cortex.rsgi_io import Watches
 from cortex.wire.errors import UnauthorizedError
 
 DIALECTS = {dialect.path: dialect for dialect in (CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, COUNT_TOKENS)}

@@ -10,8 +10,9 @@ import logging
 import sys
 from typing import Any
 
+from cortex._fast.watches import Watches
 from cortex.express import Express
-from cortex.rsgi_io import RsgiExchange, RsgiSocket, Watches
+from cortex.rsgi_io import RsgiExchange, RsgiSocket
 from cortex.settings import ConfigError
 from cortex.worker import Worker
 

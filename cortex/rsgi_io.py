@@ -1,8 +1,8 @@
 """One HTTP exchange, or one WebSocket, over RSGI, Granian's own interface.
 
 Granian queues without limit whatever a stream is sent, so that a reader's pace has to be learnt elsewhere: a stream
-goes on while :class:`~cortex.reader_credit.Credit` lets it. It does not tell of a client's leaving unless it is asked,
-which costs more than most answers do; it is asked once an answer has taken a moment.
+goes on while :class:`~cortex.reader_credit.Credit` lets it. It does not tell of a client's leaving unless it is asked
+(:mod:`cortex._fast.watches`).
 """
 
 import asyncio
@@ -14,12 +14,10 @@ from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from cortex._fast.express import Trip
 from cortex._fast.outlet import Outlet
+from cortex._fast.watches import Watches
 from cortex.endpoints import request_id_of
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header, read_at_most
 from cortex.reader_credit import FREE_BYTES, Credit
-
-WATCH_AFTER_S = 0.02
-"""How long an answer takes before anybody asks whether its client is still there."""
 
 TextHeader = tuple[str, str]
 
@@ -27,7 +25,7 @@ TextHeader = tuple[str, str]
 class RsgiExchange(Exchange):
     """A request that came over RSGI."""
 
-    def __init__(self, scope: Any, protocol: Any, watches: "Watches", trip: Trip | None = None) -> None:
+    def __init__(self, scope: Any, protocol: Any, watches: Watches, trip: Trip | None = None) -> None:
         headers = scope.headers
         if trip is None:
             given = headers.get("x-request-id")
@@ -108,7 +106,7 @@ class RsgiExchange(Exchange):
 
     def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
         """Call ``tell`` when the client has gone; return what ends that."""
-        return self._watches.begin(self._protocol, tell)
+        return self._watches.begin(self._protocol, tell).end
 
     def _finish_texts(self, texts: list[TextHeader], headers: Sequence[Header]) -> list[TextHeader]:
         """Add ``headers`` to ``texts``, and what every answer has."""
@@ -127,66 +125,6 @@ def _text(value: bytes) -> str:
 
 
 STREAM_TEXTS = tuple((name.decode(), _text(value)) for name, value in STREAM_HEADERS)
-
-
-class _Watch:
-    """Who wants to hear of a client's leaving."""
-
-    __slots__ = ("_future", "_protocol", "_tell")
-
-    def __init__(self, protocol: Any, tell: Callable[[], None]) -> None:
-        self._protocol = protocol
-        self._tell: Callable[[], None] | None = tell
-        self._future: Any = None
-
-    def end(self) -> None:
-        """Hear of it no more."""
-        self._tell = None
-        if self._future is not None:
-            self._future.cancel()
-
-    def ask(self) -> None:
-        """Have the server tell."""
-        if self._tell is None:
-            return
-        future = self._protocol.client_disconnect()
-        if asyncio.isfuture(future):
-            self._future = future
-            future.add_done_callback(self._hear)
-        else:  # it has gone already
-            self._hear(future)
-
-    def _hear(self, future: Any) -> None:
-        tell, self._tell = self._tell, None
-        if tell is not None:
-            tell()
-
-
-class Watches:
-    """Those of a loop whose answers are still young; one timer for all of them."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._young: list[_Watch] = []
-        self._older: list[_Watch] = []
-        self._is_timed = False
-
-    def begin(self, protocol: Any, tell: Callable[[], None]) -> Callable[[], None]:
-        """Watch from soon on; return what ends it."""
-        watch = _Watch(protocol, tell)
-        self._young.append(watch)
-        if not self._is_timed:
-            self._is_timed = True
-            self.loop.call_later(WATCH_AFTER_S / 2, self._look)
-        return watch.end
-
-    def _look(self) -> None:
-        for watch in self._older:
-            watch.ask()
-        self._older, self._young = self._young, []
-        self._is_timed = bool(self._older)
-        if self._is_timed:
-            self.loop.call_later(WATCH_AFTER_S / 2, self._look)
 
 
 class RsgiSocket:

@@ -28,6 +28,8 @@ FLOORS = {
     "cortex._fast.record": -2,
     "cortex._fast.scheduling": -2,
     "cortex._fast.outlet": -2,
+    "cortex._fast.in_flight": -2,
+    "cortex._fast.watches": -2,
     "cortex._fast.express": 3,
     "cortex.dialects": 1,
     "cortex.book": 2,

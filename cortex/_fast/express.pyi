@@ -2,15 +2,16 @@ from collections.abc import Callable
 from typing import Any, final
 
 from cortex._fast.http_client import Listener, Response
+from cortex._fast.in_flight import Seat
 from cortex._fast.record import Record
+from cortex._fast.watches import Watches
 from cortex.access.keys import KeyRing
 from cortex.config import Config
 from cortex.dialects.passthrough import Usage
 from cortex.ending import Ending
 from cortex.fleet.breaker import Breakers
-from cortex.fleet.state import FleetState, Seat
+from cortex.fleet.state import FleetState
 from cortex.gateway import Gateway
-from cortex.rsgi_io import Watches
 from cortex.upstream import Pool
 
 @final

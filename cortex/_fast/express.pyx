@@ -11,7 +11,9 @@ import asyncio
 import time
 
 from cortex._fast.http_client cimport Connection, Listener, Response
+from cortex._fast.in_flight cimport InFlight, Seat
 from cortex._fast.record cimport Record
+from cortex._fast.watches cimport Watch, Watches
 
 from granian.rsgi import ProtocolClosed
 
@@ -90,7 +92,8 @@ cdef class Way:
     cdef object breakers
     cdef object book
     cdef object ending
-    cdef object watches
+    cdef Watches watches
+    cdef InFlight in_flight
     cdef object loop
     cdef object new_request_id
     cdef object read_answer
@@ -102,6 +105,7 @@ cdef class Way:
         self.gateway = gateway
         self.gate = gateway.gate
         self.fleet = gateway.fleet
+        self.in_flight = gateway.fleet.in_flight
         self.breakers = breakers
         self.book = gateway.book
         self.ending = ending
@@ -158,7 +162,7 @@ cdef class Trip(Listener):
 
     cdef readonly Record record
     cdef readonly bytes body
-    cdef object seat
+    cdef Seat seat
     cdef Response response
     cdef Way way
     cdef Lane lane
@@ -171,6 +175,7 @@ cdef class Trip(Listener):
     async def answer(self):
         """Answer the request and return true, or return false: it has to go on the common way."""
         cdef Way way = self.way
+        cdef Watch watch
         way.ending.num_running += 1
         try:
             try:
@@ -181,7 +186,7 @@ cdef class Trip(Listener):
             if not self.ask():
                 return False
             self.over = way.loop.create_future()
-            end_watch = way.watches.begin(self.protocol, self.leave)
+            watch = way.watches.begin(self.protocol, self.leave)
             try:
                 await self.over
             except asyncio.CancelledError:
@@ -190,7 +195,7 @@ cdef class Trip(Listener):
                     way.book.note(self.record)
                 raise
             finally:
-                end_watch()
+                watch.end()
             return self.is_answered or self.has_left
         finally:
             way.ending.num_running -= 1
@@ -228,7 +233,7 @@ cdef class Trip(Listener):
         record.model = target.model
         record.node = target.node
         self.target = target
-        self.seat = way.fleet.in_flight.take(target.node, target.model)
+        self.seat = way.in_flight.take(target.node, target.model)
         self.response = connection.send(
             target.head, record.request_id.encode() + b"\r\n", body, target.first_byte_s, target.stall_s
         )

@@ -16,6 +16,7 @@ from typing import assert_never
 import msgspec
 
 from cortex._fast.http_client import Response
+from cortex._fast.in_flight import Seat
 from cortex._fast.peek import peek, splice
 from cortex.config import Config, ModelProfile, NodeType
 from cortex.dialects.passthrough import CHAT
@@ -29,7 +30,7 @@ from cortex.fleet.leftovers import Leftovers
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
 from cortex.fleet.router import RETRY_RECOVERY_S, Busy, Decision, Load, Serve, Unknown, offered_profile, route
-from cortex.fleet.state import Fleet, FleetState, Seat
+from cortex.fleet.state import Fleet, FleetState
 from cortex.upstream import Header, Pool
 from cortex.wire.errors import ApiError, ModelNotFoundError, RemoteError, UpstreamError
 

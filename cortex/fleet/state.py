@@ -6,12 +6,13 @@ them.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import msgspec
 
+from cortex._fast.in_flight import InFlight
 from cortex.wire.node import Discovery, Health, ModelState, ModelStatus, NodeState
 
 
@@ -86,52 +87,6 @@ class FleetState:
     def complete(self) -> bool:
         """Whether every node has been polled at least once."""
         return all(node.polled for node in self.nodes.values())
-
-
-class InFlight:
-    """Requests of this process that have a node and no end yet."""
-
-    def __init__(self) -> None:
-        self.on_release: Callable[[], None] = lambda: None
-        self.by_node: dict[str, int] = {}
-        self.by_model: dict[str, int] = {}
-
-    def take(self, node: str, model: str) -> "Seat":
-        """Count a request at the moment its node is selected."""
-        self.by_node[node] = self.by_node.get(node, 0) + 1
-        self.by_model[model] = self.by_model.get(model, 0) + 1
-        return Seat(self, node, model)
-
-    def give_back(self, node: str, model: str) -> None:
-        """Count it no more."""
-        _take_one(self.by_node, node)
-        _take_one(self.by_model, model)
-        self.on_release()
-
-
-def _take_one(counts: dict[str, int], key: str) -> None:
-    count = counts[key] - 1
-    if count:
-        counts[key] = count
-    else:
-        del counts[key]
-
-
-class Seat:
-    """One counted request. Releasing it again does nothing."""
-
-    __slots__ = ("_counts", "model", "node")
-
-    def __init__(self, counts: InFlight, node: str, model: str) -> None:
-        self._counts: InFlight | None = counts
-        self.node = node
-        self.model = model
-
-    def release(self) -> None:
-        """Count the request no more."""
-        counts, self._counts = self._counts, None
-        if counts is not None:
-            counts.give_back(self.node, self.model)
 
 
 class Fleet:

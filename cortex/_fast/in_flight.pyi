@@ -1,0 +1,19 @@
+from collections.abc import Callable
+from typing import final
+
+@final
+class InFlight:
+    on_release: Callable[[], None]
+    @property
+    def by_node(self) -> dict[str, int]: ...
+    @property
+    def by_model(self) -> dict[str, int]: ...
+    def take(self, node: str, model: str) -> Seat: ...
+
+@final
+class Seat:
+    @property
+    def node(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    def release(self) -> None: ...

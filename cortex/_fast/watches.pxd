@@ -1,0 +1,20 @@
+cimport cython
+
+
+@cython.final
+cdef class Watch:
+    cdef object future
+    cdef object protocol
+    cdef object tell
+
+    cdef int ask(self) except -1
+
+
+@cython.final
+cdef class Watches:
+    cdef readonly object loop
+    cdef list young
+    cdef list older
+    cdef bint is_timed
+
+    cpdef Watch begin(self, protocol, tell)
