@@ -14,6 +14,7 @@ from cortex._fast.scheduling import set_slices
 from cortex.ending import Ending
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange
+from cortex.memory import give_back_now_and_then
 from cortex.settings import split_address
 
 SLICE_NS = 100_000
@@ -36,7 +37,7 @@ class Worker:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
         self._reloader: reload.Reloader | None = None
-        self._pulse: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Begin to serve.
@@ -60,7 +61,7 @@ class Worker:
         systemd.notify(systemd.READY)
         collect_seldom()
         set_slices(SLICE_NS)
-        self._pulse = asyncio.create_task(systemd.stay_alive())
+        self._tasks = [asyncio.create_task(systemd.stay_alive()), asyncio.create_task(give_back_now_and_then())]
 
     async def handle(self, exchange: Exchange, *, may_be_last: bool = True) -> None:
         """Answer one request; when the process is ending, as the last one on its connection if that may be said."""
@@ -75,8 +76,8 @@ class Worker:
 
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""
-        if self._pulse is not None:
-            self._pulse.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self._reloader is not None:
             await self._reloader.stop()
         await self.gateway.stop()

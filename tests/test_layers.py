@@ -45,6 +45,7 @@ FLOORS = {
     "cortex.access": 3,
     "cortex.store": 3,
     "cortex.ending": 0,
+    "cortex.memory": 0,
     "cortex.relay": 4,
     "cortex.inference": 5,
     "cortex.express": 7,

@@ -31,6 +31,7 @@ STALLED = 2000
 WORKERS = (1, 2)
 PACE_MS = 250
 NUM_FRAMES = 20
+GIVE_BACK_ROUNDS = 5
 STALLED_FRAMES = 65_535
 """15 MB a stream: no buffer on the way holds it."""
 INTERVAL_S = 2.0
@@ -140,7 +141,9 @@ def measure_stalled(interface: str, count: int) -> list[Row]:
                 note(f"{count} readers stall{time_}")
                 load.terminate()
             wait_until(functools.partial(has_cut, node, cut + count), limit_s=30)
-            time.sleep(1.0)
+            for _ in range(GIVE_BACK_ROUNDS):  # allocators give back now and then, while they are used
+                time.sleep(3.0)
+                rig.run_load(port, 4, server, seconds=0.2)
             note(f"they have left{time_}")
     return rows
 

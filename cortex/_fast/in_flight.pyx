@@ -7,7 +7,7 @@ cimport cython
 cdef class InFlight:
     """Counts them, by node and by model. ``on_release`` is called after each end."""
 
-    def __init__(self):
+    def __cinit__(self):
         self.on_release = lambda: None
         self.by_node = {}
         self.by_model = {}
