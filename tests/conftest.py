@@ -5,6 +5,7 @@ import collections
 import contextlib
 import os
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 
 import hypothesis
@@ -201,6 +202,19 @@ def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def harness() -> Callable[..., EngineHarness]:
     return EngineHarness
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
+    """Poll ``condition`` until it holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        os.sched_yield()
+
+
+@pytest.fixture(name="wait_for")
+def wait_for_fixture() -> Callable[..., None]:
+    return wait_for
 
 
 @pytest.fixture(scope="session", autouse=True)

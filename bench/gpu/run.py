@@ -171,7 +171,7 @@ def quantised(torch: Any, ceiling: float) -> list[dict[str, Any]]:
 
 def pointwise(torch: Any, ceiling: float) -> list[dict[str, Any]]:
     """Time what moves bytes only, the experts, and the sampler."""
-    from neuron.triton_kernels import activation, cases, moe_matmul, norm, sampling
+    from neuron.triton_kernels import activation, moe_matmul, norm, sampling, sampling_cases
     from neuron.triton_kernels.routing import route
 
     rows = []
@@ -192,7 +192,7 @@ def pointwise(torch: Any, ceiling: float) -> list[dict[str, Any]]:
         used = int((routing.starts.diff() > 0).sum()) * experts[0].nbytes
         add(f"experts, {tokens} tokens", used, lambda _, r=routing, e=experts, f=few: moe_matmul.moe_matmul(f, e, r))
     for num_rows in (1, 64):
-        asked = cases.sampling_rows(num_rows, 151936, torch.device("cuda"), everything=False)
+        asked = sampling_cases.random_rows(num_rows, 151936, torch.device("cuda"), everything=False)
         logits = torch.randn(num_rows, 151936, device="cuda")
         add(f"sampling, {num_rows} rows", logits.nbytes, lambda _, a=asked, v=logits: sampling.sample_rows(v, a))
     return rows

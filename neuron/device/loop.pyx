@@ -19,7 +19,9 @@ from neuron.device.driver cimport (
     CALL_GRAPH_INSTANTIATE,
     CALL_GRAPH_LAUNCH,
     CALL_MEMORY_INFO,
+    CALL_STREAM_QUERY,
     CALL_STREAM_SYNCHRONIZE,
+    NOT_READY,
     OUT_OF_MEMORY,
     SUCCESS,
     Call,
@@ -59,6 +61,9 @@ cdef extern from "<sys/prctl.h>" nogil:
 cdef extern from "<poll.h>" nogil:
     enum: POLLIN, POLLOUT
 
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int microseconds)
+
 cdef extern from *:
     """
     /* Written by the device, or by a test's thread: read anew each time. */
@@ -67,6 +72,9 @@ cdef extern from *:
     int device_word(uintptr_t address) nogil
 
 cdef enum:
+    LOOKS_PER_QUERY = 64  # asking the driver takes as long as some hundred looks at a word
+    SPINNING_QUERIES = 64  # half a millisecond or so; a step that takes longer does not mind a nap
+    NAP_US = 20
     MESSAGES_PER_STEP = 64  # a flood of messages does not starve the sequences that run
     MAX_NAME_BYTES = 15  # the kernel's bound on a thread's name
     SIGNAL_CHECK_MS = 1000  # a signal that arrives just before a poll does not interrupt it, and is seen after this
@@ -341,6 +349,52 @@ cdef class DeviceLoop:
         call[0] = CALL_STREAM_SYNCHRONIZE
         code[0] = table.stream_synchronize(self._stream)
         return done
+
+    def wait_for_words(self, uintptr_t address, size_t count, int pending):
+        """Wait until none of the ``count`` int32 at ``address`` is ``pending``: pinned memory that the device writes to.
+
+        Nothing that is queued behind those writes is waited for. Raises DeviceFault, also where the device has nothing
+        left to do and has not written; ValueError on a device without graphs.
+        """
+        cdef int code
+        self._check_usable()
+        if self.driver.table.graph_launch == NULL:
+            raise ValueError(f"{self.name} has no graphs to wait for")
+        # Safety: the memory is the caller's for the length of the call; the device writes each word once, whole.
+        with nogil:
+            code = self._wait_for_words(address, count, pending)
+        if code == SUCCESS:
+            return
+        if code != NOT_READY:
+            self._poison(code, CALL_STREAM_QUERY)
+        self.fault = DeviceFault("wait_for_words", NOT_READY, "the device is done and has not published its tokens")
+        raise self.fault
+
+    cdef int _wait_for_words(self, uintptr_t address, size_t count, int pending) noexcept nogil:
+        """Return SUCCESS, NOT_READY if the device is done and some word is pending, or what the driver reports."""
+        cdef size_t at = 0
+        cdef int looks = 0
+        cdef int queries = 0
+        cdef int code
+        cdef bint done = False
+        while True:
+            while at < count and device_word(address + at * sizeof(int)) != pending:
+                at += 1
+            if at == count:
+                return SUCCESS
+            if done:  # all it wrote is here: looked once more since
+                return NOT_READY
+            looks += 1
+            if looks < LOOKS_PER_QUERY:
+                continue
+            looks = 0
+            code = self.driver.table.stream_query(self._stream)
+            done = code == SUCCESS
+            if code != SUCCESS and code != NOT_READY:
+                return code
+            queries += 1
+            if queries > SPINNING_QUERIES:
+                usleep(NAP_US)
 
     def run(self, handler):
         """Serve until the daemon is gone or :meth:`stop` is called (0), the device faults (EXIT_POISONED, told to the

@@ -47,7 +47,8 @@ from neuron.device.jobs import (
 from neuron.engine.errors import GroupLostError, error_info, raise_device_fault
 from neuron.engine.graph_runner import Graphs
 from neuron.engine.group_runner import Follower
-from neuron.engine.loaded import Model, load_model
+from neuron.engine.loaded import Model
+from neuron.engine.loading import load_model
 from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
 from neuron.engine.sequence import Sequence

@@ -5,6 +5,10 @@ There is a graph for each of a few numbers of rows (*buckets*), with inputs and 
 the smallest that holds its rows. They are captured while steps go by, one a step and the largest first, so that all fit
 into the memory that the first one took, and so that any step of decodes has a graph after the first capture.
 
+A graph ends in the sampling kernel and moves its own rows on, so that launching it again is the next step: a burst of
+several rounds is the same graph, launched by the loop without Python. What it sampled it writes to the host's memory. A
+step of which a row wants more than a plain draw (penalties, a grammar, log probabilities) is sampled behind its graph.
+
 Rows without a sequence repeat the first sequence's: they write the same key and value to the same slot as it does, so
 that no page has to be set apart for them.
 """
@@ -20,21 +24,22 @@ import torch
 
 from neuron.device.driver import DeviceFault, DriverError
 from neuron.device.loop import DeviceLoop
-from neuron.engine.launched import DeviceStep
+from neuron.engine.device_sampler import DeviceSampler
+from neuron.engine.launched import MAX_ROUNDS, DeviceStep, Launched, StepOutcome
 from neuron.engine.plan import StepPlan
 from neuron.engine.runner import Runner
-from neuron.engine.sequence import Int32Array
+from neuron.engine.sequence import Float32Array, Int32Array
+from neuron.engine.step_inputs import PENDING, Published, StepInputs
 from neuron.models import decoder
 from neuron.models.config import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
+from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
 
 logger = logging.getLogger(__name__)
 
 SWITCH: Final = "NEURON_GRAPHS"
 """``off`` in the environment launches every kernel of every step."""
-COLUMNS: Final = 4
-"""Of a row's inputs before its pages: token, position, slot, context."""
 
 
 class Graphs(Protocol):
@@ -49,6 +54,18 @@ class Graphs(Protocol):
 
     def launch(self, graph: int) -> None:
         """Queue a graph behind what was queued before. Raises :class:`DeviceFault`."""
+
+    def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
+        """Launch a graph ``count`` times and wait for it; return how often it ran. Raises :class:`DeviceFault`.
+
+        It ends early when the daemon has said something, or once ``all_ended`` holds something other than 0.
+        """
+
+    def wait(self, words: torch.Tensor, pending: int) -> None:
+        """Wait until the device has written something else than ``pending`` to each int32 of ``words``.
+
+        Raises :class:`DeviceFault`.
+        """
 
     def drop(self, graph: int) -> None:
         """Destroy a graph that no step under way uses."""
@@ -77,23 +94,51 @@ class DeviceGraphs:
         """Queue a graph."""
         self._loop.launch(graph)
 
+    def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
+        """Launch a graph ``count`` times, or fewer, and wait for it."""
+        return self._loop.replay(graph, count, stop_on_message=True, stop_word=all_ended.data_ptr())
+
+    def wait(self, words: torch.Tensor, pending: int) -> None:
+        """Wait until the device has written to each of ``words``."""
+        self._loop.wait_for_words(words.data_ptr(), words.numel(), pending)
+
     def drop(self, graph: int) -> None:
         """Destroy a graph and give its memory back to the pool."""
         self._loop.driver.destroy_graph_exec(graph)
         del self._captured[graph]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Bucket:
-    """A graph, and where its inputs and outputs are."""
+    """The graph of so many rows, and where its inputs and outputs are."""
 
-    graph: int
-    inputs: torch.Tensor
-    """``[B, COLUMNS + P]`` int32"""
-    finite: torch.Tensor
-    """``[B]`` bool"""
-    logits: torch.Tensor
+    inputs: StepInputs
+    graph: int = 0
+    logits: torch.Tensor | None = None
     """``[B, V]`` float32"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _GraphStep:
+    """Rounds of which the device itself publishes the tokens ``[N, R]``."""
+
+    graphs: Graphs
+    graph: int
+    tokens: torch.Tensor
+    all_ended: torch.Tensor
+    hidden: Float32Array
+
+    def wait(self) -> StepOutcome:
+        """Return the outcome; of several rounds, launch them first."""
+        num_rounds = len(self.tokens)
+        if num_rounds > 1:
+            num_rounds = self.graphs.replay(self.graph, num_rounds, self.all_ended)
+        else:
+            self.graphs.wait(self.tokens[0], PENDING)
+        tokens = self.tokens[:num_rounds].numpy().copy()
+        # A row whose logits are not finite has no token: its hidden states need no look of their own.
+        finite = np.ones(tokens.shape[1], np.bool_)
+        return StepOutcome(tokens[0], finite, self.hidden, {}, tokens[1:])
 
 
 class GraphRunner(Runner):
@@ -109,23 +154,24 @@ class GraphRunner(Runner):
     ) -> None:
         super().__init__(config, weights, plan, device)
         self._graphs = graphs
-        self._columns = COLUMNS + -(-plan.context_tokens // PAGE_TOKENS)
+        self._num_columns = -(-plan.context_tokens // PAGE_TOKENS)
         self._buckets: dict[int, _Bucket] = {}
-        self._uncaptured = [] if os.environ.get(SWITCH) == "off" else buckets(plan.max_sequences)
-        # Two in turn: the device may still read the one of the step before. What read the one before that is waited
-        # for by then, since no more than one step is launched ahead.
-        pins = device.type == "cuda"
-        shape = (plan.max_sequences, self._columns)
-        self._staged = [torch.zeros(shape, dtype=torch.int32, pin_memory=pins) for _ in range(2)]
+        # Eager attention is told of every step on the host, so that no graph could follow.
+        captures = os.environ.get(SWITCH) != "off" and self._kernels is not dispatch.EAGER
+        self._uncaptured = buckets(plan.max_sequences) if captures else []
+        self._samples = isinstance(self.sampler, DeviceSampler)
+        """Whether graphs do."""
+        self._published = Published(plan.max_sequences, device)
+        self._no_hidden: Float32Array = np.empty((0, config.hidden_size), np.float32)
 
-    def launch(self, plan: StepPlan) -> DeviceStep:
-        """Queue a step on the device, by a graph if it is one of decodes."""
+    def launch(self, plan: StepPlan) -> Launched:
+        """Queue a step on the device, by a graph if it is one of decodes; several rounds begin when waited for."""
         if not _is_decode(plan):
             return super().launch(plan)
         if self._uncaptured:
             self._capture(self._uncaptured.pop(0))
         size = min((size for size in self._buckets if size >= plan.num_decodes), default=0)
-        return self._replay(self._buckets[size], size, plan) if size else super().launch(plan)
+        return self._replay(self._buckets[size], plan) if size else super().launch(plan)
 
     def close(self) -> None:
         """Destroy the graphs."""
@@ -136,57 +182,58 @@ class GraphRunner(Runner):
     def _capture(self, size: int) -> None:
         """Capture the graph of a bucket; without memory for it, do without it and the smaller ones."""
         try:
-            inputs = torch.zeros((size, self._columns), dtype=torch.int32, device=self.device)
-            inputs[:, 3] = 1  # a context of one token, in page 0
-            finite = torch.empty(size, dtype=torch.bool, device=self.device)
-            logits = torch.empty((size, self.config.vocab_size), dtype=torch.float32, device=self.device)
-            starts = torch.arange(size + 1, dtype=torch.int32, device=self.device)
+            inputs = StepInputs(size, self._num_columns, self.device, self._published)
+            bucket = _Bucket(inputs)
+            state = inputs.state
+            batch = Batch(
+                positions=state.positions,
+                slots=state.slots,
+                cu_seqlens=torch.arange(size + 1, dtype=torch.int32, device=self.device),
+                page_table=state.page_table,
+                context_lens=state.context_lens,
+                num_decodes=size,
+            )
 
             @torch.inference_mode()
             def step() -> None:
-                batch = Batch(
-                    positions=inputs[:, 1].contiguous(),
-                    slots=inputs[:, 2].to(torch.int64),
-                    cu_seqlens=starts,
-                    page_table=inputs[:, COLUMNS:],
-                    context_lens=inputs[:, 3].contiguous(),
-                    num_decodes=size,
-                )
-                hidden = self._forward(inputs[:, 0].contiguous(), batch)
-                finite.copy_(hidden.sum(-1, dtype=torch.float32).isfinite())
-                logits.copy_(self._logits(hidden))
+                self._kernels.open_round(state)
+                bucket.logits = self._logits(self._forward(state.token_ids, batch))
+                if self._samples:
+                    ids, _ = self._kernels.sample(bucket.logits, inputs.rows)
+                    self._kernels.close_round(state, ids, PAGE_TOKENS)
 
-            graph = self._graphs.capture(step)
+            bucket.graph = self._graphs.capture(step)
         except (torch.OutOfMemoryError, DriverError) as error:
             if isinstance(error, DeviceFault):
                 raise
             self._uncaptured.clear()
             logger.warning("no memory for a graph of %d rows; steps without one are launched singly: %s", size, error)
             return
-        self._buckets[size] = _Bucket(graph, inputs, finite, logits)
-        # Capturing ran the step, which wrote to the first slot of page 0: it is zero for all who pad with it.
+        self._buckets[size] = bucket
+        if self._samples:
+            self.max_rounds = MAX_ROUNDS
+        # Capturing ran the step, which wrote to page 0: it is zero for all who pad with it.
         self.clear_pages(np.zeros(1, np.int32))
 
     @torch.inference_mode()
-    def _replay(self, bucket: _Bucket, size: int, plan: StepPlan) -> DeviceStep:
+    def _replay(self, bucket: _Bucket, plan: StepPlan) -> Launched:
         count = plan.num_decodes
-        staged = self._staged.pop(0)
-        self._staged.append(staged)
-        rows = staged.numpy()
-        rows[:count, :COLUMNS] = np.stack((plan.token_ids, plan.positions, plan.slots, plan.context_lens), axis=1)
-        width = COLUMNS + plan.page_table.shape[1]
-        rows[:count, COLUMNS:width] = plan.page_table
-        rows[:count, width:] = 0
-        rows[count:size] = rows[0]
-        bucket.inputs.copy_(staged[:size], non_blocking=True)
-        if plan.token_ids.min() < 0:
-            ids = bucket.inputs[:, 0]
-            ids.copy_(self._known(ids))
+        place = self._published.take(plan.num_rounds)
+        bucket.inputs.fill(plan, self.sampler.draws(plan.seats, plan.num_output), place)
+        last = self._published.last
+        if self._last_ids is not last and plan.token_ids.min() < 0:
+            last[: len(self._last_ids)].copy_(self._last_ids)
+        if self._samples and self.sampler.draws_plainly(plan.seats).all():
+            self._last_ids = last
+            if plan.num_rounds == 1:
+                self._graphs.launch(bucket.graph)
+            tokens = self._published.tokens[place : place + plan.num_rounds, :count]
+            return _GraphStep(self._graphs, bucket.graph, tokens, self._published.all_ended, self._no_hidden)
         self._graphs.launch(bucket.graph)
+        assert bucket.logits is not None
         ids = self.sampler.sample(bucket.logits[:count], plan.seats, plan.num_output)
         self._last_ids = ids
-        # A copy: the next step may be launched before this one's outcome is read.
-        return DeviceStep(ids, bucket.finite[:count].clone(), self._none, self.sampler.report)
+        return DeviceStep.behind(ids, torch.ones(count, dtype=torch.bool), self._none, self.sampler.report)
 
 
 def buckets(most: int) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from neuron.device.jobs import LoadedModel
 from neuron.engine.errors import GroupLostError
 from neuron.engine.group import Cleared, Group, plan_of
-from neuron.engine.launched import DeviceStep
+from neuron.engine.launched import Launched
 from neuron.engine.plan import StepPlan
 from neuron.engine.runner import Runner
 from neuron.engine.sequence import Int32Array
@@ -41,7 +41,7 @@ class GroupRunner(Runner):
         shares = [Shard(rank, group.size).share(config.vocab_size) for rank in range(group.size)]
         self._widths = tuple(share.stop - share.start for share in shares)
 
-    def launch(self, plan: StepPlan) -> DeviceStep:
+    def launch(self, plan: StepPlan) -> Launched:
         """Begin a step on all ranks. Of rank 0."""
         try:
             self.group.send(plan)
@@ -75,7 +75,7 @@ class GroupRunner(Runner):
 
     def _forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         return decoder.forward(
-            self.config, self._weights, token_ids, batch, self._keys, self._values, sum_ranks=self.group.sum
+            self.config, self._weights, token_ids, batch, self._keys, self._values, self._kernels, self.group.sum
         )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

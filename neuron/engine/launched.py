@@ -14,8 +14,11 @@ from neuron.device.jobs import TokenLogprobs
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
+from neuron.engine.staging import to_host
 from neuron.models.config import ModelConfig
 
+MAX_ROUNDS: Final = 64
+"""Of a step: the shortest step of a model on a GPU takes a quarter of a millisecond."""
 NO_ROUNDS: Final[Int32Array] = np.empty((0, 0), np.int32)
 
 
@@ -50,8 +53,8 @@ class Executor(Protocol):
     sampler: Sampler
     overlaps: bool
     """Whether a step is launched before the outcome of the one before it is known."""
-    repeats: bool
-    """Whether it does a step of several rounds, if everyone draws plainly."""
+    max_rounds: int
+    """How many rounds a step of decodes may have, if everyone draws plainly."""
 
     def launch(self, plan: StepPlan) -> Launched:
         """Begin a step."""
@@ -73,18 +76,30 @@ class HostStep:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceStep:
-    """A step whose outcome is computed on a device."""
+    """A step whose outcome is copied to the host when the device has come so far: see :meth:`behind`."""
 
     ids: torch.Tensor
     finite: torch.Tensor
     hidden: torch.Tensor
     report: LogprobReport | None
+    done: torch.cuda.Event | None
+
+    @classmethod
+    def behind(
+        cls, ids: torch.Tensor, finite: torch.Tensor, hidden: torch.Tensor, report: LogprobReport | None
+    ) -> "DeviceStep":
+        """Queue the copies of an outcome behind what computes it, and in front of whatever is launched next."""
+        found = to_host(ids), to_host(finite), to_host(hidden)
+        done = torch.cuda.current_stream().record_event() if ids.device.type == "cuda" else None
+        return cls(*found, report, done)
 
     def wait(self) -> StepOutcome:
-        """Copy the outcome to the host, which waits for the device."""
+        """Return the outcome; what was launched behind this step is not waited for."""
+        if self.done is not None:
+            self.done.synchronize()
         return StepOutcome(
-            self.ids.cpu().numpy(),
-            self.finite.cpu().numpy(),
-            self.hidden.cpu().numpy(),
+            self.ids.numpy(),
+            self.finite.numpy(),
+            self.hidden.numpy(),
             {} if self.report is None else self.report.rows(),
         )

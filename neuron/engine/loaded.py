@@ -1,4 +1,4 @@
-"""One model in the engine: loading it piece by piece, and running its steps.
+"""One loaded model in the engine: running its steps.
 
 Knows one model's sequences and nothing of the channel: it returns rows and failures, and the engine sends them.
 """
@@ -9,54 +9,43 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import numpy as np
-import torch
 
 from cortex.wire.errors import ErrorInfo, UnprocessableError
-from cortex.wire.node import ModelSpec
-from neuron.device.driver import DriverHandle, cuda_driver
 from neuron.device.jobs import (
     ConstraintSettings,
     Embedding,
-    GroupSettings,
     LoadedModel,
     Pooling,
     SequenceEnd,
     TokenLogprobs,
     TokenRow,
 )
-from neuron.engine.burst import num_rounds
+from neuron.engine import burst
 from neuron.engine.constraint import Constraint, ConstraintError, Vocabulary
 from neuron.engine.draft import DraftModel
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
-from neuron.engine.graph_runner import GraphRunner, Graphs
-from neuron.engine.group import Group
-from neuron.engine.group_runner import Follower, GroupRunner
+from neuron.engine.graph_runner import GraphRunner
+from neuron.engine.group_runner import GroupRunner
 from neuron.engine.launched import Executor, Launched
-from neuron.engine.native_runner import NativeRunner, shared_pool
 from neuron.engine.pace import Pace
 from neuron.engine.plan import StepPlan, build_plan
-from neuron.engine.runner import Runner
 from neuron.engine.sampler import NON_FINITE
 from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceState
 from neuron.engine.speculation import PromptLookup, Speculation
-from neuron.models import packed
-from neuron.models.config import ModelConfig, read_config
-from neuron.models.decoder import load_decoder
-from neuron.models.packed_weights import load_packed
-from neuron.models.prebuild import prepare
-from neuron.models.shard import Shard, local_config
-from neuron.models.sizing import PAGE_TOKENS, MemoryPlan, plan_memory, with_pages
-from neuron.models.weights import WeightSource, open_weights
+from neuron.models.config import ModelConfig
+from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.text import tokenizer
 
 logger = logging.getLogger(__name__)
 
 
+MOST_HOST_S: Final = 0.02
+"""More than this between two steps was a pause."""
 SPECULATION_SWITCH: Final = "NEURON_SPECULATION"
 """``off`` in the environment generates one token of a sequence a step."""
 
@@ -130,7 +119,7 @@ class Model:
     @property
     def loaded(self) -> LoadedModel:
         """What the daemon is told of a finished load."""
-        return _described(self.name, self.config, self.plan)
+        return described(self.name, self.config, self.plan)
 
     def close(self) -> None:
         """Leave the other ranks, and destroy the graphs, where there are some."""
@@ -166,14 +155,35 @@ class Model:
         were in it.
         """
         output = Output()
+        bursts = alone and self._comes_in_bursts()
+        before = self._under_way
+        if bursts and before is not None:
+            # What a burst begins with must be certain.
+            self._under_way = None
+            self._settle(before, output)
         self._admit(output)
-        launched = self._launch(output, alone)
+        launched = self._launch(output, bursts)
         before, self._under_way = self._under_way, launched
-        if not self.runner.overlaps:
+        if not self.runner.overlaps or (launched is not None and launched.step.num_rounds > 1):
             before, self._under_way = launched, None
         if before is not None:
             self._settle(before, output)
         return output
+
+    def _comes_in_bursts(self) -> bool:
+        """Return whether the next step may have several rounds."""
+        # A model that guesses has to see every token as it comes.
+        if self.runner.max_rounds == 1 or self._draft is not None:
+            return False
+        if not self.runner.overlaps:
+            return True
+        running = self.scheduler.running.values()
+        if not running or any(sequence.prefills for sequence in running):
+            return False
+        round_s = self._pace.step_s(len(running))
+        return burst.is_worth_it(round_s, self._pace.host_s) and burst.qualifies(
+            running, self.runner.sampler.draws_plainly
+        )
 
     def _admit(self, output: Output) -> None:
         for sequence in self.scheduler.admit():
@@ -186,14 +196,14 @@ class Model:
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
                 self._fail([sequence], error, output)
 
-    def _launch(self, output: Output, alone: bool) -> _UnderWay | None:
+    def _launch(self, output: Output, bursts: bool) -> _UnderWay | None:
         step = self.scheduler.schedule(self._pace.mixed_step_tokens, self._propose)
         if step is None:
             return None
-        # A model that guesses has to see every token as it comes.
-        if alone and self.runner.repeats and self._draft is None:
+        if bursts:
             plainly, make_room = self.runner.sampler.draws_plainly, self.scheduler.make_room
-            rounds = num_rounds(step, self._pace.step_s(step.num_decodes), plainly, make_room)
+            round_s = self._pace.step_s(step.num_decodes)
+            rounds = burst.num_rounds(step, round_s, self.runner.max_rounds, plainly, make_room)
             step = dataclasses.replace(step, num_rounds=rounds)
         started_s = self._clock()
         try:
@@ -222,6 +232,11 @@ class Model:
     def _settle(self, under_way: _UnderWay, output: Output) -> None:
         """Wait for a step and hand out what it brought."""
         step, plan = under_way.step, under_way.plan
+        if self.runner.overlaps:
+            # What lies between two steps of one run is the host's: handing out, sending, planning. A pause is not.
+            host_s = self._clock() - self._settled_s
+            if host_s < MOST_HOST_S:
+                self._pace.note_host(host_s)
         try:
             outcome = under_way.launched.wait()
         except Exception as error:  # noqa: BLE001 (as above)
@@ -340,7 +355,8 @@ class Model:
                 output.failures.append((sequence.number, error_info(error)))
 
 
-def _described(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
+def described(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
+    """Return what the daemon is told of a finished load."""
     return LoadedModel(
         model=name,
         architecture=config.architecture.name,
@@ -350,100 +366,3 @@ def _described(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
         weights_bytes=sum(part.weights_bytes for part in plan.parts),
         kv_cache_bytes=sum(part.kv_cache_bytes for part in plan.parts),
     )
-
-
-def _driver_version(device: torch.device) -> tuple[int, int]:
-    return DriverHandle(cuda_driver()).version() if device.type == "cuda" else (0, 0)
-
-
-def load_model(
-    spec: ModelSpec,
-    path: pathlib.Path,
-    device: torch.device,
-    free_bytes: Callable[[], int],
-    group: GroupSettings | None = None,
-    graphs: Graphs | None = None,
-    channel_fd: int = -1,
-) -> Generator[float, None, Model | Follower]:
-    """Load a model, or with ``group`` one rank's part, in pieces of one layer; yield the share done, return it.
-
-    ``graphs`` are what the device captures steps with, if it can; ``channel_fd`` is where the daemon is heard.
-
-    Nothing is allocated before it is known to fit. Raises the errors of :mod:`neuron.models`, :class:`GroupLostError`.
-    """
-    if group is not None:
-        return (yield from _load_part(spec, path, device, free_bytes, group))
-    if spec.tensor_parallel != 1:
-        raise UnprocessableError(
-            f"tensor_parallel is {spec.tensor_parallel}; this worker was told of no group to be in",
-            param="tensor_parallel",
-        )
-    draft_path = pathlib.Path(spec.draft) if spec.draft else None
-    draft_config = read_config(draft_path) if draft_path else None
-    source = open_weights(path)
-    try:
-        plan = plan_memory(source.config, spec, str(device), free_bytes(), draft=draft_config)
-        yield 0.0
-        runner = yield from _load_runner(spec, source, plan, device, graphs, channel_fd)
-    finally:
-        source.close()
-    draft: Executor | None = None
-    if draft_path is not None and plan.draft is not None:
-        source_of_draft = open_weights(draft_path)
-        try:
-            draft = yield from _load_runner(spec, source_of_draft, plan.draft, device, graphs, channel_fd)
-        finally:
-            source_of_draft.close()
-    return Model(spec.id, source.config, plan, runner, path, draft=draft, prefix_cache=spec.prefix_cache)
-
-
-def _load_runner(
-    spec: ModelSpec,
-    source: WeightSource,
-    plan: MemoryPlan,
-    device: torch.device,
-    graphs: Graphs | None,
-    channel_fd: int,
-) -> Generator[float, None, Executor]:
-    runner: Executor
-    if plan.native:
-        packed_weights = yield from load_packed(source, plan.dtype, shared_pool())
-        runner = NativeRunner(source.config, packed_weights, plan, channel_fd)
-    else:
-        if device.type == "cpu":
-            logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
-        weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
-        runner = (
-            Runner(source.config, weights, plan, device)
-            if graphs is None
-            else GraphRunner(source.config, weights, plan, device, graphs)
-        )
-    prepare(source.config, plan, device, _driver_version(device))
-    return runner
-
-
-def _load_part(
-    spec: ModelSpec, path: pathlib.Path, device: torch.device, free_bytes: Callable[[], int], settings: GroupSettings
-) -> Generator[float, None, Model | Follower]:
-    shard = Shard(settings.rank, settings.size)
-    source = open_weights(path)
-    group: Group | None = None
-    try:
-        config = source.config
-        plan = plan_memory(config, spec, str(device), free_bytes(), shard)
-        yield 0.0
-        group = Group(settings, device)
-        plan = with_pages(plan, group.least(plan.num_pages))
-        dtype = getattr(torch, plan.dtype)
-        weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
-        runner = GroupRunner(config, weights, plan, device, group)
-        prepare(local_config(config, shard), plan, device, _driver_version(device), in_group=True)
-    except BaseException:
-        if group is not None:
-            group.close()
-        raise
-    finally:
-        source.close()
-    if settings.rank:
-        return Follower(runner, plan, _described(spec.id, config, plan))
-    return Model(spec.id, config, plan, runner, path, prefix_cache=spec.prefix_cache)

@@ -12,7 +12,7 @@ import torch
 from neuron.cpu_kernels import native
 from neuron.device.jobs import TokenLogprobs
 from neuron.device.probe import usable_cores
-from neuron.engine.launched import HostStep, StepOutcome
+from neuron.engine.launched import MAX_ROUNDS, HostStep, StepOutcome
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
@@ -32,7 +32,7 @@ class NativeRunner:
     """One loaded model on the CPU."""
 
     overlaps = False
-    repeats = True
+    max_rounds = MAX_ROUNDS
 
     def __init__(self, config: ModelConfig, weights: PackedWeights, plan: MemoryPlan, channel_fd: int = -1) -> None:
         """``channel_fd`` has something to read when the daemon waits: a burst is cut short then."""
@@ -97,7 +97,8 @@ class NativeRunner:
             hidden if len(hidden) else None,
             draws=None if draws is None or logits is None else (*draws, self._rows()[self._sampled_rows :].numpy()),
             later=later,
-            stops=plan.stops,
+            # Whichever row samples one of them: a round costs as much for each row that is left as for one that is not.
+            stops=np.unique(plan.stops[plan.stops >= 0]) if plan.num_rounds > 1 else None,
             channel_fd=self._channel_fd,
         )
         if logits is not None and not is_plain.all():

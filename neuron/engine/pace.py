@@ -32,6 +32,13 @@ class Pace:
         self._seconds: list[float] = []
         self._prompt_token_s: float | None = None
         self._last_prompt_tokens = page_tokens
+        self.host_s = 0.0
+        """Seconds of the host's own between two steps that follow each other."""
+
+    def note_host(self, seconds: float) -> None:
+        """Take the time that passed on the host between the end of one step and the wait for the next."""
+        known = self.host_s or seconds
+        self.host_s = known + NEWS * (min(seconds, OUTLIER * known) - known)
 
     def note(self, num_rows: int, num_prompt_tokens: int, seconds: float) -> None:
         """Take the time of a step of ``num_rows`` rows that decode and so many of prompts."""

@@ -6,13 +6,16 @@ arrays. They are built with a few numpy calls a step, whatever the context's len
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection
+from typing import Final
 
 import numpy as np
 
 from neuron.device.jobs import Pooling
 from neuron.engine.scheduler import Step
 from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
+
+NO_STOPS: Final[Int32Array] = np.empty((0, 0), np.int32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,8 +47,8 @@ class StepPlan:
     num_rounds: int = 1
     """How often the step is done. Each time after the first, every token is what its row has just sampled, one further
     on; the page table has room for them."""
-    stops: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
-    """Tokens that end the rounds, whichever row samples one."""
+    stops: Int32Array = dataclasses.field(default_factory=lambda: NO_STOPS)
+    """``[B, X]``: the tokens that end each row, -1 where there are fewer; X is 0 if there is one round."""
 
 
 FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "seat")
@@ -100,9 +103,12 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
         num_output=positions[sampled] + 1 - num_prompt[sampled_of],
         hidden_rows=hidden_rows,
         num_rounds=step.num_rounds,
-        stops=_stops(sequences) if step.num_rounds > 1 else NO_TOKENS,
+        stops=_stops(sequences) if step.num_rounds > 1 else np.empty((len(sequences), 0), np.int32),
     )
 
 
-def _stops(sequences: Iterable[Sequence]) -> Int32Array:
-    return np.array(sorted(frozenset().union(*(sequence.eos for sequence in sequences))), np.int32)
+def _stops(sequences: Collection[Sequence]) -> Int32Array:
+    stops: Int32Array = np.full((len(sequences), max(len(sequence.eos) for sequence in sequences)), -1, np.int32)
+    for row, sequence in enumerate(sequences):
+        stops[row, : len(sequence.eos)] = sorted(sequence.eos)
+    return stops

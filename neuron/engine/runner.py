@@ -10,10 +10,12 @@ from typing import Final
 import numpy as np
 import torch
 
-from neuron.engine.launched import DeviceStep
+from neuron.engine.device_sampler import DeviceSampler
+from neuron.engine.launched import DeviceStep, Launched
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Int32Array
+from neuron.engine.staging import to_device
 from neuron.models import decoder
 from neuron.models.config import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
@@ -21,6 +23,8 @@ from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import AttentionPart, Batch
 from neuron.triton_kernels.reference import attention_parts
 
+SAMPLING_SWITCH: Final = "NEURON_DEVICE_SAMPLING"
+"""``off`` in the environment samples in eager torch where there is a kernel for it."""
 OVERLAP_SWITCH: Final = "NEURON_OVERLAP"
 """``off`` in the environment has each step wait for the one before it."""
 
@@ -28,7 +32,7 @@ OVERLAP_SWITCH: Final = "NEURON_OVERLAP"
 class Runner:
     """One loaded model on one device."""
 
-    repeats = False
+    max_rounds = 1
 
     def __init__(
         self, config: ModelConfig, weights: decoder.DecoderWeights, plan: MemoryPlan, device: torch.device
@@ -45,10 +49,16 @@ class Runner:
         self._last_ids = torch.empty(0, dtype=torch.int32, device=device)
         """What the last step sampled."""
         self._none = torch.empty((0, config.hidden_size), dtype=torch.float32, device=device)
-        self.sampler = Sampler(plan.max_sequences, config.vocab_size, device)
+        self._kernels = dispatch.operations_for(device, weights.dtype)
+        self.sampler = self._make_sampler(plan.max_sequences)
+
+    def _make_sampler(self, max_sequences: int) -> Sampler:
+        if self._kernels is dispatch.EAGER or os.environ.get(SAMPLING_SWITCH) == "off":
+            return Sampler(max_sequences, self.config.vocab_size, self.device)
+        return DeviceSampler(max_sequences, self.config.vocab_size, self.device, self._kernels.sample)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> DeviceStep:
+    def launch(self, plan: StepPlan) -> Launched:
         """Queue a step on the device."""
         batch = Batch(
             positions=self._to_device(plan.positions),
@@ -71,20 +81,20 @@ class Runner:
             logits = self._logits(self._rows(hidden, plan.sampled))
             ids, report = self.sampler.sample(logits, plan.seats, plan.num_output), self.sampler.report
         self._last_ids = ids
-        return DeviceStep(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
+        return DeviceStep.behind(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
 
     def clear_pages(self, pages: Int32Array) -> None:
         """Zero ``pages``, so that a NaN in them cannot reach the next sequence they are given to.
 
         What lies beyond a sequence's end in its last page is masked, and zero times NaN is NaN.
         """
-        chosen = torch.from_numpy(pages).to(self.device, torch.int64)
+        chosen = self._to_device(pages).to(torch.int64)
         self._keys[:, chosen] = 0
         self._values[:, chosen] = 0
 
     def _parts(self, plan: StepPlan) -> tuple[AttentionPart, ...]:
         """Return what eager attention is told; kernels read the page table."""
-        if dispatch.operations_for(self.device, self._weights.dtype) is not dispatch.EAGER:
+        if self._kernels is not dispatch.EAGER:
             return ()
         return attention_parts(
             plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device, self.config.window_tokens
@@ -98,17 +108,17 @@ class Runner:
 
     def _forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the hidden states ``[T, hidden]``."""
-        return decoder.forward(self.config, self._weights, token_ids, batch, self._keys, self._values)
+        return decoder.forward(self.config, self._weights, token_ids, batch, self._keys, self._values, self._kernels)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits ``[R, V]`` of the rows ``hidden``."""
-        return decoder.logits(self._weights, hidden, cap=self.config.logit_cap)
+        return decoder.logits(self._weights, hidden, self._kernels, cap=self.config.logit_cap)
 
     def _rows(self, hidden: torch.Tensor, rows: Int32Array) -> torch.Tensor:
         return hidden if len(rows) == len(hidden) else hidden.index_select(0, self._to_device(rows))
 
     def _to_device(self, array: Int32Array) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return to_device(array, self.device)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

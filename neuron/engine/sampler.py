@@ -13,8 +13,9 @@ import torch
 
 from cortex.wire.errors import InvalidRequestError
 from neuron.device.jobs import SamplerSettings, TokenLogprobs
-from neuron.engine.sequence import Int32Array
-from neuron.triton_kernels import reference as kernels
+from neuron.engine.sequence import Float32Array, Int32Array
+from neuron.engine.staging import to_device, to_host
+from neuron.triton_kernels import sampling_reference as kernels
 
 NON_FINITE: Final = -1
 """The id given to a row whose logits hold a NaN or an infinity."""
@@ -31,7 +32,7 @@ NO_TOKENS: Final[Int32Array] = np.empty(0, np.int32)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LogprobReport:
-    """The log probabilities of the rows of one step that asked for them, where they were computed."""
+    """The log probabilities of the rows of one step that asked for them, on the host once the step is done."""
 
     place: dict[int, tuple[int, int]]
     """For each such row of the step, which of these it is and how many alternatives it asked for."""
@@ -44,7 +45,7 @@ class LogprobReport:
 
     def rows(self) -> dict[int, TokenLogprobs]:
         """Return each row's, once the device has computed them."""
-        own, values, ids = (part.cpu().numpy() for part in (self.own, self.likeliest, self.likeliest_ids))
+        own, values, ids = (part.numpy() for part in (self.own, self.likeliest, self.likeliest_ids))
         return {
             row: TokenLogprobs(own[at].tobytes(), ids[at, :width].tobytes(), values[at, :width].tobytes())
             for row, (at, width) in self.place.items()
@@ -79,8 +80,8 @@ class Sampler:
         self._top_logprobs: Int32Array = np.full(max_sequences, -1, np.int32)
         self.report: LogprobReport | None = None
         """Of the last :meth:`sample`."""
-        self._masks: dict[int, torch.Tensor] = {}
-        self._bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._masks: dict[int, Int32Array] = {}
+        self._bias: dict[int, tuple[Int32Array, Float32Array]] = {}
         # [seats, V], made when the first sequence with penalties comes: how often each token was generated, and
         # whether the prompt has it.
         self._counts: torch.Tensor | None = None
@@ -103,19 +104,24 @@ class Sampler:
         self._penalised[seat] = penalties != (1.0, 0.0, 0.0)
         self._bias.pop(seat, None)
         if settings.logit_bias:
-            tokens, values = zip(*settings.logit_bias, strict=True)
-            self._bias[seat] = (
-                torch.tensor(tokens, dtype=torch.int64, device=self._device),
-                torch.tensor(values, dtype=torch.float32, device=self._device),
+            tokens, which = np.unique(
+                np.array([token for token, _ in settings.logit_bias], np.int32), return_inverse=True
             )
+            added = np.bincount(which, [value for _, value in settings.logit_bias]).astype(np.float32)
+            self._bias[seat] = tokens, added
         if self._penalised[seat]:
-            if self._counts is None or self._in_prompt is None:
-                shape = (len(self._seed), self._vocab_size)
-                self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
-                self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
-            self._counts[seat] = torch.from_numpy(np.bincount(output, minlength=self._vocab_size)).to(self._device)
-            self._in_prompt[seat] = False
-            self._in_prompt[seat, torch.from_numpy(prompt).to(self._device, torch.int64)] = True
+            counts, in_prompt = self._tables()
+            counts[seat] = to_device(np.bincount(output, minlength=self._vocab_size), self._device)
+            in_prompt[seat] = False
+            in_prompt[seat, to_device(prompt, self._device).to(torch.int64)] = True
+
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return counts and prompts ``[seats, V]``."""
+        if self._counts is None or self._in_prompt is None:
+            shape = (len(self._seed), self._vocab_size)
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        return self._counts, self._in_prompt
 
     def checks_guesses(self, seat: int) -> bool:
         """Return whether several rows of ``seat`` may be sampled at once."""
@@ -145,8 +151,7 @@ class Sampler:
         if mask is None:
             self._masks.pop(seat, None)
             return
-        forbidden = np.unpackbits(~mask.view(np.uint8), count=self._vocab_size, bitorder="little").view(np.bool_)
-        self._masks[seat] = torch.from_numpy(forbidden).to(self._device)
+        self._masks[seat] = mask
 
     def sample(self, logits: torch.Tensor, seats: Int32Array, num_output: Int32Array) -> torch.Tensor:
         """Return the next token id int32 ``[R]`` of each row of ``logits`` ``[R, V]`` float32, which are overwritten.
@@ -157,17 +162,19 @@ class Sampler:
         # A sum is finite only if every term is, and reads the logits once: 7 us a row against 46 for isfinite().all().
         finite = logits.sum(-1).isfinite()
         reported = np.flatnonzero(self._top_logprobs[seats] >= 0)
-        raw = logits[torch.from_numpy(reported).to(self._device)] if len(reported) else None
+        raw = logits[to_device(reported, self._device)] if len(reported) else None
         penalised = np.flatnonzero(self._penalised[seats])
         if len(penalised):
             self._penalise(logits, penalised, seats)
         for row, seat in enumerate(seats.tolist()) if self._bias else ():
             if seat in self._bias:
-                tokens, values = self._bias[seat]
+                tokens, values = (to_device(array, self._device) for array in self._bias[seat])
                 logits[row].index_add_(0, tokens, values)
         for row, seat in enumerate(seats.tolist()) if self._masks else ():
             if seat in self._masks:
-                logits[row].masked_fill_(self._masks[seat], -torch.inf)
+                mask = ~self._masks[seat].view(np.uint8)
+                forbidden = np.unpackbits(mask, count=self._vocab_size, bitorder="little").view(np.bool_)
+                logits[row].masked_fill_(to_device(forbidden, self._device), -torch.inf)
         ids = kernels.sample(
             logits,
             self._temperature[seats],
@@ -177,8 +184,8 @@ class Sampler:
             uniform(self._seed[seats], num_output),
         )
         if len(penalised) and self._counts is not None:
-            rows = torch.from_numpy(penalised).to(self._device)
-            chosen = torch.from_numpy(seats[penalised]).to(self._device, torch.int64)
+            rows = to_device(penalised, self._device)
+            chosen = to_device(seats[penalised], self._device).to(torch.int64)
             ones = torch.ones(len(penalised), dtype=torch.int32, device=self._device)
             self._counts.index_put_((chosen, ids.index_select(0, rows)), ones, accumulate=True)
         self.report = None if raw is None else self._report(raw, ids, reported, seats)
@@ -190,10 +197,11 @@ class Sampler:
         """Return those of the rows ``which``, whose logits were ``raw`` ``[N, V]`` before any filter."""
         widths = self._top_logprobs[seats[which]].tolist()
         logprobs = raw.log_softmax(-1)
-        chosen = ids[torch.from_numpy(which).to(self._device)].unsqueeze(-1)
+        chosen = ids[to_device(which, self._device)].unsqueeze(-1)
         likeliest = logprobs.topk(max(widths))
         place = {row: (at, width) for at, (row, width) in enumerate(zip(which.tolist(), widths, strict=True))}
-        return LogprobReport(place, logprobs.gather(-1, chosen), likeliest.values, likeliest.indices.to(torch.int32))
+        found = logprobs.gather(-1, chosen), likeliest.values, likeliest.indices.to(torch.int32)
+        return LogprobReport(place, *map(to_host, found))
 
     def _penalise(self, logits: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array) -> None:
         """Apply the penalties to the rows ``which``: repetition to prompt and output, the other two to output only.
@@ -202,11 +210,11 @@ class Sampler:
         """
         if self._counts is None or self._in_prompt is None:
             raise RuntimeError("a penalised sequence was never admitted")
-        rows = torch.from_numpy(which).to(self._device)
-        chosen = torch.from_numpy(seats[which]).to(self._device, torch.int64)
+        rows = to_device(which, self._device)
+        chosen = to_device(seats[which], self._device).to(torch.int64)
         counts = self._counts.index_select(0, chosen)
         seen = (counts > 0) | self._in_prompt.index_select(0, chosen)
-        penalties = torch.from_numpy(self._penalties[seats[which]]).to(self._device, torch.float32)
+        penalties = to_device(self._penalties[seats[which]].astype(np.float32), self._device)
         repetition, presence, frequency = penalties.unsqueeze(-1).unbind(1)
         x = logits.index_select(0, rows)
         x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)

@@ -19,7 +19,7 @@ from neuron.models.config import ModelConfig, read_config
 from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
-from neuron.triton_kernels import dispatch
+from neuron.triton_kernels import dispatch, round_state, sampling_rows
 from neuron.triton_kernels.batch import Batch
 
 if TYPE_CHECKING:
@@ -60,7 +60,21 @@ def variants(
             )
         for rows in sorted({min(n, plan.sampled_rows) for n in (*STEPS, plan.sampled_rows)}):
             decoder.logits(weights, _meta(rows, config.hidden_size, dtype=dtype), operations)
+        _sample(config, plan, operations)
     return recorder.variants
+
+
+def _sample(config: ModelConfig, plan: MemoryPlan, operations: dispatch.Operations) -> None:
+    """Launch what follows the logits: with and without what changes them, and the ends of a captured step."""
+    rows, vocab_size = plan.max_sequences, config.vocab_size
+    for changes in (False, True):
+        asked = sampling_rows.like(rows, vocab_size, plan.max_sequences, changes, _meta)
+        operations.sample(_meta(rows, vocab_size, dtype=torch.float32), asked)
+    pages = -(-plan.context_tokens // PAGE_TOKENS)
+    for num_rows in {1, plan.max_sequences}:
+        state = round_state.like(num_rows, pages, plan.max_sequences, _meta)
+        operations.open_round(state)
+        operations.close_round(state, _meta(num_rows, dtype=torch.int32), PAGE_TOKENS)
 
 
 def prepare(

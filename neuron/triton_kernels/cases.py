@@ -23,14 +23,13 @@ from neuron.triton_kernels import (
     quantized_matmul,
     reference,
     rope,
-    sampling,
+    sampling_cases,
     skinny_matmul,
 )
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.launch import Target
 from neuron.triton_kernels.random_batch import PAGE, random_batch
 from neuron.triton_kernels.routing import Routing, route
-from neuron.triton_kernels.sampling_rows import SamplingRows
 
 HALF_TYPES: Final = (torch.bfloat16, torch.float16)
 ALL_TYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -77,7 +76,8 @@ def numeric_cases() -> Iterator[Case]:
     for dtype in HALF_TYPES:
         yield from _quantized_cases(dtype)
         yield from _moe_cases(dtype)
-    yield Case("sampling", torch.float32, _sampling)
+    yield Case("sampling", torch.float32, sampling_cases.sampling_results)
+    yield Case("rounds", torch.float32, sampling_cases.rounds_results)
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> torch.Tensor:
@@ -323,58 +323,6 @@ def _moe_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("moe matmul", dtype, run)
 
 
-def sampling_rows(num_rows: int, vocab_size: int, device: torch.device, *, everything: bool) -> SamplingRows:
-    """Return rows that ask for different things; with ``everything`` also for penalties, bias and a mask."""
-    generator = np.random.default_rng(num_rows)
-
-    def pick(*choices: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor([choices[i % len(choices)] for i in range(num_rows)], dtype=dtype, device=device)
-
-    rows = SamplingRows(
-        temperature=pick(0.0, 1.0, 0.7, 1.3, 5.0),
-        top_k=pick(0, 0, 5, 1, 40, 0, 3, dtype=torch.int32),
-        top_p=pick(1.0, 0.9, 1.0, 0.3, 0.95, 0.0),
-        min_p=pick(0.0, 0.0, 0.2, 0.0, 0.05),
-        seeds=torch.from_numpy(generator.integers(0, 1 << 62, num_rows)).to(device),
-        counters=torch.arange(num_rows, dtype=torch.int32, device=device),
-    )
-    if not everything:
-        return rows
-    bias = np.full((num_rows, 7), -1, np.int32)
-    for row in range(num_rows):
-        bias[row, : row % 8] = generator.choice(vocab_size, row % 8, replace=False)
-    words = generator.integers(-(1 << 31), 1 << 31, (num_rows, -(-vocab_size // 32)), dtype=np.int64).astype(np.int32)
-    words[::2] = -1
-    words[-1] = 0
-    return dataclasses.replace(
-        rows,
-        seats=torch.from_numpy(generator.permutation(num_rows).astype(np.int32)).to(device),
-        penalties=torch.from_numpy(generator.uniform((0.5, -1, -1), (2, 1, 1), (num_rows, 3)).astype(np.float32)).to(
-            device
-        ),
-        counts=torch.from_numpy(generator.poisson(0.3, (num_rows, vocab_size)).astype(np.int32)).to(device),
-        in_prompt=torch.from_numpy(generator.random((num_rows, vocab_size)) < 0.2).to(device),
-        bias_tokens=torch.from_numpy(bias).to(device),
-        bias_values=torch.from_numpy(generator.normal(0, 3, bias.shape).astype(np.float32)).to(device),
-        allowed=torch.from_numpy(words).to(device),
-    )
-
-
-def _sampling(device: torch.device) -> Results:
-    results: Results = []
-    for num_rows, vocab_size, everything in ((11, 131, False), (13, 131, True), (5, 5000, False), (9, 4999, True)):
-        logits = _random(num_rows, vocab_size, dtype=torch.float32, device=device, scale=3)
-        logits[num_rows // 2, vocab_size // 2] = torch.nan
-        rows = sampling_rows(num_rows, vocab_size, device, everything=everything)
-        twin = dataclasses.replace(rows, counts=None if rows.counts is None else rows.counts.clone())
-        before = logits.clone()
-        results += zip(sampling.sample_rows(logits, rows), reference.sample_rows(logits, twin), strict=True)
-        results.append((logits, before))
-        if rows.counts is not None and twin.counts is not None:
-            results.append((rows.counts, twin.counts))
-    return results
-
-
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -437,16 +385,7 @@ def launch_everything(target: Target) -> None:
             moe_matmul.moe_matmul(inner, down, routing, weighted=True)
             for weight in _meta_quantized(128 * 2048, 768, target) if tokens in (1, 1024) else ():
                 quantized_matmul.quantized_moe_matmul(inner, weight, routing, weighted=True)
-    for everything in (False, True):
-        rows_asked = sampling_rows(8, 151936, torch.device("cpu"), everything=False)
-        fields = {f.name: getattr(rows_asked, f.name) for f in dataclasses.fields(rows_asked)}
-        asked = {name: _meta(*t.shape, dtype=t.dtype) for name, t in fields.items() if t is not None}
-        if everything:
-            asked |= {"seats": _meta(8, dtype=i32), "penalties": _meta(8, 3, dtype=f32)}
-            asked |= {"counts": _meta(64, 151936, dtype=i32), "in_prompt": _meta(64, 151936, dtype=torch.bool)}
-            asked |= {"bias_tokens": _meta(8, 300, dtype=i32), "bias_values": _meta(8, 300, dtype=f32)}
-            asked |= {"allowed": _meta(8, 4748, dtype=i32)}
-        sampling.sample_rows(_meta(8, 151936, dtype=f32), SamplingRows(**asked))
+    sampling_cases.launch_all(_meta)
 
 
 def _meta_quantized(rows: int, columns: int, target: Target) -> Iterator[quantized.QuantizedMatrix]:

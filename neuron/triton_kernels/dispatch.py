@@ -3,8 +3,8 @@
 ``NEURON_TRITON=off`` forces eager torch everywhere, and a host without Triton gets it with a warning. Importing this
 module imports no Triton; :func:`operations_for` does, once, for the first CUDA device.
 
-Both implementations have the operations of a decoder's layer, fused as far as a kernel fuses them, so that the forward
-pass is written once: the eager ones are compositions of :mod:`neuron.triton_kernels.reference`.
+Both implementations have the operations of a decoder's layer, fused as far as a kernel fuses them, and what follows the
+logits, so that a step is written once: the eager ones are compositions of :mod:`neuron.triton_kernels.reference`.
 """
 
 import functools
@@ -14,10 +14,12 @@ from typing import Final, NamedTuple, Protocol
 
 import torch
 
-from neuron.triton_kernels import reference
+from neuron.triton_kernels import reference, sampling_reference
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix
+from neuron.triton_kernels.round_state import RoundState
 from neuron.triton_kernels.routing import route
+from neuron.triton_kernels.sampling_rows import SamplingRows
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,15 @@ class Operations(Protocol):
     def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``x weight^T + bias``."""
 
+    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a token id int32 and its log-probability for each row of ``logits`` ``[R, V]``."""
+
+    def open_round(self, state: RoundState) -> None:
+        """Put what the step before sampled in the places of the tokens that name its rows."""
+
+    def close_round(self, state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
+        """Publish ``ids`` ``[B]`` and move each row that has not ended one on."""
+
 
 class EagerOperations:
     """The operations in eager torch."""
@@ -129,6 +140,18 @@ class EagerOperations:
     def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``x weight^T + bias``."""
         return reference.linear(x, weight, bias)
+
+    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a token id int32 and its log-probability for each row."""
+        return sampling_reference.sample_rows(logits, rows)
+
+    def open_round(self, state: RoundState) -> None:
+        """Put what the step before sampled in the places of the tokens that name its rows."""
+        sampling_reference.open_round(state)
+
+    def close_round(self, state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
+        """Publish ``ids`` and move each row that has not ended one on."""
+        sampling_reference.close_round(state, ids, page_tokens)
 
 
 EAGER: Final = EagerOperations()

@@ -17,12 +17,16 @@ from neuron.triton_kernels import (
     prefill_attention,
     quantized_matmul,
     rope,
+    rounds,
+    sampling,
     skinny_matmul,
 )
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.dispatch import SKINNY_ROWS, Experts, Norm, Picks, Rotary
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix
+from neuron.triton_kernels.round_state import RoundState
 from neuron.triton_kernels.routing import Routing, route
+from neuron.triton_kernels.sampling_rows import SamplingRows
 
 
 class TritonOperations:
@@ -109,6 +113,18 @@ class TritonOperations:
                 return skinny_matmul.skinny_matmul(x, weight, bias)
             case _:
                 return matmul.matmul(x, weight, bias)
+
+    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a token id int32 and its log-probability for each row."""
+        return sampling.sample_rows(logits, rows)
+
+    def open_round(self, state: RoundState) -> None:
+        """Put what the step before sampled in the places of the tokens that name its rows."""
+        rounds.open_round(state)
+
+    def close_round(self, state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
+        """Publish ``ids`` and move each row that has not ended one on."""
+        rounds.close_round(state, ids, page_tokens)
 
 
 def _gated(gate_up: torch.Tensor, function: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ It knows numbers and tables, not requests.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -38,3 +39,30 @@ class SamplingRows:
     """``[R, X]`` float32"""
     allowed: torch.Tensor | None = None
     """``[R, ceil(V / 32)]`` int32: bit ``v % 32`` of word ``v // 32`` says that token v may come."""
+
+
+def like(
+    num_rows: int, vocab_size: int, num_seats: int, changes: bool, make: Callable[..., torch.Tensor]
+) -> SamplingRows:
+    """Return rows of what ``make(*shape, dtype=...)`` returns; with ``changes`` those that change logits."""
+    f32, i32 = torch.float32, torch.int32
+    rows = SamplingRows(
+        temperature=make(num_rows, dtype=f32),
+        top_k=make(num_rows, dtype=i32),
+        top_p=make(num_rows, dtype=f32),
+        min_p=make(num_rows, dtype=f32),
+        seeds=make(num_rows, dtype=torch.int64),
+        counters=make(num_rows, dtype=i32),
+    )
+    if not changes:
+        return rows
+    return dataclasses.replace(
+        rows,
+        seats=make(num_rows, dtype=i32),
+        penalties=make(num_rows, 3, dtype=f32),
+        counts=make(num_seats, vocab_size, dtype=i32),
+        in_prompt=make(num_seats, vocab_size, dtype=torch.bool),
+        bias_tokens=make(num_rows, 300, dtype=i32),
+        bias_values=make(num_rows, 300, dtype=f32),
+        allowed=make(num_rows, -(-vocab_size // 32), dtype=i32),
+    )

@@ -1,6 +1,6 @@
-"""Steps as graphs: the same tokens, the right graph, and what is left without memory for one.
+"""Steps as graphs: the same tokens, the right graph, bursts of rounds, and what is left without memory for one.
 
-There is no GPU here, so a graph is the captured function, called again: what it reads and writes are the same tensors.
+There is no GPU here, so a graph is the captured function, called again.
 """
 
 import pathlib
@@ -9,65 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from graph_rig import ByDefinition, Recorded
 
 from neuron.device import jobs
 from neuron.device.driver import DeviceFault, DriverError
+from neuron.engine import burst, loading
 from neuron.engine.graph_runner import GraphRunner, buckets
-from neuron.triton_kernels import dispatch, reference
-from neuron.triton_kernels.batch import Batch
-
-
-class ByDefinition(dispatch.EagerOperations):
-    """Attention by the page table, as the kernels read it: the eager one wants the step's parts, which no graph has."""
-
-    def attention(
-        self,
-        qkv: torch.Tensor,
-        qk_norm: torch.Tensor | None,
-        eps: float,
-        rotary: dispatch.Rotary,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: Batch,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        return reference.rope_decode_attention(
-            qkv, qk_norm, eps, rotary, key_cache, value_cache, batch, scale, window=window
-        )
-
-
-class Recorded:
-    """Graphs that keep what they captured; ``room`` is for how many there is memory."""
-
-    def __init__(self, room: int = 99, error: Exception | None = None) -> None:
-        self.room = room
-        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
-        self.steps: dict[int, Callable[[], None]] = {}
-        self.sizes: dict[int, int] = {}
-        self.launched: list[int] = []
-        self.fail_at = 0
-        self._next = 1
-
-    def capture(self, step: Callable[[], None]) -> int:
-        if len(self.steps) == self.room:
-            raise self.error
-        step()
-        graph, self._next = self._next, self._next + 1
-        self.steps[graph] = step
-        # What the step reads is a closure: its first tensor's rows are the bucket's.
-        cells = dict(zip(step.__wrapped__.__code__.co_freevars, step.__wrapped__.__closure__, strict=True))  # type: ignore[attr-defined]
-        self.sizes[graph] = len(cells["inputs"].cell_contents)
-        return graph
-
-    def launch(self, graph: int) -> None:
-        if len(self.launched) + 1 == self.fail_at:
-            raise DeviceFault("cuGraphLaunch", 719, "CUDA_ERROR_LAUNCH_FAILED")
-        self.launched.append(self.sizes[graph])
-        self.steps[graph]()
-
-    def drop(self, graph: int) -> None:
-        del self.steps[graph]
+from neuron.engine.pace import Pace
+from neuron.engine.sampler import Sampler
+from neuron.triton_kernels import dispatch
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +33,10 @@ def with_graphs(
     def make(graphs: Recorded, **spec: object) -> Any:
         driver = harness()
         driver.engine._graphs = graphs
+        operations = ByDefinition()
+        monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: operations)
+        monkeypatch.setattr(loading, "prepare", lambda *_, **__: None)
         driver.load(tiny_llama, dtype="float32", max_sequences=6, **spec)
-        monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: ByDefinition())
         assert isinstance(driver.engine._models["m"].runner, GraphRunner)
         return driver
 
@@ -92,6 +44,7 @@ def with_graphs(
 
 
 def ask(driver: Any, num_tokens: int = 20, count: int = 5, **settings: object) -> dict[int, list[int]]:
+    driver.sent.clear()
     for number in range(count):
         driver.generate(number, list(range(3 + number, 9 + 7 * number)), num_tokens - 3 * number, **settings)
     driver.run()
@@ -106,31 +59,220 @@ def expected(harness: Callable[..., Any], tiny_llama: pathlib.Path, **settings: 
     return ask(plain, **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 7, "top_k": 20}])
+SETTINGS: list[dict[str, object]] = [
+    {},
+    {"temperature": 1.0, "seed": 7, "top_k": 20},
+    {"temperature": 0.8, "seed": -3, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.3, "logit_bias": ((5, 3.0), (9, -100.0))},
+    {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "seed": 11, "top_logprobs": 3},
+]
+
+
+@pytest.fixture
+def single_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(burst, "BURST_S", 0.0)
+
+
+@pytest.fixture
+def ten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast the machine is just now, a burst has ten rounds."""
+    monkeypatch.setattr(Pace, "step_s", lambda *_: burst.BURST_S / 10.5)
+    monkeypatch.setattr(burst, "is_worth_it", lambda *_: True)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_graphs_give_the_tokens_of_single_launches(
-    harness: Callable[..., Any], tiny_llama: pathlib.Path, with_graphs: Callable[..., Any], settings: dict[str, object]
+    harness: Callable[..., Any],
+    tiny_llama: pathlib.Path,
+    with_graphs: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    single_rounds: None,
+    settings: dict[str, object],
+    overlaps: bool,
 ) -> None:
-    graphs = Recorded()
-    wanted = expected(harness, tiny_llama, **settings)
+    """Sampled in the graph or behind it, read at once or a step later; a seed's draws too."""
+    with monkeypatch.context() as without:
+        without.setenv("NEURON_GRAPHS", "off")
+        nothing = Recorded()
+        wanted = ask(with_graphs(nothing), **settings)
+        assert not nothing.launched
+    if not settings.get("temperature"):
+        assert wanted == expected(harness, tiny_llama, **settings), "the sampler in torch has the same likeliest tokens"
+    graphs = Recorded(late=overlaps)
     driver = with_graphs(graphs)
+    runner = driver.engine._models["m"].runner
+    runner.overlaps = overlaps
     assert ask(driver, **settings) == wanted
     # Captured while steps went by, the largest first; a step took the smallest there was that held its rows.
     assert list(graphs.sizes.values()) == [6, 4, 2, 1] == buckets(6)
     assert graphs.launched[0] == 6
     assert set(graphs.launched) >= {6, 4, 2}
-    runner = driver.engine._models["m"].runner
     assert not runner._keys[:, 0].any(), "page 0 pads page tables and stays zero"
     driver.tell(jobs.Unload(9, "m"))
     assert not graphs.steps
 
 
-def test_a_step_launched_ahead_takes_its_tokens_from_the_device(
-    harness: Callable[..., Any], tiny_llama: pathlib.Path, with_graphs: Callable[..., Any]
+def test_rows_of_all_kinds_share_a_step(with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that wants a penalty changes nothing for its neighbours, in this step or the next."""
+
+    def run(driver: Any) -> dict[int, list[int]]:
+        for number, settings in enumerate(SETTINGS):
+            driver.generate(number, list(range(3 + number, 30)), 12 + 3 * number, **settings)
+        driver.run()
+        found: dict[int, list[int]] = driver.outputs()
+        return found
+
+    monkeypatch.setenv("NEURON_GRAPHS", "off")
+    wanted = run(with_graphs(Recorded()))
+    monkeypatch.delenv("NEURON_GRAPHS")
+    for late in (False, True):
+        driver = with_graphs(Recorded(late=late))
+        driver.engine._models["m"].runner.overlaps = late
+        assert run(driver) == wanted
+        driver.tell(jobs.Unload(9, "m"))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_sampling_in_torch_can_be_had(
+    harness: Callable[..., Any],
+    tiny_llama: pathlib.Path,
+    with_graphs: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, object],
 ) -> None:
+    monkeypatch.setenv("NEURON_DEVICE_SAMPLING", "off")
+    wanted = expected(harness, tiny_llama, **settings)
+    graphs = Recorded()
+    driver = with_graphs(graphs)
+    assert type(driver.engine._models["m"].runner.sampler) is Sampler
+    assert ask(driver, **settings) == wanted
+    assert graphs.launched
+    assert not graphs.bursts
+
+
+def test_eager_operations_have_no_graphs(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    """Eager attention is told of a step on the host: as of float32 on a GPU, and without Triton."""
     wanted = expected(harness, tiny_llama)
-    driver = with_graphs(Recorded())
-    driver.engine._models["m"].runner.overlaps = True
+    driver, graphs = harness(), Recorded()
+    driver.engine._graphs = graphs
+    driver.load(tiny_llama, dtype="float32", max_sequences=6)
+    assert isinstance(driver.engine._models["m"].runner, GraphRunner)
     assert ask(driver) == wanted
+    assert not graphs.steps
+
+
+# ------------------------------------------------------------------ several rounds of one graph
+
+
+EOS = {0: 9, 2: 4}
+"""The sequences that end at the token which, left alone, they have at this place."""
+
+
+def ask_some_to_stop(driver: Any, plain: dict[int, list[int]]) -> tuple[dict[int, list[int]], Any]:
+    driver.sent.clear()
+    for number in range(4):
+        eos = (plain[number][EOS[number]], 127) if number in EOS else ()
+        driver.generate(number, list(range(3 + number, 9 + 7 * number)), 40 - 3 * number, eos=eos, temperature=1.0)
+    driver.run()
+    return driver.outputs(), driver.ends()
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_bursts_say_what_single_steps_say(
+    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ten_rounds: None, overlaps: bool
+) -> None:
+    graphs = Recorded(late=overlaps)
+    driver = with_graphs(graphs)
+    driver.engine._models["m"].runner.overlaps = overlaps
+    plain = ask(driver, 40, 4, temperature=1.0)
+    assert (10, 10) in graphs.bursts
+    stopped = ask_some_to_stop(driver, plain)
+    with monkeypatch.context() as without:
+        without.setattr(burst, "num_rounds", lambda *_: 1)
+        seen = len(graphs.bursts)
+        assert ask(driver, 40, 4, temperature=1.0) == plain
+        assert ask_some_to_stop(driver, plain) == stopped
+        assert len(graphs.bursts) == seen
+    ends = {number: jobs.SequenceEnd.STOP if number in EOS else jobs.SequenceEnd.LENGTH for number in range(4)}
+    assert stopped[1] == ends
+    assert not driver.engine.busy
+
+
+def test_a_row_that_ends_is_frozen_and_the_others_go_on(with_graphs: Callable[..., Any], ten_rounds: None) -> None:
+    graphs = Recorded()
+    driver = with_graphs(graphs)
+    plain = ask(driver, 40, 2)
+    driver.sent.clear()
+    driver.generate(0, list(range(3, 9)), 40, eos=(plain[0][3],))
+    driver.generate(1, list(range(4, 16)), 37)
+    driver.run()
+    first = plain[0].index(plain[0][3])
+    assert driver.outputs() == {0: plain[0][:first], 1: plain[1]}
+    # The first burst went on for the one that was left.
+    assert [done for _, done in graphs.bursts if done != 10] == [done for asked, done in graphs.bursts if asked < 10]
+
+
+def test_a_burst_ends_when_nobody_is_left(with_graphs: Callable[..., Any], ten_rounds: None) -> None:
+    graphs = Recorded()
+    driver = with_graphs(graphs)
+    plain = ask(driver, 40, 1)[0]
+    assert len(set(plain[:3])) == 3
+    driver.sent.clear()
+    graphs.bursts.clear()
+    driver.generate(0, list(range(3, 9)), 40, eos=(plain[2],))
+    driver.run()
+    assert driver.outputs() == {0: plain[:2]}
+    assert graphs.bursts == [(10, 2)]
+    assert driver.ends() == {0: jobs.SequenceEnd.STOP}
+
+
+def test_a_message_of_the_daemon_cuts_a_burst(with_graphs: Callable[..., Any], ten_rounds: None) -> None:
+    graphs = Recorded()
+    driver = with_graphs(graphs)
+    plain = ask(driver, 40, 2)
+    graphs.bursts.clear()
+    graphs.message_after = 3
+    assert ask(driver, 40, 2) == plain
+    assert {done for asked, done in graphs.bursts if asked > 3} == {3}
+
+
+def test_a_fault_in_the_middle_of_a_burst_is_the_devices(with_graphs: Callable[..., Any], ten_rounds: None) -> None:
+    graphs = Recorded()
+    driver = with_graphs(graphs)
+    driver.generate(1, [3, 4, 5], 60)
+    driver.engine.step()
+    graphs.fail_at = 5
+    with pytest.raises(DeviceFault, match="cuGraphLaunch returned 719"):
+        driver.run()
+    assert len(graphs.launched) == 4
+
+
+def test_no_number_in_the_middle_of_a_burst(
+    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ten_rounds: None
+) -> None:
+    driver = with_graphs(Recorded())
+    plain = ask(driver, 30, 2)
+    runner = driver.engine._models["m"].runner
+    logits = runner._logits
+
+    def broken(hidden: torch.Tensor) -> torch.Tensor:
+        found = logits(hidden)
+        # The row of the longer context, in the middle of the second burst.
+        counters = [bucket.inputs.state.counters for bucket in runner._buckets.values()]
+        if any(len(at) == len(found) and int(at[0]) == 14 for at in counters):
+            found[0, 3] = torch.nan
+        return found
+
+    monkeypatch.setattr(runner, "_logits", broken)
+    driver.sent.clear()
+    driver.generate(0, list(range(3, 9)), 30)
+    driver.generate(1, list(range(4, 16)), 30)
+    driver.run()
+    assert set(driver.failures()) == {1}
+    assert driver.outputs()[0] == plain[0]
+    assert plain[1][: len(driver.outputs().get(1, []))] == driver.outputs().get(1, [])
 
 
 @pytest.mark.parametrize("room", [0, 1])

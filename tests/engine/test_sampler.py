@@ -10,7 +10,7 @@ import torch
 from cortex.wire.errors import InvalidRequestError
 from neuron.device.jobs import SamplerSettings
 from neuron.engine.sampler import NON_FINITE, Sampler, check_settings, uniform
-from neuron.triton_kernels import reference
+from neuron.triton_kernels import sampling_reference
 
 DRAWS = 20_000
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_tokens_come_as_often_as_they_should(vocab_size: int, settings: dict[str
 
 
 def test_top_p_of_a_flat_distribution_needs_more_than_the_first_candidates() -> None:
-    logits = torch.linspace(0.0, 0.5, 4 * reference.TOP_P_CANDIDATES)
+    logits = torch.linspace(0.0, 0.5, 4 * sampling_reference.TOP_P_CANDIDATES)
     assert_drawn_from(draw(logits, 5000, top_p=0.8), expected_probabilities(logits, top_p=0.8))
 
 

@@ -83,7 +83,7 @@ class Device:
 
     def __init__(self, overlaps: bool, repeats: bool = False) -> None:
         self.overlaps = overlaps
-        self.repeats = repeats and not overlaps
+        self.max_rounds = 1000 if repeats and not overlaps else 1
         self.sampler = Sampler()
         self.num_rounds: list[int] = []
         self.message_after: int | None = None
@@ -101,7 +101,7 @@ class Device:
         outcome = self.round(plan, fault_in == 0)
         later = []
         while len(later) + 1 < plan.num_rounds:
-            assert self.repeats
+            assert plan.num_rounds <= self.max_rounds
             assert self.sampler.draws_plainly(plan.seats).all()
             assert len(plan.sampled) == len(plan.context_lens) == len(plan.token_ids)
             ids = np.array(later[-1] if later else outcome.ids, np.int32)
@@ -471,7 +471,7 @@ def round_of(sequences: list[Sequence]) -> Step:
 
 
 def rounds(step: Step, round_s: float | None = BURST_S / 6, room: int = 99, *, plainly: bool = True) -> int:
-    return num_rounds(step, round_s, lambda _: np.array([plainly]), lambda _, count: min(count, room))
+    return num_rounds(step, round_s, 1000, lambda _: np.array([plainly]), lambda _, count: min(count, room))
 
 
 def test_what_bounds_a_burst() -> None:

@@ -176,16 +176,33 @@ cdef int fake_stream_destroy(void *stream) noexcept nogil:
     streams -= 1
     return enter(CALL_STREAM_DESTROY)
 
-# What the device does of its own: the step that finishes as number `stop_at` writes to the host's word.
+# What the device does of its own: the step that finishes as number `stop_at` writes to the host's word, and every step
+# writes its number to as many words as it has rows, in the next row of a ring.
 cdef uint64_t stop_at
 cdef int stop_word
+cdef int *ring
+cdef uint64_t ring_rows
+cdef uint64_t ring_columns
+cdef object on_launch = None
+cdef object on_finish = None
 
 cdef void finish(uint64_t until) noexcept nogil:
     global finished
-    if until > finished:
-        finished = until
+    cdef uint64_t column
+    while finished < until:
+        if ring != NULL:
+            for column in range(ring_columns):
+                fake_store(ring + finished % ring_rows * ring_columns + column, <int>finished + 1)
+        finished += 1
+        if has_hooks:
+            call(on_finish)
     if stop_at and finished >= stop_at:
         fake_store(&stop_word, 1)
+
+cdef bint has_hooks
+
+cdef void call(hook) noexcept with gil:
+    hook()
 
 cdef int fake_stream_synchronize(void *stream) noexcept nogil:
     cdef int code = enter(CALL_STREAM_SYNCHRONIZE)
@@ -196,7 +213,10 @@ cdef int fake_stream_synchronize(void *stream) noexcept nogil:
 
 cdef int fake_stream_query(void *stream) noexcept nogil:
     cdef int code = enter(CALL_STREAM_QUERY)
-    return code if code else 0 if finished == launched else 600
+    if code or finished == launched:
+        return code
+    finish(finished + 1)  # meanwhile
+    return 600
 
 # An event is the number of launches before it, so that waiting for one finishes those and no more.
 cdef uint64_t recorded[64]
@@ -236,6 +256,8 @@ cdef int fake_launch(void *graph_exec, void *stream) noexcept nogil:
     if code == 0:
         launched += 1
         furthest = max(furthest, launched - finished)
+        if has_hooks:
+            call(on_launch)
     return code
 
 cdef int fake_instantiate(void **graph_exec, void *graph, unsigned long long flags) noexcept nogil:
@@ -285,8 +307,10 @@ def call_number(name):
 def reset(*, size_t free=3 << 30, size_t total=4 << 30, bint faults_stick=True):
     """Forget everything. With ``faults_stick`` each call after a failed one fails too, as on a real device."""
     global num_calls, retained, streams, events, misuses, launched, finished, free_bytes, total_bytes, sticky, broken
-    global context, furthest, stop_at
+    global context, furthest, stop_at, ring, has_hooks
     stop_at = 0
+    ring = NULL
+    has_hooks = False
     fake_store(&stop_word, 0)
     num_calls = launched = finished = furthest = 0
     retained = streams = events = misuses = broken = 0
@@ -310,6 +334,22 @@ def stop_word_after(uint64_t steps):
     global stop_at
     stop_at = steps
     return <uintptr_t>&stop_word
+
+
+def publish_to(uintptr_t address, uint64_t rows, uint64_t columns):
+    """Have each launch that finishes write its number to a row of int32, round and round."""
+    global ring, ring_rows, ring_columns
+    ring, ring_rows, ring_columns = <int *>address, rows, columns
+
+
+def hooks(launch, finish):
+    """Call ``launch`` when the host launches, and ``finish`` when the device has finished one, with the GIL."""
+    global on_launch, on_finish, has_hooks
+    on_launch, on_finish, has_hooks = launch, finish, True
+
+
+def num_finished():
+    return finished
 
 
 def delay(name, unsigned int microseconds):

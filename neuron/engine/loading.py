@@ -1,0 +1,126 @@
+"""Load a model, or one rank's part of it, a layer at a time, with the executor that will run it."""
+
+import logging
+import pathlib
+from collections.abc import Callable, Generator
+
+import torch
+
+from cortex.wire.errors import UnprocessableError
+from cortex.wire.node import ModelSpec
+from neuron.device.driver import DriverHandle, cuda_driver
+from neuron.device.jobs import GroupSettings
+from neuron.engine.graph_runner import GraphRunner, Graphs
+from neuron.engine.group import Group
+from neuron.engine.group_runner import Follower, GroupRunner
+from neuron.engine.launched import Executor
+from neuron.engine.loaded import Model, described
+from neuron.engine.native_runner import NativeRunner, shared_pool
+from neuron.engine.runner import Runner
+from neuron.models import packed
+from neuron.models.config import read_config
+from neuron.models.decoder import load_decoder
+from neuron.models.packed_weights import load_packed
+from neuron.models.prebuild import prepare
+from neuron.models.shard import Shard, local_config
+from neuron.models.sizing import MemoryPlan, plan_memory, with_pages
+from neuron.models.weights import WeightSource, open_weights
+
+logger = logging.getLogger(__name__)
+
+
+def _driver_version(device: torch.device) -> tuple[int, int]:
+    return DriverHandle(cuda_driver()).version() if device.type == "cuda" else (0, 0)
+
+
+def load_model(
+    spec: ModelSpec,
+    path: pathlib.Path,
+    device: torch.device,
+    free_bytes: Callable[[], int],
+    group: GroupSettings | None = None,
+    graphs: Graphs | None = None,
+    channel_fd: int = -1,
+) -> Generator[float, None, Model | Follower]:
+    """Load a model, or with ``group`` one rank's part, in pieces of one layer; yield the share done, return it.
+
+    ``graphs`` are what the device captures steps with, if it can; ``channel_fd`` is where the daemon is heard.
+
+    Nothing is allocated before it is known to fit. Raises the errors of :mod:`neuron.models`, :class:`GroupLostError`.
+    """
+    if group is not None:
+        return (yield from _load_part(spec, path, device, free_bytes, group))
+    if spec.tensor_parallel != 1:
+        raise UnprocessableError(
+            f"tensor_parallel is {spec.tensor_parallel}; this worker was told of no group to be in",
+            param="tensor_parallel",
+        )
+    draft_path = pathlib.Path(spec.draft) if spec.draft else None
+    draft_config = read_config(draft_path) if draft_path else None
+    source = open_weights(path)
+    try:
+        plan = plan_memory(source.config, spec, str(device), free_bytes(), draft=draft_config)
+        yield 0.0
+        runner = yield from _load_runner(spec, source, plan, device, graphs, channel_fd)
+    finally:
+        source.close()
+    draft: Executor | None = None
+    if draft_path is not None and plan.draft is not None:
+        source_of_draft = open_weights(draft_path)
+        try:
+            draft = yield from _load_runner(spec, source_of_draft, plan.draft, device, graphs, channel_fd)
+        finally:
+            source_of_draft.close()
+    return Model(spec.id, source.config, plan, runner, path, draft=draft, prefix_cache=spec.prefix_cache)
+
+
+def _load_runner(
+    spec: ModelSpec,
+    source: WeightSource,
+    plan: MemoryPlan,
+    device: torch.device,
+    graphs: Graphs | None,
+    channel_fd: int,
+) -> Generator[float, None, Executor]:
+    runner: Executor
+    if plan.native:
+        packed_weights = yield from load_packed(source, plan.dtype, shared_pool())
+        runner = NativeRunner(source.config, packed_weights, plan, channel_fd)
+    else:
+        if device.type == "cpu":
+            logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
+        weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
+        runner = (
+            Runner(source.config, weights, plan, device)
+            if graphs is None
+            else GraphRunner(source.config, weights, plan, device, graphs)
+        )
+    prepare(source.config, plan, device, _driver_version(device))
+    return runner
+
+
+def _load_part(
+    spec: ModelSpec, path: pathlib.Path, device: torch.device, free_bytes: Callable[[], int], settings: GroupSettings
+) -> Generator[float, None, Model | Follower]:
+    shard = Shard(settings.rank, settings.size)
+    source = open_weights(path)
+    group: Group | None = None
+    try:
+        config = source.config
+        plan = plan_memory(config, spec, str(device), free_bytes(), shard)
+        yield 0.0
+        group = Group(settings, device)
+        plan = with_pages(plan, group.least(plan.num_pages))
+        dtype = getattr(torch, plan.dtype)
+        weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
+        runner = GroupRunner(config, weights, plan, device, group)
+        prepare(local_config(config, shard), plan, device, _driver_version(device), in_group=True)
+    except BaseException:
+        if group is not None:
+            group.close()
+        raise
+    finally:
+        source.close()
+    if settings.rank:
+        return Follower(runner, plan, described(spec.id, config, plan))
+    return Model(spec.id, config, plan, runner, path, prefix_cache=spec.prefix_cache)

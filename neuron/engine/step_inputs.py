@@ -1,0 +1,152 @@
+"""What a captured step of decodes reads and writes, at places that never change, and how a plan gets there.
+
+One array holds it all, so that a step costs one copy; each part begins where a pointer is divisible by 16, as the
+kernels are compiled for. The step moves its rows on itself (:mod:`neuron.triton_kernels.rounds`), so that a plan serves
+as many rounds as it says.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from neuron.engine.plan import StepPlan
+from neuron.engine.sampler import Draws
+from neuron.triton_kernels.round_state import MAX_STOPS, RoundState
+from neuron.triton_kernels.sampling_rows import SamplingRows
+
+PENDING: Final = -2
+"""In the place of a token that the device has not published yet."""
+NUM_PLACES: Final = 128
+"""Rounds that are published at different places: as many in a burst as may be, and the steps before and behind it."""
+ALIGNED: Final = 4
+"""Elements that each part begins at a multiple of."""
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Published:
+    """What the device tells the host, in memory that both reach: the tokens of each round, and whether any row is left.
+
+    ``most`` rows at the most; the plans' negative tokens name rows of ``last``.
+    """
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        pins = device.type == "cuda"
+        width = -(-most // ALIGNED) * ALIGNED
+        # One more, which nobody reads: for the runs in which graphs are captured.
+        self.tokens = torch.full((NUM_PLACES + 1, width), PENDING, dtype=torch.int32, pin_memory=pins)
+        self.all_ended = torch.zeros(1, dtype=torch.int32, pin_memory=pins)
+        self.last = torch.zeros(width, dtype=torch.int32, device=device)
+        self._next = 0
+
+    def take(self, num_rounds: int) -> int:
+        """Return the first of ``num_rounds`` places in a row, which nobody waits for any more, and make them pending.
+
+        A step under way has one place, and no more than one is launched ahead of what is read.
+        """
+        first = self._next if self._next + num_rounds <= NUM_PLACES else 0
+        self._next = first + num_rounds
+        self.tokens[first : first + num_rounds] = PENDING
+        self.all_ended[0] = 0
+        return first
+
+
+class StepInputs:
+    """The inputs of a graph of ``num_rows`` rows with up to ``num_columns`` pages each."""
+
+    def __init__(self, num_rows: int, num_columns: int, device: torch.device, published: Published) -> None:
+        self.num_rows = num_rows
+        parts = {
+            # Of 8 bytes an element first, so that all lie where they may.
+            "slots": (num_rows, np.int64),
+            "seeds": (num_rows, np.int64),
+            "token_ids": (num_rows, np.int32),
+            "positions": (num_rows, np.int32),
+            "context_lens": (num_rows, np.int32),
+            "counters": (num_rows, np.int32),
+            "ended": (num_rows, np.int32),
+            "top_k": (num_rows, np.int32),
+            "temperature": (num_rows, np.float32),
+            "top_p": (num_rows, np.float32),
+            "min_p": (num_rows, np.float32),
+            "place": (1, np.int32),
+            "stops": (num_rows * MAX_STOPS, np.int32),
+            "page_table": (num_rows * num_columns, np.int32),
+        }
+        spans: dict[str, tuple[int, int, Any]] = {}
+        end = 0
+        for name, (count, kind) in parts.items():
+            size = count * np.dtype(kind).itemsize // 4
+            spans[name] = end, end + size, kind
+            end += -(-size // ALIGNED) * ALIGNED
+        shapes = {"stops": (num_rows, MAX_STOPS), "page_table": (num_rows, num_columns)}
+        self._there = torch.zeros(end, dtype=torch.int32, device=device)
+        # Two in turn: the device may still read the one of the step before. What read the one before that is waited
+        # for by then, since no more than one step is launched ahead.
+        self._here = [torch.zeros(end, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
+        self._views: list[dict[str, Array]] = [
+            {
+                name: staged.numpy()[first:last].view(kind).reshape(shapes.get(name, -1))
+                for name, (first, last, kind) in spans.items()
+            }
+            for staged in self._here
+        ]
+        self._turn = 0
+        self._widths: list[dict[str, int]] = [{}, {}]
+        """How many columns of a table were written the last time."""
+        dtypes = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32}
+        there = {
+            name: self._there[first:last].view(dtypes[kind]).view(shapes.get(name, -1))
+            for name, (first, last, kind) in spans.items()
+        }
+        names = ("token_ids", "positions", "slots", "context_lens", "counters", "ended", "page_table", "stops")
+        self.state = RoundState(
+            **{name: there[name] for name in names},
+            last=published.last,
+            place=there["place"],
+            published=published.tokens,
+            all_ended=published.all_ended,
+        )
+        self.rows = SamplingRows(
+            temperature=there["temperature"],
+            top_k=there["top_k"],
+            top_p=there["top_p"],
+            min_p=there["min_p"],
+            seeds=there["seeds"],
+            counters=there["counters"],
+        )
+        # For the run in which it is captured: a context of one token in page 0, and rows of which nothing is wanted.
+        self.state.context_lens.fill_(1)
+        self.state.ended.fill_(1)
+        self.state.place.fill_(NUM_PLACES)
+
+    def fill(self, plan: StepPlan, draws: Draws, place: int) -> None:
+        """Queue the copy of a plan of at most ``num_rows`` rows; rows beyond them repeat the first one."""
+        self._turn ^= 1
+        count, view = plan.num_decodes, self._views[self._turn]
+        values: dict[str, Array] = {
+            "token_ids": plan.token_ids,
+            "positions": plan.positions,
+            "slots": plan.slots,
+            "context_lens": plan.context_lens,
+            "counters": draws.num_output,
+            "temperature": draws.temperature,
+            "top_k": draws.top_k,
+            "top_p": draws.top_p,
+            "min_p": draws.min_p,
+            "seeds": draws.seeds.view(np.int64),
+        }
+        for name, array in values.items():
+            view[name][:count] = array
+            view[name][count:] = array[0]
+        view["ended"][:] = 0
+        view["place"][0] = place
+        for name, table, rest in (("page_table", plan.page_table, 0), ("stops", plan.stops, -1)):
+            width, before = table.shape[1], self._widths[self._turn].get(name, view[name].shape[1])
+            self._widths[self._turn][name] = width
+            view[name][:, width:before] = rest
+            if width:
+                view[name][:count, :width] = table
+                view[name][count:, :width] = table[0]
+        self._there.copy_(self._here[self._turn], non_blocking=True)

@@ -1,0 +1,158 @@
+"""Graphs without a GPU: a captured step is kept, and called again where a device would run it.
+
+What it reads and writes are the same tensors each time, as on a device.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from neuron.device import _fake_driver as fake  # type: ignore[attr-defined]
+from neuron.device.driver import DeviceFault
+from neuron.device.loop import DeviceLoop
+from neuron.engine.step_inputs import StepInputs
+from neuron.triton_kernels import dispatch, reference
+from neuron.triton_kernels.batch import Batch
+
+
+class ByDefinition(dispatch.EagerOperations):
+    """Attention by the page table, as the kernels read it: the eager one wants the step's parts, which no graph has."""
+
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        qk_norm: torch.Tensor | None,
+        eps: float,
+        rotary: dispatch.Rotary,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: Batch,
+        scale: float,
+        window: int,
+    ) -> torch.Tensor:
+        return reference.rope_decode_attention(
+            qkv, qk_norm, eps, rotary, key_cache, value_cache, batch, scale, window=window
+        )
+
+
+KEEP = -99
+"""What no step tells."""
+
+
+class Recorded:
+    """Graphs that keep what they captured; ``room`` is for how many there is memory.
+
+    With ``late`` the host sees what a step has published when it waits for it, or when the one after the next is
+    launched, as of a device that takes its time; ``message_after`` is the round of a burst after which the daemon says
+    something.
+    """
+
+    def __init__(self, room: int = 99, error: Exception | None = None, *, late: bool = False) -> None:
+        self.room = room
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
+        self.steps: dict[int, Callable[[], None]] = {}
+        self.sizes: dict[int, int] = {}
+        self.launched: list[int] = []
+        self.bursts: list[tuple[int, int]] = []
+        """How many rounds each was asked for, and how many it had."""
+        self.fail_at = 0
+        self.message_after = 0
+        self.late = late
+        self._next = 0
+        self._unseen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        """Of each step that has run, what it told, and where."""
+
+    def capture(self, step: Callable[[], None]) -> int:
+        if len(self.steps) == self.room:
+            raise self.error
+        step()
+        graph = self.instantiate()
+        self.steps[graph] = step
+        self.sizes[graph] = self.inputs(graph).num_rows
+        return graph
+
+    def instantiate(self) -> int:
+        self._next += 1
+        return self._next
+
+    def inputs(self, graph: int) -> StepInputs:
+        """What a step reads is in its closure."""
+        step = self.steps[graph].__wrapped__  # type: ignore[attr-defined]
+        cells = dict(zip(step.__code__.co_freevars, step.__closure__, strict=True))
+        found: StepInputs = cells["inputs"].cell_contents
+        return found
+
+    def launch(self, graph: int) -> None:
+        if len(self.launched) + 1 == self.fail_at:
+            raise DeviceFault("cuGraphLaunch", 719, "CUDA_ERROR_LAUNCH_FAILED")
+        self.compute(graph)
+        self.show(but=2 if self.late else 0)
+
+    def compute(self, graph: int) -> None:
+        """Run a step; what it tells the host is not seen yet."""
+        self.launched.append(self.sizes[graph])
+        state = self.inputs(graph).state
+        told = (state.published, state.all_ended)
+        before = [tensor.clone() for tensor in told]
+        self.steps[graph]()
+        self._unseen.append([(tensor, tensor.clone()) for tensor in told])
+        for (tensor, after), old in zip(self._unseen[-1], before, strict=True):
+            # Of the places that it has not written, what the host does with them meanwhile stays.
+            after[after == old] = KEEP
+            tensor.copy_(old)
+
+    def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
+        done = 0
+        while done < count and not all_ended[0] and (not done or done != self.message_after):
+            self.launch(graph)
+            self.show()
+            done += 1
+        self.bursts.append((count, done))
+        return done
+
+    def wait(self, words: torch.Tensor, pending: int) -> None:
+        while (words == pending).any():
+            self.show(but=len(self._unseen) - 1)
+
+    def show(self, but: int = 0) -> None:
+        """Let the host see what all steps but the last few have told."""
+        assert but >= 0, "nothing is left that could be waited for"
+        while len(self._unseen) > but:
+            for tensor, told in self._unseen.pop(0):
+                tensor.copy_(torch.where(told == KEEP, tensor, told))
+
+    def drop(self, graph: int) -> None:
+        del self.steps[graph]
+
+
+class OnTheLoop(Recorded):
+    """Graphs that the shipped loop makes and launches, through the fake driver, which runs them here.
+
+    A step is computed when it is launched, and told of when the device has finished it.
+    """
+
+    def __init__(self, loop: DeviceLoop) -> None:
+        super().__init__()
+        self._loop = loop
+        self._graph = 0
+        fake.hooks(lambda: self.compute(self._graph), lambda: self.show(but=len(self._unseen) - 1))
+
+    def instantiate(self) -> int:
+        return self._loop.instantiate(super().instantiate())
+
+    def launch(self, graph: int) -> None:
+        self._graph = graph
+        self._loop.launch(graph)
+
+    def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
+        self._graph = graph
+        done = self._loop.replay(graph, count, stop_on_message=True, stop_word=all_ended.data_ptr())
+        self.bursts.append((count, done))
+        return done
+
+    def wait(self, words: torch.Tensor, pending: int) -> None:
+        self._loop.wait_for_words(words.data_ptr(), words.numel(), pending)
+
+    def drop(self, graph: int) -> None:
+        super().drop(graph)
+        self._loop.driver.destroy_graph_exec(graph)
