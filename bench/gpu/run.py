@@ -10,7 +10,9 @@ import os
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -214,16 +216,31 @@ def nodes(torch: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def models(ceiling: float, settings: dict[str, Any]) -> None:
-    """Measure whole models."""
+def table(name: str, question: str, parts: Iterable[Callable[[], Iterable[dict[str, Any]]]], **settings: Any) -> bool:
+    """Write what ``parts`` yield, as far as each gets, so that one that fails costs no other its figures."""
+    rows: list[dict[str, Any]] = []
+    good = True
+    for part in parts:
+        try:
+            for row in part():
+                rows.append(row)
+        except Exception:  # noqa: BLE001 (whatever it is, it is this part's)
+            traceback.print_exc()
+            good = False
+    report.write(name, rows, question=question, notes=() if good else ("a part of it failed",), **settings)
+    return good
+
+
+def models(ceiling: float, settings: dict[str, Any]) -> bool:
+    """Measure whole models; return whether all went well."""
     import models as whole
 
-    decode = [row for name in whole.SHAPES for row in whole.decode_rows(ceiling, name, "none")]
-    decode += [row for quant in ("int8", "int4") for row in whole.decode_rows(ceiling, "8B", quant)]
-    report.write("gpu_decode", decode, question="Decode: how much of the copy's bandwidth?", **settings)
-    prefill = [row for name in ("1.7B", "8B") for row in whole.prefill_rows(name)]
-    report.write("gpu_prefill", prefill, question="Prefill: how many products a second?", **settings)
-    report.write("gpu_load", list(whole.load_rows()), question="Loading: how much of the bus?", **settings)
+    wanted = [(name, "none") for name in whole.SHAPES] + [("8B", "int8"), ("8B", "int4")]
+    decode = [partial(whole.decode_rows, ceiling, name, quant) for name, quant in wanted]
+    prefill = [partial(whole.prefill_rows, name) for name in ("1.7B", "8B")]
+    good = table("gpu_decode", "Decode: how much of the copy's bandwidth?", decode, **settings)
+    good &= table("gpu_prefill", "Prefill: how many products a second?", prefill, **settings)
+    return table("gpu_load", "Loading: how much of the bus?", [whole.load_rows], **settings) and good
 
 
 def main() -> int:
@@ -249,15 +266,18 @@ def main() -> int:
     ratios = {"copy GB/s": ceiling}
     settings: dict[str, Any] = {"packages": PACKAGES, "keep": options.keep, "ratios": ratios}
     if options.part != "kernels":
-        models(ceiling, settings)
+        good &= models(ceiling, settings)
     if options.part == "models":
-        return 0
-    report.write("gpu_nodes", nodes(torch), question="What does a node of a graph cost?", **settings)
-    report.write("gpu_quantised", quantised(torch, ceiling), question="Quantised products?", **settings)
-    report.write("gpu_pointwise", pointwise(torch, ceiling), question="The other kernels?", **settings)
-    report.write("gpu_gemv", gemv(torch, ceiling), question="GEMV: how much of the copy's bandwidth?", **settings)
-    report.write("gpu_matmul", products(torch), question="Matmul: how much of cuBLAS?", **settings)
-    report.write("gpu_attention", attention(torch, ceiling), question="Attention: SDPA and the copy?", **settings)
+        return 0 if good else 1
+    for name, question, call in (
+        ("gpu_nodes", "What does a node of a graph cost?", partial(nodes, torch)),
+        ("gpu_quantised", "Quantised products?", partial(quantised, torch, ceiling)),
+        ("gpu_pointwise", "The other kernels?", partial(pointwise, torch, ceiling)),
+        ("gpu_gemv", "GEMV: how much of the copy's bandwidth?", partial(gemv, torch, ceiling)),
+        ("gpu_matmul", "Matmul: how much of cuBLAS?", partial(products, torch)),
+        ("gpu_attention", "Attention: SDPA and the copy?", partial(attention, torch, ceiling)),
+    ):
+        good &= table(name, question, [call], **settings)
     return 0 if good else 1
 
 
