@@ -148,6 +148,15 @@ async def silence(asked: Asked, line: Line) -> None:
     await asyncio.sleep(5)
 
 
+async def unanswered(gateway: Rig, neuron: FakeNeuron) -> Call:
+    """Return a request on its way that the node has and does not answer."""
+    await warm(gateway)
+    neuron.script = silence
+    call = gateway.chat()
+    await until(lambda: len(neuron.asked) == 2)
+    return call
+
+
 async def reset(asked: Asked, line: Line) -> None:
     line.reset()
 
@@ -235,10 +244,7 @@ async def test_a_client_that_leaves_frees_its_node(caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.INFO, "cortex")
     neuron = FakeNeuron("a").ready("m")
     async with rig(neuron, interface="rsgi") as gateway:
-        await warm(gateway)
-        neuron.script = silence
-        call = gateway.chat()
-        await until(lambda: len(neuron.asked) == 2)
+        call = await unanswered(gateway, neuron)
         call.leave()
         await call.end()
         await until(lambda: neuron.num_left == 1)
@@ -251,10 +257,7 @@ async def test_a_client_that_leaves_frees_its_node(caplog: pytest.LogCaptureFixt
 async def test_one_that_is_cancelled_frees_its_node() -> None:
     neuron = FakeNeuron("a").ready("m")
     async with rig(neuron, interface="rsgi") as gateway:
-        await warm(gateway)
-        neuron.script = silence
-        call = gateway.chat()
-        await until(lambda: len(neuron.asked) == 2)
+        call = await unanswered(gateway, neuron)
         call.task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call.task
@@ -265,10 +268,7 @@ async def test_one_that_is_cancelled_frees_its_node() -> None:
 async def test_what_runs_when_the_gateway_ends_is_told() -> None:
     neuron = FakeNeuron("a").ready("m")
     async with rig(neuron, interface="rsgi") as gateway:
-        await warm(gateway)
-        neuron.script = silence
-        call = gateway.chat()
-        await until(lambda: len(neuron.asked) == 2)
+        call = await unanswered(gateway, neuron)
         gateway.gateway.end_requests()
         assert (await call.end()).status == 503
         assert call.json()["error"]["code"] == "gateway_stopped"
