@@ -22,7 +22,8 @@ DIALECTS = {dialect.path: dialect for dialect in (CHAT, COMPLETIONS, EMBEDDINGS,
 class Express:
     """The express way of one gateway process."""
 
-    def __init__(self, gateway: Gateway, ending: Ending, watches: Watches) -> None:
+    def __init__(self, gateway: Gateway, ending: Ending, watches: Watches, *, flushes: bool) -> None:
+        """``flushes`` is :class:`~cortex._fast.express.Way`'s."""
         self._gateway = gateway
         self._dispatcher = gateway.service.dispatcher
         self.way = Way(
@@ -33,6 +34,7 @@ class Express:
             watches=watches,
             new_request_id=request_id_of,
             read_answer=read_answer,
+            flushes=flushes,
         )
 
     def _find_lane(self, path: str, header: str, value: str | None) -> Lane | None:

@@ -69,6 +69,8 @@ class Exchange(abc.ABC):
         """Whose it is, if whoever made it knows: to find out costs a system call."""
         self.trip: object = None
         """How far it has come on another way, as whoever knows that way describes it."""
+        self.known_body: bytes | None = None
+        """Its body, if that was read already."""
         self.is_last = False
         """Whether the answer says that no other will come on this connection."""
 
@@ -153,12 +155,30 @@ async def read_at_most(limit_bytes: int, pieces: AsyncIterator[bytes]) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
+async def asgi_pieces(receive: Receive) -> AsyncIterator[bytes]:
+    """Yield a body as ASGI brings it. Raises :class:`ClientDisconnectedError`."""
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
+
+
+async def asgi_left(receive: Receive) -> None:
+    """Return when a client that has sent its whole body has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 class AsgiExchange(Exchange):
     """A request that came over ASGI."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str) -> None:
         client = (scope.get("client") or ("", 0))[0]
         super().__init__(scope["method"], scope["path"], scope.get("query_string", b""), client, request_id)
+        self.http_version: str = scope.get("http_version", "1.1")
         self._raw_headers: Sequence[Header] = scope["headers"]
         self._receive = receive
         self._send = send
@@ -174,16 +194,9 @@ class AsgiExchange(Exchange):
     async def read_body(self, limit_bytes: int) -> bytes:
         """Return the whole body, as :class:`Exchange` says."""
         self.check_length(limit_bytes)
-        return await read_at_most(limit_bytes, self._pieces())
-
-    async def _pieces(self) -> AsyncIterator[bytes]:
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnectedError
-            yield message.get("body", b"")
-            more = message.get("more_body", False)
+        if self.known_body is not None:
+            return self.known_body
+        return await read_at_most(limit_bytes, asgi_pieces(self._receive))
 
     async def reply(
         self, status: int, body: bytes, *, content_type: bytes = b"application/json", headers: Sequence[Header] = ()
@@ -209,7 +222,7 @@ class AsgiExchange(Exchange):
 
     def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
         """Call ``tell`` when the client has gone; return what ends that."""
-        watcher = asyncio.ensure_future(self._left())
+        watcher = asyncio.ensure_future(asgi_left(self._receive))
 
         def done(watcher: "asyncio.Future[None]") -> None:
             if not watcher.cancelled():
@@ -223,10 +236,6 @@ class AsgiExchange(Exchange):
             watcher.cancel()
 
         return end
-
-    async def _left(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
 
     async def _start(self, status: int, headers: list[Header]) -> None:
         self.status = status

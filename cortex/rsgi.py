@@ -36,7 +36,7 @@ class Application(Worker):
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take requests from now on, on this loop."""
         self._watches = Watches(loop)
-        self._express = Express(self.gateway, self.ending, self._watches)
+        self._express = Express(self.gateway, self.ending, self._watches, flushes=False)
 
     def __rsgi_del__(self, loop: asyncio.AbstractEventLoop) -> None:
         """End; requests have ended by then."""

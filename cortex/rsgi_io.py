@@ -39,8 +39,9 @@ class RsgiExchange(Exchange):
         self._protocol = protocol
         self._watches = watches
         self._outlet: Outlet | None = None
-        self._body = None if trip is None else trip.body
         self.trip = trip
+        if trip is not None:
+            self.known_body = trip.body
 
     @property
     def client(self) -> str:
@@ -55,8 +56,8 @@ class RsgiExchange(Exchange):
     async def read_body(self, limit_bytes: int) -> bytes:
         """Return the whole body, as :class:`Exchange` says."""
         declared = self.check_length(limit_bytes)
-        if self._body is not None:
-            return self._body
+        if self.known_body is not None:
+            return self.known_body
         try:
             if declared is not None:
                 body: bytes = await self._protocol()

@@ -52,6 +52,7 @@ class Way:
         watches: Watches,
         new_request_id: Callable[[bytes | None], str],
         read_answer: Callable[[bytes], tuple[Usage | None, str]],
+        flushes: bool,
     ) -> None: ...
     def begin(self, scope: Any, protocol: Any) -> Trip | None: ...
 

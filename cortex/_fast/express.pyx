@@ -19,6 +19,7 @@ from granian.rsgi import ProtocolClosed
 
 from cortex._fast.http_client import StaleConnectionError
 from cortex._fast.peek import PeekError, peek, splice
+from cortex.http_io import ClientDisconnectedError as _ClientDisconnectedError
 from cortex.book import CLIENT_CLOSED_REQUEST as _CLIENT_CLOSED_REQUEST
 
 cdef enum:
@@ -97,10 +98,14 @@ cdef class Way:
     cdef object loop
     cdef object new_request_id
     cdef object read_answer
+    cdef bint flushes
     cdef dict lanes
 
-    def __init__(self, *, find_lane, gateway, breakers, ending, watches, new_request_id, read_answer):
-        """``find_lane`` returns the :class:`Lane` for a path, a header's name and its value, or ``None``."""
+    def __init__(self, *, find_lane, gateway, breakers, ending, watches, new_request_id, read_answer, bint flushes):
+        """``find_lane`` returns the :class:`Lane` for a path, a header's name and its value, or ``None``.
+
+        With ``flushes`` an answer goes out only when the protocol's ``flush`` has been awaited.
+        """
         self.find_lane = find_lane
         self.gateway = gateway
         self.gate = gateway.gate
@@ -113,10 +118,14 @@ cdef class Way:
         self.loop = watches.loop
         self.new_request_id = new_request_id
         self.read_answer = read_answer
+        self.flushes = flushes
         self.lanes = {}
 
     def begin(self, scope, protocol):
-        """Return a request's trip, or ``None`` if it has to go the common way from its beginning."""
+        """Return a request's trip, or ``None`` if it has to go the common way from its beginning.
+
+        ``scope`` and ``protocol`` are RSGI's, or look like them as far as is asked here.
+        """
         cdef Lane lane
         cdef str path, given, name
         cdef tuple place
@@ -138,7 +147,7 @@ cdef class Way:
             if len(self.lanes) >= MAX_LANES:
                 self.lanes.clear()
             self.lanes[place] = lane
-        if self.ending.has_begun or "traceparent" in headers:
+        if self.ending.has_begun or headers.get("traceparent") is not None:
             return None
         given = headers.get("content-length")
         if given is None or not given.isdigit() or len(given) > 12 or int(given) > lane.max_body_bytes:
@@ -180,7 +189,7 @@ cdef class Trip(Listener):
         try:
             try:
                 self.body = await self.protocol()
-            except ProtocolClosed:
+            except (ProtocolClosed, _ClientDisconnectedError):
                 self.end_as_left()
                 return True
             if not self.ask():
@@ -196,6 +205,8 @@ cdef class Trip(Listener):
                 raise
             finally:
                 watch.end()
+            if self.is_answered and way.flushes:
+                await self.protocol.flush()
             return self.is_answered or self.has_left
         finally:
             way.ending.num_running -= 1

@@ -18,6 +18,11 @@ LARGE = json.dumps({"choices": [{"message": {"content": "x" * 300_000}, "finish_
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 
 
+INTERFACES = "asgi", "rsgi"
+
+by_each = pytest.mark.parametrize("interface", INTERFACES)
+
+
 class Common:
     """Counts the requests of a gateway that go the common way, for some of it at least."""
 
@@ -68,7 +73,7 @@ async def test_nobody_can_tell_which_way_a_request_went(
     caplog.set_level(logging.INFO, "cortex")
     keys = ring((KEY, Principal("k", ("*",), priority=3)), anonymous=Principal())
     seen = []
-    for interface in ("asgi", "rsgi"):
+    for interface in ("common", *INTERFACES):
         neuron = FakeNeuron("a").ready("m")
         async with rig(neuron, keys=keys, aliases={"other": "m"}, interface=interface) as gateway:
             request = {"body": {**CHAT, "model": "other" if alias else "m"}}
@@ -76,11 +81,12 @@ async def test_nobody_can_tell_which_way_a_request_went(
             seen.append(await told(gateway, neuron, caplog, **request))
             common = Common(gateway, monkeypatch)
             assert (await gateway.call("POST", "/v1/chat/completions", **request).end()).status == 200
-            assert common.count == (interface == "asgi")
+            assert common.count == (interface == "common")
             assert gateway.in_flight == 0
-    assert seen[0] == seen[1]
+    assert seen[0] == seen[1] == seen[2]
 
 
+@by_each
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -90,9 +96,11 @@ async def test_nobody_can_tell_which_way_a_request_went(
         ("/v1/messages/count_tokens", {**CHAT}),
     ],
 )
-async def test_which_requests_it_is_for(monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]) -> None:
+async def test_which_requests_it_is_for(
+    monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], interface: str
+) -> None:
     neuron = FakeNeuron("a").ready("m")
-    async with rig(neuron, interface="rsgi") as gateway:
+    async with rig(neuron, interface=interface) as gateway:
         await warm(gateway)
         common = Common(gateway, monkeypatch)
         call = await gateway.call("POST", path, body).end()
@@ -104,7 +112,8 @@ async def test_which_requests_it_is_for(monkeypatch: pytest.MonkeyPatch, path: s
         assert common.count == 4
 
 
-async def test_a_busy_fleet_goes_the_common_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@by_each
+async def test_a_busy_fleet_goes_the_common_way(monkeypatch: pytest.MonkeyPatch, interface: str) -> None:
     """Where nodes have to be weighed, or none has a connection to spare."""
 
     async def slow(asked: Asked, line: Line) -> None:
@@ -112,7 +121,7 @@ async def test_a_busy_fleet_goes_the_common_way(monkeypatch: pytest.MonkeyPatch)
         await answer(asked, line)
 
     neurons = FakeNeuron("a", script=slow).ready("m"), FakeNeuron("b").ready("n"), FakeNeuron("c").ready("n")
-    async with rig(*neurons, interface="rsgi") as gateway:
+    async with rig(*neurons, interface=interface) as gateway:
         for model in "mn":
             await warm(gateway, model=model)
         common = Common(gateway, monkeypatch)
@@ -207,7 +216,7 @@ async def byte_by_byte(asked: Asked, line: Line) -> None:
 )
 async def test_what_leaves_it_ends_as_on_the_common_way(script: Any) -> None:
     seen = []
-    for interface in ("asgi", "rsgi"):
+    for interface in ("common", *INTERFACES):
         call, gateway, neuron = await end_of(script, interface, timeouts=Timeouts(first_byte_s=0.2, answer_s=0.2))
         counters = gateway.gateway.metrics
         samples = {
@@ -220,17 +229,20 @@ async def test_what_leaves_it_ends_as_on_the_common_way(script: Any) -> None:
         failures = {key: state.failures for key, state in gateway.gateway.service.dispatcher.breakers._states.items()}
         body = call.body.replace(str(neuron.port).encode(), b"PORT")
         seen.append((call.status, call.headers, body, len(neuron.asked), samples, failures))
-    assert seen[0] == seen[1]
+    assert seen[0] == seen[1] == seen[2]
 
 
-async def test_a_connection_that_has_gone_stale_is_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+@by_each
+async def test_a_connection_that_has_gone_stale_is_replaced_in_silence(
+    monkeypatch: pytest.MonkeyPatch, interface: str
+) -> None:
     neuron = FakeNeuron("a").ready("m")
 
     async def drop(asked: Asked, line: Line) -> None:
         neuron.script = answer
         line.reset()
 
-    async with rig(neuron, interface="rsgi") as gateway:
+    async with rig(neuron, interface=interface) as gateway:
         await warm(gateway)
         neuron.script = drop
         common = Common(gateway, monkeypatch)
@@ -240,10 +252,11 @@ async def test_a_connection_that_has_gone_stale_is_replaced_in_silence(monkeypat
         assert gateway.in_flight == 0
 
 
-async def test_a_client_that_leaves_frees_its_node(caplog: pytest.LogCaptureFixture) -> None:
+@by_each
+async def test_a_client_that_leaves_frees_its_node(caplog: pytest.LogCaptureFixture, interface: str) -> None:
     caplog.set_level(logging.INFO, "cortex")
     neuron = FakeNeuron("a").ready("m")
-    async with rig(neuron, interface="rsgi") as gateway:
+    async with rig(neuron, interface=interface) as gateway:
         call = await unanswered(gateway, neuron)
         call.leave()
         await call.end()
@@ -254,9 +267,10 @@ async def test_a_client_that_leaves_frees_its_node(caplog: pytest.LogCaptureFixt
         assert (left["status"], left["finish"], left["model"]) == (499, "disconnected", "m")
 
 
-async def test_one_that_is_cancelled_frees_its_node() -> None:
+@by_each
+async def test_one_that_is_cancelled_frees_its_node(interface: str) -> None:
     neuron = FakeNeuron("a").ready("m")
-    async with rig(neuron, interface="rsgi") as gateway:
+    async with rig(neuron, interface=interface) as gateway:
         call = await unanswered(gateway, neuron)
         call.task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -265,20 +279,22 @@ async def test_one_that_is_cancelled_frees_its_node() -> None:
         assert gateway.in_flight == 0
 
 
-async def test_what_runs_when_the_gateway_ends_is_told() -> None:
+@by_each
+async def test_what_runs_when_the_gateway_ends_is_told(interface: str) -> None:
     neuron = FakeNeuron("a").ready("m")
-    async with rig(neuron, interface="rsgi") as gateway:
+    async with rig(neuron, interface=interface) as gateway:
         call = await unanswered(gateway, neuron)
         gateway.gateway.end_requests()
         assert (await call.end()).status == 503
         assert call.json()["error"]["code"] == "gateway_stopped"
 
 
-async def test_keys_that_change_are_gone_by_at_once() -> None:
+@by_each
+async def test_keys_that_change_are_gone_by_at_once(interface: str) -> None:
     free, limited = Principal("k"), Principal("k", limits=Limits(requests_per_minute=1))
     other = Principal("k", ("n",))
     neuron = FakeNeuron("a").ready("m")
-    async with rig(neuron, keys=ring((KEY, free)), interface="rsgi") as gateway:
+    async with rig(neuron, keys=ring((KEY, free)), interface=interface) as gateway:
 
         async def status(keys: KeyRing, header: str = "authorization") -> int:
             gateway.gateway.reconfigure(gateway.gateway.settings, gateway.gateway.offered, keys)
@@ -299,9 +315,10 @@ async def test_keys_that_change_are_gone_by_at_once() -> None:
         assert (await gateway.call("POST", "/v1/chat/completions", CHAT, wrong).end()).status == 401
 
 
-async def test_bad_bodies_are_refused_as_ever() -> None:
+@by_each
+async def test_bad_bodies_are_refused_as_ever(interface: str) -> None:
     neuron = FakeNeuron("a").ready("m")
-    async with rig(neuron, interface="rsgi", max_body_bytes=1000) as gateway:
+    async with rig(neuron, interface=interface, max_body_bytes=1000) as gateway:
         await warm(gateway)
         for body, status in ((b"{", 400), (b'{"model":1}', 400), (b"{}", 400), (b'{"model":"none"}', 404)):
             assert (await gateway.call("POST", "/v1/chat/completions", body).end()).status == status

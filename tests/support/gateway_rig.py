@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import rsgi_call
@@ -15,7 +15,7 @@ from asgi_call import Call
 from daemons import INTERFACE
 from fake_neuron import FakeNeuron
 
-from cortex import rsgi
+from cortex import asgi, rsgi
 from cortex.access.keys import KeyRing
 from cortex.config import (
     AccessSettings,
@@ -37,31 +37,35 @@ from cortex.http_io import AsgiExchange
 QUICK = Polling(interval_s=0.05, timeout_s=3, max_backoff_s=0.2)  # a busy machine may hold everything up for a second
 PATIENT = Timeouts()
 IN_MEMORY = StoreSettings(path=":memory:")
+A = TypeVar("A", asgi.Application, rsgi.Application)
+
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = {**CHAT, "stream": True}
 
 
-class _Rsgi(rsgi.Application):
-    """The application over a gateway that is there already."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        super().__init__({})
-        self.gateway = gateway
-        self.ending = Ending(1, [], gateway.end_requests)
-        self.open(asyncio.get_running_loop())
+def application(kind: type[A], gateway: Gateway) -> A:
+    """Return an application over a gateway that is there already."""
+    made = kind({})
+    made.gateway, made.ending = gateway, Ending(1, [], gateway.end_requests)
+    made.open(asyncio.get_running_loop())
+    return made
 
 
 class Rig:
-    """A gateway in process."""
+    """A gateway in process, called by ``asgi`` or ``rsgi``, or past what both do before the gateway (``common``)."""
 
     def __init__(self, gateway: Gateway, interface: str = INTERFACE) -> None:
         self.gateway = gateway
-        self._serve = self._asgi if interface == "asgi" else rsgi_call.Server(_Rsgi(gateway).__rsgi__)
+        self._serve: Any = self._common
+        if interface == "asgi":
+            self._serve = application(asgi.Application, gateway)
+        elif interface == "rsgi":
+            self._serve = rsgi_call.Server(application(rsgi.Application, gateway).__rsgi__)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._serve(scope, receive, send)
 
-    async def _asgi(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _common(self, scope: Any, receive: Any, send: Any) -> None:
         given = dict(scope["headers"]).get(b"x-request-id")
         exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
         await self.gateway.handle(exchange)
