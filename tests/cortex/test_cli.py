@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from gateway_rig import free_port
+from daemons import free_port
 from rich.console import Console
 
 from cortex import report

@@ -8,8 +8,9 @@ import time
 import httpx
 import msgspec
 import pytest
+from daemons import free_port
 from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, error
-from gateway_rig import free_port, rig, until
+from gateway_rig import rig, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from cortex.access.keys import KeyRing

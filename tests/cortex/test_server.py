@@ -20,8 +20,9 @@ import httpx
 import openai
 import psutil
 import pytest
+from daemons import free_port
 from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, answer, chat_chunk
-from gateway_rig import free_port, until, write_config
+from gateway_rig import until, write_config
 from prometheus_client.parser import text_string_to_metric_families
 
 BIN = pathlib.Path(sys.executable).parent

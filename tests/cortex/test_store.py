@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
-from gateway_rig import free_port
+from daemons import free_port
 
 from cortex import store
 from cortex.config import StoreKind, StoreSettings

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
+from daemons import free_port
 from fake_neuron import Asked, FakeNeuron, Line, Script
-from gateway_rig import free_port, until
+from gateway_rig import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import uvloop
-from gateway_rig import free_port
+from daemons import free_port
 from scripted_harness import ScriptedHarness
 
 from cortex.wire.node import WorkerHealth, WorkerState

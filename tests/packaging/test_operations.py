@@ -11,9 +11,9 @@ import sys
 
 import httpx
 import pytest
-from daemons import tool
+from daemons import free_port, tool
 from fake_neuron import FakeNeuron
-from gateway_rig import free_port, rig
+from gateway_rig import rig
 
 from cortex.config import GatewaySettings
 from cortex.wire import VERSION

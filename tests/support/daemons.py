@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,19 @@ INTERFACE = os.environ.get("CORTEX_INTERFACE", "rsgi")
 """Of the server, by which a gateway is called: `make test-asgi` says so."""
 
 
+_given: deque[int] = deque(maxlen=64)
+"""Ports that may not be bound yet by whoever asked for them."""
+
+
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
+    """Return a port of 127.0.0.1 that was free a moment ago, and another one each time."""
+    while True:
+        with socket.socket() as trial:
+            trial.bind(("127.0.0.1", 0))
+            port = int(trial.getsockname()[1])
+        if port not in _given:
+            _given.append(port)
+            return port
 
 
 def tool(name: str) -> str:

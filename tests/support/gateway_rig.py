@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import pathlib
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType
@@ -147,10 +146,3 @@ def write_config(folder: pathlib.Path, *neurons: FakeNeuron, models: str = "", g
     path.write_text(path.read_text() + f'[store]\npath = "{folder}/responses.db"\n')
     (folder / "models.toml").write_text(models)
     return path
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
+from daemons import free_port
 from fake_neuron import Asked, FakeNeuron, Line, answer
-from gateway_rig import free_port, rig, until
+from gateway_rig import rig, until
 from key_rig import KEY, ring
 
 from cortex.access import ledger as ledgers
