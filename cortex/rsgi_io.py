@@ -97,7 +97,7 @@ class RsgiExchange(Exchange):
         transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
         credit = Credit(self._client, self._scope.server)
         is_tls = self._scope.scheme == "https"
-        self._outlet = Outlet(transport.send_bytes, credit.more, FREE_BYTES, is_tls=is_tls)
+        self._outlet = Outlet(transport.send_bytes, credit.more, FREE_BYTES, self._watches.loop, is_tls=is_tls)
         return self._outlet
 
     async def finish(self) -> None:

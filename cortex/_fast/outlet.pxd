@@ -2,6 +2,15 @@ cimport cython
 
 
 @cython.final
+cdef class Turns:
+    cdef object loop
+    cdef double begun_at
+    cdef bint is_noted
+
+    cdef int note(self) except -1
+
+
+@cython.final
 cdef class Outlet:
     cdef readonly double written_at
     cdef readonly Py_ssize_t sent_bytes
@@ -9,5 +18,6 @@ cdef class Outlet:
     cdef object send
     cdef object wait
     cdef bint is_tls
+    cdef Turns turns
 
     cpdef object write(self, bytes data)

@@ -1,5 +1,13 @@
+import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, final
+from typing import Any, Final, final
+
+TURN_S: Final[float]
+
+@final
+class Turns:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    def end(self) -> None: ...
 
 @final
 class Outlet:
@@ -13,6 +21,7 @@ class Outlet:
         send: Callable[[bytes], Any],
         wait: Callable[[Outlet], Coroutine[Any, Any, None]],
         limit_bytes: int,
+        loop: asyncio.AbstractEventLoop,
         *,
         is_tls: bool,
     ) -> None: ...

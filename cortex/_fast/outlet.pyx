@@ -1,7 +1,17 @@
 """What a stream that has begun is written to, over a server that queues whatever it is sent."""
 
 cimport cython
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
+
+TURN_S = 0.0005
+"""The least between two turns of an event loop that pass frames on.
+
+To wake two threads for one frame costs more than the frame does; so where frames come faster than this, each turn finds
+some. It is what a token may be late, and so may anything else on such a loop.
+"""
+
+cdef double _TURN_S = TURN_S
+cdef double WORTH_S = 20e-6  # a sleep that is shorter ends late
 
 cdef enum:
     CHUNK_BYTES = 12  # the most that a chunk's own framing takes
@@ -9,30 +19,74 @@ cdef enum:
     TLS_CONTENT_BYTES = 16 * 1024
 
 
+cdef double now() noexcept nogil:
+    cdef timespec time
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return time.tv_sec + time.tv_nsec * 1e-9
+
+
+@cython.final
+cdef class Turns:
+    """Holds the turns of a loop apart that pass frames on."""
+
+    def __init__(self, loop):
+        self.loop = loop
+
+    cdef int note(self) except -1:
+        """Note that this turn is one."""
+        if not self.is_noted:
+            self.is_noted = True
+            self.loop.call_soon(self.end)
+        return 0
+
+    def end(self):
+        """Wait until the next one may begin: the loop sleeps, and nothing else of the process does."""
+        cdef timespec time
+        cdef double left_s = self.begun_at + _TURN_S - now()
+        self.is_noted = False
+        if left_s > WORTH_S:
+            with nogil:
+                time.tv_sec = 0
+                time.tv_nsec = <long>(left_s * 1e9)
+                nanosleep(&time, NULL)
+        self.begun_at = now()
+
+
+cdef Turns latest = None
+
+
+cdef Turns turns_of(loop):
+    global latest
+    if latest is None or latest.loop is not loop:
+        latest = Turns(loop)
+    return latest
+
+
 @cython.final
 cdef class Outlet:
     """Counts what it passes on to ``send``, with its framing: exactly in the clear, and never too low over TLS.
 
     What is beyond ``limit_bytes`` is still sent; ``wait`` then is called with the outlet, and returns what to await
-    before there is more. ``written_at`` is when it was last written to, by the event loop's clock.
+    before there is more. ``written_at`` is when it was last written to, by the clock of ``loop``, whose turns in which
+    anything is written are ``TURN_S`` apart.
     """
 
-    def __init__(self, send, wait, Py_ssize_t limit_bytes, *, bint is_tls):
+    def __init__(self, send, wait, Py_ssize_t limit_bytes, loop, *, bint is_tls):
         self.send = send
         self.wait = wait
         self.limit_bytes = limit_bytes
         self.is_tls = is_tls
+        self.turns = turns_of(loop)
 
     cpdef object write(self, bytes data):
         """Send some bytes; return what is to be awaited before there is more, if anything.
 
         That a client has gone it says to whoever waits. Raises ``TypeError`` once it is closed.
         """
-        cdef timespec now
         cdef Py_ssize_t size_bytes = len(data)
         self.send(data)
-        clock_gettime(CLOCK_MONOTONIC, &now)
-        self.written_at = now.tv_sec + now.tv_nsec * 1e-9
+        self.turns.note()
+        self.written_at = now()
         self.sent_bytes += size_bytes + CHUNK_BYTES
         if self.is_tls:
             self.sent_bytes += TLS_RECORD_BYTES * (1 + size_bytes // TLS_CONTENT_BYTES)

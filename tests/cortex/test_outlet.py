@@ -1,0 +1,82 @@
+"""What is sent of a stream, and that turns which send something are held apart."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from cortex._fast import outlet
+from cortex._fast.outlet import TURN_S, Outlet
+
+
+async def no_wait(of: Outlet) -> None:
+    """Stand in for credit."""
+
+
+async def test_it_is_counted_with_its_framing() -> None:
+    sent: list[bytes] = []
+    waits: list[Outlet] = []
+
+    def wait(of: Outlet) -> Coroutine[Any, Any, None]:
+        waits.append(of)
+        return no_wait(of)
+
+    loop = asyncio.get_running_loop()
+    plain = Outlet(sent.append, wait, 100, loop, is_tls=False)
+    assert plain.write(bytes(80)) is None
+    pause = plain.write(bytes(1))
+    assert pause is not None
+    await pause
+    assert (plain.sent_bytes, waits, sent) == (80 + 1 + 2 * 12, [plain], [bytes(80), bytes(1)])
+    assert plain.written_at == pytest.approx(loop.time(), abs=0.05)
+    plain.limit_bytes = 1000
+    assert plain.write(bytes(1)) is None
+    secret = Outlet(sent.append, wait, 10**6, loop, is_tls=True)
+    secret.write(bytes(20_000))
+    assert secret.sent_bytes == 20_000 + 12 + 2 * 30
+    plain.close()
+    with pytest.raises(TypeError):
+        plain.write(b"x")
+
+
+async def test_turns_that_send_are_held_apart() -> None:
+    out = Outlet(lambda data: None, no_wait, 10**9, asyncio.get_running_loop(), is_tls=False)
+    num_turns = 200
+    begun = time.perf_counter()
+    for _ in range(num_turns):
+        for _ in range(3):
+            out.write(b"x")
+        await asyncio.sleep(0)
+    assert time.perf_counter() - begun >= (num_turns - 2) * TURN_S
+
+
+async def test_other_threads_run_meanwhile() -> None:
+    """A loop that waits for its next turn does not keep the interpreter's lock."""
+    out = Outlet(lambda data: None, no_wait, 10**9, asyncio.get_running_loop(), is_tls=False)
+    is_over, count = threading.Event(), 0
+
+    def run() -> None:
+        nonlocal count
+        while not is_over.is_set():
+            count += 1
+
+    other = threading.Thread(target=run)
+    other.start()
+    for _ in range(200):
+        out.write(b"x")
+        await asyncio.sleep(0)
+    is_over.set()
+    other.join()
+    assert count > 1000
+
+
+def test_a_loop_that_is_closed_in_the_middle_of_a_turn_harms_no_other() -> None:
+    async def write() -> None:
+        Outlet(lambda data: None, no_wait, 10**9, asyncio.get_running_loop(), is_tls=False).write(b"x")
+
+    for _ in range(3):
+        asyncio.run(write())
+    assert outlet.TURN_S < 0.001
