@@ -10,6 +10,7 @@ import logging
 import sys
 from typing import Any
 
+from cortex._fast.outlet import Turns
 from cortex._fast.watches import Watches
 from cortex.express import Express
 from cortex.rsgi_io import RsgiExchange, RsgiSocket
@@ -36,6 +37,7 @@ class Application(Worker):
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take requests from now on, on this loop."""
         self._watches = Watches(loop)
+        self._turns = Turns(loop)
         self._express = Express(self.gateway, self.ending, self._watches, flushes=False)
 
     def __rsgi_del__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -48,12 +50,13 @@ class Application(Worker):
             if scope.http_version == HTTP_2:
                 protocol.response_str(505, [("content-type", "text/plain")], "HTTP/2 is not spoken here; use HTTP/1.1.")
                 return
+            self._turns.hurry()
             trip = self._express.way.begin(scope, protocol)
             if trip is None:
-                await self.handle(RsgiExchange(scope, protocol, self._watches))
+                await self.handle(RsgiExchange(scope, protocol, self._watches, self._turns))
             elif not await trip.answer():
                 try:
-                    await self.handle(RsgiExchange(scope, protocol, self._watches, trip))
+                    await self.handle(RsgiExchange(scope, protocol, self._watches, self._turns, trip))
                 finally:
                     trip.give_up()
         else:

@@ -13,7 +13,7 @@ from typing import Any
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from cortex._fast.express import Trip
-from cortex._fast.outlet import Outlet
+from cortex._fast.outlet import Outlet, Turns
 from cortex._fast.watches import Watches
 from cortex.endpoints import request_id_of
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header, read_at_most
@@ -25,7 +25,7 @@ TextHeader = tuple[str, str]
 class RsgiExchange(Exchange):
     """A request that came over RSGI."""
 
-    def __init__(self, scope: Any, protocol: Any, watches: Watches, trip: Trip | None = None) -> None:
+    def __init__(self, scope: Any, protocol: Any, watches: Watches, turns: Turns, trip: Trip | None = None) -> None:
         headers = scope.headers
         if trip is None:
             given = headers.get("x-request-id")
@@ -38,6 +38,7 @@ class RsgiExchange(Exchange):
         self._headers = headers
         self._protocol = protocol
         self._watches = watches
+        self._turns = turns
         self._outlet: Outlet | None = None
         self.trip = trip
         if trip is not None:
@@ -97,7 +98,7 @@ class RsgiExchange(Exchange):
         transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
         credit = Credit(self._client, self._scope.server)
         is_tls = self._scope.scheme == "https"
-        self._outlet = Outlet(transport.send_bytes, credit.more, FREE_BYTES, self._watches.loop, is_tls=is_tls)
+        self._outlet = Outlet(transport.send_bytes, credit.more, FREE_BYTES, self._turns, is_tls=is_tls)
         return self._outlet
 
     async def finish(self) -> None:

@@ -5,9 +5,11 @@ cimport cython
 cdef class Turns:
     cdef object loop
     cdef double begun_at
+    cdef double asked_at
     cdef bint is_noted
 
     cdef int note(self) except -1
+    cpdef object hurry(self)
 
 
 @cython.final

@@ -3,10 +3,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, final
 
 TURN_S: Final[float]
+HURRY_S: Final[float]
 
 @final
 class Turns:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    def hurry(self) -> None: ...
     def end(self) -> None: ...
 
 @final
@@ -21,7 +23,7 @@ class Outlet:
         send: Callable[[bytes], Any],
         wait: Callable[[Outlet], Coroutine[Any, Any, None]],
         limit_bytes: int,
-        loop: asyncio.AbstractEventLoop,
+        turns: Turns,
         *,
         is_tls: bool,
     ) -> None: ...

@@ -3,14 +3,18 @@
 cimport cython
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 
-TURN_S = 0.0005
+TURN_S = 0.00075
 """The least between two turns of an event loop that pass frames on.
 
 To wake two threads for one frame costs more than the frame does; so where frames come faster than this, each turn finds
-some. It is what a token may be late, and so may anything else on such a loop.
+some. It is what a token may be late.
 """
 
+HURRY_S = 0.005
+"""How long no turn is held off after a request has come: others may be waiting behind it."""
+
 cdef double _TURN_S = TURN_S
+cdef double _HURRY_S = HURRY_S
 cdef double WORTH_S = 20e-6  # a sleep that is shorter ends late
 
 cdef enum:
@@ -39,12 +43,17 @@ cdef class Turns:
             self.loop.call_soon(self.end)
         return 0
 
+    cpdef object hurry(self):
+        """Hold nothing off for a while."""
+        self.asked_at = now()
+
     def end(self):
         """Wait until the next one may begin: the loop sleeps, and nothing else of the process does."""
         cdef timespec time
-        cdef double left_s = self.begun_at + _TURN_S - now()
+        cdef double at = now()
+        cdef double left_s = self.begun_at + _TURN_S - at
         self.is_noted = False
-        if left_s > WORTH_S:
+        if left_s > WORTH_S and at - self.asked_at > _HURRY_S:
             with nogil:
                 time.tv_sec = 0
                 time.tv_nsec = <long>(left_s * 1e9)
@@ -52,31 +61,20 @@ cdef class Turns:
         self.begun_at = now()
 
 
-cdef Turns latest = None
-
-
-cdef Turns turns_of(loop):
-    global latest
-    if latest is None or latest.loop is not loop:
-        latest = Turns(loop)
-    return latest
-
-
 @cython.final
 cdef class Outlet:
     """Counts what it passes on to ``send``, with its framing: exactly in the clear, and never too low over TLS.
 
     What is beyond ``limit_bytes`` is still sent; ``wait`` then is called with the outlet, and returns what to await
-    before there is more. ``written_at`` is when it was last written to, by the clock of ``loop``, whose turns in which
-    anything is written are ``TURN_S`` apart.
+    before there is more. ``written_at`` is when it was last written to, by the loop's clock; to ``turns`` it is told.
     """
 
-    def __init__(self, send, wait, Py_ssize_t limit_bytes, loop, *, bint is_tls):
+    def __init__(self, send, wait, Py_ssize_t limit_bytes, Turns turns not None, *, bint is_tls):
         self.send = send
         self.wait = wait
         self.limit_bytes = limit_bytes
         self.is_tls = is_tls
-        self.turns = turns_of(loop)
+        self.turns = turns
 
     cpdef object write(self, bytes data):
         """Send some bytes; return what is to be awaited before there is more, if anything.

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cortex._fast.outlet import Outlet
+from cortex._fast.outlet import Outlet, Turns
 from cortex.http_io import ClientDisconnectedError
 from cortex.reader_credit import FREE_BYTES, WINDOW_BYTES, Credit
 
@@ -25,7 +25,9 @@ class Line:
         host, port = writing.getpeername()[:2]
         at = f"[{host}]" if ":" in host else host
         self.credit = Credit(f"{at}:{port}", f"{at}:{writing.getsockname()[1]}")
-        self.outlet = Outlet(self.queue_up, self.credit.more, FREE_BYTES, asyncio.get_running_loop(), is_tls=False)
+        self.outlet = Outlet(
+            self.queue_up, self.credit.more, FREE_BYTES, Turns(asyncio.get_running_loop()), is_tls=False
+        )
 
     def push(self) -> bool:
         """Send one piece; return whether to wait."""
@@ -109,8 +111,8 @@ async def test_a_reader_that_reads_is_never_waited_for_long() -> None:
 
 
 async def test_short_streams_are_not_looked_at() -> None:
-    loop = asyncio.get_running_loop()
-    outlet = Outlet(lambda data: None, Credit("203.0.113.1:1", "203.0.113.2:2").more, FREE_BYTES, loop, is_tls=True)
+    turns = Turns(asyncio.get_running_loop())
+    outlet = Outlet(lambda data: None, Credit("203.0.113.1:1", "203.0.113.2:2").more, FREE_BYTES, turns, is_tls=True)
     assert not any(outlet.write(bytes(200)) for _ in range(200))
 
 
