@@ -7,7 +7,6 @@ far it has come is kept, and the common way goes on from there.
 
 cimport cython
 
-import asyncio
 import time
 
 from cortex._fast.http_client cimport Connection, Listener, Response
@@ -198,8 +197,8 @@ cdef class Trip(Listener):
             watch = way.watches.begin(self.protocol, self.leave)
             try:
                 await self.over
-            except asyncio.CancelledError:
-                if not self.is_answered:
+            except BaseException:  # it is being cancelled, or something is wrong here
+                if self.response is not None:
                     self.give_up()
                     way.book.note(self.record)
                 raise

@@ -275,6 +275,32 @@ async def test_two_hundred_clients_that_leave_at_random_leave_nothing(tmp_path: 
 
 
 @INTERFACES
+async def test_a_client_that_leaves_in_the_middle_of_a_large_answer_is_seen(
+    tmp_path: pathlib.Path, interface: str
+) -> None:
+    """Also where the express way has been asking for a while whether it is there, and had to hand it over."""
+
+    async def large_and_slow(asked: Asked, line: Line) -> None:
+        await asyncio.sleep(0.1)
+        await line.head(200, "content-type: application/json", "content-length: 1000000")
+        await line.send(bytes(200_000))
+        await line.left.wait()
+
+    neuron = FakeNeuron().ready("m")
+    async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
+        async with httpx.AsyncClient() as client:
+            assert (await client.post(gateway.url + "/v1/chat/completions", json={"model": "m"})).status_code == 200
+        neuron.script = large_and_slow
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(http_post("/v1/chat/completions", {"model": "m"}))
+        await until(lambda: sum(line.written_bytes for line in neuron.lines) > 200_000)
+        await asyncio.sleep(0.1)
+        writer.transport.abort()
+        await until(lambda: neuron.num_left == 1)
+        await in_flight_is(gateway, 0)
+
+
+@INTERFACES
 async def test_readers_that_stall_cost_a_bounded_amount(tmp_path: pathlib.Path, interface: str) -> None:
     num_readers = 8
 
