@@ -43,9 +43,10 @@ demo: $(VENV)/installed
 # --- for developers --------------------------------------------------------------------------------------------------
 
 # What asks a gateway, in process or as daemons, by the server's other interface; `test` is by the one of `cortex serve`.
+ASGI_TESTS ?= tests/cortex tests/sdk tests/e2e
 test-asgi: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet
-	CORTEX_INTERFACE=asgi $(BIN)/python -P -m pytest tests/cortex tests/sdk tests/e2e
+	CORTEX_INTERFACE=asgi $(BIN)/python -P -m pytest $(ASGI_TESTS)
 
 test: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet
