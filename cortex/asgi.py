@@ -1,17 +1,17 @@
 """``app``: the gateway as an ASGI application, for ``granian --interface asgi cortex.asgi:app``.
 
-The lifespan and nothing else; the paths are :mod:`cortex.gateway`'s. Each worker process has an ``app`` of its own,
-with its own view of the fleet.
+The lifespan, and requests as the express way wants them; the paths are :mod:`cortex.gateway`'s. Each worker process has
+an ``app`` of its own, with its own view of the fleet.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cortex._fast.watches import Watches
 from cortex.endpoints import request_id_of
 from cortex.express import Express
-from cortex.http_io import AsgiExchange, Header, Receive, Scope, Send, asgi_left, asgi_pieces
+from cortex.http_io import AsgiExchange, Header, Receive, Scope, Send, asgi_left, asgi_pieces, find_header
 from cortex.settings import ConfigError
 from cortex.worker import Worker
 
@@ -26,11 +26,8 @@ class _Headers:
 
     def get(self, name: str) -> str | None:
         """Return a header by its lower-case name, or ``None``."""
-        wanted = name.encode()
-        for key, value in self._pairs:
-            if key == wanted:
-                return value.decode("latin-1")
-        return None
+        value = find_header(self._pairs, name.encode())
+        return None if value is None else value.decode("latin-1")
 
 
 class _Head:
@@ -56,17 +53,7 @@ class _Protocol:
 
     async def __call__(self) -> bytes:
         """Return the whole body. Raises :class:`ClientDisconnectedError`."""
-        message = await self._receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            body: bytes = message.get("body", b"")
-            return body
-
-        async def again() -> MutableMapping[str, Any]:
-            nonlocal message
-            first, message = message, {}
-            return first or await self._receive()
-
-        return b"".join([piece async for piece in asgi_pieces(again)])
+        return b"".join([piece async for piece in asgi_pieces(self._receive)])
 
     def response_bytes(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """Take the answer."""
@@ -92,24 +79,20 @@ class Application(Worker):
         if scope["type"] == "http":
             trip = self._express.way.begin(_Head(scope), _Protocol(receive, send))
             if trip is None:
-                given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
-                await self._serve(AsgiExchange(scope, receive, send, request_id=request_id_of(given)))
-            elif not await trip.answer():
+                given = find_header(scope["headers"], b"x-request-id")
+                exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
+            elif await trip.answer():
+                return
+            else:
                 exchange = AsgiExchange(scope, receive, send, request_id=trip.record.request_id)
                 exchange.trip, exchange.known_body = trip, trip.body
-                try:
-                    await self._serve(exchange)
-                finally:
-                    trip.give_up()
+            await self.handle(exchange, may_be_last=scope.get("http_version") != "2")
         elif scope["type"] == "websocket":
             await self.gateway.handle_socket(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         else:
             raise NotImplementedError(f"scope type {scope['type']}")
-
-    async def _serve(self, exchange: AsgiExchange) -> None:
-        await self.handle(exchange, may_be_last=exchange.http_version != "2")
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take requests from now on, on this loop."""

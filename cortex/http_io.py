@@ -14,6 +14,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Iterable,
     Mapping,
     MutableMapping,
     Sequence,
@@ -155,6 +156,14 @@ async def read_at_most(limit_bytes: int, pieces: AsyncIterator[bytes]) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
+def find_header(headers: Iterable[Header], name: bytes) -> bytes | None:
+    """Return a header of ASGI's by its lower-case name, or ``None``."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
 async def asgi_pieces(receive: Receive) -> AsyncIterator[bytes]:
     """Yield a body as ASGI brings it. Raises :class:`ClientDisconnectedError`."""
     more = True
@@ -178,7 +187,6 @@ class AsgiExchange(Exchange):
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str) -> None:
         client = (scope.get("client") or ("", 0))[0]
         super().__init__(scope["method"], scope["path"], scope.get("query_string", b""), client, request_id)
-        self.http_version: str = scope.get("http_version", "1.1")
         self._raw_headers: Sequence[Header] = scope["headers"]
         self._receive = receive
         self._send = send
@@ -186,10 +194,7 @@ class AsgiExchange(Exchange):
 
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name, or ``None``."""
-        for key, value in self._raw_headers:
-            if key == name:
-                return value
-        return None
+        return find_header(self._raw_headers, name)
 
     async def read_body(self, limit_bytes: int) -> bytes:
         """Return the whole body, as :class:`Exchange` says."""

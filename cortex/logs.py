@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import orjson
 
-from cortex._fast.log_fields import log_fields, log_lines
+from cortex._fast.log_fields import log_lines
 
 
 class LogFormat(StrEnum):
@@ -144,8 +144,8 @@ class TextFormatter(FieldsFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        line = f"{_timestamp(record)} {record.levelname} {record.name} {record.getMessage()}"
-        line += log_fields(self.fields(record))
+        head = f"{record.levelname} {record.name} {record.getMessage()}"
+        line = log_lines(head, [(record.created, self.fields(record))]).removesuffix("\n")
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
     def lines(self, logger: str, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> str:

@@ -117,8 +117,6 @@ class _Series:
 
     def count(self) -> None:
         """Raise the counters by what was taken."""
-        if not self._new_requests:
-            return
         for status, number in self._new_requests.items():
             self._requests(status).inc(number)
         for counter, number in zip(self._tokens, self._new_tokens, strict=True):
@@ -295,13 +293,15 @@ class Metrics:
 
     def count(self, ended: Iterable[Record]) -> None:
         """Count requests that have ended."""
+        raised: dict[tuple[str, str, str], _Series] = {}
         for record in ended:
             labels = record.model, record.node, record.dialect
             series = self._series.get(labels)
             if series is None:
                 series = self._series[labels] = _Series(self, labels)
             series.add(record)
-        for series in self._series.values():
+            raised[labels] = series
+        for series in raised.values():
             series.count()
 
     def serve(self, host: str, port: int) -> Callable[[], None]:

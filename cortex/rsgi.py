@@ -52,13 +52,8 @@ class Application(Worker):
                 return
             self._turns.hurry()
             trip = self._express.way.begin(scope, protocol)
-            if trip is None:
-                await self.handle(RsgiExchange(scope, protocol, self._watches, self._turns))
-            elif not await trip.answer():
-                try:
-                    await self.handle(RsgiExchange(scope, protocol, self._watches, self._turns, trip))
-                finally:
-                    trip.give_up()
+            if trip is None or not await trip.answer():
+                await self.handle(RsgiExchange(scope, protocol, self._watches, self._turns, trip))
         else:
             socket = RsgiSocket(scope, protocol)
             try:

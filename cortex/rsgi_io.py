@@ -25,7 +25,8 @@ TextHeader = tuple[str, str]
 class RsgiExchange(Exchange):
     """A request that came over RSGI."""
 
-    def __init__(self, scope: Any, protocol: Any, watches: Watches, turns: Turns, trip: Trip | None = None) -> None:
+    def __init__(self, scope: Any, protocol: Any, watches: Watches, turns: Turns, trip: Trip | None) -> None:
+        """``trip`` is how far it has come on the express way."""
         headers = scope.headers
         if trip is None:
             given = headers.get("x-request-id")

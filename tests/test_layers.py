@@ -24,6 +24,7 @@ FLOORS = {
     "cortex.settings": -2,
     "cortex._fast": 1,
     "cortex._fast.buffer": -3,
+    "cortex._fast.clock": -3,
     "cortex._fast.log_fields": -2,
     "cortex._fast.record": -2,
     "cortex._fast.scheduling": -2,

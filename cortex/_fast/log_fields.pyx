@@ -18,25 +18,15 @@ cdef enum:
     TIME_BYTES = 32
 
 
-def log_fields(fields not None):
-    """Return the fields of a mapping one after another, each after a space.
-
-    Floats have four digits. A string that is empty, or has a space, a quote or a control character, is written as JSON
-    writes it.
-    """
-    cdef Buffer line = Buffer()
-    put_fields(line, fields)
-    return PyUnicode_DecodeUTF8(line.data, line.size, NULL)
-
-
 def log_lines(str head not None, lines not None):
     """Return a line for each pair of a Unix time and fields: the time in UTC, ``head``, and the fields.
 
-    Each ends with a line feed. Raises ``ValueError`` for a time that is no time.
+    Floats have four digits. A string that is empty, or has a space, a quote or a control character, is written as JSON
+    writes it. Each line ends with a line feed. Raises ``ValueError`` for a time that is no time.
     """
     cdef Buffer text = Buffer()
     cdef double at
-    cdef dict fields
+    cdef object fields
     cdef Py_ssize_t size
     cdef const char* head_text = PyUnicode_AsUTF8AndSize(head, &size)
     for at, fields in lines:

@@ -1,7 +1,9 @@
 """What a stream that has begun is written to, over a server that queues whatever it is sent."""
 
 cimport cython
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
+from posix.time cimport CLOCK_MONOTONIC, nanosleep, timespec
+
+from cortex._fast.clock cimport seconds_of
 
 TURN_S = 0.00075
 """The least between two turns of an event loop that pass frames on.
@@ -23,12 +25,6 @@ cdef enum:
     TLS_CONTENT_BYTES = 16 * 1024
 
 
-cdef double now() noexcept nogil:
-    cdef timespec time
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return time.tv_sec + time.tv_nsec * 1e-9
-
-
 @cython.final
 cdef class Turns:
     """Holds the turns of a loop apart that pass frames on."""
@@ -45,12 +41,12 @@ cdef class Turns:
 
     cpdef object hurry(self):
         """Hold nothing off for a while."""
-        self.asked_at = now()
+        self.asked_at = seconds_of(CLOCK_MONOTONIC)
 
     def end(self):
         """Wait until the next one may begin: the loop sleeps, and nothing else of the process does."""
         cdef timespec time
-        cdef double at = now()
+        cdef double at = seconds_of(CLOCK_MONOTONIC)
         cdef double left_s = self.begun_at + _TURN_S - at
         self.is_noted = False
         if left_s > WORTH_S and at - self.asked_at > _HURRY_S:
@@ -58,7 +54,7 @@ cdef class Turns:
                 time.tv_sec = 0
                 time.tv_nsec = <long>(left_s * 1e9)
                 nanosleep(&time, NULL)
-        self.begun_at = now()
+        self.begun_at = seconds_of(CLOCK_MONOTONIC)
 
 
 @cython.final
@@ -84,7 +80,7 @@ cdef class Outlet:
         cdef Py_ssize_t size_bytes = len(data)
         self.send(data)
         self.turns.note()
-        self.written_at = now()
+        self.written_at = seconds_of(CLOCK_MONOTONIC)
         self.sent_bytes += size_bytes + CHUNK_BYTES
         if self.is_tls:
             self.sent_bytes += TLS_RECORD_BYTES * (1 + size_bytes // TLS_CONTENT_BYTES)

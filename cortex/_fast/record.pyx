@@ -6,18 +6,14 @@ not count.
 
 cimport cython
 from libc.math cimport NAN, floor, isnan
-from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME
+
+from cortex._fast.clock cimport seconds_of
 
 
 cdef double to_microseconds(double time_s) noexcept:
     """Return a time without what is below a microsecond."""
     return floor(time_s * 1e6 + 0.5) / 1e6
-
-
-cdef double seconds_of(int clock) noexcept:
-    cdef timespec now
-    clock_gettime(clock, &now)
-    return now.tv_sec + now.tv_nsec * 1e-9
 
 
 @cython.final

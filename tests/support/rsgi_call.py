@@ -16,6 +16,7 @@ from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from cortex import rsgi_io
 from cortex._fast.outlet import Outlet
+from cortex.http_io import ClientDisconnectedError, asgi_left, asgi_pieces
 
 WINDOW_BYTES = 1024
 
@@ -54,13 +55,11 @@ class Protocol:
         return b"".join([piece async for piece in self])
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ProtocolClosed
-            yield message.get("body", b"")
-            more = message.get("more_body", False)
+        try:
+            async for piece in asgi_pieces(self._receive):
+                yield piece
+        except ClientDisconnectedError:
+            raise ProtocolClosed from None
 
     def response_bytes(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """Answer."""
@@ -75,7 +74,7 @@ class Protocol:
 
     def client_disconnect(self) -> "asyncio.Future[None]":
         """Return what is done when the client has gone."""
-        return asyncio.ensure_future(self._left())
+        return asyncio.ensure_future(asgi_left(self._receive))
 
     async def pump(self) -> None:
         """Send what is queued, and what will be."""
@@ -107,10 +106,6 @@ class Protocol:
         self.queued_bytes += len(message.get("body", b""))
         self.emptied.clear()
         self._wake.set()
-
-    async def _left(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
 
 
 class Transport:
