@@ -164,9 +164,9 @@ test-tsan: $(VENV)/editable
 test-native: test-asan test-tsan
 
 # Every kernel against its reference in the interpreter, and its machine code for five chips (about ten minutes on two
-# cores: six for the numbers, three for what is not in build/kernels yet).
+# cores: six for the numbers, three for what is not in build/kernels yet). Triton is the one that torch 2.13 comes with.
 $(VENV)/triton: $(VENV)/editable
-	$(PIP) install "triton>=3.6,<3.10"
+	$(PIP) install triton==3.7.1
 	touch $@
 
 check-kernels: $(VENV)/triton
@@ -185,7 +185,7 @@ check-kernels-oldest: $(VENV)/editable $(OLDEST_TRITON)/installed
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -P -m pytest tests/triton_kernels/test_compile.py
 
 # Cubins and their metadata for the shapes in packaging/kernels, without a GPU; `make wheel` packs them. MODELS narrows
-# it (folders with a config.json, or GGUF files). The whole takes about an hour on two cores.
+# it (folders with a config.json, or GGUF files). The whole takes about an hour of two cores.
 MODELS ?= $(wildcard packaging/kernels/*/)
 kernels: $(VENV)/triton
 	$(BIN)/python -P -m neuron.models.prebuild --out neuron/triton_kernels/prebuilt $(MODELS)

@@ -37,10 +37,18 @@ class GroupLostError(UnavailableError):
     code = "group_lost"
 
 
-# What torch raises for driver and library faults before and after torch.AcceleratorError. A failed allocation is none.
+# What torch and Triton raise for driver and library faults, beside torch.AcceleratorError. A failed allocation is none.
 FAULTS: Final = re.compile(
     r"CUDA error|CUDNN_STATUS_|CUBLAS_STATUS_(?!NOT_SUPPORTED|ALLOC_FAILED)|NCCL error|cudaError"
+    r"|Triton Error \[CUDA\]"
 )
+
+
+def _ran_out(error: Exception) -> bool:
+    """Return whether ``error`` says that there was no memory: torch's, Python's, or Triton's for a kernel's module."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and str(error).startswith("Triton Error [CUDA]: out of memory")
+    )
 
 
 def raise_device_fault(error: Exception) -> None:
@@ -53,7 +61,7 @@ def raise_device_fault(error: Exception) -> None:
     if isinstance(error, GroupLostError):
         # The ranks no longer run the same step, so all their workers are replaced.
         raise DeviceFault("group", -1, error.message) from error
-    if isinstance(error, torch.OutOfMemoryError):
+    if _ran_out(error):
         return
     known = getattr(torch, "AcceleratorError", ())
     if (known and isinstance(error, known)) or (isinstance(error, RuntimeError) and FAULTS.search(str(error))):
@@ -66,7 +74,7 @@ def error_info(error: Exception) -> ErrorInfo:
     """Return what a client is told of ``error``."""
     if isinstance(error, ApiError):
         return error.info()
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if _ran_out(error):
         return OutOfMemoryError(f"out of device memory: {error}", retry_after_s=1.0).info()
     found = EngineError(f"{type(error).__name__}: {error}").info()
     # Errors of the kernels know no wire, but have a code.

@@ -1,8 +1,10 @@
 """Load a model, or one rank's part of it, a layer at a time, with the executor that will run it."""
 
+import contextlib
 import logging
 import pathlib
 from collections.abc import Callable, Generator
+from typing import Final
 
 import torch
 
@@ -10,6 +12,8 @@ from cortex.wire.errors import UnprocessableError
 from cortex.wire.node import ModelSpec
 from neuron.device.driver import DriverHandle, cuda_driver
 from neuron.device.jobs import GroupSettings
+from neuron.device.loop import die_with_parent
+from neuron.device.probe import usable_cores
 from neuron.engine.graph_runner import GraphRunner, Graphs
 from neuron.engine.group import Group
 from neuron.engine.group_runner import Follower, GroupRunner
@@ -18,10 +22,10 @@ from neuron.engine.loaded import Model, described
 from neuron.engine.native_runner import NativeRunner, shared_pool
 from neuron.engine.runner import Runner
 from neuron.models import packed
-from neuron.models.config import read_config
+from neuron.models.config import ModelConfig, read_config
 from neuron.models.decoder import load_decoder
 from neuron.models.packed_weights import load_packed
-from neuron.models.prebuild import prepare
+from neuron.models.prebuild import Preparation
 from neuron.models.shard import Shard, local_config
 from neuron.models.sizing import MemoryPlan, plan_memory, with_pages
 from neuron.models.weights import WeightSource, open_weights
@@ -29,8 +33,8 @@ from neuron.models.weights import WeightSource, open_weights
 logger = logging.getLogger(__name__)
 
 
-def _driver_version(device: torch.device) -> tuple[int, int]:
-    return DriverHandle(cuda_driver()).version() if device.type == "cuda" else (0, 0)
+MAX_COMPILERS: Final = 8
+"""Processes that compile a model's kernels while its weights are copied: each takes some 500 MB of the host."""
 
 
 def load_model(
@@ -82,21 +86,38 @@ def _load_runner(
     graphs: Graphs | None,
     channel_fd: int,
 ) -> Generator[float, None, Executor]:
-    runner: Executor
     if plan.native:
         packed_weights = yield from load_packed(source, plan.dtype, shared_pool())
-        runner = NativeRunner(source.config, packed_weights, plan, channel_fd)
-    else:
-        if device.type == "cpu":
-            logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
+        return NativeRunner(source.config, packed_weights, plan, channel_fd)
+    if device.type == "cpu":
+        logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
+    with contextlib.closing(_preparation(source.config, plan, device)) as kernels:
         weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
         runner = (
             Runner(source.config, weights, plan, device)
             if graphs is None
             else GraphRunner(source.config, weights, plan, device, graphs)
         )
-    prepare(source.config, plan, device, _driver_version(device))
+        yield from _finish(kernels, device)
     return runner
+
+
+def _preparation(config: ModelConfig, plan: MemoryPlan, device: torch.device, *, in_group: bool = False) -> Preparation:
+    return Preparation(
+        config,
+        plan,
+        device,
+        num_processes=min(usable_cores(), MAX_COMPILERS),
+        initializer=die_with_parent,
+        in_group=in_group,
+    )
+
+
+def _finish(kernels: Preparation, device: torch.device) -> Generator[float, None, None]:
+    """Wait for the kernels; all else is there."""
+    version = DriverHandle(cuda_driver()).version() if device.type == "cuda" else (0, 0)
+    for _ in kernels.finish(version):
+        yield 1.0
 
 
 def _load_part(
@@ -112,9 +133,10 @@ def _load_part(
         group = Group(settings, device)
         plan = with_pages(plan, group.least(plan.num_pages))
         dtype = getattr(torch, plan.dtype)
-        weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
-        runner = GroupRunner(config, weights, plan, device, group)
-        prepare(local_config(config, shard), plan, device, _driver_version(device), in_group=True)
+        with contextlib.closing(_preparation(local_config(config, shard), plan, device, in_group=True)) as kernels:
+            weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
+            runner = GroupRunner(config, weights, plan, device, group)
+            yield from _finish(kernels, device)
     except BaseException:
         if group is not None:
             group.close()

@@ -5,11 +5,13 @@ other tiles, so that the list cannot disagree with what a step launches.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -23,6 +25,7 @@ from neuron.triton_kernels import dispatch, round_state, sampling_rows
 from neuron.triton_kernels.batch import Batch
 
 if TYPE_CHECKING:
+    from neuron.triton_kernels.compile import Compilation
     from neuron.triton_kernels.launch import Variant
 
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
@@ -32,6 +35,8 @@ FP8_CAPABILITY: Final = 89
 FORMS: Final = (quantization.NONE, *quantization.ROW_BYTES)
 EXPERT_ROWS: Final = (16, 64)
 """The same for rows of an expert on average."""
+POLL_S: Final = 0.001
+"""How long a step of the engine may wait for the compiler: whoever is served meanwhile waits as long."""
 
 
 def variants(
@@ -77,31 +82,59 @@ def _sample(config: ModelConfig, plan: MemoryPlan, operations: dispatch.Operatio
         operations.close_round(state, _meta(num_rows, dtype=torch.int32), PAGE_TOKENS)
 
 
-def prepare(
-    config: ModelConfig,
-    plan: MemoryPlan,
-    device: torch.device,
-    driver_version: tuple[int, int] = (99, 0),
-    *,
-    in_group: bool = False,
-) -> None:
-    """Load all that the model can launch on ``device``, compiled now if need be, and forbid compiling from then on.
+class Preparation:
+    """The kernels that a model can launch, on their way to its device while its weights are. Of eager torch, nothing.
 
-    Nothing to do where eager torch runs. Raises what :func:`neuron.triton_kernels.warm.warm` raises.
+    It begins at once: what no cache has is compiled by up to ``num_processes`` others, each of which calls
+    ``initializer`` first. :meth:`close` it in the end.
     """
-    if plan.quant == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise UnsupportedQuantizationError(f"{device} cannot convert float8; sm_89 and later can", param="quant")
-    if dispatch.operations_for(device, getattr(torch, plan.dtype)) is dispatch.EAGER:
-        return
-    # Only here: a host without CUDA has no use for the compiler, and may not have it.
-    from neuron.triton_kernels.compile import default_cache
-    from neuron.triton_kernels.launch import target_of
-    from neuron.triton_kernels.warm import allowing_compiles, forbid_compiling, warm
 
-    with allowing_compiles(), torch.cuda.device(device):
+    def __init__(
+        self,
+        config: ModelConfig,
+        plan: MemoryPlan,
+        device: torch.device,
+        *,
+        num_processes: int,
+        initializer: Callable[[], None] | None = None,
+        in_group: bool = False,
+    ) -> None:
+        self._device = device
+        self._compilation: Compilation | None = None
+        if plan.quant == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise UnsupportedQuantizationError(f"{device} cannot convert float8; sm_89 and later can", param="quant")
+        if device.type != "cuda" or dispatch.operations_for(device, getattr(torch, plan.dtype)) is dispatch.EAGER:
+            return
+        # Only here: a host without CUDA has no use for the compiler, and may not have it.
+        from neuron.triton_kernels import compile
+        from neuron.triton_kernels.launch import target_of
+
         capability = target_of(device).capability
-        warm(variants(config, plan, capability, in_group=in_group), capability, default_cache(), driver_version)
-    forbid_compiling()
+        wanted = variants(config, plan, capability, in_group=in_group)
+        self._compilation = compile.Compilation(wanted, capability, compile.default_cache(), num_processes, initializer)
+
+    def finish(self, driver_version: tuple[int, int]) -> Generator[None, None, None]:
+        """Put all on the device, a kernel at a time, and forbid compiling from then on.
+
+        Raises what :func:`neuron.triton_kernels.warm.warm` raises, and
+        :class:`neuron.triton_kernels.compile.KernelCompileError`.
+        """
+        if self._compilation is None:
+            return
+        from neuron.triton_kernels.warm import allowing_compiles, forbid_compiling, warm
+
+        while not self._compilation.poll(POLL_S):
+            yield
+        for variant, compiled in self._compilation.results().items():
+            with allowing_compiles(), torch.cuda.device(self._device):
+                warm(variant, compiled, driver_version)
+            yield
+        forbid_compiling()
+
+    def close(self) -> None:
+        """Compile no more."""
+        if self._compilation is not None:
+            self._compilation.close()
 
 
 def _steps(config: ModelConfig) -> tuple[int, ...]:
@@ -202,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quant", action="append", choices=FORMS, help="forms of the weights; all unless given")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/kernels"))
     options = parser.parse_args(arguments)
-    from neuron.triton_kernels.compile import KernelCache, compile_variants
+    from neuron.triton_kernels.compile import Compilation, KernelCache
 
     cache = KernelCache(options.out)
     for model in options.models:
@@ -217,7 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
                 plan = any_plan(config, options.dtype, quant)
                 for in_group in (False, True):
                     wanted |= dict.fromkeys(variants(config, plan, capability, in_group=in_group))
-            compile_variants(wanted, capability, cache)
+            with contextlib.closing(Compilation(wanted, capability, cache, os.cpu_count() or 1)) as compilation:
+                compilation.results()
             print(f"{model}: {len(wanted)} kernels for sm_{capability}, {time.monotonic() - start:.0f} s")  # noqa: T201
     return 0
 

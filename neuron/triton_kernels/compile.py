@@ -8,11 +8,13 @@ cubin: one that was cut short, edited or mixed up is compiled again, and a warni
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import pathlib
 import re
@@ -190,11 +192,15 @@ class KernelCache:
         found = self.load(variant, capability)
         if found is None:
             found = compile_variant(variant, capability)
-            try:
-                self.store(variant, found)
-            except OSError as error:
-                logger.warning("kernel cache: cannot write to %s: %s", self.folder, error)
+            self.keep(variant, found)
         return found
+
+    def keep(self, variant: Variant, compiled: Compiled) -> None:
+        """Write an entry, if that can be done."""
+        try:
+            self.store(variant, compiled)
+        except OSError as error:
+            logger.warning("kernel cache: cannot write to %s: %s", self.folder, error)
 
 
 def _load(folder: pathlib.Path, variant: Variant, capability: int) -> Compiled | None:
@@ -227,16 +233,59 @@ def default_cache() -> KernelCache:
     return KernelCache(pathlib.Path(named) if named else base / "helexa" / "kernels", PREBUILT)
 
 
-def compile_variants(
-    wanted: Iterable[Variant], capability: int, cache: KernelCache, progress: Callable[[Variant], None] | None = None
-) -> list[Compiled]:
-    """Return the compiled form of each of ``wanted``, from ``cache`` where it has it."""
-    compiled = []
-    for variant in wanted:
-        compiled.append(cache.get(variant, capability))
-        if progress is not None:
-            progress(variant)
-    return compiled
+class Compilation:
+    """Variants on their way: from ``cache`` where it has them, else by other processes, which begin at once.
+
+    Compiling one takes a second or two, most of it under the GIL; beside it this process may go on serving.
+    ``initializer`` is called in each of up to ``num_processes``. :meth:`close` it in the end.
+    """
+
+    def __init__(
+        self,
+        wanted: Iterable[Variant],
+        capability: int,
+        cache: KernelCache,
+        num_processes: int,
+        initializer: Callable[[], None] | None = None,
+    ) -> None:
+        self._cache = cache
+        self._found = {variant: cache.load(variant, capability) for variant in wanted}
+        missing = [variant for variant, found in self._found.items() if found is None]
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._under_way: dict[concurrent.futures.Future[Compiled], Variant] = {}
+        if missing:
+            # A process that has started Triton's threads, or CUDA, is not forked.
+            context = multiprocessing.get_context("spawn")
+            num_processes = min(num_processes, len(missing))
+            self._pool = concurrent.futures.ProcessPoolExecutor(num_processes, context, initializer)
+            self._under_way = {self._pool.submit(compile_variant, each, capability): each for each in missing}
+
+    def poll(self, timeout_s: float) -> bool:
+        """Store what has been compiled by now, or within ``timeout_s``; return whether that is all.
+
+        Raises :class:`KernelCompileError`.
+        """
+        done, _ = concurrent.futures.wait(self._under_way, timeout_s, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            variant = self._under_way.pop(future)
+            try:
+                compiled = future.result()
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise KernelCompileError(f"{variant.kernel}: the compiler's process has died: {error}") from error
+            self._found[variant] = compiled
+            self._cache.keep(variant, compiled)
+        return not self._under_way
+
+    def results(self) -> dict[Variant, Compiled]:
+        """Return all of them, once they are there."""
+        while not self.poll(60.0):
+            pass
+        return {variant: compiled for variant, compiled in self._found.items() if compiled is not None}
+
+    def close(self) -> None:
+        """Compile no more than what is in hand."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def target_for(capability: int) -> Target:

@@ -1,7 +1,7 @@
 """Put compiled kernels into this process before they are launched, and forbid compiling from then on.
 
 Triton's launcher compiles what it does not find in its memory, in the middle of a step if need be. Here its memory is
-filled while a model loads, from the cache of :mod:`neuron.triton_kernels.compile`, and a launch that still misses is an
+filled while a model loads, with what :mod:`neuron.triton_kernels.compile` has, and a launch that still misses is an
 error: it would stall every stream for a second.
 """
 
@@ -10,14 +10,14 @@ import contextvars
 import json
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from neuron.triton_kernels.compile import Compiled, KernelCache, cache_key
+from neuron.triton_kernels.compile import Compiled, cache_key
 from neuron.triton_kernels.launch import Variant
 
 
@@ -58,27 +58,26 @@ class _Array:
         return self._address
 
 
-def warm(
-    wanted: Iterable[Variant], capability: int, cache: KernelCache, driver_version: tuple[int, int] = (99, 0)
-) -> None:
-    """Put ``wanted`` into this process for the device in use, compiling what ``cache`` lacks.
+def warm(variant: Variant, compiled: Compiled, driver_version: tuple[int, int] = (99, 0)) -> None:
+    """Put a kernel into this process and onto the device in use, so that its first launch is one like any other.
 
-    Raises :class:`DriverTooOldError`, :class:`neuron.triton_kernels.compile.KernelCompileError`.
+    Raises :class:`DriverTooOldError`.
     """
-    for variant in wanted:
-        compiled = cache.get(variant, capability)
-        if driver_version[0] < int(compiled.metadata.cuda_version.partition(".")[0]):
-            raise DriverTooOldError(driver_version, compiled.metadata.cuda_version)
-        arguments: dict[str, Any] = dict(variant.constants)
-        for parameter in variant.parameters:
-            if parameter.kind.startswith("*"):
-                arguments[parameter.name] = _Array(parameter.kind, parameter.aligned)
-            elif parameter.kind == "fp32":
-                arguments[parameter.name] = 0.5
-            else:
-                arguments[parameter.name] = (16 if parameter.aligned else 17) << (32 if parameter.kind == "i64" else 0)
-        with _compiles_to(variant.function(), compiled, cache_key(variant, capability)) as function:
-            function.warmup(grid=(1,), **arguments, **variant.options())
+    metadata = compiled.metadata
+    if driver_version[0] < int(metadata.cuda_version.partition(".")[0]):
+        raise DriverTooOldError(driver_version, metadata.cuda_version)
+    arguments: dict[str, Any] = dict(variant.constants)
+    for parameter in variant.parameters:
+        if parameter.kind.startswith("*"):
+            arguments[parameter.name] = _Array(parameter.kind, parameter.aligned)
+        elif parameter.kind == "fp32":
+            arguments[parameter.name] = 0.5
+        else:
+            arguments[parameter.name] = (16 if parameter.aligned else 17) << (32 if parameter.kind == "i64" else 0)
+    with _compiles_to(variant.function(), compiled, cache_key(variant, metadata.capability)) as function:
+        kernel = function.warmup(grid=(1,), **arguments, **variant.options())
+    # Else the first launch does it, in a step: builds the launcher, by gcc if need be, and loads the module.
+    kernel.run  # noqa: B018 (a property that does so)
 
 
 @contextlib.contextmanager

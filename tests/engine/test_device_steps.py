@@ -20,7 +20,7 @@ from neuron.device import _fake_driver as fake  # type: ignore[attr-defined]
 from neuron.device import jobs
 from neuron.device.channel import Channel, socket_pair
 from neuron.device.loop import DeviceLoop
-from neuron.engine import burst, loading
+from neuron.engine import burst
 from neuron.engine.engine import Engine
 from neuron.engine.pace import Pace
 from neuron.triton_kernels import dispatch
@@ -91,7 +91,6 @@ def start(tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
     monkeypatch.setenv("NEURON_SPECULATION", "off")
     monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: operations)
-    monkeypatch.setattr(loading, "prepare", lambda *_, **__: None)
     fake.reset()
     running: list[Running] = []
 

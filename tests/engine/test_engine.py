@@ -5,7 +5,7 @@ import gc
 import pathlib
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.device.driver import DeviceFault
 from neuron.device.jobs import SequenceEnd
-from neuron.engine import loaded
+from neuron.engine import loaded, loading
 from neuron.engine.engine import Engine
 from neuron.engine.errors import raise_device_fault
 from neuron.engine.native_runner import NativeRunner
@@ -324,6 +324,7 @@ def test_running_out_of_memory_is_temporary(driver: Any, monkeypatch: pytest.Mon
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
         DeviceFault("cuGraphLaunch", 700, "CUDA_ERROR_ILLEGAL_ADDRESS"),
     ],
     ids=str,
@@ -339,7 +340,8 @@ def test_a_device_fault_leaves_the_engine(driver: Any, monkeypatch: pytest.Monke
 
 
 def test_other_exceptions_are_no_faults() -> None:
-    for error in (ValueError("CUDA error"), RuntimeError("shape mismatch"), torch.OutOfMemoryError("CUDA error")):
+    full = RuntimeError("Triton Error [CUDA]: out of memory")
+    for error in (ValueError("CUDA error"), RuntimeError("shape mismatch"), torch.OutOfMemoryError("CUDA error"), full):
         raise_device_fault(error)
 
 
@@ -372,6 +374,55 @@ def test_a_load_does_not_stall_what_runs(driver: Any, tiny_llama: pathlib.Path) 
         driver.engine.step()
         assert len(driver.rows) == before + 1
     assert 2 < len(driver.rows) < 59
+
+
+class SlowKernels:
+    """A preparation that takes many steps, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.closed = 0
+
+    def finish(self, driver_version: tuple[int, int]) -> Iterator[None]:
+        for _ in range(20):
+            yield
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_compiling_for_a_load_does_not_stall_what_runs(
+    driver: Any, tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    kernels = SlowKernels()
+    monkeypatch.setattr(loading, "Preparation", lambda *_, **__: kernels)
+    driver.generate(1, PROMPT, 200)
+    driver.tell(jobs.Load(7, ModelSpec("second", "test", dtype="float32"), str(tiny_llama)))
+    for _ in range(15):
+        driver.engine.step()
+    assert not kernels.closed
+    assert len(driver.outputs()[1]) >= 10
+    driver.run()
+    assert kernels.closed == 1
+    assert any(isinstance(message, jobs.Done) and message.job == 7 for message in driver.sent)
+
+
+def test_kernels_that_cannot_be_made_fail_the_load_alone(
+    driver: Any, tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    kernels = SlowKernels(RuntimeError("Triton Error [CUDA]: out of memory"))
+    monkeypatch.setattr(loading, "Preparation", lambda *_, **__: kernels)
+    answer = driver.load(tiny_llama, "second")
+    assert isinstance(answer, jobs.JobFailed)
+    assert answer.error.code == "out_of_memory"
+    assert kernels.closed == 1
+    driver.generate(1, PROMPT, 5)
+    driver.run()
+    assert len(driver.outputs()[1]) == 5
 
 
 def test_a_load_that_fails_names_the_reason_and_the_engine_goes_on(

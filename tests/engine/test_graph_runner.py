@@ -13,7 +13,7 @@ from graph_rig import ByDefinition, Recorded
 
 from neuron.device import jobs
 from neuron.device.driver import DeviceFault, DriverError
-from neuron.engine import burst, loading
+from neuron.engine import burst
 from neuron.engine.graph_runner import GraphRunner, buckets
 from neuron.engine.pace import Pace
 from neuron.engine.sampler import Sampler
@@ -35,7 +35,6 @@ def with_graphs(
         driver.engine._graphs = graphs
         operations = ByDefinition()
         monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: operations)
-        monkeypatch.setattr(loading, "prepare", lambda *_, **__: None)
         driver.load(tiny_llama, dtype="float32", max_sequences=6, **spec)
         assert isinstance(driver.engine._models["m"].runner, GraphRunner)
         return driver

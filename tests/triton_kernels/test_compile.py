@@ -1,9 +1,14 @@
 """Compiling ahead of time, the cache on disk, and no compiling once a model is ready."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import logging
+import multiprocessing
+import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from neuron.device.loop import die_with_parent  # noqa: E402
 from neuron.engine.errors import error_info  # noqa: E402
 from neuron.models import prebuild  # noqa: E402
 from neuron.models.config import ModelConfig, read_config  # noqa: E402
@@ -22,7 +28,7 @@ from neuron.models.qwen3 import QWEN3  # noqa: E402
 from neuron.models.qwen3_moe import QWEN3_MOE  # noqa: E402
 from neuron.triton_kernels import activation, check, compile, matmul, norm, prefill_attention, warm  # noqa: E402
 from neuron.triton_kernels.batch import Batch  # noqa: E402
-from neuron.triton_kernels.compile import KernelCache, target_for  # noqa: E402
+from neuron.triton_kernels.compile import Compilation, KernelCache, KernelCompileError, target_for  # noqa: E402
 from neuron.triton_kernels.launch import Variant, recording  # noqa: E402
 from neuron.triton_kernels.warm import CompileAfterReadyError, DriverTooOldError  # noqa: E402
 
@@ -151,7 +157,11 @@ def test_the_key_follows_source_compiler_chip_and_variant(monkeypatch: pytest.Mo
 
 
 class _Driver:
-    """As much of Triton's driver as looking up and compiling a kernel takes."""
+    """As much of Triton's driver as putting a kernel onto a device takes; ``done`` is what it was asked for."""
+
+    def __init__(self) -> None:
+        self.utils = self
+        self.done: list[str] = []
 
     def get_current_device(self) -> int:
         return 0
@@ -162,36 +172,66 @@ class _Driver:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
 
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448}
+
+    def launcher_cls(self, source: object, metadata: object) -> object:
+        self.done.append("launcher")
+        return lambda *_: self.done.append("launch")
+
+    def load_binary(self, name: str, cubin: bytes, shared_bytes: int, device: int) -> tuple[int, int, int, int, int]:
+        assert cubin[:4] == b"\x7fELF"
+        self.done.append(f"module of {name}")
+        return 1, 2, 32, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        self.done.append("unload")
+
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Driver]:
     from triton.runtime import driver
 
-    monkeypatch.setattr(driver, "_active", _Driver())
+    stub = _Driver()
+    monkeypatch.setattr(driver, "_active", stub)
     activation._gated_kernel.device_caches.clear()
-    yield
+    yield stub
     warm.permit_compiling()
     activation._gated_kernel.device_caches.clear()
+
+
+def warm_one(variant: Variant, cache: KernelCache, **settings: Any) -> None:
+    warm.warm(variant, cache.get(variant, 90), **settings)
 
 
 @pytest.mark.usefixtures("driver")
 def test_compiling_after_ready_is_an_error(cache: KernelCache) -> None:
     variant = activation_variant()
-    warm.warm([variant], 90, cache)
+    warm_one(variant, cache)
     warm.forbid_compiling()
-    warm.warm([variant], 90, cache)  # it is there: nothing to compile
+    warm_one(variant, cache)  # it is there: nothing to compile
     other = dataclasses.replace(variant, num_warps=8)
     with pytest.raises(CompileAfterReadyError, match="_gated_kernel would be compiled now"):
-        warm.warm([other], 90, cache)
+        warm_one(other, cache)
     with warm.allowing_compiles():
-        warm.warm([other], 90, cache)
-    warm.warm([other], 90, cache)
+        warm_one(other, cache)
+    warm_one(other, cache)
+
+
+def test_the_first_launch_finds_everything_done(driver: _Driver, cache: KernelCache) -> None:
+    warm_one(activation_variant(), cache)
+    assert driver.done == ["launcher", "module of _gated_kernel"]
+    x, out = torch.empty(5, 2048, dtype=torch.bfloat16), torch.empty(5, 1024, dtype=torch.bfloat16)
+    constants = {"ACTIVATION": "silu", "BLOCK": 1024}
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    activation._gated_kernel[(5,)](x, out, 2048, 1024, **constants, **options)
+    assert driver.done == ["launcher", "module of _gated_kernel", "launch"]
 
 
 @pytest.mark.usefixtures("driver")
 def test_what_is_warmed_is_what_a_launch_looks_up(cache: KernelCache) -> None:
     """The JIT's own view of a launch's arguments, tensors and sizes, is that of the recorded variant."""
-    warm.warm([activation_variant()], 90, cache)
+    warm_one(activation_variant(), cache)
     warm.forbid_compiling()
     constants = {"ACTIVATION": "silu", "BLOCK": 1024}
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
@@ -211,7 +251,7 @@ def test_a_prebuilt_kernel_needs_no_compiler(
     monkeypatch.setattr(compile, "compile_variant", None)
     monkeypatch.setattr(triton, "compile", None)
     elsewhere = KernelCache(tmp_path / "own", prebuilt=cache.folder)
-    warm.warm([variant], 90, elsewhere)
+    warm_one(variant, elsewhere)
     (kernel,) = activation._gated_kernel.device_caches[0][0].values()
     assert kernel.asm["cubin"] == made.cubin
     assert kernel.name == made.metadata.name
@@ -223,8 +263,54 @@ def test_a_prebuilt_kernel_needs_no_compiler(
 def test_a_driver_older_than_the_cubins_is_told_of_before_a_launch(cache: KernelCache) -> None:
     variant = activation_variant()
     with pytest.raises(DriverTooOldError, match=r"supports CUDA 11\.8, .* by CUDA 1[23]\..*; install a driver"):
-        warm.warm([variant], 90, cache, (11, 8))
-    warm.warm([variant], 90, cache, (int(cache.get(variant, 90).metadata.cuda_version.partition(".")[0]), 0))
+        warm_one(variant, cache, driver_version=(11, 8))
+    made_by = int(cache.get(variant, 90).metadata.cuda_version.partition(".")[0])
+    warm_one(variant, cache, driver_version=(made_by, 0))
+
+
+def finish(compilation: Compilation) -> dict[Variant, compile.Compiled]:
+    with contextlib.closing(compilation):
+        return compilation.results()
+
+
+def test_others_compile_what_the_cache_lacks_and_it_is_kept(
+    cache: KernelCache, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = activation_variant()
+    known = cache.get(first, 90)
+    second = dataclasses.replace(first, num_warps=8)
+    compilation = Compilation([first, second, first], 90, cache, 4, die_with_parent)
+    children = multiprocessing.active_children()
+    assert len(children) == 1, "one is missing"
+    found = finish(compilation)
+    assert list(found) == [first, second]
+    assert found[first] == known
+    assert found[second] == cache.load(second, 90)
+    assert found[second].metadata.num_warps == 8
+    (child,) = children
+    child.join(30)
+    assert not child.is_alive()
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", None)
+    assert finish(Compilation([second, first], 90, cache, 4)) == found
+
+
+def test_a_folder_that_takes_nothing_costs_time_only(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    variant = activation_variant()
+    found = finish(Compilation([variant], 90, KernelCache(tmp_path / "file"), 1))
+    assert found[variant].cubin[:4] == b"\x7fELF"
+    assert "cannot write" in caplog.text
+
+
+def test_what_the_compiler_refuses_is_said(cache: KernelCache) -> None:
+    variant = dataclasses.replace(activation_variant(), num_warps=3)
+    with pytest.raises(KernelCompileError, match="_gated_kernel for sm_90"):
+        finish(Compilation([variant], 90, cache, 1))
+
+
+def test_a_compiler_that_dies_is_an_error(cache: KernelCache) -> None:
+    with pytest.raises(KernelCompileError, match="_gated_kernel: the compiler's process has died"):
+        finish(Compilation([activation_variant()], 90, cache, 1, os.abort))
 
 
 def test_a_load_that_fails_for_the_driver_or_the_compiler_says_so() -> None:
@@ -244,8 +330,8 @@ def test_what_make_kernels_compiles_is_what_a_load_looks_for(
     monkeypatch.setattr(compile, "compile_variant", None)
     model = read_config(shapes)
     wanted = variants(model, any_plan(model, "bfloat16"), 80)
-    found = compile.compile_variants(wanted, 80, KernelCache(tmp_path / "own", prebuilt=made))
-    assert [one.metadata.capability for one in found] == [80] * len(wanted)
+    found = finish(Compilation(wanted, 80, KernelCache(tmp_path / "own", prebuilt=made), 1))
+    assert [one.metadata.capability for one in found.values()] == [80] * len(wanted)
     assert not (tmp_path / "own").exists()
 
 
