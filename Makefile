@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
+.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu rehearse-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -53,7 +53,7 @@ test: $(VENV)/editable
 	$(BIN)/python -P -m pytest
 
 # What takes minutes: hundreds of random schemas, a hundred loads and unloads.
-test-slow: $(VENV)/editable
+test-slow: $(VENV)/triton
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m slow
 
@@ -190,9 +190,13 @@ MODELS ?= $(wildcard packaging/kernels/*/)
 kernels: $(VENV)/triton
 	$(BIN)/python -P -m neuron.models.prebuild --out neuron/triton_kernels/prebuilt $(MODELS)
 
-# Needs an NVIDIA GPU; says so and stops where there is none.
-bench-gpu: $(VENV)/triton
-	PYTHONPATH=bench $(BIN)/python -P bench/gpu/run.py --keep
+# Needs an NVIDIA GPU, and Triton (`pip install '.[gpu]'` in $(VENV)); says so and stops where there is none. rehearse-gpu
+# goes through all of it without one, in the interpreter: two minutes.
+bench-gpu: $(VENV)/editable
+	$(BIN)/python -P bench/gpu/run.py --keep $(if $(PART),--part $(PART))
+
+rehearse-gpu: $(VENV)/triton
+	PYTHONPATH=tests/support $(BIN)/python -P bench/gpu/run.py --rehearse
 
 bench: $(VENV)/editable
 	for script in sse peek translate device_loop decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done

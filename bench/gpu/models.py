@@ -1,43 +1,52 @@
-"""Whole models of random weights on a GPU: what `run.py --part models` measures.
+"""Whole models of random weights, as the engine computes them; time does not depend on what the weights are.
 
-The forward pass is the engine's own, in CUDA graphs as a decode step is; weights are random, since time does not depend
-on them. Bytes of a step are those of all weights but the embedding, and of the cache that is read.
+Bytes of a step are those of all weights but the embedding, and of the cache that is read.
 """
 
 import dataclasses
+import os
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
+import numpy as np
+import safetensors.torch
 import torch
+from card import Card
+from kernels import Bench, Rows
 
+from cortex.wire.node import ModelSpec
+from neuron.device import jobs
+from neuron.engine import burst
+from neuron.engine.graph_runner import SWITCH, GraphRunner
+from neuron.engine.loaded import Model
+from neuron.engine.loading import load_model
+from neuron.engine.sequence import Sequence
 from neuron.models import decoder, quantization
-from neuron.models.config import GenerationDefaults, ModelConfig
-from neuron.models.qwen3 import QWEN3
+from neuron.models.config import ModelConfig, read_config
+from neuron.models.prebuild import Preparation, any_plan
+from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.models.transfer import Transfer
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.quantized import QuantizedMatrix, StackedMatrix
 
-DEVICE = torch.device("cuda")
-PAGE = 16
-SHAPES = {
-    "0.6B": (1024, 28, 16, 8, 3072, True),
-    "1.7B": (2048, 28, 16, 8, 6144, True),
-    "8B": (4096, 36, 32, 8, 12288, False),
-}
-"""Of Qwen3: hidden size, layers, heads, key-value heads, width of the MLP, tied head."""
+MAX_COMPILERS = 16
+WARM_UP = 12
+"""Tokens of each sequence before any is timed: a graph is captured in each of the first steps."""
+WAYS = {"bursts": {}, "one by one": {}, "launched": {SWITCH: "off"}}
+"""How decodes are run, and with what in the environment: several steps by one call of the loop; a graph each, launched
+ahead of the outcome of the one before; without graphs."""
 
 
-def config_of(name: str) -> ModelConfig:
-    """Return the configuration of one of SHAPES."""
-    hidden, layers, heads, kv_heads, width, tied = SHAPES[name]
-    return ModelConfig(
-        architecture=QWEN3, vocab_size=151936, hidden_size=hidden, num_layers=layers, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=128, intermediate_size=width, rms_norm_eps=1e-6, rope_theta=1e6,
-        rope_scaling=None, attention_bias=False, tie_embeddings=tied, context_tokens=40960, eos_ids=(), bos_id=None,
-        generation=GenerationDefaults(),
-    )  # fmt: skip
+def config_of(bench: Bench, name: str) -> ModelConfig:
+    """Return the configuration of a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench.sizes.write_config(name, pathlib.Path(folder))
+        return read_config(pathlib.Path(folder))
 
 
 class RandomSource:
@@ -54,153 +63,199 @@ class RandomSource:
             destination.normal_(std=destination.shape[-1] ** -0.5)
 
 
-def weights_of(config: ModelConfig, quant: str) -> decoder.DecoderWeights:
-    """Return random weights on the device."""
-    loading = decoder.load_decoder(RandomSource(config), torch.bfloat16, DEVICE, quant=quant)  # type: ignore[arg-type]
+def finished(steps: Iterator[float]) -> Any:
+    """Return what a generator returns."""
     while True:
         try:
-            next(loading)
-        except StopIteration as finished:
-            found: decoder.DecoderWeights = finished.value
-            return found
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def weights_of(card: Card, config: ModelConfig, quant: str) -> decoder.DecoderWeights:
+    """Return random weights on the device."""
+    source: Any = RandomSource(config)
+    weights: decoder.DecoderWeights = finished(decoder.load_decoder(source, torch.bfloat16, card.device, quant=quant))
+    return weights
 
 
 def step_bytes(weights: decoder.DecoderWeights) -> int:
     """Return the bytes of weights that a decode step reads."""
-    total, pending = 0, [weights.head, *(getattr(layer, f.name) for layer in weights.layers for f in fields_of(layer))]
-    for thing in pending:
+    total, layers = 0, weights.layers
+    for thing in (weights.head, *(getattr(layer, f.name) for layer in layers for f in dataclasses.fields(layer))):
         if isinstance(thing, (torch.Tensor, QuantizedMatrix, StackedMatrix)):
             total += thing.nbytes
     return total
 
 
-def fields_of(thing: Any) -> tuple[Any, ...]:
-    """Return the fields of a dataclass."""
-    return dataclasses.fields(thing)
+def prepare(card: Card, config: ModelConfig, plan: MemoryPlan) -> None:
+    """Put a model's kernels onto the device as a load does; a launch that finds none is an error from then on."""
+    kernels = Preparation(config, plan, card.device, num_processes=min(os.cpu_count() or 1, MAX_COMPILERS))
+    for _ in kernels.finish((99, 0)):
+        pass
+    kernels.close()
 
 
 class Step:
-    """A decode step of ``batch`` sequences at ``context`` tokens, or one prompt of so many with ``batch`` 0."""
+    """A forward pass alone: of ``batch`` decodes at ``context`` tokens, or with ``batch`` 0 of one prompt."""
 
-    def __init__(self, config: ModelConfig, weights: decoder.DecoderWeights, batch: int, context: int) -> None:
+    def __init__(
+        self, card: Card, config: ModelConfig, weights: decoder.DecoderWeights, batch: int, context: int
+    ) -> None:
         self.config, self.weights = config, weights
+        self.operations = dispatch.operations_for(card.device, torch.bfloat16)
+        device = card.device
         sequences = max(batch, 1)
         tokens = batch or context
-        pages = -(-context // PAGE)
-        table = torch.arange(1, sequences * pages + 1, device=DEVICE, dtype=torch.int32).view(sequences, pages)
-        places = torch.full((tokens,), context - 1, device=DEVICE) if batch else torch.arange(context, device=DEVICE)
-        rows = torch.arange(tokens, device=DEVICE) if batch else torch.zeros(tokens, device=DEVICE, dtype=torch.int64)
+        pages = -(-context // PAGE_TOKENS)
+        table = torch.arange(1, sequences * pages + 1, device=device, dtype=torch.int32).view(sequences, pages)
+        places = torch.full((tokens,), context - 1, device=device) if batch else torch.arange(context, device=device)
+        rows = torch.arange(tokens, device=device) if batch else torch.zeros(tokens, device=device, dtype=torch.int64)
         self.batch = Batch(
             positions=places.to(torch.int32),
-            slots=table[rows, places // PAGE].long() * PAGE + places % PAGE,
-            cu_seqlens=torch.arange(sequences + 1, device=DEVICE, dtype=torch.int32) * (tokens // sequences),
+            slots=table[rows, places // PAGE_TOKENS].long() * PAGE_TOKENS + places % PAGE_TOKENS,
+            cu_seqlens=torch.arange(sequences + 1, device=device, dtype=torch.int32) * (tokens // sequences),
             page_table=table,
-            context_lens=torch.full((sequences,), context, device=DEVICE, dtype=torch.int32),
+            context_lens=torch.full((sequences,), context, device=device, dtype=torch.int32),
             num_decodes=batch,
         )
-        shape = (config.num_layers, sequences * pages + 1, PAGE, config.num_kv_heads, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-        self.ids = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
+        shape = (config.num_layers, sequences * pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
+        self.keys, self.values = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+        self.ids = torch.randint(config.vocab_size, (tokens,), dtype=torch.int32, device=device)
 
-    def run(self, operations: dispatch.Operations | None = None) -> torch.Tensor:
-        """Compute the step; the tokens sampled are the next step's input, as in the engine."""
-        hidden = decoder.forward(self.config, self.weights, self.ids, self.batch, self.keys, self.values, operations)
-        last = hidden.index_select(0, self.batch.cu_seqlens[1:] - 1)
-        ids = decoder.logits(self.weights, last, operations).argmax(-1).to(torch.int32)
-        if self.batch.num_decodes:
-            self.ids.copy_(ids)
-        return ids
-
-    def cache_bytes(self) -> int:
-        """Return the bytes of keys and values that the step reads."""
-        return int(self.batch.context_lens.sum()) * self.config.kv_bytes_per_token("bfloat16")
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Return the seconds of one call: of the best of three runs of ``repeats``."""
-    call()
-    best = float("inf")
-    for _ in range(3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / repeats)
-    return best
-
-
-def graph_of(step: Step) -> torch.cuda.CUDAGraph:
-    """Return the step captured."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step.run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step.run()
-    return graph
-
-
-def decode_rows(ceiling: float, name: str, quant: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one model: each batch in a graph, and by launches from Python where that is asked."""
-    config = config_of(name)
-    weights = weights_of(config, quant)
-    nbytes = step_bytes(weights)
-    for batch in (1, 8, 32, 128):
-        step = Step(config, weights, batch, 512)
-        graph = graph_of(step)
-        spent = seconds(graph.replay, 20)
-        launch_us = host_us(graph)
-        rate = (nbytes + step.cache_bytes()) / spent / 1e9
-        row = {"model": name, "weights": quant, "batch": batch, "context": 512, "ms": spent * 1e3}
-        row |= {"tok/s": batch / spent, "GB/s": rate, "share of copy": rate / ceiling, "host us": launch_us}
-        if batch in (1, 32):
-            row["launched ms"] = seconds(step.run, 5) * 1e3
-        yield row
-        del step, graph
-        torch.cuda.empty_cache()
-
-
-def host_us(graph: torch.cuda.CUDAGraph) -> float:
-    """Return the microseconds that launching a graph keeps the host, the device being busy already."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(4):
-        graph.replay()
-    spent = (time.perf_counter() - start) / 4
-    torch.cuda.synchronize()
-    return spent * 1e6
-
-
-def prefill_rows(name: str) -> Iterator[dict[str, Any]]:
-    """Yield the products' rate of prompts of one model."""
-    config = config_of(name)
-    weights = weights_of(config, quantization.NONE)
-    for tokens in (512, 2048, 8192):
-        step = Step(config, weights, 0, tokens)
-        spent = seconds(step.run, 3)
-        matrices = config.num_parameters() - config.vocab_size * config.hidden_size * (
-            1 if config.tie_embeddings else 2
+    @torch.inference_mode()
+    def run(self) -> torch.Tensor:
+        """Compute the step's logits."""
+        hidden = decoder.forward(
+            self.config, self.weights, self.ids, self.batch, self.keys, self.values, self.operations
         )
+        return decoder.logits(self.weights, hidden.index_select(0, self.batch.cu_seqlens[1:] - 1), self.operations)
+
+
+def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
+    """Yield one model's decodes: the forward pass in a graph, then the engine's own steps in each of its WAYS."""
+    card, sizes = bench.card, bench.sizes
+    config = config_of(bench, name)
+    weights = weights_of(card, config, quant)
+    most = max(sizes.batches)
+    pages = -(-(sizes.context + WARM_UP + sizes.output) // PAGE_TOKENS) * most
+    plan = dataclasses.replace(
+        any_plan(config, "bfloat16", quant), max_sequences=most, sampled_rows=most, num_pages=pages
+    )
+    with card.graphs() as graphs:
+        prepare(card, config, plan)
+        for batch in sizes.batches:
+            step = Step(card, config, weights, batch, sizes.context)
+            replay = card.captured(step.run)
+            spent = card.seconds(replay, 20)
+            nbytes = step_bytes(weights) + batch * sizes.context * config.kv_bytes_per_token("bfloat16")
+            row: dict[str, Any] = {"model": name, "weights": quant, "batch": batch, "context": sizes.context}
+            yield row | {
+                "way": "forward alone", "ms": spent * 1e3, "tok/s": batch / spent, "GB/s": nbytes / spent / 1e9,
+                "share of copy": nbytes / spent / 1e9 / bench.copy_gb_s, "host us": card.host_us(replay),
+            }  # fmt: skip
+            del step, replay
+            card.forget()
+        for batch in sizes.batches:
+            for way, environment in WAYS.items():
+                with mock.patch.dict(os.environ, environment):
+                    runner = GraphRunner(config, weights, plan, card.device, graphs)
+                runner.overlaps = True  # as on a GPU, also where it is rehearsed
+                model = Model(name, config, plan, runner, pathlib.Path(), prefix_cache=False)
+                spent, host_s = serve(model, batch, sizes.context, sizes.output, in_bursts=way == "bursts")
+                nbytes = step_bytes(weights)
+                nbytes += batch * (sizes.context + sizes.output // 2) * config.kv_bytes_per_token("bfloat16")
+                row = {"model": name, "weights": quant, "batch": batch, "context": sizes.context, "way": way}
+                yield row | {
+                    "ms": spent * 1e3, "tok/s": batch / spent, "GB/s": nbytes / spent / 1e9,
+                    "share of copy": nbytes / spent / 1e9 / bench.copy_gb_s, "host us": host_s * 1e6,
+                }  # fmt: skip
+                model.close()
+                del model, runner
+                card.forget()
+
+
+def serve(model: Model, batch: int, context: int, output: int, *, in_bursts: bool) -> tuple[float, float]:
+    """Generate; return the seconds of a step of ``batch`` decodes, and of these the host's own between two steps."""
+    generator = np.random.default_rng(batch)
+    settings = jobs.SamplerSettings(temperature=1.0)
+    for number in range(batch):
+        prompt = generator.integers(0, model.config.vocab_size, context, dtype=np.int32)
+        model.scheduler.add(Sequence(number, prompt, WARM_UP + output, frozenset(), settings))
+    done = dict.fromkeys(range(batch), 0)
+
+    def run(until: int) -> None:
+        while min(done.values()) < until:
+            found = model.step()
+            if found.failures:
+                raise RuntimeError(f"{found.failures[0][1].code}: {found.failures[0][1].message}")
+            for row in found.rows:
+                done[row.sequence] += len(row.ids) // 4
+
+    with mock.patch.object(burst, "HOST_BOUND", float("inf") if in_bursts else 0.0):
+        run(WARM_UP)
+        before, began = sum(done.values()), time.perf_counter()
+        run(WARM_UP + output)
+        spent = time.perf_counter() - began
+    while model.busy:
+        model.step()
+    return spent * batch / (sum(done.values()) - before), model._pace.host_s
+
+
+def prefill_rows(bench: Bench, name: str) -> Rows:
+    """Yield the products' rate of prompts of one model."""
+    card, config = bench.card, config_of(bench, name)
+    weights = weights_of(card, config, quantization.NONE)
+    prepare(card, config, any_plan(config, "bfloat16"))
+    matrices = config.num_parameters() - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    for tokens in bench.sizes.prefill_tokens:
+        spent = card.seconds(Step(card, config, weights, 0, tokens).run, 3)
         work = 2 * tokens * matrices + 2 * tokens * tokens * config.num_heads * config.head_dim * config.num_layers
         row = {"model": name, "tokens": tokens, "ms": spent * 1e3, "tok/s": tokens / spent}
         yield row | {"TFLOP/s": work / spent / 1e12}
+        card.forget()
 
 
-def load_rows() -> Iterator[dict[str, Any]]:
+def transfer_rows(bench: Bench) -> Rows:
     """Yield the rate of copies to the device, as a load makes them and as one pageable copy."""
-    source = torch.empty(1 << 30, dtype=torch.bfloat16)
-    source.fill_(1.0)
-    target = torch.empty_like(source, device=DEVICE)
-    pinned = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
-    room = torch.empty_like(pinned, device=DEVICE)
-    ceiling = pinned.nbytes / seconds(lambda: room.copy_(pinned, non_blocking=True), 4) / 1e9
-    transfer = Transfer(DEVICE)
+    card = bench.card
+    source = torch.ones(bench.sizes.copy_bytes, dtype=torch.bfloat16)
+    target = torch.empty_like(source, device=card.device)
+    pinned = card.pinned(bench.sizes.copy_bytes // 4)
+    room = torch.empty_like(pinned, device=card.device)
+    ceiling = pinned.nbytes / card.seconds(lambda: room.copy_(pinned, non_blocking=True), 4) / 1e9
+    transfer = Transfer(card.device)
     ways: tuple[tuple[str, Callable[[], object]], ...] = (
         ("two pinned buffers", lambda: transfer.copy(source, target)),
         ("pageable", lambda: target.copy_(source)),
     )
     for name, copy in ways:
-        rate = source.nbytes / seconds(copy, 1) / 1e9
-        yield {"how": name, "GB/s": rate, "share of pinned": rate / ceiling}
+        rate = source.nbytes / card.seconds(copy, 1) / 1e9
+        yield {"what": name, "GB": source.nbytes / 1e9, "GB/s": rate, "share of pinned": rate / ceiling}
+
+
+def load_rows(bench: Bench, name: str) -> Rows:
+    """Yield whole loads from safetensors that lie in the page cache: the first, and one in exchange for it (a swap)."""
+    card = bench.card
+    with tempfile.TemporaryDirectory() as temporary, card.graphs() as graphs:
+        folder = pathlib.Path(temporary)
+        bench.sizes.write_config(name, folder)
+        shapes = read_config(folder).tensor_shapes()
+        tensors = {key: (torch.randn(shape) / 32).bfloat16() for key, shape in shapes.items()}
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+        del tensors
+        model: Model | None = None
+        for what in ("first load", "swap"):
+            began = time.perf_counter()
+            if model is not None:
+                model.close()
+                del model
+                card.forget()
+            spec = ModelSpec("bench", "bench", dtype="bfloat16", max_sequences=8, context_tokens=512)
+            with mock.patch.dict(os.environ, {"NEURON_CPU_KERNELS": "off"}):
+                model = finished(load_model(spec, folder, card.device, card.free_bytes, graphs=graphs))
+            if not card.rehearses:
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - began
+            yield {"what": f"{name}, {what}", "GB": nbytes / 1e9, "seconds": spent, "GB/s": nbytes / spent / 1e9}

@@ -1,0 +1,191 @@
+"""Each kernel beside what the card can do: a copy for bytes, cuBLAS for products, torch's attention for a prompt."""
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from card import Card
+from sizes import Sizes
+
+from neuron.triton_kernels import activation, cases, launch, moe_matmul, norm, sampling, sampling_cases
+from neuron.triton_kernels.decode_attention import decode_attention
+from neuron.triton_kernels.matmul import matmul
+from neuron.triton_kernels.prefill_attention import prefill_attention
+from neuron.triton_kernels.quantized_matmul import quantized_matmul
+from neuron.triton_kernels.random_batch import PAGE, random_batch
+from neuron.triton_kernels.routing import route
+from neuron.triton_kernels.skinny_matmul import skinny_matmul
+
+Rows = Iterator[dict[str, Any]]
+EXACT = ("norm", "activation", "rope", "sampling", "rounds")
+"""Cases that have no product in them: the matrix units make TF32 of float32, which no model is run in here."""
+QUICK = ("norm", "moe matmul", "sampling", "rounds")
+"""Of a rehearsal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where, what, and the bandwidth of a copy in GB/s, counting both ways."""
+
+    card: Card
+    sizes: Sizes
+    copy_gb_s: float
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """Return normal numbers on the card: zeros would hide errors, and be faster than real data."""
+        return torch.randn(*shape, device=self.card.device, dtype=dtype)
+
+    def rate(self, nbytes: int, us: float) -> dict[str, float]:
+        """Return the columns of what reads and writes ``nbytes``."""
+        return {"us": us, "GB/s": nbytes / us / 1e3, "share of copy": nbytes / us / 1e3 / self.copy_gb_s}
+
+
+def copy_gb_s(card: Card, sizes: Sizes) -> float:
+    """Return the bandwidth of a copy, counting both ways."""
+    source = torch.randint(256, (sizes.copy_bytes,), dtype=torch.uint8, device=card.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / card.graph_us(lambda _: target.copy_(source)) / 1e3
+
+
+def numbers(card: Card) -> Rows:
+    """Yield whether each kernel is right, on fresh inputs; one that cannot be run is wrong."""
+    for case in cases.numeric_cases():
+        if case.dtype == torch.float32 and case.name not in EXACT:
+            continue
+        if card.rehearses and case.name not in QUICK:
+            continue
+        row: dict[str, Any] = {"case": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
+        try:
+            error = case.error(card.device)
+        except Exception as failure:  # noqa: BLE001 (whatever it is, it is this case's)
+            traceback.print_exc()
+            yield row | {"verdict": f"FAILED: {type(failure).__name__}"}
+        else:
+            yield row | {"error": error, "verdict": "right" if error <= case.tolerance else "WRONG"}
+
+
+def nodes(bench: Bench) -> Rows:
+    """Yield the time of a node that does next to nothing, with and without dependent launch."""
+    here = launch.target_of(bench.card.device)
+    x, weight = bench.random(1, 64), bench.random(64, 64)
+    for name, capability in (("dependent launch", here.capability), ("plain launch", min(here.capability, 80))):
+        if name == "plain launch" or here.has_dependent_launch:
+            with launch.targeting(launch.Target(capability, here.num_sms)):
+                yield {"node": name, "us": bench.card.graph_us(lambda _: skinny_matmul(x, weight))}
+
+
+def projections(bench: Bench) -> Rows:
+    """Yield projections of few rows; each call reads other weights, so that nothing is in the cache."""
+    here = launch.target_of(bench.card.device)
+    for width, depth in bench.sizes.gemv:
+        copies = max(2, min(8, bench.sizes.weights_bytes // (2 * width * depth)))
+        weights = [bench.random(width, depth) for _ in range(copies)]
+        for batch in bench.sizes.skinny_rows:
+            x = bench.random(batch, depth)
+            nbytes = weights[0].nbytes + x.nbytes + 2 * batch * width
+            row: dict[str, Any] = {"rows": batch, "N": width, "K": depth}
+            for name, capability in (("", here.capability), ("plain ", min(here.capability, 80))):
+                if name == "plain " and not here.has_dependent_launch:
+                    continue
+                with launch.targeting(launch.Target(capability, here.num_sms)):
+                    us = bench.card.graph_us(lambda i, x=x, w=weights: skinny_matmul(x, w[i % len(w)]))
+                row |= {name + key: value for key, value in bench.rate(nbytes, us).items()}
+            us = bench.card.graph_us(lambda i, x=x, w=weights: torch.mm(x, w[i % len(w)].t()))
+            yield row | {"cuBLAS GB/s": nbytes / us / 1e3}
+
+
+def products(bench: Bench) -> Rows:
+    """Yield the large matmul beside cuBLAS."""
+    for width, depth in bench.sizes.matmul:
+        weight = bench.random(width, depth)
+        for batch in bench.sizes.matmul_rows:
+            x = bench.random(batch, depth)
+            work = 2 * batch * width * depth / 1e6
+            ours = work / bench.card.graph_us(lambda _, x=x, w=weight: matmul(x, w))
+            theirs = work / bench.card.graph_us(lambda _, x=x, w=weight: torch.mm(x, w.t()))
+            yield {"M": batch, "N": width, "K": depth, "TFLOP/s": ours, "cuBLAS": theirs, "share": ours / theirs}
+
+
+def attention(bench: Bench) -> Rows:
+    """Yield attention of prompts beside torch's, and of decodes beside the copy."""
+    card = bench.card
+    for num_heads, num_kv_heads, head_dim in bench.sizes.heads:
+        shape = {"H": num_heads, "K": num_kv_heads, "D": head_dim}
+        for tokens in bench.sizes.prompts:
+            batch, pages = random_batch([(tokens, tokens)], card.device)
+            caches = bench.random(2, pages, PAGE, num_kv_heads, head_dim)
+            q = bench.random(tokens, num_heads, head_dim)
+            out = torch.empty_like(q)
+
+            def ours(_: int, a: Any = (q, *caches, batch, 0.1, out)) -> None:
+                prefill_attention(*a)
+
+            each = q.transpose(0, 1)[None], *(bench.random(1, num_kv_heads, tokens, head_dim) for _ in range(2))
+
+            def theirs(_: int, a: Any = each) -> torch.Tensor:
+                return torch.nn.functional.scaled_dot_product_attention(*a, is_causal=True, enable_gqa=True)
+
+            us, other = card.graph_us(ours), card.graph_us(theirs)
+            work = 2 * tokens * tokens * num_heads * head_dim / 1e6
+            row = {"kind": "prefill", "B": 1, "S": tokens, **shape, "us": us, "TFLOP/s": work / us}
+            yield row | {"SDPA TFLOP/s": work / other, "share of SDPA": other / us}
+        for sequences, context in bench.sizes.contexts:
+            batch, pages = random_batch([(1, context)] * sequences, card.device)
+            caches = bench.random(2, pages, PAGE, num_kv_heads, head_dim)
+            q = bench.random(sequences, num_heads, head_dim)
+            out = torch.empty_like(q)
+
+            def decode(_: int, a: Any = (q, *caches, batch, 0.1, out)) -> None:
+                decode_attention(*a, num_sequences=len(a[0]))
+
+            # What is smaller than the second level stays there between calls, and its share can exceed 1.
+            row = {"kind": "decode", "B": sequences, "S": context, **shape}
+            yield row | bench.rate(caches.nbytes, card.graph_us(decode)) | {"MB": caches.nbytes / 1e6}
+
+
+def quantised(bench: Bench) -> Rows:
+    """Yield products with weights in each form; each call reads others."""
+    width, depth = bench.sizes.quantized
+    for name, matrix in cases.quantized_forms(torch.randn(min(width, 256), depth)).items():
+        if name == "fp8" and launch.target_of(bench.card.device).capability < 89:
+            continue
+        repeats = width // min(width, 256)
+        whole = matrix.map(lambda array, n=repeats: array.to(bench.card.device).repeat(n, 1))
+        copies = [whole.map(lambda array: array.clone()) for _ in range(8)]
+        for batch in bench.sizes.quantized_rows:
+            x = bench.random(batch, depth)
+            us = bench.card.graph_us(lambda i, x=x, w=copies: quantized_matmul(x, w[i % len(w)]))
+            row: dict[str, Any] = {"form": name, "rows": batch, "N": width, "K": depth}
+            yield row | bench.rate(whole.nbytes, us) | {"TFLOP/s": 2 * batch * width * depth / us / 1e6}
+
+
+def pointwise(bench: Bench) -> Rows:
+    """Yield what moves bytes only, the experts, and the sampler."""
+
+    def row(name: str, nbytes: int, function: Callable[..., object], *arguments: object) -> dict[str, Any]:
+        return {"kernel": name, **bench.rate(nbytes, bench.card.graph_us(lambda _: function(*arguments)))}
+
+    rows, hidden, width = bench.sizes.pointwise
+    x, gain, wide = bench.random(rows, hidden), bench.random(hidden), bench.random(rows, 2 * width)
+    yield row(f"norm {rows} x {hidden}", 2 * x.nbytes, norm.rms_norm, x, gain, 1e-6)
+    yield row(f"silu and mul {rows} x {width}", 3 * wide.nbytes // 2, activation.silu_and_mul, wide)
+    count, choices, inner, model = bench.sizes.experts
+    for tokens in bench.sizes.expert_tokens:
+        experts, few = bench.random(count, 2 * inner, model), bench.random(tokens, model)
+        routing = route(bench.random(tokens, count), choices)
+        used = int((routing.starts.diff() > 0).sum()) * experts[0].nbytes
+        yield row(f"experts, {tokens} tokens", used, moe_matmul.moe_matmul, few, experts, routing)
+    for num_rows in bench.sizes.sampled_rows:
+        logits = bench.random(num_rows, bench.sizes.vocab, dtype=torch.float32)
+        asked = sampling_cases.random_rows(num_rows, bench.sizes.vocab, bench.card.device, everything=False)
+        greedy = dataclasses.replace(
+            asked,
+            temperature=torch.zeros_like(asked.temperature),
+            top_k=torch.zeros_like(asked.top_k),
+            top_p=torch.ones_like(asked.top_p),
+            min_p=torch.zeros_like(asked.min_p),
+        )
+        for name, wanted in (("greedy", greedy), ("filtered", asked)):
+            yield row(f"sampling, {num_rows} rows, {name}", logits.nbytes, sampling.sample_rows, logits, wanted)
