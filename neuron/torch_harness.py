@@ -73,6 +73,13 @@ class TorchHarness:
                 param="tensor_parallel",
             )
         devices = [worker.device_id for worker in self._candidates(spec)]
+        if size != 1:
+            devices = _alike(devices, size)
+        if not 0 < size <= len(devices):
+            raise UnprocessableError(
+                f"'{spec.id}' wants {size} devices of one kind; it may have: {', '.join(devices) or 'none'}.",
+                param="tensor_parallel",
+            )
         config, draft = await _read_configs(spec, path)
         shards = [Shard(rank, size) for rank in range(size)]
         least = {device: max(least_bytes(config, spec, device, shard, draft) for shard in shards) for device in devices}
@@ -127,25 +134,34 @@ class TorchHarness:
                 )
         self._groups[spec.id] = devices
         address = f"127.0.0.1:{_free_port()}"
-        loads = (
-            worker.load(
-                spec,
-                str(path),
-                progress=None if rank else progress,
-                group=GroupSettings(rank, len(workers), address, self._collective_limit_s),
+        loads = [
+            asyncio.create_task(
+                worker.load(
+                    spec,
+                    str(path),
+                    progress=None if rank else progress,
+                    group=GroupSettings(rank, len(workers), address, self._collective_limit_s),
+                )
             )
             for rank, worker in enumerate(workers)
-        )
-        parts: list[LoadedModel] = []
+        ]
         undone = workers
         try:
-            outcomes = await asyncio.gather(*loads, return_exceptions=True)
-            failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-            parts = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
-            undone = tuple(w for w, outcome in zip(workers, outcomes, strict=True) if isinstance(outcome, LoadedModel))
-            if failures:
-                raise failures[0]
+            await asyncio.wait(loads, return_when=asyncio.FIRST_EXCEPTION)
+            failed = next((load for load in loads if load.done() and load.exception()), None)
+            if failed is not None:
+                # The others fail in turn, or load a part that is of no use: nobody waits for the end of that.
+                await asyncio.wait(loads, timeout=self._collective_limit_s)
+                undone = tuple(
+                    worker
+                    for worker, load in zip(workers, loads, strict=True)
+                    if not load.done() or load.exception() is None
+                )
+                failed.result()
+            parts = [load.result() for load in loads]
         except BaseException:
+            for load in loads:
+                load.cancel()
             self._groups.pop(spec.id, None)
             await asyncio.gather(*(worker.unload(spec.id) for worker in undone), return_exceptions=True)
             raise
@@ -441,6 +457,14 @@ class _Run:
 
 def _logprob(utf8: bytes, value: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
     return TokenLogprob(utf8.decode(errors="replace"), utf8, value, top)
+
+
+def _alike(devices: Sequence[str], size: int) -> list[str]:
+    """Return those of ``devices`` that are of one kind, of GPUs if there are ``size``: no sum goes over both."""
+    kinds: dict[str, list[str]] = {"cuda": [], "cpu": []}
+    for device in devices:
+        kinds[device.partition(":")[0]].append(device)
+    return max(kinds.values(), key=lambda found: min(len(found), size))
 
 
 def _free_port() -> int:

@@ -1,9 +1,10 @@
 """The ranks that hold one model together: sums and gathers over them, and the steps that rank 0 sends the others.
 
 Each rank is the same worker process with a part of the weights. Rank 0 schedules, samples and answers; before it runs a
-step it sends the step's plan to the others, which run it on their part and meet it in the sums. They meet over TCP, so
-ranks may sit on several hosts. Sums go by NCCL between GPUs and by Gloo otherwise; plans by a connection of their own,
-which a rank can wait for beside its daemon's channel, as it could not for a collective.
+step it sends the step's plan to the others, which run it on their part and meet it in the sums. They meet over TCP at
+rank 0's address, and listen at no other than those by which they reach each other: only plans ask who comes. Sums go by
+NCCL between GPUs and by Gloo otherwise; plans by a connection of their own, which a rank can wait for beside its
+daemon's channel, as it could not for a collective.
 
 A rank that is gone or that hangs makes the others' sums fail, at once or after ``limit_s``, and the group is over:
 :class:`GroupLostError`. It does not know schedulers or requests.
@@ -15,6 +16,7 @@ import datetime
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -22,7 +24,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import distributed
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # typed there, and exported by torch.distributed
+from torch._C._distributed_c10d import AllgatherOptions, PrefixStore, Store, TCPStore  # typed there alone
 from torch.distributed import ReduceOp
 
 from neuron.device.jobs import GroupSettings
@@ -31,6 +33,8 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sequence import Int32Array
 
 TOKEN_BYTES: Final = 16
+LOOK_S: Final = 0.001
+"""How long a look for rank 0 may take: whoever is served meanwhile waits as long."""
 _LENGTH: Final = struct.Struct("<I")
 _BACKEND: Final = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -61,14 +65,22 @@ class Group:
         self._sockets: list[socket.socket] = []
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Planned | Cleared).decode
-        host, _, port = settings.address.rpartition(":")
+        host, port = _host_and_port(settings)
         limit = datetime.timedelta(seconds=settings.limit_s)
+        # In line with the step's own kernels: on a stream of their own the collectives would have to wait for these and
+        # these for them, by four events a sum.
+        self._sum_options, self._gather_options = distributed.AllreduceOptions(), AllgatherOptions()
+        self._sum_options.asyncOp = self._gather_options.asyncOp = False
         with _lost("meeting the other ranks"):
-            leads = self.rank == 0
-            self._store = TCPStore(host, int(port), self.size, leads, limit, wait_for_workers=False)
+            # torch would listen on every network of this host.
+            listener = socket.create_server((host, port)).detach() if self.rank == 0 else None
+            self._store = TCPStore(
+                host, port, self.size, self.rank == 0, limit, wait_for_workers=False, master_listen_fd=listener
+            )
             self._connect(host)
             store = PrefixStore(_BACKEND[device.type], self._store)
-            self._ranks = _process_group(device, store, self.rank, self.size, limit)
+            here = self._sockets[0].getsockname()[0] if self._sockets else host
+            self._ranks = _process_group(device, store, self.rank, self.size, limit, here)
             self.least(0)  # a first collective makes all connections
 
     # ------------------------------------------------------------------ collectives
@@ -76,7 +88,7 @@ class Group:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``x`` over the ranks, in place."""
         with _lost("a sum"):
-            self._ranks.allreduce([x]).wait()
+            self._ranks.allreduce([x], self._sum_options).wait()
         return x
 
     def gather(self, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
@@ -86,7 +98,7 @@ class Group:
             x = torch.nn.functional.pad(x, (0, widest - x.shape[1]))
         parts = [torch.empty_like(x) for _ in widths]
         with _lost("a gather"):
-            self._ranks.allgather([parts], [x.contiguous()]).wait()
+            self._ranks.allgather([parts], [x.contiguous()], self._gather_options).wait()
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
     def least(self, number: int) -> int:
@@ -172,13 +184,40 @@ class Group:
                     link.close()
 
 
-def _process_group(device: torch.device, store: Store, rank: int, size: int, limit: datetime.timedelta) -> Any:
-    """Return the collectives themselves. A class of its own and not torch's one global group: models come and go."""
+def _host_and_port(settings: GroupSettings) -> tuple[str, int]:
+    host, _, port = settings.address.rpartition(":")
+    return host, int(port)
+
+
+def rank_0_waits(settings: GroupSettings) -> bool:
+    """Return whether rank 0 has come to where the ranks meet, and does nothing but wait for the others.
+
+    Another rank comes there only then: until then rank 0 may run steps of other models, which this rank has a part in.
+    """
+    try:
+        with socket.create_connection(_host_and_port(settings), LOOK_S) as link:
+            # A port where nobody listens may be given to the very socket that looks, which then reaches itself.
+            return bool(link.getsockname() != link.getpeername())
+    except OSError:
+        time.sleep(LOOK_S)
+        return False
+
+
+def _process_group(
+    device: torch.device, store: Store, rank: int, size: int, limit: datetime.timedelta, here: str
+) -> Any:
+    """Return the collectives themselves. A class of its own and not torch's one global group: models come and go.
+
+    ``here`` is this rank's address.
+    """
     if device.type == "cuda":
         options = distributed.ProcessGroupNCCL.Options()
         options._timeout = limit
         return distributed.ProcessGroupNCCL(store, rank, size, options)
-    return distributed.ProcessGroupGloo(store, rank, size, limit)
+    gloo: Any = distributed.ProcessGroupGloo  # whose types lack the options
+    chosen = gloo._Options()
+    chosen._devices, chosen._threads, chosen._timeout = [gloo.create_device(hostname=here)], 2, limit
+    return gloo(store, rank, size, chosen)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import pathlib
+import time
 from collections.abc import Callable, Generator
 from typing import Final
 
@@ -14,8 +15,9 @@ from neuron.device.driver import DriverHandle, cuda_driver
 from neuron.device.jobs import GroupSettings
 from neuron.device.loop import die_with_parent
 from neuron.device.probe import usable_cores
+from neuron.engine.errors import GroupLostError
 from neuron.engine.graph_runner import GraphRunner, Graphs
-from neuron.engine.group import Group
+from neuron.engine.group import Group, rank_0_waits
 from neuron.engine.group_runner import Follower, GroupRunner
 from neuron.engine.launched import Executor
 from neuron.engine.loaded import Model, described
@@ -32,7 +34,8 @@ from neuron.models.weights import WeightSource, open_weights
 
 logger = logging.getLogger(__name__)
 
-
+AWAITING: Final = 0.001
+"""The share of a load that is done when a rank waits for another."""
 MAX_COMPILERS: Final = 8
 """Processes that compile a model's kernels while its weights are copied: each takes some 500 MB of the host."""
 
@@ -130,6 +133,8 @@ def _load_part(
         config = source.config
         plan = plan_memory(config, spec, str(device), free_bytes(), shard)
         yield 0.0
+        if settings.rank:
+            yield from _rank_0(settings)
         group = Group(settings, device)
         plan = with_pages(plan, group.least(plan.num_pages))
         dtype = getattr(torch, plan.dtype)
@@ -146,3 +151,12 @@ def _load_part(
     if settings.rank:
         return Follower(runner, plan, described(spec.id, config, plan))
     return Model(spec.id, config, plan, runner, path, prefix_cache=spec.prefix_cache)
+
+
+def _rank_0(settings: GroupSettings) -> Generator[float, None, None]:
+    """Go on with everything else until rank 0 waits for this one. Raises :class:`GroupLostError` after the limit."""
+    until_s = time.monotonic() + settings.limit_s
+    while not rank_0_waits(settings):
+        if time.monotonic() > until_s:
+            raise GroupLostError(f"rank 0 did not come to {settings.address} within {settings.limit_s:g} s")
+        yield AWAITING

@@ -10,10 +10,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -22,12 +23,14 @@ from cortex.wire.node import ModelSpec
 from neuron.device.jobs import GroupSettings, SamplerSettings, TokenRow
 from neuron.device.worker import Worker
 from neuron.engine.errors import GroupLostError
-from neuron.engine.group import Cleared, Group, Planned, plan_of
+from neuron.engine.group import Cleared, Group, Planned, plan_of, rank_0_waits
 from neuron.engine.plan import StepPlan
 from neuron.errors import NoDeviceError
+from neuron.models.errors import DoesNotFitError
 from neuron.torch_harness import TorchHarness
 
 HOST = torch.device("cpu")
+Result = TypeVar("Result")
 
 
 def address() -> str:
@@ -139,6 +142,36 @@ def test_a_stranger_gets_no_plans() -> None:
         assert list(ranks.map(run, range(2))) == [True, True]
 
 
+def test_ranks_listen_where_they_reach_each_other_and_nowhere_else() -> None:
+    def listening() -> set[tuple[str, int]]:
+        found = psutil.Process().net_connections("tcp")
+        return {(link.laddr.ip, link.laddr.port) for link in found if link.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    opened = together(2, lambda group: (group.least(0), listening() - before)[1])
+    assert {host for host, _ in opened[0] | opened[1]} == {"127.0.0.1"}
+
+
+def test_rank_0_is_found_once_it_waits() -> None:
+    where = address()
+    second = GroupSettings(1, 2, where, 20.0)
+    assert not rank_0_waits(second)
+
+    def follow() -> int:
+        while not rank_0_waits(second):
+            pass
+        group = Group(second, HOST)
+        found = group.least(7)
+        group.close()
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        following = other.submit(follow)
+        group = Group(GroupSettings(0, 2, where, 20.0), HOST)
+        assert group.least(8) == following.result() == 7
+        group.close()
+
+
 # ------------------------------------------------------------------ processes
 
 
@@ -197,32 +230,57 @@ def test_two_workers_compute_what_one_does_of_a_real_model(
     compare({name: request.getfixturevalue(name)}, harness, 64 << 20)
 
 
-def compare(paths: dict[str, pathlib.Path], harness: Callable[..., Any], kv_cache_bytes: int) -> None:
-    async def story() -> dict[str, list[list[int]]]:
+def test_a_model_is_loaded_beside_one_whose_steps_go_on(
+    make_checkpoint: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that came first to where the ranks of the second meet would be missed in the sums of the first."""
+    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    paths = {"first": make_checkpoint("llama"), "second": make_checkpoint("qwen3")}
+    specs = {name: ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=4 << 20) for name in paths}
+
+    async def story(workers: tuple[Worker, ...], loader: TorchHarness) -> None:
+        await loader._load_group(workers, specs["first"], paths["first"], lambda _: None)
+        for _ in range(4):
+            running = asyncio.create_task(generated(workers[0], "first", ([5, 9, 17],), 40))
+            await loader._load_group(workers, specs["second"], paths["second"], lambda _: None)
+            assert len((await running)[0]) == 40
+            await asyncio.gather(*(worker.unload("second") for worker in workers))
+
+    in_two_workers(story)
+
+
+def in_two_workers(story: Callable[[tuple[Worker, ...], TorchHarness], Awaitable[Result]]) -> Result:
+    async def whole() -> Result:
         command = [sys.executable, "-P", "-m", "neuron.engine"]
         workers = tuple(Worker(f"cpu:{i}", command, environment={"OMP_NUM_THREADS": "1"}) for i in range(2))
         try:
             await asyncio.gather(*(worker.start() for worker in workers))
-            loader = TorchHarness({worker.device_id: worker for worker in workers})
-            found = {}
-            for name, path in paths.items():
-                spec = ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=kv_cache_bytes)
-                loaded = await loader._load_group(workers, spec, path, lambda _: None)
-                assert loaded.model == name
-                found[name] = await generated(workers[0], name, PROMPTS, 24)
-            other = ModelSpec("other", "x", tensor_parallel=2, dtype="float32")
-            with pytest.raises(UnprocessableError, match="must share all of them"):
-                await loader._load_group((workers[1], workers[0]), other, path, lambda _: None)
-            with pytest.raises(ApiError, match="loaded or loading on cpu:"):
-                await loader._load_group(workers, spec, path, lambda _: None)
-            for name in paths:
-                await asyncio.gather(*(worker.unload(name) for worker in workers))
-            assert [(await worker.memory()).used_bytes > 0 for worker in workers] == [True, True]
-            return found
+            return await story(workers, TorchHarness({worker.device_id: worker for worker in workers}, 5.0))
         finally:
             await asyncio.gather(*(worker.stop(5) for worker in workers))
 
-    found = asyncio.run(story())
+    return asyncio.run(whole())
+
+
+def compare(paths: dict[str, pathlib.Path], harness: Callable[..., Any], kv_cache_bytes: int) -> None:
+    async def story(workers: tuple[Worker, ...], loader: TorchHarness) -> dict[str, list[list[int]]]:
+        found = {}
+        for name, path in paths.items():
+            spec = ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=kv_cache_bytes)
+            loaded = await loader._load_group(workers, spec, path, lambda _: None)
+            assert loaded.model == name
+            found[name] = await generated(workers[0], name, PROMPTS, 24)
+        other = ModelSpec("other", "x", tensor_parallel=2, dtype="float32")
+        with pytest.raises(UnprocessableError, match="must share all of them"):
+            await loader._load_group((workers[1], workers[0]), other, path, lambda _: None)
+        with pytest.raises(ApiError, match="loaded or loading on cpu:"):
+            await loader._load_group(workers, spec, path, lambda _: None)
+        for name in paths:
+            await asyncio.gather(*(worker.unload(name) for worker in workers))
+        assert [(await worker.memory()).used_bytes > 0 for worker in workers] == [True, True]
+        return found
+
+    found = in_two_workers(story)
     for name, path in paths.items():
         single = harness()
         single.load(path, dtype="float32")
@@ -232,8 +290,74 @@ def compare(paths: dict[str, pathlib.Path], harness: Callable[..., Any], kv_cach
         assert found[name] == [single.outputs()[number] for number in range(len(PROMPTS))], name
 
 
+# ------------------------------------------------------------------ the daemon's side
+
+
+def devices(*names: str) -> TorchHarness:
+    return TorchHarness({name: Worker(name, ["true"]) for name in names}, 0.1)
+
+
 def test_a_device_that_is_not_there_is_told_of_with_those_that_are(tiny_llama: pathlib.Path) -> None:
-    loader = TorchHarness({"cpu:0": Worker("cpu:0", ["true"])})
     with pytest.raises(NoDeviceError, match="'cuda:7' is not a device of this neuron; it has: cpu:0") as caught:
-        asyncio.run(loader.measure(ModelSpec("m", "x", devices=("cuda:7",)), tiny_llama))
+        asyncio.run(devices("cpu:0").measure(ModelSpec("m", "x", devices=("cuda:7",)), tiny_llama))
     assert caught.value.param == "devices"
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [
+        (("cuda:0", "cuda:1", "cpu:0", "cpu:1"), {"cuda:0", "cuda:1"}),
+        (("cuda:0", "cpu:0", "cpu:1", "cpu:2"), {"cpu:0", "cpu:1", "cpu:2"}),
+    ],
+)
+def test_a_group_has_devices_of_one_kind(here: tuple[str, ...], expected: set[str], tiny_llama: pathlib.Path) -> None:
+    need = asyncio.run(devices(*here).measure(ModelSpec("m", "x", tensor_parallel=2), tiny_llama))
+    assert (need.bytes_on.keys(), need.num_devices) == (expected, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "named", "may"),
+    [
+        (4, (), "cuda:0, cuda:1"),
+        (2, ("cuda:0", "cpu:0"), "cuda:0"),
+        (2, ("cuda:0", "cuda:0"), "cuda:0"),
+        (2, ("cuda:1",), "cuda:1"),
+        (0, (), "cuda:0, cuda:1"),
+        (-1, ("cpu:0",), "cpu:0"),
+    ],
+)
+def test_a_group_that_no_devices_make_is_refused(
+    size: int, named: tuple[str, ...], may: str, tiny_llama: pathlib.Path
+) -> None:
+    spec = ModelSpec("m", "x", tensor_parallel=size, devices=named)
+    with pytest.raises(UnprocessableError) as caught:
+        asyncio.run(devices("cuda:0", "cuda:1", "cpu:0").measure(spec, tiny_llama))
+    assert caught.value.param == "tensor_parallel"
+    if len(named) in {0, size}:
+        assert f"wants {size} devices of one kind; it may have: {may}." in caught.value.message
+
+
+def test_a_load_that_fails_on_one_rank_says_why_and_is_undone_on_the_others(tiny_llama: pathlib.Path) -> None:
+    """The others need not have noticed: what they wait for may be each other, or a file of a hundred gigabytes."""
+
+    class Rank:
+        def __init__(self, name: str, error: ApiError | None = None) -> None:
+            self.device_id = name
+            self.unloaded = 0
+            self._error = error
+
+        async def load(self, *_: object, **__: object) -> None:
+            if self._error is not None:
+                raise self._error
+            await asyncio.get_running_loop().create_future()
+
+        async def unload(self, model: str) -> None:
+            self.unloaded += 1
+
+    ranks = Rank("cuda:0"), Rank("cuda:1", DoesNotFitError("too large")), Rank("cuda:2")
+    loader = TorchHarness({rank.device_id: rank for rank in ranks}, 0.1)  # type: ignore[misc]
+    for _ in range(2):
+        with pytest.raises(DoesNotFitError, match="too large"):
+            asyncio.run(loader._load_group(ranks, ModelSpec("m", "x", tensor_parallel=3), tiny_llama, lambda _: None))  # type: ignore[arg-type]
+    assert [rank.unloaded for rank in ranks] == [2, 0, 2]
+    assert not loader._groups
