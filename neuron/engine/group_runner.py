@@ -38,7 +38,7 @@ class GroupRunner(Runner):
         # What a step sampled is known to rank 0 alone, which sends it with the next plan.
         self.overlaps = False
         self.group = group
-        shares = [Shard(rank, group.size).share(config.vocab_size) for rank in range(group.size)]
+        shares = [Shard(rank, group.size).vocabulary(config) for rank in range(group.size)]
         self._widths = tuple(share.stop - share.start for share in shares)
 
     def launch(self, plan: StepPlan) -> Launched:

@@ -28,7 +28,7 @@ from neuron.models.config import ModelConfig, read_config
 from neuron.models.decoder import load_decoder
 from neuron.models.packed_weights import load_packed
 from neuron.models.prebuild import Preparation
-from neuron.models.shard import Shard, local_config
+from neuron.models.shard import WHOLE, Shard
 from neuron.models.sizing import MemoryPlan, plan_memory, with_pages
 from neuron.models.weights import WeightSource, open_weights
 
@@ -105,14 +105,14 @@ def _load_runner(
     return runner
 
 
-def _preparation(config: ModelConfig, plan: MemoryPlan, device: torch.device, *, in_group: bool = False) -> Preparation:
+def _preparation(config: ModelConfig, plan: MemoryPlan, device: torch.device, shard: Shard = WHOLE) -> Preparation:
     return Preparation(
         config,
         plan,
         device,
         num_processes=min(usable_cores(), MAX_COMPILERS),
         initializer=die_with_parent,
-        in_group=in_group,
+        shard=shard,
     )
 
 
@@ -138,7 +138,7 @@ def _load_part(
         group = Group(settings, device)
         plan = with_pages(plan, group.least(plan.num_pages))
         dtype = getattr(torch, plan.dtype)
-        with contextlib.closing(_preparation(local_config(config, shard), plan, device, in_group=True)) as kernels:
+        with contextlib.closing(_preparation(config, plan, device, shard)) as kernels:
             weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
             runner = GroupRunner(config, weights, plan, device, group)
             yield from _finish(kernels, device)

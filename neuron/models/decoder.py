@@ -131,7 +131,7 @@ def load_decoder(
         embedding=embedding,
         layers=tuple(layers),
         norm=reader.vector("model.norm.weight"),
-        head=some_rows(embedding, shard.share(config.vocab_size))
+        head=some_rows(embedding, shard.vocabulary(config))
         if config.tie_embeddings
         else reader.matrix("lm_head.weight"),
         inverse_frequencies=torch.tensor(angles, dtype=torch.float32, device=device),

@@ -20,6 +20,7 @@ from neuron.models import decoder, quantization
 from neuron.models.config import ModelConfig, read_config
 from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
+from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import dispatch, round_state, sampling_rows
 from neuron.triton_kernels.batch import Batch
@@ -40,11 +41,11 @@ POLL_S: Final = 0.001
 
 
 def variants(
-    config: ModelConfig, plan: MemoryPlan, capability: int, *, in_group: bool = False
+    config: ModelConfig, plan: MemoryPlan, capability: int, *, shard: Shard = WHOLE, in_group: bool = False
 ) -> "tuple[Variant, ...]":
-    """Return every variant that serving the model under ``plan`` on a chip can launch.
+    """Return every variant that serving the model, or ``shard`` of it, under ``plan`` on a chip can launch.
 
-    ``in_group``: it is one rank's part, so that what its matrices put out is summed before the residual has it.
+    ``in_group``: what its matrices put out is summed before the residual has it, as it is of any part.
     """
     from neuron.triton_kernels.compile import target_for
     from neuron.triton_kernels.launch import recording
@@ -53,7 +54,8 @@ def variants(
     dtype = getattr(torch, plan.dtype)
     if dtype == torch.float32:
         return ()
-    weights = _weights(config, dtype, plan.quant)
+    weights = _weights(config, dtype, plan.quant, shard)
+    config, in_group = local_config(config, shard), in_group or shard.size > 1
     operations = TritonOperations()
     shape = (len(weights.layers), plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
     keys, values = _meta(*shape, dtype=dtype), _meta(*shape, dtype=dtype)
@@ -97,7 +99,7 @@ class Preparation:
         *,
         num_processes: int,
         initializer: Callable[[], None] | None = None,
-        in_group: bool = False,
+        shard: Shard = WHOLE,
     ) -> None:
         self._device = device
         self._compilation: Compilation | None = None
@@ -110,7 +112,7 @@ class Preparation:
         from neuron.triton_kernels.launch import target_of
 
         capability = target_of(device).capability
-        wanted = variants(config, plan, capability, in_group=in_group)
+        wanted = variants(config, plan, capability, shard=shard)
         self._compilation = compile.Compilation(wanted, capability, compile.default_cache(), num_processes, initializer)
 
     def finish(self, driver_version: tuple[int, int]) -> Generator[None, None, None]:
@@ -186,9 +188,9 @@ class _NoFile:
         """Nothing is open."""
 
 
-def _weights(config: ModelConfig, dtype: torch.dtype, quant: str) -> decoder.DecoderWeights:
+def _weights(config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard) -> decoder.DecoderWeights:
     """Return weights on ``meta`` with one layer of each kind: of windows, and of the forms of its matrices."""
-    loading = decoder.load_decoder(_NoFile(config), dtype, torch.device("meta"), quant=quant)
+    loading = decoder.load_decoder(_NoFile(config), dtype, torch.device("meta"), quant=quant, shard=shard)
     while True:
         try:
             next(loading)

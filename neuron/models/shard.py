@@ -15,6 +15,8 @@ from neuron.models.config import ModelConfig
 
 WIDTH_UNIT: Final = 256
 """The MLP is cut at multiples of this where it is wide enough: GGUF's longest blocks stay whole."""
+VOCABULARY_UNIT: Final = 16
+"""The same for the vocabulary: a rank's part of a tied head is a view that begins where kernels may read 16 bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +55,10 @@ class Shard:
         unit = next((unit for unit in (WIDTH_UNIT, 32) if width >= unit * self.size), 1)
         return self.share(width, unit)
 
+    def vocabulary(self, config: ModelConfig) -> slice:
+        """Return this rank's rows of the head."""
+        return self.share(config.vocab_size, VOCABULARY_UNIT if config.vocab_size >= VOCABULARY_UNIT * self.size else 1)
+
     def rows(self, config: ModelConfig, name: str, size: int) -> slice:
         """Return which of the ``size`` rows of a tensor this rank has, by its safetensors name."""
         if self.size == 1:
@@ -65,7 +71,7 @@ class Shard:
             case "gate_proj" | "up_proj":
                 return self.width(config)
             case "lm_head":
-                return self.share(size)
+                return self.vocabulary(config)
             case _:
                 return slice(0, size)
 

@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -19,17 +19,20 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from neuron.device.loop import die_with_parent  # noqa: E402
 from neuron.engine.errors import error_info  # noqa: E402
-from neuron.models import prebuild  # noqa: E402
+from neuron.models import decoder, prebuild  # noqa: E402
 from neuron.models.config import ModelConfig, read_config  # noqa: E402
 from neuron.models.gemma3 import GEMMA3  # noqa: E402
 from neuron.models.llama import LLAMA  # noqa: E402
+from neuron.models.matrix_reader import empty, some_rows  # noqa: E402
 from neuron.models.prebuild import any_plan, variants  # noqa: E402
 from neuron.models.qwen3 import QWEN3  # noqa: E402
 from neuron.models.qwen3_moe import QWEN3_MOE  # noqa: E402
+from neuron.models.shard import Shard  # noqa: E402
 from neuron.triton_kernels import activation, check, compile, matmul, norm, prefill_attention, warm  # noqa: E402
 from neuron.triton_kernels.batch import Batch  # noqa: E402
 from neuron.triton_kernels.compile import Compilation, KernelCache, KernelCompileError, target_for  # noqa: E402
 from neuron.triton_kernels.launch import Variant, recording  # noqa: E402
+from neuron.triton_kernels.operations import TritonOperations  # noqa: E402
 from neuron.triton_kernels.warm import CompileAfterReadyError, DriverTooOldError  # noqa: E402
 
 
@@ -388,6 +391,38 @@ def test_a_part_of_a_model_adds_to_the_residual_after_the_sum() -> None:
 
     assert len(adds(alone)) == 2
     assert not adds(part)
+
+
+@pytest.mark.parametrize("vocab_size", [151936, 50001])
+@pytest.mark.parametrize("form", ["none", "Q8_0"])
+def test_a_part_of_a_tied_head_launches_what_is_listed(form: str, vocab_size: int) -> None:
+    """The list is made of shapes; a launch also looks where tensors begin, and a part of a table is a view of it."""
+    shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 1, **MODELS["llama"]}
+    model, quant = prebuild._stored_as(config(vocab_size=vocab_size, tie_embeddings=True, **shapes), form)
+    plan = any_plan(model, "bfloat16", quant)
+    whole = (vocab_size, model.hidden_size)
+    table = torch.zeros(whole, dtype=torch.bfloat16) if form == "none" else empty(form, *whole, torch.device("cpu"))
+    for shard in (Shard(rank, 3) for rank in range(3)):
+        weights = prebuild._weights(model, torch.bfloat16, quant, shard)
+        weights = dataclasses.replace(weights, head=some_rows(table, shard.vocabulary(model)))
+        with recording(target_for(90)) as recorder:
+            for rows in (1, 40, plan.sampled_rows):
+                hidden = torch.zeros((rows, model.hidden_size), dtype=torch.bfloat16)
+                decoder.logits(weights, hidden, TritonOperations())
+        assert shapes_of(recorder.variants) <= shapes_of(variants(model, plan, 90, shard=shard)), f"rank {shard.rank}"
+
+
+def shapes_of(found: Iterable[Variant]) -> set[Any]:
+    """Return the variants but for what was launched before them."""
+    return {(v.kernel, v.parameters, frozenset(v.constants) - {("PDL", True), ("PDL", False)}) for v in found}
+
+
+def test_a_part_whose_columns_cut_a_block_lists_them_as_they_are_loaded() -> None:
+    """Heads 1 and 2 of 6, of 128 columns each: their run begins within a block, though it is as long as one."""
+    shapes = {"num_heads": 6, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 768, "intermediate_size": 2048}
+    model, quant = prebuild._stored_as(config(architecture=LLAMA, num_layers=1, **shapes), "Q4_K")
+    listed = variants(model, any_plan(model, "bfloat16", quant), 90, shard=Shard(1, 4))
+    assert "_gemv_kernel" in {v.kernel.partition(":")[2] for v in listed}
 
 
 def test_guesses_may_take_more_logits_than_there_are_sequences() -> None:
