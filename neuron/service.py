@@ -58,6 +58,15 @@ MAX_CONNECTIONS = 16384
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 """torch's threads wait for each other by spinning, for milliseconds unless told otherwise. Where other programs want
 the cores that is ruin: at a load of 7 on two cores, decode made 0.5-3 tokens/s, and 8-20 with this."""
+CUDA_ENVIRONMENT = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "250",
+    "TORCH_FR_BUFFER_SIZE": "0",
+}
+"""For models on several GPUs. These are of one host: NCCL need listen to no other. A process whose sum outlasts its
+limit is ended by torch four times that ``WAIT`` later (by default a minute), for what it recorded of the sums to be
+written down; here it records nothing."""
 START_RETRY_FIRST_S, START_RETRY_MAX_S = 2.0, 60.0
 
 
@@ -83,7 +92,10 @@ class Service:
         self._state = NodeState.STARTING
         self._stopping = asyncio.Event()
         if workers is None:
-            chosen = probe.parse_devices(config.daemon.devices, [device.id for device in look().devices])
+            host = look()
+            if host.no_gpu is not None:
+                _log.warning("no GPU can be used: %s", host.no_gpu)
+            chosen = probe.parse_devices(config.daemon.devices, [device.id for device in host.devices])
             workers = {device: self._worker(device) for device in chosen}
         self._workers = workers
         self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
@@ -307,7 +319,7 @@ class Service:
         command = [sys.executable, "-P", "-m", "neuron.engine"]
         command += ["--log-format", daemon.log_format]
         command += ["--step-limit-s", str(daemon.step_limit_s), "--max-waiting", str(daemon.max_waiting)]
-        environment = CPU_ENVIRONMENT if device.startswith("cpu") else {}
+        environment = CPU_ENVIRONMENT if device.startswith("cpu") else CUDA_ENVIRONMENT
         environment = {name: value for name, value in environment.items() if name not in os.environ}
         return Worker(device, command, environment=environment, on_state=changed, on_restarted=restarted)
 

@@ -12,6 +12,7 @@ import pathlib
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from cortex.wire.node import Device, DeviceKind
 from neuron.errors import DeviceListError, UnknownDeviceError
@@ -27,6 +28,8 @@ class Host:
     devices: tuple[Device, ...]
     driver_version: str | None = None
     cuda_version: str | None = None
+    no_gpu: str | None = None
+    """Why there is no GPU among them though the kernel has a driver for one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,8 +45,8 @@ ROOTS = Roots()
 
 def probe(environment: Mapping[str, str] = os.environ, roots: Roots = ROOTS) -> Host:
     """Return every device of this host: the visible GPUs, then the CPU."""
-    gpus, driver_version, cuda_version = _probe_gpus(environment.get("CUDA_VISIBLE_DEVICES"))
-    return Host((*gpus, probe_cpu(roots)), driver_version, cuda_version)
+    gpus = _probe_gpus(environment.get("CUDA_VISIBLE_DEVICES"), roots)
+    return dataclasses.replace(gpus, devices=(*gpus.devices, probe_cpu(roots)))
 
 
 def parse_devices(text: str, available: Sequence[str]) -> tuple[str, ...]:
@@ -102,36 +105,62 @@ def visible_gpus(setting: str | None, uuids: Sequence[str]) -> list[int]:
     return found
 
 
-def _probe_gpus(visible: str | None) -> tuple[list[Device], str | None, str | None]:
+def _probe_gpus(visible: str | None, roots: Roots) -> Host:
+    has_driver = (roots.proc / "driver/nvidia/version").exists()
     try:
-        import pynvml
+        import pynvml as nvml
     except ImportError:  # a gateway-only installation
-        return [], None, None
+        return Host((), no_gpu="nvidia-ml-py is not installed" if has_driver else None)
     with contextlib.ExitStack() as stack:
         try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError:  # no driver, or one that does not run
-            return [], None, None
-        stack.callback(pynvml.nvmlShutdown)
-        version = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        order = visible_gpus(visible, [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles])
-        devices = []
-        for ordinal, index in enumerate(order):
-            handle = handles[index]
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            devices.append(
-                Device(
-                    id=f"cuda:{ordinal}",
-                    kind=DeviceKind.CUDA,
-                    name=_text(pynvml.nvmlDeviceGetName(handle)),
-                    memory_total_bytes=int(memory.total),
-                    memory_free_bytes=int(memory.free),
-                    compute_capability=f"{major}.{minor}",
-                )
-            )
-        return devices, _text(pynvml.nvmlSystemGetDriverVersion()), f"{version // 1000}.{version % 1000 // 10}"
+            nvml.nvmlInit()
+        except nvml.NVMLError as error:
+            return Host((), no_gpu=str(error) if has_driver else None)
+        stack.callback(nvml.nvmlShutdown)
+        version = nvml.nvmlSystemGetCudaDriverVersion_v2()
+        handles = [_answer(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(nvml.nvmlDeviceGetCount())]
+        if visible is not None and visible.startswith("MIG-"):
+            # A part of a GPU is no GPU by this count, and CUDA shows a process one of them.
+            chosen = [_answer(nvml, "nvmlDeviceGetHandleByUUID", visible.partition(",")[0].strip())]
+            chosen = [handle for handle in chosen if handle is not None]
+        else:
+            uuids = [_text(_answer(nvml, "nvmlDeviceGetUUID", handle) or "") for handle in handles]
+            chosen = [handles[index] for index in visible_gpus(visible, uuids)]
+        hides = visible is not None and visible not in {"", "-1"} and bool(handles) and not chosen
+        return Host(
+            tuple(_describe(nvml, f"cuda:{ordinal}", handle, roots) for ordinal, handle in enumerate(chosen)),
+            _text(nvml.nvmlSystemGetDriverVersion()),
+            f"{version // 1000}.{version % 1000 // 10}",
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of the {len(handles)}" if hides else None,
+        )
+
+
+def _answer(nvml: Any, question: str, subject: object) -> Any:
+    """Ask NVML; ``None`` if it has no answer, as of a GPU that has fallen off the bus."""
+    if subject is None:
+        return None
+    try:
+        return getattr(nvml, question)(subject)
+    except nvml.NVMLError:
+        return None
+
+
+def _describe(nvml: Any, name: str, handle: object, roots: Roots) -> Device:
+    """Describe a GPU. One that does not answer keeps its place among the others, without memory."""
+    product = _answer(nvml, "nvmlDeviceGetName", handle)
+    memory = _answer(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    capability = _answer(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
+    free_bytes, total_bytes = (0, 0) if memory is None else (int(memory.free), int(memory.total))
+    if memory is None and product is not None:
+        free_bytes, total_bytes = host_memory(roots)  # it has none of its own
+    return Device(
+        id=name,
+        kind=DeviceKind.CUDA,
+        name="does not answer" if product is None else _text(product),
+        memory_total_bytes=total_bytes,
+        memory_free_bytes=free_bytes,
+        compute_capability="" if capability is None else "{}.{}".format(*capability),
+    )
 
 
 def _text(value: str | bytes) -> str:

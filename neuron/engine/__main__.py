@@ -59,16 +59,20 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except (DriverNotFoundError, DriverError) as error:
         return _refuse(f"{options.device} cannot be taken: {error}", spare_fd)
-    os.close(spare_fd)
     with loop:
         # Ends the loop after the message or step in hand, like the daemon's own Shutdown.
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
         graphs: DeviceGraphs | None = None
         if kind == "cuda":
+            try:
+                torch.cuda.init()  # type: ignore[no-untyped-call]
+            except (RuntimeError, AssertionError) as error:
+                return _refuse(f"{options.device} cannot be taken by torch: {str(error).splitlines()[0]}", spare_fd)
             torch.cuda.set_device(int(ordinal))
             # torch's work and the loop's graphs are queued on one stream, in the order they are given.
             torch.cuda.set_stream(torch.cuda.ExternalStream(loop.stream))  # type: ignore[no-untyped-call]
             graphs = DeviceGraphs(loop)
+        os.close(spare_fd)
         engine = Engine(
             options.device,
             loop.send,

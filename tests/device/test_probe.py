@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -212,12 +214,90 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(device.id, device.name) for device in hidden.devices[:-1]] == [("cuda:0", "NVIDIA H201")]
 
 
-@pytest.mark.parametrize("module", [None, nvml(driver=False)], ids=["no bindings", "no driver"])
-def test_no_gpus(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType | None) -> None:
+@pytest.mark.parametrize("loaded", [False, True], ids=["no kernel driver", "kernel driver"])
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [(None, "nvidia-ml-py is not installed"), (nvml(driver=False), "Driver Not Loaded")],
+    ids=["no bindings", "no driver"],
+)
+def test_no_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, module: types.ModuleType | None, why: str, loaded: bool
+) -> None:
+    """Where the kernel has a driver, somebody wants to know why nothing comes of it."""
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    found = probe({})
-    assert (found.driver_version, found.cuda_version) == (None, None)
+    roots = host(tmp_path, "", {})
+    if loaded:
+        (roots.proc / "driver/nvidia").mkdir(parents=True)
+        (roots.proc / "driver/nvidia/version").write_text("NVRM version: 570\n")
+    found = probe({}, roots)
+    assert (found.driver_version, found.cuda_version, found.no_gpu) == (None, None, why if loaded else None)
     assert [device.id for device in found.devices] == ["cpu:0"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [("GPU-c", "CUDA_VISIBLE_DEVICES is 'GPU-c', which names none of the 2"), ("", None), ("-1", None), ("1", None)],
+)
+def test_a_setting_that_hides_all_by_mistake_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, setting: str, why: str | None
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    assert probe({"CUDA_VISIBLE_DEVICES": setting}).no_gpu == why
+
+
+@pytest.mark.parametrize("silent", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetName"])
+def test_a_gpu_that_is_lost_keeps_its_place(monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
+    """After an XID 79 a daemon goes on with the other GPUs, whose ordinals are the same, and answers its polls."""
+    module = nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+
+    def losing(answer: Callable[[int], Any]) -> Callable[[int], Any]:
+        def lost(index: int) -> Any:
+            if index == 0:
+                raise NVMLError("GPU is lost")
+            return answer(index)
+
+        return lost
+
+    for name in {silent, "nvmlDeviceGetUUID", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetCudaComputeCapability"}:
+        setattr(module, name, losing(getattr(module, name)))
+    first, second, _ = probe({}).devices
+    assert (first.id, first.name, first.memory_total_bytes, first.compute_capability) == (
+        "cuda:0",
+        "does not answer",
+        0,
+        "",
+    )
+    assert (second.id, second.name, second.memory_total_bytes) == ("cuda:1", "NVIDIA H201", 2 * GIB)
+
+
+def test_a_gpu_without_memory_of_its_own_has_the_hosts(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    module = nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+
+    def unsupported(handle: int) -> None:
+        raise NVMLError("Not Supported")
+
+    monkeypatch.setattr(module, "nvmlDeviceGetMemoryInfo", unsupported)
+    device = probe({}, host(tmp_path, "", {})).devices[0]
+    assert (device.name, device.memory_free_bytes, device.memory_total_bytes) == ("NVIDIA H200", 48 * GIB, 64 * GIB)
+
+
+def test_a_part_of_a_gpu_is_named_by_its_own_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+
+    def by_uuid(uuid: str) -> int:
+        if uuid != "MIG-x":
+            raise NVMLError("Not Found")
+        return 1
+
+    monkeypatch.setattr(module, "nvmlDeviceGetHandleByUUID", by_uuid, raising=False)
+    found = probe({"CUDA_VISIBLE_DEVICES": "MIG-x,MIG-y"})
+    assert [(device.id, device.memory_total_bytes) for device in found.devices[:-1]] == [("cuda:0", 2 * GIB)]
+    found = probe({"CUDA_VISIBLE_DEVICES": "MIG-z"})
+    assert [device.id for device in found.devices] == ["cpu:0"]
+    assert found.no_gpu is not None
 
 
 def test_probing_loads_no_torch() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
@@ -84,15 +85,13 @@ def test_sigterm_and_a_daemon_that_goes_are_orderly_ends(worker: Worker) -> None
     assert other.process.wait(30) == 0
 
 
-def fault_of(library: pathlib.Path | None, tmp_path: pathlib.Path, device: str) -> str:
+def fault_of(
+    device: str, environment: dict[str, str] | None = None, command: tuple[str, ...] = ("-m", "neuron.engine")
+) -> str:
     """Start a worker of a GPU that is not to be had; return what the daemon's handle on it says."""
-    environment = {}
-    if library is not None:
-        (tmp_path / "libcuda.so.1").symlink_to(library)
-        environment["LD_LIBRARY_PATH"] = str(tmp_path)
 
     async def story() -> str:
-        found = device_worker.Worker(device, [sys.executable, "-m", "neuron.engine"], environment=environment)
+        found = device_worker.Worker(device, [sys.executable, *command], environment=environment)
         with pytest.raises(DeviceWorkerLostError) as caught:
             await found.start()
         await found.stop()
@@ -101,8 +100,8 @@ def fault_of(library: pathlib.Path | None, tmp_path: pathlib.Path, device: str) 
     return asyncio.run(story())
 
 
-def test_a_host_without_a_driver_is_told_what_to_do(tmp_path: pathlib.Path) -> None:
-    said = fault_of(None, tmp_path, "cuda:0")
+def test_a_host_without_a_driver_is_told_what_to_do() -> None:
+    said = fault_of("cuda:0")
     assert "cuda:0 cannot be taken: no NVIDIA driver: libcuda.so.1 cannot be opened" in said
     assert "--devices cpu" in said
 
@@ -111,5 +110,17 @@ def test_a_device_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
     spec = importlib.util.find_spec("neuron.device._fake_libcuda")
     assert spec is not None
     assert spec.origin is not None
-    said = fault_of(pathlib.Path(spec.origin), tmp_path, "cuda:5")
+    (tmp_path / "libcuda.so.1").symlink_to(spec.origin)
+    said = fault_of("cuda:5", {"LD_LIBRARY_PATH": str(tmp_path)})
     assert "cuda:5 cannot be taken: cuDeviceGet returned 100 (CUDA_ERROR_NO_DEVICE)" in said
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_torch_that_cannot_use_the_device_is_told_of() -> None:
+    """Built without CUDA, or for a newer driver than the one here: the loop takes the device, and torch does not."""
+    code = (
+        "import sys; from neuron.device import _fake_driver as fake; from neuron.engine import __main__ as worker; "
+        "worker.cuda_driver = fake.capsule; sys.exit(worker.main())"
+    )
+    said = fault_of("cuda:0", command=("-c", code))
+    assert "cuda:0 cannot be taken by torch: Torch not compiled with CUDA enabled" in said

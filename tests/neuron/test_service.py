@@ -4,13 +4,16 @@ import asyncio
 from typing import Any
 
 import httpx
+import pytest
 import uvloop
 from daemons import free_port
 from scripted_harness import ScriptedHarness
 
-from cortex.wire.node import WorkerHealth, WorkerState
+from cortex.wire.node import Device as Described
+from cortex.wire.node import DeviceKind, WorkerHealth, WorkerState
 from neuron.api import Api
 from neuron.config import Config, DaemonSettings, ModelSettings
+from neuron.device.probe import Host
 from neuron.service import Service
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -77,3 +80,24 @@ def test_it_answers_before_anything_is_warm_and_says_what_it_waits_for() -> None
         await running
 
     uvloop.run(story())
+
+
+CPU = Described("cpu:0", DeviceKind.CPU, "cpu", 1, 1)
+
+
+def test_workers_of_gpus_listen_to_this_host_alone_and_end_a_hung_sum_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # an operator's own word
+    host = Host((Described("cuda:0", DeviceKind.CUDA, "gpu", 1, 1), CPU))
+    service = Service(Config(daemon=DaemonSettings(devices="all")), {}, look=lambda: host)
+    gpu, cpu = (worker._environment for worker in service._workers.values())
+    assert gpu["NCCL_SOCKET_IFNAME"] == "lo"
+    assert int(gpu["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) <= 1000
+    assert "TORCH_NCCL_DUMP_ON_TIMEOUT" not in gpu
+    assert not any("NCCL" in name for name in cpu)
+
+
+def test_a_gpu_that_cannot_be_used_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    host = Host((CPU,), no_gpu="Driver/library version mismatch")
+    service = Service(Config(daemon=DaemonSettings(devices="auto")), {}, look=lambda: host)
+    assert list(service._workers) == ["cpu:0"]
+    assert "no GPU can be used: Driver/library version mismatch" in caplog.text
