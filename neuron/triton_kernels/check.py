@@ -3,7 +3,8 @@
 Numbers: every case of :mod:`neuron.triton_kernels.cases` in Triton's interpreter, as the tile choices of sm_80 and of
 sm_90, against the eager reference; in a process of its own, because the interpreter is chosen when Triton is imported.
 Machine code: every variant of the same list compiled for five chips. Failures are: a stack (spills), STL or LDL, more
-shared memory than the chip has, and on sm_90 no HGMMA in the large matmul or in prefill attention. The table goes to
+shared memory than the chip has, on sm_90 no HGMMA in the large matmul or in prefill attention, and of a kernel that may
+start before the last one ends anything but weights that is touched before it has waited for that. The table goes to
 ``bench/results/kernels.json`` with ``--keep``.
 """
 
@@ -26,7 +27,7 @@ import torch
 import triton
 
 from neuron.triton_kernels import cases
-from neuron.triton_kernels.compile import Compiled, KernelCache, KernelCompileError, instructions, target_for
+from neuron.triton_kernels.compile import Compiled, KernelCache, KernelCompileError, machine_code, target_for
 from neuron.triton_kernels.launch import SHARED_BYTES, Target, Variant, recording, targeting
 
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
@@ -36,6 +37,12 @@ COUNTED: Final = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG", "STG",
 BRIEF: Final = ("neuron.triton_kernels.quantized_matmul:", 120)
 """With ``--brief``: kernels that are half of all variants, and the only chip that they are compiled for."""
 MUST_USE_HGMMA: Final = ("_prefill_attention_kernel", "_persistent_matmul_kernel")
+WAIT: Final = "ACQBULK"
+"""``griddepcontrol.wait``: what the kernel before has written can be read behind it."""
+OF_OTHERS: Final = {"LD", "LDG", "LDGSTS", "UTMALDG", "UBLKCP", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "EXIT"}
+"""What touches memory, or ends a program."""
+WEIGHTS: Final = "LDG.E.EF"
+"""Weights are read to be forgotten at once, and only they are. No kernel writes them, so they need no wait."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,7 +51,10 @@ class Row:
 
     variant: Variant
     compiled: Compiled
+    code: list[str]
+    """Machine instructions, in order."""
     counts: collections.Counter[str]
+    """Of each without what qualifies it."""
 
     @property
     def kernel(self) -> str:
@@ -63,6 +73,12 @@ class Row:
             found.append(f"{metadata.shared_bytes} bytes of shared memory, the chip has {limit}")
         if metadata.capability == 90 and self.kernel in MUST_USE_HGMMA and not self.counts["HGMMA"]:
             found.append("no HGMMA")
+        if self.variant.dependent_launch:
+            # One that does not wait at all touches all it does too early.
+            early = self.code[: self.code.index(WAIT)] if WAIT in self.code else self.code
+            touched = {one for one in early if one.partition(".")[0] in OF_OTHERS and not one.startswith(WEIGHTS)}
+            if touched:
+                found.append(f"before it waits for the kernel before it: {', '.join(sorted(touched))}")
         return found
 
     def record(self) -> dict[str, Any]:
@@ -114,7 +130,8 @@ def inspect_variants(wanted: Iterable[Variant], capability: int, cache: KernelCa
     rows = []
     for variant in wanted:
         compiled = cache.get(variant, capability)
-        rows.append(Row(variant, compiled, instructions(compiled.cubin)))
+        code = machine_code(compiled.cubin)
+        rows.append(Row(variant, compiled, code, collections.Counter(one.partition(".")[0] for one in code)))
     return rows
 
 

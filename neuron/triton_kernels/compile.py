@@ -7,7 +7,6 @@ so that an entry is either right or not found, whichever machine made it: an ins
 cubin: one that was cut short, edited or mixed up is compiled again, and a warning says so.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -147,10 +146,10 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def instructions(cubin: bytes) -> collections.Counter[str]:
-    """Return how often each machine instruction occurs: HGMMA is Hopper's matrix unit, STL and LDL are spills."""
+def machine_code(cubin: bytes) -> list[str]:
+    """Return the machine instructions in the order in which they lie, with what qualifies them: ``LDG.E.128``."""
     listing = _on_file("nvdisasm", cubin)
-    return collections.Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]+)", listing, re.M))
+    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", listing, re.M)
 
 
 class KernelCache:

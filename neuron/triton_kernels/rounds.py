@@ -6,8 +6,9 @@
             all_ended = all(ended)
 
 The host is told by its own memory (pinned, which a device writes to as to its own), and waits for nothing but the word
-it reads: each token is a word of its own, so none depends on the order in which they arrive. A page beyond the table is
-that of a step that nobody launches, and read as page 0.
+it reads: each token is a word of its own, so none depends on the order in which they arrive. Such a store goes through
+the device's cache (``.wt``): of any other the host is sure to hear only when all that is queued is done. A page beyond
+the table is that of a step that nobody launches, and read as page 0.
 """
 
 import torch
@@ -62,13 +63,13 @@ def _close_kernel(
     token = tl.where(over, tl.load(last + row, mask=inside, other=0), token)
     at = tl.load(place)
     tl.store(last + row, token, mask=inside)
-    tl.store(published + at.to(tl.int64) * published_stride + row, token, mask=inside)
+    tl.store(published + at.to(tl.int64) * published_stride + row, token, mask=inside, cache_modifier=".wt")
     tl.store(place, at + 1)
     for i in range(NUM_STOPS):
         over = over | (token == tl.load(stops + row * NUM_STOPS + i, mask=inside, other=-1))
     tl.store(ended + row, over.to(tl.int32), mask=inside)
     left = tl.sum(tl.where(inside & (over == 0), 1, 0), 0)
-    tl.store(all_ended, tl.where(left == 0, 1, 0))
+    tl.store(all_ended, tl.where(left == 0, 1, 0), cache_modifier=".wt")
     on = inside & (over == 0)
     position = tl.load(positions + row, mask=on, other=0) + 1
     page = position // PAGE

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,7 +29,18 @@ from neuron.models.prebuild import any_plan, variants  # noqa: E402
 from neuron.models.qwen3 import QWEN3  # noqa: E402
 from neuron.models.qwen3_moe import QWEN3_MOE  # noqa: E402
 from neuron.models.shard import Shard  # noqa: E402
-from neuron.triton_kernels import activation, check, compile, matmul, norm, prefill_attention, warm  # noqa: E402
+from neuron.triton_kernels import (  # noqa: E402
+    activation,
+    check,
+    compile,
+    matmul,
+    norm,
+    prefill_attention,
+    round_state,
+    rounds,
+    skinny_matmul,
+    warm,
+)
 from neuron.triton_kernels.batch import Batch  # noqa: E402
 from neuron.triton_kernels.compile import Compilation, KernelCache, KernelCompileError, target_for  # noqa: E402
 from neuron.triton_kernels.launch import Variant, recording  # noqa: E402
@@ -99,6 +111,30 @@ def test_hopper_uses_its_matrix_unit(cache: KernelCache) -> None:
         row.counts["HGMMA"] = 0
         assert row.faults() == ["no HGMMA"]
     assert rows[0].counts["UTMALDG"] > 0
+
+
+def test_a_kernel_that_may_start_early_waits_before_it_touches_what_others_write(cache: KernelCache) -> None:
+    with recording(target_for(90)) as recorder:
+        skinny_matmul.skinny_matmul(meta(1, 4096), meta(4096, 4096), norm=(meta(4096), 1e-6))
+    (row,) = check.inspect_variants(recorder.variants, 90, cache)
+    assert row.variant.dependent_launch
+    assert row.faults() == []
+    # Its weights it asks for at once.
+    assert any(one.startswith(check.WEIGHTS) for one in row.code[: row.code.index(check.WAIT)])
+    constants = {**dict(row.variant.constants), "PDL": False}
+    (row,) = check.inspect_variants([dataclasses.replace(row.variant, constants=tuple(constants.items()))], 90, cache)
+    (fault,) = row.faults()
+    assert re.fullmatch(r"before it waits for the kernel before it: .*EXIT, .*STG.*", fault)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_host_is_told_past_every_cache(cache: KernelCache, capability: int) -> None:
+    """The token and whether all rows have ended; all else stays on the device."""
+    i32 = torch.int32
+    with recording(target_for(capability)) as recorder:
+        rounds.close_round(round_state.like(3, 9, 4, meta), meta(3, dtype=i32), 16)
+    (row,) = check.inspect_variants(recorder.variants, capability, cache)
+    assert [one for one in row.code if one.startswith("STG")].count("STG.E.STRONG.SYS") == 2
 
 
 def test_sizes_that_change_from_step_to_step_make_no_variant() -> None:
