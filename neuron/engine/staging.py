@@ -18,8 +18,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def to_device(array: Array, device: torch.device) -> torch.Tensor:
     """Return ``array`` on ``device``; on a CPU it is the same memory."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return torch.from_numpy(array)
+    # torch copies what has gaps by way of memory that is not pinned.
+    return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True)
 
 
 def together(arrays: Sequence[Array], device: torch.device) -> list[torch.Tensor]:
