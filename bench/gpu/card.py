@@ -1,6 +1,7 @@
 """What a bench measures on: a card; one that only finds out which kernels are wanted; or this host, for a rehearsal."""
 
 import contextlib
+import functools
 import socket
 import statistics
 import time
@@ -89,17 +90,17 @@ class Card:
 
     @contextlib.contextmanager
     def graphs(self) -> Iterator[Any]:
-        """Own the device as a worker does: yield what its engine captures and launches steps with."""
+        """Own the device as a worker does: yield what makes the graphs of a model."""
         from neuron.device.driver import cuda_driver
         from neuron.device.loop import DeviceLoop
-        from neuron.engine.graph_runner import DeviceGraphs
+        from neuron.engine.device_graphs import DeviceGraphs
 
         ours, theirs = socket.socketpair()
         with ours, DeviceLoop(cuda_driver(), 0, theirs.detach(), name="cuda-dev-0") as loop:
             before = torch.cuda.current_stream()
             torch.cuda.set_stream(torch.cuda.ExternalStream(loop.stream))  # type: ignore[no-untyped-call]
             try:
-                yield DeviceGraphs(loop)
+                yield functools.partial(DeviceGraphs, loop)
             finally:
                 torch.cuda.set_stream(before)
 
@@ -171,4 +172,4 @@ class Rehearsal(Once):
         fake.reset()
         ours, theirs = socket.socketpair()
         with ours, DeviceLoop(fake.capsule(), 0, theirs.detach(), name="cuda-dev-0") as loop:
-            yield OnTheLoop(loop)
+            yield functools.partial(OnTheLoop, loop)

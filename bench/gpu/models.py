@@ -159,7 +159,7 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
         for batch in sizes.batches:
             for way, environment in WAYS.items():
                 with mock.patch.dict(os.environ, environment):
-                    runner = GraphRunner(config, weights, plan, card.device, graphs)
+                    runner = GraphRunner(config, weights, plan, card.device, graphs())
                 runner.overlaps = True  # as on a GPU, also where it is rehearsed
                 model = Model(name, config, plan, runner, pathlib.Path(), prefix_cache=False)
                 spent, host_s = serve(model, batch, sizes.context, sizes.output, in_bursts=way == "bursts")

@@ -5,6 +5,7 @@ the engine. The daemon decides when it ends: SIGINT, which a terminal sends to t
 """
 
 import argparse
+import functools
 import logging
 import os
 import signal
@@ -19,8 +20,8 @@ from neuron.device.driver import DriverError, DriverNotFoundError, cuda_driver
 from neuron.device.jobs import EXIT_POISONED, Poisoned, Ready
 from neuron.device.loop import DeviceLoop, die_with_parent
 from neuron.device.probe import usable_cores
+from neuron.engine.device_graphs import DeviceGraphs
 from neuron.engine.engine import Engine
-from neuron.engine.graph_runner import DeviceGraphs
 from neuron.engine.process_memory import keep_activations_mapped
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
     with loop:
         # Ends the loop after the message or step in hand, like the daemon's own Shutdown.
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
-        graphs: DeviceGraphs | None = None
         if kind == "cuda":
             try:
                 torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -71,7 +71,6 @@ def main(arguments: list[str] | None = None) -> int:
             torch.cuda.set_device(int(ordinal))
             # torch's work and the loop's graphs are queued on one stream, in the order they are given.
             torch.cuda.set_stream(torch.cuda.ExternalStream(loop.stream))  # type: ignore[no-untyped-call]
-            graphs = DeviceGraphs(loop)
         os.close(spare_fd)
         engine = Engine(
             options.device,
@@ -80,11 +79,17 @@ def main(arguments: list[str] | None = None) -> int:
             loop.stop,
             max_waiting=options.max_waiting,
             channel_fd=loop.channel.fileno(),
-            graphs=graphs,
+            graphs=functools.partial(DeviceGraphs, loop) if kind == "cuda" else None,
         )
         free_bytes, total_bytes = loop.memory()
         loop.send(msgspec.msgpack.encode(Ready(options.device, os.getpid(), total_bytes, free_bytes)))
-        return loop.run(engine)
+        status = loop.run(engine)
+        if kind == "cuda":
+            # All it has goes with the process. On the way out torch would give back what it holds, to a stream that is
+            # gone by then and maybe a driver that answers nothing any more, and die of that instead.
+            logging.shutdown()
+            os._exit(status)
+        return status
 
 
 def _refuse(reason: str, channel_fd: int) -> int:

@@ -44,8 +44,8 @@ from neuron.device.jobs import (
     ToWorker,
     Unload,
 )
+from neuron.engine.device_graphs import Graphs
 from neuron.engine.errors import GroupLostError, error_info, raise_device_fault
-from neuron.engine.graph_runner import Graphs
 from neuron.engine.group_runner import Follower
 from neuron.engine.loaded import Model
 from neuron.engine.loading import load_model
@@ -75,7 +75,7 @@ class Engine:
     ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
     is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take. Messages of
     the daemon come by ``channel_fd``: a worker that follows another waits for it, a burst of steps ends for it.
-    ``graphs`` capture steps on a GPU.
+    ``graphs`` makes what captures a model's steps on a GPU.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Engine:
         *,
         max_waiting: int = 256,
         channel_fd: int = -1,
-        graphs: Graphs | None = None,
+        graphs: Callable[[], Graphs] | None = None,
     ) -> None:
         self._graphs = graphs
         self._channel_fd = channel_fd
@@ -115,6 +115,13 @@ class Engine:
     def handle(self, message: bytes) -> None:
         """Take one message of the daemon's. Raises DeviceFault, and ``msgspec.DecodeError`` for what is none."""
         job = self._decoder.decode(message)
+        try:
+            self._do(job)
+        except Exception as error:
+            raise_device_fault(error)
+            raise
+
+    def _do(self, job: ToWorker) -> None:
         match job:
             case Generate() | Embed():
                 self._start(job)
@@ -136,7 +143,15 @@ class Engine:
         """Advance the oldest load by a layer, and run one step of the next model that has work.
 
         Of models that another rank leads, do what it sends; with nothing else to do, wait a moment for that or a job.
+        Raises DeviceFault.
         """
+        try:
+            self._take_turns()
+        except Exception as error:
+            raise_device_fault(error)
+            raise
+
+    def _take_turns(self) -> None:
         if self._followers:
             self._follow(0.0 if self._loads or any(model.busy for model in self._models.values()) else FOLLOW_WAIT_S)
         if self._loads:
@@ -154,15 +169,9 @@ class Engine:
                 sources.register(descriptor, select.POLLIN)
         ready = {descriptor for descriptor, _ in sources.poll(timeout_s * 1e3)}
         for name, follower in list(self._followers.items()):
-            if follower.runner.group.fileno() in ready:
-                try:
-                    goes_on = follower.runner.follow()
-                except Exception as error:
-                    raise_device_fault(error)
-                    raise
-                if not goes_on:
-                    self._leave(name)
-                    self._left.add(name)
+            if follower.runner.group.fileno() in ready and not follower.runner.follow():
+                self._leave(name)
+                self._left.add(name)
 
     def _leave(self, name: str) -> None:
         self._followers.pop(name).runner.group.close()

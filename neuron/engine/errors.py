@@ -7,7 +7,7 @@ import msgspec
 import torch
 
 from cortex.wire.errors import ApiError, ErrorInfo, UnavailableError
-from neuron.device.driver import DeviceFault
+from neuron.device.driver import DeviceFault, DriverError
 
 
 class EngineError(ApiError):
@@ -37,18 +37,23 @@ class GroupLostError(UnavailableError):
     code = "group_lost"
 
 
-# What torch and Triton raise for driver and library faults, beside torch.AcceleratorError. A failed allocation is none.
-FAULTS: Final = re.compile(
-    r"CUDA error|CUDNN_STATUS_|CUBLAS_STATUS_(?!NOT_SUPPORTED|ALLOC_FAILED)|NCCL error|cudaError"
-    r"|Triton Error \[CUDA\]"
-)
+# What torch and Triton raise for driver and library faults, beside torch.AcceleratorError.
+FAULTS: Final = re.compile(r"CUDA error|CUDNN_STATUS_|NCCL error|cudaError|Triton Error \[CUDA\]")
+UNSUPPORTED: Final = re.compile(r"CU(?:BLAS|DNN)_STATUS_NOT_SUPPORTED")
+NO_MEMORY: Final = re.compile(r"(?:CUDA error|Triton Error \[CUDA\]): out of memory|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY: Final = 2
+"""The code of it in CUDA's driver, and in its runtime."""
+CAPTURE_ERRORS: Final = range(900, 909)
+"""cudaErrorStreamCaptureUnsupported to -WrongThread: something was against the rules of a capture, which is void."""
 
 
-def _ran_out(error: Exception) -> bool:
-    """Return whether ``error`` says that there was no memory: torch's, Python's, or Triton's for a kernel's module."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and str(error).startswith("Triton Error [CUDA]: out of memory")
-    )
+def ran_out(error: Exception) -> bool:
+    """Return whether ``error`` says that there was no memory, of the host or the device: neither is worse for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, (torch.AcceleratorError, DriverError)) and _code(error) == OUT_OF_MEMORY:
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
 
 
 def raise_device_fault(error: Exception) -> None:
@@ -61,20 +66,24 @@ def raise_device_fault(error: Exception) -> None:
     if isinstance(error, GroupLostError):
         # The ranks no longer run the same step, so all their workers are replaced.
         raise DeviceFault("group", -1, error.message) from error
-    if _ran_out(error):
+    if ran_out(error) or not isinstance(error, RuntimeError) or _code(error) in CAPTURE_ERRORS:
         return
-    known = getattr(torch, "AcceleratorError", ())
-    if (known and isinstance(error, known)) or (isinstance(error, RuntimeError) and FAULTS.search(str(error))):
-        code = getattr(error, "error_code", None)
+    if isinstance(error, torch.AcceleratorError) or (FAULTS.search(str(error)) and not UNSUPPORTED.search(str(error))):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DeviceFault("torch", code if isinstance(code, int) else -1, reason) from error
+        raise DeviceFault("torch", _code(error), reason) from error
+
+
+def _code(error: Exception) -> int:
+    """Return CUDA's code of an error of torch's or of the driver; -1 where it has none."""
+    code = error.code if isinstance(error, DriverError) else getattr(error, "error_code", None)
+    return code if isinstance(code, int) else -1
 
 
 def error_info(error: Exception) -> ErrorInfo:
     """Return what a client is told of ``error``."""
     if isinstance(error, ApiError):
         return error.info()
-    if _ran_out(error):
+    if ran_out(error):
         return OutOfMemoryError(f"out of device memory: {error}", retry_after_s=1.0).info()
     found = EngineError(f"{type(error).__name__}: {error}").info()
     # Errors of the kernels know no wire, but have a code.

@@ -16,15 +16,14 @@ that no page has to be set apart for them.
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import torch
 
-from neuron.device.driver import DeviceFault, DriverError
-from neuron.device.loop import DeviceLoop
+from neuron.engine.device_graphs import Graphs
 from neuron.engine.device_sampler import DeviceSampler
+from neuron.engine.errors import raise_device_fault, ran_out
 from neuron.engine.launched import MAX_ROUNDS, DeviceStep, Launched, StepOutcome
 from neuron.engine.plan import StepPlan
 from neuron.engine.runner import Runner
@@ -42,77 +41,13 @@ SWITCH: Final = "NEURON_GRAPHS"
 """``off`` in the environment launches every kernel of every step."""
 
 
-class Graphs(Protocol):
-    """What makes and launches graphs."""
-
-    def capture(self, step: Callable[[], None]) -> int:
-        """Return a graph of what ``step`` launches, which reads and writes what is at the same places ever after.
-
-        Raises ``torch.OutOfMemoryError`` or :class:`DriverError` if there is no memory for it, and leaves the device as
-        it was then.
-        """
-
-    def launch(self, graph: int) -> None:
-        """Queue a graph behind what was queued before. Raises :class:`DeviceFault`."""
-
-    def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
-        """Launch a graph ``count`` times and wait for it; return how often it ran. Raises :class:`DeviceFault`.
-
-        It ends early when the daemon has said something, or once ``all_ended`` holds something other than 0.
-        """
-
-    def wait(self, words: torch.Tensor, pending: int) -> None:
-        """Wait until the device has written something else than ``pending`` to each int32 of ``words``.
-
-        Raises :class:`DeviceFault`.
-        """
-
-    def drop(self, graph: int) -> None:
-        """Destroy a graph that no step under way uses."""
-
-
-class DeviceGraphs:
-    """Graphs of torch's work on the stream of a device loop, launched by the loop through its driver table."""
-
-    def __init__(self, loop: DeviceLoop) -> None:
-        self._loop = loop
-        self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
-        """Own the memory of what they were captured with."""
-
-    def capture(self, step: Callable[[], None]) -> int:
-        """Run once, so that nothing is initialised while it is captured, then capture and make ready."""
-        step()
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
-        ready = self._loop.instantiate(graph.raw_cuda_graph())
-        self._captured[ready] = graph
-        return ready
-
-    def launch(self, graph: int) -> None:
-        """Queue a graph."""
-        self._loop.launch(graph)
-
-    def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
-        """Launch a graph ``count`` times, or fewer, and wait for it."""
-        return self._loop.replay(graph, count, stop_on_message=True, stop_word=all_ended.data_ptr())
-
-    def wait(self, words: torch.Tensor, pending: int) -> None:
-        """Wait until the device has written to each of ``words``."""
-        self._loop.wait_for_words(words.data_ptr(), words.numel(), pending)
-
-    def drop(self, graph: int) -> None:
-        """Destroy a graph and give its memory back to the pool."""
-        self._loop.driver.destroy_graph_exec(graph)
-        del self._captured[graph]
-
-
 @dataclasses.dataclass(slots=True)
 class _Bucket:
     """The graph of so many rows, and where its inputs and outputs are."""
 
     inputs: StepInputs
+    batch: Batch
+    """Held, as a graph holds addresses only."""
     graph: int = 0
     logits: torch.Tensor | None = None
     """``[B, V]`` float32"""
@@ -161,7 +96,8 @@ class GraphRunner(Runner):
         self._uncaptured = buckets(plan.max_sequences) if captures else []
         self._samples = isinstance(self.sampler, DeviceSampler)
         """Whether graphs do."""
-        self._published = Published(plan.max_sequences, device)
+        # A step may name any row that was sampled in the one before it.
+        self._published = Published(plan.sampled_rows, device)
         self._no_hidden: Float32Array = np.empty((0, config.hidden_size), np.float32)
 
     def launch(self, plan: StepPlan) -> Launched:
@@ -174,46 +110,54 @@ class GraphRunner(Runner):
         return self._replay(self._buckets[size], plan) if size else super().launch(plan)
 
     def close(self) -> None:
-        """Destroy the graphs."""
-        while self._buckets:
-            self._graphs.drop(self._buckets.popitem()[1].graph)
+        """Destroy the graphs, once the device is done with what they write to."""
+        self._graphs.close()
+        self._buckets.clear()
 
     @torch.inference_mode()
     def _capture(self, size: int) -> None:
-        """Capture the graph of a bucket; without memory for it, do without it and the smaller ones."""
+        """Capture the graph of a bucket; if that fails, do without it and the smaller ones."""
         try:
-            inputs = StepInputs(size, self._num_columns, self.device, self._published)
-            bucket = _Bucket(inputs)
-            state = inputs.state
-            batch = Batch(
-                positions=state.positions,
-                slots=state.slots,
-                cu_seqlens=torch.arange(size + 1, dtype=torch.int32, device=self.device),
-                page_table=state.page_table,
-                context_lens=state.context_lens,
-                num_decodes=size,
-            )
-
-            @torch.inference_mode()
-            def step() -> None:
-                self._kernels.open_round(state)
-                bucket.logits = self._logits(self._forward(state.token_ids, batch))
-                if self._samples:
-                    ids, _ = self._kernels.sample(bucket.logits, inputs.rows)
-                    self._kernels.close_round(state, ids, PAGE_TOKENS)
-
-            bucket.graph = self._graphs.capture(step)
-        except (torch.OutOfMemoryError, DriverError) as error:
-            if isinstance(error, DeviceFault):
-                raise
+            bucket = self._captured(size)
+        except Exception as error:  # whatever it is, every step can be launched without a graph
+            raise_device_fault(error)
             self._uncaptured.clear()
-            logger.warning("no memory for a graph of %d rows; steps without one are launched singly: %s", size, error)
+            if ran_out(error):
+                logger.warning(
+                    "no memory for a graph of %d rows; steps without one are launched singly: %s", size, error
+                )
+            else:
+                logger.exception("no graph of %d rows; steps without one are launched singly", size)
             return
         self._buckets[size] = bucket
         if self._samples:
             self.max_rounds = MAX_ROUNDS
         # Capturing ran the step, which wrote to page 0: it is zero for all who pad with it.
         self.clear_pages(np.zeros(1, np.int32))
+
+    def _captured(self, size: int) -> _Bucket:
+        inputs = StepInputs(size, self._num_columns, self.device, self._published)
+        state = inputs.state
+        batch = Batch(
+            positions=state.positions,
+            slots=state.slots,
+            cu_seqlens=torch.arange(size + 1, dtype=torch.int32, device=self.device),
+            page_table=state.page_table,
+            context_lens=state.context_lens,
+            num_decodes=size,
+        )
+        bucket = _Bucket(inputs, batch)
+
+        @torch.inference_mode()
+        def step() -> None:
+            self._kernels.open_round(state)
+            bucket.logits = self._logits(self._forward(state.token_ids, batch))
+            if self._samples:
+                ids, _ = self._kernels.sample(bucket.logits, inputs.rows)
+                self._kernels.close_round(state, ids, PAGE_TOKENS)
+
+        bucket.graph = self._graphs.capture(step)
+        return bucket
 
     @torch.inference_mode()
     def _replay(self, bucket: _Bucket, plan: StepPlan) -> Launched:

@@ -15,8 +15,9 @@ from neuron.device.driver import DriverHandle, cuda_driver
 from neuron.device.jobs import GroupSettings
 from neuron.device.loop import die_with_parent
 from neuron.device.probe import usable_cores
+from neuron.engine.device_graphs import Graphs
 from neuron.engine.errors import GroupLostError
-from neuron.engine.graph_runner import GraphRunner, Graphs
+from neuron.engine.graph_runner import GraphRunner
 from neuron.engine.group import Group, rank_0_waits
 from neuron.engine.group_runner import Follower, GroupRunner
 from neuron.engine.launched import Executor
@@ -46,12 +47,12 @@ def load_model(
     device: torch.device,
     free_bytes: Callable[[], int],
     group: GroupSettings | None = None,
-    graphs: Graphs | None = None,
+    graphs: Callable[[], Graphs] | None = None,
     channel_fd: int = -1,
 ) -> Generator[float, None, Model | Follower]:
     """Load a model, or with ``group`` one rank's part, in pieces of one layer; yield the share done, return it.
 
-    ``graphs`` are what the device captures steps with, if it can; ``channel_fd`` is where the daemon is heard.
+    ``graphs`` makes what the device captures steps with, if it can; ``channel_fd`` is where the daemon is heard.
 
     Nothing is allocated before it is known to fit. Raises the errors of :mod:`neuron.models`, :class:`GroupLostError`.
     """
@@ -86,7 +87,7 @@ def _load_runner(
     source: WeightSource,
     plan: MemoryPlan,
     device: torch.device,
-    graphs: Graphs | None,
+    graphs: Callable[[], Graphs] | None,
     channel_fd: int,
 ) -> Generator[float, None, Executor]:
     if plan.native:
@@ -99,7 +100,7 @@ def _load_runner(
         runner = (
             Runner(source.config, weights, plan, device)
             if graphs is None
-            else GraphRunner(source.config, weights, plan, device, graphs)
+            else GraphRunner(source.config, weights, plan, device, graphs())
         )
         yield from _finish(kernels, device)
     return runner

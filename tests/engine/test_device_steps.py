@@ -50,7 +50,7 @@ class Running:
         with DeviceLoop(fake.capsule(), 0, self._fd, name="cuda-dev-0") as loop:
             self.graphs = OnTheLoop(loop)
             self.engine: Any = Engine(
-                "cpu:0", loop.send, loop.memory, loop.stop, channel_fd=loop.channel.fileno(), graphs=self.graphs
+                "cpu:0", loop.send, loop.memory, loop.stop, channel_fd=loop.channel.fileno(), graphs=lambda: self.graphs
             )
             self.status = loop.run(self.engine)
 

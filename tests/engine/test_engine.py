@@ -13,14 +13,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from capture_rig import cuda_error
 
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
-from neuron.device.driver import DeviceFault
+from neuron.device.driver import DeviceFault, DriverError
 from neuron.device.jobs import SequenceEnd
-from neuron.engine import loaded, loading
+from neuron.engine import engine, loaded, loading
 from neuron.engine.engine import Engine
-from neuron.engine.errors import raise_device_fault
+from neuron.engine.errors import raise_device_fault, ran_out
 from neuron.engine.native_runner import NativeRunner
 from neuron.models import packed
 from neuron.models.matrix_reader import MatrixReader
@@ -339,10 +340,47 @@ def test_a_device_fault_leaves_the_engine(driver: Any, monkeypatch: pytest.Monke
         driver.run()
 
 
-def test_other_exceptions_are_no_faults() -> None:
-    full = RuntimeError("Triton Error [CUDA]: out of memory")
-    for error in (ValueError("CUDA error"), RuntimeError("shape mismatch"), torch.OutOfMemoryError("CUDA error"), full):
-        raise_device_fault(error)
+def test_a_device_fault_is_one_wherever_it_shows(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch is asked next reports it: to clear a page, to give memory back."""
+
+    def fail(*_: object) -> None:
+        raise cuda_error(700, "an illegal memory access was encountered")
+
+    with monkeypatch.context() as clearing:
+        clearing.setattr(model_of(driver).runner, "clear_pages", fail)
+        poison(driver, 100)
+        driver.generate(1, [*PROMPT, 100], 5)
+        with pytest.raises(DeviceFault, match="illegal memory access") as caught:
+            driver.run()
+    assert caught.value.code == 700
+    monkeypatch.setattr(engine, "return_freed_memory", fail)
+    with pytest.raises(DeviceFault, match="illegal memory access"):
+        driver.tell(jobs.Unload(9, "m"))
+
+
+NO_FAULTS = [
+    ValueError("CUDA error"),
+    RuntimeError("shape mismatch"),
+    torch.OutOfMemoryError("CUDA error"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    cuda_error(2, "out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic( ltHandle)`"),
+    cuda_error(900, "operation not permitted when stream is capturing"),
+    cuda_error(901, "operation failed due to a previous error during capture"),
+    DriverError("cuGraphInstantiateWithFlags", 2, "CUDA_ERROR_OUT_OF_MEMORY"),
+]
+
+
+@pytest.mark.parametrize("error", NO_FAULTS, ids=str)
+def test_other_exceptions_are_no_faults(error: Exception) -> None:
+    raise_device_fault(error)
+
+
+@pytest.mark.parametrize("error", NO_FAULTS, ids=str)
+def test_want_of_memory_is_told_from_the_rest(error: Exception) -> None:
+    named = re.search("(?i)out.of.memory|ALLOC_FAILED", str(error)) or isinstance(error, torch.OutOfMemoryError)
+    assert ran_out(error) == bool(named)
 
 
 # ------------------------------------------------------------------ jobs

@@ -3,13 +3,18 @@
 There is no GPU here, so a graph is the captured function, called again.
 """
 
+import dataclasses
+import gc
 import pathlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from graph_rig import ByDefinition, Recorded
+from capture_rig import cuda_error
+from graph_rig import ByDefinition, Recorded, captured
 
 from neuron.device import jobs
 from neuron.device.driver import DeviceFault, DriverError
@@ -17,6 +22,7 @@ from neuron.engine import burst
 from neuron.engine.graph_runner import GraphRunner, buckets
 from neuron.engine.pace import Pace
 from neuron.engine.sampler import Sampler
+from neuron.engine.speculation import Speculation
 from neuron.triton_kernels import dispatch
 
 
@@ -32,7 +38,7 @@ def with_graphs(
 ) -> Callable[..., Any]:
     def make(graphs: Recorded, **spec: object) -> Any:
         driver = harness()
-        driver.engine._graphs = graphs
+        driver.engine._graphs = lambda: graphs
         operations = ByDefinition()
         monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: operations)
         driver.load(tiny_llama, dtype="float32", max_sequences=6, **spec)
@@ -155,7 +161,7 @@ def test_eager_operations_have_no_graphs(harness: Callable[..., Any], tiny_llama
     """Eager attention is told of a step on the host: as of float32 on a GPU, and without Triton."""
     wanted = expected(harness, tiny_llama)
     driver, graphs = harness(), Recorded()
-    driver.engine._graphs = graphs
+    driver.engine._graphs = lambda: graphs
     driver.load(tiny_llama, dtype="float32", max_sequences=6)
     assert isinstance(driver.engine._models["m"].runner, GraphRunner)
     assert ask(driver) == wanted
@@ -276,15 +282,23 @@ def test_no_number_in_the_middle_of_a_burst(
 
 @pytest.mark.parametrize("room", [0, 1])
 @pytest.mark.parametrize(
-    "error", [None, DriverError("cuGraphInstantiateWithFlags", 2, "CUDA_ERROR_OUT_OF_MEMORY")], ids=["torch", "driver"]
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "no memory for a graph of"),
+        (DriverError("cuGraphInstantiateWithFlags", 2, "CUDA_ERROR_OUT_OF_MEMORY"), "no memory for a graph of"),
+        (cuda_error(901, "operation failed due to a previous error during capture"), "no graph of"),
+        (RuntimeError("a mistake of ours"), "no graph of"),
+    ],
+    ids=["memory", "memory of the driver", "capture", "mistake"],
 )
-def test_no_memory_for_a_graph_leaves_single_launches(
+def test_what_cannot_be_captured_is_launched_singly(
     harness: Callable[..., Any],
     tiny_llama: pathlib.Path,
     with_graphs: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
     room: int,
-    error: Exception | None,
+    error: Exception,
+    told: str,
 ) -> None:
     wanted = expected(harness, tiny_llama)
     graphs = Recorded(room, error)
@@ -292,7 +306,40 @@ def test_no_memory_for_a_graph_leaves_single_launches(
     assert ask(driver) == wanted
     assert list(graphs.sizes.values()) == [6][:room]
     assert set(graphs.launched) == {6} if room else not graphs.launched
-    assert "no memory for a graph of" in caplog.text
+    assert caplog.text.count(told) == 1
+    assert caplog.text.count(str(error)) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DeviceFault("cuGraphInstantiateWithFlags", 700, "x"), cuda_error(700, "an illegal memory access")],
+    ids=str,
+)
+def test_a_fault_in_a_capture_is_the_devices(with_graphs: Callable[..., Any], error: Exception) -> None:
+    driver = with_graphs(Recorded(0, error))
+    driver.generate(1, [3, 4, 5], 20)
+    with pytest.raises(DeviceFault):
+        driver.run()
+
+
+def test_what_a_graph_reads_outlives_its_capture(with_graphs: Callable[..., Any]) -> None:
+    """On a device a graph knows addresses only: nothing of it keeps a tensor."""
+    graphs = Recorded()
+    driver = with_graphs(graphs)
+    ask(driver)
+    read = [
+        weakref.ref(part)
+        for step in graphs.steps.values()
+        for cell in captured(step).values()
+        if dataclasses.is_dataclass(cell)
+        for part in (getattr(cell, field.name) for field in dataclasses.fields(cell))
+        if isinstance(part, torch.Tensor)
+    ]
+    assert len(read) > 4 * 10
+    graphs.steps.clear()
+    gc.collect()
+    assert all(tensor() is not None for tensor in read)
+    assert driver.engine._models
 
 
 def test_a_fault_of_a_launch_is_the_devices(with_graphs: Callable[..., Any]) -> None:
@@ -324,3 +371,42 @@ def test_a_cancelled_sequence_leaves_the_others_graphs(
     driver.run()
     found = driver.outputs()
     assert {n: found[n] for n in (0, 1, 3, 4)} == {n: wanted[n] for n in (0, 1, 3, 4)}
+
+
+def test_a_step_may_follow_one_with_more_rows_than_sequences(
+    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, single_rounds: None
+) -> None:
+    """Guesses are rows of their own, and the last row of a prompt stands behind them."""
+    monkeypatch.delenv("NEURON_SPECULATION")
+    guesses: list[int] = []
+
+    def guess(self: Any, num_decoding: int, able: list[Any], num_rows: int, make_room: Callable[..., int]) -> None:
+        for sequence in able[:1]:
+            sequence.drafts = np.full(min(9, num_rows, make_room(sequence, 9)), 5, np.int32)
+            guesses.append(len(sequence.drafts))
+
+    monkeypatch.setattr(Speculation, "propose", guess)
+    monkeypatch.setattr(Speculation, "learn", lambda *_: None)
+
+    def run(driver: Any) -> dict[int, list[int]]:
+        driver.generate(0, list(range(3, 9)), 30)
+        for _ in range(5):
+            driver.engine.step()
+        # What came before is certain first, where steps are short; then they are not.
+        with monkeypatch.context() as short:
+            short.setattr(burst, "is_worth_it", lambda *_: True)
+            driver.generate(1, list(range(4, 16)), 30)
+            driver.engine.step()
+        driver.run()
+        assert not driver.failures()
+        found: dict[int, list[int]] = driver.outputs()
+        return found
+
+    monkeypatch.setattr(burst, "is_worth_it", lambda *_: False)
+    plain = run(with_graphs(Recorded()))
+    guesses.clear()
+    graphs = Recorded(late=True)
+    driver = with_graphs(graphs)
+    driver.engine._models["m"].runner.overlaps = True
+    assert run(driver) == plain
+    assert guesses[0] == 9

@@ -124,3 +124,40 @@ def test_a_torch_that_cannot_use_the_device_is_told_of() -> None:
     )
     said = fault_of("cuda:0", command=("-c", code))
     assert "cuda:0 cannot be taken by torch: Torch not compiled with CUDA enabled" in said
+
+
+ON_A_GPU = """
+import os, sys
+import torch
+from neuron.device import _fake_driver as fake
+from neuron.device.driver import DeviceFault
+import neuron.engine.__main__ as worker
+
+class Pinned:
+    def __del__(self):
+        os.abort()  # as where torch records an event on a stream that is gone, in a destructor
+
+class Engine:
+    busy = True
+    def __init__(self, *_, **__):
+        self.pinned = Pinned()
+    def step(self):
+        raise DeviceFault("cuGraphLaunch", 719, "CUDA_ERROR_LAUNCH_FAILED")
+
+worker.cuda_driver = fake.capsule
+worker.Engine = Engine
+torch.cuda.init = lambda: None
+torch.cuda.set_device = torch.cuda.set_stream = torch.cuda.ExternalStream = lambda _: None
+sys.exit(worker.main(["--device", "cuda:0", "--channel-fd", sys.argv[1]]))
+"""
+
+
+def test_after_a_fault_a_worker_leaves_without_giving_anything_back() -> None:
+    ours, theirs = socket_pair()
+    daemon = Channel(ours)
+    process = subprocess.Popen([sys.executable, "-c", ON_A_GPU, str(theirs)], pass_fds=[theirs])
+    os.close(theirs)
+    told = [msgspec.msgpack.decode(daemon.recv(60.0), type=jobs.FromWorker) for _ in range(2)]
+    assert [type(message) for message in told] == [jobs.Ready, jobs.Poisoned]
+    assert process.wait(30) == jobs.EXIT_POISONED
+    daemon.close()

@@ -4,6 +4,7 @@ What it reads and writes are the same tensors each time, as on a device.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,6 +34,13 @@ class ByDefinition(dispatch.EagerOperations):
         return reference.rope_decode_attention(
             qkv, qk_norm, eps, rotary, key_cache, value_cache, batch, scale, window=window
         )
+
+
+def captured(step: Callable[[], None]) -> dict[str, Any]:
+    """Return what a step reads: it is in its closure."""
+    function = step.__wrapped__  # type: ignore[attr-defined]
+    cells = zip(function.__code__.co_freevars, function.__closure__, strict=True)
+    return {name: cell.cell_contents for name, cell in cells}
 
 
 KEEP = -99
@@ -76,10 +84,7 @@ class Recorded:
         return self._next
 
     def inputs(self, graph: int) -> StepInputs:
-        """What a step reads is in its closure."""
-        step = self.steps[graph].__wrapped__  # type: ignore[attr-defined]
-        cells = dict(zip(step.__code__.co_freevars, step.__closure__, strict=True))
-        found: StepInputs = cells["inputs"].cell_contents
+        found: StepInputs = captured(self.steps[graph])["inputs"]
         return found
 
     def launch(self, graph: int) -> None:
@@ -121,8 +126,9 @@ class Recorded:
             for tensor, told in self._unseen.pop(0):
                 tensor.copy_(torch.where(told == KEEP, tensor, told))
 
-    def drop(self, graph: int) -> None:
-        del self.steps[graph]
+    def close(self) -> None:
+        self.show()
+        self.steps.clear()
 
 
 class OnTheLoop(Recorded):
@@ -153,6 +159,8 @@ class OnTheLoop(Recorded):
     def wait(self, words: torch.Tensor, pending: int) -> None:
         self._loop.wait_for_words(words.data_ptr(), words.numel(), pending)
 
-    def drop(self, graph: int) -> None:
-        super().drop(graph)
-        self._loop.driver.destroy_graph_exec(graph)
+    def close(self) -> None:
+        graphs = list(self.steps)
+        super().close()
+        for graph in graphs:
+            self._loop.driver.destroy_graph_exec(graph)

@@ -1,0 +1,112 @@
+"""Graphs of torch's work on a device: captured here, launched by the device loop.
+
+While a capture is under way nothing runs: what is launched is noted, with the addresses it would read and write. So a
+step is run once before, that nothing is loaded, made or initialised for the first time in it, and its memory comes from
+a pool that is set apart for as long as the graphs live. It knows streams and pools, and not what a step computes.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import torch
+
+from neuron.device.loop import DeviceLoop
+
+_NEVER_ENDED: Final[list[torch.cuda.CUDAGraph]] = []
+"""Captures that could not be ended. torch's allocators ask these whether a stream is theirs, ever after."""
+
+
+class Graphs(Protocol):
+    """What makes and launches the graphs of one model."""
+
+    def capture(self, step: Callable[[], None]) -> int:
+        """Return a graph of what ``step`` launches, which reads and writes what is at the same places ever after.
+
+        Whatever it raises but :class:`DeviceFault` leaves the device as it was.
+        """
+
+    def launch(self, graph: int) -> None:
+        """Queue a graph behind what was queued before. Raises :class:`DeviceFault`."""
+
+    def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
+        """Launch a graph ``count`` times and wait for it; return how often it ran. Raises :class:`DeviceFault`.
+
+        It ends early when the daemon has said something, or once ``all_ended`` holds something other than 0.
+        """
+
+    def wait(self, words: torch.Tensor, pending: int) -> None:
+        """Wait until the device has written something else than ``pending`` to each int32 of ``words``.
+
+        Raises :class:`DeviceFault`.
+        """
+
+    def close(self) -> None:
+        """Destroy the graphs, once the device is done with them and with what they write to."""
+
+
+class DeviceGraphs:
+    """Graphs on the stream of a device loop, launched by the loop through its driver table.
+
+    Make one for each model: torch keeps the memory of a pool until the last graph of it is gone, and takes no other
+    graph into it afterwards.
+    """
+
+    def __init__(self, loop: DeviceLoop) -> None:
+        self._loop = loop
+        # Of its own, so that what is freed or destroyed meanwhile may still use the loop's.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+        """Own the memory of what they were captured with."""
+
+    def capture(self, step: Callable[[], None]) -> int:
+        """Run ``step`` once, capture it and make it ready."""
+        step()
+        # A capture cannot have what is cached for others given back to make room.
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        # Not torch.cuda.graph: where a capture cannot be ended, it hides what went wrong in it and leaves its stream
+        # the current one.
+        with torch.cuda.stream(self._stream):
+            try:
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                step()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    self._end(graph)
+                raise
+            self._end(graph)
+        ready = self._loop.instantiate(graph.raw_cuda_graph())
+        self._captured[ready] = graph
+        return ready
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # What was against the rules has made the capture void. torch (2.11 to 2.13) still takes it to be under way
+            # then: nothing cached would be given back to make room, ever.
+            _NEVER_ENDED.append(graph)
+            with contextlib.suppress(RuntimeError):  # it has been told, if this came later
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            raise
+
+    def launch(self, graph: int) -> None:
+        """Queue a graph."""
+        self._loop.launch(graph)
+
+    def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
+        """Launch a graph ``count`` times, or fewer, and wait for it."""
+        return self._loop.replay(graph, count, stop_on_message=True, stop_word=all_ended.data_ptr())
+
+    def wait(self, words: torch.Tensor, pending: int) -> None:
+        """Wait until the device has written to each of ``words``."""
+        self._loop.wait_for_words(words.data_ptr(), words.numel(), pending)
+
+    def close(self) -> None:
+        """Wait for the device, destroy the graphs and give their memory back."""
+        torch.cuda.current_stream().synchronize()
+        for graph in self._captured:
+            self._loop.driver.destroy_graph_exec(graph)
+        self._captured.clear()

@@ -1,0 +1,177 @@
+"""torch's half of capturing a graph, without a GPU: its streams, and the books that its allocators keep of pools.
+
+It does what torch 2.11 to 2.13 do (ATen/cuda/CUDAGraph.cpp, c10/cuda/CUDACachingAllocator.cpp,
+ATen/core/CachingHostAllocator.h): what is against the rules of a capture makes it void, a void capture does not end in
+order, an allocator takes one to be under way until it is told otherwise, and a pool whose last graph is gone takes no
+other.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+UNSUPPORTED = 900
+VOID = 901
+
+
+def cuda_error(code: int, text: str) -> torch.AcceleratorError:
+    """Return what torch raises for a call that returned ``code``."""
+    error = torch.AcceleratorError(f"CUDA error: {text}")
+    error.error_code = code  # type: ignore[attr-defined]
+    return error
+
+
+class Stream:
+    """A stream, and the capture that is under way on it."""
+
+    device_index = 0
+
+    def __init__(self, cuda: "Cuda") -> None:
+        self._cuda = cuda
+        self.capture: Graph | None = None
+
+    def synchronize(self) -> None:
+        self._cuda.synchronize()
+
+
+class Books:
+    """What an allocator knows of pools: how many graphs use each, and which captures are under way."""
+
+    def __init__(self) -> None:
+        self.uses: dict[int, int] = {}
+        self.under_way: list[int] = []
+
+    def begin(self, pool: int) -> None:
+        if self.uses.get(pool) == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        if pool in self.under_way:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.uses[pool] = self.uses.get(pool, 0) + 1
+        self.under_way.append(pool)
+
+    def end(self, pool: int) -> None:
+        if pool not in self.under_way:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.under_way.remove(pool)
+
+
+class Graph:
+    """``torch.cuda.CUDAGraph``."""
+
+    def __init__(self, cuda: "Cuda", keep_graph: bool) -> None:
+        assert keep_graph
+        self._cuda = cuda
+        self._pool = 0
+        self._stream = cuda.current
+        self._ended = False
+        self.void = False
+        self.nodes: list[str] = []
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        assert self._cuda.current is not self._cuda.default
+        self._pool, self._stream = pool, self._cuda.current
+        for books in self._cuda.books:
+            books.begin(pool)
+        self._stream.capture = self
+
+    def capture_end(self) -> None:
+        if self._cuda.current is not self._stream:
+            raise RuntimeError("Capture must end on the same stream it began on.")
+        self._stream.capture = None
+        if self.void:
+            raise cuda_error(VOID, "operation failed due to a previous error during capture")
+        for books in self._cuda.books:
+            books.end(self._pool)
+        self._ended = True
+
+    def raw_cuda_graph(self) -> int:
+        assert self._ended
+        return id(self)
+
+    def __del__(self) -> None:
+        if self._ended:
+            for books in self._cuda.books:
+                books.uses[self._pool] -= 1
+
+
+class Cuda:
+    """``torch.cuda`` as far as capturing goes. ``room`` is for how many allocations there is memory left."""
+
+    def __init__(self) -> None:
+        self.default = Stream(self)
+        self.current = self.default
+        self.books = Books(), Books()
+        """Of the device's memory, and of pinned."""
+        self.done: list[str] = []
+        """What ran, and what the host waited for."""
+        self.graphs: list[list[str]] = []
+        """What each graph that was begun has in it."""
+        self.room = 99
+        self.frees_for_room = False
+        """``max_split_size_mb`` is set: the device is asked to take back what is cached, in a capture too."""
+        self._pools = itertools.count(1)
+
+    @property
+    def under_way(self) -> list[int]:
+        """The captures that the device's allocator takes to be."""
+        return self.books[0].under_way
+
+    def launch(self, what: str) -> None:
+        capture = self.current.capture
+        if capture is None:
+            self.done.append(what)
+        elif capture.void:
+            raise cuda_error(VOID, "operation failed due to a previous error during capture")
+        else:
+            capture.nodes.append(what)
+
+    def synchronize(self) -> None:
+        """What reading a number from the device does too."""
+        if self.current.capture is not None:
+            self.current.capture.void = True
+            raise cuda_error(UNSUPPORTED, "operation not permitted when stream is capturing")
+        self.done.append("wait")
+
+    def allocate(self) -> None:
+        self.room -= 1
+        if self.room >= 0:
+            return
+        if self.frees_for_room:
+            self.synchronize()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    def empty_cache(self) -> None:
+        books = self.books[0]
+        assert not books.under_way
+        books.uses = {pool: uses for pool, uses in books.uses.items() if uses}
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def _graph(self, keep_graph: bool) -> Graph:
+        graph = Graph(self, keep_graph)
+        self.graphs.append(graph.nodes)
+        return graph
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        parts: dict[str, Any] = {
+            "Stream": lambda: Stream(self),
+            "stream": self.stream,
+            "current_stream": lambda: self.current,
+            "graph_pool_handle": lambda: next(self._pools),
+            "CUDAGraph": self._graph,
+            "empty_cache": self.empty_cache,
+        }
+        for name, part in parts.items():
+            monkeypatch.setattr(torch.cuda, name, part)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.books[0].end(pool))
