@@ -9,7 +9,7 @@ ONCE ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu rehearse-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-asan test-tsan \
+.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu rehearse-gpu bench-regressions check-kernels check-kernels-oldest kernels test-native test-stand-in test-asan test-tsan \
         fuzz wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -183,6 +183,20 @@ check-kernels-oldest: $(VENV)/editable $(OLDEST_TRITON)/installed
 	$(BIN)/ninja -C build/editable --quiet
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -P -m neuron.triton_kernels.check --code --brief --quiet --cache build/kernels
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -P -m pytest tests/triton_kernels/test_compile.py
+
+# A worker on torch's CUDA build and Triton, over a driver that has the rules of a real one and computes nothing; in an
+# environment of its own, of 5 GB.
+STAND_IN := build/stand-in
+$(STAND_IN)/made: pyproject.toml
+	$(PYTHON) -m venv $(STAND_IN)
+	$(STAND_IN)/bin/pip install "meson-python>=0.18" "Cython>=3.1" ninja "torch==2.11.0" "nvidia-cuda-crt==13.0.*"
+	$(STAND_IN)/bin/pip install --no-build-isolation --editable ".[gpu]" --config-settings=build-dir=$(STAND_IN)/editable
+	$(STAND_IN)/bin/pip install hypothesis pytest pytest-benchmark pytest-timeout
+	touch $@
+
+test-stand-in: $(STAND_IN)/made
+	PATH="$(CURDIR)/$(STAND_IN)/bin:$$PATH" ninja -C $(STAND_IN)/editable --quiet
+	PATH="$(CURDIR)/$(STAND_IN)/bin:$$PATH" python -P -m pytest -m stand_in tests/stand_in
 
 # Cubins and their metadata for the shapes in packaging/kernels, without a GPU; `make wheel` packs them. MODELS narrows
 # it (folders with a config.json, or GGUF files). The whole takes about an hour of two cores.

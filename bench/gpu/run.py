@@ -106,28 +106,36 @@ def measured_on(*, rehearses: bool) -> "Iterator[tuple[Card, Sizes]]":
         yield card, SMALL
 
 
-def compile_ahead(tables: "dict[str, Callable[[Bench], Rows]]", bench: "Bench") -> None:
+def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> None:
     """Compile what the kernels' tables will launch, by all cores: one by one it would take all the time there is."""
     import kernels
     import torch
     from card import Once
 
-    from neuron.triton_kernels.compile import Compilation, KernelCache
+    from neuron.triton_kernels.compile import Compilation, KernelCache, KernelCompileError
     from neuron.triton_kernels.launch import recording, target_of
     from neuron.triton_kernels.warm import warm
 
     began = time.monotonic()
     once = Once()
     here = target_of(once.device)
+    makers = [partial(kernels.numbers, once), *(partial(t, kernels.Bench(once, bench.sizes, 1.0)) for t in tables)]
     with recording(here) as recorder:
-        for _ in kernels.numbers(once):
-            pass
-        for table in tables.values():
-            for _ in table(kernels.Bench(once, bench.sizes, 1.0)):
-                pass
+        for make in makers:
+            try:
+                for _ in make():
+                    pass
+            except Exception:  # noqa: BLE001 (its table will say the same, and what was noted before counts)
+                traceback.print_exc()
     wanted = recorder.variants
     torch.cuda.empty_cache()
     compilation = Compilation(wanted, here.capability, KernelCache(ROOT / "build" / "kernels"), os.cpu_count() or 1)
+    done = False
+    while not done:
+        try:
+            done = compilation.poll(60.0)
+        except KernelCompileError:
+            traceback.print_exc()  # and its launch will fail where it is measured
     for variant, compiled in compilation.results().items():
         warm(variant, compiled)
     compilation.close()
@@ -188,7 +196,7 @@ def run_kernels(run: Run, bench: "Bench") -> None:
     if not wanted and not with_numbers:
         return
     if not bench.card.rehearses:
-        compile_ahead({name: make for name, (_, make) in wanted.items()}, bench)
+        compile_ahead([make for _, make in wanted.values()], bench)
     if with_numbers:
         run.table("gpu_numbers", "Are the kernels right on this card?", partial(kernels.numbers, bench.card))
     for name, (question, make) in wanted.items():

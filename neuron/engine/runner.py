@@ -89,8 +89,9 @@ class Runner:
         What lies beyond a sequence's end in its last page is masked, and zero times NaN is NaN.
         """
         chosen = self._to_device(pages).to(torch.int64)
-        self._keys[:, chosen] = 0
-        self._values[:, chosen] = 0
+        # By assignment, torch would copy the 0 to the device and wait for all that is queued.
+        self._keys.index_fill_(1, chosen, 0)
+        self._values.index_fill_(1, chosen, 0)
 
     def _parts(self, plan: StepPlan) -> tuple[AttentionPart, ...]:
         """Return what eager attention is told; kernels read the page table."""

@@ -1,0 +1,140 @@
+"""A worker on a CUDA device that is not there: torch's CUDA build and Triton, over the library of cuda.c."""
+
+import array
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from cortex.wire.node import ModelSpec
+from neuron.device import jobs
+from neuron.device.channel import Channel, socket_pair
+
+HERE = pathlib.Path(__file__).parent
+PROMPT = array.array("i", range(3, 23)).tobytes()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    import nvidia.cu13  # type: ignore[import-not-found]
+
+    built = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
+    headers = pathlib.Path(next(iter(nvidia.cu13.__path__))) / "include"
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-g", "-Wall", "-Wno-unused", "-Werror", "-fvisibility=hidden"]
+    command += [f"-I{headers}", "-Wl,-soname,libcuda.so.1", str(HERE / "cuda.c"), "-o", str(built)]
+    subprocess.run(command, check=True)
+    return built
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A small Qwen3 of noise."""
+    import torch
+    from safetensors.torch import save_file
+
+    from neuron.models.config import read_config
+
+    folder = tmp_path_factory.mktemp("model")
+    values = {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 300, "hidden_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+        "intermediate_size": 96, "tie_word_embeddings": False, "max_position_embeddings": 40960,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+    shapes = read_config(folder).tensor_shapes()
+    save_file({name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}, folder / "model.safetensors")
+    return folder
+
+
+@dataclasses.dataclass
+class Device:
+    """A worker's process, and what has been heard of it."""
+
+    channel: Channel
+    process: subprocess.Popen[bytes]
+    log: pathlib.Path
+    model: pathlib.Path
+    tokens: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    failures: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def say(self, message: jobs.ToWorker) -> None:
+        self.channel.send(msgspec.msgpack.encode(message))
+
+    def hear(self) -> Any:
+        message = msgspec.msgpack.decode(self.channel.recv(200.0), type=jobs.FromWorker)
+        if isinstance(message, jobs.Tokens):
+            for row in message.rows:
+                self.tokens[row.sequence] += len(row.ids) // 4
+        elif isinstance(message, jobs.SequenceFailed):
+            self.failures[message.sequence] = message.error.code
+        return message
+
+    def until(self, *kinds: type) -> Any:
+        while not isinstance(message := self.hear(), kinds):
+            pass
+        return message
+
+    def load(self, name: str = "m", **spec: Any) -> Any:
+        settings = {"dtype": "bfloat16", "max_sequences": 4, "context_tokens": 512, **spec}
+        self.say(jobs.Load(1, ModelSpec(name, "test", **settings), str(self.model)))
+        return self.until(jobs.Done, jobs.JobFailed)
+
+    def used_bytes(self) -> int:
+        self.say(jobs.QueryMemory(9))
+        found: int = self.until(jobs.Done).result.used_bytes
+        return found
+
+    def generate(self, *numbers: int, max_tokens: int = 30, **settings: Any) -> None:
+        """Run sequences to their ends."""
+        sampler = jobs.SamplerSettings(**{"temperature": 1.0, **settings})
+        for number in numbers:
+            self.say(jobs.Generate(number, "m", PROMPT, max_tokens, (), sampler))
+        ended: set[int] = set()
+        while len(ended) < len(numbers):
+            message = self.until(jobs.Tokens, jobs.SequenceFailed)
+            rows = message.rows if isinstance(message, jobs.Tokens) else ()
+            ended |= {row.sequence for row in rows if row.end is not None} | (self.failures.keys() & set(numbers))
+
+    def lines(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def start(
+    library: pathlib.Path, model: pathlib.Path, tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Device]]:
+    started: list[Device] = []
+    caches = tmp_path_factory.getbasetemp()
+
+    def start_one(**environment: str) -> Device:
+        ours, theirs = socket_pair()
+        command = [sys.executable, "-m", "neuron.engine", "--device", "cuda:0", "--channel-fd", str(theirs)]
+        settings = {
+            "LD_PRELOAD": str(library),
+            "LD_LIBRARY_PATH": str(library.parent),
+            "TRITON_LIBCUDA_PATH": str(library.parent),
+            "TRITON_CACHE_DIR": str(caches / "triton"),
+            "NEURON_KERNEL_CACHE": str(caches / "kernels"),
+            "NEURON_SPECULATION": "off",
+            "STAND_IN_LOG": str(tmp_path / "log"),
+            **environment,
+        }
+        process = subprocess.Popen(command, pass_fds=[theirs], env={**os.environ, **settings})
+        os.close(theirs)
+        started.append(Device(Channel(ours), process, tmp_path / "log", model))
+        assert isinstance(started[-1].until(jobs.Ready), jobs.Ready)
+        return started[-1]
+
+    yield start_one
+    for device in started:
+        device.channel.close()
+        assert device.process.wait(30) in {0, jobs.EXIT_POISONED}
+        assert not [line for line in device.lines() if "FORBIDDEN" in line]
