@@ -1,4 +1,4 @@
-"""What a GPU's worker does with torch's CUDA build, Triton's launchers and the driver, as far as that shows without one.
+"""What a GPU's worker does with torch's CUDA build, Triton's launchers and the driver: what of that shows without one.
 
 Kernels compute nothing here, so tokens are counted and not read.
 """
