@@ -306,13 +306,20 @@ class Engine:
         self._stop()
 
     def _free_bytes(self) -> int:
-        """Return what a new model may take. A host gives memory only as it is touched, so what is promised to the
-        caches of the models here is not free, touched or not."""
+        """Return what a new model may take. What is promised to the models here is not free, touched or not.
+
+        A host gives memory only as it is touched, and a GPU's steps take what they work in when the first one runs;
+        models take turns with that.
+        """
         free_bytes = self._memory()[0]
-        if self._device.type == "cpu":
-            free_bytes -= sum(part.kv_cache_bytes for model in self._models.values() for part in model.plan.parts)
-            free_bytes -= sum(follower.plan.kv_cache_bytes for follower in self._followers.values())
-        return max(0, free_bytes)
+        plans = [part for model in self._models.values() for part in model.plan.parts]
+        plans += [follower.plan for follower in self._followers.values()]
+        promised_bytes = sum(plan.kv_cache_bytes for plan in plans)
+        if self._device.type != "cpu":
+            promised_bytes += sum(plan.weights_bytes for plan in plans)
+            promised_bytes += max((plan.workspace_bytes for plan in plans), default=0)
+            promised_bytes = max(0, promised_bytes - used_bytes(self._device))
+        return max(0, free_bytes - promised_bytes)
 
     def _send(self, message: FromWorker) -> None:
         self._send_bytes(self._encoder.encode(message))

@@ -1,11 +1,12 @@
 """Read a checkpoint's tensors onto a device in the form they have there, whole or one rank's part.
 
 Which form is :mod:`neuron.models.quantization`'s to say. Everything is allocated at its final size and filled run by
-run of rows, so the peak is the weights and one run: a run's blocks are laid out anew on the host and copied, and floats
-that are to be rounded are rounded on the device. On ``meta`` nothing is read: the same code lists shapes and forms.
+run of rows, so the peak is the weights and one run: a run's blocks or floats are copied as they are, and laid out anew
+or rounded on the device. On ``meta`` nothing is read: the same code lists shapes and forms.
 """
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, cast
 
@@ -22,8 +23,8 @@ from neuron.triton_kernels.quantized import BLOCK, SUPER_BLOCK, Matrix, Quantiza
 if TYPE_CHECKING:
     from neuron.models.weights import WeightSource
 
-RUN_ELEMENTS: Final = 1 << 22
-"""Elements of a matrix that are laid out anew at a time: some 20 MiB of temporary arrays."""
+RUN_ELEMENTS: Final = 1 << 23
+"""Elements of a matrix that are laid out anew at a time: some 50 MiB of temporary arrays."""
 
 
 class MatrixReader:
@@ -104,10 +105,7 @@ class MatrixReader:
             for run in runs(form, name, rows, columns):
                 stop = start + run.shape[0]
                 for source, destination in zip(run.arrays(), matrix.arrays(), strict=True):
-                    if source.device == destination.device:
-                        destination[start:stop].copy_(source)
-                    else:
-                        self._transfer.copy(source, destination[start:stop])
+                    destination[start:stop].copy_(source)
                 start = stop
         return matrix
 
@@ -123,7 +121,12 @@ class MatrixReader:
             stop = min(start + step, rows.stop)
             blocks = stored.rows(num_rows, self._config.head_dim, start, stop).reshape(stop - start, -1, block_bytes)
             chosen = blocks[:, columns.start // block : columns.stop // block].reshape(-1, block_bytes)
-            yield quantized.from_gguf(form, chosen, stop - start)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a mapped file cannot be written to, and nobody does
+                here = torch.from_numpy(chosen)
+            there = torch.empty_like(here, device=self._device)
+            self._transfer.copy(here, there)
+            yield quantized.from_gguf(form, there, stop - start)
 
     def _rounded(self, form: str, name: str, rows: slice, columns: slice) -> Iterator[QuantizedMatrix]:
         """Yield runs of rows, rounded."""

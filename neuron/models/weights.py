@@ -4,6 +4,7 @@ Files are memory-mapped, and a tensor is converted on its way into the memory wh
 but the piece in flight. The set of names and shapes is checked against the configuration before any byte is moved.
 """
 
+import contextlib
 import dataclasses
 import json
 import mmap
@@ -261,8 +262,9 @@ class GgufSource:
         return values if values.flags.writeable else values.copy()
 
     def close(self) -> None:
-        """Unmap the file."""
-        self._data.close()
+        """Unmap the file; later, if an error on its way up still holds what it was reading."""
+        with contextlib.suppress(BufferError):
+            self._data.close()
 
 
 def _experts(tensor: TensorInfo) -> list[TensorInfo]:

@@ -257,7 +257,7 @@ def quantized_forms(weight: torch.Tensor) -> dict[str, quantized.QuantizedMatrix
             blocks[:, -2:] = halves[:, :2]
         else:
             blocks[:, :4] = halves
-        forms[kind] = quantized.from_gguf(kind, blocks, rows)
+        forms[kind] = quantized.from_gguf(kind, torch.from_numpy(blocks), rows)
     return forms
 
 

@@ -18,13 +18,10 @@ own, only moved.
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import torch
 from torch.nn import functional
-
-PackedBlocks = np.ndarray[Any, np.dtype[np.uint8]]
 
 BLOCK: Final = 32
 """Elements of a GGUF block, and the unit that 4-bit quants are packed in."""
@@ -167,18 +164,22 @@ def quantize_int4(weight: torch.Tensor, group: int = 128) -> QuantizedMatrix:
     return QuantizedMatrix(Quantization.INT4, group, packed, scales, minima)
 
 
-def from_gguf(kind: str, blocks: PackedBlocks, num_rows: int) -> QuantizedMatrix:
-    """Return the matrix in GGUF ``blocks`` ``[num_blocks, block_bytes]`` of Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K."""
+def from_gguf(kind: str, blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
+    """Return the matrix in GGUF ``blocks`` ``[num_blocks, block_bytes]`` of Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K.
+
+    It is made where they are: a host moves the bits of an 8B model in ten seconds and more.
+    """
     match kind:
         case "Q8_0":
-            quants = _tensor(blocks[:, 2:], num_rows).view(torch.int8)
+            quants = blocks[:, 2:].reshape(num_rows, -1).view(torch.int8)
             return QuantizedMatrix(Quantization.INT8, BLOCK, quants, _halves(blocks[:, :2], num_rows))
         case "Q4_0":
-            quants = _tensor(blocks[:, 2:], num_rows)
+            quants = blocks[:, 2:].reshape(num_rows, -1)
             return QuantizedMatrix(Quantization.INT4, BLOCK, quants, _halves(blocks[:, :2], num_rows))
         case "Q4_1":
             scales, minima = _halves(blocks[:, :2], num_rows), _halves(blocks[:, 2:4], num_rows)
-            return QuantizedMatrix(Quantization.INT4, BLOCK, _tensor(blocks[:, 4:], num_rows), scales, minima)
+            quants = blocks[:, 4:].reshape(num_rows, -1)
+            return QuantizedMatrix(Quantization.INT4, BLOCK, quants, scales, minima)
         case "Q4_K" | "Q5_K":
             return _from_q4_or_q5_k(blocks, num_rows)
         case "Q6_K":
@@ -187,35 +188,36 @@ def from_gguf(kind: str, blocks: PackedBlocks, num_rows: int) -> QuantizedMatrix
             raise ValueError(f"{kind} blocks have no form on the device; Q4_0, Q4_1, Q8_0, Q4_K, Q5_K and Q6_K have")
 
 
-def _from_q4_or_q5_k(blocks: PackedBlocks, num_rows: int) -> QuantizedMatrix:
+def _from_q4_or_q5_k(blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
     """256 elements: d and dmin, eight 6-bit scales and minima in 12 bytes, for Q5_K 32 bytes of fifth bits, four runs.
 
     Of a run's 32 bytes the low halves are elements 0 to 31 and the high halves 32 to 63: two sub-blocks of 64 elements.
     Bit i of the j-th byte of fifth bits is that of element j of sub-block i.
     """
     low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scale = np.concatenate((low & 63, (high & 15) | (low >> 6) << 4), axis=1)
-    minimum = np.concatenate((middle & 63, (high >> 4) | (middle >> 6) << 4), axis=1)
+    scale = torch.cat((low & 63, (high & 15) | (low >> 6) << 4), 1)
+    minimum = torch.cat((middle & 63, (high >> 4) | (middle >> 6) << 4), 1)
     runs = blocks[:, -128:].reshape(-1, 4, 1, 32)
-    levels = np.concatenate((runs & 15, runs >> 4), axis=2).reshape(-1, 8, 32)
+    levels = torch.cat((runs & 15, runs >> 4), 2).view(-1, 8, 32)
     if fifth := blocks.shape[1] > 144:
-        levels |= (blocks[:, 16:48, None] >> np.arange(8, dtype=np.uint8) & 1).swapaxes(1, 2) << 4
+        bits = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(8, 1)
+        levels |= (blocks[:, None, 16:48] >> bits & 1) << 4
     else:
-        halves = levels.reshape(-1, 8, 2, 16)
+        halves = levels.view(-1, 8, 2, 16)
         levels = halves[:, :, 0] | halves[:, :, 1] << 4
-    quants = _tensor(levels, num_rows)
+    quants = levels.view(num_rows, -1)
     return QuantizedMatrix(
         Quantization.INT8 if fifth else Quantization.INT4,
         BLOCK,
         quants.view(torch.int8) if fifth else quants,
-        _tensor(scale, num_rows).view(torch.int8),
-        _tensor(minimum, num_rows).view(torch.int8),
+        scale.view(num_rows, -1).view(torch.int8),
+        minimum.view(num_rows, -1).view(torch.int8),
         _halves(blocks[:, :2], num_rows),
         -_halves(blocks[:, 2:4], num_rows),
     )
 
 
-def _from_q6_k(blocks: PackedBlocks, num_rows: int) -> QuantizedMatrix:
+def _from_q6_k(blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
     """256 elements in two halves: 64 bytes of low fours each, then 32 bytes of high twos each, 16 int8 scales, and d.
 
     Of a half's bytes of low fours, the low nibbles are its elements 0 to 63 and the high ones 64 to 127; byte j of high
@@ -223,18 +225,14 @@ def _from_q6_k(blocks: PackedBlocks, num_rows: int) -> QuantizedMatrix:
     """
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    fours = np.concatenate((low & 15, low >> 4), axis=2).reshape(-1, 2, 4, 32)
-    twos = high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
-    quants = _tensor((fours | twos << 4) - np.uint8(32), num_rows).view(torch.int8)
-    scales = _tensor(blocks[:, 192:208], num_rows).view(torch.int8)
+    fours = torch.cat((low & 15, low >> 4), 2).view(-1, 2, 4, 32)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device).view(4, 1)
+    quants = ((fours | (high >> shifts & 3) << 4) - 32).view(num_rows, -1).view(torch.int8)
+    scales = blocks[:, 192:208].reshape(num_rows, -1).view(torch.int8)
     return QuantizedMatrix(
         Quantization.INT8, BLOCK // 2, quants, scales, super_scales=_halves(blocks[:, 208:], num_rows)
     )
 
 
-def _tensor(values: np.ndarray[Any, np.dtype[np.uint8]], num_rows: int) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values).reshape(num_rows, -1))
-
-
-def _halves(values: np.ndarray[Any, np.dtype[np.uint8]], num_rows: int) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values).view(np.float16).reshape(num_rows, -1))
+def _halves(values: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return values.contiguous().view(torch.float16).view(num_rows, -1)

@@ -4,6 +4,7 @@ import array
 import gc
 import pathlib
 import re
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -525,6 +526,30 @@ def test_what_is_promised_to_one_models_cache_is_not_free_for_the_next(driver: A
     assert memory.used_bytes > 0
     driver.free_bytes = taken + (1 << 20)
     assert isinstance(driver.load(tiny_llama, "second"), jobs.JobFailed)
+
+
+def test_what_steps_will_work_in_on_a_gpu_is_not_free_for_the_next_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken when the first step runs, which may be after the next load."""
+    sent: list[bytes] = []
+    gpu = Engine("cuda:0", sent.append, lambda: (1000, 2000), lambda: None)
+    held = 0
+    monkeypatch.setattr(engine, "used_bytes", lambda device: held)
+
+    def free_bytes() -> int:
+        gpu.handle(msgspec.msgpack.encode(jobs.QueryMemory(1)))
+        return int(msgspec.msgpack.decode(sent[-1], type=jobs.FromWorker).result.free_bytes)
+
+    assert free_bytes() == 1000
+    for name, workspace_bytes in (("a", 70), ("b", 50)):
+        plan = types.SimpleNamespace(weights_bytes=200, kv_cache_bytes=100, workspace_bytes=workspace_bytes)
+        plan.parts = (plan,)
+        gpu._models[name] = types.SimpleNamespace(plan=plan)  # type: ignore[assignment]
+    held = 600
+    assert free_bytes() == 1000 - 70
+    held = 640
+    assert free_bytes() == 1000 - 30
+    held = 900  # torch keeps what it has had
+    assert free_bytes() == 1000
 
 
 def test_unload_cancels_and_forgets(driver: Any) -> None:

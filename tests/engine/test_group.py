@@ -172,6 +172,33 @@ def test_rank_0_is_found_once_it_waits() -> None:
         group.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_nccl_takes_what_gloo_takes() -> None:
+    """From one rank, as a card has one."""
+    gpu = torch.device("cuda:0")
+    group = Group(GroupSettings(0, 1, address(), 20.0), gpu)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert group.sum(torch.full((3, 2), 7.0, dtype=torch.bfloat16, device=gpu)).tolist() == [[7.0, 7.0]] * 3
+        assert group.gather(torch.full((2, 3), 4.0, device=gpu), (3,)).tolist() == [[4.0] * 3] * 2
+        assert group.least(5) == 5
+    group.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_two_ranks_on_one_card_are_an_error_of_both() -> None:
+    where, gpu = address(), torch.device("cuda:0")
+
+    def meet(rank: int) -> str:
+        with pytest.raises(GroupLostError) as caught:
+            Group(GroupSettings(rank, 2, where, 20.0), gpu)
+        return caught.value.message
+
+    with concurrent.futures.ThreadPoolExecutor(2) as ranks:
+        assert all("NCCL error" in said for said in ranks.map(meet, range(2)))
+
+
 # ------------------------------------------------------------------ processes
 
 

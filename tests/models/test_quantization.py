@@ -1,5 +1,6 @@
 """Quantised weights on a device: the file's numbers, the bytes that were promised, and a rank's part of both."""
 
+import contextlib
 import dataclasses
 import pathlib
 import threading
@@ -16,7 +17,8 @@ from neuron.models import decoder, packed, quantization
 from neuron.models.config import ModelConfig
 from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
-from neuron.models.shard import Shard, local_config
+from neuron.models.matrix_reader import MatrixReader
+from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.models.sizing import plan_memory
 from neuron.models.transfer import Transfer
 from neuron.models.weights import WeightSource, open_weights
@@ -117,6 +119,39 @@ def test_blocks_stay_and_mean_the_same(gguf_of: Callable[..., pathlib.Path], kin
     for found, expected in zip(run(kept, source.config), run(plain, source.config), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     source.close()
+
+
+@pytest.mark.parametrize("shard", [WHOLE, Shard(1, 2)])
+def test_blocks_are_copied_as_the_file_has_them(gguf_of: Callable[..., pathlib.Path], shard: Shard) -> None:
+    """And laid out anew where they are: a host takes ten times as long for that as the bus for the copy."""
+    source = open_weights(gguf_of("Q4_0"))
+    reader = MatrixReader(source, torch.float32, HOST, quantization.STORED, shard)
+    copied: list[tuple[torch.dtype, int]] = []
+
+    class Noted(Transfer):
+        def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+            copied.append((source.dtype, source.nbytes))
+            super().copy(source, destination)
+
+    reader._transfer = Noted(HOST)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert reader.matrix(name).shape == (192 // shard.size, 128)
+    assert copied == [(torch.uint8, 192 // shard.size * 128 // 32 * 18)]
+    source.close()
+
+
+def test_an_error_while_blocks_are_read_is_the_one_that_is_told(gguf_of: Callable[..., pathlib.Path]) -> None:
+    """It holds what it was reading, so that the file's mapping cannot be closed before it is gone."""
+    source = open_weights(gguf_of("Q4_0"))
+    reader = MatrixReader(source, torch.float32, HOST, quantization.STORED, WHOLE)
+
+    class Full(Transfer):
+        def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+            raise torch.OutOfMemoryError("no memory")
+
+    reader._transfer = Full(HOST)
+    with pytest.raises(torch.OutOfMemoryError), contextlib.closing(source):
+        reader.matrix("model.layers.0.mlp.up_proj.weight")
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

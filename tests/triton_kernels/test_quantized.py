@@ -21,14 +21,14 @@ def test_gguf_blocks_keep_their_values(kind: str, halves: int) -> None:
     at = slice(-2, None) if kind == "Q6_K" else slice(0, 2 * halves)
     blocks[:, at] = scales.view(np.uint8)
     expected = gguf.quants.dequantize(blocks.reshape(rows, -1), which)
-    matrix = quantized.from_gguf(kind, blocks, rows)
+    matrix = quantized.from_gguf(kind, torch.from_numpy(blocks), rows)
     assert matrix.shape == (rows, columns)
     torch.testing.assert_close(matrix.dequantize(), torch.from_numpy(expected), rtol=1e-6, atol=1e-5)
 
 
 def test_other_gguf_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="Q2_K blocks have no form"):
-        quantized.from_gguf("Q2_K", np.zeros((1, 84), np.uint8), 1)
+        quantized.from_gguf("Q2_K", torch.zeros((1, 84), dtype=torch.uint8), 1)
 
 
 @pytest.mark.parametrize("group", [32, 128])
