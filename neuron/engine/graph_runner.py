@@ -59,7 +59,9 @@ class _GraphStep:
 
     graphs: Graphs
     graph: int
-    tokens: torch.Tensor
+    first: torch.Tensor
+    """``[R]``: those of the first round, which the device writes to."""
+    tokens: Int32Array
     all_ended: torch.Tensor
     hidden: Float32Array
 
@@ -69,8 +71,8 @@ class _GraphStep:
         if num_rounds > 1:
             num_rounds = self.graphs.replay(self.graph, num_rounds, self.all_ended)
         else:
-            self.graphs.wait(self.tokens[0], PENDING)
-        tokens = self.tokens[:num_rounds].numpy().copy()
+            self.graphs.wait(self.first, PENDING)
+        tokens = self.tokens[:num_rounds].copy()
         # A row whose logits are not finite has no token: its hidden states need no look of their own.
         finite = np.ones(tokens.shape[1], np.bool_)
         return StepOutcome(tokens[0], finite, self.hidden, {}, tokens[1:])
@@ -171,8 +173,10 @@ class GraphRunner(Runner):
             self._last_ids = last
             if plan.num_rounds == 1:
                 self._graphs.launch(bucket.graph)
-            tokens = self._published.tokens[place : place + plan.num_rounds, :count]
-            return _GraphStep(self._graphs, bucket.graph, tokens, self._published.all_ended, self._no_hidden)
+            told = self._published
+            tokens = told.seen[place : place + plan.num_rounds, :count]
+            first = told.tokens[place, :count]
+            return _GraphStep(self._graphs, bucket.graph, first, tokens, told.all_ended, self._no_hidden)
         self._graphs.launch(bucket.graph)
         assert bucket.logits is not None
         ids = self.sampler.sample(bucket.logits[:count], plan.seats, plan.num_output)
