@@ -191,7 +191,7 @@ $(STAND_IN)/made: pyproject.toml
 	$(PYTHON) -m venv $(STAND_IN)
 	$(STAND_IN)/bin/pip install "meson-python>=0.18" "Cython>=3.1" ninja "torch==2.11.0" "nvidia-cuda-crt==13.0.*"
 	$(STAND_IN)/bin/pip install --no-build-isolation --editable ".[gpu]" --config-settings=build-dir=$(STAND_IN)/editable
-	$(STAND_IN)/bin/pip install hypothesis pytest pytest-benchmark pytest-timeout
+	$(STAND_IN)/bin/pip install httpx hypothesis psutil pytest pytest-benchmark pytest-timeout
 	touch $@
 
 test-stand-in: $(STAND_IN)/made

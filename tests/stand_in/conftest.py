@@ -31,27 +31,63 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     command = ["gcc", "-shared", "-fPIC", "-O1", "-g", "-Wall", "-Wno-unused", "-Werror", "-fvisibility=hidden"]
     command += [f"-I{headers}", "-Wl,-soname,libcuda.so.1", str(HERE / "cuda.c"), "-o", str(built)]
     subprocess.run(command, check=True)
+    (built.parent / "libnvidia-ml.so.1").symlink_to(built)
     return built
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A small Qwen3 of noise."""
+def environment(library: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What makes a process find a device."""
+    caches = tmp_path_factory.mktemp("caches")
+    return {
+        "LD_PRELOAD": str(library),
+        "LD_LIBRARY_PATH": str(library.parent),
+        "TRITON_LIBCUDA_PATH": str(library.parent),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "NEURON_KERNEL_CACHE": str(caches / "kernels"),
+        "NEURON_SPECULATION": "off",
+    }
+
+
+SMALL = {
+    "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 32, "intermediate_size": 96, "tie_word_embeddings": False, "max_position_embeddings": 40960,
+}  # fmt: skip
+MODELS = {
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"], "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 32, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pathlib.Path]:
+    """A small model of noise, of one of MODELS."""
     import torch
     from safetensors.torch import save_file
 
     from neuron.models.config import read_config
 
-    folder = tmp_path_factory.mktemp("model")
-    values = {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 300, "hidden_size": 64,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
-        "intermediate_size": 96, "tie_word_embeddings": False, "max_position_embeddings": 40960,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(values))
-    shapes = read_config(folder).tensor_shapes()
-    save_file({name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}, folder / "model.safetensors")
-    return folder
+    def make(kind: str) -> pathlib.Path:
+        folder = tmp_path_factory.mktemp(kind)
+        (folder / "config.json").write_text(json.dumps({**SMALL, **MODELS[kind]}))
+        shapes = read_config(folder).tensor_shapes()
+        save_file({name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model: Callable[[str], pathlib.Path]) -> pathlib.Path:
+    return make_model("qwen3")
 
 
 @dataclasses.dataclass
@@ -108,29 +144,18 @@ class Device:
 
 
 @pytest.fixture
-def start(
-    library: pathlib.Path, model: pathlib.Path, tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Device]]:
+def start(environment: dict[str, str], model: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Callable[..., Device]]:
     started: list[Device] = []
-    caches = tmp_path_factory.getbasetemp()
+    log = tmp_path / "log"
 
-    def start_one(**environment: str) -> Device:
+    def start_one(**settings: str) -> Device:
         ours, theirs = socket_pair()
         command = [sys.executable, "-m", "neuron.engine", "--device", "cuda:0", "--channel-fd", str(theirs)]
-        settings = {
-            "LD_PRELOAD": str(library),
-            "LD_LIBRARY_PATH": str(library.parent),
-            "TRITON_LIBCUDA_PATH": str(library.parent),
-            "TRITON_CACHE_DIR": str(caches / "triton"),
-            "NEURON_KERNEL_CACHE": str(caches / "kernels"),
-            "NEURON_SPECULATION": "off",
-            "STAND_IN_LOG": str(tmp_path / "log"),
-            **environment,
-        }
-        process = subprocess.Popen(command, pass_fds=[theirs], env={**os.environ, **settings})
+        variables = {**os.environ, **environment, "STAND_IN_LOG": str(log), **settings}
+        process = subprocess.Popen(command, pass_fds=[theirs], env=variables)
         os.close(theirs)
-        started.append(Device(Channel(ours), process, tmp_path / "log", model))
-        assert isinstance(started[-1].until(jobs.Ready), jobs.Ready)
+        started.append(Device(Channel(ours), process, log, model))
+        started[-1].until(jobs.Ready)
         return started[-1]
 
     yield start_one

@@ -648,3 +648,22 @@ DONE(int, cublasDestroy_v2, (void *handle))
 DONE(int, cublasSetWorkspace_v2, (void *handle, void *workspace, size_t size))
 DONE(int, cublasSetMathMode, (void *handle, int mode))
 DONE(int, cublasSetPointerMode_v2, (void *handle, int mode))
+
+/* ------------------------------------------------------------------ NVML, which the daemon asks */
+
+API int nvmlInit_v2(void) { return 0; }
+API int nvmlInitWithFlags(unsigned flags) { return 0; }
+API int nvmlShutdown(void) { return 0; }
+API int nvmlSystemGetCudaDriverVersion_v2(int *version) { return *version = CUDA_VERSION, 0; }
+API int nvmlSystemGetDriverVersion(char *text, unsigned size) { return snprintf(text, size, "580.0"), 0; }
+API int nvmlDeviceGetCount_v2(unsigned *count) { return *count = 1, 0; }
+API int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { return *device = &context, index ? 2 : 0; }
+API int nvmlDeviceGetUUID(void *device, char *text, unsigned size) { return snprintf(text, size, "GPU-stand-in"), 0; }
+API int nvmlDeviceGetName(void *device, char *text, unsigned size) { return snprintf(text, size, "Stand-in"), 0; }
+API int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *total_free_used) {
+    total_free_used[0] = total_bytes(), total_free_used[1] = total_bytes() - used_bytes, total_free_used[2] = used_bytes;
+    return 0;
+}
+API int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
+    return *major = CAPABILITY, *minor = 0;
+}

@@ -67,6 +67,22 @@ def test_a_graph_holds_kernels_alone(start: Callable[..., Any]) -> None:
     assert not [line for line in lines[since:] if "pageable" in line]
 
 
+@pytest.mark.parametrize(
+    ("kind", "quant"),
+    [("qwen3", "int4"), ("qwen3", "fp8"), ("qwen3_moe", "none"), ("qwen3_moe", "int8"), ("gemma3", "none")],
+)
+def test_every_form_is_captured(
+    start: Callable[..., Any], make_model: Callable[[str], Any], kind: str, quant: str
+) -> None:
+    device = start()
+    device.model = make_model(kind)
+    answer = device.load(quant=quant)
+    assert isinstance(answer, jobs.Done), answer
+    device.generate(1, 2)
+    assert device.tokens == {1: 30, 2: 30}
+    assert [line for line in device.lines() if line.startswith("graph of")]
+
+
 def test_no_memory_for_a_model(start: Callable[..., Any]) -> None:
     device = start(STAND_IN_BYTES=str(24 << 20))
     answer = device.load(context_tokens=0, kv_cache_bytes=20 << 20)
