@@ -88,7 +88,7 @@ class Group:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``x`` over the ranks, in place."""
         with _lost("a sum"):
-            self._ranks.allreduce([x], self._sum_options).wait()
+            _wait(self._ranks.allreduce([x], self._sum_options))
         return x
 
     def gather(self, x: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
@@ -98,7 +98,7 @@ class Group:
             x = torch.nn.functional.pad(x, (0, widest - x.shape[1]))
         parts = [torch.empty_like(x) for _ in widths]
         with _lost("a gather"):
-            self._ranks.allgather([parts], [x.contiguous()], self._gather_options).wait()
+            _wait(self._ranks.allgather([parts], [x.contiguous()], self._gather_options))
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
     def least(self, number: int) -> int:
@@ -218,6 +218,12 @@ def _process_group(
     chosen = gloo._Options()
     chosen._devices, chosen._threads, chosen._timeout = [gloo.create_device(hostname=here)], 2, limit
     return gloo(store, rank, size, chosen)
+
+
+def _wait(work: Any) -> None:
+    """Wait for a collective. NCCL has nothing to wait for where what comes behind it is in line."""
+    if work is not None:
+        work.wait()
 
 
 @contextlib.contextmanager
