@@ -64,6 +64,8 @@ def _close_kernel(
     at = tl.load(place)
     tl.store(last + row, token, mask=inside)
     tl.store(published + at.to(tl.int64) * published_stride + row, token, mask=inside, cache_modifier=".wt")
+    # One thread moves the place on, and every thread has read it for itself: a slower warp would read the next.
+    tl.debug_barrier()
     tl.store(place, at + 1)
     for i in range(NUM_STOPS):
         over = over | (token == tl.load(stops + row * NUM_STOPS + i, mask=inside, other=-1))

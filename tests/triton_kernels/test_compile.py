@@ -137,6 +137,31 @@ def test_the_host_is_told_past_every_cache(cache: KernelCache, capability: int) 
     assert [one for one in row.code if one.startswith("STG")].count("STG.E.STRONG.SYS") == 2
 
 
+def test_no_warp_reads_the_place_of_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every warp reads ``place`` for itself, and one thread of one warp moves it on: a barrier has to be between."""
+    listings, theirs = [], triton.compile
+
+    def ours(*arguments: object, **options: object) -> object:
+        compiled = theirs(*arguments, **options)
+        listings.append(compiled.asm["ptx"].splitlines())
+        return compiled
+
+    monkeypatch.setattr(triton, "compile", ours)
+    state = round_state.like(64, 128, 64, meta)
+    with recording(target_for(90)) as recorder:
+        rounds.close_round(state, state.last, 16)
+    compile.compile_variant(recorder.variants[0], 90)
+    (lines,) = listings
+    read: dict[str, int] = {}
+    written = []
+    for number, line in enumerate(lines):
+        if found := re.match(r"\s*ld\.global\S* \{.*\}, \[ (\S+)", line):
+            read[found[1]] = number
+        elif (found := re.match(r"\s*@\S+ st\.global\S* \[ (\S+)", line)) and found[1] in read:
+            written.append(any("bar.sync" in between for between in lines[read[found[1]] : number]))
+    assert written == [True]
+
+
 def test_sizes_that_change_from_step_to_step_make_no_variant() -> None:
     with recording(target_for(90)) as recorder:
         for rows in (1, 2, 15, 16, 17, 4096, 4097):
