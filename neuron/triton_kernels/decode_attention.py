@@ -26,6 +26,8 @@ from neuron.triton_kernels.workspace import counters
 MIN_SPLIT_TOKENS: Final = 128
 """Tokens that a split has at least: two tiles, so that the pipeline is worth filling."""
 MAX_SPLITS: Final = 64
+MERGE_ROWS = tl.constexpr(32)
+"""Heads of splits that are read at once when the splits are merged."""
 
 
 @triton.jit
@@ -45,6 +47,40 @@ def _rotated(x, norm, offsets, mask, cos, sin, d, eps, D: tl.constexpr, AXIS: tl
     c = tl.load(cos + d, mask=d < D, other=0.0).to(tl.float32)
     s = tl.load(sin + d % half, mask=d < D, other=0.0).to(tl.float32)
     return value * c + other * tl.where(d < half, -s, s)
+
+
+@triton.jit
+def _merged(parts, num_parts, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return the attention of GROUP heads, padded to a power of two, of the ``num_parts`` that splits have left.
+
+    Several parts are read at once: one after the other each would wait for the second-level cache.
+    """
+    heads: tl.constexpr = triton.next_power_of_2(GROUP)
+    at_once: tl.constexpr = MERGE_ROWS // heads if heads < MERGE_ROWS else 1
+    d = tl.arange(0, BLOCK_D)
+    i = tl.arange(0, at_once * heads)
+    r = i % heads
+    accumulator = tl.zeros([heads, BLOCK_D], tl.float32)
+    total = tl.zeros([heads], tl.float32)
+    maximum = tl.full([heads], float("-inf"), tl.float32)
+    for start in tl.range(0, num_parts, at_once):
+        part = start + i // heads
+        there = (part < num_parts) & (r < GROUP)
+        at = part * (GROUP * (D + 2))
+        # .cg: past the first-level cache, which other processors' stores do not reach.
+        maxima = tl.load(parts + (at + GROUP * D + r), mask=there, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(parts + (at + GROUP * (D + 1) + r), mask=there, other=0.0, cache_modifier=".cg")
+        sums_at = (at + r * D)[:, None] + d[None, :]
+        sums = tl.load(parts + sums_at, mask=there[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".cg")
+        maxima = tl.reshape(maxima, [at_once, heads])
+        higher = tl.maximum(maximum, tl.max(maxima, 0))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        fade, weights = tl.exp2(maximum - shift), tl.exp2(maxima - shift[None, :])
+        total = total * fade + tl.sum(tl.reshape(totals, [at_once, heads]) * weights, 0)
+        sums = tl.reshape(sums, [at_once, heads, BLOCK_D]) * weights[:, :, None]
+        accumulator = accumulator * fade[:, None] + tl.sum(sums, 0)
+        maximum = higher
+    return accumulator / total[:, None]
 
 
 @triton.jit(do_not_specialize=["eps", "table_stride", "window", "num_splits", "scale_log2", "soft_cap"])
@@ -186,25 +222,12 @@ def _decode_attention_kernel(
         return
     tl.debug_barrier()
     tl.store(counter, 0)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    part_at = partial + (row * K + kv_head) * num_splits * rows
     # Splits past the sequence's end have nothing: only the first used ones are looked at.
-    used = tl.cdiv(context - lowest, share)
-    for _ in tl.range(0, used):
-        # .cg: past the first-level cache, which other processors' stores do not reach.
-        their_maximum = tl.load(part_at + scalars + r, mask=r < group, other=0.0, cache_modifier=".cg")
-        their_total = tl.load(part_at + scalars + group + r, mask=r < group, other=1.0, cache_modifier=".cg")
-        sums = tl.load(part_at + r[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(maximum, their_maximum)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        mine, theirs = tl.exp2(maximum - shift), tl.exp2(their_maximum - shift)
-        accumulator = accumulator * mine[:, None] + sums * theirs[:, None]
-        total = total * mine + their_total * theirs
-        maximum = higher
-        part_at += rows
-    tl.store(out_at, (accumulator / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    part_at = partial + (row * K + kv_head) * num_splits * rows
+    merged = _merged(part_at, tl.cdiv(context - lowest, share), group, D, BLOCK_D)
+    r = tl.arange(0, merged.shape[0])
+    out_at = out + row * (H * D) + (kv_head * group + r)[:, None] * D + d[None, :]
+    tl.store(out_at, merged.to(out.dtype.element_ty), mask=(r < group)[:, None] & (d < D)[None, :])
 
 
 def num_splits_for(num_sequences: int, num_kv_heads: int, max_context: int, target: Target) -> int:
@@ -213,12 +236,20 @@ def num_splits_for(num_sequences: int, num_kv_heads: int, max_context: int, targ
     return max(min(wanted, cdiv(max_context, MIN_SPLIT_TOKENS), MAX_SPLITS), 1)
 
 
-def decode_tiles(head_dim: int, target: Target) -> tuple[int, int, int]:
-    """Return BLOCK_N, warps and stages."""
-    if head_dim > 128:
-        # With 4 warps a window and a cap together spill 8 bytes on sm_80 by Triton 3.7.1 (3.9.0 makes do).
-        return (32, 8, 2) if target.capability == 80 else (32, 4, 2)
-    return (64, 4, 3) if target.big_shared_memory else (64, 4, 2)
+def decode_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int | None]:
+    """Return BLOCK_N, warps, stages and the registers that a thread may take.
+
+    The page numbers that a tile's addresses come from take a stage of their own at each distance: two tiles of keys and
+    values are in flight with 5 stages (64 KiB a program, two to three programs a processor), and one with 2 to 4, which
+    is not asked for before the tile in its place has been used. Without a bound on registers each assembler spills 8
+    bytes of one form or another, for more programs a processor than shared memory holds.
+    """
+    num_stages = 5 if target.big_shared_memory else 2
+    if head_dim <= 128:
+        # A dimension that is no power of two takes masks, and with 168 those spill on sm_100.
+        return 64, 4, num_stages, 168 if head_dim == power_of_two(head_dim) else 255
+    # With 4 warps a window and a cap together spill 8 bytes on sm_80 by Triton 3.7.1 (3.9.0 makes do).
+    return (32, 8, num_stages, None) if target.capability == 80 else (32, 4, num_stages, 255)
 
 
 def decode_attention(
@@ -287,7 +318,7 @@ def _launch(
     splits = num_splits_for(num_sequences, num_kv_heads, min(max_context, window or max_context), target)
     parts = (num_sequences * num_kv_heads * splits, group * (head_dim + 2))
     partial = torch.empty(parts, dtype=torch.float32, device=q.device)
-    block_n, num_warps, num_stages = decode_tiles(head_dim, target)
+    block_n, num_warps, num_stages, max_registers = decode_tiles(head_dim, target)
     qk_norm, eps = norm or (None, 0.0)
     cos, sin = rotary or (None, None)
     dependent = target.has_dependent_launch and q.device.type != "cpu"
@@ -308,4 +339,5 @@ def _launch(
         num_warps=num_warps,
         num_stages=num_stages,
         dependent_launch=dependent,
+        max_registers=max_registers,
     )

@@ -87,6 +87,8 @@ class Variant:
     num_warps: int
     num_stages: int
     dependent_launch: bool
+    max_registers: int | None = None
+    """Of a thread; without a bound the assembler settles on one by how many programs a processor could hold."""
 
     def function(self) -> Any:
         """Return the kernel itself, a ``triton.JITFunction`` (or its interpreted twin)."""
@@ -95,10 +97,7 @@ class Variant:
 
     def options(self) -> dict[str, Any]:
         """Return what the compiler is told beside the constants."""
-        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        if self.dependent_launch:
-            options["launch_pdl"] = True
-        return options
+        return _options(self.num_warps, self.num_stages, self.dependent_launch, self.max_registers)
 
 
 class Recorder:
@@ -165,30 +164,38 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 1,
     dependent_launch: bool = False,
+    max_registers: int | None = None,
 ) -> None:
     """Run ``kernel`` on ``grid``, or note its variant; an argument that is ``None`` is a constant to the compiler."""
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.add(_variant(kernel, arguments, constants, num_warps, num_stages, dependent_launch))
+        recorder.add(_variant(kernel, arguments, constants, (num_warps, num_stages, dependent_launch, max_registers)))
         return
     if 0 in grid:
         return
     if knobs.runtime.interpret:
         kernel[tuple(grid)](**arguments, **constants)
         return
-    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = _options(num_warps, num_stages, dependent_launch, max_registers)
+    kernel[tuple(grid)](**arguments, **constants, **options)
+
+
+def _options(
+    num_warps: int, num_stages: int, dependent_launch: bool, max_registers: int | None
+) -> dict[str, int | bool]:
+    options: dict[str, int | bool] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if dependent_launch:
         options["launch_pdl"] = True
-    kernel[tuple(grid)](**arguments, **constants, **options)
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
+    return options
 
 
 def _variant(
     kernel: Any,
     arguments: Mapping[str, Argument],
     constants: Mapping[str, Constant],
-    num_warps: int,
-    num_stages: int,
-    dependent_launch: bool,
+    options: tuple[int, int, bool, int | None],
 ) -> Variant:
     function = kernel.fn
     varying = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
@@ -214,9 +221,7 @@ def _variant(
         f"{function.__module__}:{function.__name__}",
         tuple(parameters),
         tuple(sorted(fixed.items(), key=lambda item: order[item[0]])),
-        num_warps,
-        num_stages,
-        dependent_launch,
+        *options,
     )
 
 
