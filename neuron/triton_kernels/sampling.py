@@ -1,15 +1,19 @@
-"""From logits to a token on the device, one program a row, with nothing for the host to wait for.
+"""From logits to a token on the device, with nothing for the host to wait for.
 
 In this order, as :mod:`neuron.engine.sampler` has it: penalties (repetition of prompt and output, arXiv:1909.05858;
 presence and frequency of output only), bias, grammar mask; then temperature, top-k, top-p of what that leaves, min-p
 relative to the likeliest; then one token, drawn by the Gumbel-max trick: ``argmax(logit / T - log(-log u))``, with
 ``u`` of Philox 4x32-10 (Salmon et al., SC 2011) at the counter (token id, number of the draw) under the row's seed,
-so that a
-row's draw depends on nothing but its own logits, seed and position. Temperature 0 is the argmax.
+so that a row's draw depends on nothing but its own logits, seed and position. Temperature 0 is the argmax.
 
-Top-k and top-p keep what lies at or above a threshold, found by bisecting on the bits of the logits: as integers they
-sort as the numbers do, so that 32 bits are settled exactly in 16 passes of three probes. Tokens that tie with the last
-one kept are kept too. A row without these two filters needs two passes over its logits.
+A row is split over programs of BLOCK logits, or one would pass over a whole vocabulary at the rate of one processor: a
+step of a small model is shorter than that. Each changes its logits as asked, draws the best of them where no filter is
+on, and leaves what it found with the greatest of each run of RUN logits. The last to arrive (see
+:mod:`neuron.triton_kernels.workspace`) puts it together, and filters by itself: it looks at those runs only that the
+greatest say may have something left, a few of thousands for usual logits.
+
+Top-k and top-p keep what lies at or above a threshold, found by bisecting on the bits of the logits, which as integers
+sort as the numbers do: exact, by three probes a pass. Tokens that tie with the last one kept are kept too.
 
 Also returned: the log-probability of the chosen token in the model's own distribution, before any of the above; and a
 row with a NaN or an infinity among its logits, or with no token allowed, gets NON_FINITE. ``logits`` ``[R, V]`` float32
@@ -22,10 +26,15 @@ import torch
 import triton
 import triton.language as tl
 
-from neuron.triton_kernels.launch import launch, power_of_two
+from neuron.triton_kernels.launch import cdiv, launch, power_of_two
 from neuron.triton_kernels.sampling_rows import SamplingRows
+from neuron.triton_kernels.workspace import counters
 
 NON_FINITE: Final = -1
+RUN = tl.constexpr(32)
+"""Logits whose greatest is kept: a line of the cache."""
+NUM_FOUND = tl.constexpr(7)
+"""Numbers that each program leaves."""
 
 
 @triton.jit
@@ -36,43 +45,90 @@ def _ordered(x):
 
 
 @triton.jit
-def _above(x, V, top, sharpness, first, step, level, BLOCK: tl.constexpr, MASS: tl.constexpr):
-    """Return, for three probes in arithmetic progression, how many logits (or how much mass) lie above each.
+def _noisy(value, v, seed, draw, sharpness):
+    """Return what the largest of is a draw: the logits of tokens ``v``, sharpened, with Gumbel noise."""
+    bits, _, _, _ = tl.philox(seed, v, draw + tl.zeros_like(v), tl.zeros_like(v), tl.zeros_like(v))
+    # 24 bits, and half a step up: never 0, never 1.
+    u = ((bits >> 8).to(tl.int32).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    return value * sharpness - tl.log(-tl.log(u))
 
-    Only logits whose order is at least ``level`` count: what top-k has left.
+
+@triton.jit
+def _run(x, size, runs, num_runs, start, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the numbers in BLOCK / RUN runs of ``x`` ``[size]``, from the ``start``-th on, and where they are.
+
+    What is not there is -inf. The runs are those that ``runs`` lists, or all in turn.
     """
-    column = tl.arange(0, BLOCK)
-    low = tl.zeros([BLOCK], tl.float32)
-    middle = tl.zeros([BLOCK], tl.float32)
-    high = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        v = start + column
-        value = tl.load(x + v, mask=v < V, other=float("-inf"))
+    place = start + tl.arange(0, BLOCK // RUN)
+    there = place < num_runs
+    run = place
+    if LISTED:
+        run = tl.load(runs + place, mask=there, other=0)
+    v = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    # .cg: past the first-level cache, which other processors' stores do not reach.
+    value = tl.load(x + v, mask=there[:, None] & (v < size), other=float("-inf"), cache_modifier=".cg")
+    return value, v
+
+
+@triton.jit
+def _above(
+    x, size, runs, num_runs, top, sharpness, first, step, level,
+    LISTED: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return, for three probes in arithmetic progression, how many numbers (or how much mass) lie above each.
+
+    Only those count whose order is at least ``level``: what top-k has left.
+    """
+    low = tl.zeros([BLOCK // RUN, RUN], tl.float32)
+    middle = tl.zeros([BLOCK // RUN, RUN], tl.float32)
+    high = tl.zeros([BLOCK // RUN, RUN], tl.float32)
+    for start in range(0, num_runs, BLOCK // RUN):
+        value, _ = _run(x, size, runs, num_runs, start, LISTED, BLOCK)
         order = _ordered(value)
-        one = tl.where((v < V) & (order >= level), 1.0, 0.0)
+        one = tl.where((value > float("-inf")) & (order >= level), 1.0, 0.0)
         if MASS:
             one *= tl.exp((value - top) * sharpness)
         low += tl.where(order > first, one, 0.0)
         middle += tl.where(order > first + step, one, 0.0)
         high += tl.where(order > first + 2 * step, one, 0.0)
-    return tl.sum(low, 0), tl.sum(middle, 0), tl.sum(high, 0)
+    return tl.sum(tl.sum(low, 1), 0), tl.sum(tl.sum(middle, 1), 0), tl.sum(tl.sum(high, 1), 0)
 
 
 @triton.jit
-def _threshold(x, V, top, sharpness, limit, level, BLOCK: tl.constexpr, MASS: tl.constexpr):
-    """Return the least order of which less than ``limit`` lies above: kept is what is at or over it.
-
-    Two bits a pass, from the top: the result's next two are how many of the three probes still have ``limit`` above.
-    """
-    found = tl.zeros([], tl.uint32)
-    step = tl.full([], 1 << 30, tl.uint32)
-    for _ in range(16):
-        # All orders that begin with these bits are at most the next probe less one.
-        a, b, c = _above(x, V, top, sharpness, found + step - 1, step, level, BLOCK, MASS)
-        digit = (a >= limit).to(tl.uint32) + (b >= limit).to(tl.uint32) + (c >= limit).to(tl.uint32)
-        found += digit * step
-        step = step >> 2
+def _list_runs(maxima, runs, num_runs, level, BLOCK: tl.constexpr):
+    """List in ``runs`` those of ``num_runs`` that have something of order ``level`` or more; return how many."""
+    tl.debug_barrier()  # all threads are done with the list before
+    found = tl.zeros([], tl.int32)
+    for start in range(0, num_runs, BLOCK):
+        run = start + tl.arange(0, BLOCK)
+        most = tl.load(maxima + run, mask=run < num_runs, other=float("-inf"), cache_modifier=".cg")
+        takes = ((run < num_runs) & (_ordered(most) >= level)).to(tl.int32)
+        tl.store(runs + (found + tl.cumsum(takes, 0) - 1), run, mask=takes != 0)
+        found += tl.sum(takes, 0)
+    tl.debug_barrier()
     return found
+
+
+@triton.jit
+def _threshold(
+    x, size, maxima, runs, num_runs, count, top, sharpness, limit, low, level,
+    LISTED: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return the least order, from ``low`` on, of which less than ``limit`` lies above: kept is what is at or over it.
+
+    ``count`` runs are looked at. A long list is made anew as the bounds close in.
+    """
+    high = _ordered(top)
+    while low < high:
+        if LISTED:
+            if count > BLOCK // RUN:
+                count = _list_runs(maxima, runs, num_runs, low, BLOCK)
+        step = ((high - low) >> 2) + 1
+        a, b, c = _above(x, size, runs, count, top, sharpness, low + step - 1, step, level, LISTED, MASS, BLOCK)
+        low += ((a >= limit).to(tl.uint32) + (b >= limit).to(tl.uint32) + (c >= limit).to(tl.uint32)) * step
+        high = tl.minimum(high, low + step - 1)
+    # Sums of the same masses in another order may differ in the last bit.
+    return tl.minimum(low, high)
 
 
 @triton.jit(do_not_specialize=["num_bias"])
@@ -94,19 +150,38 @@ def _sample_kernel(
     allowed,
     ids,
     logprobs,
+    maxima,
+    runs,
+    found,
+    arrived,
     V,
     num_bias,
     BLOCK: tl.constexpr,
     BLOCK_BIAS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    raw_logits = logits + row.to(tl.int64) * V
+    part, row = tl.program_id(0), tl.program_id(1)
+    num_parts = tl.cdiv(V, BLOCK)
+    num_runs = num_parts * (BLOCK // RUN)
+    wide_row = row.to(tl.int64)
+    raw_logits = logits + wide_row * V
     # Where the logits are changed, the changed ones are a copy.
     x = raw_logits
     if work is not None:
-        x = work + row.to(tl.int64) * V
-    column = tl.arange(0, BLOCK)
+        x = work + wide_row * V
+    maxima += wide_row * num_runs
+    runs += wide_row * num_runs
+    found += wide_row * num_parts * NUM_FOUND
     heat = tl.load(temperature + row)
+    # The logits are not divided by the temperature: 1 / T multiplies them where it matters, order stays the same.
+    sharpness = 1.0 / tl.where(heat == 0.0, 1.0, heat)
+    kept = tl.load(top_k + row)
+    share = tl.load(top_p + row)
+    floor = tl.load(min_p + row)
+    by_rank = (kept > 0) & (kept < V)
+    filtered = (heat > 0.0) & (by_rank | (share < 1.0) | (floor > 0.0))
+    seed = tl.load(seeds + row)
+    draw = tl.load(counters + row)
     if penalties is not None:
         seat = tl.load(seats + row).to(tl.int64)
         repetition = tl.load(penalties + row * 3)
@@ -114,118 +189,154 @@ def _sample_kernel(
         frequency = tl.load(penalties + row * 3 + 2)
 
     # The model's own distribution, and the logits changed as asked.
-    peak = tl.full([BLOCK], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    sound = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        v = start + column
-        inside = v < V
-        value = tl.load(raw_logits + v, mask=inside, other=0.0)
-        sound += value - value  # NaN for what is not finite
-        raw = tl.where(inside, value, float("-inf"))
-        higher = tl.maximum(peak, raw)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        mass = mass * tl.exp(peak - shift) + tl.exp(raw - shift)
-        peak = higher
-        if penalties is not None:
-            count = tl.load(counts + seat * V + v, mask=inside, other=0)
-            seen = (count > 0) | (tl.load(in_prompt + seat * V + v, mask=inside, other=0) != 0)
-            value = tl.where(seen, tl.where(value > 0, value / repetition, value * repetition), value)
-            value -= frequency * count.to(tl.float32) + tl.where(count > 0, presence, 0.0)
-        if allowed is not None:
-            words = tl.load(allowed + row * tl.cdiv(V, 32) + v // 32, mask=inside, other=0)
-            value = tl.where((words >> (v % 32)) & 1 != 0, value, float("-inf"))
-        if work is not None:
-            tl.store(x + v, value, mask=inside)
-    whole = tl.max(peak, 0)
-    log_mass = whole + tl.log(tl.sum(tl.where(peak == float("-inf"), 0.0, mass * tl.exp(peak - whole)), 0))
-    finite = tl.sum(sound, 0) == 0.0
+    v = part * BLOCK + tl.arange(0, BLOCK)
+    inside = v < V
+    value = tl.load(raw_logits + v, mask=inside, other=0.0)
+    sound = tl.sum(value - value, 0)  # NaN for what is not finite
+    raw = tl.where(inside, value, float("-inf"))
+    peak = tl.max(raw, 0)
+    mass = tl.sum(tl.exp(raw - tl.where(peak == float("-inf"), 0.0, peak)), 0)
+    if penalties is not None:
+        times = tl.load(counts + seat * V + v, mask=inside, other=0)
+        seen = (times > 0) | (tl.load(in_prompt + seat * V + v, mask=inside, other=0) != 0)
+        value = tl.where(seen, tl.where(value > 0, value / repetition, value * repetition), value)
+        value -= frequency * times.to(tl.float32) + tl.where(times > 0, presence, 0.0)
+    if allowed is not None:
+        words = tl.load(allowed + row * tl.cdiv(V, 32) + v // 32, mask=inside, other=0)
+        value = tl.where((words >> (v % 32)) & 1 != 0, value, float("-inf"))
+    if work is not None:
+        tl.store(x + v, value, mask=inside)
     if bias_tokens is not None:
+        # What one thread has stored another reads.
         tl.debug_barrier()
         for start in range(0, num_bias, BLOCK_BIAS):
             i = start + tl.arange(0, BLOCK_BIAS)
-            token = tl.load(bias_tokens + row * num_bias + i, mask=i < num_bias, other=-1)
-            used = (token >= 0) & (token < V)
-            value = tl.load(x + token, mask=used, other=0.0)
-            value += tl.load(bias_values + row * num_bias + i, mask=used, other=0.0)
-            tl.store(x + token, value, mask=used)
-    # What one thread has stored another reads below.
+            biased = tl.load(bias_tokens + row * num_bias + i, mask=i < num_bias, other=-1)
+            here = (biased >= part * BLOCK) & (biased < tl.minimum(part * BLOCK + BLOCK, V))
+            changed = tl.load(x + biased, mask=here, other=0.0)
+            changed += tl.load(bias_values + row * num_bias + i, mask=here, other=0.0)
+            tl.store(x + biased, changed, mask=here)
+        tl.debug_barrier()
+        value = tl.load(x + v, mask=inside, other=0.0)
+    value = tl.where(inside, value, float("-inf"))
+    most = tl.max(value, 0)
+    sharpened = tl.sum(tl.exp((value - tl.where(most == float("-inf"), 0.0, most)) * sharpness), 0)
+    score = value
+    if (heat > 0.0) & (filtered == 0):
+        score = _noisy(value, v, seed, draw, sharpness)
+    best = tl.max(score, 0)
+    chosen = tl.min(tl.where(inside & (score == best), v, V), 0)
+
+    run = part * (BLOCK // RUN) + tl.arange(0, BLOCK // RUN)
+    tl.store(maxima + run, tl.max(tl.reshape(value, [BLOCK // RUN, RUN]), 1))
+    at = found + part
+    tl.store(at, peak)
+    tl.store(at + num_parts, mass)
+    tl.store(at + 2 * num_parts, sound)
+    tl.store(at + 3 * num_parts, most)
+    tl.store(at + 4 * num_parts, sharpened)
+    tl.store(at + 5 * num_parts, best)
+    tl.store(at + 6 * num_parts, chosen.to(tl.float32))  # whole to 2^24
     tl.debug_barrier()
+    if tl.atomic_add(arrived + row, 1, sem="acq_rel") < num_parts - 1:
+        return
+    tl.debug_barrier()
+    tl.store(arrived + row, 0)
 
-    # The logits are not divided by the temperature: 1 / T multiplies them where it matters, order stays the same.
-    tops = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, V, BLOCK):
-        v = start + column
-        tops = tl.maximum(tops, tl.load(x + v, mask=v < V, other=float("-inf")))
-    top = tl.max(tops, 0)
-    finite = finite & (top > float("-inf"))
-    greedy = heat == 0.0
-    sharpness = 1.0 / tl.where(greedy, 1.0, heat)
-    level = tl.zeros([], tl.uint32)
-    kept = tl.load(top_k + row)
-    share = tl.load(top_p + row)
-    if finite & (heat > 0.0):
-        if (kept > 0) & (kept < V):
-            level = _threshold(x, V, top, sharpness, kept.to(tl.float32), level, BLOCK, False)
+    i = tl.arange(0, BLOCK_PARTS)
+    there = i < num_parts
+    at = found + i
+    peaks = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    masses = tl.load(at + num_parts, mask=there, other=0.0, cache_modifier=".cg")
+    sounds = tl.load(at + 2 * num_parts, mask=there, other=0.0, cache_modifier=".cg")
+    mosts = tl.load(at + 3 * num_parts, mask=there, other=float("-inf"), cache_modifier=".cg")
+    sharpeneds = tl.load(at + 4 * num_parts, mask=there, other=0.0, cache_modifier=".cg")
+    bests = tl.load(at + 5 * num_parts, mask=there, other=float("-inf"), cache_modifier=".cg")
+    chosens = tl.load(at + 6 * num_parts, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32)
+    whole = tl.max(peaks, 0)
+    log_mass = whole + tl.log(tl.sum(masses * tl.exp(peaks - whole), 0))
+    top = tl.max(mosts, 0)
+    finite = (tl.sum(sounds, 0) == 0.0) & (top > float("-inf"))
+    token = tl.min(tl.where(there & (bests == tl.max(bests, 0)), chosens, V), 0)
+
+    if filtered & finite:
+        level = tl.zeros([], tl.uint32)
+        total = tl.sum(sharpeneds * tl.exp((mosts - top) * sharpness), 0)
+        count = num_runs
+        if by_rank:
+            # At least top-k runs have their greatest at or over this, so nothing below it is kept.
+            limit = kept.to(tl.float32)
+            lines = tl.cdiv(num_runs, RUN)
+            low = _threshold(
+                maxima, num_runs, maxima, runs, num_runs, lines, top, sharpness, limit, level, level,
+                False, False, BLOCK,
+            )  # fmt: skip
+            count = _list_runs(maxima, runs, num_runs, low, BLOCK)
+            level = _threshold(
+                x, V, maxima, runs, num_runs, count, top, sharpness, limit, low, level, True, False, BLOCK
+            )
         if share < 1.0:
-            total = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, V, BLOCK):
-                v = start + column
-                value = tl.load(x + v, mask=v < V, other=float("-inf"))
-                total += tl.where(_ordered(value) >= level, tl.exp((value - top) * sharpness), 0.0)
+            if by_rank:
+                count = _list_runs(maxima, runs, num_runs, level, BLOCK)
+                nothing = tl.zeros([], tl.uint32)
+                total, _, _ = _above(
+                    x, V, runs, count, top, sharpness, nothing, nothing, level, True, True, BLOCK
+                )  # fmt: skip
             # Nothing at all is kept of a share of 0 but the likeliest, which no mass lies above.
-            limit = tl.maximum(share * tl.sum(total, 0), 1e-30)
-            level = _threshold(x, V, top, sharpness, limit, level, BLOCK, True)
-    least = top + tl.log(tl.maximum(tl.load(min_p + row), 1e-37)) / sharpness
-
-    seed = tl.load(seeds + row)
-    draw = tl.load(counters + row)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    chosen = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, V, BLOCK):
-        v = start + column
-        value = tl.load(x + v, mask=v < V, other=float("-inf"))
-        score = value
-        if heat > 0.0:
-            bits, _, _, _ = tl.philox(seed, v, draw + tl.zeros_like(v), tl.zeros_like(v), tl.zeros_like(v))
-            # 24 bits, and half a step up: never 0, never 1.
-            u = ((bits >> 8).to(tl.int32).to(tl.float32) + 0.5) * 5.9604644775390625e-08
-            noisy = value * sharpness - tl.log(-tl.log(u))
-            score = tl.where((_ordered(value) >= level) & (value >= least), noisy, float("-inf"))
-        better = (score > best) & (v < V)
-        chosen = tl.where(better, v, chosen)
-        best = tl.where(better, score, best)
-    highest = tl.max(best, 0)
-    token = tl.min(tl.where(best == highest, chosen, V), 0)
-    token = tl.where(token < V, token, 0)
+            limit = tl.maximum(share * total, 1e-30)
+            # V tokens below this one have half of what may be dropped, at most.
+            low = _ordered(top + tl.log((1.0 - share) * total / (2.0 * V)) / sharpness)
+            low = tl.maximum(low, level)
+            count = _list_runs(maxima, runs, num_runs, low, BLOCK)
+            level = _threshold(
+                x, V, maxima, runs, num_runs, count, top, sharpness, limit, low, level, True, True, BLOCK
+            )
+        level = tl.maximum(level, _ordered(top + tl.log(tl.maximum(floor, 1e-37)) / sharpness))
+        count = _list_runs(maxima, runs, num_runs, level, BLOCK)
+        most_noisy = tl.full([BLOCK // RUN, RUN], float("-inf"), tl.float32)
+        at_most = tl.zeros([BLOCK // RUN, RUN], tl.int32)
+        for start in range(0, count, BLOCK // RUN):
+            logit, where = _run(x, V, runs, count, start, True, BLOCK)
+            noisy = tl.where(_ordered(logit) >= level, _noisy(logit, where, seed, draw, sharpness), float("-inf"))
+            better = noisy > most_noisy
+            at_most = tl.where(better, where, at_most)
+            most_noisy = tl.where(better, noisy, most_noisy)
+        highest = tl.max(tl.max(most_noisy, 1), 0)
+        token = tl.min(tl.min(tl.where(most_noisy == highest, at_most, V), 1), 0)
+    token = tl.where(finite & (token < V), token, 0)
     token_logit = tl.load(raw_logits + token)
     tl.store(logprobs + row, tl.where(finite, token_logit - log_mass, float("nan")))
     tl.store(ids + row, tl.where(finite, token, -1))
     if penalties is not None:
         if finite:
-            at = counts + seat * V + token
-            tl.store(at, tl.load(at) + 1)
+            its_count = counts + seat * V + token
+            tl.store(its_count, tl.load(its_count) + 1)
 
 
 def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a token id int32 ``[R]`` and its log-probability float32 ``[R]`` for each row of ``logits`` ``[R, V]``."""
     num_rows, vocab_size = logits.shape
-    ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    device = logits.device
+    ids = torch.empty(num_rows, dtype=torch.int32, device=device)
+    logprobs = torch.empty(num_rows, dtype=torch.float32, device=device)
     changed = any(x is not None for x in (rows.penalties, rows.bias_tokens, rows.allowed))
     num_bias = rows.bias_tokens.shape[1] if rows.bias_tokens is not None else 0
-    block = min(power_of_two(vocab_size), 4096)
+    block = max(min(power_of_two(vocab_size), 2048), RUN.value)
+    parts = cdiv(vocab_size, block)
+    num_runs = parts * block // RUN.value
     launch(
         _sample_kernel,
-        (num_rows,),
+        (parts, num_rows),
         {"logits": logits, "work": torch.empty_like(logits) if changed else None}
         | {"temperature": rows.temperature, "top_k": rows.top_k, "top_p": rows.top_p, "min_p": rows.min_p}
         | {"seeds": rows.seeds, "counters": rows.counters, "seats": rows.seats, "penalties": rows.penalties}
         | {"counts": rows.counts, "in_prompt": rows.in_prompt, "bias_tokens": rows.bias_tokens}
         | {"bias_values": rows.bias_values, "allowed": rows.allowed, "ids": ids, "logprobs": logprobs}
-        | {"V": vocab_size, "num_bias": num_bias},
-        {"BLOCK": block, "BLOCK_BIAS": 256},
-        # By Triton 3.6 eight spill on sm_80 where nothing is changed, and sixteen where something is.
-        num_warps=8 if changed else 16,
+        | {"maxima": torch.empty((num_rows, num_runs), dtype=torch.float32, device=device)}
+        | {"runs": torch.empty((num_rows, num_runs), dtype=torch.int32, device=device)}
+        | {"found": torch.empty((num_rows, NUM_FOUND.value, parts), dtype=torch.float32, device=device)}
+        | {"arrived": counters(device, num_rows), "V": vocab_size, "num_bias": num_bias},
+        {"BLOCK": block, "BLOCK_BIAS": 256, "BLOCK_PARTS": power_of_two(parts)},
+        num_warps=8,
     )
     return ids, logprobs

@@ -22,7 +22,7 @@ def random_rows(num_rows: int, vocab_size: int, device: torch.device, *, everyth
 
     rows = SamplingRows(
         temperature=pick(0.0, 1.0, 0.7, 1.3, 5.0),
-        top_k=pick(0, 0, 5, 1, 40, 0, 3, dtype=torch.int32),
+        top_k=pick(0, 0, 5, 1, 40, 0, 3, 300, dtype=torch.int32),
         top_p=pick(1.0, 0.9, 1.0, 0.3, 0.95, 0.0),
         min_p=pick(0.0, 0.0, 0.2, 0.0, 0.05),
         seeds=torch.from_numpy(generator.integers(0, 1 << 62, num_rows)).to(device),
@@ -53,7 +53,7 @@ def random_rows(num_rows: int, vocab_size: int, device: torch.device, *, everyth
 def sampling_results(device: torch.device) -> Results:
     """Sample rows of all kinds, and return what came out beside what should."""
     results: Results = []
-    for num_rows, vocab_size, everything in ((11, 131, False), (13, 131, True), (5, 5000, False), (9, 4999, True)):
+    for num_rows, vocab_size, everything in ((11, 131, False), (13, 131, True), (10, 5000, False), (9, 4999, True)):
         logits = torch.randn(num_rows, vocab_size, device=device) * 3
         logits[num_rows // 2, vocab_size // 2] = torch.nan
         rows = random_rows(num_rows, vocab_size, device, everything=everything)
