@@ -23,6 +23,7 @@ from neuron.engine.graph_runner import GraphRunner, buckets
 from neuron.engine.pace import Pace
 from neuron.engine.sampler import Sampler
 from neuron.engine.speculation import Speculation
+from neuron.models import prebuild
 from neuron.triton_kernels import dispatch
 
 
@@ -371,6 +372,29 @@ def test_a_cancelled_sequence_leaves_the_others_graphs(
     driver.run()
     found = driver.outputs()
     assert {n: found[n] for n in (0, 1, 3, 4)} == {n: wanted[n] for n in (0, 1, 3, 4)}
+
+
+def test_a_captured_step_launches_what_was_compiled_for_it(
+    harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variants are listed from tensors without memory: those of a step's inputs must be aligned like them."""
+    pytest.importorskip("triton")
+    from neuron.triton_kernels.compile import target_for
+    from neuron.triton_kernels.launch import recording
+    from neuron.triton_kernels.operations import TritonOperations
+
+    operations = TritonOperations()
+    monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: operations)
+    driver = harness()
+    driver.engine._graphs = Recorded
+    driver.load(tiny_llama, dtype="bfloat16", max_sequences=6)
+    model = driver.engine._models["m"]
+    listed = prebuild.variants(model.runner.config, model.plan, 80)
+    for size in (1, 2, 3, 5, 6):
+        with recording(target_for(80)) as recorder:  # dependent launch is not of a CPU
+            model.runner._capture(size)
+        assert {v.kernel.partition(":")[2] for v in recorder.variants} > {"_sample_kernel", "_close_kernel"}
+        assert set(recorder.variants) <= set(listed)
 
 
 def test_a_step_may_follow_one_with_more_rows_than_sequences(
