@@ -86,10 +86,12 @@ class DeviceGraphs:
             graph.capture_end()
         except RuntimeError:
             # What was against the rules has made the capture void. torch (2.11 to 2.13) still takes it to be under way
-            # then: nothing cached would be given back to make room, ever.
+            # then, and its pool to be in use: nothing cached would be given back to make room, ever.
             _NEVER_ENDED.append(graph)
-            with contextlib.suppress(RuntimeError):  # it has been told, if this came later
-                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            device = self._stream.device_index
+            for tell in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with contextlib.suppress(RuntimeError):  # it knows that much, if the capture failed elsewhere
+                    tell(device, self._pool)
             raise
 
     def launch(self, graph: int) -> None:

@@ -39,12 +39,13 @@ class GroupLostError(UnavailableError):
 
 # What torch and Triton raise for driver and library faults, beside torch.AcceleratorError.
 FAULTS: Final = re.compile(r"CUDA error|CUDNN_STATUS_|NCCL error|cudaError|Triton Error \[CUDA\]")
-UNSUPPORTED: Final = re.compile(r"CU(?:BLAS|DNN)_STATUS_NOT_SUPPORTED")
+NO_FAULTS: Final = re.compile(r"CU(?:BLAS|DNN)_STATUS_NOT_SUPPORTED|Triton Error \[CUDA\]: .*captur")
+"""What of that is none: an operation that is not there, and work against the rules of a capture."""
 NO_MEMORY: Final = re.compile(r"(?:CUDA error|Triton Error \[CUDA\]): out of memory|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED")
 OUT_OF_MEMORY: Final = 2
 """The code of it in CUDA's driver, and in its runtime."""
 CAPTURE_ERRORS: Final = range(900, 909)
-"""cudaErrorStreamCaptureUnsupported to -WrongThread: something was against the rules of a capture, which is void."""
+"""cudaErrorStreamCaptureUnsupported to -WrongThread: something was against the rules of a capture."""
 
 
 def ran_out(error: Exception) -> bool:
@@ -68,7 +69,7 @@ def raise_device_fault(error: Exception) -> None:
         raise DeviceFault("group", -1, error.message) from error
     if ran_out(error) or not isinstance(error, RuntimeError) or _code(error) in CAPTURE_ERRORS:
         return
-    if isinstance(error, torch.AcceleratorError) or (FAULTS.search(str(error)) and not UNSUPPORTED.search(str(error))):
+    if isinstance(error, torch.AcceleratorError) or (FAULTS.search(str(error)) and not NO_FAULTS.search(str(error))):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DeviceFault("torch", _code(error), reason) from error
 

@@ -99,6 +99,8 @@ def test_of_a_capture_that_fails_nothing_is_left_but_its_error(
     assert loop.fault is None
     assert cuda.current is theirs
     assert cuda.under_way == []
+    del caught
+    assert cuda.books[0].uses == {1: 0}, "its memory may go"
     # The steps that follow, and another model's graphs.
     cuda.room = 99
     cuda.launch("eager")

@@ -368,6 +368,7 @@ NO_FAULTS = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic( ltHandle)`"),
     cuda_error(900, "operation not permitted when stream is capturing"),
+    RuntimeError("Triton Error [CUDA]: operation failed due to a previous error during capture"),
     cuda_error(901, "operation failed due to a previous error during capture"),
     DriverError("cuGraphInstantiateWithFlags", 2, "CUDA_ERROR_OUT_OF_MEMORY"),
 ]

@@ -58,6 +58,11 @@ class Books:
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
         self.under_way.remove(pool)
 
+    def release(self, pool: int) -> None:
+        if not self.uses.get(pool):
+            raise RuntimeError("uc >= 0 INTERNAL ASSERT FAILED")
+        self.uses[pool] -= 1
+
 
 class Graph:
     """``torch.cuda.CUDAGraph``."""
@@ -96,7 +101,7 @@ class Graph:
     def __del__(self) -> None:
         if self._ended:
             for books in self._cuda.books:
-                books.uses[self._pool] -= 1
+                books.release(self._pool)
 
 
 class Cuda:
@@ -175,3 +180,4 @@ class Cuda:
         for name, part in parts.items():
             monkeypatch.setattr(torch.cuda, name, part)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.books[0].end(pool))
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.books[0].release(pool))
