@@ -100,6 +100,8 @@ class Device:
     model: pathlib.Path
     tokens: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
+    ends: tuple[int, ...] = (0, jobs.EXIT_POISONED)
+    """The statuses that it may end with."""
 
     def say(self, message: jobs.ToWorker) -> None:
         self.channel.send(msgspec.msgpack.encode(message))
@@ -161,5 +163,5 @@ def start(environment: dict[str, str], model: pathlib.Path, tmp_path: pathlib.Pa
     yield start_one
     for device in started:
         device.channel.close()
-        assert device.process.wait(30) in {0, jobs.EXIT_POISONED}
+        assert device.process.wait(30) in device.ends
         assert not [line for line in device.lines() if "FORBIDDEN" in line]

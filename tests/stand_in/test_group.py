@@ -3,11 +3,14 @@
 What NCCL computes does not show here, as nothing does; tokens are counted.
 """
 
+import contextlib
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +18,12 @@ import pytest
 
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
+from neuron.device.channel import ChannelClosed
+from neuron.service import CUDA_ENVIRONMENT
 
 HERE = pathlib.Path(__file__).parent
 NUM_LAYERS = 2
+PROMPT = b"\3\0\0\0" * 20
 
 pytestmark = pytest.mark.stand_in
 
@@ -72,13 +78,15 @@ def test_collectives_are_queued_where_the_step_is(
     assert {line.rpartition(" ")[2] for line in queued[1:]} == {run.stdout.strip()}
 
 
-def loaded(start: Callable[..., Any], library: pathlib.Path, nccl: pathlib.Path) -> list[Any]:
+def loaded(
+    start: Callable[..., Any], library: pathlib.Path, nccl: pathlib.Path, limit_s: float = 20.0, **environment: str
+) -> list[Any]:
     """Return two workers that hold a model together."""
     where = address()
-    ranks = [start(LD_PRELOAD=f"{library}:{nccl}") for _ in range(2)]
+    ranks = [start(LD_PRELOAD=f"{nccl}:{library}", **environment) for _ in range(2)]
     spec = ModelSpec("m", "test", tensor_parallel=2, dtype="bfloat16", max_sequences=4, context_tokens=512)
     for rank, worker in enumerate(ranks):
-        worker.say(jobs.Load(1, spec, str(worker.model), jobs.GroupSettings(rank, 2, where, 20.0)))
+        worker.say(jobs.Load(1, spec, str(worker.model), jobs.GroupSettings(rank, 2, where, limit_s)))
     for worker in ranks:
         answer = worker.until(jobs.Done, jobs.JobFailed)
         assert isinstance(answer, jobs.Done), answer
@@ -109,7 +117,27 @@ def test_a_rank_that_is_gone_ends_the_step_of_the_others(
     ranks = loaded(start, library, nccl)
     ranks[1].say(jobs.Shutdown())
     assert ranks[1].process.wait(30) == 0
-    ranks[0].say(jobs.Generate(1, "m", b"\3\0\0\0" * 20, 400, (), jobs.SamplerSettings(temperature=0.0)))
+    ranks[0].say(jobs.Generate(1, "m", PROMPT, 400, (), jobs.SamplerSettings(temperature=0.0)))
     reason = ranks[0].until(jobs.Poisoned).reason
     assert "a rank of the group was lost in sending a step" in reason
     assert ranks[0].process.wait(30) == jobs.EXIT_POISONED
+
+
+def test_a_sum_that_never_ends_ends_the_process(
+    start: Callable[..., Any], library: pathlib.Path, nccl: pathlib.Path
+) -> None:
+    """Within the limit and a little, and before anything that comes of it is told."""
+    ranks = loaded(start, library, nccl, 3.0, STAND_IN_HANG="40", **CUDA_ENVIRONMENT)
+    for worker in ranks:
+        worker.ends = (-signal.SIGABRT,)
+    ranks[0].say(jobs.Generate(1, "m", PROMPT, 400, (), jobs.SamplerSettings(temperature=0.0)))
+    heard_s = time.monotonic()
+    with contextlib.suppress(ChannelClosed):
+        while True:
+            message = ranks[0].hear()
+            assert isinstance(message, jobs.Tokens)
+            heard_s = time.monotonic()
+    for worker in ranks:
+        worker.process.wait(30)
+    assert time.monotonic() - heard_s < 12, "a core dump's time included; by default torch takes a minute more"
+    assert 1 < ranks[0].tokens[1] < 20
