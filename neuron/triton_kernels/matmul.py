@@ -83,7 +83,8 @@ def _persistent_matmul_kernel(
     w_tiles = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
     out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0)):
+    # Flattened, both loops are one pipeline: the next tile's operands are on their way while this one is stored.
+    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
         i, j = tile_of(tile, rows, columns, GROUP)
         accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
