@@ -6,7 +6,6 @@ or rounded on the device. On ``meta`` nothing is read: the same code lists shape
 """
 
 import itertools
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, cast
 
@@ -16,7 +15,7 @@ from neuron.models import quantization
 from neuron.models.config import ModelConfig
 from neuron.models.gguf import BLOCKS
 from neuron.models.shard import Shard
-from neuron.models.transfer import Transfer
+from neuron.models.transfer import Transfer, from_file
 from neuron.triton_kernels import quantized
 from neuron.triton_kernels.quantized import BLOCK, SUPER_BLOCK, Matrix, Quantization, QuantizedMatrix, StackedMatrix
 
@@ -121,9 +120,7 @@ class MatrixReader:
             stop = min(start + step, rows.stop)
             blocks = stored.rows(num_rows, self._config.head_dim, start, stop).reshape(stop - start, -1, block_bytes)
             chosen = blocks[:, columns.start // block : columns.stop // block].reshape(-1, block_bytes)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a mapped file cannot be written to, and nobody does
-                here = torch.from_numpy(chosen)
+            here = from_file(chosen)
             there = torch.empty_like(here, device=self._device)
             self._transfer.copy(here, there)
             yield quantized.from_gguf(form, there, stop - start)

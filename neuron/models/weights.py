@@ -20,7 +20,7 @@ from neuron.models.architecture import gguf_name
 from neuron.models.config import ModelConfig, config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
 from neuron.models.gguf import TensorInfo, TensorKind, read_header
-from neuron.models.transfer import ON_HOST, Transfer
+from neuron.models.transfer import ON_HOST, Transfer, from_file
 
 PIECE_ELEMENTS: Final = 1 << 18
 """Elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between passes."""
@@ -34,6 +34,9 @@ STORED_KINDS: Final = {
     torch.float16: TensorKind.F16,
     torch.bfloat16: TensorKind.BF16,
 }
+
+FLOATS: Final = {kind: dtype for dtype, kind in STORED_KINDS.items()}
+"""What is read as it is."""
 
 PackedBytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -230,16 +233,16 @@ class GgufSource:
         tensor = self._tensors[name]
         if len(tensor.shape) == 1:
             packed = self.read_stored(name).rows(tensor.shape[0], self.config.head_dim, 0, tensor.shape[0])
-            values = torch.from_numpy(self._dequantize(tensor, packed))
+            values = self._values(tensor, packed)
             transfer.copy(values[first_row : first_row + len(destination)], destination)
             return
         stored, (num_rows, num_columns) = self.read_stored(name), tensor.shape
-        step = max(1, PIECE_ELEMENTS // num_columns)
+        step = len(destination) if tensor.kind in FLOATS else max(1, PIECE_ELEMENTS // num_columns)
         for start in range(0, len(destination), step):
             part = destination[start : start + step]
             first = first_row + start
             packed = stored.rows(num_rows, self.config.head_dim, first, first + len(part))
-            values = torch.from_numpy(self._dequantize(tensor, packed)).view(len(part), num_columns)
+            values = self._values(tensor, packed).view(len(part), num_columns)
             transfer.copy(values[:, first_column : first_column + part.shape[1]], part)
 
     def read_stored(self, name: str) -> StoredTensor:
@@ -249,17 +252,20 @@ class GgufSource:
         interleaves = self.config.architecture.gguf_interleaves_heads and name.endswith(HEAD_TENSORS)
         return StoredTensor(tensor.kind, packed, interleaves)
 
-    def _dequantize(self, tensor: TensorInfo, blocks: PackedBytes) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Return the elements of ``blocks`` as one writable vector."""
+    def _values(self, tensor: TensorInfo, blocks: PackedBytes) -> torch.Tensor:
+        """Return the elements of ``blocks`` as one vector: floats as they are stored, others in float32."""
+        if tensor.kind in FLOATS:
+            return from_file(np.ascontiguousarray(blocks).reshape(-1)).view(FLOATS[tensor.kind])
         try:
             # As one row: the library would walk over groups of 16 rows, in small passes.
             kind = gguf.GGMLQuantizationType(tensor.kind)
-            values = np.asarray(gguf.quants.dequantize(blocks.reshape(1, -1), kind), np.float32).reshape(-1)
+            return torch.from_numpy(
+                np.asarray(gguf.quants.dequantize(blocks.reshape(1, -1), kind), np.float32).reshape(-1)
+            )
         except NotImplementedError as error:
             raise UnsupportedQuantizationError(
                 f"{self._path}: {tensor.name} is stored as {tensor.kind.name}"
             ) from error
-        return values if values.flags.writeable else values.copy()
 
     def close(self) -> None:
         """Unmap the file; later, if an error on its way up still holds what it was reading."""

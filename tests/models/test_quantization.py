@@ -121,22 +121,43 @@ def test_blocks_stay_and_mean_the_same(gguf_of: Callable[..., pathlib.Path], kin
     source.close()
 
 
+class Noted(Transfer):
+    """Notes what is copied."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.copied: list[tuple[torch.dtype, int]] = []
+
+    def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        self.copied.append((source.dtype, source.nbytes))
+        super().copy(source, destination)
+
+
 @pytest.mark.parametrize("shard", [WHOLE, Shard(1, 2)])
 def test_blocks_are_copied_as_the_file_has_them(gguf_of: Callable[..., pathlib.Path], shard: Shard) -> None:
     """And laid out anew where they are: a host takes ten times as long for that as the bus for the copy."""
     source = open_weights(gguf_of("Q4_0"))
     reader = MatrixReader(source, torch.float32, HOST, quantization.STORED, shard)
-    copied: list[tuple[torch.dtype, int]] = []
-
-    class Noted(Transfer):
-        def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-            copied.append((source.dtype, source.nbytes))
-            super().copy(source, destination)
-
-    reader._transfer = Noted(HOST)
+    reader._transfer = noted = Noted(HOST)
     name = "model.layers.0.mlp.up_proj.weight"
     assert reader.matrix(name).shape == (192 // shard.size, 128)
-    assert copied == [(torch.uint8, 192 // shard.size * 128 // 32 * 18)]
+    assert noted.copied == [(torch.uint8, 192 // shard.size * 128 // 32 * 18)]
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
+)
+def test_floats_are_copied_as_the_file_has_them(
+    gguf_of: Callable[..., pathlib.Path], stored: str, dtype: torch.dtype
+) -> None:
+    source, noted = open_weights(gguf_of(stored)), Noted(HOST)
+    part = torch.empty((100, 60))
+    source.read_into("model.layers.0.mlp.up_proj.weight", part, transfer=noted, first_row=70, first_column=40)
+    assert noted.copied == [(dtype, 100 * 60 * dtype.itemsize)]
+    whole = torch.empty((192, 128))
+    source.read_into("model.layers.0.mlp.up_proj.weight", whole)
+    assert torch.equal(part, whole[70:170, 40:100])
     source.close()
 
 
