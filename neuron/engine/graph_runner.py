@@ -120,7 +120,7 @@ class GraphRunner(Runner):
     def _capture(self, size: int) -> None:
         """Capture the graph of a bucket; if that fails, do without it and the smaller ones."""
         try:
-            bucket = self._captured(size)
+            self._buckets[size] = self._captured(size)
         except Exception as error:  # whatever it is, every step can be launched without a graph
             raise_device_fault(error)
             self._uncaptured.clear()
@@ -130,10 +130,9 @@ class GraphRunner(Runner):
                 )
             else:
                 logger.exception("no graph of %d rows; steps without one are launched singly", size)
-            return
-        self._buckets[size] = bucket
-        if self._samples:
-            self.max_rounds = MAX_ROUNDS
+        else:
+            if self._samples:
+                self.max_rounds = MAX_ROUNDS
         # Capturing ran the step, which wrote to page 0: it is zero for all who pad with it.
         self.clear_pages(np.zeros(1, np.int32))
 

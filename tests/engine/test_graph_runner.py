@@ -115,7 +115,6 @@ def test_graphs_give_the_tokens_of_single_launches(
     assert list(graphs.sizes.values()) == [6, 4, 2, 1] == buckets(6)
     assert graphs.launched[0] == 6
     assert set(graphs.launched) >= {6, 4, 2}
-    assert not runner._keys[:, 0].any(), "page 0 pads page tables and stays zero"
     driver.tell(jobs.Unload(9, "m"))
     assert not graphs.steps
 
@@ -309,6 +308,19 @@ def test_what_cannot_be_captured_is_launched_singly(
     assert set(graphs.launched) == {6} if room else not graphs.launched
     assert caplog.text.count(told) == 1
     assert caplog.text.count(str(error)) == 1
+
+
+@pytest.mark.parametrize("room", [0, 99])
+def test_page_0_pads_page_tables_and_stays_zero(with_graphs: Callable[..., Any], room: int) -> None:
+    """The run before a capture writes to it, whatever becomes of that."""
+    graphs = Recorded(room)
+    driver = with_graphs(graphs)
+    runner = driver.engine._models["m"].runner
+    runner._weights.embedding[0] = 1.0  # of the token that is run, and zero as transformers begins
+    ask(driver, 8, 2)
+    assert bool(graphs.steps) == bool(room)
+    assert runner._keys[:, 1:].any()
+    assert not runner._keys[:, 0].any()
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,9 @@ class Recorded:
         """Of each step that has run, what it told, and where."""
 
     def capture(self, step: Callable[[], None]) -> int:
+        step()
         if len(self.steps) == self.room:
             raise self.error
-        step()
         graph = self.instantiate()
         self.steps[graph] = step
         self.sizes[graph] = self.inputs(graph).num_rows
