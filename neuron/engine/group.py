@@ -7,8 +7,8 @@ NCCL between GPUs and by Gloo otherwise; plans by a connection of their own, whi
 daemon's channel, as it could not for a collective.
 
 A rank that is gone or that hangs makes the others' sums fail, at once or after ``limit_s``, and the group is over:
-:class:`GroupLostError`; sums of NCCL's that outlast the limit end the process, by torch's own watchdog. It does not know
-schedulers or requests.
+:class:`GroupLostError`; a sum of NCCL's that outlasts the limit ends the process, by torch's own watchdog. It does not
+know schedulers or requests.
 """
 
 import contextlib
