@@ -18,7 +18,6 @@ from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix, embedding_rows
-from neuron.triton_kernels.reference import rotary_table
 
 if TYPE_CHECKING:
     from neuron.models.weights import WeightSource
@@ -164,9 +163,9 @@ def forward(
     if kind.scales_embedding:
         # Rounded to the dtype first, as these models were trained.
         residual *= torch.tensor(config.hidden_size**0.5, dtype=residual.dtype)
-    rotary = window_rotary = rotary_table(batch.positions, weights.inverse_frequencies, residual.dtype)
+    rotary = window_rotary = kernels.rotary_table(batch.positions, weights.inverse_frequencies, residual.dtype)
     if weights.window_inverse_frequencies is not None:
-        window_rotary = rotary_table(batch.positions, weights.window_inverse_frequencies, residual.dtype)
+        window_rotary = kernels.rotary_table(batch.positions, weights.window_inverse_frequencies, residual.dtype)
     for number, layer in enumerate(weights.layers):
         keys, values = key_cache[number], value_cache[number]
         angles = window_rotary if layer.window_tokens else rotary
@@ -179,8 +178,10 @@ def forward(
         else:
             x = kernels.rms_norm(residual, layer.post_norm, eps)
             picks = dispatch.Picks(config.num_experts_per_token, config.normalises_experts)
-            x = kernels.experts(x, layer.router, _experts(layer.gate_up), _experts(layer.down), picks)
-            residual.add_(x if sum_ranks is None else sum_ranks(x))
+            added = residual if sum_ranks is None else torch.zeros_like(residual)
+            kernels.add_experts(x, layer.router, _experts(layer.gate_up), _experts(layer.down), picks, added)
+            if sum_ranks is not None:
+                residual.add_(sum_ranks(added))
     return kernels.rms_norm(residual, weights.norm, eps)
 
 

@@ -17,12 +17,14 @@ from neuron.triton_kernels import (
     decode_attention,
     matmul,
     moe_matmul,
+    moe_routing,
     norm,
     prefill_attention,
     quantized,
     quantized_matmul,
     reference,
     rope,
+    rotary,
     sampling_cases,
     skinny_matmul,
 )
@@ -120,6 +122,16 @@ def _pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
             results += [(found, expected), (caches, twins)]
         return results
 
+    def angles(device: torch.device) -> Results:
+        results: Results = []
+        for half in (6, 64):
+            positions = torch.tensor([0, 1, 7, 1000, 40959, 131071, 1048575], dtype=torch.int32, device=device)
+            frequencies = 10000.0 ** (-torch.arange(half, device=device) / half)
+            found = rotary.rotary_table(positions, frequencies, dtype)
+            results += zip(found, reference.rotary_table(positions, frequencies, dtype), strict=True)
+        return results
+
+    yield Case("rotary", dtype, angles)
     yield Case("norm", dtype, norms)
     yield Case("activation", dtype, gates)
     yield Case("rope", dtype, ropes)
@@ -320,7 +332,30 @@ def _moe_cases(dtype: torch.dtype) -> Iterator[Case]:
             results.append((found, reference.moe_matmul(inner.float(), second.float(), routing, weighted=True)))
         return results
 
+    def routes(device: torch.device) -> Results:
+        results: Results = []
+        for tokens, experts, choices, normalise in (
+            (1, 128, 8, True),
+            (7, 5, 3, False),
+            (16, 16, 1, True),
+            (61, 20, 9, True),
+        ):
+            # None as likely as another: between those torch chooses as it likes.
+            ranks = torch.stack([torch.randperm(experts, device=device) for _ in range(tokens)])
+            scores = (ranks / 16).to(dtype)
+            found = moe_routing.route(scores, choices, normalise=normalise)
+            wanted = route(scores, choices, normalise=normalise)
+            results += [(found.weights, wanted.weights), (found.starts, wanted.starts), (found.order, wanted.order)]
+            parts = _random(tokens * choices, 77, dtype=dtype, device=device)
+            residual = _random(tokens, 77, dtype=dtype, device=device)
+            twin = residual.clone()
+            moe_routing.add_choices(parts, choices, residual)
+            reference.add_choices(parts, choices, twin)
+            results.append((residual, twin))
+        return results
+
     yield Case("moe matmul", dtype, run)
+    yield Case("moe routing", dtype, routes)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -351,16 +386,16 @@ def launch_everything(target: Target) -> None:
             qkv = _meta(64, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
             q = _meta(64, num_heads, head_dim, dtype=dtype)
             caches = [_meta(99, PAGE, num_kv_heads, head_dim, dtype=dtype) for _ in range(2)]
-            rotary = _meta(64, 1, head_dim, dtype=dtype), _meta(64, 1, head_dim // 2, dtype=dtype)
+            angles = _meta(64, 1, head_dim, dtype=dtype), _meta(64, 1, head_dim // 2, dtype=dtype)
             gain = _meta(num_heads + num_kv_heads, head_dim, dtype=dtype)
-            rope.rope_and_cache(qkv, gain, 1e-6, rotary, batch.slots, caches[0], caches[1])
+            rope.rope_and_cache(qkv, gain, 1e-6, angles, batch.slots, caches[0], caches[1])
             for window, cap in ((0, 0.0), (4096, 50.0)) if head_dim in (128, 256) else ((0, 0.0),):
                 prefill_attention.prefill_attention(q, caches[0], caches[1], batch, 0.1, q, window=window, soft_cap=cap)
                 decode_attention.decode_attention(
                     q, caches[0], caches[1], batch, 0.1, q, num_sequences=64, window=window, soft_cap=cap
                 )
                 decode_attention.rope_decode_attention(
-                    qkv, gain, 1e-6, rotary, caches[0], caches[1], batch, 0.1, window=window, soft_cap=cap
+                    qkv, gain, 1e-6, angles, caches[0], caches[1], batch, 0.1, window=window, soft_cap=cap
                 )
         for rows in (200, 4096):
             matmul.matmul(_meta(rows, 4096, dtype=dtype), _meta(6144, 4096, dtype=dtype))
@@ -383,8 +418,13 @@ def launch_everything(target: Target) -> None:
             moe_matmul.moe_matmul(_meta(tokens, 2048, dtype=dtype), _meta(128, 1536, 2048, dtype=dtype), routing)
             inner, down = _meta(tokens * 8, 768, dtype=dtype), _meta(128, 2048, 768, dtype=dtype)
             moe_matmul.moe_matmul(inner, down, routing, weighted=True)
+            moe_routing.add_choices(inner, 8, _meta(tokens, 768, dtype=dtype))
             for weight in _meta_quantized(128 * 2048, 768, target) if tokens in (1, 1024) else ():
                 quantized_matmul.quantized_moe_matmul(inner, weight, routing, weighted=True)
+        for tokens in (1, 8, 64):
+            moe_routing.route(_meta(tokens, 128, dtype=dtype), 8)
+        for half in (32, 64, 128):
+            rotary.rotary_table(_meta(64, dtype=i32), _meta(half, dtype=f32), dtype)
     sampling_cases.launch_all(_meta)
 
 

@@ -68,10 +68,19 @@ class Operations(Protocol):
     ) -> torch.Tensor:
         """Norm and rotate heads, write keys and values, and attend to the last ``window`` or all: ``[T, H D]``."""
 
-    def experts(
-        self, x: torch.Tensor, router: torch.Tensor, gate_up: Experts, down: Experts, picks: Picks
-    ) -> torch.Tensor:
-        """Return the weighted sum of the experts that ``router`` ``[E, hidden]`` picks for each row (SiLU)."""
+    def rotary_table(self, positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype) -> Rotary:
+        """Return cosine and sine of ``positions``."""
+
+    def add_experts(
+        self,
+        x: torch.Tensor,
+        router: torch.Tensor,
+        gate_up: Experts,
+        down: Experts,
+        picks: Picks,
+        residual: torch.Tensor,
+    ) -> None:
+        """Add the weighted sum of the experts that ``router`` ``[E, hidden]`` picks for each row (SiLU)."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return ``x`` normalised."""
@@ -125,13 +134,23 @@ class EagerOperations:
         q = reference.rope_and_cache(qkv, qk_norm, eps, rotary, batch.slots, key_cache, value_cache)
         return reference.paged_attention(q, key_cache, value_cache, batch, scale, window)
 
-    def experts(
-        self, x: torch.Tensor, router: torch.Tensor, gate_up: Experts, down: Experts, picks: Picks
-    ) -> torch.Tensor:
-        """Return the weighted sum of the experts picked."""
+    def rotary_table(self, positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype) -> Rotary:
+        """Return cosine and sine of ``positions``."""
+        return reference.rotary_table(positions, inverse_frequencies, dtype)
+
+    def add_experts(
+        self,
+        x: torch.Tensor,
+        router: torch.Tensor,
+        gate_up: Experts,
+        down: Experts,
+        picks: Picks,
+        residual: torch.Tensor,
+    ) -> None:
+        """Add the weighted sum of the experts picked."""
         routing = route(reference.matmul(x, router), picks.choices, normalise=picks.normalise)
         inner = reference.silu_and_mul(reference.moe_matmul(x, gate_up, routing))
-        return reference.moe_matmul(inner, down, routing, weighted=True).view(len(x), picks.choices, -1).sum(1)
+        reference.add_choices(reference.moe_matmul(inner, down, routing, weighted=True), picks.choices, residual)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return ``x`` normalised."""

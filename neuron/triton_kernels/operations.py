@@ -13,10 +13,12 @@ from neuron.triton_kernels import (
     decode_attention,
     matmul,
     moe_matmul,
+    moe_routing,
     norm,
     prefill_attention,
     quantized_matmul,
     rope,
+    rotary,
     rounds,
     sampling,
     skinny_matmul,
@@ -83,13 +85,24 @@ class TritonOperations:
         prefill_attention.prefill_attention(q, *caches, batch, scale, out, first_sequence=decodes, window=window)
         return out.view(len(q), -1)
 
-    def experts(
-        self, x: torch.Tensor, router: torch.Tensor, gate_up: Experts, down: Experts, picks: Picks
-    ) -> torch.Tensor:
-        """Return the weighted sum of the experts picked: two grouped matmuls, nothing leaves the device."""
-        routing = route(self.linear(x, router), picks.choices, normalise=picks.normalise)
+    def rotary_table(self, positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype) -> Rotary:
+        """Return cosine and sine of ``positions``."""
+        return rotary.rotary_table(positions, inverse_frequencies, dtype)
+
+    def add_experts(
+        self,
+        x: torch.Tensor,
+        router: torch.Tensor,
+        gate_up: Experts,
+        down: Experts,
+        picks: Picks,
+        residual: torch.Tensor,
+    ) -> None:
+        """Add the weighted sum of the experts picked: two grouped matmuls, nothing leaves the device."""
+        chosen = moe_routing.route if len(x) <= moe_routing.MAX_TOKENS else route
+        routing = chosen(self.linear(x, router), picks.choices, normalise=picks.normalise)
         inner = activation.silu_and_mul(_grouped(x, gate_up, routing, weighted=False))
-        return _grouped(inner, down, routing, weighted=True).view(len(x), picks.choices, -1).sum(1)
+        moe_routing.add_choices(_grouped(inner, down, routing, weighted=True), picks.choices, residual)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return ``x`` normalised."""

@@ -129,6 +129,12 @@ def rotary_table(
     return torch.cat((cos, cos), dim=-1).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
 
 
+def add_choices(parts: torch.Tensor, choices: int, residual: torch.Tensor) -> None:
+    """Add ``parts`` ``[T C, hidden]``, summed over a token's choices, to ``residual`` ``[T, hidden]`` in place."""
+    total = parts.view(len(residual), choices, -1).sum(1, dtype=torch.float32)
+    residual.copy_(residual.float() + total)
+
+
 def rope_and_cache(
     qkv: torch.Tensor,
     qk_norm: torch.Tensor | None,

@@ -59,6 +59,9 @@ def test_a_graph_holds_kernels_alone(start: Callable[..., Any]) -> None:
         assert len(layers) == 2 * 5 + 1, "five a layer, and the head"
         assert all(line.endswith(" dependent") for line in layers)
         assert not [line for line in graph if line.startswith(("copy", "malloc"))]
+        # Each costs more than a microsecond of every step: those of torch fetch embeddings and widen the logits.
+        assert len(ours) - len(layers) == 5, "the ends of a round, angles, the last norm, sampling"
+        assert len(graph) - len(ours) == 2
     # A step is launched as one, and copies nothing from memory that a device cannot reach.
     lines = device.lines()
     since = max(index for index, line in enumerate(lines) if line.startswith("capture ends"))
@@ -81,6 +84,9 @@ def test_every_form_is_captured(
     device.generate(1, 2)
     assert device.tokens == {1: 30, 2: 30}
     assert [line for line in device.lines() if line.startswith("graph of")]
+    if kind == "qwen3_moe":
+        num_kernels = {"none": 10, "int8": 11}[quant]  # a norm of its own before what is quantised
+        assert {len(graph) for graph in captured(device)} == {2 * num_kernels + 8}
 
 
 def test_no_memory_for_a_model(start: Callable[..., Any]) -> None:

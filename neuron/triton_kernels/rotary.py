@@ -1,0 +1,65 @@
+"""Cosine and sine of a step's positions, for the rotary embedding: one kernel where torch has seven.
+
+``angle = position * inverse_frequency`` in float32, as models are trained. It is reduced to a fraction of a turn in
+float64, which is exact to what float32 holds for any position, and then to an eighth of a turn around a quarter, where
+two polynomials do (Cephes, ``sinf.c``). Triton's own ``cos`` brings the reduction of huge angles along, by arrays in
+local memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from neuron.triton_kernels.launch import launch, power_of_two
+
+_QUARTERS = tl.constexpr(0.6366197723675814)  # of a turn, in one radian
+_RADIANS = tl.constexpr(1.5707963267948966)
+
+
+@triton.jit
+def sine_and_cosine(angle):
+    """Return both of float32 ``angle``, to 1e-7 or so."""
+    quarters = angle.to(tl.float64) * _QUARTERS
+    whole = tl.floor(quarters + 0.5)
+    x = ((quarters - whole) * _RADIANS).to(tl.float32)
+    quadrant = whole.to(tl.int64) & 3
+    z = x * x
+    sine = x + x * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cosine = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    swapped = (quadrant & 1) == 1
+    s = tl.where(swapped, cosine, sine)
+    c = tl.where(swapped, sine, cosine)
+    return tl.where(quadrant >= 2, -s, s), tl.where((quadrant == 1) | (quadrant == 2), -c, c)
+
+
+@triton.jit
+def _rotary_kernel(positions, inverse_frequencies, cos, sin, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < HALF
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(inverse_frequencies + i, mask=inside, other=0.0)
+    s, c = sine_and_cosine(angle)
+    rounded = c.to(cos.dtype.element_ty)
+    tl.store(cos + token * (2 * HALF) + i, rounded, mask=inside)
+    tl.store(cos + token * (2 * HALF) + HALF + i, rounded, mask=inside)
+    tl.store(sin + token * HALF + i, s.to(sin.dtype.element_ty), mask=inside)
+
+
+def rotary_table(
+    positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine ``[T, 1, D]`` and sine ``[T, 1, D / 2]`` of ``positions`` ``[T]`` int32.
+
+    ``inverse_frequencies`` are ``[D / 2]`` float32.
+    """
+    num_tokens, half = len(positions), len(inverse_frequencies)
+    cos = torch.empty((num_tokens, 1, 2 * half), dtype=dtype, device=positions.device)
+    sin = torch.empty((num_tokens, 1, half), dtype=dtype, device=positions.device)
+    launch(
+        _rotary_kernel,
+        (num_tokens,),
+        {"positions": positions, "inverse_frequencies": inverse_frequencies, "cos": cos, "sin": sin},
+        {"HALF": half, "BLOCK": power_of_two(half)},
+        num_warps=1,
+    )
+    return cos, sin
