@@ -9,13 +9,14 @@ import torch
 from card import Card
 from sizes import Sizes
 
-from neuron.triton_kernels import activation, cases, launch, moe_matmul, norm, sampling, sampling_cases
+from neuron.triton_kernels import activation, cases, launch, moe_matmul, moe_routing, norm, sampling
 from neuron.triton_kernels.decode_attention import decode_attention
 from neuron.triton_kernels.matmul import matmul
 from neuron.triton_kernels.prefill_attention import prefill_attention
 from neuron.triton_kernels.quantized_matmul import quantized_matmul
 from neuron.triton_kernels.random_batch import PAGE, random_batch
 from neuron.triton_kernels.routing import route
+from neuron.triton_kernels.sampling_rows import SamplingRows
 from neuron.triton_kernels.skinny_matmul import skinny_matmul
 
 Rows = Iterator[dict[str, Any]]
@@ -177,15 +178,33 @@ def pointwise(bench: Bench) -> Rows:
         routing = route(bench.random(tokens, count), choices)
         used = int((routing.starts.diff() > 0).sum()) * experts[0].nbytes
         yield row(f"experts, {tokens} tokens", used, moe_matmul.moe_matmul, few, experts, routing)
+        if tokens <= moe_routing.MAX_TOKENS:
+            scores = bench.random(tokens, count)
+            yield row(f"routing, {tokens} tokens", scores.nbytes, moe_routing.route, scores, choices)
     for num_rows in bench.sizes.sampled_rows:
         logits = bench.random(num_rows, bench.sizes.vocab, dtype=torch.float32)
-        asked = sampling_cases.random_rows(num_rows, bench.sizes.vocab, bench.card.device, everything=False)
-        greedy = dataclasses.replace(
-            asked,
-            temperature=torch.zeros_like(asked.temperature),
-            top_k=torch.zeros_like(asked.top_k),
-            top_p=torch.ones_like(asked.top_p),
-            min_p=torch.zeros_like(asked.min_p),
-        )
-        for name, wanted in (("greedy", greedy), ("filtered", asked)):
+        for name, asked in (("greedy", {"temperature": 0.0}), ("plain", {}), *FILTERS.items()):
+            wanted = _sampling_rows(num_rows, bench.card.device, **{**NO_FILTER, **asked})
             yield row(f"sampling, {num_rows} rows, {name}", logits.nbytes, sampling.sample_rows, logits, wanted)
+
+
+NO_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+FILTERS = {
+    "top-k 20 and top-p 0.95": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    "top-p 0.95 of flat logits": {"temperature": 10.0, "top_p": 0.95},
+}
+"""As Qwen3's authors recommend, and what leaves the most to look through."""
+
+
+def _sampling_rows(num_rows: int, device: torch.device, **asked: float) -> SamplingRows:
+    def all_rows(value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((num_rows,), value, dtype=dtype, device=device)
+
+    return SamplingRows(
+        temperature=all_rows(asked["temperature"], torch.float32),
+        top_k=all_rows(asked["top_k"], torch.int32),
+        top_p=all_rows(asked["top_p"], torch.float32),
+        min_p=all_rows(asked["min_p"], torch.float32),
+        seeds=torch.arange(num_rows, device=device),
+        counters=all_rows(0, torch.int32),
+    )
