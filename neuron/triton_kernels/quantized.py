@@ -171,14 +171,14 @@ def from_gguf(kind: str, blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix
     """
     match kind:
         case "Q8_0":
-            quants = blocks[:, 2:].reshape(num_rows, -1).view(torch.int8)
+            quants = _rows(blocks[:, 2:], num_rows).view(torch.int8)
             return QuantizedMatrix(Quantization.INT8, BLOCK, quants, _halves(blocks[:, :2], num_rows))
         case "Q4_0":
-            quants = blocks[:, 2:].reshape(num_rows, -1)
+            quants = _rows(blocks[:, 2:], num_rows)
             return QuantizedMatrix(Quantization.INT4, BLOCK, quants, _halves(blocks[:, :2], num_rows))
         case "Q4_1":
             scales, minima = _halves(blocks[:, :2], num_rows), _halves(blocks[:, 2:4], num_rows)
-            quants = blocks[:, 4:].reshape(num_rows, -1)
+            quants = _rows(blocks[:, 4:], num_rows)
             return QuantizedMatrix(Quantization.INT4, BLOCK, quants, scales, minima)
         case "Q4_K" | "Q5_K":
             return _from_q4_or_q5_k(blocks, num_rows)
@@ -228,10 +228,15 @@ def _from_q6_k(blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
     fours = torch.cat((low & 15, low >> 4), 2).view(-1, 2, 4, 32)
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device).view(4, 1)
     quants = ((fours | (high >> shifts & 3) << 4) - 32).view(num_rows, -1).view(torch.int8)
-    scales = blocks[:, 192:208].reshape(num_rows, -1).view(torch.int8)
+    scales = _rows(blocks[:, 192:208], num_rows).view(torch.int8)
     return QuantizedMatrix(
         Quantization.INT8, BLOCK // 2, quants, scales, super_scales=_halves(blocks[:, 208:], num_rows)
     )
+
+
+def _rows(values: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the bytes of a matrix's rows side by side, as kernels read them, also where a row is one block."""
+    return values.reshape(num_rows, -1).contiguous()
 
 
 def _halves(values: torch.Tensor, num_rows: int) -> torch.Tensor:

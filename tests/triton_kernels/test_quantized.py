@@ -24,6 +24,11 @@ def test_gguf_blocks_keep_their_values(kind: str, halves: int) -> None:
     matrix = quantized.from_gguf(kind, torch.from_numpy(blocks), rows)
     assert matrix.shape == (rows, columns)
     torch.testing.assert_close(matrix.dequantize(), torch.from_numpy(expected), rtol=1e-6, atol=1e-5)
+    # Kernels read row behind row, also where a row is a single block.
+    for shape in (rows, len(blocks)):
+        assert all(
+            array.is_contiguous() for array in quantized.from_gguf(kind, torch.from_numpy(blocks), shape).arrays()
+        )
 
 
 def test_other_gguf_blocks_are_refused() -> None:
