@@ -10,7 +10,8 @@ tokenizers and llguidance are there: `python bench/gpu/run.py --keep`, which bui
 `--budget-s` is left out, and said. `--only` takes a part of a table's or a model's name. For one kernel's counters:
 `ncu --clock-control none -k regex:decode_attention -c 20 python bench/gpu/run.py --only attention`.
 
-`--rehearse` goes through all of it on this host, small, in Triton's interpreter; no time it shows is real.
+`--small` is a first look at a card: all of it, at sizes at which nothing is worth measuring, in a minute or two.
+`--rehearse` goes through the same without one, in Triton's interpreter; no time it shows is real.
 """
 
 import contextlib
@@ -57,7 +58,7 @@ class Run:
         self.good = True
         self._options = options
         self._deadline = time.monotonic() + options.budget_s
-        keep = options.keep and not (options.rehearse or options.only)
+        keep = options.keep and not (options.small or options.rehearse or options.only)
         self.settings: dict[str, Any] = {"packages": PACKAGES, "keep": keep}
 
     def wants(self, part: str, *names: str) -> bool:
@@ -92,7 +93,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def measured_on(*, rehearses: bool) -> "Iterator[tuple[Card, Sizes]]":
+def measured_on(*, small: bool, rehearses: bool) -> "Iterator[tuple[Card, Sizes]]":
     """Yield what is measured on, and how large what is measured is."""
     import torch
     from card import Card, Rehearsal
@@ -100,7 +101,7 @@ def measured_on(*, rehearses: bool) -> "Iterator[tuple[Card, Sizes]]":
 
     torch.manual_seed(time.time_ns())
     if not rehearses:
-        yield Card(), Sizes()
+        yield Card(), SMALL if small else Sizes()
         return
     with Rehearsal().with_kernels() as card:
         yield card, SMALL
@@ -112,7 +113,7 @@ def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> No
     import torch
     from card import Once
 
-    from neuron.triton_kernels.compile import Compilation, KernelCache, KernelCompileError
+    from neuron.triton_kernels.compile import Compilation, KernelCompileError, default_cache
     from neuron.triton_kernels.launch import recording, target_of
     from neuron.triton_kernels.warm import warm
 
@@ -129,7 +130,7 @@ def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> No
                 traceback.print_exc()
     wanted = recorder.variants
     torch.cuda.empty_cache()
-    compilation = Compilation(wanted, here.capability, KernelCache(ROOT / "build" / "kernels"), os.cpu_count() or 1)
+    compilation = Compilation(wanted, here.capability, default_cache(), os.cpu_count() or 1)
     done = False
     while not done:
         try:
@@ -148,7 +149,8 @@ def main() -> int:
     parser.add_argument("--part", choices=("all", "kernels", "models"), default="all")
     parser.add_argument("--only", default="", help="tables with this in their name, or models")
     parser.add_argument("--budget-s", type=float, default=3600.0, help="no row is begun after so many seconds")
-    parser.add_argument("--rehearse", action="store_true", help="go through all of it without a GPU")
+    parser.add_argument("--small", action="store_true", help="go through all of it at small sizes")
+    parser.add_argument("--rehearse", action="store_true", help="the same without a GPU")
     options = parser.parse_args()
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -166,7 +168,7 @@ def main() -> int:
         return 0
     run = Run(options)
     find_package()
-    with measured_on(rehearses=options.rehearse) as (card, sizes):
+    with measured_on(small=options.small, rehearses=options.rehearse) as (card, sizes):
         name = "a rehearsal" if options.rehearse else torch.cuda.get_device_name()
         print(name, "torch", torch.__version__, "triton", triton.__version__)
         import kernels

@@ -1,0 +1,22 @@
+"""The bench's models on a card, small: what it asks of torch and of the device loop that its rehearsal does not."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.stand_in
+
+BENCH = pathlib.Path(__file__).parents[2] / "bench" / "gpu" / "run.py"
+
+
+def test_a_first_look_at_a_card_fills_the_tables(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-P", str(BENCH), "--small", "--part", "models"]
+    variables = {**os.environ, **environment}
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=230, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len(run.stdout.split("copy GB/s: ")) == 4, "three tables"
+    assert run.stdout.count("bursts") == 3
+    assert "forbidden" not in run.stderr
