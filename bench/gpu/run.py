@@ -8,7 +8,8 @@ engine are those of a worker, sampling included, on the loop that owns the devic
 tokenizers and llguidance are there: `python bench/gpu/run.py --keep`, which builds what is native in `build/gpu` first
 (meson, ninja and cython). `--part kernels` and `--part models` fit into ten minutes each: what is left of a part after
 `--budget-s` is left out, and said. `--only` takes a part of a table's or a model's name. For one kernel's counters:
-`ncu --clock-control none -k regex:decode_attention -c 20 python bench/gpu/run.py --only attention`.
+`ncu --clock-control none -k regex:decode_attention -c 20 python bench/gpu/run.py --only attention`. What it has built
+serves the tests of a card too: `PYTHONPATH=build/gpu/site python -P -m pytest -m gpu $(grep -rl mark.gpu tests)`.
 
 `--small` is a first look at a card: all of it, at sizes at which nothing is worth measuring, in a minute or two.
 `--rehearse` goes through the same without one, in Triton's interpreter; no time it shows is real.
