@@ -189,11 +189,12 @@ check-kernels-oldest: $(VENV)/editable build/triton-$(OLDEST_TRITON)/installed
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -P -m pytest tests/triton_kernels/test_compile.py
 
 # A worker on torch's CUDA build and Triton, over a driver that has the rules of a real one and computes nothing; in an
-# environment of its own, of 5 GB.
-STAND_IN := build/stand-in
+# environment of its own, of 5 GB. STAND_IN_TORCH names another torch, with the Triton that it comes with.
+STAND_IN_TORCH ?= 2.11.0
+STAND_IN := build/stand-in-$(STAND_IN_TORCH)
 $(STAND_IN)/made: pyproject.toml
 	$(PYTHON) -m venv $(STAND_IN)
-	$(STAND_IN)/bin/pip install "meson-python>=0.18" "Cython>=3.1" ninja "torch==2.11.0" "nvidia-cuda-crt==13.0.*"
+	$(STAND_IN)/bin/pip install "meson-python>=0.18" "Cython>=3.1" ninja "torch==$(STAND_IN_TORCH)" "nvidia-cuda-crt>=13,<14"
 	$(STAND_IN)/bin/pip install --no-build-isolation --editable ".[gpu]" --config-settings=build-dir=$(STAND_IN)/editable
 	$(STAND_IN)/bin/pip install httpx hypothesis psutil pytest pytest-benchmark pytest-timeout
 	touch $@
