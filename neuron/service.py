@@ -58,7 +58,7 @@ MAX_CONNECTIONS = 16384
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 """torch's threads wait for each other by spinning, for milliseconds unless told otherwise. Where other programs want
 the cores that is ruin: at a load of 7 on two cores, decode made 0.5-3 tokens/s, and 8-20 with this."""
-CUDA_ENVIRONMENT = {
+NCCL_ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": "lo",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "250",
@@ -319,7 +319,7 @@ class Service:
         command = [sys.executable, "-P", "-m", "neuron.engine"]
         command += ["--log-format", daemon.log_format]
         command += ["--step-limit-s", str(daemon.step_limit_s), "--max-waiting", str(daemon.max_waiting)]
-        environment = CPU_ENVIRONMENT if device.startswith("cpu") else CUDA_ENVIRONMENT
+        environment = CPU_ENVIRONMENT if device.startswith("cpu") else NCCL_ENVIRONMENT
         environment = {name: value for name, value in environment.items() if name not in os.environ}
         return Worker(device, command, environment=environment, on_state=changed, on_restarted=restarted)
 

@@ -20,7 +20,7 @@ from neuron.triton_kernels.sampling_rows import SamplingRows
 from neuron.triton_kernels.skinny_matmul import skinny_matmul
 
 Rows = Iterator[dict[str, Any]]
-EXACT = ("norm", "activation", "rope", "sampling", "rounds")
+EXACT = ("norm", "activation", "rope", "rotary", "sampling", "rounds")
 """Cases that have no product in them: the matrix units make TF32 of float32, which no model is run in here."""
 QUICK = ("norm", "moe matmul", "sampling", "rounds")
 """Of a rehearsal."""

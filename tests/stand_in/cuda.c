@@ -14,12 +14,10 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <pthread.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#define API __attribute__((visibility("default")))
+#include "stand_in.h"
+
 /* A function that succeeds and does nothing. */
 #define DONE(type, name, parameters) \
     API type name parameters { return 0; }
@@ -28,24 +26,6 @@ enum { NO_MEMORY = 2, BAD_DEVICE = 101, UNSUPPORTED = 900, INVALIDATED = 901, UN
 enum { NUM_SMS = 132, CAPABILITY = 9, SHARED_BYTES = 232448, ALIGNMENT = 4096, JUNK = 0x01 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-
-static void note(const char *format, ...) {
-    static FILE *file;
-    static int opened;
-    if (!opened) {
-        const char *path = getenv("STAND_IN_LOG");
-        opened = 1;
-        file = path ? fopen(path, "a") : NULL;
-    }
-    if (!file)
-        return;
-    va_list arguments;
-    va_start(arguments, format);
-    vfprintf(file, format, arguments);
-    va_end(arguments);
-    fputc('\n', file);
-    fflush(file);
-}
 
 /* ------------------------------------------------------------------ memory */
 

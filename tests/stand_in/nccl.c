@@ -11,30 +11,14 @@
 #define __CUDA_FP16_H__
 #define __CUDA_BF16_H__
 #include <nccl.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#define API __attribute__((visibility("default")))
+#include "stand_in.h"
 
 struct ncclComm {
     int rank, size;
 };
-
-static void note(const char *format, ...) {
-    const char *path = getenv("STAND_IN_LOG");
-    FILE *file = path ? fopen(path, "a") : NULL;
-    if (!file)
-        return;
-    va_list arguments;
-    va_start(arguments, format);
-    vfprintf(file, format, arguments);
-    va_end(arguments);
-    fputc('\n', file);
-    fclose(file);
-}
 
 static _Atomic int num_sums;
 

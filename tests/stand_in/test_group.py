@@ -7,7 +7,6 @@ import contextlib
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import pytest
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.device.channel import ChannelClosed
-from neuron.service import CUDA_ENVIRONMENT
+from neuron.service import NCCL_ENVIRONMENT
 
 HERE = pathlib.Path(__file__).parent
 NUM_LAYERS = 2
@@ -43,9 +42,7 @@ def nccl(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def address() -> str:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{trial.getsockname()[1]}"
+    return f"127.0.0.1:{daemons.free_port()}"
 
 
 ALONE = """
@@ -131,7 +128,7 @@ def test_a_sum_that_never_ends_ends_the_process(
     start: Callable[..., Any], library: pathlib.Path, nccl: pathlib.Path
 ) -> None:
     """Within the limit and a little, and before anything that comes of it is told."""
-    ranks = loaded(start, library, nccl, 3.0, STAND_IN_HANG="40", **CUDA_ENVIRONMENT)
+    ranks = loaded(start, library, nccl, 3.0, STAND_IN_HANG="40", **NCCL_ENVIRONMENT)
     for worker in ranks:
         worker.ends = (-signal.SIGABRT,)
     ranks[0].say(jobs.Generate(1, "m", PROMPT, 400, (), jobs.SamplerSettings(temperature=0.0)))
