@@ -6,7 +6,6 @@ This module imports no torch; only the worker processes do.
 
 import array
 import asyncio
-import contextlib
 import functools
 import pathlib
 import secrets
@@ -96,7 +95,9 @@ class TorchHarness:
         """Load the weights at ``path`` on the devices the spec names, or on those with the most free memory."""
         size = spec.tensor_parallel
         config, draft = await _read_configs(spec, path)
+        # The text side comes first: it is what fails without a device having anything to undo.
         files = await asyncio.to_thread(tokenizer.load, path)
+        prompts = await asyncio.to_thread(PromptFormat, files)
         if draft is not None:
             others = await asyncio.to_thread(tokenizer.load, pathlib.Path(spec.draft))
             if others.tokenizer.get_vocab() != files.tokenizer.get_vocab():
@@ -108,16 +109,34 @@ class TorchHarness:
             plan_memory(config, spec, worker.device_id, free_bytes, Shard(rank, size), draft)
         workers = tuple(worker for worker, _ in chosen)
         if size == 1:
-            loaded = await _load(workers[0], spec, path, progress)
+            loaded = await self._load_alone(workers[0], spec, path, progress)
         else:
             loaded = await self._load_group(workers, spec, path, progress)
-        return TorchModel(loaded, config, PromptFormat(files), files, workers)
+        try:
+            return TorchModel(loaded, config, prompts, files, workers)
+        except BaseException:
+            await self._undo(spec.id, workers)
+            raise
 
     async def unload(self, model: Model) -> None:
         """Free a model's memory on its devices."""
         assert isinstance(model, TorchModel)
         self._groups.pop(model.loaded.model, None)
         await asyncio.gather(*(worker.unload(model.loaded.model) for worker in model.workers))
+
+    async def _undo(self, name: str, workers: Sequence[Worker]) -> None:
+        """Free what a load that failed has left on ``workers``, also if whoever waits for it is cancelled meanwhile."""
+        self._groups.pop(name, None)
+        unloads = asyncio.gather(*(worker.unload(name) for worker in workers), return_exceptions=True)
+        await asyncio.shield(unloads)
+
+    async def _load_alone(self, worker: Worker, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> LoadedModel:
+        """Load all of it on one worker; a load nobody waits for any more is undone there."""
+        try:
+            return await worker.load(spec, str(path), progress=progress)
+        except asyncio.CancelledError:
+            await self._undo(spec.id, [worker])
+            raise
 
     async def _load_group(
         self, workers: tuple[Worker, ...], spec: ModelSpec, path: pathlib.Path, progress: Progress
@@ -162,8 +181,7 @@ class TorchHarness:
         except BaseException:
             for load in loads:
                 load.cancel()
-            self._groups.pop(spec.id, None)
-            await asyncio.gather(*(worker.unload(spec.id) for worker in undone), return_exceptions=True)
+            await self._undo(spec.id, undone)
             raise
         return msgspec.structs.replace(
             parts[0],
@@ -480,16 +498,6 @@ async def _read_configs(spec: ModelSpec, path: pathlib.Path) -> tuple[ModelConfi
         raise UnprocessableError(f"'{spec.id}' is on several devices; there nobody guesses for it.", param="draft")
     draft = await asyncio.to_thread(read_config, pathlib.Path(spec.draft)) if spec.draft else None
     return await asyncio.to_thread(read_config, path), draft
-
-
-async def _load(worker: Worker, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> LoadedModel:
-    """Load in the worker; a load nobody waits for any more is undone there."""
-    try:
-        return await worker.load(spec, str(path), progress=progress)
-    except asyncio.CancelledError:
-        with contextlib.suppress(ApiError):
-            await worker.unload(spec.id)
-        raise
 
 
 def resolve_sampling(asked: Sampling, defaults: GenerationDefaults) -> SamplerSettings:

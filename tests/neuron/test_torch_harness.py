@@ -3,18 +3,21 @@
 import asyncio
 import dataclasses
 import pathlib
+import shutil
 from typing import Any
 
 import pytest
 
 from cortex.wire.errors import ContextLengthError
 from cortex.wire.events import Finished, FinishReason, InferenceEvent
+from cortex.wire.node import ModelSpec, WorkerState
 from cortex.wire.request import InferenceRequest, Sampling
-from neuron.device.jobs import LoadedModel, SequenceEnd, TokenRow
+from neuron.device.jobs import LoadedModel, Memory, SequenceEnd, TokenRow
+from neuron.errors import TemplateError
 from neuron.models.config import GenerationDefaults, read_config
 from neuron.text import tokenizer
 from neuron.text.prompt import PromptFormat
-from neuron.torch_harness import TorchModel
+from neuron.torch_harness import TorchHarness, TorchModel
 
 CONTEXT = 64
 ENDS = (2, 300, 17)
@@ -37,6 +40,84 @@ class Recorder:
 
     def cancel(self, number: int) -> None:
         self.cancelled.append(number)
+
+
+class Device:
+    """A worker that loads anything, and keeps what is loaded."""
+
+    device_id = "cpu:0"
+    state = WorkerState.READY
+    ready = True
+
+    def __init__(self) -> None:
+        self.models: set[str] = set()
+        self.asked_for: list[str] = []
+        self.loads = asyncio.Event()
+        self.loads.set()
+
+    async def memory(self) -> Memory:
+        return Memory(1 << 40, 1 << 40, 0)
+
+    async def load(self, spec: ModelSpec, path: str, **more: Any) -> LoadedModel:
+        self.asked_for.append(spec.id)
+        self.models.add(spec.id)
+        await self.loads.wait()
+        return LoadedModel(spec.id, "llama", "float32", CONTEXT, 4, 0, 0)
+
+    async def unload(self, model: str) -> None:
+        self.models.discard(model)
+
+
+def load(device: Device, path: pathlib.Path) -> TorchModel:
+    async def story() -> TorchModel:
+        harness = TorchHarness({"cpu:0": device})  # type: ignore[dict-item]
+        return await harness.load(ModelSpec("m", str(path)), path, lambda fraction: None)
+
+    return asyncio.run(story())
+
+
+def test_text_that_cannot_be_read_is_found_before_a_device_is_asked(
+    talking_llama: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = shutil.copytree(talking_llama, tmp_path / "m")
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    device = Device()
+    with pytest.raises(TemplateError):
+        load(device, folder)
+    assert not device.asked_for
+
+
+def test_a_load_that_fails_behind_the_device_leaves_nothing_there(
+    talking_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: object) -> None:
+        raise MemoryError
+
+    device = Device()
+    with monkeypatch.context() as patched:
+        patched.setattr(TorchModel, "__init__", broken)
+        with pytest.raises(MemoryError):
+            load(device, talking_llama)
+    assert (device.asked_for, device.models) == (["m"], set())
+    assert load(device, talking_llama).loaded.model == "m"
+
+
+def test_a_load_that_is_cancelled_leaves_nothing_on_the_device(talking_llama: pathlib.Path) -> None:
+    async def story() -> None:
+        device = Device()
+        device.loads.clear()
+        harness = TorchHarness({"cpu:0": device})  # type: ignore[dict-item]
+        load = asyncio.ensure_future(
+            harness.load(ModelSpec("m", str(talking_llama)), talking_llama, lambda fraction: None)
+        )
+        while not device.models:
+            await asyncio.sleep(0)
+        load.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+        assert not device.models
+
+    asyncio.run(story())
 
 
 @pytest.fixture
