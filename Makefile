@@ -76,7 +76,7 @@ test-clients: $(VENV)/editable
 # Six neurons, two of them with the real model, and two gateways of two workers: what can happen to a fleet.
 test-fleet: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest -m fleet tests/fleet
+	$(BIN)/python -P -m pytest -m fleet tests/fleet tests/e2e
 
 # The page in a headless Chromium (Debian's package; installed here where that is possible), with axe-core looking at it.
 DASHBOARD := build/dashboard
