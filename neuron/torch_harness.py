@@ -278,7 +278,7 @@ class TorchModel:
         prompts = [
             list(given)
             if isinstance(given, tuple)
-            else (await self._build(InferenceRequest(request.model, prompt=given))).ids
+            else (await self._build(InferenceRequest(request.model, prompt=given), whole=True)).ids
             for given in request.inputs
         ]
         for index, ids in enumerate(prompts):
@@ -323,11 +323,11 @@ class TorchModel:
         assert isinstance(item, Embedding)
         return item.vector
 
-    async def _build(self, request: InferenceRequest) -> Prompt:
+    async def _build(self, request: InferenceRequest, *, whole: bool = False) -> Prompt:
         size = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
         if size <= INLINE_TOKENISE_CHARS:
-            return self._prompts.build(request)
-        return await asyncio.to_thread(self._prompts.build, request)
+            return self._prompts.build(request, whole=whole)
+        return await asyncio.to_thread(self._prompts.build, request, whole=whole)
 
     def _detokenizer(self, request: InferenceRequest, prompt: Prompt, choice: int) -> Detokenizer:
         return Detokenizer(

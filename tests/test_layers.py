@@ -82,6 +82,7 @@ FLOORS = {
     "neuron.engine": 3,
     "neuron.text": 3,
     # what a worker reads too, for its grammars
+    "neuron.text.plain": 2,
     "neuron.text.token_bytes": 2,
     "neuron.text.tokenizer": 2,
     "neuron.load": 3,

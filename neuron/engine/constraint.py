@@ -14,6 +14,7 @@ from cortex.wire.errors import InvalidSchemaError
 from neuron.device.jobs import ConstraintSettings
 from neuron.engine.errors import EngineError
 from neuron.engine.sequence import Int32Array
+from neuron.text.plain import Place, PlainText
 from neuron.text.token_bytes import special_ids, token_bytes
 
 BITS: Final = 32
@@ -45,7 +46,9 @@ class _Tokens:
     """The interface that llguidance asks of a foreign tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, num_tokens: int, eos: tuple[int, ...]) -> None:
-        self._tokenizer = tokenizer
+        # The grammar's own text is a continuation of what is there: a space before it would not follow the grammar.
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._plain = PlainText(tokenizer, special, Place.CONTINUED)
         known = token_bytes(tokenizer)[:num_tokens]
         # A token of no bytes is in no mask, which is what the padding of the logits needs.
         self.tokens = known + [b""] * (num_tokens - len(known))
@@ -54,9 +57,7 @@ class _Tokens:
         self.bos_token_id = None
 
     def __call__(self, text: str | bytes) -> list[int]:
-        text = text.decode() if isinstance(text, bytes) else text
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._plain.encode(text.decode() if isinstance(text, bytes) else text)
 
 
 class Constraint:

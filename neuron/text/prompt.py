@@ -68,20 +68,19 @@ class PromptFormat:
         """Whether there is a chat template."""
         return self._template is not None
 
-    def build(self, request: InferenceRequest) -> Prompt:
-        """Render and tokenise.
+    def build(self, request: InferenceRequest, *, whole: bool = False) -> Prompt:
+        """Render and tokenise. A prompt that is ``whole`` is not gone on with, but read, as for an embedding.
 
         Raises:
             NoTemplateError: messages were sent to a model without a chat template.
             TemplateError: the template refused the conversation, with its own words.
         """
         text = request.prompt if request.prompt is not None else self.render(request)
-        add_bos = request.prompt is not None and self._files.add_bos
-        ids = self._files.tokenizer.encode(text, add_special_tokens=request.prompt is not None).ids
-        if add_bos and (bos := self._files.special_tokens.get("bos_token")) is not None:
-            bos_id = self._files.tokenizer.token_to_id(bos)
-            if bos_id is not None and ids[:1] != [bos_id]:
-                ids = [bos_id, *ids]
+        ids = self._files.tokenizer.encode(text, add_special_tokens=False).ids
+        if request.prompt is not None and (before := self._files.before) and tuple(ids[: len(before)]) != before:
+            ids = [*before, *ids]
+        if whole and (behind := self._files.behind) and tuple(ids[-len(behind) :]) != behind:
+            ids = [*ids, *behind]
         if not ids:
             raise InvalidRequestError("Invalid 'messages': the prompt is empty.", param="messages")
         opened = self.tags is not None and text.rstrip().endswith(self.tags.start)

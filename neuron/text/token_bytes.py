@@ -1,44 +1,133 @@
 """The bytes that each token of a vocabulary stands for: what log probabilities and grammars speak of.
 
-Byte-level vocabularies write each byte as one printable character (GPT-2's table); those of SentencePiece write a space
-as U+2581 and a lone byte as ``<0x0A>``. Special tokens stand for no bytes of text. Loads no torch.
+A tokenizer's decoder says what a piece means, and only that: letters in the pieces prove nothing, since a SentencePiece
+vocabulary has pieces with the letters of GPT-2's byte table too. The decoder's steps are taken here one piece at a
+time, as they act in the middle of a text: what a step does to the ends of a whole text is no token's. Special tokens
+stand for no bytes of text. Loads no torch.
 """
 
 import functools
+import json
 import re
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders
 
-_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
-_SPACE: Final = "\u2581"
+_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+Step = Callable[[str], "str | bytes"]
+"""One step of a decoder on one piece; bytes are final."""
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """Return the bytes of each id of ``tokenizer``; of a special token, its name."""
-    added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
+    special = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    pieces = [""] * (max(vocabulary.values()) + 1)
+    steps = _steps(_state(tokenizer.decoder))
+    found = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for piece, index in vocabulary.items():
-        pieces[index] = piece
-    table = byte_of_character()
-    byte_level = any("Ġ" in piece for piece in pieces)
-    found = []
-    for index, piece in enumerate(pieces):
-        if index in added:
-            found.append(added[index].encode())
-        elif byte_level:
-            found.append(bytes(table[c] for c in piece) if all(c in table for c in piece) else piece.encode())
-        elif match := _BYTE_TOKEN.fullmatch(piece):
-            found.append(bytes([int(match[1], 16)]))
-        else:
-            found.append(piece.replace(_SPACE, " ").encode())
+        found[index] = special[index].encode() if index in special else _decoded(piece, steps)
     return found
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that stand for no text."""
     return [index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+
+
+def _state(decoder: Any) -> dict[str, Any]:
+    """Return a decoder as ``tokenizer.json`` has it."""
+    return {} if decoder is None else json.loads(decoder.__getstate__())
+
+
+def _decoded(piece: str, steps: list[Step]) -> bytes:
+    for step in steps:
+        found = step(piece)
+        if isinstance(found, bytes):
+            return found
+        piece = found
+    return piece.encode()
+
+
+def _steps(state: dict[str, Any]) -> list[Step]:
+    """Return what a decoder does to each piece. After ``Fuse`` there are no pieces any more, only a text."""
+    steps: list[Step] = []
+    for part in _flat(state):
+        match part.get("type"):
+            case "Fuse":
+                break
+            case "ByteLevel":
+                steps.append(_byte_level)
+            case "ByteFallback":
+                steps.append(_byte_fallback)
+            case "Metaspace":
+                steps.append(functools.partial(_replaced, part["replacement"], " "))
+            case "Replace":
+                steps.append(_replacement(part["pattern"], part["content"]))
+            case "BPEDecoder":
+                steps.append(functools.partial(_replaced, part["suffix"], " "))
+            case "WordPiece":
+                steps.append(functools.partial(_word_piece, part["prefix"], part["cleanup"]))
+            case "Strip":
+                steps.append(functools.partial(_stripped, part["content"], part["start"], part["stop"]))
+            case "CTC":
+                steps.append(functools.partial(_replaced, part["word_delimiter_token"], " "))
+    return steps
+
+
+def _flat(state: dict[str, Any]) -> list[dict[str, Any]]:
+    if state.get("type") == "Sequence":
+        return [part for inner in state["decoders"] for part in _flat(inner)]
+    return [state]
+
+
+def _byte_level(piece: str) -> bytes:
+    table = byte_of_character()
+    try:
+        return bytes(map(table.__getitem__, piece))
+    except KeyError:
+        return piece.encode()  # a token that was added to the vocabulary is written as it is
+
+
+def _byte_fallback(piece: str) -> str | bytes:
+    found = _BYTE_TOKEN.fullmatch(piece)
+    return bytes([int(found[1], 16)]) if found else piece
+
+
+def _replaced(old: str, new: str, piece: str) -> str:
+    return piece.replace(old, new)
+
+
+def _replacement(pattern: dict[str, str], content: str) -> Step:
+    if "String" in pattern:
+        return functools.partial(_replaced, pattern["String"], content)
+    # The regular expressions of the library are not Python's: it does this itself.
+    decoder = decoders.Replace(Regex(pattern["Regex"]), content)
+    return lambda piece: str(decoder.decode([piece]))
+
+
+def _word_piece(prefix: str, cleanup: bool, piece: str) -> str:
+    piece = piece.removeprefix(prefix) if piece.startswith(prefix) else " " + piece
+    if cleanup:
+        for old, new in _CLEANED:
+            piece = piece.replace(old, new)
+    return piece
+
+
+_CLEANED: Final = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
+    (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+"""What WordPiece's decoder tidies in each piece, as the ``tokenizers`` library has it."""
+
+
+def _stripped(content: str, start: int, stop: int, piece: str) -> str:
+    for _ in range(start):
+        piece = piece.removeprefix(content)
+    for _ in range(stop):
+        piece = piece.removesuffix(content)
+    return piece
 
 
 @functools.cache

@@ -25,7 +25,10 @@ class TextFiles:
     tokenizer: Tokenizer
     chat_template: str | None
     special_tokens: Mapping[str, str]
-    add_bos: bool
+    before: tuple[int, ...] = ()
+    """The ids that a text of its own, which no template made, begins with."""
+    behind: tuple[int, ...] = ()
+    """The ids that such a text ends with where it is read as a whole, as for an embedding; a completion goes on."""
 
 
 _GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -85,8 +88,12 @@ def from_gguf(header: GgufHeader) -> TextFiles:
         if isinstance(index := meta.get(f"tokenizer.ggml.{key}_token_id"), int) and index < len(tokens)
     }
     # SentencePiece models begin a text with their first token unless they say otherwise.
-    add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", kind == "llama"))
-    return TextFiles(tokenizer, meta.get("tokenizer.chat_template"), found, add_bos)
+    adds = {"bos": kind == "llama", "eos": False}
+    before, behind = (
+        _ids_of(tokenizer, found.get(f"{name}_token")) if meta.get(f"tokenizer.ggml.add_{name}_token", default) else ()
+        for name, default in adds.items()
+    )
+    return TextFiles(tokenizer, meta.get("tokenizer.chat_template"), found, before, behind)
 
 
 def _byte_level(meta: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
@@ -162,11 +169,51 @@ def _from_folder(folder: pathlib.Path) -> TextFiles:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
         raise UnsupportedTokenizerError(f"{file} cannot be read: {error}.") from error
+    # They are saved with the last training's settings: a prompt is neither cut nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if tokenizer.decoder is None and b'"ByteLevel"' in _state(tokenizer.pre_tokenizer):
+        tokenizer.decoder = decoders.ByteLevel()
     config = _read_json(folder / "tokenizer_config.json")
+    _add_missing(tokenizer, config.get("added_tokens_decoder"))
     template_file = folder / "chat_template.jinja"
     template = template_file.read_text() if template_file.exists() else _template(config.get("chat_template"))
-    special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    return TextFiles(tokenizer, template, {name: text for name, text in special.items() if text}, add_bos=False)
+    named = {**_read_json(folder / "special_tokens_map.json"), **config}
+    special = {name: _token_text(named.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    special = {name: text for name, text in special.items() if text}
+    before, behind = _framing(tokenizer)
+    if config.get("add_bos_token") is True and not before:
+        before = _ids_of(tokenizer, special.get("bos_token"))
+    return TextFiles(tokenizer, template, special, before, behind)
+
+
+def _state(component: Any) -> bytes:
+    return b"" if component is None else component.__getstate__()
+
+
+def _add_missing(tokenizer: Tokenizer, listed: Any) -> None:
+    """Add the tokens that ``tokenizer_config.json`` has beyond ``tokenizer.json``, in the order of their ids."""
+    if not isinstance(listed, dict):
+        return
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for _, entry in sorted((int(index), entry) for index, entry in listed.items() if index.isdecimal()):
+        text = _token_text(entry)
+        if text and text not in known:
+            flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+            tokenizer.add_tokens([AddedToken(text, special=bool(entry.get("special", False)), **flags)])
+
+
+def _framing(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the tokenizer's post-processor puts before a text, and those it puts behind it."""
+    bare, framed = (tokenizer.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    added = len(framed) - len(bare)
+    at = next((at for at in range(added + 1) if bare and framed[at : at + len(bare)] == bare), 0)
+    return tuple(framed[:at]), tuple(framed[at + len(bare) :])
+
+
+def _ids_of(tokenizer: Tokenizer, token: str | None) -> tuple[int, ...]:
+    index = tokenizer.token_to_id(token) if token else None
+    return () if index is None else (index,)
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def prompts(template: str | None) -> PromptFormat:
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PromptFormat(TextFiles(tokenizer, template, {"bos_token": "<s>"}, add_bos=False))
+    return PromptFormat(TextFiles(tokenizer, template, {"bos_token": "<s>"}))
 
 
 def render(template: str, *messages: Message, **fields: Any) -> str:

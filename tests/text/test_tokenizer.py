@@ -1,15 +1,20 @@
-"""Tokenizers rebuilt from GGUF metadata, against the algorithm they stand for."""
+"""Tokenizers rebuilt from GGUF metadata, against the algorithm they stand for, and those of folders."""
 
 import itertools
+import json
+import pathlib
 from typing import Any
 
 import hypothesis
 import pytest
 from hypothesis import strategies
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from cortex.wire.request import InferenceRequest
 from neuron.errors import UnsupportedTokenizerError
 from neuron.models.gguf import GgufHeader
-from neuron.text.tokenizer import TextFiles, from_gguf
+from neuron.text.prompt import PromptFormat
+from neuron.text.tokenizer import TextFiles, from_gguf, load
 
 SPACE = "\u2581"
 LETTERS = [*"abc", SPACE, "ä"]
@@ -68,7 +73,7 @@ def test_sentencepiece_keeps_tokens_of_the_user_and_of_control_whole() -> None:
     files = sentencepiece()
     ids = files.tokenizer.encode("a\n\n\nb</s>", add_special_tokens=False).ids
     assert [TOKENS[index] for index in ids] == ["a", "\n\n", "\n", "b", "</s>"]
-    assert files.add_bos
+    assert files.before == (1,)
     assert files.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -91,3 +96,58 @@ def test_sentencepiece_may_put_a_space_before_the_text() -> None:
 def test_a_vocabulary_that_is_none(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(UnsupportedTokenizerError, match=reason):
         sentencepiece(**changes)
+
+
+def folder_of(tmp_path: pathlib.Path, tokenizer: Tokenizer, **config: Any) -> pathlib.Path:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def letters(*added: str) -> Tokenizer:
+    """A byte-level tokenizer without merges, and with ``added`` as special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    found = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    found.decoder = decoders.ByteLevel()
+    found.add_special_tokens(list(added))
+    return found
+
+
+@pytest.mark.parametrize("direction", ["left", "right"])
+def test_lengths_that_were_saved_with_a_tokenizer_do_not_hold_for_prompts(
+    tmp_path: pathlib.Path, direction: Any
+) -> None:
+    saved = letters("<s>", "<pad>")
+    saved.enable_truncation(64, direction=direction)
+    saved.enable_padding(length=4096, pad_token="<pad>", pad_id=257, direction=direction)
+    prompts = PromptFormat(load(folder_of(tmp_path, saved)))
+    assert len(prompts.build(InferenceRequest("m", prompt="x" * 3000)).ids) == 3000
+    assert len(prompts.build(InferenceRequest("m", prompt="x")).ids) == 1
+    assert len(prompts.build(InferenceRequest("m", prompt="x" * 100), whole=True).ids) == 100
+
+
+def test_a_completion_begins_as_its_tokenizer_begins_texts_and_does_not_end(tmp_path: pathlib.Path) -> None:
+    saved = letters("<s>", "</s>")
+    saved.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    files = load(folder_of(tmp_path, saved))
+    prompts, x = PromptFormat(files), files.tokenizer.token_to_id("x")
+    assert prompts.build(InferenceRequest("m", prompt="x")).ids == [256, x]
+    assert prompts.build(InferenceRequest("m", prompt="<s>x")).ids == [256, x], "not twice"
+    assert prompts.build(InferenceRequest("m", prompt="x"), whole=True).ids == [256, x, 257]
+    assert prompts.build(InferenceRequest("m", prompt="x</s>"), whole=True).ids == [256, x, 257]
+
+
+def test_what_a_tokenizers_configuration_adds(tmp_path: pathlib.Path) -> None:
+    """The first token, tokens that ``tokenizer.json`` lacks, and a decoder where the file has none."""
+    saved = letters("<s>")
+    saved.decoder = None
+    added = {"257": {"content": "<|end|>", "special": True}, "256": {"content": "<s>", "special": True}}
+    files = load(folder_of(tmp_path, saved, add_bos_token=True, bos_token="<s>", added_tokens_decoder=added))
+    assert PromptFormat(files).build(InferenceRequest("m", prompt="ä<|end|>")).ids[0] == 256
+    ids = files.tokenizer.encode("ä b<|end|>", add_special_tokens=False).ids
+    assert ids[-1] == 257
+    assert files.tokenizer.decode(ids) == "ä b"
