@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from neuron.device.jobs import Pooling
 from neuron.models.architecture import Architecture, gguf_name
+from neuron.models.ends import folder_ends, gguf_ends, token_ids
 from neuron.models.errors import (
     CorruptWeightsError,
     UnsupportedArchitectureError,
@@ -162,7 +163,6 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
         raise CorruptWeightsError(path, "the rope parameters of a kind of layer are not an object")
     generation_path = folder / "generation_config.json"
     generation = _json_object(generation_path) or {}
-    eos_ids = (*_ids(generation.get("eos_token_id"), path), *_ids(values.get("eos_token_id"), path))
     heads = fields.size("num_attention_heads")
     return _checked(
         path,
@@ -181,14 +181,20 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
             attention_bias=architecture.qkv_bias or fields.flag("attention_bias"),
             tie_embeddings=fields.flag("tie_word_embeddings", architecture.ties_embeddings),
             context_tokens=fields.size("max_position_embeddings"),
-            eos_ids=tuple(dict.fromkeys(eos_ids)),
-            bos_id=next(iter(_ids(values.get("bos_token_id"), path)), None),
+            eos_ids=folder_ends(folder, (generation, *_configs(values))),
+            bos_id=next(iter(token_ids(values.get("bos_token_id"), path)), None),
             generation=_generation(generation_path, generation, GENERATION_KEYS),
             pooling=_folder_pooling(folder),
             **_folder_windows(fields, architecture, window_rope),
             **_folder_experts(fields, architecture),
         ),
     )
+
+
+def _configs(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Return a configuration, and the one of its text model where it has several."""
+    inner = values.get("text_config")
+    return (values, inner) if isinstance(inner, dict) else (values,)
 
 
 def _folder_windows(fields: "_Fields", architecture: Architecture, window_rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,7 +289,6 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
         raise UnsupportedArchitectureError(f"{path}: keys and values of different sizes are not supported")
     if fields.size("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedRopeError(f"{path}: a rotary embedding of part of the head is not supported")
-    eos = [values.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     kinds = {tensor.name: tensor.kind for tensor in header.tensors}
     config = _checked(
         path,
@@ -302,8 +307,8 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
             attention_bias="blk.0.attn_q.bias" in shapes,
             tie_embeddings="output.weight" not in shapes,
             context_tokens=fields.size("context_length"),
-            eos_ids=tuple(dict.fromkeys(found for value in eos for found in _ids(value, path))),
-            bos_id=next(iter(_ids(values.get("tokenizer.ggml.bos_token_id"), path)), None),
+            eos_ids=gguf_ends(values, path),
+            bos_id=next(iter(token_ids(values.get("tokenizer.ggml.bos_token_id"), path)), None),
             generation=_generation(path, values, GGUF_GENERATION_KEYS),
             pooling=Pooling.MEAN if own.get("pooling_type") == GGUF_MEAN_POOLING else Pooling.LAST,
             **_gguf_windows(fields, architecture, head_dim),
@@ -420,13 +425,6 @@ class _Fields:
         return value
 
 
-def _ids(value: Any, path: pathlib.Path) -> tuple[int, ...]:
-    found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
-        raise CorruptWeightsError(path, f"token ids {value!r} are not numbers")
-    return tuple(token for token in found if token >= 0)
-
-
 def _generation(path: pathlib.Path, values: Mapping[str, Any], keys: Mapping[str, str]) -> GenerationDefaults:
     found: dict[str, Any] = {}
     for name, key in keys.items():
@@ -440,7 +438,7 @@ def _generation(path: pathlib.Path, values: Mapping[str, Any], keys: Mapping[str
 
 
 def _checked(path: pathlib.Path, config: ModelConfig) -> ModelConfig:
-    """Return ``config`` if its sizes agree with one another."""
+    """Return ``config`` if its sizes agree with one another, without the end tokens that the model cannot sample."""
     if config.num_heads % config.num_kv_heads:
         raise CorruptWeightsError(path, f"{config.num_heads} heads cannot share {config.num_kv_heads} key-value heads")
     if config.head_dim < 2 or config.head_dim % 2:
@@ -456,4 +454,4 @@ def _checked(path: pathlib.Path, config: ModelConfig) -> ModelConfig:
         raise CorruptWeightsError(
             path, f"rope_freqs.weight has {len(scaling.factors)} numbers, not {config.head_dim // 2}"
         )
-    return config
+    return dataclasses.replace(config, eos_ids=tuple(token for token in config.eos_ids if token < config.vocab_size))

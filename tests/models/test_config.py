@@ -13,6 +13,7 @@ from cortex.wire.errors import ApiError, InvalidRequestError
 from cortex.wire.node import ModelSpec
 from neuron.models import sizing
 from neuron.models.config import ModelConfig, read_config
+from neuron.models.ends import gguf_ends
 from neuron.models.errors import (
     CorruptWeightsError,
     DoesNotFitError,
@@ -77,7 +78,7 @@ def test_gguf_metadata(smollm2_gguf: pathlib.Path) -> None:
     assert config.num_parameters() == 134_515_008
     assert (config.num_heads, config.num_kv_heads, config.head_dim, config.context_tokens) == (9, 3, 64, 8192)
     assert config.tie_embeddings
-    assert config.eos_ids == (2,)
+    assert config.eos_ids == (2, 0), "the end of a turn and of a text"
     assert config.rope_theta == 100000.0
 
 
@@ -223,3 +224,72 @@ def test_auto_is_what_the_device_is_fast_in(tmp_path: pathlib.Path, monkeypatch:
 
 
 _has = sizing.cpu_has_bfloat16.__wrapped__
+
+
+IM_END, END_OF_TEXT = 151645, 151643
+
+
+def tokenizer_of(folder: pathlib.Path, added: dict[str, int], **config: Any) -> None:
+    tokens = [{"id": index, "content": text, "special": True} for text, index in added.items()]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {"vocab": {"</s>": 7}}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "tokenizer", "ends"),
+    [
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 6}, {}, {5, 6}),
+        ({}, {"eos_token_id": 6}, {"eos_token": "<a>"}, {6, 9}),
+        (None, {"eos_token_id": None}, {"eos_token": {"content": "<a>", "lstrip": False}}, {9}),
+        (None, {"eos_token_id": "absent", "text_config": {"eos_token_id": [3, 4]}}, {}, {3, 4}),
+        (None, {"eos_token_id": "absent"}, {"eos_token": "</s>"}, {7}),
+        (None, {"eos_token_id": "absent"}, {"eos_token": "<no token>"}, set()),
+        (None, {"eos_token_id": 1 << 20}, {"eos_token": None}, set()),
+        (
+            {"eos_token_id": 5},
+            {"eos_token_id": 5},
+            {"eos_token": "<b>", "added_tokens_decoder": {"11": {"content": "<b>"}}},
+            {5, 11},
+        ),
+    ],
+)
+def test_an_answer_ends_with_all_that_any_file_calls_an_end(
+    tmp_path: pathlib.Path, generation: Any, config: Any, tokenizer: Any, ends: set[int]
+) -> None:
+    write(tmp_path, generation, **config)
+    tokenizer_of(tmp_path, {"<a>": 9, "<c>": 10}, **tokenizer)
+    assert set(read_config(tmp_path).eos_ids) == ends
+
+
+def test_an_end_of_turn_is_one_by_its_text(tmp_path: pathlib.Path) -> None:
+    """A file that names the end of a text alone, as base models' and GGUF files do, has chats that never end."""
+    write(tmp_path, {"eos_token_id": END_OF_TEXT}, eos_token_id=END_OF_TEXT)
+    tokenizer_of(tmp_path, {"<|im_end|>": IM_END, "<|im_start|>": 151644})
+    assert read_config(tmp_path).eos_ids == (END_OF_TEXT, IM_END)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named", "ends"),
+    [
+        (["a", "</s>", "<|im_end|>"], {"eos": 1}, {1, 2}),
+        (["a", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"], {"eos": 2, "eot": 1}, {1, 2, 3}),
+        (["a", "<eos>", "<end_of_turn>", "<start_of_turn>"], {"eos": 1}, {1, 2}),
+        (["<|return|>", "<|end|>", "<|call|>", "<|endoftext|>"], {"eos": 0}, {0, 2, 3}),
+        (["<|endoftext|>", "<|user|>", "<|observation|>", "<|assistant|>"], {"eos": 0}, {0, 1, 2}),
+        (["<|endoftext|>", "<|user|>", "<|end|>", "<|assistant|>"], {"eos": 0}, {0, 2}),
+        (["<eos>", "<turn|>", "<|tool_response>"], {"eos": 0}, {0, 1, 2}),
+        (["a", "b", "c"], {"eos": 2, "eot": 1, "eom": -1}, {1, 2}),
+    ],
+)
+def test_the_ends_of_a_gguf_file(tokens: list[str], named: dict[str, int], ends: set[int]) -> None:
+    metadata: dict[str, Any] = {f"tokenizer.ggml.{kind}_token_id": index for kind, index in named.items()}
+    metadata |= {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1 if len(t) == 1 else 3 for t in tokens],
+    }
+    assert set(gguf_ends(metadata, pathlib.Path("m.gguf"))) == ends
+
+
+def test_an_end_that_is_but_text_is_none() -> None:
+    metadata = {"tokenizer.ggml.tokens": ["<|im_end|>"], "tokenizer.ggml.token_type": [1]}
+    assert gguf_ends(metadata, pathlib.Path("m.gguf")) == ()

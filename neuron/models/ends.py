@@ -1,0 +1,157 @@
+"""The tokens that end an answer, from everything a model's files say of them.
+
+Files disagree: ``generation_config.json`` names the end of a turn, ``config.json`` that of a text, and of a GGUF file
+often only one of them is listed. All that any of them names count, and so do the tokens that by their text end a turn
+in the families that are known here, where the vocabulary has them as tokens of their own: a template ends its turns
+with them, so a model that writes one has ended its own.
+"""
+
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from neuron.models.errors import CorruptWeightsError
+
+TURN_ENDS: Final = frozenset(
+    {
+        "<|im_end|>",  # ChatML: Qwen, SmolLM, Hermes
+        "<|eot_id|>",  # Llama 3
+        "<|eom_id|>",  # Llama 3, before the result of a built-in tool
+        "<|eot|>",  # Llama 4
+        "<|eom|>",
+        "<end_of_turn>",  # Gemma 2 and 3
+        "<turn|>",  # Gemma 4
+        "<|end|>",  # Phi 3 and 4
+        "<|endoftext|>",
+        "<|end_of_text|>",  # Llama 3, Granite
+        "<|end_of_turn|>",
+        "<end_of_utterance>",  # SmolVLM
+        "<|return|>",  # gpt-oss
+        "<|call|>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
+        "<|END_OF_TURN_TOKEN|>",  # Command R
+        "[EOT]",  # Kimi
+        "[EOS]",
+        "<EOT>",
+        "< EOT >",
+        "_<EOT>",  # CodeLlama
+    }
+)
+"""What ends a turn or a text in chat templates, as their models' files and llama.cpp's list of such tokens have it."""
+
+_HARMONY: Final = frozenset({"<|return|>", "<|call|>"})
+"""Where both are there, ``<|end|>`` ends one message of several in an answer (gpt-oss)."""
+_GLM: Final = frozenset({"<|user|>", "<|observation|>"})
+"""GLM ends its turns with the mark of the next one's; such files have both."""
+_GEMMA_4: Final = frozenset({"<turn|>", "<|tool_response>"})
+"""Gemma 4 ends a turn that calls a tool where the result would begin."""
+
+
+def ends_by_text(special: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the ids of those of the ``special`` tokens, by text, that end a turn."""
+    ends = set(TURN_ENDS)
+    if special.keys() >= _HARMONY:
+        ends.discard("<|end|>")
+    for together in (_GLM, _GEMMA_4):
+        if special.keys() >= together:
+            ends |= together
+    return tuple(index for text, index in special.items() if text in ends)
+
+
+def token_ids(value: object, path: pathlib.Path) -> tuple[int, ...]:
+    """Return the ids in ``value``: one, a list of them, or none. Raises :class:`CorruptWeightsError`."""
+    found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+        raise CorruptWeightsError(path, f"token ids {value!r} are not numbers")
+    return tuple(token for token in found if 0 <= token < 1 << 31)
+
+
+def folder_ends(folder: pathlib.Path, configs: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Return the end tokens of a model in ``folder``: those its ``configs`` name first, in their order."""
+    path = folder / "config.json"
+    named = [token for config in configs for token in token_ids(config.get("eos_token_id"), path)]
+    tokenizer = _read(folder / "tokenizer.json", _TokenizerFile)
+    added = {token.content: token.id for token in tokenizer.added_tokens}
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        config = _read(folder / file, _TokenizerConfig)
+        added |= {
+            text: int(index)
+            for index, token in config.added_tokens_decoder.items()
+            if index.isdecimal() and (text := _text(token)) and text not in added
+        }
+        text = _text(config.eos_token)
+        if text in added:
+            named.append(added[text])
+        elif text:
+            named += _in_vocabulary(folder / "tokenizer.json", text)
+    return tuple(dict.fromkeys(token for token in (*named, *ends_by_text(added)) if 0 <= token < 1 << 31))
+
+
+GGUF_ENDS: Final = ("eos", "eot", "eom")
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+
+def gguf_ends(metadata: Mapping[str, Any], path: pathlib.Path) -> tuple[int, ...]:
+    """Return the end tokens that a GGUF file has."""
+    named = [token for kind in GGUF_ENDS for token in token_ids(metadata.get(f"tokenizer.ggml.{kind}_token_id"), path)]
+    tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    special = {}
+    if isinstance(tokens, list) and isinstance(kinds, list):
+        special = {
+            text: index
+            for index, (text, kind) in enumerate(zip(tokens, kinds, strict=False))
+            if kind in {_CONTROL, _USER_DEFINED} and isinstance(text, str)
+        }
+    return tuple(dict.fromkeys([*named, *ends_by_text(special)]))
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _TokenizerFile(msgspec.Struct):
+    """All that is read here of a file of megabytes."""
+
+    added_tokens: list[_AddedToken] = []
+
+
+class _TokenizerConfig(msgspec.Struct):
+    eos_token: Any = None
+    added_tokens_decoder: dict[str, Any] = {}
+
+
+class _Model(msgspec.Struct):
+    vocab: dict[str, int] | list[tuple[str, float]] = {}
+
+
+class _WholeTokenizerFile(msgspec.Struct):
+    model: _Model = msgspec.field(default_factory=_Model)
+
+
+T = TypeVar("T")
+
+
+def _read(file: pathlib.Path, kind: type[T]) -> T:
+    """Return what ``file`` has of ``kind``; an empty one where it cannot be read: the tokenizer's reader says why."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError, UnicodeError, RecursionError):
+        return kind()
+
+
+def _text(token: object) -> str:
+    """Return the text of a token that is written as one, or as an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
+
+
+def _in_vocabulary(file: pathlib.Path, token: str) -> list[int]:
+    """Return the id of a token that is no added one, as a list of one or none."""
+    vocabulary = _read(file, _WholeTokenizerFile).model.vocab
+    if isinstance(vocabulary, dict):
+        return [vocabulary[token]] if token in vocabulary else []
+    return [index for index, (piece, _) in enumerate(vocabulary) if piece == token][:1]
