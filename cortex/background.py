@@ -21,6 +21,7 @@ from cortex.dialects.passthrough import responses_failure
 from cortex.errors import GatewayStoppedError
 from cortex.store.conversation import Conversations, Turn
 from cortex.store.interface import StoredResponse
+from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, InvalidRequestError, UnsupportedParameterError
 from cortex.wire.responses_events import LAST
 
@@ -112,8 +113,9 @@ class Run:
 class Background:
     """The runs of this gateway, and a view of those of others."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time, supervisor: Supervisor | None = None) -> None:
         self._clock = clock
+        self._supervisor = supervisor or Supervisor()
         self._runs: dict[str, Run] = {}
         self._stopping = False
 
@@ -197,7 +199,7 @@ class Background:
 
     async def _make(self, run: Run, turn: Turn, frames: AsyncGenerator[bytes, None]) -> None:
         self._runs[run.id] = run
-        renewing = asyncio.create_task(self._renew(run, turn))
+        renewing = self._supervisor.start("renew responses", lambda: self._renew(run, turn))
         try:
             async with aclosing(frames):
                 async for some in frames:
@@ -216,15 +218,23 @@ class Background:
             renewing.cancel()
             with suppress(asyncio.CancelledError):
                 await renewing
-            kept = run.owned.stored(turn, run.response)
-            with suppress(ApiError):  # it is in the log
-                ended = msgspec.structs.replace(kept, frames=b"".join(run.frames))
-                if run.is_answer:
-                    await run.owned.settle(turn, run.id, ended)
-                else:
-                    await run.owned.put(run.id, ended)
-            run.note_kept()
-            del self._runs[run.id]
+            try:
+                await self._keep(run, turn)
+            finally:
+                run.note_kept()  # in every case: whoever follows it would wait for ever
+                del self._runs[run.id]
+
+    async def _keep(self, run: Run, turn: Turn) -> None:
+        try:
+            ended = msgspec.structs.replace(run.owned.stored(turn, run.response), frames=b"".join(run.frames))
+            if run.is_answer:
+                await run.owned.settle(turn, run.id, ended)
+            else:
+                await run.owned.put(run.id, ended)
+        except ApiError:
+            pass  # it is in the log
+        except Exception:
+            log.exception("response %s was not kept", run.id)
 
     async def _renew(self, run: Run, turn: Turn) -> None:
         """Renew the promise until cancelled, or end the run if somebody wrote that they want it ended."""

@@ -252,9 +252,14 @@ def find(environment: Mapping[str, str]) -> pathlib.Path:
 
 
 def load(
-    path: pathlib.Path, environment: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None
+    path: pathlib.Path,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
+    files: list[pathlib.Path] | None = None,
 ) -> Config:
     """Return the checked configuration. ``flags`` maps dotted keys to values; ``None`` values are not given.
+
+    The files that it names and that are read with it (secrets, certificates) are added to ``files``.
 
     Raises:
         ConfigError: the file, the environment or a flag is wrong.
@@ -269,8 +274,20 @@ def load(
         environment=environment,
         flags=flags,
     )
+    if files is not None:
+        for named in named_files(config):
+            files.append(named)
     _check(config, str(path))
     return config
+
+
+def named_files(config: Config) -> list[pathlib.Path]:
+    """Return the secrets and certificates that a configuration names."""
+    gateway = config.gateway
+    named = [gateway.secret_file, gateway.tls_certificate, gateway.tls_key]
+    for node in config.neurons:
+        named += [node.secret_file, node.ca_file]
+    return [pathlib.Path(path) for path in dict.fromkeys(named) if path]
 
 
 def models_path(config: Config, path: pathlib.Path) -> pathlib.Path:
@@ -320,11 +337,7 @@ def _check(config: Config, source: str) -> None:
     if gateway.listen == gateway.metrics_listen:
         raise ConfigError(source, "gateway.metrics_listen", f"is {gateway.listen!r}, as gateway.listen is")
     settings.read_secret(gateway.secret_file, source, "gateway.secret_file")
-    if bool(gateway.tls_certificate) != bool(gateway.tls_key):
-        raise ConfigError(source, "gateway.tls_key", "tls_certificate and tls_key go together")
-    for key in ("tls_certificate", "tls_key"):
-        if (named := getattr(gateway, key)) and not os.access(named, os.R_OK):
-            raise ConfigError(source, f"gateway.{key}", f"{named} cannot be read")
+    settings.check_certificate(gateway.tls_certificate, gateway.tls_key, source, "gateway")
     tracing.check(gateway.trace_endpoint, source, "gateway.trace_endpoint")
     if not gateway.models:
         raise ConfigError(source, "gateway.models", "is empty; it names the catalogue, models.toml")
@@ -350,9 +363,12 @@ def _check_node(config: Config, node: NodeSettings, source: str, key: str) -> No
     settings.read_secret(node.secret_path(config.gateway), source, f"{key}.secret_file")
     if node.ca_file:
         try:
-            ssl.create_default_context(cafile=node.ca_file)
-        except OSError as error:
-            raise ConfigError(source, f"{key}.ca_file", f"{node.ca_file}: {error.strerror or error}") from None
+            authorities = settings.read_file(pathlib.Path(node.ca_file)).decode("latin-1")
+            ssl.create_default_context(cadata=authorities)
+        except ConfigError as error:
+            raise ConfigError(source, f"{key}.ca_file", f"{node.ca_file} {error.reason}") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(source, f"{key}.ca_file", f"{node.ca_file}: {error}") from None
     if node.type is NodeType.NEURON and node.models:
         raise ConfigError(source, f"{key}.models", 'is for nodes of type = "openai"')
     for dialect in node.dialects:

@@ -73,6 +73,13 @@ class Ending:
         self._task = asyncio.get_running_loop().create_task(self._end())
 
     async def _end(self) -> None:
+        try:
+            await self._wait()
+        except Exception:  # a process that was told to end has to end
+            log.exception("ending at once")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def _wait(self) -> None:
         log.info("ending", extra={"fields": {"running": self.num_running}})
         begun = time.monotonic()
         ports = stop_accepting(self._ports)
@@ -87,7 +94,6 @@ class Ending:
                 await self._last_words()
                 break
             await asyncio.sleep(LOOK_S)
-        os.kill(os.getpid(), signal.SIGINT)
 
     async def _last_words(self) -> None:
         for _ in range(round(LAST_WORDS_S / LOOK_S)):

@@ -16,6 +16,7 @@ from cortex.fleet.dispatch import Dispatcher
 from cortex.fleet.offers import OfferList, find, offers
 from cortex.fleet.state import Fleet
 from cortex.http_io import Exchange, Header
+from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, ModelNotFoundError
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -24,7 +25,8 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 class Endpoints:
     """What answers each path of no dialect. One for the life of a process."""
 
-    def __init__(self, catalogue: Catalogue, fleet: Fleet, dispatcher: Dispatcher) -> None:
+    def __init__(self, catalogue: Catalogue, fleet: Fleet, dispatcher: Dispatcher, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
         self.catalogue = catalogue
         """What is offered, from now on."""
         self._fleet = fleet
@@ -53,7 +55,13 @@ class Endpoints:
         nodes = self._fleet.state.nodes.values()
         num_up = sum(node.up for node in nodes)
         state = "ready" if num_up else "no_node"
-        body = {"state": state, "nodes_up": num_up, "nodes": len(nodes), "in_flight": self.num_in_flight}
+        body = {
+            "state": state,
+            "nodes_up": num_up,
+            "nodes": len(nodes),
+            "in_flight": self.num_in_flight,
+            "degraded": self._supervisor.degraded,
+        }
         await exchange.reply(200, msgspec.json.encode(body))
 
     async def version(self, exchange: Exchange) -> None:

@@ -14,7 +14,7 @@ from cortex.ending import Ending
 from cortex.endpoints import request_id_of
 from cortex.gateway import Gateway
 from cortex.inference import TO_EVERY_NODE, principal_headers
-from cortex.wire.errors import UnauthorizedError
+from cortex.wire.errors import ApiError
 
 DIALECTS = {dialect.path: dialect for dialect in (CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, COUNT_TOKENS)}
 
@@ -46,7 +46,7 @@ class Express:
         given = None if value is None else value.encode()
         try:
             principal = self._gateway.gate.identify(lambda name: given if name == header.encode() else None)
-        except UnauthorizedError:
+        except ApiError:
             return None
         if not principal.limits.are_none or principal.takes_leftovers:
             return None

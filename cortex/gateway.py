@@ -3,6 +3,7 @@
 It speaks :class:`~cortex.http_io.Exchange`, not ASGI: a server's own interface is an adapter over this.
 """
 
+import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -43,6 +44,7 @@ from cortex.store.conversation import Conversations
 from cortex.store.interface import StoreError
 from cortex.store.named import NamedConversations
 from cortex.stored_endpoints import StoredEndpoints
+from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
 from cortex.wire.node import NodeState
 
@@ -69,28 +71,37 @@ class Gateway:
             ConfigError: the counters of keys cannot be used.
         """
         self.metrics = Metrics(self._sample, self._in_flight)
+        self.supervisor = Supervisor(lambda task: self.metrics.background_failures.labels(task).inc())
+        """The background tasks of this process."""
         self.service = FleetService(
             settings,
             offered,
             on_retry=self.metrics.note_retry,
             on_load=lambda model, succeeded: self.metrics.loads.labels(model, "ok" if succeeded else "failed").inc(),
+            supervisor=self.supervisor,
         )
         self.settings, self.offered = settings, offered
         self._stop_metrics: Callable[[], None] = lambda: None
+        self._counting: asyncio.Task[None] | None = None
         self._store = store.make(settings.store)
         conversations = Conversations(self._store)
         self.gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens)
-        self._background = Background()
+        self._background = Background(supervisor=self.supervisor)
         self.book = Book(self.metrics)
         dispatcher = self.service.dispatcher
-        self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher)
+        self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher, self.supervisor)
         self._inference = inference = Inference(
             settings, offered, dispatcher, self.book, conversations, self._background, self.gate
         )
         admin = Admin(self.service, self.gate, reload, config_error)
         page = assets.read()
         self._feed = Feed(
-            self.service, config_error, self._check, build=assets.build_of(page), folder=folder_of_workers()
+            self.service,
+            config_error,
+            self._check,
+            build=assets.build_of(page),
+            folder=folder_of_workers(),
+            supervisor=self.supervisor,
         )
         self.book.on_written = self._feed.journal.note
         stored = StoredEndpoints(conversations, self._background)
@@ -149,11 +160,11 @@ class Gateway:
                 await self._store.open()
             except StoreError as error:
                 raise ConfigError("cortex.toml", "store", str(error)) from None
-        await self.gate.ledger.open()
+        await self.gate.ledger.open(self.supervisor)
         forget_dead_workers()
         if self.settings.gateway.metrics_listen:
             self._stop_metrics = self.metrics.serve(*split_address(self.settings.gateway.metrics_listen))
-        self.metrics.start()
+        self._counting = self.supervisor.start("metrics", self.metrics.run)
         self.service.start()
         self._feed.start()
 
@@ -172,10 +183,16 @@ class Gateway:
         await self._background.stop()
         await self.service.stop()
         await self.gate.ledger.close()
-        self.metrics.stop()
+        await self._stop_counting()
         self._stop_metrics()
         if self._store is not None:
             await self._store.close()
+
+    async def _stop_counting(self) -> None:
+        if self._counting is not None:
+            self._counting.cancel()
+            await asyncio.wait({self._counting})
+        self.metrics.fold()
 
     def reconfigure(self, settings: Config, offered: Catalogue, keys: KeyRing) -> None:
         """Go on with other nodes, models, keys and limits; requests that run end as they began."""

@@ -207,7 +207,6 @@ class Metrics:
         self._retry_codes: set[str] = set()
         self._series: dict[tuple[str, str, str], _Series] = {}
         self._in_flight_of: dict[str, Gauge] = {}
-        self._next: asyncio.TimerHandle | None = None
         self.registry.register(_Folder(self.fold))
         self.before_fold: Callable[[], None] = lambda: None
         """Has what has ended counted. A scrape's thread calls it too."""
@@ -251,6 +250,12 @@ class Metrics:
             ("status",),
             registry=self.registry,
         )
+        self.background_failures = Counter(
+            "cortex_background_failures",
+            "Failures of background tasks, each of which was started again.",
+            ("task",),
+            registry=self.registry,
+        )
         self.loads = Counter(
             "cortex_model_loads", "Cold loads asked for.", ("model", "outcome"), registry=self.registry
         )
@@ -270,16 +275,11 @@ class Metrics:
             self._retry_codes.add(code)
         self.retries.labels(node, code).inc()
 
-    def start(self) -> None:
-        """Count what has ended every now and then, until :meth:`stop`."""
-        self.fold()
-        self._next = asyncio.get_running_loop().call_later(FOLD_INTERVAL_S, self.start)
-
-    def stop(self) -> None:
-        """Count what has ended since, and no more."""
-        self.fold()
-        if self._next is not None:
-            self._next.cancel()
+    async def run(self) -> None:
+        """Count what has ended every now and then, until cancelled."""
+        while True:
+            self.fold()
+            await asyncio.sleep(FOLD_INTERVAL_S)
 
     def fold(self) -> None:
         """Count what has ended, and what has not. Any thread may call it."""

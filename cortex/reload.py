@@ -1,12 +1,18 @@
 """Everything a gateway reads from files, read together, and read again when they change: all of it or nothing.
 
 ``cortex.toml``, ``models.toml`` and ``keys.toml`` are checked as one before any of it is used. A change that is not
-valid is logged with file, key and reason, and the gateway goes on as it was. Looked at every second, and on SIGHUP.
+valid is logged with file, key and reason, and the gateway goes on as it was. Looked at every second, and on SIGHUP;
+also at the files that a rejected change names, so that to mend them is enough.
+
+What cannot be read never means "no keys". A gateway that has keys goes on with them, and gives them up only by a
+restart. One that is open closes at a rejected change that says who may ask, until that is mended or taken back.
 """
 
 import asyncio
+import dataclasses
 import logging
 import pathlib
+import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +21,12 @@ import msgspec
 
 from cortex import config
 from cortex.access import keys
-from cortex.access.keys import ANONYMOUS, KeyRing, Limits, Principal
-from cortex.config import Config, CountersKind
+from cortex.access.keys import ANONYMOUS, CLOSED, KeyRing, Limits, Principal
+from cortex.config import AccessSettings, Config, CountersKind
 from cortex.fleet import catalogue
 from cortex.fleet.catalogue import Catalogue
-from cortex.settings import ConfigError
+from cortex.settings import ConfigError, convert, read_file, read_toml
+from cortex.supervise import Supervisor
 
 log = logging.getLogger("cortex.config")
 
@@ -36,6 +43,16 @@ FIXED = (
 )
 """Keys of ``[gateway]`` that a running process cannot change."""
 
+_NOT_EMPTY = rb"""(?!["']?[ \t]*=[ \t]*(?:""|'')[ \t]*(?:\#|$))"""
+_ABOUT_ACCESS = re.compile(
+    rb"""^[ \t]*["']?(?:access["']?[ \t]*(?:=|\.[ \t]*["']?keys?\b)|keys?\b""" + _NOT_EMPTY + rb")", re.MULTILINE
+)
+"""Lines of a file that is not TOML by which somebody meant to say who may ask."""
+
+
+_Stamps = dict[pathlib.Path, tuple[int, ...]]
+"""Versions of files."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -45,33 +62,90 @@ class Loaded:
     catalogue: Catalogue
     keys: KeyRing
     files: tuple[pathlib.Path, ...]
+    """All that was read, secrets and certificates included."""
 
 
-def load(path: pathlib.Path, environment: Mapping[str, str], flags: Mapping[str, object] | None = None) -> Loaded:
-    """Read everything, beginning with ``cortex.toml`` at ``path``.
+def load(
+    path: pathlib.Path,
+    environment: Mapping[str, str],
+    flags: Mapping[str, object] | None = None,
+    files: list[pathlib.Path] | None = None,
+) -> Loaded:
+    """Read everything, beginning with ``cortex.toml`` at ``path``. What is looked at is added to ``files``.
 
     Raises:
         ConfigError: any of it is wrong.
     """
-    settings = config.load(path, environment, flags)
-    models = config.models_path(settings, path)
+    files = [] if files is None else files
+    files.append(path)
+    try:
+        return _load(path, environment, flags, files)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a file can do to a parser, it has not been read
+        raise ConfigError(str(files[-1]), "", f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _load(
+    path: pathlib.Path,
+    environment: Mapping[str, str],
+    flags: Mapping[str, object] | None,
+    files: list[pathlib.Path],
+) -> Loaded:
+    settings = config.load(path, environment, flags, files)
+    files.append(models := config.models_path(settings, path))
     offered = catalogue.load(models, {node.name for node in settings.neurons})
     ring = KeyRing()
-    files: tuple[pathlib.Path, ...] = (path, models)
     access = settings.access
     if (keys_file := config.keys_path(settings, path)) is not None:
+        files.append(keys_file)
         anonymous = None
         if access.anonymous:
             limits = Limits(access.anonymous_requests_per_minute, access.anonymous_max_concurrent)
             anonymous = Principal(ANONYMOUS, access.anonymous_models, False, ANONYMOUS_PRIORITY, limits)
-        ring, files = keys.load(keys_file, anonymous), (*files, keys_file)
+        ring = keys.load(keys_file, anonymous)
         is_shared = settings.gateway.workers > 1 and access.counters is CountersKind.MEMORY
         if is_shared and any(not principal.limits.are_none for principal in ring.by_name()):
             reason = 'keys have limits, which several workers can only count together in "valkey"'
             raise ConfigError(str(path), "access.counters", reason)
+        if not ring.principals:
+            log.warning("%s holds no key: nobody is let in with one", keys_file)
     elif access.anonymous:
         raise ConfigError(str(path), "access.anonymous", "means nothing without access.keys: everybody may ask")
-    return Loaded(settings, offered, ring, files)
+    return Loaded(settings, offered, ring, tuple(dict.fromkeys(files)))
+
+
+class _Looked(list[pathlib.Path]):
+    """Files as they are looked at, each with the version that it had just before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stamps: _Stamps = {}
+
+    def append(self, path: pathlib.Path) -> None:
+        """Take a file that is about to be read."""
+        self.stamps.setdefault(path, _stamp(path))
+        super().append(path)
+
+
+def says_who_may_ask(path: pathlib.Path, environment: Mapping[str, str]) -> bool:
+    """Return whether a configuration that was rejected is about who may ask, as far as can be told of it."""
+    if environment.get(f"{config.ENVIRONMENT_PREFIX}ACCESS__KEYS"):
+        return True
+    try:
+        access = read_toml(path).get("access", {})
+    except ConfigError:
+        pass
+    else:
+        try:
+            said = convert(access, AccessSettings, str(path))
+        except ConfigError:
+            return True
+        return bool(said.keys) or said.anonymous
+    try:
+        return _ABOUT_ACCESS.search(read_file(path)) is not None
+    except ConfigError:
+        return path.exists()  # and cannot be read, so that it may say anything
 
 
 class Reloader:
@@ -84,15 +158,18 @@ class Reloader:
         self._environment = environment
         self._loaded = loaded
         self._apply = apply
+        self._files = loaded.files
+        """Those in force, and those that a rejected change names."""
         self._seen = _stamps(loaded.files)
+        self._is_open = not loaded.config.access.keys
         self._asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.error: ConfigError | None = None
         """Why the files as they are now are not what the gateway goes by."""
 
-    def start(self) -> None:
+    def start(self, supervisor: Supervisor) -> None:
         """Begin to watch, and to listen for SIGHUP where this is a process's main thread."""
-        self._task = asyncio.create_task(self._watch(), name="watch the configuration")
+        self._task = supervisor.start("watch the configuration", self._watch)
         try:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._asked.set)
         except (RuntimeError, ValueError):  # the server runs its loop in another thread
@@ -111,12 +188,16 @@ class Reloader:
             ConfigError: something in them is wrong; nothing has changed.
         """
         # Before reading, so that what is written meanwhile is seen as another change.
-        self._seen = _stamps(self._loaded.files)
+        seen = _stamps(self._files)
+        looked_at = _Looked()
         try:
-            found = load(self._path, self._environment)
+            found = load(self._path, self._environment, files=looked_at)
+            if not self._is_open and not found.config.access.keys:
+                reason = "is gone: a running gateway does not give up its keys; restart it to let everybody in"
+                raise ConfigError(str(self._path), "access.keys", reason)
         except ConfigError as error:
-            self.error = error
-            log.error("configuration not reloaded: %s", error)
+            self._watch_also(looked_at.stamps | seen, (*self._loaded.files, *looked_at))
+            self._reject(error)
             raise
         self.error = None
         before = self._loaded
@@ -127,11 +208,15 @@ class Reloader:
             found.config, gateway=msgspec.structs.replace(found.config.gateway, **fixed), store=before.config.store
         )
         self._loaded = Loaded(settings, found.catalogue, found.keys, found.files)
-        self._seen = {
-            **_stamps(found.files),
-            **{path: seen for path, seen in self._seen.items() if path in found.files},
-        }
-        self._apply(self._loaded)
+        self._watch_also(looked_at.stamps | seen, found.files)
+        self._is_open = not settings.access.keys
+        try:
+            self._apply(self._loaded)
+        except Exception as error:
+            failed = ConfigError(str(self._path), "", f"could not be put in force: {type(error).__name__}: {error}")
+            self._seen = {}  # it is tried again
+            self._reject(failed)
+            raise failed from error
         log.info(
             "configuration reloaded nodes=%d models=%d keys=%d",
             len(settings.neurons),
@@ -141,6 +226,19 @@ class Reloader:
         if later:
             log.warning("configuration needs a restart for: %s", ", ".join(later))
 
+    def _watch_also(self, seen: _Stamps, files: tuple[pathlib.Path, ...]) -> None:
+        self._files = tuple(dict.fromkeys(files))
+        self._seen = {path: seen[path] for path in self._files}
+
+    def _reject(self, error: ConfigError) -> None:
+        """Go on as before; closed, if this gateway is open and the change was about who may ask."""
+        self.error = error
+        log.error("configuration not reloaded: %s", error)
+        if self._is_open and says_who_may_ask(self._path, self._environment):
+            log.critical("closed until the configuration is mended: it says who may ask, and cannot be used")
+            closed = dataclasses.replace(self._loaded, keys=CLOSED)
+            self._apply(closed)
+
     async def _watch(self) -> None:
         while True:
             pause_s = self._loaded.config.gateway.reload_check_s or None
@@ -148,7 +246,7 @@ class Reloader:
                 async with asyncio.timeout(pause_s):
                     await self._asked.wait()
             except TimeoutError:
-                if _stamps(self._loaded.files) == self._seen:
+                if _stamps(self._files) == self._seen:
                     continue
             self._asked.clear()
             try:
@@ -157,14 +255,17 @@ class Reloader:
                 continue  # logged
 
 
-def _stamps(files: tuple[pathlib.Path, ...]) -> dict[pathlib.Path, tuple[int, int, int]]:
-    """Return what tells one version of a file from another; a file that is not there has a version too."""
-    found = {}
-    for path in files:
-        try:
-            status = path.stat()
-        except OSError:
-            found[path] = (0, 0, 0)
-        else:
-            found[path] = (status.st_mtime_ns, status.st_size, status.st_ino)
-    return found
+def _stamps(files: tuple[pathlib.Path, ...]) -> _Stamps:
+    return {path: _stamp(path) for path in files}
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, ...]:
+    """Return what tells one version of a file from another; a file that is not there has a version too.
+
+    Whoever may read it is part of that, so the time of the last change of its inode is looked at, and why it cannot be.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        return (getattr(error, "errno", None) or -1,)
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev

@@ -4,15 +4,25 @@ The last one wins. A wrong key, type or address is a :class:`ConfigError` that n
 reason. What the keys mean is each daemon's own (``cortex.config``, ``neuron.config``).
 """
 
+import codecs
+import logging
+import os
 import pathlib
 import re
+import ssl
+import stat
 import tomllib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
+log = logging.getLogger("cortex.config")
+
 S = TypeVar("S", bound=msgspec.Struct)
+
+MAX_FILE_BYTES = 16 * 1024 * 1024
+"""Of any file of settings: a catalogue of 50,000 models is half of it."""
 
 
 class ConfigError(Exception):
@@ -59,13 +69,45 @@ def read_toml(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or is not TOML.
     """
+    data = read_file(path)
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(data.removeprefix(codecs.BOM_UTF8).decode())
+    except RecursionError:
+        raise ConfigError(str(path), "", "is not TOML that can be read: it is nested too deeply") from None
+    except (ValueError, MemoryError) as error:  # of TOML, of UTF-8, of a number with thousands of digits
+        raise ConfigError(str(path), "", f"is not TOML: {error or type(error).__name__}") from None
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """Return what is in a file of settings or a secret. Nothing but a regular file is read: a pipe might never end.
+
+    Raises:
+        ConfigError: it cannot be read, is no regular file, or is larger than any such file.
+    """
+    try:
+        # Without the flag, to open a pipe would wait for whoever writes to it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):  # /dev/null is as good as an empty file
+                raise ConfigError(str(path), "", "cannot be read: it is not a regular file")
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ConfigError(str(path), "", f"cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), "", f"is not TOML: {error}") from None
+        raise ConfigError(str(path), "", f"cannot be read: {error.strerror or error}") from None
+    except (ValueError, MemoryError) as error:  # a path with a NUL
+        raise ConfigError(str(path), "", f"cannot be read: {error or type(error).__name__}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(str(path), "", f"cannot be read: it has more than {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def warn_if_readable_by_all(path: pathlib.Path, what: str) -> None:
+    """Log that a file which should be its owner's is everybody's."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if mode & (stat.S_IROTH | stat.S_IWOTH):
+        log.warning("%s, %s, can be read or written by every user of this host (chmod o-rw)", path, what)
 
 
 def convert(document: Mapping[str, object], kind: type[S], source: str) -> S:
@@ -76,6 +118,8 @@ def convert(document: Mapping[str, object], kind: type[S], source: str) -> S:
     """
     try:
         return msgspec.convert(document, kind)
+    except (RecursionError, OverflowError) as error:
+        raise ConfigError(source, "", f"has a value that cannot be used: {error}") from None
     except msgspec.ValidationError as error:
         reason, _, where = str(error).partition(" - at `")
         key = where.rstrip("`").removeprefix("key` in `").removeprefix("$").removeprefix(".")
@@ -95,12 +139,40 @@ def read_secret(path: str, source: str, key: str) -> bytes:
     if not path:
         return b""
     try:
-        secret = pathlib.Path(path).read_bytes().partition(b"\n")[0].strip()
-    except OSError as error:
-        raise ConfigError(source, key, f"{path} cannot be read: {error.strerror}") from None
+        data = read_file(pathlib.Path(path))
+    except ConfigError as error:
+        raise ConfigError(source, key, f"{path} {error.reason}") from None
+    secret = data.removeprefix(codecs.BOM_UTF8).partition(b"\n")[0].strip()
     if not secret:
         raise ConfigError(source, key, f"{path} is empty")
+    if not secret.isascii() or not secret.decode("latin-1").isprintable():
+        raise ConfigError(source, key, f"{path} does not begin with a line of text that a header can carry")
+    warn_if_readable_by_all(pathlib.Path(path), f"the secret of {key}" if key else "a secret")
     return secret
+
+
+def check_certificate(certificate: str, key: str, source: str, table: str) -> None:
+    """Check the two PEM files by which a daemon serves TLS.
+
+    Raises:
+        ConfigError: one is named without the other, cannot be read, or is not the other's.
+    """
+    if bool(certificate) != bool(key):
+        raise ConfigError(source, f"{table}.tls_key", "tls_certificate and tls_key go together")
+    if not certificate:
+        return
+    for name, path in (("tls_certificate", certificate), ("tls_key", key)):
+        try:
+            read_file(pathlib.Path(path))
+        except ConfigError as error:
+            raise ConfigError(source, f"{table}.{name}", f"{path} {error.reason}") from None
+    try:
+        # A key with a pass phrase would be asked for at a terminal that a daemon does not have.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        reason = f"{certificate} and {key} are not a certificate and its key in PEM: {error}"
+        raise ConfigError(source, f"{table}.tls_certificate", reason) from None
+    warn_if_readable_by_all(pathlib.Path(key), "a private key")
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -54,7 +54,7 @@ class Worker:
         self._reloader = reloader = reload.Reloader(path, self._environment, loaded, self._apply)
         self.gateway = Gateway(loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error)
         await self.gateway.start()
-        reloader.start()
+        reloader.start(self.gateway.supervisor)
         ports = [split_address(gateway.metrics_listen)[1]] if gateway.metrics_listen else []
         self.ending = Ending(gateway.drain_timeout_s, ports, self.gateway.end_requests, self.gateway.prepare_to_stop)
         self.ending.listen_to_signals()
@@ -62,7 +62,8 @@ class Worker:
         systemd.notify(systemd.READY)
         collect_seldom()
         set_slices(SLICE_NS)
-        self._tasks = [asyncio.create_task(systemd.stay_alive()), asyncio.create_task(give_back_now_and_then())]
+        start = self.gateway.supervisor.start
+        self._tasks = [start("systemd pulse", systemd.stay_alive), start("give back memory", give_back_now_and_then)]
 
     async def handle(self, exchange: Exchange, *, may_be_last: bool = True) -> None:
         """Answer one request; when the process is ending, as the last one on its connection if that may be said."""
@@ -82,6 +83,8 @@ class Worker:
         """End what :meth:`start` began. Requests have ended by then."""
         for task in self._tasks:
             task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         if self._reloader is not None:
             await self._reloader.stop()
         await self.gateway.stop()

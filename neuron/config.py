@@ -98,11 +98,7 @@ def load(
         raise ConfigError(source, "daemon.listen", str(error)) from None
     daemon = config.daemon
     settings.read_secret(daemon.secret_file, source, "daemon.secret_file")
-    if bool(daemon.tls_certificate) != bool(daemon.tls_key):
-        raise ConfigError(source, "daemon.tls_key", "tls_certificate and tls_key go together")
-    for key in ("tls_certificate", "tls_key"):
-        if (named := getattr(daemon, key)) and not os.access(named, os.R_OK):
-            raise ConfigError(source, f"daemon.{key}", f"{named} cannot be read")
+    settings.check_certificate(daemon.tls_certificate, daemon.tls_key, source, "daemon")
     tracing.check(daemon.trace_endpoint, source, "daemon.trace_endpoint")
     seen: set[str] = set()
     for index, model in enumerate(config.models):

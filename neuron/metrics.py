@@ -28,6 +28,7 @@ _RATE_BUCKETS = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 250, 500, 1000, 2000)
 
 REQUESTS = Counter("neuron_requests", "Finished requests", ["model", "dialect", "status"], registry=REGISTRY)
 TOKENS = Counter("neuron_tokens", "Tokens processed", ["model", "kind"], registry=REGISTRY)
+BACKGROUND_FAILURES = Counter("neuron_background_failures", "Failures of background tasks", ["task"], registry=REGISTRY)
 FIRST_TOKEN = Histogram(
     "neuron_time_to_first_token_seconds",
     "From the request's arrival to its first generated token",

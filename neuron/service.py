@@ -23,6 +23,7 @@ from granian.server.embed import Server
 
 from cortex import systemd
 from cortex.settings import read_secret, split_address
+from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
 from cortex.wire.node import (
     Discovery,
@@ -91,6 +92,7 @@ class Service:
         self._started = time.monotonic()
         self._state = NodeState.STARTING
         self._stopping = asyncio.Event()
+        self._supervisor = Supervisor(lambda task: metrics.BACKGROUND_FAILURES.labels(task).inc())
         if workers is None:
             host = look()
             if host.no_gpu is not None:
@@ -164,6 +166,7 @@ class Service:
             uptime_s=time.monotonic() - self._started,
             workers=tuple(worker.health() for worker in self._workers.values()),
             activating=tuple(sorted(self._activating)),
+            degraded=self._supervisor.degraded,
         )
 
     # ------------------------------------------------------------------ life
@@ -180,10 +183,11 @@ class Service:
         """
         server = _server(app, self._config.daemon)
         serving = asyncio.create_task(server.serve())
-        activation = asyncio.create_task(self._activate())
-        housekeeping = asyncio.create_task(self._keep_house())
+        start = self._supervisor.start
+        activation = start("activation", self._activate, is_restarted=False)
+        housekeeping = start("housekeeping", self._keep_house)
         stopping = asyncio.create_task(self._stopping.wait())
-        pulse = asyncio.create_task(self._tell_systemd())
+        pulse = start("systemd pulse", self._tell_systemd)
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
@@ -256,8 +260,10 @@ class Service:
         while True:
             try:
                 await worker.start()
-            except DeviceWorkerLostError as error:
-                _log.error("worker did not start device=%s retry_s=%.0f error=%s", worker.device_id, pause_s, error)
+            except Exception as error:  # noqa: BLE001 - a device that never comes up is no reason to stop trying
+                trace = None if isinstance(error, DeviceWorkerLostError) else error
+                said = f"worker did not start device={worker.device_id} retry_s={pause_s:.0f} error={error}"
+                _log.error("%s", said, exc_info=trace)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, START_RETRY_MAX_S)
             else:
@@ -268,6 +274,8 @@ class Service:
             await self.load(asked)
         except ApiError as error:
             _log.error("preload failed model=%s error=%s", asked.id, error.message)
+        except Exception:  # noqa: BLE001 - the other models are brought up all the same
+            _log.exception("preload failed model=%s", asked.id)
         finally:
             self._activating.discard(asked.id)
 
@@ -321,7 +329,14 @@ class Service:
         command += ["--step-limit-s", str(daemon.step_limit_s), "--max-waiting", str(daemon.max_waiting)]
         environment = CPU_ENVIRONMENT if device.startswith("cpu") else NCCL_ENVIRONMENT
         environment = {name: value for name, value in environment.items() if name not in os.environ}
-        return Worker(device, command, environment=environment, on_state=changed, on_restarted=restarted)
+        return Worker(
+            device,
+            command,
+            environment=environment,
+            on_state=changed,
+            on_restarted=restarted,
+            supervisor=self._supervisor,
+        )
 
 
 def _server(app: Any, daemon: DaemonSettings) -> Server:

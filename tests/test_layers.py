@@ -47,6 +47,7 @@ FLOORS = {
     "cortex.store": 3,
     "cortex.ending": 0,
     "cortex.memory": 0,
+    "cortex.supervise": -1,
     "cortex.relay": 4,
     "cortex.inference": 5,
     "cortex.express": 7,
@@ -112,6 +113,7 @@ NEURON_MAY_USE_OF_CORTEX = (
     # what both daemons tell those who run them
     "cortex.logs",
     "cortex.tracing",
+    "cortex.supervise",
     "cortex.systemd",
     "cortex.build_identity",
 )

@@ -15,8 +15,8 @@ from typing import Annotated
 
 import msgspec
 
-from cortex.settings import ConfigError, convert, read_toml
-from cortex.wire.errors import ForbiddenError, UnauthorizedError
+from cortex.settings import ConfigError, convert, read_toml, warn_if_readable_by_all
+from cortex.wire.errors import ForbiddenError, UnauthorizedError, UnavailableError
 
 PREFIX = "sk-cortex-"
 ANONYMOUS = "anonymous"
@@ -138,6 +138,27 @@ class KeyRing:
         return sorted(everyone, key=lambda principal: principal.name)
 
 
+class AccessMisconfiguredError(UnavailableError):
+    """Who may ask was to be changed, and what was said cannot be read: nobody is let in until it can be."""
+
+    code = "access_misconfigured"
+
+
+@dataclass(frozen=True, slots=True)
+class _Closed(KeyRing):
+    """No keys, because they cannot be read."""
+
+    anonymous: Principal | None = None
+
+    def identify(self, key: bytes | None) -> Principal:
+        """Let nobody in. Raises :class:`AccessMisconfiguredError`."""
+        message = "The gateway's keys cannot be read, so it lets nobody in until its configuration is mended."
+        raise AccessMisconfiguredError(message, retry_after_s=10)
+
+
+CLOSED: KeyRing = _Closed()
+
+
 def check_model(principal: Principal, model: str) -> None:
     """Raise :class:`ForbiddenError` if ``principal`` may not use ``model``."""
     if not principal.may_use(model):
@@ -168,6 +189,7 @@ def load(path: pathlib.Path, anonymous: Principal | None = None) -> KeyRing:
         )
         principal = Principal(key.name, key.models, key.admin, key.priority, limits)
         principals[digest[:INDEX_BYTES]] = digest, principal
+    warn_if_readable_by_all(path, "the hashes of keys")
     return KeyRing(principals, anonymous)
 
 

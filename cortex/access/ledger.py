@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 
 from cortex.access.keys import Limits
+from cortex.supervise import Supervisor
 
 MINUTE_S = 60.0
 NUM_BUCKETS = 60
@@ -72,8 +73,8 @@ class Ledger(Protocol):
     async def usage(self, name: str, limits: Limits) -> Usage:
         """Return what a principal has used."""
 
-    async def open(self) -> None:
-        """Get ready."""
+    async def open(self, supervisor: Supervisor) -> None:
+        """Get ready, with tasks of its own under ``supervisor``."""
 
     async def close(self) -> None:
         """Let go."""
@@ -142,7 +143,7 @@ class MemoryLedger:
         account = self._current(name, limits, self._clock())
         return Usage(len(account.requests), account.running, account.tokens, account.spent_tokens)
 
-    async def open(self) -> None:
+    async def open(self, supervisor: Supervisor) -> None:
         """Nothing to get ready."""
 
     async def close(self) -> None:

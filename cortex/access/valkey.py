@@ -10,6 +10,7 @@ import secrets
 
 from cortex.access.keys import Limits
 from cortex.access.ledger import MINUTE_S, NUM_BUCKETS, SEAT_RETRY_S, Lease, Reason, Refusal, Usage, capped
+from cortex.supervise import Supervisor
 from cortex.wire.errors import UnavailableError
 
 PREFIX = "cortex:access:"
@@ -172,9 +173,9 @@ class ValkeyLedger:
         except self._errors as error:
             raise LedgerUnavailableError(f"The access counters do not answer: {error}.", retry_after_s=2) from None
 
-    async def open(self) -> None:
+    async def open(self, supervisor: Supervisor) -> None:
         """Begin to renew what is held."""
-        self._renewing = asyncio.create_task(self._keep(), name="renew access leases")
+        self._renewing = supervisor.start("renew access leases", self._keep)
 
     async def close(self) -> None:
         """Stop, and close the connections."""

@@ -19,11 +19,11 @@ from cortex.dashboard.journal import Entry, Journal
 from cortex.dashboard.rates import SERIES, Point, Rates
 from cortex.dashboard.view import Tree, catalogue_tree, difference, node_tree
 from cortex.errors import GatewayStoppedError
-from cortex.fleet.poller import tell_why
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Node
 from cortex.http_io import Exchange, stream
 from cortex.settings import ConfigError
+from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, OverloadedError
 
 INTERVAL_S = 1.0
@@ -46,12 +46,14 @@ class Feed:
         may_watch: Callable[[Exchange], None],
         build: str,
         folder: pathlib.Path | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         """``may_watch`` raises if an exchange may not, and is asked every second. ``build`` names the page's files.
 
         In ``folder`` the workers of a gateway tell one another which requests have ended.
         """
         self.journal = Journal(folder)
+        self._supervisor = supervisor or Supervisor()
         self._service = service
         self._config_error = config_error
         self._may_watch = may_watch
@@ -72,8 +74,7 @@ class Feed:
 
     def start(self) -> None:
         """Begin to look once a second."""
-        self._task = asyncio.create_task(self._run(), name="dashboard")
-        self._task.add_done_callback(tell_why)
+        self._task = self._supervisor.start("dashboard", self._run)
 
     def close(self) -> None:
         """Say goodbye to every viewer: this process is about to end, and must not wait for them."""

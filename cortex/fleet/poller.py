@@ -6,6 +6,7 @@ and less often, up to a bound, and is up again with its first good answer.
 """
 
 import asyncio
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from dataclasses import replace
 from cortex.config import Polling
 from cortex.fleet.control import NeuronClient
 from cortex.fleet.state import Fleet
+from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError
 
 log = logging.getLogger("cortex.fleet")
@@ -21,7 +23,14 @@ log = logging.getLogger("cortex.fleet")
 class Poller:
     """Polls every node until stopped."""
 
-    def __init__(self, fleet: Fleet, neurons: Mapping[str, NeuronClient], settings: Polling) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        neurons: Mapping[str, NeuronClient],
+        settings: Polling,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        self._supervisor = supervisor or Supervisor()
         self._fleet = fleet
         self._neurons = neurons
         self._settings = settings
@@ -40,8 +49,7 @@ class Poller:
         self._neurons, self._settings = dict(neurons), settings
         for name in neurons.keys() - self._tasks.keys():
             self._wanted[name] = asyncio.Event()
-            task = self._tasks[name] = asyncio.create_task(self._watch(name), name=f"poll {name}")
-            task.add_done_callback(tell_why)
+            self._tasks[name] = self._supervisor.start(f"poll {name}", functools.partial(self._watch, name))
 
     async def stop(self) -> None:
         """Stop and wait for the tasks."""
@@ -115,9 +123,3 @@ class Poller:
         if excess <= 0:
             return settings.interval_s
         return max(settings.interval_s, min(settings.max_backoff_s, settings.interval_s * 2.0 ** min(excess, 16)))
-
-
-def tell_why(task: asyncio.Task[None]) -> None:
-    """Log what ended a task that nobody stopped: what it watches would look the same for ever."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("%s ended", task.get_name(), exc_info=error)

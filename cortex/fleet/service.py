@@ -13,6 +13,7 @@ from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
 from cortex.fleet.state import Fleet, Node
 from cortex.fleet.warmer import Warmer
+from cortex.supervise import Supervisor
 from cortex.upstream import Pool
 from cortex.wire.errors import ApiError
 from cortex.wire.node import PinRequest
@@ -28,15 +29,17 @@ class FleetService:
         *,
         on_retry: Callable[[str, str], None] = lambda node, reason: None,
         on_load: Callable[[str, bool], None] = lambda model, succeeded: None,
+        supervisor: Supervisor | None = None,
     ) -> None:
+        supervisor = supervisor or Supervisor()
         self.config = config
         self.catalogue = catalogue
         self.fleet = Fleet(Node(node.name, node.endpoint) for node in config.neurons)
         self.pools = {node.name: self._pool(node) for node in config.neurons}
         self.neurons = {node.name: self._client(node) for node in config.neurons}
-        self.poller = Poller(self.fleet, self.neurons, config.gateway.polling)
+        self.poller = Poller(self.fleet, self.neurons, config.gateway.polling, supervisor)
         self.loader = Loader(self.fleet, self.neurons, config.eviction, self.poller.poll_soon, on_load)
-        self.warmer = Warmer(self.fleet, lambda: self.catalogue, self._warm, self._pin)
+        self.warmer = Warmer(self.fleet, lambda: self.catalogue, self._warm, self._pin, supervisor)
         self.dispatcher = Dispatcher(
             self.fleet, config, catalogue, self.pools, self.loader, self.poller, on_retry=on_retry
         )

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from cortex.config import ModelProfile
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.state import Fleet
+from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError
 from cortex.wire.node import ModelState
 
@@ -25,7 +26,15 @@ Act = Callable[[str, ModelProfile], Awaitable[None]]
 class Warmer:
     """One task that watches, and one for each load."""
 
-    def __init__(self, fleet: Fleet, catalogue: Callable[[], Catalogue], load: Act, pin: Act) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        catalogue: Callable[[], Catalogue],
+        load: Act,
+        pin: Act,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        self._supervisor = supervisor or Supervisor()
         self._fleet = fleet
         self._catalogue = catalogue
         self._load = load
@@ -35,7 +44,7 @@ class Warmer:
 
     def start(self) -> None:
         """Begin."""
-        self._watch = asyncio.create_task(self._run(), name="keep pinned models warm")
+        self._watch = self._supervisor.start("warmer", self._run)
 
     async def stop(self) -> None:
         """Stop; loads that were asked for go on in their nodes."""
@@ -63,7 +72,8 @@ class Warmer:
             act = self._pin
         else:
             return
-        task = self._acts[key] = asyncio.create_task(self._try(act, name, profile), name=f"warm {profile.id} on {name}")
+        title = f"warm {profile.id} on {name}"
+        task = self._acts[key] = self._supervisor.start(title, lambda: self._try(act, name, profile))
         task.add_done_callback(lambda done: self._ended(key))
 
     def _ended(self, key: tuple[str, str]) -> None:

@@ -101,6 +101,8 @@ class Health(msgspec.Struct, frozen=True):
     workers: tuple[WorkerHealth, ...]
     activating: tuple[str, ...] = ()
     """Models that are being loaded because the configuration asks for them."""
+    degraded: tuple[str, ...] = ()
+    """Names of background tasks that have failed and not yet run well since."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -18,6 +18,7 @@ from typing import assert_never
 
 import msgspec
 
+from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, OverloadedError, RemoteError
 from cortex.wire.node import ModelSpec, WorkerHealth, WorkerState
 from neuron.device import jobs
@@ -79,7 +80,9 @@ class Worker:
         on_state: Callable[[WorkerHealth], None] | None = None,
         on_restarted: Callable[[], Awaitable[None]] | None = None,
         policy: RestartPolicy | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
+        self._background = supervisor or Supervisor()
         self.device_id = device_id
         self.state = WorkerState.STOPPED
         self.restarts = 0
@@ -139,7 +142,7 @@ class Worker:
             self._enter(WorkerState.STOPPED)
             raise
         self._enter(WorkerState.READY)
-        self._supervisor = asyncio.create_task(self._supervise(), name=f"worker {self.device_id}")
+        self._supervisor = self._background.start(f"worker {self.device_id}", self._supervise)
         return ready
 
     async def stop(self, timeout_s: float = 10.0) -> None:

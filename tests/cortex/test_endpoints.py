@@ -496,7 +496,7 @@ async def test_models_are_the_catalogue_and_what_nodes_have() -> None:
 async def test_the_operators_view_and_health() -> None:
     async with rig(FakeNeuron("a").ready("m"), FakeNeuron("b")) as gateway:
         health = (await gateway.call("GET", "/health").end()).json()
-        assert health == {"state": "ready", "nodes_up": 2, "nodes": 2, "in_flight": 0}
+        assert health == {"state": "ready", "nodes_up": 2, "nodes": 2, "in_flight": 0, "degraded": []}
         nodes = (await gateway.call("GET", "/admin/fleet").end()).json()["nodes"]
         assert [node["name"] for node in nodes] == ["a", "b"]
         assert nodes[0]["devices"][0]["id"] == "cpu:0"

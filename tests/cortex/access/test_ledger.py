@@ -18,6 +18,7 @@ from cortex.access import ledger as ledgers
 from cortex.access.keys import Limits, Principal
 from cortex.access.ledger import Lease, MemoryLedger, Reason, Refusal
 from cortex.access.valkey import LedgerUnavailableError, ValkeyLedger
+from cortex.supervise import Supervisor
 
 Ledger = MemoryLedger | ValkeyLedger
 
@@ -30,7 +31,7 @@ def url(request: pytest.FixtureRequest) -> str:
 @contextlib.asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Ledger]:
     found = ValkeyLedger(url) if url else MemoryLedger()
-    await found.open()
+    await found.open(Supervisor())
     try:
         async with asyncio.timeout(10):
             while True:

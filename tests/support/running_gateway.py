@@ -1,0 +1,39 @@
+"""The ASGI application with its configuration files, in this process, between its startup and its shutdown."""
+
+import asyncio
+import pathlib
+from typing import Any
+
+from asgi_call import Call
+
+from cortex.asgi import Application
+
+
+class Running:
+    """The ASGI application between its startup and its shutdown."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.app = Application({"CORTEX_CONFIG": str(path)})
+        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def __aenter__(self) -> "Running":
+        self._task = asyncio.ensure_future(self.app({"type": "lifespan"}, self._messages.get, self._sent.put))
+        await self._messages.put({"type": "lifespan.startup"})
+        assert (await self._sent.get())["type"] == "lifespan.startup.complete"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._messages.put({"type": "lifespan.shutdown"})
+        await self._task
+
+    async def get(self, path: str) -> Any:
+        return (await Call(self.app, "GET", path).end()).json()
+
+    async def names(self) -> set[str]:
+        return {model["id"] for model in (await self.get("/v1/models"))["data"]}
+
+    async def until_named(self, *names: str) -> None:
+        async with asyncio.timeout(10):
+            while await self.names() != set(names):
+                await asyncio.sleep(0.02)
