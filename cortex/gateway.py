@@ -22,7 +22,16 @@ from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
 from cortex.dashboard.feed import Feed
 from cortex.dialects import openapi
-from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
+from cortex.dialects.passthrough import (
+    CHAT,
+    COMPACT,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    EMBEDDINGS,
+    INPUT_TOKENS,
+    MESSAGES,
+    RESPONSES,
+)
 from cortex.endpoints import Endpoints, reply_error, request_id_of
 from cortex.errors import GatewayStoppedError
 from cortex.fleet.catalogue import Catalogue
@@ -111,6 +120,8 @@ class Gateway:
             EMBEDDINGS.path: {"POST": inference.endpoint(EMBEDDINGS)},
             COMPLETIONS.path: {"POST": inference.endpoint(COMPLETIONS)},
             RESPONSES.path: {"POST": inference.endpoint(RESPONSES)},
+            COMPACT.path: {"POST": inference.endpoint(COMPACT)},
+            INPUT_TOKENS.path: {"POST": inference.endpoint(INPUT_TOKENS)},
             MESSAGES.path: {"POST": inference.endpoint(MESSAGES)},
             COUNT_TOKENS.path: {"POST": inference.endpoint(COUNT_TOKENS)},
             "/v1/conversations": {"POST": named.create},

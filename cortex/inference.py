@@ -26,8 +26,8 @@ from cortex.access.keys import Principal, check_model
 from cortex.background import Background
 from cortex.book import CLIENT_CLOSED_REQUEST, Book
 from cortex.config import Config
-from cortex.dialects import openai_responses
-from cortex.dialects.passthrough import NO_PART, RESPONSES, Dialect, read_answer
+from cortex.dialects import openai_compaction, openai_responses
+from cortex.dialects.passthrough import COMPACT, INPUT_TOKENS, NO_PART, RESPONSES, Dialect, read_answer
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Answer, Dispatcher, Question
@@ -129,6 +129,14 @@ class Inference:
             if not generates:
                 await self._only_read(exchange, record, turn)
                 return
+        elif dialect is COMPACT or dialect is INPUT_TOKENS:
+            body = openai_compaction.with_input(body)
+            body = (await self._conversations.of(principal.name).begin(body, found, keeps=False)).body
+        reshape: Callable[[bytes], bytes] = _unchanged
+        if dialect is COMPACT:
+            # To a node it is a response like any other.
+            compaction = openai_compaction.Compaction(body)
+            dialect, body, reshape = RESPONSES, compaction.question(), compaction.answer
         headers += principal_headers(principal)
         chat = to_chat(dialect, body, part)
         question = Question(
@@ -144,7 +152,7 @@ class Inference:
             on_node=record.note_node,
             take_begun=_nothing if trip is None else trip.take,
         )
-        asked = _Asked(question, chat, turn)
+        asked = _Asked(question, chat, turn, reshape)
         permit = FREE if principal.limits.are_none else await self._gate.admit(principal, body)
         try:
             if turn is not None and part.background:
@@ -188,7 +196,7 @@ class Inference:
         record.status = 200
         if asked.turn is not None:
             await self._conversations.of(record.key).keep(asked.turn, body)
-        await exchange.reply(200, body, content_type=content_type)
+        await exchange.reply(200, asked.reshape(body), content_type=content_type)
 
     async def _only_read(self, exchange: Exchange, record: Record, turn: Turn) -> None:
         """Answer with an empty response, which later turns continue; no node is asked."""
@@ -311,6 +319,10 @@ def _nothing() -> None:
     return None
 
 
+def _unchanged(answer: bytes) -> bytes:
+    return answer
+
+
 def principal_headers(principal: Principal) -> list[Header]:
     """Return what a node is told of who asks."""
     headers = []
@@ -343,6 +355,8 @@ class _Asked(NamedTuple):
     question: Question
     chat: Translation | None
     turn: Turn | None
+    reshape: Callable[[bytes], bytes] = _unchanged
+    """What makes the answer of what a node answers, where that is not it."""
 
     def translated(self) -> TranslatedAnswer:
         """Return what reads a chat that answers it."""

@@ -3,7 +3,8 @@
 A turn is answered by what answers ``POST /v1/responses``, so that limits, routing, records and errors are the same;
 here its frames become messages, and an answer that is no stream an ``error`` message. Turns of one lane
 (``stream_id``) follow one another, lanes run beside one another. A connection remembers its latest responses, stored or
-not, so that a client sends only what is new. ``generate: false`` has a conversation remembered and not answered.
+not, so that a client sends only what is new; one that was continued and failed is forgotten, as OpenAI forgets it, so
+that nobody goes on from what may be half of it. ``generate: false`` has a conversation remembered and not answered.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from cortex.dialects.openai_errors import error_object
 from cortex.dialects.passthrough import RESPONSES
 from cortex.http_io import Receive, Scope, Send, SocketExchange
 from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, OverloadedError
+from cortex.wire.responses_events import ResponsesEvent
 
 KEEPALIVE = b'{"type":"keepalive"}'
 """What a comment is as a message: what OpenAI itself sends into long silences, and what clients let pass."""
@@ -34,6 +36,7 @@ _NOT_FORWARDED = frozenset({b"connection", b"upgrade", b"content-length", b"cont
 _OWN_FIELDS = ("type", "generate", "stream_id", "stream", "background")
 _MESSAGE = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _STRING = msgspec.json.Decoder(str)
+_FAILED = ResponsesEvent.FAILED.value.encode()
 
 
 class ResponsesSocket:
@@ -112,7 +115,8 @@ class ResponsesSocket:
             return
         body = {name: value for name, value in fields.items() if name not in _OWN_FIELDS}
         before = self._lanes.get(lane)
-        turn = asyncio.create_task(self._turn(msgspec.json.encode(body | {"stream": True}), generates, lane, before))
+        encoded = msgspec.json.encode(body | {"stream": True})
+        turn = asyncio.create_task(self._turn(encoded, _previous(fields), generates, lane, before))
         self._lanes[lane] = turn
         self._turns.add(turn)
         turn.add_done_callback(lambda done: self._end(done, lane))
@@ -123,7 +127,9 @@ class ResponsesSocket:
             del self._lanes[lane]
         turn.exception()  # it has been logged, and has closed the connection
 
-    async def _turn(self, body: bytes, generates: bool, lane: str | None, before: "asyncio.Task[None] | None") -> None:
+    async def _turn(
+        self, body: bytes, previous: str, generates: bool, lane: str | None, before: "asyncio.Task[None] | None"
+    ) -> None:
         if before is not None:
             await asyncio.wait({before})
         if self._left.is_set():
@@ -147,6 +153,9 @@ class ResponsesSocket:
             # Too late for an error in the stream's own words.
             await self._send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": "internal error"})
             raise
+        finally:
+            if answer.failed:
+                self._said.pop(previous, None)
 
     async def _refuse(self, error: ApiError, lane: str | None) -> None:
         info = error.info()
@@ -163,6 +172,8 @@ class _Answer:
         self._is_stream = False
         self._decoder = FrameDecoder()
         self._body = b""
+        self.failed = False
+        """Whether it was an error, from the start or in the end."""
 
     async def take(self, message: Any) -> None:
         """Take one message of an HTTP answer."""
@@ -175,6 +186,7 @@ class _Answer:
         if self._is_stream:
             frames = self._decoder.feed(data)
             for frame in frames:
+                self.failed = self.failed or frame.event == _FAILED
                 await self._send(_text_message(frame.data, self._lane))
             if not frames and data.startswith(b":"):
                 await self._send(_text_message(KEEPALIVE, self._lane))
@@ -185,7 +197,16 @@ class _Answer:
                 error = bytes(_MESSAGE.decode(self._body)["error"])
             except (msgspec.DecodeError, KeyError):
                 error = error_object(ApiError("The answer cannot be read.").info())
+            self.failed = True
             await self._send(_text_message(_error(self._status, error), self._lane))
+
+
+def _previous(fields: dict[str, msgspec.Raw]) -> str:
+    """Return which response a message continues; none if it says so in no string, which is refused later."""
+    try:
+        return _text(fields, "previous_response_id") or ""
+    except InvalidRequestError:
+        return ""
 
 
 def _fields(data: bytes) -> dict[str, msgspec.Raw]:

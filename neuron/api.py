@@ -23,6 +23,7 @@ from cortex.build_identity import COMMIT
 from cortex.dialects import (
     anthropic_messages,
     openai_chat,
+    openai_compaction,
     openai_completions,
     openai_embeddings,
     openai_fields,
@@ -32,10 +33,12 @@ from cortex.dialects import (
 from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.dialects.passthrough import (
     CHAT,
+    COMPACT,
     COMPLETIONS,
     COUNT_TOKENS,
     EMBEDDINGS,
     GATEWAY_PART_HEADER,
+    INPUT_TOKENS,
     MESSAGES,
     RESPONSES,
     Dialect,
@@ -121,6 +124,8 @@ class Api:
             COMPLETIONS.path: {"POST": self._infer(COMPLETIONS, self._completions)},
             EMBEDDINGS.path: {"POST": self._infer(EMBEDDINGS, self._embeddings)},
             RESPONSES.path: {"POST": self._infer(RESPONSES, self._responses)},
+            COMPACT.path: {"POST": self._infer(COMPACT, self._compact)},
+            INPUT_TOKENS.path: {"POST": self._infer(INPUT_TOKENS, self._input_tokens)},
             MESSAGES.path: {"POST": self._infer(MESSAGES, self._messages)},
             COUNT_TOKENS.path: {"POST": self._infer(COUNT_TOKENS, self._count_tokens)},
         }
@@ -314,6 +319,19 @@ class Api:
         else:
             await self._complete(exchange, request, frames.frames, frames.response, record)
 
+    async def _compact(self, exchange: Exchange, record: RequestRecord) -> None:
+        body = await exchange.read_body(self._service.max_body_bytes)
+        compaction = openai_compaction.Compaction(body)
+        call = openai_responses.decode(compaction.question())
+        id = f"resp_{secrets.token_hex(24)}"
+        frames = ResponsesStream(id, call.request.model, int(time.time()), echo=b"{}")
+        request = _on_behalf(exchange, call.request)
+        await self._complete(exchange, request, frames.frames, lambda: compaction.answer(frames.response()), record)
+
+    async def _input_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
+        body = openai_compaction.with_input(await exchange.read_body(self._service.max_body_bytes))
+        await self._count(exchange, openai_responses.decode(body).request, openai_responses.COUNTED, record)
+
     async def _messages(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
         request = _on_behalf(exchange, call.request)
@@ -326,11 +344,17 @@ class Api:
 
     async def _count_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
         request = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes)).request
+        await self._count(exchange, request, {}, record)
+
+    async def _count(
+        self, exchange: Exchange, request: InferenceRequest, told: dict[str, str], record: RequestRecord
+    ) -> None:
+        """Answer with how many tokens a prompt has, and with what the dialect says beside it."""
         with self._service.models.use(request.model) as model:
             record.model = request.model
             num_tokens = await until_disconnect(exchange, model.count_tokens(request))
             record.see([Started(num_tokens)])
-            await _reply(exchange, {"input_tokens": num_tokens})
+            await _reply(exchange, {**told, "input_tokens": num_tokens})
 
     async def _stream(
         self,

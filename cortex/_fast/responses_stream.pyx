@@ -298,6 +298,10 @@ cdef class ResponsesStream:
             self.add(event)
         return self.out.cut()
 
+    def beginning(self):
+        """Return the response object as a stream begins with it."""
+        return self.response_object(b"in_progress", b"null", b"null", b"null")
+
     def response(self):
         """Return the response object of the last event, for a request that is not streamed.
 

@@ -13,7 +13,14 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from cortex.dialects import openai_fields as fields
-from cortex.wire.errors import InvalidRequestError, InvalidTypeError, MissingParameterError, UnsupportedParameterError
+from cortex.dialects.answered_calls import OpenCalls
+from cortex.wire.errors import (
+    InvalidRequestError,
+    InvalidTypeError,
+    MissingParameterError,
+    ToolCallNotFoundError,
+    UnsupportedParameterError,
+)
 from cortex.wire.request import Message, Part, Role, TextPart, ToolCall
 
 T = TypeVar("T")
@@ -89,6 +96,41 @@ def messages_of(turn: Turn, where: str) -> Iterator[Message]:
         yield _assistant(turn.content, where)
     else:
         yield from _user(turn.content, where)
+
+
+def check_results(turns: Sequence[Turn]) -> None:
+    """Hold each ``tool_result`` to a ``tool_use`` of the assistant's turn before it, as Anthropic does.
+
+    Turns of one role behind one another are one turn; system turns are none.
+
+    Raises:
+        ToolCallNotFoundError: a result answers no call of that turn, or one that has its result.
+    """
+    calls = OpenCalls()
+    was_assistant = False
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant" and not was_assistant:
+            calls.forget()
+        if turn.role != "system":
+            was_assistant = turn.role == "assistant"
+        if isinstance(turn.content, str):
+            continue
+        for number, block in enumerate(turn.content):
+            if block.type == "tool_use" and turn.role == "assistant" and block.id is not None:
+                calls.add(block.id)
+            elif block.type == "tool_result" and block.tool_use_id is not None and not calls.answer(block.tool_use_id):
+                raise _unanswerable(f"messages.{index}.content.{number}", block.tool_use_id, calls)
+
+
+def _unanswerable(where: str, call_id: str, calls: OpenCalls) -> ToolCallNotFoundError:
+    if calls.knows(call_id):
+        message = f"{where}: each tool_use must have a single result. Found a second `tool_result` with id: {call_id}."
+    else:
+        message = (
+            f"{where}: unexpected `tool_use_id` found in `tool_result` blocks: {call_id}. Each `tool_result` block "
+            "must have a corresponding `tool_use` block in the previous message."
+        )
+    return ToolCallNotFoundError(message, param="messages")
 
 
 def _user(blocks: Sequence[Block], where: str) -> Iterator[Message]:

@@ -25,8 +25,9 @@ _TYPES = {
 }
 
 
-class _Details(msgspec.Struct, frozen=True):
+class _Details(msgspec.Struct, frozen=True, omit_defaults=True):
     error_code: str
+    unsupported: tuple[str, ...] = ()
 
 
 class _Error(msgspec.Struct, frozen=True):
@@ -65,6 +66,6 @@ def error_message(error: ErrorInfo) -> str:
 
 def error_body(error: ErrorInfo, request_id: str | None = None) -> bytes:
     """Return the envelope: the body of a refused request, and the data of an ``error`` event."""
-    inner = _Error(error_type(error), error_message(error), _Details(error.code))
+    inner = _Error(error_type(error), error_message(error), _Details(error.code, error.unsupported))
     # ``type`` is always written: it has no default.
     return msgspec.json.encode(_Envelope("error", inner, request_id))

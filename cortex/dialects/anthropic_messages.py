@@ -15,7 +15,7 @@ import msgspec
 
 from cortex.dialects import anthropic_blocks as blocks
 from cortex.dialects import openai_fields as fields
-from cortex.wire.errors import InvalidRequestError
+from cortex.wire.errors import InvalidRequestError, ThreadUnsupportedError
 from cortex.wire.request import (
     InferenceRequest,
     OutputFormat,
@@ -80,6 +80,8 @@ class MessagesBody(msgspec.Struct):
     thinking: _Thinking | None = None
     output_config: _OutputConfig | None = None
     output_format: _Format | None = None
+    # known and refused
+    thread: object = None
 
 
 _DECODER = msgspec.json.Decoder(MessagesBody)
@@ -90,13 +92,19 @@ def decode(body: bytes) -> MessagesCall:
 
     Raises:
         InvalidRequestError: with the parameter at fault; see :func:`cortex.dialects.openai_fields.decode`.
+        ThreadUnsupportedError: it leaves out what a server is to remember of the conversation.
     """
     parsed = fields.decode(body, _DECODER)
+    if parsed.thread not in (None, False):
+        raise ThreadUnsupportedError(
+            "Conversations are not held here: send all messages, without 'thread'.", param="thread"
+        )
     if not parsed.messages:
         raise InvalidRequestError("Invalid 'messages': at least one message is needed.", param="messages")
     messages = list(blocks.system(parsed.system, "system"))
     for index, turn in enumerate(parsed.messages):
         messages += blocks.messages_of(turn, f"messages[{index}].content")
+    blocks.check_results(parsed.messages)
     tools = tuple(
         Tool(
             blocks.needed(tool.name, f"tools[{index}].name"),

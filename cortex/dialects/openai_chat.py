@@ -12,7 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from cortex.dialects import openai_fields as fields
-from cortex.wire.errors import InvalidRequestError, MissingParameterError
+from cortex.dialects.answered_calls import OpenCalls
+from cortex.wire.errors import InvalidRequestError, MissingParameterError, ToolCallNotFoundError
 from cortex.wire.request import (
     InferenceRequest,
     Message,
@@ -157,7 +158,7 @@ def decode(body: bytes) -> ChatCall:
     tools = tuple(_tools(parsed.tools or ()))
     request = InferenceRequest(
         model=parsed.model,
-        messages=tuple(_message(message, i) for i, message in enumerate(parsed.messages)),
+        messages=_messages(parsed.messages),
         tools=tools,
         tool_choice=_tool_choice(parsed, tools),
         sampling=parsed.sampling(),
@@ -172,6 +173,33 @@ def decode(body: bytes) -> ChatCall:
     )
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
     return ChatCall(request, bool(parsed.stream), include_usage)
+
+
+def _messages(bodies: Sequence[_MessageBody]) -> tuple[Message, ...]:
+    """Return the turns. Raises :class:`ToolCallNotFoundError` for a tool's message that answers no call before it."""
+    calls = OpenCalls()
+    messages = []
+    for index, body in enumerate(bodies):
+        message = _message(body, index)
+        for call in message.tool_calls:
+            calls.add(call.id)
+        if message.role is Role.TOOL and not calls.answer(message.tool_call_id or ""):
+            raise _unanswerable(index, message.tool_call_id or "", calls)
+        messages.append(message)
+    return tuple(messages)
+
+
+def _unanswerable(index: int, call_id: str, calls: OpenCalls) -> ToolCallNotFoundError:
+    where = f"messages[{index}]"
+    if calls.knows(call_id):
+        return ToolCallNotFoundError(
+            f"Invalid '{where}': a second message of role 'tool' with 'tool_call_id' '{call_id}'.", param=where
+        )
+    return ToolCallNotFoundError(
+        f"Invalid '{where}': messages with role 'tool' must be a response to a preceding message with 'tool_calls', "
+        f"and none has '{call_id}'.",
+        param=where,
+    )
 
 
 def _message(body: _MessageBody, index: int) -> Message:

@@ -10,9 +10,12 @@ from typing import Literal, TypeVar
 import msgspec
 
 from cortex.dialects import openai_fields as fields
+from cortex.dialects.answered_calls import OpenCalls
+from cortex.dialects.openai_compaction import KINDS as COMPACTIONS
+from cortex.dialects.openai_compaction import summary_of
 from cortex.dialects.openai_sealed import unseal
 from cortex.dialects.openai_tools import OfferedTools
-from cortex.wire.errors import InvalidRequestError, UnsupportedParameterError
+from cortex.wire.errors import InvalidRequestError, ToolCallNotFoundError, UnsupportedParameterError
 from cortex.wire.request import Message, Part, Role, TextPart, ToolCall
 
 T = TypeVar("T")
@@ -30,6 +33,7 @@ class _Content(msgspec.Struct):
 
 class _Kind(msgspec.Struct):
     type: str = "message"
+    call_id: object = None
 
 
 class _Item(msgspec.Struct):
@@ -58,6 +62,7 @@ _READ = frozenset(
         "custom_tool_call",
         "custom_tool_call_output",
         "reasoning",
+        *COMPACTIONS,
     }
 )
 
@@ -67,8 +72,10 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
 
     Raises:
         InvalidRequestError: an item lacks what its type needs.
+        ToolCallNotFoundError: an output answers no call before it.
         UnsupportedParameterError: an item refers to a stored one.
     """
+    calls = OpenCalls()
     thought = ""  # of the assistant's turn that comes next
     turn: Message | None = None  # the assistant's, to which calls may still be added
     for index, raw in enumerate(items):
@@ -79,6 +86,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                 message = _message(item, where)
             case "function_call" | "custom_tool_call":
                 call = _call(item, tools, where)
+                calls.add(call.id)
                 if turn is not None and not thought:
                     # Calls of one turn are separate items here and one message in a chat.
                     turn = msgspec.structs.replace(turn, tool_calls=(*turn.tool_calls, call))
@@ -88,15 +96,21 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                 call_id = _needed(item.call_id, where, "call_id")
                 if item.output is None:
                     raise _missing(where, "output")
+                if not calls.answer(call_id):
+                    raise _unanswerable(item.type, call_id, calls.knows(call_id))
                 message = Message(Role.TOOL, _content(item.output, f"{where}.output"), tool_call_id=call_id)
             case "reasoning":
                 thought += _thought(item)
                 continue
+            case kind if kind in COMPACTIONS:
+                message = Message(Role.ASSISTANT, summary_of(item.encrypted_content, where))
             case "item_reference":
                 raise UnsupportedParameterError(
                     "Unsupported parameter: an 'item_reference' is resolved by the gateway.", param=where
                 )
             case _:  # the traces of hosted tools say nothing to the model
+                if item.call_id is not None:
+                    calls.add(item.call_id)  # but the client may have run them: a local shell's call has its output
                 continue
         if turn is not None:
             yield turn
@@ -112,8 +126,11 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
 def _item(raw: msgspec.Raw, where: str) -> _Item:
     """Return an item; of one whose type has no meaning here only that."""
     try:
-        kind = _KIND_DECODER.decode(raw).type
-        return _ITEM_DECODER.decode(raw) if kind in _READ else _Item(kind)
+        found = _KIND_DECODER.decode(raw)
+        if found.type in _READ:
+            return _ITEM_DECODER.decode(raw)
+        is_call = found.type.endswith("_call") and isinstance(found.call_id, str)
+        return _Item(found.type, call_id=str(found.call_id) if is_call else None)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"Invalid '{where}': {error}.", param=where) from None
 
@@ -132,6 +149,14 @@ def _call(item: _Item, tools: OfferedTools, where: str) -> ToolCall:
     if arguments is None:
         arguments = msgspec.json.encode({"input": item.input or ""}).decode()
     return ToolCall(call_id, tools.known_as(name, item.namespace), arguments)
+
+
+def _unanswerable(kind: str, call_id: str, is_second: bool) -> ToolCallNotFoundError:
+    """Return the refusal of an output, in OpenAI's words where it answers nothing."""
+    what = kind.replace("_", " ")
+    if is_second:
+        return ToolCallNotFoundError(f"The {what} with call_id {call_id} is a second one for its call.", param="input")
+    return ToolCallNotFoundError(f"No tool call found for {what} with call_id {call_id}.", param="input")
 
 
 def _thought(item: _Item) -> str:

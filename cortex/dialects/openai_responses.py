@@ -95,6 +95,9 @@ class ResponsesBody(fields.SamplingBody, kw_only=True):
     background: bool | None = None
 
 
+COUNTED = {"object": "response.input_tokens"}
+"""What the answer to ``/v1/responses/input_tokens`` says beside ``input_tokens``."""
+
 _DECODER = msgspec.json.Decoder(ResponsesBody)
 _FIELDS_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 

@@ -11,7 +11,16 @@ from typing import Any
 import msgspec
 
 from cortex.dialects import anthropic_messages, openai_chat, openai_completions, openai_embeddings, openai_responses
-from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
+from cortex.dialects.passthrough import (
+    CHAT,
+    COMPACT,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    EMBEDDINGS,
+    INPUT_TOKENS,
+    MESSAGES,
+    RESPONSES,
+)
 
 PATH = "/openapi.json"
 
@@ -120,6 +129,10 @@ MESSAGE_ANSWER = object_with(
     id=TEXT, type={"const": "message"}, role={"const": "assistant"}, model=TEXT, content=LIST, usage=OBJECT,
     stop_reason=TEXT_OR_NULL, stop_sequence=TEXT_OR_NULL,
 )  # fmt: skip
+COMPACTION_ANSWER = object_with(
+    id=TEXT, object={"const": "response.compaction"}, created_at=COUNT, output=LIST, usage=OBJECT
+)
+INPUT_TOKENS_ANSWER = object_with(object={"const": "response.input_tokens"}, input_tokens=COUNT)
 TOKENS_ANSWER = object_with(input_tokens=COUNT)
 VERSION_ANSWER = object_with(name=TEXT, version=TEXT, commit=TEXT)
 
@@ -131,6 +144,10 @@ INFERENCE = (
     ),
     Operation(
         "POST", RESPONSES.path, "Make a response.", RESPONSE_ANSWER, openai_responses.ResponsesBody, streams=True
+    ),
+    Operation("POST", COMPACT.path, "Sum a conversation up.", COMPACTION_ANSWER, openai_responses.ResponsesBody),
+    Operation(
+        "POST", INPUT_TOKENS.path, "Count a response's prompt.", INPUT_TOKENS_ANSWER, openai_responses.ResponsesBody
     ),
     Operation("POST", MESSAGES.path, "Answer messages.", MESSAGE_ANSWER, anthropic_messages.MessagesBody, streams=True),
     Operation("POST", COUNT_TOKENS.path, "Count a prompt.", TOKENS_ANSWER, anthropic_messages.MessagesBody),

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from cortex._fast.responses_stream import ResponsesStream
 from cortex.dialects import anthropic_errors
 from cortex.dialects.openai_errors import error_body, error_object, response_error_code
 from cortex.wire.errors import ErrorInfo
@@ -211,16 +212,9 @@ def _begun_response(first: bytes) -> dict[str, Any]:
         if isinstance(response, dict):
             return response
         break
-    return {
-        "id": "",
-        "object": "response",
-        "created_at": int(time.time()),
-        "model": "",
-        "output": [],
-        "parallel_tool_calls": True,
-        "tool_choice": "auto",
-        "tools": [],
-    }
+    # With all that a response has, as clients of the specification accept no other.
+    created: dict[str, Any] = orjson.loads(ResponsesStream("", "", int(time.time()), b"{}").beginning())
+    return created
 
 
 # Inside a JSON string every quote is escaped, so these are found in structure only.
@@ -246,6 +240,8 @@ RESPONSES = Dialect(
     re.compile(b"^event: ?(%s)\r?$" % b"|".join(re.escape(name.encode()) for name in sorted(LAST)), re.MULTILINE),
     COMMENT,
 )
+COMPACT = replace(RESPONSES, path="/v1/responses/compact", streams=False)
+INPUT_TOKENS = replace(RESPONSES, path="/v1/responses/input_tokens", streams=False)
 MESSAGES = Dialect(
     "anthropic-messages",
     "/v1/messages",

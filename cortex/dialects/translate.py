@@ -19,7 +19,15 @@ from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
 from cortex.dialects import anthropic_messages, openai_responses
 from cortex.dialects.openai_chunks import ChunkReader
-from cortex.dialects.passthrough import COUNT_TOKENS, MESSAGES, NO_PART, RESPONSES, Dialect, GatewayPart
+from cortex.dialects.passthrough import (
+    COUNT_TOKENS,
+    INPUT_TOKENS,
+    MESSAGES,
+    NO_PART,
+    RESPONSES,
+    Dialect,
+    GatewayPart,
+)
 from cortex.wire.errors import ContextLengthError, ErrorInfo, UpstreamError
 from cortex.wire.events import InferenceEvent, Started
 from cortex.wire.request import (
@@ -101,7 +109,9 @@ def to_chat(dialect: Dialect, body: bytes, part: GatewayPart = NO_PART) -> Trans
     if dialect is MESSAGES:
         return Translation(lambda: _read_messages(body))
     if dialect is COUNT_TOKENS:
-        return Translation(lambda: _read_count(body))
+        return Translation(lambda: _read_count(anthropic_messages.decode(body).request, {}))
+    if dialect is INPUT_TOKENS:
+        return Translation(lambda: _read_count(openai_responses.decode(body).request, openai_responses.COUNTED))
     if dialect is RESPONSES:
         return Translation(lambda: _read_responses(body, part))
     return None
@@ -117,14 +127,17 @@ def _read_messages(body: bytes) -> tuple[InferenceRequest, bool, Make]:
     return call.request, call.stream, make
 
 
-def _read_count(body: bytes) -> tuple[InferenceRequest, bool, Make]:
-    """Ask for one token: its usage has the engine's own count, and its cache then has the prompt."""
+def _read_count(request: InferenceRequest, told: dict[str, str]) -> tuple[InferenceRequest, bool, Make]:
+    """Ask for one token: its usage has the engine's own count, and its cache then has the prompt.
+
+    ``told`` is what the answer says beside the count.
+    """
 
     def make() -> tuple[Projector, Callable[[], bytes]]:
-        counter = _Count()
+        counter = _Count(told)
         return counter, counter.body
 
-    return msgspec.structs.replace(anthropic_messages.decode(body).request, max_tokens=1), False, make
+    return msgspec.structs.replace(request, max_tokens=1), False, make
 
 
 def _read_responses(body: bytes, part: GatewayPart) -> tuple[InferenceRequest, bool, Make]:
@@ -150,7 +163,8 @@ def _read_responses(body: bytes, part: GatewayPart) -> tuple[InferenceRequest, b
 class _Count:
     """Reads off an answer how many tokens its prompt had."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: dict[str, str]) -> None:
+        self._told = told
         self._tokens = 0
 
     def frames(self, events: Sequence[InferenceEvent], /) -> bytes:
@@ -164,7 +178,7 @@ class _Count:
         """Return the answer. Raises :class:`UpstreamError` if the node did not say."""
         if not self._tokens:
             raise UpstreamError("The node does not say how many tokens a prompt has.")
-        return msgspec.json.encode({"input_tokens": self._tokens})
+        return msgspec.json.encode({**self._told, "input_tokens": self._tokens})
 
 
 def told_error(error: ErrorInfo) -> ErrorInfo:

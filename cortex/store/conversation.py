@@ -101,10 +101,11 @@ class Conversations:
         """Return those of a principal, by its name."""
         return Conversations(self._store, owner) if owner != self.owner else self
 
-    async def begin(self, body: bytes, found: Peek, said: Said | None = None) -> Turn:
+    async def begin(self, body: bytes, found: Peek, said: Said | None = None, *, keeps: bool = True) -> Turn:
         """Return how a request goes on. ``found`` was found in the body before the model's name was spliced in.
 
-        ``said`` is what the request's connection remembers: there its answer is kept too, whatever is stored.
+        ``said`` is what the request's connection remembers: there its answer is kept too, whatever is stored. Without
+        ``keeps`` the answer is none that anybody continues.
 
         Raises:
             PreviousResponseNotFoundError: it continues a response that is not there.
@@ -114,7 +115,7 @@ class Conversations:
         """
         if self._store is None and said is None:
             return Turn(body)  # the node refuses what refers to something
-        previous, stores = found.previous_response_id or "", found.stores and self._store is not None
+        previous, stores = found.previous_response_id or "", keeps and found.stores and self._store is not None
         conversation, background = "", False
         if self._store is not None and any(b'"%b"' % name.encode() in body for name in _FIELDS):
             body, conversation, background = _without_fields(body, stores)

@@ -13,7 +13,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     ``status`` is the HTTP status a client would get before the first byte; ``code`` is stable and machine-readable;
     ``param`` names the offending field of the request; ``retry_after_s`` is set when a later retry may succeed. Of a
     prompt that is too long, ``prompt_tokens`` and ``context_tokens`` say by how much, for dialects with words of their
-    own.
+    own; ``unsupported`` names what a client must do without, where it can go on without it by itself.
     """
 
     status: int
@@ -23,6 +23,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     retry_after_s: float | None = None
     prompt_tokens: int = 0
     context_tokens: int = 0
+    unsupported: tuple[str, ...] = ()
 
 
 class ApiError(Exception):
@@ -112,6 +113,22 @@ class ContextLengthError(InvalidRequestError):
     def info(self) -> ErrorInfo:
         """Return this error as a value."""
         return ErrorInfo(self.status, self.code, self.message, self.param, None, *self._tokens)
+
+
+class ToolCallNotFoundError(InvalidRequestError):
+    """A result of a tool answers no call of the conversation, or one that has its result already."""
+
+    code = "tool_call_not_found"
+
+
+class ThreadUnsupportedError(InvalidRequestError):
+    """Anthropic's ``thread``, where nobody holds the conversation: clients send the whole of it instead."""
+
+    code = "thread_unsupported_request"
+
+    def info(self) -> ErrorInfo:
+        """Return this error as a value."""
+        return ErrorInfo(self.status, self.code, self.message, self.param, unsupported=("thread",))
 
 
 class ChainedConversationError(InvalidRequestError):

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from cortex.dialects import anthropic_messages
+from cortex.dialects import anthropic_errors, anthropic_messages
 from cortex.wire.errors import ApiError
 from cortex.wire.request import (
     FormatKind,
@@ -35,7 +35,14 @@ def turns(*messages: dict[str, Any]) -> tuple[Message, ...]:
 
 
 def user(*blocks: dict[str, Any]) -> tuple[Message, ...]:
-    return turns({"role": "user", "content": list(blocks)})
+    """Return what a user's turn becomes, behind an assistant's with a call for each of its results."""
+    calls = [
+        {"type": "tool_use", "id": block["tool_use_id"], "name": "f", "input": {}}
+        for block in blocks
+        if block["type"] == "tool_result"
+    ]
+    before = [{"role": "assistant", "content": calls}] if calls else []
+    return turns(*before, {"role": "user", "content": list(blocks)})[len(before) :]
 
 
 def refused(body: bytes | dict[str, Any]) -> ApiError:
@@ -180,6 +187,68 @@ class TestUserBlocks:
     def test_a_result_that_says_it_is_an_error_is_left_as_it_is(self) -> None:
         (found,) = user({"type": "tool_result", "tool_use_id": "t", "content": "<error>x</error>", "is_error": True})
         assert found.content == "<error>x</error>"
+
+
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}, 3])
+def test_a_thread_is_refused_as_its_clients_understand(thread: Any) -> None:
+    error = refused({"thread": thread, "messages": [result("a")]})
+    body = orjson.loads(anthropic_errors.error_body(error.info()))
+    assert error.status == 400
+    assert body["error"]["type"] == "invalid_request_error"
+    assert body["error"]["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
+@pytest.mark.parametrize("thread", [None, False])
+def test_no_thread_is_none(thread: Any) -> None:
+    assert decode(thread=thread).messages == (Message(Role.USER, "hi"),)
+
+
+def use(call_id: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call_id, "name": "f", "input": {}}
+
+
+def result(*call_ids: str) -> dict[str, Any]:
+    blocks = [{"type": "tool_result", "tool_use_id": call_id, "content": "x"} for call_id in call_ids]
+    return {"role": "user", "content": blocks}
+
+
+def called(*call_ids: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [text("so"), *map(use, call_ids)]}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [HI, called("a"), result("a")],
+        [HI, called("a", "b"), result("b", "a")],
+        [HI, called("a", "b"), result("a")],  # interrupted before the other
+        [HI, called("a"), result("a"), called("a"), result("a")],  # ids counted from zero in each turn
+        [HI, called("a"), result("a"), HI, called("b")],
+        [HI, called("a"), called("b"), result("a", "b")],  # turns of one role are one
+        [HI, called("a", "b"), result("a"), result("b")],
+        [HI, called("a"), {"role": "system", "content": "s"}, result("a")],
+        [HI, called("a"), HI],  # interrupted before any
+    ],
+)
+def test_a_result_answers_a_call_of_the_turn_before_it(messages: list[dict[str, Any]]) -> None:
+    turns(*messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([result("a")], "messages.0.content.0: unexpected `tool_use_id`"),
+        ([HI, called("b"), result("a")], "messages.2.content.0: unexpected `tool_use_id`"),
+        ([HI, called("a"), result("a", "a")], "messages.2.content.1: each tool_use must have a single result"),
+        ([HI, called("a"), result("a"), called("b"), result("a")], "messages.4.content.0: unexpected"),
+        ([HI, called("a"), HI, {"role": "assistant", "content": "x"}, result("a")], "messages.4.content.0: unexpected"),
+        ([HI, {"role": "user", "content": [use("a")]}, result("a")], "has no meaning here"),
+    ],
+)
+def test_a_result_that_answers_nothing_is_refused(messages: list[dict[str, Any]], words: str) -> None:
+    error = refused({"messages": messages})
+    assert error.status == 400
+    assert words in error.message
 
 
 def test_traces_of_hosted_tools_drop() -> None:

@@ -90,6 +90,45 @@ def _image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def calls(*call_ids: str) -> dict[str, Any]:
+    made = [{"id": call_id, "type": "function", "function": {"name": "f", "arguments": "{}"}} for call_id in call_ids]
+    return {"role": "assistant", "content": None, "tool_calls": made}
+
+
+def result(call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [*HELLO, calls("a"), result("a")],
+        [*HELLO, calls("a", "b"), result("b"), result("a")],
+        [*HELLO, calls("a"), result("a"), calls("a"), result("a")],  # ids counted from zero in each turn
+        [*HELLO, calls("a", "b"), result("a"), *HELLO],  # interrupted before the other
+        [*HELLO, calls("a"), *HELLO],
+    ],
+)
+def test_a_result_answers_a_call(messages: list[dict[str, Any]]) -> None:
+    decode(messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([*HELLO, result("a")], "Invalid 'messages[1]': messages with role 'tool' must be a response"),
+        ([*HELLO, calls("b"), result("a")], "Invalid 'messages[2]': messages with role 'tool' must be a response"),
+        ([*HELLO, result("a"), calls("a")], "Invalid 'messages[1]': messages with role 'tool' must be a response"),
+        ([*HELLO, calls("a"), result("a"), result("a")], "Invalid 'messages[3]': a second message of role 'tool'"),
+    ],
+)
+def test_a_result_that_answers_nothing_is_refused(messages: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        decode(messages=messages)
+    assert (caught.value.status, caught.value.code) == (400, "tool_call_not_found")
+    assert caught.value.message.startswith(words)
+
+
 def test_tools_and_their_choice() -> None:
     assert decode(tools=[WEATHER]).request.tool_choice.mode is ToolMode.AUTO
     assert decode(tools=[WEATHER], tool_choice="required").request.tool_choice.mode is ToolMode.REQUIRED

@@ -19,6 +19,51 @@ def messages(**body: Any) -> tuple[Message, ...]:
     return decode(**body).request.messages
 
 
+def call(call_id: str, kind: str = "function_call") -> dict[str, Any]:
+    return {"type": kind, "call_id": call_id, "name": "f", "arguments": "{}"}
+
+
+def output(call_id: str, kind: str = "function_call_output") -> dict[str, Any]:
+    return {"type": kind, "call_id": call_id, "output": "x"}
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [call("a"), output("a")],
+        [call("a"), call("b"), output("b"), output("a")],
+        [call("a"), {"role": "user", "content": "wait"}, output("a")],
+        [call("a"), output("a"), call("a"), output("a")],  # ids counted from zero in each turn
+        [call("a"), call("b"), output("a")],  # interrupted before the other
+        [call("a", "custom_tool_call"), output("a", "custom_tool_call_output")],
+        [call("a", "local_shell_call"), output("a")],  # which Codex runs itself
+    ],
+)
+def test_an_output_answers_a_call(items: list[dict[str, Any]]) -> None:
+    messages(input=items)
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([output("a")], "No tool call found for function call output with call_id a."),
+        ([output("a", "custom_tool_call_output")], "No tool call found for custom tool call output with call_id a."),
+        ([call("b"), output("a")], "No tool call found for function call output with call_id a."),
+        ([output("a"), call("a")], "No tool call found for function call output with call_id a."),
+        (
+            [call("a"), output("a"), output("a")],
+            "The function call output with call_id a is a second one for its call.",
+        ),
+        ([{"type": "web_search_call", "id": "a"}, output("a")], "No tool call found for function call output"),
+    ],
+)
+def test_an_output_that_answers_nothing_is_refused(items: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        messages(input=[{"role": "user", "content": "hi"}, *items])
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "tool_call_not_found", "input")
+    assert caught.value.message.startswith(words)
+
+
 def test_instructions_and_text_input() -> None:
     assert messages(instructions="be brief") == (Message(Role.SYSTEM, "be brief"), Message(Role.USER, "hello"))
 

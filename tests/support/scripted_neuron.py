@@ -15,7 +15,7 @@ import uvloop
 from scripted_harness import ScriptedHarness, Step
 
 import neuron.api
-from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
+from cortex.dialects.passthrough import CHAT, COMPACT, COMPLETIONS, COUNT_TOKENS, INPUT_TOKENS, MESSAGES, RESPONSES
 from cortex.wire.errors import ContextLengthError, ErrorInfo, OverloadedError, UnsupportedParameterError
 from cortex.wire.events import (
     Failed,
@@ -145,7 +145,7 @@ def _text(message: Message) -> str:
 
 def _speak_only(api: Api, dialects: Sequence[str]) -> Api:
     """Take away what the API offers beyond ``dialects``, and what it says of itself."""
-    for dialect in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, COUNT_TOKENS):
+    for dialect in (CHAT, COMPLETIONS, RESPONSES, COMPACT, INPUT_TOKENS, MESSAGES, COUNT_TOKENS):
         if dialect.name not in dialects:
             del api._routes[dialect.path]
     neuron.api.DIALECTS = tuple(dialects)

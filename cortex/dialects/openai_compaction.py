@@ -1,0 +1,133 @@
+"""Compaction of a conversation, ``/v1/responses/compact``: the model's own summary in the place of what was said.
+
+A compaction is an ordinary Responses request with one more turn, which asks for the summary, and an answer of another
+shape: all that users and instructions said, word for word, and one ``compaction`` item with the rest. The item is sent
+back as input, before what comes next, and read as an assistant's turn (:mod:`cortex.dialects.openai_items`). So every
+node that speaks Responses can compact, and every node that a Responses request can be translated for.
+
+It does not know who asks a model, nor how a chain of responses was put together.
+"""
+
+import secrets
+import time
+from typing import Any
+
+import msgspec
+import orjson
+
+from cortex.dialects.openai_sealed import seal, unseal
+from cortex.wire.errors import InvalidJsonError, InvalidRequestError, InvalidTypeError, UpstreamError
+
+KINDS = frozenset({"compaction", "compaction_summary"})
+"""Types of an item that a compaction left. The second is Codex's older name."""
+
+SUMMARY_TOKENS = 4096
+"""Of a summary, unless the request says otherwise: what an agent's hour comes to, and no model's whole context."""
+
+INSTRUCTION = (
+    "This conversation is about to be cut down to a summary, which will be all that is left of it but for the user's "
+    "own messages. Write that summary for whoever goes on with the work: what was asked for, what was found out and "
+    "decided, with names, places and numbers, what has been done and how it came out, and what is left to do. Write "
+    "nothing else."
+)
+
+_KEPT_ROLES = frozenset({"user", "system", "developer"})
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NOT_ASKED = ("stream", "stream_options", "store", "include", "text", "background")
+"""Fields that would shape an answer which here has a shape of its own."""
+
+
+def with_input(body: bytes) -> bytes:
+    """Return a body whose ``input`` is a list, empty where it is left to what the request continues.
+
+    Raises:
+        InvalidJsonError: it is not a JSON object.
+        InvalidTypeError: its input is neither a text nor a list.
+    """
+    given = _given(body)
+    return msgspec.json.encode(given | {"input": msgspec.Raw(orjson.dumps(_items(given)))})
+
+
+class Compaction:
+    """One compaction: what a model is asked, and what its answer comes to."""
+
+    def __init__(self, body: bytes) -> None:
+        """Take a request whose chain has been resolved. Raises as :func:`with_input` does."""
+        self._given = _given(body)
+        self._items = _items(self._given)
+
+    def question(self) -> bytes:
+        """Return the Responses request that asks for the summary. Raises :class:`InvalidRequestError`."""
+        if not self._items:
+            raise InvalidRequestError("Invalid 'input': there is nothing to compact.", param="input")
+        asked = {name: value for name, value in self._given.items() if name not in _NOT_ASKED}
+        asked.setdefault("max_output_tokens", msgspec.Raw(b"%d" % SUMMARY_TOKENS))
+        turn = {"type": "message", "role": "user", "content": INSTRUCTION}
+        asked["input"] = msgspec.Raw(orjson.dumps([*self._items, turn]))
+        # Tools stay, since a prompt that begins as the last one did is half computed; calls would be no summary.
+        asked["tool_choice"] = msgspec.Raw(b'"none"')
+        asked["store"] = msgspec.Raw(b"false")
+        return msgspec.json.encode(asked)
+
+    def answer(self, response: bytes) -> bytes:
+        """Return the compaction that a response makes. Raises :class:`UpstreamError` if that has no text."""
+        told = orjson.loads(response)
+        summary = "".join(
+            part.get("text") or "" for item in told["output"] if item["type"] == "message" for part in item["content"]
+        ).strip()
+        if not summary:
+            raise UpstreamError("The model wrote no summary, so nothing was compacted.")
+        id = secrets.token_hex(24)
+        kept = [
+            _shown(item, id, number)
+            for number, item in enumerate(self._items)
+            if (item.get("type") or "message") == "message" and item.get("role") in _KEPT_ROLES
+        ]
+        return orjson.dumps(
+            {
+                "id": f"resp_{id}",
+                "object": "response.compaction",
+                "created_at": int(time.time()),
+                "output": [*kept, {"type": "compaction", "id": f"cmp_{id}", "encrypted_content": seal(summary)}],
+                "usage": told["usage"],
+            }
+        )
+
+
+def summary_of(encrypted_content: str | None, where: str) -> str:
+    """Return what a compaction item says. Raises :class:`InvalidRequestError` for one that was made elsewhere."""
+    summary = unseal(encrypted_content or "")
+    if summary is None:
+        raise InvalidRequestError(
+            f"Invalid '{where}.encrypted_content': this compaction was not made here, and cannot be read.",
+            param=f"{where}.encrypted_content",
+        )
+    return f"Summary of the conversation so far:\n\n{summary}"
+
+
+def _given(body: bytes) -> dict[str, msgspec.Raw]:
+    try:
+        return _FIELDS.decode(body)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise InvalidJsonError("The request body must be a JSON object.") from None
+
+
+def _items(given: dict[str, msgspec.Raw]) -> list[dict[str, Any]]:
+    said = orjson.loads(bytes(given.get("input", msgspec.Raw(b"null"))))
+    if said is None:
+        return []
+    if isinstance(said, str):
+        return [{"type": "message", "role": "user", "content": said}]
+    if not isinstance(said, list) or not all(isinstance(item, dict) for item in said):
+        raise InvalidTypeError("Invalid value for 'input': expected a string or a list of objects.", param="input")
+    return said
+
+
+def _shown(item: dict[str, Any], id: str, number: int) -> dict[str, Any]:
+    """Return a message with all that an item of an answer has."""
+    content = item.get("content")
+    parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else list(content or ())
+    for part in parts:
+        if part.get("type") == "input_image":
+            part.setdefault("detail", "auto")
+    return {"id": f"msg_{id}_{number}", "status": "completed", **item, "type": "message", "content": parts}
