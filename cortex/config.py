@@ -18,7 +18,7 @@ import msgspec
 from cortex import settings, tracing
 from cortex.logs import LogFormat
 from cortex.settings import ConfigError
-from cortex.wire.node import EvictionStrategy, ModelSpec, spec_of
+from cortex.wire.node import Duration, EvictionStrategy, ModelSpec, Priority, spec_of
 
 ENVIRONMENT_PREFIX = "CORTEX_"
 CONFIG_VARIABLE = "CORTEX_CONFIG"
@@ -31,7 +31,6 @@ SEARCH_PATH = ("cortex.toml", "/etc/cortex/cortex.toml")
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-ModelId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 Alias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}\*?$")]
 """A model's other name; with a ``*`` at its end, every name that begins so and that nothing else answers to."""
 
@@ -210,14 +209,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ModelProfile(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One of ``[[models]]``: what to load, and where it may live."""
 
-    id: ModelId
     aliases: tuple[Alias, ...] = ()
     pinned: tuple[str, ...] = ()
     """Nodes on which the model is kept and never evicted."""
     preferred_nodes: tuple[str, ...] = ()
-    priority: int = 0
+    priority: Priority = 0
     """Under ``priority`` eviction a lower one goes first, and never for one that is lower still."""
-    idle_ttl_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    idle_ttl_s: Duration = 0.0
     """Unloaded when nobody has used it for so long; 0: never."""
     min_compute_capability: Annotated[str, msgspec.Meta(pattern=r"^([0-9]+\.[0-9]+)?$")] = ""
     """GPUs below it are not asked to load it."""

@@ -38,6 +38,10 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
     """Choices of requests that may wait for a seat, for each model, before more are told to come back later."""
+    max_models: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
+    """Models this node knows at a time, loaded or not; beyond it the one out of use for longest is forgotten."""
+    failed_kept_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
+    """How long a model whose load failed is listed with its error; models of the configuration stay."""
     drain_timeout_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
     """How long running requests may go on after SIGTERM."""
     step_limit_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0

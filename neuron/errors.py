@@ -101,6 +101,18 @@ class NoRoomError(UnavailableError):
     code = "no_room"
 
 
+class TooManyModelsError(UnavailableError):
+    """The node knows as many models as it keeps, and none of them can be forgotten."""
+
+    code = "too_many_models"
+
+
+class LoadFailedError(UnprocessableError):
+    """The model's files made a reader of them fail in a way that has no error of its own."""
+
+    code = "load_failed"
+
+
 class ModelFailedError(UnavailableError):
     """The model's last load failed; asking for it to be loaded tries again."""
 

@@ -107,6 +107,8 @@ class Service:
             Patience(daemon.hold_s, daemon.linger_s, daemon.patience_s),
             self._recycle,
             metrics.forget_model,
+            max_models=daemon.max_models,
+            failed_kept_s=daemon.failed_kept_s,
         )
         self._activating: set[str] = set()
 
@@ -284,6 +286,7 @@ class Service:
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
             await self.models.unload_idle()
+            self.models.forget_failed()
             await self.models.rooms.tidy(self._config.daemon.defrag_idle_s)
 
     async def _recycle(self, device: str) -> None:

@@ -4,7 +4,12 @@ An :class:`ApiError` knows its HTTP status, a stable code and the parameter at f
 Anthropic write it down (see :mod:`cortex.dialects`).
 """
 
+from typing import Final
+
 import msgspec
+
+MAX_MESSAGE_CHARS: Final = 2000
+"""Of an error's message: it may quote what came from outside, which has no bound of its own."""
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -26,6 +31,13 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     unsupported: tuple[str, ...] = ()
 
 
+def _sound(message: str) -> str:
+    """Return ``message`` as it can be written down anywhere: of bounded length, and without half characters."""
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[:MAX_MESSAGE_CHARS]}... ({len(message)} characters in all)"
+    return message if message.isascii() else message.encode(errors="replace").decode()
+
+
 class ApiError(Exception):
     """An error with an answer. Subclasses fix the status and the code."""
 
@@ -34,7 +46,7 @@ class ApiError(Exception):
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = _sound(message)
         self.param = param
         self.retry_after_s = retry_after_s
 

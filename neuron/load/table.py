@@ -4,6 +4,9 @@ Loads are single-flight for each model and joinable; an unload drains first, and
 its end. ``generation`` grows with every change of a state, so that what somebody decided on an older view can be told
 apart. Times that are shown are Unix seconds, those that are compared are monotonic. Which devices a load gets and what
 must go for it is :mod:`neuron.load.eviction`'s to decide.
+
+The table does not grow with what is asked of it: models that the configuration does not name are forgotten, failed ones
+after a while, and the oldest of those that are not loaded when the table is full.
 """
 
 import asyncio
@@ -18,7 +21,13 @@ import msgspec
 
 from cortex.wire.errors import ApiError, ModelNotFoundError, UnavailableError
 from cortex.wire.node import Eviction, ModelSpec, ModelState, ModelStatus
-from neuron.errors import GenerationConflictError, ModelConflictError, ModelFailedError, ModelNotReadyError
+from neuron.errors import (
+    GenerationConflictError,
+    ModelConflictError,
+    ModelFailedError,
+    ModelNotReadyError,
+    TooManyModelsError,
+)
 from neuron.harness import Harness, Model, Requirement
 from neuron.load.eviction import Patience, Recycle, RoomMaker
 
@@ -32,6 +41,7 @@ Load = Callable[["Entry", GiveRoom], Awaitable[Model]]
 
 LOADING_RETRY_AFTER_S = 2.0
 FAILED_RETRY_AFTER_S = 30.0
+FULL_RETRY_AFTER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,10 @@ class Entry:
     spec: ModelSpec
     harness: Harness
     stay: Stay = Stay()
+    is_configured: bool = False
+    """Whether the node's own configuration names it, so that it is never forgotten."""
+    entered_at: float = field(default_factory=time.monotonic)
+    """When it came into its state."""
     evict: Eviction | None = None
     """What may be done to make room for it."""
     need: Requirement = field(default_factory=Requirement)
@@ -115,8 +129,13 @@ class ModelTable:
         patience: Patience | None = None,
         recycle: Recycle | None = None,
         on_leave: Callable[[str], None] = lambda model: None,
+        *,
+        max_models: int = 256,
+        failed_kept_s: float = 600.0,
     ) -> None:
-        """``on_leave`` is told of each model that has been unloaded, for whatever reason."""
+        """``on_leave`` is told of each model that has been unloaded or is forgotten, for whatever reason."""
+        self._max_models = max_models
+        self._failed_kept_s = failed_kept_s
         self._load = load
         self._on_leave = on_leave
         self._entries: dict[str, Entry] = {}
@@ -127,7 +146,7 @@ class ModelTable:
 
     def add(self, spec: ModelSpec, harness: Harness, stay: Stay | None = None) -> None:
         """Make a model known without loading it."""
-        self._entries.setdefault(spec.id, Entry(spec, harness, stay or Stay()))
+        self._entries.setdefault(spec.id, Entry(spec, harness, stay or Stay(), is_configured=True))
 
     def statuses(self) -> tuple[ModelStatus, ...]:
         """Return every model's status, by name."""
@@ -189,6 +208,7 @@ class ModelTable:
         Raises:
             ApiError: why it could not be loaded.
             ModelConflictError: it is here already from another source or with other limits.
+            TooManyModelsError: the table is full of models that are loaded, on their way, or configured.
         """
         stay = stay or Stay()
         entry = self._entries.get(spec.id)
@@ -199,7 +219,10 @@ class ModelTable:
             self.defrag_after_cycles = evict.defrag_after_cycles
         if entry is None or entry.state in {ModelState.AVAILABLE, ModelState.FAILED}:
             need = entry.need if entry is not None and entry.spec == spec else Requirement()
-            entry = self._entries[spec.id] = Entry(spec, harness, stay, evict, need)
+            is_configured = entry is not None and entry.is_configured
+            if entry is None:
+                self._make_place(spec.id)
+            entry = self._entries[spec.id] = Entry(spec, harness, stay, is_configured, evict=evict, need=need)
             self._begin(entry, ModelState.LOADING)
         elif entry.spec != spec:
             raise ModelConflictError(
@@ -258,6 +281,49 @@ class ModelTable:
             await self.unload(name, math.inf)
         return due
 
+    def forget(self, name: str) -> None:
+        """Take a model that is not loaded out of the table.
+
+        Raises:
+            ModelNotFoundError: it is not known here.
+            ModelNotReadyError: it is loaded or on its way in or out.
+        """
+        entry = self.find(name)
+        if not _is_at_rest(entry):
+            raise ModelNotReadyError(f"The model '{name}' is {entry.state} on this node; unload it first.", param="id")
+        del self._entries[name]
+        self.generation += 1
+        self.note_change()
+        self._on_leave(name)
+
+    def forget_failed(self) -> list[str]:
+        """Forget the models whose load has failed and that nobody has asked for since, and return which."""
+        before = time.monotonic() - self._failed_kept_s
+        due = [
+            entry.spec.id
+            for entry in self._entries.values()
+            if entry.state is ModelState.FAILED
+            and not entry.is_configured
+            and _is_at_rest(entry)
+            and entry.entered_at < before
+        ]
+        for name in due:
+            self.forget(name)
+        return due
+
+    def _make_place(self, name: str) -> None:
+        """Forget the model that has been out of use for longest if the table is full."""
+        if len(self._entries) < self._max_models:
+            return
+        at_rest = [entry for entry in self._entries.values() if _is_at_rest(entry) and not entry.is_configured]
+        if not at_rest:
+            raise TooManyModelsError(
+                f"This node knows {len(self._entries)} models, all of them loaded, loading or configured, and keeps at "
+                f"most {self._max_models} (max_models): unload one before '{name}'.",
+                retry_after_s=FULL_RETRY_AFTER_S,
+            )
+        self.forget(min(at_rest, key=lambda entry: entry.entered_at).spec.id)
+
     def pin(
         self, name: str, pinned: bool | None = None, priority: int | None = None, idle_ttl_s: float | None = None
     ) -> ModelStatus:
@@ -308,7 +374,7 @@ class ModelTable:
         await self._changed.wait()
 
     def _enter(self, entry: Entry, state: ModelState) -> None:
-        entry.state = state
+        entry.state, entry.entered_at = state, time.monotonic()
         self.generation += 1
         self.note_change()
 
@@ -363,3 +429,9 @@ class ModelTable:
         entry.ready_at = entry.idle_at = time.monotonic()
         self._enter(entry, ModelState.READY)
         _log.info("loaded model=%s seconds=%.2f generation=%d", entry.spec.id, entry.ready_at - start, entry.generation)
+
+
+def _is_at_rest(entry: Entry) -> bool:
+    """Return whether a model holds nothing and nothing is under way with it."""
+    idle = entry.model is None and entry.loading is None and entry.leaving is None
+    return idle and entry.state in {ModelState.AVAILABLE, ModelState.FAILED}

@@ -4,9 +4,8 @@ Does not import torch: the daemon decides whether a model fits with the same fun
 """
 
 import dataclasses
-import json
 import math
-import mmap
+import os
 import pathlib
 import struct
 from collections.abc import Mapping
@@ -21,11 +20,40 @@ from neuron.models.errors import (
     UnsupportedQuantizationError,
     UnsupportedRopeError,
 )
+from neuron.models.files import open_regular, quoted, read_json_object
 from neuron.models.gguf import GgufHeader, TensorKind, read_header
 from neuron.models.registry import find_architecture
 from neuron.models.rope import FrequencyFactors, LinearScaling, RopeScaling, scaling_from
 
 MAX_LAYERS: Final = 1024
+MAX_EXPERTS: Final = 4096
+MAX_VOCABULARY: Final = 1 << 24
+MAX_WIDTH: Final = 1 << 20
+"""Of the hidden state, of all heads together, of the MLP. The bounds are ten times what any model has: beyond them what
+is counted by them (names of tensors, bytes of memory) has no end."""
+MAX_HEAD_DIM: Final = 1 << 12
+MAX_EXPERT_MATRICES: Final = 1 << 17
+"""Experts of all layers."""
+LIMITS: Final = {
+    **dict.fromkeys(("vocab_size",), MAX_VOCABULARY),
+    **dict.fromkeys(("num_hidden_layers", "block_count"), MAX_LAYERS),
+    **dict.fromkeys(("head_dim", "attention.key_length"), MAX_HEAD_DIM),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "num_experts_per_tok", "expert_count", "expert_used_count"), MAX_EXPERTS
+    ),
+    **dict.fromkeys(
+        (
+            *("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+            *("moe_intermediate_size", "embedding_length", "attention.head_count", "attention.head_count_kv"),
+            *("feed_forward_length", "expert_feed_forward_length"),
+        ),
+        MAX_WIDTH,
+    ),
+}
+"""The most that a size may be, by its key in ``config.json`` or GGUF; any other is a positive number of 32 bits."""
+MAX_ROPE_THETA: Final = 1e12
+MAX_SCALE: Final = 1e9
+"""Of any other number."""
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -138,9 +166,10 @@ def read_config(path: pathlib.Path) -> ModelConfig:
     """
     if path.is_dir():
         return _from_folder(path)
-    if not path.is_file():
-        raise CorruptWeightsError(path, "no such file or folder")
-    return config_from_gguf(path, read_header(path))
+    try:
+        return config_from_gguf(path, read_header(path))
+    except FileNotFoundError:
+        raise CorruptWeightsError(path, "no such file or folder") from None
 
 
 # ------------------------------------------------------------------ config.json
@@ -176,7 +205,9 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
             head_dim=fields.size("head_dim", fields.size("hidden_size") // heads),
             intermediate_size=fields.size("intermediate_size"),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope_theta=_Fields(path, {**values, **rope}).number("rope_theta", 1e6 if architecture.windowed else 1e4),
+            rope_theta=_Fields(path, {**values, **rope}).number(
+                "rope_theta", 1e6 if architecture.windowed else 1e4, least=1.0, most=MAX_ROPE_THETA
+            ),
             rope_scaling=scaling_from(rope, path),
             attention_bias=architecture.qkv_bias or fields.flag("attention_bias"),
             tie_embeddings=fields.flag("tie_word_embeddings", architecture.ties_embeddings),
@@ -220,7 +251,10 @@ def _folder_windows(fields: "_Fields", architecture: Architecture, window_rope: 
         "window_tokens": fields.size("sliding_window"),
         "windowed_layers": frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention"),
         "window_rope_theta": _Fields(path, {**values, **window_rope}).number(
-            "rope_theta" if "rope_theta" in window_rope else "rope_local_base_freq", 1e4
+            "rope_theta" if "rope_theta" in window_rope else "rope_local_base_freq",
+            1e4,
+            least=1.0,
+            most=MAX_ROPE_THETA,
         ),
     }
 
@@ -245,7 +279,7 @@ def _refuse_unsupported(fields: "_Fields", architecture: Architecture) -> None:
     path, values = fields.path, fields.values
     if method := values.get("quantization_config"):
         name = method.get("quant_method") if isinstance(method, dict) else method
-        raise UnsupportedQuantizationError(f"{path}: quantization {name!r} is not supported")
+        raise UnsupportedQuantizationError(f"{path}: quantization {quoted(name)} is not supported")
     windows = bool(values.get("use_sliding_window") or set(fields.names("layer_types")) - {"full_attention"})
     if windows and not architecture.windowed:
         raise UnsupportedArchitectureError(f"{path}: sliding-window attention is not supported")
@@ -255,21 +289,14 @@ def _refuse_unsupported(fields: "_Fields", architecture: Architecture) -> None:
         raise UnsupportedArchitectureError(f"{path}: attention with a soft cap, or both ways, is not supported")
     activation = values.get("hidden_activation") or values.get("hidden_act") or architecture.activation
     if activation != architecture.activation:
-        raise UnsupportedArchitectureError(f"{path}: activation {activation!r} is not supported")
+        raise UnsupportedArchitectureError(f"{path}: activation {quoted(activation)} is not supported")
 
 
 def _json_object(path: pathlib.Path) -> dict[str, Any] | None:
     try:
-        text = path.read_bytes()
+        return read_json_object(path)
     except FileNotFoundError:
         return None
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise CorruptWeightsError(path, f"not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CorruptWeightsError(path, "not a JSON object")
-    return values
 
 
 # ------------------------------------------------------------------ GGUF
@@ -302,7 +329,7 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
             head_dim=head_dim,
             intermediate_size=fields.size("feed_forward_length"),
             rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
-            rope_theta=fields.number("rope.freq_base", 10000.0),
+            rope_theta=fields.number("rope.freq_base", 10000.0, least=1.0, most=MAX_ROPE_THETA),
             rope_scaling=_gguf_scaling(path, header, own),
             attention_bias="blk.0.attn_q.bias" in shapes,
             tie_embeddings="output.weight" not in shapes,
@@ -364,10 +391,13 @@ GGUF_GENERATION_KEYS: Final = {
 def _gguf_scaling(path: pathlib.Path, header: GgufHeader, own: Mapping[str, Any]) -> RopeScaling | None:
     tensor = next((tensor for tensor in header.tensors if tensor.name == "rope_freqs.weight"), None)
     if tensor is not None:
-        if tensor.kind is not TensorKind.F32 or len(tensor.shape) != 1:
-            raise CorruptWeightsError(path, "rope_freqs.weight is not a vector of float32")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            factors = struct.unpack_from(f"<{tensor.shape[0]}f", data, tensor.offset)
+        if tensor.kind is not TensorKind.F32 or len(tensor.shape) != 1 or tensor.shape[0] > MAX_HEAD_DIM:
+            raise CorruptWeightsError(path, "rope_freqs.weight is not a vector of float32, half as long as a head")
+        with open_regular(path) as file:
+            packed = os.pread(file.fileno(), tensor.nbytes, tensor.offset)
+        if len(packed) != tensor.nbytes:
+            raise CorruptWeightsError(path, "rope_freqs.weight is cut")
+        factors = struct.unpack(f"<{tensor.shape[0]}f", packed)
         if not all(0 < factor < math.inf for factor in factors):
             raise CorruptWeightsError(path, "rope_freqs.weight holds a number that is not positive")
         return FrequencyFactors(factors)
@@ -375,9 +405,11 @@ def _gguf_scaling(path: pathlib.Path, header: GgufHeader, own: Mapping[str, Any]
     if kind == "none":
         return None
     factor = own.get("rope.scaling.factor")
-    if kind == "linear" and isinstance(factor, float) and 0 < factor < math.inf:
+    if kind == "linear" and isinstance(factor, float) and 0 < factor <= MAX_SCALE:
         return LinearScaling(factor)
-    raise UnsupportedRopeError(f"{path}: rope scaling {kind!r} by {factor!r} is not supported (linear and llama3 are)")
+    raise UnsupportedRopeError(
+        f"{path}: rope scaling {quoted(kind)} by {quoted(factor)} is not supported (linear and llama3 are)"
+    )
 
 
 def _folder_pooling(folder: pathlib.Path) -> Pooling:
@@ -397,17 +429,20 @@ class _Fields:
         self.values = values
 
     def size(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
+        value, most = self.values.get(key), LIMITS.get(key, (1 << 31) - 1)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise CorruptWeightsError(self.path, f"{key} is {value!r}, not a positive 32-bit number")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise CorruptWeightsError(self.path, f"{key} is {quoted(value)}, not a number from 1 to {most}")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, *, least: float = 0.0, most: float = MAX_SCALE) -> float:
         value = self.values.get(key, default)
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise CorruptWeightsError(self.path, f"{key} is {value!r}, not a positive number")
+        sound = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not sound or not least <= value <= most or value <= 0:
+            raise CorruptWeightsError(
+                self.path, f"{key} is {quoted(value)}, not a positive number from {least:g} to {most:g}"
+            )
         return float(value)
 
     def names(self, key: str) -> tuple[str, ...]:
@@ -415,14 +450,24 @@ class _Fields:
         if value is None:
             return ()
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise CorruptWeightsError(self.path, f"{key} is {value!r}, not a list of names")
+            raise CorruptWeightsError(self.path, f"{key} is {quoted(value)}, not a list of names")
         return tuple(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.values.get(key, default)
         if not isinstance(value, bool):
-            raise CorruptWeightsError(self.path, f"{key} is {value!r}, not true or false")
+            raise CorruptWeightsError(self.path, f"{key} is {quoted(value)}, not true or false")
         return value
+
+
+SAMPLING_RANGES: Final = {
+    "temperature": (0.0, 1e3),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, (1 << 31) - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-3, 1e3),
+}
+"""Of what the authors recommend: beyond them every request that leaves it open would be refused."""
 
 
 def _generation(path: pathlib.Path, values: Mapping[str, Any], keys: Mapping[str, str]) -> GenerationDefaults:
@@ -431,8 +476,9 @@ def _generation(path: pathlib.Path, values: Mapping[str, Any], keys: Mapping[str
         value = values.get(key)
         if value is None:
             continue
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise CorruptWeightsError(path, f"{key} is {value!r}, not a number of at least 0")
+        least, most = SAMPLING_RANGES[name]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
+            raise CorruptWeightsError(path, f"{key} is {quoted(value)}, not a number from {least:g} to {most:g}")
         found[name] = int(value) if name == "top_k" else float(value)
     return GenerationDefaults(**found)
 
@@ -445,10 +491,14 @@ def _checked(path: pathlib.Path, config: ModelConfig) -> ModelConfig:
         raise CorruptWeightsError(path, f"a rotary embedding needs an even head dimension, not {config.head_dim}")
     if config.num_experts_per_token > config.num_experts:
         raise CorruptWeightsError(path, f"{config.num_experts_per_token} of {config.num_experts} experts are picked")
-    if config.num_layers > MAX_LAYERS:
-        raise CorruptWeightsError(path, f"{config.num_layers} layers are more than any model has")
-    if config.vocab_size < 1:
-        raise CorruptWeightsError(path, "there is no token_embd.weight")
+    if config.num_experts * config.num_layers > MAX_EXPERT_MATRICES:
+        raise CorruptWeightsError(
+            path, f"{config.num_experts} experts in {config.num_layers} layers are more than any model has"
+        )
+    if max(config.num_heads, config.num_kv_heads) * config.head_dim > MAX_WIDTH:
+        raise CorruptWeightsError(path, f"{config.num_heads} heads of {config.head_dim} are wider than any model's")
+    if not 1 <= config.vocab_size <= MAX_VOCABULARY:
+        raise CorruptWeightsError(path, f"token_embd.weight has {config.vocab_size} rows, not 1 to {MAX_VOCABULARY}")
     scaling = config.rope_scaling
     if isinstance(scaling, FrequencyFactors) and len(scaling.factors) != config.head_dim // 2:
         raise CorruptWeightsError(

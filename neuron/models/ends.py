@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from neuron.models.errors import CorruptWeightsError
+from neuron.models.files import MAX_TOKENIZER_BYTES, quoted, read_bounded
 
 TURN_ENDS: Final = frozenset(
     {
@@ -41,6 +42,8 @@ TURN_ENDS: Final = frozenset(
 )
 """What ends a turn or a text in chat templates, as their models' files and llama.cpp's list of such tokens have it."""
 
+MAX_NAMED: Final = 256
+"""Tokens that one field of a file may list."""
 _HARMONY: Final = frozenset({"<|return|>", "<|call|>"})
 """Where both are there, ``<|end|>`` ends one message of several in an answer (gpt-oss)."""
 _GLM: Final = frozenset({"<|user|>", "<|observation|>"})
@@ -63,8 +66,10 @@ def ends_by_text(special: Mapping[str, int]) -> tuple[int, ...]:
 def token_ids(value: object, path: pathlib.Path) -> tuple[int, ...]:
     """Return the ids in ``value``: one, a list of them, or none. Raises :class:`CorruptWeightsError`."""
     found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if len(found) > MAX_NAMED:
+        raise CorruptWeightsError(path, f"{len(found)} token ids are listed where at most {MAX_NAMED} are taken")
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
-        raise CorruptWeightsError(path, f"token ids {value!r} are not numbers")
+        raise CorruptWeightsError(path, f"token ids {quoted(value)} are not numbers")
     return tuple(token for token in found if 0 <= token < 1 << 31)
 
 
@@ -137,8 +142,8 @@ T = TypeVar("T")
 def _read(file: pathlib.Path, kind: type[T]) -> T:
     """Return what ``file`` has of ``kind``; an empty one where it cannot be read: the tokenizer's reader says why."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError, UnicodeError, RecursionError):
+        return msgspec.json.decode(read_bounded(file, MAX_TOKENIZER_BYTES), type=kind)
+    except (FileNotFoundError, CorruptWeightsError, msgspec.DecodeError, UnicodeError, RecursionError):
         return kind()
 
 

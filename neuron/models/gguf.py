@@ -5,22 +5,33 @@ its merges; this one takes 25 ms for the same file, and checks what it reads. It
 models, and does not import torch: the daemon reads tokenizers and configurations with it.
 
 A header comes from anywhere, so nothing in it is believed: each count and length is compared with the bytes that are
-left before anything is allocated for it. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+left, and with what any model has, before anything is allocated for it. It is read, not mapped: the daemon would not
+survive a file that becomes shorter meanwhile. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
-import mmap
+import itertools
 import os
 import pathlib
 import struct
+from collections.abc import Iterable
 from enum import IntEnum
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from neuron.models.errors import CorruptWeightsError
+from neuron.models.files import open_regular, quoted
 
-MAX_HEADER_BYTES: Final = 128 << 20
+MAX_HEADER_BYTES: Final = 64 << 20
 """Bound on the header, so that a corrupt count in a file of many GiB cannot keep the reader busy for minutes. The
 largest vocabularies in use (256k tokens with merges) take 20 MiB."""
+MAX_VALUES: Final = 1 << 16
+"""Of metadata; a model has a few dozen."""
+MAX_TENSORS: Final = 1 << 17
+MAX_ITEMS: Final = 1 << 21
+"""Items of all arrays together: a number or a string that takes a byte in the file takes fifty here. The largest
+vocabularies have 256k tokens, as many scores and kinds, and 500k merges."""
+MAX_NAME_BYTES: Final = 1 << 12
+_READ_BYTES: Final = 1 << 20
 DEFAULT_ALIGNMENT: Final = 32
 MAX_DIMENSIONS: Final = 4
 
@@ -131,35 +142,49 @@ class GgufHeader:
 def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     """Read and check the header of the GGUF file at ``path``.
 
-    Raises :class:`CorruptWeightsError` naming the file and the reason; ``OSError`` if the file cannot be opened.
+    Raises :class:`CorruptWeightsError` naming the file and the reason; ``FileNotFoundError`` if there is none.
     """
-    with pathlib.Path(path).open("rb") as file:
+    with open_regular(pathlib.Path(path)) as file:
         size = os.fstat(file.fileno()).st_size
         if size < 24:
             raise CorruptWeightsError(path, f"{size} bytes are too few for a GGUF header")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(path, data, size).header()
+        return _Reader(path, file, size).header()
 
 
 class _Reader:
     """A cursor over the header's bytes; every read says what it was for when it fails."""
 
-    def __init__(self, path: str | os.PathLike[str], data: mmap.mmap, size: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], file: BinaryIO, size: int) -> None:
         self.path = path
-        self.data = data
+        self.file = file
+        self.data = bytearray()
+        """What was read of the file so far."""
         self.size = size
         self.limit = min(size, MAX_HEADER_BYTES)
         self.position = 0
+        self.num_items = 0
 
     def fail(self, reason: str) -> CorruptWeightsError:
         return CorruptWeightsError(self.path, reason)
 
+    def have(self, end: int) -> None:
+        """Read on until the bytes up to ``end`` are there."""
+        while len(self.data) < end:
+            try:
+                piece = self.file.read(max(_READ_BYTES, end - len(self.data)))
+            except OSError as error:
+                raise self.fail(f"cannot be read: {error.strerror}") from error
+            if not piece:
+                raise self.fail(f"ends at byte {len(self.data)} while it is read; it had {self.size}")
+            self.data += piece
+
     def take(self, count: int, what: str) -> int:
-        """Return the position of the next ``count`` bytes and step over them."""
+        """Return the position of the next ``count`` bytes, which are there then, and step over them."""
         start = self.position
         if count > self.limit - start:
             raise self.fail(f"{what} at byte {start} needs {count} bytes, {self.limit - start} are left")
         self.position = start + count
+        self.have(self.position)
         return start
 
     def u32(self, what: str) -> int:
@@ -170,8 +195,10 @@ class _Reader:
         value: int = _U64.unpack_from(self.data, self.take(8, what))[0]
         return value
 
-    def string(self, what: str) -> str:
+    def string(self, what: str, max_bytes: int = MAX_HEADER_BYTES) -> str:
         length = self.u64(what)
+        if length > max_bytes:
+            raise self.fail(f"{what} at byte {self.position} is {length} bytes long; {max_bytes} are taken")
         start = self.take(length, what)
         try:
             return self.data[start : start + length].decode()
@@ -181,7 +208,7 @@ class _Reader:
     def header(self) -> GgufHeader:
         magic = self.data[self.take(4, "magic") : 4]
         if magic != b"GGUF":
-            raise self.fail(f"not a GGUF file: it begins with {magic!r}")
+            raise self.fail(f"not a GGUF file: it begins with {bytes(magic)!r}")
         version = self.u32("version")
         if version not in (2, 3):
             raise self.fail(f"GGUF version {version} is not 2 or 3 (little-endian)")
@@ -190,15 +217,17 @@ class _Reader:
         # A tensor's entry is at least 32 bytes (one dimension, empty name), a metadata value's at least 13.
         if num_tensors * 32 + num_values * 13 > self.limit - self.position:
             raise self.fail(f"{num_tensors} tensors and {num_values} metadata values cannot be in {self.size} bytes")
+        if num_tensors > MAX_TENSORS or num_values > MAX_VALUES:
+            raise self.fail(f"{num_tensors} tensors and {num_values} metadata values are more than any model has")
         metadata: dict[str, Any] = {}
         for _ in range(num_values):
-            key = self.string("metadata key")
+            key = self.string("metadata key", MAX_NAME_BYTES)
             if key in metadata:
                 raise self.fail(f"metadata key {key!r} appears twice")
             metadata[key] = self.value(self.u32(key), key)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise self.fail(f"general.alignment {alignment!r} is not a power of two from 8 to 2^20")
+            raise self.fail(f"general.alignment {quoted(alignment)} is not a power of two from 8 to 2^20")
         entries = [self.tensor_entry() for _ in range(num_tensors)]
         data_offset = -(-self.position // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
@@ -206,7 +235,14 @@ class _Reader:
             if name in tensors:
                 raise self.fail(f"tensor {name!r} appears twice")
             tensors[name] = self.tensor(name, shape, kind, offset, data_offset, alignment)
+        self.check_overlaps(tensors.values())
         return GgufHeader(version, metadata, tuple(tensors.values()), data_offset)
+
+    def check_overlaps(self, tensors: Iterable[TensorInfo]) -> None:
+        by_offset = sorted(tensors, key=lambda tensor: tensor.offset)
+        for before, tensor in itertools.pairwise(by_offset):
+            if before.offset + before.nbytes > tensor.offset:
+                raise self.fail(f"tensors {before.name!r} and {tensor.name!r} overlap at byte {tensor.offset}")
 
     def value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:
@@ -221,6 +257,9 @@ class _Reader:
         raise self.fail(f"metadata {key!r} has unknown type {kind}")
 
     def array_value(self, kind: int, count: int, key: str) -> list[Any]:
+        self.num_items += count
+        if self.num_items > MAX_ITEMS:
+            raise self.fail(f"{count} items of {key!r} are more than any model has")
         if kind == _STRING:
             return self.strings(count, key)
         if kind == _BOOL:
@@ -238,14 +277,20 @@ class _Reader:
         if count * 8 > self.limit - self.position:
             raise self.fail(f"{count} strings of {key!r} cannot be in {self.limit - self.position} bytes")
         data, position, limit, unpack = self.data, self.position, self.limit, _U64.unpack_from
-        found = []
+        found: list[str] = []
+        there = len(data)
         try:
             for _ in range(count):
-                # May read a length beyond the limit but never beyond the file (struct.error): it is checked next.
                 start = position + 8
+                if start > there:
+                    self.have(min(start, limit))
+                    there = len(data)
                 position = start + unpack(data, position)[0]
                 if position > limit:
                     raise self.fail(f"a string of {key!r} at byte {start} ends at {position}, beyond the header")
+                if position > there:
+                    self.have(position)
+                    there = len(data)
                 found.append(data[start:position].decode())
         except (struct.error, UnicodeDecodeError) as error:
             raise self.fail(f"an array of strings, {key!r}, is cut or is not UTF-8 at item {len(found)}") from error
@@ -253,7 +298,7 @@ class _Reader:
         return found
 
     def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.string("tensor name")
+        name = self.string("tensor name", MAX_NAME_BYTES)
         num_dimensions = self.u32(f"tensor {name!r}")
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
             raise self.fail(f"tensor {name!r} has {num_dimensions} dimensions, not 1 to {MAX_DIMENSIONS}")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neuron.models.errors import UnsupportedRopeError
+from neuron.models.files import quoted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,13 +82,15 @@ def scaling_from(parameters: Mapping[str, Any], where: object) -> RopeScaling | 
             )
             if scaling.high_freq_factor > scaling.low_freq_factor:
                 return scaling
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnsupportedRopeError(f"{where}: rope scaling {kind!r} has a bad or absent {error}") from error
-    raise UnsupportedRopeError(f"{where}: rope scaling {dict(parameters)!r} is not supported (linear and llama3 are)")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UnsupportedRopeError(f"{where}: rope scaling {quoted(kind)} has a bad or absent {error}") from error
+    raise UnsupportedRopeError(
+        f"{where}: rope scaling {quoted(dict(parameters))} is not supported (linear and llama3 are)"
+    )
 
 
 def _positive(value: Any) -> float:
     number = float(value)
-    if not 0 < number < math.inf:
+    if not 0 < number <= 1e9:
         raise ValueError(f"number {number}")
     return number

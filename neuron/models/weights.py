@@ -6,8 +6,8 @@ but the piece in flight. The set of names and shapes is checked against the conf
 
 import contextlib
 import dataclasses
-import json
 import mmap
+import os
 import pathlib
 from typing import Any, Final, Protocol
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from neuron.models.architecture import gguf_name
 from neuron.models.config import ModelConfig, config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
+from neuron.models.files import MAX_INDEX_BYTES, open_regular, read_json_object
 from neuron.models.gguf import TensorInfo, TensorKind, read_header
 from neuron.models.transfer import ON_HOST, Transfer, from_file
 
@@ -26,6 +27,8 @@ PIECE_ELEMENTS: Final = 1 << 18
 """Elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between passes."""
 DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", "rope_freqs.weight")
 """Constants that some exporters store; ours come from the configuration."""
+MAX_HEADER_BYTES: Final = 16 << 20
+"""Of a safetensors file: 100 bytes a tensor, of which the largest checkpoints have 91,000 in 163 files."""
 SAFETENSORS_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 HEAD_TENSORS: Final = tuple(f"self_attn.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
 
@@ -141,11 +144,14 @@ class SafetensorsSource:
         self.config = read_config(folder)
         self._folder = folder
         self._files: dict[str, _SafetensorsFile] = {}
-        index_path = folder / "model.safetensors.index.json"
-        if index_path.exists():
-            self._file_of = _read_index(index_path)
+        file_of = _read_index(folder / "model.safetensors.index.json")
+        if file_of is not None:
+            self._file_of = file_of
+            there: dict[str, set[str]] = {}
             for name, file_name in self._file_of.items():
-                if name not in self._open(file_name).keys():  # noqa: SIM118 (safe_open is no mapping)
+                if file_name not in there:
+                    there[file_name] = set(self._open(file_name).keys())
+                if name not in there[file_name]:
                     raise CorruptWeightsError(folder / file_name, f"the index promises {name}")
         else:
             self._file_of = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
@@ -154,6 +160,7 @@ class SafetensorsSource:
     def _open(self, file_name: str) -> _SafetensorsFile:
         if file_name not in self._files:
             path = self._folder / file_name
+            _check_header(path)
             try:
                 self._files[file_name] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -208,7 +215,7 @@ class GgufSource:
         header = read_header(path)
         self.config = config_from_gguf(path, header)
         self._path = path
-        tensors = [part for tensor in header.tensors for part in _experts(tensor)]
+        tensors = [part for tensor in header.tensors for part in _experts(tensor, self.config.num_experts)]
         stored = {tensor.name: tensor for tensor in tensors if not tensor.name.endswith(DERIVED_TENSORS)}
         names = (*self.config.tensor_shapes(), "lm_head.weight")
         known = {gguf_name(name, self.config.architecture): name for name in names}
@@ -273,10 +280,10 @@ class GgufSource:
             self._data.close()
 
 
-def _experts(tensor: TensorInfo) -> list[TensorInfo]:
+def _experts(tensor: TensorInfo, num_experts: int) -> list[TensorInfo]:
     """Return a layer's experts one by one, as ``ffn_up_exps.7``; any other tensor as it is."""
     stem = tensor.name.removesuffix(".weight")
-    if not stem.endswith("_exps") or len(tensor.shape) != 3:
+    if not stem.endswith("_exps") or len(tensor.shape) != 3 or tensor.shape[0] != num_experts:
         return [tensor]
     count, *shape = tensor.shape
     nbytes = tensor.nbytes // count
@@ -288,13 +295,33 @@ def _experts(tensor: TensorInfo) -> list[TensorInfo]:
     ]
 
 
-def _read_index(path: pathlib.Path) -> dict[str, str]:
-    """Return the file name of each tensor in a sharded checkpoint."""
+def _check_header(path: pathlib.Path) -> None:
+    """Raise CorruptWeightsError unless a safetensors file begins with a header that it can hold, and of a sane size.
+
+    Format: https://huggingface.co/docs/safetensors#format. The library takes up to 100 MB, a million tensors, and waits
+    for ever to open a pipe.
+    """
     try:
-        file_of = json.loads(path.read_bytes())["weight_map"]
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+    except FileNotFoundError:
+        raise CorruptWeightsError(path, "no such file") from None
+    if size < 8 or length > size - 8:
+        raise CorruptWeightsError(path, f"a header of {length} bytes cannot be in {size}")
+    if length > MAX_HEADER_BYTES:
+        raise CorruptWeightsError(path, f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str] | None:
+    """Return the file name of each tensor in a sharded checkpoint, ``None`` for one without an index."""
+    try:
+        file_of = read_json_object(path, MAX_INDEX_BYTES)["weight_map"]
         # Only names within the folder: an index is as untrusted as the weights.
         sound = all(pathlib.PurePath(file).name == file for file in file_of.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, AttributeError) as error:
         raise CorruptWeightsError(path, f"not an index of weights: {error!r}") from error
     if not sound:
         raise CorruptWeightsError(path, "the index names a file outside of its folder")

@@ -6,7 +6,6 @@ no torch.
 """
 
 import dataclasses
-import json
 import operator
 import pathlib
 from collections.abc import Mapping
@@ -14,7 +13,10 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from cortex.wire.errors import ApiError
 from neuron.errors import UnsupportedTokenizerError
+from neuron.models.errors import CorruptWeightsError
+from neuron.models.files import MAX_TOKENIZER_BYTES, read_bounded, read_json_object
 from neuron.models.gguf import GgufHeader, read_header
 
 
@@ -163,10 +165,12 @@ def _bpe(tokens: list[str], merges: list[Any], **options: Any) -> models.BPE:
 
 def _from_folder(folder: pathlib.Path) -> TextFiles:
     file = folder / "tokenizer.json"
-    if not file.exists():
-        raise UnsupportedTokenizerError(f"There is no tokenizer.json in {folder}.")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_buffer(read_bounded(file, MAX_TOKENIZER_BYTES))
+    except FileNotFoundError:
+        raise UnsupportedTokenizerError(f"There is no tokenizer.json in {folder}.") from None
+    except ApiError:
+        raise
     except Exception as error:
         raise UnsupportedTokenizerError(f"{file} cannot be read: {error}.") from error
     # They are saved with the last training's settings: a prompt is neither cut nor filled up.
@@ -176,8 +180,7 @@ def _from_folder(folder: pathlib.Path) -> TextFiles:
         tokenizer.decoder = decoders.ByteLevel()
     config = _read_json(folder / "tokenizer_config.json")
     _add_missing(tokenizer, config.get("added_tokens_decoder"))
-    template_file = folder / "chat_template.jinja"
-    template = template_file.read_text() if template_file.exists() else _template(config.get("chat_template"))
+    template = _read_text(folder / "chat_template.jinja") or _template(config.get("chat_template"))
     named = {**_read_json(folder / "special_tokens_map.json"), **config}
     special = {name: _token_text(named.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     special = {name: text for name, text in special.items() if text}
@@ -217,15 +220,19 @@ def _ids_of(tokenizer: Tokenizer, token: str | None) -> tuple[int, ...]:
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
     try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise UnsupportedTokenizerError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise UnsupportedTokenizerError(f"{file} is not a JSON object.")
-    return found
+        return read_json_object(file, MAX_TOKENIZER_BYTES)
+    except FileNotFoundError:
+        return {}
+
+
+def _read_text(file: pathlib.Path) -> str:
+    try:
+        return read_bounded(file).decode()
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise CorruptWeightsError(file, "not UTF-8") from error
 
 
 def _template(value: Any) -> str | None:

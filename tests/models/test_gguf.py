@@ -111,9 +111,11 @@ HUGE = (1 << 64) - 1
         (file_of(num_values=1, values=struct.pack("<Q", HUGE) + b"key"), "metadata key at byte"),
         (file_of(num_values=1, values=string(b"\xff") + struct.pack("<II", 4, 1)), "not UTF-8"),
         (file_of(num_values=1, values=string(b"k") + struct.pack("<I", 77)), "unknown type 77"),
-        (file_of(num_values=1, values=string(b"k") + struct.pack("<IIQ", 9, 8, HUGE)), "strings of 'k'"),
+        (file_of(num_values=1, values=string(b"k") + struct.pack("<IIQ", 9, 8, 9)), "strings of 'k'"),
+        (file_of(num_values=1, values=string(b"k") + struct.pack("<IIQ", 9, 8, HUGE)), "more than any model"),
+        (file_of(num_values=1, values=string(b"k") + struct.pack("<IIQ", 9, 6, 1 << 40)), "more than any model"),
         (file_of(num_values=1, values=string(b"k") + struct.pack("<IIQQ", 9, 8, 1, HUGE)), "a string of 'k'"),
-        (file_of(num_values=1, values=string(b"k") + struct.pack("<IIQ", 9, 6, 1 << 40)), "k at byte"),
+        (file_of(num_values=1, values=string(b"k") + struct.pack("<IIQ", 9, 6, 1 << 20)), "k at byte"),
         (file_of(num_values=1, values=string(b"k") + struct.pack("<IIQ", 9, 9, 1)), "nested type 9"),
         (file_of(num_values=2, values=2 * (string(b"k") + struct.pack("<II", 4, 1))), "appears twice"),
         (file_of(num_values=1, values=string(b"general.alignment") + struct.pack("<II", 4, 3)), "power of two"),
@@ -125,6 +127,7 @@ HUGE = (1 << 64) - 1
         (file_of(num_tensors=1, tensors=tensor(b"t", (4,), offset=8)), "not aligned"),
         (file_of(num_tensors=1, tensors=tensor(b"t", (HUGE, HUGE))), "ends at byte"),
         (file_of(num_tensors=2, tensors=2 * tensor(b"t", (1,))) + bytes(64), "appears twice"),
+        (file_of(num_tensors=2, tensors=tensor(b"t", (9,)) + tensor(b"u", (1,), offset=32)) + bytes(99), "overlap"),
     ],
 )  # fmt: skip
 def test_damage_is_named(tmp_path: pathlib.Path, data: bytes, reason: str) -> None:

@@ -8,7 +8,7 @@ from scripted_harness import ScriptedHarness
 
 from cortex.wire.errors import ModelNotFoundError, UnavailableError, UnprocessableError
 from cortex.wire.node import ModelSpec, ModelState
-from neuron.errors import ModelConflictError, ModelFailedError
+from neuron.errors import ModelConflictError, ModelFailedError, ModelNotReadyError, TooManyModelsError
 from neuron.harness import Model
 from neuron.load.table import Entry, GiveRoom, ModelTable
 
@@ -131,6 +131,53 @@ def test_a_lost_device_and_its_return() -> None:
         await models.recover("cpu:0")
         assert state(models) is ModelState.READY
         assert harness.loads == [SPEC, SPEC]
+
+    asyncio.run(story())
+
+
+def specs(count: int) -> list[ModelSpec]:
+    return [ModelSpec(f"m{number}", "/models/m") for number in range(count)]
+
+
+def test_the_table_does_not_grow_with_what_is_asked_of_it() -> None:
+    async def story() -> None:
+        left: list[str] = []
+        models, harness = ModelTable(table()._load, on_leave=left.append, max_models=4), ScriptedHarness()
+        models.add(SPEC, harness)
+        harness.fails = UnprocessableError("no")
+        for spec in specs(50):
+            with pytest.raises(UnprocessableError):
+                await models.load(spec, harness)
+        assert [status.id for status in models.statuses()] == ["m", "m47", "m48", "m49"]
+        assert left == [f"m{number}" for number in range(47)]
+        harness.fails = None
+        for spec in specs(3):
+            await models.load(spec, harness)
+        with pytest.raises(TooManyModelsError) as caught:
+            await models.load(ModelSpec("x", "/models/m"), harness)
+        assert (caught.value.status, caught.value.code) == (503, "too_many_models")
+        assert caught.value.retry_after_s
+        await models.unload("m1", 1)
+        assert (await models.load(ModelSpec("x", "/models/m"), harness)).state is ModelState.READY
+        assert [status.id for status in models.statuses()] == ["m", "m0", "m2", "x"]
+
+    asyncio.run(story())
+
+
+def test_a_failed_load_is_forgotten_after_a_while_and_a_configured_model_never() -> None:
+    async def story() -> None:
+        models, harness = ModelTable(table()._load, failed_kept_s=0.0), ScriptedHarness()
+        models.add(SPEC, harness)
+        harness.fails = UnprocessableError("no")
+        for spec in (SPEC, *specs(2)):
+            with pytest.raises(UnprocessableError):
+                await models.load(spec, harness)
+        assert models.forget_failed() == ["m0", "m1"]
+        assert [(status.id, status.error) for status in models.statuses()] == [("m", "no")]
+        harness.fails = None
+        assert (await models.load(SPEC, harness)).state is ModelState.READY
+        with pytest.raises(ModelNotReadyError):
+            models.forget("m")
 
     asyncio.run(story())
 

@@ -1,0 +1,230 @@
+"""Models whose files mean harm: each is refused by a typed error, soon, and in little memory."""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import struct
+import tracemalloc
+from collections.abc import Iterator
+
+import pytest
+from model_files import (
+    CONFIG,
+    EXPERTS,
+    GEMMA,
+    GENERATION,
+    GGUF_VALUES,
+    HOSTILE,
+    NUMBERS,
+    check_bytes,
+    check_config,
+    check_weights,
+    gguf_file,
+    mutated,
+    safetensors_file,
+    string,
+    with_field,
+)
+
+from cortex.wire.errors import ErrorInfo
+from neuron.models.config import ModelConfig
+
+MOST_BYTES = 400 << 20
+"""What a reader may hold at a time: a header of the largest size, as Python's objects."""
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """Fail what takes more memory than a reader may, before the machine does."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_the_sound_files_are_sound(tmp_path: pathlib.Path) -> None:
+    for config in (CONFIG, GEMMA, EXPERTS):
+        files = {"config.json": json.dumps(config).encode(), "generation_config.json": json.dumps(GENERATION).encode()}
+        assert isinstance(check_bytes(files, tmp_path), ModelConfig)
+    assert isinstance(check_bytes({"model.gguf": gguf_file()}, tmp_path), ModelConfig)
+    assert isinstance(check_bytes({"model.gguf": gguf_file()}, tmp_path, weights=True), ModelConfig)
+    whole = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": safetensors_file()}
+    assert isinstance(check_bytes(whole, tmp_path, weights=True), ModelConfig)
+
+
+@pytest.mark.parametrize("config", [CONFIG, GEMMA, EXPERTS], ids=["llama", "gemma", "experts"])
+def test_any_field_of_a_configuration_may_hold_anything(tmp_path: pathlib.Path, config: dict[str, object]) -> None:
+    refused = 0
+    for name in config:
+        for value in HOSTILE:
+            refused += isinstance(check_bytes({"config.json": with_field(config, name, value)}, tmp_path), ErrorInfo)
+    assert refused > len(config) * len(HOSTILE) // 2
+    sound = json.dumps(config).encode()
+    for name in GENERATION:
+        for value in HOSTILE:
+            check_bytes({"config.json": sound, "generation_config.json": with_field(GENERATION, name, value)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "1_Pooling/config.json", "model.safetensors.index.json"]
+)
+def test_a_file_without_an_end_is_not_waited_for(tmp_path: pathlib.Path, file: str) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model.safetensors").write_bytes(safetensors_file())
+    path = tmp_path / file
+    for make in (
+        os.mkfifo,
+        lambda where: where.symlink_to("/dev/zero"),
+        lambda where: where.symlink_to(where),
+        lambda where: where.mkdir(),
+        lambda where: os.truncate(os.open(where, os.O_CREAT | os.O_WRONLY), 1 << 40),
+        lambda where: where.write_text("[" * 1_000_000),
+        lambda where: where.write_text('{"eos_token_id": "' + "x" * (3 << 20) + '"}'),
+    ):
+        path.unlink(missing_ok=True)
+        make(path)
+        refusal = check_weights(tmp_path)
+        if isinstance(refusal, ModelConfig):
+            assert file == "1_Pooling/config.json", "only what is not needed may be of no use"
+        if path.is_dir():
+            path.rmdir()
+
+
+def test_a_name_leads_nowhere_else(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("../../etc/passwd", "/etc/passwd", "..", ".", "", "a/b.safetensors", 7, None, ["x"]):
+        index = {"weight_map": {"model.norm.weight": name}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert isinstance(check_weights(tmp_path), ErrorInfo)
+    for index in ({}, {"weight_map": []}, {"weight_map": None}, {"weight_map": {}}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert isinstance(check_weights(tmp_path), ErrorInfo)
+
+
+def test_an_index_of_many_tensors_is_read_once(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    header = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(40_000)}
+    text = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(header, "a.safetensors")})
+    )
+    refusal = check_weights(tmp_path)
+    assert isinstance(refusal, ErrorInfo)
+    assert "lacks" in refusal.message
+
+
+@pytest.mark.parametrize("length", NUMBERS)
+def test_a_header_of_any_length(tmp_path: pathlib.Path, length: int) -> None:
+    data = struct.pack("<Q", length) + safetensors_file()[8:]
+    files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": data}
+    assert isinstance(check_bytes(files, tmp_path, weights=True), ErrorInfo)
+    files["model.safetensors"] = b""
+    assert isinstance(check_bytes(files, tmp_path, weights=True), ErrorInfo)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        (b'"F32"', b'"I32"'),
+        (b'"F32"', b'"F99"'),
+        (b'"F32"', b"7"),
+        (b"[16, 8]", b"[8, 16]"),
+        (b"[16, 8]", b"[-1, 8]"),
+        (b"[16, 8]", b"[9223372036854775807, 9223372036854775807]"),
+        (b"[16, 8]", b"[" + b"1," * 2000 + b"128]"),
+        (b"[0, 512]", b"[512, 0]"),
+        (b"[0, 512]", b"[0, 99999999]"),
+        (b"[0, 512]", b"[18446744073709551615, 512]"),
+        (b"[512, 544]", b"[0, 32]"),
+        (b"model.norm.weight", b"model.embed_tokens.weight"),
+        (b"model.norm.weight", b"model.norm.weight\\ud800"),
+    ],
+)
+def test_a_safetensors_header_that_lies(tmp_path: pathlib.Path, was: bytes, becomes: bytes) -> None:
+    data = safetensors_file()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = data[8 : 8 + length]
+    assert was in header
+    header = header.replace(was, becomes, 1)
+    files = {
+        "config.json": json.dumps(CONFIG).encode(),
+        "model.safetensors": struct.pack("<Q", len(header)) + header + data[8 + length :],
+    }
+    assert isinstance(check_bytes(files, tmp_path, weights=True), ErrorInfo)
+
+
+@pytest.mark.parametrize("key", [key for key, _ in GGUF_VALUES], ids=lambda key: key.decode())
+def test_any_value_of_a_gguf_may_be_anything(tmp_path: pathlib.Path, key: bytes) -> None:
+    nested = struct.pack("<IIQ", 9, 9, 1) * 1000
+    values = [
+        *(struct.pack("<IQ", 10, number) for number in NUMBERS),
+        *(struct.pack("<If", 6, number) for number in (0.0, -1.0, float("nan"), float("inf"), 1e-38, 3e38)),
+        struct.pack("<IB", 7, 1),
+        struct.pack("<I", 8) + string(b""),
+        struct.pack("<I", 8) + string(b"../../etc/passwd"),
+        struct.pack("<I", 8) + struct.pack("<Q", 3) + b"\xff\xfe\xfd",
+        struct.pack("<I", 8) + string(b"x" * 100_000),
+        struct.pack("<IIQ", 9, 4, 3) + struct.pack("<3I", 1, 2, 3),
+        struct.pack("<IIQ", 9, 4, 300) + struct.pack("<300I", *range(300)),
+        struct.pack("<IIQ", 9, 8, 0),
+        struct.pack("<I", 77),
+        nested,
+    ]
+    whole = gguf_file()
+    old = next(value for name, value in GGUF_VALUES if name == key)
+    at = whole.index(string(key)) + len(string(key))
+    for value in values:
+        check_bytes({"model.gguf": whole[:at] + value + whole[at + len(old) :]}, tmp_path, weights=True)
+
+
+def test_no_count_in_a_gguf_is_believed(tmp_path: pathlib.Path) -> None:
+    """Memory is what the file's own bytes take, also where they promise more, and where it is sparse."""
+    whole, path = gguf_file(), tmp_path / "sparse.gguf"
+    tracemalloc.start()
+    for at in range(8, 24, 8):
+        for number in NUMBERS:
+            path.write_bytes(whole[:at] + struct.pack("<Q", number) + whole[at + 8 :])
+            os.truncate(path, 1 << 40)
+            assert number < 20 or isinstance(check_config(path), ErrorInfo)
+    most = 1 << 21
+    for kind, count in [(8, most), *((kind, count) for kind in (0, 4, 7, 8, 10) for count in (most + 1, 1 << 40))]:
+        value = string(b"k") + struct.pack("<IIQ", 9, kind, count)
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + value)
+        os.truncate(path, 1 << 40)
+        assert isinstance(check_config(path), ErrorInfo)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 60_000))
+    os.truncate(path, 1 << 40)
+    assert isinstance(check_config(path), ErrorInfo)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < MOST_BYTES
+
+
+def test_factors_of_a_rotary_embedding_are_as_many_as_a_head_has(tmp_path: pathlib.Path) -> None:
+    whole, path = gguf_file(), tmp_path / "sparse.gguf"
+    name = string(b"rope_freqs.weight")
+    at = whole.index(name) + len(name) + 4
+    path.write_bytes(whole[:at] + struct.pack("<Q", 1 << 36) + whole[at + 8 :])
+    os.truncate(path, 1 << 40)
+    refusal = check_config(path)
+    assert isinstance(refusal, ErrorInfo)
+    assert "rope_freqs" in refusal.message
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_anywhere(tmp_path: pathlib.Path, seed: int) -> None:
+    rng = random.Random(seed)
+    sound = json.dumps(CONFIG).encode()
+    for _ in range(100):
+        check_bytes({"model.gguf": mutated(gguf_file(), rng)}, tmp_path, weights=True)
+        check_bytes(
+            {"config.json": sound, "model.safetensors": mutated(safetensors_file(), rng)}, tmp_path, weights=True
+        )
+        check_bytes(
+            {"config.json": mutated(sound, rng), "model.safetensors": safetensors_file()}, tmp_path, weights=True
+        )

@@ -1,0 +1,226 @@
+"""Model files that a stranger has written, and what must hold of whatever they contain.
+
+A reader of them returns, or raises one of the errors of models with a 4xx status, in bounded time and memory. Used by
+the tests of hostile files and by the fuzz targets.
+"""
+
+import json
+import pathlib
+import random
+import struct
+import tempfile
+from typing import Any
+
+from cortex.wire.errors import ApiError, ErrorInfo
+from cortex.wire.node import ModelSpec
+from neuron.models.config import ModelConfig, read_config
+from neuron.models.sizing import least_bytes
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+}  # fmt: skip
+"""The smallest model there is, with every field that is read of a Llama's configuration."""
+
+GEMMA: dict[str, Any] = {
+    **CONFIG,
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention"],
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 1e4,
+    "final_logit_softcapping": 30.0,
+    "rope_scaling": None,
+}
+EXPERTS: dict[str, Any] = {
+    **CONFIG,
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "norm_topk_prob": True,
+    "rope_scaling": None,
+}
+GENERATION: dict[str, Any] = {
+    "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1, "eos_token_id": 2
+}  # fmt: skip
+
+HOSTILE: tuple[str, ...] = (
+    "null", "true", "0", "-1", "-0.0", "1e-320", "1e308", "NaN", "Infinity", "-Infinity", "1e999",
+    str(1 << 31), str(1 << 63), str(10**9), str(10**30), "9" * 4000, "9" * 5000,
+    '""', '"\\ud800"', '"\\u0000"', '"512"', '"' + "x" * 100_000 + '"', "[]", "{}", "[[]]",
+    '{"a":1}', "[null]",
+    "[" + "7," * 200_000 + "7]",     "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000, '["full_attention"]', '{"rope_type":"llama3"}',
+    '{"rope_type":"linear","factor":1e-300}', '{"full_attention":3}',
+)  # fmt: skip
+"""Values, as JSON, that any field of a configuration may have."""
+
+NUMBERS: tuple[int, ...] = (0, 1, 2, 7, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40, 1 << 60, (1 << 64) - 1)
+"""What a count, a length, an offset or a dimension in a binary header may be."""
+
+
+def with_field(config: dict[str, Any], name: str, value: str) -> bytes:
+    """Return a ``config.json`` whose field ``name`` is the JSON ``value``, sound or not."""
+    fields = [f'"{key}":{json.dumps(other)}' for key, other in config.items() if key != name]
+    return ("{" + ",".join([*fields, f'"{name}":{value}']) + "}").encode()
+
+
+def string(text: bytes) -> bytes:
+    """Return a string as GGUF has it."""
+    return struct.pack("<Q", len(text)) + text
+
+
+GGUF_VALUES: tuple[tuple[bytes, bytes], ...] = (
+    (b"general.architecture", struct.pack("<I", 8) + string(b"llama")),
+    (b"general.alignment", struct.pack("<II", 4, 32)),
+    (b"llama.embedding_length", struct.pack("<II", 4, 8)),
+    (b"llama.block_count", struct.pack("<II", 4, 1)),
+    (b"llama.attention.head_count", struct.pack("<II", 4, 2)),
+    (b"llama.attention.head_count_kv", struct.pack("<II", 4, 1)),
+    (b"llama.attention.key_length", struct.pack("<II", 4, 4)),
+    (b"llama.feed_forward_length", struct.pack("<II", 4, 8)),
+    (b"llama.context_length", struct.pack("<II", 4, 64)),
+    (b"llama.rope.freq_base", struct.pack("<If", 6, 1e4)),
+    (b"llama.rope.scaling.type", struct.pack("<I", 8) + string(b"linear")),
+    (b"llama.rope.scaling.factor", struct.pack("<If", 6, 2.0)),
+    (b"tokenizer.ggml.eos_token_id", struct.pack("<II", 4, 2)),
+    (b"tokenizer.ggml.tokens", struct.pack("<IIQ", 9, 8, 2) + string(b"a") + string(b"b")),
+    (b"general.sampling.temp", struct.pack("<If", 6, 0.5)),
+)
+
+
+def gguf_file() -> bytes:
+    """Return a GGUF file of a model with one layer, all of whose tensors are there."""
+    shapes = {
+        "token_embd": (8, 16), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
+        "blk.0.attn_q": (8, 8), "blk.0.attn_k": (8, 4), "blk.0.attn_v": (8, 4), "blk.0.attn_output": (8, 8),
+        "blk.0.ffn_gate": (8, 8), "blk.0.ffn_up": (8, 8), "blk.0.ffn_down": (8, 8), "rope_freqs": (2,),
+    }  # fmt: skip
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(GGUF_VALUES))
+    head += b"".join(string(key) + value for key, value in GGUF_VALUES)
+    data = b""
+    for name, shape in shapes.items():
+        num_elements = shape[0] * (shape[1] if len(shape) == 2 else 1)
+        head += string(f"{name}.weight".encode()) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))
+        data += struct.pack("<f", 1.0) * num_elements
+        data += bytes(-len(data) % 32)
+    return head + bytes(-len(head) % 32) + data
+
+
+def safetensors_file() -> bytes:
+    """Return the weights of the model that ``CONFIG`` describes."""
+    shapes = {
+        "model.embed_tokens.weight": [16, 8], "model.norm.weight": [8],
+        **{f"model.layers.0.{name}.weight": shape for name, shape in {
+            "input_layernorm": [8], "post_attention_layernorm": [8], "self_attn.q_proj": [8, 8],
+            "self_attn.k_proj": [4, 8], "self_attn.v_proj": [4, 8], "self_attn.o_proj": [8, 8],
+            "mlp.gate_proj": [8, 8], "mlp.up_proj": [8, 8], "mlp.down_proj": [8, 8],
+        }.items()},
+    }  # fmt: skip
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + 4 * shape[0] * (shape[1] if len(shape) == 2 else 1)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + struct.pack("<f", 0.5) * (offset // 4)
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Return ``data`` with a number overwritten, bytes changed, a piece taken out or doubled, or its end cut off."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(max(1, len(changed)))
+        match rng.randrange(6):
+            case 0:
+                changed[at : at + 8] = struct.pack("<Q", rng.choice(NUMBERS))
+            case 1:
+                changed[at : at + 4] = struct.pack("<I", rng.choice(NUMBERS) & 0xFFFFFFFF)
+            case 2:
+                changed[at : at + 1] = bytes([rng.randrange(256)])
+            case 3:
+                del changed[at : at + rng.choice((1, 4, 8, 64))]
+            case 4:
+                changed[at:at] = changed[at : at + rng.choice((1, 8, 64, 300))]
+            case _:
+                del changed[at:]
+    return bytes(changed)
+
+
+def folder_config(rng: random.Random) -> dict[str, bytes]:
+    """Return the files of a folder of which some fields are hostile."""
+    base = rng.choice((CONFIG, GEMMA, EXPERTS))
+    config = with_field(base, rng.choice(list(base)), rng.choice(HOSTILE))
+    generation = with_field(GENERATION, rng.choice(list(GENERATION)), rng.choice(HOSTILE))
+    if rng.random() < 0.3:
+        config = mutated(config, rng)
+    return {"config.json": config, "generation_config.json": generation}
+
+
+def check_config(path: pathlib.Path) -> ModelConfig | ErrorInfo:
+    """Read a model's configuration and size it as a load would; return the error where it is refused."""
+    try:
+        config = read_config(path)
+        assert 0 < least_bytes(config, ModelSpec("m", str(path)), "cpu:0") < 1 << 63
+        assert 0 < least_bytes(config, ModelSpec("m", str(path)), "cuda:0") < 1 << 63
+        assert all(0 <= token < 1 << 31 for token in config.eos_ids)
+    except ApiError as error:
+        return _checked(error)
+    return config
+
+
+def check_weights(path: pathlib.Path) -> ModelConfig | ErrorInfo:
+    """Open a model's weights as a worker would, and read every tensor; return the error where they are refused."""
+    import torch
+
+    from neuron.models.weights import open_weights
+
+    try:
+        source = open_weights(path)
+        try:
+            for name, shape in source.config.tensor_shapes().items():
+                source.read_into(name, torch.empty(shape))
+        finally:
+            source.close()
+    except ApiError as error:
+        return _checked(error)
+    return source.config
+
+
+def check_bytes(files: dict[str, bytes], folder: pathlib.Path, *, weights: bool = False) -> ModelConfig | ErrorInfo:
+    """Check a model of these files, or of the one file."""
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        for name, data in files.items():
+            (pathlib.Path(made) / name).write_bytes(data)
+        path = pathlib.Path(made) / "model.gguf" if "model.gguf" in files else pathlib.Path(made)
+        return check_weights(path) if weights else check_config(path)
+
+
+def _checked(error: ApiError) -> ErrorInfo:
+    info = error.info()
+    assert 400 <= info.status < 500, info
+    assert len(info.message) < 3000
+    info.message.encode()
+    return info
