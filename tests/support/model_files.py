@@ -68,13 +68,41 @@ GENERATION: dict[str, Any] = {
 }  # fmt: skip
 
 HOSTILE: tuple[str, ...] = (
-    "null", "true", "0", "-1", "-0.0", "1e-320", "1e308", "NaN", "Infinity", "-Infinity", "1e999",
-    str(1 << 31), str(1 << 63), str(10**9), str(10**30), "9" * 4000, "9" * 5000,
-    '""', '"\\ud800"', '"\\u0000"', '"512"', '"' + "x" * 100_000 + '"', "[]", "{}", "[[]]",
-    '{"a":1}', "[null]",
-    "[" + "7," * 200_000 + "7]",     "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000, '["full_attention"]', '{"rope_type":"llama3"}',
-    '{"rope_type":"linear","factor":1e-300}', '{"full_attention":3}',
-)  # fmt: skip
+    "null",
+    "true",
+    "0",
+    "-1",
+    "-0.0",
+    "1e-320",
+    "1e308",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    str(1 << 31),
+    str(1 << 63),
+    str(10**9),
+    str(10**30),
+    "9" * 4000,
+    "9" * 5000,
+    '""',
+    '"\\ud800"',
+    '"\\u0000"',
+    '"512"',
+    '"' + "x" * 100_000 + '"',
+    "[]",
+    "{}",
+    "[[]]",
+    '{"a":1}',
+    "[null]",
+    "[" + "7," * 200_000 + "7]",
+    "[" * 3000 + "]" * 3000,
+    '{"a":' * 3000 + "1" + "}" * 3000,
+    '["full_attention"]',
+    '{"rope_type":"llama3"}',
+    '{"rope_type":"linear","factor":1e-300}',
+    '{"full_attention":3}',
+)
 """Values, as JSON, that any field of a configuration may have."""
 
 NUMBERS: tuple[int, ...] = (0, 1, 2, 7, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40, 1 << 60, (1 << 64) - 1)
