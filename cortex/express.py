@@ -9,6 +9,7 @@ from cortex import tracing
 from cortex._fast.express import Lane, Target, Way
 from cortex._fast.watches import Watches
 from cortex.access.keys import Principal
+from cortex.dialects.first_reading import PARAMETERS
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, Dialect, read_answer
 from cortex.ending import Ending
 from cortex.endpoints import request_id_of
@@ -57,6 +58,7 @@ class Express:
             principal.name,
             lambda model: self._find_target(dialect, principal, model),
             self._gateway.settings.gateway.max_body_bytes,
+            PARAMETERS[path].names,
         )
 
     def _find_target(self, dialect: Dialect, principal: Principal, name: str) -> Target | None:

@@ -72,6 +72,8 @@ class Exchange(abc.ABC):
         """How far it has come on another way, as whoever knows that way describes it."""
         self.known_body: bytes | None = None
         """Its body, if that was read already."""
+        self.told: dict[bytes, bytes] = {}
+        """Headers that every answer to it has, beside its own; those of a stream go out with the first bytes."""
         self.is_last = False
         """Whether the answer says that no other will come on this connection."""
 
@@ -245,7 +247,7 @@ class AsgiExchange(Exchange):
     async def _start(self, status: int, headers: list[Header]) -> None:
         self.status = status
         request_id = self.request_id.encode()
-        headers += [(b"x-request-id", request_id), (b"request-id", request_id)]
+        headers += [(b"x-request-id", request_id), (b"request-id", request_id), *self.told.items()]
         if self.is_last:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

@@ -6,6 +6,7 @@ request's own dialect. Routing, loading and retries are :mod:`cortex.fleet.dispa
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -17,7 +18,7 @@ import orjson
 
 from cortex import tracing
 from cortex._fast.express import Trip
-from cortex._fast.peek import Peek, PeekError, PeekTypeError, peek, splice
+from cortex._fast.peek import splice
 from cortex._fast.record import Record
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import FrameDecoder
@@ -27,6 +28,8 @@ from cortex.background import Background
 from cortex.book import CLIENT_CLOSED_REQUEST, Book
 from cortex.config import Config
 from cortex.dialects import openai_compaction, openai_responses
+from cortex.dialects.first_reading import PARAMETERS
+from cortex.dialects.parameters import tell
 from cortex.dialects.passthrough import COMPACT, INPUT_TOKENS, NO_PART, RESPONSES, Dialect, read_answer
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.fleet.catalogue import Catalogue
@@ -43,8 +46,11 @@ from cortex.http_io import (
 from cortex.relay import Passing, Relay
 from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header
-from cortex.wire.errors import ApiError, InvalidJsonError, InvalidTypeError, MissingParameterError
+from cortex.wire.errors import ApiError, MissingParameterError
 from cortex.wire.events import Finished, FinishReason, Started
+from cortex.wire.headers import IGNORED, TOLD
+
+log = logging.getLogger("cortex.inference")
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Of an answer that is not streamed; it is held whole, so that a cut one is an error and not half a body."""
@@ -77,6 +83,7 @@ class Inference:
         """Go by these from now on."""
         self._max_body_bytes = config.gateway.max_body_bytes
         self._catalogue = catalogue
+        self._is_strict = config.access.strict
 
     def endpoint(self, dialect: Dialect) -> Callable[[Exchange], Awaitable[None]]:
         """Return the endpoint that passes inference of ``dialect`` on."""
@@ -103,7 +110,14 @@ class Inference:
         principal = principal_of(exchange.caller)
         record.key = principal.name
         body = await exchange.read_body(self._max_body_bytes)
-        found = _peek(body)
+        parameters = PARAMETERS[dialect.path]
+        found = parameters.read(body)
+        if found.unknown:
+            strict = self._is_strict if principal.is_strict is None else principal.is_strict
+            if strict:
+                raise parameters.unknown(found.unknown[0])
+            tell(exchange.told, IGNORED, ",".join(found.unknown).encode())
+            log.info("id=%s key=%s ignored=%s", record.request_id, record.key, exchange.told[IGNORED].decode())
         name = found.model
         if not name:
             raise MissingParameterError("You must provide a model parameter.", param="model")
@@ -184,6 +198,7 @@ class Inference:
         content_type = JSON
         with EndedByDisconnect(exchange):
             answer = await self._dispatcher.ask(asked.question)
+            _tell_of(answer, exchange)
             try:
                 body = await answer.response.read_all(MAX_ANSWER_BYTES)
                 if answer.is_chat:
@@ -220,6 +235,7 @@ class Inference:
 
         async def write(out: EventStream) -> None:
             answer = await self._dispatcher.ask(asked.question)
+            _tell_of(answer, exchange)
             if not out.writes_at_once or answer.is_chat or asked.turn is not None:
                 async with aclosing(self._pull(answer, relay, record, asked)) as frames:
                     async for some in frames:
@@ -333,13 +349,12 @@ def principal_headers(principal: Principal) -> list[Header]:
     return headers
 
 
-def _peek(body: bytes) -> Peek:
-    try:
-        return peek(body)
-    except PeekTypeError as error:
-        raise InvalidTypeError(f"Invalid type: {error.reason}.", param=error.field) from None
-    except PeekError as error:
-        raise InvalidJsonError(f"The body cannot be read: {error}.") from None
+def _tell_of(answer: Answer, exchange: Exchange) -> None:
+    """Have the answer to a client say what a node says of its own."""
+    for name in TOLD:
+        value = answer.response.header(name)
+        if value is not None:
+            tell(exchange.told, name, value)
 
 
 def _made_here(turn: Turn) -> ResponsesStream:

@@ -115,6 +115,8 @@ class RsgiExchange(Exchange):
         """Add ``headers`` to ``texts``, and what every answer has."""
         texts += [(name.decode(), _text(value)) for name, value in headers]
         texts += ("x-request-id", self.request_id), ("request-id", self.request_id)
+        if self.told:
+            texts += [(name.decode(), _text(value)) for name, value in self.told.items()]
         if self.is_last:
             texts.append(("connection", "close"))
         return texts

@@ -31,6 +31,7 @@ from cortex.dialects import (
     openapi,
 )
 from cortex.dialects.openai_chat_reply import ChatReply
+from cortex.dialects.parameters import tell
 from cortex.dialects.passthrough import (
     CHAT,
     COMPACT,
@@ -66,6 +67,7 @@ from cortex.wire.errors import (
     UnauthorizedError,
 )
 from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, Started
+from cortex.wire.headers import IGNORED
 from cortex.wire.node import DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
 from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron import __version__, api_description, metrics
@@ -255,6 +257,7 @@ class Api:
 
     async def _chat(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_chat.decode(await exchange.read_body(self._service.max_body_bytes))
+        _tell_ignored(exchange, call.ignored)
         request, created = _on_behalf(exchange, call.request), int(time.time())
         reply_id = f"chatcmpl-{secrets.token_hex(12)}"
         record.is_stream = call.stream
@@ -274,6 +277,7 @@ class Api:
 
     async def _completions(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_completions.decode(await exchange.read_body(self._service.max_body_bytes))
+        _tell_ignored(exchange, call.ignored)
         record.is_stream = call.stream
         frames = openai_completions.Completion(
             f"cmpl-{secrets.token_hex(12)}",
@@ -290,6 +294,7 @@ class Api:
 
     async def _embeddings(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_embeddings.decode(await exchange.read_body(self._service.max_body_bytes))
+        _tell_ignored(exchange, call.ignored)
         request = _on_behalf(exchange, call.request)
         with self._service.models.use(request.model) as model:
             record.model = request.model
@@ -300,6 +305,7 @@ class Api:
 
     async def _responses(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
+        _tell_ignored(exchange, call.ignored)
         request = _on_behalf(exchange, call.request)
         record.is_stream = call.stream
         part = GatewayPart.of(exchange.header(GATEWAY_PART_HEADER))
@@ -323,6 +329,7 @@ class Api:
         body = await exchange.read_body(self._service.max_body_bytes)
         compaction = openai_compaction.Compaction(body)
         call = openai_responses.decode(compaction.question())
+        _tell_ignored(exchange, call.ignored)
         id = f"resp_{secrets.token_hex(24)}"
         frames = ResponsesStream(id, call.request.model, int(time.time()), echo=b"{}")
         request = _on_behalf(exchange, call.request)
@@ -330,10 +337,13 @@ class Api:
 
     async def _input_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
         body = openai_compaction.with_input(await exchange.read_body(self._service.max_body_bytes))
-        await self._count(exchange, openai_responses.decode(body).request, openai_responses.COUNTED, record)
+        call = openai_responses.decode(body)
+        _tell_ignored(exchange, call.ignored)
+        await self._count(exchange, call.request, openai_responses.COUNTED, record)
 
     async def _messages(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
+        _tell_ignored(exchange, call.ignored)
         request = _on_behalf(exchange, call.request)
         record.is_stream = call.stream
         frames = MessagesStream(f"msg_{secrets.token_hex(12)}", call.request.model)
@@ -343,8 +353,9 @@ class Api:
             await self._complete(exchange, request, frames.frames, frames.message, record)
 
     async def _count_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
-        request = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes)).request
-        await self._count(exchange, request, {}, record)
+        call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
+        _tell_ignored(exchange, call.ignored)
+        await self._count(exchange, call.request, {}, record)
 
     async def _count(
         self, exchange: Exchange, request: InferenceRequest, told: dict[str, str], record: RequestRecord
@@ -405,6 +416,13 @@ class Api:
                 async for events in batches:
                     record.see(events)
                     yield events
+
+
+def _tell_ignored(exchange: Exchange, names: Sequence[str]) -> None:
+    """Have the answer say which members of the body nobody knows."""
+    if names:
+        tell(exchange.told, IGNORED, ",".join(names).encode())
+        _log.info("id=%s ignored=%s", exchange.request_id, exchange.told[IGNORED].decode())
 
 
 def _on_behalf(exchange: Exchange, request: _Request) -> _Request:

@@ -49,6 +49,9 @@ INLINE_TOKENISE_CHARS = 20_000
 
 RETRY_AFTER_S = 2.0
 
+NEVER = -1e4
+"""Added to the logit of a token that is not to be said."""
+
 _SEED_MASK = (1 << 62) - 1
 
 
@@ -334,6 +337,7 @@ class TorchModel:
             self._tokenizer,
             choice=choice,
             stop=request.stop,
+            includes_stop=request.ending.includes_stop,
             tags=self._prompts.tags if request.prompt is None else None,
             starts_in_reasoning=prompt.starts_in_reasoning,
             tools=request.tools if request.tool_choice.mode is not ToolMode.NONE else (),
@@ -361,6 +365,25 @@ class TorchModel:
         inside = prompt.starts_in_reasoning
         return ConstraintSettings(grammar, -1 if inside else opens, closes, inside)
 
+    def _ids_of_bad_words(self, words: Sequence[str]) -> set[int]:
+        """Return the tokens that say one of ``words``, at the beginning of a text or behind a space.
+
+        Raises:
+            UnsupportedParameterError: a word is several tokens, of which none says it alone.
+        """
+        found: set[int] = set()
+        for word in words:
+            ids = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in (word, f" {word}")]
+            single = {one[0] for one in ids if len(one) == 1}
+            if not single:
+                raise UnsupportedParameterError(
+                    f"Unsupported parameter: 'bad_words' takes words of one token, and '{word[:40]}' is "
+                    f"{len(ids[0])} tokens of this model.",
+                    param="bad_words",
+                )
+            found |= single
+        return found
+
     def _token_text(self, ids: Sequence[int]) -> list[bytes]:
         """Return the bytes of tokens."""
         if self._token_bytes is None:
@@ -373,9 +396,13 @@ class TorchModel:
     ) -> None:
         room = self.loaded.context_tokens - len(prompt.ids)
         max_tokens = min(request.max_tokens or room, room)
-        eos = () if request.ignore_eos else self._config.eos_ids
+        ending = request.ending
+        eos = tuple(sorted({*(() if ending.ignore_eos else self._config.eos_ids), *ending.stop_token_ids}))
         ids = array.array("i", prompt.ids).tobytes()
         settings = resolve_sampling(request.sampling, self._config.generation)
+        if request.sampling.bad_words:
+            bias = (*settings.logit_bias, *((id, NEVER) for id in self._ids_of_bad_words(request.sampling.bad_words)))
+            settings = msgspec.structs.replace(settings, logit_bias=bias)
         if request.top_logprobs is not None:
             settings = msgspec.structs.replace(settings, top_logprobs=request.top_logprobs)
         for choice in range(request.num_choices):
@@ -392,6 +419,7 @@ class TorchModel:
                     principal=request.principal,
                     priority=request.priority,
                     constraint=constraint,
+                    min_tokens=ending.min_tokens,
                 ),
             )
 

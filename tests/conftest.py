@@ -167,11 +167,16 @@ class EngineHarness:
         eos: tuple[int, ...] = (),
         principal: str = "",
         constraint: jobs.ConstraintSettings | None = None,
+        min_tokens: int = 0,
         **sampler: object,
     ) -> None:
         settings = jobs.SamplerSettings(**{"temperature": 0.0, **sampler})  # type: ignore[arg-type]
         ids = array.array("i", prompt).tobytes()
-        self.tell(jobs.Generate(number, model, ids, max_tokens, eos, settings, principal, constraint=constraint))
+        self.tell(
+            jobs.Generate(
+                number, model, ids, max_tokens, eos, settings, principal, constraint=constraint, min_tokens=min_tokens
+            )
+        )
 
     @property
     def rows(self) -> list[jobs.TokenRow]:

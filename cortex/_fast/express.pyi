@@ -3,6 +3,7 @@ from typing import Any, final
 
 from cortex._fast.http_client import Listener, Response
 from cortex._fast.in_flight import Seat
+from cortex._fast.peek import KnownNames
 from cortex._fast.record import Record
 from cortex._fast.watches import Watches
 from cortex.access.keys import KeyRing
@@ -38,6 +39,7 @@ class Lane:
         key: str,
         find: Callable[[str], Target | None],
         max_body_bytes: int,
+        known: KnownNames,
     ) -> None: ...
 
 @final

@@ -18,8 +18,10 @@ from granian.rsgi import ProtocolClosed
 
 from cortex._fast.http_client import StaleConnectionError
 from cortex._fast.peek import PeekError, peek, splice
+from cortex.dialects.parameters import told as _told
 from cortex.http_io import ClientDisconnectedError as _ClientDisconnectedError
 from cortex.book import CLIENT_CLOSED_REQUEST as _CLIENT_CLOSED_REQUEST
+from cortex.wire.headers import TOLD as _TOLD
 
 cdef enum:
     MAX_LANES = 4096
@@ -60,7 +62,8 @@ cdef class Target:
 cdef class Lane:
     """Those who ask at one path with one key, for as long as the gateway has these settings and these keys.
 
-    ``find`` returns the :class:`Target` of a model by its name, or ``None``; ``key`` is the key's name.
+    ``find`` returns the :class:`Target` of a model by its name, or ``None``; ``key`` is the key's name; ``known`` has
+    what may be in a body.
     """
 
     cdef object settings
@@ -69,15 +72,18 @@ cdef class Lane:
     cdef str key
     cdef object find
     cdef Py_ssize_t max_body_bytes
+    cdef object known
     cdef dict targets
 
-    def __init__(self, settings, keys, str dialect not None, str key not None, find, Py_ssize_t max_body_bytes):
+    def __init__(self, settings, keys, str dialect not None, str key not None, find, Py_ssize_t max_body_bytes,
+                 known):
         self.settings = settings
         self.keys = keys
         self.dialect = dialect
         self.key = key
         self.find = find
         self.max_body_bytes = max_body_bytes
+        self.known = known
         self.targets = {}
 
 
@@ -221,11 +227,11 @@ cdef class Trip(Listener):
         cdef bytes body = self.body
         cdef str model
         try:
-            found = peek(body)
+            found = peek(body, self.lane.known)
         except PeekError:
             return False  # which is the common way's to say
         model = found.model
-        if not model or found.stream or way.breakers:
+        if not model or found.stream or found.unknown or way.breakers:
             return False
         target = targets.get(model)
         if target is None or target.state is not way.fleet.state:
@@ -283,12 +289,17 @@ cdef class Trip(Listener):
         record.usage, record.finish = way.read_answer(body)
         record.status = 200
         try:
-            self.protocol.response_bytes(200, [
+            headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
                 ("x-request-id", record.request_id),
                 ("request-id", record.request_id),
-            ], body)
+            ]
+            for name in _TOLD:
+                value = response.header(name)
+                if value is not None:
+                    headers.append((name.decode(), _told(name, value)))
+            self.protocol.response_bytes(200, headers, body)
         finally:
             if way.breakers:
                 way.breakers.succeed(self.target.node, self.target.model)

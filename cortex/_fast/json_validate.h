@@ -13,6 +13,11 @@
 /* orjson's limit. */
 #define JSON_MAX_DEPTH 1024
 
+/* Below this depth names are not looked up: no typed object of a dialect lies there. */
+#define JSON_NAMED_DEPTH 12
+#define JSON_MAX_NAME 47
+#define JSON_MAX_TOLD 16
+
 /* A double holds every decimal below 1e308; from there on it must be read to be judged. */
 #define JSON_SAFE_EXPONENT 308
 
@@ -29,7 +34,41 @@ typedef struct {
 typedef struct {
     const char *reason; /* NULL: accepted */
     const uint8_t *at;
+    size_t limit; /* 0, or how many items `reason` speaks of are taken */
 } json_fault;
+
+/* A member that an object may have, and the object (or array of such) that its value may be: a number of `json_known`'s
+ * objects, 0 for one whose members nobody looks at. */
+typedef struct {
+    const char *name;
+    uint16_t length, object;
+    uint8_t is_refused;
+} json_name;
+
+/* The members of one object, those of length n at [by_length[n], by_length[n + 1]) of all names. */
+typedef struct {
+    uint16_t by_length[JSON_MAX_NAME + 2];
+    uint8_t is_open;    /* any member may be there */
+    uint32_t max_items; /* of an array in its place; 0: as many as there are */
+} json_object;
+
+typedef struct {
+    const json_object *objects; /* the first is of no use, the second is the body itself; NULL: nothing is known */
+    const json_name *names;
+    size_t max_values, max_members; /* of the whole body, and of any object in it */
+} json_known;
+
+/* What was found of it. Names are told once each, by their paths, which end in a NUL and are ASCII that needs no
+ * quoting anywhere. */
+typedef struct {
+    int num_told, is_cut;
+    uint32_t hashes[JSON_MAX_TOLD];
+    int num_refused;
+    const json_name *refused[JSON_MAX_TOLD];
+    size_t length;
+    char paths[1024];
+    char limited[256]; /* the path of what has too many items */
+} json_found;
 
 /* Says whether the number in [p, end) is finite as a double. Set by the caller: the answer needs its allocator. */
 typedef int (*json_is_finite)(const uint8_t *p, const uint8_t *end);
@@ -38,6 +77,7 @@ static inline const uint8_t *json_fail(json_fault *fault, const char *reason, co
 {
     fault->reason = reason;
     fault->at = at;
+    fault->limit = 0;
     return NULL;
 }
 
@@ -307,34 +347,119 @@ static inline size_t json_unescape(const uint8_t *p, const uint8_t *end, uint8_t
     return (size_t)(out - start);
 }
 
-/* Return which wanted member a key names, or NULL. */
-static inline json_wanted *json_match_key(const uint8_t *key, const uint8_t *key_end, int escaped, json_wanted *wanted,
-                                          int num_wanted)
+/* Where a value is: the containers around it, as far down as names are looked up. */
+typedef struct {
+    const uint8_t *key[JSON_NAMED_DEPTH], *key_end[JSON_NAMED_DEPTH]; /* under which each was opened, or NULL */
+    uint16_t object[JSON_NAMED_DEPTH];
+} json_place;
+
+static inline char *json_put(char *out, char *end, const uint8_t *text, size_t length)
 {
-    uint8_t plain[64];
-    size_t length = (size_t)(key_end - key);
-    if (escaped) {
-        length = json_unescape(key, key_end, plain, sizeof plain);
-        key = plain;
+    for (size_t i = 0; i < length && out < end; i++) {
+        uint8_t c = text[i];
+        int is_plain = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-';
+        *out++ = is_plain ? (char)c : '?';
     }
+    return out;
+}
+
+/* Write the path of the innermost of `depth` containers, or of a member of it, into [out, end) with a NUL; return its
+ * length. `count` has how many members each container had so far. */
+static inline size_t json_path(const json_place *place, const uint32_t *count, unsigned depth, const uint8_t *key,
+                               const uint8_t *key_end, char *out, char *end)
+{
+    char *const start = out;
+    end--;
+    for (unsigned d = 1; d < depth && d < JSON_NAMED_DEPTH; d++) {
+        if (place->key[d]) {
+            if (out > start && out < end)
+                *out++ = '.';
+            size_t length = (size_t)(place->key_end[d] - place->key[d]);
+            out = json_put(out, end, place->key[d], length < 48 ? length : 48);
+        } else if (end - out > 12) {
+            char digits[12];
+            int n = 0;
+            uint32_t index = count[d - 1];
+            do
+                digits[n++] = (char)('0' + index % 10);
+            while (index /= 10);
+            *out++ = '[';
+            while (n)
+                *out++ = digits[--n];
+            *out++ = ']';
+        }
+    }
+    if (key) {
+        if (out > start && out < end)
+            *out++ = '.';
+        size_t length = (size_t)(key_end - key);
+        out = json_put(out, end, key, length < 48 ? length : 48);
+    }
+    *out = 0;
+    return (size_t)(out - start);
+}
+
+/* Return the member of an object that a key names, or NULL. */
+static inline const json_name *json_known_name(const json_known *known, const json_object *object, const uint8_t *key,
+                                               size_t length)
+{
+    if (length > JSON_MAX_NAME)
+        return NULL;
+    for (unsigned i = object->by_length[length]; i < object->by_length[length + 1]; i++)
+        if (!memcmp(known->names[i].name, key, length))
+            return &known->names[i];
+    return NULL;
+}
+
+/* Note a member that nobody knows, once. Not inlined: bodies have none. */
+static __attribute__((noinline)) void json_tell(json_found *found, const json_place *place, const uint32_t *count,
+                                                unsigned depth, unsigned object, const uint8_t *key,
+                                                const uint8_t *key_end)
+{
+    uint32_t hash = 2166136261u ^ object;
+    size_t length = (size_t)(key_end - key);
+    if (found->num_told == JSON_MAX_TOLD || sizeof found->paths - found->length < 2) {
+        found->is_cut = 1;
+        return;
+    }
+    for (size_t i = 0; i < length && i < 64; i++)
+        hash = (hash ^ key[i]) * 16777619u;
+    for (int i = 0; i < found->num_told; i++)
+        if (found->hashes[i] == hash)
+            return;
+    found->hashes[found->num_told++] = hash;
+    found->length += 1 + json_path(place, count, depth, key, key_end, found->paths + found->length,
+                                   found->paths + sizeof found->paths);
+}
+
+/* Return which wanted member a key names, or NULL. */
+static inline json_wanted *json_match_key(const uint8_t *key, size_t length, json_wanted *wanted, int num_wanted)
+{
     for (int i = 0; i < num_wanted; i++)
         if (wanted[i].name_length == length && !memcmp(wanted[i].name, key, length))
             return &wanted[i];
     return NULL;
 }
 
-/* Check the document [start, end) and fill `wanted` from its top-level members; of a key given twice the last counts. */
+/* Check the document [start, end), fill `wanted` from its top-level members, of which the last counts where a key is
+ * given twice, and `found` with what `known` says of its names and sizes. */
 static inline json_fault json_check_object(const uint8_t *start, const uint8_t *end, json_is_finite is_finite,
-                                           json_wanted *wanted, int num_wanted)
+                                           json_wanted *wanted, int num_wanted, const json_known *known,
+                                           json_found *found)
 {
     uint64_t is_object[JSON_MAX_DEPTH / 64] = {0};
     unsigned depth = 0;
     const uint8_t *p = json_space(start, end);
     const uint8_t *value;
     json_wanted *member = NULL;
-    json_fault fault = {NULL, NULL};
+    json_fault fault = {NULL, NULL, 0};
     int kind, escaped, in_object;
+    uint32_t count[JSON_MAX_DEPTH]; /* of the members that each open container had before the one at hand */
+    size_t num_values = 0;
+    json_place place;
+    unsigned object = 1; /* that the value at hand may be */
 
+    place.object[0] = 0;
     if (p == end) {
         json_fail(&fault, "the body is empty", p);
         return fault;
@@ -351,6 +476,12 @@ value:
         return fault;
     }
     escaped = 0;
+    if (++num_values > known->max_values) {
+        json_fail(&fault, "the body has too many values", p);
+        fault.limit = known->max_values;
+        found->limited[0] = 0;
+        return fault;
+    }
     switch (*p) {
     case '{':
     case '[':
@@ -359,6 +490,9 @@ value:
             return fault;
         }
         in_object = *p == '{';
+        count[depth] = 0;
+        if (depth < JSON_NAMED_DEPTH)
+            place.object[depth] = (uint16_t)object;
         if (in_object)
             is_object[depth / 64] |= 1ull << depth % 64;
         else
@@ -373,6 +507,8 @@ value:
             goto close;
         if (in_object)
             goto key;
+        if (depth < JSON_NAMED_DEPTH)
+            place.key[depth] = NULL;
         goto value;
     case '"':
         kind = JSON_STRING;
@@ -414,6 +550,16 @@ after_value:
         return fault;
     }
     if (*p == ',') {
+        uint32_t most = (uint32_t)known->max_members;
+        object = depth <= JSON_NAMED_DEPTH ? place.object[depth - 1] : 0;
+        if (!in_object)
+            most = object ? known->objects[object].max_items : 0;
+        if (++count[depth - 1] >= most && most) {
+            json_fail(&fault, in_object ? "an object has too many members" : "a list has too many items", p);
+            fault.limit = most;
+            json_path(&place, count, depth, NULL, NULL, found->limited, found->limited + sizeof found->limited);
+            return fault;
+        }
         p = json_space(p + 1, end);
         if (in_object)
             goto key;
@@ -443,8 +589,33 @@ key:
     p = json_check_string(p, end, &escaped, &fault);
     if (!p)
         return fault;
-    if (depth == 1)
-        member = json_match_key(value + 1, p - 1, escaped, wanted, num_wanted);
+    object = depth <= JSON_NAMED_DEPTH ? place.object[depth - 1] : 0;
+    if (depth == 1 || object) {
+        uint8_t plain[64];
+        const uint8_t *key = value + 1;
+        size_t length = (size_t)(p - 1 - key);
+        if (escaped) {
+            length = json_unescape(key, p - 1, plain, sizeof plain);
+            key = plain;
+        }
+        if (depth == 1)
+            member = json_match_key(key, length, wanted, num_wanted);
+        if (depth < JSON_NAMED_DEPTH) {
+            place.key[depth] = value + 1;
+            place.key_end[depth] = p - 1;
+        }
+        if (object) {
+            const json_name *name = json_known_name(known, &known->objects[object], key, length);
+            if (!name && !known->objects[object].is_open)
+                json_tell(found, &place, count, depth, object, value + 1, p - 1);
+            if (name && name->is_refused && found->num_refused < JSON_MAX_TOLD)
+                found->refused[found->num_refused++] = name;
+            object = name ? name->object : 0;
+        }
+    } else if (depth < JSON_NAMED_DEPTH) {
+        place.key[depth] = value + 1;
+        place.key_end[depth] = p - 1;
+    }
     p = json_space(p, end);
     if (p == end || *p != ':') {
         json_fail(&fault, "expected : after a key", p);

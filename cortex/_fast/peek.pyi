@@ -1,3 +1,4 @@
+from collections.abc import Mapping, Sequence
 from typing import Final, final
 
 MAX_DEPTH: Final[int]
@@ -10,6 +11,20 @@ class PeekError(ValueError):
 class PeekTypeError(PeekError):
     field: str
     def __init__(self, field: str, reason: str, offset: int) -> None: ...
+
+class PeekLimitError(PeekError):
+    path: str
+    limit: int
+    def __init__(self, path: str, limit: int, reason: str, offset: int) -> None: ...
+
+@final
+class KnownNames:
+    def __init__(
+        self,
+        objects: Sequence[tuple[Mapping[str, tuple[int | None, bool]] | None, int]],
+        max_values: int,
+        max_members: int,
+    ) -> None: ...
 
 @final
 class Peek:
@@ -27,6 +42,10 @@ class Peek:
     def prompt_cache_key(self) -> str | None: ...
     @property
     def stores(self) -> bool: ...
+    @property
+    def unknown(self) -> tuple[str, ...]: ...
+    @property
+    def refused(self) -> tuple[str, ...]: ...
 
-def peek(body: bytes) -> Peek: ...
+def peek(body: bytes, known: KnownNames = ...) -> Peek: ...
 def splice(body: bytes, found: Peek, model: str) -> bytes: ...

@@ -1,14 +1,16 @@
 """Finds what routing needs in a JSON body, and proves that the rest of it is JSON, without building any of it.
 
 A gateway reads five fields of a body that may be megabytes of conversation and passes the bytes on as they are.
-Refuses what orjson refuses (a node decodes the same bytes with it), and documents that are not an object.
+Refuses what orjson refuses (a node decodes the same bytes with it), documents that are not an object, and those with
+more values, members or items than are taken. In the same pass it tells which members no dialect knows.
 """
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport isinf
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from cortex._fast.buffer cimport Buffer
@@ -19,7 +21,7 @@ cdef extern from "Python.h":
 cdef extern from "json_validate.h":
     enum:
         JSON_ABSENT, JSON_STRING, JSON_TRUE, JSON_FALSE, JSON_NULL
-        JSON_MAX_DEPTH
+        JSON_MAX_DEPTH, JSON_MAX_NAME
     ctypedef struct json_wanted:
         const char* name
         size_t name_length
@@ -30,9 +32,33 @@ cdef extern from "json_validate.h":
     ctypedef struct json_fault:
         const char* reason
         const uint8_t* at
+        size_t limit
+    ctypedef struct json_name:
+        const char* name
+        uint16_t length
+        uint16_t object
+        uint8_t is_refused
+    ctypedef struct json_object:
+        uint16_t* by_length
+        uint8_t is_open
+        uint32_t max_items
+    ctypedef struct json_known:
+        const json_object* objects
+        const json_name* names
+        size_t max_values
+        size_t max_members
+    ctypedef struct json_found:
+        int num_told
+        int is_cut
+        int num_refused
+        json_name** refused
+        size_t length
+        char* paths
+        char* limited
     ctypedef int (*json_is_finite)(const uint8_t* p, const uint8_t* end) noexcept
     json_fault json_check_object(
-        const uint8_t* start, const uint8_t* end, json_is_finite is_finite, json_wanted* wanted, int num_wanted)
+        const uint8_t* start, const uint8_t* end, json_is_finite is_finite, json_wanted* wanted, int num_wanted,
+        const json_known* known, json_found* found)
     size_t json_unescape(const uint8_t* p, const uint8_t* end, uint8_t* out, size_t room)
 
 MAX_DEPTH = JSON_MAX_DEPTH
@@ -58,13 +84,80 @@ class PeekTypeError(PeekError):
         self.field = field
 
 
+class PeekLimitError(PeekError):
+    """The body is JSON as far as it was read, and has more than ``limit`` items at ``path``; empty: in all."""
+
+    def __init__(self, path, limit, reason, offset):
+        super().__init__(reason, offset)
+        self.path = path
+        self.limit = limit
+
+
+@cython.final
+cdef class KnownNames:
+    """The members that a body and the objects in it may have, and how many values and items it may have.
+
+    ``objects`` has the names of each object in turn, the body's first. A name maps to the place in ``objects`` of what
+    its value may be, or of whose items, and to whether a body with it may be refused; ``None`` stands for a value that
+    nobody looks into. An entry of ``objects`` is that mapping, ``None`` where any member may be, and the most items
+    that a list in the object's place may have, 0 for any number.
+    """
+
+    cdef json_object* objects
+    cdef json_name* names
+    cdef json_known known
+    cdef list kept  # what the names point to
+
+    def __cinit__(self, list objects not None, size_t max_values, size_t max_members):
+        cdef Py_ssize_t num_names = 0, at = 0, number, length
+        cdef json_object* entry
+        cdef bytes text
+        for names, _ in objects:
+            num_names += len(names or ())
+        if len(objects) >= 65535 or num_names >= 65535:
+            raise ValueError("too many names")
+        self.kept = []
+        self.objects = <json_object*>calloc(len(objects) + 1, sizeof(json_object))
+        self.names = <json_name*>calloc(num_names + 1, sizeof(json_name))
+        if self.objects == NULL or self.names == NULL:
+            raise MemoryError
+        for number, (names, max_items) in enumerate(objects):
+            entry = &self.objects[number + 1]
+            entry.is_open = names is None
+            entry.max_items = max_items
+            encoded = sorted((len(name.encode()), name.encode(), other) for name, other in (names or {}).items())
+            for length in range(JSON_MAX_NAME + 2):
+                entry.by_length[length] = <uint16_t>(at + sum(1 for size, _, _ in encoded if size < length))
+            for size, text, (child, is_refused) in encoded:
+                if size > JSON_MAX_NAME:
+                    raise ValueError(f"the name {text!r} is too long")
+                self.kept.append(text)
+                self.names[at].name = PyBytes_AS_STRING(text)
+                self.names[at].length = <uint16_t>size
+                self.names[at].object = 0 if child is None else <uint16_t>(child + 1)
+                self.names[at].is_refused = is_refused
+                at += 1
+        self.known.objects = self.objects
+        self.known.names = self.names
+        self.known.max_values = max_values
+        self.known.max_members = max_members
+
+    def __dealloc__(self):
+        free(self.objects)
+        free(self.names)
+
+
+_ANY = KnownNames([(None, 0)], 1 << 62, (1 << 32) - 1)
+
+
 @cython.final
 @cython.freelist(16)
 cdef class Peek:
     """The top-level fields of a body by which it is routed.
 
     ``model_start`` and ``model_end`` bound the value of ``model``, its quotes included; both are -1 if it is absent.
-    ``stores`` is false only where ``store`` is.
+    ``stores`` is false only where ``store`` is. ``unknown`` has the paths of members that nobody knows, each once, in
+    plain ASCII; the last is ``...`` where there are more. ``refused`` has the top-level names that may be refused.
     """
 
     cdef readonly str model
@@ -74,24 +167,29 @@ cdef class Peek:
     cdef readonly str previous_response_id
     cdef readonly str prompt_cache_key
     cdef readonly bint stores
+    cdef readonly tuple unknown
+    cdef readonly tuple refused
 
     def __repr__(self):
         return (
             f"Peek(model={self.model!r}, stream={self.stream}, previous_response_id={self.previous_response_id!r}, "
-            f"prompt_cache_key={self.prompt_cache_key!r}, stores={self.stores})"
+            f"prompt_cache_key={self.prompt_cache_key!r}, stores={self.stores}, unknown={self.unknown!r}, "
+            f"refused={self.refused!r})"
         )
 
 
-def peek(bytes body not None):
-    """Return the fields that route ``body``.
+def peek(bytes body not None, KnownNames known not None=_ANY):
+    """Return the fields that route ``body``, and what ``known`` says of the others.
 
     Of a key given twice the last counts. Raises :exc:`PeekError` unless ``body`` is one JSON object in UTF-8, nested
-    no deeper than ``MAX_DEPTH``, and :exc:`PeekTypeError` unless ``model`` is a string, ``stream`` a boolean or null
-    and the other two strings or null, where they are present.
+    no deeper than ``MAX_DEPTH``, :exc:`PeekLimitError` if it has more values or items than ``known`` takes, and
+    :exc:`PeekTypeError` unless ``model`` is a string, ``stream`` a boolean or null and the other two strings or null,
+    where they are present.
     """
     cdef json_wanted wanted[NUM_WANTED]
     cdef const uint8_t* start = <const uint8_t*>PyBytes_AS_STRING(body)
     cdef json_fault fault
+    cdef json_found told
     cdef Peek found
     cdef json_wanted* model = &wanted[MODEL]
     cdef json_wanted* stream = &wanted[STREAM]
@@ -100,10 +198,19 @@ def peek(bytes body not None):
     _want(&wanted[PREVIOUS_RESPONSE_ID], b"previous_response_id", 20)
     _want(&wanted[PROMPT_CACHE_KEY], b"prompt_cache_key", 16)
     _want(&wanted[STORE], b"store", 5)
-    fault = json_check_object(start, start + len(body), _is_finite, wanted, NUM_WANTED)
+    told.num_told = told.is_cut = told.num_refused = 0
+    told.length = 0
+    fault = json_check_object(
+        start, start + len(body), _is_finite, wanted, NUM_WANTED, &known.known, &told)
     if fault.reason != NULL:
+        if fault.limit:
+            raise PeekLimitError(
+                (<bytes>told.limited).decode("ascii"), fault.limit, (<bytes>fault.reason).decode(), fault.at - start)
         raise PeekError((<bytes>fault.reason).decode(), fault.at - start)
     found = Peek.__new__(Peek)
+    found.unknown = found.refused = ()
+    if told.num_told or told.num_refused:
+        _tell(found, &told)
     found.model_start = found.model_end = -1
     if model.kind != JSON_ABSENT:
         if model.kind != JSON_STRING:
@@ -144,6 +251,16 @@ def splice(bytes body not None, Peek found not None, str model not None):
     memcpy(out + start, value.data, value.size)
     memcpy(out + start + value.size, text + end, length - end)
     return spliced
+
+
+cdef int _tell(Peek found, json_found* told) except -1:
+    cdef int i
+    names = told.paths[:told.length].decode("ascii").split("\0")[:told.num_told]
+    if told.is_cut:
+        names.append("...")
+    found.unknown = tuple(names)
+    found.refused = tuple([(<bytes>told.refused[i].name).decode() for i in range(told.num_refused)])
+    return 0
 
 
 cdef inline void _want(json_wanted* wanted, const char* name, size_t length) noexcept:

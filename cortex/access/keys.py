@@ -41,6 +41,8 @@ class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The window rolls: what was used longer ago than this counts no more."""
     balance_tokens: Count = 0
     """All that it may ever use."""
+    strict: bool | None = None
+    """Whether a request with a member that nobody knows is refused; left out, ``access.strict`` says."""
 
 
 class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,6 +79,8 @@ class Principal:
     is_admin: bool = False
     priority: int = 0
     limits: Limits = NO_LIMITS
+    is_strict: bool | None = None
+    """Whether it wants to be refused what nobody knows; ``None`` leaves it to the gateway."""
 
     def may_use(self, model: str) -> bool:
         """Return whether it may ask for a model, by its id."""
@@ -187,7 +191,7 @@ def load(path: pathlib.Path, anonymous: Principal | None = None) -> KeyRing:
         limits = Limits(
             key.requests_per_minute, key.max_concurrent, key.tokens_per_window, key.window_s, key.balance_tokens
         )
-        principal = Principal(key.name, key.models, key.admin, key.priority, limits)
+        principal = Principal(key.name, key.models, key.admin, key.priority, limits, key.strict)
         principals[digest[:INDEX_BYTES]] = digest, principal
     warn_if_readable_by_all(path, "the hashes of keys")
     return KeyRing(principals, anonymous)

@@ -2,10 +2,8 @@
 
 Turns are read by :mod:`cortex.dialects.anthropic_blocks`, answers made by :mod:`cortex._fast.messages_stream`.
 
-Accepted without effect: ``metadata``, ``cache_control``, ``context_management``, ``service_tier``, ``betas``,
-``thinking.budget_tokens``, ``output_config.effort``, and fields nobody here has heard of: agents give up on a server
-that refuses one. Hosted tools are not offered to the model. An assistant's turn at the end is answered by another one
-rather than continued.
+What is taken without effect, :data:`PARAMETERS` names. Hosted tools are not offered to the model. An assistant's turn
+at the end is answered by another one rather than continued.
 """
 
 from collections.abc import Sequence
@@ -15,11 +13,12 @@ import msgspec
 
 from cortex.dialects import anthropic_blocks as blocks
 from cortex.dialects import openai_fields as fields
+from cortex.dialects.generation import GenerationBody
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.wire.errors import InvalidRequestError, ThreadUnsupportedError
 from cortex.wire.request import (
     InferenceRequest,
     OutputFormat,
-    Sampling,
     Tool,
     ToolChoice,
     ToolMode,
@@ -33,6 +32,8 @@ class MessagesCall(msgspec.Struct, frozen=True):
 
     request: InferenceRequest
     stream: bool
+    ignored: tuple[str, ...] = ()
+    """The members of the body that nobody knows."""
 
 
 class _Tool(msgspec.Struct):
@@ -63,7 +64,7 @@ class _OutputConfig(msgspec.Struct):
     format: _Format | None = None
 
 
-class MessagesBody(msgspec.Struct):
+class MessagesBody(GenerationBody, kw_only=True):
     """A request body, as far as it is read."""
 
     model: str
@@ -71,9 +72,6 @@ class MessagesBody(msgspec.Struct):
     system: str | list[blocks.Block] | None = None
     max_tokens: int | None = None
     stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
     stop_sequences: list[str] | None = None
     tools: list[_Tool] | None = None
     tool_choice: _ToolChoice | None = None
@@ -86,15 +84,31 @@ class MessagesBody(msgspec.Struct):
 
 _DECODER = msgspec.json.Decoder(MessagesBody)
 
+PARAMETERS = Parameters(
+    MessagesBody,
+    without_effect={
+        "": "anthropic_beta betas cache_control context_management inference_geo metadata service_tier speed "
+        + OPEN_SERVERS_WITHOUT_EFFECT,
+        "messages.content": "cache_control caller citations context data file_id is_error partial_json signature "
+        "server_name stop_reason url",
+        "messages.content.source": "file_id",
+        "thinking": "budget_tokens display",
+        "output_config": "effort task_budget",
+        "tools": "cache_control " + fields.HOSTED_TOOL_NAMES,
+    },
+    refused=OPEN_SERVERS,
+    max_items={"messages": 20_000, "messages.content": 10_000, "tools": 1_000, "system": 1_000},
+)
+
 
 def decode(body: bytes) -> MessagesCall:
     """Decode a request body.
 
     Raises:
-        InvalidRequestError: with the parameter at fault; see :func:`cortex.dialects.openai_fields.decode`.
+        InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
         ThreadUnsupportedError: it leaves out what a server is to remember of the conversation.
     """
-    parsed = fields.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body, _DECODER)
     if parsed.thread not in (None, False):
         raise ThreadUnsupportedError(
             "Conversations are not held here: send all messages, without 'thread'.", param="thread"
@@ -120,17 +134,14 @@ def decode(body: bytes) -> MessagesCall:
         messages=tuple(messages),
         tools=tools,
         tool_choice=_tool_choice(parsed.tool_choice, tools),
-        sampling=Sampling(
-            temperature=fields.in_range("temperature", parsed.temperature, 0, 2),
-            top_p=fields.in_range("top_p", parsed.top_p, 0, 1),
-            top_k=fields.in_range("top_k", parsed.top_k, -1, 1 << 31),
-        ),
+        sampling=parsed.sampling(),
+        ending=parsed.ending(),
         max_tokens=fields.in_range("max_tokens", parsed.max_tokens, 1, 1 << 31),
         stop=fields.stop_strings(parsed.stop_sequences, MAX_STOP_SEQUENCES, param="stop_sequences"),
-        output_format=_output_format(parsed),
+        output_format=parsed.form(_output_format(parsed), "output_config.format"),
         thinking=_thinking(parsed.thinking),
     )
-    return MessagesCall(request, bool(parsed.stream))
+    return MessagesCall(request, bool(parsed.stream), ignored)
 
 
 def _tool_choice(choice: _ToolChoice | None, tools: Sequence[Tool]) -> ToolChoice:

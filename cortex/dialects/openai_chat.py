@@ -1,9 +1,8 @@
 """OpenAI Chat Completions: a body of ``/v1/chat/completions`` to an ``InferenceRequest``.
 
-Its answers are made by :mod:`cortex._fast.chat_stream` and :mod:`cortex.dialects.openai_chat_reply`. Accepted without
-effect: ``user``, ``metadata``, ``store``, ``service_tier``, ``prompt_cache_key``, ``safety_identifier``, ``verbosity``,
-and tools that are no functions (``web_search``, ``custom``, ...), which clients send to every server: the model is
-offered the others.
+Its answers are made by :mod:`cortex._fast.chat_stream` and :mod:`cortex.dialects.openai_chat_reply`. What is taken
+without effect, :data:`PARAMETERS` names. Tools that are no functions (``web_search``, ``custom``, ...) are sent by
+clients to every server: the model is offered the others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,8 @@ import msgspec
 
 from cortex.dialects import openai_fields as fields
 from cortex.dialects.answered_calls import OpenCalls
+from cortex.dialects.generation import GenerationBody
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.wire.errors import InvalidRequestError, MissingParameterError, ToolCallNotFoundError
 from cortex.wire.request import (
     InferenceRequest,
@@ -34,6 +35,8 @@ class ChatCall(msgspec.Struct, frozen=True):
     request: InferenceRequest
     stream: bool
     include_usage: bool
+    ignored: tuple[str, ...] = ()
+    """The members of the body that nobody knows."""
 
 
 class _TextBody(msgspec.Struct, tag="text"):
@@ -99,7 +102,11 @@ class _ResponseFormat(msgspec.Struct):
     json_schema: _JsonSchema | None = None
 
 
-class ChatBody(fields.SamplingBody, kw_only=True):
+class _Reasoning(msgspec.Struct):
+    effort: str | None = None
+
+
+class ChatBody(GenerationBody, kw_only=True):
     """A request body, as far as it is read."""
 
     model: str
@@ -108,6 +115,7 @@ class ChatBody(fields.SamplingBody, kw_only=True):
     stream_options: fields.StreamOptions | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    n_predict: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
     logprobs: bool | None = None
@@ -117,8 +125,8 @@ class ChatBody(fields.SamplingBody, kw_only=True):
     parallel_tool_calls: bool | None = None
     response_format: _ResponseFormat | None = None
     reasoning_effort: str | None = None
+    reasoning: _Reasoning | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    ignore_eos: bool | None = None
     # known and refused
     modalities: list[str] | None = None
     audio: object = None
@@ -130,14 +138,32 @@ class ChatBody(fields.SamplingBody, kw_only=True):
 
 _DECODER = msgspec.json.Decoder(ChatBody)
 
+PARAMETERS = Parameters(
+    ChatBody,
+    without_effect={
+        "": "metadata prompt_cache_key prompt_cache_retention safety_identifier service_tier store user verbosity "
+        + OPEN_SERVERS_WITHOUT_EFFECT,
+        "stream_options": "include_obfuscation",
+        "messages": "annotations audio cache_control created_at function_call id phase provider_specific_fields "
+        "reasoning_details thinking_blocks",
+        "messages.content": "annotations cache_control file id input_audio refusal video_url",
+        "messages.tool_calls": "custom extra_content index provider_specific_fields",
+        "tools": "cache_control " + fields.HOSTED_TOOL_NAMES,
+        "tools.function": "cache_control",
+        "response_format.json_schema": "description",
+    },
+    refused={**OPEN_SERVERS, "add_special_tokens": (False,)},
+    max_items={"messages": 20_000, "messages.content": 10_000, "messages.tool_calls": 1_000, "tools": 1_000},
+)
+
 
 def decode(body: bytes) -> ChatCall:
     """Decode a request body.
 
     Raises:
-        InvalidRequestError: with the parameter at fault; see :func:`cortex.dialects.openai_fields.decode`.
+        InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
     """
-    parsed = fields.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body, _DECODER)
     if not parsed.messages:
         raise InvalidRequestError("Invalid 'messages': at least one message is needed.", param="messages")
     fields.refuse(
@@ -150,8 +176,11 @@ def decode(body: bytes) -> ChatCall:
             ("function_call", parsed.function_call is not None),
         )
     )
-    limit_name = "max_tokens" if parsed.max_completion_tokens is None else "max_completion_tokens"
-    limit = parsed.max_tokens if parsed.max_completion_tokens is None else parsed.max_completion_tokens
+    limit_name, limit = fields.first_given(
+        ("max_completion_tokens", parsed.max_completion_tokens),
+        ("max_tokens", parsed.max_tokens),
+        ("n_predict", parsed.n_predict),
+    )
     wants_logprobs = bool(parsed.logprobs)
     if parsed.top_logprobs is not None and not wants_logprobs:
         raise InvalidRequestError("Invalid 'top_logprobs': it needs 'logprobs' to be true.", param="top_logprobs")
@@ -164,15 +193,15 @@ def decode(body: bytes) -> ChatCall:
         sampling=parsed.sampling(),
         max_tokens=fields.in_range(limit_name, limit, 1, 1 << 31),
         stop=fields.stop_strings(parsed.stop),
-        ignore_eos=bool(parsed.ignore_eos),
+        ending=parsed.ending(),
         num_choices=fields.in_range("n", parsed.n, 1, 128) or 1,
         top_logprobs=fields.in_range("top_logprobs", parsed.top_logprobs or 0, 0, 20) if wants_logprobs else None,
-        output_format=_output_format(parsed.response_format),
-        thinking=fields.thinking(parsed.reasoning_effort, "reasoning_effort"),
+        output_format=parsed.form(_output_format(parsed.response_format), "response_format"),
+        thinking=_thinking(parsed),
         template_arguments=parsed.chat_template_kwargs or {},
     )
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
-    return ChatCall(request, bool(parsed.stream), include_usage)
+    return ChatCall(request, bool(parsed.stream), include_usage, ignored)
 
 
 def _messages(bodies: Sequence[_MessageBody]) -> tuple[Message, ...]:
@@ -266,6 +295,13 @@ def _tool_choice(body: ChatBody, tools: Sequence[Tool]) -> ToolChoice:
     if not tools:
         raise InvalidRequestError("Invalid 'tool_choice': it needs 'tools'.", param="tool_choice")
     return choice
+
+
+def _thinking(body: ChatBody) -> bool | None:
+    """Return whether to think; OpenRouter and Ollama have the effort in an object, as Responses do."""
+    if body.reasoning_effort is None and body.reasoning is not None:
+        return fields.thinking(body.reasoning.effort, "reasoning.effort")
+    return fields.thinking(body.reasoning_effort, "reasoning_effort")
 
 
 def _output_format(body: _ResponseFormat | None) -> OutputFormat:

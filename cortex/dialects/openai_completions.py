@@ -11,10 +11,12 @@ from typing import Any
 import msgspec
 
 from cortex.dialects import openai_fields as fields
+from cortex.dialects.generation import GenerationBody
 from cortex.dialects.openai_errors import error_body
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.wire.errors import InvalidRequestError, RemoteError, UpstreamError
 from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, ReasoningDelta, Started, TextDelta
-from cortex.wire.request import InferenceRequest
+from cortex.wire.request import InferenceRequest, OutputFormat
 
 
 class CompletionCall(msgspec.Struct, frozen=True):
@@ -23,9 +25,22 @@ class CompletionCall(msgspec.Struct, frozen=True):
     request: InferenceRequest
     stream: bool
     include_usage: bool
+    ignored: tuple[str, ...] = ()
+    """The members of the body that nobody knows."""
 
 
-class CompletionBody(fields.SamplingBody, kw_only=True):
+class _JsonSchema(msgspec.Struct):
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _ResponseFormat(msgspec.Struct):
+    type: str
+    json_schema: _JsonSchema | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
     """A request body, as far as it is read."""
 
     model: str
@@ -33,9 +48,10 @@ class CompletionBody(fields.SamplingBody, kw_only=True):
     stream: bool | None = None
     stream_options: fields.StreamOptions | None = None
     max_tokens: int | None = None
+    n_predict: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
-    ignore_eos: bool | None = None
+    response_format: _ResponseFormat | None = None
     # known and refused
     best_of: int | None = None
     echo: bool | None = None
@@ -45,14 +61,25 @@ class CompletionBody(fields.SamplingBody, kw_only=True):
 
 _DECODER = msgspec.json.Decoder(CompletionBody)
 
+PARAMETERS = Parameters(
+    CompletionBody,
+    without_effect={
+        "": "metadata prompt_cache_key service_tier store user " + OPEN_SERVERS_WITHOUT_EFFECT,
+        "stream_options": "include_obfuscation",
+        "response_format.json_schema": "description",
+    },
+    refused={name: values for name, values in OPEN_SERVERS.items() if name != "best_of"}
+    | {"add_special_tokens": (True,)},
+)
+
 
 def decode(body: bytes) -> CompletionCall:
     """Decode a request body.
 
     Raises:
-        InvalidRequestError: with the parameter at fault; see :func:`cortex.dialects.openai_fields.decode`.
+        InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
     """
-    parsed = fields.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body, _DECODER)
     prompt = parsed.prompt if isinstance(parsed.prompt, str) else _only(parsed.prompt)
     num_choices = fields.in_range("n", parsed.n, 1, 128) or 1
     fields.refuse(
@@ -63,17 +90,26 @@ def decode(body: bytes) -> CompletionCall:
             ("suffix", bool(parsed.suffix)),
         )
     )
+    limit_name, limit = fields.first_given(("max_tokens", parsed.max_tokens), ("n_predict", parsed.n_predict))
     request = InferenceRequest(
         model=parsed.model,
         prompt=prompt,
         sampling=parsed.sampling(),
-        max_tokens=fields.in_range("max_tokens", parsed.max_tokens, 1, 1 << 31),
+        max_tokens=fields.in_range(limit_name, limit, 1, 1 << 31),
         stop=fields.stop_strings(parsed.stop),
-        ignore_eos=bool(parsed.ignore_eos),
+        ending=parsed.ending(),
+        output_format=parsed.form(_output_format(parsed.response_format), "response_format"),
         num_choices=num_choices,
     )
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
-    return CompletionCall(request, bool(parsed.stream), include_usage)
+    return CompletionCall(request, bool(parsed.stream), include_usage, ignored)
+
+
+def _output_format(body: _ResponseFormat | None) -> OutputFormat:
+    if body is None:
+        return OutputFormat()
+    schema = body.json_schema or _JsonSchema()
+    return fields.output_format(body.type, schema.schema, schema.name, "response_format")
 
 
 def _only(prompts: Sequence[str | int | list[int]]) -> str:

@@ -12,11 +12,15 @@ from typing import Any, Literal
 import msgspec
 
 from cortex.dialects import openai_fields as fields
+from cortex.dialects.parameters import Parameters
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import EmbeddingRequest
 
 MAX_INPUTS = 2048
 """As OpenAI has it."""
+
+MAX_VALUES = 4_000_000
+"""Token ids of all inputs together, among them."""
 
 
 class EmbeddingCall(msgspec.Struct, frozen=True):
@@ -24,6 +28,8 @@ class EmbeddingCall(msgspec.Struct, frozen=True):
 
     request: EmbeddingRequest
     is_base64: bool
+    ignored: tuple[str, ...] = ()
+    """The members of the body that nobody knows."""
 
 
 class EmbeddingBody(msgspec.Struct, kw_only=True):
@@ -38,20 +44,43 @@ class EmbeddingBody(msgspec.Struct, kw_only=True):
 
 _DECODER = msgspec.json.Decoder(EmbeddingBody)
 
+PARAMETERS = Parameters(
+    EmbeddingBody,
+    without_effect={"": "metadata request_id rid stream user"},
+    refused={
+        "add_special_tokens": (True,),
+        "cache_salt": ("",),
+        "embed_dtype": ("float32",),
+        "embd_normalize": (2,),
+        "input_type": (),
+        "messages": (),
+        "mm_processor_kwargs": ({},),
+        "modality": (),
+        "normalize": (True,),
+        "priority": (0,),
+        "task": (),
+        "task_type": (),
+        "truncate": (False, "NONE"),
+        "truncate_prompt_tokens": (),
+        "truncation": (False,),
+    },
+    max_values=MAX_VALUES,
+)
+
 
 def decode(body: bytes) -> EmbeddingCall:
     """Decode a request body.
 
     Raises:
-        InvalidRequestError: with the parameter at fault; see :func:`cortex.dialects.openai_fields.decode`.
+        InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
     """
-    parsed = fields.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body, _DECODER)
     request = EmbeddingRequest(
         model=parsed.model,
         inputs=_inputs(parsed.input),
         dimensions=fields.in_range("dimensions", parsed.dimensions, 1, 1 << 31),
     )
-    return EmbeddingCall(request, parsed.encoding_format == "base64")
+    return EmbeddingCall(request, parsed.encoding_format == "base64", ignored)
 
 
 def _inputs(given: str | list[str | int | list[int]]) -> tuple[str | tuple[int, ...], ...]:

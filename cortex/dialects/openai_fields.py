@@ -1,7 +1,7 @@
 """What the dialects share when a body is read: decoding, ranges, content parts, tools and formats.
 
-A wrong body becomes a typed error that names the field at fault in the client's own spelling. Fields this project has
-never heard of pass (clients send many); fields it knows and cannot honour are refused by the dialect modules.
+A wrong body becomes a typed error that names the field at fault in the client's own spelling. What each member of a
+body is to this server, :mod:`cortex.dialects.parameters` says.
 """
 
 import math
@@ -16,11 +16,40 @@ from cortex.wire.errors import (
     InvalidRequestError,
     InvalidTypeError,
     MissingParameterError,
+    TooManyItemsError,
     UnsupportedParameterError,
 )
-from cortex.wire.request import FormatKind, ImagePart, OutputFormat, Part, Sampling, TextPart, Tool
+from cortex.wire.request import FormatKind, ImagePart, OutputFormat, Part, TextPart, Tool
 
 T = TypeVar("T")
+
+MAX_BIASES = 4096
+HOSTED_TOOL_NAMES = (
+    "allowed_callers allowed_domains allowed_tools authorization background blocked_domains connector_id container "
+    "defer_loading display_height display_height_px display_number display_width display_width_px "
+    "eager_input_streaming enable_zoom environment external_web_access file_ids filters headers "
+    "image_generation_options input_examples input_fidelity input_image_mask max_characters max_content_tokens "
+    "max_num_results max_uses moderation output_compression output_format partial_images quality ranking_options "
+    "require_approval search_content_types search_context_size server_description server_label server_url size "
+    "use_cache user_location vector_store_ids"
+)
+"""Members of tools that are no functions; such a tool is named as a whole where it is not offered to the model."""
+
+_TOKEN_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
+
+_TYPE_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+    "bytes": "a string in base64",
+}
+_TYPES = re.compile(r"`(?P<types>(?:int|float|str|bool|array|object|null|bytes)(?: \| \w+)*)`")
+_VALUE = re.compile(r"^Invalid (?:enum )?value '?(?P<value>.*?)'?$", re.DOTALL)
+_BYTE = re.compile(r"byte \d+")
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
@@ -44,10 +73,30 @@ def decode(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
             name = f"{path}.{missing['name']}" if path else missing["name"]
             raise MissingParameterError(f"Missing required parameter: '{name}'.", param=name) from None
         if not path:
-            raise InvalidJsonError(f"The request body must be a JSON object. {what}.") from None
-        raise InvalidTypeError(f"Invalid value for '{path}': {_lower_first(what)}.", param=path) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidJsonError(f"The request body is not valid JSON: {_lower_first(str(error))}.") from None
+            raise InvalidJsonError(f"The request body must be a JSON object: {plain(what)}.") from None
+        raise InvalidTypeError(f"Invalid value for '{path}': {plain(what)}.", param=path) from None
+    except UnicodeDecodeError as error:
+        raise InvalidJsonError(f"The request body is not valid UTF-8 at byte {error.start}.") from None
+    except RecursionError:
+        raise InvalidJsonError("The request body is nested too deeply.") from None
+    except msgspec.DecodeError as error:
+        at = _BYTE.search(str(error))
+        raise InvalidJsonError(f"The request body is not valid JSON{f' at {at[0]}' if at else ''}.") from None
+
+
+def plain(what: str) -> str:
+    """Return what a decoder says of a value, in words that need no knowledge of the decoder."""
+    if given := _VALUE.match(what):
+        value = given["value"]
+        return f"'{value[:80]}' is not one of the values that are taken here"
+    what = _TYPES.sub(lambda found: _in_words(found["types"].split(" | ")), what)
+    what = what.replace("Object contains unknown field `", "it has a member that is not known: `").replace("`", "'")
+    return what[:1].lower() + what[1:]
+
+
+def _in_words(types: Sequence[str]) -> str:
+    words = [_TYPE_WORDS.get(one, one) for one in types]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def in_range(name: str, value: T, low: float, high: float) -> T:
@@ -67,6 +116,11 @@ def refuse(fields: Iterable[tuple[str, bool]]) -> None:
             raise UnsupportedParameterError(f"Unsupported parameter: '{name}' is not supported here.", param=name)
 
 
+def first_given(*given: tuple[str, int | None]) -> tuple[str, int | None]:
+    """Return the first of some fields of one meaning that is there, with its name."""
+    return next((one for one in given if one[1] is not None), given[0])
+
+
 def stop_strings(value: str | Sequence[str] | None, limit: int = 16, *, param: str = "stop") -> tuple[str, ...]:
     """Return the stop strings of a request; empty ones are refused since they would stop everything."""
     if value is None:
@@ -82,9 +136,11 @@ def stop_strings(value: str | Sequence[str] | None, limit: int = 16, *, param: s
 def token_bias(value: dict[str, float] | None) -> dict[int, float]:
     """Return ``logit_bias`` with integer token ids."""
     bias: dict[int, float] = {}
+    if value is not None and len(value) > MAX_BIASES:
+        raise TooManyItemsError(f"Too many items in 'logit_bias': at most {MAX_BIASES} are taken.", param="logit_bias")
     for token, amount in (value or {}).items():
-        if not token.isdecimal():
-            raise InvalidRequestError(f"Invalid 'logit_bias': '{token}' is not a token id.", param="logit_bias")
+        if _TOKEN_ID.fullmatch(token) is None:
+            raise InvalidRequestError(f"Invalid 'logit_bias': '{token[:40]}' is not a token id.", param="logit_bias")
         bias[int(token)] = in_range("logit_bias", amount, -100, 100)
     return bias
 
@@ -106,34 +162,6 @@ class StreamOptions(msgspec.Struct):
     """What a client wants of a stream beside the answer."""
 
     include_usage: bool | None = None
-
-
-class SamplingBody(msgspec.Struct, kw_only=True):
-    """The sampling fields that chat and text completions share; a body is a subclass."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-
-    def sampling(self) -> Sampling:
-        """Return what is asked for, with every range checked."""
-        return Sampling(
-            temperature=in_range("temperature", self.temperature, 0, 2),
-            top_p=in_range("top_p", self.top_p, 0, 1),
-            top_k=in_range("top_k", self.top_k, -1, 1 << 31),
-            min_p=in_range("min_p", self.min_p, 0, 1),
-            repetition_penalty=in_range("repetition_penalty", self.repetition_penalty, 1e-3, 10),
-            presence_penalty=in_range("presence_penalty", self.presence_penalty, -2, 2),
-            frequency_penalty=in_range("frequency_penalty", self.frequency_penalty, -2, 2),
-            logit_bias=token_bias(self.logit_bias),
-            seed=in_range("seed", self.seed, -(1 << 63), (1 << 63) - 1),
-        )
 
 
 class FunctionBody(msgspec.Struct):
@@ -173,7 +201,3 @@ def thinking(effort: str | None, param: str) -> bool | None:
         case "low" | "medium" | "high" | "xhigh" | "max":
             return True
     raise InvalidRequestError(f"Invalid '{param}': '{effort}' is not an effort.", param=param)
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

@@ -36,7 +36,7 @@ class _Kind(msgspec.Struct):
     call_id: object = None
 
 
-class _Item(msgspec.Struct):
+class Item(msgspec.Struct):
     """An input item of any type; what each type needs is checked in :func:`messages_of`."""
 
     type: str = "message"
@@ -52,7 +52,7 @@ class _Item(msgspec.Struct):
     output: str | list[_Content] | None = None
 
 
-_ITEM_DECODER = msgspec.json.Decoder(_Item)
+_ITEM_DECODER = msgspec.json.Decoder(Item)
 _KIND_DECODER = msgspec.json.Decoder(_Kind)
 _READ = frozenset(
     {
@@ -123,19 +123,19 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
         yield turn
 
 
-def _item(raw: msgspec.Raw, where: str) -> _Item:
+def _item(raw: msgspec.Raw, where: str) -> Item:
     """Return an item; of one whose type has no meaning here only that."""
     try:
         found = _KIND_DECODER.decode(raw)
         if found.type in _READ:
             return _ITEM_DECODER.decode(raw)
         is_call = found.type.endswith("_call") and isinstance(found.call_id, str)
-        return _Item(found.type, call_id=str(found.call_id) if is_call else None)
+        return Item(found.type, call_id=str(found.call_id) if is_call else None)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"Invalid '{where}': {error}.", param=where) from None
 
 
-def _message(item: _Item, where: str) -> Message:
+def _message(item: Item, where: str) -> Message:
     role = _needed(item.role, where, "role")
     if item.content is msgspec.UNSET:
         raise _missing(where, "content")
@@ -143,7 +143,7 @@ def _message(item: _Item, where: str) -> Message:
     return Message(Role.SYSTEM if role == "developer" else Role(role), _content(item.content, f"{where}.content"))
 
 
-def _call(item: _Item, tools: OfferedTools, where: str) -> ToolCall:
+def _call(item: Item, tools: OfferedTools, where: str) -> ToolCall:
     call_id, name = _needed(item.call_id, where, "call_id"), _needed(item.name, where, "name")
     arguments = item.arguments
     if arguments is None:
@@ -159,7 +159,7 @@ def _unanswerable(kind: str, call_id: str, is_second: bool) -> ToolCallNotFoundE
     return ToolCallNotFoundError(f"No tool call found for {what} with call_id {call_id}.", param="input")
 
 
-def _thought(item: _Item) -> str:
+def _thought(item: Item) -> str:
     """Return the text of a reasoning item: its own, its summary, or what was sealed of it here."""
     for parts in (item.content, item.summary):
         if isinstance(parts, list) and parts:

@@ -4,23 +4,23 @@ Instructions and input flatten into one chat. Items are read by :mod:`cortex.dia
 :mod:`cortex.dialects.openai_tools`; answers are made by :mod:`cortex._fast.responses_stream`, into which
 :attr:`ResponsesCall.echo` is spliced.
 
-Accepted without effect: ``store`` (a neuron keeps nothing), ``user``, ``metadata`` (echoed), ``service_tier``,
-``prompt_cache_key``, ``safety_identifier``, ``client_metadata``, ``text.verbosity``; ``max_tool_calls``, which counts
-calls of hosted tools; ``truncation: auto``, as dropping what was said is not ours to do: a conversation that is too
-long is refused, and a response says ``disabled``.
+What is taken without effect, :data:`PARAMETERS` names: among it ``store`` (a neuron keeps nothing), ``metadata``
+(echoed), ``max_tool_calls``, which counts calls of hosted tools; and ``truncation: auto``, as dropping what was said is
+not ours to do: a conversation that is too long is refused, and a response says ``disabled``.
 """
 
 from typing import Any, Literal
 
 import msgspec
 
-from cortex._fast.peek import PeekError, PeekTypeError, peek
 from cortex.dialects import openai_fields as fields
 from cortex.dialects import openai_tools
-from cortex.dialects.openai_items import messages_of
+from cortex.dialects.generation import GenerationBody
+from cortex.dialects.openai_items import Item, messages_of
 from cortex.dialects.openai_tools import OfferedTools
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.dialects.passthrough import GatewayPart
-from cortex.wire.errors import ChainedConversationError, InvalidJsonError, InvalidRequestError
+from cortex.wire.errors import ChainedConversationError, InvalidRequestError
 from cortex.wire.request import (
     InferenceRequest,
     Message,
@@ -40,6 +40,8 @@ class ResponsesCall(msgspec.Struct, frozen=True):
     """Whether reasoning is to be told as a summary."""
     seals: bool
     """Whether the client will send reasoning back, which it reads nothing of."""
+    ignored: tuple[str, ...] = ()
+    """The members of the body that nobody knows."""
 
     def echoed(self, part: GatewayPart) -> bytes:
         """Return :attr:`echo` with what a gateway does, which the request's own fields are not true of."""
@@ -71,7 +73,7 @@ class _Reasoning(msgspec.Struct):
     generate_summary: str | None = None
 
 
-class ResponsesBody(fields.SamplingBody, kw_only=True):
+class ResponsesBody(GenerationBody, kw_only=True):
     """A request body, as far as it is read. Sampling beyond OpenAI's own two fields is what open servers take too."""
 
     model: str
@@ -99,6 +101,27 @@ COUNTED = {"object": "response.input_tokens"}
 """What the answer to ``/v1/responses/input_tokens`` says beside ``input_tokens``."""
 
 _DECODER = msgspec.json.Decoder(ResponsesBody)
+
+PARAMETERS = Parameters(
+    ResponsesBody,
+    items={"input": Item},
+    without_effect={
+        "": "client_metadata context_management max_tool_calls metadata prompt_cache_key prompt_cache_options "
+        "prompt_cache_retention safety_identifier service_tier store stream_options user "
+        + OPEN_SERVERS_WITHOUT_EFFECT,
+        "input": "acknowledged_safety_checks action approval_request_id approve caller code container_id created_by "
+        "data environment error execution id max_output_length metadata operation outputs phase queries "
+        "reason result results server_label status tools",
+        "input.content": "annotations file_data file_id file_url filename id input_audio logprobs "
+        "prompt_cache_breakpoint",
+        "text.format": "description",
+        "tool_choice": "server_label",
+        "tools": fields.HOSTED_TOOL_NAMES,
+        "reasoning": "context mode",
+    },
+    refused=OPEN_SERVERS,
+    max_items={"input": 20_000, "input.content": 10_000, "tools": 1_000},
+)
 _FIELDS_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 _ECHOED = (
@@ -128,16 +151,9 @@ def decode(body: bytes) -> ResponsesCall:
 
     Raises:
         ChainedConversationError: it continues an earlier response, which only a gateway can look up.
-        InvalidRequestError: with the parameter at fault; see :func:`cortex.dialects.openai_fields.decode`.
+        InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
     """
-    try:
-        peek(body)
-    except PeekTypeError:
-        pass  # the decoder has more to say of it
-    except PeekError as error:
-        # The decoder skips over what it has no field for; here some of that is decoded later, or told again.
-        raise InvalidJsonError(f"The request body is not valid JSON: {error}.") from None
-    parsed = fields.decode(body, _DECODER)
+    parsed, ignored = PARAMETERS.decode(body, _DECODER)
     if parsed.previous_response_id is not None:
         raise ChainedConversationError(
             "A neuron does not store responses: 'previous_response_id' is resolved by the gateway.",
@@ -171,7 +187,8 @@ def decode(body: bytes) -> ResponsesCall:
         max_tokens=fields.in_range("max_output_tokens", parsed.max_output_tokens, 1, 1 << 31),
         stop=fields.stop_strings(parsed.stop),
         top_logprobs=fields.in_range("top_logprobs", parsed.top_logprobs or 0, 0, 20) if wants_logprobs else None,
-        output_format=_output_format(parsed.text),
+        ending=parsed.ending(),
+        output_format=parsed.form(_output_format(parsed.text), "text.format"),
         thinking=fields.thinking(reasoning.effort, "reasoning.effort"),
     )
     return ResponsesCall(
@@ -181,6 +198,7 @@ def decode(body: bytes) -> ResponsesCall:
         tools,
         summarises=reasoning.summary is not None or reasoning.generate_summary is not None,
         seals="reasoning.encrypted_content" in included,
+        ignored=ignored,
     )
 
 

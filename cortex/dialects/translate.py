@@ -223,7 +223,12 @@ def chat_body(request: InferenceRequest, *, stream: bool) -> bytes:
         "seed": sampling.seed,
         "stop": list(request.stop) or None,
         "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()} or None,
-        "ignore_eos": request.ignore_eos or None,
+        "bad_words": list(sampling.bad_words) or None,
+        "ignore_eos": request.ending.ignore_eos or None,
+        "stop_token_ids": list(request.ending.stop_token_ids) or None,
+        "min_tokens": request.ending.min_tokens or None,
+        "include_stop_str_in_output": request.ending.includes_stop or None,
+        "structured_outputs": _structured_outputs(request),
         "n": request.num_choices if request.num_choices > 1 else None,
         "response_format": _response_format(request),
         "chat_template_kwargs": _template_arguments(request),
@@ -299,6 +304,12 @@ def _response_format(request: InferenceRequest) -> dict[str, Any] | None:
         schema = {"name": asked.name or "answer", "schema": msgspec.Raw(asked.source.encode()), "strict": True}
         return {"type": "json_schema", "json_schema": schema}
     return None
+
+
+def _structured_outputs(request: InferenceRequest) -> dict[str, str] | None:
+    """Return what OpenAI's own format has no word for, as vLLM has it."""
+    asked = request.output_format
+    return {str(asked.kind): asked.source} if asked.kind in {FormatKind.REGEX, FormatKind.GRAMMAR} else None
 
 
 def _template_arguments(request: InferenceRequest) -> dict[str, Any] | None:

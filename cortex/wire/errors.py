@@ -100,6 +100,18 @@ class UnsupportedParameterError(InvalidRequestError):
     code = "unsupported_parameter"
 
 
+class UnknownParameterError(InvalidRequestError):
+    """A field that nobody here has heard of, from a client that wants to be told."""
+
+    code = "unknown_parameter"
+
+
+class TooManyItemsError(InvalidRequestError):
+    """The body has more items, members or values than the server works through."""
+
+    code = "too_many_items"
+
+
 class InvalidSchemaError(InvalidRequestError):
     """A schema, expression or grammar that the answer should follow cannot be compiled."""
 

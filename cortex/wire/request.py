@@ -110,6 +110,21 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] = {}
     seed: int | None = None
+    bad_words: tuple[str, ...] = ()
+    """Texts of one token each that are never said."""
+
+
+class Ending(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where an answer ends, beside its stop strings."""
+
+    ignore_eos: bool = False
+    """Whether the model's own end tokens are tokens like any other."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end it beside the model's own."""
+    min_tokens: int = 0
+    """How many tokens it has before any token may end it."""
+    includes_stop: bool = False
+    """Whether the stop string that ended it is part of it."""
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -128,7 +143,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: Sampling = Sampling()
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
+    ending: Ending = Ending()
     num_choices: int = 1
     top_logprobs: int | None = None
     output_format: OutputFormat = OutputFormat()

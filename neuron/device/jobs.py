@@ -110,6 +110,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     priority: int = 0
     """The principal's: who waits with a higher one gets a seat first."""
     constraint: ConstraintSettings | None = None
+    min_tokens: int = 0
+    """How many tokens it has before one of ``eos`` may end it."""
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):

@@ -295,6 +295,7 @@ class Worker:
         principal: str = "",
         priority: int = 0,
         constraint: jobs.ConstraintSettings | None = None,
+        min_tokens: int = 0,
     ) -> int:
         """Start a sequence over int32 ``prompt`` and return its number; ``sink`` gets what comes of it.
 
@@ -302,7 +303,7 @@ class Worker:
         """
         return self._start(
             lambda number: jobs.Generate(
-                number, model, prompt, max_tokens, eos, sampler, principal, priority, constraint
+                number, model, prompt, max_tokens, eos, sampler, principal, priority, constraint, min_tokens
             ),
             sink,
         )

@@ -49,6 +49,7 @@ from neuron.engine.errors import GroupLostError, error_info, raise_device_fault
 from neuron.engine.group_runner import Follower
 from neuron.engine.loaded import Model
 from neuron.engine.loading import load_model
+from neuron.engine.minimum import Minimum
 from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
 from neuron.engine.sequence import Sequence
@@ -191,6 +192,10 @@ class Engine:
                 )
             if isinstance(job, Generate) and job.constraint is not None:
                 sequence.constraint = model.constrain(job.constraint)
+            if isinstance(job, Generate) and job.min_tokens and sequence.eos:
+                sequence.constraint = Minimum(
+                    sequence.constraint, job.min_tokens, sequence.eos, model.config.vocab_size
+                )
             model.scheduler.add(sequence)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
             self._send(SequenceFailed(job.sequence, error_info(error)))

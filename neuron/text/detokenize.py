@@ -30,6 +30,8 @@ from neuron.text.tools import CallForm, ToolCallParser
 class Detokenizer:
     """Turns the ids of one sequence into the events of one choice.
 
+    ``includes_stop`` has the stop string that ended the answer be part of it.
+
     ``tools`` are those the request offered, whose calls are looked for in the model's ``call_form``: without them a
     ``<tool_call>`` is just text. Without ``parallel_calls`` the first call ends the choice. ``markers`` gives the text
     of special tokens that say something here; all others are no text.
@@ -41,6 +43,7 @@ class Detokenizer:
         *,
         choice: int = 0,
         stop: Sequence[str] = (),
+        includes_stop: bool = False,
         tags: ReasoningTags | None = None,
         starts_in_reasoning: bool = False,
         tools: Sequence[Tool] = (),
@@ -53,6 +56,7 @@ class Detokenizer:
         self._undecoded: list[int] = []
         self._choice = choice
         self._stop = tuple(stop)
+        self._includes_stop = includes_stop
         self._stop_pending = ""
         self._splitter = ReasoningSplitter(tags, starts_inside=starts_in_reasoning) if tags else None
         self._tools = ToolCallParser(call_form, tools) if tools else None
@@ -150,7 +154,7 @@ class Detokenizer:
         if hits:
             at, stop = min(hits)
             self._stop_pending = ""
-            self._answer(text[:at], events)
+            self._answer(text[: at + len(stop)] if self._includes_stop else text[:at], events)
             if not self.finished:
                 self._finish(FinishReason.STOP, stop, events)
             return

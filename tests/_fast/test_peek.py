@@ -244,4 +244,7 @@ def test_splice_needs_the_body_that_was_peeked() -> None:
 def test_repr_names_the_fields() -> None:
     found = peek(b'{"model":"m","stream":true}')
     assert isinstance(found, Peek)
-    assert repr(found) == "Peek(model='m', stream=True, previous_response_id=None, prompt_cache_key=None, stores=True)"
+    assert repr(found) == (
+        "Peek(model='m', stream=True, previous_response_id=None, prompt_cache_key=None, stores=True, unknown=(), "
+        "refused=())"
+    )

@@ -487,3 +487,32 @@ def test_a_node_with_a_secret_answers_only_those_who_have_it(tmp_path: pathlib.P
         assert (await ask(api, "POST", "/v1/chat/completions", CHAT, headers=given)).status == 200
 
     asyncio.run(run())
+
+
+# ------------------------------------------------------------------ what nobody knows
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", {"model": "m", "prompt": "hi"}),
+        ("/v1/responses", RESPONSES),
+        ("/v1/messages", CHAT | {"max_tokens": 5}),
+        ("/v1/messages/count_tokens", CHAT),
+        ("/v1/embeddings", {"model": "m", "input": "hi"}),
+    ],
+)
+@STREAMED
+def test_an_answer_says_which_members_nobody_knows(path: str, body: dict[str, Any], stream: bool) -> None:
+    asked = body | ({"stream": True} if stream else {})
+    assert "x-cortex-ignored" not in ask_once(path, asked).headers
+    reply = ask_once(path, asked | {"temprature": 0.5})
+    assert reply.status == 200
+    assert reply.headers["x-cortex-ignored"] == "temprature"
+
+
+def test_what_only_other_servers_do_is_refused_by_name() -> None:
+    reply = ask_once("/v1/chat/completions", CHAT | {"use_beam_search": True})
+    assert (reply.status, reply.json()["error"]["code"]) == (400, "unsupported_parameter")
+    assert reply.json()["error"]["param"] == "use_beam_search"

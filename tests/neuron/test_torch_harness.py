@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from cortex.wire.errors import ContextLengthError
+from cortex.wire.errors import ContextLengthError, UnsupportedParameterError
 from cortex.wire.events import Finished, FinishReason, InferenceEvent
 from cortex.wire.node import ModelSpec, WorkerState
-from cortex.wire.request import InferenceRequest, Sampling
+from cortex.wire.request import Ending, InferenceRequest, Sampling
 from neuron.device.jobs import LoadedModel, Memory, SequenceEnd, TokenRow
 from neuron.errors import TemplateError
 from neuron.models.config import GenerationDefaults, read_config
 from neuron.text import tokenizer
 from neuron.text.prompt import PromptFormat
-from neuron.torch_harness import TorchHarness, TorchModel
+from neuron.torch_harness import NEVER, TorchHarness, TorchModel
 
 CONTEXT = 64
 ENDS = (2, 300, 17)
@@ -168,8 +168,10 @@ def test_a_prompt_that_fills_the_context_is_refused_by_the_limit_that_is_adverti
 
 def test_every_end_of_the_models_list_ends_an_answer(model: TorchModel, worker: Recorder) -> None:
     run(model)
-    run(model, ignore_eos=True)
-    assert [asked[3] for asked in worker.asked] == [ENDS, ()]
+    run(model, ending=Ending(ignore_eos=True))
+    run(model, ending=Ending(ignore_eos=True, stop_token_ids=(9, 8)))
+    run(model, ending=Ending(stop_token_ids=(9, 2)))
+    assert [set(asked[3]) for asked in worker.asked] == [set(ENDS), set(), {8, 9}, {9, *ENDS}]
 
 
 def test_what_a_request_leaves_open_is_as_the_models_authors_recommend(model: TorchModel, worker: Recorder) -> None:
@@ -185,3 +187,13 @@ def test_choices_differ_by_their_seeds_only(model: TorchModel, worker: Recorder)
     run(model, num_choices=3, sampling=Sampling(seed=40))
     assert [asked[4].seed for asked in worker.asked] == [40, 41, 42]
     assert len({asked[:4] for asked in worker.asked}) == 1
+
+
+def test_a_bad_word_is_a_token_that_is_never_said(model: TorchModel, worker: Recorder) -> None:
+    run(model, sampling=Sampling(bad_words=("h",), logit_bias={3: 1.0}))
+    token = model._tokenizer.encode("h", add_special_tokens=False).ids
+    assert len(token) == 1
+    assert dict(worker.asked[0][4].logit_bias) == {3: 1.0, token[0]: NEVER}
+    with pytest.raises(UnsupportedParameterError, match="5 tokens") as caught:
+        run(model, sampling=Sampling(bad_words=("hello",)))
+    assert caught.value.param == "bad_words"

@@ -90,6 +90,13 @@ def test_stop_strings_never_leak(
     assert (finish_of(events).reason, finish_of(events).stop_string) == (FinishReason.STOP, hit)
 
 
+@pytest.mark.parametrize("step", [1, 2, 100])
+def test_a_stop_string_is_part_of_the_answer_where_that_is_asked_for(byte_tokenizer: Tokenizer, step: int) -> None:
+    events = run(byte_tokenizer, "one two three", step, stop=["tw", "two"], includes_stop=True)
+    assert text_of(events) == "one tw"
+    assert finish_of(events).stop_string == "tw"
+
+
 def test_a_stop_string_in_reasoning_does_not_stop(byte_tokenizer: Tokenizer) -> None:
     events = run(byte_tokenizer, "<think>stop here</think>answer stop", stop=["stop"], tags=ReasoningTags())
     assert "".join(event.text for event in events if isinstance(event, ReasoningDelta)) == "stop here"

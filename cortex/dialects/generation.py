@@ -1,0 +1,159 @@
+"""How an answer is generated, as every dialect takes it: sampling, where it ends, and what it must look like.
+
+OpenAI's own fields, and beside them those by which other servers of open-weight models (vLLM, SGLang, llama.cpp) ask
+for the same things. A form may be asked for in one way only.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from cortex.dialects.openai_fields import in_range, token_bias
+from cortex.wire.errors import InvalidRequestError
+from cortex.wire.request import Ending, FormatKind, OutputFormat, Sampling
+
+MAX_STOP_TOKENS = 64
+MAX_BAD_WORDS = 256
+MAX_GUIDED_CHOICES = 1024
+MAX_TOKEN_ID = (1 << 31) - 1
+
+Schema = dict[str, Any] | str
+"""A JSON schema, or the text of it."""
+
+
+class StructuredOutputs(msgspec.Struct):
+    """vLLM's way to ask for a form of the answer."""
+
+    json: Schema | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class GenerationBody(msgspec.Struct, kw_only=True):
+    """The fields of generation that the dialects share; a body is a subclass."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    bad_words: list[str] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: Schema | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
+
+    def sampling(self) -> Sampling:
+        """Return how tokens are chosen, with every range checked."""
+        repetition = self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
+        repetition_name = "repeat_penalty" if self.repetition_penalty is None else "repetition_penalty"
+        return Sampling(
+            temperature=in_range("temperature", self.temperature, 0, 2),
+            top_p=in_range("top_p", self.top_p, 0, 1),
+            top_k=in_range("top_k", self.top_k, -1, 1 << 31),
+            min_p=in_range("min_p", self.min_p, 0, 1),
+            repetition_penalty=in_range(repetition_name, repetition, 1e-3, 10),
+            presence_penalty=in_range("presence_penalty", self.presence_penalty, -2, 2),
+            frequency_penalty=in_range("frequency_penalty", self.frequency_penalty, -2, 2),
+            logit_bias=token_bias(self.logit_bias),
+            seed=in_range("seed", self.seed, -(1 << 63), (1 << 63) - 1),
+            bad_words=_texts("bad_words", self.bad_words, MAX_BAD_WORDS) if self.bad_words else (),
+        )
+
+    def ending(self) -> Ending:
+        """Return where an answer ends, beside its stop strings."""
+        ids = self.stop_token_ids or []
+        if len(ids) > MAX_STOP_TOKENS:
+            raise InvalidRequestError(
+                f"Invalid 'stop_token_ids': {len(ids)} tokens; at most {MAX_STOP_TOKENS} are taken.",
+                param="stop_token_ids",
+            )
+        for id in ids:
+            in_range("stop_token_ids", id, 0, MAX_TOKEN_ID)
+        return Ending(
+            ignore_eos=bool(self.ignore_eos),
+            stop_token_ids=tuple(ids),
+            min_tokens=in_range("min_tokens", self.min_tokens, 0, MAX_TOKEN_ID) or 0,
+            includes_stop=bool(self.include_stop_str_in_output) or bool(self.no_stop_trim),
+        )
+
+    def form(self, asked: OutputFormat, param: str) -> OutputFormat:
+        """Return what the answer must look like: ``asked``, which ``param`` asks for, or what another field does.
+
+        Raises:
+            InvalidRequestError: two fields ask for a form.
+        """
+        forms = list(self._forms())
+        if asked.kind is not FormatKind.TEXT:
+            forms.insert(0, (param, asked))
+        if len(forms) > 1:
+            first, second = forms[0][0], forms[1][0]
+            raise InvalidRequestError(
+                f"Invalid '{second}': '{first}' asks for a form of the answer already.", param=second
+            )
+        return forms[0][1] if forms else asked
+
+    def _forms(self) -> Iterator[tuple[str, OutputFormat]]:
+        """Yield each form that is asked for in another server's way, after the field's name."""
+        structured = self.structured_outputs or StructuredOutputs()
+        schemas = {
+            "structured_outputs.json": structured.json,
+            "guided_json": self.guided_json,
+            "json_schema": self.json_schema,
+        }
+        for name, schema in schemas.items():
+            if schema is not None:
+                text = schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
+                yield name, OutputFormat(FormatKind.JSON_SCHEMA, text)
+        if structured.json_object:
+            yield "structured_outputs.json_object", OutputFormat(FormatKind.JSON_OBJECT)
+        expressions = {
+            "structured_outputs.regex": structured.regex,
+            "guided_regex": self.guided_regex,
+            "regex": self.regex,
+        }
+        for name, expression in expressions.items():
+            if expression is not None:
+                yield name, OutputFormat(FormatKind.REGEX, expression)
+        grammars = {
+            "structured_outputs.grammar": structured.grammar,
+            "guided_grammar": self.guided_grammar,
+            "ebnf": self.ebnf,
+            "grammar": self.grammar,
+        }
+        for name, grammar in grammars.items():
+            if grammar is not None:
+                yield name, OutputFormat(FormatKind.GRAMMAR, grammar)
+        choices = {"structured_outputs.choice": structured.choice, "guided_choice": self.guided_choice}
+        for name, choice in choices.items():
+            if choice is not None:
+                texts = _texts(name, choice, MAX_GUIDED_CHOICES)
+                alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+                yield name, OutputFormat(FormatKind.GRAMMAR, f"start: {alternatives}\n")
+
+
+def _texts(name: str, given: list[str], most: int) -> tuple[str, ...]:
+    if not 1 <= len(given) <= most:
+        raise InvalidRequestError(f"Invalid '{name}': {len(given)} texts; 1 to {most} are taken.", param=name)
+    if not all(given):
+        raise InvalidRequestError(f"Invalid '{name}': an empty string.", param=name)
+    return tuple(given)

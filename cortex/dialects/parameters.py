@@ -1,0 +1,309 @@
+"""What each member of a request body is to this server: honoured, refused, without effect, or unknown.
+
+A dialect has one table. What it honours, the struct says into which its bodies are decoded; the table adds the names
+that are known and change nothing, those that are refused unless they ask for what is done anyway, and how many items
+the lists of a body may have. From it comes the first reading of every body, in compiled code and in one pass:
+whether it is JSON, whether it is too much, and which names nobody knows. Those are told to the client, or refused where
+a key is strict; a value is never looked at here but for a name that may be refused.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from cortex._fast.peek import KnownNames, Peek, PeekError, PeekLimitError, PeekTypeError, peek
+from cortex.dialects import openai_fields
+from cortex.wire.errors import (
+    InvalidJsonError,
+    InvalidTypeError,
+    TooManyItemsError,
+    UnknownParameterError,
+    UnsupportedParameterError,
+)
+from cortex.wire.headers import IGNORED
+
+T = TypeVar("T")
+
+MAX_VALUES = 1_000_000
+"""Values in one body: strings, numbers, objects and lists, however they are nested."""
+
+MAX_MEMBERS = 10_000
+"""Members of any one object in a body."""
+
+OPEN_SERVERS: Mapping[str, tuple[object, ...]] = {
+    # vLLM
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": ([],),
+    "best_of": (1,),
+    "cache_salt": ("",),
+    "chat_template": ("",),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "structural_tag": (),
+    "thinking_token_budget": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    # SGLang
+    "custom_logit_processor": (),
+    "custom_params": ({},),
+    "input_embeds": (),
+    "lora_path": (),
+    "return_hidden_states": (False,),
+    "separate_reasoning": (True,),
+    "session_params": ({},),
+    "stop_regex": ([],),
+    "stream_reasoning": (True,),
+    # llama.cpp
+    "cache_prompt": (True,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "image_data": ([],),
+    "lora": ([],),
+    "min_keep": (0,),
+    "mirostat": (0,),
+    "n_indent": (0,),
+    "n_probs": (0,),
+    "penalty_prompt": (),
+    "post_sampling_probs": (False,),
+    "return_tokens": (False,),
+    "samplers": (),
+    "system_prompt": (),
+    "t_max_predict_ms": (0, -1),
+    "tfs_z": (1,),
+    "timings_per_token": (False,),
+    "top_a": (0,),
+    "top_n_sigma": (0, -1),
+    "typical": (1,),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
+    # LM Studio
+    "draft_model": (),
+    "ttl": (),
+}
+"""Members that other servers of open-weight models honour and this one does not, each with the values that ask for what
+is done anyway. A null always does."""
+
+OPEN_SERVERS_WITHOUT_EFFECT = (
+    "dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers dynatemp_exponent guided_decoding_backend "
+    "id_slot mirostat_eta mirostat_tau n_discard n_keep request_id rid spaces_between_special_tokens xtc_threshold"
+)
+"""Members of theirs that change nothing: they say more of something that is refused, or only how it is computed."""
+
+_INDEX = re.compile(r"\[\d+\]")
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+@dataclass(eq=False)
+class _Object:
+    """The members that an object may have; ``None`` of each that nobody looks into."""
+
+    members: dict[str, "_Object | None"] = field(default_factory=dict)
+    is_open: bool = False
+    max_items: int = 0
+
+
+class Parameters:
+    """The table of one dialect."""
+
+    def __init__(
+        self,
+        body: type[msgspec.Struct],
+        *,
+        items: Mapping[str, type[msgspec.Struct]] | None = None,
+        without_effect: Mapping[str, str] | None = None,
+        refused: Mapping[str, tuple[object, ...]] | None = None,
+        max_items: Mapping[str, int] | None = None,
+        max_values: int = MAX_VALUES,
+    ) -> None:
+        """Make the table of bodies that are decoded into ``body``.
+
+        Paths have dots and no indices; the empty one is the body's own. ``items`` says what is decoded later of what
+        the body has raw, ``without_effect`` has names by path, separated by spaces, ``refused`` top-level names with
+        the values that are not, ``max_items`` the lists that may have only so many items.
+        """
+        objects: dict[type, _Object] = {}
+        self._root = _object_of(msgspec.inspect.type_info(body), objects) or _Object()
+        for path, struct in (items or {}).items():
+            parent, name = self._parent(path)
+            parent.members[name] = _object_of(msgspec.inspect.type_info(struct), objects)
+        for path, names in (without_effect or {}).items():
+            found = self._find(path)
+            assert found is not None, path
+            for name in names.split():
+                found.members.setdefault(name, None)
+        self._refused = dict(refused or {})
+        for name in self._refused:
+            assert name not in self._root.members, name
+            self._root.members[name] = None
+        for path, most in (max_items or {}).items():
+            parent, name = self._parent(path)
+            child = parent.members[name]
+            if child is None:
+                child = parent.members[name] = _Object(is_open=True)
+            child.max_items = most
+        self.names = self._compile(max_values)
+
+    def read(self, body: bytes) -> Peek:
+        """Return what a body is routed by, and which of its members nobody knows.
+
+        Raises:
+            InvalidJsonError: it is not a JSON object.
+            InvalidTypeError: a member by which it is routed has another type.
+            TooManyItemsError: there is more in it than is read.
+        """
+        try:
+            return peek(body, self.names)
+        except PeekTypeError as error:
+            raise InvalidTypeError(f"Invalid type: {error.reason}.", param=error.field) from None
+        except PeekLimitError as error:
+            where = f"'{error.path}'" if error.path else "the request body"
+            raise TooManyItemsError(
+                f"Too many items in {where}: at most {error.limit} are taken.", param=error.path or None
+            ) from None
+        except PeekError as error:
+            raise InvalidJsonError(f"The request body is not valid JSON: {error}.") from None
+
+    def decode(self, body: bytes, decoder: "msgspec.json.Decoder[T]") -> tuple[T, tuple[str, ...]]:
+        """Return a body as its struct, and the paths of members that nobody knows.
+
+        Raises:
+            InvalidRequestError: as :meth:`read`, :meth:`refuse` and :func:`cortex.dialects.openai_fields.decode`.
+        """
+        found = self.read(body)
+        self.refuse(body, found)
+        return openai_fields.decode(body, decoder), found.unknown
+
+    def refuse(self, body: bytes, found: Peek) -> None:
+        """Raise :class:`UnsupportedParameterError` for a member that asks for what nobody does here."""
+        if not found.refused:
+            return
+        given = _FIELDS.decode(body)
+        for name in found.refused:
+            value = msgspec.json.decode(given[name])
+            if value is not None and not any(_is_same(value, neutral) for neutral in self._refused[name]):
+                raise UnsupportedParameterError(
+                    f"Unsupported parameter: '{name}' is not supported here; leave it out.", param=name
+                )
+
+    def unknown(self, path: str) -> UnknownParameterError:
+        """Return the refusal of a member that nobody knows, with the name that may have been meant."""
+        parent_path, _, name = path.rpartition(".")
+        parent = self._find(_INDEX.sub("", parent_path))
+        near = difflib.get_close_matches(name, list(parent.members), 1, 0.75) if parent is not None else []
+        meant = f" Did you mean '{parent_path}.{near[0]}'?" if near and parent_path else ""
+        if near and not parent_path:
+            meant = f" Did you mean '{near[0]}'?"
+        return UnknownParameterError(f"Unknown parameter: '{path}'.{meant}", param=path)
+
+    def _find(self, path: str) -> _Object | None:
+        found: _Object | None = self._root
+        for name in path.split(".") if path else ():
+            found = None if found is None else found.members.get(name)
+        return found
+
+    def _parent(self, path: str) -> tuple[_Object, str]:
+        parent_path, _, name = path.rpartition(".")
+        parent = self._find(parent_path)
+        assert parent is not None, path
+        return parent, name
+
+    def _compile(self, max_values: int) -> KnownNames:
+        """Number the objects that can be reached, and write them down as the compiled reader takes them."""
+        numbers: dict[int, int] = {}
+        order: list[_Object] = []
+        waiting = [self._root]
+        while waiting:
+            one = waiting.pop()
+            if id(one) not in numbers:
+                numbers[id(one)] = len(order)
+                order.append(one)
+                waiting += [child for child in one.members.values() if child is not None]
+        rows: list[tuple[Mapping[str, tuple[int | None, bool]] | None, int]] = [
+            (
+                None
+                if one.is_open
+                else {
+                    name: (None if child is None else numbers[id(child)], one is self._root and name in self._refused)
+                    for name, child in one.members.items()
+                },
+                one.max_items,
+            )
+            for one in order
+        ]
+        return KnownNames(rows, max_values, MAX_MEMBERS)
+
+
+def _object_of(kind: msgspec.inspect.Type, known: dict[type, _Object]) -> _Object | None:
+    """Return the members that a value of a type may have, or the items of a list of it; ``None``: nobody looks."""
+    match kind:
+        case msgspec.inspect.StructType():
+            if kind.cls not in known:
+                known[kind.cls] = made = _Object()
+                made.members = {one.encode_name: _object_of(one.type, known) for one in kind.fields}
+                if kind.tag_field is not None:
+                    made.members[kind.tag_field] = None
+            return known[kind.cls]
+        case msgspec.inspect.UnionType():
+            found = [one for one in (_object_of(each, known) for each in kind.types) if one is not None]
+            if any(isinstance(each, msgspec.inspect.DictType | msgspec.inspect.AnyType) for each in kind.types):
+                return None
+            if len(found) < 2:
+                return found[0] if found else None
+            merged = _Object()
+            for one in found:
+                merged.members |= one.members
+            return merged
+        case msgspec.inspect.CollectionType():
+            return _object_of(kind.item_type, known)
+    return None
+
+
+def _is_same(value: object, neutral: object) -> bool:
+    """Return whether two JSON values are the same; true is not 1."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+MAX_TOLD = 16
+MAX_TOLD_CHARS = 80
+
+
+def ignored_header(names: Iterable[str]) -> bytes:
+    """Return the names as a header has them: each once, in ASCII that cannot end a header, and not too many."""
+    told: list[str] = []
+    for name in names:
+        plain = "".join(c if c.isascii() and (c.isalnum() or c in "_-.[]=?") else "?" for c in name)[:MAX_TOLD_CHARS]
+        if plain and plain not in told:
+            told.append(plain)
+    if len(told) > MAX_TOLD:
+        told[MAX_TOLD:] = ["..."]
+    return ", ".join(told).encode()
+
+
+def told(name: bytes, value: bytes) -> str:
+    """Return a header of a node's that goes on to a client, as text that can be one."""
+    if name == IGNORED:
+        return ignored_header(one.strip() for one in value.decode("latin-1").split(",")).decode()
+    return value.decode() if value.isdigit() and len(value) < 10 else "0"
+
+
+def tell(headers: dict[bytes, bytes], name: bytes, value: bytes) -> None:
+    """Add to the headers of an answer what ``name`` says, to what it says already."""
+    if name == IGNORED and name in headers:
+        value = headers[name] + b"," + value
+    headers[name] = told(name, value).encode()

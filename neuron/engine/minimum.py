@@ -1,0 +1,38 @@
+"""A sequence that may not end before it has so many tokens: its end tokens are masked until then.
+
+Stands before a grammar, where there is one. Where the grammar's answer is complete, so that it allows nothing but an
+end, the grammar decides.
+"""
+
+import numpy as np
+
+from neuron.engine.sequence import Constrained, Int32Array
+
+BITS = 32
+
+
+class Minimum:
+    """How far one sequence is from where it may end."""
+
+    def __init__(self, inner: Constrained | None, min_tokens: int, ends: frozenset[int], vocab_size: int) -> None:
+        self._inner = inner
+        self._left = min_tokens
+        self._allowed: Int32Array = np.full(-(-vocab_size // BITS), -1, np.int32)
+        for token in ends:
+            if 0 <= token < vocab_size:
+                self._allowed.view(np.uint32)[token // BITS] &= np.uint32(0xFFFF_FFFF ^ (1 << token % BITS))
+
+    def mask(self) -> Int32Array | None:
+        """Return which tokens may come next, as :class:`neuron.engine.sequence.Constrained` has it."""
+        inner = None if self._inner is None else self._inner.mask()
+        if self._left <= 0:
+            return inner
+        if inner is None:
+            return self._allowed
+        both: Int32Array = inner & self._allowed
+        return both if both.any() else inner
+
+    def accept(self, token: int) -> bool:
+        """Take the next token; return whether the output is complete."""
+        self._left -= 1
+        return self._inner is not None and self._inner.accept(token)

@@ -1,0 +1,112 @@
+"""What a gateway tells of members that nobody knows: a header and a line of the log, or a refusal."""
+
+import logging
+from typing import Any
+
+import orjson
+import pytest
+from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line
+from gateway_rig import CHAT, rig
+from key_rig import KEY, ring
+
+from cortex.access.keys import Principal
+
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", CHAT),
+    ("/v1/completions", {"model": "m", "prompt": "a"}),
+    ("/v1/messages", {**CHAT, "max_tokens": 5}),
+    ("/v1/messages/count_tokens", CHAT),
+    ("/v1/responses", {"model": "m", "input": "a", "store": False}),
+    ("/v1/embeddings", {"model": "m", "input": "a"}),
+]
+DIALECTS = (*FakeNeuron("a").dialects, "openai-embeddings")
+EVERY = pytest.mark.parametrize(("path", "body"), BODIES)
+BEARER = {"authorization": f"Bearer {KEY}"}
+
+
+def node() -> FakeNeuron:
+    return FakeNeuron("a", dialects=DIALECTS).ready("m")
+
+
+@EVERY
+async def test_an_answer_says_what_was_ignored(
+    caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any]
+) -> None:
+    caplog.set_level(logging.INFO, "cortex")
+    async with rig(node()) as gateway:
+        for _ in range(2):  # the second one has a connection that is open, and could go the fast path
+            plain = await gateway.call("POST", path, body).end()
+            assert (plain.status, plain.headers.get("x-cortex-ignored")) == (200, None)
+            call = await gateway.call("POST", path, {**body, "temprature": 1, "a\r\nb": 2}).end()
+            assert (call.status, call.headers["x-cortex-ignored"]) == (200, "temprature, a?r?nb")
+    lines = [record for record in caplog.records if record.name == "cortex.inference"]
+    assert [line.getMessage().partition("ignored=")[2] for line in lines] == ["temprature, a?r?nb"] * 2
+
+
+@pytest.mark.parametrize(("path", "body"), [BODIES[0], BODIES[1], BODIES[2], BODIES[4]])
+async def test_a_stream_says_it_too_before_the_node_has_said_a_word(path: str, body: dict[str, Any]) -> None:
+    neuron = node()
+
+    async def late(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        for frame in CHAT_STREAM:
+            await line.chunk(frame)
+        await line.end()
+
+    neuron.script = late
+    async with rig(neuron) as gateway:
+        call = await gateway.call("POST", path, {**body, "stream": True, "stream_options": {"odd": 1}, "x": 1}).end()
+        assert call.status == 200
+        assert set(call.headers["x-cortex-ignored"].split(", ")) >= {"x"}
+
+
+async def test_what_a_node_says_it_ignored_is_passed_on_and_cleaned() -> None:
+    neuron = node()
+
+    async def says(asked: Asked, line: Line) -> None:
+        await line.reply(200, b'{"choices":[]}', "x-cortex-ignored: y, tools[0].type=web_search, \"<b>\"",
+                         "x-cortex-omitted-parts: 3")  # fmt: skip
+
+    neuron.script = says
+    async with rig(neuron) as gateway:
+        for more in ({"x": 1}, {}, {}):
+            call = await gateway.chat(**more).end()
+            ours = "x, " if more else ""
+            assert call.headers["x-cortex-ignored"] == f"{ours}y, tools[0].type=web_search, ??b??"
+            assert call.headers["x-cortex-omitted-parts"] == "3"
+
+
+@EVERY
+async def test_a_strict_key_is_refused_what_nobody_knows(path: str, body: dict[str, Any]) -> None:
+    neuron = node()
+    keys = ring((KEY, Principal("k", is_strict=True)))
+    async with rig(neuron, keys=keys) as gateway:
+        for _ in range(2):
+            assert (await gateway.call("POST", path, body, BEARER).end()).status == 200
+            neuron.asked.clear()
+            call = await gateway.call("POST", path, {**body, "strem": True}, BEARER).end()
+            assert call.status == 400
+            assert b"unknown_parameter" in call.body
+            assert b"Did you mean 'stream'?" in call.body or "embeddings" in path
+            assert not neuron.asked
+
+
+@pytest.mark.parametrize(("default", "own", "status"), [(True, None, 400), (True, False, 200), (False, None, 200)])
+async def test_a_key_that_does_not_say_is_as_strict_as_the_gateway(
+    default: bool, own: bool | None, status: int
+) -> None:
+    keys = ring((KEY, Principal("k", is_strict=own)))
+    async with rig(node(), keys=keys, access={"strict": default}) as gateway:
+        call = await gateway.call("POST", "/v1/chat/completions", {**CHAT, "odd": 1}, BEARER).end()
+        assert call.status == status
+
+
+async def test_more_than_is_read_is_refused_before_any_node_is_asked() -> None:
+    neuron = node()
+    async with rig(neuron) as gateway:
+        for _ in range(2):
+            call = await gateway.chat(messages=CHAT["messages"] * 20_001).end()
+            assert call.status == 400
+            assert orjson.loads(call.body)["error"]["code"] == "too_many_items"
+            assert orjson.loads(call.body)["error"]["param"] == "messages"
+        assert not neuron.asked
