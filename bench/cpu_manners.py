@@ -12,6 +12,7 @@ import sys
 import time
 
 import psutil
+import report
 
 
 def be_busy() -> None:
@@ -32,13 +33,13 @@ def main() -> None:
     watched = [psutil.Process(process.pid) for process in busy]
     used = -sum(process.cpu_times().user for process in watched)
     start = time.perf_counter()
-    output = subprocess.run(options.command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    done = subprocess.run(options.command, stdout=subprocess.PIPE, text=True)
     elapsed = time.perf_counter() - start
     used += sum(process.cpu_times().user for process in watched)
     for process in busy:
         process.terminate()
         process.join()
-    found = json.loads(output.splitlines()[-1])
+    found = report.figures(done)
     print(json.dumps({**found, "left_to_others": used / elapsed / cores}))
     sys.stdout.flush()
 

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import report
+
 ROOT = pathlib.Path("/sys/fs/cgroup")
 PERIOD_US = 100_000
 
@@ -50,10 +52,10 @@ def main() -> None:
     with limited(options.cores) as folder:
         enter = f'echo $$ > "{folder}/cgroup.procs" && exec "$@"'
         command = ["sh", "-c", enter, "sh", *options.command]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         lines = (folder / "cpu.stat").read_text().splitlines()
     counts = {key: int(value) for key, value in (line.split() for line in lines)}
-    found = json.loads(output.splitlines()[-1])
+    found = report.figures(done)
     kept = 1 - counts["nr_throttled"] / max(1, counts["nr_periods"])
     print(json.dumps({**found, "not_throttled": kept}))
     sys.stdout.flush()

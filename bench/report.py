@@ -11,6 +11,8 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -105,6 +107,14 @@ def write(
         **{title: [dict(row) for row in table] for title, table in (more or {}).items()},
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def figures(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+    """Return the figures that a process printed last; where it failed, end with its status as a shell would."""
+    if done.returncode:
+        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
