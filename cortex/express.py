@@ -16,6 +16,7 @@ from cortex.endpoints import request_id_of
 from cortex.gateway import Gateway
 from cortex.inference import TO_EVERY_NODE, principal_headers
 from cortex.wire.errors import ApiError
+from cortex.wire.headers import model_name_headers
 
 DIALECTS = {dialect.path: dialect for dialect in (CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, COUNT_TOKENS)}
 
@@ -67,7 +68,8 @@ class Express:
         pool = None if node is None else self._gateway.service.pools.get(node)
         if node is None or pool is None or not principal.may_use(model):
             return None
-        head = pool.encode_head(b"POST", dialect.target, [*TO_EVERY_NODE, *principal_headers(principal)])
+        headers = [*TO_EVERY_NODE, *principal_headers(principal), *model_name_headers(name, model)]
+        head = pool.encode_head(b"POST", dialect.target, headers)
         return Target(
             self._gateway.fleet.state,
             model,

@@ -31,6 +31,7 @@ from cortex.dialects import openai_compaction, openai_responses
 from cortex.dialects.first_reading import PARAMETERS
 from cortex.dialects.parameters import tell
 from cortex.dialects.passthrough import COMPACT, INPUT_TOKENS, NO_PART, RESPONSES, Dialect, read_answer
+from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Answer, Dispatcher, Question
@@ -48,7 +49,7 @@ from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header
 from cortex.wire.errors import ApiError, MissingParameterError
 from cortex.wire.events import Finished, FinishReason, Started
-from cortex.wire.headers import IGNORED, TOLD
+from cortex.wire.headers import IGNORED, TOLD, model_name_headers
 
 log = logging.getLogger("cortex.inference")
 
@@ -129,7 +130,7 @@ class Inference:
         record.is_stream = found.stream and dialect.streams
         if model != name:
             body = splice(body, found, model)
-        headers = [*TO_EVERY_NODE, (b"x-request-id", exchange.request_id.encode())]
+        headers = [*TO_EVERY_NODE, (b"x-request-id", exchange.request_id.encode()), *model_name_headers(name, model)]
         if record.trace is not None:
             headers += record.trace.headers
         turn, part, generates = None, NO_PART, True
@@ -141,7 +142,7 @@ class Inference:
             body, part = turn.body, turn.part
             headers += turn.headers
             if not generates:
-                await self._only_read(exchange, record, turn)
+                await self._only_read(exchange, record, turn, name)
                 return
         elif dialect is COMPACT or dialect is INPUT_TOKENS:
             body = openai_compaction.with_input(body)
@@ -152,7 +153,7 @@ class Inference:
             compaction = openai_compaction.Compaction(body)
             dialect, body, reshape = RESPONSES, compaction.question(), compaction.answer
         headers += principal_headers(principal)
-        chat = to_chat(dialect, body, part)
+        chat = to_chat(dialect, body, part, name)
         question = Question(
             model,
             dialect.name,
@@ -163,6 +164,7 @@ class Inference:
             cache_key=found.prompt_cache_key,
             as_chat=None if chat is None else chat.body,
             priority=principal.priority,
+            name=name,
             on_node=record.note_node,
             take_begun=_nothing if trip is None else trip.take,
         )
@@ -204,6 +206,8 @@ class Inference:
                 if answer.is_chat:
                     body = asked.translated().whole(body)
                 else:
+                    if answer.renamed:
+                        body = rename(body, answer.renamed)
                     content_type = answer.response.header(b"content-type") or JSON
             finally:
                 answer.close()
@@ -213,9 +217,9 @@ class Inference:
             await self._conversations.of(record.key).keep(asked.turn, body)
         await exchange.reply(200, asked.reshape(body), content_type=content_type)
 
-    async def _only_read(self, exchange: Exchange, record: Record, turn: Turn) -> None:
+    async def _only_read(self, exchange: Exchange, record: Record, turn: Turn, name: str) -> None:
         """Answer with an empty response, which later turns continue; no node is asked."""
-        frames = _made_here(turn).frames([Started(0), Finished(FinishReason.STOP, 0)])
+        frames = _made_here(turn, name).frames([Started(0), Finished(FinishReason.STOP, 0)])
         await self._conversations.of(record.key).keep_streamed(turn, frames)
         record.status, record.finish = 200, "not_generated"
         await exchange.start_stream()
@@ -236,7 +240,7 @@ class Inference:
         async def write(out: EventStream) -> None:
             answer = await self._dispatcher.ask(asked.question)
             _tell_of(answer, exchange)
-            if not out.writes_at_once or answer.is_chat or asked.turn is not None:
+            if not out.writes_at_once or answer.is_chat or answer.renamed or asked.turn is not None:
                 async with aclosing(self._pull(answer, relay, record, asked)) as frames:
                     async for some in frames:
                         await out.write(some)
@@ -260,13 +264,13 @@ class Inference:
         """
         with Passing(answer, relay):
             read = answer.response.read
-            translated = asked.translated() if answer.is_chat else None
+            reader = asked.reader(answer)
             more = True
             while more:
                 data = await read()
                 more = bool(data)
-                if translated is not None:
-                    data = translated.frames(data) if more else translated.end()
+                if reader is not None:
+                    data = reader.frames(data) if more else reader.end()
                 frames = relay.take(data)
                 if frames:
                     if asked.turn is not None and relay.is_complete:
@@ -277,7 +281,7 @@ class Inference:
         self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn, permit: Permit
     ) -> None:
         """Begin a response that is made in the background; what it costs is written down by a record of its own."""
-        created = FrameDecoder().feed(_made_here(turn).frames([Started(0)]))[0]
+        created = FrameDecoder().feed(_made_here(turn, asked.question.name).frames([Started(0)]))[0]
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
         making.model, making.key, making.is_stream = record.model, record.key, True
@@ -357,11 +361,11 @@ def _tell_of(answer: Answer, exchange: Exchange) -> None:
             tell(exchange.told, name, value)
 
 
-def _made_here(turn: Turn) -> ResponsesStream:
+def _made_here(turn: Turn, name: str) -> ResponsesStream:
     """Return what makes a response of a turn without a node. Raises :class:`InvalidRequestError`."""
     call = openai_responses.decode(turn.body)
     id = turn.part.id or f"resp_{secrets.token_hex(24)}"
-    return ResponsesStream(id, call.request.model, int(time.time()), call.echoed(turn.part))
+    return ResponsesStream(id, name, int(time.time()), call.echoed(turn.part))
 
 
 class _Asked(NamedTuple):
@@ -372,6 +376,12 @@ class _Asked(NamedTuple):
     turn: Turn | None
     reshape: Callable[[bytes], bytes] = _unchanged
     """What makes the answer of what a node answers, where that is not it."""
+
+    def reader(self, answer: Answer) -> TranslatedAnswer | RenamedStream | None:
+        """Return what reads a stream that does not go on as it comes."""
+        if answer.is_chat:
+            return self.translated()
+        return RenamedStream(answer.renamed) if answer.renamed else None
 
     def translated(self) -> TranslatedAnswer:
         """Return what reads a chat that answers it."""

@@ -67,7 +67,7 @@ from cortex.wire.errors import (
     UnauthorizedError,
 )
 from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, Started
-from cortex.wire.headers import IGNORED
+from cortex.wire.headers import IGNORED, MODEL_NAME, told_model_name
 from cortex.wire.node import DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
 from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron import __version__, api_description, metrics
@@ -259,12 +259,13 @@ class Api:
         call = openai_chat.decode(await exchange.read_body(self._service.max_body_bytes))
         _tell_ignored(exchange, call.ignored)
         request, created = _on_behalf(exchange, call.request), int(time.time())
+        name = _name(exchange, request)
         reply_id = f"chatcmpl-{secrets.token_hex(12)}"
         record.is_stream = call.stream
         if call.stream:
             frames = ChatStream(
                 reply_id,
-                request.model,
+                name,
                 created,
                 num_choices=request.num_choices,
                 include_usage=call.include_usage,
@@ -272,7 +273,7 @@ class Api:
             )
             await self._stream(exchange, CHAT, request, frames, record)
             return
-        reply = ChatReply(reply_id, request.model, created, request.num_choices)
+        reply = ChatReply(reply_id, name, created, request.num_choices)
         await self._complete(exchange, request, reply.add, reply.body, record)
 
     async def _completions(self, exchange: Exchange, record: RequestRecord) -> None:
@@ -281,7 +282,7 @@ class Api:
         record.is_stream = call.stream
         frames = openai_completions.Completion(
             f"cmpl-{secrets.token_hex(12)}",
-            call.request.model,
+            _name(exchange, call.request),
             int(time.time()),
             num_choices=call.request.num_choices,
             include_usage=call.include_usage,
@@ -300,7 +301,8 @@ class Api:
             record.model = request.model
             found = await until_disconnect(exchange, model.embed(request))
             record.see([Started(found.prompt_tokens, 0), Finished(FinishReason.STOP, 0)])
-            body = openai_embeddings.reply(request.model, found.vectors, found.prompt_tokens, is_base64=call.is_base64)
+            name = _name(exchange, request)
+            body = openai_embeddings.reply(name, found.vectors, found.prompt_tokens, is_base64=call.is_base64)
             await exchange.reply(200, body)
 
     async def _responses(self, exchange: Exchange, record: RequestRecord) -> None:
@@ -311,7 +313,7 @@ class Api:
         part = GatewayPart.of(exchange.header(GATEWAY_PART_HEADER))
         frames = ResponsesStream(
             part.id or f"resp_{secrets.token_hex(24)}",
-            call.request.model,
+            _name(exchange, request),
             int(time.time()),
             echo=call.echoed(part),
             report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
@@ -346,7 +348,7 @@ class Api:
         _tell_ignored(exchange, call.ignored)
         request = _on_behalf(exchange, call.request)
         record.is_stream = call.stream
-        frames = MessagesStream(f"msg_{secrets.token_hex(12)}", call.request.model)
+        frames = MessagesStream(f"msg_{secrets.token_hex(12)}", _name(exchange, request))
         if call.stream:
             await self._stream(exchange, MESSAGES, request, frames, record)
         else:
@@ -423,6 +425,11 @@ def _tell_ignored(exchange: Exchange, names: Sequence[str]) -> None:
     if names:
         tell(exchange.told, IGNORED, ",".join(names).encode())
         _log.info("id=%s ignored=%s", exchange.request_id, exchange.told[IGNORED].decode())
+
+
+def _name(exchange: Exchange, request: InferenceRequest | EmbeddingRequest) -> str:
+    """Return what an answer calls the model: as the client did, if a gateway says how."""
+    return told_model_name(exchange.header(MODEL_NAME), request.model)
 
 
 def _on_behalf(exchange: Exchange, request: _Request) -> _Request:

@@ -104,24 +104,27 @@ class TranslatedAnswer:
         return self._whole()
 
 
-def to_chat(dialect: Dialect, body: bytes, part: GatewayPart = NO_PART) -> Translation | None:
-    """Return a request as a chat; ``None`` if its dialect is not one that is translated. A response tells ``part``."""
+def to_chat(dialect: Dialect, body: bytes, part: GatewayPart = NO_PART, name: str = "") -> Translation | None:
+    """Return a request as a chat; ``None`` if its dialect is not one that is translated.
+
+    A response tells ``part``; answers have ``name`` for the model, unless that is empty.
+    """
     if dialect is MESSAGES:
-        return Translation(lambda: _read_messages(body))
+        return Translation(lambda: _read_messages(body, name))
     if dialect is COUNT_TOKENS:
         return Translation(lambda: _read_count(anthropic_messages.decode(body).request, {}))
     if dialect is INPUT_TOKENS:
         return Translation(lambda: _read_count(openai_responses.decode(body).request, openai_responses.COUNTED))
     if dialect is RESPONSES:
-        return Translation(lambda: _read_responses(body, part))
+        return Translation(lambda: _read_responses(body, part, name))
     return None
 
 
-def _read_messages(body: bytes) -> tuple[InferenceRequest, bool, Make]:
+def _read_messages(body: bytes, name: str) -> tuple[InferenceRequest, bool, Make]:
     call = anthropic_messages.decode(body)
 
     def make() -> tuple[Projector, Callable[[], bytes]]:
-        stream = MessagesStream(f"msg_{secrets.token_hex(12)}", call.request.model)
+        stream = MessagesStream(f"msg_{secrets.token_hex(12)}", name or call.request.model)
         return stream, stream.message
 
     return call.request, call.stream, make
@@ -140,14 +143,14 @@ def _read_count(request: InferenceRequest, told: dict[str, str]) -> tuple[Infere
     return msgspec.structs.replace(request, max_tokens=1), False, make
 
 
-def _read_responses(body: bytes, part: GatewayPart) -> tuple[InferenceRequest, bool, Make]:
+def _read_responses(body: bytes, part: GatewayPart, name: str) -> tuple[InferenceRequest, bool, Make]:
     call = openai_responses.decode(body)
     echo = call.echoed(part)
 
     def make() -> tuple[Projector, Callable[[], bytes]]:
         stream = ResponsesStream(
             part.id or f"resp_{secrets.token_hex(24)}",
-            call.request.model,
+            name or call.request.model,
             int(time.time()),
             echo,
             custom_tools=call.tools.custom,

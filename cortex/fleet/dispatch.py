@@ -63,6 +63,8 @@ class Question(msgspec.Struct, frozen=True):
     as_chat: Callable[[], bytes] | None = None
     priority: int = 0
     """Below 0: nothing is evicted for it, and it waits for a seat that nobody else needs."""
+    name: str = ""
+    """By which the client asked for the model; empty: by its id."""
     on_node: Callable[[str], None] = lambda node: None
     """Told of each node that is asked."""
     take_begun: Callable[[], tuple[str, Seat, Response] | None] = lambda: None
@@ -79,6 +81,8 @@ class Answer:
     breakers: Breakers
     is_chat: bool = False
     """Whether the question was asked as a chat, so that this is one."""
+    renamed: str = ""
+    """The name that the model is to have in it, where the node was told another and cannot know better."""
     is_broken: bool = False
 
     def note_broken(self) -> None:
@@ -219,7 +223,7 @@ class Dispatcher:
                 self.breakers.answer(node, model)
                 if begins is not None:
                     self._prefixes.note(begins, node)
-                return Answer(node, response, seat, self.breakers, is_chat)
+                return Answer(node, response, seat, self.breakers, is_chat, self._renamed(node, question))
             try:
                 refusal = await _read_refusal(response, is_chat)
             finally:
@@ -320,6 +324,12 @@ class Dispatcher:
         known = self._fleet.state.nodes.get(node)
         discovery = known.discovery if known is not None else None
         return discovery is not None and question.dialect not in discovery.dialects
+
+    def _renamed(self, node: str, question: Question) -> str:
+        """Return the name that a node's answer has to be given: one of ours puts it in by itself."""
+        names = self._names_there.get(node)
+        name = question.name or question.model
+        return "" if names is None or name == (names.get(question.model) or question.model) else name
 
     def _post(self, node: str, question: Question, is_chat: bool) -> Awaitable[Response]:
         pool = self._pools.get(node)

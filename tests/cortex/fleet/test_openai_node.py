@@ -5,14 +5,16 @@ import pathlib
 import shutil
 import ssl
 import subprocess
+from typing import Any
 
 import orjson
 import pytest
-from fake_neuron import Asked, FakeNeuron, Line, answer
+from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, answer
 from gateway_rig import rig as make_rig
 from gateway_rig import until
 
 from cortex.config import ModelProfile, NodeSettings, NodeTimeouts, NodeType
+from cortex.dialects.renamed import RenamedStream, rename
 
 
 class Server(FakeNeuron):
@@ -152,3 +154,49 @@ async def test_a_node_behind_tls(certificate: tuple[pathlib.Path, pathlib.Path])
         async with make_rig(nodes=(NodeSettings("a", url),)) as gateway:
             await until(lambda: gateway.gateway.fleet.state.nodes["a"].fault)
             assert "certificate" in str(gateway.gateway.fleet.state.nodes["a"].fault).lower()
+
+
+ALL = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
+TURN = [{"role": "user", "content": "Hi"}]
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": TURN}),
+    ("/v1/completions", {"prompt": "Hi"}),
+    ("/v1/responses", {"input": "Hi", "store": False}),
+    ("/v1/responses", {"input": "Hi", "store": True}),
+    ("/v1/messages", {"messages": TURN, "max_tokens": 5}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["big", "alias"])
+async def test_its_answers_have_the_name_that_was_asked_for(
+    path: str, body: dict[str, Any], stream: bool, name: str
+) -> None:
+    server = Server("m")
+    async with server.serving():
+        node = NodeSettings("other", server.url, NodeType.OPENAI, models={"big": "m"}, dialects=ALL)
+        async with make_rig(nodes=(node,), aliases={"alias": "big"}) as gateway:
+            call = await gateway.call("POST", path, {"model": name, "stream": stream, **body}).end()
+            assert call.status == 200
+            assert f'"model":"{name}"'.encode() in call.body
+            assert b'"model":"m"' not in call.body
+            assert not stream or call.data().count(b"Hel") >= 1
+    assert orjson.loads(server.asked[0].body)["model"] == "m"
+
+
+def test_every_byte_but_the_name_stays() -> None:
+    text = b'{ "a" : 1.50, "model" : "there", "n": 123456789012345678901234567890, "t": "\\u00e9 \\"model\\"" }'
+    assert rename(text, 'x"y') == text.replace(b'"there"', b'"x\\"y"')
+    inner = b'{"type":"response.created","response":{"model":"there","n":1.50,"e":"\\u00e9"},"x":1e5}'
+    assert rename(inner, "here") == inner.replace(b"there", b"here")
+    for other in (b"[DONE]", b'{"model"', b'{"x":{"model":"there"}}', b'{"response":[{"model":"a"}]}', b'\xff"model"'):
+        assert rename(other, "here") == other
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+def test_a_stream_is_renamed_however_it_is_cut(step: int) -> None:
+    whole = b"".join(CHAT_STREAM[:-1])
+    stream = RenamedStream("here")
+    frames = b"".join(stream.frames(whole[at : at + step]) for at in range(0, len(whole), step)) + stream.end()
+    assert frames == whole.replace(b'"model":"m"', b'"model":"here"')

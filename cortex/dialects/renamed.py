@@ -1,0 +1,49 @@
+"""The model's name in another server's answer, put back to the one that the client asked for.
+
+An alias, or a name that a model has there only, is no business of the client's: agents take an answer of another name
+for another model's. Every byte but the name stays as it came. Chats and completions have it at the top, Responses and
+Messages within the object that their first and last events carry. What is not JSON is left to whoever reads it.
+"""
+
+import msgspec
+
+from cortex._fast.peek import PeekError, peek, splice
+from cortex._fast.sse import FrameDecoder, encode
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_CARRIERS = ("response", "message")
+
+
+def rename(answer: bytes, name: str) -> bytes:
+    """Return a JSON object with ``name`` for the model, if it names one."""
+    if b'"model"' not in answer:
+        return answer
+    try:
+        found = peek(answer)
+        if found.model is not None:
+            return splice(answer, found, name)
+        fields = _FIELDS.decode(answer)
+    except (PeekError, msgspec.DecodeError, UnicodeError):
+        return answer
+    for carrier in _CARRIERS:
+        inner = bytes(fields.get(carrier, msgspec.Raw(b"null")))
+        if inner.startswith(b"{"):
+            fields[carrier] = msgspec.Raw(rename(inner, name))
+            return msgspec.json.encode(fields)
+    return answer
+
+
+class RenamedStream:
+    """Reads one event stream of another server's, however its bytes are cut. Comments are dropped."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._decoder = FrameDecoder()
+
+    def frames(self, data: bytes) -> bytes:
+        """Return the events that some bytes complete. Raises :class:`FrameTooLarge`."""
+        return b"".join([encode(rename(frame.data, self._name), frame.event) for frame in self._decoder.feed(data)])
+
+    def end(self) -> bytes:
+        """Return what the end of the stream makes: nothing, since an event that was not ended is none."""
+        return b""
