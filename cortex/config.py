@@ -36,13 +36,13 @@ Alias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,1
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long a node may stay silent. None of them bounds a healthy answer, however long it takes."""
+    """How long a node may stay silent. None of them bounds a healthy stream, however long it takes."""
 
     connect_s: Seconds = 5.0
     first_byte_s: Seconds = 60.0
     """A streamed answer's first byte; a node sends its headers within a second, before it has a token."""
     answer_s: Seconds = 1800.0
-    """An answer that is not streamed: its first byte comes when all of it is made."""
+    """An answer that is not streamed, all of it, and one that is made in the background."""
     stall_s: Seconds = 60.0
     """Silence within an answer. Nodes send a heartbeat every few seconds."""
     load_stall_s: Seconds = 600.0
@@ -74,7 +74,10 @@ class NodeTimeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BreakerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When a replica that keeps failing is left alone: after ``failures`` in a row, for ``open_s`` and then longer."""
+    """When a replica that keeps failing is left alone: after ``failures`` in a row, for ``open_s`` and then longer.
+
+    Of failures that may be the requests' it is only asked last, for ``open_s``.
+    """
 
     failures: Annotated[int, msgspec.Meta(ge=1)] = 5
     open_s: Seconds = 5.0

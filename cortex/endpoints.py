@@ -88,12 +88,12 @@ def _is_anthropic(exchange: Exchange) -> bool:
 
 async def reply_error(exchange: Exchange, error: ApiError, headers: tuple[Header, ...] = ()) -> None:
     """Answer with an error, in the envelope of the path's dialect; a node's own body goes on as it is."""
-    if isinstance(error, ReplyError) and error.content_type.startswith(b"application/json"):
-        if error.retry_after is not None:
-            headers = (*headers, (b"retry-after", error.retry_after))
-        await exchange.reply(error.status, error.body, content_type=error.content_type, headers=headers)
-        return
     if error.retry_after_s is not None:
         headers = (*headers, (b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
+    if error.worth_retrying is not None:  # which the SDKs of both families go by before they look at the status
+        headers = (*headers, (b"x-should-retry", b"true" if error.worth_retrying else b"false"))
+    if isinstance(error, ReplyError):
+        await exchange.reply(error.status, error.body, headers=headers)
+        return
     envelope, info = envelope_for(exchange.path), error.info()
     await exchange.reply(envelope.status(info), envelope.body(info, exchange.request_id), headers=headers)

@@ -5,6 +5,7 @@ A cold load that fails is never a 404: the model exists, it could not be brought
 
 from cortex.wire.errors import (
     ApiError,
+    ErrorInfo,
     InvalidRequestError,
     OverloadedError,
     UnavailableError,
@@ -43,6 +44,31 @@ class ConnectionLostError(UpstreamError):
 
     status = 503
     code = "upstream_reset"
+
+
+class NodeDeniedError(UpstreamError):
+    """A node does not accept the secret, or the key, that this gateway sends it."""
+
+    code = "upstream_denied"
+
+
+class TooLongAnswerError(UpstreamError):
+    """A node's answer, or one event of its stream, is longer than is read."""
+
+
+class CutAnswerError(UpstreamError):
+    """A node closed the connection in the middle of its answer."""
+
+
+class NotAnAnswerError(UpstreamError):
+    """A node answered with something else than was asked for: no JSON, no stream, another encoding, another status."""
+
+
+class DeadlyRequestError(UpstreamError):
+    """Nodes died while they had this request, so that it is not sent to another for a while."""
+
+    code = "upstream_died"
+    worth_retrying = False
 
 
 class PoolFullError(OverloadedError):
@@ -86,25 +112,12 @@ class StoreUnavailableError(UnavailableError):
 class ReplyError(ApiError):
     """A node answered with an error of its own, which goes to the client as it is.
 
-    ``body`` is the node's, in the dialect of the request; message, code and param are read from it for the log and
+    ``body`` is the node's, an envelope in the dialect of the request; ``error`` is what is read in it for the log and
     for a stream that has begun.
     """
 
-    def __init__(
-        self,
-        status: int,
-        body: bytes,
-        *,
-        content_type: bytes,
-        code: str,
-        message: str,
-        param: str | None = None,
-        retry_after: bytes | None = None,
-    ) -> None:
-        retry_after_s = float(retry_after) if retry_after is not None and retry_after.isdigit() else None
-        super().__init__(message, param=param, retry_after_s=retry_after_s)
-        self.status = status
-        self.code = code
+    def __init__(self, error: ErrorInfo, body: bytes) -> None:
+        super().__init__(error.message, param=error.param, retry_after_s=error.retry_after_s)
+        self.status = error.status
+        self.code = error.code
         self.body = body
-        self.content_type = content_type
-        self.retry_after = retry_after

@@ -10,7 +10,7 @@ from cortex._fast.express import Lane, Target, Way
 from cortex._fast.watches import Watches
 from cortex.access.keys import Principal
 from cortex.dialects.first_reading import PARAMETERS
-from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, Dialect, read_answer
+from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, Dialect
 from cortex.ending import Ending
 from cortex.endpoints import request_id_of
 from cortex.gateway import Gateway
@@ -32,10 +32,10 @@ class Express:
             find_lane=self._find_lane,
             gateway=gateway,
             breakers=self._dispatcher.breakers,
+            deaths=self._dispatcher.deaths,
             ending=ending,
             watches=watches,
             new_request_id=request_id_of,
-            read_answer=read_answer,
             flushes=flushes,
         )
 
@@ -56,6 +56,7 @@ class Express:
             self._gateway.settings,
             self._gateway.gate.keys,
             dialect.name,
+            dialect.read,
             principal.name,
             lambda model: self._find_target(dialect, principal, model),
             self._gateway.settings.gateway.max_body_bytes,

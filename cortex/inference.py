@@ -1,8 +1,9 @@
 """The story of one request for inference: read, peek, route, ask, stream back.
 
-Bodies go to the node byte for byte, but for the model's name where the client used an alias; answers come back byte
-for byte, in whole frames. What goes wrong before the first byte keeps its HTTP status, later it ends the stream in the
-request's own dialect. Routing, loading and retries are :mod:`cortex.fleet.dispatch`'s.
+Bodies go to the node byte for byte, but for the model's name where the client used an alias; answers come back byte for
+byte, in whole frames, or as one JSON object of their dialect, and in nothing else. What goes wrong before the first
+byte keeps its HTTP status, later it ends the stream in the request's own dialect. Routing, loading and retries are
+:mod:`cortex.fleet.dispatch`'s.
 """
 
 import asyncio
@@ -30,11 +31,13 @@ from cortex.config import Config
 from cortex.dialects import openai_compaction, openai_responses
 from cortex.dialects.first_reading import PARAMETERS
 from cortex.dialects.parameters import tell
-from cortex.dialects.passthrough import COMPACT, INPUT_TOKENS, NO_PART, RESPONSES, Dialect, read_answer
+from cortex.dialects.passthrough import CHAT, COMPACT, INPUT_TOKENS, NO_PART, RESPONSES, Dialect, Usage
 from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
+from cortex.errors import NotAnAnswerError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Answer, Dispatcher, Question
+from cortex.fleet.refusals import find_error, read_error
 from cortex.http_io import (
     ClientDisconnectedError,
     EndedByDisconnect,
@@ -47,7 +50,7 @@ from cortex.http_io import (
 from cortex.relay import Passing, Relay
 from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header
-from cortex.wire.errors import ApiError, MissingParameterError
+from cortex.wire.errors import ApiError, MissingParameterError, RemoteError, UpstreamError
 from cortex.wire.events import Finished, FinishReason, Started
 from cortex.wire.headers import IGNORED, TOLD, model_name_headers
 
@@ -161,6 +164,8 @@ class Inference:
             headers,
             body,
             is_stream=record.is_stream or part.background,
+            is_awaited=not part.background,
+            arrived_at=record.begun_s,
             cache_key=found.prompt_cache_key,
             as_chat=None if chat is None else chat.body,
             priority=principal.priority,
@@ -176,7 +181,7 @@ class Inference:
             elif record.is_stream:
                 await self._stream(exchange, dialect, record, asked)
             else:
-                await self._answer(exchange, record, asked)
+                await self._answer(exchange, dialect, record, asked)
         finally:
             if permit is not FREE:
                 await permit.settle(record.tokens_used(prompt_tokens(body)))
@@ -196,26 +201,24 @@ class Inference:
             raise self._dispatcher.unknown(name)
         return model
 
-    async def _answer(self, exchange: Exchange, record: Record, asked: "_Asked") -> None:
-        content_type = JSON
+    async def _answer(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
         with EndedByDisconnect(exchange):
             answer = await self._dispatcher.ask(asked.question)
             _tell_of(answer, exchange)
             try:
-                body = await answer.response.read_all(MAX_ANSWER_BYTES)
+                body = await answer.read(MAX_ANSWER_BYTES)
+                record.usage, record.finish = read_whole(answer, CHAT if answer.is_chat else dialect, body)
                 if answer.is_chat:
                     body = asked.translated().whole(body)
-                else:
-                    if answer.renamed:
-                        body = rename(body, answer.renamed)
-                    content_type = answer.response.header(b"content-type") or JSON
+                    record.usage, record.finish = dialect.read(body) or (None, "")
+                elif answer.renamed:
+                    body = rename(body, answer.renamed)
             finally:
                 answer.close()
-        record.usage, record.finish = read_answer(body)
         record.status = 200
         if asked.turn is not None:
             await self._conversations.of(record.key).keep(asked.turn, body)
-        await exchange.reply(200, asked.reshape(body), content_type=content_type)
+        await exchange.reply(200, asked.reshape(body))
 
     async def _only_read(self, exchange: Exchange, record: Record, turn: Turn, name: str) -> None:
         """Answer with an empty response, which later turns continue; no node is asked."""
@@ -276,6 +279,7 @@ class Inference:
                     if asked.turn is not None and relay.is_complete:
                         await self._conversations.of(record.key).keep_streamed(asked.turn, frames)
                     yield frames
+                relay.check()
 
     async def _begin(
         self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn, permit: Permit
@@ -327,6 +331,23 @@ class Inference:
             relay.note_end(dialect)
             self._book.note(record)
             await permit.settle(record.tokens_used(prompt_tokens(asked.question.body)))
+
+
+def read_whole(answer: Answer, dialect: Dialect, body: bytes) -> tuple[Usage | None, str]:
+    """Return the usage and the finish of a node's answer that is no stream.
+
+    Raises:
+        RemoteError: it is an error, although its status is 200.
+        NotAnAnswerError: it is no answer in its dialect.
+    """
+    found = dialect.read(body)
+    if found is not None:
+        return found
+    if find_error(body) is not None:
+        raise RemoteError(read_error(UpstreamError.status, body)[0])
+    error = NotAnAnswerError(f"{answer.node} answered 200 with what is no answer: {len(body)} bytes.")
+    answer.note_broken(error)
+    raise error
 
 
 def _trip_of(exchange: Exchange) -> Trip | None:

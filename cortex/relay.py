@@ -5,8 +5,10 @@ from types import TracebackType
 from cortex._fast.passing import FrameRelay
 from cortex._fast.record import Record
 from cortex._fast.sse import FrameTooLarge
-from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, read_usage
+from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, clean_finish, read_usage
+from cortex.errors import NotAnAnswerError, TooLongAnswerError
 from cortex.fleet.dispatch import Answer
+from cortex.fleet.refusals import DEATHS
 from cortex.wire.errors import UpstreamError
 
 
@@ -21,6 +23,12 @@ class Relay(FrameRelay):
         """Whether the stream has ended as its dialect demands, well or with an error of its own."""
         return self.tap.terminated or self.tap.failed
 
+    @property
+    def says_death(self) -> bool:
+        """Whether the error that ended the stream says that something died while it had the request."""
+        last = b"".join(self.tail)
+        return any(b'"%b"' % code.encode() in last for code in DEATHS)
+
     def note_end(self, dialect: Dialect) -> None:
         """Write down what the stream said of itself; an error that ended it has been written already."""
         record = self.record
@@ -30,9 +38,10 @@ class Relay(FrameRelay):
         if record.finish or not self.is_complete:
             return
         finishes = dialect.finish.findall(b"".join(self.tail))
-        record.finish = finishes[-1].decode().rpartition(".")[2] if finishes else ""
+        record.finish = clean_finish(finishes[-1].decode("latin-1").rpartition(".")[2]) if finishes else ""
         if self.tap.failed:
-            record.status, record.finish = UpstreamError.status, "failed"
+            error = dialect.read_failure(b"".join(self.tail))
+            record.status, record.finish = error.status, error.code
 
 
 class Passing:
@@ -48,27 +57,27 @@ class Passing:
         self._relay = relay
 
     def __enter__(self) -> None:
-        content_type = self._answer.response.header(b"content-type") or b""
-        if not content_type.startswith(b"text/event-stream"):
-            self._answer.close()
-            kind = content_type.decode("latin-1")
-            raise UpstreamError(f"{self._answer.node} answered a streamed request with {kind}.")
+        self._relay.response = self._answer.response
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         node = self._answer.node
         try:
-            if isinstance(error, FrameTooLarge):
-                self._answer.note_broken()
-                raise UpstreamError(f"{node} sent a frame of more than {error.max_frame_bytes} bytes.") from None
             if self._relay.is_complete:
-                return isinstance(error, UpstreamError)
+                if self._relay.tap.failed and self._relay.says_death:
+                    self._answer.note_death()
+                return isinstance(error, (UpstreamError, FrameTooLarge))
+            if isinstance(error, FrameTooLarge):
+                long = TooLongAnswerError(f"{node} sent an event of more than {error.max_frame_bytes} bytes.")
+                self._answer.note_broken(long)
+                raise long from None
             if error is None:
-                self._answer.note_broken()
-                raise UpstreamError(f"{node} ended its answer before the stream's terminator.")
+                early = NotAnAnswerError(f"{node} ended its answer before the stream's terminator.")
+                self._answer.note_broken(early)
+                raise early
             if isinstance(error, UpstreamError):
-                self._answer.note_broken()
+                self._answer.note_broken(error)
             return False
         finally:
             self._answer.close()

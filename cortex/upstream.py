@@ -1,14 +1,13 @@
 """Pooled keep-alive HTTP/1.1 to nodes: one request at a time per connection, the answer as it arrives.
 
-It knows HTTP and nothing of models or dialects. Its rules: only silence is timed, never length; a reader that falls
-behind pauses the socket, so that a stream holds at most ``BUFFER_BYTES`` and one read; closing a response that is not
-complete closes its connection at once, which is how a client's leaving reaches the node; a body that ends before its
-framing says so is an error, never an end; a kept-alive connection that dies before a single byte of the answer is
-replaced once, in silence.
+It knows HTTP and nothing of models or dialects. Its rules: only silence is timed unless the asker bounds the whole; a
+reader that falls behind pauses the socket, so that a stream holds at most ``BUFFER_BYTES`` and one read; closing a
+response that is not complete closes its connection at once, which is how a client's leaving reaches the node; a body
+that ends before its framing says so is an error, never an end; a kept-alive connection that dies before a single byte
+of the answer is replaced once, in silence, unless the asker wants to know.
 """
 
 import asyncio
-import contextlib
 import ssl
 from collections.abc import Sequence
 from typing import cast
@@ -66,14 +65,19 @@ class Pool:
         *,
         first_byte_s: float | None = None,
         stall_s: float | None = None,
+        whole_s: float = 0,
+        is_fresh: bool = False,
+        tells_stale: bool = False,
     ) -> Response:
         """Send a request and return when the headers of its answer are there.
 
-        ``first_byte_s`` and ``stall_s`` take the place of the pool's own. Cancelling closes the connection.
+        ``first_byte_s`` and ``stall_s`` take the place of the pool's own; all of the answer has to be there after
+        ``whole_s``, if that is not 0. ``is_fresh`` asks for a new connection. Cancelling closes the connection.
 
         Raises:
             ConnectError: the node could not be reached.
             ConnectionLostError: it closed a fresh connection without a byte.
+            StaleConnectionError: it closed a kept one, and ``tells_stale``.
             PoolFullError: all connections are in use.
             UpstreamTimeoutError: it stayed silent.
             UpstreamError: it answered something that is not HTTP, or half a head.
@@ -86,12 +90,15 @@ class Pool:
             first_byte_s = self.timeouts.first_byte_s
         if stall_s is None:
             stall_s = self.timeouts.stall_s
-        connection = self.idle_connection()
+        connection = None if is_fresh else self.idle_connection()
         if connection is not None:
-            with contextlib.suppress(StaleConnectionError):
-                return await connection.ask(head, body, first_byte_s, stall_s).begin()
+            try:
+                return await connection.ask(head, body, first_byte_s, stall_s, whole_s).begin()
+            except StaleConnectionError:
+                if tells_stale:
+                    raise
         connection = await self._connect()
-        return await connection.ask(head, body, first_byte_s, stall_s).begin()
+        return await connection.ask(head, body, first_byte_s, stall_s, whole_s).begin()
 
     def encode_head(self, method: bytes, target: bytes, headers: Sequence[Header]) -> bytes:
         """Return the head of a request to this node, but for its end. Raises ``ValueError`` for a line break in it."""

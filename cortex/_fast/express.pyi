@@ -11,6 +11,7 @@ from cortex.config import Config
 from cortex.dialects.passthrough import Usage
 from cortex.ending import Ending
 from cortex.fleet.breaker import Breakers
+from cortex.fleet.deaths import Deaths
 from cortex.fleet.state import FleetState
 from cortex.gateway import Gateway
 from cortex.upstream import Pool
@@ -36,6 +37,7 @@ class Lane:
         settings: Config,
         keys: KeyRing,
         dialect: str,
+        read_answer: Callable[[bytes], tuple[Usage | None, str] | None],
         key: str,
         find: Callable[[str], Target | None],
         max_body_bytes: int,
@@ -50,10 +52,10 @@ class Way:
         find_lane: Callable[[str, str, str | None], Lane | None],
         gateway: Gateway,
         breakers: Breakers,
+        deaths: Deaths,
         ending: Ending,
         watches: Watches,
         new_request_id: Callable[[bytes | None], str],
-        read_answer: Callable[[bytes], tuple[Usage | None, str]],
         flushes: bool,
     ) -> None: ...
     def begin(self, scope: Any, protocol: Any) -> Trip | None: ...

@@ -16,7 +16,6 @@ from cortex._fast.watches cimport Watch, Watches
 
 from granian.rsgi import ProtocolClosed
 
-from cortex._fast.http_client import StaleConnectionError
 from cortex._fast.peek import PeekError, peek, splice
 from cortex.dialects.parameters import told as _told
 from cortex.http_io import ClientDisconnectedError as _ClientDisconnectedError
@@ -63,23 +62,26 @@ cdef class Lane:
     """Those who ask at one path with one key, for as long as the gateway has these settings and these keys.
 
     ``find`` returns the :class:`Target` of a model by its name, or ``None``; ``key`` is the key's name; ``known`` has
-    what may be in a body.
+    what may be in a body. ``read_answer`` returns an answer's usage and finish, or ``None`` for what is no answer in the
+    ``dialect``.
     """
 
     cdef object settings
     cdef object keys
     cdef str dialect
+    cdef object read_answer
     cdef str key
     cdef object find
     cdef Py_ssize_t max_body_bytes
     cdef object known
     cdef dict targets
 
-    def __init__(self, settings, keys, str dialect not None, str key not None, find, Py_ssize_t max_body_bytes,
-                 known):
+    def __init__(self, settings, keys, str dialect not None, read_answer, str key not None, find,
+                 Py_ssize_t max_body_bytes, known):
         self.settings = settings
         self.keys = keys
         self.dialect = dialect
+        self.read_answer = read_answer
         self.key = key
         self.find = find
         self.max_body_bytes = max_body_bytes
@@ -96,17 +98,17 @@ cdef class Way:
     cdef object gate
     cdef object fleet
     cdef object breakers
+    cdef object deaths
     cdef object book
     cdef object ending
     cdef Watches watches
     cdef InFlight in_flight
     cdef object loop
     cdef object new_request_id
-    cdef object read_answer
     cdef bint flushes
     cdef dict lanes
 
-    def __init__(self, *, find_lane, gateway, breakers, ending, watches, new_request_id, read_answer, bint flushes):
+    def __init__(self, *, find_lane, gateway, breakers, deaths, ending, watches, new_request_id, bint flushes):
         """``find_lane`` returns the :class:`Lane` for a path, a header's name and its value, or ``None``.
 
         With ``flushes`` an answer goes out only when the protocol's ``flush`` has been awaited.
@@ -117,12 +119,12 @@ cdef class Way:
         self.fleet = gateway.fleet
         self.in_flight = gateway.fleet.in_flight
         self.breakers = breakers
+        self.deaths = deaths
         self.book = gateway.book
         self.ending = ending
         self.watches = watches
         self.loop = watches.loop
         self.new_request_id = new_request_id
-        self.read_answer = read_answer
         self.flushes = flushes
         self.lanes = {}
 
@@ -231,7 +233,7 @@ cdef class Trip(Listener):
         except PeekError:
             return False  # which is the common way's to say
         model = found.model
-        if not model or found.stream or found.unknown or way.breakers:
+        if not model or found.stream or found.unknown or way.breakers or way.deaths:
             return False
         target = targets.get(model)
         if target is None or target.state is not way.fleet.state:
@@ -251,7 +253,12 @@ cdef class Trip(Listener):
         self.target = target
         self.seat = way.in_flight.take(target.node, target.model)
         self.response = connection.send(
-            target.head, record.request_id.encode() + b"\r\n", body, target.first_byte_s, target.stall_s
+            target.head,
+            record.request_id.encode() + b"\r\n",
+            body,
+            target.first_byte_s,
+            target.stall_s,
+            target.first_byte_s,  # of an answer in one piece they are the same
         )
         self.response.listener = self
         return True
@@ -276,17 +283,16 @@ cdef class Trip(Listener):
         cdef Way way = self.way
         cdef Record record = self.record
         cdef bytes body
-        if response.error is not None:
-            if isinstance(response.error, StaleConnectionError):
-                # As if it had not been asked: a kept connection may have been closed as the request went out.
-                response.head.exception()
-                self.seat.release()
-                self.response = self.seat = self.target = None
+        if response.error is not None or response.status != 200:
             return False
-        if response.status != 200 or response.header(b"content-type") != b"application/json":
+        if response.header(b"content-encoding") is not None or not response.chunks:
             return False
         body = response.take()
-        record.usage, record.finish = way.read_answer(body)
+        read = self.lane.read_answer(body)
+        if read is None:
+            response.untake(body)
+            return False
+        record.usage, record.finish = read
         record.status = 200
         try:
             headers = [

@@ -24,6 +24,8 @@ cdef class Response:
     cdef Listener listener
 
     cpdef object header(self, bytes name)
+    cpdef object end_within(self, double limit_s)
+    cdef int untake(self, bytes body) except -1
     cdef object something(self)
     cdef bytes take(self)
     cdef int tell(self) except -1
@@ -41,14 +43,28 @@ cdef class Connection:
     cdef double active_at
     cdef double limit_s
     cdef double stall_s
+    cdef double whole_s
+    cdef double whole_until
+    cdef double head_until
     cdef Py_ssize_t head_bytes
+    cdef Py_ssize_t wire_bytes
+    cdef Py_ssize_t body_bytes
+    cdef Py_ssize_t quiet_bytes
+    cdef int num_interim
+    cdef bint in_head
+    cdef bint is_beyond
     cdef bint in_body
     cdef bint ends_with_connection
     cdef bint keeps_alive
     cdef bint is_paused
     cdef readonly Py_ssize_t num_responses
 
-    cdef Response send(self, bytes head, bytes lines, bytes body, double first_byte_s, double stall_s)
+    cdef Response send(
+        self, bytes head, bytes lines, bytes body, double first_byte_s, double stall_s, double whole_s
+    )
     cdef int resume(self) except -1
     cdef int finish(self, error) except -1
     cdef int watch(self, double limit_s) except -1
+    cdef int bound(self, double limit_s) except -1
+    cdef double due(self)
+    cdef int arm(self) except -1

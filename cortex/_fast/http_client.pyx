@@ -2,6 +2,10 @@
 
 The parser is httptools'; here is what happens around it, for each piece of each answer: who is told, when a socket is
 paused, how long a node may be silent. The pool that these connections belong to is :mod:`cortex.upstream`'s.
+
+A node is not trusted to be one: what it sends beside a body (heads, interim answers, sizes and extensions of chunks,
+trailers) is bounded in bytes, a head that has begun also in time, and an answer that is read whole as a whole. What it
+sends beyond its answer ends the connection, so that nothing of it can be taken for the next one.
 """
 
 cimport cython
@@ -14,11 +18,17 @@ import httptools
 
 from cortex._fast.buffer cimport Buffer, put, put_bytes, put_literal
 
-from cortex.errors import ConnectionLostError
+from cortex.errors import ConnectionLostError, CutAnswerError, TooLongAnswerError
 from cortex.wire.errors import UpstreamError, UpstreamTimeoutError
 
 BUFFER_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 64 * 1024
+MAX_INTERIM_ANSWERS = 16
+"""Of 1xx answers before the one that counts."""
+MAX_FRAMING_BYTES = 64 * 1024
+"""Received in a row within a body that are none of it: the extensions of a chunk, trailers."""
+FRAMING_A_BYTE = 16
+"""What framing may take for each byte of a body, beyond that: a body of one-byte chunks has 5."""
 KEEPALIVE_IDLE_S = 30
 
 JOINED_BYTES = 16 * 1024
@@ -27,6 +37,9 @@ JOINED_BYTES = 16 * 1024
 cdef Py_ssize_t _BUFFER_BYTES = BUFFER_BYTES
 cdef Py_ssize_t _JOINED_BYTES = JOINED_BYTES
 cdef Py_ssize_t _MAX_HEAD_BYTES = MAX_HEAD_BYTES
+cdef Py_ssize_t _MAX_FRAMING_BYTES = MAX_FRAMING_BYTES
+cdef Py_ssize_t _FRAMING_A_BYTE = FRAMING_A_BYTE
+cdef int _MAX_INTERIM_ANSWERS = MAX_INTERIM_ANSWERS
 
 
 class StaleConnectionError(ConnectionLostError):
@@ -156,20 +169,18 @@ cdef class Response:
         """Return the rest of the body.
 
         Raises:
-            UpstreamError: as :meth:`read`; or it is longer than ``limit_bytes``.
+            TooLongAnswerError: it is longer than ``limit_bytes``.
+            UpstreamError: as :meth:`read`.
         """
-        cdef list chunks
-        cdef Py_ssize_t size_bytes = 0
         if len(self.chunks) == 1 and self.connection is None and self.error is None and self.unread_bytes <= limit_bytes:
             return self.take()  # it has come in one piece, as most do
-        chunks = []
+        body = bytearray()  # and no list of pieces: of one byte each they would take forty times as much
         while chunk := await self.read():
-            chunks.append(chunk)
-            size_bytes += len(chunk)
-            if size_bytes > limit_bytes:
+            body += chunk
+            if len(body) > limit_bytes:
                 self.close()
-                raise UpstreamError(f"The node's answer is longer than the {limit_bytes} bytes that are read.")
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+                raise TooLongAnswerError(f"The node's answer is longer than the {limit_bytes} bytes that are read.")
+        return bytes(body)
 
     async def forward(self, sink):
         """Hand the rest of the body to ``sink``, each piece as it arrives and in the loop's same turn.
@@ -201,6 +212,17 @@ cdef class Response:
                 self.sink = None
             if pause is not None:
                 await pause
+
+    cpdef object end_within(self, double limit_s):
+        """Give the rest of the answer so long, however it comes."""
+        if self.connection is not None:
+            self.connection.bound(limit_s)
+
+    cdef int untake(self, bytes body) except -1:
+        """Give back what :meth:`take` took, for somebody else to read."""
+        self.chunks.insert(0, body)
+        self.unread_bytes += len(body)
+        return 0
 
     def close(self):
         """Give the answer up. The connection is closed unless the body is complete."""
@@ -240,6 +262,7 @@ cdef class Response:
             except Exception as error:
                 if not self.waiter.done():
                     self.waiter.set_exception(error)
+                    self.waiter.exception()  # seen, as above
                 self.close()
                 return 0
             if self.waiter.done():  # its reader was cancelled meanwhile
@@ -262,6 +285,7 @@ cdef class Response:
                 self.head.set_result(None)
             else:
                 self.head.set_exception(error)
+                self.head.exception()  # seen: whoever waited for it may have gone
         return 0
 
 
@@ -281,20 +305,31 @@ cdef class Connection:
         """Whether another request may be sent."""
         return self.transport is not None and not self.transport.is_closing()
 
-    def ask(self, bytes head not None, bytes body not None, double first_byte_s, double stall_s):
-        """Send a request whose head :func:`encode_head` began; return its response, which is still to begin."""
-        return self.send(head, b"", body, first_byte_s, stall_s)
+    def ask(
+        self, bytes head not None, bytes body not None, double first_byte_s, double stall_s, double whole_s=0
+    ):
+        """Send a request whose head :func:`encode_head` began; return its response, which is still to begin.
 
-    cdef Response send(self, bytes head, bytes lines, bytes body, double first_byte_s, double stall_s):
+        All of the answer has to be there after ``whole_s``; 0: only silence counts.
+        """
+        return self.send(head, b"", body, first_byte_s, stall_s, whole_s)
+
+    cdef Response send(
+        self, bytes head, bytes lines, bytes body, double first_byte_s, double stall_s, double whole_s
+    ):
         """Send a request of a head, more lines of it, and a body; return its response, which is still to begin."""
         cdef Response response
         cdef list data = end_request(head, lines, body)
         assert self.response is None
         self.response = response = Response(self, self.loop.create_future())
         self.head_bytes = 0
-        self.in_body = False
+        self.in_head = self.in_body = False
+        self.num_interim = 0
         self.ends_with_connection = True
         self.stall_s = stall_s
+        self.whole_s = whole_s
+        self.whole_until = self.loop.time() + whole_s if whole_s else 0
+        self.head_until = 0
         self.watch(first_byte_s)
         if len(data) == 1:
             self.transport.write(data[0])
@@ -336,12 +371,19 @@ cdef class Connection:
     def data_received(self, bytes data not None):
         """Take what the node sent."""
         cdef Response response = self.response
+        cdef Py_ssize_t body_bytes = self.body_bytes
         if response is None:  # nobody asked
             self.abort()
             return
         self.active_at = self.loop.time()
         if not self.in_body:
             self.head_bytes += len(data)
+            if not self.in_head:  # from its first byte on a head has as long as a silence may be, however it comes
+                self.in_head = True
+                self.head_until = self.active_at + self.stall_s
+                self.arm()
+        else:
+            self.wire_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -350,8 +392,21 @@ cdef class Connection:
             else:
                 self.abort()
         else:
-            if not self.in_body and self.response is not None and self.head_bytes > _MAX_HEAD_BYTES:
-                self.fail(UpstreamError(f"{self.pool.name} sent more than {MAX_HEAD_BYTES} bytes of headers."))
+            if self.response is None:
+                if self.is_beyond:
+                    self.abort()
+            elif not self.in_body:
+                if self.head_bytes > _MAX_HEAD_BYTES:
+                    self.fail(UpstreamError(f"{self.pool.name} sent more than {MAX_HEAD_BYTES} bytes of headers."))
+                elif self.num_interim > _MAX_INTERIM_ANSWERS:
+                    self.fail(UpstreamError(f"{self.pool.name} sent more than {MAX_INTERIM_ANSWERS} interim answers."))
+            else:
+                self.quiet_bytes = 0 if self.body_bytes > body_bytes else self.quiet_bytes + len(data)
+                if (
+                    self.quiet_bytes > _MAX_FRAMING_BYTES
+                    or self.wire_bytes - self.body_bytes > _MAX_FRAMING_BYTES + _FRAMING_A_BYTE * self.body_bytes
+                ):
+                    self.fail(UpstreamError(f"{self.pool.name} sent more framing than answer."))
         response.tell()
 
     def eof_received(self):
@@ -380,12 +435,19 @@ cdef class Connection:
         elif self.in_body and self.ends_with_connection and exc is None:
             self.finish(None)
         else:
-            self.finish(UpstreamError(f"{name} closed the connection in the middle of its answer."))
+            self.finish(CutAnswerError(f"{name} closed the connection in the middle of its answer."))
 
     # ------------------------------------------------------------ from the parser
 
+    def on_message_begin(self):
+        """Take note of an answer that nobody asked for."""
+        if self.response is None:
+            self.is_beyond = True
+
     def on_header(self, bytes name not None, bytes value not None):
-        """Keep a header."""
+        """Keep a header; a trailer is none."""
+        if self.in_body:
+            return
         name = name.lower()
         if name == b"content-length" or name == b"transfer-encoding":
             self.ends_with_connection = False
@@ -398,10 +460,14 @@ cdef class Connection:
         cdef int status = self.parser.get_status_code()
         if response is None:
             return
+        self.in_head = False
+        self.head_until = 0
         if status < 200:  # 100 Continue and its like: the answer is yet to come
             response.headers.clear()
+            self.num_interim += 1
             return
         self.in_body = True
+        self.wire_bytes = self.body_bytes = self.quiet_bytes = 0
         self.keeps_alive = self.parser.should_keep_alive()
         self.watch(self.stall_s)
         response.status = status
@@ -415,6 +481,7 @@ cdef class Connection:
             return
         response.chunks.append(chunk)
         response.unread_bytes += len(chunk)
+        self.body_bytes += len(chunk)
         if response.unread_bytes > _BUFFER_BYTES and not self.is_paused and self.usable:
             self.is_paused = True
             self.transport.pause_reading()
@@ -445,32 +512,60 @@ cdef class Connection:
         return 0
 
     cdef int watch(self, double limit_s) except -1:
-        """Give the node ``limit_s`` of silence from now on.
-
-        A timer that is set stays, from one request to the next, if it is early enough: it looks at a clock.
-        """
-        cdef double now = self.loop.time()
+        """Give the node ``limit_s`` of silence from now on."""
         self.limit_s = limit_s
-        self.active_at = now
+        self.active_at = self.loop.time()
+        return self.arm()
+
+    cdef int bound(self, double limit_s) except -1:
+        """Give the rest of the answer ``limit_s`` from now on, silent or not."""
+        cdef double until = self.loop.time() + limit_s
+        if not self.whole_until or until < self.whole_until:
+            self.whole_s = limit_s
+            self.whole_until = until
+        return self.arm()
+
+    cdef double due(self):
+        """Return when the node will have been given all its time."""
+        cdef double at = self.active_at + self.limit_s
+        if self.whole_until and self.whole_until < at:
+            at = self.whole_until
+        if self.head_until and self.head_until < at:
+            at = self.head_until
+        return at
+
+    cdef int arm(self) except -1:
+        """Have a timer look at the clock then.
+
+        One that is set stays, from one request to the next, if it is early enough.
+        """
+        cdef double at = self.due()
+        cdef double left_s
         if self.watchdog is not None:
-            if self.watchdog.when() <= now + limit_s:
+            if self.watchdog.when() <= at:
                 return 0
             self.watchdog.cancel()
-        self.watchdog = self.loop.call_later(limit_s, self.look)
+        left_s = at - self.loop.time()
+        self.watchdog = self.loop.call_later(left_s if left_s > 0 else 0, self.look)
         return 0
 
     def look(self):
-        """Fail the response if the node has been silent; else look again when it could have been."""
-        cdef double now, silent_s
+        """Fail the response if the node has had its time; else look again when it will have."""
+        cdef double now
         self.watchdog = None
         if self.response is None:
             return
         now = self.loop.time()
         if self.is_paused:
             self.active_at = now
-        silent_s = now - self.active_at
-        if silent_s < self.limit_s:
-            self.watchdog = self.loop.call_later(self.limit_s - silent_s, self.look)
+        if now < self.due():
+            self.arm()
             return
         what = "stopped in the middle of its answer" if self.in_body else "did not answer"
-        self.fail(UpstreamTimeoutError(f"{self.pool.name} {what}: no byte for {self.limit_s:g} s."))
+        if now >= self.active_at + self.limit_s:
+            why = f"no byte for {self.limit_s:g} s"
+        elif self.head_until and now >= self.head_until:
+            why = f"a head that takes longer than {self.stall_s:g} s"
+        else:
+            why = f"not all of it within {self.whole_s:g} s"
+        self.fail(UpstreamTimeoutError(f"{self.pool.name} {what}: {why}."))

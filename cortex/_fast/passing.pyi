@@ -1,12 +1,15 @@
 from collections import deque
-from typing import Protocol
+from typing import Final, Protocol
 
 from typing_extensions import disjoint_base
 
-from cortex._fast.http_client import Sink
+from cortex._fast.http_client import Response, Sink
 from cortex._fast.outlet import Outlet
 from cortex._fast.record import Record
 from cortex._fast.tap import StreamTap
+
+LAST_WORDS_S: Final[float]
+LAST_WORDS_BYTES: Final[int]
 
 class _Out(Protocol):
     @property
@@ -16,6 +19,7 @@ class _Out(Protocol):
 @disjoint_base
 class FrameRelay(Sink):
     out: _Out | None
+    response: Response | None
     @property
     def first(self) -> bytes: ...
     @property
@@ -26,3 +30,4 @@ class FrameRelay(Sink):
     def tap(self) -> StreamTap: ...
     def __init__(self, record: Record, tail_chunks: int) -> None: ...
     def take(self, data: bytes) -> bytes: ...
+    def check(self) -> None: ...

@@ -1,18 +1,27 @@
 """Frames on their way from a node to a client, in compiled code where a client can be written to at once."""
 
-from cortex._fast.http_client cimport Sink
+from cortex._fast.http_client cimport Response, Sink
 from cortex._fast.outlet cimport Outlet
 from cortex._fast.record cimport Record
 
 from collections import deque
 
 from cortex._fast.tap import StreamTap
+from cortex.errors import NotAnAnswerError
+
+LAST_WORDS_S = 2.0
+LAST_WORDS_BYTES = 64 * 1024
+"""What may come after a stream's terminator: a comment with the usage, and the end of the connection."""
+
+cdef double _LAST_WORDS_S = LAST_WORDS_S
+cdef Py_ssize_t _LAST_WORDS_BYTES = LAST_WORDS_BYTES
 
 
 cdef class FrameRelay(Sink):
     """Lets whole frames through, and remembers the first and the last few of them.
 
     ``out`` is written to by :meth:`push`: it begins a stream at its first ``write_now``, and then has an ``outlet``.
+    What comes after the stream's end is bounded, in bytes and in time, on the ``response`` that it comes from.
     """
 
     cdef readonly bytes first
@@ -20,13 +29,15 @@ cdef class FrameRelay(Sink):
     cdef readonly Record record
     cdef readonly object tap
     cdef public object out
+    cdef public Response response
     cdef Outlet outlet
+    cdef Py_ssize_t last_bytes
 
     def __init__(self, Record record not None, Py_ssize_t tail_chunks):
         self.first = b""
         self.tail = deque(maxlen=tail_chunks)
         self.record = record
-        self.tap = StreamTap()
+        self.tap = StreamTap(checks=True)
 
     cpdef bytes take(self, bytes data):
         """Return the whole frames that ``data`` completes.
@@ -41,16 +52,36 @@ cdef class FrameRelay(Sink):
             self.tail.append(frames)
             if self.tap.first_token:
                 self.record.note_first_token()
+            if self.tap.terminated or self.tap.failed:
+                if self.last_bytes:
+                    self.last_bytes += len(frames)
+                else:
+                    self.last_bytes = 1
+                    if self.response is not None:
+                        self.response.end_within(_LAST_WORDS_S)
         return frames
+
+    cpdef object check(self):
+        """Raise :exc:`NotAnAnswerError` where a frame has come that is none, or more than may follow the end."""
+        if self.tap.malformed:
+            raise NotAnAnswerError("The node sent an event that is not JSON.")
+        if self.last_bytes > _LAST_WORDS_BYTES:
+            raise NotAnAnswerError("The node went on after the end of its stream.")
 
     cdef object push(self, bytes data):
         """Write the whole frames that ``data`` completes; return what is to be awaited before there is more."""
         cdef object pause
         cdef bytes frames = self.take(data)
         if not frames:
+            self.check()
             return None
         if self.outlet is not None:
-            return self.outlet.write(frames)
-        pause = self.out.write_now(frames)
-        self.outlet = self.out.outlet
+            pause = self.outlet.write(frames)
+        else:
+            pause = self.out.write_now(frames)
+            self.outlet = self.out.outlet
+        if self.tap.malformed or self.last_bytes > _LAST_WORDS_BYTES:
+            if pause is not None:
+                pause.close()
+            self.check()
         return pause

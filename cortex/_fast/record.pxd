@@ -15,6 +15,6 @@ cdef class Record:
     cdef public object usage
     cdef public object trace
     cdef readonly double ended_at
-    cdef double begun_s
+    cdef readonly double begun_s
     cdef double first_token_at_s
     cdef double ended_s

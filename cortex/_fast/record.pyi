@@ -16,6 +16,7 @@ class Record:
     num_token_frames: int
     usage: Usage | None
     trace: Trace | None
+    begun_s: float
     ended_at: float
     def __init__(self, request_id: str, dialect: str) -> None: ...
     def note_node(self, node: str) -> None: ...

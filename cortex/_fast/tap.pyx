@@ -56,20 +56,23 @@ cdef class StreamTap:
     cdef readonly bytes usage
     cdef readonly bint terminated
     cdef readonly bint failed
+    cdef readonly bint malformed
 
     cdef Buffer held
     cdef Buffer joined
     cdef size_t max_frame_bytes
+    cdef bint checks
     cdef size_t resume
     cdef bint started
     cdef uint8_t probe[PROBE_BYTES]
     cdef Py_ssize_t probe_length
     cdef Py_ssize_t probe_offset
 
-    def __init__(self, size_t max_frame_bytes=sse.MAX_FRAME_BYTES):
+    def __init__(self, size_t max_frame_bytes=sse.MAX_FRAME_BYTES, bint checks=False):
         self.held = Buffer()
         self.joined = Buffer()
         self.max_frame_bytes = max_frame_bytes
+        self.checks = checks
 
     @property
     def tail(self):
@@ -82,6 +85,9 @@ cdef class StreamTap:
         Returns ``data`` itself where it is whole frames, and ``b""`` where it completes none. A CR at the very end
         waits for the byte that says whether it is half of a CRLF. Raises :exc:`FrameTooLarge` as soon as a frame, its
         blank line included, is longer than the limit.
+
+        With ``checks`` a frame whose data is neither a JSON object, by its first and last byte, nor the terminator is
+        ``malformed``, and held back with all that follows.
         """
         cdef const uint8_t* p
         cdef Py_ssize_t length, whole
@@ -105,7 +111,7 @@ cdef class StreamTap:
         """Note the whole frames at ``p``; return how many bytes they are."""
         cdef Py_ssize_t used = 0
         cdef size_t frame_bytes
-        while used < length:
+        while used < length and not self.malformed:
             frame_bytes = frame_length(p + used, length - used, &self.resume, False)
             if (frame_bytes or <size_t>(length - used)) > self.max_frame_bytes:
                 raise sse.FrameTooLarge(self.max_frame_bytes)
@@ -113,6 +119,8 @@ cdef class StreamTap:
                 break
             self.resume = 0
             self.note_frame(p + used, p + used + frame_bytes)
+            if self.malformed:
+                break
             used += frame_bytes
         return used
 
@@ -150,8 +158,11 @@ cdef class StreamTap:
         if several:
             data = <const uint8_t*>self.joined.data
             data_end = data + self.joined.size
-        if data != NULL:
-            self.note_data(data, data_end, kind)
+        if data != NULL and data != data_end:
+            if not self.checks or is_object(data, data_end) or (data_end - data >= 6 and memcmp(data, b"[DONE]", 6) == 0):
+                self.note_data(data, data_end, kind)
+            else:
+                self.malformed = True
         return 0
 
     cdef int note_data(self, const uint8_t* data, const uint8_t* end, Kind kind) except -1:
@@ -307,6 +318,14 @@ cdef class StreamTap:
     cdef int keep_usage(self, const uint8_t* start, const uint8_t* end) except -1:
         self.usage = PyBytes_FromStringAndSize(<const char*>start, end - start)
         return 0
+
+
+cdef inline bint is_object(const uint8_t* data, const uint8_t* end) noexcept nogil:
+    """Say whether some data begins and ends as a JSON object does; nothing in between is looked at."""
+    data = json_space(data, end)
+    while end > data and ((end - 1)[0] == c" " or (end - 1)[0] == c"\t"):
+        end -= 1
+    return end - data >= 2 and data[0] == c"{" and (end - 1)[0] == c"}"
 
 
 cdef inline bint is_filled(const json_member* member) noexcept nogil:

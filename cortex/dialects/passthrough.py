@@ -8,17 +8,43 @@ import functools
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import msgspec
 import orjson
 
+from cortex._fast.peek import PeekError, peek
 from cortex._fast.responses_stream import ResponsesStream
+from cortex._fast.sse import FrameDecoder
 from cortex.dialects import anthropic_errors
 from cortex.dialects.openai_errors import error_body, error_object, response_error_code
-from cortex.wire.errors import ErrorInfo
+from cortex.wire.errors import ErrorInfo, UpstreamError
 from cortex.wire.responses_events import LAST, ResponsesEvent
+
+STATUS_OF_TYPE = {
+    "authentication_error": 401,
+    "permission_error": 403,
+    "rate_limit_error": 429,
+    "invalid_request_error": 400,
+    "overloaded_error": 529,
+}
+"""Of an error within a stream, which has no status, by the type that either family gives it."""
+
+STATUS_OF_CODE = {
+    "device_worker_lost": 503,
+    "answer_cut": 503,
+    "out_of_memory": 503,
+    "model_not_ready": 503,
+    "service_unavailable": 503,
+    "rate_limit_exceeded": 429,
+    "internal_error": 500,
+    "non_finite_logits": 500,
+}
+"""The same of a neuron's own codes, which say it more exactly."""
+
+VAGUE = frozenset({"failed", "server_error", "invalid_prompt"})
+"""Codes that say less than the status does."""
 
 TAIL_CHUNKS = 4
 """Chunks kept of a stream: the finish, the usage, the terminator and the node's own usage may come one by one."""
@@ -59,22 +85,26 @@ NO_PART = GatewayPart()
 _GATEWAY_PART = msgspec.json.Decoder(GatewayPart)
 
 
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+"""A count of tokens that can be added to counters and budgets; any other is none."""
+
+
 class TokenDetails(msgspec.Struct, frozen=True):
     """The part of a prompt that was cached."""
 
-    cached_tokens: int | None = 0
+    cached_tokens: Tokens | None = 0
 
 
 class Usage(msgspec.Struct, frozen=True):
     """Token counts as a dialect or a neuron writes them."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
+    prompt_tokens: Tokens | None = None
+    completion_tokens: Tokens | None = None
+    input_tokens: Tokens | None = None
+    output_tokens: Tokens | None = None
+    cached_tokens: Tokens | None = None
+    cache_read_input_tokens: Tokens | None = None
+    cache_creation_input_tokens: Tokens | None = None
     prompt_tokens_details: TokenDetails | None = None
     input_tokens_details: TokenDetails | None = None
 
@@ -105,11 +135,53 @@ class _Choice(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
 
 
-class _Answer(msgspec.Struct, frozen=True):
-    usage: Usage | None = None
-    choices: tuple[_Choice, ...] = ()
+class _Object(msgspec.Struct, frozen=True):
+    pass
+
+
+class _Chosen(msgspec.Struct, frozen=True):
+    choices: tuple[_Choice, ...]
+    usage: msgspec.Raw = msgspec.Raw(b"")
+
+    @property
+    def finish(self) -> str | None:
+        return self.choices[0].finish_reason if self.choices else None
+
+
+class _Embedded(msgspec.Struct, frozen=True):
+    data: tuple[_Object, ...]
+    usage: msgspec.Raw = msgspec.Raw(b"")
+    finish: msgspec.UnsetType = msgspec.UNSET
+
+
+class _Responded(msgspec.Struct, frozen=True):
+    output: tuple[_Object, ...]
     status: str | None = None
+    usage: msgspec.Raw = msgspec.Raw(b"")
+
+    @property
+    def finish(self) -> str | None:
+        return self.status
+
+
+class _Messaged(msgspec.Struct, frozen=True):
+    content: tuple[_Object, ...]
     stop_reason: str | None = None
+    usage: msgspec.Raw = msgspec.Raw(b"")
+
+    @property
+    def finish(self) -> str | None:
+        return self.stop_reason
+
+
+class _Counted(msgspec.Struct, frozen=True):
+    input_tokens: Tokens
+    usage: msgspec.Raw = msgspec.Raw(b"")
+    finish: msgspec.UnsetType = msgspec.UNSET
+
+
+_Whole = _Chosen | _Embedded | _Responded | _Messaged | _Counted
+"""What a whole answer of each dialect has at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +207,34 @@ class Dialect:
     """A whole frame that says nothing: what the dialect's clients let pass between any two others."""
     streams: bool = True
     """Whether an answer is ever a stream, whatever the body says."""
+    whole: "msgspec.json.Decoder[_Whole]" = field(default_factory=lambda: msgspec.json.Decoder(_Chosen))
+    """Reads an answer that is no stream."""
 
     @functools.cached_property
     def target(self) -> bytes:
         """What a request asks for."""
         return self.path.encode()
+
+    def read(self, body: bytes) -> tuple[Usage | None, str] | None:
+        """Return the usage and the finish of an answer that was not streamed, as far as it says them.
+
+        ``None`` if it is no answer: not all of a JSON object, or one of another kind.
+        """
+        try:
+            peek(body)
+            answer = self.whole.decode(body)
+        except (PeekError, msgspec.MsgspecError, ValueError, RecursionError):
+            return None
+        usage = read_usage(bytes(answer.usage)) if answer.usage else None
+        return usage, clean_finish(answer.finish) if answer.finish else ""
+
+    def read_failure(self, last: bytes) -> ErrorInfo:
+        """Return the error that a node ended a stream with, given the last bytes of that."""
+        frames = reversed(FrameDecoder(len(last) + 1).feed(last))
+        found = [error for frame in frames if (error := _error_in(frame.data)) is not None]
+        # The last event of a response knows few codes; the one before it says the error's own.
+        exact = (error for error in found if error.code not in VAGUE)
+        return next(exact, None) or next(iter(found), ErrorInfo(UpstreamError.status, "failed", "The node failed."))
 
     def loading(self, model: str, progress: float) -> bytes:
         """Return a heartbeat that says how far the load of a model is, where the dialect has room for it."""
@@ -152,18 +247,37 @@ def read_usage(text: bytes) -> Usage | None:
     """Return the counts in a usage object; ``None`` if it is none."""
     try:
         return msgspec.json.decode(text, type=Usage)
-    except (msgspec.ValidationError, msgspec.DecodeError):
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
 
 
-def read_answer(body: bytes) -> tuple[Usage | None, str]:
-    """Return the usage and the finish of an answer that was not streamed; neither if it says neither."""
+def _error_in(data: bytes) -> ErrorInfo | None:
+    """Return the error in an event of any dialect; its status is that of its code, where the code is one of ours."""
     try:
-        answer = msgspec.json.decode(body, type=_Answer)
-    except (msgspec.ValidationError, msgspec.DecodeError):
-        return None, ""
-    finish = answer.choices[0].finish_reason if answer.choices else answer.stop_reason or answer.status
-    return answer.usage, finish or ""
+        event = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(event, dict):
+        return None
+    error = event.get("error")
+    if error is None and event.get("type") == "error":
+        error = event
+    if isinstance(event.get("response"), dict):
+        error = event["response"].get("error")
+    if not isinstance(error, dict):
+        return None
+    details, code, kind = error.get("details"), error.get("code"), error.get("type")
+    if code is None and isinstance(details, dict):
+        code = details.get("error_code")
+    code = clean_finish(code) if isinstance(code, str) else "failed"
+    status = STATUS_OF_CODE.get(code) or STATUS_OF_TYPE.get(str(kind)) or UpstreamError.status
+    message = error.get("message")
+    return ErrorInfo(status, code, message if isinstance(message, str) else "The node failed.")
+
+
+def clean_finish(finish: str) -> str:
+    """Return why an answer ended as it may be logged: a word, which a node chooses."""
+    return finish if _FINISH.fullmatch(finish) else "other"
 
 
 def chat_failure(error: ErrorInfo, first: bytes, last: bytes) -> bytes:
@@ -217,6 +331,8 @@ def _begun_response(first: bytes) -> dict[str, Any]:
     return created
 
 
+_FINISH = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
 # Inside a JSON string every quote is escaped, so these are found in structure only.
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
 
@@ -239,18 +355,28 @@ RESPONSES = Dialect(
     responses_failure,
     re.compile(b"^event: ?(%s)\r?$" % b"|".join(re.escape(name.encode()) for name in sorted(LAST)), re.MULTILINE),
     COMMENT,
+    whole=msgspec.json.Decoder(_Responded),
 )
 COMPACT = replace(RESPONSES, path="/v1/responses/compact", streams=False)
-INPUT_TOKENS = replace(RESPONSES, path="/v1/responses/input_tokens", streams=False)
+INPUT_TOKENS = replace(
+    RESPONSES, path="/v1/responses/input_tokens", streams=False, whole=msgspec.json.Decoder(_Counted)
+)
 MESSAGES = Dialect(
     "anthropic-messages",
     "/v1/messages",
     messages_failure,
     re.compile(rb'"stop_reason": ?"(\w+)"'),
     PING,
+    whole=msgspec.json.Decoder(_Messaged),
 )
-EMBEDDINGS = replace(CHAT, name="openai-embeddings", path="/v1/embeddings", streams=False)
-COUNT_TOKENS = replace(MESSAGES, path="/v1/messages/count_tokens", streams=False)
+EMBEDDINGS = replace(
+    CHAT,
+    name="openai-embeddings",
+    path="/v1/embeddings",
+    streams=False,
+    whole=msgspec.json.Decoder(_Embedded),
+)
+COUNT_TOKENS = replace(MESSAGES, path="/v1/messages/count_tokens", streams=False, whole=msgspec.json.Decoder(_Counted))
 
 
 def envelope_for(path: str) -> Envelope:

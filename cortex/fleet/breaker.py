@@ -1,12 +1,17 @@
 """Which replicas are left alone because they have been failing: one circuit for each model on each node.
 
-Only failures count: a connection that cannot be made or breaks, silence, a 500, 502 or 504. What a client did wrong is
-a success, and back-pressure (429, 503, 529) is neither, so that a busy replica is never taken for a broken one. After
-``failures`` in a row a circuit opens; when it has been open for a while one request tries, and its outcome closes the
-circuit or opens it for twice as long. It looks at no clock: the time is an argument.
+Only a node's own failures count: a connection that cannot be made or breaks, silence, what is no answer, and the few
+codes with which a neuron says that its devices are lost. What a client did wrong is a success, and back-pressure (429,
+503, 529) is neither, so that a busy replica is never taken for a broken one. After ``failures`` in a row a circuit
+opens; when it has been open for a while one request tries, and its outcome closes the circuit or opens it for twice as
+long.
+
+A 500, 502 or 504 may be the node's fault or the request's, and a request that makes a node answer it can be sent at
+will. So none opens a circuit: after as many in a row, of as many different requests, a replica is doubted for a while,
+which means that it is asked only where no other replica can be. It looks at no clock: the time is an argument.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cortex.config import BreakerSettings
 
@@ -26,16 +31,38 @@ class _State:
     """Whether the one request that may try is under way."""
 
 
+@dataclass(slots=True)
+class _Doubt:
+    bodies: set[int] = field(default_factory=set)
+    until: float = 0.0
+
+
 class Breakers:
     """The circuits that have seen a failure since their last success; all others are closed."""
 
     def __init__(self, settings: BreakerSettings) -> None:
         self.settings = settings
         self._states: dict[Circuit, _State] = {}
+        self._doubts: dict[Circuit, _Doubt] = {}
 
     def __bool__(self) -> bool:
         """Return whether any has seen a failure since its last success."""
-        return bool(self._states)
+        return bool(self._states) or bool(self._doubts)
+
+    def doubted(self, model: str, now: float) -> frozenset[str]:
+        """Return the nodes that are to be asked for ``model`` only where there is no other."""
+        if not self._doubts:
+            return NO_NODES
+        return frozenset(node for (node, other), doubt in self._doubts.items() if other == model and now < doubt.until)
+
+    def doubt(self, node: str, model: str, body: bytes, now: float) -> None:
+        """Count a failure that may be the request's."""
+        self.let_go(node, model)
+        doubt = self._doubts.setdefault((node, model), _Doubt())
+        doubt.bodies.add(hash(body))
+        if len(doubt.bodies) >= self.settings.failures:
+            doubt.bodies.clear()
+            doubt.until = now + self.settings.open_s
 
     def blocked(self, model: str, now: float) -> frozenset[str]:
         """Return the nodes that are not to be asked for ``model``."""
@@ -69,6 +96,7 @@ class Breakers:
     def succeed(self, node: str, model: str) -> None:
         """Forget all failures."""
         self._states.pop((node, model), None)
+        self._doubts.pop((node, model), None)
 
     def fail(self, node: str, model: str, now: float) -> None:
         """Count a failure, and open the circuit if it is one too many."""
@@ -88,6 +116,7 @@ class Breakers:
     def keep(self, nodes: frozenset[str]) -> None:
         """Forget the circuits of nodes that are not among these any more."""
         self._states = {key: state for key, state in self._states.items() if key[0] in nodes}
+        self._doubts = {key: doubt for key, doubt in self._doubts.items() if key[0] in nodes}
 
     def _is_open(self, state: _State, now: float) -> bool:
         return bool(state.open_s) and (state.is_tried or now < state.opened_at + state.open_s)

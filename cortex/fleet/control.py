@@ -5,21 +5,23 @@ One call, one HTTP exchange, on connections of its own: a poll never waits behin
 """
 
 import asyncio
+import logging
 from typing import TypeVar
 
 import msgspec
-import orjson
 
 from cortex.config import GatewaySettings, NodeSettings
+from cortex.errors import NotAnAnswerError
+from cortex.fleet.refusals import read_error
 from cortex.settings import read_secret
 from cortex.upstream import Pool
-from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError, UpstreamTimeoutError
+from cortex.wire.errors import RemoteError, UpstreamError, UpstreamTimeoutError
 from cortex.wire.node import (
     Discovery,
     DrainRequest,
     Health,
     LoadRequest,
-    ModelList,
+    ModelName,
     ModelState,
     ModelStatus,
     NodeState,
@@ -28,8 +30,17 @@ from cortex.wire.node import (
 )
 
 T = TypeVar("T")
+R = TypeVar("R", ModelStatus, "_Listed")
+
+log = logging.getLogger("cortex.fleet")
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
+MAX_MODELS = 4096
+"""Of one node: a list is kept, compared and shown every few seconds."""
+MAX_TEXT = 8192
+"""Characters that are kept of what a node says went wrong."""
+UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError, MemoryError)
+"""What reading a node's JSON may raise: it may be deep, huge, or no text at all."""
 NUM_CONNECTIONS = 64
 UNLOAD_TIMEOUT_S = 30.0
 """Beyond the drain itself."""
@@ -46,6 +57,7 @@ class NeuronClient:
         )
         self._pool = make_pool(node, quick, NUM_CONNECTIONS)
         self._timeout_s = settings.polling.timeout_s
+        self._list_problem = ""
         self.load_stall_s = self._pool.timeouts.load_stall_s
 
     async def discovery(self) -> Discovery:
@@ -54,11 +66,20 @@ class NeuronClient:
 
     async def health(self) -> Health:
         """Return how the daemon is."""
-        return await self._look(b"/health", Health)
+        health = await self._look(b"/health", Health)
+        workers = tuple(
+            msgspec.structs.replace(worker, fault=worker.fault[:MAX_TEXT]) if worker.fault else worker
+            for worker in health.workers
+        )
+        return msgspec.structs.replace(health, workers=workers)
 
     async def models(self) -> tuple[ModelStatus, ...]:
-        """Return the models it knows."""
-        return (await self._look(b"/models", ModelList)).models
+        """Return the models it knows: of a long list the first, and none that is not one."""
+        statuses = self._listed((await self._look(b"/models", _ModelList)).models, ModelStatus)
+        return tuple(
+            msgspec.structs.replace(status, error=status.error[:MAX_TEXT]) if status.error else status
+            for status in statuses
+        )
 
     async def load(self, asked: LoadRequest, *, timeout_s: float) -> ModelStatus:
         """Ask for a model and return when it is ready. The load goes on in the node if the caller stops waiting.
@@ -87,6 +108,24 @@ class NeuronClient:
         """Close the connections."""
         self._pool.close()
 
+    def _listed(self, rows: tuple[msgspec.Raw, ...], kind: type[R]) -> tuple[R, ...]:
+        """Return the rows of a list that can be read. What cannot be is logged when it changes, and left out.
+
+        A node is not down for one row: whoever can have it load a model chooses the name.
+        """
+        found: list[R] = []
+        problem = f"lists {len(rows)} models; the first {MAX_MODELS} are taken" if len(rows) > MAX_MODELS else ""
+        for row in rows[:MAX_MODELS]:
+            try:
+                found.append(msgspec.json.decode(row, type=kind))
+            except UNREADABLE as error:
+                problem = f"lists a model that cannot be read: {str(error)[:200]}"
+        if problem != self._list_problem:
+            self._list_problem = problem
+            if problem:
+                log.warning("node=%s %s", self.name, ascii(problem)[1:-1])
+        return tuple({row.id: row for row in found}.values())
+
     async def _look(self, target: bytes, kind: type[T]) -> T:
         """Read something that a daemon always has at hand: here the whole exchange is timed."""
         try:
@@ -100,23 +139,33 @@ class NeuronClient:
         response = await self._pool.request(
             method, target, JSON_HEADERS if body else (), body, first_byte_s=timeout_s, stall_s=self._timeout_s
         )
-        answer = await response.read_all(MAX_ANSWER_BYTES)
+        try:
+            response.end_within(self._timeout_s)
+            answer = await response.read_all(MAX_ANSWER_BYTES)
+        finally:
+            response.close()
         if response.status != 200:
-            retry_after = response.header(b"retry-after")
-            raise RemoteError(read_error(response.status, answer, retry_after))
+            status = response.status if 400 <= response.status < 600 else UpstreamError.status
+            raise RemoteError(read_error(status, answer, response.header(b"retry-after"))[0])
         try:
             return msgspec.json.decode(answer, type=kind)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            path = target.decode()
-            raise UpstreamError(f"{self.name} answered {path} with something else than was asked: {error}.") from None
+        except UNREADABLE as error:
+            path, reason = target.decode(), str(error)[:200]
+            raise NotAnAnswerError(
+                f"{self.name} answered {path} with something else than was asked: {reason}."
+            ) from None
+
+
+class _ModelList(msgspec.Struct, frozen=True):
+    models: tuple[msgspec.Raw, ...]
 
 
 class _Listed(msgspec.Struct, frozen=True):
-    id: str
+    id: ModelName
 
 
 class _Listing(msgspec.Struct, frozen=True):
-    data: tuple[_Listed, ...]
+    data: tuple[msgspec.Raw, ...]
 
 
 class OpenAIClient(NeuronClient):
@@ -137,7 +186,7 @@ class OpenAIClient(NeuronClient):
     async def models(self) -> tuple[ModelStatus, ...]:
         """Return what it lists, under the names that are offered here."""
         listing = await self._look(b"/v1/models", _Listing)
-        there = {model.id for model in listing.data}
+        there = dict.fromkeys(model.id for model in self._listed(listing.data, _Listed))
         names = self._node.models or dict.fromkeys(there, "")
         return tuple(
             ModelStatus(name, ModelState.READY) for name, other in names.items() if not other or other in there
@@ -153,28 +202,4 @@ def make_pool(node: NodeSettings, settings: GatewaySettings, max_connections: in
         max_connections,
         secret=read_secret(node.secret_path(settings), "cortex.toml", f"neurons.{node.name}.secret_file"),
         ca_file=node.ca_file,
-    )
-
-
-def read_error(status: int, body: bytes, retry_after: bytes | None = None) -> ErrorInfo:
-    """Return the error that a node's answer carries, whether or not its body is the expected envelope."""
-    retry_after_s = float(retry_after) if retry_after is not None and retry_after.isdigit() else None
-    fallback = ErrorInfo(status, ApiError.code, f"The node answered with status {status}.", None, retry_after_s)
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return fallback
-    error = document.get("error") if isinstance(document, dict) else None
-    if not isinstance(error, dict):
-        return fallback
-    message, code, param = error.get("message"), error.get("code"), error.get("param")
-    details = error.get("details")
-    if code is None and isinstance(details, dict):  # where the Anthropic dialect has it
-        code = details.get("error_code")
-    return ErrorInfo(
-        status,
-        code if isinstance(code, str) else fallback.code,
-        message if isinstance(message, str) else fallback.message,
-        param if isinstance(param, str) else None,
-        retry_after_s,
     )

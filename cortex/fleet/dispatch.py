@@ -1,9 +1,11 @@
 """From a model's name to an answer that has begun: route, load, ask, and ask another where that can help.
 
-A request is sent again only while nothing of an answer has arrived: after a connection that could not be made or broke
-before its first byte, and after a node's 503, 529 or 429. Silence is not retried, for the node may be working. A node
-that does not have the model after all, or not now, is believed, and the request is routed anew. Replicas whose circuit
-is open are left out. Of dialects it knows which nodes speak one; an error body is passed on as it is.
+A request is sent again only while nothing of an answer has arrived: after a connection that could not be made, and
+after a node's 503, 529 or 429. Silence is not retried, for the node may be working. After a connection that broke
+before its first byte, or a node's word that the process behind it was lost, it is sent once more and never a second
+time (:mod:`cortex.fleet.deaths`). A node that does not have the model after all, or not now, is believed, and the
+request is routed anew. Replicas whose circuit is open are left out, and a model whose replicas are all dead is loaded
+elsewhere. Of dialects it knows which nodes speak one.
 """
 
 import asyncio
@@ -15,32 +17,43 @@ from typing import assert_never
 
 import msgspec
 
-from cortex._fast.http_client import Response
+from cortex._fast.http_client import Response, StaleConnectionError
 from cortex._fast.in_flight import Seat
 from cortex._fast.peek import peek, splice
 from cortex.config import Config, ModelProfile, NodeType
 from cortex.dialects.passthrough import CHAT
-from cortex.dialects.translate import told_error
-from cortex.errors import ConnectError, ConnectionLostError, NoNodeError, PoolFullError, ReplyError
+from cortex.errors import (
+    ConnectError,
+    ConnectionLostError,
+    CutAnswerError,
+    DeadlyRequestError,
+    LoadRefusedError,
+    NodeDeniedError,
+    NoNodeError,
+    NotAnAnswerError,
+    PoolFullError,
+    TooLongAnswerError,
+)
 from cortex.fleet.affinity import NO_AFFINITY, Affinity, Beginnings, Prefixes, beginnings
 from cortex.fleet.breaker import Breakers
 from cortex.fleet.catalogue import Catalogue
-from cortex.fleet.control import read_error
+from cortex.fleet.deaths import Deaths
 from cortex.fleet.leftovers import Leftovers
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
-from cortex.fleet.router import RETRY_RECOVERY_S, Busy, Decision, Load, Serve, Unknown, offered_profile, route
+from cortex.fleet.refusals import BACK_PRESSURE, DEATHS, DOUBTFUL, OWN_FAULTS, read_refusal, wrong_head
+from cortex.fleet.router import NO_NODES, RETRY_RECOVERY_S, Busy, Decision, Load, Serve, Unknown, offered_profile, route
 from cortex.fleet.state import Fleet, FleetState
 from cortex.upstream import Header, Pool
-from cortex.wire.errors import ApiError, ModelNotFoundError, RemoteError, UpstreamError
+from cortex.wire.errors import ApiError, ModelNotFoundError, UpstreamError
 
 log = logging.getLogger("cortex.fleet")
 
 MAX_ATTEMPTS = 8
-MAX_ERROR_BYTES = 1024 * 1024
-BACK_PRESSURE = frozenset({429, 503, 529})
-FAULTS = frozenset({500, 502, 504})
-"""Statuses that say that something is wrong with a node."""
+DEADLY = (
+    "Nodes died while they had this request, so that it is not sent to another. The same body is taken again in two "
+    "minutes."
+)
 
 NOT_READY = "model_not_ready"
 """The code with which a neuron says that a model is on its way in or out: a load of it waits for that."""
@@ -58,6 +71,10 @@ class Question(msgspec.Struct, frozen=True):
     headers: Sequence[Header]
     body: bytes
     is_stream: bool
+    is_awaited: bool = True
+    """Whether somebody reads the answer as it comes; else it is bounded as a whole, as one that is not streamed is."""
+    arrived_at: float = 0.0
+    """By ``time.monotonic``."""
     cache_key: str | None = None
     """A client's own name for what its prompts have in common."""
     as_chat: Callable[[], bytes] | None = None
@@ -79,21 +96,51 @@ class Answer:
     response: Response
     seat: Seat
     breakers: Breakers
+    deaths: Deaths
+    body: bytes
+    """Of the question."""
+    sent_at: float
     is_chat: bool = False
     """Whether the question was asked as a chat, so that this is one."""
     renamed: str = ""
     """The name that the model is to have in it, where the node was told another and cannot know better."""
     is_broken: bool = False
 
-    def note_broken(self) -> None:
-        """Count it against the node that the answer broke off."""
+    async def read(self, limit_bytes: int) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            UpstreamError: it broke off, did not come, or is longer than ``limit_bytes``.
+        """
+        try:
+            return await self.response.read_all(limit_bytes)
+        except UpstreamError as error:
+            self.note_broken(error)
+            raise
+
+    def note_broken(self, error: UpstreamError) -> None:
+        """Count it against the node that the answer broke off, unless it is only long, which a request can bring about.
+
+        If the node is lost it is counted against the question too.
+        """
         self.is_broken = True
-        self.breakers.fail(self.node, self.seat.model, time.monotonic())
+        if isinstance(error, TooLongAnswerError):
+            self.breakers.let_go(self.node, self.seat.model)
+        else:
+            self.breakers.fail(self.node, self.seat.model, time.monotonic())
+        if isinstance(error, CutAnswerError):
+            self.note_death()
+
+    def note_death(self) -> None:
+        """Count it against the question that something died while it had it."""
+        self.is_broken = True
+        self.deaths.note(self.body, self.sent_at, time.monotonic())
 
     def close(self) -> None:
         """Give the seat back, and the connection up unless the body is complete."""
         if not self.is_broken and self.response.is_complete:
             self.breakers.succeed(self.node, self.seat.model)
+            self.deaths.forget(self.body)
         self.response.close()
         self.seat.release()
 
@@ -120,6 +167,7 @@ class Dispatcher:
         self._leftovers = Leftovers(fleet)
         self._deaf: tuple[FleetState, dict[tuple[str, bool], frozenset[str]]] = fleet.state, {}
         self.breakers = Breakers(config.gateway.breaker)
+        self.deaths = Deaths()
         self.reconfigure(config, catalogue)
 
     def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
@@ -134,7 +182,7 @@ class Dispatcher:
 
     def knows(self, model: str) -> bool:
         """Return whether a model is in the catalogue, or on a node even if that is down now."""
-        return model in self._catalogue.profiles or model in self._fleet.state.known
+        return model in self._catalogue.profiles or self._fleet.state.knows(model)
 
     def unknown(self, name: str) -> ApiError:
         """Return what is said of a model that nobody has: none for good, or for now while a node never answered."""
@@ -176,33 +224,58 @@ class Dispatcher:
         """
         model = question.model
         excluded = self._deaf_to(question)
+        gone: frozenset[str] = frozenset()
+        if self.deaths.is_deadly(question.body, time.monotonic()):
+            raise DeadlyRequestError(DEADLY)
         if question.priority < 0:
             await self._leftovers.wait(model, question.priority, self._leftover_wait_s)
         begun = question.take_begun()
         begins: Beginnings | None = None
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
+            response: Response | None = None
             if begun is not None:
                 (node, seat, response), begun = begun, None
-                posted, is_chat = response.begin(), False
+                is_chat, sent_at = False, question.arrived_at
             else:
                 if begins is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
                     begins = beginnings(model, question.body, question.cache_key)
-                node = self._ready(model, excluded, begins) or await self._find(question, excluded, last, begins)
+                node = self._ready(model, excluded | gone, begins) or await self._find(
+                    question, excluded, gone, last, begins
+                )
                 question.on_node(node)
                 # Counted from here on, before the node knows: a burst must not pile onto one replica.
                 seat = self._fleet.in_flight.take(node, model)
                 self.breakers.ask(node, model)
-                posted, is_chat = None, self._is_asked_as_chat(node, question)
+                is_chat, sent_at = self._is_asked_as_chat(node, question), time.monotonic()
             try:
-                response = await (posted or self._post(node, question, is_chat))
+                response, sent_at = await self._exchange(node, question, is_chat, response, sent_at)
+                if response.status == 200:
+                    self._check_head(node, response, question)
+                    self.breakers.answer(node, model)
+                    if begins is not None:
+                        self._prefixes.note(begins, node)
+                    return Answer(
+                        node,
+                        response,
+                        seat,
+                        self.breakers,
+                        self.deaths,
+                        question.body,
+                        sent_at,
+                        is_chat,
+                        self._renamed(node, question),
+                    )
+                refusal = await self._read_refusal(node, response, is_chat)
             except (ConnectError, ConnectionLostError) as error:
                 seat.release()
                 last = error
                 self.breakers.fail(node, model, time.monotonic())
-                self._on_retry(node, error.code)
                 self._poller.poll_soon(node)
-                excluded |= {node}
+                if isinstance(error, ConnectionLostError):
+                    self._note_death(question, sent_at)
+                self._on_retry(node, error.code)
+                gone |= {node}
                 continue
             except PoolFullError as error:
                 seat.release()
@@ -211,42 +284,93 @@ class Dispatcher:
                 self._on_retry(node, error.code)
                 excluded |= {node}
                 continue
-            except UpstreamError:
+            except UpstreamError as error:
                 seat.release()
-                self.breakers.fail(node, model, time.monotonic())
+                if isinstance(error, TooLongAnswerError):
+                    self.breakers.let_go(node, model)
+                else:
+                    self.breakers.fail(node, model, time.monotonic())
+                if isinstance(error, CutAnswerError):
+                    self.deaths.note(question.body, sent_at, time.monotonic())
                 raise
             except BaseException:
                 seat.release()
                 self.breakers.let_go(node, model)
                 raise
-            if response.status == 200:
-                self.breakers.answer(node, model)
-                if begins is not None:
-                    self._prefixes.note(begins, node)
-                return Answer(node, response, seat, self.breakers, is_chat, self._renamed(node, question))
-            try:
-                refusal = await _read_refusal(response, is_chat)
-            finally:
-                response.close()
-                seat.release()
-                self.breakers.let_go(node, model)
+            seat.release()
             is_missing = refusal.status == ModelNotFoundError.status and refusal.code == ModelNotFoundError.code
-            if is_missing or refusal.code == NOT_READY:
+            if refusal.code in OWN_FAULTS or isinstance(refusal, NodeDeniedError):
+                self.breakers.fail(node, model, time.monotonic())
+                last = refusal
+                if refusal.code in DEATHS:
+                    self._note_death(question, sent_at)
+                excluded |= {node}
+            elif is_missing or refusal.code == NOT_READY:
                 # On its way in or out, or gone: a load joins the one, waits for the other, and is needed for the third.
+                self.breakers.let_go(node, model)
                 self._fleet.forget_model(node, model)
                 last = NoNodeError(f"{node} does not have {model} ready any more.", retry_after_s=1)
             elif refusal.status in BACK_PRESSURE:
+                self.breakers.let_go(node, model)
                 last = refusal
                 excluded |= {node}
             else:
-                if refusal.status in FAULTS:
-                    self.breakers.fail(node, model, time.monotonic())
+                if refusal.status in DOUBTFUL:
+                    self.breakers.doubt(node, model, question.body, time.monotonic())
                 else:
                     self.breakers.succeed(node, model)
                 raise refusal
             self._on_retry(node, refusal.code)
         assert last is not None
         raise last
+
+    async def _exchange(
+        self, node: str, question: Question, is_chat: bool, begun: Response | None, sent_at: float
+    ) -> tuple[Response, float]:
+        """Return an answer whose head is there, and when that was asked for.
+
+        A node may close a kept connection just as a request goes out on it, or die of the request: that counts as a
+        death until a complete answer clears it, and a connection of its own tells which it was.
+
+        Raises:
+            DeadlyRequestError: it was one death too many.
+            ApiError: as :meth:`~cortex.upstream.Pool.request`.
+        """
+        try:
+            if begun is not None:
+                return await begun.begin(), sent_at
+            return await self._post(node, question, is_chat), sent_at
+        except StaleConnectionError:
+            self._note_death(question, sent_at)
+        sent_at = time.monotonic()
+        try:
+            return await self._post(node, question, is_chat, is_fresh=True), sent_at
+        except ConnectionLostError:
+            self._note_death(question, sent_at)
+            raise
+
+    def _note_death(self, question: Question, sent_at: float) -> None:
+        """Count it against a question that something died while it had it. Raises if it was one death too many."""
+        if self.deaths.note(question.body, sent_at, time.monotonic()):
+            raise DeadlyRequestError(DEADLY)
+
+    def _check_head(self, node: str, response: Response, question: Question) -> None:
+        """Give a 200 up that does not begin as an answer does. Raises :class:`NotAnAnswerError`."""
+        if wrong := wrong_head(response, is_stream=question.is_stream):
+            response.close()
+            raise NotAnAnswerError(f"{node} answered {wrong}.")
+
+    async def _read_refusal(self, node: str, response: Response, is_chat: bool) -> ApiError:
+        """Return the error that an answer is; it is closed. Raises :class:`UpstreamError`."""
+        try:
+            pool = self._pools.get(node)
+            stall_s = pool.timeouts.stall_s if pool is not None else 1.0
+            refusal = await read_refusal(node, response, stall_s, is_chat=is_chat)
+        finally:
+            response.close()
+        if isinstance(refusal, NotAnAnswerError):
+            raise refusal
+        return refusal
 
     def _deaf_to(self, question: Question) -> frozenset[str]:
         """Return the nodes that cannot be asked ``question``; one that has not said what it speaks is none of them."""
@@ -265,35 +389,54 @@ class Dispatcher:
         return found
 
     def _decide(
-        self, model: str, excluded: frozenset[str], begins: Beginnings | None, profile: ModelProfile | None = None
+        self,
+        model: str,
+        excluded: frozenset[str],
+        gone: frozenset[str],
+        begins: Beginnings | None,
+        profile: ModelProfile | None = None,
     ) -> Decision:
         fleet = self._fleet
         affinity = NO_AFFINITY if begins is None else self._look(begins)
-        return route(fleet.state, model, profile, fleet.in_flight.by_node, excluded, affinity, self._slack)
+        return route(fleet.state, model, profile, fleet.in_flight.by_node, excluded, affinity, self._slack, gone)
 
     def _ready(self, model: str, excluded: frozenset[str], begins: Beginnings | None) -> str | None:
         """Return a node that has the model ready, if that is how it is and no circuit has seen a failure."""
         if self.breakers or model not in self._fleet.state.serving:
             return None
-        decision = self._decide(model, excluded, begins)
+        decision = self._decide(model, excluded, NO_NODES, begins)
         return decision.node if isinstance(decision, Serve) else None
 
     async def _find(
-        self, question: Question, excluded: frozenset[str], last: ApiError | None, begins: Beginnings | None
+        self,
+        question: Question,
+        excluded: frozenset[str],
+        gone: frozenset[str],
+        last: ApiError | None,
+        begins: Beginnings | None,
     ) -> str:
-        """Return a node that has the model ready, loading it if need be."""
+        """Return a node that has the model ready, loading it if need be.
+
+        ``excluded`` nodes have refused the request, ``gone`` ones are as if they were down.
+        """
         model = question.model
         profile = self._catalogue.profiles.get(model)
-        blocked = self.breakers.blocked(model, time.monotonic())
+        now = time.monotonic()
+        blocked = self.breakers.blocked(model, now)
         if blocked:
-            excluded |= blocked
+            gone |= blocked
             last = last or NoNodeError(
                 f"Every replica of {model} has been failing; it is tried again in a moment.",
-                retry_after_s=self.breakers.retry_after_s(model, time.monotonic()),
+                retry_after_s=self.breakers.retry_after_s(model, now),
             )
 
         def decide() -> Decision:
-            return self._decide(model, excluded, begins, profile)
+            # A replica that has done nothing but fail is asked only where there is no other.
+            if doubted := self.breakers.doubted(model, now):
+                decision = self._decide(model, excluded | doubted, gone, begins)
+                if isinstance(decision, Serve):
+                    return decision
+            return self._decide(model, excluded, gone, begins, profile)
 
         decision = decide()
         if not isinstance(decision, Serve) and not self._fleet.state.complete:
@@ -304,9 +447,18 @@ class Dispatcher:
             case Serve(node):
                 return node
             case Load(candidates):
-                profile = profile or offered_profile(self._fleet.state, model)
+                profile = profile or offered_profile(self._fleet.state, model, gone)
                 assert profile is not None
-                return await self._loader.load(profile, candidates, may_evict=question.priority >= 0)
+                try:
+                    return await self._loader.load(profile, candidates, may_evict=question.priority >= 0)
+                except LoadRefusedError as error:
+                    if not gone:
+                        raise
+                    # For good elsewhere, and not for good where it was: that node may come back.
+                    raise NoNodeError(
+                        f"{', '.join(sorted(gone))} cannot be asked now. {error.message}",
+                        retry_after_s=RETRY_RECOVERY_S,
+                    ) from error
             case Busy(retry_after_s, reason):
                 raise last or NoNodeError(f"{reason[0].upper()}{reason[1:]}.", retry_after_s=retry_after_s)
             case Unknown():
@@ -331,7 +483,7 @@ class Dispatcher:
         name = question.name or question.model
         return "" if names is None or name == (names.get(question.model) or question.model) else name
 
-    def _post(self, node: str, question: Question, is_chat: bool) -> Awaitable[Response]:
+    def _post(self, node: str, question: Question, is_chat: bool, *, is_fresh: bool = False) -> Awaitable[Response]:
         pool = self._pools.get(node)
         if pool is None:
             raise ConnectError(f"{node} is not a node of this gateway any more.", retry_after_s=1)
@@ -350,27 +502,11 @@ class Dispatcher:
             headers,
             body,
             first_byte_s=timeouts.first_byte_s if question.is_stream else timeouts.answer_s,
+            whole_s=0 if question.is_stream and question.is_awaited else timeouts.answer_s,
+            is_fresh=is_fresh,
+            tells_stale=not is_fresh,
         )
 
 
 def _understands(question: Question, dialects: Sequence[str]) -> bool:
     return question.dialect in dialects or (question.as_chat is not None and CHAT.name in dialects)
-
-
-async def _read_refusal(response: Response, is_chat: bool) -> ReplyError | RemoteError:
-    """Return a node's error, with its body unless that is in another dialect than the caller's."""
-    body = await response.read_all(MAX_ERROR_BYTES)
-    retry_after = response.header(b"retry-after")
-    status = response.status if response.status >= 400 else 502
-    error = read_error(status, body, retry_after)
-    if is_chat:
-        return RemoteError(told_error(error))
-    return ReplyError(
-        status,
-        body,
-        content_type=response.header(b"content-type") or b"application/json",
-        code=error.code,
-        message=error.message,
-        param=error.param,
-        retry_after=retry_after,
-    )

@@ -1,8 +1,8 @@
 """Keeps what is known of each node fresh: one task per node, so that a slow one delays nobody else.
 
-A poll asks ``/health``, ``/models`` and, for its free memory, ``/discovery`` together. A missed poll changes nothing
-but the count of strikes; the configured number of them in a row makes the node down. A node that is down is asked less
-and less often, up to a bound, and is up again with its first good answer.
+A poll asks ``/health``, ``/models`` and, for its free memory, ``/discovery`` together. A missed poll, whatever was
+wrong with it, changes nothing but the count of strikes; the configured number of them in a row makes the node down. A
+node that is down is asked less and less often, up to a bound, and is up again with its first good answer.
 """
 
 import asyncio
@@ -63,7 +63,16 @@ class Poller:
             self._wanted[node].set()
 
     async def poll(self, name: str) -> None:
-        """Ask a node once and note what it says."""
+        """Ask a node once and note what it says, or that it said nothing of use: whatever went wrong is a strike."""
+        try:
+            await self._ask(name)
+        except ApiError as error:
+            self._strike(name, error)
+        except Exception as error:
+            log.exception("node=%s poll failed", name)
+            self._strike(name, error)
+
+    async def _ask(self, name: str) -> None:
         neuron = self._neurons[name]
         # Not a TaskGroup: one whose task fails leaves its caller marked as cancelled (until Python 3.13). The next
         # `asyncio.timeout` then ends the caller (before 3.11.3): a node which was down once would stay so for ever.
@@ -73,9 +82,6 @@ class Poller:
         asked = health, models, discovery
         try:
             await asyncio.gather(*asked)
-        except ApiError as error:
-            self._strike(name, error)
-            return
         finally:
             for task in asked:
                 task.cancel()
@@ -103,9 +109,10 @@ class Poller:
         known = self._fleet.state.nodes[name]
         strikes = known.strikes + 1
         up = known.up and strikes < self._settings.strikes
-        if known.up and not up:
-            log.warning("node=%s down strikes=%d fault=%r", name, strikes, str(error))
-        self._fleet.replace(replace(known, up=up, polled=True, strikes=strikes, fault=str(error)))
+        fault = str(error) or type(error).__name__
+        if strikes == self._settings.strikes:  # once, of a node that has never been up too
+            log.warning("node=%s down strikes=%d fault=%r", name, strikes, fault)
+        self._fleet.replace(replace(known, up=up, polled=True, strikes=strikes, fault=fault))
 
     async def _watch(self, name: str) -> None:
         while True:

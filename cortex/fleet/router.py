@@ -2,8 +2,9 @@
 
 Pure and deterministic: the same state, counts and exclusions give the same :data:`Decision`. The node with the least
 outstanding work wins, unless another has the conversation's beginning and is not much busier; ties go by a hash of that
-beginning, so that gateways which have never seen it agree, and without one by name. A model that is being recovered, or
-whose only replicas have just refused this request, is not loaded a second time elsewhere: that is :class:`Busy`.
+beginning, so that gateways which have never seen it agree, and without one by name. A model whose only replicas have
+just refused this request is not loaded a second time elsewhere: that is :class:`Busy`. It is loaded elsewhere at once
+where its only replicas are gone, and while it is being recovered, then beside what is there.
 """
 
 import zlib
@@ -19,6 +20,8 @@ from cortex.wire.node import ModelState
 RETRY_SOON_S = 1.0
 RETRY_RECOVERY_S = 5.0
 NO_NODES: frozenset[str] = frozenset()
+EVERYWHERE = ("hf:", "pypi:")
+"""How a source begins that any node can fetch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +62,20 @@ def route(
     excluded: frozenset[str] = NO_NODES,
     affinity: Affinity = NO_AFFINITY,
     slack: int = 0,
+    gone: frozenset[str] = NO_NODES,
 ) -> Decision:
     """Decide for one request.
 
     ``profile`` is the catalogue's, or ``None`` for a model that only nodes know. ``in_flight`` counts this process's
-    requests by node. ``excluded`` nodes have failed this request already, or are left alone. The node that
-    ``affinity`` names is taken while it has at most ``slack`` requests more than the least busy one.
+    requests by node. ``excluded`` nodes have refused this request, or are left out of it; ``gone`` ones are as if they
+    were down. The node that ``affinity`` names is taken while it has at most ``slack`` requests more than the least
+    busy one.
     """
     serving = state.serving.get(model, ())
     best: tuple[int, int, str] | None = None
     known: int | None = None
     for node in serving:
-        if node.name in excluded:
+        if node.name in excluded or node.name in gone:
             continue
         load = in_flight.get(node.name, 0) + node.foreign_load
         if node.name == affinity.node:
@@ -83,21 +88,34 @@ def route(
         if known is not None and affinity.node is not None and known <= best[0] + slack:
             return Serve(affinity.node)
         return Serve(best[2])
-    if serving:
+    if any(node.name not in gone for node in serving):
         return Busy(RETRY_SOON_S, f"every replica of {model} refused the request")
-    return _route_cold(state, model, profile, excluded)
+    return _route_cold(state, model, profile, excluded, gone)
 
 
-def _route_cold(state: FleetState, model: str, profile: ModelProfile | None, excluded: frozenset[str]) -> Decision:
+def _route_cold(
+    state: FleetState, model: str, profile: ModelProfile | None, excluded: frozenset[str], gone: frozenset[str]
+) -> Decision:
     listing = state.listing.get(model, ())
-    states = {node.name: node.models[model].state for node in listing}
+    states = {node.name: node.models[model].state for node in listing if node.name not in gone}
+    recovering = frozenset(name for name, known in states.items() if known is ModelState.RECOVERING)
+    busy = bool(excluded)
+    excluded |= gone
     if profile is None and not listing:
-        if model in state.known:
+        if state.knows(model):
             return Busy(RETRY_RECOVERY_S, f"the nodes that have {model} are down")
         return Unknown()
-    if ModelState.RECOVERING in states.values():
-        return Busy(RETRY_RECOVERY_S, f"{model} is being recovered after a fault of its device")
-    profile = profile or offered_profile(state, model)
+    profile = profile or offered_profile(state, model, gone)
+    if recovering:
+        # There it will be back about as soon as it is here; so nothing is evicted for it meanwhile.
+        beside = (
+            candidate.node
+            for candidate in (placement.choose(state, profile, excluded | recovering) if profile else ())
+            if candidate.fit <= placement.Fit.UNKNOWN and not candidate.has_failed
+        )
+        return Load(found) if (found := tuple(beside)) else _recovering(model)
+    if profile is None and gone:
+        return Busy(RETRY_RECOVERY_S, f"the nodes that have {model} cannot be asked now")
     if profile is None:
         return Busy(RETRY_RECOVERY_S, f"{model} is not loaded, and no node says where its weights are")
     loading = tuple(name for name, known in states.items() if known is ModelState.LOADING and name not in excluded)
@@ -114,15 +132,22 @@ def _route_cold(state: FleetState, model: str, profile: ModelProfile | None, exc
         return Load(tuple(candidate.node for candidate in candidates))
     if not any(node.up for node in state.nodes.values()):
         return Busy(RETRY_RECOVERY_S, "no node is up")
-    if excluded:
+    if busy:
         return Busy(RETRY_SOON_S, f"no other node can load {model}")
     return Busy(RETRY_RECOVERY_S, f"no node that is up can load {model}")
 
 
-def offered_profile(state: FleetState, model: str) -> ModelProfile | None:
-    """Return a profile for a model of no catalogue, if a node that lists it says where its weights are."""
+def _recovering(model: str) -> Busy:
+    return Busy(RETRY_RECOVERY_S, f"{model} is being recovered after a fault of its device")
+
+
+def offered_profile(state: FleetState, model: str, gone: frozenset[str] = NO_NODES) -> ModelProfile | None:
+    """Return a profile for a model of no catalogue, if a node that lists it says where its weights are.
+
+    A path on a node that is gone says nothing of any other.
+    """
     for node in state.listing.get(model, ()):
         source = node.models[model].source
-        if source:
+        if source and (node.name not in gone or source.startswith(EVERYWHERE)):
             return ModelProfile(id=model, source=source)
     return None

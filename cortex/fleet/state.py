@@ -6,7 +6,7 @@ them.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -44,6 +44,43 @@ def can_serve(status: ModelStatus) -> bool:
     return status.state is ModelState.READY and (status.kv_cache_bytes > 0 or status.weights_bytes == 0)
 
 
+class ByModel(Mapping[str, tuple[Node, ...]]):
+    """The nodes that have a model, by its name, found when they are first asked for.
+
+    A state is replaced with every poll of every node, and asked for a few of thousands of models.
+    """
+
+    __slots__ = ("_found", "_has", "_nodes")
+
+    def __init__(self, nodes: tuple[Node, ...], has: Callable[[Node, ModelStatus], bool]) -> None:
+        self._nodes = nodes
+        self._has = has
+        self._found: dict[str, tuple[Node, ...]] = {}
+
+    def __getitem__(self, model: str) -> tuple[Node, ...]:
+        found = self._found.get(model)
+        if found is None:
+            found = tuple(
+                node
+                for node in self._nodes
+                if (status := node.models.get(model)) is not None and self._has(node, status)
+            )
+            if not found:  # which is not kept: clients make up names
+                raise KeyError(model)
+            self._found[model] = found
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(
+            dict.fromkeys(
+                model for node in self._nodes for model, status in node.models.items() if self._has(node, status)
+            )
+        )
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 @dataclass(frozen=True, slots=True)
 class FleetState:
     """Every node by name, and for each model the nodes that serve it and those that list it, both in name order."""
@@ -51,28 +88,27 @@ class FleetState:
     nodes: Mapping[str, Node]
     serving: Mapping[str, tuple[Node, ...]]
     listing: Mapping[str, tuple[Node, ...]]
-    known: frozenset[str]
-    """Models that nodes listed when they last answered, those that are down now included."""
 
     @classmethod
     def of(cls, nodes: Iterable[Node]) -> "FleetState":
         """Return the state that ``nodes`` make up."""
         by_name = {node.name: node for node in sorted(nodes, key=lambda node: node.name)}
-        serving: dict[str, list[Node]] = {}
-        listing: dict[str, list[Node]] = {}
-        for node in by_name.values():
-            if not node.up:
-                continue
-            for model, status in node.models.items():
-                listing.setdefault(model, []).append(node)
-                if node.takes_requests and can_serve(status):
-                    serving.setdefault(model, []).append(node)
+        up = tuple(node for node in by_name.values() if node.up)
+        taking = tuple(node for node in up if node.takes_requests)
         return cls(
             MappingProxyType(by_name),
-            {model: tuple(found) for model, found in serving.items()},
-            {model: tuple(found) for model, found in listing.items()},
-            frozenset(model for node in by_name.values() for model in node.models),
+            ByModel(taking, lambda node, status: can_serve(status)),
+            ByModel(up, lambda node, status: True),
         )
+
+    def knows(self, model: str) -> bool:
+        """Return whether a node listed a model when it last answered, one that is down now included."""
+        return any(model in node.models for node in self.nodes.values())
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The models that nodes listed when they last answered, those that are down now included."""
+        return frozenset(model for node in self.nodes.values() for model in node.models)
 
     def with_node(self, node: Node) -> "FleetState":
         """Return the state with one node replaced."""

@@ -43,6 +43,8 @@ class ApiError(Exception):
 
     status: int = 500
     code: str = "internal_error"
+    worth_retrying: bool | None = None
+    """Whether to send the same again is said to be of use; ``None`` leaves that to the status."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)

@@ -1,7 +1,8 @@
 """What a node tells about itself: its devices, its models and their states.
 
 These are the bodies of a neuron's ``/discovery``, ``/health``, ``/models`` and ``/models/load``. States are enums. The
-bounds of what a node can be asked are here, so that no request makes its state grow with the request's own size.
+bounds of what a node can be asked are here, so that no request makes its state grow with the request's own size, and
+those of what it says of itself, which is another machine to who reads it.
 """
 
 from enum import StrEnum
@@ -20,6 +21,14 @@ Priority = Annotated[int, msgspec.Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
 Duration = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """Seconds; never NaN and never infinite."""
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:-]{0,64}\Z")]
+Amount = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""Of anything that a node reports; so large a number is still exact in every reader's JSON."""
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+"""Time that a node reports, Unix time too."""
+Label = Annotated[str, msgspec.Meta(max_length=256)]
+Address = Annotated[str, msgspec.Meta(max_length=8192)]
+ModelName = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+\Z")]
+"""Name of a model that a node lists: no control characters, and no line ends."""
 
 
 class DeviceKind(StrEnum):
@@ -56,14 +65,14 @@ class ModelState(StrEnum):
 class Device(msgspec.Struct, frozen=True):
     """One device. Memory is in bytes; ``compute_capability`` is e.g. ``9.0`` and empty for a CPU."""
 
-    id: str
+    id: Label
     """``cuda:0`` or ``cpu:0``."""
     kind: DeviceKind
-    name: str
-    memory_total_bytes: int
-    memory_free_bytes: int
-    compute_capability: str = ""
-    num_cores: int = 0
+    name: Label
+    memory_total_bytes: Amount
+    memory_free_bytes: Amount
+    compute_capability: Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,4}\.[0-9]{1,4})?$")] = ""
+    num_cores: Amount = 0
     worker: WorkerState | None = None
     """``None`` for a device that this daemon was not told to use."""
 
@@ -71,15 +80,15 @@ class Device(msgspec.Struct, frozen=True):
 class Discovery(msgspec.Struct, frozen=True):
     """``GET /discovery``: what this host is and what it can do."""
 
-    name: str
-    version: str
-    hostname: str
-    os: str
-    driver_version: str | None
-    cuda_version: str | None
-    devices: tuple[Device, ...]
-    harnesses: tuple[str, ...]
-    dialects: tuple[str, ...]
+    name: Label
+    version: Label
+    hostname: Label
+    os: Label
+    driver_version: Label | None
+    cuda_version: Label | None
+    devices: Annotated[tuple[Device, ...], msgspec.Meta(max_length=1024)]
+    harnesses: Annotated[tuple[Label, ...], msgspec.Meta(max_length=64)]
+    dialects: Annotated[tuple[Label, ...], msgspec.Meta(max_length=64)]
 
 
 class NodeState(StrEnum):
@@ -93,17 +102,17 @@ class NodeState(StrEnum):
 class WorkerHealth(msgspec.Struct, frozen=True):
     """One device worker as ``/health`` reports it."""
 
-    device: str
+    device: Label
     state: WorkerState
-    restarts: int
-    running: int = 0
+    restarts: Amount
+    running: Amount = 0
     """Sequences that take part in steps."""
-    waiting: int = 0
+    waiting: Amount = 0
     """Sequences that wait for room."""
     fault: str | None = None
-    recycles: int = 0
+    recycles: Amount = 0
     """How often it was replaced to give its device's memory back in one piece."""
-    generated: int = 0
+    generated: Amount = 0
     """Tokens that it has given out since the daemon started, those of requests that are still running included."""
 
 
@@ -111,11 +120,11 @@ class Health(msgspec.Struct, frozen=True):
     """``GET /health``: whether requests are taken, and what is still warming up."""
 
     state: NodeState
-    uptime_s: float
-    workers: tuple[WorkerHealth, ...]
-    activating: tuple[str, ...] = ()
+    uptime_s: Seconds
+    workers: Annotated[tuple[WorkerHealth, ...], msgspec.Meta(max_length=1024)]
+    activating: Annotated[tuple[ModelName, ...], msgspec.Meta(max_length=4096)] = ()
     """Models that are being loaded because the configuration asks for them."""
-    degraded: tuple[str, ...] = ()
+    degraded: Annotated[tuple[Label, ...], msgspec.Meta(max_length=1024)] = ()
     """Names of background tasks that have failed and not yet run well since."""
 
 
@@ -196,37 +205,37 @@ class Capability(StrEnum):
 class ModelStatus(msgspec.Struct, frozen=True):
     """One row of ``GET /models``. Times are Unix seconds; ``progress`` is 0 to 1 while loading."""
 
-    id: str
+    id: ModelName
     state: ModelState
-    source: str = ""
-    devices: tuple[str, ...] = ()
-    capabilities: tuple[Capability, ...] = ()
-    architecture: str = ""
-    dtype: str = ""
-    context_tokens: int = 0
-    max_sequences: int = 0
-    weights_bytes: int = 0
-    kv_cache_bytes: int = 0
-    running: int = 0
-    waiting: int = 0
-    progress: float = 0.0
-    loaded_at: float = 0.0
-    last_used_at: float = 0.0
+    source: Address = ""
+    devices: Annotated[tuple[Label, ...], msgspec.Meta(max_length=1024)] = ()
+    capabilities: Annotated[tuple[Capability, ...], msgspec.Meta(max_length=64)] = ()
+    architecture: Label = ""
+    dtype: Label = ""
+    context_tokens: Amount = 0
+    max_sequences: Amount = 0
+    weights_bytes: Amount = 0
+    kv_cache_bytes: Amount = 0
+    running: Amount = 0
+    waiting: Amount = 0
+    progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    loaded_at: Seconds = 0.0
+    last_used_at: Seconds = 0.0
     error: str | None = None
-    generation: int = 0
+    generation: Generation = 0
     """Which load of the model this is; an unload may name it, and is refused if another has taken its place."""
-    required_bytes: int = 0
+    required_bytes: Amount = 0
     """The least free memory it needs here, all devices together, as its preflight found; 0: not known yet."""
     pinned: bool = False
-    priority: int = 0
-    idle_ttl_s: float = 0.0
+    priority: Priority = 0
+    idle_ttl_s: Seconds = 0.0
 
 
 class ModelList(msgspec.Struct, frozen=True):
     """``GET /models``. ``generation`` grows with every change of a model's state, over restarts too."""
 
     models: tuple[ModelStatus, ...]
-    generation: int = 0
+    generation: Generation = 0
 
 
 class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ import time
 import msgspec
 import orjson
 import pytest
+from daemons import free_port
 from fake_neuron import (
     CHAT_ANSWER,
     CHAT_STREAM,
@@ -15,6 +16,7 @@ from fake_neuron import (
     Asked,
     FakeNeuron,
     Line,
+    Script,
     answer,
     error,
 )
@@ -23,10 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex import http_io
-from cortex.config import ModelProfile, Timeouts
-from cortex.wire.node import ModelState
+from cortex.config import ModelProfile, Polling, Timeouts
+from cortex.wire.node import ModelSpec, ModelState
 
 PROFILE = ModelProfile(id="m", source="/weights")
+GIB = 1024**3
 
 
 async def test_a_body_goes_through_as_it_is_and_the_answer_too() -> None:
@@ -460,14 +463,53 @@ async def test_no_node_is_503_with_retry_after_and_nothing_is_denied_for_it() ->
         assert (unheard.status, unheard.json()["error"]["code"]) == (503, "no_node")
 
 
-async def test_a_recovering_model_is_503_and_gets_no_second_copy() -> None:
+async def test_a_recovering_model_is_loaded_beside_what_is_elsewhere() -> None:
     first, second = FakeNeuron("a").ready("m"), FakeNeuron("b")
     first.models["m"] = msgspec.structs.replace(first.models["m"], state=ModelState.RECOVERING)
     async with rig(first, second, models=(PROFILE,)) as gateway:
+        assert (await gateway.chat(stream=True).end()).status == 200
+        assert not first.loads
+        assert [load.id for load in second.loads] == ["m"]
+
+
+async def test_a_recovering_model_is_503_where_nobody_else_has_room() -> None:
+    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b", free_bytes=GIB).ready("other")
+    first.models["m"] = msgspec.structs.replace(first.models["m"], state=ModelState.RECOVERING)
+    profile = msgspec.structs.replace(PROFILE, memory_bytes=2 * GIB)
+    async with rig(first, second, models=(profile,)) as gateway:
         call = await gateway.chat(stream=True).end()
         assert call.status == 503
         assert call.headers["retry-after"] == "5"
         assert not first.loads + second.loads
+
+
+@pytest.mark.parametrize("dies", ["before", "with the request"])
+async def test_a_model_whose_only_replica_is_dead_is_loaded_elsewhere_at_once(dies: str) -> None:
+    async def reset(asked: Asked, line: Line) -> None:
+        line.reset()
+
+    first, second = FakeNeuron("a", script=reset).ready("m"), FakeNeuron("b")
+    async with rig(first, second, models=(PROFILE,), polling=Polling(interval_s=60, timeout_s=3)) as gateway:
+        await until(lambda: gateway.gateway.fleet.state.complete)
+        if dies == "before":
+            gateway.gateway.service.pools["a"]._port = free_port()  # where nobody listens
+        call = await gateway.chat().end()
+        assert (call.status, [load.id for load in second.loads]) == (200, ["m"])
+        assert len(second.asked) == 1
+
+
+async def test_what_nobody_else_can_load_is_503_and_not_denied_for_good() -> None:
+    async def reset(asked: Asked, line: Line) -> None:
+        line.reset()
+
+    async def refuse(spec: ModelSpec) -> Script:
+        return error(422, "source_not_found")
+
+    first, second = FakeNeuron("a", script=reset).ready("m"), FakeNeuron("b", load=refuse)
+    async with rig(first, second, models=(PROFILE,)) as gateway:
+        call = await gateway.chat().end()
+        assert (call.status, call.json()["error"]["code"]) == (503, "no_node")
+        assert "retry-after" in call.headers
 
 
 # ------------------------------------------------------------------ the catalogue and the rest

@@ -141,6 +141,14 @@ MESSAGES_ANSWER = orjson.dumps(
 )
 
 
+WHOLE_ANSWERS = {
+    "/v1/messages": MESSAGES_ANSWER,
+    "/v1/responses": orjson.dumps(RESPONSE | {"status": "completed", "usage": USAGE}),
+    "/v1/embeddings": b'{"object":"list","data":[{"object":"embedding","index":0,"embedding":[0.5]}],"model":"m",'
+    b'"usage":{"prompt_tokens":7,"total_tokens":7}}',
+}
+
+
 @dataclass
 class Asked:
     """One inference request as it arrived."""
@@ -207,7 +215,7 @@ async def answer(asked: Asked, line: Line) -> None:
         await line.reply(200, b'{"input_tokens":7}')
         return
     if not orjson.loads(asked.body).get("stream"):
-        await line.reply(200, MESSAGES_ANSWER if asked.path == "/v1/messages" else CHAT_ANSWER)
+        await line.reply(200, WHOLE_ANSWERS.get(asked.path, CHAT_ANSWER))
         return
     await line.start_stream()
     for frame in streams.get(asked.path, CHAT_STREAM):

@@ -60,8 +60,12 @@ def test_nodes_that_are_gone_are_forgotten() -> None:
 @pytest.mark.parametrize(
     ("script", "opens"),
     [
-        (error(500, "internal_error"), True),
-        (error(502, "x"), True),
+        (error(503, "device_worker_lost"), True),
+        (error(503, "no_harness"), True),
+        (error(401, "invalid_api_key"), True),
+        (error(500, "internal_error"), False),
+        (error(502, "x"), False),
+        (error(504, "x"), False),
         (error(400, "invalid_value"), False),
         (error(404, "unknown_url"), False),
         (error(422, "x"), False),
@@ -73,8 +77,8 @@ async def test_faults_open_a_circuit_and_clients_and_back_pressure_do_not(script
     neuron = FakeNeuron().ready("m")
     neuron.script = script  # type: ignore[assignment]
     async with rig(neuron, breaker=BreakerSettings(failures=3, open_s=0.2)) as gateway:
-        for _ in range(6):
-            await gateway.chat().end()
+        for i in range(6):
+            await gateway.chat(seed=i).end()
         assert len(neuron.asked) == (3 if opens else 6)
         neuron.script = answer
         if opens:
@@ -84,6 +88,44 @@ async def test_faults_open_a_circuit_and_clients_and_back_pressure_do_not(script
         breakers = gateway.gateway.service.dispatcher.breakers
         await until(lambda: not breakers.blocked("m", __import__("time").monotonic()))
         assert (await gateway.chat().end()).status == 200
+
+
+def test_doubts_are_of_different_requests_in_a_row_and_pass() -> None:
+    breakers = Breakers(SETTINGS)
+    for _ in range(9):
+        breakers.doubt("a", "m", b"same", 0)
+    assert not breakers.doubted("m", 0)
+    breakers.doubt("a", "m", b"other", 0)
+    breakers.succeed("a", "m")
+    for i in range(3):
+        assert not breakers.doubted("m", 0)
+        breakers.doubt("a", "m", b"%d" % i, 0)
+    assert breakers.doubted("m", 0) == {"a"}
+    assert not breakers.doubted("n", 0)
+    assert not breakers.blocked("m", 0)
+    assert not breakers.doubted("m", 10)
+
+
+async def test_requests_that_make_nodes_answer_500_take_the_model_from_nobody() -> None:
+    async def picky(asked: Asked, line: Line) -> None:
+        await (error(500, "internal_error") if b"bad" in asked.body else answer)(asked, line)
+
+    neuron = FakeNeuron(script=picky).ready("m")
+    async with rig(neuron, breaker=BreakerSettings(failures=3, open_s=60)) as gateway:
+        for i in range(10):
+            assert (await gateway.chat(user=f"bad {i}").end()).status == 500
+        for stream in (False, True):
+            assert (await gateway.chat(stream=stream).end()).status == 200
+
+
+async def test_a_replica_that_does_nothing_but_fail_is_asked_where_there_is_no_other() -> None:
+    broken, sound = FakeNeuron("a", script=error(500, "x")).ready("m"), FakeNeuron("b").ready("m")
+    async with rig(broken, sound, breaker=BreakerSettings(failures=3, open_s=60)) as gateway:
+        statuses = [(await gateway.chat(seed=i).end()).status for i in range(20)]
+        assert statuses.count(500) == 3
+        sound.script = error(503, "busy")
+        assert (await gateway.chat().end()).status == 500
+        assert len(broken.asked) == 4
 
 
 async def test_a_broken_replica_is_left_alone_and_the_other_serves() -> None:

@@ -101,11 +101,21 @@ def test_a_load_under_way_is_joined() -> None:
     assert isinstance(decide(node("a"), node("b", status(ModelState.LOADING)), excluded=frozenset("b")), Busy)
 
 
-def test_a_model_in_recovery_gets_no_second_copy() -> None:
-    decision = decide(node("a", status(ModelState.RECOVERING)), node("b"))
+def test_a_model_in_recovery_is_loaded_elsewhere_if_nothing_has_to_go_for_it() -> None:
+    assert decide(node("a", status(ModelState.RECOVERING)), node("b")) == Load(("b",))
+    decision = decide(node("a", status(ModelState.RECOVERING)), node("b", up=False))
     assert isinstance(decision, Busy)
     assert decision.retry_after_s > 0
     assert decide(node("a", status(ModelState.RECOVERING)), node("b", status())) == Serve("b")
+
+
+def test_replicas_that_are_gone_are_as_if_they_were_down() -> None:
+    gone = frozenset("a")
+    assert decide(node("a", status()), node("b", status()), gone=gone) == Serve("b")
+    assert decide(node("a", status()), node("b"), gone=gone) == Load(("b",))
+    assert isinstance(decide(node("a", status()), gone=gone), Busy)
+    both = decide(node("a", status()), node("b", status()), node("c"), gone=gone, excluded=frozenset("b"))
+    assert isinstance(both, Busy), "b is only busy"
 
 
 def test_replicas_that_refused_are_left_alone_and_not_doubled() -> None:
@@ -282,7 +292,9 @@ def test_a_decision_is_sound_and_depends_on_nothing_else(
             other = route(state, "m", profile, more, excluded)
             assert isinstance(other, Serve)
         case Load(candidates):
-            assert ModelState.RECOVERING not in states
+            if ModelState.RECOVERING in states:
+                ranked = placement.choose(state, PROFILE)
+                assert {found.node for found in ranked if found.fit <= placement.Fit.UNKNOWN} >= set(candidates)
             assert not excluded & set(candidates)
             assert len(set(candidates)) == len(candidates) > 0
             assert all(state.nodes[name].up for name in candidates)
