@@ -293,7 +293,7 @@ def test_a_decision_is_sound_and_depends_on_nothing_else(
             assert isinstance(other, Serve)
         case Load(candidates):
             if ModelState.RECOVERING in states:
-                ranked = placement.choose(state, PROFILE)
+                ranked = placement.choose(state, profile)
                 assert {found.node for found in ranked if found.fit <= placement.Fit.UNKNOWN} >= set(candidates)
             assert not excluded & set(candidates)
             assert len(set(candidates)) == len(candidates) > 0
