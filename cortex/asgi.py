@@ -1,110 +1,133 @@
-"""``app``: the gateway as an ASGI application, for ``granian --interface asgi cortex.asgi:app``.
+"""``app``: the gateway as one object that every interface of a server can call, for ``granian cortex.asgi:app``.
 
-The lifespan, and requests as the express way wants them; the paths are :mod:`cortex.gateway`'s. Each worker process has
-an ``app`` of its own, with its own view of the fleet.
+Granian's own interface, RSGI, finds ``__rsgi__`` and what starts and ends it; ASGI (with a lifespan or without one)
+calls the object. What is answered is the same, over HTTP/1 and HTTP/2; RSGI costs less a request, and ``cortex serve``
+uses it. The paths are :mod:`cortex.gateway`'s. Each worker process has an ``app`` of its own, with its own view of the
+fleet.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from cortex._fast.outlet import Turns
 from cortex._fast.watches import Watches
-from cortex.endpoints import request_id_of
+from cortex.asgi_io import AsgiHead, AsgiProtocol
+from cortex.endpoints import reply_error, request_id_of
+from cortex.errors import NotStartedError
 from cortex.express import Express
-from cortex.http_io import AsgiExchange, Header, Receive, Scope, Send, asgi_left, asgi_pieces, find_header
+from cortex.http_io import AsgiExchange, Receive, Scope, Send, find_header
+from cortex.rsgi_io import HTTP_2, RsgiExchange, RsgiSocket
 from cortex.settings import ConfigError
 from cortex.worker import Worker
 
+log = logging.getLogger("cortex")
 
-class _Headers:
-    """A request's headers by name, as text."""
-
-    __slots__ = ("_pairs",)
-
-    def __init__(self, pairs: Iterable[Header]) -> None:
-        self._pairs = pairs
-
-    def get(self, name: str) -> str | None:
-        """Return a header by its lower-case name, or ``None``."""
-        value = find_header(self._pairs, name.encode())
-        return None if value is None else value.decode("latin-1")
-
-
-class _Head:
-    """A request's head as the express way wants it."""
-
-    __slots__ = ("headers", "method", "path")
-
-    def __init__(self, scope: Scope) -> None:
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        self.headers = _Headers(scope["headers"])
-
-
-class _Protocol:
-    """A request's body and its answer as the express way wants them: the answer is given at once, and sent later."""
-
-    __slots__ = ("_answer", "_receive", "_send")
-
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-        self._answer: tuple[int, list[tuple[str, str]], bytes] = 500, [], b""
-
-    async def __call__(self) -> bytes:
-        """Return the whole body. Raises :class:`ClientDisconnectedError`."""
-        return b"".join([piece async for piece in asgi_pieces(self._receive)])
-
-    def response_bytes(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-        """Take the answer."""
-        self._answer = status, headers, body
-
-    async def flush(self) -> None:
-        """Send the answer."""
-        status, texts, body = self._answer
-        headers = [(name.encode(), value.encode("latin-1")) for name, value in texts]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
-
-    def client_disconnect(self) -> "asyncio.Future[None]":
-        """Return what is done when the client has left."""
-        return asyncio.ensure_future(asgi_left(self._receive))
+NO_WSGI = (
+    "cortex.asgi:app streams, and WSGI cannot: it is served by RSGI or ASGI. "
+    "Leave out --interface wsgi, or name asgi instead.\n"
+)
+_OPENS_AT_REQUEST = frozenset({"http", "websocket"})
 
 
 class Application(Worker):
-    """The ASGI callable."""
+    """The application, by whichever interface it is called."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one scope."""
-        if scope["type"] == "http":
-            trip = self._express.way.begin(_Head(scope), _Protocol(receive, send))
-            if trip is None:
-                given = find_header(scope["headers"], b"x-request-id")
-                exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
-            elif await trip.answer():
-                return
-            else:
-                exchange = AsgiExchange(scope, receive, send, request_id=trip.record.request_id)
-                exchange.trip, exchange.known_body = trip, trip.body
-            await self.handle(exchange, may_be_last=scope.get("http_version") != "2")
-        elif scope["type"] == "websocket":
-            await self.gateway.handle_socket(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        else:
-            raise NotImplementedError(f"scope type {scope['type']}")
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        super().__init__(*(() if environment is None else (environment,)))
+        self._starting: asyncio.Task[None] | None = None
+        self._is_open = False
 
-    def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take requests from now on, on this loop."""
+    # ------------------------------------------------------------------ RSGI
+
+    def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start, before anything is accepted."""
+        try:
+            loop.run_until_complete(self.start())
+        except ConfigError as error:
+            log.error("cortex: %s", error)
+            sys.exit(1)
+        self.open_rsgi(loop)
+
+    def __rsgi_del__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End; requests have ended by then."""
+        loop.run_until_complete(self.stop())
+
+    def open_rsgi(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take requests by RSGI from now on, on this loop."""
+        self._watches = Watches(loop)
+        self._turns = Turns(loop)
+        self._express = Express(self.gateway, self.ending, self._watches, flushes=False)
+
+    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
+        """Serve one request or WebSocket."""
+        if scope.proto != "http":
+            socket = RsgiSocket(scope, protocol)
+            try:
+                await self.gateway.handle_socket(socket.scope, socket.receive, socket.send)
+            finally:
+                socket.end()
+            return
+        self._turns.hurry()
+        if (
+            scope.http_version == HTTP_2
+        ):  # what its connection is sent has to be counted, which the express way does not
+            exchange = RsgiExchange(scope, protocol, self._watches, self._turns, None)
+            await self.handle(exchange, may_be_last=False)
+            return
+        trip = self._express.way.begin(scope, protocol)
+        if trip is None or not await trip.answer():
+            await self.handle(RsgiExchange(scope, protocol, self._watches, self._turns, trip))
+
+    # ------------------------------------------------------------------ ASGI
+
+    def __call__(self, scope: Any, receive: Any, send: Any = None) -> Any:
+        """Serve one scope. Called with two arguments, as WSGI does, say that this is no WSGI application."""
+        return _refuse_wsgi(receive) if send is None else self._serve(scope, receive, send)
+
+    # Servers look whether a call is a coroutine function, to tell this ASGI from an older one.
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(__call__)
+    else:
+        vars(__call__)["_is_coroutine"] = vars(asyncio.coroutines)["_is_coroutine"]
+
+    def open_asgi(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take requests by ASGI from now on, on this loop."""
         self._express = Express(self.gateway, self.ending, Watches(loop), flushes=True)
+        self._is_open = True
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if kind not in _OPENS_AT_REQUEST:
+            raise NotImplementedError(f"scope type {kind}")
+        if not self._is_open and not await self._opens(scope, receive, send):
+            return
+        if kind == "websocket":
+            await self.gateway.handle_socket(scope, receive, send)
+            return
+        trip = self._express.way.begin(AsgiHead(scope), AsgiProtocol(receive, send))
+        if trip is None:
+            given = find_header(scope["headers"], b"x-request-id")
+            exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
+        elif await trip.answer():
+            return
+        else:
+            exchange = AsgiExchange(scope, receive, send, request_id=trip.record.request_id)
+            exchange.trip, exchange.known_body = trip, trip.body
+        await self.handle(exchange, may_be_last=scope.get("http_version") != HTTP_2)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
             message: Mapping[str, Any] = await receive()
             if message["type"] == "lifespan.startup":
                 try:
-                    await self.start()
-                    self.open(asyncio.get_running_loop())
+                    await self._start_asgi()
                 except ConfigError as error:
                     await send({"type": "lifespan.startup.failed", "message": f"cortex: {error}"})
                     return
@@ -113,6 +136,35 @@ class Application(Worker):
                 await self.stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+
+    async def _opens(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Start for the first request of a server that has no lifespan; return whether that went well."""
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start_asgi())
+        try:
+            await asyncio.shield(self._starting)
+        except ConfigError as error:
+            self._starting = None  # the next request tries it again: a file can be mended
+            log.error("cortex: %s", error)
+            if scope["type"] == "websocket":
+                await receive()
+                await send({"type": "websocket.close"})
+                return False
+            refused = AsgiExchange(scope, receive, send, request_id=request_id_of(None))
+            await reply_error(refused, NotStartedError("The gateway has not started; its log says why."))
+            return False
+        return True
+
+    async def _start_asgi(self) -> None:
+        await self.start()
+        self.open_asgi(asyncio.get_running_loop())
+
+
+def _refuse_wsgi(start_response: Callable[[str, list[tuple[str, str]]], object]) -> list[bytes]:
+    """Answer as a WSGI application."""
+    log.error("%s", NO_WSGI.strip())
+    start_response("500 Internal Server Error", [("content-type", "text/plain; charset=utf-8")])
+    return [NO_WSGI.encode()]
 
 
 app = Application()

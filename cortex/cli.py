@@ -66,7 +66,9 @@ def command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the gateway")
-    serve.add_argument("--config", metavar="FILE", help="cortex.toml (default: $CORTEX_CONFIG, ./ or /etc/cortex/)")
+    serve.add_argument(
+        "--config", metavar="FILE", help="cortex.toml (default: $CORTEX_CONFIG, ./ or /etc/cortex/, or none)"
+    )
     serve.add_argument("--listen", metavar="HOST:PORT", help="where clients connect")
     serve.add_argument("--metrics-listen", metavar="HOST:PORT", help='where Prometheus scrapes; "" serves no metrics')
     serve.add_argument("--workers", type=int, metavar="N", help="processes that accept connections")
@@ -98,9 +100,10 @@ def _serve(options: argparse.Namespace) -> int:
         counts = f"{len(found.neurons)} nodes, {len(loaded.catalogue.profiles)} models"
         if loaded.keys.principals:
             counts += f", {len(loaded.keys.principals)} keys"
-        sys.stdout.write(f"{path}: ok, {counts}\n")
+        sys.stdout.write(f"{path or config.NO_FILE}: ok, {counts}\n")
         return 0
-    os.environ[config.CONFIG_VARIABLE] = str(path)
+    if path is not None:
+        os.environ[config.CONFIG_VARIABLE] = str(path)
     for key, value in flags.items():
         if value is not None:
             table, _, name = key.partition(".")
@@ -136,7 +139,7 @@ def _run(config: "Config") -> int:
         except OSError as error:
             return _fail(f"cannot listen at {gateway.listen}: {error.strerror or error}", EXIT_CONFIG)
     server = Granian(
-        "cortex.rsgi:app",
+        "cortex.asgi:app",
         address=host,
         port=port,
         interface=Interfaces.RSGI,
@@ -215,7 +218,7 @@ def _try_to_bind(host: str, port: int) -> None:
         trial.bind(address)
 
 
-def _config_path(path: str | None) -> pathlib.Path:
+def _config_path(path: str | None) -> pathlib.Path | None:
     from cortex import config
 
     return pathlib.Path(path) if path is not None else config.find(os.environ)

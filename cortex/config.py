@@ -28,6 +28,10 @@ DIALECTS = ("openai-chat", "openai-completions", "openai-responses", "anthropic-
 """The names of the clients' languages, as nodes and :mod:`cortex.dialects` use them."""
 
 SEARCH_PATH = ("cortex.toml", "/etc/cortex/cortex.toml")
+NO_FILE = "no cortex.toml"
+"""Source of settings where there is no file: the environment, the flags and the defaults."""
+LOCAL_NEURON = "local", "http://127.0.0.1:13131"
+"""Name and endpoint of the node where none is named: a neuron of this host, at its default address."""
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -239,48 +243,50 @@ class ModelsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aliases: dict[Alias, str] = {}
 
 
-def find(environment: Mapping[str, str]) -> pathlib.Path:
-    """Return the configuration file that applies.
-
-    Raises:
-        ConfigError: there is none.
-    """
+def find(environment: Mapping[str, str]) -> pathlib.Path | None:
+    """Return the configuration file that applies; ``None``: none is named and none is there, so that defaults apply."""
     named = environment.get(CONFIG_VARIABLE)
     if named:
         return pathlib.Path(named)
-    for candidate in SEARCH_PATH:
-        if pathlib.Path(candidate).exists():
-            return pathlib.Path(candidate)
-    raise ConfigError(CONFIG_VARIABLE, "", f"no configuration: none of {', '.join(SEARCH_PATH)} exists")
+    return next((path for path in places() if path.exists()), None)
+
+
+def places() -> tuple[pathlib.Path, ...]:
+    """Return where the configuration file is looked for."""
+    return tuple(map(pathlib.Path, SEARCH_PATH))
 
 
 def load(
-    path: pathlib.Path,
+    path: pathlib.Path | None,
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, object] | None = None,
     files: list[pathlib.Path] | None = None,
 ) -> Config:
     """Return the checked configuration. ``flags`` maps dotted keys to values; ``None`` values are not given.
 
-    The files that it names and that are read with it (secrets, certificates) are added to ``files``.
+    Without a file everything has its default, and the only node is this host's neuron. The files that it names and
+    that are read with it (secrets, certificates) are added to ``files``.
 
     Raises:
         ConfigError: the file, the environment or a flag is wrong.
     """
     environment = dict(os.environ if environment is None else environment)
     environment.pop(CONFIG_VARIABLE, None)
+    source = NO_FILE if path is None else str(path)
     config = settings.load(
         Config,
-        settings.read_toml(path),
-        str(path),
+        {} if path is None else settings.read_toml(path),
+        source,
         prefix=ENVIRONMENT_PREFIX,
         environment=environment,
         flags=flags,
     )
+    if path is None and not config.neurons:
+        config = msgspec.structs.replace(config, neurons=(NodeSettings(*LOCAL_NEURON),))
     if files is not None:
         for named in named_files(config):
             files.append(named)
-    _check(config, str(path))
+    _check(config, source)
     return config
 
 
@@ -293,14 +299,22 @@ def named_files(config: Config) -> list[pathlib.Path]:
     return [pathlib.Path(path) for path in dict.fromkeys(named) if path]
 
 
-def models_path(config: Config, path: pathlib.Path) -> pathlib.Path:
-    """Return where ``models.toml`` is, given the path of the ``cortex.toml`` that names it."""
-    return path.parent / config.gateway.models
+def models_path(config: Config, path: pathlib.Path | None) -> pathlib.Path | None:
+    """Return where ``models.toml`` is, given the path of the ``cortex.toml`` that names it.
+
+    Without that file a catalogue is read if it is there: ``None`` if it is not.
+    """
+    if path is not None:
+        return path.parent / config.gateway.models
+    models = pathlib.Path(config.gateway.models)
+    is_wanted = config.gateway.models != GatewaySettings().models or models.exists()
+    return models if is_wanted else None
 
 
-def keys_path(config: Config, path: pathlib.Path) -> pathlib.Path | None:
+def keys_path(config: Config, path: pathlib.Path | None) -> pathlib.Path | None:
     """Return where ``keys.toml`` is, if there are keys."""
-    return path.parent / config.access.keys if config.access.keys else None
+    folder = pathlib.Path() if path is None else path.parent
+    return folder / config.access.keys if config.access.keys else None
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int, str]:

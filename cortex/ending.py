@@ -144,18 +144,34 @@ def _descriptors() -> list[int]:
     return [int(name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
 
 
+def server_addresses() -> list[tuple[str, int]]:
+    """Return host and port of every TCP socket of this process that listens, or that its server will listen at."""
+    found = {bound[0] for fd in _descriptors() if (bound := _bound(fd)) is not None}
+    return sorted(found)
+
+
 def _listening_port(fd: int) -> int | None:
     """Return the port at which a descriptor listens, if it does."""
+    bound = _bound(fd)
+    return bound[0][1] if bound is not None and bound[1] else None
+
+
+def _bound(fd: int) -> tuple[tuple[str, int], bool] | None:
+    """Return where a TCP socket that is no connection has its address, and whether it listens there already."""
     try:
         copy = socket.socket(fileno=os.dup(fd))
     except OSError:
         return None
     with copy:
         try:
-            if copy.family not in {socket.AF_INET, socket.AF_INET6}:
+            if copy.family not in {socket.AF_INET, socket.AF_INET6} or copy.type != socket.SOCK_STREAM:
                 return None
-            listens = copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            listens = bool(copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
             address: tuple[Any, ...] = copy.getsockname()
         except OSError:
             return None
-    return int(address[1]) if listens else None
+        if not listens:
+            with contextlib.suppress(OSError):
+                copy.getpeername()
+                return None
+    return ((str(address[0]), int(address[1])), listens) if address[1] else None

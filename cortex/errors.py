@@ -103,6 +103,12 @@ class GatewayStoppedError(UnavailableError):
     code = "gateway_stopped"
 
 
+class NotStartedError(UnavailableError):
+    """The gateway could not start, and its server cannot be told so: ASGI without a lifespan."""
+
+    code = "not_started"
+
+
 class StoreUnavailableError(UnavailableError):
     """The store of responses does not answer."""
 

@@ -20,7 +20,7 @@ import orjson
 
 from cortex import config, report
 from cortex.access import keys
-from cortex.settings import ConfigError, read_secret, split_address
+from cortex.settings import ConfigError, read_secret, split_address, url_of
 
 EXIT_UNREACHABLE = 1
 EXIT_CONFIG = 2
@@ -184,7 +184,4 @@ def _address(path: str | None) -> str:
         if path is not None:
             raise
         gateway = config.GatewaySettings()
-    host, port = split_address(gateway.listen)
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    scheme = "https" if gateway.tls_certificate else "http"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return url_of("https" if gateway.tls_certificate else "http", *split_address(gateway.listen))

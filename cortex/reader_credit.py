@@ -8,7 +8,11 @@ system call for each ``WINDOW_BYTES`` and, while its reader stalls, a look every
 
 What is sent is counted with its framing: exactly for HTTP/1.1 in the clear, and never too low over TLS. Should the
 count have run ahead of the truth, a connection whose send buffer has been empty twice in a row while nothing was sent
-shows that nothing is queued. That holds for one stream a connection: not over HTTP/2.
+shows that nothing is queued. That holds for one stream a connection.
+
+Over HTTP/2 the streams of a connection share an account (:class:`SharedCredit`): which of them an acknowledgement is of
+cannot be known. A stream that stalls there holds up the others of its connection once they are long, as it does by
+HTTP/2's own window of the connection; never for longer than ``HOLD_S`` at a time.
 """
 
 import asyncio
@@ -18,7 +22,9 @@ import pathlib
 import socket
 import struct
 import termios
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 from cortex._fast.outlet import Outlet
 from cortex.http_io import ClientDisconnectedError
@@ -32,6 +38,15 @@ WINDOW_BYTES = 128 * 1024
 RESUME_BYTES = 96 * 1024
 """How much of that is left when more is sent: not after every acknowledgement."""
 
+FREE_SHARED_BYTES = 256 * 1024
+"""Bytes that a stream of an HTTP/2 connection may be sent before the account of its connection is looked at."""
+
+HOLD_S = 5.0
+"""Longest time for which the streams of an HTTP/2 connection wait while its host acknowledges nothing."""
+
+MAX_UNREAD_BYTES = 4 * 1024 * 1024
+"""Bytes that an HTTP/2 connection is sent beyond its window, after waits of ``HOLD_S``; then its streams are ended."""
+
 FIRST_LOOK_S = 0.002
 LAST_LOOK_S = 0.25
 """How soon a reader that has fallen behind is looked at again: at first, and when it has stalled for long."""
@@ -41,42 +56,22 @@ _ACKED_OFFSET = 120
 """Of ``tcpi_bytes_acked`` in Linux's ``struct tcp_info``."""
 
 
-class Credit:
-    """What one stream may be sent. ``client`` and ``server`` are the connection's addresses, as ``host:port``."""
+class Acknowledged:
+    """View of what the kernel knows of one connection. The addresses are ``host:port``."""
 
-    __slots__ = ("_acked_before", "_client", "_fd", "_server_port")
+    __slots__ = ("_client", "_fd", "_server_port")
 
     def __init__(self, client: str, server: str) -> None:
         self._client = client
         self._server_port = int(server.rpartition(":")[2])
-        self._acked_before: int | None = None
-        """What had been acknowledged when nothing of this stream had been, or more than that."""
         self._fd = -1
 
-    async def more(self, outlet: Outlet) -> None:
-        """Return when the reader has read enough to be sent more, and say how much.
+    def look(self) -> tuple[int, int]:
+        """Return how many bytes the reader's host has acknowledged, and how many it has yet to.
 
         Raises:
-            ClientDisconnectedError: its connection is gone.
+            ClientDisconnectedError: the connection is gone.
         """
-        pause_s = FIRST_LOOK_S
-        was_empty = False
-        while True:
-            acked, num_queued = self._look()
-            if self._acked_before is None:
-                self._acked_before = acked
-            elif was_empty and not num_queued:
-                self._acked_before = acked - outlet.sent_bytes
-            outstanding = outlet.sent_bytes - (acked - self._acked_before)
-            if outstanding <= RESUME_BYTES:
-                outlet.limit_bytes = outlet.sent_bytes + WINDOW_BYTES - outstanding
-                return
-            was_empty = not num_queued
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LAST_LOOK_S)
-
-    def _look(self) -> tuple[int, int]:
-        """Return how many bytes the reader's host has acknowledged, and how many it has yet to."""
         if self._fd < 0:
             self._fd = _find(self._client, self._server_port)
         try:
@@ -90,6 +85,117 @@ class Credit:
             raise ClientDisconnectedError
         acked: int = struct.unpack_from("Q", info, _ACKED_OFFSET)[0] if len(info) >= _ACKED_OFFSET + 8 else 0
         return acked, num_queued
+
+
+class Credit:
+    """What one stream may be sent. ``client`` and ``server`` are the connection's addresses, as ``host:port``."""
+
+    __slots__ = ("_acked_before", "_connection")
+
+    def __init__(self, client: str, server: str) -> None:
+        self._connection = Acknowledged(client, server)
+        self._acked_before: int | None = None
+        """What had been acknowledged when nothing of this stream had been, or more than that."""
+
+    async def more(self, outlet: Outlet) -> None:
+        """Return when the reader has read enough to be sent more, and say how much.
+
+        Raises:
+            ClientDisconnectedError: its connection is gone.
+        """
+        pause_s = FIRST_LOOK_S
+        was_empty = False
+        while True:
+            acked, num_queued = self._connection.look()
+            if self._acked_before is None:
+                self._acked_before = acked
+            elif was_empty and not num_queued:
+                self._acked_before = acked - outlet.sent_bytes
+            outstanding = outlet.sent_bytes - (acked - self._acked_before)
+            if outstanding <= RESUME_BYTES:
+                outlet.limit_bytes = outlet.sent_bytes + WINDOW_BYTES - outstanding
+                return
+            was_empty = not num_queued
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_LOOK_S)
+
+
+class SharedCredit:
+    """What the streams of one HTTP/2 connection may be sent, all of them together.
+
+    The count of what was sent has no framing and no heads, so that it is never too high: a reader that reads is never
+    taken for one that stalls. It begins anew when no exchange of the connection is left.
+    """
+
+    __slots__ = ("__weakref__", "_acked_before", "_connection", "_forgiven_bytes", "_sent_bytes")
+
+    def __init__(self, client: str, server: str) -> None:
+        self._connection = Acknowledged(client, server)
+        self._acked_before: int | None = None
+        """Acknowledged bytes at the beginning of the count; more, where others were acknowledged since."""
+        self._sent_bytes = 0
+        self._forgiven_bytes = 0
+
+    @staticmethod
+    def of(client: str, server: str) -> "SharedCredit":
+        """Return the account of a connection."""
+        found = _shared.get((client, server))
+        if found is None:
+            found = _shared[client, server] = SharedCredit(client, server)
+        return found
+
+    def note(self, size_bytes: int) -> None:
+        """Count bytes that were sent."""
+        if self._acked_before is not None:
+            self._sent_bytes += size_bytes
+
+    def for_stream(self) -> Callable[[Outlet], Coroutine[Any, Any, None]]:
+        """Return what waits for one stream, as :meth:`Credit.more` does."""
+        if self._acked_before is None:
+            with contextlib.suppress(ClientDisconnectedError):
+                self._acked_before = self._connection.look()[0]
+        num_noted = 0
+
+        async def more(outlet: Outlet) -> None:
+            nonlocal num_noted
+            self.note(outlet.sent_bytes - num_noted)
+            num_noted = outlet.sent_bytes
+            room_bytes = await self._wait()
+            outlet.limit_bytes = outlet.sent_bytes + room_bytes
+
+        return more
+
+    async def _wait(self) -> int:
+        """Return how many bytes a stream may be sent, once that is not nothing.
+
+        Raises:
+            ClientDisconnectedError: the connection is gone, or its host has left too much unread.
+        """
+        pause_s, still_s, acked_last = FIRST_LOOK_S, 0.0, -1
+        while True:
+            acked, _ = self._connection.look()
+            if self._acked_before is None:
+                self._acked_before = acked
+            if acked > acked_last >= 0:
+                still_s, self._forgiven_bytes = 0.0, max(0, self._forgiven_bytes - (acked - acked_last))
+            acked_last = acked
+            outstanding = self._sent_bytes - (acked - self._acked_before)
+            if outstanding < 0:
+                self._acked_before, outstanding = acked - self._sent_bytes, 0
+            if outstanding <= RESUME_BYTES:
+                return WINDOW_BYTES - outstanding
+            if still_s >= HOLD_S:
+                if self._forgiven_bytes >= MAX_UNREAD_BYTES:
+                    raise ClientDisconnectedError
+                self._forgiven_bytes += outstanding - RESUME_BYTES
+                self._sent_bytes -= outstanding - RESUME_BYTES
+                return WINDOW_BYTES - RESUME_BYTES
+            await asyncio.sleep(pause_s)
+            still_s += pause_s
+            pause_s = min(2 * pause_s, LAST_LOOK_S)
+
+
+_shared: "weakref.WeakValueDictionary[tuple[str, str], SharedCredit]" = weakref.WeakValueDictionary()
 
 
 @contextlib.contextmanager

@@ -66,18 +66,22 @@ class Loaded:
 
 
 def load(
-    path: pathlib.Path,
+    path: pathlib.Path | None,
     environment: Mapping[str, str],
     flags: Mapping[str, object] | None = None,
     files: list[pathlib.Path] | None = None,
 ) -> Loaded:
     """Read everything, beginning with ``cortex.toml`` at ``path``. What is looked at is added to ``files``.
 
+    Without a path it is the file that is found, if any is; where none is, the places of one are looked at.
+
     Raises:
         ConfigError: any of it is wrong.
     """
     files = [] if files is None else files
-    files.append(path)
+    path = path or config.find(environment)
+    for place in config.places() if path is None else (path,):
+        files.append(place)
     try:
         return _load(path, environment, flags, files)
     except ConfigError:
@@ -87,14 +91,16 @@ def load(
 
 
 def _load(
-    path: pathlib.Path,
+    path: pathlib.Path | None,
     environment: Mapping[str, str],
     flags: Mapping[str, object] | None,
     files: list[pathlib.Path],
 ) -> Loaded:
+    source = config.NO_FILE if path is None else str(path)
     settings = config.load(path, environment, flags, files)
-    files.append(models := config.models_path(settings, path))
-    offered = catalogue.load(models, {node.name for node in settings.neurons})
+    models = config.models_path(settings, path)
+    files.append(models or pathlib.Path(settings.gateway.models))
+    offered = catalogue.load(models, {node.name for node in settings.neurons}) if models else Catalogue({}, {})
     ring = KeyRing()
     access = settings.access
     if (keys_file := config.keys_path(settings, path)) is not None:
@@ -107,11 +113,11 @@ def _load(
         is_shared = settings.gateway.workers > 1 and access.counters is CountersKind.MEMORY
         if is_shared and any(not principal.limits.are_none for principal in ring.by_name()):
             reason = 'keys have limits, which several workers can only count together in "valkey"'
-            raise ConfigError(str(path), "access.counters", reason)
+            raise ConfigError(source, "access.counters", reason)
         if not ring.principals:
             log.warning("%s holds no key: nobody is let in with one", keys_file)
     elif access.anonymous:
-        raise ConfigError(str(path), "access.anonymous", "means nothing without access.keys: everybody may ask")
+        raise ConfigError(source, "access.anonymous", "means nothing without access.keys: everybody may ask")
     return Loaded(settings, offered, ring, tuple(dict.fromkeys(files)))
 
 
@@ -128,10 +134,13 @@ class _Looked(list[pathlib.Path]):
         super().append(path)
 
 
-def says_who_may_ask(path: pathlib.Path, environment: Mapping[str, str]) -> bool:
+def says_who_may_ask(path: pathlib.Path | None, environment: Mapping[str, str]) -> bool:
     """Return whether a configuration that was rejected is about who may ask, as far as can be told of it."""
     if environment.get(f"{config.ENVIRONMENT_PREFIX}ACCESS__KEYS"):
         return True
+    path = path or config.find(environment)
+    if path is None:
+        return False
     try:
         access = read_toml(path).get("access", {})
     except ConfigError:
@@ -152,7 +161,7 @@ class Reloader:
     """Reads the files again, and hands on what they say if all of it is right and something has changed."""
 
     def __init__(
-        self, path: pathlib.Path, environment: Mapping[str, str], loaded: Loaded, apply: Callable[[Loaded], None]
+        self, path: pathlib.Path | None, environment: Mapping[str, str], loaded: Loaded, apply: Callable[[Loaded], None]
     ) -> None:
         self._path = path
         self._environment = environment
@@ -194,7 +203,7 @@ class Reloader:
             found = load(self._path, self._environment, files=looked_at)
             if not self._is_open and not found.config.access.keys:
                 reason = "is gone: a running gateway does not give up its keys; restart it to let everybody in"
-                raise ConfigError(str(self._path), "access.keys", reason)
+                raise ConfigError(str(self._path or config.NO_FILE), "access.keys", reason)
         except ConfigError as error:
             self._watch_also(looked_at.stamps | seen, (*self._loaded.files, *looked_at))
             self._reject(error)
@@ -213,7 +222,9 @@ class Reloader:
         try:
             self._apply(self._loaded)
         except Exception as error:
-            failed = ConfigError(str(self._path), "", f"could not be put in force: {type(error).__name__}: {error}")
+            failed = ConfigError(
+                str(self._path or config.NO_FILE), "", f"could not be put in force: {type(error).__name__}: {error}"
+            )
             self._seen = {}  # it is tried again
             self._reject(failed)
             raise failed from error

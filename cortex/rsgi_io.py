@@ -1,7 +1,8 @@
 """One HTTP exchange, or one WebSocket, over RSGI, Granian's own interface.
 
 Granian queues without limit whatever a stream is sent, so that a reader's pace has to be learnt elsewhere: a stream
-goes on while :class:`~cortex.reader_credit.Credit` lets it. It does not tell of a client's leaving unless it is asked
+goes on while :class:`~cortex.reader_credit.Credit` lets it, or over HTTP/2, where streams share a connection, a
+:class:`~cortex.reader_credit.SharedCredit`. It does not tell of a client's leaving unless it is asked
 (:mod:`cortex._fast.watches`).
 """
 
@@ -17,9 +18,11 @@ from cortex._fast.outlet import Outlet, Turns
 from cortex._fast.watches import Watches
 from cortex.endpoints import request_id_of
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header, read_at_most
-from cortex.reader_credit import FREE_BYTES, Credit
+from cortex.reader_credit import FREE_BYTES, FREE_SHARED_BYTES, Credit, SharedCredit
 
 TextHeader = tuple[str, str]
+
+HTTP_2 = "2"
 
 
 class RsgiExchange(Exchange):
@@ -41,6 +44,10 @@ class RsgiExchange(Exchange):
         self._watches = watches
         self._turns = turns
         self._outlet: Outlet | None = None
+        self._shared: SharedCredit | None = None
+        """Account of the connection, where other exchanges have it too."""
+        if scope.http_version == HTTP_2:
+            self._shared = SharedCredit.of(scope.client, scope.server)
         self.trip = trip
         if trip is not None:
             self.known_body = trip.body
@@ -78,6 +85,10 @@ class RsgiExchange(Exchange):
         """Send a complete answer."""
         self.status = status
         texts = [("content-type", _text(content_type)), ("content-length", str(len(body)))]
+        if self.method == "HEAD":
+            body = b""  # over HTTP/2 the server would send it
+        if self._shared is not None:
+            self._shared.note(len(body))
         self._protocol.response_bytes(status, self._finish_texts(texts, headers), body)
 
     async def start_stream(self, headers: Sequence[Header] = ()) -> None:
@@ -97,9 +108,13 @@ class RsgiExchange(Exchange):
         """Send status 200 and the headers of an event stream; return what it is written to."""
         self.status = 200
         transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
-        credit = Credit(self._client, self._scope.server)
+        shared = self._shared
+        more = Credit(self._client, self._scope.server).more if shared is None else shared.for_stream()
+        free_bytes = FREE_BYTES if shared is None else FREE_SHARED_BYTES
         is_tls = self._scope.scheme == "https"
-        self._outlet = Outlet(transport.send_bytes, credit.more, FREE_BYTES, self._turns, is_tls=is_tls)
+        self._outlet = Outlet(
+            transport.send_bytes, more, free_bytes, self._turns, is_tls=is_tls, counts_framing=shared is None
+        )
         return self._outlet
 
     async def finish(self) -> None:

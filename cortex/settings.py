@@ -190,6 +190,12 @@ def split_address(address: str) -> tuple[str, int]:
     return match[1] or match[2], port
 
 
+def url_of(scheme: str, host: str, port: int) -> str:
+    """Return the address at which a client on this host reaches what listens at ``host``."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
 def _typed(kind: Any, variable: str, keys: list[str], text: str) -> object:
     """Return ``text`` as the type the key has: itself, or JSON for lists and tables."""
     for key in keys:

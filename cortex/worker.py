@@ -5,18 +5,23 @@ It knows the files and the process, not HTTP. ``CORTEX_CONFIG`` names the config
 
 import asyncio
 import gc
+import logging
 import os
+import pathlib
 import time
 from collections.abc import Mapping
 
 from cortex import config, logs, reload, systemd, tracing
 from cortex._fast.express import Trip
 from cortex._fast.scheduling import set_slices
-from cortex.ending import Ending
+from cortex.ending import Ending, server_addresses
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange
 from cortex.memory import give_back_now_and_then
-from cortex.settings import split_address
+from cortex.settings import split_address, url_of
+from cortex.wire import VERSION
+
+log = logging.getLogger("cortex")
 
 SLICE_NS = 100_000
 """How long a thread may keep its core from others. The server's thread and the loop's wake each other for each request;
@@ -58,6 +63,7 @@ class Worker:
         ports = [split_address(gateway.metrics_listen)[1]] if gateway.metrics_listen else []
         self.ending = Ending(gateway.drain_timeout_s, ports, self.gateway.end_requests, self.gateway.prepare_to_stop)
         self.ending.listen_to_signals()
+        announce(loaded, path)
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)
         collect_seldom()
@@ -92,6 +98,38 @@ class Worker:
 
     def _apply(self, loaded: reload.Loaded) -> None:
         self.gateway.reconfigure(loaded.config, loaded.catalogue, loaded.keys)
+
+
+def announce(loaded: reload.Loaded, path: pathlib.Path | None) -> None:
+    """Say in the log what has started: its version, where it is reached, what it offers, and whether keys are wanted.
+
+    Where it is reached is what the process listens at: bare Granian has an address of its own, and no knowledge of
+    ``gateway.listen``.
+    """
+    gateway = loaded.config.gateway
+    wanted = split_address(gateway.listen)
+    metrics = split_address(gateway.metrics_listen) if gateway.metrics_listen else None
+    found = [(host, port) for host, port in server_addresses() if metrics is None or port != metrics[1]]
+    scheme = "https" if gateway.tls_certificate else "http"
+    at = ",".join(url_of(scheme, *address) for address in found or [wanted])
+    fields = {
+        "version": VERSION,
+        "at": at,
+        "dashboard": f"{url_of(scheme, *(found or [wanted])[0])}/",
+        "metrics": f"http://{gateway.metrics_listen}/metrics" if gateway.metrics_listen else "off",
+        "config": path or config.NO_FILE,
+        "nodes": ",".join(f"{node.name}={node.endpoint}" for node in loaded.config.neurons),
+        "models": len(loaded.catalogue.profiles),
+        "keys": len(loaded.keys.principals) or "off",
+    }
+    log.info("started", extra={"fields": fields})
+    if found and all(port != wanted[1] for _, port in found):
+        log.warning(
+            "the server listens at %s, and gateway.listen is %s, which only `cortex serve` reads; "
+            "granian takes --host and --port, or GRANIAN_HOST and GRANIAN_PORT",
+            at,
+            gateway.listen,
+        )
 
 
 def collect_seldom() -> None:

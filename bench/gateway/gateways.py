@@ -7,7 +7,6 @@ set to what is cheapest for them: the routers take turns among nodes and log war
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -70,7 +69,7 @@ def cortex_command(
     arguments: list[Word] = [granian]
     for name, value in options.items():
         arguments += [f"--{name}", str(value)]
-    return Command([*arguments, f"cortex.{interface}:app"], {"CORTEX_CONFIG": str(folder / "cortex.toml")})
+    return Command([*arguments, "cortex.asgi:app"], {"CORTEX_CONFIG": str(folder / "cortex.toml")})
 
 
 def cortex(interface: str) -> Gateway:
@@ -79,10 +78,7 @@ def cortex(interface: str) -> Gateway:
     def command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Command:
         return cortex_command(interface, port, nodes, folder)
 
-    def missing() -> str | None:
-        return None if importlib.util.find_spec(f"cortex.{interface}") else f"there is no cortex.{interface}"
-
-    return Gateway(f"cortex {interface}", command, missing, lambda: importlib.metadata.version("helexa-cortex"))
+    return Gateway(f"cortex {interface}", command, lambda: None, lambda: importlib.metadata.version("helexa-cortex"))
 
 
 def peer_version(package: str) -> str:

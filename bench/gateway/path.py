@@ -32,11 +32,11 @@ from gateway.rig import DISCOVERY, HEALTH, KEY, MODEL
 from cortex import logs
 from cortex._fast.http_client import Connection
 from cortex.access.keys import KeyRing, Limits, Principal
+from cortex.asgi import Application
 from cortex.config import Config, GatewaySettings, ModelProfile, NodeSettings, StoreSettings
 from cortex.ending import Ending
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
-from cortex.rsgi import Application
 from cortex.worker import collect_seldom
 
 NOWHERE = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process is there
@@ -237,7 +237,7 @@ async def run(kind: Kind, num_requests: int) -> float:
     scope = Scope(kind.body)
     application = Application({})
     application.gateway, application.ending = gateway, Ending(0, [], gateway.end_requests)
-    application.open(asyncio.get_running_loop())
+    application.open_rsgi(asyncio.get_running_loop())
     collect_seldom()
     before_s = time.process_time()
     for _ in range(num_requests):

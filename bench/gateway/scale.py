@@ -10,7 +10,6 @@ the last lines: that is arithmetic, not a measurement.
 
 import contextlib
 import functools
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -214,7 +213,7 @@ def site(streams: Sequence[Row], nodes: Sequence[Row]) -> list[str]:
 def main() -> None:
     """Measure and print."""
     parser = report.arguments(__doc__)
-    known = [name for name in ("rsgi", "asgi") if importlib.util.find_spec(f"cortex.{name}")]
+    known = ["rsgi", "asgi"]
     parser.add_argument("--interface", choices=known, default=known[0])
     parser.add_argument("--quick", action="store_true", help="small numbers: to see that all works")
     options = parser.parse_args()

@@ -20,6 +20,7 @@ cdef class Outlet:
     cdef object send
     cdef object wait
     cdef bint is_tls
+    cdef bint counts_framing
     cdef Turns turns
 
     cpdef object write(self, bytes data)

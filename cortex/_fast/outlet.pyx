@@ -61,15 +61,17 @@ cdef class Turns:
 cdef class Outlet:
     """Counts what it passes on to ``send``, with its framing: exactly in the clear, and never too low over TLS.
 
+    Without ``counts_framing`` the framing is left out, so that the count is never too high.
     What is beyond ``limit_bytes`` is still sent; ``wait`` then is called with the outlet, and returns what to await
     before there is more. ``written_at`` is when it was last written to, by the loop's clock; to ``turns`` it is told.
     """
 
-    def __init__(self, send, wait, Py_ssize_t limit_bytes, Turns turns not None, *, bint is_tls):
+    def __init__(self, send, wait, Py_ssize_t limit_bytes, Turns turns not None, *, bint is_tls, bint counts_framing=True):
         self.send = send
         self.wait = wait
         self.limit_bytes = limit_bytes
         self.is_tls = is_tls
+        self.counts_framing = counts_framing
         self.turns = turns
 
     cpdef object write(self, bytes data):
@@ -81,9 +83,11 @@ cdef class Outlet:
         self.send(data)
         self.turns.note()
         self.written_at = seconds_of(CLOCK_MONOTONIC)
-        self.sent_bytes += size_bytes + CHUNK_BYTES
-        if self.is_tls:
-            self.sent_bytes += TLS_RECORD_BYTES * (1 + size_bytes // TLS_CONTENT_BYTES)
+        self.sent_bytes += size_bytes
+        if self.counts_framing:
+            self.sent_bytes += CHUNK_BYTES
+            if self.is_tls:
+                self.sent_bytes += TLS_RECORD_BYTES * (1 + size_bytes // TLS_CONTENT_BYTES)
         return self.wait(self) if self.sent_bytes > self.limit_bytes else None
 
     def close(self):

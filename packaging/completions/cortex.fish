@@ -13,7 +13,7 @@ complete -c cortex -n __fish_use_subcommand -a demo -d 'chat with a small real m
 complete -c cortex -n '__fish_use_subcommand' -s h -l help -d 'show this help message and exit'
 complete -c cortex -n '__fish_use_subcommand' -l version -d 'show program'\''s version number and exit'
 complete -c cortex -n '__fish_seen_subcommand_from serve' -s h -l help -d 'show this help message and exit'
-complete -c cortex -n '__fish_seen_subcommand_from serve' -l config -r -F -d 'cortex.toml (default: $CORTEX_CONFIG, ./ or /etc/cortex/)'
+complete -c cortex -n '__fish_seen_subcommand_from serve' -l config -r -F -d 'cortex.toml (default: $CORTEX_CONFIG, ./ or /etc/cortex/, or none)'
 complete -c cortex -n '__fish_seen_subcommand_from serve' -l listen -x -d 'where clients connect'
 complete -c cortex -n '__fish_seen_subcommand_from serve' -l metrics-listen -x -d 'where Prometheus scrapes; "" serves no metrics'
 complete -c cortex -n '__fish_seen_subcommand_from serve' -l workers -x -d 'processes that accept connections'

@@ -171,11 +171,21 @@ def test_a_missing_file_says_so(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
         config.load(tmp_path / "none.toml", {})
     monkeypatch.chdir(tmp_path)
     if not pathlib.Path("/etc/cortex/cortex.toml").exists():
-        with pytest.raises(ConfigError, match="no configuration"):
-            config.find({})
+        assert config.find({}) is None
     (tmp_path / "cortex.toml").write_text("")
     assert config.find({}) == pathlib.Path("cortex.toml")
     assert config.find({"CORTEX_CONFIG": "/x/y.toml"}) == pathlib.Path("/x/y.toml")
+
+
+def test_without_a_file_the_node_is_this_hosts_neuron() -> None:
+    assert [(node.name, node.endpoint) for node in config.load(None, {}).neurons] == [
+        ("local", "http://127.0.0.1:13131")
+    ]
+    named = {"CORTEX_NEURONS": '[{"name": "a", "endpoint": "http://192.0.2.1:1"}]', "CORTEX_GATEWAY__WORKERS": "2"}
+    found = config.load(None, named)
+    assert ([node.name for node in found.neurons], found.gateway.workers) == (["a"], 2)
+    with pytest.raises(ConfigError, match=r"^no cortex\.toml: gateway\.metrics_listen: is "):
+        config.load(None, {}, {"gateway.metrics_listen": "127.0.0.1:31313"})
 
 
 # ------------------------------------------------------------------ models.toml

@@ -65,7 +65,7 @@ class Server:
 
 def granian(interface: str) -> list[str]:
     """Return what serves the gateway in one of its interfaces."""
-    return ["granian", "--interface", interface, "--http", "1", "--loop", "uvloop", f"cortex.{interface}:app"]
+    return ["granian", "--interface", interface, "--http", "1", "--loop", "uvloop", "cortex.asgi:app"]
 
 
 INTERFACES = pytest.mark.parametrize("interface", ["asgi", "rsgi"])

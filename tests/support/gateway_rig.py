@@ -6,7 +6,7 @@ import pathlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import rsgi_call
@@ -14,8 +14,8 @@ from asgi_call import Call
 from daemons import INTERFACE
 from fake_neuron import FakeNeuron
 
-from cortex import asgi, rsgi
 from cortex.access.keys import KeyRing
+from cortex.asgi import Application
 from cortex.config import (
     AccessSettings,
     Config,
@@ -36,17 +36,15 @@ from cortex.http_io import AsgiExchange
 QUICK = Polling(interval_s=0.05, timeout_s=3, max_backoff_s=0.2)  # a busy machine may hold everything up for a second
 PATIENT = Timeouts()
 IN_MEMORY = StoreSettings(path=":memory:")
-A = TypeVar("A", asgi.Application, rsgi.Application)
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = {**CHAT, "stream": True}
 
 
-def application(kind: type[A], gateway: Gateway) -> A:
+def application(gateway: Gateway) -> Application:
     """Return an application over a gateway that is there already."""
-    made = kind({})
+    made = Application({})
     made.gateway, made.ending = gateway, Ending(1, [], gateway.end_requests)
-    made.open(asyncio.get_running_loop())
     return made
 
 
@@ -57,9 +55,12 @@ class Rig:
         self.gateway = gateway
         self._serve: Any = self._common
         if interface == "asgi":
-            self._serve = application(asgi.Application, gateway)
+            self._serve = application(gateway)
+            self._serve.open_asgi(asyncio.get_running_loop())
         elif interface == "rsgi":
-            self._serve = rsgi_call.Server(application(rsgi.Application, gateway).__rsgi__)
+            called = application(gateway)
+            called.open_rsgi(asyncio.get_running_loop())
+            self._serve = rsgi_call.Server(called.__rsgi__)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._serve(scope, receive, send)

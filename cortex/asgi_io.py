@@ -1,0 +1,64 @@
+"""A request that came over ASGI, as the express way (:mod:`cortex._fast.express`) wants one.
+
+The exchange of all other requests is :class:`cortex.http_io.AsgiExchange`.
+"""
+
+import asyncio
+from collections.abc import Iterable
+
+from cortex.http_io import Header, Receive, Scope, Send, asgi_left, asgi_pieces, find_header
+
+
+class AsgiHeaders:
+    """Headers of a request by name, as text."""
+
+    __slots__ = ("_pairs",)
+
+    def __init__(self, pairs: Iterable[Header]) -> None:
+        self._pairs = pairs
+
+    def get(self, name: str) -> str | None:
+        """Return a header by its lower-case name, or ``None``."""
+        value = find_header(self._pairs, name.encode())
+        return None if value is None else value.decode("latin-1")
+
+
+class AsgiHead:
+    """Head of a request."""
+
+    __slots__ = ("headers", "method", "path")
+
+    def __init__(self, scope: Scope) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers = AsgiHeaders(scope["headers"])
+
+
+class AsgiProtocol:
+    """Body of a request and its answer: the answer is given at once, and sent later."""
+
+    __slots__ = ("_answer", "_receive", "_send")
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._answer: tuple[int, list[tuple[str, str]], bytes] = 500, [], b""
+
+    async def __call__(self) -> bytes:
+        """Return the whole body. Raises :class:`ClientDisconnectedError`."""
+        return b"".join([piece async for piece in asgi_pieces(self._receive)])
+
+    def response_bytes(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        """Take the answer."""
+        self._answer = status, headers, body
+
+    async def flush(self) -> None:
+        """Send the answer."""
+        status, texts, body = self._answer
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in texts]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def client_disconnect(self) -> "asyncio.Future[None]":
+        """Return what is done when the client has left."""
+        return asyncio.ensure_future(asgi_left(self._receive))
