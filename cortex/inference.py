@@ -167,6 +167,7 @@ class Inference:
             is_awaited=not part.background,
             arrived_at=record.begun_s,
             cache_key=found.prompt_cache_key,
+            principal=principal.name,
             as_chat=None if chat is None else chat.body,
             priority=principal.priority,
             name=name,

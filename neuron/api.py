@@ -258,7 +258,7 @@ class Api:
     async def _chat(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_chat.decode(await exchange.read_body(self._service.max_body_bytes))
         _tell_ignored(exchange, call.ignored)
-        request, created = _on_behalf(exchange, call.request), int(time.time())
+        request, created = call.request, int(time.time())
         name = _name(exchange, request)
         reply_id = f"chatcmpl-{secrets.token_hex(12)}"
         record.is_stream = call.stream
@@ -308,7 +308,7 @@ class Api:
     async def _responses(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
         _tell_ignored(exchange, call.ignored)
-        request = _on_behalf(exchange, call.request)
+        request = call.request
         record.is_stream = call.stream
         part = GatewayPart.of(exchange.header(GATEWAY_PART_HEADER))
         frames = ResponsesStream(
@@ -334,7 +334,7 @@ class Api:
         _tell_ignored(exchange, call.ignored)
         id = f"resp_{secrets.token_hex(24)}"
         frames = ResponsesStream(id, call.request.model, int(time.time()), echo=b"{}")
-        request = _on_behalf(exchange, call.request)
+        request = call.request
         await self._complete(exchange, request, frames.frames, lambda: compaction.answer(frames.response()), record)
 
     async def _input_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
@@ -346,7 +346,7 @@ class Api:
     async def _messages(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
         _tell_ignored(exchange, call.ignored)
-        request = _on_behalf(exchange, call.request)
+        request = call.request
         record.is_stream = call.stream
         frames = MessagesStream(f"msg_{secrets.token_hex(12)}", _name(exchange, request))
         if call.stream:
@@ -377,6 +377,8 @@ class Api:
         projector: Projector,
         record: RequestRecord,
     ) -> None:
+        request = _on_behalf(exchange, request)
+
         async def frames() -> AsyncGenerator[bytes, None]:
             async for events in self._events(request, record):
                 if made := projector.frames(events):
@@ -397,6 +399,8 @@ class Api:
         body: Callable[[], bytes],
         record: RequestRecord,
     ) -> None:
+        request = _on_behalf(exchange, request)
+
         async def gather() -> None:
             async with aclosing(self._events(request, record)) as batches:
                 async for events in batches:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import socket
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Annotated
 
 import msgspec
@@ -20,6 +21,20 @@ from cortex.wire.node import LoadRequest
 ENVIRONMENT_PREFIX = "NEURON_"
 CONFIG_VARIABLE = "NEURON_CONFIG"
 SYSTEM_PATH = "/etc/neuron/neuron.toml"
+
+
+class PrefixSharing(StrEnum):
+    """Whose prompts share the beginnings they have in common."""
+
+    PRINCIPAL = "principal"
+    """Those of one principal, and those of all who have none."""
+    ALL = "all"
+    """Those of everybody: faster, and whoever asks can find out what others have asked."""
+
+    def salt(self, principal: str, own: str = "") -> str:
+        """Return what only prompts that may share have in common; ``own`` is the client's."""
+        parts = (principal if self is PrefixSharing.PRINCIPAL else "", own)
+        return "\n".join(parts) if any(parts) else ""
 
 
 class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +53,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
     """Choices of requests that may wait for a seat, for each model, before more are told to come back later."""
+    prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL
+    """Whose prompts share the beginnings that they have in common in the cache: those of one principal, or all."""
     max_models: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
     """Models this node knows at a time, loaded or not; beyond it the one out of use for longest is forgotten."""
     failed_kept_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0

@@ -313,7 +313,8 @@ class Service:
             if importlib.util.find_spec("torch") is None:
                 _log.warning("harness %s is not available: torch is not installed", name)
                 continue
-            found[name] = TorchHarness(self._workers, self._config.daemon.collective_limit_s)
+            daemon = self._config.daemon
+            found[name] = TorchHarness(self._workers, daemon.collective_limit_s, daemon.prefix_sharing)
         return found
 
     def _worker(self, device: str) -> Worker:

@@ -23,6 +23,7 @@ from cortex.wire.errors import (
 from cortex.wire.events import Failed, InferenceEvent, Started, TokenLogprob
 from cortex.wire.node import Capability, ModelSpec
 from cortex.wire.request import EmbeddingRequest, FormatKind, InferenceRequest, Sampling, ToolMode
+from neuron.config import PrefixSharing
 from neuron.device.jobs import (
     ConstraintSettings,
     Embedding,
@@ -60,7 +61,13 @@ class TorchHarness:
 
     name = "torch"
 
-    def __init__(self, workers: Mapping[str, Worker], collective_limit_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        workers: Mapping[str, Worker],
+        collective_limit_s: float = 30.0,
+        prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL,
+    ) -> None:
+        self._prefix_sharing = prefix_sharing
         self._workers = workers
         self._collective_limit_s = collective_limit_s
         self._groups: dict[str, tuple[str, ...]] = {}
@@ -116,7 +123,7 @@ class TorchHarness:
         else:
             loaded = await self._load_group(workers, spec, path, progress)
         try:
-            return TorchModel(loaded, config, prompts, files, workers)
+            return TorchModel(loaded, config, prompts, files, workers, self._prefix_sharing)
         except BaseException:
             await self._undo(spec.id, workers)
             raise
@@ -222,8 +229,10 @@ class TorchModel:
         prompts: PromptFormat,
         files: tokenizer.TextFiles,
         workers: tuple[Worker, ...],
+        prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL,
     ) -> None:
         self.loaded = loaded
+        self._prefix_sharing = prefix_sharing
         self.workers = workers
         self.worker = workers[0]
         """Rank 0, which takes the sequences."""
@@ -313,6 +322,7 @@ class TorchModel:
                 sink,
                 principal=request.principal,
                 priority=request.priority,
+                cache_salt=self._prefix_sharing.salt(request.principal),
             )
             try:
                 item = await answer
@@ -420,6 +430,7 @@ class TorchModel:
                     priority=request.priority,
                     constraint=constraint,
                     min_tokens=ending.min_tokens,
+                    cache_salt=self._prefix_sharing.salt(request.principal, request.cache_salt),
                 ),
             )
 

@@ -168,13 +168,23 @@ class EngineHarness:
         principal: str = "",
         constraint: jobs.ConstraintSettings | None = None,
         min_tokens: int = 0,
+        cache_salt: str = "",
         **sampler: object,
     ) -> None:
         settings = jobs.SamplerSettings(**{"temperature": 0.0, **sampler})  # type: ignore[arg-type]
         ids = array.array("i", prompt).tobytes()
         self.tell(
             jobs.Generate(
-                number, model, ids, max_tokens, eos, settings, principal, constraint=constraint, min_tokens=min_tokens
+                number,
+                model,
+                ids,
+                max_tokens,
+                eos,
+                settings,
+                principal,
+                constraint=constraint,
+                min_tokens=min_tokens,
+                cache_salt=cache_salt,
             )
         )
 

@@ -44,14 +44,18 @@ class Affinity:
 NO_AFFINITY = Affinity()
 
 
-def beginnings(model: str, body: bytes, cache_key: str | None = None) -> Beginnings:
-    """Return the beginnings of a request's body; a client's own ``prompt_cache_key`` stands for all of them."""
+def beginnings(model: str, body: bytes, cache_key: str | None = None, principal: str = "") -> Beginnings:
+    """Return the beginnings of a request's body; a client's own ``prompt_cache_key`` stands for all of them.
+
+    Nodes share none between principals, so neither does this; what is sent for the first time goes to one node whoever
+    sends it, as some nodes are told to share all.
+    """
     if cache_key:
         tie = zlib.crc32(cache_key.encode(), zlib.crc32(model.encode()))
-        return Beginnings((hash((model, cache_key)),), tie)
+        return Beginnings((hash((model, principal, cache_key)),), tie)
     head = _BILLING.sub(b"", body[:MAX_BYTES]) if b"x-anthropic-billing-header:" in body[:FINE_BYTES] else body
     found = []
-    chain = hash(model)
+    chain = hash((model, principal))
     start = 0
     while start < min(len(head), MAX_BYTES):
         size = BLOCK_BYTES if start < FINE_BYTES else LONG_BLOCK_BYTES

@@ -77,6 +77,8 @@ class Question(msgspec.Struct, frozen=True):
     """By ``time.monotonic``."""
     cache_key: str | None = None
     """A client's own name for what its prompts have in common."""
+    principal: str = ""
+    """On whose behalf it is asked: nobody else's beginnings are this one's."""
     as_chat: Callable[[], bytes] | None = None
     priority: int = 0
     """Below 0: nothing is evicted for it, and it waits for a seat that nobody else needs."""
@@ -239,7 +241,7 @@ class Dispatcher:
                 is_chat, sent_at = False, question.arrived_at
             else:
                 if begins is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
-                    begins = beginnings(model, question.body, question.cache_key)
+                    begins = beginnings(model, question.body, question.cache_key, question.principal)
                 node = self._ready(model, excluded | gone, begins) or await self._find(
                     question, excluded, gone, last, begins
                 )

@@ -153,6 +153,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """On whose behalf, as the gateway names it; seats are shared out among principals."""
     priority: int = 0
     """The principal's: of those who wait for a seat, the highest goes first."""
+    cache_salt: str = ""
+    """Only requests that have the same one share beginnings in the cache."""
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -112,6 +112,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     constraint: ConstraintSettings | None = None
     min_tokens: int = 0
     """How many tokens it has before one of ``eos`` may end it."""
+    cache_salt: str = ""
+    """Only sequences with the same one share pages of the cache."""
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):
@@ -123,6 +125,7 @@ class Embed(msgspec.Struct, frozen=True, tag="embed"):
     pooling: Pooling
     principal: str = ""
     priority: int = 0
+    cache_salt: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

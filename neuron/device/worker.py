@@ -296,6 +296,7 @@ class Worker:
         priority: int = 0,
         constraint: jobs.ConstraintSettings | None = None,
         min_tokens: int = 0,
+        cache_salt: str = "",
     ) -> int:
         """Start a sequence over int32 ``prompt`` and return its number; ``sink`` gets what comes of it.
 
@@ -303,16 +304,26 @@ class Worker:
         """
         return self._start(
             lambda number: jobs.Generate(
-                number, model, prompt, max_tokens, eos, sampler, principal, priority, constraint, min_tokens
+                number, model, prompt, max_tokens, eos, sampler, principal, priority, constraint, min_tokens, cache_salt
             ),
             sink,
         )
 
     def embed(
-        self, model: str, prompt: bytes, pooling: jobs.Pooling, sink: Sink, *, principal: str = "", priority: int = 0
+        self,
+        model: str,
+        prompt: bytes,
+        pooling: jobs.Pooling,
+        sink: Sink,
+        *,
+        principal: str = "",
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> int:
         """Start the embedding of int32 ``prompt`` and return its number. Raises as :meth:`generate`."""
-        return self._start(lambda number: jobs.Embed(number, model, prompt, pooling, principal, priority), sink)
+        return self._start(
+            lambda number: jobs.Embed(number, model, prompt, pooling, principal, priority, cache_salt), sink
+        )
 
     def _start(self, make: Callable[[int], jobs.ToWorker], sink: Sink) -> int:
         if self.state is not WorkerState.READY:

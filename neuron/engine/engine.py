@@ -50,6 +50,7 @@ from neuron.engine.group_runner import Follower
 from neuron.engine.loaded import Model
 from neuron.engine.loading import load_model
 from neuron.engine.minimum import Minimum
+from neuron.engine.prefix import root_key
 from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
 from neuron.engine.sequence import Sequence
@@ -342,11 +343,16 @@ def _sequence(job: Generate | Embed, model: Model) -> Sequence:
         )
     if len(prompt) >= context_tokens:
         raise ContextLengthError(context_tokens, len(prompt), param="prompt")
+    root = root_key(job.cache_salt)
     if isinstance(job, Embed):
         settings = SamplerSettings(temperature=0.0)
-        return Sequence(job.sequence, prompt, 1, frozenset(), settings, job.principal, job.priority, job.pooling)
+        return Sequence(
+            job.sequence, prompt, 1, frozenset(), settings, job.principal, job.priority, job.pooling, root=root
+        )
     if job.max_tokens < 1:
         raise InvalidRequestError(f"max_tokens is {job.max_tokens}; it must be at least 1", param="max_tokens")
     check_settings(job.sampler, vocab_size)
     max_tokens = min(job.max_tokens, context_tokens - len(prompt))
-    return Sequence(job.sequence, prompt, max_tokens, frozenset(job.eos), job.sampler, job.principal, job.priority)
+    return Sequence(
+        job.sequence, prompt, max_tokens, frozenset(job.eos), job.sampler, job.principal, job.priority, root=root
+    )

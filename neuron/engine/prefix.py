@@ -1,8 +1,9 @@
 """Names for pages of tokens: a key stands for a page's tokens and for all that came before them.
 
-Two sequences that begin alike have the same keys up to the page where they part. 128 bits of a keyed hash: a prompt
-cannot be made to collide with another's, as it could with a fast hash of known seed, and by chance two of 2^40 pages
-collide once in 2^49. A page of 16 tokens takes 1.1 us.
+Two sequences that begin alike, with the same salt, have the same keys up to the page where they part. Of another salt
+they have none in common: who asks is not told by a count or by the time it takes what others have asked. 128 bits of a
+keyed hash: a prompt cannot be made to collide with another's, as it could with a fast hash of known seed, and by chance
+two of 2^40 pages collide once in 2^49. A page of 16 tokens takes 1.1 us.
 """
 
 import hashlib
@@ -15,9 +16,14 @@ KEY_BYTES: Final = 16
 _SECRET: Final = secrets.token_bytes(32)
 
 
-def extend_keys(keys: list[bytes], tokens: Int32Array, num_pages: int, page_tokens: int) -> None:
-    """Append to ``keys`` until it has those of the first ``num_pages`` pages of ``tokens``."""
+def root_key(salt: str) -> bytes:
+    """Return what stands before the first page of all sequences with this salt."""
+    return hashlib.blake2b(salt.encode(), digest_size=KEY_BYTES, key=_SECRET, person=b"salt").digest() if salt else b""
+
+
+def extend_keys(keys: list[bytes], tokens: Int32Array, num_pages: int, page_tokens: int, root: bytes = b"") -> None:
+    """Append to ``keys`` until it has those of the first ``num_pages`` pages of ``tokens``; ``root`` is the salt's."""
     for page in range(len(keys), num_pages):
-        parent = keys[-1] if keys else b""
+        parent = keys[-1] if keys else root
         own = tokens[page * page_tokens : (page + 1) * page_tokens].tobytes()
         keys.append(hashlib.blake2b(parent + own, digest_size=KEY_BYTES, key=_SECRET).digest())

@@ -172,7 +172,7 @@ class Scheduler:
         if not self.limits.prefix_cache or sequence.pooling is Pooling.MEAN:
             return []
         count = (sequence.num_tokens - 1) // self.limits.page_tokens
-        extend_keys(sequence.keys, sequence.tokens, count, self.limits.page_tokens)
+        extend_keys(sequence.keys, sequence.tokens, count, self.limits.page_tokens, sequence.root)
         return sequence.keys[:count]
 
     def _place(self, sequence: Sequence) -> bool:
@@ -318,7 +318,7 @@ class Scheduler:
             return
         full = sequence.num_settled // self.limits.page_tokens
         if full > sequence.num_published:
-            extend_keys(sequence.keys, sequence.tokens, full, self.limits.page_tokens)
+            extend_keys(sequence.keys, sequence.tokens, full, self.limits.page_tokens, sequence.root)
             for index in range(sequence.num_published, full):
                 key = sequence.keys[index]
                 self.pool.publish(int(sequence.pages[index]), key)

@@ -50,7 +50,7 @@ class Sequence:
     __slots__ = (
         "constraint", "drafts", "eos", "hit_rate", "keys", "max_tokens", "num_awaited", "num_cached", "num_computed",
         "num_drafted", "num_fill", "num_prompt", "num_published", "num_settled", "num_tokens", "number", "pages",
-        "pooled", "pooling", "principal", "priority", "sampler", "seat", "state", "tokens",
+        "pooled", "pooling", "principal", "priority", "root", "sampler", "seat", "state", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +64,7 @@ class Sequence:
         priority: int = 0,
         pooling: Pooling | None = None,
         constraint: Constrained | None = None,
+        root: bytes = b"",
     ) -> None:
         self.number = number
         self.num_prompt = self.num_tokens = self.num_fill = len(prompt)
@@ -91,6 +92,8 @@ class Sequence:
         self.num_drafted = 0
         """How many of its tokens are in the cache of the model that guesses, where there is one."""
         self.pages: Int32Array = NO_PAGES
+        self.root = root
+        """What stands before the first of its keys: with another root no page is shared."""
         self.keys: list[bytes] = []
         """Of its first full pages, as far as anyone asked."""
         self.num_published = 0

@@ -172,6 +172,22 @@ def test_the_second_question_finds_the_first_in_the_cache(client: openai.OpenAI)
     assert usage.prompt_tokens_details.cached_tokens == (usage.prompt_tokens - 1) // 16 * 16
 
 
+def test_a_key_is_not_told_what_another_has_asked(node: daemons.Daemon) -> None:
+    def cached(principal: str, path: str = "/v1/completions") -> int:
+        text = "Whose prompts are in the cache is nobody's business but theirs. " * 8
+        body = {"model": daemons.MODEL, "prompt": text, "max_tokens": 1}
+        headers = {"x-cortex-principal": principal} if principal else {}
+        reply = httpx.post(node.url + path, json=body, headers=headers, timeout=60).json()
+        return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached("alice") == 0
+    there = cached("alice")
+    assert there > 50
+    assert cached("bob") == 0
+    assert cached("") == 0
+    assert cached("") == cached("bob") == there
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("dialect", ["chat", "responses"])
 class TestErrors:

@@ -49,6 +49,20 @@ def test_the_prefix_cache_changes_no_token(harness: Callable[..., Any], tiny_lla
     assert driver.rows[0].prompt_cached == (len(turn) - 2 - 1) // 16 * 16
 
 
+def test_only_sequences_of_one_salt_share(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    """Neither what is in the cache nor what another is about to put there; the same tokens all the while."""
+    driver = loaded(harness, tiny_llama)
+    salts = ["a", "a", "b", "", "", "ab", "a"]
+    together = {number: {"prompt": SYSTEM, "max_tokens": 4, "cache_salt": salt} for number, salt in enumerate(salts)}
+    outputs = run(driver, together)
+    assert len({tuple(tokens) for tokens in outputs.values()}) == 1
+    cached = {row.sequence: row.prompt_cached for row in driver.rows if row.prompt_cached is not None}
+    assert cached == {0: 0, 1: 96, 2: 0, 3: 0, 4: 96, 5: 0, 6: 96}
+    for number, (salt, there) in enumerate([("a", 96), ("b", 96), ("", 96), ("c", 0)], 20):
+        assert run(driver, {number: {"prompt": SYSTEM, "max_tokens": 4, "cache_salt": salt}})[number] == outputs[0]
+        assert driver.rows[0].prompt_cached == there
+
+
 def test_choices_of_one_prompt_are_computed_once(
     harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,6 +245,30 @@ def test_a_gateway_says_on_whose_behalf_a_request_is() -> None:
     assert asked == [("alice", 7), ("alice", -3), ("alice", 0)]
 
 
+@STREAMED
+def test_whoever_asks_is_known_in_every_dialect(stream: bool) -> None:
+    asked = []
+
+    def play(request: InferenceRequest) -> list[Any]:
+        asked.append(request.principal)
+        return list(HELLO)
+
+    bodies = {
+        "/v1/chat/completions": CHAT,
+        "/v1/completions": {"model": "m", "prompt": "hi"},
+        "/v1/responses": RESPONSES,
+        "/v1/messages": CHAT | {"max_tokens": 5},
+    }
+
+    async def story(api: Api, service: Service) -> None:
+        for path, body in bodies.items():
+            reply = await ask(api, "POST", path, body | {"stream": stream}, headers={"x-cortex-principal": "alice"})
+            assert reply.status == 200, reply.body
+
+    with_api(story, ScriptedHarness(play))
+    assert asked == ["alice"] * len(bodies)
+
+
 def test_usage_is_reported_to_a_gateway_that_asks() -> None:
     reply = ask_once("/v1/chat/completions", CHAT | {"stream": True}, headers={"x-cortex-report-usage": "1"})
     comment = next(line for line in reply.body.decode().split("\n") if line.startswith(": usage "))

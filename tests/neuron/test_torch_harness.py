@@ -12,6 +12,7 @@ from cortex.wire.errors import ContextLengthError, UnsupportedParameterError
 from cortex.wire.events import Finished, FinishReason, InferenceEvent
 from cortex.wire.node import ModelSpec, WorkerState
 from cortex.wire.request import Ending, InferenceRequest, Sampling
+from neuron.config import PrefixSharing
 from neuron.device.jobs import LoadedModel, Memory, SequenceEnd, TokenRow
 from neuron.errors import TemplateError
 from neuron.models.config import GenerationDefaults, read_config
@@ -30,11 +31,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
+        self.salts: list[str] = []
         self.cancelled: list[int] = []
 
     def generate(self, *asked: Any, **more: Any) -> int:
         *rest, sink = asked
         self.asked.append(tuple(rest))
+        self.salts.append(more["cache_salt"])
         sink(TokenRow(len(self.asked), b"", SequenceEnd.LENGTH, 0))
         return len(self.asked)
 
@@ -181,6 +184,24 @@ def test_what_a_request_leaves_open_is_as_the_models_authors_recommend(model: To
     assert (left_open.temperature, left_open.top_k) == (0.6, 20)
     assert (left_open.top_p, left_open.min_p, left_open.repetition_penalty) == (1.0, 0.0, 1.0), "no house defaults"
     assert (given.temperature, given.top_k, given.top_p, given.seed) == (0.0, 0, 0.5, 7)
+
+
+def test_prompts_of_a_principal_are_shared_with_nobody_else(
+    model: TorchModel, worker: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks = [{}, {"principal": "a"}, {"principal": "b"}, {"principal": "a", "cache_salt": "x"}, {"cache_salt": "x"}]
+    for more in asks:
+        run(model, num_choices=2, **more)
+    salts = worker.salts[::2]
+    assert worker.salts[1::2] == salts, "choices of a request share"
+    assert len(set(salts)) == len(asks)
+    worker.salts.clear()
+    monkeypatch.setattr(model, "_prefix_sharing", PrefixSharing.ALL)
+    for more in asks:
+        run(model, **more)
+    plain, a, b, a_salted, salted = worker.salts
+    assert plain == a == b
+    assert a_salted == salted != plain
 
 
 def test_choices_differ_by_their_seeds_only(model: TorchModel, worker: Recorder) -> None:

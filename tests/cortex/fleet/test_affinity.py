@@ -22,6 +22,14 @@ def test_a_longer_conversation_has_the_beginnings_of_the_shorter_one() -> None:
     assert beginnings("n", body("a")).hashes != beginnings("m", body("a")).hashes
 
 
+def test_a_principal_has_beginnings_of_its_own() -> None:
+    mine, yours = (beginnings("m", body("a" * 2000), principal=name) for name in ("me", "you"))
+    assert not set(mine.hashes) & set(yours.hashes)
+    assert mine.tie == yours.tie, "what nobody has sent goes to one node whoever sends it"
+    mine, yours = (beginnings("m", body("a"), "key", principal=name) for name in ("me", "you"))
+    assert mine.hashes != yours.hashes
+
+
 def test_the_longest_known_beginning_says_where() -> None:
     prefixes = Prefixes()
     one, other = beginnings("m", body("x" * 4000)), beginnings("m", body("y" * 4000))
