@@ -5,19 +5,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ONCE ?=
+# LOCKED=1, as the gate has it, installs what packaging/lock names and nothing else, by hash (torch by its version).
+LOCKED ?=
 
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu rehearse-gpu bench-regressions check-kernels check-numbers check-kernels-oldest kernels test-native test-stand-in test-asan test-tsan \
-        fuzz wheel clean
+        fuzz locks sbom wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
 
 $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade "pip>=25.1"
-	$(PIP) install "meson-python>=0.18" "Cython>=3.1" ninja
+	$(PIP) install $(if $(LOCKED),--require-hashes -r packaging/lock/build.txt,"meson-python>=0.18" "Cython>=3.1" ninja)
 	touch $@
 
 # A real (not editable) install: products run from it. Rebuilt when any source changes.
@@ -29,7 +31,12 @@ $(VENV)/installed: $(VENV)/made $(SOURCES)
 	touch $@
 
 # An editable install with the test tools. Build isolation is off: an isolated editable build fails at first import.
-$(VENV)/editable: $(VENV)/made pyproject.toml meson.build
+LOCKED_TORCH = $(shell grep -o '^torch==[^ ]*' packaging/lock/neuron.txt)
+$(VENV)/editable: $(VENV)/made pyproject.toml meson.build $(if $(LOCKED),packaging/lock/ci.txt)
+ifneq ($(LOCKED),)
+	$(PIP) install --require-hashes -r packaging/lock/ci.txt
+	$(PIP) install --no-deps $(LOCKED_TORCH)
+endif
 	$(PIP) install --no-build-isolation --editable ".[neuron]" --config-settings=build-dir=build/editable
 	$(PIP) install --group test --group lint
 	rm -f $(VENV)/installed
@@ -268,6 +275,23 @@ FUZZ_RUNS ?= 1000000
 fuzz: $(VENV)/editable
 	$(PIP) install --group fuzz
 	for target in peek sse bodies; do $(BIN)/python -P tests/fuzz/fuzz_$$target.py -runs=$(FUZZ_RUNS); done
+
+# The lock files that CI and the images install from, written anew; needs the package index.
+build/uv/installed: | $(VENV)/made
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet uv
+	touch $@
+
+locks: build/uv/installed
+	packaging/lock/make.sh $(CURDIR)/build/uv/bin/uv
+
+# Bills of materials of both images, by CycloneDX's own program from the lock files.
+sbom: $(VENV)/made
+	$(PYTHON) -m venv build/release
+	build/release/bin/pip install --quiet --require-hashes -r packaging/lock/release.txt
+	mkdir -p dist
+	for image in gateway neuron gpu; do build/release/bin/cyclonedx-py requirements packaging/lock/$$image.txt \
+		--pyproject pyproject.toml --mc-type application --output-reproducible -o dist/$$image.cdx.json; done
 
 wheel: $(VENV)/made
 	$(PIP) install build
