@@ -107,7 +107,7 @@ class TorchHarness:
         config, draft = await _read_configs(spec, path)
         # The text side comes first: it is what fails without a device having anything to undo.
         files = await asyncio.to_thread(tokenizer.load, path)
-        prompts = await asyncio.to_thread(PromptFormat, files)
+        prompts = await asyncio.to_thread(PromptFormat, files, spec.special_tokens_in_text)
         if draft is not None:
             others = await asyncio.to_thread(tokenizer.load, pathlib.Path(spec.draft))
             if others.tokenizer.get_vocab() != files.tokenizer.get_vocab():

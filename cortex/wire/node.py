@@ -128,6 +128,14 @@ class Health(msgspec.Struct, frozen=True):
     """Names of background tasks that have failed and not yet run well since."""
 
 
+class SpecialTokensInText(StrEnum):
+    """What a client's text becomes where it spells one of the model's special tokens."""
+
+    TEXT = "text"
+    PARSE = "parse"
+    """The special token itself, so that a text can end its own turn and begin another's."""
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model as asked for: what to load, from where, within which limits.
 
@@ -153,6 +161,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix_cache: bool = True
     """Whether beginnings that prompts share are computed once."""
     draft: SourceText = ""
+    special_tokens_in_text: SpecialTokensInText = SpecialTokensInText.TEXT
+    """What the content of messages becomes where it spells a special token; raw prompts are always parsed."""
 
 
 class EvictionStrategy(StrEnum):

@@ -43,6 +43,22 @@ def test_chat_whole_and_streamed_say_the_same(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_a_text_that_spells_the_end_of_a_turn_does_not_end_it(client: openai.OpenAI) -> None:
+    """Of text it has more tokens than one, in a chat; a raw prompt is parsed, as its author's own template."""
+
+    def prompt_tokens(content: str) -> int:
+        answer = client.chat.completions.create(
+            **CHAT | {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+        )
+        assert answer.usage is not None
+        return answer.usage.prompt_tokens
+
+    assert prompt_tokens("a<|im_end|>b") > prompt_tokens("a b") + 3
+    raw = client.completions.create(model=CHAT["model"], prompt="<|im_start|>user<|im_end|>", max_tokens=1)
+    assert raw.usage is not None
+    assert raw.usage.prompt_tokens == 3
+
+
 def test_responses_whole_and_streamed_say_the_same(client: openai.OpenAI) -> None:
     whole = client.responses.create(**RESPONSES)
     assert "Paris" in whole.output_text

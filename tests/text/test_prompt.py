@@ -3,9 +3,12 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import InferenceRequest, Message, Role, TextPart, Tool, ToolCall, ToolChoice, ToolMode
 from neuron.errors import NoTemplateError, TemplateError
 from neuron.text.prompt import PromptFormat
@@ -117,3 +120,110 @@ def test_without_a_template_there_is_no_chat() -> None:
     with pytest.raises(NoTemplateError) as caught:
         prompts(None).render(InferenceRequest("m", (HI,)))
     assert caught.value.status == 422
+
+
+GENERATION = """
+{%- for message in messages %}[{{ message.role }}]
+{%- if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+{%- else %}{{ message.content }}{% endif %}{% endfor %}"""
+
+FEATURES = [
+    GENERATION,
+    "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+    "{{ messages | tojson(indent=2, sort_keys=true, separators=(', ', ': ')) }}{{ 'ä<&>' | tojson }}",
+    "{{ ['ä🦙', 1.0, none, true] | tojson(ensure_ascii=true) }}",
+    "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = m.role %}{% endfor %}{{ ns.found }}",
+    "{% if tools is none and documents is none %}none{% endif %}{{ tools is defined }}{{ x is defined }}",
+    "{% for key, value in messages[0].items() %}{{ key }}={{ value }};{% endfor %}",
+    "{% macro show(m) %}{% generation %}{{ m.content | trim }}{% endgeneration %}{% endmacro %}{{ show(messages[0]) }}",
+    "    {%- if true %}\n    a\n    {% endif %}\n  b {{ dict(a=1) | tojson }}{{ strftime_now('%Y') }}",
+    "{{ messages[0]['content'][::-1] }}{{ messages | length }}{{ 'a-b'.split('-') | join('+') }}{{ '%s' | format(1) }}",
+]
+
+
+@pytest.mark.parametrize("template", FEATURES)
+def test_templates_render_as_the_reference_implementation_renders_them(template: str) -> None:
+    history = (Message(Role.USER, " hi "), Message(Role.ASSISTANT, "so"), Message(Role.USER, "b"))
+    expected, _ = render_jinja_template(
+        [[{"role": str(message.role), "content": message.content} for message in history]],
+        chat_template=template,
+        add_generation_prompt=True,
+        bos_token="<s>",
+    )
+    assert render(template, *history) == expected[0]
+
+
+@pytest.mark.parametrize("template", ["{% generation %}", "{% generation %}x{% endfor %}", "{{ a b }}"])
+def test_a_template_that_is_none_says_where(template: str) -> None:
+    with pytest.raises(TemplateError, match="syntax error in line 1"):
+        prompts(template)
+
+
+def test_a_template_cannot_reach_behind_what_it_is_given() -> None:
+    for template in ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "{{ ''.__class__.__mro__[1] }}x"):
+        with pytest.raises(TemplateError, match="failed"):
+            render(template, HI)
+
+
+ARGUMENTS = [
+    ("", {}), ("  \n", {}), ("null", {}), ("{}", {}), ('{"a": 1}', {"a": 1}), ('"{\\"a\\": 1}"', {"a": 1}),
+    ('"null"', {}), ('{"a":', {"arguments": '{"a":'}), ("[1]", {"arguments": "[1]"}), ("3", {"arguments": 3}),
+    ("text", {"arguments": "text"}),
+    ("[" * 3000, {"arguments": "[" * 3000}), ("9" * 5000, {"arguments": "9" * 5000}),
+    ('{"a":' * 100 + "1" + "}" * 100, {"arguments": '{"a":' * 100 + "1" + "}" * 100}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "seen"), ARGUMENTS)
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[1].tool_calls[0].function.arguments | tojson }}{# tools #}",
+        "a{% for k, v in messages[1].tool_calls[0].function.arguments.items() %}{{ k ~ v }}{% endfor %}{# tools #}",
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_no_arguments_of_an_earlier_call_end_a_conversation(template: str, written: str, seen: dict[str, Any]) -> None:
+    """A call that was cut at the limit of tokens comes back with every later turn."""
+    call = Message(Role.ASSISTANT, "", (ToolCall("c", "weather", written),))
+    for content in ("", "so"):
+        history = (HI, msgspec.structs.replace(call, content=content), Message(Role.TOOL, "rain", tool_call_id="c"), HI)
+        request = InferenceRequest("m", history, tools=(WEATHER,))
+        text = prompts(template).render(request)
+        assert prompts(template).build(request).ids
+        if "tojson }}{# tools" in template:
+            assert json.loads(text) == seen
+
+
+def test_halves_of_characters_are_no_end_of_a_conversation() -> None:
+    half = Message(Role.ASSISTANT, "\ud800", (ToolCall("c", "\udc00", '{"a": "\\ud83e"}'),))
+    assert prompts(STRICT).build(InferenceRequest("m", (HI, half))).ids
+    assert prompts(None).build(InferenceRequest("m", prompt="a\ud800")).ids
+
+
+def test_a_result_is_named_after_its_call() -> None:
+    named = "{% for m in messages %}{{ m.role ~ '/' ~ (m.name or '-') }} {% endfor %}{# tools #}"
+    history = (HI, Message(Role.ASSISTANT, "", CALLS), Message(Role.TOOL, "rain", tool_call_id="c1"))
+    orphan = Message(Role.TOOL, "sun", tool_call_id="unknown")
+    assert render(named, *history, orphan) == "user/- assistant/- tool/weather tool/- "
+
+
+def test_ids_of_calls_are_what_a_template_insists_on() -> None:
+    """As Mistral's: `call_...` of other servers, and of this one, would be refused."""
+    template = """{% for m in messages %}{% for call in m.tool_calls or [] %}
+{%- if call.id | length != 9 %}{{ raise_exception('Tool call IDs should have length 9!') }}{% endif %}{{ call.id }}
+{%- endfor %}{% if m.tool_call_id %}{{ '=' ~ m.tool_call_id }}{% endif %}{% endfor %}{# tools #}"""
+    call = Message(Role.ASSISTANT, "", (ToolCall("call_0123456789abcdef", "weather", "{}"),))
+    text = render(template, HI, call, Message(Role.TOOL, "rain", tool_call_id="call_0123456789abcdef"))
+    made, _, answered = text.partition("=")
+    assert made == answered
+    assert made.isalnum()
+    kept = Message(Role.ASSISTANT, "", (ToolCall("abcDEF123", "weather", "{}"),))
+    assert render(template, HI, kept) == "abcDEF123"
+
+
+def test_what_a_template_gets_of_its_own_cannot_be_replaced() -> None:
+    for name in ("messages", "tools"):
+        with pytest.raises(InvalidRequestError, match=f"'{name}' cannot be given"):
+            render(STRICT, HI, template_arguments={name: []})
+    assert render("{{ add_generation_prompt }}", HI, template_arguments={"add_generation_prompt": False}) == "False"

@@ -138,7 +138,6 @@ def test_a_completion_begins_as_its_tokenizer_begins_texts_and_does_not_end(tmp_
     assert prompts.build(InferenceRequest("m", prompt="x")).ids == [256, x]
     assert prompts.build(InferenceRequest("m", prompt="<s>x")).ids == [256, x], "not twice"
     assert prompts.build(InferenceRequest("m", prompt="x"), whole=True).ids == [256, x, 257]
-    assert prompts.build(InferenceRequest("m", prompt="x</s>"), whole=True).ids == [256, x, 257]
 
 
 def test_what_a_tokenizers_configuration_adds(tmp_path: pathlib.Path) -> None:
