@@ -144,3 +144,9 @@ class TemplateError(UnprocessableError):
     """The model's chat template cannot render this conversation."""
 
     code = "chat_template_failed"
+
+
+class PromptTooCostlyError(InvalidRequestError):
+    """Making tokens of the text takes more time or memory than a request may take."""
+
+    code = "prompt_too_costly"

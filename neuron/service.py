@@ -1,7 +1,7 @@
 """The life of the daemon: listen, start the workers, bring models up, serve, drain.
 
 The listener is bound before anything warms up, so that a probe sees ``starting`` rather than a refused connection. The
-service owns the workers and the table of models; what a request means is the API's.
+service owns the workers, the text processes and the table of models; what a request means is the API's.
 """
 
 import asyncio
@@ -46,6 +46,7 @@ from neuron.load import source
 from neuron.load.eviction import Patience
 from neuron.load.loader import Loader
 from neuron.load.table import ModelTable, Stay
+from neuron.text.pool import TextPool
 from neuron.torch_harness import TorchHarness
 
 _log = logging.getLogger("neuron.service")
@@ -100,6 +101,7 @@ class Service:
             chosen = probe.parse_devices(config.daemon.devices, [device.id for device in host.devices])
             workers = {device: self._worker(device) for device in chosen}
         self._workers = workers
+        self._texts = TextPool()
         self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
         daemon = config.daemon
         self.models = ModelTable(
@@ -203,7 +205,8 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(
-                *(worker.stop(self._config.daemon.stop_timeout_s) for worker in self._workers.values())
+                self._texts.stop(),
+                *(worker.stop(self._config.daemon.stop_timeout_s) for worker in self._workers.values()),
             )
             server.stop()  # type: ignore[no-untyped-call]
             with contextlib.suppress(asyncio.CancelledError):
@@ -314,7 +317,7 @@ class Service:
                 _log.warning("harness %s is not available: torch is not installed", name)
                 continue
             daemon = self._config.daemon
-            found[name] = TorchHarness(self._workers, daemon.collective_limit_s, daemon.prefix_sharing)
+            found[name] = TorchHarness(self._workers, self._texts, daemon.collective_limit_s, daemon.prefix_sharing)
         return found
 
     def _worker(self, device: str) -> Worker:

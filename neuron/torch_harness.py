@@ -1,7 +1,7 @@
 """The harness that ships: models under torch in this project's device workers, text handled here.
 
-Prompts are rendered and tokenised in the daemon, token ids run through the worker, and ids become events here again.
-This module imports no torch; only the worker processes do.
+Prompts are rendered and tokenised in the daemon's text processes, token ids run through the worker, and ids become
+events here again. This module imports no torch; only the worker processes do.
 """
 
 import array
@@ -39,14 +39,12 @@ from neuron.harness import Embeddings, Model, Progress, Requirement
 from neuron.models.config import GenerationDefaults, ModelConfig, read_config
 from neuron.models.shard import Shard
 from neuron.models.sizing import least_bytes, plan_memory
-from neuron.text import tokenizer
 from neuron.text.detokenize import Detokenizer
-from neuron.text.grammar import constraint_of
-from neuron.text.prompt import Prompt, PromptFormat
-from neuron.text.token_bytes import token_bytes
+from neuron.text.jobs import Built
+from neuron.text.pool import TextModel, TextPool
 
-INLINE_TOKENISE_CHARS = 20_000
-"""Conversations up to this size are rendered on the event loop (about 5 ms); longer ones in a thread."""
+ID_BYTES = 4
+"""Of a token's id in a prompt."""
 
 RETRY_AFTER_S = 2.0
 
@@ -57,18 +55,20 @@ _SEED_MASK = (1 << 62) - 1
 
 
 class TorchHarness:
-    """Owns no processes: the workers are the service's, one for each device."""
+    """Owns no processes: the workers are the service's, one for each device, and so are those for text."""
 
     name = "torch"
 
     def __init__(
         self,
         workers: Mapping[str, Worker],
+        texts: TextPool,
         collective_limit_s: float = 30.0,
         prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL,
     ) -> None:
         self._prefix_sharing = prefix_sharing
         self._workers = workers
+        self._texts = texts
         self._collective_limit_s = collective_limit_s
         self._groups: dict[str, tuple[str, ...]] = {}
         """The devices of each model that several hold."""
@@ -103,35 +103,54 @@ class TorchHarness:
 
     async def load(self, spec: ModelSpec, path: pathlib.Path, progress: Progress) -> "TorchModel":
         """Load the weights at ``path`` on the devices the spec names, or on those with the most free memory."""
-        size = spec.tensor_parallel
         config, draft = await _read_configs(spec, path)
         # The text side comes first: it is what fails without a device having anything to undo.
-        files = await asyncio.to_thread(tokenizer.load, path)
-        prompts = await asyncio.to_thread(PromptFormat, files, spec.special_tokens_in_text)
-        if draft is not None:
-            others = await asyncio.to_thread(tokenizer.load, pathlib.Path(spec.draft))
-            if others.tokenizer.get_vocab() != files.tokenizer.get_vocab():
-                raise UnprocessableError(
-                    f"'{spec.draft}' has another vocabulary than '{spec.id}', so it cannot guess for it.", param="draft"
-                )
+        text = await self._texts.open(str(path), config.vocab_size, config.eos_ids, spec.special_tokens_in_text)
+        try:
+            if draft is not None:
+                await self._check_draft(spec, draft, text)
+            loaded, workers = await self._load_weights(spec, path, progress, config, draft)
+            try:
+                return TorchModel(loaded, config, text, workers, self._prefix_sharing)
+            except BaseException:
+                await self._undo(spec.id, workers)
+                raise
+        except BaseException:
+            text.close()
+            raise
+
+    async def _check_draft(self, spec: ModelSpec, draft: ModelConfig, text: TextModel) -> None:
+        """Raise unless the model that guesses has the vocabulary of the one that it guesses for."""
+        other = await self._texts.open(spec.draft, draft.vocab_size, draft.eos_ids)
+        other.close()
+        if other.vocabulary_digest != text.vocabulary_digest:
+            raise UnprocessableError(
+                f"'{spec.draft}' has another vocabulary than '{spec.id}', so it cannot guess for it.", param="draft"
+            )
+
+    async def _load_weights(
+        self,
+        spec: ModelSpec,
+        path: pathlib.Path,
+        progress: Progress,
+        config: ModelConfig,
+        draft: ModelConfig | None,
+    ) -> tuple[LoadedModel, tuple[Worker, ...]]:
+        """Load on the devices; return what became of it, and the workers that have it, rank 0 first."""
+        size = spec.tensor_parallel
         chosen = await self._choose(spec)
         for rank, (worker, free_bytes) in enumerate(chosen):
             plan_memory(config, spec, worker.device_id, free_bytes, Shard(rank, size), draft)
         workers = tuple(worker for worker, _ in chosen)
         if size == 1:
-            loaded = await self._load_alone(workers[0], spec, path, progress)
-        else:
-            loaded = await self._load_group(workers, spec, path, progress)
-        try:
-            return TorchModel(loaded, config, prompts, files, workers, self._prefix_sharing)
-        except BaseException:
-            await self._undo(spec.id, workers)
-            raise
+            return await self._load_alone(workers[0], spec, path, progress), workers
+        return await self._load_group(workers, spec, path, progress), workers
 
     async def unload(self, model: Model) -> None:
         """Free a model's memory on its devices."""
         assert isinstance(model, TorchModel)
         self._groups.pop(model.loaded.model, None)
+        model.text.close()
         await asyncio.gather(*(worker.unload(model.loaded.model) for worker in model.workers))
 
     async def _undo(self, name: str, workers: Sequence[Worker]) -> None:
@@ -226,20 +245,17 @@ class TorchModel:
         self,
         loaded: LoadedModel,
         config: ModelConfig,
-        prompts: PromptFormat,
-        files: tokenizer.TextFiles,
+        text: TextModel,
         workers: tuple[Worker, ...],
         prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL,
     ) -> None:
         self.loaded = loaded
         self._prefix_sharing = prefix_sharing
+        self.text = text
         self.workers = workers
         self.worker = workers[0]
         """Rank 0, which takes the sequences."""
         self._config = config
-        self._prompts = prompts
-        self._tokenizer = files.tokenizer
-        self._token_bytes: list[bytes] | None = None
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -249,32 +265,29 @@ class TorchModel:
     @property
     def capabilities(self) -> tuple[Capability, ...]:
         """What its template and tokenizer allow."""
-        if not self._prompts.can_chat:
+        if not self.text.can_chat:
             return (Capability.COMPLETION, Capability.EMBEDDINGS)
         found = [Capability.COMPLETION, Capability.EMBEDDINGS, Capability.CHAT, Capability.TOOLS]
-        if self._prompts.tags is not None:
+        if self.text.tags is not None:
             found.append(Capability.REASONING)
         return tuple(found)
 
     async def count_tokens(self, request: InferenceRequest) -> int:
         """Count the tokens of a prompt made as :meth:`infer` makes it; one too long for the context has a count too."""
-        return len((await self._build(request)).ids)
+        return await self.text.count(request, self.loaded.context_tokens)
 
     async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         """Run a request; see :class:`neuron.harness.Model`."""
-        prompt = await self._build(request)
-        context = self.loaded.context_tokens
-        if len(prompt.ids) >= context:
-            raise ContextLengthError(context, len(prompt.ids), param="messages")
+        prompt = await self.text.build(request, self.loaded.context_tokens)
         constraint = await self._constraint(request, prompt)
         run = _Run(
             self.worker,
-            self._token_text,
+            self.text.text_of,
             [self._detokenizer(request, prompt, choice) for choice in range(request.num_choices)],
         )
         try:
             self._start(run, request, prompt, constraint)
-            async for events in run.events(len(prompt.ids)):
+            async for events in run.events(len(prompt.ids) // ID_BYTES):
                 yield events
         finally:
             run.cancel()
@@ -287,15 +300,15 @@ class TorchModel:
                 f"'{self.loaded.model}' was not trained to have its embeddings cut: 'dimensions' can be {size} only.",
                 param="dimensions",
             )
+        context = self.loaded.context_tokens
+        texts = [given for given in request.inputs if isinstance(given, str)]
+        made = iter(await self.text.tokenise(texts, context, request.principal) if texts else ())
         prompts = [
-            list(given)
-            if isinstance(given, tuple)
-            else (await self._build(InferenceRequest(request.model, prompt=given), whole=True)).ids
-            for given in request.inputs
+            next(made) if isinstance(given, str) else array.array("i", given).tobytes() for given in request.inputs
         ]
         for index, ids in enumerate(prompts):
-            if len(ids) >= self.loaded.context_tokens:
-                raise ContextLengthError(self.loaded.context_tokens, len(ids), param=f"input[{index}]")
+            if len(ids) >= context * ID_BYTES:
+                raise ContextLengthError(context, len(ids) // ID_BYTES, param=f"input[{index}]")
         # Not all at once: the queue is everyone's.
         seats = asyncio.Semaphore(self.loaded.max_sequences)
         tasks = [asyncio.create_task(self._embed(ids, request, seats)) for ids in prompts]
@@ -304,12 +317,11 @@ class TorchModel:
         finally:
             for task in tasks:
                 task.cancel()
-        return Embeddings(tuple(vectors), sum(len(ids) for ids in prompts))
+        return Embeddings(tuple(vectors), sum(map(len, prompts)) // ID_BYTES)
 
-    async def _embed(self, ids: Sequence[int], request: EmbeddingRequest, seats: asyncio.Semaphore) -> bytes:
+    async def _embed(self, prompt: bytes, request: EmbeddingRequest, seats: asyncio.Semaphore) -> bytes:
         async with seats:
             answer: asyncio.Future[Item] = asyncio.get_running_loop().create_future()
-            prompt = array.array("i", ids).tobytes()
 
             def sink(item: Item) -> None:
                 if not answer.done():
@@ -336,82 +348,49 @@ class TorchModel:
         assert isinstance(item, Embedding)
         return item.vector
 
-    async def _build(self, request: InferenceRequest, *, whole: bool = False) -> Prompt:
-        size = len(request.prompt or "") + sum(len(message.content) for message in request.messages)
-        if size <= INLINE_TOKENISE_CHARS:
-            return self._prompts.build(request, whole=whole)
-        return await asyncio.to_thread(self._prompts.build, request, whole=whole)
-
-    def _detokenizer(self, request: InferenceRequest, prompt: Prompt, choice: int) -> Detokenizer:
+    def _detokenizer(self, request: InferenceRequest, prompt: Built, choice: int) -> Detokenizer:
         return Detokenizer(
-            self._tokenizer,
+            self.text.tokenizer,
             choice=choice,
             stop=request.stop,
             includes_stop=request.ending.includes_stop,
-            tags=self._prompts.tags if request.prompt is None else None,
+            tags=self.text.tags if request.prompt is None else None,
             starts_in_reasoning=prompt.starts_in_reasoning,
             tools=request.tools if request.tool_choice.mode is not ToolMode.NONE else (),
-            call_form=self._prompts.call_form,
-            markers=self._prompts.markers,
+            call_form=self.text.call_form,
+            markers=self.text.markers,
             parallel_calls=request.tool_choice.parallel,
         )
 
-    async def _constraint(self, request: InferenceRequest, prompt: Prompt) -> ConstraintSettings | None:
-        """Return what the answer must look like, checked, in a thread: a large schema takes 0.1 s.
+    async def _constraint(self, request: InferenceRequest, prompt: Built) -> ConstraintSettings | None:
+        """Return what the answer must look like, tried in a text process.
 
         Raises InvalidSchemaError, and UnsupportedParameterError if the tags of reasoning are not tokens of the model.
         """
         if request.output_format.kind is FormatKind.TEXT and request.tool_choice.mode in {ToolMode.AUTO, ToolMode.NONE}:
             return None
-        grammar = await asyncio.to_thread(constraint_of, request, self._prompts.call_form)
-        tags = self._prompts.tags if request.prompt is None else None
+        grammar = await self.text.grammar(request)
+        tags = self.text.tags if request.prompt is None else None
         if grammar is None or tags is None or prompt.ends_reasoning:
             return None if grammar is None else ConstraintSettings(grammar)
-        opens, closes = self._tokenizer.token_to_id(tags.start), self._tokenizer.token_to_id(tags.end)
-        if opens is None or closes is None:
+        if self.text.tag_ids is None:
             raise UnsupportedParameterError(
                 f"'{self.loaded.model}' reasons in plain text, which no grammar can follow.", param="response_format"
             )
+        opens, closes = self.text.tag_ids
         inside = prompt.starts_in_reasoning
         return ConstraintSettings(grammar, -1 if inside else opens, closes, inside)
 
-    def _ids_of_bad_words(self, words: Sequence[str]) -> set[int]:
-        """Return the tokens that say one of ``words``, at the beginning of a text or behind a space.
-
-        Raises:
-            UnsupportedParameterError: a word is several tokens, of which none says it alone.
-        """
-        found: set[int] = set()
-        for word in words:
-            ids = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in (word, f" {word}")]
-            single = {one[0] for one in ids if len(one) == 1}
-            if not single:
-                raise UnsupportedParameterError(
-                    f"Unsupported parameter: 'bad_words' takes words of one token, and '{word[:40]}' is "
-                    f"{len(ids[0])} tokens of this model.",
-                    param="bad_words",
-                )
-            found |= single
-        return found
-
-    def _token_text(self, ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of tokens."""
-        if self._token_bytes is None:
-            self._token_bytes = token_bytes(self._tokenizer)
-        known = self._token_bytes
-        return [known[token] if token < len(known) else b"" for token in ids]
-
     def _start(
-        self, run: "_Run", request: InferenceRequest, prompt: Prompt, constraint: ConstraintSettings | None
+        self, run: "_Run", request: InferenceRequest, prompt: Built, constraint: ConstraintSettings | None
     ) -> None:
-        room = self.loaded.context_tokens - len(prompt.ids)
+        room = self.loaded.context_tokens - len(prompt.ids) // ID_BYTES
         max_tokens = min(request.max_tokens or room, room)
         ending = request.ending
         eos = tuple(sorted({*(() if ending.ignore_eos else self._config.eos_ids), *ending.stop_token_ids}))
-        ids = array.array("i", prompt.ids).tobytes()
         settings = resolve_sampling(request.sampling, self._config.generation)
-        if request.sampling.bad_words:
-            bias = (*settings.logit_bias, *((id, NEVER) for id in self._ids_of_bad_words(request.sampling.bad_words)))
+        if prompt.banned:
+            bias = (*settings.logit_bias, *((id, NEVER) for id in prompt.banned))
             settings = msgspec.structs.replace(settings, logit_bias=bias)
         if request.top_logprobs is not None:
             settings = msgspec.structs.replace(settings, top_logprobs=request.top_logprobs)
@@ -422,7 +401,7 @@ class TorchModel:
                 functools.partial(
                     self.worker.generate,
                     self.loaded.model,
-                    ids,
+                    prompt.ids,
                     max_tokens,
                     eos,
                     sampler,

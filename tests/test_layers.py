@@ -83,6 +83,7 @@ FLOORS = {
     "neuron.engine": 3,
     "neuron.text": 3,
     # what a worker reads too, for its grammars
+    "neuron.text.matcher": 2,
     "neuron.text.plain": 2,
     "neuron.text.token_bytes": 2,
     "neuron.text.tokenizer": 2,
@@ -96,6 +97,9 @@ FLOORS = {
     "neuron": 9,
 }
 ALSO = {
+    # grammars over a vocabulary, of what its tokens are
+    ("neuron.text.matcher", "neuron.text.token_bytes"),
+    ("neuron.text.matcher", "neuron.text.plain"),
     ("cortex.gateway", "cortex.api_description"),
     # responses made in the background, which are told of by their id
     ("cortex.stored_endpoints", "cortex.background"),

@@ -81,6 +81,11 @@ class WorkerProcess:
         return self._popen.pid
 
     @property
+    def status(self) -> int | None:
+        """The status it exited with, a negative signal if one ended it; ``None`` before."""
+        return self._popen.returncode
+
+    @property
     def pending_bytes(self) -> int:
         """How much of what was sent has not left this process."""
         return self._channel.pending_bytes

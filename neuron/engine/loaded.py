@@ -25,7 +25,7 @@ from neuron.device.jobs import (
     TokenRow,
 )
 from neuron.engine import burst
-from neuron.engine.constraint import Constraint, ConstraintError, Vocabulary
+from neuron.engine.constraint import Constraint, ConstraintError
 from neuron.engine.draft import DraftModel
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
 from neuron.engine.graph_runner import GraphRunner
@@ -40,6 +40,7 @@ from neuron.engine.speculation import PromptLookup, Speculation
 from neuron.models.config import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.text import tokenizer
+from neuron.text.matcher import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Model:
                 raise UnprocessableError(f"model {self.name!r} has no end-of-text token, so no grammar can end")
             files = tokenizer.load(self._path)
             self._vocabulary = Vocabulary(files.tokenizer, self.config.vocab_size, self.config.eos_ids)
-        return self._vocabulary.start(settings)
+        return Constraint(self._vocabulary.compile(settings.grammar), settings, self.config.vocab_size)
 
     @property
     def busy(self) -> bool:
@@ -348,7 +349,7 @@ class Model:
 
     def _fail(self, sequences: Iterable[Sequence], error: Exception, output: Output) -> None:
         raise_device_fault(error)
-        if not isinstance(error, NonFiniteLogitsError):
+        if not isinstance(error, (NonFiniteLogitsError, ConstraintError)):
             logger.error("model %s: a step failed", self.name, exc_info=error)
         for sequence in sequences:
             if self.scheduler.remove(sequence.number) is not None:

@@ -8,6 +8,7 @@ here, before the request is admitted, so that what cannot be compiled is an erro
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 from llguidance import LLMatcher
@@ -23,10 +24,15 @@ JSON_OPTIONS: Final = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n
 """White space is free but bounded: a model that is unsure likes to write it for ever."""
 
 
-def constraint_of(request: InferenceRequest, form: CallForm = CallForm.TAGGED) -> str | None:
+def constraint_of(
+    request: InferenceRequest,
+    form: CallForm = CallForm.TAGGED,
+    problem_with: Callable[[str], str] = LLMatcher.validate_grammar,
+) -> str | None:
     """Return the grammar that the answer to ``request`` must follow, ``None`` if it is free.
 
-    With tools on offer, an answer in the format asked for may be a call instead. Raises :class:`InvalidSchemaError`.
+    With tools on offer, an answer in the format asked for may be a call instead. ``problem_with`` says of a grammar
+    what is wrong with it. Raises :class:`InvalidSchemaError`.
     """
     mode = request.tool_choice.mode
     tools = request.tools if mode is not ToolMode.NONE else ()
@@ -48,7 +54,7 @@ def constraint_of(request: InferenceRequest, form: CallForm = CallForm.TAGGED) -
         grammar = f"start: {alternatives}\n{calls}{body}" if not body.startswith("start:") else body
     if len(grammar) > MAX_SOURCE_BYTES:
         raise InvalidSchemaError(f"it is longer than {MAX_SOURCE_BYTES} bytes", param=param)
-    if (problem := LLMatcher.validate_grammar(grammar)) and not problem.startswith("WARNING"):
+    if (problem := problem_with(grammar)) and not problem.startswith("WARNING"):
         raise InvalidSchemaError(_plain(problem), param=param)
     return grammar
 

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from local_texts import LocalTexts
 
 from cortex.wire.errors import ApiError, UnprocessableError
 from cortex.wire.node import ModelSpec
@@ -282,7 +283,8 @@ def in_two_workers(story: Callable[[tuple[Worker, ...], TorchHarness], Awaitable
         workers = tuple(Worker(f"cpu:{i}", command, environment={"OMP_NUM_THREADS": "1"}) for i in range(2))
         try:
             await asyncio.gather(*(worker.start() for worker in workers))
-            return await story(workers, TorchHarness({worker.device_id: worker for worker in workers}, 5.0))
+            harness = TorchHarness({worker.device_id: worker for worker in workers}, LocalTexts(), 5.0)
+            return await story(workers, harness)
         finally:
             await asyncio.gather(*(worker.stop(5) for worker in workers))
 
@@ -321,7 +323,7 @@ def compare(paths: dict[str, pathlib.Path], harness: Callable[..., Any], kv_cach
 
 
 def devices(*names: str) -> TorchHarness:
-    return TorchHarness({name: Worker(name, ["true"]) for name in names}, 0.1)
+    return TorchHarness({name: Worker(name, ["true"]) for name in names}, LocalTexts(), 0.1)
 
 
 def test_a_device_that_is_not_there_is_told_of_with_those_that_are(tiny_llama: pathlib.Path) -> None:
@@ -382,7 +384,7 @@ def test_a_load_that_fails_on_one_rank_says_why_and_is_undone_on_the_others(tiny
             self.unloaded += 1
 
     ranks = Rank("cuda:0"), Rank("cuda:1", DoesNotFitError("too large")), Rank("cuda:2")
-    loader = TorchHarness({rank.device_id: rank for rank in ranks}, 0.1)  # type: ignore[misc]
+    loader = TorchHarness({rank.device_id: rank for rank in ranks}, LocalTexts(), 0.1)  # type: ignore[misc]
     for _ in range(2):
         with pytest.raises(DoesNotFitError, match="too large"):
             asyncio.run(loader._load_group(ranks, ModelSpec("m", "x", tensor_parallel=3), tiny_llama, lambda _: None))  # type: ignore[arg-type]

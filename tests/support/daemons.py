@@ -114,7 +114,19 @@ class Daemon:
 
     def workers(self) -> list[psutil.Process]:
         """Return the daemon's device workers."""
-        return [child for child in psutil.Process(self.process.pid).children() if child.is_running()]
+        return self._children("neuron.engine")
+
+    def text_processes(self) -> list[psutil.Process]:
+        """Return the processes in which the daemon has text read."""
+        return self._children("neuron.text")
+
+    def _children(self, module: str) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if module in child.cmdline():
+                    found.append(child)
+        return found
 
     def open_files(self) -> int:
         """Return how many file descriptors the daemon has open."""

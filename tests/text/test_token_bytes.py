@@ -11,9 +11,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from cortex.wire.request import FormatKind, InferenceRequest, OutputFormat
 from neuron.device.jobs import ConstraintSettings
-from neuron.engine.constraint import Vocabulary
+from neuron.engine.constraint import Constraint
 from neuron.text import tokenizer as tokenizers_of
 from neuron.text.grammar import constraint_of
+from neuron.text.matcher import Vocabulary
 from neuron.text.token_bytes import special_ids, token_bytes
 
 SPACE = "\u2581"
@@ -119,7 +120,7 @@ def test_a_schema_with_a_space_can_be_followed_and_no_raw_line_end_gets_into_a_s
     grammar = constraint_of(InferenceRequest("m", prompt="x", output_format=asked))
     assert grammar is not None
     vocabulary = Vocabulary(found, found.get_vocab_size(), (found.token_to_id("</s>"),))
-    constraint = vocabulary.start(ConstraintSettings(grammar))
+    constraint = Constraint(vocabulary.compile(grammar), ConstraintSettings(grammar), vocabulary.num_tokens)
     table = token_bytes(found)
     plain = [index for index in range(found.get_vocab_size()) if index not in special_ids(found)]
 

@@ -1,0 +1,181 @@
+"""What a daemon and its text processes say to each other over their channel.
+
+Each message is one struct: towards a text process as JSON, since a client's numbers may be longer than MessagePack has,
+back as MessagePack. A *job* is answered by one message with its number, after any number of ``Phase``; ``Close`` is not
+answered. A process has one job at a time.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from cortex.wire.errors import ErrorInfo
+from cortex.wire.node import SpecialTokensInText
+from cortex.wire.request import InferenceRequest
+
+
+class Limits(msgspec.Struct, frozen=True, array_like=True):
+    """What a job may take: CPU time, and memory beyond what the process has when it begins."""
+
+    cpu_s: float
+    data_bytes: int
+
+
+class Step(StrEnum):
+    """What a text process is at: whom to blame if it dies there."""
+
+    FILES = "files"
+    TEMPLATE = "template"
+    TOKENS = "tokens"
+    GRAMMAR = "grammar"
+
+
+# ------------------------------------------------------------------ daemon -> text process
+
+
+class Open(msgspec.Struct, frozen=True, tag="open"):
+    """Read the text side of the model at ``path``, known as ``model`` from then on. Answered by ``Opened``."""
+
+    job: int
+    limits: Limits
+    model: int
+    path: str
+    num_tokens: int
+    """The width of the model's logits."""
+    eos: tuple[int, ...]
+    special_tokens_in_text: SpecialTokensInText = SpecialTokensInText.TEXT
+
+
+class Close(msgspec.Struct, frozen=True, tag="close"):
+    """Forget a model."""
+
+    model: int
+
+
+class Build(msgspec.Struct, frozen=True, tag="build"):
+    """Make the prompt of a request. Answered by ``Built``."""
+
+    job: int
+    limits: Limits
+    model: int
+    request: InferenceRequest
+    context_tokens: int
+    """A prompt that does not leave a token of it is refused."""
+
+
+class Count(msgspec.Struct, frozen=True, tag="count"):
+    """Count the tokens of a request's prompt. Answered by ``Counted``."""
+
+    job: int
+    limits: Limits
+    model: int
+    request: InferenceRequest
+    context_tokens: int
+
+
+class Tokenise(msgspec.Struct, frozen=True, tag="tokenise"):
+    """Make texts into ids, for embeddings. Answered by ``Tokenised``."""
+
+    job: int
+    limits: Limits
+    model: int
+    texts: tuple[str, ...]
+    context_tokens: int
+
+
+class Check(msgspec.Struct, frozen=True, tag="check"):
+    """Write the grammar that the answer to a request must follow, and try it. Answered by ``Checked``."""
+
+    job: int
+    limits: Limits
+    model: int
+    request: InferenceRequest
+
+
+Job = Open | Build | Count | Tokenise | Check
+ToText = Job | Close
+
+# ------------------------------------------------------------------ text process -> daemon
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The process takes jobs. Its first message."""
+
+
+class Phase(msgspec.Struct, frozen=True, tag="phase"):
+    """The job has come to another step than its first."""
+
+    step: Step
+
+
+class TextDescription(msgspec.Struct, frozen=True):
+    """What the daemon needs to know of a model's text side, and to read answers.
+
+    ``decoder`` is a ``tokenizer.json`` of the vocabulary without what makes ids from text. ``token_bytes`` are the
+    bytes of all tokens in a row, ``token_ends`` where each ends, int64.
+    """
+
+    can_chat: bool
+    call_form: str
+    tags: tuple[str, str] | None
+    tag_ids: tuple[int, int] | None
+    """Of the tags, where they are tokens."""
+    markers: dict[int, str]
+    decoder: bytes
+    token_bytes: bytes
+    token_ends: bytes
+    vocabulary_digest: bytes
+    """Equal for two models with the same tokens."""
+
+
+class Opened(msgspec.Struct, frozen=True, tag="opened"):
+    """A model is open."""
+
+    job: int
+    description: TextDescription
+
+
+class Built(msgspec.Struct, frozen=True, tag="built"):
+    """A prompt, as int32 ids in the machine's byte order; see :class:`neuron.text.prompt.Prompt`."""
+
+    job: int
+    ids: bytes
+    starts_in_reasoning: bool
+    ends_reasoning: bool
+    banned: tuple[int, ...] = ()
+    """The tokens of the words that the answer may not have."""
+
+
+class Counted(msgspec.Struct, frozen=True, tag="counted"):
+    """The length of a prompt."""
+
+    job: int
+    num_tokens: int
+
+
+class Tokenised(msgspec.Struct, frozen=True, tag="tokenised"):
+    """The int32 ids of each text."""
+
+    job: int
+    ids: tuple[bytes, ...]
+
+
+class Checked(msgspec.Struct, frozen=True, tag="checked"):
+    """A grammar that was tried; ``None`` where the answer is free."""
+
+    job: int
+    grammar: str | None
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The job cannot be done: the client's error, or the model's."""
+
+    job: int
+    error: ErrorInfo
+
+
+class Retiring(msgspec.Struct, frozen=True, tag="retiring"):
+    """Follows an answer: the process holds more than it should and can give no more back, so it ends."""
+
+
+FromText = Ready | Phase | Opened | Built | Counted | Tokenised | Checked | Refused | Retiring

@@ -1,0 +1,332 @@
+"""The daemon's text processes: what is foreign and reads a client's text or a model's files runs in them.
+
+Three lanes, a process each: short prompts, long ones, and grammars, so that what is costly waits behind its like and a
+short chat behind none of it. Where cores abound the costly lanes have two. A process that dies takes the job in hand
+with it and no other: jobs wait here, not there. A death by a limit is an error of that request; after any other one the
+job is tried once more, never a third time. Within a lane those on whose behalf jobs come take turns.
+"""
+
+import array
+import asyncio
+import collections
+import itertools
+import logging
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from typing import Final, TypeVar
+
+import msgspec
+from tokenizers import Tokenizer
+
+from cortex.wire.errors import (
+    ApiError,
+    InvalidRequestError,
+    InvalidSchemaError,
+    OverloadedError,
+    RemoteError,
+    UnavailableError,
+)
+from cortex.wire.node import SpecialTokensInText
+from cortex.wire.request import InferenceRequest, OutputFormat, Sampling
+from neuron.device.probe import usable_cores
+from neuron.errors import PromptTooCostlyError, TemplateError, UnsupportedTokenizerError
+from neuron.text import jobs
+from neuron.text.child import Death, TextProcess
+from neuron.text.jobs import Limits, Step
+from neuron.text.model_text import param_of_grammar
+from neuron.text.reasoning import ReasoningTags
+from neuron.text.tools import CallForm
+
+MAX_WAITING: Final = 256
+"""Jobs that may wait in a lane before more are told to come back later."""
+MAX_TRIES: Final = 2
+SHORT_BYTES: Final = 32 << 10
+"""Requests up to this size are short: at most 0.05 s of CPU time."""
+MANY_CORES: Final = 8
+
+OPEN_LIMITS: Final = Limits(cpu_s=30.0, data_bytes=2 << 30)
+"""Of a model's files; 262,144 pieces of SentencePiece take 4 s and 0.6 GiB."""
+SHORT_LIMITS: Final = Limits(cpu_s=3.0, data_bytes=128 << 20)
+LONG_LIMITS: Final = Limits(cpu_s=10.0, data_bytes=320 << 20)
+GRAMMAR_LIMITS: Final = Limits(cpu_s=2.0, data_bytes=96 << 20)
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+class Lane(Enum):
+    """Which processes a job waits for."""
+
+    SHORT = "short"
+    LONG = "long"
+    GRAMMAR = "grammar"
+
+
+class TextPool:
+    """Owns the text processes, each started when it is first needed. Use it from one event loop."""
+
+    def __init__(self, command: Sequence[str] = (sys.executable, "-P", "-m", "neuron.text")) -> None:
+        costly = 2 if usable_cores() >= MANY_CORES else 1
+        self._command = tuple(command)
+        self._lanes = {lane: _Lane(lane, command, 1 if lane is Lane.SHORT else costly) for lane in Lane}
+        self._models = itertools.count(1)
+        self._numbers = itertools.count(1)
+
+    async def open(
+        self,
+        path: str,
+        num_tokens: int,
+        eos: tuple[int, ...],
+        special: SpecialTokensInText = SpecialTokensInText.TEXT,
+    ) -> "TextModel":
+        """Read the text side of the model at ``path``. Raises :class:`ApiError`, 422 for files that cannot be used."""
+        number, model = next(self._numbers), next(self._models)
+        opening = jobs.Open(number, OPEN_LIMITS, model, path, num_tokens, eos, special)
+        opened = await self.run(Lane.SHORT, opening, opening)
+        assert isinstance(opened, jobs.Opened)
+        tokenizer = await asyncio.to_thread(Tokenizer.from_buffer, opened.description.decoder)
+        return TextModel(self, opening, msgspec.structs.replace(opened.description, decoder=b""), tokenizer)
+
+    def close(self, model: int) -> None:
+        """Have all processes forget a model."""
+        for lane in self._lanes.values():
+            for process in lane.processes:
+                process.forget(model)
+
+    async def run(self, lane: Lane, job: jobs.Job, opening: jobs.Open, principal: str = "") -> jobs.FromText:
+        """Return the answer to ``job``, of the model that ``opening`` opens. Raises :class:`ApiError`."""
+        return await self._lanes[lane].run(job, opening, principal)
+
+    def next_number(self) -> int:
+        """Return the number of a new job."""
+        return next(self._numbers)
+
+    async def stop(self) -> None:
+        """End all processes; what they do or wait for fails."""
+        await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
+
+
+class TextModel:
+    """The text side of one model, as the daemon has it: its answers are read here, its prompts made elsewhere."""
+
+    def __init__(
+        self, pool: TextPool, opening: jobs.Open, description: jobs.TextDescription, tokenizer: Tokenizer
+    ) -> None:
+        self._pool = pool
+        self._opening = opening
+        self._ends = array.array("q", description.token_ends)
+        self._token_bytes = description.token_bytes
+        self.tokenizer = tokenizer
+        """Makes text of ids; it makes no ids."""
+        self.can_chat = description.can_chat
+        self.call_form = CallForm(description.call_form)
+        self.tags = ReasoningTags(*description.tags) if description.tags else None
+        self.tag_ids = description.tag_ids
+        """Of ``tags``, ``None`` where they are no tokens."""
+        self.markers = description.markers
+        self.vocabulary_digest = description.vocabulary_digest
+
+    async def build(self, request: InferenceRequest, context_tokens: int) -> jobs.Built:
+        """Return the prompt of ``request``. Raises :class:`ApiError`."""
+        return await self._prompt(jobs.Build, jobs.Built, request, context_tokens)
+
+    async def count(self, request: InferenceRequest, context_tokens: int) -> int:
+        """Return how many tokens the prompt of ``request`` has. Raises :class:`ApiError`."""
+        return (await self._prompt(jobs.Count, jobs.Counted, request, context_tokens)).num_tokens
+
+    async def tokenise(self, texts: Sequence[str], context_tokens: int, principal: str = "") -> tuple[bytes, ...]:
+        """Return the int32 ids of each of ``texts``. Raises :class:`ApiError`."""
+        lane, limits = _lane_of(sum(map(len, texts)))
+        job = jobs.Tokenise(self._pool.next_number(), limits, self._opening.model, tuple(texts), context_tokens)
+        answer = await self._pool.run(lane, job, self._opening, principal)
+        assert isinstance(answer, jobs.Tokenised)
+        return answer.ids
+
+    async def grammar(self, request: InferenceRequest) -> str | None:
+        """Return the grammar that the answer to ``request`` must follow, tried. Raises :class:`ApiError`."""
+        asked = InferenceRequest(
+            request.model, tools=request.tools, tool_choice=request.tool_choice, output_format=request.output_format
+        )
+        job = jobs.Check(self._pool.next_number(), GRAMMAR_LIMITS, self._opening.model, asked)
+        answer = await self._pool.run(Lane.GRAMMAR, job, self._opening, request.principal)
+        assert isinstance(answer, jobs.Checked)
+        return answer.grammar
+
+    def text_of(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each of ``ids``."""
+        known, ends = self._token_bytes, self._ends
+        return [known[ends[token - 1] if token else 0 : ends[token]] if token < len(ends) else b"" for token in ids]
+
+    def close(self) -> None:
+        """Free what the text processes hold of this model."""
+        self._pool.close(self._opening.model)
+
+    async def _prompt(
+        self,
+        kind: type[jobs.Build] | type[jobs.Count],
+        answer: type[_T],
+        request: InferenceRequest,
+        context_tokens: int,
+    ) -> _T:
+        # Numbers of sampling may be such that JSON does not have.
+        asked = msgspec.structs.replace(
+            request, sampling=Sampling(bad_words=request.sampling.bad_words), stop=(), output_format=OutputFormat()
+        )
+        lane, limits = _lane_of(_size(asked))
+        job = kind(self._pool.next_number(), limits, self._opening.model, asked, context_tokens)
+        found = await self._pool.run(lane, job, self._opening, request.principal)
+        assert isinstance(found, answer)
+        return found
+
+
+def _lane_of(size: int) -> tuple[Lane, Limits]:
+    return (Lane.SHORT, SHORT_LIMITS) if size <= SHORT_BYTES else (Lane.LONG, LONG_LIMITS)
+
+
+def _size(request: InferenceRequest) -> int:
+    """Return about how much there is to render and tokenise: all of it, not only what the user wrote last."""
+    if len(request.prompt or "") > SHORT_BYTES:
+        return SHORT_BYTES + 1
+    try:
+        return len(msgspec.json.encode(request))
+    except (RecursionError, UnicodeError) as error:
+        raise _unreadable(error) from None
+
+
+class _Waiting:
+    """A job in a lane."""
+
+    __slots__ = ("answer", "data", "job", "opening", "tries")
+
+    def __init__(self, job: jobs.Job, opening: jobs.Open, data: bytes) -> None:
+        self.job = job
+        self.opening = opening
+        self.data = data
+        self.tries = 0
+        self.answer: asyncio.Future[jobs.FromText] = asyncio.get_running_loop().create_future()
+
+
+class _Lane:
+    """Jobs of one kind and the processes that do them."""
+
+    def __init__(self, lane: Lane, command: Sequence[str], num_processes: int) -> None:
+        self._lane = lane
+        self.processes = [TextProcess(f"text:{lane.value}-{index}", command) for index in range(num_processes)]
+        self._servers: list[asyncio.Task[None]] = []
+        self._queues: collections.OrderedDict[str, collections.deque[_Waiting]] = collections.OrderedDict()
+        self._num_waiting = 0
+        self._arrived = asyncio.Event()
+        self._stopped = False
+
+    async def run(self, job: jobs.Job, opening: jobs.Open, principal: str) -> jobs.FromText:
+        if self._stopped:
+            raise UnavailableError("This neuron is shutting down.", retry_after_s=1.0)
+        if self._num_waiting >= MAX_WAITING:
+            raise OverloadedError(
+                f"{self._num_waiting} requests wait for their {self._lane.value} texts to be read; try again shortly.",
+                retry_after_s=1.0,
+            )
+        try:
+            data = msgspec.json.encode(job)
+        except (RecursionError, UnicodeError) as error:
+            raise _unreadable(error) from None
+        if not self._servers:
+            self._servers = [asyncio.create_task(self._serve(process)) for process in self.processes]
+        waiting = _Waiting(job, opening, data)
+        self._queues.setdefault(principal, collections.deque()).append(waiting)
+        self._num_waiting += 1
+        self._arrived.set()
+        return await waiting.answer
+
+    async def stop(self) -> None:
+        self._stopped = True
+        for server in self._servers:
+            server.cancel()
+        await asyncio.gather(*self._servers, return_exceptions=True)
+        for process in self.processes:
+            process.end()
+        while (waiting := self._next()) is not None:
+            waiting.answer.set_exception(UnavailableError("This neuron is shutting down.", retry_after_s=1.0))
+
+    def _next(self) -> _Waiting | None:
+        """Take the next job somebody still waits for, of the principal whose turn it is."""
+        while self._queues:
+            principal, queue = next(iter(self._queues.items()))
+            waiting = queue.popleft()
+            self._num_waiting -= 1
+            if queue:
+                self._queues.move_to_end(principal)
+            else:
+                del self._queues[principal]
+            if not waiting.answer.done():
+                return waiting
+        return None
+
+    async def _serve(self, process: TextProcess) -> None:
+        while True:
+            waiting = self._next()
+            if waiting is None:
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            try:
+                answer = await self._do(process, waiting)
+            except ApiError as error:
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(error)
+            except asyncio.CancelledError:
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(UnavailableError("This neuron is shutting down.", retry_after_s=1.0))
+                raise
+            except Exception as error:
+                logger.exception("%s: a job failed", process.name)
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(UnavailableError(f"The text could not be read: {error}."))
+            else:
+                if not waiting.answer.done():
+                    waiting.answer.set_result(answer)
+            del waiting
+
+    async def _do(self, process: TextProcess, waiting: _Waiting) -> jobs.FromText:
+        job = waiting.job
+        while True:
+            try:
+                if not isinstance(job, jobs.Open):
+                    await process.open(waiting.opening)
+                answer = await process.ask(waiting.data, job.limits)
+            except Death as death:
+                waiting.tries += 1
+                if death.is_of_the_job or waiting.tries == MAX_TRIES:
+                    logger.warning("%s: ended over a job: %s", process.name, death)
+                    raise error_of(job, death) from None
+                logger.warning("%s: lost: %s; the job is tried again", process.name, death)
+                continue
+            if isinstance(answer, jobs.Refused):
+                raise RemoteError(answer.error)
+            if isinstance(job, jobs.Open):
+                process.opened.add(job.model)
+            return answer
+
+
+def error_of(job: jobs.Job, death: Death) -> ApiError:
+    """Return what whoever asked for ``job`` is told of the end of the process that did it."""
+    if isinstance(job, jobs.Open):
+        if death.step is Step.TEMPLATE:
+            return TemplateError(f"The model's chat template {death}.")
+        return UnsupportedTokenizerError(f"Reading the model's tokenizer {death}.")
+    if isinstance(job, jobs.Check):
+        return InvalidSchemaError(f"compiling it {death}", param=param_of_grammar(job.request))
+    if isinstance(job, jobs.Tokenise):
+        return PromptTooCostlyError(f"Making tokens of the input {death}.", param="input")
+    if job.request.prompt is None and death.step is not Step.TOKENS:
+        return TemplateError(f"The model's chat template {death}.", param="messages")
+    param = "messages" if job.request.prompt is None else "prompt"
+    return PromptTooCostlyError(f"Making tokens of the prompt {death}.", param=param)
+
+
+def _unreadable(error: Exception) -> InvalidRequestError:
+    if isinstance(error, UnicodeError):
+        return InvalidRequestError("The request holds half of a surrogate pair, which is no text.")
+    return InvalidRequestError("The request is nested too deeply.")
