@@ -324,6 +324,7 @@ async def stream(
     heartbeat: bytes | Callable[[], bytes],
     error_frame: Callable[[ApiError], bytes],
     headers: Sequence[Header] = (),
+    hold_share: float = 1.0,
 ) -> None:
     """Send an event stream whose bytes come from ``chunks``, each chunk whole frames, as :func:`serve_stream` does.
 
@@ -335,7 +336,9 @@ async def stream(
             async for chunk in chunks:
                 await out.write(chunk)
 
-    await serve_stream(exchange, write, heartbeat=heartbeat, error_frame=error_frame, headers=headers)
+    await serve_stream(
+        exchange, write, heartbeat=heartbeat, error_frame=error_frame, headers=headers, hold_share=hold_share
+    )
 
 
 async def serve_stream(
@@ -345,8 +348,11 @@ async def serve_stream(
     heartbeat: bytes | Callable[[], bytes],
     error_frame: Callable[[ApiError], bytes],
     headers: Sequence[Header] = (),
+    hold_share: float = 1.0,
 ) -> None:
     """Send the event stream that ``write`` writes, and heartbeats into its silences.
+
+    Headers are held back for ``hold_share`` of the usual time at most.
 
     An :class:`ApiError` from ``write`` is raised again if no header went out yet; later it becomes ``error_frame`` and
     the end of the stream.
@@ -355,7 +361,7 @@ async def serve_stream(
         ApiError: before the first byte.
         ClientDisconnectedError: the client left; ``write`` has ended by then.
     """
-    out = EventStream(exchange, heartbeat, headers)
+    out = EventStream(exchange, heartbeat, headers, hold_share)
     try:
         with EndedByDisconnect(exchange):
             try:
@@ -375,7 +381,13 @@ class EventStream:
     A stream has one timer at a time, which looks at a clock; a chunk costs none.
     """
 
-    def __init__(self, exchange: Exchange, heartbeat: bytes | Callable[[], bytes], headers: Sequence[Header]) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        heartbeat: bytes | Callable[[], bytes],
+        headers: Sequence[Header],
+        hold_share: float = 1.0,
+    ) -> None:
         self.started = False
         self.writes_at_once = exchange.writes_at_once
         """Whether :meth:`write_now` may be used."""
@@ -387,7 +399,7 @@ class EventStream:
         self._turn: asyncio.Lock | None = None if exchange.writes_at_once else asyncio.Lock()
         self._loop = exchange.loop or asyncio.get_running_loop()
         self._written_at = self._loop.time()
-        self._timer = self._loop.call_later(HOLD_HEADERS_S, self._look)
+        self._timer = self._loop.call_later(HOLD_HEADERS_S * hold_share, self._look)
         self._beating: asyncio.Task[None] | None = None
 
     async def write(self, data: bytes) -> None:

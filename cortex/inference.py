@@ -52,7 +52,7 @@ from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header
 from cortex.wire.errors import ApiError, MissingParameterError, RemoteError, UpstreamError
 from cortex.wire.events import Finished, FinishReason, Started
-from cortex.wire.headers import IGNORED, TOLD, model_name_headers
+from cortex.wire.headers import IGNORED, OMITTED_PARTS, TOLD, model_name_headers
 
 log = logging.getLogger("cortex.inference")
 
@@ -205,7 +205,7 @@ class Inference:
     async def _answer(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
         with EndedByDisconnect(exchange):
             answer = await self._dispatcher.ask(asked.question)
-            _tell_of(answer, exchange)
+            _tell_of(answer, asked, exchange)
             try:
                 body = await answer.read(MAX_ANSWER_BYTES)
                 record.usage, record.finish = read_whole(answer, CHAT if answer.is_chat else dialect, body)
@@ -243,7 +243,7 @@ class Inference:
 
         async def write(out: EventStream) -> None:
             answer = await self._dispatcher.ask(asked.question)
-            _tell_of(answer, exchange)
+            _tell_of(answer, asked, exchange)
             if not out.writes_at_once or answer.is_chat or answer.renamed or asked.turn is not None:
                 async with aclosing(self._pull(answer, relay, record, asked)) as frames:
                     async for some in frames:
@@ -375,12 +375,19 @@ def principal_headers(principal: Principal) -> list[Header]:
     return headers
 
 
-def _tell_of(answer: Answer, exchange: Exchange) -> None:
-    """Have the answer to a client say what a node says of its own."""
+def _tell_of(answer: Answer, asked: "_Asked", exchange: Exchange) -> None:
+    """Have the answer to a client say what a node says of its own, and what a translation left out."""
     for name in TOLD:
         value = answer.response.header(name)
         if value is not None:
             tell(exchange.told, name, value)
+    if answer.is_chat and asked.chat is not None:
+        reading = asked.chat.reading
+        if reading.ignored:
+            tell(exchange.told, IGNORED, ",".join(reading.ignored).encode())
+        if reading.num_omitted:
+            by_node = int(exchange.told.get(OMITTED_PARTS, b"0"))
+            tell(exchange.told, OMITTED_PARTS, b"%d" % (by_node + reading.num_omitted))
 
 
 def _made_here(turn: Turn, name: str) -> ResponsesStream:

@@ -46,6 +46,7 @@ from cortex.dialects.passthrough import (
     GatewayPart,
     envelope_for,
 )
+from cortex.dialects.unseen_parts import readable
 from cortex.http_io import (
     AsgiExchange,
     ClientDisconnectedError,
@@ -67,10 +68,11 @@ from cortex.wire.errors import (
     UnauthorizedError,
 )
 from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, Started
-from cortex.wire.headers import IGNORED, MODEL_NAME, told_model_name
-from cortex.wire.node import DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
+from cortex.wire.headers import IGNORED, MODEL_NAME, OMITTED_PARTS, told_model_name
+from cortex.wire.node import Capability, DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
 from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron import __version__, api_description, metrics
+from neuron.harness import Model
 from neuron.metrics import RequestRecord
 from neuron.service import Service
 
@@ -78,6 +80,9 @@ _log = logging.getLogger("neuron.api")
 
 DIALECTS = (CHAT.name, COMPLETIONS.name, EMBEDDINGS.name, RESPONSES.name, MESSAGES.name)
 CLIENT_LEFT_STATUS = 499
+HOLD_SHARE = 2 / 3
+"""Of the time for which headers are held: a gateway has not sent its own by then, and can say what a node's say."""
+
 REPORT_USAGE_HEADER = b"x-cortex-report-usage"
 """A gateway sends it to have usage in a comment at the end of a stream, whatever the client asked for."""
 
@@ -257,7 +262,7 @@ class Api:
 
     async def _chat(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_chat.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell_ignored(exchange, call.ignored)
+        _tell(exchange, call)
         request, created = call.request, int(time.time())
         name = _name(exchange, request)
         reply_id = f"chatcmpl-{secrets.token_hex(12)}"
@@ -278,7 +283,7 @@ class Api:
 
     async def _completions(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_completions.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell_ignored(exchange, call.ignored)
+        _tell(exchange, call)
         record.is_stream = call.stream
         frames = openai_completions.Completion(
             f"cmpl-{secrets.token_hex(12)}",
@@ -295,7 +300,7 @@ class Api:
 
     async def _embeddings(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_embeddings.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell_ignored(exchange, call.ignored)
+        _tell(exchange, call)
         request = _on_behalf(exchange, call.request)
         with self._service.models.use(request.model) as model:
             record.model = request.model
@@ -307,7 +312,7 @@ class Api:
 
     async def _responses(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell_ignored(exchange, call.ignored)
+        _tell(exchange, call)
         request = call.request
         record.is_stream = call.stream
         part = GatewayPart.of(exchange.header(GATEWAY_PART_HEADER))
@@ -331,7 +336,7 @@ class Api:
         body = await exchange.read_body(self._service.max_body_bytes)
         compaction = openai_compaction.Compaction(body)
         call = openai_responses.decode(compaction.question())
-        _tell_ignored(exchange, call.ignored)
+        _tell(exchange, call)
         id = f"resp_{secrets.token_hex(24)}"
         frames = ResponsesStream(id, call.request.model, int(time.time()), echo=b"{}")
         request = call.request
@@ -340,12 +345,12 @@ class Api:
     async def _input_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
         body = openai_compaction.with_input(await exchange.read_body(self._service.max_body_bytes))
         call = openai_responses.decode(body)
-        _tell_ignored(exchange, call.ignored)
+        _tell(exchange, call)
         await self._count(exchange, call.request, openai_responses.COUNTED, record)
 
     async def _messages(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell_ignored(exchange, call.ignored)
+        _tell(exchange, call)
         request = call.request
         record.is_stream = call.stream
         frames = MessagesStream(f"msg_{secrets.token_hex(12)}", _name(exchange, request))
@@ -356,7 +361,7 @@ class Api:
 
     async def _count_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell_ignored(exchange, call.ignored)
+        _tell(exchange, call)
         await self._count(exchange, call.request, {}, record)
 
     async def _count(
@@ -365,6 +370,7 @@ class Api:
         """Answer with how many tokens a prompt has, and with what the dialect says beside it."""
         with self._service.models.use(request.model) as model:
             record.model = request.model
+            request = self._readable(exchange, request, model)
             num_tokens = await until_disconnect(exchange, model.count_tokens(request))
             record.see([Started(num_tokens)])
             await _reply(exchange, {**told, "input_tokens": num_tokens})
@@ -380,7 +386,7 @@ class Api:
         request = _on_behalf(exchange, request)
 
         async def frames() -> AsyncGenerator[bytes, None]:
-            async for events in self._events(request, record):
+            async for events in self._events(exchange, request, record):
                 if made := projector.frames(events):
                     yield made
 
@@ -389,6 +395,7 @@ class Api:
             frames(),
             heartbeat=dialect.heartbeat,
             error_frame=lambda error: projector.frames([Failed(error.info())]),
+            hold_share=HOLD_SHARE,
         )
 
     async def _complete(
@@ -402,7 +409,7 @@ class Api:
         request = _on_behalf(exchange, request)
 
         async def gather() -> None:
-            async with aclosing(self._events(request, record)) as batches:
+            async with aclosing(self._events(exchange, request, record)) as batches:
                 async for events in batches:
                     for event in events:
                         if isinstance(event, Failed):
@@ -412,22 +419,52 @@ class Api:
         await until_disconnect(exchange, gather())
         await exchange.reply(200, body())
 
+    def _readable(self, exchange: Exchange, request: InferenceRequest, model: Model) -> InferenceRequest:
+        """Return a request without what its model cannot take, and have the answer say how much that was.
+
+        Raises:
+            UnsupportedParameterError: the user has just said such a thing.
+        """
+        messages, num_omitted = readable(
+            request.messages,
+            images=Capability.VISION in model.capabilities,
+            model=request.model,
+            seeing=[one.id for one in self._service.models.statuses() if Capability.VISION in one.capabilities],
+            param="input" if exchange.path.startswith(RESPONSES.path) else "messages",
+        )
+        if not num_omitted:
+            return request
+        num_omitted += int(exchange.told.get(OMITTED_PARTS, b"0"))
+        tell(exchange.told, OMITTED_PARTS, b"%d" % num_omitted)
+        return msgspec.structs.replace(request, messages=messages)
+
     async def _events(
-        self, request: InferenceRequest, record: RequestRecord
+        self, exchange: Exchange, request: InferenceRequest, record: RequestRecord
     ) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         """Run a request on its model, which stays in use until the generator is closed."""
         with self._service.models.use(request.model) as model:
             record.model = request.model
+            request = self._readable(exchange, request, model)
             async with aclosing(model.infer(request)) as batches:
                 async for events in batches:
                     record.see(events)
                     yield events
 
 
-def _tell_ignored(exchange: Exchange, names: Sequence[str]) -> None:
-    """Have the answer say which members of the body nobody knows."""
-    if names:
-        tell(exchange.told, IGNORED, ",".join(names).encode())
+class _Call(Protocol):
+    """A decoded body of any dialect."""
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The members that nobody knows."""
+
+
+def _tell(exchange: Exchange, call: _Call) -> None:
+    """Have the answer say which members of the body nobody knows, and how many parts no model here can take."""
+    if num_omitted := getattr(call, "num_omitted", 0):
+        tell(exchange.told, OMITTED_PARTS, b"%d" % num_omitted)
+    if call.ignored:
+        tell(exchange.told, IGNORED, ",".join(call.ignored).encode())
         _log.info("id=%s ignored=%s", exchange.request_id, exchange.told[IGNORED].decode())
 
 

@@ -19,9 +19,8 @@ from cortex.wire.errors import (
     InvalidTypeError,
     MissingParameterError,
     ToolCallNotFoundError,
-    UnsupportedParameterError,
 )
-from cortex.wire.request import Message, Part, Role, TextPart, ToolCall
+from cortex.wire.request import MediaPart, Message, Part, Role, TextPart, ToolCall
 
 T = TypeVar("T")
 
@@ -189,13 +188,14 @@ def _parts(block: Block, where: str) -> list[Part]:
         case "text":
             return [TextPart(needed(block.text, f"{where}.text"))]
         case "image":
-            source = _source(block, f"{where}.source")
-            return [fields.image(_image_address(source, f"{where}.source"), None, f"{where}.source")]
+            return [_image(_source(block, f"{where}.source"), f"{where}.source")]
         case "document":
             return _document(block, where)
         case "search_result":
             inner = block.content if isinstance(block.content, list) else ()
             return [TextPart("\n".join(filter(None, [block.title, *_texts(inner, f"{where}.content")])))]
+        case "container_upload":
+            return [MediaPart("file", where)]
         case "tool_reference":
             return [TextPart(needed(block.tool_name, f"{where}.tool_name"))]
     raise _unknown_type(block, where)
@@ -209,14 +209,16 @@ def _source(block: Block, where: str) -> Source:
     return block.source
 
 
-def _image_address(source: Source, where: str) -> str:
+def _image(source: Source, where: str) -> Part:
     match source.type:
         case "base64":
             media_type = needed(source.media_type, f"{where}.media_type")
-            return f"data:{media_type};base64,{needed(source.data, f'{where}.data')}"
+            address = f"data:{media_type};base64,{needed(source.data, f'{where}.data')}"
         case "url":
-            return needed(source.url, f"{where}.url")
-    raise _unsupported(f"{where}.type={source.type}")
+            address = needed(source.url, f"{where}.url")
+        case _:  # an upload
+            return MediaPart("image", f"{where}.type={source.type}")
+    return fields.image(address, None, where)
 
 
 def _document(block: Block, where: str) -> list[Part]:
@@ -240,7 +242,7 @@ def _document(block: Block, where: str) -> list[Part]:
             raise InvalidRequestError(f"Invalid '{place}': it is not text in base64.", param=place) from None
         parts.append(TextPart(text))
     else:
-        raise _unsupported(f"{where}.source.type={source.media_type or source.type}")
+        parts.append(MediaPart("document", f"{where}.source.type={source.media_type or source.type}"))
     return parts
 
 
@@ -257,7 +259,3 @@ def _missing(where: str) -> MissingParameterError:
 
 def _unknown_type(block: Block, where: str) -> InvalidTypeError:
     return InvalidTypeError(f"Invalid value for '{where}.type': '{block.type}' has no meaning here.", param=where)
-
-
-def _unsupported(what: str) -> UnsupportedParameterError:
-    return UnsupportedParameterError(f"Unsupported parameter: '{what}' is not supported here.", param=what)

@@ -15,6 +15,7 @@ from cortex.dialects import anthropic_blocks as blocks
 from cortex.dialects import openai_fields as fields
 from cortex.dialects.generation import GenerationBody
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
+from cortex.dialects.unseen_parts import readable
 from cortex.wire.errors import InvalidRequestError, ThreadUnsupportedError
 from cortex.wire.request import (
     InferenceRequest,
@@ -34,6 +35,8 @@ class MessagesCall(msgspec.Struct, frozen=True):
     stream: bool
     ignored: tuple[str, ...] = ()
     """The members of the body that nobody knows."""
+    num_omitted: int = 0
+    """How many parts of earlier turns no model here can take."""
 
 
 class _Tool(msgspec.Struct):
@@ -129,9 +132,10 @@ def decode(body: bytes) -> MessagesCall:
         for index, tool in enumerate(parsed.tools or ())
         if tool.type in (None, "custom") or tool.input_schema is not None
     )
+    read, num_omitted = readable(messages, images=True, model=parsed.model)
     request = InferenceRequest(
         model=parsed.model,
-        messages=tuple(messages),
+        messages=read,
         tools=tools,
         tool_choice=_tool_choice(parsed.tool_choice, tools),
         sampling=parsed.sampling(),
@@ -141,7 +145,7 @@ def decode(body: bytes) -> MessagesCall:
         output_format=parsed.form(_output_format(parsed), "output_config.format"),
         thinking=_thinking(parsed.thinking),
     )
-    return MessagesCall(request, bool(parsed.stream), ignored)
+    return MessagesCall(request, bool(parsed.stream), ignored, num_omitted)
 
 
 def _tool_choice(choice: _ToolChoice | None, tools: Sequence[Tool]) -> ToolChoice:

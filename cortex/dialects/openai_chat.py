@@ -14,9 +14,11 @@ from cortex.dialects import openai_fields as fields
 from cortex.dialects.answered_calls import OpenCalls
 from cortex.dialects.generation import GenerationBody
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
+from cortex.dialects.unseen_parts import readable
 from cortex.wire.errors import InvalidRequestError, MissingParameterError, ToolCallNotFoundError
 from cortex.wire.request import (
     InferenceRequest,
+    MediaPart,
     Message,
     OutputFormat,
     Part,
@@ -37,6 +39,8 @@ class ChatCall(msgspec.Struct, frozen=True):
     include_usage: bool
     ignored: tuple[str, ...] = ()
     """The members of the body that nobody knows."""
+    num_omitted: int = 0
+    """How many parts of earlier turns no model here can take."""
 
 
 class _TextBody(msgspec.Struct, tag="text"):
@@ -56,6 +60,22 @@ class _ImageBody(msgspec.Struct, tag="image_url"):
     image_url: _ImageAddress
 
 
+class _AudioBody(msgspec.Struct, tag="input_audio"):
+    input_audio: object = None
+
+
+class _AudioAddressBody(msgspec.Struct, tag="audio_url"):
+    audio_url: object = None
+
+
+class _VideoBody(msgspec.Struct, tag="video_url"):
+    video_url: object = None
+
+
+class _FileBody(msgspec.Struct, tag="file"):
+    file: object = None
+
+
 class _CalledFunction(msgspec.Struct):
     name: str
     arguments: str | dict[str, Any] = "{}"
@@ -67,9 +87,12 @@ class _ToolCallBody(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
+_PartBody = _TextBody | _RefusalBody | _ImageBody | _AudioBody | _AudioAddressBody | _VideoBody | _FileBody
+
+
 class _MessageBody(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_TextBody | _RefusalBody | _ImageBody] | None = None
+    content: str | list[_PartBody] | None = None
     name: str | None = None
     tool_calls: list[_ToolCallBody] | None = None
     tool_call_id: str | None = None
@@ -146,7 +169,7 @@ PARAMETERS = Parameters(
         "stream_options": "include_obfuscation",
         "messages": "annotations audio cache_control created_at function_call id phase provider_specific_fields "
         "reasoning_details thinking_blocks",
-        "messages.content": "annotations cache_control file id input_audio refusal video_url",
+        "messages.content": "annotations cache_control id",
         "messages.tool_calls": "custom extra_content index provider_specific_fields",
         "tools": "cache_control " + fields.HOSTED_TOOL_NAMES,
         "tools.function": "cache_control",
@@ -185,9 +208,10 @@ def decode(body: bytes) -> ChatCall:
     if parsed.top_logprobs is not None and not wants_logprobs:
         raise InvalidRequestError("Invalid 'top_logprobs': it needs 'logprobs' to be true.", param="top_logprobs")
     tools = tuple(_tools(parsed.tools or ()))
+    messages, num_omitted = readable(_messages(parsed.messages), images=True, model=parsed.model)
     request = InferenceRequest(
         model=parsed.model,
-        messages=_messages(parsed.messages),
+        messages=messages,
         tools=tools,
         tool_choice=_tool_choice(parsed, tools),
         sampling=parsed.sampling(),
@@ -201,7 +225,7 @@ def decode(body: bytes) -> ChatCall:
         template_arguments=parsed.chat_template_kwargs or {},
     )
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
-    return ChatCall(request, bool(parsed.stream), include_usage, ignored)
+    return ChatCall(request, bool(parsed.stream), include_usage, ignored, num_omitted)
 
 
 def _messages(bodies: Sequence[_MessageBody]) -> tuple[Message, ...]:
@@ -241,10 +265,13 @@ def _message(body: _MessageBody, index: int) -> Message:
             case _RefusalBody(refusal):
                 parts.append(TextPart(refusal))
             case _ImageBody(address):
-                param = f"{where}.content[{number}].image_url"
-                if body.role != "user":
-                    raise InvalidRequestError(f"Invalid '{param}': only user messages carry images.", param=param)
-                parts.append(fields.image(address.url, address.detail, param))
+                parts.append(fields.image(address.url, address.detail, f"{where}.content[{number}].image_url"))
+            case _AudioBody() | _AudioAddressBody():
+                parts.append(MediaPart("audio", f"{where}.content[{number}]"))
+            case _VideoBody():
+                parts.append(MediaPart("video", f"{where}.content[{number}]"))
+            case _FileBody():
+                parts.append(MediaPart("file", f"{where}.content[{number}]"))
     content = body.content if isinstance(body.content, str) else fields.collapse(parts)
     if body.role == "tool" and body.tool_call_id is None:
         raise InvalidRequestError(

@@ -16,18 +16,31 @@ from cortex.dialects.openai_compaction import summary_of
 from cortex.dialects.openai_sealed import unseal
 from cortex.dialects.openai_tools import OfferedTools
 from cortex.wire.errors import InvalidRequestError, ToolCallNotFoundError, UnsupportedParameterError
-from cortex.wire.request import Message, Part, Role, TextPart, ToolCall
+from cortex.wire.request import MediaPart, Message, Part, Role, TextPart, ToolCall
 
 T = TypeVar("T")
 
 
 class _Content(msgspec.Struct):
-    """A part of a message or of a tool's output: text of any kind, a refusal, or an image."""
+    """A part of a message or of a tool's output: text of any kind, a refusal, an image, or what nobody here takes."""
 
-    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal", "input_image"]
+    type: Literal[
+        "input_text",
+        "output_text",
+        "text",
+        "summary_text",
+        "reasoning_text",
+        "refusal",
+        "input_image",
+        "input_file",
+        "input_audio",
+        "output_audio",
+        "computer_screenshot",
+    ]
     text: str | None = None
     refusal: str | None = None
     image_url: str | None = None
+    file_id: str | None = None
     detail: str | None = None
 
 
@@ -52,6 +65,7 @@ class Item(msgspec.Struct):
     output: str | list[_Content] | None = None
 
 
+_MEDIA = {"input_file": "file", "input_audio": "audio", "output_audio": "audio", "computer_screenshot": "image"}
 _ITEM_DECODER = msgspec.json.Decoder(Item)
 _KIND_DECODER = msgspec.json.Decoder(_Kind)
 _READ = frozenset(
@@ -184,9 +198,14 @@ def _content(content: str | list[_Content] | None, where: str) -> str | tuple[Pa
     for number, part in enumerate(content):
         if part.type == "input_image":
             param = f"{where}[{number}].image_url"
-            if part.image_url is None:
+            if part.image_url is not None:
+                parts.append(fields.image(part.image_url, part.detail, param))
+            elif part.file_id is not None:
+                parts.append(MediaPart("image", f"{where}[{number}].file_id"))
+            else:
                 raise InvalidRequestError(f"Invalid '{param}': an image needs an address.", param=param)
-            parts.append(fields.image(part.image_url, part.detail, param))
+        elif part.type in _MEDIA:
+            parts.append(MediaPart(_MEDIA[part.type], f"{where}[{number}]"))
         else:
             parts.append(TextPart(part.text or part.refusal or ""))
     return fields.collapse(parts)

@@ -20,6 +20,7 @@ from cortex.dialects.openai_items import Item, messages_of
 from cortex.dialects.openai_tools import OfferedTools
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.dialects.passthrough import GatewayPart
+from cortex.dialects.unseen_parts import readable
 from cortex.wire.errors import ChainedConversationError, InvalidRequestError
 from cortex.wire.request import (
     InferenceRequest,
@@ -42,6 +43,8 @@ class ResponsesCall(msgspec.Struct, frozen=True):
     """Whether the client will send reasoning back, which it reads nothing of."""
     ignored: tuple[str, ...] = ()
     """The members of the body that nobody knows."""
+    num_omitted: int = 0
+    """How many parts of earlier turns no model here can take."""
 
     def echoed(self, part: GatewayPart) -> bytes:
         """Return :attr:`echo` with what a gateway does, which the request's own fields are not true of."""
@@ -177,10 +180,11 @@ def decode(body: bytes) -> ResponsesCall:
         messages += messages_of(parsed.input, tools)
     if not messages:
         raise InvalidRequestError("Invalid 'input': at least one message is needed.", param="input")
+    read, num_omitted = readable(messages, images=True, model=parsed.model, param="input")
     reasoning = parsed.reasoning or _Reasoning()
     request = InferenceRequest(
         model=parsed.model,
-        messages=tuple(messages),
+        messages=read,
         tools=left,
         tool_choice=tool_choice,
         sampling=parsed.sampling(),
@@ -199,6 +203,7 @@ def decode(body: bytes) -> ResponsesCall:
         summarises=reasoning.summary is not None or reasoning.generate_summary is not None,
         seals="reasoning.encrypted_content" in included,
         ignored=ignored,
+        num_omitted=num_omitted,
     )
 
 

@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -18,7 +18,9 @@ from cortex._fast.chat_events import ChatEvents
 from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.responses_stream import ResponsesStream
 from cortex.dialects import anthropic_messages, openai_responses
+from cortex.dialects.anthropic_messages import MessagesCall
 from cortex.dialects.openai_chunks import ChunkReader
+from cortex.dialects.openai_responses import ResponsesCall
 from cortex.dialects.passthrough import (
     COUNT_TOKENS,
     INPUT_TOKENS,
@@ -34,6 +36,7 @@ from cortex.wire.request import (
     FormatKind,
     ImagePart,
     InferenceRequest,
+    MediaPart,
     Message,
     Role,
     TextPart,
@@ -53,20 +56,30 @@ Make = Callable[[], tuple[Projector, Callable[[], bytes]]]
 """Begins an answer: what makes its frames, and what then returns the whole of it."""
 
 
+class Reading(NamedTuple):
+    """A request as its dialect reads it."""
+
+    request: InferenceRequest
+    stream: bool
+    make: Make
+    ignored: tuple[str, ...] = ()
+    num_omitted: int = 0
+
+
 class Translation:
     """One request, as a chat. Decoded when it is first asked for: most nodes need none of it."""
 
-    def __init__(self, read: Callable[[], tuple[InferenceRequest, bool, Make]]) -> None:
+    def __init__(self, read: Callable[[], Reading]) -> None:
         self._read = read
 
     @functools.cached_property
-    def _parts(self) -> tuple[InferenceRequest, bool, Make]:
+    def reading(self) -> Reading:
+        """The decoded request. Raises :class:`InvalidRequestError`."""
         return self._read()
 
     @functools.cached_property
     def _body(self) -> bytes:
-        request, stream, _ = self._parts
-        return chat_body(request, stream=stream)
+        return chat_body(self.reading.request, stream=self.reading.stream)
 
     def body(self) -> bytes:
         """Return the chat to ask for.
@@ -78,7 +91,7 @@ class Translation:
 
     def begin(self) -> "TranslatedAnswer":
         """Return what reads the answer of a node that was asked."""
-        return TranslatedAnswer(*self._parts[2]())
+        return TranslatedAnswer(*self.reading.make())
 
 
 class TranslatedAnswer:
@@ -112,25 +125,25 @@ def to_chat(dialect: Dialect, body: bytes, part: GatewayPart = NO_PART, name: st
     if dialect is MESSAGES:
         return Translation(lambda: _read_messages(body, name))
     if dialect is COUNT_TOKENS:
-        return Translation(lambda: _read_count(anthropic_messages.decode(body).request, {}))
+        return Translation(lambda: _read_count(anthropic_messages.decode(body), {}))
     if dialect is INPUT_TOKENS:
-        return Translation(lambda: _read_count(openai_responses.decode(body).request, openai_responses.COUNTED))
+        return Translation(lambda: _read_count(openai_responses.decode(body), openai_responses.COUNTED))
     if dialect is RESPONSES:
         return Translation(lambda: _read_responses(body, part, name))
     return None
 
 
-def _read_messages(body: bytes, name: str) -> tuple[InferenceRequest, bool, Make]:
+def _read_messages(body: bytes, name: str) -> Reading:
     call = anthropic_messages.decode(body)
 
     def make() -> tuple[Projector, Callable[[], bytes]]:
         stream = MessagesStream(f"msg_{secrets.token_hex(12)}", name or call.request.model)
         return stream, stream.message
 
-    return call.request, call.stream, make
+    return Reading(call.request, call.stream, make, call.ignored, call.num_omitted)
 
 
-def _read_count(request: InferenceRequest, told: dict[str, str]) -> tuple[InferenceRequest, bool, Make]:
+def _read_count(call: MessagesCall | ResponsesCall, told: dict[str, str]) -> Reading:
     """Ask for one token: its usage has the engine's own count, and its cache then has the prompt.
 
     ``told`` is what the answer says beside the count.
@@ -140,10 +153,11 @@ def _read_count(request: InferenceRequest, told: dict[str, str]) -> tuple[Infere
         counter = _Count(told)
         return counter, counter.body
 
-    return msgspec.structs.replace(request, max_tokens=1), False, make
+    request = msgspec.structs.replace(call.request, max_tokens=1)
+    return Reading(request, False, make, call.ignored, call.num_omitted)
 
 
-def _read_responses(body: bytes, part: GatewayPart, name: str) -> tuple[InferenceRequest, bool, Make]:
+def _read_responses(body: bytes, part: GatewayPart, name: str) -> Reading:
     call = openai_responses.decode(body)
     echo = call.echoed(part)
 
@@ -160,7 +174,7 @@ def _read_responses(body: bytes, part: GatewayPart, name: str) -> tuple[Inferenc
         )
         return stream, stream.response
 
-    return call.request, call.stream, make
+    return Reading(call.request, call.stream, make, call.ignored, call.num_omitted)
 
 
 class _Count:
@@ -271,6 +285,8 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
         return message.content
     parts: list[dict[str, Any]] = []
     for part in message.content:
+        if isinstance(part, MediaPart):
+            continue  # there is none behind a decoder
         if isinstance(part, ImagePart):
             parts.append({"type": "image_url", "image_url": {"url": part.url, "detail": part.detail}})
         else:

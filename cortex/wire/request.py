@@ -32,7 +32,14 @@ class ImagePart(msgspec.Struct, frozen=True, tag="image"):
     detail: str = "auto"
 
 
-Part = TextPart | ImagePart
+class MediaPart(msgspec.Struct, frozen=True, tag="media"):
+    """Something that no model here can take. Never leaves the decoding of a body, where ``param`` is its place."""
+
+    kind: str
+    param: str
+
+
+Part = TextPart | ImagePart | MediaPart
 
 
 class ToolCall(msgspec.Struct, frozen=True):

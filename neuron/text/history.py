@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from cortex.wire.errors import UnsupportedParameterError
-from cortex.wire.request import ImagePart, Message, Role, TextPart, Tool
+from cortex.wire.request import ImagePart, MediaPart, Message, Role, TextPart, Tool
 
 MAX_ARGUMENTS_DEPTH: Final = 64
 ARGUMENTS_AS_TEXT: Final = "arguments"
@@ -30,7 +30,7 @@ def message_text(message: Message) -> str:
         match part:
             case TextPart(text):
                 texts.append(text)
-            case ImagePart():
+            case ImagePart() | MediaPart():  # taken out before, where the model cannot see
                 raise UnsupportedParameterError("This model takes no images.", param="messages")
     return "".join(texts)
 

@@ -247,7 +247,7 @@ def test_model_names_of_claude_code(gateway: daemons.Daemon) -> None:
     with anthropic.Anthropic(
         base_url=gateway.url, api_key="none", max_retries=0, timeout=20, _strict_response_validation=True
     ) as client:
-        assert ask(client, "hi", True, model="claude-opus-4-8").model == "m"
+        assert ask(client, "hi", True, model="claude-opus-4-8").model == "claude-opus-4-8"
         assert [model.id for model in client.models.list()] == ["m", "small"]
         assert client.models.retrieve("claude-haiku-4-5").display_name == "claude-haiku-4-5"
         assert client.models.retrieve("m").max_input_tokens == 100

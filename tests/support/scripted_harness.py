@@ -26,10 +26,10 @@ HELLO: list[Step] = [
 class ScriptedModel:
     """Plays ``script`` for every request and keeps what it was asked."""
 
-    def __init__(self, name: str, script: Callable[[InferenceRequest], list[Step]]) -> None:
+    def __init__(self, name: str, script: Callable[[InferenceRequest], list[Step]], sees: bool = True) -> None:
         self.loaded = LoadedModel(name, "scripted", "none", 100, 4, 10, 20)
         self.devices = ("cpu:0",)
-        self.capabilities = (Capability.CHAT,)
+        self.capabilities = (Capability.CHAT, Capability.VISION) if sees else (Capability.CHAT,)
         self.requests: list[InferenceRequest] = []
         self.closed = 0
         self._script = script
@@ -69,8 +69,11 @@ class ScriptedHarness:
 
     name = "torch"
 
-    def __init__(self, script: Callable[[InferenceRequest], list[Step]] = lambda request: HELLO) -> None:
+    def __init__(
+        self, script: Callable[[InferenceRequest], list[Step]] = lambda request: HELLO, sees: bool = True
+    ) -> None:
         self.script = script
+        self.sees = sees
         self.fails: ApiError | None = None
         self.waits: asyncio.Event | None = None
         self.loads: list[ModelSpec] = []
@@ -90,7 +93,7 @@ class ScriptedHarness:
             await self.waits.wait()
         if self.fails is not None:
             raise self.fails
-        self.models[spec.id] = ScriptedModel(spec.id, self.script)
+        self.models[spec.id] = ScriptedModel(spec.id, self.script, self.sees)
         return self.models[spec.id]
 
     async def unload(self, model: Model) -> None:

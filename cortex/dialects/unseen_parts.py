@@ -1,0 +1,92 @@
+"""Parts of a conversation that a model cannot take: images for one that reads text, and audio, video, files.
+
+In what the user says now they are refused by name. In all that was said before, and in what tools have brought back,
+each becomes one line of text that says so: agents send their whole history with every request, and a part that was
+refused once would be refused for ever. How many there were, an answer says in a header.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from cortex.wire.errors import UnsupportedParameterError
+from cortex.wire.request import ImagePart, MediaPart, Message, Part, Role, TextPart
+
+
+def readable(
+    messages: Sequence[Message], *, images: bool, model: str, seeing: Sequence[str] = (), param: str = "messages"
+) -> tuple[tuple[Message, ...], int]:
+    """Return messages without what the model cannot take, and how many parts that were.
+
+    ``images`` says whether it takes images, ``seeing`` which other models do. The user's newest words are those after
+    the assistant's last.
+
+    Raises:
+        UnsupportedParameterError: they have such a part.
+    """
+    if all(isinstance(message.content, str) for message in messages):
+        return tuple(messages), 0
+    newest = 1 + max((at for at, message in enumerate(messages) if message.role is Role.ASSISTANT), default=-1)
+    found: list[Message] = []
+    num_omitted = 0
+    for at, message in enumerate(messages):
+        if isinstance(message.content, str):
+            found.append(message)
+            continue
+        unseen = [part for part in message.content if _is_unseen(part, images)]
+        if not unseen:
+            found.append(message)
+            continue
+        if at >= newest and message.role is Role.USER:
+            raise _refusal(unseen[0], model, seeing, param)
+        num_omitted += len(unseen)
+        found.append(msgspec.structs.replace(message, content=_told(message.content, images)))
+    return tuple(found), num_omitted
+
+
+def _is_unseen(part: Part, images: bool) -> bool:
+    return isinstance(part, MediaPart) or (isinstance(part, ImagePart) and not images)
+
+
+def _told(parts: Sequence[Part], images: bool) -> str | tuple[Part, ...]:
+    """Return the parts with a line of text for each that cannot be taken."""
+    told: list[Part] = []
+    for part in parts:
+        if _is_unseen(part, images):
+            kind = part.kind if isinstance(part, MediaPart) else "image"
+            takes = "text and images" if images and kind != "image" else "text only"
+            told.append(TextPart(f"[{kind} omitted: this model takes {takes}]"))
+        else:
+            told.append(part)
+    if all(isinstance(part, TextPart) for part in told):
+        return _lines(told, parts)
+    return tuple(told)
+
+
+def _lines(told: Sequence[Part], parts: Sequence[Part]) -> str:
+    """Join texts as they are, but for the lines that were put in."""
+    pieces: list[str] = []
+    is_at_line_start = True
+    for new, old in zip(told, parts, strict=True):
+        assert isinstance(new, TextPart)
+        if new is old:
+            pieces.append(new.text)
+            is_at_line_start = new.text.endswith("\n") if new.text else is_at_line_start
+        else:
+            pieces.append(new.text + "\n" if is_at_line_start else f"\n{new.text}\n")
+            is_at_line_start = True
+    text = "".join(pieces)
+    return text.removesuffix("\n") if told and told[-1] is not parts[-1] else text
+
+
+def _refusal(part: Part, model: str, seeing: Sequence[str], param: str) -> UnsupportedParameterError:
+    if isinstance(part, MediaPart):
+        return UnsupportedParameterError(
+            f"Unsupported parameter: '{part.param}' is not supported here: no model takes a part of the kind "
+            f"'{part.kind}'.",
+            param=part.param,
+        )
+    others = f"these do: {', '.join(seeing)}" if seeing else "no model here does"
+    return UnsupportedParameterError(
+        f"Unsupported parameter: '{param}' has an image, and '{model}' takes no images; {others}.", param=param
+    )
