@@ -24,6 +24,7 @@ from cortex.dialects import (
     anthropic_messages,
     openai_chat,
     openai_compaction,
+    openai_completion_reply,
     openai_completions,
     openai_embeddings,
     openai_fields,
@@ -72,6 +73,7 @@ from cortex.wire.headers import IGNORED, MODEL_NAME, OMITTED_PARTS, told_model_n
 from cortex.wire.node import Capability, DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
 from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron import __version__, api_description, metrics
+from neuron.batch import infer_all
 from neuron.harness import Model
 from neuron.metrics import RequestRecord
 from neuron.service import Service
@@ -276,27 +278,29 @@ class Api:
                 include_usage=call.include_usage,
                 report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
             )
-            await self._stream(exchange, CHAT, request, frames, record)
+            await self._stream(exchange, CHAT, (request,), frames, record)
             return
         reply = ChatReply(reply_id, name, created, request.num_choices)
-        await self._complete(exchange, request, reply.add, reply.body, record)
+        await self._complete(exchange, (request,), reply.add, reply.body, record)
 
     async def _completions(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_completions.decode(await exchange.read_body(self._service.max_body_bytes))
         _tell(exchange, call)
+        requests = call.requests
         record.is_stream = call.stream
-        frames = openai_completions.Completion(
+        frames = openai_completion_reply.Completion(
             f"cmpl-{secrets.token_hex(12)}",
-            _name(exchange, call.request),
+            _name(exchange, requests[0]),
             int(time.time()),
-            num_choices=call.request.num_choices,
+            num_choices=call.num_choices,
             include_usage=call.include_usage,
             report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+            scores=call.scores,
         )
         if call.stream:
-            await self._stream(exchange, COMPLETIONS, call.request, frames, record)
+            await self._stream(exchange, COMPLETIONS, requests, frames, record)
         else:
-            await self._complete(exchange, call.request, frames.add, frames.body, record)
+            await self._complete(exchange, requests, frames.add, frames.body, record)
 
     async def _embeddings(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_embeddings.decode(await exchange.read_body(self._service.max_body_bytes))
@@ -328,9 +332,9 @@ class Api:
             seals=call.seals,
         )
         if call.stream:
-            await self._stream(exchange, RESPONSES, request, frames, record)
+            await self._stream(exchange, RESPONSES, (request,), frames, record)
         else:
-            await self._complete(exchange, request, frames.frames, frames.response, record)
+            await self._complete(exchange, (request,), frames.frames, frames.response, record)
 
     async def _compact(self, exchange: Exchange, record: RequestRecord) -> None:
         body = await exchange.read_body(self._service.max_body_bytes)
@@ -339,8 +343,9 @@ class Api:
         _tell(exchange, call)
         id = f"resp_{secrets.token_hex(24)}"
         frames = ResponsesStream(id, call.request.model, int(time.time()), echo=b"{}")
-        request = call.request
-        await self._complete(exchange, request, frames.frames, lambda: compaction.answer(frames.response()), record)
+        await self._complete(
+            exchange, (call.request,), frames.frames, lambda: compaction.answer(frames.response()), record
+        )
 
     async def _input_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
         body = openai_compaction.with_input(await exchange.read_body(self._service.max_body_bytes))
@@ -355,9 +360,9 @@ class Api:
         record.is_stream = call.stream
         frames = MessagesStream(f"msg_{secrets.token_hex(12)}", _name(exchange, request))
         if call.stream:
-            await self._stream(exchange, MESSAGES, request, frames, record)
+            await self._stream(exchange, MESSAGES, (request,), frames, record)
         else:
-            await self._complete(exchange, request, frames.frames, frames.message, record)
+            await self._complete(exchange, (request,), frames.frames, frames.message, record)
 
     async def _count_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
@@ -379,14 +384,14 @@ class Api:
         self,
         exchange: Exchange,
         dialect: Dialect,
-        request: InferenceRequest,
+        requests: Sequence[InferenceRequest],
         projector: Projector,
         record: RequestRecord,
     ) -> None:
-        request = _on_behalf(exchange, request)
+        requests = [_on_behalf(exchange, request) for request in requests]
 
         async def frames() -> AsyncGenerator[bytes, None]:
-            async for events in self._events(exchange, request, record):
+            async for events in self._events(exchange, requests, record):
                 if made := projector.frames(events):
                     yield made
 
@@ -401,15 +406,15 @@ class Api:
     async def _complete(
         self,
         exchange: Exchange,
-        request: InferenceRequest,
+        requests: Sequence[InferenceRequest],
         add: Callable[[Sequence[InferenceEvent]], object],
         body: Callable[[], bytes],
         record: RequestRecord,
     ) -> None:
-        request = _on_behalf(exchange, request)
+        requests = [_on_behalf(exchange, request) for request in requests]
 
         async def gather() -> None:
-            async with aclosing(self._events(exchange, request, record)) as batches:
+            async with aclosing(self._events(exchange, requests, record)) as batches:
                 async for events in batches:
                     for event in events:
                         if isinstance(event, Failed):
@@ -439,13 +444,14 @@ class Api:
         return msgspec.structs.replace(request, messages=messages)
 
     async def _events(
-        self, exchange: Exchange, request: InferenceRequest, record: RequestRecord
+        self, exchange: Exchange, requests: Sequence[InferenceRequest], record: RequestRecord
     ) -> AsyncGenerator[Sequence[InferenceEvent], None]:
-        """Run a request on its model, which stays in use until the generator is closed."""
-        with self._service.models.use(request.model) as model:
-            record.model = request.model
-            request = self._readable(exchange, request, model)
-            async with aclosing(model.infer(request)) as batches:
+        """Run the requests of a call on their model, which stays in use until the generator is closed."""
+        with self._service.models.use(requests[0].model) as model:
+            record.model = requests[0].model
+            requests = [self._readable(exchange, request, model) for request in requests]
+            run = model.infer(requests[0]) if len(requests) == 1 else infer_all(model, requests)
+            async with aclosing(run) as batches:
                 async for events in batches:
                     record.see(events)
                     yield events

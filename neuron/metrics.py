@@ -160,7 +160,9 @@ class RequestRecord:
         for event in events:
             match event:
                 case Started(prompt_tokens, cached_tokens):
-                    self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens
+                    # One for each prompt of a call.
+                    self.prompt_tokens += prompt_tokens
+                    self.cached_tokens += cached_tokens
                 case Finished():
                     self.output_tokens += event.output_tokens
                     self.finish = str(event.reason)

@@ -6,6 +6,7 @@ events here again. This module imports no torch; only the worker processes do.
 
 import array
 import asyncio
+import dataclasses
 import functools
 import pathlib
 import secrets
@@ -20,7 +21,7 @@ from cortex.wire.errors import (
     UnprocessableError,
     UnsupportedParameterError,
 )
-from cortex.wire.events import Failed, InferenceEvent, Started, TokenLogprob
+from cortex.wire.events import Failed, InferenceEvent, PromptEcho, Started, TokenLogprob
 from cortex.wire.node import Capability, ModelSpec
 from cortex.wire.request import EmbeddingRequest, FormatKind, InferenceRequest, Sampling, ToolMode
 from neuron.config import PrefixSharing
@@ -31,6 +32,7 @@ from neuron.device.jobs import (
     LoadedModel,
     SamplerSettings,
     SequenceEnd,
+    TokenLogprobs,
     TokenRow,
 )
 from neuron.device.worker import Item, Sink, Worker
@@ -284,6 +286,8 @@ class TorchModel:
             self.worker,
             self.text.text_of,
             [self._detokenizer(request, prompt, choice) for choice in range(request.num_choices)],
+            self._echo(request, prompt) if request.echo else None,
+            says_nothing=request.max_tokens == 0,
         )
         try:
             self._start(run, request, prompt, constraint)
@@ -291,6 +295,12 @@ class TorchModel:
                 yield events
         finally:
             run.cancel()
+
+    def _echo(self, request: InferenceRequest, prompt: Built) -> "_Echo":
+        text = request.prompt
+        if not isinstance(text, str):
+            text = self.text.tokenizer.decode(text or (), skip_special_tokens=False)
+        return _Echo(text, array.array("i", prompt.ids), request.top_logprobs is not None)
 
     async def embed(self, request: EmbeddingRequest) -> Embeddings:
         """Embed each input as a sequence of its own; see :class:`neuron.harness.Model`."""
@@ -385,7 +395,8 @@ class TorchModel:
         self, run: "_Run", request: InferenceRequest, prompt: Built, constraint: ConstraintSettings | None
     ) -> None:
         room = self.loaded.context_tokens - len(prompt.ids) // ID_BYTES
-        max_tokens = min(request.max_tokens or room, room)
+        # Even who wants none has one sampled: that is when the prompt has been read.
+        max_tokens = room if request.max_tokens is None else min(max(request.max_tokens, 1), room)
         ending = request.ending
         eos = tuple(sorted({*(() if ending.ignore_eos else self._config.eos_ids), *ending.stop_token_ids}))
         settings = resolve_sampling(request.sampling, self._config.generation)
@@ -410,19 +421,42 @@ class TorchModel:
                     constraint=constraint,
                     min_tokens=ending.min_tokens,
                     cache_salt=self._prefix_sharing.salt(request.principal, request.cache_salt),
+                    scores_prompt=request.echo and request.top_logprobs is not None,
                 ),
             )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Echo:
+    """The prompt of a request that wants it told again, and its tokens."""
+
+    text: str
+    ids: Sequence[int]
+    scores: bool
+    """Whether the log probabilities of its tokens are wanted."""
 
 
 class _Run:
     """The sequences of one request in a worker, one for each choice, and what has come back from them."""
 
     def __init__(
-        self, worker: Worker, token_text: Callable[[Sequence[int]], list[bytes]], choices: list[Detokenizer]
+        self,
+        worker: Worker,
+        token_text: Callable[[Sequence[int]], list[bytes]],
+        choices: list[Detokenizer],
+        echo: _Echo | None = None,
+        *,
+        says_nothing: bool = False,
     ) -> None:
+        """With ``says_nothing`` the prompt is read, and its first answer left out."""
         self._worker = worker
         self._token_text = token_text
         self._choices = choices
+        self._echo = echo
+        self._says_nothing = says_nothing
+        self._scores: dict[int, list[TokenLogprobs]] = {}
+        """Of the prompt's tokens, as they have come, for each choice that has not begun."""
+        self._unbegun = set(range(len(choices)))
         self._sequences: dict[int, int] = {}
         self._arrived: list[tuple[int, Item]] = []
         self._wake = asyncio.Event()
@@ -469,8 +503,20 @@ class _Run:
         self._sequences.clear()
 
     def _feed(self, choice: int, row: TokenRow) -> list[InferenceEvent]:
+        if row.prompt is not None and self._echo is not None:
+            self._scores.setdefault(choice, []).append(row.prompt)
+        if not row.ids and row.end is None:
+            return []  # its prompt is still being read
+        events: list[InferenceEvent] = []
+        if choice in self._unbegun:
+            self._unbegun.remove(choice)
+            if self._echo is not None:
+                scores = self._scored(self._echo.ids, self._scores.pop(choice, [])) if self._echo.scores else ()
+                events.append(PromptEcho(self._echo.text, choice, tuple(scores)))
+        if self._says_nothing:
+            row = TokenRow(row.sequence, b"", SequenceEnd.LENGTH)
         text = self._choices[choice]
-        events = text.feed(array.array("i", row.ids), self._logprobs(row))
+        events += text.feed(array.array("i", row.ids), self._logprobs(row))
         if row.end is not None:
             events += text.close(row.end)
             del self._sequences[choice]
@@ -478,11 +524,20 @@ class _Run:
             self._worker.cancel(self._sequences.pop(choice))
         return events
 
+    def _scored(self, ids: Sequence[int], parts: Sequence[TokenLogprobs]) -> list[TokenLogprob]:
+        """Return the log probabilities of a prompt's tokens; the first has nothing before it."""
+        found = [_logprob(self._token_text(ids[:1])[0], 0.0)]
+        for part in parts:
+            found += self._named(ids[len(found) : len(found) + len(part.chosen) // 4], part)
+        return found
+
     def _logprobs(self, row: TokenRow) -> list[TokenLogprob]:
-        if row.logprobs is None:
-            return []
-        ids, chosen = array.array("i", row.ids), array.array("f", row.logprobs.chosen)
-        top_ids, top = array.array("i", row.logprobs.top_ids), array.array("f", row.logprobs.top)
+        return [] if row.logprobs is None else self._named(array.array("i", row.ids), row.logprobs)
+
+    def _named(self, ids: Sequence[int], found: TokenLogprobs) -> list[TokenLogprob]:
+        """Return the log probabilities of ``ids``, with the bytes of all tokens."""
+        chosen = array.array("f", found.chosen)
+        top_ids, top = array.array("i", found.top_ids), array.array("f", found.top)
         width = len(top_ids) // max(1, len(ids))
         others = [_logprob(*pair) for pair in zip(self._token_text(top_ids), top, strict=True)]
         return [

@@ -89,6 +89,7 @@ FLOORS = {
     "neuron.text.tokenizer": 2,
     "neuron.load": 3,
     "neuron.harness": 1,
+    "neuron.batch": 2,
     "neuron.torch_harness": 4,
     "neuron.service": 5,
     "neuron.api": 6,

@@ -15,6 +15,7 @@ from cortex.wire.events import (
     Failed,
     Finished,
     InferenceEvent,
+    PromptEcho,
     ReasoningDelta,
     Started,
     TextDelta,
@@ -73,6 +74,8 @@ class ChatReply:
                     calls[event.call].arguments.append(event.arguments)
                 case Finished():
                     self._choices[event.choice].finished = event
+                case PromptEcho():
+                    pass  # a chat's prompt is told to nobody
                 case _:
                     assert_never(event)
 

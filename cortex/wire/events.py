@@ -1,6 +1,7 @@
 """``InferenceEvent``: what one inference produces, in order, whatever the client's dialect.
 
-A stream is ``Started``, then deltas, then one ``Finished`` for each choice; or it ends early with one ``Failed``.
+A stream is ``Started``, then the prompt if it was asked for, then deltas, then one ``Finished`` for each choice; or it
+ends early with one ``Failed``.
 Nothing follows ``Failed`` or the last ``Finished``. Events carry text, never frames or token ids.
 """
 
@@ -36,6 +37,17 @@ class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
 
     prompt_tokens: int
     cached_tokens: int = 0
+
+
+class PromptEcho(msgspec.Struct, frozen=True, tag="prompt", tag_field="event"):
+    """The prompt, for a request that wants it told again before its answer. Comes before any text of its choice.
+
+    ``logprobs`` are of all its tokens, if those were asked for; nothing stands before the first, whose own says 0.
+    """
+
+    text: str
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class TextDelta(msgspec.Struct, frozen=True, tag="text", tag_field="event"):
@@ -83,4 +95,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", tag_field="event"):
     error: ErrorInfo
 
 
-InferenceEvent = Started | TextDelta | ReasoningDelta | ToolCallDelta | Finished | Failed
+InferenceEvent = Started | PromptEcho | TextDelta | ReasoningDelta | ToolCallDelta | Finished | Failed

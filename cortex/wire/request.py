@@ -138,13 +138,17 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request for one model.
 
     ``max_tokens`` bounds the output, reasoning included; ``None`` leaves it to the context. ``thinking`` turns a
-    reasoning model's thinking on or off; ``None`` leaves it to the template. ``prompt`` is raw text that no chat
-    template touches (text completions) and excludes ``messages``.
+    reasoning model's thinking on or off; ``None`` leaves it to the template. ``prompt`` is raw text, or token ids, that
+    no chat template touches (text completions) and excludes ``messages``; ``suffix`` is what comes behind the answer,
+    for a model that fills in. With ``echo`` the prompt is told again, and with ``top_logprobs`` so are the log
+    probabilities of its tokens. ``max_tokens`` 0 has the prompt read and nothing said.
     """
 
     model: str
     messages: tuple[Message, ...] = ()
-    prompt: str | None = None
+    prompt: str | tuple[int, ...] | None = None
+    suffix: str = ""
+    echo: bool = False
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
     sampling: Sampling = Sampling()

@@ -114,6 +114,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """How many tokens it has before one of ``eos`` may end it."""
     cache_salt: str = ""
     """Only sequences with the same one share pages of the cache."""
+    scores_prompt: bool = False
+    """Whether the log probabilities of the prompt's tokens are wanted too: none of it may come from the cache then."""
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):
@@ -207,7 +209,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     """What one step gave one sequence: int32 ids, and the reason if it ended.
 
-    An end-of-turn token is not among ``ids``. ``prompt_cached`` is set on the first row of a sequence.
+    An end-of-turn token is not among ``ids``. ``prompt_cached`` is set on the first row of a sequence. A row of a
+    prompt that is still being scored has no ids.
     """
 
     sequence: int
@@ -215,6 +218,8 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     end: SequenceEnd | None = None
     prompt_cached: int | None = None
     logprobs: TokenLogprobs | None = None
+    prompt: TokenLogprobs | None = None
+    """Of the tokens of a prompt that is scored, those that this step has seen; the first token has none."""
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):

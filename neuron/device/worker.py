@@ -297,6 +297,7 @@ class Worker:
         constraint: jobs.ConstraintSettings | None = None,
         min_tokens: int = 0,
         cache_salt: str = "",
+        scores_prompt: bool = False,
     ) -> int:
         """Start a sequence over int32 ``prompt`` and return its number; ``sink`` gets what comes of it.
 
@@ -304,7 +305,18 @@ class Worker:
         """
         return self._start(
             lambda number: jobs.Generate(
-                number, model, prompt, max_tokens, eos, sampler, principal, priority, constraint, min_tokens, cache_salt
+                number,
+                model,
+                prompt,
+                max_tokens,
+                eos,
+                sampler,
+                principal,
+                priority,
+                constraint,
+                min_tokens,
+                cache_salt,
+                scores_prompt,
             ),
             sink,
         )

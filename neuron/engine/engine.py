@@ -353,6 +353,11 @@ def _sequence(job: Generate | Embed, model: Model) -> Sequence:
         raise InvalidRequestError(f"max_tokens is {job.max_tokens}; it must be at least 1", param="max_tokens")
     check_settings(job.sampler, vocab_size)
     max_tokens = min(job.max_tokens, context_tokens - len(prompt))
-    return Sequence(
+    sequence = Sequence(
         job.sequence, prompt, max_tokens, frozenset(job.eos), job.sampler, job.principal, job.priority, root=root
     )
+    if job.scores_prompt:
+        if job.sampler.top_logprobs < 0:
+            raise InvalidRequestError("a prompt is scored where log probabilities are asked for", param="logprobs")
+        sequence.scores_prompt = True
+    return sequence

@@ -105,6 +105,7 @@ class Model:
                 step_tokens=plan.step_tokens,
                 mixed_step_tokens=plan.mixed_step_tokens,
                 prefix_cache=prefix_cache,
+                sampled_rows=plan.sampled_rows,
             )
         )
 
@@ -266,15 +267,26 @@ class Model:
                 for executor in self._executors:
                     executor.clear_pages(sequence.pages[sequence.num_settled // PAGE_TOKENS :])
                 self._fail([sequence], NonFiniteLogitsError(self.name), output)
-            elif sequence.pooling is not None:
+                continue
+            if sequence.pooling is not None:
                 rows = slice(*np.searchsorted(plan.hidden_rows, plan.cu_seqlens[index : index + 2]))
                 self._pool(sequence, num_tokens, outcome.hidden[rows], output)
-            elif first == end:
+                continue
+            scores: TokenLogprobs | None = None
+            if sequence.scores_prompt and len(plan.targets):
+                num_scored = int(np.count_nonzero(plan.targets[first:end] >= 0))
+                scores = joined([outcome.logprobs[row] for row in range(first, first + num_scored)])
+                first += num_scored
+                sampled = sampled[num_scored:]
+            if first == end:
                 self.scheduler.settle(sequence, num_tokens, 0)
+                if scores is not None:
+                    output.rows.append(TokenRow(sequence.number, b"", None, sequence.num_cached, None, scores))
             else:
                 num_tokens = 1 if index < num_generating else num_tokens
                 certain = sampled if later else self._certain(sequence, sampled)
-                self._continue(sequence, num_tokens, end - first, certain, outcome.logprobs.get(first), output)
+                logprobs = outcome.logprobs.get(first)
+                self._continue(sequence, num_tokens, end - first, certain, logprobs, output, scores)
 
     def _certain(self, sequence: Sequence, sampled: list[int]) -> list[int]:
         """Return of the tokens ``sampled`` in rows of one step the first and those after right guesses."""
@@ -296,8 +308,9 @@ class Model:
         certain: list[int],
         logprobs: TokenLogprobs | None,
         output: Output,
+        scores: TokenLogprobs | None = None,
     ) -> None:
-        """Give a sequence the ``certain`` tokens, up to its end.
+        """Give a sequence the ``certain`` tokens, up to its end. ``scores`` are those of its prompt, of this step.
 
         ``num_tokens`` are in the cache for good without these, and so are these but the last. ``num_sampled`` rows of
         the step were its.
@@ -327,7 +340,7 @@ class Model:
                 break
         # Behind an end nothing counts, and what is certain by then is in the cache.
         self.scheduler.settle(sequence, num_tokens + max(0, len(ids) - 1), num_sampled)
-        output.rows.append(TokenRow(sequence.number, ids.tobytes(), end, cached, logprobs if ids else None))
+        output.rows.append(TokenRow(sequence.number, ids.tobytes(), end, cached, logprobs if ids else None, scores))
         if end is not None:
             self.scheduler.remove(sequence.number)
 
@@ -354,6 +367,14 @@ class Model:
         for sequence in sequences:
             if self.scheduler.remove(sequence.number) is not None:
                 output.failures.append((sequence.number, error_info(error)))
+
+
+def joined(rows: list[TokenLogprobs]) -> TokenLogprobs | None:
+    """Return the log probabilities of several rows as one; ``None`` of none."""
+    if not rows:
+        return None
+    chosen, top_ids, top = (b"".join(part) for part in zip(*((r.chosen, r.top_ids, r.top) for r in rows), strict=True))
+    return TokenLogprobs(chosen, top_ids, top)
 
 
 def described(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:

@@ -108,7 +108,11 @@ class NativeRunner:
                 rows = rows[:, : self.config.vocab_size]
                 if cap := self.config.logit_cap:  # which keeps the order, so the likeliest need none
                     rows = rows.div_(cap).tanh_().mul_(cap)
-                ids[which] = self.sampler.sample(rows, plan.seats[which], plan.num_output[which]).numpy()
+                seats, num_output = plan.seats[which], plan.num_output[which]
+                if len(plan.targets):
+                    ids[which] = self.sampler.score(rows, seats, num_output, plan.targets[which]).numpy()
+                else:
+                    ids[which] = self.sampler.sample(rows, seats, num_output).numpy()
                 if self.sampler.report is not None:
                     logprobs = {int(which[row]): found for row, found in self.sampler.report.rows().items()}
         return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_rounds - 1]))

@@ -37,7 +37,8 @@ class StepPlan:
     context_lens: Int32Array
     """``[B]``: tokens in the cache after this step."""
     sampled: Int32Array
-    """``[R]``: the rows that are sampled, rising: a prompt's last, and all of a sequence that decodes."""
+    """``[R]``: the rows that have logits, rising: a prompt's last, those of it that are scored, and all of a sequence
+    that decodes."""
     seats: Int32Array
     """``[R]``: the row of each one's sequence in the tables that outlive a step."""
     num_output: Int32Array
@@ -49,6 +50,9 @@ class StepPlan:
     on; the page table has room for them."""
     stops: Int32Array = dataclasses.field(default_factory=lambda: NO_STOPS)
     """``[B, X]``: the tokens that end each row, -1 where there are fewer; X is 0 if there is one round."""
+    targets: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
+    """``[R]``, or empty where there are none: the token that follows a row of a prompt, whose log probability is wanted
+    in place of a draw; -1 for a row that is drawn."""
 
 
 FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "seat")
@@ -64,7 +68,7 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
     np.cumsum(counts, out=cu_seqlens[1:])
     context_lens = starts + counts
     own_pages = page_table[seats, : -(-(int(context_lens.max()) + step.num_rounds - 1) // page_tokens)]
-    hidden_rows = NO_TOKENS
+    hidden_rows = targets = NO_TOKENS
     if num_decodes == len(sequences):
         rows = sampled = sampled_of = np.arange(num_decodes, dtype=np.int32)
         positions = starts
@@ -79,8 +83,12 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
             wanted = np.array([kind is Pooling.MEAN for kind in pooling])[rows]
             wanted |= np.array([kind is Pooling.LAST for kind in pooling])[rows] & (positions == num_fill[rows] - 1)
             hidden_rows = np.flatnonzero(wanted).astype(np.int32)
+        following = _following(sequences, num_decodes, cu_seqlens) if _scores(sequences) else NO_TOKENS
+        if len(following):
+            is_sampled |= following >= 0
         sampled = np.flatnonzero(is_sampled).astype(np.int32)
         sampled_of = rows[sampled]
+        targets = following[sampled] if len(following) else NO_TOKENS
     token_ids = np.empty(len(rows), np.int32)
     token_ids[:num_decodes] = [sequence.tokens[sequence.num_computed] for sequence in sequences[:num_decodes]]
     for index in range(num_decodes, len(sequences)):
@@ -104,7 +112,25 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
         hidden_rows=hidden_rows,
         num_rounds=step.num_rounds,
         stops=_stops(sequences) if step.num_rounds > 1 else np.empty((len(sequences), 0), np.int32),
+        targets=targets,
     )
+
+
+def _scores(sequences: Collection[Sequence]) -> bool:
+    return any(sequence.scores_prompt for sequence in sequences)
+
+
+def _following(sequences: tuple[Sequence, ...], num_decodes: int, cu_seqlens: Int32Array) -> Int32Array:
+    """Return ``[T]`` the token of the prompt behind each row that is to be scored, -1 for all others."""
+    following: Int32Array = np.full(int(cu_seqlens[-1]), -1, np.int32)
+    for index in range(num_decodes, len(sequences)):
+        sequence, first, end = sequences[index], int(cu_seqlens[index]), int(cu_seqlens[index + 1])
+        count = sequence.num_to_score(end - first) if sequence.prefills else 0
+        if count:
+            start = max(sequence.num_computed, sequence.num_scored)
+            at = first + start - sequence.num_computed
+            following[at : at + count] = sequence.tokens[start + 1 : start + 1 + count]
+    return following
 
 
 def _stops(sequences: Collection[Sequence]) -> Int32Array:

@@ -79,7 +79,11 @@ class Runner:
         report: LogprobReport | None = None
         if len(plan.sampled):
             logits = self._logits(self._rows(hidden, plan.sampled))
-            ids, report = self.sampler.sample(logits, plan.seats, plan.num_output), self.sampler.report
+            if len(plan.targets):
+                ids = self.sampler.score(logits, plan.seats, plan.num_output, plan.targets)
+            else:
+                ids = self.sampler.sample(logits, plan.seats, plan.num_output)
+            report = self.sampler.report
         self._last_ids = ids
         return DeviceStep.behind(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
 

@@ -191,6 +191,27 @@ class Sampler:
         self.report = None if raw is None else self._report(raw, ids, reported, seats)
         return ids.to(torch.int32).masked_fill_(~finite, NON_FINITE)
 
+    def score(
+        self, logits: torch.Tensor, seats: Int32Array, num_output: Int32Array, targets: Int32Array
+    ) -> torch.Tensor:
+        """Return ids as :meth:`sample` does, but of a row with a target in ``targets`` ``[R]`` that, and not a draw.
+
+        Such a row is one of a prompt: it is not penalised, and counts for no penalty. Leaves ``report``.
+        """
+        scored, drawn = (to_device(which, self._device) for which in map(np.flatnonzero, (targets >= 0, targets < 0)))
+        finite = logits.index_select(0, scored).sum(-1).isfinite()
+        ids = to_device(targets, self._device).clone()
+        ids[scored] = ids[scored].masked_fill(~finite, NON_FINITE)
+        if len(drawn):
+            rows = np.flatnonzero(targets < 0)
+            ids[drawn] = self.sample(logits.index_select(0, drawn), seats[rows], num_output[rows])
+        reported = np.flatnonzero(self._top_logprobs[seats] >= 0)
+        self.report = None
+        if len(reported):
+            raw = logits.index_select(0, to_device(reported, self._device))
+            self.report = self._report(raw, ids.clamp(min=0).to(torch.int64), reported, seats)
+        return ids
+
     def _report(
         self, raw: torch.Tensor, ids: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array
     ) -> LogprobReport:

@@ -47,6 +47,8 @@ class Limits:
     mixed_step_tokens: int
     """Query tokens of a step in which something does: bounds how long a prompt holds up the others' next token."""
     prefix_cache: bool = True
+    sampled_rows: int = 1 << 30
+    """Rows of a step that may have logits: a prompt that is scored takes one for each of its tokens."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,8 +170,8 @@ class Scheduler:
 
     def _sharable_keys(self, sequence: Sequence) -> list[bytes]:
         """Return the keys of the full pages that it may share: at least one token is left to compute."""
-        # A mean needs every row, and what is shared is not computed.
-        if not self.limits.prefix_cache or sequence.pooling is Pooling.MEAN:
+        # A mean needs every row, and so do scores; what is shared is not computed.
+        if not self.limits.prefix_cache or sequence.pooling is Pooling.MEAN or sequence.scores_prompt:
             return []
         count = (sequence.num_tokens - 1) // self.limits.page_tokens
         extend_keys(sequence.keys, sequence.tokens, count, self.limits.page_tokens, sequence.root)
@@ -245,14 +247,19 @@ class Scheduler:
                 mixed = limits.mixed_step_tokens
                 mixed = mixed if mixed_step_tokens is None else min(mixed, mixed_step_tokens(num_rows))
                 budget = max(mixed - num_rows, 1)
-            for sequence in self.running.values():
-                if sequence.prefills:
-                    count = min(sequence.num_fill - sequence.num_computed, budget)
-                    sequences.append(sequence)
-                    counts.append(count)
-                    budget -= count
-                    if not budget:
-                        break
+            prefilling = [sequence for sequence in self.running.values() if sequence.prefills]
+            # Each may come to the end of its prompt, where a row is sampled.
+            spare_rows = limits.sampled_rows - sum(counts) - len(prefilling)
+            for sequence in prefilling:
+                if not budget:
+                    break
+                count = min(sequence.num_fill - sequence.num_computed, budget)
+                if sequence.num_to_score(count):
+                    count = min(count, 1 + max(0, spare_rows))
+                    spare_rows -= count - 1
+                sequences.append(sequence)
+                counts.append(count)
+                budget -= count
         return Step(tuple(sequences), tuple(counts), num_decodes, len(drafting)) if sequences else None
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -300,7 +307,9 @@ class Scheduler:
                 sequence.await_tokens(count, row)
                 row += count
                 continue
+            row += sequence.num_to_score(count)
             sequence.num_computed += count
+            sequence.num_scored = max(sequence.num_scored, sequence.num_computed)
             if not sequence.prefills and sequence.pooling is None:
                 sequence.await_tokens(1, row)
                 row += 1

@@ -49,8 +49,9 @@ class Sequence:
 
     __slots__ = (
         "constraint", "drafts", "eos", "hit_rate", "keys", "max_tokens", "num_awaited", "num_cached", "num_computed",
-        "num_drafted", "num_fill", "num_prompt", "num_published", "num_settled", "num_tokens", "number", "pages",
-        "pooled", "pooling", "principal", "priority", "root", "sampler", "seat", "state", "tokens",
+        "num_drafted", "num_fill", "num_prompt", "num_published", "num_scored", "num_settled", "num_tokens", "number",
+        "pages", "pooled", "pooling", "principal", "priority", "root", "sampler", "scores_prompt", "seat", "state",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -80,6 +81,10 @@ class Sequence:
         """It ends with its prompt, as one vector, if this is set."""
         self.pooled: Float32Array | None = None
         """The sum of its hidden states so far, where their mean is wanted."""
+        self.scores_prompt = False
+        """Whether the log probabilities of its prompt's tokens are wanted, so that each row of it must be computed."""
+        self.num_scored = 0
+        """The rows of its prompt whose next token was scored, or is being in a step under way."""
         self.tokens: Int32Array = np.empty(len(prompt) + max_tokens, np.int32)
         self.tokens[: len(prompt)] = prompt
         self.drafts: Int32Array = NO_TOKENS
@@ -137,6 +142,15 @@ class Sequence:
         if not self.num_awaited:
             return True
         return self.num_awaited == 1 and self.constraint is None and self.num_output + 1 < self.max_tokens
+
+    def num_to_score(self, count: int) -> int:
+        """Return how many of its next ``count`` rows are followed by a token of the prompt that is still to be scored.
+
+        The last row's next token is the first of the output.
+        """
+        if not self.scores_prompt:
+            return 0
+        return max(0, min(self.num_computed + count, self.num_prompt - 1) - max(self.num_computed, self.num_scored))
 
     def await_tokens(self, count: int, row: int) -> None:
         """Note that a launched step samples ``count`` tokens of it, the first as its ``row``."""

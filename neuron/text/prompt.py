@@ -16,7 +16,7 @@ from typing import Any, Final
 import jinja2
 import msgspec
 
-from cortex.wire.errors import InvalidRequestError
+from cortex.wire.errors import InvalidRequestError, UnsupportedParameterError
 from cortex.wire.node import SpecialTokensInText
 from cortex.wire.request import InferenceRequest, Message, Role, TextPart, Tool, ToolCall, ToolMode
 from neuron.errors import NoTemplateError, TemplateError
@@ -32,6 +32,7 @@ from neuron.text.history import (
     with_short_ids,
     with_tools_as_text,
 )
+from neuron.text.infill import infill_form
 from neuron.text.reasoning import ReasoningTags
 from neuron.text.tokenizer import TextFiles
 from neuron.text.tools import MARKERS, form_of
@@ -49,7 +50,7 @@ class Prompt:
     """A rendered prompt: its ids, and whether the template left a reasoning tag open at its end."""
 
     ids: list[int]
-    starts_in_reasoning: bool
+    starts_in_reasoning: bool = False
     ends_reasoning: bool = False
     """Whether the template closed the reasoning itself, as it does where thinking is turned off."""
 
@@ -77,6 +78,7 @@ class PromptFormat:
             if token.special and token.content in marked
         }
         """The special tokens that a reader of answers looks for, by id."""
+        self._infill = infill_form(files.tokenizer)
 
     @property
     def can_chat(self) -> bool:
@@ -90,6 +92,10 @@ class PromptFormat:
             NoTemplateError: messages were sent to a model without a chat template.
             TemplateError: the template refused the conversation, with its own words.
         """
+        if request.suffix:
+            return Prompt(self._infilled(request))
+        if isinstance(request.prompt, tuple):
+            return Prompt(list(request.prompt))
         if request.prompt is None:
             text, ids = self._rendered_ids(request)
         else:
@@ -105,6 +111,21 @@ class PromptFormat:
         opened = self.tags is not None and text.rstrip().endswith(self.tags.start)
         closed = self.tags is not None and text.rstrip().endswith(self.tags.end)
         return Prompt(ids, opened, closed)
+
+    def _infilled(self, request: InferenceRequest) -> list[int]:
+        """Return a prompt that asks for what is between two texts, which are no templates of their own.
+
+        Raises:
+            UnsupportedParameterError: the model was not made to fill in.
+        """
+        if self._infill is None:
+            raise UnsupportedParameterError(
+                f"Unsupported parameter: '{request.model}' has no tokens to fill in what stands before a 'suffix'.",
+                param="suffix",
+            )
+        encode = self._control.encode_text if self._control else self._encode
+        before = list(request.prompt) if isinstance(request.prompt, tuple) else encode(_sound(request.prompt or ""))
+        return self._infill.ids(before, encode(_sound(request.suffix)))
 
     def render(self, request: InferenceRequest) -> str:
         """Return the prompt's text."""

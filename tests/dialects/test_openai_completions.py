@@ -10,9 +10,19 @@ from pydantic import TypeAdapter
 from cortex._fast.sse import FrameDecoder
 from cortex._fast.tap import StreamTap
 from cortex.dialects import openai_completions
-from cortex.dialects.openai_completions import Completion
+from cortex.dialects.openai_completion_reply import Completion
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
-from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, ReasoningDelta, Started, TextDelta
+from cortex.wire.events import (
+    Failed,
+    Finished,
+    FinishReason,
+    InferenceEvent,
+    PromptEcho,
+    ReasoningDelta,
+    Started,
+    TextDelta,
+    TokenLogprob,
+)
 from cortex.wire.request import InferenceRequest
 
 SDK = TypeAdapter(SdkCompletion)
@@ -38,23 +48,53 @@ def decode(**body: Any) -> openai_completions.CompletionCall:
 
 @pytest.mark.parametrize("prompt", ["hi", ["hi"]])
 def test_a_prompt(prompt: Any) -> None:
-    assert decode(prompt=prompt, user="u", best_of=1).request == InferenceRequest("m", prompt="hi")
+    assert decode(prompt=prompt, user="u", best_of=1).requests == (InferenceRequest("m", prompt="hi"),)
     call = decode(prompt=prompt, n=2, stop="x", stream=True, stream_options={"include_usage": True}, max_tokens=5)
-    assert (call.stream, call.include_usage, call.request.stop) == (True, True, ("x",))
-    assert (call.request.num_choices, call.request.max_tokens) == (2, 5)
+    (request,) = call.requests
+    assert (call.stream, call.include_usage, request.stop) == (True, True, ("x",))
+    assert (request.num_choices, request.max_tokens, call.num_choices, call.scores) == (2, 5, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [(1, 2)]),
+        ([[1, 2], [3]], [(1, 2), (3,)]),
+        ([[0]], [(0,)]),
+    ],
+)
+def test_several_prompts_and_token_ids(prompt: Any, prompts: list[Any]) -> None:
+    call = decode(prompt=prompt, n=3, seed=5)
+    assert [request.prompt for request in call.requests] == prompts
+    assert {request.sampling.seed for request in call.requests} == {5}
+    assert call.num_choices == 3 * len(prompts)
+
+
+def test_what_else_may_be_asked_of_a_prompt() -> None:
+    (request,) = decode(echo=True, logprobs=0, max_tokens=0, suffix="behind").requests
+    assert (request.echo, request.top_logprobs, request.max_tokens, request.suffix) == (True, 0, 0, "behind")
+    assert decode(logprobs=5).scores
+    assert not decode(logprobs=False).scores
 
 
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
         ({"prompt": []}, "invalid_value", "prompt"),
-        ({"prompt": [1, 2]}, "invalid_value", "prompt"),
-        ({"prompt": [[1, 2]]}, "invalid_value", "prompt"),
-        ({"prompt": ["a", "b"]}, "invalid_value", "prompt"),
+        ({"prompt": [[]]}, "invalid_value", "prompt"),
+        ({"prompt": [1, "a"]}, "invalid_value", "prompt"),
+        ({"prompt": ["a", [1]]}, "invalid_value", "prompt"),
+        ({"prompt": [1, [1]]}, "invalid_value", "prompt"),
+        ({"prompt": [-1]}, "invalid_value", "prompt"),
+        ({"prompt": [1 << 31]}, "invalid_value", "prompt"),
+        ({"prompt": [True]}, "invalid_type", "prompt[0]"),
+        ({"prompt": ["a"] * 300, "n": 2}, "invalid_value", "prompt"),
         ({"prompt": 3}, "invalid_type", "prompt"),
-        ({"echo": True}, "unsupported_parameter", "echo"),
-        ({"logprobs": 0}, "unsupported_parameter", "logprobs"),
-        ({"suffix": "x"}, "unsupported_parameter", "suffix"),
+        ({"logprobs": 21}, "invalid_value", "logprobs"),
+        ({"logprobs": -1}, "invalid_value", "logprobs"),
+        ({"logprobs": True}, "invalid_value", "logprobs"),
+        ({"max_tokens": -1}, "invalid_value", "max_tokens"),
         ({"best_of": 2}, "unsupported_parameter", "best_of"),
         ({"n": 0}, "invalid_value", "n"),
     ],
@@ -102,3 +142,55 @@ def test_failures() -> None:
         completion().add([error])
     with pytest.raises(UpstreamError, match="not complete"):
         made.body()
+
+
+def scored(utf8: bytes, logprob: float, **top: float) -> TokenLogprob:
+    others = tuple(TokenLogprob(name, name.encode(), value) for name, value in top.items())
+    return TokenLogprob(utf8.decode(errors="replace"), utf8, logprob, others)
+
+
+PROMPT = PromptEcho("é!", 0, (scored(b"<s>", 0.0), scored(b"\xc3", -1.0, a=-0.5), scored(b"\xa9!", -2.0, b=-2.0)))
+SCORED: list[InferenceEvent] = [
+    Started(3),
+    PROMPT,
+    TextDelta("so", logprobs=(scored(b"so", -0.25, so=-0.25, x=-3.0),)),
+    TextDelta("", logprobs=(scored(b"\xff", float("-inf")),)),
+    Finished(FinishReason.LENGTH, 2),
+]
+
+
+def test_log_probabilities_of_prompt_and_answer() -> None:
+    made = Completion("cmpl-1", "m", 1, scores=True)
+    made.add(SCORED)
+    (choice,) = orjson.loads(made.body())["choices"]  # the SDK's types know no null, which OpenAI itself sends
+    assert choice["text"] == "é!so"
+    found = choice["logprobs"]
+    # A token that is no text has a name of its own; a beginning that is not in the text has no place in it.
+    assert found["tokens"] == ["<s>", "bytes:\\xc3", "bytes:\\xa9\\x21", "so", "bytes:\\xff"]
+    assert found["token_logprobs"] == [None, -1.0, -2.0, -0.25, -9999.0]
+    assert found["top_logprobs"] == [
+        None, {"a": -0.5, "bytes:\\xc3": -1.0}, {"b": -2.0, "bytes:\\xa9\\x21": -2.0}, {"so": -0.25, "x": -3.0},
+        {"bytes:\\xff": -9999.0},
+    ]  # fmt: skip
+    assert found["text_offset"] == [0, 0, 0, 2, 4]
+
+
+def test_streamed_log_probabilities_are_the_same() -> None:
+    made, whole = Completion("cmpl-1", "m", 1, scores=True), Completion("cmpl-1", "m", 1, scores=True)
+    frames = b"".join(made.frames([event]) for event in SCORED)
+    whole.add(SCORED)
+    lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for frame in FrameDecoder().feed(frames)[:-1]:
+        for choice in orjson.loads(frame.data)["choices"]:
+            for name, values in (choice["logprobs"] or {}).items():
+                lists[name] += values
+    assert lists == orjson.loads(whole.body())["choices"][0]["logprobs"]
+
+
+def test_usage_is_of_all_prompts() -> None:
+    made = completion()
+    made.add([Started(3, 1), Started(5, 2), Finished(FinishReason.STOP, 1), Finished(FinishReason.STOP, 2, choice=1)])
+    usage = orjson.loads(made.body())["usage"]
+    assert usage == {
+        "prompt_tokens": 8, "completion_tokens": 3, "total_tokens": 11, "prompt_tokens_details": {"cached_tokens": 3}
+    }  # fmt: skip

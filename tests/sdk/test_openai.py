@@ -238,8 +238,8 @@ def test_text_completions(client: openai.OpenAI, lenient: openai.OpenAI, stream:
     several = client.completions.create(model="m", prompt="choices", n=3)
     assert [choice.text for choice in several.choices] == ["choice 0", "choice 1", "choice 2"]
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="m", prompt="hi", suffix="x", stream=stream)
-    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "suffix")
+        client.completions.create(model="m", prompt="hi", best_of=2, stream=stream)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "best_of")
     with pytest.raises(openai.APIError, match="worker is gone"):
         list(lenient.completions.create(model="m", prompt="fail", stream=True))
 

@@ -22,6 +22,7 @@ from cortex.wire.events import (
     Finished,
     FinishReason,
     InferenceEvent,
+    PromptEcho,
     ReasoningDelta,
     Started,
     TextDelta,
@@ -45,16 +46,19 @@ def count(request: InferenceRequest) -> int:
 
 def play(request: InferenceRequest) -> list[Step]:
     """Return what the model does."""
-    user = next(
-        (m for m in reversed(request.messages) if m.role is Role.USER), Message(Role.USER, request.prompt or "")
-    )
+    prompt = request.prompt if isinstance(request.prompt, str) else f"tokens {request.prompt}"
+    user = next((m for m in reversed(request.messages) if m.role is Role.USER), Message(Role.USER, prompt))
     said = _text(user).strip().strip('"')  # some clients quote their argument
     word = said.split(" ")[0]
     last = request.messages[-1] if request.messages else user
     start = Started(count(request), 1)
     if last.role is Role.TOOL:
         return [[start], *_said("It says ", _text(last)), [Finished(FinishReason.STOP, 7)]]
+    if request.echo or request.max_tokens == 0:
+        return _echoed(request, prompt, start)
     match word:
+        case "tokens":
+            return [[start, TextDelta(said)], [Finished(FinishReason.STOP, 1)]]
         case "think":
             return [
                 [start, ReasoningDelta("I ")],
@@ -115,6 +119,19 @@ def play(request: InferenceRequest) -> list[Step]:
             return [[start, TextDelta("|".join(turns))], [Finished(FinishReason.STOP, len(turns))]]
         case _:
             return [[start], *_said("Hel", "lo"), [Finished(FinishReason.STOP, 2)]]
+
+
+def _echoed(request: InferenceRequest, prompt: str, start: Started) -> list[Step]:
+    """The prompt once more, its words scored if that was asked for, and an answer if one was."""
+    events: list[InferenceEvent] = [start]
+    for choice in range(request.num_choices):
+        words = [TokenLogprob(word, word.encode(), -1.0 * index) for index, word in enumerate(prompt.split(" "))]
+        if request.echo:
+            events.append(PromptEcho(prompt, choice, tuple(words) if request.top_logprobs is not None else ()))
+        if request.max_tokens != 0:
+            events.append(TextDelta("!", choice))
+        events.append(Finished(FinishReason.LENGTH, 0 if request.max_tokens == 0 else 1, choice=choice))
+    return [events]
 
 
 def _said(*pieces: str) -> list[Step]:
