@@ -18,7 +18,7 @@ import orjson
 
 from cortex._fast.sse import FrameDecoder, encode
 from cortex.dialects.passthrough import responses_failure
-from cortex.errors import GatewayStoppedError
+from cortex.errors import GatewayStoppedError, NotAnAnswerError, TooLongAnswerError
 from cortex.store.conversation import Conversations, Turn
 from cortex.store.interface import StoredResponse
 from cortex.supervise import Supervisor
@@ -34,7 +34,26 @@ RENEW_S = 2.0
 LOOK_S = 0.5
 """How often the store is asked for a run of another gateway that somebody follows."""
 
-_RESPONSE = msgspec.json.Decoder(dict[str, msgspec.Raw])
+MAX_BYTES = 64 * 1024 * 1024
+"""Of the events of one response, as of an answer that is not streamed."""
+
+
+class _Told(msgspec.Struct):
+    response: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def status(self) -> str:
+        if self.response is msgspec.UNSET:
+            return ""
+        return msgspec.json.decode(self.response.get("status", msgspec.Raw(b'""')), type=str)
+
+    def __post_init__(self) -> None:
+        if self.response is not msgspec.UNSET and not self.status:
+            raise ValueError("a response without a status")
+
+
+_ENDS = frozenset({"completed", "incomplete", "failed", "cancelled"})
+_EVENT = msgspec.json.Decoder(_Told)
 
 
 class Run:
@@ -51,6 +70,7 @@ class Run:
         self.making: asyncio.Task[None] | None = None
         """What makes it; none of one that another gateway makes."""
         self._num_told = 0
+        self._size_bytes = 0
         self._is_kept = False
         self._decoder = FrameDecoder()
         self._changed = asyncio.Event()
@@ -58,13 +78,33 @@ class Run:
     def add(self, data: bytes) -> None:
         """Take some whole frames. Those that end it are told once it has been kept: it may be continued then."""
         for frame in self._decoder.feed(data):
+            if self.ended:
+                break  # nothing follows the last one
+            told = _EVENT.decode(frame.data)
+            ended = (frame.event or b"").decode("latin-1") in LAST
+            if ended and told.status not in _ENDS:
+                raise NotAnAnswerError("The node ended a response without saying how it ended.")
             self.frames.append(encode(frame.data, frame.event))
-            event = _RESPONSE.decode(frame.data)
-            if "response" in event:
-                self.response = bytes(event["response"])
-            self.ended = self.ended or (frame.event or b"").decode() in LAST
+            self._size_bytes += len(frame.data)
+            if self._size_bytes > MAX_BYTES:
+                raise TooLongAnswerError(f"The response is longer than the {MAX_BYTES} bytes that are kept of one.")
+            if told.response is not msgspec.UNSET:
+                self.response = msgspec.json.encode(told.response)
+            self.ended = ended
         if not self.ended:
             self._tell()
+
+    def add_all(self, data: bytes) -> None:
+        """Take frames as :meth:`add` does.
+
+        Raises:
+            TooLongAnswerError: they are more than is kept.
+            NotAnAnswerError: they are no events of a response.
+        """
+        try:
+            self.add(data)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise NotAnAnswerError(f"The node sent an event that is none of a response: {str(error)[:200]}.") from None
 
     @property
     def is_answer(self) -> bool:
@@ -203,7 +243,9 @@ class Background:
         try:
             async with aclosing(frames):
                 async for some in frames:
-                    run.add(some)
+                    run.add_all(some)
+            if not run.ended:
+                raise NotAnAnswerError("The node ended its answer without saying how the response ended.")
         except ApiError as error:
             run.add(self._failure(run, error))
         except asyncio.CancelledError:

@@ -9,13 +9,15 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec
 
 from cortex import logs
 from cortex._fast.record import Record
 from cortex.metrics import Metrics
 
 log = logging.getLogger("cortex.request")
+
+P = ParamSpec("P")
 
 CLIENT_CLOSED_REQUEST = 499
 """The status that is counted where the client left before its answer was complete."""
@@ -57,6 +59,13 @@ class Book:
                 ended.append(self._ended.popleft())
             if ended:
                 lines = [(record.ended_at, record.fields()) for record in ended]
-                logs.info_each(log, "request", lines)
-                self._metrics.count(ended)
-                self.on_written(lines)
+                self._pass_on(logs.info_each, log, "request", lines)
+                self._pass_on(self._metrics.count, ended)
+                self._pass_on(self.on_written, lines)
+
+    def _pass_on(self, write: Callable[P, object], *arguments: P.args, **names: P.kwargs) -> None:
+        """Call one that writes requests down; that it fails is no reason to lose them for the others."""
+        try:
+            write(*arguments, **names)
+        except Exception:
+            log.exception("requests that have ended could not be written down")

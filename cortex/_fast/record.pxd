@@ -18,3 +18,5 @@ cdef class Record:
     cdef readonly double begun_s
     cdef double first_token_at_s
     cdef double ended_s
+
+    cpdef tuple counts(self)

@@ -86,8 +86,8 @@ cdef class StreamTap:
         waits for the byte that says whether it is half of a CRLF. Raises :exc:`FrameTooLarge` as soon as a frame, its
         blank line included, is longer than the limit.
 
-        With ``checks`` a frame whose data is neither a JSON object, by its first and last byte, nor the terminator is
-        ``malformed``, and held back with all that follows.
+        With ``checks`` a frame is ``malformed``, and held back with all that follows, if it has a line that is no field of
+        an event, or its data is neither a JSON object, by its first and last byte, nor the terminator.
         """
         cdef const uint8_t* p
         cdef Py_ssize_t length, whole
@@ -152,8 +152,12 @@ cdef class StreamTap:
                 value = frame_field(line, line_end, b"event", 5)
                 if value != NULL:
                     kind = kind_of(value, line_end)
-                elif line_end - line > 8 and memcmp(line, b": usage {", 9) == 0:
-                    self.keep_usage(line + 8, line_end)
+                elif line != line_end and line[0] == c":":
+                    if line_end - line > 8 and memcmp(line, b": usage {", 9) == 0:
+                        self.keep_usage(line + 8, line_end)
+                elif self.checks and line != line_end and not is_field(line, line_end):
+                    self.malformed = True
+                    return 0
             line = frame_next_line(line_end, end)
         if several:
             data = <const uint8_t*>self.joined.data
@@ -318,6 +322,11 @@ cdef class StreamTap:
     cdef int keep_usage(self, const uint8_t* start, const uint8_t* end) except -1:
         self.usage = PyBytes_FromStringAndSize(<const char*>start, end - start)
         return 0
+
+
+cdef inline bint is_field(const uint8_t* line, const uint8_t* end) noexcept nogil:
+    """Say whether a line is one of the fields that no dialect here has a use for."""
+    return frame_field(line, end, b"id", 2) != NULL or frame_field(line, end, b"retry", 5) != NULL
 
 
 cdef inline bint is_object(const uint8_t* data, const uint8_t* end) noexcept nogil:

@@ -8,6 +8,18 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from fake_neuron import (
+    CHAT_STREAM,
+    MESSAGES_STREAM,
+    RESPONSE,
+    RESPONSES_STREAM,
+    Asked,
+    FakeNeuron,
+    Line,
+    event,
+    message_event,
+)
+from gateway_rig import rig, until
 
 from cortex import book, logs
 from cortex._fast.record import Record
@@ -122,3 +134,63 @@ async def test_a_scrape_has_all_and_counts_none_twice() -> None:
     assert sorted(seen) == sorted(f"r{number}" for number in range(20_000))
     labels = {"model": "m", "node": "a", "dialect": "openai-chat", "status": "200"}
     assert metrics.registry.get_sample_value("cortex_requests_total", labels) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("path", "events", "told"),
+    [
+        (
+            "/v1/chat/completions",
+            (*CHAT_STREAM[:3], b'data: {"error":{"message":"x","type":"server_error","code":"answer_cut"}}\n\n'),
+            (503, "answer_cut"),
+        ),
+        (
+            "/v1/chat/completions",
+            (*CHAT_STREAM[:3], b'data: {"error":{"message":"x","type":"rate_limit_error","code":"theirs"}}\n\n'),
+            (429, "theirs"),
+        ),
+        (
+            "/v1/messages",
+            (
+                *MESSAGES_STREAM[:5],
+                message_event("error", error={"type": "overloaded_error", "message": "x"}),
+            ),
+            (529, "failed"),
+        ),
+        (
+            "/v1/responses",
+            (
+                *RESPONSES_STREAM[:3],
+                event("error", 3, code="answer_cut", message="x", param=None),
+                event(
+                    "response.failed", 4, response=RESPONSE | {"status": "failed", "error": {"code": "server_error"}}
+                ),
+            ),
+            (503, "answer_cut"),
+        ),
+    ],
+)
+async def test_a_stream_that_ends_in_an_error_is_written_down_as_its_client_saw_it(
+    path: str, events: tuple[bytes, ...], told: tuple[int, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cortex")
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        for each in events:
+            await line.chunk(each)
+        await line.end()
+
+    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "input": "x", "stream": True}
+        body |= {"max_tokens": 5} if path == "/v1/messages" else {}
+        assert (await gateway.call("POST", path, body).end()).status == 200
+        await until(lambda: [record for record in caplog.records if record.name == "cortex.request"])
+        out = gateway.metric(
+            "cortex_completion_tokens_total", model="m", node="a", dialect=f"openai-{path[4:].split('/')[0]}"
+        )
+    (record,) = (record for record in caplog.records if record.name == "cortex.request")
+    assert (record.fields["status"], record.fields["finish"]) == told
+    num_tokens = record.fields["tokens_out"]
+    assert num_tokens in (1, 2)
+    assert out in (0, num_tokens)

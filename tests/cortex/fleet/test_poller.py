@@ -162,3 +162,10 @@ async def test_a_draining_node_gets_no_requests() -> None:
         for _ in range(3):
             assert (await gateway.chat().end()).status == 200
         assert len(second.asked) == 3
+
+
+async def test_a_node_that_is_down_from_the_start_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    neuron = FakeNeuron(control=error(500, "x"))
+    async with rig(neuron) as gateway:
+        await until(lambda: gateway.gateway.fleet.state.nodes["a"].strikes >= 6)
+    assert len([record for record in caplog.records if "node=a down" in record.getMessage()]) == 1
