@@ -84,6 +84,7 @@ FLOORS = {
     "neuron.text": 3,
     # what a worker reads too, for its grammars
     "neuron.text.matcher": 2,
+    "neuron.text.pieces": 1,
     "neuron.text.plain": 2,
     "neuron.text.token_bytes": 2,
     "neuron.text.tokenizer": 2,

@@ -128,10 +128,13 @@ class ContextLengthError(InvalidRequestError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, context_tokens: int, prompt_tokens: int, *, param: str | None = None) -> None:
+    def __init__(
+        self, context_tokens: int, prompt_tokens: int, *, param: str | None = None, at_least: bool = False
+    ) -> None:
+        """``at_least``: counting ended there."""
         super().__init__(
             f"This model's maximum context length is {context_tokens} tokens. However, your messages resulted in "
-            f"{prompt_tokens} tokens. Please reduce the length of the messages.",
+            f"{'at least ' if at_least else ''}{prompt_tokens} tokens. Please reduce the length of the messages.",
             param=param,
         )
         self._tokens = (prompt_tokens, context_tokens)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from cortex.wire.errors import InvalidRequestError
 from neuron.errors import UnsupportedTokenizerError
+from neuron.text import pieces
 from neuron.text.chat_template import NONCHARACTERS
 from neuron.text.plain import Place, PlainText
 
@@ -101,8 +102,7 @@ class ControlTokens:
         return marking.encode(marking.text(text))
 
     def _whole(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return pieces.encode(self._tokenizer, text)
 
     def _marked_stretches(self, prompt: str, mark: str) -> Iterator[tuple[int, int]]:
         """Yield where text with marks lies between two control tokens, or between one and an end of the prompt."""

@@ -6,10 +6,11 @@ grammars. It is used in a process whose time, memory and stack are bounded; noth
 
 import array
 import collections
+import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from tokenizers import Tokenizer
@@ -25,7 +26,7 @@ from cortex.wire.errors import (
 from cortex.wire.node import SpecialTokensInText
 from cortex.wire.request import InferenceRequest, Message, Role
 from neuron.errors import TemplateError, UnsupportedTokenizerError
-from neuron.text import tokenizer
+from neuron.text import pieces, tokenizer
 from neuron.text.grammar import constraint_of
 from neuron.text.jobs import Step, TextDescription
 from neuron.text.matcher import Vocabulary
@@ -35,6 +36,10 @@ from neuron.text.token_bytes import token_bytes
 MAX_VOCABULARY: Final = 1 << 20
 """Tokens of a model. The largest vocabularies in use have 262,144."""
 MAX_TEMPLATE_CHARS: Final = 1 << 20
+COUNTED_CONTEXTS: Final = 4
+"""A prompt of more than so many contexts is refused without being counted to its end."""
+MAX_COUNTED: Final = 1 << 20
+"""Tokens that are counted for those who ask for a count alone: 2 s for a text of digits."""
 KNOWN_GRAMMARS: Final = 64
 """Grammars remembered as tried, so that a client that sends its schema with each request waits for it once."""
 
@@ -80,7 +85,8 @@ class ModelText:
 
     def build(self, request: InferenceRequest, context_tokens: int) -> Prompt:
         """Return the prompt of ``request``. Raises :class:`ApiError`, of one too long :class:`ContextLengthError`."""
-        prompt = self._built(request)
+        with self._counting(_param(request), context_tokens, COUNTED_CONTEXTS * context_tokens):
+            prompt = self._built(request)
         if len(prompt.ids) >= context_tokens:
             raise ContextLengthError(context_tokens, len(prompt.ids), param=_param(request))
         return prompt
@@ -113,13 +119,16 @@ class ModelText:
 
     def count(self, request: InferenceRequest, context_tokens: int) -> int:
         """Return the length of the prompt of ``request``, which may be too long for the context."""
-        return len(self._built(request).ids)
+        most = max(MAX_COUNTED, COUNTED_CONTEXTS * context_tokens)
+        with self._counting(_param(request), context_tokens, most):
+            return len(self._built(request).ids)
 
     def tokenise(self, texts: tuple[str, ...], context_tokens: int) -> list[bytes]:
         """Return the int32 ids of each of ``texts``."""
         found = []
         for index, text in enumerate(texts):
-            ids = self._built(InferenceRequest("", prompt=text), whole=True).ids
+            with self._counting(f"input[{index}]", context_tokens, COUNTED_CONTEXTS * context_tokens):
+                ids = self._built(InferenceRequest("", prompt=text), whole=True).ids
             if len(ids) >= context_tokens:
                 raise ContextLengthError(context_tokens, len(ids), param=f"input[{index}]")
             found.append(as_bytes(ids))
@@ -147,6 +156,15 @@ class ModelText:
             if len(self._known) > KNOWN_GRAMMARS:
                 self._known.popitem(last=False)
         return problem
+
+    @contextlib.contextmanager
+    def _counting(self, param: str, context_tokens: int, most: int) -> Iterator[None]:
+        """Refuse a text of more than ``most`` tokens before all of it has been looked at."""
+        try:
+            with pieces.at_most(most):
+                yield
+        except pieces.TooManyTokensError as error:
+            raise ContextLengthError(context_tokens, error.num_tokens, param=param, at_least=True) from None
 
     def _built(self, request: InferenceRequest, *, whole: bool = False) -> Prompt:
         return _guarded(
@@ -232,7 +250,7 @@ def _guarded(work: Callable[[], _T], error: Callable[[str], ApiError]) -> _T:
     """
     try:
         return work()
-    except (ApiError, KeyboardInterrupt, SystemExit):
+    except (ApiError, pieces.TooManyTokensError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as foreign:  # noqa: BLE001 (see above)
         words = "it takes more memory than it may" if isinstance(foreign, MemoryError) else str(foreign)[:300]

@@ -12,6 +12,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
+from neuron.text import pieces
+
 
 class Place(enum.Enum):
     """Where in a prompt a piece of text stands, which decides whether a space is put before it."""
@@ -45,7 +47,7 @@ class PlainText:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = pieces.encode(self._tokenizer, text)
         return [self._ids.get(index, index) for index in ids] if self._ids else ids
 
 

@@ -20,6 +20,7 @@ from cortex.wire.errors import InvalidRequestError, UnsupportedParameterError
 from cortex.wire.node import SpecialTokensInText
 from cortex.wire.request import InferenceRequest, Message, Role, TextPart, Tool, ToolCall, ToolMode
 from neuron.errors import NoTemplateError, TemplateError
+from neuron.text import pieces
 from neuron.text.chat_template import ChatTemplate
 from neuron.text.client_text import ControlTokens, Marking, texts_in
 from neuron.text.history import (
@@ -140,8 +141,7 @@ class PromptFormat:
         return text, marking.encode(text)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._files.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return pieces.encode(self._files.tokenizer, text)
 
     def _render(self, request: InferenceRequest, marking: Marking | None) -> str:
         if self._template is None:
