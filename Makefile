@@ -269,7 +269,8 @@ bench-engine: $(VENV)/editable
 	PYTHONPATH=bench $(BIN)/python -P bench/engine.py --keep
 
 bench-regressions: $(VENV)/editable
-	$(BIN)/python -P -m pytest --benchmark-only
+	$(BIN)/ninja -C build/editable --quiet
+	$(BIN)/pytest --benchmark
 
 FUZZ_RUNS ?= 1000000
 fuzz: $(VENV)/editable

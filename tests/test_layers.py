@@ -66,6 +66,8 @@ FLOORS = {
     "cortex.asgi_io": 5,
     "cortex.reader_credit": 1,
     "cortex.rsgi_io": 5,
+    "cortex.console": -1,
+    "cortex.extras": -2,
     "cortex.demo": 6,
     "cortex.operate": 6,
     "cortex.cli": 9,
@@ -111,6 +113,7 @@ ALSO = {
     ("cortex.dialects", "cortex._fast"),
 }
 NEURON_MAY_USE_OF_CORTEX = (
+    "cortex.extras",
     "cortex.wire",
     "cortex.settings",
     "cortex.http_io",

@@ -30,6 +30,8 @@ class Host:
     cuda_version: str | None = None
     no_gpu: str | None = None
     """Why there is no GPU among them though the kernel has a driver for one."""
+    no_gpu_here: str = ""
+    """Why there is no GPU among them, for who asked for one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,12 +51,13 @@ def probe(environment: Mapping[str, str] = os.environ, roots: Roots = ROOTS) -> 
     return dataclasses.replace(gpus, devices=(*gpus.devices, probe_cpu(roots)))
 
 
-def parse_devices(text: str, available: Sequence[str]) -> tuple[str, ...]:
+def parse_devices(text: str, available: Sequence[str], no_gpu: str = "") -> tuple[str, ...]:
     """Return the ids that ``text`` names: ``0,1``, ``cuda:0``, ``cpu``, ``all``, or ``auto``.
 
     ``available`` are the ids of :func:`probe`. A bare number is a GPU; ``auto`` takes every GPU, or the CPU where
     there is none; ``all`` also takes the CPU. ``cpu:1`` and so on are more workers on the same processor and memory,
-    for models over several ranks. Raises DeviceListError and UnknownDeviceError.
+    for models over several ranks. ``no_gpu`` says why there is none, where there is none. Raises DeviceListError and
+    UnknownDeviceError.
     """
     gpus = tuple(device for device in available if device.startswith("cuda:"))
     words = [word.strip().lower() for word in text.split(",")]
@@ -70,7 +73,9 @@ def parse_devices(text: str, available: Sequence[str]) -> tuple[str, ...]:
             raise DeviceListError(f"{word!r} is no device: name devices like 0,1 or cuda:0 or cpu, or say auto")
         device = f"cuda:{int(match[1])}" if match[1] else f"cpu:{int(match[2] or 0)}"
         if device not in available and match[1]:
-            raise UnknownDeviceError(f"there is no {device} here; available: {', '.join(available)}")
+            why = f": {no_gpu}" if no_gpu and not gpus else ""
+            advice = "" if gpus else "; neuron --devices cpu runs models without a GPU"
+            raise UnknownDeviceError(f"there is no {device} here{why}. Devices here: {', '.join(available)}{advice}")
         if device in found:
             raise DeviceListError(f"{device} is named twice in {text!r}")
         found.append(device)
@@ -110,12 +115,15 @@ def _probe_gpus(visible: str | None, roots: Roots) -> Host:
     try:
         import pynvml as nvml
     except ImportError:  # a gateway-only installation
-        return Host((), no_gpu="nvidia-ml-py is not installed" if has_driver else None)
+        reason = "nvidia-ml-py is not installed"
+        return Host((), None, None, reason if has_driver else None, f"{reason} (pip install 'helexa-cortex[neuron]')")
     with contextlib.ExitStack() as stack:
         try:
             nvml.nvmlInit()
         except nvml.NVMLError as error:
-            return Host((), no_gpu=str(error) if has_driver else None)
+            no_driver = "" if has_driver else f"no NVIDIA driver is loaded ({roots.proc}/driver/nvidia is missing), "
+            hint = "; a container needs --gpus or --device nvidia.com/gpu=all" if _in_container() else ""
+            return Host((), None, None, str(error) if has_driver else None, f"{no_driver}NVML says: {error}{hint}")
         stack.callback(nvml.nvmlShutdown)
         version = nvml.nvmlSystemGetCudaDriverVersion_v2()
         handles = [_answer(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(nvml.nvmlDeviceGetCount())]
@@ -126,13 +134,19 @@ def _probe_gpus(visible: str | None, roots: Roots) -> Host:
         else:
             uuids = [_text(_answer(nvml, "nvmlDeviceGetUUID", handle) or "") for handle in handles]
             chosen = [handles[index] for index in visible_gpus(visible, uuids)]
+        hidden = f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of the {len(handles)}"
         hides = visible is not None and visible not in {"", "-1"} and bool(handles) and not chosen
         return Host(
             tuple(_describe(nvml, f"cuda:{ordinal}", handle, roots) for ordinal, handle in enumerate(chosen)),
             _text(nvml.nvmlSystemGetDriverVersion()),
             f"{version // 1000}.{version % 1000 // 10}",
-            f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of the {len(handles)}" if hides else None,
+            hidden if hides else None,
+            "" if chosen else hidden if handles else "the NVIDIA driver is loaded and sees no GPU",
         )
+
+
+def _in_container() -> bool:
+    return any(pathlib.Path(path).exists() for path in ("/.dockerenv", "/run/.containerenv"))
 
 
 def _answer(nvml: Any, question: str, subject: object) -> Any:

@@ -49,7 +49,29 @@ def test_a_demo_without_a_neuron_says_what_is_missing(tmp_path: pathlib.Path) ->
     code = f"import sys; sys.executable = '{tmp_path}/python3'; from cortex import cli; sys.exit(cli.main(['demo']))"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (1, "")
-    assert f"demo: {tmp_path}/neuron is not there" in done.stdout.replace("\n", "")
+    assert f"demo: {tmp_path}/neuron is not there" in done.stdout
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "200"])
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_what_is_no_terminal_gets_unbroken_lines(columns: str, locale: str) -> None:
+    """Programs read them; a width that some shell has exported is nothing to those."""
+    name = "a-very-long-name-of-a-node." * 4
+    fleet = {"nodes": [{"name": name, "endpoint": f"http://{'h' * 150}:1", "up": False, "fault": "why " * 60}]}
+    code = f"from cortex import report; report.print_fleet({fleet!r})"
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "COLUMNS": columns,
+        "LC_ALL": locale,
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, timeout=30, check=True, env=environment
+    )
+    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    assert any(name in line and "h" * 150 in line for line in lines)
+    assert any("why " * 59 in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,18 @@ def test_lists_that_make_no_sense(text: str) -> None:
 
 
 def test_a_device_that_is_not_there() -> None:
-    with pytest.raises(UnknownDeviceError, match="there is no cuda:2 here; available: cuda:0, cuda:1, cpu:0"):
+    with pytest.raises(UnknownDeviceError, match=r"there is no cuda:2 here\. Devices here: cuda:0, cuda:1, cpu:0$"):
         parse_devices("2", TWO)
+
+
+@pytest.mark.parametrize("text", ["0,1", "0", "cuda:0", "cpu,0"])
+def test_a_gpu_where_there_is_none_is_said_with_the_reason_and_what_works(text: str) -> None:
+    with pytest.raises(UnknownDeviceError) as refused:
+        parse_devices(text, ["cpu:0"], "no NVIDIA driver is loaded")
+    assert refused.value.message == (
+        "there is no cuda:0 here: no NVIDIA driver is loaded. Devices here: cpu:0; "
+        "neuron --devices cpu runs models without a GPU"
+    )
 
 
 def test_ordinals() -> None:

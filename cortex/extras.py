@@ -1,0 +1,30 @@
+"""What an installation lacks for running models: the gateway's own has none of it."""
+
+import importlib.util
+
+NEURON_MODULES = (
+    "gguf",
+    "huggingface_hub",
+    "jinja2",
+    "llguidance",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "torch",
+)
+"""Modules that a neuron's engine imports, of the extra ``neuron`` in pyproject.toml."""
+
+INSTALL = "pip install 'helexa-cortex[neuron]'"
+"""Command that installs them."""
+
+
+def missing_for_neuron() -> list[str]:
+    """Return the modules that a neuron needs and that are not installed."""
+    return [name for name in NEURON_MODULES if not _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
