@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from granian.constants import Interfaces
@@ -46,7 +46,9 @@ from neuron.load import source
 from neuron.load.eviction import Patience
 from neuron.load.loader import Loader
 from neuron.load.table import ModelTable, Stay
-from neuron.text.pool import TextPool
+
+if TYPE_CHECKING:
+    from neuron.text.pool import TextPool
 
 _log = logging.getLogger("neuron.service")
 
@@ -102,7 +104,7 @@ class Service:
             )
             workers = {device: self._worker(device) for device in chosen}
         self._workers = workers
-        self._texts = TextPool()
+        self._texts: TextPool | None = None
         self._no_harness = "daemon.harnesses names none"
         self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
         daemon = config.daemon
@@ -207,7 +209,7 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(
-                self._texts.stop(),
+                *([] if self._texts is None else [self._texts.stop()]),
                 *(worker.stop(self._config.daemon.stop_timeout_s) for worker in self._workers.values()),
             )
             server.stop()  # type: ignore[no-untyped-call]
@@ -337,8 +339,10 @@ class Service:
             self._no_harness = f"not installed here: {', '.join(missing)} ({INSTALL})"
             _log.warning("no model can be loaded: %s", self._no_harness)
             return {}
+        from neuron.text.pool import TextPool
         from neuron.torch_harness import TorchHarness
 
+        self._texts = TextPool()
         return {
             name: TorchHarness(self._workers, self._texts, daemon.collective_limit_s, daemon.prefix_sharing)
             for name in daemon.harnesses
