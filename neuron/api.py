@@ -77,6 +77,7 @@ from neuron.batch import infer_all
 from neuron.harness import Model
 from neuron.metrics import RequestRecord
 from neuron.service import Service
+from neuron.text.schema import left_out
 
 _log = logging.getLogger("neuron.api")
 
@@ -389,6 +390,7 @@ class Api:
         record: RequestRecord,
     ) -> None:
         requests = [_on_behalf(exchange, request) for request in requests]
+        _tell_ignored(exchange, left_out(requests[0]))
 
         async def frames() -> AsyncGenerator[bytes, None]:
             async for events in self._events(exchange, requests, record):
@@ -412,6 +414,7 @@ class Api:
         record: RequestRecord,
     ) -> None:
         requests = [_on_behalf(exchange, request) for request in requests]
+        _tell_ignored(exchange, left_out(requests[0]))
 
         async def gather() -> None:
             async with aclosing(self._events(exchange, requests, record)) as batches:
@@ -469,8 +472,12 @@ def _tell(exchange: Exchange, call: _Call) -> None:
     """Have the answer say which members of the body nobody knows, and how many parts no model here can take."""
     if num_omitted := getattr(call, "num_omitted", 0):
         tell(exchange.told, OMITTED_PARTS, b"%d" % num_omitted)
-    if call.ignored:
-        tell(exchange.told, IGNORED, ",".join(call.ignored).encode())
+    _tell_ignored(exchange, call.ignored)
+
+
+def _tell_ignored(exchange: Exchange, names: Sequence[str]) -> None:
+    if names:
+        tell(exchange.told, IGNORED, ",".join(names).encode())
         _log.info("id=%s ignored=%s", exchange.request_id, exchange.told[IGNORED].decode())
 
 

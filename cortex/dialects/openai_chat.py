@@ -335,4 +335,4 @@ def _output_format(body: _ResponseFormat | None) -> OutputFormat:
     if body is None:
         return OutputFormat()
     schema = body.json_schema or _JsonSchema()
-    return fields.output_format(body.type, schema.schema, schema.name, "response_format")
+    return fields.output_format(body.type, schema.schema, schema.name, "response_format", strict=schema.strict)

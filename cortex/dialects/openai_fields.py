@@ -177,7 +177,9 @@ class FunctionBody(msgspec.Struct):
         return Tool(self.name, self.description or "", self.parameters or {}, bool(self.strict))
 
 
-def output_format(kind: str, schema: dict[str, Any] | None, name: str | None, param: str) -> OutputFormat:
+def output_format(
+    kind: str, schema: dict[str, Any] | None, name: str | None, param: str, *, strict: bool | None = None
+) -> OutputFormat:
     """Return the constraint that ``response_format`` or ``text.format`` asks for."""
     match kind:
         case "text":
@@ -187,7 +189,7 @@ def output_format(kind: str, schema: dict[str, Any] | None, name: str | None, pa
         case "json_schema":
             if schema is None:
                 raise MissingParameterError(f"Missing required parameter: '{param}.schema'.", param=f"{param}.schema")
-            return OutputFormat(FormatKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), name or "")
+            return OutputFormat(FormatKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), name or "", bool(strict))
     raise InvalidRequestError(f"Invalid '{param}.type': '{kind}' is not known.", param=f"{param}.type")
 
 

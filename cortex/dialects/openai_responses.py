@@ -210,7 +210,8 @@ def decode(body: bytes) -> ResponsesCall:
 def _output_format(text: _Text | None) -> OutputFormat:
     if text is None or text.format is None:
         return OutputFormat()
-    return fields.output_format(text.format.type, text.format.schema, text.format.name, "text.format")
+    asked = text.format
+    return fields.output_format(asked.type, asked.schema, asked.name, "text.format", strict=asked.strict)
 
 
 def _echo(body: bytes) -> bytes:

@@ -320,7 +320,7 @@ def _response_format(request: InferenceRequest) -> dict[str, Any] | None:
     if asked.kind is FormatKind.JSON_OBJECT:
         return {"type": "json_object"}
     if asked.kind is FormatKind.JSON_SCHEMA:
-        schema = {"name": asked.name or "answer", "schema": msgspec.Raw(asked.source.encode()), "strict": True}
+        schema = {"name": asked.name or "answer", "schema": msgspec.Raw(asked.source.encode()), "strict": asked.strict}
         return {"type": "json_schema", "json_schema": schema}
     return None
 

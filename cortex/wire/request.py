@@ -103,6 +103,8 @@ class OutputFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: FormatKind = FormatKind.TEXT
     source: str = ""
     name: str = ""
+    strict: bool = False
+    """Whether a schema of which something cannot be enforced is refused."""
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -8,7 +8,7 @@ here, before the request is admitted, so that what cannot be compiled is an erro
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from llguidance import LLMatcher
@@ -16,10 +16,10 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from cortex.wire.errors import InvalidRequestError, InvalidSchemaError
 from cortex.wire.request import FormatKind, InferenceRequest, OutputFormat, Tool, ToolMode
+from neuron.text.history import is_deeper
+from neuron.text.schema import MAX_SCHEMA_DEPTH, MAX_SOURCE_BYTES, PreparedSchema
 from neuron.text.tools import END, START, CallForm
 
-MAX_SOURCE_BYTES: Final = 256 << 10
-MAX_SCHEMA_DEPTH: Final = 64
 JSON_OPTIONS: Final = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n]{0,16}"}
 """White space is free but bounded: a model that is unsure likes to write it for ever."""
 
@@ -63,14 +63,15 @@ def _format(asked: OutputFormat) -> str:
     """Return a rule ``answer``, or a whole grammar."""
     match asked.kind:
         case FormatKind.JSON_OBJECT:
-            return "answer: " + _json_rule({"type": "object"})
+            return "answer: " + _json_rule({"type": "object"}, {})
         case FormatKind.JSON_SCHEMA:
             try:
                 schema = json.loads(asked.source)
             except (ValueError, RecursionError) as error:
                 raise InvalidSchemaError(f"it is not JSON: {error}", param="response_format") from None
             _check_depth(schema, "response_format")
-            return "answer: " + _json_rule(schema)
+            prepared = PreparedSchema(schema, strict=asked.strict)
+            return "answer: " + _json_rule(prepared.schema, prepared.definitions)
         case FormatKind.REGEX:
             pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", asked.source).replace("\n", r"\n")
             return f"answer: /{pattern}/\n"
@@ -95,17 +96,14 @@ def _calls(tools: tuple[Tool, ...], form: CallForm, *, parallel: bool) -> str:
     bodies = []
     for index, tool in enumerate(tools):
         _check_depth(tool.parameters, "tools")
-        arguments = {"type": "object", **tool.parameters}
+        prepared = PreparedSchema({"type": "object", **tool.parameters}, strict=tool.strict, param="tools")
         schema: dict[str, Any] = {
             "type": "object",
-            "properties": {"name": {"const": tool.name}, key_of_arguments: arguments},
+            "properties": {"name": {"const": tool.name}, key_of_arguments: prepared.schema},
             "required": ["name", key_of_arguments],
             "additionalProperties": False,
         }
-        for key in ("$defs", "definitions"):  # references begin at the root
-            if key in arguments:
-                schema[key] = arguments.pop(key)
-        bodies.append(f"call_{index}: {_json_rule(schema)}")
+        bodies.append(f"call_{index}: {_json_rule(schema, prepared.definitions)}")
     names = " | ".join(f"call_{index}" for index in range(len(tools)))
     if form is CallForm.LLAMA:
         more = ' ("; " call)*' if parallel else ""
@@ -114,12 +112,10 @@ def _calls(tools: tuple[Tool, ...], form: CallForm, *, parallel: bool) -> str:
     return f'calls: call{more}\ncall: "{START}\\n" ({names}) "\\n{END}"\n' + "".join(bodies)
 
 
-def _json_rule(schema: object) -> str:
+def _json_rule(schema: Any, definitions: Mapping[str, Any]) -> str:
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    if not isinstance(schema, dict):
-        raise InvalidSchemaError(f"a schema is an object, not {json.dumps(schema)[:50]}", param="response_format")
-    return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS}) + "\n"
+    return "%json " + json.dumps({**schema, "$defs": definitions, "x-guidance": JSON_OPTIONS}) + "\n"
 
 
 def _plain(problem: str) -> str:
@@ -128,14 +124,6 @@ def _plain(problem: str) -> str:
 
 
 def _check_depth(schema: object, param: str) -> None:
-    """Raise for what is nested deeper than anyone means; walks it without recursion."""
-    level = [schema]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [
-            child
-            for value in level
-            for child in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-        ]
-        if not level:
-            return
-    raise InvalidSchemaError(f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels", param=param)
+    """Raise for what is nested deeper than anyone means."""
+    if is_deeper(schema, MAX_SCHEMA_DEPTH):
+        raise InvalidSchemaError(f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels", param=param)

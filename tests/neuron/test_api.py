@@ -536,6 +536,16 @@ def test_an_answer_says_which_members_nobody_knows(path: str, body: dict[str, An
     assert reply.headers["x-cortex-ignored"] == "temprature"
 
 
+@STREAMED
+def test_an_answer_says_what_of_its_schema_it_is_not_held_to(stream: bool) -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    chat = {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}}
+    responses = {"text": {"format": {"type": "json_schema", "name": "s", "schema": schema}}}
+    for path, body in (("/v1/chat/completions", CHAT | chat), ("/v1/responses", RESPONSES | responses)):
+        reply = ask_once(path, body | ({"stream": True} if stream else {}))
+        assert (reply.status, reply.headers["x-cortex-ignored"]) == (200, "response_format.uniqueItems")
+
+
 def test_what_only_other_servers_do_is_refused_by_name() -> None:
     reply = ask_once("/v1/chat/completions", CHAT | {"use_beam_search": True})
     assert (reply.status, reply.json()["error"]["code"]) == (400, "unsupported_parameter")

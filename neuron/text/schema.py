@@ -1,0 +1,469 @@
+"""A client's JSON schema as the compiler of grammars takes it, and what of it cannot be enforced.
+
+What schemas are written by (zod, pydantic, OpenAPI) is wider than what a grammar can hold an answer to. Here it is said
+of each keyword what becomes of it: it is enforced, perhaps in other words; it says nothing of an answer and is left
+out; or no grammar can hold it, and it is left out and told of, or refused where the schema is ``strict``. References
+are resolved within the client's own document, wherever the result is put. Knows nothing of the compiler but what it
+takes. The table is in docs/structured_outputs.md.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import re
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any, Final
+
+from cortex.wire.errors import InvalidSchemaError
+from cortex.wire.request import FormatKind, InferenceRequest, ToolMode
+from neuron.text.history import is_deeper
+
+MAX_SOURCE_BYTES: Final = 256 << 10
+MAX_SCHEMA_DEPTH: Final = 64
+FORMATS: Final = frozenset(
+    {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
+)
+"""Formats of strings that the compiler knows."""
+MAX_BOUND: Final = 10**17
+"""Bounds of numbers beyond this have no pattern of digits."""
+MAX_STEP: Final = 2**31
+"""The same of the digits of ``multipleOf``."""
+MAX_LENGTH: Final = 2**24
+"""Characters or items that no answer has: a greater maximum says nothing."""
+LEAST_INTEGER: Final = -9 * 10**18
+"""Below it, down to the least of 64 bits, the compiler counts without end."""
+
+_AS_IT_IS: Final = ("type", "required", "minLength", "minItems", "minProperties", "maxProperties")
+_BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_REFERENCES: Final = ("$ref", "$dynamicRef", "$recursiveRef")
+_APPLICATORS: Final = frozenset({"allOf", "anyOf", "oneOf", "if", "dependentSchemas", *_REFERENCES})
+_DEPENDENCIES: Final = ("dependentRequired", "dependentSchemas", "dependencies")
+_BEYOND_PATTERNS: Final = re.compile(r"\(\?<?[=!]|\(\?>|\\[bB1-9]|\\k<")
+"""What no automaton recognises: a look around, the edge of a word, a reference back."""
+_ESCAPES_AND_CLASSES: Final = re.compile(r"\\\\|\\\[|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
+
+
+class PreparedSchema:
+    """What becomes of one schema.
+
+    ``schema`` refers to ``definitions``, which are to stand under ``$defs`` at the root of whatever it is put into.
+    ``left_out`` names the keywords that no grammar can hold an answer to.
+    """
+
+    def __init__(self, document: object, *, strict: bool = False, param: str = "response_format") -> None:
+        """Prepare ``document``, nested no deeper than a recursion may go. Raises :class:`InvalidSchemaError`."""
+        self._document = document
+        self._strict = strict
+        self._param = param
+        self._places = _named_places(document)
+        self._names: dict[str, str] = {}
+        self._waiting: list[tuple[str, object]] = []
+        self.left_out: list[str] = []
+        self.definitions: dict[str, Any] = {}
+        self.schema = self._prepared(document)
+        while self._waiting:
+            name, found = self._waiting.pop()
+            self.definitions[name] = self._prepared(found)
+
+    def _refuse(self, problem: str) -> InvalidSchemaError:
+        return InvalidSchemaError(problem, param=self._param)
+
+    def _leave_out(self, keyword: str, why: str) -> None:
+        if self._strict:
+            raise self._refuse(f"'{keyword}' cannot be enforced: {why}. Leave it out, or do not ask for 'strict'")
+        if keyword not in self.left_out:
+            self.left_out.append(keyword)
+
+    def _prepared(self, schema: object) -> Any:
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, Mapping):
+            raise self._refuse(f"a schema is an object, not {str(schema)[:50]!r}")
+        if _is_never(schema):
+            return False
+        made: dict[str, Any] = {key: schema[key] for key in _AS_IT_IS if key in schema}
+        if not isinstance(made.get("required", []), list):
+            del made["required"]  # as drafts before 4 have it, of a property
+        self._reference(schema, made)
+        self._numbers(schema, made)
+        self._strings(schema, made)
+        self._values(schema, made)
+        self._items(schema, made)
+        self._properties(schema, made)
+        self._alternatives(schema, made)
+        self._conditions(schema)
+        if schema.get("nullable") is True:
+            _take_null(made)
+        return made
+
+    # ------------------------------------------------------------------ references
+
+    def _reference(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+        given = [schema[key] for key in _REFERENCES if key in schema]
+        if not given:
+            return
+        if len(given) > 1 or not isinstance(given[0], str):
+            raise self._refuse("a reference is one text")
+        place, target = self._followed(given[0])
+        if place not in self._names:
+            self._names[place] = f"r{len(self._names)}"
+            self._waiting.append((self._names[place], target))
+        made["$ref"] = f"#/$defs/{self._names[place]}"
+
+    def _followed(self, reference: str) -> tuple[str, object]:
+        """Return where a reference leads in the end, and what is there; one to a mere reference goes on from there."""
+        seen: set[str] = set()
+        while True:
+            place = self._place(reference)
+            if place in seen:
+                raise self._refuse(f"the reference {reference[:100]!r} refers to itself")
+            seen.add(place)
+            target = self._at(place, reference)
+            if not (isinstance(target, Mapping) and isinstance(target.get("$ref"), str) and len(target) == 1):
+                return place, target
+            reference = target["$ref"]
+
+    def _place(self, reference: str) -> str:
+        """Return the pointer that a reference means, empty for the root."""
+        base, _, fragment = reference.partition("#")
+        if base and base not in self._places:
+            raise self._refuse(f"the reference {reference[:100]!r} leads out of the schema")
+        start = self._places.get(base, "")
+        fragment = urllib.parse.unquote(fragment)
+        if not fragment:
+            return start
+        if fragment.startswith("/"):
+            return start + fragment
+        if f"#{fragment}" not in self._places:
+            raise self._refuse(f"there is nothing at the reference {reference[:100]!r}")
+        return self._places[f"#{fragment}"]
+
+    def _at(self, place: str, reference: str) -> object:
+        found: Any = self._document
+        for step in place.split("/")[1:]:
+            key = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, Mapping) and key in found:
+                found = found[key]
+            elif isinstance(found, list) and key.isascii() and key.isdecimal() and int(key[:9]) < len(found):
+                found = found[int(key[:9])]
+            else:
+                raise self._refuse(f"there is nothing at the reference {reference[:100]!r}")
+        return found
+
+    # ------------------------------------------------------------------ values
+
+    def _numbers(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+        for key in _BOUNDS:
+            value = schema.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool):
+                made[key] = value
+            elif not isinstance(value, int | float) or value != value:
+                raise self._refuse(f"'{key}' is not a number")
+            elif math.inf == (value if "aximum" in key else -value):
+                pass  # it says nothing
+            elif abs(value) >= MAX_BOUND:
+                self._leave_out(key, f"{value} has too many digits for a grammar")
+            else:
+                made[key] = value
+        step = schema.get("multipleOf")
+        if step is not None:
+            if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
+                raise self._refuse("'multipleOf' is not a positive number")
+            if _digits(step) >= MAX_STEP:
+                self._leave_out("multipleOf", f"{step} has too many digits for a grammar")
+            else:
+                made["multipleOf"] = step
+
+    def _strings(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+        _keep_maximum("maxLength", schema, made)
+        pattern = schema.get("pattern")
+        if isinstance(pattern, str) and _is_beyond_patterns(pattern):
+            self._leave_out("pattern", f"{pattern[:60]!r} looks around, at the edges of words or back")
+        elif pattern is not None:
+            made["pattern"] = pattern
+        form = schema.get("format")
+        if form is None or not _may_be("string", schema):
+            return
+        if form in FORMATS:
+            made["format"] = form
+        elif "pattern" not in made:  # which says what the format means
+            self._leave_out("format", f"{str(form)[:40]!r} is not known here")
+
+    def _values(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+        for key in ("enum", "const"):
+            if key in schema:
+                self._check_value(schema[key], key)
+                made[key] = schema[key]
+
+    def _check_value(self, value: object, key: str) -> None:
+        match value:
+            case float() if not math.isfinite(value):
+                raise self._refuse(f"'{key}' holds a number that JSON has no word for")
+            case int() if -(2**63) <= value < LEAST_INTEGER:
+                raise self._refuse(f"'{key}' holds {value}; integers there are at least {LEAST_INTEGER}")
+            case list():
+                for inner in value:
+                    self._check_value(inner, key)
+            case dict():
+                for inner in value.values():
+                    self._check_value(inner, key)
+
+    # ------------------------------------------------------------------ lists and objects
+
+    def _items(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+        _keep_maximum("maxItems", schema, made)
+        items, first, rest = schema.get("items"), schema.get("prefixItems"), schema.get("items")
+        if isinstance(items, list):  # drafts before 2020 have it so
+            first, rest = items, schema.get("additionalItems")
+        if rest is None and "unevaluatedItems" in schema:
+            if _APPLICATORS & schema.keys() or "contains" in schema:
+                self._leave_out("unevaluatedItems", "it hangs on what other keywords have looked at")
+            else:
+                rest = schema["unevaluatedItems"]
+        if isinstance(first, list):
+            made["prefixItems"] = [self._prepared(item) for item in first]
+        if rest is not None:
+            made["items"] = self._prepared(rest)
+        if schema.get("uniqueItems") is True and schema.get("maxItems") not in {0, 1}:
+            self._leave_out("uniqueItems", "a grammar does not remember what it has seen")
+        if "contains" in schema and schema.get("minContains") != 0:
+            self._leave_out("contains", "a grammar does not count what fits")
+        elif "contains" in schema and "maxContains" in schema:
+            self._leave_out("maxContains", "a grammar does not count what fits")
+
+    def _properties(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+        for key in ("properties", "patternProperties"):
+            if key in schema:
+                if not isinstance(schema[key], Mapping):
+                    raise self._refuse(f"'{key}' is not an object")
+                made[key] = {name: self._prepared(value) for name, value in schema[key].items()}
+        if schema.get("additionalProperties") is not None:
+            made["additionalProperties"] = self._prepared(schema["additionalProperties"])
+        if any(_is_beyond_patterns(pattern) for pattern in made.get("patternProperties", ())):
+            del made["patternProperties"]
+            made.pop("additionalProperties", None)  # it would forbid what the patterns allow
+            self._leave_out("patternProperties", "a pattern looks around, at the edges of words or back")
+        if "unevaluatedProperties" in schema and "additionalProperties" not in made:
+            if _APPLICATORS & schema.keys():
+                if schema["unevaluatedProperties"] not in (True, {}):
+                    self._leave_out("unevaluatedProperties", "it hangs on what other keywords have looked at")
+            else:
+                made["additionalProperties"] = self._prepared(schema["unevaluatedProperties"])
+        if "propertyNames" in schema:
+            self._property_names(schema["propertyNames"], made)
+
+    def _property_names(self, names: object, made: dict[str, Any]) -> None:
+        """Say of an object's names what other keywords can say: a list of them, or their pattern."""
+        if names is True or (isinstance(names, Mapping) and not _says(names) - {"type"}):
+            return  # all names are strings
+        known = {"properties", "patternProperties"} & made.keys()
+        if isinstance(names, Mapping) and not known and made.get("additionalProperties") is not False:
+            rest = made.get("additionalProperties", True)
+            says = _says(names) - {"type"}
+            if says == {"enum"} or says == {"const"}:
+                listed = names["enum"] if "enum" in names else [names["const"]]
+                if isinstance(listed, list) and all(isinstance(name, str) for name in listed):
+                    made["properties"] = dict.fromkeys(listed, rest)
+                    made["additionalProperties"] = False
+                    return
+            pattern = names.get("pattern")
+            if says == {"pattern"} and isinstance(pattern, str) and not _is_beyond_patterns(pattern):
+                made["patternProperties"] = {pattern: rest}
+                made["additionalProperties"] = False
+                return
+        self._leave_out("propertyNames", "a grammar knows names by a list or a pattern only")
+
+    # ------------------------------------------------------------------ alternatives and conditions
+
+    def _alternatives(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+        together = []
+        for key in ("allOf", "anyOf", "oneOf"):
+            if key not in schema:
+                continue
+            ways = schema[key]
+            if not isinstance(ways, list) or not ways:
+                raise self._refuse(f"'{key}' is not a list of schemas")
+            prepared = [self._prepared(way) for way in ways]
+            if key == "allOf":
+                together += prepared
+                continue
+            if key == "oneOf" and not self._are_apart(ways):
+                self._leave_out("oneOf", "an answer may fit several of its alternatives")
+            if "anyOf" in made:
+                together.append({"anyOf": prepared})
+            else:
+                made["anyOf"] = prepared
+        if together:
+            made["allOf"] = together
+
+    def _are_apart(self, ways: Sequence[object]) -> bool:
+        """Return whether it is plain that no value fits two of ``ways``: by types, or by a property's constant."""
+        if len(ways) > 32:
+            return False
+        whole = [self._plain(way) for way in ways]
+        return all(_is_apart(one, other) for one, other in itertools.combinations(whole, 2))
+
+    def _plain(self, way: object) -> Mapping[str, Any]:
+        if isinstance(way, Mapping) and isinstance(way.get("$ref"), str):
+            way = self._followed(way["$ref"])[1]
+        return way if isinstance(way, Mapping) else {}
+
+    def _conditions(self, schema: Mapping[str, Any]) -> None:
+        if "not" in schema and schema["not"] is not False:
+            self._leave_out("not", "a grammar says what an answer is, not what it is not")
+        if "if" in schema and {"then", "else"} & schema.keys():
+            self._leave_out("if", "a grammar has no conditions")
+        for key in _DEPENDENCIES:
+            if schema.get(key):
+                self._leave_out(key, "a grammar has no conditions")
+
+
+def left_out(request: InferenceRequest) -> list[str]:
+    """Return what of the schemas of ``request`` its answer will not be held to, by place and keyword."""
+    told = []
+    asked = request.output_format
+    mode = request.tool_choice.mode
+    with contextlib.suppress(InvalidSchemaError, ValueError, RecursionError):
+        if asked.kind is FormatKind.JSON_SCHEMA and len(asked.source) <= MAX_SOURCE_BYTES:
+            schema = json.loads(asked.source)
+            if not is_deeper(schema, MAX_SCHEMA_DEPTH):
+                told += [f"response_format.{keyword}" for keyword in PreparedSchema(schema).left_out]
+        if mode in {ToolMode.REQUIRED, ToolMode.NAMED} or (
+            asked.kind is not FormatKind.TEXT and mode is not ToolMode.NONE
+        ):
+            for index, tool in enumerate(request.tools):
+                if not is_deeper(tool.parameters, MAX_SCHEMA_DEPTH):
+                    keywords = PreparedSchema({"type": "object", **tool.parameters}).left_out
+                    told += [f"tools[{index}].parameters.{keyword}" for keyword in keywords]
+    return told
+
+
+def _named_places(document: object) -> dict[str, str]:
+    """Return the pointer of each ``$id``, and of each anchor, with a ``#`` before it."""
+    found: dict[str, str] = {}
+    waiting: list[tuple[str, object]] = [("", document)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, Mapping):
+            for key in ("$id", "id"):
+                if isinstance(value.get(key), str):
+                    found.setdefault(value[key].removesuffix("#"), place)
+            for key in ("$anchor", "$dynamicAnchor"):
+                if isinstance(value.get(key), str):
+                    found.setdefault("#" + value[key], place)
+            for key, inner in value.items():
+                if isinstance(inner, Mapping | list):
+                    waiting.append((f"{place}/{str(key).replace('~', '~0').replace('/', '~1')}", inner))
+        elif isinstance(value, list):
+            waiting += [(f"{place}/{index}", inner) for index, inner in enumerate(value)]
+    return found
+
+
+def _is_never(schema: Mapping[str, Any]) -> bool:
+    """Return whether a schema is how ``false`` was written before there was one."""
+    return schema.get("not") in (True, {}) and isinstance(schema["not"], bool | Mapping)
+
+
+def _digits(step: int | float) -> int:
+    """Return a number's digits without its point and the zeros around them."""
+    number = Decimal(repr(step)).normalize() if isinstance(step, float) else Decimal(step)
+    _, digits, exponent = number.as_tuple()
+    zeros = min(exponent, 30) if isinstance(exponent, int) and exponent > 0 else 0
+    return int("".join(map(str, digits)) + "0" * zeros)
+
+
+def _keep_maximum(key: str, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+    value = schema.get(key)
+    if value is not None and not (isinstance(value, int | float) and value >= MAX_LENGTH):
+        made[key] = value
+
+
+def _is_beyond_patterns(pattern: str) -> bool:
+    # Within a class these are letters, and behind a backslash a bracket opens none.
+    return _BEYOND_PATTERNS.search(_ESCAPES_AND_CLASSES.sub("x", pattern)) is not None
+
+
+_SAYS_NOTHING: Final = frozenset({"title", "description", "default", "examples", "$comment", "$schema", "$id"})
+
+
+def _says(schema: Mapping[str, Any]) -> set[str]:
+    return set(schema) - _SAYS_NOTHING
+
+
+def _types(schema: Mapping[str, Any]) -> set[str] | None:
+    """Return the types a value may have, ``None`` if any. An integer is a number too."""
+    given = schema.get("type")
+    if given is None:
+        listed = (
+            schema["enum"] if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else None
+        )
+        return None if listed is None else {_TYPE_NAMES.get(type(value), "number") for value in listed}
+    found = {given} if isinstance(given, str) else {name for name in given if isinstance(name, str)}
+    return {"number" if name == "integer" else name for name in found}
+
+
+_TYPE_NAMES: Final = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
+
+
+def _may_be(name: str, schema: Mapping[str, Any]) -> bool:
+    types = _types(schema)
+    return types is None or name in types
+
+
+def _is_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    types = _types(one), _types(other)
+    if types[0] is not None and types[1] is not None and not types[0] & types[1]:
+        return True
+    listed = _listed(one), _listed(other)
+    if listed[0] is not None and listed[1] is not None:
+        return not listed[0] & listed[1]
+    if types != ({"object"}, {"object"}):
+        return False
+    properties = one.get("properties"), other.get("properties")
+    if not isinstance(properties[0], Mapping) or not isinstance(properties[1], Mapping):
+        return False
+    required = {*_names(one)} & {*_names(other)}
+    for name in required & properties[0].keys() & properties[1].keys():
+        mine, theirs = properties[0][name], properties[1][name]
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            values = _listed(mine), _listed(theirs)
+            if values[0] is not None and values[1] is not None and not values[0] & values[1]:
+                return True
+    return False
+
+
+def _names(schema: Mapping[str, Any]) -> list[str]:
+    required = schema.get("required")
+    return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+
+
+def _listed(schema: Mapping[str, Any]) -> set[str] | None:
+    """Return the values that a schema lists, each as what it is; ``None`` if it lists none."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if not isinstance(values, list):
+        return None
+    return {f"number {float(value)}" if _is_number(value) else f"{type(value).__name__} {value!r}" for value in values}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_BOUND
+
+
+def _take_null(made: dict[str, Any]) -> None:
+    """Let a schema take null as well, as OpenAPI says it."""
+    given = made.get("type")
+    if isinstance(given, str):
+        made["type"] = [given, "null"]
+    elif isinstance(given, list) and "null" not in given:
+        made["type"] = [*given, "null"]
+    if isinstance(made.get("enum"), list) and None not in made["enum"]:
+        made["enum"] = [*made["enum"], None]
+    if given is None and ("$ref" in made or "anyOf" in made or "allOf" in made):
+        whole = dict(made)
+        made.clear()
+        made["anyOf"] = [whole, {"type": "null"}]
