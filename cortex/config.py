@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from cortex import settings, tracing
+from cortex import guard, settings, tracing
 from cortex.logs import LogFormat
 from cortex.settings import ConfigError
 from cortex.wire.node import Duration, EvictionStrategy, ModelSpec, Priority, spec_of
@@ -111,6 +111,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_certificate: str = ""
     """PEM files; with them ``cortex serve`` answers clients over TLS."""
     tls_key: str = ""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages that may ask at ``/v1``, as browsers write them; ``*``, with keys: all that have one."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which clients without a key reach the gateway, beyond addresses, its host's name and private ones."""
     trace_endpoint: str = ""
     """Of an OpenTelemetry collector (OTLP over HTTP, ``http://host:4318``), which gets a span of each request. Empty:
     none is made."""
@@ -355,6 +359,14 @@ def _check(config: Config, source: str) -> None:
         raise ConfigError(source, "gateway.metrics_listen", f"is {gateway.listen!r}, as gateway.listen is")
     settings.read_secret(gateway.secret_file, source, "gateway.secret_file")
     settings.check_certificate(gateway.tls_certificate, gateway.tls_key, source, "gateway")
+    for index, origin in enumerate(gateway.allowed_origins):
+        if origin == guard.ANY and not config.access.keys:
+            reason = "any page may ask only where it needs a key: set access.keys, or name the origins"
+            raise ConfigError(source, f"gateway.allowed_origins[{index}]", reason)
+        if origin != guard.ANY and not guard.ORIGIN.fullmatch(guard.normal_origin(origin)):
+            reason = f"{origin!r} is not an origin, such as https://chat.example.com"
+            raise ConfigError(source, f"gateway.allowed_origins[{index}]", reason)
+    guard.check_hosts(gateway.allowed_hosts, source, "gateway.allowed_hosts")
     tracing.check(gateway.trace_endpoint, source, "gateway.trace_endpoint")
     if not gateway.models:
         raise ConfigError(source, "gateway.models", "is empty; it names the catalogue, models.toml")

@@ -61,6 +61,7 @@ class Express:
             lambda model: self._find_target(dialect, principal, model),
             self._gateway.settings.gateway.max_body_bytes,
             PARAMETERS[path].names,
+            None if self._gateway.gate.is_proved(principal) else self._gateway.guard.known_hosts,
         )
 
     def _find_target(self, dialect: Dialect, principal: Principal, name: str) -> Target | None:

@@ -12,7 +12,6 @@ from cortex import api_description, logs, store
 from cortex.access.gate import Gate
 from cortex.access.keys import KeyRing
 from cortex.access.ledger import Ledger, MemoryLedger
-from cortex.access.local import comes_from_here
 from cortex.access.valkey import ValkeyLedger
 from cortex.admin import Admin
 from cortex.background import Background
@@ -37,7 +36,17 @@ from cortex.errors import GatewayStoppedError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Fleet
-from cortex.http_io import ClientDisconnectedError, Exchange, Header, Receive, Scope, Send
+from cortex.guard import Guard
+from cortex.http_io import (
+    ClientDisconnectedError,
+    Exchange,
+    Header,
+    Receive,
+    Scope,
+    Send,
+    SocketExchange,
+    find_header,
+)
 from cortex.inference import Inference
 from cortex.metrics import (
     FleetSample,
@@ -47,7 +56,7 @@ from cortex.metrics import (
     folder_of_workers,
     forget_dead_workers,
 )
-from cortex.responses_socket import ResponsesSocket
+from cortex.responses_socket import ResponsesSocket, refuse_socket
 from cortex.settings import ConfigError, split_address
 from cortex.store.conversation import Conversations
 from cortex.store.interface import StoreError
@@ -58,6 +67,9 @@ from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
 from cortex.wire.node import NodeState
 
 log = logging.getLogger("cortex")
+
+API = "/v1/"
+"""What the paths for clients begin with."""
 
 Endpoint = Callable[[Exchange], Awaitable[None]]
 Methods = Mapping[str, Endpoint]
@@ -73,8 +85,11 @@ class Gateway:
         keys: KeyRing | None = None,
         reload: Callable[[], None] = lambda: None,
         config_error: Callable[[], ConfigError | None] = lambda: None,
+        local_token: str = "",
     ) -> None:
         """``reload`` and ``config_error`` are what ``/admin`` asks of whoever reads the files.
+
+        ``local_token`` is an administrator's key of those who run this gateway.
 
         Raises:
             ConfigError: the counters of keys cannot be used.
@@ -94,7 +109,8 @@ class Gateway:
         self._counting: asyncio.Task[None] | None = None
         self._store = store.make(settings.store)
         conversations = Conversations(self._store)
-        self.gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens)
+        self.gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens, local_token)
+        self.guard = _guard(settings)
         self._background = Background(supervisor=self.supervisor)
         self.book = Book(self.metrics)
         dispatcher = self.service.dispatcher
@@ -207,7 +223,7 @@ class Gateway:
 
     def reconfigure(self, settings: Config, offered: Catalogue, keys: KeyRing) -> None:
         """Go on with other nodes, models, keys and limits; requests that run end as they began."""
-        self.settings, self.offered = settings, offered
+        self.settings, self.offered, self.guard = settings, offered, _guard(settings)
         self.gate.keys, self.gate.reserve_tokens = keys, settings.access.reserve_tokens
         self._endpoints.catalogue = offered
         self._inference.reconfigure(settings, offered)
@@ -216,9 +232,11 @@ class Gateway:
     async def handle(self, exchange: Exchange) -> None:
         """Answer one request."""
         try:
+            if exchange.path.startswith(API) and exchange.method != "OPTIONS":
+                exchange.told.update(self.guard.cors(exchange.header(b"origin")))
             endpoint = self._let_in(exchange)
             if endpoint is None:
-                await exchange.reply(204, b"", headers=_allow(self._allowed(exchange.path)))
+                await self._tell_options(exchange)
             else:
                 await endpoint(exchange)
         except ClientDisconnectedError:
@@ -235,9 +253,11 @@ class Gateway:
 
     async def handle_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one WebSocket; only Responses have one."""
-        if scope["path"] != RESPONSES.path:
+        try:
+            self._let_socket_in(scope)
+        except ApiError as error:
             await receive()
-            await send({"type": "websocket.close"})  # before it was accepted: the handshake is refused
+            await refuse_socket(scope, send, error)
             return
         await ResponsesSocket(
             scope,
@@ -266,10 +286,49 @@ class Gateway:
         """Let nobody in who may not ask at this path; what for, the endpoint sees to."""
         if exchange.method == "OPTIONS":
             return
-        if exchange.path.startswith("/v1/"):
-            exchange.caller = self.gate.identify(exchange.header)
+        if exchange.path.startswith(API):
+            exchange.caller = principal = self.gate.identify(exchange.header)
+            if not self.gate.is_proved(principal):
+                self.guard.check_site(exchange.header, setting="gateway")
         elif exchange.path.startswith("/admin/"):
-            self.gate.check_admin(exchange.header, comes_from_here(exchange.client, exchange.header))
+            self.gate.check_admin(exchange.header)
+        else:
+            return
+        if not isinstance(
+            exchange, SocketExchange
+        ):  # whose messages have no type, and no page sends without a handshake
+            self.guard.check_media_type(exchange.method, exchange.header)
+
+    def _let_socket_in(self, scope: Scope) -> None:
+        """Let no WebSocket be opened by who may not ask over it, nor by a page of another site, key or not.
+
+        Raises:
+            ApiError: it may not be.
+        """
+        path = scope["path"]
+
+        def header(name: bytes) -> bytes | None:
+            return find_header(scope["headers"], name)
+
+        try:
+            if path != RESPONSES.path:
+                raise NotFoundError(f"There is no WebSocket at {path}.")
+            principal = self.gate.identify(header)
+            self.guard.check_origin(header(b"origin"), header(b"host"), setting="gateway")
+            if not self.gate.is_proved(principal):
+                self.guard.check_site(header, setting="gateway")
+        except ApiError as error:
+            self.metrics.rejected.labels(error.status).inc()
+            logs.rejected(log, request_id_of(header(b"x-request-id")), "GET", path, error.status, error.code)
+            raise
+
+    async def _tell_options(self, exchange: Exchange) -> None:
+        """Say what a path takes, to a browser in its own words."""
+        allow = _allow(self._allowed(exchange.path))
+        if exchange.path.startswith(API):
+            allowed = self.guard.preflight(exchange.header, allow[0][1].decode(), setting="gateway")
+            allow = (*allow, *allowed)
+        await exchange.reply(204, b"", headers=allow)
 
     def _find(self, method: str, path: str) -> Endpoint | None:
         """Return what answers; ``None`` for OPTIONS, which asks only what would."""
@@ -317,6 +376,10 @@ class Gateway:
             ),
             self.fleet.state.known.union(self.offered.profiles),
         )
+
+
+def _guard(settings: Config) -> Guard:
+    return Guard(settings.gateway.allowed_origins, settings.gateway.allowed_hosts)
 
 
 def _ledger(access: AccessSettings) -> Ledger:

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import pathlib
+import socket
 import ssl
 import sys
 import time
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from cortex import config, report
-from cortex.access import keys
+from cortex.access import keys, local
 from cortex.settings import ConfigError, read_secret, split_address, url_of
 
 EXIT_UNREACHABLE = 1
@@ -67,6 +68,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     drain = add("drain", "have a node take nothing new", _drain)
     drain.add_argument("node")
     drain.add_argument("--off", action="store_true", help="open it again")
+    add("dashboard", "print a link that opens the dashboard of this host's gateway, signed in", _dashboard)
     add("reload", "read the configuration again", _reload)
     keys_command = add("keys", "show what each key may use and has used", _keys)
     keys_command.add_argument("--new", metavar="NAME", help="make a key and print what keys.toml must have of it")
@@ -146,6 +148,8 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, An
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError("--url", "", f"{url!r} is not the address of a gateway")
     key = read_secret(options.key_file or "", "--key-file", "").decode() or os.environ.get(KEY_VARIABLE, "")
+    if not key and path.startswith("/admin/"):
+        key = _local_token(url, is_given=bool(options.url))
     headers = {"authorization": f"Bearer {key}"} if key else {}
     timeout_s = LOOK_TIMEOUT_S if method == "GET" else ACT_TIMEOUT_S
     connection: http.client.HTTPConnection
@@ -167,6 +171,26 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, An
     if response.status != 200:
         raise GatewayError(f"{url}{path} answered with status {response.status}: {_message(answer)}")
     return answer
+
+
+def _local_token(url: str, *, is_given: bool) -> str:
+    """Return the token of a gateway on this host. Who answers at a given address elsewhere is not to have it."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").lower()
+    is_here = host in {"localhost", "::1", socket.gethostname().lower()} or host.startswith("127.")
+    if is_given and not is_here:
+        return ""
+    return local.find(parts.port or (443 if parts.scheme == "https" else 80), os.environ)
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    url = (options.url or _address(options.config)).rstrip("/")
+    token = _local_token(url, is_given=bool(options.url))
+    if not token:
+        reason = "no token of a running gateway is here to read (run this as its user, or as root)"
+        raise GatewayError(f"{reason}: open {url}/ and sign in with an administrator's key")
+    sys.stdout.write(f"{url}/#key={token}\n")
+    return 0
 
 
 def _message(answer: bytes) -> str:

@@ -21,9 +21,6 @@ from cortex.http_io import Receive, Scope, Send, SocketExchange
 from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, OverloadedError
 from cortex.wire.responses_events import ResponsesEvent
 
-KEEPALIVE = b'{"type":"keepalive"}'
-"""What a comment is as a message: what OpenAI itself sends into long silences, and what clients let pass."""
-
 MAX_PENDING_TURNS = 32
 """Of one connection, those that run and those that wait for their lane."""
 
@@ -162,6 +159,17 @@ class ResponsesSocket:
         await self._send(_text_message(_error(info.status, error_object(info)), lane))
 
 
+async def refuse_socket(scope: Scope, send: Send, error: ApiError) -> None:
+    """Refuse a handshake with an error's status, where the server lets one say it; else it says 403."""
+    if "websocket.http.response" not in (scope.get("extensions") or {}):
+        await send({"type": "websocket.close"})
+        return
+    body = b'{"error":%b}' % error_object(error.info())
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
+
+
 class _Answer:
     """What an exchange sends, as messages."""
 
@@ -188,8 +196,6 @@ class _Answer:
             for frame in frames:
                 self.failed = self.failed or frame.event == _FAILED
                 await self._send(_text_message(frame.data, self._lane))
-            if not frames and data.startswith(b":"):
-                await self._send(_text_message(KEEPALIVE, self._lane))
             return
         self._body += data
         if not message.get("more_body", False):

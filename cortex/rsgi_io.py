@@ -60,6 +60,8 @@ class RsgiExchange(Exchange):
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name, or ``None``."""
         value: str | None = self._headers.get(name.decode())
+        if value is None and name == b"host":
+            value = getattr(self._scope, "authority", None)  # as HTTP/2 has it
         return None if value is None else value.encode()
 
     async def read_body(self, limit_bytes: int) -> bytes:
@@ -157,6 +159,7 @@ class RsgiSocket:
             "query_string": scope.query_string.encode(),
             "headers": [(name.encode(), value.encode()) for name, value in scope.headers.items()],
             "client": (scope.client.rpartition(":")[0].strip("[]"), 0),
+            "extensions": {"websocket.http.response": {}},
         }
         self._protocol = protocol
         self._transport: Any = None
@@ -190,6 +193,8 @@ class RsgiSocket:
             case "websocket.close":
                 async with self._turn:
                     self._protocol.close(message.get("code") if self._transport is not None else 403)
+            case "websocket.http.response.start":
+                self._protocol.close(message["status"])
 
     def end(self) -> None:
         """Let go of the connection: it stays open for as long as anything has its transport."""

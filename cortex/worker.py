@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from cortex import config, logs, reload, systemd, tracing
 from cortex._fast.express import Trip
 from cortex._fast.scheduling import set_slices
+from cortex.access import local
 from cortex.ending import Ending, server_addresses
 from cortex.gateway import Gateway
 from cortex.http_io import Exchange
@@ -57,7 +58,10 @@ class Worker:
         logs.configure(gateway.log_format)
         tracing.configure(gateway.trace_endpoint, "cortex", gateway.listen)
         self._reloader = reloader = reload.Reloader(path, self._environment, loaded, self._apply)
-        self.gateway = Gateway(loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error)
+        token = local.obtain(split_address(gateway.listen)[1], self._environment)
+        self.gateway = Gateway(
+            loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error, token
+        )
         await self.gateway.start()
         reloader.start(self.gateway.supervisor)
         ports = [split_address(gateway.metrics_listen)[1]] if gateway.metrics_listen else []

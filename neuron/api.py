@@ -188,9 +188,16 @@ class Api:
         return handler
 
     def _check_secret(self, exchange: Exchange) -> None:
-        """Let only those in who have the secret, where there is one. Whether the daemon lives, anybody may ask."""
+        """Let only those in who have the secret, where there is one, and else no page of a browser.
+
+        Whether the daemon lives, anybody may ask.
+        """
+        self._service.guard.check_media_type(exchange.method, exchange.header)
         secret = self._service.secret
-        if not secret or exchange.path == "/health":
+        if exchange.path == "/health":
+            return
+        if not secret:
+            self._service.guard.check_site(exchange.header, setting="daemon")
             return
         given = exchange.header(b"authorization") or b""
         if not hmac.compare_digest(given, b"Bearer " + secret):

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-from cortex import settings, tracing
+from cortex import guard, settings, tracing
 from cortex.logs import LogFormat
 from cortex.settings import ConfigError
 from cortex.wire.node import LoadRequest
@@ -75,6 +75,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long a busy model still takes requests while another waits for its room."""
     defrag_idle_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
     """How long the models of a device must have been idle before its worker is replaced (``defrag_after_cycles``)."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which callers without a secret reach the daemon, beyond addresses, its host's name and private ones."""
     secret_file: str = ""
     """A file whose first line everyone must send as ``Authorization: Bearer``, but for ``/health``. Empty: nobody."""
     tls_certificate: str = ""
@@ -120,6 +122,7 @@ def load(
     daemon = config.daemon
     settings.read_secret(daemon.secret_file, source, "daemon.secret_file")
     settings.check_certificate(daemon.tls_certificate, daemon.tls_key, source, "daemon")
+    guard.check_hosts(daemon.allowed_hosts, source, "daemon.allowed_hosts")
     tracing.check(daemon.trace_endpoint, source, "daemon.trace_endpoint")
     seen: set[str] = set()
     for index, model in enumerate(config.models):

@@ -22,6 +22,7 @@ from granian.server.embed import Server
 
 from cortex import systemd
 from cortex.extras import INSTALL, missing_for_neuron
+from cortex.guard import Guard
 from cortex.settings import read_secret, split_address, url_of
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
@@ -89,6 +90,7 @@ class Service:
         self._is_closed = False
         self.listen = config.daemon.listen
         self.max_body_bytes = config.daemon.max_body_bytes
+        self.guard = Guard(hosts=(config.daemon.name, *config.daemon.allowed_hosts))
         self.secret = read_secret(config.daemon.secret_file, "neuron.toml", "daemon.secret_file")
         """What callers must send; empty: nothing."""
         self._started = time.monotonic()

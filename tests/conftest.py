@@ -5,6 +5,7 @@ import collections
 import contextlib
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,6 +21,10 @@ from neuron.load import source
 # As the daemon's workers have it: a spinning barrier on a busy machine makes these tests ten times slower. Read when
 # torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+# Where gateways that tests start keep the token of whoever runs them, and not in the user's own folder.
+_RUNTIME = tempfile.TemporaryDirectory(prefix="cortex-runtime-")
+os.environ["RUNTIME_DIRECTORY"] = _RUNTIME.name
 
 # No test is timed: on a busy machine a deadline fails tests at random.
 hypothesis.settings.register_profile("untimed", deadline=None)

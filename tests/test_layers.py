@@ -20,6 +20,7 @@ FLOORS = {
     "cortex.tracing": -1,
     "cortex.build_identity": -1,
     "cortex.metrics": 0,
+    "cortex.guard": -1,
     "cortex.http_io": 0,
     "cortex.settings": -2,
     "cortex._fast": 1,
@@ -122,6 +123,7 @@ NEURON_MAY_USE_OF_CORTEX = (
     # what both daemons tell those who run them
     "cortex.logs",
     "cortex.tracing",
+    "cortex.guard",
     "cortex.supervise",
     "cortex.systemd",
     "cortex.build_identity",

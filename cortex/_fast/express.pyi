@@ -42,6 +42,7 @@ class Lane:
         find: Callable[[str], Target | None],
         max_body_bytes: int,
         known: KnownNames,
+        hosts: set[str | None] | None,
     ) -> None: ...
 
 @final

@@ -63,7 +63,7 @@ cdef class Lane:
 
     ``find`` returns the :class:`Target` of a model by its name, or ``None``; ``key`` is the key's name; ``known`` has
     what may be in a body. ``read_answer`` returns an answer's usage and finish, or ``None`` for what is no answer in the
-    ``dialect``.
+    ``dialect``. ``hosts`` are the values of ``Host`` that may be asked at, ``None`` where any may.
     """
 
     cdef object settings
@@ -74,10 +74,12 @@ cdef class Lane:
     cdef object find
     cdef Py_ssize_t max_body_bytes
     cdef object known
+    cdef set hosts
     cdef dict targets
 
     def __init__(self, settings, keys, str dialect not None, read_answer, str key not None, find,
-                 Py_ssize_t max_body_bytes, known):
+                 Py_ssize_t max_body_bytes, known, set hosts):
+        self.hosts = hosts
         self.settings = settings
         self.keys = keys
         self.dialect = dialect
@@ -155,6 +157,14 @@ cdef class Way:
                 self.lanes.clear()
             self.lanes[place] = lane
         if self.ending.has_begun or headers.get("traceparent") is not None:
+            return None
+        # What a browser sends, or says otherwise than every client does, the guard of the common way looks at.
+        if headers.get("origin") is not None or headers.get("sec-fetch-site") is not None:
+            return None
+        given = headers.get("content-type")
+        if given is not None and given != "application/json":
+            return None
+        if lane.hosts is not None and headers.get("host") not in lane.hosts:
             return None
         given = headers.get("content-length")
         if given is None or not given.isdigit() or len(given) > 12 or int(given) > lane.max_body_bytes:

@@ -4,13 +4,15 @@ It knows keys and the ledger, not models or nodes. A principal without limits pa
 """
 
 import asyncio
+import hashlib
+import hmac
 import logging
 import re
 from collections.abc import Callable
 
-from cortex.access.keys import KeyRing, Principal
+from cortex.access.keys import EVERYBODY, KeyRing, Principal
 from cortex.access.ledger import Lease, Ledger, Reason, Refusal
-from cortex.wire.errors import ApiError, ForbiddenError, OverloadedError
+from cortex.wire.errors import ApiError, ForbiddenError, OverloadedError, UnauthorizedError
 
 log = logging.getLogger("cortex.access")
 
@@ -51,6 +53,9 @@ class Permit:
             await asyncio.shield(asyncio.ensure_future(_settle(ledger, lease, used_tokens)))
 
 
+LOCAL = Principal("local", is_admin=True)
+"""Whoever can read the token of this host."""
+
 FREE = Permit(None, None)
 """Of those whose use is not counted."""
 
@@ -71,8 +76,10 @@ def principal_of(caller: object) -> Principal:
 class Gate:
     """Lets requests in."""
 
-    def __init__(self, keys: KeyRing, ledger: Ledger, reserve_tokens: int) -> None:
+    def __init__(self, keys: KeyRing, ledger: Ledger, reserve_tokens: int, local_token: str = "") -> None:
+        """``local_token`` is an administrator's, and its file's readers'."""
         self.keys = keys
+        self._local = hashlib.sha256(local_token.encode()).digest() if local_token else b""
         self.ledger = ledger
         self.reserve_tokens = reserve_tokens
 
@@ -81,20 +88,37 @@ class Gate:
 
         Raises:
             UnauthorizedError: nobody who may.
+            AccessMisconfiguredError: the keys cannot be read.
         """
-        return self.keys.identify(_key(header))
+        key = _key(header)
+        return LOCAL if self._is_local(key) and self.keys.anonymous is not EVERYBODY else self.keys.identify(key)
 
-    def check_admin(self, header: Headers, is_from_here: bool) -> None:
-        """Let an operator in: by an administrator's key, or from this host where there is no such key.
+    def is_proved(self, principal: Principal) -> bool:
+        """Return whether a principal is one only for whoever presents a key."""
+        return principal is not self.keys.anonymous
+
+    def check_admin(self, header: Headers) -> None:
+        """Let an operator in: by an administrator's key, or the token that lies on this host.
 
         Raises:
             ApiError: this is none.
         """
-        if self.keys.has_admin:
-            if not self.identify(header).is_admin:
-                raise ForbiddenError("This key is not an administrator's.")
-        elif not is_from_here:
-            raise ForbiddenError("Without an administrator's key in keys.toml, /admin is for this host only.")
+        key = _key(header)
+        if self._is_local(key):
+            return
+        if key is None:
+            raise UnauthorizedError(
+                "/admin needs an administrator's key. On the gateway's own host 'cortex dashboard' prints a link with "
+                "one, and cortex's commands find it by themselves."
+            )
+        principal = self.keys.identify(key) if self.keys.principals else None
+        if principal is None:
+            raise UnauthorizedError("This is not the token of this gateway: it has another since its last start.")
+        if not principal.is_admin:
+            raise ForbiddenError("This key is not an administrator's.")
+
+    def _is_local(self, key: bytes | None) -> bool:
+        return bool(self._local) and key is not None and hmac.compare_digest(hashlib.sha256(key).digest(), self._local)
 
     async def admit(self, principal: Principal, body: bytes) -> Permit:
         """Take what a request may need.

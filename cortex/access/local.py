@@ -1,44 +1,111 @@
-"""Whether a request comes from somebody on this host, and not from elsewhere by way of something on this host.
+"""The token of whoever runs the gateway: an administrator's key that lies in a file which is theirs alone to read.
 
-Where no key is an administrator's, this alone opens ``/admin``. A loopback address is not enough: a reverse proxy here
-passes strangers on, and a page of theirs in a browser here can ask for addresses of this host, or have its own name
-resolve to one.
+That a request comes over the loopback says little: a reverse proxy on the host passes strangers on, and so does a page
+in a browser there. Whoever can read the file can also write ``keys.toml``, so it is as good as an administrator's key.
+It is made at the first start and lies in the folder for such files of the service or of the user; to remove it before a
+start is to have a new one.
 """
 
-import ipaddress
-import socket
-from collections.abc import Callable
+import contextlib
+import logging
+import os
+import pathlib
+import re
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
 
-FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
-SAME_SITE = frozenset({b"same-origin", b"none"})
+log = logging.getLogger("cortex.access")
 
-
-def comes_from_here(client: str, header: Callable[[bytes], bytes | None]) -> bool:
-    """Return whether a request's client and headers say that an operator on this host asks."""
-    if not _is_loopback(client) or any(header(name) is not None for name in FORWARDED):
-        return False
-    host = header(b"host")
-    if host is not None and not _names_here(_without_port(host.decode("latin-1"))):
-        return False
-    origin, site = header(b"origin"), header(b"sec-fetch-site")
-    if site is not None and site not in SAME_SITE:
-        return False
-    return origin is None or (host is not None and origin.partition(b"://")[2] == host)
+PREFIX = "sk-local-"
+TOKEN = re.compile(rb"sk-local-[A-Za-z0-9_-]{43}")
+LISTENS = "0A"
+SERVICE_FOLDERS = ("/run/cortex", "/var/lib/cortex")
+"""Where the service of this host keeps it, for root's commands."""
 
 
-def _names_here(host: str) -> bool:
-    return host.lower() in {"localhost", socket.gethostname().lower()} or _is_loopback(host.strip("[]"))
+def folders(environment: Mapping[str, str]) -> Iterator[pathlib.Path]:
+    """Yield the folders where a gateway with this environment may keep it, the best first."""
+    for variable in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR", "STATE_DIRECTORY", "XDG_STATE_HOME", "HOME"):
+        if not (given := environment.get(variable)):
+            continue
+        base = pathlib.Path(given.split(":")[0])
+        below = {"HOME": ".local/state/cortex", "XDG_RUNTIME_DIR": "cortex", "XDG_STATE_HOME": "cortex"}
+        yield base / below.get(variable, "")
 
 
-def _without_port(host: str) -> str:
-    name, colon, port = host.rpartition(":")
-    return name if colon and port.isdigit() else host
+def obtain(port: int, environment: Mapping[str, str]) -> str:
+    """Return the token of the gateway at a port, made if there is none; empty where no folder takes it."""
+    for folder in folders(environment):
+        path = folder / _name(port)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if found := _read(path):
+                return found
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()  # what others could read is no secret
+            return _make(path)
+        except OSError as error:
+            log.info("no administrator's token in %s: %s", folder, error.strerror or error)
+    log.warning("there is no folder for an administrator's token: without an administrator's key, /admin is closed")
+    return ""
 
 
-def _is_loopback(address: str) -> bool:
+def find(port: int, environment: Mapping[str, str]) -> str:
+    """Return the token of a gateway that runs on this host, for its operator's commands; empty if there is none."""
+    for folder in (*folders(environment), *map(pathlib.Path, SERVICE_FOLDERS)):
+        with contextlib.suppress(OSError):
+            path = folder / _name(port)
+            if (found := _read(path, is_any_owners=os.geteuid() == 0)) and _is_served_by(port, path.stat().st_uid):
+                return found
+    return ""
+
+
+def _is_served_by(port: int, owner: int) -> bool:
+    """Return whether none but a token's owner, or root, listens at its port: a stranger there is not to get it."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for row in pathlib.Path(table).read_text().splitlines()[1:]:
+                columns = row.split()
+                is_there = columns[3] == LISTENS and int(columns[1].rpartition(":")[2], 16) == port
+                if is_there and int(columns[7]) not in {owner, 0}:
+                    return False
+    return True
+
+
+def _name(port: int) -> str:
+    return f"admin-{port}.token"
+
+
+def _make(path: pathlib.Path) -> str:
+    """Write a new token; of workers that do so at one time, one wins, and the others have its token."""
+    token = PREFIX + secrets.token_urlsafe(32)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        draft.unlink()
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(token.encode() + b"\n")
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return _read(path)
+    finally:
+        draft.unlink()
+    return token
+
+
+def _read(path: pathlib.Path, *, is_any_owners: bool = False) -> str:
+    """Return a token that is its owner's alone; empty if there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        is_own = is_any_owners or status.st_uid == os.geteuid()
+        if not is_own or not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o077:
+            return ""
+        found = TOKEN.match(file.read(256))
+    return found[0].decode() if found else ""

@@ -269,7 +269,7 @@ class PinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /drain``: take no more requests and loads, or take them again."""
 
-    draining: bool = True
+    draining: bool
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -79,11 +79,11 @@ async def test_a_hangup_reads_the_files_and_so_does_admin(
             (tmp_path / "models.toml").write_text("[")
             os.kill(os.getpid(), signal.SIGHUP)
             await until(logged(capsys, "configuration not reloaded: ", "is not TOML"))
-            call = await Call(running.app, "POST", "/admin/reload", b"{}").end()
+            call = await running.call("POST", "/admin/reload", b"{}")
             assert (call.status, "is not TOML" in call.json()["error"]["message"]) == (400, True)
             assert await running.names() == {"two"}
             (tmp_path / "models.toml").write_text(model("three"))
-            assert (await Call(running.app, "POST", "/admin/reload", b"{}").end()).status == 200
+            assert (await running.call("POST", "/admin/reload", b"{}")).status == 200
             assert await running.names() == {"three"}
 
 

@@ -1,4 +1,4 @@
-"""What a WebSocket is told while its answer is silent. The dialect itself is tested with the SDKs."""
+"""WebSockets: who may open one, and what is told in a silence. The dialect itself is tested with the SDKs."""
 
 import asyncio
 import json
@@ -6,8 +6,10 @@ import json
 import pytest
 from fake_neuron import Asked, FakeNeuron, Line
 from gateway_rig import rig, until
+from key_rig import KEY, ring
 
 from cortex import http_io
+from cortex.access.keys import Principal
 
 CREATED = {"type": "response.created", "sequence_number": 0, "response": {"id": "r", "status": "in_progress"}}
 COMPLETED = {"type": "response.completed", "sequence_number": 1, "response": {"id": "r", "status": "completed"}}
@@ -17,20 +19,16 @@ def frame(event: dict[str, object]) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), json.dumps(event).encode())
 
 
-@pytest.mark.parametrize("lane", [None, "a"])
-async def test_a_silence_is_filled_before_and_within_an_answer(
-    lane: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the message that OpenAI's servers fill theirs with: a comment has no form there."""
+async def test_a_silence_has_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comment has no form there, and an event that is in no client's schema is an error to some."""
     monkeypatch.setattr(http_io, "HOLD_HEADERS_S", 0.01)
-    monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.02)
-    heard = [asyncio.Event(), asyncio.Event()]
+    monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.01)
+    go = asyncio.Event()
 
     async def script(asked: Asked, line: Line) -> None:
-        await heard[0].wait()
         await line.start_stream()
         await line.chunk(frame(CREATED))
-        await heard[1].wait()
+        await go.wait()
         await line.chunk(frame(COMPLETED))
         await line.end()
 
@@ -41,29 +39,69 @@ async def test_a_silence_is_filled_before_and_within_an_answer(
         if message["type"] == "websocket.send":
             said.append(json.loads(str(message["text"])))
 
-    def num_told(kind: str) -> int:
-        return sum(event["type"] == kind for event in said)
-
     async with rig(FakeNeuron(script=script, dialects=("openai-responses",)).ready("m")) as gateway:
         ask: dict[str, object] = {"type": "response.create", "model": "m", "input": "Hi", "store": False}
-        if lane is not None:
-            ask["stream_id"] = lane
         coming.put_nowait({"type": "websocket.connect"})
         coming.put_nowait({"type": "websocket.receive", "text": json.dumps(ask)})
         scope = {"type": "websocket", "path": "/v1/responses", "headers": [], "client": ("127.0.0.1", 1)}
         serving = asyncio.create_task(gateway.gateway.handle_socket(scope, coming.get, send))  # type: ignore[arg-type]
-        await until(lambda: num_told("keepalive") >= 2)
-        heard[0].set()
-        await until(lambda: num_told("response.created"))
-        before = num_told("keepalive")
-        await until(lambda: num_told("keepalive") >= before + 2)
-        heard[1].set()
-        await until(lambda: num_told("response.completed"))
+        await until(lambda: said)
+        await asyncio.sleep(0.1)  # ten heartbeats of a stream
+        go.set()
+        await until(lambda: len(said) > 1)
         coming.put_nowait({"type": "websocket.disconnect"})
         await serving
-    expected = {"type": "keepalive"} if lane is None else {"type": "keepalive", "stream_id": lane}
-    assert all(event == expected for event in said if event["type"] == "keepalive")
-    assert [event["type"] for event in said if event["type"] != "keepalive"] == [
-        "response.created",
-        "response.completed",
-    ]
+    assert [event["type"] for event in said] == ["response.created", "response.completed"]
+
+
+PAGE = b"https://evil.example"
+
+
+@pytest.mark.parametrize(
+    ("headers", "with_keys", "status"),
+    [
+        ({}, False, 0),
+        ({b"host": b"localhost:1", b"origin": b"http://localhost:1"}, False, 0),
+        ({b"host": b"localhost:1", b"origin": b"https://chat.example"}, False, 0),  # which is allowed
+        ({b"host": b"localhost:1", b"origin": PAGE}, False, 403),
+        ({b"host": b"localhost:1", b"origin": b"null"}, False, 403),
+        ({b"host": b"evil.example", b"origin": PAGE}, False, 403),  # a name that was made to resolve to here
+        ({b"host": b"evil.example"}, False, 403),
+        ({b"host": b"localhost:1", b"sec-fetch-site": b"cross-site"}, False, 403),
+        ({}, True, 401),
+        ({b"authorization": b"Bearer wrong"}, True, 401),
+        ({b"authorization": b"Bearer " + KEY.encode()}, True, 0),
+        ({b"x-api-key": KEY.encode()}, True, 0),
+        ({b"authorization": b"Bearer " + KEY.encode(), b"origin": PAGE}, True, 403),
+    ],
+)
+async def test_who_may_not_ask_is_refused_before_the_handshake(
+    headers: dict[bytes, bytes], with_keys: bool, status: int
+) -> None:
+    sent: list[dict[str, object]] = []
+    coming: asyncio.Queue[dict[str, object]] = asyncio.Queue()
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    keys = ring((KEY, Principal("alice"))) if with_keys else None
+    async with rig(FakeNeuron().ready("m"), keys=keys, allowed_origins=("https://chat.example",)) as gateway:
+        for extensions in ({}, {"websocket.http.response": {}}):
+            sent.clear()
+            coming.put_nowait({"type": "websocket.connect"})
+            coming.put_nowait({"type": "websocket.disconnect"})
+            scope = {
+                "type": "websocket",
+                "path": "/v1/responses",
+                "headers": list(headers.items()),
+                "client": ("127.0.0.1", 1),
+                "extensions": extensions,
+            }
+            await gateway.gateway.handle_socket(scope, coming.get, send)  # type: ignore[arg-type]
+            coming = asyncio.Queue()
+            if not status:
+                assert sent == [{"type": "websocket.accept"}]
+            elif extensions:
+                assert (sent[0]["type"], sent[0]["status"]) == ("websocket.http.response.start", status)
+            else:
+                assert sent == [{"type": "websocket.close"}]

@@ -48,7 +48,7 @@ def opened(page: browser.Page, gateway: dashboard_rig.Gateway) -> Iterator[brows
     """The page, open and live; whatever is done with it, it must have nothing to complain of."""
     page.complaints.clear()
     page.asked.clear()
-    page.go(gateway.url + "/")
+    page.go(gateway.link)
     page.until("document.getElementById('link')?.dataset.state === 'live'", what="the feed is live")
     page.until("document.getElementById('chat-model').length", what="the models are listed")
     yield page

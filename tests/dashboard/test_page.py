@@ -461,7 +461,7 @@ def test_a_hundred_nodes_stay_smooth(page: Page, folder: pathlib.Path, capsys: p
             gateway = Gateway(own, many, "", interval_s=2.0)
             gateway.start()
             try:
-                figures = measure(page, gateway.url)
+                figures = measure(page, gateway.link)
             finally:
                 page.go("about:blank")
                 gateway.stop()
@@ -493,7 +493,7 @@ WATCH_FRAMES = """(() => {
 
 def measure(page: Page, url: str, duration_s: float = 15.0) -> dict[str, float]:
     """Watch a page for a while, and return what its feed and its updates cost."""
-    page.go(url + "/")
+    page.go(url)
     page.until("document.querySelectorAll('.card').length === 100", 40)
     page.tell("Performance.enable")
     page.run(WATCH_FRAMES)
@@ -529,7 +529,8 @@ def test_pictures(opened: Page, gateway: Gateway) -> None:
     for model in (REAL, SLOW, "Llama-3.3-70B"):
         load(opened, model)
     act_url = f"{gateway.url}/admin/models"
-    httpx.post(f"{act_url}/pin", json={"model": "Llama-3.3-70B"}).raise_for_status()
+    given = {"authorization": f"Bearer {gateway.link.partition('=')[2]}"}
+    httpx.post(f"{act_url}/pin", json={"model": "Llama-3.3-70B"}, headers=given).raise_for_status()
     stop = threading.Event()
 
     def talk(model: str, words: str) -> None:

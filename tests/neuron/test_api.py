@@ -481,7 +481,10 @@ def test_a_load_says_how_long_its_model_may_stay_and_a_pin_changes_it() -> None:
 
 def test_a_drained_node_takes_nothing_new_until_it_is_opened_again() -> None:
     async def story(api: Api, service: Service) -> None:
-        assert (await ask(api, "POST", "/drain", {})).json()["state"] == "draining"
+        refused = await ask(api, "POST", "/drain", {})
+        assert (refused.status, refused.json()["error"]["param"]) == (400, "draining")
+        assert (await ask(api, "GET", "/health")).json()["state"] != "draining"
+        assert (await ask(api, "POST", "/drain", {"draining": True})).json()["state"] == "draining"
         assert (await ask(api, "GET", "/health")).json()["state"] == "draining"
         for path, body in (("/v1/chat/completions", CHAT), ("/models/load", {"id": "n", "source": "/"})):
             reply = await ask(api, "POST", path, body)

@@ -114,6 +114,8 @@ def test_nothing_contradicts_it(
 def described_by(document: Any, server: daemons.Daemon) -> Any:
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=server.url)
+    if token := server.token():
+        schema.config.update(headers={"authorization": f"Bearer {token}"})
     return schema
 
 

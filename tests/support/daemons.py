@@ -20,6 +20,8 @@ import httpx
 import psutil
 import pytest
 
+from cortex.access import local
+
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
 INTERFACE = os.environ.get("CORTEX_INTERFACE", "rsgi")
@@ -93,6 +95,10 @@ class Daemon:
     ca_file: pathlib.Path | None = None
     """Where it serves over TLS: what its certificate is checked by."""
 
+    def token(self) -> str:
+        """Return the token of whoever runs a gateway; empty if this is none."""
+        return local.find(self.port, os.environ)
+
     @property
     def url(self) -> str:
         return f"{'https' if self.ca_file else 'http'}://127.0.0.1:{self.port}"
@@ -100,7 +106,8 @@ class Daemon:
     def client(self) -> httpx.Client:
         """Return a client that takes this daemon for what it is."""
         verify: Any = ssl.create_default_context(cafile=self.ca_file) if self.ca_file else True
-        return httpx.Client(verify=verify, timeout=60)
+        headers = {"authorization": f"Bearer {token}"} if (token := self.token()) else {}
+        return httpx.Client(verify=verify, timeout=60, headers=headers)
 
     def get(self, path: str) -> Any:
         """Return the decoded answer of a GET, or ``None`` if there is none yet."""

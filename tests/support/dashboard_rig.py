@@ -5,12 +5,15 @@ All are the real daemons. The gateway can be stopped and started again where it 
 
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 
 import daemons
 import psutil
 from fleet_harness import describe
+
+from cortex.access import local
 
 REAL = "SmolLM2-135M-Instruct"
 # Name, GiB, seconds to load, devices.
@@ -50,6 +53,11 @@ class Gateway:
             + (f'[access]\nkeys = "{folder / "keys.toml"}"\n' if keys else "")
             + f'[store]\nkind = "none"\n{endpoints}'
         )
+
+    @property
+    def link(self) -> str:
+        """The address of the page, for whoever runs the gateway; it has a key from its first start on."""
+        return f"{self.url}/#key={local.find(self.port, os.environ)}"
 
     def start(self) -> daemons.Daemon:
         """Serve, and return when every node has answered."""

@@ -22,6 +22,8 @@ import daemons
 import httpx
 import psutil
 
+from cortex.access import local
+
 T = TypeVar("T")
 
 CARDS = {"a": {"cuda:0": 40}, "b": {"cuda:0": 24}, "c": {"cuda:0": 24}, "d": {"cuda:0": 12, "cuda:1": 12}}
@@ -244,7 +246,9 @@ class Client:
                     yield line
 
     async def act(self, path: str, **body: Any) -> httpx.Response:
-        return await self.http.post(f"{self.urls[0]}/admin/{path}", json=body)
+        token = local.find(int(self.urls[0].rpartition(":")[2]), os.environ)
+        headers = {"authorization": f"Bearer {token}"}
+        return await self.http.post(f"{self.urls[0]}/admin/{path}", json=body, headers=headers)
 
 
 @contextlib.contextmanager

@@ -6,14 +6,17 @@ from typing import Any
 
 from asgi_call import Call
 
+from cortex.access import local
 from cortex.asgi import Application
+from cortex.settings import split_address
 
 
 class Running:
     """The ASGI application between its startup and its shutdown."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.app = Application({"CORTEX_CONFIG": str(path)})
+        self._environment = {"CORTEX_CONFIG": str(path), "RUNTIME_DIRECTORY": str(path.parent)}
+        self.app = Application(self._environment)
         self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
@@ -28,7 +31,13 @@ class Running:
         await self._task
 
     async def get(self, path: str) -> Any:
-        return (await Call(self.app, "GET", path).end()).json()
+        return (await self.call("GET", path)).json()
+
+    async def call(self, method: str, path: str, body: bytes = b"") -> Call:
+        """Ask as whoever runs the gateway."""
+        token = local.find(split_address(self.app.gateway.settings.gateway.listen)[1], self._environment)
+        headers = {"authorization": f"Bearer {token}"} if path.startswith("/admin/") else None
+        return await Call(self.app, method, path, body, headers).end()
 
     async def names(self) -> set[str]:
         return {model["id"] for model in (await self.get("/v1/models"))["data"]}

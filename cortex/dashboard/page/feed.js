@@ -1,12 +1,11 @@
 // The one connection that the page lives on: opened, watched, opened again. It tells its state and passes frames on.
 
 import { frames } from "./events.js";
-import { ask, complaint, key } from "./session.js";
+import { ask, complaint } from "./session.js";
 
 const SILENCE_MS = 12000; // a frame comes every second, and a comment where the gateway has nothing to say
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 10000;
-const NO_KEY = "This gateway has keys. Sign in with an administrator’s to see its nodes, models and requests.";
 
 export class Feed {
   // on: {state(name, detail), whole(data), tick(data)}. States: connecting, live, lost, refused.
@@ -51,7 +50,7 @@ export class Feed {
       const reply = await ask("admin/events", { signal: abort.signal, headers: { accept: "text/event-stream" } });
       if (reply.status === 401 || reply.status === 403) {
         const why = await complaint(reply);
-        if (this.run === run) this.on.state("refused", reply.status === 401 && !key() ? NO_KEY : why);
+        if (this.run === run) this.on.state("refused", why);
         return null;
       }
       if (!reply.ok) return await complaint(reply);

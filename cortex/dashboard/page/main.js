@@ -179,6 +179,17 @@ document.addEventListener("keydown", (event) => {
   if (does) { event.preventDefault(); does(); }
 });
 
+// A link of `cortex dashboard` has the key behind its #, which no browser sends anywhere; it is not kept in the address.
+function takeKey() {
+  const given = /^#key=([\w-]+)$/.exec(location.hash);
+  if (!given) return false;
+  history.replaceState(null, "", location.pathname + location.search);
+  setKey(given[1]);
+  return true;
+}
+addEventListener("hashchange", () => { if (takeKey()) { showSign(); feed.open(); } });
+
+takeKey();
 window.cortexChoices.showTheme();
 $("keys-on").checked = window.cortexChoices.keys;
 showSign();
