@@ -159,8 +159,13 @@ def _listening_port(fd: int) -> int | None:
 def _bound(fd: int) -> tuple[tuple[str, int], bool] | None:
     """Return where a TCP socket that is no connection has its address, and whether it listens there already."""
     try:
-        copy = socket.socket(fileno=os.dup(fd))
+        duplicate = os.dup(fd)
     except OSError:
+        return None
+    try:
+        copy = socket.socket(fileno=duplicate)
+    except OSError:  # it is no socket, and nobody else closes what it was copied to
+        os.close(duplicate)
         return None
     with copy:
         try:

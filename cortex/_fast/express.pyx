@@ -164,8 +164,12 @@ cdef class Way:
         given = headers.get("content-type")
         if given is not None and given != "application/json":
             return None
-        if lane.hosts is not None and headers.get("host") not in lane.hosts:
-            return None
+        if lane.hosts is not None:
+            given = headers.get("host")
+            if given is None:
+                given = getattr(scope, "authority", None)  # as HTTP/2 has it
+            if given not in lane.hosts:
+                return None
         given = headers.get("content-length")
         if given is None or not given.isdigit() or len(given) > 12 or int(given) > lane.max_body_bytes:
             return None

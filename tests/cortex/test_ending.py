@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import pathlib
 import signal
 import socket
@@ -291,3 +292,10 @@ assert ending.num_connections(frozenset({ports[0]})) == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
     assert ending.num_connections(frozenset()) == 0
+
+
+def test_to_look_for_its_sockets_leaves_no_descriptor_behind() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        ending.server_addresses()
+    assert len(os.listdir("/proc/self/fd")) == before
