@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -295,7 +294,7 @@ assert ending.num_connections(frozenset({ports[0]})) == 0
 
 
 def test_to_look_for_its_sockets_leaves_no_descriptor_behind() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(pathlib.Path("/proc/self/fd").iterdir()))
     for _ in range(3):
         ending.server_addresses()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(pathlib.Path("/proc/self/fd").iterdir())) == before
