@@ -285,10 +285,11 @@ class Api:
                 num_choices=request.num_choices,
                 include_usage=call.include_usage,
                 report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+                custom_tools=call.custom,
             )
             await self._stream(exchange, CHAT, (request,), frames, record)
             return
-        reply = ChatReply(reply_id, name, created, request.num_choices)
+        reply = ChatReply(reply_id, name, created, request.num_choices, call.custom)
         await self._complete(exchange, (request,), reply.add, reply.body, record)
 
     async def _completions(self, exchange: Exchange, record: RequestRecord) -> None:

@@ -15,5 +15,6 @@ class ChatStream:
         num_choices: int = 1,
         include_usage: bool = False,
         report_usage: bool = False,
+        custom_tools: frozenset[str] = ...,
     ) -> None: ...
     def frames(self, events: Sequence[InferenceEvent]) -> bytes: ...

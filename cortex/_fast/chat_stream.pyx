@@ -22,6 +22,7 @@ from cortex._fast.event_fields cimport (
 )
 
 from cortex.dialects.openai_errors import error_body
+from cortex.wire.custom_tools import custom_input
 
 
 @cython.final
@@ -30,11 +31,13 @@ cdef class _Choice:
     cdef bytes text_head        # of a text chunk, up to the text
     cdef bytes reasoning_head
     cdef Py_ssize_t num_calls
+    cdef dict inputs            # the arguments so far of calls that carry an input, which is told once it is whole
     cdef bint ended
 
     def __init__(self, bytes head):
         self.head = head
         self.text_head = head + b'{"content":"'
+        self.inputs = {}
         self.reasoning_head = head + b'{"reasoning_content":"'
 
 
@@ -44,11 +47,13 @@ cdef class ChatStream:
 
     The role goes out when the inference starts, which is made up if the first event is a delta. Events of a choice
     that has ended, and any after the end of the stream, are dropped: a worker may still fail behind its last token.
+    ``custom_tools`` are names of tools whose calls carry an input, which goes out in one piece.
     """
 
     cdef readonly bint finished
     cdef Buffer out
     cdef list choices
+    cdef frozenset custom_tools
     cdef bytes usage_head
     cdef bint include_usage
     cdef bint report_usage
@@ -67,6 +72,7 @@ cdef class ChatStream:
         Py_ssize_t num_choices=1,
         bint include_usage=False,
         bint report_usage=False,
+        frozenset custom_tools=frozenset(),
     ):
         cdef Buffer head = Buffer()
         cdef bytes common
@@ -82,6 +88,7 @@ cdef class ChatStream:
         common = head.take()
         self.usage_head = common + b'],"usage":'
         self.choices = [_Choice(common + b'{"index":%d,"delta":' % index) for index in range(num_choices)]
+        self.custom_tools = custom_tools
         self.num_open = num_choices
         self.include_usage = include_usage
         self.report_usage = report_usage
@@ -159,7 +166,10 @@ cdef class ChatStream:
         cdef str text = <object>delta.text
         if choice is None or not text:
             return 0
+        # By both of its names, as servers of open-weight models have written it: each client reads one of them.
         put_bytes(self.out, choice.reasoning_head)
+        self.out.put_text(text)
+        put_literal(self.out, b'","reasoning":"')
         self.out.put_text(text)
         return put_literal(self.out, b'"},"finish_reason":null}]}\n\n')
 
@@ -173,6 +183,11 @@ cdef class ChatStream:
             return 0
         if call > choice.num_calls or call == choice.num_calls and not (event.id and event.name):
             raise ValueError(f"tool call {call} does not begin with its id and name, or begins out of turn")
+        if call in choice.inputs:
+            choice.inputs[call].append(arguments)
+            return 0
+        if call == choice.num_calls and event.name in self.custom_tools:
+            choice.inputs[call] = [arguments]
         put_bytes(self.out, choice.head)
         put_literal(self.out, b'{"tool_calls":[{"index":')
         self.out.put_integer(call)
@@ -180,6 +195,10 @@ cdef class ChatStream:
             choice.num_calls += 1
             put_literal(self.out, b',"id":"')
             self.out.put_text(event.id)
+            if call in choice.inputs:
+                put_literal(self.out, b'","type":"custom","custom":{"name":"')
+                self.out.put_text(event.name)
+                return put_literal(self.out, b'","input":""}}]},"finish_reason":null}]}\n\n')
             put_literal(self.out, b'","type":"function","function":{"name":"')
             self.out.put_text(event.name)
             put_literal(self.out, b'","arguments":"')
@@ -193,6 +212,13 @@ cdef class ChatStream:
         if choice is None:
             return 0
         choice.ended = True
+        for call, pieces in choice.inputs.items():
+            put_bytes(self.out, choice.head)
+            put_literal(self.out, b'{"tool_calls":[{"index":')
+            self.out.put_integer(call)
+            put_literal(self.out, b',"custom":{"input":"')
+            self.out.put_text(custom_input("".join(pieces)))
+            put_literal(self.out, b'"}}]},"finish_reason":null}]}\n\n')
         self.output_tokens += event.output_tokens
         self.reasoning_tokens += event.reasoning_tokens
         put_bytes(self.out, choice.head)

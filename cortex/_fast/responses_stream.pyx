@@ -29,6 +29,7 @@ from cortex._fast.event_fields cimport (
 
 from cortex.dialects.openai_errors import error_object, response_error_code
 from cortex.dialects.openai_sealed import seal
+from cortex.wire.custom_tools import custom_input
 from cortex.wire.errors import RemoteError, UpstreamError
 from cortex.wire.events import FinishReason
 from cortex.wire.responses_events import ResponsesEvent
@@ -66,11 +67,6 @@ cdef frozenset _OWN = frozenset({
     "completed_at", "created_at", "error", "id", "incomplete_details", "model", "object", "output", "status", "usage",
 })
 
-class _CustomInput(msgspec.Struct):
-    input: str
-
-
-cdef object _custom_decoder = msgspec.json.Decoder(_CustomInput)
 cdef object _echo_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -580,14 +576,6 @@ cdef class ResponsesStream:
         out.put_integer(self.prompt_tokens + <Py_ssize_t>finished.output_tokens)
         put_literal(out, b"}")
         return out.cut()
-
-
-cdef str custom_input(str arguments):
-    """Return the input of a custom tool within its arguments; all of them if the model, or its limit, broke the form."""
-    try:
-        return _custom_decoder.decode(arguments).input
-    except (msgspec.DecodeError, UnicodeError):
-        return arguments
 
 
 cdef int check_choice(Py_ssize_t choice) except -1:

@@ -2,8 +2,9 @@
 
 Turns are read by :mod:`cortex.dialects.anthropic_blocks`, answers made by :mod:`cortex._fast.messages_stream`.
 
-What is taken without effect, :data:`PARAMETERS` names. Hosted tools are not offered to the model. An assistant's turn
-at the end is answered by another one rather than continued.
+What is taken without effect, :data:`PARAMETERS` names. Hosted tools are not offered to the model, and are named in the
+answer's header; those that clients run have the schemas that Anthropic has published. An assistant's turn at the end is
+answered by another one rather than continued.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import msgspec
 
 from cortex.dialects import anthropic_blocks as blocks
 from cortex.dialects import openai_fields as fields
+from cortex.dialects.anthropic_client_tools import client_tool
 from cortex.dialects.generation import GenerationBody
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.dialects.unseen_parts import readable
@@ -44,6 +46,8 @@ class _Tool(msgspec.Struct):
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+    display_width_px: int | None = None
+    display_height_px: int | None = None
     strict: bool | None = None
 
 
@@ -122,16 +126,7 @@ def decode(body: bytes) -> MessagesCall:
     for index, turn in enumerate(parsed.messages):
         messages += blocks.messages_of(turn, f"messages[{index}].content")
     blocks.check_results(parsed.messages)
-    tools = tuple(
-        Tool(
-            blocks.needed(tool.name, f"tools[{index}].name"),
-            tool.description or "",
-            tool.input_schema or {},
-            bool(tool.strict),
-        )
-        for index, tool in enumerate(parsed.tools or ())
-        if tool.type in (None, "custom") or tool.input_schema is not None
-    )
+    tools, hosted = _tools(parsed.tools or ())
     read, num_omitted = readable(messages, images=True, model=parsed.model)
     request = InferenceRequest(
         model=parsed.model,
@@ -145,7 +140,22 @@ def decode(body: bytes) -> MessagesCall:
         output_format=parsed.form(_output_format(parsed), "output_config.format"),
         thinking=_thinking(parsed.thinking),
     )
-    return MessagesCall(request, bool(parsed.stream), ignored, num_omitted)
+    return MessagesCall(request, bool(parsed.stream), (*ignored, *hosted), num_omitted)
+
+
+def _tools(bodies: Sequence[_Tool]) -> tuple[tuple[Tool, ...], tuple[str, ...]]:
+    """Return the tools that the client runs, and the places of those that would have to run on a server."""
+    tools: list[Tool] = []
+    hosted: list[str] = []
+    for index, body in enumerate(bodies):
+        if body.type in (None, "custom") or body.input_schema is not None:
+            name = blocks.needed(body.name, f"tools[{index}].name")
+            tools.append(Tool(name, body.description or "", body.input_schema or {}, body.strict))
+        elif (known := client_tool(body.type, body.name, msgspec.structs.asdict(body))) is not None:
+            tools.append(known)
+        else:
+            hosted.append(f"tools[{index}].type={body.type}")
+    return tuple(tools), tuple(hosted)
 
 
 def _tool_choice(choice: _ToolChoice | None, tools: Sequence[Tool]) -> ToolChoice:
@@ -180,4 +190,8 @@ def _thinking(asked: _Thinking | None) -> bool | None:
 def _output_format(body: MessagesBody) -> OutputFormat:
     name = "output_format" if body.output_config is None else "output_config.format"
     asked = body.output_format if body.output_config is None else body.output_config.format
-    return OutputFormat() if asked is None else fields.output_format(asked.type, asked.schema, asked.name, name)
+    return (
+        OutputFormat()
+        if asked is None
+        else fields.output_format(asked.type, asked.schema, asked.name, name, strict=True)
+    )

@@ -1,11 +1,10 @@
 """OpenAI Chat Completions: a body of ``/v1/chat/completions`` to an ``InferenceRequest``.
 
 Its answers are made by :mod:`cortex._fast.chat_stream` and :mod:`cortex.dialects.openai_chat_reply`. What is taken
-without effect, :data:`PARAMETERS` names. Tools that are no functions (``web_search``, ``custom``, ...) are sent by
-clients to every server: the model is offered the others.
+without effect, :data:`PARAMETERS` names. Tools are read by :mod:`cortex.dialects.openai_chat_tools`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -13,6 +12,7 @@ import msgspec
 from cortex.dialects import openai_fields as fields
 from cortex.dialects.answered_calls import OpenCalls
 from cortex.dialects.generation import GenerationBody
+from cortex.dialects.openai_chat_tools import ChoiceBody, ToolBody, chosen, offered
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.dialects.unseen_parts import readable
 from cortex.wire.errors import InvalidRequestError, MissingParameterError, ToolCallNotFoundError
@@ -24,10 +24,7 @@ from cortex.wire.request import (
     Part,
     Role,
     TextPart,
-    Tool,
     ToolCall,
-    ToolChoice,
-    ToolMode,
 )
 
 
@@ -41,6 +38,8 @@ class ChatCall(msgspec.Struct, frozen=True):
     """The members of the body that nobody knows."""
     num_omitted: int = 0
     """How many parts of earlier turns no model here can take."""
+    custom: frozenset[str] = frozenset()
+    """The tools whose calls carry an input."""
 
 
 class _TextBody(msgspec.Struct, tag="text"):
@@ -81,10 +80,16 @@ class _CalledFunction(msgspec.Struct):
     arguments: str | dict[str, Any] = "{}"
 
 
+class _CalledCustom(msgspec.Struct):
+    name: str
+    input: str = ""
+
+
 class _ToolCallBody(msgspec.Struct):
     id: str
-    function: _CalledFunction
-    type: Literal["function"] = "function"
+    function: _CalledFunction | None = None
+    custom: _CalledCustom | None = None
+    type: Literal["function", "custom"] = "function"
 
 
 _PartBody = _TextBody | _RefusalBody | _ImageBody | _AudioBody | _AudioAddressBody | _VideoBody | _FileBody
@@ -97,21 +102,8 @@ class _MessageBody(msgspec.Struct):
     tool_calls: list[_ToolCallBody] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: object = None
     refusal: str | None = None
-
-
-class _ToolBody(msgspec.Struct):
-    function: fields.FunctionBody | None = None
-    type: str = "function"
-
-
-class _NamedFunction(msgspec.Struct):
-    name: str
-
-
-class _NamedTool(msgspec.Struct):
-    function: _NamedFunction
-    type: Literal["function"] = "function"
 
 
 class _JsonSchema(msgspec.Struct):
@@ -143,8 +135,8 @@ class ChatBody(GenerationBody, kw_only=True):
     stop: str | list[str] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[_ToolBody] | None = None
-    tool_choice: Literal["auto", "none", "required"] | _NamedTool | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: Literal["auto", "none", "required"] | ChoiceBody | None = None
     parallel_tool_calls: bool | None = None
     response_format: _ResponseFormat | None = None
     reasoning_effort: str | None = None
@@ -170,7 +162,7 @@ PARAMETERS = Parameters(
         "messages": "annotations audio cache_control created_at function_call id phase provider_specific_fields "
         "reasoning_details thinking_blocks",
         "messages.content": "annotations cache_control id",
-        "messages.tool_calls": "custom extra_content index provider_specific_fields",
+        "messages.tool_calls": "extra_content index provider_specific_fields",
         "tools": "cache_control " + fields.HOSTED_TOOL_NAMES,
         "tools.function": "cache_control",
         "response_format.json_schema": "description",
@@ -207,13 +199,14 @@ def decode(body: bytes) -> ChatCall:
     wants_logprobs = bool(parsed.logprobs)
     if parsed.top_logprobs is not None and not wants_logprobs:
         raise InvalidRequestError("Invalid 'top_logprobs': it needs 'logprobs' to be true.", param="top_logprobs")
-    tools = tuple(_tools(parsed.tools or ()))
+    tools = offered(parsed.tools or ())
+    tool_choice, left = chosen(parsed.tool_choice, parsed.parallel_tool_calls is not False, tools)
     messages, num_omitted = readable(_messages(parsed.messages), images=True, model=parsed.model)
     request = InferenceRequest(
         model=parsed.model,
         messages=messages,
-        tools=tools,
-        tool_choice=_tool_choice(parsed, tools),
+        tools=left,
+        tool_choice=tool_choice,
         sampling=parsed.sampling(),
         max_tokens=fields.in_range(limit_name, limit, 1, 1 << 31),
         stop=fields.stop_strings(parsed.stop),
@@ -225,7 +218,8 @@ def decode(body: bytes) -> ChatCall:
         template_arguments=parsed.chat_template_kwargs or {},
     )
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
-    return ChatCall(request, bool(parsed.stream), include_usage, ignored, num_omitted)
+    told = (*ignored, *tools.hosted)
+    return ChatCall(request, bool(parsed.stream), include_usage, told, num_omitted, tools.custom)
 
 
 def _messages(bodies: Sequence[_MessageBody]) -> tuple[Message, ...]:
@@ -281,47 +275,26 @@ def _message(body: _MessageBody, index: int) -> Message:
         role=Role.SYSTEM if body.role == "developer" else Role(body.role),
         content=content or body.refusal or "",
         tool_calls=tuple(
-            ToolCall(call.id, call.function.name, _arguments(call.function.arguments)) for call in body.tool_calls or ()
+            _call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(body.tool_calls or ())
         ),
         tool_call_id=body.tool_call_id,
         name=body.name,
-        reasoning=body.reasoning_content,
+        # vLLM and others call it by the shorter name now; OpenRouter's may be an object.
+        reasoning=body.reasoning_content or (body.reasoning if isinstance(body.reasoning, str) else None),
     )
+
+
+def _call(body: _ToolCallBody, where: str) -> ToolCall:
+    if body.custom is not None:
+        return ToolCall(body.id, body.custom.name, msgspec.json.encode({"input": body.custom.input}).decode())
+    if body.function is None:
+        raise MissingParameterError(f"Missing required parameter: '{where}.function'.", param=f"{where}.function")
+    return ToolCall(body.id, body.function.name, _arguments(body.function.arguments))
 
 
 def _arguments(value: str | dict[str, Any]) -> str:
     """Some clients send the arguments as an object; the wire has them as text."""
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-
-
-def _tools(bodies: Sequence[_ToolBody]) -> Iterator[Tool]:
-    for index, body in enumerate(bodies):
-        if body.type != "function":
-            continue
-        if body.function is None:
-            name = f"tools[{index}].function"
-            raise MissingParameterError(f"Missing required parameter: '{name}'.", param=name)
-        yield body.function.tool()
-
-
-def _tool_choice(body: ChatBody, tools: Sequence[Tool]) -> ToolChoice:
-    parallel = body.parallel_tool_calls is not False
-    match body.tool_choice:
-        case None | "auto":
-            return ToolChoice(ToolMode.AUTO, parallel=parallel)
-        case "none":
-            return ToolChoice(ToolMode.NONE, parallel=parallel)
-        case "required":
-            choice = ToolChoice(ToolMode.REQUIRED, parallel=parallel)
-        case _NamedTool(function):
-            choice = ToolChoice(ToolMode.NAMED, function.name, parallel)
-            if all(tool.name != function.name for tool in tools):
-                raise InvalidRequestError(
-                    f"Invalid 'tool_choice': there is no tool named '{function.name}'.", param="tool_choice"
-                )
-    if not tools:
-        raise InvalidRequestError("Invalid 'tool_choice': it needs 'tools'.", param="tool_choice")
-    return choice
 
 
 def _thinking(body: ChatBody) -> bool | None:

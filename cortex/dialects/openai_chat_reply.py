@@ -10,6 +10,7 @@ from typing import Any, assert_never
 
 import msgspec
 
+from cortex.wire.custom_tools import custom_input
 from cortex.wire.errors import RemoteError, UpstreamError
 from cortex.wire.events import (
     Failed,
@@ -46,10 +47,14 @@ class _Choice:
 class ChatReply:
     """Gathers the events of one chat."""
 
-    def __init__(self, id: str, model: str, created: int, num_choices: int = 1) -> None:
+    def __init__(
+        self, id: str, model: str, created: int, num_choices: int = 1, custom_tools: frozenset[str] = frozenset()
+    ) -> None:
+        """``custom_tools`` are names of tools whose calls carry an input."""
         self._id = id
         self._model = model
         self._created = created
+        self._custom_tools = custom_tools
         self._choices = [_Choice() for _ in range(num_choices)]
         self._started = Started(0)
 
@@ -92,7 +97,7 @@ class ChatReply:
                 "created": self._created,
                 "model": self._model,
                 "choices": [
-                    _choice(index, choice, end)
+                    _choice(index, choice, end, self._custom_tools)
                     for index, (choice, end) in enumerate(zip(self._choices, ends, strict=True))
                 ],
                 "usage": {
@@ -106,7 +111,7 @@ class ChatReply:
         )
 
 
-def _choice(index: int, choice: _Choice, end: Finished) -> dict[str, Any]:
+def _choice(index: int, choice: _Choice, end: Finished, custom_tools: frozenset[str]) -> dict[str, Any]:
     text = "".join(choice.text)
     message: dict[str, Any] = {
         "role": "assistant",
@@ -114,12 +119,9 @@ def _choice(index: int, choice: _Choice, end: Finished) -> dict[str, Any]:
         "refusal": None,
     }
     if choice.reasoning:
-        message["reasoning_content"] = "".join(choice.reasoning)
+        message["reasoning_content"] = message["reasoning"] = "".join(choice.reasoning)
     if choice.calls:
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": "".join(call.arguments)}}
-            for call in choice.calls
-        ]
+        message["tool_calls"] = [_call(call, call.name in custom_tools) for call in choice.calls]
     logprobs = None
     if choice.logprobs:
         logprobs = {
@@ -130,6 +132,13 @@ def _choice(index: int, choice: _Choice, end: Finished) -> dict[str, Any]:
         }
     told = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": end.reason}
     return told if end.stop_string is None else told | {"stop_reason": end.stop_string}
+
+
+def _call(call: _Call, is_custom: bool) -> dict[str, Any]:
+    arguments = "".join(call.arguments)
+    if is_custom:
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": custom_input(arguments)}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:

@@ -112,6 +112,7 @@ class ChunkReader:
         self._finish: _Choice | None = None
         self._calls: list[str] = []
         self._by_index: dict[int, int] = {}
+        self._by_id: dict[str, int] = {}
 
     def read(self, data: bytes) -> list[InferenceEvent]:
         """Return the events of one frame's data.
@@ -181,29 +182,49 @@ class ChunkReader:
         if (text := said.content or said.refusal or "") or logprobs:
             events.append(TextDelta(text, logprobs=tuple(token.told() for token in logprobs or ())))
         for place, call in enumerate(said.tool_calls or ()):
-            self._read_call(call, place, events)
+            if call.index is None and choice.message is not None:
+                call.index = place  # a whole answer has each call once
+            self._read_call(call, events)
         if choice.finish_reason is not None and self._finish is None:
             self._finish = choice
 
-    def _read_call(self, call: _Call, place: int, events: list[InferenceEvent]) -> None:
-        """Add a piece of a call. A call that has an id or a name of its own begins where its index is new."""
+    def _read_call(self, call: _Call, events: list[InferenceEvent]) -> None:
+        """Add a piece of a call."""
         function = call.function or _Function()
         given = function.arguments
         arguments = given if isinstance(given, str) else msgspec.json.encode(given).decode() if given else ""
-        index = call.index
-        if index is None:
-            # Without an index, an id that is new begins a call; else it goes on with the last one.
-            known = call.id in self._calls if call.id else not function.name
-            index = self._calls.index(call.id) if known and call.id else len(self._calls) - known
-        number = self._by_index.get(index)
+        number = self._number(call, function)
         if number is None:
             if not function.name:
                 return  # a piece of a call that has no name: there is nothing to call
-            number = self._by_index[index] = len(self._calls)
-            self._calls.append(call.id or f"call_{secrets.token_hex(12)}")
-            events.append(ToolCallDelta(number, self._calls[number], function.name, arguments))
+            number = len(self._calls)
+            # Ids that a server leaves out or gives twice are made anew: results are told apart by them.
+            id = call.id if call.id and call.id not in self._by_id else f"call_{secrets.token_hex(12)}"
+            self._calls.append(call.id or "")
+            self._by_id.setdefault(call.id or id, number)
+            if call.index is not None:
+                self._by_index[call.index] = number
+            events.append(ToolCallDelta(number, id, function.name, arguments))
         elif arguments:
             events.append(ToolCallDelta(number, arguments=arguments))
+
+    def _number(self, call: _Call, function: _Function) -> int | None:
+        """Return which of the calls so far a piece goes on with; ``None``: it begins one.
+
+        That is the call of its index, unless another id says otherwise: some servers count every call from zero, some
+        make an id for each piece. Without an index it is that of its id, else the last one, unless it has a name.
+        """
+        by_id = self._by_id.get(call.id) if call.id else None
+        if call.index is None:
+            if by_id is not None:
+                return by_id
+            return len(self._calls) - 1 if self._calls and not function.name else None
+        number = self._by_index.get(call.index)
+        if number is None:
+            return None if function.name else by_id
+        if call.id and call.id != self._calls[number]:
+            return by_id if by_id is not None or function.name else number
+        return number
 
 
 def _decode(data: bytes) -> _Chunk:

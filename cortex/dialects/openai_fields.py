@@ -66,15 +66,7 @@ def decode(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        match = _PATH.match(str(error))
-        assert match is not None
-        what, path = match["what"], (match["path"] or "").removeprefix(".")
-        if missing := _MISSING.search(what):
-            name = f"{path}.{missing['name']}" if path else missing["name"]
-            raise MissingParameterError(f"Missing required parameter: '{name}'.", param=name) from None
-        if not path:
-            raise InvalidJsonError(f"The request body must be a JSON object: {plain(what)}.") from None
-        raise InvalidTypeError(f"Invalid value for '{path}': {plain(what)}.", param=path) from None
+        raise invalid(error) from None
     except UnicodeDecodeError as error:
         raise InvalidJsonError(f"The request body is not valid UTF-8 at byte {error.start}.") from None
     except RecursionError:
@@ -82,6 +74,21 @@ def decode(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
     except msgspec.DecodeError as error:
         at = _BYTE.search(str(error))
         raise InvalidJsonError(f"The request body is not valid JSON{f' at {at[0]}' if at else ''}.") from None
+
+
+def invalid(error: msgspec.ValidationError, where: str = "") -> InvalidRequestError:
+    """Return what a decoder refused, as an error that names the field at fault; ``where`` is the place of the whole."""
+    match = _PATH.match(str(error))
+    assert match is not None
+    what, path = match["what"], (match["path"] or "").removeprefix(".")
+    if where:
+        path = f"{where}{path}" if path.startswith("[") else f"{where}.{path}" if path else where
+    if missing := _MISSING.search(what):
+        name = f"{path}.{missing['name']}" if path else missing["name"]
+        return MissingParameterError(f"Missing required parameter: '{name}'.", param=name)
+    if not path:
+        return InvalidJsonError(f"The request body must be a JSON object: {plain(what)}.")
+    return InvalidTypeError(f"Invalid value for '{path}': {plain(what)}.", param=path)
 
 
 def plain(what: str) -> str:
@@ -174,7 +181,7 @@ class FunctionBody(msgspec.Struct):
 
     def tool(self) -> Tool:
         """Return the tool this describes."""
-        return Tool(self.name, self.description or "", self.parameters or {}, bool(self.strict))
+        return Tool(self.name, self.description or "", self.parameters or {}, self.strict)
 
 
 def output_format(
@@ -189,7 +196,7 @@ def output_format(
         case "json_schema":
             if schema is None:
                 raise MissingParameterError(f"Missing required parameter: '{param}.schema'.", param=f"{param}.schema")
-            return OutputFormat(FormatKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), name or "", bool(strict))
+            return OutputFormat(FormatKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), name or "", strict)
     raise InvalidRequestError(f"Invalid '{param}.type': '{kind}' is not known.", param=f"{param}.type")
 
 

@@ -90,8 +90,9 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
         UnsupportedParameterError: an item refers to a stored one.
     """
     calls = OpenCalls()
-    thought = ""  # of the assistant's turn that comes next
+    thoughts: list[str] = []  # of the assistant's turn that comes next
     turn: Message | None = None  # the assistant's, to which calls may still be added
+    made: list[ToolCall] = []  # its calls: separate items here, and one message in a chat
     for index, raw in enumerate(items):
         where = f"input[{index}]"
         item = _item(raw, where)
@@ -101,9 +102,8 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
             case "function_call" | "custom_tool_call":
                 call = _call(item, tools, where)
                 calls.add(call.id)
-                if turn is not None and not thought:
-                    # Calls of one turn are separate items here and one message in a chat.
-                    turn = msgspec.structs.replace(turn, tool_calls=(*turn.tool_calls, call))
+                if turn is not None and not thoughts:
+                    made.append(call)
                     continue
                 message = Message(Role.ASSISTANT, "", (call,))
             case "function_call_output" | "custom_tool_call_output":
@@ -114,7 +114,8 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                     raise _unanswerable(item.type, call_id, calls.knows(call_id))
                 message = Message(Role.TOOL, _content(item.output, f"{where}.output"), tool_call_id=call_id)
             case "reasoning":
-                thought += _thought(item)
+                if thought := _thought(item):
+                    thoughts.append(thought)
                 continue
             case kind if kind in COMPACTIONS:
                 message = Message(Role.ASSISTANT, summary_of(item.encrypted_content, where))
@@ -127,14 +128,16 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                     calls.add(item.call_id)  # but the client may have run them: a local shell's call has its output
                 continue
         if turn is not None:
-            yield turn
-        turn = None
+            yield msgspec.structs.replace(turn, tool_calls=tuple(made))
+        turn, made = None, []
         if message.role is Role.ASSISTANT:
-            turn, thought = msgspec.structs.replace(message, reasoning=thought or None), ""
+            made = [*message.tool_calls]
+            turn = msgspec.structs.replace(message, reasoning="".join(thoughts) or None)
+            thoughts = []
         else:
             yield message
     if turn is not None:
-        yield turn
+        yield msgspec.structs.replace(turn, tool_calls=tuple(made))
 
 
 def _item(raw: msgspec.Raw, where: str) -> Item:
@@ -146,7 +149,7 @@ def _item(raw: msgspec.Raw, where: str) -> Item:
         is_call = found.type.endswith("_call") and isinstance(found.call_id, str)
         return Item(found.type, call_id=str(found.call_id) if is_call else None)
     except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"Invalid '{where}': {error}.", param=where) from None
+        raise fields.invalid(error, where) from None
 
 
 def _message(item: Item, where: str) -> Message:

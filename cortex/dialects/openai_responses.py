@@ -202,7 +202,7 @@ def decode(body: bytes) -> ResponsesCall:
         tools,
         summarises=reasoning.summary is not None or reasoning.generate_summary is not None,
         seals="reasoning.encrypted_content" in included,
-        ignored=ignored,
+        ignored=(*ignored, *tools.hosted),
         num_omitted=num_omitted,
     )
 

@@ -2,7 +2,7 @@
 
 The model is offered functions only. A custom tool becomes one with a single string, its input; the tools of a namespace
 become functions whose names begin with it. Hosted tools (``web_search``, ``image_generation``, ...) are sent by agents
-to every server: they are echoed and not offered.
+to every server: they are echoed, not offered, and named in the answer's header.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from cortex.dialects import openai_fields as fields
 from cortex.wire.errors import InvalidRequestError, MissingParameterError
 from cortex.wire.request import Tool, ToolChoice, ToolMode
 
-_INPUT_SCHEMA: dict[str, Any] = {
+INPUT_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"input": {"type": "string"}},
     "required": ["input"],
@@ -70,16 +70,16 @@ class OfferedTools(msgspec.Struct, frozen=True):
     tools: tuple[Tool, ...] = ()
     custom: frozenset[str] = frozenset()
     namespaces: dict[str, tuple[str, str]] = {}
+    flat_names: dict[str, str] = {}
+    """For each name that a tool has in its namespace, and that no tool without one has, the name it is known by."""
+    hosted: tuple[str, ...] = ()
+    """The places of tools that cannot run here."""
 
     def known_as(self, name: str, namespace: str | None = None) -> str:
         """Return the name under which the model knows a tool of the client's."""
         if namespace:
             return flat_name(namespace, name)
-        if all(tool.name != name for tool in self.tools):
-            for flat, (_, own_name) in self.namespaces.items():
-                if own_name == name:
-                    return flat
-        return name
+        return self.flat_names.get(name, name)
 
 
 def flat_name(namespace: str, name: str) -> str:
@@ -106,10 +106,25 @@ def offered(bodies: Sequence[ToolBody]) -> OfferedTools:
             namespaces[name] = (namespace, body.name)
         if body.type == "custom":
             custom.add(name)
-            tools[name] = Tool(name, _custom_description(body), _INPUT_SCHEMA)
+            tools[name] = Tool(name, _custom_description(body), INPUT_SCHEMA)
         else:
-            tools[name] = Tool(name, body.description or "", body.parameters or {}, bool(body.strict))
-    return OfferedTools(tuple(tools.values()), frozenset(custom), namespaces)
+            tools[name] = Tool(name, body.description or "", body.parameters or {}, body.strict)
+    flat_names: dict[str, str] = {}
+    for flat, (_, own_name) in namespaces.items():
+        if own_name not in tools:
+            flat_names.setdefault(own_name, flat)
+    return OfferedTools(tuple(tools.values()), frozenset(custom), namespaces, flat_names, tuple(_hosted(bodies)))
+
+
+def _hosted(bodies: Sequence[ToolBody]) -> Iterator[str]:
+    """Yield the places of tools that would have to run on a server."""
+    for index, body in enumerate(bodies):
+        if body.type == "namespace":
+            for number, inner in enumerate(body.tools or ()):
+                if inner.type not in ("function", "custom"):
+                    yield f"tools[{index}].tools[{number}].type={inner.type}"
+        elif body.type not in ("function", "custom"):
+            yield f"tools[{index}].type={body.type}"
 
 
 def _flatten(bodies: Sequence[ToolBody]) -> Iterator[tuple[str, ToolBody, str]]:
@@ -125,11 +140,16 @@ def _flatten(bodies: Sequence[ToolBody]) -> Iterator[tuple[str, ToolBody, str]]:
 
 def _custom_description(body: ToolBody) -> str:
     """Return what the model is told of a custom tool; a grammar is told, and not enforced."""
-    description = body.description or ""
-    if body.format is None or not body.format.definition:
-        return description
-    syntax = body.format.syntax or "given"
-    return f"{description}\n\nThe input must match this {syntax} grammar:\n{body.format.definition}".lstrip()
+    if body.format is None:
+        return body.description or ""
+    return custom_description(body.description, body.format.syntax, body.format.definition)
+
+
+def custom_description(description: str | None, syntax: str | None, definition: str | None) -> str:
+    """Return what the model is told of a custom tool, whose input follows a grammar if that has a definition."""
+    if not definition:
+        return description or ""
+    return f"{description or ''}\n\nThe input must match this {syntax or 'given'} grammar:\n{definition}".lstrip()
 
 
 def chosen(
@@ -147,12 +167,12 @@ def chosen(
         case "none":
             return ToolChoice(ToolMode.NONE, parallel=parallel), tools.tools
         case "required":
-            return _required(tools.tools, parallel), tools.tools
+            return required(tools.tools, parallel), tools.tools
         case ChoiceBody(type="allowed_tools"):
             allowed = {tools.known_as(tool.name or "") for tool in choice.tools or ()}
             left = tuple(tool for tool in tools.tools if tool.name in allowed)
             if choice.mode == "required":
-                return _required(left, parallel), left
+                return required(left, parallel), left
             return ToolChoice(ToolMode.AUTO, parallel=parallel), left
     fields.refuse([(f"tool_choice.type={choice.type}", choice.type not in ("function", "custom"))])
     name = tools.known_as(choice.name or "")
@@ -163,7 +183,8 @@ def chosen(
     return ToolChoice(ToolMode.NAMED, name, parallel), tools.tools
 
 
-def _required(tools: Sequence[Tool], parallel: bool) -> ToolChoice:
+def required(tools: Sequence[Tool], parallel: bool) -> ToolChoice:
+    """Return the choice that one of ``tools`` must be called. Raises :class:`InvalidRequestError` if there is none."""
     if not tools:
         raise InvalidRequestError("Invalid 'tool_choice': it needs 'tools'.", param="tool_choice")
     return ToolChoice(ToolMode.REQUIRED, parallel=parallel)

@@ -303,8 +303,8 @@ def _plain(message: Message) -> str:
 def _tool(tool: Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "description": tool.description}
     function["parameters"] = tool.parameters or {"type": "object", "properties": {}}
-    if tool.strict:
-        function["strict"] = True
+    if tool.strict is not None:
+        function["strict"] = tool.strict
     return {"type": "function", "function": function}
 
 
@@ -320,7 +320,9 @@ def _response_format(request: InferenceRequest) -> dict[str, Any] | None:
     if asked.kind is FormatKind.JSON_OBJECT:
         return {"type": "json_object"}
     if asked.kind is FormatKind.JSON_SCHEMA:
-        schema = {"name": asked.name or "answer", "schema": msgspec.Raw(asked.source.encode()), "strict": asked.strict}
+        schema: dict[str, Any] = {"name": asked.name or "answer", "schema": msgspec.Raw(asked.source.encode())}
+        if asked.strict is not None:
+            schema["strict"] = asked.strict
         return {"type": "json_schema", "json_schema": schema}
     return None
 

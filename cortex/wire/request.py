@@ -67,7 +67,8 @@ class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     description: str = ""
     parameters: dict[str, Any] = {}
-    strict: bool = False
+    strict: bool | None = None
+    """Whether calls must follow the schema, as the client said; ``None``: it did not."""
 
 
 class ToolMode(StrEnum):
@@ -103,8 +104,8 @@ class OutputFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: FormatKind = FormatKind.TEXT
     source: str = ""
     name: str = ""
-    strict: bool = False
-    """Whether a schema of which something cannot be enforced is refused."""
+    strict: bool | None = None
+    """Whether a schema is refused of which something cannot be enforced; ``None``: nobody said so, and it is not."""
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):

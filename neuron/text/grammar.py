@@ -70,7 +70,7 @@ def _format(asked: OutputFormat) -> str:
             except (ValueError, RecursionError) as error:
                 raise InvalidSchemaError(f"it is not JSON: {error}", param="response_format") from None
             _check_depth(schema, "response_format")
-            prepared = PreparedSchema(schema, strict=asked.strict)
+            prepared = PreparedSchema(schema, strict=bool(asked.strict))
             return "answer: " + _json_rule(prepared.schema, prepared.definitions)
         case FormatKind.REGEX:
             pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", asked.source).replace("\n", r"\n")
@@ -96,7 +96,7 @@ def _calls(tools: tuple[Tool, ...], form: CallForm, *, parallel: bool) -> str:
     bodies = []
     for index, tool in enumerate(tools):
         _check_depth(tool.parameters, "tools")
-        prepared = PreparedSchema({"type": "object", **tool.parameters}, strict=tool.strict, param="tools")
+        prepared = PreparedSchema({"type": "object", **tool.parameters}, strict=bool(tool.strict), param="tools")
         schema: dict[str, Any] = {
             "type": "object",
             "properties": {"name": {"const": tool.name}, key_of_arguments: prepared.schema},

@@ -138,7 +138,7 @@ def test_order_of_a_turn_with_everything() -> None:
     *chunks, usage, done = payloads(chat.frames(events))
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
         {"role": "assistant", "content": ""},
-        {"reasoning_content": "Hm"},
+        {"reasoning_content": "Hm", "reasoning": "Hm"},
         {"content": "Hi"},
         {"tool_calls": [_call(0, "call_a", "first", '{"a":')]},
         {"tool_calls": [_call(1, "call_b", "second", "")]},
@@ -338,3 +338,31 @@ def test_the_sdk_puts_it_together() -> None:
 def test_the_sdk_raises_on_a_failure() -> None:
     with pytest.raises(openai.APIError, match="died"):
         through_the_sdk([Started(3), TextDelta("Hello"), Failed(ERROR)])
+
+
+def test_a_custom_tools_call_has_an_input_in_one_piece() -> None:
+    chat = ChatStream("chatcmpl-1", "m", 1700000000, custom_tools=frozenset({"patch"}))
+    events = [
+        Started(1),
+        ToolCallDelta(0, "a", "patch", '{"inp'),
+        ToolCallDelta(1, "b", "f", "{}"),
+        ToolCallDelta(0, arguments='ut": "x\\"y"}'),
+        ToolCallDelta(2, "c", "patch", "not what was asked for"),
+        Finished(FinishReason.TOOL_CALLS, 3),
+    ]
+    frames = b"".join(chat.frames([event]) for event in events)
+    # The SDK has no type for such a chunk, though OpenAI sends it.
+    chunks = [orjson.loads(frame.data) for frame in FrameDecoder().feed(frames)[:-1]]
+    calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert calls == [
+        {"index": 0, "id": "a", "type": "custom", "custom": {"name": "patch", "input": ""}},
+        {"index": 1, "id": "b", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+        {"index": 2, "id": "c", "type": "custom", "custom": {"name": "patch", "input": ""}},
+        {"index": 0, "custom": {"input": 'x"y'}},
+        {"index": 2, "custom": {"input": "not what was asked for"}},
+    ]
+    reply = ChatReply("chatcmpl-1", "m", 1700000000, custom_tools=frozenset({"patch"}))
+    reply.add(events)
+    told = orjson.loads(reply.body())["choices"][0]["message"]["tool_calls"]
+    assert told[0] == {"id": "a", "type": "custom", "custom": {"name": "patch", "input": 'x"y'}}
+    assert told[1]["type"] == "function"

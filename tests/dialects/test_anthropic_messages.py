@@ -356,3 +356,61 @@ def test_a_wrong_field_is_named(body: bytes | dict[str, Any], code: str, param: 
 def test_a_wrong_block_is_named(block: dict[str, Any], code: str, param: str) -> None:
     error = refused({"messages": [HI, {"role": "user", "content": [text("a"), block]}]})
     assert (error.code, error.param) == (code, f"messages[1].content[1]{param}")
+
+
+# ------------------------------------------------------------------ tools that clients run
+
+
+def called(**body: Any) -> anthropic_messages.MessagesCall:
+    return anthropic_messages.decode(orjson.dumps({"model": "m", "max_tokens": 9, "messages": [HI]} | body))
+
+
+@pytest.mark.parametrize(
+    ("type", "name", "needed", "known"),
+    [
+        ("bash_20241022", "bash", [], {"command", "restart"}),
+        ("bash_20250124", "bash", [], {"command", "restart"}),
+        ("bash_20990101", "bash", [], {"command", "restart"}),
+        ("text_editor_20241022", "str_replace_editor", ["command", "path"], {"old_str", "new_str", "insert_line"}),
+        ("text_editor_20250124", "str_replace_editor", ["command", "path"], {"file_text", "view_range"}),
+        ("text_editor_20250429", "str_replace_based_edit_tool", ["command", "path"], {"new_str"}),
+        ("text_editor_20250728", "str_replace_based_edit_tool", ["command", "path"], {"insert_text"}),
+        ("memory_20250818", "memory", ["command"], {"old_path", "new_path", "insert_text", "file_text"}),
+        ("computer_20241022", "computer", ["action"], {"coordinate", "text"}),
+        ("computer_20250124", "computer", ["action"], {"scroll_direction", "scroll_amount", "duration"}),
+        ("computer_20251124", "computer", ["action"], {"region"}),
+    ],
+)
+def test_a_dated_tool_has_its_published_schema(type: str, name: str, needed: list[str], known: set[str]) -> None:
+    asked = {"tools": [{"type": type, "name": name}], "tool_choice": {"type": "tool", "name": name}}
+    call = called(**asked)
+    (tool,) = call.request.tools
+    assert (tool.name, tool.parameters["required"], call.ignored) == (name, needed, ())
+    assert known <= set(tool.parameters["properties"])
+    assert tool.description
+    assert (call.request.tool_choice.mode, call.request.tool_choice.name) == (ToolMode.NAMED, name)
+
+
+def test_an_editors_commands_are_those_of_its_date() -> None:
+    def commands(type: str) -> list[str]:
+        found: list[str] = (
+            called(tools=[{"type": type, "name": "e"}]).request.tools[0].parameters["properties"]["command"]["enum"]
+        )
+        return found
+
+    assert "undo_edit" in commands("text_editor_20250124")
+    assert "undo_edit" not in commands("text_editor_20250728")
+
+
+def test_a_computer_says_how_large_its_screen_is() -> None:
+    screen = {"type": "computer_20250124", "name": "computer", "display_width_px": 1024, "display_height_px": 768}
+    assert "1024 pixels wide and 768 high" in called(tools=[screen]).request.tools[0].description
+
+
+def test_tools_that_cannot_run_here_are_named() -> None:
+    hosted = [{"type": "web_search_20250305", "name": "web_search"}, {"type": "code_execution_20250825", "name": "x"}]
+    call = called(tools=[*hosted, {"name": "f", "input_schema": {}}])
+    assert [tool.name for tool in call.request.tools] == ["f"]
+    assert call.ignored == ("tools[0].type=web_search_20250305", "tools[1].type=code_execution_20250825")
+    with pytest.raises(ApiError, match="no tool named 'web_search'"):
+        decode(tools=hosted, tool_choice={"type": "tool", "name": "web_search"})

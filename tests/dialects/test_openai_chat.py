@@ -139,12 +139,65 @@ def test_tools_and_their_choice() -> None:
 
 
 def test_tools_that_are_no_functions_are_left_out_and_never_fail() -> None:
-    others = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "p"}}, {"type": "mcp", "function": None}]
-    assert [tool.name for tool in decode(tools=[*others, WEATHER, {"function": {"name": "f"}}]).request.tools] == [
-        "weather",
-        "f",
-    ]
+    others = [{"type": "web_search"}, {"type": "mcp", "function": None}]
+    call = decode(tools=[*others, WEATHER, {"function": {"name": "f"}}])
+    assert [tool.name for tool in call.request.tools] == ["weather", "f"]
+    assert call.ignored == ("tools[0].type=web_search", "tools[1].type=mcp")
     assert decode(tools=others).request.tools == ()
+
+
+GRAMMAR = {"type": "grammar", "grammar": {"syntax": "lark", "definition": 'start: "a"'}}
+PATCH = {"type": "custom", "custom": {"name": "patch", "description": "Edits.", "format": GRAMMAR}}
+
+
+def test_a_custom_tool_is_a_function_with_one_string() -> None:
+    call = decode(tools=[WEATHER, PATCH])
+    assert call.custom == frozenset({"patch"})
+    tool = call.request.tools[1]
+    assert (tool.name, tool.parameters["required"]) == ("patch", ["input"])
+    assert tool.description == 'Edits.\n\nThe input must match this lark grammar:\nstart: "a"'
+    forced = decode(tools=[PATCH], tool_choice={"type": "custom", "custom": {"name": "patch"}}).request.tool_choice
+    assert (forced.mode, forced.name) == (ToolMode.NAMED, "patch")
+    made = {"id": "c", "type": "custom", "custom": {"name": "patch", "input": 'a "b"'}}
+    turns = [{"role": "assistant", "tool_calls": [made]}, {"role": "tool", "tool_call_id": "c", "content": "ok"}]
+    (told,) = decode(messages=turns, tools=[PATCH]).request.messages[0].tool_calls
+    assert (told.name, orjson.loads(told.arguments)) == ("patch", {"input": 'a "b"'})
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [("auto", ToolMode.AUTO), ("required", ToolMode.REQUIRED)])
+def test_allowed_tools_leave_some_of_those_offered(mode: str, wanted: ToolMode) -> None:
+    named = [{"type": "function", "function": {"name": "f"}}, {"type": "custom", "custom": {"name": "patch"}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+    found = decode(tools=[WEATHER, PATCH, {"function": {"name": "f"}}], tool_choice=choice).request
+    assert [tool.name for tool in found.tools] == ["patch", "f"]
+    assert found.tool_choice.mode is wanted
+
+
+@pytest.mark.parametrize(
+    ("choice", "code"),
+    [
+        ({"type": "web_search"}, "unsupported_parameter"),
+        ({"type": "function", "function": {"name": "gone"}}, "invalid_value"),
+        ({"type": "custom", "custom": {"name": "gone"}}, "invalid_value"),
+        ({"type": "custom"}, "missing_required_parameter"),
+        ({"type": "allowed_tools"}, "missing_required_parameter"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}, "invalid_value"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(choice: dict[str, Any], code: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        decode(tools=[WEATHER], tool_choice=choice)
+    assert caught.value.code == code
+
+
+def test_reasoning_is_read_by_both_of_its_names() -> None:
+    turns = [
+        {"role": "assistant", "content": "a", "reasoning": "by the newer"},
+        {"role": "assistant", "content": "b", "reasoning_content": "by the older", "reasoning": "by the older"},
+        {"role": "assistant", "content": "c", "reasoning": {"text": "as nobody reads it"}},
+    ]
+    found = [message.reasoning for message in decode(messages=turns).request.messages]
+    assert found == ["by the newer", "by the older", None]
 
 
 def test_formats() -> None:

@@ -290,7 +290,7 @@ def test_the_same_conversation_is_the_same_request_in_either_dialect() -> None:
         ({"previous_response_id": "resp_1"}, "chained_conversation_not_supported", "previous_response_id"),
         ({"input": []}, "invalid_value", "input"),
         ({"input": 3}, "invalid_type", "input"),
-        ({"input": [3]}, "invalid_value", "input[0]"),
+        ({"input": [3]}, "invalid_type", "input[0]"),
         ({"input": [{"role": "user"}]}, "invalid_value", "input[0].content"),
         ({"input": [{"content": "x"}]}, "invalid_value", "input[0].role"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "invalid_value", "input[0].call_id"),
@@ -315,3 +315,31 @@ def test_a_wrong_field_is_named(body: dict[str, Any], code: str, param: str) -> 
     with pytest.raises(ApiError) as caught:
         decode(**body)
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)
+
+
+def test_hosted_tools_are_named_and_not_offered() -> None:
+    hosted = [{"type": "web_search"}, {"type": "mcp", "server_label": "x", "server_url": "y"}]
+    inner = {
+        "type": "namespace",
+        "name": "n",
+        "tools": [{"type": "image_generation"}, {"type": "function", "name": "g"}],
+    }
+    body = {"model": "m", "input": "a", "tools": [*hosted, {"type": "function", "name": "f"}, inner]}
+    call = openai_responses.decode(orjson.dumps(body))
+    assert [tool.name for tool in call.request.tools] == ["f", "n__g"]
+    named = ("tools[0].type=web_search", "tools[1].type=mcp", "tools[3].tools[0].type=image_generation")
+    assert call.ignored == named
+
+
+def test_a_turn_of_many_calls_and_thoughts_is_read_in_one_pass() -> None:
+    """30,000 calls of one turn took minutes, and tools times calls did."""
+    namespace = {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": f"g{n}"} for n in range(900)]}
+    calls = [
+        {"type": "function_call", "call_id": f"c{n}", "name": f"g{n % 900}", "arguments": "{}"} for n in range(18_000)
+    ]
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm. "}]}
+    body = {"model": "m", "input": [*[thought] * 1_000, *calls], "tools": [namespace]}
+    (turn,) = openai_responses.decode(orjson.dumps(body)).request.messages
+    assert len(turn.tool_calls) == 18_000
+    assert turn.tool_calls[901].name == "n__g1"
+    assert turn.reasoning == "Hm. " * 1_000

@@ -339,3 +339,84 @@ def test_a_prompt_that_is_too_long_is_told_apart(message: str, lengths: tuple[in
         assert found is error
     else:
         assert (found.code, found.context_tokens, found.prompt_tokens) == ("context_length_exceeded", *lengths)
+
+
+# ------------------------------------------------------------------ calls, however a server counts them
+
+
+def calls_of(*pieces: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
+    """Return number, name and arguments of the calls that come in these pieces."""
+    reader, found = ChunkReader(), dict[int, list[str]]()
+    for piece in pieces:
+        delta = {"choices": [{"index": 0, "delta": {"tool_calls": piece}}]}
+        for event in reader.read(orjson.dumps(delta)):
+            if isinstance(event, ToolCallDelta):
+                if event.name:
+                    assert event.call not in found
+                    found[event.call] = [event.name, ""]
+                found[event.call][1] += event.arguments
+    return [(number, name, arguments) for number, (name, arguments) in found.items()]
+
+
+def piece(arguments: str = "", **fields: Any) -> dict[str, Any]:
+    name = fields.pop("name", None)
+    return {**fields, "function": {"arguments": arguments, **({"name": name} if name else {})}}
+
+
+TWO = [(0, "f", "{1}"), (1, "g", "{2}")]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "calls"),
+    [
+        # Every call at index 0, told apart by their ids.
+        ([[piece("{1}", index=0, id="a", name="f")], [piece("{2}", index=0, id="b", name="g")]], TWO),
+        ([[piece("{1}", index=0, id="a", name="f"), piece("{2}", index=0, id="b", name="g")]], TWO),
+        (
+            [
+                [piece(index=0, id="a", name="f")],
+                [piece("{1", index=0)],
+                [piece("}", index=0)],
+                [piece(index=0, id="b", name="g")],
+                [piece("{2}", index=0)],
+            ],
+            TWO,
+        ),
+        # Their pieces alternate, with the id in each.
+        (
+            [
+                [piece(index=0, id="a", name="f"), piece(index=0, id="b", name="g")],
+                [piece("{2}", index=0, id="b")],
+                [piece("{1}", index=0, id="a")],
+            ],
+            TWO,
+        ),
+        # An id and the name in every piece, a new id in every piece, and none at all.
+        ([[piece("{", index=0, id="a", name="f")], [piece("1}", index=0, id="a", name="f")]], TWO[:1]),
+        ([[piece("{", index=0, id="a", name="f")], [piece("1}", index=0, id="z")]], TWO[:1]),
+        ([[piece("{1}", index=0, name="f")], [piece("{2}", index=1, name="g")]], TWO),
+        ([[piece("{1}", id="a", name="f")], [piece("{2}", id="b", name="g")]], TWO),
+        ([[piece("{", id="a", name="f")], [piece("1}")], [piece("{2}", id="b", name="g")]], TWO),
+        # One id for two calls.
+        ([[piece("{1}", index=0, id="a", name="f")], [piece("{2}", index=1, id="a", name="g")]], TWO),
+    ],
+)
+def test_calls_come_apart(pieces: list[list[dict[str, Any]]], calls: list[tuple[int, str, str]]) -> None:
+    assert calls_of(*pieces) == calls
+
+
+def test_many_calls_are_read_in_one_pass() -> None:
+    """What grew with the square of the calls took minutes for so many."""
+    pieces = [[piece("{}", id=f"c{n}", name="f")] for n in range(20_000)]
+    assert len(calls_of(*pieces)) == 20_000
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+def test_strictness_goes_on_as_it_was_given(strict: bool | None) -> None:
+    given = {} if strict is None else {"strict": strict}
+    tools = [{"type": "function", "name": "f", "parameters": {}, **given}]
+    form = {"type": "json_schema", "name": "n", "schema": {}, **given}
+    body = orjson.dumps({"model": "m", "input": "a", "tools": tools, "text": {"format": form}})
+    sent = orjson.loads(chat_body(openai_responses.decode(body).request, stream=False))
+    assert sent["tools"][0]["function"].get("strict") is strict
+    assert sent["response_format"]["json_schema"].get("strict") is strict
