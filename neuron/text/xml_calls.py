@@ -1,14 +1,17 @@
 """One call in the form of Qwen3-Coder: ``<function=NAME><parameter=KEY>value</parameter>...</function>``, as JSON.
 
-Values are written bare: what a parameter's schema calls a string is one, streamed as it comes; of any other type it is
-JSON if it reads as that, once it is whole, and a string otherwise.
+Values are written bare (:mod:`neuron.text.bare_values`): one that can be a string only is streamed as it comes, any
+other is told once it is whole. A value may hold what looks like a tag, as code does that reads this very form: a
+closing tag closes it only where another tag of the call follows. One that is missing is read where the next parameter
+begins, or where the call is closed.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
+from neuron.text.bare_values import as_json, kinds_of, property_names, property_schema
 from neuron.text.call_pieces import CallArguments, CallBegins, CallEnds, Piece
 from neuron.text.holdback import held_back
 
@@ -16,8 +19,21 @@ FUNCTION = "<function="
 PARAMETER = "<parameter="
 PARAMETER_END = "</parameter>"
 FUNCTION_END = "</function>"
+CALL = "<tool_call>"
+CALL_END = "</tool_call>"
+
+MAX_SPACE_CHARS: Final = 256
+"""White space between a closing tag and what follows it; behind more of it the tag is part of a value."""
 
 _NAME = re.compile(r"[^<>\n]{1,256}")
+_TAG = re.compile(rf"\n?(?:{PARAMETER_END}|{PARAMETER}|{FUNCTION_END}|{CALL_END})")
+_TAGS: Final = [f"{end}{tag}" for tag in (PARAMETER_END, PARAMETER, FUNCTION_END, CALL_END) for end in ("", "\n")]
+_FOLLOWS: Final = {
+    PARAMETER_END: (PARAMETER, FUNCTION_END, CALL_END, CALL, FUNCTION),
+    FUNCTION_END: (CALL_END, CALL, FUNCTION),
+    CALL_END: (CALL, FUNCTION),
+}
+"""What may come behind a tag that closes something."""
 
 
 class XmlCall:
@@ -25,9 +41,15 @@ class XmlCall:
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
         self._schemas = schemas
-        self._properties: Mapping[str, Any] = {}
+        self._schema: Mapping[str, Any] = {}
+        self._names: frozenset[str] = frozenset()
+        self._given: set[str] = set()
+        self._name = ""
+        self._is_string = True
+        self._is_empty = True
+        """Whether nothing of the value has come yet."""
+        self._parts: list[str] = []
         self._pending = ""
-        self._num_parameters = 0
         self._skips_newline = False
         self._state: Callable[[list[Piece]], bool] = self._function
         self.ended = False
@@ -50,15 +72,17 @@ class XmlCall:
             pass
         elif not self.is_call:
             told.append(self._pending)
-        elif self._state == self._string:
-            if cut:
-                told.append(CallArguments(_quoted(self._pending)))
-            else:
-                told += [CallArguments(_quoted(self._pending.removesuffix("\n")) + '"}'), CallEnds()]
-        elif not cut:
-            if self._state == self._value:
-                told.append(CallArguments(_as_json(self._pending)))
-            told += [CallArguments("}" if self._num_parameters else "{}"), CallEnds()]
+        else:
+            while not self.ended and (
+                self._value(told, final=True) if self._state == self._value else self._state(told)
+            ):
+                pass
+            if not self.ended and self._state == self._value:
+                self._put(self._pending, told)
+                if not cut:
+                    self._close_value(told)
+            if not self.ended and not cut:
+                told += [CallArguments("}" if self._given else "{}"), CallEnds()]
         self.ended = True
         return told
 
@@ -66,8 +90,8 @@ class XmlCall:
         return self._named(FUNCTION, told, self._begin)
 
     def _begin(self, name: str, told: list[Piece]) -> None:
-        properties = self._schemas.get(name, {}).get("properties")
-        self._properties = properties if isinstance(properties, Mapping) else {}
+        self._schema = self._schemas.get(name, {})
+        self._names = property_names(self._schema)
         self.is_call = True
         told.append(CallBegins(name))
         self._state = self._between
@@ -83,45 +107,88 @@ class XmlCall:
         return self._end(told, self._pending)  # something else: the call is over
 
     def _open_parameter(self, name: str, told: list[Piece]) -> None:
-        start = ", " if self._num_parameters else "{"
-        self._num_parameters += 1
-        self._state = self._string if _is_string(self._properties.get(name)) else self._value
-        told.append(CallArguments(f"{start}{_json(name)}: " + ('"' if self._state == self._string else "")))
+        start = ", " if self._given else "{"
+        self._given.add(name)
+        self._name = name
+        self._is_string = kinds_of(property_schema(self._schema, name), self._schema) == ("string",)
+        self._state = self._value
+        told.append(CallArguments(f"{start}{_json(name)}: " + ('"' if self._is_string else "")))
         # The template writes each value on lines of its own.
-        self._skips_newline = True
+        self._skips_newline = self._is_empty = True
 
-    def _string(self, told: list[Piece]) -> bool:
-        if not self._value_begins():
-            return False
-        at = self._pending.find(PARAMETER_END)
-        if at >= 0:
-            told.append(CallArguments(_quoted(self._pending[:at].removesuffix("\n")) + '"'))
-            return self._end_parameter(at)
-        keep = held_back(self._pending, [PARAMETER_END, "\n" + PARAMETER_END])
-        if ready := self._pending[: len(self._pending) - keep]:
-            told.append(CallArguments(_quoted(ready)))
-            self._pending = self._pending[len(ready) :]
-        return False
-
-    def _value(self, told: list[Piece]) -> bool:
-        if not self._value_begins():
-            return False
-        at = self._pending.find(PARAMETER_END)
-        if at < 0:
-            return False
-        told.append(CallArguments(_as_json(self._pending[:at].removesuffix("\n"))))
-        return self._end_parameter(at)
-
-    def _value_begins(self) -> bool:
+    def _value(self, told: list[Piece], *, final: bool = False) -> bool:
         if self._skips_newline and self._pending:
+            # The line end before a tag that closes an empty value at once is the one behind the opening tag.
             self._pending = self._pending.removeprefix("\n")
             self._skips_newline = False
-        return not self._skips_newline
-
-    def _end_parameter(self, at: int) -> bool:
-        self._pending = self._pending[at + len(PARAMETER_END) :]
+        if self._skips_newline and not final:
+            return False
+        found = self._find_end(final)
+        if found is None:
+            keep = held_back(self._pending, _TAGS)
+            self._take(len(self._pending) - keep, told)
+            return False
+        at, rest = found
+        self._take(at, told)
+        if rest is None:
+            return False  # what follows will say
+        self._pending = self._pending[rest - at :]
+        self._close_value(told)
         self._state = self._between
         return True
+
+    def _find_end(self, final: bool) -> tuple[int, int | None] | None:
+        """Return where the value ends and where what is behind it begins, ``None`` for that if it is not yet certain.
+
+        ``None`` where there is no tag.
+        """
+        for found in _TAG.finditer(self._pending):
+            at, tag = found.start(), found[0].lstrip("\n")
+            if tag == PARAMETER:
+                name, closed, _ = self._pending[found.end() :].partition(">")
+                if not closed and not final and (not name or _NAME.fullmatch(name)):
+                    return at, None
+                begins_line = found[0] != tag or (at == 0 and self._is_empty)
+                if closed and _NAME.fullmatch(name) and self._expects(name.strip(), begins_line):
+                    return at, found.end() - len(tag)
+                continue
+            behind = self._pending[found.end() :]
+            rest = behind.lstrip()
+            may_follow = len(behind) - len(rest) <= MAX_SPACE_CHARS and any(
+                follows.startswith(rest) for follows in _FOLLOWS[tag]
+            )
+            if rest.startswith(_FOLLOWS[tag]) or (final and may_follow):
+                return at, found.end() if tag == PARAMETER_END else found.end() - len(tag)
+            if may_follow:
+                return at, None
+        return None
+
+    def _expects(self, name: str, begins_line: bool) -> bool:
+        """Return whether a parameter of that name may come: one that is known, or any where none is."""
+        if self._names:
+            return name in self._names and name not in self._given
+        return begins_line and name not in self._given
+
+    def _take(self, length: int, told: list[Piece]) -> None:
+        self._put(self._pending[:length], told)
+        self._pending = self._pending[length:]
+        self._is_empty = self._is_empty and not length
+
+    def _put(self, text: str, told: list[Piece]) -> None:
+        if not text:
+            return
+        if self._is_string:
+            told.append(CallArguments(_quoted(text)))
+        else:
+            self._parts.append(text)
+
+    def _close_value(self, told: list[Piece]) -> None:
+        if self._is_string:
+            told.append(CallArguments('"'))
+            return
+        text = "".join(self._parts)
+        self._parts.clear()
+        told.append(CallArguments(as_json(text, property_schema(self._schema, self._name), self._schema)))
 
     def _named(self, tag: str, told: list[Piece], then: Callable[[str, list[Piece]], None]) -> bool:
         """Read ``<tag=NAME>``, which the pending text begins with."""
@@ -139,28 +206,9 @@ class XmlCall:
         return True
 
     def _end(self, told: list[Piece], rest: str) -> bool:
-        told += [CallArguments("}" if self._num_parameters else "{}"), CallEnds()]
+        told += [CallArguments("}" if self._given else "{}"), CallEnds()]
         self.ended, self.rest = True, rest
         return False
-
-
-def _is_string(schema: object) -> bool:
-    """Return whether a parameter is a string for certain; one that nothing is known of is taken for one."""
-    if not isinstance(schema, Mapping):
-        return True
-    return schema.get("type", "string") == "string" and not {"anyOf", "oneOf", "allOf", "$ref", "enum"} & schema.keys()
-
-
-def _as_json(text: str) -> str:
-    try:
-        json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return _json(text)
-    return text.strip()
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _json(text: str) -> str:
