@@ -64,21 +64,29 @@ test-slow: $(VENV)/triton
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m slow
 
-# The clients that people use, installed beside the build, each of which completes a turn against the real daemons.
+# The clients that people use, installed beside the build, each of which completes a turn against the real daemons. Many
+# want a newer node than hosts have: npm brings that too.
 CLIENTS := build/clients
+NPM_CLIENTS := node@24.21.0 @openai/codex@0.169.0 opencode-ai@1.18.33 @anthropic-ai/claude-code@2.1.332 cline@3.0.65 \
+  @mariozechner/pi-coding-agent@0.73.1 @qwen-code/qwen-code@0.24.4 @continuedev/cli@1.5.47 openai@7.59.0 \
+  @anthropic-ai/sdk@1.14.0 ai@7.0.173 @ai-sdk/openai@4.0.118 @ai-sdk/anthropic@4.0.105 @ai-sdk/openai-compatible@3.0.92
 $(CLIENTS)/installed: Makefile
 	mkdir -p $(CLIENTS)
-	cd $(CLIENTS) && npm install --no-audit --no-fund --no-save @openai/codex@0.169.0 opencode-ai@1.18.33 openai@7 @anthropic-ai/sdk@1
+	cd $(CLIENTS) && npm install --no-audit --no-fund --no-save $(NPM_CLIENTS)
 	$(PYTHON) -m venv $(CLIENTS)/aider
 	$(CLIENTS)/aider/bin/pip install --quiet aider-chat==0.86.2
 	$(PYTHON) -m venv $(CLIENTS)/python
 	$(CLIENTS)/python/bin/pip install --quiet llm langchain-openai langchain-anthropic "pydantic-ai-slim[openai,anthropic]"
+	$(PYTHON) -m venv $(CLIENTS)/anthropic
+	$(CLIENTS)/anthropic/bin/pip install --quiet anthropic==2.14.0
+	$(PYTHON) -m venv $(CLIENTS)/evaluation
+	$(CLIENTS)/evaluation/bin/pip install --quiet "lm_eval[api]==0.4.13" transformers
 	touch $@
 
 test-clients: $(VENV)/editable
 	$(MAKE) $(CLIENTS)/installed || echo "some clients are not installed: their tests are skipped"
 	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest -m clients -rs tests/sdk/test_clients.py
+	$(BIN)/python -P -m pytest -m clients -rs tests/sdk
 
 # Six neurons, two of them with the real model, and two gateways of two workers: what can happen to a fleet.
 test-fleet: $(VENV)/editable

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from gguf_reference import transformers_model
 
 from neuron.cpu_kernels import native
 from neuron.engine.speculation import Speculation
@@ -172,15 +172,7 @@ PROSE_TOKENS = {"smollm2_gguf": 150, "gemma3_gguf": 600}
 @pytest.fixture(scope="module", params=REAL_MODELS)
 def real_model(request: pytest.FixtureRequest) -> tuple[str, pathlib.Path, transformers.PreTrainedModel]:
     path: pathlib.Path = request.getfixturevalue(request.param)
-    # What from_pretrained(gguf_file=...) does, less the check that accelerate is installed.
-    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return request.param, path, model
+    return request.param, path, transformers_model(path)
 
 
 @pytest.mark.slow

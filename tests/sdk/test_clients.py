@@ -40,6 +40,8 @@ def run(tmp_path: pathlib.Path) -> Run:
     def run(*command: str, **environment: str) -> str:
         # Nothing of this machine's own accounts or settings.
         inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+        # The node that npm has brought, where it has: many want a newer one than hosts have.
+        inherited["PATH"] = f"{CLIENTS / 'node_modules' / 'node' / 'bin'}:{inherited['PATH']}"
         done = subprocess.run(
             command,
             cwd=folder,
@@ -118,20 +120,83 @@ def test_aider(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, model:
     assert made(tmp_path) == "scripted"
 
 
-@pytest.mark.parametrize("sdk", ["openai", "anthropic"])
-def test_the_sdks_of_npm(gateway: daemons.Daemon, translating: daemons.Daemon, sdk: str, run: Run) -> None:
-    installed(
-        "node_modules", "openai" if sdk == "openai" else "@anthropic-ai", "package.json" if sdk == "openai" else "sdk"
+def test_claude_code(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
+    claude = installed("node_modules", ".bin", "claude")
+    names = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
+    told = run(
+        claude, "-p", COMMAND, "--allowedTools", "Bash", "--output-format", "json",
+        ANTHROPIC_BASE_URL=gateway.url, ANTHROPIC_AUTH_TOKEN="none", DISABLE_AUTOUPDATER="1",
+        CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", **dict.fromkeys(names, "claude-local"),
+    )  # fmt: skip
+    assert made(tmp_path) == "scripted"
+    found = json.loads(told)
+    result = found[-1] if isinstance(found, list) else found
+    assert (result["subtype"], result["num_turns"]) == ("success", 2)
+    assert result["result"].startswith("It says ")
+
+
+PI = {"openai-completions": "/v1", "openai-responses": "/v1", "anthropic-messages": ""}
+
+
+@pytest.mark.parametrize("api", PI)
+def test_pi(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, api: str) -> None:
+    pi = installed("node_modules", ".bin", "pi")
+    provider = {"baseUrl": gateway.url + PI[api], "api": api, "apiKey": "none", "models": [{"id": "m"}]}
+    settings = tmp_path / "home" / ".pi" / "agent" / "models.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"providers": {"cortex": provider}}))
+    told = run(pi, "-p", "--provider", "cortex", "--model", "m", COMMAND, PI_OFFLINE="1")
+    assert made(tmp_path) == "scripted"
+    assert told.strip().startswith("It says ")
+
+
+def test_qwen_code(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
+    qwen = installed("node_modules", ".bin", "qwen")
+    keys = {"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": f"{gateway.url}/v1", "OPENAI_MODEL": "m"}
+    told = run(qwen, "--auth-type", "openai", "-y", "-p", COMMAND, "--output-format", "json", **keys)
+    assert made(tmp_path) == "scripted"
+    result = json.loads(told)[-1]
+    assert (result["type"], result["is_error"]) == ("result", False)
+    assert result["result"].startswith("It says ")
+
+
+def test_continue(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
+    cn = installed("node_modules", ".bin", "cn")
+    settings = tmp_path / "home" / "config.yaml"
+    settings.write_text(
+        "name: cortex\nversion: 0.0.1\nschema: v1\nmodels:\n  - name: cortex\n    provider: openai\n    model: m\n"
+        f"    apiBase: {gateway.url}/v1\n    apiKey: none\n    roles: [chat]\n"
     )
-    script = CLIENTS / f"{sdk}.mjs"
-    script.write_text((HERE / "npm" / f"{sdk}.mjs").read_text())
+    told = run(cn, "-p", "--auto", "--config", str(settings), COMMAND, CONTINUE_TELEMETRY_ENABLED="0")
+    assert made(tmp_path) == "scripted"
+    assert told.strip().startswith("It says")
+
+
+def test_cline(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
+    cline = installed("node_modules", ".bin", "cline")
+    provider = "openai-compatible"
+    run(cline, "auth", provider, "-k", "none", "-m", "m", "-b", f"{gateway.url}/v1")
+    told = run(cline, "-P", provider, "-m", "m", "--json", "-t", "60", COMMAND, DO_NOT_TRACK="1")
+    assert made(tmp_path) == "scripted"
+    events = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    assert events[-1]["finishReason"] == "completed"
+    assert events[-1]["text"].startswith("It says ")
+
+
+@pytest.mark.parametrize("name", ["openai", "anthropic", "tool_runners", "vercel"])
+def test_the_libraries_of_npm(gateway: daemons.Daemon, translating: daemons.Daemon, name: str, run: Run) -> None:
+    needed = {"openai": ("openai",), "vercel": ("ai",)}
+    installed("node_modules", *needed.get(name, ("@anthropic-ai", "sdk")))
+    script = CLIENTS / f"{name}.mjs"
+    script.write_text((HERE / "npm" / f"{name}.mjs").read_text())
     for server in (gateway, translating):
         told = run("node", str(script), server.url)
         assert told.splitlines()[-1].startswith("ok "), told
 
 
-@pytest.mark.parametrize("script", ["llm", "langchain", "pydantic_ai"])
+@pytest.mark.parametrize("script", ["llm", "langchain", "pydantic_ai", "tool_runner"])
 def test_libraries(gateway: daemons.Daemon, script: str, tmp_path: pathlib.Path, run: Run) -> None:
-    python = installed("python", "bin", "python")
+    # The newest SDK is not yet the one that other libraries take.
+    python = installed("anthropic" if script == "tool_runner" else "python", "bin", "python")
     told = run(python, str(HERE / "python" / f"try_{script}.py"), gateway.url, LLM_USER_PATH=str(tmp_path / "llm"))
     assert told.splitlines()[-1] == "ok", told

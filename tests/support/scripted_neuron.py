@@ -7,6 +7,7 @@ All of the daemon but the model is the real one: its server, its surface, its di
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ from neuron.api import Api
 from neuron.config import Config, DaemonSettings
 from neuron.service import Service
 
+COMMAND = re.compile(r"\brun (echo [^\n<\"]*)")
+"""What an agent is asked to do, whatever its client has put around the user's words."""
+
 PATCH = '*** Begin Patch\n+"x"\n*** End Patch'
 
 
@@ -54,6 +58,8 @@ def play(request: InferenceRequest) -> list[Step]:
     start = Started(count(request), 1)
     if last.role is Role.TOOL:
         return [[start], *_said("It says ", _text(last)), [Finished(FinishReason.STOP, 7)]]
+    if command := _command(request):
+        return [[start, TextDelta("I run it.")], [_shell_call(request, command)], _called(8)]
     if request.echo or request.max_tokens == 0:
         return _echoed(request, prompt, start)
     match word:
@@ -71,8 +77,6 @@ def play(request: InferenceRequest) -> list[Step]:
             arguments = ['{"city": "', 'Paris"}'] if word == "call" else ['{"input": ', _quoted(PATCH), "}"]
             pieces: list[Step] = [[ToolCallDelta(0, arguments=piece)] for piece in arguments]
             return [[start, TextDelta("Looking.")], [ToolCallDelta(0, "call_1", name)], *pieces, _called(11)]
-        case "run":
-            return [[start, TextDelta("I run it.")], [_shell_call(request, said.partition(" ")[2])], _called(8)]
         case "write":  # in the words of an editor that has no tools
             return [[start, TextDelta("made.txt\n```\nscripted\n```\n")], [Finished(FinishReason.STOP, 8)]]
         case "parallel":
@@ -138,12 +142,37 @@ def _said(*pieces: str) -> list[Step]:
     return [[TextDelta(piece)] for piece in pieces]
 
 
+SHELLS = {
+    "exec_command": "cmd", "shell_command": "command", "bash": "command", "Bash": "command",
+    "run_shell_command": "command", "run_commands": "commands", "execute_command": "command",
+}  # fmt: skip
+"""The tools by which agents run commands, and the parameter that takes the command."""
+
+
+def _command(request: InferenceRequest) -> str:
+    """Return the command that a user has asked an agent to run, if it can and has not yet."""
+    if not any(tool.name in SHELLS for tool in request.tools):
+        return ""
+    for message in reversed(request.messages):
+        if message.role is Role.TOOL:
+            return ""
+        if message.role is Role.USER and (found := COMMAND.search(_text(message))):
+            return found[1].strip()
+    return ""
+
+
 def _shell_call(request: InferenceRequest, command: str) -> ToolCallDelta:
     """Call the tool by which an agent runs commands, whichever agent asks."""
-    names = {"exec_command": "cmd", "shell_command": "command", "bash": "command"}
-    name = next(tool.name for tool in request.tools if tool.name in names)
-    arguments = {names[name]: command.strip(), "description": "as asked"}
-    return ToolCallDelta(0, "call_run", name, json.dumps(arguments))
+    tool = next(tool for tool in request.tools if tool.name in SHELLS)
+    arguments: dict[str, object] = {SHELLS[tool.name]: command}
+    kinds = tool.parameters.get("properties", {})
+    if kinds.get(SHELLS[tool.name], {}).get("type") == "array":
+        arguments = {SHELLS[tool.name]: [command]}
+    required = {
+        name: False if kinds[name].get("type") == "boolean" else "as asked"
+        for name in tool.parameters.get("required", ())
+    }
+    return ToolCallDelta(0, "call_run", tool.name, json.dumps({"description": "as asked"} | required | arguments))
 
 
 def _called(num_tokens: int) -> list[InferenceEvent]:
