@@ -347,6 +347,7 @@ class Api:
 
     async def _compact(self, exchange: Exchange, record: RequestRecord) -> None:
         body = await exchange.read_body(self._service.max_body_bytes)
+        openai_responses.PARAMETERS.read(body)  # which counts what is in it
         compaction = openai_compaction.Compaction(body)
         call = openai_responses.decode(compaction.question())
         _tell(exchange, call)
@@ -357,7 +358,9 @@ class Api:
         )
 
     async def _input_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
-        body = openai_compaction.with_input(await exchange.read_body(self._service.max_body_bytes))
+        body = await exchange.read_body(self._service.max_body_bytes)
+        openai_responses.PARAMETERS.read(body)
+        body = openai_compaction.with_input(body)
         call = openai_responses.decode(body)
         _tell(exchange, call)
         await self._count(exchange, call.request, openai_responses.COUNTED, record)

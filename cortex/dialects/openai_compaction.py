@@ -37,6 +37,22 @@ _NOT_ASKED = ("stream", "stream_options", "store", "include", "text", "backgroun
 """Fields that would shape an answer which here has a shape of its own."""
 
 
+class _Part(msgspec.Struct):
+    text: str | None = None
+
+
+class _Item(msgspec.Struct):
+    type: str
+    content: list[_Part] | None = None
+
+
+class _Response(msgspec.Struct):
+    """As much of a response as a compaction is made of."""
+
+    output: list[_Item]
+    usage: msgspec.Raw
+
+
 def with_input(body: bytes) -> bytes:
     """Return a body whose ``input`` is a list, empty where it is left to what the request continues.
 
@@ -62,6 +78,7 @@ class Compaction:
             raise InvalidRequestError("Invalid 'input': there is nothing to compact.", param="input")
         asked = {name: value for name, value in self._given.items() if name not in _NOT_ASKED}
         asked.setdefault("max_output_tokens", msgspec.Raw(b"%d" % SUMMARY_TOKENS))
+        asked.setdefault("reasoning", msgspec.Raw(b'{"effort":"none"}'))  # the tokens are for the summary
         turn = {"type": "message", "role": "user", "content": INSTRUCTION}
         asked["input"] = msgspec.Raw(orjson.dumps([*self._items, turn]))
         # Tools stay, since a prompt that begins as the last one did is half computed; calls would be no summary.
@@ -70,11 +87,13 @@ class Compaction:
         return msgspec.json.encode(asked)
 
     def answer(self, response: bytes) -> bytes:
-        """Return the compaction that a response makes. Raises :class:`UpstreamError` if that has no text."""
-        told = orjson.loads(response)
-        summary = "".join(
-            part.get("text") or "" for item in told["output"] if item["type"] == "message" for part in item["content"]
-        ).strip()
+        """Return the compaction that a response makes. Raises :class:`UpstreamError` if it has no text."""
+        try:
+            told = msgspec.json.decode(response, type=_Response)
+        except msgspec.DecodeError:
+            raise UpstreamError("The node's answer is no response, so nothing was compacted.") from None
+        texts = [part.text or "" for item in told.output if item.type == "message" for part in item.content or ()]
+        summary = "".join(texts).strip()
         if not summary:
             raise UpstreamError("The model wrote no summary, so nothing was compacted.")
         id = secrets.token_hex(24)
@@ -89,7 +108,7 @@ class Compaction:
                 "object": "response.compaction",
                 "created_at": int(time.time()),
                 "output": [*kept, {"type": "compaction", "id": f"cmp_{id}", "encrypted_content": seal(summary)}],
-                "usage": told["usage"],
+                "usage": orjson.Fragment(bytes(told.usage)),
             }
         )
 
@@ -113,7 +132,10 @@ def _given(body: bytes) -> dict[str, msgspec.Raw]:
 
 
 def _items(given: dict[str, msgspec.Raw]) -> list[dict[str, Any]]:
-    said = orjson.loads(bytes(given.get("input", msgspec.Raw(b"null"))))
+    try:
+        said = orjson.loads(bytes(given.get("input", msgspec.Raw(b"null"))))
+    except orjson.JSONDecodeError as error:  # half a surrogate pair, above all
+        raise InvalidJsonError(f"The 'input' is not valid JSON: {error.msg}.") from None
     if said is None:
         return []
     if isinstance(said, str):

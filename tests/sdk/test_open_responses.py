@@ -233,6 +233,9 @@ def test_chains_are_counted_and_compacted_whole(request: pytest.FixtureRequest, 
         ({"input": []}, 400, "invalid_value"),
         ({}, 400, "invalid_value"),
         ({"input": 3}, 400, "invalid_type"),
+        ({"input": [{"type": "message", "role": "user", "content": [3]}]}, 400, "invalid_type"),
+        ({"input": [{"type": [], "role": {}}]}, 400, "invalid_type"),
+        ({"input": [{}] * 30_000}, 400, "too_many_items"),
         ({"input": [3]}, 400, "invalid_type"),
         ({"input": "hi", "model": "nobody"}, 404, "model_not_found"),
         ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, 400, "tool_call_not_found"),
@@ -246,12 +249,52 @@ def test_what_is_wrong_with_either_is_said(
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
 
 
+@pytest.mark.parametrize("path", ["compact", "input_tokens"])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b'{"model":"m","input":"\\ud800"}', b'{"model":"m","input":[{"a":"\\udc00"}]}']
+)
+def test_what_is_no_json_is_said(server: daemons.Daemon, path: str, body: bytes) -> None:
+    reply = httpx.post(f"{server.url}/v1/responses/{path}", content=body, headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_json")
+
+
 @pytest.mark.parametrize(
     ("said", "status", "code"), [("full", 400, "context_length_exceeded"), ("busy", 429, "rate_limit_exceeded")]
 )
 def test_a_model_may_refuse_to_count(server: daemons.Daemon, said: str, status: int, code: str) -> None:
     reply = httpx.post(f"{server.url}/v1/responses/input_tokens", json={"model": "m", "input": said}, timeout=30)
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+
+
+RESULT = {"type": "tool_result", "tool_use_id": "t", "content": "x"}
+ORPHANS: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": [{"type": "function_call_output", "call_id": "t", "output": "x"}]},
+    "/v1/chat/completions": {"messages": [{"role": "tool", "tool_call_id": "t", "content": "x"}]},
+    "/v1/messages": {"max_tokens": 9, "messages": [{"role": "user", "content": [RESULT]}]},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": [RESULT]}]},
+}
+
+
+@pytest.mark.parametrize("path", ORPHANS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_result_without_its_call_is_refused_in_every_dialect(server: daemons.Daemon, path: str, stream: bool) -> None:
+    reply = httpx.post(server.url + path, json={"model": "m", "stream": stream} | ORPHANS[path], timeout=30)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"]) == (400, "invalid_request_error")
+    assert error.get("code", error.get("details", {}).get("error_code")) == "tool_call_not_found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}])
+def test_a_thread_is_refused_before_anything_is_made_of_its_rest(
+    server: daemons.Daemon, stream: bool, thread: dict[str, str]
+) -> None:
+    body = {"model": "m", "max_tokens": 9, "stream": stream, "thread": thread, "messages": [said("hi")]}
+    del body["messages"][0]["type"]
+    reply = httpx.post(f"{server.url}/v1/messages", json=body, timeout=30)
+    assert reply.status_code == 400
+    details = reply.json()["error"]["details"]
+    assert details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
 def test_the_sdk_counts_and_compacts(server: daemons.Daemon) -> None:
