@@ -8,6 +8,11 @@
  * with the key's, a weight with the value's. A task reads its pages once
  * for all its queries (the heads that share a kv head, times a few rows of a prompt), in blocks of SCORE_TOKENS: scores,
  * online softmax (arXiv:1805.02867), weighted values with the sums in registers. Scores and sums are float32.
+ *
+ * What a row gets depends on the row alone, to the bit: not on which rows are beside it, on how a prompt was cut, or on
+ * what of it was computed before. Its context is cut into segments whose places and length follow from its own position
+ * (segment_tokens), each has a sum of its own in blocks at fixed places, and the sums are joined in the order of the
+ * segments, whether one task has all of them or each has another.
  * Reference: paged_attention and rope_and_cache of neuron.triton_kernels.reference.
  */
 #include "kernels.h"
@@ -90,8 +95,9 @@ INLINE void prefetch_page(const struct attention *a, const uint8_t *base, int pa
 INLINE void page_scores(const int num_queries, const enum kv_form form, const float *q, int stride, int dim,
                         const uint8_t *keys, float *scores) {
     vf acc[SCORE_ROWS], second[SCORE_ROWS];
-    /* Two sums of few queries: one alone is bound by the latency of its additions. */
-    const int is_split = num_queries <= SPLIT_ROWS;
+    /* Two sums, where there are registers for them: one alone is bound by the latency of its additions if the queries
+     * are few. Of many as well, or a query's score would depend on how many there are. */
+    const int is_split = IS_SPLIT;
     UNROLL for (int r = 0; r < num_queries; r++) acc[r] = second[r] = vf_zero();
     if (form == KV_INT8) {
         for (int i = 0; i + 1 < dim; i += 2) {
@@ -209,38 +215,59 @@ INLINE void weigh_block(const enum kv_form form, const struct attention *a, cons
             weigh(1, 1, form, a, pages, base, i, tokens, weights + r * SCORE_TOKENS, out + r * padded + i);
 }
 
-void LEVEL(attend)(const struct attention *a, const struct attention_task *t, float *scratch) {
-    int dim = a->head_dim, padded = round_up(dim, 16), num_queries = t->num_rows * t->num_heads;
-    float *q = scratch, *out = q + MAX_TASK_QUERIES * padded, *scores = out + MAX_TASK_QUERIES * padded;
-    float largest[MAX_TASK_QUERIES], total[MAX_TASK_QUERIES];
+/* A row's result over some of its context: weighted values, the largest score, the sum of weights. */
+struct partial {
+    float *values;
+    float *largest, *total;
+};
+
+/* Let the result over a segment join that over all before it. A segment of which the row sees nothing changes nothing. */
+INLINE void join(const struct partial *to, const struct partial *part, int padded) {
+    if (*part->total == 0 && *part->largest == -INFINITY) return;
+    if (*to->total == 0 && *to->largest == -INFINITY) {
+        memcpy(to->values, part->values, (size_t)padded * 4);
+        *to->largest = *part->largest;
+        *to->total = *part->total;
+        return;
+    }
+    float most = fmaxf(*to->largest, *part->largest);
+    float kept = expf(*to->largest - most), added = expf(*part->largest - most);
+    vf by_kept = vf_set1(kept), by_added = vf_set1(added);
+    for (int i = 0; i < padded; i += 16) {
+        vf old = vf_mul(vf_load(to->values + i), by_kept);
+        vf_store(to->values + i, vf_add(old, vf_mul(vf_load(part->values + i), by_added)));
+    }
+    *to->total = *to->total * kept + *part->total * added;
+    *to->largest = most;
+}
+
+static void write_out(const float *values, float total, int dim, float *out) {
+    float inverse = 1.0f / total;
+    for (int i = 0; i < dim; i++) out[i] = values[i] * inverse;
+}
+
+/* The task's queries over the tokens [first, end) of one segment, whose blocks begin at multiples of SCORE_TOKENS. */
+static void segment(const struct attention *a, const struct attention_task *t, int first, int end, const float *q,
+                    float *scores, const struct partial *sums) {
+    int padded = round_up(a->head_dim, 16), num_queries = t->num_rows * t->num_heads;
     const uint8_t *keys = a->keys + (size_t)t->kv_head * a->head_stride;
     const uint8_t *values = a->values + (size_t)t->kv_head * a->head_stride;
-    if (t->writes)
-        LEVEL(write_kv)(a, t->first_row, t->kv_head, t->pages[t->position / PAGE_TOKENS], t->position % PAGE_TOKENS);
-    /* Nobody has fetched the first ones: they come while the queries are turned. */
-    for (int token = 0; token < FETCH_TOKENS && t->first_token + token < t->end_token; token += PAGE_TOKENS) {
-        int page = t->pages[(t->first_token + token) / PAGE_TOKENS];
-        prefetch_page(a, keys, page);
-        prefetch_page(a, values, page);
-    }
     for (int r = 0; r < num_queries; r++) {
-        int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;
-        rotate(a, a->qkv + (size_t)row * a->qkv_stride + head * dim, head, row, a->scale, q + r * padded);
-        for (int i = 0; i < padded; i++) out[r * padded + i] = 0;
-        largest[r] = -INFINITY;
-        total[r] = 0;
+        for (int i = 0; i < padded; i++) sums->values[r * padded + i] = 0;
+        sums->largest[r] = -INFINITY;
+        sums->total[r] = 0;
     }
-    for (int start = t->first_token; start < t->end_token; start += SCORE_TOKENS) {
-        int tokens = t->end_token - start < SCORE_TOKENS ? t->end_token - start : SCORE_TOKENS;
+    for (int start = first, next; start < end; start = next) {
+        next = (start / SCORE_TOKENS + 1) * SCORE_TOKENS;
+        int tokens = (next < end ? next : end) - start, left = t->end_token - start;
         const int32_t *pages = t->pages + start / PAGE_TOKENS;
-        int left = t->end_token - start;
         switch (a->kv_form) { /* the loops are compiled once a form */
         case KV_BFLOAT16: score_block(KV_BFLOAT16, a, pages, keys, values, tokens, left, q, num_queries, scores); break;
         case KV_FLOAT32: score_block(KV_FLOAT32, a, pages, keys, values, tokens, left, q, num_queries, scores); break;
         case KV_INT8: score_block(KV_INT8, a, pages, keys, values, tokens, left, q, num_queries, scores); break;
         }
         for (int r = 0; r < num_queries; r++) {
-            float *row = scores + r * SCORE_TOKENS;
+            float *row = scores + r * SCORE_TOKENS, *out = sums->values + r * padded;
             int seen = t->position + r / t->num_heads + 1 - start;
             int unseen = a->window_tokens > 0 && seen > a->window_tokens ? seen - a->window_tokens : 0;
             seen = seen < 0 ? 0 : seen < tokens ? seen : tokens;
@@ -252,12 +279,13 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
                 continue;
             }
             for (int i = 0; i < unseen; i++) row[i] = -INFINITY;
-            vf most = vf_set1(largest[r]);
-            for (int i = 0; i < seen; i += 16) most = vf_max(most, vf_load(row + i));
+            /* A register of which it sees nothing adds nothing: another task may not have it. */
+            int from = unseen & ~15;
+            vf most = vf_set1(sums->largest[r]);
+            for (int i = from; i < seen; i += 16) most = vf_max(most, vf_load(row + i));
             float now = vf_reduce_max(most);
             vf sum = vf_zero(), by = vf_set1(now);
-            int i = 0;
-            for (; i < seen; i += 16) {
+            for (int i = from; i < seen; i += 16) {
                 vf weight = vf_exp(vf_sub(vf_load(row + i), by));
                 vf_store(row + i, weight);
                 if (i + 16 <= seen) sum = vf_add(sum, weight);
@@ -267,49 +295,81 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
                 for (int j = seen & ~15; j < seen; j++) tail += row[j];
             for (int j = 0; j < unseen; j++) row[j] = 0;
             for (int j = seen; j < whole; j++) row[j] = 0;
-            float correction = largest[r] == -INFINITY ? 0.0f : expf(largest[r] - now);
-            total[r] = total[r] * correction + vf_sum(sum) + tail;
+            float correction = sums->largest[r] == -INFINITY ? 0.0f : expf(sums->largest[r] - now);
+            sums->total[r] = sums->total[r] * correction + vf_sum(sum) + tail;
             if (correction != 1.0f)
-                for (int j = 0; j < padded; j += 16)
-                    vf_store(out + r * padded + j, vf_mul(vf_load(out + r * padded + j), vf_set1(correction)));
-            largest[r] = now;
+                for (int j = 0; j < padded; j += 16) vf_store(out + j, vf_mul(vf_load(out + j), vf_set1(correction)));
+            sums->largest[r] = now;
         }
         switch (a->kv_form) {
-        case KV_BFLOAT16: weigh_block(KV_BFLOAT16, a, pages, values, tokens, scores, num_queries, out); break;
-        case KV_FLOAT32: weigh_block(KV_FLOAT32, a, pages, values, tokens, scores, num_queries, out); break;
-        case KV_INT8: weigh_block(KV_INT8, a, pages, values, tokens, scores, num_queries, out); break;
+        case KV_BFLOAT16: weigh_block(KV_BFLOAT16, a, pages, values, tokens, scores, num_queries, sums->values); break;
+        case KV_FLOAT32: weigh_block(KV_FLOAT32, a, pages, values, tokens, scores, num_queries, sums->values); break;
+        case KV_INT8: weigh_block(KV_INT8, a, pages, values, tokens, scores, num_queries, sums->values); break;
         }
+    }
+}
+
+/* Where a row's result over its segment `number` lies, the first that it sees being 0. */
+static struct partial part_of(const struct attention *a, int row, int head, int number) {
+    int padded = round_up(a->head_dim, 16);
+    size_t place = ((size_t)row * (size_t)a->num_heads + (size_t)head) * (size_t)a->max_parts + (size_t)number;
+    float *values = a->parts + place * (size_t)(padded + 2);
+    return (struct partial){values, values + padded, values + padded + 1};
+}
+
+void LEVEL(attend)(const struct attention *a, const struct attention_task *t, float *scratch) {
+    int dim = a->head_dim, padded = round_up(dim, 16), num_queries = t->num_rows * t->num_heads;
+    float *q = scratch, *values = q + MAX_TASK_QUERIES * padded, *joined = values + MAX_TASK_QUERIES * padded;
+    float *scores = joined + MAX_TASK_QUERIES * padded;
+    float largest[MAX_TASK_QUERIES], total[MAX_TASK_QUERIES], all_largest[MAX_TASK_QUERIES], all_total[MAX_TASK_QUERIES];
+    struct partial sums = {values, largest, total};
+    if (t->writes)
+        LEVEL(write_kv)(a, t->first_row, t->kv_head, t->pages[t->position / PAGE_TOKENS], t->position % PAGE_TOKENS);
+    /* Nobody has fetched the first ones: they come while the queries are turned. */
+    for (int token = 0; token < FETCH_TOKENS && t->first_token + token < t->end_token; token += PAGE_TOKENS) {
+        int page = t->pages[(t->first_token + token) / PAGE_TOKENS];
+        prefetch_page(a, a->keys + (size_t)t->kv_head * a->head_stride, page);
+        prefetch_page(a, a->values + (size_t)t->kv_head * a->head_stride, page);
     }
     for (int r = 0; r < num_queries; r++) {
         int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;
-        if (t->part < 0) {
-            float *to = a->out + (size_t)row * a->out_stride + head * dim, inverse = 1.0f / total[r];
-            for (int i = 0; i < dim; i++) to[i] = out[r * padded + i] * inverse;
-            continue;
+        rotate(a, a->qkv + (size_t)row * a->qkv_stride + head * dim, head, row, a->scale, q + r * padded);
+        all_largest[r] = -INFINITY;
+        all_total[r] = 0;
+    }
+    for (int start = t->first_token, next, number = t->part; start < t->end_token; start = next, number++) {
+        next = (start / t->segment_tokens + 1) * t->segment_tokens;
+        segment(a, t, start, next < t->end_token ? next : t->end_token, q, scores, &sums);
+        for (int r = 0; r < num_queries; r++) {
+            struct partial own = {values + r * padded, &largest[r], &total[r]};
+            if (t->part < 0) {
+                struct partial all = {joined + r * padded, &all_largest[r], &all_total[r]};
+                join(&all, &own, padded);
+                continue;
+            }
+            struct partial part = part_of(a, t->first_row + r / t->num_heads, t->first_head + r % t->num_heads, number);
+            memcpy(part.values, own.values, (size_t)padded * 4);
+            *part.largest = largest[r];
+            *part.total = total[r];
         }
-        size_t number = ((size_t)row * (size_t)a->num_heads + (size_t)head) * (size_t)a->max_parts + (size_t)t->part;
-        float *part = a->parts + number * (size_t)(padded + 2);
-        memcpy(part, out + r * padded, (size_t)padded * 4);
-        part[padded] = largest[r];
-        part[padded + 1] = total[r];
+    }
+    if (t->part >= 0) return;
+    for (int r = 0; r < num_queries; r++) {
+        int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;
+        write_out(joined + r * padded, all_total[r], dim, a->out + (size_t)row * a->out_stride + head * dim);
     }
 }
 
 void LEVEL(merge_parts)(const struct attention *a, int row, int num_parts, float *out) {
     int dim = a->head_dim, padded = round_up(dim, 16);
+    float values[padded];
     for (int head = 0; head < a->num_heads; head++, out += dim) {
-        size_t number = ((size_t)row * (size_t)a->num_heads + (size_t)head) * (size_t)a->max_parts;
-        const float *parts = a->parts + number * (size_t)(padded + 2);
         float largest = -INFINITY, total = 0;
-        for (int p = 0; p < num_parts; p++) largest = fmaxf(largest, parts[p * (padded + 2) + padded]);
-        for (int i = 0; i < dim; i++) out[i] = 0;
+        struct partial all = {values, &largest, &total};
         for (int p = 0; p < num_parts; p++) {
-            const float *part = parts + p * (padded + 2);
-            float weight = expf(part[padded] - largest);
-            total += weight * part[padded + 1];
-            for (int i = 0; i < dim; i++) out[i] += weight * part[i];
+            struct partial part = part_of(a, row, head, p);
+            join(&all, &part, padded);
         }
-        float inverse = 1.0f / total;
-        for (int i = 0; i < dim; i++) out[i] *= inverse;
+        write_out(values, total, dim, out);
     }
 }

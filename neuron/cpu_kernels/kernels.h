@@ -52,13 +52,22 @@ struct attention_task {
     int32_t first_head;
     int32_t num_heads;  /* which share kv_head */
     int32_t kv_head;
-    int32_t first_token; /* of the context, a multiple of the page */
+    int32_t first_token; /* of the context, a multiple of the page; of a part, where a segment begins for the rows */
     int32_t end_token;
-    int32_t part;   /* -1: whole, into out; else which of the row's partial results */
+    int32_t segment_tokens; /* of each row of it */
+    int32_t part;   /* -1: whole, into out; else which of the rows' segments is the first: each has a result of its own */
     int32_t writes; /* first store this row's key and value (num_rows is 1) */
 };
 
-enum { MAX_TASK_QUERIES = 16, SCORE_TOKENS = 128 };
+enum { MAX_TASK_QUERIES = 16, SCORE_TOKENS = 128, MAX_SEGMENTS = 16 };
+
+/* Into segments of how many tokens the context of a row is cut that sees so many: a multiple of SCORE_TOKENS, and at most
+ * MAX_SEGMENTS of them have something that it sees, wherever it begins to. */
+static inline int32_t segment_tokens(int visible_tokens) {
+    int32_t tokens = SCORE_TOKENS;
+    while (visible_tokens > (MAX_SEGMENTS - 1) * tokens) tokens *= 2;
+    return tokens;
+}
 
 /* One layer's attention over a step. Head vectors are padded to whole registers: padded = round_up(head_dim, 16). */
 struct attention {
@@ -72,7 +81,7 @@ struct attention {
     size_t head_stride;         /* bytes from one kv head's page to the next's */
     float *out;                 /* [T, out_stride]: heads of head_dim */
     size_t out_stride;
-    float *parts; /* [T, H, max_parts, padded + 2]: weighted values, their largest score, their sum of weights */
+    float *parts; /* [T, H, max_parts, padded + 2], of each segment: weighted values, their largest score, their sum of weights */
     const int32_t *row_parts; /* [T]: partial results of each row, 0 if it is whole */
     int max_parts;
     int num_heads, num_kv_heads, head_dim;
@@ -109,7 +118,7 @@ struct kernels {
 };
 
 static inline size_t attention_scratch_floats(int head_dim) {
-    return (size_t)MAX_TASK_QUERIES * (size_t)(2 * round_up(head_dim, 16) + SCORE_TOKENS);
+    return (size_t)MAX_TASK_QUERIES * (size_t)(3 * round_up(head_dim, 16) + SCORE_TOKENS);
 }
 
 /* The table in use: the best that this processor can run, or the one that NEURON_CPU_LEVEL names. */

@@ -6,7 +6,7 @@ typedef struct { __m256i a, b; } vi;
 
 /* Half the registers, each half as wide: smaller tiles, or the accumulators spill. */
 #define NEURON_TILE_4 1
-enum { TILE_ROWS = 4, SCORE_ROWS = 4, SPLIT_ROWS = 1, VALUE_ROWS = 3, VALUE_VECTORS = 2 };
+enum { TILE_ROWS = 4, SCORE_ROWS = 4, IS_SPLIT = 0, VALUE_ROWS = 3, VALUE_VECTORS = 2 };
 
 #define EACH(name, op) INLINE vf name(vf x, vf y) { return (vf){op(x.a, y.a), op(x.b, y.b)}; }
 EACH(vf_add, _mm256_add_ps)

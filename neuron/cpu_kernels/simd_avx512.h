@@ -5,7 +5,7 @@ typedef __m512 vf;
 typedef __m512i vi;
 
 #define NEURON_TILE_8 1
-enum { TILE_ROWS = 8, SCORE_ROWS = 6, SPLIT_ROWS = 3, VALUE_ROWS = 6, VALUE_VECTORS = 4 };
+enum { TILE_ROWS = 8, SCORE_ROWS = 6, IS_SPLIT = 1, VALUE_ROWS = 6, VALUE_VECTORS = 4 };
 
 INLINE vf vf_load(const float *from) { return _mm512_loadu_ps(from); }
 INLINE void vf_store(float *to, vf x) { _mm512_storeu_ps(to, x); }

@@ -5,7 +5,7 @@ typedef struct { float32x4_t v[4]; } vf;
 typedef struct { int32x4_t v[4]; } vi;
 
 #define NEURON_TILE_4 1
-enum { TILE_ROWS = 4, SCORE_ROWS = 4, SPLIT_ROWS = 1, VALUE_ROWS = 3, VALUE_VECTORS = 2 };
+enum { TILE_ROWS = 4, SCORE_ROWS = 4, IS_SPLIT = 0, VALUE_ROWS = 3, VALUE_VECTORS = 2 };
 
 #define EACH(type, expression) type z; UNROLL for (int i = 0; i < 4; i++) z.v[i] = (expression); return z
 INLINE vf vf_load(const float *from) { EACH(vf, vld1q_f32(from + 4 * i)); }

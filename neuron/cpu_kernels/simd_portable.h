@@ -4,7 +4,7 @@
 typedef struct { float v[16]; } vf;
 typedef struct { int32_t v[16]; } vi;
 
-enum { TILE_ROWS = 2, SCORE_ROWS = 2, SPLIT_ROWS = 1, VALUE_ROWS = 2, VALUE_VECTORS = 2 };
+enum { TILE_ROWS = 2, SCORE_ROWS = 2, IS_SPLIT = 0, VALUE_ROWS = 2, VALUE_VECTORS = 2 };
 
 #define LANES(expression) vf z; for (int i = 0; i < 16; i++) z.v[i] = (expression); return z
 INLINE vf vf_load(const float *from) { LANES(from[i]); }

@@ -14,7 +14,7 @@
 
 enum {
     PRIVATE_ROWS = 2,
-    MAX_PARTS = 16,
+    MAX_PARTS = MAX_SEGMENTS,
     /* Shorter runs of context are not worth a partial result. */
     MIN_PART_TOKENS = 64,
 };
@@ -146,6 +146,12 @@ static int first_page(const struct sight *sight, int position) {
     return sight->window_tokens > 0 && unseen > 0 ? unseen / PAGE_TOKENS : 0;
 }
 
+/* Into segments of how many tokens what a token at `position` sees is cut. */
+static int32_t segments_at(const struct sight *sight, int position) {
+    int visible = position + 1;
+    return segment_tokens(sight->window_tokens > 0 && sight->window_tokens < visible ? sight->window_tokens : visible);
+}
+
 static void plan_attention(struct run *run, struct sight *sight) {
     const struct model *m = run->model;
     const struct step *s = run->step;
@@ -164,20 +170,21 @@ static void plan_attention(struct run *run, struct sight *sight) {
     sight->num_tasks = 0;
     for (int b = 0; b < s->num_sequences; b++) {
         int first = s->cu_seqlens[b], num_rows = s->cu_seqlens[b + 1] - first;
-        int pages = (s->context_lens[b] + PAGE_TOKENS - 1) / PAGE_TOKENS;
-        int unseen = first_page(sight, s->positions[first]); /* pages */
-        int parts = 1;
-        if (num_rows <= rows_per_task && (size_t)(first + num_rows) <= parted_rows(m))
-            parts = num_parts(s->context_lens[b] - unseen * PAGE_TOKENS, share);
-        for (int row = 0; parts > 1 && row < num_rows; row++) sight->row_parts[first + row] = parts;
-        for (int row = 0; row < num_rows; row += rows_per_task) {
-            int rows = num_rows - row < rows_per_task ? num_rows - row : rows_per_task;
-            int position = s->positions[first + row], from = first_page(sight, position);
+        for (int row = 0, rows; row < num_rows; row += rows) {
+            int position = s->positions[first + row], from = first_page(sight, position) * PAGE_TOKENS;
+            int32_t tokens = segments_at(sight, position);
+            rows = num_rows - row < rows_per_task ? num_rows - row : rows_per_task;
+            /* Rows of a task have segments in common. */
+            while (segments_at(sight, position + rows - 1) != tokens) rows--;
+            int before = from / tokens, segments = (position + rows - 1) / tokens + 1 - before, parts = 1;
+            if (rows == num_rows && (size_t)(first + num_rows) <= parted_rows(m) && segments <= MAX_PARTS)
+                parts = num_parts(s->context_lens[b] - from, share);
+            if (parts > segments) parts = segments;
+            for (int i = 0; parts > 1 && i < rows; i++) sight->row_parts[first + row + i] = segments;
             for (int kv = 0; kv < m->num_kv_heads; kv++)
                 for (int head = 0; head < group; head += width)
                     for (int part = 0; part < parts; part++) {
-                        int start = from + (pages - from) * part / parts;
-                        int end = from + (pages - from) * (part + 1) / parts;
+                        int start = segments * part / parts, end = segments * (part + 1) / parts;
                         sight->tasks[sight->num_tasks++] = (struct attention_task){
                             .pages = s->page_table + (size_t)b * (size_t)s->page_columns,
                             .first_row = first + row,
@@ -186,9 +193,10 @@ static void plan_attention(struct run *run, struct sight *sight) {
                             .first_head = kv * group + head,
                             .num_heads = group - head < width ? group - head : width,
                             .kv_head = kv,
-                            .first_token = start * PAGE_TOKENS,
-                            .end_token = part + 1 == parts ? position + rows : end * PAGE_TOKENS,
-                            .part = parts > 1 ? part : -1,
+                            .first_token = part == 0 ? from : (before + start) * tokens,
+                            .end_token = part + 1 == parts ? position + rows : (before + end) * tokens,
+                            .segment_tokens = tokens,
+                            .part = parts > 1 ? start : -1,
                             .writes = !run->writes_apart && part + 1 == parts,
                         };
                     }

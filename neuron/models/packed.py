@@ -152,5 +152,5 @@ def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, th
     # 16 partial results of each head of a row whose context is cut.
     per_sampled = activation + 32 * threads
     parted = (sampled + LANES) * heads * 16 * 4 * (padded(dim) + 2)
-    thread = 2 * activation + 4 * max(hidden, queries) + 8 * hidden + 4 * 16 * (2 * padded(dim) + 128)
+    thread = 2 * activation + 4 * max(hidden, queries) + 8 * hidden + 4 * 16 * (3 * padded(dim) + 128)
     return parted + rows * row + sequences * sequence + sampled * per_sampled + threads * thread + 64 * 64

@@ -102,7 +102,7 @@ static void check_attention(const struct kernels *level, const struct kernels *p
             struct attention_task task = {
                 .pages = table, .first_row = TOKENS - 1, .num_rows = 1, .position = TOKENS - 1,
                 .first_head = kv * HEADS / KV_HEADS, .num_heads = HEADS / KV_HEADS, .kv_head = kv,
-                .end_token = TOKENS, .part = -1,
+                .end_token = TOKENS, .segment_tokens = segment_tokens(TOKENS), .part = -1,
             };
             kernels->attend(&a, &task, scratch);
         }

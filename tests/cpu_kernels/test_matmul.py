@@ -242,3 +242,18 @@ def test_rms_norm(level: str, count: int) -> None:
     expected = exact / np.sqrt((exact**2).sum() / count + 1e-5) * weight
     np.testing.assert_allclose(out, expected, rtol=2e-6, atol=1e-7)
     assert not out[count:].any()
+
+
+@pytest.mark.parametrize("format", EXACT.values(), ids=lambda format: format.name)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_product_is_the_same_beside_others(level: str, format: Format) -> None:
+    kind = next(kind for kind, found in EXACT.items() if found is format)
+    matrix, _ = packed_of(kind, format, 50, 96)
+    x = np.random.default_rng(3).standard_normal((37, 96)).astype(np.float32)
+    x[5, 7] = 300.0  # coarse: what rounding leaves of it is multiplied too
+    together = np.zeros((37, padded(50)), np.float32)
+    native.linear(level, matrix, x, together)
+    for first, end in ((0, 1), (5, 6), (3, 10), (5, 8), (30, 37), (1, 6)):
+        own = np.zeros((end - first, padded(50)), np.float32)
+        native.linear(level, matrix, np.ascontiguousarray(x[first:end]), own)
+        assert own.tobytes() == together[first:end].tobytes()

@@ -103,3 +103,38 @@ def test_quantised_activations_and_keys_cost_less_than_a_hundredth_of_perplexity
             found = perplexity(harness, path, tokens, "auto", kv_dtype)
             print(f"{model} at {level}, keys {kv_dtype}: perplexity {found:.4f}, in float32 {exact:.4f}")
             assert abs(found / exact - 1) < 0.01, f"perplexity {found:.4f}, in float32 {exact:.4f}"
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_hit_in_the_prefix_cache_changes_nothing(
+    harness: Callable[..., Any], smollm2_gguf: pathlib.Path, kv_dtype: str
+) -> None:
+    """The real model: tokens and their probabilities, to the bit, alone and in a batch, from the cache or not."""
+    text = TEXT.read_text()
+    ids = tokenizer.load(smollm2_gguf).tokenizer.encode(text, add_special_tokens=False).ids
+    prompts = [ids[13 * number :][: 30 + 47 * number] for number in range(5)]
+
+    def run(driver: Any, numbers: list[int], size: float = 1.0) -> dict[int, list[tuple[bytes, bytes]]]:
+        driver.sent.clear()
+        for number in numbers:
+            prompt = prompts[number][: int(size * len(prompts[number]))]
+            driver.generate(number, prompt, 6, top_logprobs=3)
+        driver.run()
+        assert not driver.failures()
+        found: dict[int, list[tuple[bytes, bytes]]] = {number: [] for number in numbers}
+        for row in driver.rows:
+            found[row.sequence].append((row.ids, row.logprobs.chosen + row.logprobs.top))
+        # A token may come in a row of its own or with others.
+        return {number: [tuple(map(b"".join, zip(*rows, strict=True)))] for number, rows in found.items()}  # type: ignore[misc]
+
+    cold = harness()
+    cold.load(smollm2_gguf, dtype="auto", kv_dtype=kv_dtype, prefix_cache=False)
+    alone = {number: run(cold, [number])[number] for number in range(5)}
+    assert run(cold, list(range(5))) == alone
+    warm = harness()
+    warm.load(smollm2_gguf, dtype="auto", kv_dtype=kv_dtype)
+    for number in range(5):
+        run(warm, [number], 0.6)
+    assert run(warm, list(range(5))) == alone
+    assert all(row.prompt_cached for row in warm.rows if row.prompt_cached is not None)
+    assert run(warm, [4]) == {4: alone[4]}

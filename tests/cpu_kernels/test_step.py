@@ -144,6 +144,70 @@ def test_threads_and_chunks_change_nothing(level: str, form: str, kv_dtype: str,
             assert np.abs(row - expected).max() < tolerance * np.abs(expected).max()
 
 
+PAGES = 150
+"""Of each of three sequences: as many as it takes for the segments of a context to become longer, at 1,921 tokens."""
+
+
+class LongDriver(Driver):
+    """Three sequences of up to 2,400 tokens."""
+
+    def __init__(self, model: native.Model) -> None:
+        self.model = model
+        pages = np.random.default_rng(4).permutation(np.arange(1, 3 * PAGES + 1, dtype=np.int32))
+        self.tables = pages.reshape(3, PAGES)
+        self.starts = [0] * 3
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models made here have room for three such sequences."""
+    monkeypatch.setitem(globals(), "NUM_PAGES", 3 * PAGES + 1)
+    monkeypatch.setitem(globals(), "MAX_ROWS", 700)
+
+
+@pytest.mark.parametrize(
+    ("form", "kv_dtype"),
+    [
+        ("plain", "float32"),
+        ("plain", "bfloat16"),
+        ("plain", "int8"),
+        ("gemma", "bfloat16"),
+        ("gemma-wide-window", "int8"),
+    ],
+)
+@pytest.mark.parametrize("level", native.levels())
+def test_cuts_threads_and_company_change_no_bit(level: str, form: str, kv_dtype: str, room: None) -> None:
+    """What a row gets depends on the row alone: not on how a prompt was cut, nor on who else is in the step."""
+    random = np.random.default_rng(11)
+    tokens = random.integers(0, 77, 2000).tolist()
+    places = [1, 16, 100, 127, 128, 129, 130, 255, 256, 300, 700, 1919, 1920, 1921, 1922, 1999]
+
+    def logits(threads: int, largest: int, company: int) -> dict[int, bytes]:
+        """Run the sequence in random pieces of up to ``largest``; return what its rows at ``places`` got."""
+        cut = np.random.default_rng(threads * 1000 + largest)
+        driver = LongDriver(make_model(threads, level, kv_dtype, form=FORMS[form]))
+        found, start = {}, 0
+        while start < len(tokens):
+            piece = int(cut.integers(1, largest + 1)) if largest > 1 else 1
+            if start > 128 and largest == 1:
+                piece = 1 if start in places or start + 1 in places else 40  # each token alone takes too long
+            end = min([start + piece, len(tokens), *(place + 1 for place in places if place >= start)])
+            chunks = {1: tokens[start:end]}
+            for other in (0, 2)[:company]:
+                if driver.starts[other] < 2000:
+                    chunks[other] = random.integers(0, 77, int(cut.integers(1, 20))).tolist()
+            chunks = dict(sorted(chunks.items()))
+            row = driver.last_rows(chunks)[list(chunks).index(1)]
+            found[end - 1] = driver.sample(chunks, [row])[1].tobytes()
+            start = end
+        return {place: found[place] for place in places}
+
+    plain = logits(1, 600, 0)
+    for threads, largest, company in ((1, 1, 0), (3, 77, 2)):
+        found = logits(threads, largest, company)
+        assert [place for place in places if found[place] != plain[place]] == [], (threads, largest, company)
+
+
 def test_memory_lies_on_huge_pages_where_there_are_any() -> None:
     switch = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not switch.exists() or "[never]" in switch.read_text():
