@@ -111,7 +111,9 @@ class Application(Worker):
         if kind == "websocket":
             await self.gateway.handle_socket(scope, receive, send)
             return
-        trip = self._express.way.begin(AsgiHead(scope), AsgiProtocol(receive, send))
+        trip = self._express.way.begin(
+            AsgiHead(scope), AsgiProtocol(receive, send, self.gateway.settings.gateway.body_timeout_s)
+        )
         if trip is None:
             given = find_header(scope["headers"], b"x-request-id")
             exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
@@ -119,7 +121,7 @@ class Application(Worker):
             return
         else:
             exchange = AsgiExchange(scope, receive, send, request_id=trip.record.request_id)
-            exchange.trip, exchange.known_body = trip, trip.body
+            exchange.trip, exchange.known_body = trip, trip.error or trip.body
         await self.handle(exchange, may_be_last=scope.get("http_version") != HTTP_2)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Iterable
 
 from cortex.http_io import Header, Receive, Scope, Send, asgi_left, asgi_pieces, find_header
+from cortex.request_body import WHOLE_BYTES, read_at_most
 
 
 class AsgiHeaders:
@@ -37,16 +38,17 @@ class AsgiHead:
 class AsgiProtocol:
     """Body of a request and its answer: the answer is given at once, and sent later."""
 
-    __slots__ = ("_answer", "_receive", "_send")
+    __slots__ = ("_answer", "_body_timeout_s", "_receive", "_send")
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, body_timeout_s: float) -> None:
+        self._body_timeout_s = body_timeout_s
         self._receive = receive
         self._send = send
         self._answer: tuple[int, list[tuple[str, str]], bytes] = 500, [], b""
 
     async def __call__(self) -> bytes:
-        """Return the whole body. Raises :class:`ClientDisconnectedError`."""
-        return b"".join([piece async for piece in asgi_pieces(self._receive)])
+        """Return the whole body. Raises as :meth:`Exchange.read_body` does."""
+        return await read_at_most(WHOLE_BYTES, asgi_pieces(self._receive), self._body_timeout_s)
 
     def response_bytes(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """Take the answer."""

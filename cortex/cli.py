@@ -124,6 +124,9 @@ def _run(config: "Config") -> int:
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
     from granian.errors import ConfigurationError
+    from granian.http import HTTP1Settings
+
+    from cortex.request_body import HEAD_TIMEOUT_S
 
     gateway = config.gateway
     host, port = split_address(gateway.listen)
@@ -148,6 +151,7 @@ def _run(config: "Config") -> int:
         workers=gateway.workers,
         backlog=BACKLOG,
         backpressure=MAX_PENDING_CONNECTIONS,
+        http1_settings=HTTP1Settings(header_read_timeout=HEAD_TIMEOUT_S * 1000),
         websockets=True,
         workers_kill_timeout=gateway.drain_timeout_s + KILL_MARGIN_S,
         respawn_failed_workers=True,

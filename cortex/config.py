@@ -17,6 +17,7 @@ import msgspec
 
 from cortex import guard, settings, tracing
 from cortex.logs import LogFormat
+from cortex.request_body import BODY_TIMEOUT_S
 from cortex.settings import ConfigError
 from cortex.wire.node import Duration, EvictionStrategy, ModelSpec, Priority, spec_of
 
@@ -97,6 +98,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: str = "models.toml"
     log_format: LogFormat = LogFormat.TEXT
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
+    body_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = BODY_TIMEOUT_S
+    """How long the body of a request may take, beside a second for each 64 KiB of it."""
     max_connections_per_node: Annotated[int, msgspec.Meta(ge=1)] = 1024
     workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
     drain_timeout_s: Annotated[int, msgspec.Meta(ge=1)] = 30

@@ -60,6 +60,7 @@ class Express:
             principal.name,
             lambda model: self._find_target(dialect, principal, model),
             self._gateway.settings.gateway.max_body_bytes,
+            self._gateway.settings.gateway.body_timeout_s,
             PARAMETERS[path].names,
             None if self._gateway.gate.is_proved(principal) else self._gateway.guard.known_hosts,
         )

@@ -231,6 +231,7 @@ class Gateway:
 
     async def handle(self, exchange: Exchange) -> None:
         """Answer one request."""
+        exchange.body_timeout_s = self.settings.gateway.body_timeout_s
         try:
             if exchange.path.startswith(API) and exchange.method != "OPTIONS":
                 exchange.told.update(self.guard.cors(exchange.header(b"origin")))

@@ -27,7 +27,8 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from cortex._fast.outlet import Outlet
-from cortex.wire.errors import ApiError, BodyTooLargeError
+from cortex.request_body import BODY_TIMEOUT_S, read_at_most
+from cortex.wire.errors import ApiError, BodyTooLargeError, SlowBodyError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -70,8 +71,12 @@ class Exchange(abc.ABC):
         """Whose it is, if whoever made it knows: to find out costs a system call."""
         self.trip: object = None
         """How far it has come on another way, as whoever knows that way describes it."""
-        self.known_body: bytes | None = None
-        """Its body, if that was read already."""
+        self.known_body: bytes | ApiError | None = None
+        """Its body, if that was read already, or what came of reading it."""
+        self.body_timeout_s = BODY_TIMEOUT_S
+        """How long its body may take; see :mod:`cortex.request_body`."""
+        self.is_alone = True
+        """Whether its connection has no other request at a time."""
         self.told: dict[bytes, bytes] = {}
         """Headers that every answer to it has, beside its own; those of a stream go out with the first bytes."""
         self.is_last = False
@@ -86,14 +91,28 @@ class Exchange(abc.ABC):
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name, or ``None``."""
 
-    @abc.abstractmethod
     async def read_body(self, limit_bytes: int) -> bytes:
-        """Return the whole body.
+        """Return the whole body. The connection of one that is not read to its end is closed.
 
         Raises:
-            BodyTooLargeError: it is longer than ``limit_bytes``; no more than that was kept.
+            BodyTooLargeError: it is longer than ``limit_bytes``, no more than that was kept; or in too many pieces.
+            SlowBodyError: it takes too long.
             ClientDisconnectedError: the client left while sending it.
         """
+        try:
+            declared = self.check_length(limit_bytes)
+            if isinstance(self.known_body, ApiError):
+                raise self.known_body
+            if self.known_body is not None:
+                return self.known_body
+            return await self._read(declared, limit_bytes)
+        except (BodyTooLargeError, SlowBodyError):
+            self.is_last = self.is_last or self.is_alone
+            raise
+
+    @abc.abstractmethod
+    async def _read(self, declared: int | None, limit_bytes: int) -> bytes:
+        """Read a body that says so of its length, or nothing; raise as :meth:`read_body` does."""
 
     @abc.abstractmethod
     async def reply(
@@ -137,25 +156,11 @@ class Exchange(abc.ABC):
         declared = self.header(b"content-length")
         if declared is None or not declared.isdigit():
             return None
+        if len(declared) > 18:
+            raise BodyTooLargeError(f"The request body is longer than the {limit_bytes} bytes that are read.")
         if int(declared) > limit_bytes:
             raise BodyTooLargeError(f"The request body has {int(declared)} bytes; at most {limit_bytes} are read.")
         return int(declared)
-
-
-async def read_at_most(limit_bytes: int, pieces: AsyncIterator[bytes]) -> bytes:
-    """Return a body that comes in pieces.
-
-    Raises:
-        BodyTooLargeError: it is longer than ``limit_bytes``; no more than that was kept.
-    """
-    chunks: list[bytes] = []
-    size_bytes = 0
-    async for chunk in pieces:
-        size_bytes += len(chunk)
-        if size_bytes > limit_bytes:
-            raise BodyTooLargeError(f"The request body is longer than the {limit_bytes} bytes that are read.")
-        chunks.append(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def find_header(headers: Iterable[Header], name: bytes) -> bytes | None:
@@ -193,17 +198,14 @@ class AsgiExchange(Exchange):
         self._receive = receive
         self._send = send
         self._sends_head_only = self.method == "HEAD"
+        self.is_alone = scope.get("http_version") != "2"
 
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name, or ``None``."""
         return find_header(self._raw_headers, name)
 
-    async def read_body(self, limit_bytes: int) -> bytes:
-        """Return the whole body, as :class:`Exchange` says."""
-        self.check_length(limit_bytes)
-        if self.known_body is not None:
-            return self.known_body
-        return await read_at_most(limit_bytes, asgi_pieces(self._receive))
+    async def _read(self, declared: int | None, limit_bytes: int) -> bytes:
+        return await read_at_most(limit_bytes, asgi_pieces(self._receive), self.body_timeout_s)
 
     async def reply(
         self, status: int, body: bytes, *, content_type: bytes = b"application/json", headers: Sequence[Header] = ()

@@ -17,8 +17,9 @@ from cortex._fast.express import Trip
 from cortex._fast.outlet import Outlet, Turns
 from cortex._fast.watches import Watches
 from cortex.endpoints import request_id_of
-from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header, read_at_most
+from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header
 from cortex.reader_credit import FREE_BYTES, FREE_SHARED_BYTES, Credit, SharedCredit
+from cortex.request_body import WHOLE_BYTES, read_at_most, read_whole
 
 TextHeader = tuple[str, str]
 
@@ -50,7 +51,8 @@ class RsgiExchange(Exchange):
             self._shared = SharedCredit.of(scope.client, scope.server)
         self.trip = trip
         if trip is not None:
-            self.known_body = trip.body
+            self.known_body = trip.error or trip.body
+        self.is_alone = scope.http_version != "2"
 
     @property
     def client(self) -> str:
@@ -64,16 +66,11 @@ class RsgiExchange(Exchange):
             value = getattr(self._scope, "authority", None)  # as HTTP/2 has it
         return None if value is None else value.encode()
 
-    async def read_body(self, limit_bytes: int) -> bytes:
-        """Return the whole body, as :class:`Exchange` says."""
-        declared = self.check_length(limit_bytes)
-        if self.known_body is not None:
-            return self.known_body
+    async def _read(self, declared: int | None, limit_bytes: int) -> bytes:
         try:
-            if declared is not None:
-                body: bytes = await self._protocol()
-                return body
-            return await read_at_most(limit_bytes, self._pieces())
+            if declared is not None and declared <= WHOLE_BYTES:
+                return await read_whole(declared, self._protocol(), self.body_timeout_s)
+            return await read_at_most(limit_bytes, self._pieces(), self.body_timeout_s)
         except ProtocolClosed:
             raise ClientDisconnectedError from None
 

@@ -19,6 +19,10 @@ from cortex.wire.errors import ApiError, UpstreamError
 
 Header = tuple[bytes, bytes]
 
+MAX_IDLE_S = 4.0
+"""How long a kept connection may have been unused. Servers close theirs after a while (5 s is the least that is common,
+a neuron's is 30), and a request that goes out at that moment looks as if the server had died of it."""
+
 
 class Pool:
     """The connections to one node. The most recently used one is used again; the others age and are closed by it."""
@@ -108,8 +112,9 @@ class Pool:
         """Take a connection that waits for a request; ``None`` if there is none."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable:
+            if connection.usable and connection.idle_s < MAX_IDLE_S:
                 return connection
+            connection.abort()
         return None
 
     def keep(self, connection: Connection) -> None:

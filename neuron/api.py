@@ -145,6 +145,7 @@ class Api:
         if scope["type"] != "http":
             return
         exchange = AsgiExchange(scope, receive, send, request_id="")
+        exchange.body_timeout_s = self._service.body_timeout_s
         given = exchange.header(b"x-request-id")
         exchange.request_id = given.decode("latin-1")[:128] if given else f"req_{secrets.token_hex(12)}"
         try:

@@ -15,6 +15,7 @@ import msgspec
 
 from cortex import guard, settings, tracing
 from cortex.logs import LogFormat
+from cortex.request_body import BODY_TIMEOUT_S
 from cortex.settings import ConfigError
 from cortex.wire.node import LoadRequest
 
@@ -51,6 +52,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trace_endpoint: str = ""
     """Of an OpenTelemetry collector (OTLP over HTTP), which gets a span of each request. Empty: none is made."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
+    body_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = BODY_TIMEOUT_S
+    """How long the body of a request may take, beside a second for each 64 KiB of it."""
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
     """Choices of requests that may wait for a seat, for each model, before more are told to come back later."""
     prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from granian.constants import Interfaces
+from granian.http import HTTP1Settings
 from granian.server.embed import Server
 
 from cortex import systemd
 from cortex.extras import INSTALL, missing_for_neuron
 from cortex.guard import Guard
+from cortex.request_body import HEAD_TIMEOUT_S
 from cortex.settings import read_secret, split_address, url_of
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
@@ -91,6 +93,7 @@ class Service:
         self.listen = config.daemon.listen
         self.max_body_bytes = config.daemon.max_body_bytes
         self.guard = Guard(hosts=(config.daemon.name, *config.daemon.allowed_hosts))
+        self.body_timeout_s = config.daemon.body_timeout_s
         self.secret = read_secret(config.daemon.secret_file, "neuron.toml", "daemon.secret_file")
         """What callers must send; empty: nothing."""
         self._started = time.monotonic()
@@ -397,6 +400,7 @@ def _server(app: Any, daemon: DaemonSettings) -> Server:
         websockets=False,
         backlog=2048,
         backpressure=MAX_CONNECTIONS,
+        http1_settings=HTTP1Settings(header_read_timeout=HEAD_TIMEOUT_S * 1000),
         ssl_cert=pathlib.Path(daemon.tls_certificate) if daemon.tls_certificate else None,
         ssl_key=pathlib.Path(daemon.tls_key) if daemon.tls_key else None,
     )

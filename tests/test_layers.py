@@ -49,6 +49,7 @@ FLOORS = {
     "cortex.ending": 0,
     "cortex.memory": 0,
     "cortex.supervise": -1,
+    "cortex.request_body": -1,
     "cortex.relay": 4,
     "cortex.inference": 5,
     "cortex.express": 7,
@@ -118,6 +119,7 @@ NEURON_MAY_USE_OF_CORTEX = (
     "cortex.wire",
     "cortex.settings",
     "cortex.http_io",
+    "cortex.request_body",
     "cortex.dialects",
     "cortex._fast",
     # what both daemons tell those who run them

@@ -15,6 +15,7 @@ from cortex.fleet.deaths import Deaths
 from cortex.fleet.state import FleetState
 from cortex.gateway import Gateway
 from cortex.upstream import Pool
+from cortex.wire.errors import ApiError
 
 @final
 class Target:
@@ -41,6 +42,7 @@ class Lane:
         key: str,
         find: Callable[[str], Target | None],
         max_body_bytes: int,
+        body_timeout_s: float,
         known: KnownNames,
         hosts: set[str | None] | None,
     ) -> None: ...
@@ -65,6 +67,7 @@ class Way:
 class Trip(Listener):
     record: Record
     body: bytes | None
+    error: ApiError | None
     async def answer(self) -> bool: ...
     def take(self) -> tuple[str, Seat, Response] | None: ...
     def leave(self) -> None: ...

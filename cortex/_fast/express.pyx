@@ -8,6 +8,7 @@ far it has come is kept, and the common way goes on from there.
 cimport cython
 
 import time
+from asyncio import CancelledError, current_task
 
 from cortex._fast.http_client cimport Connection, Listener, Response
 from cortex._fast.in_flight cimport InFlight, Seat
@@ -19,6 +20,9 @@ from granian.rsgi import ProtocolClosed
 from cortex._fast.peek import PeekError, peek, splice
 from cortex.dialects.parameters import told as _told
 from cortex.http_io import ClientDisconnectedError as _ClientDisconnectedError
+from cortex.request_body import WHOLE_BYTES as _WHOLE
+from cortex.request_body import slow_body as _slow_body
+from cortex.wire.errors import ApiError as _ApiError
 from cortex.book import CLIENT_CLOSED_REQUEST as _CLIENT_CLOSED_REQUEST
 from cortex.wire.headers import TOLD as _TOLD
 
@@ -27,6 +31,7 @@ cdef enum:
     MAX_TARGETS = 1024
 
 cdef object monotonic = time.monotonic
+cdef Py_ssize_t _WHOLE_BYTES = _WHOLE
 
 
 @cython.final
@@ -73,12 +78,13 @@ cdef class Lane:
     cdef str key
     cdef object find
     cdef Py_ssize_t max_body_bytes
+    cdef double body_timeout_s
     cdef object known
     cdef set hosts
     cdef dict targets
 
     def __init__(self, settings, keys, str dialect not None, read_answer, str key not None, find,
-                 Py_ssize_t max_body_bytes, known, set hosts):
+                 Py_ssize_t max_body_bytes, double body_timeout_s, known, set hosts):
         self.hosts = hosts
         self.settings = settings
         self.keys = keys
@@ -86,7 +92,8 @@ cdef class Lane:
         self.read_answer = read_answer
         self.key = key
         self.find = find
-        self.max_body_bytes = max_body_bytes
+        self.max_body_bytes = min(max_body_bytes, _WHOLE_BYTES)
+        self.body_timeout_s = body_timeout_s
         self.known = known
         self.targets = {}
 
@@ -187,11 +194,13 @@ cdef class Way:
 cdef class Trip(Listener):
     """One request on the express way.
 
-    Of one that had to leave that way, ``record`` goes on, and the ``body`` is there if it was read.
+    Of one that had to leave that way, ``record`` goes on, and the ``body`` is there if it was read, or the ``error``
+    that came of reading it.
     """
 
     cdef readonly Record record
     cdef readonly bytes body
+    cdef readonly object error
     cdef Seat seat
     cdef Response response
     cdef Way way
@@ -199,6 +208,8 @@ cdef class Trip(Listener):
     cdef Target target
     cdef object protocol
     cdef object over
+    cdef object task
+    cdef bint is_late
     cdef bint is_answered
     cdef bint has_left
 
@@ -208,11 +219,26 @@ cdef class Trip(Listener):
         cdef Watch watch
         way.ending.num_running += 1
         try:
+            self.task = current_task(way.loop)
+            # Over ASGI the protocol looks at the clock itself.
+            timer = None if way.flushes else way.loop.call_later(self.lane.body_timeout_s, self.cut_off)
             try:
                 self.body = await self.protocol()
             except (ProtocolClosed, _ClientDisconnectedError):
                 self.end_as_left()
                 return True
+            except _ApiError as error:
+                self.error = error
+                return False
+            except CancelledError:
+                if not self.is_late or self.task.uncancel():
+                    raise
+                self.error = _slow_body(None, self.lane.body_timeout_s)
+                return False
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                self.task = None
             if not self.ask():
                 return False
             self.over = way.loop.create_future()
@@ -232,6 +258,12 @@ cdef class Trip(Listener):
         finally:
             way.ending.num_running -= 1
             way.ending.last_at = monotonic()
+
+    def cut_off(self):
+        """Wait for the body no longer."""
+        if self.task is not None:
+            self.is_late = True
+            self.task.cancel()
 
     cdef bint ask(self) except -1:
         """Ask the node, if there is nothing to wait for."""

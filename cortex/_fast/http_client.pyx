@@ -305,6 +305,11 @@ cdef class Connection:
         """Whether another request may be sent."""
         return self.transport is not None and not self.transport.is_closing()
 
+    @property
+    def idle_s(self):
+        """How long nothing has come on it."""
+        return self.loop.time() - self.active_at
+
     def ask(
         self, bytes head not None, bytes body not None, double first_byte_s, double stall_s, double whole_s=0
     ):

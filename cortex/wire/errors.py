@@ -187,6 +187,13 @@ class BodyTooLargeError(ApiError):
     code = "request_too_large"
 
 
+class SlowBodyError(ApiError):
+    """The body takes longer to arrive than the server waits; the connection is closed."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class NotFoundError(ApiError):
     """No such path."""
 

@@ -7,6 +7,7 @@ All of the daemon but the model is the real one: its server, its surface, its di
 
 import asyncio
 import json
+import os
 import re
 import signal
 import sys
@@ -199,7 +200,10 @@ def _speak_only(api: Api, dialects: Sequence[str]) -> Api:
 
 
 async def _run(port: int, dialects: Sequence[str]) -> None:
-    config = Config(daemon=DaemonSettings(name="scripted", listen=f"127.0.0.1:{port}", devices="cpu"))
+    body_timeout_s = float(os.environ.get("SCRIPTED_BODY_TIMEOUT_S", "60"))
+    config = Config(
+        daemon=DaemonSettings(name="scripted", listen=f"127.0.0.1:{port}", devices="cpu", body_timeout_s=body_timeout_s)
+    )
     service = Service(config, {"torch": ScriptedHarness(play)})
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, service.stop)
