@@ -9,7 +9,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 
 from cortex import api_description, logs, store
-from cortex.access.gate import Gate
+from cortex.access.gate import Gate, principal_of
 from cortex.access.keys import KeyRing
 from cortex.access.ledger import Ledger, MemoryLedger
 from cortex.access.valkey import ValkeyLedger
@@ -129,6 +129,7 @@ class Gateway:
             supervisor=self.supervisor,
         )
         self.book.on_written = self._feed.journal.note
+        counted = self._counted
         stored = StoredEndpoints(conversations, self._background)
         named = ConversationEndpoints(NamedConversations(conversations), settings.gateway.max_body_bytes)
         self._paths: Mapping[str, Methods] = {
@@ -140,7 +141,7 @@ class Gateway:
             INPUT_TOKENS.path: {"POST": inference.endpoint(INPUT_TOKENS)},
             MESSAGES.path: {"POST": inference.endpoint(MESSAGES)},
             COUNT_TOKENS.path: {"POST": inference.endpoint(COUNT_TOKENS)},
-            "/v1/conversations": {"POST": named.create},
+            "/v1/conversations": {"POST": counted(named.create)},
             "/v1/models": {"GET": endpoints.models},
             "/health": {"GET": endpoints.health},
             "/version": {"GET": endpoints.version},
@@ -160,16 +161,31 @@ class Gateway:
         }
         self._patterns: tuple[tuple[re.Pattern[str], Methods], ...] = (
             (re.compile(r"/v1/models/.+"), {"GET": endpoints.model}),
-            (re.compile(r"/v1/responses/[^/]+"), {"GET": stored.get, "DELETE": stored.delete}),
-            (re.compile(r"/v1/responses/[^/]+/input_items"), {"GET": stored.input_items}),
-            (re.compile(r"/v1/responses/[^/]+/cancel"), {"POST": stored.cancel}),
+            (re.compile(r"/v1/responses/[^/]+"), {"GET": counted(stored.get), "DELETE": counted(stored.delete)}),
+            (re.compile(r"/v1/responses/[^/]+/input_items"), {"GET": counted(stored.input_items)}),
+            (re.compile(r"/v1/responses/[^/]+/cancel"), {"POST": counted(stored.cancel)}),
             (
                 re.compile(r"/v1/conversations/[^/]+"),
-                {"GET": named.get, "POST": named.update, "DELETE": named.delete},
+                {"GET": counted(named.get), "POST": counted(named.update), "DELETE": counted(named.delete)},
             ),
-            (re.compile(r"/v1/conversations/[^/]+/items"), {"GET": named.items, "POST": named.add_items}),
-            (re.compile(r"/v1/conversations/[^/]+/items/[^/]+"), {"GET": named.item, "DELETE": named.delete_item}),
+            (
+                re.compile(r"/v1/conversations/[^/]+/items"),
+                {"GET": counted(named.items), "POST": counted(named.add_items)},
+            ),
+            (
+                re.compile(r"/v1/conversations/[^/]+/items/[^/]+"),
+                {"GET": counted(named.item), "DELETE": counted(named.delete_item)},
+            ),
         )
+
+    def _counted(self, endpoint: Endpoint) -> Endpoint:
+        """Return an endpoint that asks no node, and counts as a request all the same."""
+
+        async def answer(exchange: Exchange) -> None:
+            await self.gate.count(principal_of(exchange.caller))
+            await endpoint(exchange)
+
+        return answer
 
     @property
     def fleet(self) -> Fleet:

@@ -23,7 +23,7 @@ from cortex._fast.peek import splice
 from cortex._fast.record import Record
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import FrameDecoder
-from cortex.access.gate import FREE, Gate, Permit, principal_of, prompt_tokens
+from cortex.access.gate import FREE, Gate, Permit, principal_of
 from cortex.access.keys import Principal, check_model
 from cortex.background import Background
 from cortex.book import CLIENT_CLOSED_REQUEST, Book
@@ -31,7 +31,17 @@ from cortex.config import Config
 from cortex.dialects import openai_compaction, openai_responses
 from cortex.dialects.first_reading import PARAMETERS
 from cortex.dialects.parameters import tell
-from cortex.dialects.passthrough import CHAT, COMPACT, INPUT_TOKENS, NO_PART, RESPONSES, Dialect, Usage
+from cortex.dialects.passthrough import (
+    CHAT,
+    COMPACT,
+    COUNT_TOKENS,
+    EMBEDDINGS,
+    INPUT_TOKENS,
+    NO_PART,
+    RESPONSES,
+    Dialect,
+    Usage,
+)
 from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.errors import NotAnAnswerError
@@ -141,10 +151,15 @@ class Inference:
             said = None
             if isinstance(exchange, SocketExchange):
                 said, generates = exchange.said, exchange.generates
-            turn = await self._conversations.of(principal.name).begin(body, found, said)
+            try:
+                turn = await self._conversations.of(principal.name).begin(body, found, said)
+            except ApiError:
+                await self._gate.count(principal)  # to look for what is not there costs a request, too
+                raise
             body, part = turn.body, turn.part
             headers += turn.headers
             if not generates:
+                await self._gate.count(principal)
                 await self._only_read(exchange, record, turn, name)
                 return
         elif dialect is COMPACT or dialect is INPUT_TOKENS:
@@ -175,7 +190,9 @@ class Inference:
             take_begun=_nothing if trip is None else trip.take,
         )
         asked = _Asked(question, chat, turn, reshape)
-        permit = FREE if principal.limits.are_none else await self._gate.admit(principal, body)
+        generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
+        permit = FREE if principal.limits.are_none else await self._gate.admit(principal, body, generates=generates)
+        has_left = False
         try:
             if turn is not None and part.background:
                 await self._begin(exchange, dialect, record, asked, turn, permit)
@@ -183,9 +200,12 @@ class Inference:
                 await self._stream(exchange, dialect, record, asked)
             else:
                 await self._answer(exchange, dialect, record, asked)
+        except ClientDisconnectedError:
+            has_left = True
+            raise
         finally:
             if permit is not FREE:
-                await permit.settle(record.tokens_used(prompt_tokens(body)))
+                await permit.settle(_used(record, permit, has_left=has_left))
 
     async def _look_for(self, name: str, model: str) -> str:
         """Return the id of a model that nobody is known to offer: it may be heard of yet, or an alias may fit it.
@@ -331,7 +351,7 @@ class Inference:
         finally:
             relay.note_end(dialect)
             self._book.note(record)
-            await permit.settle(record.tokens_used(prompt_tokens(asked.question.body)))
+            await permit.settle(_used(record, permit, has_left=record.finish == "cancelled"))
 
 
 def read_whole(answer: Answer, dialect: Dialect, body: bytes) -> tuple[Usage | None, str]:
@@ -355,6 +375,17 @@ def _trip_of(exchange: Exchange) -> Trip | None:
     """Return how far a request has come on the express way, if it had to leave that."""
     assert exchange.trip is None or isinstance(exchange.trip, Trip)
     return exchange.trip
+
+
+def _used(record: Record, permit: Permit, *, has_left: bool) -> int:
+    """Return what a request costs: what its node said, or an estimate where somebody left before it could.
+
+    Of an answer that is not streamed nobody knows how far it came, so it costs what was reserved for it.
+    """
+    used: int = record.tokens_used(permit.need.prompt_tokens)
+    if used or not has_left or not record.node:
+        return used
+    return permit.need.prompt_tokens if record.is_stream else permit.need.tokens
 
 
 def _nothing() -> None:

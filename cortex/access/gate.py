@@ -9,6 +9,9 @@ import hmac
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
 
 from cortex.access.keys import EVERYBODY, KeyRing, Principal
 from cortex.access.ledger import Lease, Ledger, Reason, Refusal
@@ -22,8 +25,41 @@ Headers = Callable[[bytes], bytes | None]
 CHARACTERS_PER_TOKEN = 4
 """Of a body, for an estimate before anybody has tokenised it."""
 
-# In a JSON string every quote is escaped, so this is found in structure only.
-_MAX_TOKENS = re.compile(rb'"max_(?:completion_|output_)?tokens"\s*:\s*(\d{1,9})\b')
+_NONE = msgspec.Raw(b"")
+
+
+class _Wanted(msgspec.Struct):
+    """The top-level fields of a body by which it says how much it wants; what is in them, the node judges."""
+
+    max_tokens: msgspec.Raw = _NONE
+    max_completion_tokens: msgspec.Raw = _NONE
+    max_output_tokens: msgspec.Raw = _NONE
+    n: msgspec.Raw = _NONE
+    best_of: msgspec.Raw = _NONE
+    prompt: msgspec.Raw = _NONE
+
+
+_WANTED = msgspec.json.Decoder(_Wanted)
+_NUMBER = re.compile(rb"\s*(\d{1,9})(?:\.0*)?\s*")
+_SEVERAL = re.compile(rb"\s*\[\s*[\"\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request may need: tokens of its prompt, of all answers together, and answers at a time."""
+
+    prompt_tokens: int
+    output_tokens: int
+    num_sequences: int
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.prompt_tokens + self.output_tokens
+
+
+NO_NEED = Need(0, 0, 0)
+"""Of a request that no node is asked for: it counts as one."""
 
 
 class LimitReachedError(OverloadedError):
@@ -37,13 +73,14 @@ class LimitReachedError(OverloadedError):
 class Permit:
     """A request that was let in. Settle it in every case, once."""
 
-    def __init__(self, ledger: Ledger | None, lease: Lease | None) -> None:
+    def __init__(self, ledger: Ledger | None, lease: Lease | None, need: Need = NO_NEED) -> None:
+        self.need = need
         self._ledger = ledger
         self._lease = lease
 
     def move(self) -> "Permit":
         """Return what this one holds; to settle this one does nothing any more."""
-        moved, self._lease = Permit(self._ledger, self._lease), None
+        moved, self._lease = Permit(self._ledger, self._lease, self.need), None
         return moved
 
     async def settle(self, used_tokens: int) -> None:
@@ -120,8 +157,8 @@ class Gate:
     def _is_local(self, key: bytes | None) -> bool:
         return bool(self._local) and key is not None and hmac.compare_digest(hashlib.sha256(key).digest(), self._local)
 
-    async def admit(self, principal: Principal, body: bytes) -> Permit:
-        """Take what a request may need.
+    async def admit(self, principal: Principal, body: bytes, *, generates: bool = True) -> Permit:
+        """Take what a request may need; with ``generates`` false that is the tokens of its prompt.
 
         Raises:
             LimitReachedError: there is not so much left.
@@ -130,11 +167,18 @@ class Gate:
         limits = principal.limits
         if limits.are_none:
             return FREE
-        reserve = prompt_tokens(body) + output_tokens(body, self.reserve_tokens)
-        outcome = await self.ledger.take(principal.name, limits, reserve)
+        return await self._take(principal, need_of(body, self.reserve_tokens, generates=generates))
+
+    async def count(self, principal: Principal) -> None:
+        """Count a request that no node is asked for. Raises as :meth:`admit` does."""
+        if principal.limits.requests_per_minute:
+            await self._take(principal, NO_NEED)
+
+    async def _take(self, principal: Principal, need: Need) -> Permit:
+        outcome = await self.ledger.take(principal.name, principal.limits, need.tokens, need.num_sequences)
         if isinstance(outcome, Refusal):
             raise LimitReachedError(outcome.reason, _explain(principal, outcome.reason), outcome.retry_after_s)
-        return Permit(self.ledger, outcome)
+        return Permit(self.ledger, outcome, need)
 
 
 def prompt_tokens(body: bytes) -> int:
@@ -142,10 +186,37 @@ def prompt_tokens(body: bytes) -> int:
     return len(body) // CHARACTERS_PER_TOKEN
 
 
-def output_tokens(body: bytes, otherwise: int) -> int:
-    """Return how many tokens a request allows itself, or ``otherwise`` if it does not say."""
-    found = _MAX_TOKENS.search(body)
-    return int(found[1]) if found else otherwise
+def need_of(body: bytes, otherwise: int, *, generates: bool = True) -> Need:
+    """Return what a request allows itself; ``otherwise`` is how many tokens an answer may have that says nothing of it.
+
+    Of the fields of the body's own object, and none below: there, ``max_tokens`` may be anything.
+    """
+    prompt = prompt_tokens(body)
+    if not generates:
+        return Need(prompt, 0, 1)
+    try:
+        wanted = _WANTED.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return Need(prompt, otherwise, 1)  # for the node to refuse
+    limits = (wanted.max_tokens, wanted.max_completion_tokens, wanted.max_output_tokens)
+    said = [number for field in limits if (number := _number(field)) is not None]
+    num_answers = max(1, _number(wanted.n) or 1, _number(wanted.best_of) or 1) * _num_prompts(bytes(wanted.prompt))
+    return Need(prompt, (max(said) if said else otherwise) * num_answers, num_answers)
+
+
+def _number(field: msgspec.Raw) -> int | None:
+    found = _NUMBER.fullmatch(bytes(field))
+    return int(found[1]) if found else None
+
+
+def _num_prompts(prompt: bytes) -> int:
+    """Return how many prompts a text completion has: a list may be of them, or be the tokens of one."""
+    if not _SEVERAL.match(prompt):
+        return 1
+    try:
+        return max(1, len(msgspec.json.decode(prompt, type=list[msgspec.Raw])))
+    except msgspec.DecodeError:
+        return 1
 
 
 def _key(header: Headers) -> bytes | None:
@@ -161,7 +232,7 @@ def _explain(principal: Principal, reason: Reason) -> str:
         case Reason.REQUESTS:
             return f"'{principal.name}' may send {limits.requests_per_minute} requests a minute."
         case Reason.CONCURRENCY:
-            return f"'{principal.name}' may have {limits.max_concurrent} requests at a time."
+            return f"'{principal.name}' may have {limits.max_concurrent} answers at a time; each of 'n' is one."
         case Reason.TOKENS:
             return f"'{principal.name}' may use {limits.tokens_per_window} tokens in {limits.window_s:g} s."
         case Reason.BALANCE:

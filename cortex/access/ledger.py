@@ -50,6 +50,8 @@ class Lease:
     number: str
     reserved_tokens: int
     window_s: float
+    num_sequences: int = 1
+    """Answers at a time."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -64,8 +66,8 @@ class Usage(msgspec.Struct, frozen=True):
 class Ledger(Protocol):
     """Keeps account. ``now`` is its own clock's."""
 
-    async def take(self, name: str, limits: Limits, reserve_tokens: int) -> Lease | Refusal:
-        """Let a request in, or say why not."""
+    async def take(self, name: str, limits: Limits, reserve_tokens: int, num_sequences: int = 1) -> Lease | Refusal:
+        """Let a request for so many answers in, or say why not. One for none, and no tokens, is only counted."""
 
     async def settle(self, lease: Lease, used_tokens: int) -> None:
         """End a request and book what it used."""
@@ -100,33 +102,33 @@ class MemoryLedger:
         self._accounts: dict[str, _Account] = {}
         self._numbers = itertools.count()
 
-    async def take(self, name: str, limits: Limits, reserve_tokens: int) -> Lease | Refusal:
+    async def take(self, name: str, limits: Limits, reserve_tokens: int, num_sequences: int = 1) -> Lease | Refusal:
         """Let a request in, or say why not. Nothing is awaited, so nobody comes between the look and the count."""
         now = self._clock()
         account = self._current(name, limits, now)
-        if limits.max_concurrent and account.running >= limits.max_concurrent:
-            return Refusal(Reason.CONCURRENCY, SEAT_RETRY_S)
+        if limits.max_concurrent and num_sequences and account.running + num_sequences > limits.max_concurrent:
+            return Refusal(Reason.CONCURRENCY, None if num_sequences > limits.max_concurrent else SEAT_RETRY_S)
         if limits.requests_per_minute and len(account.requests) >= limits.requests_per_minute:
             return Refusal(Reason.REQUESTS, account.requests[0] + MINUTE_S - now)
         reserve_tokens = capped(reserve_tokens, limits)
         needed = account.reserved_tokens + reserve_tokens
-        if limits.balance_tokens and account.spent_tokens + needed > limits.balance_tokens:
+        if reserve_tokens and limits.balance_tokens and account.spent_tokens + needed > limits.balance_tokens:
             return Refusal(Reason.BALANCE, SEAT_RETRY_S if account.reserved_tokens else None)
-        if limits.tokens_per_window and account.tokens + needed > limits.tokens_per_window:
+        if reserve_tokens and limits.tokens_per_window and account.tokens + needed > limits.tokens_per_window:
             if account.reserved_tokens or not account.buckets:
                 return Refusal(Reason.TOKENS, SEAT_RETRY_S)
             width_s = limits.window_s / NUM_BUCKETS
             return Refusal(Reason.TOKENS, (account.buckets[0][0] + NUM_BUCKETS + 1) * width_s - now)
         if limits.requests_per_minute:
             account.requests.append(now)
-        account.running += 1
+        account.running += num_sequences
         account.reserved_tokens += reserve_tokens
-        return Lease(name, str(next(self._numbers)), reserve_tokens, limits.window_s)
+        return Lease(name, str(next(self._numbers)), reserve_tokens, limits.window_s, num_sequences)
 
     async def settle(self, lease: Lease, used_tokens: int) -> None:
         """End a request and book what it used."""
         account = self._accounts[lease.name]
-        account.running -= 1
+        account.running -= lease.num_sequences
         account.reserved_tokens -= lease.reserved_tokens
         if not used_tokens:
             return

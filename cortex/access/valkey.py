@@ -44,17 +44,20 @@ _TAKE = (
     + """
 local id, reserve, requests, concurrent = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local budget, balance, lease = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
-if concurrent > 0 and redis.call('ZCARD', KEYS[2]) >= concurrent then return {'concurrent', 0} end
+local sequences = tonumber(ARGV[11])
+if concurrent > 0 and sequences > 0 and redis.call('ZCARD', KEYS[2]) + sequences > concurrent then
+  return {'concurrent', sequences > concurrent and -1 or 0}
+end
 if requests > 0 and redis.call('ZCARD', KEYS[1]) >= requests then
   local first = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
   return {'requests', math.floor(first[2] + ARGV[1] - now)}
 end
 local reserved = 0
 for _, amount in ipairs(redis.call('HVALS', KEYS[3])) do reserved = reserved + amount end
-if balance > 0 and spent + reserved + reserve > balance then
+if reserve > 0 and balance > 0 and spent + reserved + reserve > balance then
   return {'balance', reserved > 0 and 0 or -1}
 end
-if budget > 0 and tokens + reserved + reserve > budget then
+if reserve > 0 and budget > 0 and tokens + reserved + reserve > budget then
   if reserved > 0 then return {'tokens', 0} end
   return {'tokens', math.floor((oldest + ARGV[3] + 1) * width - now)}
 end
@@ -62,7 +65,9 @@ if requests > 0 then
   redis.call('ZADD', KEYS[1], now, id)
   redis.call('PEXPIRE', KEYS[1], ARGV[1])
 end
+if sequences == 0 then return {'ok', 0} end
 redis.call('ZADD', KEYS[2], now + lease, id)
+for number = 2, sequences do redis.call('ZADD', KEYS[2], now + lease, id .. ':' .. number) end
 redis.call('HSET', KEYS[3], id, reserve)
 redis.call('PEXPIRE', KEYS[2], 2 * lease)
 redis.call('PEXPIRE', KEYS[3], 2 * lease)
@@ -73,6 +78,7 @@ _SETTLE = (
     _BEGIN
     + """
 gone(ARGV[4])
+for number = 2, tonumber(ARGV[6]) do gone(ARGV[4] .. ':' .. number) end
 if tonumber(ARGV[5]) > 0 then
   redis.call('HINCRBY', KEYS[4], current, ARGV[5])
   redis.call('PEXPIRE', KEYS[4], math.ceil(2 * ARGV[2]))
@@ -117,7 +123,7 @@ class ValkeyLedger:
         self._held: dict[str, set[str]] = {}
         self._renewing: asyncio.Task[None] | None = None
 
-    async def take(self, name: str, limits: Limits, reserve_tokens: int) -> Lease | Refusal:
+    async def take(self, name: str, limits: Limits, reserve_tokens: int, num_sequences: int = 1) -> Lease | Refusal:
         """Let a request in, or say why not.
 
         Raises:
@@ -125,8 +131,9 @@ class ValkeyLedger:
         """
         number = secrets.token_hex(12)
         reserve_tokens = capped(reserve_tokens, limits)
+        num_members = num_sequences if limits.max_concurrent else min(1, num_sequences)
         more: list[str | int] = [number, reserve_tokens, limits.requests_per_minute, limits.max_concurrent]
-        more += [limits.tokens_per_window, limits.balance_tokens, round(LEASE_S * 1000)]
+        more += [limits.tokens_per_window, limits.balance_tokens, round(LEASE_S * 1000), num_members]
         try:
             what, wait_ms = await self._take(keys=_keys(name), args=[*_windows(limits.window_s), *more])
         except self._errors as error:
@@ -134,8 +141,10 @@ class ValkeyLedger:
         wait_s = None if wait_ms < 0 else wait_ms / 1000 or SEAT_RETRY_S
         match what:
             case "ok":
-                self._held.setdefault(name, set()).add(number)
-                return Lease(name, number, reserve_tokens, limits.window_s)
+                lease = Lease(name, number, reserve_tokens, limits.window_s, num_members)
+                if num_members:
+                    self._held.setdefault(name, set()).update(_members(lease))
+                return lease
             case "concurrent":
                 return Refusal(Reason.CONCURRENCY, wait_s)
             case "requests":
@@ -152,12 +161,13 @@ class ValkeyLedger:
             LedgerUnavailableError: the server does not answer; the lease ends by itself.
         """
         held = self._held.get(lease.name, set())
-        held.discard(lease.number)
+        held.difference_update(_members(lease))
         if not held:
             self._held.pop(lease.name, None)
         try:
             await self._settle(
-                keys=_keys(lease.name), args=[*_windows(lease.window_s), lease.number, max(0, used_tokens)]
+                keys=_keys(lease.name),
+                args=[*_windows(lease.window_s), lease.number, max(0, used_tokens), lease.num_sequences],
             )
         except self._errors as error:
             raise LedgerUnavailableError(f"The access counters do not answer: {error}.") from None
@@ -190,6 +200,11 @@ class ValkeyLedger:
             for name, numbers in [*self._held.items()]:
                 with contextlib.suppress(*self._errors):
                     await self._renew(keys=_keys(name)[1:3], args=[round(LEASE_S * 1000), *numbers])
+
+
+def _members(lease: Lease) -> list[str]:
+    """Return what stands for a lease among those that are held: a member for each of its sequences."""
+    return [lease.number, *(f"{lease.number}:{number}" for number in range(2, lease.num_sequences + 1))]
 
 
 def _keys(name: str) -> list[str]:

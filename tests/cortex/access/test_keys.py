@@ -10,7 +10,7 @@ from gateway_rig import rig
 from key_rig import KEY, ring
 
 from cortex.access import keys
-from cortex.access.gate import output_tokens
+from cortex.access.gate import need_of
 from cortex.access.keys import KeyRing, Principal
 from cortex.settings import ConfigError
 from cortex.wire.errors import UnauthorizedError
@@ -73,10 +73,26 @@ def test_a_new_key_matches_its_hash() -> None:
         (b'{"max_output_tokens" : 9}', 9),
         (b'{"content": "\\"max_tokens\\": 5"}', 100),
         (b"{}", 100),
+        (b'{"metadata": {"max_tokens": 1}, "messages": []}', 100),
+        (b'{"metadata": {"max_tokens": 1}, "max_tokens": 500}', 500),
+        (b'{"max_tokens": 1, "messages": [], "max_tokens": 500}', 500),
+        (b'{"max_tokens": 1, "max_completion_tokens": 500}', 500),
+        (b'{"max_tokens": null, "n": null}', 100),
+        (b'{"max_tokens": 7, "n": 5}', 35),
+        (b'{"n": 3}', 300),
+        (b'{"max_tokens": 7, "n": 2, "best_of": 4}', 28),
+        (b'{"max_tokens": 7, "prompt": ["a", "b", "c"]}', 21),
+        (b'{"max_tokens": 7, "prompt": [[1, 2], [3]], "n": 2}', 28),
+        (b'{"max_tokens": 7, "prompt": [1, 2, 3]}', 7),
+        (b'{"max_tokens": "7", "n": {"n": 9}}', 100),
+        (b'{"max_tokens": 7.0}', 7),
+        (b'{"tools": [{"parameters": {"properties": {"n": 9, "max_tokens": 9}}}], "max_tokens": 7}', 7),
     ],
 )
 def test_what_a_request_allows_itself(body: bytes, tokens: int) -> None:
-    assert output_tokens(body, 100) == tokens
+    need = need_of(body, 100)
+    assert (need.output_tokens, need.prompt_tokens) == (tokens, len(body) // 4)
+    assert need_of(body, 100, generates=False).output_tokens == 0
 
 
 async def test_only_those_with_a_key_are_let_in_and_no_log_has_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,168 @@
+"""What counts, over HTTP: what is reserved, what it costs to leave early, and what of it is not inference at all."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from fake_neuron import Asked, FakeNeuron, Line, answer, chat_chunk
+from gateway_rig import Rig, rig, until
+from key_rig import KEY, ring
+
+from cortex.access.keys import Limits, Principal
+
+SIGNED = {"x-api-key": KEY}
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+COUNTERS = pytest.mark.parametrize("counters", ["memory", "valkey"])
+
+
+def access(counters: str, url: str) -> dict[str, str]:
+    return {"counters": "memory"} if counters == "memory" else {"counters": "valkey", "url": url}
+
+
+def alice(name: str, **limits: Any) -> Any:
+    return ring((KEY, Principal(name, limits=Limits(**limits))))
+
+
+async def used(gateway: Rig) -> Any:
+    call = await gateway.call("GET", "/admin/keys").end()
+    return call.json()["keys"][0]["used"]
+
+
+@COUNTERS
+async def test_what_a_nested_field_says_reserves_nothing(counters: str, valkey: str) -> None:
+    keys = alice(f"nested-{counters}", tokens_per_window=1000)
+    go = asyncio.Event()
+
+    async def script(asked: Asked, line: Line) -> None:
+        await go.wait()
+        await answer(asked, line)
+
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
+        body = {"metadata": {"max_tokens": 1}, **CHAT, "max_tokens": 600}
+        first = gateway.call("POST", "/v1/chat/completions", body, SIGNED)
+        await until(lambda: neuron.asked)
+        second = await gateway.call("POST", "/v1/chat/completions", body, SIGNED).end()
+        assert (second.status, second.json()["error"]["code"]) == (429, "token_budget_exceeded")
+        go.set()
+        assert (await first.end()).status == 200
+        several = {**CHAT, "max_tokens": 600, "n": 2}  # as much as the whole budget, of which a part is used
+        assert (await gateway.call("POST", "/v1/chat/completions", several, SIGNED).end()).status == 429
+
+
+@COUNTERS
+async def test_answers_at_a_time_are_counted_and_not_requests(counters: str, valkey: str) -> None:
+    keys = alice(f"several-{counters}", max_concurrent=3)
+    go = asyncio.Event()
+
+    async def script(asked: Asked, line: Line) -> None:
+        await go.wait()
+        await answer(asked, line)
+
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
+        first = gateway.call("POST", "/v1/chat/completions", {**CHAT, "n": 2}, SIGNED)
+        await until(lambda: neuron.asked)
+        assert (await used(gateway))["running"] == 2
+        for more, with_wait in ((2, True), (4, False)):
+            call = await gateway.call("POST", "/v1/chat/completions", {**CHAT, "n": more}, SIGNED).end()
+            assert (call.status, call.json()["error"]["code"]) == (429, "concurrency_exceeded")
+            assert ("retry-after" in call.headers) is with_wait
+        prompts = {"model": "m", "prompt": ["a", "b"]}
+        assert (await gateway.call("POST", "/v1/completions", prompts, SIGNED).end()).status == 429
+        third = gateway.call("POST", "/v1/chat/completions", CHAT, SIGNED)
+        await until(lambda: len(neuron.asked) == 2)
+        go.set()
+        assert [(await call.end()).status for call in (first, third)] == [200, 200]
+        assert (await used(gateway))["running"] == 0
+
+
+@COUNTERS
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+async def test_who_leaves_before_the_end_pays(counters: str, valkey: str, path: str) -> None:
+    keys = alice(f"leaves-{counters}-{path.replace('/', '-').strip('-')}", balance_tokens=100_000)
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.left.wait()
+
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
+        body = (
+            {**CHAT, "max_tokens": 500}
+            if path != "/v1/responses"
+            else {"model": "m", "input": "Hi", "max_output_tokens": 500}
+        )
+        call = gateway.call("POST", path, body, SIGNED)
+        await until(lambda: neuron.asked)
+        call.leave()
+        await call.end()
+        spent = (await used(gateway))["spent_tokens"]
+        assert 500 < spent < 600, "nobody knows how far it came"
+
+
+async def test_who_leaves_a_stream_pays_for_what_came_and_for_the_prompt() -> None:
+    keys = alice("streams", balance_tokens=100_000)
+    sends = False
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        for _ in range(3 if sends else 0):
+            await line.chunk(chat_chunk({"content": "x"}))
+        await line.left.wait()
+
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron, keys=keys) as gateway:
+        body = {**CHAT, "stream": True, "messages": [{"role": "user", "content": "x" * 4000}], "max_tokens": 500}
+        call = gateway.call("POST", "/v1/chat/completions", body, SIGNED)
+        await until(lambda: neuron.asked)
+        call.leave()
+        await call.end()
+        before = (await used(gateway))["spent_tokens"]
+        assert 1000 <= before < 1100, "the prompt"
+        sends = True
+        call = gateway.call("POST", "/v1/chat/completions", body, SIGNED)
+        await call.until(lambda call: call.body.count(b'"x"') == 3)
+        call.leave()
+        await call.end()
+        assert (await used(gateway))["spent_tokens"] == 2 * before + 3
+
+
+async def test_an_error_of_the_nodes_costs_nothing() -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        await line.reply(503, b'{"error":{"message":"no","type":"t","param":null,"code":"no_room"}}')
+
+    async with rig(FakeNeuron(script=script).ready("m"), keys=alice("errors", balance_tokens=1000)) as gateway:
+        assert (await gateway.call("POST", "/v1/chat/completions", CHAT, SIGNED).end()).status == 503
+        assert (await used(gateway))["spent_tokens"] == 0
+
+
+@COUNTERS
+async def test_what_asks_no_node_counts_as_a_request(counters: str, valkey: str) -> None:
+    everything: list[tuple[str, str, Any]] = [
+        ("POST", "/v1/conversations", {}),
+        ("GET", "/v1/conversations/conv_0", b""),
+        ("POST", "/v1/conversations/conv_0", {"metadata": {}}),
+        ("DELETE", "/v1/conversations/conv_0", b""),
+        ("GET", "/v1/conversations/conv_0/items", b""),
+        ("POST", "/v1/conversations/conv_0/items", {"items": []}),
+        ("GET", "/v1/conversations/conv_0/items/msg_0", b""),
+        ("DELETE", "/v1/conversations/conv_0/items/msg_0", b""),
+        ("GET", "/v1/responses/resp_0", b""),
+        ("DELETE", "/v1/responses/resp_0", b""),
+        ("GET", "/v1/responses/resp_0/input_items", b""),
+        ("POST", "/v1/responses/resp_0/cancel", b""),
+        ("POST", "/v1/responses", {"model": "m", "input": "Hi", "previous_response_id": "resp_0"}),
+        ("POST", "/v1/messages/count_tokens", CHAT),
+    ]
+    keys = alice(f"counts-{counters}", requests_per_minute=len(everything))
+    async with rig(FakeNeuron().ready("m"), keys=keys, access=access(counters, valkey)) as gateway:
+        for number, (method, path, body) in enumerate(everything, 1):
+            assert (await gateway.call(method, path, body, SIGNED).end()).status != 429
+            assert (await used(gateway))["requests"] == number, path
+        assert (await used(gateway))["running"] == 0
+        for method, path, body in everything:
+            call = await gateway.call(method, path, body, SIGNED).end()
+            assert (call.status, call.json()["error"].get("code", "requests_per_minute_exceeded")) == (
+                429,
+                "requests_per_minute_exceeded",
+            ), path
