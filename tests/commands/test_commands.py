@@ -27,8 +27,29 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 OF_THE_SYSTEM = frozenset(
-    "export mkdir ln systemd-sysusers systemd-tmpfiles systemctl head install firewall-cmd openssl printf claude aider "
-    "python3.11 podman git gh base64 cline qwen lm_eval".split()  # noqa: SIM905
+    [
+        "export",
+        "mkdir",
+        "ln",
+        "systemd-sysusers",
+        "systemd-tmpfiles",
+        "systemctl",
+        "head",
+        "install",
+        "firewall-cmd",
+        "openssl",
+        "printf",
+        "claude",
+        "aider",
+        "python3.11",
+        "podman",
+        "git",
+        "gh",
+        "base64",
+        "cline",
+        "qwen",
+        "lm_eval",
+    ]
 )
 """Commands that are not ours. What they name of ours is checked all the same."""
 
