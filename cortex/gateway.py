@@ -48,6 +48,7 @@ from cortex.http_io import (
     find_header,
 )
 from cortex.inference import Inference
+from cortex.loop_lag import watch_lag
 from cortex.metrics import (
     FleetSample,
     Metrics,
@@ -107,6 +108,7 @@ class Gateway:
         self.settings, self.offered = settings, offered
         self._stop_metrics: Callable[[], None] = lambda: None
         self._counting: asyncio.Task[None] | None = None
+        self._lag: asyncio.Task[None] | None = None
         self._store = store.make(settings.store)
         conversations = Conversations(self._store)
         self.gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens, local_token)
@@ -208,6 +210,7 @@ class Gateway:
         if self.settings.gateway.metrics_listen:
             self._stop_metrics = self.metrics.serve(*split_address(self.settings.gateway.metrics_listen))
         self._counting = self.supervisor.start("metrics", self.metrics.run)
+        self._lag = self.supervisor.start("loop lag", lambda: watch_lag(self.metrics.loop_lag_s.observe))
         self.service.start()
         self._feed.start()
 
@@ -223,6 +226,8 @@ class Gateway:
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""
         await self._feed.stop()
+        if self._lag is not None:
+            self._lag.cancel()
         await self._background.stop()
         await self.service.stop()
         await self.gate.ledger.close()

@@ -32,6 +32,7 @@ from prometheus_client.registry import Collector
 
 from cortex._fast.record import Record
 from cortex.build_identity import COMMIT
+from cortex.loop_lag import BUCKETS_S
 from cortex.wire import VERSION
 
 log = logging.getLogger("cortex.metrics")
@@ -254,6 +255,12 @@ class Metrics:
             "cortex_background_failures",
             "Failures of background tasks, each of which was started again.",
             ("task",),
+            registry=self.registry,
+        )
+        self.loop_lag_s = Histogram(
+            "cortex_loop_lag_seconds",
+            "How late the event loop was, four times a second.",
+            buckets=BUCKETS_S,
             registry=self.registry,
         )
         self.loads = Counter(

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from cortex import logs
 from cortex.build_identity import COMMIT
+from cortex.loop_lag import BUCKETS_S
 from cortex.tracing import Trace
 from cortex.wire import VERSION
 from cortex.wire.events import Failed, Finished, InferenceEvent, Started
@@ -29,6 +30,12 @@ _RATE_BUCKETS = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 250, 500, 1000, 2000)
 REQUESTS = Counter("neuron_requests", "Finished requests", ["model", "dialect", "status"], registry=REGISTRY)
 TOKENS = Counter("neuron_tokens", "Tokens processed", ["model", "kind"], registry=REGISTRY)
 BACKGROUND_FAILURES = Counter("neuron_background_failures", "Failures of background tasks", ["task"], registry=REGISTRY)
+LOOP_LAG = Histogram(
+    "neuron_loop_lag_seconds",
+    "How late the daemon's event loop was, four times a second",
+    buckets=BUCKETS_S,
+    registry=REGISTRY,
+)
 FIRST_TOKEN = Histogram(
     "neuron_time_to_first_token_seconds",
     "From the request's arrival to its first generated token",

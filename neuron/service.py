@@ -24,6 +24,7 @@ from granian.server.embed import Server
 from cortex import systemd
 from cortex.extras import INSTALL, missing_for_neuron
 from cortex.guard import Guard
+from cortex.loop_lag import watch_lag
 from cortex.request_body import HEAD_TIMEOUT_S
 from cortex.settings import read_secret, split_address, url_of
 from cortex.supervise import Supervisor
@@ -201,6 +202,7 @@ class Service:
         housekeeping = start("housekeeping", self._keep_house)
         stopping = asyncio.create_task(self._stopping.wait())
         pulse = start("systemd pulse", self._tell_systemd)
+        lag = start("loop lag", lambda: watch_lag(metrics.LOOP_LAG.observe))
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
@@ -209,7 +211,7 @@ class Service:
             systemd.notify(systemd.STOPPING)
             await self._drain()
         finally:
-            tasks = (activation, housekeeping, stopping, pulse)
+            tasks = (activation, housekeeping, stopping, pulse, lag)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -49,6 +49,7 @@ FLOORS = {
     "cortex.ending": 0,
     "cortex.memory": 0,
     "cortex.supervise": -1,
+    "cortex.loop_lag": -1,
     "cortex.request_body": -1,
     "cortex.relay": 4,
     "cortex.inference": 5,
@@ -127,6 +128,7 @@ NEURON_MAY_USE_OF_CORTEX = (
     "cortex.tracing",
     "cortex.guard",
     "cortex.supervise",
+    "cortex.loop_lag",
     "cortex.systemd",
     "cortex.build_identity",
 )

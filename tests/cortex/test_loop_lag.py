@@ -1,0 +1,28 @@
+"""How late event loops are."""
+
+import asyncio
+import time
+
+from fake_neuron import FakeNeuron
+from gateway_rig import rig, until
+
+from cortex.loop_lag import watch_lag
+from neuron import metrics as neuron_metrics
+
+
+async def test_what_holds_a_loop_up_shows() -> None:
+    told: list[float] = []
+    watching = asyncio.ensure_future(watch_lag(told.append, 0.01))
+    await until(lambda: told)
+    time.sleep(0.3)
+    num_before = len(told)
+    await until(lambda: len(told) > num_before)
+    assert max(told) > 0.2
+    assert min(told) >= 0
+    watching.cancel()
+
+
+async def test_both_daemons_show_it() -> None:
+    async with rig(FakeNeuron().ready("m")) as gateway:
+        await until(lambda: gateway.metric("cortex_loop_lag_seconds_count"))
+    assert b"neuron_loop_lag_seconds_bucket" in neuron_metrics.render((), (), ())
