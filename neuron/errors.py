@@ -107,12 +107,6 @@ class TooManyModelsError(UnavailableError):
     code = "too_many_models"
 
 
-class LoadFailedError(UnprocessableError):
-    """The model's files made a reader of them fail in a way that has no error of its own."""
-
-    code = "load_failed"
-
-
 class ModelFailedError(UnavailableError):
     """The model's last load failed; asking for it to be loaded tries again."""
 

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from cortex.wire.errors import (
+    ApiError,
     ContextLengthError,
+    ErrorInfo,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
@@ -45,7 +47,7 @@ from neuron.device.jobs import (
     Unload,
 )
 from neuron.engine.device_graphs import Graphs
-from neuron.engine.errors import GroupLostError, error_info, raise_device_fault
+from neuron.engine.errors import GroupLostError, error_info, raise_device_fault, ran_out
 from neuron.engine.group_runner import Follower
 from neuron.engine.loaded import Model
 from neuron.engine.loading import load_model
@@ -54,6 +56,7 @@ from neuron.engine.prefix import root_key
 from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
 from neuron.engine.sequence import Sequence
+from neuron.models.errors import LoadFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +118,32 @@ class Engine:
         return bool(self._loads or self._followers) or any(model.busy for model in self._models.values())
 
     def handle(self, message: bytes) -> None:
-        """Take one message of the daemon's. Raises DeviceFault, and ``msgspec.DecodeError`` for what is none."""
-        job = self._decoder.decode(message)
+        """Take one message of the daemon's; one that cannot be read fails what it asks for. Raises DeviceFault."""
+        try:
+            job = self._decoder.decode(message)
+        except msgspec.MsgspecError as error:
+            self._refuse(message, error)
+            return
         try:
             self._do(job)
         except Exception as error:
             raise_device_fault(error)
             raise
+
+    def _refuse(self, message: bytes, error: Exception) -> None:
+        """Answer a message that is none of those known: whoever asks is told, and nobody else is the worse for it."""
+        logger.error("a message of %d bytes cannot be read: %s", len(message), error)
+        info = InvalidRequestError(f"the worker of {self._name} cannot read what it was sent: {error}").info()
+        try:
+            fields = msgspec.msgpack.decode(message)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+            return
+        if not isinstance(fields, dict):
+            return
+        if isinstance(number := fields.get("sequence"), int) and number not in self._model_of:
+            self._send(SequenceFailed(number, info))
+        elif isinstance(number := fields.get("job"), int):
+            self._send(JobFailed(number, info))
 
     def _do(self, job: ToWorker) -> None:
         match job:
@@ -263,7 +285,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this job's)
             if not isinstance(error, GroupLostError):  # nothing of this device's is lost with a load
                 raise_device_fault(error)
-            info = error_info(error)
+            info = _load_error(job.spec.id, error)
             # Not the error itself: a record would keep the frames it came through, and what they hold.
             logger.warning("load of %s failed: %s", job.spec.id, info.message)
             del self._loads[job.spec.id]
@@ -329,6 +351,13 @@ class Engine:
 
     def _send(self, message: FromWorker) -> None:
         self._send_bytes(self._encoder.encode(message))
+
+
+def _load_error(name: str, error: Exception) -> ErrorInfo:
+    """Return what a load is told of ``error``: what no reader of files foresaw is about the files."""
+    if isinstance(error, ApiError) or ran_out(error) or isinstance(getattr(error, "code", None), str):
+        return error_info(error)
+    return LoadFailedError(f"the files of {name!r} cannot be loaded: {type(error).__name__}: {error}").info()
 
 
 def _sequence(job: Generate | Embed, model: Model) -> Sequence:

@@ -268,25 +268,28 @@ class Model:
                     executor.clear_pages(sequence.pages[sequence.num_settled // PAGE_TOKENS :])
                 self._fail([sequence], NonFiniteLogitsError(self.name), output)
                 continue
-            if sequence.pooling is not None:
-                rows = slice(*np.searchsorted(plan.hidden_rows, plan.cu_seqlens[index : index + 2]))
-                self._pool(sequence, num_tokens, outcome.hidden[rows], output)
-                continue
-            scores: TokenLogprobs | None = None
-            if sequence.scores_prompt and len(plan.targets):
-                num_scored = int(np.count_nonzero(plan.targets[first:end] >= 0))
-                scores = joined([outcome.logprobs[row] for row in range(first, first + num_scored)])
-                first += num_scored
-                sampled = sampled[num_scored:]
-            if first == end:
-                self.scheduler.settle(sequence, num_tokens, 0)
-                if scores is not None:
-                    output.rows.append(TokenRow(sequence.number, b"", None, sequence.num_cached, None, scores))
-            else:
-                num_tokens = 1 if index < num_generating else num_tokens
-                certain = sampled if later else self._certain(sequence, sampled)
-                logprobs = outcome.logprobs.get(first)
-                self._continue(sequence, num_tokens, end - first, certain, logprobs, output, scores)
+            try:
+                if sequence.pooling is not None:
+                    rows = slice(*np.searchsorted(plan.hidden_rows, plan.cu_seqlens[index : index + 2]))
+                    self._pool(sequence, num_tokens, outcome.hidden[rows], output)
+                    continue
+                scores: TokenLogprobs | None = None
+                if sequence.scores_prompt and len(plan.targets):
+                    num_scored = int(np.count_nonzero(plan.targets[first:end] >= 0))
+                    scores = joined([outcome.logprobs[row] for row in range(first, first + num_scored)])
+                    first += num_scored
+                    sampled = sampled[num_scored:]
+                if first == end:
+                    self.scheduler.settle(sequence, num_tokens, 0)
+                    if scores is not None:
+                        output.rows.append(TokenRow(sequence.number, b"", None, sequence.num_cached, None, scores))
+                else:
+                    num_tokens = 1 if index < num_generating else num_tokens
+                    certain = sampled if later else self._certain(sequence, sampled)
+                    logprobs = outcome.logprobs.get(first)
+                    self._continue(sequence, num_tokens, end - first, certain, logprobs, output, scores)
+            except Exception as error:  # noqa: BLE001 (whatever it is, it is this sequence's)
+                self._fail([sequence], error, output)
 
     def _certain(self, sequence: Sequence, sampled: list[int]) -> list[int]:
         """Return of the tokens ``sampled`` in rows of one step the first and those after right guesses."""

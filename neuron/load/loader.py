@@ -15,10 +15,10 @@ from typing import Final
 import msgspec
 
 from cortex.wire.errors import ApiError
-from neuron.errors import LoadFailedError
 from neuron.harness import Model
 from neuron.load import source
 from neuron.load.table import Entry, GiveRoom
+from neuron.models.errors import LoadFailedError
 
 _log = logging.getLogger("neuron.models")
 

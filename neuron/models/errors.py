@@ -43,3 +43,9 @@ class DoesNotFitError(UnprocessableError):
         super().__init__(message)
         self.needed_bytes = needed_bytes
         """Free bytes with which it would fit."""
+
+
+class LoadFailedError(UnprocessableError):
+    """The model's files made a reader of them fail in a way that has no error of its own."""
+
+    code = "load_failed"

@@ -587,9 +587,56 @@ def test_shutdown_cancels_everything_and_stops(driver: Any) -> None:
     assert not driver.engine.busy
 
 
-def test_what_is_no_message_is_not_swallowed(driver: Any) -> None:
-    with pytest.raises(msgspec.DecodeError):
-        driver.engine.handle(b"\xc1")
+def test_what_is_no_message_is_its_senders_error(driver: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker goes on, and so does what runs in it; whoever sent it is told, where it says who that is."""
+    driver.generate(1, PROMPT, 5)
+    driver.engine.step()
+    spec = msgspec.to_builtins(ModelSpec("n", "x"))
+    packed = msgspec.msgpack.encode
+    for message in (
+        *(b"\xc1", b"", b"\xff" * 100, b"\x91" * 5000, packed([]), packed({}), packed({"type": "dance"})),
+        packed({"type": "generate", "sequence": 7, "prompt": "no"}),
+        packed({"type": "generate", "sequence": 1}),
+        packed({"type": "embed", "sequence": 8, "pooling": "best"}),
+        packed({"type": "load", "job": 9, "spec": {**spec, "id": "a\nb"}, "path": "x"}),
+        packed({"type": "load", "job": 10, "spec": {**spec, "max_sequences": 1 << 60}, "path": "x"}),
+    ):
+        driver.engine.handle(message)
+    assert {number: error.status for number, error in driver.failures().items()} == {7: 400, 8: 400}
+    failed = [sent for sent in driver.sent if isinstance(sent, jobs.JobFailed)]
+    assert [(sent.job, sent.error.status) for sent in failed] == [(9, 400), (10, 400)]
+    assert "cannot be read" in caplog.text
+    driver.run()
+    assert len(driver.outputs()[1]) == 5
+
+
+def test_an_exception_in_one_sequences_outcome_is_its_own(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.generate(1, PROMPT, 5)
+    driver.generate(2, PROMPT, 5)
+    driver.engine.step()
+    proceed = model_of(driver)._continue
+
+    def fail(sequence: Any, *rest: Any) -> None:
+        if sequence.number == 1:
+            raise ValueError("a token of no kind")
+        proceed(sequence, *rest)
+
+    monkeypatch.setattr(model_of(driver), "_continue", fail)
+    driver.run()
+    assert {number: error.code for number, error in driver.failures().items()} == {1: "engine_error"}
+    assert len(driver.outputs()[2]) == 5
+    assert model_of(driver).scheduler.pool.num_free == model_of(driver).scheduler.limits.num_pages
+
+
+def test_what_no_reader_of_files_foresaw_is_about_the_files(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("neuron.engine.loading.open_weights", broken)
+    driver.load(pathlib.Path("/no/such"), name="other")
+    failed = [sent for sent in driver.sent if isinstance(sent, jobs.JobFailed)]
+    assert [(sent.error.status, sent.error.code) for sent in failed] == [(422, "load_failed")]
+    assert "surprise" in failed[0].error.message
 
 
 def num_tensors() -> int:
