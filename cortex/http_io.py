@@ -27,8 +27,9 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from cortex._fast.outlet import Outlet
+from cortex.body_encoding import TAKEN, decoded
 from cortex.request_body import BODY_TIMEOUT_S, read_at_most
-from cortex.wire.errors import ApiError, BodyTooLargeError, SlowBodyError
+from cortex.wire.errors import ApiError, BodyTooLargeError, SlowBodyError, UnsupportedEncodingError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -98,6 +99,7 @@ class Exchange(abc.ABC):
             BodyTooLargeError: it is longer than ``limit_bytes``, no more than that was kept; or in too many pieces.
             SlowBodyError: it takes too long.
             ClientDisconnectedError: the client left while sending it.
+            ApiError: it is compressed, and cannot be decoded.
         """
         try:
             declared = self.check_length(limit_bytes)
@@ -105,7 +107,7 @@ class Exchange(abc.ABC):
                 raise self.known_body
             if self.known_body is not None:
                 return self.known_body
-            return await self._read(declared, limit_bytes)
+            return await self.decode(await self._read(declared, limit_bytes), limit_bytes)
         except (BodyTooLargeError, SlowBodyError):
             self.is_last = self.is_last or self.is_alone
             raise
@@ -146,6 +148,17 @@ class Exchange(abc.ABC):
     @abc.abstractmethod
     def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
         """Call ``tell`` when the client has gone; return what ends that. Call only after the body was read."""
+
+    async def decode(self, body: bytes, limit_bytes: int) -> bytes:
+        """Return a body without the encoding that its header names. Raises as :func:`cortex.body_encoding.decoded`."""
+        encoding = self.header(b"content-encoding")
+        if encoding is None:
+            return body
+        try:
+            return await decoded(body, encoding.decode("latin-1"), limit_bytes)
+        except UnsupportedEncodingError:
+            self.told[b"accept-encoding"] = TAKEN.encode()
+            raise
 
     def check_length(self, limit_bytes: int) -> int | None:
         """Return how long the body is by its own account.

@@ -29,7 +29,9 @@ TOO_BIG = 1009
 INTERNAL_ERROR = 1011
 """Close codes: a message is longer than a body may be, and what is nobody's fault but ours."""
 
-_NOT_FORWARDED = frozenset({b"connection", b"upgrade", b"content-length", b"content-type", b"transfer-encoding"})
+_NOT_FORWARDED = frozenset(
+    {b"connection", b"upgrade", b"content-encoding", b"content-length", b"content-type", b"transfer-encoding"}
+)
 _OWN_FIELDS = ("type", "generate", "stream_id", "stream", "background")
 _MESSAGE = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _STRING = msgspec.json.Decoder(str)

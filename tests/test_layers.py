@@ -20,6 +20,7 @@ FLOORS = {
     "cortex.tracing": -1,
     "cortex.build_identity": -1,
     "cortex.metrics": 0,
+    "cortex.body_encoding": -1,
     "cortex.guard": -1,
     "cortex.http_io": 0,
     "cortex.settings": -2,

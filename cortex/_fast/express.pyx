@@ -177,6 +177,8 @@ cdef class Way:
                 given = getattr(scope, "authority", None)  # as HTTP/2 has it
             if given not in lane.hosts:
                 return None
+        if headers.get("content-encoding") is not None:
+            return None
         given = headers.get("content-length")
         if given is None or not given.isdigit() or len(given) > 12 or int(given) > lane.max_body_bytes:
             return None

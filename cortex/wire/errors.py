@@ -194,6 +194,13 @@ class SlowBodyError(ApiError):
     code = "request_timeout"
 
 
+class UnsupportedEncodingError(ApiError):
+    """The body is compressed in a way that is not read here."""
+
+    status = 415
+    code = "unsupported_encoding"
+
+
 class NotFoundError(ApiError):
     """No such path."""
 

@@ -1,0 +1,64 @@
+"""Bodies that a client has compressed: gzip and deflate are read within the bound of a body, all else is refused.
+
+What is kept never exceeds the bound, however far a few bytes would expand. zlib works without the interpreter's lock,
+so that large bodies are decoded in a thread and nobody else waits for them.
+"""
+
+import asyncio
+import zlib
+
+from cortex.wire.errors import BodyTooLargeError, InvalidRequestError, UnsupportedEncodingError
+
+TAKEN = "gzip, deflate"
+INLINE_BYTES = 64 * 1024
+"""Longer ones, compressed or not, are decoded in a thread."""
+
+MAX_MEMBERS = 64
+"""Of one gzip body: files that were put together have a few, and each costs a beginning."""
+
+
+async def decoded(body: bytes, encoding: str, limit_bytes: int) -> bytes:
+    """Return a body as it was before it was encoded.
+
+    Raises:
+        UnsupportedEncodingError: by something else than gzip or deflate, or by several.
+        BodyTooLargeError: it is longer than ``limit_bytes``.
+        InvalidRequestError: it is not what its header says.
+    """
+    name = encoding.strip().lower()
+    if name in ("", "identity"):
+        return body
+    if name not in ("gzip", "x-gzip", "deflate"):
+        shown = "".join(c if c.isascii() and c.isprintable() else "?" for c in encoding[:40])
+        raise UnsupportedEncodingError(
+            f"A body with content-encoding '{shown}' is not read: send it plain, or by one of {TAKEN}."
+        )
+    if len(body) <= INLINE_BYTES and limit_bytes <= INLINE_BYTES * 64:
+        return inflate(body, name, limit_bytes)
+    return await asyncio.to_thread(inflate, body, name, limit_bytes)
+
+
+def inflate(body: bytes, name: str, limit_bytes: int) -> bytes:
+    """Return a gzip or deflate body decompressed; see :func:`decoded`."""
+    pieces: list[bytes] = []
+    room = limit_bytes
+    for _ in range(MAX_MEMBERS):
+        # RFC 9110 has deflate in zlib's frame; some clients leave that out.
+        raw = name == "deflate" and (len(body) < 2 or body[0] & 0x0F != 8 or (body[0] << 8 | body[1]) % 31)
+        reader = zlib.decompressobj(31 if name != "deflate" else -15 if raw else 15)
+        try:
+            piece = reader.decompress(body, room + 1)
+        except zlib.error:
+            raise InvalidRequestError(f"The request body is not {name}, as its content-encoding says.") from None
+        if len(piece) > room:
+            raise BodyTooLargeError(f"The request body is longer than the {limit_bytes} bytes that are read, decoded.")
+        pieces.append(piece)
+        room -= len(piece)
+        if not reader.eof:
+            raise InvalidRequestError(f"The request body ends before its {name} does.")
+        body = reader.unused_data
+        if not body:
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if name == "deflate":
+            break
+    raise InvalidRequestError(f"Something follows the {name} in the request body.")
