@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from cortex._fast.peek import peek
 from cortex._fast.sse import FrameDecoder, encode
 from cortex.dialects.passthrough import responses_failure
 from cortex.errors import GatewayStoppedError, NotAnAnswerError, TooLongAnswerError
@@ -80,6 +81,7 @@ class Run:
         for frame in self._decoder.feed(data):
             if self.ended:
                 break  # nothing follows the last one
+            peek(frame.data)  # all of it is JSON, which is read again and again
             told = _EVENT.decode(frame.data)
             ended = (frame.event or b"").decode("latin-1") in LAST
             if ended and told.status not in _ENDS:

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import orjson
@@ -20,6 +20,7 @@ from cortex._fast.sse import FrameDecoder
 from cortex.dialects import anthropic_errors
 from cortex.dialects.openai_errors import error_body, error_object, response_error_code
 from cortex.wire.errors import ErrorInfo, UpstreamError
+from cortex.wire.events import Tokens
 from cortex.wire.responses_events import LAST, ResponsesEvent
 
 STATUS_OF_TYPE = {
@@ -83,10 +84,6 @@ NO_PART = GatewayPart()
 """Of a request that no gateway has done anything with."""
 
 _GATEWAY_PART = msgspec.json.Decoder(GatewayPart)
-
-
-Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
-"""A count of tokens that can be added to counters and budgets; any other is none."""
 
 
 class TokenDetails(msgspec.Struct, frozen=True):
@@ -334,7 +331,7 @@ def _begun_response(first: bytes) -> dict[str, Any]:
 _FINISH = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 # Inside a JSON string every quote is escaped, so these are found in structure only.
-_SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d+)')
+_SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d{1,15})\b')
 
 COMMENT = b": keep-alive\n\n"
 """The only heartbeat that OpenAI's clients let pass: to them an event without a payload of theirs is an error."""

@@ -6,10 +6,14 @@ Nothing follows ``Failed`` or the last ``Finished``. Events carry text, never fr
 """
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
 from cortex.wire.errors import ErrorInfo
+
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+"""Count of tokens as another process writes it, which can be added to counters and budgets; any other is none."""
 
 
 class FinishReason(StrEnum):

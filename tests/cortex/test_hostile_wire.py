@@ -1,0 +1,27 @@
+"""Answers made at random, and those that a fuzzer found: only typed errors come of them, however they are cut."""
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from hostile_wire import Checker, samples
+
+KEPT = sorted((pathlib.Path(__file__).parents[1] / "fuzz" / "corpus" / "upstream").iterdir())
+
+
+@pytest.fixture
+def checker() -> Iterator[Checker]:
+    found = Checker()
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
+def test_what_a_fuzzer_found_is_an_answer_or_a_typed_error(path: pathlib.Path, checker: Checker) -> None:
+    checker.check(path.read_bytes())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_answers_are_answers_or_typed_errors(seed: int, checker: Checker) -> None:
+    for wire in samples(400, seed):
+        checker.check(wire)
