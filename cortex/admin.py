@@ -20,6 +20,7 @@ from cortex.fleet.router import offered_profile
 from cortex.fleet.service import FleetService
 from cortex.http_io import Exchange
 from cortex.settings import ConfigError
+from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, InvalidRequestError, ModelNotFoundError, NotFoundError
 from cortex.wire.node import (
     Device,
@@ -53,10 +54,14 @@ class NodeReport(msgspec.Struct, frozen=True):
 
 
 class FleetReport(msgspec.Struct, frozen=True):
-    """``GET /admin/fleet``. ``config_error`` is why the files as they are now are not in force."""
+    """``GET /admin/fleet``. ``config_error`` is why the files as they are now are not in force.
+
+    ``degraded`` names the parts of the gateway that do not do what they should.
+    """
 
     nodes: tuple[NodeReport, ...]
     config_error: str | None = None
+    degraded: tuple[str, ...] = ()
 
 
 class KeyReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +128,9 @@ class Admin:
         gate: Gate,
         reload: Callable[[], None],
         config_error: Callable[[], ConfigError | None],
+        supervisor: Supervisor,
     ) -> None:
+        self._supervisor = supervisor
         self._service = service
         self._fleet = service.fleet
         self._gate = gate
@@ -177,13 +184,13 @@ class Admin:
         await self._on_each(exchange, asked.model, asked.node, act)
 
     async def pin(self, exchange: Exchange) -> None:
-        """``POST /admin/models/pin``."""
+        """``POST /admin/models/pin``. What is nowhere is pinned nowhere: there, letting go of it has been done."""
         asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _PIN_ACT)
 
         async def act(neuron: NeuronClient, status: ModelStatus) -> ModelStatus:
             return await neuron.pin(PinRequest(status.id, asked.pinned))
 
-        await self._on_each(exchange, asked.model, asked.node, act)
+        await self._on_each(exchange, asked.model, asked.node, act, may_be_nowhere=not asked.pinned)
 
     async def drain(self, exchange: Exchange) -> None:
         """``POST /admin/nodes/drain``: the node takes nothing new; what runs there goes on."""
@@ -221,7 +228,7 @@ class Admin:
             )
             for node in self._fleet.state.nodes.values()
         )
-        return FleetReport(nodes, None if error is None else str(error))
+        return FleetReport(nodes, None if error is None else str(error), self._supervisor.degraded)
 
     async def _on_each(
         self,
@@ -229,6 +236,8 @@ class Admin:
         name: str,
         node: str,
         act: Callable[[NeuronClient, ModelStatus], Awaitable[ModelStatus]],
+        *,
+        may_be_nowhere: bool = False,
     ) -> None:
         """Do something about a model on a node, or on all that have it, and tell what came of it."""
         model = self._service.catalogue.resolve(name)
@@ -242,7 +251,8 @@ class Admin:
             for known in self._fleet.state.listing.get(model, ())
             if (known.name == node if node else known.models[model].state is not ModelState.AVAILABLE)
         }
-        if not found:
+        is_known = model in self._service.catalogue.profiles or model in self._fleet.state.listing
+        if not found and not (may_be_nowhere and is_known):
             where = f"on {node}" if node else "on any node that is up"
             raise ModelNotFoundError(f"The model {name!r} is not {where}.", param="model")
         outcomes = await asyncio.gather(*(act(self._neuron(known), status) for known, status in found.items()))

@@ -72,6 +72,9 @@ log = logging.getLogger("cortex")
 API = "/v1/"
 """What the paths for clients begin with."""
 
+METRICS_RETRY_S = 5.0
+"""Seconds between two tries to serve metrics at a port that something else has."""
+
 Endpoint = Callable[[Exchange], Awaitable[None]]
 Methods = Mapping[str, Endpoint]
 
@@ -107,6 +110,8 @@ class Gateway:
         )
         self.settings, self.offered = settings, offered
         self._stop_metrics: Callable[[], None] = lambda: None
+        self._has_metrics = False
+        self._serving_metrics: asyncio.Task[None] | None = None
         self._counting: asyncio.Task[None] | None = None
         self._lag: asyncio.Task[None] | None = None
         self._store = store.make(settings.store)
@@ -120,7 +125,7 @@ class Gateway:
         self._inference = inference = Inference(
             settings, offered, dispatcher, self.book, conversations, self._background, self.gate
         )
-        admin = Admin(self.service, self.gate, reload, config_error)
+        admin = Admin(self.service, self.gate, reload, config_error, self.supervisor)
         page = assets.read()
         self._feed = Feed(
             self.service,
@@ -208,11 +213,36 @@ class Gateway:
         await self.gate.ledger.open(self.supervisor)
         forget_dead_workers()
         if self.settings.gateway.metrics_listen:
-            self._stop_metrics = self.metrics.serve(*split_address(self.settings.gateway.metrics_listen))
+            self._serve_metrics(is_first=True)
+            if not self._has_metrics:
+                self._serving_metrics = self.supervisor.start("metrics listener", self._keep_trying_to_serve_metrics)
         self._counting = self.supervisor.start("metrics", self.metrics.run)
         self._lag = self.supervisor.start("loop lag", lambda: watch_lag(self.metrics.loop_lag_s.observe))
         self.service.start()
         self._feed.start()
+
+    def _serve_metrics(self, *, is_first: bool) -> None:
+        """Serve metrics if the port is free. Where workers share theirs, one of them is enough."""
+        host, port = split_address(self.settings.gateway.metrics_listen)
+        is_shared = folder_of_workers() is not None
+        try:
+            self._stop_metrics = self.metrics.serve(host, port)
+            self._has_metrics = True
+        except OSError as error:
+            if is_first:
+                level = logging.INFO if is_shared else logging.WARNING
+                why = error.strerror or str(error)
+                said = "metrics are not served by this worker: %s:%d: %s; tried again every %.0f s"
+                log.log(level, said, host, port, why, METRICS_RETRY_S)
+        else:
+            if not is_first:
+                log.info("metrics are served now: %s:%d", host, port)
+        self.supervisor.mark("metrics listener", is_degraded=not self._has_metrics and not is_shared)
+
+    async def _keep_trying_to_serve_metrics(self) -> None:
+        while not self._has_metrics:
+            await asyncio.sleep(METRICS_RETRY_S)
+            self._serve_metrics(is_first=False)
 
     def prepare_to_stop(self) -> None:
         """End what would go on until its client leaves."""
@@ -232,6 +262,8 @@ class Gateway:
         await self.service.stop()
         await self.gate.ledger.close()
         await self._stop_counting()
+        if self._serving_metrics is not None:
+            self._serving_metrics.cancel()
         self._stop_metrics()
         if self._store is not None:
             await self._store.close()

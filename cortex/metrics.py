@@ -312,7 +312,11 @@ class Metrics:
             series.count()
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
-        """Serve all workers' metrics if this one is the first to bind the port; return what stops that."""
+        """Serve all workers' metrics if this one is the first to bind the port; return what stops that.
+
+        Raises:
+            OSError: somebody else has the port.
+        """
         counters = self.registry
         registry = CollectorRegistry()
         directory = os.environ.get(MULTIPROCESS_VARIABLE)
@@ -323,11 +327,7 @@ class Metrics:
             ProcessCollector(registry=registry)
         registry.register(_Current(counters, self._fleet))
         registry.register(_FleetCollector(self._fleet))
-        try:
-            server, thread = start_http_server(port, host, registry)
-        except OSError as error:
-            log.info("metrics are not served by this worker: %s:%d: %s", host, port, error.strerror)
-            return lambda: None
+        server, thread = start_http_server(port, host, registry)
 
         def stop() -> None:
             server.shutdown()

@@ -5,6 +5,7 @@ Exit status 0, 1 for a gateway that cannot be reached or says no, 2 for a wrong 
 """
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ import pathlib
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +30,8 @@ EXIT_CONFIG = 2
 LOOK_TIMEOUT_S = 10.0
 ACT_TIMEOUT_S = 3600.0
 """A load may have to download its weights first."""
+LOOK_AT_LOAD_S = 1.0
+"""Seconds between two looks at a load that is awaited."""
 KEY_VARIABLE = "CORTEX_KEY"
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 
@@ -92,7 +96,47 @@ def _models(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node}
-    return _show(options, _ask(options, "POST", "/admin/models/load", body), report.print_act)
+    watcher = _LoadWatcher(options)
+    watcher.start()
+    try:
+        answer = _ask(options, "POST", "/admin/models/load", body)
+    finally:
+        watcher.stop()
+    return _show(options, answer, report.print_act)
+
+
+class _LoadWatcher(threading.Thread):
+    """Says on standard error how far a load is, while it is awaited. What it cannot find out it leaves out."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(daemon=True)
+        self._options = options
+        self._ended = threading.Event()
+        self._said = ""
+
+    def run(self) -> None:
+        """Look once a second."""
+        self._say(f"loading {self._options.model}")
+        while not self._ended.wait(LOOK_AT_LOAD_S):
+            with contextlib.suppress(GatewayError, ConfigError, ValueError, KeyError, TypeError):
+                self._look(orjson.loads(_ask(self._options, "GET", "/admin/fleet")))
+
+    def stop(self) -> None:
+        """Say no more."""
+        self._ended.set()
+        self.join(LOOK_TIMEOUT_S)
+
+    def _look(self, fleet: dict[str, Any]) -> None:
+        for node in fleet["nodes"]:
+            for model in node["models"]:
+                if model["id"] == self._options.model and model["state"] == "loading":
+                    self._say(f"loading {model['id']} on {node['name']}: {model.get('progress', 0):.0%}")
+
+    def _say(self, line: str) -> None:
+        if line != self._said and not self._ended.is_set():
+            self._said = line
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
 
 
 def _unload(options: argparse.Namespace) -> int:
@@ -169,7 +213,8 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, An
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise GatewayError(f"no gateway answers at {url}: {error}") from None
     if response.status != 200:
-        raise GatewayError(f"{url}{path} answered with status {response.status}: {_message(answer)}")
+        message = _message(answer) or "no reason given"
+        raise GatewayError(f"the gateway says no: {message} (status {response.status} of {url}{path})")
     return answer
 
 

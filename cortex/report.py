@@ -70,8 +70,14 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
             )
     if models.row_count:
         console.print(models)
+    for node in nodes:
+        for model in node.get("models", ()):
+            if model.get("error"):
+                console.print(Text(f"{model.get('id', '')} on {node['name']}: {model['error']}", "red"))
     if any(model.get("pinned") for node in nodes for model in node.get("models", ())):
         console.print(Text("* pinned", "dim"))
+    if report.get("degraded"):
+        console.print(Text(f"the gateway does not do all that it should: {', '.join(report['degraded'])}", "red"))
     if report.get("config_error"):
         console.print(Text(f"the configuration was changed and is not in force: {report['config_error']}", "red"))
 
@@ -79,6 +85,8 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
 def print_act(answer: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what an act on a model came to on each node."""
     console = console or standard_console()
+    if not answer.get("nodes"):
+        console.print("the model is on no node: there is nothing to do")
     for node, model in answer.get("nodes", {}).items():
         pinned = ", pinned" if model.get("pinned") else ""
         console.print(Text(f"{model['id']} on {node}: ").append_text(_state(model["state"], pinned)))
@@ -103,8 +111,8 @@ def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> Non
 
 
 def _of(used: int | None, limit: int | None) -> str:
-    """Return ``used/limit`` with large numbers short; nothing where there is no limit."""
-    return f"{_short(used or 0)}/{_short(limit)}" if limit else ""
+    """Return ``used/limit`` with large numbers short; a dash where there is no limit."""
+    return f"{_short(used or 0)}/{_short(limit)}" if limit else "-"
 
 
 def _short(number: int) -> str:

@@ -40,11 +40,16 @@ class Supervisor:
         self._first_pause_s = first_pause_s
         self._healthy_after_s = healthy_after_s
         self._failing: dict[str, int] = {}
+        self._marked: set[str] = set()
 
     @property
     def degraded(self) -> tuple[str, ...]:
-        """The names of the tasks that have failed and not yet run well since, in order."""
-        return tuple(sorted(self._failing))
+        """The names of the tasks that have failed and not yet run well since, and of marked parts, in order."""
+        return tuple(sorted(self._marked.union(self._failing)))
+
+    def mark(self, name: str, *, is_degraded: bool) -> None:
+        """Say of a part that is no task of its own whether it does what it should."""
+        (self._marked.add if is_degraded else self._marked.discard)(name)
 
     def start(self, name: str, work: Work, *, is_restarted: bool = True) -> "asyncio.Task[None]":
         """Run ``work`` until it returns or the task is cancelled; start it again when it raises.

@@ -58,7 +58,9 @@ class Worker:
         logs.configure(gateway.log_format)
         tracing.configure(gateway.trace_endpoint, "cortex", gateway.listen)
         self._reloader = reloader = reload.Reloader(path, self._environment, loaded, self._apply)
-        token = local.obtain(split_address(gateway.listen)[1], self._environment)
+        # Before anything else of this process listens: a server that is not `cortex serve` has an address of its own.
+        addresses = served_at(gateway.listen)
+        token = local.obtain(addresses[0][1], self._environment)
         self.gateway = Gateway(
             loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error, token
         )
@@ -67,7 +69,7 @@ class Worker:
         ports = [split_address(gateway.metrics_listen)[1]] if gateway.metrics_listen else []
         self.ending = Ending(gateway.drain_timeout_s, ports, self.gateway.end_requests, self.gateway.prepare_to_stop)
         self.ending.listen_to_signals()
-        announce(loaded, path)
+        announce(loaded, path, addresses)
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)
         collect_seldom()
@@ -104,22 +106,22 @@ class Worker:
         self.gateway.reconfigure(loaded.config, loaded.catalogue, loaded.keys)
 
 
-def announce(loaded: reload.Loaded, path: pathlib.Path | None) -> None:
-    """Say in the log what has started: its version, where it is reached, what it offers, and whether keys are wanted.
+def served_at(listen: str) -> list[tuple[str, int]]:
+    """Return where clients reach this process: at its server's sockets, or at ``listen`` where it has none yet."""
+    wanted = split_address(listen)
+    found = server_addresses()
+    return [wanted] if not found or any(port == wanted[1] for _, port in found) else found
 
-    Where it is reached is what the process listens at: bare Granian has an address of its own, and no knowledge of
-    ``gateway.listen``.
-    """
+
+def announce(loaded: reload.Loaded, path: pathlib.Path | None, addresses: list[tuple[str, int]]) -> None:
+    """Say in the log what has started, where it is reached, what it offers, and whether keys are wanted."""
     gateway = loaded.config.gateway
-    wanted = split_address(gateway.listen)
-    metrics = split_address(gateway.metrics_listen) if gateway.metrics_listen else None
-    found = [(host, port) for host, port in server_addresses() if metrics is None or port != metrics[1]]
     scheme = "https" if gateway.tls_certificate else "http"
-    at = ",".join(url_of(scheme, *address) for address in found or [wanted])
+    at = ",".join(url_of(scheme, *address) for address in addresses)
     fields = {
         "version": VERSION,
         "at": at,
-        "dashboard": f"{url_of(scheme, *(found or [wanted])[0])}/",
+        "dashboard": f"{url_of(scheme, *addresses[0])}/",
         "metrics": f"http://{gateway.metrics_listen}/metrics" if gateway.metrics_listen else "off",
         "config": path or config.NO_FILE,
         "nodes": ",".join(f"{node.name}={node.endpoint}" for node in loaded.config.neurons),
@@ -127,7 +129,7 @@ def announce(loaded: reload.Loaded, path: pathlib.Path | None) -> None:
         "keys": len(loaded.keys.principals) or "off",
     }
     log.info("started", extra={"fields": fields})
-    if found and all(port != wanted[1] for _, port in found):
+    if split_address(gateway.listen)[1] not in {port for _, port in addresses}:
         log.warning(
             "the server listens at %s, and gateway.listen is %s, which only `cortex serve` reads; "
             "granian takes --host and --port, or GRANIAN_HOST and GRANIAN_PORT",

@@ -18,6 +18,36 @@ from cortex.wire.node import ModelState, NodeState
 PROFILE = ModelProfile(id="m", source="/w", aliases=("alias",))
 
 
+async def test_to_let_go_of_a_pin_that_is_gone_is_done_already() -> None:
+    node = FakeNeuron(name="a").ready("m")
+    async with rig(node) as gateway:
+        acted = await gateway.call("POST", "/admin/models/unload", {"model": "m"}).end()
+        assert acted.status == 200
+        for where in ({}, {"node": "a"}):
+            let_go = await gateway.call("POST", "/admin/models/pin", {"model": "m", "pinned": False, **where}).end()
+            assert let_go.status == 200
+        never = await gateway.call("POST", "/admin/models/pin", {"model": "never", "pinned": False}).end()
+        assert never.status == 404
+
+
+def test_why_a_load_failed_and_a_node_is_down_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    why = "needs 18.2 GiB, free 15.9 GiB on cuda:0; load it with fewer context_tokens, or on another node"
+    failed = {"id": "big", "state": "failed", "error": why}
+    nodes = [{"name": "a", "up": True, "models": [failed]}, {"name": "b", "up": False, "fault": "connection refused"}]
+    report.print_fleet({"nodes": nodes, "degraded": ["metrics listener"]})
+    out = capsys.readouterr().out
+    for needle in (f"big on a: {why}", "b: connection refused", "does not do all that it should: metrics listener"):
+        assert needle in out
+
+
+def test_keys_without_limits_are_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    limited = {"name": "alice", "models": ["*"], "requests_per_minute": 60, "used": {"requests": 7}}
+    report.print_keys({"keys": [limited, {"name": "bob", "models": ["m"], "used": {}}]})
+    *_, alice, bob = (line.split() for line in capsys.readouterr().out.splitlines() if line.strip())
+    assert alice == ["alice", "*", "0", "7/60", "-", "-", "-"]
+    assert bob == ["bob", "m", "0", "-", "-", "-", "-"]
+
+
 async def test_a_model_is_loaded_pinned_and_unloaded() -> None:
     first, second = FakeNeuron("a"), FakeNeuron("b", free_bytes=1 << 30)
     async with rig(first, second, models=(PROFILE,), aliases={"alias": "m"}) as gateway:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -22,6 +23,8 @@ import websockets
 from daemons import free_port
 from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, chat_chunk
 from gateway_rig import until, write_config
+
+from cortex.wire.node import ModelSpec, ModelState, ModelStatus
 
 GRANIAN = str(pathlib.Path(sys.executable).with_name("granian"))
 START_S = 30
@@ -109,11 +112,11 @@ async def test_every_interface_answers_over_every_version(
                 assert (await client.get(server.url + "/v1/nothing")).status_code == 404
                 assert (await client.head(server.url + "/")).status_code == 200
         if version != "2":
-            async with websockets.connect(f"ws://127.0.0.1:{server.port}/v1/responses", compression=None) as socket:
-                await socket.send(json.dumps({"type": "response.create", "model": "m", "input": "Hi", "store": False}))
-                kinds = [json.loads(await socket.recv())["type"]]
+            async with websockets.connect(f"ws://127.0.0.1:{server.port}/v1/responses", compression=None) as line:
+                await line.send(json.dumps({"type": "response.create", "model": "m", "input": "Hi", "store": False}))
+                kinds = [json.loads(await line.recv())["type"]]
                 while kinds[-1] != "response.completed":
-                    kinds.append(json.loads(await socket.recv())["type"])
+                    kinds.append(json.loads(await line.recv())["type"])
     assert "Traceback" not in server.log.read_text()
 
 
@@ -135,6 +138,58 @@ async def test_it_needs_no_configuration(tmp_path: pathlib.Path, interface: str 
 async def test_several_workers_without_configuration(tmp_path: pathlib.Path) -> None:
     async with granian(tmp_path, "--workers", "2", CORTEX_GATEWAY__METRICS_LISTEN="") as server:
         await until(lambda: server.log.read_text().count("cortex started") == 2)
+
+
+async def test_metrics_are_served_as_soon_as_their_port_is_free(tmp_path: pathlib.Path) -> None:
+    """A gateway that could not at its start had none until it was started again."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        async with (
+            granian(tmp_path, CORTEX_GATEWAY__METRICS_LISTEN=f"127.0.0.1:{port}") as server,
+            httpx.AsyncClient() as client,
+        ):
+            assert (await client.get(server.url + "/health")).json()["degraded"] == ["metrics listener"]
+            assert (await client.get(server.url + "/admin/fleet")).status_code in {200, 401, 403}
+            warned = [line for line in server.log.read_text().splitlines() if "metrics are not served" in line]
+            assert len(warned) == 1
+            assert " WARNING " in warned[0]
+            assert f"127.0.0.1:{port}: Address already in use" in warned[0]
+            other.close()
+            async with asyncio.timeout(START_S):
+                while (await client.get(server.url + "/health")).json()["degraded"]:
+                    await asyncio.sleep(0.1)
+            assert "cortex_build_info" in (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+
+
+async def test_a_load_says_how_far_it_is_and_what_came_of_it(tmp_path: pathlib.Path) -> None:
+    go = asyncio.Event()
+    neuron = FakeNeuron(name="a")
+
+    async def load(spec: ModelSpec) -> ModelStatus:
+        neuron.models[spec.id] = ModelStatus(spec.id, ModelState.LOADING, progress=0.42)
+        await go.wait()
+        return neuron.ready(spec.id).models[spec.id]
+
+    neuron.load = load
+    catalogue = '[[models]]\nid = "m"\nsource = "/w"\n'
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(neuron.serving())
+        path = write_config(tmp_path, neuron, models=catalogue, gateway='metrics_listen = ""\n')
+        server = await stack.enter_async_context(granian(tmp_path, CORTEX_CONFIG=str(path)))
+        await is_listed(server, "m")
+        command = str(pathlib.Path(GRANIAN).with_name("cortex"))
+        process = await asyncio.create_subprocess_exec(
+            command, "load", "m", "--url", server.url, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "HOME": str(tmp_path)},
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        async with asyncio.timeout(START_S):
+            assert await process.stderr.readline() == b"loading m\n"
+            assert await process.stderr.readline() == b"loading m on a: 42%\n"
+        go.set()
+        out, _ = await process.communicate()
+        assert (process.returncode, out) == (0, b"m on a: ready\n")
 
 
 async def test_wsgi_is_told_that_it_cannot_be(tmp_path: pathlib.Path) -> None:

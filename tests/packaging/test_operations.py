@@ -15,6 +15,7 @@ from daemons import free_port, tool
 from fake_neuron import FakeNeuron
 from gateway_rig import rig
 
+from cortex.access.ledger import Reason
 from cortex.config import GatewaySettings
 from cortex.wire import VERSION
 from cortex.wire.errors import ApiError
@@ -124,10 +125,20 @@ def test_every_code_of_an_error_is_explained() -> None:
         if kind.__module__.startswith(("cortex.", "neuron."))
         for code in {kind.code}
     }
+    codes |= set(Reason)  # one class, whose instances say which limit it is
     assert codes - explained == set(), "docs/errors.md does not explain these"
-    assert explained - below(ApiError) == set(), "docs/errors.md explains what there is not"
+    assert explained - below(ApiError) - set(Reason) == set(), "docs/errors.md explains what there is not"
     advice = re.findall(r"^\| `[a-z_]+` \|.*\| (.+) \|$", page, re.MULTILINE)
     assert len(advice) == len(set(advice)) == len(explained), "each code has advice of its own"
+
+
+def test_every_code_that_is_written_down_anywhere_is_explained() -> None:
+    """Not only those of classes: a code that is set on an instance reaches a client too."""
+    explained = set(re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE))
+    pattern = re.compile(r"""(?:\.code = |ErrorInfo\(\s*\d{3},\s*|\bcode=)["']([a-z_]{4,})["']""")
+    for path in [*(ROOT / "cortex").rglob("*.py"), *(ROOT / "neuron").rglob("*.py"), *(ROOT / "cortex").rglob("*.pyx")]:
+        for code in pattern.findall(path.read_text()):
+            assert code in explained, f"{path.relative_to(ROOT)}: {code}"
 
 
 def _classes(kind: type[ApiError]) -> set[type[ApiError]]:
