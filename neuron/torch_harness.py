@@ -280,6 +280,9 @@ class TorchModel:
 
     async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         """Run a request; see :class:`neuron.harness.Model`."""
+        if isinstance(request.prompt, tuple) and len(request.prompt) >= self.loaded.context_tokens:
+            # Nothing needs to read them to know.
+            raise ContextLengthError(self.loaded.context_tokens, len(request.prompt), param="prompt")
         prompt = await self.text.build(request, self.loaded.context_tokens)
         constraint = await self._constraint(request, prompt)
         run = _Run(
@@ -454,9 +457,8 @@ class _Run:
         self._choices = choices
         self._echo = echo
         self._says_nothing = says_nothing
-        self._scores: dict[int, list[TokenLogprobs]] = {}
-        """Of the prompt's tokens, as they have come, for each choice that has not begun."""
-        self._unbegun = set(range(len(choices)))
+        self._num_told: dict[int, int] = {}
+        """How many of the prompt's tokens were scored, for each choice whose prompt is being told."""
         self._sequences: dict[int, int] = {}
         self._arrived: list[tuple[int, Item]] = []
         self._wake = asyncio.Event()
@@ -503,16 +505,11 @@ class _Run:
         self._sequences.clear()
 
     def _feed(self, choice: int, row: TokenRow) -> list[InferenceEvent]:
-        if row.prompt is not None and self._echo is not None:
-            self._scores.setdefault(choice, []).append(row.prompt)
-        if not row.ids and row.end is None:
-            return []  # its prompt is still being read
         events: list[InferenceEvent] = []
-        if choice in self._unbegun:
-            self._unbegun.remove(choice)
-            if self._echo is not None:
-                scores = self._scored(self._echo.ids, self._scores.pop(choice, [])) if self._echo.scores else ()
-                events.append(PromptEcho(self._echo.text, choice, tuple(scores)))
+        if self._echo is not None:
+            events += self._told_again(choice, row, self._echo)
+        if not row.ids and row.end is None:
+            return events  # its prompt is still being read
         if self._says_nothing:
             row = TokenRow(row.sequence, b"", SequenceEnd.LENGTH)
         text = self._choices[choice]
@@ -524,12 +521,20 @@ class _Run:
             self._worker.cancel(self._sequences.pop(choice))
         return events
 
-    def _scored(self, ids: Sequence[int], parts: Sequence[TokenLogprobs]) -> list[TokenLogprob]:
-        """Return the log probabilities of a prompt's tokens; the first has nothing before it."""
-        found = [_logprob(self._token_text(ids[:1])[0], 0.0)]
-        for part in parts:
-            found += self._named(ids[len(found) : len(found) + len(part.chosen) // 4], part)
-        return found
+    def _told_again(self, choice: int, row: TokenRow, echo: _Echo) -> list[InferenceEvent]:
+        """Return the prompt as far as a row brings it: its text first, then its scores as they come.
+
+        All at once they would hold up everybody else's answers.
+        """
+        begins = choice not in self._num_told
+        scores: list[TokenLogprob] = []
+        if begins and echo.scores:
+            scores.append(_logprob(self._token_text(echo.ids[:1])[0], 0.0))  # which has nothing before it
+        if row.prompt is not None:
+            first = self._num_told.get(choice, 1)
+            scores += self._named(echo.ids[first : first + len(row.prompt.chosen) // 4], row.prompt)
+        self._num_told[choice] = self._num_told.get(choice, 0) + len(scores)
+        return [PromptEcho(echo.text if begins else "", choice, tuple(scores))] if begins or scores else []
 
     def _logprobs(self, row: TokenRow) -> list[TokenLogprob]:
         return [] if row.logprobs is None else self._named(array.array("i", row.ids), row.logprobs)

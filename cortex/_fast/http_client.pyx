@@ -376,7 +376,8 @@ cdef class Connection:
     def data_received(self, bytes data not None):
         """Take what the node sent."""
         cdef Response response = self.response
-        cdef Py_ssize_t body_bytes = self.body_bytes
+        # Until its head has been read, what is counted is of the answer before.
+        cdef Py_ssize_t body_bytes = self.body_bytes if self.in_body else -1
         if response is None:  # nobody asked
             self.abort()
             return

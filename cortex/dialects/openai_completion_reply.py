@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from cortex.dialects.openai_errors import error_body
-from cortex.wire.errors import RemoteError, UpstreamError
+from cortex.wire.errors import InvalidRequestError, RemoteError, UpstreamError
 from cortex.wire.events import (
     Failed,
     Finished,
@@ -25,6 +25,9 @@ from cortex.wire.events import (
     TextDelta,
     TokenLogprob,
 )
+
+MAX_NUMBERS = 1_000_000
+"""Log probabilities in one answer: some 150 MB of them."""
 
 IMPOSSIBLE = -9999.0
 """OpenAI's word for a token that cannot be: JSON has no infinity."""
@@ -40,11 +43,14 @@ class _Scores:
         self.text_offset: list[int] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
+        self.num_numbers = 0
+        """Log probabilities so far, those of alternatives among them."""
 
     def add(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Take tokens; return them as the four lists of a chunk."""
         start = len(self.tokens)
         for token in tokens:
+            self.num_numbers += 1 + len(token.top)
             self.text_offset.append(self._num_characters)
             self._num_characters += len(self._decoder.decode(token.utf8))
             self.tokens.append(_name(token))
@@ -53,16 +59,24 @@ class _Scores:
         return self.lists(start)
 
     def add_prompt(self, echo: PromptEcho) -> dict[str, Any]:
-        """Take the tokens of a prompt: nothing stands before the first, so it has no probability."""
-        if not echo.logprobs:
-            return self.lists()
+        """Take tokens of a prompt: nothing stands before the first, so it has no probability."""
+        start = len(self.tokens)
         self.add(echo.logprobs)
-        self.token_logprobs[0] = self.top_logprobs[0] = None
-        # A token that the model begins with is none of the text.
-        excess = max(0, self._num_characters - len(echo.text))
-        self.text_offset = [max(0, offset - excess) for offset in self.text_offset]
-        self._num_characters -= excess
-        return self.lists(0)
+        if start == 0 and self.tokens:
+            self.token_logprobs[0] = self.top_logprobs[0] = None
+            # A token that the model begins with is none of the text, and neither is a space that a tokenizer adds.
+            name = _name(echo.logprobs[0])
+            if not echo.text.startswith(name):
+                without = name.removeprefix(" ")
+                excess = 1 if without and without != name and echo.text.startswith(without) else self._width(echo)
+                self._num_characters -= excess
+                self.text_offset = [max(0, offset - excess) for offset in self.text_offset]
+        return self.lists(start)
+
+    @staticmethod
+    def _width(echo: PromptEcho) -> int:
+        """Return how many characters the first token of a prompt would have in a text."""
+        return len(echo.logprobs[0].utf8.decode(errors="ignore"))
 
     def lists(self, start: int = 0) -> dict[str, Any]:
         """Return the lists from the token of that number on."""
@@ -77,7 +91,8 @@ class _Scores:
 class Completion:
     """Makes the frames of one completion, and the whole of it for a request that is not streamed.
 
-    ``num_choices`` are those of all its prompts. ``scores`` says that log probabilities were asked for.
+    ``num_choices`` are those of all its prompts. ``scores`` says that log probabilities were asked for. Taking events
+    raises :exc:`InvalidRequestError` where these are too many for one answer.
     """
 
     def __init__(
@@ -97,6 +112,7 @@ class Completion:
         self._scores = [_Scores() for _ in range(num_choices)] if scores else None
         self._ends: list[Finished | None] = [None] * num_choices
         self._num_open = num_choices
+        self._num_numbers = 0
         self._prompt_tokens = self._cached_tokens = 0
         self._failed = False
 
@@ -150,7 +166,16 @@ class Completion:
         if self._scores is None:
             return None
         scores = self._scores[choice]
-        return scores.add_prompt(event) if isinstance(event, PromptEcho) else scores.add(event.logprobs)
+        before = scores.num_numbers
+        made = scores.add_prompt(event) if isinstance(event, PromptEcho) else scores.add(event.logprobs)
+        self._num_numbers += scores.num_numbers - before
+        if self._num_numbers > MAX_NUMBERS:
+            raise InvalidRequestError(
+                f"Invalid 'logprobs': the prompts and answers of this call have more than {MAX_NUMBERS} log "
+                "probabilities. Ask for fewer alternatives, or for fewer prompts in a call.",
+                param="logprobs",
+            )
+        return made
 
     def _said(self, choice: int, text: str, logprobs: dict[str, Any] | None) -> bytes:
         self._texts[choice].append(text)

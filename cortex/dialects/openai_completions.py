@@ -6,7 +6,7 @@ effect: ``user``, and ``best_of`` where it asks for no more than is told.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -152,14 +152,13 @@ def _prompts(given: Sequence[str | int | list[int]]) -> list[str | tuple[int, ..
     """
     if not given:
         raise InvalidRequestError("Invalid 'prompt': it is empty.", param="prompt")
-    texts = [prompt for prompt in given if isinstance(prompt, str)]
-    if len(texts) == len(given):
-        return list(texts)
-    ids = [token for token in given if isinstance(token, int)]
-    if len(ids) == len(given):
-        return [_tokens(ids, "prompt")]
-    lists = [prompt for prompt in given if isinstance(prompt, list)]
-    if len(lists) == len(given):
+    kinds = set(map(type, given))  # in one go: there may be a million
+    if kinds == {str}:
+        return cast("list[str | tuple[int, ...]]", given)
+    if kinds == {int}:
+        return [_tokens(cast("list[int]", given), "prompt")]
+    if kinds == {list}:
+        lists = cast("list[list[int]]", given)
         return [_tokens(tokens, f"prompt[{index}]") for index, tokens in enumerate(lists)]
     raise InvalidRequestError("Invalid 'prompt': texts and token ids cannot stand in one list.", param="prompt")
 

@@ -46,7 +46,8 @@ class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
 class PromptEcho(msgspec.Struct, frozen=True, tag="prompt", tag_field="event"):
     """The prompt, for a request that wants it told again before its answer. Comes before any text of its choice.
 
-    ``logprobs`` are of all its tokens, if those were asked for; nothing stands before the first, whose own says 0.
+    ``logprobs`` are of its tokens, if those were asked for; nothing stands before the first, whose own says 0. They may
+    come in several pieces, of which the first has the text.
     """
 
     text: str

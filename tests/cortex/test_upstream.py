@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import inspect
 import pathlib
+import socket
+import threading
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
@@ -62,6 +64,35 @@ async def test_connections_are_kept_and_used_again() -> None:
         assert neuron.num_connections <= 3
         for response in both:
             assert await response.read_all(100) == b"x" * 10
+
+
+async def test_an_answer_is_measured_by_itself_and_not_by_the_one_before() -> None:
+    """Also where all of its beginning is read at once, as by a gateway that was busy meanwhile."""
+    sent = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for size in (200_000, 150_000):
+                connection.recv(10_000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size + b"x" * size)
+                sent.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=serve, args=(listener,))
+        server.start()
+        pool = Pool("a", f"http://127.0.0.1:{listener.getsockname()[1]}", PATIENT, 1)
+        try:
+            for size in (200_000, 150_000):
+                sent.clear()
+                asking = asyncio.ensure_future(pool.request(b"POST", b"/v1/x", body=b"x"))
+                while not asking.done() and not sent.wait(0.01):
+                    await asyncio.sleep(0)
+                response = await asking
+                assert len(await response.read_all(500_000)) == size
+        finally:
+            pool.close()
+            server.join()
 
 
 async def test_host_and_prefix_are_the_nodes_own() -> None:

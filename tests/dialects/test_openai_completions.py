@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from cortex._fast.sse import FrameDecoder
 from cortex._fast.tap import StreamTap
-from cortex.dialects import openai_completions
+from cortex.dialects import openai_completion_reply, openai_completions
 from cortex.dialects.openai_completion_reply import Completion
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
@@ -185,6 +185,36 @@ def test_streamed_log_probabilities_are_the_same() -> None:
             for name, values in (choice["logprobs"] or {}).items():
                 lists[name] += values
     assert lists == orjson.loads(whole.body())["choices"][0]["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "second"),
+    [
+        ("ab", b"a", b"b"),
+        ("b", b"<s>", b"b"),
+        ("a b", b" a", b" b"),
+    ],  # as it is, a beginning, a space of the tokenizer's
+)
+def test_tokens_stand_where_their_text_does(text: str, first: bytes, second: bytes) -> None:
+    made = Completion("cmpl-1", "m", 1, scores=True)
+    made.add([Started(2), PromptEcho(text, 0, (scored(first, 0.0),)), PromptEcho("", 0, (scored(second, -1.0),))])
+    made.add([Finished(FinishReason.LENGTH, 0)])
+    (choice,) = orjson.loads(made.body())["choices"]
+    assert choice["text"] == text
+    offsets = choice["logprobs"]["text_offset"]
+    assert text[offsets[1] :] == second.decode()
+    assert offsets[0] == 0
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0]
+
+
+def test_an_answer_has_only_so_many_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_completion_reply, "MAX_NUMBERS", 5)
+    made = Completion("cmpl-1", "m", 1, num_choices=2, scores=True)
+    piece = (scored(b"a", -1.0, a=-1.0, b=-2.0),)
+    made.add([Started(2), PromptEcho("a", 0, piece)])
+    with pytest.raises(ApiError) as caught:
+        made.add([PromptEcho("a", 1, piece)])
+    assert (caught.value.status, caught.value.param) == (400, "logprobs")
 
 
 def test_usage_is_of_all_prompts() -> None:

@@ -153,6 +153,17 @@ REQUESTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "digits: embeddings": ("/v1/embeddings", lambda: {"input": TEXT["digits"]}),
     "digits: count_tokens": ("/v1/messages/count_tokens", lambda: {"messages": user(TEXT["digits"])}),
     "one letter: count_tokens": ("/v1/messages/count_tokens", lambda: {"messages": user(TEXT["one letter"])}),
+    "digits: compact": ("/v1/responses/compact", lambda: {"input": TEXT["digits"], "max_output_tokens": 5}),
+    "digits: input_tokens": ("/v1/responses/input_tokens", lambda: {"input": TEXT["digits"]}),
+    "990,000 token ids": ("/v1/completions", lambda: {"prompt": [500] * 990_000}),
+    "a scored prompt": (
+        "/v1/completions",
+        lambda: {"prompt": list(range(1_000, 3_000)), "echo": True, "logprobs": 20, "max_tokens": 0},
+    ),
+    "40 scored prompts": (
+        "/v1/completions",
+        lambda: {"prompt": [list(range(1_000, 1_100))] * 40, "echo": True, "logprobs": 20, "max_tokens": 0},
+    ),
     "100,000 inputs to embed": ("/v1/embeddings", lambda: {"input": ["a"] * 100_000}),
 }
 
