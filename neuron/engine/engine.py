@@ -46,6 +46,7 @@ from neuron.device.jobs import (
     ToWorker,
     Unload,
 )
+from neuron.engine.compiling import Compiling
 from neuron.engine.device_graphs import Graphs
 from neuron.engine.errors import GroupLostError, error_info, raise_device_fault, ran_out
 from neuron.engine.group_runner import Follower
@@ -55,12 +56,14 @@ from neuron.engine.minimum import Minimum
 from neuron.engine.prefix import root_key
 from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
-from neuron.engine.sequence import Sequence
+from neuron.engine.sequence import Constrained, Sequence
 from neuron.models.errors import LoadFailedError
 
 logger = logging.getLogger(__name__)
 
 QUEUE_RETRY_AFTER_S: Final = 2.0
+COMPILE_WAIT_S: Final = 0.005
+"""How long a step may be that only waits for a grammar."""
 FOLLOW_WAIT_S: Final = 0.5
 """How long a step may be that only waits for rank 0 of some model."""
 
@@ -104,6 +107,7 @@ class Engine:
         self._stop = stop
         self._max_waiting = max_waiting
         self._models: dict[str, Model] = {}
+        self._compiling = Compiling()
         self._model_of: dict[int, Model] = {}
         self._loads: dict[str, _Loading] = {}
         self._followers: dict[str, Follower] = {}
@@ -115,7 +119,9 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Return whether there is a step to run."""
-        return bool(self._loads or self._followers) or any(model.busy for model in self._models.values())
+        return bool(self._loads or self._followers or self._compiling) or any(
+            model.busy for model in self._models.values()
+        )
 
     def handle(self, message: bytes) -> None:
         """Take one message of the daemon's; one that cannot be read fails what it asks for. Raises DeviceFault."""
@@ -176,6 +182,8 @@ class Engine:
             raise
 
     def _take_turns(self) -> None:
+        if self._compiling:
+            self._take_compiled()
         if self._followers:
             self._follow(0.0 if self._loads or any(model.busy for model in self._models.values()) else FOLLOW_WAIT_S)
         if self._loads:
@@ -185,6 +193,19 @@ class Engine:
             # To the end of the line: models take turns.
             model = self._models[busy[0]] = self._models.pop(busy[0])
             self._step(model, alone=len(busy) == 1 and not (self._loads or self._followers))
+
+    def _take_compiled(self) -> None:
+        """Let those wait for a seat whose grammar is done; with nothing else to do, wait a moment for one."""
+        if not (self._loads or self._followers or any(model.busy for model in self._models.values())):
+            self._compiling.wait(COMPILE_WAIT_S)
+        for model, sequence, job, found in self._compiling.take_done():
+            try:
+                if isinstance(found, BaseException):
+                    raise found
+                _queue(model, sequence, job, found)
+            except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
+                self._model_of.pop(sequence.number, None)
+                self._send(SequenceFailed(sequence.number, error_info(error)))
 
     def _follow(self, timeout_s: float) -> None:
         sources = select.poll()
@@ -208,18 +229,15 @@ class Engine:
             if model is None:
                 raise ModelNotFoundError(f"model {job.model!r} is not loaded on {self._name}", param="model")
             sequence = _sequence(job, model)
-            if model.scheduler.num_unseated >= self._max_waiting:
+            if model.scheduler.num_unseated + self._compiling.count(model) >= self._max_waiting:
                 raise OverloadedError(
                     f"{len(model.scheduler.waiting)} requests wait for {job.model!r} already; try again shortly",
                     retry_after_s=QUEUE_RETRY_AFTER_S,
                 )
             if isinstance(job, Generate) and job.constraint is not None:
-                sequence.constraint = model.constrain(job.constraint)
-            if isinstance(job, Generate) and job.min_tokens and sequence.eos:
-                sequence.constraint = Minimum(
-                    sequence.constraint, job.min_tokens, sequence.eos, model.config.vocab_size
-                )
-            model.scheduler.add(sequence)
+                self._compiling.start(model, sequence, job)
+            else:
+                _queue(model, sequence, job, None)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
             self._send(SequenceFailed(job.sequence, error_info(error)))
         else:
@@ -230,6 +248,7 @@ class Engine:
         for number in numbers:
             model = self._model_of.pop(number, None)
             if model is not None:
+                self._compiling.drop(number)
                 model.scheduler.remove(number)
                 rows.append(TokenRow(number, b"", SequenceEnd.CANCELLED))
         self._send_rows(rows)
@@ -306,7 +325,7 @@ class Engine:
             del loading
         elif job.model in self._models:
             model = self._models[job.model]
-            self._cancel([*model.scheduler.running, *model.scheduler.waiting])
+            self._cancel([*model.scheduler.running, *model.scheduler.waiting, *self._compiling.numbers(model)])
             model.close()
             del self._models[job.model], model
         elif job.model in self._followers:
@@ -322,6 +341,7 @@ class Engine:
 
     def _shutdown(self) -> None:
         self._cancel(list(self._model_of))
+        self._compiling.close()
         for loading in self._loads.values():
             loading.progress.close()
         self._loads.clear()
@@ -358,6 +378,14 @@ def _load_error(name: str, error: Exception) -> ErrorInfo:
     if isinstance(error, ApiError) or ran_out(error) or isinstance(getattr(error, "code", None), str):
         return error_info(error)
     return LoadFailedError(f"the files of {name!r} cannot be loaded: {type(error).__name__}: {error}").info()
+
+
+def _queue(model: Model, sequence: Sequence, job: Generate | Embed, constraint: Constrained | None) -> None:
+    """Let a sequence wait for a seat, with what it must follow."""
+    if isinstance(job, Generate) and job.min_tokens and sequence.eos:
+        constraint = Minimum(constraint, job.min_tokens, sequence.eos, model.config.vocab_size)
+    sequence.constraint = constraint
+    model.scheduler.add(sequence)
 
 
 def _sequence(job: Generate | Embed, model: Model) -> Sequence:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import random
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 from cortex.wire.request import FormatKind, InferenceRequest, OutputFormat, Tool, ToolChoice, ToolMode
 from neuron.device import jobs
 from neuron.device.jobs import ConstraintSettings, SequenceEnd
+from neuron.engine.loaded import Model
 from neuron.text.detokenize import Detokenizer
 from neuron.text.grammar import constraint_of
 from neuron.text.tools import CallForm
@@ -213,6 +215,7 @@ def test_the_grammar_begins_where_reasoning_ends(driver: Any, tokenizer: Tokeniz
 
 def test_a_bad_grammar_is_this_sequences_error(driver: Any, tokenizer: Tokenizer) -> None:
     driver.generate(1, PROMPT, 9, constraint=ConstraintSettings("start: nothing"))
+    driver.run()
     error = driver.failures()[1]
     assert (error.status, error.code) == (400, "invalid_schema")
     assert say(driver, tokenizer, [ConstraintSettings(grammar(FormatKind.REGEX, "ok"))])[0] == ("ok", True)
@@ -222,6 +225,7 @@ def test_a_model_without_a_tokenizer_says_so(harness: Callable[..., Any], tiny_l
     driver = harness()
     driver.load(tiny_llama)
     driver.generate(1, PROMPT, 9, constraint=ConstraintSettings("start: /a/"))
+    driver.run()
     assert driver.failures()[1].code == "unsupported_tokenizer"
 
 
@@ -233,8 +237,63 @@ def test_a_grammar_survives_preemption_and_neighbours(driver: Any, tokenizer: To
     for number, constraint in enumerate(settings):
         driver.generate(number, PROMPT, 300, eos=(EOS,), constraint=constraint, temperature=0.7, seed=7)
     driver.generate(9, PROMPT, 40)
-    for _ in range(10):
+    while not all(number in scheduler.running for number in range(4)) or scheduler.running[2].num_output < 3:
         driver.engine.step()
     scheduler._preempt(scheduler.running[2])
     driver.run()
     assert [tokenizer.decode(driver.outputs()[number]) for number in range(4)] == [alone] * 4
+
+
+def test_others_go_on_while_a_grammar_is_compiled(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow compile holds up its own sequence, nobody else's, and can be given up or unloaded under."""
+    released = threading.Event()
+    compile_now = Model.constrain
+
+    def slow(model: Model, settings: ConstraintSettings) -> Any:
+        assert released.wait(600)
+        return compile_now(model, settings)
+
+    monkeypatch.setattr(Model, "constrain", slow)
+    settings = ConstraintSettings(grammar(FormatKind.REGEX, "a{3}"))
+    driver.generate(1, PROMPT, 20, constraint=settings)
+    driver.generate(2, PROMPT, 20)
+    driver.generate(3, PROMPT, 20, constraint=settings)
+    for _ in range(200):
+        driver.engine.step()
+        if 2 in driver.ends():
+            break
+    assert driver.ends() == {2: SequenceEnd.LENGTH}
+    assert driver.engine.busy, driver.failures()
+    driver.tell(jobs.Cancel(3))
+    assert driver.ends()[3] is SequenceEnd.CANCELLED
+    released.set()
+    driver.run()
+    assert driver.ends()[1] is SequenceEnd.STOP
+    assert not driver.failures()
+    released.clear()
+    driver.generate(4, PROMPT, 20, constraint=settings)
+    driver.tell(jobs.Unload(9, "m"))
+    released.set()
+    driver.run()
+    assert driver.ends()[4] is SequenceEnd.CANCELLED
+
+
+def test_a_grammar_that_becomes_too_costly_ends_its_own_answer(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1_000_000))
+    monkeypatch.setattr("neuron.engine.constraint.time.thread_time", lambda: next(clock) / 20)
+    driver.generate(1, PROMPT, 200, constraint=ConstraintSettings(grammar(FormatKind.REGEX, "a{150}")))
+    driver.generate(2, PROMPT, 20)
+    driver.run()
+    error = driver.failures()[1]
+    assert (error.status, error.code, error.param) == (400, "constraint_failed", "response_format")
+    assert driver.ends()[2] is SequenceEnd.LENGTH
+
+
+@pytest.mark.parametrize("pattern", ["a{1,2000}b{1,2000}c{1,2000}", "(a|b|ab){1,500}c"])
+def test_choices_share_a_compiled_grammar(driver: Any, pattern: str) -> None:
+    settings = ConstraintSettings(grammar(FormatKind.REGEX, pattern))
+    for number in range(4):
+        driver.generate(number, PROMPT, 12, constraint=settings, temperature=1.0, seed=number)
+    driver.run()
+    assert not driver.failures()
+    assert set(driver.ends()) == {0, 1, 2, 3}
