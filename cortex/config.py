@@ -96,6 +96,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics_listen: str = "127.0.0.1:31314"
     """Empty: no metrics are served."""
     models: str = "models.toml"
+    discover: bool = True
+    """Whether models that only nodes list, and ``models.toml`` does not name, are offered."""
     log_format: LogFormat = LogFormat.TEXT
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
     body_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = BODY_TIMEOUT_S

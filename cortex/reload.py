@@ -101,6 +101,7 @@ def _load(
     models = config.models_path(settings, path)
     files.append(models or pathlib.Path(settings.gateway.models))
     offered = catalogue.load(models, {node.name for node in settings.neurons}) if models else Catalogue({}, {})
+    offered = dataclasses.replace(offered, discovers=settings.gateway.discover)
     ring = KeyRing()
     access = settings.access
     if (keys_file := config.keys_path(settings, path)) is not None:
@@ -216,7 +217,9 @@ class Reloader:
         settings = msgspec.structs.replace(
             found.config, gateway=msgspec.structs.replace(found.config.gateway, **fixed), store=before.config.store
         )
-        self._loaded = Loaded(settings, found.catalogue, found.keys, found.files)
+        gone = before.catalogue.withdrawn.union(before.catalogue.profiles).difference(found.catalogue.profiles)
+        catalogue = dataclasses.replace(found.catalogue, withdrawn=gone)
+        self._loaded = Loaded(settings, catalogue, found.keys, found.files)
         self._watch_also(looked_at.stamps | seen, found.files)
         self._is_open = not settings.access.keys
         try:
@@ -234,6 +237,8 @@ class Reloader:
             len(found.catalogue.profiles),
             len(found.keys.principals),
         )
+        if newly := gone - before.catalogue.withdrawn:
+            log.info("models are no longer offered: %s (cortex unload frees them)", ", ".join(sorted(newly)))
         if later:
             log.warning("configuration needs a restart for: %s", ", ".join(later))
 

@@ -34,12 +34,14 @@ GARBAGE_AFTER = 10_000
 
 
 class Worker:
-    """A process that serves. Both of these exist from :meth:`start` on."""
+    """A process that serves. All of these exist from :meth:`start` on."""
 
     gateway: Gateway
     """What answers requests."""
     ending: Ending
     """What counts requests, and says when no more will come."""
+    addresses: list[tuple[str, int]]
+    """Where clients reach this process."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
@@ -59,8 +61,8 @@ class Worker:
         tracing.configure(gateway.trace_endpoint, "cortex", gateway.listen)
         self._reloader = reloader = reload.Reloader(path, self._environment, loaded, self._apply)
         # Before anything else of this process listens: a server that is not `cortex serve` has an address of its own.
-        addresses = served_at(gateway.listen)
-        token = local.obtain(addresses[0][1], self._environment)
+        self.addresses = served_at(gateway.listen)
+        token = local.obtain(self.addresses[0][1], self._environment)
         self.gateway = Gateway(
             loaded.config, loaded.catalogue, loaded.keys, reloader.reload, lambda: reloader.error, token
         )
@@ -69,7 +71,7 @@ class Worker:
         ports = [split_address(gateway.metrics_listen)[1]] if gateway.metrics_listen else []
         self.ending = Ending(gateway.drain_timeout_s, ports, self.gateway.end_requests, self.gateway.prepare_to_stop)
         self.ending.listen_to_signals()
-        announce(loaded, path, addresses)
+        announce(loaded, path, self.addresses)
         # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
         systemd.notify(systemd.READY)
         collect_seldom()

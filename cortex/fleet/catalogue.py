@@ -23,10 +23,18 @@ class Catalogue:
     aliases: Mapping[str, str]
     created: int = 0
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    discovers: bool = True
+    """Whether models are offered that nodes have and no file names."""
+    withdrawn: frozenset[str] = frozenset()
+    """Models that were named while this gateway ran and are not any more: not offered, whoever has them."""
 
     def resolve(self, name: str) -> str:
         """Return the id that ``name`` stands for; a name that is no alias stands for itself."""
         return self.aliases.get(name, name)
+
+    def admits(self, model: str) -> bool:
+        """Return whether a model may be offered, if a node has it or can load it."""
+        return model in self.profiles or (self.discovers and model not in self.withdrawn)
 
     def match(self, name: str) -> str | None:
         """Return the id for a name that nothing else answers to: that of the longest prefix it begins with."""

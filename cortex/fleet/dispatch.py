@@ -183,13 +183,13 @@ class Dispatcher:
         self.breakers.keep(frozenset(node.name for node in config.neurons))
 
     def knows(self, model: str) -> bool:
-        """Return whether a model is in the catalogue, or on a node even if that is down now."""
-        return model in self._catalogue.profiles or self._fleet.state.knows(model)
+        """Return whether a model is in the catalogue, or on a node even if that is down now, and may be offered."""
+        return model in self._catalogue.profiles or (self._catalogue.admits(model) and self._fleet.state.knows(model))
 
     def unknown(self, name: str) -> ApiError:
         """Return what is said of a model that nobody has: none for good, or for now while a node never answered."""
         unheard = [node.name for node in self._fleet.state.nodes.values() if node.discovery is None]
-        if not unheard:
+        if not unheard or not self._catalogue.admits(name):
             return ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
         message = f"No node has the model {name!r}, and {', '.join(unheard)} has not answered yet."
         return NoNodeError(message, retry_after_s=RETRY_RECOVERY_S)
@@ -197,7 +197,7 @@ class Dispatcher:
     def only_replica(self, model: str, dialect: str) -> str | None:
         """Return the node that alone serves a model, if it is asked in a dialect with the body as it came."""
         serving = self._fleet.state.serving.get(model, ())
-        if len(serving) != 1 or serving[0].name in self._names_there:
+        if len(serving) != 1 or serving[0].name in self._names_there or not self._catalogue.admits(model):
             return None
         discovery = serving[0].discovery
         return serving[0].name if discovery is not None and dialect in discovery.dialects else None

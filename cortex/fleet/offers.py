@@ -91,7 +91,7 @@ class ModelInfoList(msgspec.Struct, frozen=True):
 
 def offers(catalogue: Catalogue, state: FleetState) -> tuple[Offer, ...]:
     """Return every offer: models by id, then aliases by name."""
-    models = sorted(catalogue.profiles.keys() | state.listing.keys())
+    models = sorted(catalogue.profiles.keys() | set(filter(catalogue.admits, state.listing)))
     by_id = {model: _offer(catalogue, state, model) for model in models}
     aliases = tuple(_alias(alias, by_id[model]) for alias, model in sorted(catalogue.aliases.items()))
     return (*by_id.values(), *aliases)
@@ -100,12 +100,16 @@ def offers(catalogue: Catalogue, state: FleetState) -> tuple[Offer, ...]:
 def find(catalogue: Catalogue, state: FleetState, name: str) -> Offer | None:
     """Return the offer of that id or alias."""
     model = catalogue.resolve(name)
-    if model not in catalogue.profiles and model not in state.listing:
+    if not _is_offered(catalogue, state, model):
         model = catalogue.match(name) or model
-    if model not in catalogue.profiles and model not in state.listing:
+    if not _is_offered(catalogue, state, model):
         return None
     offer = _offer(catalogue, state, model)
     return offer if name == model else _alias(name, offer)
+
+
+def _is_offered(catalogue: Catalogue, state: FleetState, model: str) -> bool:
+    return model in catalogue.profiles or (model in state.listing and catalogue.admits(model))
 
 
 def _offer(catalogue: Catalogue, state: FleetState, model: str) -> Offer:

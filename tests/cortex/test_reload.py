@@ -140,3 +140,39 @@ def test_access_that_makes_no_sense(tmp_path: pathlib.Path, text: str, key: str,
     assert caught.value.key == key
     assert reason in caught.value.reason
     assert Config().access.keys == ""
+
+
+async def test_a_model_that_is_taken_out_of_the_catalogue_is_not_offered_by_those_who_have_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    neuron = FakeNeuron("a").ready("one", "two", "of-the-node")
+    async with neuron.serving():
+        path = write_config(tmp_path, neuron, models=model("one") + model("two"), gateway=QUICK)
+        async with Running(path) as running:
+            await running.until_named("one", "two", "of-the-node")
+            asked = {"model": "two", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
+            assert (await Call(running.app, "POST", "/v1/chat/completions", asked).end()).status == 200
+            num_asked = len(neuron.asked)
+            (tmp_path / "models.toml").write_text(model("one"))
+            await running.until_named("one", "of-the-node")
+            for dialect in ("/v1/chat/completions", "/v1/messages", "/v1/completions"):
+                for stream in (False, True):
+                    body = {**asked, "prompt": "Hi", "stream": stream}
+                    refused = await Call(running.app, "POST", dialect, body).end()
+                    assert refused.status == 404, (dialect, stream)
+            assert (await Call(running.app, "GET", "/v1/models/two").end()).status == 404
+            assert len(neuron.asked) == num_asked
+            (tmp_path / "models.toml").write_text(model("one") + model("two"))
+            await running.until_named("one", "two", "of-the-node")
+            assert (await Call(running.app, "POST", "/v1/chat/completions", asked).end()).status == 200
+
+
+async def test_what_only_nodes_have_is_not_offered_where_the_catalogue_alone_counts(tmp_path: pathlib.Path) -> None:
+    neuron = FakeNeuron("a").ready("one", "of-the-node")
+    async with neuron.serving():
+        path = write_config(tmp_path, neuron, models=model("one"), gateway=QUICK + "discover = false\n")
+        async with Running(path) as running:
+            await until(lambda: running.app.gateway.fleet.state.complete)
+            assert await running.names() == {"one"}
+            body = {"model": "of-the-node", "messages": [{"role": "user", "content": "Hi"}]}
+            assert (await Call(running.app, "POST", "/v1/chat/completions", body).end()).status == 404

@@ -8,7 +8,6 @@ from asgi_call import Call
 
 from cortex.access import local
 from cortex.asgi import Application
-from cortex.settings import split_address
 
 
 class Running:
@@ -40,7 +39,7 @@ class Running:
 
     async def call(self, method: str, path: str, body: bytes = b"") -> Call:
         """Ask as whoever runs the gateway."""
-        token = local.find(split_address(self.app.gateway.settings.gateway.listen)[1], self._environment)
+        token = local.find(self.app.addresses[0][1], self._environment)
         headers = {"authorization": f"Bearer {token}"} if path.startswith("/admin/") else None
         return await Call(self.app, method, path, body, headers).end()
 
