@@ -86,7 +86,9 @@ class NeuronClient:
 
         ``timeout_s`` bounds the silence of a node that makes progress elsewhere visible; the caller watches that.
         """
-        return await self._call(b"POST", b"/models/load", ModelStatus, msgspec.json.encode(asked), timeout_s=timeout_s)
+        body = msgspec.json.encode(asked)
+        # On a connection of its own: what closes that is the node, or the node's end.
+        return await self._call(b"POST", b"/models/load", ModelStatus, body, timeout_s=timeout_s, is_fresh=True)
 
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
         """Unload a model and return when it is gone: after its running requests, or the drain timeout."""
@@ -135,9 +137,24 @@ class NeuronClient:
             message = f"{self.name} did not answer {target.decode()} within {self._timeout_s:g} s."
             raise UpstreamTimeoutError(message) from None
 
-    async def _call(self, method: bytes, target: bytes, kind: type[T], body: bytes = b"", *, timeout_s: float) -> T:
+    async def _call(
+        self,
+        method: bytes,
+        target: bytes,
+        kind: type[T],
+        body: bytes = b"",
+        *,
+        timeout_s: float,
+        is_fresh: bool = False,
+    ) -> T:
         response = await self._pool.request(
-            method, target, JSON_HEADERS if body else (), body, first_byte_s=timeout_s, stall_s=self._timeout_s
+            method,
+            target,
+            JSON_HEADERS if body else (),
+            body,
+            first_byte_s=timeout_s,
+            stall_s=self._timeout_s,
+            is_fresh=is_fresh,
         )
         try:
             response.end_within(self._timeout_s)

@@ -5,16 +5,22 @@ the load alone. Nothing limits how long a load takes, only how long it makes no 
 will: a refusal moves on to the next candidate, and what comes out in the end is a typed error that says what each node
 said, and never a 404. Where there is a choice of nodes, each is first asked to load beside what it has, and only if
 none can is one of them asked to make room: what a node measures beats what is guessed of it here. A node that the
-catalogue prefers is asked to make room at once.
+catalogue prefers is asked to make room at once. A load of which two nodes died is tried on no third, nor again for a
+while.
 """
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from cortex.config import EvictionSettings, ModelProfile
-from cortex.errors import LoadFailedError, LoadRefusedError
+from cortex.errors import ConnectionLostError, CutAnswerError, LoadFailedError, LoadRefusedError
 from cortex.fleet.control import NeuronClient
+from cortex.fleet.deaths import REMEMBER_S, Deaths
+from cortex.fleet.refusals import DEATHS
 from cortex.fleet.state import Fleet
 from cortex.wire.errors import ApiError, UpstreamError
 from cortex.wire.node import Eviction, LoadRequest, ModelState, ModelStatus
@@ -35,6 +41,10 @@ REFUSALS = frozenset({400, 413, 422})
 """Statuses with which a node says that asking again will not help."""
 
 
+class WentDownError(LoadFailedError):
+    """A node was lost while it loaded a model."""
+
+
 class Loader:
     """Loads models on nodes."""
 
@@ -53,6 +63,7 @@ class Loader:
         self._on_load = on_load
         self._loads: dict[str, asyncio.Task[str]] = {}
         self._stopped_by: ApiError | None = None
+        self._deaths = Deaths()
 
     async def load(self, profile: ModelProfile, candidates: tuple[str, ...], *, may_evict: bool = True) -> str:
         """Return the node that has the model ready, after loading it on the first candidate that takes it.
@@ -65,6 +76,12 @@ class Loader:
         """
         task = self._loads.get(profile.id)
         if task is None:
+            if self._deaths.is_deadly(_identity(profile), time.monotonic()):
+                raise LoadFailedError(
+                    f"Nodes died while they loaded {profile.id}, so that it is not tried again for a while; their logs "
+                    "say what they died of.",
+                    retry_after_s=REMEMBER_S,
+                )
             task = asyncio.create_task(self._load(profile, candidates, may_evict), name=f"load {profile.id}")
             self._loads[profile.id] = task
             task.add_done_callback(lambda done: self._ended(profile.id, done))
@@ -133,21 +150,28 @@ class Loader:
         wanted = {*profile.pinned, *profile.preferred_nodes}
         for name in candidates:
             at_once = may_evict and (len(candidates) == 1 or name in wanted)
+            sent_at = time.monotonic()
             try:
                 await self.load_on(name, profile, may_evict=at_once)
             except ApiError as error:
                 errors[name] = error
+                if self._is_death(error) and self._deaths.note(_identity(profile), sent_at, time.monotonic()):
+                    full = []
+                    break
                 if error.code == NO_ROOM and may_evict and not at_once:
                     full.append(name)
             else:
-                return self._loaded(profile.id, name)
+                return self._loaded(profile, name)
         for name in full:
+            sent_at = time.monotonic()
             try:
                 await self.load_on(name, profile)
             except ApiError as error:
                 errors[name] = error
+                if self._is_death(error) and self._deaths.note(_identity(profile), sent_at, time.monotonic()):
+                    break
             else:
-                return self._loaded(profile.id, name)
+                return self._loaded(profile, name)
         self._on_load(profile.id, False)
         reasons = "; ".join(f"{name}: {error.message}" for name, error in errors.items())
         message = f"{profile.id} could not be loaded. {reasons}"
@@ -156,8 +180,14 @@ class Loader:
         waits = [error.retry_after_s for error in errors.values() if error.retry_after_s is not None]
         raise LoadFailedError(message, retry_after_s=min(waits, default=RETRY_AFTER_S))
 
-    def _loaded(self, model: str, name: str) -> str:
-        self._on_load(model, True)
+    @staticmethod
+    def _is_death(error: ApiError) -> bool:
+        """Return whether a node, or the process behind it, was lost while it had a load."""
+        return isinstance(error, (ConnectionLostError, CutAnswerError, WentDownError)) or error.code in DEATHS
+
+    def _loaded(self, profile: ModelProfile, name: str) -> str:
+        self._deaths.forget(_identity(profile))
+        self._on_load(profile.id, True)
         return name
 
     async def _load_on(self, name: str, spec: LoadRequest) -> ModelStatus:
@@ -200,7 +230,7 @@ class Loader:
                 asked.cancel()
                 await asyncio.wait({asked})
         if not self._is_up(name):
-            raise LoadFailedError(f"{name} went down while it loaded {spec.id}")
+            raise WentDownError(f"{name} went down while it loaded {spec.id}")
         raise LoadFailedError(f"loading {spec.id} made no progress for {neuron.load_stall_s:g} s")
 
     def _is_up(self, name: str) -> bool:
@@ -229,3 +259,8 @@ class Loader:
         """Return what a node says of a load: its state, how far it is, what it holds. ``None`` when it is down."""
         status = self._fleet.state.status(name, model)
         return None if status is None else (status.state, status.progress, status.weights_bytes)
+
+
+def _identity(profile: ModelProfile) -> bytes:
+    """Return what makes a load the same as another."""
+    return msgspec.json.encode(profile.spec())

@@ -250,3 +250,24 @@ async def test_a_request_waits_for_a_model_that_is_on_its_way_out() -> None:
     async with rig(neuron, models=(PROFILE,)) as gateway:
         assert (await gateway.chat().end()).status == 200
         assert len(neuron.loads) == 1
+
+
+@pytest.mark.parametrize("how", ["connection", "worker"])
+async def test_a_load_that_nodes_die_of_is_tried_twice_and_then_left_alone(how: str) -> None:
+    async def die(asked: Asked, line: Line) -> None:
+        if how == "worker":
+            await error(503, "device_worker_lost")(asked, line)
+        else:
+            line.reset()
+
+    async def load(spec: ModelSpec) -> Script:
+        return die
+
+    nodes = [FakeNeuron(name, load=load) for name in "abcd"]
+    async with rig(*nodes, models=(PROFILE,)) as gateway:
+        for _ in range(3):
+            call = await gateway.chat().end()
+            assert (call.status, call.json()["error"]["code"]) == (503, "model_load_failed")
+        assert "died while they loaded" in call.json()["error"]["message"]
+        assert call.headers["retry-after"] == "120"
+        assert sum(len(node.loads) for node in nodes) == 2
