@@ -86,7 +86,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def _serve(options: argparse.Namespace) -> int:
     """Check the configuration here, where an error has a terminal to go to; then let the workers read it again."""
-    from cortex import config, reload
+    from cortex import config, preflight, reload
 
     flags: dict[str, object] = {
         "gateway.listen": options.listen,
@@ -96,6 +96,7 @@ def _serve(options: argparse.Namespace) -> int:
     path = _config_path(options.config)
     loaded = reload.load(path, os.environ, flags)
     found = loaded.config
+    preflight.check(found, str(path or config.NO_FILE), os.environ)
     if options.check:
         counts = f"{len(found.neurons)} nodes, {len(loaded.catalogue.profiles)} models"
         if loaded.keys.principals:

@@ -153,7 +153,13 @@ class StoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ttl_s: Seconds = 30 * 24 * 3600.0
     """Since a response was last part of a conversation."""
     max_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 1024 * 1024 * 1024
-    """Of all responses in the SQLite file; the oldest go first."""
+    """Of all responses in the SQLite file; the oldest go first, of the key that has most."""
+    max_bytes_per_key: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Of the responses and conversations of one key there; 0: a quarter of ``max_bytes``."""
+    socket_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 256 * 1024 * 1024
+    """Of all conversations that WebSocket connections of one worker remember, stored or not."""
+    socket_bytes_per_key: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Of those of one key; 0: a quarter of ``socket_bytes``."""
 
 
 class CountersKind(StrEnum):

@@ -10,7 +10,7 @@ import msgspec
 import orjson
 
 from cortex.access.gate import principal_of
-from cortex.dialects import openai_fields as fields
+from cortex.dialects.parameters import Parameters
 from cortex.errors import ConversationNotFoundError
 from cortex.http_io import Exchange, query_parameters
 from cortex.store.named import NamedConversations
@@ -38,6 +38,13 @@ class AddItemsBody(msgspec.Struct):
     items: list[dict[str, Any]]
 
 
+MAX_ITEMS = 20
+"""That one request adds, as OpenAI has it."""
+MAX_VALUES = 100_000
+
+_CREATE_PARAMETERS = Parameters(CreateBody, max_items={"items": MAX_ITEMS}, max_values=MAX_VALUES)
+_UPDATE_PARAMETERS = Parameters(UpdateBody, max_values=MAX_VALUES)
+_ADD_PARAMETERS = Parameters(AddItemsBody, max_items={"items": MAX_ITEMS}, max_values=MAX_VALUES)
 _CREATE = msgspec.json.Decoder(CreateBody)
 _UPDATE = msgspec.json.Decoder(UpdateBody)
 _ADD_ITEMS = msgspec.json.Decoder(AddItemsBody)
@@ -56,7 +63,7 @@ class ConversationEndpoints:
     async def create(self, exchange: Exchange) -> None:
         """``POST /v1/conversations``; a body may be left out."""
         body = await exchange.read_body(self._max_body_bytes) or b"{}"
-        asked = fields.decode(body, _CREATE)
+        asked, _ = _CREATE_PARAMETERS.decode(body, _CREATE)
         await _reply(exchange, await self._owned(exchange).create(_items(body), asked.metadata or {}))
 
     async def get(self, exchange: Exchange) -> None:
@@ -66,7 +73,7 @@ class ConversationEndpoints:
     async def update(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}``: other metadata."""
         (id,) = _parts(exchange, 1)
-        asked = fields.decode(await exchange.read_body(self._max_body_bytes), _UPDATE)
+        asked, _ = _UPDATE_PARAMETERS.decode(await exchange.read_body(self._max_body_bytes), _UPDATE)
         await _reply(exchange, await self._owned(exchange).update(id, asked.metadata or {}))
 
     async def delete(self, exchange: Exchange) -> None:
@@ -83,7 +90,7 @@ class ConversationEndpoints:
     async def add_items(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}/items``."""
         body = await exchange.read_body(self._max_body_bytes)
-        fields.decode(body, _ADD_ITEMS)
+        _ADD_PARAMETERS.decode(body, _ADD_ITEMS)
         added = await self._owned(exchange).add_items(_parts(exchange, 2)[0], _items(body))
         await _reply(exchange, page_of(added, {"order": "asc", "limit": str(max(1, min(100, len(added))))}))
 

@@ -109,6 +109,13 @@ class NotStartedError(UnavailableError):
     code = "not_started"
 
 
+class StoreFullError(ApiError):
+    """The store of responses has no room for what was to be kept."""
+
+    status = 507
+    code = "store_full"
+
+
 class StoreUnavailableError(UnavailableError):
     """The store of responses does not answer."""
 

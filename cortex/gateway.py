@@ -16,7 +16,7 @@ from cortex.access.valkey import ValkeyLedger
 from cortex.admin import Admin
 from cortex.background import Background
 from cortex.book import Book
-from cortex.config import AccessSettings, Config, CountersKind
+from cortex.config import AccessSettings, Config, CountersKind, StoreKind
 from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
 from cortex.dashboard.feed import Feed
@@ -61,7 +61,9 @@ from cortex.responses_socket import ResponsesSocket, refuse_socket
 from cortex.settings import ConfigError, split_address
 from cortex.store.conversation import Conversations
 from cortex.store.interface import StoreError
+from cortex.store.memory import SocketMemory
 from cortex.store.named import NamedConversations
+from cortex.store.sqlite import SqliteStore
 from cortex.stored_endpoints import StoredEndpoints
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
@@ -115,6 +117,9 @@ class Gateway:
         self._counting: asyncio.Task[None] | None = None
         self._lag: asyncio.Task[None] | None = None
         self._store = store.make(settings.store)
+        if isinstance(self._store, SqliteStore):
+            self._store.on_damaged = self.metrics.damaged_stores.inc
+        self._socket_memory = SocketMemory(settings.store.socket_bytes, settings.store.socket_bytes_per_key)
         conversations = Conversations(self._store)
         self.gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens, local_token)
         self.guard = _guard(settings)
@@ -209,7 +214,10 @@ class Gateway:
             try:
                 await self._store.open()
             except StoreError as error:
-                raise ConfigError("cortex.toml", "store", str(error)) from None
+                if self.settings.store.kind is not StoreKind.VALKEY:
+                    raise ConfigError("cortex.toml", "store", str(error)) from None
+                # Another program's to start, and no reason not to serve: each request to it tries anew.
+                log.error("the store of responses does not answer, and is asked again when it is needed: %s", error)
         await self.gate.ledger.open(self.supervisor)
         forget_dead_workers()
         if self.settings.gateway.metrics_listen:
@@ -308,7 +316,7 @@ class Gateway:
     async def handle_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one WebSocket; only Responses have one."""
         try:
-            self._let_socket_in(scope)
+            owner = self._let_socket_in(scope)
         except ApiError as error:
             await receive()
             await refuse_socket(scope, send, error)
@@ -320,6 +328,7 @@ class Gateway:
             handle=self.handle,
             new_request_id=lambda: request_id_of(None),
             max_message_bytes=self.settings.gateway.max_body_bytes,
+            said=self._socket_memory.connection(owner),
         ).serve()
 
     def _let_in(self, exchange: Exchange) -> Endpoint | None:
@@ -353,8 +362,8 @@ class Gateway:
         ):  # whose messages have no type, and no page sends without a handshake
             self.guard.check_media_type(exchange.method, exchange.header)
 
-    def _let_socket_in(self, scope: Scope) -> None:
-        """Let no WebSocket be opened by who may not ask over it, nor by a page of another site, key or not.
+    def _let_socket_in(self, scope: Scope) -> str:
+        """Let no WebSocket be opened by who may not ask over it, nor by a page of another site; return whose it is.
 
         Raises:
             ApiError: it may not be.
@@ -371,6 +380,7 @@ class Gateway:
             self.guard.check_origin(header(b"origin"), header(b"host"), setting="gateway")
             if not self.gate.is_proved(principal):
                 self.guard.check_site(header, setting="gateway")
+            return principal.name
         except ApiError as error:
             self.metrics.rejected.labels(error.status).inc()
             logs.rejected(log, request_id_of(header(b"x-request-id")), "GET", path, error.status, error.code)

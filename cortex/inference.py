@@ -238,13 +238,13 @@ class Inference:
                 answer.close()
         record.status = 200
         if asked.turn is not None:
-            await self._conversations.of(record.key).keep(asked.turn, body)
+            body = await self._conversations.of(record.key).keep(asked.turn, body)
         await exchange.reply(200, asked.reshape(body))
 
     async def _only_read(self, exchange: Exchange, record: Record, turn: Turn, name: str) -> None:
         """Answer with an empty response, which later turns continue; no node is asked."""
         frames = _made_here(turn, name).frames([Started(0), Finished(FinishReason.STOP, 0)])
-        await self._conversations.of(record.key).keep_streamed(turn, frames)
+        frames = await self._conversations.of(record.key).keep_streamed(turn, frames)
         record.status, record.finish = 200, "not_generated"
         await exchange.start_stream()
         await exchange.write(frames)
@@ -298,7 +298,7 @@ class Inference:
                 frames = relay.take(data)
                 if frames:
                     if asked.turn is not None and relay.is_complete:
-                        await self._conversations.of(record.key).keep_streamed(asked.turn, frames)
+                        frames = await self._conversations.of(record.key).keep_streamed(asked.turn, frames)
                     yield frames
                 relay.check()
 

@@ -263,6 +263,11 @@ class Metrics:
             buckets=BUCKETS_S,
             registry=self.registry,
         )
+        self.damaged_stores = Counter(
+            "cortex_store_damaged",
+            "Store files that were found damaged, moved aside and begun anew.",
+            registry=self.registry,
+        )
         self.loads = Counter(
             "cortex_model_loads", "Cold loads asked for.", ("model", "outcome"), registry=self.registry
         )

@@ -18,6 +18,7 @@ from cortex._fast.sse import FrameDecoder
 from cortex.dialects.openai_errors import error_object
 from cortex.dialects.passthrough import RESPONSES
 from cortex.http_io import Receive, Scope, Send, SocketExchange
+from cortex.store.memory import Said
 from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, OverloadedError
 from cortex.wire.responses_events import ResponsesEvent
 
@@ -50,7 +51,9 @@ class ResponsesSocket:
         handle: Callable[[SocketExchange], Awaitable[None]],
         new_request_id: Callable[[], str],
         max_message_bytes: int,
+        said: Said,
     ) -> None:
+        """``said`` is what the connection remembers."""
         self._receive = receive
         self._send = send
         self._handle = handle
@@ -69,7 +72,7 @@ class ResponsesSocket:
             "headers": headers,
             "client": scope.get("client"),
         }
-        self._said: dict[str, tuple[msgspec.Raw, ...]] = {}
+        self._said = said
         self._lanes: dict[str | None, asyncio.Task[None]] = {}
         self._turns: set[asyncio.Task[None]] = set()
         self._left = asyncio.Event()
@@ -92,6 +95,7 @@ class ResponsesSocket:
             # A turn that runs sees the client leave as over HTTP; one that waits for its lane is just dropped.
             if self._turns:
                 await asyncio.wait(self._turns)
+            self._said.clear()
 
     async def _take(self, data: bytes) -> None:
         """Begin a turn, or refuse the message."""

@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import re
+import socket
 import ssl
 import stat
 import tomllib
@@ -194,6 +195,18 @@ def url_of(scheme: str, host: str, port: int) -> str:
     """Return the address at which a client on this host reaches what listens at ``host``."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def check_address(address: str, source: str, key: str) -> None:
+    """Raise :class:`ConfigError` unless an address is one of this host; its port may be in use."""
+    host, port = split_address(address)
+    try:
+        family, kind, protocol, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.bind((found[0], 0, *found[2:]))
+    except (OSError, UnicodeError) as error:
+        reason = f"nobody can listen at {address!r} here: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError(source, key, reason) from None
 
 
 def _typed(kind: Any, variable: str, keys: list[str], text: str) -> object:

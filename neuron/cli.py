@@ -10,7 +10,7 @@ import uvloop
 
 from cortex import logs, tracing
 from cortex.build_identity import COMMIT
-from cortex.settings import ConfigError
+from cortex.settings import ConfigError, check_address
 from cortex.wire.errors import ApiError
 from neuron import __version__
 from neuron.api import Api
@@ -47,6 +47,7 @@ def main() -> int:
     }
     try:
         config = load(arguments.config, flags)
+        check_address(config.daemon.listen, str(arguments.config or "neuron.toml"), "daemon.listen")
         if arguments.check:
             print(f"neuron: the configuration is right, models: {len(config.models)}")  # noqa: T201
             return 0

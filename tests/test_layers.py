@@ -64,6 +64,7 @@ FLOORS = {
     "cortex.admin": 4,
     "cortex.dashboard": 4,
     "cortex.gateway": 6,
+    "cortex.preflight": 5,
     "cortex.reload": 5,
     "cortex.worker": 7,
     "cortex.asgi": 8,

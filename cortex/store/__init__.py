@@ -23,7 +23,8 @@ def make(settings: StoreSettings, environment: Mapping[str, str] = os.environ) -
             from cortex.store.sqlite import SqliteStore
 
             path = settings.path or str(_state_folder(environment) / "responses.db")
-            return SqliteStore(path, ttl_s=settings.ttl_s, max_bytes=settings.max_bytes)
+            per_key = settings.max_bytes_per_key or settings.max_bytes // 4
+            return SqliteStore(path, ttl_s=settings.ttl_s, max_bytes=settings.max_bytes, max_bytes_per_owner=per_key)
         case StoreKind.VALKEY:
             from cortex.store.valkey import ValkeyStore
 

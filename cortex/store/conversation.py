@@ -5,11 +5,11 @@ goes on as it came; its answer is kept unless it says ``store: false``. An answe
 client, who may continue it at once; that it could not be kept is logged, and costs nobody the answer.
 """
 
+import asyncio
 import logging
 import re
 import secrets
 from collections.abc import Mapping, MutableMapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,10 @@ from cortex.errors import (
     ConversationNotFoundError,
     PreviousResponseNotFoundError,
     ResponseNotFoundError,
+    StoreFullError,
     StoreUnavailableError,
 )
-from cortex.store import items
+from cortex.store import interface, items
 from cortex.store.interface import ResponseStore, StoredResponse, StoreError
 from cortex.store.paging import page_of
 from cortex.wire.errors import InvalidRequestError, InvalidTypeError
@@ -51,8 +52,8 @@ _FIELDS = ("conversation", "background")
 Said = MutableMapping[str, tuple[msgspec.Raw, ...]]
 """Whole conversations by the id of their last response: what a connection remembers."""
 
-MAX_SAID = 8
-"""Conversations a connection remembers, the latest."""
+MAX_ITEMS_AT_ONCE = 500
+"""Items of a turn that are made ready for the store on the event loop; of more, a thread does it."""
 
 _ANSWER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NAMED = msgspec.json.Decoder(str | _Named | None)
@@ -111,11 +112,16 @@ class Conversations:
             PreviousResponseNotFoundError: it continues a response that is not there.
             ConversationNotFoundError: it is part of a conversation that is not there.
             InvalidRequestError: its input is none, or refers to an item that is not there.
+            StoreFullError: it is to be kept, and there is no room.
             StoreUnavailableError: the store failed.
         """
         if self._store is None and said is None:
             return Turn(body)  # the node refuses what refers to something
         previous, stores = found.previous_response_id or "", keeps and found.stores and self._store is not None
+        if stores and self._store is not None and (obstacle := self._store.obstacle(len(body))) is not None:
+            if _wants_store(body) or any(b'"%b"' % name.encode() in body for name in _FIELDS):
+                raise _refusal(obstacle)
+            stores = False  # nobody asked for it, and the answer says so
         conversation, background = "", False
         if self._store is not None and any(b'"%b"' % name.encode() in body for name in _FIELDS):
             body, conversation, background = _without_fields(body, stores)
@@ -173,30 +179,42 @@ class Conversations:
             return (await self._said(previous))[0], list(said[previous]), True
         return (), list(said[previous]), not part.store
 
-    async def keep(self, turn: Turn, response: bytes) -> None:
-        """Keep the response that answered ``turn``, if it is one, where it is to be kept."""
+    async def keep(self, turn: Turn, response: bytes) -> bytes:
+        """Keep the response that answered ``turn``, if it is one, where it is to be kept.
+
+        Returns it as it is told: one that could not be kept says so.
+        """
         if not turn.is_kept:
-            return
+            return response
         try:
             id = msgspec.json.decode(_ANSWER.decode(response)["id"], type=str)
         except (msgspec.DecodeError, KeyError):
             log.warning("an answer that is no response was not kept")
-            return
+            return response
         if turn.said is not None:
             own = (msgspec.Raw(orjson.dumps(item)) for item in turn.items)
             turn.said[id] = (*turn.said_before, *own, *items.output_items(response))
-            if len(turn.said) > MAX_SAID:
-                del turn.said[next(iter(turn.said))]
-        with suppress(StoreUnavailableError):  # it is in the log
-            await self.settle(turn, id, self.stored(turn, response))
+        try:
+            if len(turn.items) > MAX_ITEMS_AT_ONCE:
+                stored = await asyncio.to_thread(self.stored, turn, response)
+            else:
+                stored = self.stored(turn, response)
+            await self.settle(turn, id, stored)
+        except (StoreUnavailableError, StoreFullError):  # it is in the log
+            return _not_stored(response)
+        return response
 
-    async def keep_streamed(self, turn: Turn, frames: bytes) -> None:
-        """Keep the response in the last frames of a stream; one that failed is not kept."""
+    async def keep_streamed(self, turn: Turn, frames: bytes) -> bytes:
+        """Keep the response in the last frames of a stream, and return them; one that failed is not kept."""
         if not turn.is_kept:
-            return
+            return frames
         for frame in FrameDecoder(len(frames) + 1).feed(frames):
             if frame.event in _KEPT:
-                await self.keep(turn, bytes(_ANSWER.decode(frame.data)["response"]))
+                response = bytes(_ANSWER.decode(frame.data)["response"])
+                kept = await self.keep(turn, response)
+                if kept is not response:
+                    frames = frames.replace(response, kept, 1)
+        return frames
 
     def stored(self, turn: Turn, response: bytes) -> StoredResponse:
         """Return a turn with its answer, as it is kept."""
@@ -224,7 +242,7 @@ class Conversations:
         try:
             await self._store.put(id, msgspec.structs.replace(stored, owner=self.owner), chain)
         except StoreError as error:
-            raise _unavailable(error) from error
+            raise _refusal(error) from error
 
     async def find(self, id: str) -> StoredResponse | None:
         """Return what is kept under an id. Raises :class:`StoreUnavailableError`."""
@@ -335,6 +353,32 @@ def _without(said: list[msgspec.Raw], name: StoredResponse) -> list[msgspec.Raw]
     """Return what is left of a conversation's items."""
     gone = set(orjson.loads(bytes(name.items)))
     return [item for item in said if orjson.loads(bytes(item)).get("id") not in gone] if gone else said
+
+
+def _not_stored(response: bytes) -> bytes:
+    """Return a response that says that it is not kept."""
+    fields = _ANSWER.decode(response)
+    if bytes(fields.get("store", b"false")) == b"false":
+        return response
+    fields["store"] = msgspec.Raw(b"false")
+    return msgspec.json.encode(fields)
+
+
+def _wants_store(body: bytes) -> bool:
+    """Return whether a body says by itself that its answer is to be kept."""
+    if b'"store"' not in body:
+        return False
+    try:
+        return bytes(_ANSWER.decode(body).get("store", b"")) == b"true"
+    except msgspec.DecodeError:
+        return False  # for the node to refuse
+
+
+def _refusal(error: StoreError) -> StoreUnavailableError | StoreFullError:
+    if isinstance(error, interface.StoreFullError):
+        log.error("%s", error)
+        return StoreFullError("The store of responses has no room for this; send 'store': false, or delete others.")
+    return _unavailable(error)
 
 
 def _unavailable(error: StoreError) -> StoreUnavailableError:

@@ -63,6 +63,9 @@ class ResponseStore(Protocol):
     async def get(self, id: str) -> StoredResponse | None:
         """Return a response; ``None`` if it is not there, or not any more."""
 
+    def obstacle(self, size_bytes: int) -> "StoreError | None":
+        """Return why so many bytes cannot be kept, as far as that is known now and without waiting."""
+
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
         """Keep a response, and those it continues for as long as itself.
 
@@ -79,3 +82,7 @@ class ResponseStore(Protocol):
 
 class StoreError(Exception):
     """A store failed. The message says which one, and what it said."""
+
+
+class StoreFullError(StoreError):
+    """There is no room for it, on the disk or among what a key may keep."""

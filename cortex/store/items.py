@@ -3,7 +3,7 @@
 Pure. Items are kept as the client sent them, with the id, type and content list that a listing of them owes.
 """
 
-import secrets
+import os
 from typing import Any
 
 import msgspec
@@ -13,6 +13,8 @@ from cortex.wire.errors import InvalidTypeError
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
+
+ID_BYTES = 12
 
 _ID_PREFIXES = {
     "message": "msg",
@@ -40,14 +42,16 @@ def input_items(body: bytes) -> list[dict[str, Any]]:
 
 def listed(items: list[dict[str, Any]]) -> bytes:
     """Return items as a listing of them shows them: each with a type, an id, and content in parts."""
-    return orjson.dumps([_listed(item) for item in items])
+    drawn = os.urandom(ID_BYTES * len(items)).hex()
+    size = 2 * ID_BYTES
+    return orjson.dumps([_listed(item, drawn[at * size : (at + 1) * size]) for at, item in enumerate(items)])
 
 
-def _listed(item: dict[str, Any]) -> dict[str, Any]:
+def _listed(item: dict[str, Any], drawn: str) -> dict[str, Any]:
     kind = item.get("type") or "message"
     found = {**item, "type": kind}
     if not isinstance(found.get("id"), str):
-        found["id"] = f"{_ID_PREFIXES.get(str(kind), 'item')}_{secrets.token_hex(12)}"
+        found["id"] = f"{_ID_PREFIXES.get(str(kind), 'item')}_{drawn}"
     if kind == "message":
         found.setdefault("status", "completed")
         if isinstance(found.get("content"), str):

@@ -1,19 +1,30 @@
 """Responses in an SQLite file: the default, for the gateways of one host.
 
-All statements run on one thread, so a slow disk delays nobody but who waits for it. The file is bounded twice: by the
-age of a response since it was last part of a conversation, and by the bytes of all, of which the oldest go first. A sum
-kept by triggers makes the second cheap, and right for several processes.
+All statements run on one thread, so a slow disk delays nobody but who waits for it. The file is bounded by the age of a
+response since it was last part of a conversation, by the bytes of each key and by those of all; the oldest go first,
+and where all are too many, of the key that has most: nobody pushes out another. Sums kept by triggers make that cheap,
+and right for several processes. The file is its owner's alone. One that is damaged is moved aside and begun anew.
 """
 
 import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import math
+import os
 import pathlib
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from cortex.store.interface import StoredResponse, StoreError, from_bytes, to_bytes
+from cortex.store.clock import StoreClock
+from cortex.store.interface import StoredResponse, StoreError, StoreFullError, from_bytes, to_bytes
+
+log = logging.getLogger("cortex.store")
 
 T = TypeVar("T")
 
@@ -22,28 +33,59 @@ BUSY_TIMEOUT_S = 5.0
 
 EVICTION_BATCH = 64
 
+SPARE_BYTES = 1024 * 1024
+"""Of the disk, which are not written to."""
+RETRY_S = 5.0
+"""How long a store that could not be written to counts as one that cannot be."""
+MAGIC = b"SQLite format 3\0"
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
-    id TEXT PRIMARY KEY, value BLOB NOT NULL, size_bytes INTEGER NOT NULL, expires_at REAL NOT NULL
+    id TEXT PRIMARY KEY, value BLOB NOT NULL, size_bytes INTEGER NOT NULL, expires_at REAL NOT NULL,
+    owner TEXT NOT NULL DEFAULT ''
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_age ON responses (expires_at);
-CREATE TABLE IF NOT EXISTS total (size_bytes INTEGER NOT NULL);
-INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT * FROM total);
-CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON responses
-    BEGIN UPDATE total SET size_bytes = size_bytes + NEW.size_bytes; END;
-CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON responses
-    BEGIN UPDATE total SET size_bytes = size_bytes - OLD.size_bytes; END;
+CREATE TABLE IF NOT EXISTS seen (at REAL NOT NULL);
+INSERT INTO seen SELECT 0 WHERE NOT EXISTS (SELECT * FROM seen);
+"""
+_WITH_OWNERS = """
+CREATE INDEX IF NOT EXISTS by_owner ON responses (owner, expires_at);
+DROP TRIGGER IF EXISTS added;
+DROP TRIGGER IF EXISTS removed;
+DROP TABLE IF EXISTS total;
+CREATE TABLE IF NOT EXISTS owners (owner TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS gained AFTER INSERT ON responses BEGIN
+    INSERT INTO owners VALUES (NEW.owner, NEW.size_bytes)
+        ON CONFLICT (owner) DO UPDATE SET size_bytes = size_bytes + excluded.size_bytes;
+END;
+CREATE TRIGGER IF NOT EXISTS lost AFTER DELETE ON responses
+    BEGIN UPDATE owners SET size_bytes = size_bytes - OLD.size_bytes WHERE owner = OLD.owner; END;
 """
 
 
 class SqliteStore:
     """A store in one file; ``:memory:`` keeps it in this process alone."""
 
-    def __init__(self, path: str, *, ttl_s: float, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        ttl_s: float,
+        max_bytes: int,
+        max_bytes_per_owner: int = 0,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """``max_bytes_per_owner`` of 0 is no bound of its own."""
         self.path = path
+        self.on_damaged: Callable[[], None] = lambda: None
+        """Is called, in some thread, when a damaged file was moved aside."""
+        self._max_bytes_per_owner = max_bytes_per_owner or max_bytes
+        self._own_clock = StoreClock() if clock is None else None
+        self._failed_at_s = -math.inf
         self._ttl_s = ttl_s
         self._max_bytes = max_bytes
-        self._clock = clock
+        self._clock: Callable[[], float] = clock or StoreClock() if self._own_clock is None else self._own_clock
         self._thread = ThreadPoolExecutor(1, "cortex-store")
         self._connection: sqlite3.Connection | None = None
 
@@ -63,25 +105,72 @@ class SqliteStore:
 
         return await self._run(lambda: read(self._open()))
 
+    def obstacle(self, size_bytes: int) -> StoreError | None:
+        """Return why so many bytes cannot be kept, as far as that is known before they are written."""
+        if size_bytes > min(self._max_bytes, self._max_bytes_per_owner):
+            return StoreFullError(f"{self.path}: {size_bytes} bytes are more than one key may keep")
+        if time.monotonic() - self._failed_at_s < RETRY_S:
+            return StoreError(f"{self.path}: cannot be written to")
+        if self.path != ":memory:":
+            try:
+                disk = os.statvfs(pathlib.Path(self.path).parent)
+            except OSError:
+                return None  # what is not there yet is made
+            if disk.f_bavail * disk.f_frsize < size_bytes + SPARE_BYTES:
+                return StoreFullError(f"{self.path}: its disk is full")
+        return None
+
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
-        """Keep a response; forget what has expired, and the oldest while all are too many bytes."""
+        """Keep a response; forget what has expired, and the oldest while they are too many bytes."""
         value = to_bytes(stored)
+        if len(value) > min(self._max_bytes, self._max_bytes_per_owner):
+            raise StoreFullError(f"{self.path}: {len(value)} bytes are more than one key may keep")
 
         def write(connection: sqlite3.Connection) -> None:
             now = self._clock()
             expires_at = now + self._ttl_s
             with connection:
+                connection.execute("UPDATE seen SET at = ? WHERE at < ?", (now, now))
                 connection.execute("DELETE FROM responses WHERE expires_at <= ?", (now,))
                 # Not REPLACE: it would skip the trigger that counts.
                 connection.execute("DELETE FROM responses WHERE id = ?", (id,))
-                connection.execute("INSERT INTO responses VALUES (?, ?, ?, ?)", (id, value, len(value), expires_at))
+                row = id, value, len(value), expires_at, stored.owner
+                connection.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?)", row)
                 refresh = "UPDATE responses SET expires_at = ? WHERE id = ?"
                 connection.executemany(refresh, [(expires_at, earlier) for earlier in chain])
-                while connection.execute("SELECT size_bytes FROM total").fetchone()[0] > self._max_bytes:
-                    oldest = "SELECT id FROM responses ORDER BY expires_at LIMIT ?"
-                    connection.execute(f"DELETE FROM responses WHERE id IN ({oldest})", (EVICTION_BATCH,))
+                self._make_room(connection, id, stored.owner)
 
-        await self._run(lambda: write(self._open()))
+        try:
+            await self._run(lambda: write(self._open()))
+        except StoreError:
+            self._failed_at_s = time.monotonic()
+            raise
+        self._failed_at_s = -math.inf
+
+    def _make_room(self, connection: sqlite3.Connection, id: str, owner: str) -> None:
+        """Forget the oldest of an owner, and then of whoever has most, while they are too many; but not ``id``."""
+
+        def has(of: str) -> int:
+            found = connection.execute("SELECT size_bytes FROM owners WHERE owner = ?", (of,)).fetchone()
+            return int(found[0]) if found else 0
+
+        def forget(of: str, excess: int) -> bool:
+            oldest = "SELECT id, size_bytes FROM responses WHERE owner = ? AND id != ? ORDER BY expires_at LIMIT ?"
+            gone = []
+            for other, size_bytes in connection.execute(oldest, (of, id, EVICTION_BATCH)).fetchall():
+                if excess <= 0:
+                    break
+                gone.append((other,))
+                excess -= size_bytes
+            connection.executemany("DELETE FROM responses WHERE id = ?", gone)
+            return bool(gone)
+
+        while (excess := has(owner) - self._max_bytes_per_owner) > 0 and forget(owner, excess):
+            pass
+        while (excess := connection.execute("SELECT sum(size_bytes) FROM owners").fetchone()[0] - self._max_bytes) > 0:
+            richest = connection.execute("SELECT owner FROM owners ORDER BY size_bytes DESC").fetchone()[0]
+            if not (forget(richest, excess) or forget(owner, excess)):
+                break
 
     async def delete(self, id: str) -> bool:
         """Forget a response."""
@@ -106,25 +195,123 @@ class SqliteStore:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
-            if self.path != ":memory:":
-                pathlib.Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
             try:
-                # Readers and a writer at a time; a crash of the host may lose the last responses and never the file.
-                _switch_to_wal(connection)
-                connection.execute("PRAGMA synchronous = NORMAL")
-                connection.executescript(_SCHEMA)
-            except sqlite3.Error:
-                connection.close()  # each request tries anew
-                raise
-            self._connection = connection
+                self._connection = self._connect()
+            except sqlite3.DatabaseError as error:
+                if not _is_damaged(error):
+                    raise
+                self._move_aside(error)
+                self._connection = self._connect()
         return self._connection
+
+    def _connect(self) -> sqlite3.Connection:
+        if self.path != ":memory:":
+            path = pathlib.Path(self.path)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # SQLite gives the files beside it the mode of this one.
+            with contextlib.suppress(OSError):  # of which SQLite complains in its own words
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            for name in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
+                with contextlib.suppress(OSError):  # it is not there, or another user's
+                    if pathlib.Path(name).is_file() and stat.S_IMODE(pathlib.Path(name).stat().st_mode) & 0o077:
+                        pathlib.Path(name).chmod(0o600)
+        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
+        try:
+            # Readers and a writer at a time; a crash of the host may lose the last responses and never the file.
+            _switch_to_wal(connection)
+            connection.execute("PRAGMA synchronous = NORMAL")
+            _make_tables(connection)
+            if self._own_clock is not None:
+                self._own_clock.begin(connection.execute("SELECT at FROM seen").fetchone()[0], self._ttl_s)
+        except sqlite3.Error:
+            connection.close()  # each request tries anew
+            raise
+        return connection
+
+    def _move_aside(self, error: sqlite3.Error) -> None:
+        """Put a damaged file out of the way; of several processes that find it, one does.
+
+        A file that neither begins as a store does nor is called so stays: the path may be a mistake.
+        """
+        with pathlib.Path(self.path).open("rb") as file:
+            is_store = file.read(len(MAGIC)) == MAGIC
+        if not is_store and pathlib.Path(self.path).suffix not in {".db", ".sqlite", ".sqlite3"}:
+            return
+        folder = os.open(pathlib.Path(self.path).parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if not _is_file_damaged(self.path):
+                return  # another process was here
+            there = f"{self.path}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    pathlib.Path(self.path + suffix).rename(there + suffix)
+            self.on_damaged()
+            log.error("the store %s is damaged (%s): moved to %s, and begun anew", self.path, error, there)
+        finally:
+            os.close(folder)
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"{self.path}: {error}") from error
+            return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._do(work))
+        except sqlite3.Error as error:
+            kind = StoreFullError if error.sqlite_errorcode == sqlite3.SQLITE_FULL else StoreError
+            raise kind(f"{self.path}: {error}") from error
+        except OSError as error:
+            kind = StoreFullError if error.errno in {errno.ENOSPC, errno.EDQUOT} else StoreError
+            raise kind(f"{self.path}: {error}") from error
+
+    def _do(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except sqlite3.DatabaseError as error:
+            if self._connection is not None and _is_damaged(error) and self.path != ":memory:":
+                self._connection.close()
+                self._connection = None
+                self._move_aside(error)
+            raise
+
+
+def _is_damaged(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+
+
+def _is_file_damaged(path: str) -> bool:
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection:
+            return bool(connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok")
+    except sqlite3.Error as error:
+        return _is_damaged(error)
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    """Make what is not there; of a file by an earlier version, write down whose each response is."""
+    connection.executescript(_SCHEMA)
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(responses)")}
+    is_counted = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'owners'").fetchone()
+    if "owner" in columns and is_counted:
+        return
+    connection.create_function("owner_of", 1, lambda value: from_bytes(value).owner)
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        if "owner" not in {row[1] for row in connection.execute("PRAGMA table_info(responses)")}:
+            connection.execute("ALTER TABLE responses ADD COLUMN owner TEXT NOT NULL DEFAULT ''")
+            connection.execute("UPDATE responses SET owner = owner_of(value)")
+        for statement in _statements(_WITH_OWNERS):
+            connection.execute(statement)
+        connection.execute("DELETE FROM owners")
+        connection.execute("INSERT INTO owners SELECT owner, sum(size_bytes) FROM responses GROUP BY owner")
+
+
+def _statements(script: str) -> list[str]:
+    """Return the statements of a script, which is run in a transaction that ``executescript`` would end."""
+    found, begun = [], ""
+    for line in script.splitlines(keepends=True):
+        begun += line
+        if sqlite3.complete_statement(begun):
+            found.append(begun)
+            begun = ""
+    return found
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:

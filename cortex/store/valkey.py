@@ -3,12 +3,16 @@
 Each response is a key of its own with a time to live; how many bytes there may be is the server's ``maxmemory`` to say.
 """
 
+import math
+import time
 from collections.abc import Sequence
 
 from cortex.store.interface import StoredResponse, StoreError, from_bytes, to_bytes
 
 PREFIX = "cortex:response:"
 TIMEOUT_S = 5.0
+RETRY_S = 2.0
+"""How long a server that did not take something counts as one that does not."""
 
 
 class ValkeyStore:
@@ -22,6 +26,7 @@ class ValkeyStore:
         except ImportError:
             raise StoreError("the store needs the redis package: pip install 'helexa-cortex[valkey]'") from None
         self._url = url
+        self._failed_at_s = -math.inf
         self._ttl_ms = round(ttl_s * 1000)
         self._errors: tuple[type[Exception], ...] = (exceptions.RedisError, OSError)
         try:
@@ -47,6 +52,12 @@ class ValkeyStore:
         assert isinstance(value, bytes)  # nothing is decoded for us
         return from_bytes(value)
 
+    def obstacle(self, size_bytes: int) -> StoreError | None:
+        """Return why nothing can be kept, if that failed a moment ago."""
+        if time.monotonic() - self._failed_at_s < RETRY_S:
+            return StoreError(f"{self._url.rpartition('@')[2]}: cannot be written to")
+        return None
+
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
         """Keep a response and what it continues, in one round trip."""
         value = to_bytes(stored)
@@ -57,7 +68,9 @@ class ValkeyStore:
                     pipeline.pexpire(PREFIX + earlier, self._ttl_ms)
                 await pipeline.execute()
         except self._errors as error:
+            self._failed_at_s = time.monotonic()
             raise self._failed(error) from error
+        self._failed_at_s = -math.inf
 
     async def delete(self, id: str) -> bool:
         """Forget a response."""

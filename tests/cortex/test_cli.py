@@ -40,7 +40,7 @@ def test_version() -> None:
 
 
 def test_a_configuration_can_be_checked_without_serving(folder: pathlib.Path) -> None:
-    done = run("serve", "--config", str(folder / "cortex.toml"), "--check")
+    done = run("serve", "--config", str(folder / "cortex.toml"), "--check", HOME=str(folder))
     assert (done.returncode, done.stdout) == (0, f"{folder}/cortex.toml: ok, 1 nodes, 1 models\n")
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import os
 import pathlib
 import sqlite3
+import stat
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -14,7 +16,8 @@ from daemons import free_port
 from cortex import store
 from cortex.config import StoreKind, StoreSettings
 from cortex.settings import ConfigError
-from cortex.store.interface import ResponseStore, StoredResponse, StoreError
+from cortex.store.clock import StoreClock
+from cortex.store.interface import ResponseStore, StoredResponse, StoreError, StoreFullError, to_bytes
 from cortex.store.sqlite import SqliteStore
 
 Make = Callable[..., ResponseStore]
@@ -113,14 +116,163 @@ async def test_a_file_that_cannot_be_is_said_so(path: str) -> None:
     await made.close()
 
 
-async def test_a_file_that_is_something_else(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "r.db").write_text("not a database" * 100)
-    made = SqliteStore(str(tmp_path / "r.db"), ttl_s=1, max_bytes=1024)
+async def test_a_file_that_is_something_else_is_left_alone(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a database" * 100)
+    made = SqliteStore(str(tmp_path / "notes.txt"), ttl_s=1, max_bytes=1024)
     with pytest.raises(StoreError, match="not a database"):
         await made.open()
     held = [str(found.readlink()) for found in pathlib.Path("/proc/self/fd").iterdir() if found.is_symlink()]
     assert not [path for path in held if path.startswith(str(tmp_path))]
     await made.close()
+    assert (tmp_path / "notes.txt").read_text().startswith("not a database")
+
+
+@pytest.mark.parametrize("how", ["nonsense", "cut", "a hole", "while it is open"])
+async def test_a_damaged_file_is_moved_aside_and_begun_anew(
+    tmp_path: pathlib.Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "responses.db"
+    made = SqliteStore(str(path), ttl_s=1000, max_bytes=10_000_000)
+    async with opened(made) as kept:
+        for i in range(100):
+            await kept.put(f"resp_{i}", turn("x" * 2000), ())
+        if how == "while it is open":
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with path.open("r+b") as file:
+                file.seek(4096)
+                file.write(b"\xff" * 100_000)
+            with contextlib.suppress(StoreError):
+                for i in range(100):
+                    await kept.get(f"resp_{i}")
+                    await kept.put(f"more_{i}", turn("x" * 2000), ())
+            await kept.put("resp_new", turn("y"), ())
+            assert await kept.get("resp_new") is not None
+    if how != "while it is open":
+        data = path.read_bytes()
+        path.write_bytes(
+            {"nonsense": b"nonsense" * 1000, "cut": data[:5000], "a hole": data[:100] + b"\xff" * (len(data) - 100)}[
+                how
+            ]
+        )
+        again = SqliteStore(str(path), ttl_s=1000, max_bytes=10_000_000)
+        num_damaged = 0
+
+        def damaged() -> None:
+            nonlocal num_damaged
+            num_damaged += 1
+
+        again.on_damaged = damaged
+        async with opened(again) as kept:
+            with contextlib.suppress(StoreError):
+                await kept.put("resp_first", turn("y"), ())
+            await kept.put("resp_new", turn("y"), ())
+            assert await kept.get("resp_new") is not None
+        assert num_damaged == 1
+    assert [found.name for found in tmp_path.glob("responses.db.damaged-*")]
+    assert "is damaged" in caplog.text
+
+
+async def test_the_file_is_its_owners_alone(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "own" / "responses.db"
+    mask = os.umask(0)
+    try:
+        async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=100_000)) as kept:
+            await kept.put("resp_a", turn("a"), ())
+            found = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    finally:
+        os.umask(mask)
+    assert found == {"responses.db": 0o600, "responses.db-wal": 0o600, "responses.db-shm": 0o600}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    path.chmod(0o644)  # as an earlier version left it
+    async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=100_000)):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+async def test_one_key_does_not_push_out_anothers(tmp_path: pathlib.Path) -> None:
+    now = 0.0
+    made = SqliteStore(
+        str(tmp_path / "r.db"), ttl_s=10_000, max_bytes=100_000, max_bytes_per_owner=60_000, clock=lambda: now
+    )
+    async with opened(made) as kept:
+        for i in range(10):
+            await kept.put(f"resp_a{i}", msgspec.structs.replace(turn("x" * 1000), owner="alice"), ())
+        for i in range(300):
+            now += 1
+            await kept.put(f"resp_b{i}", msgspec.structs.replace(turn("x" * 1000), owner="bob"), ())
+            await kept.put(f"resp_c{i}", msgspec.structs.replace(turn("x" * 1000), owner="carol"), ())
+        assert all([await kept.get(f"resp_a{i}") is not None for i in range(10)])
+        for letter in "bc":
+            alive = [i for i in range(300) if await kept.get(f"resp_{letter}{i}") is not None]
+            assert alive == list(range(alive[0], 300))
+            assert 30 < len(alive) <= 60
+        with pytest.raises(StoreFullError):
+            await kept.put("resp_big", turn("x" * 60_000), ())
+        assert isinstance(kept.obstacle(60_001), StoreFullError)
+        assert kept.obstacle(1000) is None
+
+
+async def test_a_file_of_an_earlier_version_learns_whose_each_response_is(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "responses.db"
+    before = sqlite3.connect(path)
+    before.executescript(
+        """CREATE TABLE responses (
+            id TEXT PRIMARY KEY, value BLOB NOT NULL, size_bytes INTEGER NOT NULL, expires_at REAL NOT NULL
+        ) WITHOUT ROWID;
+        CREATE TABLE total (size_bytes INTEGER NOT NULL);
+        INSERT INTO total VALUES (0);
+        CREATE TRIGGER added AFTER INSERT ON responses
+            BEGIN UPDATE total SET size_bytes = size_bytes + NEW.size_bytes; END;"""
+    )
+    for owner in ("alice", "bob"):
+        value = to_bytes(msgspec.structs.replace(turn("x" * 1000), owner=owner))
+        before.execute(
+            "INSERT INTO responses VALUES (?, ?, ?, ?)", (f"resp_{owner}", value, len(value), time.time() + 99)
+        )
+    before.commit()
+    before.close()
+    for _ in range(2):
+        async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=100_000)) as kept:
+            found = await kept.get("resp_bob")
+            assert found is not None
+            assert found.owner == "bob"
+            await kept.put("resp_new", turn("y"), ())
+    rows = sqlite3.connect(path)
+    assert dict(rows.execute("SELECT owner, size_bytes > 1000 FROM owners WHERE owner != ''")) == {"alice": 1, "bob": 1}
+    rows.close()
+
+
+DAY_S = 24 * 3600.0
+
+
+def test_a_jump_of_the_clock_is_no_time_that_passed() -> None:
+    wall, elapsed = 1e9, 0.0
+    clock = StoreClock(lambda: wall, lambda: elapsed)
+    clock.begin(0, 30 * DAY_S)
+    wall, elapsed = wall + 31 * DAY_S, 60.0
+    assert clock() == 1e9 + 60, "while it is open"
+    clock.begin(1e9, 30 * DAY_S)
+    assert clock() == 1e9 + 7 * DAY_S, "from one start to the next"
+    wall = 0.0
+    clock.begin(1e9, 30 * DAY_S)
+    assert clock() == 1e9, "and not backwards"
+    wall = 1e9 + DAY_S
+    clock.begin(1e9, 30 * DAY_S)
+    assert clock() == wall
+
+
+async def test_a_clock_that_is_set_a_month_ahead_wipes_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = str(tmp_path / "r.db"), time.time
+    async with opened(SqliteStore(path, ttl_s=30 * DAY_S, max_bytes=100_000)) as kept:
+        await kept.put("resp_a", turn("a"), ())
+        monkeypatch.setattr(time, "time", lambda: real() + 31 * DAY_S)
+        await kept.put("resp_b", turn("b"), ())
+        assert await kept.get("resp_a") is not None
+    async with opened(SqliteStore(path, ttl_s=30 * DAY_S, max_bytes=100_000)) as kept:
+        await kept.put("resp_c", turn("c"), ())
+        assert await kept.get("resp_a") is not None
 
 
 async def test_a_worker_that_starts_while_another_makes_the_file_waits_for_it(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,92 @@
+"""What WebSocket connections remember: the latest conversations of each, within bytes of each key and of all.
+
+A conversation that does not fit is not remembered: its client is told that the response is not found, and sends all of
+it, as after a connection that was lost. The oldest of a key go first, and where all are too much, of the key with most.
+"""
+
+from collections.abc import Iterator, MutableMapping
+
+import msgspec
+
+Items = tuple[msgspec.Raw, ...]
+
+MAX_PER_CONNECTION = 8
+"""Conversations that one connection remembers, the latest."""
+ITEM_BYTES = 64
+"""Of an item, beside its text."""
+
+
+class SocketMemory:
+    """The memory of all connections of one process."""
+
+    def __init__(self, max_bytes: int, max_bytes_per_key: int = 0) -> None:
+        """``max_bytes_per_key`` of 0 is a quarter of all."""
+        self._max_bytes = max_bytes
+        self._max_bytes_per_key = max_bytes_per_key or max_bytes // 4
+        self._sizes: dict[str, int] = {}
+        self._kept: dict[str, dict[tuple[int, str], tuple[Said, int]]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """How much is remembered."""
+        return sum(self._sizes.values())
+
+    def connection(self, owner: str) -> "Said":
+        """Return the memory of a new connection of a key. Clear it when that ends."""
+        return Said(self, owner)
+
+    def add(self, said: "Said", id: str, size_bytes: int) -> bool:
+        """Make room for a conversation; return false if there is none."""
+        if size_bytes > min(self._max_bytes, self._max_bytes_per_key):
+            return False
+        while self._sizes.get(said.owner, 0) + size_bytes > self._max_bytes_per_key:
+            self._drop_oldest(said.owner)
+        while self.num_bytes + size_bytes > self._max_bytes:
+            self._drop_oldest(max(self._sizes, key=self._sizes.__getitem__))
+        self._kept.setdefault(said.owner, {})[builtin_id(said), id] = said, size_bytes
+        self._sizes[said.owner] = self._sizes.get(said.owner, 0) + size_bytes
+        return True
+
+    def remove(self, said: "Said", id: str) -> None:
+        """Count a conversation no more."""
+        _, size_bytes = self._kept[said.owner].pop((builtin_id(said), id))
+        self._sizes[said.owner] -= size_bytes
+        if not self._kept[said.owner]:
+            del self._kept[said.owner], self._sizes[said.owner]
+
+    def _drop_oldest(self, owner: str) -> None:
+        (_, id), (said, _) = next(iter(self._kept[owner].items()))
+        del said[id]
+
+
+builtin_id = id
+
+
+class Said(MutableMapping[str, Items]):
+    """Whole conversations by the id of their last response: what one connection remembers."""
+
+    def __init__(self, memory: SocketMemory, owner: str) -> None:
+        self.owner = owner
+        self._memory = memory
+        self._items: dict[str, Items] = {}
+
+    def __getitem__(self, id: str) -> Items:
+        return self._items[id]
+
+    def __setitem__(self, id: str, items: Items) -> None:
+        if id in self._items:
+            del self[id]
+        if self._memory.add(self, id, sum(len(bytes(item)) + ITEM_BYTES for item in items)):
+            self._items[id] = items
+        while len(self._items) > MAX_PER_CONNECTION:
+            del self[next(iter(self._items))]
+
+    def __delitem__(self, id: str) -> None:
+        del self._items[id]
+        self._memory.remove(self, id)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)

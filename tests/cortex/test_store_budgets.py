@@ -1,0 +1,179 @@
+"""What is kept has a size, over HTTP and WebSockets; and what is not kept is not said to be."""
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import msgspec
+import orjson
+import pytest
+from fake_neuron import RESPONSE, USAGE, Asked, FakeNeuron, Line, event
+from gateway_rig import Rig, rig, until
+
+from cortex.config import StoreSettings
+from cortex.store.memory import SocketMemory
+
+SMALL = StoreSettings(path=":memory:", max_bytes=16_384, max_bytes_per_key=8_192)
+
+
+def responds(num_bytes: int) -> FakeNeuron:
+    """Return a node whose responses are so large, and say of themselves what the gateway told it."""
+
+    async def script(asked: Asked, line: Line) -> None:
+        stores = '"store":true' in asked.headers.get("x-cortex-response", "").replace(" ", "")
+        text = [
+            {
+                "type": "message",
+                "id": "msg_1",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "x" * num_bytes}],
+            }
+        ]
+        done = RESPONSE | {
+            "id": "resp_" + "1" * 48,
+            "status": "completed",
+            "usage": USAGE,
+            "store": stores,
+            "output": text,
+        }
+        if not orjson.loads(asked.body).get("stream"):
+            await line.reply(200, orjson.dumps(done))
+            return
+        await line.start_stream()
+        await line.chunk(event("response.created", 0, response=RESPONSE | {"store": stores}))
+        await line.chunk(event("response.completed", 1, response=done))
+        await line.end()
+
+    return FakeNeuron(script=script).ready("m")
+
+
+def last(call: Any) -> Any:
+    body = call.body.decode()
+    if not body.startswith("event:"):
+        return orjson.loads(body)
+    return orjson.loads([line[6:] for line in body.split("\n") if line.startswith("data: ")][-1])["response"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("more", [{}, {"store": True}])
+async def test_what_could_not_be_kept_says_so(stream: bool, more: dict[str, Any]) -> None:
+    for num_bytes, is_kept in ((10, True), (9_000, False)):
+        async with rig(responds(num_bytes), store=SMALL) as gateway:
+            body = {"model": "m", "input": "Hi", "stream": stream, **more}
+            call = await gateway.call("POST", "/v1/responses", body).end()
+            assert call.status == 200
+            response = last(call)
+            found = await gateway.call("GET", f"/v1/responses/{response['id']}").end()
+            assert (response["store"], found.status) == ((True, 200) if is_kept else (False, 404))
+
+
+async def test_what_is_to_be_kept_and_cannot_be_is_refused_before_a_node_is_asked() -> None:
+    neuron = responds(10)
+    async with rig(neuron, store=SMALL) as gateway:
+        large = {"model": "m", "input": "x" * 9_000}
+        for stream in (False, True):
+            call = await gateway.call("POST", "/v1/responses", {**large, "store": True, "stream": stream}).end()
+            assert (call.status, call.json()["error"]["code"]) == (507, "store_full")
+        assert not neuron.asked
+        call = await gateway.call("POST", "/v1/responses", large).end()
+        assert (call.status, call.json()["store"]) == (200, False), "nobody asked for it to be kept"
+        call = await gateway.call(
+            "POST", "/v1/conversations", {"items": [{"role": "user", "content": "x" * 9_000}]}
+        ).end()
+        assert (call.status, call.json()["error"]["code"]) == (507, "store_full")
+
+
+# ------------------------------------------------------------------ conversations
+
+
+async def conversation(gateway: Rig) -> str:
+    return str((await gateway.call("POST", "/v1/conversations", {}).end()).json()["id"])
+
+
+@pytest.mark.parametrize("num_items", [21, 1_300_000])
+async def test_items_are_counted_before_anything_is_made_of_them(num_items: int) -> None:
+    async with rig(FakeNeuron()) as gateway:
+        body = b'{"items":[' + b",".join([b"{}"] * num_items) + b"]}"
+        id = await conversation(gateway)
+        for path in ("/v1/conversations", f"/v1/conversations/{id}/items"):
+            began = time.perf_counter()
+            call = await gateway.call("POST", path, body).end()
+            assert (call.status, call.json()["error"]["code"]) == (400, "too_many_items")
+            assert time.perf_counter() - began < 5
+        assert (await gateway.call("GET", f"/v1/conversations/{id}/items").end()).json()["data"] == []
+
+
+async def test_twenty_items_are_taken_at_a_time() -> None:
+    async with rig(FakeNeuron()) as gateway:
+        items = [{"role": "user", "content": f"{i}"} for i in range(20)]
+        made = await gateway.call("POST", "/v1/conversations", {"items": items}).end()
+        assert made.status == 200
+        listed = await gateway.call("GET", f"/v1/conversations/{made.json()['id']}/items").end()
+        ids = [item["id"] for item in listed.json()["data"]]
+        assert len(set(ids)) == 20
+
+
+async def test_values_within_an_item_are_counted_too() -> None:
+    async with rig(FakeNeuron()) as gateway:
+        body = b'{"items":[{"type":"message","role":"user","content":[' + b",".join([b"{}"] * 200_000) + b"]}]}"
+        call = await gateway.call("POST", "/v1/conversations", body).end()
+        assert (call.status, call.json()["error"]["code"]) == (400, "too_many_items")
+
+
+# ------------------------------------------------------------------ what a connection remembers
+
+
+def test_connections_remember_within_bytes_of_a_key_and_of_all() -> None:
+    memory = SocketMemory(10_000, 4_000)
+    alice, again, bob = memory.connection("alice"), memory.connection("alice"), memory.connection("bob")
+    item = (msgspec.Raw(b"x" * 936),)  # 1,000 with what an item costs
+    for i in range(4):
+        (alice, again)[i % 2][f"resp_{i}"] = item
+    bob["resp_b"] = item
+    assert memory.num_bytes == 5_000
+    again["resp_4"] = item
+    assert (list(alice), list(again)) == (["resp_2"], ["resp_1", "resp_3", "resp_4"]), "her oldest went"
+    assert list(bob) == ["resp_b"]
+    alice["resp_large"] = (msgspec.Raw(b"x" * 5_000),)
+    assert "resp_large" not in alice
+    for number in range(3):
+        other = memory.connection(f"other{number}")
+        for i in range(3):
+            other[f"resp_{number}{i}"] = item
+    assert memory.num_bytes <= 10_000
+    assert list(bob) == ["resp_b"], "nobody pushes out who has less"
+    alice.clear()
+    again.clear()
+    assert list(memory.connection("alice")) == []
+
+
+async def test_a_connection_that_ends_is_forgotten_and_one_that_is_too_large_not_remembered() -> None:
+    small = StoreSettings(kind="none", socket_bytes=8_192, socket_bytes_per_key=4_096)  # type: ignore[arg-type]
+    async with rig(responds(10), store=small) as gateway:
+        memory = gateway.gateway._socket_memory
+        coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        told: list[Any] = []
+
+        async def send(message: Any) -> None:
+            if message["type"] == "websocket.send":
+                told.append(json.loads(message["text"]))
+
+        def ask(**fields: Any) -> None:
+            text = json.dumps({"type": "response.create", "model": "m", "store": False, **fields})
+            coming.put_nowait({"type": "websocket.receive", "text": text})
+
+        coming.put_nowait({"type": "websocket.connect"})
+        scope = {"type": "websocket", "path": "/v1/responses", "headers": [], "client": ("127.0.0.1", 1)}
+        serving = asyncio.create_task(gateway.gateway.handle_socket(scope, coming.get, send))
+        ask(input="Hi")
+        await until(lambda: told and told[-1]["type"] == "response.completed")
+        assert 0 < memory.num_bytes < 4_096
+        before = memory.num_bytes
+        told.clear()
+        ask(input="x" * 5_000)
+        await until(lambda: told and told[-1]["type"] == "response.completed")
+        assert memory.num_bytes in (0, before)
+        coming.put_nowait({"type": "websocket.disconnect"})
+        await serving
+        assert memory.num_bytes == 0
