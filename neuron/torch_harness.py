@@ -266,7 +266,9 @@ class TorchModel:
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
-        """What its template and tokenizer allow."""
+        """What its template and tokenizer allow, and what it was made for."""
+        if not self._config.generates:
+            return (Capability.EMBEDDINGS,)
         if not self.text.can_chat:
             return (Capability.COMPLETION, Capability.EMBEDDINGS)
         found = [Capability.COMPLETION, Capability.EMBEDDINGS, Capability.CHAT, Capability.TOOLS]
@@ -280,6 +282,8 @@ class TorchModel:
 
     async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         """Run a request; see :class:`neuron.harness.Model`."""
+        if not self._config.generates:
+            raise UnprocessableError(f"'{request.model}' makes embeddings and writes no text.", param="model")
         if isinstance(request.prompt, tuple) and len(request.prompt) >= self.loaded.context_tokens:
             # Nothing needs to read them to know.
             raise ContextLengthError(self.loaded.context_tokens, len(request.prompt), param="prompt")

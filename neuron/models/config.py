@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from neuron.device.jobs import Pooling
 from neuron.models.architecture import Architecture, gguf_name
+from neuron.models.embedding_folder import has_head, makes_embeddings, pooling_of
 from neuron.models.ends import folder_ends, gguf_ends, token_ids
 from neuron.models.errors import (
     CorruptWeightsError,
@@ -92,6 +93,8 @@ class ModelConfig:
     generation: GenerationDefaults
     pooling: Pooling = Pooling.LAST
     """What its embeddings are made of."""
+    generates: bool = True
+    """Whether it was made to write text, not embeddings alone."""
     tensor_kinds: Mapping[str, TensorKind] = dataclasses.field(default_factory=dict)
     """How a GGUF file stores each tensor, by safetensors name; empty for a folder, where all are floats."""
     attention_scale: float = 0.0
@@ -193,6 +196,7 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
     generation_path = folder / "generation_config.json"
     generation = _json_object(generation_path) or {}
     heads = fields.size("num_attention_heads")
+    embeds = makes_embeddings(folder, fields.names("architectures"))
     return _checked(
         path,
         ModelConfig(
@@ -210,12 +214,15 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
             ),
             rope_scaling=scaling_from(rope, path),
             attention_bias=architecture.qkv_bias or fields.flag("attention_bias"),
-            tie_embeddings=fields.flag("tie_word_embeddings", architecture.ties_embeddings),
+            # Without a head nothing is generated, and what stands for one takes no room.
+            tie_embeddings=fields.flag("tie_word_embeddings", architecture.ties_embeddings)
+            or (embeds and not has_head(folder)),
             context_tokens=fields.size("max_position_embeddings"),
             eos_ids=folder_ends(folder, (generation, *_configs(values))),
             bos_id=next(iter(token_ids(values.get("bos_token_id"), path)), None),
             generation=_generation(generation_path, generation, GENERATION_KEYS),
-            pooling=_folder_pooling(folder),
+            pooling=pooling_of(folder),
+            generates=not embeds,
             **_folder_windows(fields, architecture, window_rope),
             **_folder_experts(fields, architecture),
         ),
@@ -410,12 +417,6 @@ def _gguf_scaling(path: pathlib.Path, header: GgufHeader, own: Mapping[str, Any]
     raise UnsupportedRopeError(
         f"{path}: rope scaling {quoted(kind)} by {quoted(factor)} is not supported (linear and llama3 are)"
     )
-
-
-def _folder_pooling(folder: pathlib.Path) -> Pooling:
-    """Return how sentence-transformers pools the model, where it was made for that."""
-    values = _json_object(folder / "1_Pooling" / "config.json") or {}
-    return Pooling.MEAN if values.get("pooling_mode_mean_tokens") is True else Pooling.LAST
 
 
 # ------------------------------------------------------------------ checks

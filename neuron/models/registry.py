@@ -23,9 +23,15 @@ def find_architecture(name: str, class_names: tuple[str, ...] | None, where: obj
     Raises :class:`UnsupportedArchitectureError`.
     """
     found = ARCHITECTURES.get(name)
-    if found is None or (class_names is not None and not set(class_names) & set(found.class_names)):
+    if found is None or (class_names is not None and not set(class_names) & _class_names(found)):
         told = f"{name} ({', '.join(class_names)})" if class_names else name
         raise UnsupportedArchitectureError(
             f"{where}: architecture {told!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     return found
+
+
+def _class_names(architecture: Architecture) -> set[str]:
+    """Return an architecture's classes, those without a head among them, which make embeddings."""
+    without_head = {name.removesuffix("ForCausalLM") + "Model" for name in architecture.class_names}
+    return {*architecture.class_names, *without_head}

@@ -156,6 +156,9 @@ class SafetensorsSource:
         else:
             self._file_of = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         self._file_of = {name: file for name, file in self._file_of.items() if not name.endswith(DERIVED_TENSORS)}
+        # A model that was saved without a head has no `model.` before its names.
+        bare = "embed_tokens.weight" in self._file_of
+        self._stored = {f"model.{name}" if bare and name != "lm_head.weight" else name: name for name in self._file_of}
 
     def _open(self, file_name: str) -> _SafetensorsFile:
         if file_name not in self._files:
@@ -169,7 +172,10 @@ class SafetensorsSource:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors that are there."""
-        return {name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in self._file_of.items()}
+        return {
+            name: tuple(self._files[self._file_of[stored]].get_slice(stored).get_shape())
+            for name, stored in self._stored.items()
+        }
 
     def read_into(
         self,
@@ -181,14 +187,15 @@ class SafetensorsSource:
         first_column: int = 0,
     ) -> None:
         """Copy from the mapped file; the conversion and the move are one pass."""
-        file_name = self._file_of[name]
-        tensor = self._files[file_name].get_slice(name)
+        stored_name = self._stored[name]
+        file_name = self._file_of[stored_name]
+        tensor = self._files[file_name].get_slice(stored_name)
         stored = tensor.get_dtype()
         if stored not in SAFETENSORS_DTYPES:
-            raise UnsupportedQuantizationError(f"{self._folder / file_name}: {name} is stored as {stored}")
+            raise UnsupportedQuantizationError(f"{self._folder / file_name}: {stored_name} is stored as {stored}")
         if list(destination.shape) == tensor.get_shape():
             # A view of the mapping; a slice would be a copy of it.
-            transfer.copy(self._files[file_name].get_tensor(name), destination)
+            transfer.copy(self._files[file_name].get_tensor(stored_name), destination)
         elif destination.ndim == 1:
             transfer.copy(tensor[first_row : first_row + len(destination)], destination)
         else:
@@ -199,7 +206,8 @@ class SafetensorsSource:
 
     def read_stored(self, name: str) -> StoredTensor | None:
         """Return the mapped tensor."""
-        tensor = self._files[self._file_of[name]].get_tensor(name)
+        stored = self._stored[name]
+        tensor = self._files[self._file_of[stored]].get_tensor(stored)
         kind = STORED_KINDS.get(tensor.dtype)
         return None if kind is None else StoredTensor(kind, tensor.view(torch.uint8).reshape(-1).numpy(), False)
 

@@ -1,0 +1,92 @@
+"""What a folder says that was made for embeddings: how the hidden states become a vector, and that it has no head.
+
+Sentence-transformers writes ``modules.json``, the steps a text goes through, and the settings of each into a folder of
+its own. Of the steps a decoder, pooling by the last token or the mean of all, and scaling to length 1 are carried out
+here; a repository with others is refused, since its vectors would be other ones. Format:
+https://sbert.net/docs/sentence_transformer/usage/custom_models.html. Loads no torch.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from neuron.device.jobs import Pooling
+from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError
+from neuron.models.files import MAX_INDEX_BYTES, open_regular, quoted, read_bounded, read_json_object
+
+_POOLINGS: Final = {"mean_tokens": Pooling.MEAN, "lasttoken": Pooling.LAST}
+_STEPS: Final = frozenset({"Transformer", "Pooling", "Normalize"})
+
+
+def makes_embeddings(folder: pathlib.Path, class_names: tuple[str, ...]) -> bool:
+    """Return whether the model in ``folder`` was made for embeddings alone: saved so, or without a head."""
+    if (folder / "modules.json").exists() or (folder / "1_Pooling").exists():
+        return True
+    return bool(class_names) and all(name.endswith("Model") for name in class_names)
+
+
+def pooling_of(folder: pathlib.Path) -> Pooling:
+    """Return what an embedding is made of: the last token, unless the folder says otherwise.
+
+    Raises:
+        UnsupportedArchitectureError: by a way, or with a further step, that is not known here.
+        CorruptWeightsError: the files are no such settings.
+    """
+    place = "1_Pooling"
+    if (folder / "modules.json").exists():
+        for kind, where in _steps(folder / "modules.json"):
+            if kind not in _STEPS:
+                raise UnsupportedArchitectureError(f"{folder}: a step {kind!r} of embeddings is not supported")
+            if kind == "Pooling":
+                place = where
+    path = folder / place / "config.json"
+    try:
+        values = read_json_object(path)
+    except FileNotFoundError:
+        return Pooling.LAST
+    ways = _ways(values)
+    if not ways:
+        return Pooling.LAST
+    if len(ways) > 1 or ways[0] not in _POOLINGS:
+        raise UnsupportedArchitectureError(
+            f"{path}: pooling by {quoted(ways)} is not supported; supported are {', '.join(_POOLINGS)}"
+        )
+    return _POOLINGS[ways[0]]
+
+
+def has_head(folder: pathlib.Path) -> bool:
+    """Return whether a checkpoint holds ``lm_head.weight``; one that cannot be read is said to, and refused later."""
+    try:
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            return "lm_head.weight" in read_json_object(index, MAX_INDEX_BYTES).get("weight_map", {})
+        with open_regular(folder / "model.safetensors") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if length <= MAX_INDEX_BYTES else b""
+        return "lm_head.weight" in msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+    except (OSError, CorruptWeightsError, msgspec.DecodeError, UnicodeError, TypeError):
+        return True
+
+
+def _steps(path: pathlib.Path) -> list[tuple[str, str]]:
+    """Return the kind and the folder of each step."""
+    try:
+        steps = json.loads(read_bounded(path))
+        found = [(str(step["type"]).rpartition(".")[2], str(step.get("path", ""))) for step in steps]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptWeightsError(path, f"not a list of steps: {error!r}"[:300]) from None
+    # Only folders within this one: what a repository says is as untrusted as its weights.
+    if any(where and pathlib.PurePath(where).name != where for _, where in found):
+        raise CorruptWeightsError(path, "a step's folder is outside of this one")
+    return found
+
+
+def _ways(values: Mapping[str, Any]) -> list[str]:
+    named = values.get("pooling_mode")
+    if isinstance(named, str):
+        return ["mean_tokens" if named == "mean" else named]
+    prefix = "pooling_mode_"
+    return [key.removeprefix(prefix) for key, value in values.items() if key.startswith(prefix) and value is True]
