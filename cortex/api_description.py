@@ -5,7 +5,7 @@ from cortex.admin import Acted, DrainAct, FleetReport, KeysReport, ModelAct, Pin
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
 from cortex.dialects import openapi
 from cortex.dialects.openapi import COUNT, LIST, OBJECT, RESPONSE_ANSWER, TEXT, Operation, Schema, object_with
-from cortex.fleet.offers import Offer
+from cortex.fleet.offers import FullOfferList, Offer
 from cortex.wire.node import Health
 
 _PAGE = object_with(object={"const": "list"}, data=LIST, has_more={"type": "boolean"})
@@ -45,6 +45,7 @@ OPERATIONS = (
     Operation("GET", "/version", "Say which version this is.", openapi.VERSION_ANSWER),
     Operation("GET", "/admin/fleet", "Report the nodes.", FleetReport),
     Operation("GET", "/admin/keys", "Report the keys, their limits and use.", KeysReport),
+    Operation("GET", "/admin/models", "List the models, where they are and how they are sampled.", FullOfferList),
     Operation("POST", "/admin/models/load", "Load a model.", Acted, ModelAct),
     Operation("POST", "/admin/models/unload", "Unload a model.", Acted, ModelAct),
     Operation("POST", "/admin/models/pin", "Pin a model, or let go of it.", Acted, PinAct),

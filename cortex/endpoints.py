@@ -13,7 +13,7 @@ from cortex.dialects.passthrough import envelope_for
 from cortex.errors import ReplyError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Dispatcher
-from cortex.fleet.offers import OfferList, find, offers
+from cortex.fleet.offers import FullOfferList, OfferList, find, offers
 from cortex.fleet.state import Fleet
 from cortex.http_io import Exchange, Header
 from cortex.supervise import Supervisor
@@ -37,7 +37,7 @@ class Endpoints:
         principal = principal_of(exchange.caller)
         await self._dispatcher.first_look()
         everything = offers(self.catalogue, self._fleet.state)
-        listed = OfferList(tuple(o for o in everything if principal.may_use(o.alias_of or o.id)))
+        listed = OfferList(tuple(o.public() for o in everything if principal.may_use(o.alias_of or o.id)))
         await exchange.reply(200, msgspec.json.encode(listed.as_anthropic() if _is_anthropic(exchange) else listed))
 
     async def model(self, exchange: Exchange) -> None:
@@ -48,7 +48,13 @@ class Endpoints:
         offer = find(self.catalogue, self._fleet.state, name)
         if offer is None or not principal.may_use(offer.alias_of or offer.id):
             raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
-        await exchange.reply(200, msgspec.json.encode(offer.as_anthropic() if _is_anthropic(exchange) else offer))
+        told = offer.as_anthropic() if _is_anthropic(exchange) else offer.public()
+        await exchange.reply(200, msgspec.json.encode(told))
+
+    async def all_models(self, exchange: Exchange) -> None:
+        """``GET /admin/models``: the offers, where each is, and how it is sampled."""
+        await self._dispatcher.first_look()
+        await exchange.reply(200, msgspec.json.encode(FullOfferList(offers(self.catalogue, self._fleet.state))))
 
     async def health(self, exchange: Exchange) -> None:
         """``GET /health``: 200 while this process answers; whether it has anybody to ask is in the body."""

@@ -159,6 +159,7 @@ class Gateway:
             "/version": {"GET": endpoints.version},
             "/admin/fleet": {"GET": admin.fleet},
             "/admin/keys": {"GET": admin.keys},
+            "/admin/models": {"GET": endpoints.all_models},
             "/admin/models/load": {"POST": admin.load},
             "/admin/models/unload": {"POST": admin.unload},
             "/admin/models/pin": {"POST": admin.pin},

@@ -1,6 +1,6 @@
 """The commands that talk to a running gateway: look at its fleet, load, unload, pin, drain, keys.
 
-Each is one exchange with ``/admin`` (or ``/v1/models``), shown as tables that 80 columns hold, or as JSON, as it came.
+Each is one exchange with ``/admin`` shown as tables that 80 columns hold, or as JSON, as it came.
 Exit status 0, 1 for a gateway that cannot be reached or says no, 2 for a wrong command or configuration.
 """
 
@@ -91,7 +91,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
-    return _show(options, _ask(options, "GET", "/v1/models"), report.print_models)
+    return _show(options, _ask(options, "GET", "/admin/models"), report.print_models)
 
 
 def _load(options: argparse.Namespace) -> int:

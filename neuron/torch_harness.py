@@ -113,6 +113,8 @@ class TorchHarness:
                 await self._check_draft(spec, draft, text)
             loaded, workers = await self._load_weights(spec, path, progress, config, draft)
             try:
+                generation = config.generation.under(spec.sampling)
+                config = dataclasses.replace(config, generation=generation)
                 return TorchModel(loaded, config, text, workers, self._prefix_sharing)
             except BaseException:
                 await self._undo(spec.id, workers)

@@ -2,7 +2,7 @@
 
 Pure. A model is offered if the catalogue names it or a node that is up lists it; an alias is an entry of its own, for
 clients that look for a name (one that ends with ``*`` is none). Where nodes differ, the best state and the longest
-context are what is told.
+context are what is told. On which nodes a model is, and why it failed there, operators are told and clients are not.
 """
 
 import datetime
@@ -11,7 +11,7 @@ import msgspec
 
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.state import FleetState
-from cortex.wire.node import Capability, ModelState, ModelStatus
+from cortex.wire.node import Capability, ModelState, ModelStatus, SamplingDefaults
 
 BEST_FIRST = (
     ModelState.READY,
@@ -41,7 +41,6 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     owned_by: str = "cortex"
     display_name: str
     state: ModelState
-    nodes: tuple[NodeOffer, ...] = ()
     context_length: int = 0
     capabilities: tuple[Capability, ...] = ()
     aliases: tuple[str, ...] = ()
@@ -55,6 +54,25 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
             created_at=datetime.datetime.fromtimestamp(self.created, datetime.UTC),
             max_input_tokens=self.context_length or None,
         )
+
+
+class FullOffer(Offer, frozen=True, kw_only=True):
+    """An offer as operators see it."""
+
+    nodes: tuple[NodeOffer, ...] = ()
+    sampling: SamplingDefaults = SamplingDefaults()
+    """What a request that leaves sampling open gets, beside what the model's own files say."""
+
+    def public(self) -> Offer:
+        """Return what clients are told of it."""
+        return Offer(**{name: getattr(self, name) for name in Offer.__struct_fields__})
+
+
+class FullOfferList(msgspec.Struct, frozen=True):
+    """``GET /admin/models``."""
+
+    data: tuple[FullOffer, ...]
+    object: str = "list"
 
 
 class OfferList(msgspec.Struct, frozen=True):
@@ -89,7 +107,7 @@ class ModelInfoList(msgspec.Struct, frozen=True):
     has_more: bool = False
 
 
-def offers(catalogue: Catalogue, state: FleetState) -> tuple[Offer, ...]:
+def offers(catalogue: Catalogue, state: FleetState) -> tuple[FullOffer, ...]:
     """Return every offer: models by id, then aliases by name."""
     models = sorted(catalogue.profiles.keys() | set(filter(catalogue.admits, state.listing)))
     by_id = {model: _offer(catalogue, state, model) for model in models}
@@ -97,7 +115,7 @@ def offers(catalogue: Catalogue, state: FleetState) -> tuple[Offer, ...]:
     return (*by_id.values(), *aliases)
 
 
-def find(catalogue: Catalogue, state: FleetState, name: str) -> Offer | None:
+def find(catalogue: Catalogue, state: FleetState, name: str) -> FullOffer | None:
     """Return the offer of that id or alias."""
     model = catalogue.resolve(name)
     if not _is_offered(catalogue, state, model):
@@ -112,19 +130,20 @@ def _is_offered(catalogue: Catalogue, state: FleetState, model: str) -> bool:
     return model in catalogue.profiles or (model in state.listing and catalogue.admits(model))
 
 
-def _offer(catalogue: Catalogue, state: FleetState, model: str) -> Offer:
+def _offer(catalogue: Catalogue, state: FleetState, model: str) -> FullOffer:
     profile = catalogue.profiles.get(model)
     found = [(node.name, node.models[model]) for node in state.listing.get(model, ())]
     statuses = [status for _, status in found]
     ready = [status for status in statuses if status.state is ModelState.READY]
     context_length = max((status.context_tokens for status in ready or statuses), default=0)
     context_length = context_length or (profile.context_tokens if profile else 0)
-    return Offer(
+    return FullOffer(
         id=model,
         created=catalogue.created,
         display_name=model,
         state=min((status.state for status in statuses), key=BEST_FIRST.index, default=ModelState.AVAILABLE),
         nodes=tuple(_on_node(name, status) for name, status in found),
+        sampling=profile.sampling if profile else SamplingDefaults(),
         context_length=context_length,
         capabilities=tuple(sorted({capability for status in statuses for capability in status.capabilities})),
         aliases=tuple(sorted(alias for alias, target in catalogue.aliases.items() if target == model)),
@@ -135,5 +154,5 @@ def _on_node(name: str, status: ModelStatus) -> NodeOffer:
     return NodeOffer(name, status.state, status.progress, status.error)
 
 
-def _alias(alias: str, offer: Offer) -> Offer:
+def _alias(alias: str, offer: FullOffer) -> FullOffer:
     return msgspec.structs.replace(offer, id=alias, display_name=alias, aliases=(), alias_of=offer.id)

@@ -136,6 +136,18 @@ class SpecialTokensInText(StrEnum):
     """The special token itself, so that a text can end its own turn and begin another's."""
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a model is sampled where a request does not say; what is left out here, the model's own files say."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=1e-3, le=10)] | None = None
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model as asked for: what to load, from where, within which limits.
 
@@ -163,6 +175,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     draft: SourceText = ""
     special_tokens_in_text: SpecialTokensInText = SpecialTokensInText.TEXT
     """What the content of messages becomes where it spells a special token; raw prompts are always parsed."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """How it is sampled where a request does not say."""
 
 
 class EvictionStrategy(StrEnum):

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
+from cortex.wire.node import SamplingDefaults
 from neuron.device.jobs import Pooling
 from neuron.models.architecture import Architecture, gguf_name
 from neuron.models.embedding_folder import has_head, makes_embeddings, pooling_of
@@ -67,6 +68,13 @@ class GenerationDefaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    def under(self, wanted: SamplingDefaults) -> "GenerationDefaults":
+        """Return these defaults, and in their place what a model's entry says otherwise."""
+        given = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

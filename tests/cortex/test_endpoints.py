@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from cortex import http_io
 from cortex.config import ModelProfile, Polling, Timeouts
-from cortex.wire.node import ModelSpec, ModelState
+from cortex.wire.node import ModelSpec, ModelState, ModelStatus, SamplingDefaults
 
 PROFILE = ModelProfile(id="m", source="/weights")
 GIB = 1024**3
@@ -528,11 +528,32 @@ async def test_models_are_the_catalogue_and_what_nodes_have() -> None:
         assert by_id["cold"]["context_length"] == 2048
         assert by_id["m"]["context_length"] == 8192
         assert by_id["m"]["capabilities"] == ["chat"]
-        assert [node["name"] for node in by_id["m"]["nodes"]] == ["a", "b"]
+        assert not any("nodes" in model for model in listed["data"])
+        full = (await gateway.call("GET", "/admin/models").end()).json()
+        known = {model["id"]: model for model in full["data"]}
+        assert [node["name"] for node in known["m"]["nodes"]] == ["a", "b"]
         assert by_id["gpt-4o"]["alias_of"] == "m"
         one = (await gateway.call("GET", "/v1/models/gpt-4o").end()).json()
         assert one == by_id["gpt-4o"]
         assert (await gateway.call("GET", "/v1/models/none").end()).status == 404
+
+
+async def test_clients_are_told_neither_nodes_nor_paths() -> None:
+    node = FakeNeuron("secret-node").ready("m")
+    node.models["broken"] = ModelStatus(
+        "broken", ModelState.FAILED, source="/srv/x", error="no file /srv/x/config.json"
+    )
+    profile = ModelProfile(id="m", source="/srv/m", sampling=SamplingDefaults(temperature=0.25))
+    async with rig(node, models=(profile,), aliases={"other": "broken"}) as gateway:
+        for path in ("/v1/models", "/v1/models/m", "/v1/models/broken", "/v1/models/other"):
+            for headers in ({}, {"anthropic-version": "2023-06-01"}):
+                call = await gateway.call("GET", path, headers=headers).end()
+                assert call.status == 200
+                assert b"secret-node" not in call.body
+                assert b"/srv" not in call.body
+        full = {model["id"]: model for model in (await gateway.call("GET", "/admin/models").end()).json()["data"]}
+        assert full["broken"]["nodes"][0]["error"] == "no file /srv/x/config.json"
+        assert full["m"]["sampling"] == {"temperature": 0.25}
 
 
 async def test_the_operators_view_and_health() -> None:

@@ -12,12 +12,12 @@ from tokenizers import pre_tokenizers
 
 from cortex.wire.errors import ApiError
 from cortex.wire.events import Finished, FinishReason, InferenceEvent
-from cortex.wire.node import ModelSpec, WorkerState
+from cortex.wire.node import ModelSpec, SamplingDefaults, WorkerState
 from cortex.wire.request import Ending, InferenceRequest, Sampling
 from neuron.config import PrefixSharing
 from neuron.device.jobs import LoadedModel, Memory, SequenceEnd, TokenRow
 from neuron.models.config import GenerationDefaults, read_config
-from neuron.torch_harness import NEVER, TorchHarness, TorchModel
+from neuron.torch_harness import NEVER, TorchHarness, TorchModel, resolve_sampling
 
 CONTEXT = 64
 ENDS = (2, 300, 17)
@@ -217,3 +217,24 @@ def test_a_bad_word_is_a_token_that_is_never_said(model: TorchModel, worker: Rec
     with pytest.raises(ApiError, match="5 tokens") as caught:
         run(model, sampling=Sampling(bad_words=("hello",)))
     assert caught.value.param == "bad_words"
+
+
+def test_a_models_entry_comes_before_its_files_and_a_request_before_both(
+    talking_llama: pathlib.Path, worker: Recorder
+) -> None:
+    own = GenerationDefaults(temperature=0.6, top_k=20)
+    generation = own.under(SamplingDefaults(temperature=0.2, presence_penalty=0.5))
+    assert generation == GenerationDefaults(temperature=0.2, top_k=20, presence_penalty=0.5)
+    asked = resolve_sampling(Sampling(temperature=0.9), generation)
+    assert (asked.temperature, asked.top_k, asked.presence_penalty) == (0.9, 20, 0.5)
+    left_open = resolve_sampling(Sampling(), generation)
+    assert left_open.temperature == 0.2
+
+
+def test_a_load_takes_the_sampling_of_the_models_entry(talking_llama: pathlib.Path) -> None:
+    async def story() -> TorchModel:
+        harness = TorchHarness({"cpu:0": Device()}, LocalTexts())  # type: ignore[dict-item]
+        spec = ModelSpec("m", str(talking_llama), sampling=SamplingDefaults(temperature=0.3))
+        return await harness.load(spec, talking_llama, lambda fraction: None)
+
+    assert asyncio.run(story())._config.generation.temperature == 0.3
