@@ -25,6 +25,7 @@ from cortex.wire.errors import ApiError, InvalidRequestError, ModelNotFoundError
 from cortex.wire.node import (
     Device,
     DrainRequest,
+    ForgetRequest,
     ModelState,
     ModelStatus,
     NodeState,
@@ -34,6 +35,7 @@ from cortex.wire.node import (
 )
 
 MAX_BODY_BYTES = 1 << 20
+FORGETTABLE = frozenset({ModelState.AVAILABLE, ModelState.FAILED})
 
 
 class NodeReport(msgspec.Struct, frozen=True):
@@ -93,6 +95,13 @@ class ModelAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_timeout_s: float = 30.0
 
 
+class ForgetAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /admin/models/forget``: on a node, or on all that list the model and do not have it loaded."""
+
+    model: str
+    node: str = ""
+
+
 class PinAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /admin/models/pin``: on a node, or on all that have the model loaded."""
 
@@ -115,6 +124,7 @@ class Acted(msgspec.Struct, frozen=True):
 
 
 _MODEL_ACT = msgspec.json.Decoder(ModelAct)
+_FORGET_ACT = msgspec.json.Decoder(ForgetAct)
 _PIN_ACT = msgspec.json.Decoder(PinAct)
 _DRAIN_ACT = msgspec.json.Decoder(DrainAct)
 
@@ -182,6 +192,26 @@ class Admin:
             return await neuron.unload(UnloadRequest(status.id, asked.drain_timeout_s, status.generation))
 
         await self._on_each(exchange, asked.model, asked.node, act)
+
+    async def forget(self, exchange: Exchange) -> None:
+        """``POST /admin/models/forget``: failed loads and models that were unloaded go off the lists."""
+        asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _FORGET_ACT)
+        model = self._service.catalogue.resolve(asked.model)
+        if asked.node:
+            self._neuron(asked.node)
+        nodes = [asked.node] if asked.node else list(self._service.neurons)
+        await asyncio.gather(*(self._service.poller.poll(node) for node in nodes))
+        found = [
+            node.name
+            for node in self._fleet.state.listing.get(model, ())
+            if node.name in nodes and (asked.node or node.models[model].state in FORGETTABLE)
+        ]
+        if not found:
+            where = f"on {asked.node}" if asked.node else "failed or unloaded on any node that is up"
+            raise ModelNotFoundError(f"The model {asked.model!r} is not {where}.", param="model")
+        outcomes = await asyncio.gather(*(self._neuron(node).forget(ForgetRequest(model)) for node in found))
+        await asyncio.gather(*(self._service.poller.poll(node) for node in found))
+        await self._reply(exchange, dict(zip(found, outcomes, strict=True)))
 
     async def pin(self, exchange: Exchange) -> None:
         """``POST /admin/models/pin``. What is nowhere is pinned nowhere: there, letting go of it has been done."""

@@ -1,7 +1,7 @@
 """What the gateway answers, for ``/openapi.json``. A test holds it against the paths that are served."""
 
 from cortex import __version__
-from cortex.admin import Acted, DrainAct, FleetReport, KeysReport, ModelAct, PinAct
+from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, KeysReport, ModelAct, PinAct
 from cortex.conversation_endpoints import AddItemsBody, CreateBody, UpdateBody
 from cortex.dialects import openapi
 from cortex.dialects.openapi import COUNT, LIST, OBJECT, RESPONSE_ANSWER, TEXT, Operation, Schema, object_with
@@ -48,6 +48,7 @@ OPERATIONS = (
     Operation("GET", "/admin/models", "List the models, where they are and how they are sampled.", FullOfferList),
     Operation("POST", "/admin/models/load", "Load a model.", Acted, ModelAct),
     Operation("POST", "/admin/models/unload", "Unload a model.", Acted, ModelAct),
+    Operation("POST", "/admin/models/forget", "Take a model off the lists of nodes.", Acted, ForgetAct),
     Operation("POST", "/admin/models/pin", "Pin a model, or let go of it.", Acted, PinAct),
     Operation("POST", "/admin/nodes/drain", "Keep requests from a node, or let them come again.", Health, DrainAct),
     Operation("POST", "/admin/reload", "Read the configuration again.", OBJECT),

@@ -162,6 +162,7 @@ class Gateway:
             "/admin/models": {"GET": endpoints.all_models},
             "/admin/models/load": {"POST": admin.load},
             "/admin/models/unload": {"POST": admin.unload},
+            "/admin/models/forget": {"POST": admin.forget},
             "/admin/models/pin": {"POST": admin.pin},
             "/admin/nodes/drain": {"POST": admin.drain},
             "/admin/reload": {"POST": admin.reload},

@@ -65,6 +65,9 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command.add_argument(
         "--drain-timeout", type=float, default=30.0, metavar="SECONDS", help="how long running requests may take (30)"
     )
+    forget = add("forget", "take a model that failed or was unloaded off the lists of nodes", _forget)
+    forget.add_argument("model")
+    forget.add_argument("--node", default="", help="there only")
     pin = add("pin", "keep a model loaded where it is, until its node is restarted (models.toml pins for good)", _pin)
     pin.add_argument("model")
     pin.add_argument("--node", default="", help="there only")
@@ -142,6 +145,12 @@ class _LoadWatcher(threading.Thread):
 def _unload(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node, "drain_timeout_s": options.drain_timeout}
     return _show(options, _ask(options, "POST", "/admin/models/unload", body), report.print_act)
+
+
+def _forget(options: argparse.Namespace) -> int:
+    body = {"model": options.model, "node": options.node}
+    answer = _ask(options, "POST", "/admin/models/forget", body)
+    return _show(options, answer, lambda acted: report.print_forgotten(options.model, acted))
 
 
 def _pin(options: argparse.Namespace) -> int:

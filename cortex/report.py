@@ -92,6 +92,12 @@ def print_act(answer: Mapping[str, Any], console: Console | None = None) -> None
         console.print(Text(f"{model['id']} on {node}: ").append_text(_state(model["state"], pinned)))
 
 
+def print_forgotten(model: str, answer: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print which nodes list a model no more."""
+    console = console or standard_console()
+    console.print(Text(f"{model}: forgotten by {', '.join(answer.get('nodes', {}))}"))
+
+
 def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what keys may use and have used, as ``used/limit``."""
     console = console or standard_console()

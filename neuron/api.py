@@ -70,7 +70,16 @@ from cortex.wire.errors import (
 )
 from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, Started
 from cortex.wire.headers import IGNORED, MODEL_NAME, OMITTED_PARTS, told_model_name
-from cortex.wire.node import Capability, DrainRequest, Endpoint, LoadRequest, ModelList, PinRequest, UnloadRequest
+from cortex.wire.node import (
+    Capability,
+    DrainRequest,
+    Endpoint,
+    ForgetRequest,
+    LoadRequest,
+    ModelList,
+    PinRequest,
+    UnloadRequest,
+)
 from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron import __version__, api_description, metrics
 from neuron.batch import infer_all
@@ -100,6 +109,7 @@ _Request = TypeVar("_Request", InferenceRequest, EmbeddingRequest)
 _ADMIN_BODY_BYTES = 1 << 20
 _LOAD_DECODER = msgspec.json.Decoder(LoadRequest)
 _UNLOAD_DECODER = msgspec.json.Decoder(UnloadRequest)
+_FORGET_DECODER = msgspec.json.Decoder(ForgetRequest)
 _PIN_DECODER = msgspec.json.Decoder(PinRequest)
 _DRAIN_DECODER = msgspec.json.Decoder(DrainRequest)
 
@@ -126,6 +136,7 @@ class Api:
             "/models": {"GET": self._models},
             "/models/load": {"POST": self._load},
             "/models/unload": {"POST": self._unload},
+            "/models/forget": {"POST": self._forget},
             "/models/pin": {"POST": self._pin},
             "/drain": {"POST": self._drain},
             "/v1/models": {"GET": self._openai_models},
@@ -234,6 +245,12 @@ class Api:
     async def _unload(self, exchange: Exchange) -> None:
         asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _UNLOAD_DECODER)
         await _reply(exchange, await self._service.unload(asked))
+
+    async def _forget(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _FORGET_DECODER)
+        status = self._service.models.find(asked.id).status()
+        self._service.models.forget(asked.id)
+        await _reply(exchange, status)
 
     async def _pin(self, exchange: Exchange) -> None:
         asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _PIN_DECODER)

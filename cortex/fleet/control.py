@@ -19,6 +19,7 @@ from cortex.wire.errors import RemoteError, UpstreamError, UpstreamTimeoutError
 from cortex.wire.node import (
     Discovery,
     DrainRequest,
+    ForgetRequest,
     Health,
     LoadRequest,
     ModelName,
@@ -96,6 +97,11 @@ class NeuronClient:
         return await self._call(
             b"POST", b"/models/unload", ModelStatus, msgspec.json.encode(asked), timeout_s=timeout_s
         )
+
+    async def forget(self, asked: ForgetRequest) -> ModelStatus:
+        """Take a model that is not loaded off the node's list; return what it was."""
+        body = msgspec.json.encode(asked)
+        return await self._call(b"POST", b"/models/forget", ModelStatus, body, timeout_s=self._timeout_s)
 
     async def pin(self, asked: PinRequest) -> ModelStatus:
         """Change how long a model may stay."""

@@ -271,6 +271,12 @@ class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the load that is meant; 0: whichever is here."""
 
 
+class ForgetRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /models/forget``: take a model that is not loaded off the node's list."""
+
+    id: ModelId
+
+
 class PinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /models/pin``: change how long a model may stay; what is ``None`` stays as it is."""
 

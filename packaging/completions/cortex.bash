@@ -7,15 +7,16 @@ _cortex() {
         --listen|--metrics-listen|--workers|--url|--node|--drain-timeout|--new) return ;;
     esac
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        case "$word" in serve|status|models|load|unload|pin|drain|dashboard|reload|keys|demo) command="$word"; break ;; esac
+        case "$word" in serve|status|models|load|unload|forget|pin|drain|dashboard|reload|keys|demo) command="$word"; break ;; esac
     done
     case "$command" in
-        '') mapfile -t COMPREPLY < <(compgen -W 'serve status models load unload pin drain dashboard reload keys demo -h --help --version' -- "$current") ;;
+        '') mapfile -t COMPREPLY < <(compgen -W 'serve status models load unload forget pin drain dashboard reload keys demo -h --help --version' -- "$current") ;;
         serve) mapfile -t COMPREPLY < <(compgen -W '-h --help --config --listen --metrics-listen --workers --check' -- "$current") ;;
         status) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --watch' -- "$current") ;;
         models) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;
         load) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --node' -- "$current") ;;
         unload) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --node --drain-timeout' -- "$current") ;;
+        forget) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --node' -- "$current") ;;
         pin) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --node --off' -- "$current") ;;
         drain) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json --off' -- "$current") ;;
         dashboard) mapfile -t COMPREPLY < <(compgen -W '-h --help --url --config --key-file --ca-file --json' -- "$current") ;;

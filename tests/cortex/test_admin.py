@@ -13,7 +13,7 @@ from rich.console import Console
 from cortex import cli, report
 from cortex.access.keys import KeyRing, Limits, Principal
 from cortex.config import ModelProfile
-from cortex.wire.node import ModelState, NodeState
+from cortex.wire.node import ModelState, ModelStatus, NodeState
 
 PROFILE = ModelProfile(id="m", source="/w", aliases=("alias",))
 
@@ -28,6 +28,19 @@ async def test_to_let_go_of_a_pin_that_is_gone_is_done_already() -> None:
             assert let_go.status == 200
         never = await gateway.call("POST", "/admin/models/pin", {"model": "never", "pinned": False}).end()
         assert never.status == 404
+
+
+async def test_what_failed_or_was_unloaded_is_forgotten_and_what_is_loaded_is_not() -> None:
+    first, second = FakeNeuron(name="a").ready("m"), FakeNeuron(name="b")
+    second.models["m"] = ModelStatus("m", ModelState.FAILED, error="no room")
+    async with rig(first, second) as gateway:
+        gone = await gateway.call("POST", "/admin/models/forget", {"model": "m"}).end()
+        assert (gone.status, list(gone.json()["nodes"])) == (200, ["b"])
+        assert (set(first.models), set(second.models)) == ({"m"}, set())
+        assert [node.name for node in gateway.gateway.fleet.state.listing["m"]] == ["a"]
+        again = await gateway.call("POST", "/admin/models/forget", {"model": "m"}).end()
+        assert (again.status, again.json()["error"]["code"]) == (404, "model_not_found")
+        assert (await gateway.call("POST", "/admin/models/forget", {"model": "m", "node": "c"}).end()).status == 404
 
 
 def test_why_a_load_failed_and_a_node_is_down_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -350,6 +350,12 @@ def test_load_and_unload() -> None:
         unloaded = await ask(api, "POST", "/models/unload", {"id": "n"})
         assert (unloaded.status, unloaded.json()["state"]) == (200, "available")
         assert (await ask(api, "POST", "/models/unload", {"id": "who"})).status == 404
+        forgotten = await ask(api, "POST", "/models/forget", {"id": "n"})
+        assert (forgotten.status, forgotten.json()["id"]) == (200, "n")
+        assert (await ask(api, "POST", "/models/forget", {"id": "n"})).status == 404
+        assert "n" not in [model["id"] for model in (await ask(api, "GET", "/models")).json()["models"]]
+        await ask(api, "POST", "/models/load", {"id": "n", "source": "/"})
+        assert (await ask(api, "POST", "/models/forget", {"id": "n"})).status >= 400, "it is loaded"
 
     with_api(story, ScriptedHarness())
 

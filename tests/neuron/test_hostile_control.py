@@ -15,7 +15,7 @@ from model_files import CONFIG, HOSTILE, gguf_file
 
 from cortex.wire.node import LoadRequest
 
-PATHS = ("/models/load", "/models/unload", "/models/pin", "/drain")
+PATHS = ("/models/load", "/models/unload", "/models/forget", "/models/pin", "/drain")
 NAMES = ("", "..", "../m", "a/../b", "a//b", "a/", "/a", "a b", "a\n", "a\0b", "\u202ea", "x" * 129, "x" * 900_000)
 SOURCES = ("", "\0", "a\nb", "x" * 5000, "hf:../x", "hf:a/b:../../etc/passwd", "pypi:..==1", "~nobody-here/x",
            "/dev/zero", "/dev/stdin", "/proc/self/mem", "/", "/etc", "/etc/shadow", "/no/such")  # fmt: skip
@@ -63,6 +63,7 @@ def test_any_field_may_hold_anything(node: Daemon) -> None:
         check(ask(node, "/models/load", body))
     for path, names in {
         "/models/unload": ("id", "drain_timeout_s", "generation"),
+        "/models/forget": ("id",),
         "/models/pin": ("id", "pinned", "priority", "idle_ttl_s"),
         "/drain": ("draining", "x"),
     }.items():

@@ -373,6 +373,8 @@ class FakeNeuron:
             self.pins.append(pin)
             self.models[pin.id] = msgspec.structs.replace(self.models[pin.id], pinned=bool(pin.pinned))
             await line.reply(200, msgspec.json.encode(self.models[pin.id]))
+        elif asked.path == "/models/forget":
+            await line.reply(200, msgspec.json.encode(self.models.pop(msgspec.json.decode(asked.body)["id"])))
         elif asked.path == "/models/unload":
             unload = msgspec.json.decode(asked.body, type=UnloadRequest)
             self.models[unload.id] = msgspec.structs.replace(self.models[unload.id], state=ModelState.AVAILABLE)
