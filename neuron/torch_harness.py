@@ -18,6 +18,7 @@ import msgspec
 from cortex.wire.errors import (
     ApiError,
     ContextLengthError,
+    InvalidRequestError,
     UnprocessableError,
     UnsupportedParameterError,
 )
@@ -299,7 +300,10 @@ class TorchModel:
             says_nothing=request.max_tokens == 0,
         )
         try:
-            self._start(run, request, prompt, constraint)
+            try:
+                self._start(run, request, prompt, constraint)
+            except OverflowError:
+                raise InvalidRequestError("Invalid value: a number of the request has no use at that size.") from None
             async for events in run.events(len(prompt.ids) // ID_BYTES):
                 yield events
         finally:
@@ -322,9 +326,7 @@ class TorchModel:
         context = self.loaded.context_tokens
         texts = [given for given in request.inputs if isinstance(given, str)]
         made = iter(await self.text.tokenise(texts, context, request.principal) if texts else ())
-        prompts = [
-            next(made) if isinstance(given, str) else array.array("i", given).tobytes() for given in request.inputs
-        ]
+        prompts = [next(made) if isinstance(given, str) else _ids_given(given) for given in request.inputs]
         for index, ids in enumerate(prompts):
             if len(ids) >= context * ID_BYTES:
                 raise ContextLengthError(context, len(ids) // ID_BYTES, param=f"input[{index}]")
@@ -555,6 +557,13 @@ class _Run:
             _logprob(text, value, tuple(others[index * width : (index + 1) * width]))
             for index, (text, value) in enumerate(zip(self._token_text(ids), chosen, strict=True))
         ]
+
+
+def _ids_given(ids: Sequence[int]) -> bytes:
+    try:
+        return array.array("i", ids).tobytes()
+    except OverflowError:
+        raise InvalidRequestError("Invalid 'input': it holds a token that no model has.", param="input") from None
 
 
 def _logprob(utf8: bytes, value: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
