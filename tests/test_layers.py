@@ -92,6 +92,7 @@ FLOORS = {
     # what a worker reads too, for its grammars
     "neuron.text.matcher": 2,
     "neuron.text.pieces": 1,
+    "neuron.text.gguf_rules": 1,
     "neuron.text.plain": 2,
     "neuron.text.token_bytes": 2,
     "neuron.text.tokenizer": 2,

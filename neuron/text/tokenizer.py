@@ -1,8 +1,7 @@
 """A model's tokenizer and chat template, from a GGUF file's metadata or a folder's ``tokenizer.json``.
 
-BPE is rebuilt from GGUF vocabularies, byte-level or SentencePiece's; which pre-tokenizer goes with a byte-level one is
-named in the file, and the table below gives each its rules as the models' own ``tokenizer.json`` files have them. Loads
-no torch.
+BPE is rebuilt from GGUF vocabularies, byte-level or SentencePiece's; which rules go with a byte-level one is named in
+the file (:mod:`neuron.text.gguf_rules`). Loads no torch.
 """
 
 import dataclasses
@@ -11,13 +10,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Final
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from cortex.wire.errors import ApiError
 from neuron.errors import UnsupportedTokenizerError
 from neuron.models.errors import CorruptWeightsError
-from neuron.models.files import MAX_TOKENIZER_BYTES, read_bounded, read_json_object
+from neuron.models.files import MAX_TOKENIZER_BYTES, quoted, read_bounded, read_json_object
 from neuron.models.gguf import GgufHeader, read_header
+from neuron.text.gguf_rules import RULES, Rules
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,25 +32,6 @@ class TextFiles:
     behind: tuple[int, ...] = ()
     """The ids that such a text ends with where it is read as a whole, as for an embedding; a completion goes on."""
 
-
-_GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2: Final = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-# tokenizer.ggml.pre -> (split digits one by one, pattern)
-_PRE_TOKENIZERS: Final[dict[str, tuple[bool, str]]] = {
-    "default": (False, _GPT2),
-    "gpt-2": (False, _GPT2),
-    "smollm": (True, _GPT2),
-    "llama-bpe": (False, _LLAMA3),
-    "llama3": (False, _LLAMA3),
-    "smaug-bpe": (False, _LLAMA3),
-    "qwen2": (False, _QWEN2),
-    "deepseek-r1-qwen": (False, _QWEN2),
-}
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _SPACE: Final = "\u2581"
@@ -89,8 +70,8 @@ def from_gguf(header: GgufHeader) -> TextFiles:
         for name, key in names.items()
         if isinstance(index := meta.get(f"tokenizer.ggml.{key}_token_id"), int) and index < len(tokens)
     }
-    # SentencePiece models begin a text with their first token unless they say otherwise.
-    adds = {"bos": kind == "llama", "eos": False}
+    # SentencePiece models begin a text with their first token unless they say otherwise, others by their rules.
+    adds = {"bos": kind == "llama" or _rules(meta).begins, "eos": False}
     before, behind = (
         _ids_of(tokenizer, found.get(f"{name}_token")) if meta.get(f"tokenizer.ggml.add_{name}_token", default) else ()
         for name, default in adds.items()
@@ -99,21 +80,22 @@ def from_gguf(header: GgufHeader) -> TextFiles:
 
 
 def _byte_level(meta: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
-    pre = meta.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
-        known = ", ".join(sorted(_PRE_TOKENIZERS))
-        raise UnsupportedTokenizerError(f"The GGUF pre-tokenizer {pre!r} is not supported; known: {known}.")
+    rules = _rules(meta)
     merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(_bpe(tokens, merges))
-    splits_digits, pattern = _PRE_TOKENIZERS[pre]
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if splits_digits else []
-    steps += [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer = Tokenizer(_bpe(tokens, merges, ignore_merges=rules.ignores_merges))
+    if rules.composes:
+        tokenizer.normalizer = rules.normalizer()
+    tokenizer.pre_tokenizer = rules.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _rules(meta: Mapping[str, Any]) -> Rules:
+    pre = meta.get("tokenizer.ggml.pre", "default")
+    if not isinstance(pre, str) or pre not in RULES:
+        known = ", ".join(sorted(RULES))
+        raise UnsupportedTokenizerError(f"The GGUF pre-tokenizer {quoted(pre)} is not supported; known: {known}.")
+    return RULES[pre]
 
 
 def _sentencepiece(meta: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> Tokenizer:
