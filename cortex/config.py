@@ -34,7 +34,8 @@ NO_FILE = "no cortex.toml"
 LOCAL_NEURON = "local", "http://127.0.0.1:13131"
 """Name and endpoint of the node where none is named: a neuron of this host, at its default address."""
 
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+"""Never infinite: a clock has to reach it."""
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Alias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}\*?$")]
 """A model's other name; with a ``*`` at its end, every name that begins so and that nothing else answers to."""

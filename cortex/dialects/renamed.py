@@ -14,8 +14,8 @@ _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _CARRIERS = ("response", "message")
 
 
-def rename(answer: bytes, name: str) -> bytes:
-    """Return a JSON object with ``name`` for the model, if it names one."""
+def rename(answer: bytes, name: str, *, is_outer: bool = True) -> bytes:
+    """Return a JSON object with ``name`` for the model, if it names one: at its top or, ``is_outer``, one level in."""
     if b'"model"' not in answer:
         return answer
     try:
@@ -23,12 +23,12 @@ def rename(answer: bytes, name: str) -> bytes:
         if found.model is not None:
             return splice(answer, found, name)
         fields = _FIELDS.decode(answer)
-    except (PeekError, msgspec.DecodeError, UnicodeError):
+    except (PeekError, msgspec.DecodeError, UnicodeError, RecursionError):
         return answer
-    for carrier in _CARRIERS:
+    for carrier in _CARRIERS if is_outer else ():
         inner = bytes(fields.get(carrier, msgspec.Raw(b"null")))
         if inner.startswith(b"{"):
-            fields[carrier] = msgspec.Raw(rename(inner, name))
+            fields[carrier] = msgspec.Raw(rename(inner, name, is_outer=False))
             return msgspec.json.encode(fields)
     return answer
 

@@ -237,3 +237,13 @@ def test_aliases_follow_aliases(write: object) -> None:
     found = catalogue.load(write(text, "models.toml"), {"a"})  # type: ignore[operator]
     assert {name: found.resolve(name) for name in "mxyzq"} == {"m": "m", "x": "m", "y": "m", "z": "m", "q": "q"}
     assert found.profiles["m"].spec().dtype == "bf16"
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "0", "-1", "1e10"])
+def test_a_time_that_no_clock_reaches_is_refused_at_start(tmp_path: pathlib.Path, value: str) -> None:
+    path = tmp_path / "cortex.toml"
+    path.write_text(
+        f'[gateway.timeouts]\nanswer_s = {value}\n[[neurons]]\nname = "a"\nendpoint = "http://127.0.0.1:1"\n'
+    )
+    with pytest.raises(ConfigError, match="answer_s"):
+        config.load(path, {})

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 from hostile_wire import Checker, samples
 
+from cortex.dialects.renamed import rename
+
 KEPT = sorted((pathlib.Path(__file__).parents[1] / "fuzz" / "corpus" / "upstream").iterdir())
 
 
@@ -25,3 +27,9 @@ def test_what_a_fuzzer_found_is_an_answer_or_a_typed_error(path: pathlib.Path, c
 def test_random_answers_are_answers_or_typed_errors(seed: int, checker: Checker) -> None:
     for wire in samples(400, seed):
         checker.check(wire)
+
+
+def test_a_name_is_put_into_an_answer_at_its_top_and_one_level_in_and_no_deeper() -> None:
+    deep = b'{"response":' * 900 + b'{"model":"x"}' + b"}" * 900
+    assert rename(deep, "m") == deep.replace(b" ", b"")
+    assert rename(b'{"response":{"model":"x"}}', "m") == b'{"response":{"model":"m"}}'
