@@ -1,11 +1,18 @@
 """The container files, as far as no engine is needed: what they copy is there, and they run what the units run."""
 
+import http.server
+import json
 import pathlib
 import re
 import shlex
+import ssl
+import subprocess
+import sys
+import threading
 import tomllib
 
 import pytest
+import trustme
 
 from cortex.config import GatewaySettings
 from neuron.config import DaemonSettings
@@ -82,3 +89,41 @@ def test_what_is_installed_is_locked(path: pathlib.Path) -> None:
     assert len(asked) == 2
     for lock in asked:
         assert (ROOT / lock.replace("${EXTRA}", default[1] if default else "")).is_file()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_health_check_asks_over_tls_too(path: pathlib.Path) -> None:
+    """It asked in the clear alone, and called a daemon with a certificate unhealthy."""
+    check = dict(read(path))["HEALTHCHECK"]
+    _, flag, code = json.loads(check[check.index("[") :])
+    assert flag == "-c"
+    port = "31313" if path.stem == "cortex" else "13131"
+    certificate = trustme.CA().issue_cert("127.0.0.1")
+
+    class Health(http.server.BaseHTTPRequestHandler):
+        status = 200
+
+        def do_GET(self) -> None:
+            self.send_response(self.status if self.path == "/health" else 404)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    for is_tls in (False, True):
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+            if is_tls:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                certificate.configure_cert(context)
+                server.socket = context.wrap_socket(server.socket, server_side=True)
+            serving = threading.Thread(target=server.serve_forever)
+            serving.start()
+            try:
+                for Health.status, expected in ((200, 0), (503, 1)):
+                    command = [sys.executable, "-c", code.replace(port, str(server.server_port))]
+                    done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+                    assert done.returncode == expected, (is_tls, Health.status, done.stderr)
+            finally:
+                server.shutdown()
+                serving.join()

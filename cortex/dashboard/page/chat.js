@@ -88,7 +88,9 @@ export class Chat {
       if (reply.ok) listed = (await reply.json()).data;
       else text($("chat-count"), reply.status === 401 && !key() ? "Sign in to chat" : await complaint(reply));
     } catch { return; }
-    const models = listed.filter((model) => !model.alias_of).sort((a, b) => byName(a.id, b.id));
+    // What a model can do is known once it has been loaded somewhere: one that cannot chat is not to be chatted with.
+    const chats = ({ capabilities }) => !capabilities?.length || capabilities.includes("chat");
+    const models = listed.filter((model) => !model.alias_of && chats(model)).sort((a, b) => byName(a.id, b.id));
     const ready = models.filter((model) => model.state === "ready");
     const listing = models.map((model) => `${model.id}/${model.state === "ready"}`).join();
     if (listing === this.listing) return;
