@@ -30,6 +30,8 @@ from neuron.engine.sequence import NO_PAGES, NO_TOKENS, Int32Array, Sequence, Se
 
 GROWTH_PAGES: Final = 4
 """Pages that must be free, for each running sequence that may still need them, to admit one more."""
+SCORED_BESIDE_TOKENS: Final = 16
+"""Of a prompt that is scored, in a step in which something decodes: each takes the whole vocabulary's logits."""
 AWAITED_PAGES: Final = 4
 """A shared beginning of fewer pages is computed twice rather than waited for: 64 tokens cost about one step."""
 
@@ -250,6 +252,8 @@ class Scheduler:
             prefilling = [sequence for sequence in self.running.values() if sequence.prefills]
             # Each may come to the end of its prompt, where a row is sampled.
             spare_rows = limits.sampled_rows - sum(counts) - len(prefilling)
+            if sequences:
+                spare_rows = min(spare_rows, SCORED_BESIDE_TOKENS - 1)
             for sequence in prefilling:
                 if not budget:
                     break
