@@ -111,7 +111,8 @@ class Journal:
         if folder is None:
             own = mmap.mmap(-1, _RING_BYTES)
         else:
-            with (folder / self._own).open("w+b") as file:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            with os.fdopen(os.open(folder / self._own, flags, 0o600), "w+b") as file:
                 file.truncate(_RING_BYTES)
                 own = mmap.mmap(file.fileno(), _RING_BYTES)
         self._ring = _Ring(own)

@@ -49,6 +49,8 @@ def listed(items: list[dict[str, Any]]) -> bytes:
 
 def _listed(item: dict[str, Any], drawn: str) -> dict[str, Any]:
     kind = item.get("type") or "message"
+    if not isinstance(kind, str):
+        kind = "item"  # which whoever reads it refuses
     found = {**item, "type": kind}
     if not isinstance(found.get("id"), str):
         found["id"] = f"{_ID_PREFIXES.get(str(kind), 'item')}_{drawn}"

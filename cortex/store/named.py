@@ -16,6 +16,7 @@ from cortex.errors import ConversationNotFoundError
 from cortex.store import items as stored_items
 from cortex.store.conversation import NAME, TURN, Conversations
 from cortex.store.interface import StoredResponse
+from cortex.wire.errors import InvalidTypeError
 
 _NO_ANSWER = msgspec.Raw(b'{"output":[]}')
 
@@ -32,6 +33,7 @@ class NamedConversations:
 
     async def create(self, items: list[dict[str, Any]], metadata: dict[str, str]) -> dict[str, Any]:
         """Make a conversation of some items, and return it. Raises :class:`StoreUnavailableError`."""
+        _check(items)
         id = f"{NAME}_{secrets.token_hex(24)}"
         told = {
             "id": id,
@@ -69,6 +71,7 @@ class NamedConversations:
 
     async def add_items(self, id: str, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Say something without asking for an answer; return it as it is listed."""
+        _check(items)
         name = await self._conversations.name(id)
         listed = stored_items.listed(items)
         turn = f"{TURN}_{secrets.token_hex(24)}"
@@ -85,3 +88,11 @@ class NamedConversations:
         gone = [*orjson.loads(bytes(name.items)), item_id]
         await self._conversations.put(id, msgspec.structs.replace(name, items=msgspec.Raw(orjson.dumps(gone))))
         return await self.get(id)
+
+
+def _check(items: list[dict[str, Any]]) -> None:
+    """Raise :class:`InvalidTypeError` for an item that cannot be listed."""
+    for at, item in enumerate(items):
+        if not isinstance(item.get("type") or "message", str):
+            key = f"items[{at}].type"
+            raise InvalidTypeError(f"Invalid type for '{key}': expected a string.", param=key)

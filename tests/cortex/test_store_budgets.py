@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import pathlib
+import random
 import time
 from typing import Any
 
 import msgspec
 import orjson
 import pytest
+from conversation_steps import Checker, steps
 from fake_neuron import RESPONSE, USAGE, Asked, FakeNeuron, Line, event
 from gateway_rig import Rig, rig, until
 
@@ -177,3 +180,18 @@ async def test_a_connection_that_ends_is_forgotten_and_one_that_is_too_large_not
         coming.put_nowait({"type": "websocket.disconnect"})
         await serving
         assert memory.num_bytes == 0
+
+
+# ------------------------------------------------------------------ what a fuzzer found
+
+
+def test_steps_at_random_end_as_typed_errors() -> None:
+    kept = pathlib.Path(__file__).parents[1] / "fuzz" / "corpus" / "conversations"
+    inputs = [path.read_bytes() for path in sorted(kept.iterdir())]
+    inputs += [steps(random.Random(seed)) for seed in range(300)]
+    checker = Checker()
+    try:
+        for data in inputs:
+            checker.check(data)
+    finally:
+        checker.close()
