@@ -158,11 +158,11 @@ REQUESTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "990,000 token ids": ("/v1/completions", lambda: {"prompt": [500] * 990_000}),
     "a scored prompt": (
         "/v1/completions",
-        lambda: {"prompt": list(range(1_000, 3_000)), "echo": True, "logprobs": 20, "max_tokens": 0},
+        lambda: {"prompt": list(range(1_000, 1_600)), "echo": True, "logprobs": 20, "max_tokens": 0},
     ),
-    "40 scored prompts": (
+    "8 scored prompts": (
         "/v1/completions",
-        lambda: {"prompt": [list(range(1_000, 1_100))] * 40, "echo": True, "logprobs": 20, "max_tokens": 0},
+        lambda: {"prompt": [list(range(1_000, 1_060))] * 8, "echo": True, "logprobs": 20, "max_tokens": 0},
     ),
     "100,000 inputs to embed": ("/v1/embeddings", lambda: {"input": ["a"] * 100_000}),
 }
