@@ -231,11 +231,14 @@ INLINE void join(const struct partial *to, const struct partial *part, int padde
         return;
     }
     float most = fmaxf(*to->largest, *part->largest);
-    float kept = expf(*to->largest - most), added = expf(*part->largest - most);
+    /* Mostly the largest score is old: then nothing is rescaled. */
+    float kept = *to->largest == most ? 1.0f : expf(*to->largest - most);
+    float added = *part->largest == most ? 1.0f : expf(*part->largest - most);
     vf by_kept = vf_set1(kept), by_added = vf_set1(added);
     for (int i = 0; i < padded; i += 16) {
-        vf old = vf_mul(vf_load(to->values + i), by_kept);
-        vf_store(to->values + i, vf_add(old, vf_mul(vf_load(part->values + i), by_added)));
+        vf old = vf_load(to->values + i);
+        if (kept != 1.0f) old = vf_mul(old, by_kept);
+        vf_store(to->values + i, vf_fma(vf_load(part->values + i), by_added, old));
     }
     *to->total = *to->total * kept + *part->total * added;
     *to->largest = most;
