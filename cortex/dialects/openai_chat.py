@@ -77,7 +77,7 @@ class _FileBody(msgspec.Struct, tag="file"):
 
 class _CalledFunction(msgspec.Struct):
     name: str
-    arguments: str | dict[str, Any] = "{}"
+    arguments: str | dict[str, Any] | None = "{}"
 
 
 class _CalledCustom(msgspec.Struct):
@@ -292,8 +292,10 @@ def _call(body: _ToolCallBody, where: str) -> ToolCall:
     return ToolCall(body.id, body.function.name, _arguments(body.function.arguments))
 
 
-def _arguments(value: str | dict[str, Any]) -> str:
-    """Some clients send the arguments as an object; the wire has them as text."""
+def _arguments(value: str | dict[str, Any] | None) -> str:
+    """Some clients send the arguments as an object, or none as null; the wire has them as text."""
+    if value is None:
+        return "{}"
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
