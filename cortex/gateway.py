@@ -236,7 +236,7 @@ class Gateway:
         host, port = split_address(self.settings.gateway.metrics_listen)
         is_shared = folder_of_workers() is not None
         try:
-            self._stop_metrics = self.metrics.serve(host, port)
+            self._stop_metrics = self.metrics.serve(host, port, lambda: self.guard)
             self._has_metrics = True
         except OSError as error:
             if is_first:

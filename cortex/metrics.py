@@ -16,6 +16,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -32,8 +33,10 @@ from prometheus_client.registry import Collector
 
 from cortex._fast.record import Record
 from cortex.build_identity import COMMIT
+from cortex.guard import Guard
 from cortex.loop_lag import BUCKETS_S
 from cortex.wire import VERSION
+from cortex.wire.errors import ApiError
 
 log = logging.getLogger("cortex.metrics")
 
@@ -316,8 +319,10 @@ class Metrics:
         for series in raised.values():
             series.count()
 
-    def serve(self, host: str, port: int) -> Callable[[], None]:
+    def serve(self, host: str, port: int, guard: Callable[[], Guard] = Guard) -> Callable[[], None]:
         """Serve all workers' metrics if this one is the first to bind the port; return what stops that.
+
+        ``guard`` returns what keeps pages of other sites out.
 
         Raises:
             OSError: somebody else has the port.
@@ -333,6 +338,7 @@ class Metrics:
         registry.register(_Current(counters, self._fleet))
         registry.register(_FleetCollector(self._fleet))
         server, thread = start_http_server(port, host, registry)
+        server.set_app(_guarded(server.get_app(), guard))
 
         def stop() -> None:
             server.shutdown()
@@ -340,6 +346,30 @@ class Metrics:
             thread.join()
 
         return stop
+
+
+def _guarded(app: Any, guard: Callable[[], Guard]) -> Any:
+    """Return a WSGI application that answers no page of a browser.
+
+    Names are looked at where the caller is on this host, as its browser would be: Prometheus may use any.
+    """
+
+    def serve(environ: Mapping[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
+        def header(name: bytes) -> bytes | None:
+            if name == b"host" and not str(environ.get("REMOTE_ADDR", "")).startswith(("127.", "::1")):
+                return None
+            value = environ.get(f"HTTP_{name.decode().upper().replace('-', '_')}")
+            return None if value is None else str(value).encode("latin-1", "replace")
+
+        try:
+            guard().check_site(header, setting="gateway")
+        except ApiError as error:
+            start_response(f"{error.status} Forbidden", [("content-type", "text/plain; charset=utf-8")])
+            return [error.message.encode()]
+        found: Iterable[bytes] = app(environ, start_response)
+        return found
+
+    return serve
 
 
 def folder_of_workers() -> pathlib.Path | None:

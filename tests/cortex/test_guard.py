@@ -1,5 +1,6 @@
 """Pages of other sites: what a browser sends for them reaches nothing, on any listener, and what is allowed is told."""
 
+import asyncio
 import contextlib
 import http.client
 import os
@@ -153,6 +154,19 @@ async def test_other_names_of_a_host_are_its_operators_to_say(tmp_path: pathlib.
         for _ in range(2):
             headers = {"host": "gateway.example.com", **JSON}
             assert (await gateway.call("POST", "/v1/chat/completions", CHAT, headers).end()).status == 200
+
+
+@pytest.mark.parametrize("how", [how for how, (_, status, _) in CROSS_SITE.items() if status == 403])
+async def test_a_page_of_another_site_does_not_read_metrics(how: str) -> None:
+    async with rig(FakeNeuron()) as gateway:
+        port = daemons.free_port()
+        stop = gateway.gateway.metrics.serve("127.0.0.1", port, lambda: gateway.gateway.guard)
+        try:
+            url = f"http://127.0.0.1:{port}/metrics"
+            assert await asyncio.to_thread(status_of, url) == 200
+            assert await asyncio.to_thread(lambda: status_of(url, None, **CROSS_SITE[how][0])) == 403
+        finally:
+            await asyncio.to_thread(stop)
 
 
 # ------------------------------------------------------------------ what is allowed
