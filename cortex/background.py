@@ -105,8 +105,8 @@ class Run:
         """
         try:
             self.add(data)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise NotAnAnswerError(f"The node sent an event that is none of a response: {str(error)[:200]}.") from None
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            raise NotAnAnswerError("The node sent an event that is none of a response.") from None
 
     @property
     def is_answer(self) -> bool:

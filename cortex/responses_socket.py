@@ -224,8 +224,8 @@ def _previous(fields: dict[str, msgspec.Raw]) -> str:
 def _fields(data: bytes) -> dict[str, msgspec.Raw]:
     try:
         return _MESSAGE.decode(data)
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise InvalidJsonError(f"The message is not a JSON object: {error}.") from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise InvalidJsonError("The message is not a JSON object.") from None
 
 
 def _text(fields: dict[str, msgspec.Raw], name: str) -> str | None:

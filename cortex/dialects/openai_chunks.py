@@ -231,8 +231,8 @@ class ChunkReader:
 def _decode(data: bytes) -> _Chunk:
     try:
         return _DECODER.decode(data)
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise UpstreamError(f"The node answered with something else than a chat: {error}.") from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise UpstreamError("The node answered with something else than a chat.") from None
 
 
 def _error(raw: msgspec.Raw) -> ErrorInfo:

@@ -1,0 +1,66 @@
+"""What a client is told of a wrong body: where and what, in plain words and none of the decoder's own."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from cortex.dialects import (
+    anthropic_messages,
+    openai_chat,
+    openai_completions,
+    openai_embeddings,
+    openai_responses,
+)
+from cortex.wire.errors import ApiError
+
+OWN_WORDS = re.compile(
+    r"`|msgspec|Struct|\bstr\b|\bint\b|\bbool\b|\bdict\b|NoneType|jSON|malformed|<state>|Traceback|\$\.|Object |Literal"
+)
+
+
+def with_input(message: Any, **fields: Any) -> bytes:
+    """Return a body of every dialect at once, which has ``message`` wherever one of them looks for what was said."""
+    said = message if isinstance(message, list) else [message]
+    return json.dumps({"model": "m", "messages": said, "input": said, "prompt": said, **fields}).encode()
+
+
+HELLO = {"role": "user", "content": "a"}
+SAID = {"messages": [HELLO], "input": "a", "prompt": "a"}
+BODIES = [
+    *(b"", b"{", b"[]", b"3", b"null", b'"x"', b"{]", b'{"a" 1}', b'{"a":}', b'{"a":01}', b'{"a":"\xff"}'),
+    *(b'{"a":"\\ud800"}', b'{"a":' * 3000, b"[" * 3000, b"\xff\xfe", b'{"model":3}', b'{"model":null}', b"{}"),
+    b'{"model":"m"}',
+    b'{"model":"m","messages":3,"input":true,"prompt":{},"stream":"yes"}',
+    b'{"model":"m","messages":3,"input":true,"prompt":{}}',
+    with_input({"role": "wizard", "content": "a"}),
+    with_input({"role": "user", "content": [{"type": "hologram"}]}),
+    with_input({"role": "user", "content": 3}),
+    with_input([None]),
+    with_input([]),
+    json.dumps({"model": "m", **SAID} | {"temperature": "hot", "dimensions": "x"}).encode(),
+    json.dumps({"model": "m", **SAID} | {"n": [], "top_p": {}, "tools": 3, "encoding_format": "xml"}).encode(),
+    json.dumps({"model": "m", **SAID} | {"tools": [{"type": 3}], "seed": "x", "dimensions": 1.5}).encode(),
+    json.dumps({"model": "m", **SAID} | {"top_p": 7, "dimensions": -1}).encode(),
+    json.dumps({"model": "m", **SAID} | {"stop": [3], "stop_sequences": [3], "encoding_format": 3}).encode(),
+]
+DECODERS = [openai_chat, openai_completions, openai_embeddings, openai_responses, anthropic_messages]
+
+
+@pytest.mark.parametrize("module", DECODERS, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("body", BODIES)
+def test_errors_speak_plain_english(module: Any, body: bytes) -> None:
+    try:
+        module.decode(body)
+    except ApiError as error:
+        check(error)
+
+
+def check(error: ApiError) -> None:
+    assert 400 <= error.status < 500
+    message = error.message
+    assert OWN_WORDS.search(message) is None, message
+    assert message[0].isupper(), message
+    assert message.endswith("."), message
+    assert len(message) < 400
