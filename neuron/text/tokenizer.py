@@ -34,6 +34,8 @@ class TextFiles:
 
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+MAX_PIECE_CHARS: Final = 4096
+"""Of a SentencePiece vocabulary: each split of a piece is looked at, so that long ones take quadratic time."""
 _SPACE: Final = "\u2581"
 """What SentencePiece writes for a space."""
 
@@ -108,6 +110,11 @@ def _sentencepiece(meta: Mapping[str, Any], tokens: list[str], kinds: list[int])
     if len(scores) != len(tokens) or len(kinds) != len(tokens):
         raise UnsupportedTokenizerError(
             f"The GGUF vocabulary has {len(tokens)} pieces, {len(scores)} scores and {len(kinds)} kinds."
+        )
+    longest = max(map(len, tokens), default=0)
+    if longest > MAX_PIECE_CHARS:
+        raise UnsupportedTokenizerError(
+            f"A piece of the GGUF vocabulary has {longest} characters; at most {MAX_PIECE_CHARS} are read."
         )
     pieces = {token for token, kind in zip(tokens, kinds, strict=True) if kind in {_NORMAL, _USER_DEFINED}}
     ranked: list[tuple[float, str, str]] = []

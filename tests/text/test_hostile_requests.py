@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 
 from cortex.wire.errors import ApiError
 from cortex.wire.request import FormatKind, InferenceRequest, Message, OutputFormat, Role, Tool, ToolCall
+from neuron.errors import UnsupportedTokenizerError
+from neuron.models.gguf import GgufHeader
 from neuron.text import tokenizer
 from neuron.text.model_text import decoder_of
 from neuron.text.pool import TextModel, TextPool
@@ -189,3 +191,15 @@ def test_the_daemon_reads_ids_as_the_whole_tokenizer_does(
             ids = [chance.randrange(whole.get_vocab_size()) for _ in range(12)]
             for skips in (False, True):
                 assert reader.decode(ids, skip_special_tokens=skips) == whole.decode(ids, skip_special_tokens=skips)
+
+
+def test_a_piece_of_a_vocabulary_that_is_as_long_as_a_book_is_refused() -> None:
+    tokens = ["<unk>", "a", "aa", "a" * 300_000]
+    meta = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.token_type": [2, 1, 1, 1],
+    }
+    with pytest.raises(UnsupportedTokenizerError, match="300000 characters"):
+        tokenizer.from_gguf(GgufHeader(3, meta, (), 0))
