@@ -29,7 +29,7 @@ from cortex.wire.headers import IGNORED
 T = TypeVar("T")
 
 MAX_VALUES = 500_000
-"""Values in one body: strings, numbers, objects and lists, however nested. A million of lists held a loop for 0.34 s."""
+"""Values in one body: strings, numbers, objects and lists. A million lists held an event loop for 0.34 s."""
 
 MAX_MEMBERS = 10_000
 """Members of any one object in a body."""
