@@ -1,5 +1,5 @@
 from collections.abc import Mapping, Sequence
-from typing import Final, final
+from typing import Final, Self, final
 
 MAX_DEPTH: Final[int]
 
@@ -19,12 +19,12 @@ class PeekLimitError(PeekError):
 
 @final
 class KnownNames:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         objects: Sequence[tuple[Mapping[str, tuple[int | None, bool]] | None, int]],
         max_values: int,
         max_members: int,
-    ) -> None: ...
+    ) -> Self: ...
 
 @final
 class Peek:
