@@ -35,7 +35,7 @@ from cortex.endpoints import Endpoints, reply_error, request_id_of
 from cortex.errors import GatewayStoppedError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
-from cortex.fleet.state import Fleet
+from cortex.fleet.state import Fleet, devices_in_use
 from cortex.guard import Guard
 from cortex.http_io import (
     ClientDisconnectedError,
@@ -429,8 +429,8 @@ class Gateway:
                     node.name,
                     node.up,
                     node.health is not None and node.health.state is NodeState.DRAINING,
-                    sum(device.memory_total_bytes for device in node.discovery.devices) if node.discovery else 0,
-                    sum(device.memory_free_bytes for device in node.discovery.devices) if node.discovery else 0,
+                    sum(device.memory_total_bytes for device in devices_in_use([node])),
+                    sum(device.memory_free_bytes for device in devices_in_use([node])),
                 )
                 for node in nodes
             ),

@@ -171,6 +171,7 @@ class Service:
             ),
             harnesses=tuple(self._harnesses),
             dialects=tuple(dialects),
+            boot_id=_boot_id(),
         )
 
     def health(self) -> Health:
@@ -379,6 +380,14 @@ class Service:
             on_restarted=restarted,
             supervisor=self._supervisor,
         )
+
+
+def _boot_id() -> str:
+    """Return the kernel's identity since its start; empty where it has none."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _server(app: Any, daemon: DaemonSettings) -> Server:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from cortex.dashboard.journal import Batch, Entry
-from cortex.fleet.state import Node
+from cortex.fleet.state import Node, devices_in_use
 
 SERIES = ("at", "tokens_per_s", "requests", "errors", "ttft_p50_s", "ttft_p95_s", "running", "waiting", "used", "total")
 """What the numbers of a point are; ``used`` and ``total`` are bytes of device memory."""
@@ -40,7 +40,7 @@ class Rates:
         elsewhere = sum(entry.tokens_out for entry in ended.entries if _counts_nothing(nodes.get(entry.node)))
         tokens_per_s = sum(self.tokens_per_s.values()) + elsewhere / max(elapsed_s, 1e-3)
         up = [node for node in nodes.values() if node.up]
-        devices = [device for node in up if node.discovery for device in node.discovery.devices if device.worker]
+        devices = devices_in_use(up)
         total = sum(device.memory_total_bytes for device in devices)
         waiting = sum(num_waiting(node) for node in up)
         running = max(0, sum(status.running for node in up for status in node.models.values()) - waiting)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import msgspec
 
 from cortex._fast.in_flight import InFlight
-from cortex.wire.node import Discovery, Health, ModelState, ModelStatus, NodeState
+from cortex.wire.node import Device, DeviceKind, Discovery, Health, ModelState, ModelStatus, NodeState
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,17 @@ class FleetState:
     def complete(self) -> bool:
         """Whether every node has been polled at least once."""
         return all(node.polled for node in self.nodes.values())
+
+
+def devices_in_use(nodes: Iterable[Node]) -> list[Device]:
+    """Return the devices that nodes use, each once: neurons of one host share its CPU and its memory."""
+    found: dict[tuple[str, str], Device] = {}
+    for node in nodes:
+        for device in node.discovery.devices if node.discovery else ():
+            if device.worker is not None:
+                is_shared = device.kind is DeviceKind.CPU and node.discovery.boot_id
+                found[node.discovery.boot_id if is_shared else f"node {node.name}", device.id] = device
+    return list(found.values())
 
 
 class Fleet:

@@ -89,6 +89,8 @@ class Discovery(msgspec.Struct, frozen=True):
     devices: Annotated[tuple[Device, ...], msgspec.Meta(max_length=1024)]
     harnesses: Annotated[tuple[Label, ...], msgspec.Meta(max_length=64)]
     dialects: Annotated[tuple[Label, ...], msgspec.Meta(max_length=64)]
+    boot_id: Label = ""
+    """The kernel's identity since its last start, the same for all daemons of one host, in containers too."""
 
 
 class NodeState(StrEnum):
