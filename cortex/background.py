@@ -17,11 +17,12 @@ import msgspec
 import orjson
 
 from cortex._fast.peek import peek
-from cortex._fast.sse import FrameDecoder, encode
+from cortex._fast.sse import FrameDecoder, FrameTooLarge, encode
 from cortex.dialects.passthrough import responses_failure
 from cortex.errors import GatewayStoppedError, NotAnAnswerError, TooLongAnswerError
 from cortex.store.conversation import Conversations, Turn
 from cortex.store.interface import StoredResponse
+from cortex.store.items import check_output
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, InvalidRequestError, UnsupportedParameterError
 from cortex.wire.responses_events import LAST
@@ -73,7 +74,7 @@ class Run:
         self._num_told = 0
         self._size_bytes = 0
         self._is_kept = False
-        self._decoder = FrameDecoder()
+        self._decoder = FrameDecoder(MAX_BYTES)
         self._changed = asyncio.Event()
 
     def add(self, data: bytes) -> None:
@@ -81,17 +82,20 @@ class Run:
         for frame in self._decoder.feed(data):
             if self.ended:
                 break  # nothing follows the last one
+            self._size_bytes += len(frame.data)
+            if self._size_bytes > MAX_BYTES:
+                raise TooLongAnswerError(f"The response is longer than the {MAX_BYTES} bytes that are kept of one.")
             peek(frame.data)  # all of it is JSON, which is read again and again
             told = _EVENT.decode(frame.data)
             ended = (frame.event or b"").decode("latin-1") in LAST
             if ended and told.status not in _ENDS:
                 raise NotAnAnswerError("The node ended a response without saying how it ended.")
-            self.frames.append(encode(frame.data, frame.event))
-            self._size_bytes += len(frame.data)
-            if self._size_bytes > MAX_BYTES:
-                raise TooLongAnswerError(f"The response is longer than the {MAX_BYTES} bytes that are kept of one.")
             if told.response is not msgspec.UNSET:
-                self.response = msgspec.json.encode(told.response)
+                response = msgspec.json.encode(told.response)
+                if ended:
+                    check_output(response)  # which whoever continues it reads
+                self.response = response
+            self.frames.append(encode(frame.data, frame.event))
             self.ended = ended
         if not self.ended:
             self._tell()
@@ -105,8 +109,15 @@ class Run:
         """
         try:
             self.add(data)
+        except FrameTooLarge:
+            raise TooLongAnswerError(f"The node sent an event of more than {MAX_BYTES} bytes.") from None
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise NotAnAnswerError("The node sent an event that is none of a response.") from None
+
+    def add_stored(self, data: bytes) -> None:
+        """Take frames that were made here, however long they are: those that ended it, or those that were kept."""
+        self._decoder, self._size_bytes = FrameDecoder(len(data) + 1), -len(data)
+        self.add(data)
 
     @property
     def is_answer(self) -> bool:
@@ -249,15 +260,15 @@ class Background:
             if not run.ended:
                 raise NotAnAnswerError("The node ended its answer without saying how the response ended.")
         except ApiError as error:
-            run.add(self._failure(run, error))
+            self._fail(run, error)
         except asyncio.CancelledError:
             if self._stopping:
-                run.add(self._failure(run, GatewayStoppedError("The gateway was stopped while it made the response.")))
+                self._fail(run, GatewayStoppedError("The gateway was stopped while it made the response."))
             else:
                 run.close(status="cancelled")
         except Exception:
             log.exception("response %s failed", run.id)
-            run.add(self._failure(run, ApiError("The gateway failed to answer; its log says why.")))
+            self._fail(run, ApiError("The gateway failed to answer; its log says why."))
         finally:
             renewing.cancel()
             with suppress(asyncio.CancelledError):
@@ -267,6 +278,15 @@ class Background:
             finally:
                 run.note_kept()  # in every case: whoever follows it would wait for ever
                 del self._runs[run.id]
+
+    def _fail(self, run: Run, error: ApiError) -> None:
+        """End a run with an error, in frames that say so unless its own are such that none can go on from them."""
+        try:
+            run.add_stored(self._failure(run, error))
+        except Exception:
+            log.exception("response %s has no frames that say how it failed", run.id)
+        if not run.ended:
+            run.close(status="failed", error={"code": error.code, "message": error.message})
 
     async def _keep(self, run: Run, turn: Turn) -> None:
         try:
@@ -321,7 +341,7 @@ class Background:
             await asyncio.sleep(LOOK_S)
             stored = await owned.get(id)
         run = Run(id, bytes(stored.body), owned)
-        run.add(stored.frames)
+        run.add_stored(stored.frames)
         run.note_kept()
         async for frames in run.follow(after):
             yield frames

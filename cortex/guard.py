@@ -97,8 +97,15 @@ class Guard:
         if site is not None and site not in OWN_SITE and not self.is_allowed(origin):
             raise OriginNotAllowedError("A page of another site may not ask here without a key.")
 
-    def check_origin(self, origin: bytes | None, host: bytes | None, *, setting: str) -> None:
-        """Raise :class:`OriginNotAllowedError` for a page that is neither this server's own nor allowed."""
+    def check_origin(
+        self, origin: bytes | None, host: bytes | None, *, setting: str, any_is_allowed: bool = False
+    ) -> None:
+        """Raise :class:`OriginNotAllowedError` for a page that is neither this server's own nor allowed.
+
+        ``any_is_allowed`` has the star among the origins hold, as it does for whoever sends a key.
+        """
+        if any_is_allowed and ANY in self._origins:
+            return
         if origin is None or self.is_allowed(origin) or _is_own(origin, host):
             return
         told = origin[:200].decode("latin-1")
@@ -129,8 +136,7 @@ class Guard:
         origin, wanted = header(b"origin"), header(b"access-control-request-method")
         if origin is None or wanted is None:
             return ()
-        if ANY not in self._origins:
-            self.check_origin(origin, header(b"host"), setting=setting)
+        self.check_origin(origin, header(b"host"), setting=setting, any_is_allowed=True)
         asked = (header(b"access-control-request-headers") or b"").decode("latin-1").lower().split(",")
         allowed = [name for name in map(str.strip, asked) if ASKED_HEADERS.fullmatch(name)]
         found = [

@@ -238,7 +238,11 @@ class Inference:
                 answer.close()
         record.status = 200
         if asked.turn is not None:
-            body = await self._conversations.of(record.key).keep(asked.turn, body)
+            try:
+                body = await self._conversations.of(record.key).keep(asked.turn, body)
+            except NotAnAnswerError as error:
+                answer.note_broken(error)
+                raise
         await exchange.reply(200, asked.reshape(body))
 
     async def _only_read(self, exchange: Exchange, record: Record, turn: Turn, name: str) -> None:
@@ -286,6 +290,7 @@ class Inference:
         Raises:
             UpstreamError: the stream broke, fell silent or ended before its terminator.
         """
+        unreadable: NotAnAnswerError | None = None
         with Passing(answer, relay):
             read = answer.response.read
             reader = asked.reader(answer)
@@ -298,15 +303,23 @@ class Inference:
                 frames = relay.take(data)
                 if frames:
                     if asked.turn is not None and relay.is_complete:
-                        frames = await self._conversations.of(record.key).keep_streamed(asked.turn, frames)
+                        try:
+                            frames = await self._conversations.of(record.key).keep_streamed(asked.turn, frames)
+                        except NotAnAnswerError as error:
+                            answer.note_broken(error)
+                            unreadable = error
+                            break
                     yield frames
                 relay.check()
+        if unreadable is not None:
+            raise unreadable
 
     async def _begin(
         self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn, permit: Permit
     ) -> None:
         """Begin a response that is made in the background; what it costs is written down by a record of its own."""
-        created = FrameDecoder().feed(_made_here(turn, asked.question.name).frames([Started(0)]))[0]
+        begun = _made_here(turn, asked.question.name).frames([Started(0)])
+        created = FrameDecoder(len(begun) + 1).feed(begun)[0]
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
         making.model, making.key, making.is_stream = record.model, record.key, True

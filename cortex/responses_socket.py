@@ -25,6 +25,9 @@ from cortex.wire.responses_events import ResponsesEvent
 MAX_PENDING_TURNS = 32
 """Of one connection, those that run and those that wait for their lane."""
 
+GROWTH = 8
+"""How many times as long as a message an event may be: it tells what was asked, in JSON of its own."""
+
 CREATE = "response.create"
 TOO_BIG = 1009
 INTERNAL_ERROR = 1011
@@ -137,7 +140,7 @@ class ResponsesSocket:
             await asyncio.wait({before})
         if self._left.is_set():
             return
-        answer = _Answer(self._send, lane)
+        answer = _Answer(self._send, lane, GROWTH * self._max_message_bytes)
         asked = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict[str, Any]:
@@ -179,12 +182,12 @@ async def refuse_socket(scope: Scope, send: Send, error: ApiError) -> None:
 class _Answer:
     """What an exchange sends, as messages."""
 
-    def __init__(self, send: Send, lane: str | None) -> None:
+    def __init__(self, send: Send, lane: str | None, max_event_bytes: int) -> None:
         self._send = send
         self._lane = lane
         self._status = 0
         self._is_stream = False
-        self._decoder = FrameDecoder()
+        self._decoder = FrameDecoder(max_event_bytes)
         self._body = b""
         self.failed = False
         """Whether it was an error, from the start or in the end."""

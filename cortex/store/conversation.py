@@ -21,6 +21,7 @@ from cortex._fast.sse import FrameDecoder
 from cortex.dialects.passthrough import NO_PART, GatewayPart
 from cortex.errors import (
     ConversationNotFoundError,
+    NotAnAnswerError,
     PreviousResponseNotFoundError,
     ResponseNotFoundError,
     StoreFullError,
@@ -54,6 +55,9 @@ Said = MutableMapping[str, tuple[msgspec.Raw, ...]]
 
 MAX_ITEMS_AT_ONCE = 500
 """Items of a turn that are made ready for the store on the event loop; of more, a thread does it."""
+
+UNREADABLE = (msgspec.MsgspecError, KeyError, ValueError, RecursionError)
+"""What reading a node's response may raise."""
 
 _ANSWER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NAMED = msgspec.json.Decoder(str | _Named | None)
@@ -183,14 +187,17 @@ class Conversations:
         """Keep the response that answered ``turn``, if it is one, where it is to be kept.
 
         Returns it as it is told: one that could not be kept says so.
+
+        Raises:
+            NotAnAnswerError: it is none that could be continued.
         """
         if not turn.is_kept:
             return response
         try:
             id = msgspec.json.decode(_ANSWER.decode(response)["id"], type=str)
-        except (msgspec.DecodeError, KeyError):
-            log.warning("an answer that is no response was not kept")
-            return response
+            items.check_output(response)
+        except UNREADABLE:
+            raise NotAnAnswerError("The node answered with a response without an id or a list of items.") from None
         if turn.said is not None:
             own = (msgspec.Raw(orjson.dumps(item)) for item in turn.items)
             turn.said[id] = (*turn.said_before, *own, *items.output_items(response))
@@ -205,12 +212,19 @@ class Conversations:
         return response
 
     async def keep_streamed(self, turn: Turn, frames: bytes) -> bytes:
-        """Keep the response in the last frames of a stream, and return them; one that failed is not kept."""
+        """Keep the response in the last frames of a stream, and return them; one that failed is not kept.
+
+        Raises:
+            NotAnAnswerError: there is none in them.
+        """
         if not turn.is_kept:
             return frames
         for frame in FrameDecoder(len(frames) + 1).feed(frames):
             if frame.event in _KEPT:
-                response = bytes(_ANSWER.decode(frame.data)["response"])
+                try:
+                    response = bytes(_ANSWER.decode(frame.data)["response"])
+                except UNREADABLE:
+                    raise NotAnAnswerError("The node ended its stream without a response in its last event.") from None
                 kept = await self.keep(turn, response)
                 if kept is not response:
                     frames = frames.replace(response, kept, 1)

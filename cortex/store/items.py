@@ -14,6 +14,17 @@ from cortex.wire.errors import InvalidTypeError
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 
+
+class _Item(msgspec.Struct):
+    id: str | None = None
+
+
+class _Answer(msgspec.Struct):
+    output: list[_Item] = []
+
+
+_ANSWER = msgspec.json.Decoder(_Answer)
+
 ID_BYTES = 12
 
 _ID_PREFIXES = {
@@ -69,6 +80,11 @@ def _listed(item: dict[str, Any], drawn: str) -> dict[str, Any]:
 def output_items(response: bytes) -> list[msgspec.Raw]:
     """Return the output items of a response; none if it says nothing of them."""
     return _ITEMS.decode(_FIELDS.decode(response).get("output", b"[]"))
+
+
+def check_output(response: bytes) -> None:
+    """Raise ``MsgspecError``, ``ValueError`` or ``RecursionError`` for a response whose output is no list of items."""
+    _ANSWER.decode(response)
 
 
 def with_input(body: bytes, items: list[msgspec.Raw]) -> bytes:

@@ -205,6 +205,48 @@ async def test_a_response_in_the_background_that_never_ends_is_ended() -> None:
         assert call.json()["error"]["code"]
 
 
+@pytest.mark.parametrize("is_one_event", [False, True])
+async def test_a_response_in_the_background_that_is_too_long_ends_as_failed(
+    is_one_event: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cortex.background.MAX_BYTES", 10_000)
+    node = FakeNeuron("hostile").ready("m")
+    delta = b'event: response.x\ndata: {"x":"' + b"y" * (20_000 if is_one_event else 1_000) + b'"}\n\n'
+    node.script = raw(sized(delta * (1 if is_one_event else 20), b"content-type: text/event-stream\r\n"))
+    async with beside_a_sound_one(node) as gateway:
+        await until(lambda: gateway.gateway.fleet.state.nodes["hostile"].up)
+        body = {"model": "m", "input": "x" * 20_000, "background": True}
+        begun = await gateway.call("POST", "/v1/responses", body).end()
+        path = f"/v1/responses/{begun.json()['id']}"
+        async with asyncio.timeout(5):
+            while (call := await gateway.call("GET", path).end()).json()["status"] != "failed":
+                await asyncio.sleep(0.02)
+        assert "longer than" in call.json()["error"]["message"] or "more than" in call.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"type":"response.completed"}',
+        b'{"type":"response.completed","response":{"status":"completed","output":[]}}',
+        b'{"type":"response.completed","response":{"id":"resp_1","status":"completed","output":7}}',
+        b'{"type":"response.completed","response":{"id":"resp_1","status":"completed","output":[7]}}',
+        b'{"type":"response.completed","response":' + b"[" * 5000 + b"]" * 5000 + b"}",
+    ],
+    ids=["no response", "no id", "no list", "no items", "deep"],
+)
+async def test_a_stream_that_ends_in_no_response_ends_in_an_error(data: bytes) -> None:
+    node = FakeNeuron("hostile").ready("m")
+    node.script = raw(
+        sized(b"event: response.completed\ndata: " + data + b"\n\n", b"content-type: text/event-stream\r\n")
+    )
+    async with rig(node) as gateway:
+        call = await gateway.call("POST", "/v1/responses", {"model": "m", "input": "x", "stream": True}).end()
+        assert call.complete
+        assert call.status == 502 or (b"event: error" in call.body and b"response.failed" in call.body)
+        assert b"internal_error" not in call.body
+
+
 # ------------------------------------------------------------------ the control plane
 
 HEALTH = {"state": "ready", "uptime_s": 1.0, "workers": [{"device": "cpu:0", "state": "ready", "restarts": 0}]}

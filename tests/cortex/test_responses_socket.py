@@ -5,7 +5,7 @@ import json
 
 import pytest
 from fake_neuron import Asked, FakeNeuron, Line
-from gateway_rig import rig, until
+from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 
 from cortex import http_io
@@ -105,3 +105,58 @@ async def test_who_may_not_ask_is_refused_before_the_handshake(
                 assert (sent[0]["type"], sent[0]["status"]) == ("websocket.http.response.start", status)
             else:
                 assert sent == [{"type": "websocket.close"}]
+
+
+async def spoken(gateway: Rig, messages: list[dict[str, object]], num_answers: int) -> list[dict[str, object]]:
+    """Return what a connection is sent for some messages."""
+    said: list[dict[str, object]] = []
+    coming: asyncio.Queue[dict[str, object]] = asyncio.Queue()
+
+    async def send(message: dict[str, object]) -> None:
+        if message["type"] != "websocket.accept":
+            said.append(message)
+
+    coming.put_nowait({"type": "websocket.connect"})
+    for message in messages:
+        coming.put_nowait({"type": "websocket.receive", "text": json.dumps(message)})
+    scope = {"type": "websocket", "path": "/v1/responses", "headers": [], "client": ("127.0.0.1", 1)}
+    serving = asyncio.create_task(gateway.gateway.handle_socket(scope, coming.get, send))  # type: ignore[arg-type]
+    await until(lambda: len(said) >= num_answers)
+    coming.put_nowait({"type": "websocket.disconnect"})
+    await serving
+    return [json.loads(str(message["text"])) for message in said if message["type"] == "websocket.send"]
+
+
+@pytest.mark.parametrize(("with_keys", "status"), [(True, 0), (False, 403)])
+async def test_any_origin_may_open_one_with_a_key(with_keys: bool, status: int) -> None:
+    sent: list[dict[str, object]] = []
+    coming: asyncio.Queue[dict[str, object]] = asyncio.Queue()
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    keys = ring((KEY, Principal("alice"))) if with_keys else None
+    async with rig(FakeNeuron().ready("m"), keys=keys, allowed_origins=("*",)) as gateway:
+        coming.put_nowait({"type": "websocket.connect"})
+        coming.put_nowait({"type": "websocket.disconnect"})
+        headers = [(b"host", b"localhost:1"), (b"origin", PAGE), (b"authorization", b"Bearer " + KEY.encode())]
+        scope = {
+            "type": "websocket",
+            "path": "/v1/responses",
+            "headers": headers,
+            "client": ("127.0.0.1", 1),
+            "extensions": {"websocket.http.response": {}},
+        }
+        await gateway.gateway.handle_socket(scope, coming.get, send)  # type: ignore[arg-type]
+    assert sent[0].get("status", 0) == status
+
+
+async def test_long_instructions_are_told_in_an_event() -> None:
+    long = "x" * 9_000_000
+    async with rig(FakeNeuron().ready("m")) as gateway:
+        message: dict[str, object] = {"type": "response.create", "model": "m", "input": "Hi", "instructions": long}
+        events = await spoken(gateway, [{**message, "generate": False}], 2)
+        assert [event["type"] for event in events][-1] == "response.completed"
+        body = {"model": "m", "input": "Hi", "instructions": long, "background": True}
+        call = await gateway.call("POST", "/v1/responses", body).end()
+        assert (call.status, call.json()["status"]) == (200, "queued")

@@ -416,3 +416,13 @@ async def test_what_a_sink_wanted_to_wait_for_is_dropped_when_its_reader_is_canc
             await reading
         response.close()
     assert inspect.getcoroutinestate(waits[0]) == inspect.CORO_CLOSED
+
+
+async def test_a_connection_that_was_idle_for_too_long_gives_its_place_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pool_to(echo, max_connections=3) as (pool, _):
+        for response in [await pool.request(b"POST", b"/v1/x", body=b"x") for _ in range(3)]:
+            await response.read_all(100)
+        monkeypatch.setattr("cortex.upstream.MAX_IDLE_S", 0.0)
+        assert await (await pool.request(b"POST", b"/v1/x", body=b"y")).read_all(100) == b"y"
