@@ -93,6 +93,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
     thoughts: list[str] = []  # of the assistant's turn that comes next
     turn: Message | None = None  # the assistant's, to which calls may still be added
     made: list[ToolCall] = []  # its calls: separate items here, and one message in a chat
+    traces: dict[str, ToolCall] = {}  # calls of tools that are none of the request's, until they have an output
     for index, raw in enumerate(items):
         where = f"input[{index}]"
         item = _item(raw, where)
@@ -112,6 +113,9 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                     raise _missing(where, "output")
                 if not calls.answer(call_id):
                     raise _unanswerable(item.type, call_id, calls.knows(call_id))
+                if (trace := traces.pop(call_id, None)) is not None:
+                    turn = turn or Message(Role.ASSISTANT, "")
+                    made.append(trace)
                 message = Message(Role.TOOL, _content(item.output, f"{where}.output"), tool_call_id=call_id)
             case "reasoning":
                 if thought := _thought(item):
@@ -124,8 +128,9 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                     "Unsupported parameter: an 'item_reference' is resolved by the gateway.", param=where
                 )
             case _:  # the traces of hosted tools say nothing to the model
-                if item.call_id is not None:
-                    calls.add(item.call_id)  # but the client may have run them: a local shell's call has its output
+                if item.call_id is not None:  # but the client may have run them: a local shell's call has its output
+                    calls.add(item.call_id)
+                    traces[item.call_id] = ToolCall(item.call_id, item.type.removesuffix("_call"), "{}")
                 continue
         if turn is not None:
             yield msgspec.structs.replace(turn, tool_calls=tuple(made))

@@ -7,6 +7,7 @@ import pytest
 
 from cortex.dialects import openai_chat, openai_responses
 from cortex.dialects.openai_sealed import seal
+from cortex.dialects.translate import chat_body
 from cortex.wire.errors import ApiError
 from cortex.wire.request import FormatKind, ImagePart, Message, Role, TextPart, ToolCall, ToolMode
 
@@ -343,3 +344,21 @@ def test_a_turn_of_many_calls_and_thoughts_is_read_in_one_pass() -> None:
     assert len(turn.tool_calls) == 18_000
     assert turn.tool_calls[901].name == "n__g1"
     assert turn.reasoning == "Hm. " * 1_000
+
+
+def test_the_output_of_a_call_of_no_tool_here_has_a_call_before_it() -> None:
+    body = {
+        "model": "m",
+        "input": [
+            {"role": "user", "content": "go"},
+            {"type": "local_shell_call", "call_id": "s", "action": {"type": "exec", "command": ["ls"]}},
+            {"type": "function_call_output", "call_id": "s", "output": "a.txt"},
+        ],
+    }
+    request = openai_responses.decode(orjson.dumps(body)).request
+    assert [(message.role, [call.name for call in message.tool_calls]) for message in request.messages] == [
+        ("user", []),
+        ("assistant", ["local_shell"]),
+        ("tool", []),
+    ]
+    assert len(openai_chat.decode(chat_body(request, stream=False)).request.messages) == 3
