@@ -86,7 +86,6 @@ from neuron.batch import infer_all
 from neuron.harness import Model
 from neuron.metrics import RequestRecord
 from neuron.service import Service
-from neuron.text.schema import left_out
 
 _log = logging.getLogger("neuron.api")
 
@@ -419,7 +418,6 @@ class Api:
         record: RequestRecord,
     ) -> None:
         requests = [_on_behalf(exchange, request) for request in requests]
-        _tell_ignored(exchange, left_out(requests[0]))
 
         async def frames() -> AsyncGenerator[bytes, None]:
             async for events in self._events(exchange, requests, record):
@@ -443,7 +441,6 @@ class Api:
         record: RequestRecord,
     ) -> None:
         requests = [_on_behalf(exchange, request) for request in requests]
-        _tell_ignored(exchange, left_out(requests[0]))
 
         async def gather() -> None:
             async with aclosing(self._events(exchange, requests, record)) as batches:
@@ -482,6 +479,7 @@ class Api:
         with self._service.models.use(requests[0].model) as model:
             record.model = requests[0].model
             requests = [self._readable(exchange, request, model) for request in requests]
+            _tell_ignored(exchange, await model.left_out(requests[0]))
             run = model.infer(requests[0]) if len(requests) == 1 else infer_all(model, requests)
             async with aclosing(run) as batches:
                 async for events in batches:

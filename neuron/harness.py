@@ -72,6 +72,13 @@ class Model(Protocol):
             ApiError: the request cannot be carried out.
         """
 
+    async def left_out(self, request: InferenceRequest) -> Sequence[str]:
+        """Return what of the schemas of ``request`` its answer will not be held to, by place and keyword.
+
+        Raises:
+            ApiError: it takes more to find out than one request may.
+        """
+
     def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         """Run a request and yield its events in batches; closing the generator cancels it within one step.
 

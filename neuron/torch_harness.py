@@ -283,6 +283,10 @@ class TorchModel:
         """Count the tokens of a prompt made as :meth:`infer` makes it; one too long for the context has a count too."""
         return await self.text.count(request, self.loaded.context_tokens)
 
+    async def left_out(self, request: InferenceRequest) -> Sequence[str]:
+        """Ask a text process; see :class:`neuron.harness.Model`."""
+        return await self.text.left_out(request)
+
     async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         """Run a request; see :class:`neuron.harness.Model`."""
         if not self._config.generates:

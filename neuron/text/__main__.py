@@ -17,6 +17,7 @@ from neuron.device.channel import Channel, ChannelClosed
 from neuron.device.loop import die_with_parent
 from neuron.text import limits
 from neuron.text.jobs import (
+    Ask,
     Build,
     Built,
     Check,
@@ -26,6 +27,7 @@ from neuron.text.jobs import (
     Counted,
     FromText,
     Job,
+    LeftOut,
     Open,
     Opened,
     Phase,
@@ -115,6 +117,8 @@ class TextServer:
                 return Tokenised(job.job, tuple(self._model(job.model).tokenise(job.texts, job.context_tokens)))
             case Check():
                 return Checked(job.job, self._model(job.model).grammar(job.request))
+            case Ask():
+                return LeftOut(job.job, self._model(job.model).left_out(job.request))
             case _:
                 assert_never(job)
 

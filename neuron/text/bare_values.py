@@ -5,6 +5,7 @@ lists and objects before text. Lists, objects and constants may be written as Py
 its types stays text: the client sees what the model has said.
 """
 
+import collections
 import json
 import math
 import re
@@ -13,7 +14,8 @@ from typing import Any, Final
 
 from neuron.text.history import is_deeper
 
-MAX_REFERENCES: Final = 16
+MAX_PARTS: Final = 64
+MAX_ALTERNATIVES: Final = 256
 MAX_DEPTH: Final = 64
 
 
@@ -69,34 +71,40 @@ def as_json(text: str, schema: Mapping[str, Any] | None, root: Mapping[str, Any]
 
 
 def _parts(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield a schema and all that hold together with it: what it refers to, and what it is all of."""
-    waiting: list[object] = [schema]
-    for _ in range(MAX_REFERENCES * 4):
+    """Yield a schema and all that hold together with it, each once: what it refers to, and what it is all of."""
+    waiting: collections.deque[object] = collections.deque([schema])
+    seen: set[int] = set()
+    for _ in range(MAX_PARTS):
         if not waiting:
             return
-        part = waiting.pop(0)
-        if isinstance(part, Mapping):
+        part = waiting.popleft()
+        if isinstance(part, Mapping) and id(part) not in seen:
+            seen.add(id(part))
             yield part
             if isinstance(part.get("$ref"), str):
                 waiting.append(_target(part["$ref"], root))
             if isinstance(part.get("allOf"), list):
-                waiting += part["allOf"]
+                waiting += part["allOf"][:MAX_PARTS]
 
 
 def _alternatives(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the schemas of which a value fits one."""
-    waiting: list[object] = [schema]
-    for _ in range(MAX_REFERENCES * 16):
+    """Yield the schemas of which a value fits one, each once."""
+    waiting: collections.deque[object] = collections.deque([schema])
+    seen: set[int] = set()
+    for _ in range(MAX_ALTERNATIVES):
         if not waiting:
             return
-        part = waiting.pop(0)
-        if not isinstance(part, Mapping):
+        part = waiting.popleft()
+        if not isinstance(part, Mapping) or id(part) in seen:
             continue
         for together in _parts(part, root):
+            if id(together) in seen:
+                continue
+            seen.add(id(together))
             yield together
             for key in ("anyOf", "oneOf"):
                 if isinstance(together.get(key), list):
-                    waiting += together[key]
+                    waiting += together[key][:MAX_ALTERNATIVES]
 
 
 def _target(reference: str, root: Mapping[str, Any]) -> object:

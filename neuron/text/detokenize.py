@@ -6,6 +6,7 @@ it comes out. Stop strings apply to the answer, not to reasoning.
 
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -25,6 +26,9 @@ from neuron.text.call_pieces import CallArguments, CallBegins, Piece
 from neuron.text.holdback import held_back
 from neuron.text.reasoning import Part, ReasoningSplitter, ReasoningTags
 from neuron.text.tools import CallForm, ToolCallParser
+
+MAX_UNDECODED: Final = 16
+"""More tokens than a character has: what is undecoded then are broken bytes, or tokens that are no text."""
 
 
 class Detokenizer:
@@ -54,6 +58,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._undecoded: list[int] = []
+        self._known: list[int] = []
+        """One token that is text by itself, so that a stream which follows another is at no beginning."""
         self._choice = choice
         self._stop = tuple(stop)
         self._includes_stop = includes_stop
@@ -84,8 +90,7 @@ class Detokenizer:
                 self._logprobs.append(logprobs[index])
             text = self._markers.get(token)
             if text is None:
-                self._undecoded.append(token)
-                text = self._decoder.step(self._tokenizer, token)
+                text = self._decoded(token)
             if text is None:
                 continue
             self._undecoded.clear()
@@ -96,6 +101,38 @@ class Detokenizer:
                 break
         return self._with_logprobs(_merge(events))
 
+    def _decoded(self, token: int) -> str | None:
+        """Return the text that ``token`` makes certain, ``None`` if there is none yet.
+
+        A stream looks at all that it has not decoded with each token, and raises where bytes that are no character
+        change what stood before them.
+        """
+        self._undecoded.append(token)
+        try:
+            text = self._decoder.step(self._tokenizer, token)
+        except Exception:  # noqa: BLE001 (it has no class of its own)
+            return self._restarted() or None
+        if text is None:
+            return self._restarted() or None if len(self._undecoded) >= MAX_UNDECODED else None
+        if len(self._undecoded) == 1:
+            self._known = [token]
+        return text
+
+    def _restarted(self) -> str:
+        """Return what is undecoded as text, with replacements for what is none, and go on with another stream."""
+        known = self._tokenizer.decode(self._known, skip_special_tokens=True)
+        whole = self._tokenizer.decode([*self._known, *self._undecoded], skip_special_tokens=True)
+        text = (
+            whole[len(known) :]
+            if whole.startswith(known)
+            else self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
+        )
+        self._undecoded.clear()
+        if text and not self._known and (letter := self._tokenizer.token_to_id("a")) is not None:
+            self._known = [letter]
+        self._decoder = DecodeStream(ids=self._known, skip_special_tokens=True)
+        return text
+
     def close(self, end: SequenceEnd) -> list[InferenceEvent]:
         """Return what was held back and the ``Finished`` of this choice."""
         if self.finished:
@@ -103,7 +140,7 @@ class Detokenizer:
         events: list[InferenceEvent] = []
         if self._undecoded:
             # Half a character at the end, or only special tokens, which decode to nothing.
-            self._split(self._tokenizer.decode(self._undecoded, skip_special_tokens=True), events)
+            self._split(self._restarted(), events)
         if not self.finished and self._splitter is not None:
             for part, text in self._splitter.close():
                 self._route(part, text, events)

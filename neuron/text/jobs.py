@@ -92,7 +92,16 @@ class Check(msgspec.Struct, frozen=True, tag="check"):
     request: InferenceRequest
 
 
-Job = Open | Build | Count | Tokenise | Check
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """Say what of a request's schemas its answer will not be held to. Answered by ``LeftOut``."""
+
+    job: int
+    limits: Limits
+    model: int
+    request: InferenceRequest
+
+
+Job = Open | Build | Count | Tokenise | Check | Ask
 ToText = Job | Close
 
 # ------------------------------------------------------------------ text process -> daemon
@@ -167,6 +176,13 @@ class Checked(msgspec.Struct, frozen=True, tag="checked"):
     grammar: str | None
 
 
+class LeftOut(msgspec.Struct, frozen=True, tag="left_out"):
+    """Keywords that no grammar can hold an answer to, by their place."""
+
+    job: int
+    keywords: tuple[str, ...]
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """The job cannot be done: the client's error, or the model's."""
 
@@ -178,4 +194,4 @@ class Retiring(msgspec.Struct, frozen=True, tag="retiring"):
     """Follows an answer: the process holds more than it should and can give no more back, so it ends."""
 
 
-FromText = Ready | Phase | Opened | Built | Counted | Tokenised | Checked | Refused | Retiring
+FromText = Ready | Phase | Opened | Built | Counted | Tokenised | Checked | LeftOut | Refused | Retiring

@@ -31,6 +31,7 @@ from neuron.text.grammar import constraint_of
 from neuron.text.jobs import Step, TextDescription
 from neuron.text.matcher import Vocabulary
 from neuron.text.prompt import Prompt, PromptFormat
+from neuron.text.schema import left_out
 from neuron.text.token_bytes import token_bytes
 
 MAX_VOCABULARY: Final = 1 << 20
@@ -139,6 +140,13 @@ class ModelText:
         return _guarded(
             lambda: constraint_of(request, self._prompts.call_form, self._problem_with),
             lambda reason: InvalidSchemaError(f"it cannot be compiled: {reason}", param=param_of_grammar(request)),
+        )
+
+    def left_out(self, request: InferenceRequest) -> tuple[str, ...]:
+        """Return what of the schemas of ``request`` its answer will not be held to, by place and keyword."""
+        return _guarded(
+            lambda: tuple(left_out(request)),
+            lambda reason: InvalidSchemaError(f"it cannot be read: {reason}", param=param_of_grammar(request)),
         )
 
     def _problem_with(self, grammar: str) -> str:

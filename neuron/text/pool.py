@@ -36,6 +36,7 @@ from neuron.text.child import Death, TextProcess
 from neuron.text.jobs import Limits, Step
 from neuron.text.model_text import param_of_grammar
 from neuron.text.reasoning import ReasoningTags
+from neuron.text.schema import holds_schemas
 from neuron.text.tools import CallForm
 
 MAX_WAITING: Final = 256
@@ -146,13 +147,19 @@ class TextModel:
 
     async def grammar(self, request: InferenceRequest) -> str | None:
         """Return the grammar that the answer to ``request`` must follow, tried. Raises :class:`ApiError`."""
-        asked = InferenceRequest(
-            request.model, tools=request.tools, tool_choice=request.tool_choice, output_format=request.output_format
-        )
-        job = jobs.Check(self._pool.next_number(), GRAMMAR_LIMITS, self._opening.model, asked)
+        job = jobs.Check(self._pool.next_number(), GRAMMAR_LIMITS, self._opening.model, _shape_of(request))
         answer = await self._pool.run(Lane.GRAMMAR, job, self._opening, request.principal)
         assert isinstance(answer, jobs.Checked)
         return answer.grammar
+
+    async def left_out(self, request: InferenceRequest) -> tuple[str, ...]:
+        """Return what of the schemas of ``request`` its answer will not be held to. Raises :class:`ApiError`."""
+        if not holds_schemas(request):
+            return ()
+        job = jobs.Ask(self._pool.next_number(), GRAMMAR_LIMITS, self._opening.model, _shape_of(request))
+        answer = await self._pool.run(Lane.GRAMMAR, job, self._opening, request.principal)
+        assert isinstance(answer, jobs.LeftOut)
+        return answer.keywords
 
     def text_of(self, ids: Sequence[int]) -> list[bytes]:
         """Return the bytes of each of ``ids``."""
@@ -179,6 +186,13 @@ class TextModel:
         found = await self._pool.run(lane, job, self._opening, request.principal)
         assert isinstance(found, answer)
         return found
+
+
+def _shape_of(request: InferenceRequest) -> InferenceRequest:
+    """Return of a request what says how its answer is to look."""
+    return InferenceRequest(
+        request.model, tools=request.tools, tool_choice=request.tool_choice, output_format=request.output_format
+    )
 
 
 def _lane_of(size: int) -> tuple[Lane, Limits]:
@@ -316,7 +330,7 @@ def error_of(job: jobs.Job, death: Death) -> ApiError:
         if death.step is Step.TEMPLATE:
             return TemplateError(f"The model's chat template {death}.")
         return UnsupportedTokenizerError(f"Reading the model's tokenizer {death}.")
-    if isinstance(job, jobs.Check):
+    if isinstance(job, jobs.Check | jobs.Ask):
         return InvalidSchemaError(f"compiling it {death}", param=param_of_grammar(job.request))
     if isinstance(job, jobs.Tokenise):
         return PromptTooCostlyError(f"Making tokens of the input {death}.", param="input")

@@ -59,6 +59,7 @@ class PreparedSchema:
         self._strict = strict
         self._param = param
         self._places = _named_places(document)
+        self._ends: dict[str, tuple[str, object]] = {}
         self._names: dict[str, str] = {}
         self._waiting: list[tuple[str, object]] = []
         self.left_out: list[str] = []
@@ -121,17 +122,21 @@ class PreparedSchema:
             if place in seen:
                 raise self._refuse(f"the reference {reference[:100]!r} refers to itself")
             seen.add(place)
-            target = self._at(place, reference)
-            if not (isinstance(target, Mapping) and isinstance(target.get("$ref"), str) and len(target) == 1):
-                return place, target
-            reference = target["$ref"]
+            if (end := self._ends.get(place)) is None:
+                target = self._at(place, reference)
+                if isinstance(target, Mapping) and isinstance(target.get("$ref"), str) and len(target) == 1:
+                    reference = target["$ref"]
+                    continue
+                end = place, target
+            self._ends |= dict.fromkeys(seen, end)
+            return end
 
     def _place(self, reference: str) -> str:
         """Return the pointer that a reference means, empty for the root."""
         base, _, fragment = reference.partition("#")
         if base and base not in self._places:
             raise self._refuse(f"the reference {reference[:100]!r} leads out of the schema")
-        start = self._places.get(base, "")
+        start = _pointer(self._places.get(base))
         fragment = urllib.parse.unquote(fragment)
         if not fragment:
             return start
@@ -139,7 +144,7 @@ class PreparedSchema:
             return start + fragment
         if f"#{fragment}" not in self._places:
             raise self._refuse(f"there is nothing at the reference {reference[:100]!r}")
-        return self._places[f"#{fragment}"]
+        return _pointer(self._places[f"#{fragment}"])
 
     def _at(self, place: str, reference: str) -> object:
         found: Any = self._document
@@ -187,12 +192,16 @@ class PreparedSchema:
         elif pattern is not None:
             made["pattern"] = pattern
         form = schema.get("format")
-        if form is None or not _may_be("string", schema):
+        if form is None:
+            return
+        if not isinstance(form, str):
+            raise self._refuse("'format' is not a text")
+        if not _may_be("string", schema):
             return
         if form in FORMATS:
             made["format"] = form
         elif "pattern" not in made:  # which says what the format means
-            self._leave_out("format", f"{str(form)[:40]!r} is not known here")
+            self._leave_out("format", f"{form[:40]!r} is not known here")
 
     def _values(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
         for key in ("enum", "const"):
@@ -229,7 +238,7 @@ class PreparedSchema:
             made["prefixItems"] = [self._prepared(item) for item in first]
         if rest is not None:
             made["items"] = self._prepared(rest)
-        if schema.get("uniqueItems") is True and schema.get("maxItems") not in {0, 1}:
+        if schema.get("uniqueItems") is True and schema.get("maxItems") not in (0, 1):
             self._leave_out("uniqueItems", "a grammar does not remember what it has seen")
         if "contains" in schema and schema.get("minContains") != 0:
             self._leave_out("contains", "a grammar does not count what fits")
@@ -305,7 +314,7 @@ class PreparedSchema:
         """Return whether it is plain that no value fits two of ``ways``: by types, or by a property's constant."""
         if len(ways) > 32:
             return False
-        whole = [self._plain(way) for way in ways]
+        whole = [_Alternative(self._plain(way)) for way in ways]
         return all(_is_apart(one, other) for one, other in itertools.combinations(whole, 2))
 
     def _plain(self, way: object) -> Mapping[str, Any]:
@@ -323,8 +332,20 @@ class PreparedSchema:
                 self._leave_out(key, "a grammar has no conditions")
 
 
+def holds_schemas(request: InferenceRequest) -> bool:
+    """Return whether the answer to ``request`` is to be held to a schema."""
+    mode = request.tool_choice.mode
+    kind = request.output_format.kind
+    forced = mode in {ToolMode.REQUIRED, ToolMode.NAMED}
+    offered = kind is not FormatKind.TEXT and mode is not ToolMode.NONE
+    return kind is FormatKind.JSON_SCHEMA or (bool(request.tools) and (forced or offered))
+
+
 def left_out(request: InferenceRequest) -> list[str]:
-    """Return what of the schemas of ``request`` its answer will not be held to, by place and keyword."""
+    """Return what of the schemas of ``request`` its answer will not be held to, by place and keyword.
+
+    What it takes hangs on what the client wrote: it is work for a text process, within its limits.
+    """
     told = []
     asked = request.output_format
     mode = request.tool_choice.mode
@@ -343,10 +364,17 @@ def left_out(request: InferenceRequest) -> list[str]:
     return told
 
 
-def _named_places(document: object) -> dict[str, str]:
-    """Return the pointer of each ``$id``, and of each anchor, with a ``#`` before it."""
-    found: dict[str, str] = {}
-    waiting: list[tuple[str, object]] = [("", document)]
+_Link = tuple["_Link | None", str]
+"""A place within a document: that of what holds it, and the key there; ``None`` for the root.
+
+A pointer is written only where it is asked for: those of all places take the square of a document's size.
+"""
+
+
+def _named_places(document: object) -> dict[str, _Link | None]:
+    """Return the place of each ``$id``, and of each anchor, with a ``#`` before it."""
+    found: dict[str, _Link | None] = {}
+    waiting: list[tuple[_Link | None, object]] = [(None, document)]
     while waiting:
         place, value = waiting.pop()
         if isinstance(value, Mapping):
@@ -358,10 +386,21 @@ def _named_places(document: object) -> dict[str, str]:
                     found.setdefault("#" + value[key], place)
             for key, inner in value.items():
                 if isinstance(inner, Mapping | list):
-                    waiting.append((f"{place}/{str(key).replace('~', '~0').replace('/', '~1')}", inner))
+                    waiting.append(((place, str(key)), inner))
         elif isinstance(value, list):
-            waiting += [(f"{place}/{index}", inner) for index, inner in enumerate(value)]
+            waiting += [
+                ((place, str(index)), inner) for index, inner in enumerate(value) if isinstance(inner, Mapping | list)
+            ]
     return found
+
+
+def _pointer(place: _Link | None) -> str:
+    """Return the pointer to a place, empty for the root."""
+    steps = []
+    while place is not None:
+        place, key = place
+        steps.append("/" + key.replace("~", "~0").replace("/", "~1"))
+    return "".join(reversed(steps))
 
 
 def _is_never(schema: Mapping[str, Any]) -> bool:
@@ -403,6 +442,8 @@ def _types(schema: Mapping[str, Any]) -> set[str] | None:
             schema["enum"] if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else None
         )
         return None if listed is None else {_TYPE_NAMES.get(type(value), "number") for value in listed}
+    if not isinstance(given, str | list):
+        return None  # which is no schema, as its compiler will say
     found = {given} if isinstance(given, str) else {name for name in given if isinstance(name, str)}
     return {"number" if name == "integer" else name for name in found}
 
@@ -415,26 +456,31 @@ def _may_be(name: str, schema: Mapping[str, Any]) -> bool:
     return types is None or name in types
 
 
-def _is_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    types = _types(one), _types(other)
-    if types[0] is not None and types[1] is not None and not types[0] & types[1]:
+class _Alternative:
+    """What tells one alternative from others, looked at once and not for each of them."""
+
+    __slots__ = ("constants", "listed", "types")
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self.types = _types(schema)
+        self.listed = _listed(schema)
+        self.constants: dict[str, set[str]] = {}
+        """The values of each property that must be there and lists its own."""
+        properties = schema.get("properties")
+        if self.types == {"object"} and isinstance(properties, Mapping):
+            for name in _names(schema):
+                inner = properties.get(name)
+                listed = _listed(inner) if isinstance(inner, Mapping) and name not in self.constants else None
+                if listed is not None:
+                    self.constants[name] = listed
+
+
+def _is_apart(one: _Alternative, other: _Alternative) -> bool:
+    if one.types is not None and other.types is not None and not one.types & other.types:
         return True
-    listed = _listed(one), _listed(other)
-    if listed[0] is not None and listed[1] is not None:
-        return not listed[0] & listed[1]
-    if types != ({"object"}, {"object"}):
-        return False
-    properties = one.get("properties"), other.get("properties")
-    if not isinstance(properties[0], Mapping) or not isinstance(properties[1], Mapping):
-        return False
-    required = {*_names(one)} & {*_names(other)}
-    for name in required & properties[0].keys() & properties[1].keys():
-        mine, theirs = properties[0][name], properties[1][name]
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            values = _listed(mine), _listed(theirs)
-            if values[0] is not None and values[1] is not None and not values[0] & values[1]:
-                return True
-    return False
+    if one.listed is not None and other.listed is not None:
+        return not one.listed & other.listed
+    return any(not one.constants[name] & other.constants[name] for name in one.constants.keys() & other.constants)
 
 
 def _names(schema: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from cortex.wire.request import InferenceRequest
 from neuron.device.jobs import LoadedModel
 from neuron.device.probe import Host
 from neuron.harness import Model, Progress, Requirement
+from neuron.text.schema import left_out
 
 GIB = 1 << 30
 
@@ -44,6 +45,9 @@ class FleetModel:
 
     async def count_tokens(self, request: InferenceRequest) -> int:
         return 5
+
+    async def left_out(self, request: InferenceRequest) -> Sequence[str]:
+        return left_out(request)
 
     async def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
         content = request.messages[-1].content if request.messages else request.prompt or ""

@@ -11,6 +11,7 @@ from cortex.wire.node import Capability, ModelSpec
 from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron.device.jobs import LoadedModel
 from neuron.harness import Embeddings, Model, Progress, Requirement
+from neuron.text.schema import left_out
 
 Step = Sequence[InferenceEvent] | Exception | asyncio.Event
 """A batch to yield, an error to raise, or something to wait for."""
@@ -38,6 +39,9 @@ class ScriptedModel:
         """A vector of each input's length and place."""
         vectors = [array.array("f", [len(given), index]).tobytes() for index, given in enumerate(request.inputs)]
         return Embeddings(tuple(vectors), sum(len(given) for given in request.inputs))
+
+    async def left_out(self, request: InferenceRequest) -> Sequence[str]:
+        return left_out(request)
 
     async def count_tokens(self, request: InferenceRequest) -> int:
         """What the script says of its start, as the engine's own count would be."""

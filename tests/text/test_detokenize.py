@@ -124,6 +124,41 @@ def test_a_call_ends_the_turn_with_tool_calls(byte_tokenizer: Tokenizer, step: i
     assert "<tool_call>" in text_of(run(byte_tokenizer, text, step))
 
 
+@pytest.fixture(scope="module")
+def fallback_tokenizer() -> Tokenizer:
+    """Pieces of SentencePiece, and a token for each byte that has none."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁a": 256, "▁b": 257, "a": 258, "<unk>": 259}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([0xC3, 0xA9, 0x80, 258], "é\ufffda"),
+        ([0xC3, 0xA9, 0x80, 258, 257, 0xC3, 0xA9, 257], "é\ufffda bé b"),
+        ([257, 0xC3, 0xA9, 0x80, 256, 257], "bé\ufffd a b"),
+        ([0xC3] * 40 + [257, 256], "\ufffd" * 40 + " b a"),
+        ([260] * 40 + [257, 256], "b a"),
+        ([257] + [260] * 40 + [256, 0xC3], "b a\ufffd"),
+        ([257] + [0xC3, 0xA9] * 40 + [256], "b" + "é" * 40 + " a"),
+    ],
+)
+def test_bytes_that_are_no_character_and_tokens_that_are_no_text_break_no_answer(
+    fallback_tokenizer: Tokenizer, ids: list[int], text: str
+) -> None:
+    for step in (1, 3, len(ids)):
+        detokenizer = Detokenizer(fallback_tokenizer)
+        events: list[InferenceEvent] = []
+        for start in range(0, len(ids), step):
+            events += detokenizer.feed(ids[start : start + step])
+        assert text_of(events + detokenizer.close(SequenceEnd.STOP)) == text
+
+
 def test_special_tokens_are_not_text(byte_tokenizer: Tokenizer) -> None:
     detokenizer = Detokenizer(byte_tokenizer)
     assert (

@@ -206,6 +206,15 @@ def test_what_was_running_at_two_deaths_is_not_tried_a_third_time(tmp_path: path
     assert tries.read_text() == "xx"
 
 
+def test_what_a_schema_leaves_out_is_found_in_a_text_process(chatty: pathlib.Path) -> None:
+    async def story(pool: TextPool, model: TextModel) -> None:
+        assert await model.left_out(asks('{"uniqueItems": true}')) == ("response_format.uniqueItems",)
+        assert await model.left_out(asks('{"type": 5, "format": []}')) == ()
+        assert await model.left_out(CHAT) == ()
+
+    with_model(chatty, story)
+
+
 def test_principals_take_turns(chatty: pathlib.Path) -> None:
     async def story(pool: TextPool, model: TextModel) -> None:
         done: list[str] = []

@@ -5,6 +5,7 @@ import json
 import pathlib
 import random
 import re
+import tracemalloc
 from typing import Annotated, Any, Literal
 
 import jsonschema
@@ -251,11 +252,45 @@ def test_references_of_an_answer(schema: dict[str, Any]) -> None:
         ({"const": float("inf")}, "no word for"),
         ({"multipleOf": 0}, "not a positive"),
         ({"minimum": "3"}, "not a number"),
+        ({"type": 5, "format": "date"}, "."),
+        ({"type": "string", "format": []}, "not a text"),
+        ({"items": {"format": {}}}, "not a text"),
+        ({"uniqueItems": True, "maxItems": []}, "."),
+        ({"oneOf": [{"type": 5}, {"type": "string"}]}, "."),
     ],
 )
 def test_what_is_no_schema_is_refused(schema: Any, says: str) -> None:
     with pytest.raises(InvalidSchemaError, match=says):
         answer_grammar(schema)
+
+
+@pytest.mark.parametrize("keyword", ["type", "format", "maxItems", "oneOf", "enum", "$ref", "required", "properties"])
+@pytest.mark.parametrize("value", [5, [], {}, [5], [[]], [{"type": 5}, {"type": "string"}], None, "string", 1.5, True])
+def test_whatever_a_keyword_holds_is_an_answer_or_a_refusal(keyword: str, value: object) -> None:
+    schema = {"format": "date", "uniqueItems": True} | {keyword: value}
+    asked = OutputFormat(FormatKind.JSON_SCHEMA, json.dumps(schema))
+    choice = ToolChoice(ToolMode.REQUIRED)
+    assert left_out(InferenceRequest("m", output_format=asked)) is not None
+    assert left_out(InferenceRequest("m", tools=(Tool("f", "", schema),), tool_choice=choice)) is not None
+
+
+def test_what_a_schema_takes_does_not_grow_with_its_square() -> None:
+    wide = {"properties": {"k" * 100_000: {"properties": {f"p{index}": {} for index in range(5_000)}}}}
+    chain = {f"a{index}": {"$ref": f"#/$defs/a{index + 1}"} for index in range(2_000)} | {"a2000": {"type": "null"}}
+    chained = {"$defs": chain, "anyOf": [{"$ref": f"#/$defs/{name}"} for name in chain]}
+    tracemalloc.start()
+    try:
+        assert PreparedSchema(wide).left_out == []
+        prepared = PreparedSchema(chained)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert prepared.definitions == {"r0": {"type": "null"}}, "each leads to the end of the chain"
+
+
+def test_an_id_behind_a_long_way_is_found() -> None:
+    schema = {"$ref": "there", "properties": {"a/b~": {"items": [{"$id": "there", "type": "null"}]}}}
+    assert PreparedSchema(schema).definitions == {"r0": {"type": "null"}}
 
 
 LEFT_OUT: list[tuple[str, dict[str, Any]]] = [
