@@ -1,7 +1,7 @@
 /* Tells a JSON object from everything else in one pass, and notes where a few of its members are.
  *
  * Accepts what orjson accepts, so that a body that passes here is not refused by the process that decodes it: RFC 8259
- * with strict UTF-8, surrogate escapes in pairs, numbers within a double, nesting to JSON_MAX_DEPTH. Iterative: one
+ * with strict UTF-8, surrogate escapes in pairs, numbers within a double; but nesting to JSON_MAX_DEPTH only. Iterative: one
  * bit of memory for each open bracket, no recursion for a hostile body to exhaust.
  */
 #ifndef CORTEX_JSON_VALIDATE_H
@@ -10,13 +10,15 @@
 #include <stddef.h>
 #include "scan.h"
 
-/* orjson's limit. */
-#define JSON_MAX_DEPTH 1024
+/* Below orjson's limits, which reads 1024 levels and writes 254: what is read here may be written again, within what
+ * others put around it. */
+#define JSON_MAX_DEPTH 200
 
 /* Below this depth names are not looked up: no typed object of a dialect lies there. */
 #define JSON_NAMED_DEPTH 12
 #define JSON_MAX_NAME 47
 #define JSON_MAX_TOLD 16
+#define JSON_MAX_REFUSED 128
 
 /* A double holds every decimal below 1e308; from there on it must be read to be judged. */
 #define JSON_SAFE_EXPONENT 308
@@ -34,7 +36,8 @@ typedef struct {
 typedef struct {
     const char *reason; /* NULL: accepted */
     const uint8_t *at;
-    size_t limit; /* 0, or how many items `reason` speaks of are taken */
+    size_t limit; /* 0, or how many items or levels `reason` speaks of are taken */
+    int is_depth;
 } json_fault;
 
 /* A member that an object may have, and the object (or array of such) that its value may be: a number of `json_known`'s
@@ -64,7 +67,7 @@ typedef struct {
     int num_told, is_cut;
     uint32_t hashes[JSON_MAX_TOLD];
     int num_refused;
-    const json_name *refused[JSON_MAX_TOLD];
+    const json_name *refused[JSON_MAX_REFUSED];
     size_t length;
     char paths[1024];
     char limited[256]; /* the path of what has too many items */
@@ -78,6 +81,7 @@ static inline const uint8_t *json_fail(json_fault *fault, const char *reason, co
     fault->reason = reason;
     fault->at = at;
     fault->limit = 0;
+    fault->is_depth = 0;
     return NULL;
 }
 
@@ -432,6 +436,16 @@ static __attribute__((noinline)) void json_tell(json_found *found, const json_pl
                                    found->paths + sizeof found->paths);
 }
 
+/* Note a member that may be refused, once. */
+static __attribute__((noinline)) void json_refuse(json_found *found, const json_name *name)
+{
+    for (int i = 0; i < found->num_refused; i++)
+        if (found->refused[i] == name)
+            return;
+    if (found->num_refused < JSON_MAX_REFUSED)
+        found->refused[found->num_refused++] = name;
+}
+
 /* Return which wanted member a key names, or NULL. */
 static inline json_wanted *json_match_key(const uint8_t *key, size_t length, json_wanted *wanted, int num_wanted)
 {
@@ -447,12 +461,12 @@ static inline json_fault json_check_object(const uint8_t *start, const uint8_t *
                                            json_wanted *wanted, int num_wanted, const json_known *known,
                                            json_found *found)
 {
-    uint64_t is_object[JSON_MAX_DEPTH / 64] = {0};
+    uint64_t is_object[(JSON_MAX_DEPTH + 63) / 64] = {0};
     unsigned depth = 0;
     const uint8_t *p = json_space(start, end);
     const uint8_t *value;
     json_wanted *member = NULL;
-    json_fault fault = {NULL, NULL, 0};
+    json_fault fault = {NULL, NULL, 0, 0};
     int kind, escaped, in_object;
     uint32_t count[JSON_MAX_DEPTH]; /* of the members that each open container had before the one at hand */
     size_t num_values = 0;
@@ -487,6 +501,9 @@ value:
     case '[':
         if (depth == JSON_MAX_DEPTH) {
             json_fail(&fault, "the nesting is too deep", p);
+            fault.limit = JSON_MAX_DEPTH;
+            fault.is_depth = 1;
+            json_path(&place, count, depth, NULL, NULL, found->limited, found->limited + sizeof found->limited);
             return fault;
         }
         in_object = *p == '{';
@@ -608,8 +625,8 @@ key:
             const json_name *name = json_known_name(known, &known->objects[object], key, length);
             if (!name && !known->objects[object].is_open)
                 json_tell(found, &place, count, depth, object, value + 1, p - 1);
-            if (name && name->is_refused && found->num_refused < JSON_MAX_TOLD)
-                found->refused[found->num_refused++] = name;
+            if (name && name->is_refused)
+                json_refuse(found, name);
             object = name ? name->object : 0;
         }
     } else if (depth < JSON_NAMED_DEPTH) {

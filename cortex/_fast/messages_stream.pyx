@@ -104,6 +104,7 @@ cdef class MessagesStream:
     cdef list blocks
     cdef _Block open_block
     cdef Py_ssize_t num_calls
+    cdef list waiting           # calls that have begun behind the open one: id, name, pieces of their arguments
     cdef object error
     cdef object end
     cdef bint begun
@@ -119,13 +120,16 @@ cdef class MessagesStream:
         head.append(b',"content":[')
         self.message_head = head.take()
         self.blocks = []
+        self.waiting = []
         self.out = Buffer()
 
     def frames(self, events not None):
         """Return the frames of a batch of events, ``b""`` if they make none.
 
-        Raises ``ValueError`` for a second choice, which this dialect does not have, and for a tool call that does not
-        begin with its id and name, or goes on after another has begun: its block is closed by then.
+        A call that begins before the arguments of the last one are whole waits until that one's block is closed: some
+        servers send the pieces of several calls in turns. Raises ``ValueError`` for a second choice, which this dialect
+        does not have, and :exc:`UpstreamError` for a tool call that does not begin with its id and name, or goes on
+        when its block is closed.
         """
         for event in events:
             if self.finished:
@@ -197,6 +201,7 @@ cdef class MessagesStream:
             return 0
         if block is None or block.kind != kind:
             self.begin()
+            self.close()
             block = self.open(_Block(kind, len(self.blocks)))
         return self.put_delta(block, text)
 
@@ -204,12 +209,26 @@ cdef class MessagesStream:
         cdef Py_ssize_t call = event.call
         cdef str arguments = event.arguments
         cdef _Block block = self.open_block
+        cdef Py_ssize_t first_waiting = self.num_calls - len(self.waiting)
         check_choice(event.choice)
         if call == self.num_calls and event.id and event.name:
             self.num_calls += 1
+            if self.waiting or (block is not None and block.kind == TOOL_BLOCK
+                                and not is_object("".join(block.arguments))):
+                self.waiting.append((event.id, event.name, [arguments]))
+                return 0
+            self.close()
             block = self.open(_Block(TOOL_BLOCK, len(self.blocks), event.id, event.name))
-        elif block is None or block.kind != TOOL_BLOCK or call != self.num_calls - 1:
-            raise ValueError(f"tool call {call} does not begin with its id and name, or begins or goes on out of turn")
+        elif first_waiting <= call < self.num_calls:
+            self.waiting[call - first_waiting][2].append(arguments)
+            return 0
+        elif 0 <= call < self.num_calls and not arguments.strip():
+            return 0  # nothing that its block would lack
+        elif block is None or block.kind != TOOL_BLOCK or call != first_waiting - 1:
+            raise UpstreamError(f"The node's tool call {call} does not begin with its id and name, or goes on out of turn.")
+        return self.put_arguments(block, arguments)
+
+    cdef int put_arguments(self, _Block block, str arguments) except -1:
         if not arguments:
             return 0
         block.arguments.append(arguments)
@@ -225,7 +244,6 @@ cdef class MessagesStream:
         return put_literal(self.out, b'"}}\n\n')
 
     cdef _Block open(self, _Block block):
-        self.close()
         self.blocks.append(block)
         self.open_block = block
         put_literal(self.out, b'event: content_block_start\ndata: {"type":"content_block_start","index":')
@@ -247,7 +265,13 @@ cdef class MessagesStream:
             put_literal(self.out, b'"}}\n\n')
         put_literal(self.out, b'event: content_block_stop\ndata: {"type":"content_block_stop","index":')
         self.out.put_integer(block.index)
-        return put_literal(self.out, b"}\n\n")
+        put_literal(self.out, b"}\n\n")
+        waiting, self.waiting = self.waiting, []
+        for id, name, pieces in waiting:
+            block = self.open(_Block(TOOL_BLOCK, len(self.blocks), id, name))
+            self.put_arguments(block, "".join(pieces))
+            self.close()
+        return 0
 
     cdef int finish(self, object event) except -1:
         check_choice(event.choice)
@@ -293,12 +317,14 @@ cdef class MessagesStream:
 
 cdef bytes object_text(str arguments):
     """Return a call's arguments as the JSON object they are; an empty one if the token limit cut them."""
-    cdef bytes text = arguments.encode("utf-8", "replace")
+    return arguments.encode("utf-8", "replace") if is_object(arguments) else b"{}"
+
+
+cdef bint is_object(str arguments) except *:
     try:
-        is_object = isinstance(orjson.loads(text), dict)
+        return isinstance(orjson.loads(arguments.encode("utf-8", "replace")), dict)
     except orjson.JSONDecodeError:
-        is_object = False
-    return text if is_object else b"{}"
+        return False
 
 
 cdef int check_choice(Py_ssize_t choice) except -1:

@@ -2,6 +2,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, Self, final
 
 MAX_DEPTH: Final[int]
+MAX_REFUSED: Final[int]
 
 class PeekError(ValueError):
     reason: str
@@ -15,7 +16,8 @@ class PeekTypeError(PeekError):
 class PeekLimitError(PeekError):
     path: str
     limit: int
-    def __init__(self, path: str, limit: int, reason: str, offset: int) -> None: ...
+    is_depth: bool
+    def __init__(self, path: str, limit: int, reason: str, offset: int, is_depth: bool = False) -> None: ...
 
 @final
 class KnownNames:

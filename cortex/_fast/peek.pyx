@@ -2,7 +2,7 @@
 
 A gateway reads five fields of a body that may be megabytes of conversation and passes the bytes on as they are.
 Refuses what orjson refuses (a node decodes the same bytes with it), documents that are not an object, and those with
-more values, members or items than are taken. In the same pass it tells which members no dialect knows.
+more values, members, items or levels than are taken. In the same pass it tells which members no dialect knows.
 """
 
 cimport cython
@@ -21,7 +21,7 @@ cdef extern from "Python.h":
 cdef extern from "json_validate.h":
     enum:
         JSON_ABSENT, JSON_STRING, JSON_TRUE, JSON_FALSE, JSON_NULL
-        JSON_MAX_DEPTH, JSON_MAX_NAME
+        JSON_MAX_DEPTH, JSON_MAX_NAME, JSON_MAX_REFUSED
     ctypedef struct json_wanted:
         const char* name
         size_t name_length
@@ -33,6 +33,7 @@ cdef extern from "json_validate.h":
         const char* reason
         const uint8_t* at
         size_t limit
+        int is_depth
     ctypedef struct json_name:
         const char* name
         uint16_t length
@@ -62,6 +63,7 @@ cdef extern from "json_validate.h":
     size_t json_unescape(const uint8_t* p, const uint8_t* end, uint8_t* out, size_t room)
 
 MAX_DEPTH = JSON_MAX_DEPTH
+MAX_REFUSED = JSON_MAX_REFUSED
 
 cdef enum:
     MODEL, STREAM, PREVIOUS_RESPONSE_ID, PROMPT_CACHE_KEY, STORE, NUM_WANTED
@@ -85,12 +87,16 @@ class PeekTypeError(PeekError):
 
 
 class PeekLimitError(PeekError):
-    """The body is JSON as far as it was read, and has more than ``limit`` items at ``path``; empty: in all."""
+    """The body is JSON as far as it was read, and has more than ``limit`` items at ``path``; empty: in all.
 
-    def __init__(self, path, limit, reason, offset):
+    Of levels, where ``is_depth``.
+    """
+
+    def __init__(self, path, limit, reason, offset, is_depth=False):
         super().__init__(reason, offset)
         self.path = path
         self.limit = limit
+        self.is_depth = is_depth
 
 
 @cython.final
@@ -181,8 +187,8 @@ cdef class Peek:
 def peek(bytes body not None, KnownNames known not None=_ANY):
     """Return the fields that route ``body``, and what ``known`` says of the others.
 
-    Of a key given twice the last counts. Raises :exc:`PeekError` unless ``body`` is one JSON object in UTF-8, nested
-    no deeper than ``MAX_DEPTH``, :exc:`PeekLimitError` if it has more values or items than ``known`` takes, and
+    Of a key given twice the last counts. Raises :exc:`PeekError` unless ``body`` is one JSON object in UTF-8,
+    :exc:`PeekLimitError` if it has more values or items than ``known`` takes or levels than ``MAX_DEPTH``, and
     :exc:`PeekTypeError` unless ``model`` is a string, ``stream`` a boolean or null and the other two strings or null,
     where they are present.
     """
@@ -205,7 +211,8 @@ def peek(bytes body not None, KnownNames known not None=_ANY):
     if fault.reason != NULL:
         if fault.limit:
             raise PeekLimitError(
-                (<bytes>told.limited).decode("ascii"), fault.limit, (<bytes>fault.reason).decode(), fault.at - start)
+                (<bytes>told.limited).decode("ascii"), fault.limit, (<bytes>fault.reason).decode(), fault.at - start,
+                bool(fault.is_depth))
         raise PeekError((<bytes>fault.reason).decode(), fault.at - start)
     found = Peek.__new__(Peek)
     found.unknown = found.refused = ()

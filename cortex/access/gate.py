@@ -34,13 +34,15 @@ class _Wanted(msgspec.Struct):
     max_tokens: msgspec.Raw = _NONE
     max_completion_tokens: msgspec.Raw = _NONE
     max_output_tokens: msgspec.Raw = _NONE
+    n_predict: msgspec.Raw = _NONE
     n: msgspec.Raw = _NONE
     best_of: msgspec.Raw = _NONE
     prompt: msgspec.Raw = _NONE
 
 
 _WANTED = msgspec.json.Decoder(_Wanted)
-_NUMBER = re.compile(rb"\s*(\d{1,9})(?:\.0*)?\s*")
+_NUMBER = re.compile(rb"\s*(\d{1,10})(?:\.0*)?\s*")  # no dialect takes more than 2**31
+_MAX_ANSWERS = 100_000  # more than any node makes for a request, and few enough for a counter of 64 bits
 _SEVERAL = re.compile(rb"\s*\[\s*[\"\[]")
 
 
@@ -198,9 +200,10 @@ def need_of(body: bytes, otherwise: int, *, generates: bool = True) -> Need:
         wanted = _WANTED.decode(body)
     except (msgspec.DecodeError, RecursionError):
         return Need(prompt, otherwise, 1)  # for the node to refuse
-    limits = (wanted.max_tokens, wanted.max_completion_tokens, wanted.max_output_tokens)
+    limits = (wanted.max_tokens, wanted.max_completion_tokens, wanted.max_output_tokens, wanted.n_predict)
     said = [number for field in limits if (number := _number(field)) is not None]
     num_answers = max(1, _number(wanted.n) or 1, _number(wanted.best_of) or 1) * _num_prompts(bytes(wanted.prompt))
+    num_answers = min(num_answers, _MAX_ANSWERS)
     return Need(prompt, (max(said) if said else otherwise) * num_answers, num_answers)
 
 

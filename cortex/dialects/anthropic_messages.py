@@ -188,8 +188,9 @@ def _thinking(asked: _Thinking | None) -> bool | None:
 
 
 def _output_format(body: MessagesBody) -> OutputFormat:
-    name = "output_format" if body.output_config is None else "output_config.format"
-    asked = body.output_format if body.output_config is None else body.output_config.format
+    name, asked = "output_config.format", body.output_config.format if body.output_config is not None else None
+    if asked is None:
+        name, asked = "output_format", body.output_format
     return (
         OutputFormat()
         if asked is None

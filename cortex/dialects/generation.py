@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from cortex.dialects.openai_fields import in_range, token_bias
+from cortex.dialects.openai_fields import in_range, refuse, token_bias
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import Ending, FormatKind, OutputFormat, Sampling
 
@@ -31,6 +31,8 @@ class StructuredOutputs(msgspec.Struct):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    # known and refused
+    structural_tag: object = None
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -115,6 +117,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     def _forms(self) -> Iterator[tuple[str, OutputFormat]]:
         """Yield each form that is asked for in another server's way, after the field's name."""
         structured = self.structured_outputs or StructuredOutputs()
+        refuse((("structured_outputs.structural_tag", structured.structural_tag is not None),))
         schemas = {
             "structured_outputs.json": structured.json,
             "guided_json": self.guided_json,

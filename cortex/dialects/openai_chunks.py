@@ -5,7 +5,7 @@ tell usage with the last choice, after it, or not at all. A finish is held back 
 """
 
 import secrets
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -37,16 +37,24 @@ class _Call(msgspec.Struct):
     function: _Function | None = None
 
 
-class _Token(msgspec.Struct):
+class _Alternative(msgspec.Struct):
     token: str
     logprob: float
-    bytes: list[int] | None = None
-    top_logprobs: "list[_Token] | None" = None
+    bytes: list[Annotated[int, msgspec.Meta(ge=0, le=255)]] | None = None
 
     def told(self) -> TokenLogprob:
         """Return it as an event carries it."""
         utf8 = bytes(self.bytes) if self.bytes is not None else self.token.encode("utf-8", "replace")
-        return TokenLogprob(self.token, utf8, self.logprob, tuple(token.told() for token in self.top_logprobs or ()))
+        return TokenLogprob(self.token, utf8, self.logprob)
+
+
+class _Token(_Alternative):
+    top_logprobs: list[_Alternative] | None = None
+
+    def told(self) -> TokenLogprob:
+        """Return it as an event carries it."""
+        alternatives = tuple(token.told() for token in self.top_logprobs or ())
+        return msgspec.structs.replace(super().told(), top=alternatives)
 
 
 class _Logprobs(msgspec.Struct):
@@ -238,7 +246,7 @@ def _decode(data: bytes) -> _Chunk:
 def _error(raw: msgspec.Raw) -> ErrorInfo:
     try:
         body = _ERROR_DECODER.decode(raw)
-    except (msgspec.DecodeError, UnicodeError):
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         body = "The node failed."
     if isinstance(body, str):
         body = _ErrorBody(body)

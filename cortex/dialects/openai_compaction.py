@@ -33,7 +33,14 @@ INSTRUCTION = (
 
 _KEPT_ROLES = frozenset({"user", "system", "developer"})
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_NOT_ASKED = ("stream", "stream_options", "store", "include", "text", "background")
+_NOT_ASKED = frozenset(
+    {
+        *("stream", "stream_options", "store", "include", "text", "background", "top_logprobs"),
+        *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        *("json_schema", "regex", "ebnf", "grammar"),
+        *("stop", "stop_token_ids", "ignore_eos", "min_tokens"),
+    }
+)
 """Fields that would shape an answer which here has a shape of its own."""
 
 
@@ -51,6 +58,7 @@ class _Response(msgspec.Struct):
 
     output: list[_Item]
     usage: msgspec.Raw
+    status: str | None = None
 
 
 def with_input(body: bytes) -> bytes:
@@ -76,7 +84,15 @@ class Compaction:
         """Return the Responses request that asks for the summary. Raises :class:`InvalidRequestError`."""
         if not self._items:
             raise InvalidRequestError("Invalid 'input': there is nothing to compact.", param="input")
-        asked = {name: value for name, value in self._given.items() if name not in _NOT_ASKED}
+        for number, item in enumerate(self._items):
+            if not isinstance(item.get("role", ""), str):
+                where = f"input[{number}].role"
+                raise InvalidTypeError(f"Invalid value for '{where}': expected a string.", param=where)
+        asked = {
+            name: value
+            for name, value in self._given.items()
+            if name not in _NOT_ASKED and bytes(value).strip() != b"null"
+        }
         asked.setdefault("max_output_tokens", msgspec.Raw(b"%d" % SUMMARY_TOKENS))
         asked.setdefault("reasoning", msgspec.Raw(b'{"effort":"none"}'))  # the tokens are for the summary
         turn = {"type": "message", "role": "user", "content": INSTRUCTION}
@@ -87,11 +103,13 @@ class Compaction:
         return msgspec.json.encode(asked)
 
     def answer(self, response: bytes) -> bytes:
-        """Return the compaction that a response makes. Raises :class:`UpstreamError` if it has no text."""
+        """Return the compaction that a response makes. Raises :class:`UpstreamError` if it has no whole text."""
         try:
             told = msgspec.json.decode(response, type=_Response)
         except msgspec.DecodeError:
             raise UpstreamError("The node's answer is no response, so nothing was compacted.") from None
+        if told.status not in (None, "completed"):
+            raise UpstreamError("The summary was not written to its end, so nothing was compacted.")
         texts = [part.text or "" for item in told.output if item.type == "message" for part in item.content or ()]
         summary = "".join(texts).strip()
         if not summary:
@@ -148,8 +166,9 @@ def _items(given: dict[str, msgspec.Raw]) -> list[dict[str, Any]]:
 def _shown(item: dict[str, Any], id: str, number: int) -> dict[str, Any]:
     """Return a message with all that an item of an answer has."""
     content = item.get("content")
-    parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else list(content or ())
+    parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+    parts = list(parts) if isinstance(parts, list) else []
     for part in parts:
-        if part.get("type") == "input_image":
+        if isinstance(part, dict) and part.get("type") == "input_image":
             part.setdefault("detail", "auto")
     return {"id": f"msg_{id}_{number}", "status": "completed", **item, "type": "message", "content": parts}

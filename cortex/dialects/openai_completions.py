@@ -58,6 +58,7 @@ class _JsonSchema(msgspec.Struct):
 class _ResponseFormat(msgspec.Struct):
     type: str
     json_schema: _JsonSchema | None = None
+    schema: dict[str, Any] | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -130,8 +131,11 @@ def decode(body: bytes) -> CompletionCall:
 def _output_format(body: _ResponseFormat | None) -> OutputFormat:
     if body is None:
         return OutputFormat()
-    schema = body.json_schema or _JsonSchema()
-    return fields.output_format(body.type, schema.schema, schema.name, "response_format", strict=schema.strict)
+    named = body.json_schema or _JsonSchema()
+    if named.schema is not None and body.schema is not None:
+        raise InvalidRequestError("Invalid 'response_format': it has two schemas.", param="response_format.schema")
+    schema = body.schema if named.schema is None else named.schema
+    return fields.output_format(body.type, schema, named.name, "response_format", strict=named.strict)
 
 
 def _top_logprobs(asked: int | bool | None) -> int | None:

@@ -191,9 +191,9 @@ def output_format(
     match kind:
         case "text":
             return OutputFormat()
-        case "json_object":
+        case "json_object" if schema is None:
             return OutputFormat(FormatKind.JSON_OBJECT)
-        case "json_schema":
+        case "json_object" | "json_schema":  # llama.cpp and others have a schema with either
             if schema is None:
                 raise MissingParameterError(f"Missing required parameter: '{param}.schema'.", param=f"{param}.schema")
             return OutputFormat(FormatKind.JSON_SCHEMA, msgspec.json.encode(schema).decode(), name or "", strict)

@@ -168,7 +168,9 @@ def _message(item: Item, where: str) -> Message:
 def _call(item: Item, tools: OfferedTools, where: str) -> ToolCall:
     call_id, name = _needed(item.call_id, where, "call_id"), _needed(item.name, where, "name")
     arguments = item.arguments
-    if arguments is None:
+    if arguments is None and item.type == "function_call":
+        arguments = "{}"
+    elif arguments is None:
         arguments = msgspec.json.encode({"input": item.input or ""}).decode()
     return ToolCall(call_id, tools.known_as(name, item.namespace), arguments)
 

@@ -15,11 +15,12 @@ from typing import TypeVar
 
 import msgspec
 
-from cortex._fast.peek import KnownNames, Peek, PeekError, PeekLimitError, PeekTypeError, peek
+from cortex._fast.peek import MAX_REFUSED, KnownNames, Peek, PeekError, PeekLimitError, PeekTypeError, peek
 from cortex.dialects import openai_fields
 from cortex.wire.errors import (
     InvalidJsonError,
     InvalidTypeError,
+    TooDeepError,
     TooManyItemsError,
     UnknownParameterError,
     UnsupportedParameterError,
@@ -148,6 +149,7 @@ class Parameters:
             for name in names.split():
                 found.members.setdefault(name, None)
         self._refused = dict(refused or {})
+        assert len(self._refused) <= MAX_REFUSED, "the compiled reader would drop the last of them"
         for name in self._refused:
             assert name not in self._root.members, name
             self._root.members[name] = None
@@ -166,6 +168,7 @@ class Parameters:
             InvalidJsonError: it is not a JSON object.
             InvalidTypeError: a member by which it is routed has another type.
             TooManyItemsError: there is more in it than is read.
+            TooDeepError: it is nested deeper than is read.
         """
         try:
             return peek(body, self.names)
@@ -173,6 +176,11 @@ class Parameters:
             raise InvalidTypeError(f"Invalid type: {error.reason}.", param=error.field) from None
         except PeekLimitError as error:
             where = f"'{error.path}'" if error.path else "the request body"
+            if error.is_depth:
+                raise TooDeepError(
+                    f"Too deeply nested: more than {error.limit} levels of lists and objects in {where}.",
+                    param=error.path or None,
+                ) from None
             raise TooManyItemsError(
                 f"Too many items in {where}: at most {error.limit} are taken.", param=error.path or None
             ) from None
@@ -195,7 +203,10 @@ class Parameters:
             return
         given = _FIELDS.decode(body)
         for name in found.refused:
-            value = msgspec.json.decode(given[name])
+            try:
+                value = msgspec.json.decode(given[name])
+            except RecursionError:
+                value = ...  # no neutral value is so deep
             if value is not None and not any(_is_same(value, neutral) for neutral in self._refused[name]):
                 raise UnsupportedParameterError(
                     f"Unsupported parameter: '{name}' is not supported here; leave it out.", param=name

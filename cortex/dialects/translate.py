@@ -214,7 +214,8 @@ def told_error(error: ErrorInfo) -> ErrorInfo:
 
 
 _TOO_LONG = re.compile(
-    r"maximum context length(?: is (?P<context>\d+) tokens)?(?:\D+(?P<prompt>\d+))?|exceeds the available context size"
+    r"maximum context length(?: is (?P<context>\d{1,9}) tokens)?(?:\D{1,200}(?P<prompt>\d{1,9})(?!\d))?"
+    r"|exceeds the available context size"
 )
 
 
@@ -276,7 +277,7 @@ def _message(message: Message) -> dict[str, Any]:
     if message.name is not None:
         told["name"] = message.name
     if message.reasoning is not None:
-        told["reasoning_content"] = message.reasoning
+        told["reasoning_content"] = told["reasoning"] = message.reasoning  # newer servers read the shorter name alone
     return told
 
 

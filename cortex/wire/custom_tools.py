@@ -14,5 +14,5 @@ def custom_input(arguments: str) -> str:
     """Return the input within the arguments; all of them if the model, or its limit, broke the form."""
     try:
         return _ARGUMENTS.decode(arguments).input
-    except (msgspec.DecodeError, UnicodeError):
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         return arguments

@@ -114,6 +114,12 @@ class TooManyItemsError(InvalidRequestError):
     code = "too_many_items"
 
 
+class TooDeepError(InvalidRequestError):
+    """The body is nested deeper than the server reads."""
+
+    code = "too_deep"
+
+
 class InvalidSchemaError(InvalidRequestError):
     """A schema, expression or grammar that the answer should follow cannot be compiled."""
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cortex._fast.peek import MAX_DEPTH, Peek, PeekError, PeekTypeError, peek, splice
+from cortex._fast.peek import MAX_DEPTH, Peek, PeekError, PeekLimitError, PeekTypeError, peek, splice
 
 FIELDS = ("model", "stream", "previous_response_id", "prompt_cache_key")
 KEYS = st.one_of(st.sampled_from(FIELDS), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
@@ -189,13 +189,17 @@ def test_every_truncation(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
-def test_nesting_has_the_limit_of_orjson(opening: bytes, closing: bytes) -> None:
+def test_nesting_has_a_limit_within_those_of_orjson(opening: bytes, closing: bytes) -> None:
     for depth in (MAX_DEPTH - 1, MAX_DEPTH):
         inner = opening * (depth - 1) + b"1" + closing * (depth - 1)
         same_as_orjson(b'{"model":"x","a":' + inner + b"}")
     inner = opening * MAX_DEPTH + b"1" + closing * MAX_DEPTH
-    with pytest.raises(PeekError, match="too deep"):
+    with pytest.raises(PeekLimitError, match="too deep") as caught:
         peek(b'{"a":' + inner + b"}")
+    assert (caught.value.limit, caught.value.is_depth) == (MAX_DEPTH, True)
+    assert caught.value.path.startswith("a")
+    assert orjson.dumps(orjson.loads(b"[" * 40 + inner[: MAX_DEPTH * len(opening) - len(opening)] + b"1"
+                                     + closing * (MAX_DEPTH - 1) + b"]" * 40))  # fmt: skip
 
 
 def test_reason_and_offset() -> None:

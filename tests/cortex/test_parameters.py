@@ -110,3 +110,30 @@ async def test_more_than_is_read_is_refused_before_any_node_is_asked() -> None:
             assert orjson.loads(call.body)["error"]["code"] == "too_many_items"
             assert orjson.loads(call.body)["error"]["param"] == "messages"
         assert not neuron.asked
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *BODIES,
+        ("/v1/responses", {"model": "m", "input": "a"}),
+        ("/v1/responses/compact", {"model": "m", "input": "a"}),
+        ("/v1/conversations", {}),
+    ],
+)
+async def test_what_could_not_be_written_again_is_refused_before_any_node_is_asked(
+    path: str, body: dict[str, Any]
+) -> None:
+    neuron = node()
+    given = orjson.dumps(body)[:-1] + (b"," if body else b"")
+    async with rig(neuron) as gateway:
+        for levels in (260, 300, 900, 2000):
+            deep = b"[" * levels + b"]" * levels
+            turn = b'[{"type":"message","role":"user","content":"x","metadata":' + deep + b"}]"
+            for name in (b"metadata", b"vllm_xargs", b"items", b"input"):
+                value = turn if name in (b"items", b"input") else deep
+                call = await gateway.call("POST", path, given + b'"' + name + b'":' + value + b"}").end()
+                error = orjson.loads(call.body)["error"]
+                assert call.status == 400
+                assert error["message"].startswith("Too deeply nested")
+        assert not neuron.asked

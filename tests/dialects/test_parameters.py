@@ -14,7 +14,7 @@ from cortex.dialects import (
     openai_responses,
 )
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, ignored_header, tell
-from cortex.wire.errors import InvalidRequestError, TooManyItemsError, UnsupportedParameterError
+from cortex.wire.errors import InvalidRequestError, TooDeepError, TooManyItemsError, UnsupportedParameterError
 from cortex.wire.headers import IGNORED
 from cortex.wire.request import Ending, FormatKind, InferenceRequest, OutputFormat
 
@@ -235,6 +235,62 @@ def test_more_than_is_read_is_refused_by_name(dialect: str, more: dict[str, Any]
     with pytest.raises(TooManyItemsError) as caught:
         decode(dialect, **more)
     assert (caught.value.code, caught.value.status, caught.value.param) == ("too_many_items", 400, param)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [("chat", "metadata"), ("completions", "vllm_xargs"), ("responses", "metadata"), ("messages", "tools")],
+)
+def test_what_is_nested_deeper_than_it_could_be_written_again_is_refused_with_its_place(
+    dialect: str, name: str
+) -> None:
+    module, body = BODIES[dialect]
+    for levels in (201, 300, 1000, 5000):
+        text = json.dumps(body)[:-1] + f', "{name}": ' + "[" * levels + "]" * levels + "}"
+        with pytest.raises(TooDeepError) as caught:
+            module.decode(text.encode())
+        assert (caught.value.code, caught.value.status) == ("too_deep", 400)
+        assert str(caught.value.param).startswith(f"{name}[0][0]")
+
+
+def test_every_refused_name_is_judged_however_many_there_are() -> None:
+    neutral = {name: values[0] if values else None for name, values in OPEN_SERVERS.items() if name != "typical_p"}
+    for dialect in BODIES:
+        given = {name: value for name, value in neutral.items() if name != "best_of"}
+        assert decode(dialect, **given).ignored == ()
+        with pytest.raises(UnsupportedParameterError, match="'typical_p'"):
+            decode(dialect, **given, typical_p=0.5)
+    many = b'"ttl":null,' * 5000
+    with pytest.raises(UnsupportedParameterError, match="'typical_p'"):
+        openai_chat.decode(b"{" + many + json.dumps(BODIES["chat"][1] | {"typical_p": 0.5}).encode()[1:])
+
+
+@EVERY
+def test_a_structural_tag_is_refused_wherever_it_is_asked_for(dialect: str) -> None:
+    with pytest.raises(UnsupportedParameterError) as caught:
+        decode(dialect, structured_outputs={"structural_tag": "{}"})
+    assert caught.value.param == "structured_outputs.structural_tag"
+
+
+@pytest.mark.parametrize("dialect", ["chat", "completions"])
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_schema_beside_the_type_of_the_format_is_honoured(dialect: str, kind: str) -> None:
+    asked = {"type": kind, "schema": {"type": "null"}}
+    assert request(dialect, response_format=asked).output_format == OutputFormat(
+        FormatKind.JSON_SCHEMA, '{"type":"null"}'
+    )
+    with pytest.raises(InvalidRequestError, match="two schemas"):
+        decode(dialect, response_format=asked | {"json_schema": {"name": "n", "schema": {}}})
+
+
+@pytest.mark.parametrize("config", [{}, {"effort": "low"}, {"format": None}, None])
+def test_the_older_name_of_a_format_counts_beside_a_config_without_one(config: dict[str, Any] | None) -> None:
+    older = {"type": "json_schema", "schema": {"type": "null"}}
+    found = request("messages", output_config=config, output_format=older).output_format
+    assert (found.kind, found.source) == (FormatKind.JSON_SCHEMA, '{"type":"null"}')
+    newer = {"format": {"type": "json_schema", "schema": {"type": "string"}}}
+    found = request("messages", output_config=newer, output_format=older).output_format
+    assert found.source == '{"type":"string"}'
 
 
 # ------------------------------------------------------------------ what is written of it

@@ -19,6 +19,7 @@ from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.dialects.openai_chunks import ChunkReader
 from cortex.dialects.passthrough import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES
 from cortex.dialects.translate import chat_body, to_chat, told_error
+from cortex.wire.custom_tools import custom_input
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
     Failed,
@@ -420,3 +421,51 @@ def test_strictness_goes_on_as_it_was_given(strict: bool | None) -> None:
     sent = orjson.loads(chat_body(openai_responses.decode(body).request, stream=False))
     assert sent["tools"][0]["function"].get("strict") is strict
     assert sent["response_format"]["json_schema"].get("strict") is strict
+
+
+# ------------------------------------------------------------------ what no sound server says
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        {"token": "a", "logprob": -1, "bytes": [300]},
+        {"token": "a", "logprob": -1, "bytes": [-1]},
+        {"token": "a", "logprob": -1, "top_logprobs": [{"token": "b", "logprob": -1, "bytes": [256]}]},
+    ],
+)
+def test_bytes_that_are_none_are_the_nodes_error(token: dict[str, Any]) -> None:
+    with pytest.raises(UpstreamError):
+        ChunkReader().read(chunk({"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [token]}}))
+
+
+def test_alternatives_have_no_alternatives() -> None:
+    token = b'{"token":"a","logprob":-1,"top_logprobs":[' * 150 + b"]}" * 150
+    data = b'{"choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"content":[' + token + b"]}}]}"
+    told = [event for event in ChunkReader().read(data) if isinstance(event, TextDelta)]
+    assert [alternative.top for alternative in told[0].logprobs[0].top] == [()]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"maximum context length is {'9' * 5000} tokens",
+        f"maximum context length is 5 tokens, given {'9' * 5000}",
+        "maximum context length " * 5000,
+    ],
+)
+def test_lengths_that_nothing_has_are_not_read(words: str) -> None:
+    found = told_error(ErrorInfo(400, "x", words))
+    assert found.code == "context_length_exceeded"
+    assert found.prompt_tokens == 0
+
+
+def test_arguments_nested_without_end_are_an_input_as_they_are() -> None:
+    text = '{"a":' * 100_000
+    assert custom_input(text) == text
+
+
+def test_thoughts_go_on_by_both_names() -> None:
+    turns = (Message(Role.USER, "hi"), Message(Role.ASSISTANT, "a", reasoning="why"), Message(Role.USER, "go on"))
+    sent = orjson.loads(chat_body(InferenceRequest(model="m", messages=turns), stream=False))["messages"][1]
+    assert (sent["reasoning_content"], sent["reasoning"]) == ("why", "why")

@@ -3,11 +3,13 @@
 import asyncio
 from typing import Any
 
+import orjson
 import pytest
 from fake_neuron import Asked, FakeNeuron, Line, answer, chat_chunk
 from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 
+from cortex.access.gate import need_of
 from cortex.access.keys import Limits, Principal
 
 SIGNED = {"x-api-key": KEY}
@@ -48,6 +50,14 @@ async def test_what_a_nested_field_says_reserves_nothing(counters: str, valkey: 
         assert (await first.end()).status == 200
         several = {**CHAT, "max_tokens": 600, "n": 2}  # as much as the whole budget, of which a part is used
         assert (await gateway.call("POST", "/v1/chat/completions", several, SIGNED).end()).status == 429
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"])
+@pytest.mark.parametrize("tokens", [600, 2_000_000_000])
+def test_every_name_of_a_token_limit_reserves(name: str, tokens: int) -> None:
+    body = orjson.dumps({**CHAT, name: tokens})
+    assert need_of(body, 5).output_tokens == tokens
+    assert need_of(orjson.dumps({**CHAT, "max_tokens": None, name: tokens, "n": 2}), 5).output_tokens == 2 * tokens
 
 
 @COUNTERS
