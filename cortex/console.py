@@ -12,10 +12,10 @@ UNBROKEN = 100_000
 """Columns of what is no terminal. Tables take what they need of it."""
 
 
-def console() -> Console:
-    """Return what writes to standard output."""
+def console(*, markup: bool = False) -> Console:
+    """Return what writes to standard output; with ``markup`` brackets are colours, so no one else's words may have it."""
     if sys.stdout.isatty():
-        return Console()
+        return Console(markup=markup, emoji=False)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower().replace("-", "") != "utf8":
         sys.stdout.reconfigure(errors="replace")  # what the locale cannot write must not end the command
-    return Console(width=UNBROKEN)
+    return Console(width=UNBROKEN, markup=markup, emoji=False)

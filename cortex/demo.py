@@ -46,7 +46,7 @@ class DemoError(Exception):
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the demo; ``arguments.once`` ends it after one answer. Returns the exit status."""
-    console = standard_console()
+    console = standard_console(markup=True)
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _interrupt)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import http.client
 import json
+import math
 import os
 import pathlib
 import socket
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import orjson
 
@@ -30,9 +31,11 @@ EXIT_CONFIG = 2
 LOOK_TIMEOUT_S = 10.0
 ACT_TIMEOUT_S = 3600.0
 """A load may have to download its weights first."""
+MIN_INTERVAL_S = 0.1
 LOOK_AT_LOAD_S = 1.0
 """Seconds between two looks at a load that is awaited."""
 KEY_VARIABLE = "CORTEX_KEY"
+MAX_SECONDS = 7 * 24 * 3600.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 
 
@@ -56,14 +59,20 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         return command
 
     status = add("status", "show nodes, devices and models", _status)
-    status.add_argument("--watch", nargs="?", type=float, const=2.0, metavar="SECONDS", help="show it again and again")
+    status.add_argument(
+        "--watch", nargs="?", type=_interval, const=2.0, metavar="SECONDS", help="show it again and again"
+    )
     add("models", "show what clients may ask for", _models)
     for name, help_text in (("load", "load a model"), ("unload", "unload a model, after its running requests")):
         command = add(name, help_text, _load if name == "load" else _unload)
         command.add_argument("model")
         command.add_argument("--node", default="", help="there only")
     command.add_argument(
-        "--drain-timeout", type=float, default=30.0, metavar="SECONDS", help="how long running requests may take (30)"
+        "--drain-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long running requests may take (30)",
     )
     forget = add("forget", "take a model that failed or was unloaded off the lists of nodes", _forget)
     forget.add_argument("model")
@@ -81,12 +90,29 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     keys_command.add_argument("--new", metavar="NAME", help="make a key and print what keys.toml must have of it")
 
 
+def _seconds(text: str) -> float:
+    """Return a duration of the command line."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {MAX_SECONDS:.0f}")
+    return seconds
+
+
+def _interval(text: str) -> float:
+    if (seconds := _seconds(text)) < MIN_INTERVAL_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is too often: look again after {MIN_INTERVAL_S} s at the earliest")
+    return seconds
+
+
 def _status(options: argparse.Namespace) -> int:
     while True:
         answer = _ask(options, "GET", "/admin/fleet")
         if options.watch is not None:
             sys.stdout.write(CLEAR_SCREEN)
-        _show(options, answer, report.print_fleet)
+        _show(options, answer, "nodes", report.print_fleet)
         if options.watch is None:
             return 0
         sys.stdout.flush()
@@ -94,7 +120,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
-    return _show(options, _ask(options, "GET", "/admin/models"), report.print_models)
+    return _show(options, _ask(options, "GET", "/admin/models"), "data", report.print_models)
 
 
 def _load(options: argparse.Namespace) -> int:
@@ -105,7 +131,7 @@ def _load(options: argparse.Namespace) -> int:
         answer = _ask(options, "POST", "/admin/models/load", body)
     finally:
         watcher.stop()
-    return _show(options, answer, report.print_act)
+    return _show(options, answer, "nodes", report.print_act)
 
 
 class _LoadWatcher(threading.Thread):
@@ -138,39 +164,43 @@ class _LoadWatcher(threading.Thread):
     def _say(self, line: str) -> None:
         if line != self._said and not self._ended.is_set():
             self._said = line
-            sys.stderr.write(line + "\n")
+            sys.stderr.write(report.plain(line) + "\n")
             sys.stderr.flush()
 
 
 def _unload(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node, "drain_timeout_s": options.drain_timeout}
-    return _show(options, _ask(options, "POST", "/admin/models/unload", body), report.print_act)
+    return _show(options, _ask(options, "POST", "/admin/models/unload", body), "nodes", report.print_act)
 
 
 def _forget(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node}
     answer = _ask(options, "POST", "/admin/models/forget", body)
-    return _show(options, answer, lambda acted: report.print_forgotten(options.model, acted))
+    return _show(options, answer, "nodes", lambda acted: report.print_forgotten(options.model, acted))
 
 
 def _pin(options: argparse.Namespace) -> int:
     body = {"model": options.model, "node": options.node, "pinned": not options.off}
-    return _show(options, _ask(options, "POST", "/admin/models/pin", body), report.print_act)
+    return _show(options, _ask(options, "POST", "/admin/models/pin", body), "nodes", report.print_act)
 
 
 def _drain(options: argparse.Namespace) -> int:
     body = {"node": options.node, "draining": not options.off}
     answer = _ask(options, "POST", "/admin/nodes/drain", body)
-    return _show(options, answer, lambda health: sys.stdout.write(f"{options.node}: {health['state']}\n"))
+    return _show(options, answer, "state", lambda health: report.print_line(f"{options.node}: {health['state']}"))
 
 
 def _reload(options: argparse.Namespace) -> int:
-    return _show(options, _ask(options, "POST", "/admin/reload", {}), report.print_fleet)
+    return _show(options, _ask(options, "POST", "/admin/reload", {}), "nodes", report.print_fleet)
 
 
 def _keys(options: argparse.Namespace) -> int:
     if options.new is None:
-        return _show(options, _ask(options, "GET", "/admin/keys"), report.print_keys)
+        return _show(options, _ask(options, "GET", "/admin/keys"), "keys", report.print_keys)
+    try:
+        keys.check_name(options.new)
+    except ValueError as error:
+        raise ConfigError("--new", "", str(error)) from None
     key, sha256 = keys.new_key()
     row = {"name": options.new, "sha256": sha256, "models": ["*"]}
     if options.json:
@@ -181,12 +211,32 @@ def _keys(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(options: argparse.Namespace, answer: bytes, show: Callable[[Any], object]) -> int:
-    if options.json:
-        sys.stdout.write(answer.decode() + "\n")
-    else:
-        show(orjson.loads(answer))
+def _show(options: argparse.Namespace, answer: bytes, member: str, show: Callable[[Any], object]) -> int:
+    """Print an answer, of which a gateway's has ``member``. Raises :class:`GatewayError` for another server's."""
+    stranger = GatewayError("what answers there is no gateway, or one of another version: its answer cannot be read")
+    try:
+        said = orjson.loads(answer)
+        if not isinstance(said, dict) or member not in said:
+            raise stranger
+        if options.json:
+            sys.stdout.write(answer.decode() + "\n")
+        else:
+            show(said)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise stranger from None
     return 0
+
+
+def _split(url: str) -> SplitResult:
+    """Return the parts of a gateway's address. Raises :class:`ConfigError` if it is none."""
+    try:
+        parts = urlsplit(url)
+        is_one = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise ConfigError("--url", "", f"{url!r} is not the address of a gateway")
+    return parts
 
 
 def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
@@ -197,30 +247,34 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, An
         ConfigError: the address or a file is wrong.
     """
     url = options.url or _address(options.config)
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ConfigError("--url", "", f"{url!r} is not the address of a gateway")
+    parts = _split(url)
+    host = parts.hostname or ""
     key = read_secret(options.key_file or "", "--key-file", "").decode() or os.environ.get(KEY_VARIABLE, "")
     if not key and path.startswith("/admin/"):
         key = _local_token(url, is_given=bool(options.url))
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(f"${KEY_VARIABLE}", "", "this is no key: a header cannot carry it")
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        data = None if body is None else orjson.dumps(body)
+    except TypeError:  # what a shell hands over may be no text
+        raise ConfigError(path, "", "a name on the command line is not valid UTF-8") from None
     timeout_s = LOOK_TIMEOUT_S if method == "GET" else ACT_TIMEOUT_S
     connection: http.client.HTTPConnection
     try:
         if parts.scheme == "https":
             tls = ssl.create_default_context(cafile=options.ca_file)
-            connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=tls)
+            connection = http.client.HTTPSConnection(host, parts.port, timeout=timeout_s, context=tls)
         else:
-            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
+            connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
         try:
-            data = None if body is None else orjson.dumps(body)
             connection.request(method, parts.path.rstrip("/") + path, data, headers)
             response = connection.getresponse()
             answer = response.read()
         finally:
             connection.close()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise GatewayError(f"no gateway answers at {url}: {error}") from None
+        raise GatewayError(f"no gateway answers at {url}: {report.plain(str(error))}") from None
     if response.status != 200:
         message = _message(answer) or "no reason given"
         raise GatewayError(f"the gateway says no: {message} (status {response.status} of {url}{path})")
@@ -229,7 +283,7 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, An
 
 def _local_token(url: str, *, is_given: bool) -> str:
     """Return the token of a gateway on this host. Who answers at a given address elsewhere is not to have it."""
-    parts = urlsplit(url)
+    parts = _split(url)
     host = (parts.hostname or "").lower()
     is_here = host in {"localhost", "::1", socket.gethostname().lower()} or host.startswith("127.")
     if is_given and not is_here:
@@ -238,8 +292,9 @@ def _local_token(url: str, *, is_given: bool) -> str:
 
 
 def _dashboard(options: argparse.Namespace) -> int:
-    url = (options.url or _address(options.config)).rstrip("/")
+    url = options.url or _address(options.config)
     token = _local_token(url, is_given=bool(options.url))
+    url = url.rstrip("/")
     if not token:
         reason = "no token of a running gateway is here to read (run this as its user, or as root)"
         raise GatewayError(f"{reason}: open {url}/ and sign in with an administrator's key")
@@ -249,9 +304,9 @@ def _dashboard(options: argparse.Namespace) -> int:
 
 def _message(answer: bytes) -> str:
     try:
-        return str(orjson.loads(answer)["error"]["message"])
+        return report.plain(str(orjson.loads(answer)["error"]["message"]))
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return answer.decode(errors="replace")[:200]
+        return report.plain(answer.decode(errors="replace")[:200])
 
 
 def _address(path: str | None) -> str:

@@ -1,6 +1,7 @@
 """What ``cortex status`` and ``cortex models`` print: tables that an 80-column terminal can hold.
 
-Takes the JSON that a gateway answered, of this version or another; missing fields are left blank.
+Takes the JSON that a gateway answered, of this version or another; missing fields are left blank. Names and faults are
+what nodes say of themselves: none of it is markup, and nothing but letters reaches a terminal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,15 +37,16 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
     for node in nodes:
         state = (node.get("state") or "up") if node.get("up") else "down"
         in_flight = str(node.get("in_flight", ""))
-        table.add_row(node["name"], _state(state), node.get("endpoint", ""), in_flight, node.get("version", ""))
+        _add(table, node["name"], _state(state), node.get("endpoint", ""), in_flight, node.get("version", ""))
     console.print(table)
     for node in nodes:
         if node.get("fault"):
-            console.print(Text(f"{node['name']}: {node['fault']}", "red"))
+            console.print(_text(f"{node['name']}: {node['fault']}", "red"))
     devices = _table("Node", "Device", "Name", "Worker", ">Free GiB", ">of")
     for node in nodes:
         for device in node.get("devices", ()):
-            devices.add_row(
+            _add(
+                devices,
                 node["name"],
                 device.get("id", ""),
                 device.get("name", ""),
@@ -59,7 +61,8 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
         for model in node.get("models", ()) if node.get("up") else ():
             state = model.get("state", "")
             progress = f" {model['progress']:.0%}" if state == "loading" and model.get("progress") else ""
-            models.add_row(
+            _add(
+                models,
                 model.get("id", "") + (" *" if model.get("pinned") else ""),
                 node["name"],
                 _state(state, progress),
@@ -73,13 +76,13 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
     for node in nodes:
         for model in node.get("models", ()):
             if model.get("error"):
-                console.print(Text(f"{model.get('id', '')} on {node['name']}: {model['error']}", "red"))
+                console.print(_text(f"{model.get('id', '')} on {node['name']}: {model['error']}", "red"))
     if any(model.get("pinned") for node in nodes for model in node.get("models", ())):
-        console.print(Text("* pinned", "dim"))
+        console.print(_text("* pinned", "dim"))
     if report.get("degraded"):
-        console.print(Text(f"the gateway does not do all that it should: {', '.join(report['degraded'])}", "red"))
+        console.print(_text(f"the gateway does not do all that it should: {', '.join(report['degraded'])}", "red"))
     if report.get("config_error"):
-        console.print(Text(f"the configuration was changed and is not in force: {report['config_error']}", "red"))
+        console.print(_text(f"the configuration was changed and is not in force: {report['config_error']}", "red"))
 
 
 def print_act(answer: Mapping[str, Any], console: Console | None = None) -> None:
@@ -89,13 +92,18 @@ def print_act(answer: Mapping[str, Any], console: Console | None = None) -> None
         console.print("the model is on no node: there is nothing to do")
     for node, model in answer.get("nodes", {}).items():
         pinned = ", pinned" if model.get("pinned") else ""
-        console.print(Text(f"{model['id']} on {node}: ").append_text(_state(model["state"], pinned)))
+        console.print(_text(f"{model['id']} on {node}: ").append_text(_state(model["state"], pinned)))
 
 
 def print_forgotten(model: str, answer: Mapping[str, Any], console: Console | None = None) -> None:
     """Print which nodes list a model no more."""
     console = console or standard_console()
-    console.print(Text(f"{model}: forgotten by {', '.join(answer.get('nodes', {}))}"))
+    console.print(_text(f"{model}: forgotten by {', '.join(answer.get('nodes', {}))}"))
+
+
+def print_line(line: str, console: Console | None = None) -> None:
+    """Print a line with somebody else's words in it."""
+    (console or standard_console()).print(_text(line), soft_wrap=True)
 
 
 def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> None:
@@ -104,8 +112,9 @@ def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> Non
     table = _table("Key", "Models", ">Prio", ">Per min", ">Now", ">Tokens", ">Ever")
     for key in answer.get("keys", ()):
         used = key.get("used", {})
-        table.add_row(
-            Text(key["name"], "bold" if key.get("admin") else ""),
+        _add(
+            table,
+            _text(key["name"], "bold" if key.get("admin") else ""),
             " ".join(key.get("models", ())) or "-",
             str(key.get("priority", 0)),
             _of(used.get("requests"), key.get("requests_per_minute")),
@@ -133,11 +142,12 @@ def print_models(listing: Mapping[str, Any], console: Console | None = None) -> 
     console = console or standard_console()
     table = _table("Model", "State", "Nodes", ">Context", "Can")
     for model in listing.get("data", ()):
-        name = Text(model["id"])
+        name = _text(model["id"])
         if model.get("alias_of"):
-            name.append(f" -> {model['alias_of']}", "dim")
+            name.append(plain(f" -> {model['alias_of']}"), "dim")
         nodes = ", ".join(node["name"] for node in model.get("nodes", ()) if node.get("state") == "ready")
-        table.add_row(
+        _add(
+            table,
             name,
             _state(model.get("state", "")),
             nodes,
@@ -163,7 +173,20 @@ def _table(*columns: str) -> Table:
 
 
 def _state(state: str, suffix: str = "") -> Text:
-    return Text(state + suffix, COLOURS.get(state, ""))
+    return _text(state + suffix, COLOURS.get(state, ""))
+
+
+def _add(table: Table, *cells: str | Text) -> None:
+    table.add_row(*(cell if isinstance(cell, Text) else _text(cell) for cell in cells))
+
+
+def plain(said: str) -> str:
+    """Return what somebody else says, as a line that cannot command a terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in said)
+
+
+def _text(said: str, style: str = "") -> Text:
+    return Text(plain(said), style)
 
 
 def _gib(size_bytes: int | None) -> str:

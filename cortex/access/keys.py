@@ -8,6 +8,7 @@ import functools
 import hashlib
 import hmac
 import pathlib
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +22,16 @@ from cortex.wire.errors import ForbiddenError, UnauthorizedError, UnavailableErr
 PREFIX = "sk-cortex-"
 ANONYMOUS = "anonymous"
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,62}\Z"
+NAME_RULE = "a name is 1 to 63 of A-Z a-z 0-9 . _ @ -, and begins with a letter or a digit"
+
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of ``[[keys]]``. A limit of 0 is none."""
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,62}$")]
+    name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
     models: tuple[str, ...] = ()
     """Ids of models; one that ends with ``*`` stands for all that begin so."""
@@ -195,6 +199,14 @@ def load(path: pathlib.Path, anonymous: Principal | None = None) -> KeyRing:
         principals[digest[:INDEX_BYTES]] = digest, principal
     warn_if_readable_by_all(path, "the hashes of keys")
     return KeyRing(principals, anonymous)
+
+
+def check_name(name: str) -> None:
+    """Raise :class:`ValueError`, with the rule, for a name that no key can have."""
+    if not re.match(NAME_PATTERN, name):
+        raise ValueError(f"{name!r} cannot be a key's name: {NAME_RULE}")
+    if name == ANONYMOUS:
+        raise ValueError(f"{name!r} is taken: it stands for those without a key")
 
 
 def new_key() -> tuple[str, str]:

@@ -129,10 +129,11 @@ def devices_in_use(nodes: Iterable[Node]) -> list[Device]:
     """Return the devices that nodes use, each once: neurons of one host share its CPU and its memory."""
     found: dict[tuple[str, str], Device] = {}
     for node in nodes:
-        for device in node.discovery.devices if node.discovery else ():
+        discovery = node.discovery
+        for device in discovery.devices if discovery is not None else ():
             if device.worker is not None:
-                is_shared = device.kind is DeviceKind.CPU and node.discovery.boot_id
-                found[node.discovery.boot_id if is_shared else f"node {node.name}", device.id] = device
+                host = discovery.boot_id if discovery is not None and device.kind is DeviceKind.CPU else ""
+                found[host or f"node {node.name}", device.id] = device
     return list(found.values())
 
 

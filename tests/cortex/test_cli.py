@@ -1,16 +1,22 @@
 """The commands, as a user types them."""
 
+import contextlib
+import http.server
 import io
 import pathlib
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
 
+import orjson
 import pytest
 from daemons import free_port
 from rich.console import Console
 
-from cortex import report
+from cortex import cli, report
 
 PROGRAM = str(pathlib.Path(sys.executable).with_name("cortex"))
 
@@ -110,6 +116,105 @@ def test_what_is_not_an_address_is_status_2() -> None:
     assert run("status", "--url", "localhost:1").returncode == 2
     assert run("status", "--bogus").returncode == 2
     assert run().returncode == 2
+
+
+@pytest.mark.parametrize("command", [["status"], ["models"], ["dashboard"], ["drain", "a"], ["keys"]])
+@pytest.mark.parametrize(
+    "url", ["http://localhost:99999", "http://localhost:abc", "http://[::1", "http://localhost:0", "http://", "//h:1"]
+)
+def test_an_address_that_is_none_is_a_line_and_status_2(command: list[str], url: str) -> None:
+    done = run(*command, "--url", url)
+    assert (done.returncode, done.stderr) == (2, f"cortex: --url: {url!r} is not the address of a gateway\n")
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "1e300", "0", "x"])
+def test_an_interval_that_is_none_is_status_2(seconds: str) -> None:
+    for arguments in (["status", "--watch", seconds], ["unload", "m", "--drain-timeout", f"{seconds}x"]):
+        done = run(*arguments, "--url", f"http://127.0.0.1:{free_port()}")
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+@contextlib.contextmanager
+def answering(body: bytes, status: int = 200) -> Iterator[str]:
+    """Serve one answer to whatever is asked, and yield where."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+COMMANDS = [["status"], ["models"], ["keys"], ["load", "m"], ["unload", "m"], ["pin", "m"], ["forget", "m"],
+            ["drain", "a"], ["reload"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>", b"", b"[]", b"{}", b"null", b"\xff", b'{"nodes":3,"data":3,"keys":3}', b'{"nodes":[[]],"data":[1]}'],
+)
+def test_another_server_is_a_line_and_status_1(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(body) as url:
+        for command in COMMANDS:
+            assert cli.main([*command, "--url", url]) == 1, command
+            said = capsys.readouterr().err.removeprefix("loading m\n")
+            assert said.startswith("cortex: what answers there is no gateway")
+            assert said.count("\n") == 1
+
+
+NAMES = ["[/x]", "[red]a", "a[link=x]", ":smile:", "a\x1b[31mb\x07", "a\nb\rc", "\u202eabc"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_nodes_say_is_no_markup_and_commands_no_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"id": name, "state": name, "error": name, "pinned": True}
+    device = {"id": name, "name": name, "worker": name}
+    node = {"name": name, "endpoint": name, "version": name, "state": name, "up": True, "fault": name}
+    fleet = {"nodes": [node | {"devices": [device], "models": [model]}], "degraded": [name], "config_error": name}
+    offers = [{"id": name, "alias_of": name, "state": name, "capabilities": [name], "nodes": [node]}]
+    keys = [{"name": name, "models": [name]}]
+    answer = orjson.dumps(fleet | {"data": offers, "keys": keys})
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in name)
+    with answering(answer) as url:
+        for command in (["status"], ["models"], ["keys"]):
+            assert cli.main([*command, "--url", url]) == 0
+            out = capsys.readouterr().out
+            assert shown in out
+            assert out.replace("\n", "").isprintable()
+    with answering(orjson.dumps({"error": {"message": name}}), 400) as url:
+        assert cli.main(["status", "--url", url]) == 1
+        err = capsys.readouterr().err
+        assert shown in err
+        assert err.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize("name", ["a b", "😀", "", "-a", "a\n", "a" * 64, "é", "anonymous"])
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_key_has_no_name_that_its_file_refuses(
+    name: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["keys", f"--new={name}", *more]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"cortex: --new: {name!r} ")
+    assert "begins with a letter" in told.err or "is taken" in told.err
 
 
 def test_reports_fit_a_terminal() -> None:
