@@ -11,8 +11,8 @@ import orjson
 
 from cortex.access.gate import principal_of
 from cortex.dialects.parameters import Parameters
-from cortex.errors import ConversationNotFoundError
 from cortex.http_io import Exchange, query_parameters
+from cortex.store.conversation import aside
 from cortex.store.named import NamedConversations
 from cortex.store.paging import page_of
 
@@ -85,23 +85,20 @@ class ConversationEndpoints:
     async def items(self, exchange: Exchange) -> None:
         """``GET /v1/conversations/{id}/items``."""
         found = await self._owned(exchange).items(_parts(exchange, 2)[0])
-        await _reply(exchange, page_of(found, query_parameters(exchange.query)))
+        await exchange.reply(200, await aside(found, lambda: page_of(found, query_parameters(exchange.query))))
 
     async def add_items(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}/items``."""
         body = await exchange.read_body(self._max_body_bytes)
         _ADD_PARAMETERS.decode(body, _ADD_ITEMS)
         added = await self._owned(exchange).add_items(_parts(exchange, 2)[0], _items(body))
-        await _reply(exchange, page_of(added, {"order": "asc", "limit": str(max(1, min(100, len(added))))}))
+        limit = str(max(1, min(100, len(added))))
+        await exchange.reply(200, page_of(added, {"order": "asc", "limit": limit}))
 
     async def item(self, exchange: Exchange) -> None:
         """``GET /v1/conversations/{id}/items/{item_id}``."""
         id, _, item_id = _parts(exchange, 3)
-        for item in await self._owned(exchange).items(id):
-            if item["id"] == item_id:
-                await _reply(exchange, item)
-                return
-        raise ConversationNotFoundError(f"Item with id '{item_id}' not found.", param="item_id")
+        await exchange.reply(200, await self._owned(exchange).item(id, item_id))
 
     async def delete_item(self, exchange: Exchange) -> None:
         """``DELETE /v1/conversations/{id}/items/{item_id}``: what is left is the conversation."""

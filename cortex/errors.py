@@ -97,6 +97,18 @@ class ConversationNotFoundError(ApiError):
     code = "conversation_not_found"
 
 
+class ConversationTooLargeError(InvalidRequestError):
+    """What a request continues, or refers to, is more than a body may be."""
+
+    code = "conversation_too_large"
+
+
+class ConversationFullError(InvalidRequestError):
+    """A conversation has as many turns as one may have."""
+
+    code = "conversation_full"
+
+
 class GatewayStoppedError(UnavailableError):
     """The gateway that made a response ended before it."""
 

@@ -120,7 +120,7 @@ class Gateway:
         if isinstance(self._store, SqliteStore):
             self._store.on_damaged = self.metrics.damaged_stores.inc
         self._socket_memory = SocketMemory(settings.store.socket_bytes, settings.store.socket_bytes_per_key)
-        conversations = Conversations(self._store)
+        conversations = Conversations(self._store, max_bytes=settings.gateway.max_body_bytes)
         self.gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens, local_token)
         self.guard = _guard(settings)
         self._background = Background(supervisor=self.supervisor)

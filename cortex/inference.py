@@ -86,16 +86,16 @@ class Inference:
         background: Background,
         gate: Gate,
     ) -> None:
+        self._conversations = conversations
         self.reconfigure(config, catalogue)
         self._dispatcher = dispatcher
         self._book = book
-        self._conversations = conversations
         self._background = background
         self._gate = gate
 
     def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
         """Go by these from now on."""
-        self._max_body_bytes = config.gateway.max_body_bytes
+        self._max_body_bytes = self._conversations.max_bytes = config.gateway.max_body_bytes
         self._catalogue = catalogue
         self._is_strict = config.access.strict
 

@@ -9,9 +9,9 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import orjson
@@ -20,7 +20,9 @@ from cortex._fast.peek import Peek
 from cortex._fast.sse import FrameDecoder
 from cortex.dialects.passthrough import NO_PART, GatewayPart
 from cortex.errors import (
+    ConversationFullError,
     ConversationNotFoundError,
+    ConversationTooLargeError,
     NotAnAnswerError,
     PreviousResponseNotFoundError,
     ResponseNotFoundError,
@@ -30,9 +32,11 @@ from cortex.errors import (
 from cortex.store import interface, items
 from cortex.store.interface import ResponseStore, StoredResponse, StoreError
 from cortex.store.paging import page_of
-from cortex.wire.errors import InvalidRequestError, InvalidTypeError
+from cortex.wire.errors import ApiError, InvalidRequestError, InvalidTypeError
 
 log = logging.getLogger("cortex.store")
+
+T = TypeVar("T")
 
 
 class _Named(msgspec.Struct):
@@ -41,6 +45,8 @@ class _Named(msgspec.Struct):
 
 MAX_TURNS = 4096
 """Of one chain; a longer one does not fit any context."""
+MAX_REFERENCES = 100
+"""Items of other responses that one request refers to."""
 
 RESPONSE, NAME, TURN = "resp", "conv", "turn"
 """What the id of something that is stored begins with: a response, a conversation's name, a turn without a response."""
@@ -54,7 +60,9 @@ Said = MutableMapping[str, tuple[msgspec.Raw, ...]]
 """Whole conversations by the id of their last response: what a connection remembers."""
 
 MAX_ITEMS_AT_ONCE = 500
-"""Items of a turn that are made ready for the store on the event loop; of more, a thread does it."""
+"""Items that are read, or made ready for the store, on the event loop; of more, a thread does it."""
+MAX_BYTES_AT_ONCE = 1024 * 1024
+"""Of items that are read there."""
 
 UNREADABLE = (msgspec.MsgspecError, KeyError, ValueError, RecursionError)
 """What reading a node's response may raise."""
@@ -98,13 +106,15 @@ class Conversations:
     What is another's is not there.
     """
 
-    def __init__(self, store: ResponseStore | None, owner: str = "") -> None:
+    def __init__(self, store: ResponseStore | None, owner: str = "", max_bytes: int = 32 * 1024 * 1024) -> None:
         self._store = store
         self.owner = owner
+        self.max_bytes = max_bytes
+        """Of what a request continues or refers to, with its own, as of a body."""
 
     def of(self, owner: str) -> "Conversations":
         """Return those of a principal, by its name."""
-        return Conversations(self._store, owner) if owner != self.owner else self
+        return Conversations(self._store, owner, self.max_bytes) if owner != self.owner else self
 
     async def begin(self, body: bytes, found: Peek, said: Said | None = None, *, keeps: bool = True) -> Turn:
         """Return how a request goes on. ``found`` was found in the body before the model's name was spliced in.
@@ -115,6 +125,8 @@ class Conversations:
         Raises:
             PreviousResponseNotFoundError: it continues a response that is not there.
             ConversationNotFoundError: it is part of a conversation that is not there.
+            ConversationTooLargeError: that is more than a body may be.
+            ConversationFullError: that has as many turns as one may have.
             InvalidRequestError: its input is none, or refers to an item that is not there.
             StoreFullError: it is to be kept, and there is no room.
             StoreUnavailableError: the store failed.
@@ -123,11 +135,11 @@ class Conversations:
             return Turn(body)  # the node refuses what refers to something
         previous, stores = found.previous_response_id or "", keeps and found.stores and self._store is not None
         if stores and self._store is not None and (obstacle := self._store.obstacle(len(body))) is not None:
-            if _wants_store(body) or any(b'"%b"' % name.encode() in body for name in _FIELDS):
+            if _wants_store(body) or _has_fields(body):
                 raise _refusal(obstacle)
             stores = False  # nobody asked for it, and the answer says so
         conversation, background = "", False
-        if self._store is not None and any(b'"%b"' % name.encode() in body for name in _FIELDS):
+        if self._store is not None and _has_fields(body):
             body, conversation, background = _without_fields(body, stores)
             if conversation and previous:
                 raise InvalidRequestError(
@@ -144,7 +156,7 @@ class Conversations:
                 raise
             return Turn(body)  # for the node to refuse
         if refers:
-            own = [await self._resolve(item) for item in own]
+            own = await self._resolved(own)
         part = GatewayPart(
             id=f"{RESPONSE}_{secrets.token_hex(24)}" if background else "",
             store=stores,
@@ -153,8 +165,15 @@ class Conversations:
             conversation=conversation,
         )
         chain, earlier, is_stored = await self._before(part, said)
+        if keeps and len(chain) >= MAX_TURNS:
+            raise _full("conversation" if conversation else "previous_response_id")
         if earlier or previous or conversation or refers:
-            body = items.with_input(body, [*earlier, *(msgspec.Raw(orjson.dumps(item)) for item in own)])
+            said_now = [msgspec.Raw(orjson.dumps(item)) for item in own]
+            if items.size_of(earlier) + items.size_of(said_now) > self.max_bytes:
+                raise self._too_large(
+                    "conversation" if conversation else "previous_response_id" if previous else "input"
+                )
+            body = items.with_input(body, [*earlier, *said_now])
         kept = own if is_stored else [*(orjson.loads(bytes(item)) for item in earlier), *own]
         return Turn(
             body,
@@ -172,8 +191,7 @@ class Conversations:
             name = await self.name(part.conversation)
             if not name.previous:
                 return (), [], True
-            chain, earlier = await self._said(name.previous)
-            return chain, _without(earlier, name), True
+            return *await self._said_of(name, is_bounded=True), True
         previous = part.previous_response_id
         if not previous:
             return (), [], True
@@ -280,8 +298,23 @@ class Conversations:
 
     async def said_in(self, id: str) -> list[msgspec.Raw]:
         """Return all items of a conversation. Raises :class:`ConversationNotFoundError`."""
-        name = await self.name(id)
-        return _without((await self._said(name.previous))[1], name) if name.previous else []
+        return (await self._said_of(await self.name(id), is_bounded=False))[1]
+
+    async def chain_of(self, name: StoredResponse) -> tuple[str, ...]:
+        """Return the ids of a conversation's turns, the latest first.
+
+        Raises:
+            ConversationFullError: it can have no more.
+            ConversationNotFoundError: one of them is not there any more.
+        """
+        found = [id async for id, _ in self._turns(name.previous, "conversation")]
+        if len(found) >= MAX_TURNS:
+            raise _full("conversation")
+        return tuple(found)
+
+    async def _said_of(self, name: StoredResponse, *, is_bounded: bool) -> tuple[tuple[str, ...], list[msgspec.Raw]]:
+        gone = frozenset(msgspec.json.decode(name.items, type=list[str]))
+        return await self._said(name.previous, gone, param="conversation", is_bounded=is_bounded)
 
     async def get(self, id: str) -> StoredResponse:
         """Return a stored response. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
@@ -297,42 +330,97 @@ class Conversations:
 
     async def input_items(self, id: str, query: Mapping[str, str]) -> bytes:
         """Return a page of the items of a response's own input. Raises as :func:`page_of` does."""
-        found: list[dict[str, Any]] = orjson.loads(bytes((await self.get(id)).items))
-        return orjson.dumps(page_of(found, query))
+        found = items.kept_items((await self.get(id)).items)
+        return await aside(found, lambda: page_of(found, query))
 
-    async def _said(self, previous: str) -> tuple[tuple[str, ...], list[msgspec.Raw]]:
-        """Return the ids of a chain that ends with ``previous``, and all that was said in it."""
+    async def _said(
+        self,
+        previous: str,
+        gone: frozenset[str] = frozenset(),
+        *,
+        param: str = "previous_response_id",
+        is_bounded: bool = True,
+    ) -> tuple[tuple[str, ...], list[msgspec.Raw]]:
+        """Return the ids of a chain that ends with ``previous``, and all that was said in it but what is ``gone``."""
         chain: list[str] = []
         turns: list[Sequence[msgspec.Raw]] = []
-        id = previous
-        while id:
-            stored = await self._get(id) if len(chain) < MAX_TURNS else None
-            if stored is None:
-                raise PreviousResponseNotFoundError(
-                    f"Previous response with id '{previous}' not found.", param="previous_response_id"
-                )
-            if stored.until:
-                raise InvalidRequestError(
-                    f"Response '{id}' is still being made: it cannot be continued yet.", param="previous_response_id"
-                )
+        size_bytes = 0
+        async for id, stored in self._turns(previous, param):
             chain.append(id)
-            own = msgspec.json.decode(stored.items, type=list[msgspec.Raw])
-            turns.append([*own, *items.output_items(bytes(stored.body))])
-            id = stored.previous
+            try:
+                said = [*items.kept_items(stored.items), *items.output_items(bytes(stored.body))]
+            except UNREADABLE:
+                log.error("what is stored as %s is damaged", id)
+                raise _not_found(previous, param) from None
+            if gone:
+                said = await aside(said, lambda said=said: [item for item in said if items.id_of(item) not in gone])  # type: ignore[misc]
+            size_bytes += items.size_of(said)
+            if is_bounded and size_bytes > self.max_bytes:
+                raise self._too_large(param)
+            turns.append(said)
         return tuple(chain), [item for turn in reversed(turns) for item in turn]
 
-    async def _resolve(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Return the output item that a reference means: its id says of which response it is."""
-        if item.get("type") != "item_reference":
-            return item
-        id = item.get("id")
-        if isinstance(id, str) and (match := _ITEM_ID.fullmatch(id)):
-            stored = await self._get(f"resp_{match[1]}")
-            for output in orjson.loads(bytes(stored.body))["output"] if stored else ():
-                if output["id"] == id:
-                    found: dict[str, Any] = output
-                    return found
-        raise InvalidRequestError(f"Item with id '{id}' not found.", param="input")
+    async def _turns(self, previous: str, param: str) -> AsyncGenerator[tuple[str, StoredResponse], None]:
+        """Yield the turns of a chain, the latest first."""
+        id, count = previous, 0
+        while id:
+            if count == MAX_TURNS:
+                raise _full(param)
+            stored = await self._get(id)
+            if stored is None:
+                raise _not_found(previous, param)
+            if stored.until:
+                raise InvalidRequestError(
+                    f"Response '{id}' is still being made: it cannot be continued yet.", param=param
+                )
+            yield id, stored
+            id, count = stored.previous, count + 1
+
+    def _too_large(self, param: str) -> ConversationTooLargeError:
+        return ConversationTooLargeError(
+            f"What was said before is, with this, more than {self.max_bytes} bytes: begin a new conversation with what "
+            "still matters, or compact it.",
+            param=param,
+        )
+
+    async def _resolved(self, own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return items with what references mean in their place: the id of one says of which response it is."""
+        rows: dict[str, Mapping[str, msgspec.Raw]] = {}
+        found: list[dict[str, Any]] = []
+        num_references = size_bytes = 0
+        for item in own:
+            if item.get("type") != "item_reference":
+                found.append(item)
+                continue
+            num_references += 1
+            if num_references > MAX_REFERENCES:
+                raise InvalidRequestError(
+                    f"Invalid 'input': it refers to more than {MAX_REFERENCES} items.", param="input"
+                )
+            id = item.get("id")
+            match = _ITEM_ID.fullmatch(id) if isinstance(id, str) else None
+            if match is not None and match[1] not in rows:
+                rows[match[1]], row_bytes = await self._outputs(f"{RESPONSE}_{match[1]}")
+                size_bytes += row_bytes
+            meant = rows[match[1]].get(match[0]) if match is not None else None
+            if meant is None:
+                raise InvalidRequestError(f"Item with id '{str(id)[:200]}' not found.", param="input")
+            size_bytes += items.size_of([meant])
+            if size_bytes > self.max_bytes:
+                raise self._too_large("input")
+            found.append(orjson.loads(bytes(meant)))
+        return found
+
+    async def _outputs(self, id: str) -> tuple[Mapping[str, msgspec.Raw], int]:
+        """Return the output items of a response by id, none if it is not there, and the bytes that hold them."""
+        stored = await self._get(id)
+        if stored is None:
+            return {}, 0
+        try:
+            return {items.id_of(item): item for item in items.output_items(bytes(stored.body))}, len(bytes(stored.body))
+        except UNREADABLE:
+            log.error("what is stored as %s is damaged", id)
+            return {}, 0
 
     async def _get(self, id: str) -> StoredResponse | None:
         if self._store is None or _ID.fullmatch(id) is None:
@@ -363,10 +451,35 @@ def _without_fields(body: bytes, stores: bool) -> tuple[bytes, str, bool]:
     return msgspec.json.encode(given), conversation, background
 
 
-def _without(said: list[msgspec.Raw], name: StoredResponse) -> list[msgspec.Raw]:
-    """Return what is left of a conversation's items."""
-    gone = set(orjson.loads(bytes(name.items)))
-    return [item for item in said if orjson.loads(bytes(item)).get("id") not in gone] if gone else said
+async def aside(said: Sequence[msgspec.Raw], work: Callable[[], T]) -> T:
+    """Return what ``work`` returns, which reads some items: many are no work for the event loop."""
+    is_little = len(said) <= MAX_ITEMS_AT_ONCE and items.size_of(said) <= MAX_BYTES_AT_ONCE
+    return work() if is_little else await asyncio.to_thread(work)
+
+
+def _has_fields(body: bytes) -> bool:
+    """Return whether a body has, at its top, one of the fields that only a gateway understands."""
+    if not any(b'"%b"' % name.encode() in body for name in _FIELDS):
+        return False
+    try:
+        return not _ANSWER.decode(body).keys().isdisjoint(_FIELDS)
+    except (msgspec.DecodeError, RecursionError):
+        return False  # for the node to refuse
+
+
+def _not_found(previous: str, param: str) -> ApiError:
+    if param == "conversation":
+        return ConversationNotFoundError(
+            "A part of the conversation is not stored any more: begin a new one.", param=param
+        )
+    return PreviousResponseNotFoundError(f"Previous response with id '{previous}' not found.", param=param)
+
+
+def _full(param: str) -> ConversationFullError:
+    return ConversationFullError(
+        f"The conversation has {MAX_TURNS} turns, which is the most: begin a new one with what still matters.",
+        param=param,
+    )
 
 
 def _not_stored(response: bytes) -> bytes:

@@ -4,6 +4,7 @@ Pure. Items are kept as the client sent them, with the id, type and content list
 """
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -23,7 +24,11 @@ class _Answer(msgspec.Struct):
     output: list[_Item] = []
 
 
+_ITEM = msgspec.json.Decoder(_Item)
 _ANSWER = msgspec.json.Decoder(_Answer)
+
+MAX_WRITTEN_DEPTH = 200
+"""Of arrays and objects, that can surely be written again."""
 
 ID_BYTES = 12
 
@@ -83,8 +88,34 @@ def output_items(response: bytes) -> list[msgspec.Raw]:
 
 
 def check_output(response: bytes) -> None:
-    """Raise ``MsgspecError``, ``ValueError`` or ``RecursionError`` for a response whose output is no list of items."""
+    """Raise ``MsgspecError``, ``ValueError`` or ``RecursionError`` for a response whose output is no list of items.
+
+    One that is too deep to be written again is none, either.
+    """
     _ANSWER.decode(response)
+    if response.count(b"[") + response.count(b"{") > MAX_WRITTEN_DEPTH:
+        try:
+            orjson.dumps(orjson.loads(response))
+        except TypeError:
+            raise ValueError("a response that is too deep") from None
+
+
+def id_of(item: msgspec.Raw) -> str:
+    """Return the id of an item as it is kept; none if it has no such."""
+    try:
+        return _ITEM.decode(item).id or ""
+    except msgspec.MsgspecError:
+        return ""
+
+
+def kept_items(listing: msgspec.Raw) -> list[msgspec.Raw]:
+    """Return the items of a listing that :func:`listed` wrote."""
+    return _ITEMS.decode(listing)
+
+
+def size_of(items: Iterable[msgspec.Raw]) -> int:
+    """Return how many bytes items are."""
+    return sum(memoryview(item).nbytes for item in items)
 
 
 def with_input(body: bytes, items: list[msgspec.Raw]) -> bytes:

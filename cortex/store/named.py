@@ -14,7 +14,7 @@ import orjson
 
 from cortex.errors import ConversationNotFoundError
 from cortex.store import items as stored_items
-from cortex.store.conversation import NAME, TURN, Conversations
+from cortex.store.conversation import NAME, TURN, Conversations, aside
 from cortex.store.interface import StoredResponse
 from cortex.wire.errors import InvalidTypeError
 
@@ -64,27 +64,37 @@ class NamedConversations:
         await self._conversations.name(id)
         await self._conversations.forget(id)
 
-    async def items(self, id: str) -> list[dict[str, Any]]:
+    async def items(self, id: str) -> list[msgspec.Raw]:
         """Return all that was said, the oldest first."""
-        found = await self._conversations.said_in(id)
-        return [orjson.loads(bytes(item)) for item in found]
+        return await self._conversations.said_in(id)
 
-    async def add_items(self, id: str, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Say something without asking for an answer; return it as it is listed."""
+    async def item(self, id: str, item_id: str) -> bytes:
+        """Return one item of what was said."""
+        said = await self.items(id)
+        found = await aside(said, lambda: next((item for item in said if stored_items.id_of(item) == item_id), None))
+        if found is None:
+            raise ConversationNotFoundError(f"Item with id '{item_id}' not found.", param="item_id")
+        return bytes(found)
+
+    async def add_items(self, id: str, items: list[dict[str, Any]]) -> list[msgspec.Raw]:
+        """Say something without asking for an answer; return it as it is listed.
+
+        Raises:
+            ConversationFullError: it has as many turns as one may have.
+        """
         _check(items)
         name = await self._conversations.name(id)
+        chain = await self._conversations.chain_of(name)
         listed = stored_items.listed(items)
         turn = f"{TURN}_{secrets.token_hex(24)}"
-        await self._conversations.put(turn, StoredResponse(name.previous, msgspec.Raw(listed), _NO_ANSWER))
+        await self._conversations.put(turn, StoredResponse(name.previous, msgspec.Raw(listed), _NO_ANSWER), chain)
         await self._conversations.put(id, msgspec.structs.replace(name, previous=turn))
-        found: list[dict[str, Any]] = orjson.loads(listed)
-        return found
+        return stored_items.kept_items(msgspec.Raw(listed))
 
     async def delete_item(self, id: str, item_id: str) -> dict[str, Any]:
         """Take an item out and return the conversation."""
         name = await self._conversations.name(id)
-        if all(item["id"] != item_id for item in await self.items(id)):
-            raise ConversationNotFoundError(f"Item with id '{item_id}' not found.", param="item_id")
+        await self.item(id, item_id)
         gone = [*orjson.loads(bytes(name.items)), item_id]
         await self._conversations.put(id, msgspec.structs.replace(name, items=msgspec.Raw(orjson.dumps(gone))))
         return await self.get(id)

@@ -1,15 +1,25 @@
 """Pages of a list of items, as OpenAI's listings have them: by the id of the last item of the page before."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import msgspec
+
+from cortex.store.items import id_of
 from cortex.wire.errors import InvalidRequestError
 
 MAX_LIMIT = 100
 
 
-def page_of(items: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
-    """Return one page of ``items``, the latest first unless asked otherwise.
+class _Page(msgspec.Struct):
+    object: str
+    data: Sequence[msgspec.Raw]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def page_of(items: Sequence[msgspec.Raw], query: Mapping[str, str]) -> bytes:
+    """Return one page of ``items`` as it is told, the latest first unless asked otherwise.
 
     Raises:
         InvalidRequestError: ``limit``, ``order`` or ``after`` is wrong.
@@ -21,15 +31,10 @@ def page_of(items: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[s
         raise InvalidRequestError(f"Invalid 'limit': it is between 1 and {MAX_LIMIT}.", param="limit")
     found = list(items) if order == "asc" else list(reversed(items))
     if after is not None:
-        ids = [item["id"] for item in found]
-        if after not in ids:
+        at = next((at for at, item in enumerate(found) if id_of(item) == after), None)
+        if at is None:
             raise InvalidRequestError(f"Invalid 'after': there is no item '{after}'.", param="after")
-        found = found[ids.index(after) + 1 :]
+        found = found[at + 1 :]
     page = found[: int(limit)]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(page) < len(found),
-    }
+    first, last = (id_of(page[0]), id_of(page[-1])) if page else (None, None)
+    return msgspec.json.encode(_Page("list", page, first, last, len(page) < len(found)))

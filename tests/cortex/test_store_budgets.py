@@ -195,3 +195,93 @@ def test_steps_at_random_end_as_typed_errors() -> None:
             checker.check(data)
     finally:
         checker.close()
+
+
+# ------------------------------------------------------------------ what is continued
+
+
+async def add(gateway: Rig, id: str, *texts: str) -> Any:
+    items = [{"role": "user", "content": text} for text in texts]
+    return await gateway.call("POST", f"/v1/conversations/{id}/items", {"items": items}).end()
+
+
+async def test_what_is_continued_is_no_more_than_a_body_may_be() -> None:
+    async with rig(responds(10), max_body_bytes=16_384) as gateway:
+        id = await conversation(gateway)
+        for _ in range(4):
+            assert (await add(gateway, id, "x" * 5_000)).status == 200
+        body = {"model": "m", "input": "Hi", "conversation": id}
+        call = await gateway.call("POST", "/v1/responses", body).end()
+        assert (call.status, call.json()["error"]["code"]) == (400, "conversation_too_large")
+        assert call.json()["error"]["param"] == "conversation"
+        listed = (await gateway.call("GET", f"/v1/conversations/{id}/items").end()).json()
+        assert len(listed["data"]) == 4, "and what is in it can be seen"
+        for item in listed["data"][:2]:
+            path = f"/v1/conversations/{id}/items/{item['id']}"
+            assert (await gateway.call("GET", path).end()).json() == item
+            assert (await gateway.call("DELETE", path).end()).status == 200
+            assert (await gateway.call("GET", path).end()).status == 404
+        assert (await gateway.call("POST", "/v1/responses", body).end()).status == 200
+
+
+async def test_a_chain_of_responses_is_no_more_than_a_body_may_be() -> None:
+    async with rig(responds(3_000), max_body_bytes=16_384) as gateway:
+        body = {"model": "m", "input": "x" * 14_000}
+        first = (await gateway.call("POST", "/v1/responses", body).end()).json()
+        call = await gateway.call("POST", "/v1/responses", {**body, "previous_response_id": first["id"]}).end()
+        assert (call.status, call.json()["error"]["code"]) == (400, "conversation_too_large")
+
+
+@pytest.mark.parametrize(
+    ("num_references", "num_bytes", "code"),
+    [(100, 10, None), (101, 10, "invalid_value"), (100, 2_000, "conversation_too_large")],
+)
+async def test_references_are_counted(num_references: int, num_bytes: int, code: str | None) -> None:
+    item = f"msg_{'1' * 48}_0"
+    done = RESPONSE | {
+        "id": "resp_" + "1" * 48,
+        "status": "completed",
+        "output": [
+            {
+                "type": "message",
+                "id": item,
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "x" * num_bytes}],
+            }
+        ],
+    }
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.reply(200, orjson.dumps(done))
+
+    async with rig(FakeNeuron(script=script).ready("m"), max_body_bytes=65_536) as gateway:
+        assert (await gateway.call("POST", "/v1/responses", {"model": "m", "input": "Hi"}).end()).status == 200
+        given = [{"type": "item_reference", "id": item}] * num_references
+        call = await gateway.call("POST", "/v1/responses", {"model": "m", "input": given}).end()
+        if code is None:
+            assert call.status == 200
+        else:
+            assert call.status == 400
+            assert (call.json()["error"]["code"], call.json()["error"]["param"]) == (code, "input")
+
+
+async def test_a_full_conversation_says_so_when_something_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cortex.store.conversation.MAX_TURNS", 3)
+    async with rig(responds(10)) as gateway:
+        id = await conversation(gateway)
+        for _ in range(3):
+            assert (await add(gateway, id, "x")).status == 200
+        call = await add(gateway, id, "x")
+        assert (call.status, call.json()["error"]["code"]) == (400, "conversation_full")
+        call = await gateway.call("POST", "/v1/responses", {"model": "m", "input": "Hi", "conversation": id}).end()
+        assert (call.status, call.json()["error"]["code"]) == (400, "conversation_full")
+        listed = (await gateway.call("GET", f"/v1/conversations/{id}/items").end()).json()
+        assert len(listed["data"]) == 3
+
+
+async def test_a_name_within_a_schema_is_no_field_of_the_request() -> None:
+    schema = {"type": "object", "properties": {"background": {"type": "string"}, "conversation": {"type": "string"}}}
+    text = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    async with rig(responds(10), store=SMALL) as gateway:
+        call = await gateway.call("POST", "/v1/responses", {"model": "m", "input": "x" * 9_000, "text": text}).end()
+        assert (call.status, call.json()["store"]) == (200, False)
