@@ -13,7 +13,7 @@ UNBROKEN = 100_000
 
 
 def console(*, markup: bool = False) -> Console:
-    """Return what writes to standard output; with ``markup`` brackets are colours, so no one else's words may have it."""
+    """Return what writes to standard output; with ``markup`` brackets are colours: for our own words alone."""
     if sys.stdout.isatty():
         return Console(markup=markup, emoji=False)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower().replace("-", "") != "utf8":

@@ -6,6 +6,7 @@ client, who may continue it at once; that it could not be kept is logged, and co
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 import orjson
 
-from cortex._fast.peek import Peek
+from cortex._fast.peek import Peek, PeekTypeError, peek
 from cortex._fast.sse import FrameDecoder
 from cortex.dialects.passthrough import NO_PART, GatewayPart
 from cortex.errors import (
@@ -212,6 +213,8 @@ class Conversations:
         if not turn.is_kept:
             return response
         try:
+            with contextlib.suppress(PeekTypeError):  # found when all of it has been read
+                peek(response)  # what is nested deeper could not be listed again
             id = msgspec.json.decode(_ANSWER.decode(response)["id"], type=str)
             items.check_output(response)
         except UNREADABLE:

@@ -160,3 +160,17 @@ async def test_long_instructions_are_told_in_an_event() -> None:
         body = {"model": "m", "input": "Hi", "instructions": long, "background": True}
         call = await gateway.call("POST", "/v1/responses", body).end()
         assert (call.status, call.json()["status"]) == (200, "queued")
+
+
+async def test_a_turn_that_is_nested_too_deep_is_refused_and_the_connection_goes_on() -> None:
+    neuron = FakeNeuron("a", dialects=("openai-responses",)).ready("m")
+    deep: list[object] = []
+    for _ in range(250):
+        deep = [deep]
+    message = {"type": "response.create", "model": "m", "input": "hi", "metadata": deep}
+    async with rig(neuron) as gateway:
+        for answer in await spoken(gateway, [message, message], 2):
+            assert answer["type"] == "error"
+            assert answer["status"] == 400
+            assert "too_deep" in json.dumps(answer)
+        assert not neuron.asked

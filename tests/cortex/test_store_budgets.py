@@ -285,3 +285,32 @@ async def test_a_name_within_a_schema_is_no_field_of_the_request() -> None:
     async with rig(responds(10), store=SMALL) as gateway:
         call = await gateway.call("POST", "/v1/responses", {"model": "m", "input": "x" * 9_000, "text": text}).end()
         assert (call.status, call.json()["store"]) == (200, False)
+
+
+# ------------------------------------------------------------------ what a node says without end
+
+
+@pytest.mark.parametrize("levels", [230, 900, 1500])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_could_not_be_listed_again_is_not_kept(levels: int, stream: bool) -> None:
+    neuron = FakeNeuron("a", dialects=("openai-responses",)).ready("m")
+    deep = b"[" * levels + b"]" * levels
+    said = (
+        b'"id":"resp_1","object":"response","status":"completed","output":[{"type":"message","content":' + deep + b"}]"
+    )
+
+    async def script(asked: Asked, line: Line) -> None:
+        if not stream:
+            await line.reply(200, b"{" + said + b"}")
+            return
+        await line.start_stream()
+        data = b'{"type":"response.completed","response":{' + said + b"}}"
+        await line.chunk(b"event: response.completed\ndata: " + data + b"\n\n")
+        await line.end()
+
+    neuron.script = script
+    async with rig(neuron) as gateway:
+        call = await gateway.call("POST", "/v1/responses", {"model": "m", "input": "hi", "stream": stream}).end()
+        assert b"upstream_error" in call.body
+        assert (call.status == 502) or b"response.failed" in call.body
+        assert (await gateway.call("GET", "/v1/responses/resp_1").end()).status == 404
