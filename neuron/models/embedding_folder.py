@@ -15,7 +15,7 @@ import msgspec
 
 from neuron.device.jobs import Pooling
 from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError
-from neuron.models.files import MAX_INDEX_BYTES, open_regular, quoted, read_bounded, read_json_object
+from neuron.models.files import MAX_INDEX_BYTES, is_name, open_regular, quoted, read_bounded, read_json_object
 
 _POOLINGS: Final = {"mean_tokens": Pooling.MEAN, "lasttoken": Pooling.LAST}
 _STEPS: Final = frozenset({"Transformer", "Pooling", "Normalize"})
@@ -79,7 +79,7 @@ def _steps(path: pathlib.Path) -> list[tuple[str, str]]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptWeightsError(path, f"not a list of steps: {error!r}"[:300]) from None
     # Only folders within this one: what a repository says is as untrusted as its weights.
-    if any(where and pathlib.PurePath(where).name != where for _, where in found):
+    if any(where and not is_name(where) for _, where in found):
         raise CorruptWeightsError(path, "a step's folder is outside of this one")
     return found
 

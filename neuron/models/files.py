@@ -69,3 +69,8 @@ def quoted(value: object) -> str:
     """Return ``value`` as an error may quote it: what is in a file may be longer than anyone wants to read."""
     text = repr(value[:MAX_QUOTED_CHARS] if isinstance(value, (str, list)) else value)
     return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}..."
+
+
+def is_name(text: str) -> bool:
+    """Return whether ``text`` names a file or folder right within another, and none above it."""
+    return text not in {"", ".", ".."} and pathlib.PurePath(text).name == text and "\0" not in text

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from neuron.models.architecture import gguf_name
 from neuron.models.config import ModelConfig, config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
-from neuron.models.files import MAX_INDEX_BYTES, open_regular, read_json_object
+from neuron.models.files import MAX_INDEX_BYTES, is_name, open_regular, read_json_object
 from neuron.models.gguf import TensorInfo, TensorKind, read_header
 from neuron.models.transfer import ON_HOST, Transfer, from_file
 
@@ -326,7 +326,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str] | None:
     try:
         file_of = read_json_object(path, MAX_INDEX_BYTES)["weight_map"]
         # Only names within the folder: an index is as untrusted as the weights.
-        sound = all(pathlib.PurePath(file).name == file for file in file_of.values())
+        sound = all(is_name(file) for file in file_of.values())
     except FileNotFoundError:
         return None
     except (KeyError, TypeError, AttributeError) as error:

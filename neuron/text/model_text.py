@@ -9,8 +9,9 @@ import collections
 import contextlib
 import hashlib
 import json
+import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from tokenizers import Tokenizer
@@ -43,6 +44,11 @@ MAX_COUNTED: Final = 1 << 20
 """Tokens that are counted for those who ask for a count alone: 2 s for a text of digits."""
 KNOWN_GRAMMARS: Final = 64
 """Grammars remembered as tried, so that a client that sends its schema with each request waits for it once."""
+
+MAX_DECODER_STEPS: Final = 8
+"""Of what makes text from tokens. SentencePiece takes four."""
+MAX_GROWTH: Final = 4
+"""How many characters the steps of it may make of one."""
 
 _T = TypeVar("_T")
 Announce = Callable[[Step], None]
@@ -226,6 +232,7 @@ def decoder_of(full: Tokenizer) -> bytes:
     normalisation of a model's.
     """
     state: dict[str, Any] = json.loads(full.to_str())
+    _check_decoder(state["decoder"])
     return json.dumps(
         {
             "version": "1.0",
@@ -240,6 +247,28 @@ def decoder_of(full: Tokenizer) -> bytes:
         },
         ensure_ascii=False,
     ).encode("utf-8", "surrogatepass")
+
+
+def _check_decoder(decoder: Mapping[str, Any] | None) -> None:
+    """Raise for a decoder that could make much of little: it runs in the daemon, where nothing bounds it."""
+    waiting: list[Mapping[str, Any]] = [decoder] if decoder else []
+    num_steps, growth, is_fused = 0, 1.0, False
+    while waiting:
+        step = waiting.pop(0)
+        if step["type"] == "Sequence":
+            waiting[:0] = step["decoders"]
+            continue
+        num_steps += 1
+        if num_steps > MAX_DECODER_STEPS:
+            raise UnsupportedTokenizerError(f"The tokenizer's decoder has more than {MAX_DECODER_STEPS} steps.")
+        if step["type"] == "Replace":
+            pattern = step["pattern"].get("String")
+            growth *= max(1.0, len(step["content"]) / len(pattern)) if pattern else math.inf
+            if is_fused or growth > MAX_GROWTH:
+                raise UnsupportedTokenizerError(
+                    "The tokenizer's decoder replaces by an expression, by much more, or in all of a text."
+                )
+        is_fused = is_fused or step["type"] == "Fuse"
 
 
 def param_of_grammar(request: InferenceRequest) -> str:

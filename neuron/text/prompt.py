@@ -108,7 +108,8 @@ class PromptFormat:
             if whole and (behind := self._files.behind) and tuple(ids[-len(behind) :]) != behind:
                 ids = [*ids, *behind]
         if not ids:
-            raise InvalidRequestError("Invalid 'messages': the prompt is empty.", param="messages")
+            param = "messages" if request.prompt is None else "prompt"
+            raise InvalidRequestError(f"Invalid '{param}': the prompt is empty.", param=param)
         opened = self.tags is not None and text.rstrip().endswith(self.tags.start)
         closed = self.tags is not None and text.rstrip().endswith(self.tags.end)
         return Prompt(ids, opened, closed)

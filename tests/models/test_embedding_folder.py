@@ -13,6 +13,7 @@ import transformers
 from neuron.device import jobs
 from neuron.device.jobs import Pooling
 from neuron.models.config import read_config
+from neuron.models.embedding_folder import pooling_of
 from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError
 from neuron.models.weights import open_weights
 
@@ -127,3 +128,11 @@ def test_steps_that_are_none(headless: pathlib.Path, text: str) -> None:
 def test_newer_settings_name_their_way(headless: pathlib.Path) -> None:
     settings(headless, ["Transformer", "Pooling"], pooling_mode="mean")
     assert read_config(headless).pooling is Pooling.MEAN
+
+
+@pytest.mark.parametrize("where", ["..", ".", "../1_Pooling", "/etc", "a/b"])
+def test_a_step_lies_within_the_folder(tmp_path: pathlib.Path, where: str) -> None:
+    steps = [{"type": "sentence_transformers.models.Pooling", "path": where}]
+    (tmp_path / "modules.json").write_text(json.dumps(steps))
+    with pytest.raises(CorruptWeightsError, match="outside"):
+        pooling_of(tmp_path)

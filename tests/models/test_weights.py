@@ -234,8 +234,8 @@ def test_integers_are_no_weights(tiny_llama: pathlib.Path, tmp_path: pathlib.Pat
 
 @pytest.mark.parametrize(
     "index",
-    ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": "b"}}',
-     '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "model.safetensors"}}'],
+    ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": ".."}}',
+     '{"weight_map": {"a": "b"}}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "model.safetensors"}}'],
 )  # fmt: skip
 def test_a_broken_index(tiny_llama: pathlib.Path, tmp_path: pathlib.Path, index: str) -> None:
     copy_of(tiny_llama, tmp_path, lambda tensors: None)

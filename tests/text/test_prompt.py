@@ -56,6 +56,19 @@ def test_system_messages_of_any_number_and_place_become_one_at_the_front() -> No
     assert render(STRICT, Message(Role.SYSTEM, ""), HI) == "[user]hi"
 
 
+@pytest.mark.parametrize(
+    ("param", "request_"),
+    [
+        ("prompt", InferenceRequest("m", prompt="")),
+        ("messages", InferenceRequest("m", messages=(Message(Role.USER, ""),))),
+    ],
+)
+def test_an_empty_prompt_is_an_error_of_what_it_came_from(param: str, request_: InferenceRequest) -> None:
+    with pytest.raises(InvalidRequestError, match=f"'{param}': the prompt is empty") as caught:
+        prompts("{% for message in messages %}{{ message.content }}{% endfor %}").build(request_)
+    assert caught.value.param == param
+
+
 def test_arguments_are_an_object_to_a_template() -> None:
     assert render(STRICT, HI, Message(Role.ASSISTANT, "", CALLS), tools=(WEATHER,)) == (
         "[user]hi[assistant](weather:city=Rome)(weather:){weather}"
