@@ -1,7 +1,8 @@
 """The daemon's text processes: what is foreign and reads a client's text or a model's files runs in them.
 
-Three lanes, a process each: short prompts, long ones, and grammars, so that what is costly waits behind its like and a
-short chat behind none of it. Where cores abound the costly lanes have two. A process that dies takes the job in hand
+Four lanes, a process each: short prompts, long ones, grammars and models' files, so that what is costly waits behind
+its like and a short chat behind none of it. Where cores abound a lane has two; that of files has one for as long as it
+reads a model's. A process that dies takes the job in hand
 with it and no other: jobs wait here, not there. A death by a limit is an error of that request; after any other one the
 job is tried once more, never a third time. Within a lane those on whose behalf jobs come take turns.
 """
@@ -12,7 +13,7 @@ import collections
 import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from enum import Enum
 from typing import Final, TypeVar
 
@@ -39,11 +40,16 @@ from neuron.text.reasoning import ReasoningTags
 from neuron.text.schema import holds_schemas
 from neuron.text.tools import CallForm
 
-MAX_WAITING: Final = 256
+MAX_WAITING: Final = 1024
 """Jobs that may wait in a lane before more are told to come back later."""
+MAX_WAITING_BYTES: Final = 256 << 20
+"""What these may hold."""
+SHARE_OF_ONE: Final = 4
+"""Of both, one principal has a quarter at most: the others find room."""
 MAX_TRIES: Final = 2
 SHORT_BYTES: Final = 32 << 10
 """Requests up to this size are short: at most 0.05 s of CPU time."""
+SEVERAL_CORES: Final = 4
 MANY_CORES: Final = 8
 
 OPEN_LIMITS: Final = Limits(cpu_s=30.0, data_bytes=2 << 30)
@@ -63,15 +69,25 @@ class Lane(Enum):
     SHORT = "short"
     LONG = "long"
     GRAMMAR = "grammar"
+    FILES = "files"
 
 
 class TextPool:
     """Owns the text processes, each started when it is first needed. Use it from one event loop."""
 
     def __init__(self, command: Sequence[str] = (sys.executable, "-P", "-m", "neuron.text")) -> None:
-        costly = 2 if usable_cores() >= MANY_CORES else 1
+        cores = usable_cores()
+        costly = 2 if cores >= MANY_CORES else 1
+        sizes = {
+            Lane.SHORT: 2 if cores >= SEVERAL_CORES else 1,
+            Lane.LONG: costly,
+            Lane.GRAMMAR: costly,
+            Lane.FILES: 1,
+        }
         self._command = tuple(command)
-        self._lanes = {lane: _Lane(lane, command, 1 if lane is Lane.SHORT else costly) for lane in Lane}
+        self._open: set[int] = set()
+        """The models that are open or being opened: jobs of others are not done."""
+        self._lanes = {lane: _Lane(lane, command, size, self._open) for lane, size in sizes.items()}
         self._models = itertools.count(1)
         self._numbers = itertools.count(1)
 
@@ -85,13 +101,21 @@ class TextPool:
         """Read the text side of the model at ``path``. Raises :class:`ApiError`, 422 for files that cannot be used."""
         number, model = next(self._numbers), next(self._models)
         opening = jobs.Open(number, OPEN_LIMITS, model, path, num_tokens, eos, special)
-        opened = await self.run(Lane.SHORT, opening, opening)
-        assert isinstance(opened, jobs.Opened)
-        tokenizer = await asyncio.to_thread(Tokenizer.from_buffer, opened.description.decoder)
+        self._open.add(model)
+        try:
+            opened = await self.run(Lane.FILES, opening, opening)
+            assert isinstance(opened, jobs.Opened)
+            tokenizer = await asyncio.to_thread(_read_decoder, opened.description.decoder)
+            # They can be read, so this keeps nobody waiting for long, and no chat will wait for it later.
+            await self.run(Lane.SHORT, opening, opening)
+        except BaseException:
+            self.close(model)
+            raise
         return TextModel(self, opening, msgspec.structs.replace(opened.description, decoder=b""), tokenizer)
 
     def close(self, model: int) -> None:
-        """Have all processes forget a model."""
+        """Have all processes forget a model, and its jobs refused."""
+        self._open.discard(model)
         for lane in self._lanes.values():
             for process in lane.processes:
                 process.forget(model)
@@ -209,6 +233,13 @@ def _size(request: InferenceRequest) -> int:
         raise _unreadable(error) from None
 
 
+def _read_decoder(decoder: bytes) -> Tokenizer:
+    try:
+        return Tokenizer.from_buffer(decoder)
+    except Exception as error:  # noqa: BLE001 (it has no class of its own)
+        raise UnsupportedTokenizerError(f"The tokenizer's decoder cannot be read: {str(error)[:300]}.") from None
+
+
 class _Waiting:
     """A job in a lane."""
 
@@ -225,34 +256,46 @@ class _Waiting:
 class _Lane:
     """Jobs of one kind and the processes that do them."""
 
-    def __init__(self, lane: Lane, command: Sequence[str], num_processes: int) -> None:
+    def __init__(self, lane: Lane, command: Sequence[str], num_processes: int, open_models: Set[int]) -> None:
         self._lane = lane
+        self._open = open_models
         self.processes = [TextProcess(f"text:{lane.value}-{index}", command) for index in range(num_processes)]
         self._servers: list[asyncio.Task[None]] = []
         self._queues: collections.OrderedDict[str, collections.deque[_Waiting]] = collections.OrderedDict()
         self._num_waiting = 0
+        self._waiting_bytes = 0
         self._arrived = asyncio.Event()
         self._stopped = False
 
     async def run(self, job: jobs.Job, opening: jobs.Open, principal: str) -> jobs.FromText:
         if self._stopped:
             raise UnavailableError("This neuron is shutting down.", retry_after_s=1.0)
-        if self._num_waiting >= MAX_WAITING:
-            raise OverloadedError(
-                f"{self._num_waiting} requests wait for their {self._lane.value} texts to be read; try again shortly.",
-                retry_after_s=1.0,
-            )
+        own = self._queues.get(principal, ())
+        if self._num_waiting >= MAX_WAITING or len(own) >= MAX_WAITING // SHARE_OF_ONE:
+            raise self._overloaded()
         try:
             data = msgspec.json.encode(job)
         except (RecursionError, UnicodeError) as error:
             raise _unreadable(error) from None
+        of_own = sum(len(waiting.data) for waiting in own)
+        if (own and of_own + len(data) > MAX_WAITING_BYTES // SHARE_OF_ONE) or (
+            self._num_waiting and self._waiting_bytes + len(data) > MAX_WAITING_BYTES
+        ):
+            raise self._overloaded()
         if not self._servers:
             self._servers = [asyncio.create_task(self._serve(process)) for process in self.processes]
         waiting = _Waiting(job, opening, data)
         self._queues.setdefault(principal, collections.deque()).append(waiting)
         self._num_waiting += 1
+        self._waiting_bytes += len(data)
         self._arrived.set()
         return await waiting.answer
+
+    def _overloaded(self) -> OverloadedError:
+        return OverloadedError(
+            f"{self._num_waiting} requests wait for their {self._lane.value} texts to be read; try again shortly.",
+            retry_after_s=1.0,
+        )
 
     async def stop(self) -> None:
         self._stopped = True
@@ -270,6 +313,7 @@ class _Lane:
             principal, queue = next(iter(self._queues.items()))
             waiting = queue.popleft()
             self._num_waiting -= 1
+            self._waiting_bytes -= len(waiting.data)
             if queue:
                 self._queues.move_to_end(principal)
             else:
@@ -302,13 +346,17 @@ class _Lane:
                 if not waiting.answer.done():
                     waiting.answer.set_result(answer)
             del waiting
+            if self._lane is Lane.FILES:
+                process.end()  # with all the memory that reading them has taken
 
     async def _do(self, process: TextProcess, waiting: _Waiting) -> jobs.FromText:
         job = waiting.job
         while True:
             try:
+                self._check_open(job.model)
                 if not isinstance(job, jobs.Open):
                     await process.open(waiting.opening)
+                    self._check_open(job.model, process)
                 answer = await process.ask(waiting.data, job.limits)
             except Death as death:
                 waiting.tries += 1
@@ -321,7 +369,15 @@ class _Lane:
                 raise RemoteError(answer.error)
             if isinstance(job, jobs.Open):
                 process.opened.add(job.model)
+                self._check_open(job.model, process)
             return answer
+
+    def _check_open(self, model: int, process: TextProcess | None = None) -> None:
+        """Raise for a model that was closed in the meantime, which ``process`` is to forget."""
+        if model not in self._open:
+            if process is not None:
+                process.forget(model)
+            raise UnavailableError("The model was unloaded.", retry_after_s=1.0)
 
 
 def error_of(job: jobs.Job, death: Death) -> ApiError:

@@ -84,7 +84,6 @@ def chatty(talking_llama: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
         (f'{{"anyOf": [{{"type": "string"}}, {{"items": {{"const": -{BIG}}}}}]}}', FormatKind.JSON_SCHEMA),
         ('{"type": "integer", "multipleOf": 999983}', FormatKind.JSON_SCHEMA),
         ('{"type": "string", "pattern": "^(a{1000}){1000}$"}', FormatKind.JSON_SCHEMA),
-        ('{"type": "integer", "minimum": -9223372036854775808}', FormatKind.JSON_SCHEMA),
         ('{"$ref": "#"}', FormatKind.JSON_SCHEMA),
         ('{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}',
          FormatKind.JSON_SCHEMA),
@@ -242,6 +241,109 @@ def test_too_many_that_wait_are_told_to_come_back(chatty: pathlib.Path, monkeypa
     with_model(chatty, story)
 
 
+def test_one_principal_takes_no_more_than_its_share_of_those_that_wait(
+    chatty: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neuron.text.pool.MAX_WAITING", 16)
+
+    async def story(pool: TextPool, model: TextModel) -> None:
+        def ask(principal: str) -> Awaitable[object]:
+            return model.build(msgspec.structs.replace(CHAT, principal=principal), CONTEXT)
+
+        many = asyncio.gather(*(ask("many") for _ in range(40)), return_exceptions=True)
+        await asyncio.sleep(0)
+        await asyncio.gather(*(ask(f"other {index}") for index in range(3)))
+        results = await many
+        refused = [result for result in results if isinstance(result, ApiError)]
+        assert 20 < len(refused) < 40
+        assert {error.code for error in refused} == {"rate_limit_exceeded"}
+
+    with_model(chatty, story)
+
+
+def test_what_waits_holds_no_more_bytes_than_it_may(chatty: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neuron.text.pool.MAX_WAITING_BYTES", 400_000)
+
+    async def story(pool: TextPool, model: TextModel) -> None:
+        big = [
+            InferenceRequest("m", prompt="x" * 90_000, principal=principal)
+            for principal in ("a", "a", "b", "c", "d", "e")
+        ]
+        asked = (model.build(request, 1 << 20) for request in big)
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert [isinstance(result, ApiError) for result in results] == [False, True, False, False, False, True]
+        assert (await model.build(CHAT, CONTEXT)).ids
+
+    with_model(chatty, story)
+
+
+def opened_in(pool: TextPool) -> set[int]:
+    return {model for lane in pool._lanes.values() for process in lane.processes for model in process.opened}
+
+
+def test_a_load_that_is_cancelled_leaves_nothing_open(chatty: pathlib.Path) -> None:
+    async def story(pool: TextPool, model: TextModel) -> None:
+        held = opened_in(pool)
+        for rounds in (1, 50):
+            opening = asyncio.ensure_future(pool.open(str(chatty), 300, EOS))
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+        other = await pool.open(str(chatty), 300, EOS)  # which is read after those
+        other.close()
+        assert opened_in(pool) == held
+
+    with_model(chatty, story)
+
+
+def test_a_decoder_that_cannot_be_read_leaves_nothing_open(
+    chatty: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(pool: TextPool, model: TextModel) -> None:
+        held = opened_in(pool)
+        monkeypatch.setattr("neuron.text.pool._read_decoder", lambda decoder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await pool.open(str(chatty), 300, EOS)
+        assert (opened_in(pool), pool._open) == (held, held)
+
+    with_model(chatty, story)
+
+
+def test_jobs_of_a_model_that_is_unloaded_are_refused_and_do_not_open_it_again(chatty: pathlib.Path) -> None:
+    async def story(pool: TextPool, model: TextModel) -> None:
+        work: list[Awaitable[object]] = [model.build(CHAT, CONTEXT) for _ in range(6)]
+        work += [model.grammar(asks('{"type": "object"}')) for _ in range(2)]
+        waiting = asyncio.gather(*work, return_exceptions=True)
+        await asyncio.sleep(0)
+        model.close()
+        results = await waiting
+        refused = [result for result in results if isinstance(result, ApiError)]
+        assert len(refused) >= 6
+        assert {(error.status, error.code) for error in refused} == {(503, "service_unavailable")}
+        assert not opened_in(pool)
+
+    with_model(chatty, story)
+
+
+def test_a_load_keeps_no_chat_waiting(
+    chatty: pathlib.Path, talking_llama: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    spins = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    hostile = with_template(talking_llama, spins, tmp_path / "hostile")
+
+    async def story(pool: TextPool, model: TextModel) -> None:
+        opening = asyncio.ensure_future(pool.open(hostile, 300, EOS))
+        for _ in range(3):
+            assert (await model.build(CHAT, CONTEXT)).ids
+        assert not opening.done()
+        with pytest.raises(ApiError):
+            await opening
+
+    with_model(chatty, story)
+
+
 def test_text_processes_have_no_torch_and_one_thread(chatty: pathlib.Path) -> None:
     code = "import sys, neuron.text.__main__; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
@@ -250,7 +352,8 @@ def test_text_processes_have_no_torch_and_one_thread(chatty: pathlib.Path) -> No
         await model.grammar(asks('{"type": "object"}'))
         await model.build(InferenceRequest("m", prompt="x" * 40_000), 1 << 20)
         children = [child for child in psutil.Process().children() if "neuron.text" in child.cmdline()]
-        assert [child.num_threads() for child in children] == [1, 1, 1]
+        assert len(children) == 3
+        assert {child.num_threads() for child in children} == {1}
 
     with_model(chatty, story)
 
