@@ -146,3 +146,59 @@ async def test_what_a_chat_has_no_part_for_is_a_line_of_text(stream: bool) -> No
         {"type": "text", "text": "[document omitted: this model takes text and images]"},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "auto"}},
     ]
+
+
+async def test_calls_whose_pieces_come_in_turns_arrive_whole() -> None:
+    """As servers send them that generate several calls beside one another."""
+
+    def piece(index: int, arguments: str, **more: Any) -> bytes:
+        call = {"index": index, "function": {"arguments": arguments, **more}, **({"id": f"c{index}"} if more else {})}
+        return chat_chunk({"tool_calls": [call]})
+
+    async def script(asked: Asked, line: Line) -> None:
+        await line.start_stream()
+        for data in (
+            piece(0, "", name="f"),
+            piece(1, "", name="g"),
+            piece(0, '{"a":'),
+            piece(1, '{"b":2}'),
+            piece(0, "1}"),
+        ):
+            await line.chunk(data)
+        await line.chunk(chat_chunk({}, "tool_calls"))
+        await line.chunk(b"data: [DONE]\n\n")
+        await line.end()
+
+    for path, body in PATHS:
+        node = chat_only()
+        node.script = script
+        async with rig(node) as gateway:
+            call = await gateway.call("POST", path, {**body, "stream": True}).end()
+            assert call.status == 200
+            assert b"error" not in call.body.replace(b'"error":null', b"")
+            said = [orjson.loads(text[6:]) for text in call.body.split(b"\n") if text.startswith(b"data: {")]
+            if path == "/v1/messages":
+                blocks: dict[int, str] = {}
+                for event in said:
+                    if event["type"] == "content_block_delta":
+                        blocks[event["index"]] = blocks.get(event["index"], "") + event["delta"]["partial_json"]
+                assert list(blocks.values()) == ['{"a":1}', '{"b":2}']
+            else:
+                output = said[-1]["response"]["output"]
+                assert [item["arguments"] for item in output] == ['{"a":1}', '{"b":2}']
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+async def test_token_bytes_that_are_none_are_the_nodes_error(path: str, body: dict[str, Any]) -> None:
+    token = {"token": "a", "logprob": -1, "bytes": [300]}
+
+    async def script(asked: Asked, line: Line) -> None:
+        choice = {"index": 0, "message": {"content": "a"}, "finish_reason": "stop", "logprobs": {"content": [token]}}
+        await line.reply(200, orjson.dumps({"choices": [choice]}))
+
+    node = chat_only()
+    node.script = script
+    async with rig(node) as gateway:
+        call = await gateway.call("POST", path, body).end()
+        assert call.status == 502
+        assert b"something else than a chat" in call.body

@@ -285,6 +285,22 @@ def test_a_bad_body_is_400(path: str, body: dict[str, Any], raw: bytes) -> None:
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_body_nested_deeper_than_is_read_is_400() -> None:
+    deep = b"[" * 300 + b"]" * 300
+    openai = (
+        "chat/completions",
+        "completions",
+        "responses",
+        "responses/compact",
+        "responses/input_tokens",
+        "embeddings",
+    )
+    for path in (*openai, "messages", "messages/count_tokens"):
+        reply = ask_once(f"/v1/{path}", b'{"model":"m","input":"a","metadata":' + deep + b"}")
+        assert reply.status == 400, path
+        assert b"Too deeply nested" in reply.body
+
+
 def test_a_body_that_is_too_large_is_413() -> None:
     async def story(api: Api, service: Service) -> None:
         service.max_body_bytes = 100
