@@ -141,13 +141,18 @@ class Application(Worker):
 
     async def _opens(self, scope: Scope, receive: Receive, send: Send) -> bool:
         """Start for the first request of a server that has no lifespan; return whether that went well."""
-        if self._starting is None:
-            self._starting = asyncio.ensure_future(self._start_asgi())
+        starting = self._starting
+        if starting is None:
+            starting = self._starting = asyncio.ensure_future(self._start_asgi())
         try:
-            await asyncio.shield(self._starting)
-        except ConfigError as error:
-            self._starting = None  # the next request tries it again: a file can be mended
-            log.error("cortex: %s", error)
+            await asyncio.shield(starting)
+        except Exception as error:
+            if self._starting is starting:
+                self._starting = None  # the next request tries it again: a file can be mended
+                if isinstance(error, ConfigError):
+                    log.error("cortex: %s", error)
+                else:
+                    log.exception("the gateway did not start")
             if scope["type"] == "websocket":
                 await receive()
                 await send({"type": "websocket.close"})

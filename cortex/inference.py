@@ -60,7 +60,7 @@ from cortex.http_io import (
 from cortex.relay import Passing, Relay
 from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header
-from cortex.wire.errors import ApiError, MissingParameterError, RemoteError, UpstreamError
+from cortex.wire.errors import ApiError, MissingParameterError, RemoteError, UpstreamError, UpstreamTimeoutError
 from cortex.wire.events import Finished, FinishReason, Started
 from cortex.wire.headers import IGNORED, OMITTED_PARTS, TOLD, model_name_headers
 
@@ -163,8 +163,12 @@ class Inference:
                 await self._only_read(exchange, record, turn, name)
                 return
         elif dialect is COMPACT or dialect is INPUT_TOKENS:
-            body = openai_compaction.with_input(body)
-            body = (await self._conversations.of(principal.name).begin(body, found, keeps=False)).body
+            try:
+                body = openai_compaction.with_input(body)
+                body = (await self._conversations.of(principal.name).begin(body, found, keeps=False)).body
+            except ApiError:
+                await self._gate.count(principal)
+                raise
         reshape: Callable[[bytes], bytes] = _unchanged
         if dialect is COMPACT:
             # To a node it is a response like any other.
@@ -202,6 +206,9 @@ class Inference:
                 await self._answer(exchange, dialect, record, asked)
         except ClientDisconnectedError:
             has_left = True
+            raise
+        except UpstreamTimeoutError:
+            has_left = not record.is_stream  # its node may have been at it for all of `answer_s`
             raise
         finally:
             if permit is not FREE:
@@ -393,12 +400,14 @@ def _trip_of(exchange: Exchange) -> Trip | None:
 def _used(record: Record, permit: Permit, *, has_left: bool) -> int:
     """Return what a request costs: what its node said, or an estimate where somebody left before it could.
 
-    Of an answer that is not streamed nobody knows how far it came, so it costs what was reserved for it.
+    Of an answer that is not streamed nobody knows how far it came, so it costs what was reserved for it. That is also
+    the most that an estimate costs.
     """
     used: int = record.tokens_used(permit.need.prompt_tokens)
     if used or not has_left or not record.node:
         return used
-    return permit.need.prompt_tokens if record.is_stream else permit.need.tokens
+    reserved = permit.reserved_tokens
+    return min(permit.need.prompt_tokens, reserved) if record.is_stream else reserved
 
 
 def _nothing() -> None:

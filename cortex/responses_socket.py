@@ -78,6 +78,8 @@ class ResponsesSocket:
         self._said = said
         self._lanes: dict[str | None, asyncio.Task[None]] = {}
         self._turns: set[asyncio.Task[None]] = set()
+        self._pending_bytes = 0
+        """Of the messages of all turns, until those have ended."""
         self._left = asyncio.Event()
 
     async def serve(self) -> None:
@@ -110,6 +112,11 @@ class ResponsesSocket:
                 raise InvalidRequestError(f"Invalid 'type': '{kind}' is not known; '{CREATE}' is.", param="type")
             if len(self._turns) >= MAX_PENDING_TURNS:
                 raise OverloadedError(f"{MAX_PENDING_TURNS} responses are under way on this connection.")
+            if self._turns and self._pending_bytes + len(data) > self._max_message_bytes:
+                raise OverloadedError(
+                    f"The messages under way on this connection would be more than {self._max_message_bytes} bytes: "
+                    "send the next when one has been answered."
+                )
         except ApiError as error:
             await self._refuse(error, lane)
             return
@@ -125,10 +132,13 @@ class ResponsesSocket:
         turn = asyncio.create_task(self._turn(encoded, _previous(fields), generates, lane, before))
         self._lanes[lane] = turn
         self._turns.add(turn)
-        turn.add_done_callback(lambda done: self._end(done, lane))
+        size_bytes = len(encoded)
+        self._pending_bytes += size_bytes
+        turn.add_done_callback(lambda done: self._end(done, lane, size_bytes))
 
-    def _end(self, turn: "asyncio.Task[None]", lane: str | None) -> None:
+    def _end(self, turn: "asyncio.Task[None]", lane: str | None, size_bytes: int) -> None:
         self._turns.discard(turn)
+        self._pending_bytes -= size_bytes
         if self._lanes.get(lane) is turn:
             del self._lanes[lane]
         turn.exception()  # it has been logged, and has closed the connection

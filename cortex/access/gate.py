@@ -80,6 +80,11 @@ class Permit:
         self._ledger = ledger
         self._lease = lease
 
+    @property
+    def reserved_tokens(self) -> int:
+        """What was taken of a budget, which may be less than the need."""
+        return self.need.tokens if self._lease is None else min(self.need.tokens, self._lease.reserved_tokens)
+
     def move(self) -> "Permit":
         """Return what this one holds; to settle this one does nothing any more."""
         moved, self._lease = Permit(self._ledger, self._lease, self.need), None

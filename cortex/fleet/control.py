@@ -12,7 +12,7 @@ import msgspec
 
 from cortex.config import GatewaySettings, NodeSettings
 from cortex.errors import NotAnAnswerError
-from cortex.fleet.refusals import read_error
+from cortex.fleet.refusals import MAX_TEXT, read_error
 from cortex.settings import read_secret
 from cortex.upstream import Pool
 from cortex.wire.errors import RemoteError, UpstreamError, UpstreamTimeoutError
@@ -38,8 +38,6 @@ log = logging.getLogger("cortex.fleet")
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 MAX_MODELS = 4096
 """Of one node: a list is kept, compared and shown every few seconds."""
-MAX_TEXT = 8192
-"""Characters that are kept of what a node says went wrong."""
 UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError, MemoryError)
 """What reading a node's JSON may raise: it may be deep, huge, or no text at all."""
 NUM_CONNECTIONS = 64

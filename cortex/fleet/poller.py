@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from cortex.config import Polling
 from cortex.fleet.control import NeuronClient
+from cortex.fleet.refusals import MAX_TEXT
 from cortex.fleet.state import Fleet
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError
@@ -109,7 +110,7 @@ class Poller:
         known = self._fleet.state.nodes[name]
         strikes = known.strikes + 1
         up = known.up and strikes < self._settings.strikes
-        fault = str(error) or type(error).__name__
+        fault = str(error)[:MAX_TEXT] or type(error).__name__
         if strikes == self._settings.strikes:  # once, of a node that has never been up too
             log.warning("node=%s down strikes=%d fault=%r", name, strikes, fault)
         self._fleet.replace(replace(known, up=up, polled=True, strikes=strikes, fault=fault))

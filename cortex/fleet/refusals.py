@@ -14,6 +14,8 @@ from cortex.errors import NodeDeniedError, NotAnAnswerError, ReplyError
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
 
 MAX_ERROR_BYTES = 1024 * 1024
+MAX_TEXT = 8192
+"""Characters that are kept of what a node says went wrong."""
 MAX_RETRY_AFTER_S = 3600.0
 CODE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 """An error code as it may get into a log line or a label."""
@@ -82,8 +84,8 @@ def read_error(status: int, body: bytes, retry_after: bytes | None = None) -> tu
     read = ErrorInfo(
         status,
         code if isinstance(code, str) and CODE.fullmatch(code) else ApiError.code,
-        message if isinstance(message, str) else fallback.message,
-        param if isinstance(param, str) else None,
+        message[:MAX_TEXT] if isinstance(message, str) else fallback.message,
+        param[:MAX_TEXT] if isinstance(param, str) else None,
         retry_after_s,
     )
     return read, True

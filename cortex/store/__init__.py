@@ -1,5 +1,6 @@
 """Stored responses: what a client may refer to later instead of sending it again."""
 
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from typing import assert_never
 from cortex.config import StoreKind, StoreSettings
 from cortex.settings import ConfigError
 from cortex.store.interface import ResponseStore, StoreError
+
+log = logging.getLogger("cortex.store")
 
 
 def make(settings: StoreSettings, environment: Mapping[str, str] = os.environ) -> ResponseStore | None:
@@ -28,6 +31,10 @@ def make(settings: StoreSettings, environment: Mapping[str, str] = os.environ) -
         case StoreKind.VALKEY:
             from cortex.store.valkey import ValkeyStore
 
+            if settings.max_bytes_per_key or settings.max_bytes != StoreSettings().max_bytes:
+                log.warning(
+                    "max_bytes and max_bytes_per_key of [store] do not hold for Valkey: its own maxmemory bounds it"
+                )
             try:
                 return ValkeyStore(settings.url, ttl_s=settings.ttl_s)
             except StoreError as error:

@@ -3,10 +3,14 @@
 It keeps bytes under ids for a time and knows nothing of what is in them. Several gateways may share one.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
+
+log = logging.getLogger("cortex.store")
 
 
 class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
@@ -44,10 +48,19 @@ def to_bytes(stored: StoredResponse) -> bytes:
     return _ENCODER.encode(row)
 
 
-def from_bytes(value: bytes) -> StoredResponse:
-    """Return what :func:`to_bytes` made a value of."""
-    row = _DECODER.decode(value)
+def from_bytes(value: bytes) -> StoredResponse | None:
+    """Return what :func:`to_bytes` made a value of; ``None`` for what it made nothing of, which is as not there."""
+    try:
+        row = _DECODER.decode(value)
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError):
+        _say_damaged()
+        return None
     return StoredResponse(row.previous, msgspec.Raw(row.items), msgspec.Raw(row.body), row.frames, row.until, row.owner)
+
+
+@functools.cache
+def _say_damaged() -> None:
+    log.error("the store of responses has rows that cannot be read: they count as not there")
 
 
 class ResponseStore(Protocol):

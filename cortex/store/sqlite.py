@@ -291,7 +291,7 @@ def _make_tables(connection: sqlite3.Connection) -> None:
     is_counted = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'owners'").fetchone()
     if "owner" in columns and is_counted:
         return
-    connection.create_function("owner_of", 1, lambda value: from_bytes(value).owner)
+    connection.create_function("owner_of", 1, _owner_of)
     with connection:
         connection.execute("BEGIN IMMEDIATE")
         if "owner" not in {row[1] for row in connection.execute("PRAGMA table_info(responses)")}:
@@ -301,6 +301,11 @@ def _make_tables(connection: sqlite3.Connection) -> None:
             connection.execute(statement)
         connection.execute("DELETE FROM owners")
         connection.execute("INSERT INTO owners SELECT owner, sum(size_bytes) FROM responses GROUP BY owner")
+
+
+def _owner_of(value: bytes) -> str:
+    stored = from_bytes(value)
+    return stored.owner if stored is not None else ""
 
 
 def _statements(script: str) -> list[str]:

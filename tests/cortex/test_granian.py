@@ -20,10 +20,12 @@ import httpx
 import psutil
 import pytest
 import websockets
+from asgi_call import Call
 from daemons import free_port
 from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, chat_chunk
 from gateway_rig import until, write_config
 
+from cortex.asgi import Application
 from cortex.wire.node import ModelSpec, ModelState, ModelStatus
 
 GRANIAN = str(pathlib.Path(sys.executable).with_name("granian"))
@@ -344,3 +346,19 @@ async def test_over_http_2_a_reader_that_reads_gets_a_long_stream_whole(tmp_path
             numbers = [client.post("/v1/chat/completions", STREAM) for _ in range(3)]
             await until(lambda: client.ended.issuperset(numbers), 60)
             assert all(client.got[number] > num_chunks * 4000 for number in numbers)
+
+
+async def test_without_a_lifespan_a_start_that_fails_in_any_way_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = Application({})
+    tries = 0
+
+    async def fail() -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError("no disk")
+
+    monkeypatch.setattr(app, "_start_asgi", fail)
+    for number in (1, 2):
+        call = await Call(app, "GET", "/v1/models", b"", None, "127.0.0.1").end()
+        assert (call.status, call.json()["error"]["code"]) == (503, "not_started")
+        assert tries == number

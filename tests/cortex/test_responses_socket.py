@@ -174,3 +174,23 @@ async def test_a_turn_that_is_nested_too_deep_is_refused_and_the_connection_goes
             assert answer["status"] == 400
             assert "too_deep" in json.dumps(answer)
         assert not neuron.asked
+
+
+async def test_messages_that_wait_are_counted_in_bytes() -> None:
+    go = asyncio.Event()
+
+    async def script(asked: Asked, line: Line) -> None:
+        await go.wait()
+        await line.start_stream()
+        await line.chunk(frame(COMPLETED))
+        await line.end()
+
+    neuron = FakeNeuron(script=script, dialects=("openai-responses",)).ready("m")
+    async with rig(neuron, max_body_bytes=10_000) as gateway:
+        ask: dict[str, object] = {"type": "response.create", "model": "m", "input": "x" * 4_500, "store": False}
+        asyncio.get_running_loop().call_later(0.2, go.set)
+        events = await spoken(gateway, [ask] * 4, 4)
+    assert [event["type"] for event in events].count("response.completed") == 2
+    refused = [event for event in events if event["type"] == "error"]
+    assert len(refused) == 2
+    assert all("bytes" in str(event["error"]) for event in refused)

@@ -173,6 +173,22 @@ async def test_a_damaged_file_is_moved_aside_and_begun_anew(
     assert "is damaged" in caplog.text
 
 
+async def test_a_row_that_cannot_be_read_is_as_not_there(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "responses.db"
+    async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=1_000_000)) as kept:
+        await kept.put("resp_a", turn("a"), ())
+        await kept.put("resp_b", turn("b"), ())
+        with contextlib.closing(sqlite3.connect(path)) as other, other:
+            other.execute("UPDATE responses SET value = ? WHERE id = 'resp_a'", (b"\xc1garbage",))
+        assert await kept.get("resp_a") is None
+        assert await kept.get("resp_b") is not None
+
+
+def test_bounds_that_do_not_hold_for_valkey_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    store.make(StoreSettings(kind=StoreKind.VALKEY, url="redis://127.0.0.1:1", max_bytes_per_key=1024))
+    assert "do not hold for Valkey" in caplog.text
+
+
 async def test_the_file_is_its_owners_alone(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "own" / "responses.db"
     mask = os.umask(0)

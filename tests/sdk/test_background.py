@@ -197,6 +197,7 @@ def forget_promises(path: str) -> None:
     with connection:
         for id, value in connection.execute("SELECT id, value FROM responses").fetchall():
             stored = from_bytes(value)
+            assert stored is not None
             if stored.until:
                 changed = to_bytes(msgspec.structs.replace(stored, until=time.time() - 1))
                 connection.execute("UPDATE responses SET value = ? WHERE id = ?", (changed, id))

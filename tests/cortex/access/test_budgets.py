@@ -11,6 +11,7 @@ from key_rig import KEY, ring
 
 from cortex.access.gate import need_of
 from cortex.access.keys import Limits, Principal
+from cortex.config import Timeouts
 
 SIGNED = {"x-api-key": KEY}
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -137,6 +138,31 @@ async def test_who_leaves_a_stream_pays_for_what_came_and_for_the_prompt() -> No
         assert (await used(gateway))["spent_tokens"] == 2 * before + 3
 
 
+async def test_who_leaves_pays_no_more_than_was_reserved() -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        await line.left.wait()
+
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron, keys=alice("capped", tokens_per_window=1000)) as gateway:
+        call = gateway.call("POST", "/v1/chat/completions", {**CHAT, "max_tokens": 900_000}, SIGNED)
+        await until(lambda: neuron.asked)
+        call.leave()
+        await call.end()
+        assert (await used(gateway))["spent_tokens"] == 1000
+
+
+async def test_an_answer_that_took_too_long_costs_what_was_reserved() -> None:
+    async def script(asked: Asked, line: Line) -> None:
+        await line.left.wait()
+
+    keys = alice("slow", balance_tokens=100_000)
+    neuron = FakeNeuron(script=script).ready("m")
+    async with rig(neuron, keys=keys, timeouts=Timeouts(answer_s=0.2)) as gateway:
+        call = await gateway.call("POST", "/v1/chat/completions", {**CHAT, "max_tokens": 500}, SIGNED).end()
+        assert call.status == 504
+        assert 500 < (await used(gateway))["spent_tokens"] < 600
+
+
 async def test_an_error_of_the_nodes_costs_nothing() -> None:
     async def script(asked: Asked, line: Line) -> None:
         await line.reply(503, b'{"error":{"message":"no","type":"t","param":null,"code":"no_room"}}')
@@ -162,6 +188,8 @@ async def test_what_asks_no_node_counts_as_a_request(counters: str, valkey: str)
         ("GET", "/v1/responses/resp_0/input_items", b""),
         ("POST", "/v1/responses/resp_0/cancel", b""),
         ("POST", "/v1/responses", {"model": "m", "input": "Hi", "previous_response_id": "resp_0"}),
+        ("POST", "/v1/responses/compact", {"model": "m", "input": "Hi", "previous_response_id": "resp_0"}),
+        ("POST", "/v1/responses/input_tokens", {"model": "m", "input": "Hi", "previous_response_id": "resp_0"}),
         ("POST", "/v1/messages/count_tokens", CHAT),
     ]
     keys = alice(f"counts-{counters}", requests_per_minute=len(everything))

@@ -169,3 +169,13 @@ async def test_a_node_that_is_down_from_the_start_is_logged_once(caplog: pytest.
     async with rig(neuron) as gateway:
         await until(lambda: gateway.gateway.fleet.state.nodes["a"].strikes >= 6)
     assert len([record for record in caplog.records if "node=a down" in record.getMessage()]) == 1
+
+
+async def test_what_a_node_says_of_its_fault_is_kept_in_part() -> None:
+    neuron = FakeNeuron().ready("m")
+    async with rig(neuron) as gateway:
+        fleet = gateway.gateway.fleet
+        neuron.control = error(500, "x" * 500_000)
+        while fleet.state.nodes["a"].up:
+            await fleet.changed()
+        assert 0 < len(fleet.state.nodes["a"].fault or "") <= 8192
