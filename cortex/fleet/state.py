@@ -129,11 +129,13 @@ def devices_in_use(nodes: Iterable[Node]) -> list[Device]:
     """Return the devices that nodes use, each once: neurons of one host share its CPU and its memory."""
     found: dict[tuple[str, str], Device] = {}
     for node in nodes:
-        discovery = node.discovery
-        for device in discovery.devices if discovery is not None else ():
+        if node.discovery is None:
+            continue
+        boot_id = node.discovery.boot_id
+        for device in node.discovery.devices:
             if device.worker is not None:
-                host = discovery.boot_id if discovery is not None and device.kind is DeviceKind.CPU else ""
-                found[host or f"node {node.name}", device.id] = device
+                is_shared = device.kind is DeviceKind.CPU and boot_id
+                found[boot_id if is_shared else f"node {node.name}", device.id] = device
     return list(found.values())
 
 
