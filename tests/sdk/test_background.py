@@ -180,7 +180,7 @@ def begin_and_kill(node: daemons.Daemon, folder: pathlib.Path, kept: str) -> Res
     gateway = daemons.cortex(folder, node, models=daemons.SCRIPTED_CATALOGUE, model="m", CORTEX_STORE__PATH=kept)
     with gateway as first:
         running = begin(sdk(first), "wait")
-        for process in [*first.workers(), first.process]:
+        for process in first.processes():
             os.kill(process.pid, signal.SIGKILL)
         first.process.wait()
     return running

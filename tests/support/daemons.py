@@ -127,6 +127,11 @@ class Daemon:
         """Return the processes in which the daemon has text read."""
         return self._children("neuron.text")
 
+    def processes(self) -> list[psutil.Process]:
+        """Return the daemon's own process and all that it has started."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
     def _children(self, module: str) -> list[psutil.Process]:
         found = []
         for child in psutil.Process(self.process.pid).children():
