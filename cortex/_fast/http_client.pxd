@@ -64,6 +64,7 @@ cdef class Connection:
     )
     cdef int resume(self) except -1
     cdef int finish(self, error) except -1
+    cdef unanswered(self)
     cdef int watch(self, double limit_s) except -1
     cdef int bound(self, double limit_s) except -1
     cdef double due(self)

@@ -335,12 +335,20 @@ cdef class Connection:
         self.whole_s = whole_s
         self.whole_until = self.loop.time() + whole_s if whole_s else 0
         self.head_until = 0
+        if not self.usable:  # it broke between its making, or its last answer, and this
+            self.finish(self.unanswered())
+            return response
         self.watch(first_byte_s)
         if len(data) == 1:
             self.transport.write(data[0])
         else:
             self.transport.writelines(data)
         return response
+
+    cdef unanswered(self):
+        """Return the error of a connection that ended without a byte of an answer."""
+        kind = StaleConnectionError if self.num_responses else ConnectionLostError
+        return kind(f"{self.pool.name} closed the connection before it answered.", retry_after_s=1)
 
     def fail(self, error):
         """End the response with ``error`` and close the connection at once."""
@@ -436,8 +444,7 @@ cdef class Connection:
             return
         name = self.pool.name
         if not self.head_bytes:
-            kind = StaleConnectionError if self.num_responses else ConnectionLostError
-            self.finish(kind(f"{name} closed the connection before it answered.", retry_after_s=1))
+            self.finish(self.unanswered())
         elif self.in_body and self.ends_with_connection and exc is None:
             self.finish(None)
         else:

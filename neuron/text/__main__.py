@@ -28,6 +28,7 @@ from neuron.text.jobs import (
     FromText,
     Job,
     LeftOut,
+    Limits,
     Open,
     Opened,
     Phase,
@@ -44,8 +45,8 @@ from neuron.text.model_text import ModelText, as_bytes
 KEPT_BYTES: Final = 192 << 20
 """A process that holds so much more than after its last model was opened, and cannot give it back, is replaced."""
 SEND_TIMEOUT_S: Final = 60.0
-TEMPLATE_S: Final = 3.0
-"""CPU time in which a model's template is to be compiled and to render the least conversation."""
+TEMPLATE_LIMITS: Final = Limits(cpu_s=3.0, data_bytes=256 << 20)
+"""Within which a model's template is to be compiled and to render the least conversation."""
 
 
 class TextServer:
@@ -125,7 +126,7 @@ class TextServer:
     def _announce(self, opening: Open, step: Step) -> None:
         if not self._channel.closed:
             self._send(Phase(step))
-            limits.allow(TEMPLATE_S if step is Step.TEMPLATE else opening.limits.cpu_s)
+            limits.allow(TEMPLATE_LIMITS if step is Step.TEMPLATE else opening.limits)
 
     def _model(self, model: int) -> ModelText:
         found = self._models.get(model)

@@ -35,8 +35,7 @@ def prepare() -> None:
 @contextlib.contextmanager
 def limited(limits: Limits) -> Iterator[None]:
     """Hold what runs in the block to ``limits``, in a process of one thread."""
-    _lower(resource.RLIMIT_DATA, _statm()[1] + limits.data_bytes)
-    signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
+    allow(limits)
     try:
         yield
     finally:
@@ -45,9 +44,10 @@ def limited(limits: Limits) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
-def allow(cpu_s: float) -> None:
-    """Count the CPU time of the job in hand anew, for a step of it with a limit of its own."""
-    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+def allow(limits: Limits) -> None:
+    """Count what the job in hand takes anew, for a step of it with limits of its own."""
+    _lower(resource.RLIMIT_DATA, _statm()[1] + limits.data_bytes)
+    signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
 
 
 def resident_bytes() -> int:
