@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from cortex.dialects.openai_fields import in_range, refuse, token_bias
+from cortex.dialects.openai_fields import in_range, output_format, refuse, token_bias
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import Ending, FormatKind, OutputFormat, Sampling
 
@@ -33,6 +33,20 @@ class StructuredOutputs(msgspec.Struct):
     json_object: bool | None = None
     # known and refused
     structural_tag: object = None
+
+
+class _JsonSchema(msgspec.Struct):
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """OpenAI's way to ask for a form of the answer."""
+
+    type: str
+    json_schema: _JsonSchema | None = None
+    schema: dict[str, Any] | None = None
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -160,3 +174,14 @@ def _texts(name: str, given: list[str], most: int) -> tuple[str, ...]:
     if not all(given):
         raise InvalidRequestError(f"Invalid '{name}': an empty string.", param=name)
     return tuple(given)
+
+
+def output_format_of(body: ResponseFormat | None) -> OutputFormat:
+    """Return the form that ``response_format`` asks for. Raises :class:`InvalidRequestError`."""
+    if body is None:
+        return OutputFormat()
+    named = body.json_schema or _JsonSchema()
+    if named.schema is not None and body.schema is not None:
+        raise InvalidRequestError("Invalid 'response_format': it has two schemas.", param="response_format.schema")
+    schema = body.schema if named.schema is None else named.schema
+    return output_format(body.type, schema, named.name, "response_format", strict=named.strict)

@@ -11,7 +11,7 @@ import msgspec
 
 from cortex.dialects import openai_fields as fields
 from cortex.dialects.answered_calls import OpenCalls
-from cortex.dialects.generation import GenerationBody
+from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
 from cortex.dialects.openai_chat_tools import ChoiceBody, ToolBody, chosen, offered
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.dialects.unseen_parts import readable
@@ -20,7 +20,6 @@ from cortex.wire.request import (
     InferenceRequest,
     MediaPart,
     Message,
-    OutputFormat,
     Part,
     Role,
     TextPart,
@@ -106,18 +105,6 @@ class _MessageBody(msgspec.Struct):
     refusal: str | None = None
 
 
-class _JsonSchema(msgspec.Struct):
-    name: str | None = None
-    schema: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class _ResponseFormat(msgspec.Struct):
-    type: str
-    json_schema: _JsonSchema | None = None
-    schema: dict[str, Any] | None = None
-
-
 class _Reasoning(msgspec.Struct):
     effort: str | None = None
 
@@ -139,7 +126,7 @@ class ChatBody(GenerationBody, kw_only=True):
     tools: list[ToolBody] | None = None
     tool_choice: Literal["auto", "none", "required"] | ChoiceBody | None = None
     parallel_tool_calls: bool | None = None
-    response_format: _ResponseFormat | None = None
+    response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
     reasoning: _Reasoning | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -214,7 +201,7 @@ def decode(body: bytes) -> ChatCall:
         ending=parsed.ending(),
         num_choices=fields.in_range("n", parsed.n, 1, 128) or 1,
         top_logprobs=fields.in_range("top_logprobs", parsed.top_logprobs or 0, 0, 20) if wants_logprobs else None,
-        output_format=parsed.form(_output_format(parsed.response_format), "response_format"),
+        output_format=parsed.form(output_format_of(parsed.response_format), "response_format"),
         thinking=_thinking(parsed),
         template_arguments=parsed.chat_template_kwargs or {},
     )
@@ -305,13 +292,3 @@ def _thinking(body: ChatBody) -> bool | None:
     if body.reasoning_effort is None and body.reasoning is not None:
         return fields.thinking(body.reasoning.effort, "reasoning.effort")
     return fields.thinking(body.reasoning_effort, "reasoning_effort")
-
-
-def _output_format(body: _ResponseFormat | None) -> OutputFormat:
-    if body is None:
-        return OutputFormat()
-    named = body.json_schema or _JsonSchema()
-    if named.schema is not None and body.schema is not None:
-        raise InvalidRequestError("Invalid 'response_format': it has two schemas.", param="response_format.schema")
-    schema = body.schema if named.schema is None else named.schema
-    return fields.output_format(body.type, schema, named.name, "response_format", strict=named.strict)

@@ -6,15 +6,15 @@ effect: ``user``, and ``best_of`` where it asks for no more than is told.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
 from cortex.dialects import openai_fields as fields
-from cortex.dialects.generation import GenerationBody
+from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.wire.errors import InvalidRequestError
-from cortex.wire.request import InferenceRequest, OutputFormat
+from cortex.wire.request import InferenceRequest
 
 MAX_CHOICES = 512
 """Of all prompts of a call together. Each is a sequence of its own in the engine."""
@@ -49,18 +49,6 @@ class CompletionCall(msgspec.Struct, frozen=True):
         return self.requests[0].top_logprobs is not None
 
 
-class _JsonSchema(msgspec.Struct):
-    name: str | None = None
-    schema: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class _ResponseFormat(msgspec.Struct):
-    type: str
-    json_schema: _JsonSchema | None = None
-    schema: dict[str, Any] | None = None
-
-
 class CompletionBody(GenerationBody, kw_only=True):
     """A request body, as far as it is read."""
 
@@ -72,7 +60,7 @@ class CompletionBody(GenerationBody, kw_only=True):
     n_predict: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
-    response_format: _ResponseFormat | None = None
+    response_format: ResponseFormat | None = None
     echo: bool | None = None
     logprobs: int | bool | None = None
     suffix: str | None = None
@@ -119,23 +107,13 @@ def decode(body: bytes) -> CompletionCall:
         max_tokens=fields.in_range(limit_name, limit, 0, 1 << 31),
         stop=fields.stop_strings(parsed.stop),
         ending=parsed.ending(),
-        output_format=parsed.form(_output_format(parsed.response_format), "response_format"),
+        output_format=parsed.form(output_format_of(parsed.response_format), "response_format"),
         num_choices=num_choices,
         top_logprobs=_top_logprobs(parsed.logprobs),
     )
     requests = tuple(msgspec.structs.replace(request, prompt=prompt) for prompt in prompts)
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
     return CompletionCall(requests, bool(parsed.stream), include_usage, ignored)
-
-
-def _output_format(body: _ResponseFormat | None) -> OutputFormat:
-    if body is None:
-        return OutputFormat()
-    named = body.json_schema or _JsonSchema()
-    if named.schema is not None and body.schema is not None:
-        raise InvalidRequestError("Invalid 'response_format': it has two schemas.", param="response_format.schema")
-    schema = body.schema if named.schema is None else named.schema
-    return fields.output_format(body.type, schema, named.name, "response_format", strict=named.strict)
 
 
 def _top_logprobs(asked: int | bool | None) -> int | None:
