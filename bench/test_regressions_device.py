@@ -1,5 +1,6 @@
 """The device loop's costs as pytest-benchmark rounds: run with ``--benchmark-only``."""
 
+import ctypes
 import threading
 from collections.abc import Iterator
 
@@ -11,19 +12,35 @@ from neuron.device.channel import Channel, socket_pair
 from neuron.device.loop import DeviceLoop
 
 
+GRAPH = 0x77
+PENDING = -2
+ROWS = 64
+
+
 class Answering:
-    """Replays as often as the message says, and answers."""
+    """Replays as often as the message says, or takes as many single steps, and answers."""
 
     busy = False
 
     def __init__(self, loop: DeviceLoop) -> None:
         self.loop = loop
+        self.tokens = (ctypes.c_int * (2 * ROWS))(*[PENDING] * (2 * ROWS))
 
     def handle(self, message: bytes) -> None:
         """Answer one message."""
         if message.isdigit():
-            self.loop.replay(0x77, int(message))
+            self.loop.replay(GRAPH, int(message))
+        elif message.startswith(b"steps "):
+            self._step_singly(int(message[6:]))
         self.loop.send(message)
+
+    def _step_singly(self, count: int) -> None:
+        fake.publish_to(ctypes.addressof(self.tokens), 2, ROWS)
+        for step in range(count):
+            first = step % 2 * ROWS
+            self.tokens[first] = PENDING
+            self.loop.launch(GRAPH)
+            self.loop.wait_for_words(ctypes.addressof(self.tokens) + first * 4, ROWS, PENDING)
 
     def step(self) -> None:
         """Never called: nothing is ever busy."""
@@ -66,6 +83,16 @@ def test_replay_of_100_000_launches(benchmark: BenchmarkFixture, daemon: Channel
         return daemon.recv(10.0)
 
     assert benchmark(replay) == b"100000"
+
+
+def test_1000_single_steps(benchmark: BenchmarkFixture, daemon: Channel) -> None:
+    """Launch a step and read its 64 tokens, one after the other: the host's share of a step of a captured graph."""
+
+    def steps() -> bytes:
+        daemon.send(b"steps 1000")
+        return daemon.recv(10.0)
+
+    assert benchmark(steps) == b"steps 1000"
 
 
 def test_messages_through_a_socket(benchmark: BenchmarkFixture) -> None:

@@ -56,7 +56,7 @@ def test_idle_threads_take_no_time() -> None:
     time.sleep(0.05)
     begin = time.process_time()
     time.sleep(0.5)
-    assert time.process_time() - begin < 0.05
+    assert time.process_time() - begin < 0.25, "three threads that spun would have taken half a second and more"
 
 
 def own_threads() -> set[str]:

@@ -413,11 +413,8 @@ def words(count: int, pending: int) -> "ctypes.Array[ctypes.c_int]":
 
 
 @pytest.mark.parametrize("form", ["burst", "burst that messages stop", "burst that the device stops", "single steps"])
-def test_a_step_takes_the_host_less_than_ten_microseconds(start: Callable[..., Running], form: str) -> None:
-    """Of the thread's own processor time, so that a busy machine changes nothing; the best of ten runs.
-
-    A graph ends with the sampled tokens in pinned memory, so this is all that a step costs the loop.
-    """
+def test_a_step_costs_no_call_beyond_its_launch(start: Callable[..., Running], form: str) -> None:
+    """A graph ends with the sampled tokens in pinned memory, so the loop asks the driver for nothing more."""
     rows = 64
     tokens = words(2 * rows, PENDING)
     all_ended = words(1, 0)
@@ -430,31 +427,27 @@ def test_a_step_takes_the_host_less_than_ten_microseconds(start: Callable[..., R
                 loop.wait_for_words(ctypes.addressof(tokens) + (step - 1) % 2 * rows * 4, rows, PENDING)
 
         def handle(message: bytes) -> None:
-            spent = []
-            for _ in range(10):
-                begin = time.thread_time_ns()
-                if form == "single steps":
-                    single()
-                else:
-                    stop_word = ctypes.addressof(all_ended) if "device" in form else 0
-                    stops = "messages" in form
-                    assert loop.replay(GRAPH, 1000, stop_on_message=stops, stop_word=stop_word) == 1000
-                spent.append(time.thread_time_ns() - begin)
-            loop.send(b"%d" % min(spent))
+            if form == "single steps":
+                single()
+            else:
+                stop_word = ctypes.addressof(all_ended) if "device" in form else 0
+                stops = "messages" in form
+                assert loop.replay(GRAPH, 1000, stop_on_message=stops, stop_word=stop_word) == 1000
+            loop.send(b"done")
 
         return Script(handle)
 
     fake.publish_to(ctypes.addressof(tokens), 2, rows)
     running = start(make)
     running.daemon.send(b"go")
-    assert int(running.daemon.recv(30)) < 1000 * 10_000
+    assert running.daemon.recv(30) == b"done"
     running.end()
-    assert fake.count("cuGraphLaunch") == 10_000
+    assert fake.count("cuGraphLaunch") == 1000
     if form == "single steps":
         assert fake.count("cuEventRecord") == fake.count("cuStreamSynchronize") == 0
     else:
-        assert fake.count("cuStreamSynchronize") == 10
-        assert fake.count("cuEventRecord") == fake.count("cuEventSynchronize") + 10 * (form != "burst")
+        assert fake.count("cuStreamSynchronize") == 1
+        assert fake.count("cuEventRecord") == fake.count("cuEventSynchronize") + (form != "burst")
 
 
 def test_tokens_are_read_before_the_step_behind_them_is_done(start: Callable[..., Running]) -> None:
