@@ -206,7 +206,7 @@ check-numbers: $(VENV)/editable build/triton-$(TRITON)/installed
 check-kernels-oldest: $(VENV)/editable build/triton-$(OLDEST_TRITON)/installed
 	$(BIN)/ninja -C build/editable --quiet
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -P -m neuron.triton_kernels.check --code --brief --quiet --cache build/kernels
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -P -m pytest tests/triton_kernels/test_compile.py
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -P -m pytest tests/neuron/triton_kernels/test_compile.py
 
 # A worker on torch's CUDA build and Triton, over a driver that has the rules of a real one and computes nothing; in an
 # environment of its own, of 5 GB. STAND_IN_TORCH names another torch, with the Triton that it comes with.

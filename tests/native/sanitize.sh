@@ -77,20 +77,20 @@ for seed in $seeds; do
 done
 
 forget
-tests=(tests/device tests/cpu_kernels/test_matmul.py tests/cpu_kernels/test_pool.py)
-tests+=(tests/cpu_kernels/test_draw.py tests/cpu_kernels/test_step.py)
+tests=(tests/neuron/device tests/neuron/cpu_kernels/test_matmul.py tests/neuron/cpu_kernels/test_pool.py)
+tests+=(tests/neuron/cpu_kernels/test_draw.py tests/neuron/cpu_kernels/test_step.py)
 if [ "$kind" = thread ]; then
     # Where threads of ours meet: a loop beside its daemon, the watchdog, channels between threads.
-    tests=(tests/device/test_loop.py tests/device/test_channel.py)
+    tests=(tests/neuron/device/test_loop.py tests/neuron/device/test_channel.py)
     # The pool that all kernels run on.
-    tests+=(tests/cpu_kernels/test_pool.py tests/cpu_kernels/test_step.py)
+    tests+=(tests/neuron/cpu_kernels/test_pool.py tests/neuron/cpu_kernels/test_step.py)
     # The runtime holds signals back until a thread comes by, so waits are not interrupted; nothing there is shared.
-    tests+=(--deselect tests/device/test_channel.py::test_an_interrupted_wait_goes_on)
-elif [ -d tests/_fast ]; then
-    tests+=(tests/_fast)
+    tests+=(--deselect tests/neuron/device/test_channel.py::test_an_interrupted_wait_goes_on)
+elif [ -d tests/cortex/_fast ]; then
+    tests+=(tests/cortex/_fast)
 fi
 # Ten thousands of steps, which say that results are the same and reach no code that others do not.
-tests+=(--deselect tests/cpu_kernels/test_step.py::test_cuts_threads_and_company_change_no_bit)
+tests+=(--deselect tests/neuron/cpu_kernels/test_step.py::test_cuts_threads_and_company_change_no_bit)
 status=0
 run -m pytest -p no:cacheprovider -q --timeout 300 "$@" "${tests[@]}" || status=$?
 if [ -n "$(ls "$reports")" ]; then

@@ -186,7 +186,7 @@ async def test_a_connection_that_ends_is_forgotten_and_one_that_is_too_large_not
 
 
 def test_steps_at_random_end_as_typed_errors() -> None:
-    kept = pathlib.Path(__file__).parents[1] / "fuzz" / "corpus" / "conversations"
+    kept = pathlib.Path(__file__).parents[2] / "fuzz" / "corpus" / "conversations"
     inputs = [path.read_bytes() for path in sorted(kept.iterdir())]
     inputs += [steps(random.Random(seed)) for seed in range(300)]
     checker = Checker()

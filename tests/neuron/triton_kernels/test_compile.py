@@ -387,7 +387,7 @@ def test_a_load_that_fails_for_the_driver_or_the_compiler_says_so() -> None:
 def test_what_make_kernels_compiles_is_what_a_load_looks_for(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = pathlib.Path(__file__).parents[2] / "packaging" / "kernels" / "SmolLM2-135M"
+    shapes = pathlib.Path(__file__).parents[3] / "packaging" / "kernels" / "SmolLM2-135M"
     made = tmp_path / "prebuilt"
     prebuild.main([str(shapes), "--capability", "80", "--quant", "none", "--out", str(made)])
     assert len(list(made.glob("*.cubin"))) == len(list(made.glob("*.json"))) > 5

@@ -26,7 +26,7 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "messages": (anthropic_messages, {"model": "m", "max_tokens": 9, "messages": TURN}),
 }
 EVERY = pytest.mark.parametrize("dialect", BODIES)
-DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "parameters.md"
+DOCUMENT = pathlib.Path(__file__).parents[3] / "docs" / "parameters.md"
 
 
 def decode(dialect: str, **more: Any) -> Any:

@@ -30,7 +30,7 @@ from .test_weights import export_gguf
 
 HOST = torch.device("cpu")
 KINDS = ("Q4_0", "Q4_1", "Q8_0")
-"""What the gguf library can write; the K kinds' blocks are checked in tests/triton_kernels/test_quantized.py."""
+"""What the gguf library can write; the K kinds' blocks are checked in tests/neuron/triton_kernels/test_quantized.py."""
 WIDE: dict[str, Any] = {
     "kind": "llama",
     "hidden_size": 128,

@@ -11,7 +11,7 @@ import pytest
 
 COMPILER = shutil.which("aarch64-linux-gnu-gcc")
 EMULATOR = shutil.which("qemu-aarch64-static")
-KERNELS = pathlib.Path(__file__).parents[2] / "neuron" / "cpu_kernels"
+KERNELS = pathlib.Path(__file__).parents[3] / "neuron" / "cpu_kernels"
 FLAGS = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Werror", "-DNEURON_ARM64", f"-I{KERNELS}"]
 LEVELS = {"portable": [], "neon_dotprod": ["-march=armv8.2-a+dotprod"]}
 

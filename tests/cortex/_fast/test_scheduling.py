@@ -30,14 +30,14 @@ def wait():
     note("before")
 before = threading.Thread(target=wait)
 before.start()
-os.nice(3)
+niced = os.nice(3)
 set_slices(100_000)
 goes_on.set()
 after = threading.Thread(target=note, args=["after"])
 after.start(); before.join(); after.join()
 note("main")
 assert found == {"before": 100_000, "after": 100_000, "main": 100_000}, found
-assert os.nice(0) == 3
+assert os.nice(0) == niced
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
