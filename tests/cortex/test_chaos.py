@@ -96,8 +96,8 @@ async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int, interfa
     async def script(asked: Asked, line: Line) -> None:
         story = Story.of(json.loads(asked.body)["seed"])
         for piece, delay_s in zip(story.pieces, story.delays_s, strict=True):
+            await asyncio.sleep(delay_s)  # not behind the last: a client may use again a connection that answered whole
             await line.send(piece)
-            await asyncio.sleep(delay_s)
         if story.is_reset:
             line.reset()
         else:
@@ -141,8 +141,8 @@ async def test_an_answer_arrives_whole_or_as_an_error(interface: str) -> None:
     async def script(asked: Asked, line: Line) -> None:
         story = WholeStory.of(json.loads(asked.body)["seed"])
         for piece, delay_s in zip(story.pieces, story.delays_s, strict=True):
+            await asyncio.sleep(delay_s)  # not behind the last: a client may use again a connection that answered whole
             await line.send(piece)
-            await asyncio.sleep(delay_s)
         if story.is_reset:
             line.reset()
         elif story.is_cut:

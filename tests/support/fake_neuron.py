@@ -168,6 +168,8 @@ class Line:
 
     async def send(self, data: bytes) -> None:
         """Send raw bytes, and wait while the other side does not take them."""
+        if self.writer.is_closing():  # uvloop's transports raise a RuntimeError once they are closed
+            raise ConnectionError
         self.written_bytes += len(data)
         self.writer.write(data)
         await self.writer.drain()
