@@ -17,7 +17,7 @@ UNITS = re.compile(r"\.(toml|socket|service)$")
 
 def is_history(path: pathlib.Path) -> bool:
     """Return whether a document is about what was, so that what it names may be gone."""
-    return path.name in {"CHANGELOG.md", "DECISIONS.md"} or "decisions" in path.parts or "results" in path.parts
+    return path.name == "CHANGELOG.md" or "decisions" in path.parts or "results" in path.parts
 
 
 CURRENT = [path for path in DOCUMENTS if not is_history(path)]
