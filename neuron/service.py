@@ -47,9 +47,9 @@ from neuron.device.worker import Worker
 from neuron.errors import DeviceWorkerLostError, ListenError
 from neuron.harness import Harness
 from neuron.load import source
-from neuron.load.eviction import Patience
+from neuron.load.eviction import EvictionTimeouts
 from neuron.load.loader import Loader
-from neuron.load.table import ModelTable, Stay
+from neuron.load.table import ModelTable, Retention
 
 if TYPE_CHECKING:
     from neuron.text.pool import TextPool
@@ -116,7 +116,7 @@ class Service:
         daemon = config.daemon
         self.models = ModelTable(
             Loader(pathlib.Path(daemon.cache) if daemon.cache else source.default_cache()).load,
-            Patience(daemon.hold_s, daemon.linger_s, daemon.patience_s),
+            EvictionTimeouts(daemon.hold_s, daemon.linger_s, daemon.patience_s),
             self._recycle,
             metrics.forget_model,
             max_models=daemon.max_models,
@@ -141,8 +141,8 @@ class Service:
         if asked.harness not in self._harnesses:
             known = ", ".join(self._harnesses)
             raise NoHarnessError(f"There is no harness '{asked.harness}' here; there is: {known}.", param="harness")
-        stay = Stay(asked.pinned, asked.priority, asked.idle_ttl_s)
-        return await self.models.load(asked.spec(), self._harnesses[asked.harness], stay, asked.evict)
+        retention = Retention(asked.pinned, asked.priority, asked.idle_ttl_s)
+        return await self.models.load(asked.spec(), self._harnesses[asked.harness], retention, asked.evict)
 
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
         """Unload a model; see :meth:`ModelTable.unload`."""
@@ -258,8 +258,8 @@ class Service:
         preload = [entry for entry in self._config.models if entry.preload]
         for entry in self._config.models:
             if entry.harness in self._harnesses:
-                stay = Stay(entry.pinned, entry.priority, entry.idle_ttl_s)
-                self.models.add(entry.spec(), self._harnesses[entry.harness], stay)
+                retention = Retention(entry.pinned, entry.priority, entry.idle_ttl_s)
+                self.models.add(entry.spec(), self._harnesses[entry.harness], retention)
         self._activating = {entry.id for entry in preload}
         if not self._harnesses:  # nothing that a worker could import
             self._activating, self._state = set(), NodeState.READY

@@ -29,12 +29,12 @@ from neuron.errors import (
     TooManyModelsError,
 )
 from neuron.harness import Harness, Model, Requirement
-from neuron.load.eviction import Patience, Recycle, RoomMaker
+from neuron.load.eviction import EvictionTimeouts, Evictor, Recycle
 
 _log = logging.getLogger("neuron.models")
 
 GiveRoom = Callable[["Entry", Requirement], AbstractAsyncContextManager[tuple[str, ...]]]
-"""Makes room for an entry and says on which devices; see :meth:`RoomMaker.room`."""
+"""Makes room for an entry and says on which devices; see :meth:`Evictor.room`."""
 
 Load = Callable[["Entry", GiveRoom], Awaitable[Model]]
 """Brings an entry's model up: fetches, checks and loads it (:mod:`neuron.load.loader`)."""
@@ -45,8 +45,8 @@ FULL_RETRY_AFTER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stay:
-    """How long a model may stay. ``idle_ttl_s`` of 0 is for ever."""
+class Retention:
+    """Conditions for keeping a model loaded. ``idle_ttl_s`` of 0 is for ever."""
 
     pinned: bool = False
     priority: int = 0
@@ -59,7 +59,7 @@ class Entry:
 
     spec: ModelSpec
     harness: Harness
-    stay: Stay = Stay()
+    retention: Retention = Retention()
     is_configured: bool = False
     """Whether the node's own configuration names it, so that it is never forgotten."""
     entered_at: float = field(default_factory=time.monotonic)
@@ -100,9 +100,9 @@ class Entry:
             error=self.error,
             generation=self.generation,
             required_bytes=self.need.total_bytes,
-            pinned=self.stay.pinned,
-            priority=self.stay.priority,
-            idle_ttl_s=self.stay.idle_ttl_s,
+            pinned=self.retention.pinned,
+            priority=self.retention.priority,
+            idle_ttl_s=self.retention.idle_ttl_s,
         )
         if self.model is None:
             return common
@@ -126,7 +126,7 @@ class ModelTable:
     def __init__(
         self,
         load: Load,
-        patience: Patience | None = None,
+        timeouts: EvictionTimeouts | None = None,
         recycle: Recycle | None = None,
         on_leave: Callable[[str], None] = lambda model: None,
         *,
@@ -142,11 +142,11 @@ class ModelTable:
         self._changed = asyncio.Event()
         self.generation = time.time_ns() // 1_000_000  # above that of any earlier life of the daemon
         self.defrag_after_cycles = 0
-        self.rooms = RoomMaker(self, patience or Patience(), recycle)
+        self.rooms = Evictor(self, timeouts or EvictionTimeouts(), recycle)
 
-    def add(self, spec: ModelSpec, harness: Harness, stay: Stay | None = None) -> None:
+    def add(self, spec: ModelSpec, harness: Harness, retention: Retention | None = None) -> None:
         """Make a model known without loading it."""
-        self._entries.setdefault(spec.id, Entry(spec, harness, stay or Stay(), is_configured=True))
+        self._entries.setdefault(spec.id, Entry(spec, harness, retention or Retention(), is_configured=True))
 
     def statuses(self) -> tuple[ModelStatus, ...]:
         """Return every model's status, by name."""
@@ -198,19 +198,19 @@ class ModelTable:
                 self.note_change()
 
     async def load(
-        self, spec: ModelSpec, harness: Harness, stay: Stay | None = None, evict: Eviction | None = None
+        self, spec: ModelSpec, harness: Harness, retention: Retention | None = None, evict: Eviction | None = None
     ) -> ModelStatus:
         """Load a model and return its status once it is ready; join a load that is under way.
 
         The load goes on when a caller is cancelled: others may wait for it, and the next request will. A model that is
-        here already is pinned if ``stay`` says so, never unpinned.
+        here already is pinned if ``retention`` says so, never unpinned.
 
         Raises:
             ApiError: why it could not be loaded.
             ModelConflictError: it is here already from another source or with other limits.
             TooManyModelsError: the table is full of models that are loaded, on their way, or configured.
         """
-        stay = stay or Stay()
+        retention = retention or Retention()
         entry = self._entries.get(spec.id)
         while entry is not None and entry.leaving is not None:
             await asyncio.shield(entry.leaving)
@@ -222,14 +222,14 @@ class ModelTable:
             is_configured = entry is not None and entry.is_configured
             if entry is None:
                 self._make_place(spec.id)
-            entry = self._entries[spec.id] = Entry(spec, harness, stay, is_configured, evict=evict, need=need)
+            entry = self._entries[spec.id] = Entry(spec, harness, retention, is_configured, evict=evict, need=need)
             self._begin(entry, ModelState.LOADING)
         elif entry.spec != spec:
             raise ModelConflictError(
                 f"The model '{spec.id}' is {entry.state} here from '{entry.spec.source}'; unload it first.", param="id"
             )
-        elif stay.pinned:
-            entry.stay = stay
+        elif retention.pinned:
+            entry.retention = retention
         if (loading := entry.loading) is not None:
             await asyncio.wait({loading})
             if loading.cancelled():
@@ -271,10 +271,10 @@ class ModelTable:
             entry.spec.id
             for entry in self._entries.values()
             if entry.state is ModelState.READY
-            and entry.stay.idle_ttl_s > 0
-            and not entry.stay.pinned
+            and entry.retention.idle_ttl_s > 0
+            and not entry.retention.pinned
             and not entry.running
-            and now - max(entry.idle_at, entry.ready_at) >= entry.stay.idle_ttl_s
+            and now - max(entry.idle_at, entry.ready_at) >= entry.retention.idle_ttl_s
         ]
         for name in due:
             _log.info("idle model=%s", name)
@@ -330,7 +330,7 @@ class ModelTable:
         """Change how long a model may stay; ``None`` leaves as it is."""
         entry = self.find(name)
         asked = {"pinned": pinned, "priority": priority, "idle_ttl_s": idle_ttl_s}
-        entry.stay = replace(entry.stay, **{key: value for key, value in asked.items() if value is not None})  # type: ignore[arg-type]
+        entry.retention = replace(entry.retention, **{key: value for key, value in asked.items() if value is not None})  # type: ignore[arg-type]
         self.note_change()
         return entry.status()
 

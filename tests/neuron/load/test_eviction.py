@@ -1,4 +1,4 @@
-"""Room for a load on a node: whose turn it is, who goes, and who is never made to."""
+"""Memory for a load on a node: order of loads, choice of evictions, and models that are never evicted."""
 
 import asyncio
 import math
@@ -15,25 +15,25 @@ from cortex.wire.errors import ModelNotFoundError, UnprocessableError
 from cortex.wire.node import Eviction, EvictionStrategy, ModelSpec, ModelState
 from neuron.errors import GenerationConflictError, ModelNotReadyError, NoRoomError
 from neuron.harness import Model
-from neuron.load.eviction import Patience
-from neuron.load.table import Entry, GiveRoom, ModelTable, Stay
+from neuron.load.eviction import EvictionTimeouts
+from neuron.load.table import Entry, GiveRoom, ModelTable, Retention
 from neuron.models.errors import DoesNotFitError
 
 LRU = Eviction()
-QUICK = Patience(hold_s=0.2, linger_s=0.02, patience_s=0.2)
+QUICK = EvictionTimeouts(hold_s=0.2, linger_s=0.02, patience_s=0.2)
 
 
 class Node:
-    """A table over one fake device of 10 GiB, or what is said."""
+    """A table over one fake device of 10 GiB, or over ``devices`` (GiB each)."""
 
-    def __init__(self, folder: pathlib.Path, patience: Patience = QUICK, **devices: int) -> None:
+    def __init__(self, folder: pathlib.Path, timeouts: EvictionTimeouts = QUICK, **devices: int) -> None:
         self.folder = folder
         self.harness = FleetHarness(
             {name.replace("_", ":"): gib * GIB for name, gib in (devices or {"cuda_0": 10}).items()}
         )
         self.recycled: list[str] = []
         self.gone: list[str] = []
-        self.models = ModelTable(self._load, patience, self._recycle, self.gone.append)
+        self.models = ModelTable(self._load, timeouts, self._recycle, self.gone.append)
 
     async def _load(self, entry: Entry, room: GiveRoom) -> Model:
         path = pathlib.Path(entry.spec.source)
@@ -54,10 +54,16 @@ class Node:
                 assert self.models.find(name).state is ModelState.RECOVERING
 
     async def load(
-        self, name: str, gib: float = 6, *, evict: Eviction | None = LRU, stay: Stay | None = None, **made: Any
+        self,
+        name: str,
+        gib: float = 6,
+        *,
+        evict: Eviction | None = LRU,
+        retention: Retention | None = None,
+        **options: Any,
     ) -> Any:
-        path = describe(self.folder, name, gib, **{"load_s": 0.01, **made})
-        return await self.models.load(ModelSpec(name, str(path)), self.harness, stay, evict)
+        path = describe(self.folder, name, gib, **{"load_s": 0.01, **options})
+        return await self.models.load(ModelSpec(name, str(path)), self.harness, retention, evict)
 
     async def use(self, name: str, seconds: float = 0) -> None:
         with self.models.use(name):
@@ -76,20 +82,20 @@ def story(test: Callable[..., Awaitable[None]]) -> Callable[[pathlib.Path], None
 
 
 @story
-async def test_a_load_evicts_what_is_idle_and_says_what_it_needs(folder: pathlib.Path) -> None:
+async def test_a_load_evicts_an_idle_model_and_reports_its_need(folder: pathlib.Path) -> None:
     node = Node(folder)
     await node.load("a")
     await node.use("a")
     status = await node.load("b")
     assert (status.state, status.required_bytes, status.devices) == (ModelState.READY, 6 * GIB, ("cuda:0",))
     assert node.here() == {"b"}
-    assert node.gone == ["a"], "whoever keeps figures of it is told"
-    assert node.models.find("a").status().required_bytes == 6 * GIB, "known from its preflight, though not loaded"
+    assert node.gone == ["a"], "on_leave was called"
+    assert node.models.find("a").status().required_bytes == 6 * GIB, "measured, though not loaded"
 
 
 @story
-async def test_loads_on_different_cards_run_side_by_side(folder: pathlib.Path) -> None:
-    """A third waits for the two, rather than have either's memory; nothing is evicted for want of a moment."""
+async def test_loads_on_different_gpus_run_side_by_side(folder: pathlib.Path) -> None:
+    """A third load waits for the first two; nothing is evicted meanwhile."""
     node = Node(folder, cuda_0=10, cuda_1=10)
     loads = [asyncio.ensure_future(node.load(name, 4, load_s=0.2)) for name in "abcd"]
     started = asyncio.get_running_loop().time()
@@ -111,7 +117,7 @@ async def test_cpu_devices_share_their_memory(folder: pathlib.Path) -> None:
 
 
 @story
-async def test_without_leave_to_evict_a_load_is_refused(folder: pathlib.Path) -> None:
+async def test_a_load_that_may_not_evict_is_refused(folder: pathlib.Path) -> None:
     node = Node(folder)
     await node.load("a")
     with pytest.raises(NoRoomError, match=r"cuda:0: needs 6.00 GiB, free 4.00 GiB"):
@@ -122,29 +128,29 @@ async def test_without_leave_to_evict_a_load_is_refused(folder: pathlib.Path) ->
 
 
 @story
-async def test_pinned_and_more_important_models_stay(folder: pathlib.Path) -> None:
+async def test_pinned_and_more_important_models_are_kept(folder: pathlib.Path) -> None:
     node = Node(folder)
-    await node.load("a", stay=Stay(pinned=True))
+    await node.load("a", retention=Retention(pinned=True))
     with pytest.raises(NoRoomError, match="pinned or matters more"):
         await node.load("b")
     node.models.pin("a", pinned=False, priority=5)
     by_priority = Eviction(EvictionStrategy.PRIORITY)
     with pytest.raises(NoRoomError, match="pinned or matters more"):
         await node.load("b", evict=by_priority)
-    await node.load("b", evict=by_priority, stay=Stay(priority=5))
+    await node.load("b", evict=by_priority, retention=Retention(priority=5))
     assert node.here() == {"b"}
 
 
-@pytest.mark.parametrize(("strategy", "goes"), [(EvictionStrategy.LRU, "a"), (EvictionStrategy.PRIORITY, "b")])
-def test_who_goes_first(tmp_path: pathlib.Path, strategy: EvictionStrategy, goes: str) -> None:
+@pytest.mark.parametrize(("strategy", "evicted"), [(EvictionStrategy.LRU, "a"), (EvictionStrategy.PRIORITY, "b")])
+def test_the_model_evicted_first(tmp_path: pathlib.Path, strategy: EvictionStrategy, evicted: str) -> None:
     async def run() -> None:
         node = Node(tmp_path)
-        await node.load("a", 5, stay=Stay(priority=1))
+        await node.load("a", 5, retention=Retention(priority=1))
         await node.load("b", 5)
         await node.use("a")
         await node.use("b")
-        await node.load("c", 5, evict=Eviction(strategy), stay=Stay(priority=1))
-        assert {"a", "b", "c"} - node.here() == {goes}
+        await node.load("c", 5, evict=Eviction(strategy), retention=Retention(priority=1))
+        assert {"a", "b", "c"} - node.here() == {evicted}
 
     asyncio.run(run())
 
@@ -157,7 +163,7 @@ async def test_a_running_request_is_never_cut_and_new_ones_stop_after_a_while(fo
     await asyncio.sleep(0)
     load = asyncio.ensure_future(node.load("b"))
     await asyncio.sleep(0.05)
-    await node.use("a")  # still welcome
+    await node.use("a")  # still accepted
     while node.models.find("a").state is ModelState.READY:
         await asyncio.sleep(0.01)
     with pytest.raises(ModelNotReadyError):
@@ -170,8 +176,8 @@ async def test_a_running_request_is_never_cut_and_new_ones_stop_after_a_while(fo
 
 
 @story
-async def test_a_model_stays_until_those_it_was_loaded_for_have_used_it(folder: pathlib.Path) -> None:
-    node = Node(folder, Patience(hold_s=30, linger_s=0, patience_s=0))
+async def test_a_model_is_kept_until_it_has_been_used(folder: pathlib.Path) -> None:
+    node = Node(folder, EvictionTimeouts(hold_s=30, linger_s=0, patience_s=0))
     await node.load("a")
     load = asyncio.ensure_future(node.load("b"))
     await asyncio.sleep(0.05)
@@ -219,20 +225,20 @@ async def test_an_unload_of_another_generation_is_refused(folder: pathlib.Path) 
 
 @story
 async def test_alternating_callers_neither_starve_nor_thrash(folder: pathlib.Path) -> None:
-    """Four callers, 200 requests over two models of which one fits: each is served, and swaps are far fewer."""
+    """Four callers, 200 requests, two models of which one fits: each request is served, with far fewer swaps."""
     node = Node(folder)
     served = 0
 
     async def caller(names: str) -> None:
         nonlocal served
-        for turn in range(50):
-            name = names[turn % len(names)]
+        for index in range(50):
+            name = names[index % len(names)]
             while True:
                 await node.load(name)
                 try:
                     await node.use(name, 0.002)
                 except (ModelNotReadyError, ModelNotFoundError):
-                    continue  # it went between the load and the use; the gateway asks again too
+                    continue  # it was evicted between the load and the use; the gateway retries too
                 served += 1
                 break
 
@@ -243,7 +249,7 @@ async def test_alternating_callers_neither_starve_nor_thrash(folder: pathlib.Pat
 
 
 @story
-async def test_two_who_want_the_same_room_do_not_take_each_others(folder: pathlib.Path) -> None:
+async def test_two_loads_for_the_same_memory_do_not_take_each_others(folder: pathlib.Path) -> None:
     node = Node(folder)
     await node.load("old")
     await node.use("old")
@@ -258,10 +264,10 @@ async def test_two_who_want_the_same_room_do_not_take_each_others(folder: pathli
 
 
 @story
-async def test_models_leave_when_nobody_uses_them(folder: pathlib.Path) -> None:
+async def test_idle_models_are_unloaded(folder: pathlib.Path) -> None:
     node = Node(folder)
-    await node.load("a", 2, stay=Stay(idle_ttl_s=0.05))
-    await node.load("b", 2, stay=Stay(pinned=True, idle_ttl_s=0.05))
+    await node.load("a", 2, retention=Retention(idle_ttl_s=0.05))
+    await node.load("b", 2, retention=Retention(pinned=True, idle_ttl_s=0.05))
     await node.load("c", 2)
     with node.models.use("a"):
         await asyncio.sleep(0.08)
@@ -301,9 +307,9 @@ async def test_a_model_over_two_devices(folder: pathlib.Path) -> None:
 
 @story
 async def test_many_random_swaps(folder: pathlib.Path) -> None:
-    """The harness raises on a double load and on every byte too much."""
+    """The harness raises on a double load and on memory in excess."""
     dice = random.Random(7)
-    node = Node(folder, Patience(hold_s=0.05, linger_s=0, patience_s=0.01), cuda_0=10, cuda_1=8)
+    node = Node(folder, EvictionTimeouts(hold_s=0.05, linger_s=0, patience_s=0.01), cuda_0=10, cuda_1=8)
     sizes = {name: dice.choice([2, 4, 6, 8]) for name in "abcdefgh"}
 
     async def caller(number: int) -> None:

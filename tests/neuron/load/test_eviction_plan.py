@@ -1,11 +1,11 @@
-"""Where a model goes and what goes for it: properties of the decision, whatever the figures."""
+"""Devices for a model and evictions for it: properties of the plan, for all figures."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cortex.wire.node import EvictionStrategy
 from neuron.harness import Requirement
-from neuron.load.room import Resident, find_room
+from neuron.load.eviction_plan import Resident, plan_eviction
 
 DEVICES = ("cuda:0", "cuda:1", "cuda:2")
 LRU, PRIORITY = EvictionStrategy.LRU, EvictionStrategy.PRIORITY
@@ -35,55 +35,57 @@ def situations(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-def freed(residents: list[Resident], victims: tuple[str, ...], device: str) -> int:
-    return sum(r.bytes_on.get(device, 0) for r in residents if r.model in victims)
+def freed(residents: list[Resident], to_evict: tuple[str, ...], device: str) -> int:
+    return sum(r.bytes_on.get(device, 0) for r in residents if r.model in to_evict)
 
 
 @given(situations())
-def test_room_is_room_and_nobody_is_evicted_who_must_not_be(case: dict) -> None:
-    room = find_room(**case)
-    assert room == find_room(**{**case, "residents": list(reversed(case["residents"]))})
-    if room is None:
+def test_a_plan_frees_enough_and_evicts_no_pinned_or_higher_model_nor_too_many(case: dict) -> None:
+    plan = plan_eviction(**case)
+    assert plan == plan_eviction(**{**case, "residents": list(reversed(case["residents"]))})
+    if plan is None:
         return
     need, residents = case["need"], case["residents"]
-    assert len(set(room.devices)) == need.num_devices
-    for device in room.devices:
-        assert need.bytes_on[device] <= case["free_bytes"][device] + freed(residents, room.victims, device)
+    assert len(set(plan.devices)) == need.num_devices
+    for device in plan.devices:
+        assert need.bytes_on[device] <= case["free_bytes"][device] + freed(residents, plan.to_evict, device)
     by_name = {resident.model: resident for resident in residents}
-    for victim in room.victims:
-        assert not by_name[victim].pinned
-        assert case["strategy"] is LRU or by_name[victim].priority <= case["priority"]
-        others = tuple(other for other in room.victims if other != victim)
+    for evicted in plan.to_evict:
+        assert not by_name[evicted].pinned
+        assert case["strategy"] is LRU or by_name[evicted].priority <= case["priority"]
+        others = tuple(other for other in plan.to_evict if other != evicted)
         assert any(
             need.bytes_on[device] > case["free_bytes"][device] + freed(residents, others, device)
-            for device in room.devices
-        ), "a victim too many"
+            for device in plan.devices
+        ), "one eviction too many"
 
 
 @given(situations())
-def test_there_is_no_room_only_where_there_is_none(case: dict) -> None:
-    if find_room(**case) is not None:
+def test_there_is_no_plan_only_where_no_eviction_helps(case: dict) -> None:
+    if plan_eviction(**case) is not None:
         return
     need, by_priority = case["need"], case["strategy"] is PRIORITY
-    movable = tuple(
+    evictable = tuple(
         r.model for r in case["residents"] if not r.pinned and not (by_priority and r.priority > case["priority"])
     )
-    able = [d for d in DEVICES if need.bytes_on[d] <= case["free_bytes"][d] + freed(case["residents"], movable, d)]
+    able = [d for d in DEVICES if need.bytes_on[d] <= case["free_bytes"][d] + freed(case["residents"], evictable, d)]
     assert len(able) < need.num_devices
 
 
 @given(situations(), st.sampled_from(DEVICES), st.integers(0, 30))
-def test_more_free_memory_never_costs_a_model_its_place(case: dict, device: str, more: int) -> None:
-    room = find_room(**case)
-    roomier = find_room(**{**case, "free_bytes": {**case["free_bytes"], device: case["free_bytes"][device] + more}})
-    if room is not None:
-        assert roomier is not None
-        assert room.victims or not roomier.victims
+def test_more_free_memory_never_causes_an_eviction(case: dict, device: str, more: int) -> None:
+    plan = plan_eviction(**case)
+    with_more = plan_eviction(
+        **{**case, "free_bytes": {**case["free_bytes"], device: case["free_bytes"][device] + more}}
+    )
+    if plan is not None:
+        assert with_more is not None
+        assert plan.to_evict or not with_more.to_evict
 
 
 def one_device(*residents: Resident, strategy: EvictionStrategy = LRU, priority: int = 0, needs: int = 8) -> object:
-    room = find_room(Requirement({"cuda:0": needs}), {"cuda:0": 0}, residents, strategy, priority)
-    return room and room.victims
+    plan = plan_eviction(Requirement({"cuda:0": needs}), {"cuda:0": 0}, residents, strategy, priority)
+    return plan and plan.to_evict
 
 
 def test_the_order_of_eviction() -> None:
@@ -98,12 +100,14 @@ def test_the_order_of_eviction() -> None:
     assert one_device(resident("equal", 1), strategy=PRIORITY) == ("equal",), "else two models deadlock a node"
     small = [resident(f"s{i}", i, size=4) for i in range(4)]
     assert one_device(*small) == ("s0", "s1")
-    assert one_device(resident("tiny", 1, size=1), resident("big", 2, size=8)) == ("big",), "tiny would go for nothing"
+    assert one_device(resident("tiny", 1, size=1), resident("big", 2, size=8)) == ("big",), (
+        "evicting tiny would not help"
+    )
 
 
-def test_shards_lie_on_as_many_devices_and_the_freest() -> None:
+def test_shards_are_placed_on_the_freest_devices() -> None:
     need = Requirement(dict.fromkeys(DEVICES, 10), 2)
-    room = find_room(need, {"cuda:0": 12, "cuda:1": 9, "cuda:2": 30})
-    assert room is not None
-    assert room.devices == ("cuda:2", "cuda:0")
-    assert find_room(need, {"cuda:0": 12, "cuda:1": 9, "cuda:2": 9}) is None
+    plan = plan_eviction(need, {"cuda:0": 12, "cuda:1": 9, "cuda:2": 30})
+    assert plan is not None
+    assert plan.devices == ("cuda:2", "cuda:0")
+    assert plan_eviction(need, {"cuda:0": 12, "cuda:1": 9, "cuda:2": 9}) is None
