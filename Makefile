@@ -11,7 +11,7 @@ LOCKED ?=
 # meson and ninja are looked up on the path when a build runs without isolation.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-commands test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu rehearse-gpu bench-regressions check-kernels check-numbers check-kernels-oldest kernels test-native test-stand-in test-asan test-tsan \
+.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-commands test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu rehearse-gpu bench-regressions check-kernels check-numbers check-kernels-oldest kernels test-native test-stub-cuda test-asan test-tsan \
         fuzz locks sbom wheel clean
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
@@ -209,19 +209,19 @@ check-kernels-oldest: $(VENV)/editable build/triton-$(OLDEST_TRITON)/installed
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -P -m pytest tests/neuron/triton_kernels/test_compile.py
 
 # A worker on torch's CUDA build and Triton, over a driver that has the rules of a real one and computes nothing; in an
-# environment of its own, of 5 GB. STAND_IN_TORCH names another torch, with the Triton that it comes with.
-STAND_IN_TORCH ?= 2.11.0
-STAND_IN := build/stand-in-$(STAND_IN_TORCH)
-$(STAND_IN)/made: pyproject.toml
-	$(PYTHON) -m venv $(STAND_IN)
-	$(STAND_IN)/bin/pip install "meson-python>=0.18" "Cython>=3.1" ninja "torch==$(STAND_IN_TORCH)" "nvidia-cuda-crt>=13,<14"
-	$(STAND_IN)/bin/pip install --no-build-isolation --editable ".[gpu]" --config-settings=build-dir=$(STAND_IN)/editable
-	$(STAND_IN)/bin/pip install httpx hypothesis psutil pytest pytest-benchmark pytest-timeout
+# environment of its own, of 5 GB. STUB_CUDA_TORCH names another torch, with the Triton that it comes with.
+STUB_CUDA_TORCH ?= 2.11.0
+STUB_CUDA := build/stub-cuda-$(STUB_CUDA_TORCH)
+$(STUB_CUDA)/made: pyproject.toml
+	$(PYTHON) -m venv $(STUB_CUDA)
+	$(STUB_CUDA)/bin/pip install "meson-python>=0.18" "Cython>=3.1" ninja "torch==$(STUB_CUDA_TORCH)" "nvidia-cuda-crt>=13,<14"
+	$(STUB_CUDA)/bin/pip install --no-build-isolation --editable ".[gpu]" --config-settings=build-dir=$(STUB_CUDA)/editable
+	$(STUB_CUDA)/bin/pip install httpx hypothesis psutil pytest pytest-benchmark pytest-timeout
 	touch $@
 
-test-stand-in: $(STAND_IN)/made
-	PATH="$(CURDIR)/$(STAND_IN)/bin:$$PATH" ninja -C $(STAND_IN)/editable --quiet
-	PATH="$(CURDIR)/$(STAND_IN)/bin:$$PATH" python -P -m pytest -m stand_in tests/stand_in
+test-stub-cuda: $(STUB_CUDA)/made
+	PATH="$(CURDIR)/$(STUB_CUDA)/bin:$$PATH" ninja -C $(STUB_CUDA)/editable --quiet
+	PATH="$(CURDIR)/$(STUB_CUDA)/bin:$$PATH" python -P -m pytest -m stub_cuda tests/stub_cuda
 
 # Cubins and their metadata for the shapes in packaging/kernels, without a GPU; `make wheel` packs them. MODELS narrows
 # it (folders with a config.json, or GGUF files). The whole takes about an hour of two cores.

@@ -13,7 +13,7 @@ from cortex._fast.outlet import HURRY_S, TURN_S, Outlet, Turns
 
 
 async def no_wait(of: Outlet) -> None:
-    """Stand in for credit."""
+    """Fake credit."""
 
 
 async def test_it_is_counted_with_its_framing() -> None:

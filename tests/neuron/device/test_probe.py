@@ -1,4 +1,4 @@
-"""What is found on hosts of other shapes: control groups of both versions, GPUs through a stand-in for NVML."""
+"""What is found on hosts of other shapes: control groups of both versions, GPUs through a fake NVML."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Sources of weights, against stand-ins of a package index and of a hub on the loopback interface."""
+"""Sources of weights, against a fake package index and a fake hub on the loopback interface."""
 
 import contextlib
 import hashlib

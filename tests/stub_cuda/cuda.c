@@ -6,8 +6,8 @@
  * of the glue (torch's allocator and graphs, Triton's launchers, the device loop), and finds what is wrong with that; what
  * a kernel computes it does not show.
  *
- * STAND_IN_BYTES: memory of the device. STAND_IN_FAIL: CALL:N:CODE, the N-th call of that name returns CODE, N of 0 each
- * call while capturing. STAND_IN_LOG: a file that gets a line for each call of interest.
+ * STUB_CUDA_BYTES: memory of the device. STUB_CUDA_FAIL: CALL:N:CODE, the N-th call of that name returns CODE, N of 0 each
+ * call while capturing. STUB_CUDA_LOG: a file that gets a line for each call of interest.
  */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -16,7 +16,7 @@
 #include <pthread.h>
 #include <string.h>
 
-#include "stand_in.h"
+#include "stub.h"
 
 /* A function that succeeds and does nothing. */
 #define DONE(type, name, parameters) \
@@ -40,7 +40,7 @@ static struct block *blocks;
 static size_t used_bytes;
 
 static size_t total_bytes(void) {
-    const char *text = getenv("STAND_IN_BYTES");
+    const char *text = getenv("STUB_CUDA_BYTES");
     return text ? strtoull(text, NULL, 0) : (size_t)8 << 30;
 }
 
@@ -131,7 +131,7 @@ static struct CUstream_st *stream_of(void *handle) {
 
 static int forbidden(const char *call) {
     note("FORBIDDEN while capturing: %s", call);
-    fprintf(stderr, "stand-in: forbidden while capturing: %s\n", call);
+    fprintf(stderr, "stub CUDA: forbidden while capturing: %s\n", call);
     return UNSUPPORTED;
 }
 
@@ -152,7 +152,7 @@ static int waits_for(void *handle, const char *call) {
 /* Return the code with which this call of `name` is to fail. */
 static int injected(const char *name) {
     static int calls;
-    const char *wanted = getenv("STAND_IN_FAIL");
+    const char *wanted = getenv("STUB_CUDA_FAIL");
     size_t length = strlen(name);
     if (!wanted || strncmp(wanted, name, length) || wanted[length] != ':')
         return 0;
@@ -236,12 +236,12 @@ API cudaError_t cudaGetLastError(void) {
 }
 API cudaError_t cudaPeekAtLastError(void) { return last_error; }
 API const char *cudaGetErrorName(cudaError_t error) {
-    return (int)error == NO_MEMORY ? "cudaErrorMemoryAllocation" : "cudaErrorOfStandIn";
+    return (int)error == NO_MEMORY ? "cudaErrorMemoryAllocation" : "cudaErrorOfStub";
 }
 API const char *cudaGetErrorString(cudaError_t error) {
     return (int)error == NO_MEMORY ? "out of memory"
            : error == 700         ? "an illegal memory access was encountered"
-                                  : "stand-in error";
+                                  : "stub CUDA error";
 }
 
 static int attribute(int which) {
@@ -269,7 +269,7 @@ static int attribute(int which) {
 
 API cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device) {
     *properties = (struct cudaDeviceProp){
-        .name = "Stand-in",
+        .name = "Stub",
         .totalGlobalMem = total_bytes(),
         .sharedMemPerBlock = 49152,
         .sharedMemPerBlockOptin = SHARED_BYTES,
@@ -542,14 +542,14 @@ static int context;
 DONE(CUresult, cuInit, (unsigned flags))
 API CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
 API CUresult cuGetErrorName(CUresult error, const char **name) {
-    return *name = (int)error == NO_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_OF_STAND_IN", CUDA_SUCCESS;
+    return *name = (int)error == NO_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_OF_STUB", CUDA_SUCCESS;
 }
 API CUresult cuGetErrorString(CUresult error, const char **text) {
     return *text = cudaGetErrorString(error), CUDA_SUCCESS;
 }
 API CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = 0, ordinal ? BAD_DEVICE : CUDA_SUCCESS; }
 API CUresult cuDeviceGetName(char *name, int size, CUdevice device) {
-    return snprintf(name, size, "Stand-in"), CUDA_SUCCESS;
+    return snprintf(name, size, "Stub"), CUDA_SUCCESS;
 }
 API CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute which, CUdevice device) {
     return *value = attribute(which), CUDA_SUCCESS;
@@ -658,8 +658,8 @@ API int nvmlSystemGetCudaDriverVersion_v2(int *version) { return *version = CUDA
 API int nvmlSystemGetDriverVersion(char *text, unsigned size) { return snprintf(text, size, "580.0"), 0; }
 API int nvmlDeviceGetCount_v2(unsigned *count) { return *count = 1, 0; }
 API int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { return *device = &context, index ? 2 : 0; }
-API int nvmlDeviceGetUUID(void *device, char *text, unsigned size) { return snprintf(text, size, "GPU-stand-in"), 0; }
-API int nvmlDeviceGetName(void *device, char *text, unsigned size) { return snprintf(text, size, "Stand-in"), 0; }
+API int nvmlDeviceGetUUID(void *device, char *text, unsigned size) { return snprintf(text, size, "GPU-stub"), 0; }
+API int nvmlDeviceGetName(void *device, char *text, unsigned size) { return snprintf(text, size, "Stub"), 0; }
 API int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *total_free_used) {
     total_free_used[0] = total_bytes(), total_free_used[1] = total_bytes() - used_bytes, total_free_used[2] = used_bytes;
     return 0;

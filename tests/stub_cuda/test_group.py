@@ -25,7 +25,7 @@ HERE = pathlib.Path(__file__).parent
 NUM_LAYERS = 2
 PROMPT = b"\3\0\0\0" * 20
 
-pytestmark = pytest.mark.stand_in
+pytestmark = pytest.mark.stub_cuda
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def nccl(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     import nvidia.cu13  # type: ignore[import-not-found]
     import nvidia.nccl  # type: ignore[import-not-found]
 
-    built = tmp_path_factory.mktemp("nccl") / "libnccl-stand-in.so"  # the real one is loaded too
+    built = tmp_path_factory.mktemp("nccl") / "libnccl-stub.so"  # the real one is loaded too
     folders = [pathlib.Path(next(iter(package.__path__))) / "include" for package in (nvidia.cu13, nvidia.nccl)]
     command = ["gcc", "-shared", "-fPIC", "-O1", "-g", "-Wall", "-Werror", "-fvisibility=hidden"]
     command += [*(f"-I{folder}" for folder in folders), str(HERE / "nccl.c")]
@@ -63,7 +63,7 @@ def test_collectives_are_queued_where_the_step_is(
     library: pathlib.Path, nccl: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     log = tmp_path / "log"
-    preloaded = {"LD_PRELOAD": f"{library}:{nccl}", "LD_LIBRARY_PATH": str(library.parent), "STAND_IN_LOG": str(log)}
+    preloaded = {"LD_PRELOAD": f"{library}:{nccl}", "LD_LIBRARY_PATH": str(library.parent), "STUB_CUDA_LOG": str(log)}
     run = subprocess.run(
         [sys.executable, "-c", ALONE, address()], env={**os.environ, **preloaded}, capture_output=True, text=True
     )
@@ -128,7 +128,7 @@ def test_a_sum_that_never_ends_ends_the_process(
     start: Callable[..., Any], library: pathlib.Path, nccl: pathlib.Path
 ) -> None:
     """Within the limit and a little, and before anything that comes of it is told."""
-    ranks = loaded(start, library, nccl, 3.0, STAND_IN_HANG="40", **NCCL_ENVIRONMENT)
+    ranks = loaded(start, library, nccl, 3.0, STUB_CUDA_HANG="40", **NCCL_ENVIRONMENT)
     for worker in ranks:
         worker.ends = (-signal.SIGABRT,)
     ranks[0].say(jobs.Generate(1, "m", PROMPT, 400, (), jobs.SamplerSettings(temperature=0.0)))

@@ -3,7 +3,7 @@
  * Its calls succeed in the order that NCCL allows, and are done at once: a sum is what the rank has, a gather its own part
  * in each place. Each is noted with its stream. Sums that go over several ranks are Gloo's to show.
  *
- * STAND_IN_HANG: the sum of that number never ends, and nothing behind it, where this is preloaded before cuda.c.
+ * STUB_CUDA_HANG: the sum of that number never ends, and nothing behind it, where this is preloaded before cuda.c.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -14,7 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "stand_in.h"
+#include "stub.h"
 
 struct ncclComm {
     int rank, size;
@@ -23,7 +23,7 @@ struct ncclComm {
 static _Atomic int num_sums;
 
 static int hangs(void) {
-    const char *text = getenv("STAND_IN_HANG");
+    const char *text = getenv("STUB_CUDA_HANG");
     return text && num_sums >= atoi(text);
 }
 

@@ -5,12 +5,12 @@ import pathlib
 import daemons
 import pytest
 
-pytestmark = pytest.mark.stand_in
+pytestmark = pytest.mark.stub_cuda
 
 
 def test_a_gpu_serves(environment: dict[str, str], smollm2_gguf: pathlib.Path, tmp_path: pathlib.Path) -> None:
     port, log = daemons.free_port(), tmp_path / "device"
-    variables = {**environment, "STAND_IN_LOG": str(log), "NEURON_DAEMON__LISTEN": f"127.0.0.1:{port}"}
+    variables = {**environment, "STUB_CUDA_LOG": str(log), "NEURON_DAEMON__LISTEN": f"127.0.0.1:{port}"}
     with daemons.daemon("neuron", "--devices", "0", port=port, log=tmp_path / "log", **variables) as neuron:
         daemons.until(lambda: (neuron.get("/health") or {}).get("state") == "ready", 60)
         with neuron.client() as client:

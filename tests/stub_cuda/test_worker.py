@@ -11,7 +11,7 @@ import pytest
 from neuron.device import jobs
 from neuron.engine.graph_runner import buckets
 
-pytestmark = pytest.mark.stand_in
+pytestmark = pytest.mark.stub_cuda
 
 
 def captured(device: Any) -> list[list[str]]:
@@ -90,7 +90,7 @@ def test_every_form_is_captured(
 
 
 def test_no_memory_for_a_model(start: Callable[..., Any]) -> None:
-    device = start(STAND_IN_BYTES=str(24 << 20))
+    device = start(STUB_CUDA_BYTES=str(24 << 20))
     answer = device.load(context_tokens=0, kv_cache_bytes=20 << 20)
     assert isinstance(answer, jobs.JobFailed)
     assert answer.error.code in {"model_does_not_fit", "out_of_memory"}
@@ -100,7 +100,7 @@ def test_no_memory_for_a_model(start: Callable[..., Any]) -> None:
 
 
 def test_no_memory_for_a_graph(start: Callable[..., Any]) -> None:
-    device = start(STAND_IN_FAIL="cudaMalloc:0:2")
+    device = start(STUB_CUDA_FAIL="cudaMalloc:0:2")
     device.load()
     device.generate(1, 2)
     assert device.tokens == {1: 30, 2: 30}
@@ -111,7 +111,7 @@ def test_no_memory_for_a_graph(start: Callable[..., Any]) -> None:
 
 
 def test_no_memory_for_a_graph_to_be_launched_from(start: Callable[..., Any]) -> None:
-    device = start(STAND_IN_FAIL="cuGraphInstantiateWithFlags:2:2")
+    device = start(STUB_CUDA_FAIL="cuGraphInstantiateWithFlags:2:2")
     device.load()
     device.generate(1, 2)
     assert device.tokens == {1: 30, 2: 30}
@@ -119,7 +119,7 @@ def test_no_memory_for_a_graph_to_be_launched_from(start: Callable[..., Any]) ->
 
 
 def test_no_memory_for_a_kernel(start: Callable[..., Any]) -> None:
-    device = start(STAND_IN_FAIL="cuModuleLoadData:3:2")
+    device = start(STUB_CUDA_FAIL="cuModuleLoadData:3:2")
     answer = device.load()
     assert isinstance(answer, jobs.JobFailed)
     assert answer.error.code == "out_of_memory"
@@ -130,7 +130,7 @@ def test_no_memory_for_a_kernel(start: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("fault", ["cuGraphLaunch:7:700", "cuLaunchKernelEx:40:700"])
 def test_a_fault_ends_the_worker_and_says_so(start: Callable[..., Any], fault: str) -> None:
-    device = start(STAND_IN_FAIL=fault)
+    device = start(STUB_CUDA_FAIL=fault)
     device.load()
     device.say(jobs.Generate(1, "m", b"\3\0\0\0" * 20, 100, (), jobs.SamplerSettings(temperature=1.0)))
     message = device.until(jobs.Poisoned)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.stand_in
+pytestmark = pytest.mark.stub_cuda
 
 BENCH = pathlib.Path(__file__).parents[2] / "bench" / "gpu" / "run.py"
 

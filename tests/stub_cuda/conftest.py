@@ -153,7 +153,7 @@ def start(environment: dict[str, str], model: pathlib.Path, tmp_path: pathlib.Pa
     def start_one(**settings: str) -> Device:
         ours, theirs = socket_pair()
         command = [sys.executable, "-m", "neuron.engine", "--device", "cuda:0", "--channel-fd", str(theirs)]
-        variables = {**os.environ, **environment, "STAND_IN_LOG": str(log), **settings}
+        variables = {**os.environ, **environment, "STUB_CUDA_LOG": str(log), **settings}
         process = subprocess.Popen(command, pass_fds=[theirs], env=variables)
         os.close(theirs)
         started.append(Device(Channel(ours), process, log, model))

@@ -1,4 +1,4 @@
-/* What the stand-ins have in common: what they show, and the log of STAND_IN_LOG, a line for each call of interest. */
+/* What the stubs share: symbol visibility, and the log STUB_CUDA_LOG, a line for each call of interest. */
 #pragma once
 #include <stdarg.h>
 #include <stdio.h>
@@ -10,7 +10,7 @@ static void note(const char *format, ...) {
     static FILE *file;
     static int opened;
     if (!opened) {
-        const char *path = getenv("STAND_IN_LOG");
+        const char *path = getenv("STUB_CUDA_LOG");
         opened = 1;
         file = path ? fopen(path, "a") : NULL;
     }
