@@ -1,4 +1,4 @@
-"""The device loop's costs as pytest-benchmark rounds: run with ``--benchmark-only``."""
+"""The device loop's costs as pytest-benchmark runs: ``pytest --benchmark``."""
 
 import ctypes
 import threading
@@ -10,7 +10,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from neuron.device import _fake_driver as fake  # type: ignore[attr-defined]
 from neuron.device.channel import Channel, socket_pair
 from neuron.device.loop import DeviceLoop
-
 
 GRAPH = 0x77
 PENDING = -2
