@@ -47,9 +47,10 @@ from neuron.device.worker import Worker
 from neuron.errors import DeviceWorkerLostError, ListenError
 from neuron.harness import Harness
 from neuron.load import source
-from neuron.load.eviction import EvictionTimeouts
+from neuron.load.entry import Retention
+from neuron.load.eviction import EvictionTimeouts, Evictor
 from neuron.load.loader import Loader
-from neuron.load.table import ModelTable, Retention
+from neuron.load.table import ModelTable
 
 if TYPE_CHECKING:
     from neuron.text.pool import TextPool
@@ -115,13 +116,14 @@ class Service:
         self._harnesses = self._find_harnesses() if harnesses is None else dict(harnesses)
         daemon = config.daemon
         self.models = ModelTable(
-            Loader(pathlib.Path(daemon.cache) if daemon.cache else source.default_cache()).load,
-            EvictionTimeouts(daemon.hold_s, daemon.linger_s, daemon.patience_s),
-            self._recycle,
+            lambda entry: self._loader.load(entry),
             metrics.forget_model,
             max_models=daemon.max_models,
             failed_kept_s=daemon.failed_kept_s,
         )
+        timeouts = EvictionTimeouts(daemon.hold_s, daemon.linger_s, daemon.patience_s)
+        self._evictor = Evictor(self.models, timeouts, self._recycle)
+        self._loader = Loader(pathlib.Path(daemon.cache) if daemon.cache else source.default_cache(), self._evictor)
         self._activating: set[str] = set()
 
     # ------------------------------------------------------------------ what the API asks
@@ -320,7 +322,7 @@ class Service:
             await asyncio.sleep(HOUSEKEEPING_S)
             await self.models.unload_idle()
             self.models.forget_failed()
-            await self.models.rooms.tidy(self._config.daemon.defrag_idle_s)
+            await self._evictor.tidy(self._config.daemon.defrag_idle_s)
 
     async def _recycle(self, device: str) -> None:
         """Replace a worker by a fresh one; returns when that is ready, however many tries it takes."""

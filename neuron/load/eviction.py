@@ -14,17 +14,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from cortex.wire.errors import ApiError
 from cortex.wire.node import Eviction, ModelState
 from neuron.errors import NoDeviceError, NoRoomError
 from neuron.harness import Requirement
+from neuron.load.entry import Entry
 from neuron.load.eviction_plan import EvictionPlan, Resident, plan_eviction
+from neuron.load.table import ModelTable
 from neuron.models.errors import DoesNotFitError
-
-if TYPE_CHECKING:
-    from neuron.load.table import Entry, ModelTable
 
 _log = logging.getLogger("neuron.models")
 
@@ -50,18 +48,18 @@ class EvictionTimeouts:
 class Evictor:
     """Gives each load its devices, evicting models where it may."""
 
-    def __init__(self, table: "ModelTable", timeouts: EvictionTimeouts, recycle: Recycle | None) -> None:
+    def __init__(
+        self, table: ModelTable, timeouts: EvictionTimeouts | None = None, recycle: Recycle | None = None
+    ) -> None:
         self._table = table
-        self._timeouts = timeouts
+        self._timeouts = timeouts or EvictionTimeouts()
         self._recycle = recycle
         self._lock = asyncio.Lock()
         self._loading_on: set[str] = set()
         """Devices with a load in progress: their free memory is not known."""
-        self.unloads: dict[str, int] = {}
-        """Number of models unloaded from each device since its worker was started."""
 
     @asynccontextmanager
-    async def room(self, entry: "Entry", need: Requirement) -> AsyncIterator[tuple[str, ...]]:
+    async def devices_for(self, entry: Entry, need: Requirement) -> AsyncIterator[tuple[str, ...]]:
         """Wait for the lock, evict where needed, and yield the devices to load on; the body is the load.
 
         Raises:
@@ -81,7 +79,7 @@ class Evictor:
 
     async def tidy(self, idle_s: float) -> None:
         """Replace the workers that are due for it and whose models have been idle for ``idle_s``."""
-        for device in [device for device in self.unloads if self._is_due(device)]:
+        for device in [device for device in self._table.unloads if self._is_due(device)]:
             entries = self._table.on_device(device)
             now = time.monotonic()
             is_used = any(entry.running or now - entry.idle_at < idle_s for entry in entries)
@@ -92,7 +90,7 @@ class Evictor:
                 await self._replace(device)
             await self._table.recover(device)
 
-    async def _clear(self, entry: "Entry", need: Requirement) -> tuple[str, ...]:
+    async def _clear(self, entry: Entry, need: Requirement) -> tuple[str, ...]:
         asked_at = time.monotonic()
         while True:
             available = [device for device in need.bytes_on if not self._is_loading_on(device)]
@@ -116,7 +114,7 @@ class Evictor:
             await self._evict_or_wait(entry, entry.evict, need, free_bytes, asked_at)
 
     async def _evict_or_wait(
-        self, entry: "Entry", eviction: Eviction, need: Requirement, free_bytes: Mapping[str, int], asked_at: float
+        self, entry: Entry, eviction: Eviction, need: Requirement, free_bytes: Mapping[str, int], asked_at: float
     ) -> None:
         """Evict the models of the best plan, or wait until something changes."""
         kept_for_s = {other.spec.id: self._kept_for_s(other, asked_at) for other in self._loaded()}
@@ -145,10 +143,10 @@ class Evictor:
         finally:
             changed.cancel()
 
-    def _loaded(self) -> "list[Entry]":
+    def _loaded(self) -> list[Entry]:
         return [entry for entry in self._table.entries() if entry.state is ModelState.READY and entry.model is not None]
 
-    def _kept_for_s(self, entry: "Entry", asked_at: float) -> float:
+    def _kept_for_s(self, entry: Entry, asked_at: float) -> float:
         """Return how long a model is still kept; 0 when it may be evicted."""
         now = time.monotonic()
         if not entry.uses:
@@ -159,14 +157,14 @@ class Evictor:
         linger_s = min(self._timeouts.linger_s, entry.load_s)
         return max(0.0, min(left_s, entry.idle_at + linger_s - now))
 
-    def _refusal(self, entry: "Entry", need: Requirement, free_bytes: Mapping[str, int]) -> ApiError:
+    def _refusal(self, entry: Entry, need: Requirement, free_bytes: Mapping[str, int]) -> ApiError:
         message = self._explain(entry, need, free_bytes)
         everything = [replace(_resident(other), pinned=False) for other in self._loaded()]
         if plan_eviction(need, free_bytes, everything) is None:
             return DoesNotFitError(message, need.total_bytes)
         return NoRoomError(f"{message}; what is loaded there is pinned or matters more", retry_after_s=RETRY_AFTER_S)
 
-    def _explain(self, entry: "Entry", need: Requirement, free_bytes: Mapping[str, int]) -> str:
+    def _explain(self, entry: Entry, need: Requirement, free_bytes: Mapping[str, int]) -> str:
         where = ", ".join(
             f"{device}: needs {need.bytes_on[device] / GIB:.2f} GiB, free {free / GIB:.2f} GiB"
             for device, free in free_bytes.items()
@@ -182,15 +180,15 @@ class Evictor:
 
     def _is_due(self, device: str) -> bool:
         cycles = self._table.defrag_after_cycles
-        return self._recycle is not None and 0 < cycles <= self.unloads.get(device, 0)
+        return self._recycle is not None and 0 < cycles <= self._table.unloads.get(device, 0)
 
     async def _replace(self, device: str) -> None:
         assert self._recycle is not None
-        _log.info("recycle device=%s after unloads=%d", device, self.unloads.pop(device, 0))
+        _log.info("recycle device=%s after unloads=%d", device, self._table.unloads.pop(device, 0))
         await self._recycle(device)
 
 
-def _resident(entry: "Entry") -> Resident:
+def _resident(entry: Entry) -> Resident:
     assert entry.model is not None
     loaded, devices = entry.model.loaded, entry.model.devices
     share_bytes = (loaded.weights_bytes + loaded.kv_cache_bytes) // max(1, len(devices))

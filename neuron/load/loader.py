@@ -1,8 +1,8 @@
-"""One load, from a spec to a ready model: find the weights, measure them, get room, have the harness load them.
+"""One load, from a spec to a ready model: fetch the weights, measure them, free memory, have the harness load them.
 
-Says how far it is as one fraction: the first half is the download where there is one, the rest the load. Which loads
-happen, and that each happens once, is the table's (:mod:`neuron.load.table`). Only an ``ApiError`` leaves it: whatever
-else a model's files make a reader of them raise is about those files, and is not to be tried on another node.
+Progress is one fraction: the first half is the download where there is one, the rest the load. The table
+(:mod:`neuron.load.table`) decides on loads and runs each once. Every exception that a model's files cause becomes an
+``ApiError``, so that the load is not retried on another node.
 """
 
 import asyncio
@@ -17,33 +17,34 @@ import msgspec
 from cortex.wire.errors import ApiError
 from neuron.harness import Model
 from neuron.load import source
-from neuron.load.table import Entry, GiveRoom
+from neuron.load.entry import Entry
+from neuron.load.eviction import Evictor
 from neuron.models.errors import LoadFailedError
 
 _log = logging.getLogger("neuron.models")
 
 _FETCH_SHARE = 0.5
 MAX_FETCHES: Final = 8
-"""Sources that are downloaded or hashed at a time. They have threads of their own: a slow one holds up nothing else."""
+"""Number of sources downloaded or hashed at a time, in threads of their own: a slow one delays nothing else."""
 
 
 class Loader:
-    """Brings entries up; :meth:`load` is what a table is given."""
+    """Loads the models of entries; :meth:`load` is the function that a table takes."""
 
-    def __init__(self, cache: pathlib.Path) -> None:
-        self._cache = cache
+    def __init__(self, cache: pathlib.Path, evictor: Evictor) -> None:
+        self._cache, self._evictor = cache, evictor
         self._threads = ThreadPoolExecutor(MAX_FETCHES, "fetch")
 
-    async def load(self, entry: Entry, room: GiveRoom) -> Model:
-        """Fetch the weights of ``entry`` and load them where ``room`` says.
+    async def load(self, entry: Entry) -> Model:
+        """Fetch the weights of ``entry`` and load them on the devices that the evictor gives.
 
         Raises:
             ApiError: the source, the fit or the weights are wrong; see :func:`neuron.load.source.fetch`,
                 :meth:`neuron.harness.Harness.measure` and :meth:`neuron.harness.Harness.load`.
-            LoadFailedError: something of the files was foreseen by no reader.
+            LoadFailedError: the files cause an error that no reader foresees.
         """
         try:
-            return await self._load(entry, room)
+            return await self._load(entry)
         except ApiError:
             raise
         except Exception as error:
@@ -51,7 +52,7 @@ class Loader:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise LoadFailedError(f"The files of '{entry.spec.id}' cannot be loaded: {reason}") from error
 
-    async def _load(self, entry: Entry, room: GiveRoom) -> Model:
+    async def _load(self, entry: Entry) -> Model:
         def fetched(done_bytes: int, total_bytes: int) -> None:
             entry.progress = _FETCH_SHARE * done_bytes / total_bytes if total_bytes else 0.0
 
@@ -67,7 +68,7 @@ class Loader:
             draft = await loop.run_in_executor(self._threads, fetch, spec.draft)
             spec = msgspec.structs.replace(spec, draft=str(draft))
         need = await entry.harness.measure(spec, path)
-        async with room(entry, need) as devices:
+        async with self._evictor.devices_for(entry, need) as devices:
             start = time.monotonic()
             model = await entry.harness.load(
                 msgspec.structs.replace(spec, devices=devices) if devices else spec, path, loaded

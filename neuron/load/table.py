@@ -1,12 +1,12 @@
-"""The models of this node and their states: the one owner of what is loaded here.
+"""The models of this node and their states: the one owner of the loaded models.
 
-Loads are single-flight for each model and joinable; an unload drains first, and a load that comes meanwhile waits for
-its end. ``generation`` grows with every change of a state, so that what somebody decided on an older view can be told
-apart. Times that are shown are Unix seconds, those that are compared are monotonic. Which devices a load gets and what
-must go for it is :mod:`neuron.load.eviction`'s to decide.
+Each model has one load at a time, which later callers join; an unload drains first, and a load requested meanwhile
+waits for its end. ``generation`` grows with every change of a state, so that a decision made on an older view is
+recognised. Times that are shown are Unix seconds, times that are compared are monotonic. Devices and evictions of a
+load are decided by :mod:`neuron.load.eviction`.
 
-The table does not grow with what is asked of it: models that the configuration does not name are forgotten, failed ones
-after a while, and the oldest of those that are not loaded when the table is full.
+The table is bounded: models that the configuration does not name are forgotten, failed ones after a time, and the
+oldest model at rest when the table is full.
 """
 
 import asyncio
@@ -14,10 +14,8 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-
-import msgspec
+from contextlib import contextmanager
+from dataclasses import replace
 
 from cortex.wire.errors import ApiError, ModelNotFoundError, UnavailableError
 from cortex.wire.node import Eviction, ModelSpec, ModelState, ModelStatus
@@ -29,95 +27,16 @@ from neuron.errors import (
     TooManyModelsError,
 )
 from neuron.harness import Harness, Model, Requirement
-from neuron.load.eviction import EvictionTimeouts, Evictor, Recycle
+from neuron.load.entry import Entry, Retention
 
 _log = logging.getLogger("neuron.models")
 
-GiveRoom = Callable[["Entry", Requirement], AbstractAsyncContextManager[tuple[str, ...]]]
-"""Makes room for an entry and says on which devices; see :meth:`Evictor.room`."""
-
-Load = Callable[["Entry", GiveRoom], Awaitable[Model]]
-"""Brings an entry's model up: fetches, checks and loads it (:mod:`neuron.load.loader`)."""
+Load = Callable[[Entry], Awaitable[Model]]
+"""Function that fetches, checks and loads an entry's model (:meth:`neuron.load.loader.Loader.load`)."""
 
 LOADING_RETRY_AFTER_S = 2.0
 FAILED_RETRY_AFTER_S = 30.0
 FULL_RETRY_AFTER_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """Conditions for keeping a model loaded. ``idle_ttl_s`` of 0 is for ever."""
-
-    pinned: bool = False
-    priority: int = 0
-    idle_ttl_s: float = 0.0
-
-
-@dataclass
-class Entry:
-    """One model on this node."""
-
-    spec: ModelSpec
-    harness: Harness
-    retention: Retention = Retention()
-    is_configured: bool = False
-    """Whether the node's own configuration names it, so that it is never forgotten."""
-    entered_at: float = field(default_factory=time.monotonic)
-    """When it came into its state."""
-    evict: Eviction | None = None
-    """What may be done to make room for it."""
-    need: Requirement = field(default_factory=Requirement)
-    generation: int = 0
-    """Of its last load."""
-    ready_at: float = 0.0
-    idle_at: float = 0.0
-    load_s: float = 0.0
-    uses: int = 0
-    """Requests since its last load."""
-    state: ModelState = ModelState.AVAILABLE
-    model: Model | None = None
-    progress: float = 0.0
-    loaded_at: float = 0.0
-    last_used_at: float = 0.0
-    running: int = 0
-    error: str | None = None
-    loading: "asyncio.Task[None] | None" = None
-    leaving: "asyncio.Task[None] | None" = None
-    lost_on: set[str] = field(default_factory=set)
-    """Devices whose workers have to come back before it can be loaded again."""
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def status(self) -> ModelStatus:
-        """Return this entry as ``GET /models`` shows it."""
-        common = ModelStatus(
-            id=self.spec.id,
-            state=self.state,
-            source=self.spec.source,
-            progress=self.progress if self.state in {ModelState.LOADING, ModelState.RECOVERING} else 0.0,
-            running=self.running,
-            loaded_at=self.loaded_at,
-            last_used_at=self.last_used_at,
-            error=self.error,
-            generation=self.generation,
-            required_bytes=self.need.total_bytes,
-            pinned=self.retention.pinned,
-            priority=self.retention.priority,
-            idle_ttl_s=self.retention.idle_ttl_s,
-        )
-        if self.model is None:
-            return common
-        loaded = self.model.loaded
-        return msgspec.structs.replace(
-            common,
-            devices=self.model.devices,
-            capabilities=self.model.capabilities,
-            architecture=loaded.architecture,
-            dtype=loaded.dtype,
-            context_tokens=loaded.context_tokens,
-            max_sequences=loaded.max_sequences,
-            weights_bytes=loaded.weights_bytes,
-            kv_cache_bytes=loaded.kv_cache_bytes,
-        )
 
 
 class ModelTable:
@@ -126,14 +45,12 @@ class ModelTable:
     def __init__(
         self,
         load: Load,
-        timeouts: EvictionTimeouts | None = None,
-        recycle: Recycle | None = None,
         on_leave: Callable[[str], None] = lambda model: None,
         *,
         max_models: int = 256,
         failed_kept_s: float = 600.0,
     ) -> None:
-        """``on_leave`` is told of each model that has been unloaded or is forgotten, for whatever reason."""
+        """``on_leave`` is called with the name of each model that has been unloaded or forgotten."""
         self._max_models = max_models
         self._failed_kept_s = failed_kept_s
         self._load = load
@@ -142,10 +59,11 @@ class ModelTable:
         self._changed = asyncio.Event()
         self.generation = time.time_ns() // 1_000_000  # above that of any earlier life of the daemon
         self.defrag_after_cycles = 0
-        self.rooms = Evictor(self, timeouts or EvictionTimeouts(), recycle)
+        self.unloads: dict[str, int] = {}
+        """Number of models unloaded from each device since its worker was started."""
 
     def add(self, spec: ModelSpec, harness: Harness, retention: Retention | None = None) -> None:
-        """Make a model known without loading it."""
+        """Add a model without loading it."""
         self._entries.setdefault(spec.id, Entry(spec, harness, retention or Retention(), is_configured=True))
 
     def statuses(self) -> tuple[ModelStatus, ...]:
@@ -202,13 +120,13 @@ class ModelTable:
     ) -> ModelStatus:
         """Load a model and return its status once it is ready; join a load that is under way.
 
-        The load goes on when a caller is cancelled: others may wait for it, and the next request will. A model that is
-        here already is pinned if ``retention`` says so, never unpinned.
+        The load continues when a caller is cancelled: others may wait for it. A model that is already loaded is pinned
+        if ``retention`` is, never unpinned.
 
         Raises:
-            ApiError: why it could not be loaded.
-            ModelConflictError: it is here already from another source or with other limits.
-            TooManyModelsError: the table is full of models that are loaded, on their way, or configured.
+            ApiError: the reason why it could not be loaded.
+            ModelConflictError: it is already loaded from another source or with other limits.
+            TooManyModelsError: the table is full of models that are loaded, loading or configured.
         """
         retention = retention or Retention()
         entry = self._entries.get(spec.id)
@@ -221,7 +139,7 @@ class ModelTable:
             need = entry.need if entry is not None and entry.spec == spec else Requirement()
             is_configured = entry is not None and entry.is_configured
             if entry is None:
-                self._make_place(spec.id)
+                self._make_space(spec.id)
             entry = self._entries[spec.id] = Entry(spec, harness, retention, is_configured, evict=evict, need=need)
             self._begin(entry, ModelState.LOADING)
         elif entry.spec != spec:
@@ -238,13 +156,13 @@ class ModelTable:
         return entry.status()
 
     async def unload(self, name: str, drain_timeout_s: float, generation: int = 0) -> ModelStatus:
-        """Let running requests finish for up to ``drain_timeout_s``, then free the model; returns its last status.
+        """Let running requests finish for up to ``drain_timeout_s``, then free the model; return its last status.
 
-        It goes on when its caller is cancelled. A ``generation`` other than 0 is that of the load that is meant.
+        The unload continues when its caller is cancelled. A ``generation`` other than 0 must be that of the last load.
 
         Raises:
-            ModelNotFoundError: it is not known here.
-            GenerationConflictError: another load has taken the place of the one that was meant.
+            ModelNotFoundError: the table has no such model.
+            GenerationConflictError: the model has been loaded again since.
         """
         entry = self.find(name)
         if generation not in {0, entry.generation}:
@@ -265,7 +183,7 @@ class ModelTable:
         return entry.status()
 
     async def unload_idle(self) -> list[str]:
-        """Unload the models that nobody has used for their ``idle_ttl_s``, and return which."""
+        """Unload the models that have been idle for their ``idle_ttl_s``, and return their names."""
         now = time.monotonic()
         due = [
             entry.spec.id
@@ -282,14 +200,14 @@ class ModelTable:
         return due
 
     def forget(self, name: str) -> None:
-        """Take a model that is not loaded out of the table.
+        """Remove a model that is not loaded from the table.
 
         Raises:
-            ModelNotFoundError: it is not known here.
-            ModelNotReadyError: it is loaded or on its way in or out.
+            ModelNotFoundError: the table has no such model.
+            ModelNotReadyError: it is loaded, loading or draining.
         """
         entry = self.find(name)
-        if not _is_at_rest(entry):
+        if not entry.is_at_rest():
             raise ModelNotReadyError(f"The model '{name}' is {entry.state} on this node; unload it first.", param="id")
         del self._entries[name]
         self.generation += 1
@@ -297,28 +215,28 @@ class ModelTable:
         self._on_leave(name)
 
     def forget_failed(self) -> list[str]:
-        """Forget the models whose load has failed and that nobody has asked for since, and return which."""
+        """Forget the models whose load failed and has not been retried since, and return their names."""
         before = time.monotonic() - self._failed_kept_s
         due = [
             entry.spec.id
             for entry in self._entries.values()
             if entry.state is ModelState.FAILED
             and not entry.is_configured
-            and _is_at_rest(entry)
+            and entry.is_at_rest()
             and entry.entered_at < before
         ]
         for name in due:
             self.forget(name)
         return due
 
-    def _make_place(self, name: str) -> None:
-        """Forget the model that has been out of use for longest if the table is full."""
+    def _make_space(self, name: str) -> None:
+        """Forget the model that has been at rest for longest if the table is full."""
         if len(self._entries) < self._max_models:
             return
-        at_rest = [entry for entry in self._entries.values() if _is_at_rest(entry) and not entry.is_configured]
+        at_rest = [entry for entry in self._entries.values() if entry.is_at_rest() and not entry.is_configured]
         if not at_rest:
             raise TooManyModelsError(
-                f"This node knows {len(self._entries)} models, all of them loaded, loading or configured, and keeps at "
+                f"This node has {len(self._entries)} models, all of them loaded, loading or configured, and keeps at "
                 f"most {self._max_models} (max_models): unload one before '{name}'.",
                 retry_after_s=FULL_RETRY_AFTER_S,
             )
@@ -327,7 +245,7 @@ class ModelTable:
     def pin(
         self, name: str, pinned: bool | None = None, priority: int | None = None, idle_ttl_s: float | None = None
     ) -> ModelStatus:
-        """Change how long a model may stay; ``None`` leaves as it is."""
+        """Change the retention of a model; ``None`` leaves a value as it is."""
         entry = self.find(name)
         asked = {"pinned": pinned, "priority": priority, "idle_ttl_s": idle_ttl_s}
         entry.retention = replace(entry.retention, **{key: value for key, value in asked.items() if value is not None})  # type: ignore[arg-type]
@@ -337,10 +255,10 @@ class ModelTable:
     def lose(self, device: str) -> frozenset[str]:
         """Mark the models of a device whose worker died ``recovering``: they answer 503 until :meth:`recover`.
 
-        Returns the devices that hold such a model together with it: their workers are of no use to it any more, and one
-        of them may hang, so all are to be replaced.
+        Returns the other devices of such models: their workers are useless to the model and may hang, so all are to be
+        replaced.
         """
-        self.rooms.unloads.pop(device, None)
+        self.unloads.pop(device, None)
         others: set[str] = set()
         for entry in self.on_device(device):
             if entry.leaving is not None:
@@ -353,9 +271,9 @@ class ModelTable:
         return frozenset(others - {device})
 
     async def recover(self, device: str) -> None:
-        """Load the models of a device again on its new worker; returns when each is ready or has failed.
+        """Load the models of a device again on its new worker; return when each is ready or has failed.
 
-        One that several devices hold is loaded when the last of them is back.
+        A model on several devices is loaded when the last of them is back.
         """
         recovering = []
         for entry in self.on_device(device):
@@ -366,7 +284,7 @@ class ModelTable:
         await asyncio.gather(*(e.loading for e in recovering if e.loading is not None), return_exceptions=True)
 
     def on_device(self, device: str) -> list[Entry]:
-        """Return the entries that are loaded on a device."""
+        """Return the entries of the models loaded on a device."""
         return [e for e in self._entries.values() if e.model is not None and device in e.model.devices]
 
     async def changed(self) -> None:
@@ -379,7 +297,7 @@ class ModelTable:
         self.note_change()
 
     def note_change(self) -> None:
-        """Wake those who wait for a change."""
+        """Wake the tasks that wait in :meth:`changed`."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -394,7 +312,7 @@ class ModelTable:
             model, entry.model = entry.model, None
             assert model is not None
             for device in model.devices:
-                self.rooms.unloads[device] = self.rooms.unloads.get(device, 0) + 1
+                self.unloads[device] = self.unloads.get(device, 0) + 1
             await entry.harness.unload(model)
         except ApiError as error:  # the worker that had it is gone, and the model with it
             _log.warning("unload model=%s error=%s", name, error.message)
@@ -408,13 +326,13 @@ class ModelTable:
         self._enter(entry, state)
         entry.generation = self.generation
         entry.loading = asyncio.create_task(self._bring_up(entry))
-        # Whoever waits sees the error; where no one does, the entry's status holds it.
+        # The callers that wait get the error; without any, the entry's status holds it.
         entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _bring_up(self, entry: Entry) -> None:
         start = time.monotonic()
         try:
-            entry.model = await self._load(entry, self.rooms.room)
+            entry.model = await self._load(entry)
         except BaseException as error:
             entry.model = None
             self._enter(entry, ModelState.FAILED)
@@ -429,9 +347,3 @@ class ModelTable:
         entry.ready_at = entry.idle_at = time.monotonic()
         self._enter(entry, ModelState.READY)
         _log.info("loaded model=%s seconds=%.2f generation=%d", entry.spec.id, entry.ready_at - start, entry.generation)
-
-
-def _is_at_rest(entry: Entry) -> bool:
-    """Return whether a model holds nothing and nothing is under way with it."""
-    idle = entry.model is None and entry.loading is None and entry.leaving is None
-    return idle and entry.state in {ModelState.AVAILABLE, ModelState.FAILED}

@@ -15,8 +15,9 @@ from cortex.wire.errors import ModelNotFoundError, UnprocessableError
 from cortex.wire.node import Eviction, EvictionStrategy, ModelSpec, ModelState
 from neuron.errors import GenerationConflictError, ModelNotReadyError, NoRoomError
 from neuron.harness import Model
-from neuron.load.eviction import EvictionTimeouts
-from neuron.load.table import Entry, GiveRoom, ModelTable, Retention
+from neuron.load.entry import Entry, Retention
+from neuron.load.eviction import EvictionTimeouts, Evictor
+from neuron.load.table import ModelTable
 from neuron.models.errors import DoesNotFitError
 
 LRU = Eviction()
@@ -33,12 +34,13 @@ class Node:
         )
         self.recycled: list[str] = []
         self.gone: list[str] = []
-        self.models = ModelTable(self._load, timeouts, self._recycle, self.gone.append)
+        self.models = ModelTable(self._load, self.gone.append)
+        self.evictor = Evictor(self.models, timeouts, self._recycle)
 
-    async def _load(self, entry: Entry, room: GiveRoom) -> Model:
+    async def _load(self, entry: Entry) -> Model:
         path = pathlib.Path(entry.spec.source)
         need = await entry.harness.measure(entry.spec, path)
-        async with room(entry, need) as devices:
+        async with self.evictor.devices_for(entry, need) as devices:
             start = asyncio.get_running_loop().time()
             model = await entry.harness.load(
                 msgspec.structs.replace(entry.spec, devices=devices), path, lambda fraction: None
@@ -288,9 +290,9 @@ async def test_a_worker_is_replaced_after_enough_unloads(folder: pathlib.Path) -
     await node.load("e", 2, evict=often)
     await node.models.unload("e", 1)
     assert node.here() == {"d"}
-    await node.models.rooms.tidy(60)
+    await node.evictor.tidy(60)
     assert node.recycled == ["cuda:0"], "d was used a moment ago"
-    await node.models.rooms.tidy(0)
+    await node.evictor.tidy(0)
     assert node.recycled == ["cuda:0"] * 2
     assert node.here() == {"d"}, "it was loaded again"
 

@@ -10,13 +10,14 @@ from cortex.wire.errors import ModelNotFoundError, UnavailableError, Unprocessab
 from cortex.wire.node import ModelSpec, ModelState
 from neuron.errors import ModelConflictError, ModelFailedError, ModelNotReadyError, TooManyModelsError
 from neuron.harness import Model
-from neuron.load.table import Entry, GiveRoom, ModelTable
+from neuron.load.entry import Entry
+from neuron.load.table import ModelTable
 
 SPEC = ModelSpec("m", "/models/m")
 
 
 def table() -> ModelTable:
-    async def load(entry: Entry, room: GiveRoom) -> Model:
+    async def load(entry: Entry) -> Model:
         def progress(fraction: float) -> None:
             entry.progress = fraction
 
