@@ -183,7 +183,7 @@ test-tsan: $(VENV)/editable
 
 test-native: test-asan test-tsan
 
-# Every kernel against its reference in the interpreter, and its machine code for five chips: four minutes on two cores.
+# Every kernel against its reference in the interpreter, and its machine code for five capabilities: four minutes on two cores.
 # Triton is the one that torch 2.13 comes with.
 TRITON := 3.7.1
 $(VENV)/triton: $(VENV)/editable

@@ -1,4 +1,4 @@
-"""Each kernel beside what the card can do: a copy for bytes, cuBLAS for products, torch's attention for a prompt."""
+"""Each kernel beside what the GPU can do: a copy for bytes, cuBLAS for products, torch's attention for a prompt."""
 
 import dataclasses
 import traceback
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from card import Card
+from devices import Gpu
 from sizes import Sizes
 
 from neuron.triton_kernels import activation, cases, launch, moe_matmul, moe_routing, norm, sampling
@@ -30,36 +30,36 @@ QUICK = ("norm", "moe matmul", "sampling", "rounds")
 class Bench:
     """Where, what, and the bandwidth of a copy in GB/s, counting both ways."""
 
-    card: Card
+    gpu: Gpu
     sizes: Sizes
     copy_gb_s: float
 
     def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """Return normal numbers on the card: zeros would hide errors, and be faster than real data."""
-        return torch.randn(*shape, device=self.card.device, dtype=dtype)
+        """Return normal numbers on the GPU: zeros would hide errors, and be faster than real data."""
+        return torch.randn(*shape, device=self.gpu.device, dtype=dtype)
 
     def rate(self, nbytes: int, us: float) -> dict[str, float]:
         """Return the columns of what reads and writes ``nbytes``."""
         return {"us": us, "GB/s": nbytes / us / 1e3, "share of copy": nbytes / us / 1e3 / self.copy_gb_s}
 
 
-def copy_gb_s(card: Card, sizes: Sizes) -> float:
+def copy_gb_s(gpu: Gpu, sizes: Sizes) -> float:
     """Return the bandwidth of a copy, counting both ways."""
-    source = torch.randint(256, (sizes.copy_bytes,), dtype=torch.uint8, device=card.device)
+    source = torch.randint(256, (sizes.copy_bytes,), dtype=torch.uint8, device=gpu.device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / card.graph_us(lambda _: target.copy_(source)) / 1e3
+    return 2 * source.nbytes / gpu.graph_us(lambda _: target.copy_(source)) / 1e3
 
 
-def numbers(card: Card) -> Rows:
+def numbers(gpu: Gpu) -> Rows:
     """Yield whether each kernel is right, on fresh inputs; one that cannot be run is wrong."""
     for case in cases.numeric_cases():
         if case.dtype == torch.float32 and case.name not in EXACT:
             continue
-        if card.rehearses and case.name not in QUICK:
+        if gpu.rehearses and case.name not in QUICK:
             continue
         row: dict[str, Any] = {"case": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
         try:
-            error = case.error(card.device)
+            error = case.error(gpu.device)
         except Exception as failure:  # noqa: BLE001 (whatever it is, it is this case's)
             traceback.print_exc()
             yield row | {"verdict": f"FAILED: {type(failure).__name__}"}
@@ -69,17 +69,17 @@ def numbers(card: Card) -> Rows:
 
 def nodes(bench: Bench) -> Rows:
     """Yield the time of a node that does next to nothing, with and without dependent launch."""
-    here = launch.target_of(bench.card.device)
+    here = launch.target_of(bench.gpu.device)
     x, weight = bench.random(1, 64), bench.random(64, 64)
     for name, capability in (("dependent launch", here.capability), ("plain launch", min(here.capability, 80))):
         if name == "plain launch" or here.has_dependent_launch:
             with launch.targeting(launch.Target(capability, here.num_sms)):
-                yield {"node": name, "us": bench.card.graph_us(lambda _: skinny_matmul(x, weight))}
+                yield {"node": name, "us": bench.gpu.graph_us(lambda _: skinny_matmul(x, weight))}
 
 
 def projections(bench: Bench) -> Rows:
     """Yield projections of few rows; each call reads other weights, so that nothing is in the cache."""
-    here = launch.target_of(bench.card.device)
+    here = launch.target_of(bench.gpu.device)
     for width, depth in bench.sizes.gemv:
         copies = max(2, min(8, bench.sizes.weights_bytes // (2 * width * depth)))
         weights = [bench.random(width, depth) for _ in range(copies)]
@@ -91,9 +91,9 @@ def projections(bench: Bench) -> Rows:
                 if name == "plain " and not here.has_dependent_launch:
                     continue
                 with launch.targeting(launch.Target(capability, here.num_sms)):
-                    us = bench.card.graph_us(lambda i, x=x, w=weights: skinny_matmul(x, w[i % len(w)]))
+                    us = bench.gpu.graph_us(lambda i, x=x, w=weights: skinny_matmul(x, w[i % len(w)]))
                 row |= {name + key: value for key, value in bench.rate(nbytes, us).items()}
-            us = bench.card.graph_us(lambda i, x=x, w=weights: torch.mm(x, w[i % len(w)].t()))
+            us = bench.gpu.graph_us(lambda i, x=x, w=weights: torch.mm(x, w[i % len(w)].t()))
             yield row | {"cuBLAS GB/s": nbytes / us / 1e3}
 
 
@@ -104,18 +104,18 @@ def products(bench: Bench) -> Rows:
         for batch in bench.sizes.matmul_rows:
             x = bench.random(batch, depth)
             work = 2 * batch * width * depth / 1e6
-            ours = work / bench.card.graph_us(lambda _, x=x, w=weight: matmul(x, w))
-            theirs = work / bench.card.graph_us(lambda _, x=x, w=weight: torch.mm(x, w.t()))
+            ours = work / bench.gpu.graph_us(lambda _, x=x, w=weight: matmul(x, w))
+            theirs = work / bench.gpu.graph_us(lambda _, x=x, w=weight: torch.mm(x, w.t()))
             yield {"M": batch, "N": width, "K": depth, "TFLOP/s": ours, "cuBLAS": theirs, "share": ours / theirs}
 
 
 def attention(bench: Bench) -> Rows:
     """Yield attention of prompts beside torch's, and of decodes beside the copy."""
-    card = bench.card
+    gpu = bench.gpu
     for num_heads, num_kv_heads, head_dim in bench.sizes.heads:
         shape = {"H": num_heads, "K": num_kv_heads, "D": head_dim}
         for tokens in bench.sizes.prompts:
-            batch, pages = random_batch([(tokens, tokens)], card.device)
+            batch, pages = random_batch([(tokens, tokens)], gpu.device)
             caches = bench.random(2, pages, PAGE, num_kv_heads, head_dim)
             q = bench.random(tokens, num_heads, head_dim)
             out = torch.empty_like(q)
@@ -128,12 +128,12 @@ def attention(bench: Bench) -> Rows:
             def theirs(_: int, a: Any = each) -> torch.Tensor:
                 return torch.nn.functional.scaled_dot_product_attention(*a, is_causal=True, enable_gqa=True)
 
-            us, other = card.graph_us(ours), card.graph_us(theirs)
+            us, other = gpu.graph_us(ours), gpu.graph_us(theirs)
             work = 2 * tokens * tokens * num_heads * head_dim / 1e6
             row = {"kind": "prefill", "B": 1, "S": tokens, **shape, "us": us, "TFLOP/s": work / us}
             yield row | {"SDPA TFLOP/s": work / other, "share of SDPA": other / us}
         for sequences, context in bench.sizes.contexts:
-            batch, pages = random_batch([(1, context)] * sequences, card.device)
+            batch, pages = random_batch([(1, context)] * sequences, gpu.device)
             caches = bench.random(2, pages, PAGE, num_kv_heads, head_dim)
             q = bench.random(sequences, num_heads, head_dim)
             out = torch.empty_like(q)
@@ -143,21 +143,21 @@ def attention(bench: Bench) -> Rows:
 
             # What is smaller than the second level stays there between calls, and its share can exceed 1.
             row = {"kind": "decode", "B": sequences, "S": context, **shape}
-            yield row | bench.rate(caches.nbytes, card.graph_us(decode)) | {"MB": caches.nbytes / 1e6}
+            yield row | bench.rate(caches.nbytes, gpu.graph_us(decode)) | {"MB": caches.nbytes / 1e6}
 
 
 def quantised(bench: Bench) -> Rows:
     """Yield products with weights in each form; each call reads others."""
     width, depth = bench.sizes.quantized
     for name, matrix in cases.quantized_forms(torch.randn(min(width, 256), depth)).items():
-        if name == "fp8" and launch.target_of(bench.card.device).capability < 89:
+        if name == "fp8" and launch.target_of(bench.gpu.device).capability < 89:
             continue
         repeats = width // min(width, 256)
-        whole = matrix.map(lambda array, n=repeats: array.to(bench.card.device).repeat(n, 1))
+        whole = matrix.map(lambda array, n=repeats: array.to(bench.gpu.device).repeat(n, 1))
         copies = [whole.map(lambda array: array.clone()) for _ in range(8)]
         for batch in bench.sizes.quantized_rows:
             x = bench.random(batch, depth)
-            us = bench.card.graph_us(lambda i, x=x, w=copies: quantized_matmul(x, w[i % len(w)]))
+            us = bench.gpu.graph_us(lambda i, x=x, w=copies: quantized_matmul(x, w[i % len(w)]))
             row: dict[str, Any] = {"form": name, "rows": batch, "N": width, "K": depth}
             yield row | bench.rate(whole.nbytes, us) | {"TFLOP/s": 2 * batch * width * depth / us / 1e6}
 
@@ -166,7 +166,7 @@ def pointwise(bench: Bench) -> Rows:
     """Yield what moves bytes only, the experts, and the sampler."""
 
     def row(name: str, nbytes: int, function: Callable[..., object], *arguments: object) -> dict[str, Any]:
-        return {"kernel": name, **bench.rate(nbytes, bench.card.graph_us(lambda _: function(*arguments)))}
+        return {"kernel": name, **bench.rate(nbytes, bench.gpu.graph_us(lambda _: function(*arguments)))}
 
     rows, hidden, width = bench.sizes.pointwise
     x, gain, wide = bench.random(rows, hidden), bench.random(hidden), bench.random(rows, 2 * width)
@@ -184,7 +184,7 @@ def pointwise(bench: Bench) -> Rows:
     for num_rows in bench.sizes.sampled_rows:
         logits = bench.random(num_rows, bench.sizes.vocab, dtype=torch.float32)
         for name, asked in (("greedy", {"temperature": 0.0}), ("plain", {}), *FILTERS.items()):
-            wanted = _sampling_rows(num_rows, bench.card.device, **{**NO_FILTER, **asked})
+            wanted = _sampling_rows(num_rows, bench.gpu.device, **{**NO_FILTER, **asked})
             yield row(f"sampling, {num_rows} rows, {name}", logits.nbytes, sampling.sample_rows, logits, wanted)
 
 

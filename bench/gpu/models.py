@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import safetensors.torch
 import torch
-from card import Card
+from devices import Gpu
 from kernels import Bench, Rows
 
 from cortex.wire.node import ModelSpec
@@ -72,10 +72,10 @@ def finished(steps: Iterator[float]) -> Any:
             return end.value
 
 
-def weights_of(card: Card, config: ModelConfig, quant: str) -> decoder.DecoderWeights:
+def weights_of(gpu: Gpu, config: ModelConfig, quant: str) -> decoder.DecoderWeights:
     """Return random weights on the device."""
     source: Any = RandomSource(config)
-    weights: decoder.DecoderWeights = finished(decoder.load_decoder(source, torch.bfloat16, card.device, quant=quant))
+    weights: decoder.DecoderWeights = finished(decoder.load_decoder(source, torch.bfloat16, gpu.device, quant=quant))
     return weights
 
 
@@ -88,9 +88,9 @@ def step_bytes(weights: decoder.DecoderWeights) -> int:
     return total
 
 
-def prepare(card: Card, config: ModelConfig, plan: MemoryPlan) -> None:
+def prepare(gpu: Gpu, config: ModelConfig, plan: MemoryPlan) -> None:
     """Put a model's kernels onto the device as a load does; a launch that finds none is an error from then on."""
-    kernels = Preparation(config, plan, card.device, num_processes=min(os.cpu_count() or 1, MAX_COMPILERS))
+    kernels = Preparation(config, plan, gpu.device, num_processes=min(os.cpu_count() or 1, MAX_COMPILERS))
     for _ in kernels.finish((99, 0)):
         pass
     kernels.close()
@@ -100,11 +100,11 @@ class Step:
     """A forward pass alone: of ``batch`` decodes at ``context`` tokens, or with ``batch`` 0 of one prompt."""
 
     def __init__(
-        self, card: Card, config: ModelConfig, weights: decoder.DecoderWeights, batch: int, context: int
+        self, gpu: Gpu, config: ModelConfig, weights: decoder.DecoderWeights, batch: int, context: int
     ) -> None:
         self.config, self.weights = config, weights
-        self.operations = dispatch.operations_for(card.device, torch.bfloat16)
-        device = card.device
+        self.operations = dispatch.operations_for(gpu.device, torch.bfloat16)
+        device = gpu.device
         sequences = max(batch, 1)
         tokens = batch or context
         pages = -(-context // PAGE_TOKENS)
@@ -134,32 +134,32 @@ class Step:
 
 def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
     """Yield one model's decodes: the forward pass in a graph, then the engine's own steps in each of its WAYS."""
-    card, sizes = bench.card, bench.sizes
+    gpu, sizes = bench.gpu, bench.sizes
     config = config_of(bench, name)
-    weights = weights_of(card, config, quant)
+    weights = weights_of(gpu, config, quant)
     most = max(sizes.batches)
     pages = -(-(sizes.context + WARM_UP + sizes.output) // PAGE_TOKENS) * most
     plan = dataclasses.replace(
         any_plan(config, "bfloat16", quant), max_sequences=most, sampled_rows=most, num_pages=pages
     )
-    with card.graphs() as graphs:
-        prepare(card, config, plan)
+    with gpu.graphs() as graphs:
+        prepare(gpu, config, plan)
         for batch in sizes.batches:
-            step = Step(card, config, weights, batch, sizes.context)
-            replay = card.captured(step.run)
-            spent = card.seconds(replay, 20)
+            step = Step(gpu, config, weights, batch, sizes.context)
+            replay = gpu.captured(step.run)
+            spent = gpu.seconds(replay, 20)
             nbytes = step_bytes(weights) + batch * sizes.context * config.kv_bytes_per_token("bfloat16")
             row: dict[str, Any] = {"model": name, "weights": quant, "batch": batch, "context": sizes.context}
             yield row | {
                 "way": "forward alone", "ms": spent * 1e3, "tok/s": batch / spent, "GB/s": nbytes / spent / 1e9,
-                "share of copy": nbytes / spent / 1e9 / bench.copy_gb_s, "host us": card.host_us(replay),
+                "share of copy": nbytes / spent / 1e9 / bench.copy_gb_s, "host us": gpu.host_us(replay),
             }  # fmt: skip
             del step, replay
-            card.forget()
+            gpu.forget()
         for batch in sizes.batches:
             for way, environment in WAYS.items():
                 with mock.patch.dict(os.environ, environment):
-                    runner = GraphRunner(config, weights, plan, card.device, graphs())
+                    runner = GraphRunner(config, weights, plan, gpu.device, graphs())
                 runner.overlaps = True  # as on a GPU, also where it is rehearsed
                 model = Model(name, config, plan, runner, pathlib.Path(), prefix_cache=False)
                 spent, host_s = serve(model, batch, sizes.context, sizes.output, in_bursts=way == "bursts")
@@ -172,7 +172,7 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
                 }  # fmt: skip
                 model.close()
                 del model, runner
-                card.forget()
+                gpu.forget()
 
 
 def serve(model: Model, batch: int, context: int, output: int, *, in_bursts: bool) -> tuple[float, float]:
@@ -204,40 +204,40 @@ def serve(model: Model, batch: int, context: int, output: int, *, in_bursts: boo
 
 def prefill_rows(bench: Bench, name: str) -> Rows:
     """Yield the products' rate of prompts of one model."""
-    card, config = bench.card, config_of(bench, name)
-    weights = weights_of(card, config, quantization.NONE)
-    prepare(card, config, any_plan(config, "bfloat16"))
+    gpu, config = bench.gpu, config_of(bench, name)
+    weights = weights_of(gpu, config, quantization.NONE)
+    prepare(gpu, config, any_plan(config, "bfloat16"))
     matrices = config.num_parameters() - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     for tokens in bench.sizes.prefill_tokens:
-        spent = card.seconds(Step(card, config, weights, 0, tokens).run, 3)
+        spent = gpu.seconds(Step(gpu, config, weights, 0, tokens).run, 3)
         work = 2 * tokens * matrices + 2 * tokens * tokens * config.num_heads * config.head_dim * config.num_layers
         row = {"model": name, "tokens": tokens, "ms": spent * 1e3, "tok/s": tokens / spent}
         yield row | {"TFLOP/s": work / spent / 1e12}
-        card.forget()
+        gpu.forget()
 
 
 def transfer_rows(bench: Bench) -> Rows:
     """Yield the rate of copies to the device, as a load makes them and as one pageable copy."""
-    card = bench.card
+    gpu = bench.gpu
     source = torch.ones(bench.sizes.copy_bytes, dtype=torch.bfloat16)
-    target = torch.empty_like(source, device=card.device)
-    pinned = card.pinned(bench.sizes.copy_bytes // 4)
-    room = torch.empty_like(pinned, device=card.device)
-    ceiling = pinned.nbytes / card.seconds(lambda: room.copy_(pinned, non_blocking=True), 4) / 1e9
-    transfer = Transfer(card.device)
+    target = torch.empty_like(source, device=gpu.device)
+    pinned = gpu.pinned(bench.sizes.copy_bytes // 4)
+    room = torch.empty_like(pinned, device=gpu.device)
+    ceiling = pinned.nbytes / gpu.seconds(lambda: room.copy_(pinned, non_blocking=True), 4) / 1e9
+    transfer = Transfer(gpu.device)
     ways: tuple[tuple[str, Callable[[], object]], ...] = (
         ("two pinned buffers", lambda: transfer.copy(source, target)),
         ("pageable", lambda: target.copy_(source)),
     )
     for name, copy in ways:
-        rate = source.nbytes / card.seconds(copy, 1) / 1e9
+        rate = source.nbytes / gpu.seconds(copy, 1) / 1e9
         yield {"what": name, "GB": source.nbytes / 1e9, "GB/s": rate, "share of pinned": rate / ceiling}
 
 
 def load_rows(bench: Bench, name: str) -> Rows:
     """Yield whole loads from safetensors that lie in the page cache: the first, and one in exchange for it (a swap)."""
-    card = bench.card
-    with tempfile.TemporaryDirectory() as temporary, card.graphs() as graphs:
+    gpu = bench.gpu
+    with tempfile.TemporaryDirectory() as temporary, gpu.graphs() as graphs:
         folder = pathlib.Path(temporary)
         bench.sizes.write_config(name, folder)
         shapes = read_config(folder).tensor_shapes()
@@ -251,11 +251,11 @@ def load_rows(bench: Bench, name: str) -> Rows:
             if model is not None:
                 model.close()
                 del model
-                card.forget()
+                gpu.forget()
             spec = ModelSpec("bench", "bench", dtype="bfloat16", max_sequences=8, context_tokens=512)
             with mock.patch.dict(os.environ, {"NEURON_CPU_KERNELS": "off"}):
-                model = finished(load_model(spec, folder, card.device, card.free_bytes, graphs=graphs))
-            if not card.rehearses:
+                model = finished(load_model(spec, folder, gpu.device, gpu.free_bytes, graphs=graphs))
+            if not gpu.rehearses:
                 torch.cuda.synchronize()
             spent = time.perf_counter() - began
             yield {"what": f"{name}, {what}", "GB": nbytes / 1e9, "seconds": spent, "GB/s": nbytes / spent / 1e9}

@@ -1,4 +1,4 @@
-"""The kernels and whole models on a GPU: right on it, and how near to what the card can do?
+"""The kernels and whole models on a GPU: right on it, and how near to what the GPU can do?
 
 Ceilings are measured in the same run: a copy for bytes, cuBLAS for products, torch's scaled dot product attention for a
 prompt. Times are of CUDA graphs of many nodes, so that launches cost what they cost in a decode step; steps of the
@@ -9,9 +9,9 @@ tokenizers and llguidance are there: `python bench/gpu/run.py --keep`, which bui
 (meson, ninja and cython). `--part kernels` and `--part models` fit into ten minutes each: what is left of a part after
 `--budget-s` is left out, and said. `--only` takes a part of a table's or a model's name. For one kernel's counters:
 `ncu --clock-control none -k regex:decode_attention -c 20 python bench/gpu/run.py --only attention`. What it has built
-serves the tests of a card too: `PYTHONPATH=build/gpu/site python -P -m pytest -m gpu $(grep -rl mark.gpu tests)`.
+serves the GPU tests too: `PYTHONPATH=build/gpu/site python -P -m pytest -m gpu $(grep -rl mark.gpu tests)`.
 
-`--small` is a first look at a card: all of it, at sizes at which nothing is worth measuring, in a minute or two.
+`--small` is a first look at a GPU: all of it, at sizes at which nothing is worth measuring, in a minute or two.
 `--rehearse` goes through the same without one, in Triton's interpreter; no time it shows is real.
 """
 
@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "gpu")]
 import report  # noqa: E402
 
 if TYPE_CHECKING:
-    from card import Card
+    from devices import Gpu
     from kernels import Bench, Rows
     from sizes import Sizes
 
@@ -94,34 +94,37 @@ class Run:
 
 
 @contextlib.contextmanager
-def measured_on(*, small: bool, rehearses: bool) -> "Iterator[tuple[Card, Sizes]]":
+def measured_on(*, small: bool, rehearses: bool) -> "Iterator[tuple[Gpu, Sizes]]":
     """Yield what is measured on, and how large what is measured is."""
     import torch
-    from card import Card, Rehearsal
+    from devices import Gpu, Rehearsal
     from sizes import SMALL, Sizes
 
     torch.manual_seed(time.time_ns())
     if not rehearses:
-        yield Card(), SMALL if small else Sizes()
+        yield Gpu(), SMALL if small else Sizes()
         return
-    with Rehearsal().with_kernels() as card:
-        yield card, SMALL
+    with Rehearsal().with_kernels() as gpu:
+        yield gpu, SMALL
 
 
 def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> None:
     """Compile what the kernels' tables will launch, by all cores: one by one it would take all the time there is."""
     import kernels
     import torch
-    from card import Once
+    from devices import UntimedGpu
 
     from neuron.triton_kernels.compile import Compilation, KernelCompileError, default_cache
     from neuron.triton_kernels.launch import recording, target_of
     from neuron.triton_kernels.warm import warm
 
     began = time.monotonic()
-    once = Once()
-    here = target_of(once.device)
-    makers = [partial(kernels.numbers, once), *(partial(t, kernels.Bench(once, bench.sizes, 1.0)) for t in tables)]
+    untimed = UntimedGpu()
+    here = target_of(untimed.device)
+    makers = [
+        partial(kernels.numbers, untimed),
+        *(partial(t, kernels.Bench(untimed, bench.sizes, 1.0)) for t in tables),
+    ]
     with recording(here) as recorder:
         for make in makers:
             try:
@@ -169,14 +172,14 @@ def main() -> int:
         return 0
     run = Run(options)
     find_package()
-    with measured_on(small=options.small, rehearses=options.rehearse) as (card, sizes):
+    with measured_on(small=options.small, rehearses=options.rehearse) as (gpu, sizes):
         name = "a rehearsal" if options.rehearse else torch.cuda.get_device_name()
         print(name, "torch", torch.__version__, "triton", triton.__version__)
         import kernels
 
-        bench = kernels.Bench(card, sizes, kernels.copy_gb_s(card, sizes))
+        bench = kernels.Bench(gpu, sizes, kernels.copy_gb_s(gpu, sizes))
         run.settings["ratios"] = {"copy GB/s": bench.copy_gb_s}
-        run.settings["peers"] = {"card": name}
+        run.settings["peers"] = {"gpu": name}
         run_kernels(run, bench)
         run_models(run, bench)
     return 0 if run.good else 1
@@ -198,10 +201,10 @@ def run_kernels(run: Run, bench: "Bench") -> None:
     with_numbers = run.wants("kernels", "gpu_numbers")
     if not wanted and not with_numbers:
         return
-    if not bench.card.rehearses:
+    if not bench.gpu.rehearses:
         compile_ahead([make for _, make in wanted.values()], bench)
     if with_numbers:
-        run.table("gpu_numbers", "Are the kernels right on this card?", partial(kernels.numbers, bench.card))
+        run.table("gpu_numbers", "Are the kernels right on this GPU?", partial(kernels.numbers, bench.gpu))
     for name, (question, make) in wanted.items():
         run.table(name, question, partial(make, bench))
 

@@ -89,4 +89,4 @@ SMALL: Final = Sizes(
         "max_window_layers": 2,
     },
 )
-"""For the interpreter, and for a first look at a card."""
+"""For the interpreter, and for a first look at a GPU."""

@@ -1,4 +1,4 @@
-"""Which kernels a model needs on a chip, and compiling them ahead: ``make kernels``.
+"""Kernels that a model needs on a GPU, and their compilation ahead of time: ``make kernels``.
 
 The forward pass itself is run on ``meta`` tensors while launches are noted, for every number of rows that could choose
 other tiles, so that the list cannot disagree with what a step launches.
@@ -43,7 +43,7 @@ POLL_S: Final = 0.001
 def variants(
     config: ModelConfig, plan: MemoryPlan, capability: int, *, shard: Shard = WHOLE, in_group: bool = False
 ) -> "tuple[Variant, ...]":
-    """Return every variant that serving the model, or ``shard`` of it, under ``plan`` on a chip can launch.
+    """Return every variant that serving the model, or ``shard`` of it, under ``plan`` on a GPU can launch.
 
     ``in_group``: what its matrices put out is summed before the residual has it, as it is of any part.
     """
@@ -202,7 +202,7 @@ def _weights(config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard) 
 
 
 def any_plan(config: ModelConfig, dtype: str, quant: str = quantization.NONE) -> MemoryPlan:
-    """Return a plan with the limits of a large card: no variant depends on more than these."""
+    """Return a plan with the limits of a large GPU: no variant depends on more than these."""
     return MemoryPlan(
         dtype=dtype,
         context_tokens=config.context_tokens,

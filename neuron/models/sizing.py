@@ -46,7 +46,7 @@ class DeviceDefaults:
 CPU_DEFAULTS: Final = DeviceDefaults(16, 16 * 8192, 0.25, step_tokens=512, mixed_step_tokens=128)
 """A host has other uses for its memory."""
 CUDA_DEFAULTS: Final = DeviceDefaults(64, 64 * 8192, 0.8, step_tokens=2048, mixed_step_tokens=512)
-"""Bounded in tokens too, so that a small model on a large card leaves room for a second one."""
+"""Bounded in tokens too, so that a small model on a large GPU leaves room for a second one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

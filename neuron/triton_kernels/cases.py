@@ -429,7 +429,7 @@ def launch_everything(target: Target) -> None:
 
 
 def _meta_quantized(rows: int, columns: int, target: Target) -> Iterator[quantized.QuantizedMatrix]:
-    """Yield a matrix in each form that a model can have on a chip, and groups of 32 beside those of 128."""
+    """Yield a matrix in each form that a model can have on a GPU, and groups of 32 beside those of 128."""
     f16, f32, i8 = torch.float16, torch.float32, torch.int8
     kinds = quantized.Quantization
     bytes_, nibbles = _meta(rows, columns, dtype=i8), _meta(rows, columns // 2, dtype=torch.uint8)

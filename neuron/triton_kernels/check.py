@@ -1,11 +1,10 @@
-"""``make check-kernels``: are the kernels right, and is their machine code what it should be?
+"""``make check-kernels``: check the numbers and the machine code of the kernels.
 
-Numbers: every case of :mod:`neuron.triton_kernels.cases` in Triton's interpreter, as the tile choices of sm_80 and of
-sm_90, against the eager reference; in a process of its own, because the interpreter is chosen when Triton is imported.
-Machine code: every variant of the same list compiled for five chips. Failures are: a stack (spills), STL or LDL, more
-shared memory than the chip has, on sm_90 no HGMMA in the large matmul or in prefill attention, and of a kernel that may
-start before the last one ends anything but weights that is touched before it has waited for that. The table goes to
-``bench/results/kernels.json`` with ``--keep``.
+Numbers: every case of :mod:`neuron.triton_kernels.cases` in Triton's interpreter, with the tiles of sm_80 and of sm_90,
+against the eager reference; in a process of its own, because the interpreter is chosen when Triton is imported.
+Machine code: every variant of these cases compiled for five compute capabilities. Failures are a stack (spills), STL or
+LDL, more shared memory than the GPU has, on sm_90 no HGMMA in the large matmul or in prefill attention, and a dependent
+launch that touches anything but weights before it waits. ``--keep`` writes the table to ``bench/results/kernels.json``.
 """
 
 import argparse
@@ -35,7 +34,7 @@ NUMERIC_TARGETS: Final = (Target(80, 40), Target(90, 3))
 """Many processors make decode attention and skinny matmuls split; few make the persistent matmul take several tiles."""
 COUNTED: Final = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG", "STG", "STL", "LDL")
 BRIEF: Final = ("neuron.triton_kernels.quantized_matmul:", 120)
-"""With ``--brief``: kernels that are half of all variants, and the only chip that they are compiled for."""
+"""With ``--brief``: kernels that are half of all variants, and the only capability they are compiled for."""
 MUST_USE_HGMMA: Final = ("_prefill_attention_kernel", "_persistent_matmul_kernel")
 WAIT: Final = "ACQBULK"
 """``griddepcontrol.wait``: what the kernel before has written can be read behind it."""
@@ -70,7 +69,7 @@ class Row:
             found.append(f"spills: {self.counts['STL']} STL, {self.counts['LDL']} LDL")
         limit = SHARED_BYTES[metadata.capability]
         if metadata.shared_bytes > limit:
-            found.append(f"{metadata.shared_bytes} bytes of shared memory, the chip has {limit}")
+            found.append(f"{metadata.shared_bytes} bytes of shared memory, the GPU has {limit}")
         if metadata.capability == 90 and self.kernel in MUST_USE_HGMMA and not self.counts["HGMMA"]:
             found.append("no HGMMA")
         if self.variant.dependent_launch:
@@ -118,7 +117,7 @@ def judge(variant: Variant, capability: int, folder: pathlib.Path) -> Verdict:
 
 
 def judge_all(wanted: Iterable[tuple[Variant, int]], folder: pathlib.Path, num_processes: int) -> Iterator[Verdict]:
-    """Yield the verdict on each variant and chip in order, several at a time."""
+    """Yield the verdict on each variant and compute capability in order, several at a time."""
     # A process that has started Triton's threads is not forked.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
@@ -136,7 +135,7 @@ def inspect_variants(wanted: Iterable[Variant], capability: int, cache: KernelCa
 
 
 def all_variants(capability: int) -> tuple[Variant, ...]:
-    """Return the variants that the machine-code check covers on one chip."""
+    """Return the variants that the machine-code check covers on one GPU."""
     target = target_for(capability)
     with recording(target) as recorder:
         cases.launch_everything(target)
@@ -179,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--capability", type=int, action="append", choices=CAPABILITIES)
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("build/kernels"))
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilers at a time")
-    parser.add_argument("--brief", action="store_true", help="quantised matmuls for one chip only")
+    parser.add_argument("--brief", action="store_true", help="quantised matmuls for one compute capability only")
     parser.add_argument("--quiet", action="store_true", help="no table, only what fails and a summary")
     parser.add_argument("--keep", action="store_true", help="write bench/results/kernels.json")
     options = parser.parse_args(arguments)
@@ -209,9 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
             records.append(verdict.record)
     if not options.quiet:
         _print_table(records)
-    chips = " ".join(f"sm_{c}" for c in options.capability or CAPABILITIES)
+    capabilities = " ".join(f"sm_{c}" for c in options.capability or CAPABILITIES)
     print(
-        f"machine code by triton {triton.__version__} for {chips}: {len(wanted)} variants, {num_faults} faults, "
+        f"machine code by triton {triton.__version__} for {capabilities}: {len(wanted)} variants, {num_faults} faults, "
         f"{time.monotonic() - start:.0f} s"
     )
     if options.keep:

@@ -1,7 +1,7 @@
 """Compile variants ahead of time, and keep them on disk.
 
 No GPU is needed: the compiler's wheel carries ptxas. A compiled kernel is a cubin and what a launcher must know of it
-(:class:`Metadata`). The cache is keyed by the sources of all kernels, the compiler's version, the chip and the variant,
+(:class:`Metadata`). The cache is keyed by kernel sources, compiler version, compute capability and variant,
 so that an entry is either right or not found, whichever machine made it: an installed package may carry entries
 (``make kernels wheel``), which are looked up where the user's own folder has none. Each entry carries a digest of its
 cubin: one that was cut short, edited or mixed up is compiled again, and a warning says so.
@@ -68,7 +68,7 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compiled:
-    """A kernel for one chip."""
+    """Kernel compiled for one compute capability."""
 
     metadata: Metadata
     cubin: bytes
@@ -288,5 +288,5 @@ class Compilation:
 
 
 def target_for(capability: int) -> Target:
-    """Return the usual chip of a capability, for compiling without one: its processors only size grids."""
+    """Return the usual GPU of a compute capability, to compile without one: its multiprocessors only size grids."""
     return Target(capability, {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}.get(capability, 108))

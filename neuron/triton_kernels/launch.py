@@ -43,7 +43,7 @@ SHARED_BYTES: Final = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """The chip that launchers choose tiles for."""
+    """GPU that launchers choose tiles for."""
 
     capability: int
     """10 * major + minor of the compute capability."""
@@ -78,7 +78,7 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Variant:
-    """Everything that decides a kernel's binary but the chip and the compiler."""
+    """Everything that decides a kernel's binary but the compute capability and the compiler."""
 
     kernel: str
     """``module:function``"""
@@ -143,7 +143,7 @@ def recording(target: Target) -> Iterator[Recorder]:
 
 
 def target_of(device: torch.device) -> Target:
-    """Return the chip to choose tiles for."""
+    """Return the GPU to choose tiles for."""
     return _target.get() or _device_target(device)
 
 

@@ -106,7 +106,7 @@ def _has_descriptors(target: Target) -> bool:
 
 
 def matmul_tiles(num_rows: int, aligned: bool, described: bool, target: Target) -> tuple[int, int, int, int, int]:
-    """Return BLOCK_M, BLOCK_N, BLOCK_K, warps and stages: a small and a large choice a chip, by rows only.
+    """Return BLOCK_M, BLOCK_N, BLOCK_K, warps and stages: a small and a large choice for each GPU, by rows only.
 
     Rows that are not ``aligned`` to 16 bytes are copied element by element through registers, which large tiles spill.
     Without descriptors (not ``described``) addresses take registers too, and the largest tile spills on sm_90.

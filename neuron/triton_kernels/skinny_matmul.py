@@ -8,7 +8,7 @@ Around the product, each where it is asked for:
 - *bias*, and *residual*: the product is added to ``residual`` ``[M, N]`` in place instead of stored.
 
 One row is a sum of products on the ordinary units, with a tile of weights in flight while the last is multiplied; 2 to
-64 rows are rows of a matrix tile. K is split over programs where N alone does not fill the chip; the last to arrive
+64 rows are rows of a matrix tile. K is split over programs where N alone does not fill the GPU; the last to arrive
 adds up (see :mod:`neuron.triton_kernels.workspace`). With dependent launch the first tile of weights, which no other
 kernel writes, is asked for before the wait for the activations.
 """

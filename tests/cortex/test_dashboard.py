@@ -387,7 +387,7 @@ def test_a_feed_at_one_worker_tells_of_the_requests_at_all(tmp_path: pathlib.Pat
 
 
 def node_of(number: int, dice: random.Random, uptime_s: float = 0.0) -> Node:
-    """One of many nodes: eight cards, five models, all of it busy."""
+    """One of many nodes: eight GPUs, five models, all of it busy."""
     name = f"gpu-{number:03}"
     devices = tuple(
         Device(

@@ -1,4 +1,4 @@
-"""The page in a real browser, in front of real daemons: two on the CPU, one that plays scripts, some pretended cards.
+"""The page in a real browser, in front of real daemons: two on the CPU, one that plays scripts, some with fake GPUs.
 
 Run by ``make test-dashboard``. ``DASHBOARD_PICTURES=1`` writes the pictures of docs/images anew.
 """

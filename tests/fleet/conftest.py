@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import daemons
 import pytest
 from fleet_harness import describe
-from fleet_rig import CARDS, MODELS, Fleet, Node, Proxy, gateway
+from fleet_rig import GPUS, MODELS, Fleet, Node, Proxy, gateway
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: pathlib.Path) 
         models += f'[[models]]\nid = "{name}"\nsource = "{path}"\n{more}\n'
     nodes: dict[str, Node] = {}
     with contextlib.ExitStack() as stack:
-        for name in CARDS:
+        for name in GPUS:
             nodes[name] = Node(folder, name, daemons.free_port())
             stack.callback(nodes[name].stop)
         proxy = Proxy(nodes["c"].port)

@@ -113,7 +113,7 @@ def test_a_pinned_model_is_never_evicted(fleet: Fleet) -> None:
     fleet.run(story)
 
 
-def test_a_model_over_two_cards(fleet: Fleet) -> None:
+def test_a_model_over_two_gpus(fleet: Fleet) -> None:
     async def story(client: Client) -> httpx.Response:
         return await client.chat("wide")
 

@@ -1,4 +1,4 @@
-"""The bench's models on a card, small: what it asks of torch and of the device loop that its rehearsal does not."""
+"""The bench's models on a stub GPU, small: calls into torch and the device loop that a rehearsal does not make."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.stub_cuda
 BENCH = pathlib.Path(__file__).parents[2] / "bench" / "gpu" / "run.py"
 
 
-def test_a_first_look_at_a_card_fills_the_tables(environment: dict[str, str]) -> None:
+def test_a_first_look_at_a_gpu_fills_the_tables(environment: dict[str, str]) -> None:
     command = [sys.executable, "-P", str(BENCH), "--small", "--part", "models"]
     variables = {**os.environ, **environment}
     run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=230, check=False)

@@ -23,7 +23,7 @@ began = time.monotonic()
 
 
 class BusyNeuron(FakeNeuron):
-    """One node with eight cards and five models."""
+    """One node with eight GPUs and five models."""
 
     def discovery(self) -> Discovery:
         devices = tuple(

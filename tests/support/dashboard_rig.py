@@ -1,4 +1,4 @@
-"""A fleet for a page to look at: two neurons on this CPU, a scripted one, some with pretended cards, and a gateway.
+"""A fleet for a page to look at: two neurons on this CPU, a scripted one, some with fake GPUs, and a gateway.
 
 All are the real daemons. The gateway can be stopped and started again where it was.
 """
@@ -23,7 +23,7 @@ PRETENDED: tuple[tuple[str, float, float, int], ...] = (
     ("Llama-3.3-70B", 60, 2.0, 1),
     ("Gemma-3-27B", 24, 6.0, 1),
 )
-CARDS: Mapping[str, Mapping[str, float]] = {
+GPUS: Mapping[str, Mapping[str, float]] = {
     "gpu-1": {"cuda:0": 80, "cuda:1": 80},
     "gpu-2": {"cuda:0": 48},
     "gpu-3": {"cuda:0": 24},
@@ -88,7 +88,7 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def neurons(folder: pathlib.Path, cards: Mapping[str, Mapping[str, float]] = CARDS) -> Iterator[dict[str, str]]:
+def neurons(folder: pathlib.Path, gpus: Mapping[str, Mapping[str, float]] = GPUS) -> Iterator[dict[str, str]]:
     """Run the nodes and return where they are."""
     found: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -99,7 +99,7 @@ def neurons(folder: pathlib.Path, cards: Mapping[str, Mapping[str, float]] = CAR
             log = folder / f"{name}.log"
             found[name] = stack.enter_context(daemons.daemon("neuron", "--config", str(config), port=port, log=log)).url
         script = str(pathlib.Path(__file__).with_name("fleet_node.py"))
-        for name, devices in cards.items():
+        for name, devices in gpus.items():
             port = daemons.free_port()
             found[name] = stack.enter_context(
                 daemons.daemon(

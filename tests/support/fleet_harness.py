@@ -117,7 +117,7 @@ class FleetHarness:
         free = {device: self.total_bytes[device] - used for device, used in self.used_bytes.items()}
         return Host(
             tuple(
-                Device(device, DeviceKind.CUDA, "a card", total, free[device], "9.0")
+                Device(device, DeviceKind.CUDA, "a GPU", total, free[device], "9.0")
                 for device, total in self.total_bytes.items()
             )
         )

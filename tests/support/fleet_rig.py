@@ -1,4 +1,4 @@
-"""A fleet on loopback ports: four neurons with pretended cards, two with the real model, two gateways of two workers.
+"""A fleet on loopback ports: four neurons with fake GPUs, two with the real model, two gateways of two workers.
 
 One of the pretended ones is reached through a proxy, so that its network can be cut. Every process is a real daemon.
 """
@@ -26,7 +26,7 @@ from cortex.access import local
 
 T = TypeVar("T")
 
-CARDS = {"a": {"cuda:0": 40}, "b": {"cuda:0": 24}, "c": {"cuda:0": 24}, "d": {"cuda:0": 12, "cuda:1": 12}}
+GPUS = {"a": {"cuda:0": 40}, "b": {"cuda:0": 24}, "c": {"cuda:0": 24}, "d": {"cuda:0": 12, "cuda:1": 12}}
 TIMEOUTS = "connect_s = 1.0\nfirst_byte_s = 4.0\nanswer_s = 20.0\nstall_s = 3.0\nload_stall_s = 20.0\n"
 
 # Name, GiB, seconds to load, and more of its profile.
@@ -118,7 +118,7 @@ class Node:
         script = str(pathlib.Path(daemons.__file__).with_name("fleet_node.py"))
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, script, str(self.port), self.name, json.dumps(CARDS[self.name])],
+                [sys.executable, script, str(self.port), self.name, json.dumps(GPUS[self.name])],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -29,7 +29,7 @@ PROFILE = ModelProfile(id="m", source="/w")
 
 
 def device(name: str = "cuda:0", free_gib: float = 10, worker: WorkerState | None = WorkerState.READY) -> Device:
-    return Device(name, DeviceKind.CUDA, "card", 24 * GIB, int(free_gib * GIB), worker=worker)
+    return Device(name, DeviceKind.CUDA, "gpu", 24 * GIB, int(free_gib * GIB), worker=worker)
 
 
 def status(state: ModelState = ModelState.READY, model: str = "m", **fields: Any) -> ModelStatus:
@@ -196,12 +196,12 @@ def test_what_a_node_has_measured_beats_what_is_configured() -> None:
         ({"min_compute_capability": "10.0"}, ["cpu"]),
     ],
 )
-def test_a_card_that_cannot_compute_a_model_is_not_asked(changes: dict[str, Any], able: list[str]) -> None:
-    def card(capability: str) -> tuple[Device, ...]:
+def test_a_gpu_that_cannot_compute_a_model_is_not_asked(changes: dict[str, Any], able: list[str]) -> None:
+    def gpu(capability: str) -> tuple[Device, ...]:
         return (msgspec.structs.replace(device(), compute_capability=capability),)
 
     cpu = msgspec.structs.replace(device("cpu:0", 5), kind=DeviceKind.CPU)
-    fleet = node("new", devices=card("9.0")), node("old", devices=card("7.5")), node("cpu", devices=(cpu,))
+    fleet = node("new", devices=gpu("9.0")), node("old", devices=gpu("7.5")), node("cpu", devices=(cpu,))
     assert names(*fleet, profile=ModelProfile(id="m", source="/w", **changes)) == able
 
 

@@ -176,7 +176,7 @@ def test_rank_0_is_found_once_it_waits() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_nccl_takes_what_gloo_takes() -> None:
-    """From one rank, as a card has one."""
+    """With one rank: one GPU has one."""
     gpu = torch.device("cuda:0")
     group = Group(GroupSettings(0, 1, address(), 20.0), gpu)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -188,7 +188,7 @@ def test_nccl_takes_what_gloo_takes() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_two_ranks_on_one_card_are_an_error_of_both() -> None:
+def test_two_ranks_on_one_gpu_are_an_error_of_both() -> None:
     where, gpu = address(), torch.device("cuda:0")
 
     def meet(rank: int) -> str:

@@ -209,7 +209,7 @@ def test_a_corrupt_entry_is_compiled_again_and_said_so(
     assert not caplog.records
 
 
-def test_the_key_follows_source_compiler_chip_and_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_follows_source_compiler_capability_and_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     variant = activation_variant()
     keys = {compile.cache_key(variant, 80), compile.cache_key(variant, 90)}
     keys.add(compile.cache_key(dataclasses.replace(variant, num_warps=8), 80))

@@ -1,4 +1,4 @@
-"""Captured steps on the card of this machine: what torch, the driver and the memory really do."""
+"""Captured steps on this machine's GPU: what torch, the driver and the memory really do."""
 
 import functools
 import pathlib

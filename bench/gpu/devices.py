@@ -1,4 +1,4 @@
-"""What a bench measures on: a card; one that only finds out which kernels are wanted; or this host, for a rehearsal."""
+"""Devices that a bench runs on: a GPU, a GPU that is not timed, or this host for a rehearsal."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ NODES: Final = 20
 """Calls in a graph that is timed, so that a launch costs what it costs in a decode step."""
 
 
-class Card:
+class Gpu:
     """A CUDA device, and how long things take on it."""
 
     device = torch.device("cuda")
@@ -77,7 +77,7 @@ class Card:
         return spent * 1e6
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """Return host memory that the card copies from by itself."""
+        """Return host memory that the GPU copies from by itself."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def forget(self) -> None:
@@ -105,7 +105,7 @@ class Card:
                 torch.cuda.set_stream(before)
 
 
-class Once(Card):
+class UntimedGpu(Gpu):
     """Everything is done once, and no time is real."""
 
     def graph_us(self, call: Callable[[int], object]) -> float:
@@ -129,7 +129,7 @@ class Once(Card):
         return 1.0
 
 
-class Rehearsal(Once):
+class Rehearsal(UntimedGpu):
     """This host, in Triton's interpreter; graphs are made and launched through the tests' driver."""
 
     device = torch.device("cpu")
@@ -137,7 +137,7 @@ class Rehearsal(Once):
 
     @contextlib.contextmanager
     def with_kernels(self) -> Iterator["Rehearsal"]:
-        """Have models run the kernels, in the interpreter, as a Hopper card would choose them."""
+        """Have models run the kernels, in the interpreter, as a Hopper GPU would choose them."""
         from neuron.triton_kernels.interpreter import mend
         from neuron.triton_kernels.launch import Target, targeting
         from neuron.triton_kernels.operations import TritonOperations
