@@ -25,7 +25,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 TARGETS: dict[str, dict[str, str]] = tomllib.loads((ROOT / "tests/commands/targets.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 OF_THE_SYSTEM = frozenset(
     [
         "export",
@@ -49,6 +52,8 @@ OF_THE_SYSTEM = frozenset(
         "cline",
         "qwen",
         "lm_eval",
+        "scp",
+        "journalctl",
     ]
 )
 """Commands that are not ours. What they name of ours is checked all the same."""
