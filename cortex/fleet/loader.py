@@ -76,12 +76,6 @@ class Loader:
         """
         task = self._loads.get(profile.id)
         if task is None:
-            if self._deaths.is_deadly(_identity(profile), time.monotonic()):
-                raise LoadFailedError(
-                    f"Nodes died while they loaded {profile.id}, so that it is not tried again for a while; their logs "
-                    "say what they died of.",
-                    retry_after_s=REMEMBER_S,
-                )
             task = asyncio.create_task(self._load(profile, candidates, may_evict), name=f"load {profile.id}")
             self._loads[profile.id] = task
             task.add_done_callback(lambda done: self._ended(profile.id, done))
@@ -96,16 +90,27 @@ class Loader:
         """Load a model on one node, and return when it is ready there.
 
         Raises:
+            LoadFailedError: nodes died of this load, so that no node is asked for a while.
             ApiError: the node refuses or fails, in its own words.
         """
+        if self._is_deadly(profile):
+            raise LoadFailedError(
+                f"Nodes died while they loaded {profile.id}, so that it is not tried again for a while; their logs "
+                "say what they died of.",
+                retry_after_s=REMEMBER_S,
+            )
         log.info("model=%s node=%s load evict=%d", profile.id, name, may_evict)
         asked = self._request(name, profile, may_evict)
+        sent_at = time.monotonic()
         try:
             status = await self._load_on(name, asked)
         except ApiError as error:
             log.warning("model=%s node=%s load failed status=%d code=%s", profile.id, name, error.status, error.code)
+            if is_death(error):
+                self._deaths.note(_identity(profile), sent_at, time.monotonic())
             self._poll_soon(name)
             raise
+        self._deaths.forget(_identity(profile))
         self._fleet.set_model(name, status)
         log.info("model=%s node=%s ready generation=%d", profile.id, name, status.generation)
         return status
@@ -150,12 +155,11 @@ class Loader:
         wanted = {*profile.pinned, *profile.preferred_nodes}
         for name in candidates:
             at_once = may_evict and (len(candidates) == 1 or name in wanted)
-            sent_at = time.monotonic()
             try:
                 await self.load_on(name, profile, may_evict=at_once)
             except ApiError as error:
                 errors[name] = error
-                if self._is_death(error) and self._deaths.note(_identity(profile), sent_at, time.monotonic()):
+                if self._is_deadly(profile):
                     full = []
                     break
                 if error.code == NO_ROOM and may_evict and not at_once:
@@ -163,12 +167,11 @@ class Loader:
             else:
                 return self._loaded(profile, name)
         for name in full:
-            sent_at = time.monotonic()
             try:
                 await self.load_on(name, profile)
             except ApiError as error:
                 errors[name] = error
-                if self._is_death(error) and self._deaths.note(_identity(profile), sent_at, time.monotonic()):
+                if self._is_deadly(profile):
                     break
             else:
                 return self._loaded(profile, name)
@@ -180,13 +183,10 @@ class Loader:
         waits = [error.retry_after_s for error in errors.values() if error.retry_after_s is not None]
         raise LoadFailedError(message, retry_after_s=min(waits, default=RETRY_AFTER_S))
 
-    @staticmethod
-    def _is_death(error: ApiError) -> bool:
-        """Return whether a node, or the process behind it, was lost while it had a load."""
-        return isinstance(error, (ConnectionLostError, CutAnswerError, WentDownError)) or error.code in DEATHS
+    def _is_deadly(self, profile: ModelProfile) -> bool:
+        return self._deaths.is_deadly(_identity(profile), time.monotonic())
 
     def _loaded(self, profile: ModelProfile, name: str) -> str:
-        self._deaths.forget(_identity(profile))
         self._on_load(profile.id, True)
         return name
 
@@ -259,6 +259,11 @@ class Loader:
         """Return what a node says of a load: its state, how far it is, what it holds. ``None`` when it is down."""
         status = self._fleet.state.status(name, model)
         return None if status is None else (status.state, status.progress, status.weights_bytes)
+
+
+def is_death(error: ApiError) -> bool:
+    """Return whether a node, or the process behind it, was lost while it had a load."""
+    return isinstance(error, (ConnectionLostError, CutAnswerError, WentDownError)) or error.code in DEATHS
 
 
 def _identity(profile: ModelProfile) -> bytes:

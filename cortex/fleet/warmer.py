@@ -1,7 +1,8 @@
 """Keeps pinned models loaded: at the start, after a node was restarted, and after a reload of the catalogue.
 
 One load for each pin that is not true yet, tried again with growing pauses; the node makes one of what several gateways
-ask. A model that is there by somebody else's wish is pinned where it is.
+ask. A model that is there by somebody else's wish is pinned where it is. A node that died of a load comes back to a
+pause, longer after each death, and not to the same load at once.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from cortex.config import ModelProfile
 from cortex.fleet.catalogue import Catalogue
+from cortex.fleet.loader import is_death
 from cortex.fleet.state import Fleet
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError
@@ -18,6 +20,8 @@ from cortex.wire.node import ModelState
 log = logging.getLogger("cortex.fleet")
 
 RETRY_FIRST_S, RETRY_MAX_S = 5.0, 300.0
+DEATH_FIRST_S, DEATH_MAX_S = 60.0, 3600.0
+"""Pauses after a load of which the node died."""
 
 Act = Callable[[str, ModelProfile], Awaitable[None]]
 """Does something about a model on a node."""
@@ -40,6 +44,7 @@ class Warmer:
         self._load = load
         self._pin = pin
         self._acts: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._death_pauses_s: dict[tuple[str, str], float] = {}
         self._watch: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -80,17 +85,23 @@ class Warmer:
         self._acts.pop(key, None)
 
     async def _try(self, act: Act, name: str, profile: ModelProfile) -> None:
-        pause_s = RETRY_FIRST_S
+        key = name, profile.id
+        pause_s = self._death_pauses_s.get(key, 0.0)
         while True:
-            try:
-                await act(name, profile)
-            except ApiError as error:
-                log.warning("model=%s node=%s not warm yet: %s", profile.id, name, error.message)
-            else:
-                return
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, RETRY_MAX_S)
             node = self._fleet.state.nodes.get(name)
             current = self._catalogue().profiles.get(profile.id)
             if node is None or not node.takes_requests or current is None or name not in current.pinned:
                 return  # it will be looked at anew
+            try:
+                await act(name, profile)
+            except ApiError as error:
+                log.warning("model=%s node=%s not warm yet: %s", profile.id, name, error.message)
+                pause_s = min(max(RETRY_FIRST_S, 2 * pause_s), RETRY_MAX_S)
+                if is_death(error):
+                    after_s = 2 * self._death_pauses_s.get(key, DEATH_FIRST_S / 2)
+                    self._death_pauses_s[key] = min(after_s, DEATH_MAX_S)
+                pause_s = max(pause_s, self._death_pauses_s.get(key, 0.0))
+            else:
+                self._death_pauses_s.pop(key, None)
+                return

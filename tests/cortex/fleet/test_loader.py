@@ -9,8 +9,9 @@ from gateway_rig import QUICK, Rig, rig, until
 
 from cortex.config import ModelProfile, Timeouts
 from cortex.errors import LoadFailedError, LoadRefusedError
+from cortex.fleet import warmer
 from cortex.fleet.loader import Loader
-from cortex.wire.node import ModelSpec, ModelState, ModelStatus
+from cortex.wire.node import ModelSpec, ModelState, ModelStatus, NodeState
 
 PROFILE = ModelProfile(id="m", source="/w", context_tokens=512)
 
@@ -271,3 +272,24 @@ async def test_a_load_that_nodes_die_of_is_tried_twice_and_then_left_alone(how: 
         assert "died while they loaded" in call.json()["error"]["message"]
         assert call.headers["retry-after"] == "120"
         assert sum(len(node.loads) for node in nodes) == 2
+
+
+async def test_a_node_that_died_of_a_pinned_model_comes_back_to_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmer, "RETRY_FIRST_S", 0.001)
+
+    async def die(asked: Asked, line: Line) -> None:
+        line.reset()
+
+    async def load(spec: ModelSpec) -> Script:
+        return die
+
+    node = FakeNeuron("a", load=load)
+    profile = msgspec.structs.replace(PROFILE, pinned=("a",))
+    async with rig(node, models=(profile,)) as gateway:
+        await until(lambda: node.loads)
+        for state in (NodeState.DRAINING, NodeState.READY):
+            node.state = state
+            await until(lambda state=state: gateway.gateway.fleet.state.nodes["a"].takes_requests is (state == "ready"))
+        polls = node.num_polls
+        await until(lambda: node.num_polls > polls + 5)
+        assert len(node.loads) == 1
