@@ -22,8 +22,8 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.engine import burst
 from neuron.engine.graph_runner import SWITCH, GraphRunner
-from neuron.engine.loaded import Model
 from neuron.engine.loading import load_model
+from neuron.engine.model_engine import ModelEngine
 from neuron.engine.sequence import Sequence
 from neuron.models import decoder, quantization
 from neuron.models.config import ModelConfig, read_config
@@ -161,7 +161,7 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
                 with mock.patch.dict(os.environ, environment):
                     runner = GraphRunner(config, weights, plan, gpu.device, graphs())
                 runner.overlaps = True  # as on a GPU, also where it is rehearsed
-                model = Model(name, config, plan, runner, pathlib.Path(), prefix_cache=False)
+                model = ModelEngine(name, config, plan, runner, pathlib.Path(), prefix_cache=False)
                 spent, host_s = serve(model, batch, sizes.context, sizes.output, in_bursts=way == "bursts")
                 nbytes = step_bytes(weights)
                 nbytes += batch * (sizes.context + sizes.output // 2) * config.kv_bytes_per_token("bfloat16")
@@ -175,7 +175,7 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
                 gpu.forget()
 
 
-def serve(model: Model, batch: int, context: int, output: int, *, in_bursts: bool) -> tuple[float, float]:
+def serve(model: ModelEngine, batch: int, context: int, output: int, *, in_bursts: bool) -> tuple[float, float]:
     """Generate; return the seconds of a step of ``batch`` decodes, and of these the host's own between two steps."""
     generator = np.random.default_rng(batch)
     settings = jobs.SamplerSettings(temperature=1.0)
@@ -245,7 +245,7 @@ def load_rows(bench: Bench, name: str) -> Rows:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
         del tensors
-        model: Model | None = None
+        model: ModelEngine | None = None
         for what in ("first load", "swap"):
             began = time.perf_counter()
             if model is not None:

@@ -14,7 +14,7 @@ from neuron.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from neuron.engine.constraint import Constraint
-    from neuron.engine.loaded import Model
+    from neuron.engine.model_engine import ModelEngine
 
 STACK_BYTES: Final = 32 << 20
 """More than a text process has (:data:`neuron.text.limits.STACK_BYTES`)."""
@@ -25,12 +25,12 @@ class Compiling:
 
     def __init__(self) -> None:
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
-        self._waiting: dict[int, tuple[Model, Sequence, Generate, concurrent.futures.Future[Constraint]]] = {}
+        self._waiting: dict[int, tuple[ModelEngine, Sequence, Generate, concurrent.futures.Future[Constraint]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def start(self, model: "Model", sequence: Sequence, job: Generate) -> None:
+    def start(self, model: "ModelEngine", sequence: Sequence, job: Generate) -> None:
         """Compile the grammar that ``sequence`` must follow by its ``job``."""
         assert job.constraint is not None
         if self._thread is None:
@@ -44,11 +44,11 @@ class Compiling:
             future = self._thread.submit(model.constrain, job.constraint)
         self._waiting[sequence.number] = model, sequence, job, future
 
-    def count(self, model: "Model") -> int:
+    def count(self, model: "ModelEngine") -> int:
         """Return how many sequences of ``model`` wait here."""
         return sum(waiting[0] is model for waiting in self._waiting.values())
 
-    def numbers(self, model: "Model") -> list[int]:
+    def numbers(self, model: "ModelEngine") -> list[int]:
         """Return the numbers of the sequences of ``model`` that wait here."""
         return [number for number, waiting in self._waiting.items() if waiting[0] is model]
 
@@ -63,7 +63,7 @@ class Compiling:
         futures = [waiting[3] for waiting in self._waiting.values()]
         concurrent.futures.wait(futures, timeout_s, concurrent.futures.FIRST_COMPLETED)
 
-    def take_done(self) -> Iterator[tuple["Model", Sequence, Generate, "Constraint | BaseException"]]:
+    def take_done(self) -> Iterator[tuple["ModelEngine", Sequence, Generate, "Constraint | BaseException"]]:
         """Yield the sequences whose grammar is done, and what came of it."""
         for number in [number for number, waiting in self._waiting.items() if waiting[3].done()]:
             model, sequence, job, future = self._waiting.pop(number)

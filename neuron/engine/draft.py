@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from neuron.engine.launched import Executor, StepOutcome
+from neuron.engine.executor import Executor, StepOutcome
 from neuron.engine.pace import Pace
 from neuron.engine.plan import StepPlan
 from neuron.engine.scheduler import Step

@@ -50,9 +50,9 @@ from neuron.engine.compiling import Compiling
 from neuron.engine.device_graphs import Graphs
 from neuron.engine.errors import GroupLostError, error_info, raise_device_fault, ran_out
 from neuron.engine.group_runner import Follower
-from neuron.engine.loaded import Model
 from neuron.engine.loading import load_model
 from neuron.engine.minimum import Minimum
+from neuron.engine.model_engine import ModelEngine
 from neuron.engine.prefix import root_key
 from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
@@ -73,7 +73,7 @@ class _Loading:
     """A load in progress."""
 
     job: Load
-    progress: Generator[float, None, Model | Follower]
+    progress: Generator[float, None, ModelEngine | Follower]
     told: float = 0.0
 
 
@@ -106,9 +106,9 @@ class Engine:
         self._memory = memory
         self._stop = stop
         self._max_waiting = max_waiting
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, ModelEngine] = {}
         self._compiling = Compiling()
-        self._model_of: dict[int, Model] = {}
+        self._model_of: dict[int, ModelEngine] = {}
         self._loads: dict[str, _Loading] = {}
         self._followers: dict[str, Follower] = {}
         self._left: set[str] = set()
@@ -253,7 +253,7 @@ class Engine:
                 rows.append(TokenRow(number, b"", SequenceEnd.CANCELLED))
         self._send_rows(rows)
 
-    def _step(self, model: Model, *, alone: bool) -> None:
+    def _step(self, model: ModelEngine, *, alone: bool) -> None:
         output = model.step(alone=alone)
         for number, error in output.failures:
             del self._model_of[number]
@@ -295,7 +295,7 @@ class Engine:
             fraction = next(loading.progress)
         except StopIteration as finished:
             del self._loads[job.spec.id]
-            model: Model | Follower = finished.value
+            model: ModelEngine | Follower = finished.value
             if isinstance(model, Follower):
                 self._followers[job.spec.id] = model
             else:
@@ -380,7 +380,7 @@ def _load_error(name: str, error: Exception) -> ErrorInfo:
     return LoadFailedError(f"the files of {name!r} cannot be loaded: {type(error).__name__}: {error}").info()
 
 
-def _queue(model: Model, sequence: Sequence, job: Generate | Embed, constraint: Constrained | None) -> None:
+def _queue(model: ModelEngine, sequence: Sequence, job: Generate | Embed, constraint: Constrained | None) -> None:
     """Let a sequence wait for a seat, with what it must follow."""
     if isinstance(job, Generate) and job.min_tokens and sequence.eos:
         constraint = Minimum(constraint, job.min_tokens, sequence.eos, model.config.vocab_size)
@@ -388,7 +388,7 @@ def _queue(model: Model, sequence: Sequence, job: Generate | Embed, constraint: 
     model.scheduler.add(sequence)
 
 
-def _sequence(job: Generate | Embed, model: Model) -> Sequence:
+def _sequence(job: Generate | Embed, model: ModelEngine) -> Sequence:
     """Return the sequence that ``job`` asks for. Raises :class:`InvalidRequestError` for what can never be served."""
     context_tokens, vocab_size = model.plan.context_tokens, model.config.vocab_size
     if len(job.prompt) % 4 or not job.prompt:

@@ -24,7 +24,7 @@ import torch
 from neuron.engine.device_graphs import Graphs
 from neuron.engine.device_sampler import DeviceSampler
 from neuron.engine.errors import raise_device_fault, ran_out
-from neuron.engine.launched import MAX_ROUNDS, DeviceStep, Launched, StepOutcome
+from neuron.engine.executor import MAX_ROUNDS, DeviceStep, InFlightStep, StepOutcome
 from neuron.engine.plan import StepPlan
 from neuron.engine.runner import Runner
 from neuron.engine.sequence import Float32Array, Int32Array
@@ -102,7 +102,7 @@ class GraphRunner(Runner):
         self._published = Published(plan.sampled_rows, device)
         self._no_hidden: Float32Array = np.empty((0, config.hidden_size), np.float32)
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> InFlightStep:
         """Queue a step on the device, by a graph if it is one of decodes; several rounds begin when waited for."""
         if not _is_decode(plan):
             return super().launch(plan)
@@ -161,7 +161,7 @@ class GraphRunner(Runner):
         return bucket
 
     @torch.inference_mode()
-    def _replay(self, bucket: _Bucket, plan: StepPlan) -> Launched:
+    def _replay(self, bucket: _Bucket, plan: StepPlan) -> InFlightStep:
         count = plan.num_decodes
         place = self._published.take(plan.num_rounds)
         bucket.inputs.fill(plan, self.sampler.draws(plan.seats, plan.num_output), place)

@@ -11,8 +11,8 @@ import torch
 
 from neuron.device.jobs import LoadedModel
 from neuron.engine.errors import GroupLostError
+from neuron.engine.executor import InFlightStep
 from neuron.engine.group import Cleared, Group, plan_of
-from neuron.engine.launched import Launched
 from neuron.engine.plan import StepPlan
 from neuron.engine.runner import Runner
 from neuron.engine.sequence import Int32Array
@@ -41,7 +41,7 @@ class GroupRunner(Runner):
         shares = [Shard(rank, group.size).vocabulary(config) for rank in range(group.size)]
         self._widths = tuple(share.stop - share.start for share in shares)
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> InFlightStep:
         """Begin a step on all ranks. Of rank 0."""
         try:
             self.group.send(plan)

@@ -17,11 +17,11 @@ from neuron.device.loop import die_with_parent
 from neuron.device.probe import usable_cores
 from neuron.engine.device_graphs import Graphs
 from neuron.engine.errors import GroupLostError
+from neuron.engine.executor import Executor
 from neuron.engine.graph_runner import GraphRunner
 from neuron.engine.group import Group, rank_0_waits
 from neuron.engine.group_runner import Follower, GroupRunner
-from neuron.engine.launched import Executor
-from neuron.engine.loaded import Model, described
+from neuron.engine.model_engine import ModelEngine, describe
 from neuron.engine.native_runner import NativeRunner, shared_pool
 from neuron.engine.runner import Runner
 from neuron.models import packed
@@ -49,7 +49,7 @@ def load_model(
     group: GroupSettings | None = None,
     graphs: Callable[[], Graphs] | None = None,
     channel_fd: int = -1,
-) -> Generator[float, None, Model | Follower]:
+) -> Generator[float, None, ModelEngine | Follower]:
     """Load a model, or with ``group`` one rank's part, in pieces of one layer; yield the share done, return it.
 
     ``graphs`` makes what the device captures steps with, if it can; ``channel_fd`` is where the daemon is heard.
@@ -79,7 +79,7 @@ def load_model(
             draft = yield from _load_runner(spec, source_of_draft, plan.draft, device, graphs, channel_fd)
         finally:
             source_of_draft.close()
-    return Model(spec.id, source.config, plan, runner, path, draft=draft, prefix_cache=spec.prefix_cache)
+    return ModelEngine(spec.id, source.config, plan, runner, path, draft=draft, prefix_cache=spec.prefix_cache)
 
 
 def _load_runner(
@@ -126,7 +126,7 @@ def _finish(kernels: Preparation, device: torch.device) -> Generator[float, None
 
 def _load_part(
     spec: ModelSpec, path: pathlib.Path, device: torch.device, free_bytes: Callable[[], int], settings: GroupSettings
-) -> Generator[float, None, Model | Follower]:
+) -> Generator[float, None, ModelEngine | Follower]:
     shard = Shard(settings.rank, settings.size)
     source = open_weights(path)
     group: Group | None = None
@@ -150,8 +150,8 @@ def _load_part(
     finally:
         source.close()
     if settings.rank:
-        return Follower(runner, plan, described(spec.id, config, plan))
-    return Model(spec.id, config, plan, runner, path, prefix_cache=spec.prefix_cache)
+        return Follower(runner, plan, describe(spec.id, config, plan))
+    return ModelEngine(spec.id, config, plan, runner, path, prefix_cache=spec.prefix_cache)
 
 
 def _rank_0(settings: GroupSettings) -> Generator[float, None, None]:

@@ -12,7 +12,7 @@ import torch
 from neuron.cpu_kernels import native
 from neuron.device.jobs import TokenLogprobs
 from neuron.device.probe import usable_cores
-from neuron.engine.launched import MAX_ROUNDS, HostStep, StepOutcome
+from neuron.engine.executor import MAX_ROUNDS, HostStep, StepOutcome
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from neuron.engine.device_sampler import DeviceSampler
-from neuron.engine.launched import DeviceStep, Launched
+from neuron.engine.executor import DeviceStep, InFlightStep
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Int32Array
@@ -58,7 +58,7 @@ class Runner:
         return DeviceSampler(max_sequences, self.config.vocab_size, self.device, self._kernels.sample)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> InFlightStep:
         """Queue a step on the device."""
         batch = Batch(
             positions=self._to_device(plan.positions),

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from cortex.wire.request import FormatKind, InferenceRequest, OutputFormat, Tool, ToolChoice, ToolMode
 from neuron.device import jobs
 from neuron.device.jobs import ConstraintSettings, SequenceEnd
-from neuron.engine.loaded import Model
+from neuron.engine.model_engine import ModelEngine
 from neuron.text.detokenize import Detokenizer
 from neuron.text.grammar import constraint_of
 from neuron.text.tools import CallForm
@@ -247,13 +247,13 @@ def test_a_grammar_survives_preemption_and_neighbours(driver: Any, tokenizer: To
 def test_others_go_on_while_a_grammar_is_compiled(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow compile holds up its own sequence, nobody else's, and can be given up or unloaded under."""
     released = threading.Event()
-    compile_now = Model.constrain
+    compile_now = ModelEngine.constrain
 
-    def slow(model: Model, settings: ConstraintSettings) -> Any:
+    def slow(model: ModelEngine, settings: ConstraintSettings) -> Any:
         assert released.wait(600)
         return compile_now(model, settings)
 
-    monkeypatch.setattr(Model, "constrain", slow)
+    monkeypatch.setattr(ModelEngine, "constrain", slow)
     settings = ConstraintSettings(grammar(FormatKind.REGEX, "a{3}"))
     driver.generate(1, PROMPT, 20, constraint=settings)
     driver.generate(2, PROMPT, 20)

@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from neuron.device.jobs import Pooling, SamplerSettings, SequenceEnd
 from neuron.engine import scheduler as scheduler_module
 from neuron.engine.burst import BURST_S, num_rounds
-from neuron.engine.launched import StepOutcome
-from neuron.engine.loaded import Model, Output
+from neuron.engine.executor import StepOutcome
+from neuron.engine.model_engine import ModelEngine, StepOutput
 from neuron.engine.pace import MIN_PROMPT_TOKENS, STALL_FACTOR, Pace
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import NON_FINITE
@@ -214,7 +214,7 @@ class Steps(RuleBasedStateMachine):
         self.device = Device(overlaps, bursts > 1)
         # A step takes one tick however many rounds it has, so bursts get longer from step to step.
         clock = itertools.count(step=BURST_S / bursts)
-        self.model = Model(
+        self.model = ModelEngine(
             "m", None, PLAN, self.device, pathlib.Path(),  # type: ignore[arg-type]
             prefix_cache=prefix_cache, clock=lambda: next(clock),
         )  # fmt: skip
@@ -267,7 +267,7 @@ class Steps(RuleBasedStateMachine):
         expected, _ = expected_output(s.tokens[: s.num_prompt].tolist(), s.sampler.seed, s.max_tokens)
         assert got == expected[: len(got)]
 
-    def take(self, output: Output) -> None:
+    def take(self, output: StepOutput) -> None:
         for row in output.rows:
             s = self.asked[row.sequence]
             assert s.pooling is None
@@ -353,7 +353,7 @@ def test_a_step_is_launched_before_the_one_before_it_is_known() -> None:
     rows = machine.model.step().rows
     assert len(rows) == 1, "the prompt's token, while the step that reads it runs"
     assert machine.device.num_under_way == 1
-    machine.take(Output(rows))
+    machine.take(StepOutput(rows))
     machine.teardown()
 
 

@@ -1,6 +1,6 @@
-"""One loaded model in the engine: running its steps.
+"""The step loop of one loaded model: admit, schedule, launch, settle.
 
-Knows one model's sequences and nothing of the channel: it returns rows and failures, and the engine sends them.
+It has one model's sequences and no access to the channel: it returns rows and failures, and the engine sends them.
 """
 
 import array
@@ -28,9 +28,9 @@ from neuron.engine import burst
 from neuron.engine.constraint import Constraint, ConstraintError
 from neuron.engine.draft import DraftModel
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
+from neuron.engine.executor import Executor, InFlightStep
 from neuron.engine.graph_runner import GraphRunner
 from neuron.engine.group_runner import GroupRunner
-from neuron.engine.launched import Executor, Launched
 from neuron.engine.pace import Pace
 from neuron.engine.plan import StepPlan, build_plan
 from neuron.engine.sampler import NON_FINITE
@@ -52,7 +52,7 @@ SPECULATION_SWITCH: Final = "NEURON_SPECULATION"
 
 
 @dataclasses.dataclass(slots=True)
-class Output:
+class StepOutput:
     """What came of a step: rows for those that got on, finished embeddings, and the error of each that did not."""
 
     rows: list[TokenRow] = dataclasses.field(default_factory=list)
@@ -61,16 +61,16 @@ class Output:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _UnderWay:
-    """A launched step."""
+class _Pending:
+    """A launched step and its plan, until its outcome is settled."""
 
     step: Step
     plan: StepPlan
-    launched: Launched
+    in_flight: InFlightStep
     started_s: float
 
 
-class Model:
+class ModelEngine:
     """A loaded model with its scheduler and its runner."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Model:
         self.runner = runner
         self._path = path
         self._vocabulary: Vocabulary | None = None
-        self._under_way: _UnderWay | None = None
+        self._pending: _Pending | None = None
         self._clock = clock
         self._settled_s = 0.0
         self._pace = Pace(PAGE_TOKENS, plan.mixed_step_tokens)
@@ -121,7 +121,7 @@ class Model:
     @property
     def loaded(self) -> LoadedModel:
         """What the daemon is told of a finished load."""
-        return described(self.name, self.config, self.plan)
+        return describe(self.name, self.config, self.plan)
 
     def close(self) -> None:
         """Leave the other ranks, and destroy the graphs, where there are some."""
@@ -147,27 +147,27 @@ class Model:
     @property
     def busy(self) -> bool:
         """Return whether there is a step to run or to wait for."""
-        return self.scheduler.busy or self._under_way is not None
+        return self.scheduler.busy or self._pending is not None
 
-    def step(self, *, alone: bool = True) -> Output:
+    def step(self, *, alone: bool = True) -> StepOutput:
         """Admit, launch a step, and hand out what a step made certain.
 
         That is the step just launched, or, where steps overlap, the one before it. ``alone``: nobody else wants the
         device, so the step may be a burst. Raises DeviceFault; any other exception of a step fails the sequences that
         were in it.
         """
-        output = Output()
+        output = StepOutput()
         bursts = alone and self._comes_in_bursts()
-        before = self._under_way
+        before = self._pending
         if bursts and before is not None:
             # What a burst begins with must be certain.
-            self._under_way = None
+            self._pending = None
             self._settle(before, output)
         self._admit(output)
         launched = self._launch(output, bursts)
-        before, self._under_way = self._under_way, launched
+        before, self._pending = self._pending, launched
         if not self.runner.overlaps or (launched is not None and launched.step.num_rounds > 1):
-            before, self._under_way = launched, None
+            before, self._pending = launched, None
         if before is not None:
             self._settle(before, output)
         return output
@@ -187,7 +187,7 @@ class Model:
             running, self.runner.sampler.draws_plainly
         )
 
-    def _admit(self, output: Output) -> None:
+    def _admit(self, output: StepOutput) -> None:
         for sequence in self.scheduler.admit():
             try:
                 prompt, generated = np.split(sequence.tokens[: sequence.num_tokens], [sequence.num_prompt])
@@ -198,7 +198,7 @@ class Model:
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
                 self._fail([sequence], error, output)
 
-    def _launch(self, output: Output, bursts: bool) -> _UnderWay | None:
+    def _launch(self, output: StepOutput, bursts: bool) -> _Pending | None:
         step = self.scheduler.schedule(self._pace.mixed_step_tokens, self._propose)
         if step is None:
             return None
@@ -217,7 +217,7 @@ class Model:
             self._fail(step.sequences, error, output)
             return None
         self.scheduler.begin(step)
-        return _UnderWay(step, plan, launched, started_s)
+        return _Pending(step, plan, launched, started_s)
 
     def _propose(self, decoding: list[Sequence]) -> None:
         if self.speculation is None:
@@ -231,16 +231,16 @@ class Model:
         num_rows = self.plan.sampled_rows - len(self.scheduler.running)
         self.speculation.propose(len(decoding), able, num_rows, self.scheduler.make_room)
 
-    def _settle(self, under_way: _UnderWay, output: Output) -> None:
+    def _settle(self, pending: _Pending, output: StepOutput) -> None:
         """Wait for a step and hand out what it brought."""
-        step, plan = under_way.step, under_way.plan
+        step, plan = pending.step, pending.plan
         if self.runner.overlaps:
             # What lies between two steps of one run is the host's: handing out, sending, planning. A pause is not.
             host_s = self._clock() - self._settled_s
             if host_s < MOST_HOST_S:
                 self._pace.note_host(host_s)
         try:
-            outcome = under_way.launched.wait()
+            outcome = pending.in_flight.wait()
         except Exception as error:  # noqa: BLE001 (as above)
             self._fail(step.sequences, error, output)
             return
@@ -248,7 +248,7 @@ class Model:
         num_generating = step.num_decodes + step.num_drafting
         num_rows = int(plan.cu_seqlens[num_generating])
         # A step behind another began when that one ended.
-        seconds = (now_s - max(under_way.started_s, self._settled_s)) / (1 + len(outcome.later))
+        seconds = (now_s - max(pending.started_s, self._settled_s)) / (1 + len(outcome.later))
         self._pace.note(num_rows, int(plan.cu_seqlens[-1]) - num_rows, seconds)
         self._settled_s = now_s
         finite, ids = outcome.finite.tolist(), outcome.ids.tolist()
@@ -310,7 +310,7 @@ class Model:
         num_sampled: int,
         certain: list[int],
         logprobs: TokenLogprobs | None,
-        output: Output,
+        output: StepOutput,
         scores: TokenLogprobs | None = None,
     ) -> None:
         """Give a sequence the ``certain`` tokens, up to its end. ``scores`` are those of its prompt, of this step.
@@ -347,7 +347,7 @@ class Model:
         if end is not None:
             self.scheduler.remove(sequence.number)
 
-    def _pool(self, sequence: Sequence, num_tokens: int, hidden: Float32Array, output: Output) -> None:
+    def _pool(self, sequence: Sequence, num_tokens: int, hidden: Float32Array, output: StepOutput) -> None:
         """Take the hidden states ``[E, hidden]`` of a piece of a text; with the last, its embedding is done."""
         self.scheduler.settle(sequence, num_tokens, 0)
         if sequence.pooling is Pooling.MEAN:
@@ -363,7 +363,7 @@ class Model:
         output.embeddings.append(Embedding(sequence.number, vector.astype(np.float32).tobytes()))
         self.scheduler.remove(sequence.number)
 
-    def _fail(self, sequences: Iterable[Sequence], error: Exception, output: Output) -> None:
+    def _fail(self, sequences: Iterable[Sequence], error: Exception, output: StepOutput) -> None:
         raise_device_fault(error)
         if not isinstance(error, (NonFiniteLogitsError, ConstraintError)):
             logger.error("model %s: a step failed", self.name, exc_info=error)
@@ -380,7 +380,7 @@ def joined(rows: list[TokenLogprobs]) -> TokenLogprobs | None:
     return TokenLogprobs(chosen, top_ids, top)
 
 
-def described(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
+def describe(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
     """Return what the daemon is told of a finished load."""
     return LoadedModel(
         model=name,

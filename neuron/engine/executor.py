@@ -1,7 +1,7 @@
-"""What an executor makes of a plan: a step that runs, and what comes of it.
+"""The executor interface: a plan is launched as a step in flight, which is waited for.
 
-``launch(plan)`` of an executor returns a :class:`Launched`; the step may still run on the device then, where what it
-sampled stays for the next one. Waiting for it brings the outcome to the host.
+``launch(plan)`` returns an :class:`InFlightStep` while the step may still run on the device; the tokens that it samples
+stay there for the next step. ``wait`` brings the outcome to the host.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class StepOutcome:
     sampled a stop, has none after it; ``finite`` is of the last."""
 
 
-class Launched(Protocol):
-    """A step under way."""
+class InFlightStep(Protocol):
+    """A launched step whose outcome may not be known yet."""
 
     def wait(self) -> StepOutcome:
         """Return the outcome once it is there."""
@@ -56,7 +56,7 @@ class Executor(Protocol):
     max_rounds: int
     """How many rounds a step of decodes may have, if everyone draws plainly."""
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> InFlightStep:
         """Begin a step."""
 
     def clear_pages(self, pages: Int32Array) -> None:
