@@ -16,12 +16,13 @@ from typing import Any
 from cortex._fast.outlet import Turns
 from cortex._fast.watches import Watches
 from cortex.asgi_io import AsgiHead, AsgiProtocol
-from cortex.endpoints import reply_error, request_id_of
+from cortex.endpoints import reply_error
 from cortex.errors import NotStartedError
 from cortex.express import Express
 from cortex.http_io import AsgiExchange, Receive, Scope, Send, find_header
 from cortex.rsgi_io import HTTP_2, RsgiExchange, RsgiSocket
 from cortex.settings import ConfigError
+from cortex.wire.headers import REQUEST_ID, request_id_of
 from cortex.worker import Worker
 
 log = logging.getLogger("cortex")
@@ -115,7 +116,7 @@ class Application(Worker):
             AsgiHead(scope), AsgiProtocol(receive, send, self.gateway.settings.gateway.body_timeout_s)
         )
         if trip is None:
-            given = find_header(scope["headers"], b"x-request-id")
+            given = find_header(scope["headers"], REQUEST_ID)
             exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
         elif await trip.answer():
             return

@@ -19,9 +19,6 @@ log = logging.getLogger("cortex.request")
 
 P = ParamSpec("P")
 
-CLIENT_CLOSED_REQUEST = 499
-"""The status that is counted where the client left before its answer was complete."""
-
 WRITE_AFTER_S = 0.01
 WRITE_AFTER = 128
 """How long a request may wait for others, and how many may: together they cost a third."""

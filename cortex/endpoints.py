@@ -1,9 +1,5 @@
 """What a gateway answers by itself, the lists of models above all, and how it answers with an error."""
 
-import math
-import random
-import re
-
 import msgspec
 
 from cortex import __version__
@@ -18,8 +14,7 @@ from cortex.fleet.state import Fleet
 from cortex.http_io import Exchange, Header
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, ModelNotFoundError
-
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+from cortex.wire.headers import retry_after
 
 
 class Endpoints:
@@ -80,13 +75,6 @@ class Endpoints:
         return sum(self._fleet.in_flight.by_node.values())
 
 
-def request_id_of(given: bytes | None) -> str:
-    """Return the caller's ``x-request-id`` if it is fit to be logged and sent on, else a new one."""
-    if given is not None and REQUEST_ID.fullmatch(given):
-        return given.decode()
-    return f"req_{random.getrandbits(96):024x}"
-
-
 def _is_anthropic(exchange: Exchange) -> bool:
     """Return whether a client of either family that asks at a path of both is Anthropic's."""
     return exchange.header(b"anthropic-version") is not None
@@ -95,7 +83,7 @@ def _is_anthropic(exchange: Exchange) -> bool:
 async def reply_error(exchange: Exchange, error: ApiError, headers: tuple[Header, ...] = ()) -> None:
     """Answer with an error, in the envelope of the path's dialect; a node's own body goes on as it is."""
     if error.retry_after_s is not None:
-        headers = (*headers, (b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
+        headers = (*headers, (b"retry-after", retry_after(error.retry_after_s)))
     if error.worth_retrying is not None:  # which the SDKs of both families go by before they look at the status
         headers = (*headers, (b"x-should-retry", b"true" if error.worth_retrying else b"false"))
     if isinstance(error, ReplyError):

@@ -12,11 +12,10 @@ from cortex.access.keys import Principal
 from cortex.dialects.first_reading import PARAMETERS
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, Dialect
 from cortex.ending import Ending
-from cortex.endpoints import request_id_of
 from cortex.gateway import Gateway
 from cortex.inference import TO_EVERY_NODE, principal_headers
 from cortex.wire.errors import ApiError
-from cortex.wire.headers import model_name_headers
+from cortex.wire.headers import REQUEST_ID, model_name_headers, request_id_of
 
 DIALECTS = {dialect.path: dialect for dialect in (CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, COUNT_TOKENS)}
 
@@ -78,7 +77,7 @@ class Express:
             model,
             node,
             pool,
-            head + b"x-request-id: ",
+            head + REQUEST_ID + b": ",
             model != name,
             pool.timeouts.answer_s,
             pool.timeouts.stall_s,

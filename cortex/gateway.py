@@ -31,7 +31,7 @@ from cortex.dialects.passthrough import (
     MESSAGES,
     RESPONSES,
 )
-from cortex.endpoints import Endpoints, reply_error, request_id_of
+from cortex.endpoints import Endpoints, reply_error
 from cortex.errors import GatewayStoppedError
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
@@ -67,6 +67,7 @@ from cortex.store.sqlite import SqliteStore
 from cortex.stored_endpoints import StoredEndpoints
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, MethodNotAllowedError, NotFoundError
+from cortex.wire.headers import REQUEST_ID, request_id_of
 from cortex.wire.node import NodeState
 
 log = logging.getLogger("cortex")
@@ -387,7 +388,7 @@ class Gateway:
             return principal.name
         except ApiError as error:
             self.metrics.rejected.labels(error.status).inc()
-            logs.rejected(log, request_id_of(header(b"x-request-id")), "GET", path, error.status, error.code)
+            logs.rejected(log, request_id_of(header(REQUEST_ID)), "GET", path, error.status, error.code)
             raise
 
     async def _tell_options(self, exchange: Exchange) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from cortex.settings import ConfigError
 from cortex.wire.errors import ApiError, ForbiddenError
+from cortex.wire.headers import IGNORED, REQUEST_ID
 
 Header = tuple[bytes, bytes]
 Headers = Callable[[bytes], bytes | None]
@@ -37,7 +38,7 @@ ASKED_HEADERS = re.compile(
     r"|x-cortex-[a-z0-9-]+|x-stainless-[a-z0-9-]+|anthropic-[a-z0-9-]+|openai-[a-z0-9-]+"
 )
 """Headers that a page of an allowed origin may send: those of the SDKs and of this project."""
-TOLD_HEADERS = b"x-request-id, request-id, retry-after, x-cortex-ignored, *"
+TOLD_HEADERS = REQUEST_ID + b", request-id, retry-after, " + IGNORED + b", *"
 """Headers that a page may read; no answer depends on cookies, so the star means all."""
 PREFLIGHT_AGE_S = 600
 

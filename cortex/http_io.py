@@ -30,6 +30,7 @@ from cortex._fast.outlet import Outlet
 from cortex.body_encoding import TAKEN, decoded
 from cortex.request_body import BODY_TIMEOUT_S, read_at_most
 from cortex.wire.errors import ApiError, BodyTooLargeError, SlowBodyError, UnsupportedEncodingError
+from cortex.wire.headers import REQUEST_ID
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -262,7 +263,7 @@ class AsgiExchange(Exchange):
     async def _start(self, status: int, headers: list[Header]) -> None:
         self.status = status
         request_id = self.request_id.encode()
-        headers += [(b"x-request-id", request_id), (b"request-id", request_id), *self.told.items()]
+        headers += [(REQUEST_ID, request_id), (b"request-id", request_id), *self.told.items()]
         if self.is_last:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

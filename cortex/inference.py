@@ -26,7 +26,7 @@ from cortex._fast.sse import FrameDecoder
 from cortex.access.gate import FREE, Gate, Permit, principal_of
 from cortex.access.keys import Principal, check_model
 from cortex.background import Background
-from cortex.book import CLIENT_CLOSED_REQUEST, Book
+from cortex.book import Book
 from cortex.config import Config
 from cortex.dialects import openai_compaction, openai_responses
 from cortex.dialects.first_reading import PARAMETERS
@@ -62,7 +62,17 @@ from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header
 from cortex.wire.errors import ApiError, MissingParameterError, RemoteError, UpstreamError, UpstreamTimeoutError
 from cortex.wire.events import Finished, FinishReason, Started
-from cortex.wire.headers import IGNORED, OMITTED_PARTS, TOLD, model_name_headers
+from cortex.wire.headers import (
+    CLIENT_CLOSED_REQUEST,
+    FORWARDED,
+    IGNORED,
+    OMITTED_PARTS,
+    PRINCIPAL,
+    PRIORITY,
+    REPORT_USAGE,
+    REQUEST_ID,
+    model_name_headers,
+)
 
 log = logging.getLogger("cortex.inference")
 
@@ -70,7 +80,7 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Of an answer that is not streamed; it is held whole, so that a cut one is an error and not half a body."""
 
 JSON = b"application/json"
-TO_EVERY_NODE: tuple[Header, ...] = ((b"content-type", JSON), (b"x-cortex-report-usage", b"1"))
+TO_EVERY_NODE: tuple[Header, ...] = ((b"content-type", JSON), (REPORT_USAGE, b"1"))
 
 
 class Inference:
@@ -143,7 +153,7 @@ class Inference:
         record.is_stream = found.stream and dialect.streams
         if model != name:
             body = splice(body, found, model)
-        headers = [*TO_EVERY_NODE, (b"x-request-id", exchange.request_id.encode()), *model_name_headers(name, model)]
+        headers = [*TO_EVERY_NODE, (REQUEST_ID, exchange.request_id.encode()), *model_name_headers(name, model)]
         if record.trace is not None:
             headers += record.trace.headers
         turn, part, generates = None, NO_PART, True
@@ -422,15 +432,15 @@ def principal_headers(principal: Principal) -> list[Header]:
     """Return what a node is told of who asks."""
     headers = []
     if principal.name:
-        headers.append((b"x-cortex-principal", principal.name.encode()))
+        headers.append((PRINCIPAL, principal.name.encode()))
     if principal.priority:
-        headers.append((b"x-cortex-priority", b"%d" % principal.priority))
+        headers.append((PRIORITY, b"%d" % principal.priority))
     return headers
 
 
 def _tell_of(answer: Answer, asked: "_Asked", exchange: Exchange) -> None:
     """Have the answer to a client say what a node says of its own, and what a translation left out."""
-    for name in TOLD:
+    for name in FORWARDED:
         value = answer.response.header(name)
         if value is not None:
             tell(exchange.told, name, value)

@@ -16,14 +16,16 @@ from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 from cortex._fast.express import Trip
 from cortex._fast.outlet import Outlet, Turns
 from cortex._fast.watches import Watches
-from cortex.endpoints import request_id_of
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header
 from cortex.reader_credit import FREE_BYTES, FREE_SHARED_BYTES, Credit, SharedCredit
 from cortex.request_body import WHOLE_BYTES, read_at_most, read_whole
+from cortex.wire import headers as names
 
 TextHeader = tuple[str, str]
 
 HTTP_2 = "2"
+
+_REQUEST_ID = names.REQUEST_ID.decode()
 
 
 class RsgiExchange(Exchange):
@@ -33,8 +35,8 @@ class RsgiExchange(Exchange):
         """``trip`` is how far it has come on the express way."""
         headers = scope.headers
         if trip is None:
-            given = headers.get("x-request-id")
-            id = request_id_of(None if given is None else given.encode())
+            given = headers.get(_REQUEST_ID)
+            id = names.request_id_of(None if given is None else given.encode())
         else:
             id = trip.record.request_id
         super().__init__(scope.method, scope.path, scope.query_string.encode(), scope.client, id)
@@ -128,7 +130,7 @@ class RsgiExchange(Exchange):
     def _finish_texts(self, texts: list[TextHeader], headers: Sequence[Header]) -> list[TextHeader]:
         """Add ``headers`` to ``texts``, and what every answer has."""
         texts += [(name.decode(), _text(value)) for name, value in headers]
-        texts += ("x-request-id", self.request_id), ("request-id", self.request_id)
+        texts += (_REQUEST_ID, self.request_id), ("request-id", self.request_id)
         if self.told:
             texts += [(name.decode(), _text(value)) for name, value in self.told.items()]
         if self.is_last:

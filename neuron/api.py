@@ -39,7 +39,6 @@ from cortex.dialects.passthrough import (
     COMPLETIONS,
     COUNT_TOKENS,
     EMBEDDINGS,
-    GATEWAY_PART_HEADER,
     INPUT_TOKENS,
     MESSAGES,
     RESPONSES,
@@ -69,7 +68,20 @@ from cortex.wire.errors import (
     UnauthorizedError,
 )
 from cortex.wire.events import Failed, Finished, FinishReason, InferenceEvent, Started
-from cortex.wire.headers import IGNORED, MODEL_NAME, OMITTED_PARTS, told_model_name
+from cortex.wire.headers import (
+    CLIENT_CLOSED_REQUEST,
+    IGNORED,
+    MODEL_NAME,
+    OMITTED_PARTS,
+    PRINCIPAL,
+    PRIORITY,
+    REPORT_USAGE,
+    REQUEST_ID,
+    RESPONSE_CONTEXT,
+    request_id_of,
+    requested_model_name,
+    retry_after,
+)
 from cortex.wire.node import (
     Capability,
     DrainRequest,
@@ -90,18 +102,8 @@ from neuron.service import Service
 _log = logging.getLogger("neuron.api")
 
 DIALECTS = (CHAT.name, COMPLETIONS.name, EMBEDDINGS.name, RESPONSES.name, MESSAGES.name)
-CLIENT_LEFT_STATUS = 499
 HOLD_SHARE = 2 / 3
 """Of the time for which headers are held: a gateway has not sent its own by then, and can say what a node's say."""
-
-REPORT_USAGE_HEADER = b"x-cortex-report-usage"
-"""A gateway sends it to have usage in a comment at the end of a stream, whatever the client asked for."""
-
-PRINCIPAL_HEADER = b"x-cortex-principal"
-"""A gateway sends it to say on whose behalf a request is: seats are shared out among principals."""
-
-PRIORITY_HEADER = b"x-cortex-priority"
-"""A gateway sends it with a principal's priority, an integer, unless that is 0."""
 
 _PRIORITY = re.compile(rb"[+-]?[0-9]{1,9}")
 _Request = TypeVar("_Request", InferenceRequest, EmbeddingRequest)
@@ -156,8 +158,7 @@ class Api:
             return
         exchange = AsgiExchange(scope, receive, send, request_id="")
         exchange.body_timeout_s = self._service.body_timeout_s
-        given = exchange.header(b"x-request-id")
-        exchange.request_id = given.decode("latin-1")[:128] if given else f"req_{secrets.token_hex(12)}"
+        exchange.request_id = request_id_of(exchange.header(REQUEST_ID))
         try:
             await self._let_in(exchange)(exchange)
         except ClientDisconnectedError:
@@ -301,7 +302,7 @@ class Api:
                 created,
                 num_choices=request.num_choices,
                 include_usage=call.include_usage,
-                report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+                report_usage=exchange.header(REPORT_USAGE) is not None,
                 custom_tools=call.custom,
             )
             await self._stream(exchange, CHAT, (request,), frames, record)
@@ -320,7 +321,7 @@ class Api:
             int(time.time()),
             num_choices=call.num_choices,
             include_usage=call.include_usage,
-            report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+            report_usage=exchange.header(REPORT_USAGE) is not None,
             scores=call.scores,
         )
         if call.stream:
@@ -345,13 +346,13 @@ class Api:
         _tell(exchange, call)
         request = call.request
         record.is_stream = call.stream
-        part = GatewayPart.of(exchange.header(GATEWAY_PART_HEADER))
+        part = GatewayPart.of(exchange.header(RESPONSE_CONTEXT))
         frames = ResponsesStream(
             part.id or f"resp_{secrets.token_hex(24)}",
             _name(exchange, request),
             int(time.time()),
             echo=call.echoed(part),
-            report_usage=exchange.header(REPORT_USAGE_HEADER) is not None,
+            report_usage=exchange.header(REPORT_USAGE) is not None,
             custom_tools=call.tools.custom,
             namespaces=call.tools.namespaces,
             summarises=call.summarises,
@@ -510,7 +511,7 @@ def _tell_ignored(exchange: Exchange, names: Sequence[str]) -> None:
 
 def _name(exchange: Exchange, request: InferenceRequest | EmbeddingRequest) -> str:
     """Return what an answer calls the model: as the client did, if a gateway says how."""
-    return told_model_name(exchange.header(MODEL_NAME), request.model)
+    return requested_model_name(exchange.header(MODEL_NAME), request.model)
 
 
 def _on_behalf(exchange: Exchange, request: _Request) -> _Request:
@@ -519,11 +520,11 @@ def _on_behalf(exchange: Exchange, request: _Request) -> _Request:
     Raises:
         InvalidRequestError: the priority is not an integer.
     """
-    principal, priority = exchange.header(PRINCIPAL_HEADER), exchange.header(PRIORITY_HEADER)
+    principal, priority = exchange.header(PRINCIPAL), exchange.header(PRIORITY)
     if not principal and not priority:
         return request
     if priority and _PRIORITY.fullmatch(priority) is None:
-        raise InvalidRequestError(f"The header {PRIORITY_HEADER.decode()} is not an integer.")
+        raise InvalidRequestError(f"The header {PRIORITY.decode()} is not an integer.")
     return msgspec.structs.replace(
         request, principal=(principal or b"").decode("latin-1"), priority=int(priority or b"0")
     )
@@ -537,7 +538,7 @@ def _recorded(exchange: Exchange, record: RequestRecord) -> Iterator[None]:
         yield
         status = exchange.status
     except ClientDisconnectedError:
-        status = CLIENT_LEFT_STATUS
+        status = CLIENT_CLOSED_REQUEST
         raise
     except ApiError as error:
         status = error.status
@@ -554,6 +555,6 @@ async def _reply(exchange: Exchange, value: object) -> None:
 async def _reply_error(exchange: Exchange, error: ErrorInfo) -> None:
     headers: list[Header] = []
     if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+        headers.append((b"retry-after", retry_after(error.retry_after_s)))
     envelope = envelope_for(exchange.path)
     await exchange.reply(envelope.status(error), envelope.body(error, exchange.request_id), headers=headers)

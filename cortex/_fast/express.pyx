@@ -23,14 +23,16 @@ from cortex.http_io import ClientDisconnectedError as _ClientDisconnectedError
 from cortex.request_body import WHOLE_BYTES as _WHOLE
 from cortex.request_body import slow_body as _slow_body
 from cortex.wire.errors import ApiError as _ApiError
-from cortex.book import CLIENT_CLOSED_REQUEST as _CLIENT_CLOSED_REQUEST
-from cortex.wire.headers import TOLD as _TOLD
+from cortex.wire.headers import CLIENT_CLOSED_REQUEST as _CLIENT_CLOSED_REQUEST
+from cortex.wire.headers import FORWARDED as _FORWARDED
+from cortex.wire.headers import REQUEST_ID as _REQUEST_ID_BYTES
 
 cdef enum:
     MAX_LANES = 4096
     MAX_TARGETS = 1024
 
 cdef object monotonic = time.monotonic
+cdef str _REQUEST_ID = _REQUEST_ID_BYTES.decode()
 cdef Py_ssize_t _WHOLE_BYTES = _WHOLE
 
 
@@ -182,7 +184,7 @@ cdef class Way:
         given = headers.get("content-length")
         if given is None or not given.isdigit() or len(given) > 12 or int(given) > lane.max_body_bytes:
             return None
-        given = headers.get("x-request-id")
+        given = headers.get(_REQUEST_ID)
         trip = Trip.__new__(Trip)
         (<Trip>trip).way = self
         (<Trip>trip).lane = lane
@@ -346,10 +348,10 @@ cdef class Trip(Listener):
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
-                ("x-request-id", record.request_id),
+                (_REQUEST_ID, record.request_id),
                 ("request-id", record.request_id),
             ]
-            for name in _TOLD:
+            for name in _FORWARDED:
                 value = response.header(name)
                 if value is not None:
                     headers.append((name.decode(), _told(name, value)))

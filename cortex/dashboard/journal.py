@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from cortex.book import CLIENT_CLOSED_REQUEST, Line
+from cortex.book import Line
+from cortex.wire.headers import CLIENT_CLOSED_REQUEST
 
 NUM_SLOTS = 256
 SLOT_BYTES = 768

@@ -21,6 +21,7 @@ from cortex.dialects import anthropic_errors
 from cortex.dialects.openai_errors import error_body, error_object, response_error_code
 from cortex.wire.errors import ErrorInfo, UpstreamError
 from cortex.wire.events import Tokens
+from cortex.wire.headers import RESPONSE_CONTEXT
 from cortex.wire.responses_events import LAST, ResponsesEvent
 
 STATUS_OF_TYPE = {
@@ -51,9 +52,6 @@ TAIL_CHUNKS = 4
 """Chunks kept of a stream: the finish, the usage, the terminator and the node's own usage may come one by one."""
 
 
-GATEWAY_PART_HEADER = b"x-cortex-response"
-
-
 class GatewayPart(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a gateway does with a response, told to a neuron so that the response says so of itself.
 
@@ -69,7 +67,7 @@ class GatewayPart(msgspec.Struct, frozen=True, omit_defaults=True):
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
         """Return the headers that tell it; none if there is nothing to tell."""
         text = msgspec.json.encode(self)
-        return () if text == b"{}" else ((GATEWAY_PART_HEADER, text),)
+        return () if text == b"{}" else ((RESPONSE_CONTEXT, text),)
 
     @classmethod
     def of(cls, header: bytes | None) -> "GatewayPart":

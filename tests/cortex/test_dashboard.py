@@ -20,7 +20,6 @@ from gateway_rig import Rig, rig, until, write_config
 from key_rig import KEY, ring
 
 from cortex.access.keys import Principal
-from cortex.book import CLIENT_CLOSED_REQUEST
 from cortex.config import Config, ModelProfile
 from cortex.dashboard import assets, feed, journal, view
 from cortex.dashboard.feed import Feed
@@ -29,6 +28,7 @@ from cortex.dashboard.rates import SERIES
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Node
+from cortex.wire.headers import CLIENT_CLOSED_REQUEST
 from cortex.wire.node import (
     Device,
     DeviceKind,

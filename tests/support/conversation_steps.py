@@ -13,12 +13,12 @@ from asgi_call import Call
 
 from cortex._fast.peek import PeekError, peek
 from cortex.config import Config, GatewaySettings, StoreSettings
-from cortex.endpoints import request_id_of
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
 from cortex.http_io import AsgiExchange
 from cortex.store.conversation import Conversations
 from cortex.wire.errors import ApiError
+from cortex.wire.headers import request_id_of
 
 MAX_STEPS = 40
 METHODS = {b"GET", b"POST", b"DELETE", b"HEAD", b"PATCH"}

@@ -28,10 +28,10 @@ from cortex.config import (
     Timeouts,
 )
 from cortex.ending import Ending
-from cortex.endpoints import request_id_of
 from cortex.fleet.catalogue import Catalogue
 from cortex.gateway import Gateway
 from cortex.http_io import AsgiExchange
+from cortex.wire.headers import REQUEST_ID, request_id_of
 
 QUICK = Polling(interval_s=0.05, timeout_s=3, max_backoff_s=0.2)  # a busy machine may hold everything up for a second
 PATIENT = Timeouts()
@@ -69,7 +69,7 @@ class Rig:
         await self._serve(scope, receive, send)
 
     async def _common(self, scope: Any, receive: Any, send: Any) -> None:
-        given = dict(scope["headers"]).get(b"x-request-id")
+        given = dict(scope["headers"]).get(REQUEST_ID)
         exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
         await self.gateway.handle(exchange)
 
