@@ -178,7 +178,7 @@ class Background:
         Raises:
             StoreUnavailableError: it cannot be promised.
         """
-        run = Run(turn.part.id, queued, owned)
+        run = Run(turn.context.id, queued, owned)
         await owned.put(run.id, self._promise(turn, run), turn.chain)
         run.making = asyncio.create_task(self._make(run, turn, frames), name=f"response {run.id}")
         await asyncio.sleep(0)  # nobody can end it before it has begun, so what it holds is always given back

@@ -37,7 +37,7 @@ from cortex.dialects.passthrough import (
     COUNT_TOKENS,
     EMBEDDINGS,
     INPUT_TOKENS,
-    NO_PART,
+    NO_CONTEXT,
     RESPONSES,
     Dialect,
     Usage,
@@ -156,7 +156,7 @@ class Inference:
         headers = [*TO_EVERY_NODE, (REQUEST_ID, exchange.request_id.encode()), *model_name_headers(name, model)]
         if record.trace is not None:
             headers += record.trace.headers
-        turn, part, generates = None, NO_PART, True
+        turn, context, generates = None, NO_CONTEXT, True
         if dialect is RESPONSES:
             said = None
             if isinstance(exchange, SocketExchange):
@@ -166,7 +166,7 @@ class Inference:
             except ApiError:
                 await self._gate.count(principal)  # to look for what is not there costs a request, too
                 raise
-            body, part = turn.body, turn.part
+            body, context = turn.body, turn.context
             headers += turn.headers
             if not generates:
                 await self._gate.count(principal)
@@ -185,15 +185,15 @@ class Inference:
             compaction = openai_compaction.Compaction(body)
             dialect, body, reshape = RESPONSES, compaction.question(), compaction.answer
         headers += principal_headers(principal)
-        chat = to_chat(dialect, body, part, name)
+        chat = to_chat(dialect, body, context, name)
         question = Question(
             model,
             dialect.name,
             dialect.target,
             headers,
             body,
-            is_stream=record.is_stream or part.background,
-            is_awaited=not part.background,
+            is_stream=record.is_stream or context.background,
+            is_awaited=not context.background,
             arrived_at=record.begun_s,
             cache_key=found.prompt_cache_key,
             principal=principal.name,
@@ -208,7 +208,7 @@ class Inference:
         permit = FREE if principal.limits.are_none else await self._gate.admit(principal, body, generates=generates)
         has_left = False
         try:
-            if turn is not None and part.background:
+            if turn is not None and context.background:
                 await self._begin(exchange, dialect, record, asked, turn, permit)
             elif record.is_stream:
                 await self._stream(exchange, dialect, record, asked)
@@ -456,8 +456,8 @@ def _tell_of(answer: Answer, asked: "_Asked", exchange: Exchange) -> None:
 def _made_here(turn: Turn, name: str) -> ResponsesStream:
     """Return what makes a response of a turn without a node. Raises :class:`InvalidRequestError`."""
     call = openai_responses.decode(turn.body)
-    id = turn.part.id or f"resp_{secrets.token_hex(24)}"
-    return ResponsesStream(id, name, int(time.time()), call.echoed(turn.part))
+    id = turn.context.id or f"resp_{secrets.token_hex(24)}"
+    return ResponsesStream(id, name, int(time.time()), call.echoed(turn.context))
 
 
 class _Asked(NamedTuple):

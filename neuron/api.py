@@ -43,7 +43,7 @@ from cortex.dialects.passthrough import (
     MESSAGES,
     RESPONSES,
     Dialect,
-    GatewayPart,
+    ResponseContext,
     envelope_for,
 )
 from cortex.dialects.unseen_parts import readable
@@ -346,12 +346,12 @@ class Api:
         _tell(exchange, call)
         request = call.request
         record.is_stream = call.stream
-        part = GatewayPart.of(exchange.header(RESPONSE_CONTEXT))
+        context = ResponseContext.of(exchange.header(RESPONSE_CONTEXT))
         frames = ResponsesStream(
-            part.id or f"resp_{secrets.token_hex(24)}",
+            context.id or f"resp_{secrets.token_hex(24)}",
             _name(exchange, request),
             int(time.time()),
-            echo=call.echoed(part),
+            echo=call.echoed(context),
             report_usage=exchange.header(REPORT_USAGE) is not None,
             custom_tools=call.tools.custom,
             namespaces=call.tools.namespaces,

@@ -19,7 +19,7 @@ from cortex.dialects.generation import GenerationBody
 from cortex.dialects.openai_items import Item, messages_of
 from cortex.dialects.openai_tools import OfferedTools
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
-from cortex.dialects.passthrough import GatewayPart
+from cortex.dialects.passthrough import ResponseContext
 from cortex.dialects.unseen_parts import readable
 from cortex.wire.errors import ChainedConversationError, InvalidRequestError
 from cortex.wire.request import (
@@ -46,13 +46,13 @@ class ResponsesCall(msgspec.Struct, frozen=True):
     num_omitted: int = 0
     """How many parts of earlier turns no model here can take."""
 
-    def echoed(self, part: GatewayPart) -> bytes:
+    def echoed(self, context: ResponseContext) -> bytes:
         """Return :attr:`echo` with what a gateway does, which the request's own fields are not true of."""
         told = {
-            "store": part.store,
-            "previous_response_id": part.previous_response_id,
-            "background": part.background,
-            "conversation": {"id": part.conversation} if part.conversation else None,
+            "store": context.store,
+            "previous_response_id": context.previous_response_id,
+            "background": context.background,
+            "conversation": {"id": context.conversation} if context.conversation else None,
         }
         told = {name: value for name, value in told.items() if value}
         return msgspec.json.encode(_FIELDS_DECODER.decode(self.echo) | told) if told else self.echo

@@ -52,10 +52,10 @@ TAIL_CHUNKS = 4
 """Chunks kept of a stream: the finish, the usage, the terminator and the node's own usage may come one by one."""
 
 
-class GatewayPart(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a gateway does with a response, told to a neuron so that the response says so of itself.
+class ResponseContext(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Members of a response object that the gateway decides; a neuron repeats them in the response.
 
-    An empty ``id`` leaves that to the neuron.
+    With an empty ``id`` the neuron chooses one.
     """
 
     id: str = ""
@@ -65,23 +65,23 @@ class GatewayPart(msgspec.Struct, frozen=True, omit_defaults=True):
     conversation: str = ""
 
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """Return the headers that tell it; none if there is nothing to tell."""
+        """Return the header that carries it; none if every member has its default."""
         text = msgspec.json.encode(self)
         return () if text == b"{}" else ((RESPONSE_CONTEXT, text),)
 
     @classmethod
-    def of(cls, header: bytes | None) -> "GatewayPart":
-        """Return what a header tells; nothing if it is none of a gateway's."""
+    def of(cls, header: bytes | None) -> "ResponseContext":
+        """Return the context of a header; the default where the header is absent or not a gateway's."""
         try:
-            return _GATEWAY_PART.decode(header or b"{}")
+            return _CONTEXT.decode(header or b"{}")
         except (msgspec.DecodeError, UnicodeError):
             return cls()
 
 
-NO_PART = GatewayPart()
-"""Of a request that no gateway has done anything with."""
+NO_CONTEXT = ResponseContext()
+"""Context of a request that came from no gateway."""
 
-_GATEWAY_PART = msgspec.json.Decoder(GatewayPart)
+_CONTEXT = msgspec.json.Decoder(ResponseContext)
 
 
 class TokenDetails(msgspec.Struct, frozen=True):

@@ -25,10 +25,10 @@ from cortex.dialects.passthrough import (
     COUNT_TOKENS,
     INPUT_TOKENS,
     MESSAGES,
-    NO_PART,
+    NO_CONTEXT,
     RESPONSES,
     Dialect,
-    GatewayPart,
+    ResponseContext,
 )
 from cortex.wire.errors import ContextLengthError, ErrorInfo, UpstreamError
 from cortex.wire.events import InferenceEvent, Started
@@ -117,10 +117,10 @@ class TranslatedAnswer:
         return self._whole()
 
 
-def to_chat(dialect: Dialect, body: bytes, part: GatewayPart = NO_PART, name: str = "") -> Translation | None:
+def to_chat(dialect: Dialect, body: bytes, context: ResponseContext = NO_CONTEXT, name: str = "") -> Translation | None:
     """Return a request as a chat; ``None`` if its dialect is not one that is translated.
 
-    A response tells ``part``; answers have ``name`` for the model, unless that is empty.
+    A response repeats ``context``; answers have ``name`` for the model, unless that is empty.
     """
     if dialect is MESSAGES:
         return Translation(lambda: _read_messages(body, name))
@@ -129,7 +129,7 @@ def to_chat(dialect: Dialect, body: bytes, part: GatewayPart = NO_PART, name: st
     if dialect is INPUT_TOKENS:
         return Translation(lambda: _read_count(openai_responses.decode(body), openai_responses.COUNTED))
     if dialect is RESPONSES:
-        return Translation(lambda: _read_responses(body, part, name))
+        return Translation(lambda: _read_responses(body, context, name))
     return None
 
 
@@ -157,13 +157,13 @@ def _read_count(call: MessagesCall | ResponsesCall, told: dict[str, str]) -> Rea
     return Reading(request, False, make, call.ignored, call.num_omitted)
 
 
-def _read_responses(body: bytes, part: GatewayPart, name: str) -> Reading:
+def _read_responses(body: bytes, context: ResponseContext, name: str) -> Reading:
     call = openai_responses.decode(body)
-    echo = call.echoed(part)
+    echo = call.echoed(context)
 
     def make() -> tuple[Projector, Callable[[], bytes]]:
         stream = ResponsesStream(
-            part.id or f"resp_{secrets.token_hex(24)}",
+            context.id or f"resp_{secrets.token_hex(24)}",
             name or call.request.model,
             int(time.time()),
             echo,

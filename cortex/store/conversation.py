@@ -19,7 +19,7 @@ import orjson
 
 from cortex._fast.peek import Peek, PeekTypeError, peek
 from cortex._fast.sse import FrameDecoder
-from cortex.dialects.passthrough import NO_PART, GatewayPart
+from cortex.dialects.passthrough import NO_CONTEXT, ResponseContext
 from cortex.errors import (
     ConversationFullError,
     ConversationNotFoundError,
@@ -77,7 +77,7 @@ class Turn:
     """One request on its way: what is sent on, and what is kept when it has been answered."""
 
     body: bytes
-    part: GatewayPart = NO_PART
+    context: ResponseContext = NO_CONTEXT
     """What the gateway does with the response, for that to say."""
     previous: str = ""
     """The stored turn that it continues."""
@@ -93,12 +93,12 @@ class Turn:
     @property
     def is_kept(self) -> bool:
         """Whether its answer is kept anywhere."""
-        return self.part.store or bool(self.part.conversation) or self.said is not None
+        return self.context.store or bool(self.context.conversation) or self.said is not None
 
     @property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
         """What a node is told."""
-        return self.part.headers()
+        return self.context.headers()
 
 
 class Conversations:
@@ -158,14 +158,14 @@ class Conversations:
             return Turn(body)  # for the node to refuse
         if refers:
             own = await self._resolved(own)
-        part = GatewayPart(
+        context = ResponseContext(
             id=f"{RESPONSE}_{secrets.token_hex(24)}" if background else "",
             store=stores,
             previous_response_id=previous,
             background=background,
             conversation=conversation,
         )
-        chain, earlier, is_stored = await self._before(part, said)
+        chain, earlier, is_stored = await self._before(context, said)
         if keeps and len(chain) >= MAX_TURNS:
             raise _full("conversation" if conversation else "previous_response_id")
         if earlier or previous or conversation or refers:
@@ -178,7 +178,7 @@ class Conversations:
         kept = own if is_stored else [*(orjson.loads(bytes(item)) for item in earlier), *own]
         return Turn(
             body,
-            part,
+            context,
             chain[0] if chain else "",
             tuple(kept),
             chain,
@@ -186,21 +186,23 @@ class Conversations:
             tuple(earlier) if said is not None and is_stored else (),
         )
 
-    async def _before(self, part: GatewayPart, said: Said | None) -> tuple[tuple[str, ...], list[msgspec.Raw], bool]:
+    async def _before(
+        self, context: ResponseContext, said: Said | None
+    ) -> tuple[tuple[str, ...], list[msgspec.Raw], bool]:
         """Return the stored turns before a request, all that was said in them, and whether a store knows that."""
-        if part.conversation:
-            name = await self.name(part.conversation)
+        if context.conversation:
+            name = await self.name(context.conversation)
             if not name.previous:
                 return (), [], True
             return *await self._said_of(name, is_bounded=True), True
-        previous = part.previous_response_id
+        previous = context.previous_response_id
         if not previous:
             return (), [], True
         if said is None or previous not in said:
             return *await self._said(previous), True
-        if part.store and await self._get(previous) is not None:
+        if context.store and await self._get(previous) is not None:
             return (await self._said(previous))[0], list(said[previous]), True
-        return (), list(said[previous]), not part.store
+        return (), list(said[previous]), not context.store
 
     async def keep(self, turn: Turn, response: bytes) -> bytes:
         """Keep the response that answered ``turn``, if it is one, where it is to be kept.
@@ -261,14 +263,14 @@ class Conversations:
         Raises:
             StoreUnavailableError: the store failed.
         """
-        if not turn.part.store:
-            if not turn.part.conversation:
+        if not turn.context.store:
+            if not turn.context.conversation:
                 return
             id = f"{TURN}_{secrets.token_hex(24)}"
         await self.put(id, stored, turn.chain)
-        if turn.part.conversation:
-            name = await self.name(turn.part.conversation)
-            await self.put(turn.part.conversation, msgspec.structs.replace(name, previous=id))
+        if turn.context.conversation:
+            name = await self.name(turn.context.conversation)
+            await self.put(turn.context.conversation, msgspec.structs.replace(name, previous=id))
 
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str] = ()) -> None:
         """Keep something under an id. Raises :class:`StoreUnavailableError`."""

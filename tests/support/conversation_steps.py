@@ -116,7 +116,7 @@ class Checker:
             id = f"resp_{secrets.token_hex(24)}"
             answer = orjson.dumps({"id": id, "output": [{"id": "msg_1_0", "type": "message"}], "store": True})
             kept = orjson.loads(await self._conversations.keep(turn, answer))
-            if turn.part.store and kept["store"]:
+            if turn.context.store and kept["store"]:
                 assert await self._conversations.find(id) is not None
             await self._conversations.input_items(id, {"limit": "100"})
         except ApiError as error:
