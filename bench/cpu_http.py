@@ -18,7 +18,7 @@ TEXT = ", ".join(map(str, range(1, 26))) + ", "
 
 
 async def stream(port: int, tokens: int) -> tuple[float, float, int]:
-    """Ask for a completion; return the times of its first and last frame, and its tokens."""
+    """Ask for a completion; return the times of its first and last SSE event, and its tokens."""
     body = json.dumps(
         {"model": MODEL, "prompt": TEXT, "max_tokens": tokens, "temperature": 0, "stream": True,
          "stream_options": {"include_usage": True}}

@@ -1,4 +1,4 @@
-"""What a streamed token costs in frames: made in the node, passed through the gateway, read by a client.
+"""What a streamed token costs in SSE events: made in the node, passed through the gateway, read by a client.
 
 ``python bench/sse.py [--keep]``
 """
@@ -15,7 +15,7 @@ import report
 from cortex._fast import sse
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.responses_stream import ResponsesStream
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex._fast.tap import StreamTap
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
 
@@ -25,7 +25,7 @@ CREATED = 1_700_000_000
 TEXTS = {"6 characters": " hello", "200 characters": "The quick brown fox jumps over the lazy dog. " * 5}
 BATCH = 16
 TURN_EVENTS = 1000
-STREAM_FRAMES = 2_000
+STREAM_SSE_EVENTS = 2_000
 
 
 class Delta(msgspec.Struct):
@@ -67,14 +67,14 @@ def responses(turn: list[InferenceEvent]) -> None:
     """Make a whole Responses stream, its last event included, which repeats the text."""
     stream = ResponsesStream("resp_9f8e7d6c5b4a", MODEL, CREATED, echo=b"{}")
     for start in range(0, len(turn), BATCH):
-        stream.frames(turn[start : start + BATCH])
+        stream.sse_events(turn[start : start + BATCH])
 
 
 def producers(text: str) -> dict[str, tuple[Callable[[], object], int]]:
-    """Return for each way to make a frame a call, and how many frames it makes."""
+    """Return for each way to make an SSE event a call, and how many SSE events it makes."""
     encoder = msgspec.json.Encoder()
     chat = ChatStream(ID, MODEL, CREATED)
-    chat.frames([Started(1)])
+    chat.sse_events([Started(1)])
     one: list[InferenceEvent] = [TextDelta(text)]
     batch = one * BATCH
     turn: list[InferenceEvent] = [Started(1), *one * TURN_EVENTS, Finished(FinishReason.STOP, TURN_EVENTS)]
@@ -91,8 +91,8 @@ def producers(text: str) -> dict[str, tuple[Callable[[], object], int]]:
             1,
         ),
         "sse.encode (payload given)": (lambda: sse.encode(payload), 1),
-        "ChatStream, one event": (lambda: chat.frames(one), 1),
-        f"ChatStream, batch of {BATCH}": (lambda: chat.frames(batch), BATCH),
+        "ChatStream, one event": (lambda: chat.sse_events(one), 1),
+        f"ChatStream, batch of {BATCH}": (lambda: chat.sse_events(batch), BATCH),
         f"ResponsesStream, a turn in batches of {BATCH}": (lambda: responses(turn), TURN_EVENTS),
     }
 
@@ -100,8 +100,8 @@ def producers(text: str) -> dict[str, tuple[Callable[[], object], int]]:
 def split(stream: bytes) -> list[bytes]:
     """Split a stream into payloads in plain Python."""
     payloads = []
-    for frame in re.split(rb"\r?\n\r?\n", stream):
-        lines = [line[5:].lstrip(b" ") for line in frame.splitlines() if line.startswith(b"data:")]
+    for sse_event in re.split(rb"\r?\n\r?\n", stream):
+        lines = [line[5:].lstrip(b" ") for line in sse_event.splitlines() if line.startswith(b"data:")]
         if lines:
             payloads.append(b"\n".join(lines))
     return payloads
@@ -119,30 +119,30 @@ def notes(stream: bytes) -> tuple[int, Any]:
     return num_tokens, usage
 
 
-def consumers(stream: bytes, num_frames: int) -> list[dict[str, Any]]:
-    """Measure the ways to read a stream, in one piece and frame by frame."""
-    frames = [frame + b"\n\n" for frame in stream.split(b"\n\n")[:-1]]
+def consumers(stream: bytes, num_sse_events: int) -> list[dict[str, Any]]:
+    """Measure the ways to read a stream, in one piece and SSE event by SSE event."""
+    sse_events = [sse_event + b"\n\n" for sse_event in stream.split(b"\n\n")[:-1]]
 
     def each(make: Callable[[], Callable[[bytes], object]]) -> Callable[[], object]:
         def call() -> None:
             feed = make()
-            for frame in frames:
-                feed(frame)
+            for sse_event in sse_events:
+                feed(sse_event)
 
         return call
 
     calls: dict[str, Callable[[], object]] = {
         "Python split": lambda: split(stream),
         "Python split + orjson": lambda: notes(stream),
-        "FrameDecoder, whole": lambda: FrameDecoder().feed(stream),
-        "FrameDecoder, by frame": each(lambda: FrameDecoder().feed),
+        "SseDecoder, whole": lambda: SseDecoder().feed(stream),
+        "SseDecoder, by SSE event": each(lambda: SseDecoder().feed),
         "StreamTap, whole": lambda: StreamTap().feed(stream),
-        "StreamTap, by frame": each(lambda: StreamTap().feed),
+        "StreamTap, by SSE event": each(lambda: StreamTap().feed),
     }
     rows = []
     for name, call in calls.items():
         ns = report.best_ns(call)
-        rows.append({"way": name, "MB/s": len(stream) / ns * 1e3, "ns/frame": ns / num_frames})
+        rows.append({"way": name, "MB/s": len(stream) / ns * 1e3, "ns/SSE event": ns / num_sse_events})
     return rows
 
 
@@ -151,22 +151,22 @@ def main() -> None:
     keep = report.arguments(__doc__).parse_args().keep
     made: dict[str, dict[str, Any]] = {}
     for size, text in TEXTS.items():
-        for name, (call, num_frames) in producers(text).items():
-            made.setdefault(name, {"way": name})[f"ns/frame, {size}"] = report.best_ns(call) / num_frames
+        for name, (call, num_sse_events) in producers(text).items():
+            made.setdefault(name, {"way": name})[f"ns/SSE event, {size}"] = report.best_ns(call) / num_sse_events
     rows = list(made.values())
-    by_way = {row["way"]: row["ns/frame, 6 characters"] for row in rows}
+    by_way = {row["way"]: row["ns/SSE event, 6 characters"] for row in rows}
     report.write(
         "sse_make",
         rows,
-        question="What does one text delta cost, from event to finished frame?",
+        question="What does one text delta cost, from event to finished SSE event?",
         packages=["orjson", "msgspec"],
         ratios={"msgspec / ChatStream in batches": by_way["msgspec"] / by_way[f"ChatStream, batch of {BATCH}"]},
         keep=keep,
     )
     chat = ChatStream(ID, MODEL, CREATED)
-    stream = chat.frames([Started(1), *[TextDelta(TEXTS["6 characters"])] * STREAM_FRAMES])
-    rows = consumers(stream, STREAM_FRAMES + 1)
-    by_way = {row["way"]: row["ns/frame"] for row in rows}
+    stream = chat.sse_events([Started(1), *[TextDelta(TEXTS["6 characters"])] * STREAM_SSE_EVENTS])
+    rows = consumers(stream, STREAM_SSE_EVENTS + 1)
+    by_way = {row["way"]: row["ns/SSE event"] for row in rows}
     report.write(
         "sse_read",
         rows,

@@ -8,45 +8,45 @@ from cortex._fast import sse
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.peek import peek, splice
 from cortex._fast.responses_stream import ResponsesStream
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex._fast.tap import StreamTap
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, ReasoningDelta, Started, TextDelta
 
 DELTAS: list[InferenceEvent] = [TextDelta(" hello")] * 1000
 TURN: list[InferenceEvent] = [Started(9), ReasoningDelta("Hm"), *DELTAS, Finished(FinishReason.STOP, 1001)]
-CHAT = ChatStream("chatcmpl-1", "qwen3-8b", 1).frames(TURN)
+CHAT = ChatStream("chatcmpl-1", "qwen3-8b", 1).sse_events(TURN)
 MESSAGE = {"role": "user", "content": "The quick brown fox jumps over the lazy dog.\n" * 20}
 BODY = orjson.dumps({"model": "qwen3-8b", "stream": True, "messages": [MESSAGE] * 70})
 
 
 def test_encode(benchmark: Any) -> None:
-    """Frame a short payload."""
+    """Encode a short payload."""
     assert benchmark(sse.encode, b"x" * 200, b"ping").endswith(b"\n\n")
 
 
 def test_chat_stream(benchmark: Any) -> None:
     """Make a chat stream of a thousand short deltas."""
-    frames = benchmark(lambda: ChatStream("chatcmpl-1", "qwen3-8b", 1).frames(TURN))
-    assert frames == CHAT
+    sse_events = benchmark(lambda: ChatStream("chatcmpl-1", "qwen3-8b", 1).sse_events(TURN))
+    assert sse_events == CHAT
 
 
 def test_chat_stream_of_wide_text(benchmark: Any) -> None:
     """Make a thousand deltas of Chinese."""
     chat = ChatStream("chatcmpl-1", "qwen3-8b", 1)
-    chat.frames([Started(9)])
+    chat.sse_events([Started(9)])
     deltas: list[InferenceEvent] = [TextDelta("你好")] * 1000
-    assert benchmark(chat.frames, deltas).count(b"data: ") == 1000
+    assert benchmark(chat.sse_events, deltas).count(b"data: ") == 1000
 
 
 def test_responses_stream(benchmark: Any) -> None:
     """Make a Responses stream of a thousand short deltas."""
-    frames = benchmark(lambda: ResponsesStream("resp_1", "qwen3-8b", 1, echo=b"{}").frames(TURN))
-    assert frames.count(b"event: response.output_text.delta") == 1000
+    sse_events = benchmark(lambda: ResponsesStream("resp_1", "qwen3-8b", 1, echo=b"{}").sse_events(TURN))
+    assert sse_events.count(b"event: response.output_text.delta") == 1000
 
 
-def test_frame_decoder(benchmark: Any) -> None:
+def test_sse_event_decoder(benchmark: Any) -> None:
     """Read a chat stream."""
-    assert len(benchmark(lambda: FrameDecoder().feed(CHAT))) == 1004
+    assert len(benchmark(lambda: SseDecoder().feed(CHAT))) == 1004
 
 
 def test_stream_tap(benchmark: Any) -> None:
@@ -55,7 +55,7 @@ def test_stream_tap(benchmark: Any) -> None:
     def tap() -> int:
         tapped = StreamTap()
         tapped.feed(CHAT)
-        return tapped.num_token_frames
+        return tapped.num_token_events
 
     assert benchmark(tap) == 1001
 

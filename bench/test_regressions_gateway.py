@@ -14,7 +14,7 @@ from cortex.upstream import Pool
 from cortex.wire.node import Health, ModelState, ModelStatus, NodeState
 
 NUM_NODES = 100
-FRAME = b'data: {"choices":[{"index":0,"delta":{"content":" word"},"finish_reason":null}]}\n\n'
+SSE_EVENT = b'data: {"choices":[{"index":0,"delta":{"content":" word"},"finish_reason":null}]}\n\n'
 
 
 def fleet(num_replicas: int) -> FleetState:
@@ -52,12 +52,12 @@ def test_replace_one_of_a_hundred_nodes(benchmark: Any) -> None:
 ANSWER = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"x":"' + b"x" * 492 + b'"}'
 STREAM = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-    + (b"%x\r\n%s\r\n" % (len(FRAME), FRAME)) * 64
+    + (b"%x\r\n%s\r\n" % (len(SSE_EVENT), SSE_EVENT)) * 64
     + b"0\r\n\r\n"
 )
 
 
-@pytest.mark.parametrize("answer", [ANSWER, STREAM], ids=["answer of 500 bytes", "stream of 64 frames"])
+@pytest.mark.parametrize("answer", [ANSWER, STREAM], ids=["answer of 500 bytes", "stream of 64 SSE events"])
 def test_read_a_nodes_answer(benchmark: Any, answer: bytes) -> None:
     """One request and its whole answer on a kept-alive connection, parser and bookkeeping without a socket."""
     loop = asyncio.new_event_loop()
@@ -80,6 +80,6 @@ def test_read_a_nodes_answer(benchmark: Any, answer: bytes) -> None:
     try:
         response = benchmark(once)
         body = loop.run_until_complete(response.read_all(10**6))
-        assert body == (FRAME * 64 if answer is STREAM else answer[-500:])
+        assert body == (SSE_EVENT * 64 if answer is STREAM else answer[-500:])
     finally:
         loop.close()

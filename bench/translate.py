@@ -61,7 +61,7 @@ def translate(chunks: list[bytes], translation: Translation) -> None:
     """Do what it does with the chunks of one that speaks chat."""
     tap, answer = StreamTap(), translation.begin()
     for chunk in chunks:
-        tap.feed(answer.frames(chunk))
+        tap.feed(answer.sse_events(chunk))
 
 
 def conversation(dialect: Dialect) -> bytes:
@@ -111,8 +111,8 @@ def main() -> None:
     assert translation is not None
     translation.body()
     native, chat = MessagesStream("msg_1", "m"), ChatStream("c", "m", 1, include_usage=True)
-    passed = [native.frames([event]) for event in events()]
-    spoken = [chat.frames([event]) for event in events()]
+    passed = [native.sse_events([event]) for event in events()]
+    spoken = [chat.sse_events([event]) for event in events()]
     through = cpu_ns(lambda: pass_on(passed)) / NUM_TOKENS / 1e3
     translated = cpu_ns(lambda: translate(spoken, translation)) / NUM_TOKENS / 1e3
     rows: list[dict[str, Any]] = [

@@ -3,7 +3,7 @@
 A run lives in the gateway that began it and is kept in the store from the start, so that every gateway can tell of it.
 What is kept of a running one is a promise with a date: its gateway renews it, and one that has run out is told as
 failed, for then that gateway is gone. A wish to cancel that reaches another gateway is written into the store, where
-the run finds it. Frames are numbered from 0, one by one, which is what lets a reader go on where it stopped.
+the run finds it. SSE events are numbered from 0, one by one, which is what lets a reader go on where it stopped.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import msgspec
 import orjson
 
 from cortex._fast.peek import peek
-from cortex._fast.sse import FrameDecoder, FrameTooLarge, encode
+from cortex._fast.sse import SseDecoder, SseEventTooLarge, encode
 from cortex.dialects.passthrough import responses_failure
 from cortex.errors import GatewayStoppedError, NotAnAnswerError, TooLongAnswerError
 from cortex.store.conversation import Conversations, Turn
@@ -67,27 +67,27 @@ class Run:
         """The stored responses that it is one of."""
         self.response = response
         """The response object as it is now."""
-        self.frames: list[bytes] = []
+        self.sse_events: list[bytes] = []
         self.ended = False
         self.making: asyncio.Task[None] | None = None
         """What makes it; none of one that another gateway makes."""
         self._num_told = 0
         self._size_bytes = 0
         self._is_kept = False
-        self._decoder = FrameDecoder(MAX_BYTES)
+        self._decoder = SseDecoder(MAX_BYTES)
         self._changed = asyncio.Event()
 
     def add(self, data: bytes) -> None:
-        """Take some whole frames. Those that end it are told once it has been kept: it may be continued then."""
-        for frame in self._decoder.feed(data):
+        """Take some whole SSE events. Those that end it are told once it has been kept: it may be continued then."""
+        for sse_event in self._decoder.feed(data):
             if self.ended:
                 break  # nothing follows the last one
-            self._size_bytes += len(frame.data)
+            self._size_bytes += len(sse_event.data)
             if self._size_bytes > MAX_BYTES:
                 raise TooLongAnswerError(f"The response is longer than the {MAX_BYTES} bytes that are kept of one.")
-            peek(frame.data)  # all of it is JSON, which is read again and again
-            told = _EVENT.decode(frame.data)
-            ended = (frame.event or b"").decode("latin-1") in LAST
+            peek(sse_event.data)  # all of it is JSON, which is read again and again
+            told = _EVENT.decode(sse_event.data)
+            ended = (sse_event.event or b"").decode("latin-1") in LAST
             if ended and told.status not in _ENDS:
                 raise NotAnAnswerError("The node ended a response without saying how it ended.")
             if told.response is not msgspec.UNSET:
@@ -95,13 +95,13 @@ class Run:
                 if ended:
                     check_output(response)  # which whoever continues it reads
                 self.response = response
-            self.frames.append(encode(frame.data, frame.event))
+            self.sse_events.append(encode(sse_event.data, sse_event.event))
             self.ended = ended
         if not self.ended:
             self._tell()
 
     def add_all(self, data: bytes) -> None:
-        """Take frames as :meth:`add` does.
+        """Take SSE events as :meth:`add` does.
 
         Raises:
             TooLongAnswerError: they are more than is kept.
@@ -109,14 +109,14 @@ class Run:
         """
         try:
             self.add(data)
-        except FrameTooLarge:
+        except SseEventTooLarge:
             raise TooLongAnswerError(f"The node sent an event of more than {MAX_BYTES} bytes.") from None
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise NotAnAnswerError("The node sent an event that is none of a response.") from None
 
     def add_stored(self, data: bytes) -> None:
-        """Take frames that were made here, however long they are: those that ended it, or those that were kept."""
-        self._decoder, self._size_bytes = FrameDecoder(len(data) + 1), -len(data)
+        """Take SSE events that were made here, however long they are: those that ended it, or those that were kept."""
+        self._decoder, self._size_bytes = SseDecoder(len(data) + 1), -len(data)
         self.add(data)
 
     @property
@@ -125,7 +125,7 @@ class Run:
         return orjson.loads(self.response)["status"] in ("completed", "incomplete")
 
     def close(self, **changes: Any) -> None:
-        """End without a frame that says so, with some fields of the response changed."""
+        """End without an SSE event that says so, with some fields of the response changed."""
         self.response = orjson.dumps(orjson.loads(self.response) | changes)
         self.ended = True
 
@@ -145,17 +145,17 @@ class Run:
         self._tell()
 
     def _tell(self) -> None:
-        self._num_told = len(self.frames)
+        self._num_told = len(self.sse_events)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
     async def follow(self, after: int) -> AsyncGenerator[bytes, None]:
-        """Yield the frames behind number ``after``, those to come too."""
+        """Yield the SSE events behind number ``after``, those to come too."""
         at = after + 1
         while True:
             changed, end = self._changed, self._num_told
             if at < end:
-                yield b"".join(self.frames[at:end])
+                yield b"".join(self.sse_events[at:end])
                 at = end  # and not where they end by now
             elif self._is_kept:
                 return
@@ -172,7 +172,9 @@ class Background:
         self._runs: dict[str, Run] = {}
         self._stopping = False
 
-    async def start(self, owned: Conversations, turn: Turn, queued: bytes, frames: AsyncGenerator[bytes, None]) -> Run:
+    async def start(
+        self, owned: Conversations, turn: Turn, queued: bytes, sse_events: AsyncGenerator[bytes, None]
+    ) -> Run:
         """Begin to make a response. ``queued`` is the object that tells of it before the node does.
 
         Raises:
@@ -180,7 +182,7 @@ class Background:
         """
         run = Run(turn.context.id, queued, owned)
         await owned.put(run.id, self._promise(turn, run), turn.chain)
-        run.making = asyncio.create_task(self._make(run, turn, frames), name=f"response {run.id}")
+        run.making = asyncio.create_task(self._make(run, turn, sse_events), name=f"response {run.id}")
         await asyncio.sleep(0)  # nobody can end it before it has begun, so what it holds is always given back
         return run
 
@@ -199,16 +201,16 @@ class Background:
         return run.response
 
     async def follow(self, owned: Conversations, id: str, after: int) -> AsyncGenerator[bytes, None]:
-        """Return the frames of a response behind number ``after``, those to come too.
+        """Return the SSE events of a response behind number ``after``, those to come too.
 
         Raises:
-            UnsupportedParameterError: it was not made in the background: nothing is kept of its frames.
+            UnsupportedParameterError: it was not made in the background: nothing is kept of its SSE events.
         """
         run = self._run(owned, id)
         if run is not None:
             return run.follow(after)
         stored = await owned.get(id)
-        if not stored.until and not stored.frames:
+        if not stored.until and not stored.sse_events:
             raise UnsupportedParameterError(
                 "Unsupported parameter: 'stream': only a response made in the background is told again as a stream.",
                 param="stream",
@@ -250,12 +252,12 @@ class Background:
             run.cancel()
         await run.wait()
 
-    async def _make(self, run: Run, turn: Turn, frames: AsyncGenerator[bytes, None]) -> None:
+    async def _make(self, run: Run, turn: Turn, sse_events: AsyncGenerator[bytes, None]) -> None:
         self._runs[run.id] = run
         renewing = self._supervisor.start("renew responses", lambda: self._renew(run, turn))
         try:
-            async with aclosing(frames):
-                async for some in frames:
+            async with aclosing(sse_events):
+                async for some in sse_events:
                     run.add_all(some)
             if not run.ended:
                 raise NotAnAnswerError("The node ended its answer without saying how the response ended.")
@@ -280,17 +282,17 @@ class Background:
                 del self._runs[run.id]
 
     def _fail(self, run: Run, error: ApiError) -> None:
-        """End a run with an error, in frames that say so unless its own are such that none can go on from them."""
+        """End a run with an error, in SSE events that say so unless its own are such that none can go on from them."""
         try:
             run.add_stored(self._failure(run, error))
         except Exception:
-            log.exception("response %s has no frames that say how it failed", run.id)
+            log.exception("response %s has no SSE events that say how it failed", run.id)
         if not run.ended:
             run.close(status="failed", error={"code": error.code, "message": error.message})
 
     async def _keep(self, run: Run, turn: Turn) -> None:
         try:
-            ended = msgspec.structs.replace(run.owned.stored(turn, run.response), frames=b"".join(run.frames))
+            ended = msgspec.structs.replace(run.owned.stored(turn, run.response), sse_events=b"".join(run.sse_events))
             if run.is_answer:
                 await run.owned.settle(turn, run.id, ended)
             else:
@@ -319,8 +321,8 @@ class Background:
         return msgspec.structs.replace(kept, until=self._clock() + LEASE_S)
 
     def _failure(self, run: Run, error: ApiError) -> bytes:
-        first = run.frames[0] if run.frames else b'data: {"response":%b}\n\n' % run.response
-        return responses_failure(error.info(), first, run.frames[-1] if run.frames else b"")
+        first = run.sse_events[0] if run.sse_events else b'data: {"response":%b}\n\n' % run.response
+        return responses_failure(error.info(), first, run.sse_events[-1] if run.sse_events else b"")
 
     def _told(self, stored: StoredResponse) -> bytes:
         if not stored.until or self._clock() < stored.until:
@@ -331,7 +333,7 @@ class Background:
     async def _follow_elsewhere(
         self, owned: Conversations, id: str, stored: StoredResponse, after: int
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the frames of a response that another gateway makes, once it has ended, or that had ended before."""
+        """Yield the SSE events of a response that another gateway makes, once it has ended, or of one that had ended."""
         while stored.until:
             if self._clock() >= stored.until:
                 run = Run(id, self._told(stored), owned)
@@ -341,7 +343,7 @@ class Background:
             await asyncio.sleep(LOOK_S)
             stored = await owned.get(id)
         run = Run(id, bytes(stored.body), owned)
-        run.add_stored(stored.frames)
+        run.add_stored(stored.sse_events)
         run.note_kept()
-        async for frames in run.follow(after):
-            yield frames
+        async for sse_events in run.follow(after):
+            yield sse_events

@@ -338,11 +338,11 @@ async def stream(
     chunks: AsyncGenerator[bytes, None],
     *,
     heartbeat: bytes | Callable[[], bytes],
-    error_frame: Callable[[ApiError], bytes],
+    error_event: Callable[[ApiError], bytes],
     headers: Sequence[Header] = (),
     hold_share: float = 1.0,
 ) -> None:
-    """Send an event stream whose bytes come from ``chunks``, each chunk whole frames, as :func:`serve_stream` does.
+    """Send an event stream whose bytes come from ``chunks``, each chunk whole SSE events, as :func:`serve_stream` does.
 
     ``chunks`` is closed in every case, before the stream is.
     """
@@ -353,7 +353,7 @@ async def stream(
                 await out.write(chunk)
 
     await serve_stream(
-        exchange, write, heartbeat=heartbeat, error_frame=error_frame, headers=headers, hold_share=hold_share
+        exchange, write, heartbeat=heartbeat, error_event=error_event, headers=headers, hold_share=hold_share
     )
 
 
@@ -362,7 +362,7 @@ async def serve_stream(
     write: Callable[["EventStream"], Coroutine[Any, Any, None]],
     *,
     heartbeat: bytes | Callable[[], bytes],
-    error_frame: Callable[[ApiError], bytes],
+    error_event: Callable[[ApiError], bytes],
     headers: Sequence[Header] = (),
     hold_share: float = 1.0,
 ) -> None:
@@ -370,7 +370,7 @@ async def serve_stream(
 
     Headers are held back for ``hold_share`` of the usual time at most.
 
-    An :class:`ApiError` from ``write`` is raised again if no header went out yet; later it becomes ``error_frame`` and
+    An :class:`ApiError` from ``write`` is raised again if no header went out yet; later it becomes ``error_event`` and
     the end of the stream.
 
     Raises:
@@ -385,7 +385,7 @@ async def serve_stream(
             except ApiError as error:
                 if not out.started:
                     raise
-                await out.write(error_frame(error))
+                await out.write(error_event(error))
             await out.finish()
     finally:
         out.end()
@@ -419,7 +419,7 @@ class EventStream:
         self._beating: asyncio.Task[None] | None = None
 
     async def write(self, data: bytes) -> None:
-        """Send whole frames, after the headers if these are the first; return when more may be sent.
+        """Send whole SSE events, after the headers if these are the first; return when more may be sent.
 
         Raises:
             ClientDisconnectedError: the client has gone, where that is seen here.
@@ -437,7 +437,8 @@ class EventStream:
             self._written_at = self._loop.time()
 
     def write_now(self, data: bytes) -> Coroutine[Any, Any, None] | None:
-        """Send whole frames, after the headers if these are the first; return what to wait for before there is more.
+        """Send whole SSE events, after the headers if these are the first; return what to wait for before there is
+        more.
 
         That the client has gone, what is returned raises, and :meth:`Exchange.on_leave` tells.
         """

@@ -1,7 +1,7 @@
 """The story of one request for inference: read, peek, route, ask, stream back.
 
 Bodies go to the node byte for byte, but for the model's name where the client used an alias; answers come back byte for
-byte, in whole frames, or as one JSON object of their dialect, and in nothing else. What goes wrong before the first
+byte, in whole SSE events, or as one JSON object of their dialect, and in nothing else. What goes wrong before the first
 byte keeps its HTTP status, later it ends the stream in the request's own dialect. Routing, loading and retries are
 :mod:`cortex.fleet.dispatch`'s.
 """
@@ -22,7 +22,7 @@ from cortex._fast.express import Trip
 from cortex._fast.peek import splice
 from cortex._fast.record import Record
 from cortex._fast.responses_stream import ResponsesStream
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex.access.gate import FREE, Gate, Permit, principal_of
 from cortex.access.keys import Principal, check_model
 from cortex.background import Background
@@ -264,11 +264,11 @@ class Inference:
 
     async def _only_read(self, exchange: Exchange, record: Record, turn: Turn, name: str) -> None:
         """Answer with an empty response, which later turns continue; no node is asked."""
-        frames = _made_here(turn, name).frames([Started(0), Finished(FinishReason.STOP, 0)])
-        frames = await self._conversations.of(record.key).keep_streamed(turn, frames)
+        sse_events = _made_here(turn, name).sse_events([Started(0), Finished(FinishReason.STOP, 0)])
+        sse_events = await self._conversations.of(record.key).keep_streamed(turn, sse_events)
         record.status, record.finish = 200, "not_generated"
         await exchange.start_stream()
-        await exchange.write(frames)
+        await exchange.write(sse_events)
         await exchange.finish()
 
     async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
@@ -286,8 +286,8 @@ class Inference:
             answer = await self._dispatcher.ask(asked.question)
             _tell_of(answer, asked, exchange)
             if not out.writes_at_once or answer.is_chat or answer.renamed or asked.turn is not None:
-                async with aclosing(self._pull(answer, relay, record, asked)) as frames:
-                    async for some in frames:
+                async with aclosing(self._pull(answer, relay, record, asked)) as sse_events:
+                    async for some in sse_events:
                         await out.write(some)
                 return
 
@@ -297,7 +297,7 @@ class Inference:
 
         record.status = 200
         try:
-            await serve_stream(exchange, write, heartbeat=heartbeat, error_frame=end_in_failure)
+            await serve_stream(exchange, write, heartbeat=heartbeat, error_event=end_in_failure)
         finally:
             relay.note_end(dialect)
 
@@ -316,17 +316,17 @@ class Inference:
                 data = await read()
                 more = bool(data)
                 if reader is not None:
-                    data = reader.frames(data) if more else reader.end()
-                frames = relay.take(data)
-                if frames:
+                    data = reader.sse_events(data) if more else reader.end()
+                sse_events = relay.take(data)
+                if sse_events:
                     if asked.turn is not None and relay.is_complete:
                         try:
-                            frames = await self._conversations.of(record.key).keep_streamed(asked.turn, frames)
+                            sse_events = await self._conversations.of(record.key).keep_streamed(asked.turn, sse_events)
                         except NotAnAnswerError as error:
                             answer.note_broken(error)
                             unreadable = error
                             break
-                    yield frames
+                    yield sse_events
                 relay.check()
         if unreadable is not None:
             raise unreadable
@@ -335,8 +335,8 @@ class Inference:
         self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn, permit: Permit
     ) -> None:
         """Begin a response that is made in the background; what it costs is written down by a record of its own."""
-        begun = _made_here(turn, asked.question.name).frames([Started(0)])
-        created = FrameDecoder(len(begun) + 1).feed(begun)[0]
+        begun = _made_here(turn, asked.question.name).sse_events([Started(0)])
+        created = SseDecoder(len(begun) + 1).feed(begun)[0]
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
         making.model, making.key, making.is_stream = record.model, record.key, True
@@ -344,9 +344,9 @@ class Inference:
         if record.trace is not None:  # its span is about the answer, which is still to be made
             making.trace, record.trace = record.trace, record.trace.without_span()
         held = permit.move()
-        frames = self._made(dialect, making, _Asked(question, asked.chat, None), held)
+        sse_events = self._made(dialect, making, _Asked(question, asked.chat, None), held)
         try:
-            run = await self._background.start(self._conversations.of(record.key), turn, queued, frames)
+            run = await self._background.start(self._conversations.of(record.key), turn, queued, sse_events)
         except BaseException:
             await held.settle(0)
             raise
@@ -358,19 +358,19 @@ class Inference:
             exchange,
             run.follow(-1),
             heartbeat=dialect.heartbeat,
-            error_frame=lambda error: dialect.failure(error.info(), b"", b""),
+            error_event=lambda error: dialect.failure(error.info(), b"", b""),
         )
 
     async def _made(
         self, dialect: Dialect, record: Record, asked: "_Asked", permit: Permit
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the frames of a response that nobody may be waiting for, and write down how it went."""
+        """Yield the SSE events of a response that nobody may be waiting for, and write down how it went."""
         relay = Relay(record)
         record.status = 200
         try:
             answer = await self._dispatcher.ask(asked.question)
-            async with aclosing(self._pull(answer, relay, record, asked)) as frames:
-                async for some in frames:
+            async with aclosing(self._pull(answer, relay, record, asked)) as sse_events:
+                async for some in sse_events:
                     yield some
         except ApiError as error:
             record.status, record.finish = error.status, error.code

@@ -108,7 +108,7 @@ class _Series:
         first_token_s = record.first_token_s
         if first_token_s is not None:
             self._first_token_s.observe(first_token_s)
-        if record.usage is not None or record.num_token_frames:
+        if record.usage is not None or record.num_token_events:
             tokens_in, tokens_out, tokens_cached = record.counts()
             new = self._new_tokens
             new[0] += tokens_in

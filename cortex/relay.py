@@ -2,9 +2,9 @@
 
 from types import TracebackType
 
-from cortex._fast.passing import FrameRelay
+from cortex._fast.passing import StreamForwarder
 from cortex._fast.record import Record
-from cortex._fast.sse import FrameTooLarge
+from cortex._fast.sse import SseEventTooLarge
 from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, clean_finish, read_usage
 from cortex.errors import NotAnAnswerError, TooLongAnswerError
 from cortex.fleet.dispatch import Answer
@@ -12,8 +12,8 @@ from cortex.fleet.refusals import DEATHS
 from cortex.wire.errors import UpstreamError
 
 
-class Relay(FrameRelay):
-    """Lets whole frames through, and remembers the first and the last of them."""
+class Relay(StreamForwarder):
+    """Lets whole SSE events through, and remembers the first and the last of them."""
 
     def __init__(self, record: Record) -> None:
         super().__init__(record, TAIL_CHUNKS)
@@ -32,7 +32,7 @@ class Relay(FrameRelay):
     def note_end(self, dialect: Dialect) -> None:
         """Write down what the stream said of itself; an error that ended it has been written already."""
         record = self.record
-        record.num_token_frames = self.tap.num_token_frames
+        record.num_token_events = self.tap.num_token_events
         if self.tap.usage is not None:
             record.usage = read_usage(self.tap.usage)
         if record.finish or not self.is_complete:
@@ -67,9 +67,9 @@ class Passing:
             if self._relay.is_complete:
                 if self._relay.tap.failed and self._relay.says_death:
                     self._answer.note_death()
-                return isinstance(error, (UpstreamError, FrameTooLarge))
-            if isinstance(error, FrameTooLarge):
-                long = TooLongAnswerError(f"{node} sent an event of more than {error.max_frame_bytes} bytes.")
+                return isinstance(error, (UpstreamError, SseEventTooLarge))
+            if isinstance(error, SseEventTooLarge):
+                long = TooLongAnswerError(f"{node} sent an event of more than {error.max_event_bytes} bytes.")
                 self._answer.note_broken(long)
                 raise long from None
             if error is None:

@@ -1,7 +1,7 @@
 """Responses over a WebSocket: each ``response.create`` is an exchange whose stream goes out as messages.
 
 A turn is answered by what answers ``POST /v1/responses``, so that limits, routing, records and errors are the same;
-here its frames become messages, and an answer that is no stream an ``error`` message. Turns of one lane
+here its SSE events become messages, and an answer that is no stream an ``error`` message. Turns of one lane
 (``stream_id``) follow one another, lanes run beside one another. A connection remembers its latest responses, stored or
 not, so that a client sends only what is new; one that was continued and failed is forgotten, as OpenAI forgets it, so
 that nobody goes on from what may be half of it. ``generate: false`` has a conversation remembered and not answered.
@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex.dialects.openai_errors import error_object
 from cortex.dialects.passthrough import RESPONSES
 from cortex.http_io import Receive, Scope, Send, SocketExchange
@@ -197,7 +197,7 @@ class _Answer:
         self._lane = lane
         self._status = 0
         self._is_stream = False
-        self._decoder = FrameDecoder(max_event_bytes)
+        self._decoder = SseDecoder(max_event_bytes)
         self._body = b""
         self.failed = False
         """Whether it was an error, from the start or in the end."""
@@ -211,10 +211,10 @@ class _Answer:
             return
         data = message.get("body", b"")
         if self._is_stream:
-            frames = self._decoder.feed(data)
-            for frame in frames:
-                self.failed = self.failed or frame.event == _FAILED
-                await self._send(_text_message(frame.data, self._lane))
+            sse_events = self._decoder.feed(data)
+            for sse_event in sse_events:
+                self.failed = self.failed or sse_event.event == _FAILED
+                await self._send(_text_message(sse_event.data, self._lane))
             return
         self._body += data
         if not message.get("more_body", False):

@@ -25,7 +25,7 @@ class StoredEndpoints:
         self._background = background
 
     async def get(self, exchange: Exchange) -> None:
-        """``GET /v1/responses/{id}``: the response as it is now, or the frames of its stream from a number on."""
+        """``GET /v1/responses/{id}``: the response as it is now, or the SSE events of its stream from a number on."""
         id, query = _id(exchange), query_parameters(exchange.query)
         if query.get("stream") != "true":
             await exchange.reply(200, await self._background.response(self._owned(exchange), id))
@@ -33,12 +33,12 @@ class StoredEndpoints:
         after = query.get("starting_after", "-1")
         if not (after.isdecimal() or after == "-1"):
             raise InvalidRequestError("Invalid 'starting_after': it is the number of an event.", param="starting_after")
-        frames = await self._background.follow(self._owned(exchange), id, int(after))
+        sse_events = await self._background.follow(self._owned(exchange), id, int(after))
         await stream(
             exchange,
-            frames,
+            sse_events,
             heartbeat=RESPONSES.heartbeat,
-            error_frame=lambda error: RESPONSES.failure(error.info(), b"", b""),
+            error_event=lambda error: RESPONSES.failure(error.info(), b"", b""),
         )
 
     async def delete(self, exchange: Exchange) -> None:

@@ -118,10 +118,10 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class Projector(Protocol):
-    """Turns events into the frames of a dialect."""
+    """Turns events into the SSE events of a dialect."""
 
-    def frames(self, events: Sequence[InferenceEvent], /) -> bytes:
-        """Return the frames of a batch of events."""
+    def sse_events(self, events: Sequence[InferenceEvent], /) -> bytes:
+        """Return the SSE events of a batch of events."""
 
 
 class Api:
@@ -296,7 +296,7 @@ class Api:
         reply_id = f"chatcmpl-{secrets.token_hex(12)}"
         record.is_stream = call.stream
         if call.stream:
-            frames = ChatStream(
+            sse_events = ChatStream(
                 reply_id,
                 name,
                 created,
@@ -305,7 +305,7 @@ class Api:
                 report_usage=exchange.header(REPORT_USAGE) is not None,
                 custom_tools=call.custom,
             )
-            await self._stream(exchange, CHAT, (request,), frames, record)
+            await self._stream(exchange, CHAT, (request,), sse_events, record)
             return
         reply = ChatReply(reply_id, name, created, request.num_choices, call.custom)
         await self._complete(exchange, (request,), reply.add, reply.body, record)
@@ -315,7 +315,7 @@ class Api:
         _tell(exchange, call)
         requests = call.requests
         record.is_stream = call.stream
-        frames = openai_completion_reply.Completion(
+        sse_events = openai_completion_reply.Completion(
             f"cmpl-{secrets.token_hex(12)}",
             _name(exchange, requests[0]),
             int(time.time()),
@@ -325,9 +325,9 @@ class Api:
             scores=call.scores,
         )
         if call.stream:
-            await self._stream(exchange, COMPLETIONS, requests, frames, record)
+            await self._stream(exchange, COMPLETIONS, requests, sse_events, record)
         else:
-            await self._complete(exchange, requests, frames.add, frames.body, record)
+            await self._complete(exchange, requests, sse_events.add, sse_events.body, record)
 
     async def _embeddings(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_embeddings.decode(await exchange.read_body(self._service.max_body_bytes))
@@ -347,7 +347,7 @@ class Api:
         request = call.request
         record.is_stream = call.stream
         context = ResponseContext.of(exchange.header(RESPONSE_CONTEXT))
-        frames = ResponsesStream(
+        sse_events = ResponsesStream(
             context.id or f"resp_{secrets.token_hex(24)}",
             _name(exchange, request),
             int(time.time()),
@@ -359,9 +359,9 @@ class Api:
             seals=call.seals,
         )
         if call.stream:
-            await self._stream(exchange, RESPONSES, (request,), frames, record)
+            await self._stream(exchange, RESPONSES, (request,), sse_events, record)
         else:
-            await self._complete(exchange, (request,), frames.frames, frames.response, record)
+            await self._complete(exchange, (request,), sse_events.sse_events, sse_events.response, record)
 
     async def _compact(self, exchange: Exchange, record: RequestRecord) -> None:
         body = await exchange.read_body(self._service.max_body_bytes)
@@ -370,9 +370,9 @@ class Api:
         call = openai_responses.decode(compaction.question())
         _tell(exchange, call)
         id = f"resp_{secrets.token_hex(24)}"
-        frames = ResponsesStream(id, call.request.model, int(time.time()), echo=b"{}")
+        sse_events = ResponsesStream(id, call.request.model, int(time.time()), echo=b"{}")
         await self._complete(
-            exchange, (call.request,), frames.frames, lambda: compaction.answer(frames.response()), record
+            exchange, (call.request,), sse_events.sse_events, lambda: compaction.answer(sse_events.response()), record
         )
 
     async def _input_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
@@ -388,11 +388,11 @@ class Api:
         _tell(exchange, call)
         request = call.request
         record.is_stream = call.stream
-        frames = MessagesStream(f"msg_{secrets.token_hex(12)}", _name(exchange, request))
+        sse_events = MessagesStream(f"msg_{secrets.token_hex(12)}", _name(exchange, request))
         if call.stream:
-            await self._stream(exchange, MESSAGES, (request,), frames, record)
+            await self._stream(exchange, MESSAGES, (request,), sse_events, record)
         else:
-            await self._complete(exchange, (request,), frames.frames, frames.message, record)
+            await self._complete(exchange, (request,), sse_events.sse_events, sse_events.message, record)
 
     async def _count_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
@@ -420,16 +420,16 @@ class Api:
     ) -> None:
         requests = [_on_behalf(exchange, request) for request in requests]
 
-        async def frames() -> AsyncGenerator[bytes, None]:
+        async def sse_events() -> AsyncGenerator[bytes, None]:
             async for events in self._events(exchange, requests, record):
-                if made := projector.frames(events):
+                if made := projector.sse_events(events):
                     yield made
 
         await stream(
             exchange,
-            frames(),
+            sse_events(),
             heartbeat=dialect.heartbeat,
-            error_frame=lambda error: projector.frames([Failed(error.info())]),
+            error_event=lambda error: projector.sse_events([Failed(error.info())]),
             hold_share=HOLD_SHARE,
         )
 

@@ -115,7 +115,7 @@ ALSO = {
     ("cortex.stored_endpoints", "cortex.background"),
     # the project's version, read where a command or a page prints it
     ("cortex", "cortex.wire"),
-    # a dialect's frames are made by its compiled projector, which is of the same floor
+    # a dialect's SSE events are made by its compiled projector, which is of the same floor
     ("cortex.dialects", "cortex._fast"),
 }
 NEURON_MAY_USE_OF_CORTEX = (

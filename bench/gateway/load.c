@@ -1,17 +1,19 @@
 /* Keeps a number of connections to a gateway busy, and reads every answer to its last byte.
  *
- *     load PORT CONNECTIONS [--seconds S] [--warm S] [--answers N] [--body BYTES] [--frames N] [--pace MS] [--key KEY]
+ *     load PORT CONNECTIONS [--seconds S] [--warm S] [--answers N] [--body BYTES] [--sse-events N] [--pace MS] [--key
+ * KEY]
  *          [--spread MS] [--stall]
  *
  * Each connection asks, waits for the whole answer and asks again, for --seconds after --warm, or --answers times. With
- * --frames the answers are streams of so many frames, --pace apart; --spread lets the connections begin over a time
- * instead of at once. An answer counts if its status is 200, it is whole, and its text is that of its own request: the
- * marker and the words of an answer that is not streamed; each frame of a stream once and in its order, and the end
- * mark. The first one that is wrong ends the run with a message and status 1: a gateway that fails is not fast.
+ * --sse-events the answers are streams of so many SSE events, --pace apart; --spread lets the connections begin over a
+ * time instead of at once. An answer counts if its status is 200, it is whole, and its text is that of its own request:
+ * the marker and the words of an answer that is not streamed; each SSE event of a stream once and in its order, and the
+ * end mark. The first one that is wrong ends the run with a message and status 1: a gateway that fails is not fast.
  * With --stall the connections ask for a stream, and do not read it until the process gets SIGUSR1.
  *
  * Prints JSON. Rates and times are of what ended after the warm-up; the `total_` counts are of all of the run, as a CPU
- * time that was taken around it is. A frame's delay is the time since the mock sent it, by the clock of the machine.
+ * time that was taken around it is. An SSE event's delay is the time since the mock sent it, by the clock of the
+ * machine.
  */
 #define _GNU_SOURCE
 #include "shared.h"
@@ -46,7 +48,7 @@ struct connection {
     uint64_t left; /* of the body, or of the chunk */
     size_t head_len, text_len;
     uint64_t asked_ns;
-    unsigned frame;
+    unsigned sse_event;
     int is_done; /* the stream's end mark was there */
     char head[HEAD_BYTES];
     char text[TEXT_BYTES]; /* the body, or the part of a line of a stream that is there */
@@ -60,7 +62,7 @@ struct samples {
 
 static struct {
     int port;
-    unsigned connections, answers, frames;
+    unsigned connections, answers, sse_events;
     double seconds, warm, pace_ms, spread_ms;
     size_t body;
     const char *key;
@@ -73,8 +75,8 @@ static int epoll_fd;
 static uint64_t begin_ns, end_ns; /* what ends between them counts */
 static unsigned num_open;
 static struct {
-    uint64_t answers, frames, late, reconnects;
-    uint64_t total_answers, total_frames;
+    uint64_t answers, sse_events, late, reconnects;
+    uint64_t total_answers, total_sse_events;
 } counts;
 static struct samples latencies, firsts, delays;
 static uint64_t last_ns; /* when the last answer ended */
@@ -99,7 +101,8 @@ static void keep(struct samples *samples, uint64_t value)
 
 /* ----------------------------------------------------------------------------------------------------- asking */
 
-/* A turn of an agent's conversation, as large bodies are made of: code and its escapes, a call of a tool, its result. */
+/* A turn of an agent's conversation, as large bodies are made of: code and its escapes, a call of a tool, its result.
+ * */
 static const char TURN[] =
     "{\"role\":\"user\",\"content\":\"In src/words.py, `count` fails for an empty line:\\n\\n```python\\ndef count(line):\\n"
     "    words = line.split(\\\" \\\")\\n    return {word: words.count(word) for word in words if word != \\\"\\\"}\\n"
@@ -113,7 +116,8 @@ static void make_request(void)
 {
     static const char text[] = "word ";
     char *body = malloc(options.body + 256);
-    size_t len = (size_t)sprintf(body, "{\"model\":\"m\",%s\"messages\":[", options.frames ? "\"stream\":true," : "");
+    size_t len = (size_t)sprintf(body, "{\"model\":\"m\",%s\"messages\":[",
+                                  options.sse_events ? "\"stream\":true," : "");
     while (len + sizeof TURN + 256 < options.body)
         len += (size_t)sprintf(body + len, "%s", TURN);
     len += (size_t)sprintf(body + len, "{\"role\":\"user\",\"content\":\"");
@@ -172,12 +176,12 @@ static void ask(struct connection *c)
     static uint32_t next_id;
     c->marker[0] = '#';
     put_hex(c->marker + 1, next_id++, ID_DIGITS);
-    put_hex(c->marker + 1 + ID_DIGITS, options.frames, FRAMES_DIGITS);
-    put_hex(c->marker + 1 + ID_DIGITS + FRAMES_DIGITS, (uint64_t)(options.pace_ms * 10 + 0.5), PACE_DIGITS);
+    put_hex(c->marker + 1 + ID_DIGITS, options.sse_events, EVENTS_DIGITS);
+    put_hex(c->marker + 1 + ID_DIGITS + EVENTS_DIGITS, (uint64_t)(options.pace_ms * 10 + 0.5), PACE_DIGITS);
     c->sent = 0;
     c->state = HEAD;
     c->head_len = c->text_len = 0;
-    c->frame = 0;
+    c->sse_event = 0;
     c->is_done = 0;
     c->asked_ns = now_ns();
     send_rest(c);
@@ -190,8 +194,8 @@ static void connect_to_gateway(struct connection *c)
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)options.port)};
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     if (options.stall) {
-        /* So that what is not read waits in the gateway, not here; and not in the kernel, which for the loopback's large
-         * packets would keep megabytes of it: packets of the size that a network has. */
+        /* So that what is not read waits in the gateway, not here; and not in the kernel, which for the loopback's
+         * large packets would keep megabytes of it: packets of the size that a network has. */
         int few = 4096, packet = 1400;
         setsockopt(c->fd, SOL_SOCKET, SO_RCVBUF, &few, sizeof few);
         setsockopt(c->fd, IPPROTO_TCP, TCP_MAXSEG, &packet, sizeof packet);
@@ -210,10 +214,10 @@ static void connect_to_gateway(struct connection *c)
 static void end_answer(struct connection *c)
 {
     uint64_t now = now_ns();
-    if (options.frames) {
+    if (options.sse_events) {
         if (c->text_len)
             wrong(c, "a stream ends within a line", c->text, c->text_len);
-        if (c->frame != options.frames || !c->is_done)
+        if (c->sse_event != options.sse_events || !c->is_done)
             wrong(c, "a stream ends too early", c->head, c->head_len);
     } else {
         const char *marker = memchr(c->text, '#', c->text_len);
@@ -251,13 +255,13 @@ static void read_line(struct connection *c, const char *line, size_t len, uint64
     }
     uint64_t number, sent_ns;
     if (memcmp(line, "data: ", 6) || line + len - stamp < STAMP_BYTES || !get_hex(stamp + 1, NUMBER_DIGITS, &number) ||
-        !get_hex(stamp + 1 + NUMBER_DIGITS, TIME_DIGITS, &sent_ns) || number != c->frame || line[len - 1] != '}')
-        wrong(c, "not the next frame", line, len);
-    c->frame++;
-    counts.total_frames++;
+        !get_hex(stamp + 1 + NUMBER_DIGITS, TIME_DIGITS, &sent_ns) || number != c->sse_event || line[len - 1] != '}')
+        wrong(c, "not the next SSE event", line, len);
+    c->sse_event++;
+    counts.total_sse_events++;
     if (now < begin_ns || now >= end_ns)
         return;
-    counts.frames++;
+    counts.sse_events++;
     if (!number)
         keep(&firsts, now - c->asked_ns);
     keep(&delays, now - sent_ns);
@@ -266,7 +270,7 @@ static void read_line(struct connection *c, const char *line, size_t len, uint64
 
 static void read_body(struct connection *c, const char *data, size_t len, uint64_t now)
 {
-    if (options.frames) {
+    if (options.sse_events) {
         const char *end = data + len, *newline;
         while (data < end && (newline = memchr(data, '\n', (size_t)(end - data)))) {
             size_t size = (size_t)(newline - data);
@@ -409,7 +413,8 @@ static void receive(struct connection *c)
         read_bytes(c, buffer, (size_t)n);
         return;
     }
-    /* A server may close a kept connection before it has read the next request; one that has begun to answer may not. */
+    /* A server may close a kept connection before it has read the next request; one that has begun to answer may not.
+     * */
     if (c->state != HEAD || c->head_len || !c->num_answers)
         wrong(c, n < 0 ? strerror(errno) : "closed in the middle of an answer", c->head, c->head_len);
     close(c->fd);
@@ -508,7 +513,7 @@ static void run(void)
                 receive(c);
         }
         uint64_t quiet_ns = last_ns > started_ns ? last_ns : started_ns;
-        uint64_t stream_ns = (uint64_t)(options.frames * options.pace_ms * 1e6);
+        uint64_t stream_ns = (uint64_t)(options.sse_events * options.pace_ms * 1e6);
         if (num_events <= 0 && now_ns() > quiet_ns + stream_ns + GRACE_S * 1000000000ull) {
             fprintf(stderr, "load: %u connections wait for %d s for an answer\n", num_open, GRACE_S);
             exit(1);
@@ -520,9 +525,9 @@ static void run(void)
     getrusage(RUSAGE_SELF, &used);
     double cpu_s = (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
                    (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
-    printf("{\"seconds\":%.6f,\"answers\":%lu,\"frames\":%lu,\"total_answers\":%lu,\"total_frames\":%lu,\"late\":%lu,"
+    printf("{\"seconds\":%.6f,\"answers\":%lu,\"sse_events\":%lu,\"total_answers\":%lu,\"total_sse_events\":%lu,\"late\":%lu,"
            "\"reconnects\":%lu,\"cpu_s\":%.6f",
-           seconds, counts.answers, counts.frames, counts.total_answers, counts.total_frames, counts.late,
+           seconds, counts.answers, counts.sse_events, counts.total_answers, counts.total_sse_events, counts.late,
            counts.reconnects, cpu_s);
     print_times("latency", &latencies);
     print_times("first", &firsts);
@@ -566,8 +571,8 @@ int main(int argc, char **argv)
             options.answers = (unsigned)number(value);
         else if (!strcmp(name, "--body"))
             options.body = (size_t)number(value);
-        else if (!strcmp(name, "--frames"))
-            options.frames = (unsigned)number(value);
+        else if (!strcmp(name, "--sse-events"))
+            options.sse_events = (unsigned)number(value);
         else if (!strcmp(name, "--pace"))
             options.pace_ms = number(value);
         else if (!strcmp(name, "--spread"))
@@ -577,8 +582,8 @@ int main(int argc, char **argv)
             return 2;
         }
     }
-    if (options.frames > MAX_FRAMES || options.pace_ms * 10 > 0xffff) {
-        fprintf(stderr, "load: at most %u frames, %d ms apart\n", MAX_FRAMES, 0xffff / 10);
+    if (options.sse_events > MAX_SSE_EVENTS || options.pace_ms * 10 > 0xffff) {
+        fprintf(stderr, "load: at most %u SSE events, %d ms apart\n", MAX_SSE_EVENTS, 0xffff / 10);
         return 2;
     }
     struct rlimit files;

@@ -4,8 +4,8 @@
  *
  * listens on COUNT ports of 127.0.0.1 from PORT on, in one thread. A GET of a PATH is answered with the FILE's bytes as
  * JSON, `GET /counts` with what was served; a chat request has a marker (shared.h) that says what to answer. A
- * stream is chunked, a frame a chunk, with the usage comment of a neuron at its end if the request wants one
- * (x-cortex-report-usage). Frames that are not paced leave BURST at a time, as an engine's steps leave them.
+ * stream is chunked, an SSE event a chunk, with the usage comment of a neuron at its end if the request wants one
+ * (x-cortex-report-usage). SSE events that are not paced leave BURST at a time, as an engine's steps leave them.
  *
  * It trusts its clients: a request that it cannot read ends the process with a message, so that a run fails.
  */
@@ -33,7 +33,7 @@ struct connection {
     size_t out_len;
     int waits_for_room;
     char buffer[OUT_BYTES];
-    unsigned frame, num_frames; /* of the stream that is being answered: frame < num_frames, or it is at its end */
+    unsigned sse_event, num_sse_events; /* of the stream being answered, which ends where they are equal */
     int streams, reports_usage;
     uint64_t pace_ns, due_ns;
     size_t place; /* in the heap of paced streams, or in the list of the others; see `listed` */
@@ -49,7 +49,7 @@ struct page {
 static struct page pages[MAX_PAGES];
 static size_t num_pages;
 static struct {
-    uint64_t requests, streams, frames, connections, cut;
+    uint64_t requests, streams, sse_events, connections, cut;
 } counts;
 static int epoll_fd;
 
@@ -111,7 +111,7 @@ static void unlist(struct connection *c)
     c->listed = NOWHERE;
 }
 
-/* Have a stream's next frames sent when they are due. */
+/* Have a stream's next SSE events sent when they are due. */
 static void enlist(struct connection *c)
 {
     if (c->pace_ns) {
@@ -179,25 +179,25 @@ static char *put_chunk(char *to, const char *data, size_t len)
     return put(put(to, data, len), "\r\n", 2);
 }
 
-/* Send a stream's head before its first frame, the frames that are due, and after the last one its end. */
-static void send_frames(struct connection *c)
+/* Send a stream's head before its first SSE event, the SSE events that are due, and after the last one its end. */
+static void send_sse_events(struct connection *c)
 {
-    unsigned now = c->num_frames - c->frame;
+    unsigned now = c->num_sse_events - c->sse_event;
     if (now > (c->pace_ns ? 1 : BURST))
         now = c->pace_ns ? 1 : BURST;
     char *to = c->buffer;
-    if (!c->frame) {
+    if (!c->sse_event) {
         to = put(to, stream_head, sizeof stream_head - 1);
         to = put_chunk(to, role_chunk, sizeof role_chunk - 1);
     }
     uint64_t time = now_ns();
-    for (; now; now--, c->frame++, counts.frames++) {
+    for (; now; now--, c->sse_event++, counts.sse_events++) {
         to = put_chunk(to, text_chunk, sizeof text_chunk - 1);
         char *stamp = to - 2 - (sizeof text_chunk - 1) + stamp_at;
-        put_hex(stamp, c->frame, NUMBER_DIGITS);
+        put_hex(stamp, c->sse_event, NUMBER_DIGITS);
         put_hex(stamp + NUMBER_DIGITS, time, TIME_DIGITS);
     }
-    if (c->frame == c->num_frames) {
+    if (c->sse_event == c->num_sse_events) {
         to = put_chunk(to, stop_chunk, sizeof stop_chunk - 1);
         to = put_chunk(to, done_chunk, sizeof done_chunk - 1);
         if (c->reports_usage)
@@ -217,15 +217,15 @@ static void send_frames(struct connection *c)
 static void begin_chat(struct connection *c, const char *head, const char *body)
 {
     const char *marker = memchr(body, '#', c->body_len);
-    uint64_t id, num_frames, pace;
+    uint64_t id, num_sse_events, pace;
     if (!marker || body + c->body_len - marker < MARKER_BYTES || !get_hex(marker + 1, ID_DIGITS, &id) ||
-        !get_hex(marker + 1 + ID_DIGITS, FRAMES_DIGITS, &num_frames) ||
-        !get_hex(marker + 1 + ID_DIGITS + FRAMES_DIGITS, PACE_DIGITS, &pace)) {
+        !get_hex(marker + 1 + ID_DIGITS, EVENTS_DIGITS, &num_sse_events) ||
+        !get_hex(marker + 1 + ID_DIGITS + EVENTS_DIGITS, PACE_DIGITS, &pace)) {
         fprintf(stderr, "mock: no marker in a body of %zu bytes: %.*s\n", c->body_len, 400, body);
         exit(2);
     }
     counts.requests++;
-    if (!num_frames) {
+    if (!num_sse_events) {
         memcpy(answer + marker_at, marker, MARKER_BYTES);
         c->out = memcpy(c->buffer, answer, answer_len);
         c->out_len = answer_len;
@@ -235,8 +235,8 @@ static void begin_chat(struct connection *c, const char *head, const char *body)
     counts.streams++;
     c->streams = 1;
     c->reports_usage = memmem(head, c->head_len, "x-cortex-report-usage", 21) != NULL;
-    c->frame = 0;
-    c->num_frames = (unsigned)num_frames;
+    c->sse_event = 0;
+    c->num_sse_events = (unsigned)num_sse_events;
     c->pace_ns = pace * PACE_UNIT_NS;
     c->due_ns = now_ns();
     enlist(c);
@@ -256,8 +256,8 @@ static void answer_page(struct connection *c, const char *path, size_t len)
     int status = 404;
     if (len == 7 && !memcmp(path, "/counts", 7)) {
         status = 200;
-        sprintf(body, "{\"requests\":%lu,\"streams\":%lu,\"frames\":%lu,\"connections\":%lu,\"cut\":%lu}", counts.requests,
-                counts.streams, counts.frames, counts.connections, counts.cut);
+        sprintf(body, "{\"requests\":%lu,\"streams\":%lu,\"sse_events\":%lu,\"connections\":%lu,\"cut\":%lu}", counts.requests,
+                counts.streams, counts.sse_events, counts.connections, counts.cut);
     }
     c->out_len = (size_t)sprintf(c->buffer,
                                  "HTTP/1.1 %d Status\r\ncontent-type: application/json\r\ncontent-length: %zu\r\n\r\n%s",
@@ -390,7 +390,7 @@ static void serve(void)
         /* From the end: a stream that ends here is replaced by one that has had its turn. */
         for (size_t i = list_len; i-- > 0;) {
             struct connection *c = list[i];
-            send_frames(c);
+            send_sse_events(c);
             if (c->fd >= 0)
                 answer_next(c);
             else
@@ -401,8 +401,8 @@ static void serve(void)
             c->due_ns += c->pace_ns;
             heap_fix(0);
             if (c->out_len)
-                continue; /* the reader is behind: the frame is made at its next turn */
-            send_frames(c);
+                continue; /* the reader is behind: the SSE event is made at its next turn */
+            send_sse_events(c);
             if (c->fd >= 0)
                 answer_next(c);
             else

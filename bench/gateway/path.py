@@ -40,7 +40,7 @@ from cortex.gateway import Gateway
 from cortex.worker import collect_seldom
 
 NOWHERE = pathlib.Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process is there
-NUM_FRAMES = 32
+NUM_SSE_EVENTS = 32
 FEW_AND_MANY = 200, 600
 NOISE = 0.05
 COLLECTED = re.compile(r"Collected : (\d+)")
@@ -50,7 +50,7 @@ WHOLE = (
     b'"assistant","content":"Hello, how can I help?"},"finish_reason":"stop"}],"usage":{"prompt_tokens":12,'
     b'"completion_tokens":8,"total_tokens":20}}'
 )
-FRAME = (
+SSE_EVENT = (
     b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,'
     b'"delta":{"content":" word"},"finish_reason":null}]}\n\n'
 )
@@ -69,7 +69,7 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\nx-request-id: r\r\ndate: Wed, 25
 ANSWER = (HEAD % b"application/json" + b"content-length: %d\r\n\r\n" % len(WHOLE) + WHOLE,)
 STREAM = (
     HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n",
-    *([chunk(FRAME)] * NUM_FRAMES),
+    *([chunk(SSE_EVENT)] * NUM_SSE_EVENTS),
     chunk(LAST) + b"0\r\n\r\n",
 )
 

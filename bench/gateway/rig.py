@@ -239,21 +239,21 @@ def counts(port: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one run. Times in milliseconds, CPU in microseconds per answer and per frame; 0 is what was not asked for."""
+    """Figures of one run: times in ms, CPU in us per answer and per SSE event; 0 where not measured."""
 
     answers_per_s: float
-    frames_per_s: float
+    sse_events_per_s: float
     latency_ms: float
     latency_p99_ms: float
     first_ms: float
     first_p99_ms: float
     delay_ms: float
-    """From a frame's leaving the node to its being read."""
+    """From an SSE event's leaving the node to its being read."""
     delay_p99_ms: float
     cpu_answer_us: float
-    cpu_frame_us: float
+    cpu_sse_event_us: float
     late: float
-    """Frames that took more than 35 ms."""
+    """SSE events that took more than 35 ms."""
     load_share: float
     """Of its core, that the load took: near 1 with the mock's, it is not the gateway that was measured."""
 
@@ -267,7 +267,7 @@ def load_command(port: int, connections: int, **options: float | str) -> list[st
     """Return the load's command line."""
     command = [str(build("load")), str(port), str(connections), "--key", KEY]
     for name, value in options.items():
-        command += [f"--{name}", str(value)]
+        command += [f"--{name.replace('_', '-')}", str(value)]
     return command
 
 
@@ -302,7 +302,7 @@ def run_load(port: int, connections: int, server: Server | None, **options: floa
     found = read_figures(done.stdout, done.stderr, done.returncode)
     return Figures(
         answers_per_s=found["answers"] / found["seconds"],
-        frames_per_s=found["frames"] / found["seconds"],
+        sse_events_per_s=found["sse_events"] / found["seconds"],
         latency_ms=found.get("latency_p50_us", 0.0) / 1e3,
         latency_p99_ms=found.get("latency_p99_us", 0.0) / 1e3,
         first_ms=found.get("first_p50_us", 0.0) / 1e3,
@@ -310,7 +310,7 @@ def run_load(port: int, connections: int, server: Server | None, **options: floa
         delay_ms=found.get("delay_p50_us", 0.0) / 1e3,
         delay_p99_ms=found.get("delay_p99_us", 0.0) / 1e3,
         cpu_answer_us=used_s * 1e6 / found["total_answers"],
-        cpu_frame_us=used_s * 1e6 / found["total_frames"] if found["total_frames"] else 0.0,
+        cpu_sse_event_us=used_s * 1e6 / found["total_sse_events"] if found["total_sse_events"] else 0.0,
         late=found["late"],
         load_share=found["cpu_s"] / elapsed_s,
     )

@@ -30,9 +30,9 @@ from gateway.rig import Figures, Memory, RunError, Server
 DIRECT = "direct"
 RSGI, ASGI, VLLM, SGLANG, LITELLM, NGINX = (gateway.name for gateway in GATEWAYS)
 
-NUM_FRAMES = 200
+NUM_SSE_EVENTS = 200
 PACE_MS = 10
-PACED_FRAMES = 300
+PACED_SSE_EVENTS = 300
 LARGE_BYTES = 60_000
 
 
@@ -57,12 +57,14 @@ SCENARIOS = (
     Scenario("16", 16),
     Scenario("64", 64),
     Scenario("16_60k", 16, {"body": LARGE_BYTES}),
-    Scenario("sse", 64, {"frames": NUM_FRAMES}),
-    Scenario("paced", 64, {"frames": PACED_FRAMES, "pace": PACE_MS, "answers": 1, "spread": PACE_MS}, is_timed=False),
-    Scenario("stream_1", 1, {"frames": 20, "pace": 5, "answers": 8}, is_timed=False),
+    Scenario("sse", 64, {"sse_events": NUM_SSE_EVENTS}),
+    Scenario(
+        "paced", 64, {"sse_events": PACED_SSE_EVENTS, "pace": PACE_MS, "answers": 1, "spread": PACE_MS}, is_timed=False
+    ),
+    Scenario("stream_1", 1, {"sse_events": 20, "pace": 5, "answers": 8}, is_timed=False),
 )
 TOO_SLOW = {(LITELLM, "paced")}
-"""At 6,400 frames a second it would be measured what a queue does."""
+"""At 6,400 SSE events a second it would be measured what a queue does."""
 
 
 class Table:
@@ -131,19 +133,19 @@ def rows(table: Table, names: Sequence[str], idle: Mapping[str, Memory]) -> list
     add_median("requests/s, 16", "16", "answers_per_s")
     add_median("requests/s, 64", "64", "answers_per_s")
     add_median("requests/s, 16, 60 KB asked", "16_60k", "answers_per_s")
-    add_median("frames/s, 64 streams", "sse", "frames_per_s")
+    add_median("SSE events/s, 64 streams", "sse", "sse_events_per_s")
     add_median("CPU us a request, 16", "16", "cpu_answer_us")
     add_median("CPU us a request, 64", "64", "cpu_answer_us")
     add_median("CPU us a request, 60 KB", "16_60k", "cpu_answer_us")
-    add_median("CPU us a frame, 64 streams", "sse", "cpu_frame_us")
-    add_median("CPU us a frame, 64 paced", "paced", "cpu_frame_us")
+    add_median("CPU us an SSE event, 64 streams", "sse", "cpu_sse_event_us")
+    add_median("CPU us an SSE event, 64 paced", "paced", "cpu_sse_event_us")
     add_added("added ms, 1 connection", "1", "latency_ms")
     add_added("p99", "1", "latency_p99_ms")
     add_added("added ms, first token of 64", "paced", "first_ms")
     add_added("added ms, each token of 64", "paced", "delay_ms")
     add_added("p99", "paced", "delay_p99_ms")
     add_added("added ms, first token of 1", "stream_1", "first_ms")
-    add_median("late frames of 160, 1 stream", "stream_1", "late")
+    add_median("late SSE events of 160, 1 stream", "stream_1", "late")
     add("idle RSS MiB, largest process", lambda name: memory(name, "largest_bytes"))
     add("idle PSS MiB, all processes", lambda name: memory(name, "total_bytes"))
     return found
@@ -157,16 +159,16 @@ def ratios(table: Table, subject: str, idle: Mapping[str, Memory]) -> dict[str, 
         "rps_16": table.ratio(subject, VLLM, "16", "answers_per_s"),
         "rps_64": table.ratio(subject, VLLM, "64", "answers_per_s"),
         "rps_16_60k": table.ratio(subject, VLLM, "16_60k", "answers_per_s"),
-        "sse": table.ratio(subject, SGLANG, "sse", "frames_per_s"),
+        "sse": table.ratio(subject, SGLANG, "sse", "sse_events_per_s"),
         "rps_16_litellm": table.ratio(subject, LITELLM, "16", "answers_per_s"),
         "rps_16_nginx": table.ratio(subject, NGINX, "16", "answers_per_s"),
         "asgi_over_rsgi": table.ratio(ASGI, RSGI, "16", "answers_per_s"),
         "cpu_16": table.ratio(VLLM, subject, "16", "cpu_answer_us"),
         "cpu_64": table.ratio(VLLM, subject, "64", "cpu_answer_us"),
-        "cpu_frame": table.ratio(VLLM, subject, "paced", "cpu_frame_us"),
+        "cpu_sse_event": table.ratio(VLLM, subject, "paced", "cpu_sse_event_us"),
         "latency_1": added_1[0] / added_1[1] if added_1[0] is not None and added_1[1] else None,
         "ttft_64_ms": table.added(subject, "paced", "first_ms"),
-        "late_frames_1": table.median(subject, "stream_1", "late"),
+        "late_sse_events_1": table.median(subject, "stream_1", "late"),
         "idle_rss_mib": idle[subject].largest_bytes / 2**20 if subject in idle else None,
     }
     return {name: value for name, value in found.items() if value is not None}

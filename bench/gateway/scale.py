@@ -1,6 +1,6 @@
 """What do many streams, many nodes, stalled readers and several workers cost cortex, and how do they grow?
 
-Four tables, each over one number: paced streams (memory a stream, CPU a frame, delay), nodes (what an idle gateway
+Four tables, each over one number: paced streams (memory a stream, CPU an SSE event, delay), nodes (what an idle gateway
 takes, and what routing adds to a request), readers that ask for a stream and read nothing (memory while they stall, and
 after they have left), and worker processes on one port. What grows in a straight line is then said for a large site in
 the last lines: that is arithmetic, not a measurement.
@@ -29,9 +29,9 @@ NODES = (1, 10, 30, 100)
 STALLED = 2000
 WORKERS = (1, 2)
 PACE_MS = 250
-NUM_FRAMES = 20
+NUM_SSE_EVENTS = 20
 GIVE_BACK_ROUNDS = 5
-STALLED_FRAMES = 65_535
+STALLED_SSE_EVENTS = 65_535
 """15 MB a stream: no buffer on the way holds it."""
 INTERVAL_S = 2.0
 """Of polling, as configured by default."""
@@ -64,11 +64,11 @@ def measure_streams(interface: str, counts: Sequence[int]) -> list[Row]:
     with cortex(interface) as (port, server, _):
         idle_bytes = server.memory().total_bytes
         for count in counts:
-            options = {"frames": NUM_FRAMES, "pace": PACE_MS, "answers": 1, "spread": PACE_MS * 4}
+            options = {"sse_events": NUM_SSE_EVENTS, "pace": PACE_MS, "answers": 1, "spread": PACE_MS * 4}
             command = rig.on_cores(rig.cores()[1:], rig.load_command(port, count, **options))
             before_s = server.cpu_s()
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as load:
-                time.sleep((NUM_FRAMES * PACE_MS * 0.8) / 1e3)
+                time.sleep((NUM_SSE_EVENTS * PACE_MS * 0.8) / 1e3)
                 busy_bytes = server.memory().total_bytes
                 said, complained = load.communicate(timeout=120)
             figures = rig.read_figures(said, complained, load.returncode)
@@ -77,7 +77,7 @@ def measure_streams(interface: str, counts: Sequence[int]) -> list[Row]:
                 {
                     "streams": count,
                     "KiB a stream": (busy_bytes - idle_bytes) / count / 1024,
-                    "CPU us a frame": cpu_s * 1e6 / figures["total_frames"],
+                    "CPU us an SSE event": cpu_s * 1e6 / figures["total_sse_events"],
                     "CPU ms a stream": cpu_s * 1e3 / count,
                     "delay p50 ms": figures["delay_p50_us"] / 1e3,
                     "p99": figures["delay_p99_us"] / 1e3,
@@ -130,7 +130,7 @@ def measure_stalled(interface: str, count: int) -> list[Row]:
             )
 
         note("before")
-        asked = [*rig.load_command(port, count, frames=STALLED_FRAMES), "--stall"]
+        asked = [*rig.load_command(port, count, sse_events=STALLED_SSE_EVENTS), "--stall"]
         for time_ in ("", ", again"):
             cut = rig.counts(node)["cut"]
             with subprocess.Popen(rig.on_cores(rig.cores()[1:], asked), stdout=subprocess.PIPE) as load:
@@ -167,11 +167,11 @@ def has_cut(node: int, count: int) -> bool:
 
 def wait_until_still(node: int) -> None:
     """Wait until the node sends nothing more: every window is full."""
-    sent = [-1, rig.counts(node)["frames"]]
+    sent = [-1, rig.counts(node)["sse_events"]]
 
     def is_still() -> bool:
         time.sleep(0.8)
-        sent[:] = [sent[1], rig.counts(node)["frames"]]
+        sent[:] = [sent[1], rig.counts(node)["sse_events"]]
         return sent[0] == sent[1]
 
     wait_until(is_still, limit_s=60)
@@ -200,12 +200,12 @@ def measure_workers(interface: str, counts: Sequence[int]) -> list[Row]:
 def site(streams: Sequence[Row], nodes: Sequence[Row]) -> list[str]:
     """Return what a large site would take, if what was measured goes on in a straight line."""
     most = streams[-1]
-    frames_per_s = SITE_STREAMS * SITE_TOKENS_PER_S
-    num_cores, gib = frames_per_s * most["CPU us a frame"] / 1e6, SITE_STREAMS * most["KiB a stream"] / 2**20
+    sse_events_per_s = SITE_STREAMS * SITE_TOKENS_PER_S
+    num_cores, gib = sse_events_per_s * most["CPU us an SSE event"] / 1e6, SITE_STREAMS * most["KiB a stream"] / 2**20
     least, largest = nodes[0], nodes[-1]
     poll = (largest["idle CPU %"] - least["idle CPU %"]) / (largest["nodes"] - least["nodes"])
     return [
-        f"{SITE_STREAMS:,} streams, {frames_per_s:,} tokens/s in all: {num_cores:.1f} cores, {gib:.2f} GiB",
+        f"{SITE_STREAMS:,} streams, {sse_events_per_s:,} tokens/s in all: {num_cores:.1f} cores, {gib:.2f} GiB",
         f"{SITE_NODES} nodes: {poll * SITE_NODES:.1f} % of a core in each worker to poll them",
     ]
 
@@ -229,7 +229,8 @@ def main() -> None:
         question="What do many streams, many nodes, stalled readers and several workers cost the gateway?",
         packages=["granian", "uvloop"],
         ratios={
-            "frame_most_streams_over_fewest": streams[-1]["CPU us a frame"] / streams[0]["CPU us a frame"],
+            "sse_event_most_streams_over_fewest": streams[-1]["CPU us an SSE event"]
+            / streams[0]["CPU us an SSE event"],
             "kib_a_stream": streams[-1]["KiB a stream"],
             "request_most_nodes_over_one": nodes[-1]["CPU us a request"] / nodes[0]["CPU us a request"],
             "kib_a_stalled_reader": stalled[1]["KiB a reader"],

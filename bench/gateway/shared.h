@@ -1,10 +1,10 @@
-/* What the bench's two programs agree on: the marker in a request, the stamp in a frame, and a clock.
+/* What the bench's two programs agree on: the marker in a request, the stamp in an SSE event, and a clock.
  *
  * A gateway rewrites a body as it likes but passes a message's text on. So what is asked for stands in the text itself,
- * as `#IIIIIIIIFFFFPPPP` in hexadecimal: a number that no other request has, how many frames to answer with (0: an
- * answer that is not streamed), and the pause between two frames in units of 0.1 ms (0: as fast as they are taken). An
- * answer that is not streamed repeats the marker, so that it is seen whose it is. The text of frame number N of a
- * stream is `#NNNNTTTTTTTTTTTTTTTT`, where T is when it was sent, in nanoseconds of the clock that all processes of a
+ * as `#IIIIIIIIFFFFPPPP` in hexadecimal: a number that no other request has, how many SSE events to answer with (0: an
+ * answer that is not streamed), and the pause between two SSE events in units of 0.1 ms (0: as fast as they are taken).
+ * An answer that is not streamed repeats the marker, so that it is seen whose it is. The text of SSE event number N of
+ * a stream is `#NNNNTTTTTTTTTTTTTTTT`, where T is when it was sent, in nanoseconds of the clock that all processes of a
  * machine share. There is no other `#` in any body.
  */
 #ifndef BENCH_SHARED_H
@@ -16,11 +16,11 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { ID_DIGITS = 8, FRAMES_DIGITS = 4, PACE_DIGITS = 4, MARKER_BYTES = 1 + ID_DIGITS + FRAMES_DIGITS + PACE_DIGITS };
+enum { ID_DIGITS = 8, EVENTS_DIGITS = 4, PACE_DIGITS = 4, MARKER_BYTES = 1 + ID_DIGITS + EVENTS_DIGITS + PACE_DIGITS };
 enum { NUMBER_DIGITS = 4, TIME_DIGITS = 16, STAMP_BYTES = 1 + NUMBER_DIGITS + TIME_DIGITS };
 
 #define PACE_UNIT_NS 100000u
-#define MAX_FRAMES 0xffffu
+#define MAX_SSE_EVENTS 0xffffu
 
 /* The text of an answer that is not streamed, after its marker. */
 #define ANSWER_WORDS                                                                                                   \

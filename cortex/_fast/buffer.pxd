@@ -1,7 +1,7 @@
-"""The growable byte buffer, for the modules that build frames in it.
+"""The growable byte buffer, for the modules that build SSE events in it.
 
-The short functions are inline: a frame is a dozen of them, and a call through the class's table costs more than the
-copy it makes.
+The short functions are inline: an SSE event is a dozen of them, and a call through the class's table costs more than
+the copy it makes.
 """
 
 cimport cython

@@ -1,6 +1,6 @@
 """A growable byte buffer, and JSON text written straight into it.
 
-The one place that turns a ``str`` into JSON: projectors escape a delta into the frame they are building, with no
+The one place that turns a ``str`` into JSON: projectors escape a delta into the SSE event they are building, with no
 string in between.
 """
 

@@ -1,8 +1,10 @@
-"""The frames of an OpenAI chat stream to inference events: what a node's words become before another dialect says them.
+"""The SSE events of an OpenAI chat stream to inference events: what a node's words become before another dialect says
+them.
 
-Most frames are one more piece of text, and of a stream's such frames only the text differs. What stands before and after
-the text of the last one is kept, and a frame between the same bytes is read by unescaping what is left; any other is
-decoded by :mod:`cortex.dialects.openai_chunks`. Only the first choice is read: the dialects this is for have one.
+Most SSE events are one more piece of text, and of a stream's such SSE events only the text differs. What stands before
+and after the text of the last one is kept, and an SSE event between the same bytes is read by unescaping what is left;
+any other is decoded by :mod:`cortex.dialects.openai_chunks`. Only the first choice is read: the dialects this is for
+have one.
 """
 
 cimport cython
@@ -12,7 +14,7 @@ from libc.string cimport memchr, memcmp
 
 import orjson
 
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex.dialects.openai_chunks import ChunkReader
 from cortex.wire.events import ReasoningDelta, TextDelta
 
@@ -26,12 +28,12 @@ cdef class ChatEvents:
 
     cdef object decoder
     cdef object reader
-    cdef object kind            # of the frames that the bytes below surround
+    cdef object kind            # of the SSE events that the bytes below surround
     cdef bytes prefix
     cdef bytes suffix
 
     def __cinit__(self):
-        self.decoder = FrameDecoder()
+        self.decoder = SseDecoder()
         self.reader = ChunkReader()
 
     @property
@@ -40,11 +42,11 @@ cdef class ChatEvents:
         return self.reader.ended
 
     def feed(self, bytes data not None):
-        """Return the events that ``data`` completes. Raises :exc:`FrameTooLarge`, :exc:`UpstreamError`."""
+        """Return the events that ``data`` completes. Raises :exc:`SseEventTooLarge`, :exc:`UpstreamError`."""
         cdef list events = []
         cdef bytes chunk
-        for frame in self.decoder.feed(data):
-            chunk = frame.data
+        for sse_event in self.decoder.feed(data):
+            chunk = sse_event.data
             text = self.read_known(chunk)
             if text is None:
                 events += self.reader.read(chunk)
@@ -58,7 +60,7 @@ cdef class ChatEvents:
         return self.reader.close()
 
     cdef object read_known(self, bytes chunk):
-        """Return the text of a frame like the one before; ``None`` for any other."""
+        """Return the text of an SSE event like the one before; ``None`` for any other."""
         cdef Py_ssize_t before, after, length
         cdef const char* start
         if self.prefix is None or self.reader.ended:
@@ -82,7 +84,7 @@ cdef class ChatEvents:
             return None  # half a pair of surrogates, say: for the other way to judge
 
     cdef int learn(self, bytes chunk) except -1:
-        """Keep what surrounds the text of a frame that carried nothing else."""
+        """Keep what surrounds the text of an SSE event that carried nothing else."""
         cdef Py_ssize_t at, end
         plain = self.reader.plain
         if plain is None:

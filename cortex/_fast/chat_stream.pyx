@@ -1,4 +1,4 @@
-"""Inference events to the frames of an OpenAI chat stream; a batch of events in, one ``bytes`` out.
+"""Inference events to the SSE events of an OpenAI chat stream; a batch of events in, one ``bytes`` out.
 
 Everything of a chunk but its text is known when the stream begins, so a text delta is three copies: what stands
 before the text, the text escaped on its way, what stands after it.
@@ -43,7 +43,7 @@ cdef class _Choice:
 
 @cython.final
 cdef class ChatStream:
-    """Makes the frames of one chat stream.
+    """Makes the SSE events of one chat stream.
 
     The role goes out when the inference starts, which is made up if the first event is a delta. Events of a choice
     that has ended, and any after the end of the stream, are dropped: a worker may still fail behind its last token.
@@ -94,8 +94,8 @@ cdef class ChatStream:
         self.report_usage = report_usage
         self.out = Buffer()
 
-    def frames(self, events not None):
-        """Return the frames of a batch of events, ``b""`` if they make none.
+    def sse_events(self, events not None):
+        """Return the SSE events of a batch of events, ``b""`` if they make none.
 
         Raises ``ValueError`` for a choice that the stream does not have and for a tool call that does not begin with
         its id and name.

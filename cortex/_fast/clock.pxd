@@ -1,4 +1,4 @@
-"""What the time is, for the modules that take it for each request or frame."""
+"""What the time is, for the modules that take it for each request or SSE event."""
 
 from posix.time cimport clock_gettime, timespec
 

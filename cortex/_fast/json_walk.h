@@ -1,4 +1,4 @@
-/* Walks the members of a JSON object without building it, for frames that another process made.
+/* Walks the members of a JSON object without building it, for SSE events that another process made.
  *
  * Trusts nothing and validates little: whatever the bytes are, no step leaves [p, end), and a walk over something that
  * is not JSON stops with NULL. Where JSON must be told from everything else, see json_validate.h.

@@ -1,4 +1,4 @@
-"""Inference events to the events of an Anthropic Messages stream; a batch in, one ``bytes`` of finished frames out.
+"""Inference events to the events of an Anthropic Messages stream; a batch in, one ``bytes`` of finished SSE events out.
 
 A stream is a list of content blocks, one open at a time: an event of another kind closes the open block and opens the
 next. What a block has said is kept escaped, as it went out, and put together for the message of a request that is not
@@ -18,7 +18,8 @@ from cortex.wire.errors import RemoteError, UpstreamError
 from cortex.wire.events import FinishReason
 
 SIGNATURE = "dW5zaWduZWQ="
-"""Ends every thinking block: base64 of "unsigned". Clients drop a block that has none; a replayed one is not checked."""
+"""Ends every thinking block: base64 of "unsigned". Clients drop a block that has none; a replayed one is not checked.
+"""
 
 cdef object _LENGTH = FinishReason.LENGTH
 cdef object _TOOL_CALLS = FinishReason.TOOL_CALLS
@@ -92,7 +93,7 @@ cdef class _Block:
 
 @cython.final
 cdef class MessagesStream:
-    """Makes the frames of one Messages stream, or the one message of a request that is not streamed.
+    """Makes the SSE events of one Messages stream, or the one message of a request that is not streamed.
 
     The start is made up if the first event is not one. Events after the end of the stream are dropped: a worker may
     still fail behind its last token.
@@ -123,8 +124,8 @@ cdef class MessagesStream:
         self.waiting = []
         self.out = Buffer()
 
-    def frames(self, events not None):
-        """Return the frames of a batch of events, ``b""`` if they make none.
+    def sse_events(self, events not None):
+        """Return the SSE events of a batch of events, ``b""`` if they make none.
 
         A call that begins before the arguments of the last one are whole waits until that one's block is closed: some
         servers send the pieces of several calls in turns. Raises ``ValueError`` for a second choice, which this dialect
@@ -301,7 +302,8 @@ cdef class MessagesStream:
         return put_literal(out, b'","stop_sequence":null,"stop_details":null')
 
     cdef int put_usage(self, Buffer out) except -1:
-        """Append the usage so far. Here the cached part of the prompt is not one of the input tokens but beside them."""
+        """Append the usage so far. Here the cached part of the prompt is not one of the input tokens but beside them.
+        """
         put_literal(out, b'{"input_tokens":')
         out.put_integer(self.prompt_tokens - self.cached_tokens)
         put_literal(out, b',"cache_creation_input_tokens":0,"cache_read_input_tokens":')

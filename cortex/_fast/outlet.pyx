@@ -6,10 +6,10 @@ from posix.time cimport CLOCK_MONOTONIC, nanosleep, timespec
 from cortex._fast.clock cimport seconds_of
 
 TURN_S = 0.00075
-"""The least between two turns of an event loop that pass frames on.
+"""The least between two turns of an event loop that pass SSE events on.
 
-To wake two threads for one frame costs more than the frame does; so where frames come faster than this, each turn finds
-some. It is what a token may be late.
+To wake two threads for one SSE event costs more than the SSE event does; so where SSE events come faster than this,
+each turn finds some. It is what a token may be late.
 """
 
 HURRY_S = 0.005
@@ -27,7 +27,7 @@ cdef enum:
 
 @cython.final
 cdef class Turns:
-    """Holds the turns of a loop apart that pass frames on."""
+    """Holds the turns of a loop apart that pass SSE events on."""
 
     def __init__(self, loop):
         self.loop = loop

@@ -17,7 +17,7 @@ class _Out(Protocol):
     def write_now(self, data: bytes) -> object: ...
 
 @disjoint_base
-class FrameRelay(Sink):
+class StreamForwarder(Sink):
     out: _Out | None
     response: Response | None
     @property

@@ -1,4 +1,4 @@
-"""Frames on their way from a node to a client, in compiled code where a client can be written to at once."""
+"""SSE events on their way from a node to a client, in compiled code where a client can be written to at once."""
 
 from cortex._fast.http_client cimport Response, Sink
 from cortex._fast.outlet cimport Outlet
@@ -17,8 +17,8 @@ cdef double _LAST_WORDS_S = LAST_WORDS_S
 cdef Py_ssize_t _LAST_WORDS_BYTES = LAST_WORDS_BYTES
 
 
-cdef class FrameRelay(Sink):
-    """Lets whole frames through, and remembers the first and the last few of them.
+cdef class StreamForwarder(Sink):
+    """Lets whole SSE events through, and remembers the first and the last few of them.
 
     ``out`` is written to by :meth:`push`: it begins a stream at its first ``write_now``, and then has an ``outlet``.
     What comes after the stream's end is bounded, in bytes and in time, on the ``response`` that it comes from.
@@ -40,45 +40,45 @@ cdef class FrameRelay(Sink):
         self.tap = StreamTap(checks=True)
 
     cpdef bytes take(self, bytes data):
-        """Return the whole frames that ``data`` completes.
+        """Return the whole SSE events that ``data`` completes.
 
         Raises:
-            FrameTooLarge: one is longer than is read.
+            SseEventTooLarge: one is longer than is read.
         """
-        cdef bytes frames = self.tap.feed(data)
-        if frames:
+        cdef bytes sse_events = self.tap.feed(data)
+        if sse_events:
             if not self.first:
-                self.first = frames
-            self.tail.append(frames)
+                self.first = sse_events
+            self.tail.append(sse_events)
             if self.tap.first_token:
                 self.record.note_first_token()
             if self.tap.terminated or self.tap.failed:
                 if self.last_bytes:
-                    self.last_bytes += len(frames)
+                    self.last_bytes += len(sse_events)
                 else:
                     self.last_bytes = 1
                     if self.response is not None:
                         self.response.end_within(_LAST_WORDS_S)
-        return frames
+        return sse_events
 
     cpdef object check(self):
-        """Raise :exc:`NotAnAnswerError` where a frame has come that is none, or more than may follow the end."""
+        """Raise :exc:`NotAnAnswerError` where an SSE event has come that is none, or more than may follow the end."""
         if self.tap.malformed:
             raise NotAnAnswerError("The node sent an event that is not JSON.")
         if self.last_bytes > _LAST_WORDS_BYTES:
             raise NotAnAnswerError("The node went on after the end of its stream.")
 
     cdef object push(self, bytes data):
-        """Write the whole frames that ``data`` completes; return what is to be awaited before there is more."""
+        """Write the whole SSE events that ``data`` completes; return what is to be awaited before there is more."""
         cdef object pause
-        cdef bytes frames = self.take(data)
-        if not frames:
+        cdef bytes sse_events = self.take(data)
+        if not sse_events:
             self.check()
             return None
         if self.outlet is not None:
-            pause = self.outlet.write(frames)
+            pause = self.outlet.write(sse_events)
         else:
-            pause = self.out.write_now(frames)
+            pause = self.out.write_now(sse_events)
             self.outlet = self.out.outlet
         if self.tap.malformed or self.last_bytes > _LAST_WORDS_BYTES:
             if pause is not None:

@@ -11,7 +11,7 @@ cdef class Record:
     cdef public str finish
     cdef public int status
     cdef public bint is_stream
-    cdef public Py_ssize_t num_token_frames
+    cdef public Py_ssize_t num_token_events
     cdef public object usage
     cdef public object trace
     cdef readonly double ended_at

@@ -13,7 +13,7 @@ class Record:
     finish: str
     status: int
     is_stream: bool
-    num_token_frames: int
+    num_token_events: int
     usage: Usage | None
     trace: Trace | None
     begun_s: float

@@ -23,8 +23,8 @@ cdef class Record:
 
     ``key`` is the name of the key it came with, ``node`` who was asked, the last one if several were. ``usage`` is a
     :class:`~cortex.dialects.passthrough.Usage`, ``trace`` a :class:`~cortex.tracing.Trace`, or each is ``None``.
-    ``num_token_frames`` are the frames of a stream with something generated in them: about as many tokens, where the
-    stream ended before it said how many.
+    ``num_token_events`` are the SSE events of a stream with something generated in them: about as many tokens, where
+    the stream ended before it said how many.
     """
 
     def __init__(self, str request_id not None, str dialect not None):
@@ -72,21 +72,21 @@ cdef class Record:
     def tokens_used(self, Py_ssize_t prompt_tokens):
         """Return what to book: what the node said, or where the answer broke off after its first token, an estimate.
 
-        ``prompt_tokens`` is that of the prompt; a frame of a stream is about a token.
+        ``prompt_tokens`` is that of the prompt; an SSE event of a stream is about a token.
         """
         cdef tuple counts = self.counts()
         if self.usage is not None:
             return counts[0] + counts[1]
-        return 0 if isnan(self.first_token_at_s) else prompt_tokens + self.num_token_frames
+        return 0 if isnan(self.first_token_at_s) else prompt_tokens + self.num_token_events
 
     cpdef tuple counts(self):
         """Return the tokens of the prompt, the answer and the cache, as far as they are known.
 
-        A stream that broke off had at least a token for each frame, whatever its node had said until then.
+        A stream that broke off had at least a token for each SSE event, whatever its node had said until then.
         """
         cdef tuple counts = (0, 0, 0) if self.usage is None else self.usage.counts()
-        if (self.usage is None or self.status != 200) and self.num_token_frames > counts[1]:
-            return (counts[0], self.num_token_frames, counts[2])
+        if (self.usage is None or self.status != 200) and self.num_token_events > counts[1]:
+            return (counts[0], self.num_token_events, counts[2])
         return counts
 
     def fields(self):
@@ -99,7 +99,7 @@ cdef class Record:
         fields["status"] = self.status
         fields["stream"] = self.is_stream
         fields["finish"] = self.finish
-        if self.usage is not None or self.num_token_frames:
+        if self.usage is not None or self.num_token_events:
             fields["tokens_in"], fields["tokens_out"], fields["tokens_cached"] = self.counts()
         if not isnan(self.first_token_at_s):
             fields["ttft_s"] = to_microseconds(self.first_token_at_s - self.begun_s)

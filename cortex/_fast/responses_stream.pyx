@@ -1,10 +1,11 @@
-"""Inference events to the events of an OpenAI Responses stream; a batch in, one ``bytes`` of finished frames out.
+"""Inference events to the events of an OpenAI Responses stream; a batch in, one ``bytes`` of finished SSE events out.
 
 A stream is a list of output items. At most one reasoning or message item is open, and text of the other kind closes
 it; calls of tools stay open to the end, since their pieces may alternate. The arguments of a custom tool are an object
-around its one input, which is told when it is whole. What an item has said is kept escaped, as it went out, and copied into the events that repeat it: ``done``, the item, the response. The order is the one on which
-the official clients rely: created, in_progress, then for each item added, part added, deltas, done, part done, item
-done, and last the event that carries the whole response.
+around its one input, which is told when it is whole. What an item has said is kept escaped, as it went out, and copied
+into the events that repeat it: ``done``, the item, the response. The order is the one on which the official clients
+rely: created, in_progress, then for each item added, part added, deltas, done, part done, item done, and last the event
+that carries the whole response.
 """
 
 import time
@@ -211,13 +212,13 @@ cdef class _Item:
 
 @cython.final
 cdef class ResponsesStream:
-    """Makes the frames of one Responses stream, or the one response of a request that is not streamed.
+    """Makes the SSE events of one Responses stream, or the one response of a request that is not streamed.
 
     ``echo`` is a JSON object of the request's fields that every response object repeats; where it lacks a field that
     clients need, a default stands in. ``custom_tools`` are names of tools whose calls carry an input; ``namespaces``
     gives the namespace and the own name of a tool that the model knows by another one. Reasoning is told as text, or as
-    a summary if the client asked for one, and sealed if it wants to send it back. The start is made up if the first event is not one. Events after the end of the
-    stream are dropped: a worker may still fail behind its last token.
+    a summary if the client asked for one, and sealed if it wants to send it back. The start is made up if the first
+    event is not one. Events after the end of the stream are dropped: a worker may still fail behind its last token.
     """
 
     cdef readonly bint finished
@@ -252,7 +253,9 @@ cdef class ResponsesStream:
         bint summarises=False,
         bint seals=False,
     ):
-        """Raises ``ValueError`` if ``echo`` says what only the stream knows, ``msgspec.DecodeError`` if it is no object."""
+        """Raises ``ValueError`` if ``echo`` says what only the stream knows, ``msgspec.DecodeError`` if it is no
+        object.
+        """
         cdef Buffer head = Buffer()
         cdef dict echoed = _echo_decoder.decode(echo)
         if not _OWN.isdisjoint(echoed):
@@ -264,7 +267,7 @@ cdef class ResponsesStream:
         head.append(b',"model":')
         head.append_json(model)
         if echoed:
-            # Values come as the client sent them, and a line end would end the frame's data. In JSON that has been
+            # Values come as the client sent them, and a line end would end the SSE event's data. In JSON that has been
             # decoded it can only be white space: within a string it would be escaped.
             echo = echo.replace(b"\n", b" ").replace(b"\r", b" ").strip()
             head.append(b"," + echo.removeprefix(b"{").removesuffix(b"}"))
@@ -282,8 +285,8 @@ cdef class ResponsesStream:
         self.seals = seals
         self.out = Buffer()
 
-    def frames(self, events not None):
-        """Return the frames of a batch of events, ``b""`` if they make none.
+    def sse_events(self, events not None):
+        """Return the SSE events of a batch of events, ``b""`` if they make none.
 
         Raises ``ValueError`` for a second choice, which this dialect does not have, and for a tool call that does not
         begin with its id and name.

@@ -1,7 +1,7 @@
 /* Reads the fields of a msgspec.Struct from where they lie.
  *
  * The fields of a struct are slots at fixed offsets, which their descriptors tell. Through getattr the three fields of
- * a text delta cost more than its frame does. An instance is frozen, so a borrowed field lives as long as it does.
+ * a text delta cost more than its SSE event does. An instance is frozen, so a borrowed field lives as long as it does.
  */
 #ifndef CORTEX_SLOTS_H
 #define CORTEX_SLOTS_H

@@ -1,11 +1,11 @@
-"""What the gateway puts on a stream that it passes on: whole frames through, unchanged, noting what went by.
+"""What the gateway puts on a stream that it passes on: whole SSE events through, unchanged, noting what went by.
 
 Knows the three dialects by their marks only and never builds an event. The marks are looked for where each dialect
 puts them (the top level of the data, the choices, the response object), so that generated text, tool schemas or
 metadata that contain the same words are not mistaken for them.
 
-Most frames are one more delta. Where the first of them kept its text is remembered, and a frame with the same bytes in
-the same place is another one: one comparison and one search for ``"usage"`` instead of a walk.
+Most SSE events are one more delta. Where the first of them kept its text is remembered, and an SSE event with the same
+bytes in the same place is another one: one comparison and one search for ``"usage"`` instead of a walk.
 """
 
 cimport cython
@@ -14,7 +14,7 @@ from libc.stdint cimport uint8_t
 from libc.string cimport memcmp, memcpy
 
 from cortex._fast.buffer cimport Buffer, put
-from cortex._fast.sse cimport frame_field, frame_length, frame_next_line, scan_line_end
+from cortex._fast.sse cimport sse_field, sse_event_length, sse_next_line, scan_line_end
 
 from cortex._fast import sse
 
@@ -49,10 +49,10 @@ cdef enum Kind:
 
 @cython.final
 cdef class StreamTap:
-    """Passes an event stream on in whole frames and notes first token, usage and end."""
+    """Passes an event stream on in whole SSE events and notes first token, usage and end."""
 
     cdef readonly bint first_token
-    cdef readonly Py_ssize_t num_token_frames
+    cdef readonly Py_ssize_t num_token_events
     cdef readonly bytes usage
     cdef readonly bint terminated
     cdef readonly bint failed
@@ -60,7 +60,7 @@ cdef class StreamTap:
 
     cdef Buffer held
     cdef Buffer joined
-    cdef size_t max_frame_bytes
+    cdef size_t max_event_bytes
     cdef bint checks
     cdef size_t resume
     cdef bint started
@@ -68,26 +68,26 @@ cdef class StreamTap:
     cdef Py_ssize_t probe_length
     cdef Py_ssize_t probe_offset
 
-    def __init__(self, size_t max_frame_bytes=sse.MAX_FRAME_BYTES, bint checks=False):
+    def __init__(self, size_t max_event_bytes=sse.MAX_EVENT_BYTES, bint checks=False):
         self.held = Buffer()
         self.joined = Buffer()
-        self.max_frame_bytes = max_frame_bytes
+        self.max_event_bytes = max_event_bytes
         self.checks = checks
 
     @property
     def tail(self):
-        """The bytes held back: the beginning of a frame that has not ended, empty between frames."""
+        """The bytes held back: the beginning of an SSE event that has not ended, empty between SSE events."""
         return self.held.slice(0, self.held.size)
 
     def feed(self, bytes data not None):
-        """Return the bytes that may go on: every frame that ``data`` completes, as it came.
+        """Return the bytes that may go on: every SSE event that ``data`` completes, as it came.
 
-        Returns ``data`` itself where it is whole frames, and ``b""`` where it completes none. A CR at the very end
-        waits for the byte that says whether it is half of a CRLF. Raises :exc:`FrameTooLarge` as soon as a frame, its
-        blank line included, is longer than the limit.
+        Returns ``data`` itself where it is whole SSE events, and ``b""`` where it completes none. A CR at the very end
+        waits for the byte that says whether it is half of a CRLF. Raises :exc:`SseEventTooLarge` as soon as an SSE
+        event, its blank line included, is longer than the limit.
 
-        With ``checks`` a frame is ``malformed``, and held back with all that follows, if it has a line that is no field of
-        an event, or its data is neither a JSON object, by its first and last byte, nor the terminator.
+        With ``checks`` an SSE event is ``malformed``, and held back with all that follows, if it has a line that is no
+        field of an event, or its data is neither a JSON object, by its first and last byte, nor the terminator.
         """
         cdef const uint8_t* p
         cdef Py_ssize_t length, whole
@@ -108,23 +108,23 @@ cdef class StreamTap:
         return passed
 
     cdef Py_ssize_t read(self, const uint8_t* p, Py_ssize_t length) except -1:
-        """Note the whole frames at ``p``; return how many bytes they are."""
+        """Note the whole SSE events at ``p``; return how many bytes they are."""
         cdef Py_ssize_t used = 0
-        cdef size_t frame_bytes
+        cdef size_t event_bytes
         while used < length and not self.malformed:
-            frame_bytes = frame_length(p + used, length - used, &self.resume, False)
-            if (frame_bytes or <size_t>(length - used)) > self.max_frame_bytes:
-                raise sse.FrameTooLarge(self.max_frame_bytes)
-            if frame_bytes == 0:
+            event_bytes = sse_event_length(p + used, length - used, &self.resume, False)
+            if (event_bytes or <size_t>(length - used)) > self.max_event_bytes:
+                raise sse.SseEventTooLarge(self.max_event_bytes)
+            if event_bytes == 0:
                 break
             self.resume = 0
-            self.note_frame(p + used, p + used + frame_bytes)
+            self.scan_event(p + used, p + used + event_bytes)
             if self.malformed:
                 break
-            used += frame_bytes
+            used += event_bytes
         return used
 
-    cdef int note_frame(self, const uint8_t* line, const uint8_t* end) except -1:
+    cdef int scan_event(self, const uint8_t* line, const uint8_t* end) except -1:
         cdef const uint8_t* line_end
         cdef const uint8_t* value
         cdef const uint8_t* data = NULL
@@ -137,7 +137,7 @@ cdef class StreamTap:
                 line += 3
         while line < end:
             line_end = scan_line_end(line, end)
-            value = frame_field(line, line_end, b"data", 4)
+            value = sse_field(line, line_end, b"data", 4)
             if value != NULL:
                 if data != NULL:
                     if not several:
@@ -149,7 +149,7 @@ cdef class StreamTap:
                 data = value
                 data_end = line_end
             else:
-                value = frame_field(line, line_end, b"event", 5)
+                value = sse_field(line, line_end, b"event", 5)
                 if value != NULL:
                     kind = kind_of(value, line_end)
                 elif line != line_end and line[0] == c":":
@@ -158,7 +158,7 @@ cdef class StreamTap:
                 elif self.checks and line != line_end and not is_field(line, line_end):
                     self.malformed = True
                     return 0
-            line = frame_next_line(line_end, end)
+            line = sse_next_line(line_end, end)
         if several:
             data = <const uint8_t*>self.joined.data
             data_end = data + self.joined.size
@@ -173,7 +173,7 @@ cdef class StreamTap:
         cdef const uint8_t* key
         if kind == UNNAMED:
             if self.matches_probe(data, end):
-                self.num_token_frames += 1
+                self.num_token_events += 1
                 # A server may put running usage, or null in its place, into every chunk.
                 key = scan_usage_key(data, end)
                 while key != end:
@@ -191,7 +191,7 @@ cdef class StreamTap:
     cdef int note_kind(self, const uint8_t* data, const uint8_t* end, Kind kind) except -1:
         if kind == TOKEN:
             self.first_token = True
-            self.num_token_frames += 1
+            self.num_token_events += 1
         elif kind == MESSAGE:
             self.note_usage(data, end)
         elif kind == COMPLETED or kind == FAILED:
@@ -229,7 +229,7 @@ cdef class StreamTap:
                 self.failed = True
         if token:
             self.first_token = True
-            self.num_token_frames += 1
+            self.num_token_events += 1
         if usage != NULL:
             self.keep_usage(usage, usage_end)
         return 0
@@ -326,7 +326,7 @@ cdef class StreamTap:
 
 cdef inline bint is_field(const uint8_t* line, const uint8_t* end) noexcept nogil:
     """Say whether a line is one of the fields that no dialect here has a use for."""
-    return frame_field(line, end, b"id", 2) != NULL or frame_field(line, end, b"retry", 5) != NULL
+    return sse_field(line, end, b"id", 2) != NULL or sse_field(line, end, b"retry", 5) != NULL
 
 
 cdef inline bint is_object(const uint8_t* data, const uint8_t* end) noexcept nogil:

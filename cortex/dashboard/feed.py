@@ -1,8 +1,8 @@
 """The event stream behind the page: the whole once, then once a second what has changed.
 
-Its rate is bounded by the clock, not by the fleet: however much happens, there is one frame a second, the same bytes
-for every viewer, made once. A viewer that reads too slowly, so that frames it needs are gone, gets the whole again;
-nothing is queued for anybody. While nobody looks, only the points of the charts are made.
+Its rate is bounded by the clock, not by the fleet: however much happens, there is one SSE event a second, the same
+bytes for every viewer, made once. A viewer that reads too slowly, so that SSE events it needs are gone, gets the whole
+again; nothing is queued for anybody. While nobody looks, only the points of the charts are made.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from cortex.wire.errors import ApiError, OverloadedError
 
 INTERVAL_S = 1.0
 RECENT_REQUESTS = 100
-"""What a page that opens is told of; and the most that one frame has of new ones is half of it."""
-KEPT_FRAMES = 20
+"""What a page that opens is told of; and the most that one SSE event has of new ones is half of it."""
+KEPT_SSE_EVENTS = 20
 """Seconds that a viewer may be behind before it is told everything anew."""
 MAX_VIEWERS = 64
 HEARTBEAT = b": keep-alive\n\n"
@@ -62,9 +62,9 @@ class Feed:
         self._recent: deque[Entry] = deque(maxlen=RECENT_REQUESTS)
         self._trees: dict[str, tuple[Node, Tree]] = {}
         self._state: Tree = {}
-        self._frames: deque[bytes] = deque(maxlen=KEPT_FRAMES)
+        self._sse_events: deque[bytes] = deque(maxlen=KEPT_SSE_EVENTS)
         self._number = 0
-        """Of the latest frame."""
+        """Of the latest SSE event."""
         self._ticked = asyncio.Event()
         self._ticked_at = time.monotonic()
         self._num_viewers = 0
@@ -99,12 +99,12 @@ class Feed:
             raise OverloadedError(f"{MAX_VIEWERS} dashboards are open at this gateway already.", retry_after_s=30)
         self._num_viewers += 1
         try:
-            await stream(exchange, self._follow(exchange), heartbeat=HEARTBEAT, error_frame=self._refusal)
+            await stream(exchange, self._follow(exchange), heartbeat=HEARTBEAT, error_event=self._refusal)
         finally:
             self._num_viewers -= 1
 
     def tick(self) -> None:
-        """Look at the fleet now, and make a frame of what is new if anybody watches."""
+        """Look at the fleet now, and make an SSE event of what is new if anybody watches."""
         now = time.monotonic()
         ended = self.journal.read()
         nodes = self._service.fleet.state.nodes
@@ -122,7 +122,7 @@ class Feed:
         if patch := difference(before, self._state):
             told["patch"] = patch
         self._number += 1
-        self._frames.append(b"event: tick\ndata: " + self._encode(told) + b"\n\n")
+        self._sse_events.append(b"event: tick\ndata: " + self._encode(told) + b"\n\n")
         self._wake()
 
     async def _run(self) -> None:
@@ -131,7 +131,7 @@ class Feed:
             await asyncio.sleep(INTERVAL_S)
 
     async def _follow(self, exchange: Exchange) -> AsyncGenerator[bytes, None]:
-        """Yield frames until the viewer may not watch any more, or this process ends."""
+        """Yield SSE events until the viewer may not watch any more, or this process ends."""
         position = self._number
         yield self._whole()
         while not self._closed:
@@ -139,14 +139,14 @@ class Feed:
             self._may_watch(exchange)  # keys change while a page is open
             behind = self._number - position
             position = self._number
-            if behind > len(self._frames):
+            if behind > len(self._sse_events):
                 yield self._whole()
             elif behind:
-                yield b"".join(list(self._frames)[-behind:])
+                yield b"".join(list(self._sse_events)[-behind:])
         yield LAST_WORD
 
     def _whole(self) -> bytes:
-        """Return the frame that says everything, as of the latest frame."""
+        """Return the SSE event that says everything, as of the latest SSE event."""
         if not self._state:
             self._state = self._look()
         points: list[Point] = list(self._rates.points)

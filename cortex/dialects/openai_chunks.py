@@ -110,7 +110,7 @@ _ERROR_DECODER = msgspec.json.Decoder(_ErrorBody | str)
 
 
 class ChunkReader:
-    """Reads the data of a stream's frames, one after another, or one whole answer."""
+    """Reads the data of a stream's SSE events, one after another, or one whole answer."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -124,7 +124,7 @@ class ChunkReader:
         self._by_id: dict[str, int] = {}
 
     def read(self, data: bytes) -> list[InferenceEvent]:
-        """Return the events of one frame's data.
+        """Return the events of one SSE event's data.
 
         Raises:
             UpstreamError: it is no chunk of a chat.

@@ -1,8 +1,8 @@
-"""The answers of OpenAI's text completions: frames of a stream, or the whole of it.
+"""The answers of OpenAI's text completions: SSE events of a stream, or the whole of it.
 
-Clients of this dialect are few and their streams short: the frames are made here, without Cython. A chunk that is not
-the last of its choice has a null ``finish_reason``, as OpenAI's own have, although the type of its SDK knows none. A
-token that is no text by itself is told as ``bytes:\\xe2``, as OpenAI did, so that no two tokens have one name.
+Clients of this dialect are few and their streams short: the SSE events are made here, without Cython. A chunk that is
+not the last of its choice has a null ``finish_reason``, as OpenAI's own have, although the type of its SDK knows none.
+A token that is no text by itself is told as ``bytes:\\xe2``, as OpenAI did, so that no two tokens have one name.
 """
 
 import codecs
@@ -89,7 +89,7 @@ class _Scores:
 
 
 class Completion:
-    """Makes the frames of one completion, and the whole of it for a request that is not streamed.
+    """Makes the SSE events of one completion, and the whole of it for a request that is not streamed.
 
     ``num_choices`` are those of all its prompts. ``scores`` says that log probabilities were asked for. Taking events
     raises :exc:`InvalidRequestError` where these are too many for one answer.
@@ -116,9 +116,9 @@ class Completion:
         self._prompt_tokens = self._cached_tokens = 0
         self._failed = False
 
-    def frames(self, events: Sequence[InferenceEvent]) -> bytes:
-        """Return the frames of a batch of events; of those after the end there are none."""
-        return b"".join([self._frame(event) for event in events])
+    def sse_events(self, events: Sequence[InferenceEvent]) -> bytes:
+        """Return the SSE events of a batch of events; of those after the end there are none."""
+        return b"".join([self._sse_event(event) for event in events])
 
     def body(self) -> bytes:
         """Return the whole completion. Raises :exc:`UpstreamError` if a choice did not come to its end."""
@@ -135,9 +135,9 @@ class Completion:
         for event in events:
             if isinstance(event, Failed):
                 raise RemoteError(event.error)
-        self.frames(events)
+        self.sse_events(events)
 
-    def _frame(self, event: InferenceEvent) -> bytes:
+    def _sse_event(self, event: InferenceEvent) -> bytes:
         if self._failed or not self._num_open:
             return b""
         match event:

@@ -16,7 +16,7 @@ import orjson
 
 from cortex._fast.peek import PeekError, peek
 from cortex._fast.responses_stream import ResponsesStream
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex.dialects import anthropic_errors
 from cortex.dialects.openai_errors import error_body, error_object, response_error_code
 from cortex.wire.errors import ErrorInfo, UpstreamError
@@ -195,11 +195,11 @@ class Dialect:
     name: str
     path: str
     failure: Callable[[ErrorInfo, bytes, bytes], bytes]
-    """The frames that end a stream in failure, given the first and the last bytes that were sent of it."""
+    """The SSE events that end a stream in failure, given the first and the last bytes that were sent of it."""
     finish: "re.Pattern[bytes]"
     """Finds why a stream ended in its last bytes."""
     heartbeat: bytes
-    """A whole frame that says nothing: what the dialect's clients let pass between any two others."""
+    """A whole SSE event that says nothing: what the dialect's clients let pass between any two others."""
     streams: bool = True
     """Whether an answer is ever a stream, whatever the body says."""
     whole: "msgspec.json.Decoder[_Whole]" = field(default_factory=lambda: msgspec.json.Decoder(_Chosen))
@@ -225,8 +225,8 @@ class Dialect:
 
     def read_failure(self, last: bytes) -> ErrorInfo:
         """Return the error that a node ended a stream with, given the last bytes of that."""
-        frames = reversed(FrameDecoder(len(last) + 1).feed(last))
-        found = [error for frame in frames if (error := _error_in(frame.data)) is not None]
+        sse_events = reversed(SseDecoder(len(last) + 1).feed(last))
+        found = [error for sse_event in sse_events if (error := _error_in(sse_event.data)) is not None]
         # The last event of a response knows few codes; the one before it says the error's own.
         exact = (error for error in found if error.code not in VAGUE)
         return next(exact, None) or next(iter(found), ErrorInfo(UpstreamError.status, "failed", "The node failed."))
@@ -276,7 +276,7 @@ def clean_finish(finish: str) -> str:
 
 
 def chat_failure(error: ErrorInfo, first: bytes, last: bytes) -> bytes:
-    """Return the frame that ends a chat stream in failure. No ``[DONE]`` follows it."""
+    """Return the SSE event that ends a chat stream in failure. No ``[DONE]`` follows it."""
     return b"data: " + error_body(error) + b"\n\n"
 
 

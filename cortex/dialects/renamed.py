@@ -8,7 +8,7 @@ Messages within the object that their first and last events carry. What is not J
 import msgspec
 
 from cortex._fast.peek import PeekError, peek, splice
-from cortex._fast.sse import FrameDecoder, encode
+from cortex._fast.sse import SseDecoder, encode
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _CARRIERS = ("response", "message")
@@ -38,11 +38,13 @@ class RenamedStream:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._decoder = FrameDecoder()
+        self._decoder = SseDecoder()
 
-    def frames(self, data: bytes) -> bytes:
-        """Return the events that some bytes complete. Raises :class:`FrameTooLarge`."""
-        return b"".join([encode(rename(frame.data, self._name), frame.event) for frame in self._decoder.feed(data)])
+    def sse_events(self, data: bytes) -> bytes:
+        """Return the events that some bytes complete. Raises :class:`SseEventTooLarge`."""
+        return b"".join(
+            [encode(rename(sse_event.data, self._name), sse_event.event) for sse_event in self._decoder.feed(data)]
+        )
 
     def end(self) -> bytes:
         """Return what the end of the stream makes: nothing, since an event that was not ended is none."""

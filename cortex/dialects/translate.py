@@ -1,8 +1,8 @@
 """A request in any dialect as a chat, and a chat's answer back in that dialect: for nodes that speak chat alone.
 
 The request is decoded by its dialect as a neuron would decode it; one encoder writes the chat. What the node says
-becomes inference events (:mod:`cortex._fast.chat_events`), which the same projectors as a neuron's turn into frames. So
-every dialect has one meaning, whoever serves it. What a chat cannot ask for is refused by name.
+becomes inference events (:mod:`cortex._fast.chat_events`), which the same projectors as a neuron's turn into SSE
+events. So every dialect has one meaning, whoever serves it. What a chat cannot ask for is refused by name.
 """
 
 import functools
@@ -46,14 +46,14 @@ from cortex.wire.request import (
 
 
 class Projector(Protocol):
-    """Turns events into the frames of a dialect."""
+    """Turns events into the SSE events of a dialect."""
 
-    def frames(self, events: Sequence[InferenceEvent], /) -> bytes:
-        """Return the frames of a batch of events."""
+    def sse_events(self, events: Sequence[InferenceEvent], /) -> bytes:
+        """Return the SSE events of a batch of events."""
 
 
 Make = Callable[[], tuple[Projector, Callable[[], bytes]]]
-"""Begins an answer: what makes its frames, and what then returns the whole of it."""
+"""Begins an answer: what makes its SSE events, and what then returns the whole of it."""
 
 
 class Reading(NamedTuple):
@@ -102,18 +102,18 @@ class TranslatedAnswer:
         self._projector = projector
         self._whole = whole
 
-    def frames(self, data: bytes) -> bytes:
-        """Return the frames that some bytes of a stream make. Raises :class:`UpstreamError`."""
+    def sse_events(self, data: bytes) -> bytes:
+        """Return the SSE events that some bytes of a stream make. Raises :class:`UpstreamError`."""
         events = self._events.feed(data)
-        return self._projector.frames(events) if events else b""
+        return self._projector.sse_events(events) if events else b""
 
     def end(self) -> bytes:
-        """Return the frames that the end of a stream makes: its last, if the node left out the terminator."""
-        return self._projector.frames(self._events.close())
+        """Return the SSE events that the end of a stream makes: its last, if the node left out the terminator."""
+        return self._projector.sse_events(self._events.close())
 
     def whole(self, body: bytes) -> bytes:
         """Return the answer that an answer makes which is no stream. Raises :class:`UpstreamError`, RemoteError."""
-        self._projector.frames(ChunkReader().read_whole(body))
+        self._projector.sse_events(ChunkReader().read_whole(body))
         return self._whole()
 
 
@@ -184,7 +184,7 @@ class _Count:
         self._told = told
         self._tokens = 0
 
-    def frames(self, events: Sequence[InferenceEvent], /) -> bytes:
+    def sse_events(self, events: Sequence[InferenceEvent], /) -> bytes:
         """Take a batch of events."""
         for event in events:
             if isinstance(event, Started):

@@ -18,7 +18,7 @@ import msgspec
 import orjson
 
 from cortex._fast.peek import Peek, PeekTypeError, peek
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex.dialects.passthrough import NO_CONTEXT, ResponseContext
 from cortex.errors import (
     ConversationFullError,
@@ -234,24 +234,24 @@ class Conversations:
             return _not_stored(response)
         return response
 
-    async def keep_streamed(self, turn: Turn, frames: bytes) -> bytes:
-        """Keep the response in the last frames of a stream, and return them; one that failed is not kept.
+    async def keep_streamed(self, turn: Turn, sse_events: bytes) -> bytes:
+        """Keep the response in the last SSE events of a stream, and return them; one that failed is not kept.
 
         Raises:
             NotAnAnswerError: there is none in them.
         """
         if not turn.is_kept:
-            return frames
-        for frame in FrameDecoder(len(frames) + 1).feed(frames):
-            if frame.event in _KEPT:
+            return sse_events
+        for sse_event in SseDecoder(len(sse_events) + 1).feed(sse_events):
+            if sse_event.event in _KEPT:
                 try:
-                    response = bytes(_ANSWER.decode(frame.data)["response"])
+                    response = bytes(_ANSWER.decode(sse_event.data)["response"])
                 except UNREADABLE:
                     raise NotAnAnswerError("The node ended its stream without a response in its last event.") from None
                 kept = await self.keep(turn, response)
                 if kept is not response:
-                    frames = frames.replace(response, kept, 1)
-        return frames
+                    sse_events = sse_events.replace(response, kept, 1)
+        return sse_events
 
     def stored(self, turn: Turn, response: bytes) -> StoredResponse:
         """Return a turn with its answer, as it is kept."""

@@ -17,14 +17,14 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
     """One turn: the response it continues (empty if none), the items of its own input, and the response as it was told.
 
     ``items`` is a JSON array without the items of earlier turns, ``body`` the response object. Of one that was made in
-    the background, ``frames`` are those of its stream. ``until`` is set of one that is still being made: the time at
-    which whoever makes it must have said so again. ``owner`` names the principal it was made for.
+    the background, ``sse_events`` are those of its stream. ``until`` is set of one that is still being made: the time
+    at which whoever makes it must have said so again. ``owner`` names the principal it was made for.
     """
 
     previous: str
     items: msgspec.Raw
     body: msgspec.Raw
-    frames: bytes = b""
+    sse_events: bytes = b""
     until: float = 0
     owner: str = ""
 
@@ -33,7 +33,7 @@ class _Row(msgspec.Struct, frozen=True, array_like=True):
     previous: str
     items: bytes
     body: bytes
-    frames: bytes = b""
+    sse_events: bytes = b""
     until: float = 0
     owner: str = ""
 
@@ -44,7 +44,7 @@ _DECODER = msgspec.msgpack.Decoder(_Row)
 
 def to_bytes(stored: StoredResponse) -> bytes:
     """Return what a store keeps."""
-    row = _Row(stored.previous, bytes(stored.items), bytes(stored.body), stored.frames, stored.until, stored.owner)
+    row = _Row(stored.previous, bytes(stored.items), bytes(stored.body), stored.sse_events, stored.until, stored.owner)
     return _ENCODER.encode(row)
 
 
@@ -55,7 +55,9 @@ def from_bytes(value: bytes) -> StoredResponse | None:
     except (msgspec.MsgspecError, TypeError, ValueError, RecursionError):
         _say_damaged()
         return None
-    return StoredResponse(row.previous, msgspec.Raw(row.items), msgspec.Raw(row.body), row.frames, row.until, row.owner)
+    return StoredResponse(
+        row.previous, msgspec.Raw(row.items), msgspec.Raw(row.body), row.sse_events, row.until, row.owner
+    )
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 A stream is ``Started``, then the prompt if it was asked for, then deltas, then one ``Finished`` for each choice; or it
 ends early with one ``Failed``.
-Nothing follows ``Failed`` or the last ``Finished``. Events carry text, never frames or token ids.
+Nothing follows ``Failed`` or the last ``Finished``. Events carry text, never SSE events or token ids.
 """
 
 from enum import StrEnum

@@ -235,7 +235,7 @@ class Detokenizer:
 
 
 def _merge(events: list[InferenceEvent]) -> list[InferenceEvent]:
-    """Join neighbouring pieces of one text or call: fewer frames say the same."""
+    """Join neighbouring pieces of one text or call: fewer SSE events say the same."""
     if len(events) < 2:
         return events
     merged = events[:1]

@@ -34,18 +34,18 @@ def ask(port: int, connections: int, *options: str) -> "subprocess.CompletedProc
 def test_the_load_counts_what_the_mock_node_counts(node: int) -> None:
     before = rig.counts(node)
     answers = json.loads(ask(node, 4, "--answers", "50", "--body", "60000").stdout)
-    streams = json.loads(ask(node, 3, "--answers", "5", "--frames", "200").stdout)
-    paced = json.loads(ask(node, 2, "--answers", "1", "--frames", "10", "--pace", "2").stdout)
+    streams = json.loads(ask(node, 3, "--answers", "5", "--sse-events", "200").stdout)
+    paced = json.loads(ask(node, 2, "--answers", "1", "--sse-events", "10", "--pace", "2").stdout)
     after = rig.counts(node)
     assert answers["total_answers"] == answers["answers"] == 200
     assert streams["total_answers"] == 15
-    assert streams["total_frames"] == streams["frames"] == 3000
-    assert paced["total_frames"] == 20
+    assert streams["total_sse_events"] == streams["sse_events"] == 3000
+    assert paced["total_sse_events"] == 20
     assert 0.017 < paced["seconds"] < 30
-    assert {key: after[key] - before[key] for key in ("requests", "streams", "frames", "cut")} == {
+    assert {key: after[key] - before[key] for key in ("requests", "streams", "sse_events", "cut")} == {
         "requests": 200 + 15 + 2,
         "streams": 17,
-        "frames": 3020,
+        "sse_events": 3020,
         "cut": 0,
     }
 
@@ -115,7 +115,7 @@ def proxy(node: int, old: bytes = b"", new: bytes = b"", *, size: int = 1 << 20)
 
 
 @pytest.mark.parametrize("size", [1, 7])
-@pytest.mark.parametrize("kind", [(), ("--frames", "5")])
+@pytest.mark.parametrize("kind", [(), ("--sse-events", "5")])
 def test_the_load_reads_an_answer_in_any_pieces(node: int, kind: tuple[str, ...], size: int) -> None:
     with proxy(node, size=size) as port:
         done = ask(port, 1, "--answers", "2", *kind)
@@ -129,10 +129,10 @@ def test_the_load_reads_an_answer_in_any_pieces(node: int, kind: tuple[str, ...]
         ((), b"200 OK", b"502 OK", "status"),
         ((), b"#00000000", b"#00000001", "not the answer to this request"),
         ((), b" word word\"", b" word wore\"", "not the answer to this request"),
-        (("--frames", "5"), b"200 OK", b"429 OK", "status"),
-        (("--frames", "5"), b"#0003", b"#0004", "not the next frame"),
-        (("--frames", "5"), b"#0002", b"!0002", "not the next frame"),
-        (("--frames", "5"), b"[DONE]", b"[DOME]", "a stream ends too early"),
+        (("--sse-events", "5"), b"200 OK", b"429 OK", "status"),
+        (("--sse-events", "5"), b"#0003", b"#0004", "not the next SSE event"),
+        (("--sse-events", "5"), b"#0002", b"!0002", "not the next SSE event"),
+        (("--sse-events", "5"), b"[DONE]", b"[DOME]", "a stream ends too early"),
     ],
 )  # fmt: skip
 def test_a_wrong_answer_ends_the_load(node: int, kind: tuple[str, ...], old: bytes, new: bytes, says: str) -> None:
@@ -144,16 +144,16 @@ def test_a_wrong_answer_ends_the_load(node: int, kind: tuple[str, ...], old: byt
 
 def test_a_load_that_stalls_reads_nothing_until_it_is_told(node: int) -> None:
     before = rig.counts(node)
-    command = [*rig.load_command(node, 2, frames=20_000, answers=1), "--stall"]
+    command = [*rig.load_command(node, 2, sse_events=20_000, answers=1), "--stall"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
         assert load.stdout is not None
         assert load.stdout.readline() == "stalled\n"
         wait_until_still(node)
-        stuck = rig.counts(node)["frames"] - before["frames"]
+        stuck = rig.counts(node)["sse_events"] - before["sse_events"]
         assert 0 < stuck < 2 * 20_000 / 4
         load.send_signal(signal.SIGUSR1)
         figures = rig.read_figures(load.stdout.read(), "", load.wait(60))
-    assert figures["total_frames"] == 2 * 20_000 == rig.counts(node)["frames"] - before["frames"]
+    assert figures["total_sse_events"] == 2 * 20_000 == rig.counts(node)["sse_events"] - before["sse_events"]
 
 
 def test_cpu_time_is_of_the_whole_tree(tmp_path: pathlib.Path) -> None:

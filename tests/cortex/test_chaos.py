@@ -29,8 +29,8 @@ class Story:
     def of(cls, seed: int) -> "Story":
         dice = random.Random(seed)
         texts = [dice.choice(["a", "\\n\\n", "data: [DONE]", "é" * 40, "x" * 1500]) for _ in range(dice.randrange(15))]
-        frames = [CHAT_STREAM[0], *(chat_chunk({"content": text}) for text in texts), *CHAT_STREAM[3:]]
-        chunks = split(b"".join(frames), dice, 1 + dice.randrange(400))
+        sse_events = [CHAT_STREAM[0], *(chat_chunk({"content": text}) for text in texts), *CHAT_STREAM[3:]]
+        chunks = split(b"".join(sse_events), dice, 1 + dice.randrange(400))
         head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         wire = head + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
         if dice.random() < 0.6:
@@ -77,7 +77,7 @@ def split(data: bytes, dice: random.Random, most: int) -> list[bytes]:
 
 
 def read_slowly(wire: bytes) -> bytes:
-    """Return the whole frames that a connection's bytes hold."""
+    """Return the whole SSE events that a connection's bytes hold."""
     _, _, rest = wire.partition(b"\r\n\r\n")
     body = b""
     while b"\r\n" in rest:
@@ -105,25 +105,25 @@ async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int, interfa
 
     async def one(gateway: Rig, seed: int) -> str:
         story = Story.of(seed)
-        frames = read_slowly(b"".join(story.pieces))
+        sse_events = read_slowly(b"".join(story.pieces))
         async with turns:
             call = await gateway.chat(stream=True, seed=seed).end()
-        if call.status != 200:  # nothing had gone out: the error has a status, and the frames are not half there
+        if call.status != 200:  # nothing had gone out: the error has a status, and the SSE events are not half there
             assert call.json()["error"]["code"], seed
-            assert story.is_reset or not frames, seed
+            assert story.is_reset or not sse_events, seed
             return "error"
         body = call.body.replace(COMMENT, b"")
         assert call.complete, seed
         if DONE in body:
-            assert body == frames or (story.is_reset and frames.startswith(body)), seed
+            assert body == sse_events or (story.is_reset and sse_events.startswith(body)), seed
             return "whole"
         *_, last, rest = body.split(b"\n\n")
         assert not rest, seed
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"], seed
         passed = body[: len(body) - len(last) - 2]
-        assert frames.startswith(passed), seed
-        assert DONE not in frames or story.is_reset, seed
-        assert story.is_reset or passed == frames, seed
+        assert sse_events.startswith(passed), seed
+        assert DONE not in sse_events or story.is_reset, seed
+        assert story.is_reset or passed == sse_events, seed
         return "broken"
 
     turns = asyncio.Semaphore(AT_ONCE)

@@ -308,8 +308,8 @@ async def test_one_that_reads_too_slowly_is_told_everything_anew(monkeypatch: py
         inner = gateway.gateway._feed
         watching.hold()
         begun = inner._number
-        await until(lambda: inner._number > begun + 3 * feed.KEPT_FRAMES)
-        assert len(inner._frames) == feed.KEPT_FRAMES
+        await until(lambda: inner._number > begun + 3 * feed.KEPT_SSE_EVENTS)
+        assert len(inner._sse_events) == feed.KEPT_SSE_EVENTS
         watching.release()
         await watching.until(lambda call: [name for name, _ in events(call.body)].count("whole") == 2)
         watching.leave()
@@ -445,7 +445,7 @@ async def test_a_hundred_busy_nodes_cost_a_bounded_number_of_bytes_and_little_ti
         began = time.process_time()
         inner.tick()
         times.append(time.process_time() - began)
-        ticks.append(len(inner._frames[-1]))
+        ticks.append(len(inner._sse_events[-1]))
     print(f"whole {len(whole)} bytes; a tick {max(ticks)} bytes at most; {1e3 * sorted(times)[15]:.1f} ms of CPU")
     assert max(ticks) < 60_000, "a second of the busiest fleet is less than 60 kB"
     assert sorted(times)[15] < 0.05
@@ -453,7 +453,7 @@ async def test_a_hundred_busy_nodes_cost_a_bounded_number_of_bytes_and_little_ti
     # The same fleet at rest says nothing but the point of its charts.
     inner.tick()
     inner.tick()
-    assert len(inner._frames[-1]) < 200
+    assert len(inner._sse_events[-1]) < 200
     state = orjson.loads(whole.split(b"data: ")[1])["state"]
     assert set(state["nodes"]) == {f"gpu-{number:03}" for number in range(100)}
 

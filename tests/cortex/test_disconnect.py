@@ -109,8 +109,8 @@ async def test_many_clients_that_leave_at_random_leave_nothing() -> None:
         for _ in range(20):
             await line.chunk(CHAT_STREAM[1])
             await asyncio.sleep(random_numbers.random() * 0.01)
-        for frame in CHAT_STREAM[3:]:
-            await line.chunk(frame)
+        for sse_event in CHAT_STREAM[3:]:
+            await line.chunk(sse_event)
         await line.end()
 
     neurons = FakeNeuron("a", script=script).ready("m"), FakeNeuron("b", script=script).ready("m")

@@ -24,15 +24,15 @@ BIN = pathlib.Path(sys.executable).parent
 
 
 async def slowly(asked: Asked, line: Line) -> None:
-    """Answer after a few milliseconds, or frame by frame."""
+    """Answer after a few milliseconds, or SSE event by SSE event."""
     if not json.loads(asked.body).get("stream"):
         await asyncio.sleep(0.005)
         await answer(asked, line)
         return
     await line.start_stream()
-    for frame in CHAT_STREAM:
+    for sse_event in CHAT_STREAM:
         await asyncio.sleep(0.01)
-        await line.chunk(frame)
+        await line.chunk(sse_event)
     await line.end()
 
 

@@ -45,14 +45,14 @@ async def test_a_body_goes_through_as_it_is_and_the_answer_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "frames"), [("/v1/chat/completions", CHAT_STREAM), ("/v1/responses", RESPONSES_STREAM)]
+    ("path", "sse_events"), [("/v1/chat/completions", CHAT_STREAM), ("/v1/responses", RESPONSES_STREAM)]
 )
-async def test_a_stream_goes_through_as_it_is(path: str, frames: tuple[bytes, ...]) -> None:
+async def test_a_stream_goes_through_as_it_is(path: str, sse_events: tuple[bytes, ...]) -> None:
     async with rig(FakeNeuron().ready("m")) as gateway:
         call = await gateway.call("POST", path, STREAM).end()
         assert call.status == 200
         assert call.headers["content-type"].startswith("text/event-stream")
-        assert call.body == b"".join(frames)
+        assert call.body == b"".join(sse_events)
         assert gateway.in_flight == 0
 
 
@@ -87,7 +87,7 @@ def test_any_split_of_the_bytes_gives_the_same_stream(sizes: list[int], as_http_
         async with rig(FakeNeuron(script=script).ready("m")) as gateway:
             call = await gateway.chat(stream=True).end()
             assert call.body == payload
-            assert all(chunk.endswith(b"\n\n") for chunk in call.chunks), "whole frames only"
+            assert all(chunk.endswith(b"\n\n") for chunk in call.chunks), "whole SSE events only"
 
     asyncio.run(story())
 
@@ -205,8 +205,8 @@ async def test_a_broken_stream_ends_in_an_error_of_its_dialect(how: str, path: s
 
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
-        for frame in begun:
-            await line.chunk(frame)
+        for sse_event in begun:
+            await line.chunk(sse_event)
         await line.chunk(b'data: {"half')
         match how:
             case "cut":
@@ -249,15 +249,15 @@ async def test_a_broken_stream_ends_in_an_error_of_its_dialect(how: str, path: s
 
 
 @pytest.mark.parametrize(
-    ("path", "frames", "heartbeat"),
+    ("path", "sse_events", "heartbeat"),
     [
         ("/v1/chat/completions", CHAT_STREAM, b": keep-alive\n\n"),
         ("/v1/responses", RESPONSES_STREAM, b": keep-alive\n\n"),
         ("/v1/messages", MESSAGES_STREAM, b'event: ping\ndata: {"type":"ping"}\n\n'),
     ],
 )
-async def test_a_silence_in_the_middle_is_filled_and_never_within_a_frame(
-    path: str, frames: tuple[bytes, ...], heartbeat: bytes, monkeypatch: pytest.MonkeyPatch
+async def test_a_silence_in_the_middle_is_filled_and_never_within_an_sse_event(
+    path: str, sse_events: tuple[bytes, ...], heartbeat: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert http_io.HOLD_HEADERS_S < 1
     assert http_io.HEARTBEAT_INTERVAL_S <= 10
@@ -266,9 +266,9 @@ async def test_a_silence_in_the_middle_is_filled_and_never_within_a_frame(
 
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
-        await line.chunk(frames[0] + frames[1][:9])
+        await line.chunk(sse_events[0] + sse_events[1][:9])
         await heard.wait()
-        await line.chunk(frames[1][9:] + b"".join(frames[2:]))
+        await line.chunk(sse_events[1][9:] + b"".join(sse_events[2:]))
         await line.end()
 
     async with rig(FakeNeuron(script=script).ready("m")) as gateway:
@@ -276,22 +276,22 @@ async def test_a_silence_in_the_middle_is_filled_and_never_within_a_frame(
         await call.until(lambda call: call.chunks.count(heartbeat) >= 3)
         heard.set()
         await call.end()
-    assert b"".join(chunk for chunk in call.chunks if chunk != heartbeat) == b"".join(frames)
+    assert b"".join(chunk for chunk in call.chunks if chunk != heartbeat) == b"".join(sse_events)
     assert all(chunk.endswith(b"\n\n") for chunk in call.chunks)
 
 
 async def test_a_stream_that_is_complete_may_lose_its_connection() -> None:
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
-        for frame in CHAT_STREAM:
-            await line.chunk(frame)
+        for sse_event in CHAT_STREAM:
+            await line.chunk(sse_event)
         line.cut()
 
     async with rig(FakeNeuron(script=script).ready("m")) as gateway:
         assert (await gateway.chat(stream=True).end()).body == b"".join(CHAT_STREAM)
 
 
-async def test_a_nodes_own_error_frame_is_the_only_one() -> None:
+async def test_a_nodes_own_error_sse_event_is_the_only_one() -> None:
     told = b'data: {"error":{"message":"lost","type":"server_error","param":null,"code":"device_worker_lost"}}\n\n'
 
     async def script(asked: Asked, line: Line) -> None:
@@ -433,7 +433,7 @@ async def test_a_stream_that_waits_for_a_load_has_headers_and_heartbeats_within_
         assert call.body == b": loading m 0%\n\n"
         go.set()
         await call.end()
-        assert call.data() == b"".join(frame for frame in CHAT_STREAM if not frame.startswith(b":"))
+        assert call.data() == b"".join(sse_event for sse_event in CHAT_STREAM if not sse_event.startswith(b":"))
 
 
 async def test_a_load_that_fails_late_is_an_error_in_the_stream() -> None:

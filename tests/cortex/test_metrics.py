@@ -49,8 +49,8 @@ async def test_first_token_is_not_first_byte_and_duration_is_to_the_end() -> Non
         await asyncio.sleep(pauses[1])
         await line.chunk(CHAT_STREAM[1])
         await asyncio.sleep(pauses[2])
-        for frame in CHAT_STREAM[2:]:
-            await line.chunk(frame)
+        for sse_event in CHAT_STREAM[2:]:
+            await line.chunk(sse_event)
         await line.end()
 
     async with rig(FakeNeuron(script=script).ready("m")) as gateway:

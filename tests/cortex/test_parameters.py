@@ -49,8 +49,8 @@ async def test_a_stream_says_it_too_before_the_node_has_said_a_word(path: str, b
 
     async def late(asked: Asked, line: Line) -> None:
         await line.start_stream()
-        for frame in CHAT_STREAM:
-            await line.chunk(frame)
+        for sse_event in CHAT_STREAM:
+            await line.chunk(sse_event)
         await line.end()
 
     neuron.script = late

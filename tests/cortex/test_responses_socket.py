@@ -15,7 +15,7 @@ CREATED = {"type": "response.created", "sequence_number": 0, "response": {"id": 
 COMPLETED = {"type": "response.completed", "sequence_number": 1, "response": {"id": "r", "status": "completed"}}
 
 
-def frame(event: dict[str, object]) -> bytes:
+def sse_event(event: dict[str, object]) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), json.dumps(event).encode())
 
 
@@ -27,9 +27,9 @@ async def test_a_silence_has_no_message(monkeypatch: pytest.MonkeyPatch) -> None
 
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
-        await line.chunk(frame(CREATED))
+        await line.chunk(sse_event(CREATED))
         await go.wait()
-        await line.chunk(frame(COMPLETED))
+        await line.chunk(sse_event(COMPLETED))
         await line.end()
 
     said: list[dict[str, object]] = []
@@ -182,7 +182,7 @@ async def test_messages_that_wait_are_counted_in_bytes() -> None:
     async def script(asked: Asked, line: Line) -> None:
         await go.wait()
         await line.start_stream()
-        await line.chunk(frame(COMPLETED))
+        await line.chunk(sse_event(COMPLETED))
         await line.end()
 
     neuron = FakeNeuron(script=script, dialects=("openai-responses",)).ready("m")

@@ -198,8 +198,8 @@ async def in_flight_is(gateway: Server, count: int) -> None:
 
 
 @INTERFACES
-async def test_a_small_frame_goes_out_at_once(tmp_path: pathlib.Path, interface: str) -> None:
-    """Waiting for a fuller packet, or for an acknowledgement, costs 40 ms a frame on either side of the gateway."""
+async def test_a_small_sse_event_goes_out_at_once(tmp_path: pathlib.Path, interface: str) -> None:
+    """Waiting for a fuller packet or an acknowledgement costs 40 ms an SSE event on either side of the gateway."""
     loop = asyncio.get_running_loop()
     got = asyncio.Event()
     delays: list[float] = []
@@ -243,8 +243,8 @@ async def test_two_hundred_clients_that_leave_at_random_leave_nothing(tmp_path: 
         for _ in range(30):
             await line.chunk(CHAT_STREAM[1])
             await asyncio.sleep(dice.random() * 0.02)
-        for frame in CHAT_STREAM[3:]:
-            await line.chunk(frame)
+        for sse_event in CHAT_STREAM[3:]:
+            await line.chunk(sse_event)
         await line.end()
 
     neuron = FakeNeuron(script=script).ready("m")
@@ -370,8 +370,8 @@ async def test_sigterm_lets_a_stream_finish(tmp_path: pathlib.Path, command: str
         await line.start_stream()
         await line.chunk(CHAT_STREAM[1])
         await go.wait()
-        for frame in CHAT_STREAM[2:]:
-            await line.chunk(frame)
+        for sse_event in CHAT_STREAM[2:]:
+            await line.chunk(sse_event)
         await line.end()
 
     neuron = FakeNeuron(script=script).ready("m")

@@ -97,8 +97,8 @@ async def test_a_stream_that_breaks_is_an_error(path: str, body: dict[str, Any])
 async def test_a_stream_without_its_terminator_is_whole() -> None:
     async def without(asked: Asked, line: Line) -> None:
         await line.start_stream()
-        for frame in CHAT_STREAM[:4]:
-            await line.chunk(frame)
+        for sse_event in CHAT_STREAM[:4]:
+            await line.chunk(sse_event)
         await line.end()
 
     node = chat_only()

@@ -12,7 +12,7 @@ import zlib
 
 import atheris
 
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex._fast.tap import StreamTap
 
 PIECES = [
@@ -36,8 +36,8 @@ PIECES = [
 
 
 def reference(stream: bytes) -> list[tuple[bytes | None, bytes]]:
-    """Return what the standard says the frames are."""
-    frames = []
+    """Return what the standard says the SSE events are."""
+    sse_events = []
     data: list[bytes] = []
     event = b""
     for line in re.split(rb"\r\n|\n|\r", stream.removeprefix(b"\xef\xbb\xbf"))[:-1]:
@@ -45,18 +45,18 @@ def reference(stream: bytes) -> list[tuple[bytes | None, bytes]]:
         value = value.removeprefix(b" ")
         if not line:
             if data:
-                frames.append((event or None, b"\n".join(data)))
+                sse_events.append((event or None, b"\n".join(data)))
             data, event = [], b""
         elif field == b"data":
             data.append(value)
         elif field == b"event":
             event = value
-    return frames
+    return sse_events
 
 
 def notes(tap: StreamTap) -> tuple[object, ...]:
     """Return everything that a tap noted."""
-    return tap.first_token, tap.num_token_frames, tap.usage, tap.terminated, tap.failed
+    return tap.first_token, tap.num_token_events, tap.usage, tap.terminated, tap.failed
 
 
 def mutate(_data: bytes, max_size: int, seed: int) -> bytes:
@@ -70,9 +70,9 @@ def check(stream: bytes) -> None:
     chance = random.Random(zlib.crc32(stream))
     edges = sorted({0, len(stream), *(chance.randrange(len(stream) + 1) for _ in range(chance.randrange(8)))})
     pieces = [stream[start:end] for start, end in itertools.pairwise(edges)]
-    decoder, tap, whole = FrameDecoder(), StreamTap(), StreamTap()
-    frames = [(frame.event, frame.data) for piece in pieces for frame in decoder.feed(piece)]
-    assert frames == reference(stream), (stream, edges)
+    decoder, tap, whole = SseDecoder(), StreamTap(), StreamTap()
+    sse_events = [(sse_event.event, sse_event.data) for piece in pieces for sse_event in decoder.feed(piece)]
+    assert sse_events == reference(stream), (stream, edges)
     passed = b"".join([tap.feed(piece) for piece in pieces])
     assert passed + tap.tail == stream, (stream, edges)
     assert passed == whole.feed(stream), (stream, edges)

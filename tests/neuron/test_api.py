@@ -79,10 +79,10 @@ def test_chat_whole() -> None:
 
 def test_chat_streamed() -> None:
     reply = ask_once("/v1/chat/completions", CHAT | {"stream": True, "stream_options": {"include_usage": True}})
-    frames = reply.frames()
+    sse_events = reply.sse_events()
     assert reply.headers["content-type"].startswith("text/event-stream")
-    assert frames[-1] == (None, "[DONE]")
-    chunks = [ChatCompletionChunk.model_validate(data, strict=True) for _, data in frames[:-1]]
+    assert sse_events[-1] == (None, "[DONE]")
+    chunks = [ChatCompletionChunk.model_validate(data, strict=True) for _, data in sse_events[:-1]]
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Hello"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 2
@@ -90,7 +90,7 @@ def test_chat_streamed() -> None:
 
 def test_responses_streamed_in_order() -> None:
     reply = ask_once("/v1/responses", RESPONSES | {"stream": True})
-    events = [event for event, _ in reply.frames()]
+    events = [event for event, _ in reply.sse_events()]
     assert events == [
         "response.created",
         "response.in_progress",
@@ -103,8 +103,8 @@ def test_responses_streamed_in_order() -> None:
         "response.output_item.done",
         "response.completed",
     ]
-    assert [data["sequence_number"] for _, data in reply.frames()] == list(range(10))
-    final = Response.model_validate(reply.frames()[-1][1]["response"], strict=True)
+    assert [data["sequence_number"] for _, data in reply.sse_events()] == list(range(10))
+    final = Response.model_validate(reply.sse_events()[-1][1]["response"], strict=True)
     assert final.output_text == "Hello"
 
 
@@ -114,7 +114,7 @@ def test_responses_whole_equals_the_streamed_response() -> None:
         [Finished(FinishReason.TOOL_CALLS, 9, 2)],
     )  # fmt: skip
     whole = ask_once("/v1/responses", RESPONSES, script).json()
-    last = ask_once("/v1/responses", RESPONSES | {"stream": True}, script).frames()[-1][1]["response"]
+    last = ask_once("/v1/responses", RESPONSES | {"stream": True}, script).sse_events()[-1][1]["response"]
     Response.model_validate(whole, strict=True)
 
     def shape(response: dict[str, Any]) -> Any:
@@ -171,7 +171,7 @@ FAILURE = ErrorInfo(503, "device_worker_lost", "The device worker died.", retry_
 def test_a_failure_in_mid_stream_is_told(path: str, body: dict[str, Any]) -> None:
     reply = ask_once(path, body | {"stream": True}, playing([Started(1)], [TextDelta("a")], [Failed(FAILURE)]))
     assert (reply.status, reply.complete) == (200, True)
-    event, data = reply.frames()[-1]
+    event, data = reply.sse_events()[-1]
     if path.endswith("responses"):
         assert event == "response.failed"
         assert data["response"]["error"]["message"] == FAILURE.message
@@ -220,7 +220,7 @@ def test_headers_and_heartbeats_do_not_wait_for_the_model(monkeypatch: pytest.Mo
         reply = await ask(api, "POST", "/v1/chat/completions", CHAT | {"stream": True})
         assert reply.chunks[0] == b": keep-alive\n\n"
         assert reply.chunks.count(b": keep-alive\n\n") > 1
-        assert reply.frames()[-1] == (None, "[DONE]")
+        assert reply.sse_events()[-1] == (None, "[DONE]")
 
     silent = asyncio.Event()
     with_api(story, ScriptedHarness(lambda request: [silent, *HELLO]))

@@ -52,7 +52,7 @@ def test_it_is_queued_and_then_there(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("said", ["hi", "think", "call", "long"])
-def test_its_frames_can_be_read_from_any_number_on(client: openai.OpenAI, said: str) -> None:
+def test_its_sse_events_can_be_read_from_any_number_on(client: openai.OpenAI, said: str) -> None:
     tools: Any = [{"type": "function", "name": "f", "parameters": None, "strict": False}]
     body: Any = {"model": "m", "input": said, "tools": tools}
     events = [event.to_dict() for event in client.responses.create(**body, background=True, stream=True)]

@@ -188,8 +188,8 @@ def test_a_compaction_needs_a_model(server: daemons.Daemon) -> None:
 
 def test_a_stream_that_never_began_fails_in_form() -> None:
     error = ApiError("No node answers.").info()
-    frames = responses_failure(error, b"", b"").split(b"\n\n")
-    events = [json.loads(frame.partition(b"data: ")[2]) for frame in frames if frame]
+    sse_events = responses_failure(error, b"", b"").split(b"\n\n")
+    events = [json.loads(sse_event.partition(b"data: ")[2]) for sse_event in sse_events if sse_event]
     for event in events:
         EVENT.validate_python(event)
     assert events[-1]["type"] == "response.failed"

@@ -23,8 +23,8 @@ class Reply:
     def json(self) -> Any:
         return orjson.loads(self.body)
 
-    def frames(self) -> list[tuple[str | None, Any]]:
-        """Return (event, decoded data) of each frame of an event stream; comments are left out."""
+    def sse_events(self) -> list[tuple[str | None, Any]]:
+        """Return (event, decoded data) of each SSE event of an event stream; comments are left out."""
         found = []
         for block in self.body.decode().split("\n\n"):
             lines = [line for line in block.split("\n") if line and not line.startswith(":")]

@@ -38,7 +38,7 @@ GIB = 1024**3
 
 
 def chat_chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
-    """Return one frame of a chat stream."""
+    """Return one SSE event of a chat stream."""
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
     chunk = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
     return b"data: " + orjson.dumps(chunk) + b"\n\n"
@@ -81,7 +81,7 @@ RESPONSE = {
 
 
 def event(name: str, sequence: int, **fields: Any) -> bytes:
-    """Return one frame of a Responses stream."""
+    """Return one SSE event of a Responses stream."""
     data = orjson.dumps({"type": name, "sequence_number": sequence, **fields})
     return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
 
@@ -103,7 +103,7 @@ RESPONSES_STREAM = (
 
 
 def message_event(name: str, **fields: Any) -> bytes:
-    """Return one frame of a Messages stream."""
+    """Return one SSE event of a Messages stream."""
     return b"event: " + name.encode() + b"\ndata: " + orjson.dumps({"type": name, **fields}) + b"\n\n"
 
 
@@ -220,8 +220,8 @@ async def answer(asked: Asked, line: Line) -> None:
         await line.reply(200, WHOLE_ANSWERS.get(asked.path, CHAT_ANSWER))
         return
     await line.start_stream()
-    for frame in streams.get(asked.path, CHAT_STREAM):
-        await line.chunk(frame)
+    for sse_event in streams.get(asked.path, CHAT_STREAM):
+        await line.chunk(sse_event)
     await line.end()
 
 

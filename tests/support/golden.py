@@ -61,17 +61,17 @@ def _chat(scenario: str, events: list[InferenceEvent]) -> tuple[bytes, Callable[
         reply.add(events)
         return reply.body()
 
-    return chat_stream(scenario).frames(events), whole
+    return chat_stream(scenario).sse_events(events), whole
 
 
 def _messages(scenario: str, events: list[InferenceEvent]) -> tuple[bytes, Callable[[], bytes]]:
     stream = messages_stream(scenario)
-    return stream.frames(events), stream.message
+    return stream.sse_events(events), stream.message
 
 
 def _responses(scenario: str, events: list[InferenceEvent]) -> tuple[bytes, Callable[[], bytes]]:
     stream = responses_stream(scenario)
-    return stream.frames(events), stream.response
+    return stream.sse_events(events), stream.response
 
 
 DIALECTS = {"chat": _chat, "messages": _messages, "responses": _responses}

@@ -11,7 +11,7 @@ from fake_neuron import CHAT_ANSWER, CHAT_STREAM, MESSAGES_ANSWER, MESSAGES_STRE
 
 from cortex._fast.http_client import Connection
 from cortex._fast.record import Record
-from cortex._fast.sse import FrameTooLarge
+from cortex._fast.sse import SseEventTooLarge
 from cortex.background import Run
 from cortex.dialects.passthrough import (
     CHAT,
@@ -247,7 +247,7 @@ class Checker:
             self._pass(Relay(Record("r", dialect.name)), pieces, dialect)
             if dialect in ASKED:
                 _refusable(lambda dialect=dialect: self._translate(dialect, body, pieces))  # type: ignore[misc]
-        _refusable(lambda: [RenamedStream("x").frames(piece) for piece in pieces])
+        _refusable(lambda: [RenamedStream("x").sse_events(piece) for piece in pieces])
         run = Run("resp_1", b'{"id":"resp_1","status":"queued"}', Conversations(None))
         _refusable(lambda: [run.add_all(piece) for piece in pieces])
         if run.ended:
@@ -277,7 +277,7 @@ class Checker:
         assert streamed is not None
         answer = streamed.begin()
         for piece in pieces:
-            answer.frames(piece)
+            answer.sse_events(piece)
         answer.end()
 
 
@@ -290,7 +290,7 @@ def _refusable(read: Any) -> None:
     """Call something that may refuse what it reads, by a typed error."""
     try:
         read()
-    except (ApiError, FrameTooLarge):
+    except (ApiError, SseEventTooLarge):
         pass
 
 

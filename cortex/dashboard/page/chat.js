@@ -3,7 +3,7 @@
 import { toast } from "./acts.js";
 import { dialects, EXAMPLE_TOOL, readTools } from "./dialects.js";
 import { $, h, text } from "./dom.js";
-import { frames } from "./events.js";
+import { sseEvents } from "./events.js";
 import { count, seconds } from "./format.js";
 import { ask, complaint, key } from "./session.js";
 import { byName } from "./store.js";
@@ -151,7 +151,7 @@ export class Chat {
         headers: { "content-type": "application/json", ...(dialect.path === "v1/messages" && { "anthropic-version": "2023-06-01" }) },
       });
       if (!reply.ok) failure = await complaint(reply);
-      else for await (const frame of frames(reply, { onComment: (said) => answer.wait(said) })) dialect.read(frame, on);
+      else for await (const event of sseEvents(reply, { onComment: (said) => answer.wait(said) })) dialect.read(event, on);
       if (!failure && !reason) failure = "The answer broke off.";
     } catch {
       if (abort.signal.aborted) reason = "stopped";

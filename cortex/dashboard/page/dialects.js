@@ -1,6 +1,6 @@
-// The three languages that a client may speak: what is asked in each, and what its frames say. Pure.
+// The three languages that a client may speak: what is asked in each, and what its SSE events say. Pure.
 //
-// A reader takes a frame and calls what it was given: text(delta), reasoning(delta), call(index, name), argument(index,
+// A reader takes an SSE event and calls what it was given: text(delta), reasoning(delta), call(index, name), argument(index,
 // delta), usage({input, output, cached}), finish(reason), fail(message).
 
 const spoken = (turns) => turns.filter((turn) => turn.text).map(({ role, text }) => ({ role, content: text }));

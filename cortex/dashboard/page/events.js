@@ -1,7 +1,7 @@
 // An event stream over fetch: EventSource sends no header, and a key does not belong in an address.
 
 // Yield {event, data} of a reply's body; `onBytes` is told of everything that arrives, `onComment` what comments say.
-export async function* frames(reply, { onBytes = () => {}, onComment = () => {} } = {}) {
+export async function* sseEvents(reply, { onBytes = () => {}, onComment = () => {} } = {}) {
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   try {

@@ -1,9 +1,9 @@
-// The one connection that the page lives on: opened, watched, opened again. It tells its state and passes frames on.
+// The one connection that the page lives on: opened, watched, opened again. It tells its state and passes SSE events on.
 
-import { frames } from "./events.js";
+import { sseEvents } from "./events.js";
 import { ask, complaint } from "./session.js";
 
-const SILENCE_MS = 12000; // a frame comes every second, and a comment where the gateway has nothing to say
+const SILENCE_MS = 12000; // an SSE event comes every second, and a comment where the gateway has nothing to say
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 10000;
 
@@ -54,13 +54,13 @@ export class Feed {
         return null;
       }
       if (!reply.ok) return await complaint(reply);
-      for await (const frame of frames(reply, { onBytes: () => { heard = performance.now(); } })) {
+      for await (const event of sseEvents(reply, { onBytes: () => { heard = performance.now(); } })) {
         if (this.run !== run) return null;
-        const data = JSON.parse(frame.data);
-        if (frame.event === "whole") { this.pause = FIRST_PAUSE_MS; this.on.whole(data); this.on.state("live", data.version); }
-        else if (frame.event === "tick") this.on.tick(data);
-        else if (frame.event === "bye") return "The gateway is stopping.";
-        else if (frame.event === "refused") {
+        const data = JSON.parse(event.data);
+        if (event.event === "whole") { this.pause = FIRST_PAUSE_MS; this.on.whole(data); this.on.state("live", data.version); }
+        else if (event.event === "tick") this.on.tick(data);
+        else if (event.event === "bye") return "The gateway is stopping.";
+        else if (event.event === "refused") {
           if (data.status === 401 || data.status === 403) { this.on.state("refused", data.message); return null; }
           return data.message;
         }

@@ -1,4 +1,4 @@
-"""Chat frames: valid to the official SDK, in the right order, and the same answer as the one that is not streamed."""
+"""A chat's SSE events: valid to the official SDK, in the right order, the same answer as without streaming."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 
 from cortex._fast.chat_stream import ChatStream
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex._fast.tap import StreamTap
 from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.wire.errors import ErrorInfo
@@ -42,24 +42,24 @@ def stream(**options: Any) -> ChatStream:
     return ChatStream("chatcmpl-1", 'org/"model"', 1_700_000_000, **options)
 
 
-def payloads(frames: bytes) -> list[Any]:
-    """Return the data of every frame, decoded; each chunk checked against the SDK's type."""
-    decoder = FrameDecoder()
+def payloads(sse_events: bytes) -> list[Any]:
+    """Return the data of every SSE event, decoded; each chunk checked against the SDK's type."""
+    decoder = SseDecoder()
     found: list[Any] = []
-    for frame in decoder.feed(frames):
-        assert frame.event is None
-        if frame.data == b"[DONE]":
+    for sse_event in decoder.feed(sse_events):
+        assert sse_event.event is None
+        if sse_event.data == b"[DONE]":
             found.append("[DONE]")
             continue
-        found.append(orjson.loads(frame.data))
+        found.append(orjson.loads(sse_event.data))
         if "error" not in found[-1]:
-            CHUNK.validate_json(frame.data, strict=True)
+            CHUNK.validate_json(sse_event.data, strict=True)
     assert decoder.close() == b""
     return found
 
 
-def deltas(frames: bytes) -> list[Any]:
-    return [p["choices"][0]["delta"] for p in payloads(frames) if p != "[DONE]" and p.get("choices")]
+def deltas(sse_events: bytes) -> list[Any]:
+    return [p["choices"][0]["delta"] for p in payloads(sse_events) if p != "[DONE]" and p.get("choices")]
 
 
 def accumulate(chunks: list[Any], num_choices: int) -> list[dict[str, Any]]:
@@ -109,10 +109,10 @@ def replied(body: bytes) -> list[dict[str, Any]]:
     ]
 
 
-def test_frames_are_these_bytes() -> None:
+def test_sse_events_are_these_bytes() -> None:
     events = [Started(7, 3), TextDelta('"Hi"'), Finished(FinishReason.STOP, 2)]
     head = b'data: {"id":"c","object":"chat.completion.chunk","created":5,"model":"m","choices":['
-    assert ChatStream("c", "m", 5).frames(events) == (
+    assert ChatStream("c", "m", 5).sse_events(events) == (
         head + b'{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
         + head + b'{"index":0,"delta":{"content":"\\"Hi\\""},"finish_reason":null}]}\n\n'
         + head + b'{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
@@ -135,7 +135,7 @@ def test_order_of_a_turn_with_everything() -> None:
         Finished(FinishReason.TOOL_CALLS, 9, 4),
     ]
     chat = stream(include_usage=True)
-    *chunks, usage, done = payloads(chat.frames(events))
+    *chunks, usage, done = payloads(chat.sse_events(events))
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
         {"role": "assistant", "content": ""},
         {"reasoning_content": "Hm", "reasoning": "Hm"},
@@ -164,7 +164,7 @@ def _call(index: int, id: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 def test_log_probabilities() -> None:
-    [_, chunk] = payloads(stream().frames([TextDelta("H", logprobs=LOGPROBS)]))
+    [_, chunk] = payloads(stream().sse_events([TextDelta("H", logprobs=LOGPROBS)]))
     assert chunk["choices"][0]["logprobs"] == {
         "content": [
             {
@@ -183,50 +183,52 @@ def test_log_probabilities() -> None:
 
 
 def test_a_token_without_text_still_has_its_probability() -> None:
-    [_, delta] = deltas(stream().frames([TextDelta("", logprobs=LOGPROBS)]))
+    [_, delta] = deltas(stream().sse_events([TextDelta("", logprobs=LOGPROBS)]))
     assert delta == {"content": ""}
 
 
 def test_the_start_is_made_up_once() -> None:
     chat = stream(include_usage=True)
-    assert deltas(chat.frames([TextDelta("a")])) == [{"role": "assistant", "content": ""}, {"content": "a"}]
-    assert chat.frames([Started(5, 1)]) == b""
-    usage = payloads(chat.frames([Finished(FinishReason.STOP, 1)]))[-2]["usage"]
+    assert deltas(chat.sse_events([TextDelta("a")])) == [{"role": "assistant", "content": ""}, {"content": "a"}]
+    assert chat.sse_events([Started(5, 1)]) == b""
+    usage = payloads(chat.sse_events([Finished(FinishReason.STOP, 1)]))[-2]["usage"]
     assert usage["prompt_tokens"] == 5
-    assert deltas(stream().frames([Finished(FinishReason.STOP, 0)])) == [{"role": "assistant", "content": ""}, {}]
+    assert deltas(stream().sse_events([Finished(FinishReason.STOP, 0)])) == [{"role": "assistant", "content": ""}, {}]
 
 
-def test_a_failure_is_the_last_frame() -> None:
+def test_a_failure_is_the_last_sse_event() -> None:
     chat = stream(include_usage=True, report_usage=True)
-    chat.frames([Started(1), TextDelta("a")])
-    assert payloads(chat.frames([Failed(ERROR), TextDelta("b"), Finished(FinishReason.STOP, 1)])) == [
+    chat.sse_events([Started(1), TextDelta("a")])
+    assert payloads(chat.sse_events([Failed(ERROR), TextDelta("b"), Finished(FinishReason.STOP, 1)])) == [
         {"error": {"message": ERROR.message, "type": "server_error", "param": None, "code": "worker_lost"}}
     ]
     assert chat.finished
-    assert payloads(stream().frames([Failed(ERROR)]))[0]["error"]["code"] == "worker_lost"
+    assert payloads(stream().sse_events([Failed(ERROR)]))[0]["error"]["code"] == "worker_lost"
 
 
 def test_what_follows_the_end_is_dropped() -> None:
     chat = stream(num_choices=2)
-    chat.frames([Started(1), Finished(FinishReason.STOP, 1, choice=0)])
+    chat.sse_events([Started(1), Finished(FinishReason.STOP, 1, choice=0)])
     assert not chat.finished
     late: list[InferenceEvent] = [TextDelta("x"), ReasoningDelta("x"), ToolCallDelta(0, "i", "n")]
-    assert chat.frames([*late, Finished(FinishReason.LENGTH, 1, choice=0)]) == b""
-    assert chat.frames([Finished(FinishReason.STOP, 1, choice=1)]).endswith(b"data: [DONE]\n\n")
+    assert chat.sse_events([*late, Finished(FinishReason.LENGTH, 1, choice=0)]) == b""
+    assert chat.sse_events([Finished(FinishReason.STOP, 1, choice=1)]).endswith(b"data: [DONE]\n\n")
     assert chat.finished
-    assert chat.frames([*late, Failed(ERROR), Finished(FinishReason.STOP, 1)]) == b""
+    assert chat.sse_events([*late, Failed(ERROR), Finished(FinishReason.STOP, 1)]) == b""
 
 
 def test_the_usage_comment_comes_before_the_end() -> None:
-    frames = stream(report_usage=True).frames([Started(7, 3), TextDelta("a"), Finished(FinishReason.LENGTH, 2)])
-    assert frames.endswith(b': usage {"prompt_tokens":7,"completion_tokens":2,"cached_tokens":3}\n\ndata: [DONE]\n\n')
-    assert b'"usage"' not in frames
+    sse_events = stream(report_usage=True).sse_events([Started(7, 3), TextDelta("a"), Finished(FinishReason.LENGTH, 2)])
+    assert sse_events.endswith(
+        b': usage {"prompt_tokens":7,"completion_tokens":2,"cached_tokens":3}\n\ndata: [DONE]\n\n'
+    )
+    assert b'"usage"' not in sse_events
 
 
 def test_usage_is_of_all_choices() -> None:
     chat = stream(num_choices=3, include_usage=True)
     finishes = [Finished(FinishReason.STOP, n + 1, n, choice=n) for n in range(3)]
-    found = payloads(chat.frames([Started(10), *finishes]))
+    found = payloads(chat.sse_events([Started(10), *finishes]))
     assert [c["index"] for p in found[:6] for c in p["choices"]] == [0, 1, 2, 0, 1, 2]
     assert found[-2]["usage"]["completion_tokens"] == 6
     assert found[-2]["usage"]["completion_tokens_details"]["reasoning_tokens"] == 3
@@ -245,18 +247,18 @@ def test_usage_is_of_all_choices() -> None:
 )
 def test_what_a_producer_may_not_do(event: InferenceEvent) -> None:
     chat = stream()
-    chat.frames([Started(1)])
+    chat.sse_events([Started(1)])
     with pytest.raises(ValueError, match=r"choice|tool call"):
-        chat.frames([TextDelta("before"), event])
+        chat.sse_events([TextDelta("before"), event])
     # The stream can still be ended with an error, and has lost nothing.
-    assert payloads(chat.frames([Failed(ERROR)]))[0]["choices"][0]["delta"] == {"content": "before"}
+    assert payloads(chat.sse_events([Failed(ERROR)]))[0]["choices"][0]["delta"] == {"content": "before"}
 
 
 def test_only_events() -> None:
     with pytest.raises(TypeError, match="not an inference event: 'text'"):
-        stream().frames(["text"])  # type: ignore[list-item]
+        stream().sse_events(["text"])  # type: ignore[list-item]
     with pytest.raises(TypeError):
-        stream().frames([TextDelta(5)])  # type: ignore[arg-type]
+        stream().sse_events([TextDelta(5)])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one choice"):
         stream(num_choices=0)
 
@@ -280,39 +282,39 @@ def test_the_stream_says_what_the_reply_says(deltas: list[InferenceEvent], reaso
     ends = [Finished(reason, 3 + c, c, choice=c) for c in range(2)]
     events: list[InferenceEvent] = [Started(11, 2), *calls, *deltas, *ends]
     chat, reply = stream(num_choices=2, include_usage=True), ChatReply("chatcmpl-1", "m", 1, 2)
-    frames = b""
+    sse_events = b""
     for i in range(0, len(events), batch):
-        frames += chat.frames(events[i : i + batch])
+        sse_events += chat.sse_events(events[i : i + batch])
         reply.add(events[i : i + batch])
-    *chunks, last, done = payloads(frames)
+    *chunks, last, done = payloads(sse_events)
     body = reply.body()
     COMPLETION.validate_json(body, strict=True)
     assert accumulate(chunks, 2) == replied(body)
     assert last["usage"] == orjson.loads(body)["usage"]
     assert done == "[DONE]"
     tap = StreamTap()
-    assert tap.feed(frames) == frames
+    assert tap.feed(sse_events) == sse_events
     num_tokens = sum(
         any(piece["delta"].get(f) for f in ("content", "reasoning_content", "tool_calls"))
         for chunk in chunks
         for piece in chunk["choices"]
     )
-    assert tap.num_token_frames == num_tokens
+    assert tap.num_token_events == num_tokens
     assert (tap.terminated, tap.failed) == (True, False)
     assert orjson.loads(tap.usage or b"") == last["usage"]
 
 
-def client(frames: bytes) -> openai.OpenAI:
+def client(sse_events: bytes) -> openai.OpenAI:
     def answer(_request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=frames)
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=sse_events)
 
     http_client = httpx.Client(transport=httpx.MockTransport(answer))
     return openai.OpenAI(api_key="k", base_url="http://x/v1", http_client=http_client, _strict_response_validation=True)
 
 
 def through_the_sdk(events: Sequence[InferenceEvent]) -> Any:
-    frames = stream(include_usage=True, report_usage=True).frames(events)
-    with client(frames).chat.completions.stream(model="m", messages=[]) as chunks:
+    sse_events = stream(include_usage=True, report_usage=True).sse_events(events)
+    with client(sse_events).chat.completions.stream(model="m", messages=[]) as chunks:
         return chunks.get_final_completion()
 
 
@@ -350,9 +352,9 @@ def test_a_custom_tools_call_has_an_input_in_one_piece() -> None:
         ToolCallDelta(2, "c", "patch", "not what was asked for"),
         Finished(FinishReason.TOOL_CALLS, 3),
     ]
-    frames = b"".join(chat.frames([event]) for event in events)
+    sse_events = b"".join(chat.sse_events([event]) for event in events)
     # The SDK has no type for such a chunk, though OpenAI sends it.
-    chunks = [orjson.loads(frame.data) for frame in FrameDecoder().feed(frames)[:-1]]
+    chunks = [orjson.loads(sse_event.data) for sse_event in SseDecoder().feed(sse_events)[:-1]]
     calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
     assert calls == [
         {"index": 0, "id": "a", "type": "custom", "custom": {"name": "patch", "input": ""}},

@@ -1,4 +1,4 @@
-"""Messages frames: valid to the official SDK, in the one right order, and the same as the message not streamed."""
+"""Messages SSE events: valid to the official SDK, in the one right order, and the same as the message not streamed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from cortex._fast.messages_stream import SIGNATURE, MessagesStream
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex._fast.tap import StreamTap
 from cortex.wire.errors import ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
@@ -46,21 +46,21 @@ def stream() -> MessagesStream:
     return MessagesStream("msg_1", 'org/"model"')
 
 
-def payloads(frames: bytes) -> list[Any]:
-    """Return the data of every frame; each checked against the SDK's type, its name and the grammar of a stream."""
-    decoder = FrameDecoder()
+def payloads(sse_events: bytes) -> list[Any]:
+    """Return the data of every SSE event; each checked against the SDK's type, its name and the grammar of a stream."""
+    decoder = SseDecoder()
     found: list[Any] = []
     open_block: int | None = None
     num_blocks = 0
-    for frame in decoder.feed(frames):
-        data = orjson.loads(frame.data)
-        assert frame.event is not None
-        assert frame.event.decode() == data["type"]
+    for sse_event in decoder.feed(sse_events):
+        data = orjson.loads(sse_event.data)
+        assert sse_event.event is not None
+        assert sse_event.event.decode() == data["type"]
         found.append(data)
         if data["type"] == "error":
-            TypeAdapter(ErrorResponse).validate_json(frame.data, strict=True)
+            TypeAdapter(ErrorResponse).validate_json(sse_event.data, strict=True)
             continue
-        EVENT.validate_json(frame.data, strict=True)
+        EVENT.validate_json(sse_event.data, strict=True)
         match data["type"]:
             case "message_start":
                 assert len(found) == 1
@@ -80,11 +80,11 @@ def payloads(frames: bytes) -> list[Any]:
     return found
 
 
-def as_the_sdk_reads(frames: bytes) -> Message:
+def as_the_sdk_reads(sse_events: bytes) -> Message:
     """Return the message that the SDK's stream helper puts together."""
 
     def reply(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=frames, headers={"content-type": "text/event-stream"})
+        return httpx.Response(200, content=sse_events, headers={"content-type": "text/event-stream"})
 
     client = anthropic.Anthropic(
         api_key="none",
@@ -97,7 +97,7 @@ def as_the_sdk_reads(frames: bytes) -> Message:
 
 
 def test_the_whole_story() -> None:
-    found = payloads(stream().frames(STORY))
+    found = payloads(stream().sse_events(STORY))
     assert [data["type"].removeprefix("content_block_") for data in found] == [
         "message_start",
         *("start", "delta", "delta", "delta", "stop"),
@@ -131,7 +131,7 @@ def test_the_whole_story() -> None:
 
 
 def test_arguments_are_byte_exact() -> None:
-    found = payloads(stream().frames(STORY))
+    found = payloads(stream().sse_events(STORY))
     pieces = [d["delta"]["partial_json"] for d in found if d.get("delta", {}).get("type") == "input_json_delta"]
     assert "".join(pieces) == '{"a": "\\n"}'
 
@@ -146,17 +146,17 @@ def test_arguments_are_byte_exact() -> None:
     ],
 )
 def test_why_it_ended(end: Finished, reason: str, sequence: str | None) -> None:
-    frames = stream()
-    delta = payloads(frames.frames([Started(1), TextDelta("a"), end]))[-2]["delta"]
-    message = MESSAGE.validate_json(frames.message(), strict=True)
+    sse_events = stream()
+    delta = payloads(sse_events.sse_events([Started(1), TextDelta("a"), end]))[-2]["delta"]
+    message = MESSAGE.validate_json(sse_events.message(), strict=True)
     assert (delta["stop_reason"], delta["stop_sequence"]) == (reason, sequence)
     assert (message.stop_reason, message.stop_sequence) == (reason, sequence)
 
 
 def test_the_sdk_puts_the_stream_together_as_the_message_says() -> None:
-    frames = stream()
-    told = as_the_sdk_reads(frames.frames(STORY))
-    whole = MESSAGE.validate_json(frames.message(), strict=True)
+    sse_events = stream()
+    told = as_the_sdk_reads(sse_events.sse_events(STORY))
+    whole = MESSAGE.validate_json(sse_events.message(), strict=True)
     assert told.to_dict() == whole.to_dict()
 
 
@@ -197,47 +197,49 @@ def batches(events: list[InferenceEvent], sizes: list[int]) -> Iterator[list[Inf
 @given(stories(), st.lists(st.integers(0, 4), max_size=8))
 def test_any_story_in_any_batches(events: list[InferenceEvent], sizes: list[int]) -> None:
     at_once, in_batches = stream(), stream()
-    frames = at_once.frames(events)
-    payloads(frames)
-    assert b"".join(in_batches.frames(batch) for batch in batches(events, sizes)) == frames
+    sse_events = at_once.sse_events(events)
+    payloads(sse_events)
+    assert b"".join(in_batches.sse_events(batch) for batch in batches(events, sizes)) == sse_events
     assert in_batches.message() == at_once.message()
-    told, whole = as_the_sdk_reads(frames), MESSAGE.validate_json(at_once.message(), strict=True)
+    told, whole = as_the_sdk_reads(sse_events), MESSAGE.validate_json(at_once.message(), strict=True)
     assert told.to_dict() == whole.to_dict()
 
 
 def test_a_failure_in_the_middle_reaches_the_sdk() -> None:
-    frames = stream()
-    sent = frames.frames([Started(1), TextDelta("a"), Failed(ErrorInfo(503, "worker_lost", 'it "died"')), *STORY])
+    sse_events = stream()
+    sent = sse_events.sse_events(
+        [Started(1), TextDelta("a"), Failed(ErrorInfo(503, "worker_lost", 'it "died"')), *STORY]
+    )
     assert payloads(sent)[-1] == {
         "type": "error",
         "error": {"type": "overloaded_error", "message": 'it "died"', "details": {"error_code": "worker_lost"}},
     }
-    assert frames.finished
+    assert sse_events.finished
     with pytest.raises(anthropic.APIStatusError, match="died"):
         as_the_sdk_reads(sent)
     with pytest.raises(RemoteError, match="died"):
-        frames.message()
+        sse_events.message()
 
 
 def test_the_start_is_made_up_and_the_end_is_final() -> None:
-    frames = stream()
-    assert payloads(frames.frames([TextDelta("a")]))[0]["type"] == "message_start"
-    assert frames.frames([Finished(FinishReason.STOP, 1)])
-    assert frames.frames([TextDelta("b"), Failed(ErrorInfo(500, "c", "m"))]) == b""
-    assert orjson.loads(frames.message())["content"] == [{"type": "text", "text": "a"}]
+    sse_events = stream()
+    assert payloads(sse_events.sse_events([TextDelta("a")]))[0]["type"] == "message_start"
+    assert sse_events.sse_events([Finished(FinishReason.STOP, 1)])
+    assert sse_events.sse_events([TextDelta("b"), Failed(ErrorInfo(500, "c", "m"))]) == b""
+    assert orjson.loads(sse_events.message())["content"] == [{"type": "text", "text": "a"}]
 
 
 def test_an_answer_without_an_end_is_an_error() -> None:
-    frames = stream()
-    frames.frames([Started(1), TextDelta("a")])
+    sse_events = stream()
+    sse_events.sse_events([Started(1), TextDelta("a")])
     with pytest.raises(UpstreamError, match="not complete"):
-        frames.message()
+        sse_events.message()
 
 
 def test_arguments_that_the_limit_cut_are_an_empty_object() -> None:
-    frames = stream()
-    frames.frames([Started(1), ToolCallDelta(0, "t", "f", '{"a": '), Finished(FinishReason.LENGTH, 3)])
-    assert MESSAGE.validate_json(frames.message(), strict=True).content[0].to_dict()["input"] == {}
+    sse_events = stream()
+    sse_events.sse_events([Started(1), ToolCallDelta(0, "t", "f", '{"a": '), Finished(FinishReason.LENGTH, 3)])
+    assert MESSAGE.validate_json(sse_events.message(), strict=True).content[0].to_dict()["input"] == {}
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_arguments_that_the_limit_cut_are_an_empty_object() -> None:
 )
 def test_what_this_dialect_cannot_say_is_a_value_error(events: list[InferenceEvent]) -> None:
     with pytest.raises(ValueError, match="choice"):
-        stream().frames(events)
+        stream().sse_events(events)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_what_this_dialect_cannot_say_is_a_value_error(events: list[InferenceEve
 )
 def test_a_call_that_cannot_be_told_is_the_nodes_error(events: list[InferenceEvent]) -> None:
     with pytest.raises(UpstreamError, match="out of turn"):
-        stream().frames(events)
+        stream().sse_events(events)
 
 
 def test_calls_whose_pieces_come_in_turns_are_told_one_after_another() -> None:
@@ -277,11 +279,11 @@ def test_calls_whose_pieces_come_in_turns_are_told_one_after_another() -> None:
         ToolCallDelta(1, arguments="2}"),
     ]
     for end in ([TextDelta("after")], []):
-        frames = stream()
-        told = frames.frames([*pieces, *end, Finished(FinishReason.TOOL_CALLS, 1)])
-        content = orjson.loads(frames.message())["content"]
+        sse_events = stream()
+        told = sse_events.sse_events([*pieces, *end, Finished(FinishReason.TOOL_CALLS, 1)])
+        content = orjson.loads(sse_events.message())["content"]
         assert [block["input"] for block in content[:3]] == [{"a": 1}, {"b": 2}, {}]
-        events = [orjson.loads(frame.data) for frame in FrameDecoder().feed(told)]
+        events = [orjson.loads(sse_event.data) for sse_event in SseDecoder().feed(told)]
         said: list[str] = []
         opened = -1
         for event in events:
@@ -297,8 +299,8 @@ def test_calls_whose_pieces_come_in_turns_are_told_one_after_another() -> None:
 
 
 def test_a_gateway_reads_it_in_passing() -> None:
-    frames, tap = stream().frames(STORY), StreamTap()
-    assert b"".join(tap.feed(frames[i : i + 1]) for i in range(len(frames))) == frames
+    sse_events, tap = stream().sse_events(STORY), StreamTap()
+    assert b"".join(tap.feed(sse_events[i : i + 1]) for i in range(len(sse_events))) == sse_events
     assert tap.first_token
     assert tap.terminated
     assert not tap.failed

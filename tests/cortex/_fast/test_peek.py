@@ -84,8 +84,8 @@ def test_any_bytes(body: bytes) -> None:
 
 
 @given(st.lists(TOKENS, max_size=24).map(b"".join), st.sampled_from([b"%b", b"{%b}", b'{"a":%b}', b'{"a":"%b"}']))
-def test_any_tokens(inner: bytes, frame: bytes) -> None:
-    same_as_orjson(frame.replace(b"%b", inner))
+def test_any_tokens(inner: bytes, sse_event: bytes) -> None:
+    same_as_orjson(sse_event.replace(b"%b", inner))
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=5), st.integers(0, 2**32), st.integers(1, 3))

@@ -1,4 +1,4 @@
-"""Responses frames: valid to the official SDK, in the exact order that clients rely on, ids and numbers stable."""
+"""Responses SSE events: valid to the official SDK, in the exact order that clients rely on, ids and numbers stable."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from cortex._fast.responses_stream import ResponsesStream
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex._fast.tap import StreamTap
 from cortex.dialects.openai_sealed import unseal
 from cortex.wire.errors import ErrorInfo, RemoteError, UpstreamError
@@ -72,15 +72,15 @@ def stream(echo: bytes = b"{}", **options: Any) -> ResponsesStream:
     return ResponsesStream("resp_7f", 'org/"model"', CREATED, echo=echo, **options)
 
 
-def payloads(frames: bytes) -> list[dict[str, Any]]:
-    """Return the data of every frame, decoded; each checked against the SDK's type of that name."""
-    decoder = FrameDecoder()
+def payloads(sse_events: bytes) -> list[dict[str, Any]]:
+    """Return the data of every SSE event, decoded; each checked against the SDK's type of that name."""
+    decoder = SseDecoder()
     found = []
-    for frame in decoder.feed(frames):
-        data = orjson.loads(frame.data)
-        assert frame.event is not None
-        assert frame.event.decode() == data["type"]
-        assert EVENT.validate_json(frame.data, strict=True).type == data["type"]
+    for sse_event in decoder.feed(sse_events):
+        data = orjson.loads(sse_event.data)
+        assert sse_event.event is not None
+        assert sse_event.event.decode() == data["type"]
+        assert EVENT.validate_json(sse_event.data, strict=True).type == data["type"]
         if "response" in data:
             check_response(data["response"])
         found.append(data)
@@ -179,11 +179,11 @@ def at(index: int, lines: list[str]) -> list[str]:
     ],
 )
 def test_order(events: list[InferenceEvent], expected: list[str]) -> None:
-    once = payloads(stream().frames(events))
+    once = payloads(stream().sse_events(events))
     assert story(once) == ["created", "in_progress", *expected]
     assert [event["sequence_number"] for event in once] == list(range(len(once)))
     one_by_one = stream()
-    again = payloads(b"".join(one_by_one.frames([event]) for event in events))
+    again = payloads(b"".join(one_by_one.sse_events([event]) for event in events))
     assert story(again) == story(once)
     assert one_by_one.finished
 
@@ -191,7 +191,7 @@ def test_order(events: list[InferenceEvent], expected: list[str]) -> None:
 def test_a_custom_call_has_an_input() -> None:
     pieces = [ToolCallDelta(0, "call_a", "patch", '{"input": "a\\n'), ToolCallDelta(0, arguments='\\"b\\""}')]
     projector = stream(custom_tools=frozenset({"patch"}))
-    told = payloads(projector.frames([Started(1), *pieces, Finished(FinishReason.TOOL_CALLS, 5)]))
+    told = payloads(projector.sse_events([Started(1), *pieces, Finished(FinishReason.TOOL_CALLS, 5)]))
     assert story(told)[2:] == [
         "output_item.added 0",
         "custom_tool_call_input.delta 0",
@@ -214,7 +214,7 @@ def test_a_custom_call_has_an_input() -> None:
 @pytest.mark.parametrize("arguments", ["", "{}", '{"input": 3}', '{"input": "cut', "free text", "\ud800"])
 def test_a_custom_call_that_is_not_in_form_loses_nothing(arguments: str) -> None:
     projector = stream(custom_tools=frozenset({"patch"}))
-    projector.frames([ToolCallDelta(0, "a", "patch", arguments), Finished(FinishReason.LENGTH, 5)])
+    projector.sse_events([ToolCallDelta(0, "a", "patch", arguments), Finished(FinishReason.LENGTH, 5)])
     said = orjson.loads(projector.response())["output"][0]["input"]
     assert said == arguments.replace("\ud800", said[:1])
 
@@ -222,13 +222,13 @@ def test_a_custom_call_that_is_not_in_form_loses_nothing(arguments: str) -> None
 def test_a_tool_of_a_namespace_comes_back_as_the_client_knows_it() -> None:
     projector = stream(namespaces={"ns__g": ("ns", "g")})
     calls = [ToolCallDelta(0, "a", "ns__g", "{}"), ToolCallDelta(1, "b", "f", "{}")]
-    last = payloads(projector.frames([*calls, Finished(FinishReason.TOOL_CALLS, 5)]))[-1]["response"]
+    last = payloads(projector.sse_events([*calls, Finished(FinishReason.TOOL_CALLS, 5)]))[-1]["response"]
     assert [(item["name"], item.get("namespace")) for item in last["output"]] == [("g", "ns"), ("f", None)]
 
 
 def test_reasoning_as_a_summary() -> None:
     events: list[InferenceEvent] = [ReasoningDelta("a"), ReasoningDelta("b"), Finished(FinishReason.STOP, 2)]
-    told = payloads(stream(summarises=True).frames(events))
+    told = payloads(stream(summarises=True).sse_events(events))
     assert story(told)[2:] == [
         "output_item.added 0",
         "reasoning_summary_part.added 0",
@@ -247,7 +247,7 @@ def test_reasoning_as_a_summary() -> None:
 @pytest.mark.parametrize("summarises", [False, True])
 def test_sealed_reasoning_is_what_was_thought(summarises: bool) -> None:
     events: list[InferenceEvent] = [ReasoningDelta('wh"'), ReasoningDelta("y"), Finished(FinishReason.STOP, 2)]
-    told = payloads(stream(summarises=summarises, seals=True).frames(events))
+    told = payloads(stream(summarises=summarises, seals=True).sse_events(events))
     item = told[-1]["response"]["output"][0]
     assert unseal(item["encrypted_content"]) == 'wh"y'
     assert told[-2]["item"] == item
@@ -263,7 +263,7 @@ def test_text_then_call_then_text() -> None:
         ReasoningDelta("c"),
         Finished(FinishReason.LENGTH, 5),
     ]
-    last = payloads(stream().frames(events))[-1]["response"]
+    last = payloads(stream().sse_events(events))[-1]["response"]
     assert [(item["type"], item["id"], item["status"]) for item in last["output"]] == [
         ("message", "msg_7f_0", "completed"),
         ("function_call", "fc_7f_1", "completed"),
@@ -274,7 +274,7 @@ def test_text_then_call_then_text() -> None:
 
 
 def test_a_cut_answer_is_incomplete() -> None:
-    last = payloads(stream().frames([Started(3, 2), TextDelta("a"), Finished(FinishReason.LENGTH, 7, 1)]))[-1]
+    last = payloads(stream().sse_events([Started(3, 2), TextDelta("a"), Finished(FinishReason.LENGTH, 7, 1)]))[-1]
     assert last["type"] == "response.incomplete"
     response = last["response"]
     assert response["status"] == "incomplete"
@@ -288,13 +288,13 @@ def test_a_cut_answer_is_incomplete() -> None:
         "output_tokens_details": {"reasoning_tokens": 1},
         "total_tokens": 10,
     }
-    calls = payloads(stream().frames([*CALLS[:2], Finished(FinishReason.LENGTH, 7)]))[-1]["response"]["output"]
+    calls = payloads(stream().sse_events([*CALLS[:2], Finished(FinishReason.LENGTH, 7)]))[-1]["response"]["output"]
     assert [call["status"] for call in calls] == ["completed", "incomplete"]
 
 
 def test_a_failure_says_so_twice() -> None:
     projector = stream(report_usage=True)
-    error, failed = payloads(projector.frames([Started(1), TextDelta("a"), Failed(ERROR), TextDelta("b")]))[-2:]
+    error, failed = payloads(projector.sse_events([Started(1), TextDelta("a"), Failed(ERROR), TextDelta("b")]))[-2:]
     members = {"code": "worker_lost", "message": ERROR.message, "param": None}
     assert error == {
         "type": "error",
@@ -311,12 +311,12 @@ def test_a_failure_says_so_twice() -> None:
         projector.response()
     assert remote.value.info() == ERROR
     refused = ErrorInfo(400, "invalid_value", "no", param="input")
-    assert payloads(stream().frames([Failed(refused)]))[-2]["param"] == "input"
+    assert payloads(stream().sse_events([Failed(refused)]))[-2]["param"] == "input"
 
 
 def test_log_probabilities_are_gathered() -> None:
     events = payloads(
-        stream().frames(
+        stream().sse_events(
             [
                 TextDelta("H", logprobs=LOGPROBS[:1]),
                 TextDelta("-"),
@@ -349,7 +349,7 @@ def test_the_echo_wins_over_the_defaults() -> None:
         "user": "u",
     }  # fmt: skip
     for encoded in (orjson.dumps(echo), b" \n" + orjson.dumps(echo, option=orjson.OPT_INDENT_2) + b"\n "):
-        created, *_, last = payloads(stream(encoded).frames([Started(1), Finished(FinishReason.STOP, 1)]))
+        created, *_, last = payloads(stream(encoded).sse_events([Started(1), Finished(FinishReason.STOP, 1)]))
         for event in (created, last):
             assert {name: event["response"][name] for name in echo} == echo
             assert event["response"]["top_p"] == 1.0
@@ -369,15 +369,15 @@ def test_the_echo_is_an_object(echo: bytes) -> None:
 
 
 def test_the_usage_comment_comes_before_the_last_event() -> None:
-    frames = stream(report_usage=True).frames([Started(7, 3), TextDelta("a"), Finished(FinishReason.STOP, 2)])
+    sse_events = stream(report_usage=True).sse_events([Started(7, 3), TextDelta("a"), Finished(FinishReason.STOP, 2)])
     comment = b': usage {"prompt_tokens":7,"completion_tokens":2,"cached_tokens":3}\n\n'
-    assert frames.count(comment) == 1
-    assert frames.split(comment)[1].startswith(b"event: response.completed\n")
+    assert sse_events.count(comment) == 1
+    assert sse_events.split(comment)[1].startswith(b"event: response.completed\n")
 
 
 def test_the_response_needs_an_end() -> None:
     projector = stream()
-    projector.frames([Started(1), TextDelta("a")])
+    projector.sse_events([Started(1), TextDelta("a")])
     with pytest.raises(UpstreamError, match="not complete"):
         projector.response()
 
@@ -396,10 +396,10 @@ def test_the_response_needs_an_end() -> None:
 def test_what_a_producer_may_not_do(event: InferenceEvent) -> None:
     projector = stream()
     with pytest.raises(ValueError, match=r"choice|tool call"):
-        projector.frames([Started(1), TextDelta("before"), event])
-    frames = payloads(projector.frames([Failed(ERROR)]))
-    assert [frame["delta"] for frame in frames if "delta" in frame] == ["before"]
-    assert [frame["sequence_number"] for frame in frames] == list(range(len(frames)))
+        projector.sse_events([Started(1), TextDelta("before"), event])
+    sse_events = payloads(projector.sse_events([Failed(ERROR)]))
+    assert [sse_event["delta"] for sse_event in sse_events if "delta" in sse_event] == ["before"]
+    assert [sse_event["sequence_number"] for sse_event in sse_events] == list(range(len(sse_events)))
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -430,8 +430,8 @@ def test_a_stream_tells_one_story(
 ) -> None:
     events: list[InferenceEvent] = [Started(11, 2), *CALLS[:2], *deltas, end]
     projector = stream(**options)
-    frames = b"".join(projector.frames(events[i : i + batch]) for i in range(0, len(events), batch))
-    told = payloads(frames)
+    sse_events = b"".join(projector.sse_events(events[i : i + batch]) for i in range(0, len(events), batch))
+    told = payloads(sse_events)
     assert [event["sequence_number"] for event in told] == list(range(len(told)))
     assert [event["type"] for event in told[:2]] == ["response.created", "response.in_progress"]
     items = replay(told)
@@ -447,8 +447,8 @@ def test_a_stream_tells_one_story(
     if isinstance(end, Finished):
         assert orjson.loads(projector.response()) == response
     tap = StreamTap()
-    assert tap.feed(frames) == frames
-    assert tap.num_token_frames == sum(event["type"] in DELTAS for event in told)
+    assert tap.feed(sse_events) == sse_events
+    assert tap.num_token_events == sum(event["type"] in DELTAS for event in told)
     assert (tap.terminated, tap.failed) == (True, isinstance(end, Failed))
     assert (None if tap.usage is None else orjson.loads(tap.usage)) == response["usage"]
 
@@ -515,10 +515,10 @@ def test_the_names_are_the_sdks() -> None:
 
 
 def through_the_sdk(events: Sequence[InferenceEvent]) -> Any:
-    frames = stream(report_usage=True).frames(events)
+    sse_events = stream(report_usage=True).sse_events(events)
 
     def answer(_request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=frames)
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=sse_events)
 
     http_client = httpx.Client(transport=httpx.MockTransport(answer))
     client = openai.OpenAI(

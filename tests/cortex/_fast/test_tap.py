@@ -1,4 +1,4 @@
-"""The tap: bytes pass unchanged in whole frames, and what it notes is what was there."""
+"""The tap: bytes pass unchanged in whole SSE events, and what it notes is what was there."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cortex._fast.sse import FrameTooLarge
+from cortex._fast.sse import SseEventTooLarge
 from cortex._fast.tap import StreamTap
 
 # Streams as other servers write them, one for each dialect and kind of end.
@@ -18,7 +18,7 @@ CHAT = STREAMS["chat"]
 
 
 def notes(tap: StreamTap) -> tuple[bool, int, bytes | None, bool, bool]:
-    return tap.first_token, tap.num_token_frames, tap.usage, tap.terminated, tap.failed
+    return tap.first_token, tap.num_token_events, tap.usage, tap.terminated, tap.failed
 
 
 def feed(tap: StreamTap, *pieces: bytes) -> bytes:
@@ -40,7 +40,7 @@ def delta(**fields: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_token_frames", "usage", "terminated", "failed"),
+    ("name", "num_token_events", "usage", "terminated", "failed"),
     [
         ("chat", 4, {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}, True, False),
         ("chat_failed", 1, None, False, True),
@@ -50,10 +50,10 @@ def delta(**fields: Any) -> bytes:
         ("anthropic", 3, {"input_tokens": 9, "output_tokens": 8}, True, False),
     ],
 )
-def test_dialects(name: str, num_token_frames: int, usage: Any, terminated: bool, failed: bool) -> None:
+def test_dialects(name: str, num_token_events: int, usage: Any, terminated: bool, failed: bool) -> None:
     tap = tapped(STREAMS[name])
     assert tap.first_token
-    assert tap.num_token_frames == num_token_frames
+    assert tap.num_token_events == num_token_events
     assert (json.loads(tap.usage) if tap.usage is not None else None) == usage
     assert (tap.terminated, tap.failed) == (terminated, failed)
     assert tap.tail == b""
@@ -61,7 +61,7 @@ def test_dialects(name: str, num_token_frames: int, usage: Any, terminated: bool
 
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
-def test_every_split_passes_whole_frames(name: str, line_end: bytes) -> None:
+def test_every_split_passes_whole_sse_events(name: str, line_end: bytes) -> None:
     stream = STREAMS[name].replace(b"\n", line_end)
     whole = notes(tapped(stream))
     ends = {0}
@@ -78,7 +78,9 @@ def test_every_split_passes_whole_frames(name: str, line_end: bytes) -> None:
     tap = StreamTap()
     passed = [tap.feed(stream[i : i + 1]) for i in range(len(stream))]
     assert b"".join(passed) == stream
-    assert [piece for piece in passed if piece] == [frame + line_end * 2 for frame in stream.split(line_end * 2)[:-1]]
+    assert [piece for piece in passed if piece] == [
+        sse_event + line_end * 2 for sse_event in stream.split(line_end * 2)[:-1]
+    ]
     assert notes(tap) == whole
 
 
@@ -107,13 +109,13 @@ def test_garbage_is_harmless(inner: bytes, event: bytes) -> None:
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_every_truncated_payload_is_harmless(name: str) -> None:
-    for frame in STREAMS[name].split(b"\n\n"):
-        for i in range(len(frame)):
-            text = frame[:i] + b"\n\n"
+    for sse_event in STREAMS[name].split(b"\n\n"):
+        for i in range(len(sse_event)):
+            text = sse_event[:i] + b"\n\n"
             assert StreamTap().feed(text) == text
 
 
-def test_whole_frames_pass_as_the_same_object() -> None:
+def test_whole_sse_events_pass_as_the_same_object() -> None:
     tap = StreamTap()
     data = CHAT[: CHAT.index(b"\n\n") + 2]
     assert tap.feed(data) is data
@@ -137,14 +139,14 @@ def test_whole_frames_pass_as_the_same_object() -> None:
     ],
 )
 def test_a_token_is_content_of_any_kind(fields: dict[str, Any]) -> None:
-    for frames in range(1, 4):
-        tap = tapped(delta(**fields) * frames)
+    for sse_events in range(1, 4):
+        tap = tapped(delta(**fields) * sse_events)
         assert tap.first_token
-        assert tap.num_token_frames == frames
+        assert tap.num_token_events == sse_events
 
 
 @pytest.mark.parametrize(
-    "frame",
+    "sse_event",
     [
         delta(role="assistant", content=""),
         delta(content=None),
@@ -161,10 +163,10 @@ def test_a_token_is_content_of_any_kind(fields: dict[str, Any]) -> None:
         b"\n\n\n",
     ],
 )
-def test_what_is_no_token(frame: bytes) -> None:
-    assert notes(tapped(frame)) == (False, 0, None, False, False)
+def test_what_is_no_token(sse_event: bytes) -> None:
+    assert notes(tapped(sse_event)) == (False, 0, None, False, False)
     # Nor is it one behind a token whose place is remembered.
-    tap = tapped(delta(content="x"), frame)
+    tap = tapped(delta(content="x"), sse_event)
     assert notes(tap) == (True, 1, None, False, False)
 
 
@@ -181,7 +183,7 @@ def test_tokens_of_different_shapes_are_all_counted() -> None:
         delta(content="h" * 10_000),
         chat(model="m" * 300, choices=[{"index": 0, "delta": {"a" * 100: 1, "content": "i"}}]),
     ]
-    assert tapped(*shapes).num_token_frames == len(shapes) - 1
+    assert tapped(*shapes).num_token_events == len(shapes) - 1
 
 
 SPOOFS = [
@@ -202,11 +204,13 @@ SPOOFS = [
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
 def test_generated_text_cannot_forge_a_mark(text: str, separators: tuple[str, str]) -> None:
     chunk = {"choices": [{"index": 0, "delta": {"content": text, "tool_calls": [{"function": {"arguments": text}}]}}]}
-    frames = b"data: " + json.dumps(chunk, separators=separators).encode() + b"\n\n"
-    assert notes(tapped(frames * 3)) == (True, 3, None, False, False)
+    sse_events = b"data: " + json.dumps(chunk, separators=separators).encode() + b"\n\n"
+    assert notes(tapped(sse_events * 3)) == (True, 3, None, False, False)
     done = {"type": "response.output_text.done", "text": text}
-    frames = b"event: response.output_text.done\ndata: " + json.dumps(done, separators=separators).encode() + b"\n\n"
-    assert notes(tapped(frames)) == (False, 0, None, False, False)
+    sse_events = (
+        b"event: response.output_text.done\ndata: " + json.dumps(done, separators=separators).encode() + b"\n\n"
+    )
+    assert notes(tapped(sse_events)) == (False, 0, None, False, False)
 
 
 def test_a_tool_named_usage_is_not_usage() -> None:
@@ -220,11 +224,13 @@ def test_a_tool_named_usage_is_not_usage() -> None:
 
 def test_running_usage_is_the_last() -> None:
     chunk = {"choices": [{"index": 0, "delta": {"content": "x"}}]}
-    frames = [b"data: " + json.dumps(chunk | {"usage": {"completion_tokens": n}}).encode() + b"\n\n" for n in range(5)]
-    tap = tapped(*frames)
+    sse_events = [
+        b"data: " + json.dumps(chunk | {"usage": {"completion_tokens": n}}).encode() + b"\n\n" for n in range(5)
+    ]
+    tap = tapped(*sse_events)
     assert tap.usage == b'{"completion_tokens": 4}'
-    assert tap.num_token_frames == 5
-    assert tapped(*frames, delta(content="x", usage=None)).usage == b'{"completion_tokens": 4}'
+    assert tap.num_token_events == 5
+    assert tapped(*sse_events, delta(content="x", usage=None)).usage == b'{"completion_tokens": 4}'
 
 
 def test_our_own_usage_comment() -> None:
@@ -234,7 +240,7 @@ def test_our_own_usage_comment() -> None:
 
 
 @pytest.mark.parametrize(
-    "frame",
+    "sse_event",
     [
         b'data: {"error":{"message":"x"}}\n\n',
         b'data: {"error": "x"}\n\n',
@@ -245,8 +251,8 @@ def test_our_own_usage_comment() -> None:
         b"event: error\ndata:\ndata: {}\n\n",
     ],
 )
-def test_errors(frame: bytes) -> None:
-    tap = tapped(delta(content="x"), frame)
+def test_errors(sse_event: bytes) -> None:
+    tap = tapped(delta(content="x"), sse_event)
     assert tap.failed
     assert not tap.terminated
 
@@ -266,10 +272,10 @@ def test_byte_order_mark() -> None:
     assert notes(tapped(b"\xef\xbb\xbf" + CHAT)) == notes(tapped(CHAT))
 
 
-def test_a_frame_has_a_limit_whole_or_not() -> None:
-    frame = b"data: " + b"x" * 92 + b"\n\n"
-    assert StreamTap(max_frame_bytes=100).feed(frame * 3) == frame * 3
-    for pieces in ([frame], [frame[:50], frame[50:]]):
-        tap = StreamTap(max_frame_bytes=99)
-        with pytest.raises(FrameTooLarge):
+def test_an_sse_event_has_a_limit_whole_or_not() -> None:
+    sse_event = b"data: " + b"x" * 92 + b"\n\n"
+    assert StreamTap(max_event_bytes=100).feed(sse_event * 3) == sse_event * 3
+    for pieces in ([sse_event], [sse_event[:50], sse_event[50:]]):
+        tap = StreamTap(max_event_bytes=99)
+        with pytest.raises(SseEventTooLarge):
             feed(tap, *pieces)

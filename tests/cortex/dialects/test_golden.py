@@ -46,8 +46,8 @@ def test_a_chat_is_translated_into_it_however_it_is_cut(dialect: str, scenario: 
     make = golden.messages_stream if dialect == "messages" else golden.responses_stream
     whole, pieces = make(scenario), make(scenario)
     stream, reader, other = stream_of(f"chat-{scenario}.txt"), ChatEvents(), ChatEvents()
-    translated = b"".join(pieces.frames(reader.feed(data)) for data in cut(stream, places))
-    assert golden.timeless(translated) == golden.timeless(whole.frames(other.feed(stream)))
+    translated = b"".join(pieces.sse_events(reader.feed(data)) for data in cut(stream, places))
+    assert golden.timeless(translated) == golden.timeless(whole.sse_events(other.feed(stream)))
     if scenario != "fail":
         # What the kept transcript says, but for the counts, which a chat tells at its end.
         kept = (golden.FOLDER / f"{dialect}-{scenario}.txt").read_bytes().partition(b"----\n")[2]

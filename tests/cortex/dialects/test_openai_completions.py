@@ -7,7 +7,7 @@ import pytest
 from openai.types import Completion as SdkCompletion
 from pydantic import TypeAdapter
 
-from cortex._fast.sse import FrameDecoder
+from cortex._fast.sse import SseDecoder
 from cortex._fast.tap import StreamTap
 from cortex.dialects import openai_completion_reply, openai_completions
 from cortex.dialects.openai_completion_reply import Completion
@@ -107,11 +107,11 @@ def test_a_wrong_field_is_named(body: dict[str, Any], code: str, param: str) -> 
 
 def test_streamed_and_whole_say_the_same() -> None:
     made, gathered, tap = completion(include_usage=True, report_usage=True), completion(), StreamTap()
-    frames = b"".join(made.frames([event]) for event in STORY)
-    assert completion(include_usage=True, report_usage=True).frames(STORY) == frames
+    sse_events = b"".join(made.sse_events([event]) for event in STORY)
+    assert completion(include_usage=True, report_usage=True).sse_events(STORY) == sse_events
     gathered.add(STORY)
     whole = SDK.validate_json(gathered.body(), strict=True)
-    *data, done = [frame.data for frame in FrameDecoder().feed(frames)]
+    *data, done = [sse_event.data for sse_event in SseDecoder().feed(sse_events)]
     assert done == b"[DONE]"
     # A finish_reason of null is what the service sends and its SDK's type forbids.
     chunks = [SDK.validate_json(text.replace(b'_reason":null', b'_reason":"stop"'), strict=True) for text in data]
@@ -126,7 +126,7 @@ def test_streamed_and_whole_say_the_same() -> None:
     assert texts == [choice.text for choice in whole.choices] == ['a"\nb', "x"]
     assert reasons == [choice.finish_reason for choice in whole.choices] == ["stop", "length"]
     assert chunks[-1].usage == whole.usage
-    assert tap.feed(frames) == frames
+    assert tap.feed(sse_events) == sse_events
     assert (tap.first_token, tap.terminated, tap.failed) == (True, True, False)
     assert orjson.loads(tap.usage or b"") == {
         "prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13, "cached_tokens": 3
@@ -136,7 +136,7 @@ def test_streamed_and_whole_say_the_same() -> None:
 def test_failures() -> None:
     made = completion()
     error = Failed(ErrorInfo(503, "worker_lost", "gone"))
-    sent = made.frames([Started(1), TextDelta("a"), error, TextDelta("b")])
+    sent = made.sse_events([Started(1), TextDelta("a"), error, TextDelta("b")])
     assert orjson.loads(sent.strip().split(b"data: ")[-1])["error"]["code"] == "worker_lost"
     with pytest.raises(RemoteError, match="gone"):
         completion().add([error])
@@ -177,11 +177,11 @@ def test_log_probabilities_of_prompt_and_answer() -> None:
 
 def test_streamed_log_probabilities_are_the_same() -> None:
     made, whole = Completion("cmpl-1", "m", 1, scores=True), Completion("cmpl-1", "m", 1, scores=True)
-    frames = b"".join(made.frames([event]) for event in SCORED)
+    sse_events = b"".join(made.sse_events([event]) for event in SCORED)
     whole.add(SCORED)
     lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for frame in FrameDecoder().feed(frames)[:-1]:
-        for choice in orjson.loads(frame.data)["choices"]:
+    for sse_event in SseDecoder().feed(sse_events)[:-1]:
+        for choice in orjson.loads(sse_event.data)["choices"]:
             for name, values in (choice["logprobs"] or {}).items():
                 lists[name] += values
     assert lists == orjson.loads(whole.body())["choices"][0]["logprobs"]

@@ -53,9 +53,9 @@ def streams(draw: st.DrawFn) -> list[InferenceEvent]:
     return [*events, Finished(reason, draw(st.integers(0, 99)), draw(st.integers(0, 9)), stop)]
 
 
-def chat_frames(events: list[InferenceEvent]) -> bytes:
+def chat_sse_events(events: list[InferenceEvent]) -> bytes:
     stream = ChatStream("c", "m", 1, include_usage=True)
-    return b"".join(stream.frames([event]) for event in events)
+    return b"".join(stream.sse_events([event]) for event in events)
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
@@ -64,11 +64,11 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 
 
 @given(streams(), st.lists(st.integers(0, 5000), max_size=6))
-def test_events_come_back_out_of_chat_frames_however_they_are_cut(
+def test_events_come_back_out_of_chat_sse_events_however_they_are_cut(
     events: list[InferenceEvent], places: list[int]
 ) -> None:
     reader = ChatEvents()
-    found = [event for data in cut(chat_frames(events), places) for event in reader.feed(data)]
+    found = [event for data in cut(chat_sse_events(events), places) for event in reader.feed(data)]
     assert reader.ended
     # The start is told twice: counts come last in chat.
     assert [event for event in found if not isinstance(event, Started)] == events[1:]
@@ -76,19 +76,21 @@ def test_events_come_back_out_of_chat_frames_however_they_are_cut(
 
 
 @given(streams(), st.lists(st.integers(0, 5000), max_size=6))
-def test_frames_are_what_a_node_that_speaks_the_dialect_sends(events: list[InferenceEvent], places: list[int]) -> None:
+def test_sse_events_are_what_a_node_that_speaks_the_dialect_sends(
+    events: list[InferenceEvent], places: list[int]
+) -> None:
     reader = ChatEvents()
-    pieces = [reader.feed(data) for data in cut(chat_frames(events), places)]
+    pieces = [reader.feed(data) for data in cut(chat_sse_events(events), places)]
     told = [Started(0), *events[1:-1], events[0], events[-1]]  # the counts are known at the end
     for make in (lambda: MessagesStream("msg_1", "m"), lambda: ResponsesStream("resp_1", "m", 1, b"{}")):
         made, native = make(), make()
-        translated = b"".join(made.frames(piece) for piece in pieces)
-        assert shape(translated) == shape(b"".join(native.frames([event]) for event in told))
+        translated = b"".join(made.sse_events(piece) for piece in pieces)
+        assert shape(translated) == shape(b"".join(native.sse_events([event]) for event in told))
 
 
-def shape(frames: bytes) -> list[Any]:
+def shape(sse_events: bytes) -> list[Any]:
     """Return a stream's events, without the time at which each was completed."""
-    found = [line.removeprefix(b"data: ") for line in frames.split(b"\n") if line.startswith(b"data: ")]
+    found = [line.removeprefix(b"data: ") for line in sse_events.split(b"\n") if line.startswith(b"data: ")]
     timeless = re.sub(rb'"completed_at":\d+', b'"completed_at":0', b",".join(found))
     return json.loads(b"[" + timeless + b"]")  # type: ignore[no-any-return]
 
@@ -98,14 +100,14 @@ def test_whole_answers(events: list[InferenceEvent]) -> None:
     reply = ChatReply("c", "m", 1)
     reply.add(events)
     made, native = MessagesStream("msg_1", "m"), MessagesStream("msg_1", "m")
-    made.frames(ChunkReader().read_whole(reply.body()))
-    native.frames(events)
+    made.sse_events(ChunkReader().read_whole(reply.body()))
+    native.sse_events(events)
     assert json.loads(made.message()) == json.loads(native.message())
 
 
 def test_log_probabilities_go_along() -> None:
     events = [Started(3), TextDelta("a", logprobs=LOGPROBS), Finished(FinishReason.STOP, 1)]
-    assert TextDelta("a", logprobs=LOGPROBS) in ChatEvents().feed(chat_frames(events))
+    assert TextDelta("a", logprobs=LOGPROBS) in ChatEvents().feed(chat_sse_events(events))
 
 
 def chunk(*choices: Any, **fields: Any) -> bytes:
@@ -122,7 +124,7 @@ START = Started(0)
 
 
 @pytest.mark.parametrize(
-    ("frames", "expected"),
+    ("sse_events", "expected"),
     [
         # content beside an empty list of calls is content
         ([chunk(delta(content="a", tool_calls=[])), chunk(delta("stop")), DONE], [START, TextDelta("a"), START, END]),
@@ -176,9 +178,9 @@ START = Started(0)
         ([b'data: {"error":3}\n\n'], [Failed(ErrorInfo(502, "upstream_error", "The node failed."))]),
     ],
 )  # fmt: skip
-def test_what_other_servers_write(frames: list[bytes], expected: list[InferenceEvent]) -> None:
+def test_what_other_servers_write(sse_events: list[bytes], expected: list[InferenceEvent]) -> None:
     reader = ChatEvents()
-    assert [event for frame in frames for event in reader.feed(frame)] == expected
+    assert [event for sse_event in sse_events for event in reader.feed(sse_event)] == expected
     assert reader.ended
     assert reader.close() == []
 
@@ -216,13 +218,13 @@ ODD_TEXT = st.text(max_size=4) | st.sampled_from(["\ud800", "\udc00", '"', "\\"]
 
 @given(st.lists(ODD_TEXT, min_size=1, max_size=6), st.booleans())
 def test_text_is_read_the_same_on_either_way(texts: list[str], ascii_only: bool) -> None:
-    def frame(text: str) -> bytes:
+    def sse_event(text: str) -> bytes:
         body = {"choices": [{"index": 0, "delta": {"content": text}}]}
         return b"data: " + json.dumps(body, ensure_ascii=ascii_only).encode("utf-8", "replace") + b"\n\n"
 
     quick = ChatEvents()
     for text in texts:
-        data = frame(text)
+        data = sse_event(text)
         try:
             expected = [event for event in ChatEvents().feed(data) if isinstance(event, TextDelta)]
         except UpstreamError:

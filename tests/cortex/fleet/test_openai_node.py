@@ -198,5 +198,5 @@ def test_every_byte_but_the_name_stays() -> None:
 def test_a_stream_is_renamed_however_it_is_cut(step: int) -> None:
     whole = b"".join(CHAT_STREAM[:-1])
     stream = RenamedStream("here")
-    frames = b"".join(stream.frames(whole[at : at + step]) for at in range(0, len(whole), step)) + stream.end()
-    assert frames == whole.replace(b'"model":"m"', b'"model":"here"')
+    sse_events = b"".join(stream.sse_events(whole[at : at + step]) for at in range(0, len(whole), step)) + stream.end()
+    assert sse_events == whole.replace(b'"model":"m"', b'"model":"here"')

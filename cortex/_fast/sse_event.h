@@ -1,17 +1,17 @@
-/* Where an event-stream frame ends, and where its lines do. Shared by the decoder and the tap. */
-#ifndef CORTEX_FRAMES_H
-#define CORTEX_FRAMES_H
+/* Where an SSE event ends, and where its lines do. Shared by the decoder and the tap. */
+#ifndef CORTEX_SSE_EVENT_H
+#define CORTEX_SSE_EVENT_H
 
 #include <stddef.h>
 #include "scan.h"
 
-/* Return the length of the frame at the start of `p`, its blank line included, or 0 while it is unfinished.
+/* Return the length of the SSE event at the start of `p`, its blank line included, or 0 while it is unfinished.
  *
- * `*resume` is 0 for a new frame. An unfinished frame leaves in it how far this call got, and the next call, with more
- * bytes behind the same ones, goes on from there: bytes are scanned once however they are cut. A CR as the last byte
- * may be half of a CRLF: with `eager` it counts as a whole line end (the caller then drops an LF that follows),
- * otherwise the frame waits for the next byte. */
-static inline size_t frame_length(const uint8_t *p, size_t length, size_t *resume, int eager)
+ * `*resume` is 0 for a new SSE event. An unfinished SSE event leaves in it how far this call got, and the next call,
+ * with more bytes behind the same ones, goes on from there: bytes are scanned once however they are cut. A CR as the
+ * last byte may be half of a CRLF: with `eager` it counts as a whole line end (the caller then drops an LF that
+ * follows), otherwise the SSE event waits for the next byte. */
+static inline size_t sse_event_length(const uint8_t *p, size_t length, size_t *resume, int eager)
 {
     const uint8_t *const end = p + length;
     const uint8_t *at = p + *resume;
@@ -48,7 +48,7 @@ static inline size_t frame_length(const uint8_t *p, size_t length, size_t *resum
 }
 
 /* Return the start of the line after the one that ends at `line_end`. */
-static inline const uint8_t *frame_next_line(const uint8_t *line_end, const uint8_t *end)
+static inline const uint8_t *sse_next_line(const uint8_t *line_end, const uint8_t *end)
 {
     if (line_end == end)
         return end;
@@ -58,7 +58,7 @@ static inline const uint8_t *frame_next_line(const uint8_t *line_end, const uint
 }
 
 /* Return the value of a line if its field is `name`, else NULL: what follows the colon and one optional space. */
-static inline const uint8_t *frame_field(const uint8_t *line, const uint8_t *line_end, const char *name, size_t length)
+static inline const uint8_t *sse_field(const uint8_t *line, const uint8_t *line_end, const char *name, size_t length)
 {
     if ((size_t)(line_end - line) < length || memcmp(line, name, length))
         return NULL;
