@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from cortex.access.gate import Gate
+from cortex.access.authenticator import Authenticator
 from cortex.access.ledger import Usage
 from cortex.config import ModelProfile
 from cortex.dialects import openai_fields
@@ -135,7 +135,7 @@ class Admin:
     def __init__(
         self,
         service: FleetService,
-        gate: Gate,
+        authenticator: Authenticator,
         reload: Callable[[], None],
         config_error: Callable[[], ConfigError | None],
         supervisor: Supervisor,
@@ -143,7 +143,7 @@ class Admin:
         self._supervisor = supervisor
         self._service = service
         self._fleet = service.fleet
-        self._gate = gate
+        self._authenticator = authenticator
         self._reload = reload
         self._config_error = config_error
 
@@ -154,9 +154,9 @@ class Admin:
     async def keys(self, exchange: Exchange) -> None:
         """``GET /admin/keys``: limits and use of every key, by name."""
         rows = []
-        for principal in self._gate.keys.by_name():
+        for principal in self._authenticator.keys.by_name():
             limits = principal.limits
-            used = Usage() if limits.are_none else await self._gate.ledger.usage(principal.name, limits)
+            used = Usage() if limits.are_none else await self._authenticator.ledger.usage(principal.name, limits)
             rows.append(
                 KeyReport(
                     name=principal.name,

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from cortex.access.gate import principal_of
+from cortex.access.authenticator import principal_of
 from cortex.dialects.parameters import Parameters
 from cortex.http_io import Exchange, query_parameters
 from cortex.store.conversation import aside

@@ -3,7 +3,7 @@
 import msgspec
 
 from cortex import __version__
-from cortex.access.gate import principal_of
+from cortex.access.authenticator import principal_of
 from cortex.build_identity import COMMIT
 from cortex.dialects.passthrough import envelope_for
 from cortex.errors import ReplyError

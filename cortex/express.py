@@ -46,14 +46,14 @@ class Express:
             return None  # another header may say who it is
         given = None if value is None else value.encode()
         try:
-            principal = self._gateway.gate.identify(lambda name: given if name == header.encode() else None)
+            principal = self._gateway.authenticator.identify(lambda name: given if name == header.encode() else None)
         except ApiError:
             return None
         if not principal.limits.are_none or principal.takes_leftovers:
             return None
         return Lane(
             self._gateway.settings,
-            self._gateway.gate.keys,
+            self._gateway.authenticator.keys,
             dialect.name,
             dialect.read,
             principal.name,
@@ -61,7 +61,7 @@ class Express:
             self._gateway.settings.gateway.max_body_bytes,
             self._gateway.settings.gateway.body_timeout_s,
             PARAMETERS[path].names,
-            None if self._gateway.gate.is_proved(principal) else self._gateway.guard.known_hosts,
+            None if self._gateway.authenticator.is_proved(principal) else self._gateway.guard.known_hosts,
         )
 
     def _find_target(self, dialect: Dialect, principal: Principal, name: str) -> Target | None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 
 from cortex import api_description, logs, store
-from cortex.access.gate import Gate, principal_of
+from cortex.access.authenticator import Authenticator, principal_of
 from cortex.access.keys import KeyRing
 from cortex.access.ledger import Ledger, MemoryLedger
 from cortex.access.valkey import ValkeyLedger
@@ -122,16 +122,18 @@ class Gateway:
             self._store.on_damaged = self.metrics.damaged_stores.inc
         self._socket_memory = SocketMemory(settings.store.socket_bytes, settings.store.socket_bytes_per_key)
         conversations = Conversations(self._store, max_bytes=settings.gateway.max_body_bytes)
-        self.gate = Gate(keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens, local_token)
+        self.authenticator = Authenticator(
+            keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens, local_token
+        )
         self.guard = _guard(settings)
         self._background = Background(supervisor=self.supervisor)
         self.book = Book(self.metrics)
         dispatcher = self.service.dispatcher
         self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher, self.supervisor)
         self._inference = inference = Inference(
-            settings, offered, dispatcher, self.book, conversations, self._background, self.gate
+            settings, offered, dispatcher, self.book, conversations, self._background, self.authenticator
         )
-        admin = Admin(self.service, self.gate, reload, config_error, self.supervisor)
+        admin = Admin(self.service, self.authenticator, reload, config_error, self.supervisor)
         page = assets.read()
         self._feed = Feed(
             self.service,
@@ -197,7 +199,7 @@ class Gateway:
         """Return an endpoint that asks no node, and counts as a request all the same."""
 
         async def answer(exchange: Exchange) -> None:
-            await self.gate.count(principal_of(exchange.caller))
+            await self.authenticator.count(principal_of(exchange.caller))
             await endpoint(exchange)
 
         return answer
@@ -221,7 +223,7 @@ class Gateway:
                     raise ConfigError("cortex.toml", "store", str(error)) from None
                 # Another program's to start, and no reason not to serve: each request to it tries anew.
                 log.error("the store of responses does not answer, and is asked again when it is needed: %s", error)
-        await self.gate.ledger.open(self.supervisor)
+        await self.authenticator.ledger.open(self.supervisor)
         forget_dead_workers()
         if self.settings.gateway.metrics_listen:
             self._serve_metrics(is_first=True)
@@ -271,7 +273,7 @@ class Gateway:
             self._lag.cancel()
         await self._background.stop()
         await self.service.stop()
-        await self.gate.ledger.close()
+        await self.authenticator.ledger.close()
         await self._stop_counting()
         if self._serving_metrics is not None:
             self._serving_metrics.cancel()
@@ -288,7 +290,7 @@ class Gateway:
     def reconfigure(self, settings: Config, offered: Catalogue, keys: KeyRing) -> None:
         """Go on with other nodes, models, keys and limits; requests that run end as they began."""
         self.settings, self.offered, self.guard = settings, offered, _guard(settings)
-        self.gate.keys, self.gate.reserve_tokens = keys, settings.access.reserve_tokens
+        self.authenticator.keys, self.authenticator.reserve_tokens = keys, settings.access.reserve_tokens
         self._endpoints.catalogue = offered
         self._inference.reconfigure(settings, offered)
         self.service.reconfigure(settings, offered)
@@ -353,11 +355,11 @@ class Gateway:
         if exchange.method == "OPTIONS":
             return
         if exchange.path.startswith(API):
-            exchange.caller = principal = self.gate.identify(exchange.header)
-            if not self.gate.is_proved(principal):
+            exchange.caller = principal = self.authenticator.identify(exchange.header)
+            if not self.authenticator.is_proved(principal):
                 self.guard.check_site(exchange.header, setting="gateway")
         elif exchange.path.startswith("/admin/"):
-            self.gate.check_admin(exchange.header)
+            self.authenticator.check_admin(exchange.header)
         else:
             return
         if not isinstance(
@@ -379,8 +381,8 @@ class Gateway:
         try:
             if path != RESPONSES.path:
                 raise NotFoundError(f"There is no WebSocket at {path}.")
-            principal = self.gate.identify(header)
-            if self.gate.is_proved(principal):
+            principal = self.authenticator.identify(header)
+            if self.authenticator.is_proved(principal):
                 origin, host = header(b"origin"), header(b"host")
                 self.guard.check_origin(origin, host, setting="gateway", any_is_allowed=True)
             else:

@@ -23,7 +23,7 @@ from cortex._fast.peek import splice
 from cortex._fast.record import Record
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import SseDecoder
-from cortex.access.gate import FREE, Gate, Permit, principal_of
+from cortex.access.authenticator import FREE, Authenticator, Permit, principal_of
 from cortex.access.keys import Principal, check_model
 from cortex.background import Background
 from cortex.book import Book
@@ -94,14 +94,14 @@ class Inference:
         book: Book,
         conversations: Conversations,
         background: Background,
-        gate: Gate,
+        authenticator: Authenticator,
     ) -> None:
         self._conversations = conversations
         self.reconfigure(config, catalogue)
         self._dispatcher = dispatcher
         self._book = book
         self._background = background
-        self._gate = gate
+        self._authenticator = authenticator
 
     def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
         """Go by these from now on."""
@@ -164,12 +164,12 @@ class Inference:
             try:
                 turn = await self._conversations.of(principal.name).begin(body, found, said)
             except ApiError:
-                await self._gate.count(principal)  # to look for what is not there costs a request, too
+                await self._authenticator.count(principal)  # to look for what is not there costs a request, too
                 raise
             body, context = turn.body, turn.context
             headers += turn.headers
             if not generates:
-                await self._gate.count(principal)
+                await self._authenticator.count(principal)
                 await self._only_read(exchange, record, turn, name)
                 return
         elif dialect is COMPACT or dialect is INPUT_TOKENS:
@@ -177,7 +177,7 @@ class Inference:
                 body = openai_compaction.with_input(body)
                 body = (await self._conversations.of(principal.name).begin(body, found, keeps=False)).body
             except ApiError:
-                await self._gate.count(principal)
+                await self._authenticator.count(principal)
                 raise
         reshape: Callable[[bytes], bytes] = _unchanged
         if dialect is COMPACT:
@@ -205,7 +205,9 @@ class Inference:
         )
         asked = _Asked(question, chat, turn, reshape)
         generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
-        permit = FREE if principal.limits.are_none else await self._gate.admit(principal, body, generates=generates)
+        permit = (
+            FREE if principal.limits.are_none else await self._authenticator.admit(principal, body, generates=generates)
+        )
         has_left = False
         try:
             if turn is not None and context.background:

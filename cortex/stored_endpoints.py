@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import orjson
 
-from cortex.access.gate import principal_of
+from cortex.access.authenticator import principal_of
 from cortex.background import Background
 from cortex.dialects.passthrough import RESPONSES
 from cortex.http_io import Exchange, query_parameters, stream

@@ -106,7 +106,7 @@ cdef class Way:
 
     cdef object find_lane
     cdef object gateway
-    cdef object gate
+    cdef object authenticator
     cdef object fleet
     cdef object breakers
     cdef object deaths
@@ -126,7 +126,7 @@ cdef class Way:
         """
         self.find_lane = find_lane
         self.gateway = gateway
-        self.gate = gateway.gate
+        self.authenticator = gateway.authenticator
         self.fleet = gateway.fleet
         self.in_flight = gateway.fleet.in_flight
         self.breakers = breakers
@@ -158,7 +158,7 @@ cdef class Way:
             given = headers.get(name)
         place = (path, given)
         lane = self.lanes.get(place)
-        if lane is None or lane.settings is not self.gateway.settings or lane.keys is not self.gate.keys:
+        if lane is None or lane.settings is not self.gateway.settings or lane.keys is not self.authenticator.keys:
             lane = self.find_lane(path, name, given)
             if lane is None:
                 return None

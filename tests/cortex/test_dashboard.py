@@ -280,7 +280,7 @@ async def test_nodes_come_and_go_with_the_configuration(monkeypatch: pytest.Monk
         )
         for nodes in (both, both[1:]):
             settings = msgspec.structs.replace(inner.settings, neurons=nodes)
-            inner.reconfigure(settings, Catalogue({}, {}), inner.gate.keys)
+            inner.reconfigure(settings, Catalogue({}, {}), inner.authenticator.keys)
             names = {node.name for node in nodes}
             await watching.until(lambda call, names=names: told(events(call.body))["nodes"].keys() == names)  # type: ignore[misc]
         watching.leave()

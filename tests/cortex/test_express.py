@@ -306,7 +306,7 @@ async def test_keys_that_change_are_gone_by_at_once(interface: str) -> None:
         assert await status(ring(("sk-other", free))) == 401
         assert await status(ring((KEY, other))) == 403
         assert await status(ring((KEY, limited))) == 200
-        assert await status(gateway.gateway.gate.keys) == 429
+        assert await status(gateway.gateway.authenticator.keys) == 429
         assert await status(ring((KEY, free))) == 200
         # A scheme that is not ours says nothing of who it is; the other header does.
         both = {"authorization": "Basic eDp5", "x-api-key": KEY}

@@ -78,7 +78,7 @@ class Rig:
     ) -> Call:
         """Send a request."""
         is_signed = any(name.lower() in ("authorization", "x-api-key") for name in headers or {})
-        if path.startswith("/admin/") and not is_signed and not self.gateway.gate.keys.has_admin:
+        if path.startswith("/admin/") and not is_signed and not self.gateway.authenticator.keys.has_admin:
             headers = {**(headers or {}), "authorization": f"Bearer {LOCAL_TOKEN}"}
         return Call(self, method, path, body, headers, client)
 

@@ -9,7 +9,7 @@ from fake_neuron import Asked, FakeNeuron, Line, answer, chat_chunk
 from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 
-from cortex.access.gate import need_of
+from cortex.access.authenticator import need_of
 from cortex.access.keys import Limits, Principal
 from cortex.config import Timeouts
 

@@ -10,7 +10,7 @@ from gateway_rig import rig
 from key_rig import KEY, ring
 
 from cortex.access import keys
-from cortex.access.gate import need_of
+from cortex.access.authenticator import need_of
 from cortex.access.keys import KeyRing, Principal
 from cortex.settings import ConfigError
 from cortex.wire.errors import UnauthorizedError

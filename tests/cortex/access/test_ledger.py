@@ -47,10 +47,10 @@ async def opened(url: str) -> AsyncIterator[Ledger]:
 
 async def rush(found: Ledger, name: str, limits: Limits, count: int, reserve: int = 0) -> list[Lease | Refusal]:
     """Ask ``count`` times, 64 at once."""
-    gate = asyncio.Semaphore(64)
+    limit = asyncio.Semaphore(64)
 
     async def one() -> Lease | Refusal:
-        async with gate:
+        async with limit:
             return await found.take(name, limits, reserve)
 
     return await asyncio.gather(*(one() for _ in range(count)))
@@ -138,9 +138,9 @@ from cortex.access.valkey import ValkeyLedger
 
 async def main():
     found = ValkeyLedger(sys.argv[1])
-    gate = asyncio.Semaphore(64)
+    limit = asyncio.Semaphore(64)
     async def one(name, limits, reserve):
-        async with gate:
+        async with limit:
             return isinstance(await found.take(name, limits, reserve), Lease)
     counts = []
     for name, limits, reserve in (
@@ -237,7 +237,7 @@ async def test_a_limit_is_told_in_each_dialect_and_seats_come_back(url: str) -> 
         go.set()
         for call in held:
             await call.end()
-        ledger = gateway.gateway.gate.ledger
+        ledger = gateway.gateway.authenticator.ledger
         usage = await ledger.usage(principal.name, principal.limits)
         assert usage.running == 0
         reserved = 1024 + len(orjson.dumps(body | {"stream": False})) // 4

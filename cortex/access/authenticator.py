@@ -1,6 +1,6 @@
-"""The door of the gateway: who comes, whether they may, and what is booked when they have been served.
+"""Authentication of requests, and admission within each principal's limits.
 
-It knows keys and the ledger, not models or nodes. A principal without limits passes without a count.
+It has keys and rate limits, no models or nodes. A principal without limits passes without a count.
 """
 
 import asyncio
@@ -117,8 +117,8 @@ def principal_of(caller: object) -> Principal:
     return caller
 
 
-class Gate:
-    """Lets requests in."""
+class Authenticator:
+    """Authenticates requests, and admits them within their principal's limits."""
 
     def __init__(self, keys: KeyRing, ledger: Ledger, reserve_tokens: int, local_token: str = "") -> None:
         """``local_token`` is an administrator's, and its file's readers'."""
