@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from cortex.access.authenticator import Authenticator
-from cortex.access.ledger import Usage
+from cortex.access.rate_limiter import Usage
 from cortex.config import ModelProfile
 from cortex.dialects import openai_fields
 from cortex.errors import NoNodeError
@@ -156,7 +156,7 @@ class Admin:
         rows = []
         for principal in self._authenticator.keys.by_name():
             limits = principal.limits
-            used = Usage() if limits.are_none else await self._authenticator.ledger.usage(principal.name, limits)
+            used = Usage() if limits.are_none else await self._authenticator.rate_limiter.usage(principal.name, limits)
             rows.append(
                 KeyReport(
                     name=principal.name,

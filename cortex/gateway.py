@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from cortex import api_description, logs, store
 from cortex.access.authenticator import Authenticator, principal_of
 from cortex.access.keys import KeyRing
-from cortex.access.ledger import Ledger, MemoryLedger
-from cortex.access.valkey import ValkeyLedger
+from cortex.access.rate_limiter import MemoryRateLimiter, RateLimiter
+from cortex.access.valkey import ValkeyRateLimiter
 from cortex.admin import Admin
 from cortex.background import Background
 from cortex.book import Book
@@ -123,7 +123,7 @@ class Gateway:
         self._socket_memory = SocketMemory(settings.store.socket_bytes, settings.store.socket_bytes_per_key)
         conversations = Conversations(self._store, max_bytes=settings.gateway.max_body_bytes)
         self.authenticator = Authenticator(
-            keys or KeyRing(), _ledger(settings.access), settings.access.reserve_tokens, local_token
+            keys or KeyRing(), _rate_limiter(settings.access), settings.access.reserve_tokens, local_token
         )
         self.guard = _guard(settings)
         self._background = Background(supervisor=self.supervisor)
@@ -223,7 +223,7 @@ class Gateway:
                     raise ConfigError("cortex.toml", "store", str(error)) from None
                 # Another program's to start, and no reason not to serve: each request to it tries anew.
                 log.error("the store of responses does not answer, and is asked again when it is needed: %s", error)
-        await self.authenticator.ledger.open(self.supervisor)
+        await self.authenticator.rate_limiter.open(self.supervisor)
         forget_dead_workers()
         if self.settings.gateway.metrics_listen:
             self._serve_metrics(is_first=True)
@@ -273,7 +273,7 @@ class Gateway:
             self._lag.cancel()
         await self._background.stop()
         await self.service.stop()
-        await self.authenticator.ledger.close()
+        await self.authenticator.rate_limiter.close()
         await self._stop_counting()
         if self._serving_metrics is not None:
             self._serving_metrics.cancel()
@@ -453,11 +453,11 @@ def _guard(settings: Config) -> Guard:
     return Guard(settings.gateway.allowed_origins, settings.gateway.allowed_hosts)
 
 
-def _ledger(access: AccessSettings) -> Ledger:
+def _rate_limiter(access: AccessSettings) -> RateLimiter:
     if access.counters is CountersKind.MEMORY:
-        return MemoryLedger()
+        return MemoryRateLimiter()
     try:
-        return ValkeyLedger(access.url)
+        return ValkeyRateLimiter(access.url)
     except ValueError as error:
         raise ConfigError("cortex.toml", "access.url", str(error)) from None
 

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 
 from cortex import store
-from cortex.access.valkey import ValkeyLedger
+from cortex.access.valkey import ValkeyRateLimiter
 from cortex.config import Config, CountersKind
 from cortex.settings import ConfigError, check_address
 from cortex.store.sqlite import SqliteStore
@@ -22,7 +22,7 @@ def check(config: Config, source: str, environment: Mapping[str, str]) -> None:
         _check_file(pathlib.Path(made.path), source)
     if config.access.counters is CountersKind.VALKEY:
         try:
-            ValkeyLedger(config.access.url)
+            ValkeyRateLimiter(config.access.url)
         except ValueError as error:
             raise ConfigError(source, "access.url", str(error)) from None
     for key in ("listen", "metrics_listen"):

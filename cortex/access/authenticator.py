@@ -1,6 +1,6 @@
 """Authentication of requests, and admission within each principal's limits.
 
-It has keys and rate limits, no models or nodes. A principal without limits passes without a count.
+It has keys and a rate limiter, no models or nodes. A principal without limits passes without a count.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cortex.access.keys import EVERYBODY, KeyRing, Principal
-from cortex.access.ledger import Lease, Ledger, Reason, Refusal
+from cortex.access.rate_limiter import Lease, RateLimiter, Reason, Refusal
 from cortex.wire.errors import ApiError, ForbiddenError, OverloadedError, UnauthorizedError
 
 log = logging.getLogger("cortex.access")
@@ -75,9 +75,9 @@ class LimitReachedError(OverloadedError):
 class Permit:
     """A request that was let in. Settle it in every case, once."""
 
-    def __init__(self, ledger: Ledger | None, lease: Lease | None, need: Need = NO_NEED) -> None:
+    def __init__(self, rate_limiter: RateLimiter | None, lease: Lease | None, need: Need = NO_NEED) -> None:
         self.need = need
-        self._ledger = ledger
+        self._rate_limiter = rate_limiter
         self._lease = lease
 
     @property
@@ -87,14 +87,14 @@ class Permit:
 
     def move(self) -> "Permit":
         """Return what this one holds; to settle this one does nothing any more."""
-        moved, self._lease = Permit(self._ledger, self._lease, self.need), None
+        moved, self._lease = Permit(self._rate_limiter, self._lease, self.need), None
         return moved
 
     async def settle(self, used_tokens: int) -> None:
         """Book what was used. Goes through even if the task that calls it is being cancelled."""
-        ledger, lease, self._lease = self._ledger, self._lease, None
-        if ledger is not None and lease is not None:
-            await asyncio.shield(asyncio.ensure_future(_settle(ledger, lease, used_tokens)))
+        rate_limiter, lease, self._lease = self._rate_limiter, self._lease, None
+        if rate_limiter is not None and lease is not None:
+            await asyncio.shield(asyncio.ensure_future(_settle(rate_limiter, lease, used_tokens)))
 
 
 LOCAL = Principal("local", is_admin=True)
@@ -104,9 +104,9 @@ FREE = Permit(None, None)
 """Of those whose use is not counted."""
 
 
-async def _settle(ledger: Ledger, lease: Lease, used_tokens: int) -> None:
+async def _settle(rate_limiter: RateLimiter, lease: Lease, used_tokens: int) -> None:
     try:
-        await ledger.settle(lease, used_tokens)
+        await rate_limiter.settle(lease, used_tokens)
     except ApiError as error:
         log.error("key=%s tokens=%d not booked: %s", lease.name, used_tokens, error.message)
 
@@ -120,11 +120,11 @@ def principal_of(caller: object) -> Principal:
 class Authenticator:
     """Authenticates requests, and admits them within their principal's limits."""
 
-    def __init__(self, keys: KeyRing, ledger: Ledger, reserve_tokens: int, local_token: str = "") -> None:
+    def __init__(self, keys: KeyRing, rate_limiter: RateLimiter, reserve_tokens: int, local_token: str = "") -> None:
         """``local_token`` is an administrator's, and its file's readers'."""
         self.keys = keys
         self._local = hashlib.sha256(local_token.encode()).digest() if local_token else b""
-        self.ledger = ledger
+        self.rate_limiter = rate_limiter
         self.reserve_tokens = reserve_tokens
 
     def identify(self, header: Headers) -> Principal:
@@ -169,7 +169,7 @@ class Authenticator:
 
         Raises:
             LimitReachedError: there is not so much left.
-            ApiError: the ledger does not answer.
+            ApiError: the rate limiter does not answer.
         """
         limits = principal.limits
         if limits.are_none:
@@ -182,10 +182,10 @@ class Authenticator:
             await self._take(principal, NO_NEED)
 
     async def _take(self, principal: Principal, need: Need) -> Permit:
-        outcome = await self.ledger.take(principal.name, principal.limits, need.tokens, need.num_sequences)
+        outcome = await self.rate_limiter.take(principal.name, principal.limits, need.tokens, need.num_sequences)
         if isinstance(outcome, Refusal):
             raise LimitReachedError(outcome.reason, _explain(principal, outcome.reason), outcome.retry_after_s)
-        return Permit(self.ledger, outcome, need)
+        return Permit(self.rate_limiter, outcome, need)
 
 
 def prompt_tokens(body: bytes) -> int:

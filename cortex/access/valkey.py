@@ -1,4 +1,4 @@
-"""The ledger of several gateways, in Valkey or Redis: each act is one script, so no two of them interleave.
+"""The rate limiter of several gateways, in Valkey or Redis: each act is one script, so no two of them interleave.
 
 Times are the server's, so the gateways' clocks do not matter. A lease that its gateway does not renew is over: what a
 gateway held when it was killed comes back after ``LEASE_S``.
@@ -9,7 +9,7 @@ import contextlib
 import secrets
 
 from cortex.access.keys import Limits
-from cortex.access.ledger import MINUTE_S, NUM_BUCKETS, SEAT_RETRY_S, Lease, Reason, Refusal, Usage, capped
+from cortex.access.rate_limiter import MINUTE_S, NUM_BUCKETS, SEAT_RETRY_S, Lease, Reason, Refusal, Usage, capped
 from cortex.supervise import Supervisor
 from cortex.wire.errors import UnavailableError
 
@@ -96,14 +96,14 @@ redis.call('PEXPIRE', KEYS[2], 2 * ARGV[1])
 """
 
 
-class LedgerUnavailableError(UnavailableError):
-    """The ledger does not answer, so nobody whose use is limited can be let in."""
+class RateLimiterUnavailableError(UnavailableError):
+    """The rate limiter does not answer, so nobody whose use is limited can be let in."""
 
     code = "access_counters_unavailable"
 
 
-class ValkeyLedger:
-    """A ledger at ``redis://[user:password@]host:port[/database]``. Needs the ``redis`` package."""
+class ValkeyRateLimiter:
+    """A rate limiter at ``redis://[user:password@]host:port[/database]``. Needs the ``redis`` package."""
 
     def __init__(self, url: str) -> None:
         """Raises ``ValueError`` where the client library is not installed, or the address is none."""
@@ -127,7 +127,7 @@ class ValkeyLedger:
         """Let a request in, or say why not.
 
         Raises:
-            LedgerUnavailableError: the server does not answer.
+            RateLimiterUnavailableError: the server does not answer.
         """
         number = secrets.token_hex(12)
         reserve_tokens = capped(reserve_tokens, limits)
@@ -137,7 +137,7 @@ class ValkeyLedger:
         try:
             what, wait_ms = await self._take(keys=_keys(name), args=[*_windows(limits.window_s), *more])
         except self._errors as error:
-            raise LedgerUnavailableError(f"The access counters do not answer: {error}.", retry_after_s=2) from None
+            raise RateLimiterUnavailableError(f"The access counters do not answer: {error}.", retry_after_s=2) from None
         wait_s = None if wait_ms < 0 else wait_ms / 1000 or SEAT_RETRY_S
         match what:
             case "ok":
@@ -158,7 +158,7 @@ class ValkeyLedger:
         """End a request and book what it used.
 
         Raises:
-            LedgerUnavailableError: the server does not answer; the lease ends by itself.
+            RateLimiterUnavailableError: the server does not answer; the lease ends by itself.
         """
         held = self._held.get(lease.name, set())
         held.difference_update(_members(lease))
@@ -170,18 +170,18 @@ class ValkeyLedger:
                 args=[*_windows(lease.window_s), lease.number, max(0, used_tokens), lease.num_sequences],
             )
         except self._errors as error:
-            raise LedgerUnavailableError(f"The access counters do not answer: {error}.") from None
+            raise RateLimiterUnavailableError(f"The access counters do not answer: {error}.") from None
 
     async def usage(self, name: str, limits: Limits) -> Usage:
         """Return what a principal has used.
 
         Raises:
-            LedgerUnavailableError: the server does not answer.
+            RateLimiterUnavailableError: the server does not answer.
         """
         try:
             return Usage(*await self._usage(keys=_keys(name), args=_windows(limits.window_s)))
         except self._errors as error:
-            raise LedgerUnavailableError(f"The access counters do not answer: {error}.", retry_after_s=2) from None
+            raise RateLimiterUnavailableError(f"The access counters do not answer: {error}.", retry_after_s=2) from None
 
     async def open(self, supervisor: Supervisor) -> None:
         """Begin to renew what is held."""

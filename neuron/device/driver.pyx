@@ -1,4 +1,4 @@
-"""The CUDA driver as the worker sees it: a table of function pointers and a ledger of what was made through it.
+"""The CUDA driver as the worker sees it: a table of function pointers and the counts of the objects made through it.
 
 The table is filled from ``libcuda.so.1`` at run time, so building needs no CUDA toolkit and running needs no GPU; a
 test hands in a table of its own; a CPU device has one whose context and stream are nothing. This module calls the

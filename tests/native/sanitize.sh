@@ -46,7 +46,7 @@ preload=
 for library in $libraries; do
     preload+=" $("${CC:-cc}" -print-file-name="$library")"
 done
-# Leaks are counted by the modules' own ledgers (detect_leaks=0): CPython frees little at its end.
+# Leaks are counted by the modules' own counts of live objects (detect_leaks=0): CPython frees little at its end.
 run() {
     env LD_PRELOAD="${preload# }" PYTHONSAFEPATH=1 PYTHONMALLOC=malloc \
         ASAN_OPTIONS="detect_leaks=0:log_path=$reports/address" \

@@ -15,7 +15,7 @@ from daemons import free_port, tool
 from fake_neuron import FakeNeuron
 from gateway_rig import rig
 
-from cortex.access.ledger import Reason
+from cortex.access.rate_limiter import Reason
 from cortex.config import GatewaySettings
 from cortex.wire import VERSION
 from cortex.wire.errors import ApiError

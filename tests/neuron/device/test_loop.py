@@ -52,7 +52,7 @@ class Running:
         self.make = make
         self.options: dict[str, object] = {"driver": fake.capsule(), "ordinal": 0, "name": "cuda-dev-0"} | options
         self.status: int | None = None
-        self.ledger: tuple[int, ...] = ()
+        self.counts: tuple[int, ...] = ()
         self.seen = SimpleNamespace()
         self.error: Exception | None = None
         self.thread = threading.Thread(target=self._main)
@@ -65,7 +65,7 @@ class Running:
                 self.status = loop.run(self.make(loop))
                 self.seen.steps, self.seen.launches, self.seen.fault = loop.steps, loop.launches, loop.fault
             driver = loop.driver
-            self.ledger = driver.num_contexts, driver.num_streams, driver.num_events, driver.num_graph_execs
+            self.counts = driver.num_contexts, driver.num_streams, driver.num_events, driver.num_graph_execs
             self.seen.loop = None
         except Exception as error:  # noqa: BLE001 - raised again by join()
             self.error = error
@@ -76,7 +76,7 @@ class Running:
         if self.error is not None:
             raise self.error
         assert self.status is not None
-        assert self.ledger == (0, 0, 0, 0)
+        assert self.counts == (0, 0, 0, 0)
         return self.status
 
     def end(self) -> int:

@@ -15,13 +15,13 @@ from fake_neuron import Asked, FakeNeuron, Line, answer
 from gateway_rig import rig, until
 from key_rig import KEY, ring
 
-from cortex.access import ledger as ledgers
+from cortex.access import rate_limiter as rate_limiters
 from cortex.access.keys import Limits, Principal
-from cortex.access.ledger import Lease, MemoryLedger, Reason, Refusal
-from cortex.access.valkey import LedgerUnavailableError, ValkeyLedger
+from cortex.access.rate_limiter import Lease, MemoryRateLimiter, Reason, Refusal
+from cortex.access.valkey import RateLimiterUnavailableError, ValkeyRateLimiter
 from cortex.supervise import Supervisor
 
-Ledger = MemoryLedger | ValkeyLedger
+RateLimiter = MemoryRateLimiter | ValkeyRateLimiter
 
 
 @pytest.fixture(params=["memory", "valkey"])
@@ -30,13 +30,13 @@ def url(request: pytest.FixtureRequest) -> str:
 
 
 @contextlib.asynccontextmanager
-async def opened(url: str) -> AsyncIterator[Ledger]:
-    found = ValkeyLedger(url) if url else MemoryLedger()
+async def opened(url: str) -> AsyncIterator[RateLimiter]:
+    found = ValkeyRateLimiter(url) if url else MemoryRateLimiter()
     await found.open(Supervisor())
     try:
         async with asyncio.timeout(10):
             while True:
-                with contextlib.suppress(LedgerUnavailableError):
+                with contextlib.suppress(RateLimiterUnavailableError):
                     await found.usage("nobody", Limits())
                     break
                 await asyncio.sleep(0.02)
@@ -45,7 +45,7 @@ async def opened(url: str) -> AsyncIterator[Ledger]:
         await found.close()
 
 
-async def rush(found: Ledger, name: str, limits: Limits, count: int, reserve: int = 0) -> list[Lease | Refusal]:
+async def rush(found: RateLimiter, name: str, limits: Limits, count: int, reserve: int = 0) -> list[Lease | Refusal]:
     """Ask ``count`` times, 64 at once."""
     limit = asyncio.Semaphore(64)
 
@@ -133,11 +133,11 @@ async def test_a_request_larger_than_a_budget_is_let_in_when_nothing_is_used(url
 PROGRAM = """
 import asyncio, sys
 from cortex.access.keys import Limits
-from cortex.access.ledger import Lease
-from cortex.access.valkey import ValkeyLedger
+from cortex.access.rate_limiter import Lease
+from cortex.access.valkey import ValkeyRateLimiter
 
 async def main():
-    found = ValkeyLedger(sys.argv[1])
+    found = ValkeyRateLimiter(sys.argv[1])
     limit = asyncio.Semaphore(64)
     async def one(name, limits, reserve):
         async with limit:
@@ -169,7 +169,7 @@ def test_four_processes_count_together(valkey: str) -> None:
 async def test_a_killed_gateway_gives_its_seats_back(valkey: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cortex.access.valkey.LEASE_S", 0.3)
     limits = Limits(max_concurrent=1, tokens_per_window=10)
-    killed = ValkeyLedger(valkey)  # never opened: it renews nothing
+    killed = ValkeyRateLimiter(valkey)  # never opened: it renews nothing
     async with opened(valkey) as found:
         assert isinstance(await killed.take("lost", limits, 10), Lease)
         assert isinstance(await found.take("lost", limits, 10), Refusal)
@@ -181,8 +181,8 @@ async def test_a_killed_gateway_gives_its_seats_back(valkey: str, monkeypatch: p
 
 
 async def test_no_server_is_a_typed_error() -> None:
-    found = ValkeyLedger(f"redis://127.0.0.1:{free_port()}/0")
-    with pytest.raises(LedgerUnavailableError) as caught:
+    found = ValkeyRateLimiter(f"redis://127.0.0.1:{free_port()}/0")
+    with pytest.raises(RateLimiterUnavailableError) as caught:
         await found.take("a", Limits(max_concurrent=1), 0)
     assert (caught.value.status, caught.value.code) == (503, "access_counters_unavailable")
     await found.close()
@@ -191,7 +191,7 @@ async def test_no_server_is_a_typed_error() -> None:
 def test_the_memory_window_by_its_own_clock() -> None:
     async def story() -> None:
         now = 1000.0
-        found = MemoryLedger(lambda: now)
+        found = MemoryRateLimiter(lambda: now)
         limits = Limits(requests_per_minute=2, tokens_per_window=100, window_s=600)
         for _ in range(2):
             (lease,) = leases([await found.take("a", limits, 10)])
@@ -205,7 +205,7 @@ def test_the_memory_window_by_its_own_clock() -> None:
         assert isinstance(await found.take("a", limits, 10), Lease)
 
     asyncio.run(story())
-    assert ledgers.NUM_BUCKETS == 60
+    assert rate_limiters.NUM_BUCKETS == 60
 
 
 # ------------------------------------------------------------------ through the gateway
@@ -237,8 +237,8 @@ async def test_a_limit_is_told_in_each_dialect_and_seats_come_back(url: str) -> 
         go.set()
         for call in held:
             await call.end()
-        ledger = gateway.gateway.authenticator.ledger
-        usage = await ledger.usage(principal.name, principal.limits)
+        rate_limiter = gateway.gateway.authenticator.rate_limiter
+        usage = await rate_limiter.usage(principal.name, principal.limits)
         assert usage.running == 0
         reserved = 1024 + len(orjson.dumps(body | {"stream": False})) // 4
         assert usage.spent_tokens == 9 + reserved, "the answered one as its node counted, the other as was reserved"

@@ -63,7 +63,7 @@ class Usage(msgspec.Struct, frozen=True):
     spent_tokens: int = 0
 
 
-class Ledger(Protocol):
+class RateLimiter(Protocol):
     """Keeps account. ``now`` is its own clock's."""
 
     async def take(self, name: str, limits: Limits, reserve_tokens: int, num_sequences: int = 1) -> Lease | Refusal:
@@ -94,7 +94,7 @@ class _Account:
     spent_tokens: int = 0
 
 
-class MemoryLedger:
+class MemoryRateLimiter:
     """The counters of one process. A restart begins anew."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
