@@ -23,7 +23,7 @@ from cortex._fast.peek import splice
 from cortex._fast.record import Record
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import SseDecoder
-from cortex.access.authenticator import FREE, Authenticator, Permit, principal_of
+from cortex.access.authenticator import UNCOUNTED, Authenticator, Reservation, principal_of
 from cortex.access.keys import Principal, check_model
 from cortex.background import Background
 from cortex.book import Book
@@ -205,13 +205,15 @@ class Inference:
         )
         asked = _Asked(question, chat, turn, reshape)
         generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
-        permit = (
-            FREE if principal.limits.are_none else await self._authenticator.admit(principal, body, generates=generates)
+        reservation = (
+            UNCOUNTED
+            if principal.limits.are_none
+            else await self._authenticator.admit(principal, body, generates=generates)
         )
         has_left = False
         try:
             if turn is not None and context.background:
-                await self._begin(exchange, dialect, record, asked, turn, permit)
+                await self._begin(exchange, dialect, record, asked, turn, reservation)
             elif record.is_stream:
                 await self._stream(exchange, dialect, record, asked)
             else:
@@ -223,8 +225,8 @@ class Inference:
             has_left = not record.is_stream  # its node may have been at it for all of `answer_s`
             raise
         finally:
-            if permit is not FREE:
-                await permit.settle(_used(record, permit, has_left=has_left))
+            if reservation is not UNCOUNTED:
+                await reservation.settle(_used(record, reservation, has_left=has_left))
 
     async def _look_for(self, name: str, model: str) -> str:
         """Return the id of a model that nobody is known to offer: it may be heard of yet, or an alias may fit it.
@@ -334,7 +336,13 @@ class Inference:
             raise unreadable
 
     async def _begin(
-        self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked", turn: Turn, permit: Permit
+        self,
+        exchange: Exchange,
+        dialect: Dialect,
+        record: Record,
+        asked: "_Asked",
+        turn: Turn,
+        reservation: Reservation,
     ) -> None:
         """Begin a response that is made in the background; what it costs is written down by a record of its own."""
         begun = _made_here(turn, asked.question.name).sse_events([Started(0)])
@@ -345,7 +353,7 @@ class Inference:
         question = msgspec.structs.replace(asked.question, on_node=making.note_node)
         if record.trace is not None:  # its span is about the answer, which is still to be made
             making.trace, record.trace = record.trace, record.trace.without_span()
-        held = permit.move()
+        held = reservation.move()
         sse_events = self._made(dialect, making, _Asked(question, asked.chat, None), held)
         try:
             run = await self._background.start(self._conversations.of(record.key), turn, queued, sse_events)
@@ -364,7 +372,7 @@ class Inference:
         )
 
     async def _made(
-        self, dialect: Dialect, record: Record, asked: "_Asked", permit: Permit
+        self, dialect: Dialect, record: Record, asked: "_Asked", reservation: Reservation
     ) -> AsyncGenerator[bytes, None]:
         """Yield the SSE events of a response that nobody may be waiting for, and write down how it went."""
         relay = Relay(record)
@@ -383,7 +391,7 @@ class Inference:
         finally:
             relay.note_end(dialect)
             self._book.note(record)
-            await permit.settle(_used(record, permit, has_left=record.finish == "cancelled"))
+            await reservation.settle(_used(record, reservation, has_left=record.finish == "cancelled"))
 
 
 def read_whole(answer: Answer, dialect: Dialect, body: bytes) -> tuple[Usage | None, str]:
@@ -409,17 +417,17 @@ def _trip_of(exchange: Exchange) -> Trip | None:
     return exchange.trip
 
 
-def _used(record: Record, permit: Permit, *, has_left: bool) -> int:
+def _used(record: Record, reservation: Reservation, *, has_left: bool) -> int:
     """Return what a request costs: what its node said, or an estimate where somebody left before it could.
 
     Of an answer that is not streamed nobody knows how far it came, so it costs what was reserved for it. That is also
     the most that an estimate costs.
     """
-    used: int = record.tokens_used(permit.need.prompt_tokens)
+    used: int = record.tokens_used(reservation.need.prompt_tokens)
     if used or not has_left or not record.node:
         return used
-    reserved = permit.reserved_tokens
-    return min(permit.need.prompt_tokens, reserved) if record.is_stream else reserved
+    reserved = reservation.reserved_tokens
+    return min(reservation.need.prompt_tokens, reserved) if record.is_stream else reserved
 
 
 def _nothing() -> None:

@@ -72,8 +72,8 @@ class LimitReachedError(OverloadedError):
         self.code = reason.value
 
 
-class Permit:
-    """A request that was let in. Settle it in every case, once."""
+class Reservation:
+    """Tokens and answers that an admitted request holds of its principal's limits. Settle it in every case, once."""
 
     def __init__(self, rate_limiter: RateLimiter | None, lease: Lease | None, need: Need = NO_NEED) -> None:
         self.need = need
@@ -82,16 +82,16 @@ class Permit:
 
     @property
     def reserved_tokens(self) -> int:
-        """What was taken of a budget, which may be less than the need."""
+        """Tokens taken of a budget, which may be less than the need."""
         return self.need.tokens if self._lease is None else min(self.need.tokens, self._lease.reserved_tokens)
 
-    def move(self) -> "Permit":
-        """Return what this one holds; to settle this one does nothing any more."""
-        moved, self._lease = Permit(self._rate_limiter, self._lease, self.need), None
+    def move(self) -> "Reservation":
+        """Return a reservation that holds this one's lease; settling this one then does nothing."""
+        moved, self._lease = Reservation(self._rate_limiter, self._lease, self.need), None
         return moved
 
     async def settle(self, used_tokens: int) -> None:
-        """Book what was used. Goes through even if the task that calls it is being cancelled."""
+        """Record the tokens used. Completes even if the calling task is being cancelled."""
         rate_limiter, lease, self._lease = self._rate_limiter, self._lease, None
         if rate_limiter is not None and lease is not None:
             await asyncio.shield(asyncio.ensure_future(_settle(rate_limiter, lease, used_tokens)))
@@ -100,15 +100,15 @@ class Permit:
 LOCAL = Principal("local", is_admin=True)
 """Whoever can read the token of this host."""
 
-FREE = Permit(None, None)
-"""Of those whose use is not counted."""
+UNCOUNTED = Reservation(None, None)
+"""Reservation of a principal without limits."""
 
 
 async def _settle(rate_limiter: RateLimiter, lease: Lease, used_tokens: int) -> None:
     try:
         await rate_limiter.settle(lease, used_tokens)
     except ApiError as error:
-        log.error("key=%s tokens=%d not booked: %s", lease.name, used_tokens, error.message)
+        log.error("key=%s tokens=%d not recorded: %s", lease.name, used_tokens, error.message)
 
 
 def principal_of(caller: object) -> Principal:
@@ -164,7 +164,7 @@ class Authenticator:
     def _is_local(self, key: bytes | None) -> bool:
         return bool(self._local) and key is not None and hmac.compare_digest(hashlib.sha256(key).digest(), self._local)
 
-    async def admit(self, principal: Principal, body: bytes, *, generates: bool = True) -> Permit:
+    async def admit(self, principal: Principal, body: bytes, *, generates: bool = True) -> Reservation:
         """Take what a request may need; with ``generates`` false that is the tokens of its prompt.
 
         Raises:
@@ -173,7 +173,7 @@ class Authenticator:
         """
         limits = principal.limits
         if limits.are_none:
-            return FREE
+            return UNCOUNTED
         return await self._take(principal, need_of(body, self.reserve_tokens, generates=generates))
 
     async def count(self, principal: Principal) -> None:
@@ -181,11 +181,11 @@ class Authenticator:
         if principal.limits.requests_per_minute:
             await self._take(principal, NO_NEED)
 
-    async def _take(self, principal: Principal, need: Need) -> Permit:
+    async def _take(self, principal: Principal, need: Need) -> Reservation:
         outcome = await self.rate_limiter.take(principal.name, principal.limits, need.tokens, need.num_sequences)
         if isinstance(outcome, Refusal):
             raise LimitReachedError(outcome.reason, _explain(principal, outcome.reason), outcome.retry_after_s)
-        return Permit(self.rate_limiter, outcome, need)
+        return Reservation(self.rate_limiter, outcome, need)
 
 
 def prompt_tokens(body: bytes) -> int:
