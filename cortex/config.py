@@ -187,7 +187,7 @@ class AccessSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reserve_tokens: Annotated[int, msgspec.Meta(ge=0)] = 1024
     """Reserved for the answer to a request that sets no limit of its own, until it is known what it used."""
     leftover_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
-    """How long a request that is served from what is left over waits for it."""
+    """Time that a request which is served from spare capacity waits for it."""
     strict: bool = False
     """Whether a request with a member that nobody knows is refused, unless its key says; else it is told of it."""
 

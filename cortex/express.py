@@ -49,7 +49,7 @@ class Express:
             principal = self._gateway.authenticator.identify(lambda name: given if name == header.encode() else None)
         except ApiError:
             return None
-        if not principal.limits.are_none or principal.takes_leftovers:
+        if not principal.limits.are_none or principal.uses_spare_capacity:
             return None
         return Lane(
             self._gateway.settings,

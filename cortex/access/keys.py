@@ -37,7 +37,7 @@ class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ids of models; one that ends with ``*`` stands for all that begin so."""
     admin: bool = False
     priority: int = 0
-    """Below 0: served only from what nobody else needs."""
+    """Priority of its requests. Below 0: they are served from spare capacity only."""
     requests_per_minute: Count = 0
     max_concurrent: Count = 0
     tokens_per_window: Count = 0
@@ -93,8 +93,8 @@ class Principal:
         )
 
     @property
-    def takes_leftovers(self) -> bool:
-        """Whether it is served only from what nobody else needs."""
+    def uses_spare_capacity(self) -> bool:
+        """Whether its requests are served from spare capacity only."""
         return self.priority < 0
 
 

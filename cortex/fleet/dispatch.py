@@ -38,7 +38,7 @@ from cortex.fleet.affinity import NO_AFFINITY, Affinity, Beginnings, Prefixes, b
 from cortex.fleet.breaker import Breakers
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.deaths import Deaths
-from cortex.fleet.leftovers import Leftovers
+from cortex.fleet.spare_capacity import SpareCapacity
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
 from cortex.fleet.refusals import BACK_PRESSURE, DEATHS, DOUBTFUL, OWN_FAULTS, read_refusal, wrong_head
@@ -81,7 +81,7 @@ class Question(msgspec.Struct, frozen=True):
     """On whose behalf it is asked: nobody else's beginnings are this one's."""
     as_chat: Callable[[], bytes] | None = None
     priority: int = 0
-    """Below 0: nothing is evicted for it, and it waits for a seat that nobody else needs."""
+    """Priority of the request. Below 0: nothing is evicted for it, and it waits for spare capacity."""
     name: str = ""
     """By which the client asked for the model; empty: by its id."""
     on_node: Callable[[str], None] = lambda node: None
@@ -166,7 +166,7 @@ class Dispatcher:
         self._poller = poller
         self._on_retry = on_retry
         self._prefixes = Prefixes()
-        self._leftovers = Leftovers(fleet)
+        self._spare_capacity = SpareCapacity(fleet)
         self._deaf: tuple[FleetState, dict[tuple[str, bool], frozenset[str]]] = fleet.state, {}
         self.breakers = Breakers(config.gateway.breaker)
         self.deaths = Deaths()
@@ -230,7 +230,7 @@ class Dispatcher:
         if self.deaths.is_deadly(question.body, time.monotonic()):
             raise DeadlyRequestError(DEADLY)
         if question.priority < 0:
-            await self._leftovers.wait(model, question.priority, self._leftover_wait_s)
+            await self._spare_capacity.wait(model, question.priority, self._leftover_wait_s)
         begun = question.take_begun()
         begins: Beginnings | None = None
         last: ApiError | None = None

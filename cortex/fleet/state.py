@@ -189,7 +189,7 @@ class Fleet:
         await self._changed.wait()
 
     def note_move(self) -> None:
-        """Wake those who wait for a seat; nearly always nobody does."""
+        """Wake the requests that wait for spare capacity; nearly always there are none."""
         moved, self._moved = self._moved, None
         if moved is not None:
             moved.set()

@@ -1,4 +1,4 @@
-"""Requests of low priority get what nobody else needs, in the order of their priority, and evict nothing."""
+"""Requests of low priority get spare capacity only, in the order of their priority, and evict nothing."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from key_rig import KEY, ring
 
 from cortex.access.keys import Principal
 from cortex.config import ModelProfile
-from cortex.fleet.leftovers import Leftovers
+from cortex.fleet.spare_capacity import SpareCapacity
 
 ANYBODY = Principal("anonymous", priority=-100)
 LOW = Principal("low", priority=-1)
@@ -16,7 +16,7 @@ KEYS = ring((KEY, Principal("alice")), ("low", LOW), anonymous=ANYBODY)
 BODY = {"model": "m", "messages": []}
 
 
-async def test_anonymous_callers_wait_for_a_seat_and_the_others_do_not() -> None:
+async def test_anonymous_callers_wait_for_a_spare_slot_and_the_others_do_not() -> None:
     go = asyncio.Event()
     neuron = FakeNeuron().ready("m", max_sequences=3)
 
@@ -37,7 +37,7 @@ async def test_anonymous_callers_wait_for_a_seat_and_the_others_do_not() -> None
         keyed.append(ask(KEY))
         await until(lambda: len(neuron.asked) == 3)
         await asyncio.sleep(0.1)
-        assert len(neuron.asked) == 3, "one seat is left, and kept"
+        assert len(neuron.asked) == 3, "one slot is free, and kept so"
         go.set()
         for call in (*keyed, *waiting):
             assert (await call.end()).status == 200  # type: ignore[attr-defined]
@@ -46,24 +46,24 @@ async def test_anonymous_callers_wait_for_a_seat_and_the_others_do_not() -> None
         assert sorted(names[3:]) == ["anonymous", "low"]
 
 
-async def test_those_who_wait_go_by_priority_and_then_by_arrival() -> None:
+async def test_waiting_requests_go_by_priority_and_then_by_arrival() -> None:
     neuron = FakeNeuron().ready("m", max_sequences=2)
     async with rig(neuron) as gateway:
         fleet = gateway.gateway.fleet
-        leftovers, order = Leftovers(fleet), []
-        seats = [fleet.in_flight.take("a", "m") for _ in range(2)]
+        queue, order = SpareCapacity(fleet), []
+        held = [fleet.in_flight.take("a", "m") for _ in range(2)]
 
         async def wait(name: str, priority: int) -> None:
-            await leftovers.wait("m", priority, 5)
+            await queue.wait("m", priority, 5)
             order.append(name)
-            seats.append(fleet.in_flight.take("a", "m"))
+            held.append(fleet.in_flight.take("a", "m"))
 
         waiting = [asyncio.ensure_future(wait(*who)) for who in (("c", -9), ("a", -1), ("d", -9), ("b", -1))]
         await asyncio.sleep(0)
         for _ in waiting:
-            while seats:
-                seats.pop().release()
-            await until(lambda: seats)
+            while held:
+                held.pop().release()
+            await until(lambda: held)
         await asyncio.gather(*waiting)
         assert order == ["a", "b", "c", "d"]
 

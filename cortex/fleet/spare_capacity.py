@@ -1,8 +1,8 @@
-"""Seats that nobody else needs: where requests of low priority wait for one.
+"""Spare capacity: the queue of low-priority requests, admitted only to slots that no other request needs.
 
-A model has a seat to spare while one of its nodes runs fewer requests than it takes at a time, less one that is kept
-for whoever comes next. Those who wait go in the order of their priority, then of their arrival. What others use is
-known from the node's last poll, so a request of low priority may get in just before one that matters, never a crowd.
+A model has a spare slot while one of its nodes runs fewer requests than it takes at a time, less one slot that is kept
+free. Waiting requests go in the order of their priority, then of their arrival. The load from elsewhere is known from
+the node's last poll, so a low-priority request may be sent just before a more important one, but never many.
 """
 
 import asyncio
@@ -13,24 +13,24 @@ from collections.abc import Mapping
 from cortex.fleet.state import Fleet, FleetState
 from cortex.wire.errors import OverloadedError
 
-KEPT_SEATS = 1
+KEPT_SLOTS = 1
 
 
-def has_spare_seat(state: FleetState, model: str, in_flight: Mapping[str, int]) -> bool:
-    """Return whether a request for ``model`` takes a seat from nobody; one that is not loaded has no rivals."""
+def has_spare_capacity(state: FleetState, model: str, in_flight: Mapping[str, int]) -> bool:
+    """Return whether a node has a spare slot for ``model``; true for a model that is not loaded."""
     serving = state.serving.get(model, ())
     if not serving:
         return True
     for node in serving:
         load = in_flight.get(node.name, 0) + node.foreign_load
-        seats = node.models[model].max_sequences
-        if load == 0 or load + KEPT_SEATS < seats:
+        slots = node.models[model].max_sequences
+        if load == 0 or load + KEPT_SLOTS < slots:
             return True
     return False
 
 
-class Leftovers:
-    """One queue for each model."""
+class SpareCapacity:
+    """Queues of waiting requests, one for each model."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -38,10 +38,10 @@ class Leftovers:
         self._arrivals = itertools.count()
 
     async def wait(self, model: str, priority: int, timeout_s: float) -> None:
-        """Return when there is a seat to spare and nobody of a higher priority waits.
+        """Return when there is a spare slot and no request of a higher priority waits.
 
         Raises:
-            OverloadedError: there was none for so long.
+            OverloadedError: there was none within ``timeout_s``.
         """
         queue = self._queues.setdefault(model, [])
         place = (-priority, next(self._arrivals))
@@ -61,4 +61,4 @@ class Leftovers:
                 self._fleet.note_move()  # the next one is first now
 
     def _is_free(self, model: str) -> bool:
-        return has_spare_seat(self._fleet.state, model, self._fleet.in_flight.by_node)
+        return has_spare_capacity(self._fleet.state, model, self._fleet.in_flight.by_node)
