@@ -110,7 +110,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     polling: Polling = Polling()
     breaker: BreakerSettings = BreakerSettings()
     affinity_slack: Annotated[int, msgspec.Meta(ge=-1)] = 4
-    """Requests by which a node that has a conversation's beginning may be busier than the least busy one; -1: no
+    """Requests by which a node that has a conversation's prefix may be busier than the least busy one; -1: no
     affinity."""
     secret_file: str = ""
     """A file whose first line is sent to every neuron; see ``daemon.secret_file`` there."""

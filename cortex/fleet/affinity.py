@@ -1,8 +1,8 @@
-"""Where a conversation was last sent: its prefix is in that node's cache, so that is where it should go on.
+"""Prefix affinity: the node to which a conversation's prefix was last sent, and whose prefix cache therefore has it.
 
-A body is cut into blocks from its beginning, and each is named by a hash over it and all before it; the longest known
-beginning says which node has most of it. Bounded: what nobody has come back for goes first. It knows no load: whether
-the node is too busy to be worth it is :mod:`cortex.fleet.router`'s to decide. A prompt nobody has seen has no node.
+A body is cut into blocks, each named by a hash over it and all blocks before it; the longest known prefix decides. The
+index is bounded, least recently used first out. It has no load: :mod:`cortex.fleet.router` decides whether the node is
+too busy.
 """
 
 import re
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 BLOCK_BYTES = 1024
 LONG_BLOCK_BYTES = 8192
 FINE_BYTES = 64 * 1024
-"""Up to here blocks are short: conversations part ways early, after a system prompt."""
+"""Length of the prefix that is cut into short blocks: conversations diverge early, after a system prompt."""
 MAX_BYTES = 512 * 1024
-MAX_BEGINNINGS = 200_000
-"""Entries remembered, some 30 MB."""
+MAX_PREFIXES = 200_000
+"""Number of prefixes in an index, some 30 MB."""
 
 # Changes with every request, at the very beginning of the prompt; nodes leave it out too.
 _BILLING = re.compile(rb"x-anthropic-billing-header:[^\"\\]*")
 
 
 @dataclass(frozen=True, slots=True)
-class Beginnings:
-    """The hashes of a body's beginnings, short ones first, and one that is the same in every process."""
+class PrefixHashes:
+    """Hashes of a body's prefixes, short ones first, and ``tie``, a hash that is the same in every process."""
 
     hashes: tuple[int, ...]
     tie: int
@@ -33,26 +33,26 @@ class Beginnings:
 
 @dataclass(frozen=True, slots=True)
 class Affinity:
-    """What routing needs to know of it."""
+    """Affinity of one request, for routing."""
 
     node: str | None = None
-    """Where the longest known beginning was last sent."""
+    """Node to which the longest known prefix was last sent."""
     tie: int = 0
-    """What decides among nodes that are equally good; every gateway computes the same."""
+    """Tie-breaker among equally good nodes; every gateway computes the same."""
 
 
 NO_AFFINITY = Affinity()
 
 
-def beginnings(model: str, body: bytes, cache_key: str | None = None, principal: str = "") -> Beginnings:
-    """Return the beginnings of a request's body; a client's own ``prompt_cache_key`` stands for all of them.
+def prefix_hashes(model: str, body: bytes, cache_key: str | None = None, principal: str = "") -> PrefixHashes:
+    """Return the prefix hashes of a request's body; a client's own ``prompt_cache_key`` replaces them all.
 
-    Nodes share none between principals, so neither does this; what is sent for the first time goes to one node whoever
-    sends it, as some nodes are told to share all.
+    Nodes share no prefix between principals, so the hashes differ by principal. The tie-breaker does not, since nodes
+    can be configured to share all.
     """
     if cache_key:
         tie = zlib.crc32(cache_key.encode(), zlib.crc32(model.encode()))
-        return Beginnings((hash((model, principal, cache_key)),), tie)
+        return PrefixHashes((hash((model, principal, cache_key)),), tie)
     head = _BILLING.sub(b"", body[:MAX_BYTES]) if b"x-anthropic-billing-header:" in body[:FINE_BYTES] else body
     found = []
     chain = hash((model, principal))
@@ -60,31 +60,31 @@ def beginnings(model: str, body: bytes, cache_key: str | None = None, principal:
     while start < min(len(head), MAX_BYTES):
         size = BLOCK_BYTES if start < FINE_BYTES else LONG_BLOCK_BYTES
         if start and start + size > len(head):
-            break  # the last piece of a body is its newest message; it grows no prefix
+            break  # the last block of a body is its newest message, no prefix of the next request
         chain = hash((chain, head[start : start + size]))
         found.append(chain)
         start += size
-    return Beginnings(tuple(found), zlib.crc32(head[:BLOCK_BYTES], zlib.crc32(model.encode())))
+    return PrefixHashes(tuple(found), zlib.crc32(head[:BLOCK_BYTES], zlib.crc32(model.encode())))
 
 
-class Prefixes:
-    """Which node was last sent which beginning."""
+class PrefixIndex:
+    """Index of prefixes, with the node to which each was last sent."""
 
-    def __init__(self, max_beginnings: int = MAX_BEGINNINGS) -> None:
+    def __init__(self, max_prefixes: int = MAX_PREFIXES) -> None:
         self._nodes: OrderedDict[int, str] = OrderedDict()
-        self._max = max_beginnings
+        self._max = max_prefixes
 
-    def look(self, found: Beginnings, is_candidate: Callable[[str], bool]) -> Affinity:
-        """Return the node of the longest beginning that a candidate has."""
-        for name in reversed(found.hashes):
+    def find(self, prefix: PrefixHashes, is_candidate: Callable[[str], bool]) -> Affinity:
+        """Return the affinity of the longest prefix that was last sent to a candidate."""
+        for name in reversed(prefix.hashes):
             node = self._nodes.get(name)
             if node is not None and is_candidate(node):
-                return Affinity(node, found.tie)
-        return Affinity(None, found.tie)
+                return Affinity(node, prefix.tie)
+        return Affinity(None, prefix.tie)
 
-    def note(self, found: Beginnings, node: str) -> None:
-        """Remember where a request went."""
-        for name in found.hashes:
+    def record(self, prefix: PrefixHashes, node: str) -> None:
+        """Record the node to which a request was sent."""
+        for name in prefix.hashes:
             self._nodes[name] = node
             self._nodes.move_to_end(name)
         while len(self._nodes) > self._max:

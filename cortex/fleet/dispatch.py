@@ -34,15 +34,15 @@ from cortex.errors import (
     PoolFullError,
     TooLongAnswerError,
 )
-from cortex.fleet.affinity import NO_AFFINITY, Affinity, Beginnings, Prefixes, beginnings
+from cortex.fleet.affinity import NO_AFFINITY, Affinity, PrefixHashes, PrefixIndex, prefix_hashes
 from cortex.fleet.breaker import Breakers
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.deaths import Deaths
-from cortex.fleet.spare_capacity import SpareCapacity
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
 from cortex.fleet.refusals import BACK_PRESSURE, DEATHS, DOUBTFUL, OWN_FAULTS, read_refusal, wrong_head
 from cortex.fleet.router import NO_NODES, RETRY_RECOVERY_S, Busy, Decision, Load, Serve, Unknown, offered_profile, route
+from cortex.fleet.spare_capacity import SpareCapacity
 from cortex.fleet.state import Fleet, FleetState
 from cortex.upstream import Header, Pool
 from cortex.wire.errors import ApiError, ModelNotFoundError, UpstreamError
@@ -78,7 +78,7 @@ class Question(msgspec.Struct, frozen=True):
     cache_key: str | None = None
     """A client's own name for what its prompts have in common."""
     principal: str = ""
-    """On whose behalf it is asked: nobody else's beginnings are this one's."""
+    """Name of the principal. Prefixes are not shared between principals."""
     as_chat: Callable[[], bytes] | None = None
     priority: int = 0
     """Priority of the request. Below 0: nothing is evicted for it, and it waits for spare capacity."""
@@ -165,7 +165,7 @@ class Dispatcher:
         self._loader = loader
         self._poller = poller
         self._on_retry = on_retry
-        self._prefixes = Prefixes()
+        self._prefix_index = PrefixIndex()
         self._spare_capacity = SpareCapacity(fleet)
         self._deaf: tuple[FleetState, dict[tuple[str, bool], frozenset[str]]] = fleet.state, {}
         self.breakers = Breakers(config.gateway.breaker)
@@ -232,7 +232,7 @@ class Dispatcher:
         if question.priority < 0:
             await self._spare_capacity.wait(model, question.priority, self._leftover_wait_s)
         begun = question.take_begun()
-        begins: Beginnings | None = None
+        prefix: PrefixHashes | None = None
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
             response: Response | None = None
@@ -240,10 +240,10 @@ class Dispatcher:
                 (node, seat, response), begun = begun, None
                 is_chat, sent_at = False, question.arrived_at
             else:
-                if begins is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
-                    begins = beginnings(model, question.body, question.cache_key, question.principal)
-                node = self._ready(model, excluded | gone, begins) or await self._find(
-                    question, excluded, gone, last, begins
+                if prefix is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
+                    prefix = prefix_hashes(model, question.body, question.cache_key, question.principal)
+                node = self._ready(model, excluded | gone, prefix) or await self._find(
+                    question, excluded, gone, last, prefix
                 )
                 question.on_node(node)
                 # Counted from here on, before the node knows: a burst must not pile onto one replica.
@@ -255,8 +255,8 @@ class Dispatcher:
                 if response.status == 200:
                     self._check_head(node, response, question)
                     self.breakers.answer(node, model)
-                    if begins is not None:
-                        self._prefixes.note(begins, node)
+                    if prefix is not None:
+                        self._prefix_index.record(prefix, node)
                     return Answer(
                         node,
                         response,
@@ -395,18 +395,18 @@ class Dispatcher:
         model: str,
         excluded: frozenset[str],
         gone: frozenset[str],
-        begins: Beginnings | None,
+        prefix: PrefixHashes | None,
         profile: ModelProfile | None = None,
     ) -> Decision:
         fleet = self._fleet
-        affinity = NO_AFFINITY if begins is None else self._look(begins)
+        affinity = NO_AFFINITY if prefix is None else self._affinity(prefix)
         return route(fleet.state, model, profile, fleet.in_flight.by_node, excluded, affinity, self._slack, gone)
 
-    def _ready(self, model: str, excluded: frozenset[str], begins: Beginnings | None) -> str | None:
+    def _ready(self, model: str, excluded: frozenset[str], prefix: PrefixHashes | None) -> str | None:
         """Return a node that has the model ready, if that is how it is and no circuit has seen a failure."""
         if self.breakers or model not in self._fleet.state.serving:
             return None
-        decision = self._decide(model, excluded, NO_NODES, begins)
+        decision = self._decide(model, excluded, NO_NODES, prefix)
         return decision.node if isinstance(decision, Serve) else None
 
     async def _find(
@@ -415,7 +415,7 @@ class Dispatcher:
         excluded: frozenset[str],
         gone: frozenset[str],
         last: ApiError | None,
-        begins: Beginnings | None,
+        prefix: PrefixHashes | None,
     ) -> str:
         """Return a node that has the model ready, loading it if need be.
 
@@ -435,10 +435,10 @@ class Dispatcher:
         def decide() -> Decision:
             # A replica that has done nothing but fail is asked only where there is no other.
             if doubted := self.breakers.doubted(model, now):
-                decision = self._decide(model, excluded | doubted, gone, begins)
+                decision = self._decide(model, excluded | doubted, gone, prefix)
                 if isinstance(decision, Serve):
                     return decision
-            return self._decide(model, excluded, gone, begins, profile)
+            return self._decide(model, excluded, gone, prefix, profile)
 
         decision = decide()
         if not isinstance(decision, Serve) and not self._fleet.state.complete:
@@ -468,8 +468,8 @@ class Dispatcher:
             case _:
                 assert_never(decision)
 
-    def _look(self, begins: Beginnings) -> Affinity:
-        return self._prefixes.look(begins, self._fleet.state.nodes.__contains__)
+    def _affinity(self, prefix: PrefixHashes) -> Affinity:
+        return self._prefix_index.find(prefix, self._fleet.state.nodes.__contains__)
 
     def _is_asked_as_chat(self, node: str, question: Question) -> bool:
         """Return whether a node has to be asked in chat, which it speaks, for want of the question's own dialect."""

@@ -1,8 +1,8 @@
 """Where a request goes: to a node that serves its model, to a load, or back with a reason.
 
 Pure and deterministic: the same state, counts and exclusions give the same :data:`Decision`. The node with the least
-outstanding work wins, unless another has the conversation's beginning and is not much busier; ties go by a hash of that
-beginning, so that gateways which have never seen it agree, and without one by name. A model whose only replicas have
+outstanding work wins, unless another has the conversation's prefix and is not much busier; ties go by a hash of that
+prefix, so that gateways which have never seen it agree, and without one by name. A model whose only replicas have
 just refused this request is not loaded a second time elsewhere: that is :class:`Busy`. It is loaded elsewhere at once
 where its only replicas are gone, and while it is being recovered, then beside what is there.
 """

@@ -1,10 +1,10 @@
-"""Conversations go on where their beginning is cached."""
+"""Conversations go on where their prefix is cached."""
 
 import orjson
 from fake_neuron import FakeNeuron
 from gateway_rig import rig
 
-from cortex.fleet.affinity import NO_AFFINITY, Prefixes, beginnings
+from cortex.fleet.affinity import NO_AFFINITY, PrefixIndex, prefix_hashes
 
 SYSTEM = "You are a careful assistant. " * 100
 
@@ -15,50 +15,50 @@ def body(*turns: str, system: str = SYSTEM, **fields: object) -> bytes:
 
 
 def test_a_longer_conversation_has_the_beginnings_of_the_shorter_one() -> None:
-    first, second = beginnings("m", body("a" * 2000)), beginnings("m", body("a" * 2000, "b" * 3000))
+    first, second = prefix_hashes("m", body("a" * 2000)), prefix_hashes("m", body("a" * 2000, "b" * 3000))
     shared = [one for one, other in zip(first.hashes, second.hashes, strict=False) if one == other]
     assert len(shared) >= len(first.hashes) - 1
     assert first.tie == second.tie
-    assert beginnings("n", body("a")).hashes != beginnings("m", body("a")).hashes
+    assert prefix_hashes("n", body("a")).hashes != prefix_hashes("m", body("a")).hashes
 
 
 def test_a_principal_has_beginnings_of_its_own() -> None:
-    mine, yours = (beginnings("m", body("a" * 2000), principal=name) for name in ("me", "you"))
+    mine, yours = (prefix_hashes("m", body("a" * 2000), principal=name) for name in ("me", "you"))
     assert not set(mine.hashes) & set(yours.hashes)
     assert mine.tie == yours.tie, "what nobody has sent goes to one node whoever sends it"
-    mine, yours = (beginnings("m", body("a"), "key", principal=name) for name in ("me", "you"))
+    mine, yours = (prefix_hashes("m", body("a"), "key", principal=name) for name in ("me", "you"))
     assert mine.hashes != yours.hashes
 
 
 def test_the_longest_known_beginning_says_where() -> None:
-    prefixes = Prefixes()
-    one, other = beginnings("m", body("x" * 4000)), beginnings("m", body("y" * 4000))
-    prefixes.note(one, "a")
-    prefixes.note(other, "b")  # the system prompt is the same, and b had it last
-    assert prefixes.look(beginnings("m", body("x" * 4000, "more")), lambda node: True).node == "a"
-    assert prefixes.look(beginnings("m", body("y" * 4000, "more")), lambda node: True).node == "b"
-    assert prefixes.look(beginnings("m", body("new")), lambda node: True).node == "b"
-    assert prefixes.look(beginnings("m", body("x" * 4000)), lambda node: node != "a").node == "b"
-    assert prefixes.look(beginnings("m", body("q", system="z" * 5000)), lambda node: True).node is None
+    prefixes = PrefixIndex()
+    one, other = prefix_hashes("m", body("x" * 4000)), prefix_hashes("m", body("y" * 4000))
+    prefixes.record(one, "a")
+    prefixes.record(other, "b")  # the system prompt is the same, and b had it last
+    assert prefixes.find(prefix_hashes("m", body("x" * 4000, "more")), lambda node: True).node == "a"
+    assert prefixes.find(prefix_hashes("m", body("y" * 4000, "more")), lambda node: True).node == "b"
+    assert prefixes.find(prefix_hashes("m", body("new")), lambda node: True).node == "b"
+    assert prefixes.find(prefix_hashes("m", body("x" * 4000)), lambda node: node != "a").node == "b"
+    assert prefixes.find(prefix_hashes("m", body("q", system="z" * 5000)), lambda node: True).node is None
     assert NO_AFFINITY.node is None
 
 
 def test_a_clients_own_key_stands_for_its_prompt() -> None:
-    assert beginnings("m", body("a"), "key") == beginnings("m", body("b" * 9000, system="z"), "key")
-    assert beginnings("m", body("a"), "key") != beginnings("m", body("a"), "other")
+    assert prefix_hashes("m", body("a"), "key") == prefix_hashes("m", body("b" * 9000, system="z"), "key")
+    assert prefix_hashes("m", body("a"), "key") != prefix_hashes("m", body("a"), "other")
 
 
 def test_a_header_that_changes_each_time_is_left_out() -> None:
     def claude(number: int) -> bytes:
         return body("hi", system=f"x-anthropic-billing-header: cc_version=2; cch={number};" + SYSTEM)
 
-    assert beginnings("m", claude(1)) == beginnings("m", claude(2))
+    assert prefix_hashes("m", claude(1)) == prefix_hashes("m", claude(2))
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    prefixes = Prefixes(max_beginnings=50)
+    prefixes = PrefixIndex(max_prefixes=50)
     for number in range(1000):
-        prefixes.note(beginnings("m", body(system=f"{number}" * 900)), "a")
+        prefixes.record(prefix_hashes("m", body(system=f"{number}" * 900)), "a")
     assert len(prefixes._nodes) == 50
 
 
