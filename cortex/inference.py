@@ -146,7 +146,7 @@ class Inference:
         if not name:
             raise MissingParameterError("You must provide a model parameter.", param="model")
         model = self._catalogue.resolve(name)
-        if not self._dispatcher.knows(model):
+        if not self._dispatcher.has_model(model):
             model = await self._look_for(name, model)
         check_model(principal, model)
         record.model = model
@@ -235,11 +235,11 @@ class Inference:
             ModelNotFoundError: nobody offers it.
             NoNodeError: nobody that has been heard of offers it.
         """
-        knows = self._dispatcher.knows
-        await self._dispatcher.first_look(lambda: knows(model))
-        if not knows(model):
+        has_model = self._dispatcher.has_model
+        await self._dispatcher.first_look(lambda: has_model(model))
+        if not has_model(model):
             model = self._catalogue.match(name) or model
-        if not knows(model):
+        if not has_model(model):
             raise self._dispatcher.unknown(name)
         return model
 

@@ -167,7 +167,7 @@ class Dispatcher:
         self._on_retry = on_retry
         self._prefix_index = PrefixIndex()
         self._spare_capacity = SpareCapacity(fleet)
-        self._deaf: tuple[FleetState, dict[tuple[str, bool], frozenset[str]]] = fleet.state, {}
+        self._without_dialects: tuple[FleetState, dict[tuple[str, bool], frozenset[str]]] = fleet.state, {}
         self.breakers = Breakers(config.gateway.breaker)
         self.deaths = Deaths()
         self.reconfigure(config, catalogue)
@@ -182,16 +182,18 @@ class Dispatcher:
         self.breakers.settings = config.gateway.breaker
         self.breakers.keep(frozenset(node.name for node in config.neurons))
 
-    def knows(self, model: str) -> bool:
+    def has_model(self, model: str) -> bool:
         """Return whether a model is in the catalogue, or on a node even if that is down now, and may be offered."""
-        return model in self._catalogue.profiles or (self._catalogue.admits(model) and self._fleet.state.knows(model))
+        return model in self._catalogue.profiles or (
+            self._catalogue.admits(model) and self._fleet.state.has_model(model)
+        )
 
     def unknown(self, name: str) -> ApiError:
         """Return what is said of a model that nobody has: none for good, or for now while a node never answered."""
-        unheard = [node.name for node in self._fleet.state.nodes.values() if node.discovery is None]
-        if not unheard or not self._catalogue.admits(name):
+        unpolled = [node.name for node in self._fleet.state.nodes.values() if node.discovery is None]
+        if not unpolled or not self._catalogue.admits(name):
             return ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
-        message = f"No node has the model {name!r}, and {', '.join(unheard)} has not answered yet."
+        message = f"No node has the model {name!r}, and {', '.join(unpolled)} has not answered yet."
         return NoNodeError(message, retry_after_s=RETRY_RECOVERY_S)
 
     def only_replica(self, model: str, dialect: str) -> str | None:
@@ -225,7 +227,7 @@ class Dispatcher:
             ApiError: the load failed, or the last node that was tried could not be reached.
         """
         model = question.model
-        excluded = self._deaf_to(question)
+        excluded = self._without_dialect(question)
         gone: frozenset[str] = frozenset()
         if self.deaths.is_deadly(question.body, time.monotonic()):
             raise DeadlyRequestError(DEADLY)
@@ -374,19 +376,19 @@ class Dispatcher:
             raise refusal
         return refusal
 
-    def _deaf_to(self, question: Question) -> frozenset[str]:
+    def _without_dialect(self, question: Question) -> frozenset[str]:
         """Return the nodes that cannot be asked ``question``; one that has not said what it speaks is none of them."""
-        state, known = self._deaf
+        state, known = self._without_dialects
         if state is not self._fleet.state:
             known = {}
-            self._deaf = self._fleet.state, known
+            self._without_dialects = self._fleet.state, known
         key = question.dialect, question.as_chat is not None
         found = known.get(key)
         if found is None:
             found = known[key] = frozenset(
                 node.name
                 for node in self._fleet.state.nodes.values()
-                if node.discovery is not None and not _understands(question, node.discovery.dialects)
+                if node.discovery is not None and not _can_ask(question, node.discovery.dialects)
             )
         return found
 
@@ -510,5 +512,5 @@ class Dispatcher:
         )
 
 
-def _understands(question: Question, dialects: Sequence[str]) -> bool:
+def _can_ask(question: Question, dialects: Sequence[str]) -> bool:
     return question.dialect in dialects or (question.as_chat is not None and CHAT.name in dialects)

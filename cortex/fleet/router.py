@@ -102,7 +102,7 @@ def _route_cold(
     busy = bool(excluded)
     excluded |= gone
     if profile is None and not listing:
-        if state.knows(model):
+        if state.has_model(model):
             return Busy(RETRY_RECOVERY_S, f"the nodes that have {model} are down")
         return Unknown()
     profile = profile or offered_profile(state, model, gone)

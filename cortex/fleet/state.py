@@ -101,7 +101,7 @@ class FleetState:
             ByModel(up, lambda node, status: True),
         )
 
-    def knows(self, model: str) -> bool:
+    def has_model(self, model: str) -> bool:
         """Return whether a node listed a model when it last answered, one that is down now included."""
         return any(model in node.models for node in self.nodes.values())
 

@@ -459,8 +459,8 @@ async def test_no_node_is_503_with_retry_after_and_nothing_is_denied_for_it() ->
         call = await gateway.chat().end()
         assert (call.status, call.json()["error"]["code"]) == (503, "no_node")
         assert int(call.headers["retry-after"]) >= 1
-        unheard = await gateway.chat(model="x").end()
-        assert (unheard.status, unheard.json()["error"]["code"]) == (503, "no_node")
+        unpolled = await gateway.chat(model="x").end()
+        assert (unpolled.status, unpolled.json()["error"]["code"]) == (503, "no_node")
 
 
 async def test_a_recovering_model_is_loaded_beside_what_is_elsewhere() -> None:
