@@ -253,7 +253,7 @@ class Admin:
                 workers=node.health.workers if node.health else (),
                 models=tuple(sorted(node.models.values(), key=lambda status: status.id)),
                 in_flight=in_flight.get(node.name, 0),
-                strikes=node.strikes,
+                strikes=node.failed_polls,
                 fault=node.fault,
             )
             for node in self._fleet.state.nodes.values()

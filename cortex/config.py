@@ -56,7 +56,7 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Polling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How nodes are watched. ``strikes`` missed polls in a row make a node down."""
+    """Polling of nodes. ``strikes`` is the failure threshold: so many failed polls in a row make a node down."""
 
     interval_s: Seconds = 2.0
     timeout_s: Seconds = 3.0

@@ -29,7 +29,7 @@ def node_tree(node: Node) -> Tree:
         version=node.discovery.version if node.discovery else "",
         hostname=node.discovery.hostname if node.discovery else "",
         fault=node.fault or "",
-        strikes=node.strikes,
+        failed_polls=node.failed_polls,
         activating=list(node.health.activating) if node.health else [],
         devices={device.id: _device(device, workers.get(device.id)) for device in devices},
         models={

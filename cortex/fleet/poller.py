@@ -1,8 +1,8 @@
-"""Keeps what is known of each node fresh: one task per node, so that a slow one delays nobody else.
+"""The poller: keeps the state of each node current, in one task per node, so that a slow node delays no other.
 
-A poll asks ``/health``, ``/models`` and, for its free memory, ``/discovery`` together. A missed poll, whatever was
-wrong with it, changes nothing but the count of strikes; the configured number of them in a row makes the node down. A
-node that is down is asked less and less often, up to a bound, and is up again with its first good answer.
+A poll requests ``/health``, ``/models`` and, for the free memory, ``/discovery`` together. A failed poll, for whatever
+reason, changes only the count of failed polls; at the failure threshold (``strikes``) the node is down. A node that is
+down is polled less and less often, up to a bound, and is up again with its first good answer.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class Poller:
         self.reconfigure(self._neurons, self._settings)
 
     def reconfigure(self, neurons: Mapping[str, NeuronClient], settings: Polling) -> None:
-        """Watch these from now on."""
+        """Poll these nodes from now on."""
         changed = {name for name, neuron in neurons.items() if self._neurons.get(name) is not neuron}
         for name in self._tasks.keys() - neurons.keys() | (self._tasks.keys() & changed):
             self._tasks.pop(name).cancel()
@@ -59,19 +59,19 @@ class Poller:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def poll_soon(self, node: str) -> None:
-        """Poll a node now rather than when it is due: a request has just learnt something about it."""
+        """Poll a node now rather than when it is due, since a request to it has just failed."""
         if node in self._tasks:
             self._wanted[node].set()
 
     async def poll(self, name: str) -> None:
-        """Ask a node once and note what it says, or that it said nothing of use: whatever went wrong is a strike."""
+        """Poll a node once, and record its state or a failed poll."""
         try:
             await self._ask(name)
         except ApiError as error:
-            self._strike(name, error)
+            self._fail(name, error)
         except Exception as error:
             log.exception("node=%s poll failed", name)
-            self._strike(name, error)
+            self._fail(name, error)
 
     async def _ask(self, name: str) -> None:
         neuron = self._neurons[name]
@@ -101,19 +101,19 @@ class Poller:
                 health=health.result(),
                 models=statuses,
                 foreign_load=max(0, reported - self._fleet.in_flight.by_node.get(name, 0)),
-                strikes=0,
+                failed_polls=0,
                 fault=None,
             )
         )
 
-    def _strike(self, name: str, error: BaseException) -> None:
+    def _fail(self, name: str, error: BaseException) -> None:
         known = self._fleet.state.nodes[name]
-        strikes = known.strikes + 1
-        up = known.up and strikes < self._settings.strikes
+        failed_polls = known.failed_polls + 1
+        up = known.up and failed_polls < self._settings.strikes
         fault = str(error)[:MAX_TEXT] or type(error).__name__
-        if strikes == self._settings.strikes:  # once, of a node that has never been up too
-            log.warning("node=%s down strikes=%d fault=%r", name, strikes, fault)
-        self._fleet.replace(replace(known, up=up, polled=True, strikes=strikes, fault=fault))
+        if failed_polls == self._settings.strikes:  # once, of a node that has never been up too
+            log.warning("node=%s down failed_polls=%d fault=%r", name, failed_polls, fault)
+        self._fleet.replace(replace(known, up=up, polled=True, failed_polls=failed_polls, fault=fault))
 
     async def _watch(self, name: str) -> None:
         while True:
@@ -127,7 +127,7 @@ class Poller:
 
     def _pause_s(self, name: str) -> float:
         settings = self._settings
-        excess = self._fleet.state.nodes[name].strikes - settings.strikes
+        excess = self._fleet.state.nodes[name].failed_polls - settings.strikes
         if excess <= 0:
             return settings.interval_s
         return max(settings.interval_s, min(settings.max_backoff_s, settings.interval_s * 2.0 ** min(excess, 16)))

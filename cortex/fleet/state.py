@@ -18,7 +18,7 @@ from cortex.wire.node import Device, DeviceKind, Discovery, Health, ModelState, 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node as last seen. ``strikes`` counts missed polls in a row; ``fault`` says what was wrong with the last."""
+    """State of one node. ``failed_polls`` counts failed polls in a row; ``fault`` is the reason of the last."""
 
     name: str
     endpoint: str
@@ -30,7 +30,7 @@ class Node:
     models: Mapping[str, ModelStatus] = field(default_factory=dict)
     foreign_load: int = 0
     """Requests it has from elsewhere: what it reported less what this process had there then."""
-    strikes: int = 0
+    failed_polls: int = 0
     fault: str | None = None
 
     @property

@@ -310,7 +310,7 @@ async def check_poller(script: Any, *, is_up: bool = False) -> Rig:
         if is_up:
             await until(lambda: fleet.state.nodes["hostile"].up)
         else:
-            await until(lambda: fleet.state.nodes["hostile"].strikes >= 3)
+            await until(lambda: fleet.state.nodes["hostile"].failed_polls >= 3)
             assert not fleet.state.nodes["hostile"].up
             assert fleet.state.nodes["hostile"].fault
             call = await gateway.chat().end()

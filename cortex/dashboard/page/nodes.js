@@ -14,7 +14,7 @@ export const waiting = (node) => Object.values(node.devices ?? {}).reduce((sum, 
 export function isTrouble(node) {
   return (
     node.state !== "ready" ||
-    Boolean(node.strikes) ||
+    Boolean(node.failed_polls) ||
     Object.values(node.devices ?? {}).some((device) => ["poisoned", "recovering", "stopped"].includes(device.worker)) ||
     Object.values(node.models ?? {}).some((status) => ["failed", "recovering"].includes(status.state))
   );
@@ -99,7 +99,7 @@ class Node {
     shown(this.figures, up);
     shown(this.list, up);
     if (!up) shown(this.sum, false);
-    text(this.fault, node.fault ? `${node.fault}${node.strikes ? ` (missed ${plural(node.strikes, "poll")})` : ""}` : "");
+    text(this.fault, node.fault ? `${node.fault}${node.failed_polls ? ` (missed ${plural(node.failed_polls, "poll")})` : ""}` : "");
     shown(this.fault, Boolean(node.fault));
     const names = Object.entries(node.models ?? {}).map(([id, status]) => (status.state === "ready" ? id : `${id} (${status.state})`));
     text(this.models, names.length ? names.join(", ") : "No model is loaded here.");

@@ -1,4 +1,4 @@
-"""Watching nodes: three strikes, back-off, recovery, and nobody waits for the slow one."""
+"""Polling of nodes: the failure threshold, back-off, recovery, and no wait for a slow node."""
 
 import asyncio
 
@@ -36,7 +36,7 @@ async def test_one_missed_poll_is_not_a_dead_node() -> None:
         neuron.control = fail_once
         await struck.wait()
         seen = set()
-        while neuron.num_polls < 3 or fleet.state.nodes["a"].strikes:
+        while neuron.num_polls < 3 or fleet.state.nodes["a"].failed_polls:
             seen.add(fleet.state.nodes["a"].up)
             await fleet.changed()
         assert seen <= {True}
@@ -44,27 +44,27 @@ async def test_one_missed_poll_is_not_a_dead_node() -> None:
 
 
 @pytest.mark.parametrize("fault", [hang, nonsense, error(500, "x")])
-async def test_three_strikes_and_recovery(fault: object) -> None:
+async def test_a_node_is_down_after_three_failed_polls_and_recovers(fault: object) -> None:
     neuron = FakeNeuron().ready("m")
     quick = msgspec.structs.replace(QUICK, timeout_s=0.1)
     async with rig(neuron, polling=quick) as gateway:
         fleet = gateway.gateway.fleet
         neuron.control = fault  # type: ignore[assignment]
-        strikes_when_down = None
-        while strikes_when_down is None:
+        failed_polls_when_down = None
+        while failed_polls_when_down is None:
             await fleet.changed()
             known = fleet.state.nodes["a"]
-            assert known.up == (known.strikes < 3)
+            assert known.up == (known.failed_polls < 3)
             if not known.up:
-                strikes_when_down = known.strikes
-        assert strikes_when_down == 3
+                failed_polls_when_down = known.failed_polls
+        assert failed_polls_when_down == 3
         assert fleet.state.nodes["a"].fault
         assert not fleet.state.serving
         call = await gateway.chat().end()
         assert (call.status, call.headers["retry-after"]) == (503, "5"), "known, though its node is down"
         neuron.control = None
         await until(lambda: fleet.state.nodes["a"].up)
-        assert fleet.state.nodes["a"].strikes == 0
+        assert fleet.state.nodes["a"].failed_polls == 0
         assert (await gateway.chat().end()).status == 200
 
 
@@ -74,7 +74,7 @@ async def test_a_poll_that_fails_leaves_nothing_to_whoever_polls() -> None:
     async with rig(neuron) as gateway:
         neuron.control = error(500, "x")
         await gateway.gateway.service.poller.poll("a")
-        assert gateway.gateway.fleet.state.nodes["a"].strikes >= 1
+        assert gateway.gateway.fleet.state.nodes["a"].failed_polls >= 1
         current = asyncio.current_task()
         assert current is not None
         assert current.cancelling() == 0
@@ -107,7 +107,7 @@ async def test_a_node_that_is_down_is_asked_less_often() -> None:
     neuron = FakeNeuron(control=error(500, "x"))
     async with rig(neuron) as gateway:
         poller, fleet = gateway.gateway.service.poller, gateway.gateway.fleet
-        await until(lambda: fleet.state.nodes["a"].strikes >= 6)
+        await until(lambda: fleet.state.nodes["a"].failed_polls >= 6)
         assert poller._pause_s("a") == pytest.approx(QUICK.max_backoff_s)
         neuron.control = None
         poller.poll_soon("a")
@@ -167,7 +167,7 @@ async def test_a_draining_node_gets_no_requests() -> None:
 async def test_a_node_that_is_down_from_the_start_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     neuron = FakeNeuron(control=error(500, "x"))
     async with rig(neuron) as gateway:
-        await until(lambda: gateway.gateway.fleet.state.nodes["a"].strikes >= 6)
+        await until(lambda: gateway.gateway.fleet.state.nodes["a"].failed_polls >= 6)
     assert len([record for record in caplog.records if "node=a down" in record.getMessage()]) == 1
 
 
