@@ -140,7 +140,7 @@ class Rehearsal(UntimedGpu):
         """Have models run the kernels, in the interpreter, as a Hopper GPU would choose them."""
         from neuron.triton_kernels.interpreter import mend
         from neuron.triton_kernels.launch import Target, targeting
-        from neuron.triton_kernels.operations import TritonOperations
+        from neuron.triton_kernels.triton_operations import TritonOperations
 
         mend()
         operations = TritonOperations()

@@ -17,6 +17,7 @@ from neuron.models.rope import inverse_frequencies
 from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.operations import Experts, Operations, Picks
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix, embedding_rows
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class LayerWeights:
     """``[2 I, hidden]``"""
     down: Matrix
     router: torch.Tensor | None = None
-    """``[E, hidden]`` where the MLP is E experts; ``gate_up`` and ``down`` are then :data:`~.dispatch.Experts`."""
+    """``[E, hidden]`` where the MLP is E experts; ``gate_up`` and ``down`` are then :data:`~.operations.Experts`."""
     attention_out_norm: torch.Tensor | None = None
     mlp_out_norm: torch.Tensor | None = None
     window_tokens: int = 0
@@ -145,7 +146,7 @@ def forward(
     batch: Batch,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    operations: dispatch.Operations | None = None,
+    operations: Operations | None = None,
     sum_ranks: SumRanks | None = None,
 ) -> torch.Tensor:
     """Return the normalised hidden state ``[T, hidden]`` of ``token_ids`` ``[T]``, and write their keys and values.
@@ -177,7 +178,7 @@ def forward(
             _add(kernels, x, layer.down, None, layer.mlp_out_norm, eps, residual, sum_ranks)
         else:
             x = kernels.rms_norm(residual, layer.post_norm, eps)
-            picks = dispatch.Picks(config.num_experts_per_token, config.normalises_experts)
+            picks = Picks(config.num_experts_per_token, config.normalises_experts)
             added = residual if sum_ranks is None else torch.zeros_like(residual)
             kernels.add_experts(x, layer.router, _experts(layer.gate_up), _experts(layer.down), picks, added)
             if sum_ranks is not None:
@@ -186,7 +187,7 @@ def forward(
 
 
 def _add(
-    kernels: dispatch.Operations,
+    kernels: Operations,
     x: torch.Tensor,
     weight: Matrix,
     bias: torch.Tensor | None,
@@ -208,14 +209,14 @@ def _add(
         kernels.add_normed(x, (out_norm, eps), residual)
 
 
-def _experts(matrix: Matrix) -> dispatch.Experts:
+def _experts(matrix: Matrix) -> Experts:
     if isinstance(matrix, StackedMatrix):
         raise TypeError("experts of one layer are in one form")
     return matrix
 
 
 def logits(
-    weights: DecoderWeights, hidden: torch.Tensor, operations: dispatch.Operations | None = None, cap: float = 0.0
+    weights: DecoderWeights, hidden: torch.Tensor, operations: Operations | None = None, cap: float = 0.0
 ) -> torch.Tensor:
     """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``, within ``cap`` unless it is 0.
 

@@ -24,6 +24,7 @@ from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import dispatch, round_state, sampling_rows
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.operations import Operations
 
 if TYPE_CHECKING:
     from neuron.triton_kernels.compile import Compilation
@@ -49,7 +50,7 @@ def variants(
     """
     from neuron.triton_kernels.compile import target_for
     from neuron.triton_kernels.launch import recording
-    from neuron.triton_kernels.operations import TritonOperations
+    from neuron.triton_kernels.triton_operations import TritonOperations
 
     dtype = getattr(torch, plan.dtype)
     if dtype == torch.float32:
@@ -71,7 +72,7 @@ def variants(
     return recorder.variants
 
 
-def _sample(config: ModelConfig, plan: MemoryPlan, operations: dispatch.Operations) -> None:
+def _sample(config: ModelConfig, plan: MemoryPlan, operations: Operations) -> None:
     """Launch what follows the logits: with and without what changes them, and the ends of a captured step."""
     rows, vocab_size = plan.max_sequences, config.vocab_size
     for changes in (False, True):

@@ -1,183 +1,26 @@
-"""Which implementation of the operations a device gets: Triton kernels on CUDA, eager torch elsewhere.
+"""Choice of the operations' implementation for a device: Triton kernels on CUDA, eager torch elsewhere.
 
 ``NEURON_TRITON=off`` forces eager torch everywhere, and a host without Triton gets it with a warning. Importing this
 module imports no Triton; :func:`operations_for` does, once, for the first CUDA device.
-
-Both implementations have the operations of a decoder's layer, fused as far as a kernel fuses them, and what follows the
-logits, so that a step is written once: the eager ones are compositions of :mod:`neuron.triton_kernels.reference`.
 """
 
 import functools
 import logging
 import os
-from typing import Final, NamedTuple, Protocol
+from typing import Final
 
 import torch
 
-from neuron.triton_kernels import reference, sampling_reference
-from neuron.triton_kernels.batch import Batch
-from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix
-from neuron.triton_kernels.round_state import RoundState
-from neuron.triton_kernels.routing import route
-from neuron.triton_kernels.sampling_rows import SamplingRows
+from neuron.triton_kernels.eager_operations import EagerOperations
+from neuron.triton_kernels.operations import Operations
 
 logger = logging.getLogger(__name__)
-
-SKINNY_ROWS: Final = 64
-"""Up to this many rows the weights' bytes are what a projection costs."""
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
-Norm = tuple[torch.Tensor, float]
-Experts = torch.Tensor | QuantizedMatrix
-"""``[E, N, K]``, or ``[E N, K]`` quantised."""
-
-
-class Picks(NamedTuple):
-    """How many experts a token gets, and whether their weights are made to sum to 1."""
-
-    choices: int
-    normalise: bool
-
-
-class Operations(Protocol):
-    """What a decoder's layer is made of; shapes as in :mod:`neuron.triton_kernels.reference`."""
-
-    def normed_linear(self, x: torch.Tensor, norm: Norm, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return ``norm(x) weight^T + bias``."""
-
-    def normed_mlp_in(self, x: torch.Tensor, norm: Norm, gate_up: Matrix, activation: str) -> torch.Tensor:
-        """Return ``f(gate) * up`` of ``norm(x) gate_up^T``, f being ``"silu"`` or ``"gelu"``."""
-
-    def add_linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
-        """Add ``x weight^T + bias`` to ``residual`` in place."""
-
-    def add_normed(self, x: torch.Tensor, norm: Norm, residual: torch.Tensor) -> None:
-        """Add ``norm(x)`` to ``residual`` in place."""
-
-    def attention(
-        self,
-        qkv: torch.Tensor,
-        qk_norm: torch.Tensor | None,
-        eps: float,
-        rotary: Rotary,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: Batch,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        """Norm and rotate heads, write keys and values, and attend to the last ``window`` or all: ``[T, H D]``."""
-
-    def rotary_table(self, positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype) -> Rotary:
-        """Return cosine and sine of ``positions``."""
-
-    def add_experts(
-        self,
-        x: torch.Tensor,
-        router: torch.Tensor,
-        gate_up: Experts,
-        down: Experts,
-        picks: Picks,
-        residual: torch.Tensor,
-    ) -> None:
-        """Add the weighted sum of the experts that ``router`` ``[E, hidden]`` picks for each row (SiLU)."""
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return ``x`` normalised."""
-
-    def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return ``x weight^T + bias``."""
-
-    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a token id int32 and its log-probability for each row of ``logits`` ``[R, V]``."""
-
-    def open_round(self, state: RoundState) -> None:
-        """Put what the step before sampled in the places of the tokens that name its rows."""
-
-    def close_round(self, state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
-        """Publish ``ids`` ``[B]`` and move each row that has not ended one on."""
-
-
-class EagerOperations:
-    """The operations in eager torch."""
-
-    def normed_linear(self, x: torch.Tensor, norm: Norm, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return ``norm(x) weight^T + bias``."""
-        return reference.linear(reference.rms_norm(x, *norm), weight, bias)
-
-    def normed_mlp_in(self, x: torch.Tensor, norm: Norm, gate_up: Matrix, activation: str) -> torch.Tensor:
-        """Return ``f(gate) * up`` of ``norm(x) gate_up^T``."""
-        product = reference.linear(reference.rms_norm(x, *norm), gate_up)
-        return reference.silu_and_mul(product) if activation == "silu" else reference.gelu_and_mul(product)
-
-    def add_linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
-        """Add ``x weight^T + bias`` to ``residual`` in place."""
-        residual.add_(reference.linear(x, weight, bias))
-
-    def add_normed(self, x: torch.Tensor, norm: Norm, residual: torch.Tensor) -> None:
-        """Add ``norm(x)`` to ``residual`` in place."""
-        residual.add_(reference.rms_norm(x, *norm))
-
-    def attention(
-        self,
-        qkv: torch.Tensor,
-        qk_norm: torch.Tensor | None,
-        eps: float,
-        rotary: Rotary,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: Batch,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        """Norm and rotate heads, write keys and values, and attend: ``[T, H D]``."""
-        q = reference.rope_and_cache(qkv, qk_norm, eps, rotary, batch.slots, key_cache, value_cache)
-        return reference.paged_attention(q, key_cache, value_cache, batch, scale, window)
-
-    def rotary_table(self, positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype) -> Rotary:
-        """Return cosine and sine of ``positions``."""
-        return reference.rotary_table(positions, inverse_frequencies, dtype)
-
-    def add_experts(
-        self,
-        x: torch.Tensor,
-        router: torch.Tensor,
-        gate_up: Experts,
-        down: Experts,
-        picks: Picks,
-        residual: torch.Tensor,
-    ) -> None:
-        """Add the weighted sum of the experts picked."""
-        routing = route(reference.matmul(x, router), picks.choices, normalise=picks.normalise)
-        inner = reference.silu_and_mul(reference.moe_matmul(x, gate_up, routing))
-        reference.add_choices(reference.moe_matmul(inner, down, routing, weighted=True), picks.choices, residual)
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return ``x`` normalised."""
-        return reference.rms_norm(x, weight, eps)
-
-    def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return ``x weight^T + bias``."""
-        return reference.linear(x, weight, bias)
-
-    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a token id int32 and its log-probability for each row."""
-        return sampling_reference.sample_rows(logits, rows)
-
-    def open_round(self, state: RoundState) -> None:
-        """Put what the step before sampled in the places of the tokens that name its rows."""
-        sampling_reference.open_round(state)
-
-    def close_round(self, state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
-        """Publish ``ids`` and move each row that has not ended one on."""
-        sampling_reference.close_round(state, ids, page_tokens)
-
 
 EAGER: Final = EagerOperations()
 
 
 def operations_for(device: torch.device, dtype: torch.dtype) -> Operations:
-    """Return what runs on ``device``. Float32 stays eager: the kernels' matrix units would make TF32 of it."""
+    """Return the implementation for ``device``; float32 stays eager: the kernels would compute it as TF32."""
     if device.type != "cuda" or dtype == torch.float32 or os.environ.get("NEURON_TRITON") == "off":
         return EAGER
     return _triton_operations() or EAGER
@@ -186,7 +29,7 @@ def operations_for(device: torch.device, dtype: torch.dtype) -> Operations:
 @functools.cache
 def _triton_operations() -> Operations | None:
     try:
-        from neuron.triton_kernels.operations import TritonOperations
+        from neuron.triton_kernels.triton_operations import TritonOperations
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

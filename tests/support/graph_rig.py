@@ -12,11 +12,13 @@ from neuron.device import _fake_driver as fake  # type: ignore[attr-defined]
 from neuron.device.driver import DeviceFault
 from neuron.device.loop import DeviceLoop
 from neuron.engine.step_inputs import StepInputs
-from neuron.triton_kernels import dispatch, reference
+from neuron.triton_kernels import reference
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.eager_operations import EagerOperations
+from neuron.triton_kernels.operations import Rotary
 
 
-class ByDefinition(dispatch.EagerOperations):
+class ByDefinition(EagerOperations):
     """Attention by the page table, as the kernels read it: the eager one wants the step's parts, which no graph has."""
 
     def attention(
@@ -24,7 +26,7 @@ class ByDefinition(dispatch.EagerOperations):
         qkv: torch.Tensor,
         qk_norm: torch.Tensor | None,
         eps: float,
-        rotary: dispatch.Rotary,
+        rotary: Rotary,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         batch: Batch,

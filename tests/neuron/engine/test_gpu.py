@@ -23,7 +23,7 @@ from neuron.engine.sampler import Draws
 from neuron.engine.sequence import Int32Array
 from neuron.engine.step_inputs import PENDING, Published, StepInputs
 from neuron.models.sizing import PAGE_TOKENS
-from neuron.triton_kernels.operations import TritonOperations
+from neuron.triton_kernels.triton_operations import TritonOperations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 

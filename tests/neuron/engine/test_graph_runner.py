@@ -393,7 +393,7 @@ def test_a_captured_step_launches_what_was_compiled_for_it(
     pytest.importorskip("triton")
     from neuron.triton_kernels.compile import target_for
     from neuron.triton_kernels.launch import recording
-    from neuron.triton_kernels.operations import TritonOperations
+    from neuron.triton_kernels.triton_operations import TritonOperations
 
     operations = TritonOperations()
     monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: operations)

@@ -44,7 +44,7 @@ from neuron.triton_kernels import (  # noqa: E402
 from neuron.triton_kernels.batch import Batch  # noqa: E402
 from neuron.triton_kernels.compile import Compilation, KernelCache, KernelCompileError, target_for  # noqa: E402
 from neuron.triton_kernels.launch import Variant, recording  # noqa: E402
-from neuron.triton_kernels.operations import TritonOperations  # noqa: E402
+from neuron.triton_kernels.triton_operations import TritonOperations  # noqa: E402
 from neuron.triton_kernels.warm import CompileAfterReadyError, DriverTooOldError  # noqa: E402
 
 

@@ -19,7 +19,7 @@ def test_the_cpu_and_float32_stay_eager() -> None:
 
 def test_cuda_gets_kernels_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from neuron.triton_kernels.operations import TritonOperations
+    from neuron.triton_kernels.triton_operations import TritonOperations
 
     monkeypatch.delenv("NEURON_TRITON", raising=False)
     assert isinstance(dispatch.operations_for(CUDA, torch.bfloat16), TritonOperations)
@@ -40,7 +40,7 @@ from neuron.models.config import ModelConfig
 from neuron.models.registry import ARCHITECTURES
 from neuron.triton_kernels import cases, dispatch, reference
 from neuron.triton_kernels.interpreter import mend
-from neuron.triton_kernels.operations import TritonOperations
+from neuron.triton_kernels.triton_operations import TritonOperations
 
 mend()
 torch.manual_seed(0)
