@@ -238,10 +238,10 @@ rehearse-gpu: $(VENV)/triton
 	PYTHONPATH=tests/support $(BIN)/python -P bench/gpu/run.py --rehearse
 
 bench: $(VENV)/editable
-	for script in sse peek translate device_loop decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
+	for script in bytes/sse bytes/peek bytes/translate engine/device_loop engine/decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
 
 bench-cpu: $(VENV)/editable
-	PYTHONPATH=bench:tests/support $(BIN)/python -P bench/cpu.py --keep --build-peer
+	PYTHONPATH=bench:tests/support $(BIN)/python -P bench/cpu/run.py --keep --build-peer
 
 # The gateways that cortex is measured beside, in an environment of their own: pinned, since they change fast. nginx and
 # wrk come from Debian where this may install them.
@@ -279,7 +279,7 @@ bench-gateway-scale: $(VENV)/editable
 	PYTHONPATH=bench $(BIN)/python -P bench/gateway/scale.py --keep $(GATEWAY_OPTIONS)
 
 bench-engine: $(VENV)/editable
-	PYTHONPATH=bench $(BIN)/python -P bench/engine.py --keep
+	PYTHONPATH=bench $(BIN)/python -P bench/engine/streams.py --keep
 
 bench-regressions: $(VENV)/editable
 	$(BIN)/ninja -C build/editable --quiet

@@ -5,8 +5,8 @@ import json
 import pathlib
 import sys
 
-import cpu
 import pytest
+from cpu import run
 
 FIGURES = {
     "generate_1": 100.0,
@@ -43,13 +43,13 @@ def ours(model: pathlib.Path, *arguments: object) -> list[object]:
 def test_a_peer_that_dies_is_named_and_another_build_takes_its_place(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, options: argparse.Namespace
 ) -> None:
-    monkeypatch.setattr(cpu, "engine", ours)
-    monkeypatch.setattr(cpu, "PEER", write_peer(tmp_path / "llama", "kill -ILL $$"))
+    monkeypatch.setattr(run, "engine", ours)
+    monkeypatch.setattr(run, "PEER", write_peer(tmp_path / "llama", "kill -ILL $$"))
     theirs = json.dumps({"generate_1": 50.0, "prompt_512": 10.0, "load_s": 0.3})
-    monkeypatch.setattr(cpu, "PEER_NO_AMX", write_peer(tmp_path / "llama-no-amx", f"echo '{theirs}'"))
-    bench = cpu.Bench(options)
+    monkeypatch.setattr(run, "PEER_NO_AMX", write_peer(tmp_path / "llama-no-amx", f"echo '{theirs}'"))
+    bench = run.Bench(options)
     bench.peer()
-    probe = "python cpu_llama.py m.gguf --streams 1 --tokens 1 --repeats 1 --prompt"
+    probe = "python -P llama.py m.gguf --streams 1 --tokens 1 --repeats 1 --prompt"
     assert bench.notes == [f"FAILED llama.cpp: {probe} ended with SIGILL"]
     assert (bench.table.ratios["generate_1"], bench.table.ratios["prompt_512"]) == (2.0, 0.5)
 
@@ -57,10 +57,10 @@ def test_a_peer_that_dies_is_named_and_another_build_takes_its_place(
 def test_without_any_peer_our_own_figures_are_measured(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, options: argparse.Namespace
 ) -> None:
-    monkeypatch.setattr(cpu, "engine", ours)
-    monkeypatch.setattr(cpu, "PEER", write_peer(tmp_path / "llama", "exit 132"))
-    monkeypatch.setattr(cpu, "PEER_NO_AMX", write_peer(tmp_path / "llama-no-amx", "echo nothing"))
-    bench = cpu.Bench(options)
+    monkeypatch.setattr(run, "engine", ours)
+    monkeypatch.setattr(run, "PEER", write_peer(tmp_path / "llama", "exit 132"))
+    monkeypatch.setattr(run, "PEER_NO_AMX", write_peer(tmp_path / "llama-no-amx", "echo nothing"))
+    bench = run.Bench(options)
     bench.peer()
     bench.formats()
     assert [note.rpartition(" ended ")[2] for note in bench.notes[:1]] == ["with SIGILL"]
@@ -72,11 +72,11 @@ def test_without_any_peer_our_own_figures_are_measured(
 def test_a_peer_that_fails_in_one_part_costs_that_part_only(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, options: argparse.Namespace
 ) -> None:
-    monkeypatch.setattr(cpu, "engine", ours)
+    monkeypatch.setattr(run, "engine", ours)
     theirs = json.dumps({"generate_1": 50.0})
     script = f"case \"$*\" in *--kind*) exit 3;; *) echo '{theirs}';; esac"
-    monkeypatch.setattr(cpu, "PEER", write_peer(tmp_path / "llama", script))
-    bench = cpu.Bench(options)
+    monkeypatch.setattr(run, "PEER", write_peer(tmp_path / "llama", script))
+    bench = run.Bench(options)
     bench.formats()
     bench.drawn()
     assert [note.rpartition(" ended ")[2] for note in bench.notes] == ["with status 3"] * 3

@@ -1,6 +1,6 @@
-"""Does decoding keep within the quota of its control group? Printed as JSON, for ``cpu.py``.
+"""Does decoding keep within the quota of its control group? Printed as JSON, for ``run.py``.
 
-``cpu_quota.py CORES COMMAND ...`` runs a side of the bench in a group of its own that may use so many cores' time.
+``quota.py CORES COMMAND ...`` runs a side of the bench in a group of its own that may use so many cores' time.
 Whoever runs more threads than that is stopped in the middle of each of the kernel's periods, and its tokens with it;
 ``not_throttled`` is the share of periods in which that did not happen. Needs the right to make a control group.
 """
@@ -47,7 +47,7 @@ def main() -> None:
     """Measure, print, end."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cores", type=float)
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="a side of cpu.py and its arguments")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="a side of run.py and its arguments")
     options = parser.parse_args()
     with limited(options.cores) as folder:
         enter = f'echo $$ > "{folder}/cgroup.procs" && exec "$@"'

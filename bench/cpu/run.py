@@ -1,6 +1,6 @@
-"""How fast is a small model on this CPU, beside llama.cpp on the same file and threads, and beside the memory's limit?
+"""Speed of a small model on this CPU, beside llama.cpp on the same file and threads, and beside the memory's limit.
 
-``python bench/cpu.py [MODEL.gguf]``. The sides run in turn, each in its own process, and the best of the rounds counts.
+``python bench/cpu/run.py [MODEL.gguf]``. The sides run in turn, each in its own process; the best of the rounds counts.
 llama.cpp is built from PyPI's llama-cpp-python into ``build/llama`` for this processor and into ``build/llama-avx2``
 for AVX2, with ``--build-peer`` (some minutes each, once); where the processor's own build does not run (its AMX code
 has died of SIGILL on a Xeon), ``build/llama-no-amx`` takes its place. Where no build is there or a side fails, its
@@ -24,13 +24,13 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import cpu_quota
 import report
+from cpu import quota
 
 from neuron.load import source
 
 HERE = pathlib.Path(__file__).parent
-BUILD = HERE.parent / "build"
+BUILD = HERE.parents[1] / "build"
 PEER, PEER_NO_AMX, PEER_AVX2 = BUILD / "llama", BUILD / "llama-no-amx", BUILD / "llama-avx2"
 AVX512 = {"avx512f": "AVX512", "avx512_vbmi": "AVX512_VBMI", "avx512_vnni": "AVX512_VNNI", "avx512_bf16": "AVX512_BF16"}
 """Flags of a processor, and llama.cpp's switches for code that uses them."""
@@ -127,12 +127,12 @@ def _ending(status: int) -> str:
 
 def engine(model: pathlib.Path, *arguments: object) -> list[object]:
     """Return the command of our side."""
-    return [sys.executable, "-P", HERE / "cpu_engine.py", model, *arguments]
+    return [sys.executable, "-P", HERE / "engine.py", model, *arguments]
 
 
 def peer(folder: pathlib.Path, model: pathlib.Path, *arguments: object) -> list[object]:
     """Return the command of llama.cpp's side."""
-    return [folder / "bin" / "python", HERE / "cpu_llama.py", model, *arguments]
+    return [folder / "bin" / "python", "-P", HERE / "llama.py", model, *arguments]
 
 
 def best(rounds: Iterable[Figures]) -> Figures:
@@ -258,14 +258,14 @@ class Bench:
     def transformers(self) -> None:
         """Our file beside the same weights in bfloat16."""
         ours = run(*engine(self.model, "--streams", 1, 8, "--prompt"))
-        theirs = self._theirs(sys.executable, "-P", HERE / "cpu_transformers.py", self.model)
+        theirs = self._theirs(sys.executable, "-P", HERE / "transformers.py", self.model)
         self.table.both(ours, theirs, "transformers_")
 
     def http(self) -> None:
         """What clients get of the engine's own rate."""
         arguments = ["--streams", 1, 8, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
         ours = run(*engine(self.model, *arguments))
-        found = run(sys.executable, "-P", HERE / "cpu_http.py", self.model, *arguments)
+        found = run(sys.executable, "-P", HERE / "http.py", self.model, *arguments)
         for daemon in ("neuron", "cortex"):
             for key, value in found[daemon].items():
                 self.table.add(f"http_{daemon}_{key}", value, ours[key])
@@ -275,18 +275,18 @@ class Bench:
         quick = ["--streams", 1, "--tokens", 64, "--repeats", 2]
         theirs = self._llama(self.model, *quick, cores=1)
         self.table.both(run(*engine(self.model, *quick), cores=1), theirs, "one_core_")
-        beside = [sys.executable, "-P", HERE / "cpu_manners.py"]
+        beside = [sys.executable, "-P", HERE / "manners.py"]
         ours = run(*beside, *engine(self.model, "--streams", 1, "--tokens", 400, "--repeats", 3))
         theirs = self._llama(self.model, *quick, within=beside)
         self.table.both(ours, theirs, "busy_cores_")
         self.table.add("busy_cores_left_to_others", None, ratio=ours["left_to_others"])
         try:
-            with cpu_quota.limited(1.0):
+            with quota.limited(1.0):
                 pass
         except OSError as error:
             self.notes.append(f"No quota is measured, for no control group can be made here: {error}.")
             return
-        within = [sys.executable, "-P", HERE / "cpu_quota.py", 1.0]
+        within = [sys.executable, "-P", HERE / "quota.py", 1.0]
         ours = run(*within, *engine(self.model, "--streams", 1, "--tokens", 400, "--repeats", 3))
         theirs = self._llama(self.model, *quick, within=within)
         self.table.both(ours, theirs, "quota_1_")

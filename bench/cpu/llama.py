@@ -1,4 +1,4 @@
-"""Measure llama.cpp through llama-cpp-python, and print the figures as JSON: the other side of ``cpu.py``.
+"""Measure llama.cpp through llama-cpp-python, and print the figures as JSON: the other side of ``run.py``.
 
 Runs in an environment of its own, with nothing of this project. Every batch asks for all its logits' rows, as a server
 that samples must; tokens are given, not chosen, so the time is that of ``llama_decode`` alone.

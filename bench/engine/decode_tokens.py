@@ -5,7 +5,7 @@ transformers on the same weights in the same dtype, and beside a probe of how fa
 minute, because it changes from minute to minute on shared hosts. A decode step reads every weight once, whatever the
 batch, so the share is steps per second times bytes of the weights over the probe.
 
-    python bench/decode_tokens.py [MODEL.gguf] [--keep]
+    python bench/engine/decode_tokens.py [MODEL.gguf] [--keep]
 """
 
 import array

@@ -1,4 +1,4 @@
-"""Measure the rate that clients of a neuron, and of a gateway before it, see; print it as JSON, for ``cpu.py``.
+"""Measure the rate that clients of a neuron, and of a gateway before it, see; print it as JSON, for ``run.py``.
 
 The daemons are the installed commands. The client is a bare asyncio reader of event streams in this process: it shares
 the cores with the engine, as a client on the same machine does.

@@ -1,4 +1,4 @@
-"""The compiled request path, for pytest-benchmark: ``pytest bench/test_regressions_fast.py --benchmark-only``."""
+"""The compiled request path, for pytest-benchmark: ``pytest --benchmark bench/regressions/test_fast.py``."""
 
 from typing import Any
 

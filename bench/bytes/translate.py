@@ -1,7 +1,7 @@
-"""What it costs the gateway to translate: a Messages stream made of chat chunks, and the bodies of long conversations.
+"""Cost of translation in the gateway: a Messages stream made of chat chunks, and the bodies of long conversations.
 
-``python bench/translate.py [--keep]``. CPU time of this process, of which only the difference between passing on and
-translating is the translation's. A token is a chunk, and each arrives by itself, as from a node that is not behind.
+``python bench/bytes/translate.py [--keep]``. CPU time of this process; translation costs the difference to forwarding.
+A token is a chunk, and each arrives by itself, as from a node that is not behind.
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """What a streamed token costs in SSE events: made in the node, passed through the gateway, read by a client.
 
-``python bench/sse.py [--keep]``
+``python bench/bytes/sse.py [--keep]``
 """
 
 import json

@@ -6,7 +6,7 @@ tokens is prefilled, its 99th percentile against the same streams' median when t
 of two requests that share a system prompt of 1,500 tokens, the first and the next. All without guesses; then one stream
 with and without them.
 
-    python bench/engine.py [MODEL.gguf] [--keep]
+    python bench/engine/streams.py [MODEL.gguf] [--keep]
 """
 
 import array

@@ -1,6 +1,6 @@
 """What it costs to learn a body's model and to know that the rest of it is JSON.
 
-``python bench/peek.py [--keep]``
+``python bench/bytes/peek.py [--keep]``
 """
 
 import json

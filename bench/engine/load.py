@@ -5,7 +5,7 @@ native kernels (which repack every matrix) and in eager torch (which copies it).
 files into new memory. Peak memory is what a load's process takes of its own beyond what it held before: pages of the
 mapped file are the page cache's.
 
-    python bench/load.py [--keep]
+    python bench/engine/load.py [--keep]
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Measure the engine on a CPU through its messages, and print the figures as JSON: the one side of ``cpu.py``.
+"""Measure the engine on a CPU through its messages, and print the figures as JSON: the one side of ``run.py``.
 
 Without guesses, which a peer could make as well: every token is a step that reads every weight.
 """

@@ -1,4 +1,4 @@
-"""Measure transformers in bfloat16 on the same weights, dequantised, and print the figures as JSON, for ``cpu.py``."""
+"""Measure transformers in bfloat16 on the same weights, dequantised, and print the figures as JSON, for ``run.py``."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Does decoding leave the cores to others? Measured beside a busy process a core; printed as JSON, for ``cpu.py``.
+"""Does decoding leave the cores to others? Measured beside a busy process a core; printed as JSON, for ``run.py``.
 
 The busy processes only count. With one of them a core and one thread of ours a core, a fair share is a half each.
 """
@@ -24,7 +24,7 @@ def be_busy() -> None:
 def main() -> None:
     """Measure, print, end."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="a side of cpu.py and its arguments")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="a side of run.py and its arguments")
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     busy = [multiprocessing.Process(target=be_busy, daemon=True) for _ in range(cores)]
