@@ -37,7 +37,7 @@ EOP
 if [ ! -f "$build/native/build.ninja" ]; then
     printf "[binaries]\npython = '%s'\n" "$venv/bin/python" > "$build/native.ini"
     quietly meson setup "$build/native" --native-file "$build/native.ini" --prefix "$venv" \
-        -Dpython.install_env=prefix -Dchecks=true -Dbuildtype=debug -Db_sanitize="$sanitize" -Db_lundef=false
+        -Dpython.install_env=prefix -Dchecks=true -Dbuildtype=debug -Doptimization=1 -Db_sanitize="$sanitize" -Db_lundef=false
 fi
 quietly meson compile -C "$build/native"
 quietly meson install -C "$build/native" --no-rebuild --tags runtime,python-runtime,tests
