@@ -113,7 +113,7 @@ class Step:
         rows = torch.arange(tokens, device=device) if batch else torch.zeros(tokens, device=device, dtype=torch.int64)
         self.batch = Batch(
             positions=places.to(torch.int32),
-            slots=table[rows, places // PAGE_TOKENS].long() * PAGE_TOKENS + places % PAGE_TOKENS,
+            slot_mapping=table[rows, places // PAGE_TOKENS].long() * PAGE_TOKENS + places % PAGE_TOKENS,
             cu_seqlens=torch.arange(sequences + 1, device=device, dtype=torch.int32) * (tokens // sequences),
             page_table=table,
             context_lens=torch.full((sequences,), context, device=device, dtype=torch.int32),

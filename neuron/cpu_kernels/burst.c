@@ -16,8 +16,8 @@ static int goes_on(const struct step *s, const struct burst *burst) {
 int run_burst(const struct model *model, const struct step *step, const struct burst *burst) {
     struct step next = *step;
     int count = step->num_sequences;
-    int32_t *token_ids = burst->scratch, *positions = token_ids + count, *slots = positions + count;
-    int32_t *context_lens = slots + count;
+    int32_t *token_ids = burst->scratch, *positions = token_ids + count, *slot_mapping = positions + count;
+    int32_t *context_lens = slot_mapping + count;
     run_step(model, step);
     int done = 1;
     for (; done < burst->num_rounds && goes_on(&next, burst); done++) {
@@ -26,12 +26,12 @@ int run_burst(const struct model *model, const struct step *step, const struct b
             const int32_t *pages = step->page_table + (size_t)b * (size_t)step->page_columns;
             token_ids[b] = next.ids[b];
             positions[b] = position;
-            slots[b] = pages[position / PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS;
+            slot_mapping[b] = pages[position / PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS;
             context_lens[b] = step->context_lens[b] + done;
         }
         next.token_ids = token_ids;
         next.positions = positions;
-        next.slots = slots;
+        next.slot_mapping = slot_mapping;
         next.context_lens = context_lens;
         next.ids = burst->ids + (size_t)(done - 1) * (size_t)count;
         next.round = done;

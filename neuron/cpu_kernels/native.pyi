@@ -112,7 +112,7 @@ class Model:
         self,
         token_ids: _Ints,
         positions: _Ints,
-        slots: _Ints,
+        slot_mapping: _Ints,
         cu_seqlens: _Ints,
         page_table: _Ints,
         context_lens: _Ints,

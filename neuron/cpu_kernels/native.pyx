@@ -109,7 +109,7 @@ cdef extern from "step.h" nogil:
         int num_tokens, num_sequences, num_sampled, num_hidden, page_columns
         const int32_t *token_ids
         const int32_t *positions
-        const int32_t *slots
+        const int32_t *slot_mapping
         const int32_t *cu_seqlens
         const int32_t *page_table
         const int32_t *context_lens
@@ -453,7 +453,7 @@ cdef class Model:
         self,
         const int32_t[::1] token_ids not None,
         const int32_t[::1] positions not None,
-        const int32_t[::1] slots not None,
+        const int32_t[::1] slot_mapping not None,
         const int32_t[::1] cu_seqlens not None,
         const int32_t[:, ::1] page_table not None,
         const int32_t[::1] context_lens not None,
@@ -501,7 +501,7 @@ cdef class Model:
             raise ValueError(
                 f"a step of {T} tokens of {B} sequences, {R} sampled; at most {m.max_rows}, {m.max_sequences}, {m.max_sampled}"
             )
-        if positions.shape[0] != T or slots.shape[0] != T or cu_seqlens.shape[0] != B + 1 or page_table.shape[0] != B or finite.shape[0] != B or ids.shape[0] != R:
+        if positions.shape[0] != T or slot_mapping.shape[0] != T or cu_seqlens.shape[0] != B + 1 or page_table.shape[0] != B or finite.shape[0] != B or ids.shape[0] != R:
             raise ValueError("the arrays of a step differ in length")
         if logits is not None and (logits.shape[0] != R or logits.shape[1] != m.head.rows):
             raise ValueError(f"logits [{logits.shape[0]}, {logits.shape[1]}], [{R}, {m.head.rows}] wanted")
@@ -519,8 +519,8 @@ cdef class Model:
         if more and ((logits is not None and draws is None) or E or T != B or R != B or later.shape[1] != B):
             raise ValueError(f"{T} tokens of {B} sequences, {R} sampled, cannot be done {more + 1} times")
         for i in range(T):
-            if not 0 <= token_ids[i] < m.vocab or not 0 <= slots[i] < self._num_pages * 16:
-                raise ValueError(f"token {token_ids[i]} or slot {slots[i]} is out of range")
+            if not 0 <= token_ids[i] < m.vocab or not 0 <= slot_mapping[i] < self._num_pages * 16:
+                raise ValueError(f"token {token_ids[i]} or slot {slot_mapping[i]} is out of range")
         for i in range(B):
             if cu_seqlens[i + 1] <= cu_seqlens[i] or not 0 < context_lens[i] <= page_table.shape[1] * 16 - more:
                 raise ValueError(f"sequence {i} has no tokens, or more than its pages hold")
@@ -537,7 +537,7 @@ cdef class Model:
                     raise ValueError("rows are not in rising order")
         s.num_tokens, s.num_sequences, s.num_sampled, s.num_hidden = <int>T, <int>B, <int>R, <int>E
         s.page_columns = <int>page_table.shape[1]
-        s.token_ids, s.positions, s.slots, s.cu_seqlens = &token_ids[0], &positions[0], &slots[0], &cu_seqlens[0]
+        s.token_ids, s.positions, s.slot_mapping, s.cu_seqlens = &token_ids[0], &positions[0], &slot_mapping[0], &cu_seqlens[0]
         s.page_table, s.context_lens = &page_table[0, 0], &context_lens[0]
         s.sampled = &sampled[0] if R else NULL
         s.logits = &logits[0, 0] if logits is not None and R else NULL

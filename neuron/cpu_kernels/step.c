@@ -332,7 +332,7 @@ static void attend(const struct run *run, const struct attention *attention, con
         share_of(s->num_tokens, threads, thread, &first, &end);
         for (int row = first; row < end; row++)
             for (int kv = 0; kv < m->num_kv_heads; kv++)
-                m->kernels->write_kv(attention, row, kv, s->slots[row] / PAGE_TOKENS, s->slots[row] % PAGE_TOKENS);
+                m->kernels->write_kv(attention, row, kv, s->slot_mapping[row] / PAGE_TOKENS, s->slot_mapping[row] % PAGE_TOKENS);
         pool_barrier(m->pool);
     }
     float *scratch = a->scratch + (size_t)thread * a->scratch_stride;

@@ -46,7 +46,7 @@ struct draws {
 /* The arrays of neuron.engine.plan.StepPlan, and where the results go. */
 struct step {
     int num_tokens, num_sequences, num_sampled, num_hidden, page_columns;
-    const int32_t *token_ids, *positions, *slots; /* [T] */
+    const int32_t *token_ids, *positions, *slot_mapping; /* [T] */
     const int32_t *cu_seqlens;                    /* [B + 1] */
     const int32_t *page_table;                    /* [B, page_columns] */
     const int32_t *context_lens;                  /* [B] */

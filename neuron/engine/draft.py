@@ -97,7 +97,7 @@ class DraftModel:
             num_decodes=len(rows) if counts.max() == 1 else 0,
             token_ids=np.concatenate([s.tokens[start:end] for s, start, end in rows]),
             positions=positions,
-            slots=pages[of_row, positions // self._page_tokens] * np.int32(self._page_tokens)
+            slot_mapping=pages[of_row, positions // self._page_tokens] * np.int32(self._page_tokens)
             + positions % self._page_tokens,
             cu_seqlens=cu_seqlens,
             page_table=pages,

@@ -141,7 +141,7 @@ class GraphRunner(Runner):
         state = inputs.state
         batch = Batch(
             positions=state.positions,
-            slots=state.slots,
+            slot_mapping=state.slot_mapping,
             cu_seqlens=torch.arange(size + 1, dtype=torch.int32, device=self.device),
             page_table=state.page_table,
             context_lens=state.context_lens,

@@ -85,7 +85,7 @@ class NativeRunner:
         num_rounds = self._model.run(
             plan.token_ids,
             np.ascontiguousarray(plan.positions),
-            plan.slots,
+            plan.slot_mapping,
             plan.cu_seqlens,
             np.ascontiguousarray(plan.page_table),
             plan.context_lens,

@@ -28,7 +28,7 @@ class StepPlan:
     """``[T]``. A negative one, -1 - i, is the i-th that the step before sampled: it may still be on the device."""
     positions: Int32Array
     """``[T]``"""
-    slots: Int32Array
+    slot_mapping: Int32Array
     """``[T]``: where in the cache each token's key and value go."""
     cu_seqlens: Int32Array
     """``[B + 1]``: first row of each sequence, and T."""
@@ -102,7 +102,7 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
         num_decodes=num_decodes,
         token_ids=token_ids,
         positions=positions,
-        slots=own_pages[rows, positions // page_tokens] * np.int32(page_tokens) + positions % page_tokens,
+        slot_mapping=own_pages[rows, positions // page_tokens] * np.int32(page_tokens) + positions % page_tokens,
         cu_seqlens=cu_seqlens,
         page_table=own_pages,
         context_lens=context_lens,

@@ -62,7 +62,7 @@ class Runner:
         """Queue a step on the device."""
         batch = Batch(
             positions=self._to_device(plan.positions),
-            slots=self._to_device(plan.slots).to(torch.int64),
+            slot_mapping=self._to_device(plan.slot_mapping).to(torch.int64),
             cu_seqlens=self._to_device(plan.cu_seqlens),
             page_table=self._to_device(plan.page_table),
             context_lens=self._to_device(plan.context_lens),

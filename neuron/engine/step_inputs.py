@@ -63,7 +63,7 @@ class StepInputs:
         self.num_rows = num_rows
         parts = {
             # Of 8 bytes an element first, so that all lie where they may.
-            "slots": (num_rows, np.int64),
+            "slot_mapping": (num_rows, np.int64),
             "seeds": (num_rows, np.int64),
             "token_ids": (num_rows, np.int32),
             "positions": (num_rows, np.int32),
@@ -104,7 +104,7 @@ class StepInputs:
             name: self._there[first:last].view(dtypes[kind]).view(shapes.get(name, -1))
             for name, (first, last, kind) in spans.items()
         }
-        names = ("token_ids", "positions", "slots", "context_lens", "counters", "ended", "page_table", "stops")
+        names = ("token_ids", "positions", "slot_mapping", "context_lens", "counters", "ended", "page_table", "stops")
         self.state = RoundState(
             **{name: there[name] for name in names},
             last=published.last,
@@ -132,7 +132,7 @@ class StepInputs:
         values: dict[str, Array] = {
             "token_ids": plan.token_ids,
             "positions": plan.positions,
-            "slots": plan.slots,
+            "slot_mapping": plan.slot_mapping,
             "context_lens": plan.context_lens,
             "counters": draws.num_output,
             "temperature": draws.temperature,

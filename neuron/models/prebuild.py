@@ -158,7 +158,7 @@ def _batches(plan: MemoryPlan, steps: tuple[int, ...]) -> Iterator[Batch]:
                 continue
             yield Batch(
                 positions=_meta(num_tokens, dtype=torch.int32),
-                slots=_meta(num_tokens, dtype=torch.int64),
+                slot_mapping=_meta(num_tokens, dtype=torch.int64),
                 cu_seqlens=_meta(num_sequences + 1, dtype=torch.int32),
                 page_table=_meta(num_sequences, pages, dtype=torch.int32),
                 context_lens=_meta(num_sequences, dtype=torch.int32),

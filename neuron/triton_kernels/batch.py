@@ -1,6 +1,6 @@
 """How the rows of one step lie in memory: what every attention kernel is told.
 
-Made once a step and read by all layers. It knows slots and pages, not requests.
+Made once a step and read by all layers. It knows KV slots and pages, not requests.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Batch:
 
     positions: torch.Tensor
     """``[T]`` int32: each token's position in its sequence."""
-    slots: torch.Tensor
+    slot_mapping: torch.Tensor
     """``[T]`` int64: where each token's key and value go, ``page * page_size + offset``."""
     cu_seqlens: torch.Tensor
     """``[B + 1]`` int32: sequence b owns the rows from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``."""

@@ -113,12 +113,12 @@ def _pointwise_cases(dtype: torch.dtype) -> Iterator[Case]:
             tokens = 3
             qkv = _random(tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
             weight = _random(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device) if normed else None
-            slots = torch.tensor([33, 16, 47], device=device)
+            slot_mapping = torch.tensor([33, 16, 47], device=device)
             rotary = _rotary(torch.tensor([0, 7, 1000]), head_dim, dtype, device)
             caches = torch.zeros(2, 3, PAGE, num_kv_heads, head_dim, dtype=dtype, device=device)
             twins = caches.clone()
-            found = rope.rope_and_cache(qkv, weight, 1e-6, rotary, slots, caches[0], caches[1])
-            expected = reference.rope_and_cache(qkv, weight, 1e-6, rotary, slots, twins[0], twins[1])
+            found = rope.rope_and_cache(qkv, weight, 1e-6, rotary, slot_mapping, caches[0], caches[1])
+            expected = reference.rope_and_cache(qkv, weight, 1e-6, rotary, slot_mapping, twins[0], twins[1])
             results += [(found, expected), (caches, twins)]
         return results
 
@@ -184,7 +184,7 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
             qkv = _random(len(contexts), (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
             weight = _random(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device) if window else None
             rotary = _rotary(batch.positions, head_dim, dtype, device)
-            caches.view(2, -1, num_kv_heads, head_dim)[:, batch.slots] = torch.nan
+            caches.view(2, -1, num_kv_heads, head_dim)[:, batch.slot_mapping] = torch.nan
             twins = caches.clone()
             fused = decode_attention.rope_decode_attention(
                 qkv, weight, 1e-6, rotary, caches[0], caches[1], batch, scale, window=window, soft_cap=cap
@@ -378,7 +378,7 @@ def launch_everything(target: Target) -> None:
                 continue
             batch = Batch(
                 positions=_meta(64, dtype=i32),
-                slots=_meta(64, dtype=i64),
+                slot_mapping=_meta(64, dtype=i64),
                 cu_seqlens=_meta(65, dtype=i32),
                 page_table=_meta(64, 128, dtype=i32),
                 context_lens=_meta(64, dtype=i32),
@@ -388,7 +388,7 @@ def launch_everything(target: Target) -> None:
             caches = [_meta(99, PAGE, num_kv_heads, head_dim, dtype=dtype) for _ in range(2)]
             angles = _meta(64, 1, head_dim, dtype=dtype), _meta(64, 1, head_dim // 2, dtype=dtype)
             gain = _meta(num_heads + num_kv_heads, head_dim, dtype=dtype)
-            rope.rope_and_cache(qkv, gain, 1e-6, angles, batch.slots, caches[0], caches[1])
+            rope.rope_and_cache(qkv, gain, 1e-6, angles, batch.slot_mapping, caches[0], caches[1])
             for window, cap in ((0, 0.0), (4096, 50.0)) if head_dim in (128, 256) else ((0, 0.0),):
                 prefill_attention.prefill_attention(q, caches[0], caches[1], batch, 0.1, q, window=window, soft_cap=cap)
                 decode_attention.decode_attention(

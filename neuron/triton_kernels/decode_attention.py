@@ -89,7 +89,7 @@ def _decode_attention_kernel(
     qk_norm,
     cos,
     sin,
-    slots,
+    slot_mapping,
     key_cache,
     value_cache,
     out,
@@ -188,7 +188,7 @@ def _decode_attention_kernel(
             key = _rotated(new, qk_norm, (H + kv_head) * D + d, d < D, cos + row * D, sin + row * (D // 2),
                            d, eps, D, 0).to(q.dtype.element_ty)  # fmt: skip
             value = tl.load(new + (H + K + kv_head) * D + d, mask=d < D, other=0.0)
-            at = tl.load(slots + sequence) * (K * D) + kv_head * D + d
+            at = tl.load(slot_mapping + sequence) * (K * D) + kv_head * D + d
             tl.store(key_cache + at, key, mask=d < D)
             tl.store(value_cache + at, value, mask=d < D)
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1)
@@ -290,7 +290,7 @@ def rope_decode_attention(
     num_heads = qkv.shape[1] // head_dim - 2 * key_cache.shape[2]
     out = torch.empty((qkv.shape[0], num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     _launch(
-        qkv, (qk_norm, eps), rotary, batch.slots, key_cache, value_cache, batch, scale, out,
+        qkv, (qk_norm, eps), rotary, batch.slot_mapping, key_cache, value_cache, batch, scale, out,
         num_heads, qkv.shape[0], window, soft_cap,
     )  # fmt: skip
     return out
@@ -300,7 +300,7 @@ def _launch(
     q: torch.Tensor,
     norm: tuple[torch.Tensor | None, float] | None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    slots: torch.Tensor | None,
+    slot_mapping: torch.Tensor | None,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     batch: Batch,
@@ -322,7 +322,7 @@ def _launch(
     qk_norm, eps = norm or (None, 0.0)
     cos, sin = rotary or (None, None)
     dependent = target.has_dependent_launch and q.device.type != "cpu"
-    made_here: dict[str, Argument] = {"qk_norm": qk_norm, "cos": cos, "sin": sin, "slots": slots}
+    made_here: dict[str, Argument] = {"qk_norm": qk_norm, "cos": cos, "sin": sin, "slot_mapping": slot_mapping}
     launch(
         _decode_attention_kernel,
         (num_kv_heads, splits, num_sequences),

@@ -44,7 +44,7 @@ class EagerOperations:
         window: int,
     ) -> torch.Tensor:
         """Norm and rotate heads, write keys and values, and attend: ``[T, H D]``."""
-        q = reference.rope_and_cache(qkv, qk_norm, eps, rotary, batch.slots, key_cache, value_cache)
+        q = reference.rope_and_cache(qkv, qk_norm, eps, rotary, batch.slot_mapping, key_cache, value_cache)
         return reference.paged_attention(q, key_cache, value_cache, batch, scale, window)
 
     def rotary_table(self, positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype) -> Rotary:

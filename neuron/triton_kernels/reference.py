@@ -140,11 +140,11 @@ def rope_and_cache(
     qk_norm: torch.Tensor | None,
     eps: float,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    slots: torch.Tensor,
+    slot_mapping: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotate queries and keys, write keys and values to their slots, return the queries ``[T, H, D]``.
+    """Rotate queries and keys, write keys and values to their KV slots, return the queries ``[T, H, D]``.
 
     ``qkv`` ``[T, (H + 2 K) D]`` is the fused projection; ``qk_norm`` ``[H + K, D]`` normalises each head first where
     the model does so; the caches are ``[pages, page_size, K, D]`` and are written in place. Heads rotate by halves
@@ -161,8 +161,8 @@ def rope_and_cache(
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin, value=-1)
     out[..., half:].addcmul_(x[..., :half], sin)
-    key_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, out[:, rotated_heads - num_kv_heads :])
-    value_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, heads[:, rotated_heads:])
+    key_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, out[:, rotated_heads - num_kv_heads :])
+    value_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, heads[:, rotated_heads:])
     return out[:, : rotated_heads - num_kv_heads]
 
 
@@ -311,6 +311,6 @@ def rope_decode_attention(
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
     """Norm, rotate, write the new keys and values, and attend: ``[B, H D]`` of ``qkv`` ``[B, (H + 2 K) D]``."""
-    q = rope_and_cache(qkv, qk_norm, eps, rotary, batch.slots, key_cache, value_cache)
+    q = rope_and_cache(qkv, qk_norm, eps, rotary, batch.slot_mapping, key_cache, value_cache)
     out = windowed_attention(q, key_cache, value_cache, batch, scale, window=window, soft_cap=soft_cap)
     return out.reshape(len(qkv), -1)

@@ -2,8 +2,8 @@
 
 ``qkv`` ``[T, (H + 2 K) D]`` is the fused projection. Heads rotate by halves (arXiv:2104.09864, pairs (i, i + D/2)):
 ``y[i] = x[i] cos - x[i + D/2] sin`` and ``y[i + D/2] = x[i + D/2] cos + x[i] sin``. Where the model normalises heads,
-``x <- x / rms(x) * weight`` comes first. Keys and values go to ``slots`` of the caches ``[P, page, K, D]``, queries
-are returned ``[T, H, D]``. One program does a few heads of one token, as a tile of two halves, all in float32.
+``x <- x / rms(x) * weight`` comes first. Keys and values go to ``slot_mapping`` in the caches ``[P, page, K, D]``,
+queries are returned ``[T, H, D]``. One program does a few heads of one token, as a tile of two halves, all in float32.
 """
 
 import torch
@@ -19,7 +19,7 @@ def _rope_kernel(
     qk_norm,
     cos,
     sin,
-    slots,
+    slot_mapping,
     key_cache,
     value_cache,
     out,
@@ -39,7 +39,7 @@ def _rope_kernel(
     offsets = head[:, None] * D + i[None, :]
     first = tl.load(qkv + token * stride + offsets, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(qkv + token * stride + offsets + half, mask=inside, other=0.0).to(tl.float32)
-    slot = tl.load(slots + token)
+    slot = tl.load(slot_mapping + token)
     is_value = (head >= H + K)[:, None]
     # Values pass through as they are; their columns are those of the last K heads.
     value_at = value_cache + slot * (K * D) + offsets - (H + K) * D
@@ -71,14 +71,14 @@ def rope_and_cache(
     qk_norm: torch.Tensor | None,
     eps: float,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    slots: torch.Tensor,
+    slot_mapping: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotate queries and keys, write keys and values to their slots, return the queries ``[T, H, D]``.
+    """Rotate queries and keys, write keys and values to their KV slots, return the queries ``[T, H, D]``.
 
     ``rotary`` is what :func:`neuron.triton_kernels.reference.rotary_table` returns; ``qk_norm`` is ``[H + K, D]`` or
-    None; ``slots`` ``[T]`` are int64.
+    None; ``slot_mapping`` ``[T]`` are int64.
     """
     num_kv_heads, head_dim = key_cache.shape[2:]
     num_tokens = qkv.shape[0]
@@ -90,7 +90,7 @@ def rope_and_cache(
     launch(
         _rope_kernel,
         (num_tokens, cdiv(num_heads + 2 * num_kv_heads, block_heads)),
-        {"qkv": qkv, "qk_norm": qk_norm, "cos": cos, "sin": sin, "slots": slots}
+        {"qkv": qkv, "qk_norm": qk_norm, "cos": cos, "sin": sin, "slot_mapping": slot_mapping}
         | {"key_cache": key_cache, "value_cache": value_cache, "out": out, "stride": qkv.stride(0), "eps": eps},
         {"H": num_heads, "K": num_kv_heads, "D": head_dim, "BLOCK_H": block_heads, "BLOCK_HALF": block_half},
         num_warps=2,

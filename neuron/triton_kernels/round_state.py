@@ -16,13 +16,13 @@ MAX_STOPS: Final = 8
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RoundState:
-    """B rows, on the device but for the two that the host reads. All int32 but for the slots."""
+    """B rows, on the device but for the two that the host reads. All int32 but for ``slot_mapping``."""
 
     token_ids: torch.Tensor
     """``[B]``. A negative one, -1 - i, is ``last[i]``."""
     positions: torch.Tensor
     """``[B]``"""
-    slots: torch.Tensor
+    slot_mapping: torch.Tensor
     """``[B]`` int64: where the token's key and value go."""
     context_lens: torch.Tensor
     """``[B]``: tokens in the cache once this step's are written."""
@@ -50,7 +50,7 @@ def like(num_rows: int, num_pages: int, most: int, make: Callable[..., torch.Ten
     return RoundState(
         token_ids=make(num_rows, dtype=i32),
         positions=make(num_rows, dtype=i32),
-        slots=make(num_rows, dtype=torch.int64),
+        slot_mapping=make(num_rows, dtype=torch.int64),
         context_lens=make(num_rows, dtype=i32),
         counters=make(num_rows, dtype=i32),
         ended=make(num_rows, dtype=i32),

@@ -38,7 +38,7 @@ def _close_kernel(
     ids,
     token_ids,
     positions,
-    slots,
+    slot_mapping,
     context_lens,
     counters,
     ended,
@@ -78,7 +78,7 @@ def _close_kernel(
     first = tl.load(page_table + row.to(tl.int64) * table_stride + page, mask=on & (page < columns), other=0)
     tl.store(token_ids + row, token, mask=on)
     tl.store(positions + row, position, mask=on)
-    tl.store(slots + row, first.to(tl.int64) * PAGE + position % PAGE, mask=on)
+    tl.store(slot_mapping + row, first.to(tl.int64) * PAGE + position % PAGE, mask=on)
     tl.store(context_lens + row, tl.load(context_lens + row, mask=on, other=0) + 1, mask=on)
     tl.store(counters + row, tl.load(counters + row, mask=on, other=0) + 1, mask=on)
 
@@ -97,7 +97,7 @@ def close_round(state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
         "ids": ids,
         "token_ids": state.token_ids,
         "positions": state.positions,
-        "slots": state.slots,
+        "slot_mapping": state.slot_mapping,
         "context_lens": state.context_lens,
         "counters": state.counters,
         "ended": state.ended,

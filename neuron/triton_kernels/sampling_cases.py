@@ -77,7 +77,7 @@ def random_state(num_rows: int, device: torch.device, *, num_pages: int = 3, pag
     return RoundState(
         token_ids=whole(num_rows, low=-num_rows, high=50),
         positions=positions,
-        slots=whole(num_rows, dtype=torch.int64),
+        slot_mapping=whole(num_rows, dtype=torch.int64),
         context_lens=positions + 1,
         counters=whole(num_rows),
         ended=whole(num_rows, high=4) // 3,

@@ -45,8 +45,8 @@ def close_round(state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
     page = state.positions // page_tokens
     inside = page < state.page_table.shape[1]
     first = state.page_table.gather(1, torch.where(inside, page, 0).long()[:, None])[:, 0]
-    slots = torch.where(inside, first, 0).long() * page_tokens + state.positions % page_tokens
-    state.slots.copy_(torch.where(ended, state.slots, slots))
+    slot_mapping = torch.where(inside, first, 0).long() * page_tokens + state.positions % page_tokens
+    state.slot_mapping.copy_(torch.where(ended, state.slot_mapping, slot_mapping))
 
 
 def philox(seed: int, first: np.ndarray[Any, Any], second: int) -> np.ndarray[Any, np.dtype[np.uint32]]:

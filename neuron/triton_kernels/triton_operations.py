@@ -77,7 +77,7 @@ class TritonOperations:
             return decode_attention.rope_decode_attention(
                 qkv, qk_norm, eps, rotary, key_cache, value_cache, batch, scale, window=window
             )
-        q = rope.rope_and_cache(qkv, qk_norm, eps, rotary, batch.slots, key_cache, value_cache)
+        q = rope.rope_and_cache(qkv, qk_norm, eps, rotary, batch.slot_mapping, key_cache, value_cache)
         out = torch.empty_like(q)
         caches = key_cache, value_cache
         if decodes:

@@ -78,17 +78,17 @@ class Driver:
         self.starts = [0] * 5
 
     def plan(self, chunks: dict[int, list[int]]) -> list[np.ndarray[Any, Any]]:
-        tokens, positions, slots, ends, contexts = [], [], [], [0], []
+        tokens, positions, slot_mapping, ends, contexts = [], [], [], [0], []
         for number, chunk in chunks.items():
             for token in chunk:
                 position = self.starts[number]
                 tokens.append(token)
                 positions.append(position)
-                slots.append(self.tables[number, position // 16] * 16 + position % 16)
+                slot_mapping.append(self.tables[number, position // 16] * 16 + position % 16)
                 self.starts[number] += 1
             ends.append(len(tokens))
             contexts.append(self.starts[number])
-        arrays = [np.array(values, np.int32) for values in (tokens, positions, slots, ends)]
+        arrays = [np.array(values, np.int32) for values in (tokens, positions, slot_mapping, ends)]
         return [*arrays, np.ascontiguousarray(self.tables[list(chunks)]), np.array(contexts, np.int32)]
 
     def step(self, chunks: dict[int, list[int]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

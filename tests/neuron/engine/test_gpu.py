@@ -73,7 +73,7 @@ class Rounds:
             num_decodes=NUM_ROWS,
             token_ids=rows,
             positions=rows,
-            slots=rows,
+            slot_mapping=rows,
             cu_seqlens=np.arange(NUM_ROWS + 1, dtype=np.int32),
             page_table=np.zeros((NUM_ROWS, 1), np.int32),
             context_lens=rows + 1,

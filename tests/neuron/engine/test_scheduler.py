@@ -42,7 +42,7 @@ class Cache:
     """A cache of such numbers, written and read by plans as a model would."""
 
     def __init__(self, limits: Limits) -> None:
-        self.slots = np.zeros((limits.num_pages + 1) * limits.page_tokens, np.uint64)
+        self.cache = np.zeros((limits.num_pages + 1) * limits.page_tokens, np.uint64)
 
     def run(self, step: Step, scheduler: Scheduler, *, reads: bool = True) -> None:
         page_tokens = scheduler.limits.page_tokens
@@ -51,10 +51,10 @@ class Cache:
             rows = slice(plan.cu_seqlens[index], plan.cu_seqlens[index + 1])
             length = int(plan.context_lens[index])
             expected = contents(s, length)
-            self.slots[plan.slots[rows]] = expected[plan.positions[rows]]
+            self.cache[plan.slot_mapping[rows]] = expected[plan.positions[rows]]
         for index, s in enumerate(step.sequences) if reads else ():
             length = int(plan.context_lens[index])
-            read = self.slots.reshape(-1, page_tokens)[plan.page_table[index]].reshape(-1)[:length]
+            read = self.cache.reshape(-1, page_tokens)[plan.page_table[index]].reshape(-1)[:length]
             assert np.array_equal(read, contents(s, length)), f"sequence {s.number} reads another's cache"
 
 
@@ -93,7 +93,7 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
         for position in range(s.num_computed, s.num_computed + count):
             assert plan.positions[row] == position
             assert plan.token_ids[row] == s.tokens[position]
-            assert plan.slots[row] == s.pages[position // page_tokens] * page_tokens + position % page_tokens
+            assert plan.slot_mapping[row] == s.pages[position // page_tokens] * page_tokens + position % page_tokens
             row += 1
         if s.num_computed + count == s.num_tokens:
             sampled.append(row - 1)
@@ -102,7 +102,7 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
     assert plan.cu_seqlens[-1] == row == len(plan.token_ids)
     assert (plan.sampled.tolist(), plan.seats.tolist(), plan.num_output.tolist()) == (sampled, seats, num_output)
     assert not len(plan.hidden_rows)
-    assert len(np.unique(plan.slots)) == row
+    assert len(np.unique(plan.slot_mapping)) == row
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
         assert not isinstance(value, np.ndarray) or value.dtype == np.int32, field.name

@@ -88,7 +88,7 @@ class Device:
         self.num_rounds: list[int] = []
         self.message_after: int | None = None
         """The round after which the daemon says something."""
-        self.slots = [0] * ((PLAN.num_pages + 1) * PAGE_TOKENS)
+        self.cache = [0] * ((PLAN.num_pages + 1) * PAGE_TOKENS)
         self.last_ids: list[int] = []
         self.num_under_way = 0
         self.faults: dict[str, bool] = {}
@@ -108,8 +108,10 @@ class Device:
             if not outcome.finite.all() or np.isin(ids, plan.stops).any() or len(later) + 1 == self.message_after:
                 break
             at = plan.positions + len(later) + 1
-            slots = plan.page_table[np.arange(len(at)), at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS
-            plan_now = dataclasses.replace(plan, token_ids=ids, positions=at, slots=slots, context_lens=at + 1)
+            slot_mapping = plan.page_table[np.arange(len(at)), at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS
+            plan_now = dataclasses.replace(
+                plan, token_ids=ids, positions=at, slot_mapping=slot_mapping, context_lens=at + 1
+            )
             found = self.round(plan_now, len(later) + 1 == fault_in)
             later.append(found.ids)
             outcome = dataclasses.replace(outcome, finite=found.finite)
@@ -133,10 +135,10 @@ class Device:
                     assert self.overlaps, "a token that is not there"
                     token = self.last_ids[-1 - token]
                 slot = int(pages[position // PAGE_TOKENS]) * PAGE_TOKENS + position % PAGE_TOKENS
-                assert slot == plan.slots[row]
+                assert slot == plan.slot_mapping[row]
                 assert slot >= PAGE_TOKENS, "page 0 is written"
                 before = int(pages[(position - 1) // PAGE_TOKENS]) * PAGE_TOKENS + (position - 1) % PAGE_TOKENS
-                state = self.slots[slot] = state_after(self.slots[before] if position else 1, token)
+                state = self.cache[slot] = state_after(self.cache[before] if position else 1, token)
                 if row in seats:
                     ids.append(next_token(self.sampler.seeds[seats[row]], state))
                 if row in plan.hidden_rows:
@@ -152,7 +154,7 @@ class Device:
 
     def clear_pages(self, pages: np.ndarray[Any, Any]) -> None:
         for page in pages.tolist():
-            self.slots[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = [0] * PAGE_TOKENS
+            self.cache[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = [0] * PAGE_TOKENS
 
 
 def expected_output(prompt: list[int], seed: int, max_tokens: int) -> tuple[list[int], SequenceEnd]:
@@ -460,7 +462,7 @@ def test_a_fault_in_mid_burst_fails_its_sequence_alone_and_leaves_no_trace() -> 
     assert machine.num_failed == 1
     (left,) = machine.asked
     kept = set(machine.model.scheduler.running[left].pages.tolist())
-    written = {slot // PAGE_TOKENS for slot, state in enumerate(machine.device.slots) if state}
+    written = {slot // PAGE_TOKENS for slot, state in enumerate(machine.device.cache) if state}
     assert written - kept == sound
     machine.teardown()
     assert machine.num_finished == 1

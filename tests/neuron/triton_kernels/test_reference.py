@@ -35,12 +35,12 @@ def test_rope_rotates_and_writes_where_it_is_told(normalised: bool) -> None:
     num_heads, num_kv_heads, head_dim, tokens = 6, 2, 8, 5
     qkv = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim)
     positions = torch.tensor([0, 1, 2, 77, 1000], dtype=torch.int32)
-    slots = torch.tensor([4, 5, 6, 19, 11])
+    slot_mapping = torch.tensor([4, 5, 6, 19, 11])
     frequencies = torch.tensor([1.0, 0.3, 0.05, 0.002])
     weight = torch.rand(num_heads + num_kv_heads, head_dim) if normalised else None
     keys, values = torch.zeros(6, PAGE, num_kv_heads, head_dim), torch.zeros(6, PAGE, num_kv_heads, head_dim)
     rotary = reference.rotary_table(positions, frequencies, torch.float32)
-    q = reference.rope_and_cache(qkv, weight, 1e-6, rotary, slots, keys, values)
+    q = reference.rope_and_cache(qkv, weight, 1e-6, rotary, slot_mapping, keys, values)
 
     heads = qkv.view(tokens, -1, head_dim)
     for token in range(tokens):
@@ -55,11 +55,11 @@ def test_rope_rotates_and_writes_where_it_is_told(normalised: bool) -> None:
                 y[i] = x[i] * math.cos(angle) - x[i + 4] * math.sin(angle)
                 y[i + 4] = x[i + 4] * math.cos(angle) + x[i] * math.sin(angle)
             rotated.append(y)
-        page, offset = divmod(int(slots[token]), PAGE)
+        page, offset = divmod(int(slot_mapping[token]), PAGE)
         torch.testing.assert_close(q[token], torch.stack(rotated[:num_heads]), atol=2e-4, rtol=1e-4)
         torch.testing.assert_close(keys[page, offset], torch.stack(rotated[num_heads:]), atol=2e-4, rtol=1e-4)
         torch.testing.assert_close(values[page, offset], heads[token, num_heads + num_kv_heads :])
-    written = torch.zeros(24, dtype=torch.bool).index_fill_(0, slots, True)
+    written = torch.zeros(24, dtype=torch.bool).index_fill_(0, slot_mapping, True)
     assert not keys.view(24, -1)[~written].any()
 
 
