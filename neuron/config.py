@@ -55,7 +55,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = BODY_TIMEOUT_S
     """How long the body of a request may take, beside a second for each 64 KiB of it."""
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
-    """Choices of requests that may wait for a seat, for each model, before more are told to come back later."""
+    """Choices of requests that may wait for a slot, for each model, before more are told to come back later."""
     prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL
     """Whose prompts share the beginnings that they have in common in the cache: those of one principal, or all."""
     max_models: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256

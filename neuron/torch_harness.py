@@ -335,8 +335,8 @@ class TorchModel:
             if len(ids) >= context * ID_BYTES:
                 raise ContextLengthError(context, len(ids) // ID_BYTES, param=f"input[{index}]")
         # Not all at once: the queue is everyone's.
-        seats = asyncio.Semaphore(self.loaded.max_sequences)
-        tasks = [asyncio.create_task(self._embed(ids, request, seats)) for ids in prompts]
+        slots = asyncio.Semaphore(self.loaded.max_sequences)
+        tasks = [asyncio.create_task(self._embed(ids, request, slots)) for ids in prompts]
         try:
             vectors = await asyncio.gather(*tasks)
         finally:
@@ -344,8 +344,8 @@ class TorchModel:
                 task.cancel()
         return Embeddings(tuple(vectors), sum(map(len, prompts)) // ID_BYTES)
 
-    async def _embed(self, prompt: bytes, request: EmbeddingRequest, seats: asyncio.Semaphore) -> bytes:
-        async with seats:
+    async def _embed(self, prompt: bytes, request: EmbeddingRequest, slots: asyncio.Semaphore) -> bytes:
+        async with slots:
             answer: asyncio.Future[Item] = asyncio.get_running_loop().create_future()
 
             def sink(item: Item) -> None:

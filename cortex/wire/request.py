@@ -164,9 +164,9 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     thinking: bool | None = None
     template_arguments: dict[str, Any] = {}
     principal: str = ""
-    """On whose behalf, as the gateway names it; seats are shared out among principals."""
+    """On whose behalf, as the gateway names it; slots are shared out among principals."""
     priority: int = 0
-    """The principal's: of those who wait for a seat, the highest goes first."""
+    """The principal's: of those who wait for a slot, the highest goes first."""
     cache_salt: str = ""
     """Only requests that have the same one share beginnings in the cache."""
 

@@ -106,9 +106,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     eos: tuple[int, ...]
     sampler: SamplerSettings
     principal: str = ""
-    """On whose behalf: seats are shared out among principals."""
+    """On whose behalf: slots are shared out among principals."""
     priority: int = 0
-    """The principal's: who waits with a higher one gets a seat first."""
+    """The principal's: who waits with a higher one gets a slot first."""
     constraint: ConstraintSettings | None = None
     min_tokens: int = 0
     """How many tokens it has before one of ``eos`` may end it."""

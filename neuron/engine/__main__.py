@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--channel-fd", type=int, required=True, help="the inherited end of the daemon's channel")
     parser.add_argument("--device", required=True, help="cpu:0, cuda:0, cuda:1, ...")
     parser.add_argument("--step-limit-s", type=float, default=0.0, help="a longer step ends the process; 0: no limit")
-    parser.add_argument("--max-waiting", type=int, default=256, help="sequences of a model that may wait for a seat")
+    parser.add_argument("--max-waiting", type=int, default=256, help="sequences of a model that may wait for a slot")
     parser.add_argument("--log-level", default="INFO")
     parser.add_argument("--log-format", default="text", choices=list(logs.LogFormat))
     options = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ def qualifies(sequences: Collection[Sequence], draws_plainly: Callable[[Int32Arr
     """Return whether each of ``sequences`` can go on without the engine: everyone's token comes of the logits alone."""
     if any(sequence.constraint is not None or len(sequence.eos) > MAX_STOPS for sequence in sequences):
         return False
-    return bool(draws_plainly(np.array([sequence.seat for sequence in sequences], np.int32)).all())
+    return bool(draws_plainly(np.array([sequence.slot for sequence in sequences], np.int32)).all())
 
 
 def is_worth_it(round_s: float | None, host_s: float) -> bool:
@@ -47,7 +47,7 @@ def num_rounds(
 ) -> int:
     """Return how often to do ``step``, of which one round takes ``round_s`` seconds, if that is known.
 
-    Nobody's output ends before the last round, unless by a stop token. ``draws_plainly`` is asked of seats,
+    Nobody's output ends before the last round, unless by a stop token. ``draws_plainly`` is asked of slots,
     ``make_room`` reserves pages for so many tokens behind a sequence's next and returns how many there are.
     """
     if round_s is None or step.num_decodes != len(step.sequences):

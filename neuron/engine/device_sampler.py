@@ -25,19 +25,19 @@ class DeviceSampler(Sampler):
         super().__init__(max_sequences, vocab_size, device)
         self._draw = draw
 
-    def sample(self, logits: torch.Tensor, seats: Int32Array, num_output: Int32Array) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, slots: Int32Array, num_output: Int32Array) -> torch.Tensor:
         """See :meth:`Sampler.sample`; ``logits`` are left as they are."""
-        ids, _ = self._draw(logits, self._rows(seats, num_output))
-        reported = np.flatnonzero(self._top_logprobs[seats] >= 0)
+        ids, _ = self._draw(logits, self._rows(slots, num_output))
+        reported = np.flatnonzero(self._top_logprobs[slots] >= 0)
         self.report = None
         if len(reported):
             raw = logits[to_device(reported, self._device)]
             # What is not finite has no id, and nobody is told of it.
-            self.report = self._report(raw, ids.clamp(min=0).to(torch.int64), reported, seats)
+            self.report = self._report(raw, ids.clamp(min=0).to(torch.int64), reported, slots)
         return ids
 
-    def _rows(self, seats: Int32Array, num_output: Int32Array) -> SamplingRows:
-        draws = self.draws(seats, num_output)
+    def _rows(self, slots: Int32Array, num_output: Int32Array) -> SamplingRows:
+        draws = self.draws(slots, num_output)
         arrays: list[Array] = [
             draws.temperature.astype(np.float32),
             draws.top_k,
@@ -46,18 +46,18 @@ class DeviceSampler(Sampler):
             draws.seeds.view(np.int64),
             draws.num_output,
         ]
-        chosen = seats.tolist()
-        if not (self._penalised[seats].any() or any(seat in self._bias or seat in self._masks for seat in chosen)):
+        chosen = slots.tolist()
+        if not (self._penalised[slots].any() or any(slot in self._bias or slot in self._masks for slot in chosen)):
             return SamplingRows(*together(arrays, self._device))
         # All three for all rows, so that there are two kernels and not eight: those that want none of it get what
         # changes nothing.
-        arrays += [seats, self._penalties[seats].astype(np.float32), *self._biases(chosen), self._allowed(chosen)]
+        arrays += [slots, self._penalties[slots].astype(np.float32), *self._biases(chosen), self._allowed(chosen)]
         there = together(arrays, self._device)
         counts, in_prompt = self._tables()
         *plain, rows, penalties, tokens, values, allowed = there
         return dataclasses.replace(
             SamplingRows(*plain),
-            seats=rows,
+            slots=rows,
             penalties=penalties,
             counts=counts,
             in_prompt=in_prompt,
@@ -66,20 +66,20 @@ class DeviceSampler(Sampler):
             allowed=allowed,
         )
 
-    def _biases(self, seats: list[int]) -> tuple[Int32Array, Float32Array]:
-        width = max([1, *(len(self._bias[seat][0]) for seat in seats if seat in self._bias)])
-        tokens: Int32Array = np.full((len(seats), width), -1, np.int32)
-        values: Float32Array = np.zeros((len(seats), width), np.float32)
-        for row, seat in enumerate(seats):
-            if seat in self._bias:
-                own_tokens, own_values = self._bias[seat]
+    def _biases(self, slots: list[int]) -> tuple[Int32Array, Float32Array]:
+        width = max([1, *(len(self._bias[slot][0]) for slot in slots if slot in self._bias)])
+        tokens: Int32Array = np.full((len(slots), width), -1, np.int32)
+        values: Float32Array = np.zeros((len(slots), width), np.float32)
+        for row, slot in enumerate(slots):
+            if slot in self._bias:
+                own_tokens, own_values = self._bias[slot]
                 tokens[row, : len(own_tokens)] = own_tokens
                 values[row, : len(own_values)] = own_values
         return tokens, values
 
-    def _allowed(self, seats: list[int]) -> Int32Array:
-        allowed: Int32Array = np.full((len(seats), -(-self._vocab_size // 32)), -1, np.int32)
-        for row, seat in enumerate(seats):
-            if seat in self._masks:
-                allowed[row] = self._masks[seat]
+    def _allowed(self, slots: list[int]) -> Int32Array:
+        allowed: Int32Array = np.full((len(slots), -(-self._vocab_size // 32)), -1, np.int32)
+        for row, slot in enumerate(slots):
+            if slot in self._masks:
+                allowed[row] = self._masks[slot]
         return allowed

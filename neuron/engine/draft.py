@@ -20,7 +20,7 @@ Rows = list[tuple[Sequence, int, int]]
 
 
 class DraftModel:
-    """A :class:`~neuron.engine.speculation.Drafter`. ``page_table`` ``[seats, P]`` is the scheduler's."""
+    """A :class:`~neuron.engine.speculation.Drafter`. ``page_table`` ``[slots, P]`` is the scheduler's."""
 
     def __init__(self, executor: Executor, page_table: Int32Array, page_tokens: int, step_tokens: int) -> None:
         self.executor = executor
@@ -85,13 +85,13 @@ class DraftModel:
 
     def _plan(self, rows: Rows, sampled: bool) -> StepPlan:
         starts, ends = (np.array([row[at] for row in rows], np.int32) for at in (1, 2))
-        seats = np.array([s.seat for s, _, _ in rows], np.int32)
+        slots = np.array([s.slot for s, _, _ in rows], np.int32)
         counts = ends - starts
         cu_seqlens = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(counts, out=cu_seqlens[1:])
         of_row = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
         positions = np.arange(cu_seqlens[-1], dtype=np.int32) - cu_seqlens[of_row] + starts[of_row]
-        pages = self._page_table[seats, : -(-int(ends.max()) // self._page_tokens)]
+        pages = self._page_table[slots, : -(-int(ends.max()) // self._page_tokens)]
         prompts = np.array([s.num_prompt for s, _, _ in rows], np.int32)
         return StepPlan(
             num_decodes=len(rows) if counts.max() == 1 else 0,
@@ -103,7 +103,7 @@ class DraftModel:
             page_table=pages,
             context_lens=ends,
             sampled=cu_seqlens[1:] - 1 if sampled else NO_TOKENS,
-            seats=seats if sampled else NO_TOKENS,
+            slots=slots if sampled else NO_TOKENS,
             num_output=ends - prompts if sampled else NO_TOKENS,
             hidden_rows=NO_TOKENS,
         )

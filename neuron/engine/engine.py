@@ -81,7 +81,7 @@ class Engine:
     """All models of one device.
 
     ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
-    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free seat will take. Messages of
+    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free slot will take. Messages of
     the daemon come by ``channel_fd``: a worker that follows another waits for it, a burst of steps ends for it.
     ``graphs`` makes what captures a model's steps on a GPU.
     """
@@ -195,7 +195,7 @@ class Engine:
             self._step(model, alone=len(busy) == 1 and not (self._loads or self._followers))
 
     def _take_compiled(self) -> None:
-        """Let those wait for a seat whose grammar is done; with nothing else to do, wait a moment for one."""
+        """Let those wait for a slot whose grammar is done; with nothing else to do, wait a moment for one."""
         if not (self._loads or self._followers or any(model.busy for model in self._models.values())):
             self._compiling.wait(COMPILE_WAIT_S)
         for model, sequence, job, found in self._compiling.take_done():
@@ -229,7 +229,7 @@ class Engine:
             if model is None:
                 raise ModelNotFoundError(f"model {job.model!r} is not loaded on {self._name}", param="model")
             sequence = _sequence(job, model)
-            if model.scheduler.num_unseated + self._compiling.count(model) >= self._max_waiting:
+            if model.scheduler.num_without_slot + self._compiling.count(model) >= self._max_waiting:
                 raise OverloadedError(
                     f"{len(model.scheduler.waiting)} requests wait for {job.model!r} already; try again shortly",
                     retry_after_s=QUEUE_RETRY_AFTER_S,
@@ -381,7 +381,7 @@ def _load_error(name: str, error: Exception) -> ErrorInfo:
 
 
 def _queue(model: ModelEngine, sequence: Sequence, job: Generate | Embed, constraint: Constrained | None) -> None:
-    """Let a sequence wait for a seat, with what it must follow."""
+    """Let a sequence wait for a slot, with what it must follow."""
     if isinstance(job, Generate) and job.min_tokens and sequence.eos:
         constraint = Minimum(constraint, job.min_tokens, sequence.eos, model.config.vocab_size)
     sequence.constraint = constraint

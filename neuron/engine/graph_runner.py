@@ -164,11 +164,11 @@ class GraphRunner(Runner):
     def _replay(self, bucket: _Bucket, plan: StepPlan) -> InFlightStep:
         count = plan.num_decodes
         place = self._published.take(plan.num_rounds)
-        bucket.inputs.fill(plan, self.sampler.draws(plan.seats, plan.num_output), place)
+        bucket.inputs.fill(plan, self.sampler.draws(plan.slots, plan.num_output), place)
         last = self._published.last
         if self._last_ids is not last and plan.token_ids.min() < 0:
             last[: len(self._last_ids)].copy_(self._last_ids)
-        if self._samples and self.sampler.draws_plainly(plan.seats).all():
+        if self._samples and self.sampler.draws_plainly(plan.slots).all():
             self._last_ids = last
             if plan.num_rounds == 1:
                 self._graphs.launch(bucket.graph)
@@ -178,7 +178,7 @@ class GraphRunner(Runner):
             return _GraphStep(self._graphs, bucket.graph, first, tokens, told.all_ended, self._no_hidden)
         self._graphs.launch(bucket.graph)
         assert bucket.logits is not None
-        ids = self.sampler.sample(bucket.logits[:count], plan.seats, plan.num_output)
+        ids = self.sampler.sample(bucket.logits[:count], plan.slots, plan.num_output)
         self._last_ids = ids
         return DeviceStep.behind(ids, torch.ones(count, dtype=torch.bool), self._none, self.sampler.report)
 

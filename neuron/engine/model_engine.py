@@ -192,9 +192,9 @@ class ModelEngine:
             try:
                 prompt, generated = np.split(sequence.tokens[: sequence.num_tokens], [sequence.num_prompt])
                 for executor in self._executors:
-                    executor.sampler.admit(sequence.seat, sequence.sampler, prompt, generated)
+                    executor.sampler.admit(sequence.slot, sequence.sampler, prompt, generated)
                 if sequence.constraint is not None:
-                    self.runner.sampler.constrain(sequence.seat, sequence.constraint.mask())
+                    self.runner.sampler.constrain(sequence.slot, sequence.constraint.mask())
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
                 self._fail([sequence], error, output)
 
@@ -225,7 +225,7 @@ class ModelEngine:
         able = [
             sequence
             for sequence in decoding
-            if not sequence.num_awaited and self.runner.sampler.checks_guesses(sequence.seat)
+            if not sequence.num_awaited and self.runner.sampler.checks_guesses(sequence.slot)
         ]
         # Whoever does not decode yet may come to the end of its prompt in this step.
         num_rows = self.plan.sampled_rows - len(self.scheduler.running)
@@ -329,7 +329,7 @@ class ModelEngine:
             if sequence.constraint is not None:
                 try:
                     complete = sequence.constraint.accept(token)
-                    self.runner.sampler.constrain(sequence.seat, None if complete else sequence.constraint.mask())
+                    self.runner.sampler.constrain(sequence.slot, None if complete else sequence.constraint.mask())
                 except ConstraintError as error:
                     self._fail([sequence], error, output)
                     return

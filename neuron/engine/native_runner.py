@@ -73,11 +73,11 @@ class NativeRunner:
         finite = np.empty(len(plan.context_lens), np.int32)
         hidden: Float32Array = np.empty((len(plan.hidden_rows), self.config.hidden_size), np.float32)
         logprobs: dict[int, TokenLogprobs] = {}
-        is_plain = self.sampler.draws_plainly(plan.seats)
+        is_plain = self.sampler.draws_plainly(plan.slots)
         draws: Draws | None = None
         logits: torch.Tensor | None = None
         if is_plain.any():
-            draws = self.sampler.draws(plan.seats, plan.num_output)
+            draws = self.sampler.draws(plan.slots, plan.num_output)
             draws.temperature[~is_plain] = -1.0
         if num_sampled and (draws is None or draws.temperature.any()):
             logits = self._rows()[:num_sampled]
@@ -108,11 +108,11 @@ class NativeRunner:
                 rows = rows[:, : self.config.vocab_size]
                 if cap := self.config.logit_cap:  # which keeps the order, so the likeliest need none
                     rows = rows.div_(cap).tanh_().mul_(cap)
-                seats, num_output = plan.seats[which], plan.num_output[which]
+                slots, num_output = plan.slots[which], plan.num_output[which]
                 if len(plan.targets):
-                    ids[which] = self.sampler.score(rows, seats, num_output, plan.targets[which]).numpy()
+                    ids[which] = self.sampler.score(rows, slots, num_output, plan.targets[which]).numpy()
                 else:
-                    ids[which] = self.sampler.sample(rows, seats, num_output).numpy()
+                    ids[which] = self.sampler.sample(rows, slots, num_output).numpy()
                 if self.sampler.report is not None:
                     logprobs = {int(which[row]): found for row, found in self.sampler.report.rows().items()}
         return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_rounds - 1]))

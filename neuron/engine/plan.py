@@ -39,7 +39,7 @@ class StepPlan:
     sampled: Int32Array
     """``[R]``: the rows that have logits, rising: a prompt's last, those of it that are scored, and all of a sequence
     that decodes."""
-    seats: Int32Array
+    slots: Int32Array
     """``[R]``: the row of each one's sequence in the tables that outlive a step."""
     num_output: Int32Array
     """``[R]``: how many tokens were generated before it."""
@@ -55,19 +55,19 @@ class StepPlan:
     in place of a draw; -1 for a row that is drawn."""
 
 
-FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "seat")
+FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "slot")
 
 
 def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan:
-    """Return the plan of ``step``; ``page_table`` ``[seats, P]`` is the scheduler's."""
+    """Return the plan of ``step``; ``page_table`` ``[slots, P]`` is the scheduler's."""
     sequences = step.sequences
     num_decodes = step.num_decodes
     counts = np.array(step.num_tokens, np.int32)
-    starts, num_prompt, num_fill, seats = np.array([FIELDS(sequence) for sequence in sequences], np.int32).T
+    starts, num_prompt, num_fill, slots = np.array([FIELDS(sequence) for sequence in sequences], np.int32).T
     cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
     context_lens = starts + counts
-    own_pages = page_table[seats, : -(-(int(context_lens.max()) + step.num_rounds - 1) // page_tokens)]
+    own_pages = page_table[slots, : -(-(int(context_lens.max()) + step.num_rounds - 1) // page_tokens)]
     hidden_rows = targets = NO_TOKENS
     if num_decodes == len(sequences):
         rows = sampled = sampled_of = np.arange(num_decodes, dtype=np.int32)
@@ -107,7 +107,7 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
         page_table=own_pages,
         context_lens=context_lens,
         sampled=sampled,
-        seats=seats[sampled_of],
+        slots=slots[sampled_of],
         num_output=positions[sampled] + 1 - num_prompt[sampled_of],
         hidden_rows=hidden_rows,
         num_rounds=step.num_rounds,

@@ -1,6 +1,6 @@
 """Execute a plan on a model in eager torch: the executor that every other one is compared with.
 
-It owns the KV cache and the sampler's tables, and knows sequences only by their rows, seats and pages.
+It owns the KV cache and the sampler's tables, and knows sequences only by their rows, slots and pages.
 """
 
 import mmap
@@ -80,9 +80,9 @@ class Runner:
         if len(plan.sampled):
             logits = self._logits(self._rows(hidden, plan.sampled))
             if len(plan.targets):
-                ids = self.sampler.score(logits, plan.seats, plan.num_output, plan.targets)
+                ids = self.sampler.score(logits, plan.slots, plan.num_output, plan.targets)
             else:
-                ids = self.sampler.sample(logits, plan.seats, plan.num_output)
+                ids = self.sampler.sample(logits, plan.slots, plan.num_output)
             report = self.sampler.report
         self._last_ids = ids
         return DeviceStep.behind(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)

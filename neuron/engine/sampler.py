@@ -1,6 +1,6 @@
 """From logits to token ids for all rows of a step at once, each row by its own sequence's settings.
 
-What a sequence asked for is written into tables when it is admitted, one row a seat, and gathered by seat in each step.
+What a sequence asked for is written into tables when it is admitted, one row a slot, and gathered by slot in each step.
 A row's draw depends on its seed and on how many tokens it has, never on its neighbours. Logits stay on the device.
 """
 
@@ -82,117 +82,117 @@ class Sampler:
         """Of the last :meth:`sample`."""
         self._masks: dict[int, Int32Array] = {}
         self._bias: dict[int, tuple[Int32Array, Float32Array]] = {}
-        # [seats, V], made when the first sequence with penalties comes: how often each token was generated, and
+        # [slots, V], made when the first sequence with penalties comes: how often each token was generated, and
         # whether the prompt has it.
         self._counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
 
-    def admit(self, seat: int, settings: SamplerSettings, prompt: Int32Array, output: Int32Array = NO_TOKENS) -> None:
+    def admit(self, slot: int, settings: SamplerSettings, prompt: Int32Array, output: Int32Array = NO_TOKENS) -> None:
         """Take over a sequence's settings, which :func:`check_settings` has passed.
 
         ``output`` is what it has generated so far: nothing, unless it was preempted.
         """
-        self._temperature[seat] = 0 if settings.temperature < GREEDY_BELOW else settings.temperature
-        self._top_k[seat] = min(settings.top_k, self._vocab_size)
-        self._top_p[seat] = settings.top_p
-        self._min_p[seat] = settings.min_p
-        self._seed[seat] = settings.seed & 0xFFFF_FFFF_FFFF_FFFF
-        self._top_logprobs[seat] = min(settings.top_logprobs, self._vocab_size)
-        self._masks.pop(seat, None)
+        self._temperature[slot] = 0 if settings.temperature < GREEDY_BELOW else settings.temperature
+        self._top_k[slot] = min(settings.top_k, self._vocab_size)
+        self._top_p[slot] = settings.top_p
+        self._min_p[slot] = settings.min_p
+        self._seed[slot] = settings.seed & 0xFFFF_FFFF_FFFF_FFFF
+        self._top_logprobs[slot] = min(settings.top_logprobs, self._vocab_size)
+        self._masks.pop(slot, None)
         penalties = (settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty)
-        self._penalties[seat] = penalties
-        self._penalised[seat] = penalties != (1.0, 0.0, 0.0)
-        self._bias.pop(seat, None)
+        self._penalties[slot] = penalties
+        self._penalised[slot] = penalties != (1.0, 0.0, 0.0)
+        self._bias.pop(slot, None)
         if settings.logit_bias:
             tokens, which = np.unique(
                 np.array([token for token, _ in settings.logit_bias], np.int32), return_inverse=True
             )
             added = np.bincount(which, [value for _, value in settings.logit_bias]).astype(np.float32)
-            self._bias[seat] = tokens, added
-        if self._penalised[seat]:
+            self._bias[slot] = tokens, added
+        if self._penalised[slot]:
             counts, in_prompt = self._tables()
-            counts[seat] = to_device(np.bincount(output, minlength=self._vocab_size), self._device)
-            in_prompt[seat] = False
-            in_prompt[seat, to_device(prompt, self._device).to(torch.int64)] = True
+            counts[slot] = to_device(np.bincount(output, minlength=self._vocab_size), self._device)
+            in_prompt[slot] = False
+            in_prompt[slot, to_device(prompt, self._device).to(torch.int64)] = True
 
     def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return counts and prompts ``[seats, V]``."""
+        """Return counts and prompts ``[slots, V]``."""
         if self._counts is None or self._in_prompt is None:
             shape = (len(self._seed), self._vocab_size)
             self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
         return self._counts, self._in_prompt
 
-    def checks_guesses(self, seat: int) -> bool:
-        """Return whether several rows of ``seat`` may be sampled at once."""
-        return not (self._penalised[seat] or self._top_logprobs[seat] >= 0 or seat in self._masks)
+    def checks_guesses(self, slot: int) -> bool:
+        """Return whether several rows of ``slot`` may be sampled at once."""
+        return not (self._penalised[slot] or self._top_logprobs[slot] >= 0 or slot in self._masks)
 
-    def draws_plainly(self, seats: Int32Array) -> BoolArray:
-        """Return which of ``seats`` take the likeliest token of their logits as they are, or draw from them as they
+    def draws_plainly(self, slots: Int32Array) -> BoolArray:
+        """Return which of ``slots`` take the likeliest token of their logits as they are, or draw from them as they
         are, so that nobody has to see these: ``[R]``."""
-        found: BoolArray = ~self._penalised[seats] & (self._top_logprobs[seats] < 0)
+        found: BoolArray = ~self._penalised[slots] & (self._top_logprobs[slots] < 0)
         if self._bias or self._masks:
-            found &= np.array([seat not in self._bias and seat not in self._masks for seat in seats.tolist()], np.bool_)
+            found &= np.array([slot not in self._bias and slot not in self._masks for slot in slots.tolist()], np.bool_)
         return found
 
-    def draws(self, seats: Int32Array, num_output: Int32Array) -> Draws:
-        """Return how rows of ``seats`` are drawn of which so many tokens were."""
+    def draws(self, slots: Int32Array, num_output: Int32Array) -> Draws:
+        """Return how rows of ``slots`` are drawn of which so many tokens were."""
         return Draws(
-            self._temperature[seats],
-            self._top_p[seats],
-            self._min_p[seats],
-            self._top_k[seats],
-            self._seed[seats],
+            self._temperature[slots],
+            self._top_p[slots],
+            self._min_p[slots],
+            self._top_k[slots],
+            self._seed[slots],
             num_output,
         )
 
-    def constrain(self, seat: int, mask: Int32Array | None) -> None:
-        """Let the next token of ``seat`` be only one whose bit is set in ``mask`` ``[ceil(V / 32)]``; ``None``: any."""
+    def constrain(self, slot: int, mask: Int32Array | None) -> None:
+        """Let the next token of ``slot`` be only one whose bit is set in ``mask`` ``[ceil(V / 32)]``; ``None``: any."""
         if mask is None:
-            self._masks.pop(seat, None)
+            self._masks.pop(slot, None)
             return
-        self._masks[seat] = mask
+        self._masks[slot] = mask
 
-    def sample(self, logits: torch.Tensor, seats: Int32Array, num_output: Int32Array) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, slots: Int32Array, num_output: Int32Array) -> torch.Tensor:
         """Return the next token id int32 ``[R]`` of each row of ``logits`` ``[R, V]`` float32, which are overwritten.
 
-        ``seats`` and ``num_output`` ``[R]`` are the rows' sequences and how many tokens each has generated. Several
+        ``slots`` and ``num_output`` ``[R]`` are the rows' sequences and how many tokens each has generated. Several
         rows may be of one sequence if it has neither penalties nor a grammar. Leaves ``report``.
         """
         # A sum is finite only if every term is, and reads the logits once: 7 us a row against 46 for isfinite().all().
         finite = logits.sum(-1).isfinite()
-        reported = np.flatnonzero(self._top_logprobs[seats] >= 0)
+        reported = np.flatnonzero(self._top_logprobs[slots] >= 0)
         raw = logits[to_device(reported, self._device)] if len(reported) else None
-        penalised = np.flatnonzero(self._penalised[seats])
+        penalised = np.flatnonzero(self._penalised[slots])
         if len(penalised):
-            self._penalise(logits, penalised, seats)
-        for row, seat in enumerate(seats.tolist()) if self._bias else ():
-            if seat in self._bias:
-                tokens, values = (to_device(array, self._device) for array in self._bias[seat])
+            self._penalise(logits, penalised, slots)
+        for row, slot in enumerate(slots.tolist()) if self._bias else ():
+            if slot in self._bias:
+                tokens, values = (to_device(array, self._device) for array in self._bias[slot])
                 logits[row].index_add_(0, tokens, values)
-        for row, seat in enumerate(seats.tolist()) if self._masks else ():
-            if seat in self._masks:
-                mask = ~self._masks[seat].view(np.uint8)
+        for row, slot in enumerate(slots.tolist()) if self._masks else ():
+            if slot in self._masks:
+                mask = ~self._masks[slot].view(np.uint8)
                 forbidden = np.unpackbits(mask, count=self._vocab_size, bitorder="little").view(np.bool_)
                 logits[row].masked_fill_(to_device(forbidden, self._device), -torch.inf)
         ids = kernels.sample(
             logits,
-            self._temperature[seats],
-            self._top_k[seats],
-            self._top_p[seats],
-            self._min_p[seats],
-            uniform(self._seed[seats], num_output),
+            self._temperature[slots],
+            self._top_k[slots],
+            self._top_p[slots],
+            self._min_p[slots],
+            uniform(self._seed[slots], num_output),
         )
         if len(penalised) and self._counts is not None:
             rows = to_device(penalised, self._device)
-            chosen = to_device(seats[penalised], self._device).to(torch.int64)
+            chosen = to_device(slots[penalised], self._device).to(torch.int64)
             ones = torch.ones(len(penalised), dtype=torch.int32, device=self._device)
             self._counts.index_put_((chosen, ids.index_select(0, rows)), ones, accumulate=True)
-        self.report = None if raw is None else self._report(raw, ids, reported, seats)
+        self.report = None if raw is None else self._report(raw, ids, reported, slots)
         return ids.to(torch.int32).masked_fill_(~finite, NON_FINITE)
 
     def score(
-        self, logits: torch.Tensor, seats: Int32Array, num_output: Int32Array, targets: Int32Array
+        self, logits: torch.Tensor, slots: Int32Array, num_output: Int32Array, targets: Int32Array
     ) -> torch.Tensor:
         """Return ids as :meth:`sample` does, but of a row with a target in ``targets`` ``[R]`` that, and not a draw.
 
@@ -204,19 +204,19 @@ class Sampler:
         ids[scored] = ids[scored].masked_fill(~finite, NON_FINITE)
         if len(drawn):
             rows = np.flatnonzero(targets < 0)
-            ids[drawn] = self.sample(logits.index_select(0, drawn), seats[rows], num_output[rows])
-        reported = np.flatnonzero(self._top_logprobs[seats] >= 0)
+            ids[drawn] = self.sample(logits.index_select(0, drawn), slots[rows], num_output[rows])
+        reported = np.flatnonzero(self._top_logprobs[slots] >= 0)
         self.report = None
         if len(reported):
             raw = logits.index_select(0, to_device(reported, self._device))
-            self.report = self._report(raw, ids.clamp(min=0).to(torch.int64), reported, seats)
+            self.report = self._report(raw, ids.clamp(min=0).to(torch.int64), reported, slots)
         return ids
 
     def _report(
-        self, raw: torch.Tensor, ids: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array
+        self, raw: torch.Tensor, ids: torch.Tensor, which: np.ndarray[Any, Any], slots: Int32Array
     ) -> LogprobReport:
         """Return those of the rows ``which``, whose logits were ``raw`` ``[N, V]`` before any filter."""
-        widths = self._top_logprobs[seats[which]].tolist()
+        widths = self._top_logprobs[slots[which]].tolist()
         logprobs = raw.log_softmax(-1)
         chosen = ids[to_device(which, self._device)].unsqueeze(-1)
         likeliest = logprobs.topk(max(widths))
@@ -224,7 +224,7 @@ class Sampler:
         found = logprobs.gather(-1, chosen), likeliest.values, likeliest.indices.to(torch.int32)
         return LogprobReport(place, *map(to_host, found))
 
-    def _penalise(self, logits: torch.Tensor, which: np.ndarray[Any, Any], seats: Int32Array) -> None:
+    def _penalise(self, logits: torch.Tensor, which: np.ndarray[Any, Any], slots: Int32Array) -> None:
         """Apply the penalties to the rows ``which``: repetition to prompt and output, the other two to output only.
 
         Repetition: arXiv:1909.05858, dividing what is positive and multiplying what is negative.
@@ -232,10 +232,10 @@ class Sampler:
         if self._counts is None or self._in_prompt is None:
             raise RuntimeError("a penalised sequence was never admitted")
         rows = to_device(which, self._device)
-        chosen = to_device(seats[which], self._device).to(torch.int64)
+        chosen = to_device(slots[which], self._device).to(torch.int64)
         counts = self._counts.index_select(0, chosen)
         seen = (counts > 0) | self._in_prompt.index_select(0, chosen)
-        penalties = to_device(self._penalties[seats[which]].astype(np.float32), self._device)
+        penalties = to_device(self._penalties[slots[which]].astype(np.float32), self._device)
         repetition, presence, frequency = penalties.unsqueeze(-1).unbind(1)
         x = logits.index_select(0, rows)
         x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)

@@ -2,11 +2,11 @@
 
 The rules. First come, first admitted, among principals the one of the highest priority first, and of
 those the one with the fewest running. A sequence starts when a
-seat is free and the pool has the pages for what it has so far and a margin for everyone to grow; pages of a beginning
+slot is free and the pool has the pages for what it has so far and a margin for everyone to grow; pages of a beginning
 that is in the cache are shared. Every decoding sequence is in every step; prompts fill what is left of the step's token
 budget, in order, cut where it ends. When pages run out, the youngest gives its own back, waits ahead of everyone, and
 is computed again, mostly from the cache. The oldest is never preempted and always advances, and the first in line is
-never overtaken for want of room, so waiting is bounded but for those whom higher priorities keep out of every seat.
+never overtaken for want of room, so waiting is bounded but for those whom higher priorities keep out of every slot.
 
 Full pages are shared, the last part of a prompt is not: two sequences of one prompt each compute its last 1 to 16
 tokens, and no page is ever copied. One whose beginning is being computed by another just now waits for it.
@@ -69,7 +69,7 @@ class Step:
 
 
 class Scheduler:
-    """The queue, the seats and the pages of one model."""
+    """The queue, the slots and the pages of one model."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -80,9 +80,9 @@ class Scheduler:
         """In order of admission."""
         max_pages = -(-limits.context_tokens // limits.page_tokens)
         self.page_table: Int32Array = np.zeros((limits.max_sequences, max_pages), np.int32)
-        """``[seats, P]``: written when a sequence is admitted or grows, read by every step's plan."""
+        """``[slots, P]``: written when a sequence is admitted or grows, read by every step's plan."""
         self.num_preemptions = 0
-        self._seats = list(range(limits.max_sequences))[::-1]
+        self._slots = list(range(limits.max_sequences))[::-1]
         # Keys of the pages that running sequences are about to fill, and by whom.
         self._promised: dict[bytes, int] = {}
 
@@ -92,9 +92,9 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     @property
-    def num_unseated(self) -> int:
-        """Return how many sequences wait beyond those that the free seats will take; negative if seats stay free."""
-        return len(self.waiting) - len(self._seats)
+    def num_without_slot(self) -> int:
+        """Return how many sequences wait beyond those that the free slots will take; negative if slots stay free."""
+        return len(self.waiting) - len(self._slots)
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.page_tokens)
@@ -120,15 +120,15 @@ class Scheduler:
         return sequence
 
     def _vacate(self, sequence: Sequence) -> None:
-        """Take back seat, pages and promises of a running sequence."""
+        """Take back slot, pages and promises of a running sequence."""
         del self.running[sequence.number]
         for key in sequence.keys[sequence.num_published :]:
             if self._promised.get(key) == sequence.number:
                 del self._promised[key]
         self.pool.release(sequence.pages)
-        self._seats.append(sequence.seat)
-        self.page_table[sequence.seat] = 0
-        sequence.pages, sequence.seat = NO_PAGES, -1
+        self._slots.append(sequence.slot)
+        self.page_table[sequence.slot] = 0
+        sequence.pages, sequence.slot = NO_PAGES, -1
         sequence.num_computed = sequence.num_settled = sequence.num_published = sequence.num_awaited = 0
         sequence.num_drafted = 0
         sequence.drafts, sequence.pooled = NO_TOKENS, None
@@ -136,9 +136,9 @@ class Scheduler:
     # -------------------------------------------------------------- admission
 
     def admit(self) -> list[Sequence]:
-        """Start as many of the waiting as seats and pages allow; return those, in order."""
+        """Start as many of the waiting as slots and pages allow; return those, in order."""
         admitted: list[Sequence] = []
-        while self._seats and self.waiting:
+        while self._slots and self.waiting:
             sequence = self._next_in_line()
             if sequence is None or not self._place(sequence):
                 break
@@ -180,7 +180,7 @@ class Scheduler:
         return sequence.keys[:count]
 
     def _place(self, sequence: Sequence) -> bool:
-        """Give a sequence its seat and its pages; return whether there is room."""
+        """Give a sequence its slot and its pages; return whether there is room."""
         keys = self._sharable_keys(sequence)
         shared = self.pool.find(keys)
         num_pages = self._num_pages(sequence.num_tokens)
@@ -193,8 +193,8 @@ class Scheduler:
         del self.waiting[sequence.number]
         self.pool.share(shared)
         sequence.pages = np.concatenate((shared, self.pool.allocate(num_pages - len(shared))))
-        sequence.seat = self._seats.pop()
-        self.page_table[sequence.seat, :num_pages] = sequence.pages
+        sequence.slot = self._slots.pop()
+        self.page_table[sequence.slot, :num_pages] = sequence.pages
         sequence.num_computed = sequence.num_settled = sequence.num_drafted = len(shared) * self.limits.page_tokens
         sequence.num_published = len(shared)
         sequence.num_fill = sequence.num_tokens
@@ -285,7 +285,7 @@ class Scheduler:
 
     def _add_page(self, sequence: Sequence) -> None:
         page = self.pool.allocate(1)
-        self.page_table[sequence.seat, len(sequence.pages)] = page[0]
+        self.page_table[sequence.slot, len(sequence.pages)] = page[0]
         sequence.pages = np.concatenate((sequence.pages, page))
 
     def make_room(self, sequence: Sequence, count: int) -> int:
@@ -340,14 +340,14 @@ class Scheduler:
             sequence.num_published = full
 
     def check_integrity(self) -> None:
-        """Raise unless seats, pages, promises and the page table agree with the sequences that run."""
+        """Raise unless slots, pages, promises and the page table agree with the sequences that run."""
         running = list(self.running.values())
         self.pool.check_integrity([sequence.pages for sequence in running])
-        if sorted([*self._seats, *(sequence.seat for sequence in running)]) != list(range(self.limits.max_sequences)):
-            raise RuntimeError("seats are lost or held twice")
+        if sorted([*self._slots, *(sequence.slot for sequence in running)]) != list(range(self.limits.max_sequences)):
+            raise RuntimeError("slots are lost or held twice")
         expected = np.zeros_like(self.page_table)
         for sequence in running:
-            expected[sequence.seat, : len(sequence.pages)] = sequence.pages
+            expected[sequence.slot, : len(sequence.pages)] = sequence.pages
         if not np.array_equal(expected, self.page_table):
             raise RuntimeError("the page table differs from the sequences' pages")
         if not set(self._promised.values()) <= self.running.keys():

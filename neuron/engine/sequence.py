@@ -50,7 +50,7 @@ class Sequence:
     __slots__ = (
         "constraint", "drafts", "eos", "hit_rate", "keys", "max_tokens", "num_awaited", "num_cached", "num_computed",
         "num_drafted", "num_fill", "num_prompt", "num_published", "num_scored", "num_settled", "num_tokens", "number",
-        "pages", "pooled", "pooling", "principal", "priority", "root", "sampler", "scores_prompt", "seat", "state",
+        "pages", "pooled", "pooling", "principal", "priority", "root", "sampler", "scores_prompt", "slot", "state",
         "tokens",
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ class Sequence:
         self.eos = eos
         self.sampler = sampler
         self.principal = principal
-        """On whose behalf it runs: seats are shared out among principals."""
+        """On whose behalf it runs: slots are shared out among principals."""
         self.priority = priority
         """The principal's."""
         self.constraint = constraint
@@ -103,7 +103,7 @@ class Sequence:
         """Of its first full pages, as far as anyone asked."""
         self.num_published = 0
         """How many of its pages have been offered to the pool."""
-        self.seat = -1
+        self.slot = -1
         """Row of the page table and of the sampler's tables while running."""
         self.state = SequenceState.WAITING
 

@@ -141,7 +141,7 @@ def _sample_kernel(
     min_p,
     seeds,
     counters,
-    seats,
+    slots,
     penalties,
     counts,
     in_prompt,
@@ -183,7 +183,7 @@ def _sample_kernel(
     seed = tl.load(seeds + row)
     draw = tl.load(counters + row)
     if penalties is not None:
-        seat = tl.load(seats + row).to(tl.int64)
+        slot = tl.load(slots + row).to(tl.int64)
         repetition = tl.load(penalties + row * 3)
         presence = tl.load(penalties + row * 3 + 1)
         frequency = tl.load(penalties + row * 3 + 2)
@@ -197,8 +197,8 @@ def _sample_kernel(
     peak = tl.max(raw, 0)
     mass = tl.sum(tl.exp(raw - tl.where(peak == float("-inf"), 0.0, peak)), 0)
     if penalties is not None:
-        times = tl.load(counts + seat * V + v, mask=inside, other=0)
-        seen = (times > 0) | (tl.load(in_prompt + seat * V + v, mask=inside, other=0) != 0)
+        times = tl.load(counts + slot * V + v, mask=inside, other=0)
+        seen = (times > 0) | (tl.load(in_prompt + slot * V + v, mask=inside, other=0) != 0)
         value = tl.where(seen, tl.where(value > 0, value / repetition, value * repetition), value)
         value -= frequency * times.to(tl.float32) + tl.where(times > 0, presence, 0.0)
     if allowed is not None:
@@ -309,7 +309,7 @@ def _sample_kernel(
     tl.store(ids + row, tl.where(finite, token, -1))
     if penalties is not None:
         if finite:
-            its_count = counts + seat * V + token
+            its_count = counts + slot * V + token
             tl.store(its_count, tl.load(its_count) + 1)
 
 
@@ -329,7 +329,7 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor,
         (parts, num_rows),
         {"logits": logits, "work": torch.empty_like(logits) if changed else None}
         | {"temperature": rows.temperature, "top_k": rows.top_k, "top_p": rows.top_p, "min_p": rows.min_p}
-        | {"seeds": rows.seeds, "counters": rows.counters, "seats": rows.seats, "penalties": rows.penalties}
+        | {"seeds": rows.seeds, "counters": rows.counters, "slots": rows.slots, "penalties": rows.penalties}
         | {"counts": rows.counts, "in_prompt": rows.in_prompt, "bias_tokens": rows.bias_tokens}
         | {"bias_values": rows.bias_values, "allowed": rows.allowed, "ids": ids, "logprobs": logprobs}
         | {"maxima": torch.empty((num_rows, num_runs), dtype=torch.float32, device=device)}

@@ -38,7 +38,7 @@ def random_rows(num_rows: int, vocab_size: int, device: torch.device, *, everyth
     words[-1] = 0
     return dataclasses.replace(
         rows,
-        seats=torch.from_numpy(generator.permutation(num_rows).astype(np.int32)).to(device),
+        slots=torch.from_numpy(generator.permutation(num_rows).astype(np.int32)).to(device),
         penalties=torch.from_numpy(generator.uniform((0.5, -1, -1), (2, 1, 1), (num_rows, 3)).astype(np.float32)).to(
             device
         ),

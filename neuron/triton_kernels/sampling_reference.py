@@ -81,11 +81,11 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor,
         if not x.isfinite().all():
             continue
         own = x.log_softmax(-1)
-        seat = int(rows.seats[row]) if rows.seats is not None else 0
+        slot = int(rows.slots[row]) if rows.slots is not None else 0
         if rows.penalties is not None and rows.counts is not None and rows.in_prompt is not None:
             repetition, presence, frequency = rows.penalties[row].tolist()
-            counts = rows.counts[seat]
-            seen = (counts > 0) | rows.in_prompt[seat]
+            counts = rows.counts[slot]
+            seen = (counts > 0) | rows.in_prompt[slot]
             x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
             x = x - frequency * counts - presence * (counts > 0)
         if rows.allowed is not None:
@@ -117,7 +117,7 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor,
         ids[row] = token
         logprobs[row] = own[token]
         if rows.penalties is not None and rows.counts is not None:
-            rows.counts[seat, token] += 1
+            rows.counts[slot, token] += 1
     return ids, logprobs
 
 

@@ -25,14 +25,14 @@ class SamplingRows:
     """``[R]`` int64"""
     counters: torch.Tensor
     """``[R]`` int32: tokens the row has generated."""
-    seats: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
     """``[R]`` int32: the row's place in the two tables below."""
     penalties: torch.Tensor | None = None
     """``[R, 3]`` float32: repetition, presence, frequency."""
     counts: torch.Tensor | None = None
-    """``[seats, V]`` int32: how often each token was generated; the drawn token is counted."""
+    """``[slots, V]`` int32: how often each token was generated; the drawn token is counted."""
     in_prompt: torch.Tensor | None = None
-    """``[seats, V]`` bool"""
+    """``[slots, V]`` bool"""
     bias_tokens: torch.Tensor | None = None
     """``[R, X]`` int32, -1 where there are fewer; no token twice."""
     bias_values: torch.Tensor | None = None
@@ -42,7 +42,7 @@ class SamplingRows:
 
 
 def like(
-    num_rows: int, vocab_size: int, num_seats: int, changes: bool, make: Callable[..., torch.Tensor]
+    num_rows: int, vocab_size: int, num_slots: int, changes: bool, make: Callable[..., torch.Tensor]
 ) -> SamplingRows:
     """Return rows of what ``make(*shape, dtype=...)`` returns; with ``changes`` those that change logits."""
     f32, i32 = torch.float32, torch.int32
@@ -58,10 +58,10 @@ def like(
         return rows
     return dataclasses.replace(
         rows,
-        seats=make(num_rows, dtype=i32),
+        slots=make(num_rows, dtype=i32),
         penalties=make(num_rows, 3, dtype=f32),
-        counts=make(num_seats, vocab_size, dtype=i32),
-        in_prompt=make(num_seats, vocab_size, dtype=torch.bool),
+        counts=make(num_slots, vocab_size, dtype=i32),
+        in_prompt=make(num_slots, vocab_size, dtype=torch.bool),
         bias_tokens=make(num_rows, 300, dtype=i32),
         bias_values=make(num_rows, 300, dtype=f32),
         allowed=make(num_rows, -(-vocab_size // 32), dtype=i32),

@@ -31,8 +31,8 @@ class Likelihood:
     def admit(self, *_: object) -> None:
         pass
 
-    def draws_plainly(self, seats: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return np.zeros(len(seats), np.bool_)
+    def draws_plainly(self, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.zeros(len(slots), np.bool_)
 
     def take_logprobs(self, _: object) -> None:
         pass

@@ -118,7 +118,7 @@ def test_rows_are_one_message_a_step_and_count_the_queue(driver: Any) -> None:
     for row in driver.rows:
         assert (row.prompt_cached is not None) == (row.sequence not in first_of)
         first_of.setdefault(row.sequence, row)
-    # The last four waited for a seat, and by then the first page of them all was in the cache.
+    # The last four waited for a slot, and by then the first page of them all was in the cache.
     assert [first_of[number].prompt_cached for number in range(20)] == [0] * 16 + [16] * 4
 
 
@@ -240,7 +240,7 @@ def test_a_full_queue_is_told_at_once_and_a_misfit_is_told_so_even_then(
     for number in range(7):
         driver.generate(number, PROMPT, 5)
     driver.generate(7, [5] * 600, 5)
-    # Two will have a seat, three may wait.
+    # Two will have a slot, three may wait.
     assert {number: error.code for number, error in driver.failures().items()} == {
         5: "rate_limit_exceeded", 6: "rate_limit_exceeded", 7: "context_length_exceeded"
     }  # fmt: skip

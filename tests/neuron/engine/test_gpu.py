@@ -78,7 +78,7 @@ class Rounds:
             page_table=np.zeros((NUM_ROWS, 1), np.int32),
             context_lens=rows + 1,
             sampled=rows,
-            seats=rows,
+            slots=rows,
             num_output=rows,
             hidden_rows=rows[:0],
             num_rounds=num_rounds,

@@ -20,8 +20,8 @@ def draw(logits: torch.Tensor, draws: int = DRAWS, **settings: Any) -> np.ndarra
     """Return how often each token comes out of ``draws`` rows of the same ``logits``, one seed each."""
     sampler = Sampler(1, len(logits), CPU)
     sampler.admit(0, SamplerSettings(**settings), np.zeros(1, np.int32))
-    seats = np.zeros(draws, np.int32)
-    ids = sampler.sample(logits.repeat(draws, 1), seats, np.arange(draws, dtype=np.int32))
+    slots = np.zeros(draws, np.int32)
+    ids = sampler.sample(logits.repeat(draws, 1), slots, np.arange(draws, dtype=np.int32))
     return np.bincount(ids.numpy(), minlength=len(logits))
 
 
@@ -113,18 +113,18 @@ def test_a_row_depends_on_its_own_seed_and_step_only() -> None:
         {"min_p": 0.1},
         {"top_p": 0.5},
     ]
-    for seat in range(rows):
-        settings = SamplerSettings(**{"temperature": 1.2, "seed": seat // 6, **kinds[seat % 6]})
-        sampler.admit(seat, settings, np.zeros(1, np.int32))
+    for slot in range(rows):
+        settings = SamplerSettings(**{"temperature": 1.2, "seed": slot // 6, **kinds[slot % 6]})
+        sampler.admit(slot, settings, np.zeros(1, np.int32))
     logits = torch.randn(rows, vocab_size)
-    seats = np.arange(rows, dtype=np.int32)
-    together = sampler.sample(logits.clone(), seats, seats + 3).tolist()
-    for order in (seats[::-1], seats[3:7]):
+    slots = np.arange(rows, dtype=np.int32)
+    together = sampler.sample(logits.clone(), slots, slots + 3).tolist()
+    for order in (slots[::-1], slots[3:7]):
         shuffled = sampler.sample(logits[order.copy()].clone(), order.copy(), order + 3)
-        assert shuffled.tolist() == [together[seat] for seat in order]
-    for seat in range(rows):
-        alone = sampler.sample(logits[seat : seat + 1].clone(), seats[seat : seat + 1], seats[seat : seat + 1] + 3)
-        assert alone.tolist() == [together[seat]]
+        assert shuffled.tolist() == [together[slot] for slot in order]
+    for slot in range(rows):
+        alone = sampler.sample(logits[slot : slot + 1].clone(), slots[slot : slot + 1], slots[slot : slot + 1] + 3)
+        assert alone.tolist() == [together[slot]]
     others = [draw(torch.zeros(vocab_size), 50, seed=seed).nonzero()[0].tolist() for seed in (1, 2, -1, 1 << 63)]
     assert len({tuple(other) for other in others}) == 4
 
@@ -142,7 +142,7 @@ def test_penalties_and_bias_follow_their_formulas() -> None:
     )
     prompt, output = [3, 4, 4, 11], []
     sampler = Sampler(2, vocab_size, CPU)
-    seat = np.ones(1, np.int32)
+    slot = np.ones(1, np.int32)
     sampler.admit(1, settings, np.array(prompt, np.int32))
     for step in range(25):
         expected = logits[0].clone()
@@ -152,13 +152,13 @@ def test_penalties_and_bias_follow_their_formulas() -> None:
             expected[token] -= 0.7 + 0.4 * output.count(token)
         expected[4] += 2.5
         expected[9] -= 50.0
-        found = sampler.sample(logits.clone(), seat, np.array([step], np.int32))
+        found = sampler.sample(logits.clone(), slot, np.array([step], np.int32))
         assert found.tolist() == [int(expected.argmax())]
         output += found.tolist()
     assert len(set(output)) > 3
-    # The next sequence on this seat starts clean.
+    # The next sequence on this slot starts clean.
     sampler.admit(1, SamplerSettings(temperature=0.0, presence_penalty=1e-6), np.array([1], np.int32))
-    assert sampler.sample(logits.clone(), seat, np.zeros(1, np.int32)).tolist() == [int(logits.argmax())]
+    assert sampler.sample(logits.clone(), slot, np.zeros(1, np.int32)).tolist() == [int(logits.argmax())]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -167,15 +167,15 @@ def test_penalties_and_bias_follow_their_formulas() -> None:
 )
 def test_a_bad_row_is_reported_and_its_neighbours_go_on(bad: float, settings: dict[str, Any]) -> None:
     sampler = Sampler(3, 600, CPU)
-    for seat in range(3):
-        sampler.admit(seat, SamplerSettings(**settings), np.zeros(1, np.int32))
+    for slot in range(3):
+        sampler.admit(slot, SamplerSettings(**settings), np.zeros(1, np.int32))
     logits = torch.randn(3, 600)
-    seats, steps = np.arange(3, dtype=np.int32), np.zeros(3, np.int32)
-    expected = sampler.sample(logits.clone(), seats, steps).tolist()
-    for seat in range(3):
-        sampler.admit(seat, SamplerSettings(**settings), np.zeros(1, np.int32))
+    slots, steps = np.arange(3, dtype=np.int32), np.zeros(3, np.int32)
+    expected = sampler.sample(logits.clone(), slots, steps).tolist()
+    for slot in range(3):
+        sampler.admit(slot, SamplerSettings(**settings), np.zeros(1, np.int32))
     logits[1, 17] = bad
-    assert sampler.sample(logits, seats, steps).tolist() == [expected[0], NON_FINITE, expected[2]]
+    assert sampler.sample(logits, slots, steps).tolist() == [expected[0], NON_FINITE, expected[2]]
 
 
 @pytest.mark.parametrize(

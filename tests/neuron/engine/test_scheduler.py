@@ -82,7 +82,7 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
     page_tokens = scheduler.limits.page_tokens
     plan = build_plan(step, scheduler.page_table, page_tokens)
     row = 0
-    sampled, seats, num_output = [], [], []
+    sampled, slots, num_output = [], [], []
     for index, (s, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
         assert plan.cu_seqlens[index] == row
         assert plan.context_lens[index] == s.num_computed + count
@@ -97,10 +97,10 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
             row += 1
         if s.num_computed + count == s.num_tokens:
             sampled.append(row - 1)
-            seats.append(s.seat)
+            slots.append(s.slot)
             num_output.append(s.num_output)
     assert plan.cu_seqlens[-1] == row == len(plan.token_ids)
-    assert (plan.sampled.tolist(), plan.seats.tolist(), plan.num_output.tolist()) == (sampled, seats, num_output)
+    assert (plan.sampled.tolist(), plan.slots.tolist(), plan.num_output.tolist()) == (sampled, slots, num_output)
     assert not len(plan.hidden_rows)
     assert len(np.unique(plan.slot_mapping)) == row
     for field in dataclasses.fields(plan):
@@ -391,7 +391,7 @@ def test_admission_takes_the_prompt_and_a_margin_not_the_whole_output() -> None:
     scheduler.check_integrity()
 
 
-def test_seats_are_shared_out_among_principals() -> None:
+def test_slots_are_shared_out_among_principals() -> None:
     scheduler = Scheduler(dataclasses.replace(LIMITS, num_pages=400))
     for number in range(8):
         scheduler.add(sequence(number, 4, 4, principal="greedy"))

@@ -48,19 +48,19 @@ def state_after(state: int, token: int) -> int:
 
 
 class Sampler:
-    """Knows each seat's seed, refuses guesses for every fifth, and has something to see to for every seventh."""
+    """Knows each slot's seed, refuses guesses for every fifth, and has something to see to for every seventh."""
 
     def __init__(self) -> None:
         self.seeds: dict[int, int] = {}
 
-    def admit(self, seat: int, sampler: SamplerSettings, *_: object) -> None:
-        self.seeds[seat] = sampler.seed
+    def admit(self, slot: int, sampler: SamplerSettings, *_: object) -> None:
+        self.seeds[slot] = sampler.seed
 
-    def checks_guesses(self, seat: int) -> bool:
-        return self.seeds[seat] % 5 > 0
+    def checks_guesses(self, slot: int) -> bool:
+        return self.seeds[slot] % 5 > 0
 
-    def draws_plainly(self, seats: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return np.array([self.seeds[seat] % 7 > 0 for seat in seats.tolist()])
+    def draws_plainly(self, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.array([self.seeds[slot] % 7 > 0 for slot in slots.tolist()])
 
 
 class Late:
@@ -102,7 +102,7 @@ class Device:
         later = []
         while len(later) + 1 < plan.num_rounds:
             assert plan.num_rounds <= self.max_rounds
-            assert self.sampler.draws_plainly(plan.seats).all()
+            assert self.sampler.draws_plainly(plan.slots).all()
             assert len(plan.sampled) == len(plan.context_lens) == len(plan.token_ids)
             ids = np.array(later[-1] if later else outcome.ids, np.int32)
             if not outcome.finite.all() or np.isin(ids, plan.stops).any() or len(later) + 1 == self.message_after:
@@ -125,7 +125,7 @@ class Device:
         assert len(plan.sampled) <= PLAN.sampled_rows
         ids: list[int] = []
         hidden = np.zeros((len(plan.hidden_rows), 3), np.float32)
-        seats = dict(zip(plan.sampled.tolist(), plan.seats.tolist(), strict=True))
+        slots = dict(zip(plan.sampled.tolist(), plan.slots.tolist(), strict=True))
         for index in range(len(plan.context_lens)):
             pages = plan.page_table[index]
             first, end = plan.cu_seqlens[index], plan.cu_seqlens[index + 1]
@@ -139,8 +139,8 @@ class Device:
                 assert slot >= PAGE_TOKENS, "page 0 is written"
                 before = int(pages[(position - 1) // PAGE_TOKENS]) * PAGE_TOKENS + (position - 1) % PAGE_TOKENS
                 state = self.cache[slot] = state_after(self.cache[before] if position else 1, token)
-                if row in seats:
-                    ids.append(next_token(self.sampler.seeds[seats[row]], state))
+                if row in slots:
+                    ids.append(next_token(self.sampler.seeds[slots[row]], state))
                 if row in plan.hidden_rows:
                     at = plan.hidden_rows.tolist().index(row)
                     hidden[at] = (1.0, state % 1000, state // 1000 % 1000)

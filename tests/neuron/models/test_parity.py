@@ -73,15 +73,15 @@ class Recorder:
 
     report = None
 
-    def draws_plainly(self, seats: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return np.zeros(len(seats), np.bool_)
+    def draws_plainly(self, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.zeros(len(slots), np.bool_)
 
-    def sample(self, logits: torch.Tensor, seats: np.ndarray[Any, Any], num_output: np.ndarray[Any, Any]) -> Any:
-        number_of = {sequence.seat: number for number, sequence in self._scheduler.running.items()}
-        for row, (seat, index) in enumerate(zip(seats.tolist(), num_output.tolist(), strict=True)):
+    def sample(self, logits: torch.Tensor, slots: np.ndarray[Any, Any], num_output: np.ndarray[Any, Any]) -> Any:
+        number_of = {sequence.slot: number for number, sequence in self._scheduler.running.items()}
+        for row, (slot, index) in enumerate(zip(slots.tolist(), num_output.tolist(), strict=True)):
             # A row behind a wrong guess is sampled again in a later step, which counts.
-            self.logits.setdefault(number_of[seat], {})[index] = logits[row].clone()
-        return self._sampler.sample(logits, seats, num_output)
+            self.logits.setdefault(number_of[slot], {})[index] = logits[row].clone()
+        return self._sampler.sample(logits, slots, num_output)
 
 
 def expected_of(
