@@ -1,4 +1,4 @@
-"""What it costs to learn a body's model and to know that the rest of it is JSON.
+"""Cost of finding a body's model and of checking that the rest is JSON.
 
 ``python bench/bytes/peek.py [--keep]``
 """

@@ -1,4 +1,4 @@
-"""What a streamed token costs in SSE events: made in the node, passed through the gateway, read by a client.
+"""Cost of a streamed token as an SSE event: encoded in the node, forwarded by the gateway, decoded by a client.
 
 ``python bench/bytes/sse.py [--keep]``
 """
@@ -24,7 +24,7 @@ MODEL = "qwen3-8b"
 CREATED = 1_700_000_000
 TEXTS = {"6 characters": " hello", "200 characters": "The quick brown fox jumps over the lazy dog. " * 5}
 BATCH = 16
-TURN_EVENTS = 1000
+RESPONSE_EVENTS = 1000
 STREAM_SSE_EVENTS = 2_000
 
 
@@ -63,21 +63,21 @@ def as_dict(text: str) -> dict[str, Any]:
     }
 
 
-def responses(turn: list[InferenceEvent]) -> None:
+def responses(events: list[InferenceEvent]) -> None:
     """Make a whole Responses stream, its last event included, which repeats the text."""
     stream = ResponsesStream("resp_9f8e7d6c5b4a", MODEL, CREATED, echo=b"{}")
-    for start in range(0, len(turn), BATCH):
-        stream.sse_events(turn[start : start + BATCH])
+    for start in range(0, len(events), BATCH):
+        stream.sse_events(events[start : start + BATCH])
 
 
 def producers(text: str) -> dict[str, tuple[Callable[[], object], int]]:
-    """Return for each way to make an SSE event a call, and how many SSE events it makes."""
+    """Return a call for each encoder, and the number of SSE events that it makes."""
     encoder = msgspec.json.Encoder()
     chat = ChatStream(ID, MODEL, CREATED)
     chat.sse_events([Started(1)])
     one: list[InferenceEvent] = [TextDelta(text)]
     batch = one * BATCH
-    turn: list[InferenceEvent] = [Started(1), *one * TURN_EVENTS, Finished(FinishReason.STOP, TURN_EVENTS)]
+    events: list[InferenceEvent] = [Started(1), *one * RESPONSE_EVENTS, Finished(FinishReason.STOP, RESPONSE_EVENTS)]
     payload = orjson.dumps(as_dict(text))
     return {
         "json.dumps": (lambda: b"data: " + json.dumps(as_dict(text)).encode() + b"\n\n", 1),
@@ -93,7 +93,7 @@ def producers(text: str) -> dict[str, tuple[Callable[[], object], int]]:
         "sse.encode (payload given)": (lambda: sse.encode(payload), 1),
         "ChatStream, one event": (lambda: chat.sse_events(one), 1),
         f"ChatStream, batch of {BATCH}": (lambda: chat.sse_events(batch), BATCH),
-        f"ResponsesStream, a turn in batches of {BATCH}": (lambda: responses(turn), TURN_EVENTS),
+        f"ResponsesStream, a response in batches of {BATCH}": (lambda: responses(events), RESPONSE_EVENTS),
     }
 
 

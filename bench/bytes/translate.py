@@ -46,8 +46,8 @@ def cpu_ns(call: Callable[[], object], *, repeats: int = 9, min_s: float = 0.1) 
 
 def events() -> list[InferenceEvent]:
     """Return a stream of text."""
-    said = [TextDelta(WORDS[i % len(WORDS)]) for i in range(NUM_TOKENS)]
-    return [Started(100), *said, Finished(FinishReason.STOP, NUM_TOKENS)]
+    deltas = [TextDelta(WORDS[i % len(WORDS)]) for i in range(NUM_TOKENS)]
+    return [Started(100), *deltas, Finished(FinishReason.STOP, NUM_TOKENS)]
 
 
 def pass_on(chunks: list[bytes]) -> None:
@@ -65,15 +65,15 @@ def translate(chunks: list[bytes], translation: Translation) -> None:
 
 
 def conversation(dialect: Dialect) -> bytes:
-    """Return a body of ``NUM_MESSAGES`` turns, as an agent has them: text, calls and results."""
+    """Return a body of ``NUM_MESSAGES`` messages, as an agent has them: text, calls and results."""
     text = 'It reads the file and then it says what is in it, at some length, with a "quote" and a\nnew line. ' * 4
-    turns: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     for number in range(NUM_MESSAGES // 4):
         id, arguments = f"call_{number}", {"path": f"src/file_{number}.py", "lines": [1, 200]}
         if dialect is MESSAGES:
             call = {"type": "tool_use", "id": id, "name": "read", "input": arguments}
             result = {"type": "tool_result", "tool_use_id": id, "content": [{"type": "text", "text": text * 3}]}
-            turns += [
+            messages += [
                 {"role": "user", "content": [{"type": "text", "text": text}]},
                 {"role": "assistant", "content": [{"type": "text", "text": text}, call]},
                 {"role": "user", "content": [result]},
@@ -86,14 +86,14 @@ def conversation(dialect: Dialect) -> bytes:
                 "name": "read",
                 "arguments": orjson.dumps(arguments).decode(),
             }
-            turns += [
+            messages += [
                 {"role": "user", "content": [{"type": "input_text", "text": text}]},
                 called,
                 {"type": "function_call_output", "call_id": id, "output": text * 3},
                 {"role": "assistant", "content": [{"type": "output_text", "text": text}]},
             ]
     name = "messages" if dialect is MESSAGES else "input"
-    return orjson.dumps({"model": "m", "stream": True, "max_tokens": 9, name: turns})
+    return orjson.dumps({"model": "m", "stream": True, "max_tokens": 9, name: messages})
 
 
 def whole(dialect: Dialect, body: bytes) -> bytes:
@@ -125,10 +125,10 @@ def main() -> None:
         forwarded = len(body) / cpu_ns(lambda body=body: peek(body)) * 1e3  # type: ignore[misc]
         decoded = len(body) / cpu_ns(lambda body=body, dialect=dialect: whole(dialect, body)) * 1e3  # type: ignore[misc]
         rows.append(
-            {"what": f"{dialect.name}, {NUM_MESSAGES} turns, {len(body) >> 10} KiB, forwarded", "MB/s": forwarded}
+            {"what": f"{dialect.name}, {NUM_MESSAGES} messages, {len(body) >> 10} KiB, forwarded", "MB/s": forwarded}
         )
         rows.append(
-            {"what": f"{dialect.name}, {NUM_MESSAGES} turns, {len(body) >> 10} KiB, as a chat", "MB/s": decoded}
+            {"what": f"{dialect.name}, {NUM_MESSAGES} messages, {len(body) >> 10} KiB, as a chat", "MB/s": decoded}
         )
         ratios[f"{dialect.name} forwarded, MB/s (at least 300)"] = forwarded
         ratios[f"{dialect.name} as a chat, MB/s (at least 60)"] = decoded

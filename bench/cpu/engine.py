@@ -1,6 +1,6 @@
 """Measure the engine on a CPU through its messages, and print the figures as JSON: the one side of ``run.py``.
 
-Without guesses, which a peer could make as well: every token is a step that reads every weight.
+No draft tokens, which a peer could use as well: every token is a step that reads every weight.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Bench:
     def _take(self, message: bytes) -> None:
         self.sent.append(DECODER.decode(message))
 
-    def tell(self, message: jobs.ToWorker) -> None:
+    def send(self, message: jobs.ToWorker) -> None:
         """Send a job."""
         self.engine.handle(msgspec.msgpack.encode(message))
 
@@ -64,7 +64,7 @@ class Bench:
         """Start a sequence."""
         ids = array.array("i", prompt).tobytes()
         sampler = msgspec.structs.replace(self.sampler, seed=number)
-        self.tell(jobs.Generate(number, "m", ids, max_tokens, (), sampler))
+        self.send(jobs.Generate(number, "m", ids, max_tokens, (), sampler))
 
     def num_tokens(self) -> int:
         """Return how many tokens came."""
@@ -109,7 +109,7 @@ def main() -> None:
     prompt = np.random.default_rng(0).integers(100, 49000, 512).tolist()
     pathlib.Path(options.model).read_bytes()  # the page cache is warm
     start = time.perf_counter()
-    bench.tell(jobs.Load(1, ModelSpec("m", "bench", prefix_cache=False), options.model))
+    bench.send(jobs.Load(1, ModelSpec("m", "bench", prefix_cache=False), options.model))
     bench.run()
     found: dict[str, Any] = {"load_s": time.perf_counter() - start}
     result = bench.sent[-1]

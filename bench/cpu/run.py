@@ -59,7 +59,7 @@ def build_peer(folder: pathlib.Path, *switches: str) -> None:
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "CMAKE_ARGS": " ".join(f"-D{switch}" for switch in (*switches, *(f"{name}=OFF" for name in off))),
     }
-    # Not from pip's cache, which knows no flags.
+    # Not from pip's cache, whose key has no flags.
     options = ["--quiet", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
     try:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
@@ -95,7 +95,7 @@ def find_peer(model: pathlib.Path, notes: list[str], *, build: bool) -> pathlib.
 
 
 def run(*command: object, cores: int | None = None, **environment: str) -> Figures:
-    """Run one side and return its figures; on the first ``cores`` only, if that is said.
+    """Run one side and return its figures; on the first ``cores`` only, if given.
 
     Raises:
         SideFailedError: it ended without them.
@@ -103,7 +103,7 @@ def run(*command: object, cores: int | None = None, **environment: str) -> Figur
     if cores is not None:
         chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
         command = ("taskset", "-c", chosen, *command)
-    # As the daemon's workers have it: torch's threads give way soon. And no guesses: every token is read for.
+    # As the daemon's workers have it: torch's threads yield soon. No draft tokens: every token reads the weights.
     own = {"GOMP_SPINCOUNT": "2000", "NEURON_SPECULATION": "off", **os.environ, **environment}
     done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, env=own)
     try:
@@ -165,7 +165,7 @@ class Table:
 
 
 class Bench:
-    """What is measured, a method a part."""
+    """All measurements, a method a part."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -247,7 +247,7 @@ class Bench:
         self._beside("avx2_", folder, self.model, ["--streams", 1, 8, "--prompt"], NEURON_CPU_LEVEL="avx2")
 
     def drawn(self) -> None:
-        """What drawing costs, as chat models' own settings have it, beside taking the likeliest."""
+        """Measure sampling with a temperature and top-p beside greedy decoding."""
         arguments = ["--streams", 1, 8, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
         drawing = ["--temperature", 0.8, "--top-p", 0.95]
         drawn, likeliest = self._in_turn(
@@ -262,7 +262,7 @@ class Bench:
         self.table.both(ours, theirs, "transformers_")
 
     def http(self) -> None:
-        """What clients get of the engine's own rate."""
+        """Measure the share of the engine's own rate that HTTP clients get."""
         arguments = ["--streams", 1, 8, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
         ours = run(*engine(self.model, *arguments))
         found = run(sys.executable, "-P", HERE / "http.py", self.model, *arguments)
@@ -271,7 +271,7 @@ class Bench:
                 self.table.add(f"http_{daemon}_{key}", value, ours[key])
 
     def cores(self) -> None:
-        """One core, cores that others want too, and a quota."""
+        """Measure on one core, beside busy processes, and under a quota."""
         quick = ["--streams", 1, "--tokens", 64, "--repeats", 2]
         theirs = self._llama(self.model, *quick, cores=1)
         self.table.both(run(*engine(self.model, *quick), cores=1), theirs, "one_core_")

@@ -1,4 +1,4 @@
-"""How many tokens per second does the engine make on this host's CPU, and what share of its memory bandwidth is that?
+"""Tokens per second of the engine on this host's CPU, and the share of its memory bandwidth that they take.
 
 SmolLM2-135M-Instruct through the engine's own messages: a prompt of 512 tokens, and decoding 1 to 16 sequences, beside
 transformers on the same weights in the same dtype, and beside a probe of how fast memory is read, taken in the same

@@ -1,4 +1,4 @@
-"""What does a device loop cost the host: per replayed launch, and per small job over the channel?
+"""Cost of a device loop to the host: per replayed launch, and per small job over the channel.
 
 The driver is the tests' counting table, so a launch is one indirect call: what remains is the loop's own cost. The
 peer for a replay is the same count of launches made one by one from Python; the peer for a job is the standard
@@ -41,7 +41,7 @@ class Answering:
 
 
 def replay_ns(loop: DeviceLoop, message: bytes) -> int:
-    """Return the nanoseconds of ``LAUNCHES`` launches, made as the message says."""
+    """Return the nanoseconds of ``LAUNCHES`` launches, made as the message asks."""
     start = time.perf_counter_ns()
     if message == b"r one by one":
         for _ in range(LAUNCHES // 10):

@@ -1,8 +1,8 @@
-"""How fast are weights loaded, beside what reading the same bytes takes, and how much memory does a load need?
+"""Rate at which weights load, beside reading the same bytes, and the memory that a load needs.
 
 A random Llama in bfloat16 is written to a file and loaded from the page cache through the engine's messages, on the
 native kernels (which repack every matrix) and in eager torch (which copies it). The peer is ``readinto`` of the same
-files into new memory. Peak memory is what a load's process takes of its own beyond what it held before: pages of the
+files into new memory. Peak memory is the anonymous memory that a load adds to its process: pages of the
 mapped file are the page cache's.
 
     python bench/engine/load.py [--keep]

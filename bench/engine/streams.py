@@ -1,10 +1,10 @@
-"""What do many streams cost one another: in throughput, in stalls while a long prompt comes in, and in a shared prompt?
+"""Cost of many streams to one another: throughput, stalls while a long prompt comes in, and a shared prompt.
 
 SmolLM2-135M-Instruct through the engine's own messages, a step at a time as the device loop drives it. Three questions:
 tokens per second of 1 and of 16 streams; the time between two tokens of 8 running streams while a prompt of 4,000
 tokens is prefilled, its 99th percentile against the same streams' median when that is done; the time to the first token
-of two requests that share a system prompt of 1,500 tokens, the first and the next. All without guesses; then one stream
-with and without them.
+of two requests that share a system prompt of 1,500 tokens, the first and the next. All without draft tokens;
+then one stream with and without them.
 
     python bench/engine/streams.py [MODEL.gguf] [--keep]
 """
@@ -165,7 +165,7 @@ def main() -> None:
         cold.append(cold_s)
         warm.append(warm_s)
     del driver
-    # A text that is said again, and one that is not: what a guess can win and what it may cost.
+    # A text that repeats itself, and one that does not: the gain and the cost of draft tokens.
     text = prompts(1, 200)[0]
     repeats, plain = text * 4, prompts(1, 800)[0]
     rates = {}
@@ -186,7 +186,7 @@ def main() -> None:
         ),
         {"what": f"first token, {SYSTEM_TOKENS} + {QUESTION_TOKENS}, cold", "best ms": 1e3 * min(cold)},
         {"what": f"first token, {SYSTEM_TOKENS} + {QUESTION_TOKENS}, cached", "best ms": 1e3 * min(warm)},
-        *({"what": f"decode, text said {what}, guesses {name}", "tok/s": rate} for (what, name), rate in rates.items()),
+        *({"what": f"decode, text {what}, draft tokens {name}", "tok/s": rate} for (what, name), rate in rates.items()),
     ]  # fmt: skip
     report.write(
         "engine",

@@ -21,12 +21,12 @@ PEERS = BUILD / "peers"
 """A virtual environment with what PyPI has; `make bench-gateway` makes it."""
 
 PENDING_CONNECTIONS = 4096
-"""As ``cortex serve`` tells Granian."""
+"""Granian's settings, as ``cortex serve`` has them."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What starts a gateway."""
+    """Command that starts a gateway."""
 
     arguments: Sequence[Word]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Gateway:
-    """One row of the table. ``command`` takes the gateway's port, the nodes' and a folder for files."""
+    """Row of the table. ``command`` takes the gateway's port, the nodes' ports and a folder for files."""
 
     name: str
     command: Callable[[int, Sequence[int], pathlib.Path], Command]
@@ -120,7 +120,7 @@ def router(program: str, *subcommand: str, log_level: str) -> Callable[[int, Seq
 
 
 def litellm_command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Command:
-    """Return LiteLLM's proxy, which knows one key and asks nobody for prices."""
+    """Return LiteLLM's proxy with one key and without a request for prices."""
     models = [
         {
             "model_name": "m",
@@ -186,9 +186,9 @@ def nginx_command(port: int, nodes: Sequence[int], folder: pathlib.Path) -> Comm
 
 
 def nginx_version() -> str:
-    """Return what ``nginx -v`` says."""
-    said = subprocess.run([nginx_program() or "nginx", "-v"], capture_output=True, text=True, check=True).stderr
-    return said.rpartition("/")[2].strip()
+    """Return nginx's version, from ``nginx -v``."""
+    printed = subprocess.run([nginx_program() or "nginx", "-v"], capture_output=True, text=True, check=True).stderr
+    return printed.rpartition("/")[2].strip()
 
 
 GATEWAYS: tuple[Gateway, ...] = (

@@ -101,7 +101,7 @@ static void keep(struct samples *samples, uint64_t value)
 
 /* ----------------------------------------------------------------------------------------------------- asking */
 
-/* A turn of an agent's conversation, as large bodies are made of: code and its escapes, a call of a tool, its result.
+/* Messages of an agent, of which large bodies are made: code and its escapes, a call of a tool, its result.
  * */
 static const char TURN[] =
     "{\"role\":\"user\",\"content\":\"In src/words.py, `count` fails for an empty line:\\n\\n```python\\ndef count(line):\\n"
@@ -337,7 +337,7 @@ static void read_bytes(struct connection *c, const char *data, size_t len)
     while (data < end) {
         switch (c->state) {
         case IDLE:
-            wrong(c, "bytes that nobody asked for", data, (size_t)(end - data));
+            wrong(c, "bytes beyond the answer", data, (size_t)(end - data));
         case HEAD: {
             /* Bytes before the head's end may be in an earlier piece: look for it from there. */
             size_t from = c->head_len < 3 ? 0 : c->head_len - 3;

@@ -145,7 +145,7 @@ static void leave(struct connection *c)
     close(c->fd);
     free(c->request);
     c->request = NULL;
-    c->fd = -1; /* freed at the end of the turn: an event of this turn may still name it */
+    c->fd = -1; /* freed at the end of the iteration: an event of this iteration may still name it */
 }
 
 /* Send what is left in `out`; return 0 if the connection is gone or must wait for room. */
@@ -387,7 +387,7 @@ static void serve(void)
         }
         while (num_gone)
             free(gone[--num_gone]);
-        /* From the end: a stream that ends here is replaced by one that has had its turn. */
+        /* From the end: a stream that ends here is replaced by one that was served already. */
         for (size_t i = list_len; i-- > 0;) {
             struct connection *c = list[i];
             send_sse_events(c);
@@ -401,7 +401,7 @@ static void serve(void)
             c->due_ns += c->pace_ns;
             heap_fix(0);
             if (c->out_len)
-                continue; /* the reader is behind: the SSE event is made at its next turn */
+                continue; /* the reader is behind: the SSE event is made in a later iteration */
             send_sse_events(c);
             if (c->fd >= 0)
                 answer_next(c);

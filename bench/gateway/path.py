@@ -61,7 +61,7 @@ LAST = (
 
 
 def chunk(data: bytes) -> bytes:
-    """Return a piece of a body as HTTP/1.1 frames it."""
+    """Return a piece of a body as an HTTP/1.1 chunk."""
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
@@ -76,7 +76,7 @@ STREAM = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What is asked, and what the node then writes, piece by piece."""
+    """Kind of request: its body, and the node's answer in pieces."""
 
     body: bytes
     answer: Sequence[bytes]
@@ -98,7 +98,7 @@ KINDS: Mapping[str, Kind] = {
 
 
 class Wire(asyncio.Transport):
-    """A transport whose other end answers each request in the same way, a turn of the loop a piece, or not at all."""
+    """Transport whose other end answers each request in the same way, a loop iteration a piece, or not at all."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Wire(asyncio.Transport):
 
 
 class Protocol:
-    """What Granian gives an application of one request."""
+    """Stand for Granian's RSGI protocol object of one request."""
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -207,7 +207,7 @@ class Scope:
 
 
 async def ready_gateway() -> tuple[Gateway, Wire]:
-    """Return a gateway that knows one node with one model, and a connection to it."""
+    """Return a gateway of one node with one model, and a connection to it."""
     digest = hashlib.sha256(KEY.encode()).digest()
     keys = KeyRing({digest[:8]: (digest, Principal("bench", ("*",), limits=Limits()))}, None)
     config = Config(

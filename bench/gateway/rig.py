@@ -36,14 +36,14 @@ from cortex.wire.node import (
 )
 
 Word = str | os.PathLike[str]
-"""Of a command line."""
+"""Word of a command line."""
 
 HERE = pathlib.Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "gateway"
 CFLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror")
 
 KEY = "sk-bench-0123456789abcdef0123456789abcdef"
-"""What the load presents; cortex and LiteLLM are told to accept no other."""
+"""API key that the load presents, and the only key that cortex and LiteLLM accept."""
 
 GIB = 1024**3
 DEVICE = Device("cpu:0", DeviceKind.CPU, "mock", 32 * GIB, 16 * GIB, worker=WorkerState.READY)
@@ -55,7 +55,7 @@ SERVER_INFO = {"model_path": "m", "model_id": "m", "served_model_name": "m", "tp
 DISCOVERY = Discovery("mock", "0", "mock", "linux", None, None, (DEVICE,), ("torch",), ("openai-chat",))
 HEALTH = Health(NodeState.READY, 0.0, ())
 PAGES: Mapping[str, object] = {
-    # What a neuron tells its gateway,
+    # What a neuron returns to its gateway,
     "/discovery": DISCOVERY,
     "/health": HEALTH,
     "/models": ModelList((MODEL,)),
@@ -122,7 +122,7 @@ def cpu_s(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a gateway: its largest process, and all of them with what they share counted once."""
+    """Memory of a gateway: its largest process, and all of them with shared pages counted once."""
 
     largest_bytes: int
     total_bytes: int
@@ -255,7 +255,7 @@ class Figures:
     late: float
     """SSE events that took more than 35 ms."""
     load_share: float
-    """Of its core, that the load took: near 1 with the mock's, it is not the gateway that was measured."""
+    """Share of its core that the load took: near 1 together with the mock's, the gateway was not the bottleneck."""
 
     @classmethod
     def names(cls) -> list[str]:
@@ -271,15 +271,15 @@ def load_command(port: int, connections: int, **options: float | str) -> list[st
     return command
 
 
-def read_figures(said: str, complained: str, status: int) -> dict[str, float]:
+def read_figures(stdout: str, stderr: str, status: int) -> dict[str, float]:
     """Return what the load printed.
 
     Raises:
         RunError: it ended otherwise.
     """
     if status:
-        raise RunError(complained.strip())
-    return msgspec.json.decode(said, type=dict[str, float])
+        raise RunError(stderr.strip())
+    return msgspec.json.decode(stdout, type=dict[str, float])
 
 
 def run_load(port: int, connections: int, server: Server | None, **options: float | str) -> Figures:
@@ -317,13 +317,13 @@ def run_load(port: int, connections: int, server: Server | None, **options: floa
 
 
 class Onlookers:
-    """What others took of the machine while the bench ran: figures of a busy machine must say so."""
+    """CPU time of other processes while the bench ran, which the notes report."""
 
     def __init__(self) -> None:
         self._others_s, self._started = self._others(), time.perf_counter()
 
     def notes(self) -> list[str]:
-        """Return what is to be said, once all that the bench started has ended."""
+        """Return the notes, once all processes of the bench have ended."""
         elapsed_s = (time.perf_counter() - self._started) * (os.cpu_count() or 1)
         share = (self._others() - self._others_s) / elapsed_s
         if share < 0.03:

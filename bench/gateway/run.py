@@ -1,4 +1,4 @@
-"""What does a gateway cost? cortex in both its interfaces beside the routers and proxies that people use, in one run.
+"""Cost of a gateway: cortex in both its interfaces beside common routers and proxies, in one run.
 
 Every gateway stands before the same mock node and is asked by the same load (both in C, together far faster than any
 gateway), on a core of its own. All are started once and then asked in turn, round by round, so that a machine that
@@ -38,7 +38,7 @@ LARGE_BYTES = 60_000
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is asked. ``options`` are the load's."""
+    """Scenario of the load. ``options`` are the load program's."""
 
     name: str
     connections: int
@@ -75,7 +75,7 @@ class Table:
         self.failures: list[str] = []
 
     def run(self, name: str, scenario: Scenario, port: int, server: Server | None, seconds: float) -> None:
-        """Ask a gateway once, and note what it did."""
+        """Measure a gateway once, and record the figures."""
         try:
             figures = scenario.run(port, server, seconds)
         except RunError as error:
@@ -231,14 +231,14 @@ def check_with_wrk(wrk: str, node: int, table: Table) -> None:
     )
     asked: list[rig.Word] = [wrk, "-t1", "-c16", "-d2s", "-s", script, f"http://127.0.0.1:{node}"]
     command = rig.on_cores(rig.cores()[1:], asked)
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rate = float(said.partition("Requests/sec:")[2].split()[0])
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rate = float(printed.partition("Requests/sec:")[2].split()[0])
     own = table.median(DIRECT, "16", "answers_per_s")
     print(f"direct, 16 connections: wrk {rate:,.0f} requests/s, the load {own or 0:,.0f}", file=sys.stderr)
 
 
 def choose(options: argparse.Namespace) -> tuple[list[Gateway], list[str]]:
-    """Return the gateways to run, and what is said about the others."""
+    """Return the gateways to run, and notes about the others."""
     chosen, notes = [], []
     for gateway in GATEWAYS:
         if options.only and gateway.name not in options.only:

@@ -1,9 +1,9 @@
-"""What do many streams, many nodes, stalled readers and several workers cost cortex, and how do they grow?
+"""Cost of many streams, many nodes, stalled readers and several workers in cortex, and how each grows.
 
 Four tables, each over one number: paced streams (memory a stream, CPU an SSE event, delay), nodes (what an idle gateway
 takes, and what routing adds to a request), readers that ask for a stream and read nothing (memory while they stall, and
-after they have left), and worker processes on one port. What grows in a straight line is then said for a large site in
-the last lines: that is arithmetic, not a measurement.
+after they have left), and worker processes on one port. The last lines extrapolate linear growth to a
+large site: that is arithmetic, not a measurement.
 
     python bench/gateway/scale.py [--interface rsgi|asgi] [--quick] [--keep]
 """
@@ -34,7 +34,7 @@ GIVE_BACK_ROUNDS = 5
 STALLED_SSE_EVENTS = 65_535
 """15 MB a stream: no buffer on the way holds it."""
 INTERVAL_S = 2.0
-"""Of polling, as configured by default."""
+"""Polling interval, as configured by default."""
 SITE_STREAMS, SITE_NODES, SITE_TOKENS_PER_S = 10_000, 100, 20
 
 Row = dict[str, Any]
@@ -70,8 +70,8 @@ def measure_streams(interface: str, counts: Sequence[int]) -> list[Row]:
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as load:
                 time.sleep((NUM_SSE_EVENTS * PACE_MS * 0.8) / 1e3)
                 busy_bytes = server.memory().total_bytes
-                said, complained = load.communicate(timeout=120)
-            figures = rig.read_figures(said, complained, load.returncode)
+                stdout, stderr = load.communicate(timeout=120)
+            figures = rig.read_figures(stdout, stderr, load.returncode)
             cpu_s = server.cpu_s() - before_s
             found.append(
                 {
@@ -117,7 +117,7 @@ def measure_stalled(interface: str, count: int) -> list[Row]:
         before_bytes = server.memory().largest_bytes
         rows: list[Row] = []
 
-        def note(when: str) -> None:
+        def record(when: str) -> None:
             rss_bytes = server.memory().largest_bytes
             rows.append(
                 {
@@ -129,7 +129,7 @@ def measure_stalled(interface: str, count: int) -> list[Row]:
                 }
             )
 
-        note("before")
+        record("before")
         asked = [*rig.load_command(port, count, sse_events=STALLED_SSE_EVENTS), "--stall"]
         for time_ in ("", ", again"):
             cut = rig.counts(node)["cut"]
@@ -137,13 +137,13 @@ def measure_stalled(interface: str, count: int) -> list[Row]:
                 assert load.stdout is not None
                 load.stdout.readline()
                 wait_until_still(node)
-                note(f"{count} readers stall{time_}")
+                record(f"{count} readers stall{time_}")
                 load.terminate()
             wait_until(functools.partial(has_cut, node, cut + count), limit_s=30)
             for _ in range(GIVE_BACK_ROUNDS):  # allocators give back now and then, while they are used
                 time.sleep(3.0)
                 rig.run_load(port, 4, server, seconds=0.2)
-            note(f"they have left{time_}")
+            record(f"they have left{time_}")
     return rows
 
 
@@ -154,7 +154,7 @@ def kernel_bytes() -> int:
 
 
 def wait_until(is_so: Callable[[], bool], *, limit_s: float) -> None:
-    """Wait for something to become true, or for the limit: what is measured then tells."""
+    """Wait for a condition, or for the limit: the figures then show it."""
     deadline = time.monotonic() + limit_s
     while not is_so() and time.monotonic() < deadline:
         time.sleep(0.2)

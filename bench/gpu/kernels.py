@@ -23,12 +23,12 @@ Rows = Iterator[dict[str, Any]]
 EXACT = ("norm", "activation", "rope", "rotary", "sampling", "rounds")
 """Cases that have no product in them: the matrix units make TF32 of float32, which no model is run in here."""
 QUICK = ("norm", "moe matmul", "sampling", "rounds")
-"""Of a rehearsal."""
+"""Cases of a rehearsal."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Where, what, and the bandwidth of a copy in GB/s, counting both ways."""
+    """GPU, sizes, and the bandwidth of a copy in GB/s, counting both ways."""
 
     gpu: Gpu
     sizes: Sizes

@@ -38,8 +38,8 @@ MAX_COMPILERS = 16
 WARM_UP = 12
 """Tokens of each sequence before any is timed: a graph is captured in each of the first steps."""
 WAYS = {"bursts": {}, "one by one": {}, "launched": {SWITCH: "off"}}
-"""How decodes are run, and with what in the environment: several steps by one call of the loop; a graph each, launched
-ahead of the outcome of the one before; without graphs."""
+"""Modes of decoding and their environment: several steps in one call of the loop; one graph a step, launched before
+the previous step is settled; without graphs."""
 
 
 def config_of(bench: Bench, name: str) -> ModelConfig:

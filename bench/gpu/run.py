@@ -7,7 +7,7 @@ engine are those of a worker, sampling included, on the loop that owns the devic
 `make bench-gpu` runs all of it. Where there is no package index, and torch, triton, msgspec, safetensors, gguf,
 tokenizers and llguidance are there: `python bench/gpu/run.py --keep`, which builds what is native in `build/gpu` first
 (meson, ninja and cython). `--part kernels` and `--part models` fit into ten minutes each: what is left of a part after
-`--budget-s` is left out, and said. `--only` takes a part of a table's or a model's name. For one kernel's counters:
+`--budget-s` is left out, with a note. `--only` takes a part of a table's or a model's name. For one kernel's counters:
 `ncu --clock-control none -k regex:decode_attention -c 20 python bench/gpu/run.py --only attention`. What it has built
 serves the GPU tests too: `PYTHONPATH=build/gpu/site python -P -m pytest -m gpu $(grep -rl mark.gpu tests)`.
 
@@ -130,7 +130,7 @@ def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> No
             try:
                 for _ in make():
                     pass
-            except Exception:  # noqa: BLE001 (its table will say the same, and what was noted before counts)
+            except Exception:  # noqa: BLE001 (its table fails in the same way, and earlier notes count)
                 traceback.print_exc()
     wanted = recorder.variants
     torch.cuda.empty_cache()
@@ -148,7 +148,7 @@ def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> No
 
 
 def main() -> int:
-    """Run all, or say why not."""
+    """Run all, or print the reason why not."""
     parser = report.arguments(__doc__)
     parser.add_argument("--part", choices=("all", "kernels", "models"), default="all")
     parser.add_argument("--only", default="", help="tables with this in their name, or models")

@@ -1,4 +1,4 @@
-"""What is measured, and how large; in a rehearsal all of it, and small."""
+"""Shapes that are measured; a rehearsal has all of them, small."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ KERNELS: Final = pathlib.Path(__file__).parents[2] / "packaging" / "kernels"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of everything that is measured."""
+    """Sizes of all measurements."""
 
     gemv: tuple[tuple[int, int], ...] = ((1024, 1024), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096))
     """Output and input width of projections of few rows."""
@@ -30,7 +30,7 @@ class Sizes:
     pointwise: tuple[int, int, int] = (8192, 4096, 12288)
     """Rows, width, width of the MLP."""
     experts: tuple[int, int, int, int] = (128, 8, 768, 2048)
-    """How many, how many a token gets, their width, the model's."""
+    """Number of experts, experts per token, their width, the model's width."""
     expert_tokens: tuple[int, ...] = (1, 32, 512)
     vocab: int = 151936
     sampled_rows: tuple[int, ...] = (1, 64)
@@ -45,7 +45,7 @@ class Sizes:
     prefill_tokens: tuple[int, ...] = (512, 2048, 8192)
     loaded: tuple[str, ...] = ("Qwen3-0.6B", "Qwen3-1.7B")
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a model's ``config.json``."""
+    """Changes to a model's ``config.json``."""
 
     def write_config(self, name: str, folder: pathlib.Path) -> None:
         """Write the ``config.json`` of a model into ``folder``."""

@@ -17,7 +17,7 @@ ROWS = 64
 
 
 class Answering:
-    """Replays as often as the message says, or takes as many single steps, and answers."""
+    """Handler that replays as often as the message asks, or takes as many single steps, and answers."""
 
     busy = False
 
@@ -95,14 +95,14 @@ def test_1000_single_steps(benchmark: BenchmarkFixture, daemon: Channel) -> None
 
 
 def test_messages_through_a_socket(benchmark: BenchmarkFixture) -> None:
-    """Send 64 rows and read them in one turn, on one thread."""
+    """Send 64 rows and read them at once, on one thread."""
     left, right = (Channel(fd) for fd in socket_pair())
 
-    def burst() -> int:
+    def send_rows() -> int:
         for _ in range(64):
             left.send(b"a row of tokens, about as long as they are: sixty-four bytes of..")
         return len(right.receive_ready())
 
-    assert benchmark(burst) == 64
+    assert benchmark(send_rows) == 64
     left.close()
     right.close()

@@ -34,7 +34,7 @@ def scheduler() -> Scheduler:
 
 
 def test_schedule(benchmark: BenchmarkFixture, scheduler: Scheduler) -> None:
-    """Who runs: 63 decodes and a piece of a prompt."""
+    """Schedule 63 decodes and a piece of a prompt."""
     step = benchmark(scheduler.schedule)
     assert step is not None
     assert len(step.sequences) == 64

@@ -35,7 +35,7 @@ def fleet(num_replicas: int) -> FleetState:
 
 @pytest.mark.parametrize("num_replicas", [1, 4, NUM_NODES])
 def test_route_among_a_hundred_nodes(benchmark: Any, num_replicas: int) -> None:
-    """One decision."""
+    """Route one request."""
     state = fleet(num_replicas)
     in_flight = {f"node-{i:03}": 1 + i % 7 for i in range(NUM_NODES)}
     profile = ModelProfile(id="m", source="/w")
@@ -44,7 +44,7 @@ def test_route_among_a_hundred_nodes(benchmark: Any, num_replicas: int) -> None:
 
 
 def test_replace_one_of_a_hundred_nodes(benchmark: Any) -> None:
-    """One poll's result taken in."""
+    """Take in the result of one poll."""
     state = fleet(NUM_NODES)
     assert benchmark(state.with_node, state.nodes["node-050"]).nodes.keys() == state.nodes.keys()
 
@@ -59,7 +59,7 @@ STREAM = (
 
 @pytest.mark.parametrize("answer", [ANSWER, STREAM], ids=["answer of 500 bytes", "stream of 64 SSE events"])
 def test_read_a_nodes_answer(benchmark: Any, answer: bytes) -> None:
-    """One request and its whole answer on a kept-alive connection, parser and bookkeeping without a socket."""
+    """Send one request and read its answer on a kept-alive connection, without a socket."""
     loop = asyncio.new_event_loop()
 
     async def story() -> tuple[Connection, Pool]:

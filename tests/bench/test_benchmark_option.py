@@ -26,8 +26,8 @@ def test_it_collects_the_benchmarks_alone() -> None:
 
 
 def test_every_benchmark_runs() -> None:
-    """For a moment each: what only people run would break unseen."""
+    """For a moment each: they run nowhere else."""
     quick = "--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-p", "no:cacheprovider"
-    said = pytest_run("--benchmark", *quick)
-    assert "Name (time in" in said
-    assert "skipped" not in said.splitlines()[-1]
+    printed = pytest_run("--benchmark", *quick)
+    assert "Name (time in" in printed
+    assert "skipped" not in printed.splitlines()[-1]

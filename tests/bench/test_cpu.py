@@ -1,4 +1,4 @@
-"""The bench on the CPU goes on where a side fails, and says which and why."""
+"""The CPU benchmark continues where a side fails, and names the side and the reason."""
 
 import argparse
 import json

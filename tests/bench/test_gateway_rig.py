@@ -51,14 +51,14 @@ def test_the_load_counts_what_the_mock_node_counts(node: int) -> None:
 
 
 def test_what_is_measured_is_what_cortex_serve_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A default that nobody measured may be anybody's: the bench's options are those of the command."""
-    told: dict[str, Any] = {}
+    """The benchmark's options are those of the command."""
+    options_used: dict[str, Any] = {}
 
     class Told(Exception):
         """In the place of a server that runs."""
 
     def server(target: str, **options: Any) -> None:
-        told.update(options, target=target)
+        options_used.update(options, target=target)
         raise Told
 
     monkeypatch.setattr("granian.Granian", server)
@@ -66,11 +66,11 @@ def test_what_is_measured_is_what_cortex_serve_runs(tmp_path: pathlib.Path, monk
     with pytest.raises(Told):
         cli.main(["serve", "--config", str(tmp_path / "cortex.toml"), "--listen", f"127.0.0.1:{rig.free_ports()}"])
     measured = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert target == told["target"]
-    assert measured["--interface"] == told["interface"].value
-    assert measured["--loop"] == told["loop"].value
-    assert measured["--backpressure"] == str(told["backpressure"])
-    assert told["log_access"] is False
+    assert target == options_used["target"]
+    assert measured["--interface"] == options_used["interface"].value
+    assert measured["--loop"] == options_used["loop"].value
+    assert measured["--backpressure"] == str(options_used["backpressure"])
+    assert options_used["log_access"] is False
 
 
 class Proxy:
@@ -124,7 +124,7 @@ def test_the_load_reads_an_answer_in_any_pieces(node: int, kind: tuple[str, ...]
 
 
 @pytest.mark.parametrize(
-    ("kind", "old", "new", "says"),
+    ("kind", "old", "new", "message"),
     [
         ((), b"200 OK", b"502 OK", "status"),
         ((), b"#00000000", b"#00000001", "not the answer to this request"),
@@ -135,11 +135,11 @@ def test_the_load_reads_an_answer_in_any_pieces(node: int, kind: tuple[str, ...]
         (("--sse-events", "5"), b"[DONE]", b"[DOME]", "a stream ends too early"),
     ],
 )  # fmt: skip
-def test_a_wrong_answer_ends_the_load(node: int, kind: tuple[str, ...], old: bytes, new: bytes, says: str) -> None:
+def test_a_wrong_answer_ends_the_load(node: int, kind: tuple[str, ...], old: bytes, new: bytes, message: str) -> None:
     with proxy(node, old, new) as port:
         done = ask(port, 1, "--answers", "1", *kind)
     assert done.returncode == 1
-    assert says in done.stderr
+    assert message in done.stderr
 
 
 def test_a_load_that_stalls_reads_nothing_until_it_is_told(node: int) -> None:
