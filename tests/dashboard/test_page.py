@@ -1,11 +1,10 @@
 """The page in a real browser, in front of real daemons: two on the CPU, one that plays scripts, some with fake GPUs.
 
-Run by ``make test-dashboard``. ``DASHBOARD_PICTURES=1`` writes the pictures of docs/images anew.
+Run by ``make test-dashboard``.
 """
 
 import itertools
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -20,6 +19,7 @@ import httpx
 import pytest
 from browser import Page
 from dashboard_rig import REAL, Gateway
+from page_actions import act, card, confirm, load, open_row, placed, row, say
 
 from cortex.access.keys import new_key
 
@@ -27,44 +27,7 @@ pytestmark = pytest.mark.dashboard
 
 ROOT = pathlib.Path(__file__).parents[2]
 AXE = ROOT / "build/dashboard/node_modules/axe-core/axe.min.js"
-PICTURES = ROOT / "docs/images" if os.environ.get("DASHBOARD_PICTURES") else None
 SLOW = "Qwen3-32B"
-
-
-def row(model: str) -> str:
-    return f'tr.model[data-model="{model}"]'
-
-
-def placed(model: str, node: str) -> str:
-    return f'{row(model)} + tr.detail tr[data-node="{node}"]'
-
-
-def card(node: str) -> str:
-    return f'.card[data-node="{node}"]'
-
-
-def act(page: Page, scope: str, label: str) -> None:
-    """Press the button that is called so."""
-    page.until(f"!!document.querySelector({json.dumps(scope)})", what=scope)
-    page.run(
-        f"[...document.querySelectorAll({json.dumps(scope + ' button')})]"
-        f".forEach((b) => b.toggleAttribute('data-wanted', b.textContent === {json.dumps(label)} && !b.hidden))"
-    )
-    page.click(f"{scope} button[data-wanted]")
-
-
-def open_row(page: Page, model: str) -> None:
-    if page.run(f"document.querySelector('{row(model)} button.name').ariaExpanded") != "true":
-        page.click(f"{row(model)} button.name")
-
-
-def confirm(page: Page) -> None:
-    """Say yes with the keyboard: the dialog has the focus."""
-    page.until("document.getElementById('ask').open")
-    page.press("Tab")
-    page.until("document.activeElement.id === 'ask-yes'")
-    page.press("Enter")
-    page.until("!document.getElementById('ask').open")
 
 
 def state_on(url: str, model: str) -> dict[str, Any]:
@@ -93,15 +56,6 @@ def reload(page: Page) -> None:
     """Load the page anew, and wait until it is live; the one before is live until it is gone."""
     page.run("window.isOld = true; location.reload()")
     page.until("!window.isOld && document.getElementById('link')?.dataset.state === 'live'", what="it is live again")
-
-
-def load(page: Page, model: str, timeout_s: float = 60) -> None:
-    page.until(f"!!document.querySelector('{row(model)}')")
-    if page.text(f"{row(model)} .pill") != "ready":
-        act(page, row(model), "Load")
-        page.until(
-            f"document.querySelector('{row(model)} .pill').textContent === 'ready'", timeout_s, f"{model} is ready"
-        )
 
 
 # ------------------------------------------------------------------ what an administrator does
@@ -181,19 +135,6 @@ def test_what_a_node_refuses_is_said(opened: Page) -> None:
 
 
 # ------------------------------------------------------------------ chat
-
-
-def say(page: Page, model: str, words: str, dialect: int = 0) -> str:
-    """Say something and return what was answered."""
-    page.run(f"document.getElementById('chat-dialect').value = {dialect}")
-    page.run(f"document.getElementById('chat-model').value = {json.dumps(model)}")
-    page.click("#chat-text")
-    page.type(words)
-    page.press("Enter")
-    page.until("[...document.querySelectorAll('.turn.assistant')].at(-1)?.dataset.done", 60, "the answer has ended")
-    found = page.run("(() => { const t = [...document.querySelectorAll('.turn.assistant')].at(-1);"
-                     "return t.dataset.done === 'yes' ? t.innerText : 'failed: ' + t.innerText; })()")  # fmt: skip
-    return str(found)
 
 
 def test_a_real_answer_is_streamed(opened: Page) -> None:
@@ -518,64 +459,3 @@ def measure(page: Page, url: str, duration_s: float = 15.0) -> dict[str, float]:
         "longest task ms": page.run("window.slowest"),
         "frames/s": page.run("window.numFrames") / elapsed_s,
     }
-
-
-# ------------------------------------------------------------------ pictures
-
-
-@pytest.mark.skipif(PICTURES is None, reason="DASHBOARD_PICTURES=1 takes the pictures of docs/images")
-def test_pictures(opened: Page, gateway: Gateway) -> None:
-    assert PICTURES is not None
-    for model in (REAL, SLOW, "Llama-3.3-70B"):
-        load(opened, model)
-    act_url = f"{gateway.url}/admin/models"
-    given = {"authorization": f"Bearer {gateway.link.partition('=')[2]}"}
-    httpx.post(f"{act_url}/pin", json={"model": "Llama-3.3-70B"}, headers=given).raise_for_status()
-    stop = threading.Event()
-
-    def talk(model: str, words: str) -> None:
-        body = {"model": model, "stream": True, "max_tokens": 80, "messages": [{"role": "user", "content": words}]}
-        while not stop.is_set():
-            with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body, timeout=60) as reply:
-                for _ in reply.iter_bytes():
-                    pass
-            stop.wait(0.4)
-
-    talks = [(REAL, "Tell me about the sea."), (SLOW, "tokens=70 pause=0.02"), (SLOW, "tokens=45 pause=0.03"),
-             ("Llama-3.3-70B", "tokens=60 pause=0.04"), ("Llama-3.3-70B", "tokens=20 pause=0.02")]  # fmt: skip
-    threads = [threading.Thread(target=talk, args=one) for one in talks]
-    for thread in threads:
-        thread.start()
-    try:
-        opened.run("document.getElementById('chat-clear').click()")
-        opened.run("document.getElementById('chat-limit').value = 60")
-        say(opened, REAL, "Why is the sea salty?")
-        say(opened, "m", "think about it")
-        opened.run("document.getElementById('chat-example').click()")
-        say(opened, "m", "call it")
-        stop.wait(60)
-        opened.size(1440, 900)
-        open_row(opened, "Llama-3.3-70B")
-        act(opened, row("Gemma-3-27B"), "Load")
-        opened.until("[...document.querySelectorAll('.pill')].some((p) => /loading [3-6]\\d/.test(p.textContent))", 30)
-        # Where a test keeps its files says nothing to a reader.
-        opened.run("document.activeElement.blur(); document.querySelectorAll('.source').forEach((e) => e.remove())")
-
-        def take(name: str, scheme: str, place: str) -> None:
-            opened.prefer(scheme)
-            opened.run(f"document.getElementById('toasts').replaceChildren(); {place}")
-            opened.run("new Promise((resolve) => setTimeout(resolve, 400))")
-            opened.picture(PICTURES / f"dashboard-{name}.png")
-
-        take("light", "light", "scrollTo(0, 0)")
-        take("dark", "dark", "document.getElementById('nodes').scrollIntoView()")
-        opened.size(390, 844, 1.5, mobile=True)
-        opened.until(f"document.querySelector('{row('Gemma-3-27B')} .pill').textContent === 'ready'")
-        take("narrow", "light", "scrollTo(0, 0)")
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        opened.size(1440, 900)
-    for file in PICTURES.glob("dashboard-*.png"):
-        assert file.stat().st_size < 300_000, file

@@ -88,8 +88,10 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def neurons(folder: pathlib.Path, gpus: Mapping[str, Mapping[str, float]] = GPUS) -> Iterator[dict[str, str]]:
-    """Run the nodes and return where they are."""
+def neurons(
+    folder: pathlib.Path, gpus: Mapping[str, Mapping[str, float]] = GPUS, *, scripted: bool = True
+) -> Iterator[dict[str, str]]:
+    """Run the nodes and return their addresses; without ``scripted`` none of them plays the scenarios of tests."""
     found: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         for name in ("cpu-1", "cpu-2"):
@@ -106,9 +108,10 @@ def neurons(folder: pathlib.Path, gpus: Mapping[str, Mapping[str, float]] = GPUS
                     "python", script, str(port), name, json.dumps(devices), port=port, log=folder / f"{name}.log"
                 )
             ).url
-        own = folder / "scripted"
-        own.mkdir()
-        found["scripted"] = stack.enter_context(daemons.scripted_neuron(own)).url
+        if scripted:
+            own = folder / "scripted"
+            own.mkdir()
+            found["scripted"] = stack.enter_context(daemons.scripted_neuron(own)).url
         yield found
 
 

@@ -1,8 +1,8 @@
 """A harness that honours memory, delays and failures, for fleets in which nothing is computed.
 
-A model's source is a JSON file: ``{"gib": 10, "load_s": 0.1, "devices": 1, "fails": ""}``. What a request's model does
-is said by its last message: ``tokens=20 pause=0.05``. A load that would take more memory than there is raises, and so
-does a model that is loaded twice: neither may ever happen, whoever asks for what.
+A model's source is a JSON file: ``{"gib": 10, "load_s": 0.1, "devices": 1, "fails": ""}``. The last message of a
+request sets what its model does: ``prompt=100 tokens=20 pause=0.05``, or it is a question of ``ANSWERS``. A load that
+would take more memory than there is raises, and so does a second load of a model: neither may ever happen.
 """
 
 import asyncio
@@ -12,7 +12,15 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 
 from cortex.wire.errors import UnprocessableError
-from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
+from cortex.wire.events import (
+    Finished,
+    FinishReason,
+    InferenceEvent,
+    ReasoningDelta,
+    Started,
+    TextDelta,
+    ToolCallDelta,
+)
 from cortex.wire.node import Capability, Device, DeviceKind, ModelSpec, WorkerHealth, WorkerState
 from cortex.wire.request import InferenceRequest
 from neuron.device.jobs import LoadedModel
@@ -21,6 +29,17 @@ from neuron.harness import Model, Progress, Requirement
 from neuron.text.schema import left_out
 
 GIB = 1 << 30
+TOKEN_S = 0.02
+"""Pause before each token of an answer."""
+ANSWERS: Mapping[str, tuple[str, str, str]] = {
+    "Is 2027 a prime number?": (
+        "The square root of 2027 is about 45, so I test the primes up to 43. None of them divides it.",
+        "Yes. 2027 is prime: none of the primes up to its square root, 2, 3, 5, ... 43, divides it.",
+        "",
+    ),
+    "What is the weather in Paris?": ("", "I will look it up.", '{"city": "Paris"}'),
+}
+"""Reasoning, text and arguments of a tool call, by question."""
 
 
 def describe(
@@ -53,7 +72,11 @@ class FleetModel:
         content = request.messages[-1].content if request.messages else request.prompt or ""
         words = dict(word.split("=", 1) for word in str(content).split() if "=" in word)
         tokens, pause_s = int(words.get("tokens", 3)), float(words.get("pause", 0))
-        yield [Started(5, 0)]
+        if (answer := ANSWERS.get(str(content))) is not None:
+            async for batch in self._answer(request, *answer):
+                yield batch
+            return
+        yield [Started(int(words.get("prompt", 5)), 0)]
         for number in range(tokens):
             if pause_s:
                 await asyncio.sleep(pause_s)
@@ -61,6 +84,23 @@ class FleetModel:
                 self.generated[self.devices[0]] += 1
             yield [TextDelta(f"{self.loaded.model}:{number} ")]
         yield [Finished(FinishReason.STOP, tokens)]
+
+    async def _answer(
+        self, request: InferenceRequest, reasoning: str, text: str, arguments: str
+    ) -> AsyncGenerator[Sequence[InferenceEvent], None]:
+        yield [Started(sum(len(str(message.content)) for message in request.messages) // 4 + 16, 16)]
+        deltas: list[InferenceEvent] = [ReasoningDelta(f"{word} ") for word in reasoning.split()]
+        deltas += [TextDelta(f"{word} ") for word in text.split()]
+        if arguments:
+            deltas.append(ToolCallDelta(0, "call_1", request.tools[0].name))
+            deltas += [ToolCallDelta(0, arguments=piece) for piece in arguments.partition(" ") if piece]
+        for delta in deltas:
+            await asyncio.sleep(TOKEN_S)
+            if self.generated is not None:
+                self.generated[self.devices[0]] += 1
+            yield [delta]
+        reason = FinishReason.TOOL_CALLS if arguments else FinishReason.STOP
+        yield [Finished(reason, len(deltas), len(reasoning.split()))]
 
 
 class FleetHarness:
