@@ -1,1 +1,1 @@
-"""Access: who may ask for what, and how much of it."""
+"""Access control: keys, and the limits of each principal."""

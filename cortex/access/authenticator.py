@@ -23,13 +23,13 @@ Headers = Callable[[bytes], bytes | None]
 """Returns a request's header by its lower-case name."""
 
 CHARACTERS_PER_TOKEN = 4
-"""Of a body, for an estimate before anybody has tokenised it."""
+"""Characters of a body per token, for an estimate of a prompt that is not tokenised yet."""
 
 _NONE = msgspec.Raw(b"")
 
 
 class _Wanted(msgspec.Struct):
-    """The top-level fields of a body by which it says how much it wants; what is in them, the node judges."""
+    """The top-level fields of a body that bound its answers. The node validates their values."""
 
     max_tokens: msgspec.Raw = _NONE
     max_completion_tokens: msgspec.Raw = _NONE
@@ -48,7 +48,7 @@ _SEVERAL = re.compile(rb"\s*\[\s*[\"\[]")
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a request may need: tokens of its prompt, of all answers together, and answers at a time."""
+    """Upper bound of a request's use: tokens of its prompt, of all answers together, and concurrent answers."""
 
     prompt_tokens: int
     output_tokens: int
@@ -56,16 +56,16 @@ class Need:
 
     @property
     def tokens(self) -> int:
-        """All of them."""
+        """Tokens of prompt and answers together."""
         return self.prompt_tokens + self.output_tokens
 
 
 NO_NEED = Need(0, 0, 0)
-"""Of a request that no node is asked for: it counts as one."""
+"""Need of a request that is sent to no node: it counts as a request."""
 
 
 class LimitReachedError(OverloadedError):
-    """A principal has used what it may. ``code`` says which limit it is."""
+    """A principal has reached one of its limits, which ``code`` names."""
 
     def __init__(self, reason: Reason, message: str, retry_after_s: float | None) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
@@ -98,7 +98,7 @@ class Reservation:
 
 
 LOCAL = Principal("local", is_admin=True)
-"""Whoever can read the token of this host."""
+"""Principal of a caller with the administrator's token of this host."""
 
 UNCOUNTED = Reservation(None, None)
 """Reservation of a principal without limits."""
@@ -112,8 +112,8 @@ async def _settle(rate_limiter: RateLimiter, lease: Lease, used_tokens: int) -> 
 
 
 def principal_of(caller: object) -> Principal:
-    """Return who was let in, as the exchange has it."""
-    assert isinstance(caller, Principal)  # nothing under /v1 is reached without
+    """Return the principal of an authenticated exchange, from its ``caller``."""
+    assert isinstance(caller, Principal)  # no handler under /v1 is called without one
     return caller
 
 
@@ -121,31 +121,31 @@ class Authenticator:
     """Authenticates requests, and admits them within their principal's limits."""
 
     def __init__(self, keys: KeyRing, rate_limiter: RateLimiter, reserve_tokens: int, local_token: str = "") -> None:
-        """``local_token`` is an administrator's, and its file's readers'."""
+        """``local_token`` is the administrator's token of this host; empty: there is none."""
         self.keys = keys
         self._local = hashlib.sha256(local_token.encode()).digest() if local_token else b""
         self.rate_limiter = rate_limiter
         self.reserve_tokens = reserve_tokens
 
     def identify(self, header: Headers) -> Principal:
-        """Return who asks, by the ``authorization`` or ``x-api-key`` header.
+        """Return the principal of a request, by its ``authorization`` or ``x-api-key`` header.
 
         Raises:
-            UnauthorizedError: nobody who may.
+            UnauthorizedError: the key is missing or unknown.
             AccessMisconfiguredError: the keys cannot be read.
         """
         key = _key(header)
         return LOCAL if self._is_local(key) and self.keys.anonymous is not EVERYBODY else self.keys.identify(key)
 
     def is_proved(self, principal: Principal) -> bool:
-        """Return whether a principal is one only for whoever presents a key."""
+        """Return whether a principal presented a key."""
         return principal is not self.keys.anonymous
 
     def check_admin(self, header: Headers) -> None:
-        """Let an operator in: by an administrator's key, or the token that lies on this host.
+        """Check that a request has an administrator's key, or the administrator's token of this host.
 
         Raises:
-            ApiError: this is none.
+            ApiError: it has neither.
         """
         key = _key(header)
         if self._is_local(key):
@@ -165,10 +165,10 @@ class Authenticator:
         return bool(self._local) and key is not None and hmac.compare_digest(hashlib.sha256(key).digest(), self._local)
 
     async def admit(self, principal: Principal, body: bytes, *, generates: bool = True) -> Reservation:
-        """Take what a request may need; with ``generates`` false that is the tokens of its prompt.
+        """Reserve a request's need; with ``generates`` false, the tokens of its prompt only.
 
         Raises:
-            LimitReachedError: there is not so much left.
+            LimitReachedError: the principal's limits do not leave so much.
             ApiError: the rate limiter does not answer.
         """
         limits = principal.limits
@@ -177,7 +177,7 @@ class Authenticator:
         return await self._take(principal, need_of(body, self.reserve_tokens, generates=generates))
 
     async def count(self, principal: Principal) -> None:
-        """Count a request that no node is asked for. Raises as :meth:`admit` does."""
+        """Count a request that is sent to no node. Raises as :meth:`admit` does."""
         if principal.limits.requests_per_minute:
             await self._take(principal, NO_NEED)
 
@@ -194,9 +194,9 @@ def prompt_tokens(body: bytes) -> int:
 
 
 def need_of(body: bytes, otherwise: int, *, generates: bool = True) -> Need:
-    """Return what a request allows itself; ``otherwise`` is how many tokens an answer may have that says nothing of it.
+    """Return a request's need. ``otherwise`` is the number of tokens of an answer where the body sets no limit.
 
-    Of the fields of the body's own object, and none below: there, ``max_tokens`` may be anything.
+    Only the body's top-level fields count: a nested ``max_tokens`` may be anything.
     """
     prompt = prompt_tokens(body)
     if not generates:
@@ -206,10 +206,10 @@ def need_of(body: bytes, otherwise: int, *, generates: bool = True) -> Need:
     except (msgspec.DecodeError, RecursionError):
         return Need(prompt, otherwise, 1)  # for the node to refuse
     limits = (wanted.max_tokens, wanted.max_completion_tokens, wanted.max_output_tokens, wanted.n_predict)
-    said = [number for field in limits if (number := _number(field)) is not None]
+    numbers = [number for field in limits if (number := _number(field)) is not None]
     num_answers = max(1, _number(wanted.n) or 1, _number(wanted.best_of) or 1) * _num_prompts(bytes(wanted.prompt))
     num_answers = min(num_answers, _MAX_ANSWERS)
-    return Need(prompt, (max(said) if said else otherwise) * num_answers, num_answers)
+    return Need(prompt, (max(numbers) if numbers else otherwise) * num_answers, num_answers)
 
 
 def _number(field: msgspec.Raw) -> int | None:
@@ -218,7 +218,7 @@ def _number(field: msgspec.Raw) -> int | None:
 
 
 def _num_prompts(prompt: bytes) -> int:
-    """Return how many prompts a text completion has: a list may be of them, or be the tokens of one."""
+    """Return the number of prompts of a text completion: a list is of prompts, or of the tokens of one prompt."""
     if not _SEVERAL.match(prompt):
         return 1
     try:

@@ -1,7 +1,7 @@
-"""``keys.toml``: the keys that clients present, by their hashes, and what each may do.
+"""``keys.toml``: the hashes of the clients' keys, with the permissions and limits of each.
 
-A key is 32 random bytes, so one round of SHA-256 keeps it as well as any slow hash would, and a lookup by hash tells an
-attacker's clock nothing about the key. The file holds no key and no log ever does; a name stands for each.
+A key is 32 random bytes, so one round of SHA-256 protects it as well as a slow hash would, and the time of a lookup by
+hash reveals nothing of the key. Files and logs hold no key, but its name.
 """
 
 import functools
@@ -29,12 +29,12 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One of ``[[keys]]``. A limit of 0 is none."""
+    """An entry of ``[[keys]]``. A limit of 0 is none."""
 
     name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
     models: tuple[str, ...] = ()
-    """Ids of models; one that ends with ``*`` stands for all that begin so."""
+    """Ids of the models it may use; an id that ends with ``*`` is a prefix."""
     admin: bool = False
     priority: int = 0
     """Priority of its requests. Below 0: they are served from spare capacity only."""
@@ -42,11 +42,11 @@ class KeySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Count = 0
     tokens_per_window: Count = 0
     window_s: Annotated[float, msgspec.Meta(ge=1)] = 24 * 3600.0
-    """The window rolls: what was used longer ago than this counts no more."""
+    """Length of the sliding window of ``tokens_per_window``."""
     balance_tokens: Count = 0
-    """All that it may ever use."""
+    """Tokens that it may use in all."""
     strict: bool | None = None
-    """Whether a request with a member that nobody knows is refused; left out, ``access.strict`` says."""
+    """Whether a request with an unknown member is refused; left out, ``access.strict`` decides."""
 
 
 class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,7 +57,7 @@ class KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one principal may use. 0 is no limit."""
+    """Limits of one principal. 0 is no limit."""
 
     requests_per_minute: int = 0
     max_concurrent: int = 0
@@ -67,7 +67,7 @@ class Limits:
 
     @functools.cached_property
     def are_none(self) -> bool:
-        """Whether nothing has to be counted."""
+        """Whether there is no limit, so that nothing is counted."""
         return not (self.requests_per_minute or self.max_concurrent or self.tokens_per_window or self.balance_tokens)
 
 
@@ -76,7 +76,7 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """On whose behalf a request is. Nothing here is secret."""
+    """The identity on whose behalf a request is made, with its permissions. It holds no secret."""
 
     name: str = ""
     models: tuple[str, ...] = ("*",)
@@ -84,10 +84,10 @@ class Principal:
     priority: int = 0
     limits: Limits = NO_LIMITS
     is_strict: bool | None = None
-    """Whether it wants to be refused what nobody knows; ``None`` leaves it to the gateway."""
+    """Whether its requests with unknown members are refused; ``None`` leaves it to the gateway."""
 
     def may_use(self, model: str) -> bool:
-        """Return whether it may ask for a model, by its id."""
+        """Return whether it may use a model, by its id."""
         return "*" in self.models or any(
             model.startswith(allowed[:-1]) if allowed.endswith("*") else model == allowed for allowed in self.models
         )
@@ -99,36 +99,35 @@ class Principal:
 
 
 EVERYBODY = Principal()
-"""Who asks where there are no keys."""
+"""Principal of every request where no keys are configured."""
 
 INDEX_BYTES = 8
-NOBODY = (bytes(32), EVERYBODY)
-"""No key has this hash."""
+NO_KEY = (bytes(32), EVERYBODY)
+"""Entry for an unknown key, with a hash that no key has."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRing:
-    """All keys, and who those without one are; ``None`` where they are not let in.
+    """All keys, and the principal of requests without one; ``None``: these are refused.
 
-    ``principals`` are found by the first bytes of a key's hash; whether it is the one, a comparison of the whole tells
-    that takes as long for a near miss as for a hit.
+    ``principals`` are indexed by the first bytes of a key's hash; the whole hash is then compared in constant time.
     """
 
     principals: Mapping[bytes, tuple[bytes, Principal]] = field(default_factory=dict)
     anonymous: Principal | None = EVERYBODY
 
     def identify(self, key: bytes | None) -> Principal:
-        """Return who presents ``key``.
+        """Return the principal of ``key``.
 
         Raises:
-            UnauthorizedError: nobody may without one, or nobody has this one. The message does not repeat it.
+            UnauthorizedError: the key is required and missing, or unknown. The message does not repeat it.
         """
         if key is None or (not self.principals and self.anonymous is not None):
             if self.anonymous is None:
                 raise UnauthorizedError("No API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
             return self.anonymous
         digest = hashlib.sha256(key).digest()
-        known, principal = self.principals.get(digest[:INDEX_BYTES], NOBODY)
+        known, principal = self.principals.get(digest[:INDEX_BYTES], NO_KEY)
         if not hmac.compare_digest(known, digest):
             raise UnauthorizedError("Incorrect API key provided.")
         return principal
@@ -140,27 +139,27 @@ class KeyRing:
 
     def by_name(self) -> Sequence[Principal]:
         """Return all principals, by name."""
-        everyone = [principal for _, principal in self.principals.values()]
+        principals = [principal for _, principal in self.principals.values()]
         if self.anonymous is not None and self.anonymous is not EVERYBODY:
-            everyone.append(self.anonymous)
-        return sorted(everyone, key=lambda principal: principal.name)
+            principals.append(self.anonymous)
+        return sorted(principals, key=lambda principal: principal.name)
 
 
 class AccessMisconfiguredError(UnavailableError):
-    """Who may ask was to be changed, and what was said cannot be read: nobody is let in until it can be."""
+    """The access settings were changed and cannot be read, so every request is refused until they can."""
 
     code = "access_misconfigured"
 
 
 @dataclass(frozen=True, slots=True)
 class _Closed(KeyRing):
-    """No keys, because they cannot be read."""
+    """The key ring in place of keys that cannot be read."""
 
     anonymous: Principal | None = None
 
     def identify(self, key: bytes | None) -> Principal:
-        """Let nobody in. Raises :class:`AccessMisconfiguredError`."""
-        message = "The gateway's keys cannot be read, so it lets nobody in until its configuration is mended."
+        """Raise :class:`AccessMisconfiguredError`."""
+        message = "The gateway's keys cannot be read, so it refuses every request until its configuration is corrected."
         raise AccessMisconfiguredError(message, retry_after_s=10)
 
 
@@ -177,7 +176,7 @@ def load(path: pathlib.Path, anonymous: Principal | None = None) -> KeyRing:
     """Return the keys in a file.
 
     Raises:
-        ConfigError: it cannot be read, a key of it is wrong, a name or hash is there twice, or a key has no models.
+        ConfigError: it cannot be read, an entry is invalid, a name or hash is there twice, or a key has no models.
     """
     source = str(path)
     principals: dict[bytes, tuple[bytes, Principal]] = {}
@@ -210,6 +209,6 @@ def check_name(name: str) -> None:
 
 
 def new_key() -> tuple[str, str]:
-    """Return a new key, and the hash that stands for it in the file."""
+    """Return a new key, and its hash for the file."""
     key = PREFIX + secrets.token_urlsafe(32)
     return key, hashlib.sha256(key.encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""The token of whoever runs the gateway: an administrator's key that lies in a file which is theirs alone to read.
+"""The administrator's token of this host: a key in a file that only the gateway's user can read.
 
-That a request comes over the loopback says little: a reverse proxy on the host passes strangers on, and so does a page
-in a browser there. Whoever can read the file can also write ``keys.toml``, so it is as good as an administrator's key.
-It is made at the first start and lies in the folder for such files of the service or of the user; to remove it before a
-start is to have a new one.
+The loopback address authenticates nobody: a reverse proxy on the host forwards strangers, and so does a page in a
+browser there. A user who can read the file can also write ``keys.toml``, so the token is worth an administrator's key.
+It is made at the first start, in the runtime or state directory of the service or user; a start without the file makes
+a new one.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ PREFIX = "sk-local-"
 TOKEN = re.compile(rb"sk-local-[A-Za-z0-9_-]{43}")
 LISTENS = "0A"
 SERVICE_FOLDERS = ("/run/cortex", "/var/lib/cortex")
-"""Where the service of this host keeps it, for root's commands."""
+"""Folders in which the service of this host keeps its token, for root's commands."""
 
 
 def folders(environment: Mapping[str, str]) -> Iterator[pathlib.Path]:
-    """Yield the folders where a gateway with this environment may keep it, the best first."""
+    """Yield the folders where a gateway with this environment may keep its token, the best first."""
     for variable in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR", "STATE_DIRECTORY", "XDG_STATE_HOME", "HOME"):
         if not (given := environment.get(variable)):
             continue
@@ -35,7 +35,7 @@ def folders(environment: Mapping[str, str]) -> Iterator[pathlib.Path]:
 
 
 def obtain(port: int, environment: Mapping[str, str]) -> str:
-    """Return the token of the gateway at a port, made if there is none; empty where no folder takes it."""
+    """Return the token of the gateway at a port, made if there is none; empty where no folder can hold it."""
     for folder in folders(environment):
         path = folder / _name(port)
         try:
@@ -43,7 +43,7 @@ def obtain(port: int, environment: Mapping[str, str]) -> str:
             if found := _read(path):
                 return found
             with contextlib.suppress(FileNotFoundError):
-                path.unlink()  # what others could read is no secret
+                path.unlink()  # readable by others, so no secret
             return _make(path)
         except OSError as error:
             log.info("no administrator's token in %s: %s", folder, error.strerror or error)
@@ -62,7 +62,7 @@ def find(port: int, environment: Mapping[str, str]) -> str:
 
 
 def _is_served_by(port: int, owner: int) -> bool:
-    """Return whether none but a token's owner, or root, listens at its port: a stranger there is not to get it."""
+    """Return whether only the token's owner or root listens at its port, so that it is sent to no other user."""
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
             for row in pathlib.Path(table).read_text().splitlines()[1:]:
@@ -78,7 +78,7 @@ def _name(port: int) -> str:
 
 
 def _make(path: pathlib.Path) -> str:
-    """Write a new token; of workers that do so at one time, one wins, and the others have its token."""
+    """Return a new token, written to the file; of several workers at a time one wins, and all return its token."""
     token = PREFIX + secrets.token_urlsafe(32)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
@@ -97,7 +97,7 @@ def _make(path: pathlib.Path) -> str:
 
 
 def _read(path: pathlib.Path, *, is_any_owners: bool = False) -> str:
-    """Return a token that is its owner's alone; empty if there is none."""
+    """Return a token that only its owner can read; empty if there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

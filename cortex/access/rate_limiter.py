@@ -1,9 +1,8 @@
-"""What each principal has used, and whether it may use more: the interface, and the counters of one process.
+"""Rate limits and token budgets of principals: the interface, and the counters of one process.
 
-A request *takes* before it is sent and *settles* when it has ended. Taking counts it, holds a seat, and reserves the
-tokens it may need, all at once or not at all; settling gives the seat and the reservation back and books what was
-really used. So limits are exact however many requests come at once, and a budget is overdrawn by no more than the
-estimates of those under way were short.
+A request *takes* a lease before it is sent and *settles* it when it has ended. Taking counts the request and its
+concurrent answers and reserves the tokens it may need, all or nothing; settling releases them and records the tokens
+used. So limits are exact under any concurrency, and a budget is overdrawn by no more than the estimates were short.
 """
 
 import itertools
@@ -21,12 +20,13 @@ from cortex.supervise import Supervisor
 
 MINUTE_S = 60.0
 NUM_BUCKETS = 60
-"""Parts of a token window: what was used leaves it a part at a time."""
-SEAT_RETRY_S = 1.0
+"""Buckets of a token window, which slides by one bucket at a time."""
+RELEASE_RETRY_S = 1.0
+"""``Retry-After`` where a running request has to end first."""
 
 
 class Reason(StrEnum):
-    """Which limit is reached; the code a client is told."""
+    """Limit that is reached; the value is the error's code."""
 
     REQUESTS = "requests_per_minute_exceeded"
     CONCURRENCY = "concurrency_exceeded"
@@ -36,7 +36,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Not now, or never again; then ``retry_after_s`` is ``None``."""
+    """Refusal of a request; ``retry_after_s`` is ``None`` where a wait does not help."""
 
     reason: Reason
     retry_after_s: float | None
@@ -44,18 +44,18 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One request that was let in."""
+    """Lease of an admitted request on its principal's limits."""
 
     name: str
     number: str
     reserved_tokens: int
     window_s: float
     num_sequences: int = 1
-    """Answers at a time."""
+    """Concurrent answers."""
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a principal has used: in the last minute, now, in its window, and ever."""
+    """Use of a principal: requests of the last minute, answers now, tokens in its window, and tokens in all."""
 
     requests: int = 0
     running: int = 0
@@ -64,22 +64,22 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class RateLimiter(Protocol):
-    """Keeps account. ``now`` is its own clock's."""
+    """The counters of all principals, with a clock of their own."""
 
     async def take(self, name: str, limits: Limits, reserve_tokens: int, num_sequences: int = 1) -> Lease | Refusal:
-        """Let a request for so many answers in, or say why not. One for none, and no tokens, is only counted."""
+        """Return a lease for a request, or its refusal. A request for no answers and no tokens is only counted."""
 
     async def settle(self, lease: Lease, used_tokens: int) -> None:
-        """End a request and book what it used."""
+        """End a request and record the tokens used."""
 
     async def usage(self, name: str, limits: Limits) -> Usage:
-        """Return what a principal has used."""
+        """Return the use of a principal."""
 
     async def open(self, supervisor: Supervisor) -> None:
-        """Get ready, with tasks of its own under ``supervisor``."""
+        """Start, with background tasks under ``supervisor``."""
 
     async def close(self) -> None:
-        """Let go."""
+        """Stop, and close the connections."""
 
 
 @dataclass(slots=True)
@@ -88,14 +88,14 @@ class _Account:
     running: int = 0
     reserved_tokens: int = 0
     buckets: deque[list[float]] = field(default_factory=deque)
-    """Pairs of the number of a part of the window, and the tokens used in it."""
+    """Buckets of the window, each a pair of its number and the tokens used in it."""
     tokens: int = 0
-    """The sum of the buckets."""
+    """Sum of the buckets."""
     spent_tokens: int = 0
 
 
 class MemoryRateLimiter:
-    """The counters of one process. A restart begins anew."""
+    """The counters of one process, which a restart resets."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -103,20 +103,20 @@ class MemoryRateLimiter:
         self._numbers = itertools.count()
 
     async def take(self, name: str, limits: Limits, reserve_tokens: int, num_sequences: int = 1) -> Lease | Refusal:
-        """Let a request in, or say why not. Nothing is awaited, so nobody comes between the look and the count."""
+        """Return a lease for a request, or its refusal. Nothing is awaited, so check and count are atomic."""
         now = self._clock()
         account = self._current(name, limits, now)
         if limits.max_concurrent and num_sequences and account.running + num_sequences > limits.max_concurrent:
-            return Refusal(Reason.CONCURRENCY, None if num_sequences > limits.max_concurrent else SEAT_RETRY_S)
+            return Refusal(Reason.CONCURRENCY, None if num_sequences > limits.max_concurrent else RELEASE_RETRY_S)
         if limits.requests_per_minute and len(account.requests) >= limits.requests_per_minute:
             return Refusal(Reason.REQUESTS, account.requests[0] + MINUTE_S - now)
         reserve_tokens = capped(reserve_tokens, limits)
         needed = account.reserved_tokens + reserve_tokens
         if reserve_tokens and limits.balance_tokens and account.spent_tokens + needed > limits.balance_tokens:
-            return Refusal(Reason.BALANCE, SEAT_RETRY_S if account.reserved_tokens else None)
+            return Refusal(Reason.BALANCE, RELEASE_RETRY_S if account.reserved_tokens else None)
         if reserve_tokens and limits.tokens_per_window and account.tokens + needed > limits.tokens_per_window:
             if account.reserved_tokens or not account.buckets:
-                return Refusal(Reason.TOKENS, SEAT_RETRY_S)
+                return Refusal(Reason.TOKENS, RELEASE_RETRY_S)
             width_s = limits.window_s / NUM_BUCKETS
             return Refusal(Reason.TOKENS, (account.buckets[0][0] + NUM_BUCKETS + 1) * width_s - now)
         if limits.requests_per_minute:
@@ -126,7 +126,7 @@ class MemoryRateLimiter:
         return Lease(name, str(next(self._numbers)), reserve_tokens, limits.window_s, num_sequences)
 
     async def settle(self, lease: Lease, used_tokens: int) -> None:
-        """End a request and book what it used."""
+        """End a request and record the tokens used."""
         account = self._accounts[lease.name]
         account.running -= lease.num_sequences
         account.reserved_tokens -= lease.reserved_tokens
@@ -141,15 +141,15 @@ class MemoryRateLimiter:
             account.buckets.append([number, used_tokens])
 
     async def usage(self, name: str, limits: Limits) -> Usage:
-        """Return what a principal has used."""
+        """Return the use of a principal."""
         account = self._current(name, limits, self._clock())
         return Usage(len(account.requests), account.running, account.tokens, account.spent_tokens)
 
     async def open(self, supervisor: Supervisor) -> None:
-        """Nothing to get ready."""
+        """Do nothing."""
 
     async def close(self) -> None:
-        """Nothing to let go."""
+        """Do nothing."""
 
     def _current(self, name: str, limits: Limits, now: float) -> _Account:
         account = self._accounts.setdefault(name, _Account())
@@ -162,7 +162,7 @@ class MemoryRateLimiter:
 
 
 def capped(reserve_tokens: int, limits: Limits) -> int:
-    """Return a reservation that a whole budget can hold: a request larger than that is let in when nothing is used."""
+    """Return a reservation capped at the budget: a request larger than that is admitted while nothing is used."""
     for budget in (limits.tokens_per_window, limits.balance_tokens):
         if budget:
             reserve_tokens = min(reserve_tokens, budget)

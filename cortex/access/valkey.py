@@ -1,7 +1,7 @@
-"""The rate limiter of several gateways, in Valkey or Redis: each act is one script, so no two of them interleave.
+"""The rate limiter of several gateways, in Valkey or Redis: each operation is one script, and so atomic.
 
-Times are the server's, so the gateways' clocks do not matter. A lease that its gateway does not renew is over: what a
-gateway held when it was killed comes back after ``LEASE_S``.
+Times are the server's, so the gateways' clocks do not matter. A lease that its gateway does not renew expires, so the
+leases of a killed gateway are released after ``LEASE_S``.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import contextlib
 import secrets
 
 from cortex.access.keys import Limits
-from cortex.access.rate_limiter import MINUTE_S, NUM_BUCKETS, SEAT_RETRY_S, Lease, Reason, Refusal, Usage, capped
+from cortex.access.rate_limiter import MINUTE_S, NUM_BUCKETS, RELEASE_RETRY_S, Lease, Reason, Refusal, Usage, capped
 from cortex.supervise import Supervisor
 from cortex.wire.errors import UnavailableError
 
@@ -21,8 +21,8 @@ LEASE_S = 30.0
 _BEGIN = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local function gone(id) redis.call('ZREM', KEYS[2], id); redis.call('HDEL', KEYS[3], id) end
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now)) do gone(id) end
+local function release(id) redis.call('ZREM', KEYS[2], id); redis.call('HDEL', KEYS[3], id) end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now)) do release(id) end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[1])
 local width = ARGV[2] / ARGV[3]
 local current = math.floor(now / width)
@@ -77,8 +77,8 @@ return {'ok', 0}
 _SETTLE = (
     _BEGIN
     + """
-gone(ARGV[4])
-for number = 2, tonumber(ARGV[6]) do gone(ARGV[4] .. ':' .. number) end
+release(ARGV[4])
+for number = 2, tonumber(ARGV[6]) do release(ARGV[4] .. ':' .. number) end
 if tonumber(ARGV[5]) > 0 then
   redis.call('HINCRBY', KEYS[4], current, ARGV[5])
   redis.call('PEXPIRE', KEYS[4], math.ceil(2 * ARGV[2]))
@@ -97,7 +97,7 @@ redis.call('PEXPIRE', KEYS[2], 2 * ARGV[1])
 
 
 class RateLimiterUnavailableError(UnavailableError):
-    """The rate limiter does not answer, so nobody whose use is limited can be let in."""
+    """The rate limiter does not answer, so no request of a principal with limits can be admitted."""
 
     code = "access_counters_unavailable"
 
@@ -106,7 +106,7 @@ class ValkeyRateLimiter:
     """A rate limiter at ``redis://[user:password@]host:port[/database]``. Needs the ``redis`` package."""
 
     def __init__(self, url: str) -> None:
-        """Raises ``ValueError`` where the client library is not installed, or the address is none."""
+        """Raises ``ValueError`` where the client library is not installed or the URL is invalid."""
         try:
             from redis import asyncio as client
             from redis import exceptions
@@ -124,7 +124,7 @@ class ValkeyRateLimiter:
         self._renewing: asyncio.Task[None] | None = None
 
     async def take(self, name: str, limits: Limits, reserve_tokens: int, num_sequences: int = 1) -> Lease | Refusal:
-        """Let a request in, or say why not.
+        """Return a lease for a request, or its refusal.
 
         Raises:
             RateLimiterUnavailableError: the server does not answer.
@@ -135,11 +135,11 @@ class ValkeyRateLimiter:
         more: list[str | int] = [number, reserve_tokens, limits.requests_per_minute, limits.max_concurrent]
         more += [limits.tokens_per_window, limits.balance_tokens, round(LEASE_S * 1000), num_members]
         try:
-            what, wait_ms = await self._take(keys=_keys(name), args=[*_windows(limits.window_s), *more])
+            outcome, wait_ms = await self._take(keys=_keys(name), args=[*_windows(limits.window_s), *more])
         except self._errors as error:
             raise RateLimiterUnavailableError(f"The access counters do not answer: {error}.", retry_after_s=2) from None
-        wait_s = None if wait_ms < 0 else wait_ms / 1000 or SEAT_RETRY_S
-        match what:
+        wait_s = None if wait_ms < 0 else wait_ms / 1000 or RELEASE_RETRY_S
+        match outcome:
             case "ok":
                 lease = Lease(name, number, reserve_tokens, limits.window_s, num_members)
                 if num_members:
@@ -155,7 +155,7 @@ class ValkeyRateLimiter:
                 return Refusal(Reason.BALANCE, wait_s)
 
     async def settle(self, lease: Lease, used_tokens: int) -> None:
-        """End a request and book what it used.
+        """End a request and record the tokens used.
 
         Raises:
             RateLimiterUnavailableError: the server does not answer; the lease ends by itself.
@@ -173,7 +173,7 @@ class ValkeyRateLimiter:
             raise RateLimiterUnavailableError(f"The access counters do not answer: {error}.") from None
 
     async def usage(self, name: str, limits: Limits) -> Usage:
-        """Return what a principal has used.
+        """Return the use of a principal.
 
         Raises:
             RateLimiterUnavailableError: the server does not answer.
@@ -184,7 +184,7 @@ class ValkeyRateLimiter:
             raise RateLimiterUnavailableError(f"The access counters do not answer: {error}.", retry_after_s=2) from None
 
     async def open(self, supervisor: Supervisor) -> None:
-        """Begin to renew what is held."""
+        """Start to renew the leases of this process."""
         self._renewing = supervisor.start("renew access leases", self._keep)
 
     async def close(self) -> None:
@@ -203,7 +203,7 @@ class ValkeyRateLimiter:
 
 
 def _members(lease: Lease) -> list[str]:
-    """Return what stands for a lease among those that are held: a member for each of its sequences."""
+    """Return the members of the set of leases that represent a lease, one for each of its sequences."""
     return [lease.number, *(f"{lease.number}:{number}" for number in range(2, lease.num_sequences + 1))]
 
 

@@ -1,1 +1,1 @@
-"""The fleet: what is known of the nodes, and where a request goes."""
+"""The fleet: the state of the nodes, routing, loads and dispatch."""

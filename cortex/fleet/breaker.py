@@ -1,14 +1,13 @@
-"""Which replicas are left alone because they have been failing: one circuit for each model on each node.
+"""Circuit breakers: one circuit for each model on each node, which keeps requests from a failing replica.
 
-Only a node's own failures count: a connection that cannot be made or breaks, silence, what is no answer, and the few
-codes with which a neuron says that its devices are lost. What a client did wrong is a success, and back-pressure (429,
-503, 529) is neither, so that a busy replica is never taken for a broken one. After ``failures`` in a row a circuit
-opens; when it has been open for a while one request tries, and its outcome closes the circuit or opens it for twice as
-long.
+Only a node's own failures count: a connection that cannot be made or breaks, silence, an invalid answer, and the codes
+of a neuron that has lost its devices. A client's error is a success, and back-pressure (429, 503, 529) is neither, so
+that a busy replica is never taken for a broken one. After ``failures`` in a row a circuit opens; after its open time it
+is half-open: one request tries, and its outcome closes the circuit or opens it for twice as long.
 
-A 500, 502 or 504 may be the node's fault or the request's, and a request that makes a node answer it can be sent at
-will. So none opens a circuit: after as many in a row, of as many different requests, a replica is doubted for a while,
-which means that it is asked only where no other replica can be. It looks at no clock: the time is an argument.
+A 500, 502 or 504 may be the node's fault or the request's, and a client can repeat a request that causes it. So it
+opens no circuit: after ``failures`` in a row, of different requests, the replica is suspect for a while, and gets
+requests only where there is no other. There is no clock here: the time is an argument.
 """
 
 from dataclasses import dataclass, field
@@ -25,47 +24,49 @@ Circuit = tuple[str, str]
 class _State:
     failures: int = 0
     open_s: float = 0.0
-    """How long it is or was last open; 0 while it never was since its last success."""
+    """Duration for which it is or was last open; 0 if it never was since its last success."""
     opened_at: float = 0.0
     is_tried: bool = False
-    """Whether the one request that may try is under way."""
+    """Whether the trial request of the half-open circuit is under way."""
 
 
 @dataclass(slots=True)
-class _Doubt:
+class _Suspicion:
     bodies: set[int] = field(default_factory=set)
     until: float = 0.0
 
 
 class Breakers:
-    """The circuits that have seen a failure since their last success; all others are closed."""
+    """The circuits that have had a failure since their last success; all others are closed."""
 
     def __init__(self, settings: BreakerSettings) -> None:
         self.settings = settings
         self._states: dict[Circuit, _State] = {}
-        self._doubts: dict[Circuit, _Doubt] = {}
+        self._suspicions: dict[Circuit, _Suspicion] = {}
 
     def __bool__(self) -> bool:
-        """Return whether any has seen a failure since its last success."""
-        return bool(self._states) or bool(self._doubts)
+        """Return whether any circuit has had a failure since its last success."""
+        return bool(self._states) or bool(self._suspicions)
 
-    def doubted(self, model: str, now: float) -> frozenset[str]:
-        """Return the nodes that are to be asked for ``model`` only where there is no other."""
-        if not self._doubts:
+    def suspects(self, model: str, now: float) -> frozenset[str]:
+        """Return the nodes that get requests for ``model`` only where there is no other."""
+        if not self._suspicions:
             return NO_NODES
-        return frozenset(node for (node, other), doubt in self._doubts.items() if other == model and now < doubt.until)
+        return frozenset(
+            node for (node, other), suspicion in self._suspicions.items() if other == model and now < suspicion.until
+        )
 
-    def doubt(self, node: str, model: str, body: bytes, now: float) -> None:
-        """Count a failure that may be the request's."""
+    def suspect(self, node: str, model: str, body: bytes, now: float) -> None:
+        """Count a failure that the request may have caused."""
         self.let_go(node, model)
-        doubt = self._doubts.setdefault((node, model), _Doubt())
-        doubt.bodies.add(hash(body))
-        if len(doubt.bodies) >= self.settings.failures:
-            doubt.bodies.clear()
-            doubt.until = now + self.settings.open_s
+        suspicion = self._suspicions.setdefault((node, model), _Suspicion())
+        suspicion.bodies.add(hash(body))
+        if len(suspicion.bodies) >= self.settings.failures:
+            suspicion.bodies.clear()
+            suspicion.until = now + self.settings.open_s
 
     def blocked(self, model: str, now: float) -> frozenset[str]:
-        """Return the nodes that are not to be asked for ``model``."""
+        """Return the nodes that get no requests for ``model``."""
         if not self._states:
             return NO_NODES
         return frozenset(
@@ -82,13 +83,13 @@ class Breakers:
         return max(1.0, min(waits, default=1.0))
 
     def ask(self, node: str, model: str) -> None:
-        """Note that a request goes there; where the circuit was open, it is the one that tries."""
+        """Record that a request is sent; where the circuit was open, it is the trial request."""
         state = self._states.get((node, model))
         if state is not None and state.open_s:
             state.is_tried = True
 
     def answer(self, node: str, model: str) -> None:
-        """Note that an answer has begun: the circuit is closed again, and opens at once if it breaks off."""
+        """Record that an answer has begun: the circuit closes, and opens at once if the answer breaks off."""
         state = self._states.get((node, model))
         if state is not None:
             state.open_s, state.is_tried = 0.0, False
@@ -96,7 +97,7 @@ class Breakers:
     def succeed(self, node: str, model: str) -> None:
         """Forget all failures."""
         self._states.pop((node, model), None)
-        self._doubts.pop((node, model), None)
+        self._suspicions.pop((node, model), None)
 
     def fail(self, node: str, model: str, now: float) -> None:
         """Count a failure, and open the circuit if it is one too many."""
@@ -108,15 +109,15 @@ class Breakers:
             state.opened_at = now
 
     def let_go(self, node: str, model: str) -> None:
-        """Note that a request ended without saying anything of the node: another may try."""
+        """Record that a request ended without evidence about the node: another may try."""
         state = self._states.get((node, model))
         if state is not None:
             state.is_tried = False
 
     def keep(self, nodes: frozenset[str]) -> None:
-        """Forget the circuits of nodes that are not among these any more."""
+        """Forget the circuits of all other nodes."""
         self._states = {key: state for key, state in self._states.items() if key[0] in nodes}
-        self._doubts = {key: doubt for key, doubt in self._doubts.items() if key[0] in nodes}
+        self._suspicions = {key: suspicion for key, suspicion in self._suspicions.items() if key[0] in nodes}
 
     def _is_open(self, state: _State, now: float) -> bool:
         return bool(state.open_s) and (state.is_tried or now < state.opened_at + state.open_s)

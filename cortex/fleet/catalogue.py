@@ -1,7 +1,7 @@
 """The catalogue: every model that an operator offers, by its id and by its aliases.
 
-Read once from ``models.toml`` and never changed; a reload makes another one. A file that is missing is an error; one
-that names no model leaves the offer to what the nodes have loaded by themselves. Nothing of that is known here.
+Read once from ``models.toml`` and never changed; a reload makes another one. A missing file is an error; a file without
+models offers the models that the nodes list. Nodes are unknown here.
 """
 
 import pathlib
@@ -14,9 +14,9 @@ from cortex.settings import ConfigError, convert, read_toml
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Profiles by id, and every alias with the id it ends at. ``created`` is the file's age in Unix seconds.
+    """Profiles by id, and the id of every alias. ``created`` is the file's modification time in Unix seconds.
 
-    ``prefixes`` are the aliases that ended with a ``*``, without it.
+    ``prefixes`` are the aliases that end with a ``*``, without it.
     """
 
     profiles: Mapping[str, ModelProfile]
@@ -24,20 +24,20 @@ class Catalogue:
     created: int = 0
     prefixes: Mapping[str, str] = field(default_factory=dict)
     discovers: bool = True
-    """Whether models are offered that nodes have and no file names."""
+    """Whether models are offered that nodes list and no file names."""
     withdrawn: frozenset[str] = frozenset()
-    """Models that were named while this gateway ran and are not any more: not offered, whoever has them."""
+    """Models that a reload has removed from the file: not offered, even where a node lists them."""
 
     def resolve(self, name: str) -> str:
-        """Return the id that ``name`` stands for; a name that is no alias stands for itself."""
+        """Return the id of an alias; any other name is returned as it is."""
         return self.aliases.get(name, name)
 
     def admits(self, model: str) -> bool:
-        """Return whether a model may be offered, if a node has it or can load it."""
+        """Return whether a model may be offered where a node has it or can load it."""
         return model in self.profiles or (self.discovers and model not in self.withdrawn)
 
     def match(self, name: str) -> str | None:
-        """Return the id for a name that nothing else answers to: that of the longest prefix it begins with."""
+        """Return the id of the longest prefix alias that matches a name, or ``None``."""
         prefix = max((prefix for prefix in self.prefixes if name.startswith(prefix)), key=len, default=None)
         return None if prefix is None else self.prefixes[prefix]
 

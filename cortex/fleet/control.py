@@ -1,7 +1,7 @@
-"""The control plane of a neuron, typed: what it is, how it is, what it has, and what it should load.
+"""The typed client of a neuron's control plane: discovery, health, models, loads.
 
-One call, one HTTP exchange, on connections of its own: a poll never waits behind inference. Errors are
-:class:`~cortex.wire.errors.ApiError`, those of the neuron with its own status and code.
+Each call is one HTTP exchange, on a pool of connections apart from inference, so that a poll never waits behind it.
+Errors are :class:`~cortex.wire.errors.ApiError`, with status and code of the neuron where it sent them.
 """
 
 import asyncio
@@ -37,12 +37,12 @@ log = logging.getLogger("cortex.fleet")
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 MAX_MODELS = 4096
-"""Of one node: a list is kept, compared and shown every few seconds."""
+"""Number of models taken from a node's list, which is kept, compared and shown every few seconds."""
 UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError, MemoryError)
-"""What reading a node's JSON may raise: it may be deep, huge, or no text at all."""
+"""Exceptions of reading a node's JSON, which may be deep, huge, or no text at all."""
 NUM_CONNECTIONS = 64
 UNLOAD_TIMEOUT_S = 30.0
-"""Beyond the drain itself."""
+"""Timeout of an unload beyond its drain."""
 JSON_HEADERS = ((b"content-type", b"application/json"),)
 
 
@@ -60,11 +60,11 @@ class NeuronClient:
         self.load_stall_s = self._pool.timeouts.load_stall_s
 
     async def discovery(self) -> Discovery:
-        """Return what the host is."""
+        """Return the node's host, devices and dialects."""
         return await self._look(b"/discovery", Discovery)
 
     async def health(self) -> Health:
-        """Return how the daemon is."""
+        """Return the state of the daemon and its workers."""
         health = await self._look(b"/health", Health)
         workers = tuple(
             msgspec.structs.replace(worker, fault=worker.fault[:MAX_TEXT]) if worker.fault else worker
@@ -73,7 +73,7 @@ class NeuronClient:
         return msgspec.structs.replace(health, workers=workers)
 
     async def models(self) -> tuple[ModelStatus, ...]:
-        """Return the models it knows: of a long list the first, and none that is not one."""
+        """Return the valid entries of the node's list of models, of a long list the first."""
         statuses = self._listed((await self._look(b"/models", _ModelList)).models, ModelStatus)
         return tuple(
             msgspec.structs.replace(status, error=status.error[:MAX_TEXT]) if status.error else status
@@ -81,12 +81,12 @@ class NeuronClient:
         )
 
     async def load(self, asked: LoadRequest, *, timeout_s: float) -> ModelStatus:
-        """Ask for a model and return when it is ready. The load goes on in the node if the caller stops waiting.
+        """Load a model and return when it is ready. The load goes on in the node if the caller stops waiting.
 
-        ``timeout_s`` bounds the silence of a node that makes progress elsewhere visible; the caller watches that.
+        ``timeout_s`` bounds the wait for the answer; the caller watches the progress, which the node reports elsewhere.
         """
         body = msgspec.json.encode(asked)
-        # On a connection of its own: what closes that is the node, or the node's end.
+        # On a fresh connection: it is closed only by the node, or by its end.
         return await self._call(b"POST", b"/models/load", ModelStatus, body, timeout_s=timeout_s, is_fresh=True)
 
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
@@ -97,17 +97,17 @@ class NeuronClient:
         )
 
     async def forget(self, asked: ForgetRequest) -> ModelStatus:
-        """Take a model that is not loaded off the node's list; return what it was."""
+        """Remove a model that is not loaded from the node's list; return its last status."""
         body = msgspec.json.encode(asked)
         return await self._call(b"POST", b"/models/forget", ModelStatus, body, timeout_s=self._timeout_s)
 
     async def pin(self, asked: PinRequest) -> ModelStatus:
-        """Change how long a model may stay."""
+        """Change the pin and retention of a model."""
         body = msgspec.json.encode(asked)
         return await self._call(b"POST", b"/models/pin", ModelStatus, body, timeout_s=self._timeout_s)
 
     async def drain(self, asked: DrainRequest) -> Health:
-        """Have the node take no more requests and loads, or take them again."""
+        """Have the node stop accepting requests and loads, or accept them again."""
         return await self._call(b"POST", b"/drain", Health, msgspec.json.encode(asked), timeout_s=self._timeout_s)
 
     def close(self) -> None:
@@ -115,9 +115,9 @@ class NeuronClient:
         self._pool.close()
 
     def _listed(self, rows: tuple[msgspec.Raw, ...], kind: type[R]) -> tuple[R, ...]:
-        """Return the rows of a list that can be read. What cannot be is logged when it changes, and left out.
+        """Return the rows of a list that can be decoded; others are left out, and logged when they change.
 
-        A node is not down for one row: whoever can have it load a model chooses the name.
+        An invalid row does not make a node fail a poll, since its clients choose the names of models.
         """
         found: list[R] = []
         problem = f"lists {len(rows)} models; the first {MAX_MODELS} are taken" if len(rows) > MAX_MODELS else ""
@@ -133,7 +133,7 @@ class NeuronClient:
         return tuple({row.id: row for row in found}.values())
 
     async def _look(self, target: bytes, kind: type[T]) -> T:
-        """Read something that a daemon always has at hand: here the whole exchange is timed."""
+        """Get a resource that a daemon has at hand, within the timeout of a poll."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._call(b"GET", target, kind, timeout_s=self._timeout_s)
@@ -190,22 +190,22 @@ class _Listing(msgspec.Struct, frozen=True):
 
 
 class OpenAIClient(NeuronClient):
-    """Another server that speaks OpenAI's dialects, seen as a node: what it lists is ready, and it loads nothing."""
+    """Another server that speaks OpenAI's dialects, as a node: the models it lists are ready, and it loads none."""
 
     def __init__(self, node: NodeSettings, settings: GatewaySettings) -> None:
         super().__init__(node, settings)
         self._node = node
 
     async def discovery(self) -> Discovery:
-        """Return what the configuration says of it: no devices, no harness, so that nothing is ever placed there."""
+        """Return the configured dialects, with no devices and no harness, so that nothing is ever placed there."""
         return Discovery(self.name, "", self._node.endpoint, "", None, None, (), (), self._node.dialects)
 
     async def health(self) -> Health:
-        """Return that it is ready; whether it is there, :meth:`models` finds out."""
+        """Return that it is ready; :meth:`models` fails where it is not."""
         return Health(NodeState.READY, 0.0, ())
 
     async def models(self) -> tuple[ModelStatus, ...]:
-        """Return what it lists, under the names that are offered here."""
+        """Return the models it lists, under the names that are offered here."""
         listing = await self._look(b"/v1/models", _Listing)
         there = dict.fromkeys(model.id for model in self._listed(listing.data, _Listed))
         names = self._node.models or dict.fromkeys(there, "")
@@ -215,7 +215,7 @@ class OpenAIClient(NeuronClient):
 
 
 def make_pool(node: NodeSettings, settings: GatewaySettings, max_connections: int) -> Pool:
-    """Return a pool of connections to a node, with its secret and its timeouts."""
+    """Return a connection pool of a node, with its secret and its timeouts."""
     return Pool(
         node.name,
         node.endpoint,

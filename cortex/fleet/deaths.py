@@ -1,9 +1,9 @@
-"""Which request bodies nodes died of, so that one request does not take a whole fleet down, nor its client's retries.
+"""Bodies of requests that crash nodes, so that neither a request nor its client's retries take a whole fleet down.
 
-A death is a connection that was lost while a node had the request, or a node that says so of the process behind it. A
-request is tried once more after the first and never after the second, wherever that was; its body is then refused for a
-while, since SDKs send it again by themselves. Requests of one body that were lost together are one death: a node that
-is restarted takes many with it. An answer that is complete clears a body. It looks at no clock: times are arguments.
+A death is a connection that was lost while a node had the request, or a node's report that its worker process was. A
+request is sent once more after the first death and never after the second, on any node; its body is then refused for a
+while, since SDKs retry by themselves. Requests of one body that are lost together are one death, since a node that is
+restarted loses many. A complete answer clears a body. There is no clock here: times are arguments.
 """
 
 from collections import OrderedDict
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 MAX_DEATHS = 2
 REMEMBER_S = 120.0
-"""Since the last death; about as long as a node takes to come back and load a model."""
+"""Time for which a body is remembered after its last death: about a node's restart and load of a model."""
 
 MAX_BODIES = 1024
 
 Body = tuple[int, int]
-"""A body's length and hash, which Python keys anew for each process."""
+"""Length and hash of a body; Python's hash is keyed anew in each process."""
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class _Known:
 
 
 class Deaths:
-    """Bodies that nodes died of, the latest of them."""
+    """The latest bodies of which nodes died."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[Body, _Known] = OrderedDict()
@@ -36,14 +36,14 @@ class Deaths:
         return bool(self._known)
 
     def is_deadly(self, body: bytes, now: float) -> bool:
-        """Return whether a body is not to be sent to any node."""
+        """Return whether a body must not be sent to any node."""
         if not self._known:
             return False
         known = self._find(_key(body), now)
         return known is not None and known.deaths >= MAX_DEATHS
 
     def note(self, body: bytes, sent_at: float, now: float) -> bool:
-        """Note that a node died of a body that was sent to it then; return whether that was one death too many."""
+        """Record that a node died of a body sent at ``sent_at``; return whether that reaches the limit of deaths."""
         key = _key(body)
         known = self._find(key, now)
         if known is None:
@@ -57,7 +57,7 @@ class Deaths:
         return known.deaths >= MAX_DEATHS
 
     def forget(self, body: bytes) -> None:
-        """Note that a node has answered a body."""
+        """Record that a node has answered a body."""
         if self._known:
             self._known.pop(_key(body), None)
 

@@ -40,7 +40,7 @@ from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.deaths import Deaths
 from cortex.fleet.loader import Loader
 from cortex.fleet.poller import Poller
-from cortex.fleet.refusals import BACK_PRESSURE, DEATHS, DOUBTFUL, OWN_FAULTS, read_refusal, wrong_head
+from cortex.fleet.refusals import AMBIGUOUS, BACK_PRESSURE, DEATHS, OWN_FAULTS, read_refusal, wrong_head
 from cortex.fleet.router import NO_NODES, RETRY_RECOVERY_S, Busy, Decision, Load, Serve, Unknown, offered_profile, route
 from cortex.fleet.spare_capacity import SpareCapacity
 from cortex.fleet.state import Fleet, FleetState
@@ -319,8 +319,8 @@ class Dispatcher:
                 last = refusal
                 excluded |= {node}
             else:
-                if refusal.status in DOUBTFUL:
-                    self.breakers.doubt(node, model, question.body, time.monotonic())
+                if refusal.status in AMBIGUOUS:
+                    self.breakers.suspect(node, model, question.body, time.monotonic())
                 else:
                     self.breakers.succeed(node, model)
                 raise refusal
@@ -435,16 +435,16 @@ class Dispatcher:
             )
 
         def decide() -> Decision:
-            # A replica that has done nothing but fail is asked only where there is no other.
-            if doubted := self.breakers.doubted(model, now):
-                decision = self._decide(model, excluded | doubted, gone, prefix)
+            # A suspect replica gets requests only where there is no other.
+            if suspects := self.breakers.suspects(model, now):
+                decision = self._decide(model, excluded | suspects, gone, prefix)
                 if isinstance(decision, Serve):
                     return decision
             return self._decide(model, excluded, gone, prefix, profile)
 
         decision = decide()
         if not isinstance(decision, Serve) and not self._fleet.state.complete:
-            # Just started: a node that has not been heard of yet may have the model ready.
+            # Just started: a node that has not been polled yet may have the model ready.
             await self.first_look(lambda: isinstance(decide(), Serve))
             decision = decide()
         match decision:

@@ -1,12 +1,11 @@
-"""Makes a placement true: a cold load behind the requests that need it.
+"""The loader: cold loads, and the requests that wait for them.
 
-One load per model at a time, which every request for that model joins; a request that gives up leaves the others and
-the load alone. Nothing limits how long a load takes, only how long it makes no progress. The node decides whether it
-will: a refusal moves on to the next candidate, and what comes out in the end is a typed error that says what each node
-said, and never a 404. Where there is a choice of nodes, each is first asked to load beside what it has, and only if
-none can is one of them asked to make room: what a node measures beats what is guessed of it here. A node that the
-catalogue prefers is asked to make room at once. A load of which two nodes died is tried on no third, nor again for a
-while.
+There is one load per model at a time, which every request for that model joins; a request that is cancelled leaves the
+load alone. A load may take any time while it makes progress. The node accepts or refuses it: after a refusal the next
+candidate is tried, and the final error has each node's reason, and is never a 404. Where there are several candidates,
+each is first asked to load without eviction, and only if none can is one asked to evict, since a node's measurements
+beat the estimates here. A node that the catalogue prefers may evict at once. A load of which two nodes died is tried on
+no third, nor again for a while.
 """
 
 import asyncio
@@ -28,17 +27,17 @@ from cortex.wire.node import Eviction, LoadRequest, ModelState, ModelStatus
 log = logging.getLogger("cortex.fleet")
 
 RETRY_AFTER_S = 5.0
-"""Told to clients whose cold load failed for a reason that may pass."""
+"""``Retry-After`` of a cold load that failed for a reason that may pass."""
 
 MAX_ASKS = 3
 UNLIMITED_S = 1e8
-"""More than three years: what is watched instead is progress."""
+"""More than three years: progress is watched instead."""
 
 NO_ROOM = "no_room"
-"""The code with which a node says that it would have to evict something."""
+"""Error code of a node that would have to evict a model."""
 
 REFUSALS = frozenset({400, 413, 422})
-"""Statuses with which a node says that asking again will not help."""
+"""Statuses of a node that refuses for good."""
 
 
 class WentDownError(LoadFailedError):
@@ -68,7 +67,7 @@ class Loader:
     async def load(self, profile: ModelProfile, candidates: tuple[str, ...], *, may_evict: bool = True) -> str:
         """Return the node that has the model ready, after loading it on the first candidate that takes it.
 
-        Joins a load of this model that is under way, whatever that one may do.
+        Joins a load of this model that is under way, whether or not that may evict.
 
         Raises:
             LoadRefusedError: every candidate refused for good.
@@ -90,8 +89,8 @@ class Loader:
         """Load a model on one node, and return when it is ready there.
 
         Raises:
-            LoadFailedError: nodes died of this load, so that no node is asked for a while.
-            ApiError: the node refuses or fails, in its own words.
+            LoadFailedError: nodes died of this load, so that it is not tried for a while.
+            ApiError: the node refuses or fails, with its own message.
         """
         if self._is_deadly(profile):
             raise LoadFailedError(
@@ -116,20 +115,20 @@ class Loader:
         return status
 
     def progress(self, model: str) -> float | None:
-        """Return how far the load of a model is that requests of this process wait for; ``None`` if there is none."""
+        """Return the progress of a load that requests of this process wait for; ``None`` if there is none."""
         if model not in self._loads:
             return None
         statuses = (node.models[model] for node in self._fleet.state.listing.get(model, ()))
         return max((s.progress for s in statuses if s.state is ModelState.LOADING), default=0.0)
 
     def end(self, error: ApiError) -> None:
-        """Have those who wait for a load get ``error``. The nodes go on with theirs."""
+        """End every wait for a load with ``error``. The loads go on in their nodes."""
         self._stopped_by = error
         for task in self._loads.values():
             task.cancel()
 
     async def stop(self) -> None:
-        """Stop waiting for loads. The nodes go on with theirs."""
+        """Stop waiting for loads, which go on in their nodes."""
         tasks = tuple(self._loads.values())
         for task in tasks:
             task.cancel()
@@ -138,7 +137,7 @@ class Loader:
     def _ended(self, model: str, task: asyncio.Task[str]) -> None:
         del self._loads[model]
         if not task.cancelled():
-            task.exception()  # seen, even if every waiter has gone
+            task.exception()  # retrieved, even if no request waits any more
 
     def _request(self, name: str, profile: ModelProfile, may_evict: bool) -> LoadRequest:
         return LoadRequest(
@@ -191,7 +190,7 @@ class Loader:
         return name
 
     async def _load_on(self, name: str, spec: LoadRequest) -> ModelStatus:
-        """Load on one node. A connection that breaks is no answer: the node is asked what became of the load."""
+        """Load a model on one node. After a connection that breaks, the node is asked for the state of the load."""
         for _ in range(MAX_ASKS):
             try:
                 status = await self._ask(name, spec)
@@ -205,7 +204,7 @@ class Loader:
         raise LoadFailedError(f"the connection broke {MAX_ASKS} times while {spec.id} was loading")
 
     async def _status(self, name: str, model: str, error: UpstreamError) -> ModelStatus:
-        """Return what a node says of a model after ``error``, or raise that if it says nothing."""
+        """Return the status of a model after ``error``, or raise that if the node reports none."""
         try:
             statuses = await self._neurons[name].models()
         except ApiError:
@@ -216,7 +215,7 @@ class Loader:
         raise error
 
     async def _ask(self, name: str, spec: LoadRequest) -> ModelStatus:
-        """Ask one node, and give up on it only when it makes no progress or is down."""
+        """Send one load to a node, and give up only when it makes no progress or the node is down."""
         neuron = self._neurons.get(name)
         if neuron is None:
             raise LoadFailedError(f"{name} is not a node of this gateway any more")
@@ -238,7 +237,7 @@ class Loader:
         return node is not None and node.up
 
     async def _progress_or_end(self, name: str, model: str, asked: "asyncio.Task[ModelStatus]", stall_s: float) -> None:
-        """Return when ``asked`` is done, or nothing has moved in the node's own account for the stall limit."""
+        """Return when ``asked`` is done, or the node has reported no progress for the stall limit."""
         clock = asyncio.get_running_loop().time
         moved_at = clock()
         seen = self._account(name, model)
@@ -256,7 +255,7 @@ class Loader:
                 seen, moved_at = now, clock()
 
     def _account(self, name: str, model: str) -> object:
-        """Return what a node says of a load: its state, how far it is, what it holds. ``None`` when it is down."""
+        """Return state, progress and bytes of a load as its node reports them; ``None`` when the node is down."""
         status = self._fleet.state.status(name, model)
         return None if status is None else (status.state, status.progress, status.weights_bytes)
 
@@ -267,5 +266,5 @@ def is_death(error: ApiError) -> bool:
 
 
 def _identity(profile: ModelProfile) -> bytes:
-    """Return what makes a load the same as another."""
+    """Return the identity of a load, as the bytes of its specification."""
     return msgspec.json.encode(profile.spec())

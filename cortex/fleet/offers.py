@@ -1,8 +1,8 @@
-"""What clients may ask for: the catalogue and the fleet, as one list.
+"""The list of models that clients may use, from the catalogue and the fleet.
 
 Pure. A model is offered if the catalogue names it or a node that is up lists it; an alias is an entry of its own, for
-clients that look for a name (one that ends with ``*`` is none). Where nodes differ, the best state and the longest
-context are what is told. On which nodes a model is, and why it failed there, operators are told and clients are not.
+clients that search by name (an alias that ends with ``*`` is none). Where nodes differ, the best state and the longest
+context are reported. The nodes of a model, and the reasons of failures, are for operators only.
 """
 
 import datetime
@@ -33,7 +33,7 @@ class NodeOffer(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
-    """An OpenAI ``Model`` object, and what this system knows beyond it. ``context_length`` of 0 is not known yet."""
+    """An OpenAI ``Model`` object with extensions. A ``context_length`` of 0 is not known yet."""
 
     id: str
     object: str = "model"
@@ -47,7 +47,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     alias_of: str | None = None
 
     def as_anthropic(self) -> "ModelInfo":
-        """Return what Anthropic's clients are told of it."""
+        """Return the offer for Anthropic's clients."""
         return ModelInfo(
             id=self.id,
             display_name=self.display_name,
@@ -57,14 +57,14 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FullOffer(Offer, frozen=True, kw_only=True):
-    """An offer as operators see it."""
+    """An offer with the fields for operators."""
 
     nodes: tuple[NodeOffer, ...] = ()
     sampling: SamplingDefaults = SamplingDefaults()
-    """What a request that leaves sampling open gets, beside what the model's own files say."""
+    """Sampling of a request that sets none, over the defaults of the model's own files."""
 
     def public(self) -> Offer:
-        """Return what clients are told of it."""
+        """Return the offer for clients."""
         return Offer(**{name: getattr(self, name) for name in Offer.__struct_fields__})
 
 
@@ -82,13 +82,13 @@ class OfferList(msgspec.Struct, frozen=True):
     object: str = "list"
 
     def as_anthropic(self) -> "ModelInfoList":
-        """Return the list that Anthropic's clients are told: all of it on one page."""
+        """Return the list for Anthropic's clients, all of it on one page."""
         data = tuple(offer.as_anthropic() for offer in self.data)
         return ModelInfoList(data, data[0].id if data else None, data[-1].id if data else None)
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """An Anthropic ``ModelInfo``. Its ``capabilities`` are another thing than an :class:`Offer`'s, and left out."""
+    """An Anthropic ``ModelInfo``, without its ``capabilities``, whose meaning differs from an :class:`Offer`'s."""
 
     type: str = "model"
     id: str
@@ -99,7 +99,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelInfoList(msgspec.Struct, frozen=True):
-    """``GET /v1/models`` of a client that names a version of Anthropic's API."""
+    """``GET /v1/models`` for a client that sends a version of Anthropic's API."""
 
     data: tuple[ModelInfo, ...]
     first_id: str | None
@@ -116,7 +116,7 @@ def offers(catalogue: Catalogue, state: FleetState) -> tuple[FullOffer, ...]:
 
 
 def find(catalogue: Catalogue, state: FleetState, name: str) -> FullOffer | None:
-    """Return the offer of that id or alias."""
+    """Return the offer of an id or alias, or ``None``."""
     model = catalogue.resolve(name)
     if not _is_offered(catalogue, state, model):
         model = catalogue.match(name) or model

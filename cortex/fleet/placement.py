@@ -1,9 +1,8 @@
-"""Where a model that is loaded nowhere should go: a ranking of nodes, best first.
+"""Placement of a model that is loaded nowhere: a ranking of nodes, best first.
 
-Pure: it reads a state and a profile, asks nobody and changes nothing. Figures may be a poll old, so the ranking is a
-wish; the node decides with its own figures when it is asked. Ranks, in order: pinned here, preferred, fits in free
-memory, fits once idle models are gone, most free memory, name. A node that failed this model before comes last, not
-never: what failed may have been mended.
+Pure: a function of a state and a profile. The figures may be a poll old, so the ranking is advice, and the node decides
+with its own. The order: pinned here, preferred, fits in free memory, fits after eviction of idle models, most free
+memory, name. A node where this model failed before comes last, since the cause may be gone.
 """
 
 from dataclasses import dataclass
@@ -14,28 +13,28 @@ from cortex.fleet.state import FleetState, Node
 from cortex.wire.node import Device, DeviceKind, ModelState, ModelStatus, NodeState, WorkerState
 
 CAPABILITY_OF_DTYPE = {"bfloat16": "8.0"}
-"""What a GPU must be to compute in a dtype."""
+"""Compute capability that a GPU needs for a dtype."""
 
 HOLDS_MEMORY = frozenset({ModelState.READY, ModelState.DRAINING, ModelState.RECOVERING})
 USABLE_WORKERS = frozenset({WorkerState.READY, WorkerState.STARTING, WorkerState.RECOVERING})
 
 
 class Fit(IntEnum):
-    """How a model's memory compares with a node's, best first."""
+    """Fit of a model's memory on a node, best first."""
 
     FREE = 0
     UNKNOWN = 1
-    """Its size is not known; the node's preflight will tell."""
+    """Its size is not known; the node's preflight decides."""
     AFTER_EVICTION = 2
     AFTER_WAITING = 3
-    """Once models that are in use now have been let go."""
+    """Fits after models that are in use now are unloaded."""
     NO = 4
-    """Not even then: too large for the node, or what lies there is pinned."""
+    """Never: too large for the node, or its memory is held by pinned models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A node that may load a model. ``free_bytes`` is of the devices it would use."""
+    """A node that may load a model. ``free_bytes`` is the free memory of the devices it would use."""
 
     node: str
     fit: Fit
@@ -46,7 +45,7 @@ class Candidate:
 
     @property
     def rank(self) -> tuple[bool, bool, bool, Fit, int, str]:
-        """What candidates are sorted by."""
+        """Sort key."""
         return (
             self.has_failed,
             not self.is_pinned,
@@ -58,7 +57,7 @@ class Candidate:
 
 
 def choose(state: FleetState, profile: ModelProfile, excluded: frozenset[str] = frozenset()) -> tuple[Candidate, ...]:
-    """Return the nodes that may load ``profile``, best first; those where it does not fit are left out."""
+    """Return the nodes that may load ``profile``, best first, without the nodes where it does not fit."""
     elsewhere_bytes = _known_size(state, profile.id)
     found = []
     for node in state.nodes.values():
@@ -87,7 +86,7 @@ def choose(state: FleetState, profile: ModelProfile, excluded: frozenset[str] = 
 
 
 def usable_devices(node: Node, profile: ModelProfile) -> tuple[Device, ...]:
-    """Return the devices a load would use: the named ones, or the freest ``tensor_parallel``; empty if it cannot."""
+    """Return the devices of a load: the named ones, or the freest ``tensor_parallel``; empty if there are none."""
     if node.discovery is None or profile.harness not in node.discovery.harnesses:
         return ()
     working = [
@@ -96,7 +95,7 @@ def usable_devices(node: Node, profile: ModelProfile) -> tuple[Device, ...]:
     if profile.devices:
         named = tuple(device for device in working if device.id in profile.devices)
         return named if len(named) == len(profile.devices) else ()
-    # Shards of one model lie on devices of one kind.
+    # Shards of one model need devices of one kind.
     groups: dict[tuple[str, str], list[Device]] = {}
     for device in working:
         groups.setdefault((device.kind, device.name if profile.tensor_parallel > 1 else ""), []).append(device)
@@ -109,7 +108,7 @@ def usable_devices(node: Node, profile: ModelProfile) -> tuple[Device, ...]:
 
 
 def is_able(device: Device, profile: ModelProfile) -> bool:
-    """Return whether a device computes what a model needs: a GPU of at least its compute capability."""
+    """Return whether a device has the compute capability that a model needs."""
     if device.kind is not DeviceKind.CUDA or not device.compute_capability:
         return True
     needed = profile.min_compute_capability or CAPABILITY_OF_DTYPE.get(profile.dtype, "")
@@ -125,7 +124,7 @@ def _free(devices: tuple[Device, ...] | list[Device]) -> int:
 
 
 def _takes_loads(node: Node) -> bool:
-    """Return whether a load may be asked of a node; one of a model that is leaving waits there until it has left."""
+    """Return whether a node accepts loads; a load of a model that is being unloaded waits there."""
     return node.up and node.health is not None and node.health.state is not NodeState.DRAINING
 
 
@@ -153,7 +152,7 @@ def _fit(node: Node, devices: tuple[Device, ...], free_bytes: int, needed_bytes:
 
 
 def _known_size(state: FleetState, model: str) -> int:
-    """Return the least that any node has measured or holds of a model; 0 if none has."""
+    """Return the least size that a node has measured or holds of a model; 0 if none has."""
     sizes = (status.required_bytes or status.weights_bytes for status in _statuses(state, model))
     return min((size for size in sizes if size), default=0)
 

@@ -1,7 +1,7 @@
-"""How an answer that is not 200 is read: whose fault it says it is, and what a client is told of it.
+"""Parsing of a node's error responses: the party at fault, and the error that the client gets.
 
-A node's error goes on as it is only where it is one: a JSON object with an ``error``. Anything else (HTML, nothing, a
-compressed body, a redirect) is told as this gateway's own error, so that what a client gets is always of its dialect.
+A node's error is forwarded as it is only where it is valid: a JSON object with an ``error``. Anything else (HTML, an
+empty or compressed body, a redirect) becomes the gateway's own error, so that the client gets its dialect in any case.
 """
 
 import re
@@ -15,28 +15,28 @@ from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
 
 MAX_ERROR_BYTES = 1024 * 1024
 MAX_TEXT = 8192
-"""Characters that are kept of what a node says went wrong."""
+"""Characters that are kept of a node's error message."""
 MAX_RETRY_AFTER_S = 3600.0
 CODE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
-"""An error code as it may get into a log line or a label."""
+"""Pattern of the error codes that may get into a log line or a label."""
 
 BACK_PRESSURE = frozenset({429, 503, 529})
 
 OWN_FAULTS = frozenset({"device_worker_lost", "no_device", "no_harness"})
-"""Codes with which a neuron says that something is wrong with itself, whatever it was asked.
+"""Error codes of a neuron that is itself at fault, whatever the request.
 
 No status is enough for that: a request can make a server answer 500.
 """
 
 DEATHS = frozenset({"device_worker_lost"})
-"""Those of them that say that something died while it had the request."""
+"""Error codes of a neuron whose worker process was lost while it had the request."""
 
-DOUBTFUL = frozenset({500, 502, 504})
-"""Statuses that say that a node failed, or that the request made it fail."""
+AMBIGUOUS = frozenset({500, 502, 504})
+"""Statuses of a node that failed, possibly because of the request."""
 
 
 def wrong_head(response: Response, *, is_stream: bool) -> str | None:
-    """Return what is wrong with the head of a 200; ``None`` if its body may be read."""
+    """Return a description of the fault in the head of a 200; ``None`` if its body may be read."""
     encoding = response.header(b"content-encoding")
     if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
         return f"in the encoding {_shown(encoding)}, which was not asked for"
@@ -48,10 +48,10 @@ def wrong_head(response: Response, *, is_stream: bool) -> str | None:
 
 
 async def read_refusal(node: str, response: Response, stall_s: float, *, is_chat: bool) -> ApiError:
-    """Return the error that an answer is, with its body unless that is in another dialect than the caller's.
+    """Return the error of a response, with its body unless that is in another dialect than the caller's.
 
     Raises:
-        UpstreamError: it could not be read.
+        UpstreamError: the body could not be read.
     """
     if response.status < 400 or response.status > 599:
         location = response.header(b"location")
@@ -71,7 +71,7 @@ async def read_refusal(node: str, response: Response, stall_s: float, *, is_chat
 
 
 def read_error(status: int, body: bytes, retry_after: bytes | None = None) -> tuple[ErrorInfo, bool]:
-    """Return the error that a node's answer carries, and whether its body is an error's envelope."""
+    """Return the error in a node's response, and whether its body is a valid error envelope."""
     retry_after_s = seconds_of(retry_after)
     fallback = ErrorInfo(status, UpstreamError.code, f"The node answered with status {status}.", None, retry_after_s)
     error = find_error(body)
@@ -92,7 +92,7 @@ def read_error(status: int, body: bytes, retry_after: bytes | None = None) -> tu
 
 
 def find_error(body: bytes) -> dict[str, object] | None:
-    """Return the error in an envelope of any dialect; ``None`` if a body is none."""
+    """Return the error in an envelope of any dialect; ``None`` if the body is no envelope."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -102,7 +102,7 @@ def find_error(body: bytes) -> dict[str, object] | None:
 
 
 def seconds_of(header: bytes | None) -> float | None:
-    """Return what a ``Retry-After`` says, if that is a number of seconds; an hour at most."""
+    """Return the seconds of a ``Retry-After``, an hour at most; ``None`` if it is no number."""
     if header is None or not header.isdigit():
         return None
     return min(float(header[:9]) if len(header) <= 9 else MAX_RETRY_AFTER_S, MAX_RETRY_AFTER_S)

@@ -1,10 +1,10 @@
-"""Where a request goes: to a node that serves its model, to a load, or back with a reason.
+"""Routing: the decision to send a request to a node, to load its model, or to refuse it.
 
 Pure and deterministic: the same state, counts and exclusions give the same :data:`Decision`. The node with the least
 outstanding work wins, unless another has the conversation's prefix and is not much busier; ties go by a hash of that
-prefix, so that gateways which have never seen it agree, and without one by name. A model whose only replicas have
-just refused this request is not loaded a second time elsewhere: that is :class:`Busy`. It is loaded elsewhere at once
-where its only replicas are gone, and while it is being recovered, then beside what is there.
+prefix, so that all gateways agree, and without one by name. A model whose only replicas have just refused this request
+is not loaded elsewhere: that is :class:`Busy`. It is loaded elsewhere at once where its only replicas are gone, and,
+without eviction, while it is being recovered.
 """
 
 import zlib
@@ -21,26 +21,26 @@ RETRY_SOON_S = 1.0
 RETRY_RECOVERY_S = 5.0
 NO_NODES: frozenset[str] = frozenset()
 EVERYWHERE = ("hf:", "pypi:")
-"""How a source begins that any node can fetch."""
+"""Prefixes of sources that any node can fetch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Ask this node."""
+    """Decision to send the request to a node."""
 
     node: str
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Load the model on the first of these that will take it. One that is loading it already comes first."""
+    """Decision to load the model on the first candidate that accepts it; a node that is loading it comes first."""
 
     candidates: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Not now."""
+    """Refusal of the request for now."""
 
     retry_after_s: float
     reason: str
@@ -48,7 +48,7 @@ class Busy:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Nobody offers this model."""
+    """Refusal of the request, since no node offers the model."""
 
 
 Decision = Serve | Load | Busy | Unknown
@@ -66,10 +66,9 @@ def route(
 ) -> Decision:
     """Decide for one request.
 
-    ``profile`` is the catalogue's, or ``None`` for a model that only nodes know. ``in_flight`` counts this process's
-    requests by node. ``excluded`` nodes have refused this request, or are left out of it; ``gone`` ones are as if they
-    were down. The node that ``affinity`` names is taken while it has at most ``slack`` requests more than the least
-    busy one.
+    ``profile`` is the catalogue's, or ``None`` for a model that only nodes list. ``in_flight`` counts this process's
+    requests by node. ``excluded`` nodes have refused this request or cannot serve it; ``gone`` nodes count as down. The
+    node of ``affinity`` is taken while it has at most ``slack`` requests more than the least busy one.
     """
     serving = state.serving.get(model, ())
     best: tuple[int, int, str] | None = None
@@ -107,7 +106,7 @@ def _route_cold(
         return Unknown()
     profile = profile or offered_profile(state, model, gone)
     if recovering:
-        # There it will be back about as soon as it is here; so nothing is evicted for it meanwhile.
+        # The recovery takes about as long as a load elsewhere, so nothing is evicted for it.
         beside = (
             candidate.node
             for candidate in (placement.choose(state, profile, excluded | recovering) if profile else ())
@@ -142,9 +141,9 @@ def _recovering(model: str) -> Busy:
 
 
 def offered_profile(state: FleetState, model: str, gone: frozenset[str] = NO_NODES) -> ModelProfile | None:
-    """Return a profile for a model of no catalogue, if a node that lists it says where its weights are.
+    """Return a profile for a model of no catalogue, if a node that lists it has the source of its weights.
 
-    A path on a node that is gone says nothing of any other.
+    A path on a node that is gone is valid on no other.
     """
     for node in state.listing.get(model, ()):
         source = node.models[model].source

@@ -1,6 +1,7 @@
-"""Everything of the fleet that runs in one process, put together: connections, polls, loads, dispatch.
+"""The fleet of one gateway process: connection pools, poller, loader, dispatcher.
 
-It decides nothing; the parts do. What they are told can be replaced while they run (:meth:`FleetService.reconfigure`).
+It connects the components and decides nothing. Their settings can change while they run
+(:meth:`FleetService.reconfigure`).
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ class FleetService:
         self._retired: list[Pool] = []
 
     def start(self) -> None:
-        """Begin to watch the nodes; returns before the first of them has answered."""
+        """Start to poll the nodes; returns before the first has answered."""
         self.poller.start()
         self.warmer.start()
 
@@ -67,7 +68,7 @@ class FleetService:
             neuron.close()
 
     def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
-        """Go on with other nodes, models and limits. Requests that run end as they began."""
+        """Apply other nodes, models and limits. Running requests keep those they began with."""
         before = {node.name: node for node in self.config.neurons}
         gateway_changed = config.gateway != self.config.gateway
         self.config, self.catalogue = config, catalogue

@@ -1,8 +1,7 @@
-"""What is known of the fleet: one immutable value, replaced whole, and the count of requests in flight.
+"""The state of the fleet: one immutable value, replaced whole, and the count of requests in flight.
 
 Readers take :attr:`Fleet.state` once per decision and never see half a change. Requests are counted when their node is
-selected, not when it answers, so that a burst spreads out; the counts are this process's own, and polls never touch
-them.
+selected, not when it answers, so that many at once spread out; the counts are this process's own, apart from polls.
 """
 
 import asyncio
@@ -29,25 +28,25 @@ class Node:
     health: Health | None = None
     models: Mapping[str, ModelStatus] = field(default_factory=dict)
     foreign_load: int = 0
-    """Requests it has from elsewhere: what it reported less what this process had there then."""
+    """Requests it has from elsewhere: its reported requests less this process's own at that time."""
     failed_polls: int = 0
     fault: str | None = None
 
     @property
     def takes_requests(self) -> bool:
-        """Whether a loaded model can be asked here."""
+        """Whether it accepts requests for its loaded models."""
         return self.up and self.health is not None and self.health.state is NodeState.READY
 
 
 def can_serve(status: ModelStatus) -> bool:
-    """Return whether a model answers requests: it is ready, and has memory for at least one sequence."""
+    """Return whether a model serves requests: it is ready, and has memory for at least one sequence."""
     return status.state is ModelState.READY and (status.kv_cache_bytes > 0 or status.weights_bytes == 0)
 
 
 class ByModel(Mapping[str, tuple[Node, ...]]):
-    """The nodes that have a model, by its name, found when they are first asked for.
+    """The nodes that have a model, by its name, found lazily.
 
-    A state is replaced with every poll of every node, and asked for a few of thousands of models.
+    A state is replaced with every poll of every node, and looked up for a few of thousands of models.
     """
 
     __slots__ = ("_found", "_has", "_nodes")
@@ -65,7 +64,7 @@ class ByModel(Mapping[str, tuple[Node, ...]]):
                 for node in self._nodes
                 if (status := node.models.get(model)) is not None and self._has(node, status)
             )
-            if not found:  # which is not kept: clients make up names
+            if not found:  # not cached: clients make up names
                 raise KeyError(model)
             self._found[model] = found
         return found
@@ -83,7 +82,7 @@ class ByModel(Mapping[str, tuple[Node, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class FleetState:
-    """Every node by name, and for each model the nodes that serve it and those that list it, both in name order."""
+    """Every node by name, and for each model the nodes that serve it and the nodes that list it, in name order."""
 
     nodes: Mapping[str, Node]
     serving: Mapping[str, tuple[Node, ...]]
@@ -91,7 +90,7 @@ class FleetState:
 
     @classmethod
     def of(cls, nodes: Iterable[Node]) -> "FleetState":
-        """Return the state that ``nodes`` make up."""
+        """Return the state of ``nodes``."""
         by_name = {node.name: node for node in sorted(nodes, key=lambda node: node.name)}
         up = tuple(node for node in by_name.values() if node.up)
         taking = tuple(node for node in up if node.takes_requests)
@@ -102,12 +101,12 @@ class FleetState:
         )
 
     def has_model(self, model: str) -> bool:
-        """Return whether a node listed a model when it last answered, one that is down now included."""
+        """Return whether any node, up or down, listed a model when it last answered."""
         return any(model in node.models for node in self.nodes.values())
 
     @property
     def known(self) -> frozenset[str]:
-        """The models that nodes listed when they last answered, those that are down now included."""
+        """All models that nodes, up or down, listed when they last answered."""
         return frozenset(model for node in self.nodes.values() for model in node.models)
 
     def with_node(self, node: Node) -> "FleetState":
@@ -115,7 +114,7 @@ class FleetState:
         return FleetState.of({**self.nodes, node.name: node}.values())
 
     def status(self, node: str, model: str) -> ModelStatus | None:
-        """Return what a node says of a model; ``None`` if it is not up or does not list it."""
+        """Return the status of a model on a node; ``None`` if the node is not up or does not list it."""
         known = self.nodes.get(node)
         return known.models.get(model) if known is not None and known.up else None
 
@@ -140,7 +139,7 @@ def devices_in_use(nodes: Iterable[Node]) -> list[Device]:
 
 
 class Fleet:
-    """The current :class:`FleetState`, who waits for the next one, and the requests in flight."""
+    """The current :class:`FleetState`, the event of its change, and the requests in flight."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.state = FleetState.of(nodes)
@@ -150,12 +149,12 @@ class Fleet:
         self._moved: asyncio.Event | None = None
 
     def replace(self, node: Node) -> None:
-        """Make ``node`` what is known of the node of that name, if there still is one."""
+        """Replace the node of the same name, if there still is one."""
         if node.name in self.state.nodes:
             self._become(self.state.with_node(node))
 
     def reconfigure(self, nodes: Iterable[Node]) -> None:
-        """Have these nodes from now on; of one that was there before at the same endpoint, what is known stays."""
+        """Replace the nodes. A node that was there before at the same endpoint keeps its state."""
         known = self.state.nodes
         self._become(
             FleetState.of(
@@ -171,21 +170,21 @@ class Fleet:
         self.note_move()
 
     def set_model(self, node: str, status: ModelStatus) -> None:
-        """Note a model's status as its node has just told it, ahead of the next poll."""
+        """Record a model's status from a node's response, ahead of the next poll."""
         known = self.state.nodes.get(node)
         if known is None:
             return
         self.replace(replace(known, models={**known.models, status.id: status}))
 
     def forget_model(self, node: str, model: str) -> None:
-        """Note that a node does not have a model loaded after all."""
+        """Record that a node does not have a model loaded."""
         known = self.state.nodes.get(node)
         status = known.models.get(model) if known is not None else None
         if status is not None:
             self.set_model(node, msgspec.structs.replace(status, state=ModelState.AVAILABLE))
 
     async def changed(self) -> None:
-        """Return when the state has been replaced."""
+        """Wait until the state is replaced."""
         await self._changed.wait()
 
     def note_move(self) -> None:
@@ -195,7 +194,7 @@ class Fleet:
             moved.set()
 
     async def moved(self) -> None:
-        """Return when the state has been replaced or a request of this process has ended."""
+        """Wait until the state is replaced or a request of this process ends."""
         if self._moved is None:
             self._moved = asyncio.Event()
         await self._moved.wait()

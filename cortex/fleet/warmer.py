@@ -1,8 +1,8 @@
-"""Keeps pinned models loaded: at the start, after a node was restarted, and after a reload of the catalogue.
+"""The warmer: keeps pinned models loaded, at the start, after a node's restart and after a reload of the catalogue.
 
-One load for each pin that is not true yet, tried again with growing pauses; the node makes one of what several gateways
-ask. A model that is there by somebody else's wish is pinned where it is. A node that died of a load comes back to a
-pause, longer after each death, and not to the same load at once.
+There is one load for each pinned model that is not loaded, tried again with back-off; a node joins the loads of several
+gateways. A model that is loaded already is pinned in place. After a node died of a load, the load is tried again there
+only after a pause, longer after each death.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ DEATH_FIRST_S, DEATH_MAX_S = 60.0, 3600.0
 """Pauses after a load of which the node died."""
 
 Act = Callable[[str, ModelProfile], Awaitable[None]]
-"""Does something about a model on a node."""
+"""Function that loads or pins a model on a node."""
 
 
 class Warmer:
-    """One task that watches, and one for each load."""
+    """A task that watches the pins, and a task for each load."""
 
     def __init__(
         self,
@@ -48,11 +48,11 @@ class Warmer:
         self._watch: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Start the watch."""
         self._watch = self._supervisor.start("warmer", self._run)
 
     async def stop(self) -> None:
-        """Stop; loads that were asked for go on in their nodes."""
+        """Stop; loads go on in their nodes."""
         tasks = [task for task in (self._watch, *self._acts.values()) if task is not None]
         for task in tasks:
             task.cancel()
@@ -92,7 +92,7 @@ class Warmer:
             node = self._fleet.state.nodes.get(name)
             current = self._catalogue().profiles.get(profile.id)
             if node is None or not node.takes_requests or current is None or name not in current.pinned:
-                return  # it will be looked at anew
+                return  # the watch starts another if need be
             try:
                 await act(name, profile)
             except ApiError as error:

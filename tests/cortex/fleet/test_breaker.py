@@ -93,17 +93,17 @@ async def test_faults_open_a_circuit_and_clients_and_back_pressure_do_not(script
 def test_doubts_are_of_different_requests_in_a_row_and_pass() -> None:
     breakers = Breakers(SETTINGS)
     for _ in range(9):
-        breakers.doubt("a", "m", b"same", 0)
-    assert not breakers.doubted("m", 0)
-    breakers.doubt("a", "m", b"other", 0)
+        breakers.suspect("a", "m", b"same", 0)
+    assert not breakers.suspects("m", 0)
+    breakers.suspect("a", "m", b"other", 0)
     breakers.succeed("a", "m")
     for i in range(3):
-        assert not breakers.doubted("m", 0)
-        breakers.doubt("a", "m", b"%d" % i, 0)
-    assert breakers.doubted("m", 0) == {"a"}
-    assert not breakers.doubted("n", 0)
+        assert not breakers.suspects("m", 0)
+        breakers.suspect("a", "m", b"%d" % i, 0)
+    assert breakers.suspects("m", 0) == {"a"}
+    assert not breakers.suspects("n", 0)
     assert not breakers.blocked("m", 0)
-    assert not breakers.doubted("m", 10)
+    assert not breakers.suspects("m", 10)
 
 
 async def test_requests_that_make_nodes_answer_500_take_the_model_from_nobody() -> None:
