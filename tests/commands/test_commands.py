@@ -1,7 +1,7 @@
-"""Every command that README, the docs and the Makefile give is one that works.
+"""Every command in README, the documents and the Makefile works.
 
 The lines of fenced ``sh`` blocks are split into commands, and each is held to what it names: targets, arguments,
-endpoints, extras, files. ``make test-commands`` runs in a fresh clone what targets.toml says.
+endpoints, extras, files. ``make test-commands`` runs targets of targets.toml in a fresh clone.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from neuron import cli as neuron_cli
 ROOT = pathlib.Path(__file__).parents[2]
 TARGETS: dict[str, dict[str, str]] = tomllib.loads((ROOT / "tests/commands/targets.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
+MAX_SHOWN_TARGETS = 15
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DOCUMENTS = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-OF_THE_SYSTEM = frozenset(
+FOREIGN = frozenset(
     [
         "export",
         "mkdir",
@@ -56,7 +57,7 @@ OF_THE_SYSTEM = frozenset(
         "journalctl",
     ]
 )
-"""Commands that are not ours. What they name of ours is checked all the same."""
+"""Commands of other projects. The project's own files that they name are checked all the same."""
 
 
 def targets() -> set[str]:
@@ -64,7 +65,7 @@ def targets() -> set[str]:
 
 
 def lines() -> Iterator[tuple[str, str, str]]:
-    """Yield each command line of the documents: where it is, the line, and what is said behind it."""
+    """Yield each command line of the documents: the document, the line, and the comment behind it."""
     for path in DOCUMENTS:
         for block in re.findall(
             r"^```(?:sh|bash|shell|console)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL
@@ -76,7 +77,7 @@ def lines() -> Iterator[tuple[str, str, str]]:
 
 
 def commands(line: str) -> Iterator[list[str]]:
-    """Yield the words of each command of a line, without variables before it and what it writes to."""
+    """Yield the words of each command of a line, without assignments and redirections."""
     lexer = shlex.shlex(re.sub(r"\$\([^)]*\)", "SOMETHING", line), posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split, lexer.commenters = True, "#"
     words: list[str] = []
@@ -161,10 +162,10 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 
 
 @pytest.mark.parametrize(("document", "line", "comment"), LINES, ids=[f"{d}:{c[:40]}" for d, c, _ in LINES])
-def test_a_command_of_the_documents_names_what_there_is(document: str, line: str, comment: str) -> None:
+def test_a_command_of_the_documents_names_things_that_exist(document: str, line: str, comment: str) -> None:
     for words in commands(line):
         check = CHECKS.get(words[0])
-        assert check is not None or words[0] in OF_THE_SYSTEM, f"{document}: what is {words[0]}? Say it in this file"
+        assert check is not None or words[0] in FOREIGN, f"{document}: {words[0]} is unknown; add it to this file"
         if check is not None:
             check(words)
         for word in words:
@@ -178,8 +179,8 @@ def test_a_command_of_the_documents_names_what_there_is(document: str, line: str
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *sorted(ROOT.glob("*.md"))], ids=lambda path: path.name)
-def test_what_is_named_in_passing_is_there_too(path: pathlib.Path) -> None:
-    if path.name == "CHANGELOG.md":  # it names what is gone, too
+def test_targets_and_links_in_prose_exist(path: pathlib.Path) -> None:
+    if path.name == "CHANGELOG.md":  # it also names removed targets
         return
     text = path.read_text()
     for named in re.findall(r"`make ([a-z][a-z0-9-]*)", text):
@@ -197,7 +198,36 @@ def test_every_target_is_run_somewhere_or_has_its_reason() -> None:
         assert ("what" in entry) == (entry["run"] == "needs"), name
 
 
-def test_the_gate_runs_what_it_is_said_to() -> None:
+def help_of_make(*arguments: str) -> dict[str, str]:
+    """Return the targets that `make` prints, with their descriptions."""
+    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    return {name: text.strip() for name, _, text in (line.partition(" ") for line in done.stdout.splitlines())}
+
+
+def test_make_alone_prints_the_targets_of_every_day() -> None:
+    shown = help_of_make()
+    assert shown == help_of_make("help")
+    assert 5 < len(shown) <= MAX_SHOWN_TARGETS
+    assert set(shown) <= targets()
+    assert all(shown.values())
+
+
+@pytest.mark.parametrize(("target", "variable"), [("test", "SUITE"), ("bench", "WHAT")])
+def test_the_choices_that_help_prints_are_targets(target: str, variable: str) -> None:
+    choices = re.findall(r"[a-z-]+", help_of_make()[target].partition(f"{variable}=")[2].replace(" or ", " "))
+    assert len(choices) > 5
+    assert {f"{target}-{choice}" for choice in choices} <= targets()
+    for choice in choices:
+        both = [
+            subprocess.run(
+                ["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+            ).stdout
+            for words in ([target, f"{variable}={choice}"], [f"{target}-{choice}"])
+        ]
+        assert both[0] == both[1]
+
+
+def test_the_gate_runs_what_targets_toml_says() -> None:
     gate = (ROOT / ".ci" / "run").read_text()
     assert {name for name, entry in TARGETS.items() if entry["run"] == "gate"} == set(
         re.findall(r"\bmake ([a-z][a-z0-9-]*)", gate)
@@ -218,7 +248,7 @@ def test_a_target_has_commands_that_make_and_the_shell_can_read(target: str) -> 
         assert (ROOT / script).exists(), script
 
 
-def test_every_fuzz_target_is_run_and_what_is_kept_belongs_to_one() -> None:
+def test_every_fuzz_target_runs_and_every_corpus_belongs_to_a_target() -> None:
     """`tests/fuzz/run.sh` takes them by their names."""
     folder = ROOT / "tests" / "fuzz"
     names = {path.stem.removeprefix("fuzz_") for path in folder.glob("fuzz_*.py")}
@@ -261,5 +291,5 @@ def test_the_gateway_alone_installs_and_has_both_commands(clone: pathlib.Path, t
     run(clone, str(tmp_path / "bin/pip"), "install", "--quiet", ".")
     assert "--devices" in run(tmp_path, str(tmp_path / "bin/neuron"), "--help")
     assert "serve" in run(tmp_path, str(tmp_path / "bin/cortex"), "--help")
-    said = run(tmp_path, str(tmp_path / "bin/cortex"), "demo", expected=1)
-    assert "torch, not installed here: pip install 'helexa-cortex[neuron]'" in said
+    printed = run(tmp_path, str(tmp_path / "bin/cortex"), "demo", expected=1)
+    assert "torch, not installed here: pip install 'helexa-cortex[neuron]'" in printed
