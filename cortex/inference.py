@@ -46,7 +46,8 @@ from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.errors import NotAnAnswerError
 from cortex.fleet.catalogue import Catalogue
-from cortex.fleet.dispatch import Answer, Dispatcher, Question
+from cortex.fleet.dispatch import Dispatcher
+from cortex.fleet.node_request import NodeRequest, NodeResponse
 from cortex.fleet.refusals import find_error, read_error
 from cortex.http_io import (
     ClientDisconnectedError,
@@ -186,7 +187,7 @@ class Inference:
             dialect, body, reshape = RESPONSES, compaction.question(), compaction.answer
         headers += principal_headers(principal)
         chat = to_chat(dialect, body, context, name)
-        question = Question(
+        node_request = NodeRequest(
             model,
             dialect.name,
             dialect.target,
@@ -203,7 +204,7 @@ class Inference:
             on_node=record.note_node,
             take_begun=_nothing if trip is None else trip.take,
         )
-        asked = _Asked(question, chat, turn, reshape)
+        asked = _Asked(node_request, chat, turn, reshape)
         generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
         reservation = (
             UNCOUNTED
@@ -245,7 +246,7 @@ class Inference:
 
     async def _answer(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
         with EndedByDisconnect(exchange):
-            answer = await self._dispatcher.ask(asked.question)
+            answer = await self._dispatcher.ask(asked.node_request)
             _tell_of(answer, asked, exchange)
             try:
                 body = await answer.read(MAX_ANSWER_BYTES)
@@ -283,11 +284,11 @@ class Inference:
             return dialect.failure(error.info(), relay.first, b"".join(relay.tail))
 
         def heartbeat() -> bytes:
-            progress = self._dispatcher.load_progress(asked.question.model)
-            return dialect.heartbeat if progress is None else dialect.loading(asked.question.model, progress)
+            progress = self._dispatcher.load_progress(asked.node_request.model)
+            return dialect.heartbeat if progress is None else dialect.loading(asked.node_request.model, progress)
 
         async def write(out: EventStream) -> None:
-            answer = await self._dispatcher.ask(asked.question)
+            answer = await self._dispatcher.ask(asked.node_request)
             _tell_of(answer, asked, exchange)
             if not out.writes_at_once or answer.is_chat or answer.renamed or asked.turn is not None:
                 async with aclosing(self._pull(answer, relay, record, asked)) as sse_events:
@@ -305,7 +306,9 @@ class Inference:
         finally:
             relay.note_end(dialect)
 
-    async def _pull(self, answer: Answer, relay: Relay, record: Record, asked: "_Asked") -> AsyncGenerator[bytes, None]:
+    async def _pull(
+        self, answer: NodeResponse, relay: Relay, record: Record, asked: "_Asked"
+    ) -> AsyncGenerator[bytes, None]:
         """Yield what may go on of a node's stream.
 
         Raises:
@@ -345,16 +348,16 @@ class Inference:
         reservation: Reservation,
     ) -> None:
         """Begin a response that is made in the background; what it costs is written down by a record of its own."""
-        begun = _made_here(turn, asked.question.name).sse_events([Started(0)])
+        begun = _made_here(turn, asked.node_request.name).sse_events([Started(0)])
         created = SseDecoder(len(begun) + 1).feed(begun)[0]
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
         making.model, making.key, making.is_stream = record.model, record.key, True
-        question = msgspec.structs.replace(asked.question, on_node=making.note_node)
+        node_request = msgspec.structs.replace(asked.node_request, on_node=making.note_node)
         if record.trace is not None:  # its span is about the answer, which is still to be made
             making.trace, record.trace = record.trace, record.trace.without_span()
         held = reservation.move()
-        sse_events = self._made(dialect, making, _Asked(question, asked.chat, None), held)
+        sse_events = self._made(dialect, making, _Asked(node_request, asked.chat, None), held)
         try:
             run = await self._background.start(self._conversations.of(record.key), turn, queued, sse_events)
         except BaseException:
@@ -378,7 +381,7 @@ class Inference:
         relay = Relay(record)
         record.status = 200
         try:
-            answer = await self._dispatcher.ask(asked.question)
+            answer = await self._dispatcher.ask(asked.node_request)
             async with aclosing(self._pull(answer, relay, record, asked)) as sse_events:
                 async for some in sse_events:
                     yield some
@@ -394,7 +397,7 @@ class Inference:
             await reservation.settle(_used(record, reservation, has_left=record.finish == "cancelled"))
 
 
-def read_whole(answer: Answer, dialect: Dialect, body: bytes) -> tuple[Usage | None, str]:
+def read_whole(answer: NodeResponse, dialect: Dialect, body: bytes) -> tuple[Usage | None, str]:
     """Return the usage and the finish of a node's answer that is no stream.
 
     Raises:
@@ -448,7 +451,7 @@ def principal_headers(principal: Principal) -> list[Header]:
     return headers
 
 
-def _tell_of(answer: Answer, asked: "_Asked", exchange: Exchange) -> None:
+def _tell_of(answer: NodeResponse, asked: "_Asked", exchange: Exchange) -> None:
     """Have the answer to a client say what a node says of its own, and what a translation left out."""
     for name in FORWARDED:
         value = answer.response.header(name)
@@ -471,15 +474,15 @@ def _made_here(turn: Turn, name: str) -> ResponsesStream:
 
 
 class _Asked(NamedTuple):
-    """A question, what it is in chat, and the turn of a conversation that it is."""
+    """A request to a node, its translation to chat, and the turn of a conversation that it is."""
 
-    question: Question
+    node_request: NodeRequest
     chat: Translation | None
     turn: Turn | None
     reshape: Callable[[bytes], bytes] = _unchanged
     """What makes the answer of what a node answers, where that is not it."""
 
-    def reader(self, answer: Answer) -> TranslatedAnswer | RenamedStream | None:
+    def reader(self, answer: NodeResponse) -> TranslatedAnswer | RenamedStream | None:
         """Return what reads a stream that does not go on as it comes."""
         if answer.is_chat:
             return self.translated()

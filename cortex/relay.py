@@ -7,7 +7,7 @@ from cortex._fast.record import Record
 from cortex._fast.sse import SseEventTooLarge
 from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, clean_finish, read_usage
 from cortex.errors import NotAnAnswerError, TooLongAnswerError
-from cortex.fleet.dispatch import Answer
+from cortex.fleet.node_request import NodeResponse
 from cortex.fleet.refusals import DEATHS
 from cortex.wire.errors import UpstreamError
 
@@ -52,7 +52,7 @@ class Passing:
             end can be missing, which is nobody's loss.
     """
 
-    def __init__(self, answer: Answer, relay: Relay) -> None:
+    def __init__(self, answer: NodeResponse, relay: Relay) -> None:
         self._answer = answer
         self._relay = relay
 

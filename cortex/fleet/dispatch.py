@@ -1,24 +1,19 @@
-"""From a model's name to an answer that has begun: route, load, ask, and ask another where that can help.
+"""Dispatch of a request, up to a response that has begun: route, load, send, and retry elsewhere where that can help.
 
-A request is sent again only while nothing of an answer has arrived: after a connection that could not be made, and
-after a node's 503, 529 or 429. Silence is not retried, for the node may be working. After a connection that broke
-before its first byte, or a node's word that the process behind it was lost, it is sent once more and never a second
-time (:mod:`cortex.fleet.deaths`). A node that does not have the model after all, or not now, is believed, and the
-request is routed anew. Replicas whose circuit is open are left out, and a model whose replicas are all dead is loaded
-elsewhere. Of dialects it knows which nodes speak one.
+A request is retried only while nothing of a response has arrived: after a failed connection, and after a node's 503,
+529 or 429. Silence is not retried, since the node may be working. After a connection that broke before its first byte,
+or a node's report that its worker process was lost, it is retried once (:mod:`cortex.fleet.deaths`). Where a node does
+not have the model any more, the request is routed anew. Replicas whose circuit is open are left out, and a model whose
+replicas are all dead is loaded elsewhere.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import assert_never
 
-import msgspec
-
 from cortex._fast.http_client import Response, StaleConnectionError
-from cortex._fast.in_flight import Seat
 from cortex._fast.peek import peek, splice
 from cortex.config import Config, ModelProfile, NodeType
 from cortex.dialects.passthrough import CHAT
@@ -39,12 +34,13 @@ from cortex.fleet.breaker import Breakers
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.deaths import Deaths
 from cortex.fleet.loader import Loader
+from cortex.fleet.node_request import NodeRequest, NodeResponse
 from cortex.fleet.poller import Poller
 from cortex.fleet.refusals import AMBIGUOUS, BACK_PRESSURE, DEATHS, OWN_FAULTS, read_refusal, wrong_head
 from cortex.fleet.router import NO_NODES, RETRY_RECOVERY_S, Busy, Decision, Load, Serve, Unknown, offered_profile, route
 from cortex.fleet.spare_capacity import SpareCapacity
 from cortex.fleet.state import Fleet, FleetState
-from cortex.upstream import Header, Pool
+from cortex.upstream import Pool
 from cortex.wire.errors import ApiError, ModelNotFoundError, UpstreamError
 
 log = logging.getLogger("cortex.fleet")
@@ -56,99 +52,11 @@ DEADLY = (
 )
 
 NOT_READY = "model_not_ready"
-"""The code with which a neuron says that a model is on its way in or out: a load of it waits for that."""
-
-
-class Question(msgspec.Struct, frozen=True):
-    """What is asked of a node. ``target`` is the path, ``model`` an id, never an alias.
-
-    ``dialect`` must be spoken, unless ``as_chat`` gives the question as a chat, for a node that speaks that.
-    """
-
-    model: str
-    dialect: str
-    target: bytes
-    headers: Sequence[Header]
-    body: bytes
-    is_stream: bool
-    is_awaited: bool = True
-    """Whether somebody reads the answer as it comes; else it is bounded as a whole, as one that is not streamed is."""
-    arrived_at: float = 0.0
-    """By ``time.monotonic``."""
-    cache_key: str | None = None
-    """A client's own name for what its prompts have in common."""
-    principal: str = ""
-    """Name of the principal. Prefixes are not shared between principals."""
-    as_chat: Callable[[], bytes] | None = None
-    priority: int = 0
-    """Priority of the request. Below 0: nothing is evicted for it, and it waits for spare capacity."""
-    name: str = ""
-    """By which the client asked for the model; empty: by its id."""
-    on_node: Callable[[str], None] = lambda node: None
-    """Told of each node that is asked."""
-    take_begun: Callable[[], tuple[str, Seat, Response] | None] = lambda: None
-    """Takes over what a node was asked already: its name, the seat there, and the answer, which may have begun."""
-
-
-@dataclass(slots=True)
-class Answer:
-    """A node's 200, with its body to come. Close it in every case."""
-
-    node: str
-    response: Response
-    seat: Seat
-    breakers: Breakers
-    deaths: Deaths
-    body: bytes
-    """Of the question."""
-    sent_at: float
-    is_chat: bool = False
-    """Whether the question was asked as a chat, so that this is one."""
-    renamed: str = ""
-    """The name that the model is to have in it, where the node was told another and cannot know better."""
-    is_broken: bool = False
-
-    async def read(self, limit_bytes: int) -> bytes:
-        """Return the whole body.
-
-        Raises:
-            UpstreamError: it broke off, did not come, or is longer than ``limit_bytes``.
-        """
-        try:
-            return await self.response.read_all(limit_bytes)
-        except UpstreamError as error:
-            self.note_broken(error)
-            raise
-
-    def note_broken(self, error: UpstreamError) -> None:
-        """Count it against the node that the answer broke off, unless it is only long, which a request can bring about.
-
-        If the node is lost it is counted against the question too.
-        """
-        self.is_broken = True
-        if isinstance(error, TooLongAnswerError):
-            self.breakers.let_go(self.node, self.seat.model)
-        else:
-            self.breakers.fail(self.node, self.seat.model, time.monotonic())
-        if isinstance(error, CutAnswerError):
-            self.note_death()
-
-    def note_death(self) -> None:
-        """Count it against the question that something died while it had it."""
-        self.is_broken = True
-        self.deaths.note(self.body, self.sent_at, time.monotonic())
-
-    def close(self) -> None:
-        """Give the seat back, and the connection up unless the body is complete."""
-        if not self.is_broken and self.response.is_complete:
-            self.breakers.succeed(self.node, self.seat.model)
-            self.deaths.forget(self.body)
-        self.response.close()
-        self.seat.release()
+"""Error code of a neuron for a model that is being loaded or unloaded: a load of it waits for that."""
 
 
 class Dispatcher:
-    """Finds a node for each request."""
+    """Sends each request to a node."""
 
     def __init__(
         self,
@@ -173,7 +81,7 @@ class Dispatcher:
         self.reconfigure(config, catalogue)
 
     def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
-        """Go by these from now on."""
+        """Apply other settings and models."""
         self._catalogue = catalogue
         self._slack = config.gateway.affinity_slack
         self._first_look_s = config.gateway.polling.timeout_s + 1
@@ -189,7 +97,7 @@ class Dispatcher:
         )
 
     def unknown(self, name: str) -> ApiError:
-        """Return what is said of a model that nobody has: none for good, or for now while a node never answered."""
+        """Return the error for a model that no node has: not found, or unavailable while a node was never polled."""
         unpolled = [node.name for node in self._fleet.state.nodes.values() if node.discovery is None]
         if not unpolled or not self._catalogue.admits(name):
             return ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
@@ -197,7 +105,7 @@ class Dispatcher:
         return NoNodeError(message, retry_after_s=RETRY_RECOVERY_S)
 
     def only_replica(self, model: str, dialect: str) -> str | None:
-        """Return the node that alone serves a model, if it is asked in a dialect with the body as it came."""
+        """Return the only node that serves a model, if it has the dialect and takes the body unchanged."""
         serving = self._fleet.state.serving.get(model, ())
         if len(serving) != 1 or serving[0].name in self._names_there or not self._catalogue.admits(model):
             return None
@@ -205,11 +113,11 @@ class Dispatcher:
         return serving[0].name if discovery is not None and dialect in discovery.dialects else None
 
     def load_progress(self, model: str) -> float | None:
-        """Return how far the load is that requests for ``model`` wait for; ``None`` if they wait for none."""
+        """Return the progress of the load that requests for ``model`` wait for; ``None`` if there is none."""
         return self._loader.progress(model)
 
     async def first_look(self, enough: Callable[[], bool] = lambda: False) -> None:
-        """Return when every node has been polled once or has had the time to be, or as soon as ``enough`` is true."""
+        """Wait until every node was polled once or could have been, or until ``enough`` is true."""
         try:
             async with asyncio.timeout(self._first_look_s):
                 while not self._fleet.state.complete and not enough():
@@ -217,58 +125,58 @@ class Dispatcher:
         except TimeoutError:
             pass
 
-    async def ask(self, question: Question) -> Answer:
-        """Return the answer of a node to ``question``.
+    async def ask(self, request: NodeRequest) -> NodeResponse:
+        """Return the response of a node to ``request``.
 
         Raises:
-            ModelNotFoundError: nobody offers the model.
+            ModelNotFoundError: no node offers the model.
             NoNodeError: it cannot be served now.
-            ReplyError: a node answered with an error, the last one that was tried.
+            ReplyError: the last node that was tried answered with an error.
             ApiError: the load failed, or the last node that was tried could not be reached.
         """
-        model = question.model
-        excluded = self._without_dialect(question)
+        model = request.model
+        excluded = self._without_dialect(request)
         gone: frozenset[str] = frozenset()
-        if self.deaths.is_deadly(question.body, time.monotonic()):
+        if self.deaths.is_deadly(request.body, time.monotonic()):
             raise DeadlyRequestError(DEADLY)
-        if question.priority < 0:
-            await self._spare_capacity.wait(model, question.priority, self._leftover_wait_s)
-        begun = question.take_begun()
+        if request.priority < 0:
+            await self._spare_capacity.wait(model, request.priority, self._leftover_wait_s)
+        begun = request.take_begun()
         prefix: PrefixHashes | None = None
         last: ApiError | None = None
         for _ in range(MAX_ATTEMPTS):
             response: Response | None = None
             if begun is not None:
                 (node, seat, response), begun = begun, None
-                is_chat, sent_at = False, question.arrived_at
+                is_chat, sent_at = False, request.arrived_at
             else:
                 if prefix is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
-                    prefix = prefix_hashes(model, question.body, question.cache_key, question.principal)
+                    prefix = prefix_hashes(model, request.body, request.cache_key, request.principal)
                 node = self._ready(model, excluded | gone, prefix) or await self._find(
-                    question, excluded, gone, last, prefix
+                    request, excluded, gone, last, prefix
                 )
-                question.on_node(node)
-                # Counted from here on, before the node knows: a burst must not pile onto one replica.
+                request.on_node(node)
+                # Counted before it is sent: many requests at once must not pile onto one replica.
                 seat = self._fleet.in_flight.take(node, model)
                 self.breakers.ask(node, model)
-                is_chat, sent_at = self._is_asked_as_chat(node, question), time.monotonic()
+                is_chat, sent_at = self._is_asked_as_chat(node, request), time.monotonic()
             try:
-                response, sent_at = await self._exchange(node, question, is_chat, response, sent_at)
+                response, sent_at = await self._exchange(node, request, is_chat, response, sent_at)
                 if response.status == 200:
-                    self._check_head(node, response, question)
+                    self._check_head(node, response, request)
                     self.breakers.answer(node, model)
                     if prefix is not None:
                         self._prefix_index.record(prefix, node)
-                    return Answer(
+                    return NodeResponse(
                         node,
                         response,
                         seat,
                         self.breakers,
                         self.deaths,
-                        question.body,
+                        request.body,
                         sent_at,
                         is_chat,
-                        self._renamed(node, question),
+                        self._renamed(node, request),
                     )
                 refusal = await self._read_refusal(node, response, is_chat)
             except (ConnectError, ConnectionLostError) as error:
@@ -277,7 +185,7 @@ class Dispatcher:
                 self.breakers.fail(node, model, time.monotonic())
                 self._poller.poll_soon(node)
                 if isinstance(error, ConnectionLostError):
-                    self._note_death(question, sent_at)
+                    self._note_death(request, sent_at)
                 self._on_retry(node, error.code)
                 gone |= {node}
                 continue
@@ -295,7 +203,7 @@ class Dispatcher:
                 else:
                     self.breakers.fail(node, model, time.monotonic())
                 if isinstance(error, CutAnswerError):
-                    self.deaths.note(question.body, sent_at, time.monotonic())
+                    self.deaths.note(request.body, sent_at, time.monotonic())
                 raise
             except BaseException:
                 seat.release()
@@ -307,10 +215,10 @@ class Dispatcher:
                 self.breakers.fail(node, model, time.monotonic())
                 last = refusal
                 if refusal.code in DEATHS:
-                    self._note_death(question, sent_at)
+                    self._note_death(request, sent_at)
                 excluded |= {node}
             elif is_missing or refusal.code == NOT_READY:
-                # On its way in or out, or gone: a load joins the one, waits for the other, and is needed for the third.
+                # Being loaded, being unloaded, or gone: a new load joins the first, waits for the second, or is needed.
                 self.breakers.let_go(node, model)
                 self._fleet.forget_model(node, model)
                 last = NoNodeError(f"{node} does not have {model} ready any more.", retry_after_s=1)
@@ -320,7 +228,7 @@ class Dispatcher:
                 excluded |= {node}
             else:
                 if refusal.status in AMBIGUOUS:
-                    self.breakers.suspect(node, model, question.body, time.monotonic())
+                    self.breakers.suspect(node, model, request.body, time.monotonic())
                 else:
                     self.breakers.succeed(node, model)
                 raise refusal
@@ -329,43 +237,43 @@ class Dispatcher:
         raise last
 
     async def _exchange(
-        self, node: str, question: Question, is_chat: bool, begun: Response | None, sent_at: float
+        self, node: str, request: NodeRequest, is_chat: bool, begun: Response | None, sent_at: float
     ) -> tuple[Response, float]:
-        """Return an answer whose head is there, and when that was asked for.
+        """Return a response whose head has arrived, and the time at which the request was sent.
 
-        A node may close a kept connection just as a request goes out on it, or die of the request: that counts as a
-        death until a complete answer clears it, and a connection of its own tells which it was.
+        A node may close a kept-alive connection just as a request is sent on it, or die of the request: that counts as
+        a death until a complete answer clears it, and the request is sent again on a fresh connection.
 
         Raises:
-            DeadlyRequestError: it was one death too many.
+            DeadlyRequestError: the request has reached the limit of deaths.
             ApiError: as :meth:`~cortex.upstream.Pool.request`.
         """
         try:
             if begun is not None:
                 return await begun.begin(), sent_at
-            return await self._post(node, question, is_chat), sent_at
+            return await self._post(node, request, is_chat), sent_at
         except StaleConnectionError:
-            self._note_death(question, sent_at)
+            self._note_death(request, sent_at)
         sent_at = time.monotonic()
         try:
-            return await self._post(node, question, is_chat, is_fresh=True), sent_at
+            return await self._post(node, request, is_chat, is_fresh=True), sent_at
         except ConnectionLostError:
-            self._note_death(question, sent_at)
+            self._note_death(request, sent_at)
             raise
 
-    def _note_death(self, question: Question, sent_at: float) -> None:
-        """Count it against a question that something died while it had it. Raises if it was one death too many."""
-        if self.deaths.note(question.body, sent_at, time.monotonic()):
+    def _note_death(self, request: NodeRequest, sent_at: float) -> None:
+        """Count a death of a request. Raises :class:`DeadlyRequestError` at the limit."""
+        if self.deaths.note(request.body, sent_at, time.monotonic()):
             raise DeadlyRequestError(DEADLY)
 
-    def _check_head(self, node: str, response: Response, question: Question) -> None:
-        """Give a 200 up that does not begin as an answer does. Raises :class:`NotAnAnswerError`."""
-        if wrong := wrong_head(response, is_stream=question.is_stream):
+    def _check_head(self, node: str, response: Response, request: NodeRequest) -> None:
+        """Close a response with status 200 and an invalid head. Raises :class:`NotAnAnswerError`."""
+        if wrong := wrong_head(response, is_stream=request.is_stream):
             response.close()
             raise NotAnAnswerError(f"{node} answered {wrong}.")
 
     async def _read_refusal(self, node: str, response: Response, is_chat: bool) -> ApiError:
-        """Return the error that an answer is; it is closed. Raises :class:`UpstreamError`."""
+        """Return the error of a response, and close it. Raises :class:`UpstreamError`."""
         try:
             pool = self._pools.get(node)
             stall_s = pool.timeouts.stall_s if pool is not None else 1.0
@@ -376,19 +284,19 @@ class Dispatcher:
             raise refusal
         return refusal
 
-    def _without_dialect(self, question: Question) -> frozenset[str]:
-        """Return the nodes that cannot be asked ``question``; one that has not said what it speaks is none of them."""
+    def _without_dialect(self, request: NodeRequest) -> frozenset[str]:
+        """Return the nodes that do not have the dialect of ``request``, among those that were polled."""
         state, known = self._without_dialects
         if state is not self._fleet.state:
             known = {}
             self._without_dialects = self._fleet.state, known
-        key = question.dialect, question.as_chat is not None
+        key = request.dialect, request.as_chat is not None
         found = known.get(key)
         if found is None:
             found = known[key] = frozenset(
                 node.name
                 for node in self._fleet.state.nodes.values()
-                if node.discovery is not None and not _can_ask(question, node.discovery.dialects)
+                if node.discovery is not None and not _can_ask(request, node.discovery.dialects)
             )
         return found
 
@@ -405,7 +313,7 @@ class Dispatcher:
         return route(fleet.state, model, profile, fleet.in_flight.by_node, excluded, affinity, self._slack, gone)
 
     def _ready(self, model: str, excluded: frozenset[str], prefix: PrefixHashes | None) -> str | None:
-        """Return a node that has the model ready, if that is how it is and no circuit has seen a failure."""
+        """Return a node that has the model ready, if there is one and no circuit has had a failure."""
         if self.breakers or model not in self._fleet.state.serving:
             return None
         decision = self._decide(model, excluded, NO_NODES, prefix)
@@ -413,17 +321,17 @@ class Dispatcher:
 
     async def _find(
         self,
-        question: Question,
+        request: NodeRequest,
         excluded: frozenset[str],
         gone: frozenset[str],
         last: ApiError | None,
         prefix: PrefixHashes | None,
     ) -> str:
-        """Return a node that has the model ready, loading it if need be.
+        """Return a node that has the model ready, after a load if need be.
 
-        ``excluded`` nodes have refused the request, ``gone`` ones are as if they were down.
+        ``excluded`` nodes have refused the request, ``gone`` nodes count as down.
         """
-        model = question.model
+        model = request.model
         profile = self._catalogue.profiles.get(model)
         now = time.monotonic()
         blocked = self.breakers.blocked(model, now)
@@ -454,11 +362,11 @@ class Dispatcher:
                 profile = profile or offered_profile(self._fleet.state, model, gone)
                 assert profile is not None
                 try:
-                    return await self._loader.load(profile, candidates, may_evict=question.priority >= 0)
+                    return await self._loader.load(profile, candidates, may_evict=request.priority >= 0)
                 except LoadRefusedError as error:
                     if not gone:
                         raise
-                    # For good elsewhere, and not for good where it was: that node may come back.
+                    # The other nodes refuse for good, but a node that is gone may come back.
                     raise NoNodeError(
                         f"{', '.join(sorted(gone))} cannot be asked now. {error.message}",
                         retry_after_s=RETRY_RECOVERY_S,
@@ -473,31 +381,31 @@ class Dispatcher:
     def _affinity(self, prefix: PrefixHashes) -> Affinity:
         return self._prefix_index.find(prefix, self._fleet.state.nodes.__contains__)
 
-    def _is_asked_as_chat(self, node: str, question: Question) -> bool:
-        """Return whether a node has to be asked in chat, which it speaks, for want of the question's own dialect."""
-        if question.as_chat is None:
+    def _is_asked_as_chat(self, node: str, request: NodeRequest) -> bool:
+        """Return whether a request is sent to a node as a chat, since the node lacks the request's own dialect."""
+        if request.as_chat is None:
             return False
         known = self._fleet.state.nodes.get(node)
         discovery = known.discovery if known is not None else None
-        return discovery is not None and question.dialect not in discovery.dialects
+        return discovery is not None and request.dialect not in discovery.dialects
 
-    def _renamed(self, node: str, question: Question) -> str:
-        """Return the name that a node's answer has to be given: one of ours puts it in by itself."""
+    def _renamed(self, node: str, request: NodeRequest) -> str:
+        """Return the model name to write into a node's response; empty for a neuron, which does so itself."""
         names = self._names_there.get(node)
-        name = question.name or question.model
-        return "" if names is None or name == (names.get(question.model) or question.model) else name
+        name = request.name or request.model
+        return "" if names is None or name == (names.get(request.model) or request.model) else name
 
-    def _post(self, node: str, question: Question, is_chat: bool, *, is_fresh: bool = False) -> Awaitable[Response]:
+    def _post(self, node: str, request: NodeRequest, is_chat: bool, *, is_fresh: bool = False) -> Awaitable[Response]:
         pool = self._pools.get(node)
         if pool is None:
             raise ConnectError(f"{node} is not a node of this gateway any more.", retry_after_s=1)
-        headers, target, body = question.headers, question.target, question.body
-        if is_chat and question.as_chat is not None:
-            target, body = CHAT.path.encode(), question.as_chat()
+        headers, target, body = request.headers, request.target, request.body
+        if is_chat and request.as_chat is not None:
+            target, body = CHAT.path.encode(), request.as_chat()
         names = self._names_there.get(node)
-        if names is not None:  # a server that is not ours: it is told no more than it needs
+        if names is not None:  # no neuron: it gets only the headers it needs
             headers = [(name, value) for name, value in headers if not name.startswith(b"x-cortex-")]
-            if other := names.get(question.model, ""):
+            if other := names.get(request.model, ""):
                 body = splice(body, peek(body), other)
         timeouts = pool.timeouts
         return pool.request(
@@ -505,12 +413,12 @@ class Dispatcher:
             target,
             headers,
             body,
-            first_byte_s=timeouts.first_byte_s if question.is_stream else timeouts.answer_s,
-            whole_s=0 if question.is_stream and question.is_awaited else timeouts.answer_s,
+            first_byte_s=timeouts.first_byte_s if request.is_stream else timeouts.answer_s,
+            whole_s=0 if request.is_stream and request.is_awaited else timeouts.answer_s,
             is_fresh=is_fresh,
             tells_stale=not is_fresh,
         )
 
 
-def _can_ask(question: Question, dialects: Sequence[str]) -> bool:
-    return question.dialect in dialects or (question.as_chat is not None and CHAT.name in dialects)
+def _can_ask(request: NodeRequest, dialects: Sequence[str]) -> bool:
+    return request.dialect in dialects or (request.as_chat is not None and CHAT.name in dialects)
