@@ -3,12 +3,15 @@
 import array
 import collections
 import contextlib
+import functools
 import os
 import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import httpx._config
+import httpx._transports.default
 import hypothesis
 import msgspec
 import pytest
@@ -25,6 +28,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Where gateways that tests start keep the token of whoever runs them, and not in the user's own folder.
 _RUNTIME = tempfile.TemporaryDirectory(prefix="cortex-runtime-")
 os.environ["RUNTIME_DIRECTORY"] = _RUNTIME.name
+
+# A client of httpx reads the authorities of the whole web as it is made, which takes 30 ms; the SDKs' clients are ones.
+vars(httpx._transports.default)["create_ssl_context"] = functools.cache(httpx._config.create_ssl_context)
 
 # No test is timed: on a busy machine a deadline fails tests at random.
 hypothesis.settings.register_profile("untimed", deadline=None)
