@@ -245,8 +245,8 @@ class Gateway:
             if is_first:
                 level = logging.INFO if is_shared else logging.WARNING
                 why = error.strerror or str(error)
-                said = "metrics are not served by this worker: %s:%d: %s; tried again every %.0f s"
-                log.log(level, said, host, port, why, METRICS_RETRY_S)
+                message = "metrics are not served by this worker: %s:%d: %s; tried again every %.0f s"
+                log.log(level, message, host, port, why, METRICS_RETRY_S)
         else:
             if not is_first:
                 log.info("metrics are served now: %s:%d", host, port)
@@ -333,7 +333,7 @@ class Gateway:
             handle=self.handle,
             new_request_id=lambda: request_id_of(None),
             max_message_bytes=self.settings.gateway.max_body_bytes,
-            said=self._socket_memory.connection(owner),
+            history=self._socket_memory.connection(owner),
         ).serve()
 
     def _let_in(self, exchange: Exchange) -> Endpoint | None:

@@ -270,7 +270,10 @@ class AsgiExchange(Exchange):
 
 
 class SocketExchange(AsgiExchange):
-    """A turn on a WebSocket, as an exchange. ``said`` is what the connection remembers, conversations by response."""
+    """A request on a WebSocket, as an exchange.
+
+    ``history`` holds the connection's conversations by the id of their last response.
+    """
 
     def __init__(
         self,
@@ -279,10 +282,10 @@ class SocketExchange(AsgiExchange):
         send: Send,
         *,
         request_id: str,
-        said: MutableMapping[str, tuple[msgspec.Raw, ...]],
+        history: MutableMapping[str, tuple[msgspec.Raw, ...]],
     ) -> None:
         super().__init__(scope, receive, send, request_id=request_id)
-        self.said = said
+        self.history = history
         self.generates = True
         """Whether an answer is wanted, and not only that the conversation is known."""
 

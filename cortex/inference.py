@@ -159,11 +159,11 @@ class Inference:
             headers += record.trace.headers
         turn, context, generates = None, NO_CONTEXT, True
         if dialect is RESPONSES:
-            said = None
+            history = None
             if isinstance(exchange, SocketExchange):
-                said, generates = exchange.said, exchange.generates
+                history, generates = exchange.history, exchange.generates
             try:
-                turn = await self._conversations.of(principal.name).begin(body, found, said)
+                turn = await self._conversations.of(principal.name).begin(body, found, history)
             except ApiError:
                 await self._authenticator.count(principal)  # to look for what is not there costs a request, too
                 raise

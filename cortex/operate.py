@@ -141,7 +141,7 @@ class _LoadWatcher(threading.Thread):
         super().__init__(daemon=True)
         self._options = options
         self._ended = threading.Event()
-        self._said = ""
+        self._last_line = ""
 
     def run(self) -> None:
         """Look once a second."""
@@ -162,8 +162,8 @@ class _LoadWatcher(threading.Thread):
                     self._say(f"loading {model['id']} on {node['name']}: {model.get('progress', 0):.0%}")
 
     def _say(self, line: str) -> None:
-        if line != self._said and not self._ended.is_set():
-            self._said = line
+        if line != self._last_line and not self._ended.is_set():
+            self._last_line = line
             sys.stderr.write(report.plain(line) + "\n")
             sys.stderr.flush()
 
@@ -215,13 +215,13 @@ def _show(options: argparse.Namespace, answer: bytes, member: str, show: Callabl
     """Print an answer, of which a gateway's has ``member``. Raises :class:`GatewayError` for another server's."""
     stranger = GatewayError("what answers there is no gateway, or one of another version: its answer cannot be read")
     try:
-        said = orjson.loads(answer)
-        if not isinstance(said, dict) or member not in said:
+        value = orjson.loads(answer)
+        if not isinstance(value, dict) or member not in value:
             raise stranger
         if options.json:
             sys.stdout.write(answer.decode() + "\n")
         else:
-            show(said)
+            show(value)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise stranger from None
     return 0

@@ -148,10 +148,10 @@ def says_who_may_ask(path: pathlib.Path | None, environment: Mapping[str, str]) 
         pass
     else:
         try:
-            said = convert(access, AccessSettings, str(path))
+            settings = convert(access, AccessSettings, str(path))
         except ConfigError:
             return True
-        return bool(said.keys) or said.anonymous
+        return bool(settings.keys) or settings.anonymous
     try:
         return _ABOUT_ACCESS.search(read_file(path)) is not None
     except ConfigError:

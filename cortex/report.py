@@ -180,13 +180,13 @@ def _add(table: Table, *cells: str | Text) -> None:
     table.add_row(*(cell if isinstance(cell, Text) else _text(cell) for cell in cells))
 
 
-def plain(said: str) -> str:
+def plain(text: str) -> str:
     """Return what somebody else says, as a line that cannot command a terminal."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in said)
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
-def _text(said: str, style: str = "") -> Text:
-    return Text(plain(said), style)
+def _text(text: str, style: str = "") -> Text:
+    return Text(plain(text), style)
 
 
 def _gib(size_bytes: int | None) -> str:

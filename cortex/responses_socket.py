@@ -18,7 +18,7 @@ from cortex._fast.sse import SseDecoder
 from cortex.dialects.openai_errors import error_object
 from cortex.dialects.passthrough import RESPONSES
 from cortex.http_io import Receive, Scope, Send, SocketExchange
-from cortex.store.memory import Said
+from cortex.store.memory import ConnectionHistory
 from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, OverloadedError
 from cortex.wire.responses_events import ResponsesEvent
 
@@ -54,9 +54,9 @@ class ResponsesSocket:
         handle: Callable[[SocketExchange], Awaitable[None]],
         new_request_id: Callable[[], str],
         max_message_bytes: int,
-        said: Said,
+        history: ConnectionHistory,
     ) -> None:
-        """``said`` is what the connection remembers."""
+        """``history`` holds the latest conversations of the connection."""
         self._receive = receive
         self._send = send
         self._handle = handle
@@ -75,7 +75,7 @@ class ResponsesSocket:
             "headers": headers,
             "client": scope.get("client"),
         }
-        self._said = said
+        self._history = history
         self._lanes: dict[str | None, asyncio.Task[None]] = {}
         self._turns: set[asyncio.Task[None]] = set()
         self._pending_bytes = 0
@@ -100,7 +100,7 @@ class ResponsesSocket:
             # A turn that runs sees the client leave as over HTTP; one that waits for its lane is just dropped.
             if self._turns:
                 await asyncio.wait(self._turns)
-            self._said.clear()
+            self._history.clear()
 
     async def _take(self, data: bytes) -> None:
         """Begin a turn, or refuse the message."""
@@ -160,7 +160,7 @@ class ResponsesSocket:
             return {"type": "http.disconnect"}
 
         exchange = SocketExchange(
-            dict(self._scope), receive, answer.take, request_id=self._new_request_id(), said=self._said
+            dict(self._scope), receive, answer.take, request_id=self._new_request_id(), history=self._history
         )
         exchange.generates = generates
         try:
@@ -171,7 +171,7 @@ class ResponsesSocket:
             raise
         finally:
             if answer.failed:
-                self._said.pop(previous, None)
+                self._history.pop(previous, None)
 
     async def _refuse(self, error: ApiError, lane: str | None) -> None:
         info = error.info()

@@ -299,8 +299,8 @@ class Service:
                 await worker.start()
             except Exception as error:  # noqa: BLE001 - a device that never comes up is no reason to stop trying
                 trace = None if isinstance(error, DeviceWorkerLostError) else error
-                said = f"worker did not start device={worker.device_id} retry_s={pause_s:.0f} error={error}"
-                _log.error("%s", said, exc_info=trace)
+                message = f"worker did not start device={worker.device_id} retry_s={pause_s:.0f} error={error}"
+                _log.error("%s", message, exc_info=trace)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, START_RETRY_MAX_S)
             else:

@@ -48,7 +48,7 @@ cdef class _Block:
     cdef Py_ssize_t index
     cdef bytes delta_head       # of a delta event, up to the text
     cdef bytes head             # of the block object, up to its text or input
-    cdef Buffer said
+    cdef Buffer content
     cdef list arguments         # of a tool's block: the pieces as they are
 
     def __init__(self, BlockKind kind, Py_ssize_t index, str id="", str name=""):
@@ -56,7 +56,7 @@ cdef class _Block:
         self.kind = kind
         self.index = index
         self.delta_head = _DELTA % index + <bytes>_DELTAS[<int>kind]
-        self.said = Buffer()
+        self.content = Buffer()
         self.arguments = []
         if kind == TEXT_BLOCK:
             self.head = b'{"type":"text","text":"'
@@ -84,7 +84,7 @@ cdef class _Block:
         if self.kind == TOOL_BLOCK:
             put_bytes(out, object_text("".join(self.arguments)))
             return put_literal(out, b"}")
-        put(out, self.said.data, self.said.size)
+        put(out, self.content.data, self.content.size)
         if self.kind == THINKING_BLOCK:
             put_literal(out, b'","signature":"')
             put_bytes(out, _SIGNATURE)
@@ -241,7 +241,7 @@ cdef class MessagesStream:
         start = self.out.size
         self.out.put_text(text)
         if block.kind != TOOL_BLOCK:
-            put(block.said, self.out.data + start, self.out.size - start)
+            put(block.content, self.out.data + start, self.out.size - start)
         return put_literal(self.out, b'"}}\n\n')
 
     cdef _Block open(self, _Block block):

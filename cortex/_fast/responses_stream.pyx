@@ -132,7 +132,7 @@ cdef class _Item:
     cdef bytes item_head        # of the item object: id, type, name
     cdef bytes output_index
     cdef bytes status
-    cdef Buffer said
+    cdef Buffer content
     cdef Buffer logprobs
     cdef list pieces            # what was said as it is, where it is needed once more: custom calls, sealed reasoning
     cdef bytes sealed           # of reasoning: what a client may send back in its place, None if it did not ask
@@ -144,7 +144,7 @@ cdef class _Item:
         cdef str id = f"{_ID_PREFIXES[<int>kind]}_{response_id.removeprefix('resp_')}_{index}"
         self.kind = kind
         self.status = b"in_progress"
-        self.said = Buffer()
+        self.content = Buffer()
         self.logprobs = Buffer()
         self.output_index = b',"output_index":%d' % index
         out.append(b',"item_id":')
@@ -174,10 +174,10 @@ cdef class _Item:
         """Append the content part, with what was said so far."""
         if self.kind != MESSAGE_ITEM:
             put_bytes(out, b'{"type":"%b_text","text":"' % (b"summary" if self.kind == SUMMARY_ITEM else b"reasoning"))
-            put(out, self.said.data, self.said.size)
+            put(out, self.content.data, self.content.size)
             return put_literal(out, b'"}')
         put_literal(out, b'{"type":"output_text","text":"')
-        put(out, self.said.data, self.said.size)
+        put(out, self.content.data, self.content.size)
         put_literal(out, b'","annotations":[],"logprobs":')
         self.put_logprobs(out)
         return put_literal(out, b"}")
@@ -187,7 +187,7 @@ cdef class _Item:
         put_bytes(out, self.item_head)
         if self.kind >= CALL_ITEM:
             put_literal(out, b',"arguments":"' if self.kind == CALL_ITEM else b',"input":"')
-            put(out, self.said.data, self.said.size)
+            put(out, self.content.data, self.content.size)
             put_literal(out, b'"')
         else:
             if self.kind == REASONING_ITEM:
@@ -362,7 +362,7 @@ cdef class ResponsesStream:
         put_bytes(self.out, item.delta_head)
         start = self.out.size
         self.out.put_text(text)
-        put(item.said, self.out.data + start, self.out.size - start)
+        put(item.content, self.out.data + start, self.out.size - start)
         put_literal(self.out, b'"')
         if item.pieces is not None:
             item.pieces.append(text)
@@ -413,7 +413,7 @@ cdef class ResponsesStream:
         put_bytes(self.out, _DONES[<int>item.kind])
         put_bytes(self.out, item.place)
         put_literal(self.out, b',"text":"')
-        put(self.out, item.said.data, item.said.size)
+        put(self.out, item.content.data, item.content.size)
         put_literal(self.out, b'"')
         if item.kind == MESSAGE_ITEM:
             put_literal(self.out, b',"logprobs":')
@@ -434,7 +434,7 @@ cdef class ResponsesStream:
         put_bytes(self.out, _DONES[<int>item.kind])
         put_bytes(self.out, item.place)
         put_literal(self.out, b',"arguments":"' if item.kind == CALL_ITEM else b',"input":"')
-        put(self.out, item.said.data, item.said.size)
+        put(self.out, item.content.data, item.content.size)
         put_literal(self.out, b'"')
         self.end_event()
         return self.end_item(item, status)
@@ -484,7 +484,7 @@ cdef class ResponsesStream:
         put_bytes(self.out, item.delta_head)
         start = self.out.size
         self.out.put_text(text)
-        put(item.said, self.out.data + start, self.out.size - start)
+        put(item.content, self.out.data + start, self.out.size - start)
         put_literal(self.out, b'"')
         return self.end_event()
 

@@ -134,7 +134,7 @@ def _unanswerable(where: str, call_id: str, calls: OpenCalls) -> ToolCallNotFoun
 
 def _user(blocks: Sequence[Block], where: str) -> Iterator[Message]:
     """Yield the results of tools, then what the user says."""
-    said: list[Part] = []
+    content: list[Part] = []
     num_results = 0
     for number, block in enumerate(blocks):
         place = f"{where}[{number}]"
@@ -143,28 +143,28 @@ def _user(blocks: Sequence[Block], where: str) -> Iterator[Message]:
             call_id = needed(block.tool_use_id, f"{place}.tool_use_id")
             yield Message(Role.TOOL, _result(block, f"{place}.content"), tool_call_id=call_id)
         else:
-            said += _parts(block, place)
-    if said or not num_results:
-        yield Message(Role.USER, fields.collapse(said))
+            content += _parts(block, place)
+    if content or not num_results:
+        yield Message(Role.USER, fields.collapse(content))
 
 
 def _assistant(blocks: Sequence[Block], where: str) -> Message:
     """Return the turn as one message. Blocks of other types are traces of hosted tools: the model cannot read them."""
-    said: list[Part] = []
+    content: list[Part] = []
     thoughts: list[str] = []
     calls: list[ToolCall] = []
     for number, block in enumerate(blocks):
         place = f"{where}[{number}]"
         match block.type:
             case "text":
-                said += _parts(block, place)
+                content += _parts(block, place)
             case "thinking":
                 thoughts.append(needed(block.thinking, f"{place}.thinking"))
             case "tool_use":
                 arguments = msgspec.json.encode(block.input or {}).decode()
                 name = needed(block.name, f"{place}.name")
                 calls.append(ToolCall(needed(block.id, f"{place}.id"), name, arguments))
-    return Message(Role.ASSISTANT, fields.collapse(said), tuple(calls), reasoning="".join(thoughts) or None)
+    return Message(Role.ASSISTANT, fields.collapse(content), tuple(calls), reasoning="".join(thoughts) or None)
 
 
 def _result(block: Block, where: str) -> str | tuple[Part, ...]:

@@ -184,13 +184,13 @@ class ChunkReader:
         return Started(usage.prompt_tokens or 0, (details.cached_tokens if details else 0) or 0)
 
     def _read_choice(self, choice: _Choice, events: list[InferenceEvent]) -> None:
-        said = choice.delta or choice.message or _Delta()
-        if thought := said.reasoning_content or said.reasoning:
+        delta = choice.delta or choice.message or _Delta()
+        if thought := delta.reasoning_content or delta.reasoning:
             events.append(ReasoningDelta(thought))
         logprobs = choice.logprobs.content if choice.logprobs is not None else None
-        if (text := said.content or said.refusal or "") or logprobs:
+        if (text := delta.content or delta.refusal or "") or logprobs:
             events.append(TextDelta(text, logprobs=tuple(token.told() for token in logprobs or ())))
-        for place, call in enumerate(said.tool_calls or ()):
+        for place, call in enumerate(delta.tool_calls or ()):
             if call.index is None and choice.message is not None:
                 call.index = place  # a whole answer has each call once
             self._read_call(call, events)

@@ -151,16 +151,16 @@ def _given(body: bytes) -> dict[str, msgspec.Raw]:
 
 def _items(given: dict[str, msgspec.Raw]) -> list[dict[str, Any]]:
     try:
-        said = orjson.loads(bytes(given.get("input", msgspec.Raw(b"null"))))
+        value = orjson.loads(bytes(given.get("input", msgspec.Raw(b"null"))))
     except orjson.JSONDecodeError as error:  # half a surrogate pair, above all
         raise InvalidJsonError(f"The 'input' is not valid JSON: {error.msg}.") from None
-    if said is None:
+    if value is None:
         return []
-    if isinstance(said, str):
-        return [{"type": "message", "role": "user", "content": said}]
-    if not isinstance(said, list) or not all(isinstance(item, dict) for item in said):
+    if isinstance(value, str):
+        return [{"type": "message", "role": "user", "content": value}]
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise InvalidTypeError("Invalid value for 'input': expected a string or a list of objects.", param="input")
-    return said
+    return value
 
 
 def _shown(item: dict[str, Any], id: str, number: int) -> dict[str, Any]:

@@ -149,12 +149,12 @@ class Completion:
                 self._failed = True
                 return b"data: " + error_body(error) + b"\n\n"
             case PromptEcho(text, choice) if self._ends[choice] is None:
-                return self._said(choice, text, self._add(choice, event))
+                return self._text_chunk(choice, text, self._add(choice, event))
             case TextDelta(text, choice, logprobs) if self._ends[choice] is None and (text or logprobs):
-                return self._said(choice, text, self._add(choice, event))
+                return self._text_chunk(choice, text, self._add(choice, event))
             # Without a template nothing marks reasoning; what a harness takes for it is still what the model wrote.
             case ReasoningDelta(text, choice) if self._ends[choice] is None and text:
-                return self._said(choice, text, None)
+                return self._text_chunk(choice, text, None)
             case Finished(choice=choice) if self._ends[choice] is None:
                 self._ends[choice] = event
                 self._num_open -= 1
@@ -177,7 +177,7 @@ class Completion:
             )
         return made
 
-    def _said(self, choice: int, text: str, logprobs: dict[str, Any] | None) -> bytes:
+    def _text_chunk(self, choice: int, text: str, logprobs: dict[str, Any] | None) -> bytes:
         self._texts[choice].append(text)
         return self._chunk([self._choice(choice, text, None, logprobs)])
 

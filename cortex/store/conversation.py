@@ -7,6 +7,7 @@ client, who may continue it at once; that it could not be kept is logged, and co
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import secrets
@@ -57,7 +58,7 @@ _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]+)_\d+")
 _KEPT = (b"response.completed", b"response.incomplete")
 _FIELDS = ("conversation", "background")
 
-Said = MutableMapping[str, tuple[msgspec.Raw, ...]]
+History = MutableMapping[str, tuple[msgspec.Raw, ...]]
 """Whole conversations by the id of their last response: what a connection remembers."""
 
 MAX_ITEMS_AT_ONCE = 500
@@ -85,15 +86,15 @@ class Turn:
     """The request's own; where no store knows what was said before it, that too."""
     chain: tuple[str, ...] = ()
     """The stored turns before it, the latest first."""
-    said: Said | None = None
+    history: History | None = None
     """What the connection remembers, where it is one that does."""
-    said_before: tuple[msgspec.Raw, ...] = ()
+    earlier_items: tuple[msgspec.Raw, ...] = ()
     """What was said before the request's own items, for a connection to remember."""
 
     @property
     def is_kept(self) -> bool:
         """Whether its answer is kept anywhere."""
-        return self.context.store or bool(self.context.conversation) or self.said is not None
+        return self.context.store or bool(self.context.conversation) or self.history is not None
 
     @property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
@@ -117,11 +118,11 @@ class Conversations:
         """Return those of a principal, by its name."""
         return Conversations(self._store, owner, self.max_bytes) if owner != self.owner else self
 
-    async def begin(self, body: bytes, found: Peek, said: Said | None = None, *, keeps: bool = True) -> Turn:
+    async def begin(self, body: bytes, found: Peek, history: History | None = None, *, keeps: bool = True) -> Turn:
         """Return how a request goes on. ``found`` was found in the body before the model's name was spliced in.
 
-        ``said`` is what the request's connection remembers: there its answer is kept too, whatever is stored. Without
-        ``keeps`` the answer is none that anybody continues.
+        ``history`` holds the conversations of the request's connection; the answer is added to it, stored or not.
+        Without ``keeps`` the answer cannot be continued.
 
         Raises:
             PreviousResponseNotFoundError: it continues a response that is not there.
@@ -132,7 +133,7 @@ class Conversations:
             StoreFullError: it is to be kept, and there is no room.
             StoreUnavailableError: the store failed.
         """
-        if self._store is None and said is None:
+        if self._store is None and history is None:
             return Turn(body)  # the node refuses what refers to something
         previous, stores = found.previous_response_id or "", keeps and found.stores and self._store is not None
         if stores and self._store is not None and (obstacle := self._store.obstacle(len(body))) is not None:
@@ -148,7 +149,7 @@ class Conversations:
                     param="conversation",
                 )
         refers = b'"item_reference"' in body
-        if not (previous or conversation or refers or stores or said is not None):
+        if not (previous or conversation or refers or stores or history is not None):
             return Turn(body)
         try:
             own = items.input_items(body)
@@ -165,16 +166,16 @@ class Conversations:
             background=background,
             conversation=conversation,
         )
-        chain, earlier, is_stored = await self._before(context, said)
+        chain, earlier, is_stored = await self._before(context, history)
         if keeps and len(chain) >= MAX_TURNS:
             raise _full("conversation" if conversation else "previous_response_id")
         if earlier or previous or conversation or refers:
-            said_now = [msgspec.Raw(orjson.dumps(item)) for item in own]
-            if items.size_of(earlier) + items.size_of(said_now) > self.max_bytes:
+            own_items = [msgspec.Raw(orjson.dumps(item)) for item in own]
+            if items.size_of(earlier) + items.size_of(own_items) > self.max_bytes:
                 raise self._too_large(
                     "conversation" if conversation else "previous_response_id" if previous else "input"
                 )
-            body = items.with_input(body, [*earlier, *said_now])
+            body = items.with_input(body, [*earlier, *own_items])
         kept = own if is_stored else [*(orjson.loads(bytes(item)) for item in earlier), *own]
         return Turn(
             body,
@@ -182,27 +183,27 @@ class Conversations:
             chain[0] if chain else "",
             tuple(kept),
             chain,
-            said,
-            tuple(earlier) if said is not None and is_stored else (),
+            history,
+            tuple(earlier) if history is not None and is_stored else (),
         )
 
     async def _before(
-        self, context: ResponseContext, said: Said | None
+        self, context: ResponseContext, history: History | None
     ) -> tuple[tuple[str, ...], list[msgspec.Raw], bool]:
         """Return the stored turns before a request, all that was said in them, and whether a store knows that."""
         if context.conversation:
             name = await self.name(context.conversation)
             if not name.previous:
                 return (), [], True
-            return *await self._said_of(name, is_bounded=True), True
+            return *await self._load_named(name, is_bounded=True), True
         previous = context.previous_response_id
         if not previous:
             return (), [], True
-        if said is None or previous not in said:
-            return *await self._said(previous), True
+        if history is None or previous not in history:
+            return *await self._load_chain(previous), True
         if context.store and await self._get(previous) is not None:
-            return (await self._said(previous))[0], list(said[previous]), True
-        return (), list(said[previous]), not context.store
+            return (await self._load_chain(previous))[0], list(history[previous]), True
+        return (), list(history[previous]), not context.store
 
     async def keep(self, turn: Turn, response: bytes) -> bytes:
         """Keep the response that answered ``turn``, if it is one, where it is to be kept.
@@ -221,9 +222,9 @@ class Conversations:
             items.check_output(response)
         except UNREADABLE:
             raise NotAnAnswerError("The node answered with a response without an id or a list of items.") from None
-        if turn.said is not None:
+        if turn.history is not None:
             own = (msgspec.Raw(orjson.dumps(item)) for item in turn.items)
-            turn.said[id] = (*turn.said_before, *own, *items.output_items(response))
+            turn.history[id] = (*turn.earlier_items, *own, *items.output_items(response))
         try:
             if len(turn.items) > MAX_ITEMS_AT_ONCE:
                 stored = await asyncio.to_thread(self.stored, turn, response)
@@ -301,9 +302,9 @@ class Conversations:
             raise ConversationNotFoundError(f"Conversation with id '{id}' not found.", param="conversation")
         return stored
 
-    async def said_in(self, id: str) -> list[msgspec.Raw]:
+    async def items_of(self, id: str) -> list[msgspec.Raw]:
         """Return all items of a conversation. Raises :class:`ConversationNotFoundError`."""
-        return (await self._said_of(await self.name(id), is_bounded=False))[1]
+        return (await self._load_named(await self.name(id), is_bounded=False))[1]
 
     async def chain_of(self, name: StoredResponse) -> tuple[str, ...]:
         """Return the ids of a conversation's turns, the latest first.
@@ -317,9 +318,9 @@ class Conversations:
             raise _full("conversation")
         return tuple(found)
 
-    async def _said_of(self, name: StoredResponse, *, is_bounded: bool) -> tuple[tuple[str, ...], list[msgspec.Raw]]:
+    async def _load_named(self, name: StoredResponse, *, is_bounded: bool) -> tuple[tuple[str, ...], list[msgspec.Raw]]:
         gone = frozenset(msgspec.json.decode(name.items, type=list[str]))
-        return await self._said(name.previous, gone, param="conversation", is_bounded=is_bounded)
+        return await self._load_chain(name.previous, gone, param="conversation", is_bounded=is_bounded)
 
     async def get(self, id: str) -> StoredResponse:
         """Return a stored response. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
@@ -338,7 +339,7 @@ class Conversations:
         found = items.kept_items((await self.get(id)).items)
         return await aside(found, lambda: page_of(found, query))
 
-    async def _said(
+    async def _load_chain(
         self,
         previous: str,
         gone: frozenset[str] = frozenset(),
@@ -353,16 +354,16 @@ class Conversations:
         async for id, stored in self._turns(previous, param):
             chain.append(id)
             try:
-                said = [*items.kept_items(stored.items), *items.output_items(bytes(stored.body))]
+                own = [*items.kept_items(stored.items), *items.output_items(bytes(stored.body))]
             except UNREADABLE:
                 log.error("what is stored as %s is damaged", id)
                 raise _not_found(previous, param) from None
             if gone:
-                said = await aside(said, lambda said=said: [item for item in said if items.id_of(item) not in gone])  # type: ignore[misc]
-            size_bytes += items.size_of(said)
+                own = await aside(own, functools.partial(_without, own, gone))
+            size_bytes += items.size_of(own)
             if is_bounded and size_bytes > self.max_bytes:
                 raise self._too_large(param)
-            turns.append(said)
+            turns.append(own)
         return tuple(chain), [item for turn in reversed(turns) for item in turn]
 
     async def _turns(self, previous: str, param: str) -> AsyncGenerator[tuple[str, StoredResponse], None]:
@@ -456,10 +457,14 @@ def _without_fields(body: bytes, stores: bool) -> tuple[bytes, str, bool]:
     return msgspec.json.encode(given), conversation, background
 
 
-async def aside(said: Sequence[msgspec.Raw], work: Callable[[], T]) -> T:
+async def aside(read: Sequence[msgspec.Raw], work: Callable[[], T]) -> T:
     """Return what ``work`` returns, which reads some items: many are no work for the event loop."""
-    is_little = len(said) <= MAX_ITEMS_AT_ONCE and items.size_of(said) <= MAX_BYTES_AT_ONCE
+    is_little = len(read) <= MAX_ITEMS_AT_ONCE and items.size_of(read) <= MAX_BYTES_AT_ONCE
     return work() if is_little else await asyncio.to_thread(work)
+
+
+def _without(found: list[msgspec.Raw], gone: frozenset[str]) -> list[msgspec.Raw]:
+    return [item for item in found if items.id_of(item) not in gone]
 
 
 def _has_fields(body: bytes) -> bool:

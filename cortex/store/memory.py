@@ -24,46 +24,46 @@ class SocketMemory:
         self._max_bytes = max_bytes
         self._max_bytes_per_key = max_bytes_per_key or max_bytes // 4
         self._sizes: dict[str, int] = {}
-        self._kept: dict[str, dict[tuple[int, str], tuple[Said, int]]] = {}
+        self._kept: dict[str, dict[tuple[int, str], tuple[ConnectionHistory, int]]] = {}
 
     @property
     def num_bytes(self) -> int:
         """How much is remembered."""
         return sum(self._sizes.values())
 
-    def connection(self, owner: str) -> "Said":
+    def connection(self, owner: str) -> "ConnectionHistory":
         """Return the memory of a new connection of a key. Clear it when that ends."""
-        return Said(self, owner)
+        return ConnectionHistory(self, owner)
 
-    def add(self, said: "Said", id: str, size_bytes: int) -> bool:
+    def add(self, history: "ConnectionHistory", id: str, size_bytes: int) -> bool:
         """Make room for a conversation; return false if there is none."""
         if size_bytes > min(self._max_bytes, self._max_bytes_per_key):
             return False
-        while self._sizes.get(said.owner, 0) + size_bytes > self._max_bytes_per_key:
-            self._drop_oldest(said.owner)
+        while self._sizes.get(history.owner, 0) + size_bytes > self._max_bytes_per_key:
+            self._drop_oldest(history.owner)
         while self.num_bytes + size_bytes > self._max_bytes:
             self._drop_oldest(max(self._sizes, key=self._sizes.__getitem__))
-        self._kept.setdefault(said.owner, {})[builtin_id(said), id] = said, size_bytes
-        self._sizes[said.owner] = self._sizes.get(said.owner, 0) + size_bytes
+        self._kept.setdefault(history.owner, {})[builtin_id(history), id] = history, size_bytes
+        self._sizes[history.owner] = self._sizes.get(history.owner, 0) + size_bytes
         return True
 
-    def remove(self, said: "Said", id: str) -> None:
+    def remove(self, history: "ConnectionHistory", id: str) -> None:
         """Count a conversation no more."""
-        _, size_bytes = self._kept[said.owner].pop((builtin_id(said), id))
-        self._sizes[said.owner] -= size_bytes
-        if not self._kept[said.owner]:
-            del self._kept[said.owner], self._sizes[said.owner]
+        _, size_bytes = self._kept[history.owner].pop((builtin_id(history), id))
+        self._sizes[history.owner] -= size_bytes
+        if not self._kept[history.owner]:
+            del self._kept[history.owner], self._sizes[history.owner]
 
     def _drop_oldest(self, owner: str) -> None:
-        (_, id), (said, _) = next(iter(self._kept[owner].items()))
-        del said[id]
+        (_, id), (history, _) = next(iter(self._kept[owner].items()))
+        del history[id]
 
 
 builtin_id = id
 
 
-class Said(MutableMapping[str, Items]):
-    """Whole conversations by the id of their last response: what one connection remembers."""
+class ConnectionHistory(MutableMapping[str, Items]):
+    """Latest conversations of one connection, each whole, by the id of its last response."""
 
     def __init__(self, memory: SocketMemory, owner: str) -> None:
         self.owner = owner

@@ -66,12 +66,12 @@ class NamedConversations:
 
     async def items(self, id: str) -> list[msgspec.Raw]:
         """Return all that was said, the oldest first."""
-        return await self._conversations.said_in(id)
+        return await self._conversations.items_of(id)
 
     async def item(self, id: str, item_id: str) -> bytes:
         """Return one item of what was said."""
-        said = await self.items(id)
-        found = await aside(said, lambda: next((item for item in said if stored_items.id_of(item) == item_id), None))
+        items = await self.items(id)
+        found = await aside(items, lambda: next((item for item in items if stored_items.id_of(item) == item_id), None))
         if found is None:
             raise ConversationNotFoundError(f"Item with id '{item_id}' not found.", param="item_id")
         return bytes(found)

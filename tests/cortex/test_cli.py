@@ -174,9 +174,9 @@ def test_another_server_is_a_line_and_status_1(body: bytes, capsys: pytest.Captu
     with answering(body) as url:
         for command in COMMANDS:
             assert cli.main([*command, "--url", url]) == 1, command
-            said = capsys.readouterr().err.removeprefix("loading m\n")
-            assert said.startswith("cortex: what answers there is no gateway")
-            assert said.count("\n") == 1
+            output = capsys.readouterr().err.removeprefix("loading m\n")
+            assert output.startswith("cortex: what answers there is no gateway")
+            assert output.count("\n") == 1
 
 
 NAMES = ["[/x]", "[red]a", "a[link=x]", ":smile:", "a\x1b[31mb\x07", "a\nb\rc", "\u202eabc"]

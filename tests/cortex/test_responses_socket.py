@@ -32,12 +32,12 @@ async def test_a_silence_has_no_message(monkeypatch: pytest.MonkeyPatch) -> None
         await line.chunk(sse_event(COMPLETED))
         await line.end()
 
-    said: list[dict[str, object]] = []
+    sent: list[dict[str, object]] = []
     coming: asyncio.Queue[dict[str, object]] = asyncio.Queue()
 
     async def send(message: dict[str, object]) -> None:
         if message["type"] == "websocket.send":
-            said.append(json.loads(str(message["text"])))
+            sent.append(json.loads(str(message["text"])))
 
     async with rig(FakeNeuron(script=script, dialects=("openai-responses",)).ready("m")) as gateway:
         ask: dict[str, object] = {"type": "response.create", "model": "m", "input": "Hi", "store": False}
@@ -45,13 +45,13 @@ async def test_a_silence_has_no_message(monkeypatch: pytest.MonkeyPatch) -> None
         coming.put_nowait({"type": "websocket.receive", "text": json.dumps(ask)})
         scope = {"type": "websocket", "path": "/v1/responses", "headers": [], "client": ("127.0.0.1", 1)}
         serving = asyncio.create_task(gateway.gateway.handle_socket(scope, coming.get, send))  # type: ignore[arg-type]
-        await until(lambda: said)
+        await until(lambda: sent)
         await asyncio.sleep(0.1)  # ten heartbeats of a stream
         go.set()
-        await until(lambda: len(said) > 1)
+        await until(lambda: len(sent) > 1)
         coming.put_nowait({"type": "websocket.disconnect"})
         await serving
-    assert [event["type"] for event in said] == ["response.created", "response.completed"]
+    assert [event["type"] for event in sent] == ["response.created", "response.completed"]
 
 
 PAGE = b"https://evil.example"
@@ -109,22 +109,22 @@ async def test_who_may_not_ask_is_refused_before_the_handshake(
 
 async def spoken(gateway: Rig, messages: list[dict[str, object]], num_answers: int) -> list[dict[str, object]]:
     """Return what a connection is sent for some messages."""
-    said: list[dict[str, object]] = []
+    sent: list[dict[str, object]] = []
     coming: asyncio.Queue[dict[str, object]] = asyncio.Queue()
 
     async def send(message: dict[str, object]) -> None:
         if message["type"] != "websocket.accept":
-            said.append(message)
+            sent.append(message)
 
     coming.put_nowait({"type": "websocket.connect"})
     for message in messages:
         coming.put_nowait({"type": "websocket.receive", "text": json.dumps(message)})
     scope = {"type": "websocket", "path": "/v1/responses", "headers": [], "client": ("127.0.0.1", 1)}
     serving = asyncio.create_task(gateway.gateway.handle_socket(scope, coming.get, send))  # type: ignore[arg-type]
-    await until(lambda: len(said) >= num_answers)
+    await until(lambda: len(sent) >= num_answers)
     coming.put_nowait({"type": "websocket.disconnect"})
     await serving
-    return [json.loads(str(message["text"])) for message in said if message["type"] == "websocket.send"]
+    return [json.loads(str(message["text"])) for message in sent if message["type"] == "websocket.send"]
 
 
 @pytest.mark.parametrize(("with_keys", "status"), [(True, 0), (False, 403)])

@@ -117,8 +117,8 @@ async def test_what_it_says_is_kept_and_continued() -> None:
         again = {**RESPONSES, "previous_response_id": first["id"]}
         second = (await gateway.call("POST", "/v1/responses", again).end()).json()
     assert second["previous_response_id"] == first["id"]
-    said = [message["content"] for message in orjson.loads(node.asked[-1].body)["messages"]]
-    assert said == ["Hi", "Hello", "Hi"]
+    received = [message["content"] for message in orjson.loads(node.asked[-1].body)["messages"]]
+    assert received == ["Hi", "Hello", "Hi"]
 
 
 async def test_a_node_that_speaks_neither_is_not_asked() -> None:
@@ -176,15 +176,15 @@ async def test_calls_whose_pieces_come_in_turns_arrive_whole() -> None:
             call = await gateway.call("POST", path, {**body, "stream": True}).end()
             assert call.status == 200
             assert b"error" not in call.body.replace(b'"error":null', b"")
-            said = [orjson.loads(text[6:]) for text in call.body.split(b"\n") if text.startswith(b"data: {")]
+            received = [orjson.loads(text[6:]) for text in call.body.split(b"\n") if text.startswith(b"data: {")]
             if path == "/v1/messages":
                 blocks: dict[int, str] = {}
-                for event in said:
+                for event in received:
                     if event["type"] == "content_block_delta":
                         blocks[event["index"]] = blocks.get(event["index"], "") + event["delta"]["partial_json"]
                 assert list(blocks.values()) == ['{"a":1}', '{"b":2}']
             else:
-                output = said[-1]["response"]["output"]
+                output = received[-1]["response"]["output"]
                 assert [item["arguments"] for item in output] == ['{"a":1}', '{"b":2}']
 
 

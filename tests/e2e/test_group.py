@@ -55,9 +55,9 @@ def status_of(node: daemons.Daemon) -> Any:
 
 
 def test_two_workers_say_what_one_says(node: daemons.Daemon) -> None:
-    said = answer(node)
-    assert "Paris" in said
-    assert said == answer(node, "one")
+    text = answer(node)
+    assert "Paris" in text
+    assert text == answer(node, "one")
     status = status_of(node)
     assert status["devices"] == ["cpu:0", "cpu:1"]
     # A rank has half of all but the embedding and the norms.

@@ -127,7 +127,7 @@ def test_a_second_daemon_on_the_same_address_says_so(node: daemons.Daemon, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["--devices", "17"], "17"),
         (["--devices", "toaster"], "toaster"),
@@ -135,14 +135,14 @@ def test_a_second_daemon_on_the_same_address_says_so(node: daemons.Daemon, tmp_p
         (["--config", "/does/not/exist.toml"], "/does/not/exist.toml"),
     ],
 )
-def test_a_wrong_command_line_ends_at_once(arguments: list[str], said: str) -> None:
+def test_a_wrong_command_line_ends_at_once(arguments: list[str], expected: str) -> None:
     import subprocess
     import sys
 
     program = pathlib.Path(sys.executable).with_name("neuron")
     done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert expected in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -106,11 +106,11 @@ def test_with_the_gateway_alone_a_neuron_starts_and_says_what_to_install(tmp_pat
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, log.read_text()
-    said = log.read_text()
-    assert "no model can be loaded: not installed here: gguf, " in said
-    assert f"started version={__version__} at=http://127.0.0.1:{port} " in said
-    assert " harnesses=none secret=off" in said
-    assert "Traceback" not in said
+    output = log.read_text()
+    assert "no model can be loaded: not installed here: gguf, " in output
+    assert f"started version={__version__} at=http://127.0.0.1:{port} " in output
+    assert " harnesses=none secret=off" in output
+    assert "Traceback" not in output
 
 
 def test_with_the_gateway_alone_the_demo_says_what_to_install() -> None:

@@ -121,8 +121,8 @@ def test_what_was_said_before_is_a_line_of_text(dialect: Conversation, stream: b
     assert reply.status == 200
     assert reply.headers["x-cortex-omitted-parts"] == "1"
     for request in harness.models["m"].requests:
-        said = [message.content for message in request.messages]
-        assert f"see\n{LINE}" in said
+        content = [message.content for message in request.messages]
+        assert f"see\n{LINE}" in content
 
 
 @DIALECTS
@@ -178,19 +178,19 @@ def test_what_no_model_takes_is_treated_alike(path: str, body: str, part: Part, 
     later = [*now, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     reply = ask_once(path, {"model": "m", body: later}, harness)
     assert (reply.status, reply.headers["x-cortex-omitted-parts"]) == (200, "1")
-    said = harness.models["m"].requests[-1].messages[0].content
-    assert isinstance(said, str)
-    assert said.startswith(f"[{line} omitted: this model takes text")
+    content = harness.models["m"].requests[-1].messages[0].content
+    assert isinstance(content, str)
+    assert content.startswith(f"[{line} omitted: this model takes text")
 
 
 def test_the_lines_stand_for_themselves() -> None:
     image, audio = ImagePart(PIXEL), MediaPart("audio", "x")
     parts = (image, TextPart("a"), image, image, TextPart("b\n"), audio, TextPart("c"))
-    said = (Message(Role.USER, parts), Message(Role.ASSISTANT, "d"), Message(Role.USER, "e"))
-    (first, *rest), count = readable(said, images=False, model="m")
+    content = (Message(Role.USER, parts), Message(Role.ASSISTANT, "d"), Message(Role.USER, "e"))
+    (first, *rest), count = readable(content, images=False, model="m")
     assert count == 4
     assert first.content == f"{LINE}\na\n{LINE}\n{LINE}\nb\n[audio omitted: this model takes text only]\nc"
-    assert tuple(rest) == said[1:]
+    assert tuple(rest) == content[1:]
 
 
 def test_a_refusal_names_the_models_that_see() -> None:

@@ -93,14 +93,14 @@ async def _scraped() -> str:
 
 def test_a_release_has_one_version() -> None:
     """A tag is compared with the first of these alone."""
-    said = {
+    patterns = {
         "pyproject.toml": r'^version = "(.+)"$',
         "meson.build": r"^  version: '(.+)',$",
         "cortex/wire/__init__.py": r'^VERSION = "(.+)"$',
         "packaging/rpm/cortex.spec": r"^Version: +(.+)$",
         "packaging/rpm/helexa-neuron.spec": r"^Version: +(.+)$",
     }
-    found = {path: re.findall(pattern, (ROOT / path).read_text(), re.MULTILINE) for path, pattern in said.items()}
+    found = {path: re.findall(pattern, (ROOT / path).read_text(), re.MULTILINE) for path, pattern in patterns.items()}
     assert set(map(tuple, found.values())) == {(VERSION,)}, found
     for spec in (PACKAGING / "rpm").glob("*.spec"):
         newest = re.search(r"^%changelog\n\* .+ - (.+)-\d+$", spec.read_text(), re.MULTILINE)

@@ -26,8 +26,8 @@ def client(request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
         yield found
 
 
-def begin(client: openai.OpenAI, said: Any, **fields: Any) -> Response:
-    answer = client.responses.create(model="m", input=said, background=True, **fields)
+def begin(client: openai.OpenAI, prompt: Any, **fields: Any) -> Response:
+    answer = client.responses.create(model="m", input=prompt, background=True, **fields)
     assert (answer.status, answer.background, answer.output) == ("queued", True, [])
     return answer
 
@@ -51,10 +51,10 @@ def test_it_is_queued_and_then_there(client: openai.OpenAI) -> None:
     assert client.responses.cancel(first.id).status == "completed", "what has ended stays as it is"
 
 
-@pytest.mark.parametrize("said", ["hi", "think", "call", "long"])
-def test_its_sse_events_can_be_read_from_any_number_on(client: openai.OpenAI, said: str) -> None:
+@pytest.mark.parametrize("prompt", ["hi", "think", "call", "long"])
+def test_its_sse_events_can_be_read_from_any_number_on(client: openai.OpenAI, prompt: str) -> None:
     tools: Any = [{"type": "function", "name": "f", "parameters": None, "strict": False}]
-    body: Any = {"model": "m", "input": said, "tools": tools}
+    body: Any = {"model": "m", "input": prompt, "tools": tools}
     events = [event.to_dict() for event in client.responses.create(**body, background=True, stream=True)]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     id = events[0]["response"]["id"]  # type: ignore[index]
@@ -92,9 +92,9 @@ def itertools_until_text(events: Any) -> Iterator[Any]:
             return
 
 
-@pytest.mark.parametrize(("said", "message"), [("fail", "The worker is gone."), ("busy", "Too many wait.")])
-def test_one_that_fails_says_so(client: openai.OpenAI, said: str, message: str) -> None:
-    answer = ended(client, begin(client, said).id)
+@pytest.mark.parametrize(("prompt", "message"), [("fail", "The worker is gone."), ("busy", "Too many wait.")])
+def test_one_that_fails_says_so(client: openai.OpenAI, prompt: str, message: str) -> None:
+    answer = ended(client, begin(client, prompt).id)
     assert answer.status == "failed"
     assert answer.error is not None
     assert answer.error.message == message
@@ -210,8 +210,8 @@ def forget_promises(path: str) -> None:
 STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 
 
-def ask(client: openai.OpenAI, said: Any, stream: bool, **fields: Any) -> Response:
-    body: Any = {"model": "m", "input": said, **fields}
+def ask(client: openai.OpenAI, prompt: Any, stream: bool, **fields: Any) -> Response:
+    body: Any = {"model": "m", "input": prompt, **fields}
     if not stream:
         return client.responses.create(**body)
     *_, last = client.responses.create(**body, stream=True)
@@ -230,10 +230,18 @@ def test_a_conversation_goes_on(client: openai.OpenAI, stream: bool) -> None:
     ask(client, "hi again", stream, conversation={"id": conversation.id}, store=False)
     client.conversations.items.create(conversation.id, items=[{"role": "user", "content": "aside"}])
     told = ask(client, "turns", stream, conversation=conversation.id)
-    said = ["user:first", "user:hi", "assistant:Hello", "user:hi again", "assistant:Hello", "user:aside", "user:turns"]
-    assert told.output_text == "|".join(said)
+    expected = [
+        "user:first",
+        "user:hi",
+        "assistant:Hello",
+        "user:hi again",
+        "assistant:Hello",
+        "user:aside",
+        "user:turns",
+    ]
+    assert told.output_text == "|".join(expected)
     listed = list(client.conversations.items.list(conversation.id, order="asc", limit=3))
-    assert len(listed) == len(said) + 1
+    assert len(listed) == len(expected) + 1
     assert len({item.id for item in listed}) == len(listed)
     aside = listed[5]
     assert aside.id is not None

@@ -77,9 +77,9 @@ def test_codex(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, websoc
     events = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
     assert events[-1]["type"] == "turn.completed"
     assert events[-1]["usage"]["output_tokens"] == 15
-    said = [event["item"]["text"] for event in events if event.get("item", {}).get("type") == "agent_message"]
-    assert said[0] == "I run it."
-    assert said[-1].startswith("It says ")
+    texts = [event["item"]["text"] for event in events if event.get("item", {}).get("type") == "agent_message"]
+    assert texts[0] == "I run it."
+    assert texts[-1].startswith("It says ")
     assert ("not_generated" in gateway.log.read_text()) or websockets == "false"
 
 
@@ -102,9 +102,9 @@ def test_opencode(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, dia
     told = run(opencode, "run", "--format", "json", COMMAND, OPENCODE_DISABLE_MODELS_FETCH="1")
     assert made(tmp_path) == "scripted"
     events = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
-    said = [event["part"]["text"] for event in events if event["type"] == "text"]
-    assert said[0] == "I run it."
-    assert said[-1].startswith("It says ")
+    texts = [event["part"]["text"] for event in events if event["type"] == "text"]
+    assert texts[0] == "I run it."
+    assert texts[-1].startswith("It says ")
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ def client(gateway: daemons.Daemon) -> Iterator[openai.OpenAI]:
         yield found
 
 
-def ask(client: openai.OpenAI, said: Any, stream: bool = False, **fields: Any) -> Response:
-    body: Any = {"model": "small", "input": said, **fields}
+def ask(client: openai.OpenAI, prompt: Any, stream: bool = False, **fields: Any) -> Response:
+    body: Any = {"model": "small", "input": prompt, **fields}
     if not stream:
         return client.responses.create(**body)
     *_, last = client.responses.create(**body, stream=True)
@@ -71,8 +71,8 @@ def test_tools_and_reasoning_are_part_of_it(client: openai.OpenAI, stream: bool)
 
 def test_an_item_is_referred_to(client: openai.OpenAI) -> None:
     first = ask(client, "hi")
-    said = [{"role": "user", "content": "hi"}, {"type": "item_reference", "id": first.output[0].id}]
-    again = ask(client, [*said, {"role": "user", "content": "turns"}])
+    prompt = [{"role": "user", "content": "hi"}, {"type": "item_reference", "id": first.output[0].id}]
+    again = ask(client, [*prompt, {"role": "user", "content": "turns"}])
     assert again.output_text == "user:hi|assistant:Hello|user:turns"
     with pytest.raises(openai.BadRequestError, match="msg_0_0"):
         ask(client, [{"type": "item_reference", "id": "msg_0_0"}])

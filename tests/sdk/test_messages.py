@@ -24,8 +24,8 @@ def client(server: daemons.Daemon) -> Iterator[anthropic.Anthropic]:
         yield found
 
 
-def ask(client: anthropic.Anthropic, said: str | list[Any], stream: bool, **fields: Any) -> Message:
-    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+def ask(client: anthropic.Anthropic, prompt: str | list[Any], stream: bool, **fields: Any) -> Message:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     body: Any = {"model": "m", "max_tokens": 50, "messages": messages, **fields}
     if not stream:
         return client.messages.create(**body)
@@ -47,9 +47,9 @@ def test_text(client: anthropic.Anthropic, stream: bool) -> None:
     assert message.usage.output_tokens == 2
 
 
-@pytest.mark.parametrize("said", ["hi", "think", "call", "parallel", "length", "long"])
-def test_streamed_and_whole_are_equal(client: anthropic.Anthropic, said: str) -> None:
-    whole, streamed = (ask(client, said, stream, tools=[WEATHER, CLOCK]).to_dict() for stream in (False, True))
+@pytest.mark.parametrize("prompt", ["hi", "think", "call", "parallel", "length", "long"])
+def test_streamed_and_whole_are_equal(client: anthropic.Anthropic, prompt: str) -> None:
+    whole, streamed = (ask(client, prompt, stream, tools=[WEATHER, CLOCK]).to_dict() for stream in (False, True))
     assert whole | {"id": ""} == streamed | {"id": ""}
 
 
@@ -107,10 +107,10 @@ def test_a_forced_tool(client: anthropic.Anthropic, stream: bool, choice: Any) -
 @STREAMED
 def test_thinking_goes_out_and_comes_back(client: anthropic.Anthropic, stream: bool) -> None:
     message = ask(client, "think", stream, thinking={"type": "enabled", "budget_tokens": 1024}, max_tokens=2048)
-    thought, said = message.content
+    thought, prompt = message.content
     assert thought.type == "thinking"
     assert (thought.thinking, bool(thought.signature)) == ("I wonder.\n", True)
-    assert said.to_dict() == {"type": "text", "text": 'So: "yes" ☃'}
+    assert prompt.to_dict() == {"type": "text", "text": 'So: "yes" ☃'}
     replayed = {"role": "assistant", "content": [block.to_dict() for block in message.content]}
     again = ask(client, [{"role": "user", "content": "hi"}, replayed, {"role": "user", "content": "turns"}], stream)
     assert again.content[0].to_dict()["text"] == 'user:hi|assistant:So: "yes" ☃|user:turns'
@@ -130,8 +130,8 @@ def test_the_token_limit(client: anthropic.Anthropic, stream: bool) -> None:
 @STREAMED
 def test_an_image_is_seen(client: anthropic.Anthropic, stream: bool) -> None:
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
-    said = [{"role": "user", "content": [{"type": "text", "text": "image "}, image]}]
-    assert ask(client, said, stream).content[0].to_dict()["text"] == "data:image/png;"
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "image "}, image]}]
+    assert ask(client, prompt, stream).content[0].to_dict()["text"] == "data:image/png;"
 
 
 def test_system_turns_and_billing(client: anthropic.Anthropic) -> None:
@@ -139,8 +139,8 @@ def test_system_turns_and_billing(client: anthropic.Anthropic) -> None:
         {"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=1;"},
         {"type": "text", "text": "Rules.", "cache_control": {"type": "ephemeral"}},
     ]
-    said = [{"role": "user", "content": "turns"}, {"role": "system", "content": "Brief."}]
-    message = ask(client, said, False, system=system)
+    prompt = [{"role": "user", "content": "turns"}, {"role": "system", "content": "Brief."}]
+    message = ask(client, prompt, False, system=system)
     text = message.content[0].to_dict()["text"]
     # To a server that may refuse a second one, system turns go as one.
     assert text in ("system:Rules.|user:turns|system:Brief.", "system:Rules.\n\nBrief.|user:turns")
@@ -148,15 +148,15 @@ def test_system_turns_and_billing(client: anthropic.Anthropic) -> None:
 
 @pytest.mark.parametrize("extra", [{}, {"tools": [WEATHER, SEARCH]}, {"system": "You are."}])
 def test_a_count_is_what_the_engine_then_reports(client: anthropic.Anthropic, extra: Any) -> None:
-    said: Any = [{"role": "user", "content": "hi there"}]
-    counted = client.messages.count_tokens(model="m", messages=said, **extra).input_tokens
-    usage = ask(client, said, False, **extra).usage
+    prompt: Any = [{"role": "user", "content": "hi there"}]
+    counted = client.messages.count_tokens(model="m", messages=prompt, **extra).input_tokens
+    usage = ask(client, prompt, False, **extra).usage
     assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
 
 @STREAMED
 @pytest.mark.parametrize(
-    ("said", "exception", "status", "match"),
+    ("prompt", "exception", "status", "match"),
     [
         ("full", anthropic.BadRequestError, 400, "prompt is too long: 150 tokens > 100 maximum"),
         ("unsupported", anthropic.BadRequestError, 400, "'x'"),
@@ -165,14 +165,14 @@ def test_a_count_is_what_the_engine_then_reports(client: anthropic.Anthropic, ex
 )
 def test_errors_before_the_first_byte(
     client: anthropic.Anthropic,
-    said: str,
+    prompt: str,
     exception: type[anthropic.APIStatusError],
     status: int,
     match: str,
     stream: bool,
 ) -> None:
     with pytest.raises(exception, match=match) as caught:
-        ask(client, said, stream)
+        ask(client, prompt, stream)
     assert caught.value.status_code == status
     assert caught.value.request_id
     assert caught.value.response.headers.get("retry-after") == ("2" if status == 529 else None)

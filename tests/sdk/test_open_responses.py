@@ -50,13 +50,13 @@ def events_of_the_specification() -> pydantic.TypeAdapter[Any]:
 EVENT = events_of_the_specification()
 
 
-def said(text: str, role: str = "user", **fields: Any) -> dict[str, Any]:
+def message(text: str, role: str = "user", **fields: Any) -> dict[str, Any]:
     return {"type": "message", "role": role, "content": text, **fields}
 
 
-def asked(server: daemons.Daemon, said: Any, **fields: Any) -> dict[str, Any]:
+def asked(server: daemons.Daemon, message: Any, **fields: Any) -> dict[str, Any]:
     """Return a response over HTTP, held to the schema."""
-    body = {"model": "m", "input": said, "stream": False, **fields}
+    body = {"model": "m", "input": message, "stream": False, **fields}
     reply = httpx.post(f"{server.url}/v1/responses", json=body, timeout=30)
     assert reply.status_code == 200, reply.text
     RESPONSE.validate_python(reply.json())
@@ -72,11 +72,11 @@ def is_complete(response: dict[str, Any]) -> bool:
 
 
 def test_a_basic_response(server: daemons.Daemon) -> None:
-    assert is_complete(asked(server, [said("Say hello in three words.")]))
+    assert is_complete(asked(server, [message("Say hello in three words.")]))
 
 
 def test_a_stream(server: daemons.Daemon) -> None:
-    body = {"model": "m", "input": [said("Count to five.")], "stream": True}
+    body = {"model": "m", "input": [message("Count to five.")], "stream": True}
     events = []
     with httpx.stream("POST", f"{server.url}/v1/responses", json=body, timeout=30) as reply:
         name = ""
@@ -107,30 +107,30 @@ def check_events(events: list[dict[str, Any]]) -> None:
 
 def test_phases_of_an_assistants_history(server: daemons.Daemon) -> None:
     history = [
-        said("I should say the number.", "assistant", phase="commentary"),
-        said("It is four.", "assistant", phase="final_answer"),
-        said("Repeat it."),
+        message("I should say the number.", "assistant", phase="commentary"),
+        message("It is four.", "assistant", phase="final_answer"),
+        message("Repeat it."),
     ]
     assert is_complete(asked(server, history))
 
 
 def test_phases_of_an_answer_are_in_the_schema(server: daemons.Daemon) -> None:
-    response = asked(server, [said("hi")])
+    response = asked(server, [message("hi")])
     response["output"][0]["phase"] = "final_answer"
     RESPONSE.validate_python(response)
 
 
 def test_a_system_prompt(server: daemons.Daemon) -> None:
-    assert is_complete(asked(server, [said("You are a pirate.", "system"), said("Say hello.")]))
+    assert is_complete(asked(server, [message("You are a pirate.", "system"), message("Say hello.")]))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_is_called(server: daemons.Daemon, stream: bool) -> None:
     if not stream:
-        response = asked(server, [said("call for the weather in San Francisco")], tools=[WEATHER])
+        response = asked(server, [message("call for the weather in San Francisco")], tools=[WEATHER])
         assert any(item["type"] == "function_call" for item in response["output"])
         return
-    body = {"model": "m", "input": [said("call it")], "tools": [WEATHER], "stream": True}
+    body = {"model": "m", "input": [message("call it")], "tools": [WEATHER], "stream": True}
     reply = httpx.post(f"{server.url}/v1/responses", json=body, timeout=30)
     events = [json.loads(line[5:]) for line in reply.text.splitlines() if line.startswith("data:")]
     check_events(events)
@@ -146,7 +146,7 @@ def test_a_call_and_its_output(server: daemons.Daemon) -> None:
     first = asked(server, "call it", tools=[WEATHER])
     call = first["output"][-1]
     output = {"type": "function_call_output", "call_id": call["call_id"], "output": "rain"}
-    response = asked(server, [said("call it"), *first["output"], output], tools=[WEATHER])
+    response = asked(server, [message("call it"), *first["output"], output], tools=[WEATHER])
     assert is_complete(response)
     assert response["output"][0]["content"][0]["text"] == "It says rain"
 
@@ -158,12 +158,12 @@ def test_an_image(server: daemons.Daemon) -> None:
 
 
 def test_several_turns(server: daemons.Daemon) -> None:
-    history = [said("My name is Alice."), said("Hello Alice!", "assistant"), said("What is my name?")]
+    history = [message("My name is Alice."), message("Hello Alice!", "assistant"), message("What is my name?")]
     assert is_complete(asked(server, history))
 
 
-def compacted(server: daemons.Daemon, said: Any, **fields: Any) -> dict[str, Any]:
-    body = {"model": "m", "input": said, **fields}
+def compacted(server: daemons.Daemon, message: Any, **fields: Any) -> dict[str, Any]:
+    body = {"model": "m", "input": message, **fields}
     reply = httpx.post(f"{server.url}/v1/responses/compact", json=body, timeout=30)
     assert reply.status_code == 200, reply.text
     COMPACTION.validate_python(reply.json())
@@ -172,7 +172,7 @@ def compacted(server: daemons.Daemon, said: Any, **fields: Any) -> dict[str, Any
 
 
 def test_a_conversation_is_compacted(server: daemons.Daemon) -> None:
-    history = [said("We agreed to launch on Tuesday."), said("Understood.", "assistant")]
+    history = [message("We agreed to launch on Tuesday."), message("Understood.", "assistant")]
     found = compacted(server, history, prompt_cache_key="a-key")
     assert found["object"] == "response.compaction"
     assert [item["type"] for item in found["output"]] == ["message", "compaction"]
@@ -180,7 +180,7 @@ def test_a_conversation_is_compacted(server: daemons.Daemon) -> None:
 
 
 def test_a_compaction_needs_a_model(server: daemons.Daemon) -> None:
-    body = {"input": [said("Compact this.")]}
+    body = {"input": [message("Compact this.")]}
     reply = httpx.post(f"{server.url}/v1/responses/compact", json=body, timeout=30)
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "missing_required_parameter"
@@ -196,8 +196,8 @@ def test_a_stream_that_never_began_fails_in_form() -> None:
     RESPONSE.validate_python(events[-1]["response"])
 
 
-def count(server: daemons.Daemon, said: Any, **fields: Any) -> int:
-    body = {"model": "m", "input": said, **fields}
+def count(server: daemons.Daemon, message: Any, **fields: Any) -> int:
+    body = {"model": "m", "input": message, **fields}
     reply = httpx.post(f"{server.url}/v1/responses/input_tokens", json=body, timeout=30)
     assert reply.status_code == 200, reply.text
     found = reply.json()
@@ -220,8 +220,8 @@ def test_chains_are_counted_and_compacted_whole(request: pytest.FixtureRequest, 
     assert count(server, "hi 3", previous_response_id=second["id"]) > alone
     assert count(server, None, previous_response_id=second["id"]) > 0
     found = compacted(server, None, previous_response_id=second["id"])
-    said = [item["content"][0]["text"] for item in found["output"] if item["type"] == "message"]
-    assert said == ["hi 1", "hi 2"]
+    message = [item["content"][0]["text"] for item in found["output"] if item["type"] == "message"]
+    assert message == ["hi 1", "hi 2"]
     # Nothing of it is kept: it is its client's.
     assert httpx.get(f"{server.url}/v1/responses/{found['id']}", timeout=30).status_code == 404
 
@@ -259,10 +259,10 @@ def test_what_is_no_json_is_said(server: daemons.Daemon, path: str, body: bytes)
 
 
 @pytest.mark.parametrize(
-    ("said", "status", "code"), [("full", 400, "context_length_exceeded"), ("busy", 429, "rate_limit_exceeded")]
+    ("message", "status", "code"), [("full", 400, "context_length_exceeded"), ("busy", 429, "rate_limit_exceeded")]
 )
-def test_a_model_may_refuse_to_count(server: daemons.Daemon, said: str, status: int, code: str) -> None:
-    reply = httpx.post(f"{server.url}/v1/responses/input_tokens", json={"model": "m", "input": said}, timeout=30)
+def test_a_model_may_refuse_to_count(server: daemons.Daemon, message: str, status: int, code: str) -> None:
+    reply = httpx.post(f"{server.url}/v1/responses/input_tokens", json={"model": "m", "input": message}, timeout=30)
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
 
 
@@ -289,7 +289,7 @@ def test_a_result_without_its_call_is_refused_in_every_dialect(server: daemons.D
 def test_a_thread_is_refused_before_anything_is_made_of_its_rest(
     server: daemons.Daemon, stream: bool, thread: dict[str, str]
 ) -> None:
-    body = {"model": "m", "max_tokens": 9, "stream": stream, "thread": thread, "messages": [said("hi")]}
+    body = {"model": "m", "max_tokens": 9, "stream": stream, "thread": thread, "messages": [message("hi")]}
     del body["messages"][0]["type"]
     reply = httpx.post(f"{server.url}/v1/messages", json=body, timeout=30)
     assert reply.status_code == 400
@@ -341,9 +341,9 @@ def check_answers(*answers: list[dict[str, Any]]) -> None:
         assert is_complete(events[-1]["response"])
 
 
-def continues(index: int, said: Any) -> Any:
+def continues(index: int, message: Any) -> Any:
     """Return what goes on from the answer of that number."""
-    return lambda answers: {"previous_response_id": answers[index][-1]["response"]["id"], "input": said}
+    return lambda answers: {"previous_response_id": answers[index][-1]["response"]["id"], "input": message}
 
 
 def code(events: list[dict[str, Any]]) -> str:
@@ -354,7 +354,7 @@ def code(events: list[dict[str, Any]]) -> str:
 
 
 def test_a_response_over_a_websocket(socket_url: str) -> None:
-    check_answers(*ask(socket_url, {"input": [said("Count to three.")], "store": True}))
+    check_answers(*ask(socket_url, {"input": [message("Count to three.")], "store": True}))
 
 
 def test_responses_one_after_the_other(socket_url: str) -> None:
@@ -372,7 +372,7 @@ def test_a_response_that_is_not_stored_is_continued(socket_url: str) -> None:
 def test_another_connection_does_not_know_it_and_begins_anew(socket_url: str) -> None:
     (first,) = ask(socket_url, {"input": "hi"})
     missing = {"previous_response_id": first[-1]["response"]["id"], "input": "hi"}
-    refused, anew = ask(socket_url, missing, {"input": [said("hi")]})
+    refused, anew = ask(socket_url, missing, {"input": [message("hi")]})
     assert code(refused) == "previous_response_not_found"
     check_answers(first, anew)
 
@@ -404,7 +404,7 @@ def test_a_compacted_conversation_goes_on(socket_url: str, server_of_socket: dae
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Compress this."}]},
     ]
     found = compacted(server_of_socket, history)
-    (events,) = ask(socket_url, {"input": [*found["output"], said("turns")], "tools": []})
+    (events,) = ask(socket_url, {"input": [*found["output"], message("turns")], "tools": []})
     check_answers(events)
     told = events[-1]["response"]["output"][0]["content"][0]["text"]
     assert told.startswith("user:The word is slate.|user:Compress this.|")

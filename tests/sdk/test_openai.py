@@ -22,11 +22,11 @@ def client(server: daemons.Daemon) -> Iterator[openai.OpenAI]:
         yield found
 
 
-def respond(client: openai.OpenAI, said: Any, stream: bool, **fields: Any) -> Response:
-    body: Any = {"model": "m", "input": said, **fields}
+def respond(client: openai.OpenAI, prompt: Any, stream: bool, **fields: Any) -> Response:
+    body: Any = {"model": "m", "input": prompt, **fields}
     if not stream:
         return client.responses.create(**body)
-    if said == "length":  # of which the helper below makes an error
+    if prompt == "length":  # of which the helper below makes an error
         *_, last = client.responses.create(**body, stream=True)
         assert last.type == "response.incomplete"
         return last.response
@@ -36,9 +36,9 @@ def respond(client: openai.OpenAI, said: Any, stream: bool, **fields: Any) -> Re
         return events.get_final_response()
 
 
-def chat(client: openai.OpenAI, said: Any, stream: bool, **fields: Any) -> dict[str, Any]:
+def chat(client: openai.OpenAI, prompt: Any, stream: bool, **fields: Any) -> dict[str, Any]:
     """Return the answer's choices, put together by the SDK where they are streamed."""
-    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     body: Any = {"model": "m", "messages": messages, **fields}
     if not stream:
         return client.chat.completions.create(**body).to_dict()
@@ -69,15 +69,15 @@ def shape(response: Response) -> Any:
     return found
 
 
-@pytest.mark.parametrize("said", ["hi", "think", "call", "parallel", "length", "long"])
-def test_responses_streamed_and_whole_are_equal(client: openai.OpenAI, said: str) -> None:
-    whole, streamed = (respond(client, said, stream, tools=flat(WEATHER, CLOCK)) for stream in (False, True))
+@pytest.mark.parametrize("prompt", ["hi", "think", "call", "parallel", "length", "long"])
+def test_responses_streamed_and_whole_are_equal(client: openai.OpenAI, prompt: str) -> None:
+    whole, streamed = (respond(client, prompt, stream, tools=flat(WEATHER, CLOCK)) for stream in (False, True))
     assert shape(whole) == shape(streamed)
 
 
-@pytest.mark.parametrize("said", ["hi", "think", "call", "parallel", "long", "choices"])
-def test_chat_streamed_and_whole_are_equal(client: openai.OpenAI, said: str) -> None:
-    whole, streamed = (chat(client, said, stream, tools=functions(WEATHER, CLOCK), n=3 if said == "choices" else 1)
+@pytest.mark.parametrize("prompt", ["hi", "think", "call", "parallel", "long", "choices"])
+def test_chat_streamed_and_whole_are_equal(client: openai.OpenAI, prompt: str) -> None:
+    whole, streamed = (chat(client, prompt, stream, tools=functions(WEATHER, CLOCK), n=3 if prompt == "choices" else 1)
                        for stream in (False, True))  # fmt: skip
     for answer in (whole, streamed):
         for choice in answer["choices"]:
@@ -162,18 +162,18 @@ def test_a_tool_of_a_namespace(client: openai.OpenAI, stream: bool) -> None:
 def test_reasoning_is_an_item_and_comes_back(client: openai.OpenAI, stream: bool, summary: str | None) -> None:
     asked: Any = {"reasoning": {"summary": summary}, "include": ["reasoning.encrypted_content"], "store": False}
     first = respond(client, "think", stream, **asked)
-    thought, said = first.output
+    thought, answer = first.output
     assert thought.type == "reasoning"
     texts = [part.text for part in (thought.summary if summary else thought.content or [])]
     assert texts == ["I wonder.\n"]
     assert thought.encrypted_content
-    assert said.type == "message"
+    assert answer.type == "message"
     assert first.usage is not None
     assert first.usage.output_tokens_details.reasoning_tokens == 4
     bare = thought.to_dict()
     for name in ("id", "content", "status"):
         bare.pop(name, None)
-    history = [{"role": "user", "content": "hi"}, bare | {"summary": []}, said.to_dict()]
+    history = [{"role": "user", "content": "hi"}, bare | {"summary": []}, answer.to_dict()]
     again = respond(client, [*history, {"role": "user", "content": "turns"}], stream)
     assert again.output_text == 'user:hi|assistant:So: "yes" ☃|user:turns'
 
@@ -198,7 +198,7 @@ def test_a_forced_tool(client: openai.OpenAI, stream: bool, choice: Any) -> None
 
 @STREAMED
 @pytest.mark.parametrize(
-    ("said", "exception", "code"),
+    ("prompt", "exception", "code"),
     [
         ("full", openai.BadRequestError, "context_length_exceeded"),
         ("unsupported", openai.BadRequestError, "unsupported_parameter"),
@@ -206,11 +206,11 @@ def test_a_forced_tool(client: openai.OpenAI, stream: bool, choice: Any) -> None
     ],
 )
 def test_errors_before_the_first_byte(
-    client: openai.OpenAI, said: str, exception: type[openai.APIStatusError], code: str, stream: bool
+    client: openai.OpenAI, prompt: str, exception: type[openai.APIStatusError], code: str, stream: bool
 ) -> None:
     for ask in (respond, chat):
         with pytest.raises(exception) as caught:
-            ask(client, said, stream)
+            ask(client, prompt, stream)
         assert caught.value.code == code
         assert caught.value.request_id
 

@@ -23,9 +23,9 @@ class Socket:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
-    async def send(self, said: Any, **fields: Any) -> None:
+    async def send(self, prompt: Any, **fields: Any) -> None:
         await self.connection.send(
-            json.dumps({"type": "response.create", "model": "small", "input": said, "store": False, **fields})
+            json.dumps({"type": "response.create", "model": "small", "input": prompt, "store": False, **fields})
         )
 
     async def event(self) -> dict[str, Any]:
@@ -34,9 +34,9 @@ class Socket:
         EVENT.validate_python(event, strict=True)
         return event
 
-    async def ask(self, said: Any, **fields: Any) -> dict[str, Any]:
+    async def ask(self, prompt: Any, **fields: Any) -> dict[str, Any]:
         """Return the response that ends a turn, whose events are checked on the way."""
-        await self.send(said, **fields)
+        await self.send(prompt, **fields)
         return await self.rest()
 
     async def rest(self) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def test_turns_that_only_the_connection_remembers(gateway: daemons.Daemon) -> No
             assert text(answer) == "Hello"
             expected = ["user:hi 0", "assistant:Hello"]
             for turn in range(1, 12):
-                said = [{"role": "user", "content": f"hi {turn}"}]
-                answer = await socket.ask(said, previous_response_id=answer["id"])
+                prompt = [{"role": "user", "content": f"hi {turn}"}]
+                answer = await socket.ask(prompt, previous_response_id=answer["id"])
                 expected += [f"user:hi {turn}", "assistant:Hello"]
             told = await socket.ask("turns", previous_response_id=answer["id"])
             assert told["previous_response_id"] == answer["id"]
@@ -161,8 +161,8 @@ def test_lanes_run_beside_one_another_and_turns_of_one_in_order(gateway: daemons
             await socket.send("wait", stream_id="a")
             while (await socket.event())["type"] != "response.output_text.delta":
                 pass
-            for said in ("hi 1", "hi 2"):
-                await socket.send(said, stream_id="b")
+            for prompt in ("hi 1", "hi 2"):
+                await socket.send(prompt, stream_id="b")
             done = []
             while len(done) < 2:
                 event = await socket.event()

@@ -45,32 +45,32 @@ PATCH = '*** Begin Patch\n+"x"\n*** End Patch'
 
 def count(request: InferenceRequest) -> int:
     """Return a token count that every part of a conversation takes part in."""
-    said = sum(len(_text(m)) + sum(len(c.arguments) for c in m.tool_calls) for m in request.messages)
-    return 1 + said + sum(len(tool.name) + len(tool.description) for tool in request.tools)
+    num_chars = sum(len(_text(m)) + sum(len(c.arguments) for c in m.tool_calls) for m in request.messages)
+    return 1 + num_chars + sum(len(tool.name) + len(tool.description) for tool in request.tools)
 
 
 def play(request: InferenceRequest) -> list[Step]:
     """Return what the model does."""
     prompt = request.prompt if isinstance(request.prompt, str) else f"tokens {request.prompt}"
     user = next((m for m in reversed(request.messages) if m.role is Role.USER), Message(Role.USER, prompt))
-    said = _text(user).strip().strip('"')  # some clients quote their argument
-    word = said.split(" ")[0]
+    asked = _text(user).strip().strip('"')  # some clients quote their argument
+    word = asked.split(" ")[0]
     last = request.messages[-1] if request.messages else user
     start = Started(count(request), 1)
     if last.role is Role.TOOL:
-        return [[start], *_said("It says ", _text(last)), [Finished(FinishReason.STOP, 7)]]
+        return [[start], *_deltas("It says ", _text(last)), [Finished(FinishReason.STOP, 7)]]
     if command := _command(request):
         return [[start, TextDelta("I run it.")], [_shell_call(request, command)], _called(8)]
     if request.echo or request.max_tokens == 0:
         return _echoed(request, prompt, start)
     match word:
         case "tokens":
-            return [[start, TextDelta(said)], [Finished(FinishReason.STOP, 1)]]
+            return [[start, TextDelta(asked)], [Finished(FinishReason.STOP, 1)]]
         case "think":
             return [
                 [start, ReasoningDelta("I ")],
                 [ReasoningDelta("wonder.\n")],
-                *_said("So: ", '"yes" ☃'),
+                *_deltas("So: ", '"yes" ☃'),
                 [Finished(FinishReason.STOP, 9, 4)],
             ]
         case "call" | "patch":
@@ -94,9 +94,9 @@ def play(request: InferenceRequest) -> list[Step]:
         case "json":
             assert request.output_format.kind is FormatKind.JSON_SCHEMA
             assert "city" in json.loads(request.output_format.source)["properties"]
-            return [[start], *_said('{"city":', '"Paris"}'), [Finished(FinishReason.STOP, 4)]]
+            return [[start], *_deltas('{"city":', '"Paris"}'), [Finished(FinishReason.STOP, 4)]]
         case "long":
-            return [[start], *_said(*(f"word{i} " for i in range(2000))), [Finished(FinishReason.STOP, 2000)]]
+            return [[start], *_deltas(*(f"word{i} " for i in range(2000))), [Finished(FinishReason.STOP, 2000)]]
         case "choices":
             choices = range(request.num_choices)
             return [
@@ -123,7 +123,7 @@ def play(request: InferenceRequest) -> list[Step]:
             turns = [f"{m.role}:{_text(m)}" for m in request.messages]
             return [[start, TextDelta("|".join(turns))], [Finished(FinishReason.STOP, len(turns))]]
         case _:
-            return [[start], *_said("Hel", "lo"), [Finished(FinishReason.STOP, 2)]]
+            return [[start], *_deltas("Hel", "lo"), [Finished(FinishReason.STOP, 2)]]
 
 
 def _echoed(request: InferenceRequest, prompt: str, start: Started) -> list[Step]:
@@ -139,7 +139,7 @@ def _echoed(request: InferenceRequest, prompt: str, start: Started) -> list[Step
     return [events]
 
 
-def _said(*pieces: str) -> list[Step]:
+def _deltas(*pieces: str) -> list[Step]:
     return [[TextDelta(piece)] for piece in pieces]
 
 

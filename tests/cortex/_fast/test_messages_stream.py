@@ -284,18 +284,18 @@ def test_calls_whose_pieces_come_in_turns_are_told_one_after_another() -> None:
         content = orjson.loads(sse_events.message())["content"]
         assert [block["input"] for block in content[:3]] == [{"a": 1}, {"b": 2}, {}]
         events = [orjson.loads(sse_event.data) for sse_event in SseDecoder().feed(told)]
-        said: list[str] = []
+        contents: list[str] = []
         opened = -1
         for event in events:
             if event["type"] == "content_block_start":
                 opened += 1
-                said.append("")
+                contents.append("")
                 empty = {"input": {}} if content[opened]["type"] == "tool_use" else {"text": ""}
                 assert (event["index"], event["content_block"]) == (opened, content[opened] | empty)
             elif event["type"] == "content_block_delta":
                 assert event["index"] == opened
-                said[-1] += event["delta"].get("partial_json") or event["delta"].get("text") or ""
-        assert said == ['{"a":1}', '{"b":2}', "{}", *(["after"] if end else [])]
+                contents[-1] += event["delta"].get("partial_json") or event["delta"].get("text") or ""
+        assert contents == ['{"a":1}', '{"b":2}', "{}", *(["after"] if end else [])]
 
 
 def test_a_gateway_reads_it_in_passing() -> None:

@@ -215,8 +215,8 @@ def test_a_custom_call_has_an_input() -> None:
 def test_a_custom_call_that_is_not_in_form_loses_nothing(arguments: str) -> None:
     projector = stream(custom_tools=frozenset({"patch"}))
     projector.sse_events([ToolCallDelta(0, "a", "patch", arguments), Finished(FinishReason.LENGTH, 5)])
-    said = orjson.loads(projector.response())["output"][0]["input"]
-    assert said == arguments.replace("\ud800", said[:1])
+    content = orjson.loads(projector.response())["output"][0]["input"]
+    assert content == arguments.replace("\ud800", content[:1])
 
 
 def test_a_tool_of_a_namespace_comes_back_as_the_client_knows_it() -> None:
@@ -442,8 +442,8 @@ def test_a_stream_tells_one_story(
     assert not any(event["type"] in LAST for event in told[:-1])
     for kinds, event in ((["output_text"], TextDelta), (["reasoning_text", "summary_text"], ReasoningDelta)):
         parts = [part for item in items for part in [*item.get("content", ()), *item.get("summary", ())]]
-        said = "".join(part["text"] for part in parts if part["type"] in kinds)
-        assert said == "".join(e.text for e in events if isinstance(e, event))
+        content = "".join(part["text"] for part in parts if part["type"] in kinds)
+        assert content == "".join(e.text for e in events if isinstance(e, event))
     if isinstance(end, Finished):
         assert orjson.loads(projector.response()) == response
     tap = StreamTap()

@@ -52,8 +52,8 @@ def refused(body: bytes | dict[str, Any]) -> ApiError:
     return caught.value
 
 
-def text(said: str, **more: Any) -> dict[str, Any]:
-    return {"type": "text", "text": said, **more}
+def text(content: str, **more: Any) -> dict[str, Any]:
+    return {"type": "text", "text": content, **more}
 
 
 def test_a_plain_request() -> None:

@@ -28,15 +28,15 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
     num_calls = 0
     for _ in range(draw(st.integers(1, 4))):
-        said = draw(st.lists(TEXT | st.just(ImagePart(IMAGE)), min_size=1, max_size=3))
-        turns.append({"role": "user", "said": said})
+        content = draw(st.lists(TEXT | st.just(ImagePart(IMAGE)), min_size=1, max_size=3))
+        turns.append({"role": "user", "content": content})
         for _ in range(draw(st.integers(0, 2))):
             calls = []
             for _ in range(draw(st.integers(0, 2))):
                 num_calls += 1
                 calls.append((f"call_{num_calls}", draw(NAME), draw(ARGUMENTS), draw(TEXT)))
-            said_too = draw(st.none() | TEXT) if calls else draw(TEXT)
-            turns.append({"role": "assistant", "thought": draw(st.none() | TEXT), "said": said_too, "calls": calls})
+            text = draw(st.none() | TEXT) if calls else draw(TEXT)
+            turns.append({"role": "assistant", "thought": draw(st.none() | TEXT), "content": text, "calls": calls})
             if not calls:
                 break
     return turns
@@ -50,11 +50,11 @@ def as_chat(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {"type": "image_url", "image_url": {"url": part.url}}
                 if isinstance(part, ImagePart)
                 else {"type": "text", "text": part}
-                for part in turn["said"]
+                for part in turn["content"]
             ]
             messages.append({"role": "user", "content": parts})
             continue
-        message = {"role": "assistant", "content": turn["said"], "reasoning_content": turn["thought"]}
+        message = {"role": "assistant", "content": turn["content"], "reasoning_content": turn["thought"]}
         if turn["calls"]:
             message["tool_calls"] = [
                 {"id": id, "type": "function", "function": {"name": name, "arguments": compact(arguments)}}
@@ -73,17 +73,17 @@ def as_responses(turns: list[dict[str, Any]], sealed: bool) -> list[dict[str, An
                 {"type": "input_image", "image_url": part.url}
                 if isinstance(part, ImagePart)
                 else {"type": "input_text", "text": part}
-                for part in turn["said"]
+                for part in turn["content"]
             ]
             items.append({"role": "user", "content": parts})
             continue
         if turn["thought"] is not None:
-            said = {"encrypted_content": seal(turn["thought"])} if sealed else {
+            content = {"encrypted_content": seal(turn["thought"])} if sealed else {
                 "content": [{"type": "reasoning_text", "text": turn["thought"]}]
             }  # fmt: skip
-            items.append({"type": "reasoning", "summary": [], **said})
-        if turn["said"] is not None:
-            items.append({"role": "assistant", "content": [{"type": "output_text", "text": turn["said"]}]})
+            items.append({"type": "reasoning", "summary": [], **content})
+        if turn["content"] is not None:
+            items.append({"role": "assistant", "content": [{"type": "output_text", "text": turn["content"]}]})
         for id, name, arguments, _ in turn["calls"]:
             call = {"type": "function_call", "call_id": id, "name": name, "arguments": compact(arguments)}
             items.append(call)
@@ -98,7 +98,7 @@ def as_messages(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
             source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
             blocks: list[Any] = [
                 {"type": "image", "source": source} if isinstance(part, ImagePart) else {"type": "text", "text": part}
-                for part in turn["said"]
+                for part in turn["content"]
             ]
             if (
                 messages and messages[-1]["content"][-1]["type"] == "tool_result"
@@ -110,8 +110,8 @@ def as_messages(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         blocks = []
         if turn["thought"] is not None:
             blocks.append({"type": "thinking", "thinking": turn["thought"], "signature": "x"})
-        if turn["said"] is not None:
-            blocks.append({"type": "text", "text": turn["said"]})
+        if turn["content"] is not None:
+            blocks.append({"type": "text", "text": turn["content"]})
         for id, name, arguments, _ in turn["calls"]:
             blocks.append({"type": "tool_use", "id": id, "name": name, "input": arguments})
         messages.append({"role": "assistant", "content": blocks})

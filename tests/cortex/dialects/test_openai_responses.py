@@ -187,12 +187,12 @@ def test_calls_of_custom_and_namespaced_tools_come_back_under_the_models_names()
 def test_reasoning_goes_to_the_turn_it_precedes(reasoning: dict[str, Any]) -> None:
     item = {"type": "reasoning", **reasoning}
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
-    said = {"role": "assistant", "content": "so"}
+    answer = {"role": "assistant", "content": "so"}
     user = {"role": "user", "content": "go"}
     called = (ToolCall("c", "f", "{}"),)
-    assert messages(input=[user, item, said, call])[1] == Message(Role.ASSISTANT, "so", called, reasoning="why")
+    assert messages(input=[user, item, answer, call])[1] == Message(Role.ASSISTANT, "so", called, reasoning="why")
     assert messages(input=[user, item, call])[1] == Message(Role.ASSISTANT, "", called, reasoning="why")
-    turns = messages(input=[user, item, call, item, said])[1:]
+    turns = messages(input=[user, item, call, item, answer])[1:]
     assert turns == (
         Message(Role.ASSISTANT, "", called, reasoning="why"),
         Message(Role.ASSISTANT, "so", reasoning="why"),

@@ -21,13 +21,13 @@ OWN_WORDS = re.compile(
 
 
 def with_input(message: Any, **fields: Any) -> bytes:
-    """Return a body of every dialect at once, which has ``message`` wherever one of them looks for what was said."""
-    said = message if isinstance(message, list) else [message]
-    return json.dumps({"model": "m", "messages": said, "input": said, "prompt": said, **fields}).encode()
+    """Return a body of every dialect at once, which has ``message`` wherever one of them looks for its input."""
+    given = message if isinstance(message, list) else [message]
+    return json.dumps({"model": "m", "messages": given, "input": given, "prompt": given, **fields}).encode()
 
 
 HELLO = {"role": "user", "content": "a"}
-SAID = {"messages": [HELLO], "input": "a", "prompt": "a"}
+INPUT = {"messages": [HELLO], "input": "a", "prompt": "a"}
 BODIES = [
     *(b"", b"{", b"[]", b"3", b"null", b'"x"', b"{]", b'{"a" 1}', b'{"a":}', b'{"a":01}', b'{"a":"\xff"}'),
     *(b'{"a":"\\ud800"}', b'{"a":' * 3000, b"[" * 3000, b"\xff\xfe", b'{"model":3}', b'{"model":null}', b"{}"),
@@ -39,11 +39,11 @@ BODIES = [
     with_input({"role": "user", "content": 3}),
     with_input([None]),
     with_input([]),
-    json.dumps({"model": "m", **SAID} | {"temperature": "hot", "dimensions": "x"}).encode(),
-    json.dumps({"model": "m", **SAID} | {"n": [], "top_p": {}, "tools": 3, "encoding_format": "xml"}).encode(),
-    json.dumps({"model": "m", **SAID} | {"tools": [{"type": 3}], "seed": "x", "dimensions": 1.5}).encode(),
-    json.dumps({"model": "m", **SAID} | {"top_p": 7, "dimensions": -1}).encode(),
-    json.dumps({"model": "m", **SAID} | {"stop": [3], "stop_sequences": [3], "encoding_format": 3}).encode(),
+    json.dumps({"model": "m", **INPUT} | {"temperature": "hot", "dimensions": "x"}).encode(),
+    json.dumps({"model": "m", **INPUT} | {"n": [], "top_p": {}, "tools": 3, "encoding_format": "xml"}).encode(),
+    json.dumps({"model": "m", **INPUT} | {"tools": [{"type": 3}], "seed": "x", "dimensions": 1.5}).encode(),
+    json.dumps({"model": "m", **INPUT} | {"top_p": 7, "dimensions": -1}).encode(),
+    json.dumps({"model": "m", **INPUT} | {"stop": [3], "stop_sequences": [3], "encoding_format": 3}).encode(),
 ]
 DECODERS = [openai_chat, openai_completions, openai_embeddings, openai_responses, anthropic_messages]
 

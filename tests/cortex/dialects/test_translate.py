@@ -114,8 +114,8 @@ def chunk(*choices: Any, **fields: Any) -> bytes:
     return b"data: " + orjson.dumps({"id": "c", "choices": list(choices), **fields}) + b"\n\n"
 
 
-def delta(finish: str | None = None, **said: Any) -> dict[str, Any]:
-    return {"index": 0, "delta": said, "finish_reason": finish}
+def delta(finish: str | None = None, **fields: Any) -> dict[str, Any]:
+    return {"index": 0, "delta": fields, "finish_reason": finish}
 
 
 DONE = b"data: [DONE]\n\n"

@@ -295,16 +295,16 @@ async def test_a_name_within_a_schema_is_no_field_of_the_request() -> None:
 async def test_an_answer_that_could_not_be_listed_again_is_not_kept(levels: int, stream: bool) -> None:
     neuron = FakeNeuron("a", dialects=("openai-responses",)).ready("m")
     deep = b"[" * levels + b"]" * levels
-    said = (
+    members = (
         b'"id":"resp_1","object":"response","status":"completed","output":[{"type":"message","content":' + deep + b"}]"
     )
 
     async def script(asked: Asked, line: Line) -> None:
         if not stream:
-            await line.reply(200, b"{" + said + b"}")
+            await line.reply(200, b"{" + members + b"}")
             return
         await line.start_stream()
-        data = b'{"type":"response.completed","response":{' + said + b"}}"
+        data = b'{"type":"response.completed","response":{' + members + b"}}"
         await line.chunk(b"event: response.completed\ndata: " + data + b"\n\n")
         await line.end()
 

@@ -569,7 +569,7 @@ def test_a_word_of_the_device_stops_a_run_of_steps(
 
 def test_a_captured_graph_is_made_ready_and_owned(start: Callable[..., Running]) -> None:
     """Too little memory for a graph leaves the device as it was; any other failure does not."""
-    said: list[str] = []
+    errors: list[str] = []
 
     def make(loop: DeviceLoop) -> Handler:
         def handle(message: bytes) -> None:
@@ -581,7 +581,7 @@ def test_a_captured_graph_is_made_ready_and_owned(start: Callable[..., Running])
             try:
                 loop.instantiate(0x51)
             except DriverError as error:
-                said.append(str(error))
+                errors.append(str(error))
                 assert not isinstance(error, DeviceFault)
             assert loop.driver.num_graph_execs == 1
             loop.driver.destroy_graph_exec(graph)
@@ -594,7 +594,7 @@ def test_a_captured_graph_is_made_ready_and_owned(start: Callable[..., Running])
     running = start(make)
     running.daemon.send(b"go")
     assert running.daemon.recv(30) == b"2"
-    assert said == ["cuGraphInstantiateWithFlags returned 2 (CUDA_ERROR_OUT_OF_MEMORY)"]
+    assert errors == ["cuGraphInstantiateWithFlags returned 2 (CUDA_ERROR_OUT_OF_MEMORY)"]
     assert running.seen.loop is not None
     fake.fail("cuGraphInstantiateWithFlags", 3, 719)
     running.daemon.send(b"more")

@@ -43,7 +43,7 @@ def driver(harness: Callable[..., Any], talking_llama: pathlib.Path) -> Any:
     return found
 
 
-def say(
+def generate(
     driver: Any, tokenizer: Tokenizer, settings: list[ConstraintSettings], max_tokens: int = 300, **sampler: Any
 ) -> list[tuple[str, bool]]:
     """Return what the model says under each grammar, and whether it came to an end."""
@@ -113,8 +113,8 @@ def check_schemas(driver: Any, tokenizer: Tokenizer, count: int) -> None:
     settings = [ConstraintSettings(grammar(FormatKind.JSON_SCHEMA, json.dumps(schema))) for schema in schemas]
     completed = 0
     for start in range(0, count, 100):
-        said = say(driver, tokenizer, settings[start : start + 100])
-        for schema, (text, ended) in zip(schemas[start : start + 100], said, strict=True):
+        outputs = generate(driver, tokenizer, settings[start : start + 100])
+        for schema, (text, ended) in zip(schemas[start : start + 100], outputs, strict=True):
             if ended:
                 completed += 1
                 jsonschema.Draft202012Validator(schema).validate(json.loads(text))
@@ -142,17 +142,19 @@ def test_regular_expressions_and_grammars(driver: Any, tokenizer: Tokenizer) -> 
         (FormatKind.GRAMMAR, 'root ::= "a" b\nb ::= [0-9] [0-9]', r"a\d\d"),
         (FormatKind.GRAMMAR, 'rest: /x{2}/\nstart: "<" rest ">"', "<xx>"),
     ]
-    said = say(driver, tokenizer, [ConstraintSettings(grammar(kind, source)) for kind, source, _ in asked])
-    for (_, _, pattern), (text, ended) in zip(asked, said, strict=True):
+    outputs = generate(driver, tokenizer, [ConstraintSettings(grammar(kind, source)) for kind, source, _ in asked])
+    for (_, _, pattern), (text, ended) in zip(asked, outputs, strict=True):
         assert ended
         assert re.fullmatch(pattern, text), text
 
 
 def test_an_object_of_any_kind_is_json(driver: Any, tokenizer: Tokenizer) -> None:
-    said = say(driver, tokenizer, [ConstraintSettings(grammar(FormatKind.JSON_OBJECT))] * 6, 500, temperature=1.2)
-    whole = [json.loads(text) for text, ended in said if ended]
+    outputs = generate(
+        driver, tokenizer, [ConstraintSettings(grammar(FormatKind.JSON_OBJECT))] * 6, 500, temperature=1.2
+    )
+    whole = [json.loads(text) for text, ended in outputs if ended]
     assert all(isinstance(value, dict) for value in whole)
-    assert all(text.startswith("{") for text, _ in said)
+    assert all(text.startswith("{") for text, _ in outputs)
 
 
 TOOLS = (
@@ -202,7 +204,7 @@ def test_the_grammar_begins_where_reasoning_ends(driver: Any, tokenizer: Tokeniz
         (before, ((opens, 100.0), (closes, 98.0)), True),
         (before, ((opens, -100.0),), False),
     ):
-        (text, ended), *_ = say(driver, tokenizer, [settings], 2000, temperature=1.0, logit_bias=bias)
+        (text, ended), *_ = generate(driver, tokenizer, [settings], 2000, temperature=1.0, logit_bias=bias)
         assert ended
         head, tag, answer = text.rpartition("</think>")
         assert bool(tag) == reasons, text
@@ -218,7 +220,7 @@ def test_a_bad_grammar_is_this_sequences_error(driver: Any, tokenizer: Tokenizer
     driver.run()
     error = driver.failures()[1]
     assert (error.status, error.code) == (400, "invalid_schema")
-    assert say(driver, tokenizer, [ConstraintSettings(grammar(FormatKind.REGEX, "ok"))])[0] == ("ok", True)
+    assert generate(driver, tokenizer, [ConstraintSettings(grammar(FormatKind.REGEX, "ok"))])[0] == ("ok", True)
 
 
 def test_a_model_without_a_tokenizer_says_so(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
@@ -231,7 +233,7 @@ def test_a_model_without_a_tokenizer_says_so(harness: Callable[..., Any], tiny_l
 
 def test_a_grammar_survives_preemption_and_neighbours(driver: Any, tokenizer: Tokenizer) -> None:
     settings = [ConstraintSettings(grammar(FormatKind.REGEX, r"([a-z]\d){30}"))] * 4
-    alone, _ = say(driver, tokenizer, settings[:1], seed=7)[0]
+    alone, _ = generate(driver, tokenizer, settings[:1], seed=7)[0]
     driver.sent.clear()
     scheduler = driver.engine._models["m"].scheduler
     for number, constraint in enumerate(settings):

@@ -197,7 +197,7 @@ def test_two_ranks_on_one_gpu_are_an_error_of_both() -> None:
         return caught.value.message
 
     with concurrent.futures.ThreadPoolExecutor(2) as ranks:
-        assert all("NCCL error" in said for said in ranks.map(meet, range(2)))
+        assert all("NCCL error" in error for error in ranks.map(meet, range(2)))
 
 
 # ------------------------------------------------------------------ processes

@@ -101,9 +101,9 @@ def fault_of(
 
 
 def test_a_host_without_a_driver_is_told_what_to_do() -> None:
-    said = fault_of("cuda:0")
-    assert "cuda:0 cannot be taken: no NVIDIA driver: libcuda.so.1 cannot be opened" in said
-    assert "--devices cpu" in said
+    message = fault_of("cuda:0")
+    assert "cuda:0 cannot be taken: no NVIDIA driver: libcuda.so.1 cannot be opened" in message
+    assert "--devices cpu" in message
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
@@ -111,8 +111,8 @@ def test_a_device_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
     assert spec is not None
     assert spec.origin is not None
     (tmp_path / "libcuda.so.1").symlink_to(spec.origin)
-    said = fault_of("cuda:5", {"LD_LIBRARY_PATH": str(tmp_path)})
-    assert "cuda:5 cannot be taken: cuDeviceGet returned 100 (CUDA_ERROR_NO_DEVICE)" in said
+    message = fault_of("cuda:5", {"LD_LIBRARY_PATH": str(tmp_path)})
+    assert "cuda:5 cannot be taken: cuDeviceGet returned 100 (CUDA_ERROR_NO_DEVICE)" in message
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
@@ -122,8 +122,8 @@ def test_a_torch_that_cannot_use_the_device_is_told_of() -> None:
         "import sys; from neuron.device import _fake_driver as fake; from neuron.engine import __main__ as worker; "
         "worker.cuda_driver = fake.capsule; sys.exit(worker.main())"
     )
-    said = fault_of("cuda:0", command=("-c", code))
-    assert "cuda:0 cannot be taken by torch: Torch not compiled with CUDA enabled" in said
+    message = fault_of("cuda:0", command=("-c", code))
+    assert "cuda:0 cannot be taken by torch: Torch not compiled with CUDA enabled" in message
 
 
 ON_A_GPU = """

@@ -145,9 +145,9 @@ def test_only_the_template_writes_special_tokens(files: TextFiles) -> None:
 
 def test_what_was_spelt_is_still_there_to_be_read(files: TextFiles) -> None:
     ids = build(files, Message(Role.USER, ATTACK))
-    said = files.tokenizer.decode(ids, skip_special_tokens=False)
+    answer = files.tokenizer.decode(ids, skip_special_tokens=False)
     if not isinstance(files.tokenizer.model, models.Unigram):
-        assert ATTACK in said.replace(" <", "<").replace("\n ", "\n")
+        assert ATTACK in answer.replace(" <", "<").replace("\n ", "\n")
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_tokens_with_white_space_of_their_own_keep_it() -> None:
 
 
 def test_reasoning_is_cut_out_of_what_an_assistant_has_said(files: TextFiles) -> None:
-    said = Message(Role.ASSISTANT, "<think>\nhm\n</think>\n\nyes<|im_end|>")
-    request = InferenceRequest("m", (Message(Role.USER, "a"), said, Message(Role.USER, "b")))
+    answer = Message(Role.ASSISTANT, "<think>\nhm\n</think>\n\nyes<|im_end|>")
+    request = InferenceRequest("m", (Message(Role.USER, "a"), answer, Message(Role.USER, "b")))
     prompts = PromptFormat(files)
     assert "hm" not in files.tokenizer.decode(prompts.build(request).ids, skip_special_tokens=False)
     assert control(files, prompts.build(request).ids) == ["<|im_start|>", "<|im_end|>"] * 3 + ["<|im_start|>"]

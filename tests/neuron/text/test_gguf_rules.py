@@ -132,10 +132,10 @@ def test_a_word_that_is_a_piece_is_looked_up_before_anything_is_merged() -> None
 def test_the_first_token_of_a_completion_is_the_files_or_else_the_rules_matter() -> None:
     begin = len(VOCABULARY)
     for pre, begins in (("llama-bpe", True), ("tekken", True), ("qwen2", False), ("smollm", False), ("gpt-4o", False)):
-        for said, expected in ((None, begins), (True, True), (False, False)):
-            files = gguf(pre, **({} if said is None else {"add_bos_token": said}))
+        for value, expected in ((None, begins), (True, True), (False, False)):
+            files = gguf(pre, **({} if value is None else {"add_bos_token": value}))
             ids = PromptFormat(files).build(InferenceRequest("m", prompt="hello")).ids
-            assert (ids[0] == begin) is expected, (pre, said)
+            assert (ids[0] == begin) is expected, (pre, value)
 
 
 @pytest.mark.parametrize("pre", ["superbpe", "", 7, ["qwen2"]])

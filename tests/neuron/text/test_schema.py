@@ -99,21 +99,21 @@ def sampled(grammar: str, pick: random.Random, max_bytes: int = 1500) -> bytes |
     """Return an answer that the grammar allows, ``None`` if it does not come to an end soon; ends are preferred."""
     matcher = llguidance.LLMatcher(TOKENS, grammar)
     assert not matcher.is_error(), matcher.get_error()
-    said = b""
+    output = b""
     for _ in range(max_bytes):
         mask = matcher.compute_bitmask()
         allowed = [token for token in range(257) if mask[token // 8] >> token % 8 & 1]
         assert allowed, matcher.get_error()
         if 256 in allowed and (len(allowed) == 1 or pick.random() < 0.7):
-            return said
+            return output
         allowed = [token for token in allowed if token < 128] or allowed
         ends = [token for token in allowed if token in ENDING]
         dull = [token for token in allowed if chr(token) not in " \n\\"] or allowed
         token = pick.choice(ends if ends and pick.random() < 0.6 else dull)
         assert matcher.consume_token(token)
-        said += bytes([token])
+        output += bytes([token])
         if matcher.is_stopped():
-            return said
+            return output
     return None
 
 

@@ -8,14 +8,14 @@ const clock = { name: "clock", input_schema: { type: "object", properties: {} } 
 let checks = 0;
 const check = (actual, expected, what) => { assert.deepEqual(actual, expected, what); checks++; };
 
-async function ask(said, fields = {}) {
-  const messages = typeof said === "string" ? [{ role: "user", content: said }] : said;
+async function ask(prompt, fields = {}) {
+  const messages = typeof prompt === "string" ? [{ role: "user", content: prompt }] : prompt;
   const body = { model: "m", max_tokens: 2048, messages, ...fields };
   const whole = await client.messages.create(body);
   const gathered = await client.messages.stream(body).finalMessage();
   const shape = (message) => [message.stop_reason, message.stop_sequence, message.usage.output_tokens, message.usage.input_tokens,
     message.content.map((block) => [block.type, block.text, block.thinking, block.id, block.name, block.input])];
-  check(shape(gathered), shape(whole), JSON.stringify(said).slice(0, 60));
+  check(shape(gathered), shape(whole), JSON.stringify(prompt).slice(0, 60));
   return whole;
 }
 
@@ -39,8 +39,8 @@ const counted = await client.messages.countTokens({ model: "m", messages: [{ rol
 const { usage } = await ask("hi there");
 check(counted.input_tokens, usage.input_tokens + usage.cache_read_input_tokens);
 
-async function fails(said, status, kind) {
-  const body = { model: "m", max_tokens: 9, messages: [{ role: "user", content: said }] };
+async function fails(prompt, status, kind) {
+  const body = { model: "m", max_tokens: 9, messages: [{ role: "user", content: prompt }] };
   await assert.rejects(() => client.messages.create(body), (error) => {
     check([error.status, error.error.error.type], [status, kind]);
     return true;

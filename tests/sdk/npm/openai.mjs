@@ -10,8 +10,8 @@ const flat = (tool) => ({ type: "function", strict: false, ...tool.function });
 let checks = 0;
 const check = (actual, expected, what) => { assert.deepEqual(actual, expected, what); checks++; };
 
-async function chat(said, fields = {}) {
-  const messages = typeof said === "string" ? [{ role: "user", content: said }] : said;
+async function chat(prompt, fields = {}) {
+  const messages = typeof prompt === "string" ? [{ role: "user", content: prompt }] : prompt;
   const whole = await client.chat.completions.create({ model: "m", messages, ...fields });
   const stream = client.chat.completions.stream({ model: "m", messages, stream_options: { include_usage: true }, ...fields });
   const gathered = await stream.finalChatCompletion();
@@ -20,7 +20,7 @@ async function chat(said, fields = {}) {
     (choice.message.tool_calls ?? []).map((call) => [call.id, call.function.name, call.function.arguments]),
     (choice.logprobs?.content ?? []).map((token) => [token.token, token.logprob]),
   ]);
-  check(shape(gathered), shape(whole), `chat ${JSON.stringify(said).slice(0, 60)}`);
+  check(shape(gathered), shape(whole), `chat ${JSON.stringify(prompt).slice(0, 60)}`);
   check(gathered.usage.total_tokens, whole.usage.total_tokens);
   return whole;
 }
@@ -36,11 +36,11 @@ async function respond(input, fields = {}) {
   }
   const shape = (response) => [response.status, response.output_text ?? "", response.usage.total_tokens, response.output.map((item) =>
     [item.type, item.call_id, item.name, item.arguments, item.input, item.content?.map((part) => part.text), item.summary])];
-  const said = shape(whole);
-  said[1] = said[1] || whole.output.flatMap((item) => item.type === "message" ? item.content.map((part) => part.text) : []).join("");
+  const prompt = shape(whole);
+  prompt[1] = prompt[1] || whole.output.flatMap((item) => item.type === "message" ? item.content.map((part) => part.text) : []).join("");
   const streamed = shape(gathered);
-  streamed[1] = streamed[1] || said[1];
-  check(streamed, said, `responses ${JSON.stringify(input).slice(0, 60)}`);
+  streamed[1] = streamed[1] || prompt[1];
+  check(streamed, prompt, `responses ${JSON.stringify(input).slice(0, 60)}`);
   return whole;
 }
 
