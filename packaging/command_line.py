@@ -1,7 +1,7 @@
 """Write the manual pages and the completions of `cortex` and `neuron` from their argument parsers.
 
 `python packaging/command_line.py` writes them into packaging/man and packaging/completions; a test makes them again
-and compares. What a parser cannot say (files, environment, exit status) is here, once for each command.
+and compares. Sections that a parser does not have (files, environment, exit status) are here.
 """
 
 import argparse
@@ -30,19 +30,19 @@ PROGRAMS = {
     "cortex": Program(
         cortex.cli.command_line(),
         "gateway in front of hosts that run open-weight models",
-        "runs the gateway, and looks at and changes one that is running. Clients speak the dialects of OpenAI and "
-        "Anthropic to it; it passes their requests to the neurons of its configuration, and has models loaded there.",
+        "runs the gateway, and shows and changes one that is running. It serves the APIs of OpenAI and Anthropic, "
+        "forwards requests to the neurons of its configuration, and has them load models.",
         {
-            "FILES": ".TP\n.I /etc/cortex/cortex.toml\nThe configuration, where neither\n.B \\-\\-config\nnor\n"
-            ".I ./cortex.toml\nis another.\n.TP\n.I /etc/cortex/models.toml\nThe catalogue of models.\n.TP\n"
-            ".I /etc/cortex/keys.toml\nThe keys of clients, if there are any.\n.TP\n.I /var/lib/cortex/responses.db\n"
+            "FILES": ".TP\n.I /etc/cortex/cortex.toml\nThe configuration, unless\n.B \\-\\-config\nor\n"
+            ".I ./cortex.toml\nis given.\n.TP\n.I /etc/cortex/models.toml\nThe catalogue of models.\n.TP\n"
+            ".I /etc/cortex/keys.toml\nThe keys of clients, if any.\n.TP\n.I /var/lib/cortex/responses.db\n"
             "Responses that clients may continue.",
-            "ENVIRONMENT": ".TP\n.B CORTEX_CONFIG\nNames the configuration.\n.TP\n.B CORTEX_KEY\n"
-            "An administrator's key, for the commands that ask a running gateway.\n.TP\n.B CORTEX_TABLE__KEY\n"
+            "ENVIRONMENT": ".TP\n.B CORTEX_CONFIG\nPath of the configuration.\n.TP\n.B CORTEX_KEY\n"
+            "An administrator's key, for commands to a running gateway.\n.TP\n.B CORTEX_TABLE__KEY\n"
             "Sets a key of the configuration, as in\n.BR CORTEX_GATEWAY__LISTEN=0.0.0.0:31313 .",
-            "SIGNALS": ".TP\n.B SIGTERM\nEnd: accept nothing more, and let running answers finish.\n.TP\n.B SIGHUP\n"
+            "SIGNALS": ".TP\n.B SIGTERM\nStop accepting, let running answers finish, and exit.\n.TP\n.B SIGHUP\n"
             "Read the configuration again.",
-            "EXIT STATUS": ".TP\n.B 0\nAll went well.\n.TP\n.B 1\nThe gateway cannot be reached, or says no.\n.TP\n"
+            "EXIT STATUS": ".TP\n.B 0\nSuccess.\n.TP\n.B 1\nThe gateway cannot be reached, or refuses.\n.TP\n"
             ".B 2\nThe configuration or the command line is wrong.",
         },
         ".BR neuron (1)",
@@ -51,15 +51,16 @@ PROGRAMS = {
         neuron.cli.parser(),
         "inference daemon of one host",
         "loads open-weight models onto the devices of its host and serves inference over HTTP, in the dialects of "
-        "OpenAI and Anthropic. A gateway tells it which models to load; it can be used without one.",
+        "OpenAI and Anthropic. Gateways request the loading of models; it also works without a gateway.",
         {
             "FILES": ".TP\n.I /etc/neuron/neuron.toml\nThe configuration; the daemon also runs without one.\n.TP\n"
             ".I /var/cache/neuron\nDownloaded weights and compiled kernels of the service.",
-            "ENVIRONMENT": ".TP\n.B NEURON_CONFIG\nNames the configuration.\n.TP\n.B NEURON_CACHE\n"
-            "The folder for downloaded weights.\n.TP\n.B NEURON_TABLE__KEY\nSets a key of the configuration, as in\n"
+            "ENVIRONMENT": ".TP\n.B NEURON_CONFIG\nPath of the configuration.\n.TP\n.B NEURON_CACHE\n"
+            "Folder for downloaded weights.\n.TP\n.B NEURON_TABLE__KEY\nSets a key of the configuration, as in\n"
             ".BR NEURON_DAEMON__LISTEN=0.0.0.0:13131 .",
-            "SIGNALS": ".TP\n.B SIGTERM\nEnd: refuse what is new, and give running answers their time.",
-            "EXIT STATUS": ".TP\n.B 0\nIt was told to end.\n.TP\n.B 2\nThe configuration or the command line is wrong.",
+            "SIGNALS": ".TP\n.B SIGTERM\nRefuse new requests, let running answers finish, and exit.",
+            "EXIT STATUS": ".TP\n.B 0\nStopped by a signal.\n.TP\n"
+            ".B 2\nThe configuration or the command line is wrong.",
         },
         ".BR cortex (1)",
     ),

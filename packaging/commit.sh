@@ -1,5 +1,5 @@
 #!/bin/sh
-# Print the commit that this tree is of: what the source archive says, else git, else nothing.
+# Print the commit that this tree is of: from the source archive, else from git, else nothing.
 # As `commit.sh --archive` (meson dist) write it into the archive that is being made.
 set -eu
 tree="${MESON_SOURCE_ROOT:-$(cd "$(dirname "$0")/.." && pwd)}"

@@ -41,7 +41,7 @@ HUGE = 1e9
 
 
 class Row(NamedTuple):
-    """One key: its type and default, whether a reload applies it, and the values that it may have."""
+    """Row of a key: type, default, whether a reload applies it, and allowed values."""
 
     type: str
     default: str

@@ -6,7 +6,7 @@
 # $PYTHON: the interpreter that will run it (python3).
 set -eu
 python="${PYTHON:-python3}"
-# What the builder's pip is told elsewhere has no say.
+# Ignores the builder's own pip configuration.
 export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_FIND_LINKS="wheels built" PIP_ONLY_BINARY=:all: PIP_DISABLE_PIP_VERSION_CHECK=1
 
 case "$1" in
@@ -22,7 +22,7 @@ install)
     "$python" -m pip install --quiet --no-compile --target "$tree" "helexa-cortex[$(cat wheels/extras)]"
     rm -r "$tree/bin"
     if [ "$command" = cortex ]; then rm -r "$tree/neuron"; fi
-    # Wheels of others call many a module a program. Ours have symbols, which nobody will look for.
+    # Third-party wheels mark many modules executable. Ours have symbols that are not needed.
     find "$tree" -type f -perm /111 ! -name '*.so*' ! -path '*/bin/*' -exec chmod a-x {} +
     compile="$python -m compileall -q --invalidation-mode unchecked-hash -s $root"
     for ours in cortex neuron; do
@@ -30,7 +30,7 @@ install)
         find "$tree/$ours" -name '*.so' -exec strip --strip-unneeded {} +
         $compile "$tree/$ours"
     done
-    # All of it, now: whoever runs it cannot write here. Some files of others are for later Pythons.
+    # All modules, now: the service cannot write here. Some third-party files are for later Pythons.
     $compile "$tree" || true
     mkdir -p "$root/usr/bin"
     cat > "$root/usr/bin/$command" <<LAUNCHER

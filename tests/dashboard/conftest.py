@@ -1,4 +1,4 @@
-"""One fleet and one browser for all that is done with the page."""
+"""Fixtures: one fleet and one browser for all tests of the page."""
 
 import pathlib
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def gateway(folder: pathlib.Path, nodes: dict[str, str], models: str) -> Iterato
 
 @pytest.fixture
 def opened(page: browser.Page, gateway: dashboard_rig.Gateway) -> Iterator[browser.Page]:
-    """The page, open and live; whatever is done with it, it must have nothing to complain of."""
+    """The page, open and live; a test fails if the page logs an error or a warning."""
     page.complaints.clear()
     page.asked.clear()
     page.go(gateway.link)

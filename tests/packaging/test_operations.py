@@ -1,4 +1,4 @@
-"""What operators are given: manuals, completions, units, alert rules and the page of errors, held against the code."""
+"""Manuals, completions, units, alert rules and the table of errors agree with the code."""
 
 import asyncio
 import importlib

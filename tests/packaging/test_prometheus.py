@@ -46,7 +46,7 @@ def _dashboard_queries() -> dict[str, str]:
 
 
 def _alerts(prometheus: "Prometheus") -> dict[str, str]:
-    """What each alert looks at, without the threshold: it must be there while nothing is wrong, too."""
+    """Return the expression of each alert without its threshold, which must have a value at any time."""
     found: dict[str, str] = {}
     for group in prometheus.ask("rules")["groups"]:
         for rule in group["rules"]:
@@ -110,7 +110,7 @@ def _prometheus(program: str, folder: pathlib.Path, targets: dict[str, list[str]
 
 
 class Clients:
-    """What happens to a fleet: answers, cold loads, refusals and failures."""
+    """Clients that cause answers, cold loads, refusals and failures."""
 
     def __init__(self, gateway: dashboard_rig.Gateway, http: httpx.Client) -> None:
         self._url = gateway.url

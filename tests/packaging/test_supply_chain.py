@@ -1,4 +1,4 @@
-"""What is installed and run to build this project is named exactly: packages by hash, actions by commit."""
+"""All that is installed and run to build this project is named exactly: packages by hash, actions by commit."""
 
 import pathlib
 import re

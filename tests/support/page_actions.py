@@ -1,4 +1,4 @@
-"""What tests do with the dashboard's page, as its user would."""
+"""Actions of a user on the dashboard's page."""
 
 import json
 
@@ -18,7 +18,7 @@ def card(node: str) -> str:
 
 
 def act(page: Page, scope: str, label: str) -> None:
-    """Press the button that is called so."""
+    """Press the button with a label."""
     page.until(f"!!document.querySelector({json.dumps(scope)})", what=scope)
     page.run(
         f"[...document.querySelectorAll({json.dumps(scope + ' button')})]"
@@ -33,7 +33,7 @@ def open_row(page: Page, model: str) -> None:
 
 
 def confirm(page: Page) -> None:
-    """Say yes with the keyboard: the dialog has the focus."""
+    """Confirm the dialog with the keyboard."""
     page.until("document.getElementById('ask').open")
     page.press("Tab")
     page.until("document.activeElement.id === 'ask-yes'")
@@ -51,7 +51,7 @@ def load(page: Page, model: str, timeout_s: float = 60) -> None:
 
 
 def say(page: Page, model: str, words: str, dialect: int = 0) -> str:
-    """Say something and return what was answered."""
+    """Send a chat message and return the answer."""
     page.run(f"document.getElementById('chat-dialect').value = {dialect}")
     page.run(f"document.getElementById('chat-model').value = {json.dumps(model)}")
     page.click("#chat-text")
