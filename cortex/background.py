@@ -333,7 +333,7 @@ class Background:
     async def _follow_elsewhere(
         self, owned: Conversations, id: str, stored: StoredResponse, after: int
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the SSE events of a response that another gateway makes, once it has ended, or of one that had ended."""
+        """Yield the SSE events of another gateway's response, once it has ended."""
         while stored.until:
             if self._clock() >= stored.until:
                 run = Run(id, self._told(stored), owned)

@@ -11,7 +11,7 @@ import time
 from asyncio import CancelledError, current_task
 
 from cortex._fast.http_client cimport Connection, Listener, Response
-from cortex._fast.in_flight cimport InFlight, Seat
+from cortex._fast.in_flight cimport InFlightRequests, InFlightRequest
 from cortex._fast.record cimport Record
 from cortex._fast.watches cimport Watch, Watches
 
@@ -69,8 +69,8 @@ cdef class Lane:
     """Those who ask at one path with one key, for as long as the gateway has these settings and these keys.
 
     ``find`` returns the :class:`Target` of a model by its name, or ``None``; ``key`` is the key's name; ``known`` has
-    what may be in a body. ``read_answer`` returns an answer's usage and finish, or ``None`` for what is no answer in the
-    ``dialect``. ``hosts`` are the values of ``Host`` that may be asked at, ``None`` where any may.
+    what may be in a body. ``read_answer`` returns an answer's usage and finish, or ``None`` for what is no answer in
+    the ``dialect``. ``hosts`` are the values of ``Host`` that may be asked at, ``None`` where any may.
     """
 
     cdef object settings
@@ -113,7 +113,7 @@ cdef class Way:
     cdef object book
     cdef object ending
     cdef Watches watches
-    cdef InFlight in_flight
+    cdef InFlightRequests in_flight
     cdef object loop
     cdef object new_request_id
     cdef bint flushes
@@ -205,7 +205,7 @@ cdef class Trip(Listener):
     cdef readonly Record record
     cdef readonly bytes body
     cdef readonly object error
-    cdef Seat seat
+    cdef InFlightRequest in_flight_request
     cdef Response response
     cdef Way way
     cdef Lane lane
@@ -301,7 +301,7 @@ cdef class Trip(Listener):
         record.model = target.model
         record.node = target.node
         self.target = target
-        self.seat = way.in_flight.take(target.node, target.model)
+        self.in_flight_request = way.in_flight.add(target.node, target.model)
         self.response = connection.send(
             target.head,
             record.request_id.encode() + b"\r\n",
@@ -359,8 +359,8 @@ cdef class Trip(Listener):
         finally:
             if way.breakers:
                 way.breakers.succeed(self.target.node, self.target.model)
-            self.seat.release()
-            self.response = self.seat = None
+            self.in_flight_request.release()
+            self.response = self.in_flight_request = None
             way.book.note(record)
         return True
 
@@ -373,12 +373,13 @@ cdef class Trip(Listener):
             self.over.set_result(None)
 
     def take(self):
-        """Return the node that was asked, its seat and its response, for somebody else to go on; ``None`` if none was.
+        """Return the node that was asked, its in-flight request and its response, for somebody else to go on; ``None``
+        if none was.
         """
         if self.response is None:
             return None
-        taken = self.target.node, self.seat, self.response
-        self.response = self.seat = None
+        taken = self.target.node, self.in_flight_request, self.response
+        self.response = self.in_flight_request = None
         return taken
 
     def give_up(self):
@@ -388,8 +389,8 @@ cdef class Trip(Listener):
             self.response.close()
             if self.way.breakers:
                 self.way.breakers.let_go(self.target.node, self.target.model)
-            self.seat.release()
-            self.response = self.seat = None
+            self.in_flight_request.release()
+            self.response = self.in_flight_request = None
 
     cdef int end_as_left(self) except -1:
         """Write down that the client left."""

@@ -2,17 +2,17 @@ cimport cython
 
 
 @cython.final
-cdef class InFlight:
+cdef class InFlightRequests:
     cdef public object on_release
     cdef readonly dict by_node
     cdef readonly dict by_model
 
-    cpdef Seat take(self, str node, str model)
+    cpdef InFlightRequest add(self, str node, str model)
 
 
 @cython.final
-cdef class Seat:
-    cdef InFlight counts
+cdef class InFlightRequest:
+    cdef InFlightRequests counts
     cdef readonly str node
     cdef readonly str model
 

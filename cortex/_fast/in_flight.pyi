@@ -2,16 +2,16 @@ from collections.abc import Callable
 from typing import final
 
 @final
-class InFlight:
+class InFlightRequests:
     on_release: Callable[[], None]
     @property
     def by_node(self) -> dict[str, int]: ...
     @property
     def by_model(self) -> dict[str, int]: ...
-    def take(self, node: str, model: str) -> Seat: ...
+    def add(self, node: str, model: str) -> InFlightRequest: ...
 
 @final
-class Seat:
+class InFlightRequest:
     @property
     def node(self) -> str: ...
     @property

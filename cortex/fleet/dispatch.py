@@ -147,7 +147,7 @@ class Dispatcher:
         for _ in range(MAX_ATTEMPTS):
             response: Response | None = None
             if begun is not None:
-                (node, seat, response), begun = begun, None
+                (node, in_flight_request, response), begun = begun, None
                 is_chat, sent_at = False, request.arrived_at
             else:
                 if prefix is None and self._slack >= 0 and len(self._fleet.state.serving.get(model, ())) > 1:
@@ -157,7 +157,7 @@ class Dispatcher:
                 )
                 request.on_node(node)
                 # Counted before it is sent: many requests at once must not pile onto one replica.
-                seat = self._fleet.in_flight.take(node, model)
+                in_flight_request = self._fleet.in_flight.add(node, model)
                 self.breakers.ask(node, model)
                 is_chat, sent_at = self._is_asked_as_chat(node, request), time.monotonic()
             try:
@@ -170,7 +170,7 @@ class Dispatcher:
                     return NodeResponse(
                         node,
                         response,
-                        seat,
+                        in_flight_request,
                         self.breakers,
                         self.deaths,
                         request.body,
@@ -180,7 +180,7 @@ class Dispatcher:
                     )
                 refusal = await self._read_refusal(node, response, is_chat)
             except (ConnectError, ConnectionLostError) as error:
-                seat.release()
+                in_flight_request.release()
                 last = error
                 self.breakers.fail(node, model, time.monotonic())
                 self._poller.poll_soon(node)
@@ -190,14 +190,14 @@ class Dispatcher:
                 gone |= {node}
                 continue
             except PoolFullError as error:
-                seat.release()
+                in_flight_request.release()
                 last = error
                 self.breakers.let_go(node, model)
                 self._on_retry(node, error.code)
                 excluded |= {node}
                 continue
             except UpstreamError as error:
-                seat.release()
+                in_flight_request.release()
                 if isinstance(error, TooLongAnswerError):
                     self.breakers.let_go(node, model)
                 else:
@@ -206,10 +206,10 @@ class Dispatcher:
                     self.deaths.note(request.body, sent_at, time.monotonic())
                 raise
             except BaseException:
-                seat.release()
+                in_flight_request.release()
                 self.breakers.let_go(node, model)
                 raise
-            seat.release()
+            in_flight_request.release()
             is_missing = refusal.status == ModelNotFoundError.status and refusal.code == ModelNotFoundError.code
             if refusal.code in OWN_FAULTS or isinstance(refusal, NodeDeniedError):
                 self.breakers.fail(node, model, time.monotonic())

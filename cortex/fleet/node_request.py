@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cortex._fast.http_client import Response
-from cortex._fast.in_flight import Seat
+from cortex._fast.in_flight import InFlightRequest
 from cortex.errors import CutAnswerError, TooLongAnswerError
 from cortex.fleet.breaker import Breakers
 from cortex.fleet.deaths import Deaths
@@ -42,7 +42,7 @@ class NodeRequest(msgspec.Struct, frozen=True):
     """Name of the model in the client's request; empty: its id."""
     on_node: Callable[[str], None] = lambda node: None
     """Callback for each node to which the request is sent."""
-    take_begun: Callable[[], tuple[str, Seat, Response] | None] = lambda: None
+    take_begun: Callable[[], tuple[str, InFlightRequest, Response] | None] = lambda: None
     """Function that takes over a request already sent: the node, the request in flight, and its response."""
 
 
@@ -52,7 +52,7 @@ class NodeResponse:
 
     node: str
     response: Response
-    seat: Seat
+    in_flight_request: InFlightRequest
     breakers: Breakers
     deaths: Deaths
     body: bytes
@@ -83,9 +83,9 @@ class NodeResponse:
         """
         self.is_broken = True
         if isinstance(error, TooLongAnswerError):
-            self.breakers.let_go(self.node, self.seat.model)
+            self.breakers.let_go(self.node, self.in_flight_request.model)
         else:
-            self.breakers.fail(self.node, self.seat.model, time.monotonic())
+            self.breakers.fail(self.node, self.in_flight_request.model, time.monotonic())
         if isinstance(error, CutAnswerError):
             self.note_death()
 
@@ -97,7 +97,7 @@ class NodeResponse:
     def close(self) -> None:
         """Release the request in flight, and close the connection unless the body is complete."""
         if not self.is_broken and self.response.is_complete:
-            self.breakers.succeed(self.node, self.seat.model)
+            self.breakers.succeed(self.node, self.in_flight_request.model)
             self.deaths.forget(self.body)
         self.response.close()
-        self.seat.release()
+        self.in_flight_request.release()

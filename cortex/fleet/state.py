@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from cortex._fast.in_flight import InFlight
+from cortex._fast.in_flight import InFlightRequests
 from cortex.wire.node import Device, DeviceKind, Discovery, Health, ModelState, ModelStatus, NodeState
 
 
@@ -143,7 +143,7 @@ class Fleet:
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.state = FleetState.of(nodes)
-        self.in_flight = InFlight()
+        self.in_flight = InFlightRequests()
         self.in_flight.on_release = self.note_move
         self._changed = asyncio.Event()
         self._moved: asyncio.Event | None = None

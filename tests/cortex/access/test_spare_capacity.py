@@ -51,12 +51,12 @@ async def test_waiting_requests_go_by_priority_and_then_by_arrival() -> None:
     async with rig(neuron) as gateway:
         fleet = gateway.gateway.fleet
         queue, order = SpareCapacity(fleet), []
-        held = [fleet.in_flight.take("a", "m") for _ in range(2)]
+        held = [fleet.in_flight.add("a", "m") for _ in range(2)]
 
         async def wait(name: str, priority: int) -> None:
             await queue.wait("m", priority, 5)
             order.append(name)
-            held.append(fleet.in_flight.take("a", "m"))
+            held.append(fleet.in_flight.add("a", "m"))
 
         waiting = [asyncio.ensure_future(wait(*who)) for who in (("c", -9), ("a", -1), ("d", -9), ("b", -1))]
         await asyncio.sleep(0)
