@@ -18,7 +18,7 @@ from cortex._fast.watches import Watches
 from cortex.asgi_io import AsgiHead, AsgiProtocol
 from cortex.endpoints import reply_error
 from cortex.errors import NotStartedError
-from cortex.express import Express
+from cortex.fast_path import FastPathRules
 from cortex.http_io import AsgiExchange, Receive, Scope, Send, find_header
 from cortex.rsgi_io import HTTP_2, RsgiExchange, RsgiSocket
 from cortex.settings import ConfigError
@@ -61,7 +61,7 @@ class Application(Worker):
         """Take requests by RSGI from now on, on this loop."""
         self._watches = Watches(loop)
         self._turns = Turns(loop)
-        self._express = Express(self.gateway, self.ending, self._watches, flushes=False)
+        self._fast_path = FastPathRules(self.gateway, self.ending, self._watches, flushes=False).fast_path
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
         """Serve one request or WebSocket."""
@@ -73,15 +73,13 @@ class Application(Worker):
                 socket.end()
             return
         self._turns.hurry()
-        if (
-            scope.http_version == HTTP_2
-        ):  # what its connection is sent has to be counted, which the express way does not
+        if scope.http_version == HTTP_2:  # what its connection is sent has to be counted, which the fast path does not
             exchange = RsgiExchange(scope, protocol, self._watches, self._turns, None)
             await self.handle(exchange, may_be_last=False)
             return
-        trip = self._express.way.begin(scope, protocol)
-        if trip is None or not await trip.answer():
-            await self.handle(RsgiExchange(scope, protocol, self._watches, self._turns, trip))
+        fast_request = self._fast_path.begin(scope, protocol)
+        if fast_request is None or not await fast_request.answer():
+            await self.handle(RsgiExchange(scope, protocol, self._watches, self._turns, fast_request))
 
     # ------------------------------------------------------------------ ASGI
 
@@ -97,7 +95,7 @@ class Application(Worker):
 
     def open_asgi(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take requests by ASGI from now on, on this loop."""
-        self._express = Express(self.gateway, self.ending, Watches(loop), flushes=True)
+        self._fast_path = FastPathRules(self.gateway, self.ending, Watches(loop), flushes=True).fast_path
         self._is_open = True
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,17 +110,17 @@ class Application(Worker):
         if kind == "websocket":
             await self.gateway.handle_socket(scope, receive, send)
             return
-        trip = self._express.way.begin(
+        fast_request = self._fast_path.begin(
             AsgiHead(scope), AsgiProtocol(receive, send, self.gateway.settings.gateway.body_timeout_s)
         )
-        if trip is None:
+        if fast_request is None:
             given = find_header(scope["headers"], REQUEST_ID)
             exchange = AsgiExchange(scope, receive, send, request_id=request_id_of(given))
-        elif await trip.answer():
+        elif await fast_request.answer():
             return
         else:
-            exchange = AsgiExchange(scope, receive, send, request_id=trip.record.request_id)
-            exchange.trip, exchange.known_body = trip, trip.error or trip.body
+            exchange = AsgiExchange(scope, receive, send, request_id=fast_request.record.request_id)
+            exchange.fast_request, exchange.known_body = fast_request, fast_request.error or fast_request.body
         await self.handle(exchange, may_be_last=scope.get("http_version") != HTTP_2)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""A request that came over ASGI, as the express way (:mod:`cortex._fast.express`) wants one.
+"""A request that came over ASGI, as the fast path (:mod:`cortex._fast.fast_path`) wants one.
 
 The exchange of all other requests is :class:`cortex.http_io.AsgiExchange`.
 """

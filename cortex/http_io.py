@@ -71,7 +71,7 @@ class Exchange(abc.ABC):
         """HTTP status sent, 0 before that."""
         self.loop: asyncio.AbstractEventLoop | None = None
         """Whose it is, if whoever made it knows: to find out costs a system call."""
-        self.trip: object = None
+        self.fast_request: object = None
         """How far it has come on another way, as whoever knows that way describes it."""
         self.known_body: bytes | ApiError | None = None
         """Its body, if that was read already, or what came of reading it."""

@@ -18,7 +18,7 @@ import msgspec
 import orjson
 
 from cortex import tracing
-from cortex._fast.express import Trip
+from cortex._fast.fast_path import FastRequest
 from cortex._fast.peek import splice
 from cortex._fast.record import Record
 from cortex._fast.responses_stream import ResponsesStream
@@ -114,8 +114,8 @@ class Inference:
         """Return the endpoint that passes inference of ``dialect`` on."""
 
         async def answer(exchange: Exchange) -> None:
-            trip = _trip_of(exchange)
-            record = Record(exchange.request_id, dialect.name) if trip is None else trip.record
+            fast_request = _fast_request_of(exchange)
+            record = Record(exchange.request_id, dialect.name) if fast_request is None else fast_request.record
             record.trace = tracing.begin(dialect.name, exchange.header)
             try:
                 await self._infer(exchange, dialect, record)
@@ -131,7 +131,7 @@ class Inference:
         return answer
 
     async def _infer(self, exchange: Exchange, dialect: Dialect, record: Record) -> None:
-        trip = _trip_of(exchange)
+        fast_request = _fast_request_of(exchange)
         principal = principal_of(exchange.caller)
         record.key = principal.name
         body = await exchange.read_body(self._max_body_bytes)
@@ -202,7 +202,7 @@ class Inference:
             priority=principal.priority,
             name=name,
             on_node=record.note_node,
-            take_begun=_nothing if trip is None else trip.take,
+            take_begun=_nothing if fast_request is None else fast_request.take,
         )
         asked = _Asked(node_request, chat, turn, reshape)
         generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
@@ -414,10 +414,10 @@ def read_whole(answer: NodeResponse, dialect: Dialect, body: bytes) -> tuple[Usa
     raise error
 
 
-def _trip_of(exchange: Exchange) -> Trip | None:
-    """Return how far a request has come on the express way, if it had to leave that."""
-    assert exchange.trip is None or isinstance(exchange.trip, Trip)
-    return exchange.trip
+def _fast_request_of(exchange: Exchange) -> FastRequest | None:
+    """Return how far a request has come on the fast path, if it had to leave that."""
+    assert exchange.fast_request is None or isinstance(exchange.fast_request, FastRequest)
+    return exchange.fast_request
 
 
 def _used(record: Record, reservation: Reservation, *, has_left: bool) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
-from cortex._fast.express import Trip
+from cortex._fast.fast_path import FastRequest
 from cortex._fast.outlet import Outlet, Turns
 from cortex._fast.watches import Watches
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header
@@ -31,14 +31,16 @@ _REQUEST_ID = names.REQUEST_ID.decode()
 class RsgiExchange(Exchange):
     """A request that came over RSGI."""
 
-    def __init__(self, scope: Any, protocol: Any, watches: Watches, turns: Turns, trip: Trip | None) -> None:
-        """``trip`` is how far it has come on the express way."""
+    def __init__(
+        self, scope: Any, protocol: Any, watches: Watches, turns: Turns, fast_request: FastRequest | None
+    ) -> None:
+        """``fast_request`` is how far it has come on the fast path."""
         headers = scope.headers
-        if trip is None:
+        if fast_request is None:
             given = headers.get(_REQUEST_ID)
             id = names.request_id_of(None if given is None else given.encode())
         else:
-            id = trip.record.request_id
+            id = fast_request.record.request_id
         super().__init__(scope.method, scope.path, scope.query_string.encode(), scope.client, id)
         self.loop = watches.loop
         self._scope = scope
@@ -51,9 +53,9 @@ class RsgiExchange(Exchange):
         """Account of the connection, where other exchanges have it too."""
         if scope.http_version == HTTP_2:
             self._shared = SharedCredit.of(scope.client, scope.server)
-        self.trip = trip
-        if trip is not None:
-            self.known_body = trip.error or trip.body
+        self.fast_request = fast_request
+        if fast_request is not None:
+            self.known_body = fast_request.error or fast_request.body
         self.is_alone = scope.http_version != "2"
 
     @property

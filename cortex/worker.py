@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 
 from cortex import config, logs, reload, systemd, tracing
-from cortex._fast.express import Trip
+from cortex._fast.fast_path import FastRequest
 from cortex._fast.scheduling import set_slices
 from cortex.access import local
 from cortex.ending import Ending, server_addresses
@@ -89,9 +89,9 @@ class Worker:
         finally:
             ending.num_running -= 1
             ending.last_at = time.monotonic()
-            if exchange.trip is not None:
-                assert isinstance(exchange.trip, Trip)
-                exchange.trip.give_up()  # what nobody took over
+            if exchange.fast_request is not None:
+                assert isinstance(exchange.fast_request, FastRequest)
+                exchange.fast_request.give_up()  # what nobody took over
 
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""

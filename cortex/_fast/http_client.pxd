@@ -6,7 +6,7 @@ cdef class Sink:
 
 
 cdef class Listener:
-    cdef int told(self, Response response) except -1
+    cdef int notify(self, Response response) except -1
 
 
 @cython.final

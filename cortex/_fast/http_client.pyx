@@ -101,7 +101,7 @@ cdef class Sink:
 cdef class Listener:
     """What is told of an answer in place of whoever would wait for it."""
 
-    cdef int told(self, Response response) except -1:
+    cdef int notify(self, Response response) except -1:
         """Look at what has arrived, or at how it has ended."""
         return 0
 
@@ -185,8 +185,8 @@ cdef class Response:
     async def forward(self, sink):
         """Hand the rest of the body to ``sink``, each piece as it arrives and in the loop's same turn.
 
-        ``sink``, a function or a :class:`Sink`, takes bytes and returns ``None``, or a coroutine to be awaited before it
-        is given more. Meanwhile the socket is read no further than a read and ``BUFFER_BYTES``.
+        ``sink``, a function or a :class:`Sink`, takes bytes and returns ``None``, or a coroutine to be awaited before
+        it is given more. Meanwhile the socket is read no further than a read and ``BUFFER_BYTES``.
 
         Raises:
             UpstreamError: as :meth:`read`. What ``sink`` raises ends the answer and is raised here too.
@@ -252,7 +252,7 @@ cdef class Response:
         """Hand over what a read has brought, or let the reader look."""
         cdef object pause = None
         if self.listener is not None:
-            self.listener.told(self)
+            self.listener.notify(self)
             return 0
         if self.waiter is None or self.waiter.done():
             return 0

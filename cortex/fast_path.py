@@ -1,12 +1,12 @@
-"""Who may go the express way (:mod:`cortex._fast.express`), and to which node: asked once, and again after each change.
+"""Who may go the fast path (:mod:`cortex._fast.fast_path`), and to which node: asked once, and again after each change.
 
 Those whose use is not counted against a limit, with a whole answer to a question that a node gets as it came, of a
-model that one node alone has ready while no circuit has seen a failure. Everybody else goes the common way, and so does
+model that one node alone has ready while no circuit has seen a failure. Everybody else goes the slow path, and so does
 who may not ask at all: errors are said in one place.
 """
 
 from cortex import tracing
-from cortex._fast.express import Lane, Target, Way
+from cortex._fast.fast_path import CachedAccess, CachedRoute, FastPath
 from cortex._fast.watches import Watches
 from cortex.access.keys import Principal
 from cortex.dialects.first_reading import PARAMETERS
@@ -20,15 +20,15 @@ from cortex.wire.headers import REQUEST_ID, model_name_headers, request_id_of
 DIALECTS = {dialect.path: dialect for dialect in (CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, COUNT_TOKENS)}
 
 
-class Express:
-    """The express way of one gateway process."""
+class FastPathRules:
+    """The fast path of one gateway process."""
 
     def __init__(self, gateway: Gateway, ending: Ending, watches: Watches, *, flushes: bool) -> None:
-        """``flushes`` is :class:`~cortex._fast.express.Way`'s."""
+        """``flushes`` is :class:`~cortex._fast.fast_path.FastPath`'s."""
         self._gateway = gateway
         self._dispatcher = gateway.service.dispatcher
-        self.way = Way(
-            find_lane=self._find_lane,
+        self.fast_path = FastPath(
+            find_access=self._find_access,
             gateway=gateway,
             breakers=self._dispatcher.breakers,
             deaths=self._dispatcher.deaths,
@@ -38,7 +38,7 @@ class Express:
             flushes=flushes,
         )
 
-    def _find_lane(self, path: str, header: str, value: str | None) -> Lane | None:
+    def _find_access(self, path: str, header: str, value: str | None) -> CachedAccess | None:
         dialect = DIALECTS.get(path)
         if dialect is None or tracing.is_exporting():
             return None
@@ -51,20 +51,20 @@ class Express:
             return None
         if not principal.limits.are_none or principal.uses_spare_capacity:
             return None
-        return Lane(
+        return CachedAccess(
             self._gateway.settings,
             self._gateway.authenticator.keys,
             dialect.name,
             dialect.read,
             principal.name,
-            lambda model: self._find_target(dialect, principal, model),
+            lambda model: self._find_route(dialect, principal, model),
             self._gateway.settings.gateway.max_body_bytes,
             self._gateway.settings.gateway.body_timeout_s,
             PARAMETERS[path].names,
             None if self._gateway.authenticator.is_proved(principal) else self._gateway.guard.known_hosts,
         )
 
-    def _find_target(self, dialect: Dialect, principal: Principal, name: str) -> Target | None:
+    def _find_route(self, dialect: Dialect, principal: Principal, name: str) -> CachedRoute | None:
         model = self._gateway.offered.resolve(name)
         node = self._dispatcher.only_replica(model, dialect.name)
         pool = None if node is None else self._gateway.service.pools.get(node)
@@ -72,7 +72,7 @@ class Express:
             return None
         headers = [*TO_EVERY_NODE, *principal_headers(principal), *model_name_headers(name, model)]
         head = pool.encode_head(b"POST", dialect.target, headers)
-        return Target(
+        return CachedRoute(
             self._gateway.fleet.state,
             model,
             node,

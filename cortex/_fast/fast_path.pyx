@@ -1,8 +1,8 @@
-"""The express way of the plainest request: from the server to a node and back, with nothing to wait for but the node.
+"""The fast path of the plainest request: from the server to a node and back, with nothing to wait for but the node.
 
-Which requests may go this way :mod:`cortex.express` says; they are counted, timed and written down as all are. A trip
-that cannot go on (there is no idle connection, the node refuses, its answer breaks off or is large) has not failed: how
-far it has come is kept, and the common way goes on from there.
+Which requests may go this way :mod:`cortex.fast_path` says; they are counted, timed and written down as all are. A fast
+request that cannot go on (there is no idle connection, the node refuses, its answer breaks off or is large) has not
+failed: how far it has come is kept, and the slow path goes on from there.
 """
 
 cimport cython
@@ -28,8 +28,8 @@ from cortex.wire.headers import FORWARDED as _FORWARDED
 from cortex.wire.headers import REQUEST_ID as _REQUEST_ID_BYTES
 
 cdef enum:
-    MAX_LANES = 4096
-    MAX_TARGETS = 1024
+    MAX_ACCESSES = 4096
+    MAX_ROUTES = 1024
 
 cdef object monotonic = time.monotonic
 cdef str _REQUEST_ID = _REQUEST_ID_BYTES.decode()
@@ -37,7 +37,7 @@ cdef Py_ssize_t _WHOLE_BYTES = _WHOLE
 
 
 @cython.final
-cdef class Target:
+cdef class CachedRoute:
     """The node that is asked for a model, for as long as ``state`` is what is known of the fleet.
 
     ``head`` is all of a request's head up to its id.
@@ -65,12 +65,12 @@ cdef class Target:
 
 
 @cython.final
-cdef class Lane:
+cdef class CachedAccess:
     """Those who ask at one path with one key, for as long as the gateway has these settings and these keys.
 
-    ``find`` returns the :class:`Target` of a model by its name, or ``None``; ``key`` is the key's name; ``known`` has
-    what may be in a body. ``read_answer`` returns an answer's usage and finish, or ``None`` for what is no answer in
-    the ``dialect``. ``hosts`` are the values of ``Host`` that may be asked at, ``None`` where any may.
+    ``find`` returns the :class:`CachedRoute` of a model by its name, or ``None``; ``key`` is the key's name; ``known``
+    has what may be in a body. ``read_answer`` returns an answer's usage and finish, or ``None`` for what is no answer
+    in the ``dialect``. ``hosts`` are the values of ``Host`` that may be asked at, ``None`` where any may.
     """
 
     cdef object settings
@@ -83,7 +83,7 @@ cdef class Lane:
     cdef double body_timeout_s
     cdef object known
     cdef set hosts
-    cdef dict targets
+    cdef dict routes
 
     def __init__(self, settings, keys, str dialect not None, read_answer, str key not None, find,
                  Py_ssize_t max_body_bytes, double body_timeout_s, known, set hosts):
@@ -97,14 +97,14 @@ cdef class Lane:
         self.max_body_bytes = min(max_body_bytes, _WHOLE_BYTES)
         self.body_timeout_s = body_timeout_s
         self.known = known
-        self.targets = {}
+        self.routes = {}
 
 
 @cython.final
-cdef class Way:
-    """What all trips of a process share."""
+cdef class FastPath:
+    """What all fast requests of a process share."""
 
-    cdef object find_lane
+    cdef object find_access
     cdef object gateway
     cdef object authenticator
     cdef object fleet
@@ -117,14 +117,14 @@ cdef class Way:
     cdef object loop
     cdef object new_request_id
     cdef bint flushes
-    cdef dict lanes
+    cdef dict accesses
 
-    def __init__(self, *, find_lane, gateway, breakers, deaths, ending, watches, new_request_id, bint flushes):
-        """``find_lane`` returns the :class:`Lane` for a path, a header's name and its value, or ``None``.
+    def __init__(self, *, find_access, gateway, breakers, deaths, ending, watches, new_request_id, bint flushes):
+        """``find_access`` returns the :class:`CachedAccess` for a path, a header's name and its value, or ``None``.
 
         With ``flushes`` an answer goes out only when the protocol's ``flush`` has been awaited.
         """
-        self.find_lane = find_lane
+        self.find_access = find_access
         self.gateway = gateway
         self.authenticator = gateway.authenticator
         self.fleet = gateway.fleet
@@ -137,14 +137,14 @@ cdef class Way:
         self.loop = watches.loop
         self.new_request_id = new_request_id
         self.flushes = flushes
-        self.lanes = {}
+        self.accesses = {}
 
     def begin(self, scope, protocol):
-        """Return a request's trip, or ``None`` if it has to go the common way from its beginning.
+        """Return a fast request, or ``None`` if it has to go the slow path from its beginning.
 
         ``scope`` and ``protocol`` are RSGI's, or look like them as far as is asked here.
         """
-        cdef Lane lane
+        cdef CachedAccess access
         cdef str path, given, name
         cdef tuple place
         if scope.method != "POST":
@@ -157,46 +157,46 @@ cdef class Way:
             name = "x-api-key"
             given = headers.get(name)
         place = (path, given)
-        lane = self.lanes.get(place)
-        if lane is None or lane.settings is not self.gateway.settings or lane.keys is not self.authenticator.keys:
-            lane = self.find_lane(path, name, given)
-            if lane is None:
+        access = self.accesses.get(place)
+        if access is None or access.settings is not self.gateway.settings or access.keys is not self.authenticator.keys:
+            access = self.find_access(path, name, given)
+            if access is None:
                 return None
-            if len(self.lanes) >= MAX_LANES:
-                self.lanes.clear()
-            self.lanes[place] = lane
+            if len(self.accesses) >= MAX_ACCESSES:
+                self.accesses.clear()
+            self.accesses[place] = access
         if self.ending.has_begun or headers.get("traceparent") is not None:
             return None
-        # What a browser sends, or says otherwise than every client does, the guard of the common way looks at.
+        # What a browser sends, or says otherwise than every client does, the guard of the slow path looks at.
         if headers.get("origin") is not None or headers.get("sec-fetch-site") is not None:
             return None
         given = headers.get("content-type")
         if given is not None and given != "application/json":
             return None
-        if lane.hosts is not None:
+        if access.hosts is not None:
             given = headers.get("host")
             if given is None:
                 given = getattr(scope, "authority", None)  # as HTTP/2 has it
-            if given not in lane.hosts:
+            if given not in access.hosts:
                 return None
         if headers.get("content-encoding") is not None:
             return None
         given = headers.get("content-length")
-        if given is None or not given.isdigit() or len(given) > 12 or int(given) > lane.max_body_bytes:
+        if given is None or not given.isdigit() or len(given) > 12 or int(given) > access.max_body_bytes:
             return None
         given = headers.get(_REQUEST_ID)
-        trip = Trip.__new__(Trip)
-        (<Trip>trip).way = self
-        (<Trip>trip).lane = lane
-        (<Trip>trip).protocol = protocol
-        (<Trip>trip).record = Record(self.new_request_id(None if given is None else given.encode()), lane.dialect)
-        (<Trip>trip).record.key = lane.key
-        return trip
+        fast_request = FastRequest.__new__(FastRequest)
+        (<FastRequest>fast_request).fast_path = self
+        (<FastRequest>fast_request).access = access
+        (<FastRequest>fast_request).protocol = protocol
+        (<FastRequest>fast_request).record = Record(self.new_request_id(None if given is None else given.encode()), access.dialect)
+        (<FastRequest>fast_request).record.key = access.key
+        return fast_request
 
 
 @cython.final
-cdef class Trip(Listener):
-    """One request on the express way.
+cdef class FastRequest(Listener):
+    """One request on the fast path.
 
     Of one that had to leave that way, ``record`` goes on, and the ``body`` is there if it was read, or the ``error``
     that came of reading it.
@@ -207,29 +207,29 @@ cdef class Trip(Listener):
     cdef readonly object error
     cdef InFlightRequest in_flight_request
     cdef Response response
-    cdef Way way
-    cdef Lane lane
-    cdef Target target
+    cdef FastPath fast_path
+    cdef CachedAccess access
+    cdef CachedRoute route
     cdef object protocol
-    cdef object over
+    cdef object finished
     cdef object task
     cdef bint is_late
     cdef bint is_answered
-    cdef bint has_left
+    cdef bint has_disconnected
 
     async def answer(self):
-        """Answer the request and return true, or return false: it has to go on the common way."""
-        cdef Way way = self.way
+        """Answer the request and return true, or return false: it has to go on the slow path."""
+        cdef FastPath fast_path = self.fast_path
         cdef Watch watch
-        way.ending.num_running += 1
+        fast_path.ending.num_running += 1
         try:
-            self.task = current_task(way.loop)
+            self.task = current_task(fast_path.loop)
             # Over ASGI the protocol looks at the clock itself.
-            timer = None if way.flushes else way.loop.call_later(self.lane.body_timeout_s, self.cut_off)
+            timer = None if fast_path.flushes else fast_path.loop.call_later(self.access.body_timeout_s, self.cut_off)
             try:
                 self.body = await self.protocol()
             except (ProtocolClosed, _ClientDisconnectedError):
-                self.end_as_left()
+                self.end_disconnected()
                 return True
             except _ApiError as error:
                 self.error = error
@@ -237,7 +237,7 @@ cdef class Trip(Listener):
             except CancelledError:
                 if not self.is_late or self.task.uncancel():
                     raise
-                self.error = _slow_body(None, self.lane.body_timeout_s)
+                self.error = _slow_body(None, self.access.body_timeout_s)
                 return False
             finally:
                 if timer is not None:
@@ -245,23 +245,23 @@ cdef class Trip(Listener):
                 self.task = None
             if not self.ask():
                 return False
-            self.over = way.loop.create_future()
-            watch = way.watches.begin(self.protocol, self.leave)
+            self.finished = fast_path.loop.create_future()
+            watch = fast_path.watches.begin(self.protocol, self.disconnect)
             try:
-                await self.over
+                await self.finished
             except BaseException:  # it is being cancelled, or something is wrong here
                 if self.response is not None:
                     self.give_up()
-                    way.book.note(self.record)
+                    fast_path.book.note(self.record)
                 raise
             finally:
                 watch.end()
-            if self.is_answered and way.flushes:
+            if self.is_answered and fast_path.flushes:
                 await self.protocol.flush()
-            return self.is_answered or self.has_left
+            return self.is_answered or self.has_disconnected
         finally:
-            way.ending.num_running -= 1
-            way.ending.last_at = monotonic()
+            fast_path.ending.num_running -= 1
+            fast_path.ending.last_at = monotonic()
 
     def cut_off(self):
         """Wait for the body no longer."""
@@ -271,66 +271,66 @@ cdef class Trip(Listener):
 
     cdef bint ask(self) except -1:
         """Ask the node, if there is nothing to wait for."""
-        cdef Way way = self.way
-        cdef Target target
+        cdef FastPath fast_path = self.fast_path
+        cdef CachedRoute route
         cdef Connection connection
         cdef Record record = self.record
-        cdef dict targets = self.lane.targets
+        cdef dict routes = self.access.routes
         cdef bytes body = self.body
         cdef str model
         try:
-            found = peek(body, self.lane.known)
+            found = peek(body, self.access.known)
         except PeekError:
-            return False  # which is the common way's to say
+            return False  # which is the slow path's to say
         model = found.model
-        if not model or found.stream or found.unknown or way.breakers or way.deaths:
+        if not model or found.stream or found.unknown or fast_path.breakers or fast_path.deaths:
             return False
-        target = targets.get(model)
-        if target is None or target.state is not way.fleet.state:
-            if len(targets) >= MAX_TARGETS:
-                targets.clear()
-            target = self.lane.find(model)
-            if target is None:
+        route = routes.get(model)
+        if route is None or route.state is not fast_path.fleet.state:
+            if len(routes) >= MAX_ROUTES:
+                routes.clear()
+            route = self.access.find(model)
+            if route is None:
                 return False
-            targets[model] = target
-        connection = target.pool.idle_connection()
+            routes[model] = route
+        connection = route.pool.idle_connection()
         if connection is None:
             return False
-        if target.is_alias:
-            body = splice(body, found, target.model)
-        record.model = target.model
-        record.node = target.node
-        self.target = target
-        self.in_flight_request = way.in_flight.add(target.node, target.model)
+        if route.is_alias:
+            body = splice(body, found, route.model)
+        record.model = route.model
+        record.node = route.node
+        self.route = route
+        self.in_flight_request = fast_path.in_flight.add(route.node, route.model)
         self.response = connection.send(
-            target.head,
+            route.head,
             record.request_id.encode() + b"\r\n",
             body,
-            target.first_byte_s,
-            target.stall_s,
-            target.first_byte_s,  # of an answer in one piece they are the same
+            route.first_byte_s,
+            route.stall_s,
+            route.first_byte_s,  # of an answer in one piece they are the same
         )
         self.response.listener = self
         return True
 
-    cdef int told(self, Response response) except -1:
-        """Answer if the whole answer is there; have the common way go on if it will not be, or not in one piece."""
-        if self.over is None or self.over.done():
+    cdef int notify(self, Response response) except -1:
+        """Answer if the whole answer is there; have the slow path go on if it will not be, or not in one piece."""
+        if self.finished is None or self.finished.done():
             return 0
         if response.connection is None:
             try:
                 self.is_answered = self.reply(response)
             except Exception as error:
-                self.over.set_exception(error)
+                self.finished.set_exception(error)
                 return 0
         elif not response.status or response.status == 200 and not response.connection.is_paused:
             return 0
         response.listener = None
-        self.over.set_result(None)
+        self.finished.set_result(None)
         return 0
 
     cdef bint reply(self, Response response) except -1:
-        cdef Way way = self.way
+        cdef FastPath fast_path = self.fast_path
         cdef Record record = self.record
         cdef bytes body
         if response.error is not None or response.status != 200:
@@ -338,7 +338,7 @@ cdef class Trip(Listener):
         if response.header(b"content-encoding") is not None or not response.chunks:
             return False
         body = response.take()
-        read = self.lane.read_answer(body)
+        read = self.access.read_answer(body)
         if read is None:
             response.untake(body)
             return False
@@ -357,20 +357,20 @@ cdef class Trip(Listener):
                     headers.append((name.decode(), _told(name, value)))
             self.protocol.response_bytes(200, headers, body)
         finally:
-            if way.breakers:
-                way.breakers.succeed(self.target.node, self.target.model)
+            if fast_path.breakers:
+                fast_path.breakers.succeed(self.route.node, self.route.model)
             self.in_flight_request.release()
             self.response = self.in_flight_request = None
-            way.book.note(record)
+            fast_path.book.note(record)
         return True
 
-    def leave(self):
+    def disconnect(self):
         """End, since the client has gone."""
-        if not self.over.done():
-            self.has_left = True
+        if not self.finished.done():
+            self.has_disconnected = True
             self.give_up()
-            self.end_as_left()
-            self.over.set_result(None)
+            self.end_disconnected()
+            self.finished.set_result(None)
 
     def take(self):
         """Return the node that was asked, its in-flight request and its response, for somebody else to go on; ``None``
@@ -378,7 +378,7 @@ cdef class Trip(Listener):
         """
         if self.response is None:
             return None
-        taken = self.target.node, self.in_flight_request, self.response
+        taken = self.route.node, self.in_flight_request, self.response
         self.response = self.in_flight_request = None
         return taken
 
@@ -387,13 +387,13 @@ cdef class Trip(Listener):
         if self.response is not None:
             self.response.listener = None
             self.response.close()
-            if self.way.breakers:
-                self.way.breakers.let_go(self.target.node, self.target.model)
+            if self.fast_path.breakers:
+                self.fast_path.breakers.let_go(self.route.node, self.route.model)
             self.in_flight_request.release()
             self.response = self.in_flight_request = None
 
-    cdef int end_as_left(self) except -1:
+    cdef int end_disconnected(self) except -1:
         """Write down that the client left."""
         self.record.status, self.record.finish = _CLIENT_CLOSED_REQUEST, "disconnected"
-        self.way.book.note(self.record)
+        self.fast_path.book.note(self.record)
         return 0

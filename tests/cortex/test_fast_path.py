@@ -1,4 +1,4 @@
-"""The express way: that the plainest requests take it, that nobody can tell, and that who leaves it arrives."""
+"""The fast path: that the plainest requests take it, that nobody can tell, and that who leaves it arrives."""
 
 import asyncio
 import json
@@ -23,8 +23,8 @@ INTERFACES = "asgi", "rsgi"
 by_each = pytest.mark.parametrize("interface", INTERFACES)
 
 
-class Common:
-    """Counts the requests of a gateway that go the common way, for some of it at least."""
+class SlowPath:
+    """Counts the requests of a gateway that go the slow path, for some of it at least."""
 
     def __init__(self, gateway: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -67,21 +67,21 @@ COUNTERS = ("cortex_requests_total",)
 
 
 @pytest.mark.parametrize("alias", [False, True])
-async def test_nobody_can_tell_which_way_a_request_went(
+async def test_nobody_can_tell_which_path_a_request_took(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, alias: bool
 ) -> None:
     caplog.set_level(logging.INFO, "cortex")
     keys = ring((KEY, Principal("k", ("*",), priority=3)), anonymous=Principal())
     seen = []
-    for interface in ("common", *INTERFACES):
+    for interface in ("slow", *INTERFACES):
         neuron = FakeNeuron("a").ready("m")
         async with rig(neuron, keys=keys, aliases={"other": "m"}, interface=interface) as gateway:
             request = {"body": {**CHAT, "model": "other" if alias else "m"}}
             request["headers"] = {"x-request-id": "r2", **AUTHORIZED}
             seen.append(await told(gateway, neuron, caplog, **request))
-            common = Common(gateway, monkeypatch)
+            slow = SlowPath(gateway, monkeypatch)
             assert (await gateway.call("POST", "/v1/chat/completions", **request).end()).status == 200
-            assert common.count == (interface == "common")
+            assert slow.count == (interface == "slow")
             assert gateway.in_flight == 0
     assert seen[0] == seen[1] == seen[2]
 
@@ -102,18 +102,18 @@ async def test_which_requests_it_is_for(
     neuron = FakeNeuron("a").ready("m")
     async with rig(neuron, interface=interface) as gateway:
         await warm(gateway)
-        common = Common(gateway, monkeypatch)
+        slow = SlowPath(gateway, monkeypatch)
         call = await gateway.call("POST", path, body).end()
-        assert (call.status, common.count) == (200, 0)
+        assert (call.status, slow.count) == (200, 0)
         for otherwise in ({"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}, {"content-length": ""}):
             assert (await gateway.call("POST", path, body, otherwise).end()).status == 200
         assert (await gateway.call("POST", path, {**body, "stream": True}).end()).status == 200
         assert (await gateway.call("POST", "/v1/responses", {"model": "m", "input": "Hi"}).end()).status == 200
-        assert common.count == 4
+        assert slow.count == 4
 
 
 @by_each
-async def test_a_busy_fleet_goes_the_common_way(monkeypatch: pytest.MonkeyPatch, interface: str) -> None:
+async def test_a_busy_fleet_goes_the_slow_path(monkeypatch: pytest.MonkeyPatch, interface: str) -> None:
     """Where nodes have to be weighed, or none has a connection to spare."""
 
     async def slow(asked: Asked, line: Line) -> None:
@@ -124,13 +124,13 @@ async def test_a_busy_fleet_goes_the_common_way(monkeypatch: pytest.MonkeyPatch,
     async with rig(*neurons, interface=interface) as gateway:
         for model in "mn":
             await warm(gateway, model=model)
-        common = Common(gateway, monkeypatch)
+        slow = SlowPath(gateway, monkeypatch)
         await warm(gateway, model="n")
-        assert common.count == 1
+        assert slow.count == 1
         calls = [gateway.chat(model="m") for _ in range(4)]
         for call in calls:
             assert (await call.end()).status == 200
-        assert common.count == 4
+        assert slow.count == 4
         assert gateway.in_flight == 0
 
 
@@ -214,9 +214,9 @@ async def byte_by_byte(asked: Asked, line: Line) -> None:
         error(503, "busy"),
     ],
 )
-async def test_what_leaves_it_ends_as_on_the_common_way(script: Any) -> None:
+async def test_what_leaves_it_ends_as_on_the_slow_path(script: Any) -> None:
     seen = []
-    for interface in ("common", *INTERFACES):
+    for interface in ("slow", *INTERFACES):
         call, gateway, neuron = await end_of(script, interface, timeouts=Timeouts(first_byte_s=0.2, answer_s=0.2))
         counters = gateway.gateway.metrics
         samples = {
@@ -245,9 +245,9 @@ async def test_a_connection_that_has_gone_stale_is_replaced_in_silence(
     async with rig(neuron, interface=interface) as gateway:
         await warm(gateway)
         neuron.script = drop
-        common = Common(gateway, monkeypatch)
+        slow = SlowPath(gateway, monkeypatch)
         assert (await gateway.chat().end()).status == 200
-        assert (common.count, len(neuron.asked)) == (1, 3)
+        assert (slow.count, len(neuron.asked)) == (1, 3)
         assert gateway.metric("cortex_upstream_retries_total", node="a", reason="upstream_connection_lost") == 0
         assert gateway.in_flight == 0
 

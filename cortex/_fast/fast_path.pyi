@@ -18,7 +18,7 @@ from cortex.upstream import Pool
 from cortex.wire.errors import ApiError
 
 @final
-class Target:
+class CachedRoute:
     def __init__(
         self,
         state: FleetState,
@@ -32,7 +32,7 @@ class Target:
     ) -> None: ...
 
 @final
-class Lane:
+class CachedAccess:
     def __init__(
         self,
         settings: Config,
@@ -40,7 +40,7 @@ class Lane:
         dialect: str,
         read_answer: Callable[[bytes], tuple[Usage | None, str] | None],
         key: str,
-        find: Callable[[str], Target | None],
+        find: Callable[[str], CachedRoute | None],
         max_body_bytes: int,
         body_timeout_s: float,
         known: KnownNames,
@@ -48,11 +48,11 @@ class Lane:
     ) -> None: ...
 
 @final
-class Way:
+class FastPath:
     def __init__(
         self,
         *,
-        find_lane: Callable[[str, str, str | None], Lane | None],
+        find_access: Callable[[str, str, str | None], CachedAccess | None],
         gateway: Gateway,
         breakers: Breakers,
         deaths: Deaths,
@@ -61,15 +61,15 @@ class Way:
         new_request_id: Callable[[bytes | None], str],
         flushes: bool,
     ) -> None: ...
-    def begin(self, scope: Any, protocol: Any) -> Trip | None: ...
+    def begin(self, scope: Any, protocol: Any) -> FastRequest | None: ...
 
 @final
-class Trip(Listener):
+class FastRequest(Listener):
     record: Record
     body: bytes | None
     error: ApiError | None
     async def answer(self) -> bool: ...
     def take(self) -> tuple[str, InFlightRequest, Response] | None: ...
-    def leave(self) -> None: ...
+    def disconnect(self) -> None: ...
     def give_up(self) -> None: ...
     def cut_off(self) -> None: ...
