@@ -139,7 +139,7 @@ class Run:
         assert self.making is not None
         await asyncio.wait({self.making})
 
-    def note_kept(self) -> None:
+    def notify_kept(self) -> None:
         """Tell the end, which the store knows now."""
         self._is_kept = True
         self._tell()
@@ -278,7 +278,7 @@ class Background:
             try:
                 await self._keep(run, turn)
             finally:
-                run.note_kept()  # in every case: whoever follows it would wait for ever
+                run.notify_kept()  # in every case: whoever follows it would wait for ever
                 del self._runs[run.id]
 
     def _fail(self, run: Run, error: ApiError) -> None:
@@ -344,6 +344,6 @@ class Background:
             stored = await owned.get(id)
         run = Run(id, bytes(stored.body), owned)
         run.add_stored(stored.sse_events)
-        run.note_kept()
+        run.notify_kept()
         async for sse_events in run.follow(after):
             yield sse_events

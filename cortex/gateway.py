@@ -15,7 +15,6 @@ from cortex.access.rate_limiter import MemoryRateLimiter, RateLimiter
 from cortex.access.valkey import ValkeyRateLimiter
 from cortex.admin import Admin
 from cortex.background import Background
-from cortex.book import Book
 from cortex.config import AccessSettings, Config, CountersKind, StoreKind
 from cortex.conversation_endpoints import ConversationEndpoints
 from cortex.dashboard import assets
@@ -57,6 +56,7 @@ from cortex.metrics import (
     folder_of_workers,
     forget_dead_workers,
 )
+from cortex.request_log import RequestLog
 from cortex.responses_socket import ResponsesSocket, refuse_socket
 from cortex.settings import ConfigError, split_address
 from cortex.store.conversation import Conversations
@@ -107,7 +107,7 @@ class Gateway:
         self.service = FleetService(
             settings,
             offered,
-            on_retry=self.metrics.note_retry,
+            on_retry=self.metrics.record_retry,
             on_load=lambda model, succeeded: self.metrics.loads.labels(model, "ok" if succeeded else "failed").inc(),
             supervisor=self.supervisor,
         )
@@ -127,11 +127,11 @@ class Gateway:
         )
         self.guard = _guard(settings)
         self._background = Background(supervisor=self.supervisor)
-        self.book = Book(self.metrics)
+        self.request_log = RequestLog(self.metrics)
         dispatcher = self.service.dispatcher
         self._endpoints = endpoints = Endpoints(offered, self.fleet, dispatcher, self.supervisor)
         self._inference = inference = Inference(
-            settings, offered, dispatcher, self.book, conversations, self._background, self.authenticator
+            settings, offered, dispatcher, self.request_log, conversations, self._background, self.authenticator
         )
         admin = Admin(self.service, self.authenticator, reload, config_error, self.supervisor)
         page = assets.read()
@@ -143,7 +143,7 @@ class Gateway:
             folder=folder_of_workers(),
             supervisor=self.supervisor,
         )
-        self.book.on_written = self._feed.journal.note
+        self.request_log.on_written = self._feed.journal.record
         counted = self._counted
         stored = StoredEndpoints(conversations, self._background)
         named = ConversationEndpoints(NamedConversations(conversations), settings.gateway.max_body_bytes)

@@ -26,7 +26,6 @@ from cortex._fast.sse import SseDecoder
 from cortex.access.authenticator import UNCOUNTED, Authenticator, Reservation, principal_of
 from cortex.access.keys import Principal, check_model
 from cortex.background import Background
-from cortex.book import Book
 from cortex.config import Config
 from cortex.dialects import openai_compaction, openai_responses
 from cortex.dialects.first_reading import PARAMETERS
@@ -59,6 +58,7 @@ from cortex.http_io import (
     stream,
 )
 from cortex.relay import Passing, Relay
+from cortex.request_log import RequestLog
 from cortex.store.conversation import Conversations, Turn
 from cortex.upstream import Header
 from cortex.wire.errors import ApiError, MissingParameterError, RemoteError, UpstreamError, UpstreamTimeoutError
@@ -92,7 +92,7 @@ class Inference:
         config: Config,
         catalogue: Catalogue,
         dispatcher: Dispatcher,
-        book: Book,
+        request_log: RequestLog,
         conversations: Conversations,
         background: Background,
         authenticator: Authenticator,
@@ -100,7 +100,7 @@ class Inference:
         self._conversations = conversations
         self.reconfigure(config, catalogue)
         self._dispatcher = dispatcher
-        self._book = book
+        self._request_log = request_log
         self._background = background
         self._authenticator = authenticator
 
@@ -126,7 +126,7 @@ class Inference:
                 record.status, record.finish = error.status, error.code
                 raise
             finally:
-                self._book.note(record)
+                self._request_log.record(record)
 
         return answer
 
@@ -201,7 +201,7 @@ class Inference:
             as_chat=None if chat is None else chat.body,
             priority=principal.priority,
             name=name,
-            on_node=record.note_node,
+            on_node=record.record_node,
             take_begun=_nothing if fast_request is None else fast_request.take,
         )
         asked = _Asked(node_request, chat, turn, reshape)
@@ -263,7 +263,7 @@ class Inference:
             try:
                 body = await self._conversations.of(record.key).keep(asked.turn, body)
             except NotAnAnswerError as error:
-                answer.note_broken(error)
+                answer.record_broken(error)
                 raise
         await exchange.reply(200, asked.reshape(body))
 
@@ -304,7 +304,7 @@ class Inference:
         try:
             await serve_stream(exchange, write, heartbeat=heartbeat, error_event=end_in_failure)
         finally:
-            relay.note_end(dialect)
+            relay.record_end(dialect)
 
     async def _pull(
         self, answer: NodeResponse, relay: Relay, record: Record, asked: "_Asked"
@@ -330,7 +330,7 @@ class Inference:
                         try:
                             sse_events = await self._conversations.of(record.key).keep_streamed(asked.turn, sse_events)
                         except NotAnAnswerError as error:
-                            answer.note_broken(error)
+                            answer.record_broken(error)
                             unreadable = error
                             break
                     yield sse_events
@@ -353,7 +353,7 @@ class Inference:
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
         making.model, making.key, making.is_stream = record.model, record.key, True
-        node_request = msgspec.structs.replace(asked.node_request, on_node=making.note_node)
+        node_request = msgspec.structs.replace(asked.node_request, on_node=making.record_node)
         if record.trace is not None:  # its span is about the answer, which is still to be made
             making.trace, record.trace = record.trace, record.trace.without_span()
         held = reservation.move()
@@ -392,8 +392,8 @@ class Inference:
             record.status, record.finish = CLIENT_CLOSED_REQUEST, "cancelled"
             raise
         finally:
-            relay.note_end(dialect)
-            self._book.note(record)
+            relay.record_end(dialect)
+            self._request_log.record(record)
             await reservation.settle(_used(record, reservation, has_left=record.finish == "cancelled"))
 
 
@@ -410,7 +410,7 @@ def read_whole(answer: NodeResponse, dialect: Dialect, body: bytes) -> tuple[Usa
     if find_error(body) is not None:
         raise RemoteError(read_error(UpstreamError.status, body)[0])
     error = NotAnAnswerError(f"{answer.node} answered 200 with what is no answer: {len(body)} bytes.")
-    answer.note_broken(error)
+    answer.record_broken(error)
     raise error
 
 

@@ -282,7 +282,7 @@ class Metrics:
             registry=self.registry,
         )
 
-    def note_retry(self, node: str, code: str) -> None:
+    def record_retry(self, node: str, code: str) -> None:
         """Count that a request is sent again because of an error. Codes are a node's to choose, but not how many."""
         if code not in self._retry_codes:
             if len(self._retry_codes) >= MAX_RETRY_CODES or not CODE.fullmatch(code):

@@ -29,7 +29,7 @@ class Relay(StreamForwarder):
         last = b"".join(self.tail)
         return any(b'"%b"' % code.encode() in last for code in DEATHS)
 
-    def note_end(self, dialect: Dialect) -> None:
+    def record_end(self, dialect: Dialect) -> None:
         """Write down what the stream said of itself; an error that ended it has been written already."""
         record = self.record
         record.num_token_events = self.tap.num_token_events
@@ -66,18 +66,18 @@ class Passing:
         try:
             if self._relay.is_complete:
                 if self._relay.tap.failed and self._relay.says_death:
-                    self._answer.note_death()
+                    self._answer.record_death()
                 return isinstance(error, (UpstreamError, SseEventTooLarge))
             if isinstance(error, SseEventTooLarge):
                 long = TooLongAnswerError(f"{node} sent an event of more than {error.max_event_bytes} bytes.")
-                self._answer.note_broken(long)
+                self._answer.record_broken(long)
                 raise long from None
             if error is None:
                 early = NotAnAnswerError(f"{node} ended its answer before the stream's terminator.")
-                self._answer.note_broken(early)
+                self._answer.record_broken(early)
                 raise early
             if isinstance(error, UpstreamError):
-                self._answer.note_broken(error)
+                self._answer.record_broken(error)
             return False
         finally:
             self._answer.close()

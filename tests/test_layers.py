@@ -35,7 +35,7 @@ FLOORS = {
     "cortex._fast.watches": -2,
     "cortex._fast.fast_path": 3,
     "cortex.dialects": 1,
-    "cortex.book": 2,
+    "cortex.request_log": 2,
     "cortex.report": 0,
     # how an error is written down, which the projectors need too
     "cortex.dialects.openai_errors": 0,

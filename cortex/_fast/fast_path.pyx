@@ -110,7 +110,7 @@ cdef class FastPath:
     cdef object fleet
     cdef object breakers
     cdef object deaths
-    cdef object book
+    cdef object request_log
     cdef object ending
     cdef Watches watches
     cdef InFlightRequests in_flight
@@ -131,7 +131,7 @@ cdef class FastPath:
         self.in_flight = gateway.fleet.in_flight
         self.breakers = breakers
         self.deaths = deaths
-        self.book = gateway.book
+        self.request_log = gateway.request_log
         self.ending = ending
         self.watches = watches
         self.loop = watches.loop
@@ -252,7 +252,7 @@ cdef class FastRequest(Listener):
             except BaseException:  # it is being cancelled, or something is wrong here
                 if self.response is not None:
                     self.give_up()
-                    fast_path.book.note(self.record)
+                    fast_path.request_log.record(self.record)
                 raise
             finally:
                 watch.end()
@@ -361,7 +361,7 @@ cdef class FastRequest(Listener):
                 fast_path.breakers.succeed(self.route.node, self.route.model)
             self.in_flight_request.release()
             self.response = self.in_flight_request = None
-            fast_path.book.note(record)
+            fast_path.request_log.record(record)
         return True
 
     def disconnect(self):
@@ -395,5 +395,5 @@ cdef class FastRequest(Listener):
     cdef int end_disconnected(self) except -1:
         """Write down that the client left."""
         self.record.status, self.record.finish = _CLIENT_CLOSED_REQUEST, "disconnected"
-        self.fast_path.book.note(self.record)
+        self.fast_path.request_log.record(self.record)
         return 0

@@ -51,7 +51,7 @@ cdef class StreamForwarder(Sink):
                 self.first = sse_events
             self.tail.append(sse_events)
             if self.tap.first_token:
-                self.record.note_first_token()
+                self.record.record_first_token()
             if self.tap.terminated or self.tap.failed:
                 if self.last_bytes:
                     self.last_bytes += len(sse_events)

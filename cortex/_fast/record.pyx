@@ -1,4 +1,4 @@
-"""What is kept of a request until it is written down: :mod:`cortex.book` writes it.
+"""What is kept of a request until it is written down: :mod:`cortex.request_log` writes it.
 
 Never a word of its text. Time to first token is to the first token, not to the first byte: heartbeats and headers do
 not count.
@@ -35,16 +35,16 @@ cdef class Record:
         self.begun_s = seconds_of(CLOCK_MONOTONIC)
         self.first_token_at_s = NAN
 
-    def note_node(self, str node not None):
+    def record_node(self, str node not None):
         """Note who is asked, the last one if several are."""
         self.node = node
 
-    def note_first_token(self):
+    def record_first_token(self):
         """Take the time, the first time."""
         if isnan(self.first_token_at_s):
             self.first_token_at_s = seconds_of(CLOCK_MONOTONIC)
 
-    def note_end(self):
+    def record_end(self):
         """Take the time; ``ended_at`` is that of the day."""
         self.ended_s = seconds_of(CLOCK_MONOTONIC)
         self.ended_at = seconds_of(CLOCK_REALTIME)
@@ -70,7 +70,8 @@ cdef class Record:
         return None if isnan(self.first_token_at_s) else self.ended_s - self.first_token_at_s
 
     def tokens_used(self, Py_ssize_t prompt_tokens):
-        """Return what to book: what the node said, or where the answer broke off after its first token, an estimate.
+        """Return the tokens to charge: the node's counts, or where the answer broke off after its first token, an
+        estimate.
 
         ``prompt_tokens`` is that of the prompt; an SSE event of a stream is about a token.
         """

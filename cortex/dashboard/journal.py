@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from cortex.book import Line
+from cortex.request_log import Line
 from cortex.wire.headers import CLIENT_CLOSED_REQUEST
 
 NUM_SLOTS = 256
@@ -123,7 +123,7 @@ class Journal:
         self._lock = threading.Lock()  # a scrape of the metrics has its own thread, and may be who brings them
         self._seen: dict[str, tuple[int, int]] = {}
 
-    def note(self, lines: Sequence[Line]) -> None:
+    def record(self, lines: Sequence[Line]) -> None:
         """Take requests that have ended, by their log lines. :meth:`write` writes them down."""
         with self._lock:
             self._ended.extend(lines)

@@ -42,7 +42,7 @@ class Deaths:
         known = self._find(_key(body), now)
         return known is not None and known.deaths >= MAX_DEATHS
 
-    def note(self, body: bytes, sent_at: float, now: float) -> bool:
+    def record(self, body: bytes, sent_at: float, now: float) -> bool:
         """Record that a node died of a body sent at ``sent_at``; return whether that reaches the limit of deaths."""
         key = _key(body)
         known = self._find(key, now)

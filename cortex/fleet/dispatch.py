@@ -185,7 +185,7 @@ class Dispatcher:
                 self.breakers.fail(node, model, time.monotonic())
                 self._poller.poll_soon(node)
                 if isinstance(error, ConnectionLostError):
-                    self._note_death(request, sent_at)
+                    self._record_death(request, sent_at)
                 self._on_retry(node, error.code)
                 gone |= {node}
                 continue
@@ -203,7 +203,7 @@ class Dispatcher:
                 else:
                     self.breakers.fail(node, model, time.monotonic())
                 if isinstance(error, CutAnswerError):
-                    self.deaths.note(request.body, sent_at, time.monotonic())
+                    self.deaths.record(request.body, sent_at, time.monotonic())
                 raise
             except BaseException:
                 in_flight_request.release()
@@ -215,7 +215,7 @@ class Dispatcher:
                 self.breakers.fail(node, model, time.monotonic())
                 last = refusal
                 if refusal.code in DEATHS:
-                    self._note_death(request, sent_at)
+                    self._record_death(request, sent_at)
                 excluded |= {node}
             elif is_missing or refusal.code == NOT_READY:
                 # Being loaded, being unloaded, or gone: a new load joins the first, waits for the second, or is needed.
@@ -253,17 +253,17 @@ class Dispatcher:
                 return await begun.begin(), sent_at
             return await self._post(node, request, is_chat), sent_at
         except StaleConnectionError:
-            self._note_death(request, sent_at)
+            self._record_death(request, sent_at)
         sent_at = time.monotonic()
         try:
             return await self._post(node, request, is_chat, is_fresh=True), sent_at
         except ConnectionLostError:
-            self._note_death(request, sent_at)
+            self._record_death(request, sent_at)
             raise
 
-    def _note_death(self, request: NodeRequest, sent_at: float) -> None:
+    def _record_death(self, request: NodeRequest, sent_at: float) -> None:
         """Count a death of a request. Raises :class:`DeadlyRequestError` at the limit."""
-        if self.deaths.note(request.body, sent_at, time.monotonic()):
+        if self.deaths.record(request.body, sent_at, time.monotonic()):
             raise DeadlyRequestError(DEADLY)
 
     def _check_head(self, node: str, response: Response, request: NodeRequest) -> None:

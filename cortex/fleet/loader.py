@@ -106,7 +106,7 @@ class Loader:
         except ApiError as error:
             log.warning("model=%s node=%s load failed status=%d code=%s", profile.id, name, error.status, error.code)
             if is_death(error):
-                self._deaths.note(_identity(profile), sent_at, time.monotonic())
+                self._deaths.record(_identity(profile), sent_at, time.monotonic())
             self._poll_soon(name)
             raise
         self._deaths.forget(_identity(profile))

@@ -73,10 +73,10 @@ class NodeResponse:
         try:
             return await self.response.read_all(limit_bytes)
         except UpstreamError as error:
-            self.note_broken(error)
+            self.record_broken(error)
             raise
 
-    def note_broken(self, error: UpstreamError) -> None:
+    def record_broken(self, error: UpstreamError) -> None:
         """Count a failure of the node, unless the response is only too long, which a request can cause.
 
         If the node is lost, count a death of the request too.
@@ -87,12 +87,12 @@ class NodeResponse:
         else:
             self.breakers.fail(self.node, self.in_flight_request.model, time.monotonic())
         if isinstance(error, CutAnswerError):
-            self.note_death()
+            self.record_death()
 
-    def note_death(self) -> None:
+    def record_death(self) -> None:
         """Count a death of the request."""
         self.is_broken = True
-        self.deaths.note(self.body, self.sent_at, time.monotonic())
+        self.deaths.record(self.body, self.sent_at, time.monotonic())
 
     def close(self) -> None:
         """Release the request in flight, and close the connection unless the body is complete."""

@@ -58,7 +58,7 @@ class SpareCapacity:
             if not queue:
                 self._queues.pop(model, None)
             else:
-                self._fleet.note_move()  # the next one is first now
+                self._fleet.notify_change()  # the next one is first now
 
     def _is_free(self, model: str) -> bool:
         return has_spare_capacity(self._fleet.state, model, self._fleet.in_flight.by_node)

@@ -144,7 +144,7 @@ class Fleet:
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.state = FleetState.of(nodes)
         self.in_flight = InFlightRequests()
-        self.in_flight.on_release = self.note_move
+        self.in_flight.on_release = self.notify_change
         self._changed = asyncio.Event()
         self._moved: asyncio.Event | None = None
 
@@ -167,7 +167,7 @@ class Fleet:
         self.state = state
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-        self.note_move()
+        self.notify_change()
 
     def set_model(self, node: str, status: ModelStatus) -> None:
         """Record a model's status from a node's response, ahead of the next poll."""
@@ -187,7 +187,7 @@ class Fleet:
         """Wait until the state is replaced."""
         await self._changed.wait()
 
-    def note_move(self) -> None:
+    def notify_change(self) -> None:
         """Wake the requests that wait for spare capacity; nearly always there are none."""
         moved, self._moved = self._moved, None
         if moved is not None:

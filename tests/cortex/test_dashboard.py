@@ -441,7 +441,7 @@ async def test_a_hundred_busy_nodes_cost_a_bounded_number_of_bytes_and_little_ti
             ended = {"id": "r" * 32, "dialect": "openai-chat", "model": "model-1", "node": "gpu-001", "status": 200,
                      "stream": True, "finish": "stop", "total_s": 1.5, "tokens_in": 900, "tokens_out": 300,
                      "ttft_s": 0.25}  # fmt: skip
-            inner.journal.note([(time.time(), ended)])
+            inner.journal.record([(time.time(), ended)])
         began = time.process_time()
         inner.tick()
         times.append(time.process_time() - began)
@@ -518,7 +518,7 @@ def test_a_ring_counts_everything_and_keeps_the_latest() -> None:
     assert one.read() == journal.Batch()
     for number in range(1000):
         status = 500 if number % 10 == 0 else CLIENT_CLOSED_REQUEST if number % 10 == 1 else 200
-        one.note([(time.time(), fields(number, status))])
+        one.record([(time.time(), fields(number, status))])
     batch = one.read()
     assert (batch.requests, batch.errors) == (1000, 100)
     assert [entry.id for entry in batch.entries] == [
@@ -526,7 +526,7 @@ def test_a_ring_counts_everything_and_keeps_the_latest() -> None:
     ]
     one._ring.add(b'{"half')
     assert one.read() == journal.Batch(requests=1)
-    one.note([(time.time(), fields(1000) | {"model": "x" * 1000})])
+    one.record([(time.time(), fields(1000) | {"model": "x" * 1000})])
     batch = one.read()
     assert (batch.requests, batch.entries) == (1, [])  # too long to be listed, and counted all the same
 
@@ -538,7 +538,7 @@ def test_workers_read_one_anothers_rings_while_they_are_written(tmp_path: pathli
         "import sys, pathlib; from cortex.dashboard.journal import Journal\n"
         "one = Journal(pathlib.Path(sys.argv[1])); print('ready', flush=True); sys.stdin.readline()\n"
         "for i in range(20000):\n"
-        " one.note([(float(i), {'id': f'r{i}', 'dialect': 'd' * (i % 90), 'model': 'm', 'node': 'n',"
+        " one.record([(float(i), {'id': f'r{i}', 'dialect': 'd' * (i % 90), 'model': 'm', 'node': 'n',"
         " 'status': 200, 'stream': False, 'finish': 'stop', 'total_s': float(i)})])\n"
         " if i % 7 == 6 or i > 19990: one.write()\n"
     )

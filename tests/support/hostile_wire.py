@@ -264,7 +264,7 @@ class Checker:
 
         _refusable(take)
         assert b"".join(pieces).startswith(passed)
-        relay.note_end(dialect)
+        relay.record_end(dialect)
         assert min(relay.record.counts()) >= 0
         assert "\n" not in relay.record.finish
         dialect.failure(error_info(), relay.first, b"".join(relay.tail))

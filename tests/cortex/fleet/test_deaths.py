@@ -30,10 +30,10 @@ PATHS: Sequence[tuple[str, dict[str, Any]]] = (
 def test_requests_that_are_lost_together_are_one_death() -> None:
     deaths = Deaths()
     assert not deaths
-    assert not deaths.note(b"x", sent_at=1, now=5)
-    assert not deaths.note(b"x", sent_at=4, now=5), "it had been sent before the node died"
+    assert not deaths.record(b"x", sent_at=1, now=5)
+    assert not deaths.record(b"x", sent_at=4, now=5), "it had been sent before the node died"
     assert not deaths.is_deadly(b"x", 6)
-    assert deaths.note(b"x", sent_at=6, now=7)
+    assert deaths.record(b"x", sent_at=6, now=7)
     assert deaths.is_deadly(b"x", 8)
     assert not deaths.is_deadly(b"y", 8)
 
@@ -41,8 +41,8 @@ def test_requests_that_are_lost_together_are_one_death() -> None:
 def test_deaths_are_forgotten_by_an_answer_and_in_time() -> None:
     deaths = Deaths()
     for body in (b"x", b"y"):
-        deaths.note(body, 1, 2)
-        deaths.note(body, 3, 4)
+        deaths.record(body, 1, 2)
+        deaths.record(body, 3, 4)
     deaths.forget(b"x")
     assert not deaths.is_deadly(b"x", 5)
     assert deaths.is_deadly(b"y", 4 + REMEMBER_S)
@@ -53,7 +53,7 @@ def test_deaths_are_forgotten_by_an_answer_and_in_time() -> None:
 def test_no_more_bodies_are_kept_than_there_is_room_for() -> None:
     deaths = Deaths()
     for i in range(MAX_BODIES + 10):
-        deaths.note(b"%d" % i, 1, 2)
+        deaths.record(b"%d" % i, 1, 2)
     assert len(deaths._known) == MAX_BODIES
 
 

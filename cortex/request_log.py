@@ -27,19 +27,19 @@ Line = tuple[float, dict[str, Any]]
 """When a request ended, in Unix time, and the fields of its log line."""
 
 
-class Book:
+class RequestLog:
     """The requests of one process that have ended. ``on_written`` is told of those that were written down."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._ended: deque[Record] = deque()
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self.on_written: Callable[[Sequence[Line]], None] = lambda lines: None
         metrics.before_fold = self.write
 
-    def note(self, record: Record) -> None:
+    def record(self, record: Record) -> None:
         """Take a request at its end."""
-        record.note_end()
+        record.record_end()
         if record.trace is not None:
             record.trace.end(record.fields())
         self._ended.append(record)
@@ -50,7 +50,7 @@ class Book:
 
     def write(self) -> None:
         """Write down what has ended. Any thread may call it."""
-        with self._turn:
+        with self._lock:
             ended = []
             while self._ended:
                 ended.append(self._ended.popleft())

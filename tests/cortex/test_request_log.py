@@ -21,12 +21,12 @@ from fake_neuron import (
 )
 from gateway_rig import rig, until
 
-from cortex import book, logs
+from cortex import logs, request_log
 from cortex._fast.record import Record
-from cortex.book import Book
 from cortex.dialects.passthrough import Usage
 from cortex.logs import JsonFormatter, LogFormat, TextFormatter
 from cortex.metrics import FleetSample, Metrics
+from cortex.request_log import RequestLog
 
 LINES = [
     (0.0, {"id": "a", "n": 1, "x": 1.23456789, "b": True}),
@@ -50,9 +50,9 @@ def ended(number: int) -> Record:
     return record
 
 
-def make() -> tuple[Metrics, Book]:
+def make() -> tuple[Metrics, RequestLog]:
     metrics = Metrics(lambda: FleetSample((), (), frozenset({"m"})), dict)
-    return metrics, Book(metrics)
+    return metrics, RequestLog(metrics)
 
 
 @pytest.mark.parametrize("log_format", LogFormat)
@@ -95,20 +95,20 @@ async def test_some_are_written_together_and_none_waits_for_long() -> None:
     metrics, writer = make()
     batches: list[int] = []
     writer.on_written = lambda lines: batches.append(len(lines))
-    for number in range(book.WRITE_AFTER + 5):
-        writer.note(ended(number))
-    assert batches == [book.WRITE_AFTER]
+    for number in range(request_log.WRITE_AFTER + 5):
+        writer.record(ended(number))
+    assert batches == [request_log.WRITE_AFTER]
     begun = time.monotonic()
     while len(batches) < 2:
         assert time.monotonic() < begun + 5
-        await asyncio.sleep(book.WRITE_AFTER_S)
-    assert batches == [book.WRITE_AFTER, 5]
+        await asyncio.sleep(request_log.WRITE_AFTER_S)
+    assert batches == [request_log.WRITE_AFTER, 5]
     labels = {"model": "m", "node": "a", "dialect": "openai-chat"}
     value = metrics.registry.get_sample_value
-    assert value("cortex_requests_total", {**labels, "status": "200"}) == book.WRITE_AFTER + 5
-    assert value("cortex_prompt_tokens_total", labels) == 3 * (book.WRITE_AFTER + 5)
-    assert value("cortex_completion_tokens_total", labels) == 2 * (book.WRITE_AFTER + 5)
-    assert value("cortex_request_duration_seconds_count", labels) == book.WRITE_AFTER + 5
+    assert value("cortex_requests_total", {**labels, "status": "200"}) == request_log.WRITE_AFTER + 5
+    assert value("cortex_prompt_tokens_total", labels) == 3 * (request_log.WRITE_AFTER + 5)
+    assert value("cortex_completion_tokens_total", labels) == 2 * (request_log.WRITE_AFTER + 5)
+    assert value("cortex_request_duration_seconds_count", labels) == request_log.WRITE_AFTER + 5
 
 
 async def test_a_scrape_has_all_and_counts_none_twice() -> None:
@@ -125,7 +125,7 @@ async def test_a_scrape_has_all_and_counts_none_twice() -> None:
     thread = threading.Thread(target=scrape)
     thread.start()
     for number in range(20_000):
-        writer.note(ended(number))
+        writer.record(ended(number))
         if number % 100 == 0:
             await asyncio.sleep(0)
     is_over.set()
