@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cortex._fast.outlet import Turns
+from cortex._fast.response_writer import WriteCoalescer
 from cortex._fast.watches import Watches
 from cortex.asgi_io import AsgiHead, AsgiProtocol
 from cortex.endpoints import reply_error
@@ -60,7 +60,7 @@ class Application(Worker):
     def open_rsgi(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take requests by RSGI from now on, on this loop."""
         self._watches = Watches(loop)
-        self._turns = Turns(loop)
+        self._coalescer = WriteCoalescer(loop)
         self._fast_path = FastPathRules(self.gateway, self.ending, self._watches, flushes=False).fast_path
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
@@ -72,14 +72,14 @@ class Application(Worker):
             finally:
                 socket.end()
             return
-        self._turns.hurry()
+        self._coalescer.bypass()
         if scope.http_version == HTTP_2:  # what its connection is sent has to be counted, which the fast path does not
-            exchange = RsgiExchange(scope, protocol, self._watches, self._turns, None)
+            exchange = RsgiExchange(scope, protocol, self._watches, self._coalescer, None)
             await self.handle(exchange, may_be_last=False)
             return
         fast_request = self._fast_path.begin(scope, protocol)
         if fast_request is None or not await fast_request.answer():
-            await self.handle(RsgiExchange(scope, protocol, self._watches, self._turns, fast_request))
+            await self.handle(RsgiExchange(scope, protocol, self._watches, self._coalescer, fast_request))
 
     # ------------------------------------------------------------------ ASGI
 

@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from cortex._fast.outlet import Outlet
+from cortex._fast.response_writer import ResponseWriter
 from cortex.body_encoding import TAKEN, decoded
 from cortex.request_body import BODY_TIMEOUT_S, read_at_most
 from cortex.wire.errors import ApiError, BodyTooLargeError, SlowBodyError, UnsupportedEncodingError
@@ -138,7 +138,7 @@ class Exchange(abc.ABC):
     writes_at_once = False
     """Whether a stream can be started and written to without waiting, by :meth:`start_now`."""
 
-    def start_now(self, headers: Sequence[Header] = ()) -> Outlet:
+    def start_now(self, headers: Sequence[Header] = ()) -> ResponseWriter:
         """Send status 200 and the headers of an event stream; return what it is written to."""
         raise NotImplementedError
 
@@ -410,7 +410,7 @@ class EventStream:
         self.started = False
         self.writes_at_once = exchange.writes_at_once
         """Whether :meth:`write_now` may be used."""
-        self.outlet: Outlet | None = None
+        self.writer: ResponseWriter | None = None
         """What :meth:`write_now` has written to, once it has."""
         self._exchange = exchange
         self._heartbeat = heartbeat
@@ -445,10 +445,10 @@ class EventStream:
 
         That the client has gone, what is returned raises, and :meth:`Exchange.on_leave` tells.
         """
-        if self.outlet is None:
+        if self.writer is None:
             self.started = True
-            self.outlet = self._exchange.start_now(self._headers)
-        return self.outlet.write(data)
+            self.writer = self._exchange.start_now(self._headers)
+        return self.writer.write(data)
 
     async def finish(self) -> None:
         """End the stream. Nothing may follow."""
@@ -468,7 +468,7 @@ class EventStream:
 
     def _look(self) -> None:
         """Fill a silence, and look again when there could be the next."""
-        written_at = self._written_at if self.outlet is None else self.outlet.written_at
+        written_at = self._written_at if self.writer is None else self.writer.written_at
         silent_s = self._loop.time() - written_at
         due_s = HEARTBEAT_INTERVAL_S - silent_s
         if not self.started or due_s <= 0:

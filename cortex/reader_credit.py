@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-from cortex._fast.outlet import Outlet
+from cortex._fast.response_writer import ResponseWriter
 from cortex.http_io import ClientDisconnectedError
 
 FREE_BYTES = 64 * 1024
@@ -97,7 +97,7 @@ class Credit:
         self._acked_before: int | None = None
         """What had been acknowledged when nothing of this stream had been, or more than that."""
 
-    async def more(self, outlet: Outlet) -> None:
+    async def more(self, writer: ResponseWriter) -> None:
         """Return when the reader has read enough to be sent more, and say how much.
 
         Raises:
@@ -110,10 +110,10 @@ class Credit:
             if self._acked_before is None:
                 self._acked_before = acked
             elif was_empty and not num_queued:
-                self._acked_before = acked - outlet.sent_bytes
-            outstanding = outlet.sent_bytes - (acked - self._acked_before)
+                self._acked_before = acked - writer.sent_bytes
+            outstanding = writer.sent_bytes - (acked - self._acked_before)
             if outstanding <= RESUME_BYTES:
-                outlet.limit_bytes = outlet.sent_bytes + WINDOW_BYTES - outstanding
+                writer.limit_bytes = writer.sent_bytes + WINDOW_BYTES - outstanding
                 return
             was_empty = not num_queued
             await asyncio.sleep(pause_s)
@@ -149,19 +149,19 @@ class SharedCredit:
         if self._acked_before is not None:
             self._sent_bytes += size_bytes
 
-    def for_stream(self) -> Callable[[Outlet], Coroutine[Any, Any, None]]:
+    def for_stream(self) -> Callable[[ResponseWriter], Coroutine[Any, Any, None]]:
         """Return what waits for one stream, as :meth:`Credit.more` does."""
         if self._acked_before is None:
             with contextlib.suppress(ClientDisconnectedError):
                 self._acked_before = self._connection.look()[0]
         num_noted = 0
 
-        async def more(outlet: Outlet) -> None:
+        async def more(writer: ResponseWriter) -> None:
             nonlocal num_noted
-            self.note(outlet.sent_bytes - num_noted)
-            num_noted = outlet.sent_bytes
+            self.note(writer.sent_bytes - num_noted)
+            num_noted = writer.sent_bytes
             room_bytes = await self._wait()
-            outlet.limit_bytes = outlet.sent_bytes + room_bytes
+            writer.limit_bytes = writer.sent_bytes + room_bytes
 
         return more
 

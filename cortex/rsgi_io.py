@@ -14,7 +14,7 @@ from typing import Any
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from cortex._fast.fast_path import FastRequest
-from cortex._fast.outlet import Outlet, Turns
+from cortex._fast.response_writer import ResponseWriter, WriteCoalescer
 from cortex._fast.watches import Watches
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header
 from cortex.reader_credit import FREE_BYTES, FREE_SHARED_BYTES, Credit, SharedCredit
@@ -32,7 +32,7 @@ class RsgiExchange(Exchange):
     """A request that came over RSGI."""
 
     def __init__(
-        self, scope: Any, protocol: Any, watches: Watches, turns: Turns, fast_request: FastRequest | None
+        self, scope: Any, protocol: Any, watches: Watches, coalescer: WriteCoalescer, fast_request: FastRequest | None
     ) -> None:
         """``fast_request`` is how far it has come on the fast path."""
         headers = scope.headers
@@ -47,8 +47,8 @@ class RsgiExchange(Exchange):
         self._headers = headers
         self._protocol = protocol
         self._watches = watches
-        self._turns = turns
-        self._outlet: Outlet | None = None
+        self._coalescer = coalescer
+        self._writer: ResponseWriter | None = None
         self._shared: SharedCredit | None = None
         """Account of the connection, where other exchanges have it too."""
         if scope.http_version == HTTP_2:
@@ -100,14 +100,14 @@ class RsgiExchange(Exchange):
 
     async def write(self, data: bytes) -> None:
         """Send some bytes of a started stream."""
-        assert self._outlet is not None
-        pause = self._outlet.write(data)
+        assert self._writer is not None
+        pause = self._writer.write(data)
         if pause is not None:
             await pause
 
     writes_at_once = True
 
-    def start_now(self, headers: Sequence[Header] = ()) -> Outlet:
+    def start_now(self, headers: Sequence[Header] = ()) -> ResponseWriter:
         """Send status 200 and the headers of an event stream; return what it is written to."""
         self.status = 200
         transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
@@ -115,15 +115,15 @@ class RsgiExchange(Exchange):
         more = Credit(self._client, self._scope.server).more if shared is None else shared.for_stream()
         free_bytes = FREE_BYTES if shared is None else FREE_SHARED_BYTES
         is_tls = self._scope.scheme == "https"
-        self._outlet = Outlet(
-            transport.send_bytes, more, free_bytes, self._turns, is_tls=is_tls, counts_framing=shared is None
+        self._writer = ResponseWriter(
+            transport.send_bytes, more, free_bytes, self._coalescer, is_tls=is_tls, counts_framing=shared is None
         )
-        return self._outlet
+        return self._writer
 
     async def finish(self) -> None:
         """End a started stream."""
-        assert self._outlet is not None
-        self._outlet.close()
+        assert self._writer is not None
+        self._writer.close()
 
     def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
         """Call ``tell`` when the client has gone; return what ends that."""
@@ -181,7 +181,7 @@ class RsgiSocket:
         return {"type": "websocket.receive", "text" if message.kind == 2 else "bytes": message.data}
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Take one message. Those of several turns wait for each other: Granian takes one at a time."""
+        """Take one message. Concurrent sends wait for each other: Granian takes one at a time."""
         match message["type"]:
             case "websocket.accept":
                 self._transport = await self._protocol.accept()

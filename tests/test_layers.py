@@ -30,7 +30,7 @@ FLOORS = {
     "cortex._fast.log_fields": -2,
     "cortex._fast.record": -2,
     "cortex._fast.scheduling": -2,
-    "cortex._fast.outlet": -2,
+    "cortex._fast.response_writer": -2,
     "cortex._fast.in_flight": -2,
     "cortex._fast.watches": -2,
     "cortex._fast.fast_path": 3,

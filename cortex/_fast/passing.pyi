@@ -4,8 +4,8 @@ from typing import Final, Protocol
 from typing_extensions import disjoint_base
 
 from cortex._fast.http_client import Response, Sink
-from cortex._fast.outlet import Outlet
 from cortex._fast.record import Record
+from cortex._fast.response_writer import ResponseWriter
 from cortex._fast.tap import StreamTap
 
 LAST_WORDS_S: Final[float]
@@ -13,7 +13,7 @@ LAST_WORDS_BYTES: Final[int]
 
 class _Out(Protocol):
     @property
-    def outlet(self) -> Outlet | None: ...
+    def writer(self) -> ResponseWriter | None: ...
     def write_now(self, data: bytes) -> object: ...
 
 @disjoint_base

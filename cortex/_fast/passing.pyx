@@ -1,7 +1,7 @@
 """SSE events on their way from a node to a client, in compiled code where a client can be written to at once."""
 
 from cortex._fast.http_client cimport Response, Sink
-from cortex._fast.outlet cimport Outlet
+from cortex._fast.response_writer cimport ResponseWriter
 from cortex._fast.record cimport Record
 
 from collections import deque
@@ -20,7 +20,7 @@ cdef Py_ssize_t _LAST_WORDS_BYTES = LAST_WORDS_BYTES
 cdef class StreamForwarder(Sink):
     """Lets whole SSE events through, and remembers the first and the last few of them.
 
-    ``out`` is written to by :meth:`push`: it begins a stream at its first ``write_now``, and then has an ``outlet``.
+    ``out`` is written to by :meth:`push`: it begins a stream at its first ``write_now``, and then has a ``writer``.
     What comes after the stream's end is bounded, in bytes and in time, on the ``response`` that it comes from.
     """
 
@@ -30,7 +30,7 @@ cdef class StreamForwarder(Sink):
     cdef readonly object tap
     cdef public object out
     cdef public Response response
-    cdef Outlet outlet
+    cdef ResponseWriter writer
     cdef Py_ssize_t last_bytes
 
     def __init__(self, Record record not None, Py_ssize_t tail_chunks):
@@ -75,11 +75,11 @@ cdef class StreamForwarder(Sink):
         if not sse_events:
             self.check()
             return None
-        if self.outlet is not None:
-            pause = self.outlet.write(sse_events)
+        if self.writer is not None:
+            pause = self.writer.write(sse_events)
         else:
             pause = self.out.write_now(sse_events)
-            self.outlet = self.out.outlet
+            self.writer = self.out.writer
         if self.tap.malformed or self.last_bytes > _LAST_WORDS_BYTES:
             if pause is not None:
                 pause.close()

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cortex._fast.outlet import Outlet, Turns
+from cortex._fast.response_writer import ResponseWriter, WriteCoalescer
 from cortex.http_io import ClientDisconnectedError
 from cortex.reader_credit import FREE_BYTES, WINDOW_BYTES, Credit
 
@@ -25,13 +25,13 @@ class Line:
         host, port = writing.getpeername()[:2]
         at = f"[{host}]" if ":" in host else host
         self.credit = Credit(f"{at}:{port}", f"{at}:{writing.getsockname()[1]}")
-        self.outlet = Outlet(
-            self.queue_up, self.credit.more, FREE_BYTES, Turns(asyncio.get_running_loop()), is_tls=False
+        self.writer = ResponseWriter(
+            self.queue_up, self.credit.more, FREE_BYTES, WriteCoalescer(asyncio.get_running_loop()), is_tls=False
         )
 
     def push(self) -> bool:
         """Send one piece; return whether to wait."""
-        pause = self.outlet.write(PIECE)
+        pause = self.writer.write(PIECE)
         if pause is not None:
             pause.close()
         return pause is not None
@@ -65,7 +65,7 @@ class Line:
             if self.push():
                 try:
                     async with asyncio.timeout(0.2):
-                        await self.credit.more(self.outlet)
+                        await self.credit.more(self.writer)
                 except TimeoutError:
                     return True
         return False
@@ -90,7 +90,7 @@ async def test_a_reader_that_stalls_stops_the_writer_and_starts_it_again(host: s
         assert await one.push_until_stopped(1 << 24)
         assert FREE_BYTES < one.sent_bytes < 2 * WINDOW_BYTES
         for _ in range(3):
-            waiting = asyncio.ensure_future(one.credit.more(one.outlet))
+            waiting = asyncio.ensure_future(one.credit.more(one.writer))
             async with asyncio.timeout(10):
                 while not waiting.done():
                     one.read()
@@ -107,13 +107,15 @@ async def test_a_reader_that_reads_is_never_waited_for_long() -> None:
             waits = one.push()
             one.read()
             if waits:
-                await one.credit.more(one.outlet)
+                await one.credit.more(one.writer)
 
 
 async def test_short_streams_are_not_looked_at() -> None:
-    turns = Turns(asyncio.get_running_loop())
-    outlet = Outlet(lambda data: None, Credit("203.0.113.1:1", "203.0.113.2:2").more, FREE_BYTES, turns, is_tls=True)
-    assert not any(outlet.write(bytes(200)) for _ in range(200))
+    coalescer = WriteCoalescer(asyncio.get_running_loop())
+    writer = ResponseWriter(
+        lambda data: None, Credit("203.0.113.1:1", "203.0.113.2:2").more, FREE_BYTES, coalescer, is_tls=True
+    )
+    assert not any(writer.write(bytes(200)) for _ in range(200))
 
 
 async def test_a_connection_that_is_gone_is_a_client_that_left() -> None:
@@ -121,4 +123,4 @@ async def test_a_connection_that_is_gone_is_a_client_that_left() -> None:
         assert await one.push_until_stopped(1 << 24)
         one.writing.close()
         with pytest.raises(ClientDisconnectedError):
-            await one.credit.more(one.outlet)
+            await one.credit.more(one.writer)

@@ -15,7 +15,7 @@ from unittest import mock
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from cortex import rsgi_io
-from cortex._fast.outlet import Outlet
+from cortex._fast.response_writer import ResponseWriter
 from cortex.http_io import ClientDisconnectedError, asgi_left, asgi_pieces
 
 WINDOW_BYTES = 1024
@@ -127,10 +127,10 @@ class Credit:
     def __init__(self, client: str, server: str) -> None:
         self._protocol = self.protocols[client]
 
-    async def more(self, outlet: Outlet) -> None:
+    async def more(self, writer: ResponseWriter) -> None:
         """Return when the reader has read it."""
         await self._protocol.emptied.wait()
-        outlet.limit_bytes = outlet.sent_bytes + WINDOW_BYTES
+        writer.limit_bytes = writer.sent_bytes + WINDOW_BYTES
 
 
 class Server:

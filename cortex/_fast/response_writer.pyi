@@ -2,17 +2,17 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, final
 
-TURN_S: Final[float]
-HURRY_S: Final[float]
+COALESCE_S: Final[float]
+BYPASS_S: Final[float]
 
 @final
-class Turns:
+class WriteCoalescer:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
-    def hurry(self) -> None: ...
+    def bypass(self) -> None: ...
     def end(self) -> None: ...
 
 @final
-class Outlet:
+class ResponseWriter:
     limit_bytes: int
     @property
     def written_at(self) -> float: ...
@@ -21,9 +21,9 @@ class Outlet:
     def __init__(
         self,
         send: Callable[[bytes], Any],
-        wait: Callable[[Outlet], Coroutine[Any, Any, None]],
+        wait: Callable[[ResponseWriter], Coroutine[Any, Any, None]],
         limit_bytes: int,
-        turns: Turns,
+        coalescer: WriteCoalescer,
         *,
         is_tls: bool,
         counts_framing: bool = True,

@@ -5,18 +5,18 @@ from posix.time cimport CLOCK_MONOTONIC, nanosleep, timespec
 
 from cortex._fast.clock cimport seconds_of
 
-TURN_S = 0.00075
+COALESCE_S = 0.00075
 """The least between two turns of an event loop that pass SSE events on.
 
 To wake two threads for one SSE event costs more than the SSE event does; so where SSE events come faster than this,
 each turn finds some. It is what a token may be late.
 """
 
-HURRY_S = 0.005
+BYPASS_S = 0.005
 """How long no turn is held off after a request has come: others may be waiting behind it."""
 
-cdef double _TURN_S = TURN_S
-cdef double _HURRY_S = HURRY_S
+cdef double _COALESCE_S = COALESCE_S
+cdef double _BYPASS_S = BYPASS_S
 cdef double WORTH_S = 20e-6  # a sleep that is shorter ends late
 
 cdef enum:
@@ -26,30 +26,30 @@ cdef enum:
 
 
 @cython.final
-cdef class Turns:
+cdef class WriteCoalescer:
     """Holds the turns of a loop apart that pass SSE events on."""
 
     def __init__(self, loop):
         self.loop = loop
 
-    cdef int note(self) except -1:
+    cdef int mark(self) except -1:
         """Note that this turn is one."""
-        if not self.is_noted:
-            self.is_noted = True
+        if not self.is_scheduled:
+            self.is_scheduled = True
             self.loop.call_soon(self.end)
         return 0
 
-    cpdef object hurry(self):
+    cpdef object bypass(self):
         """Hold nothing off for a while."""
-        self.asked_at = seconds_of(CLOCK_MONOTONIC)
+        self.bypassed_at = seconds_of(CLOCK_MONOTONIC)
 
     def end(self):
         """Wait until the next one may begin: the loop sleeps, and nothing else of the process does."""
         cdef timespec time
         cdef double at = seconds_of(CLOCK_MONOTONIC)
-        cdef double left_s = self.begun_at + _TURN_S - at
-        self.is_noted = False
-        if left_s > WORTH_S and at - self.asked_at > _HURRY_S:
+        cdef double left_s = self.begun_at + _COALESCE_S - at
+        self.is_scheduled = False
+        if left_s > WORTH_S and at - self.bypassed_at > _BYPASS_S:
             with nogil:
                 time.tv_sec = 0
                 time.tv_nsec = <long>(left_s * 1e9)
@@ -58,21 +58,22 @@ cdef class Turns:
 
 
 @cython.final
-cdef class Outlet:
+cdef class ResponseWriter:
     """Counts what it passes on to ``send``, with its framing: exactly in the clear, and never too low over TLS.
 
     Without ``counts_framing`` the framing is left out, so that the count is never too high.
-    What is beyond ``limit_bytes`` is still sent; ``wait`` then is called with the outlet, and returns what to await
-    before there is more. ``written_at`` is when it was last written to, by the loop's clock; to ``turns`` it is told.
+    What is beyond ``limit_bytes`` is still sent; ``wait`` then is called with the writer, and returns what to await
+    before there is more. ``written_at`` is when it was last written to, by the loop's clock; to ``coalescer`` it is
+    told.
     """
 
-    def __init__(self, send, wait, Py_ssize_t limit_bytes, Turns turns not None, *, bint is_tls, bint counts_framing=True):
+    def __init__(self, send, wait, Py_ssize_t limit_bytes, WriteCoalescer coalescer not None, *, bint is_tls, bint counts_framing=True):
         self.send = send
         self.wait = wait
         self.limit_bytes = limit_bytes
         self.is_tls = is_tls
         self.counts_framing = counts_framing
-        self.turns = turns
+        self.coalescer = coalescer
 
     cpdef object write(self, bytes data):
         """Send some bytes; return what is to be awaited before there is more, if anything.
@@ -81,7 +82,7 @@ cdef class Outlet:
         """
         cdef Py_ssize_t size_bytes = len(data)
         self.send(data)
-        self.turns.note()
+        self.coalescer.mark()
         self.written_at = seconds_of(CLOCK_MONOTONIC)
         self.sent_bytes += size_bytes
         if self.counts_framing:

@@ -1,4 +1,4 @@
-"""What is sent of a stream, and that turns which send something are held apart."""
+"""What is sent of a stream, and that coalescer which send something are held apart."""
 
 import asyncio
 import threading
@@ -8,24 +8,24 @@ from typing import Any
 
 import pytest
 
-from cortex._fast import outlet
-from cortex._fast.outlet import HURRY_S, TURN_S, Outlet, Turns
+from cortex._fast import response_writer
+from cortex._fast.response_writer import BYPASS_S, COALESCE_S, ResponseWriter, WriteCoalescer
 
 
-async def no_wait(of: Outlet) -> None:
+async def no_wait(of: ResponseWriter) -> None:
     """Fake credit."""
 
 
 async def test_it_is_counted_with_its_framing() -> None:
     sent: list[bytes] = []
-    waits: list[Outlet] = []
+    waits: list[ResponseWriter] = []
 
-    def wait(of: Outlet) -> Coroutine[Any, Any, None]:
+    def wait(of: ResponseWriter) -> Coroutine[Any, Any, None]:
         waits.append(of)
         return no_wait(of)
 
     loop = asyncio.get_running_loop()
-    plain = Outlet(sent.append, wait, 100, Turns(loop), is_tls=False)
+    plain = ResponseWriter(sent.append, wait, 100, WriteCoalescer(loop), is_tls=False)
     assert plain.write(bytes(80)) is None
     pause = plain.write(bytes(1))
     assert pause is not None
@@ -34,7 +34,7 @@ async def test_it_is_counted_with_its_framing() -> None:
     assert plain.written_at == pytest.approx(loop.time(), abs=0.05)
     plain.limit_bytes = 1000
     assert plain.write(bytes(1)) is None
-    secret = Outlet(sent.append, wait, 10**6, Turns(loop), is_tls=True)
+    secret = ResponseWriter(sent.append, wait, 10**6, WriteCoalescer(loop), is_tls=True)
     secret.write(bytes(20_000))
     assert secret.sent_bytes == 20_000 + 12 + 2 * 30
     plain.close()
@@ -43,39 +43,39 @@ async def test_it_is_counted_with_its_framing() -> None:
 
 
 async def test_turns_that_send_are_held_apart() -> None:
-    out = Outlet(lambda data: None, no_wait, 10**9, Turns(asyncio.get_running_loop()), is_tls=False)
+    out = ResponseWriter(lambda data: None, no_wait, 10**9, WriteCoalescer(asyncio.get_running_loop()), is_tls=False)
     num_turns = 200
     begun = time.perf_counter()
     for _ in range(num_turns):
         for _ in range(3):
             out.write(b"x")
         await asyncio.sleep(0)
-    assert time.perf_counter() - begun >= (num_turns - 2) * TURN_S
+    assert time.perf_counter() - begun >= (num_turns - 2) * COALESCE_S
 
 
 async def test_none_is_held_off_while_requests_come() -> None:
-    turns = Turns(asyncio.get_running_loop())
-    out = Outlet(lambda data: None, no_wait, 10**9, turns, is_tls=False)
+    coalescer = WriteCoalescer(asyncio.get_running_loop())
+    out = ResponseWriter(lambda data: None, no_wait, 10**9, coalescer, is_tls=False)
 
-    async def slept_s(num_turns: int, *, hurrying: bool) -> float:
+    async def slept_s(num_turns: int, *, bypassing: bool) -> float:
         begun, cpu_begun = time.perf_counter(), time.thread_time()
         for _ in range(num_turns):
-            if hurrying:
-                turns.hurry()
+            if bypassing:
+                coalescer.bypass()
             out.write(b"x")
             await asyncio.sleep(0)
         return (time.perf_counter() - begun) - (time.thread_time() - cpu_begun)
 
-    await asyncio.sleep(2 * HURRY_S)
-    held_s = await slept_s(400, hurrying=False)
-    assert held_s >= 390 * TURN_S - 0.05
+    await asyncio.sleep(2 * BYPASS_S)
+    held_s = await slept_s(400, bypassing=False)
+    assert held_s >= 390 * COALESCE_S - 0.05
     # A busy machine may take the core away as often, so it is compared with the other and not with a clock.
-    assert min([await slept_s(400, hurrying=True) for _ in range(3)]) < held_s / 2
+    assert min([await slept_s(400, bypassing=True) for _ in range(3)]) < held_s / 2
 
 
 async def test_other_threads_run_meanwhile() -> None:
     """A loop that waits for its next turn does not keep the interpreter's lock."""
-    out = Outlet(lambda data: None, no_wait, 10**9, Turns(asyncio.get_running_loop()), is_tls=False)
+    out = ResponseWriter(lambda data: None, no_wait, 10**9, WriteCoalescer(asyncio.get_running_loop()), is_tls=False)
     is_over, count = threading.Event(), 0
 
     def run() -> None:
@@ -95,8 +95,10 @@ async def test_other_threads_run_meanwhile() -> None:
 
 def test_a_loop_that_is_closed_in_the_middle_of_a_turn_harms_no_other() -> None:
     async def write() -> None:
-        Outlet(lambda data: None, no_wait, 10**9, Turns(asyncio.get_running_loop()), is_tls=False).write(b"x")
+        ResponseWriter(
+            lambda data: None, no_wait, 10**9, WriteCoalescer(asyncio.get_running_loop()), is_tls=False
+        ).write(b"x")
 
     for _ in range(3):
         asyncio.run(write())
-    assert outlet.TURN_S < 0.001
+    assert response_writer.COALESCE_S < 0.001

@@ -2,18 +2,18 @@ cimport cython
 
 
 @cython.final
-cdef class Turns:
+cdef class WriteCoalescer:
     cdef object loop
     cdef double begun_at
-    cdef double asked_at
-    cdef bint is_noted
+    cdef double bypassed_at
+    cdef bint is_scheduled
 
-    cdef int note(self) except -1
-    cpdef object hurry(self)
+    cdef int mark(self) except -1
+    cpdef object bypass(self)
 
 
 @cython.final
-cdef class Outlet:
+cdef class ResponseWriter:
     cdef readonly double written_at
     cdef readonly Py_ssize_t sent_bytes
     cdef public Py_ssize_t limit_bytes
@@ -21,6 +21,6 @@ cdef class Outlet:
     cdef object wait
     cdef bint is_tls
     cdef bint counts_framing
-    cdef Turns turns
+    cdef WriteCoalescer coalescer
 
     cpdef object write(self, bytes data)
