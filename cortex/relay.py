@@ -21,7 +21,7 @@ class Relay(StreamForwarder):
     @property
     def is_complete(self) -> bool:
         """Whether the stream has ended as its dialect demands, well or with an error of its own."""
-        return self.tap.terminated or self.tap.failed
+        return self.scanner.terminated or self.scanner.failed
 
     @property
     def says_death(self) -> bool:
@@ -32,14 +32,14 @@ class Relay(StreamForwarder):
     def record_end(self, dialect: Dialect) -> None:
         """Write down what the stream said of itself; an error that ended it has been written already."""
         record = self.record
-        record.num_token_events = self.tap.num_token_events
-        if self.tap.usage is not None:
-            record.usage = read_usage(self.tap.usage)
+        record.num_token_events = self.scanner.num_token_events
+        if self.scanner.usage is not None:
+            record.usage = read_usage(self.scanner.usage)
         if record.finish or not self.is_complete:
             return
         finishes = dialect.finish.findall(b"".join(self.tail))
         record.finish = clean_finish(finishes[-1].decode("latin-1").rpartition(".")[2]) if finishes else ""
-        if self.tap.failed:
+        if self.scanner.failed:
             error = dialect.read_failure(b"".join(self.tail))
             record.status, record.finish = error.status, error.code
 
@@ -65,7 +65,7 @@ class Passing:
         node = self._answer.node
         try:
             if self._relay.is_complete:
-                if self._relay.tap.failed and self._relay.says_death:
+                if self._relay.scanner.failed and self._relay.says_death:
                     self._answer.record_death()
                 return isinstance(error, (UpstreamError, SseEventTooLarge))
             if isinstance(error, SseEventTooLarge):

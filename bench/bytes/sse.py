@@ -16,7 +16,7 @@ from cortex._fast import sse
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import SseDecoder
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
 
 ID = "chatcmpl-9f8e7d6c5b4a"
@@ -108,7 +108,7 @@ def split(stream: bytes) -> list[bytes]:
 
 
 def notes(stream: bytes) -> tuple[int, Any]:
-    """Note tokens and usage in plain Python, with orjson for the payloads: what the tap does."""
+    """Note tokens and usage in plain Python, with orjson for the payloads: what the usage scanner does."""
     num_tokens, usage = 0, None
     for payload in split(stream):
         if payload == b"[DONE]":
@@ -136,8 +136,8 @@ def consumers(stream: bytes, num_sse_events: int) -> list[dict[str, Any]]:
         "Python split + orjson": lambda: notes(stream),
         "SseDecoder, whole": lambda: SseDecoder().feed(stream),
         "SseDecoder, by SSE event": each(lambda: SseDecoder().feed),
-        "StreamTap, whole": lambda: StreamTap().feed(stream),
-        "StreamTap, by SSE event": each(lambda: StreamTap().feed),
+        "UsageScanner, whole": lambda: UsageScanner().feed(stream),
+        "UsageScanner, by SSE event": each(lambda: UsageScanner().feed),
     }
     rows = []
     for name, call in calls.items():
@@ -170,9 +170,11 @@ def main() -> None:
     report.write(
         "sse_read",
         rows,
-        question="What does it cost to read or to tap a chat stream of short deltas?",
+        question="What does it cost to read or to scan a chat stream of short deltas?",
         packages=["orjson"],
-        ratios={"Python split + orjson / StreamTap": by_way["Python split + orjson"] / by_way["StreamTap, whole"]},
+        ratios={
+            "Python split + orjson / UsageScanner": by_way["Python split + orjson"] / by_way["UsageScanner, whole"]
+        },
         keep=keep,
     )
 

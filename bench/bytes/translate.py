@@ -15,7 +15,7 @@ import report
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.messages_stream import MessagesStream
 from cortex._fast.peek import peek
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 from cortex.dialects.passthrough import MESSAGES, RESPONSES, Dialect
 from cortex.dialects.translate import Translation, to_chat
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
@@ -52,16 +52,16 @@ def events() -> list[InferenceEvent]:
 
 def pass_on(chunks: list[bytes]) -> None:
     """Do what the gateway does with the chunks of a node that speaks Messages."""
-    tap = StreamTap()
+    scanner = UsageScanner()
     for chunk in chunks:
-        tap.feed(chunk)
+        scanner.feed(chunk)
 
 
 def translate(chunks: list[bytes], translation: Translation) -> None:
     """Do what it does with the chunks of one that speaks chat."""
-    tap, answer = StreamTap(), translation.begin()
+    scanner, answer = UsageScanner(), translation.begin()
     for chunk in chunks:
-        tap.feed(answer.sse_events(chunk))
+        scanner.feed(answer.sse_events(chunk))
 
 
 def conversation(dialect: Dialect) -> bytes:

@@ -9,7 +9,7 @@ from cortex._fast.chat_stream import ChatStream
 from cortex._fast.peek import peek, splice
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import SseDecoder
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, ReasoningDelta, Started, TextDelta
 
 DELTAS: list[InferenceEvent] = [TextDelta(" hello")] * 1000
@@ -49,15 +49,15 @@ def test_sse_event_decoder(benchmark: Any) -> None:
     assert len(benchmark(lambda: SseDecoder().feed(CHAT))) == 1004
 
 
-def test_stream_tap(benchmark: Any) -> None:
+def test_usage_scanner(benchmark: Any) -> None:
     """Pass a chat stream on."""
 
-    def tap() -> int:
-        tapped = StreamTap()
-        tapped.feed(CHAT)
-        return tapped.num_token_events
+    def scan() -> int:
+        scanned = UsageScanner()
+        scanned.feed(CHAT)
+        return scanned.num_token_events
 
-    assert benchmark(tap) == 1001
+    assert benchmark(scan) == 1001
 
 
 def test_peek(benchmark: Any) -> None:

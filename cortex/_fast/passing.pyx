@@ -6,7 +6,7 @@ from cortex._fast.record cimport Record
 
 from collections import deque
 
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 from cortex.errors import NotAnAnswerError
 
 LAST_WORDS_S = 2.0
@@ -27,7 +27,7 @@ cdef class StreamForwarder(Sink):
     cdef readonly bytes first
     cdef readonly object tail
     cdef readonly Record record
-    cdef readonly object tap
+    cdef readonly object scanner
     cdef public object out
     cdef public Response response
     cdef ResponseWriter writer
@@ -37,7 +37,7 @@ cdef class StreamForwarder(Sink):
         self.first = b""
         self.tail = deque(maxlen=tail_chunks)
         self.record = record
-        self.tap = StreamTap(checks=True)
+        self.scanner = UsageScanner(checks=True)
 
     cpdef bytes take(self, bytes data):
         """Return the whole SSE events that ``data`` completes.
@@ -45,14 +45,14 @@ cdef class StreamForwarder(Sink):
         Raises:
             SseEventTooLarge: one is longer than is read.
         """
-        cdef bytes sse_events = self.tap.feed(data)
+        cdef bytes sse_events = self.scanner.feed(data)
         if sse_events:
             if not self.first:
                 self.first = sse_events
             self.tail.append(sse_events)
-            if self.tap.first_token:
+            if self.scanner.first_token:
                 self.record.record_first_token()
-            if self.tap.terminated or self.tap.failed:
+            if self.scanner.terminated or self.scanner.failed:
                 if self.last_bytes:
                     self.last_bytes += len(sse_events)
                 else:
@@ -63,7 +63,7 @@ cdef class StreamForwarder(Sink):
 
     cpdef object check(self):
         """Raise :exc:`NotAnAnswerError` where an SSE event has come that is none, or more than may follow the end."""
-        if self.tap.malformed:
+        if self.scanner.malformed:
             raise NotAnAnswerError("The node sent an event that is not JSON.")
         if self.last_bytes > _LAST_WORDS_BYTES:
             raise NotAnAnswerError("The node went on after the end of its stream.")
@@ -80,7 +80,7 @@ cdef class StreamForwarder(Sink):
         else:
             pause = self.out.write_now(sse_events)
             self.writer = self.out.writer
-        if self.tap.malformed or self.last_bytes > _LAST_WORDS_BYTES:
+        if self.scanner.malformed or self.last_bytes > _LAST_WORDS_BYTES:
             if pause is not None:
                 pause.close()
             self.check()

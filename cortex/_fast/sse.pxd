@@ -1,4 +1,4 @@
-"""The C side of event-stream framing, for the tap."""
+"""The C side of event-stream framing, for the usage scanner."""
 
 from libc.stdint cimport uint8_t
 

@@ -1,4 +1,4 @@
-/* Where an SSE event ends, and where its lines do. Shared by the decoder and the tap. */
+/* Where an SSE event ends, and where its lines do. Shared by the decoder and the usage scanner. */
 #ifndef CORTEX_SSE_EVENT_H
 #define CORTEX_SSE_EVENT_H
 

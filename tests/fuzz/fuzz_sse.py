@@ -1,7 +1,8 @@
 """Fuzz the event-stream readers over splits: ``python tests/fuzz/fuzz_sse.py -runs=200000``.
 
 Every stream is made here, of the pieces that mean something to a reader, and cut at random. The oracle of the decoder
-is the standard's algorithm over the whole stream; that of the tap is what it says of the whole stream, and the bytes.
+is the standard's algorithm over the whole stream; that of the usage scanner is what it says of the whole stream, and
+the bytes.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import zlib
 import atheris
 
 from cortex._fast.sse import SseDecoder
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 
 PIECES = [
     *[bytes([c]) for c in b'\n\n\n\r\r: {}[]",x\\\x00\xff'],
@@ -54,9 +55,9 @@ def reference(stream: bytes) -> list[tuple[bytes | None, bytes]]:
     return sse_events
 
 
-def notes(tap: StreamTap) -> tuple[object, ...]:
-    """Return everything that a tap noted."""
-    return tap.first_token, tap.num_token_events, tap.usage, tap.terminated, tap.failed
+def notes(scanner: UsageScanner) -> tuple[object, ...]:
+    """Return everything that a usage scanner noted."""
+    return scanner.first_token, scanner.num_token_events, scanner.usage, scanner.terminated, scanner.failed
 
 
 def mutate(_data: bytes, max_size: int, seed: int) -> bytes:
@@ -70,13 +71,13 @@ def check(stream: bytes) -> None:
     chance = random.Random(zlib.crc32(stream))
     edges = sorted({0, len(stream), *(chance.randrange(len(stream) + 1) for _ in range(chance.randrange(8)))})
     pieces = [stream[start:end] for start, end in itertools.pairwise(edges)]
-    decoder, tap, whole = SseDecoder(), StreamTap(), StreamTap()
+    decoder, scanner, whole = SseDecoder(), UsageScanner(), UsageScanner()
     sse_events = [(sse_event.event, sse_event.data) for piece in pieces for sse_event in decoder.feed(piece)]
     assert sse_events == reference(stream), (stream, edges)
-    passed = b"".join([tap.feed(piece) for piece in pieces])
-    assert passed + tap.tail == stream, (stream, edges)
+    passed = b"".join([scanner.feed(piece) for piece in pieces])
+    assert passed + scanner.tail == stream, (stream, edges)
     assert passed == whole.feed(stream), (stream, edges)
-    assert notes(tap) == notes(whole), (stream, edges)
+    assert notes(scanner) == notes(whole), (stream, edges)
 
 
 @atheris.instrument_func  # type: ignore[untyped-decorator]

@@ -1,7 +1,7 @@
 """Fuzz what reads a node's answers: ``python tests/fuzz/fuzz_upstream.py [tests/fuzz/corpus/upstream]``.
 
-An input is all that a connection brings. It goes through the compiled client, the tap, the readers of each dialect, the
-translation and a response in the background; nothing but a typed error may come of it, however it is cut.
+An input is all that a connection brings. It goes through the compiled client, the usage scanner, the readers of each
+dialect, the translation and a response in the background; nothing but a typed error may come of it, however it is cut.
 """
 
 import pathlib

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.sse import SseDecoder
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.wire.errors import ErrorInfo
 from cortex.wire.events import (
@@ -292,16 +292,16 @@ def test_the_stream_says_what_the_reply_says(deltas: list[InferenceEvent], reaso
     assert accumulate(chunks, 2) == replied(body)
     assert last["usage"] == orjson.loads(body)["usage"]
     assert done == "[DONE]"
-    tap = StreamTap()
-    assert tap.feed(sse_events) == sse_events
+    scanner = UsageScanner()
+    assert scanner.feed(sse_events) == sse_events
     num_tokens = sum(
         any(piece["delta"].get(f) for f in ("content", "reasoning_content", "tool_calls"))
         for chunk in chunks
         for piece in chunk["choices"]
     )
-    assert tap.num_token_events == num_tokens
-    assert (tap.terminated, tap.failed) == (True, False)
-    assert orjson.loads(tap.usage or b"") == last["usage"]
+    assert scanner.num_token_events == num_tokens
+    assert (scanner.terminated, scanner.failed) == (True, False)
+    assert orjson.loads(scanner.usage or b"") == last["usage"]
 
 
 def client(sse_events: bytes) -> openai.OpenAI:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from cortex._fast.messages_stream import SIGNATURE, MessagesStream
 from cortex._fast.sse import SseDecoder
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 from cortex.wire.errors import ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
     Failed,
@@ -299,9 +299,9 @@ def test_calls_whose_pieces_come_in_turns_are_told_one_after_another() -> None:
 
 
 def test_a_gateway_reads_it_in_passing() -> None:
-    sse_events, tap = stream().sse_events(STORY), StreamTap()
-    assert b"".join(tap.feed(sse_events[i : i + 1]) for i in range(len(sse_events))) == sse_events
-    assert tap.first_token
-    assert tap.terminated
-    assert not tap.failed
-    assert orjson.loads(tap.usage or b"")["output_tokens"] == 12
+    sse_events, scanner = stream().sse_events(STORY), UsageScanner()
+    assert b"".join(scanner.feed(sse_events[i : i + 1]) for i in range(len(sse_events))) == sse_events
+    assert scanner.first_token
+    assert scanner.terminated
+    assert not scanner.failed
+    assert orjson.loads(scanner.usage or b"")["output_tokens"] == 12

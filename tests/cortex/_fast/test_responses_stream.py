@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from cortex._fast.responses_stream import ResponsesStream
 from cortex._fast.sse import SseDecoder
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 from cortex.dialects.openai_sealed import unseal
 from cortex.wire.errors import ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
@@ -446,11 +446,11 @@ def test_a_stream_tells_one_story(
         assert content == "".join(e.text for e in events if isinstance(e, event))
     if isinstance(end, Finished):
         assert orjson.loads(projector.response()) == response
-    tap = StreamTap()
-    assert tap.feed(sse_events) == sse_events
-    assert tap.num_token_events == sum(event["type"] in DELTAS for event in told)
-    assert (tap.terminated, tap.failed) == (True, isinstance(end, Failed))
-    assert (None if tap.usage is None else orjson.loads(tap.usage)) == response["usage"]
+    scanner = UsageScanner()
+    assert scanner.feed(sse_events) == sse_events
+    assert scanner.num_token_events == sum(event["type"] in DELTAS for event in told)
+    assert (scanner.terminated, scanner.failed) == (True, isinstance(end, Failed))
+    assert (None if scanner.usage is None else orjson.loads(scanner.usage)) == response["usage"]
 
 
 def replay(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

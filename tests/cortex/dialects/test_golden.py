@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex._fast.chat_events import ChatEvents
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 
 FILES = sorted(golden.FOLDER.glob("*.txt"))
 CUTS = st.lists(st.integers(0, 1 << 20), max_size=8)
@@ -32,10 +32,10 @@ def stream_of(name: str) -> bytes:
 @settings(max_examples=25)
 @given(places=CUTS)
 def test_a_gateway_passes_it_on_however_it_is_cut(name: str, places: list[int]) -> None:
-    tap, stream = StreamTap(), stream_of(name)
-    assert b"".join(tap.feed(data) for data in cut(stream, places)) == stream
-    assert tap.failed is ("fail" in name)
-    assert tap.terminated or tap.failed
+    scanner, stream = UsageScanner(), stream_of(name)
+    assert b"".join(scanner.feed(data) for data in cut(stream, places)) == stream
+    assert scanner.failed is ("fail" in name)
+    assert scanner.terminated or scanner.failed
 
 
 @pytest.mark.parametrize("dialect", ["messages", "responses"])

@@ -8,7 +8,7 @@ from openai.types import Completion as SdkCompletion
 from pydantic import TypeAdapter
 
 from cortex._fast.sse import SseDecoder
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 from cortex.dialects import openai_completion_reply, openai_completions
 from cortex.dialects.openai_completion_reply import Completion
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
@@ -106,7 +106,7 @@ def test_a_wrong_field_is_named(body: dict[str, Any], code: str, param: str) -> 
 
 
 def test_streamed_and_whole_say_the_same() -> None:
-    made, gathered, tap = completion(include_usage=True, report_usage=True), completion(), StreamTap()
+    made, gathered, scanner = completion(include_usage=True, report_usage=True), completion(), UsageScanner()
     sse_events = b"".join(made.sse_events([event]) for event in STORY)
     assert completion(include_usage=True, report_usage=True).sse_events(STORY) == sse_events
     gathered.add(STORY)
@@ -126,9 +126,9 @@ def test_streamed_and_whole_say_the_same() -> None:
     assert texts == [choice.text for choice in whole.choices] == ['a"\nb', "x"]
     assert reasons == [choice.finish_reason for choice in whole.choices] == ["stop", "length"]
     assert chunks[-1].usage == whole.usage
-    assert tap.feed(sse_events) == sse_events
-    assert (tap.first_token, tap.terminated, tap.failed) == (True, True, False)
-    assert orjson.loads(tap.usage or b"") == {
+    assert scanner.feed(sse_events) == sse_events
+    assert (scanner.first_token, scanner.terminated, scanner.failed) == (True, True, False)
+    assert orjson.loads(scanner.usage or b"") == {
         "prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13, "cached_tokens": 3
     }  # fmt: skip
 

@@ -48,7 +48,7 @@ cdef enum Kind:
 
 
 @cython.final
-cdef class StreamTap:
+cdef class UsageScanner:
     """Passes an event stream on in whole SSE events and notes first token, usage and end."""
 
     cdef readonly bint first_token
@@ -164,12 +164,12 @@ cdef class StreamTap:
             data_end = data + self.joined.size
         if data != NULL and data != data_end:
             if not self.checks or is_object(data, data_end) or (data_end - data >= 6 and memcmp(data, b"[DONE]", 6) == 0):
-                self.note_data(data, data_end, kind)
+                self.scan_data(data, data_end, kind)
             else:
                 self.malformed = True
         return 0
 
-    cdef int note_data(self, const uint8_t* data, const uint8_t* end, Kind kind) except -1:
+    cdef int scan_data(self, const uint8_t* data, const uint8_t* end, Kind kind) except -1:
         cdef const uint8_t* key
         if kind == UNNAMED:
             if self.matches_probe(data, end):
@@ -178,33 +178,33 @@ cdef class StreamTap:
                 key = scan_usage_key(data, end)
                 while key != end:
                     if is_object_after(key + 7, end):
-                        self.note_usage(data, end)
+                        self.scan_usage(data, end)
                         break
                     key = scan_usage_key(key + 7, end)
                 return 0
             if end - data >= 6 and memcmp(data, b"[DONE]", 6) == 0:
                 self.terminated = True
                 return 0
-            return self.note_object(data, end)
-        return self.note_kind(data, end, kind)
+            return self.scan_object(data, end)
+        return self.scan_kind(data, end, kind)
 
-    cdef int note_kind(self, const uint8_t* data, const uint8_t* end, Kind kind) except -1:
+    cdef int scan_kind(self, const uint8_t* data, const uint8_t* end, Kind kind) except -1:
         if kind == TOKEN:
             self.first_token = True
             self.num_token_events += 1
         elif kind == MESSAGE:
-            self.note_usage(data, end)
+            self.scan_usage(data, end)
         elif kind == COMPLETED or kind == FAILED:
             self.terminated = True
             self.failed |= kind == FAILED
-            self.note_usage(data, end)
+            self.scan_usage(data, end)
         elif kind == STOP:
             self.terminated = True
         elif kind == ERROR:
             self.failed = True
         return 0
 
-    cdef int note_object(self, const uint8_t* data, const uint8_t* end) except -1:
+    cdef int scan_object(self, const uint8_t* data, const uint8_t* end) except -1:
         """Walk the top level of data that came without a telling event name."""
         cdef json_member member
         cdef const uint8_t* at = json_open(json_space(data, end), end, c"{")
@@ -219,7 +219,7 @@ cdef class StreamTap:
             if json_key_is(&member, b"type") and member.value[0] == c'"':
                 kind = kind_of(member.value + 1, member.value_end - 1)
                 if kind != UNNAMED:
-                    return self.note_kind(data, end, kind)
+                    return self.scan_kind(data, end, kind)
             elif json_key_is(&member, b"choices"):
                 token = self.find_token(member.value, member.value_end, data)
             elif json_key_is(&member, b"usage") and member.value[0] == c"{":
@@ -295,7 +295,7 @@ cdef class StreamTap:
         first = at[self.probe_length]
         return first != c'"' and first != c"]" and first != c"}"
 
-    cdef int note_usage(self, const uint8_t* data, const uint8_t* end) except -1:
+    cdef int scan_usage(self, const uint8_t* data, const uint8_t* end) except -1:
         """Keep the usage at the top level, or within the ``response`` or ``message`` there."""
         cdef json_member member
         cdef json_member inner

@@ -1,4 +1,4 @@
-"""The tap: bytes pass unchanged in whole SSE events, and what it notes is what was there."""
+"""The usage scanner: bytes pass unchanged in whole SSE events, and what it notes is what was there."""
 
 import itertools
 import json
@@ -10,25 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cortex._fast.sse import SseEventTooLarge
-from cortex._fast.tap import StreamTap
+from cortex._fast.usage_scanner import UsageScanner
 
 # Streams as other servers write them, one for each dialect and kind of end.
 STREAMS = {path.stem: path.read_bytes() for path in sorted((pathlib.Path(__file__).parent / "streams").glob("*.sse"))}
 CHAT = STREAMS["chat"]
 
 
-def notes(tap: StreamTap) -> tuple[bool, int, bytes | None, bool, bool]:
-    return tap.first_token, tap.num_token_events, tap.usage, tap.terminated, tap.failed
+def notes(scanner: UsageScanner) -> tuple[bool, int, bytes | None, bool, bool]:
+    return scanner.first_token, scanner.num_token_events, scanner.usage, scanner.terminated, scanner.failed
 
 
-def feed(tap: StreamTap, *pieces: bytes) -> bytes:
-    return b"".join([tap.feed(piece) for piece in pieces])
+def feed(scanner: UsageScanner, *pieces: bytes) -> bytes:
+    return b"".join([scanner.feed(piece) for piece in pieces])
 
 
-def tapped(*pieces: bytes) -> StreamTap:
-    tap = StreamTap()
-    feed(tap, *pieces)
-    return tap
+def scanned(*pieces: bytes) -> UsageScanner:
+    scanner = UsageScanner()
+    feed(scanner, *pieces)
+    return scanner
 
 
 def chat(**fields: Any) -> bytes:
@@ -51,37 +51,37 @@ def delta(**fields: Any) -> bytes:
     ],
 )
 def test_dialects(name: str, num_token_events: int, usage: Any, terminated: bool, failed: bool) -> None:
-    tap = tapped(STREAMS[name])
-    assert tap.first_token
-    assert tap.num_token_events == num_token_events
-    assert (json.loads(tap.usage) if tap.usage is not None else None) == usage
-    assert (tap.terminated, tap.failed) == (terminated, failed)
-    assert tap.tail == b""
+    scanner = scanned(STREAMS[name])
+    assert scanner.first_token
+    assert scanner.num_token_events == num_token_events
+    assert (json.loads(scanner.usage) if scanner.usage is not None else None) == usage
+    assert (scanner.terminated, scanner.failed) == (terminated, failed)
+    assert scanner.tail == b""
 
 
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 def test_every_split_passes_whole_sse_events(name: str, line_end: bytes) -> None:
     stream = STREAMS[name].replace(b"\n", line_end)
-    whole = notes(tapped(stream))
+    whole = notes(scanned(stream))
     ends = {0}
     for i in range(len(stream)):
         if stream[: i + 1].endswith(line_end * 2):
             ends.add(i + 1)
     for i in range(len(stream) + 1):
-        tap = StreamTap()
-        first = tap.feed(stream[:i])
+        scanner = UsageScanner()
+        first = scanner.feed(stream[:i])
         assert len(first) in ends
-        assert first + tap.tail == stream[:i]
-        assert first + tap.feed(stream[i:]) == stream
-        assert notes(tap) == whole
-    tap = StreamTap()
-    passed = [tap.feed(stream[i : i + 1]) for i in range(len(stream))]
+        assert first + scanner.tail == stream[:i]
+        assert first + scanner.feed(stream[i:]) == stream
+        assert notes(scanner) == whole
+    scanner = UsageScanner()
+    passed = [scanner.feed(stream[i : i + 1]) for i in range(len(stream))]
     assert b"".join(passed) == stream
     assert [piece for piece in passed if piece] == [
         sse_event + line_end * 2 for sse_event in stream.split(line_end * 2)[:-1]
     ]
-    assert notes(tap) == whole
+    assert notes(scanner) == whole
 
 
 @given(
@@ -92,19 +92,19 @@ def test_every_split_passes_whole_sse_events(name: str, line_end: bytes) -> None
 )
 def test_any_bytes_pass_in_order(stream: bytes, cuts: list[int]) -> None:
     edges = sorted({0, len(stream), *(min(c, len(stream)) for c in cuts)})
-    tap = StreamTap()
-    passed = b"".join(tap.feed(stream[a:b]) for a, b in itertools.pairwise(edges))
-    once = StreamTap()
-    assert passed + tap.tail == stream
+    scanner = UsageScanner()
+    passed = b"".join(scanner.feed(stream[a:b]) for a, b in itertools.pairwise(edges))
+    once = UsageScanner()
+    assert passed + scanner.tail == stream
     assert passed == once.feed(stream)
-    assert notes(tap) == notes(once)
+    assert notes(scanner) == notes(once)
 
 
 @given(st.binary(), st.binary(max_size=30))
 def test_garbage_is_harmless(inner: bytes, event: bytes) -> None:
     text = b"event: " + event + b'\ndata: {"choices":[{"delta":{"content":"' + inner + b"\n\n"
-    tap = StreamTap()
-    assert tap.feed(text) + tap.tail == text
+    scanner = UsageScanner()
+    assert scanner.feed(text) + scanner.tail == text
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -112,16 +112,16 @@ def test_every_truncated_payload_is_harmless(name: str) -> None:
     for sse_event in STREAMS[name].split(b"\n\n"):
         for i in range(len(sse_event)):
             text = sse_event[:i] + b"\n\n"
-            assert StreamTap().feed(text) == text
+            assert UsageScanner().feed(text) == text
 
 
 def test_whole_sse_events_pass_as_the_same_object() -> None:
-    tap = StreamTap()
+    scanner = UsageScanner()
     data = CHAT[: CHAT.index(b"\n\n") + 2]
-    assert tap.feed(data) is data
-    assert tap.feed(b"") == b""
-    assert tap.feed(b"data: x") == b""
-    assert tap.tail == b"data: x"
+    assert scanner.feed(data) is data
+    assert scanner.feed(b"") == b""
+    assert scanner.feed(b"data: x") == b""
+    assert scanner.tail == b"data: x"
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_whole_sse_events_pass_as_the_same_object() -> None:
 )
 def test_a_token_is_content_of_any_kind(fields: dict[str, Any]) -> None:
     for sse_events in range(1, 4):
-        tap = tapped(delta(**fields) * sse_events)
-        assert tap.first_token
-        assert tap.num_token_events == sse_events
+        scanner = scanned(delta(**fields) * sse_events)
+        assert scanner.first_token
+        assert scanner.num_token_events == sse_events
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_a_token_is_content_of_any_kind(fields: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_no_token(sse_event: bytes) -> None:
-    assert notes(tapped(sse_event)) == (False, 0, None, False, False)
+    assert notes(scanned(sse_event)) == (False, 0, None, False, False)
     # Nor is it one behind a token whose place is remembered.
-    tap = tapped(delta(content="x"), sse_event)
-    assert notes(tap) == (True, 1, None, False, False)
+    scanner = scanned(delta(content="x"), sse_event)
+    assert notes(scanner) == (True, 1, None, False, False)
 
 
 def test_tokens_of_different_shapes_are_all_counted() -> None:
@@ -183,7 +183,7 @@ def test_tokens_of_different_shapes_are_all_counted() -> None:
         delta(content="h" * 10_000),
         chat(model="m" * 300, choices=[{"index": 0, "delta": {"a" * 100: 1, "content": "i"}}]),
     ]
-    assert tapped(*shapes).num_token_events == len(shapes) - 1
+    assert scanned(*shapes).num_token_events == len(shapes) - 1
 
 
 SPOOFS = [
@@ -205,21 +205,21 @@ SPOOFS = [
 def test_generated_text_cannot_forge_a_mark(text: str, separators: tuple[str, str]) -> None:
     chunk = {"choices": [{"index": 0, "delta": {"content": text, "tool_calls": [{"function": {"arguments": text}}]}}]}
     sse_events = b"data: " + json.dumps(chunk, separators=separators).encode() + b"\n\n"
-    assert notes(tapped(sse_events * 3)) == (True, 3, None, False, False)
+    assert notes(scanned(sse_events * 3)) == (True, 3, None, False, False)
     done = {"type": "response.output_text.done", "text": text}
     sse_events = (
         b"event: response.output_text.done\ndata: " + json.dumps(done, separators=separators).encode() + b"\n\n"
     )
-    assert notes(tapped(sse_events)) == (False, 0, None, False, False)
+    assert notes(scanned(sse_events)) == (False, 0, None, False, False)
 
 
 def test_a_tool_named_usage_is_not_usage() -> None:
     schema = {"properties": {"usage": {"type": "object"}, "error": {"type": "string"}}}
     response = {"tools": [{"parameters": schema}], "metadata": {"usage": "x"}, "usage": {"input_tokens": 1}}
     data = json.dumps({"type": "response.completed", "response": response}).encode()
-    assert tapped(b"event: response.completed\ndata: " + data + b"\n\n").usage == b'{"input_tokens": 1}'
+    assert scanned(b"event: response.completed\ndata: " + data + b"\n\n").usage == b'{"input_tokens": 1}'
     nested = chat(choices=[{"index": 0, "delta": {"content": "x"}, "extra": {"usage": {"prompt_tokens": 1}}}])
-    assert tapped(nested * 2).usage is None
+    assert scanned(nested * 2).usage is None
 
 
 def test_running_usage_is_the_last() -> None:
@@ -227,16 +227,16 @@ def test_running_usage_is_the_last() -> None:
     sse_events = [
         b"data: " + json.dumps(chunk | {"usage": {"completion_tokens": n}}).encode() + b"\n\n" for n in range(5)
     ]
-    tap = tapped(*sse_events)
-    assert tap.usage == b'{"completion_tokens": 4}'
-    assert tap.num_token_events == 5
-    assert tapped(*sse_events, delta(content="x", usage=None)).usage == b'{"completion_tokens": 4}'
+    scanner = scanned(*sse_events)
+    assert scanner.usage == b'{"completion_tokens": 4}'
+    assert scanner.num_token_events == 5
+    assert scanned(*sse_events, delta(content="x", usage=None)).usage == b'{"completion_tokens": 4}'
 
 
 def test_our_own_usage_comment() -> None:
-    tap = tapped(b': usage {"prompt_tokens":1,"completion_tokens":2,"cached_tokens":0}\n\n')
-    assert tap.usage == b'{"prompt_tokens":1,"completion_tokens":2,"cached_tokens":0}'
-    assert not tap.terminated
+    scanner = scanned(b': usage {"prompt_tokens":1,"completion_tokens":2,"cached_tokens":0}\n\n')
+    assert scanner.usage == b'{"prompt_tokens":1,"completion_tokens":2,"cached_tokens":0}'
+    assert not scanner.terminated
 
 
 @pytest.mark.parametrize(
@@ -252,30 +252,30 @@ def test_our_own_usage_comment() -> None:
     ],
 )
 def test_errors(sse_event: bytes) -> None:
-    tap = tapped(delta(content="x"), sse_event)
-    assert tap.failed
-    assert not tap.terminated
+    scanner = scanned(delta(content="x"), sse_event)
+    assert scanner.failed
+    assert not scanner.terminated
 
 
 def test_null_error_is_none() -> None:
-    assert not tapped(chat(error=None, choices=[])).failed
+    assert not scanned(chat(error=None, choices=[])).failed
 
 
 def test_data_over_several_lines() -> None:
     stream = (
         b'data: {"choices":[{"index":0,\ndata: "delta":{"content":"x"}}],\ndata: "usage":{"a":1}}\n\ndata: [DONE]\n\n'
     )
-    assert notes(tapped(stream)) == (True, 1, b'{"a":1}', True, False)
+    assert notes(scanned(stream)) == (True, 1, b'{"a":1}', True, False)
 
 
 def test_byte_order_mark() -> None:
-    assert notes(tapped(b"\xef\xbb\xbf" + CHAT)) == notes(tapped(CHAT))
+    assert notes(scanned(b"\xef\xbb\xbf" + CHAT)) == notes(scanned(CHAT))
 
 
 def test_an_sse_event_has_a_limit_whole_or_not() -> None:
     sse_event = b"data: " + b"x" * 92 + b"\n\n"
-    assert StreamTap(max_event_bytes=100).feed(sse_event * 3) == sse_event * 3
+    assert UsageScanner(max_event_bytes=100).feed(sse_event * 3) == sse_event * 3
     for pieces in ([sse_event], [sse_event[:50], sse_event[50:]]):
-        tap = StreamTap(max_event_bytes=99)
+        scanner = UsageScanner(max_event_bytes=99)
         with pytest.raises(SseEventTooLarge):
-            feed(tap, *pieces)
+            feed(scanner, *pieces)

@@ -1,7 +1,7 @@
 from typing import final
 
 @final
-class StreamTap:
+class UsageScanner:
     @property
     def first_token(self) -> bool: ...
     @property
