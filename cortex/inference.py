@@ -57,9 +57,9 @@ from cortex.http_io import (
     serve_stream,
     stream,
 )
-from cortex.relay import Passing, Relay
 from cortex.request_log import RequestLog
 from cortex.store.conversation import Conversations, Turn
+from cortex.stream_forwarding import DialectForwarder, Forwarding
 from cortex.upstream import Header
 from cortex.wire.errors import ApiError, MissingParameterError, RemoteError, UpstreamError, UpstreamTimeoutError
 from cortex.wire.events import Finished, FinishReason, Started
@@ -277,11 +277,11 @@ class Inference:
         await exchange.finish()
 
     async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
-        relay = Relay(record)
+        forwarder = DialectForwarder(record)
 
         def end_in_failure(error: ApiError) -> bytes:
             record.status, record.finish = error.status, error.code
-            return dialect.failure(error.info(), relay.first, b"".join(relay.tail))
+            return dialect.failure(error.info(), forwarder.first, b"".join(forwarder.tail))
 
         def heartbeat() -> bytes:
             progress = self._dispatcher.load_progress(asked.node_request.model)
@@ -291,23 +291,23 @@ class Inference:
             answer = await self._dispatcher.ask(asked.node_request)
             _tell_of(answer, asked, exchange)
             if not out.writes_at_once or answer.is_chat or answer.renamed or asked.turn is not None:
-                async with aclosing(self._pull(answer, relay, record, asked)) as sse_events:
+                async with aclosing(self._pull(answer, forwarder, record, asked)) as sse_events:
                     async for some in sse_events:
                         await out.write(some)
                 return
 
-            relay.out = out
-            with Passing(answer, relay):
-                await answer.response.forward(relay)
+            forwarder.out = out
+            with Forwarding(answer, forwarder):
+                await answer.response.forward(forwarder)
 
         record.status = 200
         try:
             await serve_stream(exchange, write, heartbeat=heartbeat, error_event=end_in_failure)
         finally:
-            relay.record_end(dialect)
+            forwarder.record_end(dialect)
 
     async def _pull(
-        self, answer: NodeResponse, relay: Relay, record: Record, asked: "_Asked"
+        self, answer: NodeResponse, forwarder: DialectForwarder, record: Record, asked: "_Asked"
     ) -> AsyncGenerator[bytes, None]:
         """Yield what may go on of a node's stream.
 
@@ -315,7 +315,7 @@ class Inference:
             UpstreamError: the stream broke, fell silent or ended before its terminator.
         """
         unreadable: NotAnAnswerError | None = None
-        with Passing(answer, relay):
+        with Forwarding(answer, forwarder):
             read = answer.response.read
             reader = asked.reader(answer)
             more = True
@@ -324,9 +324,9 @@ class Inference:
                 more = bool(data)
                 if reader is not None:
                     data = reader.sse_events(data) if more else reader.end()
-                sse_events = relay.take(data)
+                sse_events = forwarder.take(data)
                 if sse_events:
-                    if asked.turn is not None and relay.is_complete:
+                    if asked.turn is not None and forwarder.is_complete:
                         try:
                             sse_events = await self._conversations.of(record.key).keep_streamed(asked.turn, sse_events)
                         except NotAnAnswerError as error:
@@ -334,7 +334,7 @@ class Inference:
                             unreadable = error
                             break
                     yield sse_events
-                relay.check()
+                forwarder.check()
         if unreadable is not None:
             raise unreadable
 
@@ -378,11 +378,11 @@ class Inference:
         self, dialect: Dialect, record: Record, asked: "_Asked", reservation: Reservation
     ) -> AsyncGenerator[bytes, None]:
         """Yield the SSE events of a response that nobody may be waiting for, and write down how it went."""
-        relay = Relay(record)
+        forwarder = DialectForwarder(record)
         record.status = 200
         try:
             answer = await self._dispatcher.ask(asked.node_request)
-            async with aclosing(self._pull(answer, relay, record, asked)) as sse_events:
+            async with aclosing(self._pull(answer, forwarder, record, asked)) as sse_events:
                 async for some in sse_events:
                     yield some
         except ApiError as error:
@@ -392,7 +392,7 @@ class Inference:
             record.status, record.finish = CLIENT_CLOSED_REQUEST, "cancelled"
             raise
         finally:
-            relay.record_end(dialect)
+            forwarder.record_end(dialect)
             self._request_log.record(record)
             await reservation.settle(_used(record, reservation, has_left=record.finish == "cancelled"))
 

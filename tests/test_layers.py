@@ -52,7 +52,7 @@ FLOORS = {
     "cortex.supervise": -1,
     "cortex.loop_lag": -1,
     "cortex.request_body": -1,
-    "cortex.relay": 4,
+    "cortex.stream_forwarding": 4,
     "cortex.inference": 5,
     "cortex.fast_path": 7,
     "cortex.endpoints": 4,

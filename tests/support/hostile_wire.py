@@ -25,8 +25,8 @@ from cortex.dialects.passthrough import (
 from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import to_chat
 from cortex.fleet.refusals import find_error, read_error, wrong_head
-from cortex.relay import Relay
 from cortex.store.conversation import Conversations
+from cortex.stream_forwarding import DialectForwarder
 from cortex.wire.errors import ApiError
 
 DIALECTS = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS, COUNT_TOKENS, INPUT_TOKENS)
@@ -244,7 +244,7 @@ class Checker:
             read = dialect.read(body)
             if read is not None and read[0] is not None:
                 assert min(read[0].counts()) >= 0
-            self._pass(Relay(Record("r", dialect.name)), pieces, dialect)
+            self._forward(DialectForwarder(Record("r", dialect.name)), pieces, dialect)
             if dialect in ASKED:
                 _refusable(lambda dialect=dialect: self._translate(dialect, body, pieces))  # type: ignore[misc]
         _refusable(lambda: [RenamedStream("x").sse_events(piece) for piece in pieces])
@@ -253,21 +253,21 @@ class Checker:
         if run.ended:
             assert isinstance(run.is_answer, bool)
 
-    def _pass(self, relay: Relay, pieces: list[bytes], dialect: Any) -> None:
+    def _forward(self, forwarder: DialectForwarder, pieces: list[bytes], dialect: Any) -> None:
         passed = b""
 
         def take() -> None:
             nonlocal passed
             for piece in pieces:
-                passed += relay.take(piece)
-                relay.check()
+                passed += forwarder.take(piece)
+                forwarder.check()
 
         _refusable(take)
         assert b"".join(pieces).startswith(passed)
-        relay.record_end(dialect)
-        assert min(relay.record.counts()) >= 0
-        assert "\n" not in relay.record.finish
-        dialect.failure(error_info(), relay.first, b"".join(relay.tail))
+        forwarder.record_end(dialect)
+        assert min(forwarder.record.counts()) >= 0
+        assert "\n" not in forwarder.record.finish
+        dialect.failure(error_info(), forwarder.first, b"".join(forwarder.tail))
 
     def _translate(self, dialect: Any, body: bytes, pieces: list[bytes]) -> None:
         asked = to_chat(dialect, ASKED[dialect] % b"")

@@ -9,12 +9,12 @@ from collections import deque
 from cortex._fast.usage_scanner import UsageScanner
 from cortex.errors import NotAnAnswerError
 
-LAST_WORDS_S = 2.0
-LAST_WORDS_BYTES = 64 * 1024
+TRAILING_S = 2.0
+TRAILING_BYTES = 64 * 1024
 """What may come after a stream's terminator: a comment with the usage, and the end of the connection."""
 
-cdef double _LAST_WORDS_S = LAST_WORDS_S
-cdef Py_ssize_t _LAST_WORDS_BYTES = LAST_WORDS_BYTES
+cdef double _TRAILING_S = TRAILING_S
+cdef Py_ssize_t _TRAILING_BYTES = TRAILING_BYTES
 
 
 cdef class StreamForwarder(Sink):
@@ -31,7 +31,7 @@ cdef class StreamForwarder(Sink):
     cdef public object out
     cdef public Response response
     cdef ResponseWriter writer
-    cdef Py_ssize_t last_bytes
+    cdef Py_ssize_t trailing_bytes
 
     def __init__(self, Record record not None, Py_ssize_t tail_chunks):
         self.first = b""
@@ -53,19 +53,19 @@ cdef class StreamForwarder(Sink):
             if self.scanner.first_token:
                 self.record.record_first_token()
             if self.scanner.terminated or self.scanner.failed:
-                if self.last_bytes:
-                    self.last_bytes += len(sse_events)
+                if self.trailing_bytes:
+                    self.trailing_bytes += len(sse_events)
                 else:
-                    self.last_bytes = 1
+                    self.trailing_bytes = 1
                     if self.response is not None:
-                        self.response.end_within(_LAST_WORDS_S)
+                        self.response.end_within(_TRAILING_S)
         return sse_events
 
     cpdef object check(self):
         """Raise :exc:`NotAnAnswerError` where an SSE event has come that is none, or more than may follow the end."""
         if self.scanner.malformed:
             raise NotAnAnswerError("The node sent an event that is not JSON.")
-        if self.last_bytes > _LAST_WORDS_BYTES:
+        if self.trailing_bytes > _TRAILING_BYTES:
             raise NotAnAnswerError("The node went on after the end of its stream.")
 
     cdef object push(self, bytes data):
@@ -80,7 +80,7 @@ cdef class StreamForwarder(Sink):
         else:
             pause = self.out.write_now(sse_events)
             self.writer = self.out.writer
-        if self.scanner.malformed or self.last_bytes > _LAST_WORDS_BYTES:
+        if self.scanner.malformed or self.trailing_bytes > _TRAILING_BYTES:
             if pause is not None:
                 pause.close()
             self.check()

@@ -2,9 +2,9 @@
 
 from types import TracebackType
 
-from cortex._fast.passing import StreamForwarder
 from cortex._fast.record import Record
 from cortex._fast.sse import SseEventTooLarge
+from cortex._fast.stream_forwarder import StreamForwarder
 from cortex.dialects.passthrough import TAIL_CHUNKS, Dialect, clean_finish, read_usage
 from cortex.errors import NotAnAnswerError, TooLongAnswerError
 from cortex.fleet.node_request import NodeResponse
@@ -12,7 +12,7 @@ from cortex.fleet.refusals import DEATHS
 from cortex.wire.errors import UpstreamError
 
 
-class Relay(StreamForwarder):
+class DialectForwarder(StreamForwarder):
     """Lets whole SSE events through, and remembers the first and the last of them."""
 
     def __init__(self, record: Record) -> None:
@@ -24,7 +24,7 @@ class Relay(StreamForwarder):
         return self.scanner.terminated or self.scanner.failed
 
     @property
-    def says_death(self) -> bool:
+    def reports_death(self) -> bool:
         """Whether the error that ended the stream says that something died while it had the request."""
         last = b"".join(self.tail)
         return any(b'"%b"' % code.encode() in last for code in DEATHS)
@@ -44,7 +44,7 @@ class Relay(StreamForwarder):
             record.status, record.finish = error.status, error.code
 
 
-class Passing:
+class Forwarding:
     """A block in which a node's stream is passed on. However it ends, the answer is closed.
 
     Raises:
@@ -52,20 +52,20 @@ class Passing:
             end can be missing, which is nobody's loss.
     """
 
-    def __init__(self, answer: NodeResponse, relay: Relay) -> None:
+    def __init__(self, answer: NodeResponse, forwarder: DialectForwarder) -> None:
         self._answer = answer
-        self._relay = relay
+        self._forwarder = forwarder
 
     def __enter__(self) -> None:
-        self._relay.response = self._answer.response
+        self._forwarder.response = self._answer.response
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         node = self._answer.node
         try:
-            if self._relay.is_complete:
-                if self._relay.scanner.failed and self._relay.says_death:
+            if self._forwarder.is_complete:
+                if self._forwarder.scanner.failed and self._forwarder.reports_death:
                     self._answer.record_death()
                 return isinstance(error, (UpstreamError, SseEventTooLarge))
             if isinstance(error, SseEventTooLarge):

@@ -8,8 +8,8 @@ from cortex._fast.record import Record
 from cortex._fast.response_writer import ResponseWriter
 from cortex._fast.usage_scanner import UsageScanner
 
-LAST_WORDS_S: Final[float]
-LAST_WORDS_BYTES: Final[int]
+TRAILING_S: Final[float]
+TRAILING_BYTES: Final[int]
 
 class _Out(Protocol):
     @property
