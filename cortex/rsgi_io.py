@@ -1,8 +1,8 @@
 """One HTTP exchange, or one WebSocket, over RSGI, Granian's own interface.
 
 Granian queues without limit whatever a stream is sent, so that a reader's pace has to be learnt elsewhere: a stream
-goes on while :class:`~cortex.reader_credit.Credit` lets it, or over HTTP/2, where streams share a connection, a
-:class:`~cortex.reader_credit.SharedCredit`. It does not tell of a client's leaving unless it is asked
+goes on while :class:`~cortex.send_window.SendWindow` lets it, or over HTTP/2, where streams share a connection, a
+:class:`~cortex.send_window.SharedSendWindow`. It does not tell of a client's leaving unless it is asked
 (:mod:`cortex._fast.watches`).
 """
 
@@ -17,8 +17,8 @@ from cortex._fast.fast_path import FastRequest
 from cortex._fast.response_writer import ResponseWriter, WriteCoalescer
 from cortex._fast.watches import Watches
 from cortex.http_io import STREAM_HEADERS, ClientDisconnectedError, Exchange, Header
-from cortex.reader_credit import FREE_BYTES, FREE_SHARED_BYTES, Credit, SharedCredit
 from cortex.request_body import WHOLE_BYTES, read_at_most, read_whole
+from cortex.send_window import FREE_BYTES, FREE_SHARED_BYTES, SendWindow, SharedSendWindow
 from cortex.wire import headers as names
 
 TextHeader = tuple[str, str]
@@ -49,10 +49,10 @@ class RsgiExchange(Exchange):
         self._watches = watches
         self._coalescer = coalescer
         self._writer: ResponseWriter | None = None
-        self._shared: SharedCredit | None = None
+        self._shared: SharedSendWindow | None = None
         """Account of the connection, where other exchanges have it too."""
         if scope.http_version == HTTP_2:
-            self._shared = SharedCredit.of(scope.client, scope.server)
+            self._shared = SharedSendWindow.for_connection(scope.client, scope.server)
         self.fast_request = fast_request
         if fast_request is not None:
             self.known_body = fast_request.error or fast_request.body
@@ -91,7 +91,7 @@ class RsgiExchange(Exchange):
         if self.method == "HEAD":
             body = b""  # over HTTP/2 the server would send it
         if self._shared is not None:
-            self._shared.note(len(body))
+            self._shared.record_sent(len(body))
         self._protocol.response_bytes(status, self._finish_texts(texts, headers), body)
 
     async def start_stream(self, headers: Sequence[Header] = ()) -> None:
@@ -112,11 +112,11 @@ class RsgiExchange(Exchange):
         self.status = 200
         transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
         shared = self._shared
-        more = Credit(self._client, self._scope.server).more if shared is None else shared.for_stream()
+        extend = SendWindow(self._client, self._scope.server).extend if shared is None else shared.for_stream()
         free_bytes = FREE_BYTES if shared is None else FREE_SHARED_BYTES
         is_tls = self._scope.scheme == "https"
         self._writer = ResponseWriter(
-            transport.send_bytes, more, free_bytes, self._coalescer, is_tls=is_tls, counts_framing=shared is None
+            transport.send_bytes, extend, free_bytes, self._coalescer, is_tls=is_tls, counts_framing=shared is None
         )
         return self._writer
 

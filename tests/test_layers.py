@@ -69,7 +69,7 @@ FLOORS = {
     "cortex.worker": 7,
     "cortex.asgi": 8,
     "cortex.asgi_io": 5,
-    "cortex.reader_credit": 1,
+    "cortex.send_window": 1,
     "cortex.rsgi_io": 5,
     "cortex.console": -1,
     "cortex.extras": -2,

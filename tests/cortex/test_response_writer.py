@@ -13,7 +13,7 @@ from cortex._fast.response_writer import BYPASS_S, COALESCE_S, ResponseWriter, W
 
 
 async def no_wait(of: ResponseWriter) -> None:
-    """Fake credit."""
+    """Fake window."""
 
 
 async def test_it_is_counted_with_its_framing() -> None:

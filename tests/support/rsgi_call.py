@@ -2,7 +2,7 @@
 
 As there, what is sent is queued without limit and goes out behind the application's back, a client's leaving is told
 to whoever asks, and a stream ends when nobody can write to it any more. There is no socket whose kernel could be asked
-what a reader has read: :class:`Credit` counts the queue instead.
+what a reader has read: :class:`SendWindow` counts the queue instead.
 """
 
 import asyncio
@@ -119,15 +119,15 @@ class Transport:
         self._protocol.put_piece(data)
 
 
-class Credit:
-    """Stands in for :class:`cortex.reader_credit.Credit`."""
+class SendWindow:
+    """Stands in for :class:`cortex.send_window.SendWindow`."""
 
     protocols: ClassVar[dict[str, Protocol]] = {}
 
     def __init__(self, client: str, server: str) -> None:
         self._protocol = self.protocols[client]
 
-    async def more(self, writer: ResponseWriter) -> None:
+    async def extend(self, writer: ResponseWriter) -> None:
         """Return when the reader has read it."""
         await self._protocol.emptied.wait()
         writer.limit_bytes = writer.sent_bytes + WINDOW_BYTES
@@ -145,7 +145,7 @@ class Server:
         self._num_calls += 1
         protocol = Protocol(receive, send, sends_head_only=scope["method"] == "HEAD")
         head = Scope(scope, self._num_calls)
-        Credit.protocols[head.client] = protocol
+        SendWindow.protocols[head.client] = protocol
         pump = asyncio.ensure_future(protocol.pump())
         try:
             await self._serve(head, protocol)
@@ -154,11 +154,11 @@ class Server:
             pump.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await pump
-            del Credit.protocols[head.client]
+            del SendWindow.protocols[head.client]
 
 
 @contextlib.contextmanager
 def no_sockets() -> Iterator[None]:
     """Have streams ask the queue what their readers have read."""
-    with mock.patch.object(rsgi_io, "Credit", Credit), mock.patch.object(rsgi_io, "FREE_BYTES", WINDOW_BYTES):
+    with mock.patch.object(rsgi_io, "SendWindow", SendWindow), mock.patch.object(rsgi_io, "FREE_BYTES", WINDOW_BYTES):
         yield

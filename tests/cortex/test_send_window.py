@@ -9,7 +9,7 @@ import pytest
 
 from cortex._fast.response_writer import ResponseWriter, WriteCoalescer
 from cortex.http_io import ClientDisconnectedError
-from cortex.reader_credit import FREE_BYTES, WINDOW_BYTES, Credit
+from cortex.send_window import FREE_BYTES, WINDOW_BYTES, SendWindow
 
 PIECE = bytes(1024)
 
@@ -24,9 +24,9 @@ class Line:
         self.sent_bytes = 0
         host, port = writing.getpeername()[:2]
         at = f"[{host}]" if ":" in host else host
-        self.credit = Credit(f"{at}:{port}", f"{at}:{writing.getsockname()[1]}")
+        self.window = SendWindow(f"{at}:{port}", f"{at}:{writing.getsockname()[1]}")
         self.writer = ResponseWriter(
-            self.queue_up, self.credit.more, FREE_BYTES, WriteCoalescer(asyncio.get_running_loop()), is_tls=False
+            self.queue_up, self.window.extend, FREE_BYTES, WriteCoalescer(asyncio.get_running_loop()), is_tls=False
         )
 
     def push(self) -> bool:
@@ -65,7 +65,7 @@ class Line:
             if self.push():
                 try:
                     async with asyncio.timeout(0.2):
-                        await self.credit.more(self.writer)
+                        await self.window.extend(self.writer)
                 except TimeoutError:
                     return True
         return False
@@ -90,7 +90,7 @@ async def test_a_reader_that_stalls_stops_the_writer_and_starts_it_again(host: s
         assert await one.push_until_stopped(1 << 24)
         assert FREE_BYTES < one.sent_bytes < 2 * WINDOW_BYTES
         for _ in range(3):
-            waiting = asyncio.ensure_future(one.credit.more(one.writer))
+            waiting = asyncio.ensure_future(one.window.extend(one.writer))
             async with asyncio.timeout(10):
                 while not waiting.done():
                     one.read()
@@ -107,13 +107,13 @@ async def test_a_reader_that_reads_is_never_waited_for_long() -> None:
             waits = one.push()
             one.read()
             if waits:
-                await one.credit.more(one.writer)
+                await one.window.extend(one.writer)
 
 
 async def test_short_streams_are_not_looked_at() -> None:
     coalescer = WriteCoalescer(asyncio.get_running_loop())
     writer = ResponseWriter(
-        lambda data: None, Credit("203.0.113.1:1", "203.0.113.2:2").more, FREE_BYTES, coalescer, is_tls=True
+        lambda data: None, SendWindow("203.0.113.1:1", "203.0.113.2:2").extend, FREE_BYTES, coalescer, is_tls=True
     )
     assert not any(writer.write(bytes(200)) for _ in range(200))
 
@@ -123,4 +123,4 @@ async def test_a_connection_that_is_gone_is_a_client_that_left() -> None:
         assert await one.push_until_stopped(1 << 24)
         one.writing.close()
         with pytest.raises(ClientDisconnectedError):
-            await one.credit.more(one.writer)
+            await one.window.extend(one.writer)

@@ -10,9 +10,9 @@ What is sent is counted with its framing: exactly for HTTP/1.1 in the clear, and
 count have run ahead of the truth, a connection whose send buffer has been empty twice in a row while nothing was sent
 shows that nothing is queued. That holds for one stream a connection.
 
-Over HTTP/2 the streams of a connection share an account (:class:`SharedCredit`): which of them an acknowledgement is of
-cannot be known. A stream that stalls there holds up the others of its connection once they are long, as it does by
-HTTP/2's own window of the connection; never for longer than ``HOLD_S`` at a time.
+Over HTTP/2 the streams of a connection share an account (:class:`SharedSendWindow`): which of them an acknowledgement
+is of cannot be known. A stream that stalls there holds up the others of its connection once they are long, as it does
+by HTTP/2's own window of the connection; never for longer than ``HOLD_S`` at a time.
 """
 
 import asyncio
@@ -47,8 +47,8 @@ HOLD_S = 5.0
 MAX_UNREAD_BYTES = 4 * 1024 * 1024
 """Bytes that an HTTP/2 connection is sent beyond its window, after waits of ``HOLD_S``; then its streams are ended."""
 
-FIRST_LOOK_S = 0.002
-LAST_LOOK_S = 0.25
+FIRST_POLL_S = 0.002
+MAX_POLL_S = 0.25
 """How soon a reader that has fallen behind is looked at again: at first, and when it has stalled for long."""
 
 _TCP_INFO_BYTES = 192
@@ -56,7 +56,7 @@ _ACKED_OFFSET = 120
 """Of ``tcpi_bytes_acked`` in Linux's ``struct tcp_info``."""
 
 
-class Acknowledged:
+class TcpAcknowledgements:
     """View of what the kernel knows of one connection. The addresses are ``host:port``."""
 
     __slots__ = ("_client", "_fd", "_server_port")
@@ -66,7 +66,7 @@ class Acknowledged:
         self._server_port = int(server.rpartition(":")[2])
         self._fd = -1
 
-    def look(self) -> tuple[int, int]:
+    def read(self) -> tuple[int, int]:
         """Return how many bytes the reader's host has acknowledged, and how many it has yet to.
 
         Raises:
@@ -87,26 +87,26 @@ class Acknowledged:
         return acked, num_queued
 
 
-class Credit:
+class SendWindow:
     """What one stream may be sent. ``client`` and ``server`` are the connection's addresses, as ``host:port``."""
 
     __slots__ = ("_acked_before", "_connection")
 
     def __init__(self, client: str, server: str) -> None:
-        self._connection = Acknowledged(client, server)
+        self._connection = TcpAcknowledgements(client, server)
         self._acked_before: int | None = None
         """What had been acknowledged when nothing of this stream had been, or more than that."""
 
-    async def more(self, writer: ResponseWriter) -> None:
+    async def extend(self, writer: ResponseWriter) -> None:
         """Return when the reader has read enough to be sent more, and say how much.
 
         Raises:
             ClientDisconnectedError: its connection is gone.
         """
-        pause_s = FIRST_LOOK_S
+        pause_s = FIRST_POLL_S
         was_empty = False
         while True:
-            acked, num_queued = self._connection.look()
+            acked, num_queued = self._connection.read()
             if self._acked_before is None:
                 self._acked_before = acked
             elif was_empty and not num_queued:
@@ -117,53 +117,53 @@ class Credit:
                 return
             was_empty = not num_queued
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LAST_LOOK_S)
+            pause_s = min(2 * pause_s, MAX_POLL_S)
 
 
-class SharedCredit:
+class SharedSendWindow:
     """What the streams of one HTTP/2 connection may be sent, all of them together.
 
     The count of what was sent has no framing and no heads, so that it is never too high: a reader that reads is never
     taken for one that stalls. It begins anew when no exchange of the connection is left.
     """
 
-    __slots__ = ("__weakref__", "_acked_before", "_connection", "_forgiven_bytes", "_sent_bytes")
+    __slots__ = ("__weakref__", "_acked_before", "_connection", "_excess_bytes", "_sent_bytes")
 
     def __init__(self, client: str, server: str) -> None:
-        self._connection = Acknowledged(client, server)
+        self._connection = TcpAcknowledgements(client, server)
         self._acked_before: int | None = None
         """Acknowledged bytes at the beginning of the count; more, where others were acknowledged since."""
         self._sent_bytes = 0
-        self._forgiven_bytes = 0
+        self._excess_bytes = 0
 
     @staticmethod
-    def of(client: str, server: str) -> "SharedCredit":
+    def for_connection(client: str, server: str) -> "SharedSendWindow":
         """Return the account of a connection."""
         found = _shared.get((client, server))
         if found is None:
-            found = _shared[client, server] = SharedCredit(client, server)
+            found = _shared[client, server] = SharedSendWindow(client, server)
         return found
 
-    def note(self, size_bytes: int) -> None:
+    def record_sent(self, size_bytes: int) -> None:
         """Count bytes that were sent."""
         if self._acked_before is not None:
             self._sent_bytes += size_bytes
 
     def for_stream(self) -> Callable[[ResponseWriter], Coroutine[Any, Any, None]]:
-        """Return what waits for one stream, as :meth:`Credit.more` does."""
+        """Return what waits for one stream, as :meth:`SendWindow.extend` does."""
         if self._acked_before is None:
             with contextlib.suppress(ClientDisconnectedError):
-                self._acked_before = self._connection.look()[0]
+                self._acked_before = self._connection.read()[0]
         num_noted = 0
 
-        async def more(writer: ResponseWriter) -> None:
+        async def extend(writer: ResponseWriter) -> None:
             nonlocal num_noted
-            self.note(writer.sent_bytes - num_noted)
+            self.record_sent(writer.sent_bytes - num_noted)
             num_noted = writer.sent_bytes
             room_bytes = await self._wait()
             writer.limit_bytes = writer.sent_bytes + room_bytes
 
-        return more
+        return extend
 
     async def _wait(self) -> int:
         """Return how many bytes a stream may be sent, once that is not nothing.
@@ -171,13 +171,13 @@ class SharedCredit:
         Raises:
             ClientDisconnectedError: the connection is gone, or its host has left too much unread.
         """
-        pause_s, still_s, acked_last = FIRST_LOOK_S, 0.0, -1
+        pause_s, still_s, acked_last = FIRST_POLL_S, 0.0, -1
         while True:
-            acked, _ = self._connection.look()
+            acked, _ = self._connection.read()
             if self._acked_before is None:
                 self._acked_before = acked
             if acked > acked_last >= 0:
-                still_s, self._forgiven_bytes = 0.0, max(0, self._forgiven_bytes - (acked - acked_last))
+                still_s, self._excess_bytes = 0.0, max(0, self._excess_bytes - (acked - acked_last))
             acked_last = acked
             outstanding = self._sent_bytes - (acked - self._acked_before)
             if outstanding < 0:
@@ -185,17 +185,17 @@ class SharedCredit:
             if outstanding <= RESUME_BYTES:
                 return WINDOW_BYTES - outstanding
             if still_s >= HOLD_S:
-                if self._forgiven_bytes >= MAX_UNREAD_BYTES:
+                if self._excess_bytes >= MAX_UNREAD_BYTES:
                     raise ClientDisconnectedError
-                self._forgiven_bytes += outstanding - RESUME_BYTES
+                self._excess_bytes += outstanding - RESUME_BYTES
                 self._sent_bytes -= outstanding - RESUME_BYTES
                 return WINDOW_BYTES - RESUME_BYTES
             await asyncio.sleep(pause_s)
             still_s += pause_s
-            pause_s = min(2 * pause_s, LAST_LOOK_S)
+            pause_s = min(2 * pause_s, MAX_POLL_S)
 
 
-_shared: "weakref.WeakValueDictionary[tuple[str, str], SharedCredit]" = weakref.WeakValueDictionary()
+_shared: "weakref.WeakValueDictionary[tuple[str, str], SharedSendWindow]" = weakref.WeakValueDictionary()
 
 
 @contextlib.contextmanager
