@@ -20,7 +20,7 @@ from cortex._fast.peek import peek
 from cortex._fast.sse import SseDecoder, SseEventTooLarge, encode
 from cortex.dialects.passthrough import responses_failure
 from cortex.errors import GatewayStoppedError, NotAnAnswerError, TooLongAnswerError
-from cortex.store.conversation import Conversations, Turn
+from cortex.store.conversation import Conversations, PendingResponse
 from cortex.store.interface import StoredResponse
 from cortex.store.items import check_output
 from cortex.supervise import Supervisor
@@ -173,16 +173,16 @@ class Background:
         self._stopping = False
 
     async def start(
-        self, owned: Conversations, turn: Turn, queued: bytes, sse_events: AsyncGenerator[bytes, None]
+        self, owned: Conversations, pending: PendingResponse, queued: bytes, sse_events: AsyncGenerator[bytes, None]
     ) -> Run:
         """Begin to make a response. ``queued`` is the object that tells of it before the node does.
 
         Raises:
             StoreUnavailableError: it cannot be promised.
         """
-        run = Run(turn.context.id, queued, owned)
-        await owned.put(run.id, self._promise(turn, run), turn.chain)
-        run.making = asyncio.create_task(self._make(run, turn, sse_events), name=f"response {run.id}")
+        run = Run(pending.context.id, queued, owned)
+        await owned.put(run.id, self._promise(pending, run), pending.chain)
+        run.making = asyncio.create_task(self._make(run, pending, sse_events), name=f"response {run.id}")
         await asyncio.sleep(0)  # nobody can end it before it has begun, so what it holds is always given back
         return run
 
@@ -252,9 +252,9 @@ class Background:
             run.cancel()
         await run.wait()
 
-    async def _make(self, run: Run, turn: Turn, sse_events: AsyncGenerator[bytes, None]) -> None:
+    async def _make(self, run: Run, pending: PendingResponse, sse_events: AsyncGenerator[bytes, None]) -> None:
         self._runs[run.id] = run
-        renewing = self._supervisor.start("renew responses", lambda: self._renew(run, turn))
+        renewing = self._supervisor.start("renew responses", lambda: self._renew(run, pending))
         try:
             async with aclosing(sse_events):
                 async for some in sse_events:
@@ -276,7 +276,7 @@ class Background:
             with suppress(asyncio.CancelledError):
                 await renewing
             try:
-                await self._keep(run, turn)
+                await self._keep(run, pending)
             finally:
                 run.notify_kept()  # in every case: whoever follows it would wait for ever
                 del self._runs[run.id]
@@ -290,11 +290,13 @@ class Background:
         if not run.ended:
             run.close(status="failed", error={"code": error.code, "message": error.message})
 
-    async def _keep(self, run: Run, turn: Turn) -> None:
+    async def _keep(self, run: Run, pending: PendingResponse) -> None:
         try:
-            ended = msgspec.structs.replace(run.owned.stored(turn, run.response), sse_events=b"".join(run.sse_events))
+            ended = msgspec.structs.replace(
+                run.owned.stored(pending, run.response), sse_events=b"".join(run.sse_events)
+            )
             if run.is_answer:
-                await run.owned.settle(turn, run.id, ended)
+                await run.owned.settle(pending, run.id, ended)
             else:
                 await run.owned.put(run.id, ended)
         except ApiError:
@@ -302,7 +304,7 @@ class Background:
         except Exception:
             log.exception("response %s was not kept", run.id)
 
-    async def _renew(self, run: Run, turn: Turn) -> None:
+    async def _renew(self, run: Run, pending: PendingResponse) -> None:
         """Renew the promise until cancelled, or end the run if somebody wrote that they want it ended."""
         renewed_at = self._clock()
         while True:
@@ -314,10 +316,10 @@ class Background:
                     return
                 if self._clock() - renewed_at >= RENEW_S:
                     renewed_at = self._clock()
-                    await run.owned.put(run.id, self._promise(turn, run))
+                    await run.owned.put(run.id, self._promise(pending, run))
 
-    def _promise(self, turn: Turn, run: Run) -> StoredResponse:
-        kept = run.owned.stored(turn, run.response)
+    def _promise(self, pending: PendingResponse, run: Run) -> StoredResponse:
+        kept = run.owned.stored(pending, run.response)
         return msgspec.structs.replace(kept, until=self._clock() + LEASE_S)
 
     def _failure(self, run: Run, error: ApiError) -> bytes:

@@ -415,7 +415,7 @@ class EventStream:
         self._exchange = exchange
         self._heartbeat = heartbeat
         self._headers = headers
-        self._turn: asyncio.Lock | None = None if exchange.writes_at_once else asyncio.Lock()
+        self._lock: asyncio.Lock | None = None if exchange.writes_at_once else asyncio.Lock()
         self._loop = exchange.loop or asyncio.get_running_loop()
         self._written_at = self._loop.time()
         self._timer = self._loop.call_later(HOLD_HEADERS_S * hold_share, self._look)
@@ -427,12 +427,12 @@ class EventStream:
         Raises:
             ClientDisconnectedError: the client has gone, where that is seen here.
         """
-        if self._turn is None:
+        if self._lock is None:
             pause = self.write_now(data)
             if pause is not None:
                 await pause
             return
-        async with self._turn:
+        async with self._lock:
             if not self.started:
                 self.started = True
                 await self._exchange.start_stream(self._headers)
@@ -453,8 +453,8 @@ class EventStream:
     async def finish(self) -> None:
         """End the stream. Nothing may follow."""
         self.end()
-        if self._turn is not None:
-            await self._turn.acquire()
+        if self._lock is not None:
+            await self._lock.acquire()
         if not self.started:
             self.started = True
             await self._exchange.start_stream(self._headers)
@@ -474,7 +474,7 @@ class EventStream:
         if not self.started or due_s <= 0:
             due_s = HEARTBEAT_INTERVAL_S
             beat = self._heartbeat if isinstance(self._heartbeat, bytes) else self._heartbeat()
-            if self._turn is None:
+            if self._lock is None:
                 self._beat_now(beat)
             elif self._beating is None or self._beating.done():
                 self._beating = self._loop.create_task(self._beat(beat))

@@ -58,7 +58,7 @@ from cortex.http_io import (
     stream,
 )
 from cortex.request_log import RequestLog
-from cortex.store.conversation import Conversations, Turn
+from cortex.store.conversation import Conversations, PendingResponse
 from cortex.stream_forwarding import DialectForwarder, Forwarding
 from cortex.upstream import Header
 from cortex.wire.errors import ApiError, MissingParameterError, RemoteError, UpstreamError, UpstreamTimeoutError
@@ -157,21 +157,21 @@ class Inference:
         headers = [*TO_EVERY_NODE, (REQUEST_ID, exchange.request_id.encode()), *model_name_headers(name, model)]
         if record.trace is not None:
             headers += record.trace.headers
-        turn, context, generates = None, NO_CONTEXT, True
+        pending, context, generates = None, NO_CONTEXT, True
         if dialect is RESPONSES:
             history = None
             if isinstance(exchange, SocketExchange):
                 history, generates = exchange.history, exchange.generates
             try:
-                turn = await self._conversations.of(principal.name).begin(body, found, history)
+                pending = await self._conversations.of(principal.name).begin(body, found, history)
             except ApiError:
                 await self._authenticator.count(principal)  # to look for what is not there costs a request, too
                 raise
-            body, context = turn.body, turn.context
-            headers += turn.headers
+            body, context = pending.body, pending.context
+            headers += pending.headers
             if not generates:
                 await self._authenticator.count(principal)
-                await self._only_read(exchange, record, turn, name)
+                await self._only_read(exchange, record, pending, name)
                 return
         elif dialect is COMPACT or dialect is INPUT_TOKENS:
             try:
@@ -204,7 +204,7 @@ class Inference:
             on_node=record.record_node,
             take_begun=_nothing if fast_request is None else fast_request.take,
         )
-        asked = _Asked(node_request, chat, turn, reshape)
+        asked = _Asked(node_request, chat, pending, reshape)
         generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
         reservation = (
             UNCOUNTED
@@ -213,8 +213,8 @@ class Inference:
         )
         has_left = False
         try:
-            if turn is not None and context.background:
-                await self._begin(exchange, dialect, record, asked, turn, reservation)
+            if pending is not None and context.background:
+                await self._begin(exchange, dialect, record, asked, pending, reservation)
             elif record.is_stream:
                 await self._stream(exchange, dialect, record, asked)
             else:
@@ -259,18 +259,18 @@ class Inference:
             finally:
                 answer.close()
         record.status = 200
-        if asked.turn is not None:
+        if asked.pending is not None:
             try:
-                body = await self._conversations.of(record.key).keep(asked.turn, body)
+                body = await self._conversations.of(record.key).keep(asked.pending, body)
             except NotAnAnswerError as error:
                 answer.record_broken(error)
                 raise
         await exchange.reply(200, asked.reshape(body))
 
-    async def _only_read(self, exchange: Exchange, record: Record, turn: Turn, name: str) -> None:
+    async def _only_read(self, exchange: Exchange, record: Record, pending: PendingResponse, name: str) -> None:
         """Answer with an empty response, which later turns continue; no node is asked."""
-        sse_events = _made_here(turn, name).sse_events([Started(0), Finished(FinishReason.STOP, 0)])
-        sse_events = await self._conversations.of(record.key).keep_streamed(turn, sse_events)
+        sse_events = _made_here(pending, name).sse_events([Started(0), Finished(FinishReason.STOP, 0)])
+        sse_events = await self._conversations.of(record.key).keep_streamed(pending, sse_events)
         record.status, record.finish = 200, "not_generated"
         await exchange.start_stream()
         await exchange.write(sse_events)
@@ -290,7 +290,7 @@ class Inference:
         async def write(out: EventStream) -> None:
             answer = await self._dispatcher.ask(asked.node_request)
             _tell_of(answer, asked, exchange)
-            if not out.writes_at_once or answer.is_chat or answer.renamed or asked.turn is not None:
+            if not out.writes_at_once or answer.is_chat or answer.renamed or asked.pending is not None:
                 async with aclosing(self._pull(answer, forwarder, record, asked)) as sse_events:
                     async for some in sse_events:
                         await out.write(some)
@@ -326,9 +326,11 @@ class Inference:
                     data = reader.sse_events(data) if more else reader.end()
                 sse_events = forwarder.take(data)
                 if sse_events:
-                    if asked.turn is not None and forwarder.is_complete:
+                    if asked.pending is not None and forwarder.is_complete:
                         try:
-                            sse_events = await self._conversations.of(record.key).keep_streamed(asked.turn, sse_events)
+                            sse_events = await self._conversations.of(record.key).keep_streamed(
+                                asked.pending, sse_events
+                            )
                         except NotAnAnswerError as error:
                             answer.record_broken(error)
                             unreadable = error
@@ -344,11 +346,11 @@ class Inference:
         dialect: Dialect,
         record: Record,
         asked: "_Asked",
-        turn: Turn,
+        pending: PendingResponse,
         reservation: Reservation,
     ) -> None:
         """Begin a response that is made in the background; what it costs is written down by a record of its own."""
-        begun = _made_here(turn, asked.node_request.name).sse_events([Started(0)])
+        begun = _made_here(pending, asked.node_request.name).sse_events([Started(0)])
         created = SseDecoder(len(begun) + 1).feed(begun)[0]
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
@@ -359,7 +361,7 @@ class Inference:
         held = reservation.move()
         sse_events = self._made(dialect, making, _Asked(node_request, asked.chat, None), held)
         try:
-            run = await self._background.start(self._conversations.of(record.key), turn, queued, sse_events)
+            run = await self._background.start(self._conversations.of(record.key), pending, queued, sse_events)
         except BaseException:
             await held.settle(0)
             raise
@@ -466,11 +468,11 @@ def _tell_of(answer: NodeResponse, asked: "_Asked", exchange: Exchange) -> None:
             tell(exchange.told, OMITTED_PARTS, b"%d" % (by_node + reading.num_omitted))
 
 
-def _made_here(turn: Turn, name: str) -> ResponsesStream:
+def _made_here(pending: PendingResponse, name: str) -> ResponsesStream:
     """Return what makes a response of a turn without a node. Raises :class:`InvalidRequestError`."""
-    call = openai_responses.decode(turn.body)
-    id = turn.context.id or f"resp_{secrets.token_hex(24)}"
-    return ResponsesStream(id, name, int(time.time()), call.echoed(turn.context))
+    call = openai_responses.decode(pending.body)
+    id = pending.context.id or f"resp_{secrets.token_hex(24)}"
+    return ResponsesStream(id, name, int(time.time()), call.echoed(pending.context))
 
 
 class _Asked(NamedTuple):
@@ -478,7 +480,7 @@ class _Asked(NamedTuple):
 
     node_request: NodeRequest
     chat: Translation | None
-    turn: Turn | None
+    pending: PendingResponse | None
     reshape: Callable[[bytes], bytes] = _unchanged
     """What makes the answer of what a node answers, where that is not it."""
 

@@ -22,7 +22,7 @@ from cortex.store.memory import ConnectionHistory
 from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, OverloadedError
 from cortex.wire.responses_events import ResponsesEvent
 
-MAX_PENDING_TURNS = 32
+MAX_PENDING_REQUESTS = 32
 """Of one connection, those that run and those that wait for their lane."""
 
 GROWTH = 8
@@ -77,7 +77,7 @@ class ResponsesSocket:
         }
         self._history = history
         self._lanes: dict[str | None, asyncio.Task[None]] = {}
-        self._turns: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._pending_bytes = 0
         """Of the messages of all turns, until those have ended."""
         self._left = asyncio.Event()
@@ -98,8 +98,8 @@ class ResponsesSocket:
         finally:
             self._left.set()
             # A turn that runs sees the client leave as over HTTP; one that waits for its lane is just dropped.
-            if self._turns:
-                await asyncio.wait(self._turns)
+            if self._tasks:
+                await asyncio.wait(self._tasks)
             self._history.clear()
 
     async def _take(self, data: bytes) -> None:
@@ -110,9 +110,9 @@ class ResponsesSocket:
             lane = _text(fields, "stream_id")
             if (kind := _text(fields, "type")) != CREATE:
                 raise InvalidRequestError(f"Invalid 'type': '{kind}' is not known; '{CREATE}' is.", param="type")
-            if len(self._turns) >= MAX_PENDING_TURNS:
-                raise OverloadedError(f"{MAX_PENDING_TURNS} responses are under way on this connection.")
-            if self._turns and self._pending_bytes + len(data) > self._max_message_bytes:
+            if len(self._tasks) >= MAX_PENDING_REQUESTS:
+                raise OverloadedError(f"{MAX_PENDING_REQUESTS} responses are under way on this connection.")
+            if self._tasks and self._pending_bytes + len(data) > self._max_message_bytes:
                 raise OverloadedError(
                     f"The messages under way on this connection would be more than {self._max_message_bytes} bytes: "
                     "send the next when one has been answered."
@@ -129,21 +129,21 @@ class ResponsesSocket:
         body = {name: value for name, value in fields.items() if name not in _OWN_FIELDS}
         before = self._lanes.get(lane)
         encoded = msgspec.json.encode(body | {"stream": True})
-        turn = asyncio.create_task(self._turn(encoded, _previous(fields), generates, lane, before))
-        self._lanes[lane] = turn
-        self._turns.add(turn)
+        task = asyncio.create_task(self._respond(encoded, _previous(fields), generates, lane, before))
+        self._lanes[lane] = task
+        self._tasks.add(task)
         size_bytes = len(encoded)
         self._pending_bytes += size_bytes
-        turn.add_done_callback(lambda done: self._end(done, lane, size_bytes))
+        task.add_done_callback(lambda done: self._end(done, lane, size_bytes))
 
-    def _end(self, turn: "asyncio.Task[None]", lane: str | None, size_bytes: int) -> None:
-        self._turns.discard(turn)
+    def _end(self, task: "asyncio.Task[None]", lane: str | None, size_bytes: int) -> None:
+        self._tasks.discard(task)
         self._pending_bytes -= size_bytes
-        if self._lanes.get(lane) is turn:
+        if self._lanes.get(lane) is task:
             del self._lanes[lane]
-        turn.exception()  # it has been logged, and has closed the connection
+        task.exception()  # it has been logged, and has closed the connection
 
-    async def _turn(
+    async def _respond(
         self, body: bytes, previous: str, generates: bool, lane: str | None, before: "asyncio.Task[None] | None"
     ) -> None:
         if before is not None:

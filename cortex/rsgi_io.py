@@ -165,7 +165,7 @@ class RsgiSocket:
         self._protocol = protocol
         self._transport: Any = None
         self._is_asked = False
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def receive(self) -> MutableMapping[str, Any]:
         """Return the next message."""
@@ -186,13 +186,13 @@ class RsgiSocket:
             case "websocket.accept":
                 self._transport = await self._protocol.accept()
             case "websocket.send":
-                async with self._turn:
+                async with self._lock:
                     try:
                         await self._transport.send_str(message["text"])
                     except ProtocolClosed:
                         return  # as over ASGI: that the client has left is received, not sent
             case "websocket.close":
-                async with self._turn:
+                async with self._lock:
                     self._protocol.close(message.get("code") if self._transport is not None else 403)
             case "websocket.http.response.start":
                 self._protocol.close(message["status"])

@@ -103,7 +103,7 @@ static void keep(struct samples *samples, uint64_t value)
 
 /* Messages of an agent, of which large bodies are made: code and its escapes, a call of a tool, its result.
  * */
-static const char TURN[] =
+static const char MESSAGE[] =
     "{\"role\":\"user\",\"content\":\"In src/words.py, `count` fails for an empty line:\\n\\n```python\\ndef count(line):\\n"
     "    words = line.split(\\\" \\\")\\n    return {word: words.count(word) for word in words if word != \\\"\\\"}\\n"
     "```\\nWhat does it return there, and what should it?\"},"
@@ -118,8 +118,8 @@ static void make_request(void)
     char *body = malloc(options.body + 256);
     size_t len = (size_t)sprintf(body, "{\"model\":\"m\",%s\"messages\":[",
                                   options.sse_events ? "\"stream\":true," : "");
-    while (len + sizeof TURN + 256 < options.body)
-        len += (size_t)sprintf(body + len, "%s", TURN);
+    while (len + sizeof MESSAGE + 256 < options.body)
+        len += (size_t)sprintf(body + len, "%s", MESSAGE);
     len += (size_t)sprintf(body + len, "{\"role\":\"user\",\"content\":\"");
     while (len + MARKER_BYTES + 4 < options.body)
         body[len] = text[len % 5], len++;

@@ -13,8 +13,8 @@ from cortex._fast.usage_scanner import UsageScanner
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, ReasoningDelta, Started, TextDelta
 
 DELTAS: list[InferenceEvent] = [TextDelta(" hello")] * 1000
-TURN: list[InferenceEvent] = [Started(9), ReasoningDelta("Hm"), *DELTAS, Finished(FinishReason.STOP, 1001)]
-CHAT = ChatStream("chatcmpl-1", "qwen3-8b", 1).sse_events(TURN)
+EVENTS: list[InferenceEvent] = [Started(9), ReasoningDelta("Hm"), *DELTAS, Finished(FinishReason.STOP, 1001)]
+CHAT = ChatStream("chatcmpl-1", "qwen3-8b", 1).sse_events(EVENTS)
 MESSAGE = {"role": "user", "content": "The quick brown fox jumps over the lazy dog.\n" * 20}
 BODY = orjson.dumps({"model": "qwen3-8b", "stream": True, "messages": [MESSAGE] * 70})
 
@@ -26,7 +26,7 @@ def test_encode(benchmark: Any) -> None:
 
 def test_chat_stream(benchmark: Any) -> None:
     """Make a chat stream of a thousand short deltas."""
-    sse_events = benchmark(lambda: ChatStream("chatcmpl-1", "qwen3-8b", 1).sse_events(TURN))
+    sse_events = benchmark(lambda: ChatStream("chatcmpl-1", "qwen3-8b", 1).sse_events(EVENTS))
     assert sse_events == CHAT
 
 
@@ -40,7 +40,7 @@ def test_chat_stream_of_wide_text(benchmark: Any) -> None:
 
 def test_responses_stream(benchmark: Any) -> None:
     """Make a Responses stream of a thousand short deltas."""
-    sse_events = benchmark(lambda: ResponsesStream("resp_1", "qwen3-8b", 1, echo=b"{}").sse_events(TURN))
+    sse_events = benchmark(lambda: ResponsesStream("resp_1", "qwen3-8b", 1, echo=b"{}").sse_events(EVENTS))
     assert sse_events.count(b"event: response.output_text.delta") == 1000
 
 

@@ -55,8 +55,8 @@ class Block(msgspec.Struct):
     is_error: bool | None = None
 
 
-class Turn(msgspec.Struct):
-    """One entry of ``messages``."""
+class InputMessage(msgspec.Struct):
+    """An entry of ``messages``."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
@@ -81,23 +81,23 @@ def _texts(blocks: Iterable[Block], where: str) -> list[str]:
     return texts
 
 
-def messages_of(turn: Turn, where: str) -> Iterator[Message]:
+def messages_of(sent: InputMessage, where: str) -> Iterator[Message]:
     """Yield what a turn is to the model; ``where`` is the name of its content in errors.
 
     Raises:
         InvalidRequestError: a block lacks what its type needs, or cannot be shown to the model.
     """
-    if turn.role == "system":
-        yield from system(turn.content, where)
-    elif isinstance(turn.content, str):
-        yield Message(Role(turn.role), turn.content)
-    elif turn.role == "assistant":
-        yield _assistant(turn.content, where)
+    if sent.role == "system":
+        yield from system(sent.content, where)
+    elif isinstance(sent.content, str):
+        yield Message(Role(sent.role), sent.content)
+    elif sent.role == "assistant":
+        yield _assistant(sent.content, where)
     else:
-        yield from _user(turn.content, where)
+        yield from _user(sent.content, where)
 
 
-def check_results(turns: Sequence[Turn]) -> None:
+def check_results(messages: Sequence[InputMessage]) -> None:
     """Hold each ``tool_result`` to a ``tool_use`` of the assistant's turn before it, as Anthropic does.
 
     Turns of one role behind one another are one turn; system turns are none.
@@ -107,15 +107,15 @@ def check_results(turns: Sequence[Turn]) -> None:
     """
     calls = OpenCalls()
     was_assistant = False
-    for index, turn in enumerate(turns):
-        if turn.role == "assistant" and not was_assistant:
+    for index, sent in enumerate(messages):
+        if sent.role == "assistant" and not was_assistant:
             calls.forget()
-        if turn.role != "system":
-            was_assistant = turn.role == "assistant"
-        if isinstance(turn.content, str):
+        if sent.role != "system":
+            was_assistant = sent.role == "assistant"
+        if isinstance(sent.content, str):
             continue
-        for number, block in enumerate(turn.content):
-            if block.type == "tool_use" and turn.role == "assistant" and block.id is not None:
+        for number, block in enumerate(sent.content):
+            if block.type == "tool_use" and sent.role == "assistant" and block.id is not None:
                 calls.add(block.id)
             elif block.type == "tool_result" and block.tool_use_id is not None and not calls.answer(block.tool_use_id):
                 raise _unanswerable(f"messages.{index}.content.{number}", block.tool_use_id, calls)

@@ -75,7 +75,7 @@ class MessagesBody(GenerationBody, kw_only=True):
     """A request body, as far as it is read."""
 
     model: str
-    messages: list[blocks.Turn]
+    messages: list[blocks.InputMessage]
     system: str | list[blocks.Block] | None = None
     max_tokens: int | None = None
     stream: bool | None = None
@@ -123,8 +123,8 @@ def decode(body: bytes) -> MessagesCall:
     if not parsed.messages:
         raise InvalidRequestError("Invalid 'messages': at least one message is needed.", param="messages")
     messages = list(blocks.system(parsed.system, "system"))
-    for index, turn in enumerate(parsed.messages):
-        messages += blocks.messages_of(turn, f"messages[{index}].content")
+    for index, sent in enumerate(parsed.messages):
+        messages += blocks.messages_of(sent, f"messages[{index}].content")
     blocks.check_results(parsed.messages)
     tools, hosted = _tools(parsed.tools or ())
     read, num_omitted = readable(messages, images=True, model=parsed.model)

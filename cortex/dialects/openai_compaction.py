@@ -95,8 +95,8 @@ class Compaction:
         }
         asked.setdefault("max_output_tokens", msgspec.Raw(b"%d" % SUMMARY_TOKENS))
         asked.setdefault("reasoning", msgspec.Raw(b'{"effort":"none"}'))  # the tokens are for the summary
-        turn = {"type": "message", "role": "user", "content": INSTRUCTION}
-        asked["input"] = msgspec.Raw(orjson.dumps([*self._items, turn]))
+        instruction = {"type": "message", "role": "user", "content": INSTRUCTION}
+        asked["input"] = msgspec.Raw(orjson.dumps([*self._items, instruction]))
         # Tools stay, since a prompt that begins as the last one did is half computed; calls would be no summary.
         asked["tool_choice"] = msgspec.Raw(b'"none"')
         asked["store"] = msgspec.Raw(b"false")

@@ -91,7 +91,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
     """
     calls = OpenCalls()
     thoughts: list[str] = []  # of the assistant's turn that comes next
-    turn: Message | None = None  # the assistant's, to which calls may still be added
+    answer: Message | None = None  # the assistant's, to which calls may still be added
     made: list[ToolCall] = []  # its calls: separate items here, and one message in a chat
     traces: dict[str, ToolCall] = {}  # calls of tools that are none of the request's, until they have an output
     for index, raw in enumerate(items):
@@ -103,7 +103,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
             case "function_call" | "custom_tool_call":
                 call = _call(item, tools, where)
                 calls.add(call.id)
-                if turn is not None and not thoughts:
+                if answer is not None and not thoughts:
                     made.append(call)
                     continue
                 message = Message(Role.ASSISTANT, "", (call,))
@@ -114,7 +114,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                 if not calls.answer(call_id):
                     raise _unanswerable(item.type, call_id, calls.knows(call_id))
                 if (trace := traces.pop(call_id, None)) is not None:
-                    turn = turn or Message(Role.ASSISTANT, "")
+                    answer = answer or Message(Role.ASSISTANT, "")
                     made.append(trace)
                 message = Message(Role.TOOL, _content(item.output, f"{where}.output"), tool_call_id=call_id)
             case "reasoning":
@@ -132,17 +132,17 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                     calls.add(item.call_id)
                     traces[item.call_id] = ToolCall(item.call_id, item.type.removesuffix("_call"), "{}")
                 continue
-        if turn is not None:
-            yield msgspec.structs.replace(turn, tool_calls=tuple(made))
-        turn, made = None, []
+        if answer is not None:
+            yield msgspec.structs.replace(answer, tool_calls=tuple(made))
+        answer, made = None, []
         if message.role is Role.ASSISTANT:
             made = [*message.tool_calls]
-            turn = msgspec.structs.replace(message, reasoning="".join(thoughts) or None)
+            answer = msgspec.structs.replace(message, reasoning="".join(thoughts) or None)
             thoughts = []
         else:
             yield message
-    if turn is not None:
-        yield msgspec.structs.replace(turn, tool_calls=tuple(made))
+    if answer is not None:
+        yield msgspec.structs.replace(answer, tool_calls=tuple(made))
 
 
 def _item(raw: msgspec.Raw, where: str) -> Item:

@@ -45,12 +45,12 @@ class _Named(msgspec.Struct):
     id: str
 
 
-MAX_TURNS = 4096
+MAX_CHAIN = 4096
 """Of one chain; a longer one does not fit any context."""
 MAX_REFERENCES = 100
 """Items of other responses that one request refers to."""
 
-RESPONSE, NAME, TURN = "resp", "conv", "turn"
+RESPONSE, NAME, UNANSWERED = "resp", "conv", "turn"
 """What the id of something that is stored begins with: a response, a conversation's name, a turn without a response."""
 
 _ID = re.compile(r"[a-z]+_[A-Za-z0-9_-]{1,120}")
@@ -74,7 +74,7 @@ _NAMED = msgspec.json.Decoder(str | _Named | None)
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class PendingResponse:
     """One request on its way: what is sent on, and what is kept when it has been answered."""
 
     body: bytes
@@ -118,7 +118,9 @@ class Conversations:
         """Return those of a principal, by its name."""
         return Conversations(self._store, owner, self.max_bytes) if owner != self.owner else self
 
-    async def begin(self, body: bytes, found: Peek, history: History | None = None, *, keeps: bool = True) -> Turn:
+    async def begin(
+        self, body: bytes, found: Peek, history: History | None = None, *, keeps: bool = True
+    ) -> PendingResponse:
         """Return how a request goes on. ``found`` was found in the body before the model's name was spliced in.
 
         ``history`` holds the conversations of the request's connection; the answer is added to it, stored or not.
@@ -134,7 +136,7 @@ class Conversations:
             StoreUnavailableError: the store failed.
         """
         if self._store is None and history is None:
-            return Turn(body)  # the node refuses what refers to something
+            return PendingResponse(body)  # the node refuses what refers to something
         previous, stores = found.previous_response_id or "", keeps and found.stores and self._store is not None
         if stores and self._store is not None and (obstacle := self._store.obstacle(len(body))) is not None:
             if _wants_store(body) or _has_fields(body):
@@ -150,13 +152,13 @@ class Conversations:
                 )
         refers = b'"item_reference"' in body
         if not (previous or conversation or refers or stores or history is not None):
-            return Turn(body)
+            return PendingResponse(body)
         try:
             own = items.input_items(body)
         except InvalidTypeError:
             if previous or conversation or refers or background:
                 raise
-            return Turn(body)  # for the node to refuse
+            return PendingResponse(body)  # for the node to refuse
         if refers:
             own = await self._resolved(own)
         context = ResponseContext(
@@ -167,7 +169,7 @@ class Conversations:
             conversation=conversation,
         )
         chain, earlier, is_stored = await self._before(context, history)
-        if keeps and len(chain) >= MAX_TURNS:
+        if keeps and len(chain) >= MAX_CHAIN:
             raise _full("conversation" if conversation else "previous_response_id")
         if earlier or previous or conversation or refers:
             own_items = [msgspec.Raw(orjson.dumps(item)) for item in own]
@@ -177,7 +179,7 @@ class Conversations:
                 )
             body = items.with_input(body, [*earlier, *own_items])
         kept = own if is_stored else [*(orjson.loads(bytes(item)) for item in earlier), *own]
-        return Turn(
+        return PendingResponse(
             body,
             context,
             chain[0] if chain else "",
@@ -205,7 +207,7 @@ class Conversations:
             return (await self._load_chain(previous))[0], list(history[previous]), True
         return (), list(history[previous]), not context.store
 
-    async def keep(self, turn: Turn, response: bytes) -> bytes:
+    async def keep(self, pending: PendingResponse, response: bytes) -> bytes:
         """Keep the response that answered ``turn``, if it is one, where it is to be kept.
 
         Returns it as it is told: one that could not be kept says so.
@@ -213,7 +215,7 @@ class Conversations:
         Raises:
             NotAnAnswerError: it is none that could be continued.
         """
-        if not turn.is_kept:
+        if not pending.is_kept:
             return response
         try:
             with contextlib.suppress(PeekTypeError):  # found when all of it has been read
@@ -222,26 +224,26 @@ class Conversations:
             items.check_output(response)
         except UNREADABLE:
             raise NotAnAnswerError("The node answered with a response without an id or a list of items.") from None
-        if turn.history is not None:
-            own = (msgspec.Raw(orjson.dumps(item)) for item in turn.items)
-            turn.history[id] = (*turn.earlier_items, *own, *items.output_items(response))
+        if pending.history is not None:
+            own = (msgspec.Raw(orjson.dumps(item)) for item in pending.items)
+            pending.history[id] = (*pending.earlier_items, *own, *items.output_items(response))
         try:
-            if len(turn.items) > MAX_ITEMS_AT_ONCE:
-                stored = await asyncio.to_thread(self.stored, turn, response)
+            if len(pending.items) > MAX_ITEMS_AT_ONCE:
+                stored = await asyncio.to_thread(self.stored, pending, response)
             else:
-                stored = self.stored(turn, response)
-            await self.settle(turn, id, stored)
+                stored = self.stored(pending, response)
+            await self.settle(pending, id, stored)
         except (StoreUnavailableError, StoreFullError):  # it is in the log
             return _not_stored(response)
         return response
 
-    async def keep_streamed(self, turn: Turn, sse_events: bytes) -> bytes:
+    async def keep_streamed(self, pending: PendingResponse, sse_events: bytes) -> bytes:
         """Keep the response in the last SSE events of a stream, and return them; one that failed is not kept.
 
         Raises:
             NotAnAnswerError: there is none in them.
         """
-        if not turn.is_kept:
+        if not pending.is_kept:
             return sse_events
         for sse_event in SseDecoder(len(sse_events) + 1).feed(sse_events):
             if sse_event.event in _KEPT:
@@ -249,29 +251,29 @@ class Conversations:
                     response = bytes(_ANSWER.decode(sse_event.data)["response"])
                 except UNREADABLE:
                     raise NotAnAnswerError("The node ended its stream without a response in its last event.") from None
-                kept = await self.keep(turn, response)
+                kept = await self.keep(pending, response)
                 if kept is not response:
                     sse_events = sse_events.replace(response, kept, 1)
         return sse_events
 
-    def stored(self, turn: Turn, response: bytes) -> StoredResponse:
+    def stored(self, pending: PendingResponse, response: bytes) -> StoredResponse:
         """Return a turn with its answer, as it is kept."""
-        return StoredResponse(turn.previous, msgspec.Raw(items.listed(list(turn.items))), msgspec.Raw(response))
+        return StoredResponse(pending.previous, msgspec.Raw(items.listed(list(pending.items))), msgspec.Raw(response))
 
-    async def settle(self, turn: Turn, id: str, stored: StoredResponse) -> None:
+    async def settle(self, pending: PendingResponse, id: str, stored: StoredResponse) -> None:
         """Keep a turn that has ended, and let the conversation it is part of end with it.
 
         Raises:
             StoreUnavailableError: the store failed.
         """
-        if not turn.context.store:
-            if not turn.context.conversation:
+        if not pending.context.store:
+            if not pending.context.conversation:
                 return
-            id = f"{TURN}_{secrets.token_hex(24)}"
-        await self.put(id, stored, turn.chain)
-        if turn.context.conversation:
-            name = await self.name(turn.context.conversation)
-            await self.put(turn.context.conversation, msgspec.structs.replace(name, previous=id))
+            id = f"{UNANSWERED}_{secrets.token_hex(24)}"
+        await self.put(id, stored, pending.chain)
+        if pending.context.conversation:
+            name = await self.name(pending.context.conversation)
+            await self.put(pending.context.conversation, msgspec.structs.replace(name, previous=id))
 
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str] = ()) -> None:
         """Keep something under an id. Raises :class:`StoreUnavailableError`."""
@@ -313,8 +315,8 @@ class Conversations:
             ConversationFullError: it can have no more.
             ConversationNotFoundError: one of them is not there any more.
         """
-        found = [id async for id, _ in self._turns(name.previous, "conversation")]
-        if len(found) >= MAX_TURNS:
+        found = [id async for id, _ in self._responses(name.previous, "conversation")]
+        if len(found) >= MAX_CHAIN:
             raise _full("conversation")
         return tuple(found)
 
@@ -349,9 +351,9 @@ class Conversations:
     ) -> tuple[tuple[str, ...], list[msgspec.Raw]]:
         """Return the ids of a chain that ends with ``previous``, and all that was said in it but what is ``gone``."""
         chain: list[str] = []
-        turns: list[Sequence[msgspec.Raw]] = []
+        responses: list[Sequence[msgspec.Raw]] = []
         size_bytes = 0
-        async for id, stored in self._turns(previous, param):
+        async for id, stored in self._responses(previous, param):
             chain.append(id)
             try:
                 own = [*items.kept_items(stored.items), *items.output_items(bytes(stored.body))]
@@ -363,14 +365,14 @@ class Conversations:
             size_bytes += items.size_of(own)
             if is_bounded and size_bytes > self.max_bytes:
                 raise self._too_large(param)
-            turns.append(own)
-        return tuple(chain), [item for turn in reversed(turns) for item in turn]
+            responses.append(own)
+        return tuple(chain), [item for own in reversed(responses) for item in own]
 
-    async def _turns(self, previous: str, param: str) -> AsyncGenerator[tuple[str, StoredResponse], None]:
+    async def _responses(self, previous: str, param: str) -> AsyncGenerator[tuple[str, StoredResponse], None]:
         """Yield the turns of a chain, the latest first."""
         id, count = previous, 0
         while id:
-            if count == MAX_TURNS:
+            if count == MAX_CHAIN:
                 raise _full(param)
             stored = await self._get(id)
             if stored is None:
@@ -487,7 +489,7 @@ def _not_found(previous: str, param: str) -> ApiError:
 
 def _full(param: str) -> ConversationFullError:
     return ConversationFullError(
-        f"The conversation has {MAX_TURNS} turns, which is the most: begin a new one with what still matters.",
+        f"The conversation has {MAX_CHAIN} responses, which is the most: begin a new one with what still matters.",
         param=param,
     )
 

@@ -14,7 +14,7 @@ import orjson
 
 from cortex.errors import ConversationNotFoundError
 from cortex.store import items as stored_items
-from cortex.store.conversation import NAME, TURN, Conversations, aside
+from cortex.store.conversation import NAME, UNANSWERED, Conversations, aside
 from cortex.store.interface import StoredResponse
 from cortex.wire.errors import InvalidTypeError
 
@@ -86,9 +86,9 @@ class NamedConversations:
         name = await self._conversations.name(id)
         chain = await self._conversations.chain_of(name)
         listed = stored_items.listed(items)
-        turn = f"{TURN}_{secrets.token_hex(24)}"
-        await self._conversations.put(turn, StoredResponse(name.previous, msgspec.Raw(listed), _NO_ANSWER), chain)
-        await self._conversations.put(id, msgspec.structs.replace(name, previous=turn))
+        unanswered = f"{UNANSWERED}_{secrets.token_hex(24)}"
+        await self._conversations.put(unanswered, StoredResponse(name.previous, msgspec.Raw(listed), _NO_ANSWER), chain)
+        await self._conversations.put(id, msgspec.structs.replace(name, previous=unanswered))
         return stored_items.kept_items(msgspec.Raw(listed))
 
     async def delete_item(self, id: str, item_id: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ cdef extern from *:
 cdef enum:
     PAYLOAD_BYTES = FRAGMENT_BYTES - 1
     INPUT_KEPT_BYTES = 1 << 20  # a longer buffer goes back to the system after its message
-    MESSAGES_PER_TURN = 64
+    MESSAGES_PER_READ = 64
 
 MAX_MESSAGE_BYTES = 64 << 20
 """The longest message a channel sends or takes unless told otherwise."""
@@ -131,7 +131,7 @@ cdef class Channel:
         cdef Outcome outcome
         cdef list messages = []
         self._check_open()
-        while len(messages) < MESSAGES_PER_TURN:
+        while len(messages) < MESSAGES_PER_READ:
             # Safety: the buffers belong to this channel, the channel to the calling thread.
             with nogil:
                 outcome = self.receive()

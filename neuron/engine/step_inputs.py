@@ -96,7 +96,7 @@ class StepInputs:
             }
             for staged in self._here
         ]
-        self._turn = 0
+        self._current = 0
         self._widths: list[dict[str, int]] = [{}, {}]
         """How many columns of a table were written the last time."""
         dtypes = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32}
@@ -127,8 +127,8 @@ class StepInputs:
 
     def fill(self, plan: StepPlan, draws: Draws, place: int) -> None:
         """Queue the copy of a plan of at most ``num_rows`` rows; rows beyond them repeat the first one."""
-        self._turn ^= 1
-        count, view = plan.num_decodes, self._views[self._turn]
+        self._current ^= 1
+        count, view = plan.num_decodes, self._views[self._current]
         values: dict[str, Array] = {
             "token_ids": plan.token_ids,
             "positions": plan.positions,
@@ -147,10 +147,10 @@ class StepInputs:
         view["ended"][:] = 0
         view["place"][0] = place
         for name, table, rest in (("page_table", plan.page_table, 0), ("stops", plan.stops, -1)):
-            width, before = table.shape[1], self._widths[self._turn].get(name, view[name].shape[1])
-            self._widths[self._turn][name] = width
+            width, before = table.shape[1], self._widths[self._current].get(name, view[name].shape[1])
+            self._widths[self._current][name] = width
             view[name][:, width:before] = rest
             if width:
                 view[name][:count, :width] = table
                 view[name][count:, :width] = table[0]
-        self._there.copy_(self._here[self._turn], non_blocking=True)
+        self._there.copy_(self._here[self._current], non_blocking=True)

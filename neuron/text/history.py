@@ -106,7 +106,7 @@ def one_system_message(messages: Sequence[Message]) -> list[Message]:
     return [Message(Role.SYSTEM, merged), *others] if merged else others
 
 
-def one_turn_each(messages: Sequence[Message]) -> list[Message]:
+def merge_adjacent(messages: Sequence[Message]) -> list[Message]:
     """Join turns of one role that follow one another; results of tools stay apart, as each answers its own call."""
     joined: list[Message] = []
     for message in messages:

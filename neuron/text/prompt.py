@@ -26,8 +26,8 @@ from neuron.text.client_text import ControlTokens, Marking, texts_in
 from neuron.text.history import (
     arguments_object,
     as_template_sees,
+    merge_adjacent,
     one_system_message,
-    one_turn_each,
     tool_schema,
     with_results_named,
     with_short_ids,
@@ -172,13 +172,13 @@ class PromptFormat:
         }
         if request.thinking is not None:
             arguments.setdefault("enable_thinking", request.thinking)
-        turns = one_system_message(messages)
+        messages = one_system_message(messages)
         try:
             try:
-                return self._rendered(turns, arguments)
+                return self._rendered(messages, arguments)
             except _TEMPLATE_FAILURES:
-                joined = one_turn_each(turns)
-                if len(joined) == len(turns):
+                joined = merge_adjacent(messages)
+                if len(joined) == len(messages):
                     raise
                 return self._rendered(joined, arguments)
         except _TEMPLATE_FAILURES as error:
@@ -186,9 +186,9 @@ class PromptFormat:
             with_tools = " with tools" if tools else ""
             raise TemplateError(f"The chat template of '{request.model}' failed{with_tools}: {error}.") from error
 
-    def _rendered(self, turns: Sequence[Message], arguments: Mapping[str, Any]) -> str:
+    def _rendered(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
         assert self._template is not None
-        return self._template.render(messages=[as_template_sees(message) for message in turns], **arguments)
+        return self._template.render(messages=[as_template_sees(message) for message in messages], **arguments)
 
     def _message_marked(self, message: Message, marking: Marking) -> Message:
         # A template cuts the reasoning out of what its model has said by these tags.

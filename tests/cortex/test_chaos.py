@@ -106,7 +106,7 @@ async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int, interfa
     async def one(gateway: Rig, seed: int) -> str:
         story = Story.of(seed)
         sse_events = read_slowly(b"".join(story.pieces))
-        async with turns:
+        async with slots:
             call = await gateway.chat(stream=True, seed=seed).end()
         if call.status != 200:  # nothing had gone out: the error has a status, and the SSE events are not half there
             assert call.json()["error"]["code"], seed
@@ -126,7 +126,7 @@ async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int, interfa
         assert story.is_reset or passed == sse_events, seed
         return "broken"
 
-    turns = asyncio.Semaphore(AT_ONCE)
+    slots = asyncio.Semaphore(AT_ONCE)
     neuron = FakeNeuron(script=script).ready("m")
     async with rig(neuron, breaker=BreakerSettings(failures=10**6), interface=interface) as gateway:
         seeds = range(first_seed, first_seed + NUM_STREAMS)
@@ -150,7 +150,7 @@ async def test_an_answer_arrives_whole_or_as_an_error(interface: str) -> None:
 
     async def one(gateway: Rig, seed: int) -> str:
         story = WholeStory.of(seed)
-        async with turns:
+        async with slots:
             call = await gateway.chat(seed=seed).end()
         assert call.complete, seed
         if call.status == 200:
@@ -161,7 +161,7 @@ async def test_an_answer_arrives_whole_or_as_an_error(interface: str) -> None:
         assert story.is_cut or story.is_reset, seed
         return "error"
 
-    turns = asyncio.Semaphore(AT_ONCE)
+    slots = asyncio.Semaphore(AT_ONCE)
     neuron = FakeNeuron(script=script).ready("m")
     async with rig(neuron, breaker=BreakerSettings(failures=10**6), interface=interface) as gateway:
         outcomes = await asyncio.gather(*(one(gateway, seed) for seed in range(2 * NUM_STREAMS)))

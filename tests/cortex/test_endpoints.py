@@ -73,12 +73,12 @@ def test_any_split_of_the_bytes_gives_the_same_stream(sizes: list[int], as_http_
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
         raw = b"%x\r\n%s\r\n0\r\n\r\n" % (len(payload), payload)
-        at, turn = 0, 0
+        at, piece_number = 0, 0
         data = payload if as_http_chunks else raw
         while at < len(data):
-            piece = data[at : at + sizes[turn % len(sizes)]]
+            piece = data[at : at + sizes[piece_number % len(sizes)]]
             await (line.chunk(piece) if as_http_chunks else line.send(piece))
-            at, turn = at + len(piece), turn + 1
+            at, piece_number = at + len(piece), piece_number + 1
             await asyncio.sleep(0)
         if as_http_chunks:
             await line.end()

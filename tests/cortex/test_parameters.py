@@ -129,9 +129,9 @@ async def test_what_could_not_be_written_again_is_refused_before_any_node_is_ask
     async with rig(neuron) as gateway:
         for levels in (260, 300, 900, 2000):
             deep = b"[" * levels + b"]" * levels
-            turn = b'[{"type":"message","role":"user","content":"x","metadata":' + deep + b"}]"
+            message = b'[{"type":"message","role":"user","content":"x","metadata":' + deep + b"}]"
             for name in (b"metadata", b"vllm_xargs", b"items", b"input"):
-                value = turn if name in (b"items", b"input") else deep
+                value = message if name in (b"items", b"input") else deep
                 call = await gateway.call("POST", path, given + b'"' + name + b'":' + value + b"}").end()
                 error = orjson.loads(call.body)["error"]
                 assert call.status == 400

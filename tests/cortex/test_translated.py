@@ -134,12 +134,12 @@ AUDIO = {"type": "document", "source": {"type": "base64", "media_type": "applica
 async def test_what_a_chat_has_no_part_for_is_a_line_of_text(stream: bool) -> None:
     node = chat_only()
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
-    turns = [{"role": "user", "content": [AUDIO, image]}, {"role": "assistant", "content": "b"}]
-    body = {"model": "m", "stream": stream, "messages": [*turns, {"role": "user", "content": "c"}]}
+    history = [{"role": "user", "content": [AUDIO, image]}, {"role": "assistant", "content": "b"}]
+    body = {"model": "m", "stream": stream, "messages": [*history, {"role": "user", "content": "c"}]}
     async with rig(node) as gateway:
         call = await gateway.call("POST", "/v1/messages", body).end()
         assert (call.status, call.headers["x-cortex-omitted-parts"]) == (200, "1")
-        refused = await gateway.call("POST", "/v1/messages", {**body, "messages": turns[:1]}).end()
+        refused = await gateway.call("POST", "/v1/messages", {**body, "messages": history[:1]}).end()
         assert refused.status == 400
     sent = orjson.loads(node.asked[0].body)["messages"][0]["content"]
     assert sent == [

@@ -56,10 +56,10 @@ def call(number: int, name: str = "f", arguments: str = "{}") -> dict[str, Any]:
 
 
 def calls_and_results(count: int, names: int) -> list[dict[str, Any]]:
-    turns: list[dict[str, Any]] = [
+    history: list[dict[str, Any]] = [
         {"role": "assistant", "content": None, "tool_calls": [call(i, f"t{i % names}") for i in range(count)]}
     ]
-    return [*turns, *({"role": "tool", "tool_call_id": f"c{i}", "content": "x"} for i in range(count)), *user("and?")]
+    return [*history, *({"role": "tool", "tool_call_id": f"c{i}", "content": "x"} for i in range(count)), *user("and?")]
 
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"

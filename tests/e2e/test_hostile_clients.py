@@ -76,8 +76,8 @@ def hostile(chance: random.Random) -> dict[str, Any]:
         return body | {"chat_template_kwargs": {chance.choice(names): deep}}
     if kind < 19:
         call = {"name": "f", "arguments": chance.choice(["[" * 3000, '{"a": "\\ud800"}', "{", "9" * 5000, "null"])}
-        turn = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": call}]}
-        return body | {"messages": [*body["messages"], turn, {"role": "tool", "tool_call_id": "c", "content": "y"}]}
+        answer = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": call}]}
+        return body | {"messages": [*body["messages"], answer, {"role": "tool", "tool_call_id": "c", "content": "y"}]}
     return body | {"messages": [{"role": "user", "content": chance.choice(UNITS) * chance.choice([50_000, 1_000_000])}]}
 
 

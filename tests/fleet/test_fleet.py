@@ -71,8 +71,8 @@ def test_two_models_that_do_not_fit_together_take_turns(fleet: Fleet) -> None:
 
         async def caller(names: str) -> None:
             nonlocal longest
-            for turn in range(50):
-                name = names[turn % len(names)]
+            for step in range(50):
+                name = names[step % len(names)]
                 started = time.monotonic()
                 for _ in range(20):
                     reply = await client.chat(name)

@@ -72,7 +72,7 @@ def responses(where: str) -> tuple[str, dict[str, Any]]:
 def messages(where: str) -> tuple[str, dict[str, Any]]:
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
     seen = [{"type": "text", "text": "see"}, image]
-    turns: list[Any] = {
+    messages: list[Any] = {
         "newest": [{"role": "user", "content": seen}],
         "newest of several": [
             {"role": "user", "content": "a"},
@@ -90,7 +90,7 @@ def messages(where: str) -> tuple[str, dict[str, Any]]:
             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": seen}]},
         ],
     }[where]
-    return "/v1/messages", {"model": "m", "max_tokens": 9, "messages": turns}
+    return "/v1/messages", {"model": "m", "max_tokens": 9, "messages": messages}
 
 
 def counted(where: str) -> tuple[str, dict[str, Any]]:

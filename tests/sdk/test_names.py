@@ -11,11 +11,11 @@ import pytest
 import websockets
 
 NAMES = pytest.mark.parametrize("name", ["m", "small", "claude-opus-4-1", "claude-☃ and 'more'"])
-TURN = [{"role": "user", "content": "hi"}]
+MESSAGES = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": TURN},
+    "/v1/chat/completions": {"messages": MESSAGES},
     "/v1/completions": {"prompt": "hi"},
-    "/v1/messages": {"messages": TURN, "max_tokens": 9},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
     "/v1/responses": {"input": "hi"},
 }
 
@@ -88,7 +88,7 @@ def test_a_websocket_has_it_too(url: str, name: str, generate: bool) -> None:
 
 
 def test_a_node_says_the_name_that_its_gateway_tells_it(node: daemons.Daemon) -> None:
-    body = {"model": "m", "messages": TURN}
+    body = {"model": "m", "messages": MESSAGES}
     for header, name in (("a%20b", "a b"), ("", "m"), ("x" * 2000, "m"), ("%22%0D%0A", '"\r\n')):
         reply = httpx.post(f"{node.url}/v1/chat/completions", json=body, headers={"x-cortex-model-name": header})
         assert reply.json()["model"] == name

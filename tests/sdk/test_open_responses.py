@@ -316,7 +316,7 @@ def socket_url(request: pytest.FixtureRequest) -> str:
     return server.url.replace("http", "ws") + "/v1/responses"
 
 
-async def turns(url: str, *messages: Any) -> list[list[dict[str, Any]]]:
+async def exchange(url: str, *messages: Any) -> list[list[dict[str, Any]]]:
     """Send each message when the one before it was answered, on one connection; return the events of each answer."""
     answers: list[list[dict[str, Any]]] = []
     async with websockets.connect(url) as connection:
@@ -332,7 +332,7 @@ async def turns(url: str, *messages: Any) -> list[list[dict[str, Any]]]:
 
 
 def ask(url: str, *messages: Any) -> list[list[dict[str, Any]]]:
-    return asyncio.run(turns(url, *messages))
+    return asyncio.run(exchange(url, *messages))
 
 
 def check_answers(*answers: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Steps at conversations and stored responses, one a line, of which nothing but typed errors may come.
 
-A line is ``METHOD path body``; ``$`` in either is the conversation that was made last, ``%`` the response. ``TURN``
+A line is ``METHOD path body``; ``$`` in either is the conversation that was made last, ``%`` the response. ``RESPOND``
 is a request for a response that is continued, answered and kept. No server and no node takes part.
 """
 
@@ -57,8 +57,8 @@ def steps(chance: random.Random) -> bytes:
         for _ in range(chance.choice([0, 0, 1, 2])):
             at = chance.randrange(len(piece) + 1)
             piece[at : at + chance.randrange(3)] = chance.choice([b"", b"null", b'"', b"[", b"}", b"9" * 20, b"\xff"])
-        verb = chance.choice([*sorted(METHODS), b"TURN"])
-        lines.append(verb + b" " + (b"" if verb == b"TURN" else chance.choice(PATHS) + b" ") + bytes(piece))
+        verb = chance.choice([*sorted(METHODS), b"RESPOND"])
+        lines.append(verb + b" " + (b"" if verb == b"RESPOND" else chance.choice(PATHS) + b" ") + bytes(piece))
     return b"\n".join(lines)
 
 
@@ -91,8 +91,8 @@ class Checker:
         conversation, response = b"conv_0", b"resp_0"
         for line in data.split(b"\n")[:MAX_STEPS]:
             verb, _, rest = line.replace(b"$", conversation).replace(b"%", response).partition(b" ")
-            if verb == b"TURN":
-                response = await self._turn(rest) or response
+            if verb == b"RESPOND":
+                response = await self._respond(rest) or response
             elif verb in METHODS:
                 path, _, body = rest.partition(b" ")
                 text = path.decode("latin-1")
@@ -105,18 +105,18 @@ class Checker:
                     if told.get("object") == "conversation":
                         conversation = told["id"].encode()
 
-    async def _turn(self, body: bytes) -> bytes | None:
+    async def _respond(self, body: bytes) -> bytes | None:
         try:
             found = peek(body)
         except PeekError:
             return None
         try:
-            turn = await self._conversations.begin(body, found)
-            orjson.loads(turn.body)
+            pending = await self._conversations.begin(body, found)
+            orjson.loads(pending.body)
             id = f"resp_{secrets.token_hex(24)}"
             answer = orjson.dumps({"id": id, "output": [{"id": "msg_1_0", "type": "message"}], "store": True})
-            kept = orjson.loads(await self._conversations.keep(turn, answer))
-            if turn.context.store and kept["store"]:
+            kept = orjson.loads(await self._conversations.keep(pending, answer))
+            if pending.context.store and kept["store"]:
                 assert await self._conversations.find(id) is not None
             await self._conversations.input_items(id, {"limit": "100"})
         except ApiError as error:

@@ -224,11 +224,11 @@ class Client:
     def __init__(self, http: httpx.AsyncClient, urls: list[str]) -> None:
         self.http = http
         self.urls = urls
-        self._turn = 0
+        self._num_asked = 0
 
     def url(self, gateway: int | None = None) -> str:
-        self._turn += 1
-        return self.urls[(self._turn if gateway is None else gateway) % len(self.urls)]
+        self._num_asked += 1
+        return self.urls[(self._num_asked if gateway is None else gateway) % len(self.urls)]
 
     async def chat(self, model: str, say: str = "tokens=3", gateway: int | None = None) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": say}], "max_tokens": 8}

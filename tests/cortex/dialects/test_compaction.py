@@ -8,18 +8,20 @@ import pytest
 from cortex.dialects.openai_compaction import SUMMARY_TOKENS, Compaction
 from cortex.wire.errors import InvalidTypeError, UpstreamError
 
-TURN = {"type": "message", "role": "user", "content": "We launch on Tuesday."}
+MESSAGE = {"type": "message", "role": "user", "content": "We launch on Tuesday."}
 
 
 def question(**fields: Any) -> dict[str, Any]:
-    asked: dict[str, Any] = orjson.loads(Compaction(orjson.dumps({"model": "m", "input": [TURN], **fields})).question())
+    asked: dict[str, Any] = orjson.loads(
+        Compaction(orjson.dumps({"model": "m", "input": [MESSAGE], **fields})).question()
+    )
     return asked
 
 
 def answer(**fields: Any) -> bytes:
     message = {"type": "message", "content": [{"type": "output_text", "text": "Tuesday."}]}
     response = orjson.dumps({"output": [message], "usage": {}, **fields})
-    return Compaction(orjson.dumps({"model": "m", "input": [TURN]})).answer(response)
+    return Compaction(orjson.dumps({"model": "m", "input": [MESSAGE]})).answer(response)
 
 
 def test_no_form_of_an_answer_is_asked_of_a_summary() -> None:
@@ -50,7 +52,7 @@ def test_a_null_is_as_good_as_nothing() -> None:
 @pytest.mark.parametrize("role", [[], {}, 1, None])
 def test_a_role_that_is_no_string_is_refused(role: object) -> None:
     with pytest.raises(InvalidTypeError) as caught:
-        question(input=[TURN, TURN | {"role": role}])
+        question(input=[MESSAGE, MESSAGE | {"role": role}])
     assert caught.value.param == "input[1].role"
 
 

@@ -25,80 +25,82 @@ def compact(value: Any) -> str:
 @st.composite
 def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Turns without a dialect: what a user says, and what an assistant thinks, says, calls and is answered."""
-    turns: list[dict[str, Any]] = []
+    conversation: list[dict[str, Any]] = []
     num_calls = 0
     for _ in range(draw(st.integers(1, 4))):
         content = draw(st.lists(TEXT | st.just(ImagePart(IMAGE)), min_size=1, max_size=3))
-        turns.append({"role": "user", "content": content})
+        conversation.append({"role": "user", "content": content})
         for _ in range(draw(st.integers(0, 2))):
             calls = []
             for _ in range(draw(st.integers(0, 2))):
                 num_calls += 1
                 calls.append((f"call_{num_calls}", draw(NAME), draw(ARGUMENTS), draw(TEXT)))
             text = draw(st.none() | TEXT) if calls else draw(TEXT)
-            turns.append({"role": "assistant", "thought": draw(st.none() | TEXT), "content": text, "calls": calls})
+            conversation.append(
+                {"role": "assistant", "thought": draw(st.none() | TEXT), "content": text, "calls": calls}
+            )
             if not calls:
                 break
-    return turns
+    return conversation
 
 
-def as_chat(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def as_chat(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
-    for turn in turns:
-        if turn["role"] == "user":
+    for entry in conversation:
+        if entry["role"] == "user":
             parts = [
                 {"type": "image_url", "image_url": {"url": part.url}}
                 if isinstance(part, ImagePart)
                 else {"type": "text", "text": part}
-                for part in turn["content"]
+                for part in entry["content"]
             ]
             messages.append({"role": "user", "content": parts})
             continue
-        message = {"role": "assistant", "content": turn["content"], "reasoning_content": turn["thought"]}
-        if turn["calls"]:
+        message = {"role": "assistant", "content": entry["content"], "reasoning_content": entry["thought"]}
+        if entry["calls"]:
             message["tool_calls"] = [
                 {"id": id, "type": "function", "function": {"name": name, "arguments": compact(arguments)}}
-                for id, name, arguments, _ in turn["calls"]
+                for id, name, arguments, _ in entry["calls"]
             ]
         messages.append(message)
-        messages += [{"role": "tool", "tool_call_id": id, "content": result} for id, _, _, result in turn["calls"]]
+        messages += [{"role": "tool", "tool_call_id": id, "content": result} for id, _, _, result in entry["calls"]]
     return messages
 
 
-def as_responses(turns: list[dict[str, Any]], sealed: bool) -> list[dict[str, Any]]:
+def as_responses(conversation: list[dict[str, Any]], sealed: bool) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
-    for turn in turns:
-        if turn["role"] == "user":
+    for entry in conversation:
+        if entry["role"] == "user":
             parts = [
                 {"type": "input_image", "image_url": part.url}
                 if isinstance(part, ImagePart)
                 else {"type": "input_text", "text": part}
-                for part in turn["content"]
+                for part in entry["content"]
             ]
             items.append({"role": "user", "content": parts})
             continue
-        if turn["thought"] is not None:
-            content = {"encrypted_content": seal(turn["thought"])} if sealed else {
-                "content": [{"type": "reasoning_text", "text": turn["thought"]}]
+        if entry["thought"] is not None:
+            content = {"encrypted_content": seal(entry["thought"])} if sealed else {
+                "content": [{"type": "reasoning_text", "text": entry["thought"]}]
             }  # fmt: skip
             items.append({"type": "reasoning", "summary": [], **content})
-        if turn["content"] is not None:
-            items.append({"role": "assistant", "content": [{"type": "output_text", "text": turn["content"]}]})
-        for id, name, arguments, _ in turn["calls"]:
+        if entry["content"] is not None:
+            items.append({"role": "assistant", "content": [{"type": "output_text", "text": entry["content"]}]})
+        for id, name, arguments, _ in entry["calls"]:
             call = {"type": "function_call", "call_id": id, "name": name, "arguments": compact(arguments)}
             items.append(call)
-        items += [{"type": "function_call_output", "call_id": id, "output": out} for id, _, _, out in turn["calls"]]
+        items += [{"type": "function_call_output", "call_id": id, "output": out} for id, _, _, out in entry["calls"]]
     return items
 
 
-def as_messages(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def as_messages(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
-    for turn in turns:
-        if turn["role"] == "user":
+    for entry in conversation:
+        if entry["role"] == "user":
             source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
             blocks: list[Any] = [
                 {"type": "image", "source": source} if isinstance(part, ImagePart) else {"type": "text", "text": part}
-                for part in turn["content"]
+                for part in entry["content"]
             ]
             if (
                 messages and messages[-1]["content"][-1]["type"] == "tool_result"
@@ -108,14 +110,14 @@ def as_messages(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 messages.append({"role": "user", "content": blocks})
             continue
         blocks = []
-        if turn["thought"] is not None:
-            blocks.append({"type": "thinking", "thinking": turn["thought"], "signature": "x"})
-        if turn["content"] is not None:
-            blocks.append({"type": "text", "text": turn["content"]})
-        for id, name, arguments, _ in turn["calls"]:
+        if entry["thought"] is not None:
+            blocks.append({"type": "thinking", "thinking": entry["thought"], "signature": "x"})
+        if entry["content"] is not None:
+            blocks.append({"type": "text", "text": entry["content"]})
+        for id, name, arguments, _ in entry["calls"]:
             blocks.append({"type": "tool_use", "id": id, "name": name, "input": arguments})
         messages.append({"role": "assistant", "content": blocks})
-        results = [{"type": "tool_result", "tool_use_id": id, "content": out} for id, _, _, out in turn["calls"]]
+        results = [{"type": "tool_result", "tool_use_id": id, "content": out} for id, _, _, out in entry["calls"]]
         if results:
             messages.append({"role": "user", "content": results})
     return messages
@@ -123,14 +125,14 @@ def as_messages(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @given(conversations(), TEXT, st.booleans())
 def test_a_conversation_is_the_same_request_in_every_dialect(
-    turns: list[dict[str, Any]], system: str, sealed: bool
+    conversation: list[dict[str, Any]], system: str, sealed: bool
 ) -> None:
     tools = [{"name": name, "description": "d", "parameters": SCHEMA} for name in ("read", "write", "run")]
     common = {"model": "m", "temperature": 0.5, "top_p": 0.25}
     found: dict[str, InferenceRequest] = {}
     chat = {
         **common,
-        "messages": [{"role": "developer", "content": system}, *as_chat(turns)],
+        "messages": [{"role": "developer", "content": system}, *as_chat(conversation)],
         "tools": [{"type": "function", "function": tool} for tool in tools],
         "tool_choice": "required",
         "parallel_tool_calls": False,
@@ -140,7 +142,7 @@ def test_a_conversation_is_the_same_request_in_every_dialect(
     responses = {
         **common,
         "instructions": system,
-        "input": as_responses(turns, sealed),
+        "input": as_responses(conversation, sealed),
         "tools": [{"type": "function", **tool} for tool in tools],
         "tool_choice": "required",
         "parallel_tool_calls": False,
@@ -150,7 +152,7 @@ def test_a_conversation_is_the_same_request_in_every_dialect(
     messages = {
         **common,
         "system": [{"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}],
-        "messages": as_messages(turns),
+        "messages": as_messages(conversation),
         "tools": [{"name": t["name"], "description": "d", "input_schema": SCHEMA} for t in tools],
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
         "max_tokens": 99,

@@ -18,12 +18,12 @@ from cortex.wire.errors import InvalidRequestError, TooDeepError, TooManyItemsEr
 from cortex.wire.headers import IGNORED
 from cortex.wire.request import Ending, FormatKind, InferenceRequest, OutputFormat
 
-TURN = [{"role": "user", "content": "hi"}]
+MESSAGES = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "chat": (openai_chat, {"model": "m", "messages": TURN}),
+    "chat": (openai_chat, {"model": "m", "messages": MESSAGES}),
     "completions": (openai_completions, {"model": "m", "prompt": "hi"}),
     "responses": (openai_responses, {"model": "m", "input": "hi"}),
-    "messages": (anthropic_messages, {"model": "m", "max_tokens": 9, "messages": TURN}),
+    "messages": (anthropic_messages, {"model": "m", "max_tokens": 9, "messages": MESSAGES}),
 }
 EVERY = pytest.mark.parametrize("dialect", BODIES)
 DOCUMENT = pathlib.Path(__file__).parents[3] / "docs" / "parameters.md"
@@ -202,8 +202,8 @@ def test_a_name_cannot_end_the_header_it_is_told_in() -> None:
 def test_the_header_is_bounded_and_has_each_name_once() -> None:
     found = decode("chat", **{f"unknown_{n}": 1 for n in range(1000)}).ignored
     assert (len(found), found[-1]) == (17, "...")
-    turns = [{"role": "user", "content": "a", "odd": 1}] * 1000
-    assert decode("chat", messages=turns).ignored == ("messages[0].odd",)
+    messages = [{"role": "user", "content": "a", "odd": 1}] * 1000
+    assert decode("chat", messages=messages).ignored == ("messages[0].odd",)
     headers: dict[bytes, bytes] = {}
     tell(headers, IGNORED, b"a,b")
     tell(headers, IGNORED, b"b, c\r\nx: y")
@@ -219,13 +219,13 @@ def test_the_header_is_bounded_and_has_each_name_once() -> None:
 @pytest.mark.parametrize(
     ("dialect", "more", "param"),
     [
-        ("chat", {"messages": TURN * 20_001}, "messages"),
+        ("chat", {"messages": MESSAGES * 20_001}, "messages"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 10_001}]},
          "messages[0].content"),
         ("chat", {"tools": [{"type": "function", "function": {"name": "f"}}] * 1001}, "tools"),
         ("responses", {"input": [{"role": "user", "content": "a"}] * 20_001}, "input"),
         ("responses", {"tools": [{"type": "function", "name": "f"}] * 1001}, "tools"),
-        ("messages", {"messages": TURN * 20_001}, "messages"),
+        ("messages", {"messages": MESSAGES * 20_001}, "messages"),
         ("messages", {"metadata": {str(n): 1 for n in range(10_001)}}, "metadata"),
         ("completions", {"logit_bias": {str(n): 1 for n in range(10_001)}}, "logit_bias"),
         ("completions", {"user": [[1] * 1000] * 1000}, None),

@@ -157,13 +157,13 @@ async def test_a_node_behind_tls(certificate: tuple[pathlib.Path, pathlib.Path])
 
 
 ALL = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
-TURN = [{"role": "user", "content": "Hi"}]
+MESSAGES = [{"role": "user", "content": "Hi"}]
 BODIES: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/chat/completions", {"messages": TURN}),
+    ("/v1/chat/completions", {"messages": MESSAGES}),
     ("/v1/completions", {"prompt": "Hi"}),
     ("/v1/responses", {"input": "Hi", "store": False}),
     ("/v1/responses", {"input": "Hi", "store": True}),
-    ("/v1/messages", {"messages": TURN, "max_tokens": 5}),
+    ("/v1/messages", {"messages": MESSAGES, "max_tokens": 5}),
 ]
 
 

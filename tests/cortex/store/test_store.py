@@ -54,14 +54,14 @@ async def opened(made: ResponseStore) -> AsyncIterator[ResponseStore]:
         await made.close()
 
 
-def turn(text: str, previous: str = "") -> StoredResponse:
+def response(text: str, previous: str = "") -> StoredResponse:
     return StoredResponse(previous, msgspec.Raw(b"[]"), msgspec.Raw(b'{"text":"%b"}' % text.encode()))
 
 
 async def test_what_is_kept_survives_a_restart_and_can_be_forgotten(make: Make) -> None:
     async with opened(make()) as first:
-        await first.put("resp_a", turn("one"), ())
-        await first.put("resp_a", turn("two", "resp_0"), ())
+        await first.put("resp_a", response("one"), ())
+        await first.put("resp_a", response("two", "resp_0"), ())
         assert await first.get("resp_x") is None
     async with opened(make()) as again:
         kept = await again.get("resp_a")
@@ -74,18 +74,18 @@ async def test_what_is_kept_survives_a_restart_and_can_be_forgotten(make: Make) 
 
 async def test_two_gateways_share_one(make: Make) -> None:
     async with opened(make()) as first, opened(make()) as second:
-        await asyncio.gather(*(s.put(f"resp_{i}", turn(str(i)), ()) for i in range(50) for s in (first, second)))
+        await asyncio.gather(*(s.put(f"resp_{i}", response(str(i)), ()) for i in range(50) for s in (first, second)))
         for i in range(50):
             assert await first.get(f"resp_{i}") == await second.get(f"resp_{i}") != None  # noqa: E711
 
 
 async def test_a_response_expires_unless_its_conversation_goes_on(make: Make) -> None:
     async with opened(make(ttl_s=0.6)) as kept:
-        await kept.put("resp_old", turn("a"), ())
-        await kept.put("resp_used", turn("b"), ())
+        await kept.put("resp_old", response("a"), ())
+        await kept.put("resp_used", response("b"), ())
         started = time.monotonic()
         while time.monotonic() - started < 0.9:
-            await kept.put("resp_new", turn("c", "resp_used"), ["resp_used"])
+            await kept.put("resp_new", response("c", "resp_used"), ["resp_used"])
             await asyncio.sleep(0.05)
         assert await kept.get("resp_old") is None
         assert await kept.get("resp_used") is not None
@@ -98,12 +98,12 @@ async def test_the_oldest_go_when_all_are_too_much(tmp_path: pathlib.Path) -> No
     async with opened(made) as kept:
         for i in range(300):
             now = float(i)
-            await kept.put(f"resp_{i}", turn("x" * 1000), ())
+            await kept.put(f"resp_{i}", response("x" * 1000), ())
         alive = [i for i in range(300) if await kept.get(f"resp_{i}") is not None]
         assert alive == list(range(alive[0], 300))
         assert 30 < len(alive) < 100
         now = 2000.0
-        await kept.put("resp_last", turn("y"), ())
+        await kept.put("resp_last", response("y"), ())
         for i in alive:
             assert not await kept.delete(f"resp_{i}")
 
@@ -135,7 +135,7 @@ async def test_a_damaged_file_is_moved_aside_and_begun_anew(
     made = SqliteStore(str(path), ttl_s=1000, max_bytes=10_000_000)
     async with opened(made) as kept:
         for i in range(100):
-            await kept.put(f"resp_{i}", turn("x" * 2000), ())
+            await kept.put(f"resp_{i}", response("x" * 2000), ())
         if how == "while it is open":
             with contextlib.closing(sqlite3.connect(path)) as other:
                 other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -145,8 +145,8 @@ async def test_a_damaged_file_is_moved_aside_and_begun_anew(
             with contextlib.suppress(StoreError):
                 for i in range(100):
                     await kept.get(f"resp_{i}")
-                    await kept.put(f"more_{i}", turn("x" * 2000), ())
-            await kept.put("resp_new", turn("y"), ())
+                    await kept.put(f"more_{i}", response("x" * 2000), ())
+            await kept.put("resp_new", response("y"), ())
             assert await kept.get("resp_new") is not None
     if how != "while it is open":
         data = path.read_bytes()
@@ -165,8 +165,8 @@ async def test_a_damaged_file_is_moved_aside_and_begun_anew(
         again.on_damaged = damaged
         async with opened(again) as kept:
             with contextlib.suppress(StoreError):
-                await kept.put("resp_first", turn("y"), ())
-            await kept.put("resp_new", turn("y"), ())
+                await kept.put("resp_first", response("y"), ())
+            await kept.put("resp_new", response("y"), ())
             assert await kept.get("resp_new") is not None
         assert num_damaged == 1
     assert [found.name for found in tmp_path.glob("responses.db.damaged-*")]
@@ -176,8 +176,8 @@ async def test_a_damaged_file_is_moved_aside_and_begun_anew(
 async def test_a_row_that_cannot_be_read_is_as_not_there(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "responses.db"
     async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=1_000_000)) as kept:
-        await kept.put("resp_a", turn("a"), ())
-        await kept.put("resp_b", turn("b"), ())
+        await kept.put("resp_a", response("a"), ())
+        await kept.put("resp_b", response("b"), ())
         with contextlib.closing(sqlite3.connect(path)) as other, other:
             other.execute("UPDATE responses SET value = ? WHERE id = 'resp_a'", (b"\xc1garbage",))
         assert await kept.get("resp_a") is None
@@ -194,7 +194,7 @@ async def test_the_file_is_its_owners_alone(tmp_path: pathlib.Path) -> None:
     mask = os.umask(0)
     try:
         async with opened(SqliteStore(str(path), ttl_s=1000, max_bytes=100_000)) as kept:
-            await kept.put("resp_a", turn("a"), ())
+            await kept.put("resp_a", response("a"), ())
             found = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     finally:
         os.umask(mask)
@@ -212,18 +212,18 @@ async def test_one_key_does_not_push_out_anothers(tmp_path: pathlib.Path) -> Non
     )
     async with opened(made) as kept:
         for i in range(10):
-            await kept.put(f"resp_a{i}", msgspec.structs.replace(turn("x" * 1000), owner="alice"), ())
+            await kept.put(f"resp_a{i}", msgspec.structs.replace(response("x" * 1000), owner="alice"), ())
         for i in range(300):
             now += 1
-            await kept.put(f"resp_b{i}", msgspec.structs.replace(turn("x" * 1000), owner="bob"), ())
-            await kept.put(f"resp_c{i}", msgspec.structs.replace(turn("x" * 1000), owner="carol"), ())
+            await kept.put(f"resp_b{i}", msgspec.structs.replace(response("x" * 1000), owner="bob"), ())
+            await kept.put(f"resp_c{i}", msgspec.structs.replace(response("x" * 1000), owner="carol"), ())
         assert all([await kept.get(f"resp_a{i}") is not None for i in range(10)])
         for letter in "bc":
             alive = [i for i in range(300) if await kept.get(f"resp_{letter}{i}") is not None]
             assert alive == list(range(alive[0], 300))
             assert 30 < len(alive) <= 60
         with pytest.raises(StoreFullError):
-            await kept.put("resp_big", turn("x" * 60_000), ())
+            await kept.put("resp_big", response("x" * 60_000), ())
         assert isinstance(kept.obstacle(60_001), StoreFullError)
         assert kept.obstacle(1000) is None
 
@@ -241,7 +241,7 @@ async def test_a_file_of_an_earlier_version_learns_whose_each_response_is(tmp_pa
             BEGIN UPDATE total SET size_bytes = size_bytes + NEW.size_bytes; END;"""
     )
     for owner in ("alice", "bob"):
-        value = to_bytes(msgspec.structs.replace(turn("x" * 1000), owner=owner))
+        value = to_bytes(msgspec.structs.replace(response("x" * 1000), owner=owner))
         before.execute(
             "INSERT INTO responses VALUES (?, ?, ?, ?)", (f"resp_{owner}", value, len(value), time.time() + 99)
         )
@@ -252,7 +252,7 @@ async def test_a_file_of_an_earlier_version_learns_whose_each_response_is(tmp_pa
             found = await kept.get("resp_bob")
             assert found is not None
             assert found.owner == "bob"
-            await kept.put("resp_new", turn("y"), ())
+            await kept.put("resp_new", response("y"), ())
     rows = sqlite3.connect(path)
     assert dict(rows.execute("SELECT owner, size_bytes > 1000 FROM owners WHERE owner != ''")) == {"alice": 1, "bob": 1}
     rows.close()
@@ -282,12 +282,12 @@ async def test_a_clock_that_is_set_a_month_ahead_wipes_nothing(
 ) -> None:
     path, real = str(tmp_path / "r.db"), time.time
     async with opened(SqliteStore(path, ttl_s=30 * DAY_S, max_bytes=100_000)) as kept:
-        await kept.put("resp_a", turn("a"), ())
+        await kept.put("resp_a", response("a"), ())
         monkeypatch.setattr(time, "time", lambda: real() + 31 * DAY_S)
-        await kept.put("resp_b", turn("b"), ())
+        await kept.put("resp_b", response("b"), ())
         assert await kept.get("resp_a") is not None
     async with opened(SqliteStore(path, ttl_s=30 * DAY_S, max_bytes=100_000)) as kept:
-        await kept.put("resp_c", turn("c"), ())
+        await kept.put("resp_c", response("c"), ())
         assert await kept.get("resp_a") is not None
 
 
@@ -308,7 +308,7 @@ async def test_a_worker_that_starts_while_another_makes_the_file_waits_for_it(tm
 async def test_a_server_that_is_not_there() -> None:
     pytest.importorskip("redis")
     made = found(StoreSettings(kind=StoreKind.VALKEY, url=f"redis://user:secret@127.0.0.1:{free_port()}/0"))
-    for work in (made.open(), made.get("x"), made.put("x", turn("a"), ()), made.delete("x")):
+    for work in (made.open(), made.get("x"), made.put("x", response("a"), ()), made.delete("x")):
         with pytest.raises(StoreError) as caught:
             await work
         assert "secret" not in str(caught.value)

@@ -44,9 +44,9 @@ def test_the_prefix_cache_changes_no_token(harness: Callable[..., Any], tiny_lla
     cached = {row.sequence: row.prompt_cached for row in driver.rows if row.prompt_cached is not None}
     assert cached == {number: (20 * number + 4) // 16 * 16 for number in REQUESTS}
     # A conversation goes on: what the model said is in the cache as well.
-    turn = [*REQUESTS[5]["prompt"], *cold[5], 9, 9]
-    run(driver, {9: {"prompt": turn, "max_tokens": 1}})
-    assert driver.rows[0].prompt_cached == (len(turn) - 2 - 1) // 16 * 16
+    prompt = [*REQUESTS[5]["prompt"], *cold[5], 9, 9]
+    run(driver, {9: {"prompt": prompt, "max_tokens": 1}})
+    assert driver.rows[0].prompt_cached == (len(prompt) - 2 - 1) // 16 * 16
 
 
 def test_only_sequences_of_one_salt_share(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
