@@ -199,7 +199,7 @@ def serve(model: ModelEngine, batch: int, context: int, output: int, *, in_burst
         spent = time.perf_counter() - began
     while model.busy:
         model.step()
-    return spent * batch / (sum(done.values()) - before), model._pace.host_s
+    return spent * batch / (sum(done.values()) - before), model._step_timer.host_s
 
 
 def prefill_rows(bench: Bench, name: str) -> Rows:

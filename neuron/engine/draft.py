@@ -10,10 +10,10 @@ import time
 import numpy as np
 
 from neuron.engine.executor import Executor, StepOutcome
-from neuron.engine.pace import Pace
 from neuron.engine.plan import StepPlan
 from neuron.engine.scheduler import Step
 from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
+from neuron.engine.step_timer import StepTimer
 
 Rows = list[tuple[Sequence, int, int]]
 """Sequences, and which of their tokens to compute: from, to."""
@@ -27,7 +27,7 @@ class DraftModel:
         self._page_table = page_table
         self._page_tokens = page_tokens
         self._step_tokens = step_tokens
-        self._pace = Pace(page_tokens, step_tokens)
+        self._step_timer = StepTimer(page_tokens, step_tokens)
 
     def follow(self, step: Step) -> None:
         """Compute the prompts of ``step``, which is about to begin, here as well."""
@@ -43,7 +43,7 @@ class DraftModel:
 
     def cost_s(self, num_sequences: int, depth: int) -> float:
         """See :class:`~neuron.engine.speculation.Drafter`. Nothing before it was measured, so that it is."""
-        return depth * (self._pace.step_s(num_sequences) or 0.0)
+        return depth * (self._step_timer.step_s(num_sequences) or 0.0)
 
     def propose(self, sequences: list[Sequence], counts: list[int]) -> list[Int32Array]:
         """See :class:`~neuron.engine.speculation.Drafter`."""
@@ -56,7 +56,7 @@ class DraftModel:
             started_s = time.perf_counter()
             rows = [(s, s.num_drafted, s.num_tokens + round_number) for s in active]
             outcome = self._run(rows, sampled=True)
-            self._pace.note(len(active), 0, time.perf_counter() - started_s)
+            self._step_timer.record(len(active), 0, time.perf_counter() - started_s)
             for (s, _, end), token in zip(self._order(rows), outcome.ids.tolist(), strict=True):
                 if token < 0:  # no number: this one guesses no further
                     left[s.number] = round_number

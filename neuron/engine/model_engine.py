@@ -31,12 +31,12 @@ from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_
 from neuron.engine.executor import Executor, InFlightStep
 from neuron.engine.graph_runner import GraphRunner
 from neuron.engine.group_runner import GroupRunner
-from neuron.engine.pace import Pace
 from neuron.engine.plan import StepPlan, build_plan
 from neuron.engine.sampler import NON_FINITE
 from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceState
 from neuron.engine.speculation import PromptLookup, Speculation
+from neuron.engine.step_timer import StepTimer
 from neuron.models.config import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.text import tokenizer
@@ -95,7 +95,7 @@ class ModelEngine:
         self._pending: _Pending | None = None
         self._clock = clock
         self._settled_s = 0.0
-        self._pace = Pace(PAGE_TOKENS, plan.mixed_step_tokens)
+        self._step_timer = StepTimer(PAGE_TOKENS, plan.mixed_step_tokens)
         self.scheduler = Scheduler(
             Limits(
                 num_pages=plan.num_pages,
@@ -114,7 +114,7 @@ class ModelEngine:
         if os.environ.get(SPECULATION_SWITCH, "on") != "off":
             if draft is not None:
                 self._draft = DraftModel(draft, self.scheduler.page_table, PAGE_TOKENS, plan.step_tokens)
-            self.speculation = Speculation(self._draft or PromptLookup(), self._pace)
+            self.speculation = Speculation(self._draft or PromptLookup(), self._step_timer)
         self._executors = (runner,) if self._draft is None else (runner, self._draft.executor)
         """Of the model itself and of the one that guesses for it."""
 
@@ -182,8 +182,8 @@ class ModelEngine:
         running = self.scheduler.running.values()
         if not running or any(sequence.prefills for sequence in running):
             return False
-        round_s = self._pace.step_s(len(running))
-        return burst.is_worth_it(round_s, self._pace.host_s) and burst.qualifies(
+        round_s = self._step_timer.step_s(len(running))
+        return burst.is_worth_it(round_s, self._step_timer.host_s) and burst.qualifies(
             running, self.runner.sampler.draws_plainly
         )
 
@@ -199,12 +199,12 @@ class ModelEngine:
                 self._fail([sequence], error, output)
 
     def _launch(self, output: StepOutput, bursts: bool) -> _Pending | None:
-        step = self.scheduler.schedule(self._pace.mixed_step_tokens, self._propose)
+        step = self.scheduler.schedule(self._step_timer.mixed_step_tokens, self._propose)
         if step is None:
             return None
         if bursts:
             plainly, make_room = self.runner.sampler.draws_plainly, self.scheduler.make_room
-            round_s = self._pace.step_s(step.num_decodes)
+            round_s = self._step_timer.step_s(step.num_decodes)
             rounds = burst.num_rounds(step, round_s, self.runner.max_rounds, plainly, make_room)
             step = dataclasses.replace(step, num_rounds=rounds)
         started_s = self._clock()
@@ -238,7 +238,7 @@ class ModelEngine:
             # What lies between two steps of one run is the host's: handing out, sending, planning. A pause is not.
             host_s = self._clock() - self._settled_s
             if host_s < MOST_HOST_S:
-                self._pace.note_host(host_s)
+                self._step_timer.record_host(host_s)
         try:
             outcome = pending.in_flight.wait()
         except Exception as error:  # noqa: BLE001 (as above)
@@ -249,7 +249,7 @@ class ModelEngine:
         num_rows = int(plan.cu_seqlens[num_generating])
         # A step behind another began when that one ended.
         seconds = (now_s - max(pending.started_s, self._settled_s)) / (1 + len(outcome.later))
-        self._pace.note(num_rows, int(plan.cu_seqlens[-1]) - num_rows, seconds)
+        self._step_timer.record(num_rows, int(plan.cu_seqlens[-1]) - num_rows, seconds)
         self._settled_s = now_s
         finite, ids = outcome.finite.tolist(), outcome.ids.tolist()
         later = outcome.later.T.tolist() if len(outcome.later) else []

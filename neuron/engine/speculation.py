@@ -3,8 +3,8 @@
 Checking is exact: every guessed token is sampled as it would have been anyway, from the same logits with the same
 number of its sequence, and the first that differs ends what the step makes certain. So the output is the same with and
 without, drawn or greedy; only how many tokens a step yields differs. It pays while a row more costs less than the
-tokens it is expected to bring, which is asked before each step, of what steps took (:mod:`neuron.engine.pace`) and of
-how often this sequence's guesses were right.
+tokens it is expected to bring: before each step that is computed from :mod:`neuron.engine.step_timer` and from how often
+this sequence's guesses were right.
 
 Leviathan et al., arXiv:2211.17192, for a guess that is one token; prompt lookup: the continuation of the last place
 where the sequence has said the same three tokens.
@@ -15,8 +15,8 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from neuron.engine.pace import Pace
 from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
+from neuron.engine.step_timer import StepTimer
 
 MAX_DRAFTS: Final = 8
 """Guesses for one sequence in one step."""
@@ -76,9 +76,9 @@ def lookup(tokens: Int32Array, count: int) -> Int32Array:
 class Speculation:
     """Decides who guesses how much in a step, and learns from what came of it."""
 
-    def __init__(self, drafter: Drafter, pace: Pace) -> None:
+    def __init__(self, drafter: Drafter, step_timer: StepTimer) -> None:
         self._drafter = drafter
-        self._pace = pace
+        self._step_timer = step_timer
         self.num_proposed = self.num_accepted = 0
 
     def propose(
@@ -89,7 +89,7 @@ class Speculation:
         ``make_room`` reserves pages for so many tokens behind a sequence's next and returns how many there are.
         """
         most = min(MAX_DRAFTS, num_rows // max(1, len(able)))
-        if not able or most < 1 or self._pace.step_s(num_decoding) is None:
+        if not able or most < 1 or self._step_timer.step_s(num_decoding) is None:
             return
         available = self._drafter.available(able, most)
         depth = self._depth(num_decoding, able, available)
@@ -113,7 +113,7 @@ class Speculation:
                     right *= sequence.hit_rate
                     gain += right
                     num_rows += 1
-            seconds = self._pace.step_s(num_rows)
+            seconds = self._step_timer.step_s(num_rows)
             assert seconds is not None
             seconds += self._drafter.cost_s(len(able), depth) if depth else 0.0
             rate = gain / seconds

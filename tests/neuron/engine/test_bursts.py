@@ -12,7 +12,7 @@ from neuron.device import jobs
 from neuron.device.jobs import SequenceEnd
 from neuron.engine import burst
 from neuron.engine.burst import BURST_S
-from neuron.engine.pace import Pace
+from neuron.engine.step_timer import StepTimer
 
 PROMPT = list(range(3, 43))
 
@@ -20,7 +20,7 @@ PROMPT = list(range(3, 43))
 @pytest.fixture(autouse=True)
 def ten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast the machine is just now, a burst has ten rounds, and no guesses take its place."""
-    monkeypatch.setattr(Pace, "step_s", lambda *_: BURST_S / 10.5)
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: BURST_S / 10.5)
     monkeypatch.setenv("NEURON_SPECULATION", "off")
 
 

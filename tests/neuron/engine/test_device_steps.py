@@ -22,7 +22,7 @@ from neuron.device.channel import Channel, socket_pair
 from neuron.device.loop import DeviceLoop
 from neuron.engine import burst
 from neuron.engine.engine import Engine
-from neuron.engine.pace import Pace
+from neuron.engine.step_timer import StepTimer
 from neuron.triton_kernels import dispatch
 
 PROMPT = list(range(3, 43))
@@ -109,7 +109,7 @@ def start(tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @pytest.fixture
 def ten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "step_s", lambda *_: burst.BURST_S / 10.5)
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: burst.BURST_S / 10.5)
 
 
 def since(seen: int) -> list[str]:
@@ -178,7 +178,7 @@ def test_the_device_stops_a_burst_of_which_nobody_is_left(start: Callable[[], Ru
 def test_a_cancel_is_heard_between_two_steps(
     start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(Pace, "step_s", lambda *_: burst.BURST_S / 64.5)
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: burst.BURST_S / 64.5)
     running = start()
     running.generate(0, 40)
     running.hear_out(1)

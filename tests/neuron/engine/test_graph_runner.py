@@ -20,9 +20,9 @@ from neuron.device import jobs
 from neuron.device.driver import DeviceFault, DriverError
 from neuron.engine import burst
 from neuron.engine.graph_runner import GraphRunner, buckets
-from neuron.engine.pace import Pace
 from neuron.engine.sampler import Sampler
 from neuron.engine.speculation import Speculation
+from neuron.engine.step_timer import StepTimer
 from neuron.models import prebuild
 from neuron.triton_kernels import dispatch
 
@@ -83,7 +83,7 @@ def single_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def ten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast the machine is just now, a burst has ten rounds."""
-    monkeypatch.setattr(Pace, "step_s", lambda *_: burst.BURST_S / 10.5)
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: burst.BURST_S / 10.5)
     monkeypatch.setattr(burst, "is_worth_it", lambda *_: True)
 
 

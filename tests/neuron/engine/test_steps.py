@@ -21,12 +21,12 @@ from neuron.engine import scheduler as scheduler_module
 from neuron.engine.burst import BURST_S, num_rounds
 from neuron.engine.executor import StepOutcome
 from neuron.engine.model_engine import ModelEngine, StepOutput
-from neuron.engine.pace import MIN_PROMPT_TOKENS, STALL_FACTOR, Pace
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import NON_FINITE
 from neuron.engine.scheduler import Step
 from neuron.engine.sequence import Sequence, SequenceState
 from neuron.engine.speculation import PromptLookup, Speculation, lookup
+from neuron.engine.step_timer import MIN_PROMPT_TOKENS, STALL_FACTOR, StepTimer
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 
 PLAN = MemoryPlan(
@@ -222,9 +222,9 @@ class Steps(RuleBasedStateMachine):
         )  # fmt: skip
         self.model.speculation = None
         if guesses:
-            pace = Pace(PAGE_TOKENS, PLAN.mixed_step_tokens)
-            pace.note(1, 0, 1.0)
-            self.model.speculation = Speculation(Guesser(self), pace)
+            step_timer = StepTimer(PAGE_TOKENS, PLAN.mixed_step_tokens)
+            step_timer.record(1, 0, 1.0)
+            self.model.speculation = Speculation(Guesser(self), step_timer)
         self.number = 0
         self.asked: dict[int, Sequence] = {}
         self.got: dict[int, list[int]] = {}
@@ -504,13 +504,13 @@ def test_a_lookup_continues_the_last_place_of_the_last_three_tokens() -> None:
 
 def speculation(row_s: float, hit_rate: float) -> int:
     """Return how many guesses one sequence gets where each row costs ``row_s`` beside the first's second."""
-    pace = Pace(16, 64)
+    step_timer = StepTimer(16, 64)
     for rows in range(1, 17):
-        pace.note(rows, 0, 1.0 + row_s * (rows - 1))
+        step_timer.record(rows, 0, 1.0 + row_s * (rows - 1))
     tokens = np.tile(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], np.int32), 4)
     s = Sequence(1, tokens, 100, frozenset(), SamplerSettings())
     s.hit_rate = hit_rate
-    Speculation(PromptLookup(), pace).propose(1, [s], 15, lambda _, count: count)
+    Speculation(PromptLookup(), step_timer).propose(1, [s], 15, lambda _, count: count)
     return len(s.drafts)
 
 
@@ -522,10 +522,10 @@ def test_guesses_are_checked_only_where_that_pays() -> None:
 
 
 def test_a_rate_of_right_guesses_is_learned_and_forgotten() -> None:
-    pace = Pace(16, 64)
-    pace.note(1, 0, 1.0)
-    pace.note(9, 0, 5.0)
-    found = Speculation(PromptLookup(), pace)
+    step_timer = StepTimer(16, 64)
+    step_timer.record(1, 0, 1.0)
+    step_timer.record(9, 0, 5.0)
+    found = Speculation(PromptLookup(), step_timer)
     s = Sequence(1, np.tile(np.arange(10, dtype=np.int32), 4), 100, frozenset(), SamplerSettings())
     tries = 0
     for _ in range(300):
@@ -542,36 +542,36 @@ def test_a_rate_of_right_guesses_is_learned_and_forgotten() -> None:
     assert found.num_accepted == 80
 
 
-# ------------------------------------------------------------------ pace
+# ------------------------------------------------------------------ step timer
 
 
 def test_a_prompt_takes_what_the_others_can_spare() -> None:
-    pace = Pace(16, 512)
-    assert pace.mixed_step_tokens(4) == 4 + 16, "before anything is known: a page"
-    pace.note(4, 0, 0.010)
+    step_timer = StepTimer(16, 512)
+    assert step_timer.mixed_step_tokens(4) == 4 + 16, "before anything is known: a page"
+    step_timer.record(4, 0, 0.010)
     for _ in range(12):
-        tokens = pace.mixed_step_tokens(4) - 4
-        pace.note(4, tokens, 0.010 + 0.0001 * tokens)
+        tokens = step_timer.mixed_step_tokens(4) - 4
+        step_timer.record(4, tokens, 0.010 + 0.0001 * tokens)
     assert tokens == pytest.approx((STALL_FACTOR - 1) * 100, abs=2)
     for _ in range(12):  # its later tokens are dearer
-        tokens = pace.mixed_step_tokens(4) - 4
-        pace.note(4, tokens, 0.010 + 0.0005 * tokens)
+        tokens = step_timer.mixed_step_tokens(4) - 4
+        step_timer.record(4, tokens, 0.010 + 0.0005 * tokens)
     assert tokens == pytest.approx((STALL_FACTOR - 1) * 20, abs=2)
     for _ in range(12):
-        pace.note(4, 16, 1.0)
-    assert pace.mixed_step_tokens(4) == 4 + MIN_PROMPT_TOKENS, "never nothing"
+        step_timer.record(4, 16, 1.0)
+    assert step_timer.mixed_step_tokens(4) == 4 + MIN_PROMPT_TOKENS, "never nothing"
 
 
 def test_times_between_and_beyond_those_measured() -> None:
-    pace = Pace(16, 64)
-    assert pace.step_s(3) is None
-    pace.note(2, 0, 2.0)
-    pace.note(6, 0, 4.0)
-    assert [pace.step_s(rows) for rows in (1, 2, 4, 6)] == [2.0, 2.0, 3.0, 4.0]
-    beyond = pace.step_s(10)
+    step_timer = StepTimer(16, 64)
+    assert step_timer.step_s(3) is None
+    step_timer.record(2, 0, 2.0)
+    step_timer.record(6, 0, 4.0)
+    assert [step_timer.step_s(rows) for rows in (1, 2, 4, 6)] == [2.0, 2.0, 3.0, 4.0]
+    beyond = step_timer.step_s(10)
     assert beyond is not None
     assert 4.0 < beyond < 6.0
-    pace.note(2, 0, 1000.0)
-    after = pace.step_s(2)
+    step_timer.record(2, 0, 1000.0)
+    after = step_timer.step_s(2)
     assert after is not None
     assert after < 3.0, "one step that something held up says little"
