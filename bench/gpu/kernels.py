@@ -20,9 +20,9 @@ from neuron.triton_kernels.sampling_rows import SamplingRows
 from neuron.triton_kernels.skinny_matmul import skinny_matmul
 
 Rows = Iterator[dict[str, Any]]
-EXACT = ("norm", "activation", "rope", "rotary", "sampling", "rounds")
+EXACT = ("norm", "activation", "rope", "rotary", "sampling", "decode step")
 """Cases that have no product in them: the matrix units make TF32 of float32, which no model is run in here."""
-QUICK = ("norm", "moe matmul", "sampling", "rounds")
+QUICK = ("norm", "moe matmul", "sampling", "decode step")
 """Cases of a rehearsal."""
 
 

@@ -20,7 +20,7 @@ from kernels import Bench, Rows
 
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
-from neuron.engine import burst
+from neuron.engine import multi_step
 from neuron.engine.graph_runner import SWITCH, GraphRunner
 from neuron.engine.loading import load_model
 from neuron.engine.model_engine import ModelEngine
@@ -37,7 +37,7 @@ from neuron.triton_kernels.quantized import QuantizedMatrix, StackedMatrix
 MAX_COMPILERS = 16
 WARM_UP = 12
 """Tokens of each sequence before any is timed: a graph is captured in each of the first steps."""
-WAYS = {"bursts": {}, "one by one": {}, "launched": {SWITCH: "off"}}
+WAYS = {"multi-step": {}, "one by one": {}, "launched": {SWITCH: "off"}}
 """Modes of decoding and their environment: several steps in one call of the loop; one graph a step, launched before
 the previous step is settled; without graphs."""
 
@@ -162,7 +162,7 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
                     runner = GraphRunner(config, weights, plan, gpu.device, graphs())
                 runner.overlaps = True  # as on a GPU, also where it is rehearsed
                 model = ModelEngine(name, config, plan, runner, pathlib.Path(), prefix_cache=False)
-                spent, host_s = serve(model, batch, sizes.context, sizes.output, in_bursts=way == "bursts")
+                spent, host_s = serve(model, batch, sizes.context, sizes.output, is_multi_step=way == "multi-step")
                 nbytes = step_bytes(weights)
                 nbytes += batch * (sizes.context + sizes.output // 2) * config.kv_bytes_per_token("bfloat16")
                 row = {"model": name, "weights": quant, "batch": batch, "context": sizes.context, "way": way}
@@ -175,7 +175,7 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
                 gpu.forget()
 
 
-def serve(model: ModelEngine, batch: int, context: int, output: int, *, in_bursts: bool) -> tuple[float, float]:
+def serve(model: ModelEngine, batch: int, context: int, output: int, *, is_multi_step: bool) -> tuple[float, float]:
     """Generate; return the seconds of a step of ``batch`` decodes, and of these the host's own between two steps."""
     generator = np.random.default_rng(batch)
     settings = jobs.SamplerSettings(temperature=1.0)
@@ -192,7 +192,7 @@ def serve(model: ModelEngine, batch: int, context: int, output: int, *, in_burst
             for row in found.rows:
                 done[row.sequence] += len(row.ids) // 4
 
-    with mock.patch.object(burst, "HOST_BOUND", float("inf") if in_bursts else 0.0):
+    with mock.patch.object(multi_step, "HOST_BOUND", float("inf") if is_multi_step else 0.0):
         run(WARM_UP)
         before, began = sum(done.values()), time.perf_counter()
         run(WARM_UP + output)

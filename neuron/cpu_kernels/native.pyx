@@ -117,22 +117,22 @@ cdef extern from "step.h" nogil:
         const int32_t *hidden_rows
         float *logits
         const drawing *draws
-        int32_t round
+        int32_t index
         int32_t *ids
         int32_t *finite
         float *hidden
     size_t c_page_bytes "page_bytes"(const model *model)
     size_t c_arena_bytes "arena_bytes"(const model *model)
 
-cdef extern from "burst.h" nogil:
-    cdef struct burst:
-        int num_rounds
+cdef extern from "multi_step.h" nogil:
+    cdef struct multi_step:
+        int num_steps
         int32_t *ids
         const int32_t *stops
         int num_stops
         int fd
         int32_t *scratch
-    int run_burst(const model *model, const step *step, const burst *burst)
+    int run_multi_step(const model *model, const step *step, const multi_step *multi)
 
 
 def levels():
@@ -483,7 +483,7 @@ cdef class Model:
         one of ``stops``, or finds something to read at ``channel_fd``; ``finite`` is the last one's.
         """
         cdef step s
-        cdef burst rounds
+        cdef multi_step steps
         cdef drawing how
         cdef const double[::1] temperature, top_p, min_p
         cdef const int32_t[::1] top_k, counters
@@ -541,7 +541,7 @@ cdef class Model:
         s.page_table, s.context_lens = &page_table[0, 0], &context_lens[0]
         s.sampled = &sampled[0] if R else NULL
         s.logits = &logits[0, 0] if logits is not None and R else NULL
-        s.draws, s.round = NULL, 0
+        s.draws, s.index = NULL, 0
         if draws is not None and R:
             how.temperature, how.top_p, how.min_p = &temperature[0], &top_p[0], &min_p[0]
             how.top_k, how.seeds, how.counters = &top_k[0], &seeds[0], &counters[0]
@@ -551,12 +551,12 @@ cdef class Model:
         s.finite = &finite[0]
         s.hidden_rows = &hidden_rows[0] if E else NULL
         s.hidden = &hidden[0, 0] if E else NULL
-        rounds.num_rounds, rounds.fd, rounds.scratch = <int>more + 1, channel_fd, self._scratch
-        rounds.ids = &later[0, 0] if more else NULL
-        rounds.num_stops = <int>stops.shape[0] if stops is not None else 0
-        rounds.stops = &stops[0] if rounds.num_stops else NULL
+        steps.num_steps, steps.fd, steps.scratch = <int>more + 1, channel_fd, self._scratch
+        steps.ids = &later[0, 0] if more else NULL
+        steps.num_stops = <int>stops.shape[0] if stops is not None else 0
+        steps.stops = &stops[0] if steps.num_stops else NULL
         # Safety: the plan's arrays are held by this frame, weights, cache, arena and scratch by self; the engine runs one
         # step of a model at a time, and the pool one call. The descriptor is only asked whether it can be read.
         with nogil:
-            done = run_burst(m, &s, &rounds)
+            done = run_multi_step(m, &s, &steps)
         return done

@@ -441,7 +441,7 @@ static void draw_row(const struct run *run, int thread, int row) {
         .top_p = draws->top_p[row],
         .min_p = (float)draws->min_p[row],
         .top_k = draws->top_k[row],
-        .uniform = uniform(draws->seeds[row], (uint64_t)(draws->counters[row] + s->round)),
+        .uniform = uniform(draws->seeds[row], (uint64_t)(draws->counters[row] + s->index)),
     };
     size_t width = (size_t)m->head.rows;
     float *logits = s->logits + (size_t)row * width, *scratch = draws->scratch + (size_t)thread * width;

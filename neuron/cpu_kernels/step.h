@@ -54,7 +54,7 @@ struct step {
     const int32_t *hidden_rows;                   /* [E] */
     float *logits;   /* [R, vocab padded]: what the sampled rows come to; NULL: their likeliest token into ids */
     const struct draws *draws; /* tokens drawn from logits, which are lost, into ids; NULL: all are left */
-    int32_t round;             /* added to counters: every token of a sequence has its own number */
+    int32_t index;             /* added to counters: every token of a sequence has its own number */
     int32_t *ids;    /* [R]: NON_FINITE for a row whose logits are not; untouched with logits that are left */
     int32_t *finite; /* [B]: whether all that a sequence's last row comes from is */
     float *hidden;   /* [E, hidden]: those rows, normalised */

@@ -49,17 +49,17 @@ class DraftModel:
         """See :class:`~neuron.engine.speculation.Drafter`."""
         left = {s.number: count for s, count in zip(sequences, counts, strict=True)}
         self._catch_up([s for s in sequences if left[s.number]])
-        for round_number in range(max(counts, default=0)):
-            active = [s for s in sequences if left[s.number] > round_number]
+        for depth in range(max(counts, default=0)):
+            active = [s for s in sequences if left[s.number] > depth]
             if not active:
                 break
             started_s = time.perf_counter()
-            rows = [(s, s.num_drafted, s.num_tokens + round_number) for s in active]
+            rows = [(s, s.num_drafted, s.num_tokens + depth) for s in active]
             outcome = self._run(rows, sampled=True)
             self._step_timer.record(len(active), 0, time.perf_counter() - started_s)
             for (s, _, end), token in zip(self._order(rows), outcome.ids.tolist(), strict=True):
                 if token < 0:  # no number: this one guesses no further
-                    left[s.number] = round_number
+                    left[s.number] = depth
                 else:
                     # Behind the known tokens there is room; what is sampled there overwrites it.
                     s.tokens[end] = token

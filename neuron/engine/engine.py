@@ -82,7 +82,7 @@ class Engine:
 
     ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
     is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free slot will take. Messages of
-    the daemon come by ``channel_fd``: a worker that follows another waits for it, a burst of steps ends for it.
+    the daemon come by ``channel_fd``: a worker that follows another waits for it, a multi-step decode ends for it.
     ``graphs`` makes what captures a model's steps on a GPU.
     """
 

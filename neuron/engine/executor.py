@@ -17,9 +17,9 @@ from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.engine.staging import to_host
 from neuron.models.config import ModelConfig
 
-MAX_ROUNDS: Final = 64
-"""Of a step: the shortest step of a model on a GPU takes a quarter of a millisecond."""
-NO_ROUNDS: Final[Int32Array] = np.empty((0, 0), np.int32)
+MAX_STEPS: Final = 64
+"""Most steps of a multi-step decode: the shortest on a GPU takes a quarter of a millisecond."""
+NO_LATER: Final[Int32Array] = np.empty((0, 0), np.int32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class StepOutcome:
     """``[E, hidden]``"""
     logprobs: dict[int, TokenLogprobs]
     """Of those rows of R that asked for them."""
-    later: Int32Array = dataclasses.field(default_factory=lambda: NO_ROUNDS)
-    """``[N - 1, R]``: what the rounds after the first sampled, if there were any. A row that is not finite, or has
-    sampled a stop, has none after it; ``finite`` is of the last."""
+    later: Int32Array = dataclasses.field(default_factory=lambda: NO_LATER)
+    """``[N - 1, R]``: the tokens of the steps after the first, if there were any. A row that is not finite, or has
+    sampled a stop, has none after it; ``finite`` is the last step's."""
 
 
 class InFlightStep(Protocol):
@@ -53,8 +53,8 @@ class Executor(Protocol):
     sampler: Sampler
     overlaps: bool
     """Whether a step is launched before the outcome of the one before it is known."""
-    max_rounds: int
-    """How many rounds a step of decodes may have, if everyone draws plainly."""
+    max_steps: int
+    """Most decode steps of one launch, where every row draws plainly."""
 
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Begin a step."""

@@ -5,8 +5,8 @@ There is a graph for each of a few numbers of rows (*buckets*), with inputs and 
 the smallest that holds its rows. They are captured while steps go by, one a step and the largest first, so that all fit
 into the memory that the first one took, and so that any step of decodes has a graph after the first capture.
 
-A graph ends in the sampling kernel and moves its own rows on, so that launching it again is the next step: a burst of
-several rounds is the same graph, launched by the loop without Python. What it sampled it writes to the host's memory. A
+A graph ends in the sampling kernel and moves its own rows on, so that launching it again is the next step: a multi-step
+decode is the same graph, launched by the loop without Python. The sampled tokens go to the host's memory. A
 step of which a row wants more than a plain draw (penalties, a grammar, log probabilities) is sampled behind its graph.
 
 Rows without a sequence repeat the first sequence's: they write the same key and value to the same slot as it does, so
@@ -24,7 +24,7 @@ import torch
 from neuron.engine.device_graphs import Graphs
 from neuron.engine.device_sampler import DeviceSampler
 from neuron.engine.errors import raise_device_fault, ran_out
-from neuron.engine.executor import MAX_ROUNDS, DeviceStep, InFlightStep, StepOutcome
+from neuron.engine.executor import MAX_STEPS, DeviceStep, InFlightStep, StepOutcome
 from neuron.engine.plan import StepPlan
 from neuron.engine.runner import Runner
 from neuron.engine.sequence import Float32Array, Int32Array
@@ -55,24 +55,24 @@ class _Bucket:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _GraphStep:
-    """Rounds of which the device itself publishes the tokens ``[N, R]``."""
+    """One or N decode steps whose tokens ``[N, R]`` the device itself publishes."""
 
     graphs: Graphs
     graph: int
     first: torch.Tensor
-    """``[R]``: those of the first round, which the device writes to."""
+    """``[R]``: the tokens of the first step, in the memory that the device writes."""
     tokens: Int32Array
     all_ended: torch.Tensor
     hidden: Float32Array
 
     def wait(self) -> StepOutcome:
-        """Return the outcome; of several rounds, launch them first."""
-        num_rounds = len(self.tokens)
-        if num_rounds > 1:
-            num_rounds = self.graphs.replay(self.graph, num_rounds, self.all_ended)
+        """Return the outcome; launch a multi-step decode first."""
+        num_steps = len(self.tokens)
+        if num_steps > 1:
+            num_steps = self.graphs.replay(self.graph, num_steps, self.all_ended)
         else:
             self.graphs.wait(self.first, PENDING)
-        tokens = self.tokens[:num_rounds].copy()
+        tokens = self.tokens[:num_steps].copy()
         # A row whose logits are not finite has no token: its hidden states need no look of their own.
         finite = np.ones(tokens.shape[1], np.bool_)
         return StepOutcome(tokens[0], finite, self.hidden, {}, tokens[1:])
@@ -103,7 +103,7 @@ class GraphRunner(Runner):
         self._no_hidden: Float32Array = np.empty((0, config.hidden_size), np.float32)
 
     def launch(self, plan: StepPlan) -> InFlightStep:
-        """Queue a step on the device, by a graph if it is one of decodes; several rounds begin when waited for."""
+        """Queue a step on the device, by a graph if it is one of decodes; a multi-step decode begins in ``wait``."""
         if not _is_decode(plan):
             return super().launch(plan)
         if self._uncaptured:
@@ -132,7 +132,7 @@ class GraphRunner(Runner):
                 logger.exception("no graph of %d rows; steps without one are launched singly", size)
         else:
             if self._samples:
-                self.max_rounds = MAX_ROUNDS
+                self.max_steps = MAX_STEPS
         # Capturing ran the step, which wrote to page 0: it is zero for all who pad with it.
         self.clear_pages(np.zeros(1, np.int32))
 
@@ -151,11 +151,11 @@ class GraphRunner(Runner):
 
         @torch.inference_mode()
         def step() -> None:
-            self._kernels.open_round(state)
+            self._kernels.begin_step(state)
             bucket.logits = self._logits(self._forward(state.token_ids, batch))
             if self._samples:
                 ids, _ = self._kernels.sample(bucket.logits, inputs.rows)
-                self._kernels.close_round(state, ids, PAGE_TOKENS)
+                self._kernels.end_step(state, ids, PAGE_TOKENS)
 
         bucket.graph = self._graphs.capture(step)
         return bucket
@@ -163,17 +163,17 @@ class GraphRunner(Runner):
     @torch.inference_mode()
     def _replay(self, bucket: _Bucket, plan: StepPlan) -> InFlightStep:
         count = plan.num_decodes
-        place = self._published.take(plan.num_rounds)
+        place = self._published.take(plan.num_steps)
         bucket.inputs.fill(plan, self.sampler.draws(plan.slots, plan.num_output), place)
         last = self._published.last
         if self._last_ids is not last and plan.token_ids.min() < 0:
             last[: len(self._last_ids)].copy_(self._last_ids)
         if self._samples and self.sampler.draws_plainly(plan.slots).all():
             self._last_ids = last
-            if plan.num_rounds == 1:
+            if plan.num_steps == 1:
                 self._graphs.launch(bucket.graph)
             told = self._published
-            tokens = told.seen[place : place + plan.num_rounds, :count]
+            tokens = told.seen[place : place + plan.num_steps, :count]
             first = told.tokens[place, :count]
             return _GraphStep(self._graphs, bucket.graph, first, tokens, told.all_ended, self._no_hidden)
         self._graphs.launch(bucket.graph)

@@ -24,7 +24,7 @@ from neuron.device.jobs import (
     TokenLogprobs,
     TokenRow,
 )
-from neuron.engine import burst
+from neuron.engine import multi_step
 from neuron.engine.constraint import Constraint, ConstraintError
 from neuron.engine.draft import DraftModel
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
@@ -150,40 +150,40 @@ class ModelEngine:
         return self.scheduler.busy or self._pending is not None
 
     def step(self, *, alone: bool = True) -> StepOutput:
-        """Admit, launch a step, and hand out what a step made certain.
+        """Admit, launch a step, and return the settled output of a step.
 
-        That is the step just launched, or, where steps overlap, the one before it. ``alone``: nobody else wants the
-        device, so the step may be a burst. Raises DeviceFault; any other exception of a step fails the sequences that
-        were in it.
+        That is the step just launched, or, where steps overlap, the one before it. ``alone``: no other model wants the
+        device, so this may be a multi-step decode. Raises DeviceFault; any other exception of a step fails the
+        sequences that were in it.
         """
         output = StepOutput()
-        bursts = alone and self._comes_in_bursts()
+        is_multi_step = alone and self._allows_multi_step()
         before = self._pending
-        if bursts and before is not None:
-            # What a burst begins with must be certain.
+        if is_multi_step and before is not None:
+            # A multi-step decode begins with settled tokens.
             self._pending = None
             self._settle(before, output)
         self._admit(output)
-        launched = self._launch(output, bursts)
+        launched = self._launch(output, is_multi_step)
         before, self._pending = self._pending, launched
-        if not self.runner.overlaps or (launched is not None and launched.step.num_rounds > 1):
+        if not self.runner.overlaps or (launched is not None and launched.step.num_steps > 1):
             before, self._pending = launched, None
         if before is not None:
             self._settle(before, output)
         return output
 
-    def _comes_in_bursts(self) -> bool:
-        """Return whether the next step may have several rounds."""
+    def _allows_multi_step(self) -> bool:
+        """Return whether the next launch may be a multi-step decode."""
         # A model that guesses has to see every token as it comes.
-        if self.runner.max_rounds == 1 or self._draft is not None:
+        if self.runner.max_steps == 1 or self._draft is not None:
             return False
         if not self.runner.overlaps:
             return True
         running = self.scheduler.running.values()
         if not running or any(sequence.prefills for sequence in running):
             return False
-        round_s = self._step_timer.step_s(len(running))
-        return burst.is_worth_it(round_s, self._step_timer.host_s) and burst.qualifies(
+        step_s = self._step_timer.step_s(len(running))
+        return multi_step.is_worth_it(step_s, self._step_timer.host_s) and multi_step.qualifies(
             running, self.runner.sampler.draws_plainly
         )
 
@@ -198,15 +198,15 @@ class ModelEngine:
             except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
                 self._fail([sequence], error, output)
 
-    def _launch(self, output: StepOutput, bursts: bool) -> _Pending | None:
+    def _launch(self, output: StepOutput, is_multi_step: bool) -> _Pending | None:
         step = self.scheduler.schedule(self._step_timer.mixed_step_tokens, self._propose)
         if step is None:
             return None
-        if bursts:
+        if is_multi_step:
             plainly, make_room = self.runner.sampler.draws_plainly, self.scheduler.make_room
-            round_s = self._step_timer.step_s(step.num_decodes)
-            rounds = burst.num_rounds(step, round_s, self.runner.max_rounds, plainly, make_room)
-            step = dataclasses.replace(step, num_rounds=rounds)
+            step_s = self._step_timer.step_s(step.num_decodes)
+            num_steps = multi_step.num_steps(step, step_s, self.runner.max_steps, plainly, make_room)
+            step = dataclasses.replace(step, num_steps=num_steps)
         started_s = self._clock()
         try:
             plan = build_plan(step, self.scheduler.page_table, PAGE_TOKENS)

@@ -1,4 +1,4 @@
-"""Execute a plan on the CPU kernels: a whole step, or a burst of them, in one native call.
+"""Execute a plan on the CPU kernels: a step or a multi-step decode in one native call.
 
 Rows that draw plainly end as token ids, others as logits, which the sampler turns into ids as on any device: how a row
 is drawn never depends on the others.
@@ -12,7 +12,7 @@ import torch
 from neuron.cpu_kernels import native
 from neuron.device.jobs import TokenLogprobs
 from neuron.device.probe import usable_cores
-from neuron.engine.executor import MAX_ROUNDS, HostStep, StepOutcome
+from neuron.engine.executor import MAX_STEPS, HostStep, StepOutcome
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
@@ -32,10 +32,10 @@ class NativeRunner:
     """One loaded model on the CPU."""
 
     overlaps = False
-    max_rounds = MAX_ROUNDS
+    max_steps = MAX_STEPS
 
     def __init__(self, config: ModelConfig, weights: PackedWeights, plan: MemoryPlan, channel_fd: int = -1) -> None:
-        """``channel_fd`` has something to read when the daemon waits: a burst is cut short then."""
+        """``channel_fd`` is readable when the daemon waits: a multi-step decode is cut short then."""
         self.config = config
         self._channel_fd = channel_fd
         self._weights = weights
@@ -81,8 +81,8 @@ class NativeRunner:
             draws.temperature[~is_plain] = -1.0
         if num_sampled and (draws is None or draws.temperature.any()):
             logits = self._rows()[:num_sampled]
-        later = np.empty((plan.num_rounds - 1, num_sampled), np.int32)
-        num_rounds = self._model.run(
+        later = np.empty((plan.num_steps - 1, num_sampled), np.int32)
+        num_steps = self._model.run(
             plan.token_ids,
             np.ascontiguousarray(plan.positions),
             plan.slot_mapping,
@@ -97,8 +97,8 @@ class NativeRunner:
             hidden if len(hidden) else None,
             draws=None if draws is None or logits is None else (*draws, self._rows()[self._sampled_rows :].numpy()),
             later=later,
-            # Whichever row samples one of them: a round costs as much for each row that is left as for one that is not.
-            stops=np.unique(plan.stops[plan.stops >= 0]) if plan.num_rounds > 1 else None,
+            # Whichever row samples one of them: a step costs as much for a row that has ended as for one that has not.
+            stops=np.unique(plan.stops[plan.stops >= 0]) if plan.num_steps > 1 else None,
             channel_fd=self._channel_fd,
         )
         if logits is not None and not is_plain.all():
@@ -115,7 +115,7 @@ class NativeRunner:
                     ids[which] = self.sampler.sample(rows, slots, num_output).numpy()
                 if self.sampler.report is not None:
                     logprobs = {int(which[row]): found for row, found in self.sampler.report.rows().items()}
-        return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_rounds - 1]))
+        return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_steps - 1]))
 
     def _rows(self) -> torch.Tensor:
         """Return the rows of logits ``[sampled rows, V padded]``, and behind them one for each thread to draw in."""

@@ -45,11 +45,11 @@ class StepPlan:
     """``[R]``: how many tokens were generated before it."""
     hidden_rows: Int32Array
     """``[E]``: the rows whose last hidden states are wanted, rising."""
-    num_rounds: int = 1
-    """How often the step is done. Each time after the first, every token is what its row has just sampled, one further
-    on; the page table has room for them."""
+    num_steps: int = 1
+    """Number of decode steps. In each after the first, every row's token is its last sampled one, one position further;
+    the page table has room for them."""
     stops: Int32Array = dataclasses.field(default_factory=lambda: NO_STOPS)
-    """``[B, X]``: the tokens that end each row, -1 where there are fewer; X is 0 if there is one round."""
+    """``[B, X]``: the tokens that end each row, -1 where there are fewer; X is 0 for a single step."""
     targets: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
     """``[R]``, or empty where there are none: the token that follows a row of a prompt, whose log probability is wanted
     in place of a draw; -1 for a row that is drawn."""
@@ -67,7 +67,7 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
     cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
     context_lens = starts + counts
-    own_pages = page_table[slots, : -(-(int(context_lens.max()) + step.num_rounds - 1) // page_tokens)]
+    own_pages = page_table[slots, : -(-(int(context_lens.max()) + step.num_steps - 1) // page_tokens)]
     hidden_rows = targets = NO_TOKENS
     if num_decodes == len(sequences):
         rows = sampled = sampled_of = np.arange(num_decodes, dtype=np.int32)
@@ -110,8 +110,8 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
         slots=slots[sampled_of],
         num_output=positions[sampled] + 1 - num_prompt[sampled_of],
         hidden_rows=hidden_rows,
-        num_rounds=step.num_rounds,
-        stops=_stops(sequences) if step.num_rounds > 1 else np.empty((len(sequences), 0), np.int32),
+        num_steps=step.num_steps,
+        stops=_stops(sequences) if step.num_steps > 1 else np.empty((len(sequences), 0), np.int32),
         targets=targets,
     )
 

@@ -32,7 +32,7 @@ OVERLAP_SWITCH: Final = "NEURON_OVERLAP"
 class Runner:
     """One loaded model on one device."""
 
-    max_rounds = 1
+    max_steps = 1
 
     def __init__(
         self, config: ModelConfig, weights: decoder.DecoderWeights, plan: MemoryPlan, device: torch.device

@@ -64,8 +64,8 @@ class Step:
     """The sequences with one token each."""
     num_drafting: int = 0
     """Those after them that check guesses."""
-    num_rounds: int = 1
-    """How often it is done, each time with the tokens of the time before; more than once only if all decode."""
+    num_steps: int = 1
+    """Number of decode steps, each with the tokens of the one before; more than one only if all sequences decode."""
 
 
 class Scheduler:
@@ -291,8 +291,8 @@ class Scheduler:
     def make_room(self, sequence: Sequence, count: int) -> int:
         """Return how many tokens behind the next one of ``sequence`` have room, ``count`` at the most.
 
-        They are guesses, or what comes in the same burst. Takes pages for them that nobody else is going to need: the
-        margin by which others were admitted is not for these.
+        They are draft tokens, or tokens of the same multi-step decode. Their pages come from what admission leaves
+        free: the growth margin of the running sequences is not for these.
         """
         count = min(count, sequence.max_tokens - sequence.num_output - 1)
         while (room := len(sequence.pages) * self.limits.page_tokens - sequence.num_computed - 1) < count:
@@ -322,7 +322,7 @@ class Scheduler:
         """Note that a step of a running sequence came out sound: ``num_tokens`` more are in the cache for good.
 
         ``num_sampled`` rows of it were sampled. The tokens that became certain have been appended; all but the last are
-        in the cache as well, and counted: guesses that proved right, or a burst. Publishes the pages filled.
+        in the cache as well, and counted: accepted draft tokens, or a multi-step decode. Publishes the pages filled.
         """
         sequence.num_settled += num_tokens
         sequence.num_computed = max(sequence.num_computed, sequence.num_settled)

@@ -3,8 +3,8 @@
 Checking is exact: every guessed token is sampled as it would have been anyway, from the same logits with the same
 number of its sequence, and the first that differs ends what the step makes certain. So the output is the same with and
 without, drawn or greedy; only how many tokens a step yields differs. It pays while a row more costs less than the
-tokens it is expected to bring: before each step that is computed from :mod:`neuron.engine.step_timer` and from how often
-this sequence's guesses were right.
+tokens it is expected to bring: before each step that is computed from :mod:`neuron.engine.step_timer` and from how
+often this sequence's guesses were right.
 
 Leviathan et al., arXiv:2211.17192, for a guess that is one token; prompt lookup: the continuation of the last place
 where the sequence has said the same three tokens.

@@ -1,8 +1,8 @@
 """What a captured step of decodes reads and writes, at places that never change, and how a plan gets there.
 
 One array holds it all, so that a step costs one copy; each part begins where a pointer is divisible by 16, as the
-kernels are compiled for. The step moves its rows on itself (:mod:`neuron.triton_kernels.rounds`), so that a plan serves
-as many rounds as it says.
+kernels are compiled for. The step advances its rows itself (:mod:`neuron.triton_kernels.decode_step`), so that one plan
+serves a multi-step decode.
 """
 
 from typing import Any, Final
@@ -13,13 +13,13 @@ import torch
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws
 from neuron.engine.sequence import Int32Array
-from neuron.triton_kernels.round_state import MAX_STOPS, RoundState
+from neuron.triton_kernels.decode_state import MAX_STOPS, DecodeState
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
 PENDING: Final = -2
 """In the place of a token that the device has not published yet."""
 NUM_PLACES: Final = 128
-"""Rounds that are published at different places: as many in a burst as may be, and the steps before and behind it."""
+"""Steps that are published at different places: a whole multi-step decode, and the steps before and behind it."""
 ALIGNED: Final = 4
 """Elements that each part begins at a multiple of."""
 
@@ -27,7 +27,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Published:
-    """What the device tells the host, in memory that both reach: the tokens of each round, and whether any row is left.
+    """Results that the device writes for the host, in memory of both: each step's tokens, and whether a row is left.
 
     ``most`` rows at the most; the plans' negative tokens name rows of ``last``.
     """
@@ -44,14 +44,14 @@ class Published:
         self.last = torch.zeros(width, dtype=torch.int32, device=device)
         self._next = 0
 
-    def take(self, num_rounds: int) -> int:
-        """Return the first of ``num_rounds`` places in a row, which nobody waits for any more, and make them pending.
+    def take(self, num_steps: int) -> int:
+        """Return the first of ``num_steps`` places in a row, which nobody waits for any more, and make them pending.
 
         A step under way has one place, and no more than one is launched ahead of what is read.
         """
-        first = self._next if self._next + num_rounds <= NUM_PLACES else 0
-        self._next = first + num_rounds
-        self.seen[first : first + num_rounds] = PENDING
+        first = self._next if self._next + num_steps <= NUM_PLACES else 0
+        self._next = first + num_steps
+        self.seen[first : first + num_steps] = PENDING
         self._all_ended[0] = 0
         return first
 
@@ -105,7 +105,7 @@ class StepInputs:
             for name, (first, last, kind) in spans.items()
         }
         names = ("token_ids", "positions", "slot_mapping", "context_lens", "counters", "ended", "page_table", "stops")
-        self.state = RoundState(
+        self.state = DecodeState(
             **{name: there[name] for name in names},
             last=published.last,
             place=there["place"],

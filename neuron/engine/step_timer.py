@@ -1,7 +1,8 @@
 """Measured step times of one model, and the limits that follow from them.
 
 They bound the prompt tokens of a mixed step, so that it takes at most ``STALL_FACTOR`` times as long as its decodes
-alone, and they give the cost of the further rows that verify draft tokens. Seconds are wall time; outliers count little.
+alone, and they give the cost of the further rows that verify draft tokens. Seconds are wall time; outliers count
+little.
 """
 
 import bisect

@@ -22,7 +22,7 @@ from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
 from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
-from neuron.triton_kernels import dispatch, round_state, sampling_rows
+from neuron.triton_kernels import decode_state, dispatch, sampling_rows
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.operations import Operations
 
@@ -80,9 +80,9 @@ def _sample(config: ModelConfig, plan: MemoryPlan, operations: Operations) -> No
         operations.sample(_meta(rows, vocab_size, dtype=torch.float32), asked)
     pages = -(-plan.context_tokens // PAGE_TOKENS)
     for num_rows in {1, plan.max_sequences}:
-        state = round_state.like(num_rows, pages, plan.max_sequences, _meta)
-        operations.open_round(state)
-        operations.close_round(state, _meta(num_rows, dtype=torch.int32), PAGE_TOKENS)
+        state = decode_state.like(num_rows, pages, plan.max_sequences, _meta)
+        operations.begin_step(state)
+        operations.end_step(state, _meta(num_rows, dtype=torch.int32), PAGE_TOKENS)
 
 
 class Preparation:

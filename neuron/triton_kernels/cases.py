@@ -79,7 +79,7 @@ def numeric_cases() -> Iterator[Case]:
         yield from _quantized_cases(dtype)
         yield from _moe_cases(dtype)
     yield Case("sampling", torch.float32, sampling_cases.sampling_results)
-    yield Case("rounds", torch.float32, sampling_cases.rounds_results)
+    yield Case("decode step", torch.float32, sampling_cases.decode_step_results)
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> torch.Tensor:

@@ -4,9 +4,9 @@ import torch
 
 from neuron.triton_kernels import reference, sampling_reference
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.decode_state import DecodeState
 from neuron.triton_kernels.operations import Experts, Norm, Picks, Rotary
 from neuron.triton_kernels.quantized import Matrix
-from neuron.triton_kernels.round_state import RoundState
 from neuron.triton_kernels.routing import route
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
@@ -77,10 +77,10 @@ class EagerOperations:
         """Return a token id int32 and its log-probability for each row."""
         return sampling_reference.sample_rows(logits, rows)
 
-    def open_round(self, state: RoundState) -> None:
+    def begin_step(self, state: DecodeState) -> None:
         """Put what the step before sampled in the places of the tokens that name its rows."""
-        sampling_reference.open_round(state)
+        sampling_reference.begin_step(state)
 
-    def close_round(self, state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
+    def end_step(self, state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
         """Publish ``ids`` and move each row that has not ended one on."""
-        sampling_reference.close_round(state, ids, page_tokens)
+        sampling_reference.end_step(state, ids, page_tokens)

@@ -9,8 +9,8 @@ from typing import Final, NamedTuple, Protocol
 import torch
 
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.decode_state import DecodeState
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix
-from neuron.triton_kernels.round_state import RoundState
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
 SKINNY_ROWS: Final = 64
@@ -81,8 +81,8 @@ class Operations(Protocol):
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a token id int32 and its log-probability for each row of ``logits`` ``[R, V]``."""
 
-    def open_round(self, state: RoundState) -> None:
+    def begin_step(self, state: DecodeState) -> None:
         """Put what the step before sampled in the places of the tokens that name its rows."""
 
-    def close_round(self, state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
+    def end_step(self, state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
         """Publish ``ids`` ``[B]`` and move each row that has not ended one on."""

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from neuron.triton_kernels import round_state, rounds, sampling, sampling_reference, sampling_rows
-from neuron.triton_kernels.round_state import MAX_STOPS, RoundState
+from neuron.triton_kernels import decode_state, decode_step, sampling, sampling_reference, sampling_rows
+from neuron.triton_kernels.decode_state import MAX_STOPS, DecodeState
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
 Results = list[tuple[torch.Tensor, torch.Tensor]]
@@ -66,15 +66,15 @@ def sampling_results(device: torch.device) -> Results:
     return results
 
 
-def random_state(num_rows: int, device: torch.device, *, num_pages: int = 3, page_tokens: int = 4) -> RoundState:
-    """Return rows in the middle of a burst; what is theirs to write holds junk."""
+def random_state(num_rows: int, device: torch.device, *, num_pages: int = 3, page_tokens: int = 4) -> DecodeState:
+    """Return rows in the middle of a multi-step decode; their outputs hold junk."""
     generator = np.random.default_rng(num_rows)
 
     def whole(*shape: int, low: int = 0, high: int = 50, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.from_numpy(generator.integers(low, high, shape)).to(device, dtype)
 
     positions = whole(num_rows, high=num_pages * page_tokens)
-    return RoundState(
+    return DecodeState(
         token_ids=whole(num_rows, low=-num_rows, high=50),
         positions=positions,
         slot_mapping=whole(num_rows, dtype=torch.int64),
@@ -90,22 +90,22 @@ def random_state(num_rows: int, device: torch.device, *, num_pages: int = 3, pag
     )
 
 
-def rounds_results(device: torch.device) -> Results:
-    """Run rounds until all rows have ended, and return all that they left beside what they should have."""
+def decode_step_results(device: torch.device) -> Results:
+    """Run steps until all rows have ended, and return their results beside the expected ones."""
     results: Results = []
     for num_rows in (1, 5, 130):
         state = random_state(num_rows, device)
-        twin = RoundState(*(getattr(state, field.name).clone() for field in dataclasses.fields(state)))
+        twin = DecodeState(*(getattr(state, field.name).clone() for field in dataclasses.fields(state)))
         for seed in range(5):
             generator = np.random.default_rng(seed)
             ids = torch.from_numpy(generator.integers(-1 if seed > 2 else 0, 9, num_rows)).to(device, torch.int32)
             if seed == 4:
                 ids.fill_(-1)
-            rounds.open_round(state)
-            sampling_reference.open_round(twin)
+            decode_step.begin_step(state)
+            sampling_reference.begin_step(twin)
             results.append((state.token_ids.clone(), twin.token_ids.clone()))
-            rounds.close_round(state, ids, 4)
-            sampling_reference.close_round(twin, ids, 4)
+            decode_step.end_step(state, ids, 4)
+            sampling_reference.end_step(twin, ids, 4)
             for field in dataclasses.fields(state):
                 results.append((getattr(state, field.name).clone(), getattr(twin, field.name).clone()))
     return results
@@ -116,6 +116,6 @@ def launch_all(meta: Callable[..., torch.Tensor]) -> None:
     for changes in (False, True):
         sampling.sample_rows(meta(8, 151936, dtype=torch.float32), sampling_rows.like(8, 151936, 64, changes, meta))
     for num_rows in (64, 256):
-        state = round_state.like(num_rows, 128, num_rows, meta)
-        rounds.open_round(state)
-        rounds.close_round(state, state.last, 16)
+        state = decode_state.like(num_rows, 128, num_rows, meta)
+        decode_step.begin_step(state)
+        decode_step.end_step(state, state.last, 16)

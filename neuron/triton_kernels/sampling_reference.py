@@ -1,8 +1,8 @@
 """What follows a step's logits, in eager torch: the sampling that kernels are checked against, and the one of a CPU.
 
 :func:`sample_rows` has the signature of the kernel and its draws; :func:`sample` draws by inverting the distribution,
-many rows at once, where there is no kernel. :func:`open_round` and :func:`close_round` are those of
-:mod:`neuron.triton_kernels.rounds`.
+many rows at once, where there is no kernel. :func:`begin_step` and :func:`end_step` are those of
+:mod:`neuron.triton_kernels.decode_step`.
 """
 
 from typing import Any, Final
@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from neuron.triton_kernels.round_state import RoundState
+from neuron.triton_kernels.decode_state import DecodeState
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
@@ -20,14 +20,14 @@ TOP_P_CANDIDATES: Final = 512
 """Tokens that top-p looks at before it sorts the whole vocabulary: 90 us against 3.2 ms a row at V = 49,152."""
 
 
-def open_round(state: RoundState) -> None:
+def begin_step(state: DecodeState) -> None:
     """Put what the step before sampled in the places of the tokens that name its rows."""
     # What was not finite has no token; its sequence ends when that is known.
     known = state.last[(-1 - state.token_ids).clamp(min=0)].clamp(min=0)
     state.token_ids.copy_(torch.where(state.token_ids < 0, known, state.token_ids))
 
 
-def close_round(state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
+def end_step(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
     """Publish ``ids`` int32 ``[B]`` and move each row that has not ended one on."""
     num_rows = len(ids)
     ended = state.ended != 0

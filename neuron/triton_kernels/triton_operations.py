@@ -11,6 +11,7 @@ import torch
 from neuron.triton_kernels import (
     activation,
     decode_attention,
+    decode_step,
     matmul,
     moe_matmul,
     moe_routing,
@@ -19,14 +20,13 @@ from neuron.triton_kernels import (
     quantized_matmul,
     rope,
     rotary,
-    rounds,
     sampling,
     skinny_matmul,
 )
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.decode_state import DecodeState
 from neuron.triton_kernels.operations import SKINNY_ROWS, Experts, Norm, Picks, Rotary
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix
-from neuron.triton_kernels.round_state import RoundState
 from neuron.triton_kernels.routing import Routing, route
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
@@ -131,13 +131,13 @@ class TritonOperations:
         """Return a token id int32 and its log-probability for each row."""
         return sampling.sample_rows(logits, rows)
 
-    def open_round(self, state: RoundState) -> None:
+    def begin_step(self, state: DecodeState) -> None:
         """Put what the step before sampled in the places of the tokens that name its rows."""
-        rounds.open_round(state)
+        decode_step.begin_step(state)
 
-    def close_round(self, state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
+    def end_step(self, state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
         """Publish ``ids`` and move each row that has not ended one on."""
-        rounds.close_round(state, ids, page_tokens)
+        decode_step.end_step(state, ids, page_tokens)
 
 
 def _gated(gate_up: torch.Tensor, function: str) -> torch.Tensor:

@@ -22,7 +22,7 @@ def test_a_rehearsal_fills_every_table() -> None:
     tables = run.stdout.split("copy GB/s: ")
     assert len(tables) == 11, "ten tables"
     assert all(len(table.splitlines()) > 3 for table in tables[:-1])
-    assert run.stdout.count("bursts") == 3
+    assert run.stdout.count("multi-step") == 3
 
 
 def test_without_a_gpu_nothing_is_measured() -> None:

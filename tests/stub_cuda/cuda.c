@@ -164,8 +164,8 @@ static int injected(const char *name) {
     return fails ? atoi(rest + 1) : 0;
 }
 
-/* The rounds' end (neuron/triton_kernels/rounds.py): some token for each row, to the host and to the next step. */
-static void close_round(void *const *arguments) {
+/* The end of a captured step (neuron/triton_kernels/decode_step.py): some token for each row, to the host and to the next step. */
+static void end_step(void *const *arguments) {
     static int token;
     enum { LAST = 9, PLACE, PUBLISHED, ALL_ENDED, ROWS, STRIDE = 16 };
     enum { FIRST_TOKEN = 5, NUM_TOKENS = 90, SPARE_PLACE = 128 };
@@ -193,8 +193,8 @@ static void run(const struct node *node) {
     if (node->kind == FILL) {
         memset(node->to, node->value, node->size);
     } else if (node->kind == KERNEL) {
-        if (!strcmp(node->kernel, "_close_kernel"))
-            close_round(node->arguments);
+        if (!strcmp(node->kernel, "_end_kernel"))
+            end_step(node->arguments);
     } else {
         struct block *source = block_of(node->from);
         memmove(node->to, node->from, node->size);
@@ -622,7 +622,7 @@ API CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function,
     for (unsigned i = 0; i < config->numAttrs; i++)
         if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
             is_dependent = config->attrs[i].value.programmaticStreamSerializationAllowed;
-    if (!strcmp(name, "_close_kernel"))
+    if (!strcmp(name, "_end_kernel"))
         for (int i = 0; i < MAX_ARGUMENTS; i++)
             node.arguments[i] = i < 13 ? *(void **)parameters[i] : (void *)(size_t)*(int *)parameters[i];
     note("kernel %s%s%s", name, is_dependent ? " dependent" : "", captured(config->hStream));

@@ -18,5 +18,5 @@ def test_a_first_look_at_a_gpu_fills_the_tables(environment: dict[str, str]) -> 
     run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=230, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert len(run.stdout.split("copy GB/s: ")) == 4, "three tables"
-    assert run.stdout.count("bursts") == 3
+    assert run.stdout.count("multi-step") == 3
     assert "forbidden" not in run.stderr

@@ -60,7 +60,7 @@ def test_a_graph_holds_kernels_alone(start: Callable[..., Any]) -> None:
         assert all(line.endswith(" dependent") for line in layers)
         assert not [line for line in graph if line.startswith(("copy", "malloc"))]
         # Each costs more than a microsecond of every step: those of torch fetch embeddings and widen the logits.
-        assert len(ours) - len(layers) == 5, "the ends of a round, angles, the last norm, sampling"
+        assert len(ours) - len(layers) == 5, "the two ends of a step, angles, the last norm, sampling"
         assert len(graph) - len(ours) == 2
     # A step is launched as one, and copies nothing from memory that a device cannot reach.
     lines = device.lines()

@@ -53,8 +53,8 @@ class Recorded:
     """Graphs that keep what they captured; ``room`` is for how many there is memory.
 
     With ``late`` the host sees what a step has published when it waits for it, or when the one after the next is
-    launched, as of a device that takes its time; ``message_after`` is the round of a burst after which the daemon says
-    something.
+    launched, as of a device that takes its time; a message of the daemon arrives after step ``message_after`` of a
+    multi-step decode.
     """
 
     def __init__(self, room: int = 99, error: Exception | None = None, *, late: bool = False) -> None:
@@ -63,8 +63,8 @@ class Recorded:
         self.steps: dict[int, Callable[[], None]] = {}
         self.sizes: dict[int, int] = {}
         self.launched: list[int] = []
-        self.bursts: list[tuple[int, int]] = []
-        """How many rounds each was asked for, and how many it had."""
+        self.replays: list[tuple[int, int]] = []
+        """Steps requested of each multi-step decode, and steps run."""
         self.fail_at = 0
         self.message_after = 0
         self.late = late
@@ -114,7 +114,7 @@ class Recorded:
             self.launch(graph)
             self.show()
             done += 1
-        self.bursts.append((count, done))
+        self.replays.append((count, done))
         return done
 
     def wait(self, words: torch.Tensor, pending: int) -> None:
@@ -155,7 +155,7 @@ class OnTheLoop(Recorded):
     def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
         self._graph = graph
         done = self._loop.replay(graph, count, stop_on_message=True, stop_word=all_ended.data_ptr())
-        self.bursts.append((count, done))
+        self.replays.append((count, done))
         return done
 
     def wait(self, words: torch.Tensor, pending: int) -> None:

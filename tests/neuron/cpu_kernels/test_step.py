@@ -283,11 +283,11 @@ def test_rows_in_the_middle_are_sampled_and_shown_as_the_last_of_shorter_steps()
     assert np.isfinite(together.hidden).all()
 
 
-# ------------------------------------------------------------------ bursts
+# ------------------------------------------------------------------ multi-step decode
 
 
-class Burst:
-    """Three sequences that decode together, in bursts."""
+class MultiStep:
+    """Three sequences that decode together, several steps a call."""
 
     def __init__(
         self,
@@ -304,11 +304,11 @@ class Burst:
         self.next = {n: [int(self.driver.step({n: prompt})[0][0])] for n, prompt in prompts.items()}
         self.finite = np.zeros(3, np.int32)
 
-    def run(self, num_rounds: int, stops: tuple[int, ...] = (), channel_fd: int = -1) -> np.ndarray[Any, Any]:
-        """Return ``[rounds, 3]`` of one burst."""
+    def run(self, num_steps: int, stops: tuple[int, ...] = (), channel_fd: int = -1) -> np.ndarray[Any, Any]:
+        """Return ``[steps, 3]`` of one call."""
         arrays = self.driver.plan(self.next)
         sampled, ids = np.arange(3, dtype=np.int32), np.full(3, -7, np.int32)
-        later = np.full((num_rounds - 1, 3), -7, np.int32)
+        later = np.full((num_steps - 1, 3), -7, np.int32)
         how: Any = (*self.draws, np.full(3, self.num_output, np.int32), self.scratch) if self.draws else None
         done = self.model.run(
             *arrays, sampled, NONE, np.zeros((3, 80), np.float32) if how else None, ids, self.finite, None, draws=how,
@@ -324,9 +324,9 @@ class Burst:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("level", native.levels())
-def test_a_burst_is_the_steps_it_stands_for(level: str, form: str) -> None:
+def test_multi_step_equals_single_steps(level: str, form: str) -> None:
     for threads in (1, 3):
-        apart, together = Burst(threads, level, FORMS[form]), Burst(threads, level, FORMS[form])
+        apart, together = MultiStep(threads, level, FORMS[form]), MultiStep(threads, level, FORMS[form])
         expected = np.concatenate([apart.run(1) for _ in range(40)])
         found = np.concatenate([together.run(count) for count in (17, 1, 2, 20)])
         np.testing.assert_array_equal(found, expected)
@@ -339,10 +339,10 @@ DRAWS = (
 )  # fmt: skip
 
 
-def test_rows_are_drawn_by_their_own_numbers_in_bursts_too() -> None:
+def test_rows_are_drawn_by_their_own_numbers_in_multi_step_too() -> None:
     level = native.levels()[0]
     for threads in (1, 3):
-        apart, together = Burst(threads, level, draws=DRAWS), Burst(threads, level, draws=DRAWS)
+        apart, together = MultiStep(threads, level, draws=DRAWS), MultiStep(threads, level, draws=DRAWS)
         expected = np.concatenate([apart.run(1) for _ in range(30)])
         np.testing.assert_array_equal(np.concatenate([together.run(count) for count in (17, 1, 12)]), expected)
     # From the logits of each step, as a sampler that has the seed and the count of tokens draws.
@@ -366,10 +366,10 @@ def test_rows_are_drawn_by_their_own_numbers_in_bursts_too() -> None:
 
 def test_a_row_that_is_left_keeps_its_logits_and_ends_there() -> None:
     temperature = np.array([0.9, -1.0, 1.3])
-    burst = Burst(2, native.levels()[0], draws=(temperature, *DRAWS[1:]))
+    multi = MultiStep(2, native.levels()[0], draws=(temperature, *DRAWS[1:]))
     with pytest.raises(ValueError, match="row 1 is left"):
-        burst.run(2)
-    apart, beside = Burst(2, native.levels()[0]), Burst(2, native.levels()[0], draws=DRAWS)
+        multi.run(2)
+    apart, beside = MultiStep(2, native.levels()[0]), MultiStep(2, native.levels()[0], draws=DRAWS)
     arrays = apart.driver.plan(apart.next)
     rows, ids, found = np.arange(3, dtype=np.int32), np.full(3, -7, np.int32), np.zeros((3, 80), np.float32)
     how = (temperature, *DRAWS[1:], np.zeros(3, np.int32), apart.scratch)
@@ -403,58 +403,58 @@ def test_draws_without_room_or_of_another_length_are_refused() -> None:
         run((*DRAWS, counters, scratch), None)
 
 
-def test_a_stop_and_a_message_end_a_burst() -> None:
+def test_a_stop_and_a_message_end_multi_step() -> None:
     level = native.levels()[0]
-    expected = Burst(2, level).run(20)
+    expected = MultiStep(2, level).run(20)
     stop = int(expected[6, 1])
     first = int(np.argmax((expected == stop).any(1)))
-    np.testing.assert_array_equal(Burst(2, level).run(20, (76, stop)), expected[: first + 1])
+    np.testing.assert_array_equal(MultiStep(2, level).run(20, (76, stop)), expected[: first + 1])
     reader, writer = os.pipe()
     try:
-        np.testing.assert_array_equal(Burst(2, level).run(20, channel_fd=reader), expected)
+        np.testing.assert_array_equal(MultiStep(2, level).run(20, channel_fd=reader), expected)
         os.write(writer, b"x")
-        np.testing.assert_array_equal(Burst(2, level).run(20, channel_fd=reader), expected[:1])
+        np.testing.assert_array_equal(MultiStep(2, level).run(20, channel_fd=reader), expected[:1])
         os.read(reader, 1)
         os.close(writer)
         writer = -1
-        np.testing.assert_array_equal(Burst(2, level).run(20, channel_fd=reader), expected[:1])  # nobody is there
+        np.testing.assert_array_equal(MultiStep(2, level).run(20, channel_fd=reader), expected[:1])  # the peer is gone
     finally:
         os.close(reader)
         if writer >= 0:
             os.close(writer)
 
 
-def test_what_is_no_number_ends_a_burst() -> None:
+def test_a_nan_ends_multi_step() -> None:
     level = native.levels()[0]
-    expected = Burst(2, level).run(20)
+    expected = MultiStep(2, level).run(20)
     # A token that no prompt has and that is not sampled at once.
     at, row = next(
         (at, row) for at, row in np.argwhere(expected >= 20).tolist() if at and expected[at, row] not in expected[:at]
     )
     poisoned = int(expected[at, row])
-    burst = Burst(2, level, poisoned=poisoned)
-    found = burst.run(20)
+    multi = MultiStep(2, level, poisoned=poisoned)
+    found = multi.run(20)
     np.testing.assert_array_equal(found[: at + 1], expected[: at + 1])
-    assert len(found) == at + 2, "the round that reads it is the last"
+    assert len(found) == at + 2, "the step that reads it is the last"
     assert (found[-1] == -1).tolist() == (expected[at] == poisoned).tolist()
-    assert (burst.finite == 0).tolist() == (expected[at] == poisoned).tolist()
+    assert (multi.finite == 0).tolist() == (expected[at] == poisoned).tolist()
 
 
-def test_a_burst_out_of_bounds_is_refused() -> None:
+def test_multi_step_out_of_bounds_is_refused() -> None:
     model = make_model(1, native.levels()[0])
     driver = Driver(model)
     driver.step({0: [1, 2, 3], 1: [4]})
     good = driver.plan({0: [4], 1: [6]})
     both, ids, finite = np.arange(2, dtype=np.int32), np.zeros(2, np.int32), np.zeros(2, np.int32)
 
-    def run(arrays: Any = good, rounds: int = 5, width: int = 2, sampled: Any = both, logits: Any = None) -> None:
-        later = np.zeros((rounds - 1, width), np.int32)
+    def run(arrays: Any = good, num_steps: int = 5, width: int = 2, sampled: Any = both, logits: Any = None) -> None:
+        later = np.zeros((num_steps - 1, width), np.int32)
         model.run(*arrays, sampled, NONE, logits, ids[: len(sampled)], finite, None, later=later)
 
     run()
-    run(rounds=15 * 16 - 3)
+    run(num_steps=15 * 16 - 3)
     with pytest.raises(ValueError):
-        run(rounds=15 * 16 - 2)
+        run(num_steps=15 * 16 - 2)
     with pytest.raises(ValueError):
         run(width=1)
     with pytest.raises(ValueError):
@@ -463,8 +463,8 @@ def test_a_burst_out_of_bounds_is_refused() -> None:
         run(logits=np.zeros((2, 80), np.float32))
     arrays = [array.copy() for array in good]
     arrays[4][1, 1] = NUM_PAGES
-    run(arrays, rounds=15)
+    run(arrays, num_steps=15)
     with pytest.raises(ValueError):
-        run(arrays, rounds=16)
+        run(arrays, num_steps=16)
     with pytest.raises(ValueError):
         run(driver.plan({0: [4, 5], 1: [6]}))

@@ -412,7 +412,9 @@ def words(count: int, pending: int) -> "ctypes.Array[ctypes.c_int]":
     return (ctypes.c_int * count)(*[pending] * count)
 
 
-@pytest.mark.parametrize("form", ["burst", "burst that messages stop", "burst that the device stops", "single steps"])
+@pytest.mark.parametrize(
+    "form", ["replay", "replay that messages stop", "replay that the device stops", "single steps"]
+)
 def test_a_step_costs_no_call_beyond_its_launch(start: Callable[..., Running], form: str) -> None:
     """A graph ends with the sampled tokens in pinned memory, so the loop asks the driver for nothing more."""
     rows = 64
@@ -447,7 +449,7 @@ def test_a_step_costs_no_call_beyond_its_launch(start: Callable[..., Running], f
         assert fake.count("cuEventRecord") == fake.count("cuStreamSynchronize") == 0
     else:
         assert fake.count("cuStreamSynchronize") == 1
-        assert fake.count("cuEventRecord") == fake.count("cuEventSynchronize") + (form != "burst")
+        assert fake.count("cuEventRecord") == fake.count("cuEventSynchronize") + (form != "replay")
 
 
 def test_tokens_are_read_before_the_step_behind_them_is_done(start: Callable[..., Running]) -> None:

@@ -20,7 +20,7 @@ from neuron.device import _fake_driver as fake  # type: ignore[attr-defined]
 from neuron.device import jobs
 from neuron.device.channel import Channel, socket_pair
 from neuron.device.loop import DeviceLoop
-from neuron.engine import burst
+from neuron.engine import multi_step
 from neuron.engine.engine import Engine
 from neuron.engine.step_timer import StepTimer
 from neuron.triton_kernels import dispatch
@@ -108,8 +108,8 @@ def start(tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 @pytest.fixture
-def ten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepTimer, "step_s", lambda *_: burst.BURST_S / 10.5)
+def ten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: multi_step.MULTI_STEP_S / 10.5)
 
 
 def since(seen: int) -> list[str]:
@@ -120,7 +120,7 @@ def since(seen: int) -> list[str]:
 def test_a_step_is_launched_before_the_one_before_it_is_read(
     start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(burst, "is_worth_it", lambda *_: False)
+    monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: False)
     running = start()
     running.generate(0, 12)
     alone = running.hear_out(1)
@@ -137,16 +137,16 @@ def test_a_step_is_launched_before_the_one_before_it_is_read(
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_a_burst_is_launched_by_the_loop_one_step_ahead(
-    start: Callable[[], Running], ten_rounds: None, monkeypatch: pytest.MonkeyPatch, overlaps: bool
+def test_multi_step_is_launched_by_the_loop_one_step_ahead(
+    start: Callable[[], Running], ten_steps: None, monkeypatch: pytest.MonkeyPatch, overlaps: bool
 ) -> None:
-    monkeypatch.setattr(burst, "is_worth_it", lambda *_: True)
+    monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: True)
     running = start()
     running.runner.overlaps = overlaps
     for number in range(2):
         running.generate(number, 32, temperature=1.0, seed=number)
     together = running.hear_out(2)
-    assert running.graphs.bursts
+    assert running.graphs.replays
     assert max(len(row.ids) // 4 for row in running.rows) == 10
     seen = len(fake.calls())
     running.generate(0, 32, temperature=1.0, seed=0)
@@ -159,18 +159,18 @@ def test_a_burst_is_launched_by_the_loop_one_step_ahead(
     assert running.end() == 0
 
 
-def test_the_device_stops_a_burst_of_which_nobody_is_left(start: Callable[[], Running], ten_rounds: None) -> None:
+def test_the_device_stops_multi_step_when_no_row_is_left(start: Callable[[], Running], ten_steps: None) -> None:
     running = start()
     running.generate(0, 30)
     plain = running.hear_out(1)[0]
     assert len(set(plain[:4])) == 4
-    running.graphs.bursts.clear()
+    running.graphs.replays.clear()
     running.generate(0, 30, eos=(plain[3],))
     assert running.hear_out(1)[0] == plain[:3]
     assert running.rows[-1].end is jobs.SequenceEnd.STOP
-    # The second round of the burst says so; the one behind it was launched by then, and changes nothing.
-    assert [asked for asked, _ in running.graphs.bursts] == [10]
-    assert running.graphs.bursts[0][1] in (3, 4)
+    # The second step ends the rows; the one behind it was launched by then, and changes nothing.
+    assert [asked for asked, _ in running.graphs.replays] == [10]
+    assert running.graphs.replays[0][1] in (3, 4)
     running.generate(0, 30)
     assert running.hear_out(1)[0] == plain
 
@@ -178,27 +178,27 @@ def test_the_device_stops_a_burst_of_which_nobody_is_left(start: Callable[[], Ru
 def test_a_cancel_is_heard_between_two_steps(
     start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(StepTimer, "step_s", lambda *_: burst.BURST_S / 64.5)
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: multi_step.MULTI_STEP_S / 64.5)
     running = start()
     running.generate(0, 40)
     running.hear_out(1)
     fake.delay("cuEventSynchronize", 50_000)
-    running.graphs.bursts.clear()
+    running.graphs.replays.clear()
     before = fake.count("cuEventSynchronize")
     running.generate(0, 300)
-    wait_for(lambda: fake.count("cuEventSynchronize") > before + 2, "the burst")
+    wait_for(lambda: fake.count("cuEventSynchronize") > before + 2, "the multi-step decode")
     running.tell(jobs.Cancel(0))
     running.hear_out(1)
     assert running.rows[-1] == jobs.TokenRow(0, b"", jobs.SequenceEnd.CANCELLED)
-    assert running.graphs.bursts[-1][0] == 64
-    assert running.graphs.bursts[-1][1] < 12
+    assert running.graphs.replays[-1][0] == 64
+    assert running.graphs.replays[-1][1] < 12
     assert running.end() == 0
 
 
 @pytest.mark.parametrize("at", [1, 2, 7])
 @pytest.mark.parametrize("call", ["cuGraphLaunch", "cuEventSynchronize", "cuStreamSynchronize"])
 def test_a_fault_of_any_launch_poisons_the_worker(
-    start: Callable[[], Running], ten_rounds: None, call: str, at: int
+    start: Callable[[], Running], ten_steps: None, call: str, at: int
 ) -> None:
     running = start()
     fake.fail(call, at, 719)

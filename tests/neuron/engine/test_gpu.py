@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from neuron.device.channel import Channel, socket_pair
 from neuron.device.driver import cuda_driver
 from neuron.device.loop import DeviceLoop
-from neuron.engine import burst
+from neuron.engine import multi_step
 from neuron.engine.device_graphs import DeviceGraphs
 from neuron.engine.engine import Engine
 from neuron.engine.errors import raise_device_fault
@@ -47,7 +47,7 @@ def loop() -> Iterator[DeviceLoop]:
     daemon.close()
 
 
-class Rounds:
+class DecodeSteps:
     """A captured step that samples the same tokens each time, and then takes ``cycles`` of the device's clock."""
 
     def __init__(self, loop: DeviceLoop, cycles: int = 0) -> None:
@@ -59,15 +59,15 @@ class Rounds:
         operations = TritonOperations()
 
         def step() -> None:
-            operations.open_round(self.inputs.state)
-            operations.close_round(self.inputs.state, ids, PAGE_TOKENS)
+            operations.begin_step(self.inputs.state)
+            operations.end_step(self.inputs.state, ids, PAGE_TOKENS)
             if cycles:
                 torch.cuda._sleep(cycles)
 
         self.graph = self.graphs.capture(step)
 
-    def begin(self, num_rounds: int, stops: Int32Array) -> int:
-        """Have the inputs copied; return the place of the first round."""
+    def begin(self, num_steps: int, stops: Int32Array) -> int:
+        """Have the inputs copied; return the place of the first step."""
         rows = np.arange(NUM_ROWS, dtype=np.int32)
         plan = StepPlan(
             num_decodes=NUM_ROWS,
@@ -81,11 +81,11 @@ class Rounds:
             slots=rows,
             num_output=rows,
             hidden_rows=rows[:0],
-            num_rounds=num_rounds,
+            num_steps=num_steps,
             stops=stops,
         )
         nothing, none = np.zeros(NUM_ROWS), np.zeros(NUM_ROWS, np.int32)
-        place = self.published.take(num_rounds)
+        place = self.published.take(num_steps)
         self.inputs.fill(plan, Draws(nothing, nothing, nothing, none, np.zeros(NUM_ROWS, np.uint64), none), place)
         return place
 
@@ -94,37 +94,37 @@ NO_STOPS = np.empty((NUM_ROWS, 0), np.int32)
 
 
 def test_the_host_sees_tokens_while_the_step_goes_on(loop: DeviceLoop) -> None:
-    rounds = Rounds(loop, 400_000_000)  # some 0.2 s
+    steps = DecodeSteps(loop, 400_000_000)  # some 0.2 s
     for _ in range(3):
-        place = rounds.begin(1, NO_STOPS)
-        rounds.graphs.launch(rounds.graph)
-        words = rounds.published.tokens[place]
-        rounds.graphs.wait(words[:NUM_ROWS], PENDING)
+        place = steps.begin(1, NO_STOPS)
+        steps.graphs.launch(steps.graph)
+        words = steps.published.tokens[place]
+        steps.graphs.wait(words[:NUM_ROWS], PENDING)
         assert not torch.cuda.current_stream().query(), "seen only when all was done"
         assert words[:NUM_ROWS].tolist() == SAMPLED
-    rounds.graphs.close()
+    steps.graphs.close()
 
 
-def test_rounds_move_every_row_on_and_publish_each_in_its_place(loop: DeviceLoop) -> None:
-    rounds = Rounds(loop)
+def test_steps_advance_every_row_and_publish_each_in_its_place(loop: DeviceLoop) -> None:
+    steps = DecodeSteps(loop)
     for _ in range(100):
-        place = rounds.begin(60, NO_STOPS)
-        assert rounds.graphs.replay(rounds.graph, 60, rounds.published.all_ended) == 60
-        assert (rounds.published.seen[place : place + 60, :NUM_ROWS] == SAMPLED).all()
-        assert rounds.inputs.state.positions.tolist() == list(range(60, 60 + NUM_ROWS))
-    rounds.graphs.close()
+        place = steps.begin(60, NO_STOPS)
+        assert steps.graphs.replay(steps.graph, 60, steps.published.all_ended) == 60
+        assert (steps.published.seen[place : place + 60, :NUM_ROWS] == SAMPLED).all()
+        assert steps.inputs.state.positions.tolist() == list(range(60, 60 + NUM_ROWS))
+    steps.graphs.close()
 
 
-def test_rounds_end_when_no_row_is_left(loop: DeviceLoop) -> None:
-    rounds = Rounds(loop)
+def test_steps_end_when_no_row_is_left(loop: DeviceLoop) -> None:
+    steps = DecodeSteps(loop)
     stops = np.array(SAMPLED, np.int32)[:, None]
-    rounds.begin(60, stops)
-    assert rounds.graphs.replay(rounds.graph, 60, rounds.published.all_ended) < 10
+    steps.begin(60, stops)
+    assert steps.graphs.replay(steps.graph, 60, steps.published.all_ended) < 10
     stops[7] = -1
-    rounds.begin(60, stops)
-    assert rounds.graphs.replay(rounds.graph, 60, rounds.published.all_ended) == 60
-    assert rounds.inputs.state.positions.tolist() == [67 if row == 7 else row for row in range(NUM_ROWS)]
-    rounds.graphs.close()
+    steps.begin(60, stops)
+    assert steps.graphs.replay(steps.graph, 60, steps.published.all_ended) == 60
+    assert steps.inputs.state.positions.tolist() == [67 if row == 7 else row for row in range(NUM_ROWS)]
+    steps.graphs.close()
 
 
 @pytest.mark.parametrize("mistake", ["memory", "a number is read"])
@@ -166,7 +166,7 @@ def test_a_model_says_the_same_with_graphs_and_without(
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, object],
 ) -> None:
-    """One by one, ahead of the outcome of the step before, and in bursts. Contexts are short: none is split."""
+    """Single, overlapped and multi-step decodes give the same tokens. Contexts are short: none is split."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 304}
     folder = make_checkpoint("llama", num_attention_heads=4, **sizes)
     driver = harness()
@@ -195,9 +195,9 @@ def test_a_model_says_the_same_with_graphs_and_without(
         without.setenv("NEURON_GRAPHS", "off")
         wanted = say("without")
     assert len({tuple(tokens) for tokens in wanted.values()}) == 4
-    monkeypatch.setattr(burst, "is_worth_it", lambda *_: False)
+    monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: False)
     launches = loop.launches
     assert say("one by one") == wanted
     assert loop.launches > launches + 50
-    monkeypatch.setattr(burst, "is_worth_it", lambda *_: True)
-    assert say("in bursts") == wanted
+    monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: True)
+    assert say("multi-step") == wanted

@@ -1,4 +1,4 @@
-"""Steps as graphs: the same tokens, the right graph, bursts of rounds, and what is left without memory for one.
+"""Steps as graphs: the same tokens, the right graph, multi-step decode, and single launches without memory for one.
 
 There is no GPU here, so a graph is the captured function, called again.
 """
@@ -18,7 +18,7 @@ from graph_rig import ByDefinition, Recorded, captured
 
 from neuron.device import jobs
 from neuron.device.driver import DeviceFault, DriverError
-from neuron.engine import burst
+from neuron.engine import multi_step
 from neuron.engine.graph_runner import GraphRunner, buckets
 from neuron.engine.sampler import Sampler
 from neuron.engine.speculation import Speculation
@@ -76,15 +76,15 @@ SETTINGS: list[dict[str, object]] = [
 
 
 @pytest.fixture
-def single_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(burst, "BURST_S", 0.0)
+def single_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_step, "MULTI_STEP_S", 0.0)
 
 
 @pytest.fixture
-def ten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However fast the machine is just now, a burst has ten rounds."""
-    monkeypatch.setattr(StepTimer, "step_s", lambda *_: burst.BURST_S / 10.5)
-    monkeypatch.setattr(burst, "is_worth_it", lambda *_: True)
+def ten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have multi-step decodes of ten steps, however fast the machine is."""
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: multi_step.MULTI_STEP_S / 10.5)
+    monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: True)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -94,7 +94,7 @@ def test_graphs_give_the_tokens_of_single_launches(
     tiny_llama: pathlib.Path,
     with_graphs: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
-    single_rounds: None,
+    single_steps: None,
     settings: dict[str, object],
     overlaps: bool,
 ) -> None:
@@ -154,7 +154,7 @@ def test_sampling_in_torch_can_be_had(
     assert type(driver.engine._models["m"].runner.sampler) is Sampler
     assert ask(driver, **settings) == wanted
     assert graphs.launched
-    assert not graphs.bursts
+    assert not graphs.replays
 
 
 def test_eager_operations_have_no_graphs(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
@@ -168,7 +168,7 @@ def test_eager_operations_have_no_graphs(harness: Callable[..., Any], tiny_llama
     assert not graphs.steps
 
 
-# ------------------------------------------------------------------ several rounds of one graph
+# ------------------------------------------------------------------ multi-step decode
 
 
 EOS = {0: 9, 2: 4}
@@ -185,27 +185,27 @@ def ask_some_to_stop(driver: Any, plain: dict[int, list[int]]) -> tuple[dict[int
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_bursts_say_what_single_steps_say(
-    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ten_rounds: None, overlaps: bool
+def test_multi_step_samples_the_tokens_of_single_steps(
+    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ten_steps: None, overlaps: bool
 ) -> None:
     graphs = Recorded(late=overlaps)
     driver = with_graphs(graphs)
     driver.engine._models["m"].runner.overlaps = overlaps
     plain = ask(driver, 40, 4, temperature=1.0)
-    assert (10, 10) in graphs.bursts
+    assert (10, 10) in graphs.replays
     stopped = ask_some_to_stop(driver, plain)
     with monkeypatch.context() as without:
-        without.setattr(burst, "num_rounds", lambda *_: 1)
-        seen = len(graphs.bursts)
+        without.setattr(multi_step, "num_steps", lambda *_: 1)
+        seen = len(graphs.replays)
         assert ask(driver, 40, 4, temperature=1.0) == plain
         assert ask_some_to_stop(driver, plain) == stopped
-        assert len(graphs.bursts) == seen
+        assert len(graphs.replays) == seen
     ends = {number: jobs.SequenceEnd.STOP if number in EOS else jobs.SequenceEnd.LENGTH for number in range(4)}
     assert stopped[1] == ends
     assert not driver.engine.busy
 
 
-def test_a_row_that_ends_is_frozen_and_the_others_go_on(with_graphs: Callable[..., Any], ten_rounds: None) -> None:
+def test_a_row_that_ends_is_frozen_and_the_others_go_on(with_graphs: Callable[..., Any], ten_steps: None) -> None:
     graphs = Recorded()
     driver = with_graphs(graphs)
     plain = ask(driver, 40, 2)
@@ -215,35 +215,35 @@ def test_a_row_that_ends_is_frozen_and_the_others_go_on(with_graphs: Callable[..
     driver.run()
     first = plain[0].index(plain[0][3])
     assert driver.outputs() == {0: plain[0][:first], 1: plain[1]}
-    # The first burst went on for the one that was left.
-    assert [done for _, done in graphs.bursts if done != 10] == [done for asked, done in graphs.bursts if asked < 10]
+    # The first multi-step decode went on for the row that was left.
+    assert [done for _, done in graphs.replays if done != 10] == [done for asked, done in graphs.replays if asked < 10]
 
 
-def test_a_burst_ends_when_nobody_is_left(with_graphs: Callable[..., Any], ten_rounds: None) -> None:
+def test_multi_step_ends_when_no_row_is_left(with_graphs: Callable[..., Any], ten_steps: None) -> None:
     graphs = Recorded()
     driver = with_graphs(graphs)
     plain = ask(driver, 40, 1)[0]
     assert len(set(plain[:3])) == 3
     driver.sent.clear()
-    graphs.bursts.clear()
+    graphs.replays.clear()
     driver.generate(0, list(range(3, 9)), 40, eos=(plain[2],))
     driver.run()
     assert driver.outputs() == {0: plain[:2]}
-    assert graphs.bursts == [(10, 2)]
+    assert graphs.replays == [(10, 2)]
     assert driver.ends() == {0: jobs.SequenceEnd.STOP}
 
 
-def test_a_message_of_the_daemon_cuts_a_burst(with_graphs: Callable[..., Any], ten_rounds: None) -> None:
+def test_a_message_of_the_daemon_cuts_multi_step(with_graphs: Callable[..., Any], ten_steps: None) -> None:
     graphs = Recorded()
     driver = with_graphs(graphs)
     plain = ask(driver, 40, 2)
-    graphs.bursts.clear()
+    graphs.replays.clear()
     graphs.message_after = 3
     assert ask(driver, 40, 2) == plain
-    assert {done for asked, done in graphs.bursts if asked > 3} == {3}
+    assert {done for asked, done in graphs.replays if asked > 3} == {3}
 
 
-def test_a_fault_in_the_middle_of_a_burst_is_the_devices(with_graphs: Callable[..., Any], ten_rounds: None) -> None:
+def test_a_fault_in_the_middle_of_multi_step_is_the_devices(with_graphs: Callable[..., Any], ten_steps: None) -> None:
     graphs = Recorded()
     driver = with_graphs(graphs)
     driver.generate(1, [3, 4, 5], 60)
@@ -254,8 +254,8 @@ def test_a_fault_in_the_middle_of_a_burst_is_the_devices(with_graphs: Callable[.
     assert len(graphs.launched) == 4
 
 
-def test_no_number_in_the_middle_of_a_burst(
-    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ten_rounds: None
+def test_a_nan_in_the_middle_of_multi_step(
+    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ten_steps: None
 ) -> None:
     driver = with_graphs(Recorded())
     plain = ask(driver, 30, 2)
@@ -264,7 +264,7 @@ def test_no_number_in_the_middle_of_a_burst(
 
     def broken(hidden: torch.Tensor) -> torch.Tensor:
         found = logits(hidden)
-        # The row of the longer context, in the middle of the second burst.
+        # The row of the longer context, in the middle of the second multi-step decode.
         counters = [bucket.inputs.state.counters for bucket in runner._buckets.values()]
         if any(len(at) == len(found) and int(at[0]) == 14 for at in counters):
             found[0, 3] = torch.nan
@@ -405,12 +405,12 @@ def test_a_captured_step_launches_what_was_compiled_for_it(
     for size in (1, 2, 3, 5, 6):
         with recording(target_for(80)) as recorder:  # dependent launch is not of a CPU
             model.runner._capture(size)
-        assert {v.kernel.partition(":")[2] for v in recorder.variants} > {"_sample_kernel", "_close_kernel"}
+        assert {v.kernel.partition(":")[2] for v in recorder.variants} > {"_sample_kernel", "_end_kernel"}
         assert set(recorder.variants) <= set(listed)
 
 
 def test_a_step_may_follow_one_with_more_rows_than_sequences(
-    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, single_rounds: None
+    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, single_steps: None
 ) -> None:
     """Guesses are rows of their own, and the last row of a prompt stands behind them."""
     monkeypatch.delenv("NEURON_SPECULATION")
@@ -430,7 +430,7 @@ def test_a_step_may_follow_one_with_more_rows_than_sequences(
             driver.engine.step()
         # What came before is certain first, where steps are short; then they are not.
         with monkeypatch.context() as short:
-            short.setattr(burst, "is_worth_it", lambda *_: True)
+            short.setattr(multi_step, "is_worth_it", lambda *_: True)
             driver.generate(1, list(range(4, 16)), 30)
             driver.engine.step()
         driver.run()
@@ -438,7 +438,7 @@ def test_a_step_may_follow_one_with_more_rows_than_sequences(
         found: dict[int, list[int]] = driver.outputs()
         return found
 
-    monkeypatch.setattr(burst, "is_worth_it", lambda *_: False)
+    monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: False)
     plain = run(with_graphs(Recorded()))
     guesses.clear()
     graphs = Recorded(late=True)

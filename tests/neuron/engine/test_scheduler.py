@@ -201,7 +201,7 @@ def test_ten_thousand_sequences_leave_nothing_behind(monkeypatch: pytest.MonkeyP
     cache = Cache(limits)
     numbers = iter(range(10_000))
     finished = num_cached = 0
-    for round_number in range(100_000):
+    for depth in range(100_000):
         for _ in range(int(random.integers(0, 4))):
             num_prompt, family = int(random.integers(1, 24)), int(random.integers(-1, 30))
             max_tokens = int(random.integers(1, 200 if random.random() < 0.2 else 16))
@@ -217,9 +217,9 @@ def test_ten_thousand_sequences_leave_nothing_behind(monkeypatch: pytest.MonkeyP
             if finished == 10_000:
                 break
             continue
-        cache.run(step, scheduler, reads=round_number % 10 == 0)
+        cache.run(step, scheduler, reads=depth % 10 == 0)
         finished += len(advance(step, scheduler, stop_at=50))
-        if round_number % 50 == 0:
+        if depth % 50 == 0:
             scheduler.check_integrity()
     assert finished == 10_000
     scheduler.check_integrity()

@@ -18,9 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from neuron.device.jobs import Pooling, SamplerSettings, SequenceEnd
 from neuron.engine import scheduler as scheduler_module
-from neuron.engine.burst import BURST_S, num_rounds
 from neuron.engine.executor import StepOutcome
 from neuron.engine.model_engine import ModelEngine, StepOutput
+from neuron.engine.multi_step import MULTI_STEP_S, num_steps
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import NON_FINITE
 from neuron.engine.scheduler import Step
@@ -83,11 +83,11 @@ class Device:
 
     def __init__(self, overlaps: bool, repeats: bool = False) -> None:
         self.overlaps = overlaps
-        self.max_rounds = 1000 if repeats and not overlaps else 1
+        self.max_steps = 1000 if repeats and not overlaps else 1
         self.sampler = Sampler()
-        self.num_rounds: list[int] = []
+        self.num_steps: list[int] = []
         self.message_after: int | None = None
-        """The round after which the daemon says something."""
+        """Number of the step after which a message of the daemon arrives."""
         self.cache = [0] * ((PLAN.num_pages + 1) * PAGE_TOKENS)
         self.last_ids: list[int] = []
         self.num_under_way = 0
@@ -97,11 +97,11 @@ class Device:
     def launch(self, plan: StepPlan) -> Late:
         if self.faults.pop("launch", None):
             raise ValueError("the step did not start")
-        fault_in = plan.num_rounds - 1 if self.faults.pop("nan", None) else -1
+        fault_in = plan.num_steps - 1 if self.faults.pop("nan", None) else -1
         outcome = self.round(plan, fault_in == 0)
         later = []
-        while len(later) + 1 < plan.num_rounds:
-            assert plan.num_rounds <= self.max_rounds
+        while len(later) + 1 < plan.num_steps:
+            assert plan.num_steps <= self.max_steps
             assert self.sampler.draws_plainly(plan.slots).all()
             assert len(plan.sampled) == len(plan.context_lens) == len(plan.token_ids)
             ids = np.array(later[-1] if later else outcome.ids, np.int32)
@@ -115,7 +115,7 @@ class Device:
             found = self.round(plan_now, len(later) + 1 == fault_in)
             later.append(found.ids)
             outcome = dataclasses.replace(outcome, finite=found.finite)
-        self.num_rounds.append(1 + len(later))
+        self.num_steps.append(1 + len(later))
         if later:
             outcome = dataclasses.replace(outcome, later=np.array(later, np.int32))
         return Late(self, outcome)
@@ -209,13 +209,13 @@ POOLINGS = st.sampled_from([None, None, None, None, *Pooling])
 class Steps(RuleBasedStateMachine):
     @initialize(
         overlaps=st.booleans(), guesses=st.booleans(), prefix_cache=st.booleans(), seed=st.integers(0, 99),
-        bursts=st.integers(1, 9),
+        steps=st.integers(1, 9),
     )  # fmt: skip
-    def start(self, overlaps: bool, guesses: bool, prefix_cache: bool, seed: int, bursts: int) -> None:
+    def start(self, overlaps: bool, guesses: bool, prefix_cache: bool, seed: int, steps: int) -> None:
         self.random = np.random.default_rng(seed)
-        self.device = Device(overlaps, bursts > 1)
-        # A step takes one tick however many rounds it has, so bursts get longer from step to step.
-        clock = itertools.count(step=BURST_S / bursts)
+        self.device = Device(overlaps, steps > 1)
+        # A call takes one tick however many steps it has, so multi-step decodes get longer from call to call.
+        clock = itertools.count(step=MULTI_STEP_S / steps)
         self.model = ModelEngine(
             "m", None, PLAN, self.device, pathlib.Path(),  # type: ignore[arg-type]
             prefix_cache=prefix_cache, clock=lambda: next(clock),
@@ -313,7 +313,7 @@ TestSteps = Steps.TestCase
 def test_two_thousand_sequences_in_a_cache_that_is_too_small(
     overlaps: bool, guesses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Preemptions, guesses, bursts, cancels and faults at random, and everyone gets what is theirs or an error."""
+    """Preempt, guess, decode multi-step, cancel and fault at random: every sequence gets its own tokens or an error."""
     monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 0)
     machine = Steps()
     machine.start(overlaps, guesses, True, 5, 4)
@@ -336,14 +336,14 @@ def test_two_thousand_sequences_in_a_cache_that_is_too_small(
     if guesses:
         assert machine.model.speculation is not None
         assert machine.model.speculation.num_accepted > 200
-    assert (max(machine.device.num_rounds) > 1) == (not overlaps)
+    assert (max(machine.device.num_steps) > 1) == (not overlaps)
     assert machine.num_finished > 500
     assert machine.num_failed > 20
 
 
-def driver_of(overlaps: bool, bursts: int = 1) -> Steps:
+def driver_of(overlaps: bool, steps: int = 1) -> Steps:
     machine = Steps()
-    machine.start(overlaps, False, True, 0, bursts)
+    machine.start(overlaps, False, True, 0, steps)
     return machine
 
 
@@ -393,25 +393,25 @@ def test_a_cancel_in_mid_flight_frees_everything_at_once() -> None:
     assert not machine.model.busy
 
 
-# ------------------------------------------------------------------ bursts
+# ------------------------------------------------------------------ multi-step decode
 
 
-def test_a_burst_brings_several_tokens_and_no_other_ones() -> None:
-    machine = driver_of(overlaps=False, bursts=4)
+def test_multi_step_brings_several_tokens_and_the_same_ones() -> None:
+    machine = driver_of(overlaps=False, steps=4)
     machine.arrive(20, 40, 0, None)
     machine.take(machine.model.step())
     machine.take(machine.model.step())
-    assert machine.device.num_rounds == [1, 1], "how long a round takes is not known yet"
+    assert machine.device.num_steps == [1, 1], "the time of a step is not known yet"
     machine.take(machine.model.step())
-    assert machine.device.num_rounds[2] == 4
+    assert machine.device.num_steps[2] == 4
     assert len(machine.got[1]) == 6
     machine.teardown()
 
 
-def test_a_burst_ends_with_the_first_sequence_that_ends() -> None:
+def test_multi_step_ends_with_the_first_sequence_that_ends() -> None:
     longest = 0
     for number in range(1, 30):
-        machine = driver_of(overlaps=False, bursts=8)
+        machine = driver_of(overlaps=False, steps=8)
         machine.number = number
         machine.arrive(20, 33, 0, None)
         machine.arrive(31, 47, 1, None)
@@ -419,36 +419,36 @@ def test_a_burst_ends_with_the_first_sequence_that_ends() -> None:
                  for n, s in machine.asked.items()}  # fmt: skip
         machine.teardown()
         assert machine.num_finished == 2
-        longest = max(longest, *machine.device.num_rounds)
+        longest = max(longest, *machine.device.num_steps)
         # The first token of each comes of its prompt, and each row after that brings one, or an end.
         decoded = sum(machine.device.num_rows) - 51
-        assert decoded <= sum(alone.values()), "rounds behind an end"
+        assert decoded <= sum(alone.values()), "steps behind an end"
     assert longest > 8
 
 
-def test_a_message_ends_a_burst() -> None:
-    machine = driver_of(overlaps=False, bursts=8)
+def test_a_message_ends_multi_step() -> None:
+    machine = driver_of(overlaps=False, steps=8)
     machine.arrive(20, 40, 0, None)
     machine.interrupt(2)
     machine.teardown()
-    assert max(machine.device.num_rounds) == 2
+    assert max(machine.device.num_steps) == 2
 
 
-def test_whoever_needs_the_sampler_or_shares_the_device_has_no_bursts() -> None:
-    machine = driver_of(overlaps=False, bursts=8)
+def test_no_multi_step_for_a_row_that_needs_the_sampler_or_on_a_shared_device() -> None:
+    machine = driver_of(overlaps=False, steps=8)
     machine.number = 6
     machine.arrive(20, 40, 0, None)
     machine.teardown()
-    assert set(machine.device.num_rounds) == {1}
-    machine = driver_of(overlaps=False, bursts=8)
+    assert set(machine.device.num_steps) == {1}
+    machine = driver_of(overlaps=False, steps=8)
     machine.arrive(20, 40, 0, None)
     while machine.model.busy:
         machine.take(machine.model.step(alone=False))
-    assert set(machine.device.num_rounds) == {1}
+    assert set(machine.device.num_steps) == {1}
 
 
-def test_a_fault_in_mid_burst_fails_its_sequence_alone_and_leaves_no_trace() -> None:
-    machine = driver_of(overlaps=False, bursts=8)
+def test_a_fault_in_mid_multi_step_fails_its_sequence_alone_and_leaves_no_trace() -> None:
+    machine = driver_of(overlaps=False, steps=8)
     machine.arrive(20, 60, 0, None)
     machine.arrive(25, 60, 1, None)
     for _ in range(3):
@@ -458,7 +458,7 @@ def test_a_fault_in_mid_burst_fails_its_sequence_alone_and_leaves_no_trace() -> 
     sound = set(failing.pages[: failing.num_settled // PAGE_TOKENS].tolist())
     machine.device.faults["nan"] = True
     machine.take(machine.model.step())
-    assert machine.device.num_rounds[-1] > 2
+    assert machine.device.num_steps[-1] > 2
     assert machine.num_failed == 1
     (left,) = machine.asked
     kept = set(machine.model.scheduler.running[left].pages.tolist())
@@ -468,26 +468,26 @@ def test_a_fault_in_mid_burst_fails_its_sequence_alone_and_leaves_no_trace() -> 
     assert machine.num_finished == 1
 
 
-def round_of(sequences: list[Sequence]) -> Step:
+def step_of(sequences: list[Sequence]) -> Step:
     return Step(tuple(sequences), (1,) * len(sequences), len(sequences))
 
 
-def rounds(step: Step, round_s: float | None = BURST_S / 6, room: int = 99, *, plainly: bool = True) -> int:
-    return num_rounds(step, round_s, 1000, lambda _: np.array([plainly]), lambda _, count: min(count, room))
+def bounded(step: Step, step_s: float | None = MULTI_STEP_S / 6, room: int = 99, *, plainly: bool = True) -> int:
+    return num_steps(step, step_s, 1000, lambda _: np.array([plainly]), lambda _, count: min(count, room))
 
 
-def test_what_bounds_a_burst() -> None:
+def test_the_bounds_of_multi_step() -> None:
     one, other = (Sequence(n, np.arange(5, dtype=np.int32), 100, frozenset(), SamplerSettings()) for n in (1, 2))
-    step = round_of([one, other])
-    assert rounds(step) in (5, 6), "its time"
-    assert rounds(step, room=2) == 3, "pages, or what is left to say"
-    assert rounds(step, room=0) == 1
-    assert rounds(step, round_s=None) == 1
-    assert rounds(step, round_s=BURST_S) == 1
-    assert rounds(step, plainly=False) == 1
-    assert rounds(dataclasses.replace(step, num_decodes=1)) == 1, "a prompt, or guesses"
+    step = step_of([one, other])
+    assert bounded(step) in (5, 6), "its time"
+    assert bounded(step, room=2) == 3, "pages, or what is left to say"
+    assert bounded(step, room=0) == 1
+    assert bounded(step, step_s=None) == 1
+    assert bounded(step, step_s=MULTI_STEP_S) == 1
+    assert bounded(step, plainly=False) == 1
+    assert bounded(dataclasses.replace(step, num_decodes=1)) == 1, "a prompt, or guesses"
     other.constraint = object()  # type: ignore[assignment]
-    assert rounds(step) == 1, "a grammar"
+    assert bounded(step) == 1, "a grammar"
 
 
 # ------------------------------------------------------------------ guesses

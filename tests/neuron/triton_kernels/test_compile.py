@@ -33,11 +33,11 @@ from neuron.triton_kernels import (  # noqa: E402
     activation,
     check,
     compile,
+    decode_state,
+    decode_step,
     matmul,
     norm,
     prefill_attention,
-    round_state,
-    rounds,
     skinny_matmul,
     warm,
 )
@@ -132,12 +132,12 @@ def test_the_host_is_told_past_every_cache(cache: KernelCache, capability: int) 
     """The token and whether all rows have ended; all else stays on the device."""
     i32 = torch.int32
     with recording(target_for(capability)) as recorder:
-        rounds.close_round(round_state.like(3, 9, 4, meta), meta(3, dtype=i32), 16)
+        decode_step.end_step(decode_state.like(3, 9, 4, meta), meta(3, dtype=i32), 16)
     (row,) = check.inspect_variants(recorder.variants, capability, cache)
     assert [one for one in row.code if one.startswith("STG")].count("STG.E.STRONG.SYS") == 2
 
 
-def test_no_warp_reads_the_place_of_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_warp_reads_the_place_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every warp reads ``place`` for itself, and one thread of one warp moves it on: a barrier has to be between."""
     listings, theirs = [], triton.compile
 
@@ -147,9 +147,9 @@ def test_no_warp_reads_the_place_of_the_next_round(monkeypatch: pytest.MonkeyPat
         return compiled
 
     monkeypatch.setattr(triton, "compile", ours)
-    state = round_state.like(64, 128, 64, meta)
+    state = decode_state.like(64, 128, 64, meta)
     with recording(target_for(90)) as recorder:
-        rounds.close_round(state, state.last, 16)
+        decode_step.end_step(state, state.last, 16)
     compile.compile_variant(recorder.variants[0], 90)
     (lines,) = listings
     read: dict[str, int] = {}

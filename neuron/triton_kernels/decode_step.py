@@ -15,15 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
+from neuron.triton_kernels.decode_state import MAX_STOPS, DecodeState
 from neuron.triton_kernels.launch import Argument, launch, power_of_two
-from neuron.triton_kernels.round_state import MAX_STOPS, RoundState
 
 MIN_BLOCK = 128
 """Of rows: one binary serves all batches up to it."""
 
 
 @triton.jit(do_not_specialize=["B"])
-def _open_kernel(token_ids, last, B, BLOCK: tl.constexpr):
+def _begin_kernel(token_ids, last, B, BLOCK: tl.constexpr):
     row = tl.arange(0, BLOCK)
     inside = row < B
     token = tl.load(token_ids + row, mask=inside, other=0)
@@ -34,7 +34,7 @@ def _open_kernel(token_ids, last, B, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["B", "columns", "table_stride", "published_stride"])
-def _close_kernel(
+def _end_kernel(
     ids,
     token_ids,
     positions,
@@ -83,14 +83,14 @@ def _close_kernel(
     tl.store(counters + row, tl.load(counters + row, mask=on, other=0) + 1, mask=on)
 
 
-def open_round(state: RoundState) -> None:
+def begin_step(state: DecodeState) -> None:
     """Put what the step before sampled in the places of the tokens that name its rows."""
     num_rows = len(state.token_ids)
     arguments: dict[str, Argument] = {"token_ids": state.token_ids, "last": state.last, "B": num_rows}
-    launch(_open_kernel, (1,), arguments, {"BLOCK": max(MIN_BLOCK, power_of_two(num_rows))})
+    launch(_begin_kernel, (1,), arguments, {"BLOCK": max(MIN_BLOCK, power_of_two(num_rows))})
 
 
-def close_round(state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
+def end_step(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
     """Publish ``ids`` int32 ``[B]`` and move each row that has not ended one on."""
     num_rows, columns = state.page_table.shape
     arguments: dict[str, Argument] = {
@@ -113,4 +113,4 @@ def close_round(state: RoundState, ids: torch.Tensor, page_tokens: int) -> None:
         "published_stride": state.published.stride(0),
     }
     constants = {"BLOCK": max(MIN_BLOCK, power_of_two(num_rows)), "NUM_STOPS": MAX_STOPS, "PAGE": page_tokens}
-    launch(_close_kernel, (1,), arguments, constants)
+    launch(_end_kernel, (1,), arguments, constants)

@@ -1,4 +1,4 @@
-"""Bursts through the engine's messages: several tokens at once, and nobody gets another token, end or error for it."""
+"""Multi-step decode through the engine's messages: several tokens at once, with the same tokens, ends and errors."""
 
 import os
 import pathlib
@@ -10,17 +10,17 @@ import pytest
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.device.jobs import SequenceEnd
-from neuron.engine import burst
-from neuron.engine.burst import BURST_S
+from neuron.engine import multi_step
+from neuron.engine.multi_step import MULTI_STEP_S
 from neuron.engine.step_timer import StepTimer
 
 PROMPT = list(range(3, 43))
 
 
 @pytest.fixture(autouse=True)
-def ten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However fast the machine is just now, a burst has ten rounds, and no guesses take its place."""
-    monkeypatch.setattr(StepTimer, "step_s", lambda *_: BURST_S / 10.5)
+def ten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have multi-step decodes of ten steps, however fast the machine is, and no speculation in their place."""
+    monkeypatch.setattr(StepTimer, "step_s", lambda *_: MULTI_STEP_S / 10.5)
     monkeypatch.setenv("NEURON_SPECULATION", "off")
 
 
@@ -50,7 +50,7 @@ def outcome(driver: Any, requests: dict[int, dict[str, Any]]) -> tuple[dict[int,
     return driver.outputs(), driver.ends()
 
 
-def test_bursts_change_nothing_but_how_many_tokens_come_at_once(
+def test_multi_step_changes_only_the_number_of_tokens_per_message(
     harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = harness()
@@ -58,18 +58,18 @@ def test_bursts_change_nothing_but_how_many_tokens_come_at_once(
     plain, _ = outcome(driver, REQUESTS)
     assert max(lengths(driver)) == 10
     requests = {n: {**request, "eos": (plain[n][EOS[n]],)} if n in EOS else request for n, request in REQUESTS.items()}
-    with_bursts = outcome(driver, requests)
+    with_multi_step = outcome(driver, requests)
     assert max(lengths(driver)) == 10
-    monkeypatch.setattr(burst, "BURST_S", 0.0)
+    monkeypatch.setattr(multi_step, "MULTI_STEP_S", 0.0)
     assert outcome(driver, REQUESTS)[0] == plain
-    assert outcome(driver, requests) == with_bursts
-    assert with_bursts[0][6] != with_bursts[0][7]
-    assert with_bursts[1] == {n: SequenceEnd.STOP if n in EOS else SequenceEnd.LENGTH for n in REQUESTS}
+    assert outcome(driver, requests) == with_multi_step
+    assert with_multi_step[0][6] != with_multi_step[0][7]
+    assert with_multi_step[1] == {n: SequenceEnd.STOP if n in EOS else SequenceEnd.LENGTH for n in REQUESTS}
     assert max(lengths(driver)) <= 1
 
 
 def test_a_preempted_sequence_says_the_same(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
-    """Pages run out in the middle: nobody's burst takes what another was promised."""
+    """Pages run out in the middle: no multi-step decode takes pages that another sequence was promised."""
     requests = {n: {"prompt": [3 + n] * (5 + 9 * n), "max_tokens": 150} for n in range(8)}
     roomy = harness()
     page_bytes = roomy.load(tiny_llama).result.kv_cache_bytes // roomy.engine._models["m"].plan.num_pages
@@ -81,7 +81,7 @@ def test_a_preempted_sequence_says_the_same(harness: Callable[..., Any], tiny_ll
     assert max(lengths(driver)) > 4
 
 
-def test_a_message_of_the_daemon_waits_for_one_round(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+def test_a_message_of_the_daemon_waits_for_one_step(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
     reader, writer = os.pipe()
     driver = harness(channel_fd=reader)
     driver.load(tiny_llama)
@@ -94,7 +94,7 @@ def test_a_message_of_the_daemon_waits_for_one_round(harness: Callable[..., Any]
         driver.engine.step()
         os.read(reader, 1)
         driver.engine.step()
-        assert lengths(driver) == [1, 10, 1, 10], "the prompt's, a burst, one cut short, another"
+        assert lengths(driver) == [1, 10, 1, 10], "the prompt's, a multi-step decode, one cut short, another"
         driver.tell(jobs.Cancel(1))
         assert driver.rows[-1] == jobs.TokenRow(1, b"", SequenceEnd.CANCELLED)
         assert not driver.engine.busy
@@ -103,7 +103,7 @@ def test_a_message_of_the_daemon_waits_for_one_round(harness: Callable[..., Any]
         os.close(writer)
 
 
-def test_a_burst_is_for_a_model_that_has_the_device_to_itself(
+def test_multi_step_is_for_a_model_that_has_the_device_to_itself(
     harness: Callable[..., Any], tiny_llama: pathlib.Path
 ) -> None:
     driver = harness()
@@ -129,7 +129,7 @@ def test_a_burst_is_for_a_model_that_has_the_device_to_itself(
     "setting",
     [{"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"top_logprobs": 0}, {"logit_bias": ((5, 1.0),)}],
 )
-def test_what_the_sampler_must_see_has_no_bursts(
+def test_what_the_sampler_must_see_has_no_multi_step(
     harness: Callable[..., Any], tiny_llama: pathlib.Path, setting: dict[str, Any]
 ) -> None:
     driver = harness()

@@ -1,26 +1,26 @@
-/* The rounds of a burst: which arrays of a step change from one to the next, and what ends it. */
-#include "burst.h"
+/* Multi-step decode: the arrays that change from one step to the next, and the conditions that end it. */
+#include "multi_step.h"
 
 #include <poll.h>
 
-static int goes_on(const struct step *s, const struct burst *burst) {
+static int goes_on(const struct step *s, const struct multi_step *multi) {
     for (int b = 0; b < s->num_sequences; b++) {
         if (!s->finite[b] || s->ids[b] == NON_FINITE) return 0;
-        for (int i = 0; i < burst->num_stops; i++)
-            if (s->ids[b] == burst->stops[i]) return 0;
+        for (int i = 0; i < multi->num_stops; i++)
+            if (s->ids[b] == multi->stops[i]) return 0;
     }
-    struct pollfd source = {.fd = burst->fd, .events = POLLIN};
+    struct pollfd source = {.fd = multi->fd, .events = POLLIN};
     return poll(&source, 1, 0) == 0;
 }
 
-int run_burst(const struct model *model, const struct step *step, const struct burst *burst) {
+int run_multi_step(const struct model *model, const struct step *step, const struct multi_step *multi) {
     struct step next = *step;
     int count = step->num_sequences;
-    int32_t *token_ids = burst->scratch, *positions = token_ids + count, *slot_mapping = positions + count;
+    int32_t *token_ids = multi->scratch, *positions = token_ids + count, *slot_mapping = positions + count;
     int32_t *context_lens = slot_mapping + count;
     run_step(model, step);
     int done = 1;
-    for (; done < burst->num_rounds && goes_on(&next, burst); done++) {
+    for (; done < multi->num_steps && goes_on(&next, multi); done++) {
         for (int b = 0; b < count; b++) {
             int32_t position = step->positions[b] + done;
             const int32_t *pages = step->page_table + (size_t)b * (size_t)step->page_columns;
@@ -33,8 +33,8 @@ int run_burst(const struct model *model, const struct step *step, const struct b
         next.positions = positions;
         next.slot_mapping = slot_mapping;
         next.context_lens = context_lens;
-        next.ids = burst->ids + (size_t)(done - 1) * (size_t)count;
-        next.round = done;
+        next.ids = multi->ids + (size_t)(done - 1) * (size_t)count;
+        next.index = done;
         run_step(model, &next);
     }
     return done;

@@ -15,7 +15,7 @@ MAX_STOPS: Final = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RoundState:
+class DecodeState:
     """B rows, on the device but for the two that the host reads. All int32 but for ``slot_mapping``."""
 
     token_ids: torch.Tensor
@@ -39,15 +39,15 @@ class RoundState:
     place: torch.Tensor
     """``[1]``: the row of ``published`` that is next."""
     published: torch.Tensor
-    """``[N, R]`` in pinned memory: what each round sampled. A row that has ended repeats its last token."""
+    """``[N, R]`` in pinned memory: the tokens of each step. A row that has ended repeats its last token."""
     all_ended: torch.Tensor
     """``[1]`` in pinned memory: 1 once no row is left, else 0."""
 
 
-def like(num_rows: int, num_pages: int, most: int, make: Callable[..., torch.Tensor]) -> RoundState:
+def like(num_rows: int, num_pages: int, most: int, make: Callable[..., torch.Tensor]) -> DecodeState:
     """Return rows of what ``make(*shape, dtype=...)`` returns, of a step that may have ``most``."""
     i32 = torch.int32
-    return RoundState(
+    return DecodeState(
         token_ids=make(num_rows, dtype=i32),
         positions=make(num_rows, dtype=i32),
         slot_mapping=make(num_rows, dtype=torch.int64),

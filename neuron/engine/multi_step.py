@@ -1,0 +1,62 @@
+"""Multi-step decode: the number of decode steps that an executor runs in one launch.
+
+Between two launches the engine is in Python, for 0.2 to 0.5 ms in which a small model on a CPU could compute. Several
+steps a launch save that where each follows from the one before it without the engine: every row's token comes from its
+logits alone. The tokens arrive together, so the launch is kept short, and it ends with any event that the engine must
+handle: a row's last token, a NaN, a message of the daemon. Where steps overlap, the host's time is hidden behind long
+steps anyway, so there only short steps are launched together.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Final
+
+import numpy as np
+
+from neuron.engine.sampler import BoolArray
+from neuron.engine.scheduler import Step
+from neuron.engine.sequence import Int32Array, Sequence
+from neuron.triton_kernels.decode_state import MAX_STOPS
+
+MULTI_STEP_S: Final = 0.016
+"""Longest multi-step decode: one frame of a screen, so that no reader sees its tokens come together."""
+HOST_BOUND: Final = 1.1
+"""Where steps overlap, a step shorter than so many times the host's work for it leaves the device waiting."""
+
+
+def qualifies(sequences: Collection[Sequence], draws_plainly: Callable[[Int32Array], BoolArray]) -> bool:
+    """Return whether every sequence can go on without the engine: its token comes from its logits alone."""
+    if any(sequence.constraint is not None or len(sequence.eos) > MAX_STOPS for sequence in sequences):
+        return False
+    return bool(draws_plainly(np.array([sequence.slot for sequence in sequences], np.int32)).all())
+
+
+def is_worth_it(step_s: float | None, host_s: float) -> bool:
+    """Return whether multi-step decode beats overlapped steps of ``step_s`` seconds.
+
+    Overlap hides the host's ``host_s`` behind a longer step, entirely; behind a shorter one the device waits.
+    """
+    return step_s is not None and step_s < HOST_BOUND * host_s
+
+
+def num_steps(
+    step: Step,
+    step_s: float | None,
+    most: int,
+    draws_plainly: Callable[[Int32Array], BoolArray],
+    make_room: Callable[[Sequence, int], int],
+) -> int:
+    """Return the number of steps to launch as ``step``, where one takes ``step_s`` seconds, if that is known.
+
+    No output ends before the last step, unless by a stop token. ``draws_plainly`` takes slots; ``make_room``
+    reserves pages for so many tokens behind a sequence's next and returns how many there are.
+    """
+    if step_s is None or step.num_decodes != len(step.sequences):
+        return 1
+    count = min(int(MULTI_STEP_S / step_s), most)
+    if count < 2 or not qualifies(step.sequences, draws_plainly):
+        return 1
+    for sequence in step.sequences:
+        if count < 2:
+            return 1
+        count = min(count, 1 + make_room(sequence, count - 1))
+    return count
