@@ -125,12 +125,13 @@ class TorchHarness:
             raise
 
     async def _check_draft(self, spec: ModelSpec, draft: ModelConfig, text: TextModel) -> None:
-        """Raise unless the model that guesses has the vocabulary of the one that it guesses for."""
+        """Raise unless the draft model has the vocabulary of its target."""
         other = await self._texts.open(spec.draft, draft.vocab_size, draft.eos_ids)
         other.close()
         if other.vocabulary_digest != text.vocabulary_digest:
             raise UnprocessableError(
-                f"'{spec.draft}' has another vocabulary than '{spec.id}', so it cannot guess for it.", param="draft"
+                f"'{spec.draft}' has another vocabulary than '{spec.id}', so it cannot be its draft model.",
+                param="draft",
             )
 
     async def _load_weights(
@@ -590,9 +591,11 @@ def _free_port() -> int:
 
 
 async def _read_configs(spec: ModelSpec, path: pathlib.Path) -> tuple[ModelConfig, ModelConfig | None]:
-    """Read the configuration of a model, and of the one that guesses for it."""
+    """Read the configuration of a model, and of its draft model."""
     if spec.draft and spec.tensor_parallel != 1:
-        raise UnprocessableError(f"'{spec.id}' is on several devices; there nobody guesses for it.", param="draft")
+        raise UnprocessableError(
+            f"'{spec.id}' is on several devices, where draft models are not supported.", param="draft"
+        )
     draft = await asyncio.to_thread(read_config, pathlib.Path(spec.draft)) if spec.draft else None
     return await asyncio.to_thread(read_config, path), draft
 

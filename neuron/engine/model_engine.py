@@ -85,7 +85,7 @@ class ModelEngine:
         prefix_cache: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``draft`` runs the model that guesses. ``clock`` says the time in seconds, by which steps are measured."""
+        """``draft`` runs the draft model. ``clock`` returns seconds, by which steps are measured."""
         self.name = name
         self.config = config
         self.plan = plan
@@ -116,7 +116,7 @@ class ModelEngine:
                 self._draft = DraftModel(draft, self.scheduler.page_table, PAGE_TOKENS, plan.step_tokens)
             self.speculation = Speculation(self._draft or PromptLookup(), self._step_timer)
         self._executors = (runner,) if self._draft is None else (runner, self._draft.executor)
-        """Of the model itself and of the one that guesses for it."""
+        """Executors of the model and of its draft model."""
 
     @property
     def loaded(self) -> LoadedModel:
@@ -174,7 +174,7 @@ class ModelEngine:
 
     def _allows_multi_step(self) -> bool:
         """Return whether the next launch may be a multi-step decode."""
-        # A model that guesses has to see every token as it comes.
+        # A draft model needs every token as it comes.
         if self.runner.max_steps == 1 or self._draft is not None:
             return False
         if not self.runner.overlaps:
@@ -225,9 +225,9 @@ class ModelEngine:
         able = [
             sequence
             for sequence in decoding
-            if not sequence.num_awaited and self.runner.sampler.checks_guesses(sequence.slot)
+            if not sequence.num_awaited and self.runner.sampler.can_verify_drafts(sequence.slot)
         ]
-        # Whoever does not decode yet may come to the end of its prompt in this step.
+        # A prompt may end in this step and then takes a row as well.
         num_rows = self.plan.sampled_rows - len(self.scheduler.running)
         self.speculation.propose(len(decoding), able, num_rows, self.scheduler.make_room)
 
@@ -292,16 +292,16 @@ class ModelEngine:
                 self._fail([sequence], error, output)
 
     def _certain(self, sequence: Sequence, sampled: list[int]) -> list[int]:
-        """Return of the tokens ``sampled`` in rows of one step the first and those after right guesses."""
-        num_right = 0
+        """Return the first of the tokens ``sampled`` in one step, and those behind accepted draft tokens."""
+        num_accepted = 0
         if len(sampled) > 1:
             drafts = sequence.drafts.tolist()
-            while num_right < len(drafts) and sampled[num_right] == drafts[num_right]:
-                num_right += 1
+            while num_accepted < len(drafts) and sampled[num_accepted] == drafts[num_accepted]:
+                num_accepted += 1
             if self.speculation is not None:
-                self.speculation.learn(sequence, num_right)
+                self.speculation.learn(sequence, num_accepted)
             sequence.drafts = NO_TOKENS
-        return sampled[: num_right + 1]
+        return sampled[: num_accepted + 1]
 
     def _continue(
         self,

@@ -75,7 +75,7 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
     else:
         rows = np.repeat(np.arange(len(sequences), dtype=np.int32), counts)
         positions = np.arange(cu_seqlens[-1], dtype=np.int32) - cu_seqlens[rows] + starts[rows]
-        # Of a prompt the last row is sampled; of a sequence that decodes, the guesses behind its last token too.
+        # A prompt has its last row sampled; a decoding sequence the row of its last token and those of its drafts.
         is_sampled = positions >= num_fill[rows] - 1
         if any(sequence.pooling is not None for sequence in sequences):
             pooling = [sequence.pooling for sequence in sequences]

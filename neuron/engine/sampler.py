@@ -123,7 +123,7 @@ class Sampler:
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
         return self._counts, self._in_prompt
 
-    def checks_guesses(self, slot: int) -> bool:
+    def can_verify_drafts(self, slot: int) -> bool:
         """Return whether several rows of ``slot`` may be sampled at once."""
         return not (self._penalised[slot] or self._top_logprobs[slot] >= 0 or slot in self._masks)
 

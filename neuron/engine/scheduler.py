@@ -55,15 +55,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """Who runs and how many tokens of each: decodes first, longest first; then those with guesses behind their next
-    token, and prompts in order of admission."""
+    """The sequences of a step and the tokens of each: decodes first, longest first; then sequences with draft tokens,
+    and prompts in order of admission."""
 
     sequences: tuple[Sequence, ...]
     num_tokens: tuple[int, ...]
     num_decodes: int
-    """The sequences with one token each."""
+    """The sequences with one token each, at the front."""
     num_drafting: int = 0
-    """Those after them that check guesses."""
+    """The sequences after them whose draft tokens are verified."""
     num_steps: int = 1
     """Number of decode steps, each with the tokens of the one before; more than one only if all sequences decode."""
 
@@ -222,8 +222,8 @@ class Scheduler:
     ) -> Step | None:
         """Return the next step of what runs, ``None`` if nothing can. May preempt.
 
-        ``propose`` may give those who decode guesses, for which it has made room. ``mixed_step_tokens`` is told how
-        many rows decode and bounds this step below the limit of that name.
+        ``propose`` may give decoding sequences draft tokens, for which it has reserved pages. ``mixed_step_tokens``
+        takes the number of decoding rows and bounds this step below the limit of that name.
         """
         decoding = [
             sequence
@@ -306,7 +306,7 @@ class Scheduler:
         row = 0
         for index, (sequence, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
             if index < step.num_decodes + step.num_drafting:
-                # What its guesses put into the cache counts once they have proved right.
+                # The cache entries of its draft tokens count once these are accepted.
                 sequence.num_computed += 1
                 sequence.await_tokens(count, row)
                 row += count

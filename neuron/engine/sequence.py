@@ -15,8 +15,8 @@ Float32Array = np.ndarray[Any, np.dtype[np.float32]]
 
 NO_PAGES: Int32Array = np.empty(0, np.int32)
 NO_TOKENS: Int32Array = np.empty(0, np.int32)
-FIRST_HIT_RATE: Final = 0.7
-"""How often a guess of what a sequence says next is taken to be right before any was checked."""
+FIRST_ACCEPTANCE: Final = 0.7
+"""Assumed acceptance rate of a sequence's draft tokens before any was verified."""
 
 
 class SequenceState(StrEnum):
@@ -48,9 +48,33 @@ class Sequence:
     """
 
     __slots__ = (
-        "constraint", "drafts", "eos", "hit_rate", "keys", "max_tokens", "num_awaited", "num_cached", "num_computed",
-        "num_drafted", "num_fill", "num_prompt", "num_published", "num_scored", "num_settled", "num_tokens", "number",
-        "pages", "pooled", "pooling", "principal", "priority", "root", "sampler", "scores_prompt", "slot", "state",
+        "acceptance_rate",
+        "constraint",
+        "drafts",
+        "eos",
+        "keys",
+        "max_tokens",
+        "num_awaited",
+        "num_cached",
+        "num_computed",
+        "num_drafted",
+        "num_fill",
+        "num_prompt",
+        "num_published",
+        "num_scored",
+        "num_settled",
+        "num_tokens",
+        "number",
+        "pages",
+        "pooled",
+        "pooling",
+        "principal",
+        "priority",
+        "root",
+        "sampler",
+        "scores_prompt",
+        "slot",
+        "state",
         "tokens",
     )  # fmt: skip
 
@@ -88,14 +112,14 @@ class Sequence:
         self.tokens: Int32Array = np.empty(len(prompt) + max_tokens, np.int32)
         self.tokens[: len(prompt)] = prompt
         self.drafts: Int32Array = NO_TOKENS
-        """Guesses of what comes next, to be checked in its next step."""
-        self.hit_rate = FIRST_HIT_RATE
+        """Draft tokens, to be verified in its next step."""
+        self.acceptance_rate = FIRST_ACCEPTANCE
         self.num_computed = self.num_settled = 0
         self.num_awaited = 0
         self.num_cached = 0
         """How much of the prompt was in the cache when it first ran."""
         self.num_drafted = 0
-        """How many of its tokens are in the cache of the model that guesses, where there is one."""
+        """Tokens in the draft model's cache, where there is one."""
         self.pages: Int32Array = NO_PAGES
         self.root = root
         """What stands before the first of its keys: with another root no page is shared."""
@@ -134,8 +158,8 @@ class Sequence:
     def decodes(self) -> bool:
         """Return whether it can take part in the next step with its next token.
 
-        Behind a step that is under way it can if nothing but the device must know that token: a grammar must, and so
-        must whoever checks guesses.
+        While its step is in flight it can if only the device needs that token: a grammar and the verification of draft
+        tokens need it on the host.
         """
         if self.prefills or self.pooling is not None:
             return False

@@ -1,13 +1,12 @@
-"""Guess what a sequence says next and check the guesses in one step, where that pays.
+"""Speculative decoding: draft tokens are proposed and verified in one step, where that pays.
 
-Checking is exact: every guessed token is sampled as it would have been anyway, from the same logits with the same
-number of its sequence, and the first that differs ends what the step makes certain. So the output is the same with and
-without, drawn or greedy; only how many tokens a step yields differs. It pays while a row more costs less than the
-tokens it is expected to bring: before each step that is computed from :mod:`neuron.engine.step_timer` and from how
-often this sequence's guesses were right.
+Verification is exact: the token at each draft's place is sampled as without it, from the same logits with the same
+random number, and the first that differs rejects the rest. So the output is the same with and without, drawn or greedy;
+only the number of tokens a step yields differs. It pays while a further row costs less than the tokens it is expected
+to bring, which is computed before each step from :mod:`neuron.engine.step_timer` and the sequence's acceptance rate.
 
-Leviathan et al., arXiv:2211.17192, for a guess that is one token; prompt lookup: the continuation of the last place
-where the sequence has said the same three tokens.
+Leviathan et al., arXiv:2211.17192, for drafts of one token; prompt lookup (Saxena, 2023) proposes the continuation of
+the last place where the sequence has the same three tokens.
 """
 
 from collections.abc import Callable
@@ -19,32 +18,32 @@ from neuron.engine.sequence import NO_TOKENS, Int32Array, Sequence
 from neuron.engine.step_timer import StepTimer
 
 MAX_DRAFTS: Final = 8
-"""Guesses for one sequence in one step."""
+"""Draft tokens of one sequence in one step."""
 NGRAM: Final = 3
-"""Tokens that must have been said before, in this order, for what followed them to be a guess."""
-HIT_NEWS: Final = 0.2
-"""Weight of one checked guess in a sequence's rate of right ones."""
-HIT_RECOVERY: Final = 0.005
-"""How much the rate is raised by each step that had a guess and did not check it, so that it is tried again."""
+"""Tokens that must have occurred before, in this order, for their continuation to be proposed."""
+NEW_WEIGHT: Final = 0.2
+"""Weight of one verified draft token in a sequence's acceptance rate."""
+ACCEPTANCE_RECOVERY: Final = 0.005
+"""Increase of the rate by each step that had draft tokens and did not verify them, so that they are tried again."""
 LEAST_GAIN: Final = 1.05
-"""Checking must promise so many times the tokens per second: estimates are not exact."""
+"""Least expected gain in tokens per second for which drafts are verified: estimates are not exact."""
 
 
 class Drafter(Protocol):
-    """Where guesses come from."""
+    """A source of draft tokens."""
 
     def available(self, sequences: list[Sequence], most: int) -> list[int]:
-        """Return how many guesses, up to ``most``, it could make for each of ``sequences``."""
+        """Return the number of draft tokens, up to ``most``, available for each of ``sequences``."""
 
     def cost_s(self, num_sequences: int, depth: int) -> float:
-        """Return the seconds that ``depth`` guesses for so many sequences take to make."""
+        """Return the seconds that ``depth`` draft tokens for each of ``num_sequences`` take to make."""
 
     def propose(self, sequences: list[Sequence], counts: list[int]) -> list[Int32Array]:
-        """Return at most so many guesses of what comes next in each, as :meth:`available` was just asked."""
+        """Return up to ``counts`` draft tokens of each sequence; :meth:`available` was called just before."""
 
 
 class PromptLookup:
-    """Guesses what followed the last time: free, and right wherever a text repeats itself."""
+    """Prompt lookup: proposes the continuation of an earlier occurrence, at no cost."""
 
     def __init__(self) -> None:
         self._found: dict[int, Int32Array] = {}
@@ -74,7 +73,7 @@ def lookup(tokens: Int32Array, count: int) -> Int32Array:
 
 
 class Speculation:
-    """Decides who guesses how much in a step, and learns from what came of it."""
+    """Decides the number of draft tokens in a step, and learns from how many were accepted."""
 
     def __init__(self, drafter: Drafter, step_timer: StepTimer) -> None:
         self._drafter = drafter
@@ -84,7 +83,7 @@ class Speculation:
     def propose(
         self, num_decoding: int, able: list[Sequence], num_rows: int, make_room: Callable[[Sequence, int], int]
     ) -> None:
-        """Give ``able`` guesses, ``num_rows`` in all, if checking them should pay in a step of ``num_decoding``.
+        """Give ``able`` up to ``num_rows`` draft tokens in all, if that should pay in a step of ``num_decoding``.
 
         ``make_room`` reserves pages for so many tokens behind a sequence's next and returns how many there are.
         """
@@ -96,22 +95,22 @@ class Speculation:
         if not depth:
             for sequence, count in zip(able, available, strict=True):
                 if count:
-                    sequence.hit_rate = min(1.0, sequence.hit_rate + HIT_RECOVERY)
+                    sequence.acceptance_rate = min(1.0, sequence.acceptance_rate + ACCEPTANCE_RECOVERY)
             return
         counts = [make_room(sequence, min(depth, count)) for sequence, count in zip(able, available, strict=True)]
         for sequence, drafts in zip(able, self._drafter.propose(able, counts), strict=True):
             sequence.drafts = drafts
 
     def _depth(self, num_decoding: int, able: list[Sequence], available: list[int]) -> int:
-        """Return how many guesses for each bring the most tokens per second; 0 if none does."""
+        """Return the draft tokens for each that bring the most tokens per second; 0 if none do."""
         best, found = 0.0, 0
         for depth in range(max(available) + 1):
             gain, num_rows = float(num_decoding), num_decoding
             for sequence, count in zip(able, available, strict=True):
-                right = 1.0
+                likely = 1.0
                 for _ in range(min(depth, count)):
-                    right *= sequence.hit_rate
-                    gain += right
+                    likely *= sequence.acceptance_rate
+                    gain += likely
                     num_rows += 1
             seconds = self._step_timer.step_s(num_rows)
             assert seconds is not None
@@ -121,13 +120,13 @@ class Speculation:
                 best, found = rate, depth
         return found
 
-    def learn(self, sequence: Sequence, num_right: int) -> None:
-        """Take how many of a sequence's guesses were right: all before the first that was not."""
+    def learn(self, sequence: Sequence, num_accepted: int) -> None:
+        """Record that the first ``num_accepted`` of a sequence's draft tokens were accepted."""
         proposed = len(sequence.drafts)
-        checked = num_right + (num_right < proposed)
-        weight = 1.0 - (1.0 - HIT_NEWS) ** checked
-        sequence.hit_rate += weight * (num_right / checked - sequence.hit_rate)
-        # Behind the first wrong guess what a model keeps of them is wrong too.
-        sequence.num_drafted = min(sequence.num_drafted, sequence.num_tokens + num_right)
+        verified = num_accepted + (num_accepted < proposed)
+        weight = 1.0 - (1.0 - NEW_WEIGHT) ** verified
+        sequence.acceptance_rate += weight * (num_accepted / verified - sequence.acceptance_rate)
+        # Behind the first rejected token the draft model's cache is wrong too.
+        sequence.num_drafted = min(sequence.num_drafted, sequence.num_tokens + num_accepted)
         self.num_proposed += proposed
-        self.num_accepted += num_right
+        self.num_accepted += num_accepted

@@ -23,7 +23,7 @@ MIN_CONTEXT_TOKENS: Final = 512
 """A model that can hold less than this of its own context is refused: loaded, it could not serve."""
 
 MIN_SAMPLED_ROWS: Final = 16
-"""Rows of a step that may be sampled though fewer sequences run: guessed tokens are checked side by side."""
+"""Rows of a step that may be sampled though fewer sequences run: draft tokens are verified side by side."""
 SAMPLER_BYTES: Final = 4 + 4 + 8 + 4 + 1
 """Per row and token of the vocabulary: logits, probabilities, their float64 running sum, counts, the prompt's mask."""
 
@@ -71,16 +71,16 @@ class MemoryPlan:
     kv_dtype: str = "auto"
     """Of keys and values in the cache; ``auto``: as ``dtype``."""
     draft: "MemoryPlan | None" = None
-    """Of the model that guesses for it, beside it on the device."""
+    """Plan of the draft model, beside it on the device."""
 
     @property
     def parts(self) -> "tuple[MemoryPlan, ...]":
-        """Return the plan itself and that of the model that guesses, where there is one."""
+        """Return the plan itself and that of the draft model, where there is one."""
         return (self,) if self.draft is None else (self, self.draft)
 
     @property
     def total_bytes(self) -> int:
-        """Return all that the model takes, and the one that guesses for it."""
+        """Return all that the model and its draft model take."""
         return sum(part.weights_bytes + part.kv_cache_bytes + part.workspace_bytes for part in self.parts)
 
 
@@ -153,7 +153,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return the plan for ``spec`` on ``device`` (``cpu:0``, ``cuda:1``) with ``free_bytes`` free.
 
-    Of a model that several devices hold, the plan of one rank's part; with ``draft``, the model that guesses has a plan
+    Of a model that several devices hold, the plan of one rank's part; with ``draft``, the draft model has a plan
     in it, of as many pages. Raises :class:`DoesNotFitError` if there is none, :class:`InvalidRequestError` if the spec
     contradicts itself, :class:`UnsupportedQuantizationError`.
     """
@@ -165,13 +165,13 @@ def plan_memory(
         raise InvalidRequestError(f"kv_dtype is {spec.kv_dtype!r}; it must be auto or int8", param="kv_dtype")
     longest = config.context_tokens if draft is None else min(config.context_tokens, draft.context_tokens)
     if spec.context_tokens > longest:
-        made_for = "the model was made" if longest == config.context_tokens else "the model that guesses was made"
+        made_for = "the model was made" if longest == config.context_tokens else "the draft model was made"
         raise InvalidRequestError(
             f"context_tokens is {spec.context_tokens}; {made_for} for at most {longest}", param="context_tokens"
         )
     if draft is not None and draft.vocab_size > config.vocab_size:
         raise InvalidRequestError(
-            f"the model that guesses has {draft.vocab_size} tokens, the model itself {config.vocab_size}", param="draft"
+            f"the draft model has {draft.vocab_size} tokens, the model itself {config.vocab_size}", param="draft"
         )
     max_sequences = spec.max_sequences or defaults.max_sequences
     each = [

@@ -25,7 +25,7 @@ class Likelihood:
         self.total = 0.0
         self.report = None
 
-    def checks_guesses(self, _: object) -> bool:
+    def can_verify_drafts(self, _: object) -> bool:
         return False
 
     def admit(self, *_: object) -> None:
@@ -61,7 +61,7 @@ def test_the_answer_is_paris_at_every_level(
     level: str, smollm2_gguf: pathlib.Path, harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEURON_CPU_LEVEL", level)
-    # Guesses change which rows are in a step from run to run, and with a bfloat16 cache that may turn a tie.
+    # Draft tokens change which rows are in a step from run to run, and with a bfloat16 cache that may turn a tie.
     monkeypatch.setenv("NEURON_SPECULATION", "off")
     driver = harness()
     driver.load(smollm2_gguf, dtype="auto")

@@ -1,4 +1,4 @@
-"""A model that guesses for another: the output is the other's own whatever is guessed, and memory counts for both."""
+"""Draft models: the output is the target's own whatever is proposed, and memory counts for both."""
 
 import pathlib
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def outputs(
 
 
 @pytest.mark.parametrize("kv_cache_tokens", [0, 512])
-def test_the_output_is_the_same_whoever_guesses(
+def test_the_output_is_the_same_with_every_drafter(
     executor: str, harness: Any, tiny_llama: pathlib.Path, other_llama: pathlib.Path, kv_cache_tokens: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -61,12 +61,12 @@ def test_the_output_is_the_same_whoever_guesses(
             both = plan_memory(read_config(tiny_llama), spec, "cpu:0", 1 << 33, draft=read_config(draft))
             page_bytes = sum(part.kv_cache_bytes for part in both.parts) // both.num_pages
             limits["kv_cache_bytes"] = page_bytes * (kv_cache_tokens // 16)
-        found, guesser = outputs(harness, tiny_llama, draft=str(draft or ""), **limits)
+        found, speculation = outputs(harness, tiny_llama, draft=str(draft or ""), **limits)
         assert found == expected
-        assert guesser is not None
-        assert guesser.num_proposed > (20 if draft else 0)
-        rates[draft] = guesser.num_accepted / guesser.num_proposed
-    # A model guesses itself; what differs is the size of its batches, and float32 products with it.
+        assert speculation is not None
+        assert speculation.num_proposed > (20 if draft else 0)
+        rates[draft] = speculation.num_accepted / speculation.num_proposed
+    # A model drafts for itself; only the batch sizes differ, and float32 products with them.
     assert rates[tiny_llama] > 0.95
     assert rates[other_llama] < 0.5
 
@@ -88,7 +88,7 @@ def test_memory_is_counted_for_both_and_given_back(
     assert isinstance(driver.sent[-1], jobs.Done)
 
 
-def test_a_model_that_cannot_guess_is_refused(
+def test_an_unfit_draft_model_is_refused(
     harness: Any, tiny_llama: pathlib.Path, make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
     wide = make_checkpoint("llama", vocab_size=300)

@@ -412,16 +412,16 @@ def test_a_captured_step_launches_what_was_compiled_for_it(
 def test_a_step_may_follow_one_with_more_rows_than_sequences(
     with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, single_steps: None
 ) -> None:
-    """Guesses are rows of their own, and the last row of a prompt stands behind them."""
+    """Draft tokens are rows of their own, and the last row of a prompt stands behind them."""
     monkeypatch.delenv("NEURON_SPECULATION")
-    guesses: list[int] = []
+    num_drafts: list[int] = []
 
-    def guess(self: Any, num_decoding: int, able: list[Any], num_rows: int, make_room: Callable[..., int]) -> None:
+    def propose(self: Any, num_decoding: int, able: list[Any], num_rows: int, make_room: Callable[..., int]) -> None:
         for sequence in able[:1]:
             sequence.drafts = np.full(min(9, num_rows, make_room(sequence, 9)), 5, np.int32)
-            guesses.append(len(sequence.drafts))
+            num_drafts.append(len(sequence.drafts))
 
-    monkeypatch.setattr(Speculation, "propose", guess)
+    monkeypatch.setattr(Speculation, "propose", propose)
     monkeypatch.setattr(Speculation, "learn", lambda *_: None)
 
     def run(driver: Any) -> dict[int, list[int]]:
@@ -440,9 +440,9 @@ def test_a_step_may_follow_one_with_more_rows_than_sequences(
 
     monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: False)
     plain = run(with_graphs(Recorded()))
-    guesses.clear()
+    num_drafts.clear()
     graphs = Recorded(late=True)
     driver = with_graphs(graphs)
     driver.engine._models["m"].runner.overlaps = True
     assert run(driver) == plain
-    assert guesses[0] == 9
+    assert num_drafts[0] == 9

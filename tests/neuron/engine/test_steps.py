@@ -1,4 +1,4 @@
-"""A model's steps on a device that is none: overlap, guesses, ends and cancels at random give everyone what is theirs.
+"""A model's steps on a fake device: every sequence gets its own tokens, whatever overlaps, is drafted or cancelled.
 
 The device keeps what it was given under numbers that depend on all tokens before them, and samples a token that is a
 function of its sequence and place, so that whatever was mixed up shows. Its steps come out late, one behind the next.
@@ -39,7 +39,7 @@ MASK = (1 << 64) - 1
 
 
 def next_token(seed: int, state: int) -> int:
-    """What the device samples after a text: often a repetition, so that guesses are right now and then."""
+    """Return the token sampled after a text: often a repetition, so that drafts are accepted now and then."""
     return (seed * 31 + (state >> 40)) % 97 if state % 3 else 8 + state % 2
 
 
@@ -48,7 +48,7 @@ def state_after(state: int, token: int) -> int:
 
 
 class Sampler:
-    """Knows each slot's seed, refuses guesses for every fifth, and has something to see to for every seventh."""
+    """Knows each slot's seed, refuses drafts for every fifth, and does not draw plainly for every seventh."""
 
     def __init__(self) -> None:
         self.seeds: dict[int, int] = {}
@@ -56,7 +56,7 @@ class Sampler:
     def admit(self, slot: int, sampler: SamplerSettings, *_: object) -> None:
         self.seeds[slot] = sampler.seed
 
-    def checks_guesses(self, slot: int) -> bool:
+    def can_verify_drafts(self, slot: int) -> bool:
         return self.seeds[slot] % 5 > 0
 
     def draws_plainly(self, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -180,8 +180,8 @@ def expected_embedding(prompt: list[int], pooling: Pooling) -> np.ndarray[Any, A
     return vector / np.linalg.norm(vector)
 
 
-class Guesser:
-    """Guesses at random among right and wrong, and costs nothing."""
+class RandomDrafter:
+    """Drafts at random right and wrong tokens, at no cost."""
 
     def __init__(self, machine: "Steps") -> None:
         self.machine = machine
@@ -198,8 +198,8 @@ class Guesser:
             known = [int(token) for token in s.tokens[: s.num_tokens]]
             right, _ = expected_output(known, s.sampler.seed, count)
             wrong_from = int(self.machine.random.integers(0, count + 2))
-            guesses = [token if at < wrong_from else (token + 1) % 97 for at, token in enumerate(right)]
-            found.append(np.array(guesses[: int(self.machine.random.integers(0, count + 1))], np.int32))
+            drafts = [token if at < wrong_from else (token + 1) % 97 for at, token in enumerate(right)]
+            found.append(np.array(drafts[: int(self.machine.random.integers(0, count + 1))], np.int32))
         return found
 
 
@@ -208,10 +208,10 @@ POOLINGS = st.sampled_from([None, None, None, None, *Pooling])
 
 class Steps(RuleBasedStateMachine):
     @initialize(
-        overlaps=st.booleans(), guesses=st.booleans(), prefix_cache=st.booleans(), seed=st.integers(0, 99),
+        overlaps=st.booleans(), drafts=st.booleans(), prefix_cache=st.booleans(), seed=st.integers(0, 99),
         steps=st.integers(1, 9),
     )  # fmt: skip
-    def start(self, overlaps: bool, guesses: bool, prefix_cache: bool, seed: int, steps: int) -> None:
+    def start(self, overlaps: bool, drafts: bool, prefix_cache: bool, seed: int, steps: int) -> None:
         self.random = np.random.default_rng(seed)
         self.device = Device(overlaps, steps > 1)
         # A call takes one tick however many steps it has, so multi-step decodes get longer from call to call.
@@ -221,10 +221,10 @@ class Steps(RuleBasedStateMachine):
             prefix_cache=prefix_cache, clock=lambda: next(clock),
         )  # fmt: skip
         self.model.speculation = None
-        if guesses:
+        if drafts:
             step_timer = StepTimer(PAGE_TOKENS, PLAN.mixed_step_tokens)
             step_timer.record(1, 0, 1.0)
-            self.model.speculation = Speculation(Guesser(self), step_timer)
+            self.model.speculation = Speculation(RandomDrafter(self), step_timer)
         self.number = 0
         self.asked: dict[int, Sequence] = {}
         self.got: dict[int, list[int]] = {}
@@ -309,14 +309,14 @@ Steps.TestCase.settings = settings(max_examples=80, stateful_step_count=60, dead
 TestSteps = Steps.TestCase
 
 
-@pytest.mark.parametrize(("overlaps", "guesses"), [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize(("overlaps", "drafts"), [(False, True), (True, True), (False, False)])
 def test_two_thousand_sequences_in_a_cache_that_is_too_small(
-    overlaps: bool, guesses: bool, monkeypatch: pytest.MonkeyPatch
+    overlaps: bool, drafts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Preempt, guess, decode multi-step, cancel and fault at random: every sequence gets its own tokens or an error."""
+    """Preempt, draft, decode multi-step, cancel and fault at random: every sequence gets its own tokens or an error."""
     monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 0)
     machine = Steps()
-    machine.start(overlaps, guesses, True, 5, 4)
+    machine.start(overlaps, drafts, True, 5, 4)
     random = machine.random
     while machine.number < 2000 or machine.model.busy:
         for _ in range(int(random.integers(0, 3)) if machine.number < 2000 else 0):
@@ -333,7 +333,7 @@ def test_two_thousand_sequences_in_a_cache_that_is_too_small(
             machine.take(machine.model.step())
     machine.teardown()
     assert machine.model.scheduler.num_preemptions > 30
-    if guesses:
+    if drafts:
         assert machine.model.speculation is not None
         assert machine.model.speculation.num_accepted > 200
     assert (max(machine.device.num_steps) > 1) == (not overlaps)
@@ -485,12 +485,12 @@ def test_the_bounds_of_multi_step() -> None:
     assert bounded(step, step_s=None) == 1
     assert bounded(step, step_s=MULTI_STEP_S) == 1
     assert bounded(step, plainly=False) == 1
-    assert bounded(dataclasses.replace(step, num_decodes=1)) == 1, "a prompt, or guesses"
+    assert bounded(dataclasses.replace(step, num_decodes=1)) == 1, "a prompt, or drafts"
     other.constraint = object()  # type: ignore[assignment]
     assert bounded(step) == 1, "a grammar"
 
 
-# ------------------------------------------------------------------ guesses
+# ------------------------------------------------------------------ speculation
 
 
 def test_a_lookup_continues_the_last_place_of_the_last_three_tokens() -> None:
@@ -502,26 +502,26 @@ def test_a_lookup_continues_the_last_place_of_the_last_three_tokens() -> None:
     assert lookup(np.array([1, 2, 3], np.int32), 8).tolist() == []
 
 
-def speculation(row_s: float, hit_rate: float) -> int:
-    """Return how many guesses one sequence gets where each row costs ``row_s`` beside the first's second."""
+def speculation(row_s: float, acceptance_rate: float) -> int:
+    """Return the draft tokens that one sequence gets where each row costs ``row_s`` beside the first's second."""
     step_timer = StepTimer(16, 64)
     for rows in range(1, 17):
         step_timer.record(rows, 0, 1.0 + row_s * (rows - 1))
     tokens = np.tile(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], np.int32), 4)
     s = Sequence(1, tokens, 100, frozenset(), SamplerSettings())
-    s.hit_rate = hit_rate
+    s.acceptance_rate = acceptance_rate
     Speculation(PromptLookup(), step_timer).propose(1, [s], 15, lambda _, count: count)
     return len(s.drafts)
 
 
-def test_guesses_are_checked_only_where_that_pays() -> None:
-    assert speculation(row_s=0.01, hit_rate=0.9) == 8
-    assert 0 < speculation(row_s=0.2, hit_rate=0.7) < 8
-    assert speculation(row_s=0.8, hit_rate=0.7) == 0
-    assert speculation(row_s=0.01, hit_rate=0.01) == 0
+def test_drafts_are_verified_only_where_that_pays() -> None:
+    assert speculation(row_s=0.01, acceptance_rate=0.9) == 8
+    assert 0 < speculation(row_s=0.2, acceptance_rate=0.7) < 8
+    assert speculation(row_s=0.8, acceptance_rate=0.7) == 0
+    assert speculation(row_s=0.01, acceptance_rate=0.01) == 0
 
 
-def test_a_rate_of_right_guesses_is_learned_and_forgotten() -> None:
+def test_an_acceptance_rate_is_learned_and_forgotten() -> None:
     step_timer = StepTimer(16, 64)
     step_timer.record(1, 0, 1.0)
     step_timer.record(9, 0, 5.0)
@@ -538,7 +538,7 @@ def test_a_rate_of_right_guesses_is_learned_and_forgotten() -> None:
     for _ in range(20):
         s.drafts = np.arange(4, dtype=np.int32)
         found.learn(s, 4)
-    assert s.hit_rate > 0.95
+    assert s.acceptance_rate > 0.95
     assert found.num_accepted == 80
 
 

@@ -69,7 +69,7 @@ class Recorder:
         self._sampler = sampler
         self._scheduler = scheduler
         self.logits: dict[int, dict[int, torch.Tensor]] = {}
-        self.admit, self.checks_guesses = sampler.admit, sampler.checks_guesses
+        self.admit, self.can_verify_drafts = sampler.admit, sampler.can_verify_drafts
 
     report = None
 
@@ -79,7 +79,7 @@ class Recorder:
     def sample(self, logits: torch.Tensor, slots: np.ndarray[Any, Any], num_output: np.ndarray[Any, Any]) -> Any:
         number_of = {sequence.slot: number for number, sequence in self._scheduler.running.items()}
         for row, (slot, index) in enumerate(zip(slots.tolist(), num_output.tolist(), strict=True)):
-            # A row behind a wrong guess is sampled again in a later step, which counts.
+            # A row behind a rejected draft token is sampled again in a later step, which counts.
             self.logits.setdefault(number_of[slot], {})[index] = logits[row].clone()
         return self._sampler.sample(logits, slots, num_output)
 
@@ -195,7 +195,7 @@ def test_a_real_model_is_what_transformers_computes(
 def test_how_a_real_model_is_run_does_not_show(
     name: str, request: pytest.FixtureRequest, harness: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefix cache, chunks, one or sixteen streams, guesses: the same greedy tokens."""
+    """Prefix cache, chunks, one or sixteen streams, speculation: the same greedy tokens."""
     if "NEURON_CPU_LEVEL" not in os.environ or os.environ["NEURON_CPU_LEVEL"] != native.levels()[0]:
         pytest.skip("once, on the fastest kernels")
     path: pathlib.Path = request.getfixturevalue(name)
@@ -203,8 +203,8 @@ def test_how_a_real_model_is_run_does_not_show(
     random = np.random.default_rng(9)
     prompts = [REAL_MODELS[name] * 3, *(random.integers(1000, 40_000, size).tolist() for size in (70, 130))]
     found = []
-    for guesses in ("off", "on"):
-        monkeypatch.setenv("NEURON_SPECULATION", guesses)
+    for speculates in ("off", "on"):
+        monkeypatch.setenv("NEURON_SPECULATION", speculates)
         for prefix_cache in (False, True):
             for step_tokens in (40, 512):
                 driver = harness()
@@ -222,6 +222,6 @@ def test_how_a_real_model_is_run_does_not_show(
                 outputs = driver.outputs()
                 found.append([outputs[number] for number in range(3)])
                 assert all(outputs[10 + number] == outputs[number % 3] for number in range(16))
-                guesser = model.speculation
-                assert (guesser is not None and guesser.num_accepted > 0) == (guesses == "on")
+                speculation = model.speculation
+                assert (speculation is not None and speculation.num_accepted > 0) == (speculates == "on")
     assert all(tokens == found[0] for tokens in found)

@@ -487,7 +487,7 @@ def test_a_part_whose_columns_cut_a_block_lists_them_as_they_are_loaded() -> Non
     assert "_gemv_kernel" in {v.kernel.partition(":")[2] for v in listed}
 
 
-def test_guesses_may_take_more_logits_than_there_are_sequences() -> None:
+def test_drafts_may_take_more_logits_than_there_are_sequences() -> None:
     model = config(hidden_size=576, intermediate_size=1536, **MODELS["llama"])
     plan = dataclasses.replace(any_plan(model, "bfloat16"), sampled_rows=200, max_sequences=4, step_tokens=8)
     kernels = {v.kernel.partition(":")[2] for v in variants(model, plan, 90)}
