@@ -19,8 +19,8 @@ enum {
     MIN_PART_TOKENS = 64,
 };
 
-/* What the attention of some layers sees, all of a context or a window, and how it turns. */
-struct sight {
+/* An attention window, or the full context: its rotary tables and the attention tasks of a step. */
+struct window {
     int window_tokens; /* 0: all */
     const float *frequencies;
     float *cosine, *sine; /* [T, head_dim / 2] */
@@ -29,10 +29,10 @@ struct sight {
     int32_t *row_parts; /* [T]: partial results of each row, 0 if it is whole */
 };
 
-/* Where everything lies in the arena. */
+/* The arrays of the arena. */
 struct arena {
     float *x;      /* [T, hidden_stride]: the residual */
-    float *out;    /* [T, hidden_stride]: what a block puts out, where that is normalised */
+    float *out;    /* [T, hidden_stride]: a block's output, where that is normalised */
     float *own_x;  /* [threads, PRIVATE_ROWS, hidden_stride]: there, each thread's copy of the residual */
     float *qkv;    /* [T, qkv_stride] */
     float *mixed;  /* [T, mixed_stride]: attention's output */
@@ -43,7 +43,7 @@ struct arena {
     float *row;       /* [threads, row_stride] */
     float *scratch;   /* [threads, scratch_stride] */
     struct best *best; /* [threads, max_sampled] */
-    struct sight sights[2]; /* of layers without a window, and with one */
+    struct window windows[2]; /* of layers without a window, and with one */
     size_t hidden_stride, qkv_stride, mixed_stride, gated_stride, activation_stride, row_stride, scratch_stride;
     size_t max_tasks;
     int key_column, value_column;
@@ -73,7 +73,7 @@ static int heads_per_task(const struct model *m) {
 
 static int has_out_norms(const struct model *m) { return m->layers[0].mlp_out_norm != NULL; }
 
-static int num_sights(const struct model *m) { return m->window_tokens > 0 ? 2 : 1; }
+static int num_windows(const struct model *m) { return m->window_tokens > 0 ? 2 : 1; }
 
 /* Rows whose context may be cut into partial results: those that decode or verify draft tokens, and the first few of a prompt. */
 static size_t parted_rows(const struct model *m) { return (size_t)m->max_sampled + MAX_TASK_QUERIES; }
@@ -114,14 +114,14 @@ static struct arena lay_out(const struct model *m, uint8_t *base) {
     a.row = carve(&a, base, threads * a.row_stride, 4);
     a.scratch = carve(&a, base, threads * a.scratch_stride, 4);
     a.best = carve(&a, base, threads * (size_t)m->max_sampled, sizeof *a.best);
-    for (int i = 0; i < num_sights(m); i++) {
-        struct sight *sight = &a.sights[i];
-        sight->window_tokens = i == 0 ? 0 : m->window_tokens;
-        sight->frequencies = i == 0 ? m->inverse_frequencies : m->window_inverse_frequencies;
-        sight->cosine = carve(&a, base, rows * half, 4);
-        sight->sine = carve(&a, base, rows * half, 4);
-        sight->tasks = carve(&a, base, a.max_tasks, sizeof *sight->tasks);
-        sight->row_parts = carve(&a, base, rows, 4);
+    for (int i = 0; i < num_windows(m); i++) {
+        struct window *window = &a.windows[i];
+        window->window_tokens = i == 0 ? 0 : m->window_tokens;
+        window->frequencies = i == 0 ? m->inverse_frequencies : m->window_inverse_frequencies;
+        window->cosine = carve(&a, base, rows * half, 4);
+        window->sine = carve(&a, base, rows * half, 4);
+        window->tasks = carve(&a, base, a.max_tasks, sizeof *window->tasks);
+        window->row_parts = carve(&a, base, rows, 4);
     }
     return a;
 }
@@ -140,19 +140,19 @@ static int num_parts(int tokens, int64_t share) {
     return parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : (int)parts;
 }
 
-/* The first page of which a token at `position` sees anything. */
-static int first_page(const struct sight *sight, int position) {
-    int unseen = position + 1 - sight->window_tokens;
-    return sight->window_tokens > 0 && unseen > 0 ? unseen / PAGE_TOKENS : 0;
+/* The first page that a token at `position` attends to. */
+static int first_page(const struct window *window, int position) {
+    int outside = position + 1 - window->window_tokens;
+    return window->window_tokens > 0 && outside > 0 ? outside / PAGE_TOKENS : 0;
 }
 
-/* Into segments of how many tokens what a token at `position` sees is cut. */
-static int32_t segments_at(const struct sight *sight, int position) {
+/* The tokens per segment of the context of a token at `position`. */
+static int32_t segments_at(const struct window *window, int position) {
     int visible = position + 1;
-    return segment_tokens(sight->window_tokens > 0 && sight->window_tokens < visible ? sight->window_tokens : visible);
+    return segment_tokens(window->window_tokens > 0 && window->window_tokens < visible ? window->window_tokens : visible);
 }
 
-static void plan_attention(struct run *run, struct sight *sight) {
+static void plan_attention(struct run *run, struct window *window) {
     const struct model *m = run->model;
     const struct step *s = run->step;
     int group = m->num_heads / m->num_kv_heads, width = heads_per_task(m), threads = pool_threads(m->pool);
@@ -163,29 +163,29 @@ static void plan_attention(struct run *run, struct sight *sight) {
         int num_rows = s->cu_seqlens[b + 1] - s->cu_seqlens[b];
         if (num_rows > 1) run->writes_apart = 1;
         if (num_rows <= rows_per_task)
-            narrow_tokens += s->context_lens[b] - first_page(sight, s->positions[s->cu_seqlens[b]]) * PAGE_TOKENS;
+            narrow_tokens += s->context_lens[b] - first_page(window, s->positions[s->cu_seqlens[b]]) * PAGE_TOKENS;
     }
     int64_t share = narrow_tokens * m->num_kv_heads / (4 * threads);
-    memset(sight->row_parts, 0, (size_t)s->num_tokens * 4);
-    sight->num_tasks = 0;
+    memset(window->row_parts, 0, (size_t)s->num_tokens * 4);
+    window->num_tasks = 0;
     for (int b = 0; b < s->num_sequences; b++) {
         int first = s->cu_seqlens[b], num_rows = s->cu_seqlens[b + 1] - first;
         for (int row = 0, rows; row < num_rows; row += rows) {
-            int position = s->positions[first + row], from = first_page(sight, position) * PAGE_TOKENS;
-            int32_t tokens = segments_at(sight, position);
+            int position = s->positions[first + row], from = first_page(window, position) * PAGE_TOKENS;
+            int32_t tokens = segments_at(window, position);
             rows = num_rows - row < rows_per_task ? num_rows - row : rows_per_task;
             /* Rows of a task have segments in common. */
-            while (segments_at(sight, position + rows - 1) != tokens) rows--;
+            while (segments_at(window, position + rows - 1) != tokens) rows--;
             int before = from / tokens, segments = (position + rows - 1) / tokens + 1 - before, parts = 1;
             if (rows == num_rows && (size_t)(first + num_rows) <= parted_rows(m) && segments <= MAX_PARTS)
                 parts = num_parts(s->context_lens[b] - from, share);
             if (parts > segments) parts = segments;
-            for (int i = 0; parts > 1 && i < rows; i++) sight->row_parts[first + row + i] = segments;
+            for (int i = 0; parts > 1 && i < rows; i++) window->row_parts[first + row + i] = segments;
             for (int kv = 0; kv < m->num_kv_heads; kv++)
                 for (int head = 0; head < group; head += width)
                     for (int part = 0; part < parts; part++) {
                         int start = segments * part / parts, end = segments * (part + 1) / parts;
-                        sight->tasks[sight->num_tasks++] = (struct attention_task){
+                        window->tasks[window->num_tasks++] = (struct attention_task){
                             .pages = s->page_table + (size_t)b * (size_t)s->page_columns,
                             .first_row = first + row,
                             .num_rows = rows,
@@ -223,12 +223,12 @@ static void embed(const struct run *run, int thread) {
         if (m->embedding_scale != 1.0f)
             for (int i = 0; i < m->hidden; i++) x[i] *= m->embedding_scale;
         for (size_t i = (size_t)m->hidden; i < a->hidden_stride; i++) x[i] = 0;
-        for (int k = 0; k < num_sights(m); k++) {
-            const struct sight *sight = &a->sights[k];
+        for (int k = 0; k < num_windows(m); k++) {
+            const struct window *window = &a->windows[k];
             for (int i = 0; i < half; i++) {
-                float angle = (float)s->positions[row] * sight->frequencies[i];
-                sight->cosine[(size_t)row * (size_t)half + (size_t)i] = cosf(angle);
-                sight->sine[(size_t)row * (size_t)half + (size_t)i] = sinf(angle);
+                float angle = (float)s->positions[row] * window->frequencies[i];
+                window->cosine[(size_t)row * (size_t)half + (size_t)i] = cosf(angle);
+                window->sine[(size_t)row * (size_t)half + (size_t)i] = sinf(angle);
             }
         }
     }
@@ -322,7 +322,7 @@ static void multiply(const struct run *run, int thread, const struct matrix *mat
     }
 }
 
-static void attend(const struct run *run, const struct attention *attention, const struct sight *sight, int thread) {
+static void attend(const struct run *run, const struct attention *attention, const struct window *window, int thread) {
     const struct model *m = run->model;
     const struct step *s = run->step;
     const struct arena *a = &run->arena;
@@ -337,15 +337,15 @@ static void attend(const struct run *run, const struct attention *attention, con
     }
     float *scratch = a->scratch + (size_t)thread * a->scratch_stride;
     /* In turn, not in runs: a prompt's later rows see more. */
-    for (size_t i = (size_t)thread; i < sight->num_tasks; i += (size_t)threads)
-        m->kernels->attend(attention, &sight->tasks[i], scratch);
+    for (size_t i = (size_t)thread; i < window->num_tasks; i += (size_t)threads)
+        m->kernels->attend(attention, &window->tasks[i], scratch);
 }
 
 static void run_layer(const struct run *run, int thread, int number) {
     const struct model *m = run->model;
     const struct arena *a = &run->arena;
     const struct layer *l = &m->layers[number];
-    const struct sight *sight = &a->sights[l->windowed];
+    const struct window *window = &a->windows[l->windowed];
     size_t head_bytes = kv_page_bytes(m->kv_form, m->head_dim), side = (size_t)m->num_kv_heads * head_bytes;
     struct attention attention = {
         .qkv = a->qkv,
@@ -353,8 +353,8 @@ static void run_layer(const struct run *run, int thread, int number) {
         .key_column = a->key_column,
         .value_column = a->value_column,
         .qk_norm = l->qk_norm,
-        .cosine = sight->cosine,
-        .sine = sight->sine,
+        .cosine = window->cosine,
+        .sine = window->sine,
         .keys = m->cache + 2 * (size_t)number * side,
         .values = m->cache + (2 * (size_t)number + 1) * side,
         .page_stride = page_bytes(m),
@@ -362,14 +362,14 @@ static void run_layer(const struct run *run, int thread, int number) {
         .out = a->mixed,
         .out_stride = a->mixed_stride,
         .parts = a->parts,
-        .row_parts = sight->row_parts,
+        .row_parts = window->row_parts,
         .max_parts = MAX_PARTS,
         .num_heads = m->num_heads,
         .num_kv_heads = m->num_kv_heads,
         .head_dim = m->head_dim,
         .kv_form = m->kv_form,
         .eps = m->eps,
-        .window_tokens = sight->window_tokens,
+        .window_tokens = window->window_tokens,
         .scale = m->attention_scale,
     };
     /* What a block puts out joins the residual at once, or is normalised first by whoever prepares the next. */
@@ -380,7 +380,7 @@ static void run_layer(const struct run *run, int thread, int number) {
     const uint8_t *x = prepare(run, &attention, thread, NORMED, l->input_norm, out_norm, l->qkv[0].format);
     multiply(run, thread, l->qkv, 3, x, a->qkv, a->qkv_stride, STORE);
     pool_barrier(m->pool);
-    attend(run, &attention, sight, thread);
+    attend(run, &attention, window, thread);
     pool_barrier(m->pool);
     x = prepare(run, &attention, thread, MIXED, NULL, NULL, l->output.format);
     multiply(run, thread, &l->output, 1, x, joined, a->hidden_stride, join);
@@ -529,6 +529,6 @@ static void work(void *argument, int thread) {
 void run_step(const struct model *model, const struct step *step) {
     struct run run = {.model = model, .step = step, .arena = lay_out(model, model->arena)};
     run.has_own_x = has_out_norms(model) && step->num_tokens <= PRIVATE_ROWS;
-    for (int i = 0; i < num_sights(model); i++) plan_attention(&run, &run.arena.sights[i]);
+    for (int i = 0; i < num_windows(model); i++) plan_attention(&run, &run.arena.windows[i]);
     pool_run(model->pool, work, &run);
 }

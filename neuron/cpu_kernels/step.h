@@ -13,7 +13,7 @@ struct layer {
     const float *qk_norm; /* [H + K, head_dim], or NULL */
     struct matrix qkv[3]; /* apart, because a file may store each in a kind of its own */
     struct matrix output, gate_up, down;
-    int windowed; /* sees the model's window only, and turns by its frequencies */
+    int windowed; /* attends to the model's window only, with its rotary frequencies */
 };
 
 struct model {
