@@ -18,6 +18,7 @@ from cortex.logs import LogFormat
 from cortex.request_body import BODY_TIMEOUT_S
 from cortex.settings import ConfigError
 from cortex.wire.node import LoadRequest
+from neuron.engine_settings import EngineSettings
 
 ENVIRONMENT_PREFIX = "NEURON_"
 CONFIG_VARIABLE = "NEURON_CONFIG"
@@ -47,7 +48,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``auto``, ``cpu``, or indices of GPUs such as ``0,1``."""
     harnesses: tuple[str, ...] = ("torch",)
     cache: str = ""
-    """Folder for downloaded weights; empty: ``$NEURON_CACHE`` or the user's cache."""
+    """Folder for downloaded weights. Empty: ``weights`` in the service's cache, or ``neuron`` in the user's."""
     log_format: LogFormat = LogFormat.TEXT
     trace_endpoint: str = ""
     """Of an OpenTelemetry collector (OTLP over HTTP), which gets a span of each request. Empty: none is made."""
@@ -97,6 +98,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A whole ``neuron.toml``."""
 
     daemon: DaemonSettings = DaemonSettings()
+    engine: EngineSettings = EngineSettings()
     models: tuple[ModelSettings, ...] = ()
 
 

@@ -44,6 +44,7 @@ from neuron import __version__, metrics
 from neuron.config import Config, DaemonSettings
 from neuron.device import probe
 from neuron.device.worker import Worker
+from neuron.engine_settings import WorkerSettings
 from neuron.errors import DeviceWorkerLostError, ListenError
 from neuron.harness import Harness
 from neuron.load import source
@@ -354,7 +355,13 @@ class Service:
 
         self._texts = TextPool()
         return {
-            name: TorchHarness(self._workers, self._texts, daemon.collective_limit_s, daemon.prefix_sharing)
+            name: TorchHarness(
+                self._workers,
+                self._texts,
+                daemon.collective_limit_s,
+                daemon.prefix_sharing,
+                cpu_kernels=self._config.engine.cpu_kernels,
+            )
             for name in daemon.harnesses
         }
 
@@ -369,9 +376,9 @@ class Service:
                     self._workers[other].replace(f"{device}, which held a model together with it, was lost")
 
         daemon = self._config.daemon
-        command = [sys.executable, "-P", "-m", "neuron.engine"]
-        command += ["--log-format", daemon.log_format]
-        command += ["--step-limit-s", str(daemon.step_limit_s), "--max-waiting", str(daemon.max_waiting)]
+        settings = WorkerSettings(self._config.engine, daemon.step_limit_s, daemon.max_waiting, daemon.log_format)
+        encoded = msgspec.json.encode(settings).decode()
+        command = [sys.executable, "-P", "-m", "neuron.engine", "--settings", encoded]
         environment = CPU_ENVIRONMENT if device.startswith("cpu") else NCCL_ENVIRONMENT
         environment = {name: value for name, value in environment.items() if name not in os.environ}
         return Worker(

@@ -68,7 +68,11 @@ class TorchHarness:
         texts: TextPool,
         collective_limit_s: float = 30.0,
         prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL,
+        *,
+        cpu_kernels: bool = True,
     ) -> None:
+        """``cpu_kernels`` is that of the workers' engines: their memory plans depend on it."""
+        self._cpu_kernels = cpu_kernels
         self._prefix_sharing = prefix_sharing
         self._workers = workers
         self._texts = texts
@@ -94,7 +98,12 @@ class TorchHarness:
             )
         config, draft = await _read_configs(spec, path)
         shards = [Shard(rank, size) for rank in range(size)]
-        least = {device: max(least_bytes(config, spec, device, shard, draft) for shard in shards) for device in devices}
+        least = {
+            device: max(
+                least_bytes(config, spec, device, shard, draft, cpu_kernels=self._cpu_kernels) for shard in shards
+            )
+            for device in devices
+        }
         return Requirement(least, size)
 
     async def free_bytes(self, devices: Collection[str]) -> dict[str, int]:
@@ -146,7 +155,8 @@ class TorchHarness:
         size = spec.tensor_parallel
         chosen = await self._choose(spec)
         for rank, (worker, free_bytes) in enumerate(chosen):
-            plan_memory(config, spec, worker.device_id, free_bytes, Shard(rank, size), draft)
+            shard = Shard(rank, size)
+            plan_memory(config, spec, worker.device_id, free_bytes, shard, draft, cpu_kernels=self._cpu_kernels)
         workers = tuple(worker for worker, _ in chosen)
         if size == 1:
             return await self._load_alone(workers[0], spec, path, progress), workers

@@ -55,8 +55,8 @@ PROGRAMS = {
         {
             "FILES": ".TP\n.I /etc/neuron/neuron.toml\nThe configuration; the daemon also runs without one.\n.TP\n"
             ".I /var/cache/neuron\nDownloaded weights and compiled kernels of the service.",
-            "ENVIRONMENT": ".TP\n.B NEURON_CONFIG\nPath of the configuration.\n.TP\n.B NEURON_CACHE\n"
-            "Folder for downloaded weights.\n.TP\n.B NEURON_TABLE__KEY\nSets a key of the configuration, as in\n"
+            "ENVIRONMENT": ".TP\n.B NEURON_CONFIG\nPath of the configuration.\n.TP\n"
+            ".B NEURON_TABLE__KEY\nSets a key of the configuration, as in\n"
             ".BR NEURON_DAEMON__LISTEN=0.0.0.0:13131 .",
             "SIGNALS": ".TP\n.B SIGTERM\nRefuse new requests, let running answers finish, and exit.",
             "EXIT STATUS": ".TP\n.B 0\nStopped by a signal.\n.TP\n"

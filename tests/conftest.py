@@ -9,6 +9,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import httpx._config
 import httpx._transports.default
@@ -19,6 +20,7 @@ import pytest
 from cortex.wire.errors import ErrorInfo
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
+from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.load import source
 
 # As the daemon's workers have it: a spinning barrier on a busy machine makes these tests ten times slower. Read when
@@ -131,6 +133,8 @@ def talking_llama(make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
 class EngineHarness:
     """An engine driven as a device loop drives it: encoded messages in, encoded messages out."""
 
+    settings: ClassVar[EngineSettings] = DEFAULTS
+
     def __init__(self, free_bytes: int = 1 << 33, *, max_waiting: int = 256, channel_fd: int = -1) -> None:
         from neuron.engine.engine import Engine
 
@@ -145,7 +149,12 @@ class EngineHarness:
             self._stop,
             max_waiting=max_waiting,
             channel_fd=channel_fd,
+            settings=self.settings,
         )
+
+    def set(self, **changes: object) -> None:
+        """Change settings of this engine."""
+        self.engine._settings = msgspec.structs.replace(self.engine._settings, **changes)
 
     def _stop(self) -> None:
         self.stopped = True
@@ -217,10 +226,20 @@ class EngineHarness:
         return {sent.sequence: sent.error for sent in self.sent if isinstance(sent, jobs.SequenceFailed)}
 
 
+@pytest.fixture
+def set_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Change settings of the engines that :class:`EngineHarness` makes from now on."""
+
+    def change(**changes: object) -> None:
+        monkeypatch.setattr(EngineHarness, "settings", msgspec.structs.replace(EngineHarness.settings, **changes))
+
+    return change
+
+
 @pytest.fixture(params=["eager", "native"])
-def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def executor(request: pytest.FixtureRequest, set_engine: Callable[..., None]) -> str:
     """Run models on the CPU in eager torch, or on the native kernels."""
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off" if request.param == "eager" else "on")
+    set_engine(cpu_kernels=request.param == "native")
     name: str = request.param
     return name
 

@@ -94,7 +94,7 @@ def find_peer(model: pathlib.Path, notes: list[str], *, build: bool) -> pathlib.
     return None
 
 
-def run(*command: object, cores: int | None = None, **environment: str) -> Figures:
+def run(*command: object, cores: int | None = None) -> Figures:
     """Run one side and return its figures; on the first ``cores`` only, if given.
 
     Raises:
@@ -103,8 +103,8 @@ def run(*command: object, cores: int | None = None, **environment: str) -> Figur
     if cores is not None:
         chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
         command = ("taskset", "-c", chosen, *command)
-    # As the daemon's workers have it: torch's threads yield soon. No draft tokens: every token reads the weights.
-    own = {"GOMP_SPINCOUNT": "2000", "NEURON_SPECULATION": "off", **os.environ, **environment}
+    # As in the daemon's workers: torch's threads stop spinning soon.
+    own = {"GOMP_SPINCOUNT": "2000", **os.environ}
     done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, env=own)
     try:
         if done.returncode:
@@ -197,11 +197,11 @@ class Bench:
         return best(own), best(other) if other else {}
 
     def _beside(
-        self, prefix: str, folder: pathlib.Path | None, model: pathlib.Path, arguments: list[object], **environment: str
+        self, prefix: str, folder: pathlib.Path | None, model: pathlib.Path, arguments: list[object], level: str = ""
     ) -> tuple[Figures, Figures]:
         arguments = [*arguments, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
         ours, theirs = self._in_turn(
-            lambda: run(*engine(model, *arguments), **environment),
+            lambda: run(*engine(model, *arguments, "--level", level)),
             None if folder is None else lambda: self._theirs(*peer(folder, model, *arguments)),
         )
         self.table.both(ours, theirs, prefix)
@@ -244,7 +244,7 @@ class Bench:
         except SideFailedError as error:
             self.notes.append(f"FAILED llama.cpp: {error}")
         folder = PEER_AVX2 if (PEER_AVX2 / "done").exists() else None
-        self._beside("avx2_", folder, self.model, ["--streams", 1, 8, "--prompt"], NEURON_CPU_LEVEL="avx2")
+        self._beside("avx2_", folder, self.model, ["--streams", 1, 8, "--prompt"], level="avx2")
 
     def drawn(self) -> None:
         """Measure sampling with a temperature and top-p beside greedy decoding."""

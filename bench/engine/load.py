@@ -10,7 +10,6 @@ mapped file are the page cache's.
 
 import json
 import mmap
-import os
 import pathlib
 import subprocess
 import sys
@@ -67,13 +66,16 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.device.probe import usable_cores
 from neuron.engine.engine import Engine
+from neuron.engine_settings import EngineSettings
 from neuron.engine.process_memory import keep_activations_mapped
 
 keep_activations_mapped()
 torch.set_num_threads(usable_cores())
 sent = []
 decode = msgspec.msgpack.Decoder(jobs.FromWorker).decode
-engine = Engine("cpu:0", lambda data: sent.append(decode(data)), lambda: (12 << 30, 12 << 30), lambda: None)
+FREE = (12 << 30, 12 << 30)
+settings = EngineSettings(cpu_kernels=sys.argv[3] == "on")
+engine = Engine("cpu:0", lambda data: sent.append(decode(data)), lambda: FREE, lambda: None, settings=settings)
 found = []
 
 def own_bytes():
@@ -98,8 +100,7 @@ print(json.dumps({"seconds": min(found), "weights_bytes": weights_bytes, "peak_b
 def load(folder: pathlib.Path, kernels: str) -> dict[str, Any]:
     """Load in a process of its own; return what it measured."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", LOAD, str(folder), str(REPEATS)],
-        env={**os.environ, "NEURON_CPU_KERNELS": kernels},
+        [sys.executable, "-P", "-c", LOAD, str(folder), str(REPEATS), kernels],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

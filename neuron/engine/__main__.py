@@ -23,6 +23,7 @@ from neuron.device.probe import usable_cores
 from neuron.engine.device_graphs import DeviceGraphs
 from neuron.engine.engine import Engine
 from neuron.engine.process_memory import keep_activations_mapped
+from neuron.engine_settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="neuron.engine", description=__doc__)
     parser.add_argument("--channel-fd", type=int, required=True, help="the inherited end of the daemon's channel")
     parser.add_argument("--device", required=True, help="cpu:0, cuda:0, cuda:1, ...")
-    parser.add_argument("--step-limit-s", type=float, default=0.0, help="a longer step ends the process; 0: no limit")
-    parser.add_argument("--max-waiting", type=int, default=256, help="sequences of a model that may wait for a slot")
-    parser.add_argument("--log-level", default="INFO")
-    parser.add_argument("--log-format", default="text", choices=list(logs.LogFormat))
+    parser.add_argument("--settings", default="{}", help="WorkerSettings as JSON")
     options = parser.parse_args(arguments)
+    settings = msgspec.json.decode(options.settings, type=WorkerSettings)
     kind, _, ordinal = options.device.partition(":")
     if kind not in {"cpu", "cuda"} or not ordinal.isdigit():
         parser.error(f"--device is {options.device!r}, not cpu:N or cuda:N")
     name = f"{kind}-dev-{ordinal}"
-    logs.configure(logs.LogFormat(options.log_format), options.log_level.upper(), logger="", worker=name)
+    logs.configure(settings.log_format, "INFO", logger="", worker=name)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             int(ordinal),
             options.channel_fd,
             name=name,
-            step_limit_s=options.step_limit_s,
+            step_limit_s=settings.step_limit_s,
         )
     except (DriverNotFoundError, DriverError) as error:
         return _refuse(f"{options.device} cannot be taken: {error}", spare_fd)
@@ -77,9 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
             loop.send,
             loop.memory,
             loop.stop,
-            max_waiting=options.max_waiting,
+            max_waiting=settings.max_waiting,
             channel_fd=loop.channel.fileno(),
             graphs=functools.partial(DeviceGraphs, loop) if kind == "cuda" else None,
+            settings=settings.engine,
         )
         free_bytes, total_bytes = loop.memory()
         loop.send(msgspec.msgpack.encode(Ready(options.device, os.getpid(), total_bytes, free_bytes)))

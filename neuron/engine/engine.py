@@ -57,6 +57,7 @@ from neuron.engine.prefix import root_key
 from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
 from neuron.engine.sequence import Constrained, Sequence
+from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models.errors import LoadFailedError
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ class Engine:
         max_waiting: int = 256,
         channel_fd: int = -1,
         graphs: Callable[[], Graphs] | None = None,
+        settings: EngineSettings = DEFAULTS,
     ) -> None:
+        self._settings = settings
         self._graphs = graphs
         self._channel_fd = channel_fd
         self._name = device
@@ -285,7 +288,14 @@ class Engine:
             return
         self._left.discard(name)
         pieces = load_model(
-            job.spec, pathlib.Path(job.path), self._device, self._free_bytes, job.group, self._graphs, self._channel_fd
+            job.spec,
+            pathlib.Path(job.path),
+            self._device,
+            self._free_bytes,
+            job.group,
+            self._graphs,
+            self._channel_fd,
+            self._settings,
         )
         self._loads[name] = _Loading(job, pieces)
 

@@ -15,8 +15,6 @@ that no page has to be set apart for them.
 
 import dataclasses
 import logging
-import os
-from typing import Final
 
 import numpy as np
 import torch
@@ -29,6 +27,7 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.runner import Runner
 from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.engine.step_inputs import PENDING, Published, StepInputs
+from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models import decoder
 from neuron.models.config import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
@@ -36,9 +35,6 @@ from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
 
 logger = logging.getLogger(__name__)
-
-SWITCH: Final = "NEURON_GRAPHS"
-"""``off`` in the environment launches every kernel of every step."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -88,13 +84,14 @@ class GraphRunner(Runner):
         plan: MemoryPlan,
         device: torch.device,
         graphs: Graphs,
+        settings: EngineSettings = DEFAULTS,
     ) -> None:
-        super().__init__(config, weights, plan, device)
+        super().__init__(config, weights, plan, device, settings)
         self._graphs = graphs
         self._num_columns = -(-plan.context_tokens // PAGE_TOKENS)
         self._buckets: dict[int, _Bucket] = {}
         # Eager attention is told of every step on the host, so that no graph could follow.
-        captures = os.environ.get(SWITCH) != "off" and self._kernels is not dispatch.EAGER
+        captures = settings.cuda_graphs and self._kernels is not dispatch.EAGER
         self._uncaptured = buckets(plan.max_sequences) if captures else []
         self._samples = isinstance(self.sampler, DeviceSampler)
         """Whether graphs do."""

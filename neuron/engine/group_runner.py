@@ -16,6 +16,7 @@ from neuron.engine.group import Cleared, Group, plan_of
 from neuron.engine.plan import StepPlan
 from neuron.engine.runner import Runner
 from neuron.engine.sequence import Int32Array
+from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models import decoder
 from neuron.models.config import ModelConfig
 from neuron.models.shard import Shard, local_config
@@ -33,8 +34,9 @@ class GroupRunner(Runner):
         plan: MemoryPlan,
         device: torch.device,
         group: Group,
+        settings: EngineSettings = DEFAULTS,
     ) -> None:
-        super().__init__(local_config(config, Shard(group.rank, group.size)), weights, plan, device)
+        super().__init__(local_config(config, Shard(group.rank, group.size)), weights, plan, device, settings)
         # What a step sampled is known to rank 0 alone, which sends it with the next plan.
         self.overlaps = False
         self.group = group

@@ -24,6 +24,7 @@ from neuron.engine.group_runner import Follower, GroupRunner
 from neuron.engine.model_engine import ModelEngine, describe
 from neuron.engine.native_runner import NativeRunner, shared_pool
 from neuron.engine.runner import Runner
+from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models import packed
 from neuron.models.config import ModelConfig, read_config
 from neuron.models.decoder import load_decoder
@@ -49,6 +50,7 @@ def load_model(
     group: GroupSettings | None = None,
     graphs: Callable[[], Graphs] | None = None,
     channel_fd: int = -1,
+    settings: EngineSettings = DEFAULTS,
 ) -> Generator[float, None, ModelEngine | Follower]:
     """Load a model, or with ``group`` one rank's part, in pieces of one layer; yield the share done, return it.
 
@@ -57,7 +59,7 @@ def load_model(
     Nothing is allocated before it is known to fit. Raises the errors of :mod:`neuron.models`, :class:`GroupLostError`.
     """
     if group is not None:
-        return (yield from _load_part(spec, path, device, free_bytes, group))
+        return (yield from _load_part(spec, path, device, free_bytes, group, settings))
     if spec.tensor_parallel != 1:
         raise UnprocessableError(
             f"tensor_parallel is {spec.tensor_parallel}; this worker was told of no group to be in",
@@ -67,19 +69,30 @@ def load_model(
     draft_config = read_config(draft_path) if draft_path else None
     source = open_weights(path)
     try:
-        plan = plan_memory(source.config, spec, str(device), free_bytes(), draft=draft_config)
+        plan = plan_memory(
+            source.config, spec, str(device), free_bytes(), draft=draft_config, cpu_kernels=settings.cpu_kernels
+        )
         yield 0.0
-        runner = yield from _load_runner(spec, source, plan, device, graphs, channel_fd)
+        runner = yield from _load_runner(spec, source, plan, device, graphs, channel_fd, settings)
     finally:
         source.close()
     draft: Executor | None = None
     if draft_path is not None and plan.draft is not None:
         source_of_draft = open_weights(draft_path)
         try:
-            draft = yield from _load_runner(spec, source_of_draft, plan.draft, device, graphs, channel_fd)
+            draft = yield from _load_runner(spec, source_of_draft, plan.draft, device, graphs, channel_fd, settings)
         finally:
             source_of_draft.close()
-    return ModelEngine(spec.id, source.config, plan, runner, path, draft=draft, prefix_cache=spec.prefix_cache)
+    return ModelEngine(
+        spec.id,
+        source.config,
+        plan,
+        runner,
+        path,
+        draft=draft,
+        prefix_cache=spec.prefix_cache,
+        speculates=settings.speculation,
+    )
 
 
 def _load_runner(
@@ -89,24 +102,28 @@ def _load_runner(
     device: torch.device,
     graphs: Callable[[], Graphs] | None,
     channel_fd: int,
+    settings: EngineSettings,
 ) -> Generator[float, None, Executor]:
     if plan.native:
         packed_weights = yield from load_packed(source, plan.dtype, shared_pool())
-        return NativeRunner(source.config, packed_weights, plan, channel_fd)
+        return NativeRunner(source.config, packed_weights, plan, channel_fd, settings.cpu_level)
     if device.type == "cpu":
-        logger.warning("%s runs in eager torch: %s", spec.id, packed.obstacle(source.config))
-    with contextlib.closing(_preparation(source.config, plan, device)) as kernels:
+        reason = packed.obstacle(source.config) if settings.cpu_kernels else "cpu_kernels is false"
+        logger.warning("%s runs in eager torch: %s", spec.id, reason)
+    with contextlib.closing(_preparation(source.config, plan, device, settings)) as kernels:
         weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
         runner = (
-            Runner(source.config, weights, plan, device)
+            Runner(source.config, weights, plan, device, settings)
             if graphs is None
-            else GraphRunner(source.config, weights, plan, device, graphs())
+            else GraphRunner(source.config, weights, plan, device, graphs(), settings)
         )
         yield from _finish(kernels, device)
     return runner
 
 
-def _preparation(config: ModelConfig, plan: MemoryPlan, device: torch.device, shard: Shard = WHOLE) -> Preparation:
+def _preparation(
+    config: ModelConfig, plan: MemoryPlan, device: torch.device, settings: EngineSettings, shard: Shard = WHOLE
+) -> Preparation:
     return Preparation(
         config,
         plan,
@@ -114,6 +131,7 @@ def _preparation(config: ModelConfig, plan: MemoryPlan, device: torch.device, sh
         num_processes=min(usable_cores(), MAX_COMPILERS),
         initializer=die_with_parent,
         shard=shard,
+        settings=settings,
     )
 
 
@@ -125,23 +143,28 @@ def _finish(kernels: Preparation, device: torch.device) -> Generator[float, None
 
 
 def _load_part(
-    spec: ModelSpec, path: pathlib.Path, device: torch.device, free_bytes: Callable[[], int], settings: GroupSettings
+    spec: ModelSpec,
+    path: pathlib.Path,
+    device: torch.device,
+    free_bytes: Callable[[], int],
+    group_settings: GroupSettings,
+    settings: EngineSettings,
 ) -> Generator[float, None, ModelEngine | Follower]:
-    shard = Shard(settings.rank, settings.size)
+    shard = Shard(group_settings.rank, group_settings.size)
     source = open_weights(path)
     group: Group | None = None
     try:
         config = source.config
-        plan = plan_memory(config, spec, str(device), free_bytes(), shard)
+        plan = plan_memory(config, spec, str(device), free_bytes(), shard, cpu_kernels=settings.cpu_kernels)
         yield 0.0
-        if settings.rank:
-            yield from _rank_0(settings)
-        group = Group(settings, device)
+        if group_settings.rank:
+            yield from _rank_0(group_settings)
+        group = Group(group_settings, device)
         plan = with_pages(plan, group.least(plan.num_pages))
         dtype = getattr(torch, plan.dtype)
-        with contextlib.closing(_preparation(config, plan, device, shard)) as kernels:
+        with contextlib.closing(_preparation(config, plan, device, settings, shard)) as kernels:
             weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
-            runner = GroupRunner(config, weights, plan, device, group)
+            runner = GroupRunner(config, weights, plan, device, group, settings)
             yield from _finish(kernels, device)
     except BaseException:
         if group is not None:
@@ -149,9 +172,11 @@ def _load_part(
         raise
     finally:
         source.close()
-    if settings.rank:
+    if group_settings.rank:
         return Follower(runner, plan, describe(spec.id, config, plan))
-    return ModelEngine(spec.id, config, plan, runner, path, prefix_cache=spec.prefix_cache)
+    return ModelEngine(
+        spec.id, config, plan, runner, path, prefix_cache=spec.prefix_cache, speculates=settings.speculation
+    )
 
 
 def _rank_0(settings: GroupSettings) -> Generator[float, None, None]:

@@ -6,7 +6,6 @@ It has one model's sequences and no access to the channel: it returns rows and f
 import array
 import dataclasses
 import logging
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable
@@ -47,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 MOST_HOST_S: Final = 0.02
 """More than this between two steps was a pause."""
-SPECULATION_SWITCH: Final = "NEURON_SPECULATION"
-"""``off`` in the environment generates one token of a sequence a step."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,6 +80,7 @@ class ModelEngine:
         *,
         draft: Executor | None = None,
         prefix_cache: bool = True,
+        speculates: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """``draft`` runs the draft model. ``clock`` returns seconds, by which steps are measured."""
@@ -111,7 +109,7 @@ class ModelEngine:
 
         self.speculation: Speculation | None = None
         self._draft: DraftModel | None = None
-        if os.environ.get(SPECULATION_SWITCH, "on") != "off":
+        if speculates:
             if draft is not None:
                 self._draft = DraftModel(draft, self.scheduler.page_table, PAGE_TOKENS, plan.step_tokens)
             self.speculation = Speculation(self._draft or PromptLookup(), self._step_timer)

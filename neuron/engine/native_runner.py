@@ -34,7 +34,9 @@ class NativeRunner:
     overlaps = False
     max_steps = MAX_STEPS
 
-    def __init__(self, config: ModelConfig, weights: PackedWeights, plan: MemoryPlan, channel_fd: int = -1) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: PackedWeights, plan: MemoryPlan, channel_fd: int = -1, level: str = ""
+    ) -> None:
         """``channel_fd`` is readable when the daemon waits: a multi-step decode is cut short then."""
         self.config = config
         self._channel_fd = channel_fd
@@ -45,7 +47,7 @@ class NativeRunner:
             config,
             weights,
             shared_pool(),
-            packed.level(),
+            packed.checked_level(level),
             dtype=plan.dtype,
             kv_dtype=plan.kv_dtype,
             rows=rows,

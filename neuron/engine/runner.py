@@ -4,8 +4,6 @@ It owns the KV cache and the sampler's tables, and knows sequences only by their
 """
 
 import mmap
-import os
-from typing import Final
 
 import numpy as np
 import torch
@@ -16,17 +14,13 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Int32Array
 from neuron.engine.staging import to_device
+from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models import decoder
 from neuron.models.config import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import AttentionPart, Batch
 from neuron.triton_kernels.reference import attention_parts
-
-SAMPLING_SWITCH: Final = "NEURON_DEVICE_SAMPLING"
-"""``off`` in the environment samples in eager torch where there is a kernel for it."""
-OVERLAP_SWITCH: Final = "NEURON_OVERLAP"
-"""``off`` in the environment has each step wait for the one before it."""
 
 
 class Runner:
@@ -35,12 +29,17 @@ class Runner:
     max_steps = 1
 
     def __init__(
-        self, config: ModelConfig, weights: decoder.DecoderWeights, plan: MemoryPlan, device: torch.device
+        self,
+        config: ModelConfig,
+        weights: decoder.DecoderWeights,
+        plan: MemoryPlan,
+        device: torch.device,
+        settings: EngineSettings = DEFAULTS,
     ) -> None:
         self.config = config
         self.device = device
         # A CPU computes while it launches, so there is nothing to overlap with.
-        self.overlaps = device.type == "cuda" and os.environ.get(OVERLAP_SWITCH, "on") != "off"
+        self.overlaps = device.type == "cuda" and settings.overlap_steps
         self._weights = weights
         # One more page than the pool hands out: page 0 pads page tables.
         shape = (config.num_layers, plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
@@ -49,11 +48,11 @@ class Runner:
         self._last_ids = torch.empty(0, dtype=torch.int32, device=device)
         """What the last step sampled."""
         self._none = torch.empty((0, config.hidden_size), dtype=torch.float32, device=device)
-        self._kernels = dispatch.operations_for(device, weights.dtype)
-        self.sampler = self._make_sampler(plan.max_sequences)
+        self._kernels = dispatch.operations_for(device, weights.dtype, triton=settings.triton_kernels)
+        self.sampler = self._make_sampler(plan.max_sequences, settings.device_sampling)
 
-    def _make_sampler(self, max_sequences: int) -> Sampler:
-        if self._kernels is dispatch.EAGER or os.environ.get(SAMPLING_SWITCH) == "off":
+    def _make_sampler(self, max_sequences: int, on_device: bool) -> Sampler:
+        if self._kernels is dispatch.EAGER or not on_device:
             return Sampler(max_sequences, self.config.vocab_size, self.device)
         return DeviceSampler(max_sequences, self.config.vocab_size, self.device, self._kernels.sample)
 

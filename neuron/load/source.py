@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from neuron.engine_settings import cache_folder
 from neuron.errors import HashMismatchError, InvalidSourceError, SourceNotFoundError, SourceUnavailableError
 
 Progress = Callable[[int, int], None]
@@ -97,14 +98,8 @@ def parse(source: str) -> LocalSource | HubSource | WheelSource:
 
 
 def default_cache() -> pathlib.Path:
-    """Return the folder for downloads: ``$NEURON_CACHE``, the user's cache, or the service's where there is no home."""
-    if chosen := os.environ.get("NEURON_CACHE"):
-        return pathlib.Path(chosen)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return pathlib.Path(base) / "neuron"
-    if home := os.environ.get("HOME"):
-        return pathlib.Path(home) / ".cache" / "neuron"
-    return pathlib.Path("/var/cache/neuron")
+    """Return the default folder for downloads."""
+    return cache_folder("weights", "neuron")
 
 
 def fetch(

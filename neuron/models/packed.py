@@ -4,7 +4,6 @@ Decides, and knows sizes only: the daemon's preflight and the worker's load ask 
 8-bit kinds keep their codes; what is stored as floats becomes bfloat16, and everything float32 where that is asked for.
 """
 
-import os
 from enum import IntEnum
 from typing import Final
 
@@ -12,10 +11,6 @@ from neuron.cpu_kernels import native
 from neuron.models.config import ModelConfig
 from neuron.models.gguf import TensorKind
 
-SWITCH: Final = "NEURON_CPU_KERNELS"
-"""``off`` in the environment runs models on the CPU in eager torch."""
-LEVEL_SWITCH: Final = "NEURON_CPU_LEVEL"
-"""The dispatch level to use instead of this processor's best."""
 LANES: Final = 16
 MAX_HEAD_DIM: Final = 1024
 INT8: Final = "int8"
@@ -35,26 +30,16 @@ FLOATS: Final = (TensorKind.F32, TensorKind.F16, TensorKind.BF16, TensorKind.F64
 LAYER_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def enabled() -> bool:
-    """Return whether models on a CPU run on the native kernels."""
-    return os.environ.get(SWITCH, "on") != "off"
-
-
-def level() -> str:
-    """Return the dispatch level to use. Raises ``ValueError`` for one that this processor does not have."""
-    wanted = os.environ.get(LEVEL_SWITCH)
+def checked_level(wanted: str) -> str:
+    """Return the dispatch level ``wanted``, or the processor's best; raise ``ValueError`` if it has no such level."""
     levels = native.levels()
-    if wanted is None:
-        return levels[0]
-    if wanted not in levels:
-        raise ValueError(f"{LEVEL_SWITCH} is {wanted!r}; this processor has {', '.join(levels)}")
-    return wanted
+    if wanted and wanted not in levels:
+        raise ValueError(f"cpu_level is {wanted!r}; this processor has {', '.join(levels)}")
+    return wanted or levels[0]
 
 
 def obstacle(config: ModelConfig) -> str | None:
     """Return why the kernels cannot run a model, ``None`` if they can."""
-    if not enabled():
-        return f"{SWITCH} is off"
     if config.num_experts:
         return f"{config.architecture.name} has experts, which only the eager path computes"
     if config.head_dim > MAX_HEAD_DIM:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models import decoder, quantization
 from neuron.models.config import ModelConfig, read_config
 from neuron.models.errors import UnsupportedQuantizationError
@@ -101,12 +102,15 @@ class Preparation:
         num_processes: int,
         initializer: Callable[[], None] | None = None,
         shard: Shard = WHOLE,
+        settings: EngineSettings = DEFAULTS,
     ) -> None:
         self._device = device
         self._compilation: Compilation | None = None
         if plan.quant == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             raise UnsupportedQuantizationError(f"{device} cannot convert float8; sm_89 and later can", param="quant")
-        if device.type != "cuda" or dispatch.operations_for(device, getattr(torch, plan.dtype)) is dispatch.EAGER:
+        dtype = getattr(torch, plan.dtype)
+        operations = dispatch.operations_for(device, dtype, triton=settings.triton_kernels)
+        if device.type != "cuda" or operations is dispatch.EAGER:
             return
         # Only here: a host without CUDA has no use for the compiler, and may not have it.
         from neuron.triton_kernels import compile
@@ -114,7 +118,8 @@ class Preparation:
 
         capability = target_of(device).capability
         wanted = variants(config, plan, capability, shard=shard)
-        self._compilation = compile.Compilation(wanted, capability, compile.default_cache(), num_processes, initializer)
+        cache = compile.KernelCache(pathlib.Path(settings.kernel_cache), compile.PREBUILT)
+        self._compilation = compile.Compilation(wanted, capability, cache, num_processes, initializer)
 
     def finish(self, driver_version: tuple[int, int]) -> Generator[None, None, None]:
         """Put all on the device, a kernel at a time, and forbid compiling from then on.

@@ -42,7 +42,7 @@ def int4_group(columns: int) -> int:
     return 128 if columns % 128 == 0 else 32
 
 
-def resolve(config: ModelConfig, quant: str, dtype: str, device: str) -> str:
+def resolve(config: ModelConfig, quant: str, dtype: str, device: str, *, cpu_kernels: bool = True) -> str:
     """Return NONE, STORED or one of ROUNDED for the ``quant`` of a spec.
 
     Raises :class:`UnsupportedQuantizationError` for what is no quantisation, or none that this file or device can have.
@@ -59,18 +59,11 @@ def resolve(config: ModelConfig, quant: str, dtype: str, device: str) -> str:
         raise UnsupportedQuantizationError(
             f"quant is {quant!r}, but the file is quantised already; load it with quant = 'auto'", param="quant"
         )
-    if on_cpu and _cpu_kernels_run():
+    if on_cpu and cpu_kernels:
         raise UnsupportedQuantizationError(
             f"quant is {quant!r}, which is for GPUs; a CPU runs a GGUF file in the form it is stored in", param="quant"
         )
     return quant
-
-
-def _cpu_kernels_run() -> bool:
-    # Only here: whoever has a GPU needs no native code for its weights.
-    from neuron.models import packed
-
-    return packed.enabled()
 
 
 def form_of(config: ModelConfig, name: str, quant: str, columns: slice) -> str | None:

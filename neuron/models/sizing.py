@@ -110,11 +110,17 @@ class _Costs:
 
 
 def _costs(
-    config: ModelConfig, spec: ModelSpec, device: str, max_sequences: int, step_tokens: int, shard: Shard
+    config: ModelConfig,
+    spec: ModelSpec,
+    device: str,
+    max_sequences: int,
+    step_tokens: int,
+    shard: Shard,
+    cpu_kernels: bool,
 ) -> _Costs:
-    native = device.startswith("cpu") and shard.size == 1 and packed.obstacle(config) is None
+    native = cpu_kernels and device.startswith("cpu") and shard.size == 1 and packed.obstacle(config) is None
     dtype = resolve_dtype(spec.dtype, device)
-    quant = quantization.resolve(config, spec.quant, dtype, device)
+    quant = quantization.resolve(config, spec.quant, dtype, device, cpu_kernels=cpu_kernels)
     if native and spec.quant == quantization.NONE and config.tensor_kinds:
         native = False  # the kernels keep a file's codes
     if native and spec.dtype == "auto":
@@ -150,6 +156,8 @@ def plan_memory(
     free_bytes: int,
     shard: Shard = WHOLE,
     draft: ModelConfig | None = None,
+    *,
+    cpu_kernels: bool = True,
 ) -> MemoryPlan:
     """Return the plan for ``spec`` on ``device`` (``cpu:0``, ``cuda:1``) with ``free_bytes`` free.
 
@@ -175,7 +183,7 @@ def plan_memory(
         )
     max_sequences = spec.max_sequences or defaults.max_sequences
     each = [
-        _costs(part, spec, device, max_sequences, defaults.step_tokens, shard)
+        _costs(part, spec, device, max_sequences, defaults.step_tokens, shard, cpu_kernels)
         for part in (config, *([] if draft is None else [draft]))
     ]
     own = each[0]
@@ -227,14 +235,20 @@ def plan_memory(
 
 
 def least_bytes(
-    config: ModelConfig, spec: ModelSpec, device: str, shard: Shard = WHOLE, draft: ModelConfig | None = None
+    config: ModelConfig,
+    spec: ModelSpec,
+    device: str,
+    shard: Shard = WHOLE,
+    draft: ModelConfig | None = None,
+    *,
+    cpu_kernels: bool = True,
 ) -> int:
     """Return the fewest free bytes with which :func:`plan_memory` has a plan.
 
     Raises :class:`InvalidRequestError` as that does.
     """
     try:
-        return plan_memory(config, spec, device, 0, shard, draft).total_bytes
+        return plan_memory(config, spec, device, 0, shard, draft, cpu_kernels=cpu_kernels).total_bytes
     except DoesNotFitError as error:
         return error.needed_bytes
 

@@ -225,13 +225,6 @@ def _load(folder: pathlib.Path, variant: Variant, capability: int) -> Compiled |
     return Compiled(metadata, cubin, launcher)
 
 
-def default_cache() -> KernelCache:
-    """Return the user's cache, ``$NEURON_KERNEL_CACHE`` or under ``$XDG_CACHE_HOME``, and what the package brought."""
-    named = os.environ.get("NEURON_KERNEL_CACHE")
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return KernelCache(pathlib.Path(named) if named else base / "helexa" / "kernels", PREBUILT)
-
-
 class Compilation:
     """Variants on their way: from ``cache`` where it has them, else by other processes, which begin at once.
 

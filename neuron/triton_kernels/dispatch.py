@@ -1,12 +1,11 @@
 """Choice of the operations' implementation for a device: Triton kernels on CUDA, eager torch elsewhere.
 
-``NEURON_TRITON=off`` forces eager torch everywhere, and a host without Triton gets it with a warning. Importing this
-module imports no Triton; :func:`operations_for` does, once, for the first CUDA device.
+The setting ``triton_kernels`` turns Triton off, and a host without Triton gets eager torch with a warning. Importing
+this module imports no Triton; :func:`operations_for` does, once, for the first CUDA device.
 """
 
 import functools
 import logging
-import os
 from typing import Final
 
 import torch
@@ -19,9 +18,9 @@ logger = logging.getLogger(__name__)
 EAGER: Final = EagerOperations()
 
 
-def operations_for(device: torch.device, dtype: torch.dtype) -> Operations:
+def operations_for(device: torch.device, dtype: torch.dtype, *, triton: bool = True) -> Operations:
     """Return the implementation for ``device``; float32 stays eager: the kernels would compute it as TF32."""
-    if device.type != "cuda" or dtype == torch.float32 or os.environ.get("NEURON_TRITON") == "off":
+    if device.type != "cuda" or dtype == torch.float32 or not triton:
         return EAGER
     return _triton_operations() or EAGER
 

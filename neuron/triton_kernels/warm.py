@@ -42,7 +42,7 @@ class DriverTooOldError(RuntimeError):
         has = ".".join(map(str, driver_version))
         super().__init__(
             f"the NVIDIA driver supports CUDA {has}, and the kernels are made by CUDA {cuda_version}; install a driver "
-            f"for CUDA {cuda_version.partition('.')[0]}.0 or later, or set NEURON_TRITON=off to run without kernels"
+            f"for CUDA {cuda_version.partition('.')[0]}.0 or later, or set triton_kernels = false in neuron.toml"
         )
 
 

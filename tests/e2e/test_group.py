@@ -32,7 +32,7 @@ def node(smollm2_gguf: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -
         f'[[models]]\nid = "one"\ndevices = ["cpu:0"]\n{common}'
     )
     # One worker computes in eager torch too: the kernels' own rounding is not the question.
-    environment = {"NEURON_CPU_KERNELS": "off", "OMP_NUM_THREADS": "1"}
+    environment = {"NEURON_ENGINE__CPU_KERNELS": "false", "OMP_NUM_THREADS": "1"}
     config = ["--config", str(folder / "neuron.toml")]
     with daemons.daemon("neuron", *config, port=port, log=folder / "neuron.log", **environment) as found:
         for name in (MODEL, "one"):

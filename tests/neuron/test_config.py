@@ -27,7 +27,7 @@ def test_the_example_loads_and_names_every_setting() -> None:
 
 def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path: pathlib.Path) -> None:
     path = written(tmp_path, '[daemon]\nlisten = "127.0.0.1:1"\nname = "a"\ndevices = "0"\n')
-    environment = {"NEURON_DAEMON__LISTEN": "127.0.0.1:2", "NEURON_DAEMON__DRAIN_TIMEOUT_S": "5", "NEURON_CACHE": "/x"}
+    environment = {"NEURON_DAEMON__LISTEN": "127.0.0.1:2", "NEURON_DAEMON__DRAIN_TIMEOUT_S": "5", "NEURON_OTHER": "/x"}
     daemon = load(path, {"daemon.listen": "127.0.0.1:3", "daemon.name": None}, environment).daemon
     assert (daemon.listen, daemon.name, daemon.devices, daemon.drain_timeout_s) == ("127.0.0.1:3", "a", "0", 5.0)
 

@@ -74,7 +74,7 @@ def test_installed_daemons_serve_a_chat_as_nobody_without_a_home(
         "NEURON_DAEMON__LISTEN": f"127.0.0.1:{port}",
         "NEURON_DAEMON__DEVICES": "cpu",
         "NEURON_MODELS": json.dumps([{"id": daemons.MODEL, "source": str(weights)}]),
-        "NEURON_CACHE": str(own / "cache"),
+        "NEURON_DAEMON__CACHE": str(own / "cache"),
     }
     cortex = {
         "CORTEX_CONFIG": str(own / "cortex.toml"),

@@ -17,6 +17,7 @@ import pytest
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.device.channel import Channel, socket_pair
+from neuron.engine_settings import EngineSettings, WorkerSettings
 
 HERE = pathlib.Path(__file__).parent
 PROMPT = array.array("i", range(3, 23)).tobytes()
@@ -44,8 +45,8 @@ def environment(library: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
         "LD_LIBRARY_PATH": str(library.parent),
         "TRITON_LIBCUDA_PATH": str(library.parent),
         "TRITON_CACHE_DIR": str(caches / "triton"),
-        "NEURON_KERNEL_CACHE": str(caches / "kernels"),
-        "NEURON_SPECULATION": "off",
+        "NEURON_ENGINE__KERNEL_CACHE": str(caches / "kernels"),
+        "NEURON_ENGINE__SPECULATION": "false",
     }
 
 
@@ -152,7 +153,10 @@ def start(environment: dict[str, str], model: pathlib.Path, tmp_path: pathlib.Pa
 
     def start_one(**settings: str) -> Device:
         ours, theirs = socket_pair()
+        engine = EngineSettings(speculation=False, kernel_cache=environment["NEURON_ENGINE__KERNEL_CACHE"])
+        worker = msgspec.json.encode(WorkerSettings(engine)).decode()
         command = [sys.executable, "-m", "neuron.engine", "--device", "cuda:0", "--channel-fd", str(theirs)]
+        command += ["--settings", worker]
         variables = {**os.environ, **environment, "STUB_CUDA_LOG": str(log), **settings}
         process = subprocess.Popen(command, pass_fds=[theirs], env=variables)
         os.close(theirs)

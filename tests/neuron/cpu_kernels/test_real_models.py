@@ -58,11 +58,11 @@ def perplexity(
 @pytest.mark.slow
 @pytest.mark.parametrize("level", native.levels())
 def test_the_answer_is_paris_at_every_level(
-    level: str, smollm2_gguf: pathlib.Path, harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    level: str, smollm2_gguf: pathlib.Path, harness: Callable[..., Any], set_engine: Callable[..., None]
 ) -> None:
-    monkeypatch.setenv("NEURON_CPU_LEVEL", level)
+    set_engine(cpu_level=level)
     # Draft tokens change which rows are in a step from run to run, and with a bfloat16 cache that may turn a tie.
-    monkeypatch.setenv("NEURON_SPECULATION", "off")
+    set_engine(speculation=False)
     driver = harness()
     driver.load(smollm2_gguf, dtype="auto")
     # Alone, and eight together: different tiles of the same products.
@@ -90,7 +90,7 @@ def test_quantised_activations_and_keys_cost_less_than_a_hundredth_of_perplexity
     begin: list[int],
     request: pytest.FixtureRequest,
     harness: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    set_engine: Callable[..., None],
 ) -> None:
     path = request.getfixturevalue(model)
     text = tokenizer.load(path).tokenizer
@@ -98,7 +98,7 @@ def test_quantised_activations_and_keys_cost_less_than_a_hundredth_of_perplexity
     assert len(tokens) > 400
     exact = perplexity(harness, path, tokens, "float32")
     for level in levels:
-        monkeypatch.setenv("NEURON_CPU_LEVEL", level)
+        set_engine(cpu_level=level)
         for kv_dtype in ("auto", "int8"):
             found = perplexity(harness, path, tokens, "auto", kv_dtype)
             print(f"{model} at {level}, keys {kv_dtype}: perplexity {found:.4f}, in float32 {exact:.4f}")

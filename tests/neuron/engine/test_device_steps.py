@@ -23,6 +23,7 @@ from neuron.device.loop import DeviceLoop
 from neuron.engine import multi_step
 from neuron.engine.engine import Engine
 from neuron.engine.step_timer import StepTimer
+from neuron.engine_settings import EngineSettings
 from neuron.triton_kernels import dispatch
 
 PROMPT = list(range(3, 43))
@@ -50,7 +51,13 @@ class Running:
         with DeviceLoop(fake.capsule(), 0, self._fd, name="cuda-dev-0") as loop:
             self.graphs = OnTheLoop(loop)
             self.engine: Any = Engine(
-                "cpu:0", loop.send, loop.memory, loop.stop, channel_fd=loop.channel.fileno(), graphs=lambda: self.graphs
+                "cpu:0",
+                loop.send,
+                loop.memory,
+                loop.stop,
+                channel_fd=loop.channel.fileno(),
+                graphs=lambda: self.graphs,
+                settings=EngineSettings(cpu_kernels=False, speculation=False),
             )
             self.status = loop.run(self.engine)
 
@@ -88,9 +95,7 @@ class Running:
 @pytest.fixture
 def start(tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Running]]:
     operations = ByDefinition()
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
-    monkeypatch.setenv("NEURON_SPECULATION", "off")
-    monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: operations)
+    monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: operations)
     fake.reset()
     running: list[Running] = []
 

@@ -41,24 +41,31 @@ def outputs(
 @pytest.mark.parametrize("kv_cache_tokens", [0, 512])
 def test_the_output_is_the_same_with_every_drafter(
     executor: str, harness: Any, tiny_llama: pathlib.Path, other_llama: pathlib.Path, kv_cache_tokens: int,
-    monkeypatch: pytest.MonkeyPatch,
+    set_engine: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Also where the cache is too small for all of them, and sequences are computed again."""
     limits: dict[str, object] = {"max_sequences": 40}
     if kv_cache_tokens:
         spec = ModelSpec("m", "x", dtype="float32", max_sequences=40)
-        plan = plan_memory(read_config(tiny_llama), spec, "cpu:0", 1 << 33)
+        plan = plan_memory(read_config(tiny_llama), spec, "cpu:0", 1 << 33, cpu_kernels=executor == "native")
         limits["kv_cache_bytes"] = plan.kv_cache_bytes // plan.num_pages * (kv_cache_tokens // 16)
-    monkeypatch.setenv("NEURON_SPECULATION", "off")
+    set_engine(speculation=False)
     expected, nobody = outputs(harness, tiny_llama, **limits)
     assert nobody is None
-    monkeypatch.setenv("NEURON_SPECULATION", "on")
+    set_engine(speculation=True)
     monkeypatch.setattr(Speculation, "_depth", lambda self, decoding, able, available: min(3, max(available)))
     rates = {}
     for draft in (None, tiny_llama, other_llama):
         if kv_cache_tokens and draft is not None:
             spec = ModelSpec("m", "x", dtype="float32", max_sequences=40)
-            both = plan_memory(read_config(tiny_llama), spec, "cpu:0", 1 << 33, draft=read_config(draft))
+            both = plan_memory(
+                read_config(tiny_llama),
+                spec,
+                "cpu:0",
+                1 << 33,
+                draft=read_config(draft),
+                cpu_kernels=executor == "native",
+            )
             page_bytes = sum(part.kv_cache_bytes for part in both.parts) // both.num_pages
             limits["kv_cache_bytes"] = page_bytes * (kv_cache_tokens // 16)
         found, speculation = outputs(harness, tiny_llama, draft=str(draft or ""), **limits)

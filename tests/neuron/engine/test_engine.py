@@ -436,7 +436,7 @@ class SlowKernels:
 def test_compiling_for_a_load_does_not_stall_what_runs(
     driver: Any, tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    driver.set(cpu_kernels=False)
     kernels = SlowKernels()
     monkeypatch.setattr(loading, "Preparation", lambda *_, **__: kernels)
     driver.generate(1, PROMPT, 200)
@@ -453,7 +453,7 @@ def test_compiling_for_a_load_does_not_stall_what_runs(
 def test_kernels_that_cannot_be_made_fail_the_load_alone(
     driver: Any, tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    driver.set(cpu_kernels=False)
     kernels = SlowKernels(RuntimeError("Triton Error [CUDA]: out of memory"))
     monkeypatch.setattr(loading, "Preparation", lambda *_, **__: kernels)
     answer = driver.load(tiny_llama, "second")
@@ -496,7 +496,7 @@ def test_no_memory_at_a_load_is_said_and_given_back(
     driver: Any, make_checkpoint: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a plan cannot know: somebody else took the memory meanwhile."""
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    driver.set(cpu_kernels=False)
     path = make_checkpoint("llama", num_hidden_layers=4)
     matrix, held = MatrixReader.matrix, []
 

@@ -22,6 +22,7 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws
 from neuron.engine.sequence import Int32Array
 from neuron.engine.step_inputs import PENDING, Published, StepInputs
+from neuron.engine_settings import EngineSettings
 from neuron.models.sizing import PAGE_TOKENS
 from neuron.triton_kernels.triton_operations import TritonOperations
 
@@ -177,8 +178,8 @@ def test_a_model_says_the_same_with_graphs_and_without(
         lambda: None,
         channel_fd=loop.channel.fileno(),
         graphs=functools.partial(DeviceGraphs, loop),
+        settings=EngineSettings(speculation=False, cuda_graphs=False),
     )
-    monkeypatch.setenv("NEURON_SPECULATION", "off")
 
     def say(name: str) -> dict[int, list[int]]:
         answer = driver.load(folder, name, dtype="bfloat16", max_sequences=4, context_tokens=128)
@@ -191,9 +192,8 @@ def test_a_model_says_the_same_with_graphs_and_without(
         found: dict[int, list[int]] = driver.outputs()
         return found
 
-    with monkeypatch.context() as without:
-        without.setenv("NEURON_GRAPHS", "off")
-        wanted = say("without")
+    wanted = say("without")
+    driver.set(cuda_graphs=True)
     assert len({tuple(tokens) for tokens in wanted.values()}) == 4
     monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: False)
     launches = loop.launches

@@ -28,9 +28,8 @@ from neuron.triton_kernels import dispatch
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
-    monkeypatch.setenv("NEURON_SPECULATION", "off")
+def kernels(set_engine: Callable[..., None]) -> None:
+    set_engine(cpu_kernels=False, speculation=False)
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def with_graphs(
         driver = harness()
         driver.engine._graphs = lambda: graphs
         operations = ByDefinition()
-        monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: operations)
+        monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: operations)
         driver.load(tiny_llama, dtype="float32", max_sequences=6, **spec)
         assert isinstance(driver.engine._models["m"].runner, GraphRunner)
         return driver
@@ -93,17 +92,17 @@ def test_graphs_give_the_tokens_of_single_launches(
     harness: Callable[..., Any],
     tiny_llama: pathlib.Path,
     with_graphs: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    set_engine: Callable[..., None],
     single_steps: None,
     settings: dict[str, object],
     overlaps: bool,
 ) -> None:
     """Sampled in the graph or behind it, read at once or a step later; a seed's draws too."""
-    with monkeypatch.context() as without:
-        without.setenv("NEURON_GRAPHS", "off")
-        nothing = Recorded()
-        wanted = ask(with_graphs(nothing), **settings)
-        assert not nothing.launched
+    set_engine(cuda_graphs=False)
+    nothing = Recorded()
+    wanted = ask(with_graphs(nothing), **settings)
+    assert not nothing.launched
+    set_engine(cuda_graphs=True)
     if not settings.get("temperature"):
         assert wanted == expected(harness, tiny_llama, **settings), "the sampler in torch has the same likeliest tokens"
     graphs = Recorded(late=overlaps)
@@ -119,7 +118,7 @@ def test_graphs_give_the_tokens_of_single_launches(
     assert not graphs.steps
 
 
-def test_rows_of_all_kinds_share_a_step(with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_all_kinds_share_a_step(with_graphs: Callable[..., Any], set_engine: Callable[..., None]) -> None:
     """One that wants a penalty changes nothing for its neighbours, in this step or the next."""
 
     def run(driver: Any) -> dict[int, list[int]]:
@@ -129,9 +128,9 @@ def test_rows_of_all_kinds_share_a_step(with_graphs: Callable[..., Any], monkeyp
         found: dict[int, list[int]] = driver.outputs()
         return found
 
-    monkeypatch.setenv("NEURON_GRAPHS", "off")
+    set_engine(cuda_graphs=False)
     wanted = run(with_graphs(Recorded()))
-    monkeypatch.delenv("NEURON_GRAPHS")
+    set_engine(cuda_graphs=True)
     for late in (False, True):
         driver = with_graphs(Recorded(late=late))
         driver.engine._models["m"].runner.overlaps = late
@@ -144,10 +143,10 @@ def test_sampling_in_torch_can_be_had(
     harness: Callable[..., Any],
     tiny_llama: pathlib.Path,
     with_graphs: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    set_engine: Callable[..., None],
     settings: dict[str, object],
 ) -> None:
-    monkeypatch.setenv("NEURON_DEVICE_SAMPLING", "off")
+    set_engine(device_sampling=False)
     wanted = expected(harness, tiny_llama, **settings)
     graphs = Recorded()
     driver = with_graphs(graphs)
@@ -364,8 +363,8 @@ def test_a_fault_of_a_launch_is_the_devices(with_graphs: Callable[..., Any]) -> 
         driver.run()
 
 
-def test_graphs_can_be_turned_off(with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEURON_GRAPHS", "off")
+def test_graphs_can_be_turned_off(with_graphs: Callable[..., Any], set_engine: Callable[..., None]) -> None:
+    set_engine(cuda_graphs=False)
     graphs = Recorded()
     assert len(ask(with_graphs(graphs))) == 5
     assert not graphs.launched
@@ -396,7 +395,7 @@ def test_a_captured_step_launches_what_was_compiled_for_it(
     from neuron.triton_kernels.triton_operations import TritonOperations
 
     operations = TritonOperations()
-    monkeypatch.setattr(dispatch, "operations_for", lambda device, dtype: operations)
+    monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: operations)
     driver = harness()
     driver.engine._graphs = Recorded
     driver.load(tiny_llama, dtype="bfloat16", max_sequences=6)
@@ -410,10 +409,13 @@ def test_a_captured_step_launches_what_was_compiled_for_it(
 
 
 def test_a_step_may_follow_one_with_more_rows_than_sequences(
-    with_graphs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, single_steps: None
+    with_graphs: Callable[..., Any],
+    set_engine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    single_steps: None,
 ) -> None:
     """Draft tokens are rows of their own, and the last row of a prompt stands behind them."""
-    monkeypatch.delenv("NEURON_SPECULATION")
+    set_engine(speculation=True)
     num_drafts: list[int] = []
 
     def propose(self: Any, num_decoding: int, able: list[Any], num_rows: int, make_room: Callable[..., int]) -> None:

@@ -242,27 +242,26 @@ async def generated(worker: Worker, model: str, prompts: tuple[list[int], ...], 
 
 
 def test_two_workers_compute_what_one_does(
-    make_checkpoint: Callable[..., pathlib.Path], harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_checkpoint: Callable[..., pathlib.Path], harness: Callable[..., Any], set_engine: Callable[..., None]
 ) -> None:
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    set_engine(cpu_kernels=False)
     compare({name: make_checkpoint(**changes) for name, changes in CONFIGS.items()}, harness, 4 << 20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2_gguf", "gemma3_gguf"])
 def test_two_workers_compute_what_one_does_of_a_real_model(
-    name: str, request: pytest.FixtureRequest, harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    name: str, request: pytest.FixtureRequest, harness: Callable[..., Any], set_engine: Callable[..., None]
 ) -> None:
     """Gemma has a single key-value head, which both have."""
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+    set_engine(cpu_kernels=False)
     compare({name: request.getfixturevalue(name)}, harness, 64 << 20)
 
 
 def test_a_model_is_loaded_beside_one_whose_steps_go_on(
-    make_checkpoint: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
+    make_checkpoint: Callable[..., pathlib.Path],
 ) -> None:
     """A rank that came first to where the ranks of the second meet would be missed in the sums of the first."""
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
     paths = {"first": make_checkpoint("llama"), "second": make_checkpoint("qwen3")}
     specs = {name: ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=4 << 20) for name in paths}
 

@@ -75,10 +75,7 @@ def test_what_is_no_number_is_none_in_int8(harness: Callable[..., Any], tiny_lla
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cpu:0"])
-def test_only_the_kernels_of_the_cpu_keep_int8(
-    device: str, tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+def test_only_the_kernels_of_the_cpu_keep_int8(device: str, tiny_llama: pathlib.Path) -> None:
     with pytest.raises(InvalidRequestError, match=f"on {device}") as caught:
-        plan_memory(read_config(tiny_llama), ModelSpec("m", "x", kv_dtype="int8"), device, 1 << 33)
+        plan_memory(read_config(tiny_llama), ModelSpec("m", "x", kv_dtype="int8"), device, 1 << 33, cpu_kernels=False)
     assert caught.value.param == "kv_dtype"

@@ -18,10 +18,10 @@ PROMPT = list(range(3, 43))
 
 
 @pytest.fixture(autouse=True)
-def ten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def ten_steps(monkeypatch: pytest.MonkeyPatch, set_engine: Callable[..., None]) -> None:
     """Have multi-step decodes of ten steps, however fast the machine is, and no speculation in their place."""
     monkeypatch.setattr(StepTimer, "step_s", lambda *_: MULTI_STEP_S / 10.5)
-    monkeypatch.setenv("NEURON_SPECULATION", "off")
+    set_engine(speculation=False)
 
 
 def lengths(driver: Any) -> list[int]:

@@ -103,9 +103,9 @@ def test_preemption_changes_no_token(
 
 
 def test_a_nan_clears_only_its_own_pages(
-    harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    harness: Callable[..., Any], tiny_llama: pathlib.Path, set_engine: Callable[..., None]
 ) -> None:
-    monkeypatch.setenv("NEURON_CPU_KERNELS", "off")  # whose weights a test can reach
+    set_engine(cpu_kernels=False)  # whose weights a test can reach
     driver = loaded(harness, tiny_llama)
     expected = run(driver, {1: {"prompt": SYSTEM, "max_tokens": 10}})[1]
     driver.engine._models["m"].runner._weights.embedding[130] = float("nan")

@@ -284,14 +284,14 @@ def test_an_index_that_is_down(monkeypatch: pytest.MonkeyPatch, tmp_path: pathli
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"NEURON_CACHE": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
+        ({"CACHE_DIRECTORY": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a/weights"),
         ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/neuron"),
         ({"HOME": "/c"}, "/c/.cache/neuron"),
-        ({}, "/var/cache/neuron"),
+        ({}, "/var/cache/neuron/weights"),
     ],
 )
 def test_where_downloads_go(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str) -> None:
-    for name in ("NEURON_CACHE", "XDG_CACHE_HOME", "HOME"):
+    for name in ("CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

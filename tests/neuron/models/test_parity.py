@@ -1,7 +1,6 @@
 """The engine against transformers on the same weights: logits of every step, and the tokens they lead to."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -123,12 +122,12 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.fixture(params=["eager", *native.levels()], autouse=True)
-def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def executor(request: pytest.FixtureRequest, set_engine: Callable[..., None]) -> None:
     """Eager torch, and the native kernels at every level that this processor has."""
     if request.param == "eager":
-        monkeypatch.setenv("NEURON_CPU_KERNELS", "off")
+        set_engine(cpu_kernels=False)
     else:
-        monkeypatch.setenv("NEURON_CPU_LEVEL", request.param)
+        set_engine(cpu_level=request.param)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -193,18 +192,22 @@ def test_a_real_model_is_what_transformers_computes(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL_MODELS)
 def test_how_a_real_model_is_run_does_not_show(
-    name: str, request: pytest.FixtureRequest, harness: Any, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    request: pytest.FixtureRequest,
+    harness: Any,
+    set_engine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prefix cache, chunks, one or sixteen streams, speculation: the same greedy tokens."""
-    if "NEURON_CPU_LEVEL" not in os.environ or os.environ["NEURON_CPU_LEVEL"] != native.levels()[0]:
+    if harness.settings.cpu_level != native.levels()[0]:
         pytest.skip("once, on the fastest kernels")
     path: pathlib.Path = request.getfixturevalue(name)
     monkeypatch.setattr(Speculation, "_depth", lambda self, decoding, able, available: min(3, max(available)))
     random = np.random.default_rng(9)
     prompts = [REAL_MODELS[name] * 3, *(random.integers(1000, 40_000, size).tolist() for size in (70, 130))]
     found = []
-    for speculates in ("off", "on"):
-        monkeypatch.setenv("NEURON_SPECULATION", speculates)
+    for speculates in (False, True):
+        set_engine(speculation=speculates)
         for prefix_cache in (False, True):
             for step_tokens in (40, 512):
                 driver = harness()
@@ -223,5 +226,5 @@ def test_how_a_real_model_is_run_does_not_show(
                 found.append([outputs[number] for number in range(3)])
                 assert all(outputs[10 + number] == outputs[number % 3] for number in range(16))
                 speculation = model.speculation
-                assert (speculation is not None and speculation.num_accepted > 0) == (speculates == "on")
+                assert (speculation is not None and speculation.num_accepted > 0) == speculates
     assert all(tokens == found[0] for tokens in found)

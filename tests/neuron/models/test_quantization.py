@@ -13,7 +13,7 @@ import torch
 
 from cortex.wire.errors import ApiError, InvalidRequestError
 from cortex.wire.node import ModelSpec
-from neuron.models import decoder, packed, quantization
+from neuron.models import decoder, quantization
 from neuron.models.config import ModelConfig
 from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
@@ -275,15 +275,13 @@ def test_values_stored_finer_than_queries_are_a_part_of_their_own(
     source.close()
 
 
-def test_what_quant_may_be(
-    gguf_of: Callable[..., pathlib.Path], make_checkpoint: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_quant_may_be(gguf_of: Callable[..., pathlib.Path], make_checkpoint: Callable[..., pathlib.Path]) -> None:
     folder = make_checkpoint(**WIDE)
     floats, blocks = open_weights(folder), open_weights(gguf_of("Q8_0"))
 
-    def plan(source: WeightSource, quant: str, device: str = "cuda:0", dtype: str = "auto") -> str:
+    def plan(source: WeightSource, quant: str, device: str = "cuda:0", dtype: str = "auto", **options: bool) -> str:
         spec = ModelSpec("m", "x", quant=quant, dtype=dtype)
-        return plan_memory(source.config, spec, device, 8 << 30).quant
+        return plan_memory(source.config, spec, device, 8 << 30, **options).quant
 
     assert [plan(floats, quant) for quant in ("auto", "none", "int8")] == ["none", "none", "int8"]
     assert [plan(blocks, quant) for quant in ("auto", "none")] == ["stored", "none"]
@@ -298,8 +296,7 @@ def test_what_quant_may_be(
             plan(source, quant, device)
         assert isinstance(caught.value, ApiError)
         assert caught.value.info().param == "quant"
-    monkeypatch.setenv(packed.SWITCH, "off")
-    assert plan(floats, "int4", "cpu:0") == "int4"
+    assert plan(floats, "int4", "cpu:0", cpu_kernels=False) == "int4"
     floats.close()
     blocks.close()
 

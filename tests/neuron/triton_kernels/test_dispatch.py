@@ -21,10 +21,8 @@ def test_cuda_gets_kernels_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("triton")
     from neuron.triton_kernels.triton_operations import TritonOperations
 
-    monkeypatch.delenv("NEURON_TRITON", raising=False)
     assert isinstance(dispatch.operations_for(CUDA, torch.bfloat16), TritonOperations)
-    monkeypatch.setenv("NEURON_TRITON", "off")
-    assert dispatch.operations_for(CUDA, torch.bfloat16) is dispatch.EAGER
+    assert dispatch.operations_for(CUDA, torch.bfloat16, triton=False) is dispatch.EAGER
 
 
 def test_a_host_without_cuda_imports_no_triton() -> None:
