@@ -103,7 +103,7 @@ _log = logging.getLogger("neuron.api")
 
 DIALECTS = (CHAT.name, COMPLETIONS.name, EMBEDDINGS.name, RESPONSES.name, MESSAGES.name)
 HOLD_SHARE = 2 / 3
-"""Of the time for which headers are held: a gateway has not sent its own by then, and can say what a node's say."""
+"""Share of the time for which headers are held: a gateway has not sent its own by then, and can forward a node's."""
 
 _PRIORITY = re.compile(rb"[+-]?[0-9]{1,9}")
 _Request = TypeVar("_Request", InferenceRequest, EmbeddingRequest)
@@ -336,7 +336,7 @@ class Api:
         with self._service.models.use(request.model) as model:
             record.model = request.model
             found = await until_disconnect(exchange, model.embed(request))
-            record.see([Started(found.prompt_tokens, 0), Finished(FinishReason.STOP, 0)])
+            record.observe([Started(found.prompt_tokens, 0), Finished(FinishReason.STOP, 0)])
             name = _name(exchange, request)
             body = openai_embeddings.reply(name, found.vectors, found.prompt_tokens, is_base64=call.is_base64)
             await exchange.reply(200, body)
@@ -407,7 +407,7 @@ class Api:
             record.model = request.model
             request = self._readable(exchange, request, model)
             num_tokens = await until_disconnect(exchange, model.count_tokens(request))
-            record.see([Started(num_tokens)])
+            record.observe([Started(num_tokens)])
             await _reply(exchange, {**told, "input_tokens": num_tokens})
 
     async def _stream(
@@ -484,7 +484,7 @@ class Api:
             run = model.infer(requests[0]) if len(requests) == 1 else infer_all(model, requests)
             async with aclosing(run) as batches:
                 async for events in batches:
-                    record.see(events)
+                    record.observe(events)
                     yield events
 
 

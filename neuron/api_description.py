@@ -1,4 +1,4 @@
-"""What a neuron answers, for ``/openapi.json``. A test holds it against the paths that are served."""
+"""Description of the API for ``/openapi.json``. A test compares it with the served paths."""
 
 from cortex.dialects import openapi
 from cortex.dialects.openapi import LIST, OBJECT, Operation, object_with

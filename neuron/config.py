@@ -1,7 +1,7 @@
-"""``neuron.toml``: what an operator says of one daemon, checked before anything starts.
+"""``neuron.toml``: the configuration of a daemon, checked before anything starts.
 
-All of it has defaults, so a daemon runs without a file. Layers as in :mod:`cortex.settings`, with ``NEURON_`` as the
-prefix of the environment (``NEURON_DAEMON__LISTEN``).
+Every key has a default, so a daemon runs without a file. Overrides as in :mod:`cortex.settings`, with the prefix
+``NEURON_`` in the environment (``NEURON_DAEMON__LISTEN``).
 """
 
 import os
@@ -26,15 +26,15 @@ SYSTEM_PATH = "/etc/neuron/neuron.toml"
 
 
 class PrefixSharing(StrEnum):
-    """Whose prompts share the beginnings they have in common."""
+    """Scope within which prompts share KV pages of equal prefixes."""
 
     PRINCIPAL = "principal"
-    """Those of one principal, and those of all who have none."""
+    """Prompts of the same principal; requests without a principal count as the same."""
     ALL = "all"
-    """Those of everybody: faster, and whoever asks can find out what others have asked."""
+    """All prompts: faster, but a client can detect the prompts of others by timing."""
 
     def salt(self, principal: str, own: str = "") -> str:
-        """Return what only prompts that may share have in common; ``own`` is the client's."""
+        """Return the hash salt that only prompts which may share have in common; ``own`` is the client's salt."""
         parts = (principal if self is PrefixSharing.PRINCIPAL else "", own)
         return "\n".join(parts) if any(parts) else ""
 
@@ -51,45 +51,45 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Folder for downloaded weights. Empty: ``weights`` in the service's cache, or ``neuron`` in the user's."""
     log_format: LogFormat = LogFormat.TEXT
     trace_endpoint: str = ""
-    """Of an OpenTelemetry collector (OTLP over HTTP), which gets a span of each request. Empty: none is made."""
+    """Address of an OpenTelemetry collector (OTLP over HTTP), which receives a span of each request. Empty: none."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
     body_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = BODY_TIMEOUT_S
-    """How long the body of a request may take, beside a second for each 64 KiB of it."""
+    """Time for the body of a request to arrive, plus a second for each 64 KiB."""
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
     """Choices of requests that may wait for a slot, for each model, before more are told to come back later."""
     prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL
-    """Whose prompts share the beginnings that they have in common in the cache: those of one principal, or all."""
+    """Scope of the prefix cache."""
     max_models: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
-    """Models this node knows at a time, loaded or not; beyond it the one out of use for longest is forgotten."""
+    """Models in the node's table, loaded or not; beyond it the least recently used unloaded model is forgotten."""
     failed_kept_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0
-    """How long a model whose load failed is listed with its error; models of the configuration stay."""
+    """Time for which a failed load is listed with its error; configured models are always listed."""
     drain_timeout_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
-    """How long running requests may go on after SIGTERM."""
+    """Time for running requests after SIGTERM."""
     step_limit_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0
-    """A step of a device worker that takes longer has hung: the worker is replaced. 0: no limit."""
+    """Time after which a step of a device worker has hung and the worker is replaced. 0: no limit."""
     collective_limit_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
-    """How long a device waits for the others that hold a model with it before their workers are replaced."""
+    """Time for which a rank waits for the others before all workers of the group are replaced."""
     stop_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
-    """How long a device worker may take to end before it is killed."""
+    """Time for a device worker to exit before it is killed."""
     hold_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
-    """How long a model that was just loaded is kept for those it was loaded for to use it."""
+    """Time for which a newly loaded model is kept for the requests that caused the load."""
     linger_s: Annotated[float, msgspec.Meta(ge=0)] = 0.5
-    """How long after its last request a model is kept while another waits for its room."""
+    """Time after its last request for which a model is kept while another waits for its memory."""
     patience_s: Annotated[float, msgspec.Meta(ge=0)] = 20.0
-    """How long a busy model still takes requests while another waits for its room."""
+    """Time for which a busy model still accepts requests while another waits for its memory."""
     defrag_idle_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0
-    """How long the models of a device must have been idle before its worker is replaced (``defrag_after_cycles``)."""
+    """Time for which the models of a device must be idle before its worker is replaced (``defrag_after_cycles``)."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names by which callers without a secret reach the daemon, beyond addresses, its host's name and private ones."""
+    """Host names accepted from callers without a secret, beyond addresses, the host's own name and private names."""
     secret_file: str = ""
-    """A file whose first line everyone must send as ``Authorization: Bearer``, but for ``/health``. Empty: nobody."""
+    """File whose first line callers must send as ``Authorization: Bearer``, except for ``/health``. Empty: none."""
     tls_certificate: str = ""
-    """PEM files; with them the API is served over TLS."""
+    """PEM file of the certificate; with it the API is served over TLS."""
     tls_key: str = ""
 
 
 class ModelSettings(LoadRequest, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One of ``[[models]]``: a model this node knows, loaded at start if ``preload``."""
+    """An entry of ``[[models]]``: a model of the node's table, loaded at start if ``preload``."""
 
     preload: bool = True
 

@@ -1,14 +1,14 @@
-"""The errors of the daemon, beside those every process shares (:mod:`cortex.wire.errors`).
+"""The errors of the daemon, beside the errors that all processes share (:mod:`cortex.wire.errors`).
 
-Each has a stable code and an HTTP status; the message says what happened, with the value, and what can be done. Those
-of models and of the engine are beside them, since a worker process has no use for these.
+Each has a stable code and an HTTP status; the message has the cause, the value and the remedy. The errors of models and
+of the engine are beside them, since a worker process does not use these.
 """
 
 from cortex.wire.errors import ApiError, InvalidRequestError, UnavailableError, UnprocessableError
 
 
 class ListenError(ApiError):
-    """The daemon's address is taken, or not of this host."""
+    """The daemon's address is in use, or does not belong to this host."""
 
     code = "cannot_listen"
 
@@ -17,13 +17,13 @@ class ListenError(ApiError):
 
 
 class DeviceListError(InvalidRequestError):
-    """A list of devices does not parse or names one twice."""
+    """A list of devices does not parse or names a device twice."""
 
     code = "invalid_device"
 
 
 class UnknownDeviceError(DeviceListError):
-    """A device was named that this host does not have."""
+    """This host has no such device."""
 
     code = "unknown_device"
 
@@ -41,7 +41,7 @@ class DeviceWorkerLostError(UnavailableError):
 
 
 class DeviceWorkerNotReadyError(UnavailableError):
-    """The process that owns the device takes no work now: it starts, recovers or was stopped."""
+    """The process that owns the device accepts no work now: it starts, recovers or was stopped."""
 
     code = "device_worker_not_ready"
 
@@ -50,7 +50,7 @@ class DeviceWorkerNotReadyError(UnavailableError):
 
 
 class InvalidSourceError(InvalidRequestError):
-    """A source that is none of the forms this project reads."""
+    """The source has none of the supported forms."""
 
     code = "invalid_source"
 
@@ -68,7 +68,7 @@ class SourceUnavailableError(UnavailableError):
 
 
 class HashMismatchError(UnprocessableError):
-    """What was downloaded is not what was asked for."""
+    """The hash of the download is not the expected one."""
 
     code = "hash_mismatch"
 
@@ -77,44 +77,44 @@ class HashMismatchError(UnprocessableError):
 
 
 class ModelConflictError(UnprocessableError):
-    """A model of this name is here already, with another source or limits."""
+    """A model of this name is already in the table, with another source or limits."""
 
     code = "model_conflict"
 
 
 class ModelNotReadyError(UnavailableError):
-    """The model is on its way in or out; asking for it to be loaded waits for it."""
+    """The model is loading or draining; a load request waits for it."""
 
     code = "model_not_ready"
 
 
 class GenerationConflictError(ApiError):
-    """An unload means a load of the model that is not here any more."""
+    """An unload names a load of the model that is no longer the last."""
 
     status = 409
     code = "generation_conflict"
 
 
 class NoRoomError(UnavailableError):
-    """The model does not fit beside what is loaded, and nothing may be evicted for it."""
+    """The model does not fit beside the loaded models, and none may be evicted for it."""
 
     code = "no_room"
 
 
 class TooManyModelsError(UnavailableError):
-    """The node knows as many models as it keeps, and none of them can be forgotten."""
+    """The table of models is full, and none of them can be forgotten."""
 
     code = "too_many_models"
 
 
 class ModelFailedError(UnavailableError):
-    """The model's last load failed; asking for it to be loaded tries again."""
+    """The model's last load failed; a load request retries it."""
 
     code = "model_failed"
 
 
 class AnswerCutError(UnavailableError):
-    """The model left before its answer was complete: it was unloaded, or the daemon stopped."""
+    """The model was unloaded, or the daemon stopped, before its answer was complete."""
 
     code = "answer_cut"
 
@@ -123,7 +123,7 @@ class AnswerCutError(UnavailableError):
 
 
 class UnsupportedTokenizerError(UnprocessableError):
-    """The files hold no tokenizer this project can rebuild."""
+    """The files hold no supported tokenizer."""
 
     code = "unsupported_tokenizer"
 
@@ -141,6 +141,6 @@ class TemplateError(UnprocessableError):
 
 
 class PromptTooCostlyError(InvalidRequestError):
-    """Making tokens of the text takes more time or memory than a request may take."""
+    """Tokenising the text takes more time or memory than a request may take."""
 
     code = "prompt_too_costly"

@@ -1,7 +1,7 @@
 """The daemon's Prometheus metrics and its one log line for each finished request.
 
-Series of a model are removed when it is unloaded; one that a late request makes anew is not shown. What is true now is
-read at each scrape. No prompt text ever comes here.
+Series of a model are removed when it is unloaded; a series that a late request creates anew is not shown. Gauges are
+read at each scrape. No prompt text is logged.
 """
 
 import logging
@@ -80,7 +80,7 @@ def render(models: Sequence[ModelStatus], workers: Sequence[WorkerHealth], devic
 
 
 class _Counted(Collector):
-    """What was counted, but for models that are not here (any more)."""
+    """Counted metrics, without those of models that are not loaded."""
 
     def __init__(self, models: frozenset[str]) -> None:
         self._models = models | {""}
@@ -140,13 +140,13 @@ class _Snapshot(Collector):
 
 
 def forget_model(model: str) -> None:
-    """Remove every series of a model that is gone."""
+    """Remove every series of an unloaded model."""
     for metric in _OF_A_MODEL:
         metric.remove_by_labels({"model": model})
 
 
 class RequestRecord:
-    """What one request cost, noted while its events pass, written down once at its end."""
+    """Figures of a request, gathered from its events and logged once at its end."""
 
     def __init__(self, request_id: str, dialect: str, trace: Trace | None = None) -> None:
         self._request_id = request_id
@@ -155,15 +155,15 @@ class RequestRecord:
         self._arrived = time.monotonic()
         self._first_token_s: float | None = None
         self.model: str | None = None
-        """Set once the model is known to exist: unknown names must not become label values."""
+        """Name of the model, set once it is found: unknown names must not become label values."""
         self.is_stream = False
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.output_tokens = 0
         self.finish = ""
 
-    def see(self, events: Sequence[InferenceEvent]) -> None:
-        """Note a batch of events."""
+    def observe(self, events: Sequence[InferenceEvent]) -> None:
+        """Count a batch of events."""
         for event in events:
             match event:
                 case Started(prompt_tokens, cached_tokens):

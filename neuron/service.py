@@ -1,7 +1,7 @@
 """The life of the daemon: listen, start the workers, bring models up, serve, drain.
 
 The listener is bound before anything warms up, so that a probe sees ``starting`` rather than a refused connection. The
-service owns the workers, the text processes and the table of models; what a request means is the API's.
+service owns the workers, the text processes and the table of models; requests are read by the API.
 """
 
 import asyncio
@@ -60,10 +60,10 @@ _log = logging.getLogger("neuron.service")
 
 STOPPING_RETRY_AFTER_S = 5.0
 HOUSEKEEPING_S = 0.5
-"""How often idle models and workers that are due for replacement are looked for."""
+"""Interval of the checks for idle models and for workers that are due for replacement."""
 LISTEN_CHECK_S = 0.05
 MAX_CONNECTIONS = 16384
-"""Served at a time. Granian's own limit is the backlog: at 1,024 streams a node would not even answer its polls."""
+"""Connections served at a time. Granian's own limit is the backlog: at 1,024 streams a node would answer no poll."""
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 """torch's threads wait for each other by spinning, for milliseconds unless told otherwise. Where other programs want
 the cores that is ruin: at a load of 7 on two cores, decode made 0.5-3 tokens/s, and 8-20 with this."""
@@ -80,7 +80,7 @@ START_RETRY_FIRST_S, START_RETRY_MAX_S = 2.0, 60.0
 
 
 class Service:
-    """One daemon. Construct, then :meth:`run` once."""
+    """The daemon. Construct, then :meth:`run` once."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Service:
         workers: Mapping[str, Worker] | None = None,
         look: Callable[[], probe.Host] = probe.probe,
     ) -> None:
-        """``harnesses`` replaces those that the configuration names, ``workers`` and ``look`` what is here (tests)."""
+        """``harnesses``, ``workers`` and ``look`` (a probe of the host) replace the configured ones in tests."""
         self._config = config
         self._look = look
         self._is_closed = False
@@ -98,7 +98,7 @@ class Service:
         self.guard = Guard(hosts=(config.daemon.name, *config.daemon.allowed_hosts))
         self.body_timeout_s = config.daemon.body_timeout_s
         self.secret = read_secret(config.daemon.secret_file, "neuron.toml", "daemon.secret_file")
-        """What callers must send; empty: nothing."""
+        """Secret that callers must send; empty: none."""
         self._started = time.monotonic()
         self._state = NodeState.STARTING
         self._stopping = asyncio.Event()
@@ -152,7 +152,7 @@ class Service:
         return await self.models.unload(asked.id, asked.drain_timeout_s, asked.generation)
 
     def drain(self, asked: DrainRequest) -> Health:
-        """Take no more requests and loads, while what runs goes on; or take them again."""
+        """Refuse new requests and loads while running ones finish, or accept them again."""
         self._is_closed = asked.draining
         _log.info("draining=%d", asked.draining)
         return self.health()
@@ -178,7 +178,7 @@ class Service:
         )
 
     def health(self) -> Health:
-        """Tell where the daemon is in its life."""
+        """Return the state of the daemon and its workers."""
         return Health(
             state=NodeState.DRAINING if self._is_closed else self._state,
             uptime_s=time.monotonic() - self._started,
@@ -190,7 +190,7 @@ class Service:
     # ------------------------------------------------------------------ life
 
     def stop(self) -> None:
-        """Begin an orderly end; safe to call again."""
+        """Begin an orderly shutdown; safe to call again."""
         self._stopping.set()
 
     async def run(self, app: Any) -> None:
@@ -203,9 +203,9 @@ class Service:
         serving = asyncio.create_task(server.serve())
         start = self._supervisor.start
         activation = start("activation", self._activate, is_restarted=False)
-        housekeeping = start("housekeeping", self._keep_house)
+        housekeeping = start("housekeeping", self._housekeep)
         stopping = asyncio.create_task(self._stopping.wait())
-        pulse = start("systemd pulse", self._tell_systemd)
+        pulse = start("systemd pulse", self._notify_systemd)
         lag = start("loop lag", lambda: watch_lag(metrics.LOOP_LAG.observe))
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -227,8 +227,8 @@ class Service:
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
 
-    async def _tell_systemd(self) -> None:
-        """Report that the API answers, which is before any model is up, and then that this loop is alive."""
+    async def _notify_systemd(self) -> None:
+        """Notify systemd once the API answers, which is before any model is loaded, and then that the loop is alive."""
         host, port = split_address(self.listen)
         while True:
             try:
@@ -243,7 +243,7 @@ class Service:
         await systemd.stay_alive()
 
     def _announce(self, host: str, port: int) -> None:
-        """Say in the log what has started, where it is reached, and on what it runs models."""
+        """Log the version, address and devices."""
         daemon = self._config.daemon
         fields = {
             "version": __version__,
@@ -257,7 +257,7 @@ class Service:
         _log.info("started", extra={"fields": fields})
 
     async def _activate(self) -> None:
-        """Start the workers, then bring up the models that the configuration asks for."""
+        """Start the workers, then load the configured models."""
         preload = [entry for entry in self._config.models if entry.preload]
         for entry in self._config.models:
             if entry.harness in self._harnesses:
@@ -317,8 +317,8 @@ class Service:
         finally:
             self._activating.discard(asked.id)
 
-    async def _keep_house(self) -> None:
-        """Unload what has been idle for too long, and replace workers that are due for it."""
+    async def _housekeep(self) -> None:
+        """Unload models that have been idle for too long, and replace workers that are due for it."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
             await self.models.unload_idle()
@@ -326,14 +326,14 @@ class Service:
             await self._evictor.tidy(self._config.daemon.defrag_idle_s)
 
     async def _recycle(self, device: str) -> None:
-        """Replace a worker by a fresh one; returns when that is ready, however many tries it takes."""
+        """Replace a worker; return when the new one is ready, however many tries it takes."""
         worker = self._workers[device]
         await worker.stop(self._config.daemon.stop_timeout_s)
         await self._start(worker)
         worker.recycles += 1
 
     async def _drain(self) -> None:
-        """Close admission and give running requests their time."""
+        """Close admission and wait for running requests, within the limit."""
         self._state = NodeState.DRAINING
         busy = [entry for entry in self.models.entries() if entry.running]
         _log.info("draining requests=%d", sum(entry.running for entry in busy))
@@ -344,7 +344,7 @@ class Service:
                 wait.cancel()
 
     def _find_harnesses(self) -> dict[str, Harness]:
-        """Return what runs models here; nothing in an installation of the gateway alone, which the log then says."""
+        """Return the harnesses; none in an installation of the gateway alone, which is logged."""
         daemon = self._config.daemon
         if missing := missing_for_neuron():
             self._no_harness = f"not installed here: {', '.join(missing)} ({INSTALL})"
@@ -400,7 +400,7 @@ def _boot_id() -> str:
 
 
 def _server(app: Any, daemon: DaemonSettings) -> Server:
-    """Return the embedded HTTP server, after a look whether its address is free: Granian would share it silently."""
+    """Return the embedded HTTP server, if its address is free: Granian would share it silently."""
     listen = daemon.listen
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")

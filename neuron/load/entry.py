@@ -1,4 +1,4 @@
-"""One model in a node's table: its specification, state and figures, and its status as the API shows it."""
+"""A model in a node's table: its specification, state and figures, and its status as the API shows it."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ class Retention:
 
 @dataclass
 class Entry:
-    """One model on this node."""
+    """A model of this node."""
 
     spec: ModelSpec
     harness: Harness

@@ -1,4 +1,4 @@
-"""One load, from a spec to a ready model: fetch the weights, measure them, free memory, have the harness load them.
+"""A load, from a spec to a ready model: fetch the weights, measure them, free memory, have the harness load them.
 
 Progress is one fraction: the first half is the download where there is one, the rest the load. The table
 (:mod:`neuron.load.table`) decides on loads and runs each once. Every exception that a model's files cause becomes an

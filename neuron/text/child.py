@@ -16,7 +16,7 @@ READY_TIMEOUT_S: Final = 60.0
 WALL_FACTOR, WALL_LEAST_S = 4.0, 20.0
 """A job may take so many times its CPU time by the clock, and at least so long, on a machine that has other work."""
 ENVIRONMENT: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""One thread: limits of CPU time are of a process, and the daemon has other processes for other jobs."""
+"""Environment for a single thread: CPU time is limited by process, and other jobs have other processes."""
 NO_TRACES: Final = {"RUST_BACKTRACE": "0"}
 """A death by a limit is no bug of the library that it comes upon, whose frames would fill the log."""
 
@@ -43,7 +43,7 @@ class Death(Exception):
 
 
 class TextProcess:
-    """One process by ``name``, and those that take its place."""
+    """A process called ``name``, and its replacements."""
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""What a client sends stays text, whatever it spells: only a template's own words become a model's special tokens.
+"""Keep a client's text from becoming special tokens: only the text of a template itself becomes such tokens.
 
 A text that spells a control token is marked before the template sees it, with a code point that is nowhere in the
 request, behind each of the token's characters. A template trims, cuts and joins as it likes; what it makes of the

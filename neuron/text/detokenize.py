@@ -59,7 +59,7 @@ class Detokenizer:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._undecoded: list[int] = []
         self._known: list[int] = []
-        """One token that is text by itself, so that a stream which follows another is at no beginning."""
+        """A token that is text by itself, so that a restarted stream does not treat its text as a beginning."""
         self._choice = choice
         self._stop = tuple(stop)
         self._includes_stop = includes_stop

@@ -1,4 +1,4 @@
-"""How each byte-level vocabulary of GGUF cuts a text, by the name in ``tokenizer.ggml.pre``.
+"""Pre-tokenisation rules of GGUF's byte-level vocabularies, by the name in ``tokenizer.ggml.pre``.
 
 A GGUF file has the vocabulary and the merges of a ``tokenizer.json`` and one name for all else: what is normalised,
 what patterns cut, whether a word that is a piece is looked up before anything is merged, whether a text begins with a
@@ -86,4 +86,4 @@ RULES: Final[dict[str, Rules]] = {
     "tekken": Rules((_TEKKEN,), ignores_merges=True, begins=True),
     "deepseek-v3": Rules(_DEEPSEEK3),
 }
-"""By ``tokenizer.ggml.pre``."""
+"""Rules by ``tokenizer.ggml.pre``."""

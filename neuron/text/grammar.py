@@ -1,4 +1,4 @@
-"""What an answer must look like, as a grammar that the engine's masks are made of.
+"""The grammar that an answer must follow, from which the engine computes its masks.
 
 A request asks for JSON (any object, or by a schema), for a regular expression or a grammar, or that tools be called, in
 a form that :mod:`neuron.text.tools` reads back: Llama's own for such models, else the tagged one (Mistral's marker is a

@@ -1,4 +1,4 @@
-"""How much of a growing text must be held back because a marker may just have begun."""
+"""Length of the end of a growing text that must be held back, since it may begin a marker."""
 
 from collections.abc import Iterable
 

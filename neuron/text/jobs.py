@@ -1,4 +1,4 @@
-"""What a daemon and its text processes say to each other over their channel.
+"""Messages between a daemon and its text processes.
 
 Each message is one struct: towards a text process as JSON, since a client's numbers may be longer than MessagePack has,
 back as MessagePack. A *job* is answered by one message with its number, after any number of ``Phase``; ``Close`` is not
@@ -15,14 +15,14 @@ from cortex.wire.request import InferenceRequest
 
 
 class Limits(msgspec.Struct, frozen=True, array_like=True):
-    """What a job may take: CPU time, and memory beyond what the process has when it begins."""
+    """Limits of a job: CPU time, and memory beyond that of the process at its start."""
 
     cpu_s: float
     data_bytes: int
 
 
 class Step(StrEnum):
-    """What a text process is at: whom to blame if it dies there."""
+    """Step of a job in a text process; it names the cause if the process dies there."""
 
     FILES = "files"
     TEMPLATE = "template"
@@ -112,23 +112,23 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase"):
-    """The job has come to another step than its first."""
+    """Notice that the job has begun another step."""
 
     step: Step
 
 
 class TextDescription(msgspec.Struct, frozen=True):
-    """What the daemon needs to know of a model's text side, and to read answers.
+    """Description of a model's text side, with all that the daemon needs to decode answers.
 
-    ``decoder`` is a ``tokenizer.json`` of the vocabulary without what makes ids from text. ``token_bytes`` are the
-    bytes of all tokens in a row, ``token_ends`` where each ends, int64.
+    ``decoder`` is a ``tokenizer.json`` that only decodes. ``token_bytes`` are the bytes of all tokens in a row,
+    ``token_ends`` their ends as int64.
     """
 
     can_chat: bool
     call_form: str
     tags: tuple[str, str] | None
     tag_ids: tuple[int, int] | None
-    """Of the tags, where they are tokens."""
+    """Ids of the tags, where they are tokens."""
     markers: dict[int, str]
     decoder: bytes
     token_bytes: bytes

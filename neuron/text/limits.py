@@ -17,7 +17,7 @@ from typing import Final
 from neuron.text.jobs import Limits
 
 STACK_BYTES: Final = 8 << 20
-"""Of a text process. Whoever compiles a grammar that was tried there needs at least this much."""
+"""Stack of a text process. A process that compiles a grammar checked there needs at least as much."""
 GROWN_BYTES: Final = 48 << 20
 """A process that has grown by more than this in a job gives back what it can."""
 

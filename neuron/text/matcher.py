@@ -25,8 +25,8 @@ Mask = npt.NDArray[np.int32]
 MAX_MASK_S: Final = 0.1
 """CPU time of one mask. They take 10-100 us; a step of all other sequences waits for it."""
 TRIED_TOKENS: Final = 8
-"""How far a grammar is followed before a request with it is admitted: some only become costly behind their first
-token (``(a{1000}){1000}`` takes 0.9 s and 220 MiB there)."""
+"""Number of tokens for which a grammar is followed before its request is admitted: some only become costly behind
+their first token (``(a{1000}){1000}`` takes 0.9 s and 220 MiB there)."""
 KEPT_GRAMMARS: Final = 8
 """Compiled grammars kept for each model: the choices of one request share one, and so do a client's calls in turn."""
 KEPT_SOURCE_BYTES: Final = 64 << 10
@@ -39,7 +39,8 @@ _LIMITS: Final[dict[str, Any]] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-"""Of llguidance's defaults (200,000, 50,000, 250,000, 500,000) a single mask can take 0.7 s and a sequence 500 MB."""
+"""Limits of llguidance. With its defaults (200,000, 50,000, 250,000, 500,000) a mask can take 0.7 s and a sequence
+500 MB."""
 
 
 class Vocabulary:

@@ -1,4 +1,4 @@
-"""The whole text side of one model in a text process: prompts, counts and grammars, and what the daemon is told of it.
+"""The whole text side of one model in a text process: prompts, counts, grammars, and its description for the daemon.
 
 Everything foreign that reads a client's text is behind this: the model's template, its tokenizer, the compiler of
 grammars. It is used in a process whose time, memory and stack are bounded; nothing here bounds them. No torch.
@@ -46,13 +46,13 @@ KNOWN_GRAMMARS: Final = 64
 """Grammars remembered as tried, so that a client that sends its schema with each request waits for it once."""
 
 MAX_DECODER_STEPS: Final = 8
-"""Of what makes text from tokens. SentencePiece takes four."""
+"""Steps of a decoder. SentencePiece takes four."""
 MAX_GROWTH: Final = 4
-"""How many characters the steps of it may make of one."""
+"""Characters that the steps of a decoder may make of one."""
 
 _T = TypeVar("_T")
 Announce = Callable[[Step], None]
-"""Tells the daemon what comes next."""
+"""Function that reports the next step to the daemon."""
 
 
 class ModelText:

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 
 PIECE_CHARS: Final = 16 << 10
 SPACES: Final = ("\u2581", "\u0120")
-"""What vocabularies write for a space."""
+"""Characters that stand for a space in vocabularies."""
 MARGIN_CHARS: Final = 256
-"""What is so near to the end of a piece may be read otherwise with what follows it."""
+"""Characters at the end of a piece whose tokens may change with the text that follows."""
 
 
 class TooManyTokensError(Exception):

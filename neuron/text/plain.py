@@ -16,7 +16,7 @@ from neuron.text import pieces
 
 
 class Place(enum.Enum):
-    """Where in a prompt a piece of text stands, which decides whether a space is put before it."""
+    """Place of a piece of text in a prompt, which decides whether a space is put before it."""
 
     BEGINNING = "beginning"
     BEHIND_A_TOKEN = "behind a token"

@@ -43,9 +43,9 @@ from neuron.text.tools import CallForm
 MAX_WAITING: Final = 1024
 """Jobs that may wait in a lane before more are told to come back later."""
 MAX_WAITING_BYTES: Final = 256 << 20
-"""What these may hold."""
+"""Bytes of the waiting jobs of a queue."""
 SHARE_OF_ONE: Final = 4
-"""Of both, one principal has a quarter at most: the others find room."""
+"""Divisor of both limits for a single principal, so that others find space."""
 MAX_TRIES: Final = 2
 SHORT_BYTES: Final = 32 << 10
 """Requests up to this size are short: at most 0.05 s of CPU time."""
@@ -53,7 +53,7 @@ SEVERAL_CORES: Final = 4
 MANY_CORES: Final = 8
 
 OPEN_LIMITS: Final = Limits(cpu_s=30.0, data_bytes=2 << 30)
-"""Of a model's files; 262,144 pieces of SentencePiece take 4 s and 0.6 GiB."""
+"""Limits for reading a model's files; 262,144 pieces of SentencePiece take 4 s and 0.6 GiB."""
 SHORT_LIMITS: Final = Limits(cpu_s=3.0, data_bytes=128 << 20)
 LONG_LIMITS: Final = Limits(cpu_s=10.0, data_bytes=320 << 20)
 GRAMMAR_LIMITS: Final = Limits(cpu_s=2.0, data_bytes=96 << 20)
@@ -64,7 +64,7 @@ _T = TypeVar("_T")
 
 
 class Lane(Enum):
-    """Which processes a job waits for."""
+    """Queue that a job waits in, by its cost."""
 
     SHORT = "short"
     LONG = "long"
@@ -149,7 +149,7 @@ class TextModel:
         self.call_form = CallForm(description.call_form)
         self.tags = ReasoningTags(*description.tags) if description.tags else None
         self.tag_ids = description.tag_ids
-        """Of ``tags``, ``None`` where they are no tokens."""
+        """Ids of ``tags``; ``None`` where they are no tokens."""
         self.markers = description.markers
         self.vocabulary_digest = description.vocabulary_digest
 

@@ -39,11 +39,11 @@ from neuron.text.tokenizer import TextFiles
 from neuron.text.tools import MARKERS, form_of
 
 _TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""What a template raises of itself, or what it does with a conversation it was not written for."""
+"""Exceptions that a template raises, by itself or for a conversation it was not written for."""
 _RESERVED: Final = frozenset({"messages", "tools"})
 _SURROGATES: Final = re.compile("[\ud800-\udfff]")
 _SHORT_IDS: Final = re.compile(r"length\s*[!=]=\s*9\b")
-"""How Mistral's templates refuse the ids of others."""
+"""Check in Mistral's templates that refuses ids of other lengths."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Prompt:
 
 
 class PromptFormat:
-    """How one model wants its prompts. Immutable after construction; safe to use from several threads."""
+    """Prompt format of a model. Immutable after construction; safe to use from several threads."""
 
     def __init__(self, files: TextFiles, special: SpecialTokensInText = SpecialTokensInText.TEXT) -> None:
         self._files = files
@@ -71,7 +71,7 @@ class PromptFormat:
         self.tags = ReasoningTags() if source is not None and "<think>" in source else None
         """The tags around this model's reasoning, ``None`` for a model that does not reason."""
         self.call_form = form_of(source)
-        """How this model writes calls."""
+        """Form in which the model writes calls."""
         marked = {*MARKERS, *((self.tags.start, self.tags.end) if self.tags else ())}
         self.markers = {
             id: token.content

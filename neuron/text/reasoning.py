@@ -11,14 +11,14 @@ from neuron.text.holdback import held_back
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """What a model writes around its reasoning."""
+    """Tags that a model writes around its reasoning."""
 
     start: str = "<think>"
     end: str = "</think>"
 
 
 class Part(Enum):
-    """Which side of the tags a piece of text is on."""
+    """Section of an output that a piece of text belongs to."""
 
     REASONING = "reasoning"
     ANSWER = "answer"

@@ -42,12 +42,12 @@ _REFERENCES: Final = ("$ref", "$dynamicRef", "$recursiveRef")
 _APPLICATORS: Final = frozenset({"allOf", "anyOf", "oneOf", "if", "dependentSchemas", *_REFERENCES})
 _DEPENDENCIES: Final = ("dependentRequired", "dependentSchemas", "dependencies")
 _BEYOND_PATTERNS: Final = re.compile(r"\(\?<?[=!]|\(\?>|\\[bB1-9]|\\k<")
-"""What no automaton recognises: a look around, the edge of a word, a reference back."""
+"""Constructs that no automaton recognises: look-around, word boundary, back-reference."""
 _ESCAPES_AND_CLASSES: Final = re.compile(r"\\\\|\\\[|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
 
 
 class PreparedSchema:
-    """What becomes of one schema.
+    """A schema in the compiler's terms.
 
     ``schema`` refers to ``definitions``, which are to stand under ``$defs`` at the root of whatever it is put into.
     ``left_out`` names the keywords that no grammar can hold an answer to.
@@ -457,7 +457,7 @@ def _may_be(name: str, schema: Mapping[str, Any]) -> bool:
 
 
 class _Alternative:
-    """What tells one alternative from others, looked at once and not for each of them."""
+    """Features that tell an alternative from others, computed once."""
 
     __slots__ = ("constants", "listed", "types")
 

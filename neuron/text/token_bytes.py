@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 Step = Callable[[str], "str | bytes"]
-"""One step of a decoder on one piece; bytes are final."""
+"""Step of a decoder on a single piece; bytes are final."""
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
@@ -119,7 +119,7 @@ _CLEANED: Final = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
     (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
-"""What WordPiece's decoder tidies in each piece, as the ``tokenizers`` library has it."""
+"""Replacements of WordPiece's decoder in each piece, as in the ``tokenizers`` library."""
 
 
 def _stripped(content: str, start: int, stop: int, piece: str) -> str:

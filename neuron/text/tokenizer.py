@@ -22,7 +22,7 @@ from neuron.text.gguf_rules import RULES, Rules
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TextFiles:
-    """What a model brings for text. ``special_tokens`` holds the texts templates ask for (``bos_token``, ...)."""
+    """Text files of a model. ``special_tokens`` holds the texts that templates refer to (``bos_token``, ...)."""
 
     tokenizer: Tokenizer
     chat_template: str | None
@@ -35,9 +35,9 @@ class TextFiles:
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 MAX_PIECE_CHARS: Final = 4096
-"""Of a SentencePiece vocabulary: each split of a piece is looked at, so that long ones take quadratic time."""
+"""Longest piece of a SentencePiece vocabulary: the time to read a piece is quadratic in its length."""
 _SPACE: Final = "\u2581"
-"""What SentencePiece writes for a space."""
+"""Character that stands for a space in SentencePiece."""
 
 
 def load(path: pathlib.Path) -> TextFiles:

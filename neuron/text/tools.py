@@ -32,13 +32,13 @@ TOOL_CALLS = "[TOOL_CALLS]"
 ARGS = "[ARGS]"
 CALL_ID = "[CALL_ID]"
 MARKERS = (START, END, PYTHON_TAG, TOOL_CALLS, ARGS, CALL_ID)
-"""What may stand for a special token, which a tokenizer leaves out of its text."""
+"""Texts of markers that may be special tokens, which a tokenizer leaves out of its text."""
 
 MAX_HEAD_CHARS = 512
 
 
 class CallForm(Enum):
-    """How a model writes its calls beside the tagged form."""
+    """Form in which a model writes calls, beside the tagged form."""
 
     TAGGED = "tagged"
     LLAMA = "llama"
@@ -301,7 +301,7 @@ class ToolCallParser:
 
 
 class _NotACall(Exception):
-    """What was taken for the beginning of a call is text."""
+    """The text is not the beginning of a call after all."""
 
 
 def _read_head(text: str) -> tuple[str, int] | None:

@@ -1,4 +1,4 @@
-"""One call in the form of Qwen3-Coder: ``<function=NAME><parameter=KEY>value</parameter>...</function>``, as JSON.
+"""A call in the form of Qwen3-Coder: ``<function=NAME><parameter=KEY>value</parameter>...</function>``, as JSON.
 
 Values are written bare (:mod:`neuron.text.bare_values`): one that can be a string only is streamed as it comes, any
 other is told once it is whole. A value may hold what looks like a tag, as code does that reads this very form: a
@@ -33,7 +33,7 @@ _FOLLOWS: Final = {
     FUNCTION_END: (CALL_END, CALL, FUNCTION),
     CALL_END: (CALL, FUNCTION),
 }
-"""What may come behind a tag that closes something."""
+"""Tags that may follow each closing tag."""
 
 
 class XmlCall:

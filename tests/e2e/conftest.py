@@ -1,4 +1,4 @@
-"""One neuron with the real model and one gateway in front, for all end-to-end tests that leave them as they were."""
+"""A neuron with the real model and a gateway in front, for all end-to-end tests that leave them unchanged."""
 
 import pathlib
 from collections.abc import Iterator

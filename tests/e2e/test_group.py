@@ -1,4 +1,4 @@
-"""One model on two workers: what one worker says, a rank that is killed, a rank that hangs."""
+"""A model on two workers: the output of one worker, a rank that is killed, a rank that hangs."""
 
 import os
 import pathlib

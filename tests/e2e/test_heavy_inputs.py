@@ -30,7 +30,7 @@ MAX_BEYOND_IDLE_BYTES = 500_000_000
 ANSWER_S = 90.0
 GIVEN_BACK_S = 20.0
 KEPT_BYTES = 150_000_000
-"""What a cache may have grown by."""
+"""Growth allowed for caches."""
 
 MB = 1_000_000
 TEXT = {
@@ -170,7 +170,7 @@ REQUESTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 
 @dataclass
 class Bystander:
-    """What a client that streams meanwhile has seen, and what the daemons take."""
+    """Gaps in the stream of another client meanwhile, and the memory of the daemons."""
 
     processes: list[psutil.Process]
     seen: list[tuple[str, float, str]] = field(default_factory=list)

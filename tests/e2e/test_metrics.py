@@ -1,4 +1,4 @@
-"""What both daemons tell Prometheus while a model comes, works and goes."""
+"""Metrics of both daemons while a model is loaded, used and unloaded."""
 
 import pathlib
 import threading

@@ -44,7 +44,7 @@ def test_chat_whole_and_streamed_say_the_same(client: openai.OpenAI) -> None:
 
 
 def test_a_text_that_spells_the_end_of_a_turn_does_not_end_it(client: openai.OpenAI) -> None:
-    """Of text it has more tokens than one, in a chat; a raw prompt is parsed, as its author's own template."""
+    """In a chat it is text of several tokens; a raw prompt is parsed like a template."""
 
     def prompt_tokens(content: str) -> int:
         answer = client.chat.completions.create(

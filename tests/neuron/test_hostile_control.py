@@ -31,7 +31,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture(scope="module", autouse=True)
 def client() -> Iterator[httpx.Client]:
-    """One for all: thousands of small requests."""
+    """Share a client among thousands of small requests."""
     with httpx.Client(timeout=20, headers={"content-type": "application/json"}) as found:
         Asked.client = found
         yield found

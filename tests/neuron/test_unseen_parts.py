@@ -1,4 +1,4 @@
-"""What a model cannot take: refused in the user's newest words, a line of text in everything before them."""
+"""Content that a model cannot take: refused in the newest message of the user, a line of text in earlier ones."""
 
 import asyncio
 from collections.abc import Callable

@@ -23,7 +23,7 @@ from neuron.text.tools import CallForm
 
 @pytest.fixture(scope="module")
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte, so that every character and tag is cut everywhere."""
+    """A tokenizer with a token for each byte, so that every character and tag is cut everywhere."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|end|>": 0} | {token: i + 1 for i, token in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

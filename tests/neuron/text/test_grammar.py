@@ -1,4 +1,4 @@
-"""Which requests get a grammar, and how those that cannot are refused."""
+"""Grammars of requests, and refusals of requests that cannot have one."""
 
 import json
 from typing import Any

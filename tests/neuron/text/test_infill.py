@@ -1,4 +1,4 @@
-"""How models are asked to fill in: by the tokens that their vocabulary has for it, or not at all."""
+"""Prompts for filling in: by the tokens that a vocabulary has for it, or not at all."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""What the daemon is given of a tokenizer to read answers with: nothing that runs without bounds."""
+"""The decoder that the daemon receives: nothing in it runs without bounds."""
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models

@@ -1,4 +1,4 @@
-"""What a chat template is given, with templates as models bring them: strict about turns, tools and thinking."""
+"""Input of chat templates, with real templates: strict about roles, tools and thinking."""
 
 import json
 from typing import Any

@@ -108,7 +108,7 @@ def test_prompts_are_those_of_transformers(folder: pathlib.Path, files: TextFile
 
 
 def told(files: TextFiles, text: str) -> list[InferenceEvent]:
-    """What the model said, token by token, as events."""
+    """Return the events of an output, token by token."""
     prompts = PromptFormat(files)
     detokenizer = Detokenizer(
         files.tokenizer,
