@@ -1,8 +1,8 @@
-"""``cortex.toml`` and ``models.toml``: what an operator says, checked before anything starts.
+"""``cortex.toml`` and ``models.toml``: the operator's configuration, checked before anything starts.
 
-Layers and their errors are those of :mod:`cortex.settings`, with ``CORTEX_`` as the environment's prefix
-(``CORTEX_GATEWAY__LISTEN``). This module checks values and pairs of them; what the catalogue means is
-:mod:`cortex.fleet.catalogue`'s.
+Layers and errors are of :mod:`cortex.settings`, with ``CORTEX_`` as the environment's prefix
+(``CORTEX_GATEWAY__LISTEN``). This module checks values and pairs of them; :mod:`cortex.fleet.catalogue` interprets the
+catalogue.
 """
 
 import os
@@ -23,36 +23,36 @@ from cortex.wire.node import Duration, EvictionStrategy, ModelSpec, Priority, sp
 
 ENVIRONMENT_PREFIX = "CORTEX_"
 CONFIG_VARIABLE = "CORTEX_CONFIG"
-"""Names ``cortex.toml`` for ``granian cortex.asgi:app``."""
+"""Variable with the path of ``cortex.toml``, for ``granian cortex.asgi:app``."""
 
 DIALECTS = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
-"""The names of the clients' languages, as nodes and :mod:`cortex.dialects` use them."""
+"""Names of the dialects, as nodes and :mod:`cortex.dialects` use them."""
 
 SEARCH_PATH = ("cortex.toml", "/etc/cortex/cortex.toml")
 NO_FILE = "no cortex.toml"
 """Source of settings where there is no file: the environment, the flags and the defaults."""
 LOCAL_NEURON = "local", "http://127.0.0.1:13131"
-"""Name and endpoint of the node where none is named: a neuron of this host, at its default address."""
+"""Name and endpoint of the default node: a neuron of this host, at its default address."""
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
-"""Never infinite: a clock has to reach it."""
+"""A finite positive duration."""
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Alias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}\*?$")]
-"""A model's other name; with a ``*`` at its end, every name that begins so and that nothing else answers to."""
+"""Another name of a model; with a ``*`` at its end, a prefix of all names that match nothing else."""
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long a node may stay silent. None of them bounds a healthy stream, however long it takes."""
+    """Timeouts of a node's silence. None of them bounds a healthy stream, however long it takes."""
 
     connect_s: Seconds = 5.0
     first_byte_s: Seconds = 60.0
-    """A streamed answer's first byte; a node sends its headers within a second, before it has a token."""
+    """Timeout of a stream's first byte; a node sends its headers within a second, before its first token."""
     answer_s: Seconds = 1800.0
-    """An answer that is not streamed, all of it, and one that is made in the background."""
+    """Timeout of a whole answer that is not streamed, or is made in the background."""
     stall_s: Seconds = 60.0
-    """Silence within an answer. Nodes send a heartbeat every few seconds."""
+    """Timeout of silence within an answer. Nodes send a heartbeat every few seconds."""
     load_stall_s: Seconds = 600.0
-    """A cold load that makes no progress."""
+    """Timeout of a cold load that makes no progress."""
 
 
 class Polling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,7 +65,7 @@ class Polling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NodeTimeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Timeouts of one node, in place of the gateway's; ``None`` takes those."""
+    """Timeouts of one node, in place of the gateway's; ``None`` takes the gateway's."""
 
     connect_s: Seconds | None = None
     first_byte_s: Seconds | None = None
@@ -80,9 +80,9 @@ class NodeTimeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BreakerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When a replica that keeps failing is left alone: after ``failures`` in a row, for ``open_s`` and then longer.
+    """Circuit breaker of a failing replica: it opens after ``failures`` in a row, for ``open_s`` and then longer.
 
-    Of failures that may be the requests' it is only asked last, for ``open_s``.
+    After failures that the requests may have caused, the replica is used last, for ``open_s``.
     """
 
     failures: Annotated[int, msgspec.Meta(ge=1)] = 5
@@ -95,14 +95,14 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     listen: str = "127.0.0.1:31313"
     metrics_listen: str = "127.0.0.1:31314"
-    """Empty: no metrics are served."""
+    """Address of the metrics; empty: none are served."""
     models: str = "models.toml"
     discover: bool = True
     """Whether models that only nodes list, and ``models.toml`` does not name, are offered."""
     log_format: LogFormat = LogFormat.TEXT
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 32 * 1024 * 1024
     body_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = BODY_TIMEOUT_S
-    """How long the body of a request may take, beside a second for each 64 KiB of it."""
+    """Timeout of reading a request's body, beside a second for each 64 KiB of it."""
     max_connections_per_node: Annotated[int, msgspec.Meta(ge=1)] = 1024
     workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
     drain_timeout_s: Annotated[int, msgspec.Meta(ge=1)] = 30
@@ -113,19 +113,19 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Requests by which a node that has a conversation's prefix may be busier than the least busy one; -1: no
     affinity."""
     secret_file: str = ""
-    """A file whose first line is sent to every neuron; see ``daemon.secret_file`` there."""
+    """Path of a file whose first line is sent to every neuron as a secret; see ``daemon.secret_file`` there."""
     tls_certificate: str = ""
-    """PEM files; with them ``cortex serve`` answers clients over TLS."""
+    """Path of a PEM file; with it and ``tls_key``, ``cortex serve`` serves TLS."""
     tls_key: str = ""
     allowed_origins: tuple[str, ...] = ()
-    """Origins of web pages that may ask at ``/v1``, as browsers write them; ``*``, with keys: all that have one."""
+    """Origins of web pages that may use ``/v1``, as browsers write them; ``*``, with keys: any origin."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names by which clients without a key reach the gateway, beyond addresses, its host's name and private ones."""
+    """Host names that clients without a key may use, beyond addresses, the host's name and private names."""
     trace_endpoint: str = ""
-    """Of an OpenTelemetry collector (OTLP over HTTP, ``http://host:4318``), which gets a span of each request. Empty:
-    none is made."""
+    """URL of an OpenTelemetry collector (OTLP over HTTP, ``http://host:4318``), which gets a span of each request.
+    Empty: no tracing."""
     reload_check_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
-    """How often the files are looked at for changes; 0: only SIGHUP reads them again."""
+    """Interval of the check of the files for changes; 0: only SIGHUP reloads them."""
 
 
 class EvictionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,7 +136,7 @@ class EvictionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StoreKind(StrEnum):
-    """What responses are stored in."""
+    """Storage of responses."""
 
     NONE = "none"
     SQLITE = "sqlite"
@@ -148,76 +148,76 @@ class StoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: StoreKind = StoreKind.SQLITE
     path: str = ""
-    """Of the SQLite file. Empty: ``responses.db`` in the service's state directory, or in the user's."""
+    """Path of the SQLite file. Empty: ``responses.db`` in the service's state directory, or in the user's."""
     url: str = "redis://127.0.0.1:6379/0"
-    """Of Valkey or Redis."""
+    """URL of the Valkey or Redis server."""
     ttl_s: Seconds = 30 * 24 * 3600.0
-    """Since a response was last part of a conversation."""
+    """Lifetime of a response after its last use in a conversation."""
     max_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 1024 * 1024 * 1024
-    """Of all responses in the SQLite file; the oldest go first, of the key that has most."""
+    """Size of all responses in the SQLite file; the oldest are deleted first, of the key that has most."""
     max_bytes_per_key: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Of the responses and conversations of one key there; 0: a quarter of ``max_bytes``."""
+    """Size of the responses and conversations of one key there; 0: a quarter of ``max_bytes``."""
     socket_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 256 * 1024 * 1024
-    """Of all conversations that WebSocket connections of one worker remember, stored or not."""
+    """Size of all conversations that WebSocket connections of one worker hold, stored or not."""
     socket_bytes_per_key: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Of those of one key; 0: a quarter of ``socket_bytes``."""
+    """Size of the conversations of one key there; 0: a quarter of ``socket_bytes``."""
 
 
 class CountersKind(StrEnum):
-    """Where it is counted what keys use."""
+    """Storage of the counters of what keys use."""
 
     MEMORY = "memory"
     VALKEY = "valkey"
 
 
 class AccessSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``[access]``: who may ask. ``keys`` is relative to the file that names it."""
+    """``[access]``: keys and limits. ``keys`` is relative to the file that names it."""
 
     keys: str = ""
-    """Empty: everybody may ask for everything."""
+    """Path of ``keys.toml``; empty: no key is needed."""
     anonymous: bool = False
-    """Whether those without a key are let in, where there are keys. They are served from what nobody else needs."""
+    """Whether requests without a key are accepted where there are keys. They are served from spare capacity."""
     anonymous_models: tuple[str, ...] = ("*",)
     anonymous_requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Of all of them together; 0: no limit."""
+    """Requests per minute of all anonymous clients together; 0: no limit."""
     anonymous_max_concurrent: Annotated[int, msgspec.Meta(ge=0)] = 0
     counters: CountersKind = CountersKind.MEMORY
     url: str = "redis://127.0.0.1:6379/0"
-    """Of Valkey or Redis."""
+    """URL of the Valkey or Redis server."""
     reserve_tokens: Annotated[int, msgspec.Meta(ge=0)] = 1024
-    """Reserved for the answer to a request that sets no limit of its own, until it is known what it used."""
+    """Output tokens reserved for a request that sets no limit, until its use is known."""
     leftover_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
     """Time that a request which is served from spare capacity waits for it."""
     strict: bool = False
-    """Whether a request with a member that nobody knows is refused, unless its key says; else it is told of it."""
+    """Whether a request with an unknown member is refused, unless its key decides; otherwise a header names it."""
 
 
 class NodeType(StrEnum):
-    """What answers at a node's endpoint."""
+    """Kind of server at a node's endpoint."""
 
     NEURON = "neuron"
     OPENAI = "openai"
-    """Any server that speaks OpenAI's dialects: asked for inference, never told to load anything."""
+    """Any server that speaks OpenAI's dialects; it serves inference and loads nothing."""
 
 
 class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One of ``[[neurons]]``."""
+    """An entry of ``[[neurons]]``."""
 
     name: Name
     endpoint: str
     type: NodeType = NodeType.NEURON
     secret_file: str = ""
-    """In place of the gateway's; for ``openai`` a file with an API key."""
+    """Path of its secret, in place of the gateway's; for ``openai`` of an API key."""
     ca_file: str = ""
-    """Of an ``https`` endpoint: the authority its certificate is checked against, if not the system's."""
+    """Path of the CA certificates of an ``https`` endpoint, in place of the system's."""
     models: dict[str, str] = {}
-    """Of ``openai``: the names that are offered, and what each is called there. Empty: all that it lists."""
+    """For ``openai``: the names that are offered, with the name of each there. Empty: all that it lists."""
     dialects: tuple[str, ...] = ("openai-chat", "openai-completions")
-    """Of ``openai``: what it speaks."""
+    """For ``openai``: its dialects."""
     timeouts: NodeTimeouts = NodeTimeouts()
 
     def secret_path(self, gateway: GatewaySettings) -> str:
-        """Return the file with what is sent to it as ``Authorization: Bearer``; empty: nothing is."""
+        """Return the path of the secret that is sent to it as ``Authorization: Bearer``; empty: none."""
         return self.secret_file or (gateway.secret_file if self.type is NodeType.NEURON else "")
 
 
@@ -232,23 +232,23 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelProfile(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One of ``[[models]]``: what to load, and where it may live."""
+    """An entry of ``[[models]]``: a model's specification and placement."""
 
     aliases: tuple[Alias, ...] = ()
     pinned: tuple[str, ...] = ()
     """Nodes on which the model is kept and never evicted."""
     preferred_nodes: tuple[str, ...] = ()
     priority: Priority = 0
-    """Under ``priority`` eviction a lower one goes first, and never for one that is lower still."""
+    """Priority under ``priority`` eviction: a lower one is evicted first, and never for one that is lower still."""
     idle_ttl_s: Duration = 0.0
-    """Unloaded when nobody has used it for so long; 0: never."""
+    """Idle time after which it is unloaded; 0: never."""
     min_compute_capability: Annotated[str, msgspec.Meta(pattern=r"^([0-9]+\.[0-9]+)?$")] = ""
-    """GPUs below it are not asked to load it."""
+    """Least compute capability of the GPUs that load it."""
     memory_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """What it needs, for placement before any node has loaded it; 0: not known."""
+    """Memory that it needs, for placement before any node has loaded it; 0: not known."""
 
     def spec(self) -> ModelSpec:
-        """Return the part that a neuron is asked to load."""
+        """Return the specification that is sent to a neuron."""
         return spec_of(self)
 
 
@@ -260,7 +260,7 @@ class ModelsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def find(environment: Mapping[str, str]) -> pathlib.Path | None:
-    """Return the configuration file that applies; ``None``: none is named and none is there, so that defaults apply."""
+    """Return the path of the configuration file; ``None``: there is none, so that defaults apply."""
     named = environment.get(CONFIG_VARIABLE)
     if named:
         return pathlib.Path(named)
@@ -268,7 +268,7 @@ def find(environment: Mapping[str, str]) -> pathlib.Path | None:
 
 
 def places() -> tuple[pathlib.Path, ...]:
-    """Return where the configuration file is looked for."""
+    """Return the default paths of the configuration file."""
     return tuple(map(pathlib.Path, SEARCH_PATH))
 
 
@@ -316,9 +316,9 @@ def named_files(config: Config) -> list[pathlib.Path]:
 
 
 def models_path(config: Config, path: pathlib.Path | None) -> pathlib.Path | None:
-    """Return where ``models.toml`` is, given the path of the ``cortex.toml`` that names it.
+    """Return the path of ``models.toml``, given the path of the ``cortex.toml`` that names it.
 
-    Without that file a catalogue is read if it is there: ``None`` if it is not.
+    Without a ``cortex.toml``, ``None`` if there is no catalogue.
     """
     if path is not None:
         return path.parent / config.gateway.models
@@ -328,7 +328,7 @@ def models_path(config: Config, path: pathlib.Path | None) -> pathlib.Path | Non
 
 
 def keys_path(config: Config, path: pathlib.Path | None) -> pathlib.Path | None:
-    """Return where ``keys.toml`` is, if there are keys."""
+    """Return the path of ``keys.toml``; ``None`` if there are no keys."""
     folder = pathlib.Path() if path is None else path.parent
     return folder / config.access.keys if config.access.keys else None
 
@@ -359,7 +359,7 @@ def split_endpoint(endpoint: str) -> tuple[str, int, str]:
 
 
 def _check(config: Config, source: str) -> None:
-    """Check what types cannot say."""
+    """Check values that the types do not, and pairs of them."""
     gateway = config.gateway
     for key, address in (("gateway.listen", gateway.listen), ("gateway.metrics_listen", gateway.metrics_listen)):
         if address or key == "gateway.listen":

@@ -1,7 +1,7 @@
 """Settings of either daemon: a TOML file, then the environment, then flags, checked against a struct.
 
-The last one wins. A wrong key, type or address is a :class:`ConfigError` that names where it was said, the key and the
-reason. What the keys mean is each daemon's own (``cortex.config``, ``neuron.config``).
+The last one wins. A wrong key, type or address is a :class:`ConfigError` with source, key and reason. The keys are each
+daemon's own (``cortex.config``, ``neuron.config``).
 """
 
 import codecs
@@ -23,7 +23,7 @@ log = logging.getLogger("cortex.config")
 S = TypeVar("S", bound=msgspec.Struct)
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
-"""Of any file of settings: a catalogue of 50,000 models is half of it."""
+"""Size limit of a settings file, twice that of a catalogue of 50,000 models."""
 
 
 class ConfigError(Exception):
@@ -80,13 +80,13 @@ def read_toml(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_file(path: pathlib.Path) -> bytes:
-    """Return what is in a file of settings or a secret. Nothing but a regular file is read: a pipe might never end.
+    """Return the content of a settings file or a secret. Only a regular file is read: a pipe might never end.
 
     Raises:
-        ConfigError: it cannot be read, is no regular file, or is larger than any such file.
+        ConfigError: it cannot be read, is no regular file, or is larger than ``MAX_FILE_BYTES``.
     """
     try:
-        # Without the flag, to open a pipe would wait for whoever writes to it.
+        # Without the flag, opening a pipe would wait for its writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):  # /dev/null is as good as an empty file
@@ -102,7 +102,7 @@ def read_file(path: pathlib.Path) -> bytes:
 
 
 def warn_if_readable_by_all(path: pathlib.Path, what: str) -> None:
-    """Log that a file which should be its owner's is everybody's."""
+    """Log a warning for a file that every user can read or write."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -153,10 +153,10 @@ def read_secret(path: str, source: str, key: str) -> bytes:
 
 
 def check_certificate(certificate: str, key: str, source: str, table: str) -> None:
-    """Check the two PEM files by which a daemon serves TLS.
+    """Check the two PEM files of a daemon that serves TLS.
 
     Raises:
-        ConfigError: one is named without the other, cannot be read, or is not the other's.
+        ConfigError: one is named without the other, cannot be read, or does not match the other.
     """
     if bool(certificate) != bool(key):
         raise ConfigError(source, f"{table}.tls_key", "tls_certificate and tls_key go together")
@@ -168,7 +168,7 @@ def check_certificate(certificate: str, key: str, source: str, table: str) -> No
         except ConfigError as error:
             raise ConfigError(source, f"{table}.{name}", f"{path} {error.reason}") from None
     try:
-        # A key with a pass phrase would be asked for at a terminal that a daemon does not have.
+        # Without it, OpenSSL asks for a key's pass phrase at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
     except (OSError, ValueError) as error:
         reason = f"{certificate} and {key} are not a certificate and its key in PEM: {error}"
@@ -180,7 +180,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Return host and port of ``host:port`` or ``[v6]:port``.
 
     Raises:
-        ValueError: it is not such an address.
+        ValueError: it has another form.
     """
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:\[\]/]+)):(\d{1,5})", address)
     if match is None:
@@ -192,7 +192,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def url_of(scheme: str, host: str, port: int) -> str:
-    """Return the address at which a client on this host reaches what listens at ``host``."""
+    """Return the URL at which a client on this host reaches a server that listens at ``host``."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
@@ -205,7 +205,7 @@ def check_address(address: str, source: str, key: str) -> None:
         with socket.socket(family, kind, protocol) as trial:
             trial.bind((found[0], 0, *found[2:]))
     except (OSError, UnicodeError) as error:
-        reason = f"nobody can listen at {address!r} here: {getattr(error, 'strerror', None) or error}"
+        reason = f"this host cannot listen at {address!r}: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(source, key, reason) from None
 
 
