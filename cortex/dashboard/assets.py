@@ -1,7 +1,7 @@
-"""The page's files, as they lie beside this module: read once, served by exact name, asked for again by their hash.
+"""The page's files: read once from the folder beside this module, served by exact name, revalidated by their hash.
 
-There is nothing but what was found at the start, so no path leads anywhere else. The policy in the headers lets a page
-load from this gateway alone, run no script but these files, and be framed by nobody.
+Only the files found at the start are served, so no path leads elsewhere. The policy in the headers restricts the page to
+this gateway and these scripts, and forbids frames.
 """
 
 import hashlib
@@ -40,14 +40,14 @@ HEADERS: tuple[Header, ...] = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
-    # Kept, and asked for each time: what comes back is nearly always 304.
+    # Cached and always revalidated, nearly always with 304.
     (b"cache-control", b"no-cache"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One file."""
+    """A file of the page, with its headers."""
 
     body: bytes
     content_type: bytes
@@ -55,7 +55,7 @@ class Asset:
 
 
 def read(folder: pathlib.Path = FOLDER) -> Mapping[str, Asset]:
-    """Return every file of the page by the path that it is served at."""
+    """Return every file of the page by its URL path."""
     found = {}
     for file in sorted(folder.iterdir()):
         content_type = CONTENT_TYPES.get(file.suffix)
@@ -68,7 +68,7 @@ def read(folder: pathlib.Path = FOLDER) -> Mapping[str, Asset]:
 
 
 def build_of(assets: Mapping[str, Asset]) -> str:
-    """Return a name for these very files, by which a page that is open knows whether it is still the one served."""
+    """Return a hash of all files, by which an open page detects that the gateway serves another version."""
     digest = hashlib.sha256(b"".join(asset.etag for _, asset in sorted(assets.items())))
     return digest.hexdigest()[:16]
 

@@ -1,8 +1,8 @@
-"""The event stream behind the page: the whole once, then once a second what has changed.
+"""The event stream behind the page: the whole state once, then the changes once a second.
 
-Its rate is bounded by the clock, not by the fleet: however much happens, there is one SSE event a second, the same
-bytes for every viewer, made once. A viewer that reads too slowly, so that SSE events it needs are gone, gets the whole
-again; nothing is queued for anybody. While nobody looks, only the points of the charts are made.
+Its rate is bounded by the clock, not by the fleet: there is one SSE event a second, made once, with the same bytes for
+every viewer. A viewer that reads too slowly gets the whole state again; there is no queue per viewer. Without viewers
+only the points of the charts are made.
 """
 
 import asyncio
@@ -28,16 +28,16 @@ from cortex.wire.errors import ApiError, OverloadedError
 
 INTERVAL_S = 1.0
 RECENT_REQUESTS = 100
-"""What a page that opens is told of; and the most that one SSE event has of new ones is half of it."""
+"""Number of requests that are sent to a page that opens; an SSE event has at most half as many new ones."""
 KEPT_SSE_EVENTS = 20
-"""Seconds that a viewer may be behind before it is told everything anew."""
+"""Number of SSE events, one a second, that a viewer may be behind before it gets the whole state again."""
 MAX_VIEWERS = 64
 HEARTBEAT = b": keep-alive\n\n"
 LAST_WORD = b"event: bye\ndata: {}\n\n"
 
 
 class Feed:
-    """What the pages of one gateway process are told."""
+    """The event stream of one gateway process, for all viewers."""
 
     def __init__(
         self,
@@ -48,9 +48,9 @@ class Feed:
         folder: pathlib.Path | None = None,
         supervisor: Supervisor | None = None,
     ) -> None:
-        """``may_watch`` raises if an exchange may not, and is asked every second. ``build`` names the page's files.
+        """``may_watch`` raises if an exchange may not watch, and is called every second. ``build`` is the files' hash.
 
-        In ``folder`` the workers of a gateway tell one another which requests have ended.
+        In ``folder`` the workers of a gateway share the requests that have ended.
         """
         self.journal = Journal(folder)
         self._supervisor = supervisor or Supervisor()
@@ -64,7 +64,7 @@ class Feed:
         self._state: Tree = {}
         self._sse_events: deque[bytes] = deque(maxlen=KEPT_SSE_EVENTS)
         self._number = 0
-        """Of the latest SSE event."""
+        """Number of the latest SSE event."""
         self._ticked = asyncio.Event()
         self._ticked_at = time.monotonic()
         self._num_viewers = 0
@@ -73,16 +73,16 @@ class Feed:
         self._encode = msgspec.json.Encoder().encode
 
     def start(self) -> None:
-        """Begin to look once a second."""
+        """Start to make an SSE event each second."""
         self._task = self._supervisor.start("dashboard", self._run)
 
     def close(self) -> None:
-        """Say goodbye to every viewer: this process is about to end, and must not wait for them."""
+        """End the stream of every viewer, so that the end of this process does not wait for them."""
         self._closed = True
         self._wake()
 
     async def stop(self) -> None:
-        """Stop looking."""
+        """Stop making SSE events."""
         self.close()
         if self._task is not None:
             self._task.cancel()
@@ -104,7 +104,7 @@ class Feed:
             self._num_viewers -= 1
 
     def tick(self) -> None:
-        """Look at the fleet now, and make an SSE event of what is new if anybody watches."""
+        """Read the fleet, and make an SSE event of the changes if there are viewers."""
         now = time.monotonic()
         ended = self.journal.read()
         nodes = self._service.fleet.state.nodes
@@ -115,14 +115,14 @@ class Feed:
             self._state = {}
             self._trees.clear()
             return
-        before, self._state = self._state, self._look()
-        told: Tree = {"point": point}
+        before, self._state = self._state, self._fleet_tree()
+        changes: Tree = {"point": point}
         if ended.entries:
-            told["requests"] = ended.entries[-RECENT_REQUESTS // 2 :]
+            changes["requests"] = ended.entries[-RECENT_REQUESTS // 2 :]
         if patch := difference(before, self._state):
-            told["patch"] = patch
+            changes["patch"] = patch
         self._number += 1
-        self._sse_events.append(b"event: tick\ndata: " + self._encode(told) + b"\n\n")
+        self._sse_events.append(b"event: tick\ndata: " + self._encode(changes) + b"\n\n")
         self._wake()
 
     async def _run(self) -> None:
@@ -146,11 +146,11 @@ class Feed:
         yield LAST_WORD
 
     def _whole(self) -> bytes:
-        """Return the SSE event that says everything, as of the latest SSE event."""
+        """Return the SSE event of the whole state, as of the latest SSE event."""
         if not self._state:
-            self._state = self._look()
+            self._state = self._fleet_tree()
         points: list[Point] = list(self._rates.points)
-        told: dict[str, Any] = {
+        whole: dict[str, Any] = {
             "version": __version__,
             "build": self._build,
             "interval_s": INTERVAL_S,
@@ -159,12 +159,12 @@ class Feed:
             "requests": list(self._recent),
             "state": self._state,
         }
-        return b"event: whole\ndata: " + self._encode(told) + b"\n\n"
+        return b"event: whole\ndata: " + self._encode(whole) + b"\n\n"
 
-    def _look(self) -> Tree:
-        """Return the fleet as a tree; of a node that has not been heard of since, the same one as before."""
+    def _fleet_tree(self) -> Tree:
+        """Return the fleet as a tree; the subtree of a node that has not changed is reused."""
         state = self._service.fleet.state
-        asked = self._service.fleet.in_flight.by_node
+        in_flight = self._service.fleet.in_flight.by_node
         nodes: Tree = {}
         for name, node in state.nodes.items():
             known = self._trees.get(name)
@@ -172,7 +172,7 @@ class Feed:
                 known = self._trees[name] = node, node_tree(node)
             nodes[name] = {
                 **known[1],
-                "asked": asked.get(name, 0),
+                "in_flight": in_flight.get(name, 0),
                 "tokens_per_s": round(self._rates.tokens_per_s.get(name, 0.0), 1),
             }
         for name in self._trees.keys() - nodes.keys():

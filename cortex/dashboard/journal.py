@@ -1,9 +1,9 @@
-"""The requests that have ended lately, of all workers of one gateway: what the page lists and its charts count.
+"""The latest ended requests of all workers of one gateway, for the page's list and charts.
 
-Each worker writes, once a second, into a ring of its own, which is a file where workers share a folder and memory where
-there is one worker; whoever has a page open reads them all. A ring has one writer. Its count is written after the slot
-that it counts, so a reader that looks at the count before and after knows which slots may have changed under it. Never
-a word of a request's text.
+Each worker writes once a second into a ring buffer of its own, which is a file where workers share a folder and memory
+where there is one worker; a worker with viewers reads them all. A ring has one writer, which writes the count after the
+slot, so a reader that compares the count before and after finds the slots that may have changed meanwhile. No ring
+holds any text of a request.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _RING_BYTES = _COUNTS.size + NUM_SLOTS * SLOT_BYTES
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request that has ended. ``at`` is Unix time; the other fields are those of its log line."""
+    """An ended request. ``at`` is Unix time; the other fields are of its log line."""
 
     at: float
     id: str
@@ -48,13 +48,13 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def is_error(status: int) -> bool:
-    """Return whether a request that ended so is counted as an error; that a client left is nobody's fault here."""
+    """Return whether a status counts as an error; a client that disconnected does not."""
     return status >= 400 and status != CLIENT_CLOSED_REQUEST
 
 
 @dataclass(slots=True)
 class Batch:
-    """What has ended since the last look. ``entries`` are the latest of it, the oldest first."""
+    """The requests that ended since the last read. ``entries`` are the latest of them, the oldest first."""
 
     requests: int = 0
     errors: int = 0
@@ -62,18 +62,18 @@ class Batch:
 
 
 class _Ring:
-    """The slots of one worker. Where two differ in ``count``, the slots between are what is new."""
+    """The ring buffer of one worker. The slots between two values of the count are the new ones."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
 
     def counts(self) -> tuple[int, int]:
-        """Return how many requests it has ever had, and how many of them were errors."""
+        """Return the numbers of requests and of errors so far."""
         requests, errors = _COUNTS.unpack_from(self._memory)
         return requests, errors
 
     def add(self, payload: bytes) -> None:
-        """Add a request; without a payload it is only counted."""
+        """Add a request; one without a payload is only counted."""
         requests, errors = self.counts()
         at = _COUNTS.size + requests % NUM_SLOTS * SLOT_BYTES
         _LENGTH.pack_into(self._memory, at, len(payload))
@@ -81,14 +81,14 @@ class _Ring:
         _COUNTS.pack_into(self._memory, 0, requests + 1, errors)
 
     def skip(self, requests: int, errors: int) -> None:
-        """Count requests whose slots would be written over anyway, and the errors among those and what comes next."""
+        """Count requests whose slots would be overwritten, and the errors among them and the next requests."""
         before, errors_before = self.counts()
         for number in range(before, before + min(requests, NUM_SLOTS)):
             _LENGTH.pack_into(self._memory, _COUNTS.size + number % NUM_SLOTS * SLOT_BYTES, 0)
         _COUNTS.pack_into(self._memory, 0, before + requests, errors_before + errors)
 
     def since(self, count: int) -> list[bytes]:
-        """Return what was added after ``count`` and is still there."""
+        """Return the payloads that were added after ``count`` and are still there."""
         last, _ = self.counts()
         first = max(count, last - NUM_SLOTS)
         found = []
@@ -96,13 +96,13 @@ class _Ring:
             at = _COUNTS.size + number % NUM_SLOTS * SLOT_BYTES
             (length,) = _LENGTH.unpack_from(self._memory, at)
             found.append(bytes(self._memory[at + _LENGTH.size : at + _LENGTH.size + length]))
-        # Of the slots, the writer may meanwhile have gone over the oldest, the one that it is at included.
+        # The writer may meanwhile have overwritten the oldest slots, including the one that it is writing.
         torn = self.counts()[0] + 1 - NUM_SLOTS - first
         return [payload for payload in found[max(0, torn) :] if payload]
 
 
 class Journal:
-    """Writes this worker's ring, and reads those of all."""
+    """The writer of this worker's ring, and the reader of all rings."""
 
     def __init__(self, folder: pathlib.Path | None = None) -> None:
         self._folder = folder
@@ -120,18 +120,18 @@ class Journal:
         self._rings = {self._own: self._ring}
         self._ended: deque[Line] = deque(maxlen=NUM_SLOTS)
         self._num_ended = self._num_errors = 0
-        self._lock = threading.Lock()  # a scrape of the metrics has its own thread, and may be who brings them
+        self._lock = threading.Lock()  # the thread of a metrics scrape may add requests too
         self._seen: dict[str, tuple[int, int]] = {}
 
     def record(self, lines: Sequence[Line]) -> None:
-        """Take requests that have ended, by their log lines. :meth:`write` writes them down."""
+        """Take the log lines of ended requests, for the next :meth:`write`."""
         with self._lock:
             self._ended.extend(lines)
             self._num_ended += len(lines)
             self._num_errors += sum(is_error(fields["status"]) for _, fields in lines)
 
     def write(self) -> None:
-        """Write down what has ended since the last time; of more than the ring holds, the rest is only counted."""
+        """Write the requests taken since the last call; those beyond the ring's size are only counted."""
         with self._lock:
             self._ring.skip(self._num_ended - len(self._ended), self._num_errors)
             for at, fields in self._ended:
@@ -141,7 +141,7 @@ class Journal:
             self._num_ended = self._num_errors = 0
 
     def read(self) -> Batch:
-        """Return what has ended since the last call, in any worker. At the first, what is there counts as old."""
+        """Return the requests of all workers that ended since the last call. The first call counts none as new."""
         self.write()
         batch = Batch()
         for name, ring in self._all():

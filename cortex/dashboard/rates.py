@@ -1,7 +1,7 @@
-"""What the charts show: a point for each second, kept for some minutes, so that a page that opens has a past.
+"""The data of the charts: a point for each second, kept for some minutes.
 
-Pure but for its memory: it is told the fleet and what has ended, and looks at no clock. How fast a node generates is
-read from the node's own count over the node's own clock, so it is right whoever asked, however late a poll is.
+A function of the fleet and the ended requests, with a history and no clock. A node's speed is its own count of tokens
+over its own clock, so it is right for all gateways, however late a poll is.
 """
 
 from collections import deque
@@ -11,19 +11,19 @@ from cortex.dashboard.journal import Batch, Entry
 from cortex.fleet.state import Node, devices_in_use
 
 SERIES = ("at", "tokens_per_s", "requests", "errors", "ttft_p50_s", "ttft_p95_s", "running", "waiting", "used", "total")
-"""What the numbers of a point are; ``used`` and ``total`` are bytes of device memory."""
+"""Names of the numbers of a point; ``used`` and ``total`` are bytes of device memory."""
 HISTORY_POINTS = 300
 WINDOW_S = 30.0
-"""Quantiles are of the requests that have ended in so many seconds."""
+"""Window of the quantiles."""
 WINDOW_REQUESTS = 1024
 LEAST_SPAN_S = 1.0
-"""Of a node's clock between two counts: over less, a speed is mostly noise."""
+"""Least time, by the node's clock, between two counts: over less, a speed is mostly noise."""
 
 Point = tuple[float | None, ...]
 
 
 class Rates:
-    """The history of the whole fleet, and how fast each node is now."""
+    """The history of the whole fleet, and the current speed of each node."""
 
     def __init__(self) -> None:
         self.points: deque[Point] = deque(maxlen=HISTORY_POINTS)
@@ -59,14 +59,14 @@ class Rates:
         return point
 
     def _measure(self, node: Node) -> None:
-        """Update a node's speed if it has been heard of again."""
+        """Update a node's speed if it has been polled again."""
         if not node.up or node.health is None:
             self._generated.pop(node.name, None)
             self.tokens_per_s.pop(node.name, None)
             return
         now = node.health.uptime_s, sum(worker.generated for worker in node.health.workers)
         before = self._generated.get(node.name)
-        if before is None or now[0] < before[0] or now[1] < before[1]:  # new to us, or started anew
+        if before is None or now[0] < before[0] or now[1] < before[1]:  # a new node, or a restarted one
             self.tokens_per_s[node.name] = 0.0
         elif now[0] < before[0] + LEAST_SPAN_S:
             return
@@ -86,10 +86,10 @@ class Rates:
 
 
 def num_waiting(node: Node) -> int:
-    """Return how many sequences wait for room on a node."""
+    """Return the number of sequences that wait on a node."""
     return sum(worker.waiting for worker in node.health.workers) if node.health else 0
 
 
 def _counts_nothing(node: Node | None) -> bool:
-    """Return whether a node has no workers that count what they generate: it is a server of another make."""
+    """Return whether a node is no neuron, so that no worker of it counts generated tokens."""
     return node is not None and node.health is not None and not node.health.workers

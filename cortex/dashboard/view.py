@@ -1,8 +1,8 @@
-"""What the page is shown of the fleet: a tree of JSON, and the difference of two such trees.
+"""The page's view of the fleet: a tree of JSON, and the difference of two such trees.
 
-Pure. Numbers that tremble at every poll are told in steps that a reader can see, so that a fleet at rest sends nothing.
-A difference is a JSON merge patch (RFC 7386): what is ``null`` is gone, an object is patched, all else is replaced.
-There is no ``null`` in a tree.
+Pure. Numbers that change a little at every poll are rounded to visible steps, so that an idle fleet sends nothing. A
+difference is a JSON merge patch (RFC 7386): a ``null`` deletes, an object is patched, all else is replaced. There is no
+``null`` in a tree.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from cortex.wire.node import Device, ModelState, ModelStatus, NodeState, WorkerH
 Tree = dict[str, Any]
 
 MEMORY_STEPS = 512
-"""Free memory is told in so many parts of the whole: what a bar on a screen can show."""
+"""Steps of free memory, as a bar on a screen can show them."""
 USED_STEP_S = 10.0
 
 
 def node_tree(node: Node) -> Tree:
-    """Return one node: its state, its devices with their workers, the models that are more than available on it."""
+    """Return the tree of a node: its state, its devices with their workers, and its models beyond the available ones."""
     workers = {worker.device: worker for worker in node.health.workers} if node.health else {}
     devices = node.discovery.devices if node.discovery else ()
     return _told(
@@ -41,7 +41,7 @@ def node_tree(node: Node) -> Tree:
 
 
 def catalogue_tree(catalogue: Catalogue, nodes: Mapping[str, Node]) -> Tree:
-    """Return every model that clients may ask for, by id: what the catalogue says of it, and who could load it."""
+    """Return the tree of all models that clients may use, by id, with their entries in the catalogue."""
     tree: Tree = {}
     aliases: dict[str, list[str]] = {}
     for alias, model in sorted(catalogue.aliases.items()):
@@ -76,7 +76,7 @@ def difference(before: Tree, after: Tree) -> Tree:
 
 
 def _told(**fields: Any) -> Tree:
-    """Leave out what says nothing: the page takes it as none."""
+    """Return the fields that are not empty; the page takes a missing one as empty."""
     return {name: value for name, value in fields.items() if value or isinstance(value, dict)}
 
 

@@ -140,7 +140,7 @@ def test_what_a_node_refuses_is_said(opened: Page) -> None:
 def test_a_real_answer_is_streamed(opened: Page) -> None:
     load(opened, REAL)
     opened.run("document.getElementById('chat-limit').value = 40")
-    noted = watch_text(opened, ".turn.assistant .said")
+    noted = watch_text(opened, ".message.assistant .text")
     answer = say(opened, REAL, "Name three colours, please.")
     grown = [text for text in noted() if text]
     assert len(grown) > 3, "it came in pieces"
@@ -148,7 +148,7 @@ def test_a_real_answer_is_streamed(opened: Page) -> None:
     assert re.search(r"first token [\d.]+ m?s · [\d.]+ tokens/s · \d+ in", answer), answer
     # A second turn has the first before it.
     assert "failed" not in say(opened, REAL, "And three more.")
-    assert opened.run("document.querySelectorAll('.turn').length") == 4
+    assert opened.run("document.querySelectorAll('.message').length") == 4
     opened.until("document.querySelectorAll('#requests-rows tr').length >= 2")
     assert REAL in opened.text("#requests-rows tr")
     assert "colours" not in opened.text("#requests")
@@ -177,7 +177,7 @@ def test_reasoning_and_calls_are_shown_in_every_dialect(opened: Page, dialect: i
 def test_a_model_that_is_not_loaded_is_loaded_for_an_answer(opened: Page) -> None:
     assert opened.text(f"{row('Gemma-3-27B')} .pill") == "available"
     opened.run("document.getElementById('chat-clear').click()")
-    noted = watch_text(opened, ".turn.assistant .cost")
+    noted = watch_text(opened, ".message.assistant .cost")
     assert "Gemma-3-27B:2" in say(opened, "Gemma-3-27B", "tokens=3")
     assert any(text.startswith("Loading the model, ") for text in noted())
 
@@ -188,10 +188,10 @@ def test_an_answer_can_be_stopped_and_an_error_is_shown(opened: Page) -> None:
     opened.click("#chat-text")
     opened.type("tokens=500 pause=0.05")
     opened.press("Enter")
-    opened.until("document.querySelector('.turn.assistant .said')?.textContent.length > 20")
+    opened.until("document.querySelector('.message.assistant .text')?.textContent.length > 20")
     opened.press("Escape")
-    opened.until("document.querySelector('.turn.assistant').dataset.done")
-    assert "stopped" in opened.text(".turn.assistant")
+    opened.until("document.querySelector('.message.assistant').dataset.done")
+    assert "stopped" in opened.text(".message.assistant")
     opened.run("document.getElementById('chat-tools').value = '{'")
     opened.click("#chat-text")
     opened.type("Hi")

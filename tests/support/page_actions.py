@@ -57,7 +57,7 @@ def say(page: Page, model: str, words: str, dialect: int = 0) -> str:
     page.click("#chat-text")
     page.type(words)
     page.press("Enter")
-    page.until("[...document.querySelectorAll('.turn.assistant')].at(-1)?.dataset.done", 60, "the answer has ended")
-    found = page.run("(() => { const t = [...document.querySelectorAll('.turn.assistant')].at(-1);"
+    page.until("[...document.querySelectorAll('.message.assistant')].at(-1)?.dataset.done", 60, "the answer has ended")
+    found = page.run("(() => { const t = [...document.querySelectorAll('.message.assistant')].at(-1);"
                      "return t.dataset.done === 'yes' ? t.innerText : 'failed: ' + t.innerText; })()")  # fmt: skip
     return str(found)

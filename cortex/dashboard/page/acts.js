@@ -1,4 +1,4 @@
-// What an administrator can have done, each after a question where it takes something from somebody; and what came of it.
+// The actions of an administrator, with a confirmation where they affect running requests, and their results.
 
 import { $, h } from "./dom.js";
 import { ask, complaint } from "./session.js";
@@ -23,7 +23,7 @@ export function confirm(title, body, yes) {
   return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }));
 }
 
-// Post an act; the button that asked is busy until it is done. Its outcome is told, and shown by the feed.
+// Post an action; its button is busy until it is done. The feed then shows the result.
 async function act(button, path, body, doing, done) {
   button.setAttribute("aria-busy", "true");
   button.setAttribute("aria-disabled", "true");
@@ -42,7 +42,7 @@ async function act(button, path, body, doing, done) {
   }
 }
 
-// A button that does one thing at a time.
+// A button that runs one action at a time.
 export function button(label, does, attributes = {}) {
   const element = h("button.act", { type: "button", ...attributes }, label);
   element.addEventListener("click", () => { if (element.getAttribute("aria-disabled") !== "true") does(element); });

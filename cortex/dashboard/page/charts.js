@@ -29,7 +29,7 @@ export function path(values, top, slots, floor = false) {
   return d;
 }
 
-// A round number at or above the greatest value, so that the scale does not breathe with every point.
+// A round number at or above the greatest value, so that the scale does not change with every point.
 export function ceiling(values, least) {
   const greatest = values.reduce((most, value) => (value !== null && value > most ? value : most), least);
   const power = 10 ** Math.floor(Math.log10(greatest));
@@ -94,10 +94,10 @@ export class Chart {
 
   tell() {
     if (!this.num) return;
-    const told = this.say(this.hover ?? this.num - 1, this.hover !== null);
-    text(this.value, told.value);
-    text(this.unit, told.unit ?? "");
-    text(this.note, told.note ?? "");
+    const shown = this.say(this.hover ?? this.num - 1, this.hover !== null);
+    text(this.value, shown.value);
+    text(this.unit, shown.unit ?? "");
+    text(this.note, shown.note ?? "");
     text(this.age, this.hover === null ? "" : `${this.num - 1 - this.hover} s ago`);
   }
 }

@@ -1,4 +1,4 @@
-// A conversation with any model: text, reasoning and calls as they come. Text is only ever text; nothing is rendered.
+// A conversation with a model: text, reasoning and calls as they arrive. Text is never rendered as markup.
 
 import { toast } from "./acts.js";
 import { dialects, EXAMPLE_TOOL, readTools } from "./dialects.js";
@@ -10,7 +10,7 @@ import { byName } from "./store.js";
 
 const NEAR_END_PX = 40;
 
-// One answer being written. What arrives between two pictures is drawn once.
+// One streamed answer. The deltas between two animation frames are drawn once.
 class Answer {
   constructor(talk, model) {
     this.talk = talk;
@@ -20,10 +20,10 @@ class Answer {
     this.reasoning = h("pre.reasoning");
     this.thinking = h("details.thinking", {}, h("summary", {}, "Reasoning"), this.reasoning);
     this.thinking.hidden = true;
-    this.body = h("pre.said");
+    this.body = h("pre.text");
     this.list = h("div.calls");
     this.foot = h("p.cost", {}, "Waiting …");
-    this.element = h("article.turn.assistant", {}, h("h3", {}, model), this.thinking, this.body, this.list, this.foot);
+    this.element = h("article.message.assistant", {}, h("h3", {}, model), this.thinking, this.body, this.list, this.foot);
     this.waiting = false;
   }
 
@@ -34,13 +34,13 @@ class Answer {
     else if (kind === "argument" && this.calls.has(given[0])) this.calls.get(given[0]).arguments += given[1];
     if (!this.waiting) {
       this.waiting = true;
-      // A page that nobody sees gets no pictures; the answer is written all the same.
+      // A hidden page gets no animation frames; the answer is written all the same.
       if (document.hidden) setTimeout(() => this.draw(), 200);
       else requestAnimationFrame(() => this.draw());
     }
   }
 
-  // While a model is loaded for it, the gateway says in comments how far that is.
+  // While the model is being loaded, the gateway sends the progress in comments.
   wait(comment) {
     const [, percent] = /^loading .* (\d+)%$/.exec(comment) ?? [];
     if (percent) text(this.foot, `Loading the model, ${percent} % …`);
@@ -66,7 +66,7 @@ class Answer {
 
 export class Chat {
   constructor() {
-    this.turns = [];
+    this.messages = [];
     this.abort = null;
     this.talk = $("talk");
     this.empty = this.talk.firstElementChild;
@@ -79,7 +79,7 @@ export class Chat {
     $("chat-example").addEventListener("click", () => { $("chat-tools").value = JSON.stringify(EXAMPLE_TOOL, null, 2); });
   }
 
-  // Learn which models whoever is signed in may use.
+  // Fetch the models that the signed-in key may use.
   async refresh() {
     const select = $("chat-model");
     let listed = [];
@@ -88,7 +88,7 @@ export class Chat {
       if (reply.ok) listed = (await reply.json()).data;
       else text($("chat-count"), reply.status === 401 && !key() ? "Sign in to chat" : await complaint(reply));
     } catch { return; }
-    // What a model can do is known once it has been loaded somewhere: one that cannot chat is not to be chatted with.
+    // A model's capabilities are known once it has been loaded: a model that cannot chat is left out.
     const chats = ({ capabilities }) => !capabilities?.length || capabilities.includes("chat");
     const models = listed.filter((model) => !model.alias_of && chats(model)).sort((a, b) => byName(a.id, b.id));
     const ready = models.filter((model) => model.state === "ready");
@@ -104,7 +104,7 @@ export class Chat {
 
   clear() {
     this.stop();
-    this.turns = [];
+    this.messages = [];
     this.talk.replaceChildren(this.empty);
   }
 
@@ -118,18 +118,18 @@ export class Chat {
     try { tools = readTools($("chat-tools").value); } catch (error) { toast(error.message, "bad"); return; }
     const temperature = $("chat-temperature").value === "" ? null : Number($("chat-temperature").value);
     const dialect = dialects[Number($("chat-dialect").value)];
-    this.turns.push({ role: "user", text: typed });
+    this.messages.push({ role: "user", text: typed });
     const body = dialect.body({
-      model, system: $("chat-system").value.trim(), turns: this.turns, limit: Number($("chat-limit").value) || 0, temperature, tools,
+      model, system: $("chat-system").value.trim(), messages: this.messages, limit: Number($("chat-limit").value) || 0, temperature, tools,
     });
     this.empty.remove();
     const answer = new Answer(this.talk, model);
-    this.talk.append(h("article.turn.user", {}, h("h3", {}, "You"), h("pre.said", {}, typed)), answer.element);
+    this.talk.append(h("article.message.user", {}, h("h3", {}, "You"), h("pre.text", {}, typed)), answer.element);
     this.talk.scrollTop = this.talk.scrollHeight;
     $("chat-text").value = "";
     await this.follow(dialect, body, answer);
-    if (answer.text) this.turns.push({ role: "assistant", text: answer.text });
-    else this.turns.pop(); // a turn without an answer would leave two of the user's in a row
+    if (answer.text) this.messages.push({ role: "assistant", text: answer.text });
+    else this.messages.pop(); // a message without an answer would leave two of the user's in a row
   }
 
   async follow(dialect, body, answer) {
@@ -143,7 +143,7 @@ export class Chat {
     const note = (kind) => (...given) => { first ??= performance.now(); answer.take(kind, ...given); };
     const on = {
       text: note("text"), reasoning: note("reasoning"), call: note("call"), argument: note("argument"),
-      usage: (told) => { usage = told; }, finish: (told) => { reason = told ?? ""; }, fail: (message) => { failure = message; },
+      usage: (given) => { usage = given; }, finish: (given) => { reason = given ?? ""; }, fail: (message) => { failure = message; },
     };
     try {
       const reply = await ask(dialect.path, {
@@ -151,7 +151,7 @@ export class Chat {
         headers: { "content-type": "application/json", ...(dialect.path === "v1/messages" && { "anthropic-version": "2023-06-01" }) },
       });
       if (!reply.ok) failure = await complaint(reply);
-      else for await (const event of sseEvents(reply, { onComment: (said) => answer.wait(said) })) dialect.read(event, on);
+      else for await (const event of sseEvents(reply, { onComment: (comment) => answer.wait(comment) })) dialect.read(event, on);
       if (!failure && !reason) failure = "The answer broke off.";
     } catch {
       if (abort.signal.aborted) reason = "stopped";
@@ -163,7 +163,7 @@ export class Chat {
     this.tell(answer, { began, first, usage, reason, failure });
   }
 
-  // What the answer cost, under it.
+  // The usage and timing of the answer, under it.
   tell(answer, { began, first, usage, reason, failure }) {
     const now = performance.now();
     const parts = [];

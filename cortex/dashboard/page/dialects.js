@@ -1,14 +1,14 @@
-// The three languages that a client may speak: what is asked in each, and what its SSE events say. Pure.
+// The three dialects: their request bodies, and the readers of their SSE events. Pure.
 //
-// A reader takes an SSE event and calls what it was given: text(delta), reasoning(delta), call(index, name), argument(index,
+// A reader takes an SSE event and calls its callbacks: text(delta), reasoning(delta), call(index, name), argument(index,
 // delta), usage({input, output, cached}), finish(reason), fail(message).
 
-const spoken = (turns) => turns.filter((turn) => turn.text).map(({ role, text }) => ({ role, content: text }));
+const toMessages = (messages) => messages.filter((message) => message.text).map(({ role, text }) => ({ role, content: text }));
 
-function chat({ model, system, turns, limit, temperature, tools }) {
+function chat({ model, system, messages, limit, temperature, tools }) {
   return {
     model,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...spoken(turns)],
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...toMessages(messages)],
     stream: true,
     stream_options: { include_usage: true },
     ...(limit && { max_completion_tokens: limit }),
@@ -38,11 +38,11 @@ function readChat({ data }, on) {
   }
 }
 
-function responses({ model, system, turns, limit, temperature, tools }) {
+function responses({ model, system, messages, limit, temperature, tools }) {
   return {
     model,
     ...(system && { instructions: system }),
-    input: spoken(turns),
+    input: toMessages(messages),
     stream: true,
     store: false,
     ...(limit && { max_output_tokens: limit }),
@@ -76,11 +76,11 @@ function readResponses({ data }, on) {
   }
 }
 
-function messages({ model, system, turns, limit, temperature, tools }) {
+function messages({ model, system, messages, limit, temperature, tools }) {
   return {
     model,
     ...(system && { system }),
-    messages: spoken(turns),
+    messages: toMessages(messages),
     stream: true,
     max_tokens: limit || 4096, // this dialect asks for a limit
     ...(temperature !== null && { temperature: Math.min(1, temperature) }),
@@ -119,7 +119,7 @@ export const dialects = [
   { name: "Anthropic messages", path: "v1/messages", body: messages, read: readMessages },
 ];
 
-// The tools of a request, from what was typed: a list, in the form of any of the dialects. Throws with what is wrong.
+// Parse the tools of a request: a list, in the form of any of the dialects. Throws on an invalid list.
 export function readTools(typed) {
   if (!typed.trim()) return [];
   let parsed;

@@ -1,4 +1,4 @@
-// Elements without markup in strings: text is always text, whatever a model or a node says.
+// Elements without markup in strings, so that text of models and nodes is never parsed.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -44,7 +44,7 @@ export class Keyed {
 
   get(key) { return this.views.get(key); }
 
-  // Bring in the keys that are new, take out those that are gone; those that stay are not moved.
+  // Insert the elements of new keys and remove those of missing keys; the others are not moved.
   keep(keys) {
     const wanted = new Set(keys);
     for (const [key, view] of this.views) {

@@ -1,6 +1,6 @@
-// An event stream over fetch: EventSource sends no header, and a key does not belong in an address.
+// An event stream over fetch: EventSource sends no header, and a key does not belong in a URL.
 
-// Yield {event, data} of a reply's body; `onBytes` is told of everything that arrives, `onComment` what comments say.
+// Yield {event, data} of a response's body; `onBytes` is called for every chunk, `onComment` with each comment.
 export async function* sseEvents(reply, { onBytes = () => {}, onComment = () => {} } = {}) {
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";

@@ -1,4 +1,4 @@
-// The one connection that the page lives on: opened, watched, opened again. It tells its state and passes SSE events on.
+// The page's connection to the gateway: opened, watched, and opened again. It reports its state and its SSE events.
 
 import { sseEvents } from "./events.js";
 import { ask, complaint } from "./session.js";
@@ -41,11 +41,11 @@ export class Feed {
     }
   }
 
-  // Read one connection to its end. Returns why it ended, or null if asking again will not help.
+  // Read one connection to its end. Returns the reason, or null if a reconnect will not help.
   async follow(run) {
     const abort = (this.abort = new AbortController());
-    let heard = performance.now();
-    const watch = setInterval(() => { if (performance.now() - heard > SILENCE_MS) abort.abort(); }, 1000);
+    let receivedAt = performance.now();
+    const watch = setInterval(() => { if (performance.now() - receivedAt > SILENCE_MS) abort.abort(); }, 1000);
     try {
       const reply = await ask("admin/events", { signal: abort.signal, headers: { accept: "text/event-stream" } });
       if (reply.status === 401 || reply.status === 403) {
@@ -54,7 +54,7 @@ export class Feed {
         return null;
       }
       if (!reply.ok) return await complaint(reply);
-      for await (const event of sseEvents(reply, { onBytes: () => { heard = performance.now(); } })) {
+      for await (const event of sseEvents(reply, { onBytes: () => { receivedAt = performance.now(); } })) {
         if (this.run !== run) return null;
         const data = JSON.parse(event.data);
         if (event.event === "whole") { this.pause = FIRST_PAUSE_MS; this.on.whole(data); this.on.state("live", data.version); }

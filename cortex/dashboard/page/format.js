@@ -1,4 +1,4 @@
-// Numbers as people read them. Pure.
+// Formatting of numbers. Pure.
 
 export function bytes(count) {
   if (!count) return "0";

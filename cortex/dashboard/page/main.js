@@ -1,4 +1,4 @@
-// The page put together: the feed fills the store, the store's changes are drawn, keys and buttons find their place.
+// The page: the feed fills the store, the store's changes are drawn, keys and buttons are bound.
 
 import { toast } from "./acts.js";
 import { Chat } from "./chat.js";
@@ -20,7 +20,7 @@ const requests = new Requests();
 const chat = new Chat();
 let build = "";
 
-// What was measured of the last updates, for whoever asks the page: a test, or an operator in the console.
+// Measurements of the last updates, for tests and for the console.
 const timings = [];
 window.cortexTimings = timings;
 
@@ -94,7 +94,7 @@ const feed = new Feed({
   },
 });
 
-// Whoever may not see the fleet finds nothing of it in the page either.
+// Without the permission to see the fleet, the page shows nothing of it.
 function forget(why) {
   text($("locked-text"), why);
   store.replace({ nodes: {}, models: {} });
@@ -106,7 +106,7 @@ function forget(why) {
   chat.refresh();
 }
 
-// The list of models to talk to is asked for again when there are others, or others are ready; not at every figure.
+// The list of models is fetched again when models appear, disappear or become ready; not at every update.
 let talked = "";
 let due = null;
 function talkables() {
@@ -125,7 +125,7 @@ function signIn() {
 }
 
 $("key-form").addEventListener("submit", (event) => {
-  // Enter in the field means yes, though Cancel comes first.
+  // Enter in the field confirms, though Cancel comes first.
   if (event.submitter?.value === "no" && document.activeElement === $("key")) { event.preventDefault(); $("key-dialog").close("yes"); }
 });
 $("key-dialog").addEventListener("close", () => {

@@ -1,4 +1,4 @@
-// The table of models: one row for each that anybody could ask for, and under it where it is, when it is opened.
+// The table of models: a row for each model that clients may use, and under it its nodes, when it is opened.
 
 import { button, load, pin, unload } from "./acts.js";
 import { $, attribute, h, Keyed, shown, style, text } from "./dom.js";
@@ -15,7 +15,7 @@ export function setPill(element, state, label = state) {
   text(element, label);
 }
 
-// A model's state over all its nodes: the best of them, and how far the furthest load is.
+// A model's state over all its nodes: the best state, and the progress of the furthest load.
 export function summary(placed) {
   const states = [...placed.values()];
   const state = BEST_FIRST.find((name) => states.some((status) => status.state === name)) ?? "available";
@@ -104,7 +104,7 @@ class Model {
   }
 
   update() {
-    const told = this.store.state.models[this.id] ?? {};
+    const model = this.store.state.models[this.id] ?? {};
     const placed = this.store.placed(this.id);
     const { state, progress } = summary(placed);
     setPill(this.pill, state, progress === null || state === "ready" ? state : `${state} ${Math.round(100 * progress)} %`);
@@ -113,7 +113,7 @@ class Model {
       style(this.meter.firstElementChild, "width", `${100 * progress}%`);
       attribute(this.meter, "aria-valuenow", Math.round(100 * progress));
     }
-    text(this.also, (told.aliases ?? []).join(", "));
+    text(this.also, (model.aliases ?? []).join(", "));
     this.chips(placed);
     const context = Math.max(0, ...[...placed.values()].map((status) => status.context ?? 0));
     text(this.context, context ? count(context) : "");
@@ -123,7 +123,7 @@ class Model {
     const active = [...placed.values()].some((status) => status.state !== "failed");
     shown(this.load, !active);
     shown(this.unload, active);
-    if (this.opened) this.updateDetail(told, placed);
+    if (this.opened) this.updateDetail(model, placed);
   }
 
   chips(placed) {
@@ -140,12 +140,12 @@ class Model {
     );
   }
 
-  updateDetail(told, placed) {
+  updateDetail(model, placed) {
     const names = [...placed.keys()].sort(byName);
     this.places.keep(names);
     for (const name of names) this.places.get(name).update(placed.get(name));
     shown(this.table, names.length > 0);
-    text(this.source, told.source ? `from ${told.source}` : "");
+    text(this.source, model.source ? `from ${model.source}` : "");
     const nodes = this.store.nodes().filter((name) => this.store.state.nodes[name].state === "ready" && !placed.has(name));
     const key = nodes.join();
     if (key !== this.nodeKey) {

@@ -1,4 +1,4 @@
-// The nodes, a card each: state, memory of every device, what runs and waits, how fast; more of it when it is opened.
+// The nodes, a card each: state, device memory, running and waiting requests, speed; details when it is opened.
 
 import { button, drain } from "./acts.js";
 import { $, attribute, h, Keyed, shown, style, text } from "./dom.js";
@@ -10,7 +10,7 @@ const MANY_DEVICES = 2; // more of them are bars side by side and a sum, until t
 export const running = (node) => Object.values(node.models ?? {}).reduce((sum, status) => sum + (status.running ?? 0), 0);
 export const waiting = (node) => Object.values(node.devices ?? {}).reduce((sum, device) => sum + (device.waiting ?? 0), 0);
 
-// Whether somebody should look at it.
+// Whether a node needs attention.
 export function isTrouble(node) {
   return (
     node.state !== "ready" ||
@@ -92,7 +92,7 @@ class Node {
     this.devices.keep(Object.keys(devices));
     for (const [id, device] of Object.entries(devices)) this.devices.get(id).update(device);
     this.addUp(Object.values(devices));
-    text(this.running, count(running(node) || node.asked || 0));
+    text(this.running, count(running(node) || node.in_flight || 0));
     text(this.waiting, count(waiting(node)));
     text(this.speed, count(node.tokens_per_s ?? 0));
     const up = node.state !== "down" && node.state !== "unknown";

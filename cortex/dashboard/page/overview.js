@@ -1,4 +1,4 @@
-// The six charts at the top: what the fleet does now, and did in the last minutes.
+// The six charts at the top: the fleet's activity of the last minutes.
 
 import { Chart } from "./charts.js";
 import { bytes, count, percent, seconds } from "./format.js";

@@ -1,4 +1,4 @@
-// The latest requests, newest first: what each cost and how it ended. Their text never comes here.
+// The latest requests, newest first, with their usage and outcome, and without their text.
 
 import { $, h, shown, text } from "./dom.js";
 import { clock, count, seconds } from "./format.js";

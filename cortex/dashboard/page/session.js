@@ -10,17 +10,17 @@ export function setKey(value) {
   try {
     if (value) sessionStorage.setItem(NAME, value);
     else sessionStorage.removeItem(NAME);
-  } catch { /* storage is off: nobody is signed in */ }
+  } catch { /* storage is off: there is no key */ }
 }
 
-// fetch, as whoever is signed in here.
+// Call fetch with the key of this tab.
 export function ask(path, options = {}) {
   const headers = { ...options.headers };
   if (key()) headers.authorization = `Bearer ${key()}`;
   return fetch(path, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
 }
 
-// What an answer that is no success says of itself, in any dialect.
+// Return the message of an error response, in any dialect.
 export async function complaint(reply) {
   try {
     const body = await reply.json();

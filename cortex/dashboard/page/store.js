@@ -1,4 +1,4 @@
-// What the gateway has told: a tree, patched as RFC 7386 says, and the same looked at by model.
+// The state from the gateway: a tree, patched as in RFC 7386, and its index by model.
 
 export function merge(target, patch) {
   for (const [key, value] of Object.entries(patch)) {
@@ -17,13 +17,13 @@ export class Store {
     this.placements = new Map();
   }
 
-  // Take everything anew.
+  // Replace the whole state.
   replace(state) {
     this.state = state;
     this.index();
   }
 
-  // Take what has changed; returns the names of the nodes and models to be drawn again, and whether there are others now.
+  // Apply a patch; returns the names of the nodes and models to be drawn again, and whether any appeared or disappeared.
   patch(patch) {
     const before = this.placements;
     merge(this.state, patch);
@@ -39,14 +39,14 @@ export class Store {
     return { nodes, models: [...models] };
   }
 
-  // Models that somebody offers or has, in order of name.
+  // Models that are offered or listed, in order of name.
   models() {
     return [...new Set([...Object.keys(this.state.models), ...this.placements.keys()])].sort(byName);
   }
 
   nodes() { return Object.keys(this.state.nodes).sort(byName); }
 
-  // Where a model is more than available: a map from node to status.
+  // The nodes on which a model is more than available: a map from node to status.
   placed(model) { return this.placements.get(model) ?? new Map(); }
 
   index() {

@@ -1,4 +1,4 @@
-// What was chosen in this browser, before anything is drawn: the theme, or the system's; whether single keys do things.
+// The choices of this browser, applied before anything is drawn: the theme, and keyboard shortcuts.
 "use strict";
 
 (() => {
