@@ -123,10 +123,10 @@ $(DASHBOARD)/installed: Makefile
 	touch $@
 
 test-dashboard: $(VENV)/editable $(DASHBOARD)/installed
-	$(PYTEST) -m dashboard -rs tests/dashboard
+	$(PYTEST) -m dashboard -rs tests/cortex/dashboard
 
 dashboard-pictures: $(VENV)/editable $(DASHBOARD)/installed
-	export DASHBOARD_PICTURES=1; $(PYTEST) -m dashboard tests/dashboard -k pictures
+	export DASHBOARD_PICTURES=1; $(PYTEST) -m dashboard tests/cortex/dashboard -k pictures
 
 # Packages, units and alert rules, by the tools that read them; apt installs what is missing (needs root).
 OPS_PACKAGES := prometheus rpm rpm2cpio cpio rpmlint mandoc zsh fish systemd debootstrap podman runc

@@ -1,7 +1,7 @@
 """The page's files: read once from the folder beside this module, served by exact name, revalidated by their hash.
 
-Only the files found at the start are served, so no path leads elsewhere. The policy in the headers restricts the page to
-this gateway and these scripts, and forbids frames.
+Only the files found at the start are served, so no path leads elsewhere. The policy in the headers restricts the page
+to this gateway and these scripts, and forbids frames.
 """
 
 import hashlib

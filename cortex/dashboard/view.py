@@ -20,7 +20,7 @@ USED_STEP_S = 10.0
 
 
 def node_tree(node: Node) -> Tree:
-    """Return the tree of a node: its state, its devices with their workers, and its models beyond the available ones."""
+    """Return the tree of a node: its state, its devices with their workers, its models beyond the available ones."""
     workers = {worker.device: worker for worker in node.health.workers} if node.health else {}
     devices = node.discovery.devices if node.discovery else ()
     return _told(

@@ -12,7 +12,7 @@ from browser import Page
 from dashboard_rig import REAL, Gateway
 from page_actions import act, load, open_row, row, say
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 PICTURES = ROOT / "docs/images"
 LARGE, PINNED, LOADING = "Qwen3-32B", "Llama-3.3-70B", "Gemma-3-27B"
 TRAFFIC = (

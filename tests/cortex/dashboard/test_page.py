@@ -25,7 +25,7 @@ from cortex.access.keys import new_key
 
 pytestmark = pytest.mark.dashboard
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 AXE = ROOT / "build/dashboard/node_modules/axe-core/axe.min.js"
 SLOW = "Qwen3-32B"
 
