@@ -1,7 +1,7 @@
-"""The operators' view and hand: what the gateway knows of its fleet, and what it can be told to have done there.
+"""The operators' endpoints under ``/admin``: reports of the fleet and the keys, and actions on models and nodes.
 
-Every act is a neuron's; this finds the node and passes on what it says. Any gateway of a fleet will do: the neurons
-hold the state, so a pin or a drain that one gateway asks for is seen by all.
+Every action is a neuron's; the gateway finds the node and returns its response. The neurons hold the state, so a pin or
+a drain through one gateway is seen by all.
 """
 
 import asyncio
@@ -39,7 +39,10 @@ FORGETTABLE = frozenset({ModelState.AVAILABLE, ModelState.FAILED})
 
 
 class NodeReport(msgspec.Struct, frozen=True):
-    """One node as this process sees it; ``in_flight`` are its own requests there."""
+    """A node in the state of this process; ``in_flight`` counts this process's requests there.
+
+    ``strikes`` counts failed polls in a row.
+    """
 
     name: str
     endpoint: str
@@ -56,9 +59,9 @@ class NodeReport(msgspec.Struct, frozen=True):
 
 
 class FleetReport(msgspec.Struct, frozen=True):
-    """``GET /admin/fleet``. ``config_error`` is why the files as they are now are not in force.
+    """``GET /admin/fleet``. ``config_error`` is the reason why the current files are not in force.
 
-    ``degraded`` names the parts of the gateway that do not do what they should.
+    ``degraded`` has the names of failing background tasks and components.
     """
 
     nodes: tuple[NodeReport, ...]
@@ -67,7 +70,7 @@ class FleetReport(msgspec.Struct, frozen=True):
 
 
 class KeyReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of ``GET /admin/keys``. Limits of 0 are none."""
+    """An entry of ``GET /admin/keys``. A limit of 0 is none."""
 
     name: str
     models: tuple[str, ...]
@@ -118,7 +121,7 @@ class DrainAct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Acted(msgspec.Struct, frozen=True):
-    """What an act on models came to, by node."""
+    """Result of an action on models, by node."""
 
     nodes: dict[str, ModelStatus]
 
@@ -130,7 +133,7 @@ _DRAIN_ACT = msgspec.json.Decoder(DrainAct)
 
 
 class Admin:
-    """The endpoints under ``/admin``. Who may use them is checked before."""
+    """The endpoints under ``/admin``, after authentication."""
 
     def __init__(
         self,
@@ -194,7 +197,7 @@ class Admin:
         await self._on_each(exchange, asked.model, asked.node, act)
 
     async def forget(self, exchange: Exchange) -> None:
-        """``POST /admin/models/forget``: failed loads and models that were unloaded go off the lists."""
+        """``POST /admin/models/forget``: removes failed and unloaded models from the lists."""
         asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _FORGET_ACT)
         model = self._service.catalogue.resolve(asked.model)
         if asked.node:
@@ -214,7 +217,7 @@ class Admin:
         await self._reply(exchange, dict(zip(found, outcomes, strict=True)))
 
     async def pin(self, exchange: Exchange) -> None:
-        """``POST /admin/models/pin``. What is nowhere is pinned nowhere: there, letting go of it has been done."""
+        """``POST /admin/models/pin``. A model that no node has loaded can be unpinned, with no effect."""
         asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _PIN_ACT)
 
         async def act(neuron: NeuronClient, status: ModelStatus) -> ModelStatus:
@@ -223,7 +226,7 @@ class Admin:
         await self._on_each(exchange, asked.model, asked.node, act, may_be_nowhere=not asked.pinned)
 
     async def drain(self, exchange: Exchange) -> None:
-        """``POST /admin/nodes/drain``: the node takes nothing new; what runs there goes on."""
+        """``POST /admin/nodes/drain``: the node accepts nothing new; running requests continue."""
         asked = openai_fields.decode(await exchange.read_body(MAX_BODY_BYTES), _DRAIN_ACT)
         health = await self._neuron(asked.node).drain(DrainRequest(asked.draining))
         await self._service.poller.poll(asked.node)
@@ -238,7 +241,7 @@ class Admin:
         await exchange.reply(200, msgspec.json.encode(self.report()))
 
     def report(self) -> FleetReport:
-        """Return the fleet as it is known now."""
+        """Return a report of the fleet's current state."""
         in_flight = self._fleet.in_flight.by_node
         error = self._config_error()
         nodes = tuple(
@@ -269,7 +272,7 @@ class Admin:
         *,
         may_be_nowhere: bool = False,
     ) -> None:
-        """Do something about a model on a node, or on all that have it, and tell what came of it."""
+        """Perform an action on a model, on a node or on all that have it, and reply with the results."""
         model = self._service.catalogue.resolve(name)
         if node:
             self._neuron(node)

@@ -1,4 +1,4 @@
-"""What the gateway answers, for ``/openapi.json``. A test holds it against the paths that are served."""
+"""The gateway's operations for ``/openapi.json``. A test compares them with the paths that are served."""
 
 from cortex import __version__
 from cortex.admin import Acted, DrainAct, FleetReport, ForgetAct, KeysReport, ModelAct, PinAct
@@ -30,29 +30,29 @@ OPERATIONS = (
         streams=True,
         query={"stream": {"type": "boolean"}, "starting_after": COUNT},
     ),
-    Operation("DELETE", _RESPONSE, "Forget a response.", _DELETED),
-    Operation("GET", f"{_RESPONSE}/input_items", "List what a response was asked.", _PAGE, query=_PAGED),
+    Operation("DELETE", _RESPONSE, "Delete a response.", _DELETED),
+    Operation("GET", f"{_RESPONSE}/input_items", "List the input items of a response.", _PAGE, query=_PAGED),
     Operation("POST", f"{_RESPONSE}/cancel", "End a response that is made in the background.", RESPONSE_ANSWER),
-    Operation("POST", "/v1/conversations", "Name a conversation.", _CONVERSATION, CreateBody),
+    Operation("POST", "/v1/conversations", "Create a conversation.", _CONVERSATION, CreateBody),
     Operation("GET", _NAMED, "Describe a conversation.", _CONVERSATION),
-    Operation("POST", _NAMED, "Give a conversation other metadata.", _CONVERSATION, UpdateBody),
-    Operation("DELETE", _NAMED, "Forget a conversation's name.", _DELETED),
-    Operation("GET", f"{_NAMED}/items", "List what was said.", _PAGE, query=_PAGED),
-    Operation("POST", f"{_NAMED}/items", "Say something without an answer.", _PAGE, AddItemsBody),
+    Operation("POST", _NAMED, "Replace a conversation's metadata.", _CONVERSATION, UpdateBody),
+    Operation("DELETE", _NAMED, "Delete a conversation.", _DELETED),
+    Operation("GET", f"{_NAMED}/items", "List the items of a conversation.", _PAGE, query=_PAGED),
+    Operation("POST", f"{_NAMED}/items", "Add items to a conversation.", _PAGE, AddItemsBody),
     Operation("GET", f"{_NAMED}/items/{{item_id}}", "Return an item.", OBJECT),
-    Operation("DELETE", f"{_NAMED}/items/{{item_id}}", "Take an item out.", _CONVERSATION),
-    Operation("GET", "/health", "Say whether the gateway lives.", object_with(state=TEXT, nodes_up=COUNT, nodes=COUNT)),
-    Operation("GET", "/version", "Say which version this is.", openapi.VERSION_ANSWER),
+    Operation("DELETE", f"{_NAMED}/items/{{item_id}}", "Delete an item.", _CONVERSATION),
+    Operation("GET", "/health", "Report the gateway's health.", object_with(state=TEXT, nodes_up=COUNT, nodes=COUNT)),
+    Operation("GET", "/version", "Report the version.", openapi.VERSION_ANSWER),
     Operation("GET", "/admin/fleet", "Report the nodes.", FleetReport),
     Operation("GET", "/admin/keys", "Report the keys, their limits and use.", KeysReport),
     Operation("GET", "/admin/models", "List the models, where they are and how they are sampled.", FullOfferList),
     Operation("POST", "/admin/models/load", "Load a model.", Acted, ModelAct),
     Operation("POST", "/admin/models/unload", "Unload a model.", Acted, ModelAct),
-    Operation("POST", "/admin/models/forget", "Take a model off the lists of nodes.", Acted, ForgetAct),
-    Operation("POST", "/admin/models/pin", "Pin a model, or let go of it.", Acted, PinAct),
-    Operation("POST", "/admin/nodes/drain", "Keep requests from a node, or let them come again.", Health, DrainAct),
+    Operation("POST", "/admin/models/forget", "Remove a model from the lists of nodes.", Acted, ForgetAct),
+    Operation("POST", "/admin/models/pin", "Pin or unpin a model.", Acted, PinAct),
+    Operation("POST", "/admin/nodes/drain", "Drain a node, or end its drain.", Health, DrainAct),
     Operation("POST", "/admin/reload", "Read the configuration again.", OBJECT),
-    Operation("GET", openapi.PATH, "Describe all this.", OBJECT),
+    Operation("GET", openapi.PATH, "Describe the API.", OBJECT),
 )
 
 

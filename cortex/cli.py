@@ -1,4 +1,4 @@
-"""``cortex``: serve, chat with a demo, and what :mod:`cortex.operate` has for those who look after a running gateway.
+"""The command ``cortex``: ``serve``, ``demo``, and the commands of :mod:`cortex.operate` for a running gateway.
 
 Exit status 2 with one line for a wrong configuration, 1 for a gateway that cannot be reached, 0 otherwise.
 """
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 EXIT_CONFIG = 2
 MAX_PENDING_CONNECTIONS = 4096
-"""Connections a worker serves at a time; a stream is one for as long as it lasts."""
+"""Concurrent connections of a worker; a stream occupies one."""
 
 BACKLOG = 1024
-"""Connections that wait to be accepted."""
+"""Length of the listening socket's queue of connections."""
 
 KILL_MARGIN_S = 10
-"""Beyond the drain timeout, for a worker to end its requests and itself before it is killed."""
+"""Time, after the drain timeout, for a worker to end its requests and itself before it is killed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(prog="cortex", description="A gateway in front of your own GPU hosts.")
     parser.add_argument(
         "--version", action="version", version=f"cortex {__version__}{f' ({COMMIT[:12]})' if COMMIT else ''}"
@@ -85,7 +85,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    """Check the configuration here, where an error has a terminal to go to; then let the workers read it again."""
+    """Check the configuration in this process, so that errors reach the terminal; the workers read it again."""
     from cortex import config, preflight, reload
 
     flags: dict[str, object] = {
@@ -111,7 +111,7 @@ def _serve(options: argparse.Namespace) -> int:
             os.environ[f"{config.ENVIRONMENT_PREFIX}{table}__{name}".upper()] = str(value)
     if found.gateway.workers == 1:
         return _run(found)
-    # Before prometheus_client is imported anywhere: it chooses shared files or plain memory once.
+    # Before prometheus_client is imported: it chooses between shared files and plain memory at import.
     shared = tempfile.mkdtemp(prefix="cortex-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
     try:
@@ -121,7 +121,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _run(config: "Config") -> int:
-    """Run Granian until a signal ends it."""
+    """Run Granian until it is ended by a signal."""
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
     from granian.errors import ConfigurationError
@@ -161,7 +161,7 @@ def _run(config: "Config") -> int:
         ssl_cert=pathlib.Path(gateway.tls_certificate) if gateway.tls_certificate else None,
         ssl_key=pathlib.Path(gateway.tls_key) if gateway.tls_key else None,
     )
-    # Granian would replace its workers on SIGHUP, by ones that fail if a file is wrong: they read it again themselves.
+    # On SIGHUP, Granian would replace its workers, which fail if a file is wrong: the workers reload by themselves.
     server.signal_handler_reload = _hang_up_workers  # type: ignore[method-assign]
     stop = server.signal_handler_interrupt
 
@@ -182,9 +182,9 @@ def _run(config: "Config") -> int:
 
 
 def _listen_on(server: Any, fd: int) -> None:
-    """Have the server accept from a socket that is not its own.
+    """Have the server accept from a socket that was handed over.
 
-    Whoever handed it over, or another gateway that has it too, keeps what is waiting in its queue when this one ends.
+    When this process ends, the socket's other owners (systemd, another gateway) keep the connections in its queue.
     """
     from granian._granian import SocketHolder
 
@@ -197,7 +197,7 @@ def _listen_on(server: Any, fd: int) -> None:
 
 
 def _differs(fd: int, host: str, port: int) -> str:
-    """Return the address of a socket if it is not the one that is configured; empty if it is."""
+    """Return the address of a socket if it differs from the configured one; otherwise an empty string."""
     with socket.socket(fileno=os.dup(fd)) as given:
         there, there_port = given.getsockname()[:2]
     wanted = {address[4][0] for address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
@@ -213,9 +213,9 @@ def _hang_up_workers(*signal_and_frame: object) -> None:
 
 
 def _try_to_bind(host: str, port: int) -> None:
-    """Raise ``OSError`` if the address cannot be had: the server's own failure is a panic with a backtrace.
+    """Raise ``OSError`` if the address cannot be bound: the server itself would panic with a backtrace.
 
-    Without ``SO_REUSEPORT``, so that another gateway there is seen even if it shares its port among workers.
+    Without ``SO_REUSEPORT``, so that another gateway is found there even if its workers share the port.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as trial:

@@ -1,6 +1,6 @@
-"""Where commands write for people: as wide as the terminal, and unbroken where there is none.
+"""The console of the commands: as wide as the terminal, and without line breaks where there is none.
 
-What goes to a file or through a pipe is read by programs and tests; a line that was broken at some width would be two.
+Output to a file or a pipe is read by programs and tests, for which a wrapped line would be two.
 """
 
 import io
@@ -9,11 +9,11 @@ import sys
 from rich.console import Console
 
 UNBROKEN = 100_000
-"""Columns of what is no terminal. Tables take what they need of it."""
+"""Columns where there is no terminal. Tables take as many as they need."""
 
 
 def console(*, markup: bool = False) -> Console:
-    """Return what writes to standard output; with ``markup`` brackets are colours: for our own words alone."""
+    """Return a console on standard output. With ``markup`` brackets are colours, for fixed texts only."""
     if sys.stdout.isatty():
         return Console(markup=markup, emoji=False)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower().replace("-", "") != "utf8":

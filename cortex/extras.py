@@ -1,4 +1,4 @@
-"""What an installation lacks for running models: the gateway's own has none of it."""
+"""The dependencies of a neuron that an installation lacks: a gateway's installation has none of them."""
 
 import importlib.util
 
@@ -19,7 +19,7 @@ INSTALL = "pip install 'helexa-cortex[neuron]'"
 
 
 def missing_for_neuron() -> list[str]:
-    """Return the modules that a neuron needs and that are not installed."""
+    """Return the modules of a neuron that are not installed."""
     return [name for name in NEURON_MODULES if not _is_there(name)]
 
 

@@ -1,12 +1,13 @@
-"""The check that every listener of both daemons makes before anything else: may this request come from where it does?
+"""The check of a request's origin, which every listener of both daemons makes first.
 
-A browser sends requests for whatever page is open in it, also to addresses that only its own host can reach. So whoever
-gets in without a key (or a neuron's secret) has to show that no stranger's page asks: its ``Origin`` and
-``Sec-Fetch-Site`` are this server's own, or are allowed; its ``Host`` is no name that a stranger can have made resolve
-to here (DNS rebinding). A key is such proof by itself: no page sends a key that it was not given. A body has to say
-that it is JSON, in every case: a browser asks before it sends that to another site.
+A browser sends requests for any page that is open in it, also to addresses that only its own host can reach. So a
+request without a key (or a neuron's secret) must not come from a page of another site: its ``Origin`` and
+``Sec-Fetch-Site`` are this server's own or allowed, and its ``Host`` is no name that a stranger can resolve to here
+(DNS rebinding). A key proves this by itself, since a page has no key that it was not given. A body needs a JSON content
+type in every case: a browser sends a preflight before it sends that to another site.
 
-It knows headers, not keys, paths or servers. :meth:`Guard.cors` and :meth:`Guard.preflight` tell browsers the same.
+Only headers are checked here, no keys, paths or servers. :meth:`Guard.cors` and :meth:`Guard.preflight` return the
+headers for browsers.
 """
 
 import ipaddress
@@ -28,7 +29,7 @@ HOST = re.compile(r"[a-z0-9._-]+|\[?[0-9a-f:.]+(?:%[a-z0-9._-]+)?\]?")
 
 OWN_SITE = frozenset({b"same-origin", b"none"})
 PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
-"""Ends of names that no public name server answers for, so that no stranger can have one."""
+"""Suffixes of names that no public name server resolves, so that no stranger can have one."""
 
 BODIES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 MAX_KNOWN_HOSTS = 1024
@@ -37,42 +38,42 @@ ASKED_HEADERS = re.compile(
     r"authorization|content-type|accept|traceparent|tracestate|idempotency-key|x-api-key|x-request-id|x-client-request-id"
     r"|x-cortex-[a-z0-9-]+|x-stainless-[a-z0-9-]+|anthropic-[a-z0-9-]+|openai-[a-z0-9-]+"
 )
-"""Headers that a page of an allowed origin may send: those of the SDKs and of this project."""
+"""Headers that a page of an allowed origin may send: the SDKs' and this project's."""
 TOLD_HEADERS = REQUEST_ID + b", request-id, retry-after, " + IGNORED + b", *"
-"""Headers that a page may read; no answer depends on cookies, so the star means all."""
+"""Headers that a page may read; no response depends on cookies, so the star means all."""
 PREFLIGHT_AGE_S = 600
 
 
 class OriginNotAllowedError(ForbiddenError):
-    """A page of another site asks, by somebody's browser."""
+    """The request comes from a page of another site, in a browser."""
 
     code = "origin_not_allowed"
 
 
 class HostNotAllowedError(ForbiddenError):
-    """The request was sent to a name that is not known to be this server's."""
+    """The request was sent to a host name that is not known as this server's."""
 
     code = "host_not_allowed"
 
 
 class UnsupportedMediaTypeError(ApiError):
-    """The body is not said to be JSON."""
+    """The content type of the body is not JSON."""
 
     status = 415
     code = "unsupported_media_type"
 
 
 class Guard:
-    """The rule of one listener. ``origins`` and ``hosts`` are what its operator allows beyond its own."""
+    """The check of one listener. ``origins`` and ``hosts`` are allowed beyond its own."""
 
     def __init__(self, origins: Collection[str] = (), hosts: Collection[str] = ()) -> None:
         self._origins = frozenset(normal_origin(origin) for origin in origins)
         self._hosts = frozenset({socket.gethostname().lower(), *(host.lower().rstrip(".") for host in hosts)})
         self.known_hosts: set[str | None] = {None}
-        """Values of ``Host`` that have passed, for a fast path to look at; ``None`` is no such header."""
+        """Values of ``Host`` that have passed, for the fast path; ``None`` is no such header."""
 
     def check_media_type(self, method: str, header: Headers) -> None:
-        """Raise :class:`UnsupportedMediaTypeError` for a body of another type; one of no type comes from no page."""
+        """Raise :class:`UnsupportedMediaTypeError` for a body of another type, or of no type with an ``Origin``."""
         if method not in BODIES:
             return
         given = header(b"content-type")
@@ -86,11 +87,11 @@ class Guard:
         raise UnsupportedMediaTypeError(f"The body has {kind}: send it with 'content-type: application/json'.")
 
     def check_site(self, header: Headers, *, setting: str) -> None:
-        """Let nobody in who may be another site's page. ``setting`` is the table that could allow it.
+        """Refuse a request that may come from another site's page. ``setting`` is the table that could allow it.
 
         Raises:
-            OriginNotAllowedError: a page of another site asks.
-            HostNotAllowedError: it asks for a name that may be anybody's.
+            OriginNotAllowedError: it comes from a page of another site.
+            HostNotAllowedError: its host name is not known as this server's.
         """
         host, origin, site = header(b"host"), header(b"origin"), header(b"sec-fetch-site")
         self._check_host(host, origin, setting)
@@ -103,7 +104,7 @@ class Guard:
     ) -> None:
         """Raise :class:`OriginNotAllowedError` for a page that is neither this server's own nor allowed.
 
-        ``any_is_allowed`` has the star among the origins hold, as it does for whoever sends a key.
+        ``any_is_allowed`` makes the star among the origins effective, as for requests with a key.
         """
         if any_is_allowed and ANY in self._origins:
             return
@@ -164,16 +165,16 @@ class Guard:
             self.known_hosts.add(text)
 
     def _is_own_host(self, host: str) -> bool:
-        """Return whether no stranger can have made a name resolve to here."""
+        """Return whether a host name cannot have been made to resolve to here by a stranger."""
         name = _without_port(host.lower()).rstrip(".")
         if not HOST.fullmatch(name):
             return False
-        # A name without a dot is one of the network's own; an address was not looked up at all.
+        # A name without a dot is of the local network; an address needs no lookup.
         return "." not in name or name in self._hosts or name.endswith(PRIVATE_SUFFIXES) or _is_address(name)
 
 
 def check_hosts(hosts: Collection[str], source: str, key: str) -> None:
-    """Raise :class:`~cortex.settings.ConfigError` for a host that is more than a name or an address."""
+    """Raise :class:`~cortex.settings.ConfigError` for a host that is no name or address."""
     for index, host in enumerate(hosts):
         if not HOST.fullmatch(host.lower()):
             raise ConfigError(source, f"{key}[{index}]", f"{host!r} is not a host's name, such as gpu.example.com")
@@ -189,7 +190,7 @@ def normal_origin(origin: str) -> str:
 
 
 def _is_own(origin: bytes, host: bytes | None) -> bool:
-    """Return whether a page came from where it asks. The scheme is a proxy's to know."""
+    """Return whether an origin is the host of the request. The scheme is not compared: a proxy may end TLS."""
     scheme, _, place = normal_origin(origin.decode("latin-1")).partition("://")
     if scheme not in {"http", "https"} or host is None or not place:
         return False

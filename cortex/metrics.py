@@ -1,11 +1,10 @@
-"""The gateway's Prometheus metrics: what is counted, in which buckets, and where it is served.
+"""The gateway's Prometheus metrics: counters, buckets, and their endpoint.
 
 Labels are bounded: models of the catalogue or of the fleet, nodes of the configuration, dialects, statuses. A name that
-a client made up is never one, and of the codes that nodes make up there are few. What is known of nodes and models is
-not kept in gauges but read from the fleet at each scrape, so that it goes when the model does; counters of nodes and
-models that are not there any more are left out of a scrape, and go on where they were should those come back. With
-several workers the counters are shared through files (``PROMETHEUS_MULTIPROC_DIR``), and the worker that binds the port
-first serves the sum.
+a client made up is never a label, and the number of nodes' error codes is limited. The state of nodes and models is
+read from the fleet at each scrape and not kept in gauges; counters of nodes and models that are gone are left out of a
+scrape, and continue if these come back. With several workers the counters are shared through files
+(``PROMETHEUS_MULTIPROC_DIR``), and the first worker to bind the port serves the sum.
 """
 
 import asyncio
@@ -47,7 +46,7 @@ DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 48
 SPEED_BUCKETS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000, 2000)
 
 FOLD_INTERVAL_S = 0.5
-"""How old a counter may be where workers share files; a scrape of this process alone has everything."""
+"""Greatest age of a counter where workers share files; a scrape of a single process is current."""
 
 MAX_RETRY_CODES = 64
 CODE = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
@@ -55,7 +54,7 @@ CODE = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class NodeSample:
-    """What a scrape shows of a node."""
+    """State of a node at a scrape."""
 
     node: str
     is_up: bool
@@ -66,7 +65,7 @@ class NodeSample:
 
 @dataclass(frozen=True, slots=True)
 class ModelSample:
-    """What a scrape shows of a model on a node."""
+    """State of a model on a node at a scrape."""
 
     node: str
     model: str
@@ -77,18 +76,18 @@ class ModelSample:
 
 @dataclass(frozen=True, slots=True)
 class FleetSample:
-    """What a scrape shows of the fleet."""
+    """State of the fleet at a scrape."""
 
     nodes: tuple[NodeSample, ...]
     models: tuple[ModelSample, ...]
     known_models: frozenset[str]
-    """Every model that somebody offers or lists, whether it is loaded or not."""
+    """All models that are offered or listed, whether loaded or not."""
 
 
 class _Series:
-    """The counters of one model on one node in one dialect, looked up once, and what they are to be raised by.
+    """The counters of one model on one node in one dialect, looked up once, and their pending increments.
 
-    To raise one takes a lock, or a write to a file that workers share.
+    Incrementing a counter takes a lock, or a write to a file that workers share.
     """
 
     def __init__(self, metrics: "Metrics", labels: tuple[str, str, str]) -> None:
@@ -102,7 +101,7 @@ class _Series:
         self._new_tokens = [0, 0, 0]
 
     def add(self, record: Record) -> None:
-        """Take a request that has ended; :meth:`count` counts it."""
+        """Take an ended request, for the next :meth:`count`."""
         self._new_requests[record.status] = self._new_requests.get(record.status, 0) + 1
         self._duration_s.observe(record.duration_s)
         first_token_s = record.first_token_s
@@ -116,11 +115,11 @@ class _Series:
             new[2] += tokens_cached
             generation_s = record.generation_s
             if generation_s and tokens_out > 1:
-                # The first token's time is the prompt's; the others are what the speed is about.
+                # The time to the first token is the prompt's; the speed is of the other tokens.
                 self._tokens_per_s.observe((tokens_out - 1) / generation_s)
 
     def count(self) -> None:
-        """Raise the counters by what was taken."""
+        """Increment the counters."""
         for status, number in self._new_requests.items():
             self._requests(status).inc(number)
         for counter, number in zip(self._tokens, self._new_tokens, strict=True):
@@ -130,7 +129,7 @@ class _Series:
 
 
 class _Folder(Collector):
-    """The first collector of a registry: has what has ended counted before the others are asked."""
+    """The first collector of a registry, which has ended requests counted before the others collect."""
 
     def __init__(self, fold: Callable[[], None]) -> None:
         self._fold = fold
@@ -154,7 +153,7 @@ class _FleetCollector(Collector):
         sample = self._sample()
         up = GaugeMetricFamily("cortex_node_up", "Whether a node answers its polls.", labels=["node"])
         draining = GaugeMetricFamily(
-            "cortex_node_draining", "Whether a node takes nothing new because it was told so.", labels=["node"]
+            "cortex_node_draining", "Whether a node is draining and accepts nothing new.", labels=["node"]
         )
         total = GaugeMetricFamily("cortex_node_memory_total_bytes", "Device memory of a node.", labels=["node"])
         free = GaugeMetricFamily("cortex_node_memory_free_bytes", "Free device memory of a node.", labels=["node"])
@@ -166,20 +165,22 @@ class _FleetCollector(Collector):
         nodes_up = GaugeMetricFamily("cortex_nodes_up", "Nodes that answer their polls.")
         nodes_up.add_metric([], sum(node.is_up for node in sample.nodes))
         labels = ["node", "model"]
-        state = GaugeMetricFamily("cortex_model_state", "1 for the state a model is in.", labels=[*labels, "state"])
+        state = GaugeMetricFamily(
+            "cortex_model_state", "1 for the current state of a model.", labels=[*labels, "state"]
+        )
         running = GaugeMetricFamily("cortex_model_running", "Requests a node is running.", labels=labels)
         waiting = GaugeMetricFamily("cortex_model_waiting", "Requests queued on a node.", labels=labels)
         for model in sample.models:
             state.add_metric([model.node, model.model, model.state], 1)
             running.add_metric([model.node, model.model], model.running)
             waiting.add_metric([model.node, model.model], model.waiting)
-        build = GaugeMetricFamily("cortex_build_info", "1, with what is running.", labels=["version", "commit"])
+        build = GaugeMetricFamily("cortex_build_info", "1, with version and commit.", labels=["version", "commit"])
         build.add_metric([VERSION, COMMIT], 1)
         return up, draining, total, free, nodes_up, state, running, waiting, build
 
 
 class _Current(Collector):
-    """The counters of a registry, without those of nodes and models that are gone."""
+    """The counters of a registry, without the samples of nodes and models that are gone."""
 
     def __init__(self, counters: CollectorRegistry, sample: Callable[[], FleetSample]) -> None:
         self._counters = counters
@@ -201,10 +202,10 @@ class _Current(Collector):
 
 
 class Metrics:
-    """The gateway's counters, in a registry of their own."""
+    """The gateway's metrics, in a registry of their own."""
 
     def __init__(self, fleet: Callable[[], FleetSample], in_flight: Callable[[], Mapping[str, int]]) -> None:
-        """``in_flight`` are the requests of this process that have a node and no end yet, by node."""
+        """``in_flight`` returns the numbers of this process's requests in flight, by node."""
         self.registry = CollectorRegistry()
         self._fleet = fleet
         self._in_flight = in_flight
@@ -213,7 +214,7 @@ class Metrics:
         self._in_flight_of: dict[str, Gauge] = {}
         self.registry.register(_Folder(self.fold))
         self.before_fold: Callable[[], None] = lambda: None
-        """Has what has ended counted. A scrape's thread calls it too."""
+        """Hook that has ended requests counted. The thread of a scrape calls it too."""
         labels = ("model", "node", "dialect")
         self.requests = Counter("cortex_requests", "Finished requests.", (*labels, "status"), registry=self.registry)
         self.tokens_in = Counter("cortex_prompt_tokens", "Prompt tokens.", labels, registry=self.registry)
@@ -250,7 +251,7 @@ class Metrics:
         )
         self.rejected = Counter(
             "cortex_rejected_requests",
-            "Requests that no endpoint saw: a path, a method or a key that is not known.",
+            "Requests refused before an endpoint: unknown path, method or key.",
             ("status",),
             registry=self.registry,
         )
@@ -262,28 +263,28 @@ class Metrics:
         )
         self.loop_lag_s = Histogram(
             "cortex_loop_lag_seconds",
-            "How late the event loop was, four times a second.",
+            "Lag of the event loop, measured four times a second.",
             buckets=BUCKETS_S,
             registry=self.registry,
         )
         self.damaged_stores = Counter(
             "cortex_store_damaged",
-            "Store files that were found damaged, moved aside and begun anew.",
+            "Damaged store files that were moved aside and replaced.",
             registry=self.registry,
         )
         self.loads = Counter(
-            "cortex_model_loads", "Cold loads asked for.", ("model", "outcome"), registry=self.registry
+            "cortex_model_loads", "Cold loads requested.", ("model", "outcome"), registry=self.registry
         )
         self.in_flight = Gauge(
             "cortex_in_flight_requests",
-            "Requests that have a node and no end yet.",
+            "Requests in flight at a node.",
             ("node",),
             multiprocess_mode="livesum",
             registry=self.registry,
         )
 
     def record_retry(self, node: str, code: str) -> None:
-        """Count that a request is sent again because of an error. Codes are a node's to choose, but not how many."""
+        """Count a retry because of an error. Nodes choose the codes, but their number is limited."""
         if code not in self._retry_codes:
             if len(self._retry_codes) >= MAX_RETRY_CODES or not CODE.fullmatch(code):
                 code = "other"
@@ -291,13 +292,13 @@ class Metrics:
         self.retries.labels(node, code).inc()
 
     async def run(self) -> None:
-        """Count what has ended every now and then, until cancelled."""
+        """Count ended requests at an interval, until cancelled."""
         while True:
             self.fold()
             await asyncio.sleep(FOLD_INTERVAL_S)
 
     def fold(self) -> None:
-        """Count what has ended, and what has not. Any thread may call it."""
+        """Count ended requests, and set the gauges of requests in flight. Any thread may call it."""
         self.before_fold()
         now = self._in_flight()
         for node in self._in_flight_of.keys() | now.keys():
@@ -307,7 +308,7 @@ class Metrics:
             gauge.set(now.get(node, 0))
 
     def count(self, ended: Iterable[Record]) -> None:
-        """Count requests that have ended."""
+        """Count ended requests."""
         raised: dict[tuple[str, str, str], _Series] = {}
         for record in ended:
             labels = record.model, record.node, record.dialect
@@ -320,12 +321,12 @@ class Metrics:
             series.count()
 
     def serve(self, host: str, port: int, guard: Callable[[], Guard] = Guard) -> Callable[[], None]:
-        """Serve all workers' metrics if this one is the first to bind the port; return what stops that.
+        """Serve the metrics of all workers, and return a function that stops it.
 
-        ``guard`` returns what keeps pages of other sites out.
+        ``guard`` returns the check that refuses pages of other sites.
 
         Raises:
-            OSError: somebody else has the port.
+            OSError: the port is in use, as by another worker.
         """
         counters = self.registry
         registry = CollectorRegistry()
@@ -349,9 +350,9 @@ class Metrics:
 
 
 def _guarded(app: Any, guard: Callable[[], Guard]) -> Any:
-    """Return a WSGI application that answers no page of a browser.
+    """Return a WSGI application that refuses pages of browsers.
 
-    Names are looked at where the caller is on this host, as its browser would be: Prometheus may use any.
+    The ``Host`` is checked for callers on this host only, where a browser may be: Prometheus may use any.
     """
 
     def serve(environ: Mapping[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
@@ -373,13 +374,13 @@ def _guarded(app: Any, guard: Callable[[], Guard]) -> Any:
 
 
 def folder_of_workers() -> pathlib.Path | None:
-    """Return the folder whose files all workers of this gateway share; ``None`` if there is none."""
+    """Return the folder of the files that all workers of this gateway share; ``None`` if there is none."""
     directory = os.environ.get(MULTIPROCESS_VARIABLE)
     return pathlib.Path(directory) if directory else None
 
 
 def forget_dead_workers() -> None:
-    """Drop the gauges of workers that have ended, where workers share files."""
+    """Delete the gauges of workers that have ended, where workers share files."""
     folder = folder_of_workers()
     if folder is None:
         return

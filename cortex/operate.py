@@ -1,7 +1,7 @@
-"""The commands that talk to a running gateway: look at its fleet, load, unload, pin, drain, keys.
+"""The commands for a running gateway: status, models, load, unload, forget, pin, drain, dashboard, reload, keys.
 
-Each is one exchange with ``/admin`` shown as tables that 80 columns hold, or as JSON, as it came.
-Exit status 0, 1 for a gateway that cannot be reached or says no, 2 for a wrong command or configuration.
+Each is one request to ``/admin``, printed as tables of at most 80 columns, or as the JSON of the response. Exit status
+0, 1 for a gateway that cannot be reached or refuses, 2 for a wrong command or configuration.
 """
 
 import argparse
@@ -30,28 +30,28 @@ EXIT_UNREACHABLE = 1
 EXIT_CONFIG = 2
 LOOK_TIMEOUT_S = 10.0
 ACT_TIMEOUT_S = 3600.0
-"""A load may have to download its weights first."""
+"""Timeout of an action: a load may have to download its weights first."""
 MIN_INTERVAL_S = 0.1
 LOOK_AT_LOAD_S = 1.0
-"""Seconds between two looks at a load that is awaited."""
+"""Interval between two requests for the progress of a load."""
 KEY_VARIABLE = "CORTEX_KEY"
 MAX_SECONDS = 7 * 24 * 3600.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 
 
 class GatewayError(Exception):
-    """There is no gateway, or it says no."""
+    """The gateway cannot be reached, or refuses."""
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the commands to a parser; each leaves what to run in ``run``."""
+    """Add the commands to a parser, each with its function as ``run``."""
     where = argparse.ArgumentParser(add_help=False)
     address = where.add_mutually_exclusive_group()
     address.add_argument("--url", help="the gateway's address, e.g. http://127.0.0.1:31313")
     address.add_argument("--config", metavar="FILE", help="take the address from a cortex.toml")
     where.add_argument("--key-file", metavar="FILE", help=f"an administrator's key (default: ${KEY_VARIABLE})")
-    where.add_argument("--ca-file", metavar="FILE", help="checks the certificate of an https gateway")
-    where.add_argument("--json", action="store_true", help="print what the gateway answered")
+    where.add_argument("--ca-file", metavar="FILE", help="CA certificates for an https gateway")
+    where.add_argument("--json", action="store_true", help="print the gateway's response")
 
     def add(name: str, help_text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text, parents=[where])
@@ -60,38 +60,38 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     status = add("status", "show nodes, devices and models", _status)
     status.add_argument(
-        "--watch", nargs="?", type=_interval, const=2.0, metavar="SECONDS", help="show it again and again"
+        "--watch", nargs="?", type=_interval, const=2.0, metavar="SECONDS", help="refresh it at this interval"
     )
-    add("models", "show what clients may ask for", _models)
+    add("models", "show the models that clients may use", _models)
     for name, help_text in (("load", "load a model"), ("unload", "unload a model, after its running requests")):
         command = add(name, help_text, _load if name == "load" else _unload)
         command.add_argument("model")
-        command.add_argument("--node", default="", help="there only")
+        command.add_argument("--node", default="", help="on this node only")
     command.add_argument(
         "--drain-timeout",
         type=_seconds,
         default=30.0,
         metavar="SECONDS",
-        help="how long running requests may take (30)",
+        help="time for running requests to end (30)",
     )
-    forget = add("forget", "take a model that failed or was unloaded off the lists of nodes", _forget)
+    forget = add("forget", "remove a failed or unloaded model from the lists of nodes", _forget)
     forget.add_argument("model")
-    forget.add_argument("--node", default="", help="there only")
+    forget.add_argument("--node", default="", help="on this node only")
     pin = add("pin", "keep a model loaded where it is, until its node is restarted (models.toml pins for good)", _pin)
     pin.add_argument("model")
-    pin.add_argument("--node", default="", help="there only")
-    pin.add_argument("--off", action="store_true", help="let it be evicted again")
-    drain = add("drain", "have a node take nothing new", _drain)
+    pin.add_argument("--node", default="", help="on this node only")
+    pin.add_argument("--off", action="store_true", help="allow its eviction again")
+    drain = add("drain", "have a node accept no new requests and loads", _drain)
     drain.add_argument("node")
-    drain.add_argument("--off", action="store_true", help="open it again")
+    drain.add_argument("--off", action="store_true", help="accept them again")
     add("dashboard", "print a link that opens the dashboard of this host's gateway, signed in", _dashboard)
     add("reload", "read the configuration again", _reload)
-    keys_command = add("keys", "show what each key may use and has used", _keys)
-    keys_command.add_argument("--new", metavar="NAME", help="make a key and print what keys.toml must have of it")
+    keys_command = add("keys", "show the limits and the use of each key", _keys)
+    keys_command.add_argument("--new", metavar="NAME", help="make a key and print its entry for keys.toml")
 
 
 def _seconds(text: str) -> float:
-    """Return a duration of the command line."""
+    """Return the duration in an argument."""
     try:
         seconds = float(text)
     except ValueError:
@@ -135,7 +135,7 @@ def _load(options: argparse.Namespace) -> int:
 
 
 class _LoadWatcher(threading.Thread):
-    """Says on standard error how far a load is, while it is awaited. What it cannot find out it leaves out."""
+    """A thread that prints the progress of a load on standard error. It ignores failed requests."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(daemon=True)
@@ -144,14 +144,14 @@ class _LoadWatcher(threading.Thread):
         self._last_line = ""
 
     def run(self) -> None:
-        """Look once a second."""
-        self._say(f"loading {self._options.model}")
+        """Request the progress once a second."""
+        self._print(f"loading {self._options.model}")
         while not self._ended.wait(LOOK_AT_LOAD_S):
             with contextlib.suppress(GatewayError, ConfigError, ValueError, KeyError, TypeError):
                 self._look(orjson.loads(_ask(self._options, "GET", "/admin/fleet")))
 
     def stop(self) -> None:
-        """Say no more."""
+        """End the thread."""
         self._ended.set()
         self.join(LOOK_TIMEOUT_S)
 
@@ -159,9 +159,9 @@ class _LoadWatcher(threading.Thread):
         for node in fleet["nodes"]:
             for model in node["models"]:
                 if model["id"] == self._options.model and model["state"] == "loading":
-                    self._say(f"loading {model['id']} on {node['name']}: {model.get('progress', 0):.0%}")
+                    self._print(f"loading {model['id']} on {node['name']}: {model.get('progress', 0):.0%}")
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if line != self._last_line and not self._ended.is_set():
             self._last_line = line
             sys.stderr.write(report.plain(line) + "\n")
@@ -212,7 +212,7 @@ def _keys(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace, answer: bytes, member: str, show: Callable[[Any], object]) -> int:
-    """Print an answer, of which a gateway's has ``member``. Raises :class:`GatewayError` for another server's."""
+    """Print a response, which must have ``member``. Raises :class:`GatewayError` for another server's."""
     stranger = GatewayError("what answers there is no gateway, or one of another version: its answer cannot be read")
     try:
         value = orjson.loads(answer)
@@ -228,7 +228,7 @@ def _show(options: argparse.Namespace, answer: bytes, member: str, show: Callabl
 
 
 def _split(url: str) -> SplitResult:
-    """Return the parts of a gateway's address. Raises :class:`ConfigError` if it is none."""
+    """Return the parts of a gateway's URL. Raises :class:`ConfigError` if it is invalid."""
     try:
         parts = urlsplit(url)
         is_one = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
@@ -240,11 +240,11 @@ def _split(url: str) -> SplitResult:
 
 
 def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-    """Return a running gateway's answer.
+    """Return a running gateway's response.
 
     Raises:
         GatewayError: there is none, or it is an error.
-        ConfigError: the address or a file is wrong.
+        ConfigError: the URL or a file is wrong.
     """
     url = options.url or _address(options.config)
     parts = _split(url)
@@ -282,7 +282,7 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, An
 
 
 def _local_token(url: str, *, is_given: bool) -> str:
-    """Return the token of a gateway on this host. Who answers at a given address elsewhere is not to have it."""
+    """Return the administrator's token of a gateway on this host; empty for a URL of another host."""
     parts = _split(url)
     host = (parts.hostname or "").lower()
     is_here = host in {"localhost", "::1", socket.gethostname().lower()} or host.startswith("127.")
@@ -310,7 +310,7 @@ def _message(answer: bytes) -> str:
 
 
 def _address(path: str | None) -> str:
-    """Return where the configured gateway listens, as a client on this host reaches it."""
+    """Return the URL of the configured gateway for a client on this host."""
     try:
         gateway = config.load(pathlib.Path(path) if path is not None else config.find(os.environ)).gateway
     except ConfigError:

@@ -1,7 +1,7 @@
-"""What a start needs beyond right settings, looked at beforehand: ``cortex serve --check`` says ok only where it would.
+"""The checks of ``cortex serve --check`` beyond the settings: the store, the access counters and the addresses.
 
-Nothing is made, opened for writing or waited for. A gateway that runs at the same address is no fault: that is who
-checks a change before a reload.
+Nothing is created, opened for writing or awaited. A gateway that runs at the same address is no error, since an
+operator checks a change before a reload.
 """
 
 import os
@@ -16,7 +16,7 @@ from cortex.store.sqlite import SqliteStore
 
 
 def check(config: Config, source: str, environment: Mapping[str, str]) -> None:
-    """Raise :class:`ConfigError` for what a gateway with this configuration would not start with."""
+    """Raise :class:`ConfigError` if a gateway with this configuration would not start."""
     made = store.make(config.store, environment)  # no home, or a package that is missing
     if isinstance(made, SqliteStore) and made.path != ":memory:":
         _check_file(pathlib.Path(made.path), source)
@@ -31,7 +31,7 @@ def check(config: Config, source: str, environment: Mapping[str, str]) -> None:
 
 
 def _check_file(path: pathlib.Path, source: str) -> None:
-    """Raise :class:`ConfigError` unless a store could be opened there, or made."""
+    """Raise :class:`ConfigError` unless a store could be opened or created at a path."""
     if path.exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
         raise ConfigError(source, "store.path", f"{path} is no file that can be written to")
     folder = path.parent

@@ -1,11 +1,11 @@
-"""Everything a gateway reads from files, read together, and read again when they change: all of it or nothing.
+"""The gateway's configuration files, read together and reloaded when they change, all or nothing.
 
-``cortex.toml``, ``models.toml`` and ``keys.toml`` are checked as one before any of it is used. A change that is not
-valid is logged with file, key and reason, and the gateway goes on as it was. Looked at every second, and on SIGHUP;
-also at the files that a rejected change names, so that to mend them is enough.
+``cortex.toml``, ``models.toml`` and ``keys.toml`` are checked as one before any of it is used. An invalid change is
+logged with file, key and reason, and the gateway continues as before. The files are checked every second and on
+SIGHUP, with the files that a rejected change names, so that correcting them is enough.
 
-What cannot be read never means "no keys". A gateway that has keys goes on with them, and gives them up only by a
-restart. One that is open closes at a rejected change that says who may ask, until that is mended or taken back.
+An unreadable file never means "no keys". A gateway with keys keeps them until a restart. A gateway without keys refuses
+every request after a rejected change to the access settings, until that is corrected or reverted.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ _NOT_EMPTY = rb"""(?!["']?[ \t]*=[ \t]*(?:""|'')[ \t]*(?:\#|$))"""
 _ABOUT_ACCESS = re.compile(
     rb"""^[ \t]*["']?(?:access["']?[ \t]*(?:=|\.[ \t]*["']?keys?\b)|keys?\b""" + _NOT_EMPTY + rb")", re.MULTILINE
 )
-"""Lines of a file that is not TOML by which somebody meant to say who may ask."""
+"""Pattern of a line in a file that is not TOML that was meant as an access setting."""
 
 
 _Stamps = dict[pathlib.Path, tuple[int, ...]]
@@ -56,13 +56,13 @@ _Stamps = dict[pathlib.Path, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the files say."""
+    """The content of the files."""
 
     config: Config
     catalogue: Catalogue
     keys: KeyRing
     files: tuple[pathlib.Path, ...]
-    """All that was read, secrets and certificates included."""
+    """All files that were read, secrets and certificates included."""
 
 
 def load(
@@ -71,12 +71,12 @@ def load(
     flags: Mapping[str, object] | None = None,
     files: list[pathlib.Path] | None = None,
 ) -> Loaded:
-    """Read everything, beginning with ``cortex.toml`` at ``path``. What is looked at is added to ``files``.
+    """Read all files, beginning with ``cortex.toml`` at ``path``. Each is added to ``files`` before it is read.
 
-    Without a path it is the file that is found, if any is; where none is, the places of one are looked at.
+    Without a path, ``cortex.toml`` is looked up; if there is none, its default paths are added.
 
     Raises:
-        ConfigError: any of it is wrong.
+        ConfigError: a file or a setting is wrong.
     """
     files = [] if files is None else files
     path = path or config.find(environment)
@@ -86,7 +86,7 @@ def load(
         return _load(path, environment, flags, files)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a file can do to a parser, it has not been read
+    except Exception as error:  # any failure of a parser is an unreadable file
         raise ConfigError(str(files[-1]), "", f"cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -123,20 +123,20 @@ def _load(
 
 
 class _Looked(list[pathlib.Path]):
-    """Files as they are looked at, each with the version that it had just before."""
+    """A list of files with the version that each had just before it was read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stamps: _Stamps = {}
 
     def append(self, path: pathlib.Path) -> None:
-        """Take a file that is about to be read."""
+        """Add a file that is about to be read."""
         self.stamps.setdefault(path, _stamp(path))
         super().append(path)
 
 
-def says_who_may_ask(path: pathlib.Path | None, environment: Mapping[str, str]) -> bool:
-    """Return whether a configuration that was rejected is about who may ask, as far as can be told of it."""
+def sets_access(path: pathlib.Path | None, environment: Mapping[str, str]) -> bool:
+    """Return whether a rejected configuration sets keys or anonymous access, as far as it can be read."""
     if environment.get(f"{config.ENVIRONMENT_PREFIX}ACCESS__KEYS"):
         return True
     path = path or config.find(environment)
@@ -155,11 +155,11 @@ def says_who_may_ask(path: pathlib.Path | None, environment: Mapping[str, str]) 
     try:
         return _ABOUT_ACCESS.search(read_file(path)) is not None
     except ConfigError:
-        return path.exists()  # and cannot be read, so that it may say anything
+        return path.exists()  # unreadable, so it may set access
 
 
 class Reloader:
-    """Reads the files again, and hands on what they say if all of it is right and something has changed."""
+    """The watch of the files, which applies a changed and valid configuration."""
 
     def __init__(
         self, path: pathlib.Path | None, environment: Mapping[str, str], loaded: Loaded, apply: Callable[[Loaded], None]
@@ -169,21 +169,21 @@ class Reloader:
         self._loaded = loaded
         self._apply = apply
         self._files = loaded.files
-        """Those in force, and those that a rejected change names."""
+        """Files in force, and files that a rejected change names."""
         self._seen = _stamps(loaded.files)
         self._is_open = not loaded.config.access.keys
         self._asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.error: ConfigError | None = None
-        """Why the files as they are now are not what the gateway goes by."""
+        """Reason why the current files are not in force."""
 
     def start(self, supervisor: Supervisor) -> None:
-        """Begin to watch, and to listen for SIGHUP where this is a process's main thread."""
+        """Start the watch, and handle SIGHUP where this is a process's main thread."""
         self._task = supervisor.start("watch the configuration", self._watch)
         try:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._asked.set)
         except (RuntimeError, ValueError):  # the server runs its loop in another thread
-            log.info("SIGHUP is not heard here; the files are watched")
+            log.info("SIGHUP is not handled here; the files are watched")
 
     async def stop(self) -> None:
         """Stop watching."""
@@ -195,9 +195,9 @@ class Reloader:
         """Read the files now.
 
         Raises:
-            ConfigError: something in them is wrong; nothing has changed.
+            ConfigError: a setting is wrong; nothing has changed.
         """
-        # Before reading, so that what is written meanwhile is seen as another change.
+        # Before reading, so that a write meanwhile counts as another change.
         seen = _stamps(self._files)
         looked_at = _Looked()
         try:
@@ -247,11 +247,11 @@ class Reloader:
         self._seen = {path: seen[path] for path in self._files}
 
     def _reject(self, error: ConfigError) -> None:
-        """Go on as before; closed, if this gateway is open and the change was about who may ask."""
+        """Keep the configuration; without keys, refuse every request if the change set access."""
         self.error = error
         log.error("configuration not reloaded: %s", error)
-        if self._is_open and says_who_may_ask(self._path, self._environment):
-            log.critical("closed until the configuration is mended: it says who may ask, and cannot be used")
+        if self._is_open and sets_access(self._path, self._environment):
+            log.critical("every request is refused until the configuration, which sets access, is corrected")
             closed = dataclasses.replace(self._loaded, keys=CLOSED)
             self._apply(closed)
 
@@ -276,9 +276,9 @@ def _stamps(files: tuple[pathlib.Path, ...]) -> _Stamps:
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, ...]:
-    """Return what tells one version of a file from another; a file that is not there has a version too.
+    """Return the version of a file, also of a missing one.
 
-    Whoever may read it is part of that, so the time of the last change of its inode is looked at, and why it cannot be.
+    Permissions are part of it, so it has the inode's change time, or the reason why the file cannot be read.
     """
     try:
         status = path.stat()

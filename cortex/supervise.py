@@ -1,9 +1,8 @@
-"""Background tasks that may not end by themselves: each is started again when it fails, and both daemons say so.
+"""Supervision of background tasks: a task that fails is logged, counted and started again, in both daemons.
 
-A task that dies in silence is worse than a crash: what it kept fresh looks the same for ever. So no background task is
-a bare ``create_task``; a :class:`Supervisor` runs it, logs what ended it, counts that, and starts it again with growing
-pauses. Until it has run for a while, its name is in :attr:`Supervisor.degraded`, which ``/health`` shows. What a task
-does is its owner's business; whether it is cancelled, too.
+A task that dies silently is worse than a crash: the state it kept current is stale for ever. So no background task is a
+bare ``create_task``; a :class:`Supervisor` runs it, and starts it again with back-off. Until it has run for a while,
+its name is in :attr:`Supervisor.degraded`, which ``/health`` shows. Its owner cancels it.
 """
 
 import asyncio
@@ -16,13 +15,13 @@ log = logging.getLogger("cortex.supervise")
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
 HEALTHY_AFTER_S = 10.0
-"""How long a task that had failed must run before it counts as healthy."""
+"""Time that a task must run after a failure before it counts as healthy."""
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 class EndedFromWithinError(Exception):
-    """A task was cancelled by something that it waited for, and by nobody who wanted it to end."""
+    """A task was cancelled by something that it awaited, and not by its owner."""
 
 
 class Supervisor:
@@ -35,7 +34,7 @@ class Supervisor:
         first_pause_s: float = FIRST_PAUSE_S,
         healthy_after_s: float = HEALTHY_AFTER_S,
     ) -> None:
-        """``on_failure`` is told the name of each task that has failed, to count it."""
+        """``on_failure`` is called with the name of each task that has failed, to count it."""
         self.on_failure = on_failure
         self._first_pause_s = first_pause_s
         self._healthy_after_s = healthy_after_s
@@ -44,17 +43,17 @@ class Supervisor:
 
     @property
     def degraded(self) -> tuple[str, ...]:
-        """The names of the tasks that have failed and not yet run well since, and of marked parts, in order."""
+        """Names of the tasks that have failed and are not healthy yet, and of marked components, in order."""
         return tuple(sorted(self._marked.union(self._failing)))
 
     def mark(self, name: str, *, is_degraded: bool) -> None:
-        """Say of a part that is no task of its own whether it does what it should."""
+        """Mark a component that is no task as degraded, or as healthy."""
         (self._marked.add if is_degraded else self._marked.discard)(name)
 
     def start(self, name: str, work: Work, *, is_restarted: bool = True) -> "asyncio.Task[None]":
         """Run ``work`` until it returns or the task is cancelled; start it again when it raises.
 
-        With ``is_restarted`` false what has raised stays ended, and degraded.
+        With ``is_restarted`` false, a task that has raised stays ended, and degraded.
         """
         return asyncio.create_task(self._run(name, work, is_restarted=is_restarted), name=name)
 
@@ -75,7 +74,7 @@ class Supervisor:
                     if task.cancelling():
                         raise
                     failed = EndedFromWithinError(f"{name} was cancelled from within")
-                except Exception as error:  # noqa: BLE001 - whatever it is, the task is started again
+                except Exception as error:  # noqa: BLE001 - after any failure the task is started again
                     failed = error
                 finally:
                     if recovery is not None:
@@ -93,7 +92,7 @@ class Supervisor:
     def _note(self, name: str, error: Exception, pause_s: float | None) -> None:
         self._failing[name] = self._failing.get(name, 0) + 1
         then = "and stays ended" if pause_s is None else f"and is started again in {pause_s:g} s"
-        with suppress(Exception):  # whatever is wrong, the task is started again
+        with suppress(Exception):  # the task is started again in any case
             log.critical("background task %r failed %s", name, then, exc_info=error)
         with suppress(Exception):
             self.on_failure(name)

@@ -1,7 +1,7 @@
-"""What systemd is told and what it hands over: readiness, the watchdog, and sockets that outlive a restart.
+"""The interface to systemd: readiness, the watchdog, and socket activation.
 
 The protocols of ``sd_notify(3)`` and ``sd_listen_fds(3)``, which are a datagram and two variables; without systemd all
-of it does nothing. Any process of a service may speak (``NotifyAccess=all``), so ``WATCHDOG_PID`` is not looked at.
+of it does nothing. Any process of a service may notify (``NotifyAccess=all``), so ``WATCHDOG_PID`` is ignored.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ ALIVE = "WATCHDOG=1"
 
 
 def notify(message: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Send a message to the service manager; return whether there is one that takes it."""
+    """Send a message to the service manager; return whether it was sent."""
     address = environment.get("NOTIFY_SOCKET", "")
     if not address:
         return False
@@ -34,13 +34,13 @@ def notify(message: str, environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def watchdog_s(environment: Mapping[str, str] = os.environ) -> float:
-    """Return the silence after which the service would be restarted; 0 if it is not watched."""
+    """Return the timeout of the watchdog; 0 if there is none."""
     given = environment.get("WATCHDOG_USEC", "")
     return int(given) / 1e6 if given.isdecimal() else 0.0
 
 
 async def stay_alive(environment: Mapping[str, str] = os.environ) -> None:
-    """Say so in time for as long as this event loop turns; returns at once where nobody watches."""
+    """Notify the watchdog in time while this event loop runs; return at once without a watchdog."""
     limit_s = watchdog_s(environment)
     if not limit_s or not environment.get("NOTIFY_SOCKET"):
         return

@@ -15,7 +15,7 @@ from fake_neuron import FakeNeuron
 from gateway_rig import write_config
 from running_gateway import Running
 
-from cortex.reload import says_who_may_ask
+from cortex.reload import sets_access
 
 QUICK = 'metrics_listen = ""\nreload_check_s = 0.05\n'
 KEY = "sk-cortex-abc"
@@ -176,5 +176,5 @@ async def test_the_watch_outlives_a_file_that_breaks_its_reader(tmp_path: pathli
 def test_what_is_about_who_may_ask(tmp_path: pathlib.Path, text: str, is_about_it: bool) -> None:
     path = tmp_path / "cortex.toml"
     path.write_text(text)
-    assert says_who_may_ask(path, {}) is is_about_it
-    assert says_who_may_ask(path, {"CORTEX_ACCESS__KEYS": "keys.toml"})
+    assert sets_access(path, {}) is is_about_it
+    assert sets_access(path, {"CORTEX_ACCESS__KEYS": "keys.toml"})
