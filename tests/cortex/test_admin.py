@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 import pytest
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import LOCAL_TOKEN, rig
 from key_rig import KEY, ring
 from rich.console import Console
@@ -19,7 +19,7 @@ PROFILE = ModelProfile(id="m", source="/w", aliases=("alias",))
 
 
 async def test_to_let_go_of_a_pin_that_is_gone_is_done_already() -> None:
-    node = FakeNeuron(name="a").ready("m")
+    node = FakeNode(name="a").ready("m")
     async with rig(node) as gateway:
         acted = await gateway.call("POST", "/admin/models/unload", {"model": "m"}).end()
         assert acted.status == 200
@@ -31,7 +31,7 @@ async def test_to_let_go_of_a_pin_that_is_gone_is_done_already() -> None:
 
 
 async def test_what_failed_or_was_unloaded_is_forgotten_and_what_is_loaded_is_not() -> None:
-    first, second = FakeNeuron(name="a").ready("m"), FakeNeuron(name="b")
+    first, second = FakeNode(name="a").ready("m"), FakeNode(name="b")
     second.models["m"] = ModelStatus("m", ModelState.FAILED, error="no room")
     async with rig(first, second) as gateway:
         gone = await gateway.call("POST", "/admin/models/forget", {"model": "m"}).end()
@@ -62,7 +62,7 @@ def test_keys_without_limits_are_shown_as_such(capsys: pytest.CaptureFixture[str
 
 
 async def test_a_model_is_loaded_pinned_and_unloaded() -> None:
-    first, second = FakeNeuron("a"), FakeNeuron("b", free_bytes=1 << 30)
+    first, second = FakeNode("a"), FakeNode("b", free_bytes=1 << 30)
     async with rig(first, second, models=(PROFILE,), aliases={"alias": "m"}) as gateway:
 
         async def act(what: str, **body: Any) -> Any:
@@ -85,7 +85,7 @@ async def test_a_model_is_loaded_pinned_and_unloaded() -> None:
 
 
 async def test_a_node_is_drained_and_opened_again() -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with rig(neuron) as gateway:
         assert (await gateway.call("POST", "/admin/nodes/drain", {"node": "a"}).end()).json()["state"] == "draining"
         assert neuron.state is NodeState.DRAINING
@@ -95,14 +95,14 @@ async def test_a_node_is_drained_and_opened_again() -> None:
 
 
 async def test_who_may() -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         for client in ("127.0.0.1", "10.0.0.9"):
             assert (await gateway.call("GET", "/admin/fleet", client=client).end()).status == 200
             for given in ({"authorization": ""}, {"authorization": "Bearer sk-local-other"}):
                 call = await gateway.call("GET", "/admin/fleet", b"", given, client=client).end()
                 assert (call.status, call.json()["error"]["code"]) == (401, "invalid_api_key")
     keys = ring((KEY, Principal("root", (), is_admin=True)), ("user", Principal("user")))
-    async with rig(FakeNeuron().ready("m"), keys=keys) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         for key, status in ((None, 401), ("wrong", 401), ("user", 403), (KEY, 200)):
             given = {"authorization": f"Bearer {key}"} if key else {}
             for client in ("127.0.0.1", "10.0.0.9"):
@@ -114,7 +114,7 @@ async def test_who_may() -> None:
 @pytest.mark.parametrize("keys", [None, ring((KEY, Principal("user")))], ids=["no keys", "none an administrator's"])
 async def test_to_come_from_this_host_opens_nothing(keys: KeyRing | None) -> None:
     """A proxy that runs here and adds no header is not told from a command that was typed here."""
-    async with rig(FakeNeuron().ready("m"), keys=keys) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         for headers in ({"host": "127.0.0.1:31313"}, {"host": "localhost"}, {}):
             for method, path in (("GET", "/admin/fleet"), ("GET", "/admin/events"), ("POST", "/admin/models/pin")):
                 given = {"authorization": "", **headers}
@@ -125,7 +125,7 @@ async def test_to_come_from_this_host_opens_nothing(keys: KeyRing | None) -> Non
 
 async def test_the_token_of_this_host_is_an_administrators_key() -> None:
     keys = ring((KEY, Principal("root", (), is_admin=True)))
-    async with rig(FakeNeuron().ready("m"), keys=keys) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         given = {"authorization": f"Bearer {LOCAL_TOKEN}"}
         assert (await gateway.call("GET", "/admin/fleet", b"", given).end()).status == 200
         body = {"model": "m", "messages": []}
@@ -135,7 +135,7 @@ async def test_the_token_of_this_host_is_an_administrators_key() -> None:
 async def test_what_keys_have_used_is_shown_and_no_key() -> None:
     limits = Limits(requests_per_minute=10, tokens_per_window=2_000_000, balance_tokens=15_000)
     keys = ring((KEY, Principal("alice", ("*",), True, limits=limits)), ("b", Principal("bob", ("m",), priority=-1)))
-    async with rig(FakeNeuron().ready("m"), keys=keys) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         given = {"x-api-key": KEY}
         await gateway.call("POST", "/v1/chat/completions", {"model": "m", "messages": []}, given).end()
         call = await gateway.call("GET", "/admin/keys", b"", given).end()

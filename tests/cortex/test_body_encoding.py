@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 from asgi_client import ask
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import CHAT, rig
 from scripted_harness import ScriptedHarness
 
@@ -40,7 +40,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("encoding", ENCODED)
 async def test_a_compressed_body_is_read(encoding: str) -> None:
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     async with rig(neuron) as gateway:
         for _ in range(2):
             headers = {"content-encoding": encoding}
@@ -54,7 +54,7 @@ async def test_a_compressed_body_is_read(encoding: str) -> None:
 @pytest.mark.parametrize(("path", "body"), BODIES)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_every_dialect_takes_them(path: str, body: dict[str, Any], stream: bool) -> None:
-    async with rig(FakeNeuron("a").ready("m")) as gateway:
+    async with rig(FakeNode("a").ready("m")) as gateway:
         sent = gzip.compress(orjson.dumps({**body, "stream": stream}))
         call = await gateway.call("POST", path, sent, {"content-encoding": "gzip"}).end()
         assert call.status == 200
@@ -62,7 +62,7 @@ async def test_every_dialect_takes_them(path: str, body: dict[str, Any], stream:
 
 @pytest.mark.parametrize("encoding", ["zstd", "br", "gzip, gzip", "x" * 500, "é"])
 async def test_any_other_encoding_is_refused_with_what_is_taken(encoding: str) -> None:
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     async with rig(neuron) as gateway:
         call = await gateway.call("POST", "/v1/chat/completions", PLAIN, {"content-encoding": encoding}).end()
         assert (call.status, orjson.loads(call.body)["error"]["code"]) == (415, "unsupported_encoding")
@@ -72,7 +72,7 @@ async def test_any_other_encoding_is_refused_with_what_is_taken(encoding: str) -
 
 @pytest.mark.parametrize("sent", [PLAIN, b"", gzip.compress(PLAIN)[:-9], gzip.compress(PLAIN) + b"more"])
 async def test_what_is_not_what_its_header_says_is_refused(sent: bytes) -> None:
-    async with rig(FakeNeuron("a").ready("m")) as gateway:
+    async with rig(FakeNode("a").ready("m")) as gateway:
         call = await gateway.call("POST", "/v1/chat/completions", sent, {"content-encoding": "gzip"}).end()
         assert call.status == 400
 
@@ -82,7 +82,7 @@ async def test_a_bomb_is_cut_at_the_bound_of_a_body(encoding: str) -> None:
     zeros = b"0" * (64 << 20)
     bomb = gzip.compress(zeros) if encoding == "gzip" else zlib.compress(zeros)
     del zeros
-    async with rig(FakeNeuron("a").ready("m"), max_body_bytes=1 << 20) as gateway:
+    async with rig(FakeNode("a").ready("m"), max_body_bytes=1 << 20) as gateway:
         tracemalloc.start()
         try:
             call = await gateway.call("POST", "/v1/chat/completions", bomb, {"content-encoding": encoding}).end()

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, chat_chunk
+from fake_node import CHAT_STREAM, Asked, FakeNode, Line, chat_chunk
 from gateway_rig import Rig, rig
 
 from cortex.config import BreakerSettings
@@ -127,7 +127,7 @@ async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int, interfa
         return "broken"
 
     slots = asyncio.Semaphore(AT_ONCE)
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron, breaker=BreakerSettings(failures=10**6), interface=interface) as gateway:
         seeds = range(first_seed, first_seed + NUM_STREAMS)
         outcomes = await asyncio.gather(*(one(gateway, seed) for seed in seeds))
@@ -162,7 +162,7 @@ async def test_an_answer_arrives_whole_or_as_an_error(interface: str) -> None:
         return "error"
 
     slots = asyncio.Semaphore(AT_ONCE)
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron, breaker=BreakerSettings(failures=10**6), interface=interface) as gateway:
         outcomes = await asyncio.gather(*(one(gateway, seed) for seed in range(2 * NUM_STREAMS)))
         assert gateway.in_flight == 0

@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-from fake_neuron import CHAT_ANSWER, CHAT_STREAM, Asked, FakeNeuron, Line, answer, chat_chunk
+from fake_node import CHAT_ANSWER, CHAT_STREAM, Asked, FakeNode, Line, answer, chat_chunk
 from gateway_rig import rig, until
 
 from cortex.config import ModelProfile
@@ -34,7 +34,7 @@ async def test_leaving_reaches_the_node(dialect: Dialect, stream: bool, when: st
         sent.set()
         await asyncio.sleep(60)
 
-    neuron = FakeNeuron(script=script, dialects=tuple(kind.name for kind in ASKED)).ready("m")
+    neuron = FakeNode(script=script, dialects=tuple(kind.name for kind in ASKED)).ready("m")
     async with rig(neuron) as gateway:
         call = gateway.call("POST", dialect.path, {"model": "m", "stream": stream})
         await sent.wait()
@@ -59,7 +59,7 @@ async def test_leaving_while_not_reading_reaches_the_node() -> None:
         while True:
             await line.chunk(chat_chunk({"content": "x" * 1000}))
 
-    neuron = FakeNeuron(script=flood).ready("m")
+    neuron = FakeNode(script=flood).ready("m")
     async with rig(neuron) as gateway:
         call = gateway.chat(stream=True)
         await call.until(lambda call: call.body)
@@ -78,7 +78,7 @@ async def test_leaving_while_not_reading_reaches_the_node() -> None:
 
 async def test_leaving_a_cold_load_leaves_the_load_to_the_others() -> None:
     go = asyncio.Event()
-    neuron = FakeNeuron()
+    neuron = FakeNode()
 
     async def load(spec: object) -> object:
         await go.wait()
@@ -113,7 +113,7 @@ async def test_many_clients_that_leave_at_random_leave_nothing() -> None:
             await line.chunk(sse_event)
         await line.end()
 
-    neurons = FakeNeuron("a", script=script).ready("m"), FakeNeuron("b", script=script).ready("m")
+    neurons = FakeNode("a", script=script).ready("m"), FakeNode("b", script=script).ready("m")
     async with rig(*neurons) as gateway:
 
         async def one() -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import daemons
 import httpx
 import pytest
-from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, answer
+from fake_node import CHAT_STREAM, Asked, FakeNode, Line, answer
 from gateway_rig import until, write_config
 
 from cortex import ending
@@ -87,7 +87,7 @@ class Client:
 
 @contextlib.asynccontextmanager
 async def gateways(
-    folder: pathlib.Path, neuron: FakeNeuron, listener: socket.socket
+    folder: pathlib.Path, neuron: FakeNode, listener: socket.socket
 ) -> AsyncIterator[Callable[[int], Awaitable[None]]]:
     """Two gateways on one listening socket; yields what restarts one of them and returns when it serves."""
     running: dict[int, subprocess.Popen[bytes]] = {}
@@ -136,7 +136,7 @@ def listening() -> Iterator[socket.socket]:
 
 @pytest.mark.parametrize("keeps_alive", [False, True], ids=["fresh", "kept"])
 async def test_gateways_that_restart_in_turn_lose_no_request(tmp_path: pathlib.Path, keeps_alive: bool) -> None:
-    neuron = FakeNeuron(script=slowly).ready("m")
+    neuron = FakeNode(script=slowly).ready("m")
     results: Counter[str] = Counter()
     stop = asyncio.Event()
     with listening() as listener:
@@ -157,7 +157,7 @@ async def test_gateways_that_restart_in_turn_lose_no_request(tmp_path: pathlib.P
 
 async def test_one_gateway_that_restarts_behind_a_socket_unit_keeps_its_clients_waiting(tmp_path: pathlib.Path) -> None:
     """What systemd does with cortex.socket: it holds the socket while nobody listens."""
-    neuron = FakeNeuron(script=slowly).ready("m")
+    neuron = FakeNode(script=slowly).ready("m")
     results: Counter[str] = Counter()
     stop = asyncio.Event()
     with listening() as listener:
@@ -192,7 +192,7 @@ async def test_what_takes_too_long_is_told_in_its_dialect_and_the_exit_is_in_tim
         await asyncio.sleep(60)
         raise AssertionError
 
-    neuron = FakeNeuron(script=never, load=load).ready("m")
+    neuron = FakeNode(script=never, load=load).ready("m")
     port = daemons.free_port()
     async with neuron.serving(), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
         config = write_config(
@@ -240,7 +240,7 @@ async def test_what_takes_too_long_is_told_in_its_dialect_and_the_exit_is_in_tim
 
 
 async def test_a_kept_connection_is_told_that_it_is_the_last_answer(tmp_path: pathlib.Path) -> None:
-    neuron = FakeNeuron(script=slowly).ready("m")
+    neuron = FakeNode(script=slowly).ready("m")
     port = daemons.free_port()
     async with neuron.serving():
         config = write_config(tmp_path, neuron, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\n')

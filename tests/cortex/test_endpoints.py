@@ -8,13 +8,13 @@ import msgspec
 import orjson
 import pytest
 from daemons import free_port
-from fake_neuron import (
+from fake_node import (
     CHAT_ANSWER,
     CHAT_STREAM,
     MESSAGES_STREAM,
     RESPONSES_STREAM,
     Asked,
-    FakeNeuron,
+    FakeNode,
     Line,
     Script,
     answer,
@@ -33,7 +33,7 @@ GIB = 1024**3
 
 
 async def test_a_body_goes_through_as_it_is_and_the_answer_too() -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     body = b'{ "model" : "m",\n "messages":[{"role":"user","content":"\\u00e9 \xc3\xa9 "}], "x": 1.50 }'
     async with rig(neuron) as gateway:
         call = await gateway.call("POST", "/v1/chat/completions", body, {"x-request-id": "abc-1"}).end()
@@ -48,7 +48,7 @@ async def test_a_body_goes_through_as_it_is_and_the_answer_too() -> None:
     ("path", "sse_events"), [("/v1/chat/completions", CHAT_STREAM), ("/v1/responses", RESPONSES_STREAM)]
 )
 async def test_a_stream_goes_through_as_it_is(path: str, sse_events: tuple[bytes, ...]) -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         call = await gateway.call("POST", path, STREAM).end()
         assert call.status == 200
         assert call.headers["content-type"].startswith("text/event-stream")
@@ -57,7 +57,7 @@ async def test_a_stream_goes_through_as_it_is(path: str, sse_events: tuple[bytes
 
 
 async def test_an_alias_is_spliced_and_nothing_else_changes() -> None:
-    neuron = FakeNeuron().ready("m/long-name")
+    neuron = FakeNode().ready("m/long-name")
     async with rig(neuron, models=(ModelProfile(id="m/long-name", source="/w"),), aliases={"al": "m/long-name"}) as r:
         call = r.call("POST", "/v1/chat/completions", b'{"a": {"model": "al"}, "model" :  "al" , "b":[1, 2]}')
         assert (await call.end()).status == 200
@@ -84,7 +84,7 @@ def test_any_split_of_the_bytes_gives_the_same_stream(sizes: list[int], as_http_
             await line.end()
 
     async def story() -> None:
-        async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+        async with rig(FakeNode(script=script).ready("m")) as gateway:
             call = await gateway.chat(stream=True).end()
             assert call.body == payload
             assert all(chunk.endswith(b"\n\n") for chunk in call.chunks), "whole SSE events only"
@@ -115,7 +115,7 @@ def test_any_split_of_the_bytes_gives_the_same_stream(sizes: list[int], as_http_
 async def test_a_wrong_request_is_told_what_is_wrong(
     path: str, body: bytes, status: int, code: str, param: str | None
 ) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with rig(neuron, max_body_bytes=2048) as gateway:
         call = await gateway.call("POST", path, body).end()
         assert call.status == status
@@ -150,7 +150,7 @@ async def test_a_wrong_request_is_told_what_is_wrong(
     ],
 )
 async def test_every_method_and_path_has_an_answer(method: str, path: str, status: int, allow: str | None) -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         call = await gateway.call(method, path).end()
         assert call.status == status
         assert call.headers.get("allow") == allow
@@ -162,7 +162,7 @@ async def test_every_method_and_path_has_an_answer(method: str, path: str, statu
 
 @pytest.mark.parametrize("given", ["", "has space", "x" * 129, "new\tline", "né"])
 async def test_an_unfit_request_id_is_replaced(given: str) -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         call = await gateway.call("GET", "/version", b"", {"x-request-id": given}).end()
         assert call.headers["x-request-id"].startswith("req_")
         assert call.headers["request-id"] == call.headers["x-request-id"]
@@ -173,7 +173,7 @@ async def test_an_unfit_request_id_is_replaced(given: str) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_nodes_error_keeps_its_status_body_and_retry_after(stream: bool) -> None:
-    neuron = FakeNeuron(script=error(400, "context_length_exceeded")).ready("m")
+    neuron = FakeNode(script=error(400, "context_length_exceeded")).ready("m")
     async with rig(neuron) as gateway:
         call = await gateway.chat(stream=stream).end()
         assert call.status == 400
@@ -192,7 +192,7 @@ async def test_an_error_that_is_not_json_gets_an_envelope() -> None:
     async def script(asked: Asked, line: Line) -> None:
         await line.reply(502, b"<html>bad</html>", content_type="text/html")
 
-    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+    async with rig(FakeNode(script=script).ready("m")) as gateway:
         call = await gateway.chat().end()
         assert call.status == 502
         assert "status 502" in call.json()["error"]["message"]
@@ -221,7 +221,7 @@ async def test_a_broken_stream_ends_in_an_error_of_its_dialect(how: str, path: s
             case "stall":
                 await asyncio.sleep(60)
 
-    async with rig(FakeNeuron(script=script).ready("m"), timeouts=Timeouts(stall_s=0.3)) as gateway:
+    async with rig(FakeNode(script=script).ready("m"), timeouts=Timeouts(stall_s=0.3)) as gateway:
         call = await gateway.call("POST", path, STREAM).end()
         assert call.status == 200
         whole = b"".join(begun)
@@ -271,7 +271,7 @@ async def test_a_silence_in_the_middle_is_filled_and_never_within_an_sse_event(
         await line.chunk(sse_events[1][9:] + b"".join(sse_events[2:]))
         await line.end()
 
-    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+    async with rig(FakeNode(script=script).ready("m")) as gateway:
         call = gateway.call("POST", path, STREAM)
         await call.until(lambda call: call.chunks.count(heartbeat) >= 3)
         heard.set()
@@ -287,7 +287,7 @@ async def test_a_stream_that_is_complete_may_lose_its_connection() -> None:
             await line.chunk(sse_event)
         line.cut()
 
-    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+    async with rig(FakeNode(script=script).ready("m")) as gateway:
         assert (await gateway.chat(stream=True).end()).body == b"".join(CHAT_STREAM)
 
 
@@ -299,7 +299,7 @@ async def test_a_nodes_own_error_sse_event_is_the_only_one() -> None:
         await line.chunk(CHAT_STREAM[0] + told)
         await line.end()
 
-    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+    async with rig(FakeNode(script=script).ready("m")) as gateway:
         assert (await gateway.chat(stream=True).end()).body == CHAT_STREAM[0] + told
 
 
@@ -312,7 +312,7 @@ async def test_a_broken_answer_is_an_error_and_never_half_a_body(how: str) -> No
             line.cut()
         await asyncio.sleep(60 if how == "silent" else 0)
 
-    async with rig(FakeNeuron(script=script).ready("m"), timeouts=Timeouts(answer_s=0.2)) as gateway:
+    async with rig(FakeNode(script=script).ready("m"), timeouts=Timeouts(answer_s=0.2)) as gateway:
         call = await gateway.chat().end()
         assert call.status == (504 if how == "silent" else 502)
         assert call.json()["error"]["code"] == ("upstream_timeout" if how == "silent" else "upstream_error")
@@ -323,7 +323,7 @@ async def test_a_streamed_request_that_is_not_streamed_back_is_an_error() -> Non
     async def script(asked: Asked, line: Line) -> None:
         await line.reply(200, CHAT_ANSWER)
 
-    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+    async with rig(FakeNode(script=script).ready("m")) as gateway:
         call = await gateway.chat(stream=True).end()
         assert call.status == 502
 
@@ -337,7 +337,7 @@ async def test_another_replica_is_asked_before_the_first_byte(how: str, stream: 
     async def reset(asked: Asked, line: Line) -> None:
         line.reset()
 
-    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("m")
+    first, second = FakeNode("a").ready("m"), FakeNode("b").ready("m")
     first.script = {"503": error(503, "x"), "429": error(429, "x")}.get(how, reset)
     async with first.serving(), second.serving(), rig(first, second, affinity_slack=-1) as gateway:
         if how == "refused":
@@ -363,7 +363,7 @@ async def test_nothing_is_sent_twice_once_an_answer_has_begun() -> None:
         await asyncio.sleep(0.05)
         line.reset()
 
-    first, second = FakeNeuron("a", script=script).ready("m"), FakeNeuron("b", script=script).ready("m")
+    first, second = FakeNode("a", script=script).ready("m"), FakeNode("b", script=script).ready("m")
     async with rig(first, second) as gateway:
         call = await gateway.chat(stream=True).end()
         assert b'"code":"upstream_error"' in call.body
@@ -374,7 +374,7 @@ async def test_silence_is_not_sent_again() -> None:
     async def script(asked: Asked, line: Line) -> None:
         await asyncio.sleep(60)
 
-    first, second = FakeNeuron("a", script=script).ready("m"), FakeNeuron("b").ready("m")
+    first, second = FakeNode("a", script=script).ready("m"), FakeNode("b").ready("m")
     async with rig(first, second, timeouts=Timeouts(first_byte_s=0.2)) as gateway:
         call = await gateway.chat(stream=True).end()
         assert call.status == 504
@@ -388,7 +388,7 @@ async def test_a_burst_spreads_over_the_replicas() -> None:
         await go.wait()
         await answer(asked, line)
 
-    neurons = [FakeNeuron(name, script=script).ready("m") for name in "abcd"]
+    neurons = [FakeNode(name, script=script).ready("m") for name in "abcd"]
     async with rig(*neurons) as gateway:
         calls = [gateway.chat() for _ in range(40)]
         await until(lambda: sum(len(neuron.asked) for neuron in neurons) == 40)
@@ -401,7 +401,7 @@ async def test_a_burst_spreads_over_the_replicas() -> None:
 
 
 async def test_a_node_that_lost_the_model_gets_it_again() -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     scripts = [error(404, "model_not_found"), answer]
 
     async def script(asked: Asked, line: Line) -> None:
@@ -418,7 +418,7 @@ async def test_a_node_that_lost_the_model_gets_it_again() -> None:
 
 async def test_a_stream_that_waits_for_a_load_has_headers_and_heartbeats_within_a_second() -> None:
     go = asyncio.Event()
-    neuron = FakeNeuron()
+    neuron = FakeNode()
 
     async def load(spec: object) -> object:
         await go.wait()
@@ -443,7 +443,7 @@ async def test_a_load_that_fails_late_is_an_error_in_the_stream() -> None:
         await go.wait()
         return error(422, "does_not_fit")
 
-    async with rig(FakeNeuron(load=load), models=(PROFILE,)) as gateway:  # type: ignore[arg-type]
+    async with rig(FakeNode(load=load), models=(PROFILE,)) as gateway:  # type: ignore[arg-type]
         call = gateway.chat(stream=True)
         await call.until(lambda call: call.body)
         go.set()
@@ -452,7 +452,7 @@ async def test_a_load_that_fails_late_is_an_error_in_the_stream() -> None:
 
 
 async def test_no_node_is_503_with_retry_after_and_nothing_is_denied_for_it() -> None:
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     async with neuron.serving():
         pass  # its port is known, and closed
     async with rig(neuron, models=(PROFILE,)) as gateway:
@@ -464,7 +464,7 @@ async def test_no_node_is_503_with_retry_after_and_nothing_is_denied_for_it() ->
 
 
 async def test_a_recovering_model_is_loaded_beside_what_is_elsewhere() -> None:
-    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b")
+    first, second = FakeNode("a").ready("m"), FakeNode("b")
     first.models["m"] = msgspec.structs.replace(first.models["m"], state=ModelState.RECOVERING)
     async with rig(first, second, models=(PROFILE,)) as gateway:
         assert (await gateway.chat(stream=True).end()).status == 200
@@ -473,7 +473,7 @@ async def test_a_recovering_model_is_loaded_beside_what_is_elsewhere() -> None:
 
 
 async def test_a_recovering_model_is_503_where_nobody_else_has_room() -> None:
-    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b", free_bytes=GIB).ready("other")
+    first, second = FakeNode("a").ready("m"), FakeNode("b", free_bytes=GIB).ready("other")
     first.models["m"] = msgspec.structs.replace(first.models["m"], state=ModelState.RECOVERING)
     profile = msgspec.structs.replace(PROFILE, memory_bytes=2 * GIB)
     async with rig(first, second, models=(profile,)) as gateway:
@@ -488,7 +488,7 @@ async def test_a_model_whose_only_replica_is_dead_is_loaded_elsewhere_at_once(di
     async def reset(asked: Asked, line: Line) -> None:
         line.reset()
 
-    first, second = FakeNeuron("a", script=reset).ready("m"), FakeNeuron("b")
+    first, second = FakeNode("a", script=reset).ready("m"), FakeNode("b")
     async with rig(first, second, models=(PROFILE,), polling=Polling(interval_s=60, timeout_s=3)) as gateway:
         await until(lambda: gateway.gateway.fleet.state.complete)
         if dies == "before":
@@ -505,7 +505,7 @@ async def test_what_nobody_else_can_load_is_503_and_not_denied_for_good() -> Non
     async def refuse(spec: ModelSpec) -> Script:
         return error(422, "source_not_found")
 
-    first, second = FakeNeuron("a", script=reset).ready("m"), FakeNeuron("b", load=refuse)
+    first, second = FakeNode("a", script=reset).ready("m"), FakeNode("b", load=refuse)
     async with rig(first, second, models=(PROFILE,)) as gateway:
         call = await gateway.chat().end()
         assert (call.status, call.json()["error"]["code"]) == (503, "no_node")
@@ -516,7 +516,7 @@ async def test_what_nobody_else_can_load_is_503_and_not_denied_for_good() -> Non
 
 
 async def test_models_are_the_catalogue_and_what_nodes_have() -> None:
-    first, second = FakeNeuron("a").ready("m", context_tokens=8192), FakeNeuron("b").ready("m", "extra")
+    first, second = FakeNode("a").ready("m", context_tokens=8192), FakeNode("b").ready("m", "extra")
     cold = ModelProfile(id="cold", source="/w", context_tokens=2048)
     async with rig(first, second, models=(PROFILE, cold), aliases={"gpt-4o": "m"}) as gateway:
         listed = (await gateway.call("GET", "/v1/models").end()).json()
@@ -539,7 +539,7 @@ async def test_models_are_the_catalogue_and_what_nodes_have() -> None:
 
 
 async def test_clients_are_told_neither_nodes_nor_paths() -> None:
-    node = FakeNeuron("secret-node").ready("m")
+    node = FakeNode("secret-node").ready("m")
     node.models["broken"] = ModelStatus(
         "broken", ModelState.FAILED, source="/srv/x", error="no file /srv/x/config.json"
     )
@@ -557,7 +557,7 @@ async def test_clients_are_told_neither_nodes_nor_paths() -> None:
 
 
 async def test_the_operators_view_and_health() -> None:
-    async with rig(FakeNeuron("a").ready("m"), FakeNeuron("b")) as gateway:
+    async with rig(FakeNode("a").ready("m"), FakeNode("b")) as gateway:
         health = (await gateway.call("GET", "/health").end()).json()
         assert health == {"state": "ready", "nodes_up": 2, "nodes": 2, "in_flight": 0, "degraded": []}
         nodes = (await gateway.call("GET", "/admin/fleet").end()).json()["nodes"]

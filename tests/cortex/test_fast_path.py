@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from asgi_call import Call
-from fake_neuron import CHAT_ANSWER, Asked, FakeNeuron, Line, answer, error
+from fake_node import CHAT_ANSWER, Asked, FakeNode, Line, answer, error
 from gateway_rig import CHAT, Rig, rig, until
 from key_rig import KEY, ring
 
@@ -42,7 +42,7 @@ async def warm(gateway: Rig, **fields: Any) -> None:
     assert (await gateway.chat(**fields).end()).status == 200
 
 
-async def told(gateway: Rig, neuron: FakeNeuron, caplog: pytest.LogCaptureFixture, **request: Any) -> dict[str, Any]:
+async def told(gateway: Rig, neuron: FakeNode, caplog: pytest.LogCaptureFixture, **request: Any) -> dict[str, Any]:
     """Ask twice; return all that anybody is told of the second request."""
     await warm(gateway)
     neuron.asked.clear()
@@ -74,7 +74,7 @@ async def test_nobody_can_tell_which_path_a_request_took(
     keys = ring((KEY, Principal("k", ("*",), priority=3)), anonymous=Principal())
     seen = []
     for interface in ("slow", *INTERFACES):
-        neuron = FakeNeuron("a").ready("m")
+        neuron = FakeNode("a").ready("m")
         async with rig(neuron, keys=keys, aliases={"other": "m"}, interface=interface) as gateway:
             request = {"body": {**CHAT, "model": "other" if alias else "m"}}
             request["headers"] = {"x-request-id": "r2", **AUTHORIZED}
@@ -99,7 +99,7 @@ async def test_nobody_can_tell_which_path_a_request_took(
 async def test_which_requests_it_is_for(
     monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], interface: str
 ) -> None:
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     async with rig(neuron, interface=interface) as gateway:
         await warm(gateway)
         slow = SlowPath(gateway, monkeypatch)
@@ -120,7 +120,7 @@ async def test_a_busy_fleet_goes_the_slow_path(monkeypatch: pytest.MonkeyPatch, 
         await asyncio.sleep(0.05)
         await answer(asked, line)
 
-    neurons = FakeNeuron("a", script=slow).ready("m"), FakeNeuron("b").ready("n"), FakeNeuron("c").ready("n")
+    neurons = FakeNode("a", script=slow).ready("m"), FakeNode("b").ready("n"), FakeNode("c").ready("n")
     async with rig(*neurons, interface=interface) as gateway:
         for model in "mn":
             await warm(gateway, model=model)
@@ -134,9 +134,9 @@ async def test_a_busy_fleet_goes_the_slow_path(monkeypatch: pytest.MonkeyPatch, 
         assert gateway.in_flight == 0
 
 
-async def end_of(script: Any, interface: str, **settings: Any) -> tuple[Call, Rig, FakeNeuron]:
+async def end_of(script: Any, interface: str, **settings: Any) -> tuple[Call, Rig, FakeNode]:
     """Return how a second request ends, once ``script`` is what the node does."""
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     async with rig(neuron, interface=interface, **settings) as gateway:
         await warm(gateway)
         neuron.script = script
@@ -157,7 +157,7 @@ async def silence(asked: Asked, line: Line) -> None:
     await asyncio.sleep(5)
 
 
-async def unanswered(gateway: Rig, neuron: FakeNeuron) -> Call:
+async def unanswered(gateway: Rig, neuron: FakeNode) -> Call:
     """Return a request on its way that the node has and does not answer."""
     await warm(gateway)
     neuron.script = silence
@@ -236,7 +236,7 @@ async def test_what_leaves_it_ends_as_on_the_slow_path(script: Any) -> None:
 async def test_a_connection_that_has_gone_stale_is_replaced_in_silence(
     monkeypatch: pytest.MonkeyPatch, interface: str
 ) -> None:
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
 
     async def drop(asked: Asked, line: Line) -> None:
         neuron.script = answer
@@ -255,7 +255,7 @@ async def test_a_connection_that_has_gone_stale_is_replaced_in_silence(
 @by_each
 async def test_a_client_that_leaves_frees_its_node(caplog: pytest.LogCaptureFixture, interface: str) -> None:
     caplog.set_level(logging.INFO, "cortex")
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     async with rig(neuron, interface=interface) as gateway:
         call = await unanswered(gateway, neuron)
         call.leave()
@@ -269,7 +269,7 @@ async def test_a_client_that_leaves_frees_its_node(caplog: pytest.LogCaptureFixt
 
 @by_each
 async def test_one_that_is_cancelled_frees_its_node(interface: str) -> None:
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     async with rig(neuron, interface=interface) as gateway:
         call = await unanswered(gateway, neuron)
         call.task.cancel()
@@ -281,7 +281,7 @@ async def test_one_that_is_cancelled_frees_its_node(interface: str) -> None:
 
 @by_each
 async def test_what_runs_when_the_gateway_ends_is_told(interface: str) -> None:
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     async with rig(neuron, interface=interface) as gateway:
         call = await unanswered(gateway, neuron)
         gateway.gateway.end_requests()
@@ -293,7 +293,7 @@ async def test_what_runs_when_the_gateway_ends_is_told(interface: str) -> None:
 async def test_keys_that_change_are_gone_by_at_once(interface: str) -> None:
     free, limited = Principal("k"), Principal("k", limits=Limits(requests_per_minute=1))
     other = Principal("k", ("n",))
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     async with rig(neuron, keys=ring((KEY, free)), interface=interface) as gateway:
 
         async def status(keys: KeyRing, header: str = "authorization") -> int:
@@ -317,7 +317,7 @@ async def test_keys_that_change_are_gone_by_at_once(interface: str) -> None:
 
 @by_each
 async def test_bad_bodies_are_refused_as_ever(interface: str) -> None:
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     async with rig(neuron, interface=interface, max_body_bytes=1000) as gateway:
         await warm(gateway)
         for body, status in ((b"{", 400), (b'{"model":1}', 400), (b"{}", 400), (b'{"model":"none"}', 404)):

@@ -22,7 +22,7 @@ import pytest
 import websockets
 from asgi_call import Call
 from daemons import free_port
-from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, chat_chunk
+from fake_node import CHAT_STREAM, Asked, FakeNode, Line, chat_chunk
 from gateway_rig import until, write_config
 
 from cortex.asgi import Application
@@ -90,7 +90,7 @@ async def is_listed(server: Server, model: str, *, http2: bool = False) -> None:
             await asyncio.sleep(0.02)
 
 
-def config(folder: pathlib.Path, neuron: FakeNeuron) -> str:
+def config(folder: pathlib.Path, neuron: FakeNode) -> str:
     return str(write_config(folder, neuron, gateway='metrics_listen = ""\n'))
 
 
@@ -99,7 +99,7 @@ def config(folder: pathlib.Path, neuron: FakeNeuron) -> str:
 async def test_every_interface_answers_over_every_version(
     tmp_path: pathlib.Path, interface: str | None, version: str
 ) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     options = [] if interface is None else ["--interface", interface]
     options += [] if version == "auto" else ["--http", version]
     async with neuron.serving(), granian(tmp_path, *options, CORTEX_CONFIG=config(tmp_path, neuron)) as server:
@@ -165,7 +165,7 @@ async def test_metrics_are_served_as_soon_as_their_port_is_free(tmp_path: pathli
 
 async def test_a_load_says_how_far_it_is_and_what_came_of_it(tmp_path: pathlib.Path) -> None:
     go = asyncio.Event()
-    neuron = FakeNeuron(name="a")
+    neuron = FakeNode(name="a")
 
     async def load(spec: ModelSpec) -> ModelStatus:
         neuron.models[spec.id] = ModelStatus(spec.id, ModelState.LOADING, progress=0.42)
@@ -287,7 +287,7 @@ async def test_over_http_2_a_client_that_leaves_is_seen(tmp_path: pathlib.Path) 
         await line.chunk(CHAT_STREAM[1])
         await asyncio.sleep(60)
 
-    neuron = FakeNeuron(script=endless).ready("m")
+    neuron = FakeNode(script=endless).ready("m")
     async with neuron.serving(), granian(tmp_path, CORTEX_CONFIG=config(tmp_path, neuron)) as server:
         await is_listed(server, "m")
         async with http2(server) as client:
@@ -308,7 +308,7 @@ async def test_over_http_2_readers_that_stall_cost_a_bounded_amount(tmp_path: pa
         while True:
             await line.chunk(chat_chunk({"content": "x" * 4000}))
 
-    neuron = FakeNeuron(script=flood).ready("m")
+    neuron = FakeNode(script=flood).ready("m")
     async with neuron.serving(), granian(tmp_path, CORTEX_CONFIG=config(tmp_path, neuron)) as server:
         await is_listed(server, "m")
         before = server.resident_bytes()
@@ -324,7 +324,7 @@ async def test_over_http_2_readers_that_stall_cost_a_bounded_amount(tmp_path: pa
             assert seen / num_stalled < 16 * 1024 * 1024
             assert (server.resident_bytes() - before) / num_stalled < 8 * 1024 * 1024
             # A short answer on the same connection is not held up.
-            neuron.script = FakeNeuron().script
+            neuron.script = FakeNode().script
             number = client.post("/v1/chat/completions", STREAM)
             await until(lambda: number in client.ended)
 
@@ -339,7 +339,7 @@ async def test_over_http_2_a_reader_that_reads_gets_a_long_stream_whole(tmp_path
         await line.chunk(b"".join(CHAT_STREAM[3:]))
         await line.end()
 
-    neuron = FakeNeuron(script=long).ready("m")
+    neuron = FakeNode(script=long).ready("m")
     async with neuron.serving(), granian(tmp_path, CORTEX_CONFIG=config(tmp_path, neuron)) as server:
         await is_listed(server, "m")
         async with http2(server) as client:

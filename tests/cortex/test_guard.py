@@ -18,7 +18,7 @@ import daemons
 import pytest
 from asgi_call import Call
 from asgi_client import ask
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import CHAT, STREAM, rig, write_config
 from key_rig import KEY, ring
 from running_gateway import Running
@@ -86,7 +86,7 @@ OWN: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("how", CROSS_SITE)
 async def test_a_page_of_another_site_does_not_reach_a_model(how: str, body: dict[str, object]) -> None:
     headers, status, code = CROSS_SITE[how]
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with rig(neuron) as gateway:
         for _ in range(2):
             assert (await gateway.chat().end()).status == 200, "and the fast path is warm"
@@ -99,7 +99,7 @@ async def test_a_page_of_another_site_does_not_reach_a_model(how: str, body: dic
 
 @pytest.mark.parametrize("how", OWN)
 async def test_clients_of_its_own_are_let_in(how: str) -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         for body in (CHAT, STREAM, CHAT):
             assert (await gateway.call("POST", "/v1/chat/completions", body, OWN[how]).end()).status == 200
 
@@ -107,7 +107,7 @@ async def test_clients_of_its_own_are_let_in(how: str) -> None:
 async def test_a_key_is_proof_enough_and_being_anonymous_is_none() -> None:
     keys = ring((KEY, Principal("alice")), anonymous=Principal(ANONYMOUS))
     foreign = {"host": "gateway.example.com", "origin": "app://notes", "sec-fetch-site": "cross-site", **JSON}
-    async with rig(FakeNeuron().ready("m"), keys=keys) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         for given, status in (({"x-api-key": KEY}, 200), ({}, 403), ({"x-api-key": "wrong"}, 401)):
             for body in (CHAT, STREAM, CHAT):
                 call = await gateway.call("POST", "/v1/chat/completions", body, {**foreign, **given}).end()
@@ -150,7 +150,7 @@ async def test_other_names_of_a_host_are_its_operators_to_say(tmp_path: pathlib.
     api = Api(Service(Config(daemon), harnesses={}, workers={}))
     for host, status in (("gpu.example.com:13131", 200), ("GPU.example.com.", 200), ("example.com", 403)):
         assert (await ask(api, "GET", "/models", headers={"host": host})).status == status
-    async with rig(FakeNeuron().ready("m"), allowed_hosts=("gateway.example.com",)) as gateway:
+    async with rig(FakeNode().ready("m"), allowed_hosts=("gateway.example.com",)) as gateway:
         for _ in range(2):
             headers = {"host": "gateway.example.com", **JSON}
             assert (await gateway.call("POST", "/v1/chat/completions", CHAT, headers).end()).status == 200
@@ -158,7 +158,7 @@ async def test_other_names_of_a_host_are_its_operators_to_say(tmp_path: pathlib.
 
 @pytest.mark.parametrize("how", [how for how, (_, status, _) in CROSS_SITE.items() if status == 403])
 async def test_a_page_of_another_site_does_not_read_metrics(how: str) -> None:
-    async with rig(FakeNeuron()) as gateway:
+    async with rig(FakeNode()) as gateway:
         port = daemons.free_port()
         stop = gateway.gateway.metrics.serve("127.0.0.1", port, lambda: gateway.gateway.guard)
         try:
@@ -175,7 +175,7 @@ CHAT_PAGE = "https://chat.example.com"
 
 
 async def test_an_allowed_origin_may_ask_and_read() -> None:
-    async with rig(FakeNeuron().ready("m"), allowed_origins=(CHAT_PAGE, "http://localhost:3000")) as gateway:
+    async with rig(FakeNode().ready("m"), allowed_origins=(CHAT_PAGE, "http://localhost:3000")) as gateway:
         headers = {**HERE, **JSON, "origin": CHAT_PAGE, "sec-fetch-site": "cross-site"}
         for body in (CHAT, STREAM, {**CHAT, "model": "nobody"}):
             call = await gateway.call("POST", "/v1/chat/completions", body, headers).end()
@@ -191,7 +191,7 @@ async def test_an_allowed_origin_may_ask_and_read() -> None:
 
 
 async def test_a_browser_that_asks_first_is_told() -> None:
-    async with rig(FakeNeuron().ready("m"), allowed_origins=(CHAT_PAGE,)) as gateway:
+    async with rig(FakeNode().ready("m"), allowed_origins=(CHAT_PAGE,)) as gateway:
         asks = {
             **HERE,
             "origin": CHAT_PAGE,
@@ -218,7 +218,7 @@ async def test_a_browser_that_asks_first_is_told() -> None:
 
 async def test_every_origin_is_for_those_with_a_key() -> None:
     keys = ring((KEY, Principal("alice")), anonymous=Principal(ANONYMOUS))
-    async with rig(FakeNeuron().ready("m"), keys=keys, allowed_origins=("*",)) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys, allowed_origins=("*",)) as gateway:
         headers = {**HERE, **JSON, "origin": "https://any.example"}
         call = await gateway.call("POST", "/v1/chat/completions", CHAT, {**headers, "x-api-key": KEY}).end()
         assert (call.status, call.headers["access-control-allow-origin"]) == (200, "https://any.example")
@@ -240,12 +240,12 @@ def test_settings_that_allow_nothing_sensible(tmp_path: pathlib.Path, settings: 
     from cortex.reload import load
 
     with pytest.raises(ConfigError, match=reason):
-        load(write_config(tmp_path, FakeNeuron(port=1), gateway=settings), {})
+        load(write_config(tmp_path, FakeNode(port=1), gateway=settings), {})
 
 
 async def test_a_reload_allows_and_forbids(tmp_path: pathlib.Path) -> None:
     quick = 'metrics_listen = ""\nreload_check_s = 0.02\n'
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving():
         path = write_config(tmp_path, neuron, gateway=quick)
         async with Running(path) as running:
@@ -317,7 +317,7 @@ def test_a_proxy_on_the_host_opens_nothing_and_the_commands_find_the_token(tmp_p
     port = daemons.free_port()
     config = write_config(
         tmp_path,
-        FakeNeuron("a", port=daemons.free_port()),
+        FakeNode("a", port=daemons.free_port()),
         gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""',
     )
     environment = {"RUNTIME_DIRECTORY": str(runtime)}

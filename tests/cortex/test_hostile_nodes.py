@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import pytest
 from asgi_call import Call
-from fake_neuron import FakeNeuron, chat_only
+from fake_node import FakeNode, chat_only
 from gateway_rig import Rig, rig, until
 from hostile import ANSWER, CHUNKED, ERROR, EVENTS, OK, Behaviour, behaviours, chunk, drip, raw, sized
 from prometheus_client import generate_latest
@@ -33,9 +33,9 @@ def memory_bytes() -> int:
 
 
 @asynccontextmanager
-async def beside_a_sound_one(hostile: FakeNeuron, **settings: Any) -> AsyncIterator[Rig]:
+async def beside_a_sound_one(hostile: FakeNode, **settings: Any) -> AsyncIterator[Rig]:
     """Run a gateway over a hostile node and a sound one, and check that all is well when it is over."""
-    sound = FakeNeuron("sound").ready("n")
+    sound = FakeNode("sound").ready("n")
     settings = {"timeouts": TIMEOUTS, "polling": POLLING, "breaker": BreakerSettings(failures=10**6)} | settings
     before_bytes = memory_bytes()
     async with rig(hostile, sound, **settings) as gateway:
@@ -110,7 +110,7 @@ def test_there_are_enough_of_them() -> None:
 @pytest.mark.parametrize("behaviour", of("whole"))
 async def test_an_answer_that_is_not_streamed(behaviour: Behaviour) -> None:
     """By the slow path, and by the fast path, which takes a connection that is kept."""
-    node = FakeNeuron("hostile").ready("m")
+    node = FakeNode("hostile").ready("m")
     async with beside_a_sound_one(node) as gateway:
         await until(lambda: gateway.gateway.fleet.state.nodes["hostile"].up)
         assert (await gateway.chat().end()).status == 200
@@ -122,7 +122,7 @@ async def test_an_answer_that_is_not_streamed(behaviour: Behaviour) -> None:
 
 @pytest.mark.parametrize("behaviour", of("stream"))
 async def test_a_stream(behaviour: Behaviour) -> None:
-    node = FakeNeuron("hostile").ready("m")
+    node = FakeNode("hostile").ready("m")
     node.script = behaviour.script
     async with beside_a_sound_one(node) as gateway:
         await until(lambda: gateway.gateway.fleet.state.nodes["hostile"].up)
@@ -172,7 +172,7 @@ RESPONSES = [
 @pytest.mark.parametrize("data", RESPONSES, ids=lambda data: data[:40].decode())
 @pytest.mark.parametrize("name", [b"response.completed", b"response.created", b"error", b"response.x", b"\xff"])
 async def test_a_response_in_the_background_ends_whatever_its_node_says(name: bytes, data: bytes) -> None:
-    node = FakeNeuron("hostile").ready("m")
+    node = FakeNode("hostile").ready("m")
     wire = sized(b"event: " + name + b"\ndata: " + data + b"\n\n", b"content-type: text/event-stream\r\n")
     node.script = raw(wire)
     async with beside_a_sound_one(node) as gateway:
@@ -192,7 +192,7 @@ async def test_a_response_in_the_background_ends_whatever_its_node_says(name: by
 
 
 async def test_a_response_in_the_background_that_never_ends_is_ended() -> None:
-    node = FakeNeuron("hostile").ready("m")
+    node = FakeNode("hostile").ready("m")
     node.script = drip(OK + EVENTS + CHUNKED + b"\r\n", chunk(b": still here\n\n"))
     async with beside_a_sound_one(node) as gateway:
         await until(lambda: gateway.gateway.fleet.state.nodes["hostile"].up)
@@ -210,7 +210,7 @@ async def test_a_response_in_the_background_that_is_too_long_ends_as_failed(
     is_one_event: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cortex.background.MAX_BYTES", 10_000)
-    node = FakeNeuron("hostile").ready("m")
+    node = FakeNode("hostile").ready("m")
     delta = b'event: response.x\ndata: {"x":"' + b"y" * (20_000 if is_one_event else 1_000) + b'"}\n\n'
     node.script = raw(sized(delta * (1 if is_one_event else 20), b"content-type: text/event-stream\r\n"))
     async with beside_a_sound_one(node) as gateway:
@@ -236,7 +236,7 @@ async def test_a_response_in_the_background_that_is_too_long_ends_as_failed(
     ids=["no response", "no id", "no list", "no items", "deep"],
 )
 async def test_a_stream_that_ends_in_no_response_ends_in_an_error(data: bytes) -> None:
-    node = FakeNeuron("hostile").ready("m")
+    node = FakeNode("hostile").ready("m")
     node.script = raw(
         sized(b"event: response.completed\ndata: " + data + b"\n\n", b"content-type: text/event-stream\r\n")
     )
@@ -304,7 +304,7 @@ def control(path: str, body: bytes, status: int = 200) -> Callable[[Any, Any], A
 
 
 async def check_poller(script: Any, *, is_up: bool = False) -> Rig:
-    node = FakeNeuron("hostile", control=script).ready("m")
+    node = FakeNode("hostile", control=script).ready("m")
     async with beside_a_sound_one(node) as gateway:
         fleet = gateway.gateway.fleet
         if is_up:
@@ -366,7 +366,7 @@ async def test_a_model_that_cannot_be_is_left_out_and_the_others_are_served(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "cortex")
-    node = FakeNeuron("hostile", control=control("/models", orjson.dumps({"models": [ROWS[name], MODEL]})))
+    node = FakeNode("hostile", control=control("/models", orjson.dumps({"models": [ROWS[name], MODEL]})))
     async with beside_a_sound_one(node) as gateway:
         await until(lambda: gateway.gateway.fleet.state.nodes["hostile"].up)
         listed = (await gateway.call("GET", "/v1/models").end()).json()["data"]
@@ -380,7 +380,7 @@ async def test_a_model_that_cannot_be_is_left_out_and_the_others_are_served(
 @pytest.mark.parametrize("kind", ["many", "one name"])
 async def test_a_list_of_eighty_thousand_models_is_taken_in_part_and_holds_nobody_up(kind: str) -> None:
     rows = [MODEL] + [MODEL | {"id": "m" if kind == "one name" else f"m{i}"} for i in range(80_000)]
-    node = FakeNeuron("hostile", control=control("/models", orjson.dumps({"models": rows})))
+    node = FakeNode("hostile", control=control("/models", orjson.dumps({"models": rows})))
     async with beside_a_sound_one(node) as gateway:
         await until(lambda: gateway.gateway.fleet.state.nodes["hostile"].up)
         num_listed = len(gateway.gateway.fleet.state.nodes["hostile"].models)

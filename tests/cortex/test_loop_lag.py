@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import rig, until
 
 from cortex.loop_lag import watch_lag
@@ -23,6 +23,6 @@ async def test_what_holds_a_loop_up_shows() -> None:
 
 
 async def test_both_daemons_show_it() -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         await until(lambda: gateway.metric("cortex_loop_lag_seconds_count"))
     assert b"neuron_loop_lag_seconds_bucket" in neuron_metrics.render((), (), ())

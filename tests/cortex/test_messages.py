@@ -6,7 +6,7 @@ import logging
 
 import orjson
 import pytest
-from fake_neuron import MESSAGES_ANSWER, MESSAGES_STREAM, Asked, FakeNeuron, Line, error
+from fake_node import MESSAGES_ANSWER, MESSAGES_STREAM, Asked, FakeNode, Line, error
 from gateway_rig import rig
 
 from cortex import http_io
@@ -21,7 +21,7 @@ MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 
 async def test_bodies_and_answers_go_through_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "cortex.request")
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with rig(neuron) as gateway:
         whole = await gateway.call("POST", MESSAGES, BODY).end()
         streamed = await gateway.call("POST", MESSAGES, STREAM).end()
@@ -38,7 +38,7 @@ async def test_bodies_and_answers_go_through_as_they_are(caplog: pytest.LogCaptu
 
 
 async def test_names_that_nothing_else_answers_to_go_by_the_longest_prefix() -> None:
-    neuron = FakeNeuron().ready("m", "n", "claude-local")
+    neuron = FakeNode().ready("m", "n", "claude-local")
     prefixes, models = {"claude-": "m", "claude-haiku": "n"}, (PROFILE, ModelProfile(id="n", source="/w"))
     async with rig(neuron, models=models, prefixes=prefixes, aliases={"claude-opus": "n"}) as gateway:
         for name in ("claude-sonnet-5", "claude-haiku-4-5", "claude-opus", "claude-local"):
@@ -70,7 +70,7 @@ async def test_names_that_nothing_else_answers_to_go_by_the_longest_prefix() -> 
 @pytest.mark.parametrize("path", [MESSAGES, COUNT])
 async def test_what_is_wrong_is_said_in_the_dialect(path: str, body: bytes, status: int, kind: str, code: str) -> None:
     cold = ModelProfile(id="cold", source="/w", memory_bytes=1 << 60)
-    async with rig(FakeNeuron().ready("m"), models=(cold,), max_body_bytes=2048) as gateway:
+    async with rig(FakeNode().ready("m"), models=(cold,), max_body_bytes=2048) as gateway:
         call = await gateway.call("POST", path, body).end()
     assert call.status == status
     assert call.json()["type"] == "error"
@@ -84,19 +84,19 @@ async def test_what_is_wrong_is_said_in_the_dialect(path: str, body: bytes, stat
     [("GET", MESSAGES, 405), ("POST", "/v1/messages/batches", 404), ("PATCH", COUNT, 405), ("POST", "/v1/mess", 404)],
 )
 async def test_paths_that_are_not_there(method: str, path: str, status: int) -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         call = await gateway.call(method, path).end()
     assert call.status == status
     assert ("type" in call.json()) == path.startswith(MESSAGES)
 
 
 async def test_a_node_that_does_not_speak_the_dialect_is_not_asked() -> None:
-    old, new = FakeNeuron("a", dialects=("openai-completions",)).ready("m"), FakeNeuron("b").ready("m")
+    old, new = FakeNode("a", dialects=("openai-completions",)).ready("m"), FakeNode("b").ready("m")
     async with rig(old, new) as gateway:
         for _ in range(4):
             assert (await gateway.call("POST", MESSAGES, BODY).end()).status == 200
     assert old.asked == []
-    async with rig(FakeNeuron(dialects=("openai-completions",)).ready("m")) as gateway:
+    async with rig(FakeNode(dialects=("openai-completions",)).ready("m")) as gateway:
         assert (await gateway.call("POST", MESSAGES, BODY).end()).status == 529
 
 
@@ -107,7 +107,7 @@ async def test_a_nodes_overload_goes_to_another_replica(stream: bool) -> None:
     async def full(asked: Asked, line: Line) -> None:
         await line.reply(529, told, "retry-after: 3")
 
-    first, second = FakeNeuron("a", script=full).ready("m"), FakeNeuron("b").ready("m")
+    first, second = FakeNode("a", script=full).ready("m"), FakeNode("b").ready("m")
     async with rig(first, second) as gateway:
         assert (await gateway.call("POST", MESSAGES, BODY | {"stream": stream}).end()).status == 200
         second.script = full
@@ -117,11 +117,11 @@ async def test_a_nodes_overload_goes_to_another_replica(stream: bool) -> None:
 
 async def test_a_node_that_lost_the_model_is_believed_in_this_dialect_too() -> None:
     async def gone(asked: Asked, line: Line) -> None:
-        neuron.script = FakeNeuron().script
+        neuron.script = FakeNode().script
         details = {"type": "not_found_error", "message": "no", "details": {"error_code": "model_not_found"}}
         await line.reply(404, orjson.dumps({"type": "error", "error": details}))
 
-    neuron = FakeNeuron(script=gone).ready("m")
+    neuron = FakeNode(script=gone).ready("m")
     async with rig(neuron, models=(PROFILE,)) as gateway:
         assert (await gateway.call("POST", MESSAGES, BODY).end()).status == 200
     assert [spec.id for spec in neuron.loads] == ["m"]
@@ -140,7 +140,7 @@ async def test_a_broken_stream_ends_in_an_error_event(how: str) -> None:
             case "stall":
                 await asyncio.sleep(60)
 
-    async with rig(FakeNeuron(script=script).ready("m"), timeouts=Timeouts(stall_s=0.3)) as gateway:
+    async with rig(FakeNode(script=script).ready("m"), timeouts=Timeouts(stall_s=0.3)) as gateway:
         call = await gateway.call("POST", MESSAGES, STREAM).end()
     begun = b"".join(MESSAGES_STREAM[:3])
     assert call.body.startswith(begun)
@@ -159,14 +159,14 @@ async def test_a_nodes_error_event_is_the_only_one() -> None:
         await line.chunk(MESSAGES_STREAM[0] + told)
         await line.end()
 
-    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+    async with rig(FakeNode(script=script).ready("m")) as gateway:
         assert (await gateway.call("POST", MESSAGES, STREAM).end()).body == MESSAGES_STREAM[0] + told
 
 
 async def test_a_silence_is_filled_with_pings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_io, "HOLD_HEADERS_S", 0.01)
     monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.01)
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     loading = asyncio.Event()
 
     async def load(spec: object) -> object:
@@ -193,7 +193,7 @@ async def test_an_error_after_the_first_ping_has_the_nodes_words(monkeypatch: py
         await asyncio.sleep(0.05)
         await refuse(asked, line)
 
-    async with rig(FakeNeuron(script=late).ready("m")) as gateway:
+    async with rig(FakeNode(script=late).ready("m")) as gateway:
         call = await gateway.call("POST", MESSAGES, STREAM).end()
     assert call.status == 200
     event = call.body.strip().split(b"\n\n")[-1]

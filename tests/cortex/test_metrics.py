@@ -9,7 +9,7 @@ import httpx
 import msgspec
 import pytest
 from daemons import free_port
-from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, error
+from fake_node import CHAT_STREAM, Asked, FakeNode, Line, error
 from gateway_rig import rig, until
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,7 +25,7 @@ LABELS = {"model": "m", "node": "a", "dialect": "openai-chat"}
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
 async def test_tokens_are_counted_whatever_the_dialect(stream: bool, path: str) -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         for _ in range(3):
             await gateway.call("POST", path, {"model": "m", "stream": stream}).end()
         dialect = "openai-chat" if path == "/v1/chat/completions" else "openai-responses"
@@ -53,7 +53,7 @@ async def test_first_token_is_not_first_byte_and_duration_is_to_the_end() -> Non
             await line.chunk(sse_event)
         await line.end()
 
-    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+    async with rig(FakeNode(script=script).ready("m")) as gateway:
         started = time.perf_counter()
         await gateway.chat(stream=True).end()
         elapsed = time.perf_counter() - started
@@ -67,7 +67,7 @@ async def test_first_token_is_not_first_byte_and_duration_is_to_the_end() -> Non
 
 
 async def test_names_that_clients_make_up_are_never_labels() -> None:
-    async with rig(FakeNeuron().ready("m"), aliases={"al": "m"}) as gateway:
+    async with rig(FakeNode().ready("m"), aliases={"al": "m"}) as gateway:
         for i in range(50):
             assert (await gateway.chat(model=f"made-up-{i}").end()).status == 404
         await gateway.chat(model="al").end()
@@ -83,7 +83,7 @@ async def test_names_that_clients_make_up_are_never_labels() -> None:
 
 
 async def test_a_models_gauges_go_with_the_model_and_come_from_its_nodes() -> None:
-    neuron = FakeNeuron("a").ready("m", "n")
+    neuron = FakeNode("a").ready("m", "n")
     async with rig(neuron) as gateway:
         port = free_port()
         stop = gateway.gateway.metrics.serve("127.0.0.1", port)
@@ -113,7 +113,7 @@ async def test_a_models_gauges_go_with_the_model_and_come_from_its_nodes() -> No
 
 async def test_what_has_a_distribution_is_a_histogram_with_buckets_of_ours() -> None:
     """Summaries of several workers and nodes cannot be added up, nor can quantiles of them be asked for later."""
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         await gateway.chat(stream=True).end()
         kinds: dict[str, set[str]] = {}
         for registry in (gateway.gateway.metrics.registry, neuron_metrics.REGISTRY):
@@ -134,7 +134,7 @@ async def test_what_has_a_distribution_is_a_histogram_with_buckets_of_ours() -> 
 
 
 async def test_the_second_to_bind_the_port_is_told() -> None:
-    async with rig(FakeNeuron()) as gateway:
+    async with rig(FakeNode()) as gateway:
         port = free_port()
         stop = gateway.gateway.metrics.serve("127.0.0.1", port)
         with pytest.raises(OSError, match="in use"):
@@ -147,7 +147,7 @@ async def test_one_line_for_each_finished_request(caplog: pytest.LogCaptureFixtu
     secret = "the prompt is nobody's business"
     messages = [{"role": "user", "content": secret}]
     with caplog.at_level("INFO", "cortex.request"):
-        neuron = FakeNeuron().ready("m")
+        neuron = FakeNode().ready("m")
         async with rig(neuron, models=(ModelProfile(id="m", source="/w"),)) as gateway:
             await gateway.chat(stream=True, messages=messages).end()
             await gateway.chat(messages=messages).end()
@@ -187,7 +187,7 @@ def test_text_lines_quote_what_would_break_them() -> None:
 
 
 async def test_counters_of_a_node_and_a_model_that_are_gone_leave_the_scrape_and_come_back() -> None:
-    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("n")
+    first, second = FakeNode("a").ready("m"), FakeNode("b").ready("n")
     async with rig(first, second) as gateway:
         assert (await gateway.chat(model="m").end()).status == 200
         assert (await gateway.chat(model="n").end()).status == 200

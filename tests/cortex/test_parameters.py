@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line
+from fake_node import CHAT_STREAM, Asked, FakeNode, Line
 from gateway_rig import CHAT, rig
 from key_rig import KEY, ring
 
@@ -19,13 +19,13 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/responses", {"model": "m", "input": "a", "store": False}),
     ("/v1/embeddings", {"model": "m", "input": "a"}),
 ]
-DIALECTS = (*FakeNeuron("a").dialects, "openai-embeddings")
+DIALECTS = (*FakeNode("a").dialects, "openai-embeddings")
 EVERY = pytest.mark.parametrize(("path", "body"), BODIES)
 BEARER = {"authorization": f"Bearer {KEY}"}
 
 
-def node() -> FakeNeuron:
-    return FakeNeuron("a", dialects=DIALECTS).ready("m")
+def node() -> FakeNode:
+    return FakeNode("a", dialects=DIALECTS).ready("m")
 
 
 @EVERY

@@ -7,7 +7,7 @@ import sys
 
 import daemons
 import pytest
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import rig, write_config
 from key_rig import KEY, ring
 
@@ -39,7 +39,7 @@ def run(program: str, *arguments: str, **environment: str) -> "subprocess.Comple
     ],
 )
 def test_a_check_sees_what_a_start_would_fail_of(tmp_path: pathlib.Path, store: str, gateway: str, reason: str) -> None:
-    path = write_config(tmp_path, FakeNeuron(port=1), gateway=gateway)
+    path = write_config(tmp_path, FakeNode(port=1), gateway=gateway)
     text = path.read_text()
     path.write_text(text[: text.index("[store]")] + "[store]\n" + store.format(tmp_path) + "\n")
     for more in (["--check"], []):
@@ -54,7 +54,7 @@ def test_a_check_of_what_runs_is_ok(tmp_path: pathlib.Path) -> None:
     port = daemons.free_port()
     config = write_config(
         tmp_path,
-        FakeNeuron("a", port=daemons.free_port()),
+        FakeNode("a", port=daemons.free_port()),
         gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""',
     )
     with daemons.daemon("cortex", "serve", "--config", str(config), port=port, log=tmp_path / "log"):
@@ -73,7 +73,7 @@ async def test_a_gateway_starts_without_its_valkey() -> None:
     url = f"redis://127.0.0.1:{daemons.free_port()}/0"
     keys = ring((KEY, Principal("limited", limits=Limits(requests_per_minute=9))), ("free", Principal("free")))
     store = StoreSettings(kind=StoreKind.VALKEY, url=url)
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with rig(neuron, keys=keys, store=store, access={"counters": "valkey", "url": url}) as gateway:
         body = {"model": "m", "messages": []}
         limited = await gateway.call("POST", "/v1/chat/completions", body, {"x-api-key": KEY}).end()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from asgi_call import Call
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import until, write_config
 from running_gateway import Running
 
@@ -41,7 +41,7 @@ SLOW = 'metrics_listen = ""\nreload_check_s = 0\n'
 async def test_a_change_is_seen_and_a_bad_one_changes_nothing(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = FakeNeuron("a"), FakeNeuron("b").ready("there")
+    first, second = FakeNode("a"), FakeNode("b").ready("there")
     async with first.serving(), second.serving():
         path = write_config(tmp_path, first, models=model("one"), gateway=QUICK)
         async with Running(path) as running:
@@ -67,7 +67,7 @@ async def test_a_change_is_seen_and_a_bad_one_changes_nothing(
 async def test_a_hangup_reads_the_files_and_so_does_admin(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     async with neuron.serving():
         path = write_config(tmp_path, neuron, models=model("one"), gateway=SLOW)
         async with Running(path) as running:
@@ -88,7 +88,7 @@ async def test_a_hangup_reads_the_files_and_so_does_admin(
 
 
 async def test_running_requests_outlive_their_node(tmp_path: pathlib.Path) -> None:
-    neuron, go = FakeNeuron("a").ready("m"), asyncio.Event()
+    neuron, go = FakeNode("a").ready("m"), asyncio.Event()
     answer = neuron.script
 
     async def script(asked: Any, line: Any) -> None:
@@ -96,7 +96,7 @@ async def test_running_requests_outlive_their_node(tmp_path: pathlib.Path) -> No
         await answer(asked, line)
 
     neuron.script = script
-    other = FakeNeuron("b").ready("n")
+    other = FakeNode("b").ready("n")
     async with neuron.serving(), other.serving():
         path = write_config(tmp_path, neuron, gateway=QUICK)
         async with Running(path) as running:
@@ -112,7 +112,7 @@ async def test_running_requests_outlive_their_node(tmp_path: pathlib.Path) -> No
 async def test_what_cannot_change_in_a_process_is_said(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving():
         path = write_config(tmp_path, neuron, gateway=QUICK)
         async with Running(path) as running:
@@ -130,7 +130,7 @@ async def test_what_cannot_change_in_a_process_is_said(
     ],
 )
 def test_access_that_makes_no_sense(tmp_path: pathlib.Path, text: str, key: str, reason: str) -> None:
-    path = write_config(tmp_path, FakeNeuron(port=1))
+    path = write_config(tmp_path, FakeNode(port=1))
     rest = path.read_text().replace("[gateway]\n", "" if "[gateway]" in text else "[gateway]\n")
     path.write_text(text + rest)
     row = f'[[keys]]\nname = "a"\nsha256 = "{"0" * 64}"\nmodels = ["*"]\nmax_concurrent = 1\n'
@@ -145,7 +145,7 @@ def test_access_that_makes_no_sense(tmp_path: pathlib.Path, text: str, key: str,
 async def test_a_model_that_is_taken_out_of_the_catalogue_is_not_offered_by_those_who_have_it(
     tmp_path: pathlib.Path,
 ) -> None:
-    neuron = FakeNeuron("a").ready("one", "two", "of-the-node")
+    neuron = FakeNode("a").ready("one", "two", "of-the-node")
     async with neuron.serving():
         path = write_config(tmp_path, neuron, models=model("one") + model("two"), gateway=QUICK)
         async with Running(path) as running:
@@ -168,7 +168,7 @@ async def test_a_model_that_is_taken_out_of_the_catalogue_is_not_offered_by_thos
 
 
 async def test_what_only_nodes_have_is_not_offered_where_the_catalogue_alone_counts(tmp_path: pathlib.Path) -> None:
-    neuron = FakeNeuron("a").ready("one", "of-the-node")
+    neuron = FakeNode("a").ready("one", "of-the-node")
     async with neuron.serving():
         path = write_config(tmp_path, neuron, models=model("one"), gateway=QUICK + "discover = false\n")
         async with Running(path) as running:

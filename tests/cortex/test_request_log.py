@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fake_neuron import (
+from fake_node import (
     CHAT_STREAM,
     MESSAGES_STREAM,
     RESPONSE,
     RESPONSES_STREAM,
     Asked,
-    FakeNeuron,
+    FakeNode,
     Line,
     event,
     message_event,
@@ -181,7 +181,7 @@ async def test_a_stream_that_ends_in_an_error_is_written_down_as_its_client_saw_
             await line.chunk(each)
         await line.end()
 
-    async with rig(FakeNeuron(script=script).ready("m")) as gateway:
+    async with rig(FakeNode(script=script).ready("m")) as gateway:
         body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "input": "x", "stream": True}
         body |= {"max_tokens": 5} if path == "/v1/messages" else {}
         assert (await gateway.call("POST", path, body).end()).status == 200

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fake_neuron import Asked, FakeNeuron, Line
+from fake_node import Asked, FakeNode, Line
 from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 
@@ -39,7 +39,7 @@ async def test_a_silence_has_no_message(monkeypatch: pytest.MonkeyPatch) -> None
         if message["type"] == "websocket.send":
             sent.append(json.loads(str(message["text"])))
 
-    async with rig(FakeNeuron(script=script, dialects=("openai-responses",)).ready("m")) as gateway:
+    async with rig(FakeNode(script=script, dialects=("openai-responses",)).ready("m")) as gateway:
         ask: dict[str, object] = {"type": "response.create", "model": "m", "input": "Hi", "store": False}
         coming.put_nowait({"type": "websocket.connect"})
         coming.put_nowait({"type": "websocket.receive", "text": json.dumps(ask)})
@@ -85,7 +85,7 @@ async def test_who_may_not_ask_is_refused_before_the_handshake(
         sent.append(message)
 
     keys = ring((KEY, Principal("alice"))) if with_keys else None
-    async with rig(FakeNeuron().ready("m"), keys=keys, allowed_origins=("https://chat.example",)) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys, allowed_origins=("https://chat.example",)) as gateway:
         for extensions in ({}, {"websocket.http.response": {}}):
             sent.clear()
             coming.put_nowait({"type": "websocket.connect"})
@@ -136,7 +136,7 @@ async def test_any_origin_may_open_one_with_a_key(with_keys: bool, status: int) 
         sent.append(message)
 
     keys = ring((KEY, Principal("alice"))) if with_keys else None
-    async with rig(FakeNeuron().ready("m"), keys=keys, allowed_origins=("*",)) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys, allowed_origins=("*",)) as gateway:
         coming.put_nowait({"type": "websocket.connect"})
         coming.put_nowait({"type": "websocket.disconnect"})
         headers = [(b"host", b"localhost:1"), (b"origin", PAGE), (b"authorization", b"Bearer " + KEY.encode())]
@@ -153,7 +153,7 @@ async def test_any_origin_may_open_one_with_a_key(with_keys: bool, status: int) 
 
 async def test_long_instructions_are_told_in_an_event() -> None:
     long = "x" * 9_000_000
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         message: dict[str, object] = {"type": "response.create", "model": "m", "input": "Hi", "instructions": long}
         events = await spoken(gateway, [{**message, "generate": False}], 2)
         assert [event["type"] for event in events][-1] == "response.completed"
@@ -163,7 +163,7 @@ async def test_long_instructions_are_told_in_an_event() -> None:
 
 
 async def test_a_turn_that_is_nested_too_deep_is_refused_and_the_connection_goes_on() -> None:
-    neuron = FakeNeuron("a", dialects=("openai-responses",)).ready("m")
+    neuron = FakeNode("a", dialects=("openai-responses",)).ready("m")
     deep: list[object] = []
     for _ in range(250):
         deep = [deep]
@@ -185,7 +185,7 @@ async def test_messages_that_wait_are_counted_in_bytes() -> None:
         await line.chunk(sse_event(COMPLETED))
         await line.end()
 
-    neuron = FakeNeuron(script=script, dialects=("openai-responses",)).ready("m")
+    neuron = FakeNode(script=script, dialects=("openai-responses",)).ready("m")
     async with rig(neuron, max_body_bytes=10_000) as gateway:
         ask: dict[str, object] = {"type": "response.create", "model": "m", "input": "x" * 4_500, "store": False}
         asyncio.get_running_loop().call_later(0.2, go.set)

@@ -21,7 +21,7 @@ import openai
 import psutil
 import pytest
 from daemons import free_port
-from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, answer, chat_chunk
+from fake_node import CHAT_STREAM, Asked, FakeNode, Line, answer, chat_chunk
 from gateway_rig import until, write_config
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -73,7 +73,7 @@ INTERFACES = pytest.mark.parametrize("interface", ["asgi", "rsgi"])
 
 @contextlib.asynccontextmanager
 async def server(
-    folder: pathlib.Path, *neurons: FakeNeuron, command: str = "asgi", workers: int = 1, gateway: str = ""
+    folder: pathlib.Path, *neurons: FakeNode, command: str = "asgi", workers: int = 1, gateway: str = ""
 ) -> AsyncIterator[Server]:
     """Run a gateway as its users do, until the block is left; it must then end by itself on SIGTERM, with 0."""
     port, metrics_port, log = free_port(), free_port(), folder / "log"
@@ -119,7 +119,7 @@ async def server(
 
 @INTERFACES
 async def test_the_official_sdk_is_content(tmp_path: pathlib.Path, interface: str) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         sdk = openai.AsyncOpenAI(base_url=gateway.url + "/v1", api_key="none", max_retries=0)
         async with sdk as client:
@@ -168,7 +168,7 @@ async def test_leaving_reaches_the_node_through_the_server(tmp_path: pathlib.Pat
         begun.set()
         await asyncio.sleep(60)
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         for stream, after_first_byte in itertools.product((True, False), (True, False)):
             begun.clear()
@@ -215,7 +215,7 @@ async def test_a_small_sse_event_goes_out_at_once(tmp_path: pathlib.Path, interf
         await line.chunk(b"".join(CHAT_STREAM[3:]))
         await line.end()
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         for _ in range(3):  # a busy machine may hold one up
             delays.clear()
@@ -247,7 +247,7 @@ async def test_two_hundred_clients_that_leave_at_random_leave_nothing(tmp_path: 
             await line.chunk(sse_event)
         await line.end()
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         request = http_post("/v1/chat/completions", {"model": "m", "stream": True})
 
@@ -286,7 +286,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_large_answer_is_seen(
         await line.send(bytes(200_000))
         await line.left.wait()
 
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         async with httpx.AsyncClient() as client:
             assert (await client.post(gateway.url + "/v1/chat/completions", json={"model": "m"})).status_code == 200
@@ -309,7 +309,7 @@ async def test_readers_that_stall_cost_a_bounded_amount(tmp_path: pathlib.Path, 
         while True:
             await line.chunk(chat_chunk({"content": "x" * 4000}))
 
-    neuron = FakeNeuron(script=flood).ready("m")
+    neuron = FakeNode(script=flood).ready("m")
     async with neuron.serving(), server(tmp_path, neuron, command=interface) as gateway:
         before = gateway.resident_bytes()
         request = http_post("/v1/chat/completions", {"model": "m", "stream": True})
@@ -333,7 +333,7 @@ async def test_readers_that_stall_cost_a_bounded_amount(tmp_path: pathlib.Path, 
 
 
 async def test_several_workers_share_their_metrics_under_cortex_serve(tmp_path: pathlib.Path) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving(), server(tmp_path, neuron, command="cortex", workers=2) as gateway:
         num_requests = 40
         for _ in range(num_requests):
@@ -352,7 +352,7 @@ async def test_several_workers_share_their_metrics_under_cortex_serve(tmp_path: 
 
 @INTERFACES
 async def test_several_workers_under_bare_granian(tmp_path: pathlib.Path, interface: str) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving(), server(tmp_path, neuron, command=interface, workers=2) as gateway:
         async with httpx.AsyncClient() as client:
             for _ in range(4):
@@ -374,7 +374,7 @@ async def test_sigterm_lets_a_stream_finish(tmp_path: pathlib.Path, command: str
             await line.chunk(sse_event)
         await line.end()
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with neuron.serving(), server(tmp_path, neuron, command=command) as gateway, httpx.AsyncClient() as client:
         request = client.build_request(
             "POST", gateway.url + "/v1/chat/completions", json={"model": "m", "stream": True}
@@ -393,7 +393,7 @@ async def test_a_stream_that_does_not_end_is_told_after_the_drain_timeout(tmp_pa
             await line.chunk(CHAT_STREAM[1])
             await asyncio.sleep(0.05)
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with (
         neuron.serving(),
         server(tmp_path, neuron, command="cortex", gateway="drain_timeout_s = 1\n") as gateway,
@@ -432,7 +432,7 @@ def test_a_wrong_configuration_ends_the_server_with_its_reason(tmp_path: pathlib
 
 
 async def test_an_address_in_use_is_said_and_ends_the_start(tmp_path: pathlib.Path) -> None:
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     async with neuron.serving():
         config = write_config(tmp_path, neuron, gateway=f'listen = "127.0.0.1:{neuron.port}"\nmetrics_listen = ""\n')
         done = await asyncio.to_thread(
@@ -459,7 +459,7 @@ async def test_the_commands_show_a_running_gateway(
         assert process.returncode == 0
         return output.decode()
 
-    neuron = FakeNeuron("gpu-box").ready("m")
+    neuron = FakeNode("gpu-box").ready("m")
     async with neuron.serving(), server(tmp_path, neuron) as gateway:
         for where in (["--url", gateway.url], ["--config", str(tmp_path / "cortex.toml")]):
             shown = await run(*where)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 from daemons import Daemon, daemon, free_port
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import CHAT, write_config
 from slow_client import drip, many_pieces
 
@@ -21,7 +21,7 @@ PATHS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/conversat
 
 
 @asynccontextmanager
-async def server(folder: pathlib.Path, neuron: FakeNeuron, interface: str, gateway: str = "") -> AsyncIterator[Daemon]:
+async def server(folder: pathlib.Path, neuron: FakeNode, interface: str, gateway: str = "") -> AsyncIterator[Daemon]:
     """Run the real server in one of its interfaces, over a fake neuron whose model it knows."""
     port = free_port()
     listen = f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\n'
@@ -43,7 +43,7 @@ INTERFACES = pytest.mark.parametrize("interface", ["cortex serve", "rsgi", "asgi
 async def test_clients_that_send_a_byte_at_a_time_are_cut_while_others_are_served(
     tmp_path: pathlib.Path, interface: str
 ) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving(), server(tmp_path, neuron, interface, "body_timeout_s = 3\n") as gateway:
         slow = [
             asyncio.ensure_future(drip(gateway.port, PATHS[i % len(PATHS)], chunked=i % 8 >= 4))
@@ -61,7 +61,7 @@ async def test_clients_that_send_a_byte_at_a_time_are_cut_while_others_are_serve
 
 @INTERFACES
 async def test_a_body_in_a_million_pieces_is_refused_early(tmp_path: pathlib.Path, interface: str) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving(), server(tmp_path, neuron, interface) as gateway:
         status, body = await many_pieces(gateway.port, "/v1/chat/completions", 1_000_000)
         assert (status, body["error"]["code"]) == (413, "request_too_large")

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import rig, until
 
 from cortex.supervise import Supervisor
@@ -74,7 +74,7 @@ async def test_one_that_cannot_be_started_again_stays_degraded() -> None:
 
 
 async def test_health_and_the_metrics_name_what_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         fold = gateway.gateway.metrics.fold
         failing = True
 

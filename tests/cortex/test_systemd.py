@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import daemons
 import httpx
 import pytest
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import write_config
 
 from cortex import systemd
@@ -99,7 +99,7 @@ async def test_a_loop_that_hangs_falls_silent(manager: Manager) -> None:
 async def test_the_gateway_says_that_it_is_ready_alive_and_stopping(
     tmp_path: pathlib.Path, manager: Manager, workers: int
 ) -> None:
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     port = daemons.free_port()
     async with neuron.serving():
         config = write_config(tmp_path, neuron, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\n')
@@ -132,7 +132,7 @@ def test_the_neuron_says_that_it_is_ready_alive_and_stopping(tmp_path: pathlib.P
 
 
 async def test_the_gateway_takes_the_socket_that_it_is_handed(tmp_path: pathlib.Path) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving():
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -151,7 +151,7 @@ async def test_the_gateway_takes_the_socket_that_it_is_handed(tmp_path: pathlib.
 
 
 def test_a_socket_elsewhere_stops_the_start(tmp_path: pathlib.Path) -> None:
-    config = write_config(tmp_path, FakeNeuron(port=1), gateway='listen = "127.0.0.1:1"\nmetrics_listen = ""\n')
+    config = write_config(tmp_path, FakeNode(port=1), gateway='listen = "127.0.0.1:1"\nmetrics_listen = ""\n')
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 
 import pytest
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import rig
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
@@ -31,7 +31,7 @@ async def test_a_context_reaches_the_node_and_the_log_line_as_it_came(
     caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
     logging.getLogger("cortex").propagate = True
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     with caplog.at_level("INFO", "cortex.request"):
         async with rig(neuron) as gateway:
             headers = {"traceparent": GIVEN, "tracestate": "a=1,b=2"}
@@ -106,7 +106,7 @@ async def test_each_request_is_a_span_between_its_caller_and_its_node(caplog: py
     collector = Collector()
     server = await asyncio.start_server(collector, "127.0.0.1", 0)
     tracing.configure(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", "cortex", "here")
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     try:
         with caplog.at_level("INFO", "cortex.request"):
             async with rig(neuron) as gateway:

@@ -4,7 +4,7 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, answer, chat_chunk, chat_only, error
+from fake_node import CHAT_STREAM, Asked, FakeNode, Line, answer, chat_chunk, chat_only, error
 from gateway_rig import rig
 
 MESSAGES = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
@@ -30,7 +30,7 @@ async def test_it_is_asked_in_chat(path: str, body: dict[str, Any], stream: bool
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
 async def test_a_node_that_speaks_the_dialect_gets_the_bytes(path: str, body: dict[str, Any]) -> None:
-    node = FakeNeuron().ready("m")
+    node = FakeNode().ready("m")
     async with rig(node) as gateway:
         text = orjson.dumps(body)
         await gateway.call("POST", path, text).end()
@@ -46,7 +46,7 @@ async def test_a_count_is_asked_for_in_chat() -> None:
 
 
 async def test_the_other_replica_is_asked_in_its_own_dialect() -> None:
-    first, second = chat_only("a"), FakeNeuron("b").ready("m")
+    first, second = chat_only("a"), FakeNode("b").ready("m")
     first.script = error(503, "busy")
     async with rig(first, second) as gateway:
         for _ in range(4):
@@ -122,7 +122,7 @@ async def test_what_it_says_is_kept_and_continued() -> None:
 
 
 async def test_a_node_that_speaks_neither_is_not_asked() -> None:
-    async with rig(FakeNeuron(dialects=("openai-completions",)).ready("m")) as gateway:
+    async with rig(FakeNode(dialects=("openai-completions",)).ready("m")) as gateway:
         call = await gateway.call("POST", "/v1/messages", MESSAGES).end()
     assert call.status == 529
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from daemons import free_port
-from fake_neuron import Asked, FakeNeuron, Line, Script
+from fake_node import Asked, FakeNode, Line, Script
 from gateway_rig import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,8 +29,8 @@ FDS = pathlib.Path("/proc/self/fd")
 @contextlib.asynccontextmanager
 async def pool_to(
     script: Script, timeouts: Timeouts = PATIENT, max_connections: int = 8, prefix: str = ""
-) -> AsyncIterator[tuple[Pool, FakeNeuron]]:
-    neuron = FakeNeuron(script=script)
+) -> AsyncIterator[tuple[Pool, FakeNode]]:
+    neuron = FakeNode(script=script)
     async with neuron.serving():
         pool = Pool("a", neuron.url + prefix, timeouts, max_connections)
         try:

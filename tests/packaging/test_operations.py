@@ -12,7 +12,7 @@ import sys
 import httpx
 import pytest
 from daemons import free_port, tool
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import rig
 
 from cortex.access.rate_limiter import Reason
@@ -82,7 +82,7 @@ def test_every_metric_is_explained(served: dict[str, str]) -> None:
 
 
 async def _scraped() -> str:
-    async with rig(FakeNeuron().ready("m")) as gateway, httpx.AsyncClient() as client:
+    async with rig(FakeNode().ready("m")) as gateway, httpx.AsyncClient() as client:
         port = free_port()
         stop = gateway.gateway.metrics.serve("127.0.0.1", port)
         try:

@@ -12,7 +12,7 @@ import time
 
 import msgspec
 import uvloop
-from fake_neuron import GIB, FakeNeuron
+from fake_node import GIB, FakeNode
 
 from cortex.wire.node import Device, DeviceKind, Discovery, Health, WorkerHealth, WorkerState
 
@@ -22,7 +22,7 @@ dice = random.Random(4)
 began = time.monotonic()
 
 
-class BusyNeuron(FakeNeuron):
+class BusyNode(FakeNode):
     """One node with eight GPUs and five models."""
 
     def discovery(self) -> Discovery:
@@ -50,7 +50,7 @@ class BusyNeuron(FakeNeuron):
 
 async def _run(number: int) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        nodes = [BusyNeuron(f"gpu-{i:03}").ready(*(f"model-{m}" for m in range(NUM_MODELS))) for i in range(number)]
+        nodes = [BusyNode(f"gpu-{i:03}").ready(*(f"model-{m}" for m in range(NUM_MODELS))) for i in range(number)]
         for node in nodes:
             await stack.enter_async_context(node.serving())
         print(json.dumps({node.name: node.url for node in nodes}), flush=True)

@@ -12,7 +12,7 @@ import msgspec
 import rsgi_call
 from asgi_call import Call
 from daemons import INTERFACE
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 
 from cortex.access.keys import KeyRing
 from cortex.asgi import Application
@@ -97,7 +97,7 @@ class Rig:
 
 @contextlib.asynccontextmanager
 async def rig(
-    *neurons: FakeNeuron,
+    *neurons: FakeNode,
     models: tuple[ModelProfile, ...] = (),
     aliases: dict[str, str] | None = None,
     prefixes: dict[str, str] | None = None,
@@ -145,7 +145,7 @@ async def until(condition: Callable[[], Any], timeout_s: float = 10, what: str =
     return found
 
 
-def write_config(folder: pathlib.Path, *neurons: FakeNeuron, models: str = "", gateway: str = "") -> pathlib.Path:
+def write_config(folder: pathlib.Path, *neurons: FakeNode, models: str = "", gateway: str = "") -> pathlib.Path:
     """Write ``cortex.toml`` and ``models.toml`` and return the path of the former."""
     path = folder / "cortex.toml"
     nodes = "".join(f'[[neurons]]\nname = "{neuron.name}"\nendpoint = "{neuron.url}"\n' for neuron in neurons)

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fake_neuron import CHAT_ANSWER, CHAT_STREAM, Asked, Line, Script
+from fake_node import CHAT_ANSWER, CHAT_STREAM, Asked, Line, Script
 
 ERROR, ANSWER = "error", "answer"
 STREAM = b"".join(CHAT_STREAM)

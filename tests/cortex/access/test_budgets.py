@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_neuron import Asked, FakeNeuron, Line, answer, chat_chunk
+from fake_node import Asked, FakeNode, Line, answer, chat_chunk
 from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 
@@ -40,7 +40,7 @@ async def test_what_a_nested_field_says_reserves_nothing(counters: str, valkey: 
         await go.wait()
         await answer(asked, line)
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
         body = {"metadata": {"max_tokens": 1}, **CHAT, "max_tokens": 600}
         first = gateway.call("POST", "/v1/chat/completions", body, SIGNED)
@@ -70,7 +70,7 @@ async def test_answers_at_a_time_are_counted_and_not_requests(counters: str, val
         await go.wait()
         await answer(asked, line)
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
         first = gateway.call("POST", "/v1/chat/completions", {**CHAT, "n": 2}, SIGNED)
         await until(lambda: neuron.asked)
@@ -96,7 +96,7 @@ async def test_who_leaves_before_the_end_pays(counters: str, valkey: str, path: 
     async def script(asked: Asked, line: Line) -> None:
         await line.left.wait()
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
         body = (
             {**CHAT, "max_tokens": 500}
@@ -121,7 +121,7 @@ async def test_who_leaves_a_stream_pays_for_what_came_and_for_the_prompt() -> No
             await line.chunk(chat_chunk({"content": "x"}))
         await line.left.wait()
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron, keys=keys) as gateway:
         body = {**CHAT, "stream": True, "messages": [{"role": "user", "content": "x" * 4000}], "max_tokens": 500}
         call = gateway.call("POST", "/v1/chat/completions", body, SIGNED)
@@ -142,7 +142,7 @@ async def test_who_leaves_pays_no_more_than_was_reserved() -> None:
     async def script(asked: Asked, line: Line) -> None:
         await line.left.wait()
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron, keys=alice("capped", tokens_per_window=1000)) as gateway:
         call = gateway.call("POST", "/v1/chat/completions", {**CHAT, "max_tokens": 900_000}, SIGNED)
         await until(lambda: neuron.asked)
@@ -156,7 +156,7 @@ async def test_an_answer_that_took_too_long_costs_what_was_reserved() -> None:
         await line.left.wait()
 
     keys = alice("slow", balance_tokens=100_000)
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron, keys=keys, timeouts=Timeouts(answer_s=0.2)) as gateway:
         call = await gateway.call("POST", "/v1/chat/completions", {**CHAT, "max_tokens": 500}, SIGNED).end()
         assert call.status == 504
@@ -167,7 +167,7 @@ async def test_an_error_of_the_nodes_costs_nothing() -> None:
     async def script(asked: Asked, line: Line) -> None:
         await line.reply(503, b'{"error":{"message":"no","type":"t","param":null,"code":"no_room"}}')
 
-    async with rig(FakeNeuron(script=script).ready("m"), keys=alice("errors", balance_tokens=1000)) as gateway:
+    async with rig(FakeNode(script=script).ready("m"), keys=alice("errors", balance_tokens=1000)) as gateway:
         assert (await gateway.call("POST", "/v1/chat/completions", CHAT, SIGNED).end()).status == 503
         assert (await used(gateway))["spent_tokens"] == 0
 
@@ -193,7 +193,7 @@ async def test_what_asks_no_node_counts_as_a_request(counters: str, valkey: str)
         ("POST", "/v1/messages/count_tokens", CHAT),
     ]
     keys = alice(f"counts-{counters}", requests_per_minute=len(everything))
-    async with rig(FakeNeuron().ready("m"), keys=keys, access=access(counters, valkey)) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys, access=access(counters, valkey)) as gateway:
         for number, (method, path, body) in enumerate(everything, 1):
             assert (await gateway.call(method, path, body, SIGNED).end()).status != 429
             assert (await used(gateway))["requests"] == number, path

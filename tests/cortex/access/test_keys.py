@@ -5,7 +5,7 @@ import logging
 import pathlib
 
 import pytest
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import rig
 from key_rig import KEY, ring
 
@@ -97,7 +97,7 @@ def test_what_a_request_allows_itself(body: bytes, tokens: int) -> None:
 
 async def test_only_those_with_a_key_are_let_in_and_no_log_has_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    neuron = FakeNeuron().ready("m", "other")
+    neuron = FakeNode().ready("m", "other")
     async with rig(neuron, keys=ring((KEY, Principal("alice", ("m",), priority=3)))) as gateway:
         for method, path in (
             ("POST", "/v1/chat/completions"),

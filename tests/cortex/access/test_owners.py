@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from fake_neuron import chat_only
+from fake_node import chat_only
 from gateway_rig import Rig, rig
 from key_rig import ring
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import orjson
 import pytest
 from daemons import free_port
-from fake_neuron import Asked, FakeNeuron, Line, answer
+from fake_node import Asked, FakeNode, Line, answer
 from gateway_rig import rig, until
 from key_rig import KEY, ring
 
@@ -213,7 +213,7 @@ def test_the_memory_window_by_its_own_clock() -> None:
 
 async def test_a_limit_is_told_in_each_dialect_and_seats_come_back(url: str) -> None:
     go = asyncio.Event()
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
 
     async def script(asked: Asked, line: Line) -> None:
         await go.wait()
@@ -245,7 +245,7 @@ async def test_a_limit_is_told_in_each_dialect_and_seats_come_back(url: str) -> 
 
 
 async def test_exactly_as_many_as_allowed_get_through_the_gateway() -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     principal = Principal("alice", limits=Limits(requests_per_minute=50))
     async with rig(neuron, keys=ring((KEY, principal))) as gateway:
         body, given = {"model": "m", "messages": []}, {"x-api-key": KEY}

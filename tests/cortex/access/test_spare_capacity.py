@@ -2,7 +2,7 @@
 
 import asyncio
 
-from fake_neuron import Asked, FakeNeuron, Line, answer
+from fake_node import Asked, FakeNode, Line, answer
 from gateway_rig import rig, until
 from key_rig import KEY, ring
 
@@ -18,7 +18,7 @@ BODY = {"model": "m", "messages": []}
 
 async def test_anonymous_callers_wait_for_a_spare_slot_and_the_others_do_not() -> None:
     go = asyncio.Event()
-    neuron = FakeNeuron().ready("m", max_sequences=3)
+    neuron = FakeNode().ready("m", max_sequences=3)
 
     async def script(asked: Asked, line: Line) -> None:
         await go.wait()
@@ -47,7 +47,7 @@ async def test_anonymous_callers_wait_for_a_spare_slot_and_the_others_do_not() -
 
 
 async def test_waiting_requests_go_by_priority_and_then_by_arrival() -> None:
-    neuron = FakeNeuron().ready("m", max_sequences=2)
+    neuron = FakeNode().ready("m", max_sequences=2)
     async with rig(neuron) as gateway:
         fleet = gateway.gateway.fleet
         queue, order = SpareCapacity(fleet), []
@@ -69,7 +69,7 @@ async def test_waiting_requests_go_by_priority_and_then_by_arrival() -> None:
 
 
 async def test_a_wait_is_bounded() -> None:
-    neuron = FakeNeuron().ready("m", max_sequences=2, running=2)
+    neuron = FakeNode().ready("m", max_sequences=2, running=2)
     async with rig(neuron, keys=KEYS, access={"leftover_wait_s": 0.1}) as gateway:
         call = await gateway.call("POST", "/v1/chat/completions", BODY).end()
         assert (call.status, "retry-after" in call.headers) == (429, True)
@@ -77,7 +77,7 @@ async def test_a_wait_is_bounded() -> None:
 
 
 async def test_nothing_is_evicted_for_them() -> None:
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     async with rig(neuron, keys=KEYS, models=(ModelProfile(id="m", source="/w"),)) as gateway:
         assert (await gateway.call("POST", "/v1/chat/completions", BODY).end()).status == 200
     assert [request.evict for request in neuron.load_requests] == [None]

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from asgi_call import Call
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import write_config
 from running_gateway import Running
 
@@ -56,7 +56,7 @@ def clear(path: pathlib.Path) -> None:
 
 @asynccontextmanager
 async def running(tmp_path: pathlib.Path, access: str = "") -> AsyncIterator[tuple[Running, pathlib.Path]]:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with neuron.serving():
         path = write_config(tmp_path, neuron, gateway=QUICK)
         path.write_text(path.read_text() + access)
@@ -110,7 +110,7 @@ async def test_a_gateway_with_keys_goes_on_with_them(tmp_path: pathlib.Path, how
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_start_is_refused(tmp_path: pathlib.Path, how: str) -> None:
-    path = write_config(tmp_path, FakeNeuron(port=1))
+    path = write_config(tmp_path, FakeNode(port=1))
     path.write_text(path.read_text() + ACCESS)
     BROKEN[how](tmp_path / "keys.toml")
     program = str(pathlib.Path(sys.executable).with_name("cortex"))

@@ -15,7 +15,7 @@ import msgspec
 import orjson
 import pytest
 from asgi_call import Call
-from fake_neuron import GIB, FakeNeuron, error
+from fake_node import GIB, FakeNode, error
 from gateway_rig import Rig, rig, until, write_config
 from key_rig import KEY, ring
 
@@ -156,10 +156,10 @@ def test_every_import_is_of_a_file_that_is_there_and_addresses_are_relative() ->
 
 
 async def test_the_page_is_for_all_and_the_feed_for_whom_admin_is() -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         assert (await gateway.call("GET", "/admin/events", b"", {"authorization": ""}).end()).status == 401
     keys = ring((KEY, Principal("root", (), is_admin=True)), ("user", Principal("user")))
-    async with rig(FakeNeuron().ready("m"), keys=keys) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         for key, status in ((None, 401), ("wrong", 401), ("user", 403)):
             given = {"authorization": f"Bearer {key}"} if key else {}
             reply = await gateway.call("GET", "/admin/events", b"", given).end()
@@ -177,7 +177,7 @@ async def test_the_page_is_for_all_and_the_feed_for_whom_admin_is() -> None:
 async def test_a_key_that_is_taken_away_ends_the_feed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.02)
     keys = ring((KEY, Principal("root", (), is_admin=True)))
-    async with rig(FakeNeuron().ready("m"), keys=keys) as gateway:
+    async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         watching = gateway.call("GET", "/admin/events", b"", {"x-api-key": KEY})
         await watching.until(lambda call: len(events(call.body)) >= 3)
         other = ring(("another", Principal("root", (), is_admin=True)))
@@ -199,7 +199,7 @@ async def watch(gateway: Rig) -> Call:
 
 async def test_whole_first_then_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.02)
-    neuron = FakeNeuron("a").ready("m")
+    neuron = FakeNode("a").ready("m")
     profile = ModelProfile(id="cold", source="/w", aliases=("alias",))
     async with rig(neuron, models=(profile,), aliases={"alias": "cold"}) as gateway:
         watching = await watch(gateway)
@@ -239,7 +239,7 @@ async def test_whole_first_then_what_changes(monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_a_request_is_told_with_its_cost_and_none_of_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.02)
-    async with rig(FakeNeuron("a").ready("m")) as gateway:
+    async with rig(FakeNode("a").ready("m")) as gateway:
         watching = await watch(gateway)
         message = {"role": "user", "content": "a secret word"}
         await gateway.chat(stream=True, messages=[message]).end()
@@ -271,7 +271,7 @@ async def test_a_request_is_told_with_its_cost_and_none_of_its_words(monkeypatch
 
 async def test_nodes_come_and_go_with_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.02)
-    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("m")
+    first, second = FakeNode("a").ready("m"), FakeNode("b").ready("m")
     async with second.serving(), rig(first) as gateway:
         watching = await watch(gateway)
         inner = gateway.gateway
@@ -290,7 +290,7 @@ async def test_nodes_come_and_go_with_the_configuration(monkeypatch: pytest.Monk
 async def test_a_client_that_leaves_is_let_go_and_one_too_many_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.02)
     monkeypatch.setattr(feed, "MAX_VIEWERS", 2)
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         watching = [await watch(gateway) for _ in range(2)]
         refused = await gateway.call("GET", "/admin/events").end()
         assert (refused.status, refused.headers["retry-after"]) == (429, "30")
@@ -303,7 +303,7 @@ async def test_a_client_that_leaves_is_let_go_and_one_too_many_refused(monkeypat
 
 async def test_one_that_reads_too_slowly_is_told_everything_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.005)
-    async with rig(FakeNeuron("a").ready("m")) as gateway:
+    async with rig(FakeNode("a").ready("m")) as gateway:
         watching = await watch(gateway)
         inner = gateway.gateway._feed
         watching.hold()
@@ -317,7 +317,7 @@ async def test_one_that_reads_too_slowly_is_told_everything_anew(monkeypatch: py
 
 
 async def test_it_ends_when_the_gateway_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with rig(FakeNeuron().ready("m")) as gateway:
+    async with rig(FakeNode().ready("m")) as gateway:
         watching = await watch(gateway)
         gateway.gateway.prepare_to_stop()
         await watching.end(2)
@@ -328,7 +328,7 @@ async def test_it_ends_when_the_gateway_is_told_to(monkeypatch: pytest.MonkeyPat
 def test_an_open_page_does_not_hold_up_the_end_of_a_server(tmp_path: pathlib.Path) -> None:
     port = daemons.free_port()
     config = write_config(
-        tmp_path, FakeNeuron("a", port=daemons.free_port()), gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""'
+        tmp_path, FakeNode("a", port=daemons.free_port()), gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""'
     )
     with (
         daemons.daemon("cortex", "serve", "--config", str(config), port=port, log=tmp_path / "log") as running,
@@ -352,7 +352,7 @@ def answered_by_each(folder: pathlib.Path) -> list[int]:
 
 def test_a_feed_at_one_worker_tells_of_the_requests_at_all(tmp_path: pathlib.Path) -> None:
     port = daemons.free_port()
-    nobody = FakeNeuron("a", port=daemons.free_port())
+    nobody = FakeNode("a", port=daemons.free_port())
     config = write_config(tmp_path, nobody, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\nworkers = 2\n')
     asked: set[str] = set()
     with (

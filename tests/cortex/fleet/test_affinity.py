@@ -1,7 +1,7 @@
 """Conversations go on where their prefix is cached."""
 
 import orjson
-from fake_neuron import FakeNeuron
+from fake_node import FakeNode
 from gateway_rig import rig
 
 from cortex.fleet.affinity import NO_AFFINITY, PrefixIndex, prefix_hashes
@@ -63,7 +63,7 @@ def test_what_is_remembered_is_bounded() -> None:
 
 
 async def test_conversations_keep_to_their_node_and_spread_over_both() -> None:
-    neurons = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("m")
+    neurons = FakeNode("a").ready("m"), FakeNode("b").ready("m")
     async with rig(*neurons) as gateway:
         for _ in range(5):
             for name in "abcdefghij":

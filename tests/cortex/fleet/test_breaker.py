@@ -1,7 +1,7 @@
 """Circuits: what opens one, what does not, and how it closes."""
 
 import pytest
-from fake_neuron import Asked, FakeNeuron, Line, answer, error
+from fake_node import Asked, FakeNode, Line, answer, error
 from gateway_rig import rig, until
 
 from cortex.config import BreakerSettings, Timeouts
@@ -74,7 +74,7 @@ def test_nodes_that_are_gone_are_forgotten() -> None:
     ],
 )
 async def test_faults_open_a_circuit_and_clients_and_back_pressure_do_not(script: object, opens: bool) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     neuron.script = script  # type: ignore[assignment]
     async with rig(neuron, breaker=BreakerSettings(failures=3, open_s=0.2)) as gateway:
         for i in range(6):
@@ -110,7 +110,7 @@ async def test_requests_that_make_nodes_answer_500_take_the_model_from_nobody() 
     async def picky(asked: Asked, line: Line) -> None:
         await (error(500, "internal_error") if b"bad" in asked.body else answer)(asked, line)
 
-    neuron = FakeNeuron(script=picky).ready("m")
+    neuron = FakeNode(script=picky).ready("m")
     async with rig(neuron, breaker=BreakerSettings(failures=3, open_s=60)) as gateway:
         for i in range(10):
             assert (await gateway.chat(user=f"bad {i}").end()).status == 500
@@ -119,7 +119,7 @@ async def test_requests_that_make_nodes_answer_500_take_the_model_from_nobody() 
 
 
 async def test_a_replica_that_does_nothing_but_fail_is_asked_where_there_is_no_other() -> None:
-    broken, sound = FakeNeuron("a", script=error(500, "x")).ready("m"), FakeNeuron("b").ready("m")
+    broken, sound = FakeNode("a", script=error(500, "x")).ready("m"), FakeNode("b").ready("m")
     async with rig(broken, sound, breaker=BreakerSettings(failures=3, open_s=60)) as gateway:
         statuses = [(await gateway.chat(seed=i).end()).status for i in range(20)]
         assert statuses.count(500) == 3
@@ -129,7 +129,7 @@ async def test_a_replica_that_does_nothing_but_fail_is_asked_where_there_is_no_o
 
 
 async def test_a_broken_replica_is_left_alone_and_the_other_serves() -> None:
-    broken, sound = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("m")
+    broken, sound = FakeNode("a").ready("m"), FakeNode("b").ready("m")
 
     async def hang_up(asked: Asked, line: Line) -> None:
         line.reset()
@@ -141,7 +141,7 @@ async def test_a_broken_replica_is_left_alone_and_the_other_serves() -> None:
 
 
 async def test_silence_and_broken_streams_count() -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
 
     async def mute(asked: Asked, line: Line) -> None:
         await line.left.wait()

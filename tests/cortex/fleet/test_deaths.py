@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from asgi_call import Call
-from fake_neuron import Asked, FakeNeuron, Line, answer, chat_only, error
+from fake_node import Asked, FakeNode, Line, answer, chat_only, error
 from gateway_rig import CHAT, Rig, rig, until
 
 from cortex.config import BreakerSettings
@@ -57,7 +57,7 @@ def test_no_more_bodies_are_kept_than_there_is_room_for() -> None:
     assert len(deaths._known) == MAX_BODIES
 
 
-class Mortal(FakeNeuron):
+class Mortal(FakeNode):
     """A node that dies of every request with a word in it, and is there again at once."""
 
     def __init__(self, name: str) -> None:
@@ -138,7 +138,7 @@ async def test_a_background_response_kills_two_at_most() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_that_kills_in_the_middle_of_its_answer_is_refused_the_third_time(stream: bool) -> None:
-    nodes = [FakeNeuron(f"n{i}").ready("m") for i in range(4)]
+    nodes = [FakeNode(f"n{i}").ready("m") for i in range(4)]
 
     async def die_late(asked: Asked, line: Line) -> None:
         if stream:
@@ -160,7 +160,7 @@ async def test_a_request_that_kills_in_the_middle_of_its_answer_is_refused_the_t
 
 @pytest.mark.parametrize("early", [True, False], ids=["before", "within"])
 async def test_a_request_that_kills_the_process_behind_a_node_counts_too(early: bool) -> None:
-    nodes = [FakeNeuron(f"n{i}").ready("m") for i in range(4)]
+    nodes = [FakeNode(f"n{i}").ready("m") for i in range(4)]
     lost = json.dumps({"error": {"message": "gone", "type": "server_error", "code": "device_worker_lost"}}).encode()
 
     async def lose(asked: Asked, line: Line) -> None:
@@ -181,7 +181,7 @@ async def test_a_request_that_kills_the_process_behind_a_node_counts_too(early: 
 
 
 async def test_those_who_were_there_are_served_elsewhere_and_not_held_guilty() -> None:
-    first, second = FakeNeuron("a").ready("m"), FakeNeuron("b").ready("m")
+    first, second = FakeNode("a").ready("m"), FakeNode("b").ready("m")
     go = asyncio.Event()
 
     async def wait(asked: Asked, line: Line) -> None:
@@ -200,7 +200,7 @@ async def test_those_who_were_there_are_served_elsewhere_and_not_held_guilty() -
 
 
 async def test_a_connection_that_could_not_be_made_is_no_death() -> None:
-    nodes = [FakeNeuron(f"n{i}").ready("m") for i in range(4)]
+    nodes = [FakeNode(f"n{i}").ready("m") for i in range(4)]
     async with rig(*nodes, breaker=PATIENT) as gateway:
         for pool in list(gateway.gateway.service.pools.values())[:3]:
             pool._port = 1  # where nobody listens
@@ -209,7 +209,7 @@ async def test_a_connection_that_could_not_be_made_is_no_death() -> None:
 
 
 async def test_a_kept_connection_that_was_just_closed_is_no_death() -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with rig(neuron, breaker=PATIENT) as gateway:
         for _ in range(6):
             assert (await gateway.chat().end()).status == 200
@@ -223,7 +223,7 @@ async def test_a_kept_connection_that_was_just_closed_is_no_death() -> None:
 
 
 async def test_an_error_that_is_no_death_is_told_as_it_is() -> None:
-    neuron = FakeNeuron(script=error(500, "internal_error")).ready("m")
+    neuron = FakeNode(script=error(500, "internal_error")).ready("m")
     async with rig(neuron) as gateway:
         for _ in range(4):
             call = await gateway.chat().end()

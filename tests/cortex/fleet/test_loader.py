@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from fake_neuron import Asked, FakeNeuron, Line, Script, answer, error
+from fake_node import Asked, FakeNode, Line, Script, answer, error
 from gateway_rig import QUICK, Rig, rig, until
 
 from cortex.config import ModelProfile, Timeouts
@@ -22,7 +22,7 @@ def loader(gateway: Rig) -> Loader:
 
 async def test_fifty_callers_make_one_load() -> None:
     go = asyncio.Event()
-    first, second = FakeNeuron("a"), FakeNeuron("b", free_bytes=1)
+    first, second = FakeNode("a"), FakeNode("b", free_bytes=1)
 
     async def load(spec: ModelSpec) -> ModelStatus:
         await go.wait()
@@ -42,7 +42,7 @@ async def test_fifty_callers_make_one_load() -> None:
 
 async def test_a_spec_is_what_the_catalogue_says_and_no_placement() -> None:
     profile = ModelProfile(id="m", source="/w", dtype="bf16", priority=3, preferred_nodes=("a",))
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     async with rig(neuron, models=(profile,)) as gateway:
         assert (await gateway.chat().end()).status == 200
     assert neuron.loads == [ModelSpec("m", "/w", dtype="bf16")]
@@ -62,9 +62,9 @@ async def test_a_spec_is_what_the_catalogue_says_and_no_placement() -> None:
 async def test_a_refusal_goes_on_to_the_next_candidate(
     first: list[Script | None], second: list[Script | None], status: int, code: str | None
 ) -> None:
-    neurons = FakeNeuron("a"), FakeNeuron("b", free_bytes=1)
+    neurons = FakeNode("a"), FakeNode("b", free_bytes=1)
 
-    def told(neuron: FakeNeuron, script: Script | None) -> None:
+    def told(neuron: FakeNode, script: Script | None) -> None:
         async def load(spec: ModelSpec) -> ModelStatus | Script:
             return script or neuron.ready(spec.id).models[spec.id]
 
@@ -86,7 +86,7 @@ async def test_a_refusal_goes_on_to_the_next_candidate(
 
 
 async def test_the_next_request_tries_a_failed_load_again() -> None:
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     outcomes: list[Script | None] = [error(500, "bad_disk"), None]
 
     async def load(spec: ModelSpec) -> ModelStatus | Script:
@@ -103,7 +103,7 @@ async def test_the_next_request_tries_a_failed_load_again() -> None:
 
 
 async def test_a_load_may_take_long_but_not_stand_still() -> None:
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     standing_still = asyncio.Event()
 
     async def load(spec: ModelSpec) -> ModelStatus:
@@ -123,7 +123,7 @@ async def test_a_load_may_take_long_but_not_stand_still() -> None:
 
 
 async def test_a_node_that_goes_down_in_a_load_ends_it() -> None:
-    neuron = FakeNeuron()
+    neuron = FakeNode()
 
     async def load(spec: ModelSpec) -> ModelStatus:
         async def mute(asked: Asked, line: Line) -> None:
@@ -144,7 +144,7 @@ async def test_a_node_that_goes_down_in_a_load_ends_it() -> None:
 @pytest.mark.parametrize("after", [ModelState.READY, ModelState.LOADING])
 async def test_a_broken_connection_is_no_answer(after: ModelState) -> None:
     """The load goes on in the node: no second copy is asked for anywhere."""
-    first, second = FakeNeuron("a"), FakeNeuron("b", free_bytes=1)
+    first, second = FakeNode("a"), FakeNode("b", free_bytes=1)
 
     async def load(spec: ModelSpec) -> ModelStatus | Script:
         first.ready("m")
@@ -167,7 +167,7 @@ async def test_a_broken_connection_is_no_answer(after: ModelState) -> None:
 
 async def test_waiters_come_and_go_and_the_load_stays() -> None:
     go = asyncio.Event()
-    neuron = FakeNeuron()
+    neuron = FakeNode()
 
     async def load(spec: ModelSpec) -> ModelStatus:
         await go.wait()
@@ -201,11 +201,11 @@ async def test_errors_have_their_status() -> None:
 async def test_nodes_are_asked_to_make_room_only_when_none_has_it(
     full: tuple[str, ...], asked: list[tuple[str, bool]]
 ) -> None:
-    neurons = FakeNeuron("a"), FakeNeuron("b", free_bytes=1)
+    neurons = FakeNode("a"), FakeNode("b", free_bytes=1)
     seen = []
     for neuron in neurons:
 
-        async def load(spec: ModelSpec, neuron: FakeNeuron = neuron) -> ModelStatus | Script:
+        async def load(spec: ModelSpec, neuron: FakeNode = neuron) -> ModelStatus | Script:
             may_evict = neuron.load_requests[-1].evict is not None
             seen.append((neuron.name, may_evict))
             if neuron.name in full and not may_evict:
@@ -220,7 +220,7 @@ async def test_nodes_are_asked_to_make_room_only_when_none_has_it(
 
 async def test_a_load_says_how_long_its_model_may_stay() -> None:
     profile = ModelProfile(id="m", source="/w", pinned=("a",), priority=3, idle_ttl_s=60)
-    neuron = FakeNeuron()
+    neuron = FakeNode()
     async with rig(neuron, models=(profile,)):
         (request,) = await until(lambda: neuron.load_requests)
     assert (request.pinned, request.priority, request.idle_ttl_s) == (True, 3, 60)
@@ -229,7 +229,7 @@ async def test_a_load_says_how_long_its_model_may_stay() -> None:
 
 async def test_pinned_models_are_loaded_at_start_and_again_after_a_restart() -> None:
     profiles = ModelProfile(id="m", source="/w", pinned=("a", "b")), ModelProfile(id="n", source="/w")
-    first, second = FakeNeuron("a"), FakeNeuron("b").ready("m")
+    first, second = FakeNode("a"), FakeNode("b").ready("m")
     async with rig(first, second, models=profiles) as gateway:
         await until(lambda: first.loads)
         await until(lambda: second.pins)
@@ -241,7 +241,7 @@ async def test_pinned_models_are_loaded_at_start_and_again_after_a_restart() -> 
 
 
 async def test_a_request_waits_for_a_model_that_is_on_its_way_out() -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     refusals = [error(503, "model_not_ready", "retry-after: 2")]
 
     async def script(asked: Asked, line: Line) -> None:
@@ -264,7 +264,7 @@ async def test_a_load_that_nodes_die_of_is_tried_twice_and_then_left_alone(how: 
     async def load(spec: ModelSpec) -> Script:
         return die
 
-    nodes = [FakeNeuron(name, load=load) for name in "abcd"]
+    nodes = [FakeNode(name, load=load) for name in "abcd"]
     async with rig(*nodes, models=(PROFILE,)) as gateway:
         for _ in range(3):
             call = await gateway.chat().end()
@@ -283,7 +283,7 @@ async def test_a_node_that_died_of_a_pinned_model_comes_back_to_a_pause(monkeypa
     async def load(spec: ModelSpec) -> Script:
         return die
 
-    node = FakeNeuron("a", load=load)
+    node = FakeNode("a", load=load)
     profile = msgspec.structs.replace(PROFILE, pinned=("a",))
     async with rig(node, models=(profile,)) as gateway:
         await until(lambda: node.loads)

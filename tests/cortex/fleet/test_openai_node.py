@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_neuron import CHAT_STREAM, Asked, FakeNeuron, Line, answer
+from fake_node import CHAT_STREAM, Asked, FakeNode, Line, answer
 from gateway_rig import rig as make_rig
 from gateway_rig import until
 
@@ -17,7 +17,7 @@ from cortex.config import ModelProfile, NodeSettings, NodeTimeouts, NodeType
 from cortex.dialects.renamed import RenamedStream, rename
 
 
-class Server(FakeNeuron):
+class Server(FakeNode):
     """Speaks OpenAI's dialects, and nothing of ours."""
 
     def __init__(self, *models: str) -> None:
@@ -68,7 +68,7 @@ async def test_its_models_may_have_other_names_here() -> None:
 
 
 async def test_nothing_is_ever_loaded_on_it() -> None:
-    server, neuron = Server("x"), FakeNeuron("a")
+    server, neuron = Server("x"), FakeNode("a")
     async with server.serving(), neuron.serving():
         nodes = NodeSettings("a", neuron.url), NodeSettings("other", server.url, NodeType.OPENAI)
         async with make_rig(nodes=nodes, models=(ModelProfile(id="m", source="/w"),)) as gateway:
@@ -79,7 +79,7 @@ async def test_nothing_is_ever_loaded_on_it() -> None:
 
 
 async def test_a_node_has_timeouts_of_its_own() -> None:
-    slow, quick = FakeNeuron("slow").ready("m"), FakeNeuron("quick").ready("n")
+    slow, quick = FakeNode("slow").ready("m"), FakeNode("quick").ready("n")
 
     async def mute(asked: Asked, line: Line) -> None:
         await line.left.wait()
@@ -104,7 +104,7 @@ async def test_a_load_tells_its_progress_in_heartbeats(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(http_io, "HOLD_HEADERS_S", 0.05)
     monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.02)
-    neuron, go = FakeNeuron(), asyncio.Event()
+    neuron, go = FakeNode(), asyncio.Event()
 
     async def load(spec: ModelSpec) -> ModelStatus:
         neuron.models["m"] = ModelStatus("m", ModelState.LOADING, source="/w", progress=0.42)
@@ -143,7 +143,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path,
 
 
 async def test_a_node_behind_tls(certificate: tuple[pathlib.Path, pathlib.Path]) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     neuron.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     neuron.tls.load_cert_chain(*certificate)
     async with neuron.serving():

@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from fake_neuron import Asked, FakeNeuron, Line, answer, error
+from fake_node import Asked, FakeNode, Line, answer, error
 from gateway_rig import QUICK, rig, until
 
 from cortex.wire.node import NodeState
@@ -19,7 +19,7 @@ async def nonsense(asked: Asked, line: Line) -> None:
 
 
 async def test_one_missed_poll_is_not_a_dead_node() -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with rig(neuron) as gateway:
         fleet = gateway.gateway.fleet
         struck = asyncio.Event()
@@ -45,7 +45,7 @@ async def test_one_missed_poll_is_not_a_dead_node() -> None:
 
 @pytest.mark.parametrize("fault", [hang, nonsense, error(500, "x")])
 async def test_a_node_is_down_after_three_failed_polls_and_recovers(fault: object) -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     quick = msgspec.structs.replace(QUICK, timeout_s=0.1)
     async with rig(neuron, polling=quick) as gateway:
         fleet = gateway.gateway.fleet
@@ -70,7 +70,7 @@ async def test_a_node_is_down_after_three_failed_polls_and_recovers(fault: objec
 
 async def test_a_poll_that_fails_leaves_nothing_to_whoever_polls() -> None:
     """Before Python 3.11.3 a mark of cancellation that stays ends the next wait with a limit, and the task with it."""
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with rig(neuron) as gateway:
         neuron.control = error(500, "x")
         await gateway.gateway.service.poller.poll("a")
@@ -81,7 +81,7 @@ async def test_a_poll_that_fails_leaves_nothing_to_whoever_polls() -> None:
 
 
 async def test_a_slow_node_delays_nobody() -> None:
-    slow, quick = FakeNeuron("slow", control=hang), FakeNeuron("quick").ready("m")
+    slow, quick = FakeNode("slow", control=hang), FakeNode("quick").ready("m")
     async with rig(slow, quick, wait=False, polling=msgspec.structs.replace(QUICK, timeout_s=2)) as gateway:
         call = await gateway.chat().end(timeout_s=1)
         assert call.status == 200
@@ -91,7 +91,7 @@ async def test_a_slow_node_delays_nobody() -> None:
 
 async def test_what_a_node_that_never_answered_has_is_not_denied() -> None:
     """404 is for good: clients do not ask again."""
-    away, here = FakeNeuron("away", control=error(500, "x")), FakeNeuron("here").ready("other")
+    away, here = FakeNode("away", control=error(500, "x")), FakeNode("here").ready("other")
     away.ready("m")
     async with rig(away, here) as gateway:
         call = await gateway.chat().end()
@@ -104,7 +104,7 @@ async def test_what_a_node_that_never_answered_has_is_not_denied() -> None:
 
 
 async def test_a_node_that_is_down_is_asked_less_often() -> None:
-    neuron = FakeNeuron(control=error(500, "x"))
+    neuron = FakeNode(control=error(500, "x"))
     async with rig(neuron) as gateway:
         poller, fleet = gateway.gateway.service.poller, gateway.gateway.fleet
         await until(lambda: fleet.state.nodes["a"].failed_polls >= 6)
@@ -121,7 +121,7 @@ async def test_polls_never_touch_the_counts_in_flight() -> None:
         await go.wait()
         await answer(asked, line)
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron) as gateway:
         calls = [gateway.chat() for _ in range(5)]
         await until(lambda: len(neuron.asked) == 5)
@@ -143,7 +143,7 @@ async def test_polls_do_not_stand_behind_requests() -> None:
         await go.wait()
         await answer(asked, line)
 
-    neuron = FakeNeuron(script=script).ready("m")
+    neuron = FakeNode(script=script).ready("m")
     async with rig(neuron, max_connections_per_node=1) as gateway:
         call = gateway.chat()
         await until(lambda: neuron.asked)
@@ -157,7 +157,7 @@ async def test_polls_do_not_stand_behind_requests() -> None:
 
 
 async def test_a_draining_node_gets_no_requests() -> None:
-    first, second = FakeNeuron("a", state=NodeState.DRAINING).ready("m"), FakeNeuron("b").ready("m")
+    first, second = FakeNode("a", state=NodeState.DRAINING).ready("m"), FakeNode("b").ready("m")
     async with rig(first, second) as gateway:
         for _ in range(3):
             assert (await gateway.chat().end()).status == 200
@@ -165,14 +165,14 @@ async def test_a_draining_node_gets_no_requests() -> None:
 
 
 async def test_a_node_that_is_down_from_the_start_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    neuron = FakeNeuron(control=error(500, "x"))
+    neuron = FakeNode(control=error(500, "x"))
     async with rig(neuron) as gateway:
         await until(lambda: gateway.gateway.fleet.state.nodes["a"].failed_polls >= 6)
     assert len([record for record in caplog.records if "node=a down" in record.getMessage()]) == 1
 
 
 async def test_what_a_node_says_of_its_fault_is_kept_in_part() -> None:
-    neuron = FakeNeuron().ready("m")
+    neuron = FakeNode().ready("m")
     async with rig(neuron) as gateway:
         fleet = gateway.gateway.fleet
         neuron.control = error(500, "x" * 500_000)

@@ -11,7 +11,7 @@ import msgspec
 import orjson
 import pytest
 from conversation_steps import Checker, steps
-from fake_neuron import RESPONSE, USAGE, Asked, FakeNeuron, Line, event
+from fake_node import RESPONSE, USAGE, Asked, FakeNode, Line, event
 from gateway_rig import Rig, rig, until
 
 from cortex.config import StoreSettings
@@ -20,7 +20,7 @@ from cortex.store.memory import SocketMemory
 SMALL = StoreSettings(path=":memory:", max_bytes=16_384, max_bytes_per_key=8_192)
 
 
-def responds(num_bytes: int) -> FakeNeuron:
+def responds(num_bytes: int) -> FakeNode:
     """Return a node whose responses are so large, and say of themselves what the gateway told it."""
 
     async def script(asked: Asked, line: Line) -> None:
@@ -48,7 +48,7 @@ def responds(num_bytes: int) -> FakeNeuron:
         await line.chunk(event("response.completed", 1, response=done))
         await line.end()
 
-    return FakeNeuron(script=script).ready("m")
+    return FakeNode(script=script).ready("m")
 
 
 def last(call: Any) -> Any:
@@ -96,7 +96,7 @@ async def conversation(gateway: Rig) -> str:
 
 @pytest.mark.parametrize("num_items", [21, 1_300_000])
 async def test_items_are_counted_before_anything_is_made_of_them(num_items: int) -> None:
-    async with rig(FakeNeuron()) as gateway:
+    async with rig(FakeNode()) as gateway:
         body = b'{"items":[' + b",".join([b"{}"] * num_items) + b"]}"
         id = await conversation(gateway)
         for path in ("/v1/conversations", f"/v1/conversations/{id}/items"):
@@ -108,7 +108,7 @@ async def test_items_are_counted_before_anything_is_made_of_them(num_items: int)
 
 
 async def test_twenty_items_are_taken_at_a_time() -> None:
-    async with rig(FakeNeuron()) as gateway:
+    async with rig(FakeNode()) as gateway:
         items = [{"role": "user", "content": f"{i}"} for i in range(20)]
         made = await gateway.call("POST", "/v1/conversations", {"items": items}).end()
         assert made.status == 200
@@ -118,7 +118,7 @@ async def test_twenty_items_are_taken_at_a_time() -> None:
 
 
 async def test_values_within_an_item_are_counted_too() -> None:
-    async with rig(FakeNeuron()) as gateway:
+    async with rig(FakeNode()) as gateway:
         body = b'{"items":[{"type":"message","role":"user","content":[' + b",".join([b"{}"] * 200_000) + b"]}]}"
         call = await gateway.call("POST", "/v1/conversations", body).end()
         assert (call.status, call.json()["error"]["code"]) == (400, "too_many_items")
@@ -254,7 +254,7 @@ async def test_references_are_counted(num_references: int, num_bytes: int, code:
     async def script(asked: Asked, line: Line) -> None:
         await line.reply(200, orjson.dumps(done))
 
-    async with rig(FakeNeuron(script=script).ready("m"), max_body_bytes=65_536) as gateway:
+    async with rig(FakeNode(script=script).ready("m"), max_body_bytes=65_536) as gateway:
         assert (await gateway.call("POST", "/v1/responses", {"model": "m", "input": "Hi"}).end()).status == 200
         given = [{"type": "item_reference", "id": item}] * num_references
         call = await gateway.call("POST", "/v1/responses", {"model": "m", "input": given}).end()
@@ -293,7 +293,7 @@ async def test_a_name_within_a_schema_is_no_field_of_the_request() -> None:
 @pytest.mark.parametrize("levels", [230, 900, 1500])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_answer_that_could_not_be_listed_again_is_not_kept(levels: int, stream: bool) -> None:
-    neuron = FakeNeuron("a", dialects=("openai-responses",)).ready("m")
+    neuron = FakeNode("a", dialects=("openai-responses",)).ready("m")
     deep = b"[" * levels + b"]" * levels
     members = (
         b'"id":"resp_1","object":"response","status":"completed","output":[{"type":"message","content":' + deep + b"}]"

@@ -1,4 +1,4 @@
-"""A neuron that does as a test says: a control plane that answers, and inference that a script plays byte by byte.
+"""A fake node: a control plane that answers, and inference that a script plays byte by byte.
 
 Raw asyncio, so that a test can split, stall, cut and reset wherever it likes, and see when the other side leaves.
 """
@@ -236,7 +236,7 @@ def error(status: int, code: str, *headers: str) -> Script:
 
 
 @dataclass
-class FakeNeuron:
+class FakeNode:
     """One node. Change its fields as the test goes."""
 
     name: str = "a"
@@ -266,7 +266,7 @@ class FakeNeuron:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def ready(self, *models: str, **fields: Any) -> "FakeNeuron":
+    def ready(self, *models: str, **fields: Any) -> "FakeNode":
         """Have these models loaded."""
         for model in models:
             self.models[model] = ModelStatus(
@@ -280,7 +280,7 @@ class FakeNeuron:
         return self
 
     @contextlib.asynccontextmanager
-    async def serving(self) -> AsyncIterator["FakeNeuron"]:
+    async def serving(self) -> AsyncIterator["FakeNode"]:
         """Listen on 127.0.0.1, on the same port each time."""
         tasks: set[asyncio.Task[None]] = set()
 
@@ -399,6 +399,6 @@ class FakeNeuron:
         return Health(self.state, 1.0, (WorkerHealth("cpu:0", WorkerState.READY, 0),))
 
 
-def chat_only(name: str = "a") -> FakeNeuron:
+def chat_only(name: str = "a") -> FakeNode:
     """Return a node that speaks chat alone: the gateway translates for it."""
-    return FakeNeuron(name, dialects=("openai-chat",)).ready("m")
+    return FakeNode(name, dialects=("openai-chat",)).ready("m")
