@@ -71,7 +71,7 @@ class Run:
         self.ended = False
         self.making: asyncio.Task[None] | None = None
         """What makes it; none of one that another gateway makes."""
-        self._num_told = 0
+        self._num_published = 0
         self._size_bytes = 0
         self._is_kept = False
         self._decoder = SseDecoder(MAX_BYTES)
@@ -86,19 +86,19 @@ class Run:
             if self._size_bytes > MAX_BYTES:
                 raise TooLongAnswerError(f"The response is longer than the {MAX_BYTES} bytes that are kept of one.")
             peek(sse_event.data)  # all of it is JSON, which is read again and again
-            told = _EVENT.decode(sse_event.data)
+            event = _EVENT.decode(sse_event.data)
             ended = (sse_event.event or b"").decode("latin-1") in LAST
-            if ended and told.status not in _ENDS:
+            if ended and event.status not in _ENDS:
                 raise NotAnAnswerError("The node ended a response without saying how it ended.")
-            if told.response is not msgspec.UNSET:
-                response = msgspec.json.encode(told.response)
+            if event.response is not msgspec.UNSET:
+                response = msgspec.json.encode(event.response)
                 if ended:
                     check_output(response)  # which whoever continues it reads
                 self.response = response
             self.sse_events.append(encode(sse_event.data, sse_event.event))
             self.ended = ended
         if not self.ended:
-            self._tell()
+            self._publish()
 
     def add_all(self, data: bytes) -> None:
         """Take SSE events as :meth:`add` does.
@@ -142,10 +142,10 @@ class Run:
     def notify_kept(self) -> None:
         """Tell the end, which the store knows now."""
         self._is_kept = True
-        self._tell()
+        self._publish()
 
-    def _tell(self) -> None:
-        self._num_told = len(self.sse_events)
+    def _publish(self) -> None:
+        self._num_published = len(self.sse_events)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -153,7 +153,7 @@ class Run:
         """Yield the SSE events behind number ``after``, those to come too."""
         at = after + 1
         while True:
-            changed, end = self._changed, self._num_told
+            changed, end = self._changed, self._num_published
             if at < end:
                 yield b"".join(self.sse_events[at:end])
                 at = end  # and not where they end by now
@@ -195,7 +195,7 @@ class Background:
         """Return a response as it is now. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
         run = self._run(owned, id)
         if run is None:
-            return self._told(await owned.get(id))
+            return self._body(await owned.get(id))
         if run.ended:
             await run.wait()  # until it is kept
         return run.response
@@ -326,7 +326,7 @@ class Background:
         first = run.sse_events[0] if run.sse_events else b'data: {"response":%b}\n\n' % run.response
         return responses_failure(error.info(), first, run.sse_events[-1] if run.sse_events else b"")
 
-    def _told(self, stored: StoredResponse) -> bytes:
+    def _body(self, stored: StoredResponse) -> bytes:
         if not stored.until or self._clock() < stored.until:
             return bytes(stored.body)
         error = {"code": "server_error", "message": "The gateway that made the response is gone."}
@@ -338,7 +338,7 @@ class Background:
         """Yield the SSE events of another gateway's response, once it has ended."""
         while stored.until:
             if self._clock() >= stored.until:
-                run = Run(id, self._told(stored), owned)
+                run = Run(id, self._body(stored), owned)
                 error = orjson.loads(run.response)["error"]
                 yield self._failure(run, GatewayStoppedError(error["message"]))
                 return

@@ -43,8 +43,8 @@ class Endpoints:
         offer = find(self.catalogue, self._fleet.state, name)
         if offer is None or not principal.may_use(offer.alias_of or offer.id):
             raise ModelNotFoundError(f"The model {name!r} does not exist.", param="model")
-        told = offer.as_anthropic() if _is_anthropic(exchange) else offer.public()
-        await exchange.reply(200, msgspec.json.encode(told))
+        described = offer.as_anthropic() if _is_anthropic(exchange) else offer.public()
+        await exchange.reply(200, msgspec.json.encode(described))
 
     async def all_models(self, exchange: Exchange) -> None:
         """``GET /admin/models``: the offers, where each is, and how it is sampled."""

@@ -300,10 +300,10 @@ class Gateway:
         exchange.body_timeout_s = self.settings.gateway.body_timeout_s
         try:
             if exchange.path.startswith(API) and exchange.method != "OPTIONS":
-                exchange.told.update(self.guard.cors(exchange.header(b"origin")))
+                exchange.extra_headers.update(self.guard.cors(exchange.header(b"origin")))
             endpoint = self._let_in(exchange)
             if endpoint is None:
-                await self._tell_options(exchange)
+                await self._reply_options(exchange)
             else:
                 await endpoint(exchange)
         except ClientDisconnectedError:
@@ -393,7 +393,7 @@ class Gateway:
             logs.rejected(log, request_id_of(header(REQUEST_ID)), "GET", path, error.status, error.code)
             raise
 
-    async def _tell_options(self, exchange: Exchange) -> None:
+    async def _reply_options(self, exchange: Exchange) -> None:
         """Say what a path takes, to a browser in its own words."""
         allow = _allow(self._allowed(exchange.path))
         if exchange.path.startswith(API):

@@ -34,12 +34,12 @@ PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
 BODIES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 MAX_KNOWN_HOSTS = 1024
 
-ASKED_HEADERS = re.compile(
+ALLOWED_HEADERS = re.compile(
     r"authorization|content-type|accept|traceparent|tracestate|idempotency-key|x-api-key|x-request-id|x-client-request-id"
     r"|x-cortex-[a-z0-9-]+|x-stainless-[a-z0-9-]+|anthropic-[a-z0-9-]+|openai-[a-z0-9-]+"
 )
 """Headers that a page of an allowed origin may send: the SDKs' and this project's."""
-TOLD_HEADERS = REQUEST_ID + b", request-id, retry-after, " + IGNORED + b", *"
+EXPOSED_HEADERS = REQUEST_ID + b", request-id, retry-after, " + IGNORED + b", *"
 """Headers that a page may read; no response depends on cookies, so the star means all."""
 PREFLIGHT_AGE_S = 600
 
@@ -110,8 +110,8 @@ class Guard:
             return
         if origin is None or self.is_allowed(origin) or _is_own(origin, host):
             return
-        told = origin[:200].decode("latin-1")
-        raise OriginNotAllowedError(f"Pages of {told} may not ask here; {setting}.allowed_origins says which may.")
+        shown = origin[:200].decode("latin-1")
+        raise OriginNotAllowedError(f"Pages of {shown} may not ask here; {setting}.allowed_origins says which may.")
 
     def is_allowed(self, origin: bytes | None) -> bool:
         """Return whether an origin is one that the operator named."""
@@ -125,7 +125,7 @@ class Guard:
             return ((b"vary", b"Origin"),)
         return (
             (b"access-control-allow-origin", origin),
-            (b"access-control-expose-headers", TOLD_HEADERS),
+            (b"access-control-expose-headers", EXPOSED_HEADERS),
             (b"vary", b"Origin"),
         )
 
@@ -140,7 +140,7 @@ class Guard:
             return ()
         self.check_origin(origin, header(b"host"), setting=setting, any_is_allowed=True)
         asked = (header(b"access-control-request-headers") or b"").decode("latin-1").lower().split(",")
-        allowed = [name for name in map(str.strip, asked) if ASKED_HEADERS.fullmatch(name)]
+        allowed = [name for name in map(str.strip, asked) if ALLOWED_HEADERS.fullmatch(name)]
         found = [
             (b"access-control-allow-origin", origin),
             (b"access-control-allow-methods", methods.encode()),

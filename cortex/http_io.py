@@ -79,7 +79,7 @@ class Exchange(abc.ABC):
         """How long its body may take; see :mod:`cortex.request_body`."""
         self.is_alone = True
         """Whether its connection has no other request at a time."""
-        self.told: dict[bytes, bytes] = {}
+        self.extra_headers: dict[bytes, bytes] = {}
         """Headers that every answer to it has, beside its own; those of a stream go out with the first bytes."""
         self.is_last = False
         """Whether the answer says that no other will come on this connection."""
@@ -147,7 +147,7 @@ class Exchange(abc.ABC):
         """End a started stream."""
 
     @abc.abstractmethod
-    def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call ``tell`` when the client has gone; return what ends that. Call only after the body was read."""
 
     async def decode(self, body: bytes, limit_bytes: int) -> bytes:
@@ -158,7 +158,7 @@ class Exchange(abc.ABC):
         try:
             return await decoded(body, encoding.decode("latin-1"), limit_bytes)
         except UnsupportedEncodingError:
-            self.told[b"accept-encoding"] = TAKEN.encode()
+            self.extra_headers[b"accept-encoding"] = TAKEN.encode()
             raise
 
     def check_length(self, limit_bytes: int) -> int | None:
@@ -243,14 +243,14 @@ class AsgiExchange(Exchange):
         """End a started stream."""
         await self._send({"type": "http.response.body", "body": b""})
 
-    def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call ``tell`` when the client has gone; return what ends that."""
         watcher = asyncio.ensure_future(asgi_left(self._receive))
 
         def done(watcher: "asyncio.Future[None]") -> None:
             if not watcher.cancelled():
                 watcher.exception()
-                tell()
+                callback()
 
         watcher.add_done_callback(done)
 
@@ -263,7 +263,7 @@ class AsgiExchange(Exchange):
     async def _start(self, status: int, headers: list[Header]) -> None:
         self.status = status
         request_id = self.request_id.encode()
-        headers += [(REQUEST_ID, request_id), (b"request-id", request_id), *self.told.items()]
+        headers += [(REQUEST_ID, request_id), (b"request-id", request_id), *self.extra_headers.items()]
         if self.is_last:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

@@ -29,7 +29,7 @@ from cortex.background import Background
 from cortex.config import Config
 from cortex.dialects import openai_compaction, openai_responses
 from cortex.dialects.first_reading import PARAMETERS
-from cortex.dialects.parameters import tell
+from cortex.dialects.parameters import add_header
 from cortex.dialects.passthrough import (
     CHAT,
     COMPACT,
@@ -141,8 +141,8 @@ class Inference:
             strict = self._is_strict if principal.is_strict is None else principal.is_strict
             if strict:
                 raise parameters.unknown(found.unknown[0])
-            tell(exchange.told, IGNORED, ",".join(found.unknown).encode())
-            log.info("id=%s key=%s ignored=%s", record.request_id, record.key, exchange.told[IGNORED].decode())
+            add_header(exchange.extra_headers, IGNORED, ",".join(found.unknown).encode())
+            log.info("id=%s key=%s ignored=%s", record.request_id, record.key, exchange.extra_headers[IGNORED].decode())
         name = found.model
         if not name:
             raise MissingParameterError("You must provide a model parameter.", param="model")
@@ -247,7 +247,7 @@ class Inference:
     async def _answer(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
         with EndedByDisconnect(exchange):
             answer = await self._dispatcher.ask(asked.node_request)
-            _tell_of(answer, asked, exchange)
+            _add_headers(answer, asked, exchange)
             try:
                 body = await answer.read(MAX_ANSWER_BYTES)
                 record.usage, record.finish = read_whole(answer, CHAT if answer.is_chat else dialect, body)
@@ -269,7 +269,7 @@ class Inference:
 
     async def _only_read(self, exchange: Exchange, record: Record, pending: PendingResponse, name: str) -> None:
         """Answer with an empty response, which later turns continue; no node is asked."""
-        sse_events = _made_here(pending, name).sse_events([Started(0), Finished(FinishReason.STOP, 0)])
+        sse_events = _local_stream(pending, name).sse_events([Started(0), Finished(FinishReason.STOP, 0)])
         sse_events = await self._conversations.of(record.key).keep_streamed(pending, sse_events)
         record.status, record.finish = 200, "not_generated"
         await exchange.start_stream()
@@ -289,7 +289,7 @@ class Inference:
 
         async def write(out: EventStream) -> None:
             answer = await self._dispatcher.ask(asked.node_request)
-            _tell_of(answer, asked, exchange)
+            _add_headers(answer, asked, exchange)
             if not out.writes_at_once or answer.is_chat or answer.renamed or asked.pending is not None:
                 async with aclosing(self._pull(answer, forwarder, record, asked)) as sse_events:
                     async for some in sse_events:
@@ -350,7 +350,7 @@ class Inference:
         reservation: Reservation,
     ) -> None:
         """Begin a response that is made in the background; what it costs is written down by a record of its own."""
-        begun = _made_here(pending, asked.node_request.name).sse_events([Started(0)])
+        begun = _local_stream(pending, asked.node_request.name).sse_events([Started(0)])
         created = SseDecoder(len(begun) + 1).feed(begun)[0]
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
@@ -453,22 +453,22 @@ def principal_headers(principal: Principal) -> list[Header]:
     return headers
 
 
-def _tell_of(answer: NodeResponse, asked: "_Asked", exchange: Exchange) -> None:
+def _add_headers(answer: NodeResponse, asked: "_Asked", exchange: Exchange) -> None:
     """Have the answer to a client say what a node says of its own, and what a translation left out."""
     for name in FORWARDED:
         value = answer.response.header(name)
         if value is not None:
-            tell(exchange.told, name, value)
+            add_header(exchange.extra_headers, name, value)
     if answer.is_chat and asked.chat is not None:
         reading = asked.chat.reading
         if reading.ignored:
-            tell(exchange.told, IGNORED, ",".join(reading.ignored).encode())
+            add_header(exchange.extra_headers, IGNORED, ",".join(reading.ignored).encode())
         if reading.num_omitted:
-            by_node = int(exchange.told.get(OMITTED_PARTS, b"0"))
-            tell(exchange.told, OMITTED_PARTS, b"%d" % (by_node + reading.num_omitted))
+            by_node = int(exchange.extra_headers.get(OMITTED_PARTS, b"0"))
+            add_header(exchange.extra_headers, OMITTED_PARTS, b"%d" % (by_node + reading.num_omitted))
 
 
-def _made_here(pending: PendingResponse, name: str) -> ResponsesStream:
+def _local_stream(pending: PendingResponse, name: str) -> ResponsesStream:
     """Return what makes a response of a turn without a node. Raises :class:`InvalidRequestError`."""
     call = openai_responses.decode(pending.body)
     id = pending.context.id or f"resp_{secrets.token_hex(24)}"

@@ -125,16 +125,16 @@ class RsgiExchange(Exchange):
         assert self._writer is not None
         self._writer.close()
 
-    def on_leave(self, tell: Callable[[], None]) -> Callable[[], None]:
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call ``tell`` when the client has gone; return what ends that."""
-        return self._watches.begin(self._protocol, tell).end
+        return self._watches.begin(self._protocol, callback).end
 
     def _finish_texts(self, texts: list[TextHeader], headers: Sequence[Header]) -> list[TextHeader]:
         """Add ``headers`` to ``texts``, and what every answer has."""
         texts += [(name.decode(), _text(value)) for name, value in headers]
         texts += (_REQUEST_ID, self.request_id), ("request-id", self.request_id)
-        if self.told:
-            texts += [(name.decode(), _text(value)) for name, value in self.told.items()]
+        if self.extra_headers:
+            texts += [(name.decode(), _text(value)) for name, value in self.extra_headers.items()]
         if self.is_last:
             texts.append(("connection", "close"))
         return texts

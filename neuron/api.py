@@ -32,7 +32,7 @@ from cortex.dialects import (
     openapi,
 )
 from cortex.dialects.openai_chat_reply import ChatReply
-from cortex.dialects.parameters import tell
+from cortex.dialects.parameters import add_header
 from cortex.dialects.passthrough import (
     CHAT,
     COMPACT,
@@ -290,7 +290,7 @@ class Api:
 
     async def _chat(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_chat.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell(exchange, call)
+        _report(exchange, call)
         request, created = call.request, int(time.time())
         name = _name(exchange, request)
         reply_id = f"chatcmpl-{secrets.token_hex(12)}"
@@ -312,7 +312,7 @@ class Api:
 
     async def _completions(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_completions.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell(exchange, call)
+        _report(exchange, call)
         requests = call.requests
         record.is_stream = call.stream
         sse_events = openai_completion_reply.Completion(
@@ -331,7 +331,7 @@ class Api:
 
     async def _embeddings(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_embeddings.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell(exchange, call)
+        _report(exchange, call)
         request = _on_behalf(exchange, call.request)
         with self._service.models.use(request.model) as model:
             record.model = request.model
@@ -343,7 +343,7 @@ class Api:
 
     async def _responses(self, exchange: Exchange, record: RequestRecord) -> None:
         call = openai_responses.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell(exchange, call)
+        _report(exchange, call)
         request = call.request
         record.is_stream = call.stream
         context = ResponseContext.of(exchange.header(RESPONSE_CONTEXT))
@@ -368,7 +368,7 @@ class Api:
         openai_responses.PARAMETERS.read(body)  # which counts what is in it
         compaction = openai_compaction.Compaction(body)
         call = openai_responses.decode(compaction.question())
-        _tell(exchange, call)
+        _report(exchange, call)
         id = f"resp_{secrets.token_hex(24)}"
         sse_events = ResponsesStream(id, call.request.model, int(time.time()), echo=b"{}")
         await self._complete(
@@ -380,12 +380,12 @@ class Api:
         openai_responses.PARAMETERS.read(body)
         body = openai_compaction.with_input(body)
         call = openai_responses.decode(body)
-        _tell(exchange, call)
+        _report(exchange, call)
         await self._count(exchange, call.request, openai_responses.COUNTED, record)
 
     async def _messages(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell(exchange, call)
+        _report(exchange, call)
         request = call.request
         record.is_stream = call.stream
         sse_events = MessagesStream(f"msg_{secrets.token_hex(12)}", _name(exchange, request))
@@ -396,11 +396,11 @@ class Api:
 
     async def _count_tokens(self, exchange: Exchange, record: RequestRecord) -> None:
         call = anthropic_messages.decode(await exchange.read_body(self._service.max_body_bytes))
-        _tell(exchange, call)
+        _report(exchange, call)
         await self._count(exchange, call.request, {}, record)
 
     async def _count(
-        self, exchange: Exchange, request: InferenceRequest, told: dict[str, str], record: RequestRecord
+        self, exchange: Exchange, request: InferenceRequest, extra: dict[str, str], record: RequestRecord
     ) -> None:
         """Answer with how many tokens a prompt has, and with what the dialect says beside it."""
         with self._service.models.use(request.model) as model:
@@ -408,7 +408,7 @@ class Api:
             request = self._readable(exchange, request, model)
             num_tokens = await until_disconnect(exchange, model.count_tokens(request))
             record.observe([Started(num_tokens)])
-            await _reply(exchange, {**told, "input_tokens": num_tokens})
+            await _reply(exchange, {**extra, "input_tokens": num_tokens})
 
     async def _stream(
         self,
@@ -469,8 +469,8 @@ class Api:
         )
         if not num_omitted:
             return request
-        num_omitted += int(exchange.told.get(OMITTED_PARTS, b"0"))
-        tell(exchange.told, OMITTED_PARTS, b"%d" % num_omitted)
+        num_omitted += int(exchange.extra_headers.get(OMITTED_PARTS, b"0"))
+        add_header(exchange.extra_headers, OMITTED_PARTS, b"%d" % num_omitted)
         return msgspec.structs.replace(request, messages=messages)
 
     async def _events(
@@ -480,7 +480,7 @@ class Api:
         with self._service.models.use(requests[0].model) as model:
             record.model = requests[0].model
             requests = [self._readable(exchange, request, model) for request in requests]
-            _tell_ignored(exchange, await model.left_out(requests[0]))
+            _report_ignored(exchange, await model.left_out(requests[0]))
             run = model.infer(requests[0]) if len(requests) == 1 else infer_all(model, requests)
             async with aclosing(run) as batches:
                 async for events in batches:
@@ -496,17 +496,17 @@ class _Call(Protocol):
         """The members that nobody knows."""
 
 
-def _tell(exchange: Exchange, call: _Call) -> None:
+def _report(exchange: Exchange, call: _Call) -> None:
     """Have the answer say which members of the body nobody knows, and how many parts no model here can take."""
     if num_omitted := getattr(call, "num_omitted", 0):
-        tell(exchange.told, OMITTED_PARTS, b"%d" % num_omitted)
-    _tell_ignored(exchange, call.ignored)
+        add_header(exchange.extra_headers, OMITTED_PARTS, b"%d" % num_omitted)
+    _report_ignored(exchange, call.ignored)
 
 
-def _tell_ignored(exchange: Exchange, names: Sequence[str]) -> None:
+def _report_ignored(exchange: Exchange, names: Sequence[str]) -> None:
     if names:
-        tell(exchange.told, IGNORED, ",".join(names).encode())
-        _log.info("id=%s ignored=%s", exchange.request_id, exchange.told[IGNORED].decode())
+        add_header(exchange.extra_headers, IGNORED, ",".join(names).encode())
+        _log.info("id=%s ignored=%s", exchange.request_id, exchange.extra_headers[IGNORED].decode())
 
 
 def _name(exchange: Exchange, request: InferenceRequest | EmbeddingRequest) -> str:

@@ -480,7 +480,7 @@ class _Run:
         self._choices = choices
         self._echo = echo
         self._says_nothing = says_nothing
-        self._num_told: dict[int, int] = {}
+        self._num_echoed: dict[int, int] = {}
         """How many of the prompt's tokens were scored, for each choice whose prompt is being told."""
         self._sequences: dict[int, int] = {}
         self._arrived: list[tuple[int, Item]] = []
@@ -530,7 +530,7 @@ class _Run:
     def _feed(self, choice: int, row: TokenRow) -> list[InferenceEvent]:
         events: list[InferenceEvent] = []
         if self._echo is not None:
-            events += self._told_again(choice, row, self._echo)
+            events += self._echo_events(choice, row, self._echo)
         if not row.ids and row.end is None:
             return events  # its prompt is still being read
         if self._says_nothing:
@@ -544,19 +544,19 @@ class _Run:
             self._worker.cancel(self._sequences.pop(choice))
         return events
 
-    def _told_again(self, choice: int, row: TokenRow, echo: _Echo) -> list[InferenceEvent]:
+    def _echo_events(self, choice: int, row: TokenRow, echo: _Echo) -> list[InferenceEvent]:
         """Return the prompt as far as a row brings it: its text first, then its scores as they come.
 
         All at once they would hold up everybody else's answers.
         """
-        begins = choice not in self._num_told
+        begins = choice not in self._num_echoed
         scores: list[TokenLogprob] = []
         if begins and echo.scores:
             scores.append(_logprob(self._token_text(echo.ids[:1])[0], 0.0))  # which has nothing before it
         if row.prompt is not None:
-            first = self._num_told.get(choice, 1)
+            first = self._num_echoed.get(choice, 1)
             scores += self._named(echo.ids[first : first + len(row.prompt.chosen) // 4], row.prompt)
-        self._num_told[choice] = self._num_told.get(choice, 0) + len(scores)
+        self._num_echoed[choice] = self._num_echoed.get(choice, 0) + len(scores)
         return [PromptEcho(echo.text if begins else "", choice, tuple(scores))] if begins or scores else []
 
     def _logprobs(self, row: TokenRow) -> list[TokenLogprob]:

@@ -159,7 +159,7 @@ class EngineHarness:
     def _stop(self) -> None:
         self.stopped = True
 
-    def tell(self, *messages: jobs.ToWorker) -> None:
+    def post(self, *messages: jobs.ToWorker) -> None:
         for message in messages:
             self.engine.handle(msgspec.msgpack.encode(message))
 
@@ -173,7 +173,7 @@ class EngineHarness:
     def load(self, path: pathlib.Path, name: str = "m", **spec: object) -> jobs.FromWorker:
         """Load a model in float32 and return the answer."""
         settings = {"dtype": "float32", **spec}
-        self.tell(jobs.Load(1, ModelSpec(name, "test", **settings), str(path)))  # type: ignore[arg-type]
+        self.post(jobs.Load(1, ModelSpec(name, "test", **settings), str(path)))  # type: ignore[arg-type]
         self.run()
         return self.sent[-1]
 
@@ -193,7 +193,7 @@ class EngineHarness:
     ) -> None:
         settings = jobs.SamplerSettings(**{"temperature": 0.0, **sampler})  # type: ignore[arg-type]
         ids = array.array("i", prompt).tobytes()
-        self.tell(
+        self.post(
             jobs.Generate(
                 number,
                 model,

@@ -55,7 +55,7 @@ class EngineSide:
         self._decoder = msgspec.msgpack.Decoder(jobs.FromWorker)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._engine = Engine("cpu:0", self._take, lambda: (memory // 2, memory), lambda: None)
-        self._tell(jobs.Load(1, ModelSpec("m", str(path), prefix_cache=False), str(path)))
+        self._send(jobs.Load(1, ModelSpec("m", str(path), prefix_cache=False), str(path)))
         self._run()
         done = self._answers[-1]
         assert isinstance(done, jobs.Done), done
@@ -66,7 +66,7 @@ class EngineSide:
     def _take(self, message: bytes) -> None:
         self._answers.append(self._decoder.decode(message))
 
-    def _tell(self, message: jobs.ToWorker) -> None:
+    def _send(self, message: jobs.ToWorker) -> None:
         self._engine.handle(msgspec.msgpack.encode(message))
 
     def _run(self) -> None:
@@ -76,7 +76,7 @@ class EngineSide:
     def _generate(self, prompt: list[int], max_tokens: int) -> None:
         self._number += 1
         ids = array.array("i", prompt).tobytes()
-        self._tell(jobs.Generate(self._number, "m", ids, max_tokens, (), jobs.SamplerSettings(temperature=0.0)))
+        self._send(jobs.Generate(self._number, "m", ids, max_tokens, (), jobs.SamplerSettings(temperature=0.0)))
 
     def prefill_s(self, prompt: list[int]) -> float:
         """Return the time from a prompt to its first token."""

@@ -56,7 +56,7 @@ class Driver:
             lambda: None,
             settings=EngineSettings(speculation=speculation),
         )
-        self._tell(jobs.Load(1, ModelSpec("m", str(path)), str(path)))
+        self._send(jobs.Load(1, ModelSpec("m", str(path)), str(path)))
         self.run()
         assert isinstance(self._last, jobs.Done), self._last
         self._number = 0
@@ -72,14 +72,14 @@ class Driver:
                 if row.prompt_cached is not None:
                     self.cached[row.sequence] = row.prompt_cached
 
-    def _tell(self, message: jobs.ToWorker) -> None:
+    def _send(self, message: jobs.ToWorker) -> None:
         self.engine.handle(msgspec.msgpack.encode(message))
 
     def start(self, prompt: list[int], max_tokens: int) -> int:
         """Submit a sequence; return its number."""
         self._number += 1
         ids = array.array("i", prompt).tobytes()
-        self._tell(jobs.Generate(self._number, "m", ids, max_tokens, (), jobs.SamplerSettings(temperature=0.0)))
+        self._send(jobs.Generate(self._number, "m", ids, max_tokens, (), jobs.SamplerSettings(temperature=0.0)))
         return self._number
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:

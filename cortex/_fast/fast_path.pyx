@@ -18,7 +18,7 @@ from cortex._fast.watches cimport Watch, Watches
 from granian.rsgi import ProtocolClosed
 
 from cortex._fast.peek import PeekError, peek, splice
-from cortex.dialects.parameters import told as _told
+from cortex.dialects.parameters import forwarded_header as _forwarded_header
 from cortex.http_io import ClientDisconnectedError as _ClientDisconnectedError
 from cortex.request_body import WHOLE_BYTES as _WHOLE
 from cortex.request_body import slow_body as _slow_body
@@ -354,7 +354,7 @@ cdef class FastRequest(Listener):
             for name in _FORWARDED:
                 value = response.header(name)
                 if value is not None:
-                    headers.append((name.decode(), _told(name, value)))
+                    headers.append((name.decode(), _forwarded_header(name, value)))
             self.protocol.response_bytes(200, headers, body)
         finally:
             if fast_path.breakers:

@@ -28,7 +28,7 @@ cdef class Response:
     cdef int untake(self, bytes body) except -1
     cdef object something(self)
     cdef bytes take(self)
-    cdef int tell(self) except -1
+    cdef int deliver(self) except -1
     cdef int ended(self, error) except -1
 
 

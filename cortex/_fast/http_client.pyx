@@ -248,7 +248,7 @@ cdef class Response:
 
     # ------------------------------------------------------------ from the connection
 
-    cdef int tell(self) except -1:
+    cdef int deliver(self) except -1:
         """Hand over what a read has brought, or let the reader look."""
         cdef object pause = None
         if self.listener is not None:
@@ -421,7 +421,7 @@ cdef class Connection:
                     or self.wire_bytes - self.body_bytes > _MAX_FRAMING_BYTES + _FRAMING_A_BYTE * self.body_bytes
                 ):
                     self.fail(UpstreamError(f"{self.pool.name} sent more framing than answer."))
-        response.tell()
+        response.deliver()
 
     def eof_received(self):
         """Let the transport close itself."""
@@ -521,7 +521,7 @@ cdef class Connection:
         self.response = None
         if response is not None:
             response.ended(error)
-            response.tell()
+            response.deliver()
         return 0
 
     cdef int watch(self, double limit_s) except -1:

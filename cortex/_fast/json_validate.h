@@ -17,7 +17,7 @@
 /* Below this depth names are not looked up: no typed object of a dialect lies there. */
 #define JSON_NAMED_DEPTH 12
 #define JSON_MAX_NAME 47
-#define JSON_MAX_TOLD 16
+#define JSON_MAX_UNKNOWN 16
 #define JSON_MAX_REFUSED 128
 
 /* A double holds every decimal below 1e308; from there on it must be read to be judged. */
@@ -64,8 +64,8 @@ typedef struct {
 /* What was found of it. Names are told once each, by their paths, which end in a NUL and are ASCII that needs no
  * quoting anywhere. */
 typedef struct {
-    int num_told, is_cut;
-    uint32_t hashes[JSON_MAX_TOLD];
+    int num_unknown, is_cut;
+    uint32_t hashes[JSON_MAX_UNKNOWN];
     int num_refused;
     const json_name *refused[JSON_MAX_REFUSED];
     size_t length;
@@ -422,16 +422,16 @@ static __attribute__((noinline)) void json_tell(json_found *found, const json_pl
 {
     uint32_t hash = 2166136261u ^ object;
     size_t length = (size_t)(key_end - key);
-    if (found->num_told == JSON_MAX_TOLD || sizeof found->paths - found->length < 2) {
+    if (found->num_unknown == JSON_MAX_UNKNOWN || sizeof found->paths - found->length < 2) {
         found->is_cut = 1;
         return;
     }
     for (size_t i = 0; i < length && i < 64; i++)
         hash = (hash ^ key[i]) * 16777619u;
-    for (int i = 0; i < found->num_told; i++)
+    for (int i = 0; i < found->num_unknown; i++)
         if (found->hashes[i] == hash)
             return;
-    found->hashes[found->num_told++] = hash;
+    found->hashes[found->num_unknown++] = hash;
     found->length += 1 + json_path(place, count, depth, key, key_end, found->paths + found->length,
                                    found->paths + sizeof found->paths);
 }

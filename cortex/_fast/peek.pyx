@@ -49,7 +49,7 @@ cdef extern from "json_validate.h":
         size_t max_values
         size_t max_members
     ctypedef struct json_found:
-        int num_told
+        int num_unknown
         int is_cut
         int num_refused
         json_name** refused
@@ -195,7 +195,7 @@ def peek(bytes body not None, KnownNames known not None=_ANY):
     cdef json_wanted wanted[NUM_WANTED]
     cdef const uint8_t* start = <const uint8_t*>PyBytes_AS_STRING(body)
     cdef json_fault fault
-    cdef json_found told
+    cdef json_found details
     cdef Peek found
     cdef json_wanted* model = &wanted[MODEL]
     cdef json_wanted* stream = &wanted[STREAM]
@@ -204,20 +204,20 @@ def peek(bytes body not None, KnownNames known not None=_ANY):
     _want(&wanted[PREVIOUS_RESPONSE_ID], b"previous_response_id", 20)
     _want(&wanted[PROMPT_CACHE_KEY], b"prompt_cache_key", 16)
     _want(&wanted[STORE], b"store", 5)
-    told.num_told = told.is_cut = told.num_refused = 0
-    told.length = 0
+    details.num_unknown = details.is_cut = details.num_refused = 0
+    details.length = 0
     fault = json_check_object(
-        start, start + len(body), _is_finite, wanted, NUM_WANTED, &known.known, &told)
+        start, start + len(body), _is_finite, wanted, NUM_WANTED, &known.known, &details)
     if fault.reason != NULL:
         if fault.limit:
             raise PeekLimitError(
-                (<bytes>told.limited).decode("ascii"), fault.limit, (<bytes>fault.reason).decode(), fault.at - start,
+                (<bytes>details.limited).decode("ascii"), fault.limit, (<bytes>fault.reason).decode(), fault.at - start,
                 bool(fault.is_depth))
         raise PeekError((<bytes>fault.reason).decode(), fault.at - start)
     found = Peek.__new__(Peek)
     found.unknown = found.refused = ()
-    if told.num_told or told.num_refused:
-        _tell(found, &told)
+    if details.num_unknown or details.num_refused:
+        _add_details(found, &details)
     found.model_start = found.model_end = -1
     if model.kind != JSON_ABSENT:
         if model.kind != JSON_STRING:
@@ -260,13 +260,13 @@ def splice(bytes body not None, Peek found not None, str model not None):
     return spliced
 
 
-cdef int _tell(Peek found, json_found* told) except -1:
+cdef int _add_details(Peek found, json_found* details) except -1:
     cdef int i
-    names = told.paths[:told.length].decode("ascii").split("\0")[:told.num_told]
-    if told.is_cut:
+    names = details.paths[:details.length].decode("ascii").split("\0")[:details.num_unknown]
+    if details.is_cut:
         names.append("...")
     found.unknown = tuple(names)
-    found.refused = tuple([(<bytes>told.refused[i].name).decode() for i in range(told.num_refused)])
+    found.refused = tuple([(<bytes>details.refused[i].name).decode() for i in range(details.num_refused)])
     return 0
 
 

@@ -5,7 +5,7 @@ cimport cython
 cdef class Watch:
     cdef object future
     cdef object protocol
-    cdef object tell
+    cdef object callback
 
     cdef int ask(self) except -1
 
@@ -17,4 +17,4 @@ cdef class Watches:
     cdef list older
     cdef bint is_timed
 
-    cpdef Watch begin(self, protocol, tell)
+    cpdef Watch begin(self, protocol, callback)

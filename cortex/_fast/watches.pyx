@@ -18,19 +18,19 @@ cdef double LOOK_S = WATCH_AFTER_S / 2
 cdef class Watch:
     """One who does: ``tell`` is called once."""
 
-    def __init__(self, protocol, tell):
+    def __init__(self, protocol, callback):
         self.protocol = protocol
-        self.tell = tell
+        self.callback = callback
 
     def end(self):
         """Hear of it no more."""
-        self.tell = None
+        self.callback = None
         if self.future is not None:
             self.future.cancel()
 
     cdef int ask(self) except -1:
         """Have the server tell."""
-        if self.tell is None:
+        if self.callback is None:
             return 0
         future = self.protocol.client_disconnect()
         if asyncio.isfuture(future):
@@ -42,9 +42,9 @@ cdef class Watch:
 
     def hear(self, future):
         """Tell."""
-        tell, self.tell = self.tell, None
-        if tell is not None:
-            tell()
+        callback, self.callback = self.callback, None
+        if callback is not None:
+            callback()
 
 
 @cython.final
@@ -56,9 +56,9 @@ cdef class Watches:
         self.young = []
         self.older = []
 
-    cpdef Watch begin(self, protocol, tell):
+    cpdef Watch begin(self, protocol, callback):
         """Watch from soon on, until it is ended."""
-        watch = Watch(protocol, tell)
+        watch = Watch(protocol, callback)
         self.young.append(watch)
         if not self.is_timed:
             self.is_timed = True

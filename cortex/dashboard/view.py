@@ -23,7 +23,7 @@ def node_tree(node: Node) -> Tree:
     """Return the tree of a node: its state, its devices with their workers, its models beyond the available ones."""
     workers = {worker.device: worker for worker in node.health.workers} if node.health else {}
     devices = node.discovery.devices if node.discovery else ()
-    return _told(
+    return _without_empty(
         endpoint=node.endpoint,
         state=_state(node),
         version=node.discovery.version if node.discovery else "",
@@ -47,7 +47,7 @@ def catalogue_tree(catalogue: Catalogue, nodes: Mapping[str, Node]) -> Tree:
     for alias, model in sorted(catalogue.aliases.items()):
         aliases.setdefault(model, []).append(alias)
     for model, profile in catalogue.profiles.items():
-        tree[model] = _told(
+        tree[model] = _without_empty(
             aliases=aliases.get(model, []),
             source=profile.source,
             pinned=list(profile.pinned),
@@ -57,7 +57,7 @@ def catalogue_tree(catalogue: Catalogue, nodes: Mapping[str, Node]) -> Tree:
     for node in nodes.values():
         if node.up:
             for model in node.models.keys() - tree.keys():
-                tree[model] = _told(aliases=aliases.get(model, []), source=node.models[model].source)
+                tree[model] = _without_empty(aliases=aliases.get(model, []), source=node.models[model].source)
     return tree
 
 
@@ -75,7 +75,7 @@ def difference(before: Tree, after: Tree) -> Tree:
     return patch
 
 
-def _told(**fields: Any) -> Tree:
+def _without_empty(**fields: Any) -> Tree:
     """Return the fields that are not empty; the page takes a missing one as empty."""
     return {name: value for name, value in fields.items() if value or isinstance(value, dict)}
 
@@ -88,7 +88,7 @@ def _state(node: Node) -> str:
 
 def _device(device: Device, worker: WorkerHealth | None) -> Tree:
     step = max(1, device.memory_total_bytes // MEMORY_STEPS)
-    return _told(
+    return _without_empty(
         kind=device.kind.value,
         name=device.name,
         total=device.memory_total_bytes,
@@ -104,7 +104,7 @@ def _device(device: Device, worker: WorkerHealth | None) -> Tree:
 
 
 def _model(status: ModelStatus) -> Tree:
-    return _told(
+    return _without_empty(
         state=status.state.value,
         progress=round(status.progress, 2),
         devices=list(status.devices),

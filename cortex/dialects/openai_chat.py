@@ -206,8 +206,8 @@ def decode(body: bytes) -> ChatCall:
         template_arguments=parsed.chat_template_kwargs or {},
     )
     include_usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
-    told = (*ignored, *tools.hosted)
-    return ChatCall(request, bool(parsed.stream), include_usage, told, num_omitted, tools.custom)
+    reported = (*ignored, *tools.hosted)
+    return ChatCall(request, bool(parsed.stream), include_usage, reported, num_omitted, tools.custom)
 
 
 def _messages(bodies: Sequence[_MessageBody]) -> tuple[Message, ...]:

@@ -130,8 +130,8 @@ def _choice(index: int, choice: _Choice, end: Finished, custom_tools: frozenset[
             ],
             "refusal": None,
         }
-    told = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": end.reason}
-    return told if end.stop_string is None else told | {"stop_reason": end.stop_string}
+    fields = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": end.reason}
+    return fields if end.stop_string is None else fields | {"stop_reason": end.stop_string}
 
 
 def _call(call: _Call, is_custom: bool) -> dict[str, Any]:

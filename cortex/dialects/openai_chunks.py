@@ -42,7 +42,7 @@ class _Alternative(msgspec.Struct):
     logprob: float
     bytes: list[Annotated[int, msgspec.Meta(ge=0, le=255)]] | None = None
 
-    def told(self) -> TokenLogprob:
+    def token_logprob(self) -> TokenLogprob:
         """Return it as an event carries it."""
         utf8 = bytes(self.bytes) if self.bytes is not None else self.token.encode("utf-8", "replace")
         return TokenLogprob(self.token, utf8, self.logprob)
@@ -51,10 +51,10 @@ class _Alternative(msgspec.Struct):
 class _Token(_Alternative):
     top_logprobs: list[_Alternative] | None = None
 
-    def told(self) -> TokenLogprob:
+    def token_logprob(self) -> TokenLogprob:
         """Return it as an event carries it."""
-        alternatives = tuple(token.told() for token in self.top_logprobs or ())
-        return msgspec.structs.replace(super().told(), top=alternatives)
+        alternatives = tuple(token.token_logprob() for token in self.top_logprobs or ())
+        return msgspec.structs.replace(super().token_logprob(), top=alternatives)
 
 
 class _Logprobs(msgspec.Struct):
@@ -189,7 +189,7 @@ class ChunkReader:
             events.append(ReasoningDelta(thought))
         logprobs = choice.logprobs.content if choice.logprobs is not None else None
         if (text := delta.content or delta.refusal or "") or logprobs:
-            events.append(TextDelta(text, logprobs=tuple(token.told() for token in logprobs or ())))
+            events.append(TextDelta(text, logprobs=tuple(token.token_logprob() for token in logprobs or ())))
         for place, call in enumerate(delta.tool_calls or ()):
             if call.index is None and choice.message is not None:
                 call.index = place  # a whole answer has each call once
@@ -255,7 +255,7 @@ def _error(raw: msgspec.Raw) -> ErrorInfo:
     return ErrorInfo(status, code, body.message or "The node failed.", body.param)
 
 
-def _reason(told: str | None, called: bool) -> FinishReason:
-    if told == "length":
+def _reason(reported: str | None, called: bool) -> FinishReason:
+    if reported == "length":
         return FinishReason.LENGTH
-    return FinishReason.TOOL_CALLS if called or told in ("tool_calls", "function_call") else FinishReason.STOP
+    return FinishReason.TOOL_CALLS if called or reported in ("tool_calls", "function_call") else FinishReason.STOP

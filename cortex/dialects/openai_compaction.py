@@ -105,12 +105,12 @@ class Compaction:
     def answer(self, response: bytes) -> bytes:
         """Return the compaction that a response makes. Raises :class:`UpstreamError` if it has no whole text."""
         try:
-            told = msgspec.json.decode(response, type=_Response)
+            answered = msgspec.json.decode(response, type=_Response)
         except msgspec.DecodeError:
             raise UpstreamError("The node's answer is no response, so nothing was compacted.") from None
-        if told.status not in (None, "completed"):
+        if answered.status not in (None, "completed"):
             raise UpstreamError("The summary was not written to its end, so nothing was compacted.")
-        texts = [part.text or "" for item in told.output if item.type == "message" for part in item.content or ()]
+        texts = [part.text or "" for item in answered.output if item.type == "message" for part in item.content or ()]
         summary = "".join(texts).strip()
         if not summary:
             raise UpstreamError("The model wrote no summary, so nothing was compacted.")
@@ -126,7 +126,7 @@ class Compaction:
                 "object": "response.compaction",
                 "created_at": int(time.time()),
                 "output": [*kept, {"type": "compaction", "id": f"cmp_{id}", "encrypted_content": seal(summary)}],
-                "usage": orjson.Fragment(bytes(told.usage)),
+                "usage": orjson.Fragment(bytes(answered.usage)),
             }
         )
 

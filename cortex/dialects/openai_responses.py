@@ -48,14 +48,14 @@ class ResponsesCall(msgspec.Struct, frozen=True):
 
     def echoed(self, context: ResponseContext) -> bytes:
         """Return :attr:`echo` with what a gateway does, which the request's own fields are not true of."""
-        told = {
+        members = {
             "store": context.store,
             "previous_response_id": context.previous_response_id,
             "background": context.background,
             "conversation": {"id": context.conversation} if context.conversation else None,
         }
-        told = {name: value for name, value in told.items() if value}
-        return msgspec.json.encode(_FIELDS_DECODER.decode(self.echo) | told) if told else self.echo
+        members = {name: value for name, value in members.items() if value}
+        return msgspec.json.encode(_FIELDS_DECODER.decode(self.echo) | members) if members else self.echo
 
 
 class _Format(msgspec.Struct):

@@ -78,7 +78,7 @@ def _operation(one: Operation, by_type: Mapping[type, Schema]) -> Schema:
         "description": "An error, in the words of the path's dialect.",
         "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{error_name}"}}},
     }
-    told: Schema = {
+    operation: Schema = {
         "summary": one.summary,
         "responses": {"200": {"description": "The answer.", "content": content}, "4XX": error, "5XX": error},
     }
@@ -88,10 +88,10 @@ def _operation(one: Operation, by_type: Mapping[type, Schema]) -> Schema:
     ]
     parameters += [{"name": name, "in": "query", "schema": value} for name, value in one.query.items()]
     if parameters:
-        told["parameters"] = parameters
+        operation["parameters"] = parameters
     if one.body is not None:
-        told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema(one.body)}}}
-    return told
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema(one.body)}}}
+    return operation
 
 
 def _anything(kind: type) -> Schema:

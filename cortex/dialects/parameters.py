@@ -290,31 +290,31 @@ def _is_same(value: object, neutral: object) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-MAX_TOLD = 16
-MAX_TOLD_CHARS = 80
+MAX_NAMES = 16
+MAX_NAME_CHARS = 80
 
 
 def ignored_header(names: Iterable[str]) -> bytes:
     """Return the names as a header has them: each once, in ASCII that cannot end a header, and not too many."""
-    told: list[str] = []
+    shown: list[str] = []
     for name in names:
-        plain = "".join(c if c.isascii() and (c.isalnum() or c in "_-.[]=?") else "?" for c in name)[:MAX_TOLD_CHARS]
-        if plain and plain not in told:
-            told.append(plain)
-    if len(told) > MAX_TOLD:
-        told[MAX_TOLD:] = ["..."]
-    return ", ".join(told).encode()
+        plain = "".join(c if c.isascii() and (c.isalnum() or c in "_-.[]=?") else "?" for c in name)[:MAX_NAME_CHARS]
+        if plain and plain not in shown:
+            shown.append(plain)
+    if len(shown) > MAX_NAMES:
+        shown[MAX_NAMES:] = ["..."]
+    return ", ".join(shown).encode()
 
 
-def told(name: bytes, value: bytes) -> str:
-    """Return a header of a node's that goes on to a client, as text that can be one."""
+def forwarded_header(name: bytes, value: bytes) -> str:
+    """Return the value of a node's header as the client gets it: text that cannot end a header."""
     if name == IGNORED:
         return ignored_header(one.strip() for one in value.decode("latin-1").split(",")).decode()
     return value.decode() if value.isdigit() and len(value) < 10 else "0"
 
 
-def tell(headers: dict[bytes, bytes], name: bytes, value: bytes) -> None:
-    """Add to the headers of an answer what ``name`` says, to what it says already."""
+def add_header(headers: dict[bytes, bytes], name: bytes, value: bytes) -> None:
+    """Set the header ``name`` of an answer; ignored names are added to those that it has."""
     if name == IGNORED and name in headers:
         value = headers[name] + b"," + value
-    headers[name] = told(name, value).encode()
+    headers[name] = forwarded_header(name, value).encode()

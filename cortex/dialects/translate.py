@@ -143,14 +143,14 @@ def _read_messages(body: bytes, name: str) -> Reading:
     return Reading(call.request, call.stream, make, call.ignored, call.num_omitted)
 
 
-def _read_count(call: MessagesCall | ResponsesCall, told: dict[str, str]) -> Reading:
+def _read_count(call: MessagesCall | ResponsesCall, extra: dict[str, str]) -> Reading:
     """Ask for one token: its usage has the engine's own count, and its cache then has the prompt.
 
-    ``told`` is what the answer says beside the count.
+    The answer has the members of ``extra`` beside the count.
     """
 
     def make() -> tuple[Projector, Callable[[], bytes]]:
-        counter = _Count(told)
+        counter = _Count(extra)
         return counter, counter.body
 
     request = msgspec.structs.replace(call.request, max_tokens=1)
@@ -180,8 +180,8 @@ def _read_responses(body: bytes, context: ResponseContext, name: str) -> Reading
 class _Count:
     """Reads off an answer how many tokens its prompt had."""
 
-    def __init__(self, told: dict[str, str]) -> None:
-        self._told = told
+    def __init__(self, extra: dict[str, str]) -> None:
+        self._extra = extra
         self._tokens = 0
 
     def sse_events(self, events: Sequence[InferenceEvent], /) -> bytes:
@@ -195,10 +195,10 @@ class _Count:
         """Return the answer. Raises :class:`UpstreamError` if the node did not say."""
         if not self._tokens:
             raise UpstreamError("The node does not say how many tokens a prompt has.")
-        return msgspec.json.encode({**self._told, "input_tokens": self._tokens})
+        return msgspec.json.encode({**self._extra, "input_tokens": self._tokens})
 
 
-def told_error(error: ErrorInfo) -> ErrorInfo:
+def translated_error(error: ErrorInfo) -> ErrorInfo:
     """Return another server's error with our code where its words say that the prompt is too long."""
     lengths = _TOO_LONG.search(error.message)
     if lengths is None:
@@ -265,20 +265,22 @@ def chat_body(request: InferenceRequest, *, stream: bool) -> bytes:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    told: dict[str, Any] = {"role": str(message.role), "content": _content(message)}
+    encoded: dict[str, Any] = {"role": str(message.role), "content": _content(message)}
     if message.tool_calls:
-        told["content"] = told["content"] or None
-        told["tool_calls"] = [
+        encoded["content"] = encoded["content"] or None
+        encoded["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.tool_calls
         ]
     if message.tool_call_id is not None:
-        told["tool_call_id"] = message.tool_call_id
+        encoded["tool_call_id"] = message.tool_call_id
     if message.name is not None:
-        told["name"] = message.name
+        encoded["name"] = message.name
     if message.reasoning is not None:
-        told["reasoning_content"] = told["reasoning"] = message.reasoning  # newer servers read the shorter name alone
-    return told
+        encoded["reasoning_content"] = encoded["reasoning"] = (
+            message.reasoning
+        )  # newer servers read the shorter name alone
+    return encoded
 
 
 def _content(message: Message) -> str | list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def readable(
         if at >= newest and message.role is Role.USER:
             raise _refusal(unseen[0], model, seeing, param)
         num_omitted += len(unseen)
-        found.append(msgspec.structs.replace(message, content=_told(message.content, images)))
+        found.append(msgspec.structs.replace(message, content=_replaced(message.content, images)))
     return tuple(found), num_omitted
 
 
@@ -48,26 +48,26 @@ def _is_unseen(part: Part, images: bool) -> bool:
     return isinstance(part, MediaPart) or (isinstance(part, ImagePart) and not images)
 
 
-def _told(parts: Sequence[Part], images: bool) -> str | tuple[Part, ...]:
+def _replaced(parts: Sequence[Part], images: bool) -> str | tuple[Part, ...]:
     """Return the parts with a line of text for each that cannot be taken."""
-    told: list[Part] = []
+    replaced: list[Part] = []
     for part in parts:
         if _is_unseen(part, images):
             kind = part.kind if isinstance(part, MediaPart) else "image"
             takes = "text and images" if images and kind != "image" else "text only"
-            told.append(TextPart(f"[{kind} omitted: this model takes {takes}]"))
+            replaced.append(TextPart(f"[{kind} omitted: this model takes {takes}]"))
         else:
-            told.append(part)
-    if all(isinstance(part, TextPart) for part in told):
-        return _lines(told, parts)
-    return tuple(told)
+            replaced.append(part)
+    if all(isinstance(part, TextPart) for part in replaced):
+        return _lines(replaced, parts)
+    return tuple(replaced)
 
 
-def _lines(told: Sequence[Part], parts: Sequence[Part]) -> str:
+def _lines(replaced: Sequence[Part], parts: Sequence[Part]) -> str:
     """Join texts as they are, but for the lines that were put in."""
     pieces: list[str] = []
     is_at_line_start = True
-    for new, old in zip(told, parts, strict=True):
+    for new, old in zip(replaced, parts, strict=True):
         assert isinstance(new, TextPart)
         if new is old:
             pieces.append(new.text)
@@ -76,7 +76,7 @@ def _lines(told: Sequence[Part], parts: Sequence[Part]) -> str:
             pieces.append(new.text + "\n" if is_at_line_start else f"\n{new.text}\n")
             is_at_line_start = True
     text = "".join(pieces)
-    return text.removesuffix("\n") if told and told[-1] is not parts[-1] else text
+    return text.removesuffix("\n") if replaced and replaced[-1] is not parts[-1] else text
 
 
 def _refusal(part: Part, model: str, seeing: Sequence[str], param: str) -> UnsupportedParameterError:

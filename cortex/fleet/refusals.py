@@ -9,7 +9,7 @@ import re
 import orjson
 
 from cortex._fast.http_client import Response
-from cortex.dialects.translate import told_error
+from cortex.dialects.translate import translated_error
 from cortex.errors import NodeDeniedError, NotAnAnswerError, ReplyError
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
 
@@ -64,7 +64,7 @@ async def read_refusal(node: str, response: Response, stall_s: float, *, is_chat
     retry_after = response.header(b"retry-after")
     error, is_whole = read_error(response.status, body, retry_after)
     if is_chat:
-        return RemoteError(told_error(error))
+        return RemoteError(translated_error(error))
     if not is_whole:
         return RemoteError(error)
     return ReplyError(error, body)

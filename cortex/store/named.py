@@ -35,29 +35,29 @@ class NamedConversations:
         """Make a conversation of some items, and return it. Raises :class:`StoreUnavailableError`."""
         _check(items)
         id = f"{NAME}_{secrets.token_hex(24)}"
-        told = {
+        conversation = {
             "id": id,
             "object": "conversation",
             "created_at": int(time.time()),
             "metadata": metadata,
         }
-        name = StoredResponse("", msgspec.Raw(b"[]"), msgspec.Raw(orjson.dumps(told)))
+        name = StoredResponse("", msgspec.Raw(b"[]"), msgspec.Raw(orjson.dumps(conversation)))
         await self._conversations.put(id, name)
         if items:
             await self.add_items(id, items)
-        return told
+        return conversation
 
     async def get(self, id: str) -> dict[str, Any]:
         """Return a conversation. Raises :class:`ConversationNotFoundError`, as all below do."""
-        told: dict[str, Any] = orjson.loads(bytes((await self._conversations.name(id)).body))
-        return told
+        conversation: dict[str, Any] = orjson.loads(bytes((await self._conversations.name(id)).body))
+        return conversation
 
     async def update(self, id: str, metadata: dict[str, str]) -> dict[str, Any]:
         """Give a conversation other metadata."""
         name = await self._conversations.name(id)
-        told: dict[str, Any] = orjson.loads(bytes(name.body)) | {"metadata": metadata}
-        await self._conversations.put(id, msgspec.structs.replace(name, body=msgspec.Raw(orjson.dumps(told))))
-        return told
+        conversation: dict[str, Any] = orjson.loads(bytes(name.body)) | {"metadata": metadata}
+        await self._conversations.put(id, msgspec.structs.replace(name, body=msgspec.Raw(orjson.dumps(conversation))))
+        return conversation
 
     async def delete(self, id: str) -> None:
         """Forget the name."""

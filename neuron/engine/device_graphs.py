@@ -89,9 +89,9 @@ class DeviceGraphs:
             # then, and its pool to be in use: nothing cached would be given back to make room, ever.
             _NEVER_ENDED.append(graph)
             device = self._stream.device_index
-            for tell in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            for release in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
                 with contextlib.suppress(RuntimeError):  # it knows that much, if the capture failed elsewhere
-                    tell(device, self._pool)
+                    release(device, self._pool)
             raise
 
     def launch(self, graph: int) -> None:

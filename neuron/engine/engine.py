@@ -75,7 +75,7 @@ class _Loading:
 
     job: Load
     progress: Generator[float, None, ModelEngine | Follower]
-    told: float = 0.0
+    reported: float = 0.0
 
 
 class Engine:
@@ -322,8 +322,8 @@ class Engine:
             del error, loading.progress
             return_freed_memory(self._device)
         else:
-            if fraction == 0 or fraction - loading.told >= 0.05:
-                loading.told = fraction
+            if fraction == 0 or fraction - loading.reported >= 0.05:
+                loading.reported = fraction
                 self._send(Progress(job.job, fraction))
 
     def _unload(self, job: Unload) -> None:

@@ -169,10 +169,10 @@ class GraphRunner(Runner):
             self._last_ids = last
             if plan.num_steps == 1:
                 self._graphs.launch(bucket.graph)
-            told = self._published
-            tokens = told.seen[place : place + plan.num_steps, :count]
-            first = told.tokens[place, :count]
-            return _GraphStep(self._graphs, bucket.graph, first, tokens, told.all_ended, self._no_hidden)
+            published = self._published
+            tokens = published.seen[place : place + plan.num_steps, :count]
+            first = published.tokens[place, :count]
+            return _GraphStep(self._graphs, bucket.graph, first, tokens, published.all_ended, self._no_hidden)
         self._graphs.launch(bucket.graph)
         assert bucket.logits is not None
         ids = self.sampler.sample(bucket.logits[:count], plan.slots, plan.num_output)

@@ -24,9 +24,9 @@ def find_architecture(name: str, class_names: tuple[str, ...] | None, where: obj
     """
     found = ARCHITECTURES.get(name)
     if found is None or (class_names is not None and not set(class_names) & _class_names(found)):
-        told = f"{name} ({', '.join(class_names)})" if class_names else name
+        names = f"{name} ({', '.join(class_names)})" if class_names else name
         raise UnsupportedArchitectureError(
-            f"{where}: architecture {told!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
+            f"{where}: architecture {names!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     return found
 

@@ -346,22 +346,22 @@ def left_out(request: InferenceRequest) -> list[str]:
 
     What it takes hangs on what the client wrote: it is work for a text process, within its limits.
     """
-    told = []
+    paths = []
     asked = request.output_format
     mode = request.tool_choice.mode
     with contextlib.suppress(InvalidSchemaError, ValueError, RecursionError):
         if asked.kind is FormatKind.JSON_SCHEMA and len(asked.source) <= MAX_SOURCE_BYTES:
             schema = json.loads(asked.source)
             if not is_deeper(schema, MAX_SCHEMA_DEPTH):
-                told += [f"response_format.{keyword}" for keyword in PreparedSchema(schema).left_out]
+                paths += [f"response_format.{keyword}" for keyword in PreparedSchema(schema).left_out]
         if mode in {ToolMode.REQUIRED, ToolMode.NAMED} or (
             asked.kind is not FormatKind.TEXT and mode is not ToolMode.NONE
         ):
             for index, tool in enumerate(request.tools):
                 if not is_deeper(tool.parameters, MAX_SCHEMA_DEPTH):
                     keywords = PreparedSchema({"type": "object", **tool.parameters}).left_out
-                    told += [f"tools[{index}].parameters.{keyword}" for keyword in keywords]
-    return told
+                    paths += [f"tools[{index}].parameters.{keyword}" for keyword in keywords]
+    return paths
 
 
 _Link = tuple["_Link | None", str]

@@ -287,8 +287,8 @@ class ToolCallParser:
             return body == END and self._end_call("")
         return self._end_call(body.removeprefix(END) if self._marker == START else body)
 
-    def _put_xml(self, told: Sequence[Piece], pieces: list[Piece]) -> None:
-        pieces += [self._opened + piece if isinstance(piece, str) else piece for piece in told]
+    def _put_xml(self, inner: Sequence[Piece], pieces: list[Piece]) -> None:
+        pieces += [self._opened + piece if isinstance(piece, str) else piece for piece in inner]
 
     def _go(self, state: Callable[[list[Piece]], bool], pending: str) -> bool:
         self._state, self._pending = state, pending

@@ -60,63 +60,63 @@ class XmlCall:
     def feed(self, text: str) -> list[Piece]:
         """Return what has become certain."""
         self._pending += text
-        told: list[Piece] = []
-        while not self.ended and self._state(told):
+        pieces: list[Piece] = []
+        while not self.ended and self._state(pieces):
             pass
-        return told
+        return pieces
 
     def close(self, *, cut: bool) -> list[Piece]:
         """Return what was held back. Of a call that was not cut, only the closing tags are missing."""
-        told: list[Piece] = []
+        pieces: list[Piece] = []
         if self.ended:
             pass
         elif not self.is_call:
-            told.append(self._pending)
+            pieces.append(self._pending)
         else:
             while not self.ended and (
-                self._value(told, final=True) if self._state == self._value else self._state(told)
+                self._value(pieces, final=True) if self._state == self._value else self._state(pieces)
             ):
                 pass
             if not self.ended and self._state == self._value:
-                self._put(self._pending, told)
+                self._put(self._pending, pieces)
                 if not cut:
-                    self._close_value(told)
+                    self._close_value(pieces)
             if not self.ended and not cut:
-                told += [CallArguments("}" if self._given else "{}"), CallEnds()]
+                pieces += [CallArguments("}" if self._given else "{}"), CallEnds()]
         self.ended = True
-        return told
+        return pieces
 
-    def _function(self, told: list[Piece]) -> bool:
-        return self._named(FUNCTION, told, self._begin)
+    def _function(self, pieces: list[Piece]) -> bool:
+        return self._named(FUNCTION, pieces, self._begin)
 
-    def _begin(self, name: str, told: list[Piece]) -> None:
+    def _begin(self, name: str, pieces: list[Piece]) -> None:
         self._schema = self._schemas.get(name, {})
         self._names = property_names(self._schema)
         self.is_call = True
-        told.append(CallBegins(name))
+        pieces.append(CallBegins(name))
         self._state = self._between
 
-    def _between(self, told: list[Piece]) -> bool:
+    def _between(self, pieces: list[Piece]) -> bool:
         self._pending = self._pending.lstrip()
         if self._pending.startswith(FUNCTION_END):
-            return self._end(told, self._pending[len(FUNCTION_END) :])
+            return self._end(pieces, self._pending[len(FUNCTION_END) :])
         if self._pending.startswith(PARAMETER):
-            return self._named(PARAMETER, told, self._open_parameter)
+            return self._named(PARAMETER, pieces, self._open_parameter)
         if any(tag.startswith(self._pending) for tag in (PARAMETER, FUNCTION_END)):
             return False
-        return self._end(told, self._pending)  # something else: the call is over
+        return self._end(pieces, self._pending)  # something else: the call is over
 
-    def _open_parameter(self, name: str, told: list[Piece]) -> None:
+    def _open_parameter(self, name: str, pieces: list[Piece]) -> None:
         start = ", " if self._given else "{"
         self._given.add(name)
         self._name = name
         self._is_string = kinds_of(property_schema(self._schema, name), self._schema) == ("string",)
         self._state = self._value
-        told.append(CallArguments(f"{start}{_json(name)}: " + ('"' if self._is_string else "")))
+        pieces.append(CallArguments(f"{start}{_json(name)}: " + ('"' if self._is_string else "")))
         # The template writes each value on lines of its own.
         self._skips_newline = self._is_empty = True
 
-    def _value(self, told: list[Piece], *, final: bool = False) -> bool:
+    def _value(self, pieces: list[Piece], *, final: bool = False) -> bool:
         if self._skips_newline and self._pending:
             # The line end before a tag that closes an empty value at once is the one behind the opening tag.
             self._pending = self._pending.removeprefix("\n")
@@ -126,14 +126,14 @@ class XmlCall:
         found = self._find_end(final)
         if found is None:
             keep = held_back(self._pending, _TAGS)
-            self._take(len(self._pending) - keep, told)
+            self._take(len(self._pending) - keep, pieces)
             return False
         at, rest = found
-        self._take(at, told)
+        self._take(at, pieces)
         if rest is None:
             return False  # what follows will say
         self._pending = self._pending[rest - at :]
-        self._close_value(told)
+        self._close_value(pieces)
         self._state = self._between
         return True
 
@@ -169,44 +169,44 @@ class XmlCall:
             return name in self._names and name not in self._given
         return begins_line and name not in self._given
 
-    def _take(self, length: int, told: list[Piece]) -> None:
-        self._put(self._pending[:length], told)
+    def _take(self, length: int, pieces: list[Piece]) -> None:
+        self._put(self._pending[:length], pieces)
         self._pending = self._pending[length:]
         self._is_empty = self._is_empty and not length
 
-    def _put(self, text: str, told: list[Piece]) -> None:
+    def _put(self, text: str, pieces: list[Piece]) -> None:
         if not text:
             return
         if self._is_string:
-            told.append(CallArguments(_quoted(text)))
+            pieces.append(CallArguments(_quoted(text)))
         else:
             self._parts.append(text)
 
-    def _close_value(self, told: list[Piece]) -> None:
+    def _close_value(self, pieces: list[Piece]) -> None:
         if self._is_string:
-            told.append(CallArguments('"'))
+            pieces.append(CallArguments('"'))
             return
         text = "".join(self._parts)
         self._parts.clear()
-        told.append(CallArguments(as_json(text, property_schema(self._schema, self._name), self._schema)))
+        pieces.append(CallArguments(as_json(text, property_schema(self._schema, self._name), self._schema)))
 
-    def _named(self, tag: str, told: list[Piece], then: Callable[[str, list[Piece]], None]) -> bool:
+    def _named(self, tag: str, pieces: list[Piece], then: Callable[[str, list[Piece]], None]) -> bool:
         """Read ``<tag=NAME>``, which the pending text begins with."""
         name, closed, rest = self._pending[len(tag) :].partition(">")
         if (name or closed) and not _NAME.fullmatch(name):
             if self.is_call:
-                return self._end(told, self._pending)
-            told.append(self._pending)
+                return self._end(pieces, self._pending)
+            pieces.append(self._pending)
             self.ended = True
             return False
         if not closed:
             return False
         self._pending = rest
-        then(name.strip(), told)
+        then(name.strip(), pieces)
         return True
 
-    def _end(self, told: list[Piece], rest: str) -> bool:
-        told += [CallArguments("}" if self._given else "{}"), CallEnds()]
+    def _end(self, pieces: list[Piece], rest: str) -> bool:
+        pieces += [CallArguments("}" if self._given else "{}"), CallEnds()]
         self.ended, self.rest = True, rest
         return False
 

@@ -29,14 +29,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 async def _run(test: Awaitable[None]) -> None:
-    untold: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: untold.append(context))
+    unhandled: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
     await test
     for _ in range(200):
         left = asyncio.all_tasks() - {asyncio.current_task()}
         if not left:
             gc.collect(0)  # a future whose exception nobody has seen says so as it goes
-            assert not untold, untold
+            assert not unhandled, unhandled
             return
         await asyncio.sleep(0.005)
     raise AssertionError(f"tasks left behind: {left}")

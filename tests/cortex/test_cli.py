@@ -211,10 +211,10 @@ def test_a_key_has_no_name_that_its_file_refuses(
     name: str, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["keys", f"--new={name}", *more]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(f"cortex: --new: {name!r} ")
-    assert "begins with a letter" in told.err or "is taken" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"cortex: --new: {name!r} ")
+    assert "begins with a letter" in captured.err or "is taken" in captured.err
 
 
 def test_reports_fit_a_terminal() -> None:

@@ -217,7 +217,7 @@ async def test_what_takes_too_long_is_told_in_its_dialect_and_the_exit_is_in_tim
             await until(lambda: neuron.asked or neuron.loads)
             await asyncio.sleep(0.5)  # beyond the moment for which headers are held back
             process.send_signal(signal.SIGTERM)
-            told_at = asyncio.get_running_loop().time()
+            sent_at = asyncio.get_running_loop().time()
             reply = await asking
             if stream:
                 *_, last, rest = reply.content.split(b"\n\n")
@@ -232,7 +232,7 @@ async def test_what_takes_too_long_is_told_in_its_dialect_and_the_exit_is_in_tim
                 async with httpx.AsyncClient() as late:
                     await late.get(f"http://127.0.0.1:{port}/health")
             assert await asyncio.to_thread(process.wait, 15) == 0
-            assert asyncio.get_running_loop().time() - told_at < 6
+            assert asyncio.get_running_loop().time() - sent_at < 6
         finally:
             if process.poll() is None:
                 process.kill()

@@ -236,9 +236,9 @@ async def test_a_broken_stream_ends_in_an_error_of_its_dialect(how: str, path: s
             first, second = (block.split(b"\ndata: ") for block in ending.strip().split(b"\n\n"))
             assert first[0] == b"event: error"
             assert second[0] == b"event: response.failed"
-            told, failed = json.loads(first[1]), json.loads(second[1])
-            assert (told["sequence_number"], failed["sequence_number"]) == (2, 3)
-            assert told["code"] == told["error"]["code"] == expected
+            failure, failed = json.loads(first[1]), json.loads(second[1])
+            assert (failure["sequence_number"], failed["sequence_number"]) == (2, 3)
+            assert failure["code"] == failure["error"]["code"] == expected
             assert failed["response"]["id"] == "resp_1"
             assert failed["response"]["status"] == "failed"
             assert failed["response"]["error"]["code"] == "server_error"
@@ -292,15 +292,15 @@ async def test_a_stream_that_is_complete_may_lose_its_connection() -> None:
 
 
 async def test_a_nodes_own_error_sse_event_is_the_only_one() -> None:
-    told = b'data: {"error":{"message":"lost","type":"server_error","param":null,"code":"device_worker_lost"}}\n\n'
+    failure = b'data: {"error":{"message":"lost","type":"server_error","param":null,"code":"device_worker_lost"}}\n\n'
 
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
-        await line.chunk(CHAT_STREAM[0] + told)
+        await line.chunk(CHAT_STREAM[0] + failure)
         await line.end()
 
     async with rig(FakeNode(script=script).ready("m")) as gateway:
-        assert (await gateway.chat(stream=True).end()).body == CHAT_STREAM[0] + told
+        assert (await gateway.chat(stream=True).end()).body == CHAT_STREAM[0] + failure
 
 
 @pytest.mark.parametrize("how", ["cut", "short", "silent"])

@@ -42,7 +42,7 @@ async def warm(gateway: Rig, **fields: Any) -> None:
     assert (await gateway.chat(**fields).end()).status == 200
 
 
-async def told(gateway: Rig, neuron: FakeNode, caplog: pytest.LogCaptureFixture, **request: Any) -> dict[str, Any]:
+async def observed(gateway: Rig, neuron: FakeNode, caplog: pytest.LogCaptureFixture, **request: Any) -> dict[str, Any]:
     """Ask twice; return all that anybody is told of the second request."""
     await warm(gateway)
     neuron.asked.clear()
@@ -78,7 +78,7 @@ async def test_nobody_can_tell_which_path_a_request_took(
         async with rig(neuron, keys=keys, aliases={"other": "m"}, interface=interface) as gateway:
             request = {"body": {**CHAT, "model": "other" if alias else "m"}}
             request["headers"] = {"x-request-id": "r2", **AUTHORIZED}
-            seen.append(await told(gateway, neuron, caplog, **request))
+            seen.append(await observed(gateway, neuron, caplog, **request))
             slow = SlowPath(gateway, monkeypatch)
             assert (await gateway.call("POST", "/v1/chat/completions", **request).end()).status == 200
             assert slow.count == (interface == "slow")

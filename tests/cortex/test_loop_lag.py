@@ -11,14 +11,14 @@ from neuron import metrics as neuron_metrics
 
 
 async def test_what_holds_a_loop_up_shows() -> None:
-    told: list[float] = []
-    watching = asyncio.ensure_future(watch_lag(told.append, 0.01))
-    await until(lambda: told)
+    lags: list[float] = []
+    watching = asyncio.ensure_future(watch_lag(lags.append, 0.01))
+    await until(lambda: lags)
     time.sleep(0.3)
-    num_before = len(told)
-    await until(lambda: len(told) > num_before)
-    assert max(told) > 0.2
-    assert min(told) >= 0
+    num_before = len(lags)
+    await until(lambda: len(lags) > num_before)
+    assert max(lags) > 0.2
+    assert min(lags) >= 0
     watching.cancel()
 
 

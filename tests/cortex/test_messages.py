@@ -102,17 +102,17 @@ async def test_a_node_that_does_not_speak_the_dialect_is_not_asked() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_nodes_overload_goes_to_another_replica(stream: bool) -> None:
-    told = b'{"type":"error","error":{"type":"overloaded_error","message":"full","details":{"error_code":"x"}}}'
+    failure = b'{"type":"error","error":{"type":"overloaded_error","message":"full","details":{"error_code":"x"}}}'
 
     async def full(asked: Asked, line: Line) -> None:
-        await line.reply(529, told, "retry-after: 3")
+        await line.reply(529, failure, "retry-after: 3")
 
     first, second = FakeNode("a", script=full).ready("m"), FakeNode("b").ready("m")
     async with rig(first, second) as gateway:
         assert (await gateway.call("POST", MESSAGES, BODY | {"stream": stream}).end()).status == 200
         second.script = full
         call = await gateway.call("POST", MESSAGES, BODY | {"stream": stream}).end()
-    assert (call.status, call.body, call.headers["retry-after"]) == (529, told, "3")
+    assert (call.status, call.body, call.headers["retry-after"]) == (529, failure, "3")
 
 
 async def test_a_node_that_lost_the_model_is_believed_in_this_dialect_too() -> None:
@@ -152,15 +152,15 @@ async def test_a_broken_stream_ends_in_an_error_event(how: str) -> None:
 
 
 async def test_a_nodes_error_event_is_the_only_one() -> None:
-    told = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"lost"}}\n\n'
+    failure = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"lost"}}\n\n'
 
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
-        await line.chunk(MESSAGES_STREAM[0] + told)
+        await line.chunk(MESSAGES_STREAM[0] + failure)
         await line.end()
 
     async with rig(FakeNode(script=script).ready("m")) as gateway:
-        assert (await gateway.call("POST", MESSAGES, STREAM).end()).body == MESSAGES_STREAM[0] + told
+        assert (await gateway.call("POST", MESSAGES, STREAM).end()).body == MESSAGES_STREAM[0] + failure
 
 
 async def test_a_silence_is_filled_with_pings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ async def test_a_scrape_has_all_and_counts_none_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "events", "told"),
+    ("path", "events", "expected"),
     [
         (
             "/v1/chat/completions",
@@ -171,7 +171,7 @@ async def test_a_scrape_has_all_and_counts_none_twice() -> None:
     ],
 )
 async def test_a_stream_that_ends_in_an_error_is_written_down_as_its_client_saw_it(
-    path: str, events: tuple[bytes, ...], told: tuple[int, str], caplog: pytest.LogCaptureFixture
+    path: str, events: tuple[bytes, ...], expected: tuple[int, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "cortex")
 
@@ -190,7 +190,7 @@ async def test_a_stream_that_ends_in_an_error_is_written_down_as_its_client_saw_
             "cortex_completion_tokens_total", model="m", node="a", dialect=f"openai-{path[4:].split('/')[0]}"
         )
     (record,) = (record for record in caplog.records if record.name == "cortex.request")
-    assert (record.fields["status"], record.fields["finish"]) == told
+    assert (record.fields["status"], record.fields["finish"]) == expected
     num_tokens = record.fields["tokens_out"]
     assert num_tokens in (1, 2)
     assert out in (0, num_tokens)

@@ -403,13 +403,13 @@ async def test_a_stream_that_does_not_end_is_told_after_the_drain_timeout(tmp_pa
             "POST", gateway.url + "/v1/chat/completions", json={"model": "m", "stream": True}
         )
         reply = await client.send(request, stream=True)
-        told_at = asyncio.get_running_loop().time()
+        sent_at = asyncio.get_running_loop().time()
         gateway.process.send_signal(signal.SIGTERM)
         *_, last, rest = (await reply.aread()).split(b"\n\n")
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "gateway_stopped"
         assert not rest
         await asyncio.to_thread(gateway.process.wait, STOP_TIMEOUT_S)
-        assert 1 <= asyncio.get_running_loop().time() - told_at < 5
+        assert 1 <= asyncio.get_running_loop().time() - sent_at < 5
         await until(lambda: neuron.num_left == 1)
 
 

@@ -30,14 +30,14 @@ class Manager:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(address.replace("@", "\0", 1))
         self._socket.setblocking(False)
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
-    def heard(self, message: str) -> int:
+    def count(self, message: str) -> int:
         """Return how often it was told so until now."""
         with contextlib.suppress(BlockingIOError):
             while True:
-                self.told.append(self._socket.recv(4096).decode())
-        return self.told.count(message)
+                self.messages.append(self._socket.recv(4096).decode())
+        return self.messages.count(message)
 
     def close(self) -> None:
         self._socket.close()
@@ -61,7 +61,7 @@ def test_a_message_goes_to_a_path_or_an_abstract_name_and_to_nobody_in_silence(s
     for address in (str(short_path / "n"), f"@helexa-test-{os.getpid()}"):
         manager = Manager(address)
         assert systemd.notify("X=1", {"NOTIFY_SOCKET": address})
-        assert manager.heard("X=1") == 1
+        assert manager.count("X=1") == 1
         manager.close()
     assert not systemd.notify("X=1", {})
     for nobody in (str(short_path / "nobody"), f"/tmp/{'long/' * 60}nobody"):
@@ -85,11 +85,11 @@ async def test_a_loop_that_hangs_falls_silent(manager: Manager) -> None:
     pulse = asyncio.create_task(systemd.stay_alive(environment))
     try:
         async with asyncio.timeout(5):
-            while manager.heard(systemd.ALIVE) < 3:
+            while manager.count(systemd.ALIVE) < 3:
                 await asyncio.sleep(0.005)
-        before = manager.heard(systemd.ALIVE)
+        before = manager.count(systemd.ALIVE)
         __import__("time").sleep(0.2)
-        assert manager.heard(systemd.ALIVE) == before
+        assert manager.count(systemd.ALIVE) == before
     finally:
         pulse.cancel()
     await asyncio.wait_for(systemd.stay_alive({}), 1)
@@ -110,13 +110,13 @@ async def test_the_gateway_says_that_it_is_ready_alive_and_stopping(
             stdout=subprocess.DEVNULL,
         )
         try:
-            await asyncio.to_thread(daemons.until, lambda: manager.heard(systemd.READY) == workers)
-            await asyncio.to_thread(daemons.until, lambda: manager.heard(systemd.ALIVE) > 2 * workers)
-            assert manager.heard(systemd.STOPPING) == 0
+            await asyncio.to_thread(daemons.until, lambda: manager.count(systemd.READY) == workers)
+            await asyncio.to_thread(daemons.until, lambda: manager.count(systemd.ALIVE) > 2 * workers)
+            assert manager.count(systemd.STOPPING) == 0
         finally:
             process.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(process.wait, 15) == 0
-        assert manager.heard(systemd.STOPPING) == 1
+        assert manager.count(systemd.STOPPING) == 1
 
 
 def test_the_neuron_says_that_it_is_ready_alive_and_stopping(tmp_path: pathlib.Path, manager: Manager) -> None:
@@ -124,11 +124,11 @@ def test_the_neuron_says_that_it_is_ready_alive_and_stopping(tmp_path: pathlib.P
     arguments = ("--devices", "cpu", "--listen", f"127.0.0.1:{port}")
     environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "600000"}
     with daemons.daemon("neuron", *arguments, port=port, log=tmp_path / "log", **environment) as node:
-        daemons.until(lambda: manager.heard(systemd.READY) == 1)
+        daemons.until(lambda: manager.count(systemd.READY) == 1)
         assert node.get("/version")["name"] == "neuron"
-        daemons.until(lambda: manager.heard(systemd.ALIVE) > 2)
-        assert manager.heard(systemd.STOPPING) == 0
-    assert manager.heard(systemd.STOPPING) == 1
+        daemons.until(lambda: manager.count(systemd.ALIVE) > 2)
+        assert manager.count(systemd.STOPPING) == 0
+    assert manager.count(systemd.STOPPING) == 1
 
 
 async def test_the_gateway_takes_the_socket_that_it_is_handed(tmp_path: pathlib.Path) -> None:

@@ -128,10 +128,10 @@ async def test_each_request_is_a_span_between_its_caller_and_its_node(caplog: py
         (span.trace_id.hex(), span.span_id.hex()) for span in (first, second)
     ]
     assert [row["trace"] for row in logged(caplog)] == [span.trace_id.hex() for span in collector.spans]
-    told = {one.key: one.value for one in first.attributes}
-    assert told["gen_ai.request.model"].string_value == "m"
-    assert told["gen_ai.usage.output_tokens"].int_value == 2
-    assert told["http.response.status_code"].int_value == 200
+    attributes = {one.key: one.value for one in first.attributes}
+    assert attributes["gen_ai.request.model"].string_value == "m"
+    assert attributes["gen_ai.usage.output_tokens"].int_value == 2
+    assert attributes["http.response.status_code"].int_value == 200
     assert {one.key: one.value.string_value for one in third.attributes}["helexa.finish"] == "model_not_found"
     assert first.end_time_unix_nano > first.start_time_unix_nano
     assert tracing.begin("x", headers(None, None)) is None, "after the end none is begun"

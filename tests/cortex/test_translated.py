@@ -58,7 +58,7 @@ async def test_the_other_replica_is_asked_in_its_own_dialect() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "code", "told", "expected"),
+    ("path", "body", "status", "code", "client_status", "expected"),
     [
         ("/v1/messages", MESSAGES, 400, "bad", 400, {"type": "invalid_request_error", "message": "told bad"}),
         ("/v1/messages", MESSAGES, 429, "slow", 429, {"type": "rate_limit_error", "message": "told slow"}),
@@ -69,13 +69,13 @@ async def test_the_other_replica_is_asked_in_its_own_dialect() -> None:
     ],
 )
 async def test_errors_are_in_the_callers_dialect(
-    path: str, body: dict[str, Any], status: int, code: str, told: int, expected: dict[str, str]
+    path: str, body: dict[str, Any], status: int, code: str, client_status: int, expected: dict[str, str]
 ) -> None:
     node = chat_only()
     node.script = error(status, code)
     async with rig(node) as gateway:
         call = await gateway.call("POST", path, body).end()
-    assert call.status == told
+    assert call.status == client_status
     assert expected.items() <= call.json()["error"].items()
     assert gateway.in_flight == 0
 

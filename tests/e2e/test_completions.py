@@ -20,13 +20,13 @@ def test_a_prompt_is_scored_as_it_would_be_written(gateway: daemons.Daemon) -> N
     whole = prompt + written["text"]
     read = complete(gateway, whole, logprobs=1, echo=True, max_tokens=0)["choices"][0]
     assert read["text"] == whole
-    told, scored = written["logprobs"], read["logprobs"]
+    echoed, scored = written["logprobs"], read["logprobs"]
     assert "".join(scored["tokens"]) == whole
     assert scored["token_logprobs"][0] is None
     assert scored["top_logprobs"][0] is None
-    assert scored["tokens"][-8:] == told["tokens"]
+    assert scored["tokens"][-8:] == echoed["tokens"]
     # One token at a time rounds otherwise than all at once, where weights are of four bits.
-    assert scored["token_logprobs"][-8:] == pytest.approx(told["token_logprobs"], abs=0.1)
+    assert scored["token_logprobs"][-8:] == pytest.approx(echoed["token_logprobs"], abs=0.1)
     # Each was the likeliest: by the very number, as lm-eval asks it.
     for own, top in zip(scored["token_logprobs"][-8:], scored["top_logprobs"][-8:], strict=True):
         assert own == max(top.values())

@@ -34,8 +34,8 @@ def test_a_configuration_can_be_checked_without_serving(
     assert capsys.readouterr().out == "neuron: the configuration is right, models: 1\n"
     path.write_text("[daemon]\nlissten = 1\n")
     assert run(monkeypatch, "--config", str(path), "--check") == 2
-    told = capsys.readouterr()
-    assert (told.out, told.err) == ("", f"neuron: {path}: daemon.lissten: unknown key\n")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"neuron: {path}: daemon.lissten: unknown key\n")
 
 
 # ------------------------------------------------------------------ devices that are not here

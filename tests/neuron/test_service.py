@@ -55,7 +55,7 @@ def test_it_answers_before_anything_is_warm_and_says_what_it_waits_for() -> None
         running = asyncio.create_task(service.run(Api(service)))
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
 
-            async def told(path: str, expected: dict[str, Any]) -> None:
+            async def reports(path: str, expected: dict[str, Any]) -> None:
                 async with asyncio.timeout(10):
                     while True:
                         try:
@@ -66,15 +66,15 @@ def test_it_answers_before_anything_is_warm_and_says_what_it_waits_for() -> None
                             return
                         await asyncio.sleep(0.01)
 
-            await told("/health", {"state": "starting", "activating": ["m"]})
+            await reports("/health", {"state": "starting", "activating": ["m"]})
             device.may_start.set()
-            await told("/health", {"state": "ready", "activating": ["m"]})
+            await reports("/health", {"state": "ready", "activating": ["m"]})
             assert [model["state"] for model in (await client.get("/models")).json()["models"]] == ["loading"]
             early = await client.post("/v1/chat/completions", json=CHAT)
             assert (early.status_code, early.json()["error"]["code"]) == (503, "model_not_ready")
             assert int(early.headers["retry-after"]) >= 1
             harness.waits.set()
-            await told("/health", {"state": "ready", "activating": []})
+            await reports("/health", {"state": "ready", "activating": []})
             assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
         service.stop()
         await running

@@ -177,13 +177,13 @@ def test_units_start_serve_restart_under_load_and_end(root: pathlib.Path) -> Non
         machine.run("systemctl", "stop", "cortex.socket", "cortex", "helexa-neuron")
         for unit in ("cortex", "helexa-neuron"):
             assert (machine.show(unit, "Result"), machine.show(unit, "ExecMainStatus")) == ("success", "0")
-            told = machine.run("journalctl", "--no-pager", f"--unit={unit}")
-            assert "Traceback" not in told, told[-4000:]
+            output = machine.run("journalctl", "--no-pager", f"--unit={unit}")
+            assert "Traceback" not in output, output[-4000:]
 
 
 def _are_confined(machine: Machine) -> None:
     for unit, user in (("cortex", "cortex"), ("helexa-neuron", "neuron")):
         pid = machine.show(unit, "MainPID")
-        told = dict(line.split(":\t", 1) for line in machine.run("cat", f"/proc/{pid}/status").splitlines())
-        assert told["Uid"].split() == [machine.run("id", "--user", user).strip()] * 4
-        assert (int(told["CapBnd"], 16), told["NoNewPrivs"], told["Seccomp"]) == (0, "1", "2")
+        output = dict(line.split(":\t", 1) for line in machine.run("cat", f"/proc/{pid}/status").splitlines())
+        assert output["Uid"].split() == [machine.run("id", "--user", user).strip()] * 4
+        assert (int(output["CapBnd"], 16), output["NoNewPrivs"], output["Seccomp"]) == (0, "1", "2")

@@ -155,8 +155,8 @@ def test_another_gateway_tells_of_it_and_cancels_it(tmp_path: pathlib.Path, node
         daemons.until(lambda: first.get("/health")["in_flight"] == 0, 5)
         left = begin(one, "wait")
     with gateways(tmp_path, node, 1) as (again,):
-        told = sdk(again).responses.retrieve(left.id)
-        assert told.status == "failed", "the gateway was stopped, and has said so"
+        answered = sdk(again).responses.retrieve(left.id)
+        assert answered.status == "failed", "the gateway was stopped, and has said so"
 
 
 def test_a_gateway_that_is_killed_is_found_out(tmp_path: pathlib.Path, node: daemons.Daemon) -> None:
@@ -229,7 +229,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI, stream: bool) -> None:
     assert answer.conversation.id == conversation.id
     ask(client, "hi again", stream, conversation={"id": conversation.id}, store=False)
     client.conversations.items.create(conversation.id, items=[{"role": "user", "content": "aside"}])
-    told = ask(client, "turns", stream, conversation=conversation.id)
+    answered = ask(client, "turns", stream, conversation=conversation.id)
     expected = [
         "user:first",
         "user:hi",
@@ -239,7 +239,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI, stream: bool) -> None:
         "user:aside",
         "user:turns",
     ]
-    assert told.output_text == "|".join(expected)
+    assert answered.output_text == "|".join(expected)
     listed = list(client.conversations.items.list(conversation.id, order="asc", limit=3))
     assert len(listed) == len(expected) + 1
     assert len({item.id for item in listed}) == len(listed)
@@ -247,8 +247,8 @@ def test_a_conversation_goes_on(client: openai.OpenAI, stream: bool) -> None:
     assert aside.id is not None
     assert client.conversations.items.retrieve(aside.id, conversation_id=conversation.id) == aside
     client.conversations.items.delete(aside.id, conversation_id=conversation.id)
-    told = ask(client, "turns", stream, conversation=conversation.id)
-    assert "user:hi again|assistant:Hello|user:turns|" in told.output_text, "without the aside"
+    answered = ask(client, "turns", stream, conversation=conversation.id)
+    assert "user:hi again|assistant:Hello|user:turns|" in answered.output_text, "without the aside"
     in_background = begin(client, "hi", conversation=conversation.id)
     ended(client, in_background.id)
     assert ask(client, "turns", stream, conversation=conversation.id).output_text.endswith(

@@ -72,9 +72,9 @@ def test_codex(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, websoc
         f'base_url = "{gateway.url}/v1"\nwire_api = "responses"\nsupports_websockets = {websockets}\n'
     )
     flags = ["--skip-git-repo-check", "--json", "--dangerously-bypass-approvals-and-sandbox"]
-    told = run(codex, "exec", *flags, COMMAND, CODEX_HOME=str(tmp_path / "codex"))
+    printed = run(codex, "exec", *flags, COMMAND, CODEX_HOME=str(tmp_path / "codex"))
     assert made(tmp_path) == "scripted"
-    events = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    events = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert events[-1]["type"] == "turn.completed"
     assert events[-1]["usage"]["output_tokens"] == 15
     texts = [event["item"]["text"] for event in events if event.get("item", {}).get("type") == "agent_message"]
@@ -99,9 +99,9 @@ def test_opencode(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, dia
         "permission": {"bash": "allow"},
     }
     (tmp_path / "work" / "opencode.json").write_text(json.dumps(settings))
-    told = run(opencode, "run", "--format", "json", COMMAND, OPENCODE_DISABLE_MODELS_FETCH="1")
+    printed = run(opencode, "run", "--format", "json", COMMAND, OPENCODE_DISABLE_MODELS_FETCH="1")
     assert made(tmp_path) == "scripted"
-    events = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    events = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     texts = [event["part"]["text"] for event in events if event["type"] == "text"]
     assert texts[0] == "I run it."
     assert texts[-1].startswith("It says ")
@@ -123,13 +123,13 @@ def test_aider(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, model:
 def test_claude_code(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
     claude = installed("node_modules", ".bin", "claude")
     names = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
-    told = run(
+    printed = run(
         claude, "-p", COMMAND, "--allowedTools", "Bash", "--output-format", "json",
         ANTHROPIC_BASE_URL=gateway.url, ANTHROPIC_AUTH_TOKEN="none", DISABLE_AUTOUPDATER="1",
         CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", **dict.fromkeys(names, "claude-local"),
     )  # fmt: skip
     assert made(tmp_path) == "scripted"
-    found = json.loads(told)
+    found = json.loads(printed)
     result = found[-1] if isinstance(found, list) else found
     assert (result["subtype"], result["num_turns"]) == ("success", 2)
     assert result["result"].startswith("It says ")
@@ -145,17 +145,17 @@ def test_pi(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run, api: str)
     settings = tmp_path / "home" / ".pi" / "agent" / "models.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"providers": {"cortex": provider}}))
-    told = run(pi, "-p", "--provider", "cortex", "--model", "m", COMMAND, PI_OFFLINE="1")
+    printed = run(pi, "-p", "--provider", "cortex", "--model", "m", COMMAND, PI_OFFLINE="1")
     assert made(tmp_path) == "scripted"
-    assert told.strip().startswith("It says ")
+    assert printed.strip().startswith("It says ")
 
 
 def test_qwen_code(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
     qwen = installed("node_modules", ".bin", "qwen")
     keys = {"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": f"{gateway.url}/v1", "OPENAI_MODEL": "m"}
-    told = run(qwen, "--auth-type", "openai", "-y", "-p", COMMAND, "--output-format", "json", **keys)
+    printed = run(qwen, "--auth-type", "openai", "-y", "-p", COMMAND, "--output-format", "json", **keys)
     assert made(tmp_path) == "scripted"
-    result = json.loads(told)[-1]
+    result = json.loads(printed)[-1]
     assert (result["type"], result["is_error"]) == ("result", False)
     assert result["result"].startswith("It says ")
 
@@ -167,18 +167,18 @@ def test_continue(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> 
         "name: cortex\nversion: 0.0.1\nschema: v1\nmodels:\n  - name: cortex\n    provider: openai\n    model: m\n"
         f"    apiBase: {gateway.url}/v1\n    apiKey: none\n    roles: [chat]\n"
     )
-    told = run(cn, "-p", "--auto", "--config", str(settings), COMMAND, CONTINUE_TELEMETRY_ENABLED="0")
+    printed = run(cn, "-p", "--auto", "--config", str(settings), COMMAND, CONTINUE_TELEMETRY_ENABLED="0")
     assert made(tmp_path) == "scripted"
-    assert told.strip().startswith("It says")
+    assert printed.strip().startswith("It says")
 
 
 def test_cline(gateway: daemons.Daemon, tmp_path: pathlib.Path, run: Run) -> None:
     cline = installed("node_modules", ".bin", "cline")
     provider = "openai-compatible"
     run(cline, "auth", provider, "-k", "none", "-m", "m", "-b", f"{gateway.url}/v1")
-    told = run(cline, "-P", provider, "-m", "m", "--json", "-t", "60", COMMAND, DO_NOT_TRACK="1")
+    printed = run(cline, "-P", provider, "-m", "m", "--json", "-t", "60", COMMAND, DO_NOT_TRACK="1")
     assert made(tmp_path) == "scripted"
-    events = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    events = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert events[-1]["finishReason"] == "completed"
     assert events[-1]["text"].startswith("It says ")
 
@@ -190,13 +190,13 @@ def test_the_libraries_of_npm(gateway: daemons.Daemon, translating: daemons.Daem
     script = CLIENTS / f"{name}.mjs"
     script.write_text((HERE / "npm" / f"{name}.mjs").read_text())
     for server in (gateway, translating):
-        told = run("node", str(script), server.url)
-        assert told.splitlines()[-1].startswith("ok "), told
+        printed = run("node", str(script), server.url)
+        assert printed.splitlines()[-1].startswith("ok "), printed
 
 
 @pytest.mark.parametrize("script", ["llm", "langchain", "pydantic_ai", "tool_runner"])
 def test_libraries(gateway: daemons.Daemon, script: str, tmp_path: pathlib.Path, run: Run) -> None:
     # The newest SDK is not yet the one that other libraries take.
     python = installed("anthropic" if script == "tool_runner" else "python", "bin", "python")
-    told = run(python, str(HERE / "python" / f"try_{script}.py"), gateway.url, LLM_USER_PATH=str(tmp_path / "llm"))
-    assert told.splitlines()[-1] == "ok", told
+    printed = run(python, str(HERE / "python" / f"try_{script}.py"), gateway.url, LLM_USER_PATH=str(tmp_path / "llm"))
+    assert printed.splitlines()[-1] == "ok", printed

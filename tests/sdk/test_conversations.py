@@ -55,9 +55,9 @@ def test_tools_and_reasoning_are_part_of_it(client: openai.OpenAI, stream: bool)
     call = called.output[-1]
     assert call.type == "custom_tool_call"
     result = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "done"}
-    told = ask(client, [result], stream, tools=tools, previous_response_id=called.id)
-    assert told.output_text == "It says done"
-    turns = ask(client, "turns", previous_response_id=told.id).output_text.split("|")
+    answered = ask(client, [result], stream, tools=tools, previous_response_id=called.id)
+    assert answered.output_text == "It says done"
+    turns = ask(client, "turns", previous_response_id=answered.id).output_text.split("|")
     assert turns == [
         "user:think",
         'assistant:So: "yes" ☃',

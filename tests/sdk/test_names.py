@@ -30,7 +30,7 @@ def names_in(value: Any) -> Iterator[str]:
         yield from names_in(value.get(carrier))
 
 
-def told(reply: httpx.Response) -> set[str]:
+def names_of(reply: httpx.Response) -> set[str]:
     if not reply.headers["content-type"].startswith("text/event-stream"):
         return set(names_in(reply.json()))
     data = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
@@ -51,7 +51,7 @@ def test_an_answer_has_the_name_that_was_asked_for(url: str, path: str, name: st
         for _ in range(2):  # the second one has a connection that is open, and could go the fast path
             reply = client.post(url + path, json={"model": name, "stream": stream, **BODIES[path]})
             assert reply.status_code == 200
-            assert told(reply) == {name}
+            assert names_of(reply) == {name}
 
 
 @NAMES

@@ -406,9 +406,9 @@ def test_a_compacted_conversation_goes_on(socket_url: str, server_of_socket: dae
     found = compacted(server_of_socket, history)
     (events,) = ask(socket_url, {"input": [*found["output"], message("turns")], "tools": []})
     check_answers(events)
-    told = events[-1]["response"]["output"][0]["content"][0]["text"]
-    assert told.startswith("user:The word is slate.|user:Compress this.|")
-    assert told.endswith("|user:turns")
+    compacted_text = events[-1]["response"]["output"][0]["content"][0]["text"]
+    assert compacted_text.startswith("user:The word is slate.|user:Compress this.|")
+    assert compacted_text.endswith("|user:turns")
 
 
 @pytest.fixture

@@ -182,8 +182,8 @@ def test_reasoning_is_an_item_and_comes_back(client: openai.OpenAI, stream: bool
 def test_several_choices_and_log_probabilities(client: openai.OpenAI, stream: bool) -> None:
     choices = chat(client, "choices", stream, n=3)["choices"]
     assert [choice["message"]["content"] for choice in choices] == ["choice 0", "choice 1", "choice 2"]
-    told = chat(client, "logprobs", stream, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
-    assert [other["token"] for other in told[0]["top_logprobs"]] == ["a", "b"]
+    scores = chat(client, "logprobs", stream, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
+    assert [other["token"] for other in scores[0]["top_logprobs"]] == ["a", "b"]
 
 
 @STREAMED

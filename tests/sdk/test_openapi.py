@@ -52,16 +52,16 @@ def test_it_lists_what_the_gateway_serves() -> None:
             found = {path: set(methods) for path, methods in inner._paths.items()}
             return found | {pattern.pattern: set(methods) for pattern, methods in inner._patterns}
 
-    told = {re.sub(r"\{\w+\}", "[^/]+", path): methods for path, methods in described(cortex_description).items()}
-    told["/v1/models/.+"] = told.pop("/v1/models/[^/]+")  # a model's name may have slashes
-    assert told == asyncio.run(served())
+    documented = {re.sub(r"\{\w+\}", "[^/]+", path): methods for path, methods in described(cortex_description).items()}
+    documented["/v1/models/.+"] = documented.pop("/v1/models/[^/]+")  # a model's name may have slashes
+    assert documented == asyncio.run(served())
 
 
 def test_it_lists_what_a_neuron_serves() -> None:
-    told = described(neuron_description)
-    assert told.pop("/models/{model}/endpoint") == {"GET"}
+    documented = described(neuron_description)
+    assert documented.pop("/models/{model}/endpoint") == {"GET"}
     routes: Any = Api(None)._routes  # type: ignore[arg-type]
-    assert told == {path: set(methods) for path, methods in routes.items()}
+    assert documented == {path: set(methods) for path, methods in routes.items()}
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/completions"])

@@ -79,9 +79,9 @@ def test_turns_that_only_the_connection_remembers(gateway: daemons.Daemon) -> No
                 prompt = [{"role": "user", "content": f"hi {turn}"}]
                 answer = await socket.ask(prompt, previous_response_id=answer["id"])
                 expected += [f"user:hi {turn}", "assistant:Hello"]
-            told = await socket.ask("turns", previous_response_id=answer["id"])
-            assert told["previous_response_id"] == answer["id"]
-            assert text(told).split("|") == [*expected, "user:turns"]
+            answered = await socket.ask("turns", previous_response_id=answer["id"])
+            assert answered["previous_response_id"] == answer["id"]
+            assert text(answered).split("|") == [*expected, "user:turns"]
             # What is to be stored brings along what only the connection knew.
             kept = await socket.ask("hi", previous_response_id=answer["id"], store=True)
             async with connected(gateway) as other:

@@ -51,9 +51,9 @@ class Page:
         self.received_bytes = 0
         """Of bodies, as they came."""
         for domain in ("Page", "Runtime", "Log", "Network"):
-            self.tell(f"{domain}.enable")
+            self.command(f"{domain}.enable")
 
-    def tell(self, method: str, **parameters: Any) -> Any:
+    def command(self, method: str, **parameters: Any) -> Any:
         """Send one command and return its result."""
         number = next(self._numbers)
         self._connection.send(json.dumps({"id": number, "method": method, "params": parameters}))
@@ -66,31 +66,31 @@ class Page:
             self._note(message)
 
     def _note(self, message: dict[str, Any]) -> None:
-        told = message.get("params", {})
+        params = message.get("params", {})
         match message.get("method"):
             case "Runtime.exceptionThrown":
-                details = told["exceptionDetails"]
+                details = params["exceptionDetails"]
                 self.complaints.append(details.get("exception", {}).get("description") or details["text"])
-            case "Runtime.consoleAPICalled" if told["type"] in {"error", "warning", "assert"}:
-                self.complaints.append(" ".join(str(a.get("value", a.get("description"))) for a in told["args"]))
-            case "Log.entryAdded" if told["entry"]["level"] in {"error", "warning"}:
-                self.complaints.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
+            case "Runtime.consoleAPICalled" if params["type"] in {"error", "warning", "assert"}:
+                self.complaints.append(" ".join(str(a.get("value", a.get("description"))) for a in params["args"]))
+            case "Log.entryAdded" if params["entry"]["level"] in {"error", "warning"}:
+                self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
             case "Network.requestWillBeSent":
-                self.asked.append(told["request"]["url"])
+                self.asked.append(params["request"]["url"])
             case "Network.dataReceived":
-                self.received_bytes += told["dataLength"]
+                self.received_bytes += params["dataLength"]
 
     def go(self, url: str) -> None:
         """Open an address."""
-        self.tell("Page.navigate", url=url)
+        self.command("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:
         """Return the value of an expression, which may be a promise."""
-        told = self.tell("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in told:
-            details = told["exceptionDetails"]
+        params = self.command("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in params:
+            details = params["exceptionDetails"]
             raise PageError(details.get("exception", {}).get("description") or details["text"])
-        return told["result"].get("value")
+        return params["result"].get("value")
 
     def until(self, script: str, timeout_s: float = 20, what: str = "") -> Any:
         """Wait until an expression is true, and return it."""
@@ -120,34 +120,34 @@ class Page:
             what=f"{selector} can be clicked",
         )
         for kind in ("mousePressed", "mouseReleased"):
-            self.tell("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **box)
+            self.command("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **box)
 
     def type(self, words: str) -> None:
         """Write into what has the focus."""
-        self.tell("Input.insertText", text=words)
+        self.command("Input.insertText", text=words)
 
     def press(self, key: str, modifiers: int = 0) -> None:
         """Press a key: a name of ``KEYS``, or a character."""
         written = "\r" if key == "Enter" else key if len(key) == 1 else None
         code = KEYS.get(key) or ord(key.upper())
         event: dict[str, Any] = {"key": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
-        self.tell("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": written} if written else {}))
-        self.tell("Input.dispatchKeyEvent", type="keyUp", **event)
+        self.command("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": written} if written else {}))
+        self.command("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def size(self, width: int, height: int, scale: float = 1, *, mobile: bool = False) -> None:
         """Give the window a size."""
-        self.tell(
+        self.command(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
         )
 
     def prefer(self, scheme: str) -> None:
         """Have the system prefer a light or a dark scheme."""
-        self.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def picture(self, path: pathlib.Path) -> None:
         """Write what is seen now as a PNG."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(self.tell("Page.captureScreenshot", format="png")["data"]))
+        path.write_bytes(base64.b64decode(self.command("Page.captureScreenshot", format="png")["data"]))
 
 
 @contextlib.contextmanager

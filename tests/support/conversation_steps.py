@@ -101,9 +101,9 @@ class Checker:
                 call = await Call(self._serve, verb.decode(), text, body).end()
                 assert call.status != 500, line[:2000]
                 if call.status == 200 and verb != b"HEAD":
-                    told = orjson.loads(call.body)
-                    if told.get("object") == "conversation":
-                        conversation = told["id"].encode()
+                    answered = orjson.loads(call.body)
+                    if answered.get("object") == "conversation":
+                        conversation = answered["id"].encode()
 
     async def _respond(self, body: bytes) -> bytes | None:
         try:

@@ -195,11 +195,11 @@ class Fleet:
     def run(self, story: Callable[["Client"], Awaitable[T]]) -> T:
         """Run a story with a client of both gateways."""
 
-        async def told() -> T:
+        async def bounded() -> T:
             async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as http:
                 return await story(Client(http, [gateway.url for gateway in self.gateways]))
 
-        return asyncio.run(told())
+        return asyncio.run(bounded())
 
     def assert_idle(self) -> None:
         """Wait until nobody counts a request any more, on either side."""

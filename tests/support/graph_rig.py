@@ -99,10 +99,10 @@ class Recorded:
         """Run a step; what it tells the host is not seen yet."""
         self.launched.append(self.sizes[graph])
         state = self.inputs(graph).state
-        told = (state.published, state.all_ended)
-        before = [tensor.clone() for tensor in told]
+        host_tensors = (state.published, state.all_ended)
+        before = [tensor.clone() for tensor in host_tensors]
         self.steps[graph]()
-        self._unseen.append([(tensor, tensor.clone()) for tensor in told])
+        self._unseen.append([(tensor, tensor.clone()) for tensor in host_tensors])
         for (tensor, after), old in zip(self._unseen[-1], before, strict=True):
             # Of the places that it has not written, what the host does with them meanwhile stays.
             after[after == old] = KEEP
@@ -125,8 +125,8 @@ class Recorded:
         """Let the host see what all steps but the last few have told."""
         assert but >= 0, "nothing is left that could be waited for"
         while len(self._unseen) > but:
-            for tensor, told in self._unseen.pop(0):
-                tensor.copy_(torch.where(told == KEEP, tensor, told))
+            for tensor, host_tensors in self._unseen.pop(0):
+                tensor.copy_(torch.where(host_tensors == KEEP, tensor, host_tensors))
 
     def close(self) -> None:
         self.show()

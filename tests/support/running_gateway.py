@@ -22,12 +22,12 @@ class Running:
     async def __aenter__(self) -> "Running":
         self._task = asyncio.ensure_future(self.app({"type": "lifespan"}, self._messages.get, self._sent.put))
         await self._messages.put({"type": "lifespan.startup"})
-        told = asyncio.ensure_future(self._sent.get())
-        await asyncio.wait({told, self._task}, return_when=asyncio.FIRST_COMPLETED)
-        if not told.done():
-            told.cancel()
+        sent = asyncio.ensure_future(self._sent.get())
+        await asyncio.wait({sent, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        if not sent.done():
+            sent.cancel()
             self._task.result()
-        assert (await told)["type"] == "lifespan.startup.complete"
+        assert (await sent)["type"] == "lifespan.startup.complete"
         return self
 
     async def __aexit__(self, *error: object) -> None:

@@ -12,7 +12,7 @@ import time
 from urllib.parse import urlsplit
 
 
-def tell(kind: str, text: str = "") -> None:
+def report(kind: str, text: str = "") -> None:
     print(kind, repr(time.monotonic()), text, flush=True)
 
 
@@ -33,21 +33,21 @@ def watch(url: str, model: str) -> None:
             connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
             answer = connection.getresponse()
             if answer.status != 200:
-                tell("!", f"status {answer.status}: {answer.read(500)!r}")
+                report("!", f"status {answer.status}: {answer.read(500)!r}")
                 time.sleep(0.2)
                 continue
-            tell("b")
+            report("b")
             is_done = False
             while line := answer.readline():
                 if line.startswith(b"data: [DONE]"):
                     is_done = True
                 elif line.startswith(b"data:") and b'"error"' in line:
-                    tell("!", line[:500].decode(errors="replace").strip())
+                    report("!", line[:500].decode(errors="replace").strip())
                 elif line.startswith(b"data:"):
-                    tell("e")
-            tell("d" if is_done else "!", "" if is_done else "the stream was cut")
+                    report("e")
+            report("d" if is_done else "!", "" if is_done else "the stream was cut")
         except OSError as error:
-            tell("!", repr(error))
+            report("!", repr(error))
             time.sleep(0.2)
         finally:
             connection.close()

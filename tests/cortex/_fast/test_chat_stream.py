@@ -365,6 +365,6 @@ def test_a_custom_tools_call_has_an_input_in_one_piece() -> None:
     ]
     reply = ChatReply("chatcmpl-1", "m", 1700000000, custom_tools=frozenset({"patch"}))
     reply.add(events)
-    told = orjson.loads(reply.body())["choices"][0]["message"]["tool_calls"]
-    assert told[0] == {"id": "a", "type": "custom", "custom": {"name": "patch", "input": 'x"y'}}
-    assert told[1]["type"] == "function"
+    calls = orjson.loads(reply.body())["choices"][0]["message"]["tool_calls"]
+    assert calls[0] == {"id": "a", "type": "custom", "custom": {"name": "patch", "input": 'x"y'}}
+    assert calls[1]["type"] == "function"

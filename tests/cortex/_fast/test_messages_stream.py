@@ -155,9 +155,9 @@ def test_why_it_ended(end: Finished, reason: str, sequence: str | None) -> None:
 
 def test_the_sdk_puts_the_stream_together_as_the_message_says() -> None:
     sse_events = stream()
-    told = as_the_sdk_reads(sse_events.sse_events(STORY))
+    streamed = as_the_sdk_reads(sse_events.sse_events(STORY))
     whole = MESSAGE.validate_json(sse_events.message(), strict=True)
-    assert told.to_dict() == whole.to_dict()
+    assert streamed.to_dict() == whole.to_dict()
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -201,8 +201,8 @@ def test_any_story_in_any_batches(events: list[InferenceEvent], sizes: list[int]
     payloads(sse_events)
     assert b"".join(in_batches.sse_events(batch) for batch in batches(events, sizes)) == sse_events
     assert in_batches.message() == at_once.message()
-    told, whole = as_the_sdk_reads(sse_events), MESSAGE.validate_json(at_once.message(), strict=True)
-    assert told.to_dict() == whole.to_dict()
+    streamed, whole = as_the_sdk_reads(sse_events), MESSAGE.validate_json(at_once.message(), strict=True)
+    assert streamed.to_dict() == whole.to_dict()
 
 
 def test_a_failure_in_the_middle_reaches_the_sdk() -> None:
@@ -280,10 +280,10 @@ def test_calls_whose_pieces_come_in_turns_are_told_one_after_another() -> None:
     ]
     for end in ([TextDelta("after")], []):
         sse_events = stream()
-        told = sse_events.sse_events([*pieces, *end, Finished(FinishReason.TOOL_CALLS, 1)])
+        streamed = sse_events.sse_events([*pieces, *end, Finished(FinishReason.TOOL_CALLS, 1)])
         content = orjson.loads(sse_events.message())["content"]
         assert [block["input"] for block in content[:3]] == [{"a": 1}, {"b": 2}, {}]
-        events = [orjson.loads(sse_event.data) for sse_event in SseDecoder().feed(told)]
+        events = [orjson.loads(sse_event.data) for sse_event in SseDecoder().feed(streamed)]
         contents: list[str] = []
         opened = -1
         for event in events:

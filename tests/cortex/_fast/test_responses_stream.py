@@ -191,17 +191,17 @@ def test_order(events: list[InferenceEvent], expected: list[str]) -> None:
 def test_a_custom_call_has_an_input() -> None:
     pieces = [ToolCallDelta(0, "call_a", "patch", '{"input": "a\\n'), ToolCallDelta(0, arguments='\\"b\\""}')]
     projector = stream(custom_tools=frozenset({"patch"}))
-    told = payloads(projector.sse_events([Started(1), *pieces, Finished(FinishReason.TOOL_CALLS, 5)]))
-    assert story(told)[2:] == [
+    streamed = payloads(projector.sse_events([Started(1), *pieces, Finished(FinishReason.TOOL_CALLS, 5)]))
+    assert story(streamed)[2:] == [
         "output_item.added 0",
         "custom_tool_call_input.delta 0",
         "custom_tool_call_input.done 0",
         "output_item.done 0",
         "completed",
     ]
-    assert told[3]["delta"] == told[4]["input"] == 'a\n"b"'
-    assert told[2]["item"] | {"input": 'a\n"b"', "status": "completed"} == told[5]["item"]
-    assert told[2]["item"] == {
+    assert streamed[3]["delta"] == streamed[4]["input"] == 'a\n"b"'
+    assert streamed[2]["item"] | {"input": 'a\n"b"', "status": "completed"} == streamed[5]["item"]
+    assert streamed[2]["item"] == {
         "id": "ctc_7f_0",
         "type": "custom_tool_call",
         "call_id": "call_a",
@@ -228,8 +228,8 @@ def test_a_tool_of_a_namespace_comes_back_as_the_client_knows_it() -> None:
 
 def test_reasoning_as_a_summary() -> None:
     events: list[InferenceEvent] = [ReasoningDelta("a"), ReasoningDelta("b"), Finished(FinishReason.STOP, 2)]
-    told = payloads(stream(summarises=True).sse_events(events))
-    assert story(told)[2:] == [
+    streamed = payloads(stream(summarises=True).sse_events(events))
+    assert story(streamed)[2:] == [
         "output_item.added 0",
         "reasoning_summary_part.added 0",
         "reasoning_summary_text.delta 0",
@@ -239,7 +239,7 @@ def test_reasoning_as_a_summary() -> None:
         "output_item.done 0",
         "completed",
     ]
-    item = told[-1]["response"]["output"][0]
+    item = streamed[-1]["response"]["output"][0]
     assert item["summary"] == [{"type": "summary_text", "text": "ab"}]
     assert "content" not in item
 
@@ -247,11 +247,11 @@ def test_reasoning_as_a_summary() -> None:
 @pytest.mark.parametrize("summarises", [False, True])
 def test_sealed_reasoning_is_what_was_thought(summarises: bool) -> None:
     events: list[InferenceEvent] = [ReasoningDelta('wh"'), ReasoningDelta("y"), Finished(FinishReason.STOP, 2)]
-    told = payloads(stream(summarises=summarises, seals=True).sse_events(events))
-    item = told[-1]["response"]["output"][0]
+    streamed = payloads(stream(summarises=summarises, seals=True).sse_events(events))
+    item = streamed[-1]["response"]["output"][0]
     assert unseal(item["encrypted_content"]) == 'wh"y'
-    assert told[-2]["item"] == item
-    assert "encrypted_content" not in told[2]["item"]
+    assert streamed[-2]["item"] == item
+    assert "encrypted_content" not in streamed[2]["item"]
 
 
 def test_text_then_call_then_text() -> None:
@@ -431,15 +431,15 @@ def test_a_stream_tells_one_story(
     events: list[InferenceEvent] = [Started(11, 2), *CALLS[:2], *deltas, end]
     projector = stream(**options)
     sse_events = b"".join(projector.sse_events(events[i : i + batch]) for i in range(0, len(events), batch))
-    told = payloads(sse_events)
-    assert [event["sequence_number"] for event in told] == list(range(len(told)))
-    assert [event["type"] for event in told[:2]] == ["response.created", "response.in_progress"]
-    items = replay(told)
-    response = told[-1]["response"]
-    assert {event["response"]["id"] for event in told if "response" in event} == {"resp_7f"}
+    streamed = payloads(sse_events)
+    assert [event["sequence_number"] for event in streamed] == list(range(len(streamed)))
+    assert [event["type"] for event in streamed[:2]] == ["response.created", "response.in_progress"]
+    items = replay(streamed)
+    response = streamed[-1]["response"]
+    assert {event["response"]["id"] for event in streamed if "response" in event} == {"resp_7f"}
     assert response["output"] == items
-    assert told[-1]["type"] in LAST
-    assert not any(event["type"] in LAST for event in told[:-1])
+    assert streamed[-1]["type"] in LAST
+    assert not any(event["type"] in LAST for event in streamed[:-1])
     for kinds, event in ((["output_text"], TextDelta), (["reasoning_text", "summary_text"], ReasoningDelta)):
         parts = [part for item in items for part in [*item.get("content", ()), *item.get("summary", ())]]
         content = "".join(part["text"] for part in parts if part["type"] in kinds)
@@ -448,7 +448,7 @@ def test_a_stream_tells_one_story(
         assert orjson.loads(projector.response()) == response
     scanner = UsageScanner()
     assert scanner.feed(sse_events) == sse_events
-    assert scanner.num_token_events == sum(event["type"] in DELTAS for event in told)
+    assert scanner.num_token_events == sum(event["type"] in DELTAS for event in streamed)
     assert (scanner.terminated, scanner.failed) == (True, isinstance(end, Failed))
     assert (None if scanner.usage is None else orjson.loads(scanner.usage)) == response["usage"]
 
@@ -524,8 +524,8 @@ def through_the_sdk(events: Sequence[InferenceEvent]) -> Any:
     client = openai.OpenAI(
         api_key="k", base_url="http://x/v1", http_client=http_client, _strict_response_validation=True
     )
-    with client.responses.stream(model="m", input="x") as told:
-        return told.get_final_response()
+    with client.responses.stream(model="m", input="x") as streamed:
+        return streamed.get_final_response()
 
 
 def test_the_sdk_puts_it_together() -> None:

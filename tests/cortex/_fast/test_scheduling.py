@@ -12,12 +12,12 @@ from cortex._fast.scheduling import set_slice, slice_of
 SHORT_NS = 100_000
 
 
-def is_told() -> bool:
+def has_slices() -> bool:
     """Return whether this kernel lets a thread say how long it runs (Linux 6.12)."""
     return slice_of(0) > 0
 
 
-@pytest.mark.skipif(not is_told(), reason="the kernel tells no slice")
+@pytest.mark.skipif(not has_slices(), reason="the kernel tells no slice")
 def test_each_thread_of_a_process_has_it_and_those_to_come() -> None:
     script = """
 import os, threading

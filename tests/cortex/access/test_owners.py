@@ -25,11 +25,11 @@ async def test_a_response_is_its_owners(other: str) -> None:
         _, first = await ask(gateway, ALICE, "POST", "/v1/responses", {"model": "m", "input": "x"})
         path = f"/v1/responses/{first['id']}"
         for method, below in (("GET", ""), ("GET", "/input_items"), ("POST", "/cancel"), ("DELETE", "")):
-            status, told = await ask(gateway, other, method, path + below)
-            assert (status, told["error"]["code"]) == (404, "response_not_found"), (method, below)
+            status, answer = await ask(gateway, other, method, path + below)
+            assert (status, answer["error"]["code"]) == (404, "response_not_found"), (method, below)
         again = {"model": "m", "input": "y", "previous_response_id": first["id"]}
-        status, told = await ask(gateway, other, "POST", "/v1/responses", again)
-        assert (status, told["error"]["code"]) == (400, "previous_response_not_found")
+        status, answer = await ask(gateway, other, "POST", "/v1/responses", again)
+        assert (status, answer["error"]["code"]) == (400, "previous_response_not_found")
         item = {"type": "item_reference", "id": first["output"][0]["id"]}
         assert (await ask(gateway, other, "POST", "/v1/responses", {"model": "m", "input": [item]}))[0] == 400
         assert (await ask(gateway, ALICE, "POST", "/v1/responses", again))[0] == 200
@@ -53,8 +53,8 @@ async def test_a_conversation_is_its_owners(other: str) -> None:
             ("DELETE", item, b""),
             ("DELETE", "", b""),
         ):
-            status, told = await ask(gateway, other, method, path + below, sent)
-            assert (status, told["error"]["code"]) == (404, "conversation_not_found"), (method, below)
+            status, answer = await ask(gateway, other, method, path + below, sent)
+            assert (status, answer["error"]["code"]) == (404, "conversation_not_found"), (method, below)
         asked = {"model": "m", "input": "y", "conversation": made["id"]}
         assert (await ask(gateway, other, "POST", "/v1/responses", asked))[0] == 404
         assert (await ask(gateway, ALICE, "POST", "/v1/responses", asked))[0] == 200
@@ -68,8 +68,8 @@ async def test_one_that_is_cancelled_at_once_gives_back_what_it_took() -> None:
             asked = {"model": "m", "input": "x", "background": True}
             status, first = await ask(gateway, ALICE, "POST", "/v1/responses", asked)
             assert status == 200, first
-            status, told = await ask(gateway, ALICE, "POST", f"/v1/responses/{first['id']}/cancel")
-            assert (status, told["status"] in {"cancelled", "completed"}) == (200, True)
+            status, answer = await ask(gateway, ALICE, "POST", f"/v1/responses/{first['id']}/cancel")
+            assert (status, answer["status"] in {"cancelled", "completed"}) == (200, True)
         assert gateway.in_flight == 0
 
 

@@ -67,7 +67,7 @@ def merge(target: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     return target
 
 
-def told(found: Events) -> dict[str, Any]:
+def state_of(found: Events) -> dict[str, Any]:
     """Return the fleet as somebody knows it who has read these events."""
     state: dict[str, Any] = {}
     for name, data in found:
@@ -217,16 +217,16 @@ async def test_whole_first_then_what_changes(monkeypatch: pytest.MonkeyPatch) ->
         assert b"null" not in watching.body.split(b'"state"')[1]
 
         neuron.models["cold"] = ModelStatus("cold", ModelState.LOADING, progress=0.256)
-        await watching.until(lambda call: "cold" in told(events(call.body))["nodes"]["a"]["models"])
-        loading = told(events(watching.body))["nodes"]["a"]["models"]["cold"]
+        await watching.until(lambda call: "cold" in state_of(events(call.body))["nodes"]["a"]["models"])
+        loading = state_of(events(watching.body))["nodes"]["a"]["models"]["cold"]
         assert (loading["state"], loading["progress"]) == ("loading", 0.26)
         neuron.models["cold"] = msgspec.structs.replace(neuron.models["cold"], state=ModelState.AVAILABLE)
-        await watching.until(lambda call: "cold" not in told(events(call.body))["nodes"]["a"]["models"])
+        await watching.until(lambda call: "cold" not in state_of(events(call.body))["nodes"]["a"]["models"])
         neuron.state = NodeState.DRAINING
-        await watching.until(lambda call: told(events(call.body))["nodes"]["a"]["state"] == "draining")
+        await watching.until(lambda call: state_of(events(call.body))["nodes"]["a"]["state"] == "draining")
         neuron.control = error(500, "broken")
-        await watching.until(lambda call: told(events(call.body))["nodes"]["a"]["state"] == "down")
-        fault = told(events(watching.body))["nodes"]["a"]
+        await watching.until(lambda call: state_of(events(call.body))["nodes"]["a"]["state"] == "down")
+        fault = state_of(events(watching.body))["nodes"]["a"]
         assert "broken" in fault["fault"] or "500" in fault["fault"]
         assert not fault["models"]
         # Whoever reads from the beginning and whoever comes now know the same.
@@ -234,7 +234,7 @@ async def test_whole_first_then_what_changes(monkeypatch: pytest.MonkeyPatch) ->
         for call in (watching, late):
             call.leave()
             await call.end()
-        assert told(events(late.body))["nodes"]["a"]["state"] == "down"
+        assert state_of(events(late.body))["nodes"]["a"]["state"] == "down"
 
 
 async def test_a_request_is_told_with_its_cost_and_none_of_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ async def test_nodes_come_and_go_with_the_configuration(monkeypatch: pytest.Monk
             settings = msgspec.structs.replace(inner.settings, neurons=nodes)
             inner.reconfigure(settings, Catalogue({}, {}), inner.authenticator.keys)
             names = {node.name for node in nodes}
-            await watching.until(lambda call, names=names: told(events(call.body))["nodes"].keys() == names)  # type: ignore[misc]
+            await watching.until(lambda call, names=names: state_of(events(call.body))["nodes"].keys() == names)  # type: ignore[misc]
         watching.leave()
         await watching.end()
 
@@ -375,12 +375,12 @@ def test_a_feed_at_one_worker_tells_of_the_requests_at_all(tmp_path: pathlib.Pat
         body = b""
         for chunk in reply.iter_bytes():
             body += chunk
-            told_of = [
+            listed = [
                 entry["id"] for _, data in events(body.rpartition(b"\n\n")[0]) for entry in data.get("requests", ())
             ]
-            if asked <= set(told_of):
+            if asked <= set(listed):
                 break
-        assert len(told_of) == len(set(told_of)), "each is told once"
+        assert len(listed) == len(set(listed)), "each is told once"
 
 
 # ------------------------------------------------------------------ how much it says

@@ -436,12 +436,12 @@ def measure(page: Page, url: str, duration_s: float = 15.0) -> dict[str, float]:
     """Watch a page for a while, and return what its feed and its updates cost."""
     page.go(url)
     page.until("document.querySelectorAll('.card').length === 100", 40)
-    page.tell("Performance.enable")
+    page.command("Performance.enable")
     page.run(WATCH_FRAMES)
 
     def spent_s() -> tuple[float, float]:
-        told = {entry["name"]: float(entry["value"]) for entry in page.tell("Performance.getMetrics")["metrics"]}
-        return told["TaskDuration"], told["LayoutDuration"] + told["RecalcStyleDuration"]
+        figures = {entry["name"]: float(entry["value"]) for entry in page.command("Performance.getMetrics")["metrics"]}
+        return figures["TaskDuration"], figures["LayoutDuration"] + figures["RecalcStyleDuration"]
 
     begun, before = time.monotonic(), spent_s()
     page.received_bytes = 0

@@ -160,8 +160,8 @@ def test_a_custom_tool_is_a_function_with_one_string() -> None:
     assert (forced.mode, forced.name) == (ToolMode.NAMED, "patch")
     made = {"id": "c", "type": "custom", "custom": {"name": "patch", "input": 'a "b"'}}
     turns = [{"role": "assistant", "tool_calls": [made]}, {"role": "tool", "tool_call_id": "c", "content": "ok"}]
-    (told,) = decode(messages=turns, tools=[PATCH]).request.messages[0].tool_calls
-    assert (told.name, orjson.loads(told.arguments)) == ("patch", {"input": 'a "b"'})
+    (call,) = decode(messages=turns, tools=[PATCH]).request.messages[0].tool_calls
+    assert (call.name, orjson.loads(call.arguments)) == ("patch", {"input": 'a "b"'})
 
 
 @pytest.mark.parametrize(("mode", "wanted"), [("auto", ToolMode.AUTO), ("required", ToolMode.REQUIRED)])

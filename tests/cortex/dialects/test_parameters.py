@@ -13,7 +13,7 @@ from cortex.dialects import (
     openai_embeddings,
     openai_responses,
 )
-from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, ignored_header, tell
+from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, add_header, ignored_header
 from cortex.wire.errors import InvalidRequestError, TooDeepError, TooManyItemsError, UnsupportedParameterError
 from cortex.wire.headers import IGNORED
 from cortex.wire.request import Ending, FormatKind, InferenceRequest, OutputFormat
@@ -205,10 +205,10 @@ def test_the_header_is_bounded_and_has_each_name_once() -> None:
     messages = [{"role": "user", "content": "a", "odd": 1}] * 1000
     assert decode("chat", messages=messages).ignored == ("messages[0].odd",)
     headers: dict[bytes, bytes] = {}
-    tell(headers, IGNORED, b"a,b")
-    tell(headers, IGNORED, b"b, c\r\nx: y")
+    add_header(headers, IGNORED, b"a,b")
+    add_header(headers, IGNORED, b"b, c\r\nx: y")
     assert headers == {IGNORED: b"a, b, c??x??y"}
-    tell(headers, IGNORED, b",".join(b"n%d" % n for n in range(100)))
+    add_header(headers, IGNORED, b",".join(b"n%d" % n for n in range(100)))
     assert headers[IGNORED].endswith(b", ...")
     assert len(headers[IGNORED]) < 16 * 82 + 10
 

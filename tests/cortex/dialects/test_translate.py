@@ -18,7 +18,7 @@ from cortex.dialects import anthropic_messages, openai_chat, openai_responses
 from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.dialects.openai_chunks import ChunkReader
 from cortex.dialects.passthrough import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES
-from cortex.dialects.translate import chat_body, to_chat, told_error
+from cortex.dialects.translate import chat_body, to_chat, translated_error
 from cortex.wire.custom_tools import custom_input
 from cortex.wire.errors import ApiError, ErrorInfo, RemoteError, UpstreamError
 from cortex.wire.events import (
@@ -81,11 +81,11 @@ def test_sse_events_are_what_a_node_that_speaks_the_dialect_sends(
 ) -> None:
     reader = ChatEvents()
     pieces = [reader.feed(data) for data in cut(chat_sse_events(events), places)]
-    told = [Started(0), *events[1:-1], events[0], events[-1]]  # the counts are known at the end
+    ordered = [Started(0), *events[1:-1], events[0], events[-1]]  # the counts are known at the end
     for make in (lambda: MessagesStream("msg_1", "m"), lambda: ResponsesStream("resp_1", "m", 1, b"{}")):
         made, native = make(), make()
         translated = b"".join(made.sse_events(piece) for piece in pieces)
-        assert shape(translated) == shape(b"".join(native.sse_events([event]) for event in told))
+        assert shape(translated) == shape(b"".join(native.sse_events([event]) for event in ordered))
 
 
 def shape(sse_events: bytes) -> list[Any]:
@@ -337,7 +337,7 @@ def test_whole_answers_that_are_none() -> None:
 )  # fmt: skip
 def test_a_prompt_that_is_too_long_is_told_apart(message: str, lengths: tuple[int, int] | None) -> None:
     error = ErrorInfo(400, "BadRequestError", message)
-    found = told_error(error)
+    found = translated_error(error)
     if lengths is None:
         assert found is error
     else:
@@ -444,8 +444,8 @@ def test_bytes_that_are_none_are_the_nodes_error(token: dict[str, Any]) -> None:
 def test_alternatives_have_no_alternatives() -> None:
     token = b'{"token":"a","logprob":-1,"top_logprobs":[' * 150 + b"]}" * 150
     data = b'{"choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"content":[' + token + b"]}}]}"
-    told = [event for event in ChunkReader().read(data) if isinstance(event, TextDelta)]
-    assert [alternative.top for alternative in told[0].logprobs[0].top] == [()]
+    ordered = [event for event in ChunkReader().read(data) if isinstance(event, TextDelta)]
+    assert [alternative.top for alternative in ordered[0].logprobs[0].top] == [()]
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_alternatives_have_no_alternatives() -> None:
     ],
 )
 def test_lengths_that_nothing_has_are_not_read(words: str) -> None:
-    found = told_error(ErrorInfo(400, "x", words))
+    found = translated_error(ErrorInfo(400, "x", words))
     assert found.code == "context_length_exceeded"
     assert found.prompt_tokens == 0
 

@@ -95,8 +95,8 @@ async def test_a_request_kills_two_at_most_however_often_it_comes(
         assert sum(node.num_deaths for node in nodes) == 2
         last = calls[-1]
         assert last.status in {500, 502}
-        told = last.json()["error"]
-        assert (told.get("code") or told["details"]["error_code"]) == "upstream_died"
+        error = last.json()["error"]
+        assert (error.get("code") or error["details"]["error_code"]) == "upstream_died"
         assert last.headers["x-should-retry"] == "false"
         assert gateway.in_flight == 0
         assert (await gateway.chat(user="harmless").end()).status == 200

@@ -64,14 +64,14 @@ async def test_a_refusal_goes_on_to_the_next_candidate(
 ) -> None:
     neurons = FakeNode("a"), FakeNode("b", free_bytes=1)
 
-    def told(neuron: FakeNode, script: Script | None) -> None:
+    def set_script(neuron: FakeNode, script: Script | None) -> None:
         async def load(spec: ModelSpec) -> ModelStatus | Script:
             return script or neuron.ready(spec.id).models[spec.id]
 
         neuron.load = load
 
-    told(neurons[0], first[0])
-    told(neurons[1], second[0])
+    set_script(neurons[0], first[0])
+    set_script(neurons[1], second[0])
     async with rig(*neurons, models=(PROFILE,)) as gateway:
         call = await gateway.chat().end()
         assert call.status == status
@@ -90,10 +90,10 @@ async def test_the_next_request_tries_a_failed_load_again() -> None:
     outcomes: list[Script | None] = [error(500, "bad_disk"), None]
 
     async def load(spec: ModelSpec) -> ModelStatus | Script:
-        told = outcomes.pop(0)
-        if told:
+        set_script = outcomes.pop(0)
+        if set_script:
             neuron.models["m"] = ModelStatus("m", ModelState.FAILED, source="/w", error="bad disk")
-        return told or neuron.ready(spec.id).models[spec.id]
+        return set_script or neuron.ready(spec.id).models[spec.id]
 
     neuron.load = load
     async with rig(neuron, models=(PROFILE,)) as gateway:

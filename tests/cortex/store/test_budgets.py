@@ -156,11 +156,11 @@ async def test_a_connection_that_ends_is_forgotten_and_one_that_is_too_large_not
     async with rig(responds(10), store=small) as gateway:
         memory = gateway.gateway._socket_memory
         coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        told: list[Any] = []
+        sent: list[Any] = []
 
         async def send(message: Any) -> None:
             if message["type"] == "websocket.send":
-                told.append(json.loads(message["text"]))
+                sent.append(json.loads(message["text"]))
 
         def ask(**fields: Any) -> None:
             text = json.dumps({"type": "response.create", "model": "m", "store": False, **fields})
@@ -170,12 +170,12 @@ async def test_a_connection_that_ends_is_forgotten_and_one_that_is_too_large_not
         scope = {"type": "websocket", "path": "/v1/responses", "headers": [], "client": ("127.0.0.1", 1)}
         serving = asyncio.create_task(gateway.gateway.handle_socket(scope, coming.get, send))
         ask(input="Hi")
-        await until(lambda: told and told[-1]["type"] == "response.completed")
+        await until(lambda: sent and sent[-1]["type"] == "response.completed")
         assert 0 < memory.num_bytes < 4_096
         before = memory.num_bytes
-        told.clear()
+        sent.clear()
         ask(input="x" * 5_000)
-        await until(lambda: told and told[-1]["type"] == "response.completed")
+        await until(lambda: sent and sent[-1]["type"] == "response.completed")
         assert memory.num_bytes in (0, before)
         coming.put_nowait({"type": "websocket.disconnect"})
         await serving

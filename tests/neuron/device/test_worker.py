@@ -38,15 +38,15 @@ class Ears:
     """Follows a worker's state."""
 
     def __init__(self) -> None:
-        self.heard: list[WorkerHealth] = []
+        self.reported: list[WorkerHealth] = []
         self.changed = asyncio.Event()
 
     def __call__(self, health: WorkerHealth) -> None:
-        self.heard.append(health)
+        self.reported.append(health)
         self.changed.set()
 
     def states(self) -> list[WorkerState]:
-        return [health.state for health in self.heard]
+        return [health.state for health in self.reported]
 
     async def until(self, *states: WorkerState) -> None:
         """Wait until the last states were ``states``."""
@@ -318,7 +318,7 @@ def test_a_death_fails_what_was_under_way_and_is_repaired(how: str, reason: str)
                 assert lost.value.retry_after_s is not None
                 assert reason in lost.value.message
             await ears.until(S.READY, S.POISONED, S.RECOVERING, S.READY)
-            assert [health.fault for health in ears.heard] == [None, None, reason, reason, reason]
+            assert [health.fault for health in ears.reported] == [None, None, reason, reason, reason]
             assert (worker.restarts, pid_of(worker) != before) == (1, True)
             again = RowQueue()
             generate(worker, 3, again)
@@ -423,7 +423,7 @@ def test_replacements_that_do_not_start_are_retried(tmp_path: pathlib.Path) -> N
             await ears.until(S.RECOVERING, S.READY)
             assert (tmp_path / "starts").stat().st_size == 5
             assert worker.restarts == 1
-            assert [health.fault for health in ears.heard if health.state is S.POISONED] == [
+            assert [health.fault for health in ears.reported if health.state is S.POISONED] == [
                 "killed by SIGKILL",
                 *["exited with status 5"] * 3,
             ]

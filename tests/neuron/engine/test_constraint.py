@@ -266,7 +266,7 @@ def test_others_go_on_while_a_grammar_is_compiled(driver: Any, monkeypatch: pyte
             break
     assert driver.ends() == {2: SequenceEnd.LENGTH}
     assert driver.engine.busy, driver.failures()
-    driver.tell(jobs.Cancel(3))
+    driver.post(jobs.Cancel(3))
     assert driver.ends()[3] is SequenceEnd.CANCELLED
     released.set()
     driver.run()
@@ -274,7 +274,7 @@ def test_others_go_on_while_a_grammar_is_compiled(driver: Any, monkeypatch: pyte
     assert not driver.failures()
     released.clear()
     driver.generate(4, PROMPT, 20, constraint=settings)
-    driver.tell(jobs.Unload(9, "m"))
+    driver.post(jobs.Unload(9, "m"))
     released.set()
     driver.run()
     assert driver.ends()[4] is SequenceEnd.CANCELLED

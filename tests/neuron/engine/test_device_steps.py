@@ -42,7 +42,7 @@ class Running:
         self.status: int | None = None
         self.thread = threading.Thread(target=self._main)
         self.thread.start()
-        self.tell(jobs.Load(1, ModelSpec("m", "test", dtype="float32", max_sequences=4), str(model)))
+        self.post(jobs.Load(1, ModelSpec("m", "test", dtype="float32", max_sequences=4), str(model)))
         while not isinstance(self.hear(), jobs.Done):
             pass
         self.runner = self.engine._models["m"].runner
@@ -61,14 +61,14 @@ class Running:
             )
             self.status = loop.run(self.engine)
 
-    def tell(self, *messages: jobs.ToWorker) -> None:
+    def post(self, *messages: jobs.ToWorker) -> None:
         for message in messages:
             self.daemon.send(msgspec.msgpack.encode(message))
 
     def generate(self, number: int, max_tokens: int, eos: tuple[int, ...] = (), **settings: Any) -> None:
         sampler = jobs.SamplerSettings(**{"temperature": 0.0, **settings})
         ids = array.array("i", PROMPT[number:]).tobytes()
-        self.tell(jobs.Generate(number, "m", ids, max_tokens, eos, sampler, ""))
+        self.post(jobs.Generate(number, "m", ids, max_tokens, eos, sampler, ""))
 
     def hear(self) -> jobs.FromWorker:
         message: jobs.FromWorker = self._decoder.decode(self.daemon.recv(30))
@@ -192,7 +192,7 @@ def test_a_cancel_is_heard_between_two_steps(
     before = fake.count("cuEventSynchronize")
     running.generate(0, 300)
     wait_for(lambda: fake.count("cuEventSynchronize") > before + 2, "the multi-step decode")
-    running.tell(jobs.Cancel(0))
+    running.post(jobs.Cancel(0))
     running.hear_out(1)
     assert running.rows[-1] == jobs.TokenRow(0, b"", jobs.SequenceEnd.CANCELLED)
     assert running.graphs.replays[-1][0] == 64

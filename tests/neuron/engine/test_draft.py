@@ -91,7 +91,7 @@ def test_memory_is_counted_for_both_and_given_back(
     driver = harness()
     answer = driver.load(tiny_llama, draft=str(other_llama))
     assert answer.result.weights_bytes == both.weights_bytes + both.draft.weights_bytes
-    driver.tell(jobs.Unload(2, "m"))
+    driver.post(jobs.Unload(2, "m"))
     assert isinstance(driver.sent[-1], jobs.Done)
 
 

@@ -30,7 +30,7 @@ def expected(tiny_llama: pathlib.Path) -> Callable[[list[int], Pooling], np.ndar
 
 
 def embed(driver: Any, number: int, prompt: list[int], pooling: Pooling) -> None:
-    driver.tell(jobs.Embed(number, "m", array.array("i", prompt).tobytes(), pooling))
+    driver.post(jobs.Embed(number, "m", array.array("i", prompt).tobytes(), pooling))
 
 
 def vectors(driver: Any) -> dict[int, np.ndarray[Any, Any]]:
@@ -67,7 +67,7 @@ def test_they_are_cancelled_and_refused_like_any_sequence(harness: Any, tiny_lla
     driver = harness()
     driver.load(tiny_llama)
     embed(driver, 1, [5] * 300, Pooling.MEAN)
-    driver.tell(jobs.Cancel(1))
+    driver.post(jobs.Cancel(1))
     embed(driver, 2, [5, 131], Pooling.LAST)
     embed(driver, 3, [5] * 512, Pooling.LAST)
     driver.run()

@@ -153,7 +153,7 @@ def test_the_context_bounds_the_output(driver: Any) -> None:
         (lambda d: d.generate(1, PROMPT, 0), "invalid_value", 400, "max_tokens"),
         (lambda d: d.generate(1, PROMPT, temperature=float("nan")), "invalid_value", 400, "temperature"),
         (lambda d: d.generate(1, PROMPT, model="other"), "model_not_found", 404, "other"),
-        (lambda d: d.tell(HALF_A_TOKEN), "invalid_value", 400, "tokens"),
+        (lambda d: d.post(HALF_A_TOKEN), "invalid_value", 400, "tokens"),
     ],
 )  # fmt: skip
 def test_a_request_that_can_never_be_served_fails_at_once(
@@ -188,7 +188,7 @@ def test_neighbours_and_chunks_change_no_token(driver: Any) -> None:
 def cancelled(driver: Any, number: int) -> None:
     """Cancel and check that it took effect there and then."""
     before = len(driver.sent)
-    driver.tell(jobs.Cancel(number))
+    driver.post(jobs.Cancel(number))
     rows = driver.sent[before].rows
     assert rows == (jobs.TokenRow(number, b"", SequenceEnd.CANCELLED),)
     model_of(driver).scheduler.check_integrity()
@@ -219,7 +219,7 @@ def test_cancel_while_waiting_prefilling_and_decoding(harness: Callable[..., Any
     assert all(driver.outputs()[number] == plain for number in survivors)
     sent = len(driver.sent)
     for number in (0, 16, 4711):
-        driver.tell(jobs.Cancel(number))
+        driver.post(jobs.Cancel(number))
     assert len(driver.sent) == sent, "finished and unknown sequences are ignored"
     assert scheduler.pool.num_free == scheduler.limits.num_pages
 
@@ -249,7 +249,7 @@ def test_a_full_queue_is_told_at_once_and_a_misfit_is_told_so_even_then(
     driver.engine.step()
     driver.generate(8, PROMPT, 5)
     assert driver.failures()[8].status == 429, "nobody has left yet"
-    driver.tell(jobs.Cancel(4))
+    driver.post(jobs.Cancel(4))
     driver.generate(9, PROMPT, 5)
     assert 9 not in driver.failures()
     driver.run()
@@ -356,7 +356,7 @@ def test_a_device_fault_is_one_wherever_it_shows(driver: Any, monkeypatch: pytes
     assert caught.value.code == 700
     monkeypatch.setattr(engine, "return_freed_memory", fail)
     with pytest.raises(DeviceFault, match="illegal memory access"):
-        driver.tell(jobs.Unload(9, "m"))
+        driver.post(jobs.Unload(9, "m"))
 
 
 NO_FAULTS = [
@@ -408,7 +408,7 @@ def test_a_load_does_not_stall_what_runs(driver: Any, tiny_llama: pathlib.Path) 
     driver.generate(1, PROMPT, 60)
     driver.engine.step()
     driver.sent.clear()
-    driver.tell(jobs.Load(7, ModelSpec("second", "x", dtype="float32"), str(tiny_llama)))
+    driver.post(jobs.Load(7, ModelSpec("second", "x", dtype="float32"), str(tiny_llama)))
     while not any(isinstance(message, jobs.Done) for message in driver.sent):
         before = len(driver.rows)
         driver.engine.step()
@@ -440,7 +440,7 @@ def test_compiling_for_a_load_does_not_stall_what_runs(
     kernels = SlowKernels()
     monkeypatch.setattr(loading, "Preparation", lambda *_, **__: kernels)
     driver.generate(1, PROMPT, 200)
-    driver.tell(jobs.Load(7, ModelSpec("second", "test", dtype="float32"), str(tiny_llama)))
+    driver.post(jobs.Load(7, ModelSpec("second", "test", dtype="float32"), str(tiny_llama)))
     for _ in range(15):
         driver.engine.step()
     assert not kernels.closed
@@ -521,7 +521,7 @@ def test_no_memory_at_a_load_is_said_and_given_back(
 
 def test_what_is_promised_to_one_models_cache_is_not_free_for_the_next(driver: Any, tiny_llama: pathlib.Path) -> None:
     taken = model_of(driver).plan.kv_cache_bytes
-    driver.tell(jobs.QueryMemory(3))
+    driver.post(jobs.QueryMemory(3))
     memory = driver.sent[-1].result
     assert memory.free_bytes == driver.free_bytes - taken
     assert memory.used_bytes > 0
@@ -557,21 +557,21 @@ def test_unload_cancels_and_forgets(driver: Any) -> None:
     for number in range(20):
         driver.generate(number, PROMPT, 50)
     driver.engine.step()
-    driver.tell(jobs.Unload(9, "m"))
+    driver.post(jobs.Unload(9, "m"))
     assert set(driver.ends()) == set(range(20))
     assert set(driver.ends().values()) == {SequenceEnd.CANCELLED}
     assert driver.sent[-1] == jobs.Done(9)
     assert not driver.engine.busy
     driver.generate(50, PROMPT)
     assert driver.failures()[50].code == "model_not_found"
-    driver.tell(jobs.Unload(10, "m"))
+    driver.post(jobs.Unload(10, "m"))
     assert driver.sent[-1].error.code == "model_not_found"
 
 
 def test_unload_while_loading_ends_both(driver: Any, tiny_llama: pathlib.Path) -> None:
-    driver.tell(jobs.Load(7, ModelSpec("second", "x"), str(tiny_llama)))
+    driver.post(jobs.Load(7, ModelSpec("second", "x"), str(tiny_llama)))
     driver.engine.step()
-    driver.tell(jobs.Unload(8, "second"))
+    driver.post(jobs.Unload(8, "second"))
     assert [type(message) for message in driver.sent[-2:]] == [jobs.JobFailed, jobs.Done]
     assert driver.sent[-2].job == 7
     assert not driver.engine.busy
@@ -581,7 +581,7 @@ def test_unload_while_loading_ends_both(driver: Any, tiny_llama: pathlib.Path) -
 def test_shutdown_cancels_everything_and_stops(driver: Any) -> None:
     driver.generate(1, PROMPT, 50)
     driver.engine.step()
-    driver.tell(jobs.Shutdown())
+    driver.post(jobs.Shutdown())
     assert driver.ends() == {1: SequenceEnd.CANCELLED}
     assert driver.stopped
     assert not driver.engine.busy
@@ -657,7 +657,7 @@ def test_unload_returns_every_byte(
         driver.generate(1, PROMPT * 8, 40, temperature=1.0, presence_penalty=0.1)
         driver.run()
         assert len(driver.outputs()[1]) == 40
-        driver.tell(jobs.Unload(2, "m"))
+        driver.post(jobs.Unload(2, "m"))
         driver.sent.clear()
 
     for _ in range(3):

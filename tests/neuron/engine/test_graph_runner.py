@@ -114,7 +114,7 @@ def test_graphs_give_the_tokens_of_single_launches(
     assert list(graphs.sizes.values()) == [6, 4, 2, 1] == buckets(6)
     assert graphs.launched[0] == 6
     assert set(graphs.launched) >= {6, 4, 2}
-    driver.tell(jobs.Unload(9, "m"))
+    driver.post(jobs.Unload(9, "m"))
     assert not graphs.steps
 
 
@@ -135,7 +135,7 @@ def test_rows_of_all_kinds_share_a_step(with_graphs: Callable[..., Any], set_eng
         driver = with_graphs(Recorded(late=late))
         driver.engine._models["m"].runner.overlaps = late
         assert run(driver) == wanted
-        driver.tell(jobs.Unload(9, "m"))
+        driver.post(jobs.Unload(9, "m"))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -281,7 +281,7 @@ def test_a_nan_in_the_middle_of_multi_step(
 
 @pytest.mark.parametrize("room", [0, 1])
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "no memory for a graph of"),
         (DriverError("cuGraphInstantiateWithFlags", 2, "CUDA_ERROR_OUT_OF_MEMORY"), "no memory for a graph of"),
@@ -297,7 +297,7 @@ def test_what_cannot_be_captured_is_launched_singly(
     caplog: pytest.LogCaptureFixture,
     room: int,
     error: Exception,
-    told: str,
+    message: str,
 ) -> None:
     wanted = expected(harness, tiny_llama)
     graphs = Recorded(room, error)
@@ -305,7 +305,7 @@ def test_what_cannot_be_captured_is_launched_singly(
     assert ask(driver) == wanted
     assert list(graphs.sizes.values()) == [6][:room]
     assert set(graphs.launched) == {6} if room else not graphs.launched
-    assert caplog.text.count(told) == 1
+    assert caplog.text.count(message) == 1
     assert caplog.text.count(str(error)) == 1
 
 
@@ -379,7 +379,7 @@ def test_a_cancelled_sequence_leaves_the_others_graphs(
         driver.generate(number, list(range(3 + number, 9 + 7 * number)), 20 - 3 * number)
     for _ in range(6):
         driver.engine.step()
-    driver.tell(jobs.Cancel(2))
+    driver.post(jobs.Cancel(2))
     driver.run()
     found = driver.outputs()
     assert {n: found[n] for n in (0, 1, 3, 4)} == {n: wanted[n] for n in (0, 1, 3, 4)}

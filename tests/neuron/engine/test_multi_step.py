@@ -95,7 +95,7 @@ def test_a_message_of_the_daemon_waits_for_one_step(harness: Callable[..., Any],
         os.read(reader, 1)
         driver.engine.step()
         assert lengths(driver) == [1, 10, 1, 10], "the prompt's, a multi-step decode, one cut short, another"
-        driver.tell(jobs.Cancel(1))
+        driver.post(jobs.Cancel(1))
         assert driver.rows[-1] == jobs.TokenRow(1, b"", SequenceEnd.CANCELLED)
         assert not driver.engine.busy
     finally:
@@ -119,7 +119,7 @@ def test_multi_step_is_for_a_model_that_has_the_device_to_itself(
     driver.generate(3, PROMPT, 200)
     driver.engine.step()
     driver.sent.clear()
-    driver.tell(jobs.Load(7, ModelSpec("third", "test", dtype="float32"), str(tiny_llama)))
+    driver.post(jobs.Load(7, ModelSpec("third", "test", dtype="float32"), str(tiny_llama)))
     while driver.engine._loads:
         driver.engine.step()
     assert lengths(driver) == [1] * 5 + [10], "a load goes on by a layer a step, until it is done"

@@ -29,7 +29,7 @@ def expected(tiny_llama: pathlib.Path) -> Callable[[list[int]], np.ndarray[Any, 
 def score(driver: Any, number: int, prompt: list[int], max_tokens: int = 1, **settings: Any) -> None:
     sampler = jobs.SamplerSettings(**({"temperature": 0.0, "top_logprobs": 2} | settings))
     tokens = array.array("i", prompt).tobytes()
-    driver.tell(jobs.Generate(number, "m", tokens, max_tokens, (), sampler, scores_prompt=True))
+    driver.post(jobs.Generate(number, "m", tokens, max_tokens, (), sampler, scores_prompt=True))
 
 
 def scores(driver: Any, number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -157,7 +157,7 @@ def test_after_a_fault_a_worker_leaves_without_giving_anything_back() -> None:
     daemon = Channel(ours)
     process = subprocess.Popen([sys.executable, "-c", ON_A_GPU, str(theirs)], pass_fds=[theirs])
     os.close(theirs)
-    told = [msgspec.msgpack.decode(daemon.recv(60.0), type=jobs.FromWorker) for _ in range(2)]
-    assert [type(message) for message in told] == [jobs.Ready, jobs.Poisoned]
+    sent = [msgspec.msgpack.decode(daemon.recv(60.0), type=jobs.FromWorker) for _ in range(2)]
+    assert [type(message) for message in sent] == [jobs.Ready, jobs.Poisoned]
     assert process.wait(30) == jobs.EXIT_POISONED
     daemon.close()

@@ -63,7 +63,7 @@ def test_vectors_are_those_of_transformers(
     assert (config.pooling, config.generates) == (pooling, False)
     driver = harness()
     driver.load(headless)
-    driver.tell(jobs.Embed(1, "m", np.array(PROMPT, np.int32).tobytes(), config.pooling, ""))
+    driver.post(jobs.Embed(1, "m", np.array(PROMPT, np.int32).tobytes(), config.pooling, ""))
     driver.run()
     found = next(np.frombuffer(sent.vector, np.float32) for sent in driver.sent if isinstance(sent, jobs.Embedding))
     model = transformers.Qwen3Model.from_pretrained(headless, dtype=torch.float32).eval()

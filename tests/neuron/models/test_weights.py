@@ -104,7 +104,7 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pa
 
 
 # What the exporter above does not write, or GGUF rounds.
-UNTOLD = {"eos_ids": (), "bos_id": None, "rms_norm_eps": 0.0, "tensor_kinds": {}}
+UNREAD = {"eos_ids": (), "bos_id": None, "rms_norm_eps": 0.0, "tensor_kinds": {}}
 KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 TOLERANCE = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 1e-2, Kind.Q8_0: 1e-2, Kind.Q5_0: 0.07, Kind.Q5_1: 0.07}
 
@@ -116,7 +116,7 @@ def test_gguf_holds_what_safetensors_holds(checkpoint: pathlib.Path, tmp_path: p
     expected = read_all(checkpoint)
     stored = load_file(checkpoint / "model.safetensors")
     adds_one = read_config(checkpoint).architecture.norm_adds_one
-    assert dataclasses.replace(read_config(path), **UNTOLD) == dataclasses.replace(read_config(checkpoint), **UNTOLD)
+    assert dataclasses.replace(read_config(path), **UNREAD) == dataclasses.replace(read_config(checkpoint), **UNREAD)
     for name, tensor in read_all(path).items():
         assert torch.equal(expected[name], stored[name] + (adds_one and name.endswith("norm.weight")))
         error = (tensor - expected[name]).abs().max() / expected[name].abs().max()

@@ -196,5 +196,5 @@ def test_log_probabilities_of_calls_are_dropped(byte_tokenizer: Tokenizer, step:
         some = ids[start : start + step]
         events += detokenizer.feed(some, [TokenLogprob(chr(0), b"", -1.0)] * len(some))
     events += detokenizer.close(SequenceEnd.STOP)
-    told = sum(len(event.logprobs) for event in events if isinstance(event, TextDelta))
-    assert told <= len("I.\n<tool") + step, "those of the text, and what was held back with its end"
+    num_scored = sum(len(event.logprobs) for event in events if isinstance(event, TextDelta))
+    assert num_scored <= len("I.\n<tool") + step, "those of the text, and what was held back with its end"

@@ -107,7 +107,7 @@ def test_prompts_are_those_of_transformers(folder: pathlib.Path, files: TextFile
     assert found.ends_reasoning == (name == "no thinking")
 
 
-def told(files: TextFiles, text: str) -> list[InferenceEvent]:
+def events_of(files: TextFiles, text: str) -> list[InferenceEvent]:
     """Return the events of an output, token by token."""
     prompts = PromptFormat(files)
     detokenizer = Detokenizer(
@@ -125,7 +125,7 @@ def told(files: TextFiles, text: str) -> list[InferenceEvent]:
 
 def test_thoughts_calls_and_answers_come_apart(files: TextFiles) -> None:
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich 🦙"}}\n</tool_call>'
-    events = told(files, f"<think>\nHmm, ünïcödé <|not|>\n</think>\n\nI look.\n{call}\n{call}")
+    events = events_of(files, f"<think>\nHmm, ünïcödé <|not|>\n</think>\n\nI look.\n{call}\n{call}")
     reasoning = "".join(event.text for event in events if isinstance(event, ReasoningDelta))
     answer = "".join(event.text for event in events if isinstance(event, TextDelta))
     assert reasoning == "Hmm, ünïcödé <|not|>"
@@ -141,6 +141,6 @@ def test_thoughts_calls_and_answers_come_apart(files: TextFiles) -> None:
 
 
 def test_cut_in_mid_thought_all_of_it_is_reasoning(files: TextFiles) -> None:
-    events = told(files, "<think>\nHmm, and then")
+    events = events_of(files, "<think>\nHmm, and then")
     assert "".join(event.text for event in events if isinstance(event, ReasoningDelta)) == "Hmm, and then"
     assert not [event for event in events if isinstance(event, TextDelta) and event.text.strip()]

@@ -27,26 +27,26 @@ def parse(pieces: list[str], form: CallForm = CallForm.TAGGED, *, cut: bool = Fa
     """Return text, and calls as pairs of a name and arguments; a call that has no end ends with ``...``."""
     parser = ToolCallParser(form, [EDIT])
     found: list[Piece] = [piece for text in pieces for piece in parser.feed(text)] + parser.close(cut=cut)
-    told: list[Any] = []
+    joined: list[Any] = []
     open_call = False
     for piece in found:
         match piece:
-            case str() if told and isinstance(told[-1], str):
-                told[-1] += piece
+            case str() if joined and isinstance(joined[-1], str):
+                joined[-1] += piece
             case str():
-                told.append(piece)
+                joined.append(piece)
             case CallBegins(name):
-                told.append((name, ""))
+                joined.append((name, ""))
                 open_call = True
             case CallArguments(text):
                 assert open_call, found
-                told[-1] = (told[-1][0], told[-1][1] + text)
+                joined[-1] = (joined[-1][0], joined[-1][1] + text)
             case CallEnds():
                 assert open_call, found
                 open_call = False
     if open_call:
-        told[-1] = (*told[-1], "...")
-    return told
+        joined[-1] = (*joined[-1], "...")
+    return joined
 
 
 XML = (
@@ -128,13 +128,13 @@ def test_arguments_are_told_as_they_are_written() -> None:
     head, body, tail = '<tool_call>\n{"name": "f", "arguments": ', '{"text": "one two three"}', "}\n</tool_call>"
     parser = ToolCallParser()
     assert parser.feed(head) == []
-    told = []
+    joined = []
     for character in body:
-        told += parser.feed(character)
-    assert told[0] == CallBegins("f")
-    assert "".join(piece.text for piece in told if isinstance(piece, CallArguments)) == body
-    assert len(told) > 20, "piece by piece"
-    assert told[-1] == CallEnds()
+        joined += parser.feed(character)
+    assert joined[0] == CallBegins("f")
+    assert "".join(piece.text for piece in joined if isinstance(piece, CallArguments)) == body
+    assert len(joined) > 20, "piece by piece"
+    assert joined[-1] == CallEnds()
     assert parser.feed(tail) == parser.close() == []
 
 

@@ -378,9 +378,9 @@ def test_a_compiler_that_dies_is_an_error(cache: KernelCache) -> None:
 
 
 def test_a_load_that_fails_for_the_driver_or_the_compiler_says_so() -> None:
-    told = error_info(DriverTooOldError((11, 8), "12.8"))
-    assert told.code == "driver_too_old"
-    assert "install a driver for CUDA 12.0 or later" in told.message
+    info = error_info(DriverTooOldError((11, 8), "12.8"))
+    assert info.code == "driver_too_old"
+    assert "install a driver for CUDA 12.0 or later" in info.message
     assert error_info(compile.KernelCompileError("ptxas: no")).code == "kernel_compile_failed"
 
 
