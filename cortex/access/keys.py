@@ -132,11 +132,6 @@ class KeyRing:
             raise UnauthorizedError("Incorrect API key provided.")
         return principal
 
-    @property
-    def has_admin(self) -> bool:
-        """Whether any key is an administrator's."""
-        return any(principal.is_admin for _, principal in self.principals.values())
-
     def by_name(self) -> Sequence[Principal]:
         """Return all principals, by name."""
         principals = [principal for _, principal in self.principals.values()]

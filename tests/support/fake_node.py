@@ -235,6 +235,21 @@ def error(status: int, code: str, *headers: str) -> Script:
     return script
 
 
+def answer_after(go: asyncio.Event) -> Script:
+    """Return a script that answers once an event is set."""
+
+    async def script(asked: Asked, line: Line) -> None:
+        await go.wait()
+        await answer(asked, line)
+
+    return script
+
+
+async def never_answer(asked: Asked, line: Line) -> None:
+    """Send nothing until the client has left."""
+    await line.left.wait()
+
+
 @dataclass
 class FakeNode:
     """One node. Change its fields as the test goes."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_node import Asked, FakeNode, Line, answer, chat_chunk
+from fake_node import Asked, FakeNode, Line, answer_after, chat_chunk, never_answer
 from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 
@@ -36,11 +36,7 @@ async def test_what_a_nested_field_says_reserves_nothing(counters: str, valkey: 
     keys = alice(f"nested-{counters}", tokens_per_window=1000)
     go = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
-        await go.wait()
-        await answer(asked, line)
-
-    neuron = FakeNode(script=script).ready("m")
+    neuron = FakeNode(script=answer_after(go)).ready("m")
     async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
         body = {"metadata": {"max_tokens": 1}, **CHAT, "max_tokens": 600}
         first = gateway.call("POST", "/v1/chat/completions", body, SIGNED)
@@ -66,11 +62,7 @@ async def test_answers_at_a_time_are_counted_and_not_requests(counters: str, val
     keys = alice(f"several-{counters}", max_concurrent=3)
     go = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
-        await go.wait()
-        await answer(asked, line)
-
-    neuron = FakeNode(script=script).ready("m")
+    neuron = FakeNode(script=answer_after(go)).ready("m")
     async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
         first = gateway.call("POST", "/v1/chat/completions", {**CHAT, "n": 2}, SIGNED)
         await until(lambda: neuron.asked)
@@ -93,10 +85,7 @@ async def test_answers_at_a_time_are_counted_and_not_requests(counters: str, val
 async def test_who_leaves_before_the_end_pays(counters: str, valkey: str, path: str) -> None:
     keys = alice(f"leaves-{counters}-{path.replace('/', '-').strip('-')}", balance_tokens=100_000)
 
-    async def script(asked: Asked, line: Line) -> None:
-        await line.left.wait()
-
-    neuron = FakeNode(script=script).ready("m")
+    neuron = FakeNode(script=never_answer).ready("m")
     async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
         body = (
             {**CHAT, "max_tokens": 500}
@@ -139,10 +128,7 @@ async def test_who_leaves_a_stream_pays_for_what_came_and_for_the_prompt() -> No
 
 
 async def test_who_leaves_pays_no_more_than_was_reserved() -> None:
-    async def script(asked: Asked, line: Line) -> None:
-        await line.left.wait()
-
-    neuron = FakeNode(script=script).ready("m")
+    neuron = FakeNode(script=never_answer).ready("m")
     async with rig(neuron, keys=alice("capped", tokens_per_window=1000)) as gateway:
         call = gateway.call("POST", "/v1/chat/completions", {**CHAT, "max_tokens": 900_000}, SIGNED)
         await until(lambda: neuron.asked)
@@ -152,11 +138,8 @@ async def test_who_leaves_pays_no_more_than_was_reserved() -> None:
 
 
 async def test_an_answer_that_took_too_long_costs_what_was_reserved() -> None:
-    async def script(asked: Asked, line: Line) -> None:
-        await line.left.wait()
-
     keys = alice("slow", balance_tokens=100_000)
-    neuron = FakeNode(script=script).ready("m")
+    neuron = FakeNode(script=never_answer).ready("m")
     async with rig(neuron, keys=keys, timeouts=Timeouts(answer_s=0.2)) as gateway:
         call = await gateway.call("POST", "/v1/chat/completions", {**CHAT, "max_tokens": 500}, SIGNED).end()
         assert call.status == 504

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import orjson
 import pytest
 from daemons import free_port
-from fake_node import Asked, FakeNode, Line, answer
+from fake_node import FakeNode, answer_after
 from gateway_rig import rig, until
 from key_rig import KEY, ring
 
@@ -215,11 +215,7 @@ async def test_a_limit_is_told_in_each_dialect_and_seats_come_back(url: str) -> 
     go = asyncio.Event()
     neuron = FakeNode().ready("m")
 
-    async def script(asked: Asked, line: Line) -> None:
-        await go.wait()
-        await answer(asked, line)
-
-    neuron.script = script
+    neuron.script = answer_after(go)
     access = {"counters": "valkey", "url": url} if url else {}
     principal = Principal(f"gated{time.time()}", limits=Limits(max_concurrent=2))
     given = {"authorization": f"Bearer {KEY}"}

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from fake_node import Asked, FakeNode, Line, answer
+from fake_node import FakeNode, answer_after
 from gateway_rig import rig, until
 from key_rig import KEY, ring
 
@@ -20,11 +20,7 @@ async def test_anonymous_callers_wait_for_a_spare_slot_and_the_others_do_not() -
     go = asyncio.Event()
     neuron = FakeNode().ready("m", max_sequences=3)
 
-    async def script(asked: Asked, line: Line) -> None:
-        await go.wait()
-        await answer(asked, line)
-
-    neuron.script = script
+    neuron.script = answer_after(go)
     async with rig(neuron, keys=KEYS, access={"leftover_wait_s": 5}) as gateway:
 
         def ask(key: str | None) -> object:

@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from fake_node import Asked, FakeNode, Line, answer, error
+from fake_node import Asked, FakeNode, Line, answer_after, error
 from gateway_rig import QUICK, rig, until
 
 from cortex.wire.node import NodeState
@@ -117,11 +117,7 @@ async def test_a_node_that_is_down_is_asked_less_often() -> None:
 async def test_polls_never_touch_the_counts_in_flight() -> None:
     go = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
-        await go.wait()
-        await answer(asked, line)
-
-    neuron = FakeNode(script=script).ready("m")
+    neuron = FakeNode(script=answer_after(go)).ready("m")
     async with rig(neuron) as gateway:
         calls = [gateway.chat() for _ in range(5)]
         await until(lambda: len(neuron.asked) == 5)
@@ -139,11 +135,7 @@ async def test_polls_never_touch_the_counts_in_flight() -> None:
 async def test_polls_do_not_stand_behind_requests() -> None:
     go = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
-        await go.wait()
-        await answer(asked, line)
-
-    neuron = FakeNode(script=script).ready("m")
+    neuron = FakeNode(script=answer_after(go)).ready("m")
     async with rig(neuron, max_connections_per_node=1) as gateway:
         call = gateway.chat()
         await until(lambda: neuron.asked)
