@@ -1,9 +1,8 @@
-"""``app``: the gateway as one object that every interface of a server can call, for ``granian cortex.asgi:app``.
+"""``app``: the gateway as one object for every server interface, for ``granian cortex.asgi:app``.
 
-Granian's own interface, RSGI, finds ``__rsgi__`` and what starts and ends it; ASGI (with a lifespan or without one)
-calls the object. What is answered is the same, over HTTP/1 and HTTP/2; RSGI costs less a request, and ``cortex serve``
-uses it. The paths are :mod:`cortex.gateway`'s. Each worker process has an ``app`` of its own, with its own view of the
-fleet.
+Granian's own interface, RSGI, calls ``__rsgi__`` and its init and del; ASGI (with or without a lifespan) calls the
+object. Responses are the same, over HTTP/1 and HTTP/2; RSGI costs less a request, and ``cortex serve`` uses it. The
+paths are :mod:`cortex.gateway`'s. Each worker process has an ``app`` of its own, with its own view of the fleet.
 """
 
 import asyncio
@@ -35,7 +34,7 @@ _OPENS_AT_REQUEST = frozenset({"http", "websocket"})
 
 
 class Application(Worker):
-    """The application, by whichever interface it is called."""
+    """Application for both interfaces."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         super().__init__(*(() if environment is None else (environment,)))
@@ -58,7 +57,7 @@ class Application(Worker):
         loop.run_until_complete(self.stop())
 
     def open_rsgi(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take requests by RSGI from now on, on this loop."""
+        """Accept RSGI requests on this loop."""
         self._watches = Watches(loop)
         self._coalescer = WriteCoalescer(loop)
         self._fast_path = FastPathRules(self.gateway, self.ending, self._watches, flushes=False).fast_path
@@ -94,7 +93,7 @@ class Application(Worker):
         vars(__call__)["_is_coroutine"] = vars(asyncio.coroutines)["_is_coroutine"]
 
     def open_asgi(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take requests by ASGI from now on, on this loop."""
+        """Accept ASGI requests on this loop."""
         self._fast_path = FastPathRules(self.gateway, self.ending, Watches(loop), flushes=True).fast_path
         self._is_open = True
 

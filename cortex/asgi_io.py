@@ -1,6 +1,6 @@
-"""A request that came over ASGI, as the fast path (:mod:`cortex._fast.fast_path`) wants one.
+"""Adapters of an ASGI request for the fast path (:mod:`cortex._fast.fast_path`).
 
-The exchange of all other requests is :class:`cortex.http_io.AsgiExchange`.
+All other requests use :class:`cortex.http_io.AsgiExchange`.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class AsgiHead:
 
 
 class AsgiProtocol:
-    """Body of a request and its answer: the answer is given at once, and sent later."""
+    """Body of a request and its response, which is set first and sent by :meth:`flush`."""
 
     __slots__ = ("_answer", "_body_timeout_s", "_receive", "_send")
 
@@ -51,16 +51,16 @@ class AsgiProtocol:
         return await read_at_most(WHOLE_BYTES, asgi_pieces(self._receive), self._body_timeout_s)
 
     def response_bytes(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-        """Take the answer."""
+        """Set the response."""
         self._answer = status, headers, body
 
     async def flush(self) -> None:
-        """Send the answer."""
+        """Send the response."""
         status, texts, body = self._answer
         headers = [(name.encode(), value.encode("latin-1")) for name, value in texts]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
     def client_disconnect(self) -> "asyncio.Future[None]":
-        """Return what is done when the client has left."""
+        """Return a future that is done when the client has disconnected."""
         return asyncio.ensure_future(asgi_left(self._receive))

@@ -1,7 +1,7 @@
-"""Bodies that a client has compressed: gzip and deflate are read within the bound of a body, all else is refused.
+"""Decoding of compressed request bodies: gzip and deflate, within the size limit of a body; others are refused.
 
-What is kept never exceeds the bound, however far a few bytes would expand. zlib works without the interpreter's lock,
-so that large bodies are decoded in a thread and nobody else waits for them.
+Memory never exceeds the limit, whatever a few bytes would expand to. zlib releases the interpreter's lock, so that
+large bodies are decoded in a thread without delaying other requests.
 """
 
 import asyncio
@@ -11,19 +11,19 @@ from cortex.wire.errors import BodyTooLargeError, InvalidRequestError, Unsupport
 
 TAKEN = "gzip, deflate"
 INLINE_BYTES = 64 * 1024
-"""Longer ones, compressed or not, are decoded in a thread."""
+"""Size, compressed or not, above which a body is decoded in a thread."""
 
 MAX_MEMBERS = 64
-"""Of one gzip body: files that were put together have a few, and each costs a beginning."""
+"""Maximum number of members of a gzip body: concatenated files have a few, and each costs a start."""
 
 
 async def decoded(body: bytes, encoding: str, limit_bytes: int) -> bytes:
-    """Return a body as it was before it was encoded.
+    """Return a body without its content encoding.
 
     Raises:
-        UnsupportedEncodingError: by something else than gzip or deflate, or by several.
+        UnsupportedEncodingError: the encoding is neither gzip nor deflate, or there are several.
         BodyTooLargeError: it is longer than ``limit_bytes``.
-        InvalidRequestError: it is not what its header says.
+        InvalidRequestError: it is not encoded as its header says.
     """
     name = encoding.strip().lower()
     if name in ("", "identity"):

@@ -1,4 +1,4 @@
-"""What a gateway answers by itself, the lists of models above all, and how it answers with an error."""
+"""Endpoints that the gateway answers without a node, such as the lists of models, and its error responses."""
 
 import msgspec
 
@@ -18,12 +18,12 @@ from cortex.wire.headers import retry_after
 
 
 class Endpoints:
-    """What answers each path of no dialect. One for the life of a process."""
+    """Endpoints outside the dialects. One for the life of a process."""
 
     def __init__(self, catalogue: Catalogue, fleet: Fleet, dispatcher: Dispatcher, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self.catalogue = catalogue
-        """What is offered, from now on."""
+        """Catalogue of offered models, replaced on reload."""
         self._fleet = fleet
         self._dispatcher = dispatcher
 
@@ -52,7 +52,7 @@ class Endpoints:
         await exchange.reply(200, msgspec.json.encode(FullOfferList(offers(self.catalogue, self._fleet.state))))
 
     async def health(self, exchange: Exchange) -> None:
-        """``GET /health``: 200 while this process answers; whether it has anybody to ask is in the body."""
+        """``GET /health``: 200 while this process answers; the body reports whether a node is up."""
         nodes = self._fleet.state.nodes.values()
         num_up = sum(node.up for node in nodes)
         state = "ready" if num_up else "no_node"
@@ -71,17 +71,17 @@ class Endpoints:
 
     @property
     def num_in_flight(self) -> int:
-        """Requests of this process that have a node and no end yet."""
+        """Number of requests of this process that have a node and have not ended."""
         return sum(self._fleet.in_flight.by_node.values())
 
 
 def _is_anthropic(exchange: Exchange) -> bool:
-    """Return whether a client of either family that asks at a path of both is Anthropic's."""
+    """Return whether the client of a path that two dialects share is Anthropic's."""
     return exchange.header(b"anthropic-version") is not None
 
 
 async def reply_error(exchange: Exchange, error: ApiError, headers: tuple[Header, ...] = ()) -> None:
-    """Answer with an error, in the envelope of the path's dialect; a node's own body goes on as it is."""
+    """Answer with an error, in the envelope of the path's dialect; a node's own error body is sent unchanged."""
     if error.retry_after_s is not None:
         headers = (*headers, (b"retry-after", retry_after(error.retry_after_s)))
     if error.worth_retrying is not None:  # which the SDKs of both families go by before they look at the status

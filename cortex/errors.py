@@ -1,6 +1,6 @@
-"""The gateway's own errors: answers to clients, as :mod:`cortex.wire.errors` are.
+"""Errors of the gateway: answers to clients, like those of :mod:`cortex.wire.errors`.
 
-A cold load that fails is never a 404: the model exists, it could not be brought up.
+A cold load that fails is never a 404: the model exists, and could not be loaded.
 """
 
 from cortex.wire.errors import (
@@ -21,7 +21,7 @@ class NoNodeError(UnavailableError):
 
 
 class LoadFailedError(UnavailableError):
-    """A cold load failed on every node that was asked, for reasons that may pass."""
+    """A cold load failed on every node tried, for reasons that may pass."""
 
     code = "model_load_failed"
 
@@ -47,13 +47,13 @@ class ConnectionLostError(UpstreamError):
 
 
 class NodeDeniedError(UpstreamError):
-    """A node does not accept the secret, or the key, that this gateway sends it."""
+    """A node rejects the secret or key that this gateway sends."""
 
     code = "upstream_denied"
 
 
 class TooLongAnswerError(UpstreamError):
-    """A node's answer, or one event of its stream, is longer than is read."""
+    """A node's answer, or an event of its stream, exceeds the size limit."""
 
 
 class CutAnswerError(UpstreamError):
@@ -61,11 +61,11 @@ class CutAnswerError(UpstreamError):
 
 
 class NotAnAnswerError(UpstreamError):
-    """A node answered with something else than was asked for: no JSON, no stream, another encoding, another status."""
+    """A node's response is not of the expected kind: no JSON, no stream, another encoding, another status."""
 
 
 class DeadlyRequestError(UpstreamError):
-    """Nodes died while they had this request, so that it is not sent to another for a while."""
+    """Nodes died while they processed this request, so that it is sent to no other for a while."""
 
     code = "upstream_died"
     worth_retrying = False
@@ -78,7 +78,7 @@ class PoolFullError(OverloadedError):
 
 
 class PreviousResponseNotFoundError(InvalidRequestError):
-    """A request continues a response that is not stored, or not any more."""
+    """A request continues a response that is not stored, or no longer."""
 
     code = "previous_response_not_found"
 
@@ -98,13 +98,13 @@ class ConversationNotFoundError(ApiError):
 
 
 class ConversationTooLargeError(InvalidRequestError):
-    """What a request continues, or refers to, is more than a body may be."""
+    """The stored items that a request continues or refers to exceed the size limit of a body."""
 
     code = "conversation_too_large"
 
 
 class ConversationFullError(InvalidRequestError):
-    """A conversation has as many turns as one may have."""
+    """A conversation has the maximum number of responses."""
 
     code = "conversation_full"
 
@@ -116,13 +116,13 @@ class GatewayStoppedError(UnavailableError):
 
 
 class NotStartedError(UnavailableError):
-    """The gateway could not start, and its server cannot be told so: ASGI without a lifespan."""
+    """The gateway could not start, and its server has no way to report it: ASGI without a lifespan."""
 
     code = "not_started"
 
 
 class StoreFullError(ApiError):
-    """The store of responses has no room for what was to be kept."""
+    """The store of responses is full."""
 
     status = 507
     code = "store_full"
@@ -135,10 +135,10 @@ class StoreUnavailableError(UnavailableError):
 
 
 class ReplyError(ApiError):
-    """A node answered with an error of its own, which goes to the client as it is.
+    """A node answered with an error, which the client gets unchanged.
 
-    ``body`` is the node's, an envelope in the dialect of the request; ``error`` is what is read in it for the log and
-    for a stream that has begun.
+    ``body`` is the node's, an envelope in the dialect of the request; ``error`` is the error in it, for the log and for
+    a stream that has begun.
     """
 
     def __init__(self, error: ErrorInfo, body: bytes) -> None:

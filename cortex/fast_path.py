@@ -1,8 +1,8 @@
-"""Who may go the fast path (:mod:`cortex._fast.fast_path`), and to which node: asked once, and again after each change.
+"""Rules of the fast path (:mod:`cortex._fast.fast_path`): which requests may take it, and to which node.
 
-Those whose use is not counted against a limit, with a whole answer to a question that a node gets as it came, of a
-model that one node alone has ready while no circuit has seen a failure. Everybody else goes the slow path, and so does
-who may not ask at all: errors are said in one place.
+The result is cached until something changes. A request qualifies if its key has no limits, its answer is not streamed,
+its body goes to the node unchanged, and only one node has the model ready, with no failure in any circuit. Every other
+request takes the slow path, those without access too, so that errors are made in one place.
 """
 
 from cortex import tracing
@@ -21,10 +21,10 @@ DIALECTS = {dialect.path: dialect for dialect in (CHAT, COMPLETIONS, EMBEDDINGS,
 
 
 class FastPathRules:
-    """The fast path of one gateway process."""
+    """Fast path of a gateway process."""
 
     def __init__(self, gateway: Gateway, ending: Ending, watches: Watches, *, flushes: bool) -> None:
-        """``flushes`` is :class:`~cortex._fast.fast_path.FastPath`'s."""
+        """``flushes``: see :class:`~cortex._fast.fast_path.FastPath`."""
         self._gateway = gateway
         self._dispatcher = gateway.service.dispatcher
         self.fast_path = FastPath(
@@ -43,7 +43,7 @@ class FastPathRules:
         if dialect is None or tracing.is_exporting():
             return None
         if value is not None and header == "authorization" and value[:7].lower() != "bearer ":
-            return None  # another header may say who it is
+            return None  # another header may carry the key
         given = None if value is None else value.encode()
         try:
             principal = self._gateway.authenticator.identify(lambda name: given if name == header.encode() else None)

@@ -1,6 +1,7 @@
-"""One gateway process put together: its parts, the paths it answers, and what leaves an endpoint as an error.
+"""Gateway process: its components, its paths, and the error responses of its endpoints.
 
-It speaks :class:`~cortex.http_io.Exchange`, not ASGI: a server's own interface is an adapter over this.
+It uses :class:`~cortex.http_io.Exchange`, not ASGI: a server's own interface is an adapter over this. One module, as
+the table of paths names everything that it wires up.
 """
 
 import asyncio
@@ -73,17 +74,17 @@ from cortex.wire.node import NodeState
 log = logging.getLogger("cortex")
 
 API = "/v1/"
-"""What the paths for clients begin with."""
+"""Prefix of the clients' paths."""
 
 METRICS_RETRY_S = 5.0
-"""Seconds between two tries to serve metrics at a port that something else has."""
+"""Seconds between attempts to listen for metrics at a port in use."""
 
 Endpoint = Callable[[Exchange], Awaitable[None]]
 Methods = Mapping[str, Endpoint]
 
 
 class Gateway:
-    """One gateway process: what the lifespan starts and ends, and the paths it answers."""
+    """Gateway process: start and stop, and the paths it answers."""
 
     def __init__(
         self,
@@ -94,16 +95,16 @@ class Gateway:
         config_error: Callable[[], ConfigError | None] = lambda: None,
         local_token: str = "",
     ) -> None:
-        """``reload`` and ``config_error`` are what ``/admin`` asks of whoever reads the files.
+        """``reload`` and ``config_error`` serve ``/admin``: reread the files, and return the error of the last reading.
 
-        ``local_token`` is an administrator's key of those who run this gateway.
+        ``local_token`` is an administrator's key for commands on this host.
 
         Raises:
             ConfigError: the counters of keys cannot be used.
         """
         self.metrics = Metrics(self._sample, self._in_flight)
         self.supervisor = Supervisor(lambda task: self.metrics.background_failures.labels(task).inc())
-        """The background tasks of this process."""
+        """Background tasks of this process."""
         self.service = FleetService(
             settings,
             offered,
@@ -196,7 +197,7 @@ class Gateway:
         )
 
     def _counted(self, endpoint: Endpoint) -> Endpoint:
-        """Return an endpoint that asks no node, and counts as a request all the same."""
+        """Return an endpoint that needs no node but counts as a request of its key."""
 
         async def answer(exchange: Exchange) -> None:
             await self.authenticator.count(principal_of(exchange.caller))
@@ -206,14 +207,14 @@ class Gateway:
 
     @property
     def fleet(self) -> Fleet:
-        """What is known of the nodes."""
+        """State of the nodes."""
         return self.service.fleet
 
     async def start(self) -> None:
-        """Open the store, serve metrics and begin to watch the fleet.
+        """Open the store, serve metrics and start to poll the fleet.
 
         Raises:
-            ConfigError: the store that is configured cannot be used.
+            ConfigError: the configured store cannot be used.
         """
         if self._store is not None:
             try:
@@ -235,7 +236,7 @@ class Gateway:
         self._feed.start()
 
     def _serve_metrics(self, *, is_first: bool) -> None:
-        """Serve metrics if the port is free. Where workers share theirs, one of them is enough."""
+        """Serve metrics if the port is free. Of workers that share metrics, one suffices."""
         host, port = split_address(self.settings.gateway.metrics_listen)
         is_shared = folder_of_workers() is not None
         try:
@@ -258,11 +259,11 @@ class Gateway:
             self._serve_metrics(is_first=False)
 
     def prepare_to_stop(self) -> None:
-        """End what would go on until its client leaves."""
+        """End the responses that last until their client disconnects."""
         self._feed.close()
 
     def end_requests(self) -> None:
-        """End what still runs with an error in its own dialect."""
+        """End running requests with an error in their own dialect."""
         message = "The gateway is being restarted, and this answer took longer than it waits."
         self.service.end_requests(GatewayStoppedError(message, retry_after_s=1))
 
@@ -288,7 +289,7 @@ class Gateway:
         self.metrics.fold()
 
     def reconfigure(self, settings: Config, offered: Catalogue, keys: KeyRing) -> None:
-        """Go on with other nodes, models, keys and limits; requests that run end as they began."""
+        """Replace nodes, models, keys and limits; running requests are not affected."""
         self.settings, self.offered, self.guard = settings, offered, _guard(settings)
         self.authenticator.keys, self.authenticator.reserve_tokens = keys, settings.access.reserve_tokens
         self._endpoints.catalogue = offered
@@ -337,10 +338,10 @@ class Gateway:
         ).serve()
 
     def _let_in(self, exchange: Exchange) -> Endpoint | None:
-        """Return what answers; ``None`` for OPTIONS. What is rejected here is written down here: nobody else sees it.
+        """Return the endpoint of a request, ``None`` for OPTIONS; log a request that is rejected here.
 
         Raises:
-            ApiError: who asks may not, or there is no such path or method.
+            ApiError: access is denied, or there is no such path or method.
         """
         try:
             self._check(exchange)
@@ -351,7 +352,7 @@ class Gateway:
             raise
 
     def _check(self, exchange: Exchange) -> None:
-        """Let nobody in who may not ask at this path; what for, the endpoint sees to."""
+        """Check that the request may use this path at all; the endpoint checks the rest."""
         if exchange.method == "OPTIONS":
             return
         if exchange.path.startswith(API):
@@ -368,10 +369,10 @@ class Gateway:
             self.guard.check_media_type(exchange.method, exchange.header)
 
     def _let_socket_in(self, scope: Scope) -> str:
-        """Let no WebSocket be opened by who may not ask over it, nor by a page of another site; return whose it is.
+        """Check that a WebSocket may be opened, by this principal and from this origin; return its owner.
 
         Raises:
-            ApiError: it may not be.
+            ApiError: it may not.
         """
         path = scope["path"]
 
@@ -394,7 +395,7 @@ class Gateway:
             raise
 
     async def _reply_options(self, exchange: Exchange) -> None:
-        """Say what a path takes, to a browser in its own words."""
+        """Answer OPTIONS with a path's methods, and a preflight with its CORS headers."""
         allow = _allow(self._allowed(exchange.path))
         if exchange.path.startswith(API):
             allowed = self.guard.preflight(exchange.header, allow[0][1].decode(), setting="gateway")
@@ -402,7 +403,7 @@ class Gateway:
         await exchange.reply(204, b"", headers=allow)
 
     def _find(self, method: str, path: str) -> Endpoint | None:
-        """Return what answers; ``None`` for OPTIONS, which asks only what would."""
+        """Return the endpoint of a method and path; ``None`` for OPTIONS."""
         allowed = self._allowed(path)
         if allowed is None:
             raise NotFoundError(f"Unknown request URL: {method} {path}.")

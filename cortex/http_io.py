@@ -1,9 +1,9 @@
-"""One HTTP exchange: bounded body, one reply or one stream, heartbeats, and the client that goes away.
+"""HTTP exchange of both daemons: bounded body, one reply or one stream, heartbeats, client disconnects.
 
-Both daemons answer through this, over ASGI; a gateway also over RSGI (:mod:`cortex.rsgi_io`). It knows neither routes
-nor dialects: what a heartbeat or an error looks like comes in as bytes. Rules of a stream: headers are held back for a
-moment so that an early failure keeps its HTTP status; after that they go out, and heartbeats fill every silence; a
-client that leaves ends the work behind its answer at once.
+The exchange runs over ASGI; a gateway's also over RSGI (:mod:`cortex.rsgi_io`). It knows neither routes nor dialects:
+heartbeats and errors are given as bytes. Rules of a stream: headers are held back for a moment so that an early failure
+keeps its HTTP status; then they are sent, and heartbeats fill every silence; a disconnect cancels the work behind the
+response at once. One module, since exchange and stream call each other in both directions.
 """
 
 import abc
@@ -40,7 +40,7 @@ Header = tuple[bytes, bytes]
 T = TypeVar("T")
 
 HOLD_HEADERS_S = 0.3
-"""How long the headers of a stream wait for its first bytes; clients need them within a second of asking."""
+"""Time for which a stream's headers wait for its first bytes; clients need them within a second."""
 
 HEARTBEAT_INTERVAL_S = 5.0
 """Longest silence on a stream; intermediaries have been seen to cut at 60 s and agents to warn at 20 s."""
@@ -57,7 +57,7 @@ class ClientDisconnectedError(Exception):
 
 
 class Exchange(abc.ABC):
-    """A request being answered. Not reusable; one coroutine writes to it. Each interface of a server has its own."""
+    """Request and its response. Not reusable; one coroutine writes to it. Each server interface has a subclass."""
 
     def __init__(self, method: str, path: str, query: bytes, client: str, request_id: str) -> None:
         self.method = method
@@ -66,27 +66,27 @@ class Exchange(abc.ABC):
         self._client = client
         self.request_id = request_id
         self.caller: object = None
-        """Who asks, once that is known, as whoever found it out describes it."""
+        """Principal of the request, set by the layer that authenticates."""
         self.status = 0
-        """HTTP status sent, 0 before that."""
+        """HTTP status that was sent, 0 before that."""
         self.loop: asyncio.AbstractEventLoop | None = None
-        """Whose it is, if whoever made it knows: to find out costs a system call."""
+        """Event loop of the exchange, if known: looking it up costs a system call."""
         self.fast_request: object = None
-        """How far it has come on another way, as whoever knows that way describes it."""
+        """State of a request that began on the fast path."""
         self.known_body: bytes | ApiError | None = None
-        """Its body, if that was read already, or what came of reading it."""
+        """Body, if it was read before, or the error of reading it."""
         self.body_timeout_s = BODY_TIMEOUT_S
-        """How long its body may take; see :mod:`cortex.request_body`."""
+        """Timeout of the body; see :mod:`cortex.request_body`."""
         self.is_alone = True
-        """Whether its connection has no other request at a time."""
+        """Whether its connection carries one request at a time."""
         self.extra_headers: dict[bytes, bytes] = {}
-        """Headers that every answer to it has, beside its own; those of a stream go out with the first bytes."""
+        """Headers of every response to the request, beside its own; a stream's are sent with its first bytes."""
         self.is_last = False
-        """Whether the answer says that no other will come on this connection."""
+        """Whether the response announces the end of its connection."""
 
     @property
     def client(self) -> str:
-        """The address that the request comes from."""
+        """Address of the client."""
         return self._client
 
     @abc.abstractmethod
@@ -94,13 +94,13 @@ class Exchange(abc.ABC):
         """Return a request header by its lower-case name, or ``None``."""
 
     async def read_body(self, limit_bytes: int) -> bytes:
-        """Return the whole body. The connection of one that is not read to its end is closed.
+        """Return the whole body. A connection whose body is not read to its end is closed.
 
         Raises:
-            BodyTooLargeError: it is longer than ``limit_bytes``, no more than that was kept; or in too many pieces.
+            BodyTooLargeError: it is longer than ``limit_bytes``, or in too many pieces.
             SlowBodyError: it takes too long.
-            ClientDisconnectedError: the client left while sending it.
-            ApiError: it is compressed, and cannot be decoded.
+            ClientDisconnectedError: the client disconnected before its end.
+            ApiError: its content encoding cannot be decoded.
         """
         try:
             declared = self.check_length(limit_bytes)
@@ -115,13 +115,13 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     async def _read(self, declared: int | None, limit_bytes: int) -> bytes:
-        """Read a body that says so of its length, or nothing; raise as :meth:`read_body` does."""
+        """Read a body whose declared length is ``declared``, if any; raise as :meth:`read_body` does."""
 
     @abc.abstractmethod
     async def reply(
         self, status: int, body: bytes, *, content_type: bytes = b"application/json", headers: Sequence[Header] = ()
     ) -> None:
-        """Send a complete answer."""
+        """Send a complete response."""
 
     @abc.abstractmethod
     async def start_stream(self, headers: Sequence[Header] = ()) -> None:
@@ -129,17 +129,17 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     async def write(self, data: bytes) -> None:
-        """Send some bytes of a started stream; return when the client may be sent more.
+        """Send some bytes of a started stream; return when more may be sent.
 
         Raises:
-            ClientDisconnectedError: the client has gone, where that is seen here.
+            ClientDisconnectedError: the client has disconnected, where the interface reports it here.
         """
 
     writes_at_once = False
-    """Whether a stream can be started and written to without waiting, by :meth:`start_now`."""
+    """Whether :meth:`start_now` may be used: streams are started and written to without waiting."""
 
     def start_now(self, headers: Sequence[Header] = ()) -> ResponseWriter:
-        """Send status 200 and the headers of an event stream; return what it is written to."""
+        """Send status 200 and the headers of an event stream; return its writer."""
         raise NotImplementedError
 
     @abc.abstractmethod
@@ -148,10 +148,12 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call ``tell`` when the client has gone; return what ends that. Call only after the body was read."""
+        """Call ``tell`` when the client disconnects; return a function that ends the watch. Use after the body was
+        read.
+        """
 
     async def decode(self, body: bytes, limit_bytes: int) -> bytes:
-        """Return a body without the encoding that its header names. Raises as :func:`cortex.body_encoding.decoded`."""
+        """Return a body without its content encoding. Raises as :func:`cortex.body_encoding.decoded`."""
         encoding = self.header(b"content-encoding")
         if encoding is None:
             return body
@@ -162,10 +164,10 @@ class Exchange(abc.ABC):
             raise
 
     def check_length(self, limit_bytes: int) -> int | None:
-        """Return how long the body is by its own account.
+        """Return the declared length of the body, if any.
 
         Raises:
-            BodyTooLargeError: that is more than ``limit_bytes``.
+            BodyTooLargeError: it is more than ``limit_bytes``.
         """
         declared = self.header(b"content-length")
         if declared is None or not declared.isdigit():
@@ -186,7 +188,7 @@ def find_header(headers: Iterable[Header], name: bytes) -> bytes | None:
 
 
 async def asgi_pieces(receive: Receive) -> AsyncIterator[bytes]:
-    """Yield a body as ASGI brings it. Raises :class:`ClientDisconnectedError`."""
+    """Yield the pieces of an ASGI body. Raises :class:`ClientDisconnectedError`."""
     more = True
     while more:
         message = await receive()
@@ -197,13 +199,13 @@ async def asgi_pieces(receive: Receive) -> AsyncIterator[bytes]:
 
 
 async def asgi_left(receive: Receive) -> None:
-    """Return when a client that has sent its whole body has left."""
+    """Return when a client that has sent its whole body disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class AsgiExchange(Exchange):
-    """A request that came over ASGI."""
+    """Exchange over ASGI."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str) -> None:
         client = (scope.get("client") or ("", 0))[0]
@@ -244,7 +246,7 @@ class AsgiExchange(Exchange):
         await self._send({"type": "http.response.body", "body": b""})
 
     def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call ``tell`` when the client has gone; return what ends that."""
+        """Call ``tell`` when the client disconnects; return a function that ends the watch."""
         watcher = asyncio.ensure_future(asgi_left(self._receive))
 
         def done(watcher: "asyncio.Future[None]") -> None:
@@ -291,10 +293,10 @@ class SocketExchange(AsgiExchange):
 
 
 class EndedByDisconnect:
-    """A block that is cancelled when the client leaves. Enter only after the body was read.
+    """Context that is cancelled when the client disconnects. Enter only after the body was read.
 
     Raises:
-        ClientDisconnectedError: the client left first; the block has ended by then.
+        ClientDisconnectedError: the client disconnected; the block has ended by then.
     """
 
     __slots__ = ("_exchange", "_has_left", "_stop_watching", "_task")
@@ -315,7 +317,7 @@ class EndedByDisconnect:
         self._stop_watching()
         if not self._has_left:
             return
-        # Ours alone, or also somebody else's who wants this task to end?
+        # Cancelled by this context alone, or also from elsewhere?
         is_ours = self._task.cancelling() == 1
         self._task.uncancel()
         if is_ours and isinstance(error, asyncio.CancelledError):
@@ -327,10 +329,10 @@ class EndedByDisconnect:
 
 
 async def until_disconnect(exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` and return its result; cancel it when the client leaves.
+    """Run ``work`` and return its result; cancel it when the client disconnects.
 
     Raises:
-        ClientDisconnectedError: the client left first; ``work`` has ended by then.
+        ClientDisconnectedError: the client disconnected; ``work`` has ended by then.
     """
     with EndedByDisconnect(exchange):
         return await work
@@ -345,9 +347,9 @@ async def stream(
     headers: Sequence[Header] = (),
     hold_share: float = 1.0,
 ) -> None:
-    """Send an event stream whose bytes come from ``chunks``, each chunk whole SSE events, as :func:`serve_stream` does.
+    """Send an event stream of ``chunks``, each of whole SSE events, as :func:`serve_stream` does.
 
-    ``chunks`` is closed in every case, before the stream is.
+    ``chunks`` is always closed before the stream is.
     """
 
     async def write(out: EventStream) -> None:
@@ -369,16 +371,14 @@ async def serve_stream(
     headers: Sequence[Header] = (),
     hold_share: float = 1.0,
 ) -> None:
-    """Send the event stream that ``write`` writes, and heartbeats into its silences.
+    """Send the event stream that ``write`` writes, with heartbeats in its silences.
 
-    Headers are held back for ``hold_share`` of the usual time at most.
-
-    An :class:`ApiError` from ``write`` is raised again if no header went out yet; later it becomes ``error_event`` and
-    the end of the stream.
+    Headers are held back for at most ``hold_share`` of the usual time. An :class:`ApiError` from ``write`` is raised
+    again if no header was sent yet; later it becomes ``error_event`` and the end of the stream.
 
     Raises:
         ApiError: before the first byte.
-        ClientDisconnectedError: the client left; ``write`` has ended by then.
+        ClientDisconnectedError: the client disconnected; ``write`` has ended by then.
     """
     out = EventStream(exchange, heartbeat, headers, hold_share)
     try:
@@ -395,9 +395,9 @@ async def serve_stream(
 
 
 class EventStream:
-    """The writing side of one stream: headers once, heartbeats only between chunks.
+    """Writing side of a stream: headers once, heartbeats only between chunks.
 
-    A stream has one timer at a time, which looks at a clock; a chunk costs none.
+    A stream has one timer at a time, which compares clock readings; a chunk sets none.
     """
 
     def __init__(
@@ -411,7 +411,7 @@ class EventStream:
         self.writes_at_once = exchange.writes_at_once
         """Whether :meth:`write_now` may be used."""
         self.writer: ResponseWriter | None = None
-        """What :meth:`write_now` has written to, once it has."""
+        """Writer that :meth:`write_now` uses, after its first call."""
         self._exchange = exchange
         self._heartbeat = heartbeat
         self._headers = headers
@@ -422,10 +422,10 @@ class EventStream:
         self._beating: asyncio.Task[None] | None = None
 
     async def write(self, data: bytes) -> None:
-        """Send whole SSE events, after the headers if these are the first; return when more may be sent.
+        """Send whole SSE events, after the headers if they are the first; return when more may be sent.
 
         Raises:
-            ClientDisconnectedError: the client has gone, where that is seen here.
+            ClientDisconnectedError: the client has disconnected, where the interface reports it here.
         """
         if self._lock is None:
             pause = self.write_now(data)
@@ -440,10 +440,10 @@ class EventStream:
             self._written_at = self._loop.time()
 
     def write_now(self, data: bytes) -> Coroutine[Any, Any, None] | None:
-        """Send whole SSE events, after the headers if these are the first; return what to wait for before there is
-        more.
+        """Send whole SSE events, after the headers if they are the first; return the coroutine to await before more is
+        sent.
 
-        That the client has gone, what is returned raises, and :meth:`Exchange.on_leave` tells.
+        A disconnect is raised by that coroutine, and reported by :meth:`Exchange.on_leave`.
         """
         if self.writer is None:
             self.started = True
@@ -461,13 +461,13 @@ class EventStream:
         await self._exchange.finish()
 
     def end(self) -> None:
-        """Send no heartbeat any more."""
+        """Stop the heartbeats."""
         self._timer.cancel()
         if self._beating is not None:
             self._beating.cancel()
 
     def _look(self) -> None:
-        """Fill a silence, and look again when there could be the next."""
+        """Send a heartbeat if it is due, and set the timer of the next one."""
         written_at = self._written_at if self.writer is None else self.writer.written_at
         silent_s = self._loop.time() - written_at
         due_s = HEARTBEAT_INTERVAL_S - silent_s
@@ -485,9 +485,9 @@ class EventStream:
             await self.write(beat)
 
     def _beat_now(self, beat: bytes) -> None:
-        with suppress(ClientDisconnectedError):  # which is told elsewhere
+        with suppress(ClientDisconnectedError):  # reported by on_leave
             pause = self.write_now(beat)
-            if pause is not None:  # its reader has not even read what there was; the next chunk waits for it
+            if pause is not None:  # the client has not read what was sent; the next chunk waits for it
                 pause.close()
 
 

@@ -1,9 +1,9 @@
-"""The story of one request for inference: read, peek, route, ask, stream back.
+"""Inference requests: read, peek, route, send to a node, stream back.
 
-Bodies go to the node byte for byte, but for the model's name where the client used an alias; answers come back byte for
-byte, in whole SSE events, or as one JSON object of their dialect, and in nothing else. What goes wrong before the first
-byte keeps its HTTP status, later it ends the stream in the request's own dialect. Routing, loading and retries are
-:mod:`cortex.fleet.dispatch`'s.
+A body goes to the node unchanged, except for the model's name where the client used an alias; an answer comes back
+unchanged, as whole SSE events or as one JSON object of its dialect. An error before the first byte keeps its HTTP
+status, a later one ends the stream in the request's dialect. :mod:`cortex.fleet.dispatch` routes, loads and retries.
+One module: its functions share the steps of one request.
 """
 
 import asyncio
@@ -78,14 +78,14 @@ from cortex.wire.headers import (
 log = logging.getLogger("cortex.inference")
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
-"""Of an answer that is not streamed; it is held whole, so that a cut one is an error and not half a body."""
+"""Maximum size of an answer that is not streamed; it is held whole, so that a cut one is an error, not half a body."""
 
 JSON = b"application/json"
 TO_EVERY_NODE: tuple[Header, ...] = ((b"content-type", JSON), (REPORT_USAGE, b"1"))
 
 
 class Inference:
-    """Answers requests for inference in every dialect. One for the life of a process."""
+    """Inference endpoints of every dialect. One for the life of a process."""
 
     def __init__(
         self,
@@ -105,13 +105,13 @@ class Inference:
         self._authenticator = authenticator
 
     def reconfigure(self, config: Config, catalogue: Catalogue) -> None:
-        """Go by these from now on."""
+        """Replace the configuration and the catalogue."""
         self._max_body_bytes = self._conversations.max_bytes = config.gateway.max_body_bytes
         self._catalogue = catalogue
         self._is_strict = config.access.strict
 
     def endpoint(self, dialect: Dialect) -> Callable[[Exchange], Awaitable[None]]:
-        """Return the endpoint that passes inference of ``dialect`` on."""
+        """Return the endpoint of ``dialect``."""
 
         async def answer(exchange: Exchange) -> None:
             fast_request = _fast_request_of(exchange)
@@ -230,11 +230,12 @@ class Inference:
                 await reservation.settle(_used(record, reservation, has_left=has_left))
 
     async def _look_for(self, name: str, model: str) -> str:
-        """Return the id of a model that nobody is known to offer: it may be heard of yet, or an alias may fit it.
+        """Return the id of a model that no node is known to offer, after a first poll of the nodes and a match of
+        aliases.
 
         Raises:
-            ModelNotFoundError: nobody offers it.
-            NoNodeError: nobody that has been heard of offers it.
+            ModelNotFoundError: no node offers it.
+            NoNodeError: no node that was polled offers it.
         """
         has_model = self._dispatcher.has_model
         await self._dispatcher.first_look(lambda: has_model(model))
@@ -268,7 +269,7 @@ class Inference:
         await exchange.reply(200, asked.reshape(body))
 
     async def _only_read(self, exchange: Exchange, record: Record, pending: PendingResponse, name: str) -> None:
-        """Answer with an empty response, which later turns continue; no node is asked."""
+        """Answer with an empty response for later requests to continue; no node is involved."""
         sse_events = _local_stream(pending, name).sse_events([Started(0), Finished(FinishReason.STOP, 0)])
         sse_events = await self._conversations.of(record.key).keep_streamed(pending, sse_events)
         record.status, record.finish = 200, "not_generated"
@@ -309,7 +310,7 @@ class Inference:
     async def _pull(
         self, answer: NodeResponse, forwarder: DialectForwarder, record: Record, asked: "_Asked"
     ) -> AsyncGenerator[bytes, None]:
-        """Yield what may go on of a node's stream.
+        """Yield the chunks of a node's stream to send to the client.
 
         Raises:
             UpstreamError: the stream broke, fell silent or ended before its terminator.
@@ -349,7 +350,7 @@ class Inference:
         pending: PendingResponse,
         reservation: Reservation,
     ) -> None:
-        """Begin a response that is made in the background; what it costs is written down by a record of its own."""
+        """Start a background response; its usage has a record of its own."""
         begun = _local_stream(pending, asked.node_request.name).sse_events([Started(0)])
         created = SseDecoder(len(begun) + 1).feed(begun)[0]
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
@@ -379,7 +380,7 @@ class Inference:
     async def _made(
         self, dialect: Dialect, record: Record, asked: "_Asked", reservation: Reservation
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the SSE events of a response that nobody may be waiting for, and write down how it went."""
+        """Yield the SSE events of a background response, and record its end."""
         forwarder = DialectForwarder(record)
         record.status = 200
         try:
@@ -400,7 +401,7 @@ class Inference:
 
 
 def read_whole(answer: NodeResponse, dialect: Dialect, body: bytes) -> tuple[Usage | None, str]:
-    """Return the usage and the finish of a node's answer that is no stream.
+    """Return the usage and the finish of a node's answer that is not streamed.
 
     Raises:
         RemoteError: it is an error, although its status is 200.
@@ -417,16 +418,16 @@ def read_whole(answer: NodeResponse, dialect: Dialect, body: bytes) -> tuple[Usa
 
 
 def _fast_request_of(exchange: Exchange) -> FastRequest | None:
-    """Return how far a request has come on the fast path, if it had to leave that."""
+    """Return the fast path's state of a request that began there."""
     assert exchange.fast_request is None or isinstance(exchange.fast_request, FastRequest)
     return exchange.fast_request
 
 
 def _used(record: Record, reservation: Reservation, *, has_left: bool) -> int:
-    """Return what a request costs: what its node said, or an estimate where somebody left before it could.
+    """Return the tokens that a request costs: the node's counts, or an estimate if the client disconnected before them.
 
-    Of an answer that is not streamed nobody knows how far it came, so it costs what was reserved for it. That is also
-    the most that an estimate costs.
+    An unfinished answer that is not streamed costs the tokens reserved for it, which is also the most an estimate
+    costs.
     """
     used: int = record.tokens_used(reservation.need.prompt_tokens)
     if used or not has_left or not record.node:
@@ -444,7 +445,7 @@ def _unchanged(answer: bytes) -> bytes:
 
 
 def principal_headers(principal: Principal) -> list[Header]:
-    """Return what a node is told of who asks."""
+    """Return the headers that name the principal and its priority to a node."""
     headers = []
     if principal.name:
         headers.append((PRINCIPAL, principal.name.encode()))
@@ -454,7 +455,7 @@ def principal_headers(principal: Principal) -> list[Header]:
 
 
 def _add_headers(answer: NodeResponse, asked: "_Asked", exchange: Exchange) -> None:
-    """Have the answer to a client say what a node says of its own, and what a translation left out."""
+    """Copy a node's informational headers to the response, with those of the translation."""
     for name in FORWARDED:
         value = answer.response.header(name)
         if value is not None:
@@ -469,7 +470,7 @@ def _add_headers(answer: NodeResponse, asked: "_Asked", exchange: Exchange) -> N
 
 
 def _local_stream(pending: PendingResponse, name: str) -> ResponsesStream:
-    """Return what makes a response of a turn without a node. Raises :class:`InvalidRequestError`."""
+    """Return an encoder for a response that no node makes. Raises :class:`InvalidRequestError`."""
     call = openai_responses.decode(pending.body)
     id = pending.context.id or f"resp_{secrets.token_hex(24)}"
     return ResponsesStream(id, name, int(time.time()), call.echoed(pending.context))
@@ -482,15 +483,15 @@ class _Asked(NamedTuple):
     chat: Translation | None
     pending: PendingResponse | None
     reshape: Callable[[bytes], bytes] = _unchanged
-    """What makes the answer of what a node answers, where that is not it."""
+    """Conversion of the node's answer into the client's."""
 
     def reader(self, answer: NodeResponse) -> TranslatedAnswer | RenamedStream | None:
-        """Return what reads a stream that does not go on as it comes."""
+        """Return the reader of a stream that is not forwarded unchanged, if it is one."""
         if answer.is_chat:
             return self.translated()
         return RenamedStream(answer.renamed) if answer.renamed else None
 
     def translated(self) -> TranslatedAnswer:
-        """Return what reads a chat that answers it."""
+        """Return the reader of a chat answer."""
         assert self.chat is not None  # only then is a node asked in chat
         return self.chat.begin()

@@ -1,7 +1,7 @@
-"""Log lines: fields rather than sentences, as text or as JSON, of either daemon.
+"""Log lines of both daemons: fields rather than sentences, as text or as JSON.
 
 A record's fields come in ``extra={"fields": {...}}``, or from :func:`info`, which costs a fifth; its message is the
-line's name. What they mean is not known here.
+line's name.
 """
 
 import asyncio
@@ -20,21 +20,21 @@ from cortex._fast.log_fields import log_lines
 
 
 class LogFormat(StrEnum):
-    """How a log line is written."""
+    """Format of log lines."""
 
     TEXT = "text"
     JSON = "json"
 
 
 WRITE_AFTER_S = 0.01
-"""How long the lines of an event loop may wait for others, to be written together."""
+"""Time for which an event loop's lines wait for others, to be written together."""
 
 
 _TELLS_NOTHING: Mapping[str, object] = logging.makeLogRecord({"levelno": logging.INFO, "levelname": "INFO"}).__dict__
 
 
 class _Line(logging.LogRecord):
-    """A record of a name and fields. It finds nothing out of the code that made it."""
+    """Record of a name and fields, without the caller's code location."""
 
     def __init__(self, logger: str, message: str, fields: Mapping[str, object], now: float) -> None:
         own = {"name": logger, "msg": message, "fields": fields, "created": now, "msecs": now % 1 * 1000}
@@ -42,13 +42,13 @@ class _Line(logging.LogRecord):
 
 
 def info(logger: logging.Logger, message: str, fields: Mapping[str, object]) -> None:
-    """Write a line of fields down: what a request costs, each time, is mostly what its line costs."""
+    """Log a line of fields: most of what a request costs each time is its line."""
     if logger.isEnabledFor(logging.INFO):
         logger.handle(_Line(logger.name, message, fields, time.time()))
 
 
 def info_each(logger: logging.Logger, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> None:
-    """Write lines of fields down, each with its Unix time, which cost a fifth again when they come together."""
+    """Log lines of fields, each with its Unix time: in one batch they cost a fifth."""
     if not logger.isEnabledFor(logging.INFO):
         return
     handler = _only_handler(logger)
@@ -60,7 +60,7 @@ def info_each(logger: logging.Logger, message: str, lines: Sequence[tuple[float,
 
 
 def _only_handler(logger: logging.Logger) -> "_Handler | None":
-    """Return what alone takes the lines of a logger, if it is ours and takes them all."""
+    """Return the only handler of a logger's lines, if it is this module's and unfiltered."""
     handlers = [*logger.handlers]
     above: logging.Logger | None = logger
     while above is not None and above.propagate:
@@ -72,20 +72,20 @@ def _only_handler(logger: logging.Logger) -> "_Handler | None":
 
 
 def rejected(logger: logging.Logger, request_id: str, method: str, path: str, status: int, code: str) -> None:
-    """Write down a request that no endpoint has seen, of what may be any length as much as is of use."""
+    """Log a request that reached no endpoint; method and path are cut, as their length is the client's."""
     fields = {"id": request_id, "method": method[:16], "path": path[:128], "status": status, "finish": code}
     info(logger, "rejected", fields)
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes the lines of an event loop together, once in a moment; warnings, and those of other threads, at once."""
+    """Handler that writes an event loop's lines in batches; warnings, and other threads' lines, at once."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line."""
+        """Buffer or write a line."""
         try:
             self._lines.append(self.format(record))
         except Exception:  # noqa: BLE001 - a line that cannot be written must not fail what it tells of
@@ -102,7 +102,7 @@ class _Handler(logging.StreamHandler[TextIO]):
                 loop.call_later(WRITE_AFTER_S, self.flush)
 
     def take(self, logger: str, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> None:
-        """Write some lines of fields at once."""
+        """Write lines of fields at once."""
         try:
             assert isinstance(self.formatter, FieldsFormatter)
             text = self.formatter.lines(logger, message, lines)
@@ -114,7 +114,7 @@ class _Handler(logging.StreamHandler[TextIO]):
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the buffered lines."""
         with self.lock or nullcontext():
             if self._lines:
                 lines, self._lines = self._lines, []
@@ -123,7 +123,7 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 
 class FieldsFormatter(logging.Formatter):
-    """What both formats have in common: ``constant`` fields are on every line."""
+    """Base of both formatters: ``constant`` fields are on every line."""
 
     def __init__(self, **constant: str) -> None:
         super().__init__()
@@ -135,12 +135,12 @@ class FieldsFormatter(logging.Formatter):
         return {**self._constant, **fields} if self._constant else fields
 
     def lines(self, logger: str, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> str:
-        """Return what :meth:`format` would say of each, a line each."""
+        """Return the lines that :meth:`format` makes of each."""
         return "".join(f"{self.format(_Line(logger, message, fields, at))}\n" for at, fields in lines)
 
 
 class TextFormatter(FieldsFormatter):
-    """``2026-01-31T12:00:00.000Z INFO cortex.request request id=... status=200``."""
+    """Text lines: ``2026-01-31T12:00:00.000Z INFO cortex.request request id=... status=200``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -149,14 +149,14 @@ class TextFormatter(FieldsFormatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
     def lines(self, logger: str, message: str, lines: Sequence[tuple[float, dict[str, Any]]]) -> str:
-        """Return what :meth:`format` would say of each, a line each."""
+        """Return the lines that :meth:`format` makes of each."""
         if self._constant:
             return super().lines(logger, message, lines)
         return log_lines(f"INFO {logger} {message}", lines)
 
 
 class JsonFormatter(FieldsFormatter):
-    """One JSON object a line."""
+    """JSON lines: an object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -173,12 +173,12 @@ class JsonFormatter(FieldsFormatter):
 
 
 def formatter(log_format: LogFormat, **constant: str) -> logging.Formatter:
-    """Return what writes lines in a format, each with these fields."""
+    """Return the formatter of a format, with these constant fields."""
     return JsonFormatter(**constant) if log_format is LogFormat.JSON else TextFormatter(**constant)
 
 
 def configure(log_format: LogFormat, level: int | str = logging.INFO, logger: str = "cortex", **constant: str) -> None:
-    """Send the lines of a logger and of those below it to standard error, in this format and no other."""
+    """Log a logger and its children to standard error, in this format only."""
     handler = _Handler(sys.stderr)
     handler.setFormatter(formatter(log_format, **constant))
     found = logging.getLogger(logger)
@@ -191,7 +191,7 @@ def configure(log_format: LogFormat, level: int | str = logging.INFO, logger: st
 
 
 def server_settings(log_format: LogFormat) -> Mapping[str, Any]:
-    """Return what Granian takes as its own logging's settings, for lines that look like ours."""
+    """Return Granian's logging settings for lines in this format."""
     formats = {"format": {"()": formatter, "log_format": log_format}}
     handler = {"formatter": "format", "class": "logging.StreamHandler", "stream": "ext://sys.stderr"}
     loggers = {"_granian": {"handlers": ["console"], "level": "INFO", "propagate": False}}
@@ -204,5 +204,5 @@ def _timestamp(record: logging.LogRecord) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _second(second: int) -> str:
-    """Return the time of a second, which many lines share."""
+    """Return the text of a second, which many lines share."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))

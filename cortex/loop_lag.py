@@ -1,7 +1,7 @@
-"""How late an event loop is: what everybody else waited for, whoever made them wait.
+"""Lag of an event loop: the delay that any callback had to wait.
 
-A timer that is due every so often is late by as long as something held the loop up, be it a computation here or the
-machine itself. Both daemons measure it and show it as a metric.
+A periodic timer is late by as long as the loop was held up, by a computation in the process or by the machine. Both
+daemons export it as a metric.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
 
 
 async def watch_lag(observe: Callable[[float], None], interval_s: float = INTERVAL_S) -> None:
-    """Tell ``observe`` how late the running loop is, in seconds, until cancelled."""
+    """Call ``observe`` with the running loop's lag in seconds, until cancelled."""
     clock = asyncio.get_running_loop().time
     while True:
         due = clock() + interval_s

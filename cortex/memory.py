@@ -1,6 +1,6 @@
-"""Memory that was needed for a while, given back to the system: free blocks at no heap's end stay with a process.
+"""Return of freed memory to the system: free blocks inside a heap otherwise stay with the process.
 
-What readers that stall have queued up is the most of it. Granian's own allocator gives back by itself, in ten seconds.
+Most of it was queued for stalled clients. Granian's own allocator returns its memory within ten seconds.
 """
 
 import asyncio
@@ -10,13 +10,13 @@ import pathlib
 
 INTERVAL_S = 5.0
 GROWTH_BYTES = 16 * 1024 * 1024
-"""Above the least that this process has had lately; below that there is little to be had."""
+"""Growth above the process's recent minimum from which trimming is worth its cost."""
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 async def give_back_now_and_then() -> None:
-    """Give back what is free, every now and then, where the C library can (glibc's does)."""
+    """Return free memory periodically, where the C library can (glibc's does)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
         return
@@ -29,5 +29,5 @@ async def give_back_now_and_then() -> None:
 
 
 def resident_bytes() -> int:
-    """Return what of this process is in memory."""
+    """Return the resident memory of this process."""
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES

@@ -1,7 +1,7 @@
-"""What ``cortex status`` and ``cortex models`` print: tables that an 80-column terminal can hold.
+"""Output of ``cortex status`` and ``cortex models``: tables for an 80-column terminal.
 
-Takes the JSON that a gateway answered, of this version or another; missing fields are left blank. Names and faults are
-what nodes say of themselves: none of it is markup, and nothing but letters reaches a terminal.
+Takes the JSON of a gateway of this version or another; missing fields are left blank. Names and faults come from nodes:
+no markup in them is interpreted, and control characters are replaced.
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
 
 
 def print_act(answer: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what an act on a model came to on each node."""
+    """Print the result of a load, unload or pin on each node."""
     console = console or standard_console()
     if not answer.get("nodes"):
         console.print("the model is on no node: there is nothing to do")
@@ -96,18 +96,18 @@ def print_act(answer: Mapping[str, Any], console: Console | None = None) -> None
 
 
 def print_forgotten(model: str, answer: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print which nodes list a model no more."""
+    """Print the nodes that have forgotten a model."""
     console = console or standard_console()
     console.print(_text(f"{model}: forgotten by {', '.join(answer.get('nodes', {}))}"))
 
 
 def print_line(line: str, console: Console | None = None) -> None:
-    """Print a line with somebody else's words in it."""
+    """Print a line that contains text of other processes."""
     (console or standard_console()).print(_text(line), soft_wrap=True)
 
 
 def print_keys(answer: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what keys may use and have used, as ``used/limit``."""
+    """Print the limits and the usage of keys, as ``used/limit``."""
     console = console or standard_console()
     table = _table("Key", "Models", ">Prio", ">Per min", ">Now", ">Tokens", ">Ever")
     for key in answer.get("keys", ()):
@@ -138,7 +138,7 @@ def _short(number: int) -> str:
 
 
 def print_models(listing: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what clients may ask for."""
+    """Print the models that clients may use."""
     console = console or standard_console()
     table = _table("Model", "State", "Nodes", ">Context", "Can")
     for model in listing.get("data", ()):
@@ -181,7 +181,7 @@ def _add(table: Table, *cells: str | Text) -> None:
 
 
 def plain(text: str) -> str:
-    """Return what somebody else says, as a line that cannot command a terminal."""
+    """Return text of another process as a line without control characters."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 

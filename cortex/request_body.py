@@ -1,7 +1,7 @@
-"""How a request's body is read: no more of it than a limit, in no more pieces than it needs, and in bounded time.
+"""Reading of request bodies: bounded in bytes, in pieces and in time.
 
-A body has a time to begin with and more of it for each byte that has come, so that a large one on a slow line arrives
-and one that drips does not: silence alone would let a byte a second pass for ever. Whoever reads gets it in one piece.
+A body has a base time plus time for each byte received, so that a large body on a slow line arrives and a dripping one
+does not: a limit on silence alone would allow a byte a second for ever. The body is returned in one piece.
 """
 
 import asyncio
@@ -11,25 +11,26 @@ from cortex.wire.errors import BodyTooLargeError, SlowBodyError
 
 BODY_TIMEOUT_S = 60.0
 BYTES_A_SECOND = 64 * 1024
-"""Each so many bytes of a body that have come give it another second."""
+"""Received bytes that give a body another second."""
 
 FREE_PIECES = 10_000
 MIN_PIECE_BYTES = 64
-"""Beyond so many pieces they must be as large on average: each one wakes the event loop."""
+"""Number of pieces beyond which they need a minimum average size: each one wakes the event loop."""
 
 WHOLE_BYTES = 1024 * 1024
-"""Up to this length a body may be left to the server to put together, where that takes less."""
+"""Length up to which the server assembles a body, where that costs less."""
 
 GRACE_S = 0.5
-"""How much later a wait for a piece is cancelled than a piece that comes is too late. Granian loses a cancellation that
-meets a piece over ASGI, and the request then hangs; so only those who send nothing are cancelled."""
+"""Delay between the deadline of a piece and the cancellation of the wait for it. Granian loses a cancellation that
+meets a piece over ASGI, and the request then hangs; so only silent clients are cancelled.
+"""
 
 HEAD_TIMEOUT_S = 30
-"""For a request's head; the server closes a kept connection on which none has begun for so long, too."""
+"""Timeout of a request's head; the server also closes a kept connection after so long without one."""
 
 
 async def read_at_most(limit_bytes: int, pieces: AsyncIterator[bytes], timeout_s: float = BODY_TIMEOUT_S) -> bytes:
-    """Return a body that comes in pieces.
+    """Return a body that arrives in pieces.
 
     Raises:
         BodyTooLargeError: it is longer than ``limit_bytes`` (no more was kept), or comes in too many pieces.
@@ -66,7 +67,7 @@ async def read_at_most(limit_bytes: int, pieces: AsyncIterator[bytes], timeout_s
 
 
 async def read_whole(size_bytes: int, body: Awaitable[bytes], timeout_s: float = BODY_TIMEOUT_S) -> bytes:
-    """Return a body of a known size that the server puts together. Raises :class:`SlowBodyError`."""
+    """Return a body of a known size that the server assembles. Raises :class:`SlowBodyError`."""
     try:
         async with asyncio.timeout(timeout_s + size_bytes / BYTES_A_SECOND):
             return await body

@@ -1,7 +1,7 @@
-"""Where requests that have ended are written down, some together: a log line of each, its metrics, and the page's list.
+"""Log of finished requests: a log line of each, metrics and the dashboard's list, written in batches.
 
-Each is written once, however many ask for it: an event loop a moment after a request's end, a scrape of the metrics
-from a thread of its own.
+Each request is written once, whichever triggers the write: the event loop a moment after the request's end, or a scrape
+of the metrics on a thread of its own.
 """
 
 import asyncio
@@ -21,14 +21,15 @@ P = ParamSpec("P")
 
 WRITE_AFTER_S = 0.01
 WRITE_AFTER = 128
-"""How long a request may wait for others, and how many may: together they cost a third."""
+"""Seconds that a request waits for others, and the number of requests that are written at once: a batch costs a third.
+"""
 
 Line = tuple[float, dict[str, Any]]
-"""When a request ended, in Unix time, and the fields of its log line."""
+"""Unix time of a request's end, and the fields of its log line."""
 
 
 class RequestLog:
-    """The requests of one process that have ended. ``on_written`` is told of those that were written down."""
+    """Finished requests of one process. ``on_written`` receives each batch that was written."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -38,7 +39,7 @@ class RequestLog:
         metrics.before_fold = self.write
 
     def record(self, record: Record) -> None:
-        """Take a request at its end."""
+        """Record a request at its end."""
         record.record_end()
         if record.trace is not None:
             record.trace.end(record.fields())
@@ -49,7 +50,7 @@ class RequestLog:
             self.write()
 
     def write(self) -> None:
-        """Write down what has ended. Any thread may call it."""
+        """Write the requests that have ended. Thread-safe."""
         with self._lock:
             ended = []
             while self._ended:
@@ -61,7 +62,7 @@ class RequestLog:
                 self._pass_on(self.on_written, lines)
 
     def _pass_on(self, write: Callable[P, object], *arguments: P.args, **names: P.kwargs) -> None:
-        """Call one that writes requests down; that it fails is no reason to lose them for the others."""
+        """Call a writer; its failure must not lose the requests for the other writers."""
         try:
             write(*arguments, **names)
         except Exception:

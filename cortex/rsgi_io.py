@@ -1,8 +1,8 @@
-"""One HTTP exchange, or one WebSocket, over RSGI, Granian's own interface.
+"""HTTP exchanges and WebSockets over RSGI, Granian's own interface.
 
-Granian queues without limit whatever a stream is sent, so that a reader's pace has to be learnt elsewhere: a stream
-goes on while :class:`~cortex.send_window.SendWindow` lets it, or over HTTP/2, where streams share a connection, a
-:class:`~cortex.send_window.SharedSendWindow`. It does not tell of a client's leaving unless it is asked
+Granian queues a stream without limit, so that back-pressure has to come from elsewhere: a stream goes on while its
+:class:`~cortex.send_window.SendWindow` allows, or over HTTP/2, where streams share a connection, its
+:class:`~cortex.send_window.SharedSendWindow`. Granian reports a client's disconnect only when asked
 (:mod:`cortex._fast.watches`).
 """
 
@@ -34,7 +34,7 @@ class RsgiExchange(Exchange):
     def __init__(
         self, scope: Any, protocol: Any, watches: Watches, coalescer: WriteCoalescer, fast_request: FastRequest | None
     ) -> None:
-        """``fast_request`` is how far it has come on the fast path."""
+        """``fast_request`` is the request's state if it began on the fast path."""
         headers = scope.headers
         if fast_request is None:
             given = headers.get(_REQUEST_ID)
@@ -50,7 +50,7 @@ class RsgiExchange(Exchange):
         self._coalescer = coalescer
         self._writer: ResponseWriter | None = None
         self._shared: SharedSendWindow | None = None
-        """Account of the connection, where other exchanges have it too."""
+        """Send window of the connection, if other exchanges share it."""
         if scope.http_version == HTTP_2:
             self._shared = SharedSendWindow.for_connection(scope.client, scope.server)
         self.fast_request = fast_request
@@ -60,7 +60,7 @@ class RsgiExchange(Exchange):
 
     @property
     def client(self) -> str:
-        """The address that the request comes from."""
+        """Address of the client."""
         return self._client.rpartition(":")[0].strip("[]")
 
     def header(self, name: bytes) -> bytes | None:
@@ -108,7 +108,7 @@ class RsgiExchange(Exchange):
     writes_at_once = True
 
     def start_now(self, headers: Sequence[Header] = ()) -> ResponseWriter:
-        """Send status 200 and the headers of an event stream; return what it is written to."""
+        """Send status 200 and the headers of an event stream; return its writer."""
         self.status = 200
         transport = self._protocol.response_stream(200, self._finish_texts([*STREAM_TEXTS], headers))
         shared = self._shared
@@ -130,7 +130,7 @@ class RsgiExchange(Exchange):
         return self._watches.begin(self._protocol, callback).end
 
     def _finish_texts(self, texts: list[TextHeader], headers: Sequence[Header]) -> list[TextHeader]:
-        """Add ``headers`` to ``texts``, and what every answer has."""
+        """Add ``headers`` and the headers of every response to ``texts``."""
         texts += [(name.decode(), _text(value)) for name, value in headers]
         texts += (_REQUEST_ID, self.request_id), ("request-id", self.request_id)
         if self.extra_headers:
@@ -142,7 +142,7 @@ class RsgiExchange(Exchange):
 
 @functools.lru_cache(maxsize=64)
 def _text(value: bytes) -> str:
-    """Return a header's value without what Granian would panic at: a node chooses the type of its answers."""
+    """Return a header's value without the characters at which Granian panics: a node chooses some of them."""
     text = value.decode("latin-1")
     return text if text.isascii() and text.isprintable() else "".join(c for c in text if " " <= c <= "~")
 
@@ -151,7 +151,7 @@ STREAM_TEXTS = tuple((name.decode(), _text(value)) for name, value in STREAM_HEA
 
 
 class RsgiSocket:
-    """A WebSocket as the messages that ASGI has for one, which is what its endpoint speaks."""
+    """WebSocket as ASGI messages, for its endpoint."""
 
     def __init__(self, scope: Any, protocol: Any) -> None:
         self.scope: MutableMapping[str, Any] = {
@@ -181,7 +181,7 @@ class RsgiSocket:
         return {"type": "websocket.receive", "text" if message.kind == 2 else "bytes": message.data}
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Take one message. Concurrent sends wait for each other: Granian takes one at a time."""
+        """Send one message. Concurrent sends wait for each other: Granian takes one at a time."""
         match message["type"]:
             case "websocket.accept":
                 self._transport = await self._protocol.accept()
@@ -198,6 +198,6 @@ class RsgiSocket:
                 self._protocol.close(message["status"])
 
     def end(self) -> None:
-        """Let go of the connection: it stays open for as long as anything has its transport."""
+        """Release the connection: it stays open while its transport is referenced."""
         self._transport = None
         self._protocol.close()

@@ -1,18 +1,18 @@
-"""How much a stream may still be sent, by what its reader's host has acknowledged.
+"""Send windows of streams, by the acknowledgements of the client's host.
 
-For servers that queue without limit and tell nothing, as Granian does over RSGI. The kernel knows how many bytes of a
-connection have been acknowledged (``TCP_INFO``), and the connection is one of this process's: it is found by its two
-addresses. What has been sent since the first look, less what has been acknowledged since, is more than what can be
-queued. A stream shorter than ``FREE_BYTES`` is never looked at, and that is nearly every one; a longer one costs a
-system call for each ``WINDOW_BYTES`` and, while its reader stalls, a look every now and then.
+For servers that queue without limit, as Granian does over RSGI. The kernel counts the acknowledged bytes of a
+connection (``TCP_INFO``), and the connection is a socket of this process, found by its two addresses. Bytes sent since
+the first reading, less bytes acknowledged since, bound what is queued. Streams shorter than ``FREE_BYTES``, nearly all,
+need no reading; a longer one costs a system call for each ``WINDOW_BYTES`` and, while its client stalls, a poll now and
+then.
 
-What is sent is counted with its framing: exactly for HTTP/1.1 in the clear, and never too low over TLS. Should the
-count have run ahead of the truth, a connection whose send buffer has been empty twice in a row while nothing was sent
-shows that nothing is queued. That holds for one stream a connection.
+Bytes are counted with framing: exactly for HTTP/1.1 in the clear, never too low over TLS. Should the count be too high,
+a connection whose send buffer was empty at two polls in a row, with nothing sent between, shows that nothing is queued.
+That holds for one stream a connection.
 
-Over HTTP/2 the streams of a connection share an account (:class:`SharedSendWindow`): which of them an acknowledgement
-is of cannot be known. A stream that stalls there holds up the others of its connection once they are long, as it does
-by HTTP/2's own window of the connection; never for longer than ``HOLD_S`` at a time.
+Over HTTP/2 the streams of a connection share a window (:class:`SharedSendWindow`), as an acknowledgement cannot be
+attributed to a stream. A stalled stream holds up the others of its connection once they are long, as HTTP/2's own
+connection window does; never for longer than ``HOLD_S`` at a time.
 """
 
 import asyncio
@@ -30,16 +30,16 @@ from cortex._fast.response_writer import ResponseWriter
 from cortex.http_io import ClientDisconnectedError
 
 FREE_BYTES = 64 * 1024
-"""What every stream may be sent before anybody looks."""
+"""Bytes that every stream may be sent before its connection is read."""
 
 WINDOW_BYTES = 128 * 1024
-"""The most that may be sent and not acknowledged, kernel buffers included."""
+"""Maximum of unacknowledged bytes, kernel buffers included."""
 
 RESUME_BYTES = 96 * 1024
-"""How much of that is left when more is sent: not after every acknowledgement."""
+"""Unacknowledged bytes at which sending resumes: not after every acknowledgement."""
 
 FREE_SHARED_BYTES = 256 * 1024
-"""Bytes that a stream of an HTTP/2 connection may be sent before the account of its connection is looked at."""
+"""Bytes that a stream of an HTTP/2 connection may be sent before its shared window applies."""
 
 HOLD_S = 5.0
 """Longest time for which the streams of an HTTP/2 connection wait while its host acknowledges nothing."""
@@ -49,15 +49,15 @@ MAX_UNREAD_BYTES = 4 * 1024 * 1024
 
 FIRST_POLL_S = 0.002
 MAX_POLL_S = 0.25
-"""How soon a reader that has fallen behind is looked at again: at first, and when it has stalled for long."""
+"""Interval of polls of a slow client: the first, and the longest."""
 
 _TCP_INFO_BYTES = 192
 _ACKED_OFFSET = 120
-"""Of ``tcpi_bytes_acked`` in Linux's ``struct tcp_info``."""
+"""Offset of ``tcpi_bytes_acked`` in Linux's ``struct tcp_info``."""
 
 
 class TcpAcknowledgements:
-    """View of what the kernel knows of one connection. The addresses are ``host:port``."""
+    """Kernel's counters of one connection. The addresses are ``host:port``."""
 
     __slots__ = ("_client", "_fd", "_server_port")
 
@@ -67,10 +67,10 @@ class TcpAcknowledgements:
         self._fd = -1
 
     def read(self) -> tuple[int, int]:
-        """Return how many bytes the reader's host has acknowledged, and how many it has yet to.
+        """Return how many bytes the client's host has acknowledged, and how many are in the send buffer.
 
         Raises:
-            ClientDisconnectedError: the connection is gone.
+            ClientDisconnectedError: the connection is closed.
         """
         if self._fd < 0:
             self._fd = _find(self._client, self._server_port)
@@ -88,20 +88,20 @@ class TcpAcknowledgements:
 
 
 class SendWindow:
-    """What one stream may be sent. ``client`` and ``server`` are the connection's addresses, as ``host:port``."""
+    """Send window of one stream. ``client`` and ``server`` are the connection's addresses, as ``host:port``."""
 
     __slots__ = ("_acked_before", "_connection")
 
     def __init__(self, client: str, server: str) -> None:
         self._connection = TcpAcknowledgements(client, server)
         self._acked_before: int | None = None
-        """What had been acknowledged when nothing of this stream had been, or more than that."""
+        """Acknowledged bytes before any of this stream's, or more than that."""
 
     async def extend(self, writer: ResponseWriter) -> None:
-        """Return when the reader has read enough to be sent more, and say how much.
+        """Wait until the client has read enough, then raise the writer's limit.
 
         Raises:
-            ClientDisconnectedError: its connection is gone.
+            ClientDisconnectedError: the connection is closed.
         """
         pause_s = FIRST_POLL_S
         was_empty = False
@@ -121,10 +121,10 @@ class SendWindow:
 
 
 class SharedSendWindow:
-    """What the streams of one HTTP/2 connection may be sent, all of them together.
+    """Send window that the streams of one HTTP/2 connection share.
 
-    The count of what was sent has no framing and no heads, so that it is never too high: a reader that reads is never
-    taken for one that stalls. It begins anew when no exchange of the connection is left.
+    Sent bytes are counted without framing and heads, so that the count is never too high and a reading client is never
+    taken for a stalled one. The count starts anew when no exchange of the connection is left.
     """
 
     __slots__ = ("__weakref__", "_acked_before", "_connection", "_excess_bytes", "_sent_bytes")
@@ -138,7 +138,7 @@ class SharedSendWindow:
 
     @staticmethod
     def for_connection(client: str, server: str) -> "SharedSendWindow":
-        """Return the account of a connection."""
+        """Return the window of a connection."""
         found = _shared.get((client, server))
         if found is None:
             found = _shared[client, server] = SharedSendWindow(client, server)
@@ -150,7 +150,7 @@ class SharedSendWindow:
             self._sent_bytes += size_bytes
 
     def for_stream(self) -> Callable[[ResponseWriter], Coroutine[Any, Any, None]]:
-        """Return what waits for one stream, as :meth:`SendWindow.extend` does."""
+        """Return the function that extends one stream's limit, as :meth:`SendWindow.extend` does."""
         if self._acked_before is None:
             with contextlib.suppress(ClientDisconnectedError):
                 self._acked_before = self._connection.read()[0]
@@ -166,10 +166,10 @@ class SharedSendWindow:
         return extend
 
     async def _wait(self) -> int:
-        """Return how many bytes a stream may be sent, once that is not nothing.
+        """Return how many bytes a stream may be sent, once that is more than 0.
 
         Raises:
-            ClientDisconnectedError: the connection is gone, or its host has left too much unread.
+            ClientDisconnectedError: the connection is closed, or its host has left too much unread.
         """
         pause_s, still_s, acked_last = FIRST_POLL_S, 0.0, -1
         while True:
@@ -200,7 +200,7 @@ _shared: "weakref.WeakValueDictionary[tuple[str, str], SharedSendWindow]" = weak
 
 @contextlib.contextmanager
 def _borrowed(fd: int) -> Iterator[socket.socket]:
-    """Give the server's own socket for a moment: a copy would keep the connection open when the server closes it."""
+    """Lend the server's own socket: a duplicate would keep the connection open after the server closes it."""
     connection = socket.socket(fileno=fd)
     try:
         yield connection
@@ -209,7 +209,7 @@ def _borrowed(fd: int) -> Iterator[socket.socket]:
 
 
 def _addresses(connection: socket.socket) -> tuple[str, int]:
-    """Return the peer as Granian writes it, and our own port."""
+    """Return the peer in Granian's notation, and the local port."""
     host, port, *rest = connection.getpeername()
     if connection.family == socket.AF_INET6:
         plain, _, zone = host.partition("%")
@@ -218,7 +218,7 @@ def _addresses(connection: socket.socket) -> tuple[str, int]:
 
 
 _known: dict[tuple[str, int], int] = {}
-"""Where each connection was when all of them were last looked through."""
+"""File descriptor of each connection at the last scan."""
 
 
 def _find(client: str, server_port: int) -> int:

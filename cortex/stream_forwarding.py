@@ -1,4 +1,4 @@
-"""One stream passing through a gateway: what may go on of it, what is to be remembered of it, and how it ends."""
+"""Forwarding of one stream: the record of it, and the check that it ends as its dialect demands."""
 
 from types import TracebackType
 
@@ -13,24 +13,24 @@ from cortex.wire.errors import UpstreamError
 
 
 class DialectForwarder(StreamForwarder):
-    """Lets whole SSE events through, and remembers the first and the last of them."""
+    """Forwarder that fills a request's record from the stream."""
 
     def __init__(self, record: Record) -> None:
         super().__init__(record, TAIL_CHUNKS)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the stream has ended as its dialect demands, well or with an error of its own."""
+        """Whether the stream has ended as its dialect demands, with or without an error."""
         return self.scanner.terminated or self.scanner.failed
 
     @property
     def reports_death(self) -> bool:
-        """Whether the error that ended the stream says that something died while it had the request."""
+        """Whether the stream ended with an error that reports the death of a worker."""
         last = b"".join(self.tail)
         return any(b'"%b"' % code.encode() in last for code in DEATHS)
 
     def record_end(self, dialect: Dialect) -> None:
-        """Write down what the stream said of itself; an error that ended it has been written already."""
+        """Record the stream's usage and finish; an error that was recorded before stays."""
         record = self.record
         record.num_token_events = self.scanner.num_token_events
         if self.scanner.usage is not None:
@@ -45,11 +45,12 @@ class DialectForwarder(StreamForwarder):
 
 
 class Forwarding:
-    """A block in which a node's stream is passed on. However it ends, the answer is closed.
+    """Context in which a node's stream is forwarded; at its end the node's response is closed.
 
     Raises:
-        UpstreamError: the stream was broken, or has ended before its terminator. With that, only the connection's own
-            end can be missing, which is nobody's loss.
+        UpstreamError: the stream broke or ended before its terminator. After the terminator errors of the connection
+        are
+            ignored.
     """
 
     def __init__(self, answer: NodeResponse, forwarder: DialectForwarder) -> None:

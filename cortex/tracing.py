@@ -1,8 +1,8 @@
-"""W3C trace context: passed on, written on the log line, and a span of each request where spans are exported.
+"""W3C trace context: propagated, written to the log line, and a span for each request where spans are exported.
 
-Without an exporter the two headers go on as they came, if they are valid; nothing of OpenTelemetry is imported and
-nothing is sent. With one (``trace_endpoint``, and the extra ``otel``) the request's own span takes the caller's place
-in what is passed on, and a request that came without a context begins a trace. What a request is, is not known here.
+Without an exporter valid headers are forwarded unchanged; OpenTelemetry is not imported and nothing is sent. With one
+(``trace_endpoint``, and the extra ``otel``) the request's span becomes the parent in the forwarded context, and a
+request without a context starts a trace.
 """
 
 import re
@@ -24,7 +24,7 @@ TRACEPARENT, TRACESTATE = b"traceparent", b"tracestate"
 _VERSION_0 = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 _LATER_VERSION = re.compile(rb"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 MAX_TRACESTATE_BYTES = 512
-"""The least that must be passed on is all that is."""
+"""Maximum size of a forwarded ``tracestate``, the standard's minimum."""
 
 ATTRIBUTES = {
     "model": "gen_ai.request.model",
@@ -39,12 +39,12 @@ ATTRIBUTES = {
     "stream": "helexa.stream",
     "ttft_s": "helexa.time_to_first_token_s",
 }
-"""What each field of a log line is called on a span. A key's name stays in the log."""
+"""Span attribute of each log field. A key's name stays in the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The trace that a request is part of. ``headers`` are for whoever it is passed on to."""
+    """Trace of a request. ``headers`` are the headers to forward."""
 
     trace_id: str
     headers: tuple[Header, ...]
@@ -66,7 +66,7 @@ class Trace:
         self._span.end()
 
     def without_span(self) -> "Trace":
-        """Return the same trace for a log line that is not what its span is about."""
+        """Return the same trace without its span, for another log line."""
         return replace(self, _span=None)
 
 
@@ -88,9 +88,9 @@ def check(endpoint: str, source: str, key: str) -> None:
 
 
 def configure(endpoint: str, service: str, instance: str) -> None:
-    """Export the spans of this process to an OTLP collector over HTTP; none are made if ``endpoint`` is empty.
+    """Export the spans of this process to an OTLP collector over HTTP; an empty ``endpoint`` exports none.
 
-    ``instance`` tells apart the processes that call themselves ``service``. Call after any fork: it starts a thread.
+    ``instance`` distinguishes the processes of a ``service``. Call after any fork: it starts a thread.
     """
     global _provider
     if not endpoint:
@@ -107,12 +107,12 @@ def configure(endpoint: str, service: str, instance: str) -> None:
 
 
 def is_exporting() -> bool:
-    """Return whether every request has a span, whether it is part of a trace or not."""
+    """Return whether every request gets a span, in a trace or not."""
     return _provider is not None
 
 
 def shut_down() -> None:
-    """Send what is left, and export no more. Blocks for as long as the collector takes, at most its timeout."""
+    """Export the remaining spans and stop. Blocks for at most the collector's timeout."""
     global _provider
     if _provider is not None:
         _provider.shutdown()
@@ -120,9 +120,9 @@ def shut_down() -> None:
 
 
 def begin(name: str, header: Callable[[bytes], bytes | None]) -> Trace | None:
-    """Return the trace of a request, whose headers ``header`` returns by name; ``None`` if it is part of none.
+    """Return the trace of a request, whose headers ``header`` returns by name; ``None`` if it has none.
 
-    A context that is not valid is dropped, as the standard demands, with its ``tracestate``.
+    An invalid context is dropped, as the standard demands, with its ``tracestate``.
     """
     traceparent = header(TRACEPARENT)
     if traceparent is None and _provider is None:

@@ -1,10 +1,10 @@
-"""Pooled keep-alive HTTP/1.1 to nodes: one request at a time per connection, the answer as it arrives.
+"""Pooled keep-alive HTTP/1.1 connections to nodes: one request at a time per connection, responses as they arrive.
 
-It knows HTTP and nothing of models or dialects. Its rules: only silence is timed unless the asker bounds the whole; a
-reader that falls behind pauses the socket, so that a stream holds at most ``BUFFER_BYTES`` and one read; closing a
-response that is not complete closes its connection at once, which is how a client's leaving reaches the node; a body
-that ends before its framing says so is an error, never an end; a kept-alive connection that dies before a single byte
-of the answer is replaced once, in silence, unless the asker wants to know.
+It handles HTTP, not models or dialects. Rules: only silence is timed unless the caller bounds the whole; a slow reader
+pauses the socket, so that a stream holds at most ``BUFFER_BYTES`` and one read; closing an incomplete response closes
+its connection at once, which propagates a client's disconnect to the node; a body that ends before its framing does is
+an error; a kept connection that dies before a byte of the response is replaced once, unless the caller asks for the
+error.
 """
 
 import asyncio
@@ -20,12 +20,13 @@ from cortex.wire.errors import ApiError, UpstreamError
 Header = tuple[bytes, bytes]
 
 MAX_IDLE_S = 4.0
-"""How long a kept connection may have been unused. Servers close theirs after a while (5 s is the least that is common,
-a neuron's is 30), and a request that goes out at that moment looks as if the server had died of it."""
+"""Idle time after which a kept connection is not used. Servers close theirs after a while (5 s is the shortest common
+time, a neuron's is 30), and a request sent at that moment looks as if it had killed the server.
+"""
 
 
 class Pool:
-    """The connections to one node. The most recently used one is used again; the others age and are closed by it."""
+    """Connections to one node. The most recently used one is reused; the others age and are closed."""
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class Pool:
         secret: bytes = b"",
         ca_file: str = "",
     ) -> None:
-        """``secret`` goes out with every request; ``ca_file`` takes the place of the system's authorities."""
+        """``secret`` is sent with every request; ``ca_file`` replaces the system's authorities."""
         self.name = name
         self.timeouts = timeouts
         is_https = endpoint.startswith("https:")
@@ -57,7 +58,7 @@ class Pool:
 
     @property
     def num_connections(self) -> int:
-        """Connections that are open or being opened."""
+        """Number of connections that are open or being opened."""
         return len(self._open) + self._connecting
 
     async def request(
@@ -109,7 +110,7 @@ class Pool:
         return encode_head(method, self._prefix + target, self._host_lines, headers)
 
     def idle_connection(self) -> Connection | None:
-        """Take a connection that waits for a request; ``None`` if there is none."""
+        """Remove and return an idle connection; ``None`` if there is none."""
         while self._idle:
             connection = self._idle.pop()
             if connection.usable and connection.idle_s < MAX_IDLE_S:
@@ -119,26 +120,26 @@ class Pool:
         return None
 
     def keep(self, connection: Connection) -> None:
-        """Take back a connection that may serve another request."""
+        """Return a connection to the pool."""
         if self._closed:
             connection.abort()
         else:
             self._idle.append(connection)
 
     def forget(self, connection: Connection) -> None:
-        """Drop a connection that is closed."""
+        """Remove a closed connection."""
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
 
     def retire(self) -> None:
-        """Take no connection back any more; answers under way go on to their end."""
+        """Close idle connections and keep no other; running responses go on to their end."""
         self._closed = True
         while self._idle:
             self._idle.pop().abort()
 
     def close(self, error: ApiError | None = None) -> None:
-        """Close every connection; answers under way end with ``error``, and so does every later request."""
+        """Close every connection; running responses and later requests fail with ``error``."""
         self._closed = True
         self._ended = error or UpstreamError(f"The connection to {self.name} was closed.")
         for connection in tuple(self._open):

@@ -1,6 +1,6 @@
-"""The life of one worker process, whichever interface serves it: read the configuration, run the gateway, end.
+"""Life cycle of a worker process, for every interface: read the configuration, run the gateway, end.
 
-It knows the files and the process, not HTTP. ``CORTEX_CONFIG`` names the configuration.
+It handles files and the process, not HTTP. ``CORTEX_CONFIG`` names the configuration.
 """
 
 import asyncio
@@ -25,23 +25,24 @@ from cortex.wire import VERSION
 log = logging.getLogger("cortex")
 
 SLICE_NS = 100_000
-"""How long a thread may keep its core from others. The server's thread and the loop's wake each other for each request;
-with the usual slices, of 1.4 ms and more, the one that is woken runs at once for that one. With short ones it runs when
-the other waits, for all that has come, and what else the machine computes holds neither up."""
+"""Time slice of the process's threads. The server's thread and the loop's wake each other for each request; with the
+usual slices, of 1.4 ms and more, the woken thread runs at once for one request. With short ones it runs when the other
+waits, for all that have arrived, and other load on the machine delays neither.
+"""
 
 GARBAGE_AFTER = 10_000
-"""Objects made, less those given up, before cycles are looked for: a request in flight is hundreds that are none."""
+"""Threshold of the garbage collector: a request in flight is hundreds of objects without a cycle."""
 
 
 class Worker:
-    """A process that serves. All of these exist from :meth:`start` on."""
+    """Serving process. Its attributes exist from :meth:`start` on."""
 
     gateway: Gateway
-    """What answers requests."""
+    """Gateway that answers the requests."""
     ending: Ending
-    """What counts requests, and says when no more will come."""
+    """Shutdown of the process, which counts its requests."""
     addresses: list[tuple[str, int]]
-    """Where clients reach this process."""
+    """Addresses at which clients reach this process."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
@@ -49,7 +50,7 @@ class Worker:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Begin to serve.
+        """Start serving.
 
         Raises:
             ConfigError: the configuration cannot be used.
@@ -80,7 +81,7 @@ class Worker:
         self._tasks = [start("systemd pulse", systemd.stay_alive), start("give back memory", give_back_now_and_then)]
 
     async def handle(self, exchange: Exchange, *, may_be_last: bool = True) -> None:
-        """Answer one request; when the process is ending, as the last one on its connection if that may be said."""
+        """Answer a request; during shutdown close its connection afterwards, if ``may_be_last``."""
         ending = self.ending
         exchange.is_last = ending.has_begun and may_be_last
         ending.num_running += 1
@@ -91,7 +92,7 @@ class Worker:
             ending.last_at = time.monotonic()
             if exchange.fast_request is not None:
                 assert isinstance(exchange.fast_request, FastRequest)
-                exchange.fast_request.give_up()  # what nobody took over
+                exchange.fast_request.give_up()  # unless the slow path took it
 
     async def stop(self) -> None:
         """End what :meth:`start` began. Requests have ended by then."""
@@ -109,14 +110,14 @@ class Worker:
 
 
 def served_at(listen: str) -> list[tuple[str, int]]:
-    """Return where clients reach this process: at its server's sockets, or at ``listen`` where it has none yet."""
+    """Return the addresses of the server's sockets, or ``listen`` while it has none."""
     wanted = split_address(listen)
     found = server_addresses()
     return [wanted] if not found or any(port == wanted[1] for _, port in found) else found
 
 
 def announce(loaded: reload.Loaded, path: pathlib.Path | None, addresses: list[tuple[str, int]]) -> None:
-    """Say in the log what has started, where it is reached, what it offers, and whether keys are wanted."""
+    """Log the start: version, addresses, models, and whether keys are required."""
     gateway = loaded.config.gateway
     scheme = "https" if gateway.tls_certificate else "http"
     at = ",".join(url_of(scheme, *address) for address in addresses)
@@ -141,6 +142,6 @@ def announce(loaded: reload.Loaded, path: pathlib.Path | None, addresses: list[t
 
 
 def collect_seldom() -> None:
-    """Have the garbage collector look at nothing that is there now, and seldom at what comes."""
+    """Exempt the present objects from garbage collection, and collect others seldom."""
     gc.freeze()  # modules and configuration stay
     gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])

@@ -1,10 +1,8 @@
-"""The SSE events of an OpenAI chat stream to inference events: what a node's words become before another dialect says
-them.
+"""Decoder of an OpenAI chat stream to inference events, for its translation into another dialect.
 
-Most SSE events are one more piece of text, and of a stream's such SSE events only the text differs. What stands before
-and after the text of the last one is kept, and an SSE event between the same bytes is read by unescaping what is left;
-any other is decoded by :mod:`cortex.dialects.openai_chunks`. Only the first choice is read: the dialects this is for
-have one.
+Most SSE events carry one more piece of text and differ only in it. The bytes around the text of the last one are kept,
+and an event with the same bytes is decoded by unescaping the rest; any other is decoded by
+:mod:`cortex.dialects.openai_chunks`. Only the first choice is read: the dialects of the translation have one.
 """
 
 cimport cython
@@ -24,7 +22,7 @@ cdef object _ReasoningDelta = ReasoningDelta
 
 @cython.final
 cdef class ChatEvents:
-    """Reads one chat stream, however its bytes are cut."""
+    """Decoder of one chat stream, for any split of its bytes."""
 
     cdef object decoder
     cdef object reader

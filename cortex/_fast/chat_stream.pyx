@@ -1,7 +1,7 @@
-"""Inference events to the SSE events of an OpenAI chat stream; a batch of events in, one ``bytes`` out.
+"""Encoder of inference events to the SSE events of an OpenAI chat stream; a batch of events in, one ``bytes`` out.
 
-Everything of a chunk but its text is known when the stream begins, so a text delta is three copies: what stands
-before the text, the text escaped on its way, what stands after it.
+Everything of a chunk but its text is known when the stream begins, so a text delta is three copies: the bytes before
+the text, the escaped text, the bytes after it.
 """
 
 cimport cython
@@ -43,11 +43,11 @@ cdef class _Choice:
 
 @cython.final
 cdef class ChatStream:
-    """Makes the SSE events of one chat stream.
+    """Encoder of one chat stream.
 
-    The role goes out when the inference starts, which is made up if the first event is a delta. Events of a choice
-    that has ended, and any after the end of the stream, are dropped: a worker may still fail behind its last token.
-    ``custom_tools`` are names of tools whose calls carry an input, which goes out in one piece.
+    The role is sent when the inference starts; a start is inserted if the first event is a delta. Events of a finished
+    choice, and events after the end of the stream, are dropped: a worker may still fail behind its last token.
+    ``custom_tools`` are names of tools whose calls carry an input, which is sent in one piece.
     """
 
     cdef readonly bint finished

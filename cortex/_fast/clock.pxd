@@ -1,4 +1,4 @@
-"""What the time is, for the modules that take it for each request or SSE event."""
+"""Clock reads, for the modules that need the time for each request or SSE event."""
 
 from posix.time cimport clock_gettime, timespec
 

@@ -1,4 +1,4 @@
-"""What the projectors share: which event it is and what is in it, token probabilities, the usage comment."""
+"""Code that the stream encoders share: the kind and fields of an event, token probabilities, the usage comment."""
 
 from cpython.object cimport PyObject
 

@@ -1,4 +1,4 @@
 from typing import Final
 
-# Nothing for Python: what the module shares with the other extensions.
+# Nothing for Python: the module serves the other extensions.
 __pyx_capi__: Final[dict[str, object]]

@@ -1,6 +1,6 @@
-"""What the projectors share: which event it is and what is in it, token probabilities, the usage comment.
+"""Code that the stream encoders share: the kind and fields of an event, token probabilities, the usage comment.
 
-The fields of the two deltas that a stream consists of are read from their slots; everything rarer goes by name.
+The fields of the two deltas that a stream consists of are read from their slots; rarer ones go by name.
 """
 
 from cpython.object cimport Py_TYPE, PyObject

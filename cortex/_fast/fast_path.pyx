@@ -1,8 +1,8 @@
-"""The fast path of the plainest request: from the server to a node and back, with nothing to wait for but the node.
+"""Fast path of the plainest requests: from the server to a node and back, waiting for nothing but the node.
 
-Which requests may go this way :mod:`cortex.fast_path` says; they are counted, timed and written down as all are. A fast
-request that cannot go on (there is no idle connection, the node refuses, its answer breaks off or is large) has not
-failed: how far it has come is kept, and the slow path goes on from there.
+:mod:`cortex.fast_path` decides which requests may take it; they are counted, timed and logged as all are. A request
+that cannot go on here (no idle connection, a refusal, an answer that breaks off or is large) has not failed: the slow
+path continues with its state.
 """
 
 cimport cython
@@ -38,9 +38,9 @@ cdef Py_ssize_t _WHOLE_BYTES = _WHOLE
 
 @cython.final
 cdef class CachedRoute:
-    """The node that is asked for a model, for as long as ``state`` is what is known of the fleet.
+    """Route to the node that serves a model, valid while the fleet's state is ``state``.
 
-    ``head`` is all of a request's head up to its id.
+    ``head`` is the request's head up to the request id.
     """
 
     cdef object state
@@ -66,11 +66,11 @@ cdef class CachedRoute:
 
 @cython.final
 cdef class CachedAccess:
-    """Those who ask at one path with one key, for as long as the gateway has these settings and these keys.
+    """Cached result of authentication for one path and key, valid while the gateway has these settings and keys.
 
     ``find`` returns the :class:`CachedRoute` of a model by its name, or ``None``; ``key`` is the key's name; ``known``
-    has what may be in a body. ``read_answer`` returns an answer's usage and finish, or ``None`` for what is no answer
-    in the ``dialect``. ``hosts`` are the values of ``Host`` that may be asked at, ``None`` where any may.
+    holds the known members of a body. ``read_answer`` returns an answer's usage and finish, or ``None`` for a body that
+    is no answer of the ``dialect``. ``hosts`` are the accepted values of ``Host``, ``None`` for any.
     """
 
     cdef object settings
@@ -102,7 +102,7 @@ cdef class CachedAccess:
 
 @cython.final
 cdef class FastPath:
-    """What all fast requests of a process share."""
+    """State that the fast requests of a process share."""
 
     cdef object find_access
     cdef object gateway
@@ -122,7 +122,7 @@ cdef class FastPath:
     def __init__(self, *, find_access, gateway, breakers, deaths, ending, watches, new_request_id, bint flushes):
         """``find_access`` returns the :class:`CachedAccess` for a path, a header's name and its value, or ``None``.
 
-        With ``flushes`` an answer goes out only when the protocol's ``flush`` has been awaited.
+        With ``flushes`` an answer is sent only by awaiting the protocol's ``flush``.
         """
         self.find_access = find_access
         self.gateway = gateway
@@ -140,11 +140,12 @@ cdef class FastPath:
         self.accesses = {}
 
     def begin(self, scope, protocol):
-        """Return a fast request, or ``None`` if it has to go the slow path from its beginning.
+        """Return a fast request, or ``None`` for a request that takes the slow path from its beginning.
 
-        ``scope`` and ``protocol`` are RSGI's, or look like them as far as is asked here.
+        ``scope`` and ``protocol`` are RSGI's, or objects with the members that are used here.
         """
         cdef CachedAccess access
+        cdef FastRequest request
         cdef str path, given, name
         cdef tuple place
         if scope.method != "POST":
@@ -167,7 +168,7 @@ cdef class FastPath:
             self.accesses[place] = access
         if self.ending.has_begun or headers.get("traceparent") is not None:
             return None
-        # What a browser sends, or says otherwise than every client does, the guard of the slow path looks at.
+        # Requests of browsers, and unusual ones, are for the slow path's guard.
         if headers.get("origin") is not None or headers.get("sec-fetch-site") is not None:
             return None
         given = headers.get("content-type")
@@ -185,21 +186,21 @@ cdef class FastPath:
         if given is None or not given.isdigit() or len(given) > 12 or int(given) > access.max_body_bytes:
             return None
         given = headers.get(_REQUEST_ID)
-        fast_request = FastRequest.__new__(FastRequest)
-        (<FastRequest>fast_request).fast_path = self
-        (<FastRequest>fast_request).access = access
-        (<FastRequest>fast_request).protocol = protocol
-        (<FastRequest>fast_request).record = Record(self.new_request_id(None if given is None else given.encode()), access.dialect)
-        (<FastRequest>fast_request).record.key = access.key
-        return fast_request
+        request = FastRequest.__new__(FastRequest)
+        request.fast_path = self
+        request.access = access
+        request.protocol = protocol
+        request.record = Record(self.new_request_id(None if given is None else given.encode()), access.dialect)
+        request.record.key = access.key
+        return request
 
 
 @cython.final
 cdef class FastRequest(Listener):
-    """One request on the fast path.
+    """Request on the fast path.
 
-    Of one that had to leave that way, ``record`` goes on, and the ``body`` is there if it was read, or the ``error``
-    that came of reading it.
+    Where it falls back to the slow path, ``record`` is reused, and ``body`` is set if it was read, or ``error`` if
+    reading it failed.
     """
 
     cdef readonly Record record
@@ -218,13 +219,13 @@ cdef class FastRequest(Listener):
     cdef bint has_disconnected
 
     async def answer(self):
-        """Answer the request and return true, or return false: it has to go on the slow path."""
+        """Answer the request and return true; return false if the slow path has to answer it."""
         cdef FastPath fast_path = self.fast_path
         cdef Watch watch
         fast_path.ending.num_running += 1
         try:
             self.task = current_task(fast_path.loop)
-            # Over ASGI the protocol looks at the clock itself.
+            # Over ASGI the protocol has its own timeout.
             timer = None if fast_path.flushes else fast_path.loop.call_later(self.access.body_timeout_s, self.cut_off)
             try:
                 self.body = await self.protocol()
@@ -249,7 +250,7 @@ cdef class FastRequest(Listener):
             watch = fast_path.watches.begin(self.protocol, self.disconnect)
             try:
                 await self.finished
-            except BaseException:  # it is being cancelled, or something is wrong here
+            except BaseException:  # cancelled, or a bug here
                 if self.response is not None:
                     self.give_up()
                     fast_path.request_log.record(self.record)
@@ -264,13 +265,13 @@ cdef class FastRequest(Listener):
             fast_path.ending.last_at = monotonic()
 
     def cut_off(self):
-        """Wait for the body no longer."""
+        """Stop waiting for the body."""
         if self.task is not None:
             self.is_late = True
             self.task.cancel()
 
     cdef bint ask(self) except -1:
-        """Ask the node, if there is nothing to wait for."""
+        """Send the request to its node; return false where that would have to wait."""
         cdef FastPath fast_path = self.fast_path
         cdef CachedRoute route
         cdef Connection connection
@@ -281,7 +282,7 @@ cdef class FastRequest(Listener):
         try:
             found = peek(body, self.access.known)
         except PeekError:
-            return False  # which is the slow path's to say
+            return False  # the slow path reports it
         model = found.model
         if not model or found.stream or found.unknown or fast_path.breakers or fast_path.deaths:
             return False
@@ -308,13 +309,13 @@ cdef class FastRequest(Listener):
             body,
             route.first_byte_s,
             route.stall_s,
-            route.first_byte_s,  # of an answer in one piece they are the same
+            route.first_byte_s,  # the same for an answer in one piece
         )
         self.response.listener = self
         return True
 
     cdef int notify(self, Response response) except -1:
-        """Answer if the whole answer is there; have the slow path go on if it will not be, or not in one piece."""
+        """Answer once the whole answer has arrived; fall back if it will not, or not in one piece."""
         if self.finished is None or self.finished.done():
             return 0
         if response.connection is None:
@@ -365,7 +366,7 @@ cdef class FastRequest(Listener):
         return True
 
     def disconnect(self):
-        """End, since the client has gone."""
+        """End after the client has disconnected."""
         if not self.finished.done():
             self.has_disconnected = True
             self.give_up()
@@ -373,9 +374,7 @@ cdef class FastRequest(Listener):
             self.finished.set_result(None)
 
     def take(self):
-        """Return the node that was asked, its in-flight request and its response, for somebody else to go on; ``None``
-        if none was.
-        """
+        """Return the node, its in-flight request and its response for the slow path; ``None`` if nothing was sent."""
         if self.response is None:
             return None
         taken = self.route.node, self.in_flight_request, self.response
@@ -383,7 +382,7 @@ cdef class FastRequest(Listener):
         return taken
 
     def give_up(self):
-        """Let go of the answer, unless there is none or somebody else has it."""
+        """Close the answer, unless there is none or the slow path has taken it."""
         if self.response is not None:
             self.response.listener = None
             self.response.close()
@@ -393,7 +392,7 @@ cdef class FastRequest(Listener):
             self.response = self.in_flight_request = None
 
     cdef int end_disconnected(self) except -1:
-        """Write down that the client left."""
+        """Record that the client disconnected."""
         self.record.status, self.record.finish = _CLIENT_CLOSED_REQUEST, "disconnected"
         self.fast_path.request_log.record(self.record)
         return 0

@@ -1,11 +1,13 @@
-"""One keep-alive HTTP/1.1 connection to a node, and the answer that arrives on it.
+"""Keep-alive HTTP/1.1 connection to a node, and the response that arrives on it.
 
-The parser is httptools'; here is what happens around it, for each piece of each answer: who is told, when a socket is
-paused, how long a node may be silent. The pool that these connections belong to is :mod:`cortex.upstream`'s.
+httptools parses; this module handles each piece of each response: whom to wake, when to pause a socket, how long a
+node may be silent. :mod:`cortex.upstream` has the pool.
 
-A node is not trusted to be one: what it sends beside a body (heads, interim answers, sizes and extensions of chunks,
-trailers) is bounded in bytes, a head that has begun also in time, and an answer that is read whole as a whole. What it
-sends beyond its answer ends the connection, so that nothing of it can be taken for the next one.
+A node is not trusted: everything it sends beside a body (heads, interim responses, sizes and extensions of chunks,
+trailers) is bounded in bytes, a head that has begun also in time, and a response that is read whole as a whole. Bytes
+beyond a response end the connection, so that they cannot be taken for the next response.
+
+One module: connection and response call each other for every read, which is cheap only within an extension.
 """
 
 cimport cython
@@ -24,15 +26,15 @@ from cortex.wire.errors import UpstreamError, UpstreamTimeoutError
 BUFFER_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 MAX_INTERIM_ANSWERS = 16
-"""Of 1xx answers before the one that counts."""
+"""Number of 1xx responses before the final one."""
 MAX_FRAMING_BYTES = 64 * 1024
-"""Received in a row within a body that are none of it: the extensions of a chunk, trailers."""
+"""Bytes received in a row within a body that are not body: chunk extensions, trailers."""
 FRAMING_A_BYTE = 16
-"""What framing may take for each byte of a body, beyond that: a body of one-byte chunks has 5."""
+"""Bytes of framing allowed for each byte of a body beyond that: a body of one-byte chunks needs 5."""
 KEEPALIVE_IDLE_S = 30
 
 JOINED_BYTES = 16 * 1024
-"""Up to this size a body is copied behind its head, to be written as one."""
+"""Size up to which a body is copied behind its head, to be written as one."""
 
 cdef Py_ssize_t _BUFFER_BYTES = BUFFER_BYTES
 cdef Py_ssize_t _JOINED_BYTES = JOINED_BYTES
@@ -47,10 +49,10 @@ class StaleConnectionError(ConnectionLostError):
 
 
 def encode_head(bytes method not None, bytes target not None, bytes rest not None, headers):
-    """Return a request's head without its end, so that there may be more.
+    """Return a request's head without its end, so that lines can be added.
 
-    ``rest`` is what follows ``target``: the version, and header lines that are known to be good. ``headers`` are pairs
-    of bytes. Raises ``ValueError`` for one with a line break.
+    ``rest`` follows ``target``: the version, and header lines that are known to be valid. ``headers`` are pairs of
+    bytes. Raises ``ValueError`` for a line break in one.
     """
     cdef Buffer head = Buffer()
     cdef bytes name, value
@@ -92,23 +94,24 @@ cdef inline object push(object sink, bytes data):
 
 
 cdef class Sink:
-    """What takes an answer's bytes in compiled code, in place of a function; see :meth:`Response.forward`."""
+    """Compiled receiver of a response's bytes, in place of a function; see :meth:`Response.forward`."""
 
     cdef object push(self, bytes data):
         return None
 
 
 cdef class Listener:
-    """What is told of an answer in place of whoever would wait for it."""
+    """Observer of a response, notified in place of a waiting coroutine."""
 
     cdef int notify(self, Response response) except -1:
-        """Look at what has arrived, or at how it has ended."""
+        """Process the data that has arrived, or the end."""
         return 0
 
 
 @cython.final
 cdef class Response:
-    """A node's answer: after :meth:`begin`, ``status`` and ``headers`` are there, and the body comes by :meth:`read` or
+    """Response of a node: after :meth:`begin`, ``status`` and ``headers`` are set, and the body comes by :meth:`read`
+    or
     :meth:`forward`.
 
     Close it, or read it to its end.
@@ -122,12 +125,12 @@ cdef class Response:
         self.loop = connection.loop
 
     async def begin(self):
-        """Return this answer when its head is there; one that nobody waits for any more is given up.
+        """Return this response when its head has arrived; a cancelled call closes it.
 
         Raises:
             ConnectionLostError: the node closed the connection without a byte.
             UpstreamTimeoutError: it stayed silent.
-            UpstreamError: it answered something that is not HTTP, or half a head.
+            UpstreamError: it sent something that is not HTTP, or half a head.
         """
         try:
             await self.head
@@ -183,13 +186,13 @@ cdef class Response:
         return bytes(body)
 
     async def forward(self, sink):
-        """Hand the rest of the body to ``sink``, each piece as it arrives and in the loop's same turn.
+        """Pass the rest of the body to ``sink``, each piece in the same loop iteration in which it arrives.
 
         ``sink``, a function or a :class:`Sink`, takes bytes and returns ``None``, or a coroutine to be awaited before
-        it is given more. Meanwhile the socket is read no further than a read and ``BUFFER_BYTES``.
+        it gets more. Meanwhile the socket is read no further than a read and ``BUFFER_BYTES``.
 
         Raises:
-            UpstreamError: as :meth:`read`. What ``sink`` raises ends the answer and is raised here too.
+            UpstreamError: as :meth:`read`. An exception of ``sink`` ends the response and is raised here too.
         """
         while True:
             while self.chunks:
@@ -214,18 +217,18 @@ cdef class Response:
                 await pause
 
     cpdef object end_within(self, double limit_s):
-        """Give the rest of the answer so long, however it comes."""
+        """Limit the time for the rest of the response."""
         if self.connection is not None:
             self.connection.bound(limit_s)
 
     cdef int untake(self, bytes body) except -1:
-        """Give back what :meth:`take` took, for somebody else to read."""
+        """Put back the bytes of :meth:`take`, for another reader."""
         self.chunks.insert(0, body)
         self.unread_bytes += len(body)
         return 0
 
     def close(self):
-        """Give the answer up. The connection is closed unless the body is complete."""
+        """Close the response. The connection is closed unless the body is complete."""
         if self.connection is not None:
             self.connection.fail(UpstreamError("The answer was given up."))
 
@@ -234,7 +237,7 @@ cdef class Response:
             yield chunk
 
     cdef object something(self):
-        """Return a future that is done when there is something to see; with a sink, when there is more to do."""
+        """Return a future that is done when data or the end has arrived; with a sink, when it has to be awaited."""
         self.waiter = waiter = self.loop.create_future()
         return waiter
 
@@ -249,7 +252,7 @@ cdef class Response:
     # ------------------------------------------------------------ from the connection
 
     cdef int deliver(self) except -1:
-        """Hand over what a read has brought, or let the reader look."""
+        """Deliver the data of a read to the listener, the sink or the waiting reader."""
         cdef object pause = None
         if self.listener is not None:
             self.listener.notify(self)
@@ -277,7 +280,7 @@ cdef class Response:
         return 0
 
     cdef int ended(self, error) except -1:
-        """Take note of the end of the body, or of the error in its place."""
+        """Record the end of the body, or the error in its place."""
         self.connection = None
         self.error = error
         if not self.head.done():
@@ -291,7 +294,7 @@ cdef class Response:
 
 @cython.final
 cdef class Connection:
-    """One TCP connection of a pool, with at most one response being received on it. An asyncio protocol."""
+    """TCP connection of a pool, which receives at most one response at a time. An asyncio protocol."""
 
     def __init__(self, pool, loop):
         self.pool = pool
@@ -307,22 +310,22 @@ cdef class Connection:
 
     @property
     def idle_s(self):
-        """How long nothing has come on it."""
+        """Seconds since the last byte arrived."""
         return self.loop.time() - self.active_at
 
     def ask(
         self, bytes head not None, bytes body not None, double first_byte_s, double stall_s, double whole_s=0
     ):
-        """Send a request whose head :func:`encode_head` began; return its response, which is still to begin.
+        """Send a request whose head :func:`encode_head` began; return its response, which has not begun.
 
-        All of the answer has to be there after ``whole_s``; 0: only silence counts.
+        The whole response has to arrive within ``whole_s``; 0: only silence is limited.
         """
         return self.send(head, b"", body, first_byte_s, stall_s, whole_s)
 
     cdef Response send(
         self, bytes head, bytes lines, bytes body, double first_byte_s, double stall_s, double whole_s
     ):
-        """Send a request of a head, more lines of it, and a body; return its response, which is still to begin."""
+        """Send a request of a head, more lines of it, and a body; return its response, which has not begun."""
         cdef Response response
         cdef list data = end_request(head, lines, body)
         assert self.response is None
@@ -361,7 +364,7 @@ cdef class Connection:
             self.transport.abort()
 
     cdef int resume(self) except -1:
-        """Read from the socket again; the time spent paused was the reader's, not the node's."""
+        """Resume reading from the socket; the time spent paused was the reader's, not the node's."""
         if self.is_paused:
             self.is_paused = False
             self.active_at = self.loop.time()
@@ -372,7 +375,7 @@ cdef class Connection:
     # ------------------------------------------------------------ from the transport
 
     def connection_made(self, transport):
-        """Take the transport."""
+        """Set the transport."""
         self.transport = transport
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -382,7 +385,7 @@ cdef class Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
     def data_received(self, bytes data not None):
-        """Take what the node sent."""
+        """Parse data from the node."""
         cdef Response response = self.response
         # Until its head has been read, what is counted is of the answer before.
         cdef Py_ssize_t body_bytes = self.body_bytes if self.in_body else -1
@@ -428,13 +431,13 @@ cdef class Connection:
         return None
 
     def pause_writing(self):
-        """Send on: a request is one body, which is there already."""
+        """Do nothing: a request's body is complete when it is sent."""
 
     def resume_writing(self):
-        """Go on as before."""
+        """Do nothing, as in :meth:`pause_writing`."""
 
     def connection_lost(self, exc):
-        """End what was being received."""
+        """End the response that was being received."""
         cdef Response response = self.response
         self.pool.forget(self)
         if self.watchdog is not None:
@@ -453,12 +456,12 @@ cdef class Connection:
     # ------------------------------------------------------------ from the parser
 
     def on_message_begin(self):
-        """Take note of an answer that nobody asked for."""
+        """Mark a response that no request has asked for."""
         if self.response is None:
             self.is_beyond = True
 
     def on_header(self, bytes name not None, bytes value not None):
-        """Keep a header; a trailer is none."""
+        """Add a header; trailers are dropped."""
         if self.in_body:
             return
         name = name.lower()
@@ -468,7 +471,7 @@ cdef class Connection:
             self.response.headers.append((name, value))
 
     def on_headers_complete(self):
-        """Let the asker go on."""
+        """Complete the head, which wakes the caller."""
         cdef Response response = self.response
         cdef int status = self.parser.get_status_code()
         if response is None:
@@ -488,7 +491,7 @@ cdef class Connection:
             response.head.set_result(None)
 
     def on_body(self, bytes chunk not None):
-        """Keep a piece of the body, and read no more of them than may wait."""
+        """Add a piece of the body; pause reading at ``BUFFER_BYTES``."""
         cdef Response response = self.response
         if response is None:
             return
@@ -500,7 +503,7 @@ cdef class Connection:
             self.transport.pause_reading()
 
     def on_message_complete(self):
-        """End the response, and give the connection back if it is good for another."""
+        """End the response, and return the connection to the pool if it can be reused."""
         if not self.in_body or self.response is None:
             return
         # A node that answers before it has read the whole request leaves us mid-body: that connection is spent.
@@ -525,13 +528,13 @@ cdef class Connection:
         return 0
 
     cdef int watch(self, double limit_s) except -1:
-        """Give the node ``limit_s`` of silence from now on."""
+        """Allow the node ``limit_s`` of silence from now on."""
         self.limit_s = limit_s
         self.active_at = self.loop.time()
         return self.arm()
 
     cdef int bound(self, double limit_s) except -1:
-        """Give the rest of the answer ``limit_s`` from now on, silent or not."""
+        """Allow ``limit_s`` for the rest of the response, silent or not."""
         cdef double until = self.loop.time() + limit_s
         if not self.whole_until or until < self.whole_until:
             self.whole_s = limit_s
@@ -539,7 +542,7 @@ cdef class Connection:
         return self.arm()
 
     cdef double due(self):
-        """Return when the node will have been given all its time."""
+        """Return the deadline."""
         cdef double at = self.active_at + self.limit_s
         if self.whole_until and self.whole_until < at:
             at = self.whole_until
@@ -548,9 +551,9 @@ cdef class Connection:
         return at
 
     cdef int arm(self) except -1:
-        """Have a timer look at the clock then.
+        """Set a timer for the deadline.
 
-        One that is set stays, from one request to the next, if it is early enough.
+        An earlier timer is kept, from one request to the next.
         """
         cdef double at = self.due()
         cdef double left_s
@@ -563,7 +566,7 @@ cdef class Connection:
         return 0
 
     def look(self):
-        """Fail the response if the node has had its time; else look again when it will have."""
+        """Fail the response if the deadline has passed; else set the timer again."""
         cdef double now
         self.watchdog = None
         if self.response is None:

@@ -26,7 +26,7 @@ cdef class InFlightRequests:
 @cython.final
 @cython.freelist(64)
 cdef class InFlightRequest:
-    """One counted request; a second release does nothing."""
+    """Counted request; a second release does nothing."""
 
     cpdef object release(self):
         """Remove the request from the counts."""

@@ -1,8 +1,9 @@
-/* Tells a JSON object from everything else in one pass, and notes where a few of its members are.
+/* Validates a JSON object in one pass, and records the places of a few of its members.
  *
  * Accepts what orjson accepts, so that a body that passes here is not refused by the process that decodes it: RFC 8259
- * with strict UTF-8, surrogate escapes in pairs, numbers within a double; but nesting to JSON_MAX_DEPTH only. Iterative: one
- * bit of memory for each open bracket, no recursion for a hostile body to exhaust.
+ * with strict UTF-8, surrogate escapes in pairs, numbers within a double; but nesting to JSON_MAX_DEPTH only.
+ * Iterative: one bit of memory for each open bracket, no recursion for a hostile body to exhaust. One file, so that the
+ * compiler inlines the states into one loop.
  */
 #ifndef CORTEX_JSON_VALIDATE_H
 #define CORTEX_JSON_VALIDATE_H

@@ -1,8 +1,8 @@
-"""Inference events to the events of an Anthropic Messages stream; a batch in, one ``bytes`` of finished SSE events out.
+"""Encoder of inference events to the SSE events of an Anthropic Messages stream; a batch in, one ``bytes`` out.
 
 A stream is a list of content blocks, one open at a time: an event of another kind closes the open block and opens the
-next. What a block has said is kept escaped, as it went out, and put together for the message of a request that is not
-streamed, so that both say the same. The order is ``message_start``, then for each block its start, deltas and stop,
+next. A block's output is kept escaped, as it was sent, and joined for the message of a request that is not streamed, so
+that both are the same. The order is ``message_start``, then for each block its start, deltas and stop,
 ``message_delta`` with the reason and the cumulative usage, ``message_stop``.
 """
 
@@ -42,7 +42,7 @@ cdef tuple _DELTAS = (
 
 @cython.final
 cdef class _Block:
-    """One content block: what it has said so far, escaped, and the part of its deltas that does not change."""
+    """Content block: its output so far, escaped, and the constant part of its deltas."""
 
     cdef BlockKind kind
     cdef Py_ssize_t index
@@ -93,9 +93,9 @@ cdef class _Block:
 
 @cython.final
 cdef class MessagesStream:
-    """Makes the SSE events of one Messages stream, or the one message of a request that is not streamed.
+    """Encoder of one Messages stream, or of the message of a request that is not streamed.
 
-    The start is made up if the first event is not one. Events after the end of the stream are dropped: a worker may
+    A start is inserted if the first event is not one. Events after the end of the stream are dropped: a worker may
     still fail behind its last token.
     """
 

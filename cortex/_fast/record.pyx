@@ -1,7 +1,7 @@
-"""What is kept of a request until it is written down: :mod:`cortex.request_log` writes it.
+"""Record of a request, kept until :mod:`cortex.request_log` writes it.
 
-Never a word of its text. Time to first token is to the first token, not to the first byte: heartbeats and headers do
-not count.
+It never holds text of the request. Time to first token is to the first token, not to the first byte: heartbeats and
+headers do not count.
 """
 
 cimport cython
@@ -19,12 +19,12 @@ cdef double to_microseconds(double time_s) noexcept:
 @cython.final
 @cython.freelist(64)
 cdef class Record:
-    """One request. ``model`` is set only once it is known to exist, so that it may label a metric.
+    """Record of one request. ``model`` is set only once it is known to exist, so that it may label a metric.
 
-    ``key`` is the name of the key it came with, ``node`` who was asked, the last one if several were. ``usage`` is a
+    ``key`` is the name of the request's key, ``node`` the last node it was sent to. ``usage`` is a
     :class:`~cortex.dialects.passthrough.Usage`, ``trace`` a :class:`~cortex.tracing.Trace`, or each is ``None``.
-    ``num_token_events`` are the SSE events of a stream with something generated in them: about as many tokens, where
-    the stream ended before it said how many.
+    ``num_token_events`` counts the SSE events of a stream that carry generated content: an estimate of its tokens where
+    the stream ended before its usage.
     """
 
     def __init__(self, str request_id not None, str dialect not None):
@@ -36,16 +36,16 @@ cdef class Record:
         self.first_token_at_s = NAN
 
     def record_node(self, str node not None):
-        """Note who is asked, the last one if several are."""
+        """Record the node that the request is sent to, the last one if there are several."""
         self.node = node
 
     def record_first_token(self):
-        """Take the time, the first time."""
+        """Record the time of the first token; later calls do nothing."""
         if isnan(self.first_token_at_s):
             self.first_token_at_s = seconds_of(CLOCK_MONOTONIC)
 
     def record_end(self):
-        """Take the time; ``ended_at`` is that of the day."""
+        """Record the time of the end; ``ended_at`` is wall-clock time."""
         self.ended_s = seconds_of(CLOCK_MONOTONIC)
         self.ended_at = seconds_of(CLOCK_REALTIME)
 
@@ -56,24 +56,23 @@ cdef class Record:
 
     @property
     def duration_s(self):
-        """From its arrival to its end."""
+        """Seconds from arrival to end."""
         return self.ended_s - self.begun_s
 
     @property
     def first_token_s(self):
-        """From its arrival to the first token; ``None`` where there was none, or the answer was not streamed."""
+        """Seconds from arrival to the first token; ``None`` if there was none or the answer was not streamed."""
         return None if isnan(self.first_token_at_s) else self.first_token_at_s - self.begun_s
 
     @property
     def generation_s(self):
-        """From the first token to the end; ``None`` where there was none."""
+        """Seconds from the first token to the end; ``None`` if there was none."""
         return None if isnan(self.first_token_at_s) else self.ended_s - self.first_token_at_s
 
     def tokens_used(self, Py_ssize_t prompt_tokens):
-        """Return the tokens to charge: the node's counts, or where the answer broke off after its first token, an
-        estimate.
+        """Return the tokens to charge: the node's counts, or an estimate if the answer broke off after its first token.
 
-        ``prompt_tokens`` is that of the prompt; an SSE event of a stream is about a token.
+        ``prompt_tokens`` is an estimate of the prompt; an SSE event of a stream is about a token.
         """
         cdef tuple counts = self.counts()
         if self.usage is not None:
@@ -83,7 +82,7 @@ cdef class Record:
     cpdef tuple counts(self):
         """Return the tokens of the prompt, the answer and the cache, as far as they are known.
 
-        A stream that broke off had at least a token for each SSE event, whatever its node had said until then.
+        A stream that broke off had at least one token for each SSE event, whatever usage its node had reported.
         """
         cdef tuple counts = (0, 0, 0) if self.usage is None else self.usage.counts()
         if (self.usage is None or self.status != 200) and self.num_token_events > counts[1]:

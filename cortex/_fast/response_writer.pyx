@@ -1,4 +1,4 @@
-"""What a stream that has begun is written to, over a server that queues whatever it is sent."""
+"""Writer of a started stream, over a server that queues without limit."""
 
 cimport cython
 from posix.time cimport CLOCK_MONOTONIC, nanosleep, timespec
@@ -6,14 +6,14 @@ from posix.time cimport CLOCK_MONOTONIC, nanosleep, timespec
 from cortex._fast.clock cimport seconds_of
 
 COALESCE_S = 0.00075
-"""The least between two turns of an event loop that pass SSE events on.
+"""Shortest time between two iterations of an event loop that write SSE events.
 
-To wake two threads for one SSE event costs more than the SSE event does; so where SSE events come faster than this,
-each turn finds some. It is what a token may be late.
+Waking two threads for one SSE event costs more than the event does; where events arrive faster than this, each
+iteration finds several. A token may be late by as much.
 """
 
 BYPASS_S = 0.005
-"""How long no turn is held off after a request has come: others may be waiting behind it."""
+"""Time after a request's arrival without coalescing: more requests may be waiting behind it."""
 
 cdef double _COALESCE_S = COALESCE_S
 cdef double _BYPASS_S = BYPASS_S
@@ -27,24 +27,24 @@ cdef enum:
 
 @cython.final
 cdef class WriteCoalescer:
-    """Holds the turns of a loop apart that pass SSE events on."""
+    """Spacing between the loop iterations that write SSE events."""
 
     def __init__(self, loop):
         self.loop = loop
 
     cdef int mark(self) except -1:
-        """Note that this turn is one."""
+        """Mark this iteration as one that writes."""
         if not self.is_scheduled:
             self.is_scheduled = True
             self.loop.call_soon(self.end)
         return 0
 
     cpdef object bypass(self):
-        """Hold nothing off for a while."""
+        """Suspend coalescing for ``BYPASS_S``."""
         self.bypassed_at = seconds_of(CLOCK_MONOTONIC)
 
     def end(self):
-        """Wait until the next one may begin: the loop sleeps, and nothing else of the process does."""
+        """Sleep until the next iteration may begin; only the loop's thread sleeps."""
         cdef timespec time
         cdef double at = seconds_of(CLOCK_MONOTONIC)
         cdef double left_s = self.begun_at + _COALESCE_S - at
@@ -59,15 +59,15 @@ cdef class WriteCoalescer:
 
 @cython.final
 cdef class ResponseWriter:
-    """Counts what it passes on to ``send``, with its framing: exactly in the clear, and never too low over TLS.
+    """Writer that counts the bytes it gives to ``send``, with framing: exact in the clear, never too low over TLS.
 
-    Without ``counts_framing`` the framing is left out, so that the count is never too high.
-    What is beyond ``limit_bytes`` is still sent; ``wait`` then is called with the writer, and returns what to await
-    before there is more. ``written_at`` is when it was last written to, by the loop's clock; to ``coalescer`` it is
-    told.
+    Without ``counts_framing`` framing is left out, so that the count is never too high. Bytes beyond ``limit_bytes``
+    are still sent; ``wait`` is then called with the writer and returns the coroutine to await before more is sent.
+    ``written_at`` is the time of the last write, by the loop's clock. Each write marks the ``coalescer``.
     """
 
-    def __init__(self, send, wait, Py_ssize_t limit_bytes, WriteCoalescer coalescer not None, *, bint is_tls, bint counts_framing=True):
+    def __init__(self, send, wait, Py_ssize_t limit_bytes, WriteCoalescer coalescer not None, *, bint is_tls,
+                 bint counts_framing=True):
         self.send = send
         self.wait = wait
         self.limit_bytes = limit_bytes
@@ -76,9 +76,9 @@ cdef class ResponseWriter:
         self.coalescer = coalescer
 
     cpdef object write(self, bytes data):
-        """Send some bytes; return what is to be awaited before there is more, if anything.
+        """Send some bytes; return the coroutine to await before sending more, if any.
 
-        That a client has gone it says to whoever waits. Raises ``TypeError`` once it is closed.
+        That coroutine raises if the client has disconnected. Raises ``TypeError`` once the writer is closed.
         """
         cdef Py_ssize_t size_bytes = len(data)
         self.send(data)
@@ -92,5 +92,5 @@ cdef class ResponseWriter:
         return self.wait(self) if self.sent_bytes > self.limit_bytes else None
 
     def close(self):
-        """Let go of what is written to: a stream ends when nobody can write to it any more."""
+        """Release the server's transport: the server ends a stream when no reference to it is left."""
         self.send = None

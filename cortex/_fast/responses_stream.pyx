@@ -1,11 +1,12 @@
-"""Inference events to the events of an OpenAI Responses stream; a batch in, one ``bytes`` of finished SSE events out.
+"""Encoder of inference events to the SSE events of an OpenAI Responses stream; a batch in, one ``bytes`` out.
 
-A stream is a list of output items. At most one reasoning or message item is open, and text of the other kind closes
-it; calls of tools stay open to the end, since their pieces may alternate. The arguments of a custom tool are an object
-around its one input, which is told when it is whole. What an item has said is kept escaped, as it went out, and copied
-into the events that repeat it: ``done``, the item, the response. The order is the one on which the official clients
-rely: created, in_progress, then for each item added, part added, deltas, done, part done, item done, and last the event
-that carries the whole response.
+A stream is a list of output items. At most one reasoning or message item is open, and text of the other kind closes it;
+tool calls stay open to the end, since their pieces may alternate. The arguments of a custom tool are an object around
+its one input, which is sent when it is whole. An item's output is kept escaped, as it was sent, and copied into the
+events that repeat it: ``done``, the item, the response. The order is the one on which the official clients rely:
+created, in_progress, then for each item added, part added, deltas, done, part done, item done, and last the event with
+the whole response. One module: items and stream write into each other's buffers, and a call between modules costs more
+than an event.
 """
 
 import time
@@ -124,7 +125,7 @@ cdef tuple _PARTS_DONE = (
 
 @cython.final
 cdef class _Item:
-    """One output item: what it has said so far, escaped, and the parts of its events that do not change."""
+    """Output item: its output so far, escaped, and the constant parts of its events."""
 
     cdef ItemKind kind
     cdef bytes place            # ,"item_id":...,"output_index":... and for text also which part
@@ -212,13 +213,13 @@ cdef class _Item:
 
 @cython.final
 cdef class ResponsesStream:
-    """Makes the SSE events of one Responses stream, or the one response of a request that is not streamed.
+    """Encoder of one Responses stream, or of the response of a request that is not streamed.
 
-    ``echo`` is a JSON object of the request's fields that every response object repeats; where it lacks a field that
-    clients need, a default stands in. ``custom_tools`` are names of tools whose calls carry an input; ``namespaces``
-    gives the namespace and the own name of a tool that the model knows by another one. Reasoning is told as text, or as
-    a summary if the client asked for one, and sealed if it wants to send it back. The start is made up if the first
-    event is not one. Events after the end of the stream are dropped: a worker may still fail behind its last token.
+    ``echo`` is a JSON object of the request's fields that every response object repeats, with defaults for the fields
+    that clients need. ``custom_tools`` are names of tools whose calls carry an input; ``namespaces`` gives the
+    namespace and own name of a tool that the model has under another. Reasoning is sent as text, or as a summary if the
+    client asked for one, and sealed if the client wants to send it back. A start is inserted if the first event is not
+    one. Events after the end of the stream are dropped: a worker may still fail behind its last token.
     """
 
     cdef readonly bint finished

@@ -1,6 +1,6 @@
-"""How long a thread runs before others of its core get their turn, which Linux lets each thread say since 6.12.
+"""Time slices of threads, which Linux lets a thread choose since 6.12.
 
-Python has no call for it. The kernel's structure is declared here: older headers lack it, and newer ones clash with libc's.
+Python has no call for it. The kernel's structure is declared here: older headers lack it, newer ones clash with libc's.
 """
 
 import contextlib

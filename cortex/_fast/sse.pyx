@@ -1,8 +1,7 @@
-"""SSE events: payloads out, whole SSE events in from any split of the bytes.
+"""Codec of SSE events: encodes payloads, decodes events from any split of the bytes.
 
-Follows the HTML standard, section 9.2.6 (server-sent events): lines end with LF, CRLF or CR, ``data`` lines of an SSE
-event are joined with LF, comments are skipped. ``id`` and ``retry`` serve reconnection, which no dialect here has:
-ignored.
+Follows the HTML standard, section 9.2.6 (server-sent events): lines end with LF, CRLF or CR, ``data`` lines of an event
+are joined with LF, comments are skipped. ``id`` and ``retry`` serve reconnection, which no dialect here has: ignored.
 """
 
 cimport cython
@@ -53,7 +52,7 @@ def encode(bytes data not None, bytes event=None):
 
 
 def comment(bytes text not None):
-    """Return an SSE event that every client skips: what keeps an idle connection open on the OpenAI dialects."""
+    """Return an SSE comment, which clients skip: it keeps an idle connection of the OpenAI dialects open."""
     return _encode_lines(b": ", text, None)
 
 
@@ -85,7 +84,7 @@ cdef bytes _encode_lines(bytes field, bytes text, bytes event):
 @cython.final
 @cython.freelist(64)
 cdef class SseEvent:
-    """One event: its name (``None`` if it has none) and its data."""
+    """SSE event: its name (``None`` if it has none) and its data."""
 
     cdef readonly bytes event
     cdef readonly bytes data
@@ -108,7 +107,7 @@ cdef class SseEvent:
 
 @cython.final
 cdef class SseDecoder:
-    """Turns the bytes of an event stream, however they were cut, into SSE events."""
+    """Incremental decoder of an event stream, for any split of its bytes."""
 
     cdef Buffer held
     cdef Buffer joined

@@ -1,4 +1,4 @@
-"""SSE events on their way from a node to a client, in compiled code where a client can be written to at once."""
+"""Forwarding of SSE events from a node to a client, compiled where the client can be written to without waiting."""
 
 from cortex._fast.http_client cimport Response, Sink
 from cortex._fast.response_writer cimport ResponseWriter
@@ -11,17 +11,17 @@ from cortex.errors import NotAnAnswerError
 
 TRAILING_S = 2.0
 TRAILING_BYTES = 64 * 1024
-"""What may come after a stream's terminator: a comment with the usage, and the end of the connection."""
+"""Limit of what may follow a stream's terminator: a comment with the usage, the end of the connection."""
 
 cdef double _TRAILING_S = TRAILING_S
 cdef Py_ssize_t _TRAILING_BYTES = TRAILING_BYTES
 
 
 cdef class StreamForwarder(Sink):
-    """Lets whole SSE events through, and remembers the first and the last few of them.
+    """Sink that forwards whole SSE events and keeps the first and the last few of them.
 
-    ``out`` is written to by :meth:`push`: it begins a stream at its first ``write_now``, and then has a ``writer``.
-    What comes after the stream's end is bounded, in bytes and in time, on the ``response`` that it comes from.
+    :meth:`push` writes to ``out``, which starts a stream at its first ``write_now`` and then has a ``writer``. Bytes
+    after the stream's end are bounded, in number and in time, on the ``response`` that they come from.
     """
 
     cdef readonly bytes first
@@ -62,14 +62,14 @@ cdef class StreamForwarder(Sink):
         return sse_events
 
     cpdef object check(self):
-        """Raise :exc:`NotAnAnswerError` where an SSE event has come that is none, or more than may follow the end."""
+        """Raise :exc:`NotAnAnswerError` after a malformed SSE event, or after too many bytes behind the end."""
         if self.scanner.malformed:
             raise NotAnAnswerError("The node sent an event that is not JSON.")
         if self.trailing_bytes > _TRAILING_BYTES:
             raise NotAnAnswerError("The node went on after the end of its stream.")
 
     cdef object push(self, bytes data):
-        """Write the whole SSE events that ``data`` completes; return what is to be awaited before there is more."""
+        """Write the SSE events that ``data`` completes; return the coroutine to await before more is sent, if any."""
         cdef object pause
         cdef bytes sse_events = self.take(data)
         if not sse_events:

@@ -1,11 +1,11 @@
-"""What the gateway puts on a stream that it passes on: whole SSE events through, unchanged, noting what went by.
+"""Scanner of a stream that the gateway forwards unchanged: finds its first token, usage and end.
 
-Knows the three dialects by their marks only and never builds an event. The marks are looked for where each dialect
-puts them (the top level of the data, the choices, the response object), so that generated text, tool schemas or
-metadata that contain the same words are not mistaken for them.
+It knows the three dialects by their marks and builds no event. The marks are searched where each dialect has them (the
+top level of the data, the choices, the response object), so that the same words in generated text, tool schemas or
+metadata are not mistaken for them.
 
-Most SSE events are one more delta. Where the first of them kept its text is remembered, and an SSE event with the same
-bytes in the same place is another one: one comparison and one search for ``"usage"`` instead of a walk.
+Most SSE events are one more delta. The scanner keeps the bytes before the text of the first one; an event with the same
+bytes in the same place costs one comparison and one search for ``"usage"`` instead of a walk.
 """
 
 cimport cython
@@ -49,7 +49,7 @@ cdef enum Kind:
 
 @cython.final
 cdef class UsageScanner:
-    """Passes an event stream on in whole SSE events and notes first token, usage and end."""
+    """Scanner that returns whole SSE events and keeps first token, usage and end of the stream."""
 
     cdef readonly bint first_token
     cdef readonly Py_ssize_t num_token_events
@@ -76,18 +76,18 @@ cdef class UsageScanner:
 
     @property
     def tail(self):
-        """The bytes held back: the beginning of an SSE event that has not ended, empty between SSE events."""
+        """Bytes held back: the beginning of an unfinished SSE event, empty between events."""
         return self.held.slice(0, self.held.size)
 
     def feed(self, bytes data not None):
-        """Return the bytes that may go on: every SSE event that ``data`` completes, as it came.
+        """Return the bytes of the SSE events that ``data`` completes, unchanged.
 
-        Returns ``data`` itself where it is whole SSE events, and ``b""`` where it completes none. A CR at the very end
-        waits for the byte that says whether it is half of a CRLF. Raises :exc:`SseEventTooLarge` as soon as an SSE
-        event, its blank line included, is longer than the limit.
+        Returns ``data`` itself where it is whole events, and ``b""`` where it completes none. A CR at the very end
+        waits for the next byte, which may make it a CRLF. Raises :exc:`SseEventTooLarge` as soon as an event, its blank
+        line included, is longer than the limit.
 
-        With ``checks`` an SSE event is ``malformed``, and held back with all that follows, if it has a line that is no
-        field of an event, or its data is neither a JSON object, by its first and last byte, nor the terminator.
+        With ``checks`` an event is ``malformed``, and held back with everything after it, if a line of it is no field
+        of an SSE event, or its data is neither a JSON object, by its first and last byte, nor the terminator.
         """
         cdef const uint8_t* p
         cdef Py_ssize_t length, whole
@@ -108,7 +108,7 @@ cdef class UsageScanner:
         return passed
 
     cdef Py_ssize_t read(self, const uint8_t* p, Py_ssize_t length) except -1:
-        """Note the whole SSE events at ``p``; return how many bytes they are."""
+        """Scan the whole SSE events at ``p``; return how many bytes they are."""
         cdef Py_ssize_t used = 0
         cdef size_t event_bytes
         while used < length and not self.malformed:
@@ -205,7 +205,7 @@ cdef class UsageScanner:
         return 0
 
     cdef int scan_object(self, const uint8_t* data, const uint8_t* end) except -1:
-        """Walk the top level of data that came without a telling event name."""
+        """Scan the top level of data whose event name gives no kind."""
         cdef json_member member
         cdef const uint8_t* at = json_open(json_space(data, end), end, c"{")
         cdef const uint8_t* usage = NULL
@@ -235,7 +235,7 @@ cdef class UsageScanner:
         return 0
 
     cdef bint find_token(self, const uint8_t* choices, const uint8_t* end, const uint8_t* data) noexcept:
-        """Say whether one of ``choices`` carries content, and remember where it was."""
+        """Return whether one of ``choices`` carries content, and keep its place."""
         cdef const uint8_t* at = json_open(choices, end, c"[")
         cdef const uint8_t* choice
         cdef const uint8_t* inner

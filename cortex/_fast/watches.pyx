@@ -1,6 +1,6 @@
-"""Who wants to hear of a client's leaving, from a server that tells only when it is asked.
+"""Watches for client disconnects, over a server that reports one only when asked.
 
-To ask costs more than most answers do, so it is asked once an answer has taken a moment: one timer for all.
+Asking costs more than most answers do, so a watch asks once its answer has taken a moment: one timer for all watches.
 """
 
 import asyncio
@@ -8,40 +8,40 @@ import asyncio
 cimport cython
 
 WATCH_AFTER_S = 0.02
-"""How long an answer takes before anybody asks whether its client is still there, and half of that at least."""
+"""Age of an answer at which its watch asks for the client's disconnect, and at least half of that."""
 
-cdef double LOOK_S = WATCH_AFTER_S / 2
+cdef double POLL_S = WATCH_AFTER_S / 2
 
 
 @cython.final
 @cython.freelist(64)
 cdef class Watch:
-    """One who does: ``tell`` is called once."""
+    """Watch of one client: calls ``callback`` once when it disconnects."""
 
     def __init__(self, protocol, callback):
         self.protocol = protocol
         self.callback = callback
 
     def end(self):
-        """Hear of it no more."""
+        """End the watch."""
         self.callback = None
         if self.future is not None:
             self.future.cancel()
 
     cdef int ask(self) except -1:
-        """Have the server tell."""
+        """Ask the server to report the disconnect."""
         if self.callback is None:
             return 0
         future = self.protocol.client_disconnect()
         if asyncio.isfuture(future):
             self.future = future
-            future.add_done_callback(self.hear)
+            future.add_done_callback(self.on_disconnect)
         else:  # it has gone already
-            self.hear(future)
+            self.on_disconnect(future)
         return 0
 
-    def hear(self, future):
-        """Tell."""
+    def on_disconnect(self, future):
+        """Call the callback."""
         callback, self.callback = self.callback, None
         if callback is not None:
             callback()
@@ -49,7 +49,7 @@ cdef class Watch:
 
 @cython.final
 cdef class Watches:
-    """Those of a loop whose answers are still young."""
+    """Watches of a loop that have not asked yet."""
 
     def __init__(self, loop):
         self.loop = loop
@@ -57,20 +57,20 @@ cdef class Watches:
         self.older = []
 
     cpdef Watch begin(self, protocol, callback):
-        """Watch from soon on, until it is ended."""
+        """Return a watch that asks soon, unless it is ended before."""
         watch = Watch(protocol, callback)
         self.young.append(watch)
         if not self.is_timed:
             self.is_timed = True
-            self.loop.call_later(LOOK_S, self.look)
+            self.loop.call_later(POLL_S, self.poll)
         return watch
 
-    def look(self):
-        """Ask for those that have been here before, and come again while there are any."""
+    def poll(self):
+        """Ask for each watch that was here at the last poll; poll again while there are any."""
         cdef Watch watch
         for watch in self.older:
             watch.ask()
         self.older, self.young = self.young, []
         self.is_timed = bool(self.older)
         if self.is_timed:
-            self.loop.call_later(LOOK_S, self.look)
+            self.loop.call_later(POLL_S, self.poll)

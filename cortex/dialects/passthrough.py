@@ -1,7 +1,7 @@
-"""What a gateway must know of a dialect whose bodies and streams it passes on unchanged.
+"""Properties of the dialects whose bodies and streams the gateway forwards unchanged.
 
-Where it is asked, how an error is written before and after the first byte, and where a finished answer says why it
-ended and what it cost. No body is built or changed here; the reading is of an answer's last bytes, once, at its end.
+For each dialect: its path, its errors before and after the first byte, and the place of finish and usage in an answer.
+No body is built or changed here; only an answer's last bytes are read, once, at its end.
 """
 
 import functools
@@ -31,7 +31,7 @@ STATUS_OF_TYPE = {
     "invalid_request_error": 400,
     "overloaded_error": 529,
 }
-"""Of an error within a stream, which has no status, by the type that either family gives it."""
+"""HTTP status of an error within a stream, by the error type of either family."""
 
 STATUS_OF_CODE = {
     "device_worker_lost": 503,
@@ -43,13 +43,13 @@ STATUS_OF_CODE = {
     "internal_error": 500,
     "non_finite_logits": 500,
 }
-"""The same of a neuron's own codes, which say it more exactly."""
+"""HTTP status by a neuron's own error codes, which are more exact."""
 
 VAGUE = frozenset({"failed", "server_error", "invalid_prompt"})
-"""Codes that say less than the status does."""
+"""Codes that are less specific than the status."""
 
 TAIL_CHUNKS = 4
-"""Chunks kept of a stream: the finish, the usage, the terminator and the node's own usage may come one by one."""
+"""Number of chunks kept of a stream: finish, usage, terminator and the node's own usage may come one by one."""
 
 
 class ResponseContext(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -85,7 +85,7 @@ _CONTEXT = msgspec.json.Decoder(ResponseContext)
 
 
 class TokenDetails(msgspec.Struct, frozen=True):
-    """The part of a prompt that was cached."""
+    """Cached part of a prompt."""
 
     cached_tokens: Tokens | None = 0
 
@@ -105,18 +105,18 @@ class Usage(msgspec.Struct, frozen=True):
 
     @property
     def tokens_in(self) -> int:
-        """Prompt tokens. Anthropic counts those that a cache read or wrote beside the others."""
+        """Number of prompt tokens. Anthropic counts tokens read from or written to a cache separately."""
         beside = (self.cache_read_input_tokens or 0) + (self.cache_creation_input_tokens or 0)
         return self.prompt_tokens or (self.input_tokens or 0) + beside
 
     @property
     def tokens_out(self) -> int:
-        """Generated tokens."""
+        """Number of generated tokens."""
         return self.completion_tokens or self.output_tokens or 0
 
     @property
     def tokens_cached(self) -> int:
-        """Prompt tokens that were in the node's prefix cache."""
+        """Number of prompt tokens found in the node's prefix cache."""
         details = self.prompt_tokens_details or self.input_tokens_details
         in_details = details.cached_tokens if details else 0
         return self.cached_tokens or self.cache_read_input_tokens or in_details or 0
@@ -176,44 +176,44 @@ class _Counted(msgspec.Struct, frozen=True):
 
 
 _Whole = _Chosen | _Embedded | _Responded | _Messaged | _Counted
-"""What a whole answer of each dialect has at least."""
+"""Minimum content of a whole answer of each dialect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """How an error before the first byte is written."""
+    """Form of an error before the first byte."""
 
     status: Callable[[ErrorInfo], int]
     body: Callable[[ErrorInfo, str], bytes]
-    """Of an error and the id of its request."""
+    """Encoder of the body, from the error and the request id."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One client language, as far as passing it on goes."""
+    """Client dialect, as far as forwarding needs it."""
 
     name: str
     path: str
     failure: Callable[[ErrorInfo, bytes, bytes], bytes]
-    """The SSE events that end a stream in failure, given the first and the last bytes that were sent of it."""
+    """Encoder of the SSE events that end a stream in failure, given the first and the last bytes sent of it."""
     finish: "re.Pattern[bytes]"
-    """Finds why a stream ended in its last bytes."""
+    """Pattern of the finish in a stream's last bytes."""
     heartbeat: bytes
-    """A whole SSE event that says nothing: what the dialect's clients let pass between any two others."""
+    """SSE event without content, which the dialect's clients accept between any two others."""
     streams: bool = True
-    """Whether an answer is ever a stream, whatever the body says."""
+    """Whether answers can be streamed."""
     whole: "msgspec.json.Decoder[_Whole]" = field(default_factory=lambda: msgspec.json.Decoder(_Chosen))
-    """Reads an answer that is no stream."""
+    """Decoder of an answer that is not streamed."""
 
     @functools.cached_property
     def target(self) -> bytes:
-        """What a request asks for."""
+        """Request target of the path."""
         return self.path.encode()
 
     def read(self, body: bytes) -> tuple[Usage | None, str] | None:
-        """Return the usage and the finish of an answer that was not streamed, as far as it says them.
+        """Return the usage and the finish of an answer that was not streamed, as far as it has them.
 
-        ``None`` if it is no answer: not all of a JSON object, or one of another kind.
+        ``None`` if it is no answer: no complete JSON object, or one of another kind.
         """
         try:
             peek(body)
@@ -232,7 +232,7 @@ class Dialect:
         return next(exact, None) or next(iter(found), ErrorInfo(UpstreamError.status, "failed", "The node failed."))
 
     def loading(self, model: str, progress: float) -> bytes:
-        """Return a heartbeat that says how far the load of a model is, where the dialect has room for it."""
+        """Return a heartbeat with the progress of a model's load, where the dialect's heartbeat is a comment."""
         if not self.heartbeat.startswith(b":"):
             return self.heartbeat
         return f": loading {model} {progress:.0%}\n\n".encode()
@@ -271,7 +271,7 @@ def _error_in(data: bytes) -> ErrorInfo | None:
 
 
 def clean_finish(finish: str) -> str:
-    """Return why an answer ended as it may be logged: a word, which a node chooses."""
+    """Return an answer's finish for the log: a node chooses it, so that only a plain word is kept."""
     return finish if _FINISH.fullmatch(finish) else "other"
 
 
@@ -332,7 +332,7 @@ _FINISH = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d{1,15})\b')
 
 COMMENT = b": keep-alive\n\n"
-"""The only heartbeat that OpenAI's clients let pass: to them an event without a payload of theirs is an error."""
+"""Only heartbeat that OpenAI's clients accept: an event without their payload is an error to them."""
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
@@ -375,7 +375,7 @@ COUNT_TOKENS = replace(MESSAGES, path="/v1/messages/count_tokens", streams=False
 
 
 def envelope_for(path: str) -> Envelope:
-    """Return how an error at ``path`` is written, whether or not anything is there."""
+    """Return the form of errors at ``path``, whether or not it exists."""
     if path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/"):
         return _ANTHROPIC
     return _OPENAI
