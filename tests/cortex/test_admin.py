@@ -1,4 +1,4 @@
-"""What operators can see and have done, over HTTP and by command; and who may."""
+"""The operators' endpoints: reports, actions and access, over HTTP and by command."""
 
 import json
 import pathlib
@@ -30,7 +30,7 @@ async def test_to_let_go_of_a_pin_that_is_gone_is_done_already() -> None:
         assert never.status == 404
 
 
-async def test_what_failed_or_was_unloaded_is_forgotten_and_what_is_loaded_is_not() -> None:
+async def test_failed_and_unloaded_models_are_forgotten_and_loaded_ones_are_not() -> None:
     first, second = FakeNode(name="a").ready("m"), FakeNode(name="b")
     second.models["m"] = ModelStatus("m", ModelState.FAILED, error="no room")
     async with rig(first, second) as gateway:
@@ -94,7 +94,7 @@ async def test_a_node_is_drained_and_opened_again() -> None:
         assert (await gateway.chat().end()).status == 200
 
 
-async def test_who_may() -> None:
+async def test_admin_needs_an_administrators_key() -> None:
     async with rig(FakeNode().ready("m")) as gateway:
         for client in ("127.0.0.1", "10.0.0.9"):
             assert (await gateway.call("GET", "/admin/fleet", client=client).end()).status == 200
@@ -113,14 +113,14 @@ async def test_who_may() -> None:
 
 @pytest.mark.parametrize("keys", [None, ring((KEY, Principal("user")))], ids=["no keys", "none an administrator's"])
 async def test_to_come_from_this_host_opens_nothing(keys: KeyRing | None) -> None:
-    """A proxy that runs here and adds no header is not told from a command that was typed here."""
+    """A proxy on this host that adds no header looks like a command on this host."""
     async with rig(FakeNode().ready("m"), keys=keys) as gateway:
         for headers in ({"host": "127.0.0.1:31313"}, {"host": "localhost"}, {}):
             for method, path in (("GET", "/admin/fleet"), ("GET", "/admin/events"), ("POST", "/admin/models/pin")):
                 given = {"authorization": "", **headers}
                 assert (await gateway.call(method, path, {"model": "m"}, given).end()).status == 401, (path, headers)
         pinned = await gateway.call("POST", "/admin/models/pin", {"model": "m"}).end()
-        assert pinned.status == 200, "and whoever reads the token may"
+        assert pinned.status == 200, "with the token of this host"
 
 
 async def test_the_token_of_this_host_is_an_administrators_key() -> None:
@@ -132,7 +132,7 @@ async def test_the_token_of_this_host_is_an_administrators_key() -> None:
         assert (await gateway.call("POST", "/v1/chat/completions", body, given).end()).status == 200
 
 
-async def test_what_keys_have_used_is_shown_and_no_key() -> None:
+async def test_the_use_of_keys_is_shown_without_the_keys() -> None:
     limits = Limits(requests_per_minute=10, tokens_per_window=2_000_000, balance_tokens=15_000)
     keys = ring((KEY, Principal("alice", ("*",), True, limits=limits)), ("b", Principal("bob", ("m",), priority=-1)))
     async with rig(FakeNode().ready("m"), keys=keys) as gateway:

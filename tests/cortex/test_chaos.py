@@ -19,7 +19,7 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass
 class Story:
-    """What one connection is sent, in which pieces, and how it ends."""
+    """The bytes sent on one connection, their pieces, and its end."""
 
     pieces: list[bytes]
     delays_s: list[float]
@@ -92,7 +92,7 @@ INTERFACES = pytest.mark.parametrize("interface", ["asgi", "rsgi"])
 
 @INTERFACES
 @pytest.mark.parametrize("first_seed", [0, 1000])
-async def test_what_arrives_is_what_a_slow_reading_says(first_seed: int, interface: str) -> None:
+async def test_the_result_is_that_of_a_reference_parser(first_seed: int, interface: str) -> None:
     async def script(asked: Asked, line: Line) -> None:
         story = Story.of(json.loads(asked.body)["seed"])
         for piece, delay_s in zip(story.pieces, story.delays_s, strict=True):

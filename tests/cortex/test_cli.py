@@ -50,7 +50,7 @@ def test_a_configuration_can_be_checked_without_serving(folder: pathlib.Path) ->
     assert (done.returncode, done.stdout) == (0, f"{folder}/cortex.toml: ok, 1 nodes, 1 models\n")
 
 
-def test_a_demo_without_a_neuron_says_what_is_missing(tmp_path: pathlib.Path) -> None:
+def test_a_demo_without_a_neuron_names_the_missing_modules(tmp_path: pathlib.Path) -> None:
     """As of a package that has the gateway alone."""
     code = f"import sys; sys.executable = '{tmp_path}/python3'; from cortex import cli; sys.exit(cli.main(['demo']))"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30, check=False)
@@ -60,7 +60,7 @@ def test_a_demo_without_a_neuron_says_what_is_missing(tmp_path: pathlib.Path) ->
 
 @pytest.mark.parametrize("columns", ["20", "40", "200"])
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_what_is_no_terminal_gets_unbroken_lines(columns: str, locale: str) -> None:
+def test_lines_are_not_wrapped_without_a_terminal(columns: str, locale: str) -> None:
     """Programs read them; a width that some shell has exported is nothing to those."""
     name = "a-very-long-name-of-a-node." * 4
     fleet = {"nodes": [{"name": name, "endpoint": f"http://{'h' * 150}:1", "up": False, "fault": "why " * 60}]}
@@ -112,7 +112,7 @@ def test_a_gateway_that_is_not_there_is_status_1() -> None:
         assert done.stderr.count("\n") == 1
 
 
-def test_what_is_not_an_address_is_status_2() -> None:
+def test_an_invalid_url_is_status_2() -> None:
     assert run("status", "--url", "localhost:1").returncode == 2
     assert run("status", "--bogus").returncode == 2
     assert run().returncode == 2
@@ -183,7 +183,7 @@ NAMES = ["[/x]", "[red]a", "a[link=x]", ":smile:", "a\x1b[31mb\x07", "a\nb\rc", 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_nodes_say_is_no_markup_and_commands_no_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_of_nodes_are_no_markup_and_no_terminal_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = {"id": name, "state": name, "error": name, "pinned": True}
     device = {"id": name, "name": name, "worker": name}
     node = {"name": name, "endpoint": name, "version": name, "state": name, "up": True, "fault": name}

@@ -47,7 +47,7 @@ def test_the_example_of_keys_shows_every_key() -> None:
 
 
 def test_the_comments_of_the_example_tell_the_true_defaults(tmp_path: pathlib.Path) -> None:
-    """What is commented out has the default's value: uncommented, nothing changes."""
+    """A setting that is commented out has its default: uncommented, nothing changes."""
     text = (EXAMPLES / "cortex.toml").read_text()
     lines = []
     for line in text.splitlines():
@@ -166,7 +166,7 @@ def test_a_wrong_variable_is_named(write: object, variable: str, value: str, rea
     assert reason in caught.value.reason
 
 
-def test_a_missing_file_says_so(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_an_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         config.load(tmp_path / "none.toml", {})
     monkeypatch.chdir(tmp_path)

@@ -37,7 +37,7 @@ async def slowly(asked: Asked, line: Line) -> None:
 
 
 class Client:
-    """One that sends a request again only if its connection was refused: any other loss is one."""
+    """A client that retries a request only if its connection was refused: any other failure is a lost request."""
 
     def __init__(self, port: int, *, stream: bool, keeps_alive: bool) -> None:
         self._port = port
@@ -156,7 +156,7 @@ async def test_gateways_that_restart_in_turn_lose_no_request(tmp_path: pathlib.P
 
 
 async def test_one_gateway_that_restarts_behind_a_socket_unit_keeps_its_clients_waiting(tmp_path: pathlib.Path) -> None:
-    """What systemd does with cortex.socket: it holds the socket while nobody listens."""
+    """Hold the socket between two gateways, as systemd does with cortex.socket."""
     neuron = FakeNode(script=slowly).ready("m")
     results: Counter[str] = Counter()
     stop = asyncio.Event()
@@ -182,7 +182,7 @@ async def test_one_gateway_that_restarts_behind_a_socket_unit_keeps_its_clients_
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("waits_for", ["an answer", "a load"])
-async def test_what_takes_too_long_is_told_in_its_dialect_and_the_exit_is_in_time(
+async def test_an_answer_beyond_the_limit_ends_in_its_dialect_and_the_exit_is_in_time(
     tmp_path: pathlib.Path, waits_for: str, stream: bool
 ) -> None:
     async def never(asked: Asked, line: Line) -> None:
@@ -239,7 +239,7 @@ async def test_what_takes_too_long_is_told_in_its_dialect_and_the_exit_is_in_tim
                 process.wait()
 
 
-async def test_a_kept_connection_is_told_that_it_is_the_last_answer(tmp_path: pathlib.Path) -> None:
+async def test_the_last_answer_on_a_kept_alive_connection_closes_it(tmp_path: pathlib.Path) -> None:
     neuron = FakeNode(script=slowly).ready("m")
     port = daemons.free_port()
     async with neuron.serving():

@@ -1,4 +1,4 @@
-"""Pages of other sites: what a browser sends for them reaches nothing, on any listener, and what is allowed is told."""
+"""Pages of other sites: their requests are refused by every listener, and preflights are answered."""
 
 import asyncio
 import contextlib
@@ -190,7 +190,7 @@ async def test_an_allowed_origin_may_ask_and_read() -> None:
         assert (other.status, other.headers.get("access-control-allow-origin")) == (403, None)
 
 
-async def test_a_browser_that_asks_first_is_told() -> None:
+async def test_a_preflight_is_answered() -> None:
     async with rig(FakeNode().ready("m"), allowed_origins=(CHAT_PAGE,)) as gateway:
         asks = {
             **HERE,
@@ -216,7 +216,7 @@ async def test_a_browser_that_asks_first_is_told() -> None:
         assert (plain.status, "POST" in plain.headers["allow"]) == (204, True)
 
 
-async def test_every_origin_is_for_those_with_a_key() -> None:
+async def test_every_origin_is_for_requests_with_a_key() -> None:
     keys = ring((KEY, Principal("alice")), anonymous=Principal(ANONYMOUS))
     async with rig(FakeNode().ready("m"), keys=keys, allowed_origins=("*",)) as gateway:
         headers = {**HERE, **JSON, "origin": "https://any.example"}
@@ -372,7 +372,7 @@ def test_a_token_that_others_can_read_is_made_anew(tmp_path: pathlib.Path) -> No
     assert local.obtain(7, {}) == ""
 
 
-def test_no_stranger_who_listens_is_sent_a_token(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_is_sent_to_another_users_listener(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"RUNTIME_DIRECTORY": str(tmp_path)}
     port = daemons.free_port()
     token = local.obtain(port, environment)
@@ -389,7 +389,7 @@ def test_no_stranger_who_listens_is_sent_a_token(tmp_path: pathlib.Path, monkeyp
         assert local.find(port, environment) == found
 
 
-def test_what_a_host_may_be_called() -> None:
+def test_valid_host_names() -> None:
     guard = Guard(hosts=("gateway.example.com",))
     for host, is_own in (
         ("gateway.example.com", True),

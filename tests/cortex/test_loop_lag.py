@@ -1,4 +1,4 @@
-"""How late event loops are."""
+"""Lag of event loops."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from cortex.loop_lag import watch_lag
 from neuron import metrics as neuron_metrics
 
 
-async def test_what_holds_a_loop_up_shows() -> None:
+async def test_a_blocked_loop_shows() -> None:
     lags: list[float] = []
     watching = asyncio.ensure_future(watch_lag(lags.append, 0.01))
     await until(lambda: lags)

@@ -1,4 +1,4 @@
-"""What was needed for a while is given back, and a process that did not grow is left alone."""
+"""Memory is returned after a peak, and a process that did not grow is not trimmed."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ async def test_free_blocks_between_others_are_given_back(monkeypatch: pytest.Mon
         await giving
 
 
-async def test_who_did_not_grow_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_did_not_grow_is_not_trimmed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     class Libc:

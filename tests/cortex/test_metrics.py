@@ -1,4 +1,4 @@
-"""What is counted and logged of known traffic."""
+"""Metrics and log lines of known traffic."""
 
 import asyncio
 import json
@@ -111,7 +111,7 @@ async def test_a_models_gauges_go_with_the_model_and_come_from_its_nodes() -> No
         assert port
 
 
-async def test_what_has_a_distribution_is_a_histogram_with_buckets_of_ours() -> None:
+async def test_distributions_are_histograms_with_their_own_buckets() -> None:
     """Summaries of several workers and nodes cannot be added up, nor can quantiles of them be asked for later."""
     async with rig(FakeNode().ready("m")) as gateway:
         await gateway.chat(stream=True).end()
@@ -133,7 +133,7 @@ async def test_what_has_a_distribution_is_a_histogram_with_buckets_of_ours() -> 
         assert sorted(bounds)[-2] >= 60, "one that is loaded first"
 
 
-async def test_the_second_to_bind_the_port_is_told() -> None:
+async def test_the_second_to_bind_the_port_gets_an_error() -> None:
     async with rig(FakeNode()) as gateway:
         port = free_port()
         stop = gateway.gateway.metrics.serve("127.0.0.1", port)
@@ -179,7 +179,7 @@ async def test_one_line_for_each_finished_request(caplog: pytest.LogCaptureFixtu
         assert "\n" not in text
 
 
-def test_text_lines_quote_what_would_break_them() -> None:
+def test_text_lines_quote_special_characters() -> None:
     record = logging.LogRecord("cortex", logging.INFO, "", 0, "request", (), None)
     record.fields = {"id": 'a b="c"', "model": "", "x": 1.23456}
     assert TextFormatter().format(record).endswith('request id="a b=\\"c\\"" model="" x=1.235')

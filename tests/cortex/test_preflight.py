@@ -1,4 +1,4 @@
-"""``--check`` says ok only where a start would be, and a start goes without what it can do without."""
+"""``--check`` succeeds only where a start would, and a start does without optional dependencies."""
 
 import os
 import pathlib
@@ -38,7 +38,9 @@ def run(program: str, *arguments: str, **environment: str) -> "subprocess.Comple
         ('kind = "none"', 'metrics_listen = "192.0.2.7:31314"', "gateway.metrics_listen"),
     ],
 )
-def test_a_check_sees_what_a_start_would_fail_of(tmp_path: pathlib.Path, store: str, gateway: str, reason: str) -> None:
+def test_a_check_finds_the_faults_that_a_start_would(
+    tmp_path: pathlib.Path, store: str, gateway: str, reason: str
+) -> None:
     path = write_config(tmp_path, FakeNode(port=1), gateway=gateway)
     text = path.read_text()
     path.write_text(text[: text.index("[store]")] + "[store]\n" + store.format(tmp_path) + "\n")
@@ -50,7 +52,7 @@ def test_a_check_sees_what_a_start_would_fail_of(tmp_path: pathlib.Path, store: 
     assert not list(tmp_path.glob("**/*.db"))
 
 
-def test_a_check_of_what_runs_is_ok(tmp_path: pathlib.Path) -> None:
+def test_a_check_beside_a_running_gateway_succeeds(tmp_path: pathlib.Path) -> None:
     port = daemons.free_port()
     config = write_config(
         tmp_path,

@@ -1,4 +1,4 @@
-"""The files are read again: all of what they say, or nothing of it."""
+"""Reloads of the files: all of a change, or nothing."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ def model(name: str) -> str:
 
 
 def logged(capsys: pytest.CaptureFixture[str], *texts: str) -> Callable[[], bool]:
-    """Return what tells whether all of ``texts`` have been logged."""
+    """Return a function that returns whether all of ``texts`` have been logged."""
     seen = ""
 
     def look() -> bool:
@@ -109,7 +109,7 @@ async def test_running_requests_outlive_their_node(tmp_path: pathlib.Path) -> No
             assert (await running.get("/health"))["in_flight"] == 0
 
 
-async def test_what_cannot_change_in_a_process_is_said(
+async def test_settings_that_need_a_restart_are_logged(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     neuron = FakeNode().ready("m")
@@ -142,7 +142,7 @@ def test_access_that_makes_no_sense(tmp_path: pathlib.Path, text: str, key: str,
     assert Config().access.keys == ""
 
 
-async def test_a_model_that_is_taken_out_of_the_catalogue_is_not_offered_by_those_who_have_it(
+async def test_a_model_that_is_removed_from_the_catalogue_is_not_offered_even_if_loaded(
     tmp_path: pathlib.Path,
 ) -> None:
     neuron = FakeNode("a").ready("one", "two", "of-the-node")
@@ -167,7 +167,7 @@ async def test_a_model_that_is_taken_out_of_the_catalogue_is_not_offered_by_thos
             assert (await Call(running.app, "POST", "/v1/chat/completions", asked).end()).status == 200
 
 
-async def test_what_only_nodes_have_is_not_offered_where_the_catalogue_alone_counts(tmp_path: pathlib.Path) -> None:
+async def test_models_that_only_nodes_list_are_not_offered_without_discovery(tmp_path: pathlib.Path) -> None:
     neuron = FakeNode("a").ready("one", "of-the-node")
     async with neuron.serving():
         path = write_config(tmp_path, neuron, models=model("one"), gateway=QUICK + "discover = false\n")

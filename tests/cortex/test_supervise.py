@@ -1,4 +1,4 @@
-"""Background tasks: one that fails is started again, and it is said that it failed."""
+"""Background tasks: a task that fails is started again and reported."""
 
 import asyncio
 
@@ -37,7 +37,7 @@ async def test_a_task_that_fails_is_started_again_and_is_degraded_until_it_runs(
     assert task.cancelled()
 
 
-async def test_what_cancels_a_task_from_within_does_not_end_it() -> None:
+async def test_a_cancellation_from_within_does_not_end_a_task() -> None:
     supervisor = Supervisor(first_pause_s=0.001)
     awaited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     num_begun = 0
@@ -59,7 +59,7 @@ async def test_what_cancels_a_task_from_within_does_not_end_it() -> None:
     assert supervisor.degraded == ()
 
 
-async def test_one_that_cannot_be_started_again_stays_degraded() -> None:
+async def test_a_task_that_cannot_be_restarted_stays_degraded() -> None:
     supervisor = Supervisor(first_pause_s=0.001, healthy_after_s=0.001)
 
     async def work() -> None:
@@ -73,7 +73,7 @@ async def test_one_that_cannot_be_started_again_stays_degraded() -> None:
     await asyncio.wait({task})
 
 
-async def test_health_and_the_metrics_name_what_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_and_metrics_name_the_failed_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     async with rig(FakeNode().ready("m")) as gateway:
         fold = gateway.gateway.metrics.fold
         failing = True

@@ -1,4 +1,4 @@
-"""What a service manager is told, and the socket it hands over, by the real commands."""
+"""Notifications of the service manager and socket activation, by the real commands."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ class Manager:
         self.messages: list[str] = []
 
     def count(self, message: str) -> int:
-        """Return how often it was told so until now."""
+        """Return the number of such messages so far."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 self.messages.append(self._socket.recv(4096).decode())
@@ -57,23 +57,25 @@ def manager(short_path: pathlib.Path) -> Iterator[Manager]:
     found.close()
 
 
-def test_a_message_goes_to_a_path_or_an_abstract_name_and_to_nobody_in_silence(short_path: pathlib.Path) -> None:
+def test_a_message_goes_to_a_path_or_an_abstract_name_and_is_dropped_without_a_manager(
+    short_path: pathlib.Path,
+) -> None:
     for address in (str(short_path / "n"), f"@helexa-test-{os.getpid()}"):
         manager = Manager(address)
         assert systemd.notify("X=1", {"NOTIFY_SOCKET": address})
         assert manager.count("X=1") == 1
         manager.close()
     assert not systemd.notify("X=1", {})
-    for nobody in (str(short_path / "nobody"), f"/tmp/{'long/' * 60}nobody"):
-        assert not systemd.notify("X=1", {"NOTIFY_SOCKET": nobody})
+    for missing in (str(short_path / "missing"), f"/tmp/{'long/' * 60}missing"):
+        assert not systemd.notify("X=1", {"NOTIFY_SOCKET": missing})
 
 
 @pytest.mark.parametrize(("given", "limit_s"), [("3000000", 3.0), ("", 0.0), ("x", 0.0), ("0", 0.0)])
-def test_the_watchdog_says_how_long_it_waits(given: str, limit_s: float) -> None:
+def test_the_timeout_of_the_watchdog(given: str, limit_s: float) -> None:
     assert systemd.watchdog_s({"WATCHDOG_USEC": given}) == limit_s
 
 
-def test_sockets_are_those_of_this_process_only() -> None:
+def test_only_sockets_of_this_process_are_taken() -> None:
     mine = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2"}
     assert systemd.listen_fds(mine) == (3, 4)
     assert systemd.listen_fds(mine | {"LISTEN_PID": "1"}) == ()
@@ -96,7 +98,7 @@ async def test_a_loop_that_hangs_falls_silent(manager: Manager) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_the_gateway_says_that_it_is_ready_alive_and_stopping(
+async def test_the_gateway_notifies_ready_alive_and_stopping(
     tmp_path: pathlib.Path, manager: Manager, workers: int
 ) -> None:
     neuron = FakeNode()
@@ -119,7 +121,7 @@ async def test_the_gateway_says_that_it_is_ready_alive_and_stopping(
         assert manager.count(systemd.STOPPING) == 1
 
 
-def test_the_neuron_says_that_it_is_ready_alive_and_stopping(tmp_path: pathlib.Path, manager: Manager) -> None:
+def test_the_neuron_notifies_ready_alive_and_stopping(tmp_path: pathlib.Path, manager: Manager) -> None:
     port = daemons.free_port()
     arguments = ("--devices", "cpu", "--listen", f"127.0.0.1:{port}")
     environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "600000"}

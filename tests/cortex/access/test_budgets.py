@@ -1,4 +1,4 @@
-"""What counts, over HTTP: what is reserved, what it costs to leave early, and what of it is not inference at all."""
+"""Limits over HTTP: reservations, the cost of a disconnect, and requests without inference."""
 
 import asyncio
 from typing import Any
@@ -32,7 +32,7 @@ async def used(gateway: Rig) -> Any:
 
 
 @COUNTERS
-async def test_what_a_nested_field_says_reserves_nothing(counters: str, valkey: str) -> None:
+async def test_a_nested_field_reserves_nothing(counters: str, valkey: str) -> None:
     keys = alice(f"nested-{counters}", tokens_per_window=1000)
     go = asyncio.Event()
 
@@ -82,7 +82,7 @@ async def test_answers_at_a_time_are_counted_and_not_requests(counters: str, val
 
 @COUNTERS
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
-async def test_who_leaves_before_the_end_pays(counters: str, valkey: str, path: str) -> None:
+async def test_a_client_that_disconnects_early_pays(counters: str, valkey: str, path: str) -> None:
     keys = alice(f"leaves-{counters}-{path.replace('/', '-').strip('-')}", balance_tokens=100_000)
 
     neuron = FakeNode(script=never_answer).ready("m")
@@ -97,10 +97,10 @@ async def test_who_leaves_before_the_end_pays(counters: str, valkey: str, path: 
         call.leave()
         await call.end()
         spent = (await used(gateway))["spent_tokens"]
-        assert 500 < spent < 600, "nobody knows how far it came"
+        assert 500 < spent < 600, "the whole reservation"
 
 
-async def test_who_leaves_a_stream_pays_for_what_came_and_for_the_prompt() -> None:
+async def test_a_client_that_leaves_a_stream_pays_for_the_prompt_and_the_tokens_sent() -> None:
     keys = alice("streams", balance_tokens=100_000)
     sends = False
 
@@ -127,7 +127,7 @@ async def test_who_leaves_a_stream_pays_for_what_came_and_for_the_prompt() -> No
         assert (await used(gateway))["spent_tokens"] == 2 * before + 3
 
 
-async def test_who_leaves_pays_no_more_than_was_reserved() -> None:
+async def test_a_client_that_disconnects_pays_no_more_than_was_reserved() -> None:
     neuron = FakeNode(script=never_answer).ready("m")
     async with rig(neuron, keys=alice("capped", tokens_per_window=1000)) as gateway:
         call = gateway.call("POST", "/v1/chat/completions", {**CHAT, "max_tokens": 900_000}, SIGNED)
@@ -137,7 +137,7 @@ async def test_who_leaves_pays_no_more_than_was_reserved() -> None:
         assert (await used(gateway))["spent_tokens"] == 1000
 
 
-async def test_an_answer_that_took_too_long_costs_what_was_reserved() -> None:
+async def test_an_answer_that_timed_out_costs_the_reservation() -> None:
     keys = alice("slow", balance_tokens=100_000)
     neuron = FakeNode(script=never_answer).ready("m")
     async with rig(neuron, keys=keys, timeouts=Timeouts(answer_s=0.2)) as gateway:
@@ -156,7 +156,7 @@ async def test_an_error_of_the_nodes_costs_nothing() -> None:
 
 
 @COUNTERS
-async def test_what_asks_no_node_counts_as_a_request(counters: str, valkey: str) -> None:
+async def test_a_request_that_is_sent_to_no_node_is_counted(counters: str, valkey: str) -> None:
     everything: list[tuple[str, str, Any]] = [
         ("POST", "/v1/conversations", {}),
         ("GET", "/v1/conversations/conv_0", b""),

@@ -1,4 +1,4 @@
-"""Keys: what the file may say, who is let in, and what of a key is never told."""
+"""Keys: the file, authentication, and the secrecy of keys."""
 
 import hashlib
 import logging
@@ -41,7 +41,7 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path: pathlib.Path, text: str, k
     assert reason in caught.value.reason
 
 
-def test_who_presents_a_key() -> None:
+def test_a_key_identifies_its_principal() -> None:
     alice = Principal("alice")
     found = ring((KEY, alice))
     assert found.identify(KEY.encode()) is alice
@@ -89,13 +89,13 @@ def test_a_new_key_matches_its_hash() -> None:
         (b'{"tools": [{"parameters": {"properties": {"n": 9, "max_tokens": 9}}}], "max_tokens": 7}', 7),
     ],
 )
-def test_what_a_request_allows_itself(body: bytes, tokens: int) -> None:
+def test_the_need_of_a_request(body: bytes, tokens: int) -> None:
     need = need_of(body, 100)
     assert (need.output_tokens, need.prompt_tokens) == (tokens, len(body) // 4)
     assert need_of(body, 100, generates=False).output_tokens == 0
 
 
-async def test_only_those_with_a_key_are_let_in_and_no_log_has_it(caplog: pytest.LogCaptureFixture) -> None:
+async def test_requests_without_a_key_are_refused_and_no_log_has_a_key(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     neuron = FakeNode().ready("m", "other")
     async with rig(neuron, keys=ring((KEY, Principal("alice", ("m",), priority=3)))) as gateway:

@@ -1,4 +1,4 @@
-"""What one key has stored is not there for another."""
+"""Responses and conversations of a key are not found with another key."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ async def test_a_conversation_is_its_owners(other: str) -> None:
         assert len((await ask(gateway, ALICE, "GET", f"{path}/items"))[1]["data"]) >= 2
 
 
-async def test_one_that_is_cancelled_at_once_gives_back_what_it_took() -> None:
+async def test_a_request_that_is_cancelled_at_once_releases_its_reservation() -> None:
     keys = ring((ALICE, Principal("alice", limits=Limits(max_concurrent=1))))
     async with rig(chat_only(), keys=keys) as gateway:
         for _ in range(20):

@@ -96,7 +96,7 @@ async def test_a_window_of_tokens(url: str) -> None:
         assert len(leases(await rush(found, "tokens", limits, 64, reserve=10))) == 6
 
 
-async def test_what_was_used_leaves_the_window(url: str) -> None:
+async def test_used_tokens_leave_the_window(url: str) -> None:
     limits = Limits(tokens_per_window=10, window_s=1)
     async with opened(url) as found:
         (lease,) = leases([await found.take("rolling", limits, 10)])
@@ -166,7 +166,7 @@ def test_four_processes_count_together(valkey: str) -> None:
     assert [sum(column) for column in zip(*counts, strict=True)] == [101, 17, 33]
 
 
-async def test_a_killed_gateway_gives_its_seats_back(valkey: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_leases_of_a_killed_gateway_expire(valkey: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cortex.access.valkey.LEASE_S", 0.3)
     limits = Limits(max_concurrent=1, tokens_per_window=10)
     killed = ValkeyRateLimiter(valkey)  # never opened: it renews nothing
@@ -211,7 +211,7 @@ def test_the_memory_window_by_its_own_clock() -> None:
 # ------------------------------------------------------------------ through the gateway
 
 
-async def test_a_limit_is_told_in_each_dialect_and_seats_come_back(url: str) -> None:
+async def test_a_limit_is_an_error_of_each_dialect_and_leases_are_released(url: str) -> None:
     go = asyncio.Event()
     neuron = FakeNode().ready("m")
 

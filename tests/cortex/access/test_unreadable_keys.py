@@ -1,4 +1,4 @@
-"""What cannot be read never means "no keys": at the start, at a reload, and when it is mended."""
+"""An unreadable file never means "no keys": at the start, at a reload, and after a correction."""
 
 import asyncio
 import hashlib
@@ -173,7 +173,7 @@ async def test_the_watch_outlives_a_file_that_breaks_its_reader(tmp_path: pathli
         ("[access]\nanonymous = true\n", True),
     ],
 )
-def test_what_is_about_who_may_ask(tmp_path: pathlib.Path, text: str, is_about_it: bool) -> None:
+def test_which_rejected_changes_set_access(tmp_path: pathlib.Path, text: str, is_about_it: bool) -> None:
     path = tmp_path / "cortex.toml"
     path.write_text(text)
     assert sets_access(path, {}) is is_about_it

@@ -68,7 +68,7 @@ def merge(target: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_of(found: Events) -> dict[str, Any]:
-    """Return the fleet as somebody knows it who has read these events."""
+    """Return the fleet as a viewer of these events has it."""
     state: dict[str, Any] = {}
     for name, data in found:
         if name == "whole":
@@ -152,10 +152,10 @@ def test_every_import_is_of_a_file_that_is_there_and_addresses_are_relative() ->
         assert f"/{name}" in found, name
 
 
-# ------------------------------------------------------------------ who may look
+# ------------------------------------------------------------------ access
 
 
-async def test_the_page_is_for_all_and_the_feed_for_whom_admin_is() -> None:
+async def test_the_page_is_public_and_the_feed_needs_an_administrator() -> None:
     async with rig(FakeNode().ready("m")) as gateway:
         assert (await gateway.call("GET", "/admin/events", b"", {"authorization": ""}).end()).status == 401
     keys = ring((KEY, Principal("root", (), is_admin=True)), ("user", Principal("user")))
@@ -188,7 +188,7 @@ async def test_a_key_that_is_taken_away_ends_the_feed(monkeypatch: pytest.Monkey
         assert gateway.gateway._feed._num_viewers == 0
 
 
-# ------------------------------------------------------------------ what it says
+# ------------------------------------------------------------------ content
 
 
 async def watch(gateway: Rig) -> Call:
@@ -229,7 +229,7 @@ async def test_whole_first_then_what_changes(monkeypatch: pytest.MonkeyPatch) ->
         fault = state_of(events(watching.body))["nodes"]["a"]
         assert "broken" in fault["fault"] or "500" in fault["fault"]
         assert not fault["models"]
-        # Whoever reads from the beginning and whoever comes now know the same.
+        # An old viewer and a new one have the same state.
         late = await watch(gateway)
         for call in (watching, late):
             call.leave()
@@ -237,7 +237,7 @@ async def test_whole_first_then_what_changes(monkeypatch: pytest.MonkeyPatch) ->
         assert state_of(events(late.body))["nodes"]["a"]["state"] == "down"
 
 
-async def test_a_request_is_told_with_its_cost_and_none_of_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_is_listed_with_its_usage_and_without_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.02)
     async with rig(FakeNode("a").ready("m")) as gateway:
         watching = await watch(gateway)
@@ -287,7 +287,9 @@ async def test_nodes_come_and_go_with_the_configuration(monkeypatch: pytest.Monk
         await watching.end()
 
 
-async def test_a_client_that_leaves_is_let_go_and_one_too_many_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_viewer_that_disconnects_is_released_and_one_too_many_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.02)
     monkeypatch.setattr(feed, "MAX_VIEWERS", 2)
     async with rig(FakeNode().ready("m")) as gateway:
@@ -298,10 +300,10 @@ async def test_a_client_that_leaves_is_let_go_and_one_too_many_refused(monkeypat
             call.leave()
             await call.end()
         assert gateway.gateway._feed._num_viewers == 0
-        await until(lambda: not gateway.gateway._feed._state)  # nobody looks, nothing is kept
+        await until(lambda: not gateway.gateway._feed._state)  # without viewers, nothing is kept
 
 
-async def test_one_that_reads_too_slowly_is_told_everything_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_viewer_gets_the_whole_state_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.005)
     async with rig(FakeNode("a").ready("m")) as gateway:
         watching = await watch(gateway)
@@ -316,7 +318,7 @@ async def test_one_that_reads_too_slowly_is_told_everything_anew(monkeypatch: py
         await watching.end()
 
 
-async def test_it_ends_when_the_gateway_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_feed_ends_with_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
     async with rig(FakeNode().ready("m")) as gateway:
         watching = await watch(gateway)
         gateway.gateway.prepare_to_stop()
@@ -350,7 +352,7 @@ def answered_by_each(folder: pathlib.Path) -> list[int]:
     return [int.from_bytes(ring.read_bytes()[:8], "little") for ring in rings]
 
 
-def test_a_feed_at_one_worker_tells_of_the_requests_at_all(tmp_path: pathlib.Path) -> None:
+def test_the_feed_of_a_worker_has_the_requests_of_all(tmp_path: pathlib.Path) -> None:
     port = daemons.free_port()
     nobody = FakeNode("a", port=daemons.free_port())
     config = write_config(tmp_path, nobody, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\nworkers = 2\n')
@@ -380,14 +382,14 @@ def test_a_feed_at_one_worker_tells_of_the_requests_at_all(tmp_path: pathlib.Pat
             ]
             if asked <= set(listed):
                 break
-        assert len(listed) == len(set(listed)), "each is told once"
+        assert len(listed) == len(set(listed)), "each is listed once"
 
 
-# ------------------------------------------------------------------ how much it says
+# ------------------------------------------------------------------ size
 
 
 def node_of(number: int, dice: random.Random, uptime_s: float = 0.0) -> Node:
-    """One of many nodes: eight GPUs, five models, all of it busy."""
+    """Return a busy node with eight GPUs and five models."""
     name = f"gpu-{number:03}"
     devices = tuple(
         Device(
@@ -450,7 +452,7 @@ async def test_a_hundred_busy_nodes_cost_a_bounded_number_of_bytes_and_little_ti
     assert max(ticks) < 60_000, "a second of the busiest fleet is less than 60 kB"
     assert sorted(times)[15] < 0.05
 
-    # The same fleet at rest says nothing but the point of its charts.
+    # An idle fleet sends only the point of its charts.
     inner.tick()
     inner.tick()
     assert len(inner._sse_events[-1]) < 200

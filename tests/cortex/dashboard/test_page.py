@@ -117,7 +117,7 @@ def test_a_node_is_drained_and_opened(opened: Page, nodes: dict[str, str]) -> No
     opened.until(f"document.querySelector('{card('gpu-3')} .pill').textContent === 'ready'")
 
 
-def test_a_configuration_that_is_not_in_force_is_told(opened: Page, gateway: Gateway, models: str) -> None:
+def test_a_configuration_that_is_not_in_force_is_shown(opened: Page, gateway: Gateway, models: str) -> None:
     file = gateway.folder / "models.toml"
     file.write_text(models + "nonsense = 1\n")
     opened.until("document.getElementById('notice').textContent.includes('nonsense')")
@@ -126,7 +126,7 @@ def test_a_configuration_that_is_not_in_force_is_told(opened: Page, gateway: Gat
     opened.until("document.getElementById('notice').hidden")
 
 
-def test_what_a_node_refuses_is_said(opened: Page) -> None:
+def test_a_nodes_refusal_is_shown(opened: Page) -> None:
     opened.run("import('/dashboard/acts.js').then((acts) => acts.load(document.createElement('button'), 'nobody', ''))")
     opened.until("document.querySelector('.toast.bad')?.textContent.includes('nobody')")
     # The browser itself notes a 404 that a script asked for.
@@ -207,7 +207,7 @@ def test_a_gateway_that_goes_and_comes_back_is_followed(opened: Page, gateway: G
     began = time.monotonic()
     stopping = threading.Thread(target=gateway.stop)
     stopping.start()
-    opened.until("document.getElementById('link').dataset.state === 'lost'", what="the loss is told")
+    opened.until("document.getElementById('link').dataset.state === 'lost'", what="the loss is shown")
     stopping.join()
     assert time.monotonic() - began < 12, "an open page held up the gateway"
     assert opened.run("document.getElementById('fleet').classList.contains('stale')")
@@ -216,7 +216,7 @@ def test_a_gateway_that_goes_and_comes_back_is_followed(opened: Page, gateway: G
     opened.until("document.getElementById('link').dataset.state === 'live'", 30, "the page is live again")
     assert opened.run("window.sameDocument")
     opened.until(f"!!document.querySelector('{row(REAL)}')")
-    # The browser notes each attempt that found nobody; nothing else may be wrong.
+    # The browser logs each failed connection; there may be no other error.
     expected = re.compile(r"net::ERR_|status of 503 ")
     assert all(expected.search(complaint) for complaint in opened.complaints), opened.complaints
     opened.complaints.clear()
@@ -224,7 +224,7 @@ def test_a_gateway_that_goes_and_comes_back_is_followed(opened: Page, gateway: G
 
 def test_a_gateway_that_falls_silent_is_noticed(opened: Page, gateway: Gateway) -> None:
     with gateway.frozen():
-        opened.until("document.getElementById('link').dataset.state === 'lost'", 30, "the silence is told")
+        opened.until("document.getElementById('link').dataset.state === 'lost'", 30, "the silence is shown")
         assert "silent" in opened.run("document.getElementById('link').title")
     opened.until("document.getElementById('link').dataset.state === 'live'", 30)
 

@@ -25,12 +25,12 @@ def test_a_longer_conversation_has_the_beginnings_of_the_shorter_one() -> None:
 def test_a_principal_has_beginnings_of_its_own() -> None:
     mine, yours = (prefix_hashes("m", body("a" * 2000), principal=name) for name in ("me", "you"))
     assert not set(mine.hashes) & set(yours.hashes)
-    assert mine.tie == yours.tie, "what nobody has sent goes to one node whoever sends it"
+    assert mine.tie == yours.tie, "a new prompt goes to the same node for all principals"
     mine, yours = (prefix_hashes("m", body("a"), "key", principal=name) for name in ("me", "you"))
     assert mine.hashes != yours.hashes
 
 
-def test_the_longest_known_beginning_says_where() -> None:
+def test_the_longest_known_prefix_decides() -> None:
     prefixes = PrefixIndex()
     one, other = prefix_hashes("m", body("x" * 4000)), prefix_hashes("m", body("y" * 4000))
     prefixes.record(one, "a")
@@ -55,7 +55,7 @@ def test_a_header_that_changes_each_time_is_left_out() -> None:
     assert prefix_hashes("m", claude(1)) == prefix_hashes("m", claude(2))
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_the_index_is_bounded() -> None:
     prefixes = PrefixIndex(max_prefixes=50)
     for number in range(1000):
         prefixes.record(prefix_hashes("m", body(system=f"{number}" * 900)), "a")

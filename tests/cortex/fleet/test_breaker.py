@@ -106,7 +106,7 @@ def test_doubts_are_of_different_requests_in_a_row_and_pass() -> None:
     assert not breakers.suspects("m", 10)
 
 
-async def test_requests_that_make_nodes_answer_500_take_the_model_from_nobody() -> None:
+async def test_requests_that_make_nodes_answer_500_open_no_circuit() -> None:
     async def picky(asked: Asked, line: Line) -> None:
         await (error(500, "internal_error") if b"bad" in asked.body else answer)(asked, line)
 

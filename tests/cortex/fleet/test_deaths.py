@@ -1,4 +1,4 @@
-"""One request must not take a fleet down: what is sent again after a node died of it, and how often."""
+"""Requests of which nodes die: how often such a request is sent again, so that it takes no fleet down."""
 
 import asyncio
 import json
@@ -180,7 +180,7 @@ async def test_a_request_that_kills_the_process_behind_a_node_counts_too(early: 
     assert sum(len(node.asked) for node in nodes) == 2
 
 
-async def test_those_who_were_there_are_served_elsewhere_and_not_held_guilty() -> None:
+async def test_other_requests_of_a_dead_node_are_served_elsewhere() -> None:
     first, second = FakeNode("a").ready("m"), FakeNode("b").ready("m")
     go = asyncio.Event()
 
@@ -203,7 +203,7 @@ async def test_a_connection_that_could_not_be_made_is_no_death() -> None:
     nodes = [FakeNode(f"n{i}").ready("m") for i in range(4)]
     async with rig(*nodes, breaker=PATIENT) as gateway:
         for pool in list(gateway.gateway.service.pools.values())[:3]:
-            pool._port = 1  # where nobody listens
+            pool._port = 1  # without a listener
         assert (await gateway.chat().end()).status == 200
         assert not gateway.gateway.service.dispatcher.deaths
 
@@ -222,7 +222,7 @@ async def test_a_kept_connection_that_was_just_closed_is_no_death() -> None:
         assert (await gateway.chat().end()).status == 200
 
 
-async def test_an_error_that_is_no_death_is_told_as_it_is() -> None:
+async def test_an_error_that_is_no_death_is_forwarded() -> None:
     neuron = FakeNode(script=error(500, "internal_error")).ready("m")
     async with rig(neuron) as gateway:
         for _ in range(4):

@@ -40,7 +40,7 @@ async def test_fifty_callers_make_one_load() -> None:
         assert gateway.metric("cortex_model_loads_total", model="m", outcome="ok") == 1
 
 
-async def test_a_spec_is_what_the_catalogue_says_and_no_placement() -> None:
+async def test_a_spec_is_the_catalogues_without_placement() -> None:
     profile = ModelProfile(id="m", source="/w", dtype="bf16", priority=3, preferred_nodes=("a",))
     neuron = FakeNode()
     async with rig(neuron, models=(profile,)) as gateway:
@@ -218,7 +218,7 @@ async def test_nodes_are_asked_to_make_room_only_when_none_has_it(
     assert seen == asked
 
 
-async def test_a_load_says_how_long_its_model_may_stay() -> None:
+async def test_a_load_has_the_retention_of_its_model() -> None:
     profile = ModelProfile(id="m", source="/w", pinned=("a",), priority=3, idle_ttl_s=60)
     neuron = FakeNode()
     async with rig(neuron, models=(profile,)):

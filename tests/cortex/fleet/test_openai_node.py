@@ -34,7 +34,7 @@ class Server(FakeNode):
             await answer(asked, line)
 
 
-async def test_what_another_server_lists_is_offered_and_asked_there(tmp_path: pathlib.Path) -> None:
+async def test_models_of_another_server_are_offered_and_served(tmp_path: pathlib.Path) -> None:
     key = tmp_path / "key"
     key.write_text("sk-there\n")
     server = Server("x", "y")

@@ -68,7 +68,7 @@ async def test_a_node_is_down_after_three_failed_polls_and_recovers(fault: objec
         assert (await gateway.chat().end()).status == 200
 
 
-async def test_a_poll_that_fails_leaves_nothing_to_whoever_polls() -> None:
+async def test_a_failed_poll_leaves_no_cancellation_behind() -> None:
     """Before Python 3.11.3 a mark of cancellation that stays ends the next wait with a limit, and the task with it."""
     neuron = FakeNode().ready("m")
     async with rig(neuron) as gateway:
@@ -80,7 +80,7 @@ async def test_a_poll_that_fails_leaves_nothing_to_whoever_polls() -> None:
         assert current.cancelling() == 0
 
 
-async def test_a_slow_node_delays_nobody() -> None:
+async def test_a_slow_node_delays_no_other() -> None:
     slow, quick = FakeNode("slow", control=hang), FakeNode("quick").ready("m")
     async with rig(slow, quick, wait=False, polling=msgspec.structs.replace(QUICK, timeout_s=2)) as gateway:
         call = await gateway.chat().end(timeout_s=1)
@@ -89,7 +89,7 @@ async def test_a_slow_node_delays_nobody() -> None:
         assert not gateway.gateway.fleet.state.nodes["slow"].polled
 
 
-async def test_what_a_node_that_never_answered_has_is_not_denied() -> None:
+async def test_models_are_not_denied_while_a_node_was_never_polled() -> None:
     """404 is for good: clients do not ask again."""
     away, here = FakeNode("away", control=error(500, "x")), FakeNode("here").ready("other")
     away.ready("m")
@@ -163,7 +163,7 @@ async def test_a_node_that_is_down_from_the_start_is_logged_once(caplog: pytest.
     assert len([record for record in caplog.records if "node=a down" in record.getMessage()]) == 1
 
 
-async def test_what_a_node_says_of_its_fault_is_kept_in_part() -> None:
+async def test_the_fault_of_a_node_is_truncated() -> None:
     neuron = FakeNode().ready("m")
     async with rig(neuron) as gateway:
         fleet = gateway.gateway.fleet

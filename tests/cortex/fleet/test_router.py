@@ -88,7 +88,7 @@ def test_a_node_that_cannot_serve_is_not_asked(cannot: Node) -> None:
     assert decide(cannot, node("b", status()), in_flight={"b": 100}) == Serve("b")
 
 
-def test_a_model_nobody_has_is_loaded_or_unknown() -> None:
+def test_a_model_that_no_node_has_is_loaded_or_unknown() -> None:
     assert decide(node("a"), node("b", devices=(device(free_gib=12),))) == Load(("b", "a"))
     assert decide(node("a"), profile=None) == Unknown()
     assert decide(node("a", status(ModelState.AVAILABLE)), profile=None) == Load(("a",))
@@ -134,7 +134,7 @@ def test_replicas_that_refused_are_left_alone_and_not_doubled() -> None:
         ((node("a", state=NodeState.DRAINING),), "can load"),
     ],
 )
-def test_not_now_says_why(nodes: tuple[Node, ...], reason: str) -> None:
+def test_busy_has_a_reason(nodes: tuple[Node, ...], reason: str) -> None:
     decision = decide(*nodes)
     assert isinstance(decision, Busy)
     assert reason in decision.reason
@@ -166,7 +166,7 @@ def test_the_ranks_in_their_order() -> None:
     assert names(*fleet, profile=profile, excluded=frozenset({"more"}))[2] == "less"
 
 
-def test_what_is_pinned_or_busy_is_not_counted_as_evictable() -> None:
+def test_pinned_and_busy_models_are_not_evictable() -> None:
     profile = ModelProfile(id="m", source="/w", memory_bytes=8 * GIB)
     small = (device(free_gib=1),)
     old = status(model="old", weights_bytes=8 * GIB)
@@ -180,7 +180,7 @@ def test_what_is_pinned_or_busy_is_not_counted_as_evictable() -> None:
     assert names(node("a", busy, devices=small), node("b", old, devices=small), profile=profile) == ["b", "a"]
 
 
-def test_what_a_node_has_measured_beats_what_is_configured() -> None:
+def test_a_nodes_measurement_beats_the_configuration() -> None:
     profile = ModelProfile(id="m", source="/w", memory_bytes=8 * GIB)
     measured = status(ModelState.AVAILABLE, weights_bytes=0, kv_cache_bytes=0, required_bytes=12 * GIB)
     assert names(node("a", measured), node("b", devices=(device(free_gib=9),)), profile=profile) == ["b"]
@@ -217,7 +217,7 @@ def test_a_conversation_goes_on_where_it_was_unless_that_is_much_busier() -> Non
     assert place(Affinity("gone")) == Serve("a")
     assert decide(*replicas, affinity=Affinity("b"), slack=4, excluded=frozenset("b")) == Serve("a")
     ties = {place(Affinity(None, tie)) for tie in range(1, 60)}
-    assert ties == {Serve("a"), Serve("b"), Serve("c")}, "conversations nobody has seen spread out"
+    assert ties == {Serve("a"), Serve("b"), Serve("c")}, "new conversations spread out"
     assert place(Affinity(None, 7), a=1, b=1, c=1) == place(Affinity(None, 7))
 
 
@@ -323,7 +323,7 @@ def test_less_load_never_loses_a_request(nodes: list[Node], counts: dict[str, in
 
 @LAW
 @given(FLEETS, COUNTS, EXCLUDED, st.sampled_from([None, *"abcdef"]), st.integers(0, 6), st.integers(0, 9))
-def test_affinity_changes_who_serves_and_never_whether(
+def test_affinity_changes_the_node_and_never_the_decision(
     nodes: list[Node], counts: dict[str, int], excluded: frozenset[str], wanted: str | None, slack: int, tie: int
 ) -> None:
     state = FleetState.of(nodes)
@@ -344,7 +344,7 @@ def test_affinity_changes_who_serves_and_never_whether(
 @LAW
 @given(FLEETS, EXCLUDED, st.integers(1, 24))
 def test_placement_names_only_nodes_that_could(nodes: list[Node], excluded: frozenset[str], gib: int) -> None:
-    """What it names has room once all that is not pinned is gone, or does not know yet; less need is no loss."""
+    """Every candidate fits after eviction of its unpinned models, or its fit is unknown; less need is no loss."""
     state = FleetState.of(nodes)
     profile = ModelProfile(id="m", source="/w", memory_bytes=gib * GIB)
     found = placement.choose(state, profile, excluded)

@@ -1,4 +1,4 @@
-"""What is read off the state of a fleet."""
+"""The devices in the state of a fleet."""
 
 from cortex.fleet.state import Node, devices_in_use
 from cortex.wire.node import Device, DeviceKind, Discovery, WorkerState
