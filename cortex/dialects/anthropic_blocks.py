@@ -1,8 +1,8 @@
-"""The turns of the Anthropic dialect: content blocks to messages.
+"""The messages of the Anthropic dialect: content blocks to ``Message`` values.
 
-A user turn becomes the tool messages of its results, then what the user says; thinking that is replayed becomes the
-turn's reasoning, whatever its signature; system turns keep their place. Blocks that hosted tools left in an assistant's
-turn drop, as the model cannot read them; a block of a user's turn that cannot be shown is refused by name.
+A user message becomes tool messages, one for each result, then a user message with the rest; replayed thinking becomes
+the message's reasoning, whatever its signature; system messages keep their place. Blocks of hosted tools in an
+assistant's message are dropped, as no model can read them; an unsupported block of a user's message is refused by name.
 """
 
 import base64
@@ -25,11 +25,11 @@ from cortex.wire.request import MediaPart, Message, Part, Role, TextPart, ToolCa
 T = TypeVar("T")
 
 BILLING_HEADER = "x-anthropic-billing-header:"
-"""Begins a system block in which Claude Code says who pays. It can change each turn, which no prefix cache survives."""
+"""Start of Claude Code's system block about billing; it can change with every request, past any prefix cache."""
 
 
 class Source(msgspec.Struct):
-    """Where an image or a document is."""
+    """Source of an image or a document."""
 
     type: str
     media_type: str | None = None
@@ -39,7 +39,7 @@ class Source(msgspec.Struct):
 
 
 class Block(msgspec.Struct):
-    """A content block of any type; what each type needs is checked where it is read."""
+    """A content block of any type; required members are checked by its reader."""
 
     type: str
     text: str | None = None
@@ -63,7 +63,7 @@ class InputMessage(msgspec.Struct):
 
 
 def system(content: str | Sequence[Block] | None, where: str) -> Iterator[Message]:
-    """Yield a system message of each text, but for the one about billing."""
+    """Yield a system message for each text, without the block about billing."""
     texts = [content] if isinstance(content, str) else _texts(content or (), where)
     for text in texts:
         if text.startswith(BILLING_HEADER):
@@ -82,10 +82,10 @@ def _texts(blocks: Iterable[Block], where: str) -> list[str]:
 
 
 def messages_of(sent: InputMessage, where: str) -> Iterator[Message]:
-    """Yield what a turn is to the model; ``where`` is the name of its content in errors.
+    """Yield the messages of an entry; ``where`` names its content in errors.
 
     Raises:
-        InvalidRequestError: a block lacks what its type needs, or cannot be shown to the model.
+        InvalidRequestError: a block lacks a member that its type requires, or is not supported.
     """
     if sent.role == "system":
         yield from system(sent.content, where)
@@ -98,12 +98,12 @@ def messages_of(sent: InputMessage, where: str) -> Iterator[Message]:
 
 
 def check_results(messages: Sequence[InputMessage]) -> None:
-    """Hold each ``tool_result`` to a ``tool_use`` of the assistant's turn before it, as Anthropic does.
+    """Check that each ``tool_result`` answers a ``tool_use`` of the assistant's message before it, as Anthropic does.
 
-    Turns of one role behind one another are one turn; system turns are none.
+    Adjacent messages of one role count as one; system messages are ignored.
 
     Raises:
-        ToolCallNotFoundError: a result answers no call of that turn, or one that has its result.
+        ToolCallNotFoundError: a result answers no call of that message, or an answered one.
     """
     calls = OpenCalls()
     was_assistant = False
@@ -122,7 +122,7 @@ def check_results(messages: Sequence[InputMessage]) -> None:
 
 
 def _unanswerable(where: str, call_id: str, calls: OpenCalls) -> ToolCallNotFoundError:
-    if calls.knows(call_id):
+    if calls.has_call(call_id):
         message = f"{where}: each tool_use must have a single result. Found a second `tool_result` with id: {call_id}."
     else:
         message = (
@@ -149,7 +149,7 @@ def _user(blocks: Sequence[Block], where: str) -> Iterator[Message]:
 
 
 def _assistant(blocks: Sequence[Block], where: str) -> Message:
-    """Return the turn as one message. Blocks of other types are traces of hosted tools: the model cannot read them."""
+    """Return an assistant's message, without the blocks of hosted tools."""
     content: list[Part] = []
     thoughts: list[str] = []
     calls: list[ToolCall] = []
@@ -168,7 +168,7 @@ def _assistant(blocks: Sequence[Block], where: str) -> Message:
 
 
 def _result(block: Block, where: str) -> str | tuple[Part, ...]:
-    """Return what a tool said. Templates know no failed results, so one that does not say so itself is made to."""
+    """Return a tool's result. Templates have no failed results: the text of one is prefixed with ``Error``."""
     parts: list[Part] = []
     if isinstance(block.content, str):
         parts.append(TextPart(block.content))
@@ -183,7 +183,7 @@ def _result(block: Block, where: str) -> str | tuple[Part, ...]:
 
 
 def _parts(block: Block, where: str) -> list[Part]:
-    """Return what a block shows the model."""
+    """Return the content parts of a block."""
     match block.type:
         case "text":
             return [TextPart(needed(block.text, f"{where}.text"))]
@@ -222,7 +222,7 @@ def _image(source: Source, where: str) -> Part:
 
 
 def _document(block: Block, where: str) -> list[Part]:
-    """Return a document of text. Others (PDF, addresses, uploads) would have to be read first."""
+    """Return a document of text; others (PDF, addresses, uploads) become a ``MediaPart``."""
     source = _source(block, f"{where}.source")
     parts: list[Part] = [TextPart(f"{block.title}\n")] if block.title else []
     if source.type == "text":

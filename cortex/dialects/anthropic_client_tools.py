@@ -1,8 +1,8 @@
 """Tools of Anthropic's that clients run: ``bash``, the text editor, ``memory`` and ``computer``.
 
-A request names them by a dated type and sends no schema, since Anthropic's models have learned it; here it is what the
-model is offered, under the tool's own name, so that the call comes back as any other. Sources: the tools' pages of
-Anthropic's documentation, and the types of its SDKs. Of later dates the newest that is known counts.
+A request names them by a dated type and sends no schema, since Anthropic's models have learned it; here the model
+is offered that schema under the tool's own name. Sources: Anthropic's documentation of the tools and the types of its
+SDKs. An unknown later date is read as the newest known one.
 """
 
 import re
@@ -17,7 +17,7 @@ _POINT: dict[str, Any] = {"type": "array", "items": {"type": "integer"}, "minIte
 
 
 def client_tool(type: str | None, name: str | None, settings: Mapping[str, Any]) -> Tool | None:
-    """Return the tool of a dated type; ``None`` for any other. ``settings`` has what a request says of a screen."""
+    """Return the tool of a dated type; ``None`` for any other. ``settings`` describes the screen."""
     dated = _DATED.fullmatch(type or "")
     if dated is None:
         return None

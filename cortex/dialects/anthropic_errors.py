@@ -1,4 +1,4 @@
-"""How the Anthropic dialect writes an error down: the envelope, its type, and the status where that differs.
+"""Errors of the Anthropic dialect: the envelope, its type, and the status where that differs.
 
 SDKs choose their exception by the HTTP status and clients read ``type`` and the words of ``message``: agents compact a
 conversation when a prompt "is too long". Our own stable code goes along in ``details``, which clients skip and a
@@ -10,7 +10,7 @@ import msgspec
 from cortex.wire.errors import ContextLengthError, ErrorInfo, OverloadedError
 
 OVERLOADED_STATUS = 529
-"""What this dialect says where others say 503, and where a queue is full: come back, nothing is wrong with you."""
+"""Status for an overloaded or unavailable server, where other dialects have 503 or 429."""
 
 _TYPES = {
     401: "authentication_error",
@@ -43,7 +43,7 @@ class _Envelope(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def error_status(error: ErrorInfo) -> int:
-    """Return the HTTP status by which this dialect's clients understand an error."""
+    """Return the HTTP status of an error in this dialect."""
     if error.status == 503 or error.code == OverloadedError.code:
         return OVERLOADED_STATUS
     return error.status

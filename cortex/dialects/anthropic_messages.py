@@ -1,10 +1,10 @@
 """Anthropic Messages: a body of ``/v1/messages`` or ``/v1/messages/count_tokens`` to an ``InferenceRequest``.
 
-Turns are read by :mod:`cortex.dialects.anthropic_blocks`, answers made by :mod:`cortex._fast.messages_stream`.
+Messages are read by :mod:`cortex.dialects.anthropic_blocks`, responses written by :mod:`cortex._fast.messages_stream`.
 
-What is taken without effect, :data:`PARAMETERS` names. Hosted tools are not offered to the model, and are named in the
-answer's header; those that clients run have the schemas that Anthropic has published. An assistant's turn at the end is
-answered by another one rather than continued.
+:data:`PARAMETERS` lists the parameters without effect. Hosted tools are not offered to the model, and are named in the
+answer's header; those that clients run have the schemas that Anthropic has published. An assistant's message
+at the end is answered by another rather than continued.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ class MessagesCall(msgspec.Struct, frozen=True):
     request: InferenceRequest
     stream: bool
     ignored: tuple[str, ...] = ()
-    """The members of the body that nobody knows."""
+    """Unknown members of the body."""
     num_omitted: int = 0
-    """How many parts of earlier turns no model here can take."""
+    """Number of content parts of earlier messages that were replaced by text."""
 
 
 class _Tool(msgspec.Struct):
@@ -113,7 +113,7 @@ def decode(body: bytes) -> MessagesCall:
 
     Raises:
         InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
-        ThreadUnsupportedError: it leaves out what a server is to remember of the conversation.
+        ThreadUnsupportedError: it continues a conversation that it does not contain.
     """
     parsed, ignored = PARAMETERS.decode(body, _DECODER)
     if parsed.thread not in (None, False):
@@ -144,7 +144,7 @@ def decode(body: bytes) -> MessagesCall:
 
 
 def _tools(bodies: Sequence[_Tool]) -> tuple[tuple[Tool, ...], tuple[str, ...]]:
-    """Return the tools that the client runs, and the places of those that would have to run on a server."""
+    """Return the tools that the client runs, and the places of hosted tools."""
     tools: list[Tool] = []
     hosted: list[str] = []
     for index, body in enumerate(bodies):
@@ -181,7 +181,7 @@ def _tool_choice(choice: _ToolChoice | None, tools: Sequence[Tool]) -> ToolChoic
 
 
 def _thinking(asked: _Thinking | None) -> bool | None:
-    """Return whether to think. Who does not ask gets none: such a client reads the first block as the answer."""
+    """Return whether to think; not by default, as such clients read the first block as the answer."""
     if asked is None or asked.type == "disabled":
         return False
     return True if asked.type == "enabled" else None

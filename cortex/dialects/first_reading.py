@@ -1,4 +1,4 @@
-"""Which table of parameters a body is first read by: one for each path that inference is asked at."""
+"""Tables of parameters for the first reading of a body, one for each path of inference."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""How an answer is generated, as every dialect takes it: sampling, where it ends, and what it must look like.
+"""Parameters of generation that all dialects share: sampling, end conditions and output formats.
 
 OpenAI's own fields, and beside them those by which other servers of open-weight models (vLLM, SGLang, llama.cpp) ask
 for the same things. A form may be asked for in one way only.
@@ -24,7 +24,7 @@ Schema = dict[str, Any] | str
 
 
 class StructuredOutputs(msgspec.Struct):
-    """vLLM's way to ask for a form of the answer."""
+    """vLLM's parameter for an output format."""
 
     json: Schema | None = None
     regex: str | None = None
@@ -42,7 +42,7 @@ class _JsonSchema(msgspec.Struct):
 
 
 class ResponseFormat(msgspec.Struct):
-    """OpenAI's way to ask for a form of the answer."""
+    """OpenAI's parameter for an output format."""
 
     type: str
     json_schema: _JsonSchema | None = None
@@ -79,7 +79,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     grammar: str | None = None
 
     def sampling(self) -> Sampling:
-        """Return how tokens are chosen, with every range checked."""
+        """Return the sampling parameters, with every range checked."""
         repetition = self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty
         repetition_name = "repeat_penalty" if self.repetition_penalty is None else "repetition_penalty"
         return Sampling(
@@ -96,7 +96,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         )
 
     def ending(self) -> Ending:
-        """Return where an answer ends, beside its stop strings."""
+        """Return the end conditions of an answer, beside its stop strings."""
         ids = self.stop_token_ids or []
         if len(ids) > MAX_STOP_TOKENS:
             raise InvalidRequestError(
@@ -113,7 +113,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         )
 
     def form(self, asked: OutputFormat, param: str) -> OutputFormat:
-        """Return what the answer must look like: ``asked``, which ``param`` asks for, or what another field does.
+        """Return the output format: ``asked``, from ``param``, or the format of another server's parameter.
 
         Raises:
             InvalidRequestError: two fields ask for a form.
@@ -129,7 +129,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         return forms[0][1] if forms else asked
 
     def _forms(self) -> Iterator[tuple[str, OutputFormat]]:
-        """Yield each form that is asked for in another server's way, after the field's name."""
+        """Yield the formats of other servers' parameters, after the parameter's name."""
         structured = self.structured_outputs or StructuredOutputs()
         refuse((("structured_outputs.structural_tag", structured.structural_tag is not None),))
         schemas = {
@@ -177,7 +177,7 @@ def _texts(name: str, given: list[str], most: int) -> tuple[str, ...]:
 
 
 def output_format_of(body: ResponseFormat | None) -> OutputFormat:
-    """Return the form that ``response_format`` asks for. Raises :class:`InvalidRequestError`."""
+    """Return the output format of ``response_format``. Raises :class:`InvalidRequestError`."""
     if body is None:
         return OutputFormat()
     named = body.json_schema or _JsonSchema()

@@ -1,7 +1,7 @@
 """OpenAI Chat Completions: a body of ``/v1/chat/completions`` to an ``InferenceRequest``.
 
-Its answers are made by :mod:`cortex._fast.chat_stream` and :mod:`cortex.dialects.openai_chat_reply`. What is taken
-without effect, :data:`PARAMETERS` names. Tools are read by :mod:`cortex.dialects.openai_chat_tools`.
+Responses are written by :mod:`cortex._fast.chat_stream` and :mod:`cortex.dialects.openai_chat_reply`.
+:data:`PARAMETERS` lists the parameters without effect. Tools are read by :mod:`cortex.dialects.openai_chat_tools`.
 """
 
 from collections.abc import Sequence
@@ -28,17 +28,17 @@ from cortex.wire.request import (
 
 
 class ChatCall(msgspec.Struct, frozen=True):
-    """A decoded call: what is asked of the model, and how the client wants it told."""
+    """A decoded call: the request to the model, and the form of the response."""
 
     request: InferenceRequest
     stream: bool
     include_usage: bool
     ignored: tuple[str, ...] = ()
-    """The members of the body that nobody knows."""
+    """Unknown members of the body."""
     num_omitted: int = 0
-    """How many parts of earlier turns no model here can take."""
+    """Number of content parts of earlier messages that were replaced by text."""
     custom: frozenset[str] = frozenset()
-    """The tools whose calls carry an input."""
+    """Names of custom tools, whose calls carry an input."""
 
 
 class _TextBody(msgspec.Struct, tag="text"):
@@ -211,7 +211,7 @@ def decode(body: bytes) -> ChatCall:
 
 
 def _messages(bodies: Sequence[_MessageBody]) -> tuple[Message, ...]:
-    """Return the turns. Raises :class:`ToolCallNotFoundError` for a tool's message that answers no call before it."""
+    """Return the messages. Raises :class:`ToolCallNotFoundError` for a tool's message without a call before it."""
     calls = OpenCalls()
     messages = []
     for index, body in enumerate(bodies):
@@ -226,7 +226,7 @@ def _messages(bodies: Sequence[_MessageBody]) -> tuple[Message, ...]:
 
 def _unanswerable(index: int, call_id: str, calls: OpenCalls) -> ToolCallNotFoundError:
     where = f"messages[{index}]"
-    if calls.knows(call_id):
+    if calls.has_call(call_id):
         return ToolCallNotFoundError(
             f"Invalid '{where}': a second message of role 'tool' with 'tool_call_id' '{call_id}'.", param=where
         )
@@ -281,7 +281,7 @@ def _call(body: _ToolCallBody, where: str) -> ToolCall:
 
 
 def _arguments(value: str | dict[str, Any] | None) -> str:
-    """Some clients send the arguments as an object, or none as null; the wire has them as text."""
+    """Return arguments as text; some clients send an object or null."""
     if value is None:
         return "{}"
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()

@@ -1,6 +1,6 @@
 """The answer of a chat that is not streamed: inference events gathered into one ``chat.completion``.
 
-Says what the chunks of :class:`cortex._fast.chat_stream.ChatStream` say when a client puts them together.
+Equals the chunks of :class:`cortex._fast.chat_stream.ChatStream` as a client joins them.
 """
 
 import math
@@ -80,7 +80,7 @@ class ChatReply:
                 case Finished():
                     self._choices[event.choice].finished = event
                 case PromptEcho():
-                    pass  # a chat's prompt is told to nobody
+                    pass  # a chat does not echo its prompt
                 case _:
                     assert_never(event)
 

@@ -1,4 +1,4 @@
-"""The tools of a chat: what the model is offered, and which it may or must call.
+"""The tools of a chat: the functions for the model, and the choice among them.
 
 The model is offered functions only. A custom tool becomes one with a single string, its input, and is called by the
 client's name for it. Tools that run on a server (``web_search``, ...) cannot run here: they are named in the answer's
@@ -73,10 +73,10 @@ class ChatTools(msgspec.Struct, frozen=True):
 
 
 def offered(bodies: Sequence[ToolBody]) -> ChatTools:
-    """Return what the model is offered. Of tools of one name the first one counts.
+    """Return the functions for the model. Of tools of one name the first counts.
 
     Raises:
-        MissingParameterError: a tool does not say what it is.
+        MissingParameterError: a tool has no type or name.
     """
     by_name: dict[str, Tool] = {}
     custom: set[str] = set()
@@ -102,7 +102,7 @@ def offered(bodies: Sequence[ToolBody]) -> ChatTools:
 def chosen(
     choice: Literal["auto", "none", "required"] | ChoiceBody | None, parallel: bool, tools: ChatTools
 ) -> tuple[ToolChoice, tuple[Tool, ...]]:
-    """Return how tools may be called, and which: ``allowed_tools`` leaves only some of those offered.
+    """Return the tool choice and the allowed tools; ``allowed_tools`` leaves a subset.
 
     Raises:
         InvalidRequestError: a tool is forced that is not there.

@@ -1,7 +1,7 @@
-"""What another server's chat answers say, as inference events; tolerant of how differently servers write them.
+"""Reader of other servers' chat responses, as inference events; tolerant of their differences.
 
 Servers leave out indices, repeat names, send empty lists, call reasoning ``reasoning`` or ``reasoning_content``, and
-tell usage with the last choice, after it, or not at all. A finish is held back until usage has had its chance to come.
+report usage with the last choice, after it, or not at all. A finish is held back until usage can have come.
 """
 
 import secrets
@@ -43,7 +43,7 @@ class _Alternative(msgspec.Struct):
     bytes: list[Annotated[int, msgspec.Meta(ge=0, le=255)]] | None = None
 
     def token_logprob(self) -> TokenLogprob:
-        """Return it as an event carries it."""
+        """Return the token as a ``TokenLogprob``."""
         utf8 = bytes(self.bytes) if self.bytes is not None else self.token.encode("utf-8", "replace")
         return TokenLogprob(self.token, utf8, self.logprob)
 
@@ -52,7 +52,7 @@ class _Token(_Alternative):
     top_logprobs: list[_Alternative] | None = None
 
     def token_logprob(self) -> TokenLogprob:
-        """Return it as an event carries it."""
+        """Return the token as a ``TokenLogprob``."""
         alternatives = tuple(token.token_logprob() for token in self.top_logprobs or ())
         return msgspec.structs.replace(super().token_logprob(), top=alternatives)
 
@@ -115,7 +115,7 @@ class ChunkReader:
     def __init__(self) -> None:
         self.ended = False
         self.plain: tuple[str, str] | None = None
-        """The kind and the text of the last chunk, if it was a piece of text and nothing else."""
+        """Kind and text of the last chunk, if it held a piece of text alone."""
         self._usage: _Usage | None = None
         self._begun = False
         self._finish: _Choice | None = None
@@ -156,14 +156,14 @@ class ChunkReader:
         return events
 
     def read_whole(self, body: bytes) -> list[InferenceEvent]:
-        """Return the events of an answer that was not streamed. Raises as :meth:`read` does."""
+        """Return the events of a response that was not streamed. Raises as :meth:`read` does."""
         events = self.read(body)
         if self._finish is None and not self.ended:
             raise UpstreamError("The node's answer has no choice that has finished.")
         return events + self.close()
 
     def close(self) -> list[InferenceEvent]:
-        """Return what ends the answer; nothing if it has not finished."""
+        """Return the last events; none if the response has not finished."""
         if self._finish is None or self.ended:
             return []
         self.ended = True
@@ -175,7 +175,7 @@ class ChunkReader:
             (details.reasoning_tokens if details else 0) or 0,
             self._finish.stop_reason if isinstance(self._finish.stop_reason, str) else None,
         )
-        # Told again: at the start the counts were not known yet.
+        # Sent again: at the start the counts were not known yet.
         return [self._started(), end]
 
     def _started(self) -> Started:
@@ -207,7 +207,7 @@ class ChunkReader:
             if not function.name:
                 return  # a piece of a call that has no name: there is nothing to call
             number = len(self._calls)
-            # Ids that a server leaves out or gives twice are made anew: results are told apart by them.
+            # Ids that a server leaves out or gives twice are replaced: results refer to them.
             id = call.id if call.id and call.id not in self._by_id else f"call_{secrets.token_hex(12)}"
             self._calls.append(call.id or "")
             self._by_id.setdefault(call.id or id, number)
@@ -218,7 +218,7 @@ class ChunkReader:
             events.append(ToolCallDelta(number, arguments=arguments))
 
     def _number(self, call: _Call, function: _Function) -> int | None:
-        """Return which of the calls so far a piece goes on with; ``None``: it begins one.
+        """Return the call that a piece continues; ``None`` if it begins one.
 
         That is the call of its index, unless another id says otherwise: some servers count every call from zero, some
         make an id for each piece. Without an index it is that of its id, else the last one, unless it has a name.

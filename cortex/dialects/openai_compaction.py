@@ -1,11 +1,11 @@
-"""Compaction of a conversation, ``/v1/responses/compact``: the model's own summary in the place of what was said.
+"""Compaction of a conversation, ``/v1/responses/compact``: a conversation replaced by the model's own summary.
 
-A compaction is an ordinary Responses request with one more turn, which asks for the summary, and an answer of another
-shape: all that users and instructions said, word for word, and one ``compaction`` item with the rest. The item is sent
-back as input, before what comes next, and read as an assistant's turn (:mod:`cortex.dialects.openai_items`). So every
-node that speaks Responses can compact, and every node that a Responses request can be translated for.
+A compaction is an ordinary Responses request with one more message, which asks for the summary, and a response of
+another shape: the messages of users and the instructions, word for word, and one ``compaction`` item for the rest.
+Clients send the item back as input; it is read as an assistant's message (:mod:`cortex.dialects.openai_items`). Every
+node that a Responses request can be sent to or translated for can compact.
 
-It does not know who asks a model, nor how a chain of responses was put together.
+This module neither sends the request nor resolves chains of responses.
 """
 
 import secrets
@@ -19,10 +19,10 @@ from cortex.dialects.openai_sealed import seal, unseal
 from cortex.wire.errors import InvalidJsonError, InvalidRequestError, InvalidTypeError, UpstreamError
 
 KINDS = frozenset({"compaction", "compaction_summary"})
-"""Types of an item that a compaction left. The second is Codex's older name."""
+"""Types of a compaction item. The second is Codex's older name."""
 
 SUMMARY_TOKENS = 4096
-"""Of a summary, unless the request says otherwise: what an agent's hour comes to, and no model's whole context."""
+"""Default limit of a summary: enough for an agent's hour, and no model's whole context."""
 
 INSTRUCTION = (
     "This conversation is about to be cut down to a summary, which will be all that is left of it but for the user's "
@@ -41,7 +41,7 @@ _NOT_ASKED = frozenset(
         *("stop", "stop_token_ids", "ignore_eos", "min_tokens"),
     }
 )
-"""Fields that would shape an answer which here has a shape of its own."""
+"""Parameters of the response's form, which do not apply to a compaction."""
 
 
 class _Part(msgspec.Struct):
@@ -54,7 +54,7 @@ class _Item(msgspec.Struct):
 
 
 class _Response(msgspec.Struct):
-    """As much of a response as a compaction is made of."""
+    """The members of a response that a compaction needs."""
 
     output: list[_Item]
     usage: msgspec.Raw
@@ -62,7 +62,7 @@ class _Response(msgspec.Struct):
 
 
 def with_input(body: bytes) -> bytes:
-    """Return a body whose ``input`` is a list, empty where it is left to what the request continues.
+    """Return a body whose ``input`` is a list, empty if absent.
 
     Raises:
         InvalidJsonError: it is not a JSON object.
@@ -73,7 +73,7 @@ def with_input(body: bytes) -> bytes:
 
 
 class Compaction:
-    """One compaction: what a model is asked, and what its answer comes to."""
+    """A compaction: the request to the model, and the response to the client."""
 
     def __init__(self, body: bytes) -> None:
         """Take a request whose chain has been resolved. Raises as :func:`with_input` does."""
@@ -103,7 +103,7 @@ class Compaction:
         return msgspec.json.encode(asked)
 
     def answer(self, response: bytes) -> bytes:
-        """Return the compaction that a response makes. Raises :class:`UpstreamError` if it has no whole text."""
+        """Return the compaction from the model's response. Raises :class:`UpstreamError` if it has no whole text."""
         try:
             answered = msgspec.json.decode(response, type=_Response)
         except msgspec.DecodeError:
@@ -132,7 +132,7 @@ class Compaction:
 
 
 def summary_of(encrypted_content: str | None, where: str) -> str:
-    """Return what a compaction item says. Raises :class:`InvalidRequestError` for one that was made elsewhere."""
+    """Return the text of a compaction item. Raises :class:`InvalidRequestError` for another server's item."""
     summary = unseal(encrypted_content or "")
     if summary is None:
         raise InvalidRequestError(
@@ -164,7 +164,7 @@ def _items(given: dict[str, msgspec.Raw]) -> list[dict[str, Any]]:
 
 
 def _shown(item: dict[str, Any], id: str, number: int) -> dict[str, Any]:
-    """Return a message with all that an item of an answer has."""
+    """Return a message as an output item."""
     content = item.get("content")
     parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
     parts = list(parts) if isinstance(parts, list) else []

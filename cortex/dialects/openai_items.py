@@ -112,7 +112,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                 if item.output is None:
                     raise _missing(where, "output")
                 if not calls.answer(call_id):
-                    raise _unanswerable(item.type, call_id, calls.knows(call_id))
+                    raise _unanswerable(item.type, call_id, calls.has_call(call_id))
                 if (trace := traces.pop(call_id, None)) is not None:
                     answer = answer or Message(Role.ASSISTANT, "")
                     made.append(trace)

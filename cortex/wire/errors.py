@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 MAX_MESSAGE_CHARS: Final = 2000
-"""Of an error's message: it may quote what came from outside, which has no bound of its own."""
+"""Greatest length of an error's message, which may quote outside input of any length."""
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -32,19 +32,19 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def _sound(message: str) -> str:
-    """Return ``message`` as it can be written down anywhere: of bounded length, and without half characters."""
+    """Return ``message`` cut to a bounded length and without lone surrogates."""
     if len(message) > MAX_MESSAGE_CHARS:
         message = f"{message[:MAX_MESSAGE_CHARS]}... ({len(message)} characters in all)"
     return message if message.isascii() else message.encode(errors="replace").decode()
 
 
 class ApiError(Exception):
-    """An error with an answer. Subclasses fix the status and the code."""
+    """An error that has an HTTP response. Subclasses fix the status and the code."""
 
     status: int = 500
     code: str = "internal_error"
     worth_retrying: bool | None = None
-    """Whether to send the same again is said to be of use; ``None`` leaves that to the status."""
+    """Whether a retry may succeed, if that is stated; ``None`` leaves it to the status."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -103,7 +103,7 @@ class UnsupportedParameterError(InvalidRequestError):
 
 
 class UnknownParameterError(InvalidRequestError):
-    """A field that nobody here has heard of, from a client that wants to be told."""
+    """A field is unknown, and the client's key asks for unknown fields to be refused."""
 
     code = "unknown_parameter"
 
@@ -157,7 +157,7 @@ class ToolCallNotFoundError(InvalidRequestError):
 
 
 class ThreadUnsupportedError(InvalidRequestError):
-    """Anthropic's ``thread``, where nobody holds the conversation: clients send the whole of it instead."""
+    """Anthropic's ``thread`` is not supported: clients must send the whole conversation."""
 
     code = "thread_unsupported_request"
 
@@ -173,14 +173,14 @@ class ChainedConversationError(InvalidRequestError):
 
 
 class UnauthorizedError(ApiError):
-    """No key, or none that is known here."""
+    """The request has no key, or an unknown one."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class ForbiddenError(ApiError):
-    """A known key, for something it may not do."""
+    """The key is known and lacks the permission."""
 
     status = 403
     code = "permission_denied"
@@ -208,7 +208,7 @@ class UnsupportedEncodingError(ApiError):
 
 
 class NotFoundError(ApiError):
-    """No such path."""
+    """The path does not exist."""
 
     status = 404
     code = "unknown_url"
@@ -222,7 +222,7 @@ class MethodNotAllowedError(ApiError):
 
 
 class ModelNotFoundError(ApiError):
-    """No model of that name is known here."""
+    """The model is unknown."""
 
     status = 404
     code = "model_not_found"
@@ -243,7 +243,7 @@ class OverloadedError(ApiError):
 
 
 class UnavailableError(ApiError):
-    """Not now: loading, recovering, draining, or no node that can serve."""
+    """The request cannot be served now: a load, a recovery, a drain, or no usable node."""
 
     status = 503
     code = "service_unavailable"

@@ -1,4 +1,4 @@
-"""``InferenceEvent``: what one inference produces, in order, whatever the client's dialect.
+"""``InferenceEvent``: the output of one inference, in order, whatever the client's dialect.
 
 A stream is ``Started``, then the prompt if it was asked for, then deltas, then one ``Finished`` for each choice; or it
 ends early with one ``Failed``.
@@ -17,18 +17,18 @@ Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 
 
 class FinishReason(StrEnum):
-    """Why a choice ended."""
+    """Reason for the end of a choice."""
 
     STOP = "stop"
     """An end-of-turn token or a stop string."""
     LENGTH = "length"
     """The token limit of the request or of the context."""
     TOOL_CALLS = "tool_calls"
-    """The model ended its turn to have tools called."""
+    """The model stopped to have tools called."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """One sampled or alternative token: its text, its UTF-8 bytes and its natural-log probability."""
+    """A sampled or alternative token: its text, its UTF-8 bytes and its natural-log probability."""
 
     token: str
     utf8: bytes
@@ -44,7 +44,7 @@ class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event"):
 
 
 class PromptEcho(msgspec.Struct, frozen=True, tag="prompt", tag_field="event"):
-    """The prompt, for a request that wants it told again before its answer. Comes before any text of its choice.
+    """The prompt, for a request with ``echo``. Comes before any text of its choice.
 
     ``logprobs`` are of its tokens, if those were asked for; nothing stands before the first, whose own says 0. They may
     come in several pieces, of which the first has the text.

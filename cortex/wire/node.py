@@ -1,4 +1,4 @@
-"""What a node tells about itself: its devices, its models and their states.
+"""Reports of a node: its devices, its models and their states.
 
 These are the bodies of a neuron's ``/discovery``, ``/health``, ``/models`` and ``/models/load``. States are enums. The
 bounds of what a node can be asked are here, so that no request makes its state grow with the request's own size, and
@@ -22,7 +22,7 @@ Duration = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """Seconds; never NaN and never infinite."""
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:-]{0,64}\Z")]
 Amount = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-"""Of anything that a node reports; so large a number is still exact in every reader's JSON."""
+"""Largest number in a node's reports; exact in every JSON reader."""
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 """Time that a node reports, Unix time too."""
 Label = Annotated[str, msgspec.Meta(max_length=256)]
@@ -32,7 +32,7 @@ ModelName = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=r"
 
 
 class DeviceKind(StrEnum):
-    """What a device is driven by."""
+    """Kind of a device."""
 
     CUDA = "cuda"
     CPU = "cpu"
@@ -63,7 +63,7 @@ class ModelState(StrEnum):
 
 
 class Device(msgspec.Struct, frozen=True):
-    """One device. Memory is in bytes; ``compute_capability`` is e.g. ``9.0`` and empty for a CPU."""
+    """A device. Memory is in bytes; ``compute_capability`` is e.g. ``9.0`` and empty for a CPU."""
 
     id: Label
     """``cuda:0`` or ``cpu:0``."""
@@ -74,11 +74,11 @@ class Device(msgspec.Struct, frozen=True):
     compute_capability: Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,4}\.[0-9]{1,4})?$")] = ""
     num_cores: Amount = 0
     worker: WorkerState | None = None
-    """``None`` for a device that this daemon was not told to use."""
+    """State of the device's worker; ``None`` for a device that the daemon does not use."""
 
 
 class Discovery(msgspec.Struct, frozen=True):
-    """``GET /discovery``: what this host is and what it can do."""
+    """``GET /discovery``: the host's hardware and capabilities."""
 
     name: Label
     version: Label
@@ -94,7 +94,7 @@ class Discovery(msgspec.Struct, frozen=True):
 
 
 class NodeState(StrEnum):
-    """Where a daemon is in its life."""
+    """Lifecycle state of a daemon."""
 
     STARTING = "starting"
     READY = "ready"
@@ -102,24 +102,24 @@ class NodeState(StrEnum):
 
 
 class WorkerHealth(msgspec.Struct, frozen=True):
-    """One device worker as ``/health`` reports it."""
+    """A device worker as ``/health`` reports it."""
 
     device: Label
     state: WorkerState
     restarts: Amount
     running: Amount = 0
-    """Sequences that take part in steps."""
+    """Sequences in the running batch."""
     waiting: Amount = 0
-    """Sequences that wait for room."""
+    """Sequences that wait for a slot or pages."""
     fault: str | None = None
     recycles: Amount = 0
-    """How often it was replaced to give its device's memory back in one piece."""
+    """Number of times that the worker was replaced to defragment its device's memory."""
     generated: Amount = 0
-    """Tokens that it has given out since the daemon started, those of requests that are still running included."""
+    """Tokens generated since the daemon started, running requests included."""
 
 
 class Health(msgspec.Struct, frozen=True):
-    """``GET /health``: whether requests are taken, and what is still warming up."""
+    """``GET /health``: whether requests are accepted, and what is still warming up."""
 
     state: NodeState
     uptime_s: Seconds
@@ -131,15 +131,15 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class SpecialTokensInText(StrEnum):
-    """What a client's text becomes where it spells one of the model's special tokens."""
+    """Treatment of a client's text that spells one of the model's special tokens."""
 
     TEXT = "text"
     PARSE = "parse"
-    """The special token itself, so that a text can end its own turn and begin another's."""
+    """The special token itself, so that a text can end its message and begin another."""
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How a model is sampled where a request does not say; what is left out here, the model's own files say."""
+    """Default sampling of a model; absent values come from the model's generation config."""
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
@@ -171,25 +171,25 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_sequences: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     kv_cache_bytes: Bytes = 0
     kv_dtype: Word = "auto"
-    """How keys and values are kept: ``auto``, as the model computes, or ``int8``, in half the room, on a CPU only."""
+    """Format of the KV cache: ``auto``, the model's own dtype, or ``int8``, half the memory, on a CPU only."""
     prefix_cache: bool = True
-    """Whether beginnings that prompts share are computed once."""
+    """Whether the prefix cache is on."""
     draft: SourceText = ""
     special_tokens_in_text: SpecialTokensInText = SpecialTokensInText.TEXT
-    """What the content of messages becomes where it spells a special token; raw prompts are always parsed."""
+    """Treatment of message content that spells a special token; raw prompts are always parsed."""
     sampling: SamplingDefaults = SamplingDefaults()
-    """How it is sampled where a request does not say."""
+    """Default sampling, where a request does not set it."""
 
 
 class EvictionStrategy(StrEnum):
-    """Which idle model goes first when memory is needed."""
+    """Order in which idle models are evicted."""
 
     LRU = "lru"
     PRIORITY = "priority"
 
 
 class Eviction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a node may do to make room for a load."""
+    """Evictions that a load may cause on a node."""
 
     strategy: EvictionStrategy = EvictionStrategy.LRU
     defrag_after_cycles: Count = 0
@@ -197,28 +197,28 @@ class Eviction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LoadRequest(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``POST /models/load``: a model, how long it may stay, and what may be evicted for it."""
+    """``POST /models/load``: a model, its retention, and the evictions that are allowed for it."""
 
     pinned: bool = False
     """Never evicted, nor unloaded for being idle."""
     priority: Priority = 0
     idle_ttl_s: Duration = 0.0
-    """Unload it when nobody has used it for so long; 0: never."""
+    """Idle time after which the model is unloaded; 0: never."""
     evict: Eviction | None = None
-    """``None``: load it only if it fits beside what is here."""
+    """Evictions that are allowed; ``None``: load it only into free memory."""
 
     def spec(self) -> ModelSpec:
-        """Return the part that says what to load."""
+        """Return the specification of the model to load."""
         return spec_of(self)
 
 
 def spec_of(wider: ModelSpec) -> ModelSpec:
-    """Return the :class:`ModelSpec` in something that says more."""
+    """Return the :class:`ModelSpec` part of an extended specification."""
     return ModelSpec(**{name: getattr(wider, name) for name in ModelSpec.__struct_fields__})
 
 
 class Capability(StrEnum):
-    """What a loaded model can be asked to do."""
+    """Task of a loaded model."""
 
     CHAT = "chat"
     COMPLETION = "completion"
@@ -229,7 +229,7 @@ class Capability(StrEnum):
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
-    """One row of ``GET /models``. Times are Unix seconds; ``progress`` is 0 to 1 while loading."""
+    """A row of ``GET /models``. Times are Unix seconds; ``progress`` is 0 to 1 while loading."""
 
     id: ModelName
     state: ModelState
@@ -249,9 +249,9 @@ class ModelStatus(msgspec.Struct, frozen=True):
     last_used_at: Seconds = 0.0
     error: str | None = None
     generation: Generation = 0
-    """Which load of the model this is; an unload may name it, and is refused if another has taken its place."""
+    """Number of this load of the model; an unload that names an outdated one is refused."""
     required_bytes: Amount = 0
-    """The least free memory it needs here, all devices together, as its preflight found; 0: not known yet."""
+    """Least free memory that the model needs, all devices together, by its preflight; 0: not known yet."""
     pinned: bool = False
     priority: Priority = 0
     idle_ttl_s: Seconds = 0.0
@@ -270,7 +270,7 @@ class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: ModelId
     drain_timeout_s: Duration = 30.0
     generation: Generation = 0
-    """Of the load that is meant; 0: whichever is here."""
+    """Load to end; 0: the present one."""
 
 
 class ForgetRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -280,7 +280,7 @@ class ForgetRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /models/pin``: change how long a model may stay; what is ``None`` stays as it is."""
+    """``POST /models/pin``: change a model's retention; ``None`` leaves a value as it is."""
 
     id: ModelId
     pinned: bool | None = None
@@ -289,7 +289,7 @@ class PinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``POST /drain``: take no more requests and loads, or take them again."""
+    """``POST /drain``: stop or resume accepting requests and loads."""
 
     draining: bool
 

@@ -1,4 +1,4 @@
-"""``InferenceRequest``: what is asked of a model, whatever dialect it was asked in.
+"""``InferenceRequest``: a request to a model, independent of the dialect.
 
 Absent sampling fields are ``None``: the model's own generation config fills them in, not a house default.
 A dialect's own concerns (streaming, usage chunks, echoing of fields) are not here.
@@ -11,7 +11,7 @@ import msgspec
 
 
 class Role(StrEnum):
-    """Who speaks. ``developer`` of the OpenAI dialects is ``system`` here."""
+    """Role of a message's author. ``developer`` of the OpenAI dialects is ``system`` here."""
 
     SYSTEM = "system"
     USER = "user"
@@ -33,7 +33,7 @@ class ImagePart(msgspec.Struct, frozen=True, tag="image"):
 
 
 class MediaPart(msgspec.Struct, frozen=True, tag="media"):
-    """Something that no model here can take. Never leaves the decoding of a body, where ``param`` is its place."""
+    """A content part that no model supports; only used while a body is decoded, where ``param`` is its place."""
 
     kind: str
     param: str
@@ -43,7 +43,7 @@ Part = TextPart | ImagePart | MediaPart
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """A call the model made in an earlier turn; ``arguments`` is JSON text."""
+    """A call that the model made in an earlier message; ``arguments`` is JSON text."""
 
     id: str
     name: str
@@ -51,7 +51,7 @@ class ToolCall(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn. Text-only content is one string; mixed content keeps its parts in order."""
+    """A message of a chat. Text-only content is one string; mixed content keeps its parts in order."""
 
     role: Role
     content: str | tuple[Part, ...] = ""
@@ -68,7 +68,7 @@ class Tool(msgspec.Struct, frozen=True, omit_defaults=True):
     description: str = ""
     parameters: dict[str, Any] = {}
     strict: bool | None = None
-    """Whether calls must follow the schema, as the client said; ``None``: it did not."""
+    """Whether calls must follow the schema; ``None`` if the client did not state it."""
 
 
 class ToolMode(StrEnum):
@@ -81,7 +81,7 @@ class ToolMode(StrEnum):
 
 
 class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Which tools may be called; ``name`` is set for ``NAMED`` only."""
+    """Choice of the tools that may be called; ``name`` is set for ``NAMED`` only."""
 
     mode: ToolMode = ToolMode.AUTO
     name: str | None = None
@@ -89,7 +89,7 @@ class ToolChoice(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class FormatKind(StrEnum):
-    """What the answer must look like."""
+    """Kind of constraint on the answer."""
 
     TEXT = "text"
     JSON_OBJECT = "json_object"
@@ -105,11 +105,11 @@ class OutputFormat(msgspec.Struct, frozen=True, omit_defaults=True):
     source: str = ""
     name: str = ""
     strict: bool | None = None
-    """Whether a schema is refused of which something cannot be enforced; ``None``: nobody said so, and it is not."""
+    """Whether a schema that cannot be enforced completely is refused; ``None``, as not stated, is false."""
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the next token is chosen. ``None`` takes the model's generation config."""
+    """Sampling of the next token. ``None`` takes the model's generation config."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -121,30 +121,30 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     seed: int | None = None
     bad_words: tuple[str, ...] = ()
-    """Texts of one token each that are never said."""
+    """Texts of one token each that are never generated."""
 
 
 class Ending(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Where an answer ends, beside its stop strings."""
+    """End conditions of an answer, beside its stop strings."""
 
     ignore_eos: bool = False
     """Whether the model's own end tokens are tokens like any other."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end it beside the model's own."""
+    """Tokens that end the answer beside the model's own end tokens."""
     min_tokens: int = 0
-    """How many tokens it has before any token may end it."""
+    """Least number of tokens of the answer."""
     includes_stop: bool = False
-    """Whether the stop string that ended it is part of it."""
+    """Whether the answer includes the stop string that ended it."""
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request for one model.
+    """A request for one model.
 
     ``max_tokens`` bounds the output, reasoning included; ``None`` leaves it to the context. ``thinking`` turns a
     reasoning model's thinking on or off; ``None`` leaves it to the template. ``prompt`` is raw text, or token ids, that
     no chat template touches (text completions) and excludes ``messages``; ``suffix`` is what comes behind the answer,
-    for a model that fills in. With ``echo`` the prompt is told again, and with ``top_logprobs`` so are the log
-    probabilities of its tokens. ``max_tokens`` 0 has the prompt read and nothing said.
+    for a model that fills in. With ``echo`` the answer repeats the prompt, and with ``top_logprobs`` the log
+    probabilities of its tokens. ``max_tokens`` 0 evaluates the prompt alone.
     """
 
     model: str
@@ -164,11 +164,11 @@ class InferenceRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     thinking: bool | None = None
     template_arguments: dict[str, Any] = {}
     principal: str = ""
-    """On whose behalf, as the gateway names it; slots are shared out among principals."""
+    """Name of the principal, by the gateway; slots are shared out among principals."""
     priority: int = 0
-    """The principal's: of those who wait for a slot, the highest goes first."""
+    """Priority of the principal: among waiting requests, the highest goes first."""
     cache_salt: str = ""
-    """Only requests that have the same one share beginnings in the cache."""
+    """Salt of the prefix cache: only requests with the same salt share prefixes."""
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, omit_defaults=True):
