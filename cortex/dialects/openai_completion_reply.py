@@ -2,7 +2,7 @@
 
 Clients of this dialect are few and their streams short: the SSE events are made here, without Cython. A chunk that is
 not the last of its choice has a null ``finish_reason``, as OpenAI's own have, although the type of its SDK knows none.
-A token that is no text by itself is told as ``bytes:\\xe2``, as OpenAI did, so that no two tokens have one name.
+A token that is not valid text is named ``bytes:\\xe2``, as OpenAI did, so that no two tokens have one name.
 """
 
 import codecs
@@ -30,7 +30,7 @@ MAX_NUMBERS = 1_000_000
 """Log probabilities in one answer: some 150 MB of them."""
 
 IMPOSSIBLE = -9999.0
-"""OpenAI's word for a token that cannot be: JSON has no infinity."""
+"""OpenAI's number for an impossible token: JSON has no infinity."""
 
 
 class _Scores:
@@ -44,10 +44,10 @@ class _Scores:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
         self.num_numbers = 0
-        """Log probabilities so far, those of alternatives among them."""
+        """Number of log probabilities so far, alternatives included."""
 
     def add(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Take tokens; return them as the four lists of a chunk."""
+        """Add tokens; return them as the four lists of a chunk."""
         start = len(self.tokens)
         for token in tokens:
             self.num_numbers += 1 + len(token.top)
@@ -59,12 +59,12 @@ class _Scores:
         return self.lists(start)
 
     def add_prompt(self, echo: PromptEcho) -> dict[str, Any]:
-        """Take tokens of a prompt: nothing stands before the first, so it has no probability."""
+        """Add tokens of a prompt; the first has no probability."""
         start = len(self.tokens)
         self.add(echo.logprobs)
         if start == 0 and self.tokens:
             self.token_logprobs[0] = self.top_logprobs[0] = None
-            # A token that the model begins with is none of the text, and neither is a space that a tokenizer adds.
+            # The text has neither the model's first token nor a space that a tokenizer adds.
             name = _name(echo.logprobs[0])
             if not echo.text.startswith(name):
                 without = name.removeprefix(" ")
@@ -75,7 +75,7 @@ class _Scores:
 
     @staticmethod
     def _width(echo: PromptEcho) -> int:
-        """Return how many characters the first token of a prompt would have in a text."""
+        """Return the number of characters of a prompt's first token within a text."""
         return len(echo.logprobs[0].utf8.decode(errors="ignore"))
 
     def lists(self, start: int = 0) -> dict[str, Any]:
@@ -89,10 +89,10 @@ class _Scores:
 
 
 class Completion:
-    """Makes the SSE events of one completion, and the whole of it for a request that is not streamed.
+    """Encoder of a completion: as SSE events, or whole for a request that is not streamed.
 
-    ``num_choices`` are those of all its prompts. ``scores`` says that log probabilities were asked for. Taking events
-    raises :exc:`InvalidRequestError` where these are too many for one answer.
+    ``num_choices`` counts the choices of all prompts; with ``scores`` the answer has log probabilities. Adding events
+    raises :exc:`InvalidRequestError` if these are too many for one answer.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Completion:
         self._failed = False
 
     def sse_events(self, events: Sequence[InferenceEvent]) -> bytes:
-        """Return the SSE events of a batch of events; of those after the end there are none."""
+        """Return the SSE events of a batch of events; events after the end have none."""
         return b"".join([self._sse_event(event) for event in events])
 
     def body(self) -> bytes:
@@ -131,7 +131,7 @@ class Completion:
         return msgspec.json.encode(self._head | {"choices": choices, "usage": self._usage()})
 
     def add(self, events: Sequence[InferenceEvent]) -> None:
-        """Take a batch of events. Raises :exc:`RemoteError` for an inference that failed."""
+        """Add a batch of events. Raises :exc:`RemoteError` for an inference that failed."""
         for event in events:
             if isinstance(event, Failed):
                 raise RemoteError(event.error)
@@ -142,7 +142,7 @@ class Completion:
             return b""
         match event:
             case Started(prompt_tokens, cached_tokens):
-                # One for each prompt.
+                # There is one for each prompt.
                 self._prompt_tokens += prompt_tokens
                 self._cached_tokens += cached_tokens
             case Failed(error):
@@ -152,7 +152,7 @@ class Completion:
                 return self._text_chunk(choice, text, self._add(choice, event))
             case TextDelta(text, choice, logprobs) if self._ends[choice] is None and (text or logprobs):
                 return self._text_chunk(choice, text, self._add(choice, event))
-            # Without a template nothing marks reasoning; what a harness takes for it is still what the model wrote.
+            # A prompt without a template has no reasoning: what a harness takes for it is output like any other.
             case ReasoningDelta(text, choice) if self._ends[choice] is None and text:
                 return self._text_chunk(choice, text, None)
             case Finished(choice=choice) if self._ends[choice] is None:
@@ -220,7 +220,7 @@ def _number(logprob: float) -> float:
 
 
 def _alternatives(token: TokenLogprob) -> dict[str, float]:
-    """Return the likeliest tokens in a token's place, and itself, by name: the likelier one keeps a name of two."""
+    """Return a token and its alternatives by name; of two with one name the likelier counts."""
     found: dict[str, float] = {}
     for other in (*token.top, token):
         found.setdefault(_name(other), _number(other.logprob))

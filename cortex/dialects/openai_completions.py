@@ -1,8 +1,8 @@
 """OpenAI's older text completions: a body of ``/v1/completions`` to ``InferenceRequest``s, one for each prompt.
 
-A prompt is text, which no chat template touches, or token ids; a list of prompts is answered as one completion, with
-``n`` choices of each in turn. Answers are made by :mod:`cortex.dialects.openai_completion_reply`. Accepted without
-effect: ``user``, and ``best_of`` where it asks for no more than is told.
+A prompt is text, to which no chat template is applied, or token ids; a list of prompts is answered as one completion,
+with ``n`` choices of each prompt in order. Responses are written by :mod:`cortex.dialects.openai_completion_reply`.
+Accepted without effect: ``user``, and ``best_of`` up to ``n``.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import InferenceRequest
 
 MAX_CHOICES = 512
-"""Of all prompts of a call together. Each is a sequence of its own in the engine."""
+"""Greatest number of choices of a call, over all prompts; each is a sequence in the engine."""
 
 MAX_LOGPROBS = 20
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -27,20 +27,20 @@ class CompletionCall(msgspec.Struct, frozen=True):
     """A decoded call."""
 
     requests: tuple[InferenceRequest, ...]
-    """One for each prompt, alike in all else."""
+    """A request for each prompt, otherwise equal."""
     stream: bool
     include_usage: bool
     ignored: tuple[str, ...] = ()
-    """The members of the body that nobody knows."""
+    """Unknown members of the body."""
 
     @property
     def request(self) -> InferenceRequest:
-        """The first of them."""
+        """The first request."""
         return self.requests[0]
 
     @property
     def num_choices(self) -> int:
-        """How many choices all prompts have together."""
+        """Number of choices of all prompts together."""
         return len(self.requests) * self.requests[0].num_choices
 
     @property
@@ -130,7 +130,7 @@ def _prompts(given: Sequence[str | int | list[int]]) -> list[str | tuple[int, ..
     """Return the prompts of a list: texts, lists of token ids, or one such list itself.
 
     Raises:
-        InvalidRequestError: it is empty, or of several kinds, or a number is no token.
+        InvalidRequestError: it is empty, or of several kinds, or a number is not a token id.
     """
     if not given:
         raise InvalidRequestError("Invalid 'prompt': it is empty.", param="prompt")

@@ -1,7 +1,7 @@
 """OpenAI's embeddings: a body of ``/v1/embeddings`` to an ``EmbeddingRequest``, and its answer.
 
-Inputs are texts or token ids, one or many. Accepted without effect: ``user``. Vectors travel as float32 bytes and leave
-as base64 of these or as numbers, as the request has it.
+Inputs are texts or token ids, one or many. Accepted without effect: ``user``. Vectors are float32 bytes between
+processes; the response has them as base64 or as numbers, by the request's ``encoding_format``.
 """
 
 import array
@@ -17,10 +17,10 @@ from cortex.wire.errors import InvalidRequestError
 from cortex.wire.request import EmbeddingRequest
 
 MAX_INPUTS = 2048
-"""As OpenAI has it."""
+"""Greatest number of inputs, as OpenAI's."""
 
 MAX_VALUES = 4_000_000
-"""Token ids of all inputs together, among them."""
+"""Greatest number of token ids of all inputs together."""
 
 
 class EmbeddingCall(msgspec.Struct, frozen=True):
@@ -29,7 +29,7 @@ class EmbeddingCall(msgspec.Struct, frozen=True):
     request: EmbeddingRequest
     is_base64: bool
     ignored: tuple[str, ...] = ()
-    """The members of the body that nobody knows."""
+    """Unknown members of the body."""
 
 
 class EmbeddingBody(msgspec.Struct, kw_only=True):

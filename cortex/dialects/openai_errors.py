@@ -1,4 +1,4 @@
-"""How the OpenAI dialects write an error down: the envelope, its type, and the code of a failed response.
+"""Errors of the OpenAI dialects: the envelope, its type, and the code of a failed response.
 
 SDKs choose their exception by the HTTP status; clients then read ``code``, which is passed on as it is.
 """
@@ -9,9 +9,9 @@ from cortex.wire.errors import ContextLengthError, ErrorInfo
 
 _QUOTA_CODE = "insufficient_quota"
 
-# What ``response.error.code`` may be, of those that can arise here: openai 3.54's list, and the code by which agents
-# compact. That is not on the list, but a long prompt takes so long to count that the error comes after the headers, and
-# ``invalid_prompt`` tells an agent nothing to do. The SDKs raise on the ``error`` event before, and never look.
+# Values of ``response.error.code``: those of openai 3.54's list that can arise here, and the code by which agents
+# compact. It is not on the list, but counting a long prompt takes so long that the error comes after the headers, and
+# agents do not react to ``invalid_prompt``. The SDKs raise on the ``error`` event before they read it.
 _RESPONSE_CODES = frozenset({"server_error", "rate_limit_exceeded", "invalid_prompt", ContextLengthError.code})
 
 
@@ -23,7 +23,7 @@ class _Error(msgspec.Struct, frozen=True):
 
 
 def error_type(error: ErrorInfo) -> str:
-    """Return the ``type`` of an error: what kind of thing went wrong, by its status."""
+    """Return the ``type`` of an error, by its status."""
     if error.code == _QUOTA_CODE:
         return _QUOTA_CODE
     match error.status:
@@ -50,7 +50,7 @@ def error_body(error: ErrorInfo) -> bytes:
 
 
 def response_error_code(error: ErrorInfo) -> str:
-    """Return the ``code`` of a failed response: one that clients know, by the status where the error's own is not."""
+    """Return the ``code`` of a failed response: the error's own if clients know it, else by status."""
     if error.code in _RESPONSE_CODES:
         return error.code
     if error.status == 429:

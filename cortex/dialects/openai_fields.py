@@ -1,7 +1,7 @@
-"""What the dialects share when a body is read: decoding, ranges, content parts, tools and formats.
+"""Decoding that the dialects share: bodies, ranges, content parts, tools and formats.
 
-A wrong body becomes a typed error that names the field at fault in the client's own spelling. What each member of a
-body is to this server, :mod:`cortex.dialects.parameters` says.
+A wrong body becomes a typed error that names the field at fault in the client's own spelling. Which members of a body
+are known is in :mod:`cortex.dialects.parameters`.
 """
 
 import math
@@ -33,7 +33,7 @@ HOSTED_TOOL_NAMES = (
     "require_approval search_content_types search_context_size server_description server_label server_url size "
     "use_cache user_location vector_store_ids"
 )
-"""Members of tools that are no functions; such a tool is named as a whole where it is not offered to the model."""
+"""Members of tools other than functions; a tool that is not offered to the model is reported whole."""
 
 _TOKEN_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
 
@@ -61,7 +61,7 @@ def decode(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
     Raises:
         InvalidJsonError: it is not JSON or not an object.
         MissingParameterError: a required field is absent.
-        InvalidTypeError: a field has the wrong type, or a ``type`` that is not known.
+        InvalidTypeError: a field has the wrong type, or an unknown ``type``.
     """
     try:
         return decoder.decode(body)
@@ -77,7 +77,7 @@ def decode(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
 
 
 def invalid(error: msgspec.ValidationError, where: str = "") -> InvalidRequestError:
-    """Return what a decoder refused, as an error that names the field at fault; ``where`` is the place of the whole."""
+    """Return a decoder's failure as an error that names the field at fault; ``where`` is the place of the value."""
     match = _PATH.match(str(error))
     assert match is not None
     what, path = match["what"], (match["path"] or "").removeprefix(".")
@@ -92,7 +92,7 @@ def invalid(error: msgspec.ValidationError, where: str = "") -> InvalidRequestEr
 
 
 def plain(what: str) -> str:
-    """Return what a decoder says of a value, in words that need no knowledge of the decoder."""
+    """Return a decoder's message in terms of JSON instead of Python."""
     if given := _VALUE.match(what):
         value = given["value"]
         return f"'{value[:80]}' is not one of the values that are taken here"
@@ -124,7 +124,7 @@ def refuse(fields: Iterable[tuple[str, bool]]) -> None:
 
 
 def first_given(*given: tuple[str, int | None]) -> tuple[str, int | None]:
-    """Return the first of some fields of one meaning that is there, with its name."""
+    """Return the first of some equivalent fields that is set, with its name."""
     return next((one for one in given if one[1] is not None), given[0])
 
 
@@ -159,20 +159,20 @@ def collapse(parts: Sequence[Part]) -> str | tuple[Part, ...]:
 
 
 def image(url: str, detail: str | None, param: str) -> ImagePart:
-    """Return an image part; only addresses a server could follow are taken."""
+    """Return an image part; its address must be ``data:``, ``http:`` or ``https:``."""
     if not url.startswith(("data:image/", "https://", "http://")):
         raise InvalidRequestError(f"Invalid '{param}': an image needs a data: or http(s): address.", param=param)
     return ImagePart(url, detail or "auto")
 
 
 class StreamOptions(msgspec.Struct):
-    """What a client wants of a stream beside the answer."""
+    """``stream_options`` of a request."""
 
     include_usage: bool | None = None
 
 
 class FunctionBody(msgspec.Struct):
-    """A function as both dialects describe it."""
+    """A function in the form of both dialects."""
 
     name: str
     description: str | None = None
@@ -180,7 +180,7 @@ class FunctionBody(msgspec.Struct):
     strict: bool | None = None
 
     def tool(self) -> Tool:
-        """Return the tool this describes."""
+        """Return the function as a ``Tool``."""
         return Tool(self.name, self.description or "", self.parameters or {}, self.strict)
 
 

@@ -1,7 +1,7 @@
-"""The input items of a Responses request to the turns of a chat.
+"""The input items of a Responses request to the messages of a chat.
 
-Calls of one turn are separate items here and one message there; reasoning becomes that of the turn it precedes. Traces
-of hosted tools, and items of types nobody here has heard of, say nothing to the model and drop.
+Calls of one message are separate items here; reasoning belongs to the message after it. Traces of hosted tools and
+items of unknown types are dropped.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class _Content(msgspec.Struct):
-    """A part of a message or of a tool's output: text of any kind, a refusal, an image, or what nobody here takes."""
+    """A content part of a message or of a tool's output: text, a refusal, an image, or an unsupported one."""
 
     type: Literal[
         "input_text",
@@ -50,7 +50,7 @@ class _Kind(msgspec.Struct):
 
 
 class Item(msgspec.Struct):
-    """An input item of any type; what each type needs is checked in :func:`messages_of`."""
+    """An input item of any type; :func:`messages_of` checks the members that a type requires."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -82,18 +82,18 @@ _READ = frozenset(
 
 
 def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[Message]:
-    """Yield the turns that ``input`` is made of.
+    """Yield the messages of ``input``.
 
     Raises:
-        InvalidRequestError: an item lacks what its type needs.
+        InvalidRequestError: an item lacks a member that its type requires.
         ToolCallNotFoundError: an output answers no call before it.
         UnsupportedParameterError: an item refers to a stored one.
     """
     calls = OpenCalls()
-    thoughts: list[str] = []  # of the assistant's turn that comes next
-    answer: Message | None = None  # the assistant's, to which calls may still be added
-    made: list[ToolCall] = []  # its calls: separate items here, and one message in a chat
-    traces: dict[str, ToolCall] = {}  # calls of tools that are none of the request's, until they have an output
+    thoughts: list[str] = []  # of the assistant's next message
+    answer: Message | None = None  # the assistant's, while calls may be added
+    made: list[ToolCall] = []  # its calls
+    traces: dict[str, ToolCall] = {}  # calls of tools that the request does not have, without an output
     for index, raw in enumerate(items):
         where = f"input[{index}]"
         item = _item(raw, where)
@@ -127,8 +127,8 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                 raise UnsupportedParameterError(
                     "Unsupported parameter: an 'item_reference' is resolved by the gateway.", param=where
                 )
-            case _:  # the traces of hosted tools say nothing to the model
-                if item.call_id is not None:  # but the client may have run them: a local shell's call has its output
+            case _:  # a trace of a hosted tool
+                if item.call_id is not None:  # of a tool that the client runs, as a local shell, if an output follows
                     calls.add(item.call_id)
                     traces[item.call_id] = ToolCall(item.call_id, item.type.removesuffix("_call"), "{}")
                 continue
@@ -146,7 +146,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
 
 
 def _item(raw: msgspec.Raw, where: str) -> Item:
-    """Return an item; of one whose type has no meaning here only that."""
+    """Return an item; of an unknown type, only the type."""
     try:
         found = _KIND_DECODER.decode(raw)
         if found.type in _READ:
@@ -176,7 +176,7 @@ def _call(item: Item, tools: OfferedTools, where: str) -> ToolCall:
 
 
 def _unanswerable(kind: str, call_id: str, is_second: bool) -> ToolCallNotFoundError:
-    """Return the refusal of an output, in OpenAI's words where it answers nothing."""
+    """Return the refusal of an output, in OpenAI's words if it answers no call."""
     what = kind.replace("_", " ")
     if is_second:
         return ToolCallNotFoundError(f"The {what} with call_id {call_id} is a second one for its call.", param="input")
@@ -184,7 +184,7 @@ def _unanswerable(kind: str, call_id: str, is_second: bool) -> ToolCallNotFoundE
 
 
 def _thought(item: Item) -> str:
-    """Return the text of a reasoning item: its own, its summary, or what was sealed of it here."""
+    """Return the text of a reasoning item: its content, its summary, or its sealed text."""
     for parts in (item.content, item.summary):
         if isinstance(parts, list) and parts:
             return "".join(part.text or "" for part in parts)

@@ -4,9 +4,9 @@ Instructions and input flatten into one chat. Items are read by :mod:`cortex.dia
 :mod:`cortex.dialects.openai_tools`; answers are made by :mod:`cortex._fast.responses_stream`, into which
 :attr:`ResponsesCall.echo` is spliced.
 
-What is taken without effect, :data:`PARAMETERS` names: among it ``store`` (a neuron keeps nothing), ``metadata``
-(echoed), ``max_tool_calls``, which counts calls of hosted tools; and ``truncation: auto``, as dropping what was said is
-not ours to do: a conversation that is too long is refused, and a response says ``disabled``.
+:data:`PARAMETERS` lists the parameters without effect: among them ``store`` (a neuron keeps nothing), ``metadata``
+(echoed), ``max_tool_calls``, which counts calls of hosted tools, and ``truncation: auto``: a conversation that is too
+long is refused, and a response has ``disabled``.
 """
 
 from typing import Any, Literal
@@ -38,16 +38,16 @@ class ResponsesCall(msgspec.Struct, frozen=True):
     echo: bytes
     tools: OfferedTools
     summarises: bool
-    """Whether reasoning is to be told as a summary."""
+    """Whether reasoning is returned as a summary."""
     seals: bool
-    """Whether the client will send reasoning back, which it reads nothing of."""
+    """Whether reasoning is returned as ``encrypted_content``."""
     ignored: tuple[str, ...] = ()
-    """The members of the body that nobody knows."""
+    """Unknown members of the body."""
     num_omitted: int = 0
-    """How many parts of earlier turns no model here can take."""
+    """Number of content parts of earlier messages that were replaced by text."""
 
     def echoed(self, context: ResponseContext) -> bytes:
-        """Return :attr:`echo` with what a gateway does, which the request's own fields are not true of."""
+        """Return :attr:`echo` with the members that the gateway decides."""
         members = {
             "store": context.store,
             "previous_response_id": context.previous_response_id,
@@ -77,7 +77,7 @@ class _Reasoning(msgspec.Struct):
 
 
 class ResponsesBody(GenerationBody, kw_only=True):
-    """A request body, as far as it is read. Sampling beyond OpenAI's own two fields is what open servers take too."""
+    """A request body, as far as it is read. Sampling has the parameters of open servers, too."""
 
     model: str
     input: str | list[msgspec.Raw]
@@ -101,7 +101,7 @@ class ResponsesBody(GenerationBody, kw_only=True):
 
 
 COUNTED = {"object": "response.input_tokens"}
-"""What the answer to ``/v1/responses/input_tokens`` says beside ``input_tokens``."""
+"""Members of the response of ``/v1/responses/input_tokens`` beside ``input_tokens``."""
 
 _DECODER = msgspec.json.Decoder(ResponsesBody)
 
@@ -153,7 +153,7 @@ def decode(body: bytes) -> ResponsesCall:
     """Decode a request body.
 
     Raises:
-        ChainedConversationError: it continues an earlier response, which only a gateway can look up.
+        ChainedConversationError: it continues a response; only a gateway resolves these.
         InvalidRequestError: with the parameter at fault; see :meth:`cortex.dialects.parameters.Parameters.decode`.
     """
     parsed, ignored = PARAMETERS.decode(body, _DECODER)

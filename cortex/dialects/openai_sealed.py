@@ -1,7 +1,7 @@
-"""What a reasoning item carries as ``encrypted_content``: the thought itself, for a client that replays it unread.
+"""The ``encrypted_content`` of a reasoning item: its text, for clients that replay it unread.
 
-Clients that keep no state on the server send it back with the next request. It hides nothing that the item does not say
-in the open, and is opaque only in that no client has a use for it.
+Clients that keep no state on the server send it back with the next request. It is encoded, not encrypted: the item has
+the same text in the open.
 """
 
 import base64
@@ -11,12 +11,12 @@ _PREFIX = "open1."
 
 
 def seal(thought: str) -> str:
-    """Return a thought as ``encrypted_content``."""
+    """Return the ``encrypted_content`` of a reasoning text."""
     return _PREFIX + base64.b64encode(thought.encode("utf-8", "replace")).decode()
 
 
 def unseal(sealed: str) -> str | None:
-    """Return the thought in what :func:`seal` made; ``None`` for what another server did."""
+    """Return the reasoning text; ``None`` for another server's ``encrypted_content``."""
     if not sealed.startswith(_PREFIX):
         return None
     try:

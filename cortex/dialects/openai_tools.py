@@ -1,4 +1,4 @@
-"""The tools of a Responses request: what the model is offered, and under which names the client knows them.
+"""The tools of a Responses request: the functions for the model, and the client's names for them.
 
 The model is offered functions only. A custom tool becomes one with a single string, its input; the tools of a namespace
 become functions whose names begin with it. Hosted tools (``web_search``, ``image_generation``, ...) are sent by agents
@@ -21,7 +21,7 @@ INPUT_SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 
-# What a function tool of a response always says, whether or not the request did.
+# Members that a function tool of a response always has.
 _FUNCTION_DEFAULTS = {
     "description": msgspec.Raw(b"null"),
     "parameters": msgspec.Raw(b"null"),
@@ -32,7 +32,7 @@ _ECHO_DECODER = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 
 
 class GrammarBody(msgspec.Struct):
-    """What the input of a custom tool must look like."""
+    """Format of the input of a custom tool."""
 
     type: str
     syntax: str | None = None
@@ -61,22 +61,22 @@ class ChoiceBody(msgspec.Struct):
 
 
 class OfferedTools(msgspec.Struct, frozen=True):
-    """The tools of a request, by the names that the model knows.
+    """The tools of a request, by the names that the model uses.
 
-    ``custom`` names those whose arguments wrap an input; ``namespaces`` gives the namespace and the own name of each
-    that has one.
+    ``custom`` names those whose arguments wrap an input; ``namespaces`` maps a tool of a namespace to that
+    and its own name.
     """
 
     tools: tuple[Tool, ...] = ()
     custom: frozenset[str] = frozenset()
     namespaces: dict[str, tuple[str, str]] = {}
     flat_names: dict[str, str] = {}
-    """For each name that a tool has in its namespace, and that no tool without one has, the name it is known by."""
+    """Model's names of tools of a namespace by their own, unless a tool without a namespace has that name."""
     hosted: tuple[str, ...] = ()
-    """The places of tools that cannot run here."""
+    """Places of hosted tools, which cannot run here."""
 
     def known_as(self, name: str, namespace: str | None = None) -> str:
-        """Return the name under which the model knows a tool of the client's."""
+        """Return the model's name for a tool of the client."""
         if namespace:
             return flat_name(namespace, name)
         return self.flat_names.get(name, name)
@@ -88,7 +88,7 @@ def flat_name(namespace: str, name: str) -> str:
 
 
 def offered(bodies: Sequence[ToolBody]) -> OfferedTools:
-    """Return what the model is offered. Of tools that come to the same name the first one counts.
+    """Return the functions for the model. Of tools that get the same name the first counts.
 
     Raises:
         MissingParameterError: a tool has no name.
@@ -117,7 +117,7 @@ def offered(bodies: Sequence[ToolBody]) -> OfferedTools:
 
 
 def _hosted(bodies: Sequence[ToolBody]) -> Iterator[str]:
-    """Yield the places of tools that would have to run on a server."""
+    """Yield the places of hosted tools."""
     for index, body in enumerate(bodies):
         if body.type == "namespace":
             for number, inner in enumerate(body.tools or ()):
@@ -128,7 +128,7 @@ def _hosted(bodies: Sequence[ToolBody]) -> Iterator[str]:
 
 
 def _flatten(bodies: Sequence[ToolBody]) -> Iterator[tuple[str, ToolBody, str]]:
-    """Yield each tool that can be called: its namespace, itself, and its place in the body."""
+    """Yield each tool that can be called with its namespace and its place in the body."""
     for index, body in enumerate(bodies):
         if body.type == "namespace":
             for number, inner in enumerate(body.tools or ()):
@@ -139,14 +139,14 @@ def _flatten(bodies: Sequence[ToolBody]) -> Iterator[tuple[str, ToolBody, str]]:
 
 
 def _custom_description(body: ToolBody) -> str:
-    """Return what the model is told of a custom tool; a grammar is told, and not enforced."""
+    """Return the function for a custom tool; a grammar is described, not enforced."""
     if body.format is None:
         return body.description or ""
     return custom_description(body.description, body.format.syntax, body.format.definition)
 
 
 def custom_description(description: str | None, syntax: str | None, definition: str | None) -> str:
-    """Return what the model is told of a custom tool, whose input follows a grammar if that has a definition."""
+    """Return the description of a custom tool for the model, with the definition of its grammar."""
     if not definition:
         return description or ""
     return f"{description or ''}\n\nThe input must match this {syntax or 'given'} grammar:\n{definition}".lstrip()
@@ -155,7 +155,7 @@ def custom_description(description: str | None, syntax: str | None, definition: 
 def chosen(
     choice: Literal["auto", "none", "required"] | ChoiceBody | None, parallel: bool, tools: OfferedTools
 ) -> tuple[ToolChoice, tuple[Tool, ...]]:
-    """Return how tools may be called, and which: ``allowed_tools`` leaves only some of those offered.
+    """Return the tool choice and the allowed tools; ``allowed_tools`` leaves a subset.
 
     Raises:
         InvalidRequestError: a tool is forced that is not there.
@@ -184,14 +184,14 @@ def chosen(
 
 
 def required(tools: Sequence[Tool], parallel: bool) -> ToolChoice:
-    """Return the choice that one of ``tools`` must be called. Raises :class:`InvalidRequestError` if there is none."""
+    """Return the choice that forces a tool. Raises :class:`InvalidRequestError` if the tool is absent."""
     if not tools:
         raise InvalidRequestError("Invalid 'tool_choice': it needs 'tools'.", param="tool_choice")
     return ToolChoice(ToolMode.REQUIRED, parallel=parallel)
 
 
 def echoed(tools: bytes) -> bytes:
-    """Return ``tools`` as a response repeats them: as they came, with what strict clients miss in functions."""
+    """Return ``tools`` as a response repeats them, with the members of functions that strict clients require."""
     bodies = _ECHO_DECODER.decode(tools)
     for body in bodies:
         if bytes(body["type"]) == b'"function"':

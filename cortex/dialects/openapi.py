@@ -1,7 +1,7 @@
-"""An OpenAPI description of what a daemon answers, made of the very types it decodes with.
+"""OpenAPI description of a daemon, generated from the types that it decodes.
 
-A daemon lists its operations; request bodies are the structs of the dialects, so a description cannot ask for what a
-decoder does not know. Answers that are written by hand as bytes are described by the fields their clients rely on.
+A daemon lists its operations; request bodies are the structs of the dialects, so that the description matches the
+decoder. Responses that are encoded by hand are described by the members that clients rely on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ Schema = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. Parameters of the path are in braces; ``query`` gives the schemas of the others."""
+    """A method of a path. Path parameters are in braces; ``query`` maps query parameters to schemas."""
 
     method: str
     path: str
@@ -95,14 +95,14 @@ def _operation(one: Operation, by_type: Mapping[type, Schema]) -> Schema:
 
 
 def _anything(kind: type) -> Schema:
-    """Return the schema of what is decoded later, or not at all."""
+    """Return the schema of a raw value."""
     if kind in (object, msgspec.Raw):
         return {"description": "JSON of any kind; what it must be depends on what stands beside it."}
     raise NotImplementedError
 
 
 def object_with(**fields: Schema) -> Schema:
-    """Return the schema of an object that has these fields, and perhaps more."""
+    """Return the schema of an object with at least these members."""
     return {"type": "object", "required": list(fields), "properties": fields}
 
 
@@ -152,4 +152,4 @@ INFERENCE = (
     Operation("POST", MESSAGES.path, "Answer messages.", MESSAGE_ANSWER, anthropic_messages.MessagesBody, streams=True),
     Operation("POST", COUNT_TOKENS.path, "Count a prompt.", TOKENS_ANSWER, anthropic_messages.MessagesBody),
 )
-"""What both daemons answer."""
+"""Operations that both daemons have."""

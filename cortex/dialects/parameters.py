@@ -1,10 +1,9 @@
-"""What each member of a request body is to this server: honoured, refused, without effect, or unknown.
+"""Tables of the members of a request body: honoured, refused, without effect, or unknown.
 
-A dialect has one table. What it honours, the struct says into which its bodies are decoded; the table adds the names
-that are known and change nothing, those that are refused unless they ask for what is done anyway, and how many items
-the lists of a body may have. From it comes the first reading of every body, in compiled code and in one pass:
-whether it is JSON, whether it is too much, and which names nobody knows. Those are told to the client, or refused where
-a key is strict; a value is never looked at here but for a name that may be refused.
+A dialect has one table. Honoured members are those of the struct that bodies are decoded into; the table adds members
+without effect, members that are refused unless their value asks for the default, and limits of lists. From it comes
+the first reading of every body, by compiled code in one pass: whether it is JSON, whether it is too large, and which
+members are unknown. Unknown members are reported to the client, or refused for a strict key.
 """
 
 import difflib
@@ -97,14 +96,14 @@ OPEN_SERVERS: Mapping[str, tuple[object, ...]] = {
     "draft_model": (),
     "ttl": (),
 }
-"""Members that other servers of open-weight models honour and this one does not, each with the values that ask for what
-is done anyway. A null always does."""
+"""Members that other servers of open-weight models honour and this one does not, each with its harmless values; null is
+always harmless."""
 
 OPEN_SERVERS_WITHOUT_EFFECT = (
     "dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers dynatemp_exponent guided_decoding_backend "
     "id_slot mirostat_eta mirostat_tau n_discard n_keep request_id rid spaces_between_special_tokens xtc_threshold"
 )
-"""Members of theirs that change nothing: they say more of something that is refused, or only how it is computed."""
+"""Members of other servers without effect: details of a refused member, or of the computation."""
 
 _INDEX = re.compile(r"\[\d+\]")
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -112,7 +111,7 @@ _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 @dataclass(eq=False)
 class _Object:
-    """The members that an object may have; ``None`` of each that nobody looks into."""
+    """The members that an object may have; ``None`` for a member whose value is not examined."""
 
     members: dict[str, "_Object | None"] = field(default_factory=dict)
     is_open: bool = False
@@ -134,9 +133,9 @@ class Parameters:
     ) -> None:
         """Make the table of bodies that are decoded into ``body``.
 
-        Paths have dots and no indices; the empty one is the body's own. ``items`` says what is decoded later of what
-        the body has raw, ``without_effect`` has names by path, separated by spaces, ``refused`` top-level names with
-        the values that are not, ``max_items`` the lists that may have only so many items.
+        Paths have dots and no indices; the empty path is the body. ``items`` gives the types of raw members,
+        ``without_effect`` has names by path, separated by spaces, ``refused`` top-level names with their harmless
+        values, ``max_items`` the limits of lists.
         """
         objects: dict[type, _Object] = {}
         self._root = _object_of(msgspec.inspect.type_info(body), objects) or _Object()
@@ -162,13 +161,13 @@ class Parameters:
         self.names = self._compile(max_values)
 
     def read(self, body: bytes) -> Peek:
-        """Return what a body is routed by, and which of its members nobody knows.
+        """Return the members that a body is routed by, and the unknown members.
 
         Raises:
-            InvalidJsonError: it is not a JSON object.
-            InvalidTypeError: a member by which it is routed has another type.
-            TooManyItemsError: there is more in it than is read.
-            TooDeepError: it is nested deeper than is read.
+            InvalidJsonError: the body is not a JSON object.
+            InvalidTypeError: a member for routing has the wrong type.
+            TooManyItemsError: the body has too many items or members.
+            TooDeepError: the body is nested too deeply.
         """
         try:
             return peek(body, self.names)
@@ -188,7 +187,7 @@ class Parameters:
             raise InvalidJsonError(f"The request body is not valid JSON: {error}.") from None
 
     def decode(self, body: bytes, decoder: "msgspec.json.Decoder[T]") -> tuple[T, tuple[str, ...]]:
-        """Return a body as its struct, and the paths of members that nobody knows.
+        """Return a body as its struct, and the paths of unknown members.
 
         Raises:
             InvalidRequestError: as :meth:`read`, :meth:`refuse` and :func:`cortex.dialects.openai_fields.decode`.
@@ -198,7 +197,7 @@ class Parameters:
         return openai_fields.decode(body, decoder), found.unknown
 
     def refuse(self, body: bytes, found: Peek) -> None:
-        """Raise :class:`UnsupportedParameterError` for a member that asks for what nobody does here."""
+        """Raise :class:`UnsupportedParameterError` for a refused member with a value that is not harmless."""
         if not found.refused:
             return
         given = _FIELDS.decode(body)
@@ -206,14 +205,14 @@ class Parameters:
             try:
                 value = msgspec.json.decode(given[name])
             except RecursionError:
-                value = ...  # no neutral value is so deep
+                value = ...  # no harmless value is so deep
             if value is not None and not any(_is_same(value, neutral) for neutral in self._refused[name]):
                 raise UnsupportedParameterError(
                     f"Unsupported parameter: '{name}' is not supported here; leave it out.", param=name
                 )
 
     def unknown(self, path: str) -> UnknownParameterError:
-        """Return the refusal of a member that nobody knows, with the name that may have been meant."""
+        """Return the refusal of an unknown member, with the closest known name."""
         parent_path, _, name = path.rpartition(".")
         parent = self._find(_INDEX.sub("", parent_path))
         near = difflib.get_close_matches(name, list(parent.members), 1, 0.75) if parent is not None else []
@@ -235,7 +234,7 @@ class Parameters:
         return parent, name
 
     def _compile(self, max_values: int) -> KnownNames:
-        """Number the objects that can be reached, and write them down as the compiled reader takes them."""
+        """Number the reachable objects, and encode them for the compiled reader."""
         numbers: dict[int, int] = {}
         order: list[_Object] = []
         waiting = [self._root]
@@ -261,7 +260,7 @@ class Parameters:
 
 
 def _object_of(kind: msgspec.inspect.Type, known: dict[type, _Object]) -> _Object | None:
-    """Return the members that a value of a type may have, or the items of a list of it; ``None``: nobody looks."""
+    """Return the members of a type, or of a list's items; ``None`` if they are not examined."""
     match kind:
         case msgspec.inspect.StructType():
             if kind.cls not in known:
@@ -295,7 +294,7 @@ MAX_NAME_CHARS = 80
 
 
 def ignored_header(names: Iterable[str]) -> bytes:
-    """Return the names as a header has them: each once, in ASCII that cannot end a header, and not too many."""
+    """Return the names as a header value: without repetitions, in printable ASCII, at most ``MAX_NAMES``."""
     shown: list[str] = []
     for name in names:
         plain = "".join(c if c.isascii() and (c.isalnum() or c in "_-.[]=?") else "?" for c in name)[:MAX_NAME_CHARS]

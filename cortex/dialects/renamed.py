@@ -1,8 +1,8 @@
 """The model's name in another server's answer, put back to the one that the client asked for.
 
-An alias, or a name that a model has there only, is no business of the client's: agents take an answer of another name
-for another model's. Every byte but the name stays as it came. Chats and completions have it at the top, Responses and
-Messages within the object that their first and last events carry. What is not JSON is left to whoever reads it.
+Agents take an answer of another name for another model's. Every other byte stays as it came. Chats and completions
+have the name at the top level, Responses and Messages within the object of their first and last events. Data that is
+not JSON is left as it is.
 """
 
 import msgspec
@@ -34,7 +34,7 @@ def rename(answer: bytes, name: str, *, is_outer: bool = True) -> bytes:
 
 
 class RenamedStream:
-    """Reads one event stream of another server's, however its bytes are cut. Comments are dropped."""
+    """Reader of another server's event stream, in pieces of any size. Comments are dropped."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -47,5 +47,5 @@ class RenamedStream:
         )
 
     def end(self) -> bytes:
-        """Return what the end of the stream makes: nothing, since an event that was not ended is none."""
+        """Return the last events: none, as an event without an end is none."""
         return b""

@@ -1,8 +1,8 @@
 """A request in any dialect as a chat, and a chat's answer back in that dialect: for nodes that speak chat alone.
 
-The request is decoded by its dialect as a neuron would decode it; one encoder writes the chat. What the node says
-becomes inference events (:mod:`cortex._fast.chat_events`), which the same projectors as a neuron's turn into SSE
-events. So every dialect has one meaning, whoever serves it. What a chat cannot ask for is refused by name.
+The request is decoded by its dialect as a neuron would decode it; one encoder writes the chat. The node's response
+becomes inference events (:mod:`cortex._fast.chat_events`), encoded by the same projectors as a neuron's. Parameters
+that a chat does not have are refused by name.
 """
 
 import functools
@@ -46,18 +46,18 @@ from cortex.wire.request import (
 
 
 class Projector(Protocol):
-    """Turns events into the SSE events of a dialect."""
+    """Encoder of inference events as a dialect's SSE events."""
 
     def sse_events(self, events: Sequence[InferenceEvent], /) -> bytes:
         """Return the SSE events of a batch of events."""
 
 
 Make = Callable[[], tuple[Projector, Callable[[], bytes]]]
-"""Begins an answer: what makes its SSE events, and what then returns the whole of it."""
+"""Maker of a response's projector and of the function that then returns the response whole."""
 
 
 class Reading(NamedTuple):
-    """A request as its dialect reads it."""
+    """A request, decoded by its dialect."""
 
     request: InferenceRequest
     stream: bool
@@ -67,7 +67,7 @@ class Reading(NamedTuple):
 
 
 class Translation:
-    """One request, as a chat. Decoded when it is first asked for: most nodes need none of it."""
+    """A request as a chat; decoded on first use, as most nodes need no translation."""
 
     def __init__(self, read: Callable[[], Reading]) -> None:
         self._read = read
@@ -82,7 +82,7 @@ class Translation:
         return chat_body(self.reading.request, stream=self.reading.stream)
 
     def body(self) -> bytes:
-        """Return the chat to ask for.
+        """Return the body of the chat request.
 
         Raises:
             InvalidRequestError: the request is wrong.
@@ -90,12 +90,12 @@ class Translation:
         return self._body
 
     def begin(self) -> "TranslatedAnswer":
-        """Return what reads the answer of a node that was asked."""
+        """Return the reader of a node's response."""
         return TranslatedAnswer(*self.reading.make())
 
 
 class TranslatedAnswer:
-    """One node's answer, chat in, the caller's dialect out."""
+    """Translator of a node's response from chat to the caller's dialect."""
 
     def __init__(self, projector: Projector, whole: Callable[[], bytes]) -> None:
         self._events = ChatEvents()
@@ -103,22 +103,22 @@ class TranslatedAnswer:
         self._whole = whole
 
     def sse_events(self, data: bytes) -> bytes:
-        """Return the SSE events that some bytes of a stream make. Raises :class:`UpstreamError`."""
+        """Return the SSE events for some bytes of the node's stream. Raises :class:`UpstreamError`."""
         events = self._events.feed(data)
         return self._projector.sse_events(events) if events else b""
 
     def end(self) -> bytes:
-        """Return the SSE events that the end of a stream makes: its last, if the node left out the terminator."""
+        """Return the SSE events for the end of the node's stream: the last ones, if the terminator was missing."""
         return self._projector.sse_events(self._events.close())
 
     def whole(self, body: bytes) -> bytes:
-        """Return the answer that an answer makes which is no stream. Raises :class:`UpstreamError`, RemoteError."""
+        """Return the whole response for a response that is not a stream. Raises :class:`UpstreamError`, RemoteError."""
         self._projector.sse_events(ChunkReader().read_whole(body))
         return self._whole()
 
 
 def to_chat(dialect: Dialect, body: bytes, context: ResponseContext = NO_CONTEXT, name: str = "") -> Translation | None:
-    """Return a request as a chat; ``None`` if its dialect is not one that is translated.
+    """Return a request as a chat; ``None`` if its dialect is not translated.
 
     A response repeats ``context``; answers have ``name`` for the model, unless that is empty.
     """
@@ -144,7 +144,7 @@ def _read_messages(body: bytes, name: str) -> Reading:
 
 
 def _read_count(call: MessagesCall | ResponsesCall, extra: dict[str, str]) -> Reading:
-    """Ask for one token: its usage has the engine's own count, and its cache then has the prompt.
+    """Return a request for one token: its usage has the engine's count, and the prompt is then cached.
 
     The answer has the members of ``extra`` beside the count.
     """
@@ -178,28 +178,28 @@ def _read_responses(body: bytes, context: ResponseContext, name: str) -> Reading
 
 
 class _Count:
-    """Reads off an answer how many tokens its prompt had."""
+    """Reader of a response's prompt length."""
 
     def __init__(self, extra: dict[str, str]) -> None:
         self._extra = extra
         self._tokens = 0
 
     def sse_events(self, events: Sequence[InferenceEvent], /) -> bytes:
-        """Take a batch of events."""
+        """Read a batch of events."""
         for event in events:
             if isinstance(event, Started):
                 self._tokens = event.prompt_tokens
         return b""
 
     def body(self) -> bytes:
-        """Return the answer. Raises :class:`UpstreamError` if the node did not say."""
+        """Return the response. Raises :class:`UpstreamError` if the node did not report the count."""
         if not self._tokens:
             raise UpstreamError("The node does not say how many tokens a prompt has.")
         return msgspec.json.encode({**self._extra, "input_tokens": self._tokens})
 
 
 def translated_error(error: ErrorInfo) -> ErrorInfo:
-    """Return another server's error with our code where its words say that the prompt is too long."""
+    """Return another server's error, with our code if its message is about a prompt that is too long."""
     lengths = _TOO_LONG.search(error.message)
     if lengths is None:
         return error
@@ -331,13 +331,13 @@ def _response_format(request: InferenceRequest) -> dict[str, Any] | None:
 
 
 def _structured_outputs(request: InferenceRequest) -> dict[str, str] | None:
-    """Return what OpenAI's own format has no word for, as vLLM has it."""
+    """Return the parameters that OpenAI does not have, in vLLM's form."""
     asked = request.output_format
     return {str(asked.kind): asked.source} if asked.kind in {FormatKind.REGEX, FormatKind.GRAMMAR} else None
 
 
 def _template_arguments(request: InferenceRequest) -> dict[str, Any] | None:
-    """Return what servers of open-weight models hand to their chat templates: whether to think, among it."""
+    """Return ``chat_template_kwargs``, whether to think among them."""
     arguments = dict(request.template_arguments)
     if request.thinking is not None:
         arguments.setdefault("enable_thinking", request.thinking)

@@ -1,8 +1,8 @@
-"""Parts of a conversation that a model cannot take: images for one that reads text, and audio, video, files.
+"""Content parts that a model does not support: images for a text model, and audio, video and files for all.
 
-In what the user says now they are refused by name. In all that was said before, and in what tools have brought back,
-each becomes one line of text that says so: agents send their whole history with every request, and a part that was
-refused once would be refused for ever. How many there were, an answer says in a header.
+In the user's newest message they are refused by name. In earlier messages and in results of tools each is replaced by a
+line of text: agents send their whole history with every request, and one refused part would refuse all later ones. A
+header of the response has their number.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from cortex.wire.request import ImagePart, MediaPart, Message, Part, Role, TextP
 def readable(
     messages: Sequence[Message], *, images: bool, model: str, seeing: Sequence[str] = (), param: str = "messages"
 ) -> tuple[tuple[Message, ...], int]:
-    """Return messages without what the model cannot take, and how many parts that were.
+    """Return messages without unsupported content parts, and the number of these.
 
-    ``images`` says whether it takes images, ``seeing`` which other models do. The user's newest words are those after
-    the assistant's last.
+    ``images`` states whether the model takes images, ``seeing`` names other models that do. The user's newest messages
+    are those after the assistant's last.
 
     Raises:
-        UnsupportedParameterError: they have such a part.
+        UnsupportedParameterError: the newest messages have such a part.
     """
     if all(isinstance(message.content, str) for message in messages):
         return tuple(messages), 0
@@ -49,7 +49,7 @@ def _is_unseen(part: Part, images: bool) -> bool:
 
 
 def _replaced(parts: Sequence[Part], images: bool) -> str | tuple[Part, ...]:
-    """Return the parts with a line of text for each that cannot be taken."""
+    """Return the parts with a line of text in place of each unsupported part."""
     replaced: list[Part] = []
     for part in parts:
         if _is_unseen(part, images):
@@ -64,7 +64,7 @@ def _replaced(parts: Sequence[Part], images: bool) -> str | tuple[Part, ...]:
 
 
 def _lines(replaced: Sequence[Part], parts: Sequence[Part]) -> str:
-    """Join texts as they are, but for the lines that were put in."""
+    """Join texts, with line ends around replaced parts only."""
     pieces: list[str] = []
     is_at_line_start = True
     for new, old in zip(replaced, parts, strict=True):
