@@ -1,4 +1,4 @@
-"""One end of the socket between a daemon and a device worker, for those who use it without the GIL."""
+"""Channel between a daemon and a device worker, for callers without the GIL."""
 
 cdef enum:
     FRAGMENT_BYTES = 65536  # of one packet, header included
@@ -21,7 +21,7 @@ cdef struct Outgoing:
 cdef class Channel:
     cdef int _fd
     cdef int error_number  # of the last FAILED
-    cdef int _input_fault  # errno of what the peer did wrong: nothing is read after it
+    cdef int _input_fault  # errno of the peer's violation: nothing is read after it
     cdef bint _end_of_input
     cdef bint _broken  # nothing can be sent any more
     cdef char *_input
@@ -43,5 +43,5 @@ cdef class Channel:
     cdef bytes take(self)
     cdef int fail(self) except -1
     cdef int _check_open(self) except -1
-    cdef int _say_closed(self) except -1
+    cdef int _raise_closed(self) except -1
     cdef int _wait_until(self, short events, double deadline) except -1

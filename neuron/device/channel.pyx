@@ -1,10 +1,10 @@
-"""One end of the SOCK_SEQPACKET socket pair between a daemon and a device worker.
+"""Channel between a daemon and a device worker: an end of a SOCK_SEQPACKET socket pair.
 
 The kernel keeps packet boundaries, pushes back when the reader is slow and reports the death of the other end. A
 message longer than a packet goes out in fragments: one header byte (1 = more follow, 0 = last), then at most 65,535
-bytes. Sending never blocks: what the socket does not take is queued here, in order, and `pending_bytes` says how much.
+bytes. Sending never blocks: bytes that the socket does not take are queued here, in order; `pending_bytes` counts them.
 
-A channel owns its descriptor and belongs to one thread. It knows nothing of what the messages mean.
+A channel owns its descriptor and belongs to one thread. It does not interpret messages.
 """
 
 cimport cython
@@ -53,7 +53,7 @@ cdef enum:
     MESSAGES_PER_READ = 64
 
 MAX_MESSAGE_BYTES = 64 << 20
-"""The longest message a channel sends or takes unless told otherwise."""
+"""Default bound on the length of a message."""
 
 
 class ChannelError(Exception):
@@ -65,7 +65,7 @@ class ChannelClosed(ChannelError):
 
 
 class ChannelCorrupt(ChannelError):
-    """What arrived is not what a channel sends."""
+    """A received packet is not one that a channel sends."""
 
 
 class MessageTooLong(ChannelError):
@@ -73,13 +73,13 @@ class MessageTooLong(ChannelError):
 
 
 def live_blocks():
-    """Return how many buffers of this module are allocated: a test's proof that none is lost."""
+    """Return the number of allocated buffers of this module, for tests of leaks."""
     return count_blocks(0)
 
 
 @cython.final
 cdef class Channel:
-    """One end of a channel. Takes over ``fd``, a connected SOCK_SEQPACKET socket, and makes it non-blocking.
+    """End of a channel. Takes over ``fd``, a connected SOCK_SEQPACKET socket, and makes it non-blocking.
 
     Raises OSError if the descriptor cannot be used.
     """
@@ -104,7 +104,7 @@ cdef class Channel:
         return self._fd
 
     def close(self):
-        """Close this end and drop what is queued. Closing twice is fine."""
+        """Close this end and drop queued messages. Closing twice is fine."""
         self._drop_outgoing()
         self._drop_input()
         self._broken = self._end_of_input = True
@@ -114,7 +114,7 @@ cdef class Channel:
 
     @property
     def closed(self):
-        """Whether this end was closed or the other end is known to be gone."""
+        """Whether this end was closed or the other end was found closed."""
         return self._end_of_input
 
     @property
@@ -142,13 +142,13 @@ cdef class Channel:
             elif outcome == WOULD_BLOCK or messages:
                 break
             elif outcome == CLOSED:
-                self._say_closed()
+                self._raise_closed()
             else:
                 self.fail()
         return messages
 
     def recv(self, timeout_s=None):
-        """Wait for one message and return it. Raises TimeoutError, or what :meth:`receive_ready` raises."""
+        """Wait for one message and return it. Raises TimeoutError, and as :meth:`receive_ready`."""
         cdef Outcome outcome
         cdef double deadline = -1.0 if timeout_s is None else _now() + <double>timeout_s
         self._check_open()
@@ -161,14 +161,14 @@ cdef class Channel:
             if outcome == MESSAGE:
                 return self.take()
             if outcome == CLOSED:
-                self._say_closed()
+                self._raise_closed()
             if outcome == FAILED:
                 self.fail()
             if not self._wait_until(POLLIN, deadline):
                 raise TimeoutError(f"no message within {timeout_s} s")
 
     def send(self, bytes message not None):
-        """Send ``message`` or queue what the socket does not take; order is kept.
+        """Send ``message``, or queue the bytes that the socket does not take; order is kept.
 
         Raises ChannelClosed if the other end is gone, MessageTooLong without sending anything.
         """
@@ -180,12 +180,12 @@ cdef class Channel:
         with nogil:
             outcome = self.put(data, size)
         if outcome == CLOSED:
-            self._say_closed()
+            self._raise_closed()
         if outcome == FAILED:
             self.fail()
 
     def flush(self, double timeout_s=0.0):
-        """Send what is queued, waiting at most ``timeout_s``; return whether everything went out.
+        """Send queued messages, waiting at most ``timeout_s``; return whether all were sent.
 
         Raises ChannelClosed if the other end is gone.
         """
@@ -199,7 +199,7 @@ cdef class Channel:
             if outcome == DONE:
                 return True
             if outcome == CLOSED:
-                self._say_closed()
+                self._raise_closed()
             if outcome == FAILED:
                 self.fail()
             if timeout_s <= 0.0 or not self._wait_until(POLLOUT, deadline):
@@ -208,7 +208,7 @@ cdef class Channel:
     # ------------------------------------------------------------------ without the GIL
 
     cdef Outcome receive(self) noexcept nogil:
-        """Read one packet. The one place that assembles messages."""
+        """Read one packet. Messages are assembled here alone."""
         cdef char header
         cdef iovec parts[2]
         cdef msghdr packet
@@ -241,8 +241,8 @@ cdef class Channel:
             size = recvmsg(self._fd, &packet, MSG_DONTWAIT)
             if size >= 0:
                 break
-            # Linux reports ECONNRESET once when the peer closed with unread input; what the peer had sent is still
-            # there, behind the error.
+            # Linux reports ECONNRESET once when the peer closed with unread input; the data that the peer had sent
+            # follows the error.
             if errno == EINTR or errno == ECONNRESET:
                 continue
             if errno == EAGAIN:
@@ -262,7 +262,7 @@ cdef class Channel:
         return PARTIAL if header else MESSAGE
 
     cdef Outcome put(self, const char *data, size_t size) noexcept nogil:
-        """Send a message, or as much of it as the socket takes, and queue a copy of the rest."""
+        """Send a message, or the bytes of it that the socket takes, and queue a copy of the rest."""
         cdef Outgoing *node
         cdef size_t sent = 0
         cdef Outcome outcome = WOULD_BLOCK
@@ -277,7 +277,7 @@ cdef class Channel:
                 return outcome
         node = <Outgoing *>malloc(sizeof(Outgoing) + size - sent)
         if node == NULL:
-            # Nothing sensible is left: half of the message may be out.
+            # Not recoverable: half of the message may be sent.
             self._broken = True
             self.error_number = ENOMEM
             return FAILED
@@ -334,7 +334,7 @@ cdef class Channel:
             if sendmsg(self._fd, &packet, MSG_NOSIGNAL | MSG_DONTWAIT) < 0:
                 if errno == EINTR:
                     continue
-                # A packet goes out whole or not at all, so nothing is ever half sent within one.
+                # A packet is sent whole or not at all.
                 if errno == EAGAIN or errno == ENOBUFS:
                     return WOULD_BLOCK
                 self._broken = True
@@ -383,7 +383,7 @@ cdef class Channel:
         return message
 
     cdef int fail(self) except -1:
-        """Raise what ``error_number`` stands for."""
+        """Raise the exception for ``error_number``."""
         if self.error_number == EMSGSIZE:
             raise MessageTooLong(f"a message is longer than the channel's bound of {self.max_message_bytes} bytes")
         if self.error_number == EPROTO:
@@ -395,13 +395,13 @@ cdef class Channel:
             raise ChannelClosed("this end is closed")
         return 0
 
-    cdef int _say_closed(self) except -1:
+    cdef int _raise_closed(self) except -1:
         if self._input_bytes:
             raise ChannelClosed(f"the other end is gone after {self._input_bytes} bytes of an unfinished message")
         raise ChannelClosed("the other end is gone")
 
     cdef int _wait_until(self, short events, double deadline) except -1:
-        """Wait for ``events`` until ``deadline`` (below 0: for ever); return whether they came."""
+        """Wait for ``events`` until ``deadline`` (below 0: for ever); return whether they occurred."""
         cdef int ready
         cdef double left
         cdef int timeout_ms = -1

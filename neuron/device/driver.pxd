@@ -1,4 +1,4 @@
-"""The slice of the CUDA driver API that a device worker calls, as a table of pointers."""
+"""Functions of the CUDA driver API that a device worker calls, as a table of pointers."""
 
 cdef struct Driver:
     # One field per name in SYMBOLS of driver.pyx, in its order: the table is filled by position.

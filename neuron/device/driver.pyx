@@ -1,8 +1,8 @@
-"""The CUDA driver as the worker sees it: a table of function pointers and the counts of the objects made through it.
+"""CUDA driver of a device worker: a table of function pointers, and counts of the objects created through it.
 
 The table is filled from ``libcuda.so.1`` at run time, so building needs no CUDA toolkit and running needs no GPU; a
-test hands in a table of its own; a CPU device has one whose context and stream are nothing. This module calls the
-driver, names its errors and counts its objects. It does not know channels, jobs or torch.
+test passes a table of its own; a CPU device has one whose context and stream are null. Independent of channels,
+jobs and torch.
 """
 
 cimport cython
@@ -46,7 +46,7 @@ cdef enum:
 
 
 class DriverNotFoundError(Exception):
-    """There is no usable NVIDIA driver here: the library is missing, too old, or sees no device."""
+    """There is no usable NVIDIA driver: the library is missing or too old, or finds no device."""
 
 
 class DriverError(Exception):
@@ -105,8 +105,8 @@ cdef int _fill(Driver *table, str library) except -1:
     return 0
 
 
-# A CPU has no context and no stream of its own: making and dropping them succeeds and is nothing. What a CPU device
-# cannot do at all (graphs, device memory) is absent, and asking for it is an error of the caller, not of the device.
+# A CPU has no context and no stream: creating and destroying them succeeds and does nothing. Graphs and device memory
+# are absent, and using them is an error of the caller.
 
 cdef int _host_init(unsigned int flags) noexcept nogil:
     return SUCCESS
@@ -145,7 +145,7 @@ _host_table.event_destroy = _host_pointer
 
 @cython.final
 cdef class DriverHandle:
-    """A driver table in use. Counts what is made and dropped through it, so that a leak is a number.
+    """Driver table in use. Counts the objects created and destroyed through it, so that a leak is a number.
 
     ``driver`` is a capsule from :func:`cuda_driver` or a test, or None for a CPU device. Initialises the driver.
     A destroyed object counts as gone even if the driver reports an error: after a fault it goes with its context.
@@ -163,18 +163,18 @@ cdef class DriverHandle:
 
     @property
     def num_graph_execs(self):
-        """How many adopted graphs are alive."""
+        """Number of adopted graphs that are alive."""
         return len(self._graph_execs)
 
     def version(self):
-        """Return the CUDA version the driver supports as (major, minor); (0, 0) for a CPU device."""
+        """Return the CUDA version that the driver supports as (major, minor); (0, 0) for a CPU device."""
         cdef int version = 0
         if self.table.get_version != NULL:
             self.check(self.table.get_version(&version), CALL_GET_VERSION)
         return version // 1000, version % 1000 // 10
 
     def device(self, int ordinal):
-        """Return the driver's number of the ``ordinal``-th device. Raises DriverError if there is none."""
+        """Return the driver's handle of the ``ordinal``-th device. Raises DriverError if there is none."""
         cdef int device = 0
         self.check(self.table.device_get(&device, ordinal), CALL_DEVICE_GET)
         return device
@@ -199,7 +199,7 @@ cdef class DriverHandle:
         self.check(self.table.graph_exec_destroy(<void *>graph_exec), CALL_GRAPH_EXEC_DESTROY)
 
     def destroy_graph_execs(self):
-        """Destroy every adopted graph, whatever the driver says to it."""
+        """Destroy every adopted graph, ignoring the driver's errors."""
         cdef uintptr_t graph_exec
         while self._graph_execs:
             graph_exec = self._graph_execs.pop()

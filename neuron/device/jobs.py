@@ -1,6 +1,6 @@
-"""What a daemon and a device worker say to each other over their channel.
+"""Messages between a daemon and a device worker over their channel.
 
-Each message is one MessagePack-encoded struct. A *job* asks for one thing and is answered by ``Done`` or
+Each message is one MessagePack-encoded struct. A *job* is one request, answered by ``Done`` or
 ``JobFailed`` with its number; a *sequence* runs until ``SequenceFailed`` or a finished row in ``Tokens``.
 Token ids travel as int32 in the machine's byte order (``array('i').tobytes()``).
 """
@@ -14,7 +14,7 @@ from cortex.wire.node import ModelSpec
 
 
 class SequenceEnd(StrEnum):
-    """Why the engine stopped a sequence."""
+    """Reason for which the engine ended a sequence."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -22,10 +22,10 @@ class SequenceEnd(StrEnum):
 
 
 class Pooling(StrEnum):
-    """Which hidden states of a text become its embedding."""
+    """Hidden states of a text that become its embedding."""
 
     LAST = "last"
-    """The last token's, which has seen all others."""
+    """Hidden state of the last token, which attends to all others."""
     MEAN = "mean"
 
 
@@ -42,14 +42,14 @@ class SamplerSettings(msgspec.Struct, frozen=True, array_like=True):
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     top_logprobs: int = -1
-    """How many alternatives to report the log probabilities of, beside the token's own; -1 reports none."""
+    """Number of alternatives whose log probabilities are reported, beside the token's own; -1 reports none."""
 
 
 class ConstraintSettings(msgspec.Struct, frozen=True, array_like=True):
-    """A Lark grammar that the output must follow, once reasoning is over.
+    """Lark grammar that the output must follow, once reasoning is over.
 
-    ``opens`` and ``closes`` are the tokens around reasoning, -1 for a model without; ``starts_inside`` says that the
-    prompt has opened it already.
+    ``opens`` and ``closes`` are the tokens around reasoning, -1 for a model without; ``starts_inside``: the prompt has
+    opened it already.
     """
 
     grammar: str
@@ -62,14 +62,14 @@ class ConstraintSettings(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GroupSettings(msgspec.Struct, frozen=True, array_like=True):
-    """A rank's place among the workers that hold a model together."""
+    """Rank of a worker in a group that shares a model."""
 
     rank: int
     size: int
     address: str
-    """``host:port`` of rank 0's, where the ranks meet."""
+    """``host:port`` of rank 0, where the ranks meet."""
     limit_s: float = 30.0
-    """How long a rank waits for the others before it takes them for lost."""
+    """Time that a rank waits for the others before it takes them for lost."""
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -78,13 +78,13 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     job: int
     spec: ModelSpec
     path: str
-    """The weights on this host: a ``.gguf`` file or a folder with ``config.json`` and safetensors."""
+    """Path of the weights on this host: a ``.gguf`` file or a folder with ``config.json`` and safetensors."""
     group: GroupSettings | None = None
-    """Where several workers each load a part; the one of rank 0 then takes the model's sequences."""
+    """Group whose workers each load a part; rank 0 takes the model's sequences. ``None``: not shared."""
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
-    """Drop a model and every byte it holds. Its running sequences are cancelled."""
+    """Release a model and its memory. Its running sequences are cancelled."""
 
     job: int
     model: str
@@ -111,11 +111,11 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """The principal's: who waits with a higher one gets a slot first."""
     constraint: ConstraintSettings | None = None
     min_tokens: int = 0
-    """How many tokens it has before one of ``eos`` may end it."""
+    """Number of tokens before one of ``eos`` may end the sequence."""
     cache_salt: str = ""
-    """Only sequences with the same one share pages of the cache."""
+    """Salt of the prefix cache: sequences share pages only with an equal salt."""
     scores_prompt: bool = False
-    """Whether the log probabilities of the prompt's tokens are wanted too: none of it may come from the cache then."""
+    """Whether to return the log probabilities of the prompt's tokens; the prompt is then not read from the cache."""
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):
@@ -131,7 +131,7 @@ class Embed(msgspec.Struct, frozen=True, tag="embed"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop a sequence and free what it holds; unknown and finished sequences are ignored."""
+    """Stop a sequence and free its memory; unknown and finished sequences are ignored."""
 
     sequence: int
 
@@ -155,7 +155,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class LoadedModel(msgspec.Struct, frozen=True, tag="loaded_model"):
-    """What a load made of a spec: the plan as carried out, in bytes and tokens."""
+    """Result of a load: the plan as carried out, in bytes and tokens."""
 
     model: str
     architecture: str
@@ -167,7 +167,7 @@ class LoadedModel(msgspec.Struct, frozen=True, tag="loaded_model"):
 
 
 class Memory(msgspec.Struct, frozen=True, tag="memory"):
-    """Memory of the device in bytes; ``used_bytes`` is what this process holds."""
+    """Memory of the device in bytes; ``used_bytes`` is this process's share."""
 
     total_bytes: int
     free_bytes: int
@@ -189,14 +189,14 @@ class JobFailed(msgspec.Struct, frozen=True, tag="job_failed"):
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """How far a load is, 0 to 1."""
+    """Progress of a load, 0 to 1."""
 
     job: int
     fraction: float
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Natural-log probabilities of a row's N tokens and of the K likeliest in each one's place, before any filter."""
+    """Natural-log probabilities of a row's N tokens, and of the K likeliest at each position, before any filter."""
 
     chosen: bytes
     """float32 ``[N]``"""
@@ -207,7 +207,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenRow(msgspec.Struct, frozen=True, array_like=True):
-    """What one step gave one sequence: int32 ids, and the reason if it ended.
+    """Output of one step for one sequence: int32 ids, and the reason if it ended.
 
     An end-of-turn token is not among ``ids``. ``prompt_cached`` is set on the first row of a sequence. A row of a
     prompt that is still being scored has no ids.
@@ -219,11 +219,11 @@ class TokenRow(msgspec.Struct, frozen=True, array_like=True):
     prompt_cached: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt: TokenLogprobs | None = None
-    """Of the tokens of a prompt that is scored, those that this step has seen; the first token has none."""
+    """Log probabilities of the scored prompt's tokens that this step processed; the first token has none."""
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
-    """One engine step's output for all sequences it ran, and the queue lengths after it."""
+    """Output of an engine step for all its sequences, and the queue lengths after it."""
 
     rows: tuple[TokenRow, ...]
     running: int
@@ -231,14 +231,14 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 
 
 class Embedding(msgspec.Struct, frozen=True, tag="embedding"):
-    """The end of a sequence that was to be embedded: float32 ``[hidden]`` of length 1."""
+    """Result of an embedding sequence: float32 ``[hidden]`` of length 1."""
 
     sequence: int
     vector: bytes
 
 
 class SequenceFailed(msgspec.Struct, frozen=True, tag="sequence_failed"):
-    """One sequence failed; others go on."""
+    """A sequence failed; others go on."""
 
     sequence: int
     error: ErrorInfo

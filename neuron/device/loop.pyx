@@ -1,9 +1,9 @@
-"""The loop that owns one device: one OS thread, its primary context, its stream and its channel to the daemon.
+"""Loop that owns one device: one OS thread, its primary context, its stream and its channel to the daemon.
 
-It waits without the GIL, takes it to hand a message or a step to the handler (the engine), and gives it up again to
-replay captured graphs. The rules: everything here runs on the thread that made the loop; a driver error is final and
-is told to the daemon; a daemon that is gone ends the loop; a daemon that does not read stops it. What messages say
-and what a step computes is the handler's.
+It waits without the GIL, takes it to pass a message or a step to the handler (the engine), and releases it to replay
+captured graphs. The rules: everything here runs on the thread that made the loop; a driver error is final and is
+reported to the daemon; the end of the daemon ends the loop; a daemon that does not read pauses it. Messages and steps
+are opaque here.
 """
 
 cimport cython
@@ -66,29 +66,29 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from *:
     """
-    /* Written by the device, or by a test's thread: read anew each time. */
+    /* Written by the device, or by a test's thread. */
     static inline int device_word(uintptr_t address) { return __atomic_load_n((int *)address, __ATOMIC_ACQUIRE); }
     """
     int device_word(uintptr_t address) nogil
 
 cdef enum:
-    LOOKS_PER_QUERY = 64  # asking the driver takes as long as some hundred looks at a word
-    SPINNING_QUERIES = 64  # half a millisecond or so; a step that takes longer does not mind a nap
+    READS_PER_QUERY = 64  # a query of the driver takes as long as some hundred reads of a word
+    SPINNING_QUERIES = 64  # about half a millisecond; a longer step can bear a sleep
     NAP_US = 20
     MESSAGES_PER_STEP = 64  # a flood of messages does not starve the sequences that run
     MAX_NAME_BYTES = 15  # the kernel's bound on a thread's name
     SIGNAL_CHECK_MS = 1000  # a signal that arrives just before a poll does not interrupt it, and is seen after this
 
-cdef double LAST_WORDS_S = 2.0  # how long an ending loop waits for the daemon to read what is queued
+cdef double FINAL_FLUSH_S = 2.0  # time that an ending loop waits for the daemon to read queued messages
 
 logger = logging.getLogger(__name__)
 
 
 class Handler(typing.Protocol):
-    """What a loop drives. All of it is called on the loop's thread.
+    """Engine that a loop drives. All methods are called on the loop's thread.
 
-    An error of one request is the handler's to answer. An exception that leaves the handler ends the process: with
-    :class:`DeviceFault` (or a DriverError) as poisoned, with any other as crashed.
+    The handler answers errors of a request. An exception that leaves it ends the process: :class:`DeviceFault` (or a
+    DriverError) as poisoned, any other as crashed.
     """
 
     @property
@@ -96,7 +96,7 @@ class Handler(typing.Protocol):
         """Whether there is a step to run now."""
 
     def handle(self, message: bytes) -> None:
-        """Take one message of the daemon."""
+        """Handle one message of the daemon."""
 
     def step(self) -> None:
         """Run one step; called while ``busy``, with the messages that arrived handled before each."""
@@ -105,16 +105,16 @@ class Handler(typing.Protocol):
 def die_with_parent():
     """Have the kernel kill this process when the thread that started it ends.
 
-    A worker that sits in a kernel launch does not see that its channel has closed. Raises OSError.
+    A worker inside a kernel launch does not notice that its channel has closed. Raises OSError.
     """
     if prctl(PR_SET_PDEATHSIG, 9) != 0:
         raise OSError("prctl(PR_SET_PDEATHSIG) failed")
 
 
 @cython.final
-@cython.no_gc_clear  # __dealloc__ gives the device back through `driver`
+@cython.no_gc_clear  # __dealloc__ releases the device through `driver`
 cdef class DeviceLoop:
-    """Owns a device from construction to :meth:`close`, on the thread that constructs it and names it ``name``.
+    """Owner of a device from construction to :meth:`close`, on the constructing thread, which it names ``name``.
 
     ``driver`` is a capsule of :func:`neuron.device.driver.cuda_driver`, or None for a CPU. ``channel_fd`` is taken
     over. ``step_limit_s`` is the watchdog's: a message or step that takes longer ends the process with EXIT_WEDGED;
@@ -192,7 +192,7 @@ cdef class DeviceLoop:
         self.close()
 
     def close(self):
-        """Give the device back and close the channel; the driver's opinion is not asked. Closing twice is fine."""
+        """Release the device and close the channel, ignoring the driver's errors. Closing twice is fine."""
         self._release()
         self.channel.close()
 
@@ -213,13 +213,13 @@ cdef class DeviceLoop:
 
     @property
     def stream(self):
-        """The loop's stream as the driver's handle, e.g. for ``torch.cuda.ExternalStream``; 0 for a CPU."""
+        """Driver's handle of the loop's stream, e.g. for ``torch.cuda.ExternalStream``; 0 for a CPU."""
         return <uintptr_t>self._stream
 
     @property
     def limit_s(self):
-        """The watchdog's limit for the message or step in hand. Set it to give a long job its own, from its start;
-        0 takes the watch off it. The next one has ``step_limit_s`` again."""
+        """Watchdog's limit for the current message or step. A long job sets its own, counted from its start; 0 disables
+        the watchdog. The next one has ``step_limit_s`` again."""
         return self._limit_s
 
     @limit_s.setter
@@ -247,8 +247,8 @@ cdef class DeviceLoop:
         return free_bytes, total_bytes
 
     def send(self, bytes message not None):
-        """Queue a message to the daemon; what the socket takes goes out at once. Nothing happens if it is gone:
-        the loop ends by itself then. Raises MessageTooLong."""
+        """Queue a message to the daemon and send what the socket takes. Does nothing if the daemon is gone: the loop
+        ends by itself then. Raises MessageTooLong."""
         cdef Outcome outcome
         cdef const char *data = message
         cdef size_t size = len(message)
@@ -260,14 +260,14 @@ cdef class DeviceLoop:
             self.channel.fail()
 
     def stop(self):
-        """End :meth:`run` with status 0 after the call in hand, once the daemon has read what is queued."""
+        """End :meth:`run` with status 0 after the current call, once the daemon has read all queued messages."""
         self._stopping = True
 
     def instantiate(self, uintptr_t graph):
         """Make the captured ``graph`` (a ``CUgraph``) ready to replay; return the handle, which this loop owns.
 
-        Too little memory for it is a DriverError that leaves the device as it was: its caller can do without. Any other
-        is a DeviceFault. Raises ValueError on a device without graphs.
+        Raises DriverError for want of memory, which leaves the device usable; DeviceFault for any other error of the
+        driver; ValueError on a device without graphs.
         """
         cdef void *graph_exec = NULL
         cdef int code
@@ -298,10 +298,10 @@ cdef class DeviceLoop:
     def replay(
         self, uintptr_t graph_exec, uint64_t count=1, *, bint stop_on_message=False, uintptr_t stop_word=0
     ):
-        """Launch an instantiated graph ``count`` times on the loop's stream, wait for it, return how often it ran.
+        """Launch an instantiated graph ``count`` times on the loop's stream, wait for it, return the number of runs.
 
-        With ``stop_on_message`` it ends early when the daemon has something to say, with ``stop_word`` when the device
-        has written something other than 0 to the int32 at that address of pinned memory: the step that runs and the one
+        With ``stop_on_message`` it ends early when a message of the daemon arrives, with ``stop_word`` when the device
+        has written a value other than 0 to the int32 at that address of pinned memory: the running step and the one
         queued behind it still finish, so that the device never waits for the host. Raises DeviceFault, and
         ValueError on a device without graphs.
         """
@@ -333,8 +333,8 @@ cdef class DeviceLoop:
             self.launches += 1
             if not (stop_on_message or stop_word) or done == count:
                 continue
-            # Launching returns at once, so looking between launches alone would look before the first step has run.
-            # Waiting for the step before the last keeps one queued behind the one that runs.
+            # A launch returns at once, so a check between launches alone would come before the first step has run.
+            # Waiting for the step before the last keeps one step queued behind the running one.
             call[0] = CALL_EVENT_RECORD
             code[0] = table.event_record(self._events[done & 1], self._stream)
             if code[0] == SUCCESS and done > 1:
@@ -351,10 +351,10 @@ cdef class DeviceLoop:
         return done
 
     def wait_for_words(self, uintptr_t address, size_t count, int pending):
-        """Wait until none of the ``count`` int32 at ``address`` is ``pending``: pinned memory that the device writes to.
+        """Wait until none of the ``count`` int32 at ``address``, in pinned memory, is ``pending``.
 
-        Nothing that is queued behind those writes is waited for. Raises DeviceFault, also where the device has nothing
-        left to do and has not written; ValueError on a device without graphs.
+        Work queued behind these writes is not waited for. Raises DeviceFault, also where the device is idle and has not
+        written; ValueError on a device without graphs.
         """
         cdef int code
         self._check_usable()
@@ -371,9 +371,9 @@ cdef class DeviceLoop:
         raise self.fault
 
     cdef int _wait_for_words(self, uintptr_t address, size_t count, int pending) noexcept nogil:
-        """Return SUCCESS, NOT_READY if the device is done and some word is pending, or what the driver reports."""
+        """Return SUCCESS, NOT_READY if the device is done and some word is pending, or the driver's error."""
         cdef size_t at = 0
-        cdef int looks = 0
+        cdef int num_reads = 0
         cdef int queries = 0
         cdef int code
         cdef bint done = False
@@ -382,12 +382,12 @@ cdef class DeviceLoop:
                 at += 1
             if at == count:
                 return SUCCESS
-            if done:  # all it wrote is here: looked once more since
+            if done:  # all its writes are visible, and were checked once more
                 return NOT_READY
-            looks += 1
-            if looks < LOOKS_PER_QUERY:
+            num_reads += 1
+            if num_reads < READS_PER_QUERY:
                 continue
-            looks = 0
+            num_reads = 0
             code = self.driver.table.stream_query(self._stream)
             done = code == SUCCESS
             if code != SUCCESS and code != NOT_READY:
@@ -397,14 +397,14 @@ cdef class DeviceLoop:
                 usleep(NAP_US)
 
     def run(self, handler):
-        """Serve until the daemon is gone or :meth:`stop` is called (0), the device faults (EXIT_POISONED, told to the
-        daemon first) or the handler raises (EXIT_CRASHED, with the traceback logged). Return that exit status."""
+        """Serve until the daemon is gone or :meth:`stop` is called (0), the device faults (EXIT_POISONED, reported to
+        the daemon first) or the handler raises (EXIT_CRASHED, with the traceback logged). Return that exit status."""
         cdef int status = 0
         self._check_owner()
         try:
             status = self._serve(handler)
         except DriverError as error:
-            # Also one that the handler made of what torch reported.
+            # Also a fault that the handler made of torch's error.
             logger.exception("%s: device fault", self.name)
             if self.fault is None:
                 self.fault = error if isinstance(error, DeviceFault) else DeviceFault(error.call, error.code, error.name)
@@ -417,9 +417,9 @@ cdef class DeviceLoop:
             if self.fault is not None:
                 status = jobs.EXIT_POISONED
                 self.channel.send(msgspec.msgpack.encode(jobs.Poisoned(str(self.fault))))
-            self.channel.flush(LAST_WORDS_S)
+            self.channel.flush(FINAL_FLUSH_S)
         except (ChannelError, OSError):
-            pass  # the daemon is gone: it has seen the channel close, and will see the exit status
+            pass  # the daemon is gone: it finds the channel closed, and the exit status
         return status
 
     cdef int _serve(self, handler) except -1:
@@ -435,8 +435,8 @@ cdef class DeviceLoop:
                 if outcome == FAILED:
                     self.channel.fail()
                 if self.channel.pending_bytes > self.queue_limit_bytes:
-                    # Taking jobs would queue more answers, so nothing is read either.
-                    self._rest(POLLOUT)
+                    # More jobs would queue more answers, so nothing is read either.
+                    self._sleep(POLLOUT)
                     continue
             with nogil:
                 outcome = self.channel.receive()
@@ -462,10 +462,10 @@ cdef class DeviceLoop:
                 watchdog_disarm(&self._watchdog)
                 self.steps += 1
             elif outcome == WOULD_BLOCK:
-                self._rest(POLLIN | POLLOUT if self.channel.pending_bytes else POLLIN)
+                self._sleep(POLLIN | POLLOUT if self.channel.pending_bytes else POLLIN)
         return 0
 
-    cdef int _rest(self, short events) except -1:
+    cdef int _sleep(self, short events) except -1:
         """Sleep until the channel has one of ``events`` or the daemon is gone, a second at the most."""
         cdef int ready
         # Safety: reads the descriptor only, which this thread alone closes.

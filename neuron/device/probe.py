@@ -1,7 +1,7 @@
-"""What devices this host has, and which of them the daemon was told to use.
+"""Devices of this host, and the choice among them by ``--devices``.
 
-GPUs are asked through NVML, which makes no CUDA context, so the daemon can look and fork freely; the CPU is described
-within its control group, because a limit is what a load must fit. The numbering is that of the PCI bus, filtered by
+GPUs are queried through NVML, which makes no CUDA context, so that the daemon can fork afterwards; the CPU is described
+within the limits of its control group. Ordinals follow the PCI bus, filtered by
 ``CUDA_VISIBLE_DEVICES``, and the workers are started so that CUDA counts the same way. Nothing here imports torch.
 """
 
@@ -18,25 +18,25 @@ from cortex.wire.node import Device, DeviceKind
 from neuron.errors import DeviceListError, UnknownDeviceError
 
 CUDA_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-"""What a worker needs in its environment for its ordinals to be those of this module."""
+"""Environment of a worker in which CUDA's ordinals are the ones of this module."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Host:
-    """What was found: devices in the order of their ordinals, and the versions of driver and CUDA if there is one."""
+    """Devices in the order of their ordinals, and the versions of driver and CUDA if there is a driver."""
 
     devices: tuple[Device, ...]
     driver_version: str | None = None
     cuda_version: str | None = None
     no_gpu: str | None = None
-    """Why there is no GPU among them though the kernel has a driver for one."""
+    """Reason for the absence of GPUs though the kernel has a driver for them."""
     no_gpu_here: str = ""
-    """Why there is no GPU among them, for who asked for one."""
+    """Reason for the absence of GPUs, for a user who named one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Roots:
-    """Where the kernel's files are."""
+    """Folders of the kernel's files."""
 
     proc: pathlib.Path = pathlib.Path("/proc")
     cgroup: pathlib.Path = pathlib.Path("/sys/fs/cgroup")
@@ -56,7 +56,7 @@ def parse_devices(text: str, available: Sequence[str], no_gpu: str = "") -> tupl
 
     ``available`` are the ids of :func:`probe`. A bare number is a GPU; ``auto`` takes every GPU, or the CPU where
     there is none; ``all`` also takes the CPU. ``cpu:1`` and so on are more workers on the same processor and memory,
-    for models over several ranks. ``no_gpu`` says why there is none, where there is none. Raises DeviceListError and
+    for models over several ranks. ``no_gpu`` is the reason for the absence of GPUs. Raises DeviceListError and
     UnknownDeviceError.
     """
     gpus = tuple(device for device in available if device.startswith("cuda:"))
@@ -93,8 +93,8 @@ def ordinal_of(device_id: str) -> int:
 def visible_gpus(setting: str | None, uuids: Sequence[str]) -> list[int]:
     """Return the bus ordinals that ``CUDA_VISIBLE_DEVICES`` leaves, in its order.
 
-    As CUDA reads it: unset is all, entries are ordinals or beginnings of a UUID, and the first entry that names
-    nothing, or something named before, ends the list. (CUDA programming guide, "CUDA environment variables".)
+    As CUDA reads it: unset is all, entries are ordinals or prefixes of a UUID, and the first entry that names no GPU,
+    or a GPU for the second time, ends the list. (CUDA programming guide, "CUDA environment variables".)
     """
     if setting is None:
         return list(range(len(uuids)))
@@ -128,7 +128,7 @@ def _probe_gpus(visible: str | None, roots: Roots) -> Host:
         version = nvml.nvmlSystemGetCudaDriverVersion_v2()
         handles = [_answer(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(nvml.nvmlDeviceGetCount())]
         if visible is not None and visible.startswith("MIG-"):
-            # A part of a GPU is no GPU by this count, and CUDA shows a process one of them.
+            # A MIG instance is no GPU by this count, and CUDA shows a process one of them.
             chosen = [_answer(nvml, "nvmlDeviceGetHandleByUUID", visible.partition(",")[0].strip())]
             chosen = [handle for handle in chosen if handle is not None]
         else:
@@ -150,7 +150,7 @@ def _in_container() -> bool:
 
 
 def _answer(nvml: Any, question: str, subject: object) -> Any:
-    """Ask NVML; ``None`` if it has no answer, as of a GPU that has fallen off the bus."""
+    """Query NVML; return ``None`` if it has no answer, as for a GPU that has fallen off the bus."""
     if subject is None:
         return None
     try:
@@ -160,13 +160,13 @@ def _answer(nvml: Any, question: str, subject: object) -> Any:
 
 
 def _describe(nvml: Any, name: str, handle: object, roots: Roots) -> Device:
-    """Describe a GPU. One that does not answer keeps its place among the others, without memory."""
+    """Describe a GPU. A GPU that does not answer keeps its ordinal, without memory."""
     product = _answer(nvml, "nvmlDeviceGetName", handle)
     memory = _answer(nvml, "nvmlDeviceGetMemoryInfo", handle)
     capability = _answer(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
     free_bytes, total_bytes = (0, 0) if memory is None else (int(memory.free), int(memory.total))
     if memory is None and product is not None:
-        free_bytes, total_bytes = host_memory(roots)  # it has none of its own
+        free_bytes, total_bytes = host_memory(roots)  # unified memory
     return Device(
         id=name,
         kind=DeviceKind.CUDA,
@@ -178,7 +178,7 @@ def _describe(nvml: Any, name: str, handle: object, roots: Roots) -> Device:
 
 
 def _text(value: str | bytes) -> str:
-    """Return a string of NVML's, which older bindings give as bytes."""
+    """Return a string of NVML, which older bindings return as bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
@@ -199,7 +199,7 @@ def probe_cpu(roots: Roots = ROOTS) -> Device:
 
 
 def usable_cores(roots: Roots = ROOTS) -> int:
-    """Return how many cores this process may keep busy: its affinity, within the quota of its control group."""
+    """Return the number of cores that this process may keep busy: its affinity, within its control group's quota."""
     cores = len(os.sched_getaffinity(0))
     for folder in _cgroups(roots, "cpu"):
         quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
@@ -211,7 +211,7 @@ def usable_cores(roots: Roots = ROOTS) -> int:
 
 
 def host_memory(roots: Roots = ROOTS) -> tuple[int, int]:
-    """Return (free, total) bytes: what the kernel can give, within the control group's limits.
+    """Return (free, total) bytes of memory that the kernel can give, within the control group's limits.
 
     Page cache that the group could drop counts as free, as it does in the kernel's MemAvailable.
     """
@@ -225,7 +225,7 @@ def host_memory(roots: Roots = ROOTS) -> tuple[int, int]:
             continue
         total_bytes = int(limit)
         stat = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE))
-        # version 1 counts the groups below in its total_ rows only
+        # version 1 counts descendant groups in its total_ rows only
         held = int(used) - int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
         free_bytes = min(free_bytes, max(0, int(limit) - held))
     return free_bytes, total_bytes
@@ -244,7 +244,7 @@ def _cgroups(roots: Roots, controller: str) -> Iterator[pathlib.Path]:
             continue
         root = roots.cgroup / controller if controllers else roots.cgroup
         folder = root / path.lstrip("/")
-        # In a container with its own view the path may lead nowhere; then its root is the group.
+        # In a cgroup namespace the path may not exist; the root is the group then.
         yield folder
         while folder != root and root in folder.parents:
             folder = folder.parent

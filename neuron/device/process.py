@@ -1,8 +1,8 @@
-"""One worker process from spawn to reap, as the event loop of the daemon sees it.
+"""Worker process, from spawn to reap, on the daemon's event loop.
 
-Its death shows twice, as the end of its channel and as its exit; whichever comes first starts the clock on the other,
-so that what it said last is read, its status is known, and a process that does neither is killed. Nothing here blocks
-the loop, and nothing here knows jobs, sequences or restarts: bytes in, bytes out, and a reason at the end.
+Its end shows twice, as the end of its channel and as its exit; the first starts a timer for the other, so that its last
+messages are read, its status is collected, and a process that does only one of the two is killed. Nothing here blocks
+the loop or depends on jobs, sequences or restarts: bytes in, bytes out, and a reason at the end.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from neuron.device.channel import Channel, ChannelClosed, ChannelError, socket_p
 from neuron.device.jobs import EXIT_CRASHED, EXIT_POISONED, EXIT_WEDGED
 
 EXIT_GRACE_S = 1.0
-"""How long a process may outlive its channel before it is killed."""
+"""Time that a process may outlive its channel before it is killed."""
 KILL_GRACE_S = 5.0
-"""How long a killed process may take to die. One that hangs in its driver does not, and is given up."""
+"""Time that a killed process may take to end; a process that hangs in its driver does not, and is abandoned."""
 
 _REASONS = {
     0: "exited by itself",
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerProcess:
-    """Spawns ``command`` with ``--device`` and ``--channel-fd`` added, in a process group of its own.
+    """Process of ``command`` with ``--device`` and ``--channel-fd`` added, in a process group of its own.
 
-    ``on_message`` gets each message; ``on_end`` gets the reason, once, when nothing more will come. The worker asks
-    the kernel to end with the *thread* that spawned it (:func:`neuron.device.loop.die_with_parent`), so construct
+    ``on_message`` gets each message; ``on_end`` gets the reason, once, after the last message. The worker has the
+    kernel end it with the *thread* that spawned it (:func:`neuron.device.loop.die_with_parent`), so construct
     this on the thread that runs the daemon's loop. Raises OSError if it cannot be spawned.
     """
 
@@ -61,7 +61,7 @@ class WorkerProcess:
             self._popen = subprocess.Popen(
                 [*command, "--device", device_id, "--channel-fd", str(theirs)],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a library prints belongs into the log
+                stdout=2,  # output of libraries belongs into the log
                 pass_fds=(theirs,),
                 process_group=0,
                 env={**os.environ, **environment},
@@ -77,21 +77,21 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """The process id, which is also that of its group."""
+        """Process id, and id of its group."""
         return self._popen.pid
 
     @property
     def status(self) -> int | None:
-        """The status it exited with, a negative signal if one ended it; ``None`` before."""
+        """Exit status, or the negative number of the signal that ended it; ``None`` before."""
         return self._popen.returncode
 
     @property
     def pending_bytes(self) -> int:
-        """How much of what was sent has not left this process."""
+        """Number of queued bytes that have not left this process."""
         return self._channel.pending_bytes
 
     def send(self, message: bytes) -> None:
-        """Send a message, or queue it. One to a process that is going is dropped: ``on_end`` follows.
+        """Send a message, or queue it; dropped if the process is ending, as ``on_end`` follows.
 
         Raises MessageTooLong.
         """
@@ -104,15 +104,15 @@ class WorkerProcess:
         if self._channel.wants_write:
             self._loop.add_writer(self._channel.fileno(), self._writable)
 
-    def condemn(self, reason: str) -> None:
-        """Kill the process and give ``reason`` for its end, unless it has one."""
+    def kill(self, reason: str) -> None:
+        """Kill the process, with ``reason`` as the reason for its end unless it has one."""
         if self._verdict is None:
             self._verdict = reason
         self.signal(signal.SIGKILL)
         self._give_up_after(KILL_GRACE_S)
 
     def expect_end(self, reason: str) -> None:
-        """Take ``reason`` for the end that the process announced, and give it a moment to come to it."""
+        """Record ``reason`` for the end that the process announced, and kill it after a grace period."""
         if self._verdict is None:
             self._verdict = reason
         self._kill_after(EXIT_GRACE_S)
@@ -124,7 +124,7 @@ class WorkerProcess:
                 os.killpg(self.pid, number)
 
     def destroy(self) -> None:
-        """Kill and reap without the event loop; for a caller that is being cancelled. Blocks for milliseconds."""
+        """Kill and reap without the event loop, for a cancelled caller. Blocks for milliseconds."""
         if self.ended.is_set():
             return
         self.signal(signal.SIGKILL)
@@ -150,12 +150,12 @@ class WorkerProcess:
         try:
             done = self._channel.flush()
         except ChannelError:
-            done = True  # the reader sees the end
+            done = True  # the reader finds the end
         if done:
             self._loop.remove_writer(self._channel.fileno())
 
     def _exited(self) -> None:
-        """Read what it said last, take its group with it, reap it."""
+        """Read its last messages, kill its group, reap it."""
         while not self.ended.is_set():
             try:
                 messages = self._channel.receive_ready()
@@ -166,13 +166,13 @@ class WorkerProcess:
             for message in messages:
                 if self._verdict is None:
                     self._on_message(message)
-        self.signal(signal.SIGKILL)  # what it may have started; its own entry is there until the wait
+        self.signal(signal.SIGKILL)  # its children; its own entry is there until the wait
         status = self._popen.wait()
         self._end(self._verdict or reason_of(status))
 
     def _kill_after(self, seconds: float) -> None:
         self._cancel_timer()
-        self._timer = self._loop.call_later(seconds, self.condemn, "closed its channel and did not exit")
+        self._timer = self._loop.call_later(seconds, self.kill, "closed its channel and did not exit")
 
     def _give_up_after(self, seconds: float) -> None:
         self._cancel_timer()
@@ -204,7 +204,7 @@ class WorkerProcess:
 
 
 def reason_of(status: int) -> str:
-    """Return what an exit status says: a status of a worker, a signal (negative), or some other."""
+    """Return the reason for an exit status: a worker's own, a signal (negative), or another."""
     if status < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-status).name}"

@@ -22,7 +22,7 @@ static void *watch(void *argument) {
         int length = snprintf(line, sizeof line, "%s: a step outlasted its limit, exiting with status %d\n", dog->name,
                               dog->exit_status);
         if (write(STDERR_FILENO, line, (size_t)length) < 0) {
-            /* nowhere to say it: the exit status does */
+            /* nowhere to report it: the exit status has to do */
         }
         _exit(dog->exit_status);
     }
@@ -35,7 +35,7 @@ int watchdog_start(struct watchdog *dog, const char *name, uint64_t limit_ns, in
     sigset_t all, before;
     atomic_store_explicit(&dog->deadline_ns, 0, memory_order_relaxed);
     dog->limit_ns = limit_ns;
-    /* a quarter of the limit late at the worst, and one wake-up a second at the most when limits are long */
+    /* at most a quarter of the limit late, and at most one wake-up a second when limits are long */
     dog->period_ns = limit_ns / 4 < 1000000000u ? limit_ns / 4 : 1000000000u;
     if (dog->period_ns < 1000000u)
         dog->period_ns = 1000000u;
@@ -47,7 +47,7 @@ int watchdog_start(struct watchdog *dog, const char *name, uint64_t limit_ns, in
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&dog->wake, &monotonic);
     pthread_condattr_destroy(&monotonic);
-    /* signals stay with the threads that Python knows */
+    /* signals stay with Python's threads */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = pthread_create(&dog->thread, NULL, watch, dog);

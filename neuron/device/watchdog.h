@@ -1,8 +1,8 @@
-/* A thread that ends the process when one step of another thread takes too long.
+/* Watchdog: a thread that ends the process when a step of another thread takes too long.
  *
  * A kernel or a collective that never returns cannot be interrupted, and Python code that waits for it holds the GIL
- * or never comes back to it; so the only cure is a new process, and the only one who can see it is a thread that needs
- * neither. Arming and disarming is one atomic store each. The watched thread owns everything but `deadline_ns`.
+ * or never takes it again: only a new process helps, and only a thread that needs no GIL can detect it. Arming and
+ * disarming are one atomic store each. The watched thread owns everything but `deadline_ns`.
  */
 #ifndef NEURON_DEVICE_WATCHDOG_H
 #define NEURON_DEVICE_WATCHDOG_H
@@ -15,8 +15,8 @@
 
 struct watchdog {
     _Atomic uint64_t deadline_ns; /* CLOCK_MONOTONIC; 0 = nothing to watch */
-    uint64_t started_ns;          /* of the step in hand */
-    uint64_t limit_ns;            /* of every step, unless it asks for its own */
+    uint64_t started_ns;          /* start of the current step */
+    uint64_t limit_ns;            /* limit of a step, unless it sets its own */
     uint64_t period_ns;
     int exit_status;
     bool running, stop;
@@ -44,8 +44,8 @@ static inline void watchdog_disarm(struct watchdog *dog) {
         atomic_store_explicit(&dog->deadline_ns, 0, memory_order_relaxed);
 }
 
-/* Give the step in hand `limit_ns` from its start; 0 takes the watch off it. One store holds the whole deadline, so
- * the watching thread can never pair the start of one step with the limit of another. */
+/* Give the current step `limit_ns` from its start; 0 disables the watchdog for it. One store holds the whole deadline,
+ * so that the thread never pairs the start of one step with the limit of another. */
 static inline void watchdog_extend(struct watchdog *dog, uint64_t limit_ns) {
     if (dog->running)
         atomic_store_explicit(&dog->deadline_ns, limit_ns ? dog->started_ns + limit_ns : 0, memory_order_relaxed);

@@ -1,9 +1,8 @@
-"""The daemon's handle on the worker of one device: jobs and sequences in, results and token rows out.
+"""Worker of a device as the daemon holds it: jobs and sequences in, results and token rows out.
 
-A worker that dies takes what it was doing with it: every job and sequence fails at once, the process is replaced
-after a pause that grows while it keeps dying, and the owner reloads its models before new sequences are taken. Numbers
-of jobs and sequences are never used twice, so what an earlier process said can reach nobody. Which models belong here
-is the owner's to know.
+When the process ends, every job and sequence fails at once, the process is replaced after a delay that grows with each
+death in a row, and the owner reloads its models before new sequences are taken. Numbers of jobs and sequences are never
+used twice, so messages of an earlier process match no request. The owner keeps the list of models.
 """
 
 import asyncio
@@ -27,16 +26,16 @@ from neuron.device.process import KILL_GRACE_S, WorkerProcess
 from neuron.errors import DeviceWorkerLostError, DeviceWorkerNotReadyError
 
 TERMINATE_GRACE_S = 2.0
-"""How long a worker has between SIGTERM and SIGKILL."""
+"""Time between SIGTERM and SIGKILL."""
 MAX_PENDING_BYTES = 64 << 20
-"""How much may wait for a worker that does not read before new work is refused."""
+"""Bytes queued for a worker that does not read, above which new work is refused."""
 
 TOKEN_BYTES = 4
-"""Of an id in a row."""
+"""Size of a token id in a row."""
 
 Item = jobs.TokenRow | jobs.Embedding | ApiError
 Sink = Callable[[Item], None]
-"""Takes what comes of one sequence: rows or an embedding, and at most one error, which ends it. Called on the event
+"""Receiver of a sequence's output: rows or an embedding, and at most one error, which ends it. Called on the event
 loop; must not block."""
 
 logger = logging.getLogger(__name__)
@@ -44,16 +43,16 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """When a worker is replaced: the pause doubles with each death in a row and is forgotten after a healthy life."""
+    """Delay before a worker is replaced: it doubles with each death in a row, and starts anew after a healthy life."""
 
     first_delay_s: float = 0.5
     max_delay_s: float = 30.0
     healthy_after_s: float = 60.0
     ready_timeout_s: float = 120.0
-    """How long a process may take to its ``Ready``: it imports torch and makes a context."""
+    """Time that a process has for its ``Ready``: it imports torch and makes a context."""
 
     def delay_s(self, deaths: int) -> float:
-        """Return the pause before the next start, after ``deaths`` in a row (from 1)."""
+        """Return the delay before the next start, after ``deaths`` in a row (from 1)."""
         return min(self.max_delay_s, self.first_delay_s * 2.0 ** min(deaths - 1, 30))
 
 
@@ -64,10 +63,10 @@ class _Job:
 
 
 class Worker:
-    """Owns the process of device ``device_id``. Use it from one event loop, on a thread as long-lived as the daemon.
+    """Owner of the process of ``device_id``. Used from one event loop, on a thread that lives as long as the daemon.
 
     ``command`` starts the process (see :class:`WorkerProcess`), with ``environment`` added to this one's. ``on_state``
-    is told every change of state. ``on_restarted`` is awaited after each replacement, with jobs allowed and
+    gets every change of state. ``on_restarted`` is awaited after each replacement, with jobs allowed and
     sequences not; the worker is ready when it returns.
     """
 
@@ -92,14 +91,14 @@ class Worker:
         self.running = 0
         self.waiting = 0
         self.generated = 0
-        """Tokens."""
+        """Number of generated tokens."""
         self.on_restarted = on_restarted
         self._command = tuple(command)
         self._environment = {**CUDA_ENVIRONMENT, **(environment or {})}
         self._on_state = on_state
         self._policy = policy or RestartPolicy()
         self._process: WorkerProcess | None = None
-        self._greeted: asyncio.Event = asyncio.Event()
+        self._answered_start: asyncio.Event = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
         self._deaths = 0
@@ -112,7 +111,7 @@ class Worker:
         self._decode = msgspec.msgpack.Decoder(jobs.FromWorker).decode
 
     def health(self) -> WorkerHealth:
-        """Return this worker as ``/health`` shows it. ``fault`` is the reason of the last death."""
+        """Return the entry of this worker in ``/health``. ``fault`` is the reason of the last death."""
         return WorkerHealth(
             self.device_id,
             self.state,
@@ -146,7 +145,7 @@ class Worker:
         return ready
 
     async def stop(self, timeout_s: float = 10.0) -> None:
-        """End the process: ask, then SIGTERM after ``timeout_s``, then SIGKILL. Everything under way fails.
+        """End the process: ``Shutdown``, SIGTERM after ``timeout_s``, then SIGKILL. Jobs and sequences fail.
 
         Takes at most ``timeout_s`` + 8 s. Stopping twice is fine. When cancelled, the process is killed at once.
         """
@@ -164,7 +163,7 @@ class Worker:
                     logger.warning("%s: pid %d ignores Shutdown: SIGTERM", self.device_id, process.pid)
                     process.signal(signal.SIGTERM)
                     if not await _within(process.ended, TERMINATE_GRACE_S):
-                        process.condemn("stopped")
+                        process.kill("stopped")
                         await _within(process.ended, KILL_GRACE_S + 1.0)
         finally:
             if process is not None:
@@ -173,9 +172,9 @@ class Worker:
             self._enter(WorkerState.STOPPED)
 
     async def _launch(self) -> jobs.Ready:
-        """Spawn and greet one process."""
+        """Spawn a process and wait for its ``Ready``."""
         began = time.monotonic()
-        self._greeted.clear()
+        self._answered_start.clear()
         try:
             process = WorkerProcess(
                 self.device_id,
@@ -189,8 +188,8 @@ class Worker:
             raise self._lost_error() from error
         self._process = process
         try:
-            if not await _within(self._greeted, self._policy.ready_timeout_s) and not process.ended.is_set():
-                process.condemn(f"was not ready within {self._policy.ready_timeout_s:g} s")
+            if not await _within(self._answered_start, self._policy.ready_timeout_s) and not process.ended.is_set():
+                process.kill(f"was not ready within {self._policy.ready_timeout_s:g} s")
                 await process.ended.wait()
         except BaseException:
             process.destroy()
@@ -215,14 +214,14 @@ class Worker:
                 await self._launch()
             except DeviceWorkerLostError:
                 if self._process is None and self.state is not WorkerState.POISONED:
-                    self._deaths += 1  # it could not even be spawned, so nothing was lost
+                    self._deaths += 1  # it was not even spawned, so _lost was not called
                 continue
             self.restarts += 1
             if await self._reload():
                 self._enter(WorkerState.READY)
 
     async def _reload(self) -> bool:
-        """Let the owner put back what it had here; return whether the process lived through it."""
+        """Have the owner reload its models; return whether the process survived it."""
         process = self._process
         if process is None or process.ended.is_set():
             return False
@@ -251,9 +250,9 @@ class Worker:
         try:
             self._on_state(self.health())
         except Exception:
-            logger.exception("%s: whoever follows its state failed", self.device_id)
+            logger.exception("%s: a receiver of its state failed", self.device_id)
 
-    # ------------------------------------------------------------------ what the owner asks
+    # ------------------------------------------------------------------ requests of the owner
 
     async def load(
         self,
@@ -269,18 +268,18 @@ class Worker:
         """
         result = await self._submit(lambda job: jobs.Load(job, spec, path, group), progress)
         if not isinstance(result, jobs.LoadedModel):
-            raise self._misled("a load", result)
+            raise self._unexpected("a load", result)
         return result
 
     async def unload(self, model: str) -> None:
-        """Drop a model; its sequences are cancelled. Raises as :meth:`load`."""
+        """Unload a model; its sequences are cancelled. Raises as :meth:`load`."""
         await self._submit(lambda job: jobs.Unload(job, model))
 
     async def memory(self) -> jobs.Memory:
-        """Ask the device for its memory. Raises as :meth:`load`."""
+        """Return the memory of the device. Raises as :meth:`load`."""
         result = await self._submit(jobs.QueryMemory)
         if not isinstance(result, jobs.Memory):
-            raise self._misled("a query of memory", result)
+            raise self._unexpected("a query of memory", result)
         return result
 
     def generate(
@@ -299,7 +298,7 @@ class Worker:
         cache_salt: str = "",
         scores_prompt: bool = False,
     ) -> int:
-        """Start a sequence over int32 ``prompt`` and return its number; ``sink`` gets what comes of it.
+        """Start a sequence over int32 ``prompt`` and return its number; ``sink`` gets its output.
 
         Raises DeviceWorkerNotReadyError, and OverloadedError if the worker does not read what it is sent.
         """
@@ -346,13 +345,13 @@ class Worker:
         return sequence
 
     def cancel(self, sequence: int) -> None:
-        """Stop a sequence; its sink gets nothing more. One that has ended or never was is ignored."""
+        """Stop a sequence; its sink gets nothing more. A finished or unknown sequence is ignored."""
         if self._sinks.pop(sequence, None) is not None and self._process is not None:
             self._process.send(self._encode(jobs.Cancel(sequence)))
 
     def replace(self, reason: str) -> None:
-        """Kill the process, which may hang, and have another take its place. One that is going anyway goes."""
-        self._condemn(reason)
+        """Kill the process, which may hang, and start another. An ending process just ends."""
+        self._kill(reason)
 
     async def _submit(
         self, make: Callable[[int], jobs.ToWorker], progress: Callable[[float], None] | None = None
@@ -363,7 +362,7 @@ class Worker:
         try:
             return await job.answer
         finally:
-            # A cancelled wait leaves the job running; its answer will find nobody.
+            # A cancelled wait leaves the job running; its answer is dropped.
             self._jobs.pop(number, None)
 
     def _send(self, message: jobs.ToWorker) -> None:
@@ -376,13 +375,13 @@ class Worker:
             )
         self._process.send(self._encode(message))
 
-    # ------------------------------------------------------------------ what the process says
+    # ------------------------------------------------------------------ messages of the process
 
     def _take(self, data: bytes) -> None:
         try:
             message = self._decode(data)
         except msgspec.MsgspecError as error:
-            self._condemn(f"sent a message that does not parse: {error}")
+            self._kill(f"sent a message that does not parse: {error}")
             return
         match message:
             case jobs.Tokens():
@@ -405,10 +404,10 @@ class Worker:
                     job.progress(message.fraction)
             case jobs.Ready():
                 if message.device != self.device_id or self.ready is not None:
-                    self._condemn(f"said it is ready for {message.device}")
+                    self._kill(f"reported ready for {message.device}")
                     return
                 self.ready = message
-                self._greeted.set()
+                self._answered_start.set()
             case jobs.Poisoned():
                 if self._process is not None:
                     self._process.expect_end(f"device fault: {message.reason}")
@@ -417,25 +416,25 @@ class Worker:
 
     def _deliver(self, sequence: int, item: Item, last: bool) -> None:
         sink = self._sinks.pop(sequence, None) if last else self._sinks.get(sequence)
-        if sink is None:  # cancelled here before the worker heard of it
+        if sink is None:  # cancelled here, and not yet there
             return
         try:
             sink(item)
         except Exception:
-            # Whoever reads that sequence is broken; the other rows of this message are not.
+            # The reader of this sequence is broken; the other rows of this message are not.
             logger.exception("%s: the sink of sequence %d failed", self.device_id, sequence)
             self.cancel(sequence)
 
-    def _condemn(self, reason: str) -> None:
+    def _kill(self, reason: str) -> None:
         if self._process is not None:
-            self._process.condemn(reason)
+            self._process.kill(reason)
 
     def _lost(self, reason: str) -> None:
-        """Called once when the process has ended."""
+        """Fail all work and record the reason; called once when the process has ended."""
         self._process = None
         lived_s = time.monotonic() - self._started_at if self.ready is not None else 0.0
         self.ready = None
-        self._greeted.set()  # whoever waits for it looks and finds none
+        self._answered_start.set()  # its waiters find no process
         if self._stopping:
             return
         self._deaths = 1 if lived_s >= self._policy.healthy_after_s else self._deaths + 1
@@ -459,7 +458,7 @@ class Worker:
                 logger.exception("%s: the sink of sequence %d failed", self.device_id, sequence)
 
     def _retry_after_s(self) -> float:
-        """Return when a replacement is likely there: the pause and as long as the last start took."""
+        """Return the likely time until a replacement is ready: the delay and the length of the last start."""
         return max(1.0, self._policy.delay_s(max(self._deaths, 1)) + self._start_s)
 
     def _lost_error(self) -> DeviceWorkerLostError:
@@ -472,8 +471,8 @@ class Worker:
             f"the worker of {self.device_id} is {self.state}", retry_after_s=self._retry_after_s()
         )
 
-    def _misled(self, question: str, answer: object) -> DeviceWorkerLostError:
-        self._condemn(f"answered {question} with {type(answer).__name__}")
+    def _unexpected(self, question: str, answer: object) -> DeviceWorkerLostError:
+        self._kill(f"answered {question} with {type(answer).__name__}")
         return DeviceWorkerLostError(
             f"the worker of {self.device_id} answered {question} with {type(answer).__name__}",
             retry_after_s=self._retry_after_s(),
@@ -481,7 +480,7 @@ class Worker:
 
 
 async def _within(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait for ``event``; return whether it came in time."""
+    """Wait for ``event``; return whether it was set in time."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), timeout_s)
     return event.is_set()

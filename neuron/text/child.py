@@ -128,7 +128,7 @@ class TextProcess:
 
     def _time_out(self, process: WorkerProcess) -> None:
         self._timed_out = True
-        process.condemn("took too long")
+        process.kill("took too long")
 
     def _take(self, data: bytes) -> None:
         message = self._decode(data)

@@ -477,7 +477,7 @@ def test_a_first_start_that_fails_says_why(how: str) -> None:
     async def main() -> None:
         ears = Ears()
         worker = Worker("cpu:0", ECHO, environment={"ECHO_START": how}, on_state=ears, policy=QUICK)
-        with pytest.raises(DeviceWorkerLostError, match=r"exited with status 3|said it is ready for cuda:9"):
+        with pytest.raises(DeviceWorkerLostError, match=r"exited with status 3|reported ready for cuda:9"):
             await worker.start()
         assert ears.states() == [S.STARTING, S.STOPPED]
         await worker.stop()
