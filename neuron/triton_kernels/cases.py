@@ -1,8 +1,8 @@
-"""What every kernel is checked on: small irregular shapes for its numbers, real ones for its machine code.
+"""Cases that kernels are checked on: small irregular shapes for their numbers, real ones for their machine code.
 
 A numeric case runs a launcher and its reference on the same random inputs, outputs poisoned with NaN where they are
 written in place, and returns both results. :func:`launch_everything` makes the launches of real models' shapes on
-``meta`` tensors, for :func:`neuron.triton_kernels.launch.recording` to note.
+``meta`` tensors, for :func:`neuron.triton_kernels.launch.recording`.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ from neuron.triton_kernels.routing import Routing, route
 HALF_TYPES: Final = (torch.bfloat16, torch.float16)
 ALL_TYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE: Final = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
-"""Of the largest magnitude expected. bfloat16 has 8 bits, and the interpreter truncates where hardware rounds."""
+"""Tolerance, relative to the largest expected magnitude: bfloat16 has 8 bits, and the interpreter truncates."""
 
 Results = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """One comparison of a kernel with its reference."""
+    """Comparison of a kernel with its reference."""
 
     name: str
     dtype: torch.dtype
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """Return the error that is still rounding."""
+        """Return the largest error that rounding explains."""
         return TOLERANCE[self.dtype]
 
 
@@ -247,7 +247,7 @@ def _matmul_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 GGUF_BYTES: Final = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-"""Of a block: 32 elements, or 256 of the K kinds."""
+"""Bytes of a block of 32 elements, or of 256 for the K kinds."""
 
 
 def quantized_forms(weight: torch.Tensor) -> dict[str, quantized.QuantizedMatrix]:
@@ -340,7 +340,7 @@ def _moe_cases(dtype: torch.dtype) -> Iterator[Case]:
             (16, 16, 1, True),
             (61, 20, 9, True),
         ):
-            # None as likely as another: between those torch chooses as it likes.
+            # No two are equally likely: torch chooses among such arbitrarily.
             ranks = torch.stack([torch.randperm(experts, device=device) for _ in range(tokens)])
             scores = (ranks / 16).to(dtype)
             found = moe_routing.route(scores, choices, normalise=normalise)
@@ -365,7 +365,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def launch_everything(target: Target) -> None:
     """Make a launch of every kernel and tile choice at real models' shapes, inside ``recording(target)``.
 
-    In bfloat16; in float16, whose machine code is the same but for the names of the formats, one of each kernel.
+    In bfloat16; in float16, whose machine code differs only in the names of formats, one launch of each kernel.
     """
     i32, i64, f32 = torch.int32, torch.int64, torch.float32
     for dtype in HALF_TYPES:

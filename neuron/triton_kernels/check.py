@@ -31,29 +31,30 @@ from neuron.triton_kernels.launch import SHARED_BYTES, Target, Variant, recordin
 
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
 NUMERIC_TARGETS: Final = (Target(80, 40), Target(90, 3))
-"""Many processors make decode attention and skinny matmuls split; few make the persistent matmul take several tiles."""
+"""With many multiprocessors decode attention and skinny matmuls split; with few the persistent matmul takes several
+tiles."""
 COUNTED: Final = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG", "STG", "STL", "LDL")
 BRIEF: Final = ("neuron.triton_kernels.quantized_matmul:", 120)
 """With ``--brief``: kernels that are half of all variants, and the only capability they are compiled for."""
 MUST_USE_HGMMA: Final = ("_prefill_attention_kernel", "_persistent_matmul_kernel")
 WAIT: Final = "ACQBULK"
-"""``griddepcontrol.wait``: what the kernel before has written can be read behind it."""
-OF_OTHERS: Final = {"LD", "LDG", "LDGSTS", "UTMALDG", "UBLKCP", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "EXIT"}
-"""What touches memory, or ends a program."""
+"""``griddepcontrol.wait``: the writes of the previous kernel are visible after it."""
+ACCESSES: Final = {"LD", "LDG", "LDGSTS", "UTMALDG", "UBLKCP", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "EXIT"}
+"""Instructions that access memory, or end a program."""
 WEIGHTS: Final = "LDG.E.EF"
-"""Weights are read to be forgotten at once, and only they are. No kernel writes them, so they need no wait."""
+"""Load with evict-first, which only weights use. No kernel writes weights, so they need no wait."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One compiled variant and what is wrong with it."""
+    """Compiled variant and its machine code."""
 
     variant: Variant
     compiled: Compiled
     code: list[str]
     """Machine instructions, in order."""
     counts: collections.Counter[str]
-    """Of each without what qualifies it."""
+    """Count of each instruction, without modifiers."""
 
     @property
     def kernel(self) -> str:
@@ -73,9 +74,9 @@ class Row:
         if metadata.capability == 90 and self.kernel in MUST_USE_HGMMA and not self.counts["HGMMA"]:
             found.append("no HGMMA")
         if self.variant.dependent_launch:
-            # One that does not wait at all touches all it does too early.
+            # Without a wait, every access is too early.
             early = self.code[: self.code.index(WAIT)] if WAIT in self.code else self.code
-            touched = {one for one in early if one.partition(".")[0] in OF_OTHERS and not one.startswith(WEIGHTS)}
+            touched = {one for one in early if one.partition(".")[0] in ACCESSES and not one.startswith(WEIGHTS)}
             if touched:
                 found.append(f"before it waits for the kernel before it: {', '.join(sorted(touched))}")
         return found
@@ -99,14 +100,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is kept of one variant: its row of the table, if it compiled, and what is wrong with it, a line each."""
+    """Result for a variant: its row of the table, if it compiled, and its failures, a line each."""
 
     record: dict[str, Any] | None
     failures: list[str]
 
 
 def judge(variant: Variant, capability: int, folder: pathlib.Path) -> Verdict:
-    """Compile one variant, or find it in ``folder``, and hold its machine code against the rules."""
+    """Compile a variant, or read it from ``folder``, and check its machine code."""
     try:
         (row,) = inspect_variants([variant], capability, KernelCache(folder))
     except KernelCompileError as error:
@@ -143,7 +144,7 @@ def all_variants(capability: int) -> tuple[Variant, ...]:
 
 
 def check_numbers(name_part: str = "") -> int:
-    """Run the numeric cases in this process; print each that fails, and a summary; return how many failed."""
+    """Run the numeric cases in this process; print each failure and a summary; return the number of failures."""
     from neuron.triton_kernels.interpreter import mend
 
     mend()

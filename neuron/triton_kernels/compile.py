@@ -1,10 +1,10 @@
 """Compile variants ahead of time, and keep them on disk.
 
-No GPU is needed: the compiler's wheel carries ptxas. A compiled kernel is a cubin and what a launcher must know of it
-(:class:`Metadata`). The cache is keyed by kernel sources, compiler version, compute capability and variant,
-so that an entry is either right or not found, whichever machine made it: an installed package may carry entries
-(``make kernels wheel``), which are looked up where the user's own folder has none. Each entry carries a digest of its
-cubin: one that was cut short, edited or mixed up is compiled again, and a warning says so.
+No GPU is needed: the compiler's wheel carries ptxas. A compiled kernel is a cubin and its launch parameters
+(:class:`Metadata`). The cache is keyed by kernel sources, compiler version, compute capability and variant, so that an
+entry of any machine is right or not found: an installed package may carry entries (``make kernels wheel``), which are
+used where the user's own folder has none. Each entry carries a digest of its cubin: a damaged entry is compiled again,
+with a warning.
 """
 
 import concurrent.futures
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _TOOLS: Final = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SOURCES: Final = pathlib.Path(__file__).parent
 PREBUILT: Final = _SOURCES / "prebuilt"
-"""Entries that came with the package."""
+"""Folder of the entries in the package."""
 
 
 class KernelCompileError(RuntimeError):
@@ -45,24 +45,24 @@ class KernelCompileError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metadata:
-    """What a launcher needs beside the cubin, and what the check reads."""
+    """Metadata of a cubin for launchers and for the check of machine code."""
 
     name: str
-    """The kernel's symbol in the cubin."""
+    """Symbol of the kernel in the cubin."""
     capability: int
     num_warps: int
     registers: int
     stack_bytes: int
-    """Over 0 means spills."""
+    """Stack of a thread; over 0 means spills."""
     shared_bytes: int
     """Dynamic shared memory of a block."""
     scratch_bytes: int
-    """Global memory a program wants for what it makes on the device (tensor descriptors)."""
+    """Global memory of a program for tensor descriptors made on the device."""
     dependent_launch: bool
     parameters: tuple[str, ...]
     """Types of the arguments in order; two scratch pointers follow them."""
     cuda_version: str
-    """Of the assembler: a driver of an older major version loads no such cubin."""
+    """CUDA version of the assembler: a driver of an older major version cannot load the cubin."""
     cubin_sha256: str
 
 
@@ -73,12 +73,12 @@ class Compiled:
     metadata: Metadata
     cubin: bytes
     triton_metadata: dict[str, Any]
-    """What Triton's own launcher wants to know."""
+    """Metadata for Triton's own launcher."""
 
 
 @functools.cache
 def source_digest() -> str:
-    """Return the digest of every file here: kernels call each other, and a spurious miss only costs a second."""
+    """Return a digest of all files of the package: kernels call each other, and a spurious miss costs a second."""
     digest = hashlib.sha256()
     for path in sorted(_SOURCES.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -86,7 +86,7 @@ def source_digest() -> str:
 
 
 def cache_key(variant: Variant, capability: int) -> str:
-    """Return the name of an entry: 32 hexadecimal digits of all that decides its bytes."""
+    """Return the name of an entry: 32 hexadecimal digits of a digest over all that determines its bytes."""
     parts = (source_digest(), triton.__version__, str(capability), repr(variant))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -139,7 +139,7 @@ def _on_file(tool: str, cubin: bytes, *options: str) -> str:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Return registers a thread, and bytes of stack a thread: more than none are spills or arrays in memory."""
+    """Return registers and bytes of stack of a thread; stack means spills or arrays in memory."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", _on_file("cuobjdump", cubin, "--dump-resource-usage"))
     if found is None:
         raise KernelCompileError("cuobjdump names no resources")
@@ -147,15 +147,15 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def machine_code(cubin: bytes) -> list[str]:
-    """Return the machine instructions in the order in which they lie, with what qualifies them: ``LDG.E.128``."""
+    """Return the machine instructions in order, with their modifiers: ``LDG.E.128``."""
     listing = _on_file("nvdisasm", cubin)
     return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", listing, re.M)
 
 
 class KernelCache:
-    """Compiled kernels in a folder: ``KEY.cubin`` and ``KEY.json`` each. Several processes may share one.
+    """Compiled kernels in a folder: ``KEY.cubin`` and ``KEY.json`` each. Processes may share a folder.
 
-    What is not there is looked for in the folder ``prebuilt``, which is only read.
+    Entries that it lacks are read from the folder ``prebuilt``.
     """
 
     def __init__(self, folder: pathlib.Path, prebuilt: pathlib.Path | None = None) -> None:
@@ -171,7 +171,7 @@ class KernelCache:
         return None
 
     def store(self, variant: Variant, compiled: Compiled) -> None:
-        """Write an entry whole: a reader sees the old one, the new one or none; metadata come last."""
+        """Write an entry atomically: a reader finds the old entry, the new one or none; metadata come last."""
         key = cache_key(variant, compiled.metadata.capability)
         self.folder.mkdir(parents=True, exist_ok=True)
         fields = {**dataclasses.asdict(compiled.metadata), "triton": compiled.triton_metadata}
@@ -195,7 +195,7 @@ class KernelCache:
         return found
 
     def keep(self, variant: Variant, compiled: Compiled) -> None:
-        """Write an entry, if that can be done."""
+        """Write an entry; log a warning where the folder cannot be written."""
         try:
             self.store(variant, compiled)
         except OSError as error:
@@ -226,10 +226,10 @@ def _load(folder: pathlib.Path, variant: Variant, capability: int) -> Compiled |
 
 
 class Compilation:
-    """Variants on their way: from ``cache`` where it has them, else by other processes, which begin at once.
+    """Compilation of variants that ``cache`` lacks, by other processes, which begin at once.
 
-    Compiling one takes a second or two, most of it under the GIL; beside it this process may go on serving.
-    ``initializer`` is called in each of up to ``num_processes``. :meth:`close` it in the end.
+    A variant takes a second or two, most of it under the GIL; this process may go on serving meanwhile.
+    ``initializer`` is called in each of up to ``num_processes``. The caller closes it.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class Compilation:
             self._under_way = {self._pool.submit(compile_variant, each, capability): each for each in missing}
 
     def poll(self, timeout_s: float) -> bool:
-        """Store what has been compiled by now, or within ``timeout_s``; return whether that is all.
+        """Store the variants compiled by now, or within ``timeout_s``; return whether these are all.
 
         Raises :class:`KernelCompileError`.
         """
@@ -269,13 +269,13 @@ class Compilation:
         return not self._under_way
 
     def results(self) -> dict[Variant, Compiled]:
-        """Return all of them, once they are there."""
+        """Return all variants' kernels; :meth:`poll` has returned true."""
         while not self.poll(60.0):
             pass
         return {variant: compiled for variant, compiled in self._found.items() if compiled is not None}
 
     def close(self) -> None:
-        """Compile no more than what is in hand."""
+        """Start no further variant."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -1,13 +1,13 @@
 """Attention of one new token a sequence over the paged cache, split over the cached tokens (flash-decoding).
 
 ``out[b, h] = sum_s softmax_s(cap(scale q[b, h] . k[s, h / G])) v[s, h / G]``. A program takes one key-value head of one
-sequence and a run of its tokens; the G query heads are the rows of one tile, padded to the 16 that matrix units want,
-so every cached byte is read once. Each leaves an unnormalised sum, a maximum and a total, and the last to arrive merges
-them (the algebra of arXiv:2307.08691): :mod:`neuron.triton_kernels.workspace` says why not a second kernel.
+sequence and a run of its tokens; the G query heads are the rows of one tile, padded to the 16 of a matrix unit, so
+every cached byte is read once. Each stores an unnormalised sum, a maximum and a total, and the last to arrive merges
+them (the algebra of arXiv:2307.08691), without a second kernel: see :mod:`neuron.triton_kernels.workspace`.
 
-The fused form also does what comes between projection and attention: it norms and rotates its queries itself (16 rows,
+The fused form also does the work between projection and attention: it norms and rotates its queries (16 rows,
 recomputed by every split), and the split that owns the new token rotates its key, attends to it from registers and
-writes key and value to the cache. No program reads what another writes, so no barrier is needed.
+writes key and value to the cache. No program reads another's writes, so no barrier is needed.
 """
 
 import math
@@ -24,10 +24,10 @@ from neuron.triton_kernels.prefill_attention import LOG2_E, capped
 from neuron.triton_kernels.workspace import counters
 
 MIN_SPLIT_TOKENS: Final = 128
-"""Tokens that a split has at least: two tiles, so that the pipeline is worth filling."""
+"""Least number of tokens of a split: two tiles, so that the pipeline is worth filling."""
 MAX_SPLITS: Final = 64
 MERGE_ROWS = tl.constexpr(32)
-"""Heads of splits that are read at once when the splits are merged."""
+"""Number of heads of splits that the merge reads at once."""
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _rotated(x, norm, offsets, mask, cos, sin, d, eps, D: tl.constexpr, AXIS: tl
 
 @triton.jit
 def _merged(parts, num_parts, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return the attention of GROUP heads, padded to a power of two, of the ``num_parts`` that splits have left.
+    """Return the attention of GROUP heads, padded to a power of two, from ``num_parts`` partial results.
 
     Several parts are read at once: one after the other each would wait for the second-level cache.
     """
@@ -222,7 +222,7 @@ def _decode_attention_kernel(
         return
     tl.debug_barrier()
     tl.store(counter, 0)
-    # Splits past the sequence's end have nothing: only the first used ones are looked at.
+    # Splits past the sequence's end are empty: only the used ones are read.
     part_at = partial + (row * K + kv_head) * num_splits * rows
     merged = _merged(part_at, tl.cdiv(context - lowest, share), group, D, BLOCK_D)
     r = tl.arange(0, merged.shape[0])
@@ -231,13 +231,13 @@ def _decode_attention_kernel(
 
 
 def num_splits_for(num_sequences: int, num_kv_heads: int, max_context: int, target: Target) -> int:
-    """Return into how many parts to split: two programs a processor, but no part under MIN_SPLIT_TOKENS."""
+    """Return the number of splits: two programs a multiprocessor, but no split under MIN_SPLIT_TOKENS."""
     wanted = cdiv(2 * target.num_sms, num_sequences * num_kv_heads)
     return max(min(wanted, cdiv(max_context, MIN_SPLIT_TOKENS), MAX_SPLITS), 1)
 
 
 def decode_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int | None]:
-    """Return BLOCK_N, warps, stages and the registers that a thread may take.
+    """Return BLOCK_N, warps, stages and the bound on a thread's registers.
 
     The page numbers that a tile's addresses come from take a stage of their own at each distance: two tiles of keys and
     values are in flight with 5 stages (64 KiB a program, two to three programs a processor), and one with 2 to 4, which

@@ -1,7 +1,6 @@
-"""A step of decodes as it lies on the device, so that launching it again is the next step.
+"""State of a decode step on the device, such that launching the step again is the next step.
 
-It knows numbers and places, not requests. Of rows that have ended nothing changes any more: they compute the same
-again, and write it to the same place.
+Rows that have ended do not change: they compute the same result again, and write it to the same place.
 """
 
 import dataclasses
@@ -11,41 +10,41 @@ from typing import Final
 import torch
 
 MAX_STOPS: Final = 8
-"""Tokens of a row that end it."""
+"""Most stop tokens of a row."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeState:
-    """B rows, on the device but for the two that the host reads. All int32 but for ``slot_mapping``."""
+    """State of B rows, on the device but for two arrays that the host reads. All int32 but for ``slot_mapping``."""
 
     token_ids: torch.Tensor
-    """``[B]``. A negative one, -1 - i, is ``last[i]``."""
+    """``[B]``; a negative id, -1 - i, stands for ``last[i]``."""
     positions: torch.Tensor
     """``[B]``"""
     slot_mapping: torch.Tensor
-    """``[B]`` int64: where the token's key and value go."""
+    """``[B]`` int64: slot of the token's key and value."""
     context_lens: torch.Tensor
-    """``[B]``: tokens in the cache once this step's are written."""
+    """``[B]``: tokens in the cache, this step's included."""
     counters: torch.Tensor
-    """``[B]``: tokens the row has generated."""
+    """``[B]``: number of tokens that the row has generated."""
     ended: torch.Tensor
-    """``[B]``: not 0 where nothing more is wanted."""
+    """``[B]``: not 0 where the row has ended."""
     page_table: torch.Tensor
     """``[B, P]``"""
     stops: torch.Tensor
-    """``[B, MAX_STOPS]``: -1 where there are fewer, which is also what a row without finite logits samples."""
+    """``[B, MAX_STOPS]``: padded with -1, which a row without finite logits samples."""
     last: torch.Tensor
-    """``[R]``, R at least B: what the step before sampled."""
+    """``[R]``, R at least B: tokens of the previous step."""
     place: torch.Tensor
-    """``[1]``: the row of ``published`` that is next."""
+    """``[1]``: next row of ``published``."""
     published: torch.Tensor
     """``[N, R]`` in pinned memory: the tokens of each step. A row that has ended repeats its last token."""
     all_ended: torch.Tensor
-    """``[1]`` in pinned memory: 1 once no row is left, else 0."""
+    """``[1]`` in pinned memory: 1 once all rows have ended, else 0."""
 
 
 def like(num_rows: int, num_pages: int, most: int, make: Callable[..., torch.Tensor]) -> DecodeState:
-    """Return rows of what ``make(*shape, dtype=...)`` returns, of a step that may have ``most``."""
+    """Return the state of rows of a step of up to ``most`` rows, in tensors by ``make(*shape, dtype=...)``."""
     i32 = torch.int32
     return DecodeState(
         token_ids=make(num_rows, dtype=i32),

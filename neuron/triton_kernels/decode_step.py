@@ -1,14 +1,14 @@
-"""The two ends of a captured step of decodes, one program each: what makes it a step that can be launched again.
+"""Begin and end of a captured decode step, one program each, which make the step repeatable.
 
     open:   token[b] = last[-1 - token[b]]  where token[b] < 0
     close:  published[place, b] = last[b] = ended[b] ? last[b] : ids[b];  ended[b] |= last[b] in stops[b];  place += 1
             where not ended[b]:  token[b] = last[b];  position, context and counter one on;  slot of the position
             all_ended = all(ended)
 
-The host is told by its own memory (pinned, which a device writes to as to its own), and waits for nothing but the word
-it reads: each token is a word of its own, so none depends on the order in which they arrive. Such a store goes through
-the device's cache (``.wt``): of any other the host is sure to hear only when all that is queued is done. A page beyond
-the table is that of a step that nobody launches, and read as page 0.
+Tokens are published in pinned host memory, and the host waits for the words it reads alone: each token is a word, so
+the order of their arrival does not matter. The store bypasses the device's cache (``.wt``): any other is visible to the
+host for certain only when all queued work is done. A page beyond the table belongs to a step that is never launched,
+and is read as page 0.
 """
 
 import torch
@@ -19,7 +19,7 @@ from neuron.triton_kernels.decode_state import MAX_STOPS, DecodeState
 from neuron.triton_kernels.launch import Argument, launch, power_of_two
 
 MIN_BLOCK = 128
-"""Of rows: one binary serves all batches up to it."""
+"""Least block of rows: one binary serves all batches up to it."""
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -29,7 +29,7 @@ def _begin_kernel(token_ids, last, B, BLOCK: tl.constexpr):
     token = tl.load(token_ids + row, mask=inside, other=0)
     unknown = inside & (token < 0)
     known = tl.load(last + tl.where(unknown, -1 - token, 0), mask=unknown, other=0)
-    # What was not finite has no token; its sequence ends when that is known.
+    # A row that was not finite has no token; its sequence ends once the host reads that.
     tl.store(token_ids + row, tl.maximum(known, 0), mask=unknown)
 
 

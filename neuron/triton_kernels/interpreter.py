@@ -1,4 +1,4 @@
-"""Make ``tl.dot`` right for bfloat16 in Triton's interpreter, which is for checking kernels and nothing else.
+"""Fix of ``tl.dot`` for bfloat16 in Triton's interpreter, which only checks kernels.
 
 Triton 3.6 to 3.9 keep bfloat16 as raw 16-bit patterns there, and a dot multiplies the patterns. They are widened to
 float32 first. :func:`mend` does nothing where a dot is right already.

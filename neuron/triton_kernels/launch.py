@@ -1,12 +1,11 @@
-"""Start a kernel, or only note what it would take to start it.
+"""Launching of kernels, and recording of launches.
 
-Every launcher ends in :func:`launch`. On a GPU, and in Triton's interpreter, that runs the kernel. Inside
-:func:`recording` it notes the :class:`Variant` instead and touches no data, so tensors may lie on ``meta``: running a
-model's launchers that way yields exactly the set of binaries it needs, because the same code chooses them both times.
-It knows nothing of what the kernels compute.
+Every launcher ends in :func:`launch`. On a GPU, and in Triton's interpreter, it runs the kernel. Inside
+:func:`recording` it records the :class:`Variant` instead and touches no data, so tensors may be on ``meta``: a run of a
+model's launchers then yields the exact set of binaries that it needs, as the same code chooses them both times.
 
-What makes two launches different binaries: the kernel, the types of its arguments, whether each pointer and each size
-that is fixed for a model is divisible by 16, the constants, and the options. Sizes that change from step to step are
+A binary depends on the kernel, the types of its arguments, the divisibility by 16 of each pointer and of each size that
+is fixed for a model, the constants, and the options. Sizes that change from step to step are
 named in the kernel's ``do_not_specialize`` and never make a variant.
 """
 
@@ -38,7 +37,7 @@ _TYPES: Final = {
 }
 
 SHARED_BYTES: Final = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-"""Dynamic shared memory that one block may have (CUDA C++ programming guide, table of compute capabilities)."""
+"""Largest dynamic shared memory of a block (CUDA C++ programming guide, table of compute capabilities)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class Target:
     """GPU that launchers choose tiles for."""
 
     capability: int
-    """10 * major + minor of the compute capability."""
+    """Compute capability, 10 * major + minor."""
     num_sms: int
 
     @property
@@ -67,18 +66,18 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parameter:
-    """One run-time argument of a kernel, as the compiler sees it."""
+    """Run-time argument of a kernel, as the compiler gets it."""
 
     name: str
     kind: str
-    """``*bf16``, ``i32``, ``fp32``, ..."""
+    """Triton type: ``*bf16``, ``i32``, ``fp32``, ..."""
     aligned: bool
-    """Divisible by 16 for certain."""
+    """Whether it is always divisible by 16."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Variant:
-    """Everything that decides a kernel's binary but the compute capability and the compiler."""
+    """Parameters of a kernel's binary, beside the compute capability and the compiler."""
 
     kernel: str
     """``module:function``"""
@@ -88,7 +87,7 @@ class Variant:
     num_stages: int
     dependent_launch: bool
     max_registers: int | None = None
-    """Of a thread; without a bound the assembler settles on one by how many programs a processor could hold."""
+    """Bound on a thread's registers; without it the assembler chooses one by the occupancy of a multiprocessor."""
 
     def function(self) -> Any:
         """Return the kernel itself, a ``triton.JITFunction`` (or its interpreted twin)."""
@@ -96,23 +95,23 @@ class Variant:
         return getattr(importlib.import_module(module), name)
 
     def options(self) -> dict[str, Any]:
-        """Return what the compiler is told beside the constants."""
+        """Return the compiler's options beside the constants."""
         return _options(self.num_warps, self.num_stages, self.dependent_launch, self.max_registers)
 
 
 class Recorder:
-    """The variants of the launches made inside :func:`recording`, each once, in order of first use."""
+    """Variants of the launches made inside :func:`recording`, each once, in order of first use."""
 
     def __init__(self) -> None:
         self._seen: dict[Variant, None] = {}
 
     def add(self, variant: Variant) -> None:
-        """Note one launch."""
+        """Record a launch."""
         self._seen.setdefault(variant)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """Return what was noted."""
+        """Return the recorded variants."""
         return tuple(self._seen)
 
 
@@ -132,7 +131,7 @@ def targeting(target: Target) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(target: Target) -> Iterator[Recorder]:
-    """Note launches for ``target`` instead of making them."""
+    """Record launches for ``target`` instead of making them."""
     recorder = Recorder()
     token = _recorder.set(recorder)
     try:
@@ -166,7 +165,7 @@ def launch(
     dependent_launch: bool = False,
     max_registers: int | None = None,
 ) -> None:
-    """Run ``kernel`` on ``grid``, or note its variant; an argument that is ``None`` is a constant to the compiler."""
+    """Run ``kernel`` on ``grid``, or record its variant; an argument that is ``None`` is a constant to the compiler."""
     recorder = _recorder.get()
     if recorder is not None:
         recorder.add(_variant(kernel, arguments, constants, (num_warps, num_stages, dependent_launch, max_registers)))

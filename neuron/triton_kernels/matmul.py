@@ -2,8 +2,8 @@
 
 Two kernels. On Hopper and later a persistent one: as many programs as processors, each walking over output tiles,
 operands copied by tensor descriptors (TMA), accumulators in float32. Elsewhere, and where a row is not a multiple of 16
-bytes, a pipelined one with one tile a program. Tiles are taken in groups of GROUP rows of tiles, so that what runs at
-the same time shares operands in the second-level cache (the order of the Triton tutorial's matmul, our own code).
+bytes, a pipelined one with one tile a program. Tiles are taken in groups of GROUP rows of tiles, so that concurrent
+programs share operands in the second-level cache (the order of the Triton tutorial's matmul, our own code).
 """
 
 from typing import Final
@@ -19,7 +19,7 @@ GROUP: Final = 8
 
 @triton.jit
 def tile_of(tile, rows, columns, GROUP: tl.constexpr):
-    """Return the row and column of tiles that ``tile`` is, in groups of GROUP rows."""
+    """Return the row and column of tile number ``tile``, in groups of GROUP rows."""
     band = tile // (GROUP * columns)
     height = tl.minimum(rows - band * GROUP, GROUP)
     within = tile % (GROUP * columns)
@@ -83,7 +83,7 @@ def _persistent_matmul_kernel(
     w_tiles = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
     out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    # Flattened, both loops are one pipeline: the next tile's operands are on their way while this one is stored.
+    # Flattened, both loops are one pipeline: the next tile's operands are in flight while this one is stored.
     for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
         i, j = tile_of(tile, rows, columns, GROUP)
         accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -98,7 +98,7 @@ def _persistent_matmul_kernel(
 
 
 def _has_descriptors(target: Target) -> bool:
-    """Return whether copies by descriptors are plain instructions.
+    """Whether copies by descriptors are plain instructions.
 
     For sm_120 the assembler of Triton 3.6 puts a call with a stack frame beside each, for copies to other blocks.
     """
@@ -108,7 +108,7 @@ def _has_descriptors(target: Target) -> bool:
 def matmul_tiles(num_rows: int, aligned: bool, described: bool, target: Target) -> tuple[int, int, int, int, int]:
     """Return BLOCK_M, BLOCK_N, BLOCK_K, warps and stages: a small and a large choice for each GPU, by rows only.
 
-    Rows that are not ``aligned`` to 16 bytes are copied element by element through registers, which large tiles spill.
+    Rows not ``aligned`` to 16 bytes are copied element by element through registers, which spills in large tiles.
     Without descriptors (not ``described``) addresses take registers too, and the largest tile spills on sm_90.
     """
     if not aligned:
@@ -127,7 +127,7 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     width = weight.shape[0]
     target = target_of(x.device)
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
-    # Whole units of 16 elements, which is also what the compiler may assume of a size that is fixed for a model.
+    # Whole units of 16 elements, as the compiler may assume of a size that is fixed for a model.
     aligned = depth % 16 == 0 and x.stride(0) % 16 == 0
     persistent = _has_descriptors(target) and aligned and width % 16 == 0
     block_m, block_n, block_k, num_warps, num_stages = matmul_tiles(num_rows, aligned, persistent, target)

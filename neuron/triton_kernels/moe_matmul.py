@@ -1,9 +1,8 @@
 """Matmuls of a mixture of experts: each row by the weights of the expert it was routed to, in one launch.
 
-``out[r] = x[order[r] // rows_per_token] w[expert(r)]^T``, times the routing weight where asked. ``x`` is ``[T, K]``,
-``w`` ``[E, N, K]``. Rows are the (token, choice) pairs sorted by expert, so that an expert's rows are tiles of a
-plain matmul
-(as in megablocks, arXiv:2211.15841, without padding to whole blocks). The grid is a bound, as in
+``out[r] = x[order[r] // rows_per_token] w[expert(r)]^T``, optionally times the routing weight. ``x`` is
+``[T, K]``, ``w`` ``[E, N, K]``. Rows are the (token, choice) pairs sorted by expert, so that an expert's rows are tiles
+of a plain matmul (as in megablocks, arXiv:2211.15841, without padding to whole blocks). The grid is a bound, as in
 :mod:`neuron.triton_kernels.prefill_attention`, so routing never leaves the device.
 """
 

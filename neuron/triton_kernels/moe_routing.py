@@ -1,8 +1,8 @@
-"""From a router's scores to which expert gets which token, and the sum of what the experts made of it.
+"""Routing of tokens to experts from a router's scores, and the sum of the experts' results.
 
-Of few tokens one program does all of it, where torch has twenty kernels, most of them for sorting: ``C`` times the
-likeliest expert of each token that is left, twice. In between it is known how many tokens each expert has, and of each
-token how many come before it there, which is its place in the order (a counting sort).
+For few tokens one program does all of it, where torch has twenty kernels, most of them for sorting. It takes the
+likeliest remaining expert of each token ``C`` times, in two passes: the first counts the tokens of each expert, the
+second gives each token its place in the order (a counting sort).
 """
 
 from typing import Final
@@ -15,7 +15,7 @@ from neuron.triton_kernels.launch import cdiv, launch, power_of_two
 from neuron.triton_kernels.routing import Routing
 
 MAX_TOKENS: Final = 64
-"""Of one program: a tile of as many rows as there are experts wide stays in registers."""
+"""Most tokens of one program: a tile of them by all experts stays in registers."""
 BLOCK_HIDDEN: Final = 1024
 
 
@@ -36,7 +36,7 @@ def _route_kernel(
     e = tl.arange(0, BLOCK_E)
     inside = (t < T)[:, None] & (e < E)[None, :]
     score = tl.load(scores + t[:, None] * E + e[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-    # A row beyond the last is uniform: what comes of it is not stored, and holds no NaN.
+    # A row beyond the last is uniform: its result is not stored, and holds no NaN.
     score = tl.where((t < T)[:, None], score, tl.where((e < E)[None, :], 0.0, float("-inf")))
     share = tl.exp(score - tl.max(score, 1)[:, None])
     share = tl.where((e < E)[None, :], share / tl.sum(share, 1)[:, None], -1.0)
@@ -69,7 +69,7 @@ def _route_kernel(
 def route(scores: torch.Tensor, choices: int, *, normalise: bool = True) -> Routing:
     """Choose the ``choices`` likeliest experts of each of up to MAX_TOKENS tokens from ``scores`` ``[T, E]``.
 
-    Of experts that are as likely the one with the lower number goes first.
+    Among equally likely experts the lower number goes first.
     """
     num_tokens, num_experts = scores.shape
     if not 1 <= num_tokens <= MAX_TOKENS:

@@ -14,23 +14,23 @@ from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
 SKINNY_ROWS: Final = 64
-"""Up to this many rows the weights' bytes are what a projection costs."""
+"""Most rows for which a projection is bound by the weights' bytes."""
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Norm = tuple[torch.Tensor, float]
 Experts = torch.Tensor | QuantizedMatrix
-"""``[E, N, K]``, or ``[E N, K]`` quantised."""
+"""Weights of experts: ``[E, N, K]``, or ``[E N, K]`` quantised."""
 
 
 class Picks(NamedTuple):
-    """How many experts a token gets, and whether their weights are made to sum to 1."""
+    """Number of experts of a token, and whether their weights are normalised to sum to 1."""
 
     choices: int
     normalise: bool
 
 
 class Operations(Protocol):
-    """What a decoder's layer is made of; shapes as in :mod:`neuron.triton_kernels.reference`."""
+    """Operations of a decoder's layer; shapes as in :mod:`neuron.triton_kernels.reference`."""
 
     def normed_linear(self, x: torch.Tensor, norm: Norm, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
         """Return ``norm(x) weight^T + bias``."""

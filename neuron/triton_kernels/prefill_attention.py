@@ -5,10 +5,10 @@ sequence at or before it, and, with a sliding window, less than ``window`` befor
 algorithm is FlashAttention-2 (arXiv:2307.08691): one pass over the keys with a running maximum and sum.
 
 The G = H / K query heads that share a key-value head are rows of one tile, so a tile of 128 rows is ``128 / G`` tokens
-and every key is read once for all of them. The grid is a bound that needs no look at device memory: T tokens in B
+and every key is read once for all of them. The grid is a bound that needs no read of device memory: T tokens in B
 sequences have at most ``T / tokens + B`` blocks, and a program finds its own by bisecting ``cu_seqlens``.
 
-Blocks that lie wholly before the diagonal skip the masks: with them the loop has a third more instructions.
+Blocks wholly before the diagonal skip the masks, which add a third to the loop's instructions.
 """
 
 import math
@@ -99,7 +99,7 @@ def _blocks(
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, 1))
         if HAS_WINDOW:
-            # A row may have seen nothing yet: its window begins in a later block.
+            # A row may have no key yet: its window begins in a later block.
             shift = tl.where(higher == float("-inf"), 0.0, higher)
         else:
             shift = higher
@@ -172,7 +172,7 @@ def _prefill_attention_kernel(
         plain_end = begin
     else:
         begin = 0
-        # Keys up to the block's first query are seen by all of its rows.
+        # All rows of the block attend to keys up to its first query.
         plain_end = (context - length + block * tokens + 1) // BLOCK_N * BLOCK_N
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -196,8 +196,8 @@ def prefill_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int]:
     """Return BLOCK_M, BLOCK_N, warps and stages: the largest that spill nowhere (see ``bench/results/kernels.json``).
 
     On Hopper 64 rows a warp group is what HGMMA needs. Registers leave room for one program a processor there, so that
-    nothing but its own pipeline hides the memory behind its products: with 5 stages two tiles of keys and values are on
-    their way, since page numbers take stages of their own; with 2 each is waited for as soon as it has been asked for.
+    nothing but its own pipeline hides the memory behind its products: with 5 stages two tiles of keys and values are in
+    flight, since page numbers take stages of their own; with 2 each is waited for as soon as it is requested.
     """
     if target.capability in (90, 100):
         if head_dim > 64:

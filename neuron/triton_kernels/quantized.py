@@ -1,8 +1,8 @@
-"""Quantised weight matrices on the device: what they look like, how they are made, what they mean.
+"""Quantised weight matrices on the device: layout, quantisation and dequantisation.
 
 ``w[n, k] = quants[n, k] * scales[n, k // group] + minima[n, k // group]``, planar: quants and scales each in an array
 of its own so that both are read in aligned runs of 16 bytes (GGUF's 18-byte blocks cannot be). The numbers are GGUF's
-own, only moved.
+own, in another layout.
 
 - ``int8`` per channel: one scale a row. ``fp8``: the same with float8 e4m3 quants.
 - ``int8`` in groups of 32: GGUF Q8_0.
@@ -30,7 +30,7 @@ SUPER_BLOCK: Final = 256
 
 
 class Quantization(enum.Enum):
-    """How a quant is stored."""
+    """Storage of a quant."""
 
     INT8 = "int8"
     INT4 = "int4"
@@ -39,7 +39,7 @@ class Quantization(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
-    """A weight ``[N, K]``."""
+    """Weight ``[N, K]``."""
 
     quantization: Quantization
     group: int
@@ -49,11 +49,11 @@ class QuantizedMatrix:
     scales: torch.Tensor
     """``[N, K / group]`` or ``[N, 1]``: float16 or float32, or int8 with ``super_scales``."""
     minima: torch.Tensor | None = None
-    """Like ``scales``; None is ``-8 * scales`` for int4 and none for the others."""
+    """Minima, laid out like ``scales``; None is ``-8 * scales`` for int4, else no minima."""
     super_scales: torch.Tensor | None = None
     """``[N, K / 256]`` float16, which multiplies ``scales``."""
     super_minima: torch.Tensor | None = None
-    """The same for ``minima``."""
+    """Scales of ``minima``, laid out like ``super_scales``."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,11 +63,11 @@ class QuantizedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Return what it takes on the device."""
+        """Return its size on the device in bytes."""
         return sum(tensor.nbytes for tensor in self.arrays())
 
     def arrays(self) -> tuple[torch.Tensor, ...]:
-        """Return what it is made of: each has a row for each of the matrix."""
+        """Return its arrays: each has a row for each row of the matrix."""
         fields = (self.quants, self.scales, self.minima, self.super_scales, self.super_minima)
         return tuple(tensor for tensor in fields if tensor is not None)
 
@@ -110,7 +110,7 @@ def _scaled(scales: torch.Tensor, supers: torch.Tensor | None) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StackedMatrix:
-    """A weight ``[N, K]`` whose rows lie in parts of different forms: a file may quantise values finer than queries."""
+    """Weight ``[N, K]`` whose rows lie in parts of different forms: a file may quantise values finer than queries."""
 
     parts: "tuple[torch.Tensor | QuantizedMatrix, ...]"
 
@@ -121,7 +121,7 @@ class StackedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Return what it takes on the device."""
+        """Return its size on the device in bytes."""
         return sum(part.nbytes for part in self.parts)
 
 
@@ -167,7 +167,7 @@ def quantize_int4(weight: torch.Tensor, group: int = 128) -> QuantizedMatrix:
 def from_gguf(kind: str, blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
     """Return the matrix in GGUF ``blocks`` ``[num_blocks, block_bytes]`` of Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K.
 
-    It is made where they are: a host moves the bits of an 8B model in ten seconds and more.
+    It is made on the blocks' device: a host takes ten seconds and more for an 8B model.
     """
     match kind:
         case "Q8_0":
@@ -189,7 +189,9 @@ def from_gguf(kind: str, blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix
 
 
 def _from_q4_or_q5_k(blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
-    """256 elements: d and dmin, eight 6-bit scales and minima in 12 bytes, for Q5_K 32 bytes of fifth bits, four runs.
+    """Unpack Q4_K or Q5_K.
+
+    256 elements: d and dmin, eight 6-bit scales and minima in 12 bytes, for Q5_K 32 bytes of fifth bits, four runs.
 
     Of a run's 32 bytes the low halves are elements 0 to 31 and the high halves 32 to 63: two sub-blocks of 64 elements.
     Bit i of the j-th byte of fifth bits is that of element j of sub-block i.
@@ -218,7 +220,8 @@ def _from_q4_or_q5_k(blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
 
 
 def _from_q6_k(blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
-    """256 elements in two halves: 64 bytes of low fours each, then 32 bytes of high twos each, 16 int8 scales, and d.
+    """Unpack Q6_K. Per 256 elements, in two halves: 64 bytes of low fours each, 32 bytes of high twos each; 16 int8
+    scales, and d.
 
     Of a half's bytes of low fours, the low nibbles are its elements 0 to 63 and the high ones 64 to 127; byte j of high
     twos has those of elements j, j + 32, j + 64 and j + 96. A quant is 32 less than its six bits.
@@ -235,7 +238,7 @@ def _from_q6_k(blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
 
 
 def _rows(values: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Return the bytes of a matrix's rows side by side, as kernels read them, also where a row is one block."""
+    """Return the bytes of a matrix's rows contiguous, as kernels read them, also where a row is one block."""
     return values.reshape(num_rows, -1).contiguous()
 
 

@@ -2,7 +2,7 @@
 
 Formats and their layout: :mod:`neuron.triton_kernels.quantized`. ``x`` is ``[M, K]``, M from 1 up; K is a multiple of
 the group. A ``residual`` is added to in place instead of a result stored. A mixture of experts is the same with rows
-taken from where their routing says, by the weights of their expert (see :mod:`neuron.triton_kernels.moe_matmul`).
+gathered by their routing and the weights of their expert (see :mod:`neuron.triton_kernels.moe_matmul`).
 
 For one row a group is multiplied before it is scaled, ``sum_k w x = scale sum_k q x + minimum sum_k x``: one
 multiplication by a scale for 32 elements instead of 32. For more rows quants become the activations' dtype, scaled, and
@@ -203,8 +203,8 @@ def _quantized_matmul_kernel(
 def quantized_tiles(num_rows: int, bulky: bool, target: Target) -> tuple[int, int, int, int, int]:
     """Return BLOCK_M, BLOCK_N, BLOCKS of 32 elements, warps and stages.
 
-    ``bulky`` weights take many registers while they are unpacked: 4-bit ones, and scales that have scales of their own.
-    What is smaller than it might be spilled with one of the compilers that are allowed (``make check-kernels``).
+    ``bulky`` weights take many registers while they are unpacked: 4-bit quants, and scales with scales of their own. A
+    size below the fastest spilled with one of the supported compilers (``make check-kernels``).
     """
     if num_rows <= 16:
         if target.capability == 100:
@@ -224,8 +224,8 @@ def quantized_matmul(
 ) -> torch.Tensor:
     """Return ``x w^T + bias`` ``[M, N]`` of ``x`` ``[M, K]``, contiguous in its last dimension.
 
-    ``residual`` ``[M, N]``, contiguous, is added to in place, and returned. The parts of a stacked matrix are a launch
-    each, into their columns of the result; those that are not quantised are for the caller to compute.
+    ``residual`` ``[M, N]``, contiguous, is added to in place, and returned. Each part of a stacked matrix is a
+    launch, into its columns of the result; the caller computes the parts that are not quantised.
     """
     num_rows, width = len(x), weight.shape[0]
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
@@ -244,7 +244,7 @@ def quantized_matmul(
 def quantized_moe_matmul(
     x: torch.Tensor, weight: QuantizedMatrix, routing: Routing, *, weighted: bool = False
 ) -> torch.Tensor:
-    """Return what :func:`neuron.triton_kernels.moe_matmul.moe_matmul` does, of ``weight`` ``[E N, K]``."""
+    """Return as :func:`neuron.triton_kernels.moe_matmul.moe_matmul`, for quantised ``weight`` ``[E N, K]``."""
     num_pairs, num_experts = routing.order.shape[0], routing.starts.shape[0] - 1
     width = weight.shape[0] // num_experts
     out = torch.empty((num_pairs, width), dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""A step of sequences on scattered pages, for checks and benches; needs no Triton."""
+"""Random steps of sequences on scattered pages, for checks and benches; needs no Triton."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ PAGE: Final = 16
 
 
 def random_batch(lengths: list[tuple[int, int]], device: torch.device) -> tuple[Batch, int]:
-    """Return a step of sequences of (query, context) tokens on scattered pages, and how many pages it uses."""
+    """Return a step of sequences of (query, context) tokens on scattered pages, and the number of its pages."""
     num_pages = [-(-context // PAGE) for _, context in lengths]
     order = np.random.default_rng(len(lengths)).permutation(np.arange(1, sum(num_pages) + 1)).astype(np.int32)
     table = np.zeros((len(lengths), max(num_pages)), np.int32)

@@ -1,8 +1,8 @@
-"""Every operation of a step in eager torch: what the kernels are checked against, and what runs where there are none.
+"""Every operation of a step in eager torch: the reference of the kernels, and their replacement on other devices.
 
 Shapes: T query tokens of B sequences, S cached tokens, H query heads, K key-value heads, D head dimension, P pages a
 sequence, I intermediate size, V vocabulary. Activations are in the model's dtype. Inputs are changed only where a
-docstring says so. Written for few and large calls, because on a CPU a call costs 1 to 60 us whatever its size.
+docstring says so. Written for few and large calls: on a CPU a call costs 1 to 60 us at any size.
 """
 
 import itertools
@@ -100,7 +100,7 @@ def moe_matmul(
 ) -> torch.Tensor:
     """Return ``[T C, N]``, row ``token * C + choice``: each pair's row of ``x`` by its expert's ``[N, K]``.
 
-    ``weight`` is ``[E, N, K]``, or ``[E N, K]`` quantised. One pass an expert that any row picked.
+    ``weight`` is ``[E, N, K]``, or ``[E N, K]`` quantised. One pass for each expert that a row picked.
     """
     num_pairs, num_experts = len(routing.order), len(routing.starts) - 1
     shared = num_pairs // len(x)
@@ -224,7 +224,7 @@ def paged_attention(
     """Return causal attention ``[T, H D]`` of ``q`` ``[T, H, D]`` over each row's own sequence in the paged cache.
 
     Prefill and decode rows mix. Query head h reads key-value head ``h // (H / K)``. This step's keys and values must be
-    in the cache already. With a ``window``, a row sees that many tokens, itself the last.
+    in the cache already. With a ``window``, a row attends to that many tokens, itself the last.
     """
     outputs = [_attend(q[part.start : part.stop], key_cache, value_cache, part, scale, window) for part in batch.parts]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -239,7 +239,7 @@ def _attend(
     keys = key_cache.index_select(0, part.pages).view(gathered)[:, : part.num_tokens].transpose(1, 2)
     values = value_cache.index_select(0, part.pages).view(gathered)[:, : part.num_tokens].transpose(1, 2)
     if part.decodes:
-        # The queries of one key-value head see the same tokens, so they can be the rows of one small attention: no
+        # The queries of a key-value head attend to the same tokens, so they are the rows of one small attention: no
         # head is repeated, and it is four times as fast as matmul, softmax, matmul.
         grouped = q.view(part.num_sequences, num_kv_heads, -1, head_dim)
         out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
@@ -266,9 +266,9 @@ def windowed_attention(
     window: int = 0,
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
-    """Return what :func:`paged_attention` does ``[T, H, D]``, with a sliding window and a cap on the scores; 0 is off.
+    """Return attention ``[T, H, D]`` as :func:`paged_attention`, with a window and a cap on the scores; 0 is off.
 
-    In float32 and by the definition, one sequence after another: slow, and what the attention kernels are held against.
+    In float32 and by the definition, one sequence after another: the reference of the attention kernels.
     """
     num_heads = q.shape[1]
     num_kv_heads, head_dim = key_cache.shape[2:]

@@ -77,7 +77,7 @@ def rope_and_cache(
 ) -> torch.Tensor:
     """Rotate queries and keys, write keys and values to their KV slots, return the queries ``[T, H, D]``.
 
-    ``rotary`` is what :func:`neuron.triton_kernels.reference.rotary_table` returns; ``qk_norm`` is ``[H + K, D]`` or
+    ``rotary`` is the result of :func:`neuron.triton_kernels.reference.rotary_table`; ``qk_norm`` is ``[H + K, D]`` or
     None; ``slot_mapping`` ``[T]`` are int64.
     """
     num_kv_heads, head_dim = key_cache.shape[2:]

@@ -2,7 +2,7 @@
 
 ``angle = position * inverse_frequency`` in float32, as models are trained. It is reduced to a fraction of a turn in
 float64, which is exact to what float32 holds for any position, and then to an eighth of a turn around a quarter, where
-two polynomials do (Cephes, ``sinf.c``). Triton's own ``cos`` brings the reduction of huge angles along, by arrays in
+two polynomials do (Cephes, ``sinf.c``). Triton's own ``cos`` includes the reduction of huge angles, with arrays in
 local memory.
 """
 
@@ -18,7 +18,7 @@ _RADIANS = tl.constexpr(1.5707963267948966)
 
 @triton.jit
 def sine_and_cosine(angle):
-    """Return both of float32 ``angle``, to 1e-7 or so."""
+    """Return sine and cosine of float32 ``angle``, to about 1e-7."""
     quarters = angle.to(tl.float64) * _QUARTERS
     whole = tl.floor(quarters + 0.5)
     x = ((quarters - whole) * _RADIANS).to(tl.float32)

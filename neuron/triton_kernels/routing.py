@@ -1,4 +1,4 @@
-"""Which expert gets which token, as tensors: what a mixture-of-experts matmul and its reference are told."""
+"""Routing of tokens to experts, as tensors, for mixture-of-experts matmuls and their reference."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Routing:
-    """Which rows each expert gets, for T tokens with C choices each; all on the device."""
+    """Rows of each expert, for T tokens with C choices each; all on the device."""
 
     order: torch.Tensor
     """``[T C]`` int32: pairs, as ``token * C + choice``, sorted by expert."""

@@ -1,19 +1,19 @@
-"""From logits to a token on the device, with nothing for the host to wait for.
+"""Sampling of tokens from logits on the device, without waiting on the host.
 
 In this order, as :mod:`neuron.engine.sampler` has it: penalties (repetition of prompt and output, arXiv:1909.05858;
 presence and frequency of output only), bias, grammar mask; then temperature, top-k, top-p of what that leaves, min-p
 relative to the likeliest; then one token, drawn by the Gumbel-max trick: ``argmax(logit / T - log(-log u))``, with
 ``u`` of Philox 4x32-10 (Salmon et al., SC 2011) at the counter (token id, number of the draw) under the row's seed,
-so that a row's draw depends on nothing but its own logits, seed and position. Temperature 0 is the argmax.
+so that a row's draw depends only on its own logits, seed and position. Temperature 0 is the argmax.
 
 A row is split over programs of BLOCK logits, or one would pass over a whole vocabulary at the rate of one processor: a
-step of a small model is shorter than that. Each changes its logits as asked, draws the best of them where no filter is
-on, and leaves what it found with the greatest of each run of RUN logits. The last to arrive (see
-:mod:`neuron.triton_kernels.workspace`) puts it together, and filters by itself: it looks at those runs only that the
-greatest say may have something left, a few of thousands for usual logits.
+step of a small model is shorter than that. Each applies its changes to the logits, draws the best where no filter is
+on, and stores the result and the greatest logit of each run of RUN. The last to arrive (see
+:mod:`neuron.triton_kernels.workspace`) merges the results, and filters alone: it reads only the runs whose greatest
+logit may pass, a few of thousands for usual logits.
 
-Top-k and top-p keep what lies at or above a threshold, found by bisecting on the bits of the logits, which as integers
-sort as the numbers do: exact, by three probes a pass. Tokens that tie with the last one kept are kept too.
+Top-k and top-p keep logits at or above a threshold, found by bisecting on their bits, which sort as integers as the
+numbers do: exact, with three probes a pass. Tokens that tie with the last one kept are kept too.
 
 Also returned: the log-probability of the chosen token in the model's own distribution, before any of the above; and a
 row with a NaN or an infinity among its logits, or with no token allowed, gets NON_FINITE. ``logits`` ``[R, V]`` float32
@@ -32,9 +32,9 @@ from neuron.triton_kernels.workspace import counters
 
 NON_FINITE: Final = -1
 RUN = tl.constexpr(32)
-"""Logits whose greatest is kept: a line of the cache."""
+"""Number of logits whose greatest is stored: a cache line."""
 NUM_FOUND = tl.constexpr(7)
-"""Numbers that each program leaves."""
+"""Number of results that each program stores."""
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _ordered(x):
 
 @triton.jit
 def _noisy(value, v, seed, draw, sharpness):
-    """Return what the largest of is a draw: the logits of tokens ``v``, sharpened, with Gumbel noise."""
+    """Return the logits of tokens ``v``, sharpened, with Gumbel noise: the argmax is a draw."""
     bits, _, _, _ = tl.philox(seed, v, draw + tl.zeros_like(v), tl.zeros_like(v), tl.zeros_like(v))
     # 24 bits, and half a step up: never 0, never 1.
     u = ((bits >> 8).to(tl.int32).to(tl.float32) + 0.5) * 5.9604644775390625e-08
@@ -55,9 +55,9 @@ def _noisy(value, v, seed, draw, sharpness):
 
 @triton.jit
 def _run(x, size, runs, num_runs, start, LISTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the numbers in BLOCK / RUN runs of ``x`` ``[size]``, from the ``start``-th on, and where they are.
+    """Return the numbers in BLOCK / RUN runs of ``x`` ``[size]``, from the ``start``-th on, and their positions.
 
-    What is not there is -inf. The runs are those that ``runs`` lists, or all in turn.
+    Numbers beyond the end are -inf. The runs are the ones in ``runs``, or all in turn.
     """
     place = start + tl.arange(0, BLOCK // RUN)
     there = place < num_runs
@@ -75,9 +75,9 @@ def _above(
     x, size, runs, num_runs, top, sharpness, first, step, level,
     LISTED: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return, for three probes in arithmetic progression, how many numbers (or how much mass) lie above each.
+    """Return, for three probes in arithmetic progression, the number (or the mass) of logits above each.
 
-    Only those count whose order is at least ``level``: what top-k has left.
+    Only logits of order ``level`` or more count: the ones that top-k keeps.
     """
     low = tl.zeros([BLOCK // RUN, RUN], tl.float32)
     middle = tl.zeros([BLOCK // RUN, RUN], tl.float32)
@@ -96,7 +96,7 @@ def _above(
 
 @triton.jit
 def _list_runs(maxima, runs, num_runs, level, BLOCK: tl.constexpr):
-    """List in ``runs`` those of ``num_runs`` that have something of order ``level`` or more; return how many."""
+    """List in ``runs`` the runs of ``num_runs`` with a logit of order ``level`` or more; return their number."""
     tl.debug_barrier()  # all threads are done with the list before
     found = tl.zeros([], tl.int32)
     for start in range(0, num_runs, BLOCK):
@@ -114,9 +114,9 @@ def _threshold(
     x, size, maxima, runs, num_runs, count, top, sharpness, limit, low, level,
     LISTED: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the least order, from ``low`` on, of which less than ``limit`` lies above: kept is what is at or over it.
+    """Return the least order, from ``low`` on, with less than ``limit`` above it: logits at or over it are kept.
 
-    ``count`` runs are looked at. A long list is made anew as the bounds close in.
+    ``count`` runs are read. A long list is made anew as the bounds close in.
     """
     high = _ordered(top)
     while low < high:
@@ -188,11 +188,11 @@ def _sample_kernel(
         presence = tl.load(penalties + row * 3 + 1)
         frequency = tl.load(penalties + row * 3 + 2)
 
-    # The model's own distribution, and the logits changed as asked.
+    # The model's own distribution, and the changed logits.
     v = part * BLOCK + tl.arange(0, BLOCK)
     inside = v < V
     value = tl.load(raw_logits + v, mask=inside, other=0.0)
-    sound = tl.sum(value - value, 0)  # NaN for what is not finite
+    sound = tl.sum(value - value, 0)  # NaN where not finite
     raw = tl.where(inside, value, float("-inf"))
     peak = tl.max(raw, 0)
     mass = tl.sum(tl.exp(raw - tl.where(peak == float("-inf"), 0.0, peak)), 0)
@@ -207,7 +207,7 @@ def _sample_kernel(
     if work is not None:
         tl.store(x + v, value, mask=inside)
     if bias_tokens is not None:
-        # What one thread has stored another reads.
+        # A thread reads another thread's stores.
         tl.debug_barrier()
         for start in range(0, num_bias, BLOCK_BIAS):
             i = start + tl.arange(0, BLOCK_BIAS)
@@ -282,9 +282,9 @@ def _sample_kernel(
                 total, _, _ = _above(
                     x, V, runs, count, top, sharpness, nothing, nothing, level, True, True, BLOCK
                 )  # fmt: skip
-            # Nothing at all is kept of a share of 0 but the likeliest, which no mass lies above.
+            # Of a share of 0 only the likeliest is kept, which has no mass above it.
             limit = tl.maximum(share * total, 1e-30)
-            # V tokens below this one have half of what may be dropped, at most.
+            # V tokens below this one have at most half of the mass that may be dropped.
             low = _ordered(top + tl.log((1.0 - share) * total / (2.0 * V)) / sharpness)
             low = tl.maximum(low, level)
             count = _list_runs(maxima, runs, num_runs, low, BLOCK)

@@ -1,4 +1,4 @@
-"""What the kernels behind a step's logits are checked on: see :mod:`neuron.triton_kernels.cases`."""
+"""Cases for the kernels after a step's logits: see :mod:`neuron.triton_kernels.cases`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Results = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def random_rows(num_rows: int, vocab_size: int, device: torch.device, *, everything: bool) -> SamplingRows:
-    """Return rows that ask for different things; with ``everything`` also for penalties, bias and a mask."""
+    """Return rows of different settings; with ``everything`` also penalties, bias and a mask."""
     generator = np.random.default_rng(num_rows)
 
     def pick(*choices: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -51,7 +51,7 @@ def random_rows(num_rows: int, vocab_size: int, device: torch.device, *, everyth
 
 
 def sampling_results(device: torch.device) -> Results:
-    """Sample rows of all kinds, and return what came out beside what should."""
+    """Sample rows of all kinds; return the results and the expected ones."""
     results: Results = []
     for num_rows, vocab_size, everything in ((11, 131, False), (13, 131, True), (10, 5000, False), (9, 4999, True)):
         logits = torch.randn(num_rows, vocab_size, device=device) * 3

@@ -1,6 +1,6 @@
-"""What follows a step's logits, in eager torch: the sampling that kernels are checked against, and the one of a CPU.
+"""Sampling in eager torch: the reference of the kernels, and the sampler of a CPU.
 
-:func:`sample_rows` has the signature of the kernel and its draws; :func:`sample` draws by inverting the distribution,
+:func:`sample_rows` has the signature and the draws of the kernel; :func:`sample` draws by inverting the distribution,
 many rows at once, where there is no kernel. :func:`begin_step` and :func:`end_step` are those of
 :mod:`neuron.triton_kernels.decode_step`.
 """
@@ -17,7 +17,7 @@ Int32Array = np.ndarray[Any, np.dtype[np.int32]]
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 
 TOP_P_CANDIDATES: Final = 512
-"""Tokens that top-p looks at before it sorts the whole vocabulary: 90 us against 3.2 ms a row at V = 49,152."""
+"""Number of tokens that top-p tries before it sorts the whole vocabulary: 90 us against 3.2 ms a row at V = 49,152."""
 
 
 def begin_step(state: DecodeState) -> None:
@@ -70,8 +70,8 @@ def philox(seed: int, first: np.ndarray[Any, Any], second: int) -> np.ndarray[An
 def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a token id int32 ``[R]`` and its log-probability ``[R]`` for each row of ``logits`` ``[R, V]`` float32.
 
-    What :mod:`neuron.triton_kernels.sampling` says, by sorting; a row with a NaN or an infinity, or with nothing
-    allowed, gets -1.
+    As :mod:`neuron.triton_kernels.sampling`, by sorting; a row with a NaN or an infinity, or with no token allowed,
+    gets -1.
     """
     num_rows, vocab_size = logits.shape
     ids = torch.full((num_rows,), -1, dtype=torch.int32, device=logits.device)
@@ -129,11 +129,11 @@ def sample(
     min_p: Float64Array,
     uniform: Float64Array,
 ) -> torch.Tensor:
-    """Return one token id int64 ``[R]`` per row of ``logits`` ``[R, V]`` float32; the other arrays are ``[R]``.
+    """Return a token id int64 ``[R]`` for each row of ``logits`` ``[R, V]`` float32; the other arrays are ``[R]``.
 
     Temperature 0 is greedy. The filters apply in the order top-k (0: off), top-p of what that leaves (1: off), min-p
     relative to the likeliest. A token is drawn by inverting the distribution at ``uniform``, one number in [0, 1) a
-    row, so a row's draw depends on nothing but its own logits and number. Gumbel noise from a generator per row would
+    row, so a row's draw depends only on its own logits and number. Gumbel noise from a generator per row would
     do the same at 770 us a row; the running sum takes 33.
     """
     greedy = temperature == 0

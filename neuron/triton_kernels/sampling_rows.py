@@ -1,7 +1,4 @@
-"""What the rows of one step want of the sampler, as tensors: what the sampling kernel and its reference are told.
-
-It knows numbers and tables, not requests.
-"""
+"""Sampling parameters of a step's rows, as tensors, for the sampling kernel and its reference."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +8,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """What each of R rows asked for, on the device; V is the vocabulary. ``None`` is off for all rows."""
+    """Sampling parameters of R rows, on the device; V is the vocabulary. ``None`` is off for all rows."""
 
     temperature: torch.Tensor
     """``[R]`` float32; 0 is greedy."""
@@ -24,27 +21,27 @@ class SamplingRows:
     seeds: torch.Tensor
     """``[R]`` int64"""
     counters: torch.Tensor
-    """``[R]`` int32: tokens the row has generated."""
+    """``[R]`` int32: number of tokens that the row has generated."""
     slots: torch.Tensor | None = None
     """``[R]`` int32: the row's place in the two tables below."""
     penalties: torch.Tensor | None = None
     """``[R, 3]`` float32: repetition, presence, frequency."""
     counts: torch.Tensor | None = None
-    """``[slots, V]`` int32: how often each token was generated; the drawn token is counted."""
+    """``[slots, V]`` int32: count of each token among the generated; the drawn token is counted."""
     in_prompt: torch.Tensor | None = None
     """``[slots, V]`` bool"""
     bias_tokens: torch.Tensor | None = None
-    """``[R, X]`` int32, -1 where there are fewer; no token twice."""
+    """``[R, X]`` int32, padded with -1; no token twice."""
     bias_values: torch.Tensor | None = None
     """``[R, X]`` float32"""
     allowed: torch.Tensor | None = None
-    """``[R, ceil(V / 32)]`` int32: bit ``v % 32`` of word ``v // 32`` says that token v may come."""
+    """``[R, ceil(V / 32)]`` int32: bit ``v % 32`` of word ``v // 32`` is set where token v is allowed."""
 
 
 def like(
     num_rows: int, vocab_size: int, num_slots: int, changes: bool, make: Callable[..., torch.Tensor]
 ) -> SamplingRows:
-    """Return rows of what ``make(*shape, dtype=...)`` returns; with ``changes`` those that change logits."""
+    """Return rows of tensors by ``make(*shape, dtype=...)``; with ``changes`` also the tables that change logits."""
     f32, i32 = torch.float32, torch.int32
     rows = SamplingRows(
         temperature=make(num_rows, dtype=f32),

@@ -1,6 +1,6 @@
-"""``out = x w^T`` for 1 to 64 rows, where the time is that of reading ``w`` ``[N, K]`` once; with what surrounds it.
+"""``out = x w^T`` for 1 to 64 rows, bound by one read of ``w`` ``[N, K]``, with fused neighbours.
 
-Around the product, each where it is asked for:
+Optionally fused:
 
 - *norm prologue*: ``x`` ``[M, K]`` is RMS-normalised. ``sum_k w x g / rms(x) = (sum_k w (x g)) / rms(x)``, so the mean
   square is summed up in the same pass and divides the result: no second pass, no kernel of its own.
@@ -10,7 +10,7 @@ Around the product, each where it is asked for:
 One row is a sum of products on the ordinary units, with a tile of weights in flight while the last is multiplied; 2 to
 64 rows are rows of a matrix tile. K is split over programs where N alone does not fill the GPU; the last to arrive
 adds up (see :mod:`neuron.triton_kernels.workspace`). With dependent launch the first tile of weights, which no other
-kernel writes, is asked for before the wait for the activations.
+kernel writes, is requested before the wait for the activations.
 """
 
 from typing import Final
@@ -30,7 +30,7 @@ MAX_SPLITS: Final = 8
 
 @triton.jit
 def _weights(w, n, k, N, K, end):
-    """Return a tile of weights, which are read once: first to leave the cache."""
+    """Return a tile of weights, which are read once: evicted first from the cache."""
     mask = (n < N)[:, None] & (k < end)[None, :]
     at = n.to(tl.int64)[:, None] * K + k[None, :]
     return tl.load(w + at, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -210,7 +210,7 @@ def _skinny_kernel(
 
 
 def num_splits_for(num_blocks: int, depth: int, block_k: int, target: Target) -> int:
-    """Return into how many parts to split K: four programs a processor, but no part under four tiles."""
+    """Return the number of splits of K: four programs a multiprocessor, but no split under four tiles."""
     wanted = 4 * target.num_sms // max(num_blocks, 1)
     return max(min(wanted, cdiv(depth, 4 * block_k), MAX_SPLITS), 1)
 
@@ -224,7 +224,7 @@ def skinny_matmul(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the product ``[M, N]`` of contiguous ``x`` ``[M, K]``, M up to 64, and ``weight``, and what surrounds it.
+    """Return the product ``[M, N]`` of contiguous ``x`` ``[M, K]``, M up to 64, and ``weight``, with fused neighbours.
 
     ``norm`` is the weight ``[K]`` and epsilon of the norm of ``x``. With ``activation`` ``"silu"`` or ``"gelu"``
     ``weight`` is ``[2 N, K]``, else ``[N, K]``. ``residual`` ``[M, N]`` is added to, in place, and returned. Float16
@@ -279,7 +279,7 @@ def skinny_matmul(
 def skinny_tiles(block_m: int, gated: bool, target: Target) -> tuple[int, int, int]:
     """Return BLOCK_N, BLOCK_K and stages: 32 to 96 KiB of weights in flight a program.
 
-    One that is ``gated`` has two tiles of weights a stage; by Triton 3.6 the fourth stage of 64 rows spills on sm_100.
+    A ``gated`` product has two tiles of weights a stage; by Triton 3.6 the fourth stage of 64 rows spills on sm_100.
     """
     if target.big_shared_memory:
         return (32, 256, 3) if block_m == 16 else (32, 128, 3 if gated else 4)

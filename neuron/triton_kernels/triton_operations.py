@@ -1,9 +1,9 @@
-"""The operations of a decoder's layer by Triton kernels: which kernel for how many rows.
+"""The operations of a decoder's layer by Triton kernels, chosen by the number of rows.
 
 Up to SKINNY_ROWS rows a projection is bound by its weights' bytes and takes the norm before it and the residual after
-it into the same kernel; above, the large matmul and kernels of their own. A step of decodes alone takes five kernels a
+it into the same kernel; above, the large matmul and separate kernels. A step of decodes alone takes five kernels a
 layer: norm + qkv; norm, rotation, cache and attention; output + residual; norm + gate/up + activation; down + residual.
-Quantised weights take eight: their products have the residual behind them, not the norm or the activation around them.
+Quantised weights take eight: their products fuse the residual, not the norm or the activation.
 """
 
 import torch
@@ -98,7 +98,7 @@ class TritonOperations:
         picks: Picks,
         residual: torch.Tensor,
     ) -> None:
-        """Add the weighted sum of the experts picked: two grouped matmuls, nothing leaves the device."""
+        """Add the weighted sum of the experts picked: two grouped matmuls, without a copy to the host."""
         chosen = moe_routing.route if len(x) <= moe_routing.MAX_TOKENS else route
         routing = chosen(self.linear(x, router), picks.choices, normalise=picks.normalise)
         inner = activation.silu_and_mul(_grouped(x, gate_up, routing, weighted=False))

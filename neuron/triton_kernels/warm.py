@@ -1,8 +1,8 @@
-"""Put compiled kernels into this process before they are launched, and forbid compiling from then on.
+"""Preloading of compiled kernels into this process, and a ban on compiling afterwards.
 
-Triton's launcher compiles what it does not find in its memory, in the middle of a step if need be. Here its memory is
-filled while a model loads, with what :mod:`neuron.triton_kernels.compile` has, and a launch that still misses is an
-error: it would stall every stream for a second.
+Triton's launcher compiles a kernel that is not in its memory, in the middle of a step if need be. Here its memory is
+filled while a model loads, with the kernels of :mod:`neuron.triton_kernels.compile`, and a launch that still misses is
+an error: it would stall every stream for a second.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class CompileAfterReadyError(RuntimeError):
 
 
 class DriverTooOldError(RuntimeError):
-    """The NVIDIA driver cannot load what the compiler makes."""
+    """The NVIDIA driver cannot load the compiler's cubins."""
 
     code = "driver_too_old"
 
@@ -47,7 +47,7 @@ class DriverTooOldError(RuntimeError):
 
 
 class _Array:
-    """Stands for a tensor whose memory is not there: its type and its alignment are all the compiler asks for."""
+    """Placeholder of a tensor without memory, with the type and alignment that the compiler reads."""
 
     def __init__(self, kind: str, aligned: bool) -> None:
         self.dtype = kind.removeprefix("*")
@@ -59,7 +59,7 @@ class _Array:
 
 
 def warm(variant: Variant, compiled: Compiled, driver_version: tuple[int, int] = (99, 0)) -> None:
-    """Put a kernel into this process and onto the device in use, so that its first launch is one like any other.
+    """Load a kernel into this process and onto the current device, so that its first launch costs as any other.
 
     Raises :class:`DriverTooOldError`.
     """
@@ -76,14 +76,14 @@ def warm(variant: Variant, compiled: Compiled, driver_version: tuple[int, int] =
             arguments[parameter.name] = (16 if parameter.aligned else 17) << (32 if parameter.kind == "i64" else 0)
     with _compiles_to(variant.function(), compiled, cache_key(variant, metadata.capability)) as function:
         kernel = function.warmup(grid=(1,), **arguments, **variant.options())
-    # Else the first launch does it, in a step: builds the launcher, by gcc if need be, and loads the module.
+    # Else the first launch, in a step, builds the launcher, by gcc if need be, and loads the module.
     kernel.run  # noqa: B018 (a property that does so)
 
 
 @contextlib.contextmanager
 def _compiles_to(function: Any, compiled: Compiled, key: str) -> Iterator[Any]:
-    """Have ``function`` take ``compiled`` for what its compiler returns."""
-    function.device_caches[driver.active.get_current_device()]  # makes it look its compiler up, once
+    """Have ``function`` take ``compiled`` as its compiler's result."""
+    function.device_caches[driver.active.get_current_device()]  # has it look up its compiler, once
     theirs = function.compile
 
     def ours(source: Any, **_: object) -> Any:
@@ -107,7 +107,7 @@ _armed = False
 
 
 def forbid_compiling() -> None:
-    """From now on a kernel that is not compiled yet is an error, but inside :func:`allowing_compiles`."""
+    """Make compiling a kernel an error from now on, except inside :func:`allowing_compiles`."""
     global _armed
     _armed = True
     knobs.runtime.jit_cache_hook = _refuse
@@ -131,7 +131,7 @@ def allowing_compiles() -> Iterator[None]:
 
 
 def _refuse(**what: Any) -> bool:
-    """Triton calls this when a launch finds no binary in memory, before it compiles or looks on disk."""
+    """Refuse to compile; Triton's hook for a launch that finds no binary in memory."""
     if _armed and not _loading.get():
         raise CompileAfterReadyError(str(what.get("repr") or what.get("key")).partition("[")[0])
     return False

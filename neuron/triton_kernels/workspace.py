@@ -1,8 +1,8 @@
-"""Scratch memory that outlives a launch: the arrival counters of kernels that split one result over several programs.
+"""Arrival counters, which outlive a launch, of kernels that split one result over several programs.
 
-A split kernel's programs leave partial results, count themselves in, and the last to arrive adds all parts up in their
-order: one kernel instead of two (about 1.2 us a dependent node in a graph), and the same sum each time, which float
-atomics would not give. Counters are zero between launches because the last to arrive puts them back.
+The programs of a split kernel store partial results and increment a counter, and the last to arrive adds all parts in
+their order: one kernel instead of two (about 1.2 us a dependent node in a graph), and the same sum each time, which
+float atomics would not give. The last to arrive resets the counter to zero for the next launch.
 
 They are one array a device, so kernels that use them must be on one stream: a device has one worker with one stream.
 """
