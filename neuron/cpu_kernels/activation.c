@@ -1,15 +1,15 @@
-/* What comes before a matrix: RMS norm, and activations in the form that a weight format multiplies.
+/* Inputs of a matrix product: RMS norm, and activations in the form that a weight format multiplies.
  *
  *     rms_norm: out = x / sqrt(mean(x^2) + eps) * weight                         (arXiv:1910.07467)
  *     int8:     per 32 elements, s = max|x| / 127, q = round(x / s)
  *
  * A few activations are hundreds of times larger than the rest, those of a text's first token above all
- * (arXiv:2402.17762), and leave their group's others with a bit or two. What rounding left of such a group goes into a
- * group of its own behind the row and is multiplied too: 4 % more groups, and the logits of SmolLM2 after a chat template
- * are off by 0.12 (root mean square) where they were by 0.69.
+ * (arXiv:2402.17762), and leave the rest of their group with a bit or two. The rounding remainder of such a group
+ * goes into a group of its own behind the row and is multiplied too: 4 % more groups, and the error of SmolLM2's logits
+ * after a chat template is 0.12 (root mean square) instead of 0.69.
  *
- * What is infinite or no number must not become a finite int8: its magnitude's bits are the largest integers, so the
- * maximum, taken over bits, is it, the scale is infinite or NaN, and so is every product with the group.
+ * An infinity or a NaN must not become a finite int8: the bits of its magnitude are the largest integers, so the maximum,
+ * taken over bits, finds it, the scale is infinite or NaN, and so is every product with the group.
  */
 #include "kernels.h"
 #include "simd.h"
@@ -29,7 +29,7 @@ void LEVEL(rms_norm)(const float *x, const float *weight, float eps, int n, int 
     for (i = 0; i < n_padded; i += 16) vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), factor), vf_load(weight + i)));
 }
 
-/* How many times the row's root mean square a group's largest element must be for its remainder to count. */
+/* Least ratio of a group's largest element to the row's root mean square for which its remainder is kept. */
 static const float COARSE = 8.0f;
 
 static float group_to_int8(const float *x, struct group8 *out) {
@@ -41,7 +41,7 @@ static float group_to_int8(const float *x, struct group8 *out) {
     vi_store_s8(out->q, qa);
     vi_store_s8(out->q + 16, qb);
     int32_t sum = 0;
-    /* Of what was stored: conversions of what is no number saturate. */
+    /* Of the stored values: conversions of a NaN saturate. */
     if (largest < INFINITY) sum = vi_sum(vi_add(qa, qb));
     out->scale = largest / 127.0f;
     out->scaled_sum = out->scale * (float)sum;
@@ -57,7 +57,7 @@ static void to_int8(const float *x, int groups, struct group8 *out) {
     int count = 0;
     for (int g = 0; g < groups; g++, x += GROUP) {
         float largest = group_to_int8(x, &out[g]);
-        /* Not for what is not finite: no comparison with it, or with a mean of it, is true. */
+        /* Not where not finite: no comparison with a NaN is true. */
         if (!(largest > coarse && largest < INFINITY) || count == max_remainders(groups)) continue;
         float left[GROUP];
         for (int i = 0; i < GROUP; i++) left[i] = x[i] - (float)out[g].q[i] * out[g].scale;

@@ -1,18 +1,19 @@
-/* Causal attention of query rows over a paged cache, with the rotary embedding and the cache's write.
+/* Causal attention of query rows over a paged cache, with the rotary embedding and the write to the cache.
  *
  *     out[t, h] = softmax(scale q[t, h] . k[0..p(t)]) v[0..p(t)]          k, v of kv head h / (H / K)
  *
  * A page of one kv head holds 16 tokens: keys as [D / 2][16 tokens][2] bfloat16 (or [D][16] float32), so that a register
  * of scores is 16 tokens and needs no horizontal sum; values as [16 tokens][D padded to 16]. In int8 keys are [D][16 tokens],
- * and each token's key and value has a scale, its largest element over 127, behind those of its page: a score is multiplied
- * with the key's, a weight with the value's. A task reads its pages once
- * for all its queries (the heads that share a kv head, times a few rows of a prompt), in blocks of SCORE_TOKENS: scores,
- * online softmax (arXiv:1805.02867), weighted values with the sums in registers. Scores and sums are float32.
+ * and each token's key and value has a scale, its largest element over 127, behind its page: a score is multiplied
+ * with the key's, a weight with the value's.
  *
- * What a row gets depends on the row alone, to the bit: not on which rows are beside it, on how a prompt was cut, or on
- * what of it was computed before. Its context is cut into segments whose places and length follow from its own position
- * (segment_tokens), each has a sum of its own in blocks at fixed places, and the sums are joined in the order of the
- * segments, whether one task has all of them or each has another.
+ * A task reads its pages once for all its queries (the heads that share a kv head, times a few rows of a prompt), in blocks
+ * of SCORE_TOKENS: scores, online softmax (arXiv:1805.02867), weighted values with the sums in registers, in float32.
+ *
+ * A row's result depends on the row alone, to the bit: not on the other rows of the step, on how a prompt was cut, or on
+ * the cached part. Its context is cut into segments whose positions and length follow from its own position
+ * (segment_tokens), each is summed in blocks at fixed positions, and the sums are merged in the order of the segments,
+ * whichever tasks computed them.
  * Reference: paged_attention and rope_and_cache of neuron.triton_kernels.reference.
  */
 #include "kernels.h"
@@ -20,7 +21,7 @@
 
 #include <math.h>
 
-/* How far ahead of the scores their keys are fetched. */
+/* Prefetch distance of keys ahead of their scores. */
 enum { FETCH_TOKENS = 4 * PAGE_TOKENS };
 
 /* Normalise one head where the model does, and rotate its halves (i, i + D / 2), as arXiv:2104.09864 in pairs. */
@@ -42,14 +43,14 @@ static void rotate(const struct attention *a, const float *x, int head, int row,
     }
 }
 
-/* Round x[n] to int8, `stride` apart; returns the scale, which is no number if an element is none. */
+/* Round x[n] to int8, `stride` apart; returns the scale, NaN if an element is not finite. */
 static float round_to_int8(const float *x, int n, int stride, uint8_t *to) {
     float largest = 0, odd = 0;
     for (int i = 0; i < n; i++) {
         largest = fmaxf(largest, fabsf(x[i]));
         odd += x[i] * 0.0f;
     }
-    /* Of less than this the inverse would be infinite: it is nothing. */
+    /* Below this the inverse would be infinite: taken as zero. */
     float inverse = largest > 1e-30f && odd == 0 ? 127.0f / largest : 0.0f;
     for (int i = 0; i < n; i++) to[i * stride] = (uint8_t)(int8_t)(odd == 0 ? lrintf(x[i] * inverse) : 0);
     return largest / 127.0f + odd;
@@ -85,7 +86,7 @@ void LEVEL(write_kv)(const struct attention *a, int row, int kv_head, int page, 
     }
 }
 
-/* Fetch one kv head's keys or values of a page: the next page lies elsewhere, where no hardware looks for it. */
+/* Prefetch one kv head's keys or values of a page: the next page lies elsewhere, beyond hardware prefetching. */
 INLINE void prefetch_page(const struct attention *a, const uint8_t *base, int page) {
     const uint8_t *from = base + (size_t)page * a->page_stride;
     for (size_t i = 0; i < a->head_stride; i += 64) __builtin_prefetch(from + i);
@@ -96,7 +97,7 @@ INLINE void page_scores(const int num_queries, const enum kv_form form, const fl
                         const uint8_t *keys, float *scores) {
     vf acc[SCORE_ROWS], second[SCORE_ROWS];
     /* Two sums, where there are registers for them: one alone is bound by the latency of its additions if the queries
-     * are few. Of many as well, or a query's score would depend on how many there are. */
+     * are few. Also for many, or a query's score would depend on their number. */
     const int is_split = IS_SPLIT;
     UNROLL for (int r = 0; r < num_queries; r++) acc[r] = second[r] = vf_zero();
     if (form == KV_INT8) {
@@ -215,13 +216,13 @@ INLINE void weigh_block(const enum kv_form form, const struct attention *a, cons
             weigh(1, 1, form, a, pages, base, i, tokens, weights + r * SCORE_TOKENS, out + r * padded + i);
 }
 
-/* A row's result over some of its context: weighted values, the largest score, the sum of weights. */
+/* A row's result over a part of its context: weighted values, the largest score, the sum of weights. */
 struct partial {
     float *values;
     float *largest, *total;
 };
 
-/* Let the result over a segment join that over all before it. A segment of which the row sees nothing changes nothing. */
+/* Merge the result over a segment into the one before it. A segment without attended tokens changes nothing. */
 INLINE void join(const struct partial *to, const struct partial *part, int padded) {
     if (*part->total == 0 && *part->largest == -INFINITY) return;
     if (*to->total == 0 && *to->largest == -INFINITY) {
@@ -231,7 +232,7 @@ INLINE void join(const struct partial *to, const struct partial *part, int padde
         return;
     }
     float most = fmaxf(*to->largest, *part->largest);
-    /* Mostly the largest score is old: then nothing is rescaled. */
+    /* Mostly the largest score is an earlier one: then nothing is rescaled. */
     float kept = *to->largest == most ? 1.0f : expf(*to->largest - most);
     float added = *part->largest == most ? 1.0f : expf(*part->largest - most);
     vf by_kept = vf_set1(kept), by_added = vf_set1(added);
@@ -274,7 +275,7 @@ static void segment(const struct attention *a, const struct attention_task *t, i
             int seen = t->position + r / t->num_heads + 1 - start;
             int unseen = a->window_tokens > 0 && seen > a->window_tokens ? seen - a->window_tokens : 0;
             seen = seen < 0 ? 0 : seen < tokens ? seen : tokens;
-            /* What the row does not see: page padding, other rows' tokens. Whole registers, so that the rest is 0. */
+            /* Masked: page padding, other rows' tokens. Whole registers, so that the rest is 0. */
             int whole = round_up(tokens, 16);
             for (int i = seen; i < whole; i++) row[i] = -INFINITY;
             if (unseen >= seen) {
@@ -282,7 +283,7 @@ static void segment(const struct attention *a, const struct attention_task *t, i
                 continue;
             }
             for (int i = 0; i < unseen; i++) row[i] = -INFINITY;
-            /* A register of which it sees nothing adds nothing: another task may not have it. */
+            /* A fully masked register adds nothing: another task may not have it. */
             int from = unseen & ~15;
             vf most = vf_set1(sums->largest[r]);
             for (int i = from; i < seen; i += 16) most = vf_max(most, vf_load(row + i));
@@ -312,7 +313,7 @@ static void segment(const struct attention *a, const struct attention_task *t, i
     }
 }
 
-/* Where a row's result over its segment `number` lies, the first that it sees being 0. */
+/* Address of a row's result over its segment `number`, its first segment being 0. */
 static struct partial part_of(const struct attention *a, int row, int head, int number) {
     int padded = round_up(a->head_dim, 16);
     size_t place = ((size_t)row * (size_t)a->num_heads + (size_t)head) * (size_t)a->max_parts + (size_t)number;
@@ -328,7 +329,7 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
     struct partial sums = {values, largest, total};
     if (t->writes)
         LEVEL(write_kv)(a, t->first_row, t->kv_head, t->pages[t->position / PAGE_TOKENS], t->position % PAGE_TOKENS);
-    /* Nobody has fetched the first ones: they come while the queries are turned. */
+    /* The first ones are prefetched while the queries are rotated. */
     for (int token = 0; token < FETCH_TOKENS && t->first_token + token < t->end_token; token += PAGE_TOKENS) {
         int page = t->pages[(t->first_token + token) / PAGE_TOKENS];
         prefetch_page(a, a->keys + (size_t)t->kv_head * a->head_stride, page);

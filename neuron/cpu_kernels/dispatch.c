@@ -1,5 +1,5 @@
-/* Which kernels this processor can run. On x86 the compiler's run time is asked, which also asks whether the system saves
- * the wide registers; on Arm the kernel. */
+/* Dispatch levels that this processor can run. On x86 by the compiler's run time, which also checks that the system saves
+ * the wide registers; on Arm by the kernel's hwcap. */
 #include "kernels.h"
 
 extern const struct kernels kernels_portable;

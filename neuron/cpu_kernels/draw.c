@@ -1,18 +1,18 @@
-/* One token drawn from a row of logits.
+/* Sampling of a token from a row of logits.
  *
- *     x[i] = cap tanh(logit[i] / cap) where there is a cap;  w[i] = exp((x[i] - max x) / temperature)
+ *     x[i] = cap tanh(logit[i] / cap) with a cap;  w[i] = exp((x[i] - max x) / temperature)
  *     kept: top-k, top-p of what that leaves, and min-p
  *     the first i whose running sum of kept w exceeds `uniform` of their total, in the order of the vocabulary
  *
- * Nothing is sorted. Each filter is a least weight, found by partition among the few that can matter, so tokens of equal
- * weight are kept or dropped together. Reference: sample of neuron.triton_kernels.reference.
+ * Nothing is sorted. Each filter is a least weight, found by partition among a few candidates, so tokens of equal weight
+ * are kept or dropped together. Reference: sample of neuron.triton_kernels.reference.
  */
 #include "kernels.h"
 #include "simd.h"
 
 enum { CHUNK = 256 };
 
-/* Weights under these, in turn, are left out of a search: one in a thousand of the likeliest is mostly far enough. */
+/* Weights under these, in turn, are left out of a search: a thousandth of the likeliest mostly suffices. */
 static const float CUTS[] = {0x1p-10f, 0x1p-20f, 0.0f};
 
 /* The largest of n logits, or NaN if one of them is not finite. */
@@ -51,7 +51,7 @@ static double total_of(const float *weights, int n, float least) {
     return total;
 }
 
-/* Copy the weights that are at least `least`; returns how many. */
+/* Copy the weights that are at least `least`; returns their number. */
 static int gather(const float *weights, int n, float least, float *to) {
     int count = 0;
     for (int i = 0; i < n; i += 64) {
@@ -103,14 +103,14 @@ static float weight_at(float *weights, int n, double target, int by_count) {
     return 0;
 }
 
-/* The same among those of at least `least`, which are copied to `scratch` [n]; that if there are not enough. */
+/* The same among weights of at least `least`, which are copied to `scratch` [n]; `least` if they do not suffice. */
 static float search(const float *weights, int n, float least, double target, int by_count, float *scratch) {
     for (int i = 0;; i++) {
         float cut = CUTS[i] > least ? CUTS[i] : least;
         int count = gather(weights, n, cut, scratch);
         double reached = by_count ? count : total_of(scratch, count, 0);
         if (reached >= target) return weight_at(scratch, count, target, by_count);
-        if (CUTS[i] <= least) return least; /* all of them are not enough */
+        if (CUTS[i] <= least) return least; /* all of them do not suffice */
     }
 }
 
@@ -135,7 +135,7 @@ int32_t LEVEL(draw)(float *logits, int n, const struct draw *draw, float *scratc
     for (int i = 0; i < n; i += 16) /* rows are padded to whole registers */
         vf_store(logits + i, vf_exp(vf_mul(vf_sub(vf_load(logits + i), by), scale)));
     const float *weights = logits;
-    /* The likeliest has weight 1, which is never dropped; below this is what vf_exp holds where it should be nothing. */
+    /* The likeliest has weight 1, which is never dropped; below this are results of vf_exp that should be zero. */
     float least = 0x1p-120f;
     if (draw->top_k > 0 && draw->top_k < n) least = search(weights, n, least, draw->top_k, 1, scratch);
     if (draw->top_p < 1) {

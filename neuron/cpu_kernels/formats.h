@@ -1,8 +1,8 @@
-/* How matrices and activations lie in memory: the contract between packing, kernels and executor.
+/* Layout of matrices and activations: the contract between packing, kernels and executor.
  *
  * A matrix [rows, columns] is cut into blocks of 16 rows, so that lane r of a 512-bit register (or of two of 256 bits)
- * is row r of the block and a dot product needs no horizontal sum. Within a block the columns run in groups, and what a
- * group needs (codes, scales) is contiguous, so that a pass over a matrix is one sequential read. Rows are padded to 16
+ * is row r of the block and a dot product needs no horizontal sum. Within a block the columns run in groups, and the data of
+ * a group (codes, scales) is contiguous, so that a pass over a matrix is one sequential read. Rows are padded to 16
  * with zeros. The bytes of one group of 16 rows:
  *
  *   W4   32 columns, 320 bytes: dword [j][r], j < 4, whose byte i holds column 4j + i in its low nibble and column
@@ -34,17 +34,17 @@ struct matrix {
     int32_t format;
 };
 
-/* 32 activations as int8 with one scale, and what the formats' offsets need of their sum. A row's groups are followed by
- * those of what rounding left of its coarse ones, see to_int8. */
+/* 32 activations as int8 with one scale, and their sum as the formats' offsets need it. A row's groups are followed by
+ * the remainders of its coarse groups, see to_int8. */
 struct group8 {
     int8_t q[GROUP];
     float scale;
     float scaled_sum;    /* scale * sum(q): times m of W4 */
     int32_t minus128sum; /* -128 * sum(q): undoes the offset of W8 */
-    int32_t remainder;   /* of a row's first group: how many follow the row; of one that follows: whose it is */
+    int32_t remainder;   /* of a row's first group: number of remainders; of a remainder: index of its group */
 };
 
-/* How many groups of a row may have a remainder. */
+/* Most groups of a row that have a remainder. */
 static inline int max_remainders(int groups) { return groups / 4 + 1; }
 
 static inline int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
@@ -98,7 +98,7 @@ static inline int32_t load_i32(const void *from) {
 static inline float half_to_float(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
     if (magnitude >= 0x7c00) return bits_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-    /* Multiplying by 2^112 moves the exponent's bias, and is right for subnormals too. */
+    /* Multiplying by 2^112 moves the exponent's bias, also of subnormals. */
     return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
 }
 

@@ -4,12 +4,12 @@
 
 #include "formats.h"
 
-/* What becomes of the products of one block of rows. */
+/* Epilogue of the products of one block of rows. */
 enum epilogue {
     STORE,  /* y = w x + bias */
     ADD,    /* y += w x + bias */
     SWIGLU, /* blocks alternate gate, up: y = silu(gate) up, at half the row number */
-    GEGLU,  /* the same with gelu(gate), in its tanh form */
+    GEGLU,  /* with gelu(gate), in its tanh form */
     ARGMAX, /* keep the largest product of each x, and whether all were finite */
 };
 
@@ -17,7 +17,7 @@ enum epilogue {
 struct best {
     float value;
     int32_t index;    /* -1: none yet */
-    float not_finite; /* 0, or NaN once a product was infinite or no number */
+    float not_finite; /* 0, or NaN once a product was not finite */
 };
 
 /* y[T, rows] = x[T, columns] w[rows, columns]^T. x is in the form that w's format multiplies (activation_bytes). */
@@ -33,17 +33,17 @@ struct matmul {
     enum epilogue epilogue;
 };
 
-/* How keys and values lie in the cache. */
+/* Format of keys and values in the cache. */
 enum kv_form { KV_BFLOAT16, KV_FLOAT32, KV_INT8 };
 
-/* Bytes of a page of one head's keys, or of its values. Of int8, with a scale for each token behind them. */
+/* Bytes of a page of one head's keys, or of its values. In int8, with a scale for each token behind them. */
 static inline size_t kv_page_bytes(enum kv_form form, int head_dim) {
     static const size_t bytes[] = {[KV_BFLOAT16] = 2, [KV_FLOAT32] = 4, [KV_INT8] = 1};
     size_t elements = (size_t)PAGE_TOKENS * (size_t)round_up(head_dim, 16);
     return elements * bytes[form] + (form == KV_INT8 ? PAGE_TOKENS * sizeof(float) : 0);
 }
 
-/* A run of query rows of one sequence against a run of its pages, for some heads of one key-value head. */
+/* Attention task: a run of query rows of one sequence over a run of its pages, for some heads of one key-value head. */
 struct attention_task {
     const int32_t *pages; /* the sequence's page table */
     int32_t first_row;    /* in the step */
@@ -61,8 +61,8 @@ struct attention_task {
 
 enum { MAX_TASK_QUERIES = 16, SCORE_TOKENS = 128, MAX_SEGMENTS = 16 };
 
-/* Into segments of how many tokens the context of a row is cut that sees so many: a multiple of SCORE_TOKENS, and at most
- * MAX_SEGMENTS of them have something that it sees, wherever it begins to. */
+/* Tokens of a segment of the context of a row that attends to so many: a multiple of SCORE_TOKENS, such that at most
+ * MAX_SEGMENTS segments overlap the attended tokens, wherever they begin. */
 static inline int32_t segment_tokens(int visible_tokens) {
     int32_t tokens = SCORE_TOKENS;
     while (visible_tokens > (MAX_SEGMENTS - 1) * tokens) tokens *= 2;
@@ -86,11 +86,11 @@ struct attention {
     int max_parts;
     int num_heads, num_kv_heads, head_dim;
     enum kv_form kv_form;
-    int window_tokens; /* how many of the last tokens a row sees, its own included; 0: all */
+    int window_tokens; /* attended tokens up to the row's own; 0: all */
     float eps, scale;
 };
 
-/* How a row of logits becomes a token. */
+/* Sampling parameters of a row of logits. */
 struct draw {
     float cap;         /* of logits; 0: none */
     float temperature; /* 0: the likeliest */
@@ -104,16 +104,16 @@ struct kernels {
     const char *name;
     /* Rows of blocks [first, end) of w for all of x. */
     void (*matmul)(const struct matmul *task, int first_block, int end_block);
-    /* x[n] / rms(x) * weight, into out; n_padded is n rounded up to 16, what lies between is zero and stays so. */
+    /* x[n] / rms(x) * weight, into out; n_padded is n rounded up to 16, the padding is zero and stays so. */
     void (*rms_norm)(const float *x, const float *weight, float eps, int n, int n_padded, float *out);
     /* x[n] in the form that a matrix of `format` multiplies; out holds activation_bytes(format, n). */
     void (*quantize)(int format, const float *x, int n, uint8_t *out);
     void (*write_kv)(const struct attention *a, int row, int kv_head, int page, int offset);
     /* scratch holds attention_scratch_floats(head_dim). */
     void (*attend)(const struct attention *a, const struct attention_task *task, float *scratch);
-    /* Put a row's partial results together: out[H head_dim]. */
+    /* Merge a row's partial results: out[H head_dim]. */
     void (*merge_parts)(const struct attention *a, int row, int num_parts, float *out);
-    /* A token for logits[n], in a row of whole registers, which is overwritten; -1 if one is not finite. scratch[n]. */
+    /* Sample a token from logits[n], in a row of whole registers, which is overwritten; -1 if not finite. scratch[n]. */
     int32_t (*draw)(float *logits, int n, const struct draw *draw, float *scratch);
 };
 
@@ -124,6 +124,6 @@ static inline size_t attention_scratch_floats(int head_dim) {
 /* The table in use: the best that this processor can run, or the one that the setting cpu_level names. */
 const struct kernels *find_kernels(const char *name); /* NULL: unknown, or this processor cannot run it */
 const struct kernels *best_kernels(void);
-const struct kernels *kernels_at(int index); /* those this processor can run, best first; NULL beyond */
+const struct kernels *kernels_at(int index); /* tables for this processor, best first; NULL beyond */
 
 #endif

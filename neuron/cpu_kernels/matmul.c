@@ -1,4 +1,4 @@
-/* y[T, rows] = x[T, columns] w^T, from packed weights, with what follows fused.
+/* y[T, rows] = x[T, columns] w^T, from packed weights, with a fused epilogue.
  *
  *     w4, w8:  y = sum over groups g of d[g] s[g] (q[g] . x[g]) + m[g] s[g] sum(x[g])     int32 within a group
  *     w16:     bfloat16 products, float32 sums        w32: float32
@@ -12,13 +12,13 @@
 #include "simd.h"
 
 enum {
-    /* Bytes fetched ahead of the group in hand: hides memory latency at few activations. Sixteen groups of W4. */
+    /* Prefetch distance in bytes: hides memory latency at few activations. Sixteen groups of W4. */
     PREFETCH_BYTES = 5120,
     /* Activations of a panel, in bytes: half of a second-level cache of 512 KiB. */
     PANEL_BYTES = 256 << 10,
 };
 
-/* Not to stay in any cache (locality 0): a step reads a weight once, and the caches have better uses. */
+/* Not kept in any cache (locality 0): a step reads a weight once. */
 INLINE void prefetch(const uint8_t *w, int bytes) {
     UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + PREFETCH_BYTES + i, 0, 0);
 }
@@ -36,7 +36,7 @@ INLINE vf w16_dot(vf acc, const uint8_t *w, uint32_t pair) {
 }
 #endif
 
-/* What rounding left of a row's coarse groups: seldom more than a few. */
+/* Remainders of a row's coarse groups: seldom more than a few. */
 INLINE void remainders(const int format, const uint8_t *w, int groups, const uint8_t *const *x, vf *acc) {
     const struct group8 *row = (const struct group8 *)x[0];
     for (int i = 0; i < row->remainder; i++) {

@@ -1,7 +1,7 @@
-"""The kernels and the step executor, for Python: arrays in, no copies, no GIL while anything runs.
+"""CPU kernels and step executor for Python: arrays in, no copies, no GIL while they run.
 
-Everything is checked here that the C code takes for granted: lengths, and that a step is within the model's bounds. A
-Model keeps what its pointers point to.
+The preconditions of the C code are checked here: lengths, and that a step is within the model's bounds. A Model holds
+references to the memory of its pointers.
 """
 
 cimport cython
@@ -151,13 +151,13 @@ def packed_bytes(int format, int rows, int columns):
 
 
 def can_pack(int kind, int format):
-    """Return whether a GGUF tensor kind can be packed as ``format`` from its own blocks."""
+    """Whether a GGUF tensor kind can be packed as ``format`` from its own blocks."""
     return bool(c_can_pack(kind, format))
 
 
 @cython.final
 cdef class Pool:
-    """Threads that run steps: ``num_threads`` with the caller."""
+    """Thread pool that runs steps: ``num_threads`` with the caller."""
 
     cdef pool *_pool
 
@@ -174,7 +174,7 @@ cdef class Pool:
 
     @property
     def num_threads(self):
-        """How many threads run a step."""
+        """Number of threads that run a step."""
         return pool_threads(self._pool)
 
 
@@ -204,7 +204,7 @@ def pack(
 ):
     """Pack a stored matrix ``[rows, columns]`` of a GGUF ``kind`` into blocks of ``packed``, on all threads.
 
-    Its first block becomes ``first_block``, the next one ``block_step`` further. ``interleaved_head`` is the head
+    Its first block becomes ``first_block``, the next ``block_step`` further. ``interleaved_head`` is the head
     dimension where the rows of each head are stored as pairs (2i, 2i + 1). Raises ValueError if lengths do not fit.
     """
     cdef pack_work work
@@ -235,7 +235,7 @@ def pack(
 
 @cython.final
 cdef class Matrix:
-    """A packed matrix ``[rows, columns]``, padded with zeros to 16 rows, and a bias of as many."""
+    """Packed matrix ``[rows, columns]``, padded with zeros to 16 rows, and a bias of the same rows."""
 
     cdef matrix _matrix
     cdef object _kept
@@ -270,7 +270,7 @@ cdef const kernels *table_of(str level) except NULL:
 def linear(str level not None, Matrix matrix not None, const float[:, ::1] x not None, float[:, ::1] y not None, str mode="store"):
     """Multiply ``x`` ``[T, columns]`` into ``y`` ``[T, rows]``: ``store``, ``add``; ``swiglu``, ``geglu`` into ``[T, rows / 2]``.
 
-    ``x`` is put into the form that the matrix multiplies first, as a step does. ``rows`` is padded to 16.
+    ``x`` is first converted to the form that the matrix multiplies, as in a step. ``rows`` is padded to 16.
     """
     cdef const kernels *table = table_of(level)
     cdef matmul_task task
@@ -310,7 +310,7 @@ def draw(
 ):
     """Return the token that ``uniform`` in [0, 1) draws from ``count`` logits, whose row is padded to 16 and overwritten.
 
-    -1 if one of them is not finite. ``scratch`` is as long as the row.
+    Return -1 if a logit is not finite. ``scratch`` is as long as the row.
     """
     cdef token_draw how
     if count < 1 or logits.shape[0] != round_up(count, 16) or scratch.shape[0] != logits.shape[0]:
@@ -322,7 +322,7 @@ def draw(
 
 @cython.final
 cdef class Model:
-    """A model's weights, cache and buffers as the executor wants them."""
+    """Weights, cache and buffers of a model for the executor."""
 
     cdef model _model
     cdef Pool _pool
@@ -379,7 +379,7 @@ cdef class Model:
         self, Matrix embedding not None, Matrix head not None, norm not None, inverse_frequencies not None,
         window_inverse_frequencies=None,
     ):
-        """Give what stands before and after the layers. ``norm`` is padded to 16."""
+        """Set the embedding, the final norm and the head. ``norm`` is padded to 16."""
         m = &self._model
         m.embedding = self._checked(embedding, m.vocab, m.hidden)
         m.head = self._checked(head, m.vocab, m.hidden)
@@ -395,7 +395,7 @@ cdef class Model:
         Matrix key not None, Matrix value not None, Matrix output not None, Matrix gate_up not None, Matrix down not None,
         attention_out_norm=None, mlp_out_norm=None, bint windowed=False,
     ):
-        """Give a layer. Norms are padded to 16; ``gate_up`` has their blocks of 16 rows in turn."""
+        """Set a layer. Norms are padded to 16; ``gate_up`` alternates blocks of 16 rows of gate and up."""
         m = &self._model
         if not 0 <= number < m.num_layers:
             raise ValueError(f"no layer {number}")
@@ -426,16 +426,16 @@ cdef class Model:
 
     @property
     def page_bytes(self):
-        """Bytes of one page of the cache over all layers."""
+        """Size of a page of the cache over all layers in bytes."""
         return c_page_bytes(&self._model)
 
     @property
     def arena_bytes(self):
-        """Bytes of what a step writes beside the cache. Asked when all matrices are given."""
+        """Size of a step's arena in bytes; known once all matrices are set."""
         return c_arena_bytes(&self._model)
 
     def attach(self, unsigned char[::1] cache not None, unsigned char[::1] arena not None):
-        """Give the cache (whole pages) and the arena, zeroed and aligned to 64 bytes."""
+        """Set the cache (whole pages) and the arena, zeroed and aligned to 64 bytes."""
         page = <Py_ssize_t>c_page_bytes(&self._model)
         if self._model.head.data == NULL or any(self._model.layers[i].input_norm == NULL for i in range(self._model.num_layers)):
             raise ValueError("weights are missing")
@@ -469,13 +469,13 @@ cdef class Model:
         const int32_t[::1] stops=None,
         int channel_fd=-1,
     ):
-        """Compute a step of B sequences and T tokens (see StepPlan) and write ``finite`` ``[B]``, 0 where it went wrong.
+        """Compute a step of B sequences and T tokens (see StepPlan) and write ``finite`` ``[B]``, else 0.
 
-        The R sampled rows get their likeliest tokens in ``ids`` ``[R]``, -1 where there is none; or, with ``logits``
-        ``[R, V padded to 16]``, their logits there. With ``draws`` as well, tokens are drawn from these, and nothing is
-        left of them: temperature, top-p and min-p (float64 ``[R]``), top-k (int32), seeds (uint64) and counters (int32)
-        as :class:`neuron.engine.sampler.Draws` has them, and scratch, float32 ``[threads, V padded]``; rows with a
-        temperature below 0 are left. The E ``hidden_rows`` get their last hidden states in ``hidden``
+        The R sampled rows write their likeliest tokens to ``ids`` ``[R]``, -1 where there is none; or, with ``logits``
+        ``[R, V padded to 16]``, their logits there. With ``draws`` as well, tokens are drawn from these, which are
+        overwritten: temperature, top-p and min-p (float64 ``[R]``), top-k (int32), seeds (uint64) and counters (int32)
+        as in :class:`neuron.engine.sampler.Draws`, and scratch, float32 ``[threads, V padded]``; rows with a
+        temperature below 0 are skipped. The E ``hidden_rows`` write their last hidden states to ``hidden``
         ``[E, hidden]``.
 
         With ``later`` ``[N - 1, B]``, where every sequence has one row and that is sampled, the step is done up to N

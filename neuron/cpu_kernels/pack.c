@@ -1,4 +1,4 @@
-/* Packing, once a load, on all threads: for most formats moving dwords, at the speed of memory.
+/* Packing of matrices at load, on all threads: for most formats a move of dwords, at the speed of memory.
  *
  *     Q4_0  d (q - 8)          -> W4, m = -8 d        exact
  *     Q4_1  d q + m            -> W4                  exact
@@ -180,7 +180,7 @@ void pack_blocks(const struct packing *p, int first_block, int end_block) {
         if (lanes < BLOCK_ROWS || p->format >= W16) memset(to, 0, bytes);
         for (int lane = 0; lane < lanes; lane++) {
             const uint8_t *row = p->from + (size_t)source_row(p, block * BLOCK_ROWS + lane) * p->row_bytes;
-            if (p->kind == KIND_BF16 && p->format == W16) { /* as it is: pairs of columns, a lane apart */
+            if (p->kind == KIND_BF16 && p->format == W16) { /* unchanged: pairs of columns, a lane apart */
                 for (int i = 0; i < p->columns / 2; i++) memcpy(to + 64 * (size_t)i + 4 * lane, row + 4 * (size_t)i, 4);
                 if (p->columns % 2) memcpy(to + 64 * (size_t)(p->columns / 2) + 4 * lane, row + 2 * (p->columns - 1), 2);
                 continue;

@@ -1,10 +1,10 @@
-/* From a checkpoint's rows to the blocks of formats.h. */
+/* Packing of a checkpoint's rows into the blocks of formats.h. */
 #ifndef NEURON_PACK_H
 #define NEURON_PACK_H
 
 #include "formats.h"
 
-/* How a checkpoint stores a matrix: ggml's type numbers (GGUF), of which these are read here. */
+/* Storage of a matrix in a checkpoint: the ggml type numbers (GGUF) that are read here. */
 enum kind {
     KIND_F32 = 0,
     KIND_F16 = 1,
@@ -30,7 +30,7 @@ struct packing {
 /* Whether `kind` can be packed as `format`: W4 takes only the 4-bit kinds, whose codes it keeps. */
 int can_pack(int kind, int format);
 
-/* Bytes of `columns` elements of `kind`; 0 for a kind not known here, or columns that are no whole blocks of it. */
+/* Bytes of `columns` elements of `kind`; 0 for an unsupported kind, or columns that are not whole blocks of it. */
 size_t row_bytes(int kind, int columns);
 
 /* Pack blocks [first, end). Rows that are padding are zeros. */

@@ -1,5 +1,5 @@
-/* The pool of pool.h. A step has some 150 barriers a few microseconds apart, so a waiting thread spins; a core that
- * somebody else needs is given up after SPIN_NS by sleeping on a futex, which also is how workers wait between steps.
+/* The pool of pool.h. A step has some 150 barriers a few microseconds apart, so a waiting thread spins; after SPIN_NS
+ * it sleeps on a futex and so yields its core, and workers wait in this way between steps.
  */
 #define _GNU_SOURCE
 #include "pool.h"
@@ -63,7 +63,7 @@ static void wait_beyond(struct event *event, uint32_t seen) {
         int64_t now = now_ns();
         if (deadline == 0) deadline = now + SPIN_NS;
         if (now < deadline) continue;
-        /* Sequentially consistent with advance(): either it sees the sleeper, or the sleeper sees the new value. */
+        /* Sequentially consistent with advance(): either it finds the sleeper, or the sleeper reads the new value. */
         atomic_fetch_add(&event->num_sleepers, 1);
         while (atomic_load(&event->value) == seen)
             syscall(SYS_futex, &event->value, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
@@ -82,7 +82,7 @@ void pool_barrier(struct pool *pool) {
     if (pool->num_threads == 1) return;
     uint32_t seen = atomic_load_explicit(&pool->barrier.value, memory_order_acquire);
     if (atomic_fetch_add(&pool->num_arrived, 1) + 1 == (uint32_t)pool->num_threads) {
-        /* Nobody arrives at the next barrier before this one has passed. */
+        /* No thread arrives at the next barrier before this one has passed. */
         atomic_store_explicit(&pool->num_arrived, 0, memory_order_relaxed);
         advance(&pool->barrier);
     } else {
@@ -123,7 +123,7 @@ struct pool *pool_create(int num_threads) {
         pool_destroy(pool);
         return NULL;
     }
-    /* Signals are the main thread's. */
+    /* The main thread handles signals. */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);

@@ -1,10 +1,10 @@
-/* Threads that run one function together and meet at barriers: N - 1 workers and the caller. */
+/* Thread pool that runs one function on all threads, with barriers: N - 1 workers and the caller. */
 #ifndef NEURON_POOL_H
 #define NEURON_POOL_H
 
 struct pool;
 
-/* Return a pool of `num_threads` (the caller is one of them), or NULL when a thread cannot be had. */
+/* Return a pool of `num_threads` (the caller is one of them), or NULL when a thread cannot be created. */
 struct pool *pool_create(int num_threads);
 
 /* Stop and join the workers. No call may be running. */
@@ -13,10 +13,10 @@ void pool_destroy(struct pool *pool);
 int pool_threads(const struct pool *pool);
 
 /* Call work(argument, thread) on every thread of the pool, 0 being the caller; return when all have returned. Calls from
- * several threads take turns. */
+ * several threads are serialised. */
 void pool_run(struct pool *pool, void (*work)(void *argument, int thread), void *argument);
 
-/* Within work: wait until every thread of the pool is here. What a thread wrote before, all read after. */
+/* Within work: wait until every thread of the pool has arrived. Writes before are visible to all threads after. */
 void pool_barrier(struct pool *pool);
 
 #endif

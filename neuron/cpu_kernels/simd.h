@@ -1,4 +1,4 @@
-/* Sixteen float lanes by one set of names, at the level this file is compiled for (NEURON_LEVEL).
+/* Sixteen float lanes under one set of names, at the level that this file is compiled for (NEURON_LEVEL).
  *
  * Every operation is written once in these and compiled once a level, in a static library with that level's flags;
  * LEVEL(name) is the symbol's name there. vf_max(a, b) and vf_min(a, b) give b if either is not a number, at all levels.
@@ -24,7 +24,7 @@
 #include "simd_portable.h"
 #endif
 
-/* exp(x) to 2 ulp for |x| < 87, held at the ends beyond: 2^n times a polynomial on [-1/2, 1/2] (Cephes' expf). */
+/* exp(x) to 2 ulp for |x| < 87, clamped beyond: 2^n times a polynomial on [-1/2, 1/2] (Cephes' expf). */
 INLINE vf vf_exp(vf x) {
     x = vf_max(vf_set1(-87.0f), vf_min(vf_set1(88.0f), x));
     vf n = vf_round(vf_mul(x, vf_set1(1.44269504f)));

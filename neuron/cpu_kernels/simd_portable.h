@@ -1,4 +1,4 @@
-/* Sixteen lanes as an array: for any processor, and what the compiler makes of it. */
+/* Sixteen lanes as an array, for any processor, vectorised by the compiler. */
 #include <math.h>
 
 typedef struct { float v[16]; } vf;
@@ -19,7 +19,7 @@ INLINE vf vf_fma(vf x, vf y, vf w) { LANES(x.v[i] * y.v[i] + w.v[i]); }
 INLINE vf vf_max(vf x, vf y) { LANES(x.v[i] > y.v[i] ? x.v[i] : y.v[i]); }
 INLINE vf vf_min(vf x, vf y) { LANES(x.v[i] < y.v[i] ? x.v[i] : y.v[i]); }
 INLINE vf vf_round(vf x) { LANES(rintf(x.v[i])); }
-/* Of no number: the conversion would be undefined, and x is none either. */
+/* NaN: the conversion would be undefined, and x is NaN too. */
 INLINE vf vf_power2(vf x, vf e) {
     LANES(x.v[i] * bits_float((uint32_t)((e.v[i] == e.v[i] ? (int32_t)e.v[i] : 0) + 127) << 23));
 }
@@ -51,7 +51,7 @@ INLINE float vf_reduce_max(vf x) {
 INLINE vi vi_max(vi x, vi y) { LANES(x.v[i] > y.v[i] ? x.v[i] : y.v[i]); }
 INLINE vi vi_add(vi x, vi y) { LANES(x.v[i] + y.v[i]); }
 INLINE vi vi_magnitude(vf x) { LANES((int32_t)(float_bits(x.v[i]) & 0x7fffffff)); }
-/* What is no number becomes 0: converting it would be undefined, and its scale tells of it. */
+/* A NaN becomes 0: its conversion would be undefined, and the scale is NaN. */
 INLINE vi vi_from_float(vf x) { LANES(fabsf(x.v[i]) < 1e9f ? (int32_t)rintf(x.v[i]) : 0); }
 #undef LANES
 INLINE int32_t vi_reduce_max(vi x) {

@@ -1,10 +1,10 @@
-/* One step of a model, from token ids to next tokens: the layer loop that every thread of the pool runs.
+/* Step of a model, from token ids to next tokens: the layer loop that every thread of the pool runs.
  *
  *     embed | { norm, qkv | [write kv |] attend | output + residual | norm, gate-up, SwiGLU | down + residual } | norm, head
  *
- * A bar is a barrier: what stands before it is read by other threads after it. Between bars each thread works on rows of
- * weights of its own, all activations; or on activations of its own; or on attention tasks of its own. With few rows each
- * thread prepares all activations for itself, which saves a barrier.
+ * A bar is a barrier: other threads read after it the data written before it. Between bars each thread has its own rows
+ * of weights, for all activations; or its own activations; or its own attention tasks. With few rows each thread prepares
+ * all activations for itself, which saves a barrier.
  */
 #include "step.h"
 
@@ -29,11 +29,11 @@ struct window {
     int32_t *row_parts; /* [T]: partial results of each row, 0 if it is whole */
 };
 
-/* The arrays of the arena. */
+/* Arrays of the arena. */
 struct arena {
     float *x;      /* [T, hidden_stride]: the residual */
-    float *out;    /* [T, hidden_stride]: a block's output, where that is normalised */
-    float *own_x;  /* [threads, PRIVATE_ROWS, hidden_stride]: there, each thread's copy of the residual */
+    float *out;    /* [T, hidden_stride]: a block's output, where it is normalised */
+    float *own_x;  /* [threads, PRIVATE_ROWS, hidden_stride]: each thread's copy of the residual */
     float *qkv;    /* [T, qkv_stride] */
     float *mixed;  /* [T, mixed_stride]: attention's output */
     float *gated;  /* [T, gated_stride] */
@@ -134,19 +134,19 @@ size_t page_bytes(const struct model *m) {
 
 /* ---------------------------------------------------------------- before the layers, on the caller's thread */
 
-/* How many partial results to cut a context of so many tokens into, where `share` is even work for every thread. */
+/* Number of partial results of a context of so many tokens, where `share` is even work for every thread. */
 static int num_parts(int tokens, int64_t share) {
     int64_t parts = tokens / (share < MIN_PART_TOKENS ? MIN_PART_TOKENS : share);
     return parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : (int)parts;
 }
 
-/* The first page that a token at `position` attends to. */
+/* First page that a token at `position` attends to. */
 static int first_page(const struct window *window, int position) {
     int outside = position + 1 - window->window_tokens;
     return window->window_tokens > 0 && outside > 0 ? outside / PAGE_TOKENS : 0;
 }
 
-/* The tokens per segment of the context of a token at `position`. */
+/* Tokens of a segment of the context of a token at `position`. */
 static int32_t segments_at(const struct window *window, int position) {
     int visible = position + 1;
     return segment_tokens(window->window_tokens > 0 && window->window_tokens < visible ? window->window_tokens : visible);
@@ -240,7 +240,7 @@ static float *residual_of(const struct run *run, int thread, int row) {
     return a->own_x + (size_t)(thread * PRIVATE_ROWS + row) * a->hidden_stride;
 }
 
-/* Add what a block put out to a row's residual, normalised. */
+/* Add a block's output to a row's residual, normalised. */
 static void add_out(const struct run *run, int thread, int row, const float *out_norm) {
     const struct model *m = run->model;
     const struct arena *a = &run->arena;
@@ -250,10 +250,10 @@ static void add_out(const struct run *run, int thread, int row, const float *out
     for (size_t i = 0; i < a->hidden_stride; i++) x[i] += normed[i];
 }
 
-/* Where the rows that a matrix multiplies come from. */
+/* Source of the rows that a matrix multiplies. */
 enum source { NORMED, MIXED, GATED };
 
-/* `norm` is for NORMED, and `out_norm`, unless NULL, of what the block before put out. */
+/* `norm` is for NORMED, and `out_norm`, unless NULL, for the previous block's output. */
 static void prepare_row(const struct run *run, const struct attention *attention, int thread, enum source source,
                         const float *norm, const float *out_norm, int row, int format, uint8_t *out) {
     const struct model *m = run->model;
@@ -276,7 +276,7 @@ static void prepare_row(const struct run *run, const struct attention *attention
     }
 }
 
-/* Every row of the step in the form that `format` multiplies: this thread's own copy, or one that all made. */
+/* Every row of the step in the form that `format` multiplies: this thread's own copy, or the shared one. */
 static const uint8_t *prepare(const struct run *run, const struct attention *attention, int thread, enum source source,
                               const float *norm, const float *out_norm, int format) {
     const struct model *m = run->model;
@@ -336,7 +336,7 @@ static void attend(const struct run *run, const struct attention *attention, con
         pool_barrier(m->pool);
     }
     float *scratch = a->scratch + (size_t)thread * a->scratch_stride;
-    /* In turn, not in runs: a prompt's later rows see more. */
+    /* Interleaved, not in runs: a prompt's later rows attend to more. */
     for (size_t i = (size_t)thread; i < window->num_tasks; i += (size_t)threads)
         m->kernels->attend(attention, &window->tasks[i], scratch);
 }
@@ -372,7 +372,7 @@ static void run_layer(const struct run *run, int thread, int number) {
         .window_tokens = window->window_tokens,
         .scale = m->attention_scale,
     };
-    /* What a block puts out joins the residual at once, or is normalised first by whoever prepares the next. */
+    /* A block's output is added to the residual at once, or normalised first where the next activations are prepared. */
     int is_normed = has_out_norms(m);
     float *joined = is_normed ? a->out : a->x;
     enum epilogue join = is_normed ? STORE : ADD;
@@ -393,7 +393,7 @@ static void run_layer(const struct run *run, int thread, int number) {
     pool_barrier(m->pool);
 }
 
-/* Where each thread has a residual of its own: begin with the one that all made. */
+/* Where each thread has its own residual: copy the shared one. */
 static void copy_residual(const struct run *run, int thread) {
     const struct arena *a = &run->arena;
     if (!run->has_own_x) return;
@@ -401,7 +401,7 @@ static void copy_residual(const struct run *run, int thread) {
         memcpy(residual_of(run, thread, row), a->x + (size_t)row * a->hidden_stride, a->hidden_stride * 4);
 }
 
-/* Where what blocks put out is normalised: put what the last one did into the residual that all read. */
+/* Where block outputs are normalised: add the last one to the shared residual. */
 static void settle(const struct run *run, int thread) {
     const struct model *m = run->model;
     const struct arena *a = &run->arena;
@@ -448,8 +448,8 @@ static void draw_row(const struct run *run, int thread, int row) {
     s->ids[row] = m->kernels->draw(logits, m->vocab, &draw, scratch);
 }
 
-/* Normalise what the step is asked for: sampled rows for the head, rows wanted as they are, and the last row of every
- * sequence to tell whether it is finite. Then multiply the sampled with the head. */
+/* Normalise the requested rows: sampled rows for the head, hidden rows, and the last row of every sequence to check that
+ * it is finite. Then multiply the sampled rows with the head. */
 static void finish(const struct run *run, int thread) {
     const struct model *m = run->model;
     const struct step *s = run->step;
@@ -505,7 +505,7 @@ static void finish(const struct run *run, int thread) {
         for (int t = 1; t < threads; t++) {
             struct best other = a->best[(size_t)t * (size_t)m->max_sampled + (size_t)i];
             found.not_finite += other.not_finite;
-            /* Rows rise with the threads, so the first of equals stays. */
+            /* Rows rise with the threads, so the first of equals is kept. */
             if (found.index < 0 || (other.index >= 0 && other.value > found.value)) {
                 found.index = other.index;
                 found.value = other.value;

@@ -1,4 +1,4 @@
-/* A model as the executor knows it, and one step of it. Both are filled by native.pyx. */
+/* Model and step of the executor. Both are filled by native.pyx. */
 #ifndef NEURON_STEP_H
 #define NEURON_STEP_H
 
@@ -8,10 +8,10 @@
 struct layer {
     const float *input_norm; /* [hidden padded to 16] */
     const float *post_norm;
-    /* Of what attention and MLP put out, before it joins the residual; both or neither in all layers. */
+    /* Norms of the outputs of attention and MLP, before the residual; both or neither in all layers. */
     const float *attention_out_norm, *mlp_out_norm;
     const float *qk_norm; /* [H + K, head_dim], or NULL */
-    struct matrix qkv[3]; /* apart, because a file may store each in a kind of its own */
+    struct matrix qkv[3]; /* separate, because a file may store each in another kind */
     struct matrix output, gate_up, down;
     int windowed; /* attends to the model's window only, with its rotary frequencies */
 };
@@ -22,11 +22,11 @@ struct model {
     int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab;
     float eps;
     float embedding_scale, attention_scale;
-    float logit_cap; /* of what is drawn from; 0: none */
+    float logit_cap; /* of the logits; 0: none */
     int gelu; /* the gate's activation; else SiLU */
     enum kv_form kv_form;
     int max_rows, max_sequences, max_sampled;
-    int window_tokens; /* of the layers that have one; 0: none has */
+    int window_tokens; /* of windowed layers; 0: there are none */
     const float *inverse_frequencies, *window_inverse_frequencies; /* [head_dim / 2] */
     const float *norm; /* [hidden padded to 16] */
     struct matrix embedding, head;
@@ -35,7 +35,7 @@ struct model {
     uint8_t *arena; /* arena_bytes(model), 64-byte aligned */
 };
 
-/* How sampled rows are drawn: neuron.engine.sampler's tables, by row. Below a temperature of 0 one is not, and left. */
+/* Sampling parameters by row: neuron.engine.sampler's tables. A row with a temperature below 0 is skipped. */
 struct draws {
     const double *temperature, *top_p, *min_p;
     const int32_t *top_k, *counters;
@@ -43,7 +43,7 @@ struct draws {
     float *scratch; /* [threads, vocab padded] */
 };
 
-/* The arrays of neuron.engine.plan.StepPlan, and where the results go. */
+/* Arrays of neuron.engine.plan.StepPlan, and the results. */
 struct step {
     int num_tokens, num_sequences, num_sampled, num_hidden, page_columns;
     const int32_t *token_ids, *positions, *slot_mapping; /* [T] */
@@ -52,20 +52,20 @@ struct step {
     const int32_t *context_lens;                  /* [B] */
     const int32_t *sampled;                       /* [R]: rows */
     const int32_t *hidden_rows;                   /* [E] */
-    float *logits;   /* [R, vocab padded]: what the sampled rows come to; NULL: their likeliest token into ids */
+    float *logits;   /* [R, vocab padded]: logits of the sampled rows; NULL: their likeliest token into ids */
     const struct draws *draws; /* tokens drawn from logits, which are lost, into ids; NULL: all are left */
     int32_t index;             /* added to counters: every token of a sequence has its own number */
     int32_t *ids;    /* [R]: NON_FINITE for a row whose logits are not; untouched with logits that are left */
-    int32_t *finite; /* [B]: whether all that a sequence's last row comes from is */
-    float *hidden;   /* [E, hidden]: those rows, normalised */
+    int32_t *finite; /* [B]: whether the sequence's last hidden state is finite */
+    float *hidden;   /* [E, hidden]: hidden_rows, normalised */
 };
 
 enum { NON_FINITE = -1 };
 
-/* Bytes that one page takes over all layers. */
+/* Bytes of a page over all layers. */
 size_t page_bytes(const struct model *model);
 
-/* Bytes of everything a step writes beside the cache; depends on sizes and threads only. */
+/* Bytes of the arena; depends on sizes and threads only. */
 size_t arena_bytes(const struct model *model);
 
 /* Run a step on the model's pool. Its sizes are within the model's bounds and its ids within the vocabulary. */

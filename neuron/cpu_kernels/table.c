@@ -1,4 +1,4 @@
-/* The table of the level that this is compiled for. */
+/* Table of the level that this file is compiled for. */
 #include "kernels.h"
 #include "simd.h"
 
