@@ -1,8 +1,7 @@
-"""What sets one architecture apart from the next: a value, not a class of its own.
+"""Differences between architectures, as values of :class:`Architecture`.
 
-All architectures here are pre-norm decoders with rotary attention and a gated MLP, and one forward pass,
-:mod:`neuron.models.decoder`, runs them all. What differs is in :class:`Architecture`; the tensors' names differ by file
-format only.
+All architectures are pre-norm decoders with rotary attention and a gated MLP, and one forward pass,
+:mod:`neuron.models.decoder`, runs them all. Tensor names differ by file format only.
 """
 
 import dataclasses
@@ -11,35 +10,35 @@ from typing import Final
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Architecture:
-    """One architecture as ``config.json`` and GGUF files call it, and what it does differently."""
+    """Architecture: its names in ``config.json`` and GGUF files, and its differences."""
 
     name: str
-    """``model_type`` in ``config.json``, and ``general.architecture`` in GGUF unless it is said below."""
+    """``model_type`` in ``config.json``, and ``general.architecture`` in GGUF unless given below."""
     class_names: tuple[str, ...]
-    """The ``architectures`` in ``config.json`` that are this one: a reward model shares its type, not these."""
+    """Values of ``architectures`` in ``config.json``: a reward model shares the type, not these."""
     qk_norm: bool = False
-    """Each query and key head is RMS-normalised before the rotary embedding."""
+    """Whether each query and key head is RMS-normalised before the rotary embedding."""
     output_bias_follows_qkv: bool = True
-    """Whether ``attention_bias`` puts a bias on the attention's output too."""
+    """Whether ``attention_bias`` means a bias of the attention's output too."""
     gguf_interleaves_heads: bool = False
-    """GGUF stores the rows of each query and key head as pairs (2i, 2i+1), not as halves (i, i + D/2)."""
+    """Whether GGUF stores the rows of each query and key head as pairs (2i, 2i+1), not as halves (i, i + D/2)."""
     gguf_architecture: str = ""
     qkv_bias: bool = False
-    """Queries, keys and values have biases, whatever ``attention_bias`` says."""
+    """Whether queries, keys and values have biases, regardless of ``attention_bias``."""
     has_experts: bool = False
-    """The MLP is a router and experts."""
+    """Whether the MLP is a router and experts."""
     sandwich_norms: bool = False
-    """What attention and MLP put out is normalised as well, before it is added to the residual."""
+    """Whether the outputs of attention and MLP are normalised too, before the residual."""
     norm_adds_one: bool = False
-    """Norms in safetensors are stored less one."""
+    """Whether norm weights in safetensors are stored less one."""
     scales_embedding: bool = False
-    """Embeddings are multiplied by the square root of the hidden size."""
+    """Whether embeddings are multiplied by the square root of the hidden size."""
     activation: str = "silu"
-    """Of the gate, by its name in ``config.json``: ``silu`` or ``gelu_pytorch_tanh``."""
+    """Activation of the gate, by its name in ``config.json``: ``silu`` or ``gelu_pytorch_tanh``."""
     windowed: bool = False
-    """Some layers see only a window of the last tokens, and rotate by a base of their own."""
+    """Whether some layers attend to a window of the last tokens only, with their own rotary base."""
     ties_embeddings: bool = False
-    """Whether the head is the embedding where ``config.json`` does not say."""
+    """Whether the head is the embedding where ``config.json`` has no key for it."""
 
 
 TENSOR_NAMES: Final = {
@@ -47,7 +46,7 @@ TENSOR_NAMES: Final = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-"""Names in safetensors checkpoints, and what GGUF calls them."""
+"""GGUF names of tensors, by their names in safetensors checkpoints."""
 
 LAYER_TENSOR_NAMES: Final = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -67,7 +66,7 @@ LAYER_TENSOR_NAMES: Final = {
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
 }
-"""The same within one layer: ``model.layers.N.`` there, ``blk.N.`` in GGUF."""
+"""GGUF names within a layer, by safetensors names: ``blk.N.`` for ``model.layers.N.``."""
 
 
 SANDWICH_TENSOR_NAMES: Final = {
@@ -75,13 +74,13 @@ SANDWICH_TENSOR_NAMES: Final = {
     "pre_feedforward_layernorm.weight": "ffn_norm.weight",
     "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
 }
-"""Where there are norms on both sides, ``post_attention_layernorm`` is another one."""
+"""Names of norms with sandwich norms, where ``post_attention_layernorm`` has another meaning."""
 
 
 def gguf_name(name: str, architecture: Architecture | None = None) -> str:
-    """Return what GGUF calls the tensor that a safetensors checkpoint calls ``name``.
+    """Return the GGUF name of the tensor ``name`` of a safetensors checkpoint.
 
-    GGUF has one tensor for a layer's experts; expert 7 of ``ffn_up_exps`` goes by ``ffn_up_exps.7`` here.
+    GGUF has one tensor for a layer's experts; expert 7 of ``ffn_up_exps`` is ``ffn_up_exps.7`` here.
     """
     if name in TENSOR_NAMES:
         return TENSOR_NAMES[name]

@@ -1,6 +1,7 @@
-"""What a model is, read from ``config.json`` or from GGUF metadata into one value, and how many bytes that takes.
+"""Configuration of a model, read from ``config.json`` or from GGUF metadata into one value.
 
-Does not import torch: the daemon decides whether a model fits with the same functions as the worker that loads it.
+Imports no torch: the daemon's preflight uses the same functions as the worker that loads the model. Over 450 lines: the
+readers of both formats share the checks of their fields, and the two are read side by side.
 """
 
 import dataclasses
@@ -31,11 +32,11 @@ MAX_LAYERS: Final = 1024
 MAX_EXPERTS: Final = 4096
 MAX_VOCABULARY: Final = 1 << 24
 MAX_WIDTH: Final = 1 << 20
-"""Of the hidden state, of all heads together, of the MLP. The bounds are ten times what any model has: beyond them what
-is counted by them (names of tensors, bytes of memory) has no end."""
+"""Bound on the widths of hidden state, heads and MLP: ten times any model's. Without a bound, lists and sums over them
+(names of tensors, bytes of memory) have no end."""
 MAX_HEAD_DIM: Final = 1 << 12
 MAX_EXPERT_MATRICES: Final = 1 << 17
-"""Experts of all layers."""
+"""Bound on the experts of all layers together."""
 LIMITS: Final = {
     **dict.fromkeys(("vocab_size",), MAX_VOCABULARY),
     **dict.fromkeys(("num_hidden_layers", "block_count"), MAX_LAYERS),
@@ -52,16 +53,16 @@ LIMITS: Final = {
         MAX_WIDTH,
     ),
 }
-"""The most that a size may be, by its key in ``config.json`` or GGUF; any other is a positive number of 32 bits."""
+"""Bounds on sizes, by key in ``config.json`` or GGUF; others are positive numbers of 32 bits."""
 MAX_ROPE_THETA: Final = 1e12
 MAX_SCALE: Final = 1e9
-"""Of any other number."""
+"""Bound on all other numbers."""
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """Sampling as the model's authors recommend it; ``None`` where they do not say."""
+    """Sampling defaults that the model's authors recommend; ``None`` where there are none."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -72,14 +73,14 @@ class GenerationDefaults:
     frequency_penalty: float | None = None
 
     def under(self, wanted: SamplingDefaults) -> "GenerationDefaults":
-        """Return these defaults, and in their place what a model's entry says otherwise."""
+        """Return these defaults, overridden by the ones in a model's entry."""
         given = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One model's shape and constants."""
+    """Shape and constants of a model."""
 
     architecture: Architecture
     vocab_size: int
@@ -95,32 +96,32 @@ class ModelConfig:
     attention_bias: bool
     tie_embeddings: bool
     context_tokens: int
-    """The longest context the model was made for, prompt and output together."""
+    """Longest context that the model was trained for, prompt and output together."""
     eos_ids: tuple[int, ...]
     bos_id: int | None
     generation: GenerationDefaults
     pooling: Pooling = Pooling.LAST
-    """What its embeddings are made of."""
+    """Pooling of its embeddings."""
     generates: bool = True
-    """Whether it was made to write text, not embeddings alone."""
+    """Whether it generates text, not embeddings alone."""
     tensor_kinds: Mapping[str, TensorKind] = dataclasses.field(default_factory=dict)
-    """How a GGUF file stores each tensor, by safetensors name; empty for a folder, where all are floats."""
+    """Storage kind of each tensor of a GGUF file, by safetensors name; empty for a folder, where all are floats."""
     attention_scale: float = 0.0
-    """What scores are multiplied by; 0: one over the square root of ``head_dim``."""
+    """Factor of attention scores; 0: one over the square root of ``head_dim``."""
     logit_cap: float = 0.0
-    """Logits are squeezed into this on both sides of 0 by tanh; 0: not."""
+    """Soft cap of the logits, by tanh; 0: none."""
     window_tokens: int = 0
-    """How many of the last tokens, its own included, a token sees in the layers with a window."""
+    """Number of last tokens, its own included, that a token attends to in layers with a window."""
     windowed_layers: frozenset[int] = frozenset()
     window_rope_theta: float = 0.0
     num_experts: int = 0
     num_experts_per_token: int = 0
     expert_intermediate_size: int = 0
     normalises_experts: bool = True
-    """Whether the weights of the experts picked are made to sum to 1."""
+    """Whether the weights of the picked experts are normalised to sum to 1."""
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return every tensor of the checkpoint by its safetensors name: what must be there and nothing else."""
+        """Return the shapes of exactly the tensors of the checkpoint, by safetensors name."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         layer = self._layer_shapes()
         for number in range(self.num_layers):
@@ -165,7 +166,7 @@ class ModelConfig:
         return embeddings + self.hidden_size + self.num_layers * per_layer
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Return the bytes of keys and values that one token takes over all layers."""
+        """Return the bytes of a token's keys and values over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
 
 
@@ -222,7 +223,7 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
             ),
             rope_scaling=scaling_from(rope, path),
             attention_bias=architecture.qkv_bias or fields.flag("attention_bias"),
-            # Without a head nothing is generated, and what stands for one takes no room.
+            # Without a head nothing is generated, and a tied one takes no memory.
             tie_embeddings=fields.flag("tie_word_embeddings", architecture.ties_embeddings)
             or (embeds and not has_head(folder)),
             context_tokens=fields.size("max_position_embeddings"),
@@ -238,13 +239,13 @@ def _from_folder(folder: pathlib.Path) -> ModelConfig:
 
 
 def _configs(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Return a configuration, and the one of its text model where it has several."""
+    """Return a configuration, and its text model's where it has several."""
     inner = values.get("text_config")
     return (values, inner) if isinstance(inner, dict) else (values,)
 
 
 def _folder_windows(fields: "_Fields", architecture: Architecture, window_rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``config.json`` says of layers with a window, and of the scales that come with them."""
+    """Return the fields of layers with a window, and the scales of such models, from ``config.json``."""
     if not architecture.windowed:
         return {}
     path, values = fields.path, fields.values
@@ -368,7 +369,7 @@ def config_from_gguf(path: pathlib.Path, header: GgufHeader) -> ModelConfig:
 
 
 def _gguf_windows(fields: "_Fields", architecture: Architecture, head_dim: int) -> dict[str, Any]:
-    """Return the same from GGUF, which leaves to the reader that every sixth layer has no window."""
+    """Return the fields of :func:`_folder_windows` from GGUF, where every sixth layer has no window by convention."""
     if not architecture.windowed:
         return {}
     num_layers = fields.size("block_count")
@@ -393,7 +394,7 @@ def _gguf_experts(fields: "_Fields", architecture: Architecture) -> dict[str, An
 
 
 GGUF_MEAN_POOLING: Final = 1
-"""``pooling_type`` in GGUF; a decoder's other kinds have seen no more than its last token."""
+"""Mean pooling as a ``pooling_type`` of GGUF; a decoder's other kinds amount to its last token."""
 GGUF_GENERATION_KEYS: Final = {
     "temperature": "general.sampling.temp",
     "top_p": "general.sampling.top_p",
@@ -431,7 +432,7 @@ def _gguf_scaling(path: pathlib.Path, header: GgufHeader, own: Mapping[str, Any]
 
 
 class _Fields:
-    """Typed reads of a configuration; what is wrong is named."""
+    """Typed reads of a configuration, with errors that name the key."""
 
     def __init__(self, path: pathlib.Path, values: Mapping[str, Any]) -> None:
         self.path = path
@@ -476,7 +477,7 @@ SAMPLING_RANGES: Final = {
     "min_p": (0.0, 1.0),
     "repetition_penalty": (1e-3, 1e3),
 }
-"""Of what the authors recommend: beyond them every request that leaves it open would be refused."""
+"""Ranges of recommended sampling: a default beyond them would refuse every request that relies on it."""
 
 
 def _generation(path: pathlib.Path, values: Mapping[str, Any], keys: Mapping[str, str]) -> GenerationDefaults:

@@ -1,7 +1,7 @@
-"""The forward pass that all architectures share, top to bottom.
+"""Forward pass of all architectures, top to bottom.
 
-It knows tensors and kernels, not requests: which rows belong together is in the batch. Projections that read the same
-input are one matrix each (q, k and v; gate and up), put together while the checkpoint is read.
+Tensors and kernels, no requests: the batch tells which rows form a sequence. Projections of the same input are one
+matrix (q, k and v; gate and up), joined while the checkpoint is read.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ SumRanks = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. Matrices are ``[out, in]``, and may be quantised."""
+    """Weights of a layer. Matrices are ``[out, in]``, and may be quantised."""
 
     input_norm: torch.Tensor
     qkv: Matrix
@@ -47,7 +47,7 @@ class LayerWeights:
     attention_out_norm: torch.Tensor | None = None
     mlp_out_norm: torch.Tensor | None = None
     window_tokens: int = 0
-    """How many of the last tokens a token sees; 0: all."""
+    """Number of last tokens that a token attends to; 0: all."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,11 +61,11 @@ class DecoderWeights:
     inverse_frequencies: torch.Tensor
     """``[D / 2]`` float32"""
     window_inverse_frequencies: torch.Tensor | None = None
-    """The same in layers with a window."""
+    """Inverse frequencies of layers with a window."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return what activations and the cache are in."""
+        """Return the dtype of activations and cache."""
         return self.norm.dtype
 
 
@@ -109,7 +109,7 @@ def load_decoder(
                 qkv_bias=reader.vector(*biases[:3]) if biases[0] in expected else None,
                 qk_norm=qk_norm,
                 output=reader.matrix(attention + "o_proj.weight"),
-                # Ranks' parts of a product are added up: the bias is in one of them.
+                # Ranks' partial products are summed: the bias is in one of them.
                 output_bias=reader.vector(biases[3]) if biases[3] in expected and not shard.rank else None,
                 post_norm=reader.vector(
                     prefix + f"{'pre_feedforward' if sandwich else 'post_attention'}_layernorm.weight"
@@ -220,7 +220,7 @@ def logits(
 ) -> torch.Tensor:
     """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``, within ``cap`` unless it is 0.
 
-    Of a rank's part, those of its run of the vocabulary.
+    On a rank, the logits of its run of the vocabulary.
     """
     kernels = dispatch.operations_for(hidden.device, hidden.dtype) if operations is None else operations
     found = kernels.linear(hidden, weights.head).float()

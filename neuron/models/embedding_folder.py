@@ -1,8 +1,8 @@
-"""What a folder says that was made for embeddings: how the hidden states become a vector, and that it has no head.
+"""Settings of a folder made for embeddings: the pooling of hidden states, and the absence of a head.
 
-Sentence-transformers writes ``modules.json``, the steps a text goes through, and the settings of each into a folder of
-its own. Of the steps a decoder, pooling by the last token or the mean of all, and scaling to length 1 are carried out
-here; a repository with others is refused, since its vectors would be other ones. Format:
+Sentence-transformers writes ``modules.json``, the modules that a text passes through, and the settings of each into a
+folder of its own. Supported are a decoder, pooling by the last token or the mean of all, and scaling to length 1; a
+repository with other modules is refused, since its vectors would differ. Format:
 https://sbert.net/docs/sentence_transformer/usage/custom_models.html. Loads no torch.
 """
 
@@ -22,18 +22,18 @@ _STEPS: Final = frozenset({"Transformer", "Pooling", "Normalize"})
 
 
 def makes_embeddings(folder: pathlib.Path, class_names: tuple[str, ...]) -> bool:
-    """Return whether the model in ``folder`` was made for embeddings alone: saved so, or without a head."""
+    """Whether the model in ``folder`` makes embeddings alone: saved so, or without a head."""
     if (folder / "modules.json").exists() or (folder / "1_Pooling").exists():
         return True
     return bool(class_names) and all(name.endswith("Model") for name in class_names)
 
 
 def pooling_of(folder: pathlib.Path) -> Pooling:
-    """Return what an embedding is made of: the last token, unless the folder says otherwise.
+    """Return the pooling of embeddings: the last token, unless the folder names another.
 
     Raises:
-        UnsupportedArchitectureError: by a way, or with a further step, that is not known here.
-        CorruptWeightsError: the files are no such settings.
+        UnsupportedArchitectureError: the pooling, or a further module, is not supported.
+        CorruptWeightsError: the files are not such settings.
     """
     place = "1_Pooling"
     if (folder / "modules.json").exists():
@@ -58,7 +58,7 @@ def pooling_of(folder: pathlib.Path) -> Pooling:
 
 
 def has_head(folder: pathlib.Path) -> bool:
-    """Return whether a checkpoint holds ``lm_head.weight``; one that cannot be read is said to, and refused later."""
+    """Whether a checkpoint holds ``lm_head.weight``; also true if unreadable, which is refused later."""
     try:
         index = folder / "model.safetensors.index.json"
         if index.exists():
@@ -72,13 +72,13 @@ def has_head(folder: pathlib.Path) -> bool:
 
 
 def _steps(path: pathlib.Path) -> list[tuple[str, str]]:
-    """Return the kind and the folder of each step."""
+    """Return the kind and the folder of each module."""
     try:
         steps = json.loads(read_bounded(path))
         found = [(str(step["type"]).rpartition(".")[2], str(step.get("path", ""))) for step in steps]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptWeightsError(path, f"not a list of steps: {error!r}"[:300]) from None
-    # Only folders within this one: what a repository says is as untrusted as its weights.
+    # Only folders within this one: a repository's settings are as untrusted as its weights.
     if any(where and not is_name(where) for _, where in found):
         raise CorruptWeightsError(path, "a step's folder is outside of this one")
     return found

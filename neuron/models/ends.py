@@ -1,9 +1,9 @@
-"""The tokens that end an answer, from everything a model's files say of them.
+"""Tokens that end an answer, from all of a model's files.
 
-Files disagree: ``generation_config.json`` names the end of a turn, ``config.json`` that of a text, and of a GGUF file
-often only one of them is listed. All that any of them names count, and so do the tokens that by their text end a turn
-in the families that are known here, where the vocabulary has them as tokens of their own: a template ends its turns
-with them, so a model that writes one has ended its own.
+Files disagree: ``generation_config.json`` names the end of a message, ``config.json`` the end of a text, and a GGUF
+file often lists only one of them. All of these count, and also the tokens that end a message by their text in the known
+model families, where the vocabulary has them as tokens: a template ends messages with them, so a model that generates
+one has ended its own.
 """
 
 import pathlib
@@ -40,20 +40,20 @@ TURN_ENDS: Final = frozenset(
         "_<EOT>",  # CodeLlama
     }
 )
-"""What ends a turn or a text in chat templates, as their models' files and llama.cpp's list of such tokens have it."""
+"""Tokens that end a message or a text in chat templates, from models' files and llama.cpp's list."""
 
 MAX_NAMED: Final = 256
-"""Tokens that one field of a file may list."""
+"""Most tokens in one field of a file."""
 _HARMONY: Final = frozenset({"<|return|>", "<|call|>"})
-"""Where both are there, ``<|end|>`` ends one message of several in an answer (gpt-oss)."""
+"""Tokens of gpt-oss, where ``<|end|>`` ends one message of several in an answer."""
 _GLM: Final = frozenset({"<|user|>", "<|observation|>"})
-"""GLM ends its turns with the mark of the next one's; such files have both."""
+"""Tokens of GLM, which ends a message with the role of the next one."""
 _GEMMA_4: Final = frozenset({"<turn|>", "<|tool_response>"})
-"""Gemma 4 ends a turn that calls a tool where the result would begin."""
+"""Tokens of Gemma 4, which ends a tool call where the result would begin."""
 
 
 def ends_by_text(special: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the ids of those of the ``special`` tokens, by text, that end a turn."""
+    """Return the ids of the ``special`` tokens, by text, that end a message."""
     ends = set(TURN_ENDS)
     if special.keys() >= _HARMONY:
         ends.discard("<|end|>")
@@ -64,7 +64,7 @@ def ends_by_text(special: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def token_ids(value: object, path: pathlib.Path) -> tuple[int, ...]:
-    """Return the ids in ``value``: one, a list of them, or none. Raises :class:`CorruptWeightsError`."""
+    """Return the ids in ``value``: a single id, a list, or none. Raises :class:`CorruptWeightsError`."""
     found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
     if len(found) > MAX_NAMED:
         raise CorruptWeightsError(path, f"{len(found)} token ids are listed where at most {MAX_NAMED} are taken")
@@ -74,7 +74,7 @@ def token_ids(value: object, path: pathlib.Path) -> tuple[int, ...]:
 
 
 def folder_ends(folder: pathlib.Path, configs: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
-    """Return the end tokens of a model in ``folder``: those its ``configs`` name first, in their order."""
+    """Return the end tokens of a model in ``folder``: first the ones that its ``configs`` name, in order."""
     path = folder / "config.json"
     named = [token for config in configs for token in token_ids(config.get("eos_token_id"), path)]
     tokenizer = _read(folder / "tokenizer.json", _TokenizerFile)
@@ -99,7 +99,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
 def gguf_ends(metadata: Mapping[str, Any], path: pathlib.Path) -> tuple[int, ...]:
-    """Return the end tokens that a GGUF file has."""
+    """Return the end tokens of a GGUF file."""
     named = [token for kind in GGUF_ENDS for token in token_ids(metadata.get(f"tokenizer.ggml.{kind}_token_id"), path)]
     tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     special = {}
@@ -118,7 +118,7 @@ class _AddedToken(msgspec.Struct):
 
 
 class _TokenizerFile(msgspec.Struct):
-    """All that is read here of a file of megabytes."""
+    """Fields that are read of a tokenizer file."""
 
     added_tokens: list[_AddedToken] = []
 
@@ -140,7 +140,7 @@ T = TypeVar("T")
 
 
 def _read(file: pathlib.Path, kind: type[T]) -> T:
-    """Return what ``file`` has of ``kind``; an empty one where it cannot be read: the tokenizer's reader says why."""
+    """Return the ``kind`` in ``file``; an empty one where it is unreadable, which the tokenizer's reader reports."""
     try:
         return msgspec.json.decode(read_bounded(file, MAX_TOKENIZER_BYTES), type=kind)
     except (FileNotFoundError, CorruptWeightsError, msgspec.DecodeError, UnicodeError, RecursionError):
@@ -148,14 +148,14 @@ def _read(file: pathlib.Path, kind: type[T]) -> T:
 
 
 def _text(token: object) -> str:
-    """Return the text of a token that is written as one, or as an object."""
+    """Return the text of a token that is a string or an object."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
 
 
 def _in_vocabulary(file: pathlib.Path, token: str) -> list[int]:
-    """Return the id of a token that is no added one, as a list of one or none."""
+    """Return the id of a token that is not an added one, as a list of one or none."""
     vocabulary = _read(file, _WholeTokenizerFile).model.vocab
     if isinstance(vocabulary, dict):
         return [vocabulary[token]] if token in vocabulary else []

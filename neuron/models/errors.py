@@ -1,13 +1,13 @@
-"""What can be wrong with a model: its files, its architecture, its size.
+"""Errors of a model: its files, its architecture, its size.
 
-All of these are about the model as asked for, so a client gets 422 and the worker goes on.
+All of them concern the requested model, so a client gets 422 and the worker goes on.
 """
 
 from cortex.wire.errors import UnprocessableError
 
 
 class CorruptWeightsError(UnprocessableError):
-    """A weights file is truncated, malformed, or does not hold the tensors that its configuration promises."""
+    """A weights file is truncated, malformed, or lacks tensors of its configuration."""
 
     code = "corrupt_weights"
 
@@ -17,13 +17,13 @@ class CorruptWeightsError(UnprocessableError):
 
 
 class UnsupportedArchitectureError(UnprocessableError):
-    """The model's architecture, or a feature of it, is not one that this engine runs."""
+    """The model's architecture, or a feature of it, is not supported."""
 
     code = "unsupported_architecture"
 
 
 class UnsupportedRopeError(UnprocessableError):
-    """The model scales its rotary embedding in a way that this engine does not know."""
+    """The scaling of the rotary embedding is not supported."""
 
     code = "unsupported_rope"
 
@@ -42,10 +42,10 @@ class DoesNotFitError(UnprocessableError):
     def __init__(self, message: str, needed_bytes: int = 0) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
-        """Free bytes with which it would fit."""
+        """Number of free bytes with which it would fit."""
 
 
 class LoadFailedError(UnprocessableError):
-    """The model's files made a reader of them fail in a way that has no error of its own."""
+    """A reader of the model's files failed with an unexpected error."""
 
     code = "load_failed"

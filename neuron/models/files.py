@@ -1,7 +1,7 @@
-"""Read a model's small files: never more than a bound, never from what has no end, never a foreign error.
+"""Bounded reads of a model's small files: regular files only, a bound on the size, errors of our own.
 
-All that the daemon reads of a model's folder passes here. A folder comes from anywhere: its ``config.json`` may be a
-pipe, a link to ``/dev/zero``, 8 GiB long, or nested a million deep.
+All of the daemon's reads of a model's folder pass here. A folder is untrusted: its ``config.json`` may be a pipe, a
+link to ``/dev/zero``, 8 GiB long, or nested a million deep.
 """
 
 import json
@@ -13,21 +13,21 @@ from typing import Any, BinaryIO, Final
 from neuron.models.errors import CorruptWeightsError
 
 MAX_CONFIG_BYTES: Final = 4 << 20
-"""Of a JSON file that is read whole. ``config.json`` takes kilobytes; the largest in use, with a number for each of a
-hundred thousand layers' matrices, 2 MB."""
+"""Bound on a JSON file that is read whole. ``config.json`` takes kilobytes; the largest in use, with a number for each
+of a hundred thousand matrices, 2 MB."""
 MAX_INDEX_BYTES: Final = 32 << 20
-"""Of the index of a checkpoint in shards: 9 MB for the 91,000 tensors of DeepSeek-V3."""
+"""Bound on the index of a checkpoint in shards: 9 MB for the 91,000 tensors of DeepSeek-V3."""
 MAX_TOKENIZER_BYTES: Final = 128 << 20
-"""Of a tokenizer's file: 33 MB for the 262,000 tokens of Gemma 3."""
+"""Bound on a tokenizer's file: 33 MB for the 262,000 tokens of Gemma 3."""
 MAX_QUOTED_CHARS: Final = 200
 
 
 def open_regular(path: pathlib.Path) -> BinaryIO:
-    """Open a file, which must be one: opening a pipe would wait for a writer, reading a device might never end.
+    """Open a regular file: opening a pipe would wait for a writer, reading a device might never end.
 
     Raises:
-        FileNotFoundError: it is not there.
-        CorruptWeightsError: it is something else, or cannot be read.
+        FileNotFoundError: it does not exist.
+        CorruptWeightsError: it is not a regular file, or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -54,7 +54,7 @@ def read_bounded(path: pathlib.Path, max_bytes: int = MAX_CONFIG_BYTES) -> bytes
 
 
 def read_json_object(path: pathlib.Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises as :func:`read_bounded`, and CorruptWeightsError for what is none."""
+    """Return the JSON object in a file. Raises as :func:`read_bounded`, and CorruptWeightsError if it is none."""
     data = read_bounded(path, max_bytes)
     try:
         values = json.loads(data)
@@ -66,11 +66,11 @@ def read_json_object(path: pathlib.Path, max_bytes: int = MAX_CONFIG_BYTES) -> d
 
 
 def quoted(value: object) -> str:
-    """Return ``value`` as an error may quote it: what is in a file may be longer than anyone wants to read."""
+    """Return ``value`` for quoting in an error, cut to a bounded length."""
     text = repr(value[:MAX_QUOTED_CHARS] if isinstance(value, (str, list)) else value)
     return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}..."
 
 
 def is_name(text: str) -> bool:
-    """Return whether ``text`` names a file or folder right within another, and none above it."""
+    """Whether ``text`` is the name of a direct child of a folder."""
     return text not in {"", ".", ".."} and pathlib.PurePath(text).name == text and "\0" not in text

@@ -1,8 +1,8 @@
 """Gemma 3, its text models: norms on both sides of attention and MLP, and five layers with a window for each without.
 
-Layers with a window see the last 512 or 1,024 tokens and rotate by a base of their own. Embeddings are scaled by the
+Layers with a window attend to the last 512 or 1,024 tokens, with their own rotary base. Embeddings are scaled by the
 square root of the hidden size, norms multiply by one more than their weight (GGUF has the one added), GELU is the tanh
-form. Attention's soft cap, which Gemma 2 has and no Gemma 3 does, is refused.
+form. Gemma 2's soft cap of attention is not supported.
 """
 
 from typing import Final

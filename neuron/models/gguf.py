@@ -1,12 +1,12 @@
-"""Read the header of a GGUF file: its metadata and where its tensors lie.
+"""Reader of the header of a GGUF file: its metadata and the positions of its tensors.
 
 The ``gguf`` library's reader makes several numpy views per string and takes 1.8 s for a vocabulary of 49,152 tokens and
-its merges; this one takes 25 ms for the same file, and checks what it reads. It knows the container and nothing of
-models, and does not import torch: the daemon reads tokenizers and configurations with it.
+its merges; this one takes 25 ms for the same file, and checks all it reads. It reads the container, not models, and
+imports no torch: the daemon reads tokenizers and configurations with it.
 
-A header comes from anywhere, so nothing in it is believed: each count and length is compared with the bytes that are
-left, and with what any model has, before anything is allocated for it. It is read, not mapped: the daemon would not
-survive a file that becomes shorter meanwhile. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+A header is untrusted: each count and length is compared with the remaining bytes, and with a bound above any model's,
+before memory is allocated for it. It is read, not mapped: the daemon would not survive the truncation of a mapped file.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ MAX_HEADER_BYTES: Final = 64 << 20
 """Bound on the header, so that a corrupt count in a file of many GiB cannot keep the reader busy for minutes. The
 largest vocabularies in use (256k tokens with merges) take 20 MiB."""
 MAX_VALUES: Final = 1 << 16
-"""Of metadata; a model has a few dozen."""
+"""Bound on the number of metadata values; a model has a few dozen."""
 MAX_TENSORS: Final = 1 << 17
 MAX_ITEMS: Final = 1 << 21
-"""Items of all arrays together: a number or a string that takes a byte in the file takes fifty here. The largest
+"""Bound on the items of all arrays together: an item of a byte in the file takes fifty in memory. The largest
 vocabularies have 256k tokens, as many scores and kinds, and 500k merges."""
 MAX_NAME_BYTES: Final = 1 << 12
 _READ_BYTES: Final = 1 << 20
@@ -37,7 +37,7 @@ MAX_DIMENSIONS: Final = 4
 
 
 class TensorKind(IntEnum):
-    """How a tensor's elements are stored (``ggml_type``)."""
+    """Storage of a tensor's elements (``ggml_type``)."""
 
     F32 = 0
     F16 = 1
@@ -120,7 +120,7 @@ _U64: Final = struct.Struct("<Q")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: ``shape`` is row-major (the reverse of the file's order), ``offset`` counts from the file's start."""
+    """Tensor: ``shape`` is row-major (the reverse of the file's order), ``offset`` counts from the file's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -131,7 +131,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """All that a GGUF file says before its tensors' data. Arrays in ``metadata`` are lists."""
+    """Header of a GGUF file. Arrays in ``metadata`` are lists."""
 
     version: int
     metadata: dict[str, Any]
@@ -152,13 +152,13 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
 
 
 class _Reader:
-    """A cursor over the header's bytes; every read says what it was for when it fails."""
+    """Cursor over the header's bytes; a failed read names its field."""
 
     def __init__(self, path: str | os.PathLike[str], file: BinaryIO, size: int) -> None:
         self.path = path
         self.file = file
         self.data = bytearray()
-        """What was read of the file so far."""
+        """Bytes read of the file so far."""
         self.size = size
         self.limit = min(size, MAX_HEADER_BYTES)
         self.position = 0
@@ -168,7 +168,7 @@ class _Reader:
         return CorruptWeightsError(self.path, reason)
 
     def have(self, end: int) -> None:
-        """Read on until the bytes up to ``end`` are there."""
+        """Read until the bytes up to ``end`` are in ``data``."""
         while len(self.data) < end:
             try:
                 piece = self.file.read(max(_READ_BYTES, end - len(self.data)))
@@ -179,7 +179,7 @@ class _Reader:
             self.data += piece
 
     def take(self, count: int, what: str) -> int:
-        """Return the position of the next ``count`` bytes, which are there then, and step over them."""
+        """Return the position of the next ``count`` bytes, once read, and skip them."""
         start = self.position
         if count > self.limit - start:
             raise self.fail(f"{what} at byte {start} needs {count} bytes, {self.limit - start} are left")
@@ -309,7 +309,7 @@ class _Reader:
     def tensor(
         self, name: str, shape: tuple[int, ...], number: int, offset: int, data_offset: int, alignment: int
     ) -> TensorInfo:
-        """Check one entry against the file: its kind, its shape, and that all of its bytes are there."""
+        """Check an entry against the file: its kind, its shape, and the presence of all its bytes."""
         try:
             kind = TensorKind(number)
         except ValueError as error:

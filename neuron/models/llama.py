@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2, and the many checkpoints that share their shape.
+"""Llama 2 and 3, SmolLM2, and the many checkpoints of the same shape.
 
 Grouped-query attention, SwiGLU, RMSNorm; long contexts by the ``llama3`` scaling of the rotary embedding.
 """

@@ -1,8 +1,8 @@
-"""Read a checkpoint's tensors onto a device in the form they have there, whole or one rank's part.
+"""Reading of a checkpoint's tensors onto a device in the device's form, whole or one rank's part.
 
-Which form is :mod:`neuron.models.quantization`'s to say. Everything is allocated at its final size and filled run by
-run of rows, so the peak is the weights and one run: a run's blocks or floats are copied as they are, and laid out anew
-or rounded on the device. On ``meta`` nothing is read: the same code lists shapes and forms.
+:mod:`neuron.models.quantization` decides the form. Tensors are allocated at their final size and filled in runs of
+rows, so the peak is the weights and one run: a run's blocks or floats are copied unchanged, and converted or rounded on
+the device. On ``meta`` nothing is read: the same code lists shapes and forms.
 """
 
 import itertools
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from neuron.models.weights import WeightSource
 
 RUN_ELEMENTS: Final = 1 << 23
-"""Elements of a matrix that are laid out anew at a time: some 50 MiB of temporary arrays."""
+"""Number of elements converted at a time: some 50 MiB of temporary arrays."""
 
 
 class MatrixReader:
-    """Reads the tensors of ``source``; floats in ``dtype``, matrices in the form that ``quant`` leads to."""
+    """Reader of the tensors of ``source``; floats in ``dtype``, matrices in the form for ``quant``."""
 
     def __init__(
         self, source: "WeightSource", dtype: torch.dtype, device: torch.device, quant: str, shard: Shard
     ) -> None:
         self.shapes = source.config.tensor_shapes()
-        """Of the whole model, by safetensors name."""
+        """Shapes of the whole model's tensors, by safetensors name."""
         self._source = source
         self._config: ModelConfig = source.config
         self._dtype = dtype
@@ -43,11 +43,11 @@ class MatrixReader:
         self._transfer = Transfer(device)
 
     def vector(self, *names: str) -> torch.Tensor:
-        """Return vectors end to end, this rank's part of each."""
+        """Return the concatenation of vectors, this rank's part of each."""
         return self._floats([(name, self._rows(name), slice(0, 0)) for name in names])
 
     def plain(self, *names: str) -> torch.Tensor:
-        """Return matrices on top of one another, this rank's part of each, in the dtype."""
+        """Return the concatenated rows of matrices, this rank's part of each, in the dtype."""
         return self._floats([(name, self._rows(name), self._columns(name)) for name in names])
 
     def table(self, name: str) -> torch.Tensor | QuantizedMatrix:
@@ -55,7 +55,7 @@ class MatrixReader:
         return cast(torch.Tensor | QuantizedMatrix, self.matrix(name))
 
     def matrix(self, *names: str) -> Matrix:
-        """Return matrices on top of one another, this rank's part of each: in parts where their forms differ."""
+        """Return the concatenated rows of matrices, this rank's part of each: stacked where their forms differ."""
         parts: list[torch.Tensor | QuantizedMatrix] = []
         for form, group in itertools.groupby(names, self._form):
             alike = list(group)
@@ -142,7 +142,7 @@ class MatrixReader:
 
 
 def empty(form: str, num_rows: int, num_columns: int, device: torch.device) -> QuantizedMatrix:
-    """Return a matrix in ``form`` to be filled: what :func:`from_gguf` and the roundings return, unwritten."""
+    """Return an uninitialised matrix in ``form``, as of :func:`from_gguf` and the roundings."""
 
     def array(columns: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty((num_rows, columns), dtype=dtype, device=device)

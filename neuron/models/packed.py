@@ -1,7 +1,7 @@
-"""How the CPU kernels keep a model: the format of every matrix, and the bytes that makes.
+"""Formats of a model for the CPU kernels: the format of every matrix, and the sizes.
 
-Decides, and knows sizes only: the daemon's preflight and the worker's load ask the same functions. GGUF's 4-bit and
-8-bit kinds keep their codes; what is stored as floats becomes bfloat16, and everything float32 where that is asked for.
+Pure decisions on sizes: the daemon's preflight and the worker's load call the same functions. GGUF's 4-bit and 8-bit
+kinds keep their codes; floats become bfloat16, and everything float32 where requested.
 """
 
 from enum import IntEnum
@@ -14,11 +14,11 @@ from neuron.models.gguf import TensorKind
 LANES: Final = 16
 MAX_HEAD_DIM: Final = 1024
 INT8: Final = "int8"
-"""Of keys and values: each rounded by the largest of its elements."""
+"""Dtype of keys and values: each vector is rounded by its largest element."""
 
 
 class Format(IntEnum):
-    """The packed formats of ``formats.h``."""
+    """Packed formats of ``formats.h``."""
 
     W4 = 0
     W8 = 1
@@ -39,7 +39,7 @@ def checked_level(wanted: str) -> str:
 
 
 def obstacle(config: ModelConfig) -> str | None:
-    """Return why the kernels cannot run a model, ``None`` if they can."""
+    """Return the reason for which the kernels cannot run a model, ``None`` if they can."""
     if config.num_experts:
         return f"{config.architecture.name} has experts, which only the eager path computes"
     if config.head_dim > MAX_HEAD_DIM:
@@ -55,8 +55,8 @@ def padded(count: int) -> int:
 def layer_formats(config: ModelConfig, number: int, dtype: str) -> dict[str, Format]:
     """Return the format of each matrix of a layer, by projection.
 
-    Query, key and value multiply the same activations, so they agree on integer or float; gate and up alternate within
-    one matrix, so they are alike.
+    Query, key and value multiply the same activations, so all are integer or all float; gate and up alternate within
+    one matrix, so they have one format.
     """
     prefix = f"model.layers.{number}."
     found = {}
@@ -82,7 +82,7 @@ def format_of(config: ModelConfig, name: str, dtype: str) -> Format:
 
 
 def weights_bytes(config: ModelConfig, dtype: str) -> int:
-    """Return the bytes of all weights, packed: what the load allocates, to the byte."""
+    """Return the bytes of all packed weights, exactly as the load allocates them."""
     shapes = config.tensor_shapes()
     total = native.packed_bytes(
         format_of(config, "model.embed_tokens.weight", dtype), config.vocab_size, config.hidden_size
@@ -118,14 +118,14 @@ def vector_elements(config: ModelConfig) -> int:
 
 def page_bytes(config: ModelConfig, kv_dtype: str, page_tokens: int) -> int:
     """Return the bytes of a page over all layers (``kv_page_bytes`` of ``kernels.h``): head vectors are padded to whole
-    registers, and those of int8 have a scale each."""
+    registers, and have a scale each in int8."""
     element = {"bfloat16": 2, "float32": 4, "int8": 1}[kv_dtype]
     vector = padded(config.head_dim) * element + (4 if kv_dtype == INT8 else 0)
     return 2 * config.num_layers * config.num_kv_heads * page_tokens * vector
 
 
 def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, threads: int) -> int:
-    """Return a bound on what a step of ``rows`` tokens writes beside the cache (``lay_out`` of ``step.c``)."""
+    """Return a bound on the arena of a step of ``rows`` tokens (``lay_out`` of ``step.c``)."""
     hidden, heads, dim = padded(config.hidden_size), config.num_heads, config.head_dim
     queries, keys = padded(heads * dim), padded(config.num_kv_heads * dim)
     gated = padded(config.intermediate_size)

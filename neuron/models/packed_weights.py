@@ -1,6 +1,6 @@
-"""Read a checkpoint into the CPU kernels' packed form: from the mapped file, matrix by matrix, on all threads.
+"""Packing of a checkpoint for the CPU kernels: from the mapped file, matrix by matrix, on all threads.
 
-Nothing is dequantised that can be packed from its own blocks; other kinds pass through float32 one matrix at a time.
+Kinds that can be packed from their own blocks are not dequantised; others pass through float32 one matrix at a time.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ HUGE_PAGE_BYTES: Final = 2 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """One layer. Vectors are float32, padded to whole registers."""
+    """Packed weights of a layer. Vectors are float32, padded to whole registers."""
 
     input_norm: Vector
     qkv: tuple[native.Matrix, native.Matrix, native.Matrix]
@@ -37,13 +37,13 @@ class PackedLayer:
     attention_out_norm: Vector | None
     mlp_out_norm: Vector | None
     gate_up: native.Matrix
-    """Blocks of 16 rows of gate and up in turn."""
+    """Alternating blocks of 16 rows of gate and up."""
     down: native.Matrix
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedWeights:
-    """All weights of a model, in one region of memory."""
+    """Packed weights of a model, in one region of memory."""
 
     region: PackedBytes
     embedding: native.Matrix
@@ -55,11 +55,11 @@ class PackedWeights:
 
 
 def huge_pages(num_bytes: int) -> PackedBytes:
-    """Return zeroed memory on huge pages where the system gives them, aligned to them, that goes with the array.
+    """Return zeroed memory on huge pages where the system has them, aligned to them, freed with the array.
 
     A pass over 97 MB of weights touches 23,600 small pages or 47 huge ones.
     """
-    # Private: pages that are shared, which is the default, are never huge ones.
+    # Private: shared pages, the default, are never huge.
     mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
@@ -72,7 +72,7 @@ def huge_pages(num_bytes: int) -> PackedBytes:
 
 
 class _Packer:
-    """Fills one region from its start."""
+    """Packer that fills one region from its start."""
 
     def __init__(self, source: WeightSource, dtype: str, pool: native.Pool) -> None:
         self.source = source
@@ -91,7 +91,7 @@ class _Packer:
         return self.region[start : self._used]
 
     def vector(self, *names: str, repeats: tuple[int, ...] | None = None) -> Vector:
-        """Return the vectors ``names`` in turn, each as often as ``repeats`` says, padded together."""
+        """Return the vectors ``names`` concatenated, each repeated as in ``repeats``, padded together."""
         parts = []
         for name, count in zip(names, repeats or (1,) * len(names), strict=True):
             values = torch.empty(self.shapes[name], dtype=torch.float32)
@@ -106,14 +106,14 @@ class _Packer:
         return kept
 
     def matrix(self, name: str, format: Format, bias: str | None = None) -> native.Matrix:
-        """Pack one matrix."""
+        """Pack a matrix."""
         rows, columns = self.shapes[name]
         to = self.take(native.packed_bytes(format, rows, columns))
         self._pack(name, to, format)
         return native.Matrix(to, format, rows, columns, self.vector(bias) if bias is not None else None)
 
     def alternating(self, names: tuple[str, str], format: Format) -> native.Matrix:
-        """Pack two matrices of one shape with their blocks in turn."""
+        """Pack two matrices of one shape with alternating blocks."""
         rows, columns = self.shapes[names[0]]
         to = self.take(2 * native.packed_bytes(format, rows, columns))
         for first, name in enumerate(names):
@@ -205,7 +205,7 @@ def _load_layer(packer: _Packer, number: int) -> PackedLayer:
 
 
 def embedding_scale(config: ModelConfig, dtype: str) -> float:
-    """Return what embeddings are multiplied by: rounded to the dtype, as these models were trained."""
+    """Return the factor of embeddings: rounded to the dtype, as these models were trained."""
     if not config.architecture.scales_embedding:
         return 1.0
     return float(torch.tensor(config.hidden_size**0.5, dtype=getattr(torch, dtype)))
@@ -223,7 +223,7 @@ def make_model(
     sequences: int,
     sampled: int,
 ) -> native.Model:
-    """Return the executor's model of ``weights``, without a cache yet, for steps of so many rows and sequences."""
+    """Return the executor's model of ``weights``, without a cache, for steps of at most so many rows and sequences."""
     model = native.Model(
         pool,
         level,

@@ -1,7 +1,7 @@
 """Kernels that a model needs on a GPU, and their compilation ahead of time: ``make kernels``.
 
-The forward pass itself is run on ``meta`` tensors while launches are noted, for every number of rows that could choose
-other tiles, so that the list cannot disagree with what a step launches.
+The forward pass itself runs on ``meta`` tensors while launches are recorded, for every number of rows that could choose
+other tiles, so that the list agrees with a step's launches.
 """
 
 import argparse
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
 STEPS: Final = (1, 2, 16, 17, 64, 65, 256, 257)
-"""Tokens of a step that stand for all between them: each side of every row count that the launchers compare with."""
+"""Representative numbers of tokens of a step: both sides of every row count that launchers compare with."""
 FP8_CAPABILITY: Final = 89
 FORMS: Final = (quantization.NONE, *quantization.ROW_BYTES)
 EXPERT_ROWS: Final = (16, 64)
-"""The same for rows of an expert on average."""
+"""Representative numbers of rows of an expert on average."""
 POLL_S: Final = 0.001
-"""How long a step of the engine may wait for the compiler: whoever is served meanwhile waits as long."""
+"""Time that a step of the engine may wait for the compiler; running sequences wait as long."""
 
 
 def variants(
@@ -47,7 +47,7 @@ def variants(
 ) -> "tuple[Variant, ...]":
     """Return every variant that serving the model, or ``shard`` of it, under ``plan`` on a GPU can launch.
 
-    ``in_group``: what its matrices put out is summed before the residual has it, as it is of any part.
+    ``in_group``: the outputs of matrices are summed over ranks before the residual, as for any shard.
     """
     from neuron.triton_kernels.compile import target_for
     from neuron.triton_kernels.launch import recording
@@ -74,7 +74,7 @@ def variants(
 
 
 def _sample(config: ModelConfig, plan: MemoryPlan, operations: Operations) -> None:
-    """Launch what follows the logits: with and without what changes them, and the ends of a captured step."""
+    """Launch the kernels after the logits, with and without changes of logits, and the ends of a captured step."""
     rows, vocab_size = plan.max_sequences, config.vocab_size
     for changes in (False, True):
         asked = sampling_rows.like(rows, vocab_size, plan.max_sequences, changes, _meta)
@@ -87,10 +87,10 @@ def _sample(config: ModelConfig, plan: MemoryPlan, operations: Operations) -> No
 
 
 class Preparation:
-    """The kernels that a model can launch, on their way to its device while its weights are. Of eager torch, nothing.
+    """Preparation of the kernels that a model can launch, while its weights are copied; empty for eager torch.
 
-    It begins at once: what no cache has is compiled by up to ``num_processes`` others, each of which calls
-    ``initializer`` first. :meth:`close` it in the end.
+    It begins at once: kernels in no cache are compiled by up to ``num_processes`` processes, each of which calls
+    ``initializer`` first. The caller closes it.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Preparation:
         operations = dispatch.operations_for(device, dtype, triton=settings.triton_kernels)
         if device.type != "cuda" or operations is dispatch.EAGER:
             return
-        # Only here: a host without CUDA has no use for the compiler, and may not have it.
+        # Imported here: a host without CUDA may not have the compiler.
         from neuron.triton_kernels import compile
         from neuron.triton_kernels.launch import target_of
 
@@ -122,9 +122,9 @@ class Preparation:
         self._compilation = compile.Compilation(wanted, capability, cache, num_processes, initializer)
 
     def finish(self, driver_version: tuple[int, int]) -> Generator[None, None, None]:
-        """Put all on the device, a kernel at a time, and forbid compiling from then on.
+        """Load all kernels onto the device, one at a time, and forbid compiling from then on.
 
-        Raises what :func:`neuron.triton_kernels.warm.warm` raises, and
+        Raises as :func:`neuron.triton_kernels.warm.warm`, and
         :class:`neuron.triton_kernels.compile.KernelCompileError`.
         """
         if self._compilation is None:
@@ -140,7 +140,7 @@ class Preparation:
         forbid_compiling()
 
     def close(self) -> None:
-        """Compile no more."""
+        """Stop compiling."""
         if self._compilation is not None:
             self._compilation.close()
 
@@ -176,7 +176,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _NoFile:
-    """Stands for a checkpoint of which nothing but the shapes is asked."""
+    """Checkpoint without a file, of which only the shapes are read."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -191,7 +191,7 @@ class _NoFile:
         raise TypeError(f"{name} is to be read from no file")
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 def _weights(config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard) -> decoder.DecoderWeights:
@@ -225,7 +225,7 @@ def any_plan(config: ModelConfig, dtype: str, quant: str = quantization.NONE) ->
 
 
 def _stored_as(config: ModelConfig, form: str) -> tuple[ModelConfig, str]:
-    """Return ``config`` as of a file with its matrices in ``form``, and the ``quant`` that leads to."""
+    """Return ``config`` as of a file with its matrices in ``form``, and the resulting ``quant``."""
     if form not in TensorKind.__members__:
         return config, form
     kinds = {name: TensorKind[form] for name, shape in config.tensor_shapes().items() if len(shape) == 2}

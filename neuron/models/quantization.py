@@ -1,7 +1,7 @@
-"""Which matrices stay quantised on a device, in which form, and how many bytes all weights take.
+"""Choice of the matrices that stay quantised on a device, of their form, and the bytes of all weights.
 
-Decides, and knows sizes only: the daemon's preflight and the worker's load ask the same functions. What the forms look
-like is :mod:`neuron.triton_kernels.quantized`'s to say; the CPU kernels have forms of their own (:mod:`.packed`).
+Pure decisions on sizes: the daemon's preflight and the worker's load call the same functions. Layouts are in
+:mod:`neuron.triton_kernels.quantized`; the CPU kernels have their own formats (:mod:`.packed`).
 
 ``quant`` of a spec is ``auto`` (matrices that a GGUF file quantises stay so on a GPU), ``none`` (all in the model's
 dtype), or ``int8``, ``int4``, ``fp8`` (a file of floats is rounded while it is loaded). Embedding and head are not
@@ -19,7 +19,7 @@ from neuron.models.shard import WHOLE, Shard, local_config
 
 NONE: Final = "none"
 STORED: Final = "stored"
-"""What ``auto`` becomes where the file's own blocks are kept."""
+"""Result of ``auto`` where the file's own blocks are kept."""
 ROUNDED: Final = ("int8", "int4", "fp8")
 KNOWN: Final = ("auto", NONE, *ROUNDED)
 
@@ -34,18 +34,19 @@ ROW_BYTES: Final[dict[str, tuple[int, Callable[[int], int]]]] = {
     "fp8": (32, lambda k: k + 4),
     "int4": (32, lambda k: k // 2 + k // int4_group(k) * 4),
 }
-"""Each form: what the columns must be a multiple of, and the bytes of a row of so many columns."""
+"""Each form's divisor of the columns, and its bytes of a row of so many columns."""
 
 
 def int4_group(columns: int) -> int:
-    """Return how many elements share a scale in rows of ``columns``, a multiple of 32."""
+    """Return the number of elements that share a scale in rows of ``columns``, a multiple of 32."""
     return 128 if columns % 128 == 0 else 32
 
 
 def resolve(config: ModelConfig, quant: str, dtype: str, device: str, *, cpu_kernels: bool = True) -> str:
     """Return NONE, STORED or one of ROUNDED for the ``quant`` of a spec.
 
-    Raises :class:`UnsupportedQuantizationError` for what is no quantisation, or none that this file or device can have.
+    Raises :class:`UnsupportedQuantizationError` for an unknown quantisation, or one that this file or device cannot
+    have.
     """
     if quant not in KNOWN:
         raise UnsupportedQuantizationError(f"quant is {quant!r}; it can be {', '.join(KNOWN)}", param="quant")
@@ -85,14 +86,14 @@ def form_of(config: ModelConfig, name: str, quant: str, columns: slice) -> str |
 
 
 def _alike(name: str) -> tuple[str, ...]:
-    """Return the tensors that must be stored alike: an expert's gate and up lie in one matrix."""
+    """Return the tensors that must be stored in one form: an expert's gate and up are one matrix."""
     if ".experts." not in name or "down" in name:
         return (name,)
     return name.replace("up_proj", "gate_proj"), name.replace("gate_proj", "up_proj")
 
 
 def weights_bytes(config: ModelConfig, dtype: str, quant: str, shard: Shard = WHOLE) -> int:
-    """Return the bytes of all weights on the device: what the load allocates, to the byte."""
+    """Return the bytes of all weights on the device, exactly as the load allocates them."""
     total = 0
     for name, shape in config.tensor_shapes().items():
         if len(shape) == 1:

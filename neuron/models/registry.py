@@ -1,4 +1,4 @@
-"""The architectures that this engine runs. A new one is a file beside this one and a line here."""
+"""Architectures that this engine runs. A new one is a file beside this one and a line here."""
 
 from typing import Final
 
@@ -18,7 +18,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
 
 
 def find_architecture(name: str, class_names: tuple[str, ...] | None, where: object) -> Architecture:
-    """Return the architecture of that name; ``class_names`` are those of ``config.json``, ``None`` for GGUF.
+    """Return the architecture of that name; ``class_names`` are from ``config.json``, ``None`` for GGUF.
 
     Raises :class:`UnsupportedArchitectureError`.
     """
@@ -32,6 +32,6 @@ def find_architecture(name: str, class_names: tuple[str, ...] | None, where: obj
 
 
 def _class_names(architecture: Architecture) -> set[str]:
-    """Return an architecture's classes, those without a head among them, which make embeddings."""
+    """Return an architecture's classes, including the ones without a head, which make embeddings."""
     without_head = {name.removesuffix("ForCausalLM") + "Model" for name in architecture.class_names}
     return {*architecture.class_names, *without_head}

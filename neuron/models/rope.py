@@ -1,6 +1,6 @@
-"""The rotary embedding's frequencies, scaled as the checkpoint asks.
+"""Frequencies of the rotary embedding, with the checkpoint's scaling.
 
-Pure numbers: the decoder makes its tensor of them, and a C executor its table.
+Plain numbers, for the decoder's tensor and the C executor's table.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from neuron.models.files import quoted
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinearScaling:
-    """All frequencies divided by ``factor`` (position interpolation, arXiv:2306.15595)."""
+    """Scaling of all frequencies by 1 / ``factor`` (position interpolation, arXiv:2306.15595)."""
 
     factor: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Llama3Scaling:
-    """Low frequencies divided by ``factor``, high ones kept, a ramp between (Llama 3.1)."""
+    """Scaling of low frequencies by 1 / ``factor``, with a ramp to the unscaled high ones (Llama 3.1)."""
 
     factor: float
     low_freq_factor: float
@@ -31,7 +31,7 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FrequencyFactors:
-    """One divisor per frequency: what GGUF makes of Llama 3's scaling (``rope_freqs.weight``)."""
+    """Divisors of the frequencies: GGUF's form of Llama 3's scaling (``rope_freqs.weight``)."""
 
     factors: tuple[float, ...]
 
@@ -63,7 +63,7 @@ def _llama3(frequency: float, scaling: Llama3Scaling) -> float:
 def scaling_from(parameters: Mapping[str, Any], where: object) -> RopeScaling | None:
     """Return the scaling that a ``rope_scaling`` or ``rope_parameters`` object of ``config.json`` describes.
 
-    Raises :class:`UnsupportedRopeError` for a kind that is not known or lacks a number.
+    Raises :class:`UnsupportedRopeError` for an unknown kind, or if a number is missing.
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:

@@ -1,10 +1,10 @@
-"""One rank's part of a model that several devices hold together: which rows and columns of each tensor are its.
+"""Shard of a model over several devices: the rows and columns of each tensor that a rank has.
 
-Megatron's cut (arXiv:1909.08053): matrices that read the residual are cut by rows (heads; the MLP's width), those that
-write it by columns, so that a layer adds up over the ranks twice. The head is cut by rows too, and rank 0 gathers the
-logits. Vectors and the embedding are everywhere. Parts are whole key-value heads and runs of the MLP's width, as equal
-as they can be: 3 heads on 2 ranks are 2 and 1. With more ranks than key-value heads, each of these is on several ranks,
-which share out the query heads that read it. Pure and without torch, as :mod:`neuron.models.sizing`.
+As in Megatron (arXiv:1909.08053), matrices that read the residual are cut by rows (heads; the MLP's width), and
+matrices that write it by columns, so that a layer sums over the ranks twice. The head is cut by rows too, and rank 0
+gathers the logits. Vectors and the embedding are on all ranks. Parts are whole key-value heads and runs of the MLP's
+width, as equal as possible: 3 heads on 2 ranks are 2 and 1. With more ranks than key-value heads, each of these is on
+several ranks, which divide the query heads that read it. Pure and without torch, as :mod:`neuron.models.sizing`.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ from cortex.wire.errors import InvalidRequestError
 from neuron.models.config import ModelConfig
 
 WIDTH_UNIT: Final = 256
-"""The MLP is cut at multiples of this where it is wide enough: GGUF's longest blocks stay whole."""
+"""Unit of cuts of the MLP where it is wide enough: GGUF's longest blocks stay whole."""
 VOCABULARY_UNIT: Final = 16
-"""The same for the vocabulary: a rank's part of a tied head is a view that begins where kernels may read 16 bytes."""
+"""Unit of cuts of the vocabulary: a rank's part of a tied head is a view aligned to 16 bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shard:
-    """Rank ``rank`` of ``size``."""
+    """Shard of rank ``rank`` of ``size``."""
 
     rank: int = 0
     size: int = 1
 
     def share(self, count: int, unit: int = 1) -> slice:
-        """Return this rank's run of ``count`` things, in whole units but for the last."""
+        """Return this rank's run of ``count`` elements, in whole units but for the last."""
         units = -(-count // unit)
         bounds = [min(count, unit * (units * rank // self.size)) for rank in (self.rank, self.rank + 1)]
         return slice(*bounds)
@@ -50,7 +50,7 @@ class Shard:
         return slice(heads.start * per_kv_head + part.start, heads.start * per_kv_head + part.stop)
 
     def width(self, config: ModelConfig) -> slice:
-        """Return this rank's run of the MLP's width, of each expert's where there are some."""
+        """Return this rank's run of the MLP's width, or of each expert's."""
         width = config.expert_intermediate_size if config.num_experts else config.intermediate_size
         unit = next((unit for unit in (WIDTH_UNIT, 32) if width >= unit * self.size), 1)
         return self.share(width, unit)
@@ -60,7 +60,7 @@ class Shard:
         return self.share(config.vocab_size, VOCABULARY_UNIT if config.vocab_size >= VOCABULARY_UNIT * self.size else 1)
 
     def rows(self, config: ModelConfig, name: str, size: int) -> slice:
-        """Return which of the ``size`` rows of a tensor this rank has, by its safetensors name."""
+        """Return this rank's rows among the ``size`` of a tensor, by its safetensors name."""
         if self.size == 1:
             return slice(0, size)
         match name.split(".")[-2]:
@@ -76,7 +76,7 @@ class Shard:
                 return slice(0, size)
 
     def columns(self, config: ModelConfig, name: str, size: int) -> slice:
-        """Return which of the ``size`` columns of a matrix this rank has."""
+        """Return this rank's columns among the ``size`` of a matrix."""
         if self.size == 1:
             return slice(0, size)
         match name.split(".")[-2]:
@@ -92,9 +92,9 @@ WHOLE: Final = Shard()
 
 
 def local_config(config: ModelConfig, shard: Shard) -> ModelConfig:
-    """Return the configuration of one rank's part: its heads and its width; what is not cut stays.
+    """Return the configuration of one rank's part: its heads and its width; all else is unchanged.
 
-    Raises :class:`InvalidRequestError` if the heads cannot be shared out.
+    Raises :class:`InvalidRequestError` if the heads cannot be divided.
     """
     if shard.size == 1:
         return config

@@ -1,7 +1,7 @@
-"""Does a model fit on a device, and with which plan: the one place that decides it.
+"""Memory plan of a model on a device, and the decision whether it fits.
 
-Pure and without torch, so that the daemon's preflight, the worker's load and the advertised context limit cannot
-disagree. It knows sizes only; who holds the free bytes, and whether some could be freed, is the caller's business.
+Pure and without torch, so that the daemon's preflight, the worker's load and the advertised context limit agree. Sizes
+only: the caller finds the free bytes, and may free more.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from neuron.models.errors import DoesNotFitError
 from neuron.models.shard import WHOLE, Shard, local_config
 
 PAGE_TOKENS: Final = 16
-"""Tokens of one page of the KV cache: the unit of admission, and a tile's height in the kernels."""
+"""Tokens of a page of the KV cache: the unit of admission, and a tile's height in the kernels."""
 MIN_CONTEXT_TOKENS: Final = 512
-"""A model that can hold less than this of its own context is refused: loaded, it could not serve."""
+"""Least context: a model whose cache holds less of its own context is refused."""
 
 MIN_SAMPLED_ROWS: Final = 16
 """Rows of a step that may be sampled though fewer sequences run: draft tokens are verified side by side."""
@@ -30,13 +30,13 @@ SAMPLER_BYTES: Final = 4 + 4 + 8 + 4 + 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceDefaults:
-    """What a kind of device gets when the spec does not say."""
+    """Defaults of a kind of device, where the spec has none."""
 
     max_sequences: int
     cache_tokens: int
-    """KV cache, as tokens over all sequences."""
+    """Tokens of the KV cache, over all sequences."""
     cache_share: float
-    """Bound on the same, as a share of what is free after weights and work space."""
+    """Bound on the KV cache, as a share of the memory that weights and work space leave free."""
     step_tokens: int
     """Tokens of one step while nothing but prefill runs."""
     mixed_step_tokens: int
@@ -44,20 +44,20 @@ class DeviceDefaults:
 
 
 CPU_DEFAULTS: Final = DeviceDefaults(16, 16 * 8192, 0.25, step_tokens=512, mixed_step_tokens=128)
-"""A host has other uses for its memory."""
+"""Defaults of a CPU, whose memory has other uses."""
 CUDA_DEFAULTS: Final = DeviceDefaults(64, 64 * 8192, 0.8, step_tokens=2048, mixed_step_tokens=512)
-"""Bounded in tokens too, so that a small model on a large GPU leaves room for a second one."""
+"""Defaults of a GPU; bounded in tokens too, so that a small model on a large GPU leaves memory for a second."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How a model will sit on its device. ``kv_cache_bytes`` is exactly ``num_pages`` pages."""
+    """Memory plan of a model on its device. ``kv_cache_bytes`` is exactly ``num_pages`` pages."""
 
     dtype: str
     context_tokens: int
     max_sequences: int
     sampled_rows: int
-    """At most so many rows of a step get a next token."""
+    """Most rows of a step that are sampled."""
     num_pages: int
     step_tokens: int
     mixed_step_tokens: int
@@ -65,11 +65,11 @@ class MemoryPlan:
     kv_cache_bytes: int
     workspace_bytes: int
     quant: str = quantization.NONE
-    """What :func:`neuron.models.quantization.resolve` returned."""
+    """Result of :func:`neuron.models.quantization.resolve`."""
     native: bool = False
-    """Runs on the CPU kernels; ``dtype`` is then that of what the file stores as floats."""
+    """Whether it runs on the CPU kernels; ``dtype`` is then the one of weights that the file stores as floats."""
     kv_dtype: str = "auto"
-    """Of keys and values in the cache; ``auto``: as ``dtype``."""
+    """Dtype of keys and values in the cache; ``auto``: as ``dtype``."""
     draft: "MemoryPlan | None" = None
     """Plan of the draft model, beside it on the device."""
 
@@ -85,7 +85,7 @@ class MemoryPlan:
 
 
 def with_pages(plan: MemoryPlan, num_pages: int) -> MemoryPlan:
-    """Return ``plan`` with fewer pages: ranks have as many as the one with the least room."""
+    """Return ``plan`` with fewer pages: all ranks have as many as the one with the least memory."""
     return dataclasses.replace(
         plan,
         num_pages=num_pages,
@@ -96,7 +96,7 @@ def with_pages(plan: MemoryPlan, num_pages: int) -> MemoryPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Costs:
-    """What a model takes, whatever the size of its cache, and for each page of it."""
+    """Costs of a model: fixed ones, and for each page of its cache."""
 
     dtype: str
     quant: str
@@ -106,7 +106,7 @@ class _Costs:
     fixed_bytes: int
     page_bytes: int
     gather_bytes: int
-    """Of work space for each page: the eager attention gathers one layer's pages before it reads them."""
+    """Bytes of work space for each page: the eager attention gathers one layer's pages before it reads them."""
 
 
 def _costs(
@@ -124,7 +124,7 @@ def _costs(
     if native and spec.quant == quantization.NONE and config.tensor_kinds:
         native = False  # the kernels keep a file's codes
     if native and spec.dtype == "auto":
-        dtype = "bfloat16"  # the kernels take bfloat16 apart where the processor cannot multiply it
+        dtype = "bfloat16"  # the kernels widen bfloat16 where the processor cannot multiply it
     sampled_rows = max(max_sequences, MIN_SAMPLED_ROWS)
     if native:
         rows = max(step_tokens, sampled_rows + PAGE_TOKENS)
@@ -245,7 +245,7 @@ def least_bytes(
 ) -> int:
     """Return the fewest free bytes with which :func:`plan_memory` has a plan.
 
-    Raises :class:`InvalidRequestError` as that does.
+    Raises :class:`InvalidRequestError` likewise.
     """
     try:
         return plan_memory(config, spec, device, 0, shard, draft, cpu_kernels=cpu_kernels).total_bytes
@@ -254,11 +254,11 @@ def least_bytes(
 
 
 def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, sampled_rows: int) -> int:
-    """Return the bytes of activations and sampling that a step takes beside weights and cache.
+    """Return the bytes of activations and sampling of a step, beside weights and cache.
 
     Counted at the widest point of a layer (the MLP: gate and up, their product, residual and normalised input; for each
-    expert picked, where there are some), and
-    in the sampler per row: float32 logits and probabilities, a float64 running sum, token counts and the prompt's mask.
+    picked expert), and in the sampler per row: float32 logits and probabilities, a float64 running sum, token counts
+    and the prompt's mask.
     """
     picks = config.num_experts_per_token
     gated = picks * config.expert_intermediate_size if picks else config.intermediate_size
@@ -268,7 +268,7 @@ def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, sampled_r
 
 
 def resolve_dtype(requested: str, device: str) -> str:
-    """Return the dtype a model is computed in; ``auto`` takes what the device is fast in.
+    """Return the dtype that a model is computed in; ``auto`` takes the device's fastest.
 
     On a CPU without bfloat16 instructions torch converts every operand, and float32 is faster; in float16 no CPU path
     of torch is fast (60 GFLOP/s where bfloat16 makes 950), so it is refused there.
@@ -286,7 +286,7 @@ def resolve_dtype(requested: str, device: str) -> str:
 
 @functools.cache
 def cpu_has_bfloat16(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> bool:
-    """Return whether this host multiplies bfloat16 natively."""
+    """Whether this host multiplies bfloat16 natively."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:

@@ -1,8 +1,7 @@
-"""Copies from host memory to a device, through pinned buffers in turn.
+"""Copies from host memory to a device, through alternating pinned buffers.
 
 A copy from pageable memory goes through the driver's own staging buffer, at a fraction of the bus's rate and with the
-host waiting. Here the host fills one pinned buffer, converting on the way, while the device reads the other. It knows
-tensors, not files.
+host waiting. Here the host fills one pinned buffer, with conversion, while the device reads the other.
 """
 
 import warnings
@@ -13,24 +12,24 @@ import numpy as np
 import torch
 
 BUFFER_BYTES: Final = 32 << 20
-"""Large enough that starting a copy costs nothing beside it (32 MiB take 0.6 ms at 55 GB/s)."""
+"""Size of a buffer: large enough to hide the start of a copy (32 MiB take 0.6 ms at 55 GB/s)."""
 NUM_BUFFERS: Final = 2
 
 
 class Event(Protocol):
-    """What is used of ``torch.cuda.Event``."""
+    """Interface of ``torch.cuda.Event``."""
 
     def record(self) -> None:
         """Mark this point of the device's work."""
 
     def synchronize(self) -> None:
-        """Wait until the device is past the mark; at once if there is none."""
+        """Wait until the device is past the mark; return at once if there is none."""
 
 
 def from_file(packed: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
-    """Return a mapped file's bytes as a tensor of the same memory, for nobody to write to."""
+    """Return a mapped file's bytes as a tensor of the same memory, to be read only."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of memory that cannot be written to
+        warnings.simplefilter("ignore")  # about memory that is not writable
         return torch.from_numpy(packed)
 
 
@@ -39,7 +38,7 @@ def _pinned(num_bytes: int) -> torch.Tensor:
 
 
 class Transfer:
-    """Copies to one device. A CPU needs no buffers: there a copy is one pass."""
+    """Copier to a device. A CPU needs no buffers: its copy is one pass."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class Transfer:
     def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy ``source``, on the host, into contiguous ``destination`` of the same shape and any dtype.
 
-        The copy is ordered before what the current stream is given next; ``source`` is free on return.
+        The copy is ordered before later work of the current stream; ``source`` is free on return.
         """
         if source.shape != destination.shape:
             raise ValueError(f"a copy from {list(source.shape)} to {list(destination.shape)}")

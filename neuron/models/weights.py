@@ -1,7 +1,7 @@
-"""Read a checkpoint's tensors by their safetensors names, whatever file they lie in.
+"""Reading of a checkpoint's tensors by their safetensors names, from any file format.
 
-Files are memory-mapped, and a tensor is converted on its way into the memory where it stays: nothing is ever held twice
-but the piece in flight. The set of names and shapes is checked against the configuration before any byte is moved.
+Files are memory-mapped, and a tensor is converted during the copy to its final memory: only the current piece is held
+twice. Names and shapes are checked against the configuration before any copy.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ from neuron.models.gguf import TensorInfo, TensorKind, read_header
 from neuron.models.transfer import ON_HOST, Transfer, from_file
 
 PIECE_ELEMENTS: Final = 1 << 18
-"""Elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between passes."""
+"""Number of elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between
+passes."""
 DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", "rope_freqs.weight")
-"""Constants that some exporters store; ours come from the configuration."""
+"""Constants that some exporters store; here they come from the configuration."""
 MAX_HEADER_BYTES: Final = 16 << 20
-"""Of a safetensors file: 100 bytes a tensor, of which the largest checkpoints have 91,000 in 163 files."""
+"""Bound on the header of a safetensors file: 100 bytes a tensor; the largest checkpoints have 91,000 in 163 files."""
 SAFETENSORS_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 HEAD_TENSORS: Final = tuple(f"self_attn.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
 
@@ -39,25 +40,25 @@ STORED_KINDS: Final = {
 }
 
 FLOATS: Final = {kind: dtype for dtype, kind in STORED_KINDS.items()}
-"""What is read as it is."""
+"""Kinds that are read without dequantising."""
 
 PackedBytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A view of a tensor's bytes."""
+    """View of a tensor's stored bytes."""
 
     kind: TensorKind
     packed: PackedBytes
     interleaves_heads: bool
-    """The rows of each head are stored as pairs of its halves, see :class:`Architecture`."""
+    """Whether the rows of each head are stored as pairs of its halves, see :class:`Architecture`."""
 
     def rows(self, num_rows: int, head_dim: int, start: int, stop: int) -> PackedBytes:
         """Return rows ``start`` to ``stop`` of ``num_rows`` as bytes ``[rows, bytes]``, in rotate-half order.
 
         Llama's GGUF export interleaves the two halves of each query and key head for llama.cpp's rotary embedding. Rows
-        are packed one by one, so they are put back before they are dequantised, at a quarter of the bytes.
+        are packed one by one, so they are reordered before they are dequantised, at a quarter of the bytes.
         """
         packed = self.packed.reshape(num_rows, -1)
         if not self.interleaves_heads:
@@ -69,12 +70,12 @@ class StoredTensor:
 
 
 class WeightSource(Protocol):
-    """An open checkpoint."""
+    """Open checkpoint."""
 
     config: ModelConfig
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the tensors that are there, by safetensors name."""
+        """Return the shapes of the tensors, by safetensors name."""
 
     def read_into(
         self,
@@ -85,20 +86,20 @@ class WeightSource(Protocol):
         first_row: int = 0,
         first_column: int = 0,
     ) -> None:
-        """Copy the part of a tensor that begins there into ``destination``, of any float dtype and device.
+        """Copy a part of a tensor into ``destination``, of any float dtype and device.
 
         ``destination`` is contiguous, and has the part's shape.
         """
 
     def read_stored(self, name: str) -> "StoredTensor | None":
-        """Return one tensor as the file has it, without a copy; ``None`` if that is no kind of GGUF's."""
+        """Return a tensor as stored in the file, without a copy; ``None`` if it is not in a GGUF kind."""
 
     def close(self) -> None:
         """Unmap the files. No stored tensor may be in use."""
 
 
 def open_weights(path: pathlib.Path) -> WeightSource:
-    """Open the checkpoint at ``path`` and check that it holds what its configuration says.
+    """Open the checkpoint at ``path`` and check it against its configuration.
 
     Raises :class:`CorruptWeightsError` and the errors of :func:`neuron.models.config.read_config`.
     """
@@ -130,7 +131,7 @@ def check_shapes(
 
 
 class _SafetensorsFile(Protocol):
-    """What we use of ``safetensors.safe_open``, which carries no types."""
+    """Interface of ``safetensors.safe_open``, which carries no types."""
 
     def keys(self) -> list[str]: ...
     def get_slice(self, name: str) -> Any: ...
@@ -138,7 +139,7 @@ class _SafetensorsFile(Protocol):
 
 
 class SafetensorsSource:
-    """A folder with ``config.json`` and one or several ``.safetensors`` files."""
+    """Checkpoint in a folder with ``config.json`` and ``.safetensors`` files."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.config = read_config(folder)
@@ -171,7 +172,7 @@ class SafetensorsSource:
         return self._files[file_name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the tensors that are there."""
+        """Return the shapes of the tensors."""
         return {
             name: tuple(self._files[self._file_of[stored]].get_slice(stored).get_shape())
             for name, stored in self._stored.items()
@@ -186,7 +187,7 @@ class SafetensorsSource:
         first_row: int = 0,
         first_column: int = 0,
     ) -> None:
-        """Copy from the mapped file; the conversion and the move are one pass."""
+        """Copy from the mapped file, with conversion, in one pass."""
         stored_name = self._stored[name]
         file_name = self._file_of[stored_name]
         tensor = self._files[file_name].get_slice(stored_name)
@@ -217,7 +218,7 @@ class SafetensorsSource:
 
 
 class GgufSource:
-    """One GGUF file, dequantised piece by piece."""
+    """Checkpoint in a GGUF file, dequantised piece by piece."""
 
     def __init__(self, path: pathlib.Path) -> None:
         header = read_header(path)
@@ -232,7 +233,7 @@ class GgufSource:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the tensors that are there; one that has no safetensors name keeps its own."""
+        """Return the shapes of the tensors; a tensor without a safetensors name keeps its own."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read_into(
@@ -268,7 +269,7 @@ class GgufSource:
         return StoredTensor(tensor.kind, packed, interleaves)
 
     def _values(self, tensor: TensorInfo, blocks: PackedBytes) -> torch.Tensor:
-        """Return the elements of ``blocks`` as one vector: floats as they are stored, others in float32."""
+        """Return the elements of ``blocks`` as one vector: floats as stored, others in float32."""
         if tensor.kind in FLOATS:
             return from_file(np.ascontiguousarray(blocks).reshape(-1)).view(FLOATS[tensor.kind])
         try:
@@ -283,13 +284,13 @@ class GgufSource:
             ) from error
 
     def close(self) -> None:
-        """Unmap the file; later, if an error on its way up still holds what it was reading."""
+        """Unmap the file; later, if a raised exception still holds a view of it."""
         with contextlib.suppress(BufferError):
             self._data.close()
 
 
 def _experts(tensor: TensorInfo, num_experts: int) -> list[TensorInfo]:
-    """Return a layer's experts one by one, as ``ffn_up_exps.7``; any other tensor as it is."""
+    """Return a layer's experts one by one, as ``ffn_up_exps.7``; any other tensor unchanged."""
     stem = tensor.name.removesuffix(".weight")
     if not stem.endswith("_exps") or len(tensor.shape) != 3 or tensor.shape[0] != num_experts:
         return [tensor]
@@ -304,7 +305,7 @@ def _experts(tensor: TensorInfo, num_experts: int) -> list[TensorInfo]:
 
 
 def _check_header(path: pathlib.Path) -> None:
-    """Raise CorruptWeightsError unless a safetensors file begins with a header that it can hold, and of a sane size.
+    """Raise CorruptWeightsError unless a safetensors file begins with a header of a sane size that fits into it.
 
     Format: https://huggingface.co/docs/safetensors#format. The library takes up to 100 MB, a million tensors, and waits
     for ever to open a pipe.
