@@ -129,7 +129,7 @@ def test_no_memory_for_a_kernel(start: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("fault", ["cuGraphLaunch:7:700", "cuLaunchKernelEx:40:700"])
-def test_a_fault_ends_the_worker_and_says_so(start: Callable[..., Any], fault: str) -> None:
+def test_a_fault_ends_the_worker_and_is_reported(start: Callable[..., Any], fault: str) -> None:
     device = start(STUB_CUDA_FAIL=fault)
     device.load()
     device.say(jobs.Generate(1, "m", b"\3\0\0\0" * 20, 100, (), jobs.SamplerSettings(temperature=1.0)))

@@ -17,7 +17,7 @@ LEVELS = {"portable": [], "neon_dotprod": ["-march=armv8.2-a+dotprod"]}
 
 
 @pytest.mark.skipif(COMPILER is None or EMULATOR is None, reason="no cross compiler and emulator for Arm")
-def test_neon_computes_what_portable_c_does(tmp_path: pathlib.Path) -> None:
+def test_neon_results_equal_portable_c(tmp_path: pathlib.Path) -> None:
     assert COMPILER is not None
     assert EMULATOR is not None
     objects = []

@@ -51,7 +51,7 @@ def kept_of(
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("level", native.levels())
-def test_a_draw_inverts_what_the_filters_leave(level: str, settings: dict[str, Any]) -> None:
+def test_a_draw_inverts_the_filtered_distribution(level: str, settings: dict[str, Any]) -> None:
     random = np.random.default_rng(3)
     for size, spread in ((1, 1.0), (2, 1.0), (15, 2.0), (16, 1.0), (17, 3.0), (333, 2.0), (1000, 0.01), (30000, 2.5)):
         logits = (random.standard_normal(size) * spread).astype(np.float32)

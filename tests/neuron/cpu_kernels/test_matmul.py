@@ -207,7 +207,7 @@ def test_gates_and_bias(level: str, tokens: int, mode: str) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", EXACT, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_stays_none_in_its_row_only(level: str, kind: TensorKind, bad: float) -> None:
+def test_a_nan_stays_in_its_row(level: str, kind: TensorKind, bad: float) -> None:
     matrix, _ = packed_of(kind, EXACT[kind], 40, 64)
     x = np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32)
     x[4, 37] = bad

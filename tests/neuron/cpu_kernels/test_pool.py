@@ -11,7 +11,7 @@ from neuron.cpu_kernels import native
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 9])
-def test_every_share_is_done_once_whoever_calls(num_threads: int) -> None:
+def test_every_share_is_done_once_from_any_caller(num_threads: int) -> None:
     pool = native.Pool(num_threads)
     assert pool.num_threads == num_threads
     values = np.random.default_rng(0).standard_normal((100, 5)).astype(np.float32)

@@ -107,7 +107,7 @@ def test_order_is_kept_through_the_queue(ends: tuple[Channel, Channel]) -> None:
     assert relay(left, right, len(sent)) == sent
 
 
-def test_a_turn_is_bounded(ends: tuple[Channel, Channel]) -> None:
+def test_one_iteration_is_bounded(ends: tuple[Channel, Channel]) -> None:
     left, right = ends
     for _ in range(100):
         left.send(b"x")
@@ -149,7 +149,7 @@ def test_flush_gives_up_in_time(ends: tuple[Channel, Channel]) -> None:
 
 
 @pytest.mark.parametrize("unread", [False, True])
-def test_what_was_sent_before_the_end_is_read(raw: tuple[socket.socket, Channel], unread: bool) -> None:
+def test_messages_sent_before_the_end_are_read(raw: tuple[socket.socket, Channel], unread: bool) -> None:
     peer, channel = raw
     if unread:  # closing over unread input makes the kernel report a reset before the packets
         channel.send(b"never read")
@@ -173,7 +173,7 @@ def test_the_end_in_the_middle_of_a_message(raw: tuple[socket.socket, Channel]) 
         channel.recv(1)
 
 
-def test_sending_to_nobody(ends: tuple[Channel, Channel]) -> None:
+def test_sending_to_a_closed_channel(ends: tuple[Channel, Channel]) -> None:
     left, right = ends
     left.send(bytes(1 << 20))
     right.close()
@@ -185,7 +185,7 @@ def test_sending_to_nobody(ends: tuple[Channel, Channel]) -> None:
     assert left.pending_bytes == 0
 
 
-def test_sending_to_nobody_raises_no_signal() -> None:
+def test_sending_to_a_closed_channel_raises_no_signal() -> None:
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # would end this process
     try:
         left, right = (Channel(fd) for fd in socket_pair())
@@ -259,7 +259,7 @@ def test_use_after_close(ends: tuple[Channel, Channel]) -> None:
             use()
 
 
-def test_what_is_no_socket() -> None:
+def test_a_descriptor_that_is_not_a_socket() -> None:
     with pytest.raises(OSError, match="descriptor"):
         Channel(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1)
     reader, writer = os.pipe()

@@ -22,7 +22,7 @@ def test_no_library() -> None:
         cuda_driver("libcuda.so.none")
 
 
-def test_a_library_of_something_else() -> None:
+def test_a_library_without_the_symbols() -> None:
     with pytest.raises(DriverNotFoundError, match=r"libc\.so\.6 has no cuInit"):
         cuda_driver("libc.so.6")
 

@@ -285,7 +285,7 @@ def test_an_idle_loop_sleeps(start: Callable[..., Running]) -> None:
     assert cost[1] - cost[0] < 0.1
 
 
-def test_stop_sends_what_is_queued_first(start: Callable[..., Running]) -> None:
+def test_stop_sends_queued_messages_first(start: Callable[..., Running]) -> None:
     long = bytes(5_000_000)
     running = start(lambda loop: Script(lambda message: (loop.send(long), loop.send(b"bye"), loop.stop())))
     running.daemon.send(b"end")
@@ -645,7 +645,7 @@ def test_a_poisoned_loop_refuses_at_once(start: Callable[..., Running]) -> None:
     assert (running.seen.launches, fake.count("cuGraphLaunch"), fake.count("cuMemGetInfo_v2")) == (1, 2, 0)
 
 
-def test_memory_that_cannot_be_asked_poisons(start: Callable[..., Running]) -> None:
+def test_a_failed_query_of_memory_poisons(start: Callable[..., Running]) -> None:
     fake.fail("cuMemGetInfo_v2", 1, 700)
     running = start(lambda loop: Script(lambda message: loop.memory()))
     running.daemon.send(b"?")

@@ -60,7 +60,7 @@ def test_a_device_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("text", ["0,1", "0", "cuda:0", "cpu,0"])
-def test_a_gpu_where_there_is_none_is_said_with_the_reason_and_what_works(text: str) -> None:
+def test_a_missing_gpu_is_an_error_with_reason_and_remedy(text: str) -> None:
     with pytest.raises(UnknownDeviceError) as refused:
         parse_devices(text, ["cpu:0"], "no NVIDIA driver is loaded")
     assert refused.value.message == (
@@ -248,7 +248,7 @@ def test_no_gpus(
     ("setting", "why"),
     [("GPU-c", "CUDA_VISIBLE_DEVICES is 'GPU-c', which names none of the 2"), ("", None), ("-1", None), ("1", None)],
 )
-def test_a_setting_that_hides_all_by_mistake_is_told_of(
+def test_a_setting_that_hides_all_gpus_by_mistake_is_reported(
     monkeypatch: pytest.MonkeyPatch, setting: str, why: str | None
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml())

@@ -206,7 +206,7 @@ def test_a_row_queue_gives_all_that_came() -> None:
     run(main)
 
 
-def test_a_cancelled_sequence_says_nothing_more() -> None:
+def test_a_cancelled_sequence_sends_nothing_more() -> None:
     async def main() -> None:
         async with echo() as (worker, _):
             rows: list[object] = []
@@ -232,7 +232,7 @@ def test_a_cancelled_sequence_says_nothing_more() -> None:
     run(main)
 
 
-def test_a_sink_that_fails_hurts_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sink_that_fails_affects_no_other_sequence(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with echo() as (worker, _):
 
@@ -304,7 +304,7 @@ DEATHS = [
 
 
 @pytest.mark.parametrize(("how", "reason"), DEATHS, ids=[how for how, _ in DEATHS])
-def test_a_death_fails_what_was_under_way_and_is_repaired(how: str, reason: str) -> None:
+def test_a_death_fails_running_work_and_the_process_is_replaced(how: str, reason: str) -> None:
     async def main() -> None:
         async with echo("cuda:0", ECHO_LIMIT_S="0.5" if how == "wedge" else "0") as (worker, ears):
             before = pid_of(worker)
@@ -473,7 +473,7 @@ def test_a_healthy_life_is_forgiven(
 
 
 @pytest.mark.parametrize("how", ["exit:3", "other"])
-def test_a_first_start_that_fails_says_why(how: str) -> None:
+def test_a_failed_first_start_reports_the_reason(how: str) -> None:
     async def main() -> None:
         ears = Ears()
         worker = Worker("cpu:0", ECHO, environment={"ECHO_START": how}, on_state=ears, policy=QUICK)
@@ -523,7 +523,7 @@ def test_reasons() -> None:
 # ------------------------------------------------------------------ the end
 
 
-def test_stop_fails_what_is_under_way() -> None:
+def test_stop_fails_running_work() -> None:
     async def main() -> None:
         async with echo() as (worker, ears):
             queue = RowQueue()
@@ -624,7 +624,7 @@ def test_started_twice() -> None:
     run(main)
 
 
-def test_what_a_worker_started_ends_with_it(tmp_path: pathlib.Path, wait_for: Callable[..., None]) -> None:
+def test_child_processes_of_a_worker_end_with_it(tmp_path: pathlib.Path, wait_for: Callable[..., None]) -> None:
     async def main() -> None:
         async with echo() as (worker, ears):
             await worker.load(spec(str(tmp_path / "pid")), "parent")

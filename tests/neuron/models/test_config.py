@@ -110,7 +110,7 @@ def test_gguf_metadata(smollm2_gguf: pathlib.Path) -> None:
         ({"tie_word_embeddings": 1}, CorruptWeightsError, "tie_word_embeddings"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name(
+def test_an_unsupported_model_is_refused_by_name(
     tmp_path: pathlib.Path, changes: dict[str, Any], error: type[ApiError], named: str
 ) -> None:
     with pytest.raises(error, match=named) as caught:
@@ -157,7 +157,7 @@ def config(tmp_path: pathlib.Path) -> ModelConfig:
     return read_config(write(tmp_path))
 
 
-def test_a_model_that_does_not_fit_says_by_how_much(config: ModelConfig) -> None:
+def test_a_model_that_does_not_fit_is_an_error_with_sizes(config: ModelConfig) -> None:
     with pytest.raises(DoesNotFitError, match=r"does not fit on cuda:0: needs 15\.\d GiB, free 12\.0 GiB") as caught:
         plan_memory(config, ModelSpec("m", "x", dtype="bfloat16"), "cuda:0", 12 << 30)
     assert caught.value.info().status == 422
@@ -213,7 +213,7 @@ def test_a_spec_that_contradicts_itself_is_refused(config: ModelConfig, spec: Mo
     assert caught.value.param == param
 
 
-def test_auto_is_what_the_device_is_fast_in(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_fastest_dtype_of_the_device(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_dtype("auto", "cuda:0") == "bfloat16"
     for flags, dtype in (("fpu avx512f avx512_bf16", "bfloat16"), ("fpu avx2", "float32")):
         cpuinfo = tmp_path / flags.replace(" ", "-")
@@ -261,7 +261,7 @@ def test_an_answer_ends_with_all_that_any_file_calls_an_end(
     assert set(read_config(tmp_path).eos_ids) == ends
 
 
-def test_an_end_of_turn_is_one_by_its_text(tmp_path: pathlib.Path) -> None:
+def test_an_end_of_message_is_found_by_its_text(tmp_path: pathlib.Path) -> None:
     """A file that names the end of a text alone, as base models' and GGUF files do, has chats that never end."""
     write(tmp_path, {"eos_token_id": END_OF_TEXT}, eos_token_id=END_OF_TEXT)
     tokenizer_of(tmp_path, {"<|im_end|>": IM_END, "<|im_start|>": 151644})

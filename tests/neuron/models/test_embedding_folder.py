@@ -53,7 +53,7 @@ def rename(folder: pathlib.Path, class_name: str) -> None:
 @pytest.mark.parametrize("headless", [{}, {"tie_word_embeddings": True}], indirect=True)
 @pytest.mark.parametrize("class_name", ["Qwen3Model", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("pooling", list(Pooling))
-def test_vectors_are_those_of_transformers(
+def test_embeddings_equal_transformers(
     headless: pathlib.Path, class_name: str, pooling: Pooling, harness: Any, executor: str
 ) -> None:
     names = {Pooling.LAST: "pooling_mode_lasttoken", Pooling.MEAN: "pooling_mode_mean_tokens"}

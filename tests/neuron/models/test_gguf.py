@@ -41,7 +41,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-def test_block_sizes_are_those_of_the_library() -> None:
+def test_block_sizes_equal_the_library() -> None:
     for kind, size in BLOCKS.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.name]] == size
         assert gguf.GGMLQuantizationType[kind.name] == kind

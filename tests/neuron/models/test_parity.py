@@ -142,7 +142,7 @@ def case(
 
 
 @pytest.mark.parametrize("step_tokens", [7, 32, 512])
-def test_a_batch_of_mixed_lengths_is_what_transformers_computes(case: Any, harness: Any, step_tokens: int) -> None:
+def test_a_batch_of_mixed_lengths_equals_transformers(case: Any, harness: Any, step_tokens: int) -> None:
     path, prompts, expected = case
     tokens, logits = run_engine(harness, path, prompts, step_tokens)
     for number, (expected_tokens, expected_logits) in enumerate(expected):
@@ -150,7 +150,7 @@ def test_a_batch_of_mixed_lengths_is_what_transformers_computes(case: Any, harne
         assert_close(logits[number][: len(expected_logits)], expected_logits)
 
 
-def test_a_sequence_alone_is_what_transformers_computes(case: Any, harness: Any) -> None:
+def test_a_single_sequence_equals_transformers(case: Any, harness: Any) -> None:
     path, prompts, expected = case
     for prompt, (expected_tokens, expected_logits) in zip(prompts[3:5], expected[3:5], strict=True):
         tokens, logits = run_engine(harness, path, [prompt], 16)
@@ -175,7 +175,7 @@ def real_model(request: pytest.FixtureRequest) -> tuple[str, pathlib.Path, trans
 
 
 @pytest.mark.slow
-def test_a_real_model_is_what_transformers_computes(
+def test_a_real_model_equals_transformers(
     real_model: tuple[str, pathlib.Path, transformers.PreTrainedModel], harness: Any
 ) -> None:
     name, path, model = real_model

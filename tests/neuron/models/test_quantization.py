@@ -161,7 +161,7 @@ def test_floats_are_copied_as_the_file_has_them(
     source.close()
 
 
-def test_an_error_while_blocks_are_read_is_the_one_that_is_told(gguf_of: Callable[..., pathlib.Path]) -> None:
+def test_an_error_while_blocks_are_read_is_reported(gguf_of: Callable[..., pathlib.Path]) -> None:
     """It holds what it was reading, so that the file's mapping cannot be closed before it is gone."""
     source = open_weights(gguf_of("Q4_0"))
     reader = MatrixReader(source, torch.float32, HOST, quantization.STORED, WHOLE)
@@ -275,7 +275,7 @@ def test_values_stored_finer_than_queries_are_a_part_of_their_own(
     source.close()
 
 
-def test_what_quant_may_be(gguf_of: Callable[..., pathlib.Path], make_checkpoint: Callable[..., pathlib.Path]) -> None:
+def test_values_of_quant(gguf_of: Callable[..., pathlib.Path], make_checkpoint: Callable[..., pathlib.Path]) -> None:
     folder = make_checkpoint(**WIDE)
     floats, blocks = open_weights(folder), open_weights(gguf_of("Q8_0"))
 
@@ -351,7 +351,7 @@ class FakeEvent:
         self.tape.append(f"wait {self.number}")
 
 
-def test_copies_take_two_buffers_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_alternate_between_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     tape: list[str] = []
     events = iter(range(9))
     transfer = Transfer(

@@ -110,7 +110,7 @@ TOLERANCE = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 1e-2, Kind.Q8_0: 1e-2, Ki
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_gguf_holds_what_safetensors_holds(checkpoint: pathlib.Path, tmp_path: pathlib.Path, kind: Kind) -> None:
+def test_gguf_and_safetensors_hold_equal_tensors(checkpoint: pathlib.Path, tmp_path: pathlib.Path, kind: Kind) -> None:
     path = tmp_path / "model.gguf"
     export_gguf(checkpoint, path, kind)
     expected = read_all(checkpoint)
@@ -124,7 +124,7 @@ def test_gguf_holds_what_safetensors_holds(checkpoint: pathlib.Path, tmp_path: p
 
 
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K], ids=lambda kind: kind.name)
-def test_k_quants_are_what_the_library_makes_of_them(
+def test_k_quants_equal_the_library(
     make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path, kind: Kind
 ) -> None:
     """The library does not quantise to these, so random blocks stand in; pieces must join without a seam."""

@@ -113,7 +113,7 @@ def test_hopper_uses_its_matrix_unit(cache: KernelCache) -> None:
     assert rows[0].counts["UTMALDG"] > 0
 
 
-def test_a_kernel_that_may_start_early_waits_before_it_touches_what_others_write(cache: KernelCache) -> None:
+def test_a_dependent_launch_waits_before_it_touches_memory_that_others_write(cache: KernelCache) -> None:
     with recording(target_for(90)) as recorder:
         skinny_matmul.skinny_matmul(meta(1, 4096), meta(4096, 4096), norm=(meta(4096), 1e-6))
     (row,) = check.inspect_variants(recorder.variants, 90, cache)
@@ -128,7 +128,7 @@ def test_a_kernel_that_may_start_early_waits_before_it_touches_what_others_write
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_host_is_told_past_every_cache(cache: KernelCache, capability: int) -> None:
+def test_tokens_are_published_past_every_cache(cache: KernelCache, capability: int) -> None:
     """The token and whether all rows have ended; all else stays on the device."""
     i32 = torch.int32
     with recording(target_for(capability)) as recorder:
@@ -169,7 +169,7 @@ def test_sizes_that_change_from_step_to_step_make_no_variant() -> None:
     assert len(recorder.variants) == 1
 
 
-def test_the_cache_returns_what_it_was_given(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_returns_stored_kernels(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = activation_variant()
     assert cache.load(variant, 80) is None
     first = cache.get(variant, 80)
@@ -194,7 +194,7 @@ def test_the_cache_returns_what_it_was_given(cache: KernelCache, monkeypatch: py
         ("json", lambda content: content.replace(b'"capability": 80', b'"capability": 90')),
     ],
 )
-def test_a_corrupt_entry_is_compiled_again_and_said_so(
+def test_a_corrupt_entry_is_compiled_again_and_logged(
     cache: KernelCache, caplog: pytest.LogCaptureFixture, suffix: str, damage: object
 ) -> None:
     variant = activation_variant()
@@ -293,7 +293,7 @@ def test_the_first_launch_finds_everything_done(driver: _Driver, cache: KernelCa
 
 
 @pytest.mark.usefixtures("driver")
-def test_what_is_warmed_is_what_a_launch_looks_up(cache: KernelCache) -> None:
+def test_a_launch_finds_a_warmed_kernel(cache: KernelCache) -> None:
     """The JIT's own view of a launch's arguments, tensors and sizes, is that of the recorded variant."""
     warm_one(activation_variant(), cache)
     warm.forbid_compiling()
@@ -324,7 +324,7 @@ def test_a_prebuilt_kernel_needs_no_compiler(
 
 
 @pytest.mark.usefixtures("driver")
-def test_a_driver_older_than_the_cubins_is_told_of_before_a_launch(cache: KernelCache) -> None:
+def test_a_driver_older_than_the_cubins_is_reported_before_a_launch(cache: KernelCache) -> None:
     variant = activation_variant()
     with pytest.raises(DriverTooOldError, match=r"supports CUDA 11\.8, .* by CUDA 1[23]\..*; install a driver"):
         warm_one(variant, cache, driver_version=(11, 8))
@@ -337,7 +337,7 @@ def finish(compilation: Compilation) -> dict[Variant, compile.Compiled]:
         return compilation.results()
 
 
-def test_others_compile_what_the_cache_lacks_and_it_is_kept(
+def test_other_processes_compile_kernels_that_the_cache_lacks(
     cache: KernelCache, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
 ) -> None:
     first = activation_variant()
@@ -366,7 +366,7 @@ def test_a_folder_that_takes_nothing_costs_time_only(tmp_path: pathlib.Path, cap
     assert "cannot write" in caplog.text
 
 
-def test_what_the_compiler_refuses_is_said(cache: KernelCache) -> None:
+def test_a_compile_error_is_reported(cache: KernelCache) -> None:
     variant = dataclasses.replace(activation_variant(), num_warps=3)
     with pytest.raises(KernelCompileError, match="_gated_kernel for sm_90"):
         finish(Compilation([variant], 90, cache, 1))
@@ -377,16 +377,14 @@ def test_a_compiler_that_dies_is_an_error(cache: KernelCache) -> None:
         finish(Compilation([activation_variant()], 90, cache, 1, os.abort))
 
 
-def test_a_load_that_fails_for_the_driver_or_the_compiler_says_so() -> None:
+def test_a_load_reports_an_error_of_driver_or_compiler() -> None:
     info = error_info(DriverTooOldError((11, 8), "12.8"))
     assert info.code == "driver_too_old"
     assert "install a driver for CUDA 12.0 or later" in info.message
     assert error_info(compile.KernelCompileError("ptxas: no")).code == "kernel_compile_failed"
 
 
-def test_what_make_kernels_compiles_is_what_a_load_looks_for(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_load_finds_kernels_of_make_kernels(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = pathlib.Path(__file__).parents[3] / "packaging" / "kernels" / "SmolLM2-135M"
     made = tmp_path / "prebuilt"
     prebuild.main([str(shapes), "--capability", "80", "--quant", "none", "--out", str(made)])
@@ -457,7 +455,7 @@ def test_a_part_of_a_model_adds_to_the_residual_after_the_sum() -> None:
 
 @pytest.mark.parametrize("vocab_size", [151936, 50001])
 @pytest.mark.parametrize("form", ["none", "Q8_0"])
-def test_a_part_of_a_tied_head_launches_what_is_listed(form: str, vocab_size: int) -> None:
+def test_a_part_of_a_tied_head_launches_listed_variants(form: str, vocab_size: int) -> None:
     """The list is made of shapes; a launch also looks where tensors begin, and a part of a table is a view of it."""
     shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 1, **MODELS["llama"]}
     model, quant = prebuild._stored_as(config(vocab_size=vocab_size, tie_embeddings=True, **shapes), form)

@@ -17,7 +17,7 @@ def test_the_cpu_and_float32_stay_eager() -> None:
     assert dispatch.operations_for(CUDA, torch.float32) is dispatch.EAGER
 
 
-def test_cuda_gets_kernels_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_gets_kernels_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from neuron.triton_kernels.triton_operations import TritonOperations
 

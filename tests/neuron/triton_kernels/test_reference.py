@@ -30,7 +30,7 @@ def test_silu_and_mul() -> None:
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_rope_rotates_and_writes_where_it_is_told(normalised: bool) -> None:
+def test_rope_rotates_and_writes_to_slots(normalised: bool) -> None:
     torch.manual_seed(1)
     num_heads, num_kv_heads, head_dim, tokens = 6, 2, 8, 5
     qkv = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim)
