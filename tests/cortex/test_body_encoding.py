@@ -10,7 +10,7 @@ import pytest
 from asgi_client import ask
 from fake_node import FakeNode
 from gateway_rig import CHAT, rig
-from scripted_harness import ScriptedHarness
+from scripted_model import ScriptedHarness
 
 from cortex.body_encoding import inflate
 from cortex.wire.errors import BodyTooLargeError, InvalidRequestError

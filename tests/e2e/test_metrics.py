@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import daemons
 import dashboard_rig
 import httpx
-from fleet_harness import describe
 from prometheus_client.parser import text_string_to_metric_families
+from scripted_model import describe
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 MODEL = "slow"

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import daemons
 import pytest
-from fleet_harness import describe
 from fleet_rig import GPUS, MODELS, Fleet, Node, Proxy, gateway
+from scripted_model import describe
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from asgi_client import Reply, ask
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_harness import HELLO, ScriptedHarness, Step
+from scripted_model import HELLO, ScriptedHarness, Step
 
 from cortex import http_io
 from cortex.wire.errors import ErrorInfo, OverloadedError, UnprocessableError

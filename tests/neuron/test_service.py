@@ -7,7 +7,7 @@ import httpx
 import pytest
 import uvloop
 from daemons import free_port
-from scripted_harness import ScriptedHarness
+from scripted_model import ScriptedHarness
 
 from cortex.wire.node import Device as Described
 from cortex.wire.node import DeviceKind, WorkerHealth, WorkerState

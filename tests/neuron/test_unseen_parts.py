@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from asgi_client import Reply, ask
-from scripted_harness import HELLO, ScriptedHarness
+from scripted_model import HELLO, ScriptedHarness
 
 from cortex.dialects.unseen_parts import readable
 from cortex.wire.node import LoadRequest

@@ -15,7 +15,7 @@ import daemons
 import dashboard_rig
 import httpx
 import pytest
-from fleet_harness import describe
+from scripted_model import describe
 
 PACKAGING = pathlib.Path(__file__).parents[2] / "packaging"
 RULES = PACKAGING / "prometheus" / "helexa.rules.yml"

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -213,6 +214,7 @@ def neuron(folder: pathlib.Path, weights: pathlib.Path, **environment: str) -> I
         yield found
 
 
+SCRIPTED_NODE = str(pathlib.Path(__file__).with_name("scripted_node.py"))
 SCRIPTED_MODEL = "m"
 SCRIPTED_CATALOGUE = """
 [[models]]
@@ -227,13 +229,13 @@ source = "/"
 
 @contextlib.contextmanager
 def scripted_neuron(folder: pathlib.Path, *dialects: str) -> Iterator[Daemon]:
-    """The real daemon with a model that plays the scenarios of ``scripted_neuron.py``, loaded as ``m``.
+    """The real daemon with a model that plays the scenarios of ``scenarios.py``, loaded as ``m``.
 
     With ``dialects`` it speaks no others.
     """
     port = free_port()
-    script = str(pathlib.Path(__file__).with_name("scripted_neuron.py"))
-    with daemon("python", script, str(port), *dialects, port=port, log=folder / "neuron.log") as found:
+    settings = json.dumps({"port": port, "name": "scripted", "devices": {}, "dialects": dialects})
+    with daemon("python", SCRIPTED_NODE, settings, port=port, log=folder / "neuron.log") as found:
         until(lambda: model_state(found, SCRIPTED_MODEL) == "ready", START_TIMEOUT_S, "the model is ready")
         yield found
 

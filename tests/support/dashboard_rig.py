@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import daemons
 import psutil
-from fleet_harness import describe
+from scripted_model import describe
 
 from cortex.access import local
 
@@ -100,12 +100,15 @@ def neurons(
             config.write_text(f'[daemon]\nname = "{name}"\nlisten = "127.0.0.1:{port}"\ndevices = "cpu"\n')
             log = folder / f"{name}.log"
             found[name] = stack.enter_context(daemons.daemon("neuron", "--config", str(config), port=port, log=log)).url
-        script = str(pathlib.Path(__file__).with_name("fleet_node.py"))
         for name, devices in gpus.items():
             port = daemons.free_port()
             found[name] = stack.enter_context(
                 daemons.daemon(
-                    "python", script, str(port), name, json.dumps(devices), port=port, log=folder / f"{name}.log"
+                    "python",
+                    daemons.SCRIPTED_NODE,
+                    json.dumps({"port": port, "name": name, "devices": devices}),
+                    port=port,
+                    log=folder / f"{name}.log",
                 )
             ).url
         if scripted:

@@ -115,10 +115,10 @@ class Node:
         self.start()
 
     def start(self) -> None:
-        script = str(pathlib.Path(daemons.__file__).with_name("fleet_node.py"))
+        settings = json.dumps({"port": self.port, "name": self.name, "devices": GPUS[self.name]})
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, script, str(self.port), self.name, json.dumps(GPUS[self.name])],
+                [sys.executable, daemons.SCRIPTED_NODE, settings],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

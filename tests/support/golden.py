@@ -1,6 +1,6 @@
 """Transcripts of every dialect and scenario, as data: ``python tests/support/golden.py`` shows what has changed.
 
-``--write`` keeps it. A transcript is the stream, then the whole answer, of one scenario of ``scripted_neuron.py``; what
+``--write`` keeps it. A transcript is the stream, then the whole answer, of one scenario of ``scenarios.py``; what
 depends on the time or on chance is fixed.
 """
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import msgspec
-from scripted_neuron import play
+from scenarios import play
 
 from cortex._fast.chat_stream import ChatStream
 from cortex._fast.messages_stream import MessagesStream

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from fleet_harness import GIB, FleetHarness, describe
+from scripted_model import GIB, ScriptedHarness, describe
 
 from cortex.wire.errors import ModelNotFoundError, UnprocessableError
 from cortex.wire.node import Eviction, EvictionStrategy, ModelSpec, ModelState
@@ -29,8 +29,8 @@ class Node:
 
     def __init__(self, folder: pathlib.Path, timeouts: EvictionTimeouts = QUICK, **devices: int) -> None:
         self.folder = folder
-        self.harness = FleetHarness(
-            {name.replace("_", ":"): gib * GIB for name, gib in (devices or {"cuda_0": 10}).items()}
+        self.harness = ScriptedHarness(
+            total_bytes={name.replace("_", ":"): gib * GIB for name, gib in (devices or {"cuda_0": 10}).items()}
         )
         self.recycled: list[str] = []
         self.gone: list[str] = []
@@ -50,7 +50,7 @@ class Node:
 
     async def _recycle(self, device: str) -> None:
         self.recycled.append(device)
-        for name, model in tuple(self.harness.here.items()):
+        for name, model in tuple(self.harness.models.items()):
             if device in model.devices:
                 await self.harness.unload(model)
                 assert self.models.find(name).state is ModelState.RECOVERING
@@ -113,7 +113,7 @@ async def test_cpu_devices_share_their_memory(folder: pathlib.Path) -> None:
     loads = [asyncio.ensure_future(node.load(name, 4, load_s=0.1)) for name in "ab"]
     while not all(load.done() for load in loads):
         taken = sum(node.harness.used_bytes.values()) // (4 * GIB)
-        assert taken - len(node.harness.here) <= 1, "one load at a time"
+        assert taken - len(node.harness.models) <= 1, "one load at a time"
         await asyncio.sleep(0.01)
     assert node.here() == set("ab")
 
@@ -208,7 +208,7 @@ async def test_a_load_waits_for_the_end_of_an_unload(folder: pathlib.Path) -> No
     loads = [asyncio.ensure_future(node.load("a")) for _ in range(5)]
     await asyncio.gather(unload, running, *loads)
     assert node.here() == {"a"}
-    assert node.harness.loads["a"] == 2
+    assert node.harness.num_loads["a"] == 2
 
 
 @story
@@ -246,7 +246,7 @@ async def test_alternating_callers_neither_starve_nor_thrash(folder: pathlib.Pat
 
     await asyncio.gather(*(caller(names) for names in ("a", "b", "ab", "ba")))
     assert served == 200
-    swaps = sum(node.harness.loads.values())
+    swaps = sum(node.harness.num_loads.values())
     assert swaps <= 100, swaps
 
 
@@ -261,7 +261,7 @@ async def test_two_loads_for_the_same_memory_do_not_take_each_others(folder: pat
         await node.use(name)
 
     await asyncio.gather(*(gateway(name) for name in "abab"))
-    assert node.harness.loads == {"old": 1, "a": 1, "b": 1}
+    assert node.harness.num_loads == {"old": 1, "a": 1, "b": 1}
     assert node.harness.unloads == ["old", "a"]
 
 
@@ -327,8 +327,8 @@ async def test_many_random_swaps(folder: pathlib.Path) -> None:
 
     await asyncio.gather(*(caller(number) for number in range(6)))
     used = dict.fromkeys(node.harness.total_bytes, 0)
-    for name, model in node.harness.here.items():
+    for name, model in node.harness.models.items():
         for device in model.devices:
             used[device] += sizes[name] * GIB
     assert used == node.harness.used_bytes
-    assert node.here() == set(node.harness.here)
+    assert node.here() == set(node.harness.models)

@@ -4,7 +4,7 @@ import asyncio
 import pathlib
 
 import pytest
-from scripted_harness import ScriptedHarness
+from scripted_model import ScriptedHarness
 
 from cortex.wire.errors import ModelNotFoundError, UnavailableError, UnprocessableError
 from cortex.wire.node import ModelSpec, ModelState

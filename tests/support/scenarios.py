@@ -1,23 +1,12 @@
-"""A neuron whose model plays a scenario, chosen by the first word that its user says: ``scripted_neuron.py PORT``.
-
-Dialects named behind the port are the only ones it speaks.
-
-All of the daemon but the model is the real one: its server, its surface, its dialects.
-"""
+"""Scripts of scripted models: scenarios, chosen by the first word of the user's message, and counting."""
 
 import asyncio
 import json
-import os
 import re
-import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 
-import uvloop
-from scripted_harness import ScriptedHarness, Step
+from scripted_model import Step
 
-import neuron.api
-from cortex.dialects.passthrough import CHAT, COMPACT, COMPLETIONS, COUNT_TOKENS, INPUT_TOKENS, MESSAGES, RESPONSES
 from cortex.wire.errors import ContextLengthError, ErrorInfo, OverloadedError, UnsupportedParameterError
 from cortex.wire.events import (
     Failed,
@@ -31,26 +20,34 @@ from cortex.wire.events import (
     TokenLogprob,
     ToolCallDelta,
 )
-from cortex.wire.node import LoadRequest
 from cortex.wire.request import FormatKind, ImagePart, InferenceRequest, Message, Role, ToolMode
-from neuron.api import Api
-from neuron.config import Config, DaemonSettings
-from neuron.service import Service
 
 COMMAND = re.compile(r"\brun (echo [^\n<\"]*)")
-"""What an agent is asked to do, whatever its client has put around the user's words."""
+"""The command that an agent is asked to run, within the text of any client."""
+
+TOKEN_S = 0.02
+"""Pause before each token of an answer."""
+ANSWERS: Mapping[str, tuple[str, str, str]] = {
+    "Is 2027 a prime number?": (
+        "The square root of 2027 is about 45, so I test the primes up to 43. None of them divides it.",
+        "Yes. 2027 is prime: none of the primes up to its square root, 2, 3, 5, ... 43, divides it.",
+        "",
+    ),
+    "What is the weather in Paris?": ("", "I will look it up.", '{"city": "Paris"}'),
+}
+"""Reasoning, text and arguments of a tool call, by question."""
 
 PATCH = '*** Begin Patch\n+"x"\n*** End Patch'
 
 
 def count(request: InferenceRequest) -> int:
-    """Return a token count that every part of a conversation takes part in."""
+    """Return a token count that depends on every message and tool."""
     num_chars = sum(len(_text(m)) + sum(len(c.arguments) for c in m.tool_calls) for m in request.messages)
     return 1 + num_chars + sum(len(tool.name) + len(tool.description) for tool in request.tools)
 
 
 def play(request: InferenceRequest) -> list[Step]:
-    """Return what the model does."""
+    """Return the steps of a scenario."""
     prompt = request.prompt if isinstance(request.prompt, str) else f"tokens {request.prompt}"
     user = next((m for m in reversed(request.messages) if m.role is Role.USER), Message(Role.USER, prompt))
     asked = _text(user).strip().strip('"')  # some clients quote their argument
@@ -126,8 +123,38 @@ def play(request: InferenceRequest) -> list[Step]:
             return [[start], *_deltas("Hel", "lo"), [Finished(FinishReason.STOP, 2)]]
 
 
+def count_up(request: InferenceRequest) -> Iterator[Step]:
+    """Count, as ``prompt=100 tokens=20 pause=0.05`` in the last message asks, or answer a question of ``ANSWERS``."""
+    content = str(request.messages[-1].content if request.messages else request.prompt or "")
+    if content in ANSWERS:
+        yield from _answer(request, *ANSWERS[content])
+        return
+    words = dict(word.split("=", 1) for word in content.split() if "=" in word)
+    tokens = int(words.get("tokens", 3))
+    yield [Started(int(words.get("prompt", 5)), 0)]
+    for number in range(tokens):
+        if "pause" in words:
+            yield float(words["pause"])
+        yield [TextDelta(f"{request.model}:{number} ")]
+    yield [Finished(FinishReason.STOP, tokens)]
+
+
+def _answer(request: InferenceRequest, reasoning: str, text: str, arguments: str) -> Iterator[Step]:
+    yield [Started(sum(len(str(message.content)) for message in request.messages) // 4 + 16, 16)]
+    deltas: list[InferenceEvent] = [ReasoningDelta(f"{word} ") for word in reasoning.split()]
+    deltas += [TextDelta(f"{word} ") for word in text.split()]
+    if arguments:
+        deltas.append(ToolCallDelta(0, "call_1", request.tools[0].name))
+        deltas += [ToolCallDelta(0, arguments=piece) for piece in arguments.partition(" ") if piece]
+    for delta in deltas:
+        yield TOKEN_S
+        yield [delta]
+    reason = FinishReason.TOOL_CALLS if arguments else FinishReason.STOP
+    yield [Finished(reason, len(deltas), len(reasoning.split()))]
+
+
 def _echoed(request: InferenceRequest, prompt: str, start: Started) -> list[Step]:
-    """The prompt once more, its words scored if that was asked for, and an answer if one was."""
+    """Return the prompt, with its words' log probabilities if requested, and an answer if requested."""
     events: list[InferenceEvent] = [start]
     for choice in range(request.num_choices):
         words = [TokenLogprob(word, word.encode(), -1.0 * index) for index, word in enumerate(prompt.split(" "))]
@@ -163,7 +190,7 @@ def _command(request: InferenceRequest) -> str:
 
 
 def _shell_call(request: InferenceRequest, command: str) -> ToolCallDelta:
-    """Call the tool by which an agent runs commands, whichever agent asks."""
+    """Return a call of the tool by which the client runs commands."""
     tool = next(tool for tool in request.tools if tool.name in SHELLS)
     arguments: dict[str, object] = {SHELLS[tool.name]: command}
     kinds = tool.parameters.get("properties", {})
@@ -188,29 +215,3 @@ def _text(message: Message) -> str:
     if isinstance(message.content, str):
         return message.content
     return "".join("" if isinstance(part, ImagePart) else part.text for part in message.content)
-
-
-def _speak_only(api: Api, dialects: Sequence[str]) -> Api:
-    """Take away what the API offers beyond ``dialects``, and what it says of itself."""
-    for dialect in (CHAT, COMPLETIONS, RESPONSES, COMPACT, INPUT_TOKENS, MESSAGES, COUNT_TOKENS):
-        if dialect.name not in dialects:
-            del api._routes[dialect.path]
-    neuron.api.DIALECTS = tuple(dialects)
-    return api
-
-
-async def _run(port: int, dialects: Sequence[str]) -> None:
-    body_timeout_s = float(os.environ.get("SCRIPTED_BODY_TIMEOUT_S", "60"))
-    config = Config(
-        daemon=DaemonSettings(name="scripted", listen=f"127.0.0.1:{port}", devices="cpu", body_timeout_s=body_timeout_s)
-    )
-    service = Service(config, {"torch": ScriptedHarness(play)})
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, service.stop)
-    loading = asyncio.ensure_future(service.load(LoadRequest(id="m", source="/")))
-    await service.run(_speak_only(Api(service), dialects or neuron.api.DIALECTS))
-    await loading
-
-
-if __name__ == "__main__":
-    uvloop.run(_run(int(sys.argv[1]), sys.argv[2:]))
