@@ -1,9 +1,9 @@
-"""Responses that are made while nobody need wait: begun, looked at, followed, cancelled, by whoever has their id.
+"""Background responses: started, retrieved, followed and cancelled by id, with no client connected.
 
-A run lives in the gateway that began it and is kept in the store from the start, so that every gateway can tell of it.
-What is kept of a running one is a promise with a date: its gateway renews it, and one that has run out is told as
-failed, for then that gateway is gone. A wish to cancel that reaches another gateway is written into the store, where
-the run finds it. SSE events are numbered from 0, one by one, which is what lets a reader go on where it stopped.
+A run belongs to the gateway that started it and is in the store from the start, so that every gateway can return it.
+The stored entry of a run is a lease: its gateway renews it, and an expired one is returned as failed, since its gateway
+is gone. A cancellation at another gateway is written into the store, where the run finds it. SSE events are numbered
+from 0, so that a reader can resume.
 """
 
 import asyncio
@@ -31,16 +31,16 @@ log = logging.getLogger("cortex.background")
 
 LEASE_S = 30.0
 RENEW_S = 2.0
-"""How long a promise holds, and how often it is renewed; a cancellation elsewhere takes effect within the second."""
+"""Duration of a lease, and time between renewals; a cancellation elsewhere takes effect within a second."""
 
 LOOK_S = 0.5
-"""How often the store is asked for a run of another gateway that somebody follows."""
+"""Time between reads of the store for a followed run of another gateway."""
 
 MAX_BYTES = 64 * 1024 * 1024
-"""Of the events of one response, as of an answer that is not streamed."""
+"""Limit of the events of a response, as of one that is not streamed."""
 
 
-class _Told(msgspec.Struct):
+class _Event(msgspec.Struct):
     response: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
 
     @property
@@ -55,22 +55,22 @@ class _Told(msgspec.Struct):
 
 
 _ENDS = frozenset({"completed", "incomplete", "failed", "cancelled"})
-_EVENT = msgspec.json.Decoder(_Told)
+_EVENT = msgspec.json.Decoder(_Event)
 
 
 class Run:
-    """One response being made."""
+    """A response that is being generated."""
 
     def __init__(self, id: str, response: bytes, owned: Conversations) -> None:
         self.id = id
         self.owned = owned
-        """The stored responses that it is one of."""
+        """The principal's stored responses."""
         self.response = response
         """The response object as it is now."""
         self.sse_events: list[bytes] = []
         self.ended = False
         self.making: asyncio.Task[None] | None = None
-        """What makes it; none of one that another gateway makes."""
+        """Task of the run; ``None`` for a run of another gateway."""
         self._num_published = 0
         self._size_bytes = 0
         self._is_kept = False
@@ -78,14 +78,14 @@ class Run:
         self._changed = asyncio.Event()
 
     def add(self, data: bytes) -> None:
-        """Take some whole SSE events. Those that end it are told once it has been kept: it may be continued then."""
+        """Add whole SSE events. The last ones are published after the response is stored, when it can be continued."""
         for sse_event in self._decoder.feed(data):
             if self.ended:
                 break  # nothing follows the last one
             self._size_bytes += len(sse_event.data)
             if self._size_bytes > MAX_BYTES:
                 raise TooLongAnswerError(f"The response is longer than the {MAX_BYTES} bytes that are kept of one.")
-            peek(sse_event.data)  # all of it is JSON, which is read again and again
+            peek(sse_event.data)  # all of it must be JSON
             event = _EVENT.decode(sse_event.data)
             ended = (sse_event.event or b"").decode("latin-1") in LAST
             if ended and event.status not in _ENDS:
@@ -93,7 +93,7 @@ class Run:
             if event.response is not msgspec.UNSET:
                 response = msgspec.json.encode(event.response)
                 if ended:
-                    check_output(response)  # which whoever continues it reads
+                    check_output(response)  # read by a request that continues it
                 self.response = response
             self.sse_events.append(encode(sse_event.data, sse_event.event))
             self.ended = ended
@@ -101,11 +101,11 @@ class Run:
             self._publish()
 
     def add_all(self, data: bytes) -> None:
-        """Take SSE events as :meth:`add` does.
+        """Add SSE events as :meth:`add` does.
 
         Raises:
-            TooLongAnswerError: they are more than is kept.
-            NotAnAnswerError: they are no events of a response.
+            TooLongAnswerError: the response is too long.
+            NotAnAnswerError: they are not events of a response.
         """
         try:
             self.add(data)
@@ -115,32 +115,32 @@ class Run:
             raise NotAnAnswerError("The node sent an event that is none of a response.") from None
 
     def add_stored(self, data: bytes) -> None:
-        """Take SSE events that were made here, however long they are: those that ended it, or those that were kept."""
+        """Add SSE events of this gateway or of the store, of any length."""
         self._decoder, self._size_bytes = SseDecoder(len(data) + 1), -len(data)
         self.add(data)
 
     @property
     def is_answer(self) -> bool:
-        """Whether it has ended as something that a conversation goes on from."""
+        """Whether it has ended so that it can be continued."""
         return orjson.loads(self.response)["status"] in ("completed", "incomplete")
 
     def close(self, **changes: Any) -> None:
-        """End without an SSE event that says so, with some fields of the response changed."""
+        """End without an SSE event, with some fields of the response changed."""
         self.response = orjson.dumps(orjson.loads(self.response) | changes)
         self.ended = True
 
     def cancel(self) -> None:
-        """End its making."""
+        """Cancel the run."""
         assert self.making is not None
         self.making.cancel()
 
     async def wait(self) -> None:
-        """Return when it is made and kept."""
+        """Wait until the run has ended and is stored."""
         assert self.making is not None
         await asyncio.wait({self.making})
 
     def notify_kept(self) -> None:
-        """Tell the end, which the store knows now."""
+        """Publish the end, after the response is stored."""
         self._is_kept = True
         self._publish()
 
@@ -150,13 +150,13 @@ class Run:
         changed.set()
 
     async def follow(self, after: int) -> AsyncGenerator[bytes, None]:
-        """Yield the SSE events behind number ``after``, those to come too."""
+        """Yield the SSE events after number ``after``, future ones too."""
         at = after + 1
         while True:
             changed, end = self._changed, self._num_published
             if at < end:
                 yield b"".join(self.sse_events[at:end])
-                at = end  # and not where they end by now
+                at = end  # not the present end
             elif self._is_kept:
                 return
             else:
@@ -164,7 +164,7 @@ class Run:
 
 
 class Background:
-    """The runs of this gateway, and a view of those of others."""
+    """The runs of this gateway, and access to those of others."""
 
     def __init__(self, clock: Callable[[], float] = time.time, supervisor: Supervisor | None = None) -> None:
         self._clock = clock
@@ -175,19 +175,19 @@ class Background:
     async def start(
         self, owned: Conversations, pending: PendingResponse, queued: bytes, sse_events: AsyncGenerator[bytes, None]
     ) -> Run:
-        """Begin to make a response. ``queued`` is the object that tells of it before the node does.
+        """Start a run. ``queued`` is the response object before the node has begun.
 
         Raises:
-            StoreUnavailableError: it cannot be promised.
+            StoreUnavailableError: the lease cannot be stored.
         """
         run = Run(pending.context.id, queued, owned)
-        await owned.put(run.id, self._promise(pending, run), pending.chain)
+        await owned.put(run.id, self._lease(pending, run), pending.chain)
         run.making = asyncio.create_task(self._make(run, pending, sse_events), name=f"response {run.id}")
-        await asyncio.sleep(0)  # nobody can end it before it has begun, so what it holds is always given back
+        await asyncio.sleep(0)  # it has begun before it can be cancelled, so that it always releases what it holds
         return run
 
     async def stop(self) -> None:
-        """End every run; those who ask later are told why."""
+        """End every run as failed."""
         self._stopping = True
         await asyncio.gather(*map(self._end, tuple(self._runs.values())))
 
@@ -197,14 +197,14 @@ class Background:
         if run is None:
             return self._body(await owned.get(id))
         if run.ended:
-            await run.wait()  # until it is kept
+            await run.wait()  # until it is stored
         return run.response
 
     async def follow(self, owned: Conversations, id: str, after: int) -> AsyncGenerator[bytes, None]:
-        """Return the SSE events of a response behind number ``after``, those to come too.
+        """Return the SSE events of a response after number ``after``, future ones too.
 
         Raises:
-            UnsupportedParameterError: it was not made in the background: nothing is kept of its SSE events.
+            UnsupportedParameterError: it is not a background response, so that its SSE events are not stored.
         """
         run = self._run(owned, id)
         if run is not None:
@@ -212,16 +212,16 @@ class Background:
         stored = await owned.get(id)
         if not stored.until and not stored.sse_events:
             raise UnsupportedParameterError(
-                "Unsupported parameter: 'stream': only a response made in the background is told again as a stream.",
+                "Unsupported parameter: 'stream': only a background response can be streamed again.",
                 param="stream",
             )
         return self._follow_elsewhere(owned, id, stored, after)
 
     async def cancel(self, owned: Conversations, id: str) -> bytes:
-        """End a response, wherever it is made, and return what it is then; one that has ended stays as it is.
+        """Cancel a response of any gateway, and return it; an ended one stays as it is.
 
         Raises:
-            InvalidRequestError: it was not made in the background.
+            InvalidRequestError: it is not a background response.
         """
         run = self._run(owned, id)
         if run is not None:
@@ -238,7 +238,7 @@ class Background:
         return bytes(cancelled)
 
     async def end(self, owned: Conversations, id: str) -> None:
-        """End a run of this gateway, and return when it has ended; others are left alone."""
+        """Cancel a run of this gateway, and wait for its end; ignore others."""
         run = self._run(owned, id)
         if run is not None:
             await self._end(run)
@@ -248,7 +248,7 @@ class Background:
         return run if run is not None and run.owned.owner == owned.owner else None
 
     async def _end(self, run: Run) -> None:
-        if not run.ended:  # one that has is being kept
+        if not run.ended:  # an ended one is being stored
             run.cancel()
         await run.wait()
 
@@ -278,11 +278,11 @@ class Background:
             try:
                 await self._keep(run, pending)
             finally:
-                run.notify_kept()  # in every case: whoever follows it would wait for ever
+                run.notify_kept()  # in every case: followers would wait for ever
                 del self._runs[run.id]
 
     def _fail(self, run: Run, error: ApiError) -> None:
-        """End a run with an error, in SSE events that say so unless its own are such that none can go on from them."""
+        """End a run with an error, with SSE events for it if they can follow the ones before."""
         try:
             run.add_stored(self._failure(run, error))
         except Exception:
@@ -300,12 +300,12 @@ class Background:
             else:
                 await run.owned.put(run.id, ended)
         except ApiError:
-            pass  # it is in the log
+            pass  # logged already
         except Exception:
             log.exception("response %s was not kept", run.id)
 
     async def _renew(self, run: Run, pending: PendingResponse) -> None:
-        """Renew the promise until cancelled, or end the run if somebody wrote that they want it ended."""
+        """Renew the lease until cancelled; cancel the run if the store says so."""
         renewed_at = self._clock()
         while True:
             await asyncio.sleep(RENEW_S / 2)
@@ -316,9 +316,9 @@ class Background:
                     return
                 if self._clock() - renewed_at >= RENEW_S:
                     renewed_at = self._clock()
-                    await run.owned.put(run.id, self._promise(pending, run))
+                    await run.owned.put(run.id, self._lease(pending, run))
 
-    def _promise(self, pending: PendingResponse, run: Run) -> StoredResponse:
+    def _lease(self, pending: PendingResponse, run: Run) -> StoredResponse:
         kept = run.owned.stored(pending, run.response)
         return msgspec.structs.replace(kept, until=self._clock() + LEASE_S)
 

@@ -1,6 +1,6 @@
 """The paths of conversations by name: ``/v1/conversations`` and those below it.
 
-A conversation is a name for the end of a chain of stored turns (:mod:`cortex.store.named`); no node is asked here.
+A conversation is a name for the end of a chain of stored responses (:mod:`cortex.store.named`); no node takes part.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,26 @@ PREFIX = "/v1/conversations/"
 
 
 class CreateBody(msgspec.Struct):
-    """Of a new conversation."""
+    """Body of a request for a new conversation."""
 
     items: list[dict[str, Any]] | None = None
     metadata: dict[str, str] | None = None
 
 
 class UpdateBody(msgspec.Struct):
-    """Of a change."""
+    """Body of a request to change a conversation."""
 
     metadata: dict[str, str] | None
 
 
 class AddItemsBody(msgspec.Struct):
-    """Of what is said."""
+    """Body of a request to add items."""
 
     items: list[dict[str, Any]]
 
 
 MAX_ITEMS = 20
-"""That one request adds, as OpenAI has it."""
+"""Greatest number of items that a request adds, as OpenAI's."""
 MAX_VALUES = 100_000
 
 _CREATE_PARAMETERS = Parameters(CreateBody, max_items={"items": MAX_ITEMS}, max_values=MAX_VALUES)
@@ -51,7 +51,7 @@ _ADD_ITEMS = msgspec.json.Decoder(AddItemsBody)
 
 
 class ConversationEndpoints:
-    """What answers at conversations."""
+    """Handlers of the paths of conversations."""
 
     def __init__(self, conversations: NamedConversations, max_body_bytes: int) -> None:
         self._conversations = conversations
@@ -101,13 +101,13 @@ class ConversationEndpoints:
         await exchange.reply(200, await self._owned(exchange).item(id, item_id))
 
     async def delete_item(self, exchange: Exchange) -> None:
-        """``DELETE /v1/conversations/{id}/items/{item_id}``: what is left is the conversation."""
+        """``DELETE /v1/conversations/{id}/items/{item_id}``: the response is the conversation."""
         id, _, item_id = _parts(exchange, 3)
         await _reply(exchange, await self._owned(exchange).delete_item(id, item_id))
 
 
 def _items(body: bytes) -> list[dict[str, Any]]:
-    """Return the items of a body whose types have been checked, in numbers that can be written again."""
+    """Return the items of a body whose types have been checked, with numbers that can be encoded again."""
     found: list[dict[str, Any]] = orjson.loads(body).get("items") or []
     return found
 

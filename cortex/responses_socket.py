@@ -1,10 +1,10 @@
 """Responses over a WebSocket: each ``response.create`` is an exchange whose stream goes out as messages.
 
-A turn is answered by what answers ``POST /v1/responses``, so that limits, routing, records and errors are the same;
-here its SSE events become messages, and an answer that is no stream an ``error`` message. Turns of one lane
-(``stream_id``) follow one another, lanes run beside one another. A connection remembers its latest responses, stored or
-not, so that a client sends only what is new; one that was continued and failed is forgotten, as OpenAI forgets it, so
-that nobody goes on from what may be half of it. ``generate: false`` has a conversation remembered and not answered.
+A request is handled as ``POST /v1/responses`` is, so that limits, routing, records and errors are the same;
+here its SSE events become messages, and an answer that is no stream an ``error`` message. Requests of one
+lane (``stream_id``) are handled in order, lanes at the same time. A connection keeps its latest responses, stored or
+not, so that a client sends only new items; if a request that continues one fails, that one is dropped, as OpenAI does.
+``generate: false`` keeps a conversation without generating an answer.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ from cortex.wire.errors import ApiError, InvalidJsonError, InvalidRequestError, 
 from cortex.wire.responses_events import ResponsesEvent
 
 MAX_PENDING_REQUESTS = 32
-"""Of one connection, those that run and those that wait for their lane."""
+"""Greatest number of requests of a connection, running or waiting for their lane."""
 
 GROWTH = 8
-"""How many times as long as a message an event may be: it tells what was asked, in JSON of its own."""
+"""Greatest ratio of an event's length to a message's: events repeat the request, in JSON of their own."""
 
 CREATE = "response.create"
 TOO_BIG = 1009
 INTERNAL_ERROR = 1011
-"""Close codes: a message is longer than a body may be, and what is nobody's fault but ours."""
+"""Close codes: a message longer than the limit of a body, and an internal error."""
 
 _NOT_FORWARDED = frozenset(
     {b"connection", b"upgrade", b"content-encoding", b"content-length", b"content-type", b"transfer-encoding"}
@@ -43,7 +43,7 @@ _FAILED = ResponsesEvent.FAILED.value.encode()
 
 
 class ResponsesSocket:
-    """One connection. ``handle`` answers an exchange."""
+    """A connection. ``handle`` answers an exchange."""
 
     def __init__(
         self,
@@ -79,11 +79,11 @@ class ResponsesSocket:
         self._lanes: dict[str | None, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pending_bytes = 0
-        """Of the messages of all turns, until those have ended."""
+        """Size of the messages of all requests that have not ended."""
         self._left = asyncio.Event()
 
     async def serve(self) -> None:
-        """Answer until the client leaves; what still runs then is cancelled."""
+        """Answer requests until the client disconnects; running ones are cancelled then."""
         if (await self._receive())["type"] != "websocket.connect":
             return
         await self._send({"type": "websocket.accept"})
@@ -97,13 +97,13 @@ class ResponsesSocket:
                 await self._take(data)
         finally:
             self._left.set()
-            # A turn that runs sees the client leave as over HTTP; one that waits for its lane is just dropped.
+            # A running request sees the client disconnect as over HTTP; a waiting one is dropped.
             if self._tasks:
                 await asyncio.wait(self._tasks)
             self._history.clear()
 
     async def _take(self, data: bytes) -> None:
-        """Begin a turn, or refuse the message."""
+        """Begin a request, or refuse the message."""
         lane: str | None = None
         try:
             fields = _fields(data)
@@ -166,7 +166,7 @@ class ResponsesSocket:
         try:
             await self._handle(exchange)
         except Exception:
-            # Too late for an error in the stream's own words.
+            # Too late for an error event.
             await self._send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": "internal error"})
             raise
         finally:
@@ -179,7 +179,7 @@ class ResponsesSocket:
 
 
 async def refuse_socket(scope: Scope, send: Send, error: ApiError) -> None:
-    """Refuse a handshake with an error's status, where the server lets one say it; else it says 403."""
+    """Refuse a handshake with an error's status, if the server supports that; else with 403."""
     if "websocket.http.response" not in (scope.get("extensions") or {}):
         await send({"type": "websocket.close"})
         return
@@ -190,7 +190,7 @@ async def refuse_socket(scope: Scope, send: Send, error: ApiError) -> None:
 
 
 class _Answer:
-    """What an exchange sends, as messages."""
+    """The response of an exchange, as messages."""
 
     def __init__(self, send: Send, lane: str | None, max_event_bytes: int) -> None:
         self._send = send
@@ -200,10 +200,10 @@ class _Answer:
         self._decoder = SseDecoder(max_event_bytes)
         self._body = b""
         self.failed = False
-        """Whether it was an error, from the start or in the end."""
+        """Whether the response is an error, or ended with one."""
 
     async def take(self, message: Any) -> None:
-        """Take one message of an HTTP answer."""
+        """Send an ASGI message of an HTTP response."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
             headers = dict(message["headers"])
@@ -227,7 +227,7 @@ class _Answer:
 
 
 def _previous(fields: dict[str, msgspec.Raw]) -> str:
-    """Return which response a message continues; none if it says so in no string, which is refused later."""
+    """Return the id of the response that a message continues; empty if it is not a string, which is refused later."""
     try:
         return _text(fields, "previous_response_id") or ""
     except InvalidRequestError:

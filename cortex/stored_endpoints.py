@@ -1,6 +1,6 @@
-"""The paths of stored responses: what ``/v1/responses/{id}`` and the paths below it answer.
+"""The paths of stored responses: ``/v1/responses/{id}`` and the paths below it.
 
-They concern the store alone; no node is asked. Without a store nothing is found.
+No node takes part. Without a store no response is found.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ PREFIX = "/v1/responses/"
 
 
 class StoredEndpoints:
-    """What answers at stored responses."""
+    """Handlers of the paths of stored responses."""
 
     def __init__(self, conversations: Conversations, background: Background) -> None:
         self._conversations = conversations
@@ -55,7 +55,7 @@ class StoredEndpoints:
         await exchange.reply(200, await self._owned(exchange).input_items(id, dict(query)))
 
     async def cancel(self, exchange: Exchange) -> None:
-        """``POST /v1/responses/{id}/cancel``: of one that is made in the background, or was."""
+        """``POST /v1/responses/{id}/cancel``, for a background response."""
         await exchange.reply(200, await self._background.cancel(self._owned(exchange), _id(exchange, "/cancel")))
 
     def _owned(self, exchange: Exchange) -> Conversations:

@@ -1,4 +1,4 @@
-"""Stored responses: what a client may refer to later instead of sending it again."""
+"""Stored responses, which clients refer to instead of sending their items again."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ log = logging.getLogger("cortex.store")
 
 
 def make(settings: StoreSettings, environment: Mapping[str, str] = os.environ) -> ResponseStore | None:
-    """Return the store that is configured, not yet open; ``None`` for none.
+    """Return the configured store, not yet open, or ``None``.
 
     Raises:
         ConfigError: it cannot be made.
@@ -44,7 +44,7 @@ def make(settings: StoreSettings, environment: Mapping[str, str] = os.environ) -
 
 
 def _state_folder(environment: Mapping[str, str]) -> pathlib.Path:
-    """Return where this service may keep state: systemd's word for it, the user's, or the user's home."""
+    """Return the folder for state: systemd's, the user's, or one in the user's home."""
     if service := environment.get("STATE_DIRECTORY"):
         return pathlib.Path(service.split(":")[0])
     if base := environment.get("XDG_STATE_HOME"):

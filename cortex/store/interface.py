@@ -1,6 +1,6 @@
-"""What a store of responses does, whatever it is made of.
+"""The interface of a store of responses.
 
-It keeps bytes under ids for a time and knows nothing of what is in them. Several gateways may share one.
+A store keeps bytes under ids for a time, whatever they mean. Several gateways may share one.
 """
 
 import functools
@@ -14,11 +14,11 @@ log = logging.getLogger("cortex.store")
 
 
 class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
-    """One turn: the response it continues (empty if none), the items of its own input, and the response as it was told.
+    """A response: the id of the one it continues (empty if none), the items of its own input, and the response object.
 
-    ``items`` is a JSON array without the items of earlier turns, ``body`` the response object. Of one that was made in
-    the background, ``sse_events`` are those of its stream. ``until`` is set of one that is still being made: the time
-    at which whoever makes it must have said so again. ``owner`` names the principal it was made for.
+    ``items`` is a JSON array without the items of earlier responses, ``body`` the response object. A background
+    response has the ``sse_events`` of its stream, and while it runs ``until``, the end of its lease. ``owner`` names
+    the principal.
     """
 
     previous: str
@@ -43,17 +43,17 @@ _DECODER = msgspec.msgpack.Decoder(_Row)
 
 
 def to_bytes(stored: StoredResponse) -> bytes:
-    """Return what a store keeps."""
+    """Return a response as bytes."""
     row = _Row(stored.previous, bytes(stored.items), bytes(stored.body), stored.sse_events, stored.until, stored.owner)
     return _ENCODER.encode(row)
 
 
 def from_bytes(value: bytes) -> StoredResponse | None:
-    """Return what :func:`to_bytes` made a value of; ``None`` for what it made nothing of, which is as not there."""
+    """Return the response from :func:`to_bytes`; ``None`` for other bytes, which count as absent."""
     try:
         row = _DECODER.decode(value)
     except (msgspec.MsgspecError, TypeError, ValueError, RecursionError):
-        _say_damaged()
+        _log_damaged()
         return None
     return StoredResponse(
         row.previous, msgspec.Raw(row.items), msgspec.Raw(row.body), row.sse_events, row.until, row.owner
@@ -61,43 +61,43 @@ def from_bytes(value: bytes) -> StoredResponse | None:
 
 
 @functools.cache
-def _say_damaged() -> None:
+def _log_damaged() -> None:
     log.error("the store of responses has rows that cannot be read: they count as not there")
 
 
 class ResponseStore(Protocol):
-    """Keeps responses by id."""
+    """A store of responses by id."""
 
     async def open(self) -> None:
-        """Get ready.
+        """Open the store.
 
         Raises:
-            StoreError: it cannot be reached, or not be written to.
+            StoreError: the store cannot be reached, or not be written to.
         """
 
     async def get(self, id: str) -> StoredResponse | None:
-        """Return a response; ``None`` if it is not there, or not any more."""
+        """Return a response; ``None`` if it is absent or has expired."""
 
     def obstacle(self, size_bytes: int) -> "StoreError | None":
-        """Return why so many bytes cannot be kept, as far as that is known now and without waiting."""
+        """Return the error that a write of so many bytes would raise, as far as it is known without waiting."""
 
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
-        """Keep a response, and those it continues for as long as itself.
+        """Store a response, and keep those of its chain for as long.
 
         Raises:
-            StoreError: it could not be kept.
+            StoreError: the response could not be stored.
         """
 
     async def delete(self, id: str) -> bool:
-        """Forget a response; return whether it was there."""
+        """Delete a response; return whether it existed."""
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """Close the store."""
 
 
 class StoreError(Exception):
-    """A store failed. The message says which one, and what it said."""
+    """A store failed. The message names the store and its error."""
 
 
 class StoreFullError(StoreError):
-    """There is no room for it, on the disk or among what a key may keep."""
+    """The disk is full, or the key's share of the store."""

@@ -1,6 +1,6 @@
-"""The items of a stored turn, as JSON: what is kept of an input, and how a chain of turns becomes one input.
+"""The items of a stored response, as JSON: the stored form of an input, and the input of a whole chain.
 
-Pure. Items are kept as the client sent them, with the id, type and content list that a listing of them owes.
+Pure. Items are stored as the client sent them, with the id, type and content list that a listing needs.
 """
 
 import os
@@ -54,7 +54,7 @@ def input_items(body: bytes) -> list[dict[str, Any]]:
 
 
 def listed(items: list[dict[str, Any]]) -> bytes:
-    """Return items as a listing of them shows them: each with a type, an id, and content in parts."""
+    """Return items in the form of a listing: each with a type, an id, and a list of content parts."""
     drawn = os.urandom(ID_BYTES * len(items)).hex()
     size = 2 * ID_BYTES
     return orjson.dumps([_listed(item, drawn[at * size : (at + 1) * size]) for at, item in enumerate(items)])
@@ -63,7 +63,7 @@ def listed(items: list[dict[str, Any]]) -> bytes:
 def _listed(item: dict[str, Any], drawn: str) -> dict[str, Any]:
     kind = item.get("type") or "message"
     if not isinstance(kind, str):
-        kind = "item"  # which whoever reads it refuses
+        kind = "item"  # refused by its reader
     found = {**item, "type": kind}
     if not isinstance(found.get("id"), str):
         found["id"] = f"{_ID_PREFIXES.get(str(kind), 'item')}_{drawn}"
@@ -80,7 +80,7 @@ def _listed(item: dict[str, Any], drawn: str) -> dict[str, Any]:
 
 
 def output_items(response: bytes) -> list[msgspec.Raw]:
-    """Return the output items of a response; none if it says nothing of them."""
+    """Return the output items of a response; none if it has no ``output``."""
     return _ITEMS.decode(_FIELDS.decode(response).get("output", b"[]"))
 
 
@@ -90,7 +90,7 @@ def check_output(response: bytes) -> None:
 
 
 def id_of(item: msgspec.Raw) -> str:
-    """Return the id of an item as it is kept; none if it has no such."""
+    """Return the id of a stored item, or an empty string."""
     try:
         return _ITEM.decode(item).id or ""
     except msgspec.MsgspecError:
@@ -103,12 +103,12 @@ def kept_items(listing: msgspec.Raw) -> list[msgspec.Raw]:
 
 
 def size_of(items: Iterable[msgspec.Raw]) -> int:
-    """Return how many bytes items are."""
+    """Return the size of items in bytes."""
     return sum(memoryview(item).nbytes for item in items)
 
 
 def with_input(body: bytes, items: list[msgspec.Raw]) -> bytes:
-    """Return a request body that says ``items`` and continues nothing."""
+    """Return a request body with ``items`` as its input, which continues no response."""
     given = _FIELDS.decode(body)
     given.pop("previous_response_id", None)
     given["input"] = msgspec.Raw(msgspec.json.encode(items))

@@ -1,7 +1,8 @@
-"""What WebSocket connections remember: the latest conversations of each, within bytes of each key and of all.
+"""Memory of WebSocket connections: the latest conversations of each, within a limit for each key and one for all.
 
-A conversation that does not fit is not remembered: its client is told that the response is not found, and sends all of
-it, as after a connection that was lost. The oldest of a key go first, and where all are too much, of the key with most.
+A conversation that does not fit is not kept: a request that continues it gets ``previous_response_not_found``, and the
+client sends the whole of it, as after a lost connection. The oldest of a key are dropped first; above the limit for
+all, the oldest of the key that has most.
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -11,16 +12,16 @@ import msgspec
 Items = tuple[msgspec.Raw, ...]
 
 MAX_PER_CONNECTION = 8
-"""Conversations that one connection remembers, the latest."""
+"""Conversations that are kept for a connection, the latest."""
 ITEM_BYTES = 64
-"""Of an item, beside its text."""
+"""Memory of an item beside its text."""
 
 
 class SocketMemory:
     """The memory of all connections of one process."""
 
     def __init__(self, max_bytes: int, max_bytes_per_key: int = 0) -> None:
-        """``max_bytes_per_key`` of 0 is a quarter of all."""
+        """``max_bytes_per_key`` 0 means a quarter of ``max_bytes``."""
         self._max_bytes = max_bytes
         self._max_bytes_per_key = max_bytes_per_key or max_bytes // 4
         self._sizes: dict[str, int] = {}
@@ -28,15 +29,15 @@ class SocketMemory:
 
     @property
     def num_bytes(self) -> int:
-        """How much is remembered."""
+        """Bytes in use."""
         return sum(self._sizes.values())
 
     def connection(self, owner: str) -> "ConnectionHistory":
-        """Return the memory of a new connection of a key. Clear it when that ends."""
+        """Return the history of a new connection of a key. Clear it when the connection ends."""
         return ConnectionHistory(self, owner)
 
     def add(self, history: "ConnectionHistory", id: str, size_bytes: int) -> bool:
-        """Make room for a conversation; return false if there is none."""
+        """Count a conversation, dropping others; return false if it is too large."""
         if size_bytes > min(self._max_bytes, self._max_bytes_per_key):
             return False
         while self._sizes.get(history.owner, 0) + size_bytes > self._max_bytes_per_key:
@@ -48,7 +49,7 @@ class SocketMemory:
         return True
 
     def remove(self, history: "ConnectionHistory", id: str) -> None:
-        """Count a conversation no more."""
+        """Stop counting a conversation."""
         _, size_bytes = self._kept[history.owner].pop((builtin_id(history), id))
         self._sizes[history.owner] -= size_bytes
         if not self._kept[history.owner]:

@@ -1,8 +1,8 @@
-"""Conversations by name: a stored name for the end of a chain of turns.
+"""Conversations by name: a stored name for the end of a chain of responses.
 
-A turn in a conversation continues what the name points at, and moves it. Items that are added without a turn are a turn
-that nobody answered; items that are taken out are remembered by id, since turns are not rewritten. Of two turns that
-continue one conversation at the same time, the later to end is the one that goes on.
+A response in a conversation continues the one that the name points at, and becomes it. Items that are added without a
+request are stored as a response without output; deleted items are recorded by id, since responses are not rewritten. Of
+two responses that continue one conversation at the same time, the later to end is continued.
 """
 
 import secrets
@@ -28,7 +28,7 @@ class NamedConversations:
         self._conversations = conversations
 
     def of(self, owner: str) -> "NamedConversations":
-        """Return those of a principal, by its name."""
+        """Return the conversations of a principal."""
         return NamedConversations(self._conversations.of(owner))
 
     async def create(self, items: list[dict[str, Any]], metadata: dict[str, str]) -> dict[str, Any]:
@@ -53,23 +53,23 @@ class NamedConversations:
         return conversation
 
     async def update(self, id: str, metadata: dict[str, str]) -> dict[str, Any]:
-        """Give a conversation other metadata."""
+        """Replace the metadata of a conversation."""
         name = await self._conversations.name(id)
         conversation: dict[str, Any] = orjson.loads(bytes(name.body)) | {"metadata": metadata}
         await self._conversations.put(id, msgspec.structs.replace(name, body=msgspec.Raw(orjson.dumps(conversation))))
         return conversation
 
     async def delete(self, id: str) -> None:
-        """Forget the name."""
+        """Delete the conversation; its responses stay."""
         await self._conversations.name(id)
         await self._conversations.forget(id)
 
     async def items(self, id: str) -> list[msgspec.Raw]:
-        """Return all that was said, the oldest first."""
+        """Return the items of a conversation, the oldest first."""
         return await self._conversations.items_of(id)
 
     async def item(self, id: str, item_id: str) -> bytes:
-        """Return one item of what was said."""
+        """Return an item of a conversation."""
         items = await self.items(id)
         found = await aside(items, lambda: next((item for item in items if stored_items.id_of(item) == item_id), None))
         if found is None:
@@ -77,10 +77,10 @@ class NamedConversations:
         return bytes(found)
 
     async def add_items(self, id: str, items: list[dict[str, Any]]) -> list[msgspec.Raw]:
-        """Say something without asking for an answer; return it as it is listed.
+        """Add items without a request; return them in the form of a listing.
 
         Raises:
-            ConversationFullError: it has as many turns as one may have.
+            ConversationFullError: the chain has its greatest length.
         """
         _check(items)
         name = await self._conversations.name(id)
@@ -92,7 +92,7 @@ class NamedConversations:
         return stored_items.kept_items(msgspec.Raw(listed))
 
     async def delete_item(self, id: str, item_id: str) -> dict[str, Any]:
-        """Take an item out and return the conversation."""
+        """Delete an item and return the conversation."""
         name = await self._conversations.name(id)
         await self.item(id, item_id)
         gone = [*orjson.loads(bytes(name.items)), item_id]

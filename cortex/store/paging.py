@@ -1,4 +1,4 @@
-"""Pages of a list of items, as OpenAI's listings have them: by the id of the last item of the page before."""
+"""Pages of a list of items, in OpenAI's form: by the id of the previous page's last item."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +19,7 @@ class _Page(msgspec.Struct):
 
 
 def page_of(items: Sequence[msgspec.Raw], query: Mapping[str, str]) -> bytes:
-    """Return one page of ``items`` as it is told, the latest first unless asked otherwise.
+    """Return one page of ``items`` as JSON, the latest first by default.
 
     Raises:
         InvalidRequestError: ``limit``, ``order`` or ``after`` is wrong.

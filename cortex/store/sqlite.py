@@ -1,9 +1,9 @@
 """Responses in an SQLite file: the default, for the gateways of one host.
 
-All statements run on one thread, so a slow disk delays nobody but who waits for it. The file is bounded by the age of a
-response since it was last part of a conversation, by the bytes of each key and by those of all; the oldest go first,
-and where all are too many, of the key that has most: nobody pushes out another. Sums kept by triggers make that cheap,
-and right for several processes. The file is its owner's alone. One that is damaged is moved aside and begun anew.
+All statements run on one thread, so a slow disk delays only requests that need the store. The file is bounded by the
+age of a response since its last use, by the bytes of each key and by those of all; the oldest are deleted first, and
+above the limit for all, the oldest of the key that has most. Sums kept by triggers make that cheap, and right for
+several processes. The file's mode is 0600. A damaged file is moved aside and begun anew.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ log = logging.getLogger("cortex.store")
 T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 5.0
-"""How long a statement waits for another process's."""
+"""Time for which a statement waits for another process's."""
 
 EVICTION_BATCH = 64
 
 SPARE_BYTES = 1024 * 1024
-"""Of the disk, which are not written to."""
+"""Bytes of the disk that are left free."""
 RETRY_S = 5.0
-"""How long a store that could not be written to counts as one that cannot be."""
+"""Time for which a store counts as unwritable after a failed write."""
 MAGIC = b"SQLite format 3\0"
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
@@ -76,10 +76,10 @@ class SqliteStore:
         max_bytes_per_owner: int = 0,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """``max_bytes_per_owner`` of 0 is no bound of its own."""
+        """``max_bytes_per_owner`` 0 means no limit for each owner."""
         self.path = path
         self.on_damaged: Callable[[], None] = lambda: None
-        """Is called, in some thread, when a damaged file was moved aside."""
+        """Callback for a damaged file that was moved aside, in any thread."""
         self._max_bytes_per_owner = max_bytes_per_owner or max_bytes
         self._own_clock = StoreClock() if clock is None else None
         self._failed_at_s = -math.inf
@@ -106,7 +106,7 @@ class SqliteStore:
         return await self._run(lambda: read(self._open()))
 
     def obstacle(self, size_bytes: int) -> StoreError | None:
-        """Return why so many bytes cannot be kept, as far as that is known before they are written."""
+        """Return the error that a write of so many bytes would raise, as far as it is known before."""
         if size_bytes > min(self._max_bytes, self._max_bytes_per_owner):
             return StoreFullError(f"{self.path}: {size_bytes} bytes are more than one key may keep")
         if time.monotonic() - self._failed_at_s < RETRY_S:
@@ -115,13 +115,13 @@ class SqliteStore:
             try:
                 disk = os.statvfs(pathlib.Path(self.path).parent)
             except OSError:
-                return None  # what is not there yet is made
+                return None  # it will be created
             if disk.f_bavail * disk.f_frsize < size_bytes + SPARE_BYTES:
                 return StoreFullError(f"{self.path}: its disk is full")
         return None
 
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
-        """Keep a response; forget what has expired, and the oldest while they are too many bytes."""
+        """Store a response; delete expired ones, and the oldest above the limits."""
         value = to_bytes(stored)
         if len(value) > min(self._max_bytes, self._max_bytes_per_owner):
             raise StoreFullError(f"{self.path}: {len(value)} bytes are more than one key may keep")
@@ -148,7 +148,7 @@ class SqliteStore:
         self._failed_at_s = -math.inf
 
     def _make_room(self, connection: sqlite3.Connection, id: str, owner: str) -> None:
-        """Forget the oldest of an owner, and then of whoever has most, while they are too many; but not ``id``."""
+        """Delete the oldest of an owner, then of the owner with most, above the limits; but not ``id``."""
 
         def has(of: str) -> int:
             found = connection.execute("SELECT size_bytes FROM owners WHERE owner = ?", (of,)).fetchone()
@@ -173,7 +173,7 @@ class SqliteStore:
                 break
 
     async def delete(self, id: str) -> bool:
-        """Forget a response."""
+        """Delete a response."""
 
         def remove(connection: sqlite3.Connection) -> bool:
             with connection:
@@ -183,7 +183,7 @@ class SqliteStore:
         return await self._run(lambda: remove(self._open()))
 
     async def close(self) -> None:
-        """Close the file after what is under way."""
+        """Close the file after the statements under way."""
 
         def shut() -> None:
             if self._connection is not None:
@@ -209,10 +209,10 @@ class SqliteStore:
             path = pathlib.Path(self.path)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # SQLite gives the files beside it the mode of this one.
-            with contextlib.suppress(OSError):  # of which SQLite complains in its own words
+            with contextlib.suppress(OSError):  # SQLite reports it
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             for name in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
-                with contextlib.suppress(OSError):  # it is not there, or another user's
+                with contextlib.suppress(OSError):  # absent, or another user's
                     if pathlib.Path(name).is_file() and stat.S_IMODE(pathlib.Path(name).stat().st_mode) & 0o077:
                         pathlib.Path(name).chmod(0o600)
         connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
@@ -229,9 +229,9 @@ class SqliteStore:
         return connection
 
     def _move_aside(self, error: sqlite3.Error) -> None:
-        """Put a damaged file out of the way; of several processes that find it, one does.
+        """Move a damaged file aside; of several processes that find it, one does.
 
-        A file that neither begins as a store does nor is called so stays: the path may be a mistake.
+        A file with neither the header nor the name of a store stays: the path may be a mistake.
         """
         with pathlib.Path(self.path).open("rb") as file:
             is_store = file.read(len(MAGIC)) == MAGIC
@@ -285,7 +285,7 @@ def _is_file_damaged(path: str) -> bool:
 
 
 def _make_tables(connection: sqlite3.Connection) -> None:
-    """Make what is not there; of a file by an earlier version, write down whose each response is."""
+    """Create the schema; in a file of an earlier version, set the owner of each response."""
     connection.executescript(_SCHEMA)
     columns = {row[1] for row in connection.execute("PRAGMA table_info(responses)")}
     is_counted = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'owners'").fetchone()

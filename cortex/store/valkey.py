@@ -1,6 +1,6 @@
 """Responses in Valkey, or in Redis: for gateways on several hosts. Needs the ``redis`` package.
 
-Each response is a key of its own with a time to live; how many bytes there may be is the server's ``maxmemory`` to say.
+Each response is a key of its own with a time to live; the server's ``maxmemory`` bounds the bytes.
 """
 
 import math
@@ -12,14 +12,14 @@ from cortex.store.interface import StoredResponse, StoreError, from_bytes, to_by
 PREFIX = "cortex:response:"
 TIMEOUT_S = 5.0
 RETRY_S = 2.0
-"""How long a server that did not take something counts as one that does not."""
+"""Time for which a server counts as unavailable after a failed write."""
 
 
 class ValkeyStore:
     """A store at ``redis://[user:password@]host:port[/database]``."""
 
     def __init__(self, url: str, *, ttl_s: float) -> None:
-        """Raises :class:`StoreError` where the client library is not installed, or the address is none."""
+        """Raises :class:`StoreError` if the client library is not installed, or the address is invalid."""
         try:
             from redis import asyncio as client
             from redis import exceptions
@@ -35,7 +35,7 @@ class ValkeyStore:
             raise StoreError(f"{url}: {error}") from None
 
     async def open(self) -> None:
-        """Say hello."""
+        """Check that the server answers."""
         try:
             await self._client.ping()
         except self._errors as error:
@@ -49,17 +49,17 @@ class ValkeyStore:
             raise self._failed(error) from error
         if value is None:
             return None
-        assert isinstance(value, bytes)  # nothing is decoded for us
+        assert isinstance(value, bytes)  # the client decodes nothing
         return from_bytes(value)
 
     def obstacle(self, size_bytes: int) -> StoreError | None:
-        """Return why nothing can be kept, if that failed a moment ago."""
+        """Return the error of a write that failed a moment ago, if any."""
         if time.monotonic() - self._failed_at_s < RETRY_S:
             return StoreError(f"{self._url.rpartition('@')[2]}: cannot be written to")
         return None
 
     async def put(self, id: str, stored: StoredResponse, chain: Sequence[str]) -> None:
-        """Keep a response and what it continues, in one round trip."""
+        """Store a response and extend the life of its chain, in one round trip."""
         value = to_bytes(stored)
         try:
             async with self._client.pipeline(transaction=False) as pipeline:
@@ -73,7 +73,7 @@ class ValkeyStore:
         self._failed_at_s = -math.inf
 
     async def delete(self, id: str) -> bool:
-        """Forget a response."""
+        """Delete a response."""
         try:
             return bool(await self._client.delete(PREFIX + id))
         except self._errors as error:
