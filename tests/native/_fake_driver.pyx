@@ -1,6 +1,6 @@
-"""A CUDA driver made of counters: the loop under test is the shipped one, the GPU is not.
+"""Fake CUDA driver made of counters, for tests of the shipped loop.
 
-Every call goes through `enter`, which logs it, delays it and fails it as told. Handles are numbers that grow and never
+Every call goes through `enter`, which logs it, and delays it and fails it as set up. Handles are numbers that grow and never
 repeat; using one that is not alive is logged as misuse and returns an error, as the real driver would.
 """
 

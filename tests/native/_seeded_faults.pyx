@@ -1,4 +1,4 @@
-"""Faults on purpose: what a sanitizer build must report before its silence about the rest means anything."""
+"""Seeded faults, which a sanitizer build must report before its silence counts."""
 
 from libc.stdlib cimport free, malloc
 

@@ -1,4 +1,4 @@
-/* A library with the symbols of libcuda.so.1 and nothing behind them: what dlopen and dlsym are tried on. */
+/* Fake library with the symbols of libcuda.so.1, for tests of dlopen and dlsym. */
 
 #define ABSENT(name) \
     __attribute__((visibility("default"))) int name(void) { return 100; /* CUDA_ERROR_NO_DEVICE */ }

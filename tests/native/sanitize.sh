@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build with a sanitizer and run the tests of the native code under it: sanitize.sh {address|thread} [pytest options]
 #
-# Needs what building and testing need in the active environment (meson, cython, ninja, pytest, psutil, msgspec). The
+# Needs the tools of building and testing in the active environment (meson, cython, ninja, pytest, psutil, msgspec). The
 # build goes to build/KIND and is installed into a small environment of its own there, which sees the packages of the
 # active one but runs none of its .pth hooks, so that an editable install cannot shadow what is under test. Seeded
 # faults must be reported first; then any report, of the tests' process or of one they started, fails the run.

@@ -1,4 +1,4 @@
-"""A worker on a CUDA device that is not there: torch's CUDA build and Triton, over the library of cuda.c."""
+"""Worker on a stub CUDA device: torch's CUDA build and Triton, over the library of cuda.c."""
 
 import array
 import collections
@@ -38,7 +38,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def environment(library: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What makes a process find a device."""
+    """Environment variables with which a process finds the stub device."""
     caches = tmp_path_factory.mktemp("caches")
     return {
         "LD_PRELOAD": str(library),
@@ -70,7 +70,7 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pathlib.Path]:
-    """A small model of noise, of one of MODELS."""
+    """Factory of small models of random weights, by a key of MODELS."""
     import torch
     from safetensors.torch import save_file
 
@@ -93,7 +93,7 @@ def model(make_model: Callable[[str], pathlib.Path]) -> pathlib.Path:
 
 @dataclasses.dataclass
 class Device:
-    """A worker's process, and what has been heard of it."""
+    """Process of a worker, and the messages received from it."""
 
     channel: Channel
     process: subprocess.Popen[bytes]
@@ -102,12 +102,12 @@ class Device:
     tokens: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
     ends: tuple[int, ...] = (0, jobs.EXIT_POISONED)
-    """The statuses that it may end with."""
+    """Exit statuses that it may end with."""
 
-    def say(self, message: jobs.ToWorker) -> None:
+    def send(self, message: jobs.ToWorker) -> None:
         self.channel.send(msgspec.msgpack.encode(message))
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         message = msgspec.msgpack.decode(self.channel.recv(200.0), type=jobs.FromWorker)
         if isinstance(message, jobs.Tokens):
             for row in message.rows:
@@ -117,17 +117,17 @@ class Device:
         return message
 
     def until(self, *kinds: type) -> Any:
-        while not isinstance(message := self.hear(), kinds):
+        while not isinstance(message := self.receive(), kinds):
             pass
         return message
 
     def load(self, name: str = "m", **spec: Any) -> Any:
         settings = {"dtype": "bfloat16", "max_sequences": 4, "context_tokens": 512, **spec}
-        self.say(jobs.Load(1, ModelSpec(name, "test", **settings), str(self.model)))
+        self.send(jobs.Load(1, ModelSpec(name, "test", **settings), str(self.model)))
         return self.until(jobs.Done, jobs.JobFailed)
 
     def used_bytes(self) -> int:
-        self.say(jobs.QueryMemory(9))
+        self.send(jobs.QueryMemory(9))
         found: int = self.until(jobs.Done).result.used_bytes
         return found
 
@@ -135,7 +135,7 @@ class Device:
         """Run sequences to their ends."""
         sampler = jobs.SamplerSettings(**{"temperature": 1.0, **settings})
         for number in numbers:
-            self.say(jobs.Generate(number, "m", PROMPT, max_tokens, (), sampler))
+            self.send(jobs.Generate(number, "m", PROMPT, max_tokens, (), sampler))
         ended: set[int] = set()
         while len(ended) < len(numbers):
             message = self.until(jobs.Tokens, jobs.SequenceFailed)

@@ -1,10 +1,9 @@
-/* A CUDA driver and runtime without a device, to be preloaded into a process that uses torch's CUDA build.
+/* Stub of the CUDA driver and runtime, to be preloaded into a process that uses torch's CUDA build.
  *
- * Memory is the host's, streams are in order and done at once, kernels do nothing, but for the one of ours that tells the
- * host its tokens. What is there is the rules: of captures (what may not be called meanwhile, on which memory, and what
- * becomes of a capture that broke them), of the memory there is, of pointers that no device has. So it runs the whole
- * of the glue (torch's allocator and graphs, Triton's launchers, the device loop), and finds what is wrong with that; what
- * a kernel computes it does not show.
+ * Memory is the host's, streams complete at once and in order, and kernels do nothing, except the one that publishes tokens.
+ * It enforces the rules: of captures (forbidden calls and memory, and the invalidation of a capture that breaks them), of
+ * the amount of memory, of device pointers. So it tests all of the glue (torch's allocator and graphs, Triton's launchers,
+ * the device loop), but no kernel's results.
  *
  * STUB_CUDA_BYTES: memory of the device. STUB_CUDA_FAIL: CALL:N:CODE, the N-th call of that name returns CODE, N of 0 each
  * call while capturing. STUB_CUDA_LOG: a file that gets a line for each call of interest.
@@ -130,12 +129,12 @@ static struct CUstream_st *stream_of(void *handle) {
 }
 
 static int forbidden(const char *call) {
-    note("FORBIDDEN while capturing: %s", call);
+    log_call("FORBIDDEN while capturing: %s", call);
     fprintf(stderr, "stub CUDA: forbidden while capturing: %s\n", call);
     return UNSUPPORTED;
 }
 
-/* What waits for a device or changes it may not be called during a capture, but by a thread that says it knows better. */
+/* Calls that wait for a device or change it are forbidden during a capture, unless the thread's capture mode is relaxed. */
 static int unsafe(const char *call) {
     int watched = captures_of_thread || (thread_mode == cudaStreamCaptureModeGlobal && global_captures);
     return watched && thread_mode != cudaStreamCaptureModeRelaxed ? forbidden(call) : 0;
@@ -160,7 +159,7 @@ static int injected(const char *name) {
     long number = strtol(wanted + length + 1, &rest, 10);
     int fails = number ? ++calls == number : captures_of_thread;
     if (fails)
-        note("%s fails as asked", name);
+        log_call("%s fails as asked", name);
     return fails ? atoi(rest + 1) : 0;
 }
 
@@ -172,14 +171,14 @@ static void end_step(void *const *arguments) {
     int *last = arguments[LAST], *place = arguments[PLACE], *published = arguments[PUBLISHED];
     int num_rows = (int)(size_t)arguments[ROWS], stride = (int)(size_t)arguments[STRIDE];
     if (*place < 0 || *place > SPARE_PLACE)
-        *place = SPARE_PLACE; /* it was set by a kernel of torch's */
+        *place = SPARE_PLACE; /* a kernel of torch had set it */
     for (int row = 0; row < num_rows; row++)
         published[*place * stride + row] = last[row] = FIRST_TOKEN + token++ % NUM_TOKENS;
     *place += 1;
     *(int *)arguments[ALL_ENDED] = 0;
 }
 
-/* What a step tells the host was to be made by kernels: let all flags hold, and no token be one that there is not. */
+/* Values that kernels would publish: all flags true, and all tokens valid. */
 static void make_sound(void *told, size_t size) {
     enum { MOST_ROWS = 64, SOME_TOKEN = 7 };
     if (size % sizeof(int))
@@ -313,7 +312,7 @@ API cudaError_t cudaMalloc(void **address, size_t size) {
         code = injected("cudaMalloc");
     if (!code)
         code = allocate(address, size, 0);
-    note("malloc of %zu%s", size, code ? " fails" : "");
+    log_call("malloc of %zu%s", size, code ? " fails" : "");
     return told(code);
 }
 API cudaError_t cudaFree(void *address) {
@@ -340,7 +339,7 @@ API cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attribute
 
 API cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
     int is_pageable = !block_of(to) || !block_of(from);
-    note("copy of %zu%s%s", size, is_pageable ? " pageable" : "", captured(stream));
+    log_call("copy of %zu%s%s", size, is_pageable ? " pageable" : "", captured(stream));
     if (is_pageable && stream_of(stream)->captures)
         return told(forbidden("a copy of pageable memory"));
     return queue(stream, (struct node){.kind = COPY, .to = to, .from = from, .size = size});
@@ -398,7 +397,7 @@ API cudaError_t cudaStreamBeginCapture(cudaStream_t handle, enum cudaStreamCaptu
     *stream = (struct CUstream_st){calloc(1, sizeof(struct CUgraph_st)), mode, 0, ++id};
     captures_of_thread++;
     global_captures += mode == cudaStreamCaptureModeGlobal;
-    note("capture begins");
+    log_call("capture begins");
     return cudaSuccess;
 }
 API cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t *graph) {
@@ -406,7 +405,7 @@ API cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t *graph) {
     if (!stream->captures)
         return told(UNMATCHED);
     *graph = stream->is_broken ? NULL : stream->captures;
-    note("capture ends: %d", *graph ? (*graph)->count : -1);
+    log_call("capture ends: %d", *graph ? (*graph)->count : -1);
     stream->captures = NULL;
     captures_of_thread--;
     global_captures -= stream->mode == cudaStreamCaptureModeGlobal;
@@ -425,13 +424,13 @@ API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t
 }
 API cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     int code = injected("cuGraphLaunch");
-    note("graph of %d", exec->graph->count);
+    log_call("graph of %d", exec->graph->count);
     for (int i = 0; i < exec->graph->count && !code; i++)
         run(&exec->graph->nodes[i]);
     return code;
 }
 
-/* An event knows whether it was recorded in a capture, where nobody may ask for it. */
+/* An event records whether it was recorded in a capture, where a query of it is forbidden. */
 API cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = calloc(1, sizeof(int)), cudaSuccess; }
 API cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { return cudaEventCreate(event); }
 API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -455,7 +454,7 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     return *count = 2, cudaSuccess;
 }
 
-/* Kernels of torch: each is known by the address of its stub. */
+/* Kernels of torch, identified by the address of their stubs. */
 enum { KNOWN = 1 << 20 };
 static struct {
     const void *stub;
@@ -471,7 +470,7 @@ static size_t place_of(const void *stub) {
 
 static cudaError_t launch_torch(const void *stub, cudaStream_t stream) {
     const char *name = known[place_of(stub)].name;
-    note("torch %.200s%s", name ? name : "?", captured(stream));
+    log_call("torch %.200s%s", name ? name : "?", captured(stream));
     return queue(stream, (struct node){.kind = KERNEL, .kernel = ""});
 }
 
@@ -625,7 +624,7 @@ API CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function,
     if (!strcmp(name, "_end_kernel"))
         for (int i = 0; i < MAX_ARGUMENTS; i++)
             node.arguments[i] = i < 13 ? *(void **)parameters[i] : (void *)(size_t)*(int *)parameters[i];
-    note("kernel %s%s%s", name, is_dependent ? " dependent" : "", captured(config->hStream));
+    log_call("kernel %s%s%s", name, is_dependent ? " dependent" : "", captured(config->hStream));
     int code = injected("cuLaunchKernelEx");
     return code ? code : queue(config->hStream, node);
 }
@@ -649,7 +648,7 @@ DONE(int, cublasSetWorkspace_v2, (void *handle, void *workspace, size_t size))
 DONE(int, cublasSetMathMode, (void *handle, int mode))
 DONE(int, cublasSetPointerMode_v2, (void *handle, int mode))
 
-/* ------------------------------------------------------------------ NVML, which the daemon asks */
+/* ------------------------------------------------------------------ NVML, for the daemon */
 
 API int nvmlInit_v2(void) { return 0; }
 API int nvmlInitWithFlags(unsigned flags) { return 0; }

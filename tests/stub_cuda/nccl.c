@@ -1,13 +1,13 @@
-/* NCCL for ranks that are alone with their memory, to be preloaded beside cuda.c.
+/* Stub of NCCL, to be preloaded beside cuda.c.
  *
- * Its calls succeed in the order that NCCL allows, and are done at once: a sum is what the rank has, a gather its own part
- * in each place. Each is noted with its stream. Sums that go over several ranks are Gloo's to show.
+ * Its calls succeed in the order that NCCL allows, and complete at once: a sum returns the rank's own input, a gather copies
+ * it to each place. Each is logged with its stream. Tests with Gloo cover sums over several ranks.
  *
- * STUB_CUDA_HANG: the sum of that number never ends, and nothing behind it, where this is preloaded before cuda.c.
+ * STUB_CUDA_HANG: the sum of that number, and all work behind it, never ends, where this is preloaded before cuda.c.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
-/* Of no use here, and what their headers include is in a package of its own. */
+/* Not needed here; their includes are in another package. */
 #define __CUDA_FP16_H__
 #define __CUDA_BF16_H__
 #include <nccl.h>
@@ -61,7 +61,7 @@ API ncclResult_t ncclGetUniqueId(ncclUniqueId *id) { return memset(id, 7, sizeof
 API ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int size, ncclUniqueId id, int rank, ncclConfig_t *config) {
     *comm = malloc(sizeof **comm);
     (*comm)->rank = rank, (*comm)->size = size;
-    note("nccl rank %d of %d, id %d", rank, size, id.internal[0]);
+    log_call("nccl rank %d of %d, id %d", rank, size, id.internal[0]);
     return ncclSuccess;
 }
 
@@ -70,7 +70,7 @@ API ncclResult_t ncclCommInitRank(ncclComm_t *comm, int size, ncclUniqueId id, i
 }
 
 API ncclResult_t ncclCommAbort(ncclComm_t comm) {
-    note("nccl abort");
+    log_call("nccl abort");
     free(comm);
     return ncclSuccess;
 }
@@ -89,7 +89,7 @@ API ncclResult_t ncclGroupEnd(void) { return ncclSuccess; }
 
 API ncclResult_t ncclAllReduce(
     const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream) {
-    note("nccl allreduce of %zu of type %d, op %d, on %p", count, type, op, (void *)stream);
+    log_call("nccl allreduce of %zu of type %d, op %d, on %p", count, type, op, (void *)stream);
     memmove(to, from, bytes_of(count, type));
     num_sums++;
     return ncclSuccess;
@@ -97,7 +97,7 @@ API ncclResult_t ncclAllReduce(
 
 API ncclResult_t ncclAllGather(
     const void *from, void *to, size_t count, ncclDataType_t type, ncclComm_t comm, cudaStream_t stream) {
-    note("nccl allgather of %zu of type %d, on %p", count, type, (void *)stream);
+    log_call("nccl allgather of %zu of type %d, on %p", count, type, (void *)stream);
     for (int rank = 0; rank < comm->size; rank++)
         memmove((char *)to + rank * bytes_of(count, type), from, bytes_of(count, type));
     return ncclSuccess;

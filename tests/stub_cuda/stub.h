@@ -6,7 +6,7 @@
 
 #define API __attribute__((visibility("default")))
 
-static void note(const char *format, ...) {
+static void log_call(const char *format, ...) {
     static FILE *file;
     static int opened;
     if (!opened) {

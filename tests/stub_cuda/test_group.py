@@ -1,6 +1,6 @@
-"""A model on two GPUs through torch's own NCCL process group: what it is told, and when.
+"""Model on two GPUs through torch's own NCCL process group: the calls, and their order.
 
-What NCCL computes does not show here, as nothing does; tokens are counted.
+The stub computes nothing; tokens are counted.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def loaded(
     ranks = [start(LD_PRELOAD=f"{nccl}:{library}", **environment) for _ in range(2)]
     spec = ModelSpec("m", "test", tensor_parallel=2, dtype="bfloat16", max_sequences=4, context_tokens=512)
     for rank, worker in enumerate(ranks):
-        worker.say(jobs.Load(1, spec, str(worker.model), jobs.GroupSettings(rank, 2, where, limit_s)))
+        worker.send(jobs.Load(1, spec, str(worker.model), jobs.GroupSettings(rank, 2, where, limit_s)))
     for worker in ranks:
         answer = worker.until(jobs.Done, jobs.JobFailed)
         assert isinstance(answer, jobs.Done), answer
@@ -103,7 +103,7 @@ def test_two_workers_serve_a_model(start: Callable[..., Any], library: pathlib.P
     # A sum waits for nobody here, so that a rank may be behind.
     daemons.until(lambda: count("nccl allgather") >= 2 * 30)
     for worker in reversed(ranks):
-        worker.say(jobs.Unload(2, "m"))
+        worker.send(jobs.Unload(2, "m"))
         assert isinstance(worker.until(jobs.Done, jobs.JobFailed), jobs.Done)
         assert worker.used_bytes() <= 4 << 20
     assert not count("graph of")
@@ -116,9 +116,9 @@ def test_a_rank_that_is_gone_ends_the_step_of_the_others(
 ) -> None:
     """At the latest when the next plan is sent; before that, the daemon replaces them."""
     ranks = loaded(start, library, nccl)
-    ranks[1].say(jobs.Shutdown())
+    ranks[1].send(jobs.Shutdown())
     assert ranks[1].process.wait(30) == 0
-    ranks[0].say(jobs.Generate(1, "m", PROMPT, 400, (), jobs.SamplerSettings(temperature=0.0)))
+    ranks[0].send(jobs.Generate(1, "m", PROMPT, 400, (), jobs.SamplerSettings(temperature=0.0)))
     reason = ranks[0].until(jobs.Poisoned).reason
     assert "a rank of the group was lost in sending a step" in reason
     assert ranks[0].process.wait(30) == jobs.EXIT_POISONED
@@ -131,11 +131,11 @@ def test_a_sum_that_never_ends_ends_the_process(
     ranks = loaded(start, library, nccl, 3.0, STUB_CUDA_HANG="40", **NCCL_ENVIRONMENT)
     for worker in ranks:
         worker.ends = (-signal.SIGABRT,)
-    ranks[0].say(jobs.Generate(1, "m", PROMPT, 400, (), jobs.SamplerSettings(temperature=0.0)))
+    ranks[0].send(jobs.Generate(1, "m", PROMPT, 400, (), jobs.SamplerSettings(temperature=0.0)))
     heard_s = time.monotonic()
     with contextlib.suppress(ChannelClosed):
         while True:
-            message = ranks[0].hear()
+            message = ranks[0].receive()
             assert isinstance(message, jobs.Tokens)
             heard_s = time.monotonic()
     for worker in ranks:

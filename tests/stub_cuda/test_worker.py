@@ -1,6 +1,6 @@
-"""What a GPU's worker does with torch's CUDA build, Triton's launchers and the driver: what of that shows without one.
+"""Worker of a GPU with torch's CUDA build, Triton's launchers and a stub driver.
 
-Kernels compute nothing here, so tokens are counted and not read.
+Kernels compute nothing, so tokens are counted and not read.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.stub_cuda
 
 
 def captured(device: Any) -> list[list[str]]:
-    """Return what each capture launched."""
+    """Return the launches of each capture."""
     found: list[list[str]] = []
     inside = False
     for line in device.lines():
@@ -39,11 +39,11 @@ def test_a_model_is_served_and_gives_its_memory_back(start: Callable[..., Any]) 
     device.generate(4, 5, repetition_penalty=1.2, top_logprobs=3)
     assert device.tokens == dict.fromkeys(range(1, 6), 30)
     for name in ("m", "other"):
-        device.say(jobs.Unload(2, name))
+        device.send(jobs.Unload(2, name))
         assert isinstance(device.until(jobs.Done, jobs.JobFailed), jobs.Done)
     assert loaded_bytes > 2 * 40 << 20
     assert device.used_bytes() <= 4 << 20, "what kernels count in stays"
-    device.say(jobs.Shutdown())
+    device.send(jobs.Shutdown())
     assert device.process.wait(30) == 0
 
 
@@ -132,7 +132,7 @@ def test_no_memory_for_a_kernel(start: Callable[..., Any]) -> None:
 def test_a_fault_ends_the_worker_and_is_reported(start: Callable[..., Any], fault: str) -> None:
     device = start(STUB_CUDA_FAIL=fault)
     device.load()
-    device.say(jobs.Generate(1, "m", b"\3\0\0\0" * 20, 100, (), jobs.SamplerSettings(temperature=1.0)))
+    device.send(jobs.Generate(1, "m", b"\3\0\0\0" * 20, 100, (), jobs.SamplerSettings(temperature=1.0)))
     message = device.until(jobs.Poisoned)
     assert fault.partition(":")[0] in message.reason or "illegal memory access" in message.reason
     assert device.process.wait(30) == jobs.EXIT_POISONED

@@ -1,4 +1,4 @@
-"""A GGUF file as transformers reads it: what this project's engine is compared with."""
+"""GGUF file read by transformers, as the reference of the engine."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Model files that a stranger has written, and what must hold of whatever they contain.
+"""Untrusted model files, and the properties that must hold for any content.
 
 A reader of them returns, or raises one of the errors of models with a 4xx status, in bounded time and memory. Used by
 the tests of hostile files and by the fuzz targets.
@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
 }  # fmt: skip
-"""The smallest model there is, with every field that is read of a Llama's configuration."""
+"""Smallest model, with every field of a Llama configuration that is read."""
 
 GEMMA: dict[str, Any] = {
     **CONFIG,
@@ -106,17 +106,17 @@ HOSTILE: tuple[str, ...] = (
 """Values, as JSON, that any field of a configuration may have."""
 
 NUMBERS: tuple[int, ...] = (0, 1, 2, 7, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40, 1 << 60, (1 << 64) - 1)
-"""What a count, a length, an offset or a dimension in a binary header may be."""
+"""Values for a count, a length, an offset or a dimension in a binary header."""
 
 
 def with_field(config: dict[str, Any], name: str, value: str) -> bytes:
-    """Return a ``config.json`` whose field ``name`` is the JSON ``value``, sound or not."""
+    """Return a ``config.json`` whose field ``name`` is the JSON ``value``, valid or not."""
     fields = [f'"{key}":{json.dumps(other)}' for key, other in config.items() if key != name]
     return ("{" + ",".join([*fields, f'"{name}":{value}']) + "}").encode()
 
 
 def string(text: bytes) -> bytes:
-    """Return a string as GGUF has it."""
+    """Return a string in GGUF's encoding."""
     return struct.pack("<Q", len(text)) + text
 
 
@@ -140,7 +140,7 @@ GGUF_VALUES: tuple[tuple[bytes, bytes], ...] = (
 
 
 def gguf_file() -> bytes:
-    """Return a GGUF file of a model with one layer, all of whose tensors are there."""
+    """Return a GGUF file of a model with one layer and all its tensors."""
     shapes = {
         "token_embd": (8, 16), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
         "blk.0.attn_q": (8, 8), "blk.0.attn_k": (8, 4), "blk.0.attn_v": (8, 4), "blk.0.attn_output": (8, 8),

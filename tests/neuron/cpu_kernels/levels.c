@@ -1,5 +1,5 @@
 /* Every level that this processor can run against the portable one, on random matrices and contexts: a program of its own,
- * so that it can be built for another processor and run in an emulator (test_arm.py). Prints what it compared. */
+ * so that it can be built for another processor and run in an emulator (test_arm.py). Prints its comparisons. */
 #include "kernels.h"
 
 #include <math.h>

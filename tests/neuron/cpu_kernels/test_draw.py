@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def draw(level: str, logits: Array, **settings: Any) -> int:
-    row = np.full(padded(len(logits)), 99.0, np.float32)  # what lies behind must not count
+    row = np.full(padded(len(logits)), 99.0, np.float32)  # the padding must not count
     row[: len(logits)] = logits
     return native.draw(level, row, len(logits), np.zeros_like(row), **settings)
 
@@ -35,7 +35,7 @@ def draw(level: str, logits: Array, **settings: Any) -> int:
 def kept_of(
     logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, cap: float = 0.0
 ) -> Array:
-    """The chances of the tokens that are left, 0 for the others. Equal ones stay together."""
+    """Return the probabilities of the kept tokens, 0 for the others. Equal ones are kept or dropped together."""
     x = logits.astype(np.float64)
     x = cap * np.tanh(x / cap) if cap else x
     weights = np.exp((x - x.max()) / temperature)
@@ -59,7 +59,7 @@ def test_a_draw_inverts_the_filtered_distribution(level: str, settings: dict[str
         ends = np.cumsum(chances)
         for number in (0.0, *random.random(30), 1 - 2.0**-43):
             token = draw(level, logits, uniform=number, **settings)
-            # It may fall on either side of a border that is nearer than float32 can tell.
+            # Either side of a border is right that is closer than the precision of float32.
             assert chances[token] > 0, (size, number)
             assert ends[token] - chances[token] - 2e-5 <= number <= ends[token] + 2e-5, (size, number)
 

@@ -17,7 +17,7 @@ EXACT = {TensorKind.Q4_0: Format.W4, TensorKind.Q4_1: Format.W4, TensorKind.Q5_0
 
 
 def stored_of(kind: TensorKind, rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return random bytes of a kind (scales that are numbers), and what the gguf library reads in them."""
+    """Return random bytes of a kind (scales that are numbers), and their dequantised values by the gguf library."""
     random = np.random.default_rng(seed)
     if kind is TensorKind.F32:
         values = random.standard_normal((rows, columns)).astype(np.float32)
@@ -117,7 +117,7 @@ def two(tokens: int, columns: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rounded(x: np.ndarray, format: Format) -> np.ndarray:
-    """Return the activations as a matrix of this format sees them."""
+    """Return the activations as rounded for a matrix of this format."""
     if format is Format.W32:
         return x.astype(np.float64)
     if format is Format.W16:
@@ -250,7 +250,7 @@ def test_a_product_is_the_same_beside_others(level: str, format: Format) -> None
     kind = next(kind for kind, found in EXACT.items() if found is format)
     matrix, _ = packed_of(kind, format, 50, 96)
     x = np.random.default_rng(3).standard_normal((37, 96)).astype(np.float32)
-    x[5, 7] = 300.0  # coarse: what rounding leaves of it is multiplied too
+    x[5, 7] = 300.0  # coarse: its rounding remainder is multiplied too
     together = np.zeros((37, padded(50)), np.float32)
     native.linear(level, matrix, x, together)
     for first, end in ((0, 1), (5, 6), (3, 10), (5, 8), (30, 37), (1, 6)):

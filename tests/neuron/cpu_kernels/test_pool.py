@@ -47,7 +47,7 @@ def test_threads_go_with_their_pool() -> None:
 
 
 def test_idle_threads_take_no_time() -> None:
-    """They spin for 50 us behind a call, and sleep until the next."""
+    """Workers spin for 50 us after a call, and sleep until the next."""
     pool = native.Pool(4)
     values = np.zeros((64, 32), np.float32)
     packed = np.zeros(native.packed_bytes(3, 64, 32), np.uint8)

@@ -18,7 +18,7 @@ TEXT = pathlib.Path(__file__).with_name("text.txt")
 
 
 class Likelihood:
-    """In a sampler's place: keeps how likely the next token of the text was, and gives that token."""
+    """Sampler that returns the next token of a text, and records its probability."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""A step of the executor on a small model made here: what it refuses, and that threads and chunks change nothing."""
+"""Steps of the executor on a small model: its errors, and results that do not depend on threads and chunks."""
 
 import os
 import pathlib
@@ -145,7 +145,7 @@ def test_threads_and_chunks_change_nothing(level: str, form: str, kv_dtype: str,
 
 
 PAGES = 150
-"""Of each of three sequences: as many as it takes for the segments of a context to become longer, at 1,921 tokens."""
+"""Tokens of each of three sequences: enough for the longer segments of a context, which begin at 1,921 tokens."""
 
 
 class LongDriver(Driver):
@@ -177,13 +177,13 @@ def room(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("level", native.levels())
 def test_cuts_threads_and_company_change_no_bit(level: str, form: str, kv_dtype: str, room: None) -> None:
-    """What a row gets depends on the row alone: not on how a prompt was cut, nor on who else is in the step."""
+    """A row's result depends on the row alone, not on how a prompt was cut or on the other rows of the step."""
     random = np.random.default_rng(11)
     tokens = random.integers(0, 77, 2000).tolist()
     places = [1, 16, 100, 127, 128, 129, 130, 255, 256, 300, 700, 1919, 1920, 1921, 1922, 1999]
 
     def logits(threads: int, largest: int, company: int) -> dict[int, bytes]:
-        """Run the sequence in random pieces of up to ``largest``; return what its rows at ``places`` got."""
+        """Run the sequence in random pieces of up to ``largest``; return the results of its rows at ``places``."""
         cut = np.random.default_rng(threads * 1000 + largest)
         driver = LongDriver(make_model(threads, level, kv_dtype, form=FORMS[form]))
         found, start = {}, 0

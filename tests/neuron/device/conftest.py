@@ -1,4 +1,4 @@
-"""What every test of this folder must leave behind: no descriptor, no child process, no buffer."""
+"""Check after every test here that it leaves no descriptor, no child process and no buffer."""
 
 import gc
 import pathlib

@@ -1,6 +1,6 @@
-"""A device worker whose engine repeats the prompt: the loop and the messages are real, the model is not.
+"""Device worker whose engine repeats the prompt: the loop and the messages are real, the model is not.
 
-What it does wrong is asked for: at the start by ``ECHO_START``, later by the path of a ``Load``.
+Faults are requested by ``ECHO_START`` at the start, by the path of a ``Load`` later.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Echo:
                     self.loop.stop()
 
     def step(self) -> None:
-        """One token of its prompt to each sequence; a sequence that has given all ends."""
+        """Send each sequence a token of its prompt; end it after the last."""
         rows = []
         for number, wanted in list(self.running.items()):
             at = self.given[number]

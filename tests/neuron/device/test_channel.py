@@ -1,4 +1,4 @@
-"""A channel over every boundary of its fragments, and over every way in which its other end can go away."""
+"""Channel over every boundary of its fragments, and every way in which its other end can close."""
 
 import os
 import random
@@ -35,7 +35,7 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
 
 @pytest.fixture
 def raw() -> Iterator[tuple[socket.socket, Channel]]:
-    """A socket that can say anything, and the channel that hears it."""
+    """Socket that can send anything, and the channel that receives it."""
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channel = Channel(right.detach())
     yield left, channel

@@ -1,4 +1,4 @@
-"""The table: filled from a library by name, errors with names, objects that are counted."""
+"""Driver table: filled from a library by name, errors with names, counted objects."""
 
 import importlib.util
 import subprocess

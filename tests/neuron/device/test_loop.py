@@ -1,4 +1,4 @@
-"""The shipped loop over a driver made of counters: order, faults, back-pressure, the watchdog, and what is left."""
+"""The shipped loop over a driver made of counters: order, faults, back-pressure, the watchdog, and leaks."""
 
 import contextlib
 import ctypes
@@ -25,7 +25,7 @@ PENDING = -2
 
 
 class Script:
-    """A handler made of functions: what to do with a message, and with each step."""
+    """Handler made of two functions, for a message and for a step."""
 
     def __init__(
         self, handle: Callable[[bytes], object] = lambda message: None, step: Callable[[], object] = lambda: None
@@ -43,7 +43,7 @@ def nothing(loop: DeviceLoop) -> Handler:
 
 
 class Running:
-    """A loop on a thread of its own, as in a worker; the test is the daemon."""
+    """Loop on a thread of its own, as in a worker; the test is the daemon."""
 
     def __init__(self, make: Callable[[DeviceLoop], Handler], **options: object) -> None:
         theirs, ours = socket_pair()
@@ -80,7 +80,7 @@ class Running:
         return self.status
 
     def end(self) -> int:
-        """Be gone, as a daemon that died."""
+        """Close the channel, as a daemon that died."""
         self.daemon.close()
         return self.join()
 
@@ -416,7 +416,7 @@ def words(count: int, pending: int) -> "ctypes.Array[ctypes.c_int]":
     "form", ["replay", "replay that messages stop", "replay that the device stops", "single steps"]
 )
 def test_a_step_costs_no_call_beyond_its_launch(start: Callable[..., Running], form: str) -> None:
-    """A graph ends with the sampled tokens in pinned memory, so the loop asks the driver for nothing more."""
+    """A graph ends with the sampled tokens in pinned memory, so the loop makes no further call of the driver."""
     rows = 64
     tokens = words(2 * rows, PENDING)
     all_ended = words(1, 0)
@@ -551,7 +551,7 @@ def test_a_message_that_waits_lets_one_step_run(start: Callable[..., Running]) -
 def test_a_word_of_the_device_stops_a_run_of_steps(
     start: Callable[..., Running], steps: int, stop_on_message: bool
 ) -> None:
-    """As when all sequences have ended: the step that says so and the one queued behind it are the last."""
+    """As when all sequences have ended: the step that writes the word and the one queued behind it are the last."""
     word = fake.stop_word_after(steps)
 
     def make(loop: DeviceLoop) -> Handler:

@@ -1,4 +1,4 @@
-"""What is found on hosts of other shapes: control groups of both versions, GPUs through a fake NVML."""
+"""Devices of other hosts: control groups of both versions, GPUs through a fake NVML."""
 
 import os
 import pathlib
@@ -179,7 +179,7 @@ class NVMLError(Exception):
 
 
 def nvml(*, driver: bool = True) -> types.ModuleType:
-    """Two boards, as nvidia-ml-py tells of them."""
+    """Fake nvidia-ml-py with two GPUs."""
     module = types.ModuleType("pynvml")
     calls: list[str] = []
 
@@ -233,7 +233,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_gpus(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, module: types.ModuleType | None, why: str, loaded: bool
 ) -> None:
-    """Where the kernel has a driver, somebody wants to know why nothing comes of it."""
+    """With a driver in the kernel, the reason for the absence is reported."""
     monkeypatch.setitem(sys.modules, "pynvml", module)
     roots = host(tmp_path, "", {})
     if loaded:

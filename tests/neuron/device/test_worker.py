@@ -1,4 +1,4 @@
-"""The daemon's handle on real worker processes: answers, deaths of every kind, replacement, and a bounded end."""
+"""Real worker processes: answers, deaths of every kind, replacement, and a bounded end."""
 
 import array
 import asyncio
@@ -34,8 +34,8 @@ ENDLESS = 1 << 30
 S = WorkerState
 
 
-class Ears:
-    """Follows a worker's state."""
+class StateReceiver:
+    """Receiver of a worker's states."""
 
     def __init__(self) -> None:
         self.reported: list[WorkerHealth] = []
@@ -59,12 +59,12 @@ class Ears:
 @contextlib.asynccontextmanager
 async def echo(
     device: str = "cpu:0", *, policy: RestartPolicy = QUICK, **environment: str
-) -> AsyncIterator[tuple[Worker, Ears]]:
-    ears = Ears()
-    worker = Worker(device, ECHO, environment=environment, on_state=ears, policy=policy)
+) -> AsyncIterator[tuple[Worker, StateReceiver]]:
+    receiver = StateReceiver()
+    worker = Worker(device, ECHO, environment=environment, on_state=receiver, policy=policy)
     await worker.start()
     try:
-        yield worker, ears
+        yield worker, receiver
     finally:
         await worker.stop(30)
 
@@ -86,7 +86,7 @@ async def nothing() -> None: ...
 
 @pytest.fixture(scope="session", autouse=True)
 def uvloop_is_warm() -> None:
-    """uvloop opens a pipe for forks in its first loop and keeps it: let that be before anything is counted."""
+    """Run a loop once: uvloop's first loop opens a pipe for forks and keeps it, which would be counted as a leak."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(nothing())
 
@@ -118,7 +118,7 @@ async def collect(queue: RowQueue) -> tuple[list[int], SequenceEnd | None]:
 
 def test_a_life_without_incident() -> None:
     async def main() -> None:
-        async with echo() as (worker, ears):
+        async with echo() as (worker, receiver):
             assert worker.ready is not None
             assert worker.ready.device == "cpu:0"
             assert psutil.Process(pid_of(worker)).ppid() == os.getpid()
@@ -133,14 +133,14 @@ def test_a_life_without_incident() -> None:
             assert await collect(queue) == ([11, 22, 33, 11, 22], SequenceEnd.LENGTH)
             await worker.unload("m")
             assert worker.health() == WorkerHealth("cpu:0", S.READY, 0, generated=5)
-        assert ears.states() == [S.STARTING, S.READY, S.STOPPED]
+        assert receiver.states() == [S.STARTING, S.READY, S.STOPPED]
 
     run(main)
 
 
 def test_errors_of_one_request_are_its_own() -> None:
     async def main() -> None:
-        async with echo() as (worker, ears):
+        async with echo() as (worker, receiver):
             with pytest.raises(RemoteError, match=r"needs 18\.2 GiB") as refused:
                 await worker.load(spec(), "refuse")
             assert (refused.value.status, refused.value.code) == (422, "does_not_fit")
@@ -148,7 +148,7 @@ def test_errors_of_one_request_are_its_own() -> None:
             generate(worker, 5, queue, model="broken")
             with pytest.raises(RemoteError, match="no such thing"):
                 await collect(queue)
-            assert ears.states() == [S.STARTING, S.READY]
+            assert receiver.states() == [S.STARTING, S.READY]
 
     run(main)
 
@@ -306,7 +306,7 @@ DEATHS = [
 @pytest.mark.parametrize(("how", "reason"), DEATHS, ids=[how for how, _ in DEATHS])
 def test_a_death_fails_running_work_and_the_process_is_replaced(how: str, reason: str) -> None:
     async def main() -> None:
-        async with echo("cuda:0", ECHO_LIMIT_S="0.5" if how == "wedge" else "0") as (worker, ears):
+        async with echo("cuda:0", ECHO_LIMIT_S="0.5" if how == "wedge" else "0") as (worker, receiver):
             before = pid_of(worker)
             queue = RowQueue()
             generate(worker, ENDLESS, queue)
@@ -317,8 +317,8 @@ def test_a_death_fails_running_work_and_the_process_is_replaced(how: str, reason
                 assert (lost.value.status, lost.value.code) == (503, "device_worker_lost")
                 assert lost.value.retry_after_s is not None
                 assert reason in lost.value.message
-            await ears.until(S.READY, S.POISONED, S.RECOVERING, S.READY)
-            assert [health.fault for health in ears.reported] == [None, None, reason, reason, reason]
+            await receiver.until(S.READY, S.POISONED, S.RECOVERING, S.READY)
+            assert [health.fault for health in receiver.reported] == [None, None, reason, reason, reason]
             assert (worker.restarts, pid_of(worker) != before) == (1, True)
             again = RowQueue()
             generate(worker, 3, again)
@@ -330,7 +330,7 @@ def test_a_death_fails_running_work_and_the_process_is_replaced(how: str, reason
 @pytest.mark.parametrize("loops", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def test_killed_in_the_middle_of_a_stream(loops: Callable[[], asyncio.AbstractEventLoop]) -> None:
     async def main() -> None:
-        async with echo() as (worker, ears):
+        async with echo() as (worker, receiver):
             queues = [RowQueue() for _ in range(20)]
             numbers = [generate(worker, ENDLESS, queue) for queue in queues]
             for queue in queues:
@@ -339,14 +339,14 @@ def test_killed_in_the_middle_of_a_stream(loops: Callable[[], asyncio.AbstractEv
             for queue in queues:
                 with pytest.raises(DeviceWorkerLostError, match="killed by SIGKILL"):
                     await collect(queue)
-            assert S.POISONED in ears.states()
+            assert S.POISONED in receiver.states()
             assert (worker.running, worker.waiting) == (0, 0)
             with pytest.raises(DeviceWorkerNotReadyError) as refused:
                 generate(worker, 1, queues[0])
             assert refused.value.status == 503
             with pytest.raises(DeviceWorkerNotReadyError):
                 await worker.memory()
-            await ears.until(S.RECOVERING, S.READY)
+            await receiver.until(S.RECOVERING, S.READY)
             again = RowQueue()
             assert generate(worker, 1, again) > max(numbers), "numbers are never used twice"
             await collect(again)
@@ -356,7 +356,7 @@ def test_killed_in_the_middle_of_a_stream(loops: Callable[[], asyncio.AbstractEv
 
 def test_the_owner_reloads_before_sequences_are_taken() -> None:
     async def main() -> None:
-        async with echo() as (worker, ears):
+        async with echo() as (worker, receiver):
             reloaded: list[str] = []
 
             async def reload() -> None:
@@ -368,7 +368,7 @@ def test_the_owner_reloads_before_sequences_are_taken() -> None:
 
             worker.on_restarted = reload
             os.kill(pid_of(worker), signal.SIGKILL)
-            await ears.until(S.RECOVERING, S.READY)
+            await receiver.until(S.RECOVERING, S.READY)
             assert reloaded == ["m"]
 
     run(main)
@@ -376,14 +376,14 @@ def test_the_owner_reloads_before_sequences_are_taken() -> None:
 
 def test_a_reload_that_fails_leaves_a_worker_without_models(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        async with echo() as (worker, ears):
+        async with echo() as (worker, receiver):
 
             async def reload() -> None:
                 await worker.load(spec(), "refuse")
 
             worker.on_restarted = reload
             os.kill(pid_of(worker), signal.SIGKILL)
-            await ears.until(S.RECOVERING, S.READY)
+            await receiver.until(S.RECOVERING, S.READY)
 
     run(main)
     assert "reloading after a restart failed" in caplog.text
@@ -391,7 +391,7 @@ def test_a_reload_that_fails_leaves_a_worker_without_models(caplog: pytest.LogCa
 
 def test_a_death_while_reloading_is_another_death() -> None:
     async def main() -> None:
-        async with echo() as (worker, ears):
+        async with echo() as (worker, receiver):
             tries = 0
             cancelled = False
 
@@ -409,8 +409,8 @@ def test_a_death_while_reloading_is_another_death() -> None:
 
             worker.on_restarted = reload
             os.kill(pid_of(worker), signal.SIGKILL)
-            await ears.until(S.RECOVERING, S.READY)
-            assert ears.states() == [S.STARTING, S.READY, *[S.POISONED, S.RECOVERING] * 3, S.READY]
+            await receiver.until(S.RECOVERING, S.READY)
+            assert receiver.states() == [S.STARTING, S.READY, *[S.POISONED, S.RECOVERING] * 3, S.READY]
             assert (tries, cancelled, worker.restarts) == (3, True, 3)
 
     run(main)
@@ -418,12 +418,12 @@ def test_a_death_while_reloading_is_another_death() -> None:
 
 def test_replacements_that_do_not_start_are_retried(tmp_path: pathlib.Path) -> None:
     async def main() -> None:
-        async with echo(ECHO_START=f"count:{tmp_path / 'starts'}:3") as (worker, ears):
+        async with echo(ECHO_START=f"count:{tmp_path / 'starts'}:3") as (worker, receiver):
             os.kill(pid_of(worker), signal.SIGKILL)
-            await ears.until(S.RECOVERING, S.READY)
+            await receiver.until(S.RECOVERING, S.READY)
             assert (tmp_path / "starts").stat().st_size == 5
             assert worker.restarts == 1
-            assert [health.fault for health in ears.reported if health.state is S.POISONED] == [
+            assert [health.fault for health in receiver.reported if health.state is S.POISONED] == [
                 "killed by SIGKILL",
                 *["exited with status 5"] * 3,
             ]
@@ -437,8 +437,8 @@ def test_a_program_that_vanishes_is_retried(tmp_path: pathlib.Path) -> None:
     program.chmod(0o755)
 
     async def main() -> None:
-        ears = Ears()
-        worker = Worker("cpu:0", [str(program)], on_state=ears, policy=QUICK)
+        receiver = StateReceiver()
+        worker = Worker("cpu:0", [str(program)], on_state=receiver, policy=QUICK)
         await worker.start()
         program.rename(tmp_path / "gone")
         os.kill(pid_of(worker), signal.SIGKILL)
@@ -446,7 +446,7 @@ def test_a_program_that_vanishes_is_retried(tmp_path: pathlib.Path) -> None:
             while not (worker.fault or "").startswith("cannot be started"):
                 await asyncio.sleep(0)
         (tmp_path / "gone").rename(program)
-        await ears.until(S.RECOVERING, S.READY)
+        await receiver.until(S.RECOVERING, S.READY)
         await worker.stop()
 
     run(main)
@@ -463,10 +463,10 @@ def test_a_healthy_life_is_forgiven(
 ) -> None:
     async def main() -> None:
         policy = RestartPolicy(first_delay_s=0.02, healthy_after_s=healthy_after_s)
-        async with echo(policy=policy) as (worker, ears):
+        async with echo(policy=policy) as (worker, receiver):
             for deaths in (1, 2):
                 os.kill(pid_of(worker), signal.SIGKILL)
-                await ears.until(S.STARTING, S.READY, *[S.POISONED, S.RECOVERING, S.READY] * deaths)
+                await receiver.until(S.STARTING, S.READY, *[S.POISONED, S.RECOVERING, S.READY] * deaths)
 
     run(main)
     assert re.findall(r"restart in ([\d.]+) s", caplog.text) == expected
@@ -475,11 +475,11 @@ def test_a_healthy_life_is_forgiven(
 @pytest.mark.parametrize("how", ["exit:3", "other"])
 def test_a_failed_first_start_reports_the_reason(how: str) -> None:
     async def main() -> None:
-        ears = Ears()
-        worker = Worker("cpu:0", ECHO, environment={"ECHO_START": how}, on_state=ears, policy=QUICK)
+        receiver = StateReceiver()
+        worker = Worker("cpu:0", ECHO, environment={"ECHO_START": how}, on_state=receiver, policy=QUICK)
         with pytest.raises(DeviceWorkerLostError, match=r"exited with status 3|reported ready for cuda:9"):
             await worker.start()
-        assert ears.states() == [S.STARTING, S.STOPPED]
+        assert receiver.states() == [S.STARTING, S.STOPPED]
         await worker.stop()
 
     run(main)
@@ -505,10 +505,10 @@ def test_no_such_program() -> None:
 
 def test_an_answer_of_the_wrong_kind_is_the_end_of_it() -> None:
     async def main() -> None:
-        async with echo() as (worker, ears):
+        async with echo() as (worker, receiver):
             with pytest.raises(DeviceWorkerLostError, match="answered a load with NoneType"):
                 await worker.load(spec(), "mislead")
-            await ears.until(S.POISONED, S.RECOVERING, S.READY)
+            await receiver.until(S.POISONED, S.RECOVERING, S.READY)
             assert worker.fault == "answered a load with NoneType"
 
     run(main)
@@ -525,7 +525,7 @@ def test_reasons() -> None:
 
 def test_stop_fails_running_work() -> None:
     async def main() -> None:
-        async with echo() as (worker, ears):
+        async with echo() as (worker, receiver):
             queue = RowQueue()
             generate(worker, ENDLESS, queue)
             await anext(queue)
@@ -536,7 +536,7 @@ def test_stop_fails_running_work() -> None:
                 await collect(queue)
             for _ in range(2):
                 await worker.stop()
-            assert ears.states() == [S.STARTING, S.READY, S.STOPPED]
+            assert receiver.states() == [S.STARTING, S.READY, S.STOPPED]
             with pytest.raises(DeviceWorkerNotReadyError, match="is stopped"):
                 await worker.memory()
             await worker.start()
@@ -583,8 +583,8 @@ def test_stopped_at_any_moment(moment: str) -> None:
 
     async def main() -> None:
         policy = RestartPolicy(first_delay_s=600.0 if moment == "pausing" else 0.001)
-        ears = Ears()
-        worker = Worker("cpu:0", ECHO, on_state=ears, policy=policy)
+        receiver = StateReceiver()
+        worker = Worker("cpu:0", ECHO, on_state=receiver, policy=policy)
         if moment == "starting":
             starting = asyncio.ensure_future(worker.start())
             await asyncio.sleep(0.0)
@@ -601,7 +601,7 @@ def test_stopped_at_any_moment(moment: str) -> None:
 
             worker.on_restarted = reload
             os.kill(pid_of(worker), signal.SIGKILL)
-            await ears.until(S.POISONED, S.RECOVERING)
+            await receiver.until(S.POISONED, S.RECOVERING)
             if moment == "restarting":
                 while psutil.Process().children() == others:
                     await asyncio.sleep(0)
@@ -626,10 +626,10 @@ def test_started_twice() -> None:
 
 def test_child_processes_of_a_worker_end_with_it(tmp_path: pathlib.Path, wait_for: Callable[..., None]) -> None:
     async def main() -> None:
-        async with echo() as (worker, ears):
+        async with echo() as (worker, receiver):
             await worker.load(spec(str(tmp_path / "pid")), "parent")
             os.kill(pid_of(worker), signal.SIGKILL)
-            await ears.until(S.POISONED, S.RECOVERING, S.READY)
+            await receiver.until(S.POISONED, S.RECOVERING, S.READY)
 
     run(main)
     pid = int((tmp_path / "pid").read_text())

@@ -1,4 +1,4 @@
-"""Configurations and memory plans: what is read, what is refused, and that both sizes agree with the real weights."""
+"""Configurations and memory plans: values, errors, and sizes that agree with the real weights."""
 
 import json
 import pathlib

@@ -21,7 +21,7 @@ PROMPT = [5, 17, 99, 4, 2]
 
 
 def settings(folder: pathlib.Path, steps: list[str], **pooling: Any) -> None:
-    """Write what sentence-transformers writes beside a model."""
+    """Write the settings of sentence-transformers beside a model."""
     paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense"}
     written = [
         {"idx": index, "name": str(index), "path": paths[step], "type": f"sentence_transformers.models.{step}"}
@@ -87,7 +87,7 @@ def test_a_sharded_one_is_read(headless: pathlib.Path, tmp_path: pathlib.Path) -
 
 
 def test_a_model_that_writes_text_still_lacks_its_head(make_checkpoint: Callable[..., pathlib.Path]) -> None:
-    """A checkpoint without a head is one for embeddings only where something says so."""
+    """A checkpoint without a head makes embeddings only where its files declare it."""
     folder = make_checkpoint("qwen3", tie_word_embeddings=False)
     config = read_config(folder)
     assert config.generates

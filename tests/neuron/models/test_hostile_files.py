@@ -1,4 +1,4 @@
-"""Models whose files mean harm: each is refused by a typed error, soon, and in little memory."""
+"""Hostile model files: each is refused with a typed error, soon, and in little memory."""
 
 import json
 import os
@@ -32,12 +32,12 @@ from cortex.wire.errors import ErrorInfo
 from neuron.models.config import ModelConfig
 
 MOST_BYTES = 400 << 20
-"""What a reader may hold at a time: a header of the largest size, as Python's objects."""
+"""Most memory of a reader: a header of the largest size, as Python objects."""
 
 
 @pytest.fixture(autouse=True)
 def bounded() -> Iterator[None]:
-    """Fail what takes more memory than a reader may, before the machine does."""
+    """Limit the memory of a reader."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), limits[1]))
@@ -183,7 +183,7 @@ def test_any_value_of_a_gguf_may_be_anything(tmp_path: pathlib.Path, key: bytes)
 
 
 def test_no_count_in_a_gguf_is_believed(tmp_path: pathlib.Path) -> None:
-    """Memory is what the file's own bytes take, also where they promise more, and where it is sparse."""
+    """Memory is bounded by the file's own bytes, also where its counts are larger, and where it is sparse."""
     whole, path = gguf_file(), tmp_path / "sparse.gguf"
     tracemalloc.start()
     for at in range(8, 24, 8):

@@ -1,4 +1,4 @@
-"""The engine against transformers on the same weights: logits of every step, and the tokens they lead to."""
+"""The engine against transformers on the same weights: logits of every step, and the sampled tokens."""
 
 import dataclasses
 import pathlib
@@ -62,7 +62,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 class Recorder:
-    """Keeps the logits of each step on their way through a sampler."""
+    """Sampler that records the logits of each step."""
 
     def __init__(self, sampler: Any, scheduler: Any) -> None:
         self._sampler = sampler

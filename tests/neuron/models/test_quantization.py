@@ -1,4 +1,4 @@
-"""Quantised weights on a device: the file's numbers, the bytes that were promised, and a rank's part of both."""
+"""Quantised weights on a device: the file's numbers, the planned bytes, and a rank's part of both."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from .test_weights import export_gguf
 
 HOST = torch.device("cpu")
 KINDS = ("Q4_0", "Q4_1", "Q8_0")
-"""What the gguf library can write; the K kinds' blocks are checked in tests/neuron/triton_kernels/test_quantized.py."""
+"""Kinds that the gguf library can write; the K kinds are checked in tests/neuron/triton_kernels/test_quantized.py."""
 WIDE: dict[str, Any] = {
     "kind": "llama",
     "hidden_size": 128,
@@ -122,7 +122,7 @@ def test_blocks_stay_and_mean_the_same(gguf_of: Callable[..., pathlib.Path], kin
 
 
 class Noted(Transfer):
-    """Notes what is copied."""
+    """Recorder of copies."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -135,7 +135,7 @@ class Noted(Transfer):
 
 @pytest.mark.parametrize("shard", [WHOLE, Shard(1, 2)])
 def test_blocks_are_copied_as_the_file_has_them(gguf_of: Callable[..., pathlib.Path], shard: Shard) -> None:
-    """And laid out anew where they are: a host takes ten times as long for that as the bus for the copy."""
+    """Blocks are converted on the device: a host takes ten times as long as the copy over the bus."""
     source = open_weights(gguf_of("Q4_0"))
     reader = MatrixReader(source, torch.float32, HOST, quantization.STORED, shard)
     reader._transfer = noted = Noted(HOST)
@@ -162,7 +162,7 @@ def test_floats_are_copied_as_the_file_has_them(
 
 
 def test_an_error_while_blocks_are_read_is_reported(gguf_of: Callable[..., pathlib.Path]) -> None:
-    """It holds what it was reading, so that the file's mapping cannot be closed before it is gone."""
+    """The exception holds a view of the mapping, which can be closed only after it is gone."""
     source = open_weights(gguf_of("Q4_0"))
     reader = MatrixReader(source, torch.float32, HOST, quantization.STORED, WHOLE)
 
@@ -339,7 +339,7 @@ def test_how_many_ranks_there_can_be(make_checkpoint: Callable[..., pathlib.Path
 
 
 class FakeEvent:
-    """Tells the tape of a fake device what is waited for."""
+    """Event that logs waits on the tape of a fake device."""
 
     def __init__(self, tape: list[str], number: int) -> None:
         self.tape, self.number = tape, number

@@ -103,7 +103,7 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pa
     )
 
 
-# What the exporter above does not write, or GGUF rounds.
+# Tensors that the exporter above does not write, or GGUF rounds.
 UNREAD = {"eos_ids": (), "bos_id": None, "rms_norm_eps": 0.0, "tensor_kinds": {}}
 KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 TOLERANCE = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 1e-2, Kind.Q8_0: 1e-2, Kind.Q5_0: 0.07, Kind.Q5_1: 0.07}
@@ -127,7 +127,7 @@ def test_gguf_and_safetensors_hold_equal_tensors(checkpoint: pathlib.Path, tmp_p
 def test_k_quants_equal_the_library(
     make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path, kind: Kind
 ) -> None:
-    """The library does not quantise to these, so random blocks stand in; pieces must join without a seam."""
+    """The library does not quantise to these, so the blocks are random; pieces must join without a seam."""
     folder = make_checkpoint(
         "llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1
     )
@@ -189,7 +189,7 @@ def test_llama3_scaling_in_gguf_is_that_of_the_configuration(
     assert read_all(path).keys() == read_all(folder).keys()
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ refused files
 
 
 def copy_of(

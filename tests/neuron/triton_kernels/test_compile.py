@@ -221,7 +221,7 @@ def test_the_key_follows_source_compiler_capability_and_variant(monkeypatch: pyt
 
 
 class _Driver:
-    """As much of Triton's driver as putting a kernel onto a device takes; ``done`` is what it was asked for."""
+    """Fake of Triton's driver, as far as loading a kernel needs it; ``done`` lists its calls."""
 
     def __init__(self) -> None:
         self.utils = self
@@ -294,7 +294,7 @@ def test_the_first_launch_finds_everything_done(driver: _Driver, cache: KernelCa
 
 @pytest.mark.usefixtures("driver")
 def test_a_launch_finds_a_warmed_kernel(cache: KernelCache) -> None:
-    """The JIT's own view of a launch's arguments, tensors and sizes, is that of the recorded variant."""
+    """The JIT's own specialisation of a launch's arguments equals the recorded variant."""
     warm_one(activation_variant(), cache)
     warm.forbid_compiling()
     constants = {"ACTIVATION": "silu", "BLOCK": 1024}
@@ -473,7 +473,7 @@ def test_a_part_of_a_tied_head_launches_listed_variants(form: str, vocab_size: i
 
 
 def shapes_of(found: Iterable[Variant]) -> set[Any]:
-    """Return the variants but for what was launched before them."""
+    """Return the variants that were launched, without earlier ones."""
     return {(v.kernel, v.parameters, frozenset(v.constants) - {("PDL", True), ("PDL", False)}) for v in found}
 
 

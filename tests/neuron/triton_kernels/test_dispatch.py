@@ -1,4 +1,4 @@
-"""Which implementation a device gets, and that a whole forward pass by kernels is the eager one."""
+"""Implementation for each device, and a whole forward pass by kernels against eager torch."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Quantised matrices mean what the gguf library says their blocks mean, and rounding is as near as it can be."""
+"""Quantised matrices equal the gguf library's dequantised blocks, and rounding is optimal."""
 
 import gguf
 import numpy as np

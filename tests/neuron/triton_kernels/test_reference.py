@@ -76,7 +76,7 @@ def test_rope_rotates_and_writes_to_slots(normalised: bool) -> None:
     ids=str,
 )
 def test_paged_attention(rows: list[tuple[int, int]], num_heads: int, num_kv_heads: int) -> None:
-    """``rows`` are (query tokens, context tokens) of each sequence; pages are scattered, the rest of them is junk."""
+    """``rows`` are (query tokens, context tokens) of each sequence; pages are scattered, others hold junk."""
     torch.manual_seed(2)
     head_dim = 8
     random = np.random.default_rng(2)
