@@ -29,7 +29,7 @@ PROMPT_TOKENS = 64
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds now."""
+    """Return the memory of this process in bytes."""
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -46,7 +46,7 @@ def bandwidth(num_bytes: int = 256 << 20, repeats: int = 6) -> float:
 
 
 class Bench:
-    """An engine, driven as a device loop drives it."""
+    """Engine, driven as by a device loop."""
 
     def __init__(self, sampler: jobs.SamplerSettings, level: str = "") -> None:
         self.sampler = sampler
@@ -70,12 +70,12 @@ class Bench:
         self.send(jobs.Generate(number, "m", ids, max_tokens, (), sampler))
 
     def num_tokens(self) -> int:
-        """Return how many tokens came."""
+        """Return the number of tokens received."""
         rows = (row for message in self.sent if isinstance(message, jobs.Tokens) for row in message.rows)
         return sum(len(row.ids) // 4 for row in rows)
 
     def run(self) -> float:
-        """Step until nothing is left; return the seconds it took."""
+        """Step until all sequences have ended; return the seconds."""
         start = time.perf_counter()
         while self.engine.busy:
             self.engine.step()
@@ -86,7 +86,7 @@ class Bench:
         for number in range(streams):
             self.generate(number, prompt, max_tokens)
         self.sent.clear()
-        # Until everybody decodes; the rest is what is timed.
+        # Until all decode; the rest is timed.
         while not (self.sent and isinstance(self.sent[-1], jobs.Tokens) and len(self.sent[-1].rows) == streams):
             self.engine.step()
         self.sent.clear()
@@ -95,7 +95,7 @@ class Bench:
 
 
 def main() -> None:
-    """Measure, print, end."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 4, 8, 16])
@@ -132,7 +132,7 @@ def main() -> None:
         rates = []
         shares = []
         for _ in range(options.repeats):
-            # The machine's memory has faster and slower minutes: each rate is held against a probe beside it.
+            # The machine's memory has faster and slower minutes: each rate is compared with a probe beside it.
             before = bandwidth() if streams == 1 else 0.0
             rates.append(bench.decode(streams, prompt[:PROMPT_TOKENS], options.tokens))
             peak = max(peak, resident_bytes())

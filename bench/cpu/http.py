@@ -14,11 +14,11 @@ import time
 from daemons import MODEL, Daemon, cortex, neuron
 
 TEXT = ", ".join(map(str, range(1, 26))) + ", "
-"""A count that a model at temperature 0 goes on with."""
+"""Text that a model at temperature 0 continues."""
 
 
 async def stream(port: int, tokens: int) -> tuple[float, float, int]:
-    """Ask for a completion; return the times of its first and last SSE event, and its tokens."""
+    """Request a completion; return the times of its first and last SSE event, and its tokens."""
     body = json.dumps(
         {"model": MODEL, "prompt": TEXT, "max_tokens": tokens, "temperature": 0, "stream": True,
          "stream_options": {"include_usage": True}}
@@ -58,7 +58,7 @@ def measure(daemon: Daemon, options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, print, end."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 8])

@@ -1,7 +1,7 @@
 """Measure llama.cpp through llama-cpp-python, and print the figures as JSON: the other side of ``run.py``.
 
-Runs in an environment of its own, with nothing of this project. Every batch asks for all its logits' rows, as a server
-that samples must; tokens are given, not chosen, so the time is that of ``llama_decode`` alone.
+Runs in an environment of its own, with nothing of this project. Every batch computes all rows of logits, as a
+server that samples must; tokens are given, not sampled, so the time is ``llama_decode``'s alone.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import llama_cpp as api
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds now."""
+    """Return the memory of this process in bytes."""
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, print, end."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 4, 8, 16])

@@ -22,7 +22,7 @@ def be_busy() -> None:
 
 
 def main() -> None:
-    """Measure, print, end."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", nargs=argparse.REMAINDER, help="a side of run.py and its arguments")
     options = parser.parse_args()

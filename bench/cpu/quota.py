@@ -1,8 +1,8 @@
 """Does decoding keep within the quota of its control group? Printed as JSON, for ``run.py``.
 
 ``quota.py CORES COMMAND ...`` runs a side of the bench in a group of its own that may use so many cores' time.
-Whoever runs more threads than that is stopped in the middle of each of the kernel's periods, and its tokens with it;
-``not_throttled`` is the share of periods in which that did not happen. Needs the right to make a control group.
+A process with more threads than that is stopped in the middle of each of the kernel's periods; ``not_throttled`` is the
+share of periods without a stop. Needs the right to make a control group.
 """
 
 import argparse
@@ -22,7 +22,7 @@ PERIOD_US = 100_000
 
 @contextlib.contextmanager
 def limited(cores: float) -> Iterator[pathlib.Path]:
-    """A control group within this process's own, of version 1 or 2. Raises OSError where none may be made."""
+    """Control group within this process's own, of version 1 or 2. Raises OSError where none may be made."""
     folder = ROOT
     for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -44,7 +44,7 @@ def limited(cores: float) -> Iterator[pathlib.Path]:
 
 
 def main() -> None:
-    """Measure, print, end."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cores", type=float)
     parser.add_argument("command", nargs=argparse.REMAINDER, help="a side of run.py and its arguments")

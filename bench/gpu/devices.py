@@ -18,7 +18,7 @@ NODES: Final = 20
 
 
 class Gpu:
-    """A CUDA device, and how long things take on it."""
+    """CUDA device, with timers of its work."""
 
     device = torch.device("cuda")
     rehearses = False
@@ -54,7 +54,7 @@ class Gpu:
         return graph
 
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
-        """Return the seconds of one call: of the best of three runs of ``repeats``."""
+        """Return the seconds of one call, in the best of three runs of ``repeats``."""
         call()
         best = float("inf")
         for _ in range(3):
@@ -67,7 +67,7 @@ class Gpu:
         return best
 
     def host_us(self, call: Callable[[], object]) -> float:
-        """Return the microseconds for which a call keeps the host, the device being busy already."""
+        """Return the microseconds of the host for a call while the device is busy."""
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(4):
@@ -77,11 +77,11 @@ class Gpu:
         return spent * 1e6
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """Return host memory that the GPU copies from by itself."""
+        """Return pinned host memory."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def forget(self) -> None:
-        """Give back what is not used any more."""
+        """Release unused memory of the device."""
         torch.cuda.empty_cache()
 
     def free_bytes(self) -> int:
@@ -90,7 +90,7 @@ class Gpu:
 
     @contextlib.contextmanager
     def graphs(self) -> Iterator[Any]:
-        """Own the device as a worker does: yield what makes the graphs of a model."""
+        """Own the device as a worker does; yield a factory of a model's graphs."""
         from neuron.device.driver import cuda_driver
         from neuron.device.loop import DeviceLoop
         from neuron.engine.device_graphs import DeviceGraphs
@@ -106,7 +106,7 @@ class Gpu:
 
 
 class UntimedGpu(Gpu):
-    """Everything is done once, and no time is real."""
+    """GPU on which each call runs once, without real times."""
 
     def graph_us(self, call: Callable[[int], object]) -> float:
         """Call twice: once for each of two sets of inputs, where there are several."""
@@ -119,25 +119,25 @@ class UntimedGpu(Gpu):
         return call
 
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
-        """Call."""
+        """Run ``call`` once."""
         call()
         return 1.0
 
     def host_us(self, call: Callable[[], object]) -> float:
-        """Call."""
+        """Run ``call`` once."""
         call()
         return 1.0
 
 
 class Rehearsal(UntimedGpu):
-    """This host, in Triton's interpreter; graphs are made and launched through the tests' driver."""
+    """This host, in Triton's interpreter; graphs are made and launched through the tests' fake driver."""
 
     device = torch.device("cpu")
     rehearses = True
 
     @contextlib.contextmanager
     def with_kernels(self) -> Iterator["Rehearsal"]:
-        """Have models run the kernels, in the interpreter, as a Hopper GPU would choose them."""
+        """Have models run the kernels in the interpreter, with the choices for a Hopper GPU."""
         from neuron.triton_kernels.interpreter import mend
         from neuron.triton_kernels.launch import Target, targeting
         from neuron.triton_kernels.triton_operations import TritonOperations
@@ -151,19 +151,19 @@ class Rehearsal(UntimedGpu):
             yield self
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """Return memory."""
+        """Return plain memory."""
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def forget(self) -> None:
-        """Keep nothing."""
+        """Do nothing."""
 
     def free_bytes(self) -> int:
-        """Return a number."""
+        """Return a constant."""
         return 1 << 30
 
     @contextlib.contextmanager
     def graphs(self) -> Iterator[Any]:
-        """Own no device, but a driver that plays one."""
+        """Yield a factory of graphs on the fake driver."""
         from graph_rig import OnTheLoop
 
         from neuron.device import _fake_driver as fake  # type: ignore[attr-defined]

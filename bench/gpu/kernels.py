@@ -1,4 +1,4 @@
-"""Each kernel beside what the GPU can do: a copy for bytes, cuBLAS for products, torch's attention for a prompt."""
+"""Each kernel beside the GPU's ceiling: a copy for bytes, cuBLAS for products, torch's attention for a prompt."""
 
 import dataclasses
 import traceback
@@ -21,7 +21,7 @@ from neuron.triton_kernels.skinny_matmul import skinny_matmul
 
 Rows = Iterator[dict[str, Any]]
 EXACT = ("norm", "activation", "rope", "rotary", "sampling", "decode step")
-"""Cases that have no product in them: the matrix units make TF32 of float32, which no model is run in here."""
+"""Cases without products: the matrix units compute float32 as TF32, which no model here uses."""
 QUICK = ("norm", "moe matmul", "sampling", "decode step")
 """Cases of a rehearsal."""
 
@@ -35,23 +35,23 @@ class Bench:
     copy_gb_s: float
 
     def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """Return normal numbers on the GPU: zeros would hide errors, and be faster than real data."""
+        """Return normal random numbers on the GPU: zeros would hide errors, and be faster than real data."""
         return torch.randn(*shape, device=self.gpu.device, dtype=dtype)
 
     def rate(self, nbytes: int, us: float) -> dict[str, float]:
-        """Return the columns of what reads and writes ``nbytes``."""
+        """Return the columns of a call that reads and writes ``nbytes``."""
         return {"us": us, "GB/s": nbytes / us / 1e3, "share of copy": nbytes / us / 1e3 / self.copy_gb_s}
 
 
 def copy_gb_s(gpu: Gpu, sizes: Sizes) -> float:
-    """Return the bandwidth of a copy, counting both ways."""
+    """Return the bandwidth of a copy, both directions counted."""
     source = torch.randint(256, (sizes.copy_bytes,), dtype=torch.uint8, device=gpu.device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / gpu.graph_us(lambda _: target.copy_(source)) / 1e3
 
 
 def numbers(gpu: Gpu) -> Rows:
-    """Yield whether each kernel is right, on fresh inputs; one that cannot be run is wrong."""
+    """Yield whether each kernel is right, on fresh inputs; a kernel that fails to run is wrong."""
     for case in cases.numeric_cases():
         if case.dtype == torch.float32 and case.name not in EXACT:
             continue
@@ -68,7 +68,7 @@ def numbers(gpu: Gpu) -> Rows:
 
 
 def nodes(bench: Bench) -> Rows:
-    """Yield the time of a node that does next to nothing, with and without dependent launch."""
+    """Yield the time of a nearly empty node, with and without dependent launch."""
     here = launch.target_of(bench.gpu.device)
     x, weight = bench.random(1, 64), bench.random(64, 64)
     for name, capability in (("dependent launch", here.capability), ("plain launch", min(here.capability, 80))):
@@ -141,13 +141,13 @@ def attention(bench: Bench) -> Rows:
             def decode(_: int, a: Any = (q, *caches, batch, 0.1, out)) -> None:
                 decode_attention(*a, num_sequences=len(a[0]))
 
-            # What is smaller than the second level stays there between calls, and its share can exceed 1.
+            # Data smaller than the second-level cache stays there between calls, and its share can exceed 1.
             row = {"kind": "decode", "B": sequences, "S": context, **shape}
             yield row | bench.rate(caches.nbytes, gpu.graph_us(decode)) | {"MB": caches.nbytes / 1e6}
 
 
 def quantised(bench: Bench) -> Rows:
-    """Yield products with weights in each form; each call reads others."""
+    """Yield products with weights in each form; each call reads other weights."""
     width, depth = bench.sizes.quantized
     for name, matrix in cases.quantized_forms(torch.randn(min(width, 256), depth)).items():
         if name == "fp8" and launch.target_of(bench.gpu.device).capability < 89:
@@ -163,7 +163,7 @@ def quantised(bench: Bench) -> Rows:
 
 
 def pointwise(bench: Bench) -> Rows:
-    """Yield what moves bytes only, the experts, and the sampler."""
+    """Yield the pointwise kernels, the experts, and the sampler."""
 
     def row(name: str, nbytes: int, function: Callable[..., object], *arguments: object) -> dict[str, Any]:
         return {"kernel": name, **bench.rate(nbytes, bench.gpu.graph_us(lambda _: function(*arguments)))}
@@ -193,7 +193,7 @@ FILTERS = {
     "top-k 20 and top-p 0.95": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
     "top-p 0.95 of flat logits": {"temperature": 10.0, "top_p": 0.95},
 }
-"""As Qwen3's authors recommend, and what leaves the most to look through."""
+"""Filters that Qwen3's authors recommend, and the filter with the most candidates."""
 
 
 def _sampling_rows(num_rows: int, device: torch.device, **asked: float) -> SamplingRows:

@@ -1,6 +1,6 @@
-"""Whole models of random weights, as the engine computes them; time does not depend on what the weights are.
+"""Whole models of random weights, as the engine computes them; times do not depend on the weights' values.
 
-Bytes of a step are those of all weights but the embedding, and of the cache that is read.
+Bytes of a step are all weights but the embedding, and the part of the cache that is read.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from neuron.triton_kernels.quantized import QuantizedMatrix, StackedMatrix
 
 MAX_COMPILERS = 16
 WARM_UP = 12
-"""Tokens of each sequence before any is timed: a graph is captured in each of the first steps."""
+"""Tokens of each sequence before the timed ones: a graph is captured in each of the first steps."""
 WAYS = {"multi-step": DEFAULTS, "one by one": DEFAULTS, "launched": EngineSettings(cuda_graphs=False)}
 """Modes of decoding and their settings: several steps in one call of the loop; one graph a step, launched before the
 previous step is settled; without graphs."""
@@ -51,7 +51,7 @@ def config_of(bench: Bench, name: str) -> ModelConfig:
 
 
 class RandomSource:
-    """A checkpoint of noise, made on the device."""
+    """Checkpoint of random weights, made on the device."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -65,7 +65,7 @@ class RandomSource:
 
 
 def finished(steps: Iterator[float]) -> Any:
-    """Return what a generator returns."""
+    """Return the result of a generator."""
     while True:
         try:
             next(steps)
@@ -90,7 +90,7 @@ def step_bytes(weights: decoder.DecoderWeights) -> int:
 
 
 def prepare(gpu: Gpu, config: ModelConfig, plan: MemoryPlan) -> None:
-    """Put a model's kernels onto the device as a load does; a launch that finds none is an error from then on."""
+    """Load a model's kernels onto the device; a launch of any other is an error from then on."""
     kernels = Preparation(config, plan, gpu.device, num_processes=min(os.cpu_count() or 1, MAX_COMPILERS))
     for _ in kernels.finish((99, 0)):
         pass
@@ -98,7 +98,7 @@ def prepare(gpu: Gpu, config: ModelConfig, plan: MemoryPlan) -> None:
 
 
 class Step:
-    """A forward pass alone: of ``batch`` decodes at ``context`` tokens, or with ``batch`` 0 of one prompt."""
+    """Forward pass alone: of ``batch`` decodes at ``context`` tokens, or with ``batch`` 0 of one prompt."""
 
     def __init__(
         self, gpu: Gpu, config: ModelConfig, weights: decoder.DecoderWeights, batch: int, context: int
@@ -160,7 +160,7 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
         for batch in sizes.batches:
             for way, settings in WAYS.items():
                 runner = GraphRunner(config, weights, plan, gpu.device, graphs(), settings)
-                runner.overlaps = True  # as on a GPU, also where it is rehearsed
+                runner.overlaps = True  # as on a GPU, also in a rehearsal
                 model = ModelEngine(name, config, plan, runner, pathlib.Path(), prefix_cache=False)
                 spent, host_s = serve(model, batch, sizes.context, sizes.output, is_multi_step=way == "multi-step")
                 nbytes = step_bytes(weights)
@@ -217,7 +217,7 @@ def prefill_rows(bench: Bench, name: str) -> Rows:
 
 
 def transfer_rows(bench: Bench) -> Rows:
-    """Yield the rate of copies to the device, as a load makes them and as one pageable copy."""
+    """Yield the rate of copies to the device, by a load's transfer and by one pageable copy."""
     gpu = bench.gpu
     source = torch.ones(bench.sizes.copy_bytes, dtype=torch.bfloat16)
     target = torch.empty_like(source, device=gpu.device)

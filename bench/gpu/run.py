@@ -1,4 +1,4 @@
-"""The kernels and whole models on a GPU: right on it, and how near to what the GPU can do?
+"""Kernels and whole models on a GPU: correct there, and how near to the GPU's ceilings?
 
 Ceilings are measured in the same run: a copy for bytes, cuBLAS for products, torch's scaled dot product attention for a
 prompt. Times are of CUDA graphs of many nodes, so that launches cost what they cost in a decode step; steps of the
@@ -41,7 +41,7 @@ PACKAGES = ("torch", "triton", "numpy")
 
 
 def find_package() -> None:
-    """See that the package can be imported: where it is not installed, build it into ``build/gpu``."""
+    """Make the package importable: where it is not installed, build it into ``build/gpu``."""
     if importlib.util.find_spec("neuron") is not None:
         return
     build, site = ROOT / "build" / "gpu", ROOT / "build" / "gpu" / "site"
@@ -53,7 +53,7 @@ def find_package() -> None:
 
 
 class Run:
-    """Tables, one after the other, each as far as it gets within the time that is left."""
+    """Run of tables, one after the other, each within the remaining time."""
 
     def __init__(self, options: Any) -> None:
         self.good = True
@@ -95,7 +95,7 @@ class Run:
 
 @contextlib.contextmanager
 def measured_on(*, small: bool, rehearses: bool) -> "Iterator[tuple[Gpu, Sizes]]":
-    """Yield what is measured on, and how large what is measured is."""
+    """Yield the device and the sizes of the measurement."""
     import torch
     from devices import Gpu, Rehearsal
     from sizes import SMALL, Sizes
@@ -109,7 +109,7 @@ def measured_on(*, small: bool, rehearses: bool) -> "Iterator[tuple[Gpu, Sizes]]
 
 
 def compile_ahead(tables: "list[Callable[[Bench], Rows]]", bench: "Bench") -> None:
-    """Compile what the kernels' tables will launch, by all cores: one by one it would take all the time there is."""
+    """Compile the kernels of the tables on all cores: one by one they would take all of the time."""
     import kernels
     import torch
     from devices import UntimedGpu
