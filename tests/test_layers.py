@@ -1,202 +1,224 @@
-"""Every import points down: the floors of ARCHITECTURE.md, checked against the source."""
+"""The import graph of the project is the one declared here: layers without cycles, read from every source file.
+
+A unit is a module or a package. It belongs to the layer directly above the highest layer that it imports, so the table
+allows no import that does not exist. ``python tests/test_layers.py`` prints the table of the source as it is.
+"""
 
 import ast
+import graphlib
 import pathlib
 import re
 import subprocess
 import sys
+import textwrap
+from collections.abc import Mapping
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+Graph = Mapping[str, set[str]]
 
-# A room is named by its longest prefix here. Each may import rooms on a lower floor, itself, and what ALSO lists.
-FLOORS = {
-    "cortex.wire": -2,
-    "cortex.config": 0,
-    "cortex.errors": 0,
-    "cortex.logs": -1,
-    "cortex.systemd": -1,
-    "cortex.tracing": -1,
-    "cortex.build_identity": -1,
-    "cortex.metrics": 0,
-    "cortex.body_encoding": -1,
-    "cortex.guard": -1,
-    "cortex.http_io": 0,
-    "cortex.settings": -2,
-    "cortex._fast": 1,
-    "cortex._fast.buffer": -3,
-    "cortex._fast.clock": -3,
-    "cortex._fast.log_fields": -2,
-    "cortex._fast.record": -2,
-    "cortex._fast.scheduling": -2,
-    "cortex._fast.response_writer": -2,
-    "cortex._fast.in_flight": -2,
-    "cortex._fast.watches": -2,
-    "cortex._fast.fast_path": 3,
-    "cortex.dialects": 1,
-    "cortex.request_log": 2,
-    "cortex.report": 0,
-    # how an error is written down, which the projectors need too
-    "cortex.dialects.openai_errors": 0,
-    "cortex.dialects.anthropic_errors": 0,
-    "cortex.dialects.openai_sealed": 0,
-    # what chat chunks say, which the reader of their stream needs
-    "cortex.dialects.openai_chunks": 0,
-    "cortex.upstream": 2,
-    "cortex.fleet": 3,
-    "cortex.access": 3,
-    "cortex.store": 3,
-    "cortex.ending": 0,
-    "cortex.memory": 0,
-    "cortex.supervise": -1,
-    "cortex.loop_lag": -1,
-    "cortex.request_body": -1,
-    "cortex.stream_forwarding": 4,
-    "cortex.inference": 5,
-    "cortex.fast_path": 7,
-    "cortex.endpoints": 4,
-    "cortex.stored_endpoints": 4,
-    "cortex.responses_socket": 4,
-    "cortex.background": 4,
-    "cortex.api_description": 5,
-    "cortex.conversation_endpoints": 4,
-    "cortex.admin": 4,
-    "cortex.dashboard": 4,
-    "cortex.gateway": 6,
-    "cortex.preflight": 5,
-    "cortex.reload": 5,
-    "cortex.worker": 7,
-    "cortex.asgi": 8,
-    "cortex.asgi_io": 5,
-    "cortex.send_window": 1,
-    "cortex.rsgi_io": 5,
-    "cortex.console": -1,
-    "cortex.extras": -2,
-    "cortex.demo": 6,
-    "cortex.operate": 6,
-    "cortex.cli": 9,
-    "cortex": 10,
-    "neuron.config": 0,
-    "neuron.errors": 0,
-    "neuron.metrics": 0,
-    "neuron.device.jobs": 0,
-    "neuron.device.driver": 0,
-    "neuron.device.channel": 0,
-    "neuron.device": 2,
-    "neuron.cpu_kernels": 0,
-    "neuron.triton_kernels": 0,
-    "neuron.models": 1,
-    "neuron.engine": 3,
-    "neuron.text": 3,
-    # what a worker reads too, for its grammars
-    "neuron.text.matcher": 2,
-    "neuron.text.pieces": 1,
-    "neuron.text.gguf_rules": 1,
-    "neuron.text.plain": 2,
-    "neuron.text.token_bytes": 2,
-    "neuron.text.tokenizer": 2,
-    "neuron.load": 3,
-    "neuron.harness": 1,
-    "neuron.batch": 2,
-    "neuron.torch_harness": 4,
-    "neuron.service": 5,
-    "neuron.api": 6,
-    "neuron.api_description": 5,
-    "neuron.cli": 7,
-    "neuron": 9,
-}
-ALSO = {
-    # grammars over a vocabulary, of what its tokens are
-    ("neuron.text.matcher", "neuron.text.token_bytes"),
-    ("neuron.text.matcher", "neuron.text.plain"),
-    ("cortex.gateway", "cortex.api_description"),
-    # responses made in the background, which are told of by their id
-    ("cortex.stored_endpoints", "cortex.background"),
-    # the project's version, read where a command or a page prints it
-    ("cortex", "cortex.wire"),
-    # a dialect's SSE events are made by its compiled projector, which is of the same floor
-    ("cortex.dialects", "cortex._fast"),
-}
-NEURON_MAY_USE_OF_CORTEX = (
-    "cortex.extras",
-    "cortex.wire",
-    "cortex.settings",
-    "cortex.http_io",
-    "cortex.request_body",
-    "cortex.dialects",
-    "cortex._fast",
-    # what both daemons tell those who run them
-    "cortex.logs",
-    "cortex.tracing",
-    "cortex.guard",
-    "cortex.supervise",
-    "cortex.loop_lag",
-    "cortex.systemd",
-    "cortex.build_identity",
+LAYERS = tuple(
+    """
+cortex._fast cortex._fast.buffer cortex._fast.clock cortex._fast.in_flight cortex._fast.scheduling
+cortex._fast.watches cortex.build_identity cortex.console cortex.dialects.openai_sealed cortex.ending cortex.extras
+cortex.loop_lag cortex.memory cortex.settings cortex.supervise cortex.systemd cortex.wire neuron.cpu_kernels
+neuron.device.channel neuron.device.driver neuron.text.gguf_rules neuron.text.pieces neuron.text.token_bytes
+neuron.triton_kernels
+
+cortex cortex._fast.event_fields cortex._fast.log_fields cortex._fast.peek cortex._fast.response_writer
+cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.demo cortex.dialects.anthropic_errors
+cortex.dialects.openai_chunks cortex.dialects.openai_errors cortex.errors cortex.fleet.state cortex.guard
+cortex.report cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors neuron.text.plain
+
+cortex._fast.chat_events cortex._fast.chat_stream cortex._fast.http_client cortex._fast.messages_stream
+cortex._fast.responses_stream cortex._fast.usage_scanner cortex.access cortex.http_io cortex.logs neuron.device
+neuron.harness neuron.text.matcher
+
+cortex.asgi_io cortex.config cortex.dialects cortex.send_window neuron.batch neuron.engine_settings neuron.metrics
+
+cortex._fast.record cortex.operate cortex.store cortex.upstream neuron.api_description neuron.config neuron.models
+
+cortex._fast.stream_forwarder cortex.background cortex.conversation_endpoints cortex.fleet cortex.metrics
+cortex.preflight cortex.responses_socket neuron.load neuron.text.tokenizer
+
+cortex.admin cortex.endpoints cortex.reload cortex.request_log cortex.stored_endpoints cortex.stream_forwarding
+neuron.engine neuron.text
+
+cortex._fast.fast_path cortex.api_description cortex.cli cortex.dashboard neuron.torch_harness
+
+cortex.inference cortex.rsgi_io neuron.service
+
+cortex.gateway neuron.api
+
+cortex.fast_path cortex.worker neuron.cli
+
+cortex.asgi
+""".strip().split("\n\n")
 )
-CIMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+c?import|c?import\s+([\w.]+))", re.MULTILINE)
+"""Units by layer, the lowest first. A module belongs to the unit with the longest matching name."""
+NEURON_USES = (
+    "cortex._fast.chat_stream",
+    "cortex._fast.messages_stream",
+    "cortex._fast.responses_stream",
+    "cortex.build_identity",
+    "cortex.dialects",
+    "cortex.extras",
+    "cortex.guard",
+    "cortex.http_io",
+    "cortex.logs",
+    "cortex.loop_lag",
+    "cortex.request_body",
+    "cortex.settings",
+    "cortex.supervise",
+    "cortex.systemd",
+    "cortex.tracing",
+    "cortex.wire",
+)
+"""Units of cortex that neuron imports."""
+
+_CYTHON = re.compile(r"^[ \t]*(?:from\s+([\w.]+)\s+c?import\s+(\([^)]*\)|[^#\n]+)|c?import\s+([\w., ]+))", re.MULTILINE)
 
 
-def room_of(module: str) -> str | None:
-    return max((r for r in FLOORS if module == r or module.startswith(r + ".")), key=len, default=None)
-
-
-def imports(path: pathlib.Path) -> set[str]:
-    """Return the modules a source file imports; ``from package import module`` counts as ``package.module``."""
+def imported(path: pathlib.Path) -> set[str]:
+    """Return the names that a source file imports; ``from package import name`` is ``package.name``."""
     text = path.read_text()
-    if path.suffix != ".py":
-        return {a or b for a, b in CIMPORT.findall(text)}
     found: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: relative import"
-            assert node.module is not None
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    if path.suffix in {".py", ".pyi"}:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: relative import"
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        return found
+    for package, names, modules in _CYTHON.findall(text):
+        prefix = f"{package}." if package else ""
+        found |= {prefix + name.split()[0] for name in (names or modules).strip("()").split(",") if name.strip()}
     return found
 
 
-def sources() -> list[pathlib.Path]:
+def modules_of(root: pathlib.Path) -> dict[str, set[str]]:
+    """Return the modules under ``root`` that each module imports, in its source or its stub."""
+    paths: dict[str, list[pathlib.Path]] = {}
+    for package in ("cortex", "neuron"):
+        for path in sorted((root / package).rglob("*")):
+            if path.suffix in {".py", ".pyi", ".pyx", ".pxd"}:
+                name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+                paths.setdefault(name, []).append(path)
+
+    def module_of(name: str) -> str:
+        while name and name not in paths:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {
+        module: {module_of(name) for path in files for name in imported(path)} - {module, ""}
+        for module, files in paths.items()
+    }
+
+
+def units_of(modules: Graph, layers: tuple[str, ...]) -> dict[str, set[str]]:
+    """Return the units that each unit imports."""
+    units = " ".join(layers).split()
+
+    def unit_of(module: str) -> str:
+        found = max((unit for unit in units if module == unit or module.startswith(f"{unit}.")), key=len, default="")
+        # A package's own __init__ is no unit for modules that have none.
+        return "" if found in {"cortex", "neuron"} and module != found else found
+
+    missing = [module for module in modules if not unit_of(module)]
+    assert not missing, f"{missing} belong to no unit"
+    graph: dict[str, set[str]] = {unit: set() for unit in units}
+    for module, targets in modules.items():
+        graph[unit_of(module)] |= {unit_of(target) for target in targets} - {unit_of(module)}
+    return graph
+
+
+def levels_of(units: Graph) -> dict[str, int]:
+    """Return the layer of each unit: directly above the highest that it imports. Raises ``CycleError``."""
+    levels: dict[str, int] = {}
+    for unit in graphlib.TopologicalSorter(units).static_order():
+        levels[unit] = 1 + max((levels[target] for target in units[unit]), default=-1)
+    return levels
+
+
+def problems(modules: Graph, layers: tuple[str, ...]) -> list[str]:
+    """Return the differences between the declared layers and the import graph."""
+    graphlib.TopologicalSorter(modules).prepare()
+    units = units_of(modules, layers)
+    levels = levels_of(units)
+    declared = {unit: number for number, layer in enumerate(layers) for unit in layer.split()}
     return [
-        path
-        for package in ("cortex", "neuron")
-        for path in sorted((ROOT / package).rglob("*"))
-        if path.suffix in {".py", ".pyx", ".pxd"}
+        f"{unit} is declared in layer {declared[unit]} and belongs to {levels[unit]}: it imports {sorted(units[unit])}"
+        for unit in declared
+        if declared[unit] != levels[unit]
     ]
 
 
-def may_import(here: str, there: str) -> bool:
-    if here.startswith("neuron") and there.startswith("cortex"):
-        return there.startswith(NEURON_MAY_USE_OF_CORTEX)
-    if here.startswith("cortex") and there.startswith("neuron"):
-        return False
-    return here == there or FLOORS[there] < FLOORS[here] or (here, there) in ALSO
+MODULES = modules_of(ROOT)
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path: pathlib.Path) -> None:
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    here = room_of(module)
-    assert here is not None
-    assert here not in {"cortex", "neuron"} or path.name == "__init__.py", f"{module} has no floor in {__file__}"
-    for target in imports(path):
-        there = room_of(target)
-        if there in {"cortex", "neuron"} and target.endswith("__version__"):
-            there = "cortex.wire"
-        assert there is None or may_import(here, there), f"{module} imports {target}"
+def test_the_layers_are_those_of_the_import_graph() -> None:
+    assert problems(MODULES, LAYERS) == []
+
+
+def test_neuron_uses_the_declared_units_of_cortex_and_cortex_none_of_neuron() -> None:
+    units = units_of(MODULES, LAYERS)
+    uses = {target for unit in units if unit.startswith("neuron") for target in units[unit] if target[:6] == "cortex"}
+    assert uses == set(NEURON_USES)
+    assert not [unit for unit in units if unit.startswith("cortex") and any(t[:6] == "neuron" for t in units[unit])]
 
 
 @pytest.mark.parametrize("entry", ["cortex.asgi", "neuron.cli"])
-def test_no_tensor_library_before_it_is_needed(entry: str) -> None:
+def test_no_tensor_library_is_imported_before_it_is_needed(entry: str) -> None:
     code = f"import {entry}, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert not {"torch", "triton", "transformers"} & set(loaded.split())
 
 
-def test_the_check_sees_an_upward_import() -> None:
-    assert may_import("cortex.fleet", "cortex.upstream")
-    assert not may_import("cortex.upstream", "cortex.fleet")
-    assert not may_import("neuron.api", "cortex.fleet")
-    assert not may_import("cortex.wire", "cortex._fast")
+# ------------------------------------------------------------------ planted faults
+
+PLANTED = ("cortex.low", "cortex.middle", "cortex.high")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "is_wrong"),
+    [
+        ("low.py", "", False),
+        ("low.py", "from cortex import high\n", True),
+        ("low.py", "def late():\n    import cortex.high\n", True),
+        ("low.pyi", "from cortex.high import High\n", True),
+        ("low.pyx", "from cortex.high cimport High\n", True),
+        ("low.pxd", "from cortex cimport (\n    high,\n)\n", True),
+        ("high.py", "import cortex.low\n", True),  # an import of the layer below is gone
+    ],
+)
+def test_a_planted_fault_is_found(tmp_path: pathlib.Path, file: str, text: str, is_wrong: bool) -> None:
+    folder = tmp_path / "cortex"
+    folder.mkdir()
+    (folder / "middle.py").write_text("import cortex.low\n")
+    (folder / "high.py").write_text("from cortex import middle\n")
+    (folder / file).write_text(text)
+    modules = modules_of(tmp_path)
+    if "high" in text:
+        with pytest.raises(graphlib.CycleError):
+            problems(modules, PLANTED)
+    else:
+        assert bool(problems(modules, PLANTED)) == is_wrong
+
+
+def test_a_module_without_a_unit_is_found() -> None:
+    with pytest.raises(AssertionError, match="belong to no unit"):
+        problems({"cortex.new": set()}, ("cortex",))
+
+
+def table() -> str:
+    """Return the layers of the source in the form above."""
+    levels = levels_of(units_of(MODULES, LAYERS))
+    layers = [" ".join(sorted(u for u in levels if levels[u] == n)) for n in range(max(levels.values()) + 1)]
+    return "\n\n".join(textwrap.fill(layer, 118) for layer in layers)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table() + "\n")

@@ -1,19 +1,20 @@
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from cortex._fast.http_client import Listener, Response
 from cortex._fast.in_flight import InFlightRequest
 from cortex._fast.peek import KnownNames
 from cortex._fast.record import Record
 from cortex._fast.watches import Watches
+from cortex.access.authenticator import Authenticator
 from cortex.access.keys import KeyRing
 from cortex.config import Config
 from cortex.dialects.passthrough import Usage
 from cortex.ending import Ending
 from cortex.fleet.breaker import Breakers
 from cortex.fleet.deaths import Deaths
-from cortex.fleet.state import FleetState
-from cortex.gateway import Gateway
+from cortex.fleet.state import Fleet, FleetState
+from cortex.request_log import RequestLog
 from cortex.upstream import Pool
 from cortex.wire.errors import ApiError
 
@@ -47,13 +48,23 @@ class CachedAccess:
         hosts: set[str | None] | None,
     ) -> None: ...
 
+class _Gateway(Protocol):
+    @property
+    def settings(self) -> Config: ...
+    @property
+    def authenticator(self) -> Authenticator: ...
+    @property
+    def fleet(self) -> Fleet: ...
+    @property
+    def request_log(self) -> RequestLog: ...
+
 @final
 class FastPath:
     def __init__(
         self,
         *,
         find_access: Callable[[str, str, str | None], CachedAccess | None],
-        gateway: Gateway,
+        gateway: _Gateway,
         breakers: Breakers,
         deaths: Deaths,
         ending: Ending,
