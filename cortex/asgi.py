@@ -86,7 +86,7 @@ class Application(Worker):
         """Serve one scope. Called with two arguments, as WSGI does, say that this is no WSGI application."""
         return _refuse_wsgi(receive) if send is None else self._serve(scope, receive, send)
 
-    # Servers look whether a call is a coroutine function, to tell this ASGI from an older one.
+    # Servers check for a coroutine function, to distinguish this ASGI from an older one.
     if sys.version_info >= (3, 12):
         inspect.markcoroutinefunction(__call__)
     else:

@@ -1,6 +1,6 @@
 """HTTP exchange of both daemons: bounded body, one reply or one stream, heartbeats, client disconnects.
 
-The exchange runs over ASGI; a gateway's also over RSGI (:mod:`cortex.rsgi_io`). It knows neither routes nor dialects:
+The exchange runs over ASGI; a gateway's also over RSGI (:mod:`cortex.rsgi_io`). It handles neither routes nor dialects:
 heartbeats and errors are given as bytes. Rules of a stream: headers are held back for a moment so that an early failure
 keeps its HTTP status; then they are sent, and heartbeats fill every silence; a disconnect cancels the work behind the
 response at once. One module, since exchange and stream call each other in both directions.

@@ -88,7 +88,7 @@ class _Handler(logging.StreamHandler[TextIO]):
         """Buffer or write a line."""
         try:
             self._lines.append(self.format(record))
-        except Exception:  # noqa: BLE001 - a line that cannot be written must not fail what it tells of
+        except Exception:  # noqa: BLE001 - a line that cannot be written must not fail its cause
             self.handleError(record)
             return
         if record.levelno > logging.INFO:

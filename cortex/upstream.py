@@ -115,7 +115,7 @@ class Pool:
             connection = self._idle.pop()
             if connection.usable and connection.idle_s < MAX_IDLE_S:
                 return connection
-            self._open.discard(connection)  # its end is told later, and its place is free now
+            self._open.discard(connection)  # its callback comes later, and its place is free now
             connection.abort()
         return None
 

@@ -73,7 +73,7 @@ class Worker:
         self.ending = Ending(gateway.drain_timeout_s, ports, self.gateway.end_requests, self.gateway.prepare_to_stop)
         self.ending.listen_to_signals()
         announce(loaded, path, self.addresses)
-        # Granian accepts connections from here on; where several workers are ready one by one, the first one says so.
+        # Granian accepts connections from here on; of several workers, the first ready one notifies systemd.
         systemd.notify(systemd.READY)
         collect_seldom()
         set_slices(SLICE_NS)

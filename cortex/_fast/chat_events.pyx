@@ -54,7 +54,7 @@ cdef class ChatEvents:
         return events
 
     def close(self):
-        """Return the events that the end of the stream makes, where nothing told of it."""
+        """Return the events that the end of the stream implies, if no terminator came."""
         return self.reader.close()
 
     cdef object read_known(self, bytes chunk):
@@ -79,7 +79,7 @@ cdef class ChatEvents:
         try:
             return orjson.loads(b'"' + start[:length] + b'"')
         except orjson.JSONDecodeError:
-            return None  # half a pair of surrogates, say: for the other way to judge
+            return None  # half a surrogate pair, for instance: the full decoder decides
 
     cdef int learn(self, bytes chunk) except -1:
         """Keep what surrounds the text of an SSE event that carried nothing else."""

@@ -31,7 +31,7 @@ cdef class _Choice:
     cdef bytes text_head        # of a text chunk, up to the text
     cdef bytes reasoning_head
     cdef Py_ssize_t num_calls
-    cdef dict inputs            # the arguments so far of calls that carry an input, which is told once it is whole
+    cdef dict inputs            # arguments so far of calls that carry an input, which is sent once it is whole
     cdef bint ended
 
     def __init__(self, bytes head):
@@ -226,7 +226,7 @@ cdef class ChatStream:
         self.out.put_text(event.reason.value)
         put_literal(self.out, b'"')
         if event.stop_string is not None:
-            # Beside OpenAI's own fields, under the name by which others tell it: another dialect asks for it.
+            # Beside OpenAI's own fields, under other servers' name: another dialect needs it.
             put_literal(self.out, b',"stop_reason":')
             self.out.append_json(event.stop_string)
         put_literal(self.out, b"}]}\n\n")

@@ -288,7 +288,7 @@ cdef class Response:
                 self.head.set_result(None)
             else:
                 self.head.set_exception(error)
-                self.head.exception()  # seen: whoever waited for it may have gone
+                self.head.exception()  # retrieved: the waiting call may have been cancelled
         return 0
 
 
@@ -389,7 +389,7 @@ cdef class Connection:
         cdef Response response = self.response
         # Until its head has been read, what is counted is of the answer before.
         cdef Py_ssize_t body_bytes = self.body_bytes if self.in_body else -1
-        if response is None:  # nobody asked
+        if response is None:  # no request is pending
             self.abort()
             return
         self.active_at = self.loop.time()
@@ -508,7 +508,7 @@ cdef class Connection:
             return
         # A node that answers before it has read the whole request leaves us mid-body: that connection is spent.
         reusable = self.keeps_alive and self.transport.get_write_buffer_size() == 0
-        self.response.ended(None)  # the reader is told at the end of this read
+        self.response.ended(None)  # the reader wakes at the end of this read
         self.response = None
         self.resume()
         self.num_responses += 1

@@ -42,7 +42,7 @@ typedef struct {
 } json_fault;
 
 /* A member that an object may have, and the object (or array of such) that its value may be: a number of `json_known`'s
- * objects, 0 for one whose members nobody looks at. */
+ * objects, 0 for one whose members are not checked. */
 typedef struct {
     const char *name;
     uint16_t length, object;
@@ -62,7 +62,7 @@ typedef struct {
     size_t max_values, max_members; /* of the whole body, and of any object in it */
 } json_known;
 
-/* What was found of it. Names are told once each, by their paths, which end in a NUL and are ASCII that needs no
+/* Result of a validation. Each unknown name is listed once, by its path, which end in a NUL and are ASCII that needs no
  * quoting anywhere. */
 typedef struct {
     int num_unknown, is_cut;
@@ -416,7 +416,7 @@ static inline const json_name *json_known_name(const json_known *known, const js
     return NULL;
 }
 
-/* Note a member that nobody knows, once. Not inlined: bodies have none. */
+/* List an unknown member, once. Not inlined: bodies have none. */
 static __attribute__((noinline)) void json_tell(json_found *found, const json_place *place, const uint32_t *count,
                                                 unsigned depth, unsigned object, const uint8_t *key,
                                                 const uint8_t *key_end)

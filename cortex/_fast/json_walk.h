@@ -1,7 +1,7 @@
 /* Walks the members of a JSON object without building it, for SSE events that another process made.
  *
  * Trusts nothing and validates little: whatever the bytes are, no step leaves [p, end), and a walk over something that
- * is not JSON stops with NULL. Where JSON must be told from everything else, see json_validate.h.
+ * is not JSON stops with NULL. For validation see json_validate.h.
  */
 #ifndef CORTEX_JSON_WALK_H
 #define CORTEX_JSON_WALK_H

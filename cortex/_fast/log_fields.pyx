@@ -1,4 +1,4 @@
-"""Log lines as text. Fields are ``key=value``, in quotes where a value would not be told apart otherwise."""
+"""Log lines as text. Fields are ``key=value``, with a quoted value where it would be ambiguous."""
 
 from cpython.float cimport PyFloat_CheckExact
 from cpython.long cimport PyLong_CheckExact

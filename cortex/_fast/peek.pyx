@@ -2,7 +2,7 @@
 
 A gateway reads five fields of a body that may be megabytes of conversation and passes the bytes on as they are.
 Refuses what orjson refuses (a node decodes the same bytes with it), documents that are not an object, and those with
-more values, members, items or levels than are taken. In the same pass it tells which members no dialect knows.
+more values, members, items or levels than are taken. In the same pass it lists the members that no dialect has.
 """
 
 cimport cython
@@ -105,7 +105,7 @@ cdef class KnownNames:
 
     ``objects`` has the names of each object in turn, the body's first. A name maps to the place in ``objects`` of what
     its value may be, or of whose items, and to whether a body with it may be refused; ``None`` stands for a value that
-    nobody looks into. An entry of ``objects`` is that mapping, ``None`` where any member may be, and the most items
+    is not checked. An entry of ``objects`` is that mapping, ``None`` where any member may be, and the most items
     that a list in the object's place may have, 0 for any number.
     """
 
@@ -162,7 +162,7 @@ cdef class Peek:
     """The top-level fields of a body by which it is routed.
 
     ``model_start`` and ``model_end`` bound the value of ``model``, its quotes included; both are -1 if it is absent.
-    ``stores`` is false only where ``store`` is. ``unknown`` has the paths of members that nobody knows, each once, in
+    ``stores`` is false only where ``store`` is. ``unknown`` has the paths of unknown members, each once, in
     plain ASCII; the last is ``...`` where there are more. ``refused`` has the top-level names that may be refused.
     """
 

@@ -38,7 +38,7 @@ from cortex.wire.responses_events import ResponsesEvent
 
 cdef object _LENGTH = FinishReason.LENGTH
 
-# What a response says of a request that did not: clients of the Open Responses specification accept none of these
+# Defaults of fields that a request left out: clients of the Open Responses specification accept none of these
 # keys absent, and no null where there is a value here.
 cdef dict _DEFAULTS = {
     "background": b"false",
@@ -64,7 +64,7 @@ cdef dict _DEFAULTS = {
     "truncation": b'"disabled"',
 }
 
-# What only the stream itself can say.
+# Fields that the stream sets.
 cdef frozenset _OWN = frozenset({
     "completed_at", "created_at", "error", "id", "incomplete_details", "model", "object", "output", "status", "usage",
 })
@@ -89,7 +89,7 @@ cdef bytes _ERROR = _head(ResponsesEvent.ERROR)
 cdef enum ItemKind:
     REASONING_ITEM
     MESSAGE_ITEM
-    SUMMARY_ITEM     # reasoning, told as a summary of itself
+    SUMMARY_ITEM     # reasoning, sent as a summary
     CALL_ITEM        # this one and the next have no parts
     CUSTOM_ITEM
 
@@ -135,7 +135,7 @@ cdef class _Item:
     cdef bytes status
     cdef Buffer content
     cdef Buffer logprobs
-    cdef list pieces            # what was said as it is, where it is needed once more: custom calls, sealed reasoning
+    cdef list pieces            # plain output, where it is needed again: custom calls, sealed reasoning
     cdef bytes sealed           # of reasoning: what a client may send back in its place, None if it did not ask
 
     def __init__(
@@ -254,7 +254,7 @@ cdef class ResponsesStream:
         bint summarises=False,
         bint seals=False,
     ):
-        """Raises ``ValueError`` if ``echo`` says what only the stream knows, ``msgspec.DecodeError`` if it is no
+        """Raises ``ValueError`` if ``echo`` has a field that the stream sets, ``msgspec.DecodeError`` if it is no
         object.
         """
         cdef Buffer head = Buffer()
@@ -467,7 +467,7 @@ cdef class ResponsesStream:
         return self.put_call_delta(item, arguments)
 
     cdef _Item open_call(self, str id, str name):
-        """Open the item of a call, under the name that the client knows the tool by."""
+        """Open the item of a call, under the client's name of the tool."""
         cdef ItemKind kind = CUSTOM_ITEM if name in self.custom_tools else CALL_ITEM
         cdef _Item item
         namespace, own_name = self.namespaces.get(name, (None, name))

@@ -1,7 +1,7 @@
 """Scanner of a stream that the gateway forwards unchanged: finds its first token, usage and end.
 
-It knows the three dialects by their marks and builds no event. The marks are searched where each dialect has them (the
-top level of the data, the choices, the response object), so that the same words in generated text, tool schemas or
+It recognizes the three dialects by their marks and builds no event. The marks are searched where each dialect has them
+(the top level of the data, the choices, the response object), so that the same words in generated text, tool schemas or
 metadata are not mistaken for them.
 
 Most SSE events are one more delta. The scanner keeps the bytes before the text of the first one; an event with the same

@@ -227,7 +227,7 @@ class Dialect:
         """Return the error that a node ended a stream with, given the last bytes of that."""
         sse_events = reversed(SseDecoder(len(last) + 1).feed(last))
         found = [error for sse_event in sse_events if (error := _error_in(sse_event.data)) is not None]
-        # The last event of a response knows few codes; the one before it says the error's own.
+        # The last event of a response has few codes; the one before it has the error's own.
         exact = (error for error in found if error.code not in VAGUE)
         return next(exact, None) or next(iter(found), ErrorInfo(UpstreamError.status, "failed", "The node failed."))
 

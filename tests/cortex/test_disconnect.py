@@ -1,4 +1,4 @@
-"""A client that goes away ends the work behind its answer, wherever that is."""
+"""A client's disconnect ends the work behind its answer, wherever that is."""
 
 import asyncio
 import random

@@ -472,7 +472,7 @@ async def test_a_recovering_model_is_loaded_beside_what_is_elsewhere() -> None:
         assert [load.id for load in second.loads] == ["m"]
 
 
-async def test_a_recovering_model_is_503_where_nobody_else_has_room() -> None:
+async def test_a_recovering_model_is_503_where_no_other_node_has_room() -> None:
     first, second = FakeNode("a").ready("m"), FakeNode("b", free_bytes=GIB).ready("other")
     first.models["m"] = msgspec.structs.replace(first.models["m"], state=ModelState.RECOVERING)
     profile = msgspec.structs.replace(PROFILE, memory_bytes=2 * GIB)
@@ -492,13 +492,13 @@ async def test_a_model_whose_only_replica_is_dead_is_loaded_elsewhere_at_once(di
     async with rig(first, second, models=(PROFILE,), polling=Polling(interval_s=60, timeout_s=3)) as gateway:
         await until(lambda: gateway.gateway.fleet.state.complete)
         if dies == "before":
-            gateway.gateway.service.pools["a"]._port = free_port()  # where nobody listens
+            gateway.gateway.service.pools["a"]._port = free_port()  # where nothing listens
         call = await gateway.chat().end()
         assert (call.status, [load.id for load in second.loads]) == (200, ["m"])
         assert len(second.asked) == 1
 
 
-async def test_what_nobody_else_can_load_is_503_and_not_denied_for_good() -> None:
+async def test_a_model_that_no_other_node_can_load_is_503_and_not_denied_for_good() -> None:
     async def reset(asked: Asked, line: Line) -> None:
         line.reset()
 

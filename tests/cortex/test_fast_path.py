@@ -1,4 +1,4 @@
-"""The fast path: that the plainest requests take it, that nobody can tell, and that who leaves it arrives."""
+"""The fast path: the plainest requests take it, with the same result, and a request that leaves it is answered."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ async def warm(gateway: Rig, **fields: Any) -> None:
 
 
 async def observed(gateway: Rig, neuron: FakeNode, caplog: pytest.LogCaptureFixture, **request: Any) -> dict[str, Any]:
-    """Ask twice; return all that anybody is told of the second request."""
+    """Send a request twice; return the response, log line and counters of the second."""
     await warm(gateway)
     neuron.asked.clear()
     caplog.clear()
@@ -67,7 +67,7 @@ COUNTERS = ("cortex_requests_total",)
 
 
 @pytest.mark.parametrize("alias", [False, True])
-async def test_nobody_can_tell_which_path_a_request_took(
+async def test_both_paths_have_the_same_result(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, alias: bool
 ) -> None:
     caplog.set_level(logging.INFO, "cortex")
@@ -114,7 +114,7 @@ async def test_which_requests_it_is_for(
 
 @by_each
 async def test_a_busy_fleet_goes_the_slow_path(monkeypatch: pytest.MonkeyPatch, interface: str) -> None:
-    """Where nodes have to be weighed, or none has a connection to spare."""
+    """Several nodes have to be compared, or no node has an idle connection."""
 
     async def slow(asked: Asked, line: Line) -> None:
         await asyncio.sleep(0.05)

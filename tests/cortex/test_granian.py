@@ -220,7 +220,7 @@ async def test_without_a_lifespan_a_wrong_configuration_is_said_until_it_is_mend
 
 
 class Http2:
-    """A connection whose client reads what it is told to read, stream by stream."""
+    """HTTP/2 connection whose client reads chosen amounts, stream by stream."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
         self._reader, self._writer, self._port = reader, writer, port

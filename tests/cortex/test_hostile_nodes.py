@@ -1,4 +1,4 @@
-"""Nodes that do anything but answer: what a client is told, and that nobody else notices."""
+"""Hostile nodes: the client's error, and no effect on other requests."""
 
 import asyncio
 import json
@@ -378,7 +378,7 @@ async def test_a_model_that_cannot_be_is_left_out_and_the_others_are_served(
 
 
 @pytest.mark.parametrize("kind", ["many", "one name"])
-async def test_a_list_of_eighty_thousand_models_is_taken_in_part_and_holds_nobody_up(kind: str) -> None:
+async def test_a_list_of_eighty_thousand_models_is_taken_in_part_and_delays_no_request(kind: str) -> None:
     rows = [MODEL] + [MODEL | {"id": "m" if kind == "one name" else f"m{i}"} for i in range(80_000)]
     node = FakeNode("hostile", control=control("/models", orjson.dumps({"models": rows})))
     async with beside_a_sound_one(node) as gateway:

@@ -1,4 +1,4 @@
-"""Answers made at random, and those that a fuzzer found: only typed errors come of them, however they are cut."""
+"""Random answers, and those that a fuzzer found: only typed errors result, however they are cut."""
 
 import pathlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Requests that have ended are written down once each, whoever asks for it, and look as they did one by one."""
+"""Finished requests are written once each, whichever triggers the write, with the same lines as one by one."""
 
 import asyncio
 import io
@@ -71,7 +71,7 @@ def test_lines_written_together_are_those_written_alone(
     assert written.getvalue() == "\n".join(alone) + "\n"
 
 
-def test_whoever_else_listens_has_them_one_by_one(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_handlers_get_them_one_by_one(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "cortex")
     logs.info_each(logger, "request", LINES)
     assert [(record.created, record.fields) for record in caplog.records] == LINES

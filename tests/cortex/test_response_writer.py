@@ -1,4 +1,4 @@
-"""What is sent of a stream, and that coalescer which send something are held apart."""
+"""The response writer counts what it sends, and loop iterations that write are spaced."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from cortex._fast.response_writer import BYPASS_S, COALESCE_S, ResponseWriter, W
 
 
 async def no_wait(of: ResponseWriter) -> None:
-    """Fake window."""
+    """Wait for nothing."""
 
 
 async def test_it_is_counted_with_its_framing() -> None:
@@ -42,24 +42,24 @@ async def test_it_is_counted_with_its_framing() -> None:
         plain.write(b"x")
 
 
-async def test_turns_that_send_are_held_apart() -> None:
+async def test_iterations_that_write_are_spaced() -> None:
     out = ResponseWriter(lambda data: None, no_wait, 10**9, WriteCoalescer(asyncio.get_running_loop()), is_tls=False)
-    num_turns = 200
+    num_iterations = 200
     begun = time.perf_counter()
-    for _ in range(num_turns):
+    for _ in range(num_iterations):
         for _ in range(3):
             out.write(b"x")
         await asyncio.sleep(0)
-    assert time.perf_counter() - begun >= (num_turns - 2) * COALESCE_S
+    assert time.perf_counter() - begun >= (num_iterations - 2) * COALESCE_S
 
 
-async def test_none_is_held_off_while_requests_come() -> None:
+async def test_writes_are_not_coalesced_while_requests_arrive() -> None:
     coalescer = WriteCoalescer(asyncio.get_running_loop())
     out = ResponseWriter(lambda data: None, no_wait, 10**9, coalescer, is_tls=False)
 
-    async def slept_s(num_turns: int, *, bypassing: bool) -> float:
+    async def slept_s(num_iterations: int, *, bypassing: bool) -> float:
         begun, cpu_begun = time.perf_counter(), time.thread_time()
-        for _ in range(num_turns):
+        for _ in range(num_iterations):
             if bypassing:
                 coalescer.bypass()
             out.write(b"x")
@@ -74,7 +74,7 @@ async def test_none_is_held_off_while_requests_come() -> None:
 
 
 async def test_other_threads_run_meanwhile() -> None:
-    """A loop that waits for its next turn does not keep the interpreter's lock."""
+    """A loop that sleeps between writes releases the interpreter's lock."""
     out = ResponseWriter(lambda data: None, no_wait, 10**9, WriteCoalescer(asyncio.get_running_loop()), is_tls=False)
     is_over, count = threading.Event(), 0
 
@@ -93,7 +93,7 @@ async def test_other_threads_run_meanwhile() -> None:
     assert count > 1000
 
 
-def test_a_loop_that_is_closed_in_the_middle_of_a_turn_harms_no_other() -> None:
+def test_a_loop_that_is_closed_in_the_middle_of_an_iteration_harms_no_other() -> None:
     async def write() -> None:
         ResponseWriter(
             lambda data: None, no_wait, 10**9, WriteCoalescer(asyncio.get_running_loop()), is_tls=False

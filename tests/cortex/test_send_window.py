@@ -1,4 +1,4 @@
-"""What a reader has read, by the kernel's word: over real sockets."""
+"""Send windows follow the kernel's acknowledgements, over real sockets."""
 
 import asyncio
 import socket
@@ -15,7 +15,7 @@ PIECE = bytes(1024)
 
 
 class Line:
-    """A connection whose one end writes without limit, as Granian does, and whose other end reads when told."""
+    """Connection with an end that writes without limit, as Granian does, and an end that reads on demand."""
 
     def __init__(self, writing: socket.socket, reading: socket.socket) -> None:
         self.writing = writing
@@ -60,7 +60,7 @@ class Line:
             pass
 
     async def push_until_stopped(self, limit_bytes: int) -> bool:
-        """Send without anybody reading; return whether that was stopped before so much was sent."""
+        """Send without a read; return whether the window stopped it before so much was sent."""
         while self.sent_bytes < limit_bytes:
             if self.push():
                 try:

@@ -1,4 +1,4 @@
-"""Bodies that arrive a byte at a time or in a million pieces: cut in bounded time, and nobody else waits."""
+"""Bodies that arrive a byte at a time or in a million pieces: cut in bounded time, without delaying other requests."""
 
 import asyncio
 import pathlib

@@ -1,4 +1,4 @@
-"""Trace context: what is passed on, what is logged, and the spans that a collector gets."""
+"""Trace context: forwarded headers, log lines, and the spans that a collector gets."""
 
 import asyncio
 import logging

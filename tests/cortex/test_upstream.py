@@ -1,4 +1,4 @@
-"""The connections to a node, over a real socket and a server that does as it is told."""
+"""Connections to a node, over a real socket and a scripted server."""
 
 import asyncio
 import contextlib

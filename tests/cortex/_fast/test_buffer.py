@@ -1,4 +1,4 @@
-"""JSON text written by hand must be the JSON text that everybody else writes."""
+"""The buffer writes the same JSON text as other encoders."""
 
 import json
 

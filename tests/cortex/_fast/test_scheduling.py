@@ -1,4 +1,4 @@
-"""How long threads run at a time: set for all of them, and left alone where somebody has said otherwise."""
+"""Time slices: set for all threads, and left alone where another policy is in force."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def has_slices() -> bool:
     return slice_of(0) > 0
 
 
-@pytest.mark.skipif(not has_slices(), reason="the kernel tells no slice")
+@pytest.mark.skipif(not has_slices(), reason="the kernel reports no slice")
 def test_each_thread_of_a_process_has_it_and_those_to_come() -> None:
     script = """
 import os, threading

@@ -1,4 +1,4 @@
-"""The usage scanner: bytes pass unchanged in whole SSE events, and what it notes is what was there."""
+"""The usage scanner: bytes pass unchanged in whole SSE events, and first token, usage and end are found."""
 
 import itertools
 import json
