@@ -1,1 +1,1 @@
-"""The engine inside a device worker: who runs this step, what it computes, what comes out."""
+"""The engine inside a device worker: scheduling, execution and sampling of every step."""

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     if kind == "cpu":
         keep_activations_mapped()
         torch.set_num_threads(usable_cores())
-    # The loop closes its descriptor with it, and the daemon is to be told why there is none.
+    # A loop that cannot start closes its descriptor; this one is for the reason.
     spare_fd = os.dup(options.channel_fd)
     try:
         loop = DeviceLoop(
@@ -85,15 +85,15 @@ def main(arguments: list[str] | None = None) -> int:
         loop.send(msgspec.msgpack.encode(Ready(options.device, os.getpid(), total_bytes, free_bytes)))
         status = loop.run(engine)
         if kind == "cuda":
-            # All it has goes with the process. On the way out torch would give back what it holds, to a stream that is
-            # gone by then and maybe a driver that answers nothing any more, and die of that instead.
+            # The process frees everything. At a normal exit torch would free its memory on a stream that is gone by
+            # then, with a driver that may no longer answer, and crash.
             logging.shutdown()
             os._exit(status)
         return status
 
 
 def _refuse(reason: str, channel_fd: int) -> int:
-    """Tell the daemon why there is no device; return the exit status."""
+    """Send the daemon the reason why there is no device; return the exit status."""
     logger.error("%s", reason)
     channel = Channel(channel_fd)
     channel.send(msgspec.msgpack.encode(Poisoned(reason)))

@@ -1,7 +1,7 @@
-"""Grammars on their way: compiled on a thread, while the steps of all other sequences go on.
+"""Grammars in compilation, on a thread, while the steps of all other sequences go on.
 
-A grammar takes up to a second, and the first one of a model waits for its vocabulary, seconds where that is large. What
-is compiled here was compiled before in a text process, with less stack than this thread has. No torch here.
+A grammar takes up to a second, and the first of a model builds its vocabulary as well, seconds where that is large. A
+text process has compiled each of them before, with less stack than this thread has. No torch here.
 """
 
 import concurrent.futures
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from neuron.engine.model_engine import ModelEngine
 
 STACK_BYTES: Final = 32 << 20
-"""More than a text process has (:data:`neuron.text.limits.STACK_BYTES`)."""
+"""Stack of the thread, more than a text process has (:data:`neuron.text.limits.STACK_BYTES`)."""
 
 
 class Compiling:
@@ -31,7 +31,7 @@ class Compiling:
         return bool(self._waiting)
 
     def start(self, model: "ModelEngine", sequence: Sequence, job: Generate) -> None:
-        """Compile the grammar that ``sequence`` must follow by its ``job``."""
+        """Begin to compile the grammar of ``sequence``, which ``job`` names."""
         assert job.constraint is not None
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "grammars")
@@ -53,7 +53,7 @@ class Compiling:
         return [number for number, waiting in self._waiting.items() if waiting[0] is model]
 
     def drop(self, number: int) -> None:
-        """Forget a sequence, if it is here."""
+        """Drop a sequence, if it waits here."""
         waiting = self._waiting.pop(number, None)
         if waiting is not None:
             waiting[3].cancel()
@@ -64,13 +64,13 @@ class Compiling:
         concurrent.futures.wait(futures, timeout_s, concurrent.futures.FIRST_COMPLETED)
 
     def take_done(self) -> Iterator[tuple["ModelEngine", Sequence, Generate, "Constraint | BaseException"]]:
-        """Yield the sequences whose grammar is done, and what came of it."""
+        """Yield the sequences whose grammar is done, each with its constraint or its error."""
         for number in [number for number, waiting in self._waiting.items() if waiting[3].done()]:
             model, sequence, job, future = self._waiting.pop(number)
             yield model, sequence, job, future.exception() or future.result()
 
     def close(self) -> None:
-        """Forget all, and end the thread when it can."""
+        """Drop all sequences, and end the thread without waiting for it."""
         for number in list(self._waiting):
             self.drop(number)
         if self._thread is not None:

@@ -1,7 +1,7 @@
-"""A sequence whose tokens must follow a grammar: which may come next, and when it is complete.
+"""Grammar constraint of one sequence: a mask of the next tokens, and the end of the output.
 
-llguidance computes the masks, 10 to 100 us a token, for a model's whole vocabulary. Reasoning that comes before the
-answer is free: the grammar begins after the token that ends it. No torch here; the sampler applies the masks.
+llguidance computes the masks, 10 to 100 us a token, for a model's whole vocabulary. Reasoning before the answer
+is unconstrained: the grammar begins after the token that ends it. No torch here; the sampler applies the masks.
 """
 
 import time
@@ -17,8 +17,8 @@ from neuron.text.matcher import BITS, problem_of
 
 FIRST_ALLOWANCE_S: Final = 0.5
 ALLOWANCE_S: Final = 0.002
-"""CPU time that a sequence's grammar may take at first, and more of it for each token. All sequences of the device wait
-for it; what passed the check of :mod:`neuron.text.matcher` may still become costly later on."""
+"""CPU time of a sequence's grammar: at first, and added for each token. All sequences of the device wait for it, and a
+grammar that passed the check of :mod:`neuron.text.matcher` may still become costly."""
 
 
 class ConstraintError(EngineError):
@@ -29,7 +29,7 @@ class ConstraintError(EngineError):
 
 
 class Constraint:
-    """Where one sequence is in its grammar."""
+    """Position of one sequence in its grammar."""
 
     def __init__(self, matcher: LLMatcher, settings: ConstraintSettings, num_tokens: int) -> None:
         self._matcher = matcher
@@ -40,9 +40,9 @@ class Constraint:
         self._allowance_s = FIRST_ALLOWANCE_S
 
     def mask(self) -> Int32Array | None:
-        """Return which tokens may come next, a bit each, int32 ``[ceil(V / 32)]``; ``None`` if all may.
+        """Return a mask of the next tokens, a bit each, int32 ``[ceil(V / 32)]``; ``None`` for all.
 
-        Raises :class:`ConstraintError`, also where that has taken more time than a grammar may.
+        Raises :class:`ConstraintError`, also for a grammar over its allowance of time.
         """
         if self._reasons:
             return None

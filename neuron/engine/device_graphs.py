@@ -1,8 +1,8 @@
 """Graphs of torch's work on a device: captured here, launched by the device loop.
 
-While a capture is under way nothing runs: what is launched is noted, with the addresses it would read and write. So a
-step is run once before, that nothing is loaded, made or initialised for the first time in it, and its memory comes from
-a pool that is set apart for as long as the graphs live. It knows streams and pools, and not what a step computes.
+A capture records launches, with their addresses, and runs nothing. So a step is run once before, in which everything is
+loaded and initialised, and its memory comes from a pool that lives as long as the graphs. This module handles streams
+and pools, whatever a step computes.
 """
 
 import contextlib
@@ -14,16 +14,16 @@ import torch
 from neuron.device.loop import DeviceLoop
 
 _NEVER_ENDED: Final[list[torch.cuda.CUDAGraph]] = []
-"""Captures that could not be ended. torch's allocators ask these whether a stream is theirs, ever after."""
+"""Captures that could not be ended. torch's allocators go on asking them whether a stream is theirs."""
 
 
 class Graphs(Protocol):
-    """What makes and launches the graphs of one model."""
+    """Captures and launches the graphs of one model."""
 
     def capture(self, step: Callable[[], None]) -> int:
-        """Return a graph of what ``step`` launches, which reads and writes what is at the same places ever after.
+        """Return a graph of the launches of ``step``, which reads and writes the same addresses every time.
 
-        Whatever it raises but :class:`DeviceFault` leaves the device as it was.
+        After any exception but :class:`DeviceFault` the device is as it was.
         """
 
     def launch(self, graph: int) -> None:
@@ -32,17 +32,17 @@ class Graphs(Protocol):
     def replay(self, graph: int, count: int, all_ended: torch.Tensor) -> int:
         """Launch a graph ``count`` times and wait for it; return how often it ran. Raises :class:`DeviceFault`.
 
-        It ends early when the daemon has said something, or once ``all_ended`` holds something other than 0.
+        It ends early when a message of the daemon arrives, or once ``all_ended`` is not 0.
         """
 
     def wait(self, words: torch.Tensor, pending: int) -> None:
-        """Wait until the device has written something else than ``pending`` to each int32 of ``words``.
+        """Wait until the device has overwritten ``pending`` in each int32 of ``words``.
 
         Raises :class:`DeviceFault`.
         """
 
     def close(self) -> None:
-        """Destroy the graphs, once the device is done with them and with what they write to."""
+        """Destroy the graphs, once the device is done with them and with the memory they write."""
 
 
 class DeviceGraphs:
@@ -54,20 +54,20 @@ class DeviceGraphs:
 
     def __init__(self, loop: DeviceLoop) -> None:
         self._loop = loop
-        # Of its own, so that what is freed or destroyed meanwhile may still use the loop's.
+        # Not the loop's, which frees during a capture still use.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[int, torch.cuda.CUDAGraph] = {}
-        """Own the memory of what they were captured with."""
+        """Graphs by handle; torch's objects own the memory of their captures."""
 
     def capture(self, step: Callable[[], None]) -> int:
         """Run ``step`` once, capture it and make it ready."""
         step()
-        # A capture cannot have what is cached for others given back to make room.
+        # A capture cannot free memory that is cached for others.
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        # Not torch.cuda.graph: where a capture cannot be ended, it hides what went wrong in it and leaves its stream
-        # the current one.
+        # Not torch.cuda.graph: where a capture cannot be ended, that hides the first error and leaves its stream the
+        # current one.
         with torch.cuda.stream(self._stream):
             try:
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")
@@ -85,12 +85,12 @@ class DeviceGraphs:
         try:
             graph.capture_end()
         except RuntimeError:
-            # What was against the rules has made the capture void. torch (2.11 to 2.13) still takes it to be under way
-            # then, and its pool to be in use: nothing cached would be given back to make room, ever.
+            # The capture is void. torch (2.11 to 2.13) still takes it to be in progress and its pool to be in use, and
+            # would never free cached memory again.
             _NEVER_ENDED.append(graph)
             device = self._stream.device_index
             for release in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-                with contextlib.suppress(RuntimeError):  # it knows that much, if the capture failed elsewhere
+                with contextlib.suppress(RuntimeError):  # already released, if the capture failed elsewhere
                     release(device, self._pool)
             raise
 

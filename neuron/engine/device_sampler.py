@@ -1,7 +1,7 @@
-"""The sampler where there are kernels: one launch for all rows, whatever they want, and the same draws everywhere.
+"""The sampler where there are kernels: one launch for all rows, with every setting.
 
 A captured step has the kernel in it for rows that draw plainly (:meth:`DeviceSampler.draws_plainly`); all others, and
-all steps that are not captured, come here. A seed gives the same tokens either way, others than :class:`Sampler` draws.
+all steps that are not captured, come here. A seed gives the same tokens either way, but others than :class:`Sampler`.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class DeviceSampler(Sampler):
         self.report = None
         if len(reported):
             raw = logits[to_device(reported, self._device)]
-            # What is not finite has no id, and nobody is told of it.
+            # A row that is not finite has no id, and its report is never read.
             self.report = self._report(raw, ids.clamp(min=0).to(torch.int64), reported, slots)
         return ids
 
@@ -49,8 +49,7 @@ class DeviceSampler(Sampler):
         chosen = slots.tolist()
         if not (self._penalised[slots].any() or any(slot in self._bias or slot in self._masks for slot in chosen)):
             return SamplingRows(*together(arrays, self._device))
-        # All three for all rows, so that there are two kernels and not eight: those that want none of it get what
-        # changes nothing.
+        # All three for all rows, so that there are two kernels and not eight: other rows get neutral values.
         arrays += [slots, self._penalties[slots].astype(np.float32), *self._biases(chosen), self._allowed(chosen)]
         there = together(arrays, self._device)
         counts, in_prompt = self._tables()

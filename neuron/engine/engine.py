@@ -1,8 +1,8 @@
-"""The engine: what a device loop drives. Messages in, steps while there is work, messages out.
+"""The engine of a device loop: messages in, steps while there is work, messages out.
 
-It decides nothing about a step (the scheduler does) and computes nothing (the runner does). Several models share the
-device and take turns, a step each; a load advances by one layer between steps, so that it stalls nobody. An error
-belongs to the request or the job that caused it; only a device fault leaves the engine, as :class:`DeviceFault`.
+The scheduler decides about a step and the executor computes it. Models share the device round-robin, a step each; a
+load advances by one layer between steps, so that it stalls no stream. An error belongs to the request or the job that
+caused it; only a device fault leaves the engine, as :class:`DeviceFault`.
 """
 
 import dataclasses
@@ -64,9 +64,9 @@ logger = logging.getLogger(__name__)
 
 QUEUE_RETRY_AFTER_S: Final = 2.0
 COMPILE_WAIT_S: Final = 0.005
-"""How long a step may be that only waits for a grammar."""
+"""Longest step that only waits for a grammar."""
 FOLLOW_WAIT_S: Final = 0.5
-"""How long a step may be that only waits for rank 0 of some model."""
+"""Longest step that only waits for rank 0 of a model."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -82,9 +82,9 @@ class Engine:
     """All models of one device.
 
     ``send`` takes an encoded message for the daemon, ``memory`` returns (free, total) bytes of the device, and ``stop``
-    is called on :class:`Shutdown`. A model lets ``max_waiting`` sequences wait that no free slot will take. Messages of
-    the daemon come by ``channel_fd``: a worker that follows another waits for it, a multi-step decode ends for it.
-    ``graphs`` makes what captures a model's steps on a GPU.
+    is called on :class:`Shutdown`. A model queues ``max_waiting`` sequences beyond its free slots. ``channel_fd`` is
+    readable when a message of the daemon waits: a follower polls it, and a multi-step decode ends for it. ``graphs``
+    makes the :class:`Graphs` of a model on a GPU.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Engine:
         self._graphs = graphs
         self._channel_fd = channel_fd
         self._name = device
-        # cpu:1 is another worker on the same processor.
+        # cpu:1 is a second worker on the same CPU.
         self._device = torch.device("cpu" if device.startswith("cpu") else device)
         self._send_bytes = send
         self._memory = memory
@@ -115,7 +115,7 @@ class Engine:
         self._loads: dict[str, _Loading] = {}
         self._followers: dict[str, Follower] = {}
         self._left: set[str] = set()
-        """Models whose rank 0 has left before the daemon said that they are to go."""
+        """Models whose rank 0 has left before the daemon unloaded them."""
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -127,7 +127,7 @@ class Engine:
         )
 
     def handle(self, message: bytes) -> None:
-        """Take one message of the daemon's; one that cannot be read fails what it asks for. Raises DeviceFault."""
+        """Handle one message of the daemon; an unreadable one fails its request or job. Raises DeviceFault."""
         try:
             job = self._decoder.decode(message)
         except msgspec.MsgspecError as error:
@@ -140,9 +140,9 @@ class Engine:
             raise
 
     def _refuse(self, message: bytes, error: Exception) -> None:
-        """Answer a message that is none of those known: whoever asks is told, and nobody else is the worse for it."""
+        """Answer an unreadable message: its request or job fails, and no other does."""
         logger.error("a message of %d bytes cannot be read: %s", len(message), error)
-        info = InvalidRequestError(f"the worker of {self._name} cannot read what it was sent: {error}").info()
+        info = InvalidRequestError(f"the worker of {self._name} cannot read a message: {error}").info()
         try:
             fields = msgspec.msgpack.decode(message)
         except (msgspec.MsgspecError, RecursionError, UnicodeError):
@@ -175,30 +175,30 @@ class Engine:
     def step(self) -> None:
         """Advance the oldest load by a layer, and run one step of the next model that has work.
 
-        Of models that another rank leads, do what it sends; with nothing else to do, wait a moment for that or a job.
+        Of models with another rank 0, run its steps; with nothing else to do, wait a moment for these or a message.
         Raises DeviceFault.
         """
         try:
-            self._take_turns()
+            self._advance_all()
         except Exception as error:
             raise_device_fault(error)
             raise
 
-    def _take_turns(self) -> None:
+    def _advance_all(self) -> None:
         if self._compiling:
             self._take_compiled()
         if self._followers:
             self._follow(0.0 if self._loads or any(model.busy for model in self._models.values()) else FOLLOW_WAIT_S)
         if self._loads:
-            self._advance(next(iter(self._loads.values())))
+            self._advance_load(next(iter(self._loads.values())))
         busy = [name for name, model in self._models.items() if model.busy]
         if busy:
-            # To the end of the line: models take turns.
+            # To the end of the queue: models run round-robin.
             model = self._models[busy[0]] = self._models.pop(busy[0])
             self._step(model, alone=len(busy) == 1 and not (self._loads or self._followers))
 
     def _take_compiled(self) -> None:
-        """Let those wait for a slot whose grammar is done; with nothing else to do, wait a moment for one."""
+        """Queue sequences whose grammar is compiled; with nothing else to do, wait a moment for one."""
         if not (self._loads or self._followers or any(model.busy for model in self._models.values())):
             self._compiling.wait(COMPILE_WAIT_S)
         for model, sequence, job, found in self._compiling.take_done():
@@ -206,7 +206,7 @@ class Engine:
                 if isinstance(found, BaseException):
                     raise found
                 _queue(model, sequence, job, found)
-            except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
+            except Exception as error:  # noqa: BLE001 (any error is this request's)
                 self._model_of.pop(sequence.number, None)
                 self._send(SequenceFailed(sequence.number, error_info(error)))
 
@@ -241,7 +241,7 @@ class Engine:
                 self._compiling.start(model, sequence, job)
             else:
                 _queue(model, sequence, job, None)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
+        except Exception as error:  # noqa: BLE001 (any error is this request's)
             self._send(SequenceFailed(job.sequence, error_info(error)))
         else:
             self._model_of[job.sequence] = model
@@ -299,7 +299,7 @@ class Engine:
         )
         self._loads[name] = _Loading(job, pieces)
 
-    def _advance(self, loading: _Loading) -> None:
+    def _advance_load(self, loading: _Loading) -> None:
         job = loading.job
         try:
             fraction = next(loading.progress)
@@ -311,11 +311,11 @@ class Engine:
             else:
                 self._models[job.spec.id] = model
             self._send(Done(job.job, model.loaded))
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is this job's)
-            if not isinstance(error, GroupLostError):  # nothing of this device's is lost with a load
+        except Exception as error:  # noqa: BLE001 (any error is this job's)
+            if not isinstance(error, GroupLostError):  # a load that fails leaves the device sound
                 raise_device_fault(error)
             info = _load_error(job.spec.id, error)
-            # Not the error itself: a record would keep the frames it came through, and what they hold.
+            # Not the error itself: a log record would keep its frames alive, and their tensors.
             logger.warning("load of %s failed: %s", job.spec.id, info.message)
             del self._loads[job.spec.id]
             self._send(JobFailed(job.job, info))
@@ -364,34 +364,34 @@ class Engine:
         self._stop()
 
     def _free_bytes(self) -> int:
-        """Return what a new model may take. What is promised to the models here is not free, touched or not.
+        """Return the bytes for a new model. Memory planned for the models here is not free, touched or not.
 
-        A host gives memory only as it is touched, and a GPU's steps take what they work in when the first one runs;
-        models take turns with that.
+        A host commits memory on first touch, and a GPU's workspace is allocated by the first step and shared by all
+        models.
         """
         free_bytes = self._memory()[0]
-        plans = [part for model in self._models.values() for part in model.plan.parts]
+        plans = [plan for model in self._models.values() for plan in model.plan.parts]
         plans += [follower.plan for follower in self._followers.values()]
-        promised_bytes = sum(plan.kv_cache_bytes for plan in plans)
+        planned_bytes = sum(plan.kv_cache_bytes for plan in plans)
         if self._device.type != "cpu":
-            promised_bytes += sum(plan.weights_bytes for plan in plans)
-            promised_bytes += max((plan.workspace_bytes for plan in plans), default=0)
-            promised_bytes = max(0, promised_bytes - used_bytes(self._device))
-        return max(0, free_bytes - promised_bytes)
+            planned_bytes += sum(plan.weights_bytes for plan in plans)
+            planned_bytes += max((plan.workspace_bytes for plan in plans), default=0)
+            planned_bytes = max(0, planned_bytes - used_bytes(self._device))
+        return max(0, free_bytes - planned_bytes)
 
     def _send(self, message: FromWorker) -> None:
         self._send_bytes(self._encoder.encode(message))
 
 
 def _load_error(name: str, error: Exception) -> ErrorInfo:
-    """Return what a load is told of ``error``: what no reader of files foresaw is about the files."""
+    """Return ``error`` of a load as it is sent: any unforeseen one is about the files."""
     if isinstance(error, ApiError) or ran_out(error) or isinstance(getattr(error, "code", None), str):
         return error_info(error)
     return LoadFailedError(f"the files of {name!r} cannot be loaded: {type(error).__name__}: {error}").info()
 
 
 def _queue(model: ModelEngine, sequence: Sequence, job: Generate | Embed, constraint: Constrained | None) -> None:
-    """Let a sequence wait for a slot, with what it must follow."""
+    """Queue a sequence, with its grammar and its minimum length."""
     if isinstance(job, Generate) and job.min_tokens and sequence.eos:
         constraint = Minimum(constraint, job.min_tokens, sequence.eos, model.config.vocab_size)
     sequence.constraint = constraint
@@ -399,7 +399,7 @@ def _queue(model: ModelEngine, sequence: Sequence, job: Generate | Embed, constr
 
 
 def _sequence(job: Generate | Embed, model: ModelEngine) -> Sequence:
-    """Return the sequence that ``job`` asks for. Raises :class:`InvalidRequestError` for what can never be served."""
+    """Return the sequence of ``job``. Raises :class:`InvalidRequestError` for one that can never be served."""
     context_tokens, vocab_size = model.plan.context_tokens, model.config.vocab_size
     if len(job.prompt) % 4 or not job.prompt:
         raise InvalidRequestError("the prompt has no tokens", param="prompt")
@@ -425,6 +425,6 @@ def _sequence(job: Generate | Embed, model: ModelEngine) -> Sequence:
     )
     if job.scores_prompt:
         if job.sampler.top_logprobs < 0:
-            raise InvalidRequestError("a prompt is scored where log probabilities are asked for", param="logprobs")
+            raise InvalidRequestError("a prompt is scored only with log probabilities", param="logprobs")
         sequence.scores_prompt = True
     return sequence

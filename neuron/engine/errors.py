@@ -1,4 +1,4 @@
-"""What can go wrong with one sequence, and how torch's exceptions become ours."""
+"""Errors of a sequence, and the translation of torch's exceptions into them."""
 
 import re
 from typing import Final
@@ -37,19 +37,19 @@ class GroupLostError(UnavailableError):
     code = "group_lost"
 
 
-# What torch and Triton raise for driver and library faults, beside torch.AcceleratorError.
 FAULTS: Final = re.compile(r"CUDA error|CUDNN_STATUS_|NCCL error|cudaError|Triton Error \[CUDA\]")
+"""Messages of torch and Triton for driver and library faults, beside torch.AcceleratorError."""
 NO_FAULTS: Final = re.compile(r"CU(?:BLAS|DNN)_STATUS_NOT_SUPPORTED|Triton Error \[CUDA\]: .*captur")
-"""What of that is none: an operation that is not there, and work against the rules of a capture."""
+"""Messages among these that are no faults: missing operations, and calls that a capture does not allow."""
 NO_MEMORY: Final = re.compile(r"(?:CUDA error|Triton Error \[CUDA\]): out of memory|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED")
 OUT_OF_MEMORY: Final = 2
-"""The code of it in CUDA's driver, and in its runtime."""
+"""Error code of CUDA's driver and of its runtime."""
 CAPTURE_ERRORS: Final = range(900, 909)
-"""cudaErrorStreamCaptureUnsupported to -WrongThread: something was against the rules of a capture."""
+"""cudaErrorStreamCaptureUnsupported to -WrongThread: a call that a capture does not allow."""
 
 
 def ran_out(error: Exception) -> bool:
-    """Return whether ``error`` says that there was no memory, of the host or the device: neither is worse for it."""
+    """Return whether ``error`` is a failed allocation on the host or the device, which harms neither."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, (torch.AcceleratorError, DriverError)) and _code(error) == OUT_OF_MEMORY:
@@ -58,9 +58,9 @@ def ran_out(error: Exception) -> bool:
 
 
 def raise_device_fault(error: Exception) -> None:
-    """Raise :class:`DeviceFault` if ``error`` says that the device's context is lost; return if it does not.
+    """Raise :class:`DeviceFault` if ``error`` means that the device's context is lost.
 
-    An exception of one request must not poison a device, and a lost context must never answer again.
+    An exception of one request must not poison a device, and a lost context must not be used again.
     """
     if isinstance(error, DeviceFault):
         raise error
@@ -75,18 +75,18 @@ def raise_device_fault(error: Exception) -> None:
 
 
 def _code(error: Exception) -> int:
-    """Return CUDA's code of an error of torch's or of the driver; -1 where it has none."""
+    """Return the CUDA code of an error of torch or of the driver; -1 where it has none."""
     code = error.code if isinstance(error, DriverError) else getattr(error, "error_code", None)
     return code if isinstance(code, int) else -1
 
 
 def error_info(error: Exception) -> ErrorInfo:
-    """Return what a client is told of ``error``."""
+    """Return ``error`` as it is sent to the client."""
     if isinstance(error, ApiError):
         return error.info()
     if ran_out(error):
         return OutOfMemoryError(f"out of device memory: {error}", retry_after_s=1.0).info()
     found = EngineError(f"{type(error).__name__}: {error}").info()
-    # Errors of the kernels know no wire, but have a code.
+    # Errors of the kernels are no ApiError, but have a code.
     code = getattr(error, "code", None)
     return msgspec.structs.replace(found, code=code) if isinstance(code, str) else found

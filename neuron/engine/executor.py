@@ -24,16 +24,16 @@ NO_LATER: Final[Int32Array] = np.empty((0, 0), np.int32)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """The outcome of a step of B sequences, R sampled rows and E rows wanted as they are."""
+    """Outcome of a step of B sequences, R sampled rows and E rows of hidden states."""
 
     ids: Int32Array
-    """``[R]``, NON_FINITE for a row whose logits are not."""
+    """``[R]``, NON_FINITE for a row whose logits are not finite."""
     finite: np.ndarray[Any, np.dtype[np.bool_]]
-    """``[B]``: whether all that a sequence's last row comes from is. A NaN anywhere before reaches it by attention."""
+    """``[B]``: whether a sequence's last row is finite. A NaN anywhere before reaches it by attention."""
     hidden: Float32Array
     """``[E, hidden]``"""
     logprobs: dict[int, TokenLogprobs]
-    """Of those rows of R that asked for them."""
+    """Log probabilities of the rows of R that want them."""
     later: Int32Array = dataclasses.field(default_factory=lambda: NO_LATER)
     """``[N - 1, R]``: the tokens of the steps after the first, if there were any. A row that is not finite, or has
     sampled a stop, has none after it; ``finite`` is the last step's."""
@@ -47,7 +47,7 @@ class InFlightStep(Protocol):
 
 
 class Executor(Protocol):
-    """Runs the steps of one model: eager, graphs, or native."""
+    """Runs the steps of one model: eager, by graphs, or native."""
 
     config: ModelConfig
     sampler: Sampler
@@ -60,12 +60,12 @@ class Executor(Protocol):
         """Begin a step."""
 
     def clear_pages(self, pages: Int32Array) -> None:
-        """Zero ``pages``, so that a NaN in them cannot reach the next sequence they are given to."""
+        """Zero ``pages``, so that a NaN in them cannot reach the next sequence that gets them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostStep:
-    """A step that is done: its outcome is on the host."""
+    """A finished step, with its outcome on the host."""
 
     outcome: StepOutcome
 
@@ -76,7 +76,7 @@ class HostStep:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceStep:
-    """A step whose outcome is copied to the host when the device has come so far: see :meth:`behind`."""
+    """A step whose outcome is copied to the host asynchronously, see :meth:`behind`."""
 
     ids: torch.Tensor
     finite: torch.Tensor
@@ -88,13 +88,13 @@ class DeviceStep:
     def behind(
         cls, ids: torch.Tensor, finite: torch.Tensor, hidden: torch.Tensor, report: LogprobReport | None
     ) -> "DeviceStep":
-        """Queue the copies of an outcome behind what computes it, and in front of whatever is launched next."""
+        """Queue the copies of an outcome behind its kernels, and ahead of the next launch."""
         found = to_host(ids), to_host(finite), to_host(hidden)
         done = torch.cuda.current_stream().record_event() if ids.device.type == "cuda" else None
         return cls(*found, report, done)
 
     def wait(self) -> StepOutcome:
-        """Return the outcome; what was launched behind this step is not waited for."""
+        """Return the outcome, without waiting for later launches."""
         if self.done is not None:
             self.done.synchronize()
         return StepOutcome(

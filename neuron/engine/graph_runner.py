@@ -1,16 +1,16 @@
 """The executor on a GPU: steps of decodes as captured graphs, everything else as :class:`~neuron.engine.runner.Runner`.
 
-A step of a few hundred kernels takes the host longer to launch than a GPU to run; a graph of it is launched as one.
-There is a graph for each of a few numbers of rows (*buckets*), with inputs and outputs at fixed places; a step takes
-the smallest that holds its rows. They are captured while steps go by, one a step and the largest first, so that all fit
-into the memory that the first one took, and so that any step of decodes has a graph after the first capture.
+The host launches a few hundred kernels more slowly than a GPU runs them; a graph of them is one launch. There is a
+graph for each of a few numbers of rows (*buckets*), with inputs and outputs at fixed addresses; a step takes the
+smallest that holds its rows. One is captured a step, the largest first: the others fit into its memory, and after it
+every step of decodes has a graph.
 
 A graph ends in the sampling kernel and moves its own rows on, so that launching it again is the next step: a multi-step
 decode is the same graph, launched by the loop without Python. The sampled tokens go to the host's memory. A
-step of which a row wants more than a plain draw (penalties, a grammar, log probabilities) is sampled behind its graph.
+step with a row that does not draw plainly (penalties, a grammar, log probabilities) is sampled behind its graph.
 
-Rows without a sequence repeat the first sequence's: they write the same key and value to the same slot as it does, so
-that no page has to be set apart for them.
+Rows without a sequence repeat the first sequence's and write the same key and value to the same KV slot, so that they
+need no page.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(slots=True)
 class _Bucket:
-    """The graph of so many rows, and where its inputs and outputs are."""
+    """The graph of one number of rows, with its inputs and outputs."""
 
     inputs: StepInputs
     batch: Batch
-    """Held, as a graph holds addresses only."""
+    """The tensors of the graph, which holds addresses only."""
     graph: int = 0
     logits: torch.Tensor | None = None
     """``[B, V]`` float32"""
@@ -51,7 +51,7 @@ class _Bucket:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _GraphStep:
-    """One or N decode steps whose tokens ``[N, R]`` the device itself publishes."""
+    """Decode steps, 1 or N, whose tokens ``[N, R]`` the device itself publishes."""
 
     graphs: Graphs
     graph: int
@@ -69,13 +69,13 @@ class _GraphStep:
         else:
             self.graphs.wait(self.first, PENDING)
         tokens = self.tokens[:num_steps].copy()
-        # A row whose logits are not finite has no token: its hidden states need no look of their own.
+        # A row whose logits are not finite has no token, so its hidden states need no check.
         finite = np.ones(tokens.shape[1], np.bool_)
         return StepOutcome(tokens[0], finite, self.hidden, {}, tokens[1:])
 
 
 class GraphRunner(Runner):
-    """One loaded model on one GPU."""
+    """Executor of a loaded model on one GPU."""
 
     def __init__(
         self,
@@ -90,12 +90,12 @@ class GraphRunner(Runner):
         self._graphs = graphs
         self._num_columns = -(-plan.context_tokens // PAGE_TOKENS)
         self._buckets: dict[int, _Bucket] = {}
-        # Eager attention is told of every step on the host, so that no graph could follow.
+        # Eager attention takes host data of every step, which no graph can.
         captures = settings.cuda_graphs and self._kernels is not dispatch.EAGER
         self._uncaptured = buckets(plan.max_sequences) if captures else []
         self._samples = isinstance(self.sampler, DeviceSampler)
-        """Whether graphs do."""
-        # A step may name any row that was sampled in the one before it.
+        """Whether graphs sample."""
+        # A step may refer to any row that was sampled in the one before it.
         self._published = Published(plan.sampled_rows, device)
         self._no_hidden: Float32Array = np.empty((0, config.hidden_size), np.float32)
 
@@ -109,16 +109,16 @@ class GraphRunner(Runner):
         return self._replay(self._buckets[size], plan) if size else super().launch(plan)
 
     def close(self) -> None:
-        """Destroy the graphs, once the device is done with what they write to."""
+        """Destroy the graphs, once the device is done with the memory they write."""
         self._graphs.close()
         self._buckets.clear()
 
     @torch.inference_mode()
     def _capture(self, size: int) -> None:
-        """Capture the graph of a bucket; if that fails, do without it and the smaller ones."""
+        """Capture the graph of a bucket; on failure, run without it and the smaller ones."""
         try:
             self._buckets[size] = self._captured(size)
-        except Exception as error:  # whatever it is, every step can be launched without a graph
+        except Exception as error:  # every step can be launched without a graph
             raise_device_fault(error)
             self._uncaptured.clear()
             if ran_out(error):

@@ -1,14 +1,14 @@
-"""The ranks that hold one model together: sums and gathers over them, and the steps that rank 0 sends the others.
+"""Tensor parallelism: the ranks of one model, their all-reduces and gathers, and the steps that rank 0 sends.
 
-Each rank is the same worker process with a part of the weights. Rank 0 schedules, samples and answers; before it runs a
-step it sends the step's plan to the others, which run it on their part and meet it in the sums. They meet over TCP at
-rank 0's address, and listen at no other than those by which they reach each other: only plans ask who comes. Sums go by
-NCCL between GPUs and by Gloo otherwise; plans by a connection of their own, which a rank can wait for beside its
-daemon's channel, as it could not for a collective.
+Each rank is a worker process with a part of the weights. Rank 0 schedules, samples and answers; before it runs a step
+it sends the step's plan to the others, which run it on their part and join its sums. They connect over TCP at rank 0's
+address and listen at no others; only the connections for plans are authenticated. Sums go by NCCL between GPUs and by
+Gloo otherwise; plans by a connection of their own, which a rank can poll beside its daemon's channel, unlike a
+collective.
 
-A rank that is gone or that hangs makes the others' sums fail, at once or after ``limit_s``, and the group is over:
-:class:`GroupLostError`; a sum of NCCL's that outlasts the limit ends the process, by torch's own watchdog. It does not
-know schedulers or requests.
+A rank that is gone or that hangs fails the others' sums, at once or after ``limit_s``, and ends the group with
+:class:`GroupLostError`; an NCCL sum over the limit ends the process, by torch's watchdog. No schedulers or requests
+here.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from neuron.engine.sequence import Int32Array
 
 TOKEN_BYTES: Final = 16
 LOOK_S: Final = 0.001
-"""How long a look for rank 0 may take: whoever is served meanwhile waits as long."""
+"""Longest look for rank 0, during which running sequences wait."""
 _LENGTH: Final = struct.Struct("<I")
 _BACKEND: Final = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -54,9 +54,9 @@ class Planned(msgspec.Struct, frozen=True, tag="planned"):
 
 
 class Group:
-    """This rank's place among the others, from when all have come until :meth:`close`.
+    """This rank's membership of the group, from when all have joined until :meth:`close`.
 
-    Raises :class:`GroupLostError` if they do not come within ``limit_s``.
+    Raises :class:`GroupLostError` if they do not join within ``limit_s``.
     """
 
     def __init__(self, settings: GroupSettings, device: torch.device) -> None:
@@ -68,12 +68,11 @@ class Group:
         self._decode = msgspec.msgpack.Decoder(Planned | Cleared).decode
         host, port = _host_and_port(settings)
         limit = datetime.timedelta(seconds=settings.limit_s)
-        # In line with the step's own kernels: on a stream of their own the collectives would have to wait for these and
-        # these for them, by four events a sum.
+        # On the step's own stream: on another, collectives and kernels would wait for each other by four events a sum.
         self._sum_options, self._gather_options = distributed.AllreduceOptions(), AllgatherOptions()
         self._sum_options.asyncOp = self._gather_options.asyncOp = False
         with _lost("meeting the other ranks"):
-            # torch would listen on every network of this host.
+            # torch would listen on every interface of this host.
             listener = socket.create_server((host, port)).detach() if self.rank == 0 else None
             self._store = TCPStore(
                 host, port, self.size, self.rank == 0, limit, wait_for_workers=False, master_listen_fd=listener
@@ -113,13 +112,13 @@ class Group:
 
     # ------------------------------------------------------------------ plans
 
-    def send(self, what: StepPlan | Int32Array) -> None:
-        """Send the other ranks a step, or pages to be zeroed. Of rank 0."""
-        if isinstance(what, np.ndarray):
-            message: Planned | Cleared = Cleared(what.tobytes())
+    def send(self, message: StepPlan | Int32Array) -> None:
+        """Send the other ranks a step, or pages to be zeroed; rank 0 only."""
+        if isinstance(message, np.ndarray):
+            encoded: Planned | Cleared = Cleared(message.tobytes())
         else:
-            fields = {field.name: getattr(what, field.name) for field in dataclasses.fields(what)}
-            message = Planned(
+            fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+            encoded = Planned(
                 {name: value for name, value in fields.items() if isinstance(value, int)},
                 {
                     name: (value.shape, np.ascontiguousarray(value).tobytes())
@@ -127,24 +126,24 @@ class Group:
                     if isinstance(value, np.ndarray)
                 },
             )
-        data = self._encode(message)
+        data = self._encode(encoded)
         with _lost("sending a step"):
             for other in self._sockets:
                 other.sendall(_LENGTH.pack(len(data)) + data)
 
     def fileno(self) -> int:
-        """Return what becomes readable when rank 0 has sent something. Of the other ranks."""
+        """Return the descriptor that is readable when rank 0 has sent a message; other ranks only."""
         return self._sockets[0].fileno()
 
     def receive(self) -> Planned | Cleared | None:
-        """Return the next thing that rank 0 sent; ``None`` once it has left. Of the other ranks."""
+        """Return the next message of rank 0, ``None`` once it has left; other ranks only."""
         with _lost("receiving a step"):
             size = self._read(_LENGTH.size)
             data = size and self._read(_LENGTH.unpack(size)[0])
         return self._decode(data) if data else None
 
     def close(self) -> None:
-        """Leave: what the others do next with this group fails."""
+        """Leave the group: the next operation of the others fails."""
         for other in self._sockets:
             other.close()
         self._sockets.clear()
@@ -162,7 +161,7 @@ class Group:
         return bytes(data)
 
     def _connect(self, host: str) -> None:
-        """Join rank 0 to each other rank. Where it listens, and the word that opens, are in the store."""
+        """Connect rank 0 to each other rank. The store holds its port and a token to authenticate with."""
         if self.rank:
             where = self._store.get("plans").decode()
             port, _, token = where.partition(" ")
@@ -191,13 +190,13 @@ def _host_and_port(settings: GroupSettings) -> tuple[str, int]:
 
 
 def rank_0_waits(settings: GroupSettings) -> bool:
-    """Return whether rank 0 has come to where the ranks meet, and does nothing but wait for the others.
+    """Return whether rank 0 listens and does nothing but wait for the others.
 
-    Another rank comes there only then: until then rank 0 may run steps of other models, which this rank has a part in.
+    Other ranks connect only then: before, rank 0 may run steps of other models, which this rank has a part in.
     """
     try:
         with socket.create_connection(_host_and_port(settings), LOOK_S) as link:
-            # A port where nobody listens may be given to the very socket that looks, which then reaches itself.
+            # A port without listener may be given to this very socket, which then connects to itself.
             return bool(link.getsockname() != link.getpeername())
     except OSError:
         time.sleep(LOOK_S)
@@ -207,7 +206,7 @@ def rank_0_waits(settings: GroupSettings) -> bool:
 def _process_group(
     device: torch.device, store: Store, rank: int, size: int, limit: datetime.timedelta, here: str
 ) -> Any:
-    """Return the collectives themselves. A class of its own and not torch's one global group: models come and go.
+    """Return the collectives, of a process group of their own: torch's global group cannot be made anew per model.
 
     ``here`` is this rank's address.
     """
@@ -222,14 +221,14 @@ def _process_group(
 
 
 def _wait(work: Any) -> None:
-    """Wait for a collective. NCCL has nothing to wait for where what comes behind it is in line."""
+    """Wait for a collective; NCCL returns none where the stream orders it."""
     if work is not None:
         work.wait()
 
 
 @contextlib.contextmanager
 def _lost(doing: str) -> Iterator[None]:
-    """Name what failed between the ranks. torch raises RuntimeError for a lost connection and for one too slow."""
+    """Raise a failure between the ranks as GroupLostError. torch raises RuntimeError for lost and slow connections."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -237,7 +236,7 @@ def _lost(doing: str) -> Iterator[None]:
 
 
 def plan_of(planned: Planned) -> StepPlan:
-    """Return the plan that rank 0 has; what is no number or array is not sent."""
+    """Return the plan of rank 0; fields that are no numbers or arrays are not sent."""
     arrays = {
         name: np.frombuffer(data, np.int32).reshape(shape).copy() for name, (shape, data) in planned.arrays.items()
     }

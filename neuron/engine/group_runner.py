@@ -1,7 +1,7 @@
-"""The executor of a model that several devices hold: each rank runs its part of every step.
+"""The executor of a tensor-parallel model: each rank runs its part of every step.
 
 Rank 0 is launched like any executor and sends the plan on; the others :meth:`~GroupRunner.follow`. A rank that fails in
-the middle of a step leaves the others waiting in it, so that any failure there is the end of the group.
+a step leaves the others waiting in it, so that any failure there ends the group.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from neuron.triton_kernels.batch import Batch
 
 
 class GroupRunner(Runner):
-    """One rank's part of a model. ``config`` is the whole model's."""
+    """Executor of a rank's part of a model. ``config`` is the whole model's."""
 
     def __init__(
         self,
@@ -37,14 +37,14 @@ class GroupRunner(Runner):
         settings: EngineSettings = DEFAULTS,
     ) -> None:
         super().__init__(local_config(config, Shard(group.rank, group.size)), weights, plan, device, settings)
-        # What a step sampled is known to rank 0 alone, which sends it with the next plan.
+        # Only rank 0 has the sampled tokens, and sends them with the next plan.
         self.overlaps = False
         self.group = group
         shares = [Shard(rank, group.size).vocabulary(config) for rank in range(group.size)]
         self._widths = tuple(share.stop - share.start for share in shares)
 
     def launch(self, plan: StepPlan) -> InFlightStep:
-        """Begin a step on all ranks. Of rank 0."""
+        """Begin a step on all ranks; rank 0 only."""
         try:
             self.group.send(plan)
             return super().launch(plan)
@@ -54,7 +54,7 @@ class GroupRunner(Runner):
             raise GroupLostError(f"a step failed on rank 0, and the others wait in it: {error}") from error
 
     def follow(self) -> bool:
-        """Do the next thing that rank 0 does; return whether there will be more. Of the other ranks."""
+        """Execute the next message of rank 0; return whether there will be more. Other ranks only."""
         message = self.group.receive()
         match message:
             case None:
@@ -71,7 +71,7 @@ class GroupRunner(Runner):
         return True
 
     def clear_pages(self, pages: Int32Array) -> None:
-        """Zero ``pages`` on all ranks. Of rank 0."""
+        """Zero ``pages`` on all ranks; rank 0 only."""
         self.group.send(pages)
         super().clear_pages(pages)
 
@@ -81,14 +81,13 @@ class GroupRunner(Runner):
         )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        # All have them all, as a gather to one rank has no form that both backends know. The others sample greedily
-        # from theirs, which nobody asks for.
+        # All ranks get all logits, as both backends have no gather to one rank. The others sample greedily and drop it.
         return self.group.gather(super()._logits(hidden), self._widths)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Follower:
-    """A model in the engine of a rank other than 0: it runs what it is sent."""
+    """A model in the engine of a rank other than 0, which runs the steps of rank 0."""
 
     runner: GroupRunner
     plan: MemoryPlan

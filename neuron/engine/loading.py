@@ -37,7 +37,7 @@ from neuron.models.weights import WeightSource, open_weights
 logger = logging.getLogger(__name__)
 
 AWAITING: Final = 0.001
-"""The share of a load that is done when a rank waits for another."""
+"""Share of a load that is done when a rank waits for another."""
 MAX_COMPILERS: Final = 8
 """Processes that compile a model's kernels while its weights are copied: each takes some 500 MB of the host."""
 
@@ -54,15 +54,15 @@ def load_model(
 ) -> Generator[float, None, ModelEngine | Follower]:
     """Load a model, or with ``group`` one rank's part, in pieces of one layer; yield the share done, return it.
 
-    ``graphs`` makes what the device captures steps with, if it can; ``channel_fd`` is where the daemon is heard.
-
-    Nothing is allocated before it is known to fit. Raises the errors of :mod:`neuron.models`, :class:`GroupLostError`.
+    ``graphs`` makes the model's :class:`Graphs`, where the device has them; ``channel_fd`` is readable when a message
+    of the daemon waits. Nothing is allocated unless the plan fits. Raises the errors of :mod:`neuron.models`,
+    :class:`GroupLostError`.
     """
     if group is not None:
         return (yield from _load_part(spec, path, device, free_bytes, group, settings))
     if spec.tensor_parallel != 1:
         raise UnprocessableError(
-            f"tensor_parallel is {spec.tensor_parallel}; this worker was told of no group to be in",
+            f"tensor_parallel is {spec.tensor_parallel}; the load names no group for this worker",
             param="tensor_parallel",
         )
     draft_path = pathlib.Path(spec.draft) if spec.draft else None
@@ -78,11 +78,11 @@ def load_model(
         source.close()
     draft: Executor | None = None
     if draft_path is not None and plan.draft is not None:
-        source_of_draft = open_weights(draft_path)
+        draft_source = open_weights(draft_path)
         try:
-            draft = yield from _load_runner(spec, source_of_draft, plan.draft, device, graphs, channel_fd, settings)
+            draft = yield from _load_runner(spec, draft_source, plan.draft, device, graphs, channel_fd, settings)
         finally:
-            source_of_draft.close()
+            draft_source.close()
     return ModelEngine(
         spec.id,
         source.config,
@@ -136,7 +136,7 @@ def _preparation(
 
 
 def _finish(kernels: Preparation, device: torch.device) -> Generator[float, None, None]:
-    """Wait for the kernels; all else is there."""
+    """Wait for the compiled kernels, last of a load."""
     version = DriverHandle(cuda_driver()).version() if device.type == "cuda" else (0, 0)
     for _ in kernels.finish(version):
         yield 1.0
@@ -180,7 +180,7 @@ def _load_part(
 
 
 def _rank_0(settings: GroupSettings) -> Generator[float, None, None]:
-    """Go on with everything else until rank 0 waits for this one. Raises :class:`GroupLostError` after the limit."""
+    """Yield to other work until rank 0 waits for this rank. Raises :class:`GroupLostError` after the limit."""
     until_s = time.monotonic() + settings.limit_s
     while not rank_0_waits(settings):
         if time.monotonic() > until_s:

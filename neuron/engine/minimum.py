@@ -1,7 +1,7 @@
-"""A sequence that may not end before it has so many tokens: its end tokens are masked until then.
+"""Minimum length of an output: its end tokens are masked until it is reached.
 
-Stands before a grammar, where there is one. Where the grammar's answer is complete, so that it allows nothing but an
-end, the grammar decides.
+Wraps the grammar, where there is one. Where the grammar's output is complete, so that it allows nothing but an end, the
+grammar decides.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ BITS = 32
 
 
 class Minimum:
-    """How far one sequence is from where it may end."""
+    """Mask of the end tokens of one sequence, over its grammar's."""
 
     def __init__(self, inner: Constrained | None, min_tokens: int, ends: frozenset[int], vocab_size: int) -> None:
         self._inner = inner
@@ -23,7 +23,7 @@ class Minimum:
                 self._allowed.view(np.uint32)[token // BITS] &= np.uint32(0xFFFF_FFFF ^ (1 << token % BITS))
 
     def mask(self) -> Int32Array | None:
-        """Return which tokens may come next, as :class:`neuron.engine.sequence.Constrained` has it."""
+        """Return a mask of the next tokens, see :class:`neuron.engine.sequence.Constrained`."""
         inner = None if self._inner is None else self._inner.mask()
         if self._left <= 0:
             return inner

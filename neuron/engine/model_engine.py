@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 MOST_HOST_S: Final = 0.02
-"""More than this between two steps was a pause."""
+"""Longest host time between two steps; beyond it was a pause."""
 
 
 @dataclasses.dataclass(slots=True)
 class StepOutput:
-    """What came of a step: rows for those that got on, finished embeddings, and the error of each that did not."""
+    """Output of a step: rows of new tokens, finished embeddings, and the errors of failed sequences."""
 
     rows: list[TokenRow] = dataclasses.field(default_factory=list)
     embeddings: list[Embedding] = dataclasses.field(default_factory=list)
@@ -118,7 +118,7 @@ class ModelEngine:
 
     @property
     def loaded(self) -> LoadedModel:
-        """What the daemon is told of a finished load."""
+        """The finished load, as the daemon gets it."""
         return describe(self.name, self.config, self.plan)
 
     def close(self) -> None:
@@ -130,9 +130,9 @@ class ModelEngine:
                 executor.close()
 
     def constrain(self, settings: ConstraintSettings) -> Constraint:
-        """Return the state of a sequence that follows a grammar.
+        """Return the constraint of a new sequence.
 
-        Reads the tokenizer when the first one comes. Raises :class:`InvalidSchemaError`,
+        Reads the tokenizer for the first one. Raises :class:`InvalidSchemaError`,
         :class:`UnsupportedTokenizerError`, :class:`UnprocessableError`.
         """
         if self._vocabulary is None:
@@ -193,7 +193,7 @@ class ModelEngine:
                     executor.sampler.admit(sequence.slot, sequence.sampler, prompt, generated)
                 if sequence.constraint is not None:
                     self.runner.sampler.constrain(sequence.slot, sequence.constraint.mask())
-            except Exception as error:  # noqa: BLE001 (whatever it is, it is this request's)
+            except Exception as error:  # noqa: BLE001 (any error is this request's)
                 self._fail([sequence], error, output)
 
     def _launch(self, output: StepOutput, is_multi_step: bool) -> _Pending | None:
@@ -201,9 +201,9 @@ class ModelEngine:
         if step is None:
             return None
         if is_multi_step:
-            plainly, make_room = self.runner.sampler.draws_plainly, self.scheduler.make_room
+            plainly, reserve = self.runner.sampler.draws_plainly, self.scheduler.reserve
             step_s = self._step_timer.step_s(step.num_decodes)
-            num_steps = multi_step.num_steps(step, step_s, self.runner.max_steps, plainly, make_room)
+            num_steps = multi_step.num_steps(step, step_s, self.runner.max_steps, plainly, reserve)
             step = dataclasses.replace(step, num_steps=num_steps)
         started_s = self._clock()
         try:
@@ -211,7 +211,7 @@ class ModelEngine:
             launched = self.runner.launch(plan)
             if self._draft is not None:
                 self._draft.follow(step)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is these requests')
+        except Exception as error:  # noqa: BLE001 (any error is these requests')
             self._fail(step.sequences, error, output)
             return None
         self.scheduler.begin(step)
@@ -227,13 +227,13 @@ class ModelEngine:
         ]
         # A prompt may end in this step and then takes a row as well.
         num_rows = self.plan.sampled_rows - len(self.scheduler.running)
-        self.speculation.propose(len(decoding), able, num_rows, self.scheduler.make_room)
+        self.speculation.propose(len(decoding), able, num_rows, self.scheduler.reserve)
 
     def _settle(self, pending: _Pending, output: StepOutput) -> None:
-        """Wait for a step and hand out what it brought."""
+        """Wait for a step, and add its tokens, embeddings and failures to ``output``."""
         step, plan = pending.step, pending.plan
         if self.runner.overlaps:
-            # What lies between two steps of one run is the host's: handing out, sending, planning. A pause is not.
+            # The time between two consecutive steps is the host's work: output, sending, planning. A pause is not.
             host_s = self._clock() - self._settled_s
             if host_s < MOST_HOST_S:
                 self._step_timer.record_host(host_s)
@@ -245,7 +245,7 @@ class ModelEngine:
         now_s = self._clock()
         num_generating = step.num_decodes + step.num_drafting
         num_rows = int(plan.cu_seqlens[num_generating])
-        # A step behind another began when that one ended.
+        # A step launched ahead began when the one before it ended.
         seconds = (now_s - max(pending.started_s, self._settled_s)) / (1 + len(outcome.later))
         self._step_timer.record(num_rows, int(plan.cu_seqlens[-1]) - num_rows, seconds)
         self._settled_s = now_s
@@ -255,13 +255,13 @@ class ModelEngine:
         firsts = range(len(ids) + 1) if decodes_only else np.searchsorted(plan.sampled, plan.cu_seqlens).tolist()
         for index, (sequence, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
             if sequence.state is not SequenceState.RUNNING:
-                continue  # it ended while this step was under way
+                continue  # it ended while this step was in flight
             first, end = firsts[index], firsts[index + 1]
             sampled = ids[first:end]
             if later:
                 sampled += later[index]
             if not finite[index] or NON_FINITE in sampled:
-                # Pages before these are full, sound, and maybe another's too.
+                # Pages before these are full, sound, and maybe shared.
                 for executor in self._executors:
                     executor.clear_pages(sequence.pages[sequence.num_settled // PAGE_TOKENS :])
                 self._fail([sequence], NonFiniteLogitsError(self.name), output)
@@ -286,7 +286,7 @@ class ModelEngine:
                     certain = sampled if later else self._certain(sequence, sampled)
                     logprobs = outcome.logprobs.get(first)
                     self._continue(sequence, num_tokens, end - first, certain, logprobs, output, scores)
-            except Exception as error:  # noqa: BLE001 (whatever it is, it is this sequence's)
+            except Exception as error:  # noqa: BLE001 (any error is this sequence's)
                 self._fail([sequence], error, output)
 
     def _certain(self, sequence: Sequence, sampled: list[int]) -> list[int]:
@@ -311,10 +311,10 @@ class ModelEngine:
         output: StepOutput,
         scores: TokenLogprobs | None = None,
     ) -> None:
-        """Give a sequence the ``certain`` tokens, up to its end. ``scores`` are those of its prompt, of this step.
+        """Append the ``certain`` tokens to a sequence, up to its end. ``scores`` are of its prompt, from this step.
 
-        ``num_tokens`` are in the cache for good without these, and so are these but the last. ``num_sampled`` rows of
-        the step were its.
+        ``num_tokens`` more are settled in the cache besides these, and so are these but the last. ``num_sampled`` rows
+        of the step were its.
         """
         cached = sequence.num_cached if sequence.num_output == 0 else None
         ids = array.array("i")
@@ -339,14 +339,14 @@ class ModelEngine:
                 end = SequenceEnd.LENGTH
             if end is not None:
                 break
-        # Behind an end nothing counts, and what is certain by then is in the cache.
+        # Tokens behind an end do not count; all before it are in the cache.
         self.scheduler.settle(sequence, num_tokens + max(0, len(ids) - 1), num_sampled)
         output.rows.append(TokenRow(sequence.number, ids.tobytes(), end, cached, logprobs if ids else None, scores))
         if end is not None:
             self.scheduler.remove(sequence.number)
 
     def _pool(self, sequence: Sequence, num_tokens: int, hidden: Float32Array, output: StepOutput) -> None:
-        """Take the hidden states ``[E, hidden]`` of a piece of a text; with the last, its embedding is done."""
+        """Pool the hidden states ``[E, hidden]`` of a chunk of a text; the last chunk completes its embedding."""
         self.scheduler.settle(sequence, num_tokens, 0)
         if sequence.pooling is Pooling.MEAN:
             total = hidden.sum(0)
@@ -356,7 +356,7 @@ class ModelEngine:
         if sequence.num_settled < sequence.num_prompt:
             return
         assert sequence.pooled is not None
-        # The mean of what is scaled to length 1 is the scaled sum.
+        # Scaled to length 1, mean and sum are the same.
         vector = sequence.pooled / max(float(np.linalg.norm(sequence.pooled)), 1e-12)
         output.embeddings.append(Embedding(sequence.number, vector.astype(np.float32).tobytes()))
         self.scheduler.remove(sequence.number)
@@ -371,7 +371,7 @@ class ModelEngine:
 
 
 def joined(rows: list[TokenLogprobs]) -> TokenLogprobs | None:
-    """Return the log probabilities of several rows as one; ``None`` of none."""
+    """Return the log probabilities of several rows as one; ``None`` without rows."""
     if not rows:
         return None
     chosen, top_ids, top = (b"".join(part) for part in zip(*((r.chosen, r.top_ids, r.top) for r in rows), strict=True))
@@ -379,7 +379,7 @@ def joined(rows: list[TokenLogprobs]) -> TokenLogprobs | None:
 
 
 def describe(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
-    """Return what the daemon is told of a finished load."""
+    """Return the finished load, as the daemon gets it."""
     return LoadedModel(
         model=name,
         architecture=config.architecture.name,

@@ -20,7 +20,7 @@ from neuron.triton_kernels.decode_state import MAX_STOPS
 MULTI_STEP_S: Final = 0.016
 """Longest multi-step decode: one frame of a screen, so that no reader sees its tokens come together."""
 HOST_BOUND: Final = 1.1
-"""Where steps overlap, a step shorter than so many times the host's work for it leaves the device waiting."""
+"""Step time, relative to the host's work for it, below which the device waits for the host."""
 
 
 def qualifies(sequences: Collection[Sequence], draws_plainly: Callable[[Int32Array], BoolArray]) -> bool:
@@ -43,11 +43,11 @@ def num_steps(
     step_s: float | None,
     most: int,
     draws_plainly: Callable[[Int32Array], BoolArray],
-    make_room: Callable[[Sequence, int], int],
+    reserve: Callable[[Sequence, int], int],
 ) -> int:
     """Return the number of steps to launch as ``step``, where one takes ``step_s`` seconds, if that is known.
 
-    No output ends before the last step, unless by a stop token. ``draws_plainly`` takes slots; ``make_room``
+    No output ends before the last step, unless by a stop token. ``draws_plainly`` takes slots; ``reserve``
     reserves pages for so many tokens behind a sequence's next and returns how many there are.
     """
     if step_s is None or step.num_decodes != len(step.sequences):
@@ -58,5 +58,5 @@ def num_steps(
     for sequence in step.sequences:
         if count < 2:
             return 1
-        count = min(count, 1 + make_room(sequence, count - 1))
+        count = min(count, 1 + reserve(sequence, count - 1))
     return count

@@ -1,7 +1,7 @@
 """Execute a plan on the CPU kernels: a step or a multi-step decode in one native call.
 
-Rows that draw plainly end as token ids, others as logits, which the sampler turns into ids as on any device: how a row
-is drawn never depends on the others.
+Rows that draw plainly end as token ids, others as logits for the sampler, as on any device. A row's draw never depends
+on the others.
 """
 
 import functools
@@ -24,12 +24,12 @@ from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 
 @functools.cache
 def shared_pool() -> native.Pool:
-    """Return this process's threads: one for each core it may use, for all models, which take turns."""
+    """Return this process's threads: one for each usable core, shared by all models."""
     return native.Pool(usable_cores())
 
 
 class NativeRunner:
-    """One loaded model on the CPU."""
+    """Executor of a loaded model on the CPU."""
 
     overlaps = False
     max_steps = MAX_STEPS
@@ -54,7 +54,7 @@ class NativeRunner:
             sequences=plan.max_sequences,
             sampled=plan.sampled_rows,
         )
-        # One more page than the pool hands out: page 0 pads page tables. A page holds all layers, so that a short
+        # One more page than the pool has: page 0 pads page tables. A page holds all layers, so that a short
         # sequence touches few huge pages however many layers there are.
         cache = huge_pages((plan.num_pages + 1) * self._model.page_bytes)
         arena = huge_pages(self._model.arena_bytes)
@@ -64,7 +64,7 @@ class NativeRunner:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(plan.kv_dtype, torch.uint8)
         shape = (plan.num_pages + 1, config.num_layers, 2, config.num_kv_heads, -1)
         self._cache = torch.from_numpy(cache).view(dtype).view(shape)
-        """``[pages, layers, keys and values, K, 16 D]``; they lie as ``attention.c`` says."""
+        """``[pages, layers, keys and values, K, 16 D]``; laid out as in ``attention.c``."""
         self._logits: torch.Tensor | None = None
         self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"))
 
@@ -99,7 +99,7 @@ class NativeRunner:
             hidden if len(hidden) else None,
             draws=None if draws is None or logits is None else (*draws, self._rows()[self._sampled_rows :].numpy()),
             later=later,
-            # Whichever row samples one of them: a step costs as much for a row that has ended as for one that has not.
+            # Any row's stop ends the call: a step costs as much for a row that has ended as for one that has not.
             stops=np.unique(plan.stops[plan.stops >= 0]) if plan.num_steps > 1 else None,
             channel_fd=self._channel_fd,
         )
@@ -108,7 +108,7 @@ class NativeRunner:
             with torch.inference_mode():
                 rows = logits if draws is None else logits[torch.from_numpy(which)]
                 rows = rows[:, : self.config.vocab_size]
-                if cap := self.config.logit_cap:  # which keeps the order, so the likeliest need none
+                if cap := self.config.logit_cap:  # monotonic, so greedy rows need none
                     rows = rows.div_(cap).tanh_().mul_(cap)
                 slots, num_output = plan.slots[which], plan.num_output[which]
                 if len(plan.targets):
@@ -120,12 +120,12 @@ class NativeRunner:
         return HostStep(StepOutcome(ids, finite != 0, hidden, logprobs, later[: num_steps - 1]))
 
     def _rows(self) -> torch.Tensor:
-        """Return the rows of logits ``[sampled rows, V padded]``, and behind them one for each thread to draw in."""
+        """Return the rows of logits ``[sampled rows, V padded]``, and behind them a scratch row for each thread."""
         if self._logits is None:
             num_rows = self._sampled_rows + shared_pool().num_threads
             self._logits = torch.empty((num_rows, packed.padded(self.config.vocab_size)), dtype=torch.float32)
         return self._logits
 
     def clear_pages(self, pages: Int32Array) -> None:
-        """Zero ``pages``, so that a NaN in them cannot reach the next sequence they are given to."""
+        """Zero ``pages``, so that a NaN in them cannot reach the next sequence that gets them."""
         self._cache[torch.from_numpy(pages).to(torch.int64)] = 0

@@ -1,13 +1,13 @@
-"""Who holds which pages of the KV cache, by number, and which full pages are known by what is in them.
+"""The page pool of the KV cache: reference counts, and full pages by the hash of their contents.
 
-Pages carry a reference count, because a page may serve several sequences that begin alike. A full page may be
-*published* under a key that stands for its tokens and all before them (:mod:`neuron.engine.prefix`); once nobody holds
-it, it stays as it is until room is needed, least recently used first. Knows no tensors. Page 0 is never handed out: it
-pads page tables, and stays zero, so that what pads a sequence never belongs to another.
+Pages are reference-counted, because sequences with a common prefix share them. A full page may be *published* under a
+key that stands for its tokens and all before them (:mod:`neuron.engine.prefix`); without references it is kept until
+its memory is needed, least recently used first. No tensors here. Page 0 is never allocated: it pads page tables and
+stays zero, so that padding never belongs to a sequence.
 """
 
 import collections
-from collections.abc import Sequence as Several
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -19,23 +19,23 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        # A stack; the first ``_num_blank`` are blank. The page freed last is handed out first, warm in the cache.
+        # A stack; the first ``_num_blank`` are blank. The page freed last is allocated first, warm in the cache.
         self._blank: Int32Array = np.arange(num_pages, 0, -1, dtype=np.int32)
         self._num_blank = num_pages
         self._references: Int32Array = np.zeros(num_pages + 1, np.int32)
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        # Published and held by nobody, least recently used first.
+        # Published pages without references, least recently used first.
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     @property
     def num_free(self) -> int:
-        """Return how many pages :meth:`allocate` can hand out: the blank ones and those that are only kept."""
+        """Return how many pages :meth:`allocate` can return: the blank and the idle ones."""
         return self._num_blank + len(self._idle)
 
     @property
     def num_idle(self) -> int:
-        """Return how many published pages nobody holds."""
+        """Return how many published pages have no references."""
         return len(self._idle)
 
     def allocate(self, count: int) -> Int32Array:
@@ -56,11 +56,11 @@ class PagePool:
     def release(self, pages: Int32Array) -> None:
         """Drop one reference of each of ``pages``, which are distinct and in a sequence's order.
 
-        Those without any are free again. The end of a sequence is forgotten before its beginning, which more of the
-        next ones share.
+        Pages without any are free again. The end of a sequence is evicted before its prefix, which more sequences
+        share.
         """
         if (self._references[pages] < 1).any():
-            raise RuntimeError("a page is released that nobody holds")
+            raise RuntimeError("a page is released that has no references")
         self._references[pages] -= 1
         for page in pages[self._references[pages] == 0][::-1].tolist():
             if page in self._key_of:
@@ -72,15 +72,15 @@ class PagePool:
     # -------------------------------------------------------------- published pages
 
     def publish(self, page: int, key: bytes) -> None:
-        """Let ``page``, which is held and full, be found under ``key``. Another page of that key stays the one."""
+        """Let ``page``, which is held and full, be found under ``key``. An earlier page of that key stays."""
         if self._references[page] < 1 or page in self._key_of:
-            raise RuntimeError(f"page {page} is published twice or held by nobody")
+            raise RuntimeError(f"page {page} is published twice or has no references")
         if key not in self._page_of:
             self._page_of[key] = page
             self._key_of[page] = key
 
-    def find(self, keys: Several[bytes]) -> Int32Array:
-        """Return the pages of the longest beginning of ``keys`` that is here."""
+    def find(self, keys: Iterable[bytes]) -> Int32Array:
+        """Return the pages of the longest prefix of ``keys`` that is cached."""
         found = []
         for key in keys:
             page = self._page_of.get(key)
@@ -90,7 +90,7 @@ class PagePool:
         return np.array(found, np.int32)
 
     def count_idle(self, pages: Int32Array) -> int:
-        """Return how many of ``pages`` are among the free ones, and will not be once they are shared."""
+        """Return how many of ``pages`` are idle: sharing takes them from the free ones."""
         return int(np.count_nonzero(self._references[pages] == 0))
 
     def share(self, pages: Int32Array) -> None:
@@ -100,13 +100,13 @@ class PagePool:
         self._references[pages] += 1
 
     def check_integrity(self, held: list[Int32Array]) -> None:
-        """Raise unless the references are exactly those of ``held``, one array a holder, and the rest is free."""
+        """Raise unless the references are those of ``held``, one array a sequence, and the rest is free."""
         counted = np.bincount(np.concatenate([*held, self._blank[:0]]), minlength=self.num_pages + 1)
         if not np.array_equal(counted, self._references):
             raise RuntimeError("page references differ from what the sequences hold")
         free = np.sort([*self._blank[: self._num_blank].tolist(), *self._idle])
         if not np.array_equal(free, np.flatnonzero(counted[1:] == 0) + 1):
-            raise RuntimeError("the free pages are not those without a holder")
+            raise RuntimeError("the free pages are not those without references")
         if {page: key for key, page in self._page_of.items()} != self._key_of or not self._idle.keys() <= set(
             self._key_of
         ):

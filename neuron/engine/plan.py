@@ -1,6 +1,6 @@
-"""The plan of one step: flat int32 arrays that say what every row computes.
+"""The plan of a step: flat int32 arrays that describe the work of every row.
 
-An executor needs nothing else of the requests behind it: the eager runner, a captured graph and a C loop read the same
+They are all that an executor needs of the requests: the eager runner, a captured graph and a C loop read the same
 arrays. They are built with a few numpy calls a step, whatever the context's length.
 """
 
@@ -25,11 +25,11 @@ class StepPlan:
     num_decodes: int
     """The first sequences, with one query token each, longest context first."""
     token_ids: Int32Array
-    """``[T]``. A negative one, -1 - i, is the i-th that the step before sampled: it may still be on the device."""
+    """``[T]``. A negative id, -1 - i, is the i-th token of the step before, which may still be on the device."""
     positions: Int32Array
     """``[T]``"""
     slot_mapping: Int32Array
-    """``[T]``: where in the cache each token's key and value go."""
+    """``[T]``: the KV slot of each token's key and value."""
     cu_seqlens: Int32Array
     """``[B + 1]``: first row of each sequence, and T."""
     page_table: Int32Array
@@ -37,22 +37,22 @@ class StepPlan:
     context_lens: Int32Array
     """``[B]``: tokens in the cache after this step."""
     sampled: Int32Array
-    """``[R]``: the rows that have logits, rising: a prompt's last, those of it that are scored, and all of a sequence
-    that decodes."""
+    """``[R]``: the rows with logits, ascending: a prompt's last and its scored ones, and all of a decoding
+    sequence."""
     slots: Int32Array
-    """``[R]``: the row of each one's sequence in the tables that outlive a step."""
+    """``[R]``: the batch slot of each row's sequence."""
     num_output: Int32Array
-    """``[R]``: how many tokens were generated before it."""
+    """``[R]``: the number of tokens generated before it."""
     hidden_rows: Int32Array
-    """``[E]``: the rows whose last hidden states are wanted, rising."""
+    """``[E]``: the rows whose last hidden states are returned, ascending."""
     num_steps: int = 1
     """Number of decode steps. In each after the first, every row's token is its last sampled one, one position further;
     the page table has room for them."""
     stops: Int32Array = dataclasses.field(default_factory=lambda: NO_STOPS)
     """``[B, X]``: the tokens that end each row, -1 where there are fewer; X is 0 for a single step."""
     targets: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
-    """``[R]``, or empty where there are none: the token that follows a row of a prompt, whose log probability is wanted
-    in place of a draw; -1 for a row that is drawn."""
+    """``[R]``, or empty where there are none: the next token of a prompt's row, to be scored instead of drawn; -1
+    for a row that is drawn."""
 
 
 FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "slot")
@@ -121,7 +121,7 @@ def _scores(sequences: Collection[Sequence]) -> bool:
 
 
 def _following(sequences: tuple[Sequence, ...], num_decodes: int, cu_seqlens: Int32Array) -> Int32Array:
-    """Return ``[T]`` the token of the prompt behind each row that is to be scored, -1 for all others."""
+    """Return ``[T]`` the prompt's token behind each row to be scored, -1 for all others."""
     following: Int32Array = np.full(int(cu_seqlens[-1]), -1, np.int32)
     for index in range(num_decodes, len(sequences)):
         sequence, first, end = sequences[index], int(cu_seqlens[index]), int(cu_seqlens[index + 1])

@@ -1,9 +1,9 @@
-"""Names for pages of tokens: a key stands for a page's tokens and for all that came before them.
+"""Keys of pages for the prefix cache: a hash of a page's tokens and of all before them.
 
-Two sequences that begin alike, with the same salt, have the same keys up to the page where they part. Of another salt
-they have none in common: who asks is not told by a count or by the time it takes what others have asked. 128 bits of a
-keyed hash: a prompt cannot be made to collide with another's, as it could with a fast hash of known seed, and by chance
-two of 2^40 pages collide once in 2^49. A page of 16 tokens takes 1.1 us.
+Sequences with a common prefix and the same salt have the same keys up to the page where they differ. With different
+salts they share none, so that neither counts nor timing reveal other principals' prompts. 128 bits of a keyed hash: no
+prompt can be made to collide with another, as with a fast hash of known seed, and by chance two of 2^40 pages collide
+once in 2^49. A page of 16 tokens takes 1.1 us.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ _SECRET: Final = secrets.token_bytes(32)
 
 
 def root_key(salt: str) -> bytes:
-    """Return what stands before the first page of all sequences with this salt."""
+    """Return the parent key of the first page of all sequences with this salt."""
     return hashlib.blake2b(salt.encode(), digest_size=KEY_BYTES, key=_SECRET, person=b"salt").digest() if salt else b""
 
 

@@ -12,9 +12,9 @@ M_TRIM_THRESHOLD: Final = -1
 M_TOP_PAD: Final = -2
 M_MMAP_THRESHOLD: Final = -3
 MMAP_THRESHOLD_BYTES: Final = 32 << 20
-"""The largest that glibc takes."""
+"""Largest threshold that glibc accepts."""
 KEPT_BYTES: Final = 1 << 30
-"""How much free memory stays in the process between steps."""
+"""Free memory that stays in the process between steps."""
 
 
 def keep_activations_mapped() -> None:

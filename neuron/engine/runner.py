@@ -1,6 +1,6 @@
-"""Execute a plan on a model in eager torch: the executor that every other one is compared with.
+"""Execute a plan on a model in eager torch: the reference for all other executors.
 
-It owns the KV cache and the sampler's tables, and knows sequences only by their rows, slots and pages.
+It owns the KV cache and the sampler's tables; sequences appear as rows, slots and pages only.
 """
 
 import mmap
@@ -24,7 +24,7 @@ from neuron.triton_kernels.reference import attention_parts
 
 
 class Runner:
-    """One loaded model on one device."""
+    """Executor of a loaded model on one device."""
 
     max_steps = 1
 
@@ -41,12 +41,12 @@ class Runner:
         # A CPU computes while it launches, so there is nothing to overlap with.
         self.overlaps = device.type == "cuda" and settings.overlap_steps
         self._weights = weights
-        # One more page than the pool hands out: page 0 pads page tables.
+        # One more page than the pool has: page 0 pads page tables.
         shape = (config.num_layers, plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
         self._keys = zeros(shape, weights.dtype, device)
         self._values = zeros(shape, weights.dtype, device)
         self._last_ids = torch.empty(0, dtype=torch.int32, device=device)
-        """What the last step sampled."""
+        """Token ids that the last step sampled."""
         self._none = torch.empty((0, config.hidden_size), dtype=torch.float32, device=device)
         self._kernels = dispatch.operations_for(device, weights.dtype, triton=settings.triton_kernels)
         self.sampler = self._make_sampler(plan.max_sequences, settings.device_sampling)
@@ -87,17 +87,17 @@ class Runner:
         return DeviceStep.behind(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
 
     def clear_pages(self, pages: Int32Array) -> None:
-        """Zero ``pages``, so that a NaN in them cannot reach the next sequence they are given to.
+        """Zero ``pages``, so that a NaN in them cannot reach the next sequence that gets them.
 
-        What lies beyond a sequence's end in its last page is masked, and zero times NaN is NaN.
+        Tokens beyond a sequence's end in its last page are masked, and zero times NaN is NaN.
         """
         chosen = self._to_device(pages).to(torch.int64)
-        # By assignment, torch would copy the 0 to the device and wait for all that is queued.
+        # An assignment would copy the 0 to the device and wait for all queued work.
         self._keys.index_fill_(1, chosen, 0)
         self._values.index_fill_(1, chosen, 0)
 
     def _parts(self, plan: StepPlan) -> tuple[AttentionPart, ...]:
-        """Return what eager attention is told; kernels read the page table."""
+        """Return the parts for eager attention; kernels read the page table."""
         if self._kernels is not dispatch.EAGER:
             return ()
         return attention_parts(
@@ -105,8 +105,8 @@ class Runner:
         )
 
     def _known(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return ``token_ids`` with those that the step before sampled in the places of the negative ones."""
-        # What was not finite has no token; its sequence ends when that is known.
+        """Return ``token_ids`` with the tokens of the step before in place of the negative ones."""
+        # A row that was not finite has no token; its sequence fails when it is settled.
         before = self._last_ids.clamp(min=0)
         return torch.where(token_ids < 0, before[(-1 - token_ids).clamp(min=0)], token_ids)
 
@@ -126,9 +126,9 @@ class Runner:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros; on a CPU in memory that is not there until it is used, and that goes when the tensor goes.
+    """Return zeros; on a CPU in memory that is committed on first use and unmapped with the tensor.
 
-    ``torch.zeros`` writes them, 2 GiB in 0.4 s, and takes them from a heap that may keep them.
+    ``torch.zeros`` writes them, 2 GiB in 0.4 s, to a heap that may keep them.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """From logits to token ids for all rows of a step at once, each row by its own sequence's settings.
 
-What a sequence asked for is written into tables when it is admitted, one row a slot, and gathered by slot in each step.
-A row's draw depends on its seed and on how many tokens it has, never on its neighbours. Logits stay on the device.
+A sequence's settings are written into tables when it is admitted, one row a slot, and gathered by slot in each step.
+A row's draw depends on its seed and its number of tokens, never on its neighbours. Logits stay on the device.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from neuron.engine.staging import to_device, to_host
 from neuron.triton_kernels import sampling_reference as kernels
 
 NON_FINITE: Final = -1
-"""The id given to a row whose logits hold a NaN or an infinity."""
+"""Id of a row whose logits hold a NaN or an infinity."""
 MAX_TOP_LOGPROBS: Final = 20
 GREEDY_BELOW: Final = 1e-5
-"""Temperatures under this are greedy: dividing by them overflows float32."""
+"""Temperature under which sampling is greedy: dividing by it overflows float32."""
 
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -32,10 +32,10 @@ NO_TOKENS: Final[Int32Array] = np.empty(0, np.int32)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LogprobReport:
-    """The log probabilities of the rows of one step that asked for them, on the host once the step is done."""
+    """Log probabilities of the rows of one step that want them, on the host once the step is done."""
 
     place: dict[int, tuple[int, int]]
-    """For each such row of the step, which of these it is and how many alternatives it asked for."""
+    """For each such row of the step, its index here and its number of alternatives."""
     own: torch.Tensor
     """``[N, 1]`` float32"""
     likeliest: torch.Tensor
@@ -44,7 +44,7 @@ class LogprobReport:
     """``[N, K]`` int32"""
 
     def rows(self) -> dict[int, TokenLogprobs]:
-        """Return each row's, once the device has computed them."""
+        """Return the log probabilities by row, once the device has computed them."""
         own, values, ids = (part.numpy() for part in (self.own, self.likeliest, self.likeliest_ids))
         return {
             row: TokenLogprobs(own[at].tobytes(), ids[at, :width].tobytes(), values[at, :width].tobytes())
@@ -53,7 +53,7 @@ class LogprobReport:
 
 
 class Draws(NamedTuple):
-    """How each of R rows is drawn, if plainly. The logits of those with a temperature below 0 are left by kernels."""
+    """Settings of R rows that draw plainly. Kernels leave the logits of rows with a temperature below 0."""
 
     temperature: Float64Array
     top_p: Float64Array
@@ -79,18 +79,18 @@ class Sampler:
         self._penalised = np.zeros(max_sequences, np.bool_)
         self._top_logprobs: Int32Array = np.full(max_sequences, -1, np.int32)
         self.report: LogprobReport | None = None
-        """Of the last :meth:`sample`."""
+        """Log probabilities of the last :meth:`sample`."""
         self._masks: dict[int, Int32Array] = {}
         self._bias: dict[int, tuple[Int32Array, Float32Array]] = {}
-        # [slots, V], made when the first sequence with penalties comes: how often each token was generated, and
-        # whether the prompt has it.
+        # [slots, V], made for the first sequence with penalties: the count of each generated token, and whether the
+        # prompt has it.
         self._counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
 
     def admit(self, slot: int, settings: SamplerSettings, prompt: Int32Array, output: Int32Array = NO_TOKENS) -> None:
-        """Take over a sequence's settings, which :func:`check_settings` has passed.
+        """Write a sequence's settings, which :func:`check_settings` has passed.
 
-        ``output`` is what it has generated so far: nothing, unless it was preempted.
+        ``output`` holds the tokens generated so far, if it was preempted.
         """
         self._temperature[slot] = 0 if settings.temperature < GREEDY_BELOW else settings.temperature
         self._top_k[slot] = min(settings.top_k, self._vocab_size)
@@ -128,15 +128,15 @@ class Sampler:
         return not (self._penalised[slot] or self._top_logprobs[slot] >= 0 or slot in self._masks)
 
     def draws_plainly(self, slots: Int32Array) -> BoolArray:
-        """Return which of ``slots`` take the likeliest token of their logits as they are, or draw from them as they
-        are, so that nobody has to see these: ``[R]``."""
+        """Return whether each of ``slots`` samples from its raw logits, without penalties, bias, grammar or log
+        probabilities: ``[R]``."""
         found: BoolArray = ~self._penalised[slots] & (self._top_logprobs[slots] < 0)
         if self._bias or self._masks:
             found &= np.array([slot not in self._bias and slot not in self._masks for slot in slots.tolist()], np.bool_)
         return found
 
     def draws(self, slots: Int32Array, num_output: Int32Array) -> Draws:
-        """Return how rows of ``slots`` are drawn of which so many tokens were."""
+        """Return the settings of rows of ``slots``, which have generated ``num_output`` tokens."""
         return Draws(
             self._temperature[slots],
             self._top_p[slots],
@@ -147,7 +147,7 @@ class Sampler:
         )
 
     def constrain(self, slot: int, mask: Int32Array | None) -> None:
-        """Let the next token of ``slot`` be only one whose bit is set in ``mask`` ``[ceil(V / 32)]``; ``None``: any."""
+        """Restrict the next token of ``slot`` to the bits set in ``mask`` ``[ceil(V / 32)]``; ``None`` allows all."""
         if mask is None:
             self._masks.pop(slot, None)
             return
@@ -156,8 +156,8 @@ class Sampler:
     def sample(self, logits: torch.Tensor, slots: Int32Array, num_output: Int32Array) -> torch.Tensor:
         """Return the next token id int32 ``[R]`` of each row of ``logits`` ``[R, V]`` float32, which are overwritten.
 
-        ``slots`` and ``num_output`` ``[R]`` are the rows' sequences and how many tokens each has generated. Several
-        rows may be of one sequence if it has neither penalties nor a grammar. Leaves ``report``.
+        ``slots`` and ``num_output`` ``[R]`` are each row's slot and its generated tokens. Several rows may be of one
+        sequence if it has neither penalties nor a grammar. Sets ``report``.
         """
         # A sum is finite only if every term is, and reads the logits once: 7 us a row against 46 for isfinite().all().
         finite = logits.sum(-1).isfinite()
@@ -194,9 +194,9 @@ class Sampler:
     def score(
         self, logits: torch.Tensor, slots: Int32Array, num_output: Int32Array, targets: Int32Array
     ) -> torch.Tensor:
-        """Return ids as :meth:`sample` does, but of a row with a target in ``targets`` ``[R]`` that, and not a draw.
+        """Return ids as :meth:`sample` does; a row with a target in ``targets`` ``[R]`` gets that and no draw.
 
-        Such a row is one of a prompt: it is not penalised, and counts for no penalty. Leaves ``report``.
+        Such a row is of a prompt: it is not penalised, and counts for no penalty. Sets ``report``.
         """
         scored, drawn = (to_device(which, self._device) for which in map(np.flatnonzero, (targets >= 0, targets < 0)))
         finite = logits.index_select(0, scored).sum(-1).isfinite()
@@ -215,7 +215,7 @@ class Sampler:
     def _report(
         self, raw: torch.Tensor, ids: torch.Tensor, which: np.ndarray[Any, Any], slots: Int32Array
     ) -> LogprobReport:
-        """Return those of the rows ``which``, whose logits were ``raw`` ``[N, V]`` before any filter."""
+        """Return the log probabilities of the rows ``which``, with the unfiltered logits ``raw`` ``[N, V]``."""
         widths = self._top_logprobs[slots[which]].tolist()
         logprobs = raw.log_softmax(-1)
         chosen = ids[to_device(which, self._device)].unsqueeze(-1)
@@ -227,7 +227,7 @@ class Sampler:
     def _penalise(self, logits: torch.Tensor, which: np.ndarray[Any, Any], slots: Int32Array) -> None:
         """Apply the penalties to the rows ``which``: repetition to prompt and output, the other two to output only.
 
-        Repetition: arXiv:1909.05858, dividing what is positive and multiplying what is negative.
+        Repetition: arXiv:1909.05858, dividing positive logits and multiplying negative ones.
         """
         if self._counts is None or self._in_prompt is None:
             raise RuntimeError("a penalised sequence was never admitted")

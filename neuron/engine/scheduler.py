@@ -1,18 +1,17 @@
-"""Who runs in the next step: continuous batching with chunked prefill, without torch.
+"""The scheduler: continuous batching with chunked prefill, without torch.
 
-The rules. First come, first admitted, among principals the one of the highest priority first, and of
-those the one with the fewest running. A sequence starts when a
-slot is free and the pool has the pages for what it has so far and a margin for everyone to grow; pages of a beginning
-that is in the cache are shared. Every decoding sequence is in every step; prompts fill what is left of the step's token
-budget, in order, cut where it ends. When pages run out, the youngest gives its own back, waits ahead of everyone, and
-is computed again, mostly from the cache. The oldest is never preempted and always advances, and the first in line is
-never overtaken for want of room, so waiting is bounded but for those whom higher priorities keep out of every slot.
+Admission is by priority, then to the principal with the fewest running sequences, then in order of arrival. A sequence
+is admitted when a slot is free and the pool has pages for its tokens and a growth margin for every running one; cached
+pages of its prefix are shared. Every decoding sequence is in every step; prompts fill the rest of the step's token
+budget, in order, cut where it ends. When pages run out, the youngest sequence is preempted, waits ahead of all others,
+and is computed again, mostly from the cache. The oldest is never preempted and always advances, and the head of the
+queue is never overtaken for lack of pages, so waiting is bounded unless higher priorities occupy every slot.
 
 Full pages are shared, the last part of a prompt is not: two sequences of one prompt each compute its last 1 to 16
-tokens, and no page is ever copied. One whose beginning is being computed by another just now waits for it.
+tokens, and no page is ever copied. A sequence whose prefix is being computed by another waits for it.
 
-A step may be scheduled while the one before it runs: :meth:`Scheduler.begin` notes what was launched,
-:meth:`Scheduler.settle` what came of it. Only what is settled is shared, and nobody is preempted in mid-step.
+A step may be scheduled while the one before it runs: :meth:`Scheduler.begin` records a launch, :meth:`Scheduler.settle`
+its outcome. Only settled pages are shared, and no sequence is preempted while its step is in flight.
 """
 
 import collections
@@ -29,28 +28,28 @@ from neuron.engine.prefix import extend_keys
 from neuron.engine.sequence import NO_PAGES, NO_TOKENS, Int32Array, Sequence, SequenceState
 
 GROWTH_PAGES: Final = 4
-"""Pages that must be free, for each running sequence that may still need them, to admit one more."""
+"""Free pages that admission leaves to each running sequence that may still need them."""
 SCORED_BESIDE_TOKENS: Final = 16
-"""Of a prompt that is scored, in a step in which something decodes: each takes the whole vocabulary's logits."""
+"""Tokens of a scored prompt in a step with decodes: each takes logits of the whole vocabulary."""
 AWAITED_PAGES: Final = 4
-"""A shared beginning of fewer pages is computed twice rather than waited for: 64 tokens cost about one step."""
+"""Least pages of a prefix to wait for; fewer are computed twice: 64 tokens cost about one step."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds a step and the sequences in it."""
+    """Limits of a step and the sequences in it."""
 
     num_pages: int
     page_tokens: int
     context_tokens: int
     max_sequences: int
     step_tokens: int
-    """Query tokens of a step in which nothing decodes."""
+    """Query tokens of a step without decodes."""
     mixed_step_tokens: int
-    """Query tokens of a step in which something does: bounds how long a prompt holds up the others' next token."""
+    """Query tokens of a step with decodes: bounds how long a prompt delays the others' next token."""
     prefix_cache: bool = True
     sampled_rows: int = 1 << 30
-    """Rows of a step that may have logits: a prompt that is scored takes one for each of its tokens."""
+    """Rows of a step that may have logits; a scored prompt takes a row for each of its tokens."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,15 +74,15 @@ class Scheduler:
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
         self.waiting: dict[int, Sequence] = {}
-        """In order of arrival, after those that were preempted."""
+        """Waiting sequences in order of arrival, behind preempted ones."""
         self.running: dict[int, Sequence] = {}
-        """In order of admission."""
+        """Running sequences in order of admission."""
         max_pages = -(-limits.context_tokens // limits.page_tokens)
         self.page_table: Int32Array = np.zeros((limits.max_sequences, max_pages), np.int32)
         """``[slots, P]``: written when a sequence is admitted or grows, read by every step's plan."""
         self.num_preemptions = 0
         self._slots = list(range(limits.max_sequences))[::-1]
-        # Keys of the pages that running sequences are about to fill, and by whom.
+        # Keys of the pages that running sequences are about to fill, and the sequence of each.
         self._promised: dict[bytes, int] = {}
 
     @property
@@ -93,7 +92,7 @@ class Scheduler:
 
     @property
     def num_without_slot(self) -> int:
-        """Return how many sequences wait beyond those that the free slots will take; negative if slots stay free."""
+        """Return how many sequences wait beyond the free slots; negative if slots stay free."""
         return len(self.waiting) - len(self._slots)
 
     def _num_pages(self, num_tokens: int) -> int:
@@ -105,11 +104,11 @@ class Scheduler:
         if not fits or self._num_pages(sequence.num_cache_tokens) > self.limits.num_pages:
             raise ValueError(f"sequence {sequence.number} needs {sequence.num_cache_tokens} tokens of cache")
         if sequence.number in self.waiting or sequence.number in self.running:
-            raise ValueError(f"sequence {sequence.number} is known already")
+            raise ValueError(f"sequence {sequence.number} exists already")
         self.waiting[sequence.number] = sequence
 
     def remove(self, number: int) -> Sequence | None:
-        """Take a sequence out in whatever state it is and free what it holds; ``None`` if it is not here."""
+        """Remove a sequence in any state and free its slot and pages; ``None`` if it is not here."""
         sequence = self.waiting.pop(number, None)
         if sequence is None:
             sequence = self.running.get(number)
@@ -120,7 +119,7 @@ class Scheduler:
         return sequence
 
     def _vacate(self, sequence: Sequence) -> None:
-        """Take back slot, pages and promises of a running sequence."""
+        """Free the slot, pages and promised pages of a running sequence."""
         del self.running[sequence.number]
         for key in sequence.keys[sequence.num_published :]:
             if self._promised.get(key) == sequence.number:
@@ -136,7 +135,7 @@ class Scheduler:
     # -------------------------------------------------------------- admission
 
     def admit(self) -> list[Sequence]:
-        """Start as many of the waiting as slots and pages allow; return those, in order."""
+        """Admit as many waiting sequences as slots and pages allow; return them, in order."""
         admitted: list[Sequence] = []
         while self._slots and self.waiting:
             sequence = self._next_in_line()
@@ -146,7 +145,7 @@ class Scheduler:
         return admitted
 
     def _next_in_line(self) -> Sequence | None:
-        """Return who is admitted next, ``None`` if nobody waits but for what another is computing."""
+        """Return the next sequence to admit, ``None`` if all that wait await pages of another."""
         num_running = collections.Counter(sequence.principal for sequence in self.running.values())
         first: Sequence | None = None
         best = (0, 0)
@@ -171,8 +170,8 @@ class Scheduler:
         return farthest < len(keys) and keys[farthest] in self._promised
 
     def _sharable_keys(self, sequence: Sequence) -> list[bytes]:
-        """Return the keys of the full pages that it may share: at least one token is left to compute."""
-        # A mean needs every row, and so do scores; what is shared is not computed.
+        """Return the keys of the full pages that ``sequence`` may share, with at least a token left to compute."""
+        # A mean and scores need every row computed; shared pages are not.
         if not self.limits.prefix_cache or sequence.pooling is Pooling.MEAN or sequence.scores_prompt:
             return []
         count = (sequence.num_tokens - 1) // self.limits.page_tokens
@@ -180,7 +179,7 @@ class Scheduler:
         return sequence.keys[:count]
 
     def _place(self, sequence: Sequence) -> bool:
-        """Give a sequence its slot and its pages; return whether there is room."""
+        """Give a sequence its slot and its pages; return whether the pool has enough."""
         keys = self._sharable_keys(sequence)
         shared = self.pool.find(keys)
         num_pages = self._num_pages(sequence.num_tokens)
@@ -207,7 +206,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take everything from a running sequence and put it before all that wait."""
+        """Preempt a running sequence: free all it has and put it at the head of the queue."""
         self._vacate(sequence)
         sequence.state = SequenceState.PREEMPTED
         self.waiting = {sequence.number: sequence, **self.waiting}
@@ -244,13 +243,13 @@ class Scheduler:
             limits = self.limits
             budget = limits.step_tokens
             if sequences:
-                # At least one token of a prompt per step, however many decode: prompts are never starved either.
+                # At least one prompt token per step, however many decode, so that prompts are not starved.
                 num_rows = sum(counts)
                 mixed = limits.mixed_step_tokens
                 mixed = mixed if mixed_step_tokens is None else min(mixed, mixed_step_tokens(num_rows))
                 budget = max(mixed - num_rows, 1)
             prefilling = [sequence for sequence in self.running.values() if sequence.prefills]
-            # Each may come to the end of its prompt, where a row is sampled.
+            # Each prompt may end in this step, where a row is sampled.
             spare_rows = limits.sampled_rows - sum(counts) - len(prefilling)
             if sequences:
                 spare_rows = min(spare_rows, SCORED_BESIDE_TOKENS - 1)
@@ -267,9 +266,9 @@ class Scheduler:
         return Step(tuple(sequences), tuple(counts), num_decodes, len(drafting)) if sequences else None
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Make room for the next token of ``sequence``, by preemption of the youngest, itself included, if need be.
+        """Allocate a page for the next token of ``sequence``, preempting the youngest, or itself, if need be.
 
-        Returns whether there is. There is not, for the moment, if the youngest is in a step that is under way.
+        Returns whether there is one: not for the moment, if the youngest's step is in flight.
         """
         if sequence.num_computed < len(sequence.pages) * self.limits.page_tokens:
             return True
@@ -288,8 +287,8 @@ class Scheduler:
         self.page_table[sequence.slot, len(sequence.pages)] = page[0]
         sequence.pages = np.concatenate((sequence.pages, page))
 
-    def make_room(self, sequence: Sequence, count: int) -> int:
-        """Return how many tokens behind the next one of ``sequence`` have room, ``count`` at the most.
+    def reserve(self, sequence: Sequence, count: int) -> int:
+        """Reserve pages for up to ``count`` tokens behind the next one of ``sequence``; return for how many.
 
         They are draft tokens, or tokens of the same multi-step decode. Their pages come from what admission leaves
         free: the growth margin of the running sequences is not for these.
@@ -302,7 +301,7 @@ class Scheduler:
         return count
 
     def begin(self, step: Step) -> None:
-        """Note that ``step`` has been launched; its plan was built before."""
+        """Record that ``step`` has been launched; its plan was built before."""
         row = 0
         for index, (sequence, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
             if index < step.num_decodes + step.num_drafting:
@@ -319,10 +318,10 @@ class Scheduler:
                 row += 1
 
     def settle(self, sequence: Sequence, num_tokens: int, num_sampled: int) -> None:
-        """Note that a step of a running sequence came out sound: ``num_tokens`` more are in the cache for good.
+        """Record that a step of a running sequence was sound: ``num_tokens`` more are settled in the cache.
 
-        ``num_sampled`` rows of it were sampled. The tokens that became certain have been appended; all but the last are
-        in the cache as well, and counted: accepted draft tokens, or a multi-step decode. Publishes the pages filled.
+        ``num_sampled`` rows of it were sampled. The certain tokens have been appended; all but the last are in the
+        cache as well, and counted: accepted draft tokens, or a multi-step decode. Publishes full pages.
         """
         sequence.num_settled += num_tokens
         sequence.num_computed = max(sequence.num_computed, sequence.num_settled)

@@ -1,6 +1,6 @@
 """A sequence: one request inside the engine, from its prompt to its last token.
 
-Plain state without torch and without decisions: the scheduler moves it, the plan reads it.
+Plain state without torch and without decisions: the scheduler changes it, the plan reads it.
 """
 
 from enum import StrEnum
@@ -20,31 +20,31 @@ FIRST_ACCEPTANCE: Final = 0.7
 
 
 class SequenceState(StrEnum):
-    """Where a sequence is. A running one prefills until all it has is computed, then decodes."""
+    """State of a sequence. A running one prefills until all its tokens are computed, then decodes."""
 
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
-    """Waiting again, ahead of those who never ran: its pages went to an older one."""
+    """Waiting again, ahead of new sequences: its pages went to an older one."""
     FINISHED = "finished"
 
 
 class Constrained(Protocol):
-    """What the engine asks of a grammar: see :class:`neuron.engine.constraint.Constraint`."""
+    """Interface of a grammar, see :class:`neuron.engine.constraint.Constraint`."""
 
     def mask(self) -> Int32Array | None:
-        """Return which tokens may come next, a bit each; ``None`` if all may."""
+        """Return a mask of the next tokens, a bit each; ``None`` for all."""
 
     def accept(self, token: int) -> bool:
         """Take the next token; return whether the output is complete."""
 
 
 class Sequence:
-    """``tokens`` holds prompt and output with room for ``max_tokens`` of output.
+    """A request in the engine. ``tokens`` holds prompt and output, with space for ``max_tokens`` of output.
 
-    ``num_computed`` of them are in the cache once all that was launched has run, ``num_settled`` of these are known to
-    be sound. In between a step is under way, and ``num_awaited`` tokens are being sampled; each one's place in
-    ``tokens`` holds -1 - i meanwhile, where i is its row among those that its step samples.
+    ``num_computed`` of them are in the cache once all launched steps have run, ``num_settled`` of these are sound. In
+    between a step is in flight and samples ``num_awaited`` tokens; the place of each in ``tokens`` holds -1 - i, where
+    i is its row among the sampled ones.
     """
 
     __slots__ = (
@@ -97,18 +97,18 @@ class Sequence:
         self.eos = eos
         self.sampler = sampler
         self.principal = principal
-        """On whose behalf it runs: slots are shared out among principals."""
+        """Principal of the request; principals share the slots."""
         self.priority = priority
-        """The principal's."""
+        """Priority of the principal."""
         self.constraint = constraint
         self.pooling = pooling
-        """It ends with its prompt, as one vector, if this is set."""
+        """Pooling of an embedding, which ends with its prompt; ``None`` for a generation."""
         self.pooled: Float32Array | None = None
-        """The sum of its hidden states so far, where their mean is wanted."""
+        """Sum of the hidden states so far, of a mean pooling."""
         self.scores_prompt = False
-        """Whether the log probabilities of its prompt's tokens are wanted, so that each row of it must be computed."""
+        """Whether the log probabilities of the prompt's tokens are wanted, for which each row is computed."""
         self.num_scored = 0
-        """The rows of its prompt whose next token was scored, or is being in a step under way."""
+        """Rows of the prompt whose next token is scored, by steps in flight too."""
         self.tokens: Int32Array = np.empty(len(prompt) + max_tokens, np.int32)
         self.tokens[: len(prompt)] = prompt
         self.drafts: Int32Array = NO_TOKENS
@@ -117,18 +117,18 @@ class Sequence:
         self.num_computed = self.num_settled = 0
         self.num_awaited = 0
         self.num_cached = 0
-        """How much of the prompt was in the cache when it first ran."""
+        """Tokens of the prompt that were in the cache at first admission."""
         self.num_drafted = 0
         """Tokens in the draft model's cache, where there is one."""
         self.pages: Int32Array = NO_PAGES
         self.root = root
-        """What stands before the first of its keys: with another root no page is shared."""
+        """Parent of its first key: sequences with different roots share no pages."""
         self.keys: list[bytes] = []
-        """Of its first full pages, as far as anyone asked."""
+        """Keys of its first full pages, computed as needed."""
         self.num_published = 0
-        """How many of its pages have been offered to the pool."""
+        """Number of its pages that have been published."""
         self.slot = -1
-        """Row of the page table and of the sampler's tables while running."""
+        """Slot of the running batch: row of the page table and of the sampler's tables; -1 if not running."""
         self.state = SequenceState.WAITING
 
     @property
@@ -138,25 +138,25 @@ class Sequence:
 
     @property
     def num_cache_tokens(self) -> int:
-        """Return how many tokens the cache must hold in the end: the last one generated is never read back."""
+        """Return how many tokens the cache must hold at the end: the last generated one is never read back."""
         return self.num_prompt + self.max_tokens - 1
 
     @property
     def prefills(self) -> bool:
-        """Return whether part of what it had when it was admitted is still to be computed.
+        """Return whether part of the tokens it was admitted with is still to be computed.
 
-        That is ``num_fill`` tokens: the prompt, and after a preemption the output so far as well.
+        They are ``num_fill``: the prompt, and after a preemption the output so far as well.
         """
         return self.num_computed < self.num_fill
 
     @property
     def in_flight(self) -> bool:
-        """Return whether a step with it has been launched whose outcome is not known yet."""
+        """Return whether a step with it has been launched and not settled."""
         return self.num_computed != self.num_settled
 
     @property
     def decodes(self) -> bool:
-        """Return whether it can take part in the next step with its next token.
+        """Return whether it can decode in the next step.
 
         While its step is in flight it can if only the device needs that token: a grammar and the verification of draft
         tokens need it on the host.
@@ -168,7 +168,7 @@ class Sequence:
         return self.num_awaited == 1 and self.constraint is None and self.num_output + 1 < self.max_tokens
 
     def num_to_score(self, count: int) -> int:
-        """Return how many of its next ``count`` rows are followed by a token of the prompt that is still to be scored.
+        """Return how many of its next ``count`` rows precede a token of the prompt that is still to be scored.
 
         The last row's next token is the first of the output.
         """
@@ -177,7 +177,7 @@ class Sequence:
         return max(0, min(self.num_computed + count, self.num_prompt - 1) - max(self.num_computed, self.num_scored))
 
     def await_tokens(self, count: int, row: int) -> None:
-        """Note that a launched step samples ``count`` tokens of it, the first as its ``row``."""
+        """Record that a launched step samples ``count`` tokens of it, the first in row ``row``."""
         self.tokens[self.num_tokens + self.num_awaited] = -1 - row
         self.num_awaited += count
 

@@ -81,11 +81,11 @@ class Speculation:
         self.num_proposed = self.num_accepted = 0
 
     def propose(
-        self, num_decoding: int, able: list[Sequence], num_rows: int, make_room: Callable[[Sequence, int], int]
+        self, num_decoding: int, able: list[Sequence], num_rows: int, reserve: Callable[[Sequence, int], int]
     ) -> None:
         """Give ``able`` up to ``num_rows`` draft tokens in all, if that should pay in a step of ``num_decoding``.
 
-        ``make_room`` reserves pages for so many tokens behind a sequence's next and returns how many there are.
+        ``reserve`` reserves pages for so many tokens behind a sequence's next and returns how many there are.
         """
         most = min(MAX_DRAFTS, num_rows // max(1, len(able)))
         if not able or most < 1 or self._step_timer.step_s(num_decoding) is None:
@@ -97,7 +97,7 @@ class Speculation:
                 if count:
                     sequence.acceptance_rate = min(1.0, sequence.acceptance_rate + ACCEPTANCE_RECOVERY)
             return
-        counts = [make_room(sequence, min(depth, count)) for sequence, count in zip(able, available, strict=True)]
+        counts = [reserve(sequence, min(depth, count)) for sequence, count in zip(able, available, strict=True)]
         for sequence, drafts in zip(able, self._drafter.propose(able, counts), strict=True):
             sequence.drafts = drafts
 

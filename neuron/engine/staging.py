@@ -1,7 +1,7 @@
-"""Arrays to a device and back without waiting for it: by pinned memory, in line with what is queued.
+"""Asynchronous copies of arrays to a device and back, through pinned memory, in the order of the stream.
 
-A copy from or to other memory waits until all that is queued is done, the step launched ahead included. torch keeps
-pinned memory that is let go of until the copy that reads it is done.
+A copy from or to other memory waits for all queued work, the step launched ahead included. torch keeps released pinned
+memory until the copy that reads it is done.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 ALIGNED: Final = 16
-"""Bytes that each array begins at a multiple of, as kernels are compiled for."""
+"""Alignment of each array in bytes, for which kernels are compiled."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -20,7 +20,7 @@ def to_device(array: Array, device: torch.device) -> torch.Tensor:
     """Return ``array`` on ``device``; on a CPU it is the same memory."""
     if device.type == "cpu":
         return torch.from_numpy(array)
-    # torch copies what has gaps by way of memory that is not pinned.
+    # torch copies strided arrays through memory that is not pinned.
     return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True)
 
 
@@ -42,7 +42,7 @@ def together(arrays: Sequence[Array], device: torch.device) -> list[torch.Tensor
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``tensor`` on the host, where it is once the device has come so far."""
+    """Return ``tensor`` on the host, valid once the device has reached the copy."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

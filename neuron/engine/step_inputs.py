@@ -1,7 +1,7 @@
-"""What a captured step of decodes reads and writes, at places that never change, and how a plan gets there.
+"""Inputs and outputs of a captured decode step, at fixed addresses, and the copy of a plan to them.
 
-One array holds it all, so that a step costs one copy; each part begins where a pointer is divisible by 16, as the
-kernels are compiled for. The step advances its rows itself (:mod:`neuron.triton_kernels.decode_step`), so that one plan
+One array holds all inputs, so that a step costs one copy; each part is aligned to 16 bytes, as the kernels are compiled
+for. The step advances its rows itself (:mod:`neuron.triton_kernels.decode_step`), so that one plan
 serves a multi-step decode.
 """
 
@@ -17,11 +17,11 @@ from neuron.triton_kernels.decode_state import MAX_STOPS, DecodeState
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
 PENDING: Final = -2
-"""In the place of a token that the device has not published yet."""
+"""Value of a token that the device has not published yet."""
 NUM_PLACES: Final = 128
 """Steps that are published at different places: a whole multi-step decode, and the steps before and behind it."""
 ALIGNED: Final = 4
-"""Elements that each part begins at a multiple of."""
+"""Alignment of each part in elements."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -29,25 +29,25 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Published:
     """Results that the device writes for the host, in memory of both: each step's tokens, and whether a row is left.
 
-    ``most`` rows at the most; the plans' negative tokens name rows of ``last``.
+    ``most`` rows at the most; a plan's negative tokens refer to rows of ``last``.
     """
 
     def __init__(self, most: int, device: torch.device) -> None:
         pins = device.type == "cuda"
         width = -(-most // ALIGNED) * ALIGNED
-        # One more, which nobody reads: for the runs in which graphs are captured.
+        # One more, never read: for the runs in which graphs are captured.
         self.tokens = torch.full((NUM_PLACES + 1, width), PENDING, dtype=torch.int32, pin_memory=pins)
         self.all_ended = torch.zeros(1, dtype=torch.int32, pin_memory=pins)
-        # The same memory: touching it by torch takes ten times as long.
+        # The same memory: access through torch takes ten times as long.
         self.seen: Int32Array = self.tokens.numpy()
         self._all_ended: Int32Array = self.all_ended.numpy()
         self.last = torch.zeros(width, dtype=torch.int32, device=device)
         self._next = 0
 
     def take(self, num_steps: int) -> int:
-        """Return the first of ``num_steps`` places in a row, which nobody waits for any more, and make them pending.
+        """Return the first of ``num_steps`` consecutive free places, made pending.
 
-        A step under way has one place, and no more than one is launched ahead of what is read.
+        A step in flight has one place, and at most one is launched ahead of the last read.
         """
         first = self._next if self._next + num_steps <= NUM_PLACES else 0
         self._next = first + num_steps
@@ -62,7 +62,7 @@ class StepInputs:
     def __init__(self, num_rows: int, num_columns: int, device: torch.device, published: Published) -> None:
         self.num_rows = num_rows
         parts = {
-            # Of 8 bytes an element first, so that all lie where they may.
+            # Elements of 8 bytes first, for alignment.
             "slot_mapping": (num_rows, np.int64),
             "seeds": (num_rows, np.int64),
             "token_ids": (num_rows, np.int32),
@@ -86,8 +86,8 @@ class StepInputs:
             end += -(-size // ALIGNED) * ALIGNED
         shapes = {"stops": (num_rows, MAX_STOPS), "page_table": (num_rows, num_columns)}
         self._there = torch.zeros(end, dtype=torch.int32, device=device)
-        # Two in turn: the device may still read the one of the step before. What read the one before that is waited
-        # for by then, since no more than one step is launched ahead.
+        # Double-buffered: the device may still read the one of the step before. The one before that has been read,
+        # since at most one step is launched ahead.
         self._here = [torch.zeros(end, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(2)]
         self._views: list[dict[str, Array]] = [
             {
@@ -98,7 +98,7 @@ class StepInputs:
         ]
         self._current = 0
         self._widths: list[dict[str, int]] = [{}, {}]
-        """How many columns of a table were written the last time."""
+        """Columns of each table that the last plan in the buffer has written."""
         dtypes = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32}
         there = {
             name: self._there[first:last].view(dtypes[kind]).view(shapes.get(name, -1))
@@ -120,13 +120,13 @@ class StepInputs:
             seeds=there["seeds"],
             counters=there["counters"],
         )
-        # For the run in which it is captured: a context of one token in page 0, and rows of which nothing is wanted.
+        # For the run in which it is captured: a context of one token in page 0, and rows that have ended.
         self.state.context_lens.fill_(1)
         self.state.ended.fill_(1)
         self.state.place.fill_(NUM_PLACES)
 
     def fill(self, plan: StepPlan, draws: Draws, place: int) -> None:
-        """Queue the copy of a plan of at most ``num_rows`` rows; rows beyond them repeat the first one."""
+        """Queue the copy of a plan of at most ``num_rows`` rows; rows beyond it repeat the first."""
         self._current ^= 1
         count, view = plan.num_decodes, self._views[self._current]
         values: dict[str, Array] = {
