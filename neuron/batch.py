@@ -1,6 +1,7 @@
-"""Several requests of one call, run beside one another: a list of prompts is as many requests, and one answer.
+"""Several requests of one call, run concurrently: a list of prompts is as many requests, and one answer.
 
-Their choices are counted through. No more run at a time than the model has slots for, since the queue is everybody's.
+Their choices are numbered consecutively. At most as many run at a time as the model has slots, since the queue is
+shared with other clients.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ Batch = Sequence[InferenceEvent]
 async def infer_all(model: Model, requests: Sequence[InferenceRequest]) -> AsyncGenerator[Batch, None]:
     """Yield the events of all ``requests``, which have equally many choices, as they come.
 
-    One that fails ends the others. Raises what the first to fail raises.
+    A request that fails ends the others. Raises the first error.
     """
     num_choices = requests[0].num_choices
     slots = asyncio.Semaphore(max(1, model.loaded.max_sequences // num_choices))
@@ -29,8 +30,8 @@ async def infer_all(model: Model, requests: Sequence[InferenceRequest]) -> Async
         try:
             async with slots, aclosing(model.infer(request)) as batches:
                 async for events in batches:
-                    await arrived.put([_counted(event, first_choice) for event in events])
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is the call's)
+                    await arrived.put([_renumbered(event, first_choice) for event in events])
+        except Exception as error:  # noqa: BLE001 (any error is the call's)
             await arrived.put(error)
         else:
             await arrived.put(None)
@@ -54,7 +55,7 @@ async def infer_all(model: Model, requests: Sequence[InferenceRequest]) -> Async
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _counted(event: InferenceEvent, first_choice: int) -> InferenceEvent:
+def _renumbered(event: InferenceEvent, first_choice: int) -> InferenceEvent:
     if isinstance(event, Started | Failed):
         return event
     return msgspec.structs.replace(event, choice=event.choice + first_choice)

@@ -1,7 +1,7 @@
-"""The ``Harness`` interface: what runs a model's inference, and the registry of those that are installed.
+"""The ``Harness`` interface, which loads models and turns a request into ``InferenceEvent``s.
 
-A harness loads models and turns a request into ``InferenceEvent``s. It knows nothing of HTTP or dialects. ``torch`` is
-the one that ships (:mod:`neuron.torch_harness`); it runs models in this project's own device workers.
+HTTP and dialects are not its concern. ``torch`` (:mod:`neuron.torch_harness`) ships with the project; it runs models in
+the project's own device workers.
 """
 
 import pathlib
@@ -17,12 +17,12 @@ from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron.device.jobs import LoadedModel
 
 Progress = Callable[[float], None]
-"""Called with how far a load is, 0 to 1."""
+"""Callback with the progress of a load, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What a model needs before it can be loaded: ``num_devices`` of those in ``bytes_on``, with so much free on each.
+    """Requirement of a model's load: ``num_devices`` of the devices in ``bytes_on``, with these bytes free on each.
 
     Without devices it needs nothing, and none is chosen for it.
     """
@@ -32,7 +32,7 @@ class Requirement:
 
     @property
     def total_bytes(self) -> int:
-        """Return the least it takes on all its devices together."""
+        """Return the least bytes on all its devices together."""
         return self.num_devices * min(self.bytes_on.values(), default=0)
 
 
@@ -48,18 +48,18 @@ class Model(Protocol):
 
     @property
     def loaded(self) -> LoadedModel:
-        """What the load made of the spec."""
+        """Loaded model, as the worker reports it."""
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices it lives on."""
+        """Devices of the model."""
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
-        """What it can be asked to do."""
+        """Capabilities of the model."""
 
     async def count_tokens(self, request: InferenceRequest) -> int:
-        """Return how many tokens the prompt of ``request`` has: what ``Started`` would say of it.
+        """Return the tokens of the prompt of ``request``, as ``Started`` reports them.
 
         Raises:
             ApiError: the request cannot be made a prompt.
@@ -73,10 +73,10 @@ class Model(Protocol):
         """
 
     async def left_out(self, request: InferenceRequest) -> Sequence[str]:
-        """Return what of the schemas of ``request`` its answer will not be held to, by place and keyword.
+        """Return the parts of the schemas of ``request`` that will not be enforced, by place and keyword.
 
         Raises:
-            ApiError: it takes more to find out than one request may.
+            ApiError: the schemas are over the limits of a request.
         """
 
     def infer(self, request: InferenceRequest) -> AsyncGenerator[Sequence[InferenceEvent], None]:
@@ -93,10 +93,10 @@ class Harness(Protocol):
     name: str
 
     async def measure(self, spec: ModelSpec, path: pathlib.Path) -> Requirement:
-        """Return what the weights at ``path`` need, whatever is free now.
+        """Return the requirement of the weights at ``path``, whatever is free now.
 
         Raises:
-            ApiError: they cannot be read, or no device that the spec allows is here.
+            ApiError: they cannot be read, or the neuron has no device that the spec allows.
         """
 
     async def free_bytes(self, devices: Collection[str]) -> Mapping[str, int]:

@@ -45,15 +45,17 @@ cortex.preflight cortex.responses_socket neuron.load neuron.text.tokenizer
 cortex.admin cortex.endpoints cortex.reload cortex.request_log cortex.stored_endpoints cortex.stream_forwarding
 neuron.engine neuron.text
 
-cortex._fast.fast_path cortex.api_description cortex.cli cortex.dashboard neuron.torch_harness
+cortex._fast.fast_path cortex.api_description cortex.cli cortex.dashboard neuron.generation
 
-cortex.inference cortex.rsgi_io neuron.service
+cortex.inference cortex.rsgi_io neuron.torch_model
 
-cortex.gateway neuron.api
+cortex.gateway neuron.torch_harness
 
-cortex.fast_path cortex.worker neuron.cli
+cortex.fast_path cortex.worker neuron.service
 
-cortex.asgi
+cortex.asgi neuron.api
+
+neuron.cli
 """.strip().split("\n\n")
 )
 """Units by layer, the lowest first. A module belongs to the unit with the longest matching name."""

@@ -1,14 +1,13 @@
-"""Begin and end of a captured decode step, one program each, which make the step repeatable.
+"""Begin and end of a captured decode step, one program each, so that its graph can be launched again.
 
-    open:   token[b] = last[-1 - token[b]]  where token[b] < 0
-    close:  published[place, b] = last[b] = ended[b] ? last[b] : ids[b];  ended[b] |= last[b] in stops[b];  place += 1
-            where not ended[b]:  token[b] = last[b];  position, context and counter one on;  slot of the position
+    begin:  token[b] = last[-1 - token[b]]  where token[b] < 0
+    end:    published[place, b] = last[b] = ended[b] ? last[b] : ids[b];  ended[b] |= last[b] in stops[b];  place += 1
+            where not ended[b]:  token[b] = last[b];  position, context and counter += 1;  slot_mapping of the position
             all_ended = all(ended)
 
-Tokens are published in pinned host memory, and the host waits for the words it reads alone: each token is a word, so
-the order of their arrival does not matter. The store bypasses the device's cache (``.wt``): any other is visible to the
-host for certain only when all queued work is done. A page beyond the table belongs to a step that is never launched,
-and is read as page 0.
+Results go to pinned host memory, and the host waits for the words that it reads: each token is a word of its own, so
+their order does not matter. These stores write through the device's cache (``.wt``): any other store is sure to be
+visible only when all queued work is done. A page beyond the table is of a step that is never launched, and read as 0.
 """
 
 import torch
@@ -29,7 +28,7 @@ def _begin_kernel(token_ids, last, B, BLOCK: tl.constexpr):
     token = tl.load(token_ids + row, mask=inside, other=0)
     unknown = inside & (token < 0)
     known = tl.load(last + tl.where(unknown, -1 - token, 0), mask=unknown, other=0)
-    # A row that was not finite has no token; its sequence ends once the host reads that.
+    # A row that was not finite has no token; its sequence fails when it is settled.
     tl.store(token_ids + row, tl.maximum(known, 0), mask=unknown)
 
 
@@ -64,7 +63,7 @@ def _end_kernel(
     at = tl.load(place)
     tl.store(last + row, token, mask=inside)
     tl.store(published + at.to(tl.int64) * published_stride + row, token, mask=inside, cache_modifier=".wt")
-    # One thread moves the place on, and every thread has read it for itself: a slower warp would read the next.
+    # One thread advances the place, after every thread has read it: a slower warp would read the next.
     tl.debug_barrier()
     tl.store(place, at + 1)
     for i in range(NUM_STOPS):
@@ -84,14 +83,14 @@ def _end_kernel(
 
 
 def begin_step(state: DecodeState) -> None:
-    """Put what the step before sampled in the places of the tokens that name its rows."""
+    """Replace negative tokens, which name rows of the step before, by their sampled ids."""
     num_rows = len(state.token_ids)
     arguments: dict[str, Argument] = {"token_ids": state.token_ids, "last": state.last, "B": num_rows}
     launch(_begin_kernel, (1,), arguments, {"BLOCK": max(MIN_BLOCK, power_of_two(num_rows))})
 
 
 def end_step(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
-    """Publish ``ids`` int32 ``[B]`` and move each row that has not ended one on."""
+    """Publish ``ids`` int32 ``[B]`` and advance each row that has not ended."""
     num_rows, columns = state.page_table.shape
     arguments: dict[str, Argument] = {
         "ids": ids,

@@ -78,9 +78,9 @@ class EagerOperations:
         return sampling_reference.sample_rows(logits, rows)
 
     def begin_step(self, state: DecodeState) -> None:
-        """Put what the step before sampled in the places of the tokens that name its rows."""
+        """Replace negative tokens, which name rows of the step before, by their sampled ids."""
         sampling_reference.begin_step(state)
 
     def end_step(self, state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
-        """Publish ``ids`` and move each row that has not ended one on."""
+        """Publish ``ids`` and advance each row that has not ended."""
         sampling_reference.end_step(state, ids, page_tokens)

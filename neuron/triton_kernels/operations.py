@@ -82,7 +82,7 @@ class Operations(Protocol):
         """Return a token id int32 and its log-probability for each row of ``logits`` ``[R, V]``."""
 
     def begin_step(self, state: DecodeState) -> None:
-        """Put what the step before sampled in the places of the tokens that name its rows."""
+        """Replace negative tokens, which name rows of the step before, by their sampled ids."""
 
     def end_step(self, state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
-        """Publish ``ids`` ``[B]`` and move each row that has not ended one on."""
+        """Publish ``ids`` ``[B]`` and advance each row that has not ended."""

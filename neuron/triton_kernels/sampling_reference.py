@@ -21,14 +21,14 @@ TOP_P_CANDIDATES: Final = 512
 
 
 def begin_step(state: DecodeState) -> None:
-    """Put what the step before sampled in the places of the tokens that name its rows."""
-    # What was not finite has no token; its sequence ends when that is known.
+    """Replace negative tokens, which name rows of the step before, by their sampled ids."""
+    # A row that was not finite has no token; its sequence fails when it is settled.
     known = state.last[(-1 - state.token_ids).clamp(min=0)].clamp(min=0)
     state.token_ids.copy_(torch.where(state.token_ids < 0, known, state.token_ids))
 
 
 def end_step(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
-    """Publish ``ids`` int32 ``[B]`` and move each row that has not ended one on."""
+    """Publish ``ids`` int32 ``[B]`` and advance each row that has not ended."""
     num_rows = len(ids)
     ended = state.ended != 0
     tokens = torch.where(ended, state.last[:num_rows], ids)

@@ -17,7 +17,8 @@ from cortex.wire.request import Ending, InferenceRequest, Sampling
 from neuron.config import PrefixSharing
 from neuron.device.jobs import LoadedModel, Memory, SequenceEnd, TokenRow
 from neuron.models.config import GenerationDefaults, read_config
-from neuron.torch_harness import NEVER, TorchHarness, TorchModel, resolve_sampling
+from neuron.torch_harness import TorchHarness
+from neuron.torch_model import NEVER, TorchModel, resolve_sampling
 
 CONTEXT = 64
 ENDS = (2, 300, 17)
