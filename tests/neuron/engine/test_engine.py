@@ -20,7 +20,7 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.device.driver import DeviceFault, DriverError
 from neuron.device.jobs import SequenceEnd
-from neuron.engine import engine, loaded, loading
+from neuron.engine import engine, loading
 from neuron.engine.engine import Engine
 from neuron.engine.errors import raise_device_fault, ran_out
 from neuron.engine.native_runner import NativeRunner
@@ -680,7 +680,7 @@ def test_ids_are_int32_in_machine_order(driver: Any) -> None:
 
 def test_every_job_of_the_channel_is_handled() -> None:
     """A message type that is added to the channel must reach the engine's match."""
-    source = pathlib.Path(loaded.__file__).with_name("engine.py").read_text()
+    source = pathlib.Path(engine.__file__).read_text()
     for job in jobs.ToWorker.__args__:
         assert re.search(rf"case .*\b{job.__name__}\(\)", source)
     assert Engine.handle.__doc__

@@ -144,7 +144,7 @@ class Arrivals(RuleBasedStateMachine):
             max_tokens = min(max_tokens, 64 - num_prompt)
             new = sequence(self.number, num_prompt, max_tokens, family=family, principal=principal, priority=priority)
             self.scheduler.add(new)
-            with pytest.raises(ValueError, match="known already"):
+            with pytest.raises(ValueError, match="exists already"):
                 self.scheduler.add(new)
 
     @precondition(lambda self: self.scheduler.busy)
