@@ -44,19 +44,12 @@ from cortex.dialects.passthrough import (
 from cortex.dialects.renamed import RenamedStream, rename
 from cortex.dialects.translate import TranslatedAnswer, Translation, to_chat
 from cortex.errors import NotAnAnswerError
+from cortex.event_stream import EventStream, serve_stream, stream
 from cortex.fleet.catalogue import Catalogue
 from cortex.fleet.dispatch import Dispatcher
 from cortex.fleet.node_request import NodeRequest, NodeResponse
 from cortex.fleet.refusals import find_error, read_error
-from cortex.http_io import (
-    ClientDisconnectedError,
-    EndedByDisconnect,
-    EventStream,
-    Exchange,
-    SocketExchange,
-    serve_stream,
-    stream,
-)
+from cortex.http_io import ClientDisconnectedError, EndedByDisconnect, Exchange, SocketExchange
 from cortex.request_log import RequestLog
 from cortex.store.conversation import Conversations, PendingResponse
 from cortex.stream_forwarding import DialectForwarder, Forwarding

@@ -10,7 +10,8 @@ import orjson
 from cortex.access.authenticator import principal_of
 from cortex.background import Background
 from cortex.dialects.passthrough import RESPONSES
-from cortex.http_io import Exchange, query_parameters, stream
+from cortex.event_stream import stream
+from cortex.http_io import Exchange, query_parameters
 from cortex.store.conversation import Conversations
 from cortex.wire.errors import InvalidRequestError
 

@@ -47,6 +47,7 @@ from cortex.dialects.passthrough import (
     envelope_for,
 )
 from cortex.dialects.unseen_parts import readable
+from cortex.event_stream import stream
 from cortex.http_io import (
     AsgiExchange,
     ClientDisconnectedError,
@@ -55,7 +56,6 @@ from cortex.http_io import (
     Receive,
     Scope,
     Send,
-    stream,
     until_disconnect,
 )
 from cortex.wire.errors import (

@@ -35,7 +35,8 @@ cortex._fast.chat_events cortex._fast.chat_stream cortex._fast.http_client corte
 cortex._fast.responses_stream cortex._fast.usage_scanner cortex.access cortex.http_io cortex.logs neuron.device
 neuron.harness neuron.text.matcher
 
-cortex.asgi_io cortex.config cortex.dialects cortex.send_window neuron.batch neuron.engine_settings neuron.metrics
+cortex.asgi_io cortex.config cortex.dialects cortex.event_stream cortex.send_window neuron.batch
+neuron.engine_settings neuron.metrics
 
 cortex._fast.record cortex.operate cortex.store cortex.upstream neuron.api_description neuron.config neuron.models
 
@@ -67,6 +68,7 @@ NEURON_USES = (
     "cortex.dialects",
     "cortex.extras",
     "cortex.guard",
+    "cortex.event_stream",
     "cortex.http_io",
     "cortex.logs",
     "cortex.loop_lag",

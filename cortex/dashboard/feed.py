@@ -19,9 +19,10 @@ from cortex.dashboard.journal import Entry, Journal
 from cortex.dashboard.rates import SERIES, Point, Rates
 from cortex.dashboard.view import Tree, catalogue_tree, difference, node_tree
 from cortex.errors import GatewayStoppedError
+from cortex.event_stream import stream
 from cortex.fleet.service import FleetService
 from cortex.fleet.state import Node
-from cortex.http_io import Exchange, stream
+from cortex.http_io import Exchange
 from cortex.settings import ConfigError
 from cortex.supervise import Supervisor
 from cortex.wire.errors import ApiError, OverloadedError

@@ -24,7 +24,7 @@ from gateway_rig import CHAT, STREAM, rig, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortex import http_io
+from cortex import event_stream
 from cortex.config import ModelProfile, Polling, Timeouts
 from cortex.wire.node import ModelSpec, ModelState, ModelStatus, SamplingDefaults
 
@@ -259,9 +259,9 @@ async def test_a_broken_stream_ends_in_an_error_of_its_dialect(how: str, path: s
 async def test_a_silence_in_the_middle_is_filled_and_never_within_an_sse_event(
     path: str, sse_events: tuple[bytes, ...], heartbeat: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert http_io.HOLD_HEADERS_S < 1
-    assert http_io.HEARTBEAT_INTERVAL_S <= 10
-    monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.02)
+    assert event_stream.HOLD_HEADERS_S < 1
+    assert event_stream.HEARTBEAT_INTERVAL_S <= 10
+    monkeypatch.setattr(event_stream, "HEARTBEAT_INTERVAL_S", 0.02)
     heard = asyncio.Event()
 
     async def script(asked: Asked, line: Line) -> None:

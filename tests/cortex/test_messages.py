@@ -9,7 +9,7 @@ import pytest
 from fake_node import MESSAGES_ANSWER, MESSAGES_STREAM, Asked, FakeNode, Line, error
 from gateway_rig import rig
 
-from cortex import http_io
+from cortex import event_stream
 from cortex.config import ModelProfile, Timeouts
 from cortex.wire.node import ModelState
 
@@ -164,8 +164,8 @@ async def test_a_nodes_error_event_is_the_only_one() -> None:
 
 
 async def test_a_silence_is_filled_with_pings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_io, "HOLD_HEADERS_S", 0.01)
-    monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.01)
+    monkeypatch.setattr(event_stream, "HOLD_HEADERS_S", 0.01)
+    monkeypatch.setattr(event_stream, "HEARTBEAT_INTERVAL_S", 0.01)
     neuron = FakeNode()
     loading = asyncio.Event()
 
@@ -186,7 +186,7 @@ async def test_a_silence_is_filled_with_pings(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_an_error_after_the_first_ping_has_the_nodes_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_io, "HOLD_HEADERS_S", 0.0)
+    monkeypatch.setattr(event_stream, "HOLD_HEADERS_S", 0.0)
     refuse = error(400, "context_length_exceeded")
 
     async def late(asked: Asked, line: Line) -> None:

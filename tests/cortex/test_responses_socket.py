@@ -8,7 +8,7 @@ from fake_node import Asked, FakeNode, Line
 from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 
-from cortex import http_io
+from cortex import event_stream
 from cortex.access.keys import Principal
 
 CREATED = {"type": "response.created", "sequence_number": 0, "response": {"id": "r", "status": "in_progress"}}
@@ -21,8 +21,8 @@ def sse_event(event: dict[str, object]) -> bytes:
 
 async def test_a_silence_has_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comment has no form there, and an event that is in no client's schema is an error to some."""
-    monkeypatch.setattr(http_io, "HOLD_HEADERS_S", 0.01)
-    monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.01)
+    monkeypatch.setattr(event_stream, "HOLD_HEADERS_S", 0.01)
+    monkeypatch.setattr(event_stream, "HEARTBEAT_INTERVAL_S", 0.01)
     go = asyncio.Event()
 
     async def script(asked: Asked, line: Line) -> None:

@@ -16,7 +16,7 @@ from openai.types.responses import Response
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_model import HELLO, ScriptedHarness, Step
 
-from cortex import http_io
+from cortex import event_stream
 from cortex.wire.errors import ErrorInfo, OverloadedError, UnprocessableError
 from cortex.wire.events import Failed, Finished, FinishReason, ReasoningDelta, Started, TextDelta, ToolCallDelta
 from cortex.wire.node import LoadRequest
@@ -212,8 +212,8 @@ def test_a_client_that_leaves_ends_the_work(
 
 
 def test_headers_and_heartbeats_do_not_wait_for_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_io, "HOLD_HEADERS_S", 0.01)
-    monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.01)
+    monkeypatch.setattr(event_stream, "HOLD_HEADERS_S", 0.01)
+    monkeypatch.setattr(event_stream, "HEARTBEAT_INTERVAL_S", 0.01)
 
     async def story(api: Api, service: Service) -> None:
         asyncio.get_running_loop().call_later(0.1, silent.set)

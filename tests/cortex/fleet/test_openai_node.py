@@ -99,11 +99,11 @@ async def test_a_node_has_timeouts_of_its_own() -> None:
 
 
 async def test_a_load_tells_its_progress_in_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cortex import http_io
+    from cortex import event_stream
     from cortex.wire.node import ModelSpec, ModelState, ModelStatus
 
-    monkeypatch.setattr(http_io, "HOLD_HEADERS_S", 0.05)
-    monkeypatch.setattr(http_io, "HEARTBEAT_INTERVAL_S", 0.02)
+    monkeypatch.setattr(event_stream, "HOLD_HEADERS_S", 0.05)
+    monkeypatch.setattr(event_stream, "HEARTBEAT_INTERVAL_S", 0.02)
     neuron, go = FakeNode(), asyncio.Event()
 
     async def load(spec: ModelSpec) -> ModelStatus:
