@@ -1,4 +1,4 @@
-"""What a request becomes before it goes to a worker: limits, ends and sampling, asked for or left open."""
+"""Requests on their way to a worker: limits, ends and sampling, given or by default."""
 
 import asyncio
 import dataclasses
@@ -25,7 +25,7 @@ ENDS = (2, 300, 17)
 
 
 class Recorder:
-    """A worker that keeps what it is asked, and ends every sequence at once."""
+    """A worker that records its requests, and ends every sequence at once."""
 
     device_id = "cpu:0"
 
@@ -46,7 +46,7 @@ class Recorder:
 
 
 class Device:
-    """A worker that loads anything, and keeps what is loaded."""
+    """A worker that loads any model, and records its models."""
 
     device_id = "cpu:0"
     state = WorkerState.READY
@@ -131,7 +131,7 @@ def worker() -> Recorder:
 
 @pytest.fixture
 def model(talking_llama: pathlib.Path, worker: Recorder) -> TorchModel:
-    """A model whose authors recommend a temperature and a top_k, and which ends on any of three tokens."""
+    """Return a model with a temperature and a top_k in its generation config, and three end tokens."""
     config = dataclasses.replace(
         read_config(talking_llama), eos_ids=ENDS, generation=GenerationDefaults(temperature=0.6, top_k=20)
     )
@@ -151,7 +151,7 @@ def run(model: TorchModel, **fields: Any) -> list[InferenceEvent]:
 @pytest.mark.parametrize(
     ("asked", "granted"), [(None, CONTEXT - 5), (3, 3), (CONTEXT - 5, CONTEXT - 5), (32_000, CONTEXT - 5)]
 )
-def test_the_output_may_fill_the_context_and_a_wish_for_more_is_no_error(
+def test_the_output_may_fill_the_context_and_a_larger_limit_is_no_error(
     model: TorchModel, worker: Recorder, asked: int | None, granted: int
 ) -> None:
     events = run(model, max_tokens=asked)
@@ -178,7 +178,7 @@ def test_every_end_of_the_models_list_ends_an_answer(model: TorchModel, worker: 
     assert [set(asked[3]) for asked in worker.asked] == [set(ENDS), set(), {8, 9}, {9, *ENDS}]
 
 
-def test_what_a_request_leaves_open_is_as_the_models_authors_recommend(model: TorchModel, worker: Recorder) -> None:
+def test_sampling_defaults_are_the_models_generation_config(model: TorchModel, worker: Recorder) -> None:
     run(model)
     run(model, sampling=Sampling(temperature=0.0, top_k=-1, top_p=0.5, seed=7))
     left_open, given = (asked[4] for asked in worker.asked)
@@ -187,7 +187,7 @@ def test_what_a_request_leaves_open_is_as_the_models_authors_recommend(model: To
     assert (given.temperature, given.top_k, given.top_p, given.seed) == (0.0, 0, 0.5, 7)
 
 
-def test_prompts_of_a_principal_are_shared_with_nobody_else(
+def test_prompts_of_a_principal_are_shared_with_no_other(
     model: TorchModel, worker: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asks = [{}, {"principal": "a"}, {"principal": "b"}, {"principal": "a", "cache_salt": "x"}, {"cache_salt": "x"}]
@@ -211,7 +211,7 @@ def test_choices_differ_by_their_seeds_only(model: TorchModel, worker: Recorder)
     assert len({asked[:4] for asked in worker.asked}) == 1
 
 
-def test_a_bad_word_is_a_token_that_is_never_said(model: TorchModel, worker: Recorder) -> None:
+def test_a_bad_word_is_a_token_that_is_never_generated(model: TorchModel, worker: Recorder) -> None:
     run(model, sampling=Sampling(bad_words=("h",), logit_bias={3: 1.0}))
     token = 3 + sorted(pre_tokenizers.ByteLevel.alphabet()).index("h")
     assert dict(worker.asked[0][4].logit_bias) == {3: 1.0, token: NEVER}

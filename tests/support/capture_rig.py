@@ -1,9 +1,8 @@
-"""torch's half of capturing a graph, without a GPU: its streams, and the books that its allocators keep of pools.
+"""torch's half of capturing a graph, without a GPU: its streams, and its allocators' records of pools.
 
 It does what torch 2.11 to 2.13 do (ATen/cuda/CUDAGraph.cpp, c10/cuda/CUDACachingAllocator.cpp,
-ATen/core/CachingHostAllocator.h): what is against the rules of a capture makes it void, a void capture does not end in
-order, an allocator takes one to be under way until it is told otherwise, and a pool whose last graph is gone takes no
-other.
+ATen/core/CachingHostAllocator.h): a call that a capture does not allow makes it void, a void capture does not end in
+order, an allocator takes it to be in progress until it is released, and a pool whose last graph is gone takes no other.
 """
 
 import contextlib
@@ -19,14 +18,14 @@ VOID = 901
 
 
 def cuda_error(code: int, text: str) -> torch.AcceleratorError:
-    """Return what torch raises for a call that returned ``code``."""
+    """Return torch's exception for a call that returned ``code``."""
     error = torch.AcceleratorError(f"CUDA error: {text}")
     error.error_code = code  # type: ignore[attr-defined]
     return error
 
 
 class Stream:
-    """A stream, and the capture that is under way on it."""
+    """A stream, and the capture in progress on it."""
 
     device_index = 0
 
@@ -38,25 +37,25 @@ class Stream:
         self._cuda.synchronize()
 
 
-class Books:
-    """What an allocator knows of pools: how many graphs use each, and which captures are under way."""
+class PoolRecords:
+    """An allocator's records: the number of graphs of each pool, and the captures in progress."""
 
     def __init__(self) -> None:
         self.uses: dict[int, int] = {}
-        self.under_way: list[int] = []
+        self.capturing: list[int] = []
 
     def begin(self, pool: int) -> None:
         if self.uses.get(pool) == 0:
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
-        if pool in self.under_way:
+        if pool in self.capturing:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
         self.uses[pool] = self.uses.get(pool, 0) + 1
-        self.under_way.append(pool)
+        self.capturing.append(pool)
 
     def end(self, pool: int) -> None:
-        if pool not in self.under_way:
+        if pool not in self.capturing:
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-        self.under_way.remove(pool)
+        self.capturing.remove(pool)
 
     def release(self, pool: int) -> None:
         if not self.uses.get(pool):
@@ -80,8 +79,8 @@ class Graph:
         assert capture_error_mode == "thread_local"
         assert self._cuda.current is not self._cuda.default
         self._pool, self._stream = pool, self._cuda.current
-        for books in self._cuda.books:
-            books.begin(pool)
+        for records in self._cuda.records:
+            records.begin(pool)
         self._stream.capture = self
 
     def capture_end(self) -> None:
@@ -90,8 +89,8 @@ class Graph:
         self._stream.capture = None
         if self.void:
             raise cuda_error(VOID, "operation failed due to a previous error during capture")
-        for books in self._cuda.books:
-            books.end(self._pool)
+        for records in self._cuda.records:
+            records.end(self._pool)
         self._ended = True
 
     def raw_cuda_graph(self) -> int:
@@ -100,31 +99,31 @@ class Graph:
 
     def __del__(self) -> None:
         if self._ended:
-            for books in self._cuda.books:
-                books.release(self._pool)
+            for records in self._cuda.records:
+                records.release(self._pool)
 
 
 class Cuda:
-    """``torch.cuda`` as far as capturing goes. ``room`` is for how many allocations there is memory left."""
+    """The part of ``torch.cuda`` for captures. There is memory for ``capacity`` more allocations."""
 
     def __init__(self) -> None:
         self.default = Stream(self)
         self.current = self.default
-        self.books = Books(), Books()
-        """Of the device's memory, and of pinned."""
+        self.records = PoolRecords(), PoolRecords()
+        """Records for the device's memory, and for pinned memory."""
         self.done: list[str] = []
-        """What ran, and what the host waited for."""
+        """Kernels that ran, and waits of the host."""
         self.graphs: list[list[str]] = []
-        """What each graph that was begun has in it."""
-        self.room = 99
-        self.frees_for_room = False
-        """``max_split_size_mb`` is set: the device is asked to take back what is cached, in a capture too."""
+        """Nodes of each graph that was begun."""
+        self.capacity = 99
+        self.frees_cached = False
+        """Whether cached memory is freed for an allocation, in a capture too, as with ``max_split_size_mb``."""
         self._pools = itertools.count(1)
 
     @property
-    def under_way(self) -> list[int]:
-        """The captures that the device's allocator takes to be."""
-        return self.books[0].under_way
+    def capturing(self) -> list[int]:
+        """Captures in progress, to the device's allocator."""
+        return self.records[0].capturing
 
     def launch(self, what: str) -> None:
         capture = self.current.capture
@@ -136,24 +135,24 @@ class Cuda:
             capture.nodes.append(what)
 
     def synchronize(self) -> None:
-        """What reading a number from the device does too."""
+        """Wait for the device, as reading a number from it does too."""
         if self.current.capture is not None:
             self.current.capture.void = True
             raise cuda_error(UNSUPPORTED, "operation not permitted when stream is capturing")
         self.done.append("wait")
 
     def allocate(self) -> None:
-        self.room -= 1
-        if self.room >= 0:
+        self.capacity -= 1
+        if self.capacity >= 0:
             return
-        if self.frees_for_room:
+        if self.frees_cached:
             self.synchronize()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
 
     def empty_cache(self) -> None:
-        books = self.books[0]
-        assert not books.under_way
-        books.uses = {pool: uses for pool, uses in books.uses.items() if uses}
+        records = self.records[0]
+        assert not records.capturing
+        records.uses = {pool: uses for pool, uses in records.uses.items() if uses}
 
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -179,5 +178,5 @@ class Cuda:
         }
         for name, part in parts.items():
             monkeypatch.setattr(torch.cuda, name, part)
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.books[0].end(pool))
-        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.books[0].release(pool))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.records[0].end(pool))
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.records[0].release(pool))

@@ -1,6 +1,6 @@
 """Graphs without a GPU: a captured step is kept, and called again where a device would run it.
 
-What it reads and writes are the same tensors each time, as on a device.
+It reads and writes the same tensors each time, as on a device.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from neuron.triton_kernels.operations import Rotary
 
 
 class ByDefinition(EagerOperations):
-    """Attention by the page table, as the kernels read it: the eager one wants the step's parts, which no graph has."""
+    """Attention by the page table, as in the kernels: eager attention takes the step's parts, which no graph has."""
 
     def attention(
         self,
@@ -39,26 +39,26 @@ class ByDefinition(EagerOperations):
 
 
 def captured(step: Callable[[], None]) -> dict[str, Any]:
-    """Return what a step reads: it is in its closure."""
+    """Return the variables that a step reads from its closure."""
     function = step.__wrapped__  # type: ignore[attr-defined]
     cells = zip(function.__code__.co_freevars, function.__closure__, strict=True)
     return {name: cell.cell_contents for name, cell in cells}
 
 
 KEEP = -99
-"""What no step tells."""
+"""Value that no step publishes."""
 
 
 class Recorded:
-    """Graphs that keep what they captured; ``room`` is for how many there is memory.
+    """Graphs that keep their captures; there is memory for ``capacity`` of them.
 
     With ``late`` the host sees what a step has published when it waits for it, or when the one after the next is
     launched, as of a device that takes its time; a message of the daemon arrives after step ``message_after`` of a
     multi-step decode.
     """
 
-    def __init__(self, room: int = 99, error: Exception | None = None, *, late: bool = False) -> None:
-        self.room = room
+    def __init__(self, capacity: int = 99, error: Exception | None = None, *, late: bool = False) -> None:
+        self.capacity = capacity
         self.error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.steps: dict[int, Callable[[], None]] = {}
         self.sizes: dict[int, int] = {}
@@ -70,11 +70,11 @@ class Recorded:
         self.late = late
         self._next = 0
         self._unseen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        """Of each step that has run, what it told, and where."""
+        """Values that each step has published, and their tensors, not yet visible to the host."""
 
     def capture(self, step: Callable[[], None]) -> int:
         step()
-        if len(self.steps) == self.room:
+        if len(self.steps) == self.capacity:
             raise self.error
         graph = self.instantiate()
         self.steps[graph] = step
@@ -96,7 +96,7 @@ class Recorded:
         self.show(but=2 if self.late else 0)
 
     def compute(self, graph: int) -> None:
-        """Run a step; what it tells the host is not seen yet."""
+        """Run a step, whose results the host does not see yet."""
         self.launched.append(self.sizes[graph])
         state = self.inputs(graph).state
         host_tensors = (state.published, state.all_ended)
@@ -104,7 +104,7 @@ class Recorded:
         self.steps[graph]()
         self._unseen.append([(tensor, tensor.clone()) for tensor in host_tensors])
         for (tensor, after), old in zip(self._unseen[-1], before, strict=True):
-            # Of the places that it has not written, what the host does with them meanwhile stays.
+            # Places that it has not written keep the host's later values.
             after[after == old] = KEEP
             tensor.copy_(old)
 
@@ -122,8 +122,8 @@ class Recorded:
             self.show(but=len(self._unseen) - 1)
 
     def show(self, but: int = 0) -> None:
-        """Let the host see what all steps but the last few have told."""
-        assert but >= 0, "nothing is left that could be waited for"
+        """Let the host see the results of all steps but the last ``but``."""
+        assert but >= 0, "no step is left to wait for"
         while len(self._unseen) > but:
             for tensor, host_tensors in self._unseen.pop(0):
                 tensor.copy_(torch.where(host_tensors == KEEP, tensor, host_tensors))
@@ -136,7 +136,7 @@ class Recorded:
 class OnTheLoop(Recorded):
     """Graphs that the shipped loop makes and launches, through the fake driver, which runs them here.
 
-    A step is computed when it is launched, and told of when the device has finished it.
+    A step is computed when it is launched, and its results appear when the device has finished it.
     """
 
     def __init__(self, loop: DeviceLoop) -> None:

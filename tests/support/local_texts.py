@@ -1,4 +1,4 @@
-"""The text side of models in the test's own process: what the daemon's text processes do, without their limits."""
+"""The text side of models in the test's own process: the daemon's text processes without their limits."""
 
 from typing import Any, cast
 

@@ -1,7 +1,7 @@
 """Token rows on their way from a worker to the one consumer of a sequence.
 
 A worker's message carries one row for each sequence of a step. A :class:`RowQueue` is a sink for those of one
-sequence: its consumer is woken once for all that came since it last looked, and gets them as one list.
+sequence: its consumer is woken once for all rows since its last read, and gets them as one list.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Grammars on a model that knows nothing: whatever it says follows them."""
+"""Grammars on an untrained model: every output follows them."""
 
 import json
 import pathlib
@@ -46,7 +46,7 @@ def driver(harness: Callable[..., Any], talking_llama: pathlib.Path) -> Any:
 def generate(
     driver: Any, tokenizer: Tokenizer, settings: list[ConstraintSettings], max_tokens: int = 300, **sampler: Any
 ) -> list[tuple[str, bool]]:
-    """Return what the model says under each grammar, and whether it came to an end."""
+    """Return the output under each grammar, and whether it ended."""
     driver.sent.clear()
     for number, constraint in enumerate(settings):
         driver.generate(
@@ -68,7 +68,7 @@ def generate(
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
-    """One of the kind that people write: objects, arrays, enums, patterns, numbers with bounds, nested."""
+    """Return a schema as clients write them: nested objects, arrays, enums, patterns, bounded numbers."""
     kinds = ["string", "pattern", "enum", "integer", "number", "boolean", "null", "const"]
     kind = rng.choice([*kinds, "object", "object", "object", "array", "array", "anyOf", "ref"] if depth else kinds)
     match kind:
@@ -196,7 +196,7 @@ def test_a_call_is_forced(driver: Any, tokenizer: Tokenizer, mode: ToolMode, par
 def test_the_grammar_begins_where_reasoning_ends(driver: Any, tokenizer: Tokenizer) -> None:
     opens, closes = tokenizer.token_to_id("<think>"), tokenizer.token_to_id("</think>")
     digits = grammar(FormatKind.REGEX, r"\d{4}")
-    # A bias makes the model end its reasoning sooner or later; without one, it would go on for ever.
+    # The bias ends the reasoning sooner or later; without it, it would never end.
     inside = ConstraintSettings(digits, closes=closes, starts_inside=True)
     before = ConstraintSettings(digits, opens=opens, closes=closes)
     for settings, bias, reasons in (
@@ -223,7 +223,7 @@ def test_a_bad_grammar_is_this_sequences_error(driver: Any, tokenizer: Tokenizer
     assert generate(driver, tokenizer, [ConstraintSettings(grammar(FormatKind.REGEX, "ok"))])[0] == ("ok", True)
 
 
-def test_a_model_without_a_tokenizer_says_so(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+def test_a_model_without_a_tokenizer_is_an_error(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
     driver = harness()
     driver.load(tiny_llama)
     driver.generate(1, PROMPT, 9, constraint=ConstraintSettings("start: /a/"))
@@ -247,7 +247,7 @@ def test_a_grammar_survives_preemption_and_neighbours(driver: Any, tokenizer: To
 
 
 def test_others_go_on_while_a_grammar_is_compiled(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow compile holds up its own sequence, nobody else's, and can be given up or unloaded under."""
+    """A slow compile delays its own sequence only, and can be cancelled, or unloaded with its model."""
     released = threading.Event()
     compile_now = ModelEngine.constrain
 

@@ -1,4 +1,4 @@
-"""Capturing: what is in a graph, and what is left of a capture that fails: the error, the stream, the allocators."""
+"""Captures: the contents of a graph; error, stream and allocators after a capture that fails."""
 
 from collections.abc import Callable, Iterator
 
@@ -27,7 +27,7 @@ def loop(cuda: Cuda) -> Iterator[DeviceLoop]:
     theirs, ours = socket_pair()
     daemon = Channel(ours)
     with DeviceLoop(fake.capsule(), 0, theirs, name="cuda-dev-0") as found:
-        cuda.default = cuda.current  # the one that torch begins with
+        cuda.default = cuda.current  # torch's default stream
         with cuda.stream(torch.cuda.Stream()):  # type: ignore[arg-type]
             yield found
     daemon.close()
@@ -58,18 +58,18 @@ def test_a_step_runs_once_and_is_captured_on_a_stream_of_its_own(cuda: Cuda, loo
 
 
 def out_of_memory(cuda: Cuda) -> None:
-    cuda.room = 0
+    cuda.capacity = 0
     cuda.allocate()
 
 
-def out_of_memory_but_for_what_is_cached(cuda: Cuda) -> None:
-    """As of pytorch#159594: freeing it is against the rules, and that is all that torch says of it."""
-    cuda.frees_for_room = True
+def out_of_memory_beside_cached_blocks(cuda: Cuda) -> None:
+    """Run out of memory as in pytorch#159594: freeing cached blocks is not allowed, and only that is reported."""
+    cuda.frees_cached = True
     out_of_memory(cuda)
 
 
-def a_mistake_that_is_hidden(cuda: Cuda) -> None:
-    """Nobody hears of it before the end of the capture."""
+def hidden_capture_error(cuda: Cuda) -> None:
+    """Make an error that is not reported before the end of the capture."""
     with pytest.raises(torch.AcceleratorError):
         cuda.synchronize()
 
@@ -82,27 +82,27 @@ def a_mistake_of_ours(cuda: Cuda) -> None:
     ("act", "error", "code"),
     [
         (out_of_memory, torch.OutOfMemoryError, None),
-        (out_of_memory_but_for_what_is_cached, torch.AcceleratorError, UNSUPPORTED),
+        (out_of_memory_beside_cached_blocks, torch.AcceleratorError, UNSUPPORTED),
         (Cuda.synchronize, torch.AcceleratorError, UNSUPPORTED),
-        (a_mistake_that_is_hidden, torch.AcceleratorError, VOID),
+        (hidden_capture_error, torch.AcceleratorError, VOID),
         (a_mistake_of_ours, ZeroDivisionError, None),
     ],
 )
-def test_of_a_capture_that_fails_nothing_is_left_but_its_error(
+def test_a_failed_capture_leaves_nothing_but_its_error(
     cuda: Cuda, loop: DeviceLoop, act: Callable[[Cuda], None], error: type[Exception], code: int | None
 ) -> None:
     graphs, theirs = DeviceGraphs(loop), cuda.current
     with pytest.raises(error) as caught:
         graphs.capture(step_of(cuda, act))
     assert getattr(caught.value, "error_code", None) == code
-    raise_device_fault(caught.value)  # it is none
+    raise_device_fault(caught.value)  # no fault
     assert loop.fault is None
     assert cuda.current is theirs
-    assert cuda.under_way == []
+    assert cuda.capturing == []
     del caught
-    assert cuda.books[0].uses == {1: 0}, "its memory may go"
+    assert cuda.records[0].uses == {1: 0}, "its memory may go"
     # The steps that follow, and another model's graphs.
-    cuda.room = 99
+    cuda.capacity = 99
     cuda.launch("eager")
     others = DeviceGraphs(loop)
     others.launch(others.capture(step_of(cuda)))
@@ -118,15 +118,15 @@ def test_no_memory_to_make_a_graph_ready(cuda: Cuda, loop: DeviceLoop) -> None:
 
 
 def test_a_model_is_captured_after_the_last_graph_of_another_is_gone(cuda: Cuda, loop: DeviceLoop) -> None:
-    """A pool is dead with its last graph, in the allocator of pinned memory even if nothing is cached any more."""
+    """A pool ends with its last graph, in the allocator of pinned memory even if nothing is cached any more."""
     for _ in range(3):
         graphs = DeviceGraphs(loop)
         for _ in range(2):
             graphs.launch(graphs.capture(step_of(cuda)))
         graphs.close()
         assert loop.driver.num_graph_execs == 0
-    assert cuda.books[0].uses == {3: 0}
-    assert cuda.books[1].uses == {1: 0, 2: 0, 3: 0}
+    assert cuda.records[0].uses == {3: 0}
+    assert cuda.records[1].uses == {1: 0, 2: 0, 3: 0}
 
 
 def test_graphs_are_destroyed_when_the_device_is_done_with_them(

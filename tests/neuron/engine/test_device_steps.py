@@ -1,7 +1,7 @@
-"""Steps of a model on the shipped loop, through the fake driver: what is launched when, and what is seen when.
+"""Steps of a model on the shipped loop, through the fake driver: the order of launches and of results.
 
 The daemon's messages come by a channel, the loop runs on a thread of its own, and a graph is the captured step, which
-the driver runs when it is launched and tells of when it is done.
+the driver runs when it is launched and reports when it is done.
 """
 
 import array
@@ -43,7 +43,7 @@ class Running:
         self.thread = threading.Thread(target=self._main)
         self.thread.start()
         self.post(jobs.Load(1, ModelSpec("m", "test", dtype="float32", max_sequences=4), str(model)))
-        while not isinstance(self.hear(), jobs.Done):
+        while not isinstance(self.receive(), jobs.Done):
             pass
         self.runner = self.engine._models["m"].runner
 
@@ -70,7 +70,7 @@ class Running:
         ids = array.array("i", PROMPT[number:]).tobytes()
         self.post(jobs.Generate(number, "m", ids, max_tokens, eos, sampler, ""))
 
-    def hear(self) -> jobs.FromWorker:
+    def receive(self) -> jobs.FromWorker:
         message: jobs.FromWorker = self._decoder.decode(self.daemon.recv(30))
         if isinstance(message, jobs.Tokens):
             self.rows += message.rows
@@ -78,12 +78,12 @@ class Running:
                 self.outputs[row.sequence].extend(array.array("i", row.ids))
         return message
 
-    def hear_out(self, count: int) -> dict[int, list[int]]:
-        """Listen until ``count`` sequences have ended; return what each said."""
+    def receive_all(self, count: int) -> dict[int, list[int]]:
+        """Receive until ``count`` sequences have ended; return the tokens of each."""
         self.outputs.clear()
         self.rows.clear()
         while sum(row.end is not None for row in self.rows) < count:
-            self.hear()
+            self.receive()
         return dict(self.outputs)
 
     def end(self) -> int | None:
@@ -128,11 +128,11 @@ def test_a_step_is_launched_before_the_one_before_it_is_read(
     monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: False)
     running = start()
     running.generate(0, 12)
-    alone = running.hear_out(1)
+    alone = running.receive_all(1)
     running.runner.overlaps = True
     seen = len(fake.calls())
     running.generate(0, 12)
-    assert running.hear_out(1) == alone
+    assert running.receive_all(1) == alone
     calls = since(seen)
     assert fake.most_under_way() == 2
     assert calls[:3] == ["cuGraphLaunch", "cuGraphLaunch", "cuStreamQuery"]
@@ -150,12 +150,12 @@ def test_multi_step_is_launched_by_the_loop_one_step_ahead(
     running.runner.overlaps = overlaps
     for number in range(2):
         running.generate(number, 32, temperature=1.0, seed=number)
-    together = running.hear_out(2)
+    together = running.receive_all(2)
     assert running.graphs.replays
     assert max(len(row.ids) // 4 for row in running.rows) == 10
     seen = len(fake.calls())
     running.generate(0, 32, temperature=1.0, seed=0)
-    assert running.hear_out(1)[0] == together[0]
+    assert running.receive_all(1)[0] == together[0]
     ten = ["cuGraphLaunch", "cuEventRecord"] * 2 + ["cuEventSynchronize", "cuGraphLaunch", "cuEventRecord"] * 7
     ten += ["cuEventSynchronize", "cuGraphLaunch", "cuStreamSynchronize"]
     calls = " ".join(since(seen))
@@ -167,33 +167,33 @@ def test_multi_step_is_launched_by_the_loop_one_step_ahead(
 def test_the_device_stops_multi_step_when_no_row_is_left(start: Callable[[], Running], ten_steps: None) -> None:
     running = start()
     running.generate(0, 30)
-    plain = running.hear_out(1)[0]
+    plain = running.receive_all(1)[0]
     assert len(set(plain[:4])) == 4
     running.graphs.replays.clear()
     running.generate(0, 30, eos=(plain[3],))
-    assert running.hear_out(1)[0] == plain[:3]
+    assert running.receive_all(1)[0] == plain[:3]
     assert running.rows[-1].end is jobs.SequenceEnd.STOP
     # The second step ends the rows; the one behind it was launched by then, and changes nothing.
     assert [asked for asked, _ in running.graphs.replays] == [10]
     assert running.graphs.replays[0][1] in (3, 4)
     running.generate(0, 30)
-    assert running.hear_out(1)[0] == plain
+    assert running.receive_all(1)[0] == plain
 
 
-def test_a_cancel_is_heard_between_two_steps(
+def test_a_cancel_is_handled_between_two_steps(
     start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
 ) -> None:
     monkeypatch.setattr(StepTimer, "step_s", lambda *_: multi_step.MULTI_STEP_S / 64.5)
     running = start()
     running.generate(0, 40)
-    running.hear_out(1)
+    running.receive_all(1)
     fake.delay("cuEventSynchronize", 50_000)
     running.graphs.replays.clear()
     before = fake.count("cuEventSynchronize")
     running.generate(0, 300)
     wait_for(lambda: fake.count("cuEventSynchronize") > before + 2, "the multi-step decode")
     running.post(jobs.Cancel(0))
-    running.hear_out(1)
+    running.receive_all(1)
     assert running.rows[-1] == jobs.TokenRow(0, b"", jobs.SequenceEnd.CANCELLED)
     assert running.graphs.replays[-1][0] == 64
     assert running.graphs.replays[-1][1] < 12
@@ -209,7 +209,7 @@ def test_a_fault_of_any_launch_poisons_the_worker(
     fake.fail(call, at, 719)
     for number in range(9):
         running.generate(number % 4, 60)
-        while not isinstance(message := running.hear(), jobs.Poisoned):
+        while not isinstance(message := running.receive(), jobs.Poisoned):
             if isinstance(message, jobs.Tokens) and message.rows[-1].end is not None:
                 break
         else:

@@ -43,15 +43,15 @@ def test_the_output_is_the_same_with_every_drafter(
     executor: str, harness: Any, tiny_llama: pathlib.Path, other_llama: pathlib.Path, kv_cache_tokens: int,
     set_engine: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Also where the cache is too small for all of them, and sequences are computed again."""
+    """The same holds in a cache that is too small, where sequences are preempted."""
     limits: dict[str, object] = {"max_sequences": 40}
     if kv_cache_tokens:
         spec = ModelSpec("m", "x", dtype="float32", max_sequences=40)
         plan = plan_memory(read_config(tiny_llama), spec, "cpu:0", 1 << 33, cpu_kernels=executor == "native")
         limits["kv_cache_bytes"] = plan.kv_cache_bytes // plan.num_pages * (kv_cache_tokens // 16)
     set_engine(speculation=False)
-    expected, nobody = outputs(harness, tiny_llama, **limits)
-    assert nobody is None
+    expected, no_drafter = outputs(harness, tiny_llama, **limits)
+    assert no_drafter is None
     set_engine(speculation=True)
     monkeypatch.setattr(Speculation, "_depth", lambda self, decoding, able, available: min(3, max(available)))
     rates = {}

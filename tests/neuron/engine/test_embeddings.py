@@ -54,7 +54,7 @@ def test_they_are_what_transformers_computes(
     for number, prompt in enumerate(prompts):
         np.testing.assert_allclose(found[number], expected(prompt, pooling), atol=1e-4)
     assert len(driver.outputs()[99]) == 30
-    # Again, with all of it in the prefix cache where that may be used.
+    # Again, with the whole prompt in the prefix cache where that may be used.
     for number, prompt in enumerate(prompts):
         embed(driver, 100 + number, prompt, pooling)
     driver.run()

@@ -1,4 +1,4 @@
-"""The engine through its messages: what every request, job and fault comes to."""
+"""The engine through its messages: the outcome of every request, job and fault."""
 
 import array
 import gc
@@ -44,7 +44,7 @@ def model_of(driver: Any, name: str = "m") -> Any:
 
 
 def reference_output(driver: Any, prompt: list[int], max_tokens: int, **sampler: Any) -> list[int]:
-    """What a sequence gets when it runs alone."""
+    """Return the output of a sequence that runs alone."""
     driver.generate(999_999, prompt, max_tokens, **sampler)
     driver.run()
     found: list[int] = driver.outputs()[999_999]
@@ -62,14 +62,14 @@ def test_a_load_reports_its_progress_and_its_plan(driver: Any) -> None:
     assert (result.model, result.architecture, result.dtype) == ("m", "llama", "float32")
     assert result.context_tokens == 512
     assert result.weights_bytes == weights_bytes_of(driver)
-    # All but page 0, which is nobody's.
+    # All but page 0, which belongs to no sequence.
     caches = caches_of(driver)
     assert result.kv_cache_bytes == sum(cache[1:].nbytes for cache in caches)
     assert all(cache.dtype is torch.float32 for cache in caches)
 
 
 def caches_of(driver: Any) -> list[torch.Tensor]:
-    """The caches with their pages first."""
+    """Return the caches with their pages first."""
     runner = model_of(driver).runner
     if isinstance(runner, NativeRunner):
         return [runner._cache]
@@ -129,7 +129,7 @@ def test_an_eos_ends_a_sequence_and_is_not_among_its_ids(driver: Any) -> None:
     driver.run()
     assert driver.outputs()[1] == plain[: plain.index(stop)]
     assert driver.ends() == {1: SequenceEnd.STOP}
-    # The very first token may be one.
+    # The first token may be an end as well.
     driver.sent.clear()
     driver.generate(2, PROMPT, 30, eos=(plain[0],))
     driver.run()
@@ -186,7 +186,7 @@ def test_neighbours_and_chunks_change_no_token(driver: Any) -> None:
 
 
 def cancelled(driver: Any, number: int) -> None:
-    """Cancel and check that it took effect there and then."""
+    """Cancel and check that it took effect at once."""
     before = len(driver.sent)
     driver.post(jobs.Cancel(number))
     rows = driver.sent[before].rows
@@ -198,7 +198,7 @@ def cancelled(driver: Any, number: int) -> None:
 
 def test_cancel_while_waiting_prefilling_and_decoding(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
     driver = harness()
-    driver.load(tiny_llama, prefix_cache=False)  # else the prompts would wait for the first of them
+    driver.load(tiny_llama, prefix_cache=False)  # or the prompts would wait for the first
     plain = reference_output(driver, PROMPT, 10)
     scheduler = model_of(driver).scheduler
     for number in range(16):
@@ -232,9 +232,7 @@ def test_a_number_that_runs_already_is_refused_and_the_first_goes_on(driver: Any
     assert len(driver.outputs()[1]) == 5
 
 
-def test_a_full_queue_is_told_at_once_and_a_misfit_is_told_so_even_then(
-    harness: Callable[..., Any], tiny_llama: pathlib.Path
-) -> None:
+def test_a_full_queue_fails_at_once_and_so_does_a_misfit(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
     driver = harness(max_waiting=3)
     driver.load(tiny_llama, max_sequences=2)
     for number in range(7):
@@ -248,7 +246,7 @@ def test_a_full_queue_is_told_at_once_and_a_misfit_is_told_so_even_then(
     assert driver.failures()[5].retry_after_s
     driver.engine.step()
     driver.generate(8, PROMPT, 5)
-    assert driver.failures()[8].status == 429, "nobody has left yet"
+    assert driver.failures()[8].status == 429, "no sequence has ended yet"
     driver.post(jobs.Cancel(4))
     driver.generate(9, PROMPT, 5)
     assert 9 not in driver.failures()
@@ -260,7 +258,7 @@ def test_a_full_queue_is_told_at_once_and_a_misfit_is_told_so_even_then(
 
 
 def test_a_nan_is_its_own_sequences_error(driver: Any) -> None:
-    """One token's embedding is poisoned: who uses it fails; who shares the batch, or gets the pages next, does not."""
+    """A token's embedding is NaN: sequences with it fail; others in the batch, or on the pages later, do not."""
     plain = {number: reference_output(driver, PROMPT[: 10 + number], 30) for number in range(4)}
     poison(driver, 100)
     for number in range(4):
@@ -290,7 +288,7 @@ def test_a_nan_in_a_chunk_fails_before_the_prompt_is_done(driver: Any) -> None:
     assert driver.failures()[2].code == "non_finite_logits"
 
 
-def test_an_exception_in_a_step_fails_those_in_it_and_nobody_else(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_a_step_fails_its_sequences_alone(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = model_of(driver).runner
     run = runner.launch
 
@@ -341,8 +339,8 @@ def test_a_device_fault_leaves_the_engine(driver: Any, monkeypatch: pytest.Monke
         driver.run()
 
 
-def test_a_device_fault_is_one_wherever_it_shows(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever torch is asked next reports it: to clear a page, to give memory back."""
+def test_a_device_fault_is_recognised_at_every_call(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any later call of torch reports it, such as clearing a page or freeing memory."""
 
     def fail(*_: object) -> None:
         raise cuda_error(700, "an illegal memory access was encountered")
@@ -380,7 +378,7 @@ def test_other_exceptions_are_no_faults(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", NO_FAULTS, ids=str)
-def test_want_of_memory_is_told_from_the_rest(error: Exception) -> None:
+def test_out_of_memory_is_distinguished_from_faults(error: Exception) -> None:
     named = re.search("(?i)out.of.memory|ALLOC_FAILED", str(error)) or isinstance(error, torch.OutOfMemoryError)
     assert ran_out(error) == bool(named)
 
@@ -388,7 +386,7 @@ def test_want_of_memory_is_told_from_the_rest(error: Exception) -> None:
 # ------------------------------------------------------------------ jobs
 
 
-def test_two_models_take_turns(driver: Any, make_checkpoint: Callable[..., pathlib.Path]) -> None:
+def test_two_models_run_round_robin(driver: Any, make_checkpoint: Callable[..., pathlib.Path]) -> None:
     other = make_checkpoint("qwen3")
     assert isinstance(driver.load(other, "other"), jobs.Done)
     alone = {name: [] for name in ("m", "other")}
@@ -492,10 +490,10 @@ def test_a_load_that_fails_names_the_reason_and_the_engine_goes_on(
     assert len(reference_output(driver, PROMPT, 3)) == 3
 
 
-def test_no_memory_at_a_load_is_said_and_given_back(
+def test_out_of_memory_in_a_load_is_reported_and_freed(
     driver: Any, make_checkpoint: Callable[..., pathlib.Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a plan cannot know: somebody else took the memory meanwhile."""
+    """Another process took the memory after the plan was made."""
     driver.set(cpu_kernels=False)
     path = make_checkpoint("llama", num_hidden_layers=4)
     matrix, held = MatrixReader.matrix, []
@@ -519,7 +517,7 @@ def test_no_memory_at_a_load_is_said_and_given_back(
     assert len(reference_output(driver, PROMPT, 5)) == 5
 
 
-def test_what_is_promised_to_one_models_cache_is_not_free_for_the_next(driver: Any, tiny_llama: pathlib.Path) -> None:
+def test_the_cache_planned_for_a_model_is_not_free_for_the_next(driver: Any, tiny_llama: pathlib.Path) -> None:
     taken = model_of(driver).plan.kv_cache_bytes
     driver.post(jobs.QueryMemory(3))
     memory = driver.sent[-1].result
@@ -529,8 +527,8 @@ def test_what_is_promised_to_one_models_cache_is_not_free_for_the_next(driver: A
     assert isinstance(driver.load(tiny_llama, "second"), jobs.JobFailed)
 
 
-def test_what_steps_will_work_in_on_a_gpu_is_not_free_for_the_next_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is taken when the first step runs, which may be after the next load."""
+def test_the_workspace_on_a_gpu_is_not_free_for_the_next_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step allocates it, which may be after the next load."""
     sent: list[bytes] = []
     gpu = Engine("cuda:0", sent.append, lambda: (1000, 2000), lambda: None)
     held = 0
@@ -549,7 +547,7 @@ def test_what_steps_will_work_in_on_a_gpu_is_not_free_for_the_next_model(monkeyp
     assert free_bytes() == 1000 - 70
     held = 640
     assert free_bytes() == 1000 - 30
-    held = 900  # torch keeps what it has had
+    held = 900  # torch keeps freed memory
     assert free_bytes() == 1000
 
 
@@ -587,8 +585,8 @@ def test_shutdown_cancels_everything_and_stops(driver: Any) -> None:
     assert not driver.engine.busy
 
 
-def test_what_is_no_message_is_its_senders_error(driver: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """The worker goes on, and so does what runs in it; whoever sent it is told, where it says who that is."""
+def test_an_unreadable_message_fails_its_sender(driver: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker and its sequences go on; the sequence or job that the message names fails."""
     driver.generate(1, PROMPT, 5)
     driver.engine.step()
     spec = msgspec.to_builtins(ModelSpec("n", "x"))
@@ -628,7 +626,7 @@ def test_an_exception_in_one_sequences_outcome_is_its_own(driver: Any, monkeypat
     assert model_of(driver).scheduler.pool.num_free == model_of(driver).scheduler.limits.num_pages
 
 
-def test_what_no_reader_of_files_foresaw_is_about_the_files(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unforeseen_error_of_a_load_is_about_the_files(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*given: object) -> None:
         raise KeyError("surprise")
 

@@ -1,4 +1,4 @@
-"""Captured steps on this machine's GPU: what torch, the driver and the memory really do."""
+"""Captured steps on this machine's GPU: torch, the driver and pinned memory as they are."""
 
 import functools
 import pathlib
@@ -68,7 +68,7 @@ class DecodeSteps:
         self.graph = self.graphs.capture(step)
 
     def begin(self, num_steps: int, stops: Int32Array) -> int:
-        """Have the inputs copied; return the place of the first step."""
+        """Copy the inputs; return the place of the first step."""
         rows = np.arange(NUM_ROWS, dtype=np.int32)
         plan = StepPlan(
             num_decodes=NUM_ROWS,
@@ -142,11 +142,11 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was(loop: DeviceLoop, mist
     theirs = torch.cuda.current_stream()
     with pytest.raises(torch.OutOfMemoryError if mistake == "memory" else RuntimeError) as caught:
         DeviceGraphs(loop).capture(step)
-    raise_device_fault(caught.value)  # it is none
+    raise_device_fault(caught.value)  # no fault
     del caught
     assert torch.cuda.current_stream() == theirs
     assert x.tolist() == [1.0] * 4, "it was run once, and captured once"
-    # Whatever is asked of memory and graphs afterwards; what cannot be had is reported as before.
+    # Memory and graphs work afterwards, and errors are reported as before.
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
     for _ in range(3):
@@ -160,7 +160,7 @@ def test_a_capture_that_fails_leaves_the_device_as_it_was(loop: DeviceLoop, mist
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "drawn"])
-def test_a_model_says_the_same_with_graphs_and_without(
+def test_a_model_generates_the_same_with_graphs_and_without(
     loop: DeviceLoop,
     harness: Callable[..., Any],
     make_checkpoint: Callable[..., pathlib.Path],
@@ -181,7 +181,7 @@ def test_a_model_says_the_same_with_graphs_and_without(
         settings=EngineSettings(speculation=False, cuda_graphs=False),
     )
 
-    def say(name: str) -> dict[int, list[int]]:
+    def generate(name: str) -> dict[int, list[int]]:
         answer = driver.load(folder, name, dtype="bfloat16", max_sequences=4, context_tokens=128)
         assert type(answer).__name__ == "Done", answer
         driver.sent.clear()
@@ -192,12 +192,12 @@ def test_a_model_says_the_same_with_graphs_and_without(
         found: dict[int, list[int]] = driver.outputs()
         return found
 
-    wanted = say("without")
+    wanted = generate("without")
     driver.set(cuda_graphs=True)
     assert len({tuple(tokens) for tokens in wanted.values()}) == 4
     monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: False)
     launches = loop.launches
-    assert say("one by one") == wanted
+    assert generate("one by one") == wanted
     assert loop.launches > launches + 50
     monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: True)
-    assert say("multi-step") == wanted
+    assert generate("multi-step") == wanted

@@ -97,7 +97,7 @@ def test_graphs_give_the_tokens_of_single_launches(
     settings: dict[str, object],
     overlaps: bool,
 ) -> None:
-    """Sampled in the graph or behind it, read at once or a step later; a seed's draws too."""
+    """Sample in the graph or behind it, read at once or a step later; with seeds too."""
     set_engine(cuda_graphs=False)
     nothing = Recorded()
     wanted = ask(with_graphs(nothing), **settings)
@@ -110,7 +110,7 @@ def test_graphs_give_the_tokens_of_single_launches(
     runner = driver.engine._models["m"].runner
     runner.overlaps = overlaps
     assert ask(driver, **settings) == wanted
-    # Captured while steps went by, the largest first; a step took the smallest there was that held its rows.
+    # One capture a step, the largest first; a step took the smallest graph that held its rows.
     assert list(graphs.sizes.values()) == [6, 4, 2, 1] == buckets(6)
     assert graphs.launched[0] == 6
     assert set(graphs.launched) >= {6, 4, 2}
@@ -119,7 +119,7 @@ def test_graphs_give_the_tokens_of_single_launches(
 
 
 def test_rows_of_all_kinds_share_a_step(with_graphs: Callable[..., Any], set_engine: Callable[..., None]) -> None:
-    """One that wants a penalty changes nothing for its neighbours, in this step or the next."""
+    """A row with a penalty changes nothing for its neighbours, in this step or the next."""
 
     def run(driver: Any) -> dict[int, list[int]]:
         for number, settings in enumerate(SETTINGS):
@@ -139,7 +139,7 @@ def test_rows_of_all_kinds_share_a_step(with_graphs: Callable[..., Any], set_eng
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_sampling_in_torch_can_be_had(
+def test_sampling_in_torch_can_be_selected(
     harness: Callable[..., Any],
     tiny_llama: pathlib.Path,
     with_graphs: Callable[..., Any],
@@ -157,7 +157,7 @@ def test_sampling_in_torch_can_be_had(
 
 
 def test_eager_operations_have_no_graphs(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
-    """Eager attention is told of a step on the host: as of float32 on a GPU, and without Triton."""
+    """Eager attention takes host data, as for float32 on a GPU and without Triton."""
     wanted = expected(harness, tiny_llama)
     driver, graphs = harness(), Recorded()
     driver.engine._graphs = lambda: graphs
@@ -279,7 +279,7 @@ def test_a_nan_in_the_middle_of_multi_step(
     assert plain[1][: len(driver.outputs().get(1, []))] == driver.outputs().get(1, [])
 
 
-@pytest.mark.parametrize("room", [0, 1])
+@pytest.mark.parametrize("capacity", [0, 1])
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -290,34 +290,34 @@ def test_a_nan_in_the_middle_of_multi_step(
     ],
     ids=["memory", "memory of the driver", "capture", "mistake"],
 )
-def test_what_cannot_be_captured_is_launched_singly(
+def test_a_step_that_cannot_be_captured_is_launched_singly(
     harness: Callable[..., Any],
     tiny_llama: pathlib.Path,
     with_graphs: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
-    room: int,
+    capacity: int,
     error: Exception,
     message: str,
 ) -> None:
     wanted = expected(harness, tiny_llama)
-    graphs = Recorded(room, error)
+    graphs = Recorded(capacity, error)
     driver = with_graphs(graphs)
     assert ask(driver) == wanted
-    assert list(graphs.sizes.values()) == [6][:room]
-    assert set(graphs.launched) == {6} if room else not graphs.launched
+    assert list(graphs.sizes.values()) == [6][:capacity]
+    assert set(graphs.launched) == {6} if capacity else not graphs.launched
     assert caplog.text.count(message) == 1
     assert caplog.text.count(str(error)) == 1
 
 
-@pytest.mark.parametrize("room", [0, 99])
-def test_page_0_pads_page_tables_and_stays_zero(with_graphs: Callable[..., Any], room: int) -> None:
-    """The run before a capture writes to it, whatever becomes of that."""
-    graphs = Recorded(room)
+@pytest.mark.parametrize("capacity", [0, 99])
+def test_page_0_pads_page_tables_and_stays_zero(with_graphs: Callable[..., Any], capacity: int) -> None:
+    """The run before a capture writes to it, even if the capture fails."""
+    graphs = Recorded(capacity)
     driver = with_graphs(graphs)
     runner = driver.engine._models["m"].runner
-    runner._weights.embedding[0] = 1.0  # of the token that is run, and zero as transformers begins
+    runner._weights.embedding[0] = 1.0  # the token of the capture's run, which transformers initialises to zero
     ask(driver, 8, 2)
-    assert bool(graphs.steps) == bool(room)
+    assert bool(graphs.steps) == bool(capacity)
     assert runner._keys[:, 1:].any()
     assert not runner._keys[:, 0].any()
 
@@ -334,8 +334,8 @@ def test_a_fault_in_a_capture_is_the_devices(with_graphs: Callable[..., Any], er
         driver.run()
 
 
-def test_what_a_graph_reads_outlives_its_capture(with_graphs: Callable[..., Any]) -> None:
-    """On a device a graph knows addresses only: nothing of it keeps a tensor."""
+def test_the_inputs_of_a_graph_outlive_its_capture(with_graphs: Callable[..., Any]) -> None:
+    """On a device a graph holds addresses only and keeps no tensor alive."""
     graphs = Recorded()
     driver = with_graphs(graphs)
     ask(driver)
@@ -385,7 +385,7 @@ def test_a_cancelled_sequence_leaves_the_others_graphs(
     assert {n: found[n] for n in (0, 1, 3, 4)} == {n: wanted[n] for n in (0, 1, 3, 4)}
 
 
-def test_a_captured_step_launches_what_was_compiled_for_it(
+def test_a_captured_step_launches_the_kernels_compiled_for_it(
     harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The variants are listed from tensors without memory: those of a step's inputs must be aligned like them."""
@@ -402,7 +402,7 @@ def test_a_captured_step_launches_what_was_compiled_for_it(
     model = driver.engine._models["m"]
     listed = prebuild.variants(model.runner.config, model.plan, 80)
     for size in (1, 2, 3, 5, 6):
-        with recording(target_for(80)) as recorder:  # dependent launch is not of a CPU
+        with recording(target_for(80)) as recorder:  # a CPU has no dependent launch
             model.runner._capture(size)
         assert {v.kernel.partition(":")[2] for v in recorder.variants} > {"_sample_kernel", "_end_kernel"}
         assert set(recorder.variants) <= set(listed)
@@ -430,7 +430,7 @@ def test_a_step_may_follow_one_with_more_rows_than_sequences(
         driver.generate(0, list(range(3, 9)), 30)
         for _ in range(5):
             driver.engine.step()
-        # What came before is certain first, where steps are short; then they are not.
+        # Steps in flight are settled first, where steps are short; then they are not.
         with monkeypatch.context() as short:
             short.setattr(multi_step, "is_worth_it", lambda *_: True)
             driver.generate(1, list(range(4, 16)), 30)

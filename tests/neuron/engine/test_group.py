@@ -1,4 +1,4 @@
-"""Several ranks of one model: what they say to each other, and that they compute what one would."""
+"""Several ranks of one model: their messages, and the same results as one."""
 
 import array
 import asyncio
@@ -75,7 +75,7 @@ def plan() -> StepPlan:
     return StepPlan(**{**arrays, "num_decodes": 3})  # type: ignore[arg-type]
 
 
-def test_what_rank_0_sends_arrives() -> None:
+def test_messages_of_rank_0_arrive() -> None:
     sent = plan()
 
     def work(group: Group) -> list[Any]:
@@ -97,7 +97,7 @@ def test_what_rank_0_sends_arrives() -> None:
             assert np.array_equal(found, expected), field.name
 
 
-def test_a_rank_that_does_not_come_is_said_so() -> None:
+def test_a_missing_rank_is_an_error() -> None:
     start = time.monotonic()
     with pytest.raises(GroupLostError, match="lost in meeting the other ranks"):
         Group(GroupSettings(0, 2, address(), 0.5), HOST)
@@ -129,7 +129,7 @@ def test_a_stranger_gets_no_plans() -> None:
             store = torch.distributed.TCPStore(host, int(port), is_master=False, timeout=datetime.timedelta(seconds=20))
             plans = int(store.get("plans").decode().partition(" ")[0])
             with socket.create_connection((host, plans), 10) as link:
-                link.sendall(bytes(16))  # the wrong word
+                link.sendall(bytes(16))  # the wrong token
         group = Group(GroupSettings(rank, 2, where, 20.0), HOST)
         if rank:
             found = group.receive() == Cleared(np.array([1], np.int32).tobytes())
@@ -175,8 +175,8 @@ def test_rank_0_is_found_once_it_waits() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_nccl_takes_what_gloo_takes() -> None:
-    """With one rank: one GPU has one."""
+def test_nccl_takes_the_arguments_of_gloo() -> None:
+    """Run a single rank, the most on one GPU."""
     gpu = torch.device("cuda:0")
     group = Group(GroupSettings(0, 1, address(), 20.0), gpu)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -253,7 +253,7 @@ def test_two_workers_compute_what_one_does(
 def test_two_workers_compute_what_one_does_of_a_real_model(
     name: str, request: pytest.FixtureRequest, harness: Callable[..., Any], set_engine: Callable[..., None]
 ) -> None:
-    """Gemma has a single key-value head, which both have."""
+    """Gemma has a single key-value head, on both ranks."""
     set_engine(cpu_kernels=False)
     compare({name: request.getfixturevalue(name)}, harness, 64 << 20)
 
@@ -261,7 +261,7 @@ def test_two_workers_compute_what_one_does_of_a_real_model(
 def test_a_model_is_loaded_beside_one_whose_steps_go_on(
     make_checkpoint: Callable[..., pathlib.Path],
 ) -> None:
-    """A rank that came first to where the ranks of the second meet would be missed in the sums of the first."""
+    """A rank that waited for the second's group too early would be missing in the first's sums."""
     paths = {"first": make_checkpoint("llama"), "second": make_checkpoint("qwen3")}
     specs = {name: ModelSpec(name, "x", tensor_parallel=2, dtype="float32", kv_cache_bytes=4 << 20) for name in paths}
 
@@ -325,7 +325,7 @@ def devices(*names: str) -> TorchHarness:
     return TorchHarness({name: Worker(name, ["true"]) for name in names}, LocalTexts(), 0.1)
 
 
-def test_a_device_that_is_not_there_is_told_of_with_those_that_are(tiny_llama: pathlib.Path) -> None:
+def test_an_unknown_device_is_named_with_the_known_ones(tiny_llama: pathlib.Path) -> None:
     with pytest.raises(NoDeviceError, match="'cuda:7' is not a device of this neuron; it has: cpu:0") as caught:
         asyncio.run(devices("cpu:0").measure(ModelSpec("m", "x", devices=("cuda:7",)), tiny_llama))
     assert caught.value.param == "devices"
@@ -365,8 +365,8 @@ def test_a_group_that_no_devices_make_is_refused(
         assert f"wants {size} devices of one kind; it may have: {may}." in caught.value.message
 
 
-def test_a_load_that_fails_on_one_rank_says_why_and_is_undone_on_the_others(tiny_llama: pathlib.Path) -> None:
-    """The others need not have noticed: what they wait for may be each other, or a file of a hundred gigabytes."""
+def test_a_load_that_fails_on_one_rank_names_the_reason_and_is_undone_on_the_others(tiny_llama: pathlib.Path) -> None:
+    """The others need not have noticed: they may wait for each other, or for a file of a hundred gigabytes."""
 
     class Rank:
         def __init__(self, name: str, error: ApiError | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Keys and values in int8: half the room, nearly the same answers, and errors as without."""
+"""Keys and values in int8: half the memory, nearly the same answers, and errors as without."""
 
 import pathlib
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def loaded(harness: Callable[..., Any], path: pathlib.Path, **spec: Any) -> Any:
     return driver
 
 
-def test_a_page_of_int8_is_what_is_counted_for_it(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+def test_a_page_of_int8_has_the_planned_size(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
     config = read_config(tiny_llama)
     driver = loaded(harness, tiny_llama, kv_dtype="int8")
     model = driver.engine._models["m"]
@@ -55,8 +55,8 @@ def test_answers_hardly_differ_and_never_by_neighbours(harness: Callable[..., An
     assert rounded.outputs() == alone
 
 
-def test_what_is_no_number_is_none_in_int8(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
-    """A token's scale says so: its elements cannot. And the pages are sound for whoever gets them next."""
+def test_a_nan_is_one_in_int8_too(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+    """A NaN is in a token's scale, as its elements cannot hold one. The pages are sound for the next sequence."""
     driver = loaded(harness, tiny_llama, kv_dtype="int8", prefix_cache=False)
     driver.generate(1, PROMPT, 20)
     driver.run()

@@ -1,4 +1,4 @@
-"""Log probabilities: of the model's own distribution, for those who asked, beside neighbours who did not."""
+"""Log probabilities: of the model's own distribution, for requests that want them, beside others."""
 
 import pathlib
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_they_are_of_the_distribution_before_any_filter() -> None:
     assert sampler.report is None
 
 
-def test_asking_changes_no_token_and_reaches_only_who_asked(
+def test_log_probabilities_change_no_token_and_are_only_of_requests_that_want_them(
     harness: Callable[..., Any], tiny_llama: pathlib.Path
 ) -> None:
     driver = harness()
@@ -67,7 +67,7 @@ def tokenizer(talking_llama: pathlib.Path) -> Tokenizer:
 
 
 def feed(tokenizer: Tokenizer, text: str, **settings: Any) -> list[TokenLogprob]:
-    """Return the log probabilities that come out with the text, one token at a time."""
+    """Return the log probabilities that arrive with the text, a token at a time."""
     detokenizer = Detokenizer(tokenizer, **settings)
     table = token_bytes(tokenizer)
     events = []

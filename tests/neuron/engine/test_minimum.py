@@ -1,4 +1,4 @@
-"""A sequence with a least number of tokens: no token ends it before, whichever runner, sampler or grammar it has."""
+"""Minimum length: no token ends a sequence before it, with any runner, sampler or grammar."""
 
 import json
 import pathlib
@@ -30,7 +30,7 @@ def test_no_token_ends_an_answer_before_its_least(driver: Any, temperature: floa
     driver.generate(0, PROMPT, 24, temperature=temperature, seed=4)
     driver.run()
     free = driver.outputs()[0]
-    # Whatever it says first is what would end it.
+    # Its first token would end it.
     ends = tuple(set(free))
     driver.sent.clear()
     driver.generate(1, PROMPT, 24, eos=ends, temperature=temperature, seed=4)

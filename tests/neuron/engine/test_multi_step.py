@@ -25,7 +25,7 @@ def ten_steps(monkeypatch: pytest.MonkeyPatch, set_engine: Callable[..., None]) 
 
 
 def lengths(driver: Any) -> list[int]:
-    """How many tokens each row brought."""
+    """Return the number of tokens of each row."""
     return [len(row.ids) // 4 for row in driver.rows]
 
 
@@ -68,7 +68,7 @@ def test_multi_step_changes_only_the_number_of_tokens_per_message(
     assert max(lengths(driver)) <= 1
 
 
-def test_a_preempted_sequence_says_the_same(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
+def test_a_preempted_sequence_generates_the_same(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
     """Pages run out in the middle: no multi-step decode takes pages that another sequence was promised."""
     requests = {n: {"prompt": [3 + n] * (5 + 9 * n), "max_tokens": 150} for n in range(8)}
     roomy = harness()
@@ -129,7 +129,7 @@ def test_multi_step_is_for_a_model_that_has_the_device_to_itself(
     "setting",
     [{"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"top_logprobs": 0}, {"logit_bias": ((5, 1.0),)}],
 )
-def test_what_the_sampler_must_see_has_no_multi_step(
+def test_rows_that_need_the_sampler_have_no_multi_step(
     harness: Callable[..., Any], tiny_llama: pathlib.Path, setting: dict[str, Any]
 ) -> None:
     driver = harness()

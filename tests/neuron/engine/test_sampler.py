@@ -1,4 +1,4 @@
-"""Sampling: the distributions it draws from, that a seed decides everything, and each setting against its formula."""
+"""Sampling: its distributions, reproducible seeds, and each setting against its formula."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ def draw(logits: torch.Tensor, draws: int = DRAWS, **settings: Any) -> np.ndarra
 def expected_probabilities(
     logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> np.ndarray[Any, Any]:
-    """The textbook, one token at a time."""
+    """Return the textbook's probabilities, a token at a time."""
     p = (logits.double() / temperature).softmax(-1).tolist()
     order = sorted(range(len(p)), key=lambda token: -p[token])
     kept = order[: top_k or len(p)]
@@ -47,7 +47,7 @@ def expected_probabilities(
 
 
 def assert_drawn_from(counts: np.ndarray[Any, Any], probabilities: np.ndarray[Any, Any]) -> None:
-    """Chi-square with its cells over 5 expected draws, at 5 standard deviations; nothing from outside the support."""
+    """Assert a chi-square within 5 standard deviations, with cells over 5 draws, and none outside the support."""
     assert counts[probabilities == 0].sum() == 0
     expected = probabilities * counts.sum()
     cells = expected >= 5

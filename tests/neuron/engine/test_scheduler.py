@@ -1,6 +1,6 @@
 """Scheduler and pages under random arrivals, forks, stops, cancels and preemptions.
 
-Nothing leaks, nobody starves, every step obeys its limits, and what a sequence reads is what was computed for it.
+Nothing leaks, no sequence starves, every step obeys its limits, and each sequence reads its own cache.
 """
 
 import dataclasses
@@ -28,18 +28,18 @@ POWERS = np.cumprod(np.full(4096, 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint6
 def sequence(
     number: int, num_prompt: int, max_tokens: int, *, family: int = -1, principal: str = "", priority: int = 0
 ) -> Sequence:
-    """A sequence whose prompt begins like all of its family's; without one, like nobody's."""
+    """Return a sequence with its family's common prefix; without a family, with a prefix of its own."""
     prompt = np.arange(num_prompt, dtype=np.int32) + 1000 * (number + 10 if family < 0 else family)
     return Sequence(number, prompt, max_tokens, frozenset(), SamplerSettings(), principal, priority)
 
 
 def contents(s: Sequence, stop: int) -> np.ndarray:
-    """What the cache must hold of the first ``stop`` tokens: a number for each that depends on all before it."""
+    """Return the cache contents of the first ``stop`` tokens: a number each, a hash of all before it."""
     return np.cumsum((s.tokens[:stop].astype(np.uint64) + np.uint64(1)) * POWERS[:stop], dtype=np.uint64)
 
 
 class Cache:
-    """A cache of such numbers, written and read by plans as a model would."""
+    """Cache of such numbers, written and read by plans like a model's."""
 
     def __init__(self, limits: Limits) -> None:
         self.cache = np.zeros((limits.num_pages + 1) * limits.page_tokens, np.uint64)
@@ -59,7 +59,7 @@ class Cache:
 
 
 def check_step(step: Step, scheduler: Scheduler) -> None:
-    """What every step must satisfy."""
+    """Assert the invariants of every step."""
     limits = scheduler.limits
     decoding = [s for s in scheduler.running.values() if s.decodes]
     assert set(step.sequences[: step.num_decodes]) == set(decoding)
@@ -78,7 +78,7 @@ def check_step(step: Step, scheduler: Scheduler) -> None:
 
 
 def check_plan(step: Step, scheduler: Scheduler) -> None:
-    """The arrays against a plain computation, token by token."""
+    """Compare the arrays with a plain computation, token by token."""
     page_tokens = scheduler.limits.page_tokens
     plan = build_plan(step, scheduler.page_table, page_tokens)
     row = 0
@@ -109,14 +109,14 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
 
 
 def advance(step: Step, scheduler: Scheduler, stop_at: int = -1) -> list[int]:
-    """Do what running a step does; return the sequences that ended. A token that is ``stop_at`` stops one early."""
+    """Settle a step; return the sequences that ended. The token ``stop_at`` stops a sequence early."""
     ended = []
     scheduler.begin(step)
     for s, count in zip(step.sequences, step.num_tokens, strict=True):
         assert s.num_computed <= len(s.pages) * scheduler.limits.page_tokens
         num_sampled = s.num_awaited
         if num_sampled:
-            # A function of the sequence and the position, so that a preempted one continues as it began.
+            # A function of sequence and position, so that a preempted sequence continues the same.
             token = (7 * s.number + 13 * s.num_tokens) % 101
             s.append(token)
         scheduler.settle(s, count, num_sampled)
@@ -153,7 +153,7 @@ class Arrivals(RuleBasedStateMachine):
         oldest = next(iter(self.scheduler.running.values()), None)
         self.scheduler.admit()
         step = self.scheduler.schedule()
-        assert step is not None, "somebody waits and nobody runs"
+        assert step is not None, "a sequence waits and none runs"
         assert oldest is None or oldest.state is SequenceState.RUNNING, "the oldest was preempted"
         check_step(step, self.scheduler)
         check_plan(step, self.scheduler)
@@ -298,7 +298,7 @@ def test_choices_of_one_prompt_share_its_pages_and_it_is_computed_once() -> None
     for one in choices[:3]:
         scheduler.add(one)
     scheduler.add(stranger)
-    # The others wait for the first; whoever shares nothing with it does not.
+    # The others wait for the first; a sequence without a common prefix does not.
     assert scheduler.admit() == [choices[0], stranger]
     step = scheduler.schedule()
     assert step is not None
@@ -306,11 +306,11 @@ def test_choices_of_one_prompt_share_its_pages_and_it_is_computed_once() -> None
     assert scheduler.admit() == choices[1:3]
     assert [one.num_cached for one in choices[:3]] == [0, 20, 20]
     assert all(np.array_equal(one.pages[:5], choices[0].pages[:5]) for one in choices[1:3])
-    assert len({int(one.pages[5]) for one in choices[:3]}) == 3, "the last, partial page is everyone's own"
+    assert len({int(one.pages[5]) for one in choices[:3]}) == 3, "the last, partial page is not shared"
     scheduler.check_integrity()
 
 
-def test_who_waits_for_a_beginning_computes_it_if_the_other_leaves() -> None:
+def test_a_sequence_that_awaits_a_prefix_computes_it_if_the_other_leaves() -> None:
     scheduler = Scheduler(LIMITS)
     first, second = (sequence(number, 30, 4, family=1) for number in (1, 2))
     scheduler.add(first)
@@ -332,7 +332,7 @@ def test_who_waits_for_a_beginning_computes_it_if_the_other_leaves() -> None:
     scheduler.check_integrity()
 
 
-def test_kept_pages_are_given_up_before_anyone_waits_oldest_first_and_last_pages_first() -> None:
+def test_idle_pages_are_evicted_before_a_sequence_waits_oldest_first_and_last_pages_first() -> None:
     scheduler = Scheduler(LIMITS)
     for number, family in ((1, 1), (2, 2)):
         scheduler.add(sequence(number, 32, 1, family=family))
@@ -341,7 +341,7 @@ def test_kept_pages_are_given_up_before_anyone_waits_oldest_first_and_last_pages
     scheduler.add(hungry := sequence(3, 44, 1))
     assert scheduler.admit() == [hungry]
     run_until_idle(scheduler)
-    # 8 pages were blank and 11 needed: the end of the first family's went.
+    # 8 pages were blank and 11 needed: the end of the first family's was evicted.
     keys = [[], []]
     for family in (1, 2):
         extend_keys(keys[family - 1], sequence(1, 32, 1, family=family).tokens, 8, 4)

@@ -18,7 +18,7 @@ def expected(tiny_llama: pathlib.Path) -> Callable[[list[int]], np.ndarray[Any, 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
 
     def score(prompt: list[int]) -> np.ndarray[Any, Any]:
-        """Return ``[T - 1, V]``: what each token but the first was chosen from."""
+        """Return ``[T - 1, V]``: the distribution of each token but the first."""
         with torch.inference_mode():
             found: np.ndarray[Any, Any] = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1).numpy()
         return found
@@ -33,7 +33,7 @@ def score(driver: Any, number: int, prompt: list[int], max_tokens: int = 1, **se
 
 
 def scores(driver: Any, number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return what has come of a prompt: of each token its own, the likeliest ids, and theirs."""
+    """Return the scores of a prompt: each token's own, the likeliest ids, and theirs."""
     parts = [row.prompt for row in driver.rows if row.sequence == number and row.prompt is not None]
     own = np.frombuffer(b"".join(part.chosen for part in parts), np.float32)
     ids = np.frombuffer(b"".join(part.top_ids for part in parts), np.int32).reshape(len(own), 2)
@@ -47,7 +47,7 @@ def test_they_are_what_transformers_computes(
     driver.load(tiny_llama)
     random = np.random.default_rng(5)
     prompts = [random.integers(3, 131, size).tolist() for size in (1, 2, 16, 40, 200)]
-    driver.generate(99, prompts[3], 30)  # beside one that decodes, and with its prompt in the cache
+    driver.generate(99, prompts[3], 30)  # beside a decode, and with its prompt in the cache
     for number, prompt in enumerate(prompts):
         score(driver, number, prompt, max_tokens=3)
     driver.run()
@@ -59,7 +59,7 @@ def test_they_are_what_transformers_computes(
         if len(own):
             np.testing.assert_allclose(top, np.sort(table, -1)[:, :-3:-1], atol=1e-4)
             assert ids.shape == (len(own), 2)
-    # What follows is what follows without, and nobody else's tokens change.
+    # The output is the same without scores, and no other sequence's tokens change.
     plain = harness()
     plain.load(tiny_llama)
     plain.generate(99, prompts[3], 30)

@@ -1,4 +1,4 @@
-"""What sequences share and take from one another changes no token: prefix cache, forks, preemption."""
+"""Prefix cache, forks and preemption: no sharing of pages changes a token."""
 
 import pathlib
 from collections.abc import Callable
@@ -39,18 +39,18 @@ def test_the_prefix_cache_changes_no_token(harness: Callable[..., Any], tiny_lla
     cold = run(loaded(harness, tiny_llama, prefix_cache=False), REQUESTS)
     driver = loaded(harness, tiny_llama)
     assert run(driver, REQUESTS) == cold
-    # Once more, from a cache that has all of it, the output included.
+    # Once more, from a cache with the whole sequence, output included.
     assert run(driver, REQUESTS) == cold
     cached = {row.sequence: row.prompt_cached for row in driver.rows if row.prompt_cached is not None}
     assert cached == {number: (20 * number + 4) // 16 * 16 for number in REQUESTS}
-    # A conversation goes on: what the model said is in the cache as well.
+    # A conversation goes on: the model's output is in the cache as well.
     prompt = [*REQUESTS[5]["prompt"], *cold[5], 9, 9]
     run(driver, {9: {"prompt": prompt, "max_tokens": 1}})
     assert driver.rows[0].prompt_cached == (len(prompt) - 2 - 1) // 16 * 16
 
 
 def test_only_sequences_of_one_salt_share(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
-    """Neither what is in the cache nor what another is about to put there; the same tokens all the while."""
+    """Neither cached pages nor pages in computation are shared across salts; the tokens are the same."""
     driver = loaded(harness, tiny_llama)
     salts = ["a", "a", "b", "", "", "ab", "a"]
     together = {number: {"prompt": SYSTEM, "max_tokens": 4, "cache_salt": salt} for number, salt in enumerate(salts)}
@@ -105,7 +105,7 @@ def test_preemption_changes_no_token(
 def test_a_nan_clears_only_its_own_pages(
     harness: Callable[..., Any], tiny_llama: pathlib.Path, set_engine: Callable[..., None]
 ) -> None:
-    set_engine(cpu_kernels=False)  # whose weights a test can reach
+    set_engine(cpu_kernels=False)  # its weights are accessible to a test
     driver = loaded(harness, tiny_llama)
     expected = run(driver, {1: {"prompt": SYSTEM, "max_tokens": 10}})[1]
     driver.engine._models["m"].runner._weights.embedding[130] = float("nan")

@@ -1,4 +1,4 @@
-"""What is copied to a device: from pinned memory, since a copy from any other waits for what is queued."""
+"""Copies to a device come from pinned memory, since any other copy waits for the queue."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from neuron.engine import staging
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
-    """Of each copy to a GPU that is not here, whether it is from pinned memory and whether that has gaps."""
+    """Record of each copy to a fake GPU whether its source is pinned and whether it is strided."""
     found: list[tuple[bool, bool]] = []
     pinned: set[int] = set()
 

@@ -1,7 +1,7 @@
 """A model's steps on a fake device: every sequence gets its own tokens, whatever overlaps, is drafted or cancelled.
 
-The device keeps what it was given under numbers that depend on all tokens before them, and samples a token that is a
-function of its sequence and place, so that whatever was mixed up shows. Its steps come out late, one behind the next.
+The device stores each token as a hash of all before it, and samples a function of sequence and position, so that any
+mix-up shows. Its steps come out late, one behind the next.
 """
 
 import array
@@ -48,7 +48,7 @@ def state_after(state: int, token: int) -> int:
 
 
 class Sampler:
-    """Knows each slot's seed, refuses drafts for every fifth, and does not draw plainly for every seventh."""
+    """Has each slot's seed, refuses drafts for every fifth, and does not draw plainly for every seventh."""
 
     def __init__(self) -> None:
         self.seeds: dict[int, int] = {}
@@ -64,7 +64,7 @@ class Sampler:
 
 
 class Late:
-    """A step under way."""
+    """A step in flight."""
 
     def __init__(self, device: "Device", outcome: StepOutcome) -> None:
         self.device, self.outcome = device, outcome
@@ -79,7 +79,7 @@ class Late:
 
 
 class Device:
-    """Executes plans on one number a slot."""
+    """Executes plans on a number for each KV slot."""
 
     def __init__(self, overlaps: bool, repeats: bool = False) -> None:
         self.overlaps = overlaps
@@ -368,7 +368,7 @@ def test_a_stop_costs_one_step_for_nothing_and_a_limit_none() -> None:
         _, end = expected_output((np.arange(20) % 23).tolist(), number + 1, 40)
         machine.teardown()
         ends.add(end)
-        # Each token but the last is computed; the stop is known when the step behind it is under way.
+        # Each token but the last is computed; the stop is known when the step behind it is in flight.
         late = 2 if end is SequenceEnd.STOP else 0
         assert len(machine.device.num_rows) == len(machine.got[number + 1]) + late
     assert ends == {SequenceEnd.STOP, SequenceEnd.LENGTH}
@@ -480,7 +480,7 @@ def test_the_bounds_of_multi_step() -> None:
     one, other = (Sequence(n, np.arange(5, dtype=np.int32), 100, frozenset(), SamplerSettings()) for n in (1, 2))
     step = step_of([one, other])
     assert bounded(step) in (5, 6), "its time"
-    assert bounded(step, room=2) == 3, "pages, or what is left to say"
+    assert bounded(step, room=2) == 3, "pages, or max_tokens"
     assert bounded(step, room=0) == 1
     assert bounded(step, step_s=None) == 1
     assert bounded(step, step_s=MULTI_STEP_S) == 1
@@ -553,7 +553,7 @@ def test_a_prompt_takes_what_the_others_can_spare() -> None:
         tokens = step_timer.mixed_step_tokens(4) - 4
         step_timer.record(4, tokens, 0.010 + 0.0001 * tokens)
     assert tokens == pytest.approx((STALL_FACTOR - 1) * 100, abs=2)
-    for _ in range(12):  # its later tokens are dearer
+    for _ in range(12):  # later tokens cost more
         tokens = step_timer.mixed_step_tokens(4) - 4
         step_timer.record(4, tokens, 0.010 + 0.0005 * tokens)
     assert tokens == pytest.approx((STALL_FACTOR - 1) * 20, abs=2)
@@ -574,4 +574,4 @@ def test_times_between_and_beyond_those_measured() -> None:
     step_timer.record(2, 0, 1000.0)
     after = step_timer.step_s(2)
     assert after is not None
-    assert after < 3.0, "one step that something held up says little"
+    assert after < 3.0, "a single outlier weighs little"

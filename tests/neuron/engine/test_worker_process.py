@@ -88,7 +88,7 @@ def test_sigterm_and_a_daemon_that_goes_are_orderly_ends(worker: Worker) -> None
 def fault_of(
     device: str, environment: dict[str, str] | None = None, command: tuple[str, ...] = ("-m", "neuron.engine")
 ) -> str:
-    """Start a worker of a GPU that is not to be had; return what the daemon's handle on it says."""
+    """Start a worker of an unavailable GPU; return its error as the daemon's handle has it."""
 
     async def story() -> str:
         found = device_worker.Worker(device, [sys.executable, *command], environment=environment)
@@ -100,7 +100,7 @@ def fault_of(
     return asyncio.run(story())
 
 
-def test_a_host_without_a_driver_is_told_what_to_do() -> None:
+def test_a_host_without_a_driver_gets_an_error_with_the_remedy() -> None:
     message = fault_of("cuda:0")
     assert "cuda:0 cannot be taken: no NVIDIA driver: libcuda.so.1 cannot be opened" in message
     assert "--devices cpu" in message
@@ -116,7 +116,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
-def test_a_torch_that_cannot_use_the_device_is_told_of() -> None:
+def test_a_torch_that_cannot_use_the_device_is_an_error() -> None:
     """Built without CUDA, or for a newer driver than the one here: the loop takes the device, and torch does not."""
     code = (
         "import sys; from neuron.device import _fake_driver as fake; from neuron.engine import __main__ as worker; "
@@ -135,7 +135,7 @@ import neuron.engine.__main__ as worker
 
 class Pinned:
     def __del__(self):
-        os.abort()  # as where torch records an event on a stream that is gone, in a destructor
+        os.abort()  # as torch does, whose destructor records an event on a stream that is gone
 
 class Engine:
     busy = True
