@@ -139,7 +139,7 @@ class Run:
         assert self.making is not None
         await asyncio.wait({self.making})
 
-    def notify_kept(self) -> None:
+    def publish_end(self) -> None:
         """Publish the end, after the response is stored."""
         self._is_kept = True
         self._publish()
@@ -278,7 +278,7 @@ class Background:
             try:
                 await self._keep(run, pending)
             finally:
-                run.notify_kept()  # in every case: followers would wait for ever
+                run.publish_end()  # in every case: followers would wait for ever
                 del self._runs[run.id]
 
     def _fail(self, run: Run, error: ApiError) -> None:
@@ -346,6 +346,6 @@ class Background:
             stored = await owned.get(id)
         run = Run(id, bytes(stored.body), owned)
         run.add_stored(stored.sse_events)
-        run.notify_kept()
+        run.publish_end()
         async for sse_events in run.follow(after):
             yield sse_events

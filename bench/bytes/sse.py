@@ -107,7 +107,7 @@ def split(stream: bytes) -> list[bytes]:
     return payloads
 
 
-def notes(stream: bytes) -> tuple[int, Any]:
+def findings(stream: bytes) -> tuple[int, Any]:
     """Note tokens and usage in plain Python, with orjson for the payloads: what the usage scanner does."""
     num_tokens, usage = 0, None
     for payload in split(stream):
@@ -133,7 +133,7 @@ def consumers(stream: bytes, num_sse_events: int) -> list[dict[str, Any]]:
 
     calls: dict[str, Callable[[], object]] = {
         "Python split": lambda: split(stream),
-        "Python split + orjson": lambda: notes(stream),
+        "Python split + orjson": lambda: findings(stream),
         "SseDecoder, whole": lambda: SseDecoder().feed(stream),
         "SseDecoder, by SSE event": each(lambda: SseDecoder().feed),
         "UsageScanner, whole": lambda: UsageScanner().feed(stream),

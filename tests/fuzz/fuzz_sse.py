@@ -55,8 +55,8 @@ def reference(stream: bytes) -> list[tuple[bytes | None, bytes]]:
     return sse_events
 
 
-def notes(scanner: UsageScanner) -> tuple[object, ...]:
-    """Return everything that a usage scanner noted."""
+def findings(scanner: UsageScanner) -> tuple[object, ...]:
+    """Return everything that a usage scanner found."""
     return scanner.first_token, scanner.num_token_events, scanner.usage, scanner.terminated, scanner.failed
 
 
@@ -77,7 +77,7 @@ def check(stream: bytes) -> None:
     passed = b"".join([scanner.feed(piece) for piece in pieces])
     assert passed + scanner.tail == stream, (stream, edges)
     assert passed == whole.feed(stream), (stream, edges)
-    assert notes(scanner) == notes(whole), (stream, edges)
+    assert findings(scanner) == findings(whole), (stream, edges)
 
 
 @atheris.instrument_func  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ STREAMS = {path.stem: path.read_bytes() for path in sorted((pathlib.Path(__file_
 CHAT = STREAMS["chat"]
 
 
-def notes(scanner: UsageScanner) -> tuple[bool, int, bytes | None, bool, bool]:
+def findings(scanner: UsageScanner) -> tuple[bool, int, bytes | None, bool, bool]:
     return scanner.first_token, scanner.num_token_events, scanner.usage, scanner.terminated, scanner.failed
 
 
@@ -63,7 +63,7 @@ def test_dialects(name: str, num_token_events: int, usage: Any, terminated: bool
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 def test_every_split_passes_whole_sse_events(name: str, line_end: bytes) -> None:
     stream = STREAMS[name].replace(b"\n", line_end)
-    whole = notes(scanned(stream))
+    whole = findings(scanned(stream))
     ends = {0}
     for i in range(len(stream)):
         if stream[: i + 1].endswith(line_end * 2):
@@ -74,14 +74,14 @@ def test_every_split_passes_whole_sse_events(name: str, line_end: bytes) -> None
         assert len(first) in ends
         assert first + scanner.tail == stream[:i]
         assert first + scanner.feed(stream[i:]) == stream
-        assert notes(scanner) == whole
+        assert findings(scanner) == whole
     scanner = UsageScanner()
     passed = [scanner.feed(stream[i : i + 1]) for i in range(len(stream))]
     assert b"".join(passed) == stream
     assert [piece for piece in passed if piece] == [
         sse_event + line_end * 2 for sse_event in stream.split(line_end * 2)[:-1]
     ]
-    assert notes(scanner) == whole
+    assert findings(scanner) == whole
 
 
 @given(
@@ -97,7 +97,7 @@ def test_any_bytes_pass_in_order(stream: bytes, cuts: list[int]) -> None:
     once = UsageScanner()
     assert passed + scanner.tail == stream
     assert passed == once.feed(stream)
-    assert notes(scanner) == notes(once)
+    assert findings(scanner) == findings(once)
 
 
 @given(st.binary(), st.binary(max_size=30))
@@ -164,10 +164,10 @@ def test_a_token_is_content_of_any_kind(fields: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_no_token(sse_event: bytes) -> None:
-    assert notes(scanned(sse_event)) == (False, 0, None, False, False)
+    assert findings(scanned(sse_event)) == (False, 0, None, False, False)
     # Nor is it one behind a token whose place is remembered.
     scanner = scanned(delta(content="x"), sse_event)
-    assert notes(scanner) == (True, 1, None, False, False)
+    assert findings(scanner) == (True, 1, None, False, False)
 
 
 def test_tokens_of_different_shapes_are_all_counted() -> None:
@@ -205,12 +205,12 @@ SPOOFS = [
 def test_generated_text_cannot_forge_a_mark(text: str, separators: tuple[str, str]) -> None:
     chunk = {"choices": [{"index": 0, "delta": {"content": text, "tool_calls": [{"function": {"arguments": text}}]}}]}
     sse_events = b"data: " + json.dumps(chunk, separators=separators).encode() + b"\n\n"
-    assert notes(scanned(sse_events * 3)) == (True, 3, None, False, False)
+    assert findings(scanned(sse_events * 3)) == (True, 3, None, False, False)
     done = {"type": "response.output_text.done", "text": text}
     sse_events = (
         b"event: response.output_text.done\ndata: " + json.dumps(done, separators=separators).encode() + b"\n\n"
     )
-    assert notes(scanned(sse_events)) == (False, 0, None, False, False)
+    assert findings(scanned(sse_events)) == (False, 0, None, False, False)
 
 
 def test_a_tool_named_usage_is_not_usage() -> None:
@@ -265,11 +265,11 @@ def test_data_over_several_lines() -> None:
     stream = (
         b'data: {"choices":[{"index":0,\ndata: "delta":{"content":"x"}}],\ndata: "usage":{"a":1}}\n\ndata: [DONE]\n\n'
     )
-    assert notes(scanned(stream)) == (True, 1, b'{"a":1}', True, False)
+    assert findings(scanned(stream)) == (True, 1, b'{"a":1}', True, False)
 
 
 def test_byte_order_mark() -> None:
-    assert notes(scanned(b"\xef\xbb\xbf" + CHAT)) == notes(scanned(CHAT))
+    assert findings(scanned(b"\xef\xbb\xbf" + CHAT)) == findings(scanned(CHAT))
 
 
 def test_an_sse_event_has_a_limit_whole_or_not() -> None:

@@ -78,10 +78,10 @@ async def test_requests_a_minute(url: str) -> None:
 async def test_requests_at_a_time(url: str) -> None:
     limits = Limits(max_concurrent=5)
     async with opened(url) as found:
-        running = leases(await rush(found, "seats", limits, 64))
+        running = leases(await rush(found, "concurrent", limits, 64))
         assert len(running) == 5
         await found.settle(running[0], 0)
-        assert len(leases(await rush(found, "seats", limits, 64))) == 1
+        assert len(leases(await rush(found, "concurrent", limits, 64))) == 1
 
 
 async def test_a_window_of_tokens(url: str) -> None:
@@ -145,7 +145,7 @@ async def main():
     counts = []
     for name, limits, reserve in (
         ("p-rate", Limits(requests_per_minute=101), 0),
-        ("p-seats", Limits(max_concurrent=17), 0),
+        ("p-concurrent", Limits(max_concurrent=17), 0),
         ("p-tokens", Limits(tokens_per_window=1000), 30),
     ):
         counts.append(sum(await asyncio.gather(*(one(name, limits, reserve) for _ in range(150)))))
