@@ -277,7 +277,7 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, An
         raise GatewayError(f"no gateway answers at {url}: {report.plain(str(error))}") from None
     if response.status != 200:
         message = _message(answer) or "no reason given"
-        raise GatewayError(f"the gateway says no: {message} (status {response.status} of {url}{path})")
+        raise GatewayError(f"the gateway refuses: {message} (status {response.status} of {url}{path})")
     return answer
 
 

@@ -116,7 +116,7 @@ def _load(
             reason = 'keys have limits, which several workers can only count together in "valkey"'
             raise ConfigError(source, "access.counters", reason)
         if not ring.principals:
-            log.warning("%s holds no key: nobody is let in with one", keys_file)
+            log.warning("%s holds no key: every request with a key is refused", keys_file)
     elif access.anonymous:
         raise ConfigError(source, "access.anonymous", "means nothing without access.keys: everybody may ask")
     return Loaded(settings, offered, ring, tuple(dict.fromkeys(files)))

@@ -1,6 +1,6 @@
 """The administrator's token of this host: a key in a file that only the gateway's user can read.
 
-The loopback address authenticates nobody: a reverse proxy on the host forwards strangers, and so does a page in a
+The loopback address authenticates no client: a reverse proxy on the host forwards strangers, and so does a page in a
 browser there. A user who can read the file can also write ``keys.toml``, so the token is worth an administrator's key.
 It is made at the first start, in the runtime or state directory of the service or user; a start without the file makes
 a new one.

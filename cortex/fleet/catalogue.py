@@ -62,7 +62,7 @@ def load(path: pathlib.Path, nodes: Collection[str]) -> Catalogue:
                 if node not in nodes:
                     raise ConfigError(source, f"models[{index}].{key}", f"{node!r} is not one of [[neurons]]")
         profiles[profile.id] = profile
-    targets: dict[str, tuple[str, str]] = {}  # alias -> what it names, and the key that says so
+    targets: dict[str, tuple[str, str]] = {}  # alias -> its target, and the key in the file
     for index, profile in enumerate(file.models):
         for alias in profile.aliases:
             _claim(targets, profiles, alias, profile.id, f"models[{index}].aliases", source)
