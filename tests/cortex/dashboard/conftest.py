@@ -48,6 +48,7 @@ def opened(page: browser.Page, gateway: dashboard_rig.Gateway) -> Iterator[brows
     """The page, open and live; a test fails if the page logs an error or a warning."""
     page.complaints.clear()
     page.asked.clear()
+    page.go("about:blank")  # the link differs from an open page by its fragment only, which loads nothing
     page.go(gateway.link)
     page.until("document.getElementById('link')?.dataset.state === 'live'", what="the feed is live")
     page.until("document.getElementById('chat-model').length", what="the models are listed")
