@@ -105,7 +105,7 @@ def test_a_pinned_model_is_never_evicted(fleet: Fleet) -> None:
         assert is_right(await client.chat("x"), "x")
         assert fleet.loads("x") == loads
         await client.act("models/pin", model="x", node="a", pinned=False)
-        deadline = time.monotonic() + 5  # until the other workers have heard of it
+        deadline = time.monotonic() + 5  # until the other workers have it
         while not is_right(await client.chat("y"), "y"):
             assert time.monotonic() < deadline
             await asyncio.sleep(0.1)

@@ -14,7 +14,7 @@ def body(*turns: str, system: str = SYSTEM, **fields: object) -> bytes:
     return orjson.dumps({"model": "m", "messages": messages, **fields})
 
 
-def test_a_longer_conversation_has_the_beginnings_of_the_shorter_one() -> None:
+def test_a_longer_conversation_has_the_prefixes_of_the_shorter_one() -> None:
     first, second = prefix_hashes("m", body("a" * 2000)), prefix_hashes("m", body("a" * 2000, "b" * 3000))
     shared = [one for one, other in zip(first.hashes, second.hashes, strict=False) if one == other]
     assert len(shared) >= len(first.hashes) - 1
@@ -22,7 +22,7 @@ def test_a_longer_conversation_has_the_beginnings_of_the_shorter_one() -> None:
     assert prefix_hashes("n", body("a")).hashes != prefix_hashes("m", body("a")).hashes
 
 
-def test_a_principal_has_beginnings_of_its_own() -> None:
+def test_a_principal_has_prefix_hashes_of_its_own() -> None:
     mine, yours = (prefix_hashes("m", body("a" * 2000), principal=name) for name in ("me", "you"))
     assert not set(mine.hashes) & set(yours.hashes)
     assert mine.tie == yours.tie, "a new prompt goes to the same node for all principals"

@@ -242,11 +242,11 @@ def test_messages_are_handled_in_order_and_between_steps(start: Callable[..., Ru
 
 def test_a_flood_of_messages_does_not_starve_the_steps(start: Callable[..., Running]) -> None:
     log: list[bytes] = []
-    gate = threading.Event()
+    released = threading.Event()
 
     def make(loop: DeviceLoop) -> Handler:
         def handle(message: bytes) -> None:
-            gate.wait(30)
+            released.wait(30)
             script.busy = True
             log.append(message)
             if message == b"last":
@@ -259,7 +259,7 @@ def test_a_flood_of_messages_does_not_starve_the_steps(start: Callable[..., Runn
     for _ in range(200):
         running.daemon.send(b"m")
     running.daemon.send(b"last")
-    gate.set()
+    released.set()
     assert running.join() == 0
     assert log.index(b"step") == 64
 
@@ -528,11 +528,11 @@ def test_replay_stops_for_a_message(start: Callable[..., Running], wait_for: Cal
 
 
 def test_a_message_that_waits_lets_one_step_run(start: Callable[..., Running]) -> None:
-    gate = threading.Event()
+    released = threading.Event()
 
     def make(loop: DeviceLoop) -> Handler:
         def handle(message: bytes) -> None:
-            gate.wait(30)
+            released.wait(30)
             if message == b"go":
                 loop.send(b"%d" % loop.replay(GRAPH, 1000, stop_on_message=True))
 
@@ -541,7 +541,7 @@ def test_a_message_that_waits_lets_one_step_run(start: Callable[..., Running]) -
     running = start(make)
     for message in (b"go", b"cancel"):
         running.daemon.send(message)
-    gate.set()
+    released.set()
     assert running.daemon.recv(30) == b"1"
     running.end()
 

@@ -224,7 +224,7 @@ def test_ten_thousand_sequences_leave_nothing_behind(monkeypatch: pytest.MonkeyP
     assert finished == 10_000
     scheduler.check_integrity()
     assert scheduler.pool.num_free == 120
-    assert num_cached > 10_000, "the families' beginnings were not shared"
+    assert num_cached > 10_000, "the families' prefixes were not shared"
     assert scheduler.num_preemptions > 100, "the cache was not too small"
 
 
