@@ -212,7 +212,7 @@ class Background:
         stored = await owned.get(id)
         if not stored.until and not stored.sse_events:
             raise UnsupportedParameterError(
-                "Unsupported parameter: 'stream': only a background response can be streamed again.",
+                "Unsupported parameter: 'stream': only a response made in the background can be streamed again.",
                 param="stream",
             )
         return self._follow_elsewhere(owned, id, stored, after)
