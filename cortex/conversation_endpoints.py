@@ -12,7 +12,7 @@ import orjson
 from cortex.access.authenticator import principal_of
 from cortex.dialects.parameters import Parameters
 from cortex.http_io import Exchange, query_parameters
-from cortex.store.conversation import aside
+from cortex.store.chains import aside
 from cortex.store.named import NamedConversations
 from cortex.store.paging import page_of
 

@@ -1,19 +1,16 @@
-"""Conversations by reference: a request that continues a stored response becomes one that says all of it.
+"""Conversations by reference: a request that continues a stored response gets the items of its chain.
 
-What a turn inherits is the items of the turns before it, not their instructions. A request that refers to nothing
-goes on as it came; its answer is kept unless it says ``store: false``. An answer is kept before its end reaches the
-client, who may continue it at once; that it could not be kept is logged, and costs nobody the answer.
+A response inherits the items of the responses before it, not their instructions. A request without references is sent
+on unchanged; its response is stored unless it has ``store: false``. A response is stored before its end reaches the
+client, which may continue it at once; a failure to store it is logged, and the client still gets the response.
 """
 
 import asyncio
 import contextlib
-import functools
-import logging
-import re
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import orjson
@@ -21,53 +18,23 @@ import orjson
 from cortex._fast.peek import Peek, PeekTypeError, peek
 from cortex._fast.sse import SseDecoder
 from cortex.dialects.passthrough import NO_CONTEXT, ResponseContext
-from cortex.errors import (
-    ConversationFullError,
-    ConversationNotFoundError,
-    ConversationTooLargeError,
-    NotAnAnswerError,
-    PreviousResponseNotFoundError,
-    ResponseNotFoundError,
-    StoreFullError,
-    StoreUnavailableError,
-)
-from cortex.store import interface, items
-from cortex.store.interface import ResponseStore, StoredResponse, StoreError
-from cortex.store.paging import page_of
-from cortex.wire.errors import ApiError, InvalidRequestError, InvalidTypeError
-
-log = logging.getLogger("cortex.store")
-
-T = TypeVar("T")
+from cortex.errors import NotAnAnswerError, StoreFullError, StoreUnavailableError
+from cortex.store import items
+from cortex.store.chains import MAX_ITEMS_AT_ONCE, RESPONSE, UNANSWERED, UNREADABLE, Chains, check_length, store_error
+from cortex.store.interface import StoredResponse
+from cortex.wire.errors import InvalidRequestError, InvalidTypeError
 
 
 class _Named(msgspec.Struct):
     id: str
 
 
-MAX_CHAIN = 4096
-"""Of one chain; a longer one does not fit any context."""
-MAX_REFERENCES = 100
-"""Items of other responses that one request refers to."""
-
-RESPONSE, NAME, UNANSWERED = "resp", "conv", "turn"
-"""What the id of something that is stored begins with: a response, a conversation's name, a turn without a response."""
-
-_ID = re.compile(r"[a-z]+_[A-Za-z0-9_-]{1,120}")
-_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]+)_\d+")
-_KEPT = (b"response.completed", b"response.incomplete")
+_STORED_EVENTS = (b"response.completed", b"response.incomplete")
 _FIELDS = ("conversation", "background")
+"""Members of a body that only a gateway understands."""
 
 History = MutableMapping[str, tuple[msgspec.Raw, ...]]
-"""Whole conversations by the id of their last response: what a connection remembers."""
-
-MAX_ITEMS_AT_ONCE = 500
-"""Items that are read, or made ready for the store, on the event loop; of more, a thread does it."""
-MAX_BYTES_AT_ONCE = 1024 * 1024
-"""Of items that are read there."""
-
-UNREADABLE = (msgspec.MsgspecError, KeyError, ValueError, RecursionError)
-"""What reading a node's response may raise."""
+"""Conversations of a connection, each whole, by the id of its last response."""
 
 _ANSWER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NAMED = msgspec.json.Decoder(str | _Named | None)
@@ -75,73 +42,63 @@ _NAMED = msgspec.json.Decoder(str | _Named | None)
 
 @dataclass(frozen=True, slots=True)
 class PendingResponse:
-    """One request on its way: what is sent on, and what is kept when it has been answered."""
+    """A request on its way: the body for the node, and what is needed to store the response."""
 
     body: bytes
     context: ResponseContext = NO_CONTEXT
-    """What the gateway does with the response, for that to say."""
     previous: str = ""
-    """The stored turn that it continues."""
+    """Id of the stored response that it continues."""
     items: tuple[dict[str, Any], ...] = ()
-    """The request's own; where no store knows what was said before it, that too."""
+    """Items to store: the request's own, and the earlier ones if these are not stored."""
     chain: tuple[str, ...] = ()
-    """The stored turns before it, the latest first."""
+    """Ids of the stored responses before it, the latest first."""
     history: History | None = None
-    """What the connection remembers, where it is one that does."""
+    """Conversations of the connection, for a request on a WebSocket."""
     earlier_items: tuple[msgspec.Raw, ...] = ()
-    """What was said before the request's own items, for a connection to remember."""
+    """Items before those of ``items``, for ``history``."""
 
     @property
     def is_kept(self) -> bool:
-        """Whether its answer is kept anywhere."""
+        """Whether the response is stored or added to a history."""
         return self.context.store or bool(self.context.conversation) or self.history is not None
 
     @property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """What a node is told."""
+        """Headers for the node."""
         return self.context.headers()
 
 
-class Conversations:
-    """One principal's stored responses; without a store, only what a connection remembers is known.
-
-    What is another's is not there.
-    """
-
-    def __init__(self, store: ResponseStore | None, owner: str = "", max_bytes: int = 32 * 1024 * 1024) -> None:
-        self._store = store
-        self.owner = owner
-        self.max_bytes = max_bytes
-        """Of what a request continues or refers to, with its own, as of a body."""
+class Conversations(Chains):
+    """The conversations of a principal; without a store, those of the request's connection alone."""
 
     def of(self, owner: str) -> "Conversations":
-        """Return those of a principal, by its name."""
+        """Return the conversations of a principal."""
         return Conversations(self._store, owner, self.max_bytes) if owner != self.owner else self
 
     async def begin(
         self, body: bytes, found: Peek, history: History | None = None, *, keeps: bool = True
     ) -> PendingResponse:
-        """Return how a request goes on. ``found`` was found in the body before the model's name was spliced in.
+        """Prepare a request. ``found`` was read from the body before the model's name was spliced in.
 
         ``history`` holds the conversations of the request's connection; the answer is added to it, stored or not.
         Without ``keeps`` the answer cannot be continued.
 
         Raises:
-            PreviousResponseNotFoundError: it continues a response that is not there.
-            ConversationNotFoundError: it is part of a conversation that is not there.
-            ConversationTooLargeError: that is more than a body may be.
-            ConversationFullError: that has as many turns as one may have.
-            InvalidRequestError: its input is none, or refers to an item that is not there.
-            StoreFullError: it is to be kept, and there is no room.
+            PreviousResponseNotFoundError: it continues an absent response.
+            ConversationNotFoundError: its conversation is absent.
+            ConversationTooLargeError: the conversation exceeds ``max_bytes``.
+            ConversationFullError: the chain has its greatest length.
+            InvalidRequestError: its input is wrong, or refers to an absent item.
+            StoreFullError: the store is full, and the request has ``store: true``.
             StoreUnavailableError: the store failed.
         """
         if self._store is None and history is None:
-            return PendingResponse(body)  # the node refuses what refers to something
+            return PendingResponse(body)  # the node refuses references
         previous, stores = found.previous_response_id or "", keeps and found.stores and self._store is not None
         if stores and self._store is not None and (obstacle := self._store.obstacle(len(body))) is not None:
             if _wants_store(body) or _has_fields(body):
-                raise _refusal(obstacle)
-            stores = False  # nobody asked for it, and the answer says so
+                raise store_error(obstacle)
+            stores = False  # by default only, and the response has ``store: false``
         conversation, background = "", False
         if self._store is not None and _has_fields(body):
             body, conversation, background = _without_fields(body, stores)
@@ -160,7 +117,7 @@ class Conversations:
                 raise
             return PendingResponse(body)  # for the node to refuse
         if refers:
-            own = await self._resolved(own)
+            own = await self.resolve_references(own)
         context = ResponseContext(
             id=f"{RESPONSE}_{secrets.token_hex(24)}" if background else "",
             store=stores,
@@ -169,12 +126,12 @@ class Conversations:
             conversation=conversation,
         )
         chain, earlier, is_stored = await self._before(context, history)
-        if keeps and len(chain) >= MAX_CHAIN:
-            raise _full("conversation" if conversation else "previous_response_id")
+        if keeps:
+            check_length(chain, "conversation" if conversation else "previous_response_id")
         if earlier or previous or conversation or refers:
             own_items = [msgspec.Raw(orjson.dumps(item)) for item in own]
             if items.size_of(earlier) + items.size_of(own_items) > self.max_bytes:
-                raise self._too_large(
+                raise self.too_large(
                     "conversation" if conversation else "previous_response_id" if previous else "input"
                 )
             body = items.with_input(body, [*earlier, *own_items])
@@ -192,34 +149,34 @@ class Conversations:
     async def _before(
         self, context: ResponseContext, history: History | None
     ) -> tuple[tuple[str, ...], list[msgspec.Raw], bool]:
-        """Return the stored turns before a request, all that was said in them, and whether a store knows that."""
+        """Return the chain before a request, its items, and whether they are stored."""
         if context.conversation:
             name = await self.name(context.conversation)
             if not name.previous:
                 return (), [], True
-            return *await self._load_named(name, is_bounded=True), True
+            return *await self.load_named(name, is_bounded=True), True
         previous = context.previous_response_id
         if not previous:
             return (), [], True
         if history is None or previous not in history:
-            return *await self._load_chain(previous), True
+            return *await self.load_chain(previous), True
         if context.store and await self._get(previous) is not None:
-            return (await self._load_chain(previous))[0], list(history[previous]), True
+            return (await self.load_chain(previous))[0], list(history[previous]), True
         return (), list(history[previous]), not context.store
 
     async def keep(self, pending: PendingResponse, response: bytes) -> bytes:
-        """Keep the response that answered ``turn``, if it is one, where it is to be kept.
+        """Store a response, and add it to the history, as ``pending`` asks.
 
-        Returns it as it is told: one that could not be kept says so.
+        Returns it for the client: one that could not be stored has ``store: false``.
 
         Raises:
-            NotAnAnswerError: it is none that could be continued.
+            NotAnAnswerError: it has no id or no list of items.
         """
         if not pending.is_kept:
             return response
         try:
-            with contextlib.suppress(PeekTypeError):  # found when all of it has been read
-                peek(response)  # what is nested deeper could not be listed again
+            with contextlib.suppress(PeekTypeError):  # its errors come when all of the response has been read
+                peek(response)  # deeper nesting could not be listed again
             id = msgspec.json.decode(_ANSWER.decode(response)["id"], type=str)
             items.check_output(response)
         except UNREADABLE:
@@ -233,20 +190,20 @@ class Conversations:
             else:
                 stored = self.stored(pending, response)
             await self.settle(pending, id, stored)
-        except (StoreUnavailableError, StoreFullError):  # it is in the log
+        except (StoreUnavailableError, StoreFullError):  # logged already
             return _not_stored(response)
         return response
 
     async def keep_streamed(self, pending: PendingResponse, sse_events: bytes) -> bytes:
-        """Keep the response in the last SSE events of a stream, and return them; one that failed is not kept.
+        """Store the response in the last SSE events of a stream, and return these; a failed one is not stored.
 
         Raises:
-            NotAnAnswerError: there is none in them.
+            NotAnAnswerError: the events have no response.
         """
         if not pending.is_kept:
             return sse_events
         for sse_event in SseDecoder(len(sse_events) + 1).feed(sse_events):
-            if sse_event.event in _KEPT:
+            if sse_event.event in _STORED_EVENTS:
                 try:
                     response = bytes(_ANSWER.decode(sse_event.data)["response"])
                 except UNREADABLE:
@@ -257,7 +214,7 @@ class Conversations:
         return sse_events
 
     def stored(self, pending: PendingResponse, response: bytes) -> StoredResponse:
-        """Return a turn with its answer, as it is kept."""
+        """Return a response in the form of the store."""
         return StoredResponse(pending.previous, msgspec.Raw(items.listed(list(pending.items))), msgspec.Raw(response))
 
     async def settle(self, pending: PendingResponse, id: str, stored: StoredResponse) -> None:
@@ -275,175 +232,11 @@ class Conversations:
             name = await self.name(pending.context.conversation)
             await self.put(pending.context.conversation, msgspec.structs.replace(name, previous=id))
 
-    async def put(self, id: str, stored: StoredResponse, chain: Sequence[str] = ()) -> None:
-        """Keep something under an id. Raises :class:`StoreUnavailableError`."""
-        if self._store is None:
-            raise _unavailable(StoreError("there is none"))
-        try:
-            await self._store.put(id, msgspec.structs.replace(stored, owner=self.owner), chain)
-        except StoreError as error:
-            raise _refusal(error) from error
-
-    async def find(self, id: str) -> StoredResponse | None:
-        """Return what is kept under an id. Raises :class:`StoreUnavailableError`."""
-        return await self._get(id)
-
-    async def forget(self, id: str) -> bool:
-        """Forget what is kept under an id; return whether there was anything. Raises :class:`StoreUnavailableError`."""
-        if self._store is None or await self._get(id) is None:
-            return False
-        try:
-            return await self._store.delete(id)
-        except StoreError as error:
-            raise _unavailable(error) from error
-
-    async def name(self, id: str) -> StoredResponse:
-        """Return what is kept of a conversation. Raises :class:`ConversationNotFoundError`."""
-        stored = await self._get(id) if id.startswith(f"{NAME}_") else None
-        if stored is None:
-            raise ConversationNotFoundError(f"Conversation with id '{id}' not found.", param="conversation")
-        return stored
-
-    async def items_of(self, id: str) -> list[msgspec.Raw]:
-        """Return all items of a conversation. Raises :class:`ConversationNotFoundError`."""
-        return (await self._load_named(await self.name(id), is_bounded=False))[1]
-
-    async def chain_of(self, name: StoredResponse) -> tuple[str, ...]:
-        """Return the ids of a conversation's turns, the latest first.
-
-        Raises:
-            ConversationFullError: it can have no more.
-            ConversationNotFoundError: one of them is not there any more.
-        """
-        found = [id async for id, _ in self._responses(name.previous, "conversation")]
-        if len(found) >= MAX_CHAIN:
-            raise _full("conversation")
-        return tuple(found)
-
-    async def _load_named(self, name: StoredResponse, *, is_bounded: bool) -> tuple[tuple[str, ...], list[msgspec.Raw]]:
-        gone = frozenset(msgspec.json.decode(name.items, type=list[str]))
-        return await self._load_chain(name.previous, gone, param="conversation", is_bounded=is_bounded)
-
-    async def get(self, id: str) -> StoredResponse:
-        """Return a stored response. Raises :class:`ResponseNotFoundError`, :class:`StoreUnavailableError`."""
-        stored = await self._get(id) if id.startswith(f"{RESPONSE}_") else None
-        if stored is None:
-            raise ResponseNotFoundError(f"Response with id '{id}' not found.", param="response_id")
-        return stored
-
-    async def delete(self, id: str) -> None:
-        """Forget a stored response. Raises as :meth:`get` does."""
-        if not (id.startswith(f"{RESPONSE}_") and await self.forget(id)):
-            raise ResponseNotFoundError(f"Response with id '{id}' not found.", param="response_id")
-
-    async def input_items(self, id: str, query: Mapping[str, str]) -> bytes:
-        """Return a page of the items of a response's own input. Raises as :func:`page_of` does."""
-        found = items.kept_items((await self.get(id)).items)
-        return await aside(found, lambda: page_of(found, query))
-
-    async def _load_chain(
-        self,
-        previous: str,
-        gone: frozenset[str] = frozenset(),
-        *,
-        param: str = "previous_response_id",
-        is_bounded: bool = True,
-    ) -> tuple[tuple[str, ...], list[msgspec.Raw]]:
-        """Return the ids of a chain that ends with ``previous``, and all that was said in it but what is ``gone``."""
-        chain: list[str] = []
-        responses: list[Sequence[msgspec.Raw]] = []
-        size_bytes = 0
-        async for id, stored in self._responses(previous, param):
-            chain.append(id)
-            try:
-                own = [*items.kept_items(stored.items), *items.output_items(bytes(stored.body))]
-            except UNREADABLE:
-                log.error("what is stored as %s is damaged", id)
-                raise _not_found(previous, param) from None
-            if gone:
-                own = await aside(own, functools.partial(_without, own, gone))
-            size_bytes += items.size_of(own)
-            if is_bounded and size_bytes > self.max_bytes:
-                raise self._too_large(param)
-            responses.append(own)
-        return tuple(chain), [item for own in reversed(responses) for item in own]
-
-    async def _responses(self, previous: str, param: str) -> AsyncGenerator[tuple[str, StoredResponse], None]:
-        """Yield the turns of a chain, the latest first."""
-        id, count = previous, 0
-        while id:
-            if count == MAX_CHAIN:
-                raise _full(param)
-            stored = await self._get(id)
-            if stored is None:
-                raise _not_found(previous, param)
-            if stored.until:
-                raise InvalidRequestError(
-                    f"Response '{id}' is still being made: it cannot be continued yet.", param=param
-                )
-            yield id, stored
-            id, count = stored.previous, count + 1
-
-    def _too_large(self, param: str) -> ConversationTooLargeError:
-        return ConversationTooLargeError(
-            f"What was said before is, with this, more than {self.max_bytes} bytes: begin a new conversation with what "
-            "still matters, or compact it.",
-            param=param,
-        )
-
-    async def _resolved(self, own: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return items with what references mean in their place: the id of one says of which response it is."""
-        rows: dict[str, Mapping[str, msgspec.Raw]] = {}
-        found: list[dict[str, Any]] = []
-        num_references = size_bytes = 0
-        for item in own:
-            if item.get("type") != "item_reference":
-                found.append(item)
-                continue
-            num_references += 1
-            if num_references > MAX_REFERENCES:
-                raise InvalidRequestError(
-                    f"Invalid 'input': it refers to more than {MAX_REFERENCES} items.", param="input"
-                )
-            id = item.get("id")
-            match = _ITEM_ID.fullmatch(id) if isinstance(id, str) else None
-            if match is not None and match[1] not in rows:
-                rows[match[1]], row_bytes = await self._outputs(f"{RESPONSE}_{match[1]}")
-                size_bytes += row_bytes
-            meant = rows[match[1]].get(match[0]) if match is not None else None
-            if meant is None:
-                raise InvalidRequestError(f"Item with id '{str(id)[:200]}' not found.", param="input")
-            size_bytes += items.size_of([meant])
-            if size_bytes > self.max_bytes:
-                raise self._too_large("input")
-            found.append(orjson.loads(bytes(meant)))
-        return found
-
-    async def _outputs(self, id: str) -> tuple[Mapping[str, msgspec.Raw], int]:
-        """Return the output items of a response by id, none if it is not there, and the bytes that hold them."""
-        stored = await self._get(id)
-        if stored is None:
-            return {}, 0
-        try:
-            return {items.id_of(item): item for item in items.output_items(bytes(stored.body))}, len(bytes(stored.body))
-        except UNREADABLE:
-            log.error("what is stored as %s is damaged", id)
-            return {}, 0
-
-    async def _get(self, id: str) -> StoredResponse | None:
-        if self._store is None or _ID.fullmatch(id) is None:
-            return None
-        try:
-            stored = await self._store.get(id)
-        except StoreError as error:
-            raise _unavailable(error) from error
-        return stored if stored is not None and stored.owner == self.owner else None
-
 
 def _without_fields(body: bytes, stores: bool) -> tuple[bytes, str, bool]:
-    """Return a body without what only a gateway understands, and that: a conversation's id, and whether it waits.
+    """Return a body without the members for gateways, the id of its conversation, and whether it is for the background.
 
-    What is made in the background is made as a stream, which can be followed.
+    A background response is generated as a stream, which can be followed.
     """
     try:
         given = _ANSWER.decode(body)
@@ -459,18 +252,8 @@ def _without_fields(body: bytes, stores: bool) -> tuple[bytes, str, bool]:
     return msgspec.json.encode(given), conversation, background
 
 
-async def aside(read: Sequence[msgspec.Raw], work: Callable[[], T]) -> T:
-    """Return what ``work`` returns, which reads some items: many are no work for the event loop."""
-    is_little = len(read) <= MAX_ITEMS_AT_ONCE and items.size_of(read) <= MAX_BYTES_AT_ONCE
-    return work() if is_little else await asyncio.to_thread(work)
-
-
-def _without(found: list[msgspec.Raw], gone: frozenset[str]) -> list[msgspec.Raw]:
-    return [item for item in found if items.id_of(item) not in gone]
-
-
 def _has_fields(body: bytes) -> bool:
-    """Return whether a body has, at its top, one of the fields that only a gateway understands."""
+    """Return whether a body has a member for gateways at its top level."""
     if not any(b'"%b"' % name.encode() in body for name in _FIELDS):
         return False
     try:
@@ -479,23 +262,8 @@ def _has_fields(body: bytes) -> bool:
         return False  # for the node to refuse
 
 
-def _not_found(previous: str, param: str) -> ApiError:
-    if param == "conversation":
-        return ConversationNotFoundError(
-            "A part of the conversation is not stored any more: begin a new one.", param=param
-        )
-    return PreviousResponseNotFoundError(f"Previous response with id '{previous}' not found.", param=param)
-
-
-def _full(param: str) -> ConversationFullError:
-    return ConversationFullError(
-        f"The conversation has {MAX_CHAIN} responses, which is the most: begin a new one with what still matters.",
-        param=param,
-    )
-
-
 def _not_stored(response: bytes) -> bytes:
-    """Return a response that says that it is not kept."""
+    """Return a response with ``store: false``."""
     fields = _ANSWER.decode(response)
     if bytes(fields.get("store", b"false")) == b"false":
         return response
@@ -504,22 +272,10 @@ def _not_stored(response: bytes) -> bytes:
 
 
 def _wants_store(body: bytes) -> bool:
-    """Return whether a body says by itself that its answer is to be kept."""
+    """Return whether a body has ``store: true``."""
     if b'"store"' not in body:
         return False
     try:
         return bytes(_ANSWER.decode(body).get("store", b"")) == b"true"
     except msgspec.DecodeError:
         return False  # for the node to refuse
-
-
-def _refusal(error: StoreError) -> StoreUnavailableError | StoreFullError:
-    if isinstance(error, interface.StoreFullError):
-        log.error("%s", error)
-        return StoreFullError("The store of responses has no room for this; send 'store': false, or delete others.")
-    return _unavailable(error)
-
-
-def _unavailable(error: StoreError) -> StoreUnavailableError:
-    log.error("%s", error)
-    return StoreUnavailableError("The store of responses does not answer.", retry_after_s=1)

@@ -14,7 +14,8 @@ import orjson
 
 from cortex.errors import ConversationNotFoundError
 from cortex.store import items as stored_items
-from cortex.store.conversation import NAME, UNANSWERED, Conversations, aside
+from cortex.store.chains import NAME, UNANSWERED, aside
+from cortex.store.conversation import Conversations
 from cortex.store.interface import StoredResponse
 from cortex.wire.errors import InvalidTypeError
 

@@ -266,7 +266,7 @@ async def test_references_are_counted(num_references: int, num_bytes: int, code:
 
 
 async def test_a_full_conversation_says_so_when_something_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cortex.store.conversation.MAX_CHAIN", 3)
+    monkeypatch.setattr("cortex.store.chains.MAX_CHAIN", 3)
     async with rig(responds(10)) as gateway:
         id = await conversation(gateway)
         for _ in range(3):
