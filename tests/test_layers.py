@@ -38,7 +38,8 @@ neuron.harness neuron.text.matcher
 cortex.asgi_io cortex.config cortex.dialects cortex.event_stream cortex.send_window neuron.batch
 neuron.engine_settings neuron.metrics
 
-cortex._fast.record cortex.operate cortex.store cortex.upstream neuron.api_description neuron.config neuron.models
+cortex._fast.record cortex.operate cortex.store cortex.upstream neuron.api_description neuron.call_headers
+neuron.config neuron.models
 
 cortex._fast.stream_forwarder cortex.background cortex.conversation_endpoints cortex.fleet cortex.metrics
 cortex.preflight cortex.responses_socket neuron.load neuron.text.tokenizer
@@ -54,7 +55,9 @@ cortex.gateway neuron.torch_harness
 
 cortex.fast_path cortex.worker neuron.service
 
-cortex.asgi neuron.api
+cortex.asgi neuron.node_api
+
+neuron.api
 
 neuron.cli
 """.strip().split("\n\n")
@@ -133,6 +136,8 @@ def units_of(modules: Graph, layers: tuple[str, ...]) -> dict[str, set[str]]:
 
     missing = [module for module in modules if not unit_of(module)]
     assert not missing, f"{missing} belong to no unit"
+    unknown = [unit for unit in units if unit not in modules]
+    assert not unknown, f"{unknown} are no modules"
     graph: dict[str, set[str]] = {unit: set() for unit in units}
     for module, targets in modules.items():
         graph[unit_of(module)] |= {unit_of(target) for target in targets} - {unit_of(module)}
@@ -201,6 +206,7 @@ PLANTED = ("cortex.low", "cortex.middle", "cortex.high")
 def test_a_planted_fault_is_found(tmp_path: pathlib.Path, file: str, text: str, is_wrong: bool) -> None:
     folder = tmp_path / "cortex"
     folder.mkdir()
+    (folder / "low.py").touch()
     (folder / "middle.py").write_text("import cortex.low\n")
     (folder / "high.py").write_text("from cortex import middle\n")
     (folder / file).write_text(text)

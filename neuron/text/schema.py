@@ -1,10 +1,9 @@
 """A client's JSON schema as the compiler of grammars takes it, and what of it cannot be enforced.
 
-What schemas are written by (zod, pydantic, OpenAPI) is wider than what a grammar can hold an answer to. Here it is said
-of each keyword what becomes of it: it is enforced, perhaps in other words; it says nothing of an answer and is left
-out; or no grammar can hold it, and it is left out and told of, or refused where the schema is ``strict``. References
-are resolved within the client's own document, wherever the result is put. Knows nothing of the compiler but what it
-takes. The table is in docs/structured_outputs.md.
+Schemas (of zod, pydantic, OpenAPI) use more keywords than a grammar can enforce. Each keyword is enforced, perhaps in
+other words; or left out, since it does not constrain an answer; or, where no grammar can enforce it, left out and
+reported, or refused where the schema is ``strict``. References are resolved within the client's own document, wherever
+the result is put. The table is in docs/structured_outputs.md.
 """
 
 import contextlib
@@ -20,6 +19,7 @@ from typing import Any, Final
 from cortex.wire.errors import InvalidSchemaError
 from cortex.wire.request import FormatKind, InferenceRequest, ToolMode
 from neuron.text.history import is_deeper
+from neuron.text.schema_facts import MAX_BOUND, Alternative, are_disjoint, may_be, named_places, pointer
 
 MAX_SOURCE_BYTES: Final = 256 << 10
 MAX_SCHEMA_DEPTH: Final = 64
@@ -27,8 +27,6 @@ FORMATS: Final = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 )
 """Formats of strings that the compiler knows."""
-MAX_BOUND: Final = 10**17
-"""Bounds of numbers beyond this have no pattern of digits."""
 MAX_STEP: Final = 2**31
 """The same of the digits of ``multipleOf``."""
 MAX_LENGTH: Final = 2**24
@@ -58,7 +56,7 @@ class PreparedSchema:
         self._document = document
         self._strict = strict
         self._param = param
-        self._places = _named_places(document)
+        self._places = named_places(document)
         self._ends: dict[str, tuple[str, object]] = {}
         self._names: dict[str, str] = {}
         self._waiting: list[tuple[str, object]] = []
@@ -136,7 +134,7 @@ class PreparedSchema:
         base, _, fragment = reference.partition("#")
         if base and base not in self._places:
             raise self._refuse(f"the reference {reference[:100]!r} leads out of the schema")
-        start = _pointer(self._places.get(base))
+        start = pointer(self._places.get(base))
         fragment = urllib.parse.unquote(fragment)
         if not fragment:
             return start
@@ -144,7 +142,7 @@ class PreparedSchema:
             return start + fragment
         if f"#{fragment}" not in self._places:
             raise self._refuse(f"there is nothing at the reference {reference[:100]!r}")
-        return _pointer(self._places[f"#{fragment}"])
+        return pointer(self._places[f"#{fragment}"])
 
     def _at(self, place: str, reference: str) -> object:
         found: Any = self._document
@@ -196,7 +194,7 @@ class PreparedSchema:
             return
         if not isinstance(form, str):
             raise self._refuse("'format' is not a text")
-        if not _may_be("string", schema):
+        if not may_be("string", schema):
             return
         if form in FORMATS:
             made["format"] = form
@@ -314,8 +312,8 @@ class PreparedSchema:
         """Return whether it is plain that no value fits two of ``ways``: by types, or by a property's constant."""
         if len(ways) > 32:
             return False
-        whole = [_Alternative(self._plain(way)) for way in ways]
-        return all(_is_apart(one, other) for one, other in itertools.combinations(whole, 2))
+        whole = [Alternative(self._plain(way)) for way in ways]
+        return all(are_disjoint(one, other) for one, other in itertools.combinations(whole, 2))
 
     def _plain(self, way: object) -> Mapping[str, Any]:
         if isinstance(way, Mapping) and isinstance(way.get("$ref"), str):
@@ -364,45 +362,6 @@ def left_out(request: InferenceRequest) -> list[str]:
     return paths
 
 
-_Link = tuple["_Link | None", str]
-"""A place within a document: that of what holds it, and the key there; ``None`` for the root.
-
-A pointer is written only where it is asked for: those of all places take the square of a document's size.
-"""
-
-
-def _named_places(document: object) -> dict[str, _Link | None]:
-    """Return the place of each ``$id``, and of each anchor, with a ``#`` before it."""
-    found: dict[str, _Link | None] = {}
-    waiting: list[tuple[_Link | None, object]] = [(None, document)]
-    while waiting:
-        place, value = waiting.pop()
-        if isinstance(value, Mapping):
-            for key in ("$id", "id"):
-                if isinstance(value.get(key), str):
-                    found.setdefault(value[key].removesuffix("#"), place)
-            for key in ("$anchor", "$dynamicAnchor"):
-                if isinstance(value.get(key), str):
-                    found.setdefault("#" + value[key], place)
-            for key, inner in value.items():
-                if isinstance(inner, Mapping | list):
-                    waiting.append(((place, str(key)), inner))
-        elif isinstance(value, list):
-            waiting += [
-                ((place, str(index)), inner) for index, inner in enumerate(value) if isinstance(inner, Mapping | list)
-            ]
-    return found
-
-
-def _pointer(place: _Link | None) -> str:
-    """Return the pointer to a place, empty for the root."""
-    steps = []
-    while place is not None:
-        place, key = place
-        steps.append("/" + key.replace("~", "~0").replace("/", "~1"))
-    return "".join(reversed(steps))
-
-
 def _is_never(schema: Mapping[str, Any]) -> bool:
     """Return whether a schema is how ``false`` was written before there was one."""
     return schema.get("not") in (True, {}) and isinstance(schema["not"], bool | Mapping)
@@ -432,72 +391,6 @@ _SAYS_NOTHING: Final = frozenset({"title", "description", "default", "examples",
 
 def _says(schema: Mapping[str, Any]) -> set[str]:
     return set(schema) - _SAYS_NOTHING
-
-
-def _types(schema: Mapping[str, Any]) -> set[str] | None:
-    """Return the types a value may have, ``None`` if any. An integer is a number too."""
-    given = schema.get("type")
-    if given is None:
-        listed = (
-            schema["enum"] if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else None
-        )
-        return None if listed is None else {_TYPE_NAMES.get(type(value), "number") for value in listed}
-    if not isinstance(given, str | list):
-        return None  # which is no schema, as its compiler will say
-    found = {given} if isinstance(given, str) else {name for name in given if isinstance(name, str)}
-    return {"number" if name == "integer" else name for name in found}
-
-
-_TYPE_NAMES: Final = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
-
-
-def _may_be(name: str, schema: Mapping[str, Any]) -> bool:
-    types = _types(schema)
-    return types is None or name in types
-
-
-class _Alternative:
-    """Features that tell an alternative from others, computed once."""
-
-    __slots__ = ("constants", "listed", "types")
-
-    def __init__(self, schema: Mapping[str, Any]) -> None:
-        self.types = _types(schema)
-        self.listed = _listed(schema)
-        self.constants: dict[str, set[str]] = {}
-        """The values of each property that must be there and lists its own."""
-        properties = schema.get("properties")
-        if self.types == {"object"} and isinstance(properties, Mapping):
-            for name in _names(schema):
-                inner = properties.get(name)
-                listed = _listed(inner) if isinstance(inner, Mapping) and name not in self.constants else None
-                if listed is not None:
-                    self.constants[name] = listed
-
-
-def _is_apart(one: _Alternative, other: _Alternative) -> bool:
-    if one.types is not None and other.types is not None and not one.types & other.types:
-        return True
-    if one.listed is not None and other.listed is not None:
-        return not one.listed & other.listed
-    return any(not one.constants[name] & other.constants[name] for name in one.constants.keys() & other.constants)
-
-
-def _names(schema: Mapping[str, Any]) -> list[str]:
-    required = schema.get("required")
-    return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
-
-
-def _listed(schema: Mapping[str, Any]) -> set[str] | None:
-    """Return the values that a schema lists, each as what it is; ``None`` if it lists none."""
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if not isinstance(values, list):
-        return None
-    return {f"number {float(value)}" if _is_number(value) else f"{type(value).__name__} {value!r}" for value in values}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_BOUND
 
 
 def _take_null(made: dict[str, Any]) -> None:

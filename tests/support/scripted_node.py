@@ -17,7 +17,7 @@ import uvloop
 from scenarios import count_up, play
 from scripted_model import GIB, ScriptedHarness, ScriptedWorker
 
-import neuron.api
+import neuron.node_api
 from cortex.dialects.passthrough import CHAT, COMPACT, COMPLETIONS, COUNT_TOKENS, INPUT_TOKENS, MESSAGES, RESPONSES
 from cortex.wire.node import LoadRequest
 from neuron.api import Api
@@ -34,7 +34,7 @@ def serve_only(api: Api, dialects: Sequence[str]) -> None:
     for dialect in (CHAT, COMPLETIONS, RESPONSES, COMPACT, INPUT_TOKENS, MESSAGES, COUNT_TOKENS):
         if dialect.name not in dialects:
             del api._routes[dialect.path]
-    neuron.api.DIALECTS = tuple(dialects)
+    neuron.node_api.DIALECTS = tuple(dialects)
 
 
 async def run(port: int, name: str, devices: dict[str, float], dialects: Sequence[str] = ()) -> None:

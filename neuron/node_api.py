@@ -1,0 +1,107 @@
+"""The node's own paths: discovery, health, metrics, and the control of models."""
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from cortex.build_identity import COMMIT
+from cortex.dialects import openai_fields, openapi
+from cortex.dialects.passthrough import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
+from cortex.http_io import Exchange, until_disconnect
+from cortex.wire.node import DrainRequest, Endpoint, ForgetRequest, LoadRequest, ModelList, PinRequest, UnloadRequest
+from neuron import __version__, api_description, metrics
+from neuron.service import Service
+
+DIALECTS = (CHAT.name, COMPLETIONS.name, EMBEDDINGS.name, RESPONSES.name, MESSAGES.name)
+_ADMIN_BODY_BYTES = 1 << 20
+_LOAD_DECODER = msgspec.json.Decoder(LoadRequest)
+_UNLOAD_DECODER = msgspec.json.Decoder(UnloadRequest)
+_FORGET_DECODER = msgspec.json.Decoder(ForgetRequest)
+_PIN_DECODER = msgspec.json.Decoder(PinRequest)
+_DRAIN_DECODER = msgspec.json.Decoder(DrainRequest)
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class NodeApi:
+    """Handlers of the node's own paths."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.routes: dict[str, dict[str, Handler]] = {
+            "/discovery": {"GET": self._discovery},
+            "/health": {"GET": self._health},
+            "/version": {"GET": self._version},
+            "/metrics": {"GET": self._metrics},
+            "/models": {"GET": self._models},
+            "/models/load": {"POST": self._load},
+            "/models/unload": {"POST": self._unload},
+            "/models/forget": {"POST": self._forget},
+            "/models/pin": {"POST": self._pin},
+            "/drain": {"POST": self._drain},
+            "/v1/models": {"GET": self._openai_models},
+            openapi.PATH: {"GET": self._describe},
+        }
+
+    async def _discovery(self, exchange: Exchange) -> None:
+        await reply_json(exchange, await self._service.discovery(DIALECTS))
+
+    async def _health(self, exchange: Exchange) -> None:
+        await reply_json(exchange, self._service.health())
+
+    async def _version(self, exchange: Exchange) -> None:
+        await reply_json(exchange, {"name": "neuron", "version": __version__, "commit": COMMIT})
+
+    async def _describe(self, exchange: Exchange) -> None:
+        await exchange.reply(200, api_description.description())
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        devices = (await self._service.discovery(DIALECTS)).devices
+        text = metrics.render(self._service.models.statuses(), self._service.health().workers, devices)
+        await exchange.reply(200, text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def _models(self, exchange: Exchange) -> None:
+        models = self._service.models
+        await reply_json(exchange, ModelList(models.statuses(), models.generation))
+
+    async def _load(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _LOAD_DECODER)
+        await reply_json(exchange, await until_disconnect(exchange, self._service.load(asked)))
+
+    async def _unload(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _UNLOAD_DECODER)
+        await reply_json(exchange, await self._service.unload(asked))
+
+    async def _forget(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _FORGET_DECODER)
+        status = self._service.models.find(asked.id).status()
+        self._service.models.forget(asked.id)
+        await reply_json(exchange, status)
+
+    async def _pin(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _PIN_DECODER)
+        status = self._service.models.pin(asked.id, asked.pinned, asked.priority, asked.idle_ttl_s)
+        await reply_json(exchange, status)
+
+    async def _drain(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _DRAIN_DECODER)
+        await reply_json(exchange, self._service.drain(asked))
+
+    async def endpoint(self, exchange: Exchange) -> None:
+        """Answer ``GET /models/NAME/endpoint``."""
+        name = exchange.path.removeprefix("/models/").removesuffix("/endpoint")
+        with self._service.models.use(name):
+            host = exchange.header(b"host") or self._service.listen.encode()
+            await reply_json(exchange, Endpoint(name, f"http://{host.decode('latin-1')}/v1", DIALECTS))
+
+    async def _openai_models(self, exchange: Exchange) -> None:
+        data = [
+            {"id": status.id, "object": "model", "created": int(status.loaded_at), "owned_by": "neuron"}
+            for status in self._service.models.statuses()
+        ]
+        await reply_json(exchange, {"object": "list", "data": data})
+
+
+async def reply_json(exchange: Exchange, value: object) -> None:
+    """Answer 200 with ``value`` as JSON."""
+    await exchange.reply(200, msgspec.json.encode(value))
