@@ -164,7 +164,7 @@ class StoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CountersKind(StrEnum):
-    """Storage of the counters of what keys use."""
+    """Storage of the counters of keys' use."""
 
     MEMORY = "memory"
     VALKEY = "valkey"

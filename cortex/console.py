@@ -17,5 +17,5 @@ def console(*, markup: bool = False) -> Console:
     if sys.stdout.isatty():
         return Console(markup=markup, emoji=False)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower().replace("-", "") != "utf8":
-        sys.stdout.reconfigure(errors="replace")  # what the locale cannot write must not end the command
+        sys.stdout.reconfigure(errors="replace")  # characters outside the locale must not end the command
     return Console(width=UNBROKEN, markup=markup, emoji=False)

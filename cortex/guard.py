@@ -130,10 +130,10 @@ class Guard:
         )
 
     def preflight(self, header: Headers, methods: str, *, setting: str) -> Sequence[Header]:
-        """Return the headers that answer a browser's question whether it may ask. None where this is no such question.
+        """Return the headers of the answer to a CORS preflight; none for another request.
 
         Raises:
-            OriginNotAllowedError: it may not.
+            OriginNotAllowedError: the origin is not allowed.
         """
         origin, wanted = header(b"origin"), header(b"access-control-request-method")
         if origin is None or wanted is None:

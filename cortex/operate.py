@@ -257,7 +257,7 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, An
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         data = None if body is None else orjson.dumps(body)
-    except TypeError:  # what a shell hands over may be no text
+    except TypeError:  # an argument may be no valid text
         raise ConfigError(path, "", "a name on the command line is not valid UTF-8") from None
     timeout_s = LOOK_TIMEOUT_S if method == "GET" else ACT_TIMEOUT_S
     connection: http.client.HTTPConnection

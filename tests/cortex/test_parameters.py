@@ -1,4 +1,4 @@
-"""What a gateway tells of members that nobody knows: a header and a line of the log, or a refusal."""
+"""Unknown members of a request: a header and a log line, or a refusal."""
 
 import logging
 from typing import Any
