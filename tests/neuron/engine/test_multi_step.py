@@ -1,17 +1,21 @@
 """Multi-step decode through the engine's messages: several tokens at once, with the same tokens, ends and errors."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
-from neuron.device.jobs import SequenceEnd
+from neuron.device.jobs import SamplerSettings, SequenceEnd
 from neuron.engine import multi_step
-from neuron.engine.multi_step import MULTI_STEP_S
+from neuron.engine.multi_step import MULTI_STEP_S, num_steps
+from neuron.engine.scheduler import Step
+from neuron.engine.sequence import Sequence
 from neuron.engine.step_timer import StepTimer
 
 PROMPT = list(range(3, 43))
@@ -139,3 +143,25 @@ def test_rows_that_need_the_sampler_have_no_multi_step(
     driver.generate(2, PROMPT, 30)
     driver.run()
     assert max(lengths(driver)) == 1
+
+
+def step_of(sequences: list[Sequence]) -> Step:
+    return Step(tuple(sequences), (1,) * len(sequences), len(sequences))
+
+
+def bounded(step: Step, step_s: float | None = MULTI_STEP_S / 6, room: int = 99, *, plainly: bool = True) -> int:
+    return num_steps(step, step_s, 1000, lambda _: np.array([plainly]), lambda _, count: min(count, room))
+
+
+def test_the_bounds_of_multi_step() -> None:
+    one, other = (Sequence(n, np.arange(5, dtype=np.int32), 100, frozenset(), SamplerSettings()) for n in (1, 2))
+    step = step_of([one, other])
+    assert bounded(step) in (5, 6), "its time"
+    assert bounded(step, room=2) == 3, "pages, or max_tokens"
+    assert bounded(step, room=0) == 1
+    assert bounded(step, step_s=None) == 1
+    assert bounded(step, step_s=MULTI_STEP_S) == 1
+    assert bounded(step, plainly=False) == 1
+    assert bounded(dataclasses.replace(step, num_decodes=1)) == 1, "a prompt, or drafts"
+    other.constraint = object()  # type: ignore[assignment]
+    assert bounded(step) == 1, "a grammar"

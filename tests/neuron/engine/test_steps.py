@@ -1,7 +1,7 @@
 """A model's steps on a fake device: every sequence gets its own tokens, whatever overlaps, is drafted or cancelled.
 
 The device stores each token as a hash of all before it, and samples a function of sequence and position, so that any
-mix-up shows. Its steps come out late, one behind the next.
+mix-up shows. Its steps come out late, one behind the next. The file is long, as all tests share the device.
 """
 
 import array
@@ -20,13 +20,12 @@ from neuron.device.jobs import Pooling, SamplerSettings, SequenceEnd
 from neuron.engine import scheduler as scheduler_module
 from neuron.engine.executor import StepOutcome
 from neuron.engine.model_engine import ModelEngine, StepOutput
-from neuron.engine.multi_step import MULTI_STEP_S, num_steps
+from neuron.engine.multi_step import MULTI_STEP_S
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import NON_FINITE
-from neuron.engine.scheduler import Step
 from neuron.engine.sequence import Sequence, SequenceState
-from neuron.engine.speculation import PromptLookup, Speculation, lookup
-from neuron.engine.step_timer import MIN_PROMPT_TOKENS, STALL_FACTOR, StepTimer
+from neuron.engine.speculation import Speculation
+from neuron.engine.step_timer import StepTimer
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 
 PLAN = MemoryPlan(
@@ -300,7 +299,7 @@ class Steps(RuleBasedStateMachine):
         while self.model.busy:
             self.step()
             steps += 1
-            assert steps < 300 * (self.number + 1), "somebody starves"
+            assert steps < 300 * (self.number + 1), "a sequence starves"
         assert not self.asked
         assert self.model.scheduler.pool.num_free == PLAN.num_pages
 
@@ -466,112 +465,3 @@ def test_a_fault_in_mid_multi_step_fails_its_sequence_alone_and_leaves_no_trace(
     assert written - kept == sound
     machine.teardown()
     assert machine.num_finished == 1
-
-
-def step_of(sequences: list[Sequence]) -> Step:
-    return Step(tuple(sequences), (1,) * len(sequences), len(sequences))
-
-
-def bounded(step: Step, step_s: float | None = MULTI_STEP_S / 6, room: int = 99, *, plainly: bool = True) -> int:
-    return num_steps(step, step_s, 1000, lambda _: np.array([plainly]), lambda _, count: min(count, room))
-
-
-def test_the_bounds_of_multi_step() -> None:
-    one, other = (Sequence(n, np.arange(5, dtype=np.int32), 100, frozenset(), SamplerSettings()) for n in (1, 2))
-    step = step_of([one, other])
-    assert bounded(step) in (5, 6), "its time"
-    assert bounded(step, room=2) == 3, "pages, or max_tokens"
-    assert bounded(step, room=0) == 1
-    assert bounded(step, step_s=None) == 1
-    assert bounded(step, step_s=MULTI_STEP_S) == 1
-    assert bounded(step, plainly=False) == 1
-    assert bounded(dataclasses.replace(step, num_decodes=1)) == 1, "a prompt, or drafts"
-    other.constraint = object()  # type: ignore[assignment]
-    assert bounded(step) == 1, "a grammar"
-
-
-# ------------------------------------------------------------------ speculation
-
-
-def test_a_lookup_continues_the_last_place_of_the_last_three_tokens() -> None:
-    text = np.array([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7, 1, 2, 3], np.int32)
-    assert lookup(text, 8).tolist() == [5, 6, 7, 1, 2, 3]
-    assert lookup(text, 2).tolist() == [5, 6]
-    assert lookup(text[:-1], 8).tolist() == []
-    assert lookup(np.array([1, 1, 1, 1], np.int32), 8).tolist() == [1]
-    assert lookup(np.array([1, 2, 3], np.int32), 8).tolist() == []
-
-
-def speculation(row_s: float, acceptance_rate: float) -> int:
-    """Return the draft tokens that one sequence gets where each row costs ``row_s`` beside the first's second."""
-    step_timer = StepTimer(16, 64)
-    for rows in range(1, 17):
-        step_timer.record(rows, 0, 1.0 + row_s * (rows - 1))
-    tokens = np.tile(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], np.int32), 4)
-    s = Sequence(1, tokens, 100, frozenset(), SamplerSettings())
-    s.acceptance_rate = acceptance_rate
-    Speculation(PromptLookup(), step_timer).propose(1, [s], 15, lambda _, count: count)
-    return len(s.drafts)
-
-
-def test_drafts_are_verified_only_where_that_pays() -> None:
-    assert speculation(row_s=0.01, acceptance_rate=0.9) == 8
-    assert 0 < speculation(row_s=0.2, acceptance_rate=0.7) < 8
-    assert speculation(row_s=0.8, acceptance_rate=0.7) == 0
-    assert speculation(row_s=0.01, acceptance_rate=0.01) == 0
-
-
-def test_an_acceptance_rate_is_learned_and_forgotten() -> None:
-    step_timer = StepTimer(16, 64)
-    step_timer.record(1, 0, 1.0)
-    step_timer.record(9, 0, 5.0)
-    found = Speculation(PromptLookup(), step_timer)
-    s = Sequence(1, np.tile(np.arange(10, dtype=np.int32), 4), 100, frozenset(), SamplerSettings())
-    tries = 0
-    for _ in range(300):
-        s.drafts = s.drafts[:0]
-        found.propose(1, [s], 15, lambda _, count: count)
-        if len(s.drafts):
-            tries += 1
-            found.learn(s, 0)
-    assert 3 < tries < 60, "it gives up, and tries again now and then"
-    for _ in range(20):
-        s.drafts = np.arange(4, dtype=np.int32)
-        found.learn(s, 4)
-    assert s.acceptance_rate > 0.95
-    assert found.num_accepted == 80
-
-
-# ------------------------------------------------------------------ step timer
-
-
-def test_a_prompt_takes_what_the_others_can_spare() -> None:
-    step_timer = StepTimer(16, 512)
-    assert step_timer.mixed_step_tokens(4) == 4 + 16, "before anything is known: a page"
-    step_timer.record(4, 0, 0.010)
-    for _ in range(12):
-        tokens = step_timer.mixed_step_tokens(4) - 4
-        step_timer.record(4, tokens, 0.010 + 0.0001 * tokens)
-    assert tokens == pytest.approx((STALL_FACTOR - 1) * 100, abs=2)
-    for _ in range(12):  # later tokens cost more
-        tokens = step_timer.mixed_step_tokens(4) - 4
-        step_timer.record(4, tokens, 0.010 + 0.0005 * tokens)
-    assert tokens == pytest.approx((STALL_FACTOR - 1) * 20, abs=2)
-    for _ in range(12):
-        step_timer.record(4, 16, 1.0)
-    assert step_timer.mixed_step_tokens(4) == 4 + MIN_PROMPT_TOKENS, "never nothing"
-
-
-def test_times_between_and_beyond_those_measured() -> None:
-    step_timer = StepTimer(16, 64)
-    assert step_timer.step_s(3) is None
-    step_timer.record(2, 0, 2.0)
-    step_timer.record(6, 0, 4.0)
-    assert [step_timer.step_s(rows) for rows in (1, 2, 4, 6)] == [2.0, 2.0, 3.0, 4.0]
-    beyond = step_timer.step_s(10)
-    assert beyond is not None
-    assert 4.0 < beyond < 6.0
-    step_timer.record(2, 0, 1000.0)
-    after = step_timer.step_s(2)
-    assert after is not None
-    assert after < 3.0, "a single outlier weighs little"
