@@ -111,7 +111,9 @@ class Guard:
         if origin is None or self.is_allowed(origin) or _is_own(origin, host):
             return
         shown = origin[:200].decode("latin-1")
-        raise OriginNotAllowedError(f"Pages of {shown} may not ask here; {setting}.allowed_origins lists the allowed ones.")
+        raise OriginNotAllowedError(
+            f"Pages of {shown} may not ask here; {setting}.allowed_origins lists the allowed ones."
+        )
 
     def is_allowed(self, origin: bytes | None) -> bool:
         """Return whether an origin is one that the operator named."""
