@@ -4,8 +4,8 @@ A request comes as Granian's RSGI would bring it and goes to a connection whose 
 everything between them is the product's own. For profiles, and for counts of instructions, which are the same in every
 run where seconds are not.
 
-    python bench/gateway/path.py [KIND] [--requests N]
-    python bench/gateway/path.py --instructions [--keep]
+    PYTHONPATH=bench python bench/gateway/path.py [KIND] [--requests N]
+    PYTHONPATH=bench python bench/gateway/path.py --instructions [--keep]
 
 The second counts them with valgrind, and fails where there are more than ``bench/results/gateway_path.json`` keeps.
 """
@@ -224,7 +224,11 @@ async def ready_gateway() -> tuple[Gateway, Wire]:
     pool = gateway.service.pools["node0"]
     wire.connection = connection = Connection(pool, asyncio.get_running_loop())
     connection.connection_made(wire)
-    pool.keep(connection)
+
+    async def connect() -> Connection:
+        return connection
+
+    pool._connect = connect  # type: ignore[method-assign]
     return gateway, wire
 
 
