@@ -1,4 +1,4 @@
-"""Content that a model cannot take: refused in the newest message of the user, a line of text in earlier ones."""
+"""Unsupported content parts: refused in the user's newest message, replaced by a line of text in earlier ones."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,76 +21,54 @@ Part = dict[str, Any]
 Conversation = Callable[[str], tuple[str, dict[str, Any]]]
 
 
+USER, ASSISTANT, CALL, RESULT = "user", "assistant", "call", "result"
+PARTS = "parts"
+"""A text and an image, in place of a message's content."""
+
+CONVERSATIONS: dict[str, list[tuple[str, str]]] = {
+    "newest": [(USER, PARTS)],
+    "newest of several": [(USER, "a"), (ASSISTANT, "b"), (USER, PARTS)],
+    "earlier": [(USER, PARTS), (ASSISTANT, "b"), (USER, "c")],
+    "result": [(USER, "a"), (CALL, ""), (RESULT, PARTS)],
+}
+
+
+def entries(where: str, parts: list[Part], call: Part, result: Callable[[Any], Part]) -> list[Part]:
+    """Return a conversation in the form of a dialect: its content parts, its call, and a result of that."""
+    found = []
+    for role, text in CONVERSATIONS[where]:
+        content: Any = parts if text == PARTS else text
+        found.append(
+            call if role == CALL else result(content) if role == RESULT else {"role": role, "content": content}
+        )
+    return found
+
+
 def chat(where: str) -> tuple[str, dict[str, Any]]:
-    image = {"type": "image_url", "image_url": {"url": PIXEL}}
-    seen = [{"type": "text", "text": "see"}, image]
+    parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
     call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-    messages: list[Any] = {
-        "newest": [{"role": "user", "content": seen}],
-        "newest of several": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": seen},
-        ],
-        "earlier": [
-            {"role": "user", "content": seen},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-        ],
-        "result": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "c", "content": seen},
-        ],
-    }[where]
-    return "/v1/chat/completions", {"model": "m", "messages": messages}
+    asked = {"role": "assistant", "tool_calls": [call]}
+    found = entries(where, parts, asked, lambda seen: {"role": "tool", "tool_call_id": "c", "content": seen})
+    return "/v1/chat/completions", {"model": "m", "messages": found}
 
 
 def responses(where: str) -> tuple[str, dict[str, Any]]:
-    seen = [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": PIXEL}]
-    items: list[Any] = {
-        "newest": [{"role": "user", "content": seen}],
-        "newest of several": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": seen},
-        ],
-        "earlier": [
-            {"role": "user", "content": seen},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-        ],
-        "result": [
-            {"role": "user", "content": "a"},
-            {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
-            {"type": "function_call_output", "call_id": "c", "output": seen},
-        ],
-    }[where]
-    return "/v1/responses", {"model": "m", "input": items}
+    parts = [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": PIXEL}]
+    call = {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}
+    found = entries(where, parts, call, lambda seen: {"type": "function_call_output", "call_id": "c", "output": seen})
+    return "/v1/responses", {"model": "m", "input": found}
 
 
 def messages(where: str) -> tuple[str, dict[str, Any]]:
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
-    seen = [{"type": "text", "text": "see"}, image]
-    messages: list[Any] = {
-        "newest": [{"role": "user", "content": seen}],
-        "newest of several": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": seen},
-        ],
-        "earlier": [
-            {"role": "user", "content": seen},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-        ],
-        "result": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "look", "input": {}}]},
-            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": seen}]},
-        ],
-    }[where]
-    return "/v1/messages", {"model": "m", "max_tokens": 9, "messages": messages}
+    call = {"type": "tool_use", "id": "c", "name": "look", "input": {}}
+    found = entries(
+        where,
+        [{"type": "text", "text": "see"}, image],
+        {"role": "assistant", "content": [call]},
+        lambda seen: {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": seen}]},
+    )
+    return "/v1/messages", {"model": "m", "max_tokens": 9, "messages": found}
 
 
 def counted(where: str) -> tuple[str, dict[str, Any]]:
@@ -114,7 +92,7 @@ def ask_once(path: str, body: Any, harness: ScriptedHarness) -> Reply:
 @DIALECTS
 @STREAMED
 @pytest.mark.parametrize("where", ["earlier", "result"])
-def test_what_was_said_before_is_a_line_of_text(dialect: Conversation, stream: bool, where: str) -> None:
+def test_earlier_images_are_a_line_of_text(dialect: Conversation, stream: bool, where: str) -> None:
     harness = ScriptedHarness(sees=False)
     path, body = dialect(where)
     reply = ask_once(path, body | ({"stream": True} if stream else {}), harness)
@@ -128,7 +106,7 @@ def test_what_was_said_before_is_a_line_of_text(dialect: Conversation, stream: b
 @DIALECTS
 @STREAMED
 @pytest.mark.parametrize("where", ["newest", "newest of several"])
-def test_in_the_newest_words_it_is_refused(dialect: Conversation, stream: bool, where: str) -> None:
+def test_in_the_newest_message_it_is_refused(dialect: Conversation, stream: bool, where: str) -> None:
     path, body = dialect(where)
     reply = ask_once(path, body | ({"stream": True} if stream else {}), ScriptedHarness(sees=False))
     assert reply.status == 400
@@ -140,7 +118,7 @@ def test_in_the_newest_words_it_is_refused(dialect: Conversation, stream: bool, 
 
 @DIALECTS
 @pytest.mark.parametrize("where", ["newest", "earlier", "result"])
-def test_a_model_that_sees_is_shown_all_of_it(dialect: Conversation, where: str) -> None:
+def test_a_model_that_takes_images_gets_all_of_them(dialect: Conversation, where: str) -> None:
     harness = ScriptedHarness(lambda request: HELLO)
     path, body = dialect(where)
     reply = ask_once(path, body, harness)
@@ -170,7 +148,7 @@ def test_a_model_that_sees_is_shown_all_of_it(dialect: Conversation, where: str)
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("sees", [False, True])
-def test_what_no_model_takes_is_treated_alike(path: str, body: str, part: Part, line: str, sees: bool) -> None:
+def test_parts_that_no_model_takes_are_treated_alike(path: str, body: str, part: Part, line: str, sees: bool) -> None:
     harness = ScriptedHarness(sees=sees)
     now = [{"role": "user", "content": [part]}]
     reply = ask_once(path, {"model": "m", body: now}, harness)

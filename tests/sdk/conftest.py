@@ -1,4 +1,4 @@
-"""One scripted neuron and one gateway in front of it: the real servers, and a model whose every word is known."""
+"""Fixtures: a gateway and a neuron, both real, with a scripted model."""
 
 from collections.abc import Iterator
 

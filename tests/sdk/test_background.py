@@ -93,7 +93,7 @@ def itertools_until_text(events: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("prompt", "message"), [("fail", "The worker is gone."), ("busy", "Too many wait.")])
-def test_one_that_fails_says_so(client: openai.OpenAI, prompt: str, message: str) -> None:
+def test_a_failed_response_has_its_error(client: openai.OpenAI, prompt: str, message: str) -> None:
     answer = ended(client, begin(client, prompt).id)
     assert answer.status == "failed"
     assert answer.error is not None

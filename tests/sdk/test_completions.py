@@ -43,7 +43,7 @@ def test_a_list_of_prompts_is_as_many_choices(client: openai.OpenAI) -> None:
     assert found.usage.completion_tokens == sum(answer.usage.completion_tokens for answer in alone if answer.usage)
 
 
-def test_choices_of_each_prompt_in_turn(client: openai.OpenAI) -> None:
+def test_choices_of_each_prompt_in_order(client: openai.OpenAI) -> None:
     found = both(client, ["choices", "choices"], n=3)
     assert [choice.text for choice in found.choices] == ["choice 0", "choice 1", "choice 2"] * 2
 
@@ -60,7 +60,7 @@ def test_token_ids(client: openai.OpenAI, prompt: Any, texts: list[str]) -> None
     assert [choice.text for choice in both(client, prompt).choices] == texts
 
 
-def test_the_prompt_is_told_again(client: openai.OpenAI) -> None:
+def test_the_prompt_is_echoed(client: openai.OpenAI) -> None:
     assert both(client, "hi there", echo=True).choices[0].text == "hi there!"
     found = both(client, ["hi there", "a b"], echo=True, max_tokens=0)
     assert [choice.text for choice in found.choices] == ["hi there", "a b"]

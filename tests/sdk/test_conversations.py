@@ -35,7 +35,7 @@ def ask(client: openai.OpenAI, prompt: Any, stream: bool = False, **fields: Any)
 
 
 @STREAMED
-def test_twenty_turns(client: openai.OpenAI, stream: bool) -> None:
+def test_a_chain_of_twenty_responses(client: openai.OpenAI, stream: bool) -> None:
     answer = ask(client, "hi 0", stream, instructions="Be brief.")
     assert answer.store is True
     expected = ["user:hi 0", "assistant:Hello"]

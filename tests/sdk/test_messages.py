@@ -134,7 +134,7 @@ def test_an_image_is_seen(client: anthropic.Anthropic, stream: bool) -> None:
     assert ask(client, prompt, stream).content[0].to_dict()["text"] == "data:image/png;"
 
 
-def test_system_turns_and_billing(client: anthropic.Anthropic) -> None:
+def test_system_messages_and_billing(client: anthropic.Anthropic) -> None:
     system: Any = [
         {"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=1;"},
         {"type": "text", "text": "Rules.", "cache_control": {"type": "ephemeral"}},
@@ -225,7 +225,7 @@ def test_any_version_and_credentials(server: daemons.Daemon, headers: dict[str, 
     ("method", "path", "status"),
     [("GET", "/v1/messages", 405), ("POST", "/v1/messages/batches", 404), ("POST", "/v1/messages/", 404)],
 )
-def test_what_is_not_there_is_said_in_the_dialect(server: daemons.Daemon, method: str, path: str, status: int) -> None:
+def test_a_missing_path_is_an_error_of_the_dialect(server: daemons.Daemon, method: str, path: str, status: int) -> None:
     reply = httpx.request(method, server.url + path)
     assert (reply.status_code, reply.json()["type"]) == (status, "error")
     assert reply.json()["request_id"] == reply.headers["request-id"]

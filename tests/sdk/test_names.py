@@ -87,7 +87,7 @@ def test_a_websocket_has_it_too(url: str, name: str, generate: bool) -> None:
     asyncio.run(story())
 
 
-def test_a_node_says_the_name_that_its_gateway_tells_it(node: daemons.Daemon) -> None:
+def test_a_node_returns_the_name_that_its_gateway_sends(node: daemons.Daemon) -> None:
     body = {"model": "m", "messages": MESSAGES}
     for header, name in (("a%20b", "a b"), ("", "m"), ("x" * 2000, "m"), ("%22%0D%0A", '"\r\n')):
         reply = httpx.post(f"{node.url}/v1/chat/completions", json=body, headers={"x-cortex-model-name": header})

@@ -157,7 +157,7 @@ def test_an_image(server: daemons.Daemon) -> None:
     assert is_complete(asked(server, [{"type": "message", "role": "user", "content": parts}]))
 
 
-def test_several_turns(server: daemons.Daemon) -> None:
+def test_several_messages(server: daemons.Daemon) -> None:
     history = [message("My name is Alice."), message("Hello Alice!", "assistant"), message("What is my name?")]
     assert is_complete(asked(server, history))
 
@@ -242,7 +242,7 @@ def test_chains_are_counted_and_compacted_whole(request: pytest.FixtureRequest, 
         ({"input": [{"type": "compaction", "encrypted_content": "gAAAA"}]}, 400, "invalid_value"),
     ],
 )
-def test_what_is_wrong_with_either_is_said(
+def test_faults_of_either_are_reported(
     server: daemons.Daemon, path: str, fields: dict[str, Any], status: int, code: str
 ) -> None:
     reply = httpx.post(f"{server.url}/v1/responses/{path}", json={"model": "m"} | fields, timeout=30)
@@ -253,7 +253,7 @@ def test_what_is_wrong_with_either_is_said(
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{", b'{"model":"m","input":"\\ud800"}', b'{"model":"m","input":[{"a":"\\udc00"}]}']
 )
-def test_what_is_no_json_is_said(server: daemons.Daemon, path: str, body: bytes) -> None:
+def test_a_body_that_is_not_json_is_reported(server: daemons.Daemon, path: str, body: bytes) -> None:
     reply = httpx.post(f"{server.url}/v1/responses/{path}", content=body, headers={"content-type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_json")
 

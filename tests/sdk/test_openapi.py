@@ -34,10 +34,10 @@ CHECKS = [
     unsupported_method,
 ]
 EXAMPLES = 8
-"""Of each operation; ``make fuzz`` asks for more in other ways."""
+"""Examples of each operation."""
 
 LASTING = re.compile(r"(/admin)?(/nodes)?(/models/(load|unload|pin)|/drain|/reload)")
-"""What changes a node or a gateway for all that come after: asked of one of its own."""
+"""Operations with lasting effects; they get servers of their own."""
 
 
 def described(module: Any) -> dict[str, set[str]]:

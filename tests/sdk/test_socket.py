@@ -67,7 +67,7 @@ def run(work: Any) -> None:
     asyncio.run(work)
 
 
-def test_turns_that_only_the_connection_remembers(gateway: daemons.Daemon) -> None:
+def test_a_chain_in_the_connections_history_alone(gateway: daemons.Daemon) -> None:
     async def work() -> None:
         async with connected(gateway, **{"openai-beta": "responses_websockets=2026-02-06"}) as socket:
             warm = await socket.ask("hi 0", generate=False, instructions="Be brief.")
@@ -155,7 +155,7 @@ def test_a_failure_in_the_middle(gateway: daemons.Daemon) -> None:
     run(work())
 
 
-def test_lanes_run_beside_one_another_and_turns_of_one_in_order(gateway: daemons.Daemon) -> None:
+def test_lanes_run_concurrently_and_requests_of_a_lane_in_order(gateway: daemons.Daemon) -> None:
     async def work() -> None:
         async with connected(gateway) as socket:
             await socket.send("wait", stream_id="a")
@@ -174,7 +174,7 @@ def test_lanes_run_beside_one_another_and_turns_of_one_in_order(gateway: daemons
     run(work())
 
 
-def test_a_client_that_leaves_ends_its_turns(gateway: daemons.Daemon) -> None:
+def test_a_client_that_disconnects_ends_its_requests(gateway: daemons.Daemon) -> None:
     async def work() -> None:
         async with connected(gateway) as socket:
             for lane in ("a", "b"):

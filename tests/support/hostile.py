@@ -1,7 +1,6 @@
-"""What a node may do instead of answering: each a script of a fake neuron, and what has to come of it.
+"""Misbehaviour of nodes: scripts of a fake neuron, with the expected outcome.
 
-``ERROR``: the client is told a typed error of its dialect. ``ANSWER``: it is odd and right, and the answer goes
-through.
+``ERROR``: the client gets a typed error of its dialect. ``ANSWER``: the response is odd but valid, and is forwarded.
 """
 
 import asyncio
@@ -22,7 +21,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 @dataclass(frozen=True)
 class Behaviour:
-    """One way to answer a request. ``whole`` and ``stream`` are what comes of a request that is not and is streamed."""
+    """A misbehaviour. ``whole`` and ``stream`` are the outcomes of a whole and of a streamed request."""
 
     name: str
     script: Script

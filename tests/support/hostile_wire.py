@@ -1,4 +1,4 @@
-"""What a node's bytes may be, made at random, and a check that nothing of the gateway's reading of them gives way."""
+"""Random bytes of nodes, and a check of every reader of the gateway against them."""
 
 import asyncio
 import itertools

@@ -61,7 +61,7 @@ def test_the_envelope_is_of_the_sdks_type(status: int) -> None:
     ERROR.validate_json(error_body(ErrorInfo(status, "c", "m")), strict=True)
 
 
-def test_a_prompt_that_is_too_long_is_said_in_the_words_that_agents_look_for() -> None:
+def test_a_prompt_that_is_too_long_has_the_message_that_agents_match() -> None:
     for error in (ContextLengthError(100, 150), RemoteError(ContextLengthError(100, 150).info())):
         message = orjson.loads(error_body(error.info()))["error"]["message"]
         assert message == "prompt is too long: 150 tokens > 100 maximum"

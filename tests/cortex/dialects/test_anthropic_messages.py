@@ -145,10 +145,10 @@ def test_what_stands_behind_a_billing_header_stays() -> None:
 
 
 class TestUserBlocks:
-    def test_a_result_alone_leaves_no_user_turn(self) -> None:
+    def test_a_result_alone_leaves_no_user_message(self) -> None:
         assert user({"type": "tool_result", "tool_use_id": "t"}) == (Message(Role.TOOL, "", tool_call_id="t"),)
 
-    def test_an_empty_turn_stays(self) -> None:
+    def test_an_empty_message_stays(self) -> None:
         assert user() == (Message(Role.USER, ""),)
 
     def test_images_keep_their_place(self) -> None:
@@ -184,7 +184,7 @@ class TestUserBlocks:
         found = user(result, {"type": "tool_result", "tool_use_id": "t", "content": [reference]})
         assert found == (Message(Role.TOOL, "f", tool_call_id="t"), Message(Role.USER, "T\none"))
 
-    def test_a_result_that_says_it_is_an_error_is_left_as_it_is(self) -> None:
+    def test_a_result_with_error_in_its_text_is_unchanged(self) -> None:
         (found,) = user({"type": "tool_result", "tool_use_id": "t", "content": "<error>x</error>", "is_error": True})
         assert found.content == "<error>x</error>"
 
@@ -230,7 +230,7 @@ def called(*call_ids: str) -> dict[str, Any]:
         [HI, called("a"), HI],  # interrupted before any
     ],
 )
-def test_a_result_answers_a_call_of_the_turn_before_it(messages: list[dict[str, Any]]) -> None:
+def test_a_result_answers_a_call_of_the_message_before_it(messages: list[dict[str, Any]]) -> None:
     turns(*messages)
 
 
@@ -402,7 +402,7 @@ def test_an_editors_commands_are_those_of_its_date() -> None:
     assert "undo_edit" not in commands("text_editor_20250728")
 
 
-def test_a_computer_says_how_large_its_screen_is() -> None:
+def test_a_computer_has_the_size_of_its_screen() -> None:
     screen = {"type": "computer_20250124", "name": "computer", "display_width_px": 1024, "display_height_px": 768}
     assert "1024 pixels wide and 768 high" in called(tools=[screen]).request.tools[0].description
 

@@ -1,4 +1,4 @@
-"""What a compaction asks a model, and what of its answer it takes."""
+"""Requests of a compaction to a model, and the compaction from its response."""
 
 from typing import Any
 

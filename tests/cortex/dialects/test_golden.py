@@ -12,7 +12,7 @@ FILES = sorted(golden.FOLDER.glob("*.txt"))
 CUTS = st.lists(st.integers(0, 1 << 20), max_size=8)
 
 
-def test_what_is_said_is_what_is_kept() -> None:
+def test_transcripts_equal_the_golden_files() -> None:
     made = dict(golden.transcripts())
     assert {path.name for path in FILES} == {path.name for path in made}
     for path, text in made.items():

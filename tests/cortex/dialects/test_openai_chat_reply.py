@@ -1,4 +1,4 @@
-"""What only a reply has to decide; that it says what the stream says is tested with the stream."""
+"""Rules of whole chat responses; their equality with streams is tested with the streams."""
 
 import orjson
 import pytest

@@ -69,7 +69,7 @@ def test_instructions_and_text_input() -> None:
     assert messages(instructions="be brief") == (Message(Role.SYSTEM, "be brief"), Message(Role.USER, "hello"))
 
 
-def test_items_flatten_into_turns() -> None:
+def test_items_flatten_into_messages() -> None:
     items = [
         {"role": "developer", "content": "rules"},
         {
@@ -184,7 +184,7 @@ def test_calls_of_custom_and_namespaced_tools_come_back_under_the_models_names()
         {"summary": [], "content": None, "encrypted_content": seal("why"), "status": None},
     ],
 )
-def test_reasoning_goes_to_the_turn_it_precedes(reasoning: dict[str, Any]) -> None:
+def test_reasoning_goes_to_the_message_it_precedes(reasoning: dict[str, Any]) -> None:
     item = {"type": "reasoning", **reasoning}
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
     answer = {"role": "assistant", "content": "so"}
@@ -200,7 +200,7 @@ def test_reasoning_goes_to_the_turn_it_precedes(reasoning: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("sealed", ["gAAAA", "open1.!", "open1./w=="])
-def test_what_another_server_sealed_says_nothing(sealed: str) -> None:
+def test_encrypted_content_of_another_server_is_dropped(sealed: str) -> None:
     item = {"type": "reasoning", "summary": [], "encrypted_content": sealed}
     assert messages(input=[item, {"role": "assistant", "content": "so"}]) == (Message(Role.ASSISTANT, "so"),)
 
@@ -228,7 +228,7 @@ def test_every_sampling_field_arrives() -> None:
     assert {"presence_penalty", "frequency_penalty"} <= set(orjson.loads(call.echo))
 
 
-def test_items_nobody_has_heard_of_are_passed_over() -> None:
+def test_items_of_unknown_types_are_dropped() -> None:
     items = [
         {"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]},
         {"type": "compaction_trigger"},
@@ -332,7 +332,7 @@ def test_hosted_tools_are_named_and_not_offered() -> None:
     assert call.ignored == named
 
 
-def test_a_turn_of_many_calls_and_thoughts_is_read_in_one_pass() -> None:
+def test_a_message_of_many_calls_and_thoughts_is_read_in_one_pass() -> None:
     """30,000 calls of one turn took minutes, and tools times calls did."""
     namespace = {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": f"g{n}"} for n in range(900)]}
     calls = [

@@ -123,7 +123,7 @@ def test_true_is_not_the_number_one(dialect: str) -> None:
 
 
 @EVERY
-def test_a_name_that_nobody_knows_is_told_with_its_path(dialect: str) -> None:
+def test_an_unknown_name_is_reported_with_its_path(dialect: str) -> None:
     found = decode(dialect, temprature=0.1, max_tokns=1, structured_outputs={"regexp": "a"}).ignored
     assert set(found) == {"temprature", "max_tokns", "structured_outputs.regexp"}
 
@@ -183,7 +183,7 @@ def test_embeddings_have_a_table_of_their_own() -> None:
         ("something_else_entirely", "Unknown parameter: 'something_else_entirely'."),
     ],
 )
-def test_a_refusal_says_what_may_have_been_meant(path: str, meant: str) -> None:
+def test_a_refusal_suggests_the_closest_name(path: str, meant: str) -> None:
     error = openai_chat.PARAMETERS.unknown(path)
     assert (error.status, error.code, error.param) == (400, "unknown_parameter", path)
     assert error.message.endswith(meant)
@@ -192,7 +192,7 @@ def test_a_refusal_says_what_may_have_been_meant(path: str, meant: str) -> None:
 # ------------------------------------------------------------------ the header
 
 
-def test_a_name_cannot_end_the_header_it_is_told_in() -> None:
+def test_a_name_cannot_end_the_header_that_reports_it() -> None:
     odd = "a\r\nset-cookie: x=1"
     (found,) = decode("chat", **{odd: 1}).ignored
     assert found == "a?r?nset-cookie??x?1"

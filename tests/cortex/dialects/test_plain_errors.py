@@ -1,4 +1,4 @@
-"""What a client is told of a wrong body: where and what, in plain words and none of the decoder's own."""
+"""Errors of wrong bodies: the place and the fault, without terms of the decoder."""
 
 import json
 import re

@@ -335,7 +335,7 @@ def test_whole_answers_that_are_none() -> None:
         ("something else", None),
     ],
 )  # fmt: skip
-def test_a_prompt_that_is_too_long_is_told_apart(message: str, lengths: tuple[int, int] | None) -> None:
+def test_a_prompt_that_is_too_long_is_recognised(message: str, lengths: tuple[int, int] | None) -> None:
     error = ErrorInfo(400, "BadRequestError", message)
     found = translated_error(error)
     if lengths is None:
@@ -409,7 +409,7 @@ def test_calls_come_apart(pieces: list[list[dict[str, Any]]], calls: list[tuple[
 
 
 def test_many_calls_are_read_in_one_pass() -> None:
-    """What grew with the square of the calls took minutes for so many."""
+    """Time that is quadratic in the calls would be minutes here."""
     pieces = [[piece("{}", id=f"c{n}", name="f")] for n in range(20_000)]
     assert len(calls_of(*pieces)) == 20_000
 

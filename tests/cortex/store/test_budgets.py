@@ -1,4 +1,4 @@
-"""What is kept has a size, over HTTP and WebSockets; and what is not kept is not said to be."""
+"""Limits of stored responses, over HTTP and WebSockets; a response that is not stored has ``store: false``."""
 
 import asyncio
 import json
@@ -60,7 +60,7 @@ def last(call: Any) -> Any:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("more", [{}, {"store": True}])
-async def test_what_could_not_be_kept_says_so(stream: bool, more: dict[str, Any]) -> None:
+async def test_a_response_that_could_not_be_stored_has_store_false(stream: bool, more: dict[str, Any]) -> None:
     for num_bytes, is_kept in ((10, True), (9_000, False)):
         async with rig(responds(num_bytes), store=SMALL) as gateway:
             body = {"model": "m", "input": "Hi", "stream": stream, **more}
@@ -265,7 +265,7 @@ async def test_references_are_counted(num_references: int, num_bytes: int, code:
             assert (call.json()["error"]["code"], call.json()["error"]["param"]) == (code, "input")
 
 
-async def test_a_full_conversation_says_so_when_something_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_adding_to_a_full_conversation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cortex.store.chains.MAX_CHAIN", 3)
     async with rig(responds(10)) as gateway:
         id = await conversation(gateway)

@@ -109,7 +109,7 @@ async def test_the_oldest_go_when_all_are_too_much(tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.parametrize("path", ["/proc/nowhere/responses.db", "/"])
-async def test_a_file_that_cannot_be_is_said_so(path: str) -> None:
+async def test_an_impossible_file_is_an_error(path: str) -> None:
     made = SqliteStore(path, ttl_s=1, max_bytes=1024)
     with pytest.raises(StoreError, match=r"nowhere|unable to open"):
         await made.open()
@@ -184,7 +184,7 @@ async def test_a_row_that_cannot_be_read_is_as_not_there(tmp_path: pathlib.Path)
         assert await kept.get("resp_b") is not None
 
 
-def test_bounds_that_do_not_hold_for_valkey_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_limits_that_do_not_hold_for_valkey_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     store.make(StoreSettings(kind=StoreKind.VALKEY, url="redis://127.0.0.1:1", max_bytes_per_key=1024))
     assert "do not hold for Valkey" in caplog.text
 

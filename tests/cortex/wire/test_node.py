@@ -1,4 +1,4 @@
-"""What nodes tell of themselves: states are of a closed list on both sides."""
+"""Reports of nodes: states are of a closed list on both sides."""
 
 import enum
 from typing import Any, get_type_hints
