@@ -1,5 +1,6 @@
 """The pictures of docs/images: a small fleet under load, with a chat. ``make dashboard-pictures`` takes them."""
 
+import contextlib
 import os
 import pathlib
 import threading
@@ -44,32 +45,34 @@ def shown(tmp_path: pathlib.Path, smollm2_gguf: pathlib.Path) -> Iterator[Gatewa
         gateway.stop()
 
 
-@pytest.fixture
-def under_load(shown: Gateway) -> Iterator[threading.Event]:
-    """Clients that send requests until the test ends; the event ends them."""
+@contextlib.contextmanager
+def traffic(gateway: Gateway) -> Iterator[threading.Event]:
+    """Clients that send requests; the event ends them."""
     stop = threading.Event()
 
     def send(model: str, text: str) -> None:
         body = {"model": model, "stream": True, "max_tokens": 80, "messages": [{"role": "user", "content": text}]}
         while not stop.wait(0.4):
-            with httpx.stream("POST", f"{shown.url}/v1/chat/completions", json=body, timeout=60) as reply:
+            with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body, timeout=60) as reply:
                 for _ in reply.iter_bytes():
                     pass
 
     threads = [threading.Thread(target=send, args=each) for each in TRAFFIC]
     for thread in threads:
         thread.start()
-    yield stop
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        yield stop
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def set_value(page: Page, name: str, value: float) -> None:
     page.run(f"document.getElementById('{name}').value = {value}")
 
 
-def test_pictures(page: Page, shown: Gateway, under_load: threading.Event) -> None:
+def test_pictures(page: Page, shown: Gateway) -> None:
     page.go(shown.link)
     page.until("document.getElementById('chat-model').length", what="the models are listed")
     for model in (REAL, LARGE, PINNED):
@@ -77,15 +80,24 @@ def test_pictures(page: Page, shown: Gateway, under_load: threading.Event) -> No
     authorization = {"authorization": f"Bearer {shown.link.partition('=')[2]}"}
     pinned = httpx.post(f"{shown.url}/admin/models/pin", json={"model": PINNED}, headers=authorization)
     pinned.raise_for_status()
+    with traffic(shown) as stop:
+        chat(page)
+        stop.wait(WARM_UP_S)
+        take_all(page)
+    for file in PICTURES.glob("dashboard-*.png"):
+        assert file.stat().st_size < MAX_PICTURE_BYTES, file
 
+
+def chat(page: Page) -> None:
     set_value(page, "chat-limit", 60)
     set_value(page, "chat-temperature", 0)
     say(page, REAL, "Name the capital of France.")
     say(page, LARGE, "Is 2027 a prime number?")
     page.run("document.getElementById('chat-example').click()")
     say(page, LARGE, "What is the weather in Paris?")
-    under_load.wait(WARM_UP_S)
 
+
+def take_all(page: Page) -> None:
     page.size(1440, 900)
     open_row(page, PINNED)
     act(page, row(LOADING), "Load")
@@ -98,8 +110,6 @@ def test_pictures(page: Page, shown: Gateway, under_load: threading.Event) -> No
     page.until(f"document.querySelector('{row(LOADING)} .pill').textContent === 'ready'")
     take(page, "narrow", "light", "scrollTo(0, 0)")
     page.size(1440, 900)
-    for file in PICTURES.glob("dashboard-*.png"):
-        assert file.stat().st_size < MAX_PICTURE_BYTES, file
 
 
 def take(page: Page, name: str, scheme: str, place: str) -> None:
