@@ -125,7 +125,7 @@ class EventStream:
         """Send whole SSE events, after the headers if they are the first; return the coroutine to await before more is
         sent.
 
-        A disconnect is raised by that coroutine, and reported by :meth:`Exchange.on_leave`.
+        A disconnect is raised by that coroutine, and reported by :meth:`Exchange.on_disconnect`.
         """
         if self.writer is None:
             self.started = True
@@ -167,7 +167,7 @@ class EventStream:
             await self.write(beat)
 
     def _beat_now(self, beat: bytes) -> None:
-        with suppress(ClientDisconnectedError):  # reported by on_leave
+        with suppress(ClientDisconnectedError):  # reported by on_disconnect
             pause = self.write_now(beat)
             if pause is not None:  # the client has not read what was sent; the next chunk waits for it
                 pause.close()

@@ -137,8 +137,8 @@ class Exchange(abc.ABC):
         """End a started stream."""
 
     @abc.abstractmethod
-    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call ``tell`` when the client disconnects; return a function that ends the watch. Use after the body was
+    def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call ``callback`` when the client disconnects; return a function that ends the watch. Use after the body was
         read.
         """
 
@@ -235,8 +235,8 @@ class AsgiExchange(Exchange):
         """End a started stream."""
         await self._send({"type": "http.response.body", "body": b""})
 
-    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call ``tell`` when the client disconnects; return a function that ends the watch."""
+    def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call ``callback`` when the client disconnects; return a function that ends the watch."""
         watcher = asyncio.ensure_future(asgi_left(self._receive))
 
         def done(watcher: "asyncio.Future[None]") -> None:
@@ -289,7 +289,7 @@ class EndedByDisconnect:
         ClientDisconnectedError: the client disconnected; the block has ended by then.
     """
 
-    __slots__ = ("_exchange", "_has_left", "_stop_watching", "_task")
+    __slots__ = ("_exchange", "_has_disconnected", "_stop_watching", "_task")
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -298,14 +298,14 @@ class EndedByDisconnect:
         task = asyncio.current_task(self._exchange.loop)
         assert task is not None
         self._task = task
-        self._has_left = False
-        self._stop_watching = self._exchange.on_leave(self._leave)
+        self._has_disconnected = False
+        self._stop_watching = self._exchange.on_disconnect(self._disconnect)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop_watching()
-        if not self._has_left:
+        if not self._has_disconnected:
             return
         # Cancelled by this context alone, or also from elsewhere?
         is_ours = self._task.cancelling() == 1
@@ -313,8 +313,8 @@ class EndedByDisconnect:
         if is_ours and isinstance(error, asyncio.CancelledError):
             raise ClientDisconnectedError from None
 
-    def _leave(self) -> None:
-        self._has_left = True
+    def _disconnect(self) -> None:
+        self._has_disconnected = True
         self._task.cancel()
 
 

@@ -141,7 +141,7 @@ class Inference:
             raise MissingParameterError("You must provide a model parameter.", param="model")
         model = self._catalogue.resolve(name)
         if not self._dispatcher.has_model(model):
-            model = await self._look_for(name, model)
+            model = await self._find_model(name, model)
         check_model(principal, model)
         record.model = model
         record.is_stream = found.stream and dialect.streams
@@ -164,7 +164,7 @@ class Inference:
             headers += pending.headers
             if not generates:
                 await self._authenticator.count(principal)
-                await self._only_read(exchange, record, pending, name)
+                await self._answer_without_generation(exchange, record, pending, name)
                 return
         elif dialect is COMPACT or dialect is INPUT_TOKENS:
             try:
@@ -197,7 +197,7 @@ class Inference:
             on_node=record.record_node,
             take_begun=_nothing if fast_request is None else fast_request.take,
         )
-        asked = _Asked(node_request, chat, pending, reshape)
+        call = _NodeCall(node_request, chat, pending, reshape)
         generates = not (dialect is EMBEDDINGS or dialect is COUNT_TOKENS or dialect is INPUT_TOKENS)
         reservation = (
             UNCOUNTED
@@ -207,11 +207,11 @@ class Inference:
         has_left = False
         try:
             if pending is not None and context.background:
-                await self._begin(exchange, dialect, record, asked, pending, reservation)
+                await self._begin(exchange, dialect, record, call, pending, reservation)
             elif record.is_stream:
-                await self._stream(exchange, dialect, record, asked)
+                await self._stream(exchange, dialect, record, call)
             else:
-                await self._answer(exchange, dialect, record, asked)
+                await self._answer(exchange, dialect, record, call)
         except ClientDisconnectedError:
             has_left = True
             raise
@@ -222,7 +222,7 @@ class Inference:
             if reservation is not UNCOUNTED:
                 await reservation.settle(_used(record, reservation, has_left=has_left))
 
-    async def _look_for(self, name: str, model: str) -> str:
+    async def _find_model(self, name: str, model: str) -> str:
         """Return the id of a model that no node is known to offer, after a first poll of the nodes and a match of
         aliases.
 
@@ -238,30 +238,32 @@ class Inference:
             raise self._dispatcher.unknown(name)
         return model
 
-    async def _answer(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
+    async def _answer(self, exchange: Exchange, dialect: Dialect, record: Record, call: "_NodeCall") -> None:
         with EndedByDisconnect(exchange):
-            answer = await self._dispatcher.ask(asked.node_request)
-            _add_headers(answer, asked, exchange)
+            answer = await self._dispatcher.ask(call.node_request)
+            _add_headers(answer, call, exchange)
             try:
                 body = await answer.read(MAX_ANSWER_BYTES)
                 record.usage, record.finish = read_whole(answer, CHAT if answer.is_chat else dialect, body)
                 if answer.is_chat:
-                    body = asked.translated().whole(body)
+                    body = call.translated().whole(body)
                     record.usage, record.finish = dialect.read(body) or (None, "")
                 elif answer.renamed:
                     body = rename(body, answer.renamed)
             finally:
                 answer.close()
         record.status = 200
-        if asked.pending is not None:
+        if call.pending is not None:
             try:
-                body = await self._conversations.of(record.key).keep(asked.pending, body)
+                body = await self._conversations.of(record.key).keep(call.pending, body)
             except NotAnAnswerError as error:
                 answer.record_broken(error)
                 raise
-        await exchange.reply(200, asked.reshape(body))
+        await exchange.reply(200, call.reshape(body))
 
-    async def _only_read(self, exchange: Exchange, record: Record, pending: PendingResponse, name: str) -> None:
+    async def _answer_without_generation(
+        self, exchange: Exchange, record: Record, pending: PendingResponse, name: str
+    ) -> None:
         """Answer with an empty response for later requests to continue; no node is involved."""
         sse_events = _local_stream(pending, name).sse_events([Started(0), Finished(FinishReason.STOP, 0)])
         sse_events = await self._conversations.of(record.key).keep_streamed(pending, sse_events)
@@ -270,7 +272,7 @@ class Inference:
         await exchange.write(sse_events)
         await exchange.finish()
 
-    async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, asked: "_Asked") -> None:
+    async def _stream(self, exchange: Exchange, dialect: Dialect, record: Record, call: "_NodeCall") -> None:
         forwarder = DialectForwarder(record)
 
         def end_in_failure(error: ApiError) -> bytes:
@@ -278,14 +280,14 @@ class Inference:
             return dialect.failure(error.info(), forwarder.first, b"".join(forwarder.tail))
 
         def heartbeat() -> bytes:
-            progress = self._dispatcher.load_progress(asked.node_request.model)
-            return dialect.heartbeat if progress is None else dialect.loading(asked.node_request.model, progress)
+            progress = self._dispatcher.load_progress(call.node_request.model)
+            return dialect.heartbeat if progress is None else dialect.loading(call.node_request.model, progress)
 
         async def write(out: EventStream) -> None:
-            answer = await self._dispatcher.ask(asked.node_request)
-            _add_headers(answer, asked, exchange)
-            if not out.writes_at_once or answer.is_chat or answer.renamed or asked.pending is not None:
-                async with aclosing(self._pull(answer, forwarder, record, asked)) as sse_events:
+            answer = await self._dispatcher.ask(call.node_request)
+            _add_headers(answer, call, exchange)
+            if not out.writes_at_once or answer.is_chat or answer.renamed or call.pending is not None:
+                async with aclosing(self._pull(answer, forwarder, record, call)) as sse_events:
                     async for some in sse_events:
                         await out.write(some)
                 return
@@ -301,7 +303,7 @@ class Inference:
             forwarder.record_end(dialect)
 
     async def _pull(
-        self, answer: NodeResponse, forwarder: DialectForwarder, record: Record, asked: "_Asked"
+        self, answer: NodeResponse, forwarder: DialectForwarder, record: Record, call: "_NodeCall"
     ) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of a node's stream to send to the client.
 
@@ -311,7 +313,7 @@ class Inference:
         unreadable: NotAnAnswerError | None = None
         with Forwarding(answer, forwarder):
             read = answer.response.read
-            reader = asked.reader(answer)
+            reader = call.reader(answer)
             more = True
             while more:
                 data = await read()
@@ -320,10 +322,10 @@ class Inference:
                     data = reader.sse_events(data) if more else reader.end()
                 sse_events = forwarder.take(data)
                 if sse_events:
-                    if asked.pending is not None and forwarder.is_complete:
+                    if call.pending is not None and forwarder.is_complete:
                         try:
                             sse_events = await self._conversations.of(record.key).keep_streamed(
-                                asked.pending, sse_events
+                                call.pending, sse_events
                             )
                         except NotAnAnswerError as error:
                             answer.record_broken(error)
@@ -339,21 +341,21 @@ class Inference:
         exchange: Exchange,
         dialect: Dialect,
         record: Record,
-        asked: "_Asked",
+        call: "_NodeCall",
         pending: PendingResponse,
         reservation: Reservation,
     ) -> None:
         """Start a background response; its usage has a record of its own."""
-        begun = _local_stream(pending, asked.node_request.name).sse_events([Started(0)])
+        begun = _local_stream(pending, call.node_request.name).sse_events([Started(0)])
         created = SseDecoder(len(begun) + 1).feed(begun)[0]
         queued = orjson.dumps(orjson.loads(created.data)["response"] | {"status": "queued"})
         making = Record(record.request_id, dialect.name)
         making.model, making.key, making.is_stream = record.model, record.key, True
-        node_request = msgspec.structs.replace(asked.node_request, on_node=making.record_node)
+        node_request = msgspec.structs.replace(call.node_request, on_node=making.record_node)
         if record.trace is not None:  # its span is about the answer, which is still to be made
             making.trace, record.trace = record.trace, record.trace.without_span()
         held = reservation.move()
-        sse_events = self._made(dialect, making, _Asked(node_request, asked.chat, None), held)
+        sse_events = self._background_events(dialect, making, _NodeCall(node_request, call.chat, None), held)
         try:
             run = await self._background.start(self._conversations.of(record.key), pending, queued, sse_events)
         except BaseException:
@@ -370,15 +372,15 @@ class Inference:
             error_event=lambda error: dialect.failure(error.info(), b"", b""),
         )
 
-    async def _made(
-        self, dialect: Dialect, record: Record, asked: "_Asked", reservation: Reservation
+    async def _background_events(
+        self, dialect: Dialect, record: Record, call: "_NodeCall", reservation: Reservation
     ) -> AsyncGenerator[bytes, None]:
         """Yield the SSE events of a background response, and record its end."""
         forwarder = DialectForwarder(record)
         record.status = 200
         try:
-            answer = await self._dispatcher.ask(asked.node_request)
-            async with aclosing(self._pull(answer, forwarder, record, asked)) as sse_events:
+            answer = await self._dispatcher.ask(call.node_request)
+            async with aclosing(self._pull(answer, forwarder, record, call)) as sse_events:
                 async for some in sse_events:
                     yield some
         except ApiError as error:
@@ -447,14 +449,14 @@ def principal_headers(principal: Principal) -> list[Header]:
     return headers
 
 
-def _add_headers(answer: NodeResponse, asked: "_Asked", exchange: Exchange) -> None:
+def _add_headers(answer: NodeResponse, call: "_NodeCall", exchange: Exchange) -> None:
     """Copy a node's informational headers to the response, with those of the translation."""
     for name in FORWARDED:
         value = answer.response.header(name)
         if value is not None:
             add_header(exchange.extra_headers, name, value)
-    if answer.is_chat and asked.chat is not None:
-        reading = asked.chat.reading
+    if answer.is_chat and call.chat is not None:
+        reading = call.chat.reading
         if reading.ignored:
             add_header(exchange.extra_headers, IGNORED, ",".join(reading.ignored).encode())
         if reading.num_omitted:
@@ -469,7 +471,7 @@ def _local_stream(pending: PendingResponse, name: str) -> ResponsesStream:
     return ResponsesStream(id, name, int(time.time()), call.echoed(pending.context))
 
 
-class _Asked(NamedTuple):
+class _NodeCall(NamedTuple):
     """A request to a node, its translation to chat, and the turn of a conversation that it is."""
 
     node_request: NodeRequest
@@ -486,5 +488,5 @@ class _Asked(NamedTuple):
 
     def translated(self) -> TranslatedAnswer:
         """Return the reader of a chat answer."""
-        assert self.chat is not None  # only then is a node asked in chat
+        assert self.chat is not None  # only then is a request sent as chat
         return self.chat.begin()

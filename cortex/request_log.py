@@ -66,4 +66,4 @@ class RequestLog:
         try:
             write(*arguments, **names)
         except Exception:
-            log.exception("requests that have ended could not be written down")
+            log.exception("finished requests could not be logged")

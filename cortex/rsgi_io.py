@@ -125,8 +125,8 @@ class RsgiExchange(Exchange):
         assert self._writer is not None
         self._writer.close()
 
-    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call ``tell`` when the client has gone; return what ends that."""
+    def on_disconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call ``callback`` when the client disconnects; return a function that ends the watch."""
         return self._watches.begin(self._protocol, callback).end
 
     def _finish_texts(self, texts: list[TextHeader], headers: Sequence[Header]) -> list[TextHeader]:
@@ -190,7 +190,7 @@ class RsgiSocket:
                     try:
                         await self._transport.send_str(message["text"])
                     except ProtocolClosed:
-                        return  # as over ASGI: that the client has left is received, not sent
+                        return  # as over ASGI: a disconnect is received, not raised here
             case "websocket.close":
                 async with self._lock:
                     self._protocol.close(message.get("code") if self._transport is not None else 403)

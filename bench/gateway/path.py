@@ -111,7 +111,7 @@ class Wire(asyncio.Transport):
         return self
 
     def setsockopt(self, *arguments: int) -> None:
-        """Take an option."""
+        """Ignore an option."""
 
     def is_closing(self) -> bool:
         """Return that it is open."""
@@ -124,24 +124,24 @@ class Wire(asyncio.Transport):
     def write(self, data: Any) -> None:
         """Take a request."""
         if self.answer:
-            self._loop.call_soon(self._say, 0)
+            self._loop.call_soon(self._send_piece, 0)
 
     def writelines(self, list_of_data: Any) -> None:
         """Take a request."""
         self.write(list_of_data)
 
     def pause_reading(self) -> None:
-        """Say on."""
+        """Do nothing."""
 
     def resume_reading(self) -> None:
-        """Say on."""
+        """Do nothing."""
 
     def abort(self) -> None:
         """Close."""
 
-    def _say(self, index: int) -> None:
+    def _send_piece(self, index: int) -> None:
         if index + 1 < len(self.answer):
-            self._loop.call_soon(self._say, index + 1)
+            self._loop.call_soon(self._send_piece, index + 1)
         self.connection.data_received(self.answer[index])
 
 

@@ -36,7 +36,7 @@ cdef class Watch:
         if asyncio.isfuture(future):
             self.future = future
             future.add_done_callback(self.on_disconnect)
-        else:  # it has gone already
+        else:  # disconnected already
             self.on_disconnect(future)
         return 0
 
