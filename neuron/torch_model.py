@@ -207,9 +207,9 @@ class TorchModel:
     def _start(
         self, run: Generation, request: InferenceRequest, prompt: Built, constraint: ConstraintSettings | None
     ) -> None:
-        room = self.loaded.context_tokens - len(prompt.ids) // ID_BYTES
+        available = self.loaded.context_tokens - len(prompt.ids) // ID_BYTES
         # Even max_tokens 0 samples a token: it marks the end of the prompt.
-        max_tokens = room if request.max_tokens is None else min(max(request.max_tokens, 1), room)
+        max_tokens = available if request.max_tokens is None else min(max(request.max_tokens, 1), available)
         ending = request.ending
         eos = tuple(sorted({*(() if ending.ignore_eos else self._config.eos_ids), *ending.stop_token_ids}))
         settings = resolve_sampling(request.sampling, self._config.generation)

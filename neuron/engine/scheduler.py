@@ -294,9 +294,9 @@ class Scheduler:
         free: the growth margin of the running sequences is not for these.
         """
         count = min(count, sequence.max_tokens - sequence.num_output - 1)
-        while (room := len(sequence.pages) * self.limits.page_tokens - sequence.num_computed - 1) < count:
+        while (reserved := len(sequence.pages) * self.limits.page_tokens - sequence.num_computed - 1) < count:
             if self.pool.num_free <= GROWTH_PAGES * len(self.running):
-                return room
+                return reserved
             self._add_page(sequence)
         return count
 

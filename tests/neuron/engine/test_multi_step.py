@@ -149,16 +149,16 @@ def step_of(sequences: list[Sequence]) -> Step:
     return Step(tuple(sequences), (1,) * len(sequences), len(sequences))
 
 
-def bounded(step: Step, step_s: float | None = MULTI_STEP_S / 6, room: int = 99, *, plainly: bool = True) -> int:
-    return num_steps(step, step_s, 1000, lambda _: np.array([plainly]), lambda _, count: min(count, room))
+def bounded(step: Step, step_s: float | None = MULTI_STEP_S / 6, reserved: int = 99, *, plainly: bool = True) -> int:
+    return num_steps(step, step_s, 1000, lambda _: np.array([plainly]), lambda _, count: min(count, reserved))
 
 
 def test_the_bounds_of_multi_step() -> None:
     one, other = (Sequence(n, np.arange(5, dtype=np.int32), 100, frozenset(), SamplerSettings()) for n in (1, 2))
     step = step_of([one, other])
     assert bounded(step) in (5, 6), "its time"
-    assert bounded(step, room=2) == 3, "pages, or max_tokens"
-    assert bounded(step, room=0) == 1
+    assert bounded(step, reserved=2) == 3, "pages, or max_tokens"
+    assert bounded(step, reserved=0) == 1
     assert bounded(step, step_s=None) == 1
     assert bounded(step, step_s=MULTI_STEP_S) == 1
     assert bounded(step, plainly=False) == 1

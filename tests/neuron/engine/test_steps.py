@@ -349,7 +349,7 @@ def driver_of(overlaps: bool, steps: int = 1) -> Steps:
 def test_a_step_is_launched_before_the_one_before_it_is_known() -> None:
     machine = driver_of(overlaps=True)
     machine.arrive(20, 40, 0, None)
-    assert not machine.model.step().rows, "the prompt is under way"
+    assert not machine.model.step().rows, "the prompt is in flight"
     assert machine.device.num_under_way == 1
     rows = machine.model.step().rows
     assert len(rows) == 1, "the prompt's token, while the step that reads it runs"
