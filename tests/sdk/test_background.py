@@ -77,7 +77,7 @@ def test_it_can_be_cancelled(client: openai.OpenAI) -> None:
     events = client.responses.retrieve(running.id, stream=True)
     assert any(event.type == "response.output_text.delta" for event in itertools_until_text(events))
     assert client.responses.retrieve(running.id).status == "in_progress"
-    with pytest.raises(openai.BadRequestError, match="still being made"):
+    with pytest.raises(openai.BadRequestError, match="still being generated"):
         client.responses.create(model="m", input="hi", previous_response_id=running.id)
     assert client.responses.cancel(running.id).status == "cancelled"
     assert client.responses.retrieve(running.id).status == "cancelled"
