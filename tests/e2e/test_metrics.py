@@ -5,7 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import daemons
-import dashboard_rig
+import fleet
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_model import describe
@@ -37,13 +37,11 @@ def mentions(series: Series) -> set[str]:
 
 
 def test_metrics_parse_before_during_and_after_a_load_and_an_unload(tmp_path: pathlib.Path) -> None:
-    with dashboard_rig.neurons(tmp_path, {"gpu-1": {"cuda:0": 48}}) as nodes:
+    with fleet.neurons(tmp_path, {"gpu-1": {"cuda:0": 48}}) as nodes:
         source = describe(tmp_path, MODEL, 10, 1.5)
-        own = tmp_path / "gateway"
-        own.mkdir()
         models = f'[[models]]\nid = "{MODEL}"\nsource = "{source}"\ndevices = ["cuda:0"]\n'
-        gateway = dashboard_rig.Gateway(own, {"gpu-1": nodes["gpu-1"]}, models)
-        running = gateway.start()
+        gateway = fleet.Gateway(tmp_path / "gateway", {"gpu-1": nodes["gpu-1"]}, models)
+        gateway.start()
         urls = {
             "cortex_model_state": f"http://127.0.0.1:{gateway.metrics_port}/metrics",
             "neuron_model_state": f"{nodes['gpu-1']}/metrics",
@@ -56,7 +54,7 @@ def test_metrics_parse_before_during_and_after_a_load_and_an_unload(tmp_path: pa
                 seen[name].append(states(scrape(urls[name]), name))
 
         def act(what: str) -> None:
-            with running.client() as client:
+            with gateway.client() as client:
                 assert client.post(f"{gateway.url}/admin/models/{what}", json={"model": MODEL}).status_code == 200
 
         try:
@@ -65,7 +63,7 @@ def test_metrics_parse_before_during_and_after_a_load_and_an_unload(tmp_path: pa
                 watching = [pool.submit(watch, name) for name in urls]
                 try:
                     act("load")
-                    with running.client() as client:
+                    with gateway.client() as client:
                         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
                         assert client.post(f"{gateway.url}/v1/chat/completions", json=body).status_code == 200
                     busy = scrape(urls["neuron_model_state"])

@@ -14,7 +14,7 @@ import daemons
 import httpx
 import psutil
 import pytest
-from fleet_rig import MODELS, NO_STORE, Client, Fleet, hang_up, swap_at_random, workers_of
+from fleet import MODELS, NO_STORE, Client, Fleet, hang_up, swap_at_random, workers_of
 
 pytestmark = pytest.mark.fleet
 
@@ -169,7 +169,7 @@ def test_a_frozen_node(fleet: Fleet) -> None:
 
         streams = [asyncio.ensure_future(read()) for _ in range(4)]
         await asyncio.sleep(0.5)
-        fleet.nodes[name].send(signal.SIGSTOP)
+        fleet.nodes[name].process.send_signal(signal.SIGSTOP)
         started = time.monotonic()
         for lines in await asyncio.gather(*streams):
             assert ended_in_an_error(lines), lines[-3:]
@@ -179,7 +179,7 @@ def test_a_frozen_node(fleet: Fleet) -> None:
             assert is_typed(reply), reply.text
             assert time.monotonic() < deadline, reply.text
             await asyncio.sleep(0.1)
-        fleet.nodes[name].send(signal.SIGCONT)
+        fleet.nodes[name].process.send_signal(signal.SIGCONT)
 
     fleet.run(story)
 
@@ -211,6 +211,8 @@ def test_a_slow_node(fleet: Fleet) -> None:
     async def story(client: Client) -> None:
         assert is_right(await client.chat("cut"), "cut")
         assert is_right(await client.chat("cold"), "cold")
+        for name in fleet.without("c").where("cut"):  # another node may have loaded it while the network was cut
+            assert (await client.act("models/unload", model="cut", node=name)).status_code == 200
         assert fleet.where("cut") == ["c"]
         assert "c" not in fleet.where("cold")
         fleet.proxy.delay_s = 0.7

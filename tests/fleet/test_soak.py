@@ -7,7 +7,7 @@ from collections import Counter
 import orjson
 import psutil
 import pytest
-from fleet_rig import Fleet, swap_at_random, workers_of
+from fleet import Fleet, swap_at_random, workers_of
 
 from cortex.config import Timeouts
 from cortex.upstream import Pool

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import daemons
-import dashboard_rig
+import fleet as fleets
 import httpx
 import pytest
 from scripted_model import describe
@@ -112,7 +112,7 @@ def _prometheus(program: str, folder: pathlib.Path, targets: dict[str, list[str]
 class Clients:
     """Clients that cause answers, cold loads, refusals and failures."""
 
-    def __init__(self, gateway: dashboard_rig.Gateway, http: httpx.Client) -> None:
+    def __init__(self, gateway: fleets.Gateway, http: httpx.Client) -> None:
         self._url = gateway.url
         self._nodes = gateway.nodes
         self._http = http
@@ -130,7 +130,7 @@ class Clients:
 
     def everything(self) -> None:
         """Have each of the events happen once that the metrics tell of."""
-        assert self.chat(dashboard_rig.REAL, stream=True) == 200
+        assert self.chat(fleets.REAL, stream=True) == 200
         assert self.chat("pretended", stream=True) == 200
         # Seldom at once: an answer that had to wait for a load has its head, with 200, before its error.
         assert self.chat("broken") in {200, 422}
@@ -150,10 +150,10 @@ class Clients:
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: pathlib.Path) -> Iterator[dashboard_rig.Gateway]:
+def fleet(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: pathlib.Path) -> Iterator[fleets.Gateway]:
     folder = tmp_path_factory.mktemp("scraped")
-    with dashboard_rig.neurons(folder, {"gpu-1": {"cuda:0": 48}}) as nodes:
-        models = f'[[models]]\nid = "{dashboard_rig.REAL}"\nsource = "{smollm2_gguf}"\npreferred_nodes = ["cpu-1"]\n'
+    with fleets.neurons(folder, {"gpu-1": {"cuda:0": 48}}) as nodes:
+        models = f'[[models]]\nid = "{fleets.REAL}"\nsource = "{smollm2_gguf}"\npreferred_nodes = ["cpu-1"]\n'
         for name, fails in (("pretended", ""), ("broken", "it is broken")):
             source = describe(folder, name, 10, 0.2, fails=fails)
             models += f'[[models]]\nid = "{name}"\nsource = "{source}"\ndevices = ["cuda:0"]\n'
@@ -161,14 +161,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: pathlib.Path) 
             f'[[keys]]\nname = "{key}"\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n{more}\nmodels = ["*"]\n'
             for key, more in KEYS.items()
         )
-        own = folder / "gateway"
-        own.mkdir()
-        gateway = dashboard_rig.Gateway(own, nodes, models, keys, interval_s=1.0)
-        gateway.start()
-        try:
+        gateway = fleets.Gateway(folder / "gateway", nodes, models, keys, fleets.polled(1.0))
+        with gateway.running():
             yield gateway
-        finally:
-            gateway.stop()
 
 
 def _until_all(prometheus: Prometheus, queries: dict[str, str], happen: Callable[[], None]) -> None:
@@ -182,7 +177,7 @@ def _until_all(prometheus: Prometheus, queries: dict[str, str], happen: Callable
 
 @pytest.mark.ops
 def test_every_query_of_the_dashboard_and_of_the_alerts_returns_data(
-    fleet: dashboard_rig.Gateway, tmp_path: pathlib.Path
+    fleet: fleets.Gateway, tmp_path: pathlib.Path
 ) -> None:
     program = daemons.tool("prometheus")
     neurons = [url.removeprefix("http://") for url in fleet.nodes.values()]

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,11 @@ from cortex.access import local
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
 INTERFACE = os.environ.get("CORTEX_INTERFACE", "rsgi")
-"""Of the server, by which a gateway is called: `make test-asgi` says so."""
+"""Interface of Granian by which a gateway is called; `make test-asgi` sets it."""
 
 
 _given: deque[int] = deque(maxlen=64)
-"""Ports that may not be bound yet by whoever asked for them."""
+"""Ports that may not be bound yet."""
 
 
 def free_port() -> int:
@@ -94,10 +94,10 @@ class Daemon:
     port: int
     log: pathlib.Path
     ca_file: pathlib.Path | None = None
-    """Where it serves over TLS: what its certificate is checked by."""
+    """CA of its certificate, where it serves over TLS."""
 
     def token(self) -> str:
-        """Return the token of whoever runs a gateway; empty if this is none."""
+        """Return the local administrator's token of a gateway; empty if this is none."""
         return local.find(self.port, os.environ)
 
     @property
@@ -105,7 +105,7 @@ class Daemon:
         return f"{'https' if self.ca_file else 'http'}://127.0.0.1:{self.port}"
 
     def client(self) -> httpx.Client:
-        """Return a client that takes this daemon for what it is."""
+        """Return a client with this daemon's CA and token."""
         verify: Any = ssl.create_default_context(cafile=self.ca_file) if self.ca_file else True
         headers = {"authorization": f"Bearer {token}"} if (token := self.token()) else {}
         return httpx.Client(verify=verify, timeout=60, headers=headers)
@@ -125,7 +125,7 @@ class Daemon:
         return self._children("neuron.engine")
 
     def text_processes(self) -> list[psutil.Process]:
-        """Return the processes in which the daemon has text read."""
+        """Return the daemon's text processes."""
         return self._children("neuron.text")
 
     def processes(self) -> list[psutil.Process]:
@@ -155,46 +155,80 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def with_socket(listener: socket.socket, *command: str) -> "subprocess.Popen[bytes]":
-    """Start a command as systemd does that listens for it. Its output is dropped."""
+    """Start a command with a listening socket, as systemd does. Its output is dropped."""
     launcher = [sys.executable, "-c", HAND_OVER, str(listener.fileno()), *command]
     return subprocess.Popen(
         launcher, pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 
 
-@contextlib.contextmanager
+class Command(Daemon):
+    """An installed command, which can be started again at its port."""
+
+    def __init__(
+        self, *words: str, port: int, log: pathlib.Path, ca_file: pathlib.Path | None = None, **environment: str
+    ) -> None:
+        self.port, self.log, self.ca_file = port, log, ca_file
+        self._words, self._environment = words, environment
+        log.write_bytes(b"")
+
+    def start(self) -> None:
+        """Run it, and return when it serves."""
+        program = pathlib.Path(sys.executable).with_name(self._words[0])
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [str(program), *self._words[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **self._environment},
+            )
+        until(lambda: self.get("/health"), START_TIMEOUT_S, f"{program.name} serves")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End it by SIGTERM, upon which it must exit with 0, unless it has ended already."""
+        if self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGCONT)
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self._words} did not end on SIGTERM:\n{self.log.read_text()[-4000:]}") from None
+        assert status == 0, f"{self._words} ended with {status}:\n{self.log.read_text()[-4000:]}"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["Command"]:
+        """Start it for a block."""
+        try:
+            self.start()
+            yield self
+        finally:
+            self.stop()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Suspend all its processes for a block."""
+        processes = self.processes()
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
+
+
 def daemon(
-    command: str,
-    *arguments: str,
-    port: int,
-    log: pathlib.Path,
-    ca_file: pathlib.Path | None = None,
-    **environment: str,
-) -> Iterator[Daemon]:
-    """Run one of the installed commands until the block is left; it must then end by itself on SIGTERM, with 0."""
-    program = pathlib.Path(sys.executable).with_name(command)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [str(program), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, **environment},
-        )
-    found = Daemon(process, port, log, ca_file)
-    try:
-        until(lambda: found.get("/health"), START_TIMEOUT_S, f"{command} serves")
-        yield found
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                status = process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                raise AssertionError(f"{command} did not end on SIGTERM:\n{log.read_text()[-4000:]}") from None
-            assert status == 0, f"{command} ended with {status}:\n{log.read_text()[-4000:]}"
+    *words: str, port: int, log: pathlib.Path, ca_file: pathlib.Path | None = None, **environment: str
+) -> contextlib.AbstractContextManager[Daemon]:
+    """Run one of the installed commands for a block."""
+    return Command(*words, port=port, log=log, ca_file=ca_file, **environment).running()
 
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -227,15 +261,22 @@ source = "/"
 """
 
 
+def scripted_node(
+    folder: pathlib.Path, name: str, devices: Mapping[str, float] | None = None, dialects: Sequence[str] = ()
+) -> Command:
+    """Return a neuron of scripted models, with fake GPUs of so many GiB or with the model ``m`` on a CPU."""
+    port = free_port()
+    settings = json.dumps({"port": port, "name": name, "devices": devices or {}, "dialects": dialects})
+    return Command("python", SCRIPTED_NODE, settings, port=port, log=folder / f"{name}.log")
+
+
 @contextlib.contextmanager
 def scripted_neuron(folder: pathlib.Path, *dialects: str) -> Iterator[Daemon]:
     """The real daemon with a model that plays the scenarios of ``scenarios.py``, loaded as ``m``.
 
-    With ``dialects`` it speaks no others.
+    With ``dialects`` it serves no others.
     """
-    port = free_port()
-    settings = json.dumps({"port": port, "name": "scripted", "devices": {}, "dialects": dialects})
-    with daemon("python", SCRIPTED_NODE, settings, port=port, log=folder / "neuron.log") as found:
+    with scripted_node(folder, "scripted", dialects=dialects).running() as found:
         until(lambda: model_state(found, SCRIPTED_MODEL) == "ready", START_TIMEOUT_S, "the model is ready")
         yield found
 

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterator
 
 import browser
-import dashboard_rig
+import fleet
 import pytest
 
 WIDE = (1440, 900)
@@ -24,27 +24,24 @@ def page(folder: pathlib.Path) -> Iterator[browser.Page]:
 
 @pytest.fixture(scope="session")
 def nodes(page: browser.Page, folder: pathlib.Path) -> Iterator[dict[str, str]]:
-    with dashboard_rig.neurons(folder) as found:
+    with fleet.neurons(folder) as found:
         yield found
 
 
 @pytest.fixture(scope="session")
 def models(folder: pathlib.Path, smollm2_gguf: pathlib.Path) -> str:
-    return dashboard_rig.catalogue(folder, smollm2_gguf)
+    return fleet.catalogue(folder, smollm2_gguf)
 
 
 @pytest.fixture(scope="session")
-def gateway(folder: pathlib.Path, nodes: dict[str, str], models: str) -> Iterator[dashboard_rig.Gateway]:
-    own = folder / "gateway"
-    own.mkdir()
-    found = dashboard_rig.Gateway(own, nodes, models)
-    found.start()
-    yield found
-    found.stop()
+def gateway(folder: pathlib.Path, nodes: dict[str, str], models: str) -> Iterator[fleet.Gateway]:
+    found = fleet.Gateway(folder / "gateway", nodes, models)
+    with found.running():
+        yield found
 
 
 @pytest.fixture
-def opened(page: browser.Page, gateway: dashboard_rig.Gateway) -> Iterator[browser.Page]:
+def opened(page: browser.Page, gateway: fleet.Gateway) -> Iterator[browser.Page]:
     """The page, open and live; a test fails if the page logs an error or a warning."""
     page.complaints.clear()
     page.asked.clear()

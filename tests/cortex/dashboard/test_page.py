@@ -18,7 +18,7 @@ import daemons
 import httpx
 import pytest
 from browser import Page
-from dashboard_rig import REAL, Gateway
+from fleet import REAL, Gateway, polled
 from page_actions import act, card, confirm, load, open_row, placed, row, say
 
 from cortex.access.keys import new_key
@@ -337,14 +337,12 @@ def test_axe_sees_a_fault_that_is_put_there(opened: Page) -> None:
 def test_a_guest_sees_no_fleet_and_keys_open_it(
     page: Page, folder: pathlib.Path, nodes: dict[str, str], models: str
 ) -> None:
-    own = folder / "guarded"
-    own.mkdir()
     (admin, admin_hash), (user, user_hash) = new_key(), new_key()
     keys = (
         f'[[keys]]\nname = "root"\nsha256 = "{admin_hash}"\nmodels = ["*"]\nadmin = true\n'
         f'[[keys]]\nname = "alice"\nsha256 = "{user_hash}"\nmodels = ["m"]\n'
     )
-    guarded = Gateway(own, nodes, models, keys)
+    guarded = Gateway(folder / "guarded", nodes, models, keys)
     guarded.start()
 
     def sign_in(key: str) -> None:
@@ -391,15 +389,13 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
 
 
 def test_a_hundred_nodes_stay_smooth(page: Page, folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = folder / "many"
-    own.mkdir()
     page.asked.clear()
     script = str(pathlib.Path(daemons.__file__).with_name("busy_fleet.py"))
     with subprocess.Popen([sys.executable, script, "100"], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             many = json.loads(process.stdout.readline())
-            gateway = Gateway(own, many, "", interval_s=2.0)
+            gateway = Gateway(folder / "many", many, "", settings=polled(2.0))
             gateway.start()
             try:
                 figures = measure(page, gateway.link)

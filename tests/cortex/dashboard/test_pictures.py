@@ -6,11 +6,11 @@ import pathlib
 import threading
 from collections.abc import Iterator
 
-import dashboard_rig
+import fleet
 import httpx
 import pytest
 from browser import Page
-from dashboard_rig import REAL, Gateway
+from fleet import REAL, Gateway
 from page_actions import act, load, open_row, row, say
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -36,13 +36,10 @@ pytestmark = [
 @pytest.fixture
 def shown(tmp_path: pathlib.Path, smollm2_gguf: pathlib.Path) -> Iterator[Gateway]:
     """A gateway before a fleet with nothing in it that only tests have."""
-    with dashboard_rig.neurons(tmp_path, scripted=False) as nodes:
-        own = tmp_path / "gateway"
-        own.mkdir()
-        gateway = Gateway(own, nodes, dashboard_rig.catalogue(tmp_path, smollm2_gguf))
-        gateway.start()
-        yield gateway
-        gateway.stop()
+    with fleet.neurons(tmp_path, scripted=False) as nodes:
+        gateway = Gateway(tmp_path / "gateway", nodes, fleet.catalogue(tmp_path, smollm2_gguf))
+        with gateway.running():
+            yield gateway
 
 
 @contextlib.contextmanager

@@ -1,32 +1,36 @@
-"""A fleet on loopback ports: four neurons with fake GPUs, two with the real model, two gateways of two workers.
+"""Fleets on loopback ports, of any number of neurons and gateways; every process is a real daemon.
 
-One of the pretended ones is reached through a proxy, so that its network can be cut. Every process is a real daemon.
+Neurons have the real small model on the CPU, or scripted models on fake GPUs.
 """
 
 import asyncio
 import contextlib
-import json
 import os
 import pathlib
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import daemons
 import httpx
 import psutil
+from daemons import Command, Daemon
+from scripted_model import describe
 
 from cortex.access import local
 
 T = TypeVar("T")
 
 GPUS = {"a": {"cuda:0": 40}, "b": {"cuda:0": 24}, "c": {"cuda:0": 24}, "d": {"cuda:0": 12, "cuda:1": 12}}
+HOSTS: Mapping[str, Mapping[str, float]] = {
+    "gpu-1": {"cuda:0": 80, "cuda:1": 80},
+    "gpu-2": {"cuda:0": 48},
+    "gpu-3": {"cuda:0": 24},
+}
 TIMEOUTS = "connect_s = 1.0\nfirst_byte_s = 4.0\nanswer_s = 20.0\nstall_s = 3.0\nload_stall_s = 20.0\n"
 
 # Name, GiB, seconds to load, and more of its profile.
@@ -44,6 +48,15 @@ MODELS: tuple[tuple[str, float, float, str], ...] = (
     ("broken", 2, 0.05, ""),
     *((f"s{i}", 12, 0.01, "tensor_parallel = 2") for i in range(8)),  # two of them fit on d, and none elsewhere
     *((f"p{i}", 12, 0.01, f"tensor_parallel = 2\npriority = {i}") for i in range(3)),  # nor of these
+)
+
+REAL = daemons.MODEL
+# Name, GiB, seconds to load, devices.
+PRETENDED: tuple[tuple[str, float, float, int], ...] = (
+    ("Qwen3-32B", 30, 4.0, 1),
+    ("Qwen3-235B-A22B", 140, 3.0, 2),
+    ("Llama-3.3-70B", 60, 2.0, 1),
+    ("Gemma-3-27B", 24, 6.0, 1),
 )
 
 
@@ -105,78 +118,122 @@ class Proxy:
         writer.close()
 
 
-class Node:
-    """A pretended neuron, which can be killed, frozen and started again at the same port."""
+NO_STORE = '[store]\nkind = "none"\n'
+TWO_WORKERS = (
+    "workers = 2\ndrain_timeout_s = 5\nmax_connections_per_node = 4096\n"
+    f"[gateway.timeouts]\n{TIMEOUTS}"
+    "[gateway.polling]\ninterval_s = 0.2\ntimeout_s = 1.0\nmax_backoff_s = 0.5\n"
+    "[gateway.breaker]\nopen_s = 0.5\nmax_open_s = 1.0\n"
+)
 
-    def __init__(self, folder: pathlib.Path, name: str, port: int) -> None:
-        self.name = name
-        self.port = port
-        self.log = folder / f"{name}.log"
-        self.start()
+
+def polled(interval_s: float = 0.2) -> str:
+    """Return settings of a gateway that polls its nodes so often."""
+    return (
+        f"drain_timeout_s = 15\n[gateway.polling]\ninterval_s = {interval_s}\nmax_backoff_s = {max(0.5, interval_s)}\n"
+    )
+
+
+class Gateway(Command):
+    """``cortex serve`` over ``nodes``; ``settings`` follow its addresses in ``cortex.toml``, ``more`` ends it."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        nodes: Mapping[str, str],
+        models: str,
+        keys: str = "",
+        settings: str = polled(),
+        more: str = NO_STORE,
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        config, port = folder / "cortex.toml", daemons.free_port()
+        super().__init__("cortex", "serve", "--config", str(config), port=port, log=folder / "cortex.log")
+        self.metrics_port = daemons.free_port()
+        self.nodes = dict(nodes)
+        endpoints = "".join(f'[[neurons]]\nname = "{name}"\nendpoint = "{url}"\n' for name, url in nodes.items())
+        metrics = "" if "workers" in settings else f"127.0.0.1:{self.metrics_port}"
+        (folder / "models.toml").write_text(models)
+        (folder / "keys.toml").write_text(keys)
+        config.write_text(
+            f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "{metrics}"\n{settings}'
+            + (f'[access]\nkeys = "{folder / "keys.toml"}"\n' if keys else "")
+            + endpoints
+            + more
+        )
 
     def start(self) -> None:
-        settings = json.dumps({"port": self.port, "name": self.name, "devices": GPUS[self.name]})
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, daemons.SCRIPTED_NODE, settings],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        daemons.until(lambda: self.get("/health"), 30, f"{self.name} serves")
+        """Serve, and return when every node is up."""
+        super().start()
+        daemons.until(lambda: (h := self.get("/health")) and h["nodes_up"] == h["nodes"], 30, "all nodes are up")
 
-    def get(self, path: str) -> Any:
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=2).json()
-        except httpx.HTTPError:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            return None
-
-    def send(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.send(signal.SIGCONT)
-            self.send(signal.SIGTERM)
-            try:
-                assert self.process.wait(15) == 0, self.log.read_text()[-3000:]
-            except subprocess.TimeoutExpired:
-                self.kill()
-                raise
+    @property
+    def link(self) -> str:
+        """The address of the page with the local administrator's key, which exists from the first start on."""
+        return f"{self.url}/#key={self.token()}"
 
 
-StartGateway = Callable[[str, str], contextlib.AbstractContextManager[daemons.Daemon]]
+@contextlib.contextmanager
+def neurons(
+    folder: pathlib.Path, gpus: Mapping[str, Mapping[str, float]] = HOSTS, *, scripted: bool = True
+) -> Iterator[dict[str, str]]:
+    """Run two neurons on the CPU and some with fake GPUs; return their addresses.
 
-NO_STORE = '[store]\nkind = "none"\n'
+    Without ``scripted`` none of them plays the scenarios of tests.
+    """
+    commands = {name: daemons.scripted_node(folder, name, devices) for name, devices in gpus.items()}
+    for name in ("cpu-1", "cpu-2"):
+        port, config = daemons.free_port(), folder / f"{name}.toml"
+        config.write_text(f'[daemon]\nname = "{name}"\nlisten = "127.0.0.1:{port}"\ndevices = "cpu"\n')
+        commands[name] = Command("neuron", "--config", str(config), port=port, log=folder / f"{name}.log")
+    with contextlib.ExitStack() as stack:
+        found = {name: stack.enter_context(commands[name].running()).url for name in sorted(commands)}
+        if scripted:
+            found["scripted"] = stack.enter_context(daemons.scripted_neuron(folder)).url
+        yield found
+
+
+def profile(
+    folder: pathlib.Path, name: str, gib: float, load_s: float, devices: int = 1, more: str = "", fails: str = ""
+) -> str:
+    """Write a scripted model's file; return its part of ``models.toml``."""
+    path = describe(folder, name, gib, load_s, devices, fails)
+    wide = f"tensor_parallel = {devices}\n" if devices > 1 and "tensor_parallel" not in more else ""
+    return f'[[models]]\nid = "{name}"\nsource = "{path}"\n{wide}{more}\n'
+
+
+def catalogue(folder: pathlib.Path, weights: pathlib.Path) -> str:
+    """Return a ``models.toml``: the real model for the two CPUs, and the pretended ones."""
+    real = f'[[models]]\nid = "{REAL}"\nsource = "{weights}"\naliases = ["small"]\npreferred_nodes = ["cpu-1"]\n'
+    return real + "".join(profile(folder, *model, more='preferred_nodes = ["gpu-1"]') for model in PRETENDED)
 
 
 class Fleet:
-    """Everything that runs."""
+    """Neurons and gateways of two workers; ``make_gateway`` returns one more by its name and the end of its file."""
 
     def __init__(
-        self, nodes: dict[str, Node], gateways: list[daemons.Daemon], proxy: Proxy, start_gateway: "StartGateway"
+        self,
+        nodes: dict[str, Command],
+        gateways: list[Gateway],
+        proxy: Proxy,
+        make_gateway: Callable[[str, str], Gateway],
     ) -> None:
         self.nodes = nodes
         self.gateways = gateways
         self.proxy = proxy
-        self._start_gateway = start_gateway
+        self._make_gateway = make_gateway
 
     @contextlib.contextmanager
     def with_gateway(self, name: str, more: str = NO_STORE) -> Iterator["Fleet"]:
-        """Have this fleet behind one more gateway, and be asked through that alone, while the block runs."""
-        with self._start_gateway(name, more) as running:
-            daemons.until(lambda: (running.get("/health") or {}).get("nodes_up") == 6, 30, "all are up")
-            yield Fleet(self.nodes, [running], self.proxy, self._start_gateway)
+        """Yield this fleet behind one more gateway alone."""
+        gateway = self._make_gateway(name, more)
+        with gateway.running():
+            yield Fleet(self.nodes, [gateway], self.proxy, self._make_gateway)
 
     def without(self, name: str) -> "Fleet":
         """Return this fleet but for a node."""
         rest = {other: node for other, node in self.nodes.items() if other != name}
-        return Fleet(rest, self.gateways, self.proxy, self._start_gateway)
+        return Fleet(rest, self.gateways, self.proxy, self._make_gateway)
 
     def loads(self, model: str) -> int:
         """Return how often any node has loaded a model."""
@@ -202,7 +259,7 @@ class Fleet:
         return asyncio.run(bounded())
 
     def assert_idle(self) -> None:
-        """Wait until nobody counts a request any more, on either side."""
+        """Wait until no gateway and no node counts a request."""
         for gateway in self.gateways:
             # Each look may reach another worker.
             daemons.until(
@@ -214,7 +271,7 @@ class Fleet:
             daemons.until(
                 lambda node=node: sum(model["running"] for model in node.get("/models")["models"]) == 0,
                 20,
-                f"{node.name} runs nothing",
+                f"{node.log.stem} runs nothing",
             )
 
 
@@ -251,36 +308,12 @@ class Client:
         return await self.http.post(f"{self.urls[0]}/admin/{path}", json=body, headers=headers)
 
 
-@contextlib.contextmanager
-def gateway(
-    folder: pathlib.Path, endpoints: dict[str, str], models: str, name: str, more: str = NO_STORE
-) -> Iterator[daemons.Daemon]:
-    """A gateway of two workers over ``endpoints``; ``more`` ends its ``cortex.toml``."""
-    port = daemons.free_port()
-    own = folder / name
-    own.mkdir()
-    nodes = "".join(f'[[neurons]]\nname = "{node}"\nendpoint = "{url}"\n' for node, url in endpoints.items())
-    (own / "models.toml").write_text(models)
-    (own / "cortex.toml").write_text(
-        f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = ""\nworkers = 2\ndrain_timeout_s = 5\n'
-        "max_connections_per_node = 4096\n"
-        f"[gateway.timeouts]\n{TIMEOUTS}"
-        "[gateway.polling]\ninterval_s = 0.2\ntimeout_s = 1.0\nmax_backoff_s = 0.5\n"
-        "[gateway.breaker]\nopen_s = 0.5\nmax_open_s = 1.0\n"
-        f"{nodes}{more}"
-    )
-    with daemons.daemon(
-        "cortex", "serve", "--config", str(own / "cortex.toml"), port=port, log=own / "cortex.log"
-    ) as found:
-        yield found
-
-
-def workers_of(running: daemons.Daemon) -> list[psutil.Process]:
+def workers_of(running: Daemon) -> list[psutil.Process]:
     """Return a gateway's worker processes."""
     return [child for child in psutil.Process(running.process.pid).children() if child.is_running()]
 
 
-def hang_up(running: daemons.Daemon) -> None:
+def hang_up(running: Daemon) -> None:
     os.kill(running.process.pid, signal.SIGHUP)
 
 
