@@ -53,16 +53,15 @@ _ADD_ITEMS = msgspec.json.Decoder(AddItemsBody)
 class ConversationEndpoints:
     """Handlers of the paths of conversations."""
 
-    def __init__(self, conversations: NamedConversations, max_body_bytes: int) -> None:
+    def __init__(self, conversations: NamedConversations) -> None:
         self._conversations = conversations
-        self._max_body_bytes = max_body_bytes
 
     def _owned(self, exchange: Exchange) -> NamedConversations:
         return self._conversations.of(principal_of(exchange.caller).name)
 
     async def create(self, exchange: Exchange) -> None:
         """``POST /v1/conversations``; a body may be left out."""
-        body = await exchange.read_body(self._max_body_bytes) or b"{}"
+        body = await exchange.read_body(self._conversations.max_bytes) or b"{}"
         asked, _ = _CREATE_PARAMETERS.decode(body, _CREATE)
         await _reply(exchange, await self._owned(exchange).create(_items(body), asked.metadata or {}))
 
@@ -73,7 +72,7 @@ class ConversationEndpoints:
     async def update(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}``: other metadata."""
         (id,) = _parts(exchange, 1)
-        asked, _ = _UPDATE_PARAMETERS.decode(await exchange.read_body(self._max_body_bytes), _UPDATE)
+        asked, _ = _UPDATE_PARAMETERS.decode(await exchange.read_body(self._conversations.max_bytes), _UPDATE)
         await _reply(exchange, await self._owned(exchange).update(id, asked.metadata or {}))
 
     async def delete(self, exchange: Exchange) -> None:
@@ -89,7 +88,7 @@ class ConversationEndpoints:
 
     async def add_items(self, exchange: Exchange) -> None:
         """``POST /v1/conversations/{id}/items``."""
-        body = await exchange.read_body(self._max_body_bytes)
+        body = await exchange.read_body(self._conversations.max_bytes)
         _ADD_PARAMETERS.decode(body, _ADD_ITEMS)
         added = await self._owned(exchange).add_items(_parts(exchange, 2)[0], _items(body))
         limit = str(max(1, min(100, len(added))))

@@ -147,7 +147,7 @@ class Gateway:
         self.request_log.on_written = self._feed.journal.record
         counted = self._counted
         stored = StoredEndpoints(conversations, self._background)
-        named = ConversationEndpoints(NamedConversations(conversations), settings.gateway.max_body_bytes)
+        named = ConversationEndpoints(NamedConversations(conversations))
         self._paths: Mapping[str, Methods] = {
             CHAT.path: {"POST": inference.endpoint(CHAT)},
             EMBEDDINGS.path: {"POST": inference.endpoint(EMBEDDINGS)},

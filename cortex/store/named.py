@@ -28,6 +28,11 @@ class NamedConversations:
     def __init__(self, conversations: Conversations) -> None:
         self._conversations = conversations
 
+    @property
+    def max_bytes(self) -> int:
+        """Limit of a body and of a conversation."""
+        return self._conversations.max_bytes
+
     def of(self, owner: str) -> "NamedConversations":
         """Return the conversations of a principal."""
         return NamedConversations(self._conversations.of(owner))

@@ -107,6 +107,16 @@ async def test_items_are_counted_before_anything_is_made_of_them(num_items: int)
         assert (await gateway.call("GET", f"/v1/conversations/{id}/items").end()).json()["data"] == []
 
 
+async def test_the_limit_of_a_body_is_that_of_the_last_reload() -> None:
+    async with rig(FakeNode()) as gateway:
+        inner = gateway.gateway
+        limits = msgspec.structs.replace(inner.settings.gateway, max_body_bytes=1024)
+        settings = msgspec.structs.replace(inner.settings, gateway=limits)
+        inner.reconfigure(settings, inner.offered, inner.authenticator.keys)
+        for path in ("/v1/conversations", "/v1/responses", "/v1/messages", "/v1/embeddings"):
+            assert (await gateway.call("POST", path, b" " * 1025).end()).status == 413, path
+
+
 async def test_twenty_items_are_taken_at_a_time() -> None:
     async with rig(FakeNode()) as gateway:
         items = [{"role": "user", "content": f"{i}"} for i in range(20)]
