@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from cortex.wire.errors import ApiError
 from cortex.wire.events import Failed, InferenceEvent, PromptEcho, Started, TokenLogprob
 from neuron.device.jobs import SequenceEnd, TokenLogprobs, TokenRow
-from neuron.device.worker import Item, Sink, Worker
+from neuron.device.outstanding import Item, Sink
+from neuron.device.worker import Worker
 from neuron.errors import AnswerCutError
 from neuron.text.detokenize import Detokenizer
 

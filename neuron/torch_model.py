@@ -23,7 +23,8 @@ from cortex.wire.node import Capability
 from cortex.wire.request import EmbeddingRequest, FormatKind, InferenceRequest, Sampling, ToolMode
 from neuron.config import PrefixSharing
 from neuron.device.jobs import ConstraintSettings, Embedding, LoadedModel, SamplerSettings, TokenRow
-from neuron.device.worker import Item, Worker
+from neuron.device.outstanding import Item
+from neuron.device.worker import Worker
 from neuron.errors import AnswerCutError
 from neuron.generation import EchoedPrompt, Generation
 from neuron.harness import Embeddings

@@ -1,14 +1,12 @@
 """Worker of a device as the daemon holds it: jobs and sequences in, results and token rows out.
 
 When the process ends, every job and sequence fails at once, the process is replaced after a delay that grows with each
-death in a row, and the owner reloads its models before new sequences are taken. Numbers of jobs and sequences are never
-used twice, so messages of an earlier process match no request. The owner keeps the list of models.
+death in a row, and the owner, which keeps the list of models, reloads them before new sequences are taken.
 """
 
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import logging
 import signal
 import time
@@ -18,9 +16,10 @@ from typing import assert_never
 import msgspec
 
 from cortex.supervise import Supervisor
-from cortex.wire.errors import ApiError, OverloadedError, RemoteError
+from cortex.wire.errors import OverloadedError, RemoteError
 from cortex.wire.node import ModelSpec, WorkerHealth, WorkerState
 from neuron.device import jobs
+from neuron.device.outstanding import Item, OutstandingWork, Result, Sink
 from neuron.device.probe import CUDA_ENVIRONMENT
 from neuron.device.process import KILL_GRACE_S, WorkerProcess
 from neuron.errors import DeviceWorkerLostError, DeviceWorkerNotReadyError
@@ -32,11 +31,6 @@ MAX_PENDING_BYTES = 64 << 20
 
 TOKEN_BYTES = 4
 """Size of a token id in a row."""
-
-Item = jobs.TokenRow | jobs.Embedding | ApiError
-Sink = Callable[[Item], None]
-"""Receiver of a sequence's output: rows or an embedding, and at most one error, which ends it. Called on the event
-loop; must not block."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +48,6 @@ class RestartPolicy:
     def delay_s(self, deaths: int) -> float:
         """Return the delay before the next start, after ``deaths`` in a row (from 1)."""
         return min(self.max_delay_s, self.first_delay_s * 2.0 ** min(deaths - 1, 30))
-
-
-@dataclasses.dataclass(slots=True)
-class _Job:
-    answer: asyncio.Future[jobs.LoadedModel | jobs.Memory | None]
-    progress: Callable[[float], None] | None
 
 
 class Worker:
@@ -104,9 +92,7 @@ class Worker:
         self._deaths = 0
         self._started_at = 0.0
         self._start_s = 1.0
-        self._numbers = itertools.count(1)
-        self._jobs: dict[int, _Job] = {}
-        self._sinks: dict[int, Sink] = {}
+        self._work = OutstandingWork(device_id)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(jobs.FromWorker).decode
 
@@ -339,14 +325,14 @@ class Worker:
     def _start(self, make: Callable[[int], jobs.ToWorker], sink: Sink) -> int:
         if self.state is not WorkerState.READY:
             raise self._not_ready()
-        sequence = next(self._numbers)
+        sequence = self._work.next_number()
         self._send(make(sequence))
-        self._sinks[sequence] = sink
+        self._work.open(sequence, sink)
         return sequence
 
     def cancel(self, sequence: int) -> None:
         """Stop a sequence; its sink gets nothing more. A finished or unknown sequence is ignored."""
-        if self._sinks.pop(sequence, None) is not None and self._process is not None:
+        if self._work.drop(sequence) and self._process is not None:
             self._process.send(self._encode(jobs.Cancel(sequence)))
 
     def replace(self, reason: str) -> None:
@@ -355,15 +341,10 @@ class Worker:
 
     async def _submit(
         self, make: Callable[[int], jobs.ToWorker], progress: Callable[[float], None] | None = None
-    ) -> jobs.LoadedModel | jobs.Memory | None:
-        number = next(self._numbers)
+    ) -> Result:
+        number = self._work.next_number()
         self._send(make(number))
-        job = self._jobs[number] = _Job(asyncio.get_running_loop().create_future(), progress)
-        try:
-            return await job.answer
-        finally:
-            # A cancelled wait leaves the job running; its answer is dropped.
-            self._jobs.pop(number, None)
+        return await self._work.answer(number, progress)
 
     def _send(self, message: jobs.ToWorker) -> None:
         if self._process is None or self.ready is None or self._stopping:
@@ -393,15 +374,8 @@ class Worker:
                 self._deliver(message.sequence, message, True)
             case jobs.SequenceFailed():
                 self._deliver(message.sequence, RemoteError(message.error), True)
-            case jobs.Done():
-                if (job := self._jobs.get(message.job)) and not job.answer.done():
-                    job.answer.set_result(message.result)
-            case jobs.JobFailed():
-                if (job := self._jobs.get(message.job)) and not job.answer.done():
-                    job.answer.set_exception(RemoteError(message.error))
-            case jobs.Progress():
-                if (job := self._jobs.get(message.job)) and job.progress is not None:
-                    job.progress(message.fraction)
+            case jobs.Done() | jobs.JobFailed() | jobs.Progress():
+                self._work.settle(message)
             case jobs.Ready():
                 if message.device != self.device_id or self.ready is not None:
                     self._kill(f"reported ready for {message.device}")
@@ -415,14 +389,7 @@ class Worker:
                 assert_never(message)
 
     def _deliver(self, sequence: int, item: Item, last: bool) -> None:
-        sink = self._sinks.pop(sequence, None) if last else self._sinks.get(sequence)
-        if sink is None:  # cancelled here, and not yet there
-            return
-        try:
-            sink(item)
-        except Exception:
-            # The reader of this sequence is broken; the other rows of this message are not.
-            logger.exception("%s: the sink of sequence %d failed", self.device_id, sequence)
+        if not self._work.deliver(sequence, item, last):
             self.cancel(sequence)
 
     def _kill(self, reason: str) -> None:
@@ -445,17 +412,8 @@ class Worker:
 
     def _fail_everything(self, what: str) -> None:
         message = f"the worker of {self.device_id} {what}; the request was not finished"
-        unfinished, self._jobs = self._jobs, {}
-        sinks, self._sinks = self._sinks, {}
         self.running = self.waiting = 0
-        for job in unfinished.values():
-            if not job.answer.done():
-                job.answer.set_exception(DeviceWorkerLostError(message, retry_after_s=self._retry_after_s()))
-        for sequence, sink in sinks.items():
-            try:
-                sink(DeviceWorkerLostError(message, retry_after_s=self._retry_after_s()))
-            except Exception:
-                logger.exception("%s: the sink of sequence %d failed", self.device_id, sequence)
+        self._work.fail(lambda: DeviceWorkerLostError(message, retry_after_s=self._retry_after_s()))
 
     def _retry_after_s(self) -> float:
         """Return the likely time until a replacement is ready: the delay and the length of the last start."""
