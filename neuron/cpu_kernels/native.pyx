@@ -1,7 +1,8 @@
 """CPU kernels and step executor for Python: arrays in, no copies, no GIL while they run.
 
 The preconditions of the C code are checked here: lengths, and that a step is within the model's bounds. A Model holds
-references to the memory of its pointers.
+references to the memory of its pointers. Over 450 lines: pool, matrices and model share C structs, which separate
+extensions would have to export.
 """
 
 cimport cython
@@ -405,7 +406,7 @@ cdef class Model:
         found.post_norm = self._vector(post_norm, round_up(m.hidden, 16))
         found.attention_out_norm = found.mlp_out_norm = found.qk_norm = NULL
         if (attention_out_norm is None) != (mlp_out_norm is None):
-            raise ValueError("what attention and MLP put out is normalised, or neither")
+            raise ValueError("the outputs of attention and MLP are normalised both, or neither")
         if attention_out_norm is not None:
             found.attention_out_norm = self._vector(attention_out_norm, round_up(m.hidden, 16))
             found.mlp_out_norm = self._vector(mlp_out_norm, round_up(m.hidden, 16))
@@ -440,7 +441,7 @@ cdef class Model:
         if self._model.head.data == NULL or any(self._model.layers[i].input_norm == NULL for i in range(self._model.num_layers)):
             raise ValueError("weights are missing")
         if len({self._model.layers[i].mlp_out_norm == NULL for i in range(self._model.num_layers)}) > 1:
-            raise ValueError("some layers normalise what they put out, and others do not")
+            raise ValueError("some layers normalise their outputs, and others do not")
         if cache.shape[0] < page or cache.shape[0] % page or arena.shape[0] < <Py_ssize_t>c_arena_bytes(&self._model):
             raise ValueError(f"a cache of {cache.shape[0]} bytes and an arena of {arena.shape[0]} do not fit")
         if <size_t>&cache[0] % 64 or <size_t>&arena[0] % 64:

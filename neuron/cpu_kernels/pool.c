@@ -37,7 +37,7 @@ struct pool {
     _Atomic int stopping;
     void (*work)(void *, int);
     void *argument;
-    pthread_mutex_t turn;
+    pthread_mutex_t call_lock;
     struct worker *workers;
 };
 
@@ -102,13 +102,13 @@ static void *serve(void *argument) {
 }
 
 void pool_run(struct pool *pool, void (*work)(void *, int), void *argument) {
-    pthread_mutex_lock(&pool->turn);
+    pthread_mutex_lock(&pool->call_lock);
     pool->work = work;
     pool->argument = argument;
     if (pool->num_threads > 1) advance(&pool->start);
     work(argument, 0);
     pool_barrier(pool);
-    pthread_mutex_unlock(&pool->turn);
+    pthread_mutex_unlock(&pool->call_lock);
 }
 
 int pool_threads(const struct pool *pool) { return pool->num_threads; }
@@ -117,7 +117,7 @@ struct pool *pool_create(int num_threads) {
     struct pool *pool = NULL;
     if (posix_memalign((void **)&pool, 128, sizeof *pool) != 0) return NULL;
     *pool = (struct pool){.num_threads = 1};
-    pthread_mutex_init(&pool->turn, NULL);
+    pthread_mutex_init(&pool->call_lock, NULL);
     pool->workers = calloc((size_t)num_threads, sizeof *pool->workers);
     if (pool->workers == NULL) {
         pool_destroy(pool);
@@ -147,7 +147,7 @@ void pool_destroy(struct pool *pool) {
     atomic_store(&pool->stopping, 1);
     advance(&pool->start);
     for (int i = 1; i < pool->num_threads; i++) pthread_join(pool->workers[i].thread, NULL);
-    pthread_mutex_destroy(&pool->turn);
+    pthread_mutex_destroy(&pool->call_lock);
     free(pool->workers);
     free(pool);
 }

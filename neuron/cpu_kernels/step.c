@@ -5,6 +5,8 @@
  * A bar is a barrier: other threads read after it the data written before it. Between bars each thread has its own rows
  * of weights, for all activations; or its own activations; or its own attention tasks. With few rows each thread prepares
  * all activations for itself, which saves a barrier.
+ *
+ * Over 450 lines: planning and execution of a step share the arena's layout, which is private to this file.
  */
 #include "step.h"
 
@@ -75,7 +77,7 @@ static int has_out_norms(const struct model *m) { return m->layers[0].mlp_out_no
 
 static int num_windows(const struct model *m) { return m->window_tokens > 0 ? 2 : 1; }
 
-/* Rows whose context may be cut into partial results: those that decode or verify draft tokens, and the first few of a prompt. */
+/* Rows whose context may be cut into partial results: decodes, draft tokens, and the first few of a prompt. */
 static size_t parted_rows(const struct model *m) { return (size_t)m->max_sampled + MAX_TASK_QUERIES; }
 
 static struct arena lay_out(const struct model *m, uint8_t *base) {

@@ -3,7 +3,7 @@
 It waits without the GIL, takes it to pass a message or a step to the handler (the engine), and releases it to replay
 captured graphs. The rules: everything here runs on the thread that made the loop; a driver error is final and is
 reported to the daemon; the end of the daemon ends the loop; a daemon that does not read pauses it. Messages and steps
-are opaque here.
+are opaque here. Over 450 lines: one class, whose methods share C fields that Python cannot reach.
 """
 
 cimport cython

@@ -40,7 +40,7 @@ class DeviceDefaults:
     step_tokens: int
     """Tokens of one step while nothing but prefill runs."""
     mixed_step_tokens: int
-    """Tokens of one step while sequences decode, at the most: :mod:`neuron.engine.step_timer` says how many of them."""
+    """Most tokens of a step while sequences decode, which :mod:`neuron.engine.step_timer` may reduce."""
 
 
 CPU_DEFAULTS: Final = DeviceDefaults(16, 16 * 8192, 0.25, step_tokens=512, mixed_step_tokens=128)

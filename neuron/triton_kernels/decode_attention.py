@@ -241,7 +241,7 @@ def decode_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int | No
 
     The page numbers that a tile's addresses come from take a stage of their own at each distance: two tiles of keys and
     values are in flight with 5 stages (64 KiB a program, two to three programs a processor), and one with 2 to 4, which
-    is not asked for before the tile in its place has been used. Without a bound on registers each assembler spills 8
+    is requested only after the tile in its place has been used. Without a bound on registers each assembler spills 8
     bytes of one form or another, for more programs a processor than shared memory holds.
     """
     num_stages = 5 if target.big_shared_memory else 2

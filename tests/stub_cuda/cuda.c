@@ -3,7 +3,7 @@
  * Memory is the host's, streams complete at once and in order, and kernels do nothing, except the one that publishes tokens.
  * It enforces the rules: of captures (forbidden calls and memory, and the invalidation of a capture that breaks them), of
  * the amount of memory, of device pointers. So it tests all of the glue (torch's allocator and graphs, Triton's launchers,
- * the device loop), but no kernel's results.
+ * the device loop), but no kernel's results. Over 450 lines: one library, preloaded whole, whose calls share one lock and one state.
  *
  * STUB_CUDA_BYTES: memory of the device. STUB_CUDA_FAIL: CALL:N:CODE, the N-th call of that name returns CODE, N of 0 each
  * call while capturing. STUB_CUDA_LOG: a file that gets a line for each call of interest.

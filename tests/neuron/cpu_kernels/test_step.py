@@ -1,4 +1,7 @@
-"""Steps of the executor on a small model: its errors, and results that do not depend on threads and chunks."""
+"""Steps of the executor on a small model: its errors, and results that do not depend on threads and chunks.
+
+Over 450 lines: all tests share one random model and its plans.
+"""
 
 import os
 import pathlib

@@ -1,4 +1,7 @@
-"""Real worker processes: answers, deaths of every kind, replacement, and a bounded end."""
+"""Real worker processes: answers, deaths of every kind, replacement, and a bounded end.
+
+Over 450 lines: all tests share one rig, a worker process with faults on request.
+"""
 
 import array
 import asyncio

@@ -1,4 +1,7 @@
-"""Compiling ahead of time, the cache on disk, and no compiling once a model is ready."""
+"""Compiling ahead of time, the cache on disk, and no compiling once a model is ready.
+
+Over 450 lines: the tests share compiled variants, each of which takes seconds to make.
+"""
 
 import concurrent.futures
 import contextlib
