@@ -217,7 +217,7 @@ def test_errors_before_the_first_byte(
 
 @pytest.fixture
 def lenient(client: openai.OpenAI) -> Iterator[openai.OpenAI]:
-    """Client without validation: the SDK's type of a completion chunk forbids the null finish_reason of OpenAI's own API."""
+    """Client without validation: the SDK's type of a chunk forbids the null finish_reason of OpenAI's own API."""
     with openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=0) as found:
         yield found
 
