@@ -89,7 +89,7 @@ if [ "$kind" = thread ]; then
 elif [ -d tests/cortex/_fast ]; then
     tests+=(tests/cortex/_fast)
 fi
-# Ten thousands of steps, which say that results are the same and reach no code that others do not.
+# Tens of thousands of steps, which compare results and reach no code that other tests do not.
 tests+=(--deselect tests/neuron/cpu_kernels/test_step.py::test_cuts_threads_and_company_change_no_bit)
 status=0
 run -m pytest -p no:cacheprovider -q --timeout 300 "$@" "${tests[@]}" || status=$?

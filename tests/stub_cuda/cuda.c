@@ -179,12 +179,12 @@ static void end_step(void *const *arguments) {
 }
 
 /* Values that kernels would publish: all flags true, and all tokens valid. */
-static void make_sound(void *told, size_t size) {
+static void make_sound(void *published, size_t size) {
     enum { MOST_ROWS = 64, SOME_TOKEN = 7 };
     if (size % sizeof(int))
-        memset(told, JUNK, size);
+        memset(published, JUNK, size);
     else if (size <= MOST_ROWS * sizeof(int))
-        for (int *token = told; token < (int *)told + size / sizeof(int); token++)
+        for (int *token = published; token < (int *)published + size / sizeof(int); token++)
             *token = *token < 0 ? SOME_TOKEN : *token;
 }
 
@@ -222,7 +222,7 @@ static const char *captured(void *handle) { return stream_of(handle)->captures ?
 
 static __thread cudaError_t last_error;
 
-static cudaError_t told(int code) {
+static cudaError_t set_last_error(int code) {
     if (code && code != cudaErrorNotReady)
         last_error = code;
     return code;
@@ -291,7 +291,7 @@ API cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int d
 }
 API cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, cudaSuccess; }
 API cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
-API cudaError_t cudaSetDevice(int device) { return told(device ? BAD_DEVICE : 0); }
+API cudaError_t cudaSetDevice(int device) { return set_last_error(device ? BAD_DEVICE : 0); }
 API cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDA_VERSION, cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDA_VERSION, cudaSuccess; }
 API cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int device) {
@@ -304,7 +304,7 @@ API cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     return *least = 0, *greatest = -5, cudaSuccess;
 }
 API cudaError_t cudaDeviceCanAccessPeer(int *can, int from, int to) { return *can = 0, cudaSuccess; }
-API cudaError_t cudaDeviceSynchronize(void) { return told(unsafe("cudaDeviceSynchronize")); }
+API cudaError_t cudaDeviceSynchronize(void) { return set_last_error(unsafe("cudaDeviceSynchronize")); }
 
 API cudaError_t cudaMalloc(void **address, size_t size) {
     int code = unsafe("cudaMalloc");
@@ -313,15 +313,15 @@ API cudaError_t cudaMalloc(void **address, size_t size) {
     if (!code)
         code = allocate(address, size, 0);
     log_call("malloc of %zu%s", size, code ? " fails" : "");
-    return told(code);
+    return set_last_error(code);
 }
 API cudaError_t cudaFree(void *address) {
-    return told(address && unsafe("cudaFree") ? UNSUPPORTED : release(address));
+    return set_last_error(address && unsafe("cudaFree") ? UNSUPPORTED : release(address));
 }
 API cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) {
-    return told(unsafe("cudaHostAlloc") ? UNSUPPORTED : allocate(address, size, 1));
+    return set_last_error(unsafe("cudaHostAlloc") ? UNSUPPORTED : allocate(address, size, 1));
 }
-API cudaError_t cudaFreeHost(void *address) { return told(unsafe("cudaFreeHost") ? UNSUPPORTED : release(address)); }
+API cudaError_t cudaFreeHost(void *address) { return set_last_error(unsafe("cudaFreeHost") ? UNSUPPORTED : release(address)); }
 API cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all_bytes) {
     return *all_bytes = total_bytes(), *free_bytes = *all_bytes - used_bytes, cudaSuccess;
 }
@@ -341,11 +341,11 @@ API cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cu
     int is_pageable = !block_of(to) || !block_of(from);
     log_call("copy of %zu%s%s", size, is_pageable ? " pageable" : "", captured(stream));
     if (is_pageable && stream_of(stream)->captures)
-        return told(forbidden("a copy of pageable memory"));
+        return set_last_error(forbidden("a copy of pageable memory"));
     return queue(stream, (struct node){.kind = COPY, .to = to, .from = from, .size = size});
 }
 API cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
-    return unsafe("cudaMemcpy") ? told(UNSUPPORTED) : cudaMemcpyAsync(to, from, size, kind, NULL);
+    return unsafe("cudaMemcpy") ? set_last_error(UNSUPPORTED) : cudaMemcpyAsync(to, from, size, kind, NULL);
 }
 API cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
     return queue(stream, (struct node){.kind = FILL, .to = to, .size = size, .value = value});
@@ -359,8 +359,8 @@ API cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flag
     return cudaStreamCreate(stream);
 }
 API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { return *priority = 0, cudaSuccess; }
-API cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return told(waits_for(stream, "cudaStreamSynchronize")); }
-API cudaError_t cudaStreamQuery(cudaStream_t stream) { return told(waits_for(stream, "cudaStreamQuery")); }
+API cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return set_last_error(waits_for(stream, "cudaStreamSynchronize")); }
+API cudaError_t cudaStreamQuery(cudaStream_t stream) { return set_last_error(waits_for(stream, "cudaStreamQuery")); }
 API cudaError_t cudaStreamIsCapturing(cudaStream_t handle, enum cudaStreamCaptureStatus *status) {
     struct CUstream_st *stream = stream_of(handle);
     *status = !stream->captures     ? cudaStreamCaptureStatusNone
@@ -393,7 +393,7 @@ API cudaError_t cudaStreamBeginCapture(cudaStream_t handle, enum cudaStreamCaptu
     static unsigned long long id;
     struct CUstream_st *stream = stream_of(handle);
     if (stream == &default_stream || stream->captures)
-        return told(INVALIDATED);
+        return set_last_error(INVALIDATED);
     *stream = (struct CUstream_st){calloc(1, sizeof(struct CUgraph_st)), mode, 0, ++id};
     captures_of_thread++;
     global_captures += mode == cudaStreamCaptureModeGlobal;
@@ -403,13 +403,13 @@ API cudaError_t cudaStreamBeginCapture(cudaStream_t handle, enum cudaStreamCaptu
 API cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t *graph) {
     struct CUstream_st *stream = stream_of(handle);
     if (!stream->captures)
-        return told(UNMATCHED);
+        return set_last_error(UNMATCHED);
     *graph = stream->is_broken ? NULL : stream->captures;
     log_call("capture ends: %d", *graph ? (*graph)->count : -1);
     stream->captures = NULL;
     captures_of_thread--;
     global_captures -= stream->mode == cudaStreamCaptureModeGlobal;
-    return told(stream->is_broken ? INVALIDATED : 0);
+    return set_last_error(stream->is_broken ? INVALIDATED : 0);
 }
 
 API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
@@ -440,9 +440,9 @@ API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream,
     return cudaEventRecord(event, stream);
 }
 API cudaError_t cudaEventQuery(cudaEvent_t event) {
-    return told(*(int *)event ? forbidden("a query of its event"), CAPTURED_EVENT : unsafe("cudaEventQuery"));
+    return set_last_error(*(int *)event ? forbidden("a query of its event"), CAPTURED_EVENT : unsafe("cudaEventQuery"));
 }
-API cudaError_t cudaEventSynchronize(cudaEvent_t event) { return told(unsafe("cudaEventSynchronize")); }
+API cudaError_t cudaEventSynchronize(cudaEvent_t event) { return set_last_error(unsafe("cudaEventSynchronize")); }
 API cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) { return *ms = 1, cudaSuccess; }
 
 API cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *function) {
