@@ -363,7 +363,7 @@ class Api:
         """Return a request without what its model cannot take, and have the answer say how much that was.
 
         Raises:
-            UnsupportedParameterError: the user has just said such a thing.
+            UnsupportedParameterError: the newest message has such a part.
         """
         messages, num_omitted = readable(
             request.messages,

@@ -79,7 +79,7 @@ cdef class _Block:
         return put_literal(out, b'","signature":""}' if self.kind == THINKING_BLOCK else b'"}')
 
     cdef int put_whole(self, Buffer out) except -1:
-        """Append the block with all it has said."""
+        """Append the block with its whole content."""
         put_bytes(out, self.head)
         if self.kind == TOOL_BLOCK:
             put_bytes(out, object_text("".join(self.arguments)))

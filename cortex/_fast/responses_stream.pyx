@@ -172,7 +172,7 @@ cdef class _Item:
         self.item_head = out.take()
 
     cdef int put_part(self, Buffer out) except -1:
-        """Append the content part, with what was said so far."""
+        """Append the content part with its content so far."""
         if self.kind != MESSAGE_ITEM:
             put_bytes(out, b'{"type":"%b_text","text":"' % (b"summary" if self.kind == SUMMARY_ITEM else b"reasoning"))
             put(out, self.content.data, self.content.size)

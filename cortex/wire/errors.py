@@ -1,6 +1,6 @@
 """The errors that cross a process or reach a client, before a dialect gives them its own shape.
 
-An :class:`ApiError` knows its HTTP status, a stable code and the parameter at fault; it does not know how OpenAI or
+An :class:`ApiError` has its HTTP status, a stable code and the parameter at fault; it is independent of how OpenAI or
 Anthropic write it down (see :mod:`cortex.dialects`).
 """
 
