@@ -56,7 +56,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = BODY_TIMEOUT_S
     """Time for the body of a request to arrive, plus a second for each 64 KiB."""
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 256
-    """Choices of requests that may wait for a slot, for each model, before more are told to come back later."""
+    """Choices of requests that may wait for a slot, for each model; further ones are refused with 429."""
     prefix_sharing: PrefixSharing = PrefixSharing.PRINCIPAL
     """Scope of the prefix cache."""
     max_models: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256

@@ -65,8 +65,8 @@ LISTEN_CHECK_S = 0.05
 MAX_CONNECTIONS = 16384
 """Connections served at a time. Granian's own limit is the backlog: at 1,024 streams a node would answer no poll."""
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
-"""torch's threads wait for each other by spinning, for milliseconds unless told otherwise. Where other programs want
-the cores that is ruin: at a load of 7 on two cores, decode made 0.5-3 tokens/s, and 8-20 with this."""
+"""torch's threads wait for each other by spinning, for milliseconds by default. Where other programs use
+the cores that is slow: at a load of 7 on two cores, decode made 0.5-3 tokens/s, and 8-20 with this."""
 NCCL_ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": "lo",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",

@@ -2,7 +2,7 @@
 
 A value is what its schema lets it be: text is text, a number a number; of several types the first that it reads as, and
 lists and objects before text. Lists, objects and constants may be written as Python writes them. What fits none of
-its types stays text: the client sees what the model has said.
+its types stays text: the client receives the model's output.
 """
 
 import collections
@@ -20,7 +20,7 @@ MAX_DEPTH: Final = 64
 
 
 def property_schema(root: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """Return the schema of a property of ``root``; ``None`` where it has none, or one that says nothing."""
+    """Return the schema of a property of ``root``; ``None`` where it has none, or an empty one."""
     for schema in _parts(root, root):
         properties = schema.get("properties")
         if isinstance(properties, Mapping) and name in properties:
@@ -34,7 +34,7 @@ def property_schema(root: Mapping[str, Any], name: str) -> Mapping[str, Any] | N
 
 
 def property_names(root: Mapping[str, Any]) -> frozenset[str]:
-    """Return the names of the properties that ``root`` knows."""
+    """Return the names of the properties of ``root``."""
     return frozenset(
         name
         for schema in _parts(root, root)
@@ -51,7 +51,7 @@ def kinds_of(schema: Mapping[str, Any] | None, root: Mapping[str, Any]) -> tuple
     if any(part.get("nullable") is True for part in _parts(schema, root)):
         found.append("null")
     kinds = tuple(dict.fromkeys(found)) or ("string",)
-    # Nobody writes a list where a text is meant, and a text that begins as one says what it is.
+    # A text that begins as a list is a list where both are allowed.
     return tuple(sorted(kinds, key=lambda kind: {"object": 0, "array": 0, "null": 0}.get(kind, 1)))
 
 
@@ -254,13 +254,13 @@ _ONE: Final = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v",
 
 def _from_python(text: str) -> str | None:
     """Return a Python literal as JSON, ``None`` if it is none; one pass, and no recursion."""
-    made: list[str] = []
+    output: list[str] = []
     open_marks: list[str] = []
     at = 0
     while at < len(text):
         found = _PYTHON.match(text, at)
         if found is None:
-            return "".join(made) if not text[at:].strip() else None
+            return "".join(output) if not text[at:].strip() else None
         at = found.end()
         if found["mark"]:
             mark = found["mark"]
@@ -270,9 +270,9 @@ def _from_python(text: str) -> str | None:
                 if not open_marks:
                     return None
                 open_marks.pop()
-                if made and made[-1] == ",":
-                    made.pop()
-            made.append({"(": "[", ")": "]"}.get(mark, mark))
+                if output and output[-1] == ",":
+                    output.pop()
+            output.append({"(": "[", ")": "]"}.get(mark, mark))
             continue
         if found["word"] is not None:
             word = _WORDS.get(found["word"]) or _number(found["word"])
@@ -281,9 +281,9 @@ def _from_python(text: str) -> str | None:
         else:
             spelt = found["single"] if found["single"] is not None else found["double"]
             word = _json(_ESCAPE.sub(_unescaped, spelt))
-        is_key = bool(open_marks) and open_marks[-1] == "{" and made[-1] in {"{", ","}
-        made.append(_json(word) if is_key and word[0] != '"' else word)
-    return "".join(made)
+        is_key = bool(open_marks) and open_marks[-1] == "{" and output[-1] in {"{", ","}
+        output.append(_json(word) if is_key and word[0] != '"' else word)
+    return "".join(output)
 
 
 def _unescaped(found: re.Match[str]) -> str:

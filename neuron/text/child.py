@@ -39,7 +39,7 @@ class Death(Exception):
         self.is_of_the_job = is_of_the_job
         """Whether it is clear that the job did it."""
         self.step = step
-        """The step that it had come to, if it said so."""
+        """The step that it had begun, if it was reported."""
 
 
 class TextProcess:
@@ -64,7 +64,7 @@ class TextProcess:
         try:
             answer = await self.ask(msgspec.json.encode(opening), opening.limits)
         except Death as death:
-            # It was read once, so this is no fault of whoever waits for it now.
+            # It was read once, so the waiting request is not the cause.
             raise Death(str(death), is_of_the_job=False, step=Step.FILES) from None
         if isinstance(answer, jobs.Refused):
             raise RemoteError(msgspec.structs.replace(answer.error, status=503, code=UnavailableError.code))

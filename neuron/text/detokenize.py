@@ -24,7 +24,7 @@ from cortex.wire.request import Tool
 from neuron.device.jobs import SequenceEnd
 from neuron.text.call_pieces import CallArguments, CallBegins, Piece
 from neuron.text.holdback import held_back
-from neuron.text.reasoning import Part, ReasoningSplitter, ReasoningTags
+from neuron.text.reasoning import ReasoningSplitter, ReasoningTags, Section
 from neuron.text.tools import CallForm, ToolCallParser
 
 MAX_UNDECODED: Final = 16
@@ -38,7 +38,7 @@ class Detokenizer:
 
     ``tools`` are those the request offered, whose calls are looked for in the model's ``call_form``: without them a
     ``<tool_call>`` is just text. Without ``parallel_calls`` the first call ends the choice. ``markers`` gives the text
-    of special tokens that say something here; all others are no text.
+    of special tokens that mark something here; all others are no text.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class Detokenizer:
             # Half a character at the end, or only special tokens, which decode to nothing.
             self._split(self._restarted(), events)
         if not self.finished and self._splitter is not None:
-            for part, text in self._splitter.close():
-                self._route(part, text, events)
+            for section, text in self._splitter.close():
+                self._route(section, text, events)
         if not self.finished:
             rest, self._stop_pending = self._stop_pending, ""
             self._answer(rest, events)
@@ -172,15 +172,15 @@ class Detokenizer:
 
     def _split(self, text: str, events: list[InferenceEvent]) -> None:
         if self._splitter is None:
-            self._route(Part.ANSWER, text, events)
+            self._route(Section.ANSWER, text, events)
             return
-        for part, piece in self._splitter.feed(text):
-            self._route(part, piece, events)
+        for section, piece in self._splitter.feed(text):
+            self._route(section, piece, events)
             if self.finished:
                 return
 
-    def _route(self, part: Part, text: str, events: list[InferenceEvent]) -> None:
-        if part is Part.REASONING:
+    def _route(self, section: Section, text: str, events: list[InferenceEvent]) -> None:
+        if section is Section.REASONING:
             events.append(ReasoningDelta(text, self._choice))
             return
         if not self._stop:
@@ -235,7 +235,7 @@ class Detokenizer:
 
 
 def _merge(events: list[InferenceEvent]) -> list[InferenceEvent]:
-    """Join neighbouring pieces of one text or call: fewer SSE events say the same."""
+    """Join neighbouring pieces of one text or call: fewer SSE events carry the same."""
     if len(events) < 2:
         return events
     merged = events[:1]

@@ -4,7 +4,7 @@ A GGUF file has the vocabulary and the merges of a ``tokenizer.json`` and one na
 what patterns cut, whether a word that is a piece is looked up before anything is merged, whether a text begins with a
 first token. The rules are those of the models' published ``tokenizer.json`` files (Qwen's also in transformers); which
 name means which, and the defaults of the first token, are llama.cpp's (src/llama-vocab.cpp). Names that are not here
-are refused: a guess would tokenise otherwise and say nothing.
+are refused: a wrong rule would tokenise otherwise without an error.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Rules:
     ignores_merges: bool = False
     """Whether a word that is a piece is that piece, whatever the merges make of it."""
     begins: bool = False
-    """Whether a text begins with the first token where the file does not say."""
+    """Whether a text begins with the first token where the file has no key for it."""
 
     def normalizer(self) -> Any:
         """Return the normalizer, if there is one."""

@@ -31,8 +31,8 @@ def constraint_of(
 ) -> str | None:
     """Return the grammar that the answer to ``request`` must follow, ``None`` if it is free.
 
-    With tools on offer, an answer in the format asked for may be a call instead. ``problem_with`` says of a grammar
-    what is wrong with it. Raises :class:`InvalidSchemaError`.
+    With tools on offer, an answer in the format asked for may be a call instead. ``problem_with`` returns
+    the error of a grammar. Raises :class:`InvalidSchemaError`.
     """
     mode = request.tool_choice.mode
     tools = request.tools if mode is not ToolMode.NONE else ()
@@ -124,6 +124,6 @@ def _plain(problem: str) -> str:
 
 
 def _check_depth(schema: object, param: str) -> None:
-    """Raise for what is nested deeper than anyone means."""
+    """Raise for a schema that is nested too deeply."""
     if is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise InvalidSchemaError(f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels", param=param)

@@ -1,8 +1,8 @@
 """Messages in the shape chat templates expect, whatever a client's history holds.
 
-A history is replayed with every turn: what a template cannot take in it would be refused for the rest of the
-conversation. So a call whose arguments were cut, are null or no object becomes an object, a result gets the name of the
-call it answers, and system messages of any number and place become one.
+A client sends its whole history with every request: a message that a template cannot take would be refused for the
+rest of the conversation. So a call whose arguments were cut, are null or no object becomes an object, a result gets
+the name of the call it answers, and system messages of any number and place become one.
 """
 
 import hashlib
@@ -107,7 +107,7 @@ def one_system_message(messages: Sequence[Message]) -> list[Message]:
 
 
 def merge_adjacent(messages: Sequence[Message]) -> list[Message]:
-    """Join turns of one role that follow one another; results of tools stay apart, as each answers its own call."""
+    """Join consecutive messages of the same role; tool results stay apart, as each answers its own call."""
     joined: list[Message] = []
     for message in messages:
         before = joined[-1] if joined else None
@@ -124,8 +124,8 @@ def merge_adjacent(messages: Sequence[Message]) -> list[Message]:
     return joined
 
 
-def as_template_sees(message: Message) -> dict[str, Any]:
-    """Return a message as templates know it."""
+def template_message(message: Message) -> dict[str, Any]:
+    """Return a message in the form that templates take."""
     seen: dict[str, Any] = {"role": str(message.role), "content": message_text(message)}
     if message.name is not None:
         seen["name"] = message.name
@@ -147,7 +147,7 @@ def as_template_sees(message: Message) -> dict[str, Any]:
 
 
 def tool_schema(tool: Tool) -> dict[str, Any]:
-    """Return a tool as templates know it."""
+    """Return a tool in the form that templates take."""
     function: Mapping[str, Any] = {
         "name": tool.name,
         "description": tool.description,
@@ -157,7 +157,7 @@ def tool_schema(tool: Tool) -> dict[str, Any]:
 
 
 def with_tools_as_text(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """Put tools, calls and results into plain turns, for a template that has no place for them."""
+    """Put tools, calls and results into plain messages, for a template that has no place for them."""
     written: list[Message] = []
     if tools:
         listed = "\n".join(_json(tool_schema(tool)) for tool in tools)

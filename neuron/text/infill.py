@@ -1,6 +1,6 @@
-"""Filling in the middle: the prompt of a model that is told what comes before and what comes behind.
+"""Filling in the middle: the prompt of a model from the text before and the text after.
 
-Models that were trained to do so have tokens for it; which ones a vocabulary has says how its model wants to be asked.
+Models trained for it have tokens for it; the tokens in a vocabulary determine the form of the prompt.
 Knows the forms that are published, and no model by name.
 """
 
@@ -14,7 +14,7 @@ Encode = Callable[[str], list[int]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class InfillForm:
-    """The tokens of a form. ``suffix_first`` has what comes behind told before what comes before."""
+    """The tokens of a form. With ``suffix_first`` the text after comes before the text before."""
 
     prefix: int
     suffix: int

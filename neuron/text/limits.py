@@ -2,7 +2,7 @@
 
 The kernel holds them, since what they are for cannot be interrupted from within: a regular expression that is being
 compiled, a template that spins. Too much CPU time ends the process (``SIGPROF``), and so does too deep a stack; too
-much memory is a ``MemoryError`` of Python's, or the end (``SIGABRT``). The daemon knows what was being done.
+much memory is a ``MemoryError`` of Python's, or the end (``SIGABRT``). The daemon knows the job and its step.
 """
 
 import contextlib

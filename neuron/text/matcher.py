@@ -104,7 +104,7 @@ class _Tokens:
         known = token_bytes(tokenizer)[:num_tokens]
         # A token of no bytes is in no mask, which is what the padding of the logits needs.
         self.tokens = known + [b""] * (num_tokens - len(known))
-        # An end is no text either, whatever its tokenizer says: it would end an answer within a string.
+        # An end token is no text either, even if its tokenizer has text for it: it would end an answer within a string.
         self.special_token_ids = sorted({*special_ids(tokenizer), *eos})
         self.eos_token_id = eos[0]
         self.bos_token_id = None

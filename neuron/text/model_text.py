@@ -41,7 +41,7 @@ MAX_TEMPLATE_CHARS: Final = 1 << 20
 COUNTED_CONTEXTS: Final = 4
 """A prompt of more than so many contexts is refused without being counted to its end."""
 MAX_COUNTED: Final = 1 << 20
-"""Tokens that are counted for those who ask for a count alone: 2 s for a text of digits."""
+"""Most tokens counted for a request of the count alone: 2 s for a text of digits."""
 KNOWN_GRAMMARS: Final = 64
 """Grammars remembered as tried, so that a client that sends its schema with each request waits for it once."""
 
@@ -99,9 +99,9 @@ class ModelText:
         return prompt
 
     def banned(self, request: InferenceRequest) -> tuple[int, ...]:
-        """Return the tokens that say one of the request's ``bad_words``, at the beginning of a text or behind a space.
+        """Return the tokens of the request's ``bad_words``, at the beginning of a text or behind a space.
 
-        Raises :class:`UnsupportedParameterError` for a word of several tokens, of which none says it alone.
+        Raises :class:`UnsupportedParameterError` for a word that is several tokens.
         """
         words = request.sampling.bad_words
         return _guarded(

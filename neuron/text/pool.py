@@ -1,10 +1,9 @@
-"""The daemon's text processes: what is foreign and reads a client's text or a model's files runs in them.
+"""The daemon's text processes: foreign code that reads a client's text or a model's files runs in them.
 
-Four lanes, a process each: short prompts, long ones, grammars and models' files, so that what is costly waits behind
-its like and a short chat behind none of it. Where cores abound a lane has two; that of files has one for as long as it
-reads a model's. A process that dies takes the job in hand
-with it and no other: jobs wait here, not there. A death by a limit is an error of that request; after any other one the
-job is tried once more, never a third time. Within a lane those on whose behalf jobs come take turns.
+Four queues with a process each: short prompts, long ones, grammars and models' files, so that costly jobs delay no
+short chat. On a host with many cores a queue has two processes; the process for files lives while it reads a model's. A
+process that dies fails only its current job: the others wait in the daemon. A death by a limit is an error of that
+request; after any other death the job is retried once. Within a queue, principals are served round-robin.
 """
 
 import array
@@ -41,7 +40,7 @@ from neuron.text.schema import holds_schemas
 from neuron.text.tools import CallForm
 
 MAX_WAITING: Final = 1024
-"""Jobs that may wait in a lane before more are told to come back later."""
+"""Jobs that may wait in a queue; further ones are refused with 429."""
 MAX_WAITING_BYTES: Final = 256 << 20
 """Bytes of the waiting jobs of a queue."""
 SHARE_OF_ONE: Final = 4
@@ -63,7 +62,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class Lane(Enum):
+class QueueName(Enum):
     """Queue that a job waits in, by its cost."""
 
     SHORT = "short"
@@ -79,15 +78,15 @@ class TextPool:
         cores = usable_cores()
         costly = 2 if cores >= MANY_CORES else 1
         sizes = {
-            Lane.SHORT: 2 if cores >= SEVERAL_CORES else 1,
-            Lane.LONG: costly,
-            Lane.GRAMMAR: costly,
-            Lane.FILES: 1,
+            QueueName.SHORT: 2 if cores >= SEVERAL_CORES else 1,
+            QueueName.LONG: costly,
+            QueueName.GRAMMAR: costly,
+            QueueName.FILES: 1,
         }
         self._command = tuple(command)
         self._open: set[int] = set()
         """The models that are open or being opened: jobs of others are not done."""
-        self._lanes = {lane: _Lane(lane, command, size, self._open) for lane, size in sizes.items()}
+        self._queues_by_name = {queue: _JobQueue(queue, command, size, self._open) for queue, size in sizes.items()}
         self._models = itertools.count(1)
         self._numbers = itertools.count(1)
 
@@ -103,11 +102,11 @@ class TextPool:
         opening = jobs.Open(number, OPEN_LIMITS, model, path, num_tokens, eos, special)
         self._open.add(model)
         try:
-            opened = await self.run(Lane.FILES, opening, opening)
+            opened = await self.run(QueueName.FILES, opening, opening)
             assert isinstance(opened, jobs.Opened)
             tokenizer = await asyncio.to_thread(_read_decoder, opened.description.decoder)
-            # They can be read, so this keeps nobody waiting for long, and no chat will wait for it later.
-            await self.run(Lane.SHORT, opening, opening)
+            # The files can be read, so this delays no other job for long, and no chat will wait for it later.
+            await self.run(QueueName.SHORT, opening, opening)
         except BaseException:
             self.close(model)
             raise
@@ -116,13 +115,13 @@ class TextPool:
     def close(self, model: int) -> None:
         """Have all processes forget a model, and its jobs refused."""
         self._open.discard(model)
-        for lane in self._lanes.values():
-            for process in lane.processes:
+        for queue in self._queues_by_name.values():
+            for process in queue.processes:
                 process.forget(model)
 
-    async def run(self, lane: Lane, job: jobs.Job, opening: jobs.Open, principal: str = "") -> jobs.FromText:
+    async def run(self, queue: QueueName, job: jobs.Job, opening: jobs.Open, principal: str = "") -> jobs.FromText:
         """Return the answer to ``job``, of the model that ``opening`` opens. Raises :class:`ApiError`."""
-        return await self._lanes[lane].run(job, opening, principal)
+        return await self._queues_by_name[queue].run(job, opening, principal)
 
     def next_number(self) -> int:
         """Return the number of a new job."""
@@ -130,11 +129,11 @@ class TextPool:
 
     async def stop(self) -> None:
         """End all processes; what they do or wait for fails."""
-        await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
+        await asyncio.gather(*(queue.stop() for queue in self._queues_by_name.values()))
 
 
 class TextModel:
-    """The text side of one model, as the daemon has it: its answers are read here, its prompts made elsewhere."""
+    """The text side of a model in the daemon: answers are decoded here, prompts built in text processes."""
 
     def __init__(
         self, pool: TextPool, opening: jobs.Open, description: jobs.TextDescription, tokenizer: Tokenizer
@@ -163,25 +162,25 @@ class TextModel:
 
     async def tokenise(self, texts: Sequence[str], context_tokens: int, principal: str = "") -> tuple[bytes, ...]:
         """Return the int32 ids of each of ``texts``. Raises :class:`ApiError`."""
-        lane, limits = _lane_of(sum(map(len, texts)))
+        queue, limits = _queue_for(sum(map(len, texts)))
         job = jobs.Tokenise(self._pool.next_number(), limits, self._opening.model, tuple(texts), context_tokens)
-        answer = await self._pool.run(lane, job, self._opening, principal)
+        answer = await self._pool.run(queue, job, self._opening, principal)
         assert isinstance(answer, jobs.Tokenised)
         return answer.ids
 
     async def grammar(self, request: InferenceRequest) -> str | None:
         """Return the grammar that the answer to ``request`` must follow, tried. Raises :class:`ApiError`."""
         job = jobs.Check(self._pool.next_number(), GRAMMAR_LIMITS, self._opening.model, _shape_of(request))
-        answer = await self._pool.run(Lane.GRAMMAR, job, self._opening, request.principal)
+        answer = await self._pool.run(QueueName.GRAMMAR, job, self._opening, request.principal)
         assert isinstance(answer, jobs.Checked)
         return answer.grammar
 
     async def left_out(self, request: InferenceRequest) -> tuple[str, ...]:
-        """Return what of the schemas of ``request`` its answer will not be held to. Raises :class:`ApiError`."""
+        """Return the keywords in the schemas of ``request`` that will not be enforced. Raises :class:`ApiError`."""
         if not holds_schemas(request):
             return ()
         job = jobs.Ask(self._pool.next_number(), GRAMMAR_LIMITS, self._opening.model, _shape_of(request))
-        answer = await self._pool.run(Lane.GRAMMAR, job, self._opening, request.principal)
+        answer = await self._pool.run(QueueName.GRAMMAR, job, self._opening, request.principal)
         assert isinstance(answer, jobs.LeftOut)
         return answer.keywords
 
@@ -205,22 +204,22 @@ class TextModel:
         asked = msgspec.structs.replace(
             request, sampling=Sampling(bad_words=request.sampling.bad_words), stop=(), output_format=OutputFormat()
         )
-        lane, limits = _lane_of(_size(asked))
+        queue, limits = _queue_for(_size(asked))
         job = kind(self._pool.next_number(), limits, self._opening.model, asked, context_tokens)
-        found = await self._pool.run(lane, job, self._opening, request.principal)
+        found = await self._pool.run(queue, job, self._opening, request.principal)
         assert isinstance(found, answer)
         return found
 
 
 def _shape_of(request: InferenceRequest) -> InferenceRequest:
-    """Return of a request what says how its answer is to look."""
+    """Return the part of a request that determines its grammar."""
     return InferenceRequest(
         request.model, tools=request.tools, tool_choice=request.tool_choice, output_format=request.output_format
     )
 
 
-def _lane_of(size: int) -> tuple[Lane, Limits]:
-    return (Lane.SHORT, SHORT_LIMITS) if size <= SHORT_BYTES else (Lane.LONG, LONG_LIMITS)
+def _queue_for(size: int) -> tuple[QueueName, Limits]:
+    return (QueueName.SHORT, SHORT_LIMITS) if size <= SHORT_BYTES else (QueueName.LONG, LONG_LIMITS)
 
 
 def _size(request: InferenceRequest) -> int:
@@ -241,7 +240,7 @@ def _read_decoder(decoder: bytes) -> Tokenizer:
 
 
 class _Waiting:
-    """A job in a lane."""
+    """A job in a queue."""
 
     __slots__ = ("answer", "data", "job", "opening", "tries")
 
@@ -253,13 +252,13 @@ class _Waiting:
         self.answer: asyncio.Future[jobs.FromText] = asyncio.get_running_loop().create_future()
 
 
-class _Lane:
+class _JobQueue:
     """Jobs of one kind and the processes that do them."""
 
-    def __init__(self, lane: Lane, command: Sequence[str], num_processes: int, open_models: Set[int]) -> None:
-        self._lane = lane
+    def __init__(self, queue: QueueName, command: Sequence[str], num_processes: int, open_models: Set[int]) -> None:
+        self._name = queue
         self._open = open_models
-        self.processes = [TextProcess(f"text:{lane.value}-{index}", command) for index in range(num_processes)]
+        self.processes = [TextProcess(f"text:{queue.value}-{index}", command) for index in range(num_processes)]
         self._servers: list[asyncio.Task[None]] = []
         self._queues: collections.OrderedDict[str, collections.deque[_Waiting]] = collections.OrderedDict()
         self._num_waiting = 0
@@ -293,7 +292,7 @@ class _Lane:
 
     def _overloaded(self) -> OverloadedError:
         return OverloadedError(
-            f"{self._num_waiting} requests wait for their {self._lane.value} texts to be read; try again shortly.",
+            f"{self._num_waiting} requests wait for their {self._name.value} texts to be read; try again shortly.",
             retry_after_s=1.0,
         )
 
@@ -308,7 +307,7 @@ class _Lane:
             waiting.answer.set_exception(UnavailableError("This neuron is shutting down.", retry_after_s=1.0))
 
     def _next(self) -> _Waiting | None:
-        """Take the next job somebody still waits for, of the principal whose turn it is."""
+        """Take the next job that a caller still waits for, of the next principal in rotation."""
         while self._queues:
             principal, queue = next(iter(self._queues.items()))
             waiting = queue.popleft()
@@ -346,7 +345,7 @@ class _Lane:
                 if not waiting.answer.done():
                     waiting.answer.set_result(answer)
             del waiting
-            if self._lane is Lane.FILES:
+            if self._name is QueueName.FILES:
                 process.end()  # with all the memory that reading them has taken
 
     async def _do(self, process: TextProcess, waiting: _Waiting) -> jobs.FromText:
@@ -381,7 +380,7 @@ class _Lane:
 
 
 def error_of(job: jobs.Job, death: Death) -> ApiError:
-    """Return what whoever asked for ``job`` is told of the end of the process that did it."""
+    """Return the error of ``job`` after the death of its process."""
     if isinstance(job, jobs.Open):
         if death.step is Step.TEMPLATE:
             return TemplateError(f"The model's chat template {death}.")

@@ -1,9 +1,9 @@
 """A request to prompt token ids: the chat template, with messages in the shape templates expect.
 
 Templates mostly take one leading system message, arguments of tool calls as objects, and text as strings: that is made
-so before rendering. Where a template knows nothing of tools, the tools and calls are written into the messages in the
-``<tool_call>`` form that :mod:`neuron.text.tools` reads back. A template that refuses two turns of one role in a row is
-given them as one. One that fails is an error, never a retry with less. What a client wrote stays text
+so before rendering. Where a template has no place for tools, the tools and calls are written into the messages in the
+``<tool_call>`` form that :mod:`neuron.text.tools` reads back. A template that refuses two messages of one role in a row
+gets them joined. One that fails is an error, never a retry with less. What a client wrote stays text
 (:mod:`neuron.text.client_text`), unless the model's entry says otherwise; a raw prompt is its author's own template.
 """
 
@@ -25,9 +25,9 @@ from neuron.text.chat_template import ChatTemplate
 from neuron.text.client_text import ControlTokens, Marking, texts_in
 from neuron.text.history import (
     arguments_object,
-    as_template_sees,
     merge_adjacent,
     one_system_message,
+    template_message,
     tool_schema,
     with_results_named,
     with_short_ids,
@@ -188,10 +188,10 @@ class PromptFormat:
 
     def _rendered(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
         assert self._template is not None
-        return self._template.render(messages=[as_template_sees(message) for message in messages], **arguments)
+        return self._template.render(messages=[template_message(message) for message in messages], **arguments)
 
     def _message_marked(self, message: Message, marking: Marking) -> Message:
-        # A template cuts the reasoning out of what its model has said by these tags.
+        # A template cuts the reasoning out of its model's messages by these tags.
         kept = (self.tags.start, self.tags.end) if self.tags and message.role is Role.ASSISTANT else ()
         content = message.content
         return msgspec.structs.replace(
@@ -237,5 +237,5 @@ def _texts_of(request: InferenceRequest) -> Iterator[str]:
 
 
 def _sound(text: str) -> str:
-    """Return ``text`` without halves of characters, which JSON can say and no tokenizer reads."""
+    """Return ``text`` without lone surrogates, which JSON can hold and no tokenizer reads."""
     return text if text.isascii() else _SURROGATES.sub("\ufffd", text)

@@ -17,7 +17,7 @@ class ReasoningTags:
     end: str = "</think>"
 
 
-class Part(Enum):
+class Section(Enum):
     """Section of an output that a piece of text belongs to."""
 
     REASONING = "reasoning"
@@ -25,7 +25,7 @@ class Part(Enum):
 
 
 class ReasoningSplitter:
-    """Feed text in any pieces, take ``(part, text)`` pieces out; nothing is lost and no tag leaks.
+    """Feed text in any pieces, take ``(section, text)`` pieces out; nothing is lost and no tag leaks.
 
     The opening tag counts only before the answer has begun. White space next to a tag belongs to the tag.
     """
@@ -38,22 +38,22 @@ class ReasoningSplitter:
         self.inside = starts_inside
         """Whether the text so far ends within reasoning."""
 
-    def feed(self, text: str) -> list[tuple[Part, str]]:
+    def feed(self, text: str) -> list[tuple[Section, str]]:
         """Return what has become certain."""
         self._pending += text
-        pieces: list[tuple[Part, str]] = []
+        pieces: list[tuple[Section, str]] = []
         while self._advance(pieces):
             pass
         return pieces
 
-    def close(self) -> list[tuple[Part, str]]:
+    def close(self) -> list[tuple[Section, str]]:
         """Return what was held back: the output is over, so no tag can follow."""
         rest, self._pending = self._pending, ""
         if self.inside:
             rest = rest.rstrip()
-        return [(Part.REASONING if self.inside else Part.ANSWER, rest)] if rest else []
+        return [(Section.REASONING if self.inside else Section.ANSWER, rest)] if rest else []
 
-    def _advance(self, pieces: list[tuple[Part, str]]) -> bool:
+    def _advance(self, pieces: list[tuple[Section, str]]) -> bool:
         """Move past one tag, or past what cannot be part of one; return whether there may be more."""
         if self._skips_space:
             self._pending = self._pending.lstrip()
@@ -63,7 +63,7 @@ class ReasoningSplitter:
         if self.inside:
             found = self._pending.find(self._tags.end)
             if found >= 0:
-                self._emit(pieces, Part.REASONING, self._pending[:found].rstrip())
+                self._emit(pieces, Section.REASONING, self._pending[:found].rstrip())
                 self._pending = self._pending[found + len(self._tags.end) :]
                 self.inside = False
                 self._skips_space = True
@@ -71,7 +71,7 @@ class ReasoningSplitter:
             keep = held_back(self._pending, [self._tags.end])
             # Space before a closing tag is the tag's: hold it back with what may be the tag.
             body = self._pending[: len(self._pending) - keep].rstrip()
-            self._emit(pieces, Part.REASONING, body)
+            self._emit(pieces, Section.REASONING, body)
             self._pending = self._pending[len(body) :]
             return False
         if self._may_open:
@@ -83,11 +83,11 @@ class ReasoningSplitter:
                 self._pending = stripped[len(self._tags.start) :]
                 self.inside = self._skips_space = True
                 return True
-        self._emit(pieces, Part.ANSWER, self._pending)
+        self._emit(pieces, Section.ANSWER, self._pending)
         self._pending = ""
         return False
 
     @staticmethod
-    def _emit(pieces: list[tuple[Part, str]], part: Part, text: str) -> None:
+    def _emit(pieces: list[tuple[Section, str]], section: Section, text: str) -> None:
         if text:
-            pieces.append((part, text))
+            pieces.append((section, text))

@@ -26,11 +26,11 @@ MAX_SCHEMA_DEPTH: Final = 64
 FORMATS: Final = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 )
-"""Formats of strings that the compiler knows."""
+"""Formats of strings that the compiler supports."""
 MAX_STEP: Final = 2**31
 """The same of the digits of ``multipleOf``."""
 MAX_LENGTH: Final = 2**24
-"""Characters or items that no answer has: a greater maximum says nothing."""
+"""Characters or items that no answer has: a greater maximum is no constraint."""
 LEAST_INTEGER: Final = -9 * 10**18
 """Below it, down to the least of 64 bits, the compiler counts without end."""
 
@@ -83,24 +83,24 @@ class PreparedSchema:
             raise self._refuse(f"a schema is an object, not {str(schema)[:50]!r}")
         if _is_never(schema):
             return False
-        made: dict[str, Any] = {key: schema[key] for key in _AS_IT_IS if key in schema}
-        if not isinstance(made.get("required", []), list):
-            del made["required"]  # as drafts before 4 have it, of a property
-        self._reference(schema, made)
-        self._numbers(schema, made)
-        self._strings(schema, made)
-        self._values(schema, made)
-        self._items(schema, made)
-        self._properties(schema, made)
-        self._alternatives(schema, made)
+        prepared: dict[str, Any] = {key: schema[key] for key in _AS_IT_IS if key in schema}
+        if not isinstance(prepared.get("required", []), list):
+            del prepared["required"]  # as drafts before 4 have it, of a property
+        self._reference(schema, prepared)
+        self._numbers(schema, prepared)
+        self._strings(schema, prepared)
+        self._values(schema, prepared)
+        self._items(schema, prepared)
+        self._properties(schema, prepared)
+        self._alternatives(schema, prepared)
         self._conditions(schema)
         if schema.get("nullable") is True:
-            _take_null(made)
-        return made
+            _take_null(prepared)
+        return prepared
 
     # ------------------------------------------------------------------ references
 
-    def _reference(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+    def _reference(self, schema: Mapping[str, Any], prepared: dict[str, Any]) -> None:
         given = [schema[key] for key in _REFERENCES if key in schema]
         if not given:
             return
@@ -110,7 +110,7 @@ class PreparedSchema:
         if place not in self._names:
             self._names[place] = f"r{len(self._names)}"
             self._waiting.append((self._names[place], target))
-        made["$ref"] = f"#/$defs/{self._names[place]}"
+        prepared["$ref"] = f"#/$defs/{self._names[place]}"
 
     def _followed(self, reference: str) -> tuple[str, object]:
         """Return where a reference leads in the end, and what is there; one to a mere reference goes on from there."""
@@ -158,21 +158,21 @@ class PreparedSchema:
 
     # ------------------------------------------------------------------ values
 
-    def _numbers(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+    def _numbers(self, schema: Mapping[str, Any], prepared: dict[str, Any]) -> None:
         for key in _BOUNDS:
             value = schema.get(key)
             if value is None:
                 continue
             if isinstance(value, bool):
-                made[key] = value
+                prepared[key] = value
             elif not isinstance(value, int | float) or value != value:
                 raise self._refuse(f"'{key}' is not a number")
             elif math.inf == (value if "aximum" in key else -value):
-                pass  # it says nothing
+                pass  # no constraint
             elif abs(value) >= MAX_BOUND:
                 self._leave_out(key, f"{value} has too many digits for a grammar")
             else:
-                made[key] = value
+                prepared[key] = value
         step = schema.get("multipleOf")
         if step is not None:
             if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
@@ -180,15 +180,15 @@ class PreparedSchema:
             if _digits(step) >= MAX_STEP:
                 self._leave_out("multipleOf", f"{step} has too many digits for a grammar")
             else:
-                made["multipleOf"] = step
+                prepared["multipleOf"] = step
 
-    def _strings(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
-        _keep_maximum("maxLength", schema, made)
+    def _strings(self, schema: Mapping[str, Any], prepared: dict[str, Any]) -> None:
+        _keep_maximum("maxLength", schema, prepared)
         pattern = schema.get("pattern")
         if isinstance(pattern, str) and _is_beyond_patterns(pattern):
             self._leave_out("pattern", f"{pattern[:60]!r} looks around, at the edges of words or back")
         elif pattern is not None:
-            made["pattern"] = pattern
+            prepared["pattern"] = pattern
         form = schema.get("format")
         if form is None:
             return
@@ -197,15 +197,15 @@ class PreparedSchema:
         if not may_be("string", schema):
             return
         if form in FORMATS:
-            made["format"] = form
-        elif "pattern" not in made:  # which says what the format means
+            prepared["format"] = form
+        elif "pattern" not in prepared:  # which defines the format
             self._leave_out("format", f"{form[:40]!r} is not known here")
 
-    def _values(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+    def _values(self, schema: Mapping[str, Any], prepared: dict[str, Any]) -> None:
         for key in ("enum", "const"):
             if key in schema:
                 self._check_value(schema[key], key)
-                made[key] = schema[key]
+                prepared[key] = schema[key]
 
     def _check_value(self, value: object, key: str) -> None:
         match value:
@@ -222,8 +222,8 @@ class PreparedSchema:
 
     # ------------------------------------------------------------------ lists and objects
 
-    def _items(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
-        _keep_maximum("maxItems", schema, made)
+    def _items(self, schema: Mapping[str, Any], prepared: dict[str, Any]) -> None:
+        _keep_maximum("maxItems", schema, prepared)
         items, first, rest = schema.get("items"), schema.get("prefixItems"), schema.get("items")
         if isinstance(items, list):  # drafts before 2020 have it so
             first, rest = items, schema.get("additionalItems")
@@ -233,9 +233,9 @@ class PreparedSchema:
             else:
                 rest = schema["unevaluatedItems"]
         if isinstance(first, list):
-            made["prefixItems"] = [self._prepared(item) for item in first]
+            prepared["prefixItems"] = [self._prepared(item) for item in first]
         if rest is not None:
-            made["items"] = self._prepared(rest)
+            prepared["items"] = self._prepared(rest)
         if schema.get("uniqueItems") is True and schema.get("maxItems") not in (0, 1):
             self._leave_out("uniqueItems", "a grammar does not remember what it has seen")
         if "contains" in schema and schema.get("minContains") != 0:
@@ -243,51 +243,51 @@ class PreparedSchema:
         elif "contains" in schema and "maxContains" in schema:
             self._leave_out("maxContains", "a grammar does not count what fits")
 
-    def _properties(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+    def _properties(self, schema: Mapping[str, Any], prepared: dict[str, Any]) -> None:
         for key in ("properties", "patternProperties"):
             if key in schema:
                 if not isinstance(schema[key], Mapping):
                     raise self._refuse(f"'{key}' is not an object")
-                made[key] = {name: self._prepared(value) for name, value in schema[key].items()}
+                prepared[key] = {name: self._prepared(value) for name, value in schema[key].items()}
         if schema.get("additionalProperties") is not None:
-            made["additionalProperties"] = self._prepared(schema["additionalProperties"])
-        if any(_is_beyond_patterns(pattern) for pattern in made.get("patternProperties", ())):
-            del made["patternProperties"]
-            made.pop("additionalProperties", None)  # it would forbid what the patterns allow
+            prepared["additionalProperties"] = self._prepared(schema["additionalProperties"])
+        if any(_is_beyond_patterns(pattern) for pattern in prepared.get("patternProperties", ())):
+            del prepared["patternProperties"]
+            prepared.pop("additionalProperties", None)  # it would forbid what the patterns allow
             self._leave_out("patternProperties", "a pattern looks around, at the edges of words or back")
-        if "unevaluatedProperties" in schema and "additionalProperties" not in made:
+        if "unevaluatedProperties" in schema and "additionalProperties" not in prepared:
             if _APPLICATORS & schema.keys():
                 if schema["unevaluatedProperties"] not in (True, {}):
                     self._leave_out("unevaluatedProperties", "it hangs on what other keywords have looked at")
             else:
-                made["additionalProperties"] = self._prepared(schema["unevaluatedProperties"])
+                prepared["additionalProperties"] = self._prepared(schema["unevaluatedProperties"])
         if "propertyNames" in schema:
-            self._property_names(schema["propertyNames"], made)
+            self._property_names(schema["propertyNames"], prepared)
 
-    def _property_names(self, names: object, made: dict[str, Any]) -> None:
-        """Say of an object's names what other keywords can say: a list of them, or their pattern."""
+    def _property_names(self, names: object, prepared: dict[str, Any]) -> None:
+        """Express ``propertyNames`` by other keywords: a list of names, or their pattern."""
         if names is True or (isinstance(names, Mapping) and not _says(names) - {"type"}):
             return  # all names are strings
-        known = {"properties", "patternProperties"} & made.keys()
-        if isinstance(names, Mapping) and not known and made.get("additionalProperties") is not False:
-            rest = made.get("additionalProperties", True)
+        known = {"properties", "patternProperties"} & prepared.keys()
+        if isinstance(names, Mapping) and not known and prepared.get("additionalProperties") is not False:
+            rest = prepared.get("additionalProperties", True)
             says = _says(names) - {"type"}
             if says == {"enum"} or says == {"const"}:
                 listed = names["enum"] if "enum" in names else [names["const"]]
                 if isinstance(listed, list) and all(isinstance(name, str) for name in listed):
-                    made["properties"] = dict.fromkeys(listed, rest)
-                    made["additionalProperties"] = False
+                    prepared["properties"] = dict.fromkeys(listed, rest)
+                    prepared["additionalProperties"] = False
                     return
             pattern = names.get("pattern")
             if says == {"pattern"} and isinstance(pattern, str) and not _is_beyond_patterns(pattern):
-                made["patternProperties"] = {pattern: rest}
-                made["additionalProperties"] = False
+                prepared["patternProperties"] = {pattern: rest}
+                prepared["additionalProperties"] = False
                 return
         self._leave_out("propertyNames", "a grammar knows names by a list or a pattern only")
 
     # ------------------------------------------------------------------ alternatives and conditions
 
-    def _alternatives(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+    def _alternatives(self, schema: Mapping[str, Any], prepared: dict[str, Any]) -> None:
         together = []
         for key in ("allOf", "anyOf", "oneOf"):
             if key not in schema:
@@ -295,18 +295,18 @@ class PreparedSchema:
             ways = schema[key]
             if not isinstance(ways, list) or not ways:
                 raise self._refuse(f"'{key}' is not a list of schemas")
-            prepared = [self._prepared(way) for way in ways]
+            alternatives = [self._prepared(way) for way in ways]
             if key == "allOf":
-                together += prepared
+                together += alternatives
                 continue
             if key == "oneOf" and not self._are_apart(ways):
                 self._leave_out("oneOf", "an answer may fit several of its alternatives")
-            if "anyOf" in made:
-                together.append({"anyOf": prepared})
+            if "anyOf" in prepared:
+                together.append({"anyOf": alternatives})
             else:
-                made["anyOf"] = prepared
+                prepared["anyOf"] = alternatives
         if together:
-            made["allOf"] = together
+            prepared["allOf"] = together
 
     def _are_apart(self, ways: Sequence[object]) -> bool:
         """Return whether it is plain that no value fits two of ``ways``: by types, or by a property's constant."""
@@ -340,9 +340,9 @@ def holds_schemas(request: InferenceRequest) -> bool:
 
 
 def left_out(request: InferenceRequest) -> list[str]:
-    """Return what of the schemas of ``request`` its answer will not be held to, by place and keyword.
+    """Return the keywords in the schemas of ``request`` that will not be enforced, each with its place.
 
-    What it takes hangs on what the client wrote: it is work for a text process, within its limits.
+    The cost depends on the client's schema: run it in a text process, within its limits.
     """
     paths = []
     asked = request.output_format
@@ -375,10 +375,10 @@ def _digits(step: int | float) -> int:
     return int("".join(map(str, digits)) + "0" * zeros)
 
 
-def _keep_maximum(key: str, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+def _keep_maximum(key: str, schema: Mapping[str, Any], prepared: dict[str, Any]) -> None:
     value = schema.get(key)
     if value is not None and not (isinstance(value, int | float) and value >= MAX_LENGTH):
-        made[key] = value
+        prepared[key] = value
 
 
 def _is_beyond_patterns(pattern: str) -> bool:
@@ -393,16 +393,16 @@ def _says(schema: Mapping[str, Any]) -> set[str]:
     return set(schema) - _SAYS_NOTHING
 
 
-def _take_null(made: dict[str, Any]) -> None:
-    """Let a schema take null as well, as OpenAPI says it."""
-    given = made.get("type")
+def _take_null(prepared: dict[str, Any]) -> None:
+    """Let a schema take null as well, for OpenAPI's ``nullable``."""
+    given = prepared.get("type")
     if isinstance(given, str):
-        made["type"] = [given, "null"]
+        prepared["type"] = [given, "null"]
     elif isinstance(given, list) and "null" not in given:
-        made["type"] = [*given, "null"]
-    if isinstance(made.get("enum"), list) and None not in made["enum"]:
-        made["enum"] = [*made["enum"], None]
-    if given is None and ("$ref" in made or "anyOf" in made or "allOf" in made):
-        whole = dict(made)
-        made.clear()
-        made["anyOf"] = [whole, {"type": "null"}]
+        prepared["type"] = [*given, "null"]
+    if isinstance(prepared.get("enum"), list) and None not in prepared["enum"]:
+        prepared["enum"] = [*prepared["enum"], None]
+    if given is None and ("$ref" in prepared or "anyOf" in prepared or "allOf" in prepared):
+        whole = dict(prepared)
+        prepared.clear()
+        prepared["anyOf"] = [whole, {"type": "null"}]

@@ -1,9 +1,9 @@
-"""The bytes that each token of a vocabulary stands for: what log probabilities and grammars speak of.
+"""The bytes that each token of a vocabulary stands for, for log probabilities and grammars.
 
-A tokenizer's decoder says what a piece means, and only that: letters in the pieces prove nothing, since a SentencePiece
-vocabulary has pieces with the letters of GPT-2's byte table too. The decoder's steps are taken here one piece at a
-time, as they act in the middle of a text: what a step does to the ends of a whole text is no token's. Special tokens
-stand for no bytes of text. Loads no torch.
+The meaning of a piece is defined by the tokenizer's decoder alone: letters in the pieces prove nothing, since a
+SentencePiece vocabulary has pieces with the letters of GPT-2's byte table too. The decoder's steps are applied to
+each piece as in the middle of a text: the effect of a step on the ends of a whole text belongs to no token. Special
+tokens stand for no bytes of text. Loads no torch.
 """
 
 import functools

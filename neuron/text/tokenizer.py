@@ -72,7 +72,7 @@ def from_gguf(header: GgufHeader) -> TextFiles:
         for name, key in names.items()
         if isinstance(index := meta.get(f"tokenizer.ggml.{key}_token_id"), int) and index < len(tokens)
     }
-    # SentencePiece models begin a text with their first token unless they say otherwise, others by their rules.
+    # SentencePiece models begin a text with their first token unless their file says otherwise, others by their rules.
     adds = {"bos": kind == "llama" or _rules(meta).begins, "eos": False}
     before, behind = (
         _ids_of(tokenizer, found.get(f"{name}_token")) if meta.get(f"tokenizer.ggml.add_{name}_token", default) else ()
@@ -134,7 +134,7 @@ def _sentencepiece(meta: Mapping[str, Any], tokens: list[str], kinds: list[int])
             byte_fallback=True,
         )
     )
-    # A model that wants its text to begin with a space says so; as in SentencePiece, that is the default.
+    # Whether a text begins with a space is a key of the file; as in SentencePiece, it does by default.
     prefixed = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
     replace = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefixed else replace

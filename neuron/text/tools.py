@@ -1,4 +1,4 @@
-"""Find the tool calls in an answer, however it is cut, and tell their arguments as they are written.
+"""Find the tool calls in an answer, however it is cut, and pass on their arguments as they are written.
 
 Models write calls in forms of their own, which their chat templates show (:func:`form_of`):
 
@@ -97,7 +97,7 @@ class ToolCallParser:
         return pieces
 
     def close(self, *, cut: bool = False) -> list[Piece]:
-        """Return what was held back. ``cut`` says that the model was stopped: a call it had not ended stays unended."""
+        """Return what was held back. With ``cut`` the model was stopped: its unfinished call stays unfinished."""
         rest, self._pending = self._pending, ""
         state, self._state = self._state, self._text
         pieces: list[Piece] = []
@@ -116,7 +116,7 @@ class ToolCallParser:
             pieces.append(rest)
         return pieces
 
-    # Each state takes what it can from the pending text and says whether there may be more to do.
+    # Each state takes what it can from the pending text and returns whether there may be more to do.
 
     def _text(self, pieces: list[Piece]) -> bool:
         if self._skips_newlines:

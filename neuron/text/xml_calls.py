@@ -1,7 +1,7 @@
 """A call in the form of Qwen3-Coder: ``<function=NAME><parameter=KEY>value</parameter>...</function>``, as JSON.
 
 Values are written bare (:mod:`neuron.text.bare_values`): one that can be a string only is streamed as it comes, any
-other is told once it is whole. A value may hold what looks like a tag, as code does that reads this very form: a
+other is sent once it is whole. A value may hold what looks like a tag, as code does that reads this very form: a
 closing tag closes it only where another tag of the call follows. One that is missing is read where the next parameter
 begins, or where the call is closed.
 """
@@ -131,7 +131,7 @@ class XmlCall:
         at, rest = found
         self._take(at, pieces)
         if rest is None:
-            return False  # what follows will say
+            return False  # the text that follows decides
         self._pending = self._pending[rest - at :]
         self._close_value(pieces)
         self._state = self._between

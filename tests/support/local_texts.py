@@ -6,7 +6,7 @@ from cortex.wire.errors import ApiError, RemoteError
 from neuron.device.channel import Channel
 from neuron.text import jobs
 from neuron.text.__main__ import TextServer
-from neuron.text.pool import Lane, TextPool
+from neuron.text.pool import QueueName, TextPool
 
 
 class _NoChannel:
@@ -26,7 +26,7 @@ class LocalTexts(TextPool):
         super().__init__()
         self._server = TextServer(cast(Channel, _NoChannel()))
 
-    async def run(self, lane: Lane, job: jobs.Job, opening: jobs.Open, principal: str = "") -> Any:
+    async def run(self, queue: QueueName, job: jobs.Job, opening: jobs.Open, principal: str = "") -> Any:
         try:
             return self._server.do(job)
         except ApiError as error:

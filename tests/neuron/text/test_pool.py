@@ -17,7 +17,7 @@ import pytest
 from cortex.wire.errors import ApiError, ErrorInfo
 from cortex.wire.request import FormatKind, InferenceRequest, Message, OutputFormat, Role
 from neuron.text.jobs import Limits
-from neuron.text.pool import Lane, TextModel, TextPool
+from neuron.text.pool import QueueName, TextModel, TextPool
 
 EOS = (2,)
 CONTEXT = 2048
@@ -278,7 +278,7 @@ def test_what_waits_holds_no_more_bytes_than_it_may(chatty: pathlib.Path, monkey
 
 
 def opened_in(pool: TextPool) -> set[int]:
-    return {model for lane in pool._lanes.values() for process in lane.processes for model in process.opened}
+    return {model for queue in pool._queues_by_name.values() for process in queue.processes for model in process.opened}
 
 
 def test_a_load_that_is_cancelled_leaves_nothing_open(chatty: pathlib.Path) -> None:
@@ -401,7 +401,7 @@ def test_memory_of_a_job_is_bounded(chatty: pathlib.Path, monkeypatch: pytest.Mo
         big = InferenceRequest("m", prompt="x " * 500_000)
         error = await refusal(model.build(big, 1 << 30))
         assert error.code in {"prompt_too_costly", "invalid_value"}
-        assert pool._lanes[Lane.LONG].processes
+        assert pool._queues_by_name[QueueName.LONG].processes
         assert (await model.build(CHAT, CONTEXT)).ids
 
     with_model(chatty, story)

@@ -4,15 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuron.text.reasoning import Part, ReasoningSplitter, ReasoningTags
+from neuron.text.reasoning import ReasoningSplitter, ReasoningTags, Section
 
 
 def split(pieces: list[str], *, inside: bool = False) -> tuple[str, str]:
     splitter = ReasoningSplitter(ReasoningTags(), starts_inside=inside)
     found = [piece for text in pieces for piece in splitter.feed(text)] + splitter.close()
     assert all(text for _, text in found)
-    reasoning = "".join(text for part, text in found if part is Part.REASONING)
-    return reasoning, "".join(text for part, text in found if part is Part.ANSWER)
+    reasoning = "".join(text for section, text in found if section is Section.REASONING)
+    return reasoning, "".join(text for section, text in found if section is Section.ANSWER)
 
 
 @pytest.mark.parametrize(
