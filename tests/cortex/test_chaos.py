@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from fake_node import CHAT_STREAM, Asked, FakeNode, Line, chat_chunk
+from answers import CHAT_STREAM, chat_chunk
+from fake_node import Asked, FakeNode, Line
 from gateway_rig import Rig, rig
 
 from cortex.config import BreakerSettings

@@ -5,7 +5,8 @@ import random
 import time
 
 import pytest
-from fake_node import CHAT_ANSWER, CHAT_STREAM, Asked, FakeNode, Line, answer, chat_chunk
+from answers import CHAT_ANSWER, CHAT_STREAM, chat_chunk
+from fake_node import Asked, FakeNode, Line, answer
 from gateway_rig import rig, until
 
 from cortex.config import ModelProfile

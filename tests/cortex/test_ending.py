@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import daemons
 import httpx
 import pytest
-from fake_node import CHAT_STREAM, Asked, FakeNode, Line, answer
+from answers import CHAT_STREAM
+from fake_node import Asked, FakeNode, Line, answer
 from gateway_rig import until, write_config
 
 from cortex import ending

@@ -7,19 +7,9 @@ import time
 import msgspec
 import orjson
 import pytest
+from answers import CHAT_ANSWER, CHAT_STREAM, MESSAGES_STREAM, RESPONSES_STREAM
 from daemons import free_port
-from fake_node import (
-    CHAT_ANSWER,
-    CHAT_STREAM,
-    MESSAGES_STREAM,
-    RESPONSES_STREAM,
-    Asked,
-    FakeNode,
-    Line,
-    Script,
-    answer,
-    error,
-)
+from fake_node import Asked, FakeNode, Line, Script, answer, error
 from gateway_rig import CHAT, STREAM, rig, until
 from hypothesis import given, settings
 from hypothesis import strategies as st

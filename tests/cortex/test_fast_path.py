@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 import pytest
+from answers import CHAT_ANSWER
 from asgi_call import Call
-from fake_node import CHAT_ANSWER, Asked, FakeNode, Line, answer, error
+from fake_node import Asked, FakeNode, Line, answer, error
 from gateway_rig import CHAT, Rig, rig, until
 from key_rig import KEY, ring
 

@@ -20,9 +20,10 @@ import httpx
 import psutil
 import pytest
 import websockets
+from answers import CHAT_STREAM, chat_chunk
 from asgi_call import Call
 from daemons import free_port
-from fake_node import CHAT_STREAM, Asked, FakeNode, Line, chat_chunk
+from fake_node import Asked, FakeNode, Line
 from gateway_rig import until, write_config
 
 from cortex.asgi import Application

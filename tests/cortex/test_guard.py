@@ -19,9 +19,8 @@ import pytest
 from asgi_call import Call
 from asgi_client import ask
 from fake_node import FakeNode
-from gateway_rig import CHAT, STREAM, rig, write_config
+from gateway_rig import CHAT, STREAM, Running, rig, write_config
 from key_rig import KEY, ring
-from running_gateway import Running
 
 from cortex.access import local
 from cortex.access.keys import ANONYMOUS, Principal

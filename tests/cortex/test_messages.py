@@ -6,7 +6,8 @@ import logging
 
 import orjson
 import pytest
-from fake_node import MESSAGES_ANSWER, MESSAGES_STREAM, Asked, FakeNode, Line, error
+from answers import MESSAGES_ANSWER, MESSAGES_STREAM
+from fake_node import Asked, FakeNode, Line, error
 from gateway_rig import rig
 
 from cortex import event_stream

@@ -8,8 +8,9 @@ import time
 import httpx
 import msgspec
 import pytest
+from answers import CHAT_STREAM
 from daemons import free_port
-from fake_node import CHAT_STREAM, Asked, FakeNode, Line, error
+from fake_node import Asked, FakeNode, Line, error
 from gateway_rig import rig, until
 from prometheus_client.parser import text_string_to_metric_families
 

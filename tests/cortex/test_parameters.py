@@ -5,7 +5,8 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_node import CHAT_STREAM, Asked, FakeNode, Line
+from answers import CHAT_STREAM
+from fake_node import Asked, FakeNode, Line
 from gateway_rig import CHAT, rig
 from key_rig import KEY, ring
 

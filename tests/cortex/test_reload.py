@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from asgi_call import Call
 from fake_node import FakeNode
-from gateway_rig import until, write_config
-from running_gateway import Running
+from gateway_rig import Running, until, write_config
 
 from cortex.config import Config
 from cortex.reload import load

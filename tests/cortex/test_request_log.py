@@ -8,17 +8,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fake_node import (
-    CHAT_STREAM,
-    MESSAGES_STREAM,
-    RESPONSE,
-    RESPONSES_STREAM,
-    Asked,
-    FakeNode,
-    Line,
-    event,
-    message_event,
-)
+from answers import CHAT_STREAM, MESSAGES_STREAM, RESPONSE, RESPONSES_STREAM, event, message_event
+from fake_node import Asked, FakeNode, Line
 from gateway_rig import rig, until
 
 from cortex import logs, request_log

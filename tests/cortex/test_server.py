@@ -20,8 +20,9 @@ import httpx
 import openai
 import psutil
 import pytest
+from answers import CHAT_STREAM, chat_chunk
 from daemons import free_port
-from fake_node import CHAT_STREAM, Asked, FakeNode, Line, answer, chat_chunk
+from fake_node import Asked, FakeNode, Line, answer
 from gateway_rig import until, write_config
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_node import CHAT_STREAM, Asked, FakeNode, Line, answer, chat_chunk, chat_only, error
+from answers import CHAT_STREAM, chat_chunk
+from fake_node import Asked, FakeNode, Line, answer, chat_only, error
 from gateway_rig import rig
 
 MESSAGES = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}

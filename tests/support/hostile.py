@@ -8,7 +8,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fake_node import CHAT_ANSWER, CHAT_STREAM, Asked, Line, Script
+from answers import CHAT_ANSWER, CHAT_STREAM
+from fake_node import Asked, Line, Script
 
 ERROR, ANSWER = "error", "answer"
 STREAM = b"".join(CHAT_STREAM)

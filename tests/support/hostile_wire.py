@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
-from fake_node import CHAT_ANSWER, CHAT_STREAM, MESSAGES_ANSWER, MESSAGES_STREAM, RESPONSES_STREAM
+from answers import CHAT_ANSWER, CHAT_STREAM, MESSAGES_ANSWER, MESSAGES_STREAM, RESPONSES_STREAM
 
 from cortex._fast.http_client import Connection
 from cortex._fast.record import Record

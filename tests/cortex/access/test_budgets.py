@@ -5,7 +5,8 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_node import Asked, FakeNode, Line, answer_after, chat_chunk, never_answer
+from answers import chat_chunk
+from fake_node import Asked, FakeNode, Line, answer_after, never_answer
 from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 

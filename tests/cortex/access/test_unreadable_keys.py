@@ -12,8 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 from asgi_call import Call
 from fake_node import FakeNode
-from gateway_rig import write_config
-from running_gateway import Running
+from gateway_rig import Running, write_config
 
 from cortex.reload import sets_access
 

@@ -390,7 +390,7 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
 
 def test_a_hundred_nodes_stay_smooth(page: Page, folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     page.asked.clear()
-    script = str(pathlib.Path(daemons.__file__).with_name("busy_fleet.py"))
+    script = str(pathlib.Path(daemons.__file__).with_name("fake_node.py"))
     with subprocess.Popen([sys.executable, script, "100"], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None

@@ -9,7 +9,8 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_node import CHAT_STREAM, Asked, FakeNode, Line, answer
+from answers import CHAT_STREAM
+from fake_node import Asked, FakeNode, Line, answer
 from gateway_rig import rig as make_rig
 from gateway_rig import until
 

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import orjson
 import pytest
+from answers import RESPONSE, USAGE, event
 from conversation_steps import Checker, steps
-from fake_node import RESPONSE, USAGE, Asked, FakeNode, Line, event
+from fake_node import Asked, FakeNode, Line
 from gateway_rig import Rig, rig, until
 
 from cortex.config import StoreSettings
