@@ -1,4 +1,4 @@
-"""What the model and engine tests share: checkpoints, small and random or small and real, and an engine to run them."""
+"""Fixtures of the model and engine tests: checkpoints, random or real, and an engine to run them."""
 
 import array
 import collections
@@ -27,7 +27,7 @@ from neuron.load import source
 # torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# Where gateways that tests start keep the token of whoever runs them, and not in the user's own folder.
+# Gateways of tests keep the local administrator's token here, and not in the user's own folder.
 _RUNTIME = tempfile.TemporaryDirectory(prefix="cortex-runtime-")
 os.environ["RUNTIME_DIRECTORY"] = _RUNTIME.name
 

@@ -35,7 +35,7 @@ async def _run(test: Awaitable[None]) -> None:
     for _ in range(200):
         left = asyncio.all_tasks() - {asyncio.current_task()}
         if not left:
-            gc.collect(0)  # a future whose exception nobody has seen says so as it goes
+            gc.collect(0)  # a future whose exception was never retrieved reports it when collected
             assert not unhandled, unhandled
             return
         await asyncio.sleep(0.005)
@@ -43,7 +43,7 @@ async def _run(test: Awaitable[None]) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Over ASGI, leave out what does not ask a gateway in this process, and what says by itself over which it asks."""
+    """Over ASGI, keep only tests of a gateway in this process that do not choose the interface themselves."""
     if INTERFACE == "rsgi":
         return
     here = pathlib.Path(__file__).parent

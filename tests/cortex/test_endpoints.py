@@ -168,7 +168,7 @@ async def test_a_nodes_error_keeps_its_status_body_and_retry_after(stream: bool)
         call = await gateway.chat(stream=stream).end()
         assert call.status == 400
         assert call.json() == {
-            "error": {"message": "told context_length_exceeded", "type": "t", "param": None,
+            "error": {"message": "error context_length_exceeded", "type": "t", "param": None,
                       "code": "context_length_exceeded"}
         }  # fmt: skip
         neuron.script = error(503, "device_worker_lost", "retry-after: 7")

@@ -198,4 +198,4 @@ async def test_an_error_after_the_first_ping_has_the_nodes_words(monkeypatch: py
         call = await gateway.call("POST", MESSAGES, STREAM).end()
     assert call.status == 200
     event = call.body.strip().split(b"\n\n")[-1]
-    assert json.loads(event.split(b"data: ")[1])["error"]["message"] == "told context_length_exceeded"
+    assert json.loads(event.split(b"data: ")[1])["error"]["message"] == "error context_length_exceeded"

@@ -61,10 +61,10 @@ async def test_the_other_replica_is_asked_in_its_own_dialect() -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "code", "client_status", "expected"),
     [
-        ("/v1/messages", MESSAGES, 400, "bad", 400, {"type": "invalid_request_error", "message": "told bad"}),
-        ("/v1/messages", MESSAGES, 429, "slow", 429, {"type": "rate_limit_error", "message": "told slow"}),
-        ("/v1/messages", MESSAGES, 503, "busy", 529, {"type": "overloaded_error", "message": "told busy"}),
-        ("/v1/responses", RESPONSES, 400, "bad", 400, {"code": "bad", "message": "told bad"}),
+        ("/v1/messages", MESSAGES, 400, "bad", 400, {"type": "invalid_request_error", "message": "error bad"}),
+        ("/v1/messages", MESSAGES, 429, "slow", 429, {"type": "rate_limit_error", "message": "error slow"}),
+        ("/v1/messages", MESSAGES, 503, "busy", 529, {"type": "overloaded_error", "message": "error busy"}),
+        ("/v1/responses", RESPONSES, 400, "bad", 400, {"code": "bad", "message": "error bad"}),
         ("/v1/messages", {**MESSAGES, "top_p": 3}, 400, "", 400, {"type": "invalid_request_error"}),
         ("/v1/responses", {"model": "m", "input": 3}, 400, "", 400, {"param": "input"}),
     ],

@@ -1,4 +1,4 @@
-"""What happens to a fleet: requests end in a right answer or a typed error, in time, and nothing is loaded twice."""
+"""A fleet under failures: requests end in a right answer or a typed error, in time, and no model is loaded twice."""
 
 import asyncio
 import json
@@ -89,7 +89,7 @@ def test_two_models_that_do_not_fit_together_take_turns(fleet: Fleet) -> None:
     longest_s = fleet.run(story)
     swaps = fleet.loads("x") + fleet.loads("y")
     assert swaps <= 120, swaps
-    assert longest_s < 20, "nobody starves"
+    assert longest_s < 20, "no caller starves"
     assert {node for model in "xy" for node in fleet.where(model)} == {"a"}
 
 
@@ -206,7 +206,7 @@ def test_a_network_that_is_cut_and_healed(fleet: Fleet) -> None:
 
 
 def test_a_slow_node(fleet: Fleet) -> None:
-    """It is waited for as long as the limits say; nobody who asks another node waits with it."""
+    """Requests wait for it within the limits; requests of other nodes do not."""
 
     async def story(client: Client) -> None:
         assert is_right(await client.chat("cut"), "cut")

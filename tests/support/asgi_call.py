@@ -73,7 +73,7 @@ class Call:
         self._reads.set()
 
     def leave(self) -> None:
-        """Go away: the server hears of it, and what it still sends goes nowhere."""
+        """Disconnect: the server is notified, and its further output is dropped."""
         self._gone.set()
         self._reads.set()
 

@@ -112,7 +112,7 @@ def check(dialect: str, body: bytes) -> None:
         assert 400 <= error.status < 500
         msgspec.json.encode(error.info())
         return
-    # What got through can be sent on and told: text within it is text.
+    # An accepted body can be forwarded and logged: its text is valid.
     msgspec.json.encode(call.request)
     if dialect == "responses":
         orjson.loads(call.echo)

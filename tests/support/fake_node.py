@@ -70,7 +70,7 @@ class Line:
         await self.writer.drain()
 
     async def head(self, status: int = 200, *headers: str) -> None:
-        """Send a status line and headers; the framing is the script's to say."""
+        """Send a status line and headers; the script chooses the framing."""
         lines = [f"HTTP/1.1 {status} Status", *headers, "", ""]
         await self.send("\r\n".join(lines).encode())
 
@@ -122,7 +122,7 @@ async def answer(asked: Asked, line: Line) -> None:
 
 def error(status: int, code: str, *headers: str) -> Script:
     """Return a script that answers with an error."""
-    body = orjson.dumps({"error": {"message": f"told {code}", "type": "t", "param": None, "code": code}})
+    body = orjson.dumps({"error": {"message": f"error {code}", "type": "t", "param": None, "code": code}})
 
     async def script(asked: Asked, line: Line) -> None:
         await line.reply(status, body, *headers)
@@ -240,7 +240,7 @@ class FakeNode:
                 await writer.wait_closed()
 
     async def _play(self, script: Script, asked: Asked, line: Line, reader: asyncio.StreamReader) -> None:
-        """Play a script until it ends or the other side leaves. Nobody pipelines here, so a byte is an error."""
+        """Play a script until it ends or the other side leaves. A byte meanwhile is an error: no client pipelines."""
         playing = asyncio.ensure_future(script(asked, line))
         watching = asyncio.ensure_future(reader.read(1))
         try:

@@ -1,4 +1,4 @@
-"""A gateway in front of fake neurons: in this process and its loop, or as the real server in a process of its own."""
+"""A gateway in this process: over fake nodes, or between startup and shutdown with its configuration files."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ PATIENT = Timeouts()
 IN_MEMORY = StoreSettings(path=":memory:")
 
 LOCAL_TOKEN = "sk-local-of-this-rig"
-"""Of whoever runs the gateway; its rig sends it to /admin where no key is an administrator's."""
+"""Token of the local administrator, sent to /admin where no key is an administrator's."""
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = {**CHAT, "stream": True}
@@ -183,7 +183,7 @@ class Running:
         return (await self.call("GET", path)).json()
 
     async def call(self, method: str, path: str, body: bytes = b"") -> Call:
-        """Ask as whoever runs the gateway."""
+        """Send a request, to /admin as the local administrator."""
         token = local.find(self.app.addresses[0][1], self._environment)
         headers = {"authorization": f"Bearer {token}"} if path.startswith("/admin/") else None
         return await Call(self.app, method, path, body, headers).end()

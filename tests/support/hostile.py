@@ -57,7 +57,7 @@ def raw(data: bytes, *, then_cut: bool = False) -> Script:
 
 
 def flood(head: bytes, piece: bytes) -> Script:
-    """Return a script that sends a piece again and again until nobody takes it."""
+    """Return a script that sends a piece repeatedly until the other side takes no more."""
     pieces = piece * max(1, 65536 // len(piece))
 
     async def script(asked: Asked, line: Line) -> None:

@@ -1,8 +1,8 @@
 """Granian's side of RSGI in this process, over the two callables that ASGI has for a client.
 
-As there, what is sent is queued without limit and goes out behind the application's back, a client's leaving is told
-to whoever asks, and a stream ends when nobody can write to it any more. There is no socket whose kernel could be asked
-what a reader has read: :class:`SendWindow` counts the queue instead.
+As in Granian, output is queued without limit and sent in the background, a disconnect is reported on request, and a
+stream ends when its writer is gone. There is no socket whose kernel knows the unread bytes: :class:`SendWindow` counts
+the queue instead.
 """
 
 import asyncio
