@@ -1,7 +1,6 @@
 /* Keeps a number of connections to a gateway busy, and reads every answer to its last byte.
  *
- *     load PORT CONNECTIONS [--seconds S] [--warm S] [--answers N] [--body BYTES] [--sse-events N] [--pace MS] [--key
- * KEY]
+ *     load PORT CONNECTIONS [--seconds S] [--warm S] [--answers N] [--body BYTES] [--sse-events N] [--pace MS] [--key KEY]
  *          [--spread MS] [--stall]
  *
  * Each connection asks, waits for the whole answer and asks again, for --seconds after --warm, or --answers times. With
@@ -13,7 +12,7 @@
  *
  * Prints JSON. Rates and times are of what ended after the warm-up; the `total_` counts are of all of the run, as a CPU
  * time that was taken around it is. An SSE event's delay is the time since the mock sent it, by the clock of the
- * machine.
+ * machine. One file, since one compiler call builds it without a build system.
  */
 #define _GNU_SOURCE
 #include "shared.h"
@@ -101,8 +100,7 @@ static void keep(struct samples *samples, uint64_t value)
 
 /* ----------------------------------------------------------------------------------------------------- asking */
 
-/* Messages of an agent, of which large bodies are made: code and its escapes, a call of a tool, its result.
- * */
+/* Messages of an agent, of which large bodies are made: code and its escapes, a call of a tool, its result. */
 static const char MESSAGE[] =
     "{\"role\":\"user\",\"content\":\"In src/words.py, `count` fails for an empty line:\\n\\n```python\\ndef count(line):\\n"
     "    words = line.split(\\\" \\\")\\n    return {word: words.count(word) for word in words if word != \\\"\\\"}\\n"

@@ -3,11 +3,12 @@
  *     mock PORT COUNT PATH=FILE...
  *
  * listens on COUNT ports of 127.0.0.1 from PORT on, in one thread. A GET of a PATH is answered with the FILE's bytes as
- * JSON, `GET /counts` with what was served; a chat request has a marker (shared.h) that says what to answer. A
+ * JSON, `GET /counts` with what was served; a chat request has a marker (shared.h) that selects the answer. A
  * stream is chunked, an SSE event a chunk, with the usage comment of a neuron at its end if the request wants one
  * (x-cortex-report-usage). SSE events that are not paced leave BURST at a time, as an engine's steps leave them.
  *
- * It trusts its clients: a request that it cannot read ends the process with a message, so that a run fails.
+ * It trusts its clients: a request that it cannot read ends the process with a message, so that a run fails. One
+ * file, since one compiler call builds it without a build system.
  */
 #define _GNU_SOURCE
 #include "shared.h"
