@@ -146,6 +146,10 @@ class Pool:
             connection.fail(self._ended)
 
     async def _connect(self) -> Connection:
+        if self.num_connections >= self._max_connections and self._idle:
+            oldest = self._idle.pop(0)  # a fresh connection is asked for: it takes the place of one that waits
+            self._open.discard(oldest)
+            oldest.abort()
         if self.num_connections >= self._max_connections:
             raise PoolFullError(f"All {self._max_connections} connections to {self.name} are in use.", retry_after_s=1)
         self._connecting += 1

@@ -96,8 +96,9 @@ class Conversations(Chains):
             return PendingResponse(body)  # the node refuses references
         previous, stores = found.previous_response_id or "", keeps and found.stores and self._store is not None
         if stores and self._store is not None and (obstacle := self._store.obstacle(len(body))) is not None:
+            error = store_error(obstacle)
             if _wants_store(body) or _has_fields(body):
-                raise store_error(obstacle)
+                raise error
             stores = False  # by default only, and the response has ``store: false``
         conversation, background = "", False
         if self._store is not None and _has_fields(body):

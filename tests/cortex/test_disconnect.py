@@ -12,7 +12,7 @@ from gateway_rig import rig, until
 from cortex.config import ModelProfile
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES, Dialect
 
-BOUND_S = 0.05
+BOUND_S = 1.0
 ASKED = CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS
 
 

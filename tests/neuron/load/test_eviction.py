@@ -34,6 +34,7 @@ class Node:
         )
         self.recycled: list[str] = []
         self.gone: list[str] = []
+        self.num_loading = self.most_loading = 0
         self.models = ModelTable(self._load, self.gone.append)
         self.evictor = Evictor(self.models, timeouts, self._recycle)
 
@@ -42,9 +43,14 @@ class Node:
         need = await entry.harness.measure(entry.spec, path)
         async with self.evictor.devices_for(entry, need) as devices:
             start = asyncio.get_running_loop().time()
-            model = await entry.harness.load(
-                msgspec.structs.replace(entry.spec, devices=devices), path, lambda fraction: None
-            )
+            self.num_loading += 1
+            self.most_loading = max(self.most_loading, self.num_loading)
+            try:
+                model = await entry.harness.load(
+                    msgspec.structs.replace(entry.spec, devices=devices), path, lambda fraction: None
+                )
+            finally:
+                self.num_loading -= 1
             entry.load_s = asyncio.get_running_loop().time() - start
             return model
 
@@ -100,9 +106,8 @@ async def test_loads_on_different_gpus_run_side_by_side(folder: pathlib.Path) ->
     """A third load waits for the first two; nothing is evicted meanwhile."""
     node = Node(folder, cuda_0=10, cuda_1=10)
     loads = [asyncio.ensure_future(node.load(name, 4, load_s=0.2)) for name in "abcd"]
-    started = asyncio.get_running_loop().time()
     await asyncio.gather(*loads)
-    assert asyncio.get_running_loop().time() - started < 0.7, "two and two, not one by one"
+    assert node.most_loading == 2, "two and two, not one by one"
     assert node.here() == set("abcd")
     assert not node.gone
 
