@@ -41,19 +41,19 @@ async def decoded(body: bytes, encoding: str, limit_bytes: int) -> bytes:
 def inflate(body: bytes, name: str, limit_bytes: int) -> bytes:
     """Return a gzip or deflate body decompressed; see :func:`decoded`."""
     pieces: list[bytes] = []
-    room = limit_bytes
+    left_bytes = limit_bytes
     for _ in range(MAX_MEMBERS):
         # RFC 9110 has deflate in zlib's frame; some clients leave that out.
         raw = name == "deflate" and (len(body) < 2 or body[0] & 0x0F != 8 or (body[0] << 8 | body[1]) % 31)
         reader = zlib.decompressobj(31 if name != "deflate" else -15 if raw else 15)
         try:
-            piece = reader.decompress(body, room + 1)
+            piece = reader.decompress(body, left_bytes + 1)
         except zlib.error:
             raise InvalidRequestError(f"The request body is not {name}, as its content-encoding says.") from None
-        if len(piece) > room:
+        if len(piece) > left_bytes:
             raise BodyTooLargeError(f"The request body is longer than the {limit_bytes} bytes that are read, decoded.")
         pieces.append(piece)
-        room -= len(piece)
+        left_bytes -= len(piece)
         if not reader.eof:
             raise InvalidRequestError(f"The request body ends before its {name} does.")
         body = reader.unused_data

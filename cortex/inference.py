@@ -472,7 +472,7 @@ def _local_stream(pending: PendingResponse, name: str) -> ResponsesStream:
 
 
 class _NodeCall(NamedTuple):
-    """A request to a node, its translation to chat, and the turn of a conversation that it is."""
+    """A request to a node, its translation to chat, and the stored response that it makes."""
 
     node_request: NodeRequest
     chat: Translation | None

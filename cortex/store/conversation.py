@@ -219,7 +219,7 @@ class Conversations(Chains):
         return StoredResponse(pending.previous, msgspec.Raw(items.listed(list(pending.items))), msgspec.Raw(response))
 
     async def settle(self, pending: PendingResponse, id: str, stored: StoredResponse) -> None:
-        """Keep a turn that has ended, and let the conversation it is part of end with it.
+        """Store a response that has ended, and let its conversation end with it.
 
         Raises:
             StoreUnavailableError: the store failed.
