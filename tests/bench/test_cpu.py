@@ -69,7 +69,7 @@ def test_without_any_peer_our_own_figures_are_measured(
     assert "generate_1" not in bench.table.ratios
 
 
-def test_a_peer_that_fails_in_one_part_costs_that_part_only(
+def test_a_failing_peer_costs_one_measurement_only(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, options: argparse.Namespace
 ) -> None:
     monkeypatch.setattr(run, "engine", ours)

@@ -142,7 +142,7 @@ def test_a_wrong_answer_ends_the_load(node: int, kind: tuple[str, ...], old: byt
     assert message in done.stderr
 
 
-def test_a_load_that_stalls_reads_nothing_until_it_is_told(node: int) -> None:
+def test_a_stalled_load_reads_nothing_until_its_signal(node: int) -> None:
     before = rig.counts(node)
     command = [*rig.load_command(node, 2, sse_events=20_000, answers=1), "--stall"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:

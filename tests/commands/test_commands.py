@@ -227,7 +227,7 @@ def test_the_choices_that_help_prints_are_targets(target: str, variable: str) ->
         assert both[0] == both[1]
 
 
-def test_the_gate_runs_what_targets_toml_says() -> None:
+def test_the_gate_runs_the_targets_of_targets_toml() -> None:
     gate = (ROOT / ".ci" / "run").read_text()
     assert {name for name, entry in TARGETS.items() if entry["run"] == "gate"} == set(
         re.findall(r"\bmake ([a-z][a-z0-9-]*)", gate)

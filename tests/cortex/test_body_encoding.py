@@ -71,7 +71,7 @@ async def test_any_other_encoding_is_refused_with_what_is_taken(encoding: str) -
 
 
 @pytest.mark.parametrize("sent", [PLAIN, b"", gzip.compress(PLAIN)[:-9], gzip.compress(PLAIN) + b"more"])
-async def test_what_is_not_what_its_header_says_is_refused(sent: bytes) -> None:
+async def test_a_body_that_does_not_match_its_header_is_refused(sent: bytes) -> None:
     async with rig(FakeNode("a").ready("m")) as gateway:
         call = await gateway.call("POST", "/v1/chat/completions", sent, {"content-encoding": "gzip"}).end()
         assert call.status == 400

@@ -46,7 +46,7 @@ def test_the_example_of_keys_shows_every_key() -> None:
         assert f"{key} = " in text, key
 
 
-def test_the_comments_of_the_example_tell_the_true_defaults(tmp_path: pathlib.Path) -> None:
+def test_the_comments_of_the_example_have_the_true_defaults(tmp_path: pathlib.Path) -> None:
     """A setting that is commented out has its default: uncommented, nothing changes."""
     text = (EXAMPLES / "cortex.toml").read_text()
     lines = []

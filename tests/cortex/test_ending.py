@@ -136,7 +136,7 @@ def listening() -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize("keeps_alive", [False, True], ids=["fresh", "kept"])
-async def test_gateways_that_restart_in_turn_lose_no_request(tmp_path: pathlib.Path, keeps_alive: bool) -> None:
+async def test_a_rolling_restart_loses_no_request(tmp_path: pathlib.Path, keeps_alive: bool) -> None:
     neuron = FakeNode(script=slowly).ready("m")
     results: Counter[str] = Counter()
     stop = asyncio.Event()

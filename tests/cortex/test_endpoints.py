@@ -102,7 +102,7 @@ def test_any_split_of_the_bytes_gives_the_same_stream(sizes: list[int], as_http_
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
-async def test_a_wrong_request_is_told_what_is_wrong(
+async def test_a_wrong_request_gets_the_reason(
     path: str, body: bytes, status: int, code: str, param: str | None
 ) -> None:
     neuron = FakeNode().ready("m")
@@ -462,7 +462,7 @@ async def test_a_recovering_model_is_loaded_beside_what_is_elsewhere() -> None:
         assert [load.id for load in second.loads] == ["m"]
 
 
-async def test_a_recovering_model_is_503_where_no_other_node_has_room() -> None:
+async def test_a_recovering_model_is_503_where_no_other_node_has_free_memory() -> None:
     first, second = FakeNode("a").ready("m"), FakeNode("b", free_bytes=GIB).ready("other")
     first.models["m"] = msgspec.structs.replace(first.models["m"], state=ModelState.RECOVERING)
     profile = msgspec.structs.replace(PROFILE, memory_bytes=2 * GIB)
@@ -528,7 +528,7 @@ async def test_models_are_the_catalogue_and_what_nodes_have() -> None:
         assert (await gateway.call("GET", "/v1/models/none").end()).status == 404
 
 
-async def test_clients_are_told_neither_nodes_nor_paths() -> None:
+async def test_clients_see_neither_nodes_nor_paths() -> None:
     node = FakeNode("secret-node").ready("m")
     node.models["broken"] = ModelStatus(
         "broken", ModelState.FAILED, source="/srv/x", error="no file /srv/x/config.json"

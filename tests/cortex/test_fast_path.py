@@ -281,7 +281,7 @@ async def test_one_that_is_cancelled_frees_its_node(interface: str) -> None:
 
 
 @by_each
-async def test_what_runs_when_the_gateway_ends_is_told(interface: str) -> None:
+async def test_requests_in_flight_at_shutdown_get_an_error(interface: str) -> None:
     neuron = FakeNode("a").ready("m")
     async with rig(neuron, interface=interface) as gateway:
         call = await unanswered(gateway, neuron)

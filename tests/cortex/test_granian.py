@@ -164,7 +164,7 @@ async def test_metrics_are_served_as_soon_as_their_port_is_free(tmp_path: pathli
             assert "cortex_build_info" in (await client.get(f"http://127.0.0.1:{port}/metrics")).text
 
 
-async def test_a_load_says_how_far_it_is_and_what_came_of_it(tmp_path: pathlib.Path) -> None:
+async def test_a_load_reports_its_progress_and_outcome(tmp_path: pathlib.Path) -> None:
     go = asyncio.Event()
     neuron = FakeNode(name="a")
 
@@ -195,7 +195,7 @@ async def test_a_load_says_how_far_it_is_and_what_came_of_it(tmp_path: pathlib.P
         assert (process.returncode, out) == (0, b"m on a: ready\n")
 
 
-async def test_wsgi_is_told_that_it_cannot_be(tmp_path: pathlib.Path) -> None:
+async def test_wsgi_is_refused(tmp_path: pathlib.Path) -> None:
     async with granian(tmp_path, "--interface", "wsgi") as server, httpx.AsyncClient() as client:
         reply = await client.get(server.url + "/v1/models")
     assert reply.status_code == 500
@@ -204,7 +204,7 @@ async def test_wsgi_is_told_that_it_cannot_be(tmp_path: pathlib.Path) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
-async def test_without_a_lifespan_a_wrong_configuration_is_said_until_it_is_mended(tmp_path: pathlib.Path) -> None:
+async def test_without_a_lifespan_a_wrong_configuration_is_reported_until_mended(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "cortex.toml"
     path.write_text("[gateway]\nlissten = 'x'\n")
     async with granian(tmp_path, "--interface", "asginl") as server, httpx.AsyncClient() as client:

@@ -144,7 +144,7 @@ async def test_a_neuron_lets_gateways_in(how: str) -> None:
     assert (reply.status, reply.json().get("state")) == (200, "draining")
 
 
-async def test_other_names_of_a_host_are_its_operators_to_say(tmp_path: pathlib.Path) -> None:
+async def test_other_host_names_are_configured(tmp_path: pathlib.Path) -> None:
     daemon = DaemonSettings(allowed_hosts=("gpu.example.com",))
     api = Api(Service(Config(daemon), harnesses={}, workers={}))
     for host, status in (("gpu.example.com:13131", 200), ("GPU.example.com.", 200), ("example.com", 403)):

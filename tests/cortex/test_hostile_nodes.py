@@ -171,7 +171,7 @@ RESPONSES = [
 
 @pytest.mark.parametrize("data", RESPONSES, ids=lambda data: data[:40].decode())
 @pytest.mark.parametrize("name", [b"response.completed", b"response.created", b"error", b"response.x", b"\xff"])
-async def test_a_response_in_the_background_ends_whatever_its_node_says(name: bytes, data: bytes) -> None:
+async def test_a_background_response_ends_whatever_its_node_sends(name: bytes, data: bytes) -> None:
     node = FakeNode("hostile").ready("m")
     wire = sized(b"event: " + name + b"\ndata: " + data + b"\n\n", b"content-type: text/event-stream\r\n")
     node.script = raw(wire)
@@ -330,7 +330,7 @@ async def test_a_control_plane_that_answers_junk_is_a_node_that_is_down(name: st
 
 
 @pytest.mark.parametrize("name", ODD)
-async def test_a_node_that_says_absurd_things_of_itself_is_down(name: str) -> None:
+async def test_a_node_with_an_absurd_status_is_down(name: str) -> None:
     path, value = ODD[name]
     await check_poller(control(path, orjson.dumps(value)))
 
@@ -378,7 +378,7 @@ async def test_a_model_that_cannot_be_is_left_out_and_the_others_are_served(
 
 
 @pytest.mark.parametrize("kind", ["many", "one name"])
-async def test_a_list_of_eighty_thousand_models_is_taken_in_part_and_delays_no_request(kind: str) -> None:
+async def test_a_list_of_eighty_thousand_models_is_cut_and_delays_no_request(kind: str) -> None:
     rows = [MODEL] + [MODEL | {"id": "m" if kind == "one name" else f"m{i}"} for i in range(80_000)]
     node = FakeNode("hostile", control=control("/models", orjson.dumps({"models": rows})))
     async with beside_a_sound_one(node) as gateway:

@@ -69,7 +69,7 @@ async def test_names_that_nothing_else_answers_to_go_by_the_longest_prefix() -> 
     ],
 )
 @pytest.mark.parametrize("path", [MESSAGES, COUNT])
-async def test_what_is_wrong_is_said_in_the_dialect(path: str, body: bytes, status: int, kind: str, code: str) -> None:
+async def test_errors_are_in_the_dialect(path: str, body: bytes, status: int, kind: str, code: str) -> None:
     cold = ModelProfile(id="cold", source="/w", memory_bytes=1 << 60)
     async with rig(FakeNode().ready("m"), models=(cold,), max_body_bytes=2048) as gateway:
         call = await gateway.call("POST", path, body).end()

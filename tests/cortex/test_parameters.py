@@ -30,7 +30,7 @@ def node() -> FakeNode:
 
 
 @EVERY
-async def test_an_answer_says_what_was_ignored(
+async def test_an_answer_lists_ignored_parameters(
     caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any]
 ) -> None:
     caplog.set_level(logging.INFO, "cortex")
@@ -45,7 +45,7 @@ async def test_an_answer_says_what_was_ignored(
 
 
 @pytest.mark.parametrize(("path", "body"), [BODIES[0], BODIES[1], BODIES[2], BODIES[4]])
-async def test_a_stream_says_it_too_before_the_node_has_said_a_word(path: str, body: dict[str, Any]) -> None:
+async def test_a_stream_lists_them_before_the_nodes_first_byte(path: str, body: dict[str, Any]) -> None:
     neuron = node()
 
     async def late(asked: Asked, line: Line) -> None:
@@ -61,7 +61,7 @@ async def test_a_stream_says_it_too_before_the_node_has_said_a_word(path: str, b
         assert set(call.headers["x-cortex-ignored"].split(", ")) >= {"x"}
 
 
-async def test_what_a_node_says_it_ignored_is_passed_on_and_cleaned() -> None:
+async def test_a_nodes_ignored_parameters_are_forwarded_and_sanitized() -> None:
     neuron = node()
 
     async def says(asked: Asked, line: Line) -> None:
@@ -78,7 +78,7 @@ async def test_what_a_node_says_it_ignored_is_passed_on_and_cleaned() -> None:
 
 
 @EVERY
-async def test_a_strict_key_is_refused_what_nobody_knows(path: str, body: dict[str, Any]) -> None:
+async def test_a_strict_key_is_refused_unknown_parameters(path: str, body: dict[str, Any]) -> None:
     neuron = node()
     keys = ring((KEY, Principal("k", is_strict=True)))
     async with rig(neuron, keys=keys) as gateway:
@@ -93,7 +93,7 @@ async def test_a_strict_key_is_refused_what_nobody_knows(path: str, body: dict[s
 
 
 @pytest.mark.parametrize(("default", "own", "status"), [(True, None, 400), (True, False, 200), (False, None, 200)])
-async def test_a_key_that_does_not_say_is_as_strict_as_the_gateway(
+async def test_a_key_without_the_setting_is_as_strict_as_the_gateway(
     default: bool, own: bool | None, status: int
 ) -> None:
     keys = ring((KEY, Principal("k", is_strict=own)))

@@ -151,7 +151,7 @@ async def test_any_origin_may_open_one_with_a_key(with_keys: bool, status: int) 
     assert sent[0].get("status", 0) == status
 
 
-async def test_long_instructions_are_told_in_an_event() -> None:
+async def test_long_instructions_fit_in_an_event() -> None:
     long = "x" * 9_000_000
     async with rig(FakeNode().ready("m")) as gateway:
         message: dict[str, object] = {"type": "response.create", "model": "m", "input": "Hi", "instructions": long}
@@ -162,7 +162,7 @@ async def test_long_instructions_are_told_in_an_event() -> None:
         assert (call.status, call.json()["status"]) == (200, "queued")
 
 
-async def test_a_turn_that_is_nested_too_deep_is_refused_and_the_connection_goes_on() -> None:
+async def test_an_input_nested_too_deep_is_refused_and_the_connection_goes_on() -> None:
     neuron = FakeNode("a", dialects=("openai-responses",)).ready("m")
     deep: list[object] = []
     for _ in range(250):

@@ -387,7 +387,7 @@ async def test_sigterm_lets_a_stream_finish(tmp_path: pathlib.Path, command: str
         assert (await reply.aread()).endswith(CHAT_STREAM[-1])
 
 
-async def test_a_stream_that_does_not_end_is_told_after_the_drain_timeout(tmp_path: pathlib.Path) -> None:
+async def test_a_stream_gets_an_error_after_the_drain_timeout(tmp_path: pathlib.Path) -> None:
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
         while True:
@@ -432,7 +432,7 @@ def test_a_wrong_configuration_ends_the_server_with_its_reason(tmp_path: pathlib
     assert "Traceback" not in done.stdout + done.stderr
 
 
-async def test_an_address_in_use_is_said_and_ends_the_start(tmp_path: pathlib.Path) -> None:
+async def test_an_address_in_use_is_reported_and_ends_the_start(tmp_path: pathlib.Path) -> None:
     neuron = FakeNode()
     async with neuron.serving():
         config = write_config(tmp_path, neuron, gateway=f'listen = "127.0.0.1:{neuron.port}"\nmetrics_listen = ""\n')

@@ -109,7 +109,7 @@ async def test_a_stream_without_its_terminator_is_whole() -> None:
     assert b"message_stop" in call.body
 
 
-async def test_what_it_says_is_kept_and_continued() -> None:
+async def test_a_translated_response_is_stored_and_continued() -> None:
     node = chat_only()
     async with rig(node) as gateway:
         first = (await gateway.call("POST", "/v1/responses", RESPONSES).end()).json()
@@ -132,7 +132,7 @@ AUDIO = {"type": "document", "source": {"type": "base64", "media_type": "applica
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_a_chat_has_no_part_for_is_a_line_of_text(stream: bool) -> None:
+async def test_content_without_a_chat_content_part_is_a_line_of_text(stream: bool) -> None:
     node = chat_only()
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
     history = [{"role": "user", "content": [AUDIO, image]}, {"role": "assistant", "content": "b"}]
@@ -149,7 +149,7 @@ async def test_what_a_chat_has_no_part_for_is_a_line_of_text(stream: bool) -> No
     ]
 
 
-async def test_calls_whose_pieces_come_in_turns_arrive_whole() -> None:
+async def test_interleaved_calls_arrive_whole() -> None:
     """As servers send them that generate several calls beside one another."""
 
     def piece(index: int, arguments: str, **more: Any) -> bytes:

@@ -124,7 +124,7 @@ async def test_a_stale_connection_is_replaced_once_in_silence() -> None:
         assert [asked.body for asked in neuron.asked] == [b"1", b"2", b"2"]
 
 
-async def test_a_fresh_connection_that_dies_is_told() -> None:
+async def test_a_fresh_connection_that_dies_is_an_error() -> None:
     async def drop(asked: Asked, line: Line) -> None:
         line.reset()
 
@@ -317,7 +317,7 @@ async def test_a_fresh_connection_takes_the_place_of_an_idle_one() -> None:
         assert pool.num_connections == 2
 
 
-async def test_a_pool_has_a_bound_and_says_so() -> None:
+async def test_a_full_pool_is_an_error() -> None:
     async def never(asked: Asked, line: Line) -> None:
         await asyncio.sleep(60)
 
@@ -334,7 +334,7 @@ async def test_a_pool_has_a_bound_and_says_so() -> None:
         assert (await pool.request(b"POST", b"/v1/x")).status == 200
 
 
-async def test_a_node_that_is_not_there_is_told_with_its_address() -> None:
+async def test_the_error_of_an_absent_node_has_its_address() -> None:
     port = free_port()
     pool = Pool("gone", f"http://127.0.0.1:{port}", PATIENT, 2)
     with pytest.raises(ConnectError, match=f"gone cannot be reached at 127.0.0.1:{port}: Connection refused"):

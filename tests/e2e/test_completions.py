@@ -35,7 +35,7 @@ def test_a_prompt_is_scored_as_it_would_be_written(gateway: daemons.Daemon) -> N
     ]  # plain letters, so that a token is as long as its text
 
 
-def test_token_ids_say_the_same_as_their_text(gateway: daemons.Daemon) -> None:
+def test_token_ids_equal_their_text(gateway: daemons.Daemon) -> None:
     # "What is the capital of France?" in the model's own tokens.
     ids = [1780, 314, 260, 3575, 282, 4649, 47]
     by_text = complete(gateway, "What is the capital of France?", echo=True, logprobs=0)

@@ -54,7 +54,7 @@ def status_of(node: daemons.Daemon) -> Any:
     return next(model for model in node.get("/models")["models"] if model["id"] == MODEL)
 
 
-def test_two_workers_say_what_one_says(node: daemons.Daemon) -> None:
+def test_two_workers_generate_the_text_of_one(node: daemons.Daemon) -> None:
     text = answer(node)
     assert "Paris" in text
     assert text == answer(node, "one")

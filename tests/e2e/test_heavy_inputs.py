@@ -262,7 +262,7 @@ def quiet(bystander: Bystander, what: str, act: Callable[[], str]) -> None:
 
 
 @pytest.mark.parametrize("what", REQUESTS)
-def test_a_heavy_request_is_nobody_elses(gateway: daemons.Daemon, bystander: Bystander, what: str) -> None:
+def test_a_heavy_request_delays_no_other(gateway: daemons.Daemon, bystander: Bystander, what: str) -> None:
     path, make = REQUESTS[what]
     few = {CHAT: "max_tokens", RESPONSES: "max_output_tokens"}
     asked = {"model": daemons.MODEL, **make(), **({few[path]: 5} if path in few else {})}

@@ -84,9 +84,7 @@ def hostile(chance: random.Random) -> dict[str, Any]:
     return body | {"messages": [{"role": "user", "content": chance.choice(UNITS) * length}]}
 
 
-def test_hostile_requests_end_no_daemon_and_fail_nobody_elses(
-    nodes: list[daemons.Daemon], tmp_path: pathlib.Path
-) -> None:
+def test_hostile_requests_end_no_daemon_and_fail_no_other(nodes: list[daemons.Daemon], tmp_path: pathlib.Path) -> None:
     pids = [node.process.pid for node in nodes] + [worker.pid for node in nodes for worker in node.workers()]
     over = threading.Event()
     failures: list[str] = []

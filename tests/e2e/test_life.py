@@ -78,7 +78,9 @@ def test_two_hundred_clients_that_leave_leave_nothing(gateway: daemons.Daemon, n
     daemons.until(lambda: node.open_files() <= before[1], what="the neuron's descriptors are given back")
 
 
-def test_a_killed_worker_is_told_replaced_and_serves_again(tmp_path: pathlib.Path, smollm2_gguf: pathlib.Path) -> None:
+def test_a_killed_worker_is_reported_replaced_and_serves_again(
+    tmp_path: pathlib.Path, smollm2_gguf: pathlib.Path
+) -> None:
     with daemons.neuron(tmp_path, smollm2_gguf) as node, daemons.cortex(tmp_path, node) as gateway:
         seen: list[str] = []
         killed = 0.0
@@ -110,7 +112,9 @@ def test_a_killed_worker_is_told_replaced_and_serves_again(tmp_path: pathlib.Pat
         daemons.until(served, 20, "the gateway serves again")
 
 
-def test_a_second_daemon_on_the_same_address_says_so(node: daemons.Daemon, tmp_path: pathlib.Path) -> None:
+def test_a_second_daemon_on_the_same_address_exits_with_the_reason(
+    node: daemons.Daemon, tmp_path: pathlib.Path
+) -> None:
     import subprocess
     import sys
 

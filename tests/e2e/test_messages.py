@@ -20,7 +20,7 @@ def client(gateway: daemons.Daemon) -> Iterator[anthropic.Anthropic]:
         yield found
 
 
-def test_whole_and_streamed_say_the_same(client: anthropic.Anthropic) -> None:
+def test_whole_and_streamed_are_equal(client: anthropic.Anthropic) -> None:
     asked: Any = {"model": daemons.MODEL, "max_tokens": 24, "messages": QUESTION, **GREEDY}
     whole = client.messages.create(**asked)
     with client.messages.stream(**asked) as events:

@@ -28,7 +28,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve(daemons.MODEL).object == "model"
 
 
-def test_chat_whole_and_streamed_say_the_same(client: openai.OpenAI) -> None:
+def test_chat_whole_and_streamed_are_equal(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(**CHAT)
     text = whole.choices[0].message.content
     assert text is not None
@@ -59,7 +59,7 @@ def test_a_text_that_spells_the_end_of_a_turn_does_not_end_it(client: openai.Ope
     assert raw.usage.prompt_tokens == 3
 
 
-def test_responses_whole_and_streamed_say_the_same(client: openai.OpenAI) -> None:
+def test_responses_whole_and_streamed_are_equal(client: openai.OpenAI) -> None:
     whole = client.responses.create(**RESPONSES)
     assert "Paris" in whole.output_text
     assert whole.status == "completed"
@@ -188,7 +188,7 @@ def test_the_second_question_finds_the_first_in_the_cache(client: openai.OpenAI)
     assert usage.prompt_tokens_details.cached_tokens == (usage.prompt_tokens - 1) // 16 * 16
 
 
-def test_a_key_is_not_told_what_another_has_asked(node: daemons.Daemon) -> None:
+def test_no_key_sees_cached_tokens_of_another(node: daemons.Daemon) -> None:
     def cached(principal: str, path: str = "/v1/completions") -> int:
         text = "Whose prompts are in the cache is nobody's business but theirs. " * 8
         body = {"model": daemons.MODEL, "prompt": text, "max_tokens": 1}

@@ -87,7 +87,7 @@ def test_whose_certificate_or_secret_is_wrong_is_down(closed_gateway: daemons.Da
     assert "secret" in nodes["unknown"]["fault"]
 
 
-def test_the_node_answers_nobody_else(closed_node: daemons.Daemon) -> None:
+def test_the_node_answers_no_other_client(closed_node: daemons.Daemon) -> None:
     with closed_node.client() as client:
         for path in ("/models", "/discovery", "/v1/models"):
             assert client.get(closed_node.url + path).status_code == 401

@@ -63,7 +63,7 @@ def test_fifty_requests_for_a_cold_model_are_one_load(fleet: Fleet) -> None:
     assert len(fleet.where("cold")) == 1
 
 
-def test_two_models_that_do_not_fit_together_take_turns(fleet: Fleet) -> None:
+def test_two_models_that_do_not_fit_together_alternate(fleet: Fleet) -> None:
     """200 requests by four callers through four workers: all are served, in far fewer swaps than requests."""
 
     async def story(client: Client) -> float:
@@ -121,7 +121,7 @@ def test_a_model_over_two_gpus(fleet: Fleet) -> None:
     assert fleet.where("wide") == ["d"]
 
 
-def test_what_fits_nowhere_or_cannot_be_read_says_so(fleet: Fleet) -> None:
+def test_a_model_that_fits_nowhere_or_cannot_be_read_is_an_error(fleet: Fleet) -> None:
     async def story(client: Client) -> None:
         refused = await client.chat("huge")
         assert refused.status_code in {422, 503}

@@ -38,7 +38,7 @@ def test_a_thousand_random_swaps(fleet: Fleet) -> None:
     fleet.assert_idle()
 
 
-def test_memory_stays_where_it_is(fleet: Fleet) -> None:
+def test_memory_does_not_grow(fleet: Fleet) -> None:
     """100,000 requests, half of them streamed: the workers' memory grows by less than 1 MB after the first 30,000."""
     workers = workers_of(fleet.gateways[0])
 

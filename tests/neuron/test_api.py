@@ -168,7 +168,7 @@ FAILURE = ErrorInfo(503, "device_worker_lost", "The device worker died.", retry_
 
 
 @ASKS
-def test_a_failure_in_mid_stream_is_told(path: str, body: dict[str, Any]) -> None:
+def test_a_failure_in_mid_stream_is_an_error_event(path: str, body: dict[str, Any]) -> None:
     reply = ask_once(path, body | {"stream": True}, playing([Started(1)], [TextDelta("a")], [Failed(FAILURE)]))
     assert (reply.status, reply.complete) == (200, True)
     event, data = reply.sse_events()[-1]
@@ -226,7 +226,7 @@ def test_headers_and_heartbeats_do_not_wait_for_the_model(monkeypatch: pytest.Mo
     with_api(story, ScriptedHarness(lambda request: [silent, *HELLO]))
 
 
-def test_a_gateway_says_on_whose_behalf_a_request_is() -> None:
+def test_a_gateway_sends_the_principal_and_priority() -> None:
     asked = []
 
     def play(request: InferenceRequest) -> list[Any]:
@@ -246,7 +246,7 @@ def test_a_gateway_says_on_whose_behalf_a_request_is() -> None:
 
 
 @STREAMED
-def test_whoever_asks_is_known_in_every_dialect(stream: bool) -> None:
+def test_the_principal_is_known_in_every_dialect(stream: bool) -> None:
     asked = []
 
     def play(request: InferenceRequest) -> list[Any]:
@@ -336,7 +336,7 @@ def get(path: str, method: str = "GET") -> Reply:
     return ask_once(path, b"", method=method)
 
 
-def test_discovery_says_what_is_here() -> None:
+def test_discovery_lists_devices_harnesses_and_dialects() -> None:
     found = get("/discovery").json()
     assert found["name"] == "node"
     assert found["harnesses"] == ["torch"]
@@ -395,7 +395,7 @@ def test_a_wrong_load_is_refused_with_its_reason(body: dict[str, Any], status: i
         assert reply.json()["error"]["param"] == param
 
 
-def test_a_load_that_fails_says_why() -> None:
+def test_a_failed_load_has_its_reason() -> None:
     async def story(api: Api, service: Service) -> None:
         harness.fails = UnprocessableError("model does not fit on cpu:0: needs 18.2 GiB, free 15.9 GiB")
         reply = await ask(api, "POST", "/models/load", {"id": "n", "source": "/"})
@@ -482,7 +482,7 @@ def test_the_sdk_raises_its_own_error_types() -> None:
 # ------------------------------------------------------------------ who may stay, who may ask
 
 
-def test_a_load_says_how_long_its_model_may_stay_and_a_pin_changes_it() -> None:
+def test_a_load_sets_the_keep_alive_and_a_pin_changes_it() -> None:
     async def story(api: Api, service: Service) -> None:
         body = {"id": "n", "source": "/", "priority": 2, "idle_ttl_s": 60, "evict": {"strategy": "priority"}}
         status = (await ask(api, "POST", "/models/load", body)).json()
@@ -553,7 +553,7 @@ def test_a_node_with_a_secret_answers_only_those_who_have_it(tmp_path: pathlib.P
     ],
 )
 @STREAMED
-def test_an_answer_says_which_members_nobody_knows(path: str, body: dict[str, Any], stream: bool) -> None:
+def test_an_answer_lists_unknown_members(path: str, body: dict[str, Any], stream: bool) -> None:
     asked = body | ({"stream": True} if stream else {})
     assert "x-cortex-ignored" not in ask_once(path, asked).headers
     reply = ask_once(path, asked | {"temprature": 0.5})
@@ -562,7 +562,7 @@ def test_an_answer_says_which_members_nobody_knows(path: str, body: dict[str, An
 
 
 @STREAMED
-def test_an_answer_says_what_of_its_schema_it_is_not_held_to(stream: bool) -> None:
+def test_an_answer_lists_unenforced_parts_of_its_schema(stream: bool) -> None:
     schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
     chat = {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}}
     responses = {"text": {"format": {"type": "json_schema", "name": "s", "schema": schema}}}

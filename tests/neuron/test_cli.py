@@ -77,7 +77,7 @@ def gateway_alone(module: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("--check",)])
-def test_with_the_gateway_alone_the_command_still_says_what_it_is(arguments: tuple[str, ...]) -> None:
+def test_with_the_gateway_alone_the_command_still_has_help(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(
         gateway_alone("neuron.cli", *arguments), capture_output=True, text=True, timeout=60, check=False
     )
@@ -85,7 +85,7 @@ def test_with_the_gateway_alone_the_command_still_says_what_it_is(arguments: tup
     assert done.stdout.lower().count("neuron")
 
 
-def test_with_the_gateway_alone_a_neuron_starts_and_says_what_to_install(tmp_path: pathlib.Path) -> None:
+def test_with_the_gateway_alone_a_neuron_starts_and_names_what_to_install(tmp_path: pathlib.Path) -> None:
     port, log = free_port(), tmp_path / "log"
     with log.open("wb") as output:
         command = gateway_alone("neuron.cli", "--listen", f"127.0.0.1:{port}")
@@ -113,7 +113,7 @@ def test_with_the_gateway_alone_a_neuron_starts_and_says_what_to_install(tmp_pat
     assert "Traceback" not in output
 
 
-def test_with_the_gateway_alone_the_demo_says_what_to_install() -> None:
+def test_with_the_gateway_alone_the_demo_names_what_to_install() -> None:
     done = subprocess.run(gateway_alone("cortex.cli", "demo"), capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (1, "")
     assert "torch, not installed here: pip install 'helexa-cortex[neuron]'" in done.stdout

@@ -43,7 +43,7 @@ class Device:
         return WorkerHealth(self.device_id, self.state, 0)
 
 
-def test_it_answers_before_anything_is_warm_and_says_what_it_waits_for() -> None:
+def test_it_answers_before_anything_is_warm_and_reports_what_it_waits_for() -> None:
     async def story() -> None:
         port, device, harness = free_port(), Device(), ScriptedHarness()
         harness.waits = asyncio.Event()
@@ -96,7 +96,7 @@ def test_workers_of_gpus_listen_to_this_host_alone_and_end_a_hung_sum_at_once(mo
     assert not any("NCCL" in name for name in cpu)
 
 
-def test_a_gpu_that_cannot_be_used_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unusable_gpu_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     host = Host((CPU,), no_gpu="Driver/library version mismatch")
     service = Service(Config(daemon=DaemonSettings(devices="auto")), {}, look=lambda: host)
     assert list(service._workers) == ["cpu:0"]

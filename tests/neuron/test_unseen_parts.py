@@ -148,7 +148,9 @@ def test_a_model_that_takes_images_gets_all_of_them(dialect: Conversation, where
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("sees", [False, True])
-def test_parts_that_no_model_takes_are_treated_alike(path: str, body: str, part: Part, line: str, sees: bool) -> None:
+def test_content_parts_that_no_model_takes_are_treated_alike(
+    path: str, body: str, part: Part, line: str, sees: bool
+) -> None:
     harness = ScriptedHarness(sees=sees)
     now = [{"role": "user", "content": [part]}]
     reply = ask_once(path, {"model": "m", body: now}, harness)

@@ -64,7 +64,7 @@ def test_what_is_asked_of_prometheus_is_about_metrics_that_there_are(path: str, 
         assert {name, *(name.removesuffix(suffix) for suffix in ("_bucket", "_sum", "_count"))} & set(served), name
 
 
-def test_the_panels_of_the_dashboard_are_told_apart_and_ask_the_source_that_is_chosen() -> None:
+def test_panels_have_distinct_ids_and_query_the_chosen_data_source() -> None:
     board = json.loads((PACKAGING / "grafana" / "helexa.json").read_text())
     panels = board["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)

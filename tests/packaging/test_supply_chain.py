@@ -77,7 +77,7 @@ def test_a_workflow_names_actions_by_commit_and_may_do_no_more_than_it_must(path
     assert text.count("persist-credentials: false") == checkouts
 
 
-def test_a_release_says_what_is_in_it_and_where_it_was_built() -> None:
+def test_a_release_has_an_sbom_and_build_provenance() -> None:
     text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
     assert "make sbom" in text
     assert "actions/attest-build-provenance@" in text

@@ -141,7 +141,7 @@ def gateways(tmp_path: pathlib.Path, node: daemons.Daemon, count: int) -> Iterat
         yield found
 
 
-def test_another_gateway_tells_of_it_and_cancels_it(tmp_path: pathlib.Path, node: daemons.Daemon) -> None:
+def test_another_gateway_returns_it_and_cancels_it(tmp_path: pathlib.Path, node: daemons.Daemon) -> None:
     with gateways(tmp_path, node, 2) as (first, second):
         one, other = sdk(first), sdk(second)
         answer = begin(one, "hi")

@@ -120,7 +120,7 @@ def test_sse_events_are_these_bytes() -> None:
     )  # fmt: skip
 
 
-def test_order_of_a_turn_with_everything() -> None:
+def test_order_of_an_answer_with_everything() -> None:
     events = [
         Started(7, 3),
         ReasoningDelta("Hm"),
@@ -277,7 +277,7 @@ EVENTS = st.lists(
 
 @given(EVENTS, st.sampled_from(FinishReason), st.integers(1, 25))
 @example([TextDelta("\u2028 \x7f 😀 \x00")], FinishReason.STOP, 1)
-def test_the_stream_says_what_the_reply_says(deltas: list[InferenceEvent], reason: FinishReason, batch: int) -> None:
+def test_the_stream_equals_the_reply(deltas: list[InferenceEvent], reason: FinishReason, batch: int) -> None:
     calls = [ToolCallDelta(0, f"call_{c}", "tool", "", c) for c in range(2)]
     ends = [Finished(reason, 3 + c, c, choice=c) for c in range(2)]
     events: list[InferenceEvent] = [Started(11, 2), *calls, *deltas, *ends]

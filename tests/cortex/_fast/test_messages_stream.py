@@ -153,7 +153,7 @@ def test_why_it_ended(end: Finished, reason: str, sequence: str | None) -> None:
     assert (message.stop_reason, message.stop_sequence) == (reason, sequence)
 
 
-def test_the_sdk_puts_the_stream_together_as_the_message_says() -> None:
+def test_the_sdk_assembles_the_stream_into_the_message() -> None:
     sse_events = stream()
     streamed = as_the_sdk_reads(sse_events.sse_events(STORY))
     whole = MESSAGE.validate_json(sse_events.message(), strict=True)
@@ -249,7 +249,7 @@ def test_arguments_that_the_limit_cut_are_an_empty_object() -> None:
         [Finished(FinishReason.STOP, 1, choice=1)],
     ],
 )
-def test_what_this_dialect_cannot_say_is_a_value_error(events: list[InferenceEvent]) -> None:
+def test_a_second_choice_is_a_value_error(events: list[InferenceEvent]) -> None:
     with pytest.raises(ValueError, match="choice"):
         stream().sse_events(events)
 
@@ -263,12 +263,12 @@ def test_what_this_dialect_cannot_say_is_a_value_error(events: list[InferenceEve
         [ToolCallDelta(0, "t", "f"), TextDelta("a"), ToolCallDelta(0, arguments="{}")],
     ],
 )
-def test_a_call_that_cannot_be_told_is_the_nodes_error(events: list[InferenceEvent]) -> None:
+def test_a_malformed_call_is_the_nodes_error(events: list[InferenceEvent]) -> None:
     with pytest.raises(UpstreamError, match="out of turn"):
         stream().sse_events(events)
 
 
-def test_calls_whose_pieces_come_in_turns_are_told_one_after_another() -> None:
+def test_interleaved_calls_are_streamed_one_after_another() -> None:
     pieces = [
         ToolCallDelta(0, "t", "f"),
         ToolCallDelta(1, "u", "g"),
@@ -298,7 +298,7 @@ def test_calls_whose_pieces_come_in_turns_are_told_one_after_another() -> None:
         assert contents == ['{"a":1}', '{"b":2}', "{}", *(["after"] if end else [])]
 
 
-def test_a_gateway_reads_it_in_passing() -> None:
+def test_the_usage_scanner_reads_it() -> None:
     sse_events, scanner = stream().sse_events(STORY), UsageScanner()
     assert b"".join(scanner.feed(sse_events[i : i + 1]) for i in range(len(sse_events))) == sse_events
     assert scanner.first_token

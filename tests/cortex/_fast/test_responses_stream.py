@@ -219,7 +219,7 @@ def test_a_custom_call_that_is_not_in_form_loses_nothing(arguments: str) -> None
     assert content == arguments.replace("\ud800", content[:1])
 
 
-def test_a_tool_of_a_namespace_comes_back_as_the_client_knows_it() -> None:
+def test_a_namespaced_tool_comes_back_under_the_clients_name() -> None:
     projector = stream(namespaces={"ns__g": ("ns", "g")})
     calls = [ToolCallDelta(0, "a", "ns__g", "{}"), ToolCallDelta(1, "b", "f", "{}")]
     last = payloads(projector.sse_events([*calls, Finished(FinishReason.TOOL_CALLS, 5)]))[-1]["response"]
@@ -292,7 +292,7 @@ def test_a_cut_answer_is_incomplete() -> None:
     assert [call["status"] for call in calls] == ["completed", "incomplete"]
 
 
-def test_a_failure_says_so_twice() -> None:
+def test_a_failure_is_reported_twice() -> None:
     projector = stream(report_usage=True)
     error, failed = payloads(projector.sse_events([Started(1), TextDelta("a"), Failed(ERROR), TextDelta("b")]))[-2:]
     members = {"code": "worker_lost", "message": ERROR.message, "param": None}
@@ -357,7 +357,7 @@ def test_the_echo_wins_over_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", ["id", "status", "usage", "output", "error", "model"])
-def test_the_echo_cannot_say_what_only_the_stream_knows(name: str) -> None:
+def test_the_echo_cannot_set_fields_of_the_stream(name: str) -> None:
     with pytest.raises(ValueError, match=f"not for the request to say: {name}"):
         stream(orjson.dumps({name: None, "temperature": 1}))
 
@@ -425,7 +425,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @given(EVENTS, END, st.integers(1, 25), OPTIONS)
-def test_a_stream_tells_one_story(
+def test_a_stream_is_consistent(
     deltas: list[InferenceEvent], end: InferenceEvent, batch: int, options: dict[str, Any]
 ) -> None:
     events: list[InferenceEvent] = [Started(11, 2), *CALLS[:2], *deltas, end]

@@ -42,7 +42,7 @@ assert os.nice(0) == niced
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
-def test_who_was_started_otherwise_stays_so() -> None:
+def test_a_thread_of_another_policy_is_left_alone() -> None:
     seen = []
 
     def start() -> None:

@@ -125,7 +125,7 @@ def test_a_comment_is_no_event(text: bytes) -> None:
     assert decode(sse.comment(text) + b"data: x\n\n") == [SseEvent(None, b"x")]
 
 
-def test_close_tells_a_cut_from_an_end() -> None:
+def test_close_distinguishes_a_cut_from_an_end() -> None:
     decoder = SseDecoder()
     assert decoder.feed(b"data: a\n\ndata: b\n") == [SseEvent(None, b"a")]
     assert decoder.close() == b"data: b\n"

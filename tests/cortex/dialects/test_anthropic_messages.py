@@ -140,7 +140,7 @@ def test_a_billing_header_is_no_system_prompt(system: Any) -> None:
     assert decode(system=system).messages == (Message(Role.USER, "hi"),)
 
 
-def test_what_stands_behind_a_billing_header_stays() -> None:
+def test_text_after_a_billing_header_is_kept() -> None:
     assert decode(system=f"{BILLING}\nBe kind.").messages[0] == Message(Role.SYSTEM, "Be kind.")
 
 
@@ -148,7 +148,7 @@ class TestUserBlocks:
     def test_a_result_alone_leaves_no_user_message(self) -> None:
         assert user({"type": "tool_result", "tool_use_id": "t"}) == (Message(Role.TOOL, "", tool_call_id="t"),)
 
-    def test_an_empty_message_stays(self) -> None:
+    def test_an_empty_message_is_kept(self) -> None:
         assert user() == (Message(Role.USER, ""),)
 
     def test_images_keep_their_place(self) -> None:

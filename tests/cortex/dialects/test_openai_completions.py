@@ -105,7 +105,7 @@ def test_a_wrong_field_is_named(body: dict[str, Any], code: str, param: str) -> 
     assert (caught.value.code, caught.value.param) == (code, param)
 
 
-def test_streamed_and_whole_say_the_same() -> None:
+def test_streamed_and_whole_are_equal() -> None:
     made, gathered, scanner = completion(include_usage=True, report_usage=True), completion(), UsageScanner()
     sse_events = b"".join(made.sse_events([event]) for event in STORY)
     assert completion(include_usage=True, report_usage=True).sse_events(STORY) == sse_events

@@ -50,7 +50,7 @@ def test_deaths_are_forgotten_by_an_answer_and_in_time() -> None:
     assert not deaths, "what is over takes no room"
 
 
-def test_no_more_bodies_are_kept_than_there_is_room_for() -> None:
+def test_the_number_of_bodies_is_bounded() -> None:
     deaths = Deaths()
     for i in range(MAX_BODIES + 10):
         deaths.record(b"%d" % i, 1, 2)

@@ -165,7 +165,7 @@ async def test_a_broken_connection_is_no_answer(after: ModelState) -> None:
         assert not second.loads
 
 
-async def test_waiters_come_and_go_and_the_load_stays() -> None:
+async def test_a_load_outlives_its_waiters() -> None:
     go = asyncio.Event()
     neuron = FakeNode()
 
@@ -198,7 +198,7 @@ async def test_errors_have_their_status() -> None:
         (("a", "b"), [("a", False), ("b", False), ("a", True)]),
     ],
 )
-async def test_nodes_are_asked_to_make_room_only_when_none_has_it(
+async def test_eviction_is_requested_only_when_no_node_has_free_memory(
     full: tuple[str, ...], asked: list[tuple[str, bool]]
 ) -> None:
     neurons = FakeNode("a"), FakeNode("b", free_bytes=1)

@@ -99,7 +99,7 @@ async def test_a_node_has_timeouts_of_its_own() -> None:
             assert "0.3 s" in (await first.end()).json()["error"]["message"]
 
 
-async def test_a_load_tells_its_progress_in_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_heartbeats_report_the_progress_of_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
     from cortex import event_stream
     from cortex.wire.node import ModelSpec, ModelState, ModelStatus
 
@@ -186,7 +186,7 @@ async def test_its_answers_have_the_name_that_was_asked_for(
     assert orjson.loads(server.asked[0].body)["model"] == "m"
 
 
-def test_every_byte_but_the_name_stays() -> None:
+def test_every_byte_but_the_name_is_kept() -> None:
     text = b'{ "a" : 1.50, "model" : "there", "n": 123456789012345678901234567890, "t": "\\u00e9 \\"model\\"" }'
     assert rename(text, 'x"y') == text.replace(b'"there"', b'"x\\"y"')
     inner = b'{"type":"response.created","response":{"model":"there","n":1.50,"e":"\\u00e9"},"x":1e5}'

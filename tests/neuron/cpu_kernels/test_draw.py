@@ -65,7 +65,7 @@ def test_a_draw_inverts_the_filtered_distribution(level: str, settings: dict[str
 
 
 @pytest.mark.parametrize("level", native.levels())
-def test_equal_tokens_stay_or_go_together(level: str) -> None:
+def test_equal_tokens_are_kept_or_dropped_together(level: str) -> None:
     logits = np.zeros(1000, np.float32)
     logits[500:] = -1
     numbers = np.arange(1000) / 1000

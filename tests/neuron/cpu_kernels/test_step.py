@@ -382,7 +382,7 @@ def test_a_row_that_is_left_keeps_its_logits_and_ends_there() -> None:
     assert int(found[1, :77].argmax()) == expected[1]
 
 
-def test_draws_without_room_or_of_another_length_are_refused() -> None:
+def test_draws_without_scratch_space_or_of_another_length_are_refused() -> None:
     model = make_model(2, native.levels()[0])
     arrays = Driver(model).plan({0: [1, 2], 1: [3], 2: [4]})
     rows, ids, finite = np.array([1, 2, 3], np.int32), np.zeros(3, np.int32), np.zeros(3, np.int32)

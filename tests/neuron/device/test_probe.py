@@ -293,7 +293,7 @@ def test_a_gpu_without_memory_of_its_own_has_the_hosts(monkeypatch: pytest.Monke
     assert (device.name, device.memory_free_bytes, device.memory_total_bytes) == ("NVIDIA H200", 48 * GIB, 64 * GIB)
 
 
-def test_a_part_of_a_gpu_is_named_by_its_own_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mig_instance_is_named_by_its_own_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nvml()
     monkeypatch.setitem(sys.modules, "pynvml", module)
 

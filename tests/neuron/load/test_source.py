@@ -150,7 +150,7 @@ def test_what_has_no_end_is_no_source(tmp_path: pathlib.Path) -> None:
             source.fetch(device, sha256="0" * 64)
 
 
-def test_a_wheel_that_unpacks_to_more_than_there_is_room_for(
+def test_a_wheel_that_unpacks_to_more_than_the_free_disk_space(
     index: Site, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)

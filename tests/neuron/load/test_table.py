@@ -48,7 +48,7 @@ def test_fifty_callers_share_one_load() -> None:
     asyncio.run(story())
 
 
-def test_a_failed_load_is_told_to_all_and_can_be_tried_again() -> None:
+def test_a_failed_load_fails_all_callers_and_can_be_retried() -> None:
     async def story() -> None:
         models, harness = table(), ScriptedHarness()
         harness.fails = UnprocessableError("too big")

@@ -110,7 +110,7 @@ def gguf_of(make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_blocks_stay_and_mean_the_same(gguf_of: Callable[..., pathlib.Path], kind: str, architecture: str) -> None:
+def test_blocks_are_kept_and_mean_the_same(gguf_of: Callable[..., pathlib.Path], kind: str, architecture: str) -> None:
     source = open_weights(gguf_of(kind, kind=architecture))
     kept, plain = loaded(source, quant=quantization.STORED), loaded(source)
     for matrix, expected in zip(matrices(kept), matrices(plain), strict=True):
@@ -301,7 +301,7 @@ def test_values_of_quant(gguf_of: Callable[..., pathlib.Path], make_checkpoint: 
     blocks.close()
 
 
-def test_quantised_weights_leave_more_room(gguf_of: Callable[..., pathlib.Path]) -> None:
+def test_quantised_weights_take_less_memory(gguf_of: Callable[..., pathlib.Path]) -> None:
     source = open_weights(gguf_of("Q4_0", tie_word_embeddings=True))
     plans = [
         plan_memory(source.config, ModelSpec("m", "x", quant=quant, dtype="bfloat16"), "cuda:0", 1 << 30)

@@ -204,7 +204,7 @@ def test_tokens_with_white_space_of_their_own_keep_it() -> None:
     assert files.tokenizer.decode(ids) == "x<|end|>y"
 
 
-def test_reasoning_is_cut_out_of_what_an_assistant_has_said(files: TextFiles) -> None:
+def test_reasoning_is_cut_out_of_an_assistants_messages(files: TextFiles) -> None:
     answer = Message(Role.ASSISTANT, "<think>\nhm\n</think>\n\nyes<|im_end|>")
     request = InferenceRequest("m", (Message(Role.USER, "a"), answer, Message(Role.USER, "b")))
     prompts = PromptFormat(files)

@@ -178,7 +178,7 @@ def test_a_special_token_that_marks_a_call_is_read(byte_tokenizer: Tokenizer) ->
     assert end.reason is FinishReason.TOOL_CALLS
 
 
-def test_a_call_that_the_limit_cuts_says_so(byte_tokenizer: Tokenizer) -> None:
+def test_a_call_cut_by_the_limit_finishes_with_length(byte_tokenizer: Tokenizer) -> None:
     text = '<tool_call>{"name": "f", "arguments": {"x": '
     call, *_, end = run(byte_tokenizer, text, 100, end=SequenceEnd.LENGTH, tools=[Tool("f")])
     assert isinstance(call, ToolCallDelta)

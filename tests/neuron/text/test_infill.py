@@ -28,7 +28,7 @@ def with_tokens(*names: str) -> Tokenizer:
         (("[PREFIX]", "[SUFFIX]"), [2, 8, 1, 7]),
     ],
 )
-def test_the_vocabulary_says_how(names: tuple[str, ...], ids: list[int]) -> None:
+def test_the_vocabulary_selects_the_form(names: tuple[str, ...], ids: list[int]) -> None:
     form = infill_form(with_tokens(*names))
     assert form is not None
     assert form.ids([7], [8]) == ids
@@ -41,7 +41,7 @@ def test_a_vocabulary_without_them_cannot(names: tuple[str, ...]) -> None:
     assert infill_form(with_tokens(*names)) is None
 
 
-def test_a_model_that_cannot_fill_in_says_so(talking_llama: pathlib.Path) -> None:
+def test_a_model_that_cannot_fill_in_is_an_error(talking_llama: pathlib.Path) -> None:
     prompts = PromptFormat(tokenizer.load(talking_llama))
     with pytest.raises(UnsupportedParameterError) as caught:
         prompts.build(InferenceRequest("m", prompt="a", suffix="b"))
@@ -49,7 +49,7 @@ def test_a_model_that_cannot_fill_in_says_so(talking_llama: pathlib.Path) -> Non
 
 
 @pytest.mark.parametrize("prompt", ["ab", (3, 4)])
-def test_what_is_behind_is_told_in_the_prompt(
+def test_the_suffix_is_in_the_prompt(
     talking_llama: pathlib.Path, tmp_path: pathlib.Path, prompt: str | tuple[int, ...]
 ) -> None:
     vocabulary = Tokenizer.from_file(str(talking_llama / "tokenizer.json"))

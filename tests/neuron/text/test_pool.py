@@ -166,7 +166,7 @@ def test_a_model_whose_template_cannot_be_used_is_refused_or_harmless(
     in_pool(story)
 
 
-def test_a_process_that_is_killed_from_outside_costs_nobody_a_request(chatty: pathlib.Path) -> None:
+def test_a_killed_process_costs_no_request(chatty: pathlib.Path) -> None:
     async def story(pool: TextPool, model: TextModel) -> None:
         for _ in range(3):
             (victim,) = [child for child in psutil.Process().children() if "neuron.text" in child.cmdline()]
@@ -214,7 +214,7 @@ def test_what_a_schema_leaves_out_is_found_in_a_text_process(chatty: pathlib.Pat
     with_model(chatty, story)
 
 
-def test_principals_take_turns(chatty: pathlib.Path) -> None:
+def test_principals_are_served_round_robin(chatty: pathlib.Path) -> None:
     async def story(pool: TextPool, model: TextModel) -> None:
         done: list[str] = []
 
@@ -228,7 +228,7 @@ def test_principals_take_turns(chatty: pathlib.Path) -> None:
     with_model(chatty, story)
 
 
-def test_too_many_that_wait_are_told_to_come_back(chatty: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_beyond_the_queue_are_refused(chatty: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neuron.text.pool.MAX_WAITING", 4)
 
     async def story(pool: TextPool, model: TextModel) -> None:
@@ -381,7 +381,7 @@ def test_text_processes_end_with_a_daemon_that_is_killed(chatty: pathlib.Path) -
     assert not alive
 
 
-def test_a_request_that_nobody_waits_for_any_more_is_not_begun(chatty: pathlib.Path) -> None:
+def test_an_abandoned_request_is_not_begun(chatty: pathlib.Path) -> None:
     async def story(pool: TextPool, model: TextModel) -> None:
         first = asyncio.ensure_future(model.build(CHAT, CONTEXT))
         others = [asyncio.ensure_future(model.build(CHAT, CONTEXT)) for _ in range(5)]

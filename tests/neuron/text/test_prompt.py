@@ -88,13 +88,13 @@ def test_tools_that_may_not_be_called_are_not_shown() -> None:
         ("{{ '{5}'.format(1) if tools }}{{ messages[0].content }}", "out of range"),
     ],
 )
-def test_a_template_that_fails_with_tools_says_so_and_is_not_tried_without(template: str, words: str) -> None:
+def test_a_template_that_fails_with_tools_is_an_error_and_is_not_tried_without(template: str, words: str) -> None:
     with pytest.raises(TemplateError, match=f"failed with tools: .*{words}") as caught:
         render(template, HI, tools=(WEATHER,))
     assert caught.value.status == 422
 
 
-def test_turns_that_follow_one_another_are_joined_for_a_template_that_wants_them_to_alternate() -> None:
+def test_consecutive_messages_of_a_role_are_joined_for_a_template_of_alternating_roles() -> None:
     """As agents send them: a reminder before the question, and the results of several calls before more words."""
     answer, more = Message(Role.ASSISTANT, "yes"), Message(Role.ASSISTANT, "no")
     assert render(ALTERNATING, Message(Role.SYSTEM, "s"), HI, HI, answer, more, HI) == (
@@ -112,7 +112,7 @@ def test_turns_that_follow_one_another_are_joined_for_a_template_that_wants_them
     assert render(STRICT, HI, HI) == "[user]hi[user]hi"
 
 
-def test_what_no_order_of_turns_makes_right_is_the_templates_own_words() -> None:
+def test_an_order_that_joining_cannot_mend_is_the_templates_own_error() -> None:
     with pytest.raises(TemplateError, match="Roles must alternate"):
         render(ALTERNATING, Message(Role.ASSISTANT, "first"), HI, HI)
 
@@ -167,7 +167,7 @@ def test_templates_render_as_the_reference_implementation_renders_them(template:
 
 
 @pytest.mark.parametrize("template", ["{% generation %}", "{% generation %}x{% endfor %}", "{{ a b }}"])
-def test_a_template_that_is_none_says_where(template: str) -> None:
+def test_a_syntax_error_of_a_template_has_its_line(template: str) -> None:
     with pytest.raises(TemplateError, match="syntax error in line 1"):
         prompts(template)
 

@@ -321,7 +321,7 @@ LEFT_OUT: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("keyword", "schema"), LEFT_OUT)
-def test_what_no_grammar_holds_is_left_out_and_told_and_refused_where_it_is_strict(
+def test_unenforceable_keywords_are_left_out_and_reported_and_refused_where_strict(
     keyword: str, schema: dict[str, Any]
 ) -> None:
     inner = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
@@ -368,7 +368,7 @@ ENFORCED: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
 
 
 @pytest.mark.parametrize(("schema", "fits", "fails"), ENFORCED)
-def test_what_can_be_said_in_other_words_is_enforced(schema: dict[str, Any], fits: list[Any], fails: list[Any]) -> None:
+def test_keywords_with_an_equivalent_are_enforced(schema: dict[str, Any], fits: list[Any], fails: list[Any]) -> None:
     grammar = answer_grammar(schema, strict=True)
 
     def takes(value: Any) -> bool:

@@ -124,7 +124,7 @@ def test_whole_and_in_any_cut(form: CallForm, text: str, expected: list[Any]) ->
         assert parse([text[:cut], text[cut:]], form) == expected
 
 
-def test_arguments_are_told_as_they_are_written() -> None:
+def test_arguments_are_streamed_as_they_are_written() -> None:
     head, body, tail = '<tool_call>\n{"name": "f", "arguments": ', '{"text": "one two three"}', "}\n</tool_call>"
     parser = ToolCallParser()
     assert parser.feed(head) == []
@@ -138,7 +138,7 @@ def test_arguments_are_told_as_they_are_written() -> None:
     assert parser.feed(tail) == parser.close() == []
 
 
-def test_a_string_of_the_xml_form_is_told_as_it_is_written() -> None:
+def test_a_string_of_the_xml_form_is_streamed_as_it_is_written() -> None:
     parser = ToolCallParser(tools=[EDIT])
     parser.feed("<tool_call>\n<function=edit>\n<parameter=path>\n")
     assert parser.feed("one") == [CallArguments("one")]
@@ -176,7 +176,7 @@ SOUP = st.lists(
 
 
 @given(SOUP, st.sampled_from(CallForm), st.booleans(), st.data())
-def test_any_cut_of_anything_tells_the_same(words: list[str], form: CallForm, cut: bool, data: st.DataObject) -> None:
+def test_any_cut_of_anything_gives_the_same(words: list[str], form: CallForm, cut: bool, data: st.DataObject) -> None:
     text = "".join(words)
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
     pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
@@ -208,5 +208,5 @@ def test_any_object_goes_through_byte_for_byte(arguments: dict[str, Any], ascii_
         ("{% if tools %}<|im_start|>", CallForm.TAGGED),
     ],
 )
-def test_the_template_says_which_form(template: str | None, form: CallForm) -> None:
+def test_the_template_selects_the_form(template: str | None, form: CallForm) -> None:
     assert form_of(template) is form

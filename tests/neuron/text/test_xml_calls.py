@@ -103,7 +103,7 @@ def test_a_value_is_what_its_schema_lets_it_be(name: str, value: str, expected: 
 @pytest.mark.parametrize(
     "schema", [{}, {"properties": 3}, {"$ref": "#"}, {"properties": {"count": 3}}, {"type": "object", "allOf": 1}]
 )
-def test_a_schema_that_says_nothing_leaves_text(schema: Any) -> None:
+def test_a_schema_without_a_type_leaves_text(schema: Any) -> None:
     assert json.loads(arguments(written(("count", "3")), schema=schema)) == {"count": "3"}
 
 
@@ -171,7 +171,7 @@ PIECES = [
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=25), st.lists(st.integers(0, 300), max_size=10), st.booleans())
-def test_however_it_is_cut_it_says_the_same(pieces: list[str], cuts: list[int], cut: bool) -> None:
+def test_any_cut_gives_the_same(pieces: list[str], cuts: list[int], cut: bool) -> None:
     text = "<function=f>" + "".join(pieces)
     whole = arguments(text, cut=cut)
     assert arguments(text, cuts, cut=cut) == whole
@@ -180,7 +180,7 @@ def test_however_it_is_cut_it_says_the_same(pieces: list[str], cuts: list[int], 
         assert isinstance(json.loads(whole), dict)
 
 
-def test_a_string_is_told_as_it_comes_and_a_call_that_was_cut_stays_open() -> None:
+def test_a_string_is_streamed_as_it_comes_and_a_cut_call_stays_open() -> None:
     call = XmlCall({"f": PARAMETERS})
     call.feed("<function=f>\n<parameter=text>\n")
     assert call.feed("hello") == [CallArguments("hello")]

@@ -444,7 +444,7 @@ def test_no_number_of_rows_needs_a_variant_that_is_not_listed(
     assert len(listed) < most
 
 
-def test_a_part_of_a_model_adds_to_the_residual_after_the_sum() -> None:
+def test_a_shard_adds_to_the_residual_after_the_sum() -> None:
     model = config(hidden_size=576, intermediate_size=1536, **MODELS["llama"])
     plan = any_plan(model, "bfloat16")
     alone, part = (variants(model, plan, 90, in_group=in_group) for in_group in (False, True))
@@ -458,7 +458,7 @@ def test_a_part_of_a_model_adds_to_the_residual_after_the_sum() -> None:
 
 @pytest.mark.parametrize("vocab_size", [151936, 50001])
 @pytest.mark.parametrize("form", ["none", "Q8_0"])
-def test_a_part_of_a_tied_head_launches_listed_variants(form: str, vocab_size: int) -> None:
+def test_a_shard_of_a_tied_head_launches_listed_variants(form: str, vocab_size: int) -> None:
     """The list is made of shapes; a launch also looks where tensors begin, and a part of a table is a view of it."""
     shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 1, **MODELS["llama"]}
     model, quant = prebuild._stored_as(config(vocab_size=vocab_size, tie_embeddings=True, **shapes), form)
@@ -480,7 +480,7 @@ def shapes_of(found: Iterable[Variant]) -> set[Any]:
     return {(v.kernel, v.parameters, frozenset(v.constants) - {("PDL", True), ("PDL", False)}) for v in found}
 
 
-def test_a_part_whose_columns_cut_a_block_lists_them_as_they_are_loaded() -> None:
+def test_a_shard_whose_columns_cut_a_block_lists_them_as_they_are_loaded() -> None:
     """Heads 1 and 2 of 6, of 128 columns each: their run begins within a block, though it is as long as one."""
     shapes = {"num_heads": 6, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 768, "intermediate_size": 2048}
     model, quant = prebuild._stored_as(config(architecture=LLAMA, num_layers=1, **shapes), "Q4_K")
