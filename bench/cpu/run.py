@@ -1,6 +1,6 @@
 """Speed of a small model on this CPU, beside llama.cpp on the same file and threads, and beside the memory's limit.
 
-``python bench/cpu/run.py [MODEL.gguf]``. The sides run in turn, each in its own process; the best of the rounds counts.
+``python bench/cpu/run.py [MODEL.gguf]``. The sides alternate, each in its own process; the best of the rounds counts.
 llama.cpp is built from PyPI's llama-cpp-python into ``build/llama`` for this processor and into ``build/llama-avx2``
 for AVX2, with ``--build-peer`` (some minutes each, once); where the processor's own build does not run (its AMX code
 has died of SIGILL on a Xeon), ``build/llama-no-amx`` takes its place. Where a build is missing or a side fails, its
@@ -165,7 +165,7 @@ class Table:
 
 
 class Bench:
-    """All measurements, a method a part."""
+    """All measurements, a method each."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -188,7 +188,7 @@ class Bench:
             return {}
         return self._theirs(*within, *peer(self._peer, *arguments), cores=cores)
 
-    def _in_turn(self, ours: Callable[[], Figures], theirs: Callable[[], Figures] | None) -> tuple[Figures, Figures]:
+    def _alternate(self, ours: Callable[[], Figures], theirs: Callable[[], Figures] | None) -> tuple[Figures, Figures]:
         own, other = [], []
         for _ in range(self.options.rounds):
             own.append(ours())
@@ -200,7 +200,7 @@ class Bench:
         self, prefix: str, folder: pathlib.Path | None, model: pathlib.Path, arguments: list[object], level: str = ""
     ) -> tuple[Figures, Figures]:
         arguments = [*arguments, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
-        ours, theirs = self._in_turn(
+        ours, theirs = self._alternate(
             lambda: run(*engine(model, *arguments, "--level", level)),
             None if folder is None else lambda: self._theirs(*peer(folder, model, *arguments)),
         )
@@ -250,7 +250,7 @@ class Bench:
         """Measure sampling with a temperature and top-p beside greedy decoding."""
         arguments = ["--streams", 1, 8, "--tokens", self.options.tokens, "--repeats", self.options.repeats]
         drawing = ["--temperature", 0.8, "--top-p", 0.95]
-        drawn, likeliest = self._in_turn(
+        drawn, likeliest = self._alternate(
             lambda: run(*engine(self.model, *arguments, *drawing)), lambda: run(*engine(self.model, *arguments))
         )
         self.table.both(drawn, likeliest, "drawn_over_likeliest_")
@@ -312,7 +312,7 @@ def main() -> None:
     for part in options.parts:
         try:
             getattr(bench, part)()
-        except SideFailedError as error:  # our own side: the other parts are measured, and the exit status reports it
+        except SideFailedError as error:  # our own side: the others are measured, and the exit status reports it
             failed.append(f"FAILED {part}: {error}")
     packages = ("torch", "transformers")
     question = (__doc__ or "").splitlines()[0]

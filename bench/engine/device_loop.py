@@ -78,13 +78,13 @@ class Worker:
 def over_channel(channel: Channel, message: bytes) -> Callable[[], bytes]:
     """Return a call that sends ``message`` and waits for the answer."""
 
-    def trip() -> bytes:
+    def round_trip() -> bytes:
         channel.send(message)
         if channel.wants_write:
             channel.flush(10.0)
         return channel.recv(10.0)
 
-    return trip
+    return round_trip
 
 
 def over_pipe(messages: list[bytes]) -> list[float]:
@@ -98,14 +98,14 @@ def over_pipe(messages: list[bytes]) -> list[float]:
     thread = threading.Thread(target=answer)
     thread.start()
 
-    def trip_of(message: bytes) -> Callable[[], bytes]:
-        def trip() -> bytes:
+    def round_trip_of(message: bytes) -> Callable[[], bytes]:
+        def round_trip() -> bytes:
             ours.send_bytes(message)
             return ours.recv_bytes()
 
-        return trip
+        return round_trip
 
-    times = [report.best_ns(trip_of(message)) for message in messages]
+    times = [report.best_ns(round_trip_of(message)) for message in messages]
     ours.send_bytes(b"")
     thread.join()
     return times
@@ -118,8 +118,8 @@ def main() -> None:
     with Worker() as channel:
         launches = {}
         for word in ("one by one", "queued", "multi-step", "stoppable"):
-            trip = over_channel(channel, b"r " + word.encode())
-            launches[word] = min(int(trip()) / LAUNCHES for _ in range(5))
+            round_trip = over_channel(channel, b"r " + word.encode())
+            launches[word] = min(int(round_trip()) / LAUNCHES for _ in range(5))
             rows.append({"what": f"launch, {word}", "ns": launches[word]})
         sizes = [100, 1_000, 10_000, 60_000]
         messages = [b"m" * size for size in sizes]

@@ -41,7 +41,7 @@ struct connection {
     unsigned number, num_answers;
     char marker[MARKER_BYTES];
     size_t sent; /* of the request */
-    int waits_for_room;
+    int waits_for_writable;
     enum state state;
     int is_chunked;
     uint64_t left; /* of the body, or of the chunk */
@@ -56,7 +56,7 @@ struct connection {
 /* Samples in nanoseconds, up to four seconds. */
 struct samples {
     uint32_t *values;
-    size_t len, room;
+    size_t len, capacity;
 };
 
 static struct {
@@ -89,9 +89,9 @@ static _Noreturn void wrong(struct connection *c, const char *what, const char *
 
 static void keep(struct samples *samples, uint64_t value)
 {
-    if (samples->len == samples->room) {
-        samples->room = samples->room ? 2 * samples->room : 65536;
-        samples->values = realloc(samples->values, samples->room * sizeof *samples->values);
+    if (samples->len == samples->capacity) {
+        samples->capacity = samples->capacity ? 2 * samples->capacity : 65536;
+        samples->values = realloc(samples->values, samples->capacity * sizeof *samples->values);
         if (!samples->values)
             die("load: realloc");
     }
@@ -135,14 +135,14 @@ static void make_request(void)
     free(body);
 }
 
-static void watch(struct connection *c, int waits_for_room)
+static void watch(struct connection *c, int waits_for_writable)
 {
-    if (c->waits_for_room == waits_for_room)
+    if (c->waits_for_writable == waits_for_writable)
         return;
-    struct epoll_event event = {.events = EPOLLIN | (waits_for_room ? EPOLLOUT : 0), .data.ptr = c};
+    struct epoll_event event = {.events = EPOLLIN | (waits_for_writable ? EPOLLOUT : 0), .data.ptr = c};
     if (epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &event))
         die("load: epoll_ctl");
-    c->waits_for_room = waits_for_room;
+    c->waits_for_writable = waits_for_writable;
 }
 
 static void send_rest(struct connection *c)
@@ -202,7 +202,7 @@ static void connect_to_gateway(struct connection *c)
         die("load: connect");
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
-    c->waits_for_room = 0;
+    c->waits_for_writable = 0;
     if (fcntl(c->fd, F_SETFL, O_NONBLOCK) || epoll_ctl(epoll_fd, EPOLL_CTL_ADD, c->fd, &event))
         die("load: a new connection");
 }

@@ -5,7 +5,7 @@
  * listens on COUNT ports of 127.0.0.1 from PORT on, in one thread. A GET of a PATH is answered with the FILE's bytes as
  * JSON, `GET /counts` with what was served; a chat request has a marker (shared.h) that selects the answer. A
  * stream is chunked, an SSE event a chunk, with the usage comment of a neuron at its end if the request wants one
- * (x-cortex-report-usage). SSE events that are not paced leave BURST at a time, as an engine's steps leave them.
+ * (x-cortex-report-usage). SSE events that are not paced leave BATCH at a time, as an engine's steps leave them.
  *
  * It trusts its clients: a request that it cannot read ends the process with a message, so that a run fails. One
  * file, since one compiler call builds it without a build system.
@@ -23,7 +23,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { MAX_REQUEST = 512 * 1024, OUT_BYTES = 8 * 1024, BURST = 8, MAX_EVENTS = 512, MAX_PAGES = 16 };
+enum { MAX_REQUEST = 512 * 1024, OUT_BYTES = 8 * 1024, BATCH = 8, MAX_EVENTS = 512, MAX_PAGES = 16 };
 
 struct connection {
     int fd;
@@ -32,7 +32,7 @@ struct connection {
     size_t request_len, head_len, body_len;
     const char *out; /* what the socket did not take yet: in buffer, or a page */
     size_t out_len;
-    int waits_for_room;
+    int waits_for_writable;
     char buffer[OUT_BYTES];
     unsigned sse_event, num_sse_events; /* of the stream being answered, which ends where they are equal */
     int streams, reports_usage;
@@ -56,7 +56,7 @@ static int epoll_fd;
 
 /* Streams that are due at a time, as a heap; and streams that go on as soon as they can. */
 static struct connection **heap, **list;
-static size_t heap_len, list_len, room;
+static size_t heap_len, list_len, max_fds;
 
 #define CHAT_REQUEST "POST /v1/chat/completions "
 static const char stream_head[] = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -128,14 +128,14 @@ static void enlist(struct connection *c)
 
 /* --------------------------------------------------------------------------------------------------- sending */
 
-static void watch(struct connection *c, int waits_for_room)
+static void watch(struct connection *c, int waits_for_writable)
 {
-    if (c->waits_for_room == waits_for_room)
+    if (c->waits_for_writable == waits_for_writable)
         return;
-    struct epoll_event event = {.events = EPOLLIN | (waits_for_room ? EPOLLOUT : 0), .data.ptr = c};
+    struct epoll_event event = {.events = EPOLLIN | (waits_for_writable ? EPOLLOUT : 0), .data.ptr = c};
     if (epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &event))
         die("mock: epoll_ctl");
-    c->waits_for_room = waits_for_room;
+    c->waits_for_writable = waits_for_writable;
 }
 
 static void leave(struct connection *c)
@@ -149,7 +149,7 @@ static void leave(struct connection *c)
     c->fd = -1; /* freed at the end of the iteration: an event of this iteration may still name it */
 }
 
-/* Send what is left in `out`; return 0 if the connection is gone or must wait for room. */
+/* Send what is left in `out`; return 0 if the connection is gone or must wait until it is writable. */
 static int flush(struct connection *c)
 {
     while (c->out_len) {
@@ -184,8 +184,8 @@ static char *put_chunk(char *to, const char *data, size_t len)
 static void send_sse_events(struct connection *c)
 {
     unsigned now = c->num_sse_events - c->sse_event;
-    if (now > (c->pace_ns ? 1 : BURST))
-        now = c->pace_ns ? 1 : BURST;
+    if (now > (c->pace_ns ? 1 : BATCH))
+        now = c->pace_ns ? 1 : BATCH;
     char *to = c->buffer;
     if (!c->sse_event) {
         to = put(to, stream_head, sizeof stream_head - 1);
@@ -210,7 +210,7 @@ static void send_sse_events(struct connection *c)
     c->out = c->buffer;
     c->out_len = (size_t)(to - c->buffer);
     if (!flush(c) && c->listed == IN_LIST)
-        unlist(c); /* until there is room again: this thread shares its core with the load */
+        unlist(c); /* until it is writable again: this thread shares its core with the load */
 }
 
 /* ------------------------------------------------------------------------------------------------- receiving */
@@ -341,7 +341,7 @@ static void accept_all(struct connection *listener)
         c->fd = fd;
         c->request = malloc(MAX_REQUEST);
         struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
-        if (!c->request || (size_t)fd >= room || epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event))
+        if (!c->request || (size_t)fd >= max_fds || epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event))
             die("mock: a new connection");
         counts.connections++;
     }
@@ -474,9 +474,9 @@ int main(int argc, char **argv)
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);
-    room = files.rlim_cur < 65536 ? files.rlim_cur : 65536; /* a descriptor is below it, so a list of it holds all */
-    heap = calloc(room, sizeof *heap);
-    list = calloc(room, sizeof *list);
+    max_fds = files.rlim_cur < 65536 ? files.rlim_cur : 65536; /* a descriptor is below it, so a list of it holds all */
+    heap = calloc(max_fds, sizeof *heap);
+    list = calloc(max_fds, sizeof *list);
     make_texts();
     for (int i = 3; i < argc; i++)
         read_page(argv[i]);

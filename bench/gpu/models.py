@@ -222,8 +222,8 @@ def transfer_rows(bench: Bench) -> Rows:
     source = torch.ones(bench.sizes.copy_bytes, dtype=torch.bfloat16)
     target = torch.empty_like(source, device=gpu.device)
     pinned = gpu.pinned(bench.sizes.copy_bytes // 4)
-    room = torch.empty_like(pinned, device=gpu.device)
-    ceiling = pinned.nbytes / gpu.seconds(lambda: room.copy_(pinned, non_blocking=True), 4) / 1e9
+    copied = torch.empty_like(pinned, device=gpu.device)
+    ceiling = pinned.nbytes / gpu.seconds(lambda: copied.copy_(pinned, non_blocking=True), 4) / 1e9
     transfer = Transfer(gpu.device)
     ways: tuple[tuple[str, Callable[[], object]], ...] = (
         ("two pinned buffers", lambda: transfer.copy(source, target)),

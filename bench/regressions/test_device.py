@@ -67,11 +67,11 @@ def daemon_fixture() -> Iterator[Channel]:
 def test_round_trip(benchmark: BenchmarkFixture, daemon: Channel, message: bytes) -> None:
     """Send a small job to the loop and wait for its answer."""
 
-    def trip() -> bytes:
+    def round_trip() -> bytes:
         daemon.send(message)
         return daemon.recv(10.0)
 
-    assert benchmark(trip) == message
+    assert benchmark(round_trip) == message
 
 
 def test_replay_of_100_000_launches(benchmark: BenchmarkFixture, daemon: Channel) -> None:

@@ -54,16 +54,16 @@ def test_what_is_measured_is_what_cortex_serve_runs(tmp_path: pathlib.Path, monk
     """The benchmark's options are those of the command."""
     options_used: dict[str, Any] = {}
 
-    class Told(Exception):
+    class ServerCreated(Exception):
         """In the place of a server that runs."""
 
     def server(target: str, **options: Any) -> None:
         options_used.update(options, target=target)
-        raise Told
+        raise ServerCreated
 
     monkeypatch.setattr("granian.Granian", server)
     *arguments, target = map(str, gateways.cortex_command("rsgi", 1, [2], tmp_path).arguments[1:])
-    with pytest.raises(Told):
+    with pytest.raises(ServerCreated):
         cli.main(["serve", "--config", str(tmp_path / "cortex.toml"), "--listen", f"127.0.0.1:{rig.free_ports()}"])
     measured = dict(zip(arguments[::2], arguments[1::2], strict=True))
     assert target == options_used["target"]

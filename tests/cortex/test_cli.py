@@ -81,7 +81,7 @@ def test_lines_are_not_wrapped_without_a_terminal(columns: str, locale: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "says"),
+    ("arguments", "environment", "message"),
     [
         (["--config", "none.toml"], {}, "none.toml: cannot be read: No such file or directory"),
         (["--config", "{}/cortex.toml", "--listen", "nowhere"], {}, "gateway.listen: 'nowhere' is not host:port"),
@@ -92,13 +92,13 @@ def test_lines_are_not_wrapped_without_a_terminal(columns: str, locale: str) -> 
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_status_2(
-    folder: pathlib.Path, arguments: list[str], environment: dict[str, str], says: str
+    folder: pathlib.Path, arguments: list[str], environment: dict[str, str], message: str
 ) -> None:
     (folder / "bad.toml").write_text("[gateway]\nlissten = 'x'\n")
     (folder / "lost.toml").write_text("[gateway]\nmodels = 'gone.toml'\n" + (folder / "cortex.toml").read_text())
     done = run("serve", *(argument.format(folder) for argument in arguments), **environment)
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert done.stderr.startswith("cortex: ")
     assert done.stderr.count("\n") == 1
 

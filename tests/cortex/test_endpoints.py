@@ -252,19 +252,19 @@ async def test_a_silence_in_the_middle_is_filled_and_never_within_an_sse_event(
     assert event_stream.HOLD_HEADERS_S < 1
     assert event_stream.HEARTBEAT_INTERVAL_S <= 10
     monkeypatch.setattr(event_stream, "HEARTBEAT_INTERVAL_S", 0.02)
-    heard = asyncio.Event()
+    heartbeats_seen = asyncio.Event()
 
     async def script(asked: Asked, line: Line) -> None:
         await line.start_stream()
         await line.chunk(sse_events[0] + sse_events[1][:9])
-        await heard.wait()
+        await heartbeats_seen.wait()
         await line.chunk(sse_events[1][9:] + b"".join(sse_events[2:]))
         await line.end()
 
     async with rig(FakeNode(script=script).ready("m")) as gateway:
         call = gateway.call("POST", path, STREAM)
         await call.until(lambda call: call.chunks.count(heartbeat) >= 3)
-        heard.set()
+        heartbeats_seen.set()
         await call.end()
     assert b"".join(chunk for chunk in call.chunks if chunk != heartbeat) == b"".join(sse_events)
     assert all(chunk.endswith(b"\n\n") for chunk in call.chunks)

@@ -64,11 +64,11 @@ async def test_a_stream_lists_them_before_the_nodes_first_byte(path: str, body: 
 async def test_a_nodes_ignored_parameters_are_forwarded_and_sanitized() -> None:
     neuron = node()
 
-    async def says(asked: Asked, line: Line) -> None:
+    async def script(asked: Asked, line: Line) -> None:
         await line.reply(200, b'{"choices":[]}', "x-cortex-ignored: y, tools[0].type=web_search, \"<b>\"",
                          "x-cortex-omitted-parts: 3")  # fmt: skip
 
-    neuron.script = says
+    neuron.script = script
     async with rig(neuron) as gateway:
         for more in ({"x": 1}, {}, {}):
             call = await gateway.chat(**more).end()

@@ -279,11 +279,11 @@ def test_the_model_of_the_lowest_priority_goes(fleet: Fleet) -> None:
 
 
 def test_a_disk_that_is_full(fleet: Fleet, tmp_path: pathlib.Path) -> None:
-    """Answers are given though they cannot be kept, which is logged; with room again, they are kept again."""
+    """Answers are given though they cannot be kept, which is logged; with free space again, they are kept again."""
 
     async def story(client: Client) -> None:
-        async def respond(say: str, **more: Any) -> httpx.Response:
-            body = {"model": "cold", "input": say, **more}
+        async def respond(prompt: str, **more: Any) -> httpx.Response:
+            body = {"model": "cold", "input": prompt, **more}
             return await client.http.post(f"{client.url()}/v1/responses", json=body)
 
         def limit_files(size_bytes: int) -> None:

@@ -21,8 +21,8 @@ def pool(fleet: Fleet, gateway: int = 0) -> Pool:
     return Pool("gateway", fleet.gateways[gateway].url, Timeouts(stall_s=120, first_byte_s=120), 4096)
 
 
-def body(say: str, stream: bool, model: str = "cold") -> bytes:
-    return orjson.dumps({"model": model, "messages": [{"role": "user", "content": say}], "stream": stream})
+def body(prompt: str, stream: bool, model: str = "cold") -> bytes:
+    return orjson.dumps({"model": model, "messages": [{"role": "user", "content": prompt}], "stream": stream})
 
 
 def test_a_thousand_random_swaps(fleet: Fleet) -> None:

@@ -32,8 +32,8 @@ def ask():
             client = http.client.HTTPConnection("127.0.0.1", 31313, timeout=60)
             client.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
             reply = client.getresponse()
-            told = reply.read().decode()
-            (answered if reply.status == 200 and "[DONE]" in told else lost).append(told[-200:])
+            body_text = reply.read().decode()
+            (answered if reply.status == 200 and "[DONE]" in body_text else lost).append(body_text[-200:])
         except OSError as error:
             lost.append(repr(error))
 threads = [threading.Thread(target=ask) for _ in range(4)]

@@ -104,7 +104,7 @@ struct node {
 
 struct CUgraph_st {
     int count;
-    int room;
+    int capacity;
     struct node *nodes;
 };
 
@@ -208,9 +208,9 @@ static int queue(void *handle, struct node node) {
         run(&node);
         return 0;
     }
-    if (graph->count == graph->room) {
-        graph->room = 2 * graph->room + 16;
-        graph->nodes = realloc(graph->nodes, graph->room * sizeof node);
+    if (graph->count == graph->capacity) {
+        graph->capacity = 2 * graph->capacity + 16;
+        graph->nodes = realloc(graph->nodes, graph->capacity * sizeof node);
     }
     graph->nodes[graph->count++] = node;
     return 0;

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its own protocol: real clicks and keys, and all that the page says and asks for.
+"""A headless Chromium, driven over its own protocol: real clicks and keys, and its console messages and requests.
 
 Debian's package is enough; nothing is downloaded.
 """
@@ -63,9 +63,9 @@ class Page:
                 if "error" in message:
                     raise PageError(f"{method}: {message['error']['message']}")
                 return message["result"]
-            self._note(message)
+            self._record(message)
 
-    def _note(self, message: dict[str, Any]) -> None:
+    def _record(self, message: dict[str, Any]) -> None:
         params = message.get("params", {})
         match message.get("method"):
             case "Runtime.exceptionThrown":

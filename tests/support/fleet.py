@@ -287,13 +287,13 @@ class Client:
         self._num_asked += 1
         return self.urls[(self._num_asked if gateway is None else gateway) % len(self.urls)]
 
-    async def chat(self, model: str, say: str = "tokens=3", gateway: int | None = None) -> httpx.Response:
-        body = {"model": model, "messages": [{"role": "user", "content": say}], "max_tokens": 8}
+    async def chat(self, model: str, prompt: str = "tokens=3", gateway: int | None = None) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 8}
         return await self.http.post(f"{self.url(gateway)}/v1/chat/completions", json=body)
 
-    async def stream(self, model: str, say: str = "tokens=3", gateway: int | None = None) -> AsyncIterator[str]:
+    async def stream(self, model: str, prompt: str = "tokens=3", gateway: int | None = None) -> AsyncIterator[str]:
         """Yield the lines of a stream."""
-        body = {"model": model, "messages": [{"role": "user", "content": say}], "stream": True}
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True}
         async with self.http.stream("POST", f"{self.url(gateway)}/v1/chat/completions", json=body) as reply:
             if reply.status_code != 200:
                 yield f"status {reply.status_code} {(await reply.aread()).decode()}"

@@ -50,7 +50,7 @@ def load(page: Page, model: str, timeout_s: float = 60) -> None:
         )
 
 
-def say(page: Page, model: str, words: str, dialect: int = 0) -> str:
+def send_chat(page: Page, model: str, words: str, dialect: int = 0) -> str:
     """Send a chat message and return the answer."""
     page.run(f"document.getElementById('chat-dialect').value = {dialect}")
     page.run(f"document.getElementById('chat-model').value = {json.dumps(model)}")

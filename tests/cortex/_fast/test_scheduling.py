@@ -13,7 +13,7 @@ SHORT_NS = 100_000
 
 
 def has_slices() -> bool:
-    """Return whether this kernel lets a thread say how long it runs (Linux 6.12)."""
+    """Return whether this kernel has a time slice for each thread (Linux 6.12)."""
     return slice_of(0) > 0
 
 
@@ -23,19 +23,19 @@ def test_each_thread_of_a_process_has_it_and_those_to_come() -> None:
 import os, threading
 from cortex._fast.scheduling import set_slices, slice_of
 goes_on, found = threading.Event(), {}
-def note(name):
+def record(name):
     found[name] = slice_of(0)
 def wait():
     goes_on.wait()
-    note("before")
+    record("before")
 before = threading.Thread(target=wait)
 before.start()
 niced = os.nice(3)
 set_slices(100_000)
 goes_on.set()
-after = threading.Thread(target=note, args=["after"])
+after = threading.Thread(target=record, args=["after"])
 after.start(); before.join(); after.join()
-note("main")
+record("main")
 assert found == {"before": 100_000, "after": 100_000, "main": 100_000}, found
 assert os.nice(0) == niced
 """

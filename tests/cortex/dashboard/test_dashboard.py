@@ -354,8 +354,8 @@ def answered_by_each(folder: pathlib.Path) -> list[int]:
 
 def test_the_feed_of_a_worker_has_the_requests_of_all(tmp_path: pathlib.Path) -> None:
     port = daemons.free_port()
-    nobody = FakeNode("a", port=daemons.free_port())
-    config = write_config(tmp_path, nobody, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\nworkers = 2\n')
+    absent = FakeNode("a", port=daemons.free_port())
+    config = write_config(tmp_path, absent, gateway=f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\nworkers = 2\n')
     asked: set[str] = set()
     with (
         daemons.daemon(

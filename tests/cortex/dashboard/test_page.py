@@ -19,7 +19,7 @@ import httpx
 import pytest
 from browser import Page
 from fleet import REAL, Gateway, polled
-from page_actions import act, card, confirm, load, open_row, placed, row, say
+from page_actions import act, card, confirm, load, open_row, placed, row, send_chat
 
 from cortex.access.keys import new_key
 
@@ -35,11 +35,11 @@ def state_on(url: str, model: str) -> dict[str, Any]:
     return next((status for status in listed if status["id"] == model), {"state": "available"})
 
 
-NOTE_TEXTS = """(selector) => {
-  window.noted = [];
+RECORD_TEXTS = """(selector) => {
+  window.texts = [];
   const look = () => {
     const text = document.querySelector(selector)?.textContent ?? "";
-    if (text !== window.noted.at(-1)) window.noted.push(text);
+    if (text !== window.texts.at(-1)) window.texts.push(text);
   };
   new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true});
   look();
@@ -47,9 +47,9 @@ NOTE_TEXTS = """(selector) => {
 
 
 def watch_text(page: Page, selector: str) -> Callable[[], list[str]]:
-    """Note every text that an element has from now on."""
-    page.run(f"({NOTE_TEXTS})({json.dumps(selector)})")
-    return lambda: list(page.run("window.noted"))
+    """Record every text that an element has from now on."""
+    page.run(f"({RECORD_TEXTS})({json.dumps(selector)})")
+    return lambda: list(page.run("window.texts"))
 
 
 def reload(page: Page) -> None:
@@ -129,7 +129,7 @@ def test_a_configuration_that_is_not_in_force_is_shown(opened: Page, gateway: Ga
 def test_a_nodes_refusal_is_shown(opened: Page) -> None:
     opened.run("import('/dashboard/acts.js').then((acts) => acts.load(document.createElement('button'), 'nobody', ''))")
     opened.until("document.querySelector('.toast.bad')?.textContent.includes('nobody')")
-    # The browser itself notes a 404 that a script asked for.
+    # The browser itself logs a 404 that a script asked for.
     assert all("404" in complaint for complaint in opened.complaints)
     opened.complaints.clear()
 
@@ -141,13 +141,13 @@ def test_a_real_answer_is_streamed(opened: Page) -> None:
     load(opened, REAL)
     opened.run("document.getElementById('chat-limit').value = 40")
     noted = watch_text(opened, ".message.assistant .text")
-    answer = say(opened, REAL, "Name three colours, please.")
+    answer = send_chat(opened, REAL, "Name three colours, please.")
     grown = [text for text in noted() if text]
     assert len(grown) > 3, "it came in pieces"
     assert all(after.startswith(before) for before, after in itertools.pairwise(grown))
     assert re.search(r"first token [\d.]+ m?s · [\d.]+ tokens/s · \d+ in", answer), answer
-    # A second turn has the first before it.
-    assert "failed" not in say(opened, REAL, "And three more.")
+    # A second message has the first before it.
+    assert "failed" not in send_chat(opened, REAL, "And three more.")
     assert opened.run("document.querySelectorAll('.message').length") == 4
     opened.until("document.querySelectorAll('#requests-rows tr').length >= 2")
     assert REAL in opened.text("#requests-rows tr")
@@ -158,7 +158,7 @@ def test_a_real_answer_is_streamed(opened: Page) -> None:
 @pytest.mark.parametrize("dialect", [0, 1, 2])
 def test_reasoning_and_calls_are_shown_in_every_dialect(opened: Page, dialect: int) -> None:
     opened.run("document.getElementById('chat-clear').click()")
-    answer = say(opened, "m", "think hard", dialect)
+    answer = send_chat(opened, "m", "think hard", dialect)
     assert 'So: "yes" ☃' in answer
     assert "Reasoning" in answer
     assert opened.run("[...document.querySelectorAll('.reasoning')].at(-1).textContent") == "I wonder.\n"
@@ -166,7 +166,7 @@ def test_reasoning_and_calls_are_shown_in_every_dialect(opened: Page, dialect: i
     opened.click("#chat-example")
     opened.run("document.querySelector('.chat-more').open = false")
     opened.run("document.getElementById('chat-clear').click()")
-    answer = say(opened, "m", "call it", dialect)
+    answer = send_chat(opened, "m", "call it", dialect)
     assert "Looking." in answer
     assert "Calls weather" in answer
     assert opened.text(".call pre") == '{"city": "Paris"}'
@@ -178,7 +178,7 @@ def test_a_model_that_is_not_loaded_is_loaded_for_an_answer(opened: Page) -> Non
     assert opened.text(f"{row('Gemma-3-27B')} .pill") == "available"
     opened.run("document.getElementById('chat-clear').click()")
     noted = watch_text(opened, ".message.assistant .cost")
-    assert "Gemma-3-27B:2" in say(opened, "Gemma-3-27B", "tokens=3")
+    assert "Gemma-3-27B:2" in send_chat(opened, "Gemma-3-27B", "tokens=3")
     assert any(text.startswith("Loading the model, ") for text in noted())
 
 
@@ -256,7 +256,7 @@ def test_all_of_it_by_keyboard(opened: Page) -> None:
     opened.press("c")
     assert opened.run("document.activeElement.id") == "chat-text"
     opened.press("Escape")
-    # Who speaks to the page, or leans on the keyboard, can turn single keys off.
+    # Who speaks to the page, or leans on the keyboard, can switch single keys off.
     for are_on in (False, True):
         opened.run("document.getElementById('help').click(); document.getElementById('keys-on').click()")
         opened.press("Escape")
@@ -301,7 +301,7 @@ def test_nothing_overflows_and_axe_finds_no_serious_fault(opened: Page, scheme: 
         load(opened, REAL)
         open_row(opened, REAL)
         opened.click(f"{card('cpu-1')} button.name")
-        say(opened, "m", "think", 0)
+        send_chat(opened, "m", "think", 0)
         assert opened.run("document.documentElement.scrollWidth") <= width
         check_axe(opened)
         opened.run("document.getElementById('help').click()")
@@ -360,7 +360,7 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
         sign_in(user)
         page.until("document.getElementById('chat-model').length === 1", what="alice may use one model")
         assert page.run("document.getElementById('link').dataset.state") == "refused"
-        assert 'So: "yes"' in say(page, "m", "think")
+        assert 'So: "yes"' in send_chat(page, "m", "think")
         page.click("#sign")  # out
         page.until("document.getElementById('sign').textContent === 'Sign in'")
         sign_in(admin)
@@ -382,7 +382,7 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
     finally:
         page.go("about:blank")
         guarded.stop()
-        page.complaints.clear()  # a browser notes each 401
+        page.complaints.clear()  # a browser logs each 401
 
 
 # ------------------------------------------------------------------ a hundred nodes

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from browser import Page
 from fleet import REAL, Gateway
-from page_actions import act, load, open_row, row, say
+from page_actions import act, load, open_row, row, send_chat
 
 ROOT = pathlib.Path(__file__).parents[3]
 PICTURES = ROOT / "docs/images"
@@ -88,10 +88,10 @@ def test_pictures(page: Page, shown: Gateway) -> None:
 def chat(page: Page) -> None:
     set_value(page, "chat-limit", 60)
     set_value(page, "chat-temperature", 0)
-    say(page, REAL, "Name the capital of France.")
-    say(page, LARGE, "Is 2027 a prime number?")
+    send_chat(page, REAL, "Name the capital of France.")
+    send_chat(page, LARGE, "Is 2027 a prime number?")
     page.run("document.getElementById('chat-example').click()")
-    say(page, LARGE, "What is the weather in Paris?")
+    send_chat(page, LARGE, "What is the weather in Paris?")
 
 
 def take_all(page: Page) -> None:

@@ -1,4 +1,4 @@
-"""Bodies of /v1/messages: what agents send, how turns flatten into a chat, and what is said of a wrong one."""
+"""Bodies of /v1/messages: what agents send, how they flatten into a chat, and the errors of wrong ones."""
 
 import base64
 from typing import Any
@@ -30,19 +30,19 @@ def decode(**body: Any) -> InferenceRequest:
     return anthropic_messages.decode(orjson.dumps({"model": "m", "max_tokens": 9, "messages": [HI]} | body)).request
 
 
-def turns(*messages: dict[str, Any]) -> tuple[Message, ...]:
+def converted(*messages: dict[str, Any]) -> tuple[Message, ...]:
     return decode(messages=list(messages)).messages
 
 
 def user(*blocks: dict[str, Any]) -> tuple[Message, ...]:
-    """Return what a user's turn becomes, behind an assistant's with a call for each of its results."""
+    """Return a user message converted, behind an assistant message with a call for each of its results."""
     calls = [
         {"type": "tool_use", "id": block["tool_use_id"], "name": "f", "input": {}}
         for block in blocks
         if block["type"] == "tool_result"
     ]
     before = [{"role": "assistant", "content": calls}] if calls else []
-    return turns(*before, {"role": "user", "content": list(blocks)})[len(before) :]
+    return converted(*before, {"role": "user", "content": list(blocks)})[len(before) :]
 
 
 def refused(body: bytes | dict[str, Any]) -> ApiError:
@@ -224,14 +224,14 @@ def called(*call_ids: str) -> dict[str, Any]:
         [HI, called("a", "b"), result("a")],  # interrupted before the other
         [HI, called("a"), result("a"), called("a"), result("a")],  # ids counted from zero in each turn
         [HI, called("a"), result("a"), HI, called("b")],
-        [HI, called("a"), called("b"), result("a", "b")],  # turns of one role are one
+        [HI, called("a"), called("b"), result("a", "b")],  # messages of one role are one
         [HI, called("a", "b"), result("a"), result("b")],
         [HI, called("a"), {"role": "system", "content": "s"}, result("a")],
         [HI, called("a"), HI],  # interrupted before any
     ],
 )
 def test_a_result_answers_a_call_of_the_message_before_it(messages: list[dict[str, Any]]) -> None:
-    turns(*messages)
+    converted(*messages)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_result_that_answers_nothing_is_refused(messages: list[dict[str, Any]]
 def test_traces_of_hosted_tools_drop() -> None:
     trace = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "x"}}
     result = {"type": "web_search_tool_result", "tool_use_id": "s", "content": {"type": "error", "error_code": "x"}}
-    assert turns(HI, {"role": "assistant", "content": [trace, result, text("so")]})[1] == Message(Role.ASSISTANT, "so")
+    assert converted(HI, {"role": "assistant", "content": [trace, result, text("so")]})[1].content == "so"
 
 
 @pytest.mark.parametrize(

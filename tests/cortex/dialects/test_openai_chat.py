@@ -1,4 +1,4 @@
-"""Bodies of /v1/chat/completions: what they become, and what is said of a wrong one."""
+"""Bodies of /v1/chat/completions: what they become, and the errors of wrong ones."""
 
 from typing import Any
 
@@ -159,8 +159,8 @@ def test_a_custom_tool_is_a_function_with_one_string() -> None:
     forced = decode(tools=[PATCH], tool_choice={"type": "custom", "custom": {"name": "patch"}}).request.tool_choice
     assert (forced.mode, forced.name) == (ToolMode.NAMED, "patch")
     made = {"id": "c", "type": "custom", "custom": {"name": "patch", "input": 'a "b"'}}
-    turns = [{"role": "assistant", "tool_calls": [made]}, {"role": "tool", "tool_call_id": "c", "content": "ok"}]
-    (call,) = decode(messages=turns, tools=[PATCH]).request.messages[0].tool_calls
+    messages = [{"role": "assistant", "tool_calls": [made]}, {"role": "tool", "tool_call_id": "c", "content": "ok"}]
+    (call,) = decode(messages=messages, tools=[PATCH]).request.messages[0].tool_calls
     assert (call.name, orjson.loads(call.arguments)) == ("patch", {"input": 'a "b"'})
 
 
@@ -191,12 +191,12 @@ def test_a_choice_that_cannot_be_is_refused(choice: dict[str, Any], code: str) -
 
 
 def test_reasoning_is_read_by_both_of_its_names() -> None:
-    turns = [
+    messages = [
         {"role": "assistant", "content": "a", "reasoning": "by the newer"},
         {"role": "assistant", "content": "b", "reasoning_content": "by the older", "reasoning": "by the older"},
-        {"role": "assistant", "content": "c", "reasoning": {"text": "as nobody reads it"}},
+        {"role": "assistant", "content": "c", "reasoning": {"text": "in an unknown form"}},
     ]
-    found = [message.reasoning for message in decode(messages=turns).request.messages]
+    found = [message.reasoning for message in decode(messages=messages).request.messages]
     assert found == ["by the newer", "by the older", None]
 
 

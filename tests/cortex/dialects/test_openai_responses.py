@@ -1,4 +1,4 @@
-"""Bodies of /v1/responses: how they flatten into a chat, and what is said of a wrong one."""
+"""Bodies of /v1/responses: how they flatten into a chat, and the errors of wrong ones."""
 
 from typing import Any
 
@@ -192,8 +192,8 @@ def test_reasoning_goes_to_the_message_it_precedes(reasoning: dict[str, Any]) ->
     called = (ToolCall("c", "f", "{}"),)
     assert messages(input=[user, item, answer, call])[1] == Message(Role.ASSISTANT, "so", called, reasoning="why")
     assert messages(input=[user, item, call])[1] == Message(Role.ASSISTANT, "", called, reasoning="why")
-    turns = messages(input=[user, item, call, item, answer])[1:]
-    assert turns == (
+    found = messages(input=[user, item, call, item, answer])[1:]
+    assert found == (
         Message(Role.ASSISTANT, "", called, reasoning="why"),
         Message(Role.ASSISTANT, "so", reasoning="why"),
     )
@@ -333,17 +333,17 @@ def test_hosted_tools_are_named_and_not_offered() -> None:
 
 
 def test_a_message_of_many_calls_and_thoughts_is_read_in_one_pass() -> None:
-    """30,000 calls of one turn took minutes, and tools times calls did."""
+    """30,000 calls of one message took minutes, and tools times calls did."""
     namespace = {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": f"g{n}"} for n in range(900)]}
     calls = [
         {"type": "function_call", "call_id": f"c{n}", "name": f"g{n % 900}", "arguments": "{}"} for n in range(18_000)
     ]
     thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm. "}]}
     body = {"model": "m", "input": [*[thought] * 1_000, *calls], "tools": [namespace]}
-    (turn,) = openai_responses.decode(orjson.dumps(body)).request.messages
-    assert len(turn.tool_calls) == 18_000
-    assert turn.tool_calls[901].name == "n__g1"
-    assert turn.reasoning == "Hm. " * 1_000
+    (message,) = openai_responses.decode(orjson.dumps(body)).request.messages
+    assert len(message.tool_calls) == 18_000
+    assert message.tool_calls[901].name == "n__g1"
+    assert message.reasoning == "Hm. " * 1_000
 
 
 def test_the_output_of_a_call_of_no_tool_here_has_a_call_before_it() -> None:

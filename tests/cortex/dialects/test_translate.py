@@ -468,6 +468,6 @@ def test_arguments_nested_without_end_are_an_input_as_they_are() -> None:
 
 
 def test_thoughts_go_on_by_both_names() -> None:
-    turns = (Message(Role.USER, "hi"), Message(Role.ASSISTANT, "a", reasoning="why"), Message(Role.USER, "go on"))
-    sent = orjson.loads(chat_body(InferenceRequest(model="m", messages=turns), stream=False))["messages"][1]
+    messages = (Message(Role.USER, "hi"), Message(Role.ASSISTANT, "a", reasoning="why"), Message(Role.USER, "go on"))
+    sent = orjson.loads(chat_body(InferenceRequest(model="m", messages=messages), stream=False))["messages"][1]
     assert (sent["reasoning_content"], sent["reasoning"]) == ("why", "why")

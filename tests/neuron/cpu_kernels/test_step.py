@@ -162,8 +162,8 @@ class LongDriver(Driver):
 
 
 @pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models made here have room for three such sequences."""
+def large_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the cache of the models made here hold three such sequences."""
     monkeypatch.setitem(globals(), "NUM_PAGES", 3 * PAGES + 1)
     monkeypatch.setitem(globals(), "MAX_ROWS", 700)
 
@@ -179,7 +179,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.parametrize("level", native.levels())
-def test_cuts_threads_and_company_change_no_bit(level: str, form: str, kv_dtype: str, room: None) -> None:
+def test_cuts_threads_and_company_change_no_bit(level: str, form: str, kv_dtype: str, large_cache: None) -> None:
     """A row's result depends on the row alone, not on how a prompt was cut or on the other rows of the step."""
     random = np.random.default_rng(11)
     tokens = random.integers(0, 77, 2000).tolist()

@@ -43,7 +43,7 @@ def raw() -> Iterator[tuple[socket.socket, Channel]]:
     channel.close()
 
 
-def relay(source: Channel, target: Channel, count: int) -> list[bytes]:
+def transfer(source: Channel, target: Channel, count: int) -> list[bytes]:
     """Flush ``source`` and read ``target`` in turn, on one thread, until ``count`` messages are here."""
     messages: list[bytes] = []
     while len(messages) < count:
@@ -60,7 +60,7 @@ def test_every_size_arrives_whole(ends: tuple[Channel, Channel], size: int) -> N
     message = random.Random(size).randbytes(size)
     left.send(message)
     left.send(b"after")
-    assert relay(left, right, 2) == [message, b"after"]
+    assert transfer(left, right, 2) == [message, b"after"]
     assert (left.pending_bytes, left.wants_write) == (0, False)
 
 
@@ -104,7 +104,7 @@ def test_order_is_kept_through_the_queue(ends: tuple[Channel, Channel]) -> None:
         left.send(message)
     assert left.wants_write
     assert left.pending_bytes <= sum(map(len, sent))
-    assert relay(left, right, len(sent)) == sent
+    assert transfer(left, right, len(sent)) == sent
 
 
 def test_one_iteration_is_bounded(ends: tuple[Channel, Channel]) -> None:

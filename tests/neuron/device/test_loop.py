@@ -219,7 +219,7 @@ def test_messages_are_handled_in_order_and_between_steps(start: Callable[..., Ru
             log.append(message.decode())
             script.busy = message not in (b"stop", b"idle")
             if message == b"idle":
-                loop.send(b"heard")
+                loop.send(b"received")
 
         def step() -> None:
             log.append("step")
@@ -235,7 +235,7 @@ def test_messages_are_handled_in_order_and_between_steps(start: Callable[..., Ru
     running.daemon.send(b"still")
     running.daemon.send(b"stop")
     running.daemon.send(b"idle")
-    while running.daemon.recv(30) != b"heard":
+    while running.daemon.recv(30) != b"received":
         pass
     running.end()
     assert [entry for entry in log if entry != "step"] == ["go", "still", "stop", "idle"]
@@ -328,7 +328,7 @@ def test_a_daemon_that_does_not_read_stops_the_steps(
             pending.append(loop.channel.pending_bytes)
             script.busy = len(pending) < 1000
 
-        script = Script(lambda message: loop.send(b"heard"), step)
+        script = Script(lambda message: loop.send(b"received"), step)
         script.busy = True
         return script
 
@@ -341,7 +341,7 @@ def test_a_daemon_that_does_not_read_stops_the_steps(
     for row in range(1, 1001):
         assert running.daemon.recv(30).startswith(b"%d\0" % row)
     running.daemon.send(b"?")
-    assert running.daemon.recv(30) == b"heard"
+    assert running.daemon.recv(30) == b"received"
     running.end()
 
 

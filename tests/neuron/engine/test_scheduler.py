@@ -208,8 +208,8 @@ def test_ten_thousand_sequences_leave_nothing_behind(monkeypatch: pytest.MonkeyP
                 if (number := next(numbers, None)) is not None:
                     scheduler.add(sequence(number, num_prompt, max_tokens, family=family, principal=str(family % 3)))
         if random.random() < 0.2 and scheduler.busy:
-            victims = [*scheduler.running, *scheduler.waiting]
-            finished += scheduler.remove(victims[int(random.integers(len(victims)))]) is not None
+            candidates = [*scheduler.running, *scheduler.waiting]
+            finished += scheduler.remove(candidates[int(random.integers(len(candidates)))]) is not None
         num_cached += sum(s.num_cached for s in scheduler.admit())
         step = scheduler.schedule()
         if step is None:

@@ -97,7 +97,7 @@ class Device:
         if self.faults.pop("launch", None):
             raise ValueError("the step did not start")
         fault_in = plan.num_steps - 1 if self.faults.pop("nan", None) else -1
-        outcome = self.round(plan, fault_in == 0)
+        outcome = self.run_step(plan, fault_in == 0)
         later = []
         while len(later) + 1 < plan.num_steps:
             assert plan.num_steps <= self.max_steps
@@ -111,7 +111,7 @@ class Device:
             plan_now = dataclasses.replace(
                 plan, token_ids=ids, positions=at, slot_mapping=slot_mapping, context_lens=at + 1
             )
-            found = self.round(plan_now, len(later) + 1 == fault_in)
+            found = self.run_step(plan_now, len(later) + 1 == fault_in)
             later.append(found.ids)
             outcome = dataclasses.replace(outcome, finite=found.finite)
         self.num_steps.append(1 + len(later))
@@ -119,7 +119,7 @@ class Device:
             outcome = dataclasses.replace(outcome, later=np.array(later, np.int32))
         return Late(self, outcome)
 
-    def round(self, plan: StepPlan, fault: bool) -> StepOutcome:
+    def run_step(self, plan: StepPlan, fault: bool) -> StepOutcome:
         self.num_rows.append(len(plan.token_ids))
         assert len(plan.sampled) <= PLAN.sampled_rows
         ids: list[int] = []

@@ -101,7 +101,7 @@ def test_a_model_that_writes_text_still_lacks_its_head(make_checkpoint: Callable
 
 
 @pytest.mark.parametrize(
-    ("steps", "pooling", "says"),
+    ("steps", "pooling", "message"),
     [
         (["Transformer", "Pooling", "Dense", "Normalize"], {"pooling_mode_lasttoken": True}, "step 'Dense'"),
         (["Transformer", "Pooling"], {"pooling_mode_cls_token": True}, "cls_token"),
@@ -111,10 +111,10 @@ def test_a_model_that_writes_text_still_lacks_its_head(make_checkpoint: Callable
     ],
 )
 def test_other_ways_to_a_vector_are_refused(
-    headless: pathlib.Path, steps: list[str], pooling: dict[str, Any], says: str
+    headless: pathlib.Path, steps: list[str], pooling: dict[str, Any], message: str
 ) -> None:
     settings(headless, steps, **pooling)
-    with pytest.raises(UnsupportedArchitectureError, match=says):
+    with pytest.raises(UnsupportedArchitectureError, match=message):
         read_config(headless)
 
 

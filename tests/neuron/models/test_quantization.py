@@ -121,7 +121,7 @@ def test_blocks_are_kept_and_mean_the_same(gguf_of: Callable[..., pathlib.Path],
     source.close()
 
 
-class Noted(Transfer):
+class RecordingTransfer(Transfer):
     """Recorder of copies."""
 
     def __init__(self, device: torch.device) -> None:
@@ -138,10 +138,10 @@ def test_blocks_are_copied_as_the_file_has_them(gguf_of: Callable[..., pathlib.P
     """Blocks are converted on the device: a host takes ten times as long as the copy over the bus."""
     source = open_weights(gguf_of("Q4_0"))
     reader = MatrixReader(source, torch.float32, HOST, quantization.STORED, shard)
-    reader._transfer = noted = Noted(HOST)
+    reader._transfer = recorder = RecordingTransfer(HOST)
     name = "model.layers.0.mlp.up_proj.weight"
     assert reader.matrix(name).shape == (192 // shard.size, 128)
-    assert noted.copied == [(torch.uint8, 192 // shard.size * 128 // 32 * 18)]
+    assert recorder.copied == [(torch.uint8, 192 // shard.size * 128 // 32 * 18)]
     source.close()
 
 
@@ -151,10 +151,10 @@ def test_blocks_are_copied_as_the_file_has_them(gguf_of: Callable[..., pathlib.P
 def test_floats_are_copied_as_the_file_has_them(
     gguf_of: Callable[..., pathlib.Path], stored: str, dtype: torch.dtype
 ) -> None:
-    source, noted = open_weights(gguf_of(stored)), Noted(HOST)
+    source, recorder = open_weights(gguf_of(stored)), RecordingTransfer(HOST)
     part = torch.empty((100, 60))
-    source.read_into("model.layers.0.mlp.up_proj.weight", part, transfer=noted, first_row=70, first_column=40)
-    assert noted.copied == [(dtype, 100 * 60 * dtype.itemsize)]
+    source.read_into("model.layers.0.mlp.up_proj.weight", part, transfer=recorder, first_row=70, first_column=40)
+    assert recorder.copied == [(dtype, 100 * 60 * dtype.itemsize)]
     whole = torch.empty((192, 128))
     source.read_into("model.layers.0.mlp.up_proj.weight", whole)
     assert torch.equal(part, whole[70:170, 40:100])

@@ -32,7 +32,7 @@ def test_tools_on_offer_are_an_alternative_to_the_format() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "says"),
+    ("kind", "source", "message"),
     [
         (FormatKind.JSON_SCHEMA, "{", "not JSON"),
         (FormatKind.JSON_SCHEMA, "3", "an object"),
@@ -48,12 +48,12 @@ def test_tools_on_offer_are_an_alternative_to_the_format() -> None:
         (FormatKind.GRAMMAR, 'root ::= "a', "cannot be read"),
     ],
 )
-def test_what_cannot_be_compiled_is_refused_with_the_reason(kind: FormatKind, source: str, says: str) -> None:
+def test_what_cannot_be_compiled_is_refused_with_the_reason(kind: FormatKind, source: str, message: str) -> None:
     with pytest.raises(ApiError) as caught:
         ask(kind, source)
     error = caught.value.info()
     assert (error.status, error.code, error.param) == (400, "invalid_schema", "response_format")
-    assert says in error.message
+    assert message in error.message
     assert "answer:" not in error.message, "the client did not write that"
 
 

@@ -169,11 +169,11 @@ def test_a_model_whose_template_cannot_be_used_is_refused_or_harmless(
 def test_a_killed_process_costs_no_request(chatty: pathlib.Path) -> None:
     async def story(pool: TextPool, model: TextModel) -> None:
         for _ in range(3):
-            (victim,) = [child for child in psutil.Process().children() if "neuron.text" in child.cmdline()]
-            os.kill(victim.pid, signal.SIGSTOP)
+            (child,) = [child for child in psutil.Process().children() if "neuron.text" in child.cmdline()]
+            os.kill(child.pid, signal.SIGSTOP)
             answer = asyncio.ensure_future(model.build(CHAT, CONTEXT))
             await asyncio.sleep(0)
-            os.kill(victim.pid, signal.SIGKILL)
+            os.kill(child.pid, signal.SIGKILL)
             assert (await answer).ids
 
     with_model(chatty, story)

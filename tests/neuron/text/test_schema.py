@@ -235,7 +235,7 @@ def test_references_of_an_answer(schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "says"),
+    ("schema", "message"),
     [
         ({"$ref": "#"}, "refers to itself"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "refers to itself"),
@@ -259,8 +259,8 @@ def test_references_of_an_answer(schema: dict[str, Any]) -> None:
         ({"oneOf": [{"type": 5}, {"type": "string"}]}, "."),
     ],
 )
-def test_what_is_no_schema_is_refused(schema: Any, says: str) -> None:
-    with pytest.raises(InvalidSchemaError, match=says):
+def test_what_is_no_schema_is_refused(schema: Any, message: str) -> None:
+    with pytest.raises(InvalidSchemaError, match=message):
         answer_grammar(schema)
 
 
