@@ -65,6 +65,7 @@ def test_two_workers_generate_the_text_of_one(node: daemons.Daemon) -> None:
     assert one["weights_bytes"] < status["weights_bytes"] < 1.3 * one["weights_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_costs_the_running_requests_and_no_more(node: daemons.Daemon, blow: signal.Signals) -> None:
     before = answer(node)

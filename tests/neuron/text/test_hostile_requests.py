@@ -146,7 +146,7 @@ def test_a_damaged_tokenizer_is_refused_or_harmless(talking_llama: pathlib.Path,
     async def story() -> None:
         pool = TextPool()
         try:
-            for index in range(60):
+            for index in range(20):  # the fuzz target goes on from here
                 folder = tmp_path / str(index)
                 folder.mkdir()
                 damaged = json.loads(json.dumps(whole))
