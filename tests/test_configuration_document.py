@@ -63,7 +63,7 @@ def inner(kind: Any) -> Any:
 
 
 def bounds(kind: Any) -> str:
-    """Return the bounds of a number; those of a billion and beyond only say that a value is finite."""
+    """Return the bounds of a number; those of a billion and beyond only mean that a value is finite."""
     least, above, most = (
         value if value is not None and abs(value) < HUGE else None for value in (kind.ge, kind.gt, kind.le)
     )
@@ -119,7 +119,7 @@ def default_name(field: Any) -> str:
 
 def is_reloaded(file: str, table: str, key: str) -> str:
     if file != "cortex.toml":
-        return ""  # said once for the whole file
+        return ""  # stated once for the whole file
     is_fixed = table == "[store]" or (table == "[gateway]" and key in reload.FIXED)
     return "no" if is_fixed or (table == "[access]" and key in {"counters", "url"}) else "yes"
 

@@ -1,4 +1,4 @@
-"""A module that no meson.build lists is not installed: say so before the user does."""
+"""A module that no meson.build lists is not installed: a test finds it first."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""``lessons.toml`` says which tests hold what the field has learned; here it is held to name tests that exist."""
+"""``lessons.toml`` names the tests of each lesson; the tests here check that they exist."""
 
 import ast
 import functools

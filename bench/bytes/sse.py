@@ -108,7 +108,7 @@ def split(stream: bytes) -> list[bytes]:
 
 
 def findings(stream: bytes) -> tuple[int, Any]:
-    """Note tokens and usage in plain Python, with orjson for the payloads: what the usage scanner does."""
+    """Count tokens and read usage in plain Python, with orjson for the payloads: what the usage scanner does."""
     num_tokens, usage = 0, None
     for payload in split(stream):
         if payload == b"[DONE]":

@@ -51,14 +51,14 @@ def events() -> list[InferenceEvent]:
 
 
 def pass_on(chunks: list[bytes]) -> None:
-    """Do what the gateway does with the chunks of a node that speaks Messages."""
+    """Do what the gateway does with the chunks of a node of the Messages dialect."""
     scanner = UsageScanner()
     for chunk in chunks:
         scanner.feed(chunk)
 
 
 def translate(chunks: list[bytes], translation: Translation) -> None:
-    """Do what it does with the chunks of one that speaks chat."""
+    """Do what it does with the chunks of a node of the chat dialect."""
     scanner, answer = UsageScanner(), translation.begin()
     for chunk in chunks:
         scanner.feed(answer.sse_events(chunk))
@@ -112,9 +112,9 @@ def main() -> None:
     translation.body()
     native, chat = MessagesStream("msg_1", "m"), ChatStream("c", "m", 1, include_usage=True)
     passed = [native.sse_events([event]) for event in events()]
-    spoken = [chat.sse_events([event]) for event in events()]
+    chat_chunks = [chat.sse_events([event]) for event in events()]
     through = cpu_ns(lambda: pass_on(passed)) / NUM_TOKENS / 1e3
-    translated = cpu_ns(lambda: translate(spoken, translation)) / NUM_TOKENS / 1e3
+    translated = cpu_ns(lambda: translate(chat_chunks, translation)) / NUM_TOKENS / 1e3
     rows: list[dict[str, Any]] = [
         {"what": f"Messages stream of {NUM_TOKENS} tokens, passed on", "us a token": through},
         {"what": f"Messages stream of {NUM_TOKENS} tokens, from chat", "us a token": translated},
@@ -135,7 +135,7 @@ def main() -> None:
     report.write(
         "translate",
         rows,
-        question="What does it cost to translate for a node that speaks chat alone?",
+        question="What does it cost to translate for a node of the chat dialect alone?",
         packages=["orjson", "msgspec"],
         ratios=ratios,
         keep=keep,

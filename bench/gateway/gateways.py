@@ -1,8 +1,8 @@
 """The gateways that are measured: how each is started in front of the mock node, and whether it is here.
 
-Each is run as its own documentation says, with one worker, and with what its users have on: cortex checks a key,
+Each is run as its own documentation has it, with one worker, and with what its users have on: cortex checks a key,
 routes, counts, times and logs each request. The peers keep their defaults where those cost them no speed, and else are
-set to what is cheapest for them: the routers take turns among nodes and log warnings only, nginx writes no access log.
+set to what is cheapest for them: the routers balance round-robin and log warnings only, nginx writes no access log.
 """
 
 import hashlib

@@ -32,7 +32,7 @@ async def test_to_let_go_of_a_pin_that_is_gone_is_done_already() -> None:
 
 async def test_failed_and_unloaded_models_are_forgotten_and_loaded_ones_are_not() -> None:
     first, second = FakeNode(name="a").ready("m"), FakeNode(name="b")
-    second.models["m"] = ModelStatus("m", ModelState.FAILED, error="no room")
+    second.models["m"] = ModelStatus("m", ModelState.FAILED, error="no memory")
     async with rig(first, second) as gateway:
         gone = await gateway.call("POST", "/admin/models/forget", {"model": "m"}).end()
         assert (gone.status, list(gone.json()["nodes"])) == (200, ["b"])

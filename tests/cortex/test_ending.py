@@ -1,4 +1,4 @@
-"""SIGTERM under load, and gateways that take turns at one address: what has reached them is answered."""
+"""SIGTERM under load, and gateways that restart one after another: requests that reached them are answered."""
 
 import asyncio
 import contextlib

@@ -158,7 +158,7 @@ async def test_an_unfit_request_id_is_replaced(given: str) -> None:
         assert call.headers["request-id"] == call.headers["x-request-id"]
 
 
-# ------------------------------------------------------------------ what a node says when it says no
+# ------------------------------------------------------------------ errors of a node
 
 
 @pytest.mark.parametrize("stream", [False, True])

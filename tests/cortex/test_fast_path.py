@@ -309,7 +309,7 @@ async def test_keys_that_change_are_gone_by_at_once(interface: str) -> None:
         assert await status(ring((KEY, limited))) == 200
         assert await status(gateway.gateway.authenticator.keys) == 429
         assert await status(ring((KEY, free))) == 200
-        # A scheme that is not ours says nothing of who it is; the other header does.
+        # An unsupported scheme is ignored; the other header has the key.
         both = {"authorization": "Basic eDp5", "x-api-key": KEY}
         assert (await gateway.call("POST", "/v1/chat/completions", CHAT, both).end()).status == 200
         wrong = {"authorization": "Bearer sk-wrong", "x-api-key": KEY}

@@ -126,7 +126,7 @@ async def test_every_interface_answers_over_every_version(
 @INTERFACES
 async def test_it_needs_no_configuration(tmp_path: pathlib.Path, interface: str | None) -> None:
     options = [] if interface is None else ["--interface", interface]
-    # So that a gateway or a neuron of this machine has no part in it.
+    # So that a gateway or a neuron of this machine is not used.
     elsewhere = {"CORTEX_GATEWAY__METRICS_LISTEN": "", "CORTEX_NEURONS": "[]"}
     async with granian(tmp_path, *options, **elsewhere) as server, httpx.AsyncClient() as client:
         assert (await client.get(server.url + "/health")).status_code == 200
@@ -229,7 +229,7 @@ class Http2:
         self.got: dict[int, int] = {}
         self.ended: set[int] = set()
         self.unread: set[int] = set()
-        """Streams whose windows stay as they are."""
+        """Streams whose windows are left as they are."""
         self.h2.initiate_connection()
         self.h2.increment_flow_control_window(1 << 30)
         self._flush()

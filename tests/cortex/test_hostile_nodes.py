@@ -99,7 +99,7 @@ def check(call: Call, expected: str, stream: bool) -> None:
 
 
 def of(name: str) -> list[Any]:
-    """Return the behaviours that say something of ``name``, ``whole`` or ``stream``."""
+    """Return the behaviours that have an outcome of ``name``, ``whole`` or ``stream``."""
     return [pytest.param(each, id=each.name.replace(" ", "_")) for each in ALL if getattr(each, name) is not None]
 
 
@@ -131,7 +131,7 @@ async def test_a_stream(behaviour: Behaviour) -> None:
 
 
 OTHERS = [
-    *("empty", "HTML said to be JSON", "half the JSON", "another object", "deep", "lone surrogates", "gzip", "NaN"),
+    *("empty", "HTML labelled as JSON", "half the JSON", "another object", "deep", "lone surrogates", "gzip", "NaN"),
     *("choices of numbers", "status 302", "cut length", "an HTML error", "a body that drips", "endless trailers"),
     *("an event that is no JSON", "half an event", "no terminator", "an event without end", "nonsense in a stream"),
     *("an error in a stream", "usage of -1", "usage of 1e308", "a finish to log"),

@@ -1,4 +1,4 @@
-"""WebSockets: who may open one, and what is told in a silence. The dialect itself is tested with the SDKs."""
+"""WebSockets: which clients may open one, and keepalives in a silence. The dialect itself is tested with the SDKs."""
 
 import asyncio
 import json
@@ -107,7 +107,7 @@ async def test_who_may_not_ask_is_refused_before_the_handshake(
                 assert sent == [{"type": "websocket.close"}]
 
 
-async def spoken(gateway: Rig, messages: list[dict[str, object]], num_answers: int) -> list[dict[str, object]]:
+async def exchange(gateway: Rig, messages: list[dict[str, object]], num_answers: int) -> list[dict[str, object]]:
     """Return what a connection is sent for some messages."""
     sent: list[dict[str, object]] = []
     coming: asyncio.Queue[dict[str, object]] = asyncio.Queue()
@@ -155,7 +155,7 @@ async def test_long_instructions_fit_in_an_event() -> None:
     long = "x" * 9_000_000
     async with rig(FakeNode().ready("m")) as gateway:
         message: dict[str, object] = {"type": "response.create", "model": "m", "input": "Hi", "instructions": long}
-        events = await spoken(gateway, [{**message, "generate": False}], 2)
+        events = await exchange(gateway, [{**message, "generate": False}], 2)
         assert [event["type"] for event in events][-1] == "response.completed"
         body = {"model": "m", "input": "Hi", "instructions": long, "background": True}
         call = await gateway.call("POST", "/v1/responses", body).end()
@@ -169,7 +169,7 @@ async def test_an_input_nested_too_deep_is_refused_and_the_connection_goes_on() 
         deep = [deep]
     message = {"type": "response.create", "model": "m", "input": "hi", "metadata": deep}
     async with rig(neuron) as gateway:
-        for answer in await spoken(gateway, [message, message], 2):
+        for answer in await exchange(gateway, [message, message], 2):
             assert answer["type"] == "error"
             assert answer["status"] == 400
             assert "too_deep" in json.dumps(answer)
@@ -189,7 +189,7 @@ async def test_messages_that_wait_are_counted_in_bytes() -> None:
     async with rig(neuron, max_body_bytes=10_000) as gateway:
         ask: dict[str, object] = {"type": "response.create", "model": "m", "input": "x" * 4_500, "store": False}
         asyncio.get_running_loop().call_later(0.2, go.set)
-        events = await spoken(gateway, [ask] * 4, 4)
+        events = await exchange(gateway, [ask] * 4, 4)
     assert [event["type"] for event in events].count("response.completed") == 2
     refused = [event for event in events if event["type"] == "error"]
     assert len(refused) == 2

@@ -22,7 +22,7 @@ PATHS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/conversat
 
 @asynccontextmanager
 async def server(folder: pathlib.Path, neuron: FakeNode, interface: str, gateway: str = "") -> AsyncIterator[Daemon]:
-    """Run the real server in one of its interfaces, over a fake neuron whose model it knows."""
+    """Run the real server in one of its interfaces, over a fake neuron with a model."""
     port = free_port()
     listen = f'listen = "127.0.0.1:{port}"\nmetrics_listen = ""\n'
     config = write_config(folder, neuron, gateway=listen + gateway)

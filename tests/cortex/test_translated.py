@@ -1,4 +1,4 @@
-"""Nodes that speak chat alone: who is asked in which dialect, and errors in the caller's own."""
+"""Nodes of the chat dialect alone: requests in the node's dialect, and answers and errors in the client's."""
 
 from typing import Any
 

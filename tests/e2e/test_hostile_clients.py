@@ -1,6 +1,6 @@
-"""Three real neurons behind a gateway, and a client that sends what ends processes: nobody else notices.
+"""Three real neurons behind a gateway, and a client that sends what ends processes: no other client notices.
 
-``HOSTILE_REQUESTS`` says how many changed schemas, template arguments and long texts are sent (10,000).
+``HOSTILE_REQUESTS`` is the number of changed schemas, template arguments and long texts that are sent (10,000).
 """
 
 import contextlib

@@ -78,7 +78,7 @@ def test_metrics_parse_before_during_and_after_a_load_and_an_unload(tmp_path: pa
                 assert all(len(found) <= 1 for found in during), "one state at a time"
                 assert ["loading"] in during, name
                 assert ["ready"] in during, name
-            # What it was used for is gone with it; that it could be loaded may be told.
+            # Its use is gone with it; that it could be loaded may be reported.
             assert mentions(scrape(urls["neuron_model_state"])) <= {"neuron_model_state"}
             daemons.until(
                 lambda: "ready" not in states(scrape(urls["cortex_model_state"]), "cortex_model_state"),

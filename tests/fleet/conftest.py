@@ -1,4 +1,4 @@
-"""One fleet for all scenarios, each of which leaves it idle and whole."""
+"""A fleet for all scenarios, each of which leaves it idle and whole."""
 
 import contextlib
 import pathlib

@@ -1,4 +1,4 @@
-"""The fleet for a long time: swaps without end, memory that stays, and many streams at once."""
+"""The fleet for a long time: swaps without end, memory that does not grow, and many streams at once."""
 
 import asyncio
 import time

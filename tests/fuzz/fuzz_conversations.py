@@ -1,7 +1,7 @@
 """Fuzz what is kept: ``python tests/fuzz/fuzz_conversations.py [tests/fuzz/corpus/conversations]``.
 
-An input is a few steps at conversations and stored responses (``conversation_steps``): whatever they say, each ends as
-a success or a typed error of the client's, in bounded time, and what is told to be kept is there.
+An input is a few steps at conversations and stored responses (``conversation_steps``): whatever they are, each ends as
+a success or a typed error of the client's, in bounded time, and what is reported as stored is there.
 """
 
 import pathlib

@@ -70,7 +70,7 @@ def refusal(call: Callable[[bytes], object], body: bytes) -> PeekError | None:
 
 
 def check(body: bytes) -> str:
-    """Fail unless ``peek`` and orjson agree on ``body``; return what they say."""
+    """Fail unless ``peek`` and orjson agree on ``body``; return their result."""
     try:
         expected = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -1,7 +1,7 @@
 """Fuzz the event-stream readers over splits: ``python tests/fuzz/fuzz_sse.py -runs=200000``.
 
-Every stream is made here, of the pieces that mean something to a reader, and cut at random. The oracle of the decoder
-is the standard's algorithm over the whole stream; that of the usage scanner is what it says of the whole stream, and
+Every stream is made here, of the pieces that a reader parses, and cut at random. The oracle of the decoder
+is the standard's algorithm over the whole stream; that of the usage scanner is its result for the whole stream, and
 the bytes.
 """
 
@@ -37,7 +37,7 @@ PIECES = [
 
 
 def reference(stream: bytes) -> list[tuple[bytes | None, bytes]]:
-    """Return what the standard says the SSE events are."""
+    """Return the SSE events by the standard's algorithm."""
     sse_events = []
     data: list[bytes] = []
     event = b""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run fuzz targets in turn, each for so many seconds: tests/fuzz/run.sh SECONDS RUNS [TARGET...], by default all of them.
+# Run fuzz targets, each for so many seconds: tests/fuzz/run.sh SECONDS RUNS [TARGET...], by default all of them.
 # A target begins with its kept inputs, tests/fuzz/corpus/TARGET, where an input that fails is added; commit it with the
-# mend. What else it learns stays in build/fuzz. All targets run, whatever fails; the last lines say which did.
+# mend. New inputs are kept in build/fuzz. All targets run, whatever fails; the last lines name those that failed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 seconds=$1 runs=$2

@@ -479,7 +479,7 @@ def test_the_sdk_raises_its_own_error_types() -> None:
     assert (error.code, error.param, error.type) == ("invalid_value", "temperature", "invalid_request_error")
 
 
-# ------------------------------------------------------------------ who may stay, who may ask
+# ------------------------------------------------------------------ keep-alive and principals
 
 
 def test_a_load_sets_the_keep_alive_and_a_pin_changes_it() -> None:
@@ -538,7 +538,7 @@ def test_a_node_with_a_secret_answers_only_those_who_have_it(tmp_path: pathlib.P
     asyncio.run(run())
 
 
-# ------------------------------------------------------------------ what nobody knows
+# ------------------------------------------------------------------ unknown members
 
 
 @pytest.mark.parametrize(

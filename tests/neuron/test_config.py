@@ -21,7 +21,7 @@ def test_the_example_loads_and_names_every_setting() -> None:
     assert config.models[0].id == "SmolLM2-135M-Instruct"
     text = EXAMPLE.read_text()
     assert [name for name in config.daemon.__struct_fields__ if f"{name} = " not in text] == ["harnesses"]
-    # Where a package has put it, it must not say of every host what is true of one.
+    # A packaged file must not have the values of one host.
     assert (config.daemon.listen, config.daemon.name) == (Config().daemon.listen, Config().daemon.name)
 
 

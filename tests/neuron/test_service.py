@@ -20,7 +20,7 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
 class Device:
-    """A device worker that is up when it is told to be."""
+    """A device worker that starts on a signal of the test."""
 
     device_id = "cpu:0"
     ready: Any = None

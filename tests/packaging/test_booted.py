@@ -61,7 +61,7 @@ class Machine:
                 process.kill()
 
     def run(self, *command: str) -> str:
-        """Return what a command says, which must succeed."""
+        """Return the output of a command, which must succeed."""
         done = subprocess.run(
             [*self._podman, "exec", self._name, *command], capture_output=True, text=True, check=False
         )
@@ -85,7 +85,7 @@ class Machine:
 @contextlib.contextmanager
 def booted(root: pathlib.Path) -> Iterator[Machine]:
     """Boot the system in a folder."""
-    # runc, since it knows every kind of cgroups; the limits are those that may be set without asking.
+    # runc, since it supports every version of cgroups; the limits are those that may be set without asking.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     podman = [daemons.tool("podman"), "--runtime", daemons.tool("runc")]
     name = f"helexa-{os.getpid()}"

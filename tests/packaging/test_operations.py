@@ -125,7 +125,7 @@ def test_every_code_of_an_error_is_explained() -> None:
         if kind.__module__.startswith(("cortex.", "neuron."))
         for code in {kind.code}
     }
-    codes |= set(Reason)  # one class, whose instances say which limit it is
+    codes |= set(Reason)  # one class, whose instances name the limit
     assert codes - explained == set(), "docs/errors.md does not explain these"
     assert explained - below(ApiError) - set(Reason) == set(), "docs/errors.md explains what there is not"
     advice = re.findall(r"^\| `[a-z_]+` \|.*\| (.+) \|$", page, re.MULTILINE)

@@ -129,7 +129,7 @@ class Clients:
         return self.post(f"{self._url}/admin/{path}", "root", **body)
 
     def everything(self) -> None:
-        """Have each of the events happen once that the metrics tell of."""
+        """Have each event that the metrics count happen once."""
         assert self.chat(fleets.REAL, stream=True) == 200
         assert self.chat("pretended", stream=True) == 200
         # Seldom at once: an answer that had to wait for a load has its head, with 200, before its error.

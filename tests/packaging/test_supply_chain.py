@@ -71,7 +71,7 @@ def test_a_workflow_names_actions_by_commit_and_may_do_no_more_than_it_must(path
     assert default is not None
     assert default[1] == "  contents: read\n"
     for permission in re.findall(r"^      ([a-z-]+: write.*)$", text, re.MULTILINE):
-        assert " # " in permission, f"it does not say what for: {permission}"
+        assert " # " in permission, f"it has no reason: {permission}"
     assert "pull_request_target" not in text
     checkouts = text.count("actions/checkout@")
     assert text.count("persist-credentials: false") == checkouts

@@ -20,7 +20,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, node: daemons.Daemon) -> I
 
 @pytest.fixture(scope="session")
 def chat_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[daemons.Daemon]:
-    """A node that speaks chat alone."""
+    """A node of the chat dialect alone."""
     folder = tmp_path_factory.mktemp("chat_neuron")
     with daemons.scripted_neuron(folder, "openai-chat", "openai-completions") as found:
         yield found

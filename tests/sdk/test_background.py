@@ -156,7 +156,7 @@ def test_another_gateway_returns_it_and_cancels_it(tmp_path: pathlib.Path, node:
         left = begin(one, "wait")
     with gateways(tmp_path, node, 1) as (again,):
         answered = sdk(again).responses.retrieve(left.id)
-        assert answered.status == "failed", "the gateway was stopped, and has said so"
+        assert answered.status == "failed", "the gateway was stopped, and has stored it"
 
 
 def test_a_gateway_that_is_killed_is_found_out(tmp_path: pathlib.Path, node: daemons.Daemon) -> None:
@@ -167,8 +167,8 @@ def test_a_gateway_that_is_killed_is_found_out(tmp_path: pathlib.Path, node: dae
         running = begin_and_kill(node, folder, kept)
         other = sdk(second)
         assert other.responses.retrieve(running.id).status in ("queued", "in_progress"), "it may still come"
-        # Nobody waits for the promise to run out here: it is made to have been long ago.
-        forget_promises(kept)
+        # The lease does not run out here: its time is set back.
+        expire_leases(kept)
         answer = other.responses.retrieve(running.id)
         assert (answer.status, answer.error and answer.error.code) == ("failed", "server_error")
         with pytest.raises(openai.APIError, match="is gone"):
@@ -186,7 +186,7 @@ def begin_and_kill(node: daemons.Daemon, folder: pathlib.Path, kept: str) -> Res
     return running
 
 
-def forget_promises(path: str) -> None:
+def expire_leases(path: str) -> None:
     import sqlite3
 
     import msgspec
@@ -259,7 +259,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI, stream: bool) -> None:
     for look in (client.conversations.retrieve, client.conversations.delete, client.conversations.items.list):
         with pytest.raises(openai.NotFoundError):
             look(conversation.id)
-    assert client.responses.retrieve(answer.id).output_text == "Hello", "its responses stay"
+    assert client.responses.retrieve(answer.id).output_text == "Hello", "its responses are kept"
 
 
 def test_what_a_conversation_refuses(client: openai.OpenAI) -> None:

@@ -1,4 +1,4 @@
-"""Text completions through the SDK of OpenAI: lists of prompts, token ids, the prompt told again; streamed and not."""
+"""Text completions through the SDK of OpenAI: lists of prompts, token ids, the prompt echoed; streamed and not."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Anthropic's own SDK, with strict validation, against cortex -> neuron: streamed and not, the same is said."""
+"""Anthropic's own SDK, with strict validation, against cortex -> neuron: streamed and not, with equal answers."""
 
 import time
 from collections.abc import Iterator
@@ -142,7 +142,7 @@ def test_system_messages_and_billing(client: anthropic.Anthropic) -> None:
     prompt = [{"role": "user", "content": "turns"}, {"role": "system", "content": "Brief."}]
     message = ask(client, prompt, False, system=system)
     text = message.content[0].to_dict()["text"]
-    # To a server that may refuse a second one, system turns go as one.
+    # To a server that may refuse a second one, system messages go as one.
     assert text in ("system:Rules.|user:turns|system:Brief.", "system:Rules.\n\nBrief.|user:turns")
 
 

@@ -1,8 +1,8 @@
-"""The Open Responses specification's acceptance suite, told again: its seventeen tests against the real daemons.
+"""The Open Responses specification's acceptance suite, ported: its seventeen tests against the real daemons.
 
 The suite (https://github.com/openresponses/openresponses, ``bun run test:compliance``) holds each response and event to
 the schemas of the specification; here ``openresponses-types`` does, which is made from the same document. Ten tests ask
-over HTTP, seven over a WebSocket. What the model says is a script.
+over HTTP, seven over a WebSocket. The model's output is a script.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ LAST = ("response.completed", "response.incomplete", "response.failed")
 
 
 def events_of_the_specification() -> pydantic.TypeAdapter[Any]:
-    """Return what reads any event of a stream: the specification knows these and no others."""
+    """Return a parser of any event of a stream: the specification has these and no others."""
     kinds = [
         kind
         for name, kind in vars(spec).items()

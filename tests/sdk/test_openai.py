@@ -1,4 +1,4 @@
-"""OpenAI's own SDK, with strict validation, against cortex -> neuron: streamed and not, the same is said."""
+"""OpenAI's own SDK, with strict validation, against cortex -> neuron: streamed and not, with equal answers."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Responses over a WebSocket: turns that only the connection remembers, lanes, errors, leaving, the SDK itself."""
+"""Responses over a WebSocket: responses that only the connection keeps, lanes, errors, leaving, the SDK itself."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(ResponsesServerEvent)
 
 
 class Socket:
-    """A connection; every event that arrives is held against the SDK's types."""
+    """A connection; every event that arrives is checked against the SDK's types."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -35,7 +35,7 @@ class Socket:
         return event
 
     async def ask(self, prompt: Any, **fields: Any) -> dict[str, Any]:
-        """Return the response that ends a turn, whose events are checked on the way."""
+        """Return the response of the last event; all events are checked on the way."""
         await self.send(prompt, **fields)
         return await self.rest()
 
@@ -82,7 +82,7 @@ def test_a_chain_in_the_connections_history_alone(gateway: daemons.Daemon) -> No
             answered = await socket.ask("turns", previous_response_id=answer["id"])
             assert answered["previous_response_id"] == answer["id"]
             assert text(answered).split("|") == [*expected, "user:turns"]
-            # What is to be stored brings along what only the connection knew.
+            # A stored response brings along those that only the connection kept.
             kept = await socket.ask("hi", previous_response_id=answer["id"], store=True)
             async with connected(gateway) as other:
                 assert text(await other.ask("turns", previous_response_id=kept["id"])).split("|") == [
@@ -186,7 +186,7 @@ def test_a_client_that_disconnects_ends_its_requests(gateway: daemons.Daemon) ->
                     waiting.add(event["stream_id"])
 
     run(work())
-    daemons.until(lambda: gateway.get("/health")["in_flight"] == 0, 5, "both turns have ended")
+    daemons.until(lambda: gateway.get("/health")["in_flight"] == 0, 5, "both responses have ended")
 
 
 def test_other_paths_have_none(gateway: daemons.Daemon) -> None:
@@ -217,7 +217,7 @@ def test_a_connection_ends_when_its_client_closes_it(gateway: daemons.Daemon) ->
     async def work() -> None:
         async with connected(gateway) as socket:
             await socket.ask("hi")
-            async with asyncio.timeout(5):  # the client's own patience is 10 s
+            async with asyncio.timeout(5):  # the client's own timeout is 10 s
                 await socket.connection.close()
                 await socket.connection.wait_closed()
 

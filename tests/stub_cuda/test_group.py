@@ -100,7 +100,7 @@ def test_two_workers_serve_a_model(start: Callable[..., Any], library: pathlib.P
     def count(what: str) -> int:
         return sum(line.startswith(what) for line in ranks[0].lines()[before:])  # both write to it
 
-    # A sum waits for nobody here, so that a rank may be behind.
+    # A sum waits for no rank here, so that one may be behind.
     daemons.until(lambda: count("nccl allgather") >= 2 * 30)
     for worker in reversed(ranks):
         worker.send(jobs.Unload(2, "m"))
@@ -127,18 +127,18 @@ def test_a_rank_that_is_gone_ends_the_step_of_the_others(
 def test_a_sum_that_never_ends_ends_the_process(
     start: Callable[..., Any], library: pathlib.Path, nccl: pathlib.Path
 ) -> None:
-    """Within the limit and a little, and before anything that comes of it is told."""
+    """Within the limit and a little, and before any of its tokens are sent."""
     ranks = loaded(start, library, nccl, 3.0, STUB_CUDA_HANG="40", **NCCL_ENVIRONMENT)
     for worker in ranks:
         worker.ends = (-signal.SIGABRT,)
     ranks[0].send(jobs.Generate(1, "m", PROMPT, 400, (), jobs.SamplerSettings(temperature=0.0)))
-    heard_s = time.monotonic()
+    last_token_s = time.monotonic()
     with contextlib.suppress(ChannelClosed):
         while True:
             message = ranks[0].receive()
             assert isinstance(message, jobs.Tokens)
-            heard_s = time.monotonic()
+            last_token_s = time.monotonic()
     for worker in ranks:
         worker.process.wait(30)
-    assert time.monotonic() - heard_s < 12, "a core dump's time included; by default torch takes a minute more"
+    assert time.monotonic() - last_token_s < 12, "a core dump's time included; by default torch takes a minute more"
     assert 1 < ranks[0].tokens[1] < 20

@@ -1,4 +1,4 @@
-"""One request to an ASGI application in process, whose client can wait, read slowly and leave at any moment."""
+"""Request to an ASGI application in process, whose client can wait, read slowly and leave at any moment."""
 
 import asyncio
 from collections.abc import Callable

@@ -41,7 +41,7 @@ class PageError(AssertionError):
 
 
 class Page:
-    """One tab. ``complaints`` are its errors and warnings, ``asked`` the addresses of everything it asked for."""
+    """Tab. ``complaints`` are its errors and warnings, ``asked`` the addresses of its requests."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
@@ -49,7 +49,7 @@ class Page:
         self.complaints: list[str] = []
         self.asked: list[str] = []
         self.received_bytes = 0
-        """Of bodies, as they came."""
+        """Bytes of bodies, as they arrived."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.command(f"{domain}.enable")
 

@@ -46,7 +46,7 @@ GIB = 1024**3
 
 @dataclass
 class Asked:
-    """One inference request as it arrived."""
+    """Inference request as it arrived."""
 
     path: str
     headers: dict[str, str]
@@ -147,7 +147,7 @@ async def never_answer(asked: Asked, line: Line) -> None:
 
 @dataclass
 class FakeNode:
-    """One node. Change its fields as the test goes."""
+    """Fake node, whose fields a test changes as it goes."""
 
     name: str = "a"
     port: int = 0
@@ -310,7 +310,7 @@ class FakeNode:
 
 
 def chat_only(name: str = "a") -> FakeNode:
-    """Return a node that speaks chat alone: the gateway translates for it."""
+    """Return a node of the chat dialect alone: the gateway translates for it."""
     return FakeNode(name, dialects=("openai-chat",)).ready("m")
 
 
@@ -321,7 +321,7 @@ began = time.monotonic()
 
 
 class BusyNode(FakeNode):
-    """One node with eight GPUs and five models."""
+    """Node with eight GPUs and five models."""
 
     def discovery(self) -> Discovery:
         devices = tuple(

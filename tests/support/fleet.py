@@ -276,7 +276,7 @@ class Fleet:
 
 
 class Client:
-    """Asks the gateways in turn."""
+    """Client that asks the gateways round-robin."""
 
     def __init__(self, http: httpx.AsyncClient, urls: list[str]) -> None:
         self.http = http

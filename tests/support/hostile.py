@@ -46,7 +46,7 @@ def right(asked: Asked) -> tuple[bytes, bytes]:
 
 
 def raw(data: bytes, *, then_cut: bool = False) -> Script:
-    """Return a script that sends some bytes, and then cuts the connection or says no more."""
+    """Return a script that sends some bytes, and then cuts the connection or sends no more."""
 
     async def script(asked: Asked, line: Line) -> None:
         await line.send(data)
@@ -155,7 +155,7 @@ def behaviours() -> Iterator[Behaviour]:
         "empty": sized(b""),
         "blank": sized(b" \n\t "),
         "HTML": sized(b"<!doctype html><h1>It works</h1>", b"content-type: text/html\r\n"),
-        "HTML said to be JSON": sized(b"<html></html>"),
+        "HTML labelled as JSON": sized(b"<html></html>"),
         "half the JSON": sized(body[: len(body) // 2]),
         "JSON and more": sized(body + b"}"),
         "two JSON objects": sized(body + body),
@@ -172,7 +172,7 @@ def behaviours() -> Iterator[Behaviour]:
         "a NUL": sized(b"\x00" * 100),
         "NaN": sized(b'{"choices":[],"usage":{"prompt_tokens":NaN}}'),
         "gzip": sized(gzip, JSON + b"content-encoding: gzip\r\n"),
-        "gzip unsaid": sized(gzip),
+        "gzip unlabelled": sized(gzip),
         "an unknown encoding": sized(body, JSON + b"content-encoding: x-evil\r\n"),
         "an error as 200": sized(b'{"error":{"message":"no","type":"t","code":"their_code"}}'),
         "an error text as 200": sized(b'{"error":"no"}'),

@@ -113,7 +113,7 @@ def document(chance: random.Random) -> bytes:
 
 
 def stream(chance: random.Random) -> list[bytes]:
-    """Return the events of a stream, some of them replaced, left out or said twice."""
+    """Return the events of a stream, some of them replaced, left out or sent twice."""
     events = list(chance.choice(STREAMS))
     for _ in range(chance.randrange(4)):
         at = chance.randrange(len(events))

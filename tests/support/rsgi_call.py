@@ -1,7 +1,7 @@
 """Granian's side of RSGI in this process, over the two callables that ASGI has for a client.
 
 As in Granian, output is queued without limit and sent in the background, a disconnect is reported on request, and a
-stream ends when its writer is gone. There is no socket whose kernel knows the unread bytes: :class:`SendWindow` counts
+stream ends when its writer is gone. There is no socket whose unread bytes the kernel counts: :class:`SendWindow` counts
 the queue instead.
 """
 
@@ -109,7 +109,7 @@ class Protocol:
 
 
 class Transport:
-    """What a stream is written to."""
+    """Writer of a stream."""
 
     def __init__(self, protocol: Protocol) -> None:
         self._protocol = protocol

@@ -1,4 +1,4 @@
-"""What the fuzz targets of text share: a model's text side in processes of its own, and what may come of an input."""
+"""Code that the fuzz targets of text share: a model's text side in its own processes, and the allowed outcomes."""
 
 import asyncio
 import atexit

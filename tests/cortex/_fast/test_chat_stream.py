@@ -92,7 +92,7 @@ def accumulate(chunks: list[Any], num_choices: int) -> list[dict[str, Any]]:
 
 
 def replied(body: bytes) -> list[dict[str, Any]]:
-    """Return what a reply says in the same form."""
+    """Return the content of a reply in the same form."""
     return [
         {
             "content": choice["message"]["content"] or "",

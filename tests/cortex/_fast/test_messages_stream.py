@@ -165,7 +165,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 @st.composite
 def stories(draw: st.DrawFn) -> list[InferenceEvent]:
-    """Events of one answer: any turns of reasoning, text and calls, each call's arguments cut anywhere."""
+    """Events of one answer: any order of reasoning, text and calls, each call's arguments cut anywhere."""
     events: list[InferenceEvent] = [Started(draw(st.integers(4, 99)), draw(st.integers(0, 4)))]
     num_calls = 0
     for kind in draw(st.lists(st.sampled_from("rtc"), max_size=8)):

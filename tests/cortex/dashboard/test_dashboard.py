@@ -501,7 +501,7 @@ async def test_speed_is_the_nodes_own_count_over_its_own_clock() -> None:
 
     assert speed(100.0, 1000) == 0  # it has counted otherwise before: only a difference of two counts means anything
     assert speed(102.0, 1500) == 250
-    assert speed(102.1, 1600) == 250  # too soon to say anything new
+    assert speed(102.1, 1600) == 250  # too soon for a new value
     assert speed(104.0, 1500) == 0
     assert speed(1.0, 900) == 0  # started anew
     assert speed(3.0, 1000) == 50
@@ -557,7 +557,7 @@ def test_workers_read_one_anothers_rings_while_they_are_written(tmp_path: pathli
         while total < 20000:
             batch = reader.read()
             total += batch.requests
-            for entry in batch.entries:  # none is torn: each says the same thing three times
+            for entry in batch.entries:  # none is torn: each has the same number three times
                 number = int(entry.id[1:])
                 assert (len(entry.dialect), entry.total_s) == (number % 90, float(number))
                 seen += 1

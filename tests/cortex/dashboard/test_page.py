@@ -256,7 +256,7 @@ def test_all_of_it_by_keyboard(opened: Page) -> None:
     opened.press("c")
     assert opened.run("document.activeElement.id") == "chat-text"
     opened.press("Escape")
-    # Who speaks to the page, or leans on the keyboard, can switch single keys off.
+    # Users of speech input, or who lean on the keyboard, can switch single keys off.
     for are_on in (False, True):
         opened.run("document.getElementById('help').click(); document.getElementById('keys-on').click()")
         opened.press("Escape")

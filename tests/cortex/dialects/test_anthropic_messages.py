@@ -222,7 +222,7 @@ def called(*call_ids: str) -> dict[str, Any]:
         [HI, called("a"), result("a")],
         [HI, called("a", "b"), result("b", "a")],
         [HI, called("a", "b"), result("a")],  # interrupted before the other
-        [HI, called("a"), result("a"), called("a"), result("a")],  # ids counted from zero in each turn
+        [HI, called("a"), result("a"), called("a"), result("a")],  # ids counted from zero in each message
         [HI, called("a"), result("a"), HI, called("b")],
         [HI, called("a"), called("b"), result("a", "b")],  # messages of one role are one
         [HI, called("a", "b"), result("a"), result("b")],

@@ -24,7 +24,7 @@ def compact(value: Any) -> str:
 
 @st.composite
 def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Turns without a dialect: what a user says, and what an assistant thinks, says, calls and is answered."""
+    """Messages without a dialect: a user's text, an assistant's reasoning, text and calls, and the results of tools."""
     conversation: list[dict[str, Any]] = []
     num_calls = 0
     for _ in range(draw(st.integers(1, 4))):
@@ -104,7 +104,7 @@ def as_messages(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ]
             if (
                 messages and messages[-1]["content"][-1]["type"] == "tool_result"
-            ):  # the results of tools: one turn of both, as clients send
+            ):  # the results of tools: one message of both, as clients send
                 messages[-1]["content"] += blocks
             else:
                 messages.append({"role": "user", "content": blocks})

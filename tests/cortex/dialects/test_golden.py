@@ -1,4 +1,4 @@
-"""The transcripts that are kept are what is said, and any cut of the bytes on the way gives the same."""
+"""Output equals the kept transcripts, and any cut of the bytes on the way gives the same."""
 
 import golden
 import pytest
@@ -49,7 +49,7 @@ def test_a_chat_is_translated_into_it_however_it_is_cut(dialect: str, scenario: 
     translated = b"".join(pieces.sse_events(reader.feed(data)) for data in cut(stream, places))
     assert golden.timeless(translated) == golden.timeless(whole.sse_events(other.feed(stream)))
     if scenario != "fail":
-        # What the kept transcript says, but for the counts, which a chat tells at its end.
+        # The kept transcript, but for the counts, which a chat has at its end.
         kept = (golden.FOLDER / f"{dialect}-{scenario}.txt").read_bytes().partition(b"----\n")[2]
         answer = whole.message() if dialect == "messages" else whole.response()  # type: ignore[union-attr]
         assert golden.timeless(golden.msgspec.json.format(answer, indent=1)) + b"\n" == kept

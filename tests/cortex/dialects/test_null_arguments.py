@@ -1,4 +1,4 @@
-"""Arguments of an earlier call that a client has as null: history, which nobody can mend any more."""
+"""Arguments of an earlier call that a client has as null: history, which no client can mend any more."""
 
 import json
 

@@ -104,7 +104,7 @@ def result(call_id: str) -> dict[str, Any]:
     [
         [*HELLO, calls("a"), result("a")],
         [*HELLO, calls("a", "b"), result("b"), result("a")],
-        [*HELLO, calls("a"), result("a"), calls("a"), result("a")],  # ids counted from zero in each turn
+        [*HELLO, calls("a"), result("a"), calls("a"), result("a")],  # ids counted from zero in each message
         [*HELLO, calls("a", "b"), result("a"), *HELLO],  # interrupted before the other
         [*HELLO, calls("a"), *HELLO],
     ],

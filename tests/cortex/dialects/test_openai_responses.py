@@ -34,7 +34,7 @@ def output(call_id: str, kind: str = "function_call_output") -> dict[str, Any]:
         [call("a"), output("a")],
         [call("a"), call("b"), output("b"), output("a")],
         [call("a"), {"role": "user", "content": "wait"}, output("a")],
-        [call("a"), output("a"), call("a"), output("a")],  # ids counted from zero in each turn
+        [call("a"), output("a"), call("a"), output("a")],  # ids counted from zero in each message
         [call("a"), call("b"), output("a")],  # interrupted before the other
         [call("a", "custom_tool_call"), output("a", "custom_tool_call_output")],
         [call("a", "local_shell_call"), output("a")],  # which Codex runs itself

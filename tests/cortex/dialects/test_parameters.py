@@ -1,4 +1,4 @@
-"""The table of each dialect: what is honoured, what is refused by name, what is told, and how much is read."""
+"""The table of each dialect: what is honoured, refused by name or reported as ignored, and how much is read."""
 
 import json
 import pathlib

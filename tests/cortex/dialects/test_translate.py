@@ -1,4 +1,4 @@
-"""Translation by way of chat: what is asked and what is answered stay the same, however a server writes its chunks."""
+"""Translation by way of chat: requests and answers are the same, however a server writes its chunks."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_events_come_back_out_of_chat_sse_events_however_they_are_cut(
     reader = ChatEvents()
     found = [event for data in cut(chat_sse_events(events), places) for event in reader.feed(data)]
     assert reader.ended
-    # The start is told twice: counts come last in chat.
+    # There are two start events: counts come last in chat.
     assert [event for event in found if not isinstance(event, Started)] == events[1:]
     assert [event for event in found if isinstance(event, Started)] == [Started(0, 0), events[0]]
 
@@ -280,7 +280,7 @@ def test_a_chat_body_asks_for_the_same(decode: Any, body: dict[str, Any]) -> Non
 
 
 def comparable(request: InferenceRequest) -> InferenceRequest:
-    """Return a request as it is where thinking is an argument of the template, and the system speaks once."""
+    """Return a request as it is where thinking is an argument of the template, and there is one system message."""
     arguments = dict(request.template_arguments)
     if request.thinking is not None:
         arguments["enable_thinking"] = request.thinking
@@ -372,7 +372,7 @@ TWO = [(0, "f", "{1}"), (1, "g", "{2}")]
 @pytest.mark.parametrize(
     ("pieces", "calls"),
     [
-        # Every call at index 0, told apart by their ids.
+        # Every call at index 0, distinguished by their ids.
         ([[piece("{1}", index=0, id="a", name="f")], [piece("{2}", index=0, id="b", name="g")]], TWO),
         ([[piece("{1}", index=0, id="a", name="f"), piece("{2}", index=0, id="b", name="g")]], TWO),
         (
@@ -425,7 +425,7 @@ def test_strictness_goes_on_as_it_was_given(strict: bool | None) -> None:
     assert sent["response_format"]["json_schema"].get("strict") is strict
 
 
-# ------------------------------------------------------------------ what no sound server says
+# ------------------------------------------------------------------ streams of broken servers
 
 
 @pytest.mark.parametrize(

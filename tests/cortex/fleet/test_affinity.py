@@ -9,8 +9,8 @@ from cortex.fleet.affinity import NO_AFFINITY, PrefixIndex, prefix_hashes
 SYSTEM = "You are a careful assistant. " * 100
 
 
-def body(*turns: str, system: str = SYSTEM, **fields: object) -> bytes:
-    messages = [{"role": "system", "content": system}] + [{"role": "user", "content": turn} for turn in turns]
+def body(*prompts: str, system: str = SYSTEM, **fields: object) -> bytes:
+    messages = [{"role": "system", "content": system}] + [{"role": "user", "content": prompt} for prompt in prompts]
     return orjson.dumps({"model": "m", "messages": messages, **fields})
 
 

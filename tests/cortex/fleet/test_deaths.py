@@ -47,7 +47,7 @@ def test_deaths_are_forgotten_by_an_answer_and_in_time() -> None:
     assert not deaths.is_deadly(b"x", 5)
     assert deaths.is_deadly(b"y", 4 + REMEMBER_S)
     assert not deaths.is_deadly(b"y", 5 + REMEMBER_S)
-    assert not deaths, "what is over takes no room"
+    assert not deaths, "expired entries take no memory"
 
 
 def test_the_number_of_bodies_is_bounded() -> None:

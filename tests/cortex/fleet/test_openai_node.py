@@ -19,7 +19,7 @@ from cortex.dialects.renamed import RenamedStream, rename
 
 
 class Server(FakeNode):
-    """Speaks OpenAI's dialects, and nothing of ours."""
+    """Server of OpenAI's dialects, and nothing of ours."""
 
     def __init__(self, *models: str) -> None:
         super().__init__("other")

@@ -22,7 +22,7 @@ SMALL = StoreSettings(path=":memory:", max_bytes=16_384, max_bytes_per_key=8_192
 
 
 def responds(num_bytes: int) -> FakeNode:
-    """Return a node whose responses are so large, and say of themselves what the gateway told it."""
+    """Return a node whose responses are so large, and have the ``store`` that the gateway sent."""
 
     async def script(asked: Asked, line: Line) -> None:
         stores = '"store":true' in asked.headers.get("x-cortex-response", "").replace(" ", "")
@@ -81,7 +81,7 @@ async def test_what_is_to_be_kept_and_cannot_be_is_refused_before_a_node_is_aske
             assert (call.status, call.json()["error"]["code"]) == (507, "store_full")
         assert not neuron.asked
         call = await gateway.call("POST", "/v1/responses", large).end()
-        assert (call.status, call.json()["store"]) == (200, False), "nobody asked for it to be kept"
+        assert (call.status, call.json()["store"]) == (200, False), "no client asked for it to be stored"
         call = await gateway.call(
             "POST", "/v1/conversations", {"items": [{"role": "user", "content": "x" * 9_000}]}
         ).end()
@@ -156,7 +156,7 @@ def test_connections_remember_within_bytes_of_a_key_and_of_all() -> None:
         for i in range(3):
             other[f"resp_{number}{i}"] = item
     assert memory.num_bytes <= 10_000
-    assert list(bob) == ["resp_b"], "nobody pushes out who has less"
+    assert list(bob) == ["resp_b"], "a smaller connection keeps its own"
     alice.clear()
     again.clear()
     assert list(memory.connection("alice")) == []
@@ -298,7 +298,7 @@ async def test_a_name_within_a_schema_is_no_field_of_the_request() -> None:
         assert (call.status, call.json()["store"]) == (200, False)
 
 
-# ------------------------------------------------------------------ what a node says without end
+# ------------------------------------------------------------------ responses without end
 
 
 @pytest.mark.parametrize("levels", [230, 900, 1500])

@@ -61,7 +61,7 @@ def test_the_answer_is_paris_at_every_level(
     level: str, smollm2_gguf: pathlib.Path, harness: Callable[..., Any], set_engine: Callable[..., None]
 ) -> None:
     set_engine(cpu_level=level)
-    # Draft tokens change which rows are in a step from run to run, and with a bfloat16 cache that may turn a tie.
+    # Draft tokens change which rows are in a step from run to run, and with a bfloat16 cache that may change a tie.
     set_engine(speculation=False)
     driver = harness()
     driver.load(smollm2_gguf, dtype="auto")

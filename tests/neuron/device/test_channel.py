@@ -44,7 +44,7 @@ def raw() -> Iterator[tuple[socket.socket, Channel]]:
 
 
 def transfer(source: Channel, target: Channel, count: int) -> list[bytes]:
-    """Flush ``source`` and read ``target`` in turn, on one thread, until ``count`` messages are here."""
+    """Flush ``source`` and read ``target`` alternately, on one thread, until ``count`` messages are here."""
     messages: list[bytes] = []
     while len(messages) < count:
         source.flush()

@@ -80,7 +80,7 @@ def test_ordinals() -> None:
         ("", []),
         ("2,0", [2, 0]),
         ("GPU-b", [1]),
-        ("GPU-", []),  # says two: ambiguous ends the list
+        ("GPU-", []),  # matches two: an ambiguous prefix ends the list
         ("1,7,0", [1]),
         ("0,0", [0]),
         ("-1", []),

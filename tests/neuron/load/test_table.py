@@ -1,4 +1,4 @@
-"""The table of models: one load for many callers, draining, recovery, and what each state says."""
+"""The table of models: one load for many callers, draining, recovery, and the status of each state."""
 
 import asyncio
 import pathlib

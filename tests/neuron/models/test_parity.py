@@ -181,7 +181,7 @@ def test_a_real_model_equals_transformers(
     name, path, model = real_model
     question = REAL_MODELS[name]
     prose = np.random.default_rng(3).integers(1000, 49000, PROSE_TOKENS[name]).tolist()
-    # The prose shares the batch; eight of its tokens tell whether it is right.
+    # The prose shares the batch; eight of its tokens show whether it is right.
     expected = [expected_of(model, question), expected_of(model, prose, 8)]
     tokens, logits = run_engine(harness, path, [question, prose], 100)
     for number, (expected_tokens, expected_logits) in enumerate(expected):

@@ -139,7 +139,7 @@ HOSTILE_FIELDS: list[Any] = [None, 0, -1, 1 << 70, "x", [], {}, [None], {"a": [1
 
 
 def test_a_damaged_tokenizer_is_refused_or_harmless(talking_llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Each field of ``tokenizer.json``, and those of the configuration beside it, replaced in turn."""
+    """Each field of ``tokenizer.json``, and those of the configuration beside it, each replaced."""
     whole = json.loads((talking_llama / "tokenizer.json").read_text())
     chance = random.Random(4)
 

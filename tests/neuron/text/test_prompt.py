@@ -25,7 +25,7 @@ STRICT = """
 {%- endfor %}
 {%- if tools %}{{ '{' + tools | map(attribute='function.name') | join(',') + '}' }}{% endif %}"""
 
-# As Gemma's: no tools, users and assistants in turns, the system's words before the first user's.
+# As Gemma's: no tools, alternating users and assistants, the system's text before the first user's.
 ALTERNATING = """
 {%- if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '/' %}{% set rest = messages[1:] %}
 {%- else %}{% set first = '' %}{% set rest = messages %}{% endif %}
@@ -197,7 +197,7 @@ ARGUMENTS = [
     ],
 )
 def test_no_arguments_of_an_earlier_call_end_a_conversation(template: str, written: str, seen: dict[str, Any]) -> None:
-    """A call that was cut at the limit of tokens comes back with every later turn."""
+    """A call that was cut at the limit of tokens comes back with every later request."""
     call = Message(Role.ASSISTANT, "", (ToolCall("c", "weather", written),))
     for content in ("", "so"):
         history = (HI, msgspec.structs.replace(call, content=content), Message(Role.TOOL, "rain", tool_call_id="c"), HI)

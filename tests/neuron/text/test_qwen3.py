@@ -65,7 +65,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
         ),
         "tools": (WEATHER,),
     },
-    "reasoning of an earlier turn": {
+    "reasoning of an earlier message": {
         "messages": (
             Message(Role.USER, "1"),
             Message(Role.ASSISTANT, "one", reasoning="old thoughts"),

@@ -1,4 +1,4 @@
-"""Tool calls in an answer: found wherever they are cut, told as they are written; what is no call stays text."""
+"""Tool calls in an answer: found wherever they are cut, streamed as they are written; what is no call stays text."""
 
 import json
 from typing import Any

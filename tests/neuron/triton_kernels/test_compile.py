@@ -355,7 +355,7 @@ def test_other_processes_compile_kernels_that_the_cache_lacks(
     assert found[second] == cache.load(second, 90)
     assert found[second].metadata.num_warps == 8
     (child,) = children
-    # Not join(): the pool's own thread reaps it too, and of two that do one is told nothing.
+    # Not join(): the pool's own thread reaps it too, and of two that do one gets no status.
     wait_for(lambda: not child.is_alive(), "the end of the compiler's process")
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", None)
     assert finish(Compilation([second, first], 90, cache, 4)) == found

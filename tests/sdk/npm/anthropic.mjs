@@ -1,4 +1,4 @@
-// The npm SDK of Anthropic against a server: Messages streamed and not must say the same.
+// The npm SDK of Anthropic against a server: Messages streamed and not must be equal.
 import assert from "node:assert/strict";
 import Anthropic from "@anthropic-ai/sdk";
 

@@ -1,4 +1,4 @@
-// The npm SDK of OpenAI against a server: chat and Responses, streamed and not, must say the same.
+// The npm SDK of OpenAI against a server: chat and Responses, streamed and not, must be equal.
 import assert from "node:assert/strict";
 import OpenAI from "openai";
 

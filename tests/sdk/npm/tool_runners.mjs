@@ -1,5 +1,5 @@
 // The tool runners of both npm SDKs: they run the tool themselves and send its result. Anthropic's would leave out what a
-// server remembers of the conversation, and sends all of it once it is told that nothing is remembered here.
+// server stores of the conversation, and sends all of it once the server answers that it stores none.
 import assert from "node:assert/strict";
 import Anthropic from "@anthropic-ai/sdk";
 import { betaTool } from "@anthropic-ai/sdk/helpers/beta/json-schema";

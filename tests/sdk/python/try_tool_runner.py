@@ -27,5 +27,5 @@ try:
 except anthropic.BadRequestError as error:
     assert error.details.error_code == "thread_unsupported_request", error.body  # type: ignore[attr-defined]
 else:
-    raise AssertionError("a thread was taken that nobody holds")
+    raise AssertionError("an unknown thread was accepted")
 print("ok")
