@@ -1,9 +1,9 @@
 """Cost of a gateway: cortex in both its interfaces beside common routers and proxies, in one run.
 
 Every gateway stands before the same mock node and is asked by the same load (both in C, together far faster than any
-gateway), on a core of its own. All are started once and then measured one after another, round by round, so that a machine
-that slows down slows all of them; a ratio is the median of the rounds' ratios. An answer that is wrong fails its
-gateway's run: the cell is empty and the reason is printed.
+gateway), on a core of its own. All are started once, then measured alternately, round by round, so that a machine that
+slows down slows all of them; a ratio is the median of the rounds' ratios. An answer that is wrong fails its gateway's
+run: the cell is empty and the reason is printed.
 
     python bench/gateway/run.py [--only NAME...] [--scenario NAME...] [--quick] [--keep]
 
