@@ -168,7 +168,7 @@ def problems(modules: Graph, layers: tuple[str, ...]) -> list[str]:
 MODULES = modules_of(ROOT)
 
 
-def test_the_layers_are_those_of_the_import_graph() -> None:
+def test_the_layers_match_the_import_graph() -> None:
     assert problems(MODULES, LAYERS) == []
 
 

@@ -54,7 +54,7 @@ def test_no_lesson_is_there_twice_and_each_is_a_line() -> None:
     assert all(lesson and "\n" not in lesson for lesson in lessons)
 
 
-def test_what_is_left_out_has_its_reason() -> None:
+def test_omitted_lessons_have_their_reason() -> None:
     assert all(set(entry) == {"lesson", "because"} and entry["because"] for entry in LEFT_OUT)
 
 
@@ -64,4 +64,4 @@ def test_what_is_left_out_has_its_reason() -> None:
 )
 def test_the_check_sees_a_test_that_is_not_there(test: str) -> None:
     assert not exists(test)
-    assert exists("tests/test_lessons.py::test_what_is_left_out_has_its_reason")
+    assert exists("tests/test_lessons.py::test_omitted_lessons_have_their_reason")

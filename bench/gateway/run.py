@@ -221,7 +221,7 @@ def measure(
 
 
 def check_with_wrk(wrk: str, node: int, table: Table) -> None:
-    """Hold the load against wrk, before the mock node: who counts wrong would differ."""
+    """Compare the load with wrk, before the mock node: a wrong count of either would differ."""
     script = rig.BUILD / "wrk.lua"
     body = rig.chat_request(node).data
     assert isinstance(body, bytes)

@@ -31,7 +31,7 @@ def ask(port: int, connections: int, *options: str) -> "subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_the_load_counts_what_the_mock_node_counts(node: int) -> None:
+def test_the_load_and_the_mock_node_count_alike(node: int) -> None:
     before = rig.counts(node)
     answers = json.loads(ask(node, 4, "--answers", "50", "--body", "60000").stdout)
     streams = json.loads(ask(node, 3, "--answers", "5", "--sse-events", "200").stdout)
@@ -50,7 +50,7 @@ def test_the_load_counts_what_the_mock_node_counts(node: int) -> None:
     }
 
 
-def test_what_is_measured_is_what_cortex_serve_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measured_command_is_that_of_cortex_serve(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark's options are those of the command."""
     options_used: dict[str, Any] = {}
 

@@ -1,7 +1,7 @@
 """Every command in README, the documents and the Makefile works.
 
-The lines of fenced ``sh`` blocks are split into commands, and each is held to what it names: targets, arguments,
-endpoints, extras, files. ``make test-commands`` runs targets of targets.toml in a fresh clone.
+The lines of fenced ``sh`` blocks are split into commands, and each is checked: its targets, arguments, endpoints,
+extras and files must exist. ``make test-commands`` runs targets of targets.toml in a fresh clone.
 """
 
 import argparse

@@ -323,7 +323,7 @@ async def test_a_streamed_request_that_is_not_streamed_back_is_an_error() -> Non
 
 @pytest.mark.parametrize("how", ["refused", "reset", "503", "429"])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_another_replica_is_asked_before_the_first_byte(how: str, stream: bool) -> None:
+async def test_another_replica_is_tried_before_the_first_byte(how: str, stream: bool) -> None:
     async def reset(asked: Asked, line: Line) -> None:
         line.reset()
 
@@ -331,7 +331,7 @@ async def test_another_replica_is_asked_before_the_first_byte(how: str, stream: 
     first.script = {"503": error(503, "x"), "429": error(429, "x")}.get(how, reset)
     async with first.serving(), second.serving(), rig(first, second, affinity_slack=-1) as gateway:
         if how == "refused":
-            # Its address is gone while the gateway still believes in it.
+            # Its address is gone while the gateway still has it as up.
             state = gateway.gateway.fleet.state
             pool = gateway.gateway.service.pools["a"]
             pool._port = 1
@@ -556,6 +556,6 @@ async def test_the_operators_view_and_health() -> None:
         assert nodes[0]["models"][0]["id"] == "m"
 
 
-def test_the_fake_speaks_what_the_tests_assume() -> None:
+def test_the_fake_nodes_answers_are_as_the_tests_assume() -> None:
     assert orjson.loads(CHAT_ANSWER)["usage"]["prompt_tokens"] == 7
     assert CHAT["model"] == "m"

@@ -215,7 +215,7 @@ async def byte_by_byte(asked: Asked, line: Line) -> None:
         error(503, "busy"),
     ],
 )
-async def test_what_leaves_it_ends_as_on_the_slow_path(script: Any) -> None:
+async def test_requests_that_leave_it_end_as_on_the_slow_path(script: Any) -> None:
     seen = []
     for interface in ("slow", *INTERFACES):
         call, gateway, neuron = await end_of(script, interface, timeouts=Timeouts(first_byte_s=0.2, answer_s=0.2))

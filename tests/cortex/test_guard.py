@@ -173,7 +173,7 @@ async def test_a_page_of_another_site_does_not_read_metrics(how: str) -> None:
 CHAT_PAGE = "https://chat.example.com"
 
 
-async def test_an_allowed_origin_may_ask_and_read() -> None:
+async def test_an_allowed_origin_may_send_and_read() -> None:
     async with rig(FakeNode().ready("m"), allowed_origins=(CHAT_PAGE, "http://localhost:3000")) as gateway:
         headers = {**HERE, **JSON, "origin": CHAT_PAGE, "sec-fetch-site": "cross-site"}
         for body in (CHAT, STREAM, {**CHAT, "model": "nobody"}):

@@ -19,7 +19,7 @@ def checker() -> Iterator[Checker]:
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
-def test_what_a_fuzzer_found_is_an_answer_or_a_typed_error(path: pathlib.Path, checker: Checker) -> None:
+def test_fuzzer_findings_are_an_answer_or_a_typed_error(path: pathlib.Path, checker: Checker) -> None:
     checker.check(path.read_bytes())
 
 

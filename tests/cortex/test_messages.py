@@ -91,7 +91,7 @@ async def test_paths_that_are_not_there(method: str, path: str, status: int) -> 
     assert ("type" in call.json()) == path.startswith(MESSAGES)
 
 
-async def test_a_node_that_does_not_speak_the_dialect_is_not_asked() -> None:
+async def test_a_node_without_the_dialect_is_not_tried() -> None:
     old, new = FakeNode("a", dialects=("openai-completions",)).ready("m"), FakeNode("b").ready("m")
     async with rig(old, new) as gateway:
         for _ in range(4):

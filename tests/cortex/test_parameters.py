@@ -102,7 +102,7 @@ async def test_a_key_without_the_setting_is_as_strict_as_the_gateway(
         assert call.status == status
 
 
-async def test_more_than_is_read_is_refused_before_any_node_is_asked() -> None:
+async def test_a_body_over_the_limits_is_refused_before_any_node_is_tried() -> None:
     neuron = node()
     async with rig(neuron) as gateway:
         for _ in range(2):
@@ -122,7 +122,7 @@ async def test_more_than_is_read_is_refused_before_any_node_is_asked() -> None:
         ("/v1/conversations", {}),
     ],
 )
-async def test_what_could_not_be_written_again_is_refused_before_any_node_is_asked(
+async def test_a_body_too_deep_to_re_encode_is_refused_before_any_node_is_tried(
     path: str, body: dict[str, Any]
 ) -> None:
     neuron = node()

@@ -48,7 +48,7 @@ def make() -> tuple[Metrics, RequestLog]:
 
 @pytest.mark.parametrize("log_format", LogFormat)
 @pytest.mark.parametrize("constant", [{}, {"worker": "cuda:0"}])
-def test_lines_written_together_are_those_written_alone(
+def test_lines_written_together_equal_lines_written_alone(
     logger: logging.Logger, log_format: LogFormat, constant: dict[str, str]
 ) -> None:
     logs.configure(log_format, **constant)
@@ -73,7 +73,9 @@ def test_other_handlers_get_them_one_by_one(logger: logging.Logger, caplog: pyte
     assert not caplog.records
 
 
-def test_what_cannot_be_written_fails_nothing_else(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_that_cannot_be_written_fails_nothing_else(
+    logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
     logs.configure(LogFormat.TEXT)
     logs.info_each(logger, "request", [(1.0, {"id": "a"}), (float("nan"), {}), (2.0, {"id": "b"})])
     written = capsys.readouterr().err

@@ -75,7 +75,7 @@ PAGE = b"https://evil.example"
         ({b"authorization": b"Bearer " + KEY.encode(), b"origin": PAGE}, True, 403),
     ],
 )
-async def test_who_may_not_ask_is_refused_before_the_handshake(
+async def test_unauthorized_clients_are_refused_before_the_handshake(
     headers: dict[bytes, bytes], with_keys: bool, status: int
 ) -> None:
     sent: list[dict[str, object]] = []

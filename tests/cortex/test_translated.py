@@ -30,7 +30,7 @@ async def test_it_is_asked_in_chat(path: str, body: dict[str, Any], stream: bool
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
-async def test_a_node_that_speaks_the_dialect_gets_the_bytes(path: str, body: dict[str, Any]) -> None:
+async def test_a_node_of_the_dialect_gets_the_bytes(path: str, body: dict[str, Any]) -> None:
     node = FakeNode().ready("m")
     async with rig(node) as gateway:
         text = orjson.dumps(body)
@@ -46,7 +46,7 @@ async def test_a_count_is_asked_for_in_chat() -> None:
     assert orjson.loads(node.asked[0].body)["max_tokens"] == 1
 
 
-async def test_the_other_replica_is_asked_in_its_own_dialect() -> None:
+async def test_the_other_replica_is_tried_in_its_own_dialect() -> None:
     first, second = chat_only("a"), FakeNode("b").ready("m")
     first.script = error(503, "busy")
     async with rig(first, second) as gateway:
@@ -122,7 +122,7 @@ async def test_a_translated_response_is_stored_and_continued() -> None:
     assert received == ["Hi", "Hello", "Hi"]
 
 
-async def test_a_node_that_speaks_neither_is_not_asked() -> None:
+async def test_a_node_of_neither_dialect_is_not_tried() -> None:
     async with rig(FakeNode(dialects=("openai-completions",)).ready("m")) as gateway:
         call = await gateway.call("POST", "/v1/messages", MESSAGES).end()
     assert call.status == 529

@@ -205,7 +205,7 @@ async def test_a_body_that_is_cut_short_is_an_error(data: bytes) -> None:
         b"HTTP/1.1 200 OK\r\nx: 1\r\n",
     ],
 )
-async def test_what_is_not_http_is_an_error(data: bytes) -> None:
+async def test_a_response_that_is_not_http_is_an_error(data: bytes) -> None:
     async with pool_to(raw(data, then_cut=True)) as (pool, _):
         with pytest.raises(UpstreamError):
             await pool.request(b"POST", b"/v1/x")
@@ -342,7 +342,7 @@ async def test_the_error_of_an_absent_node_has_its_address() -> None:
     assert pool.num_connections == 0
 
 
-async def test_closing_a_pool_ends_what_is_under_way() -> None:
+async def test_closing_a_pool_ends_its_requests() -> None:
     async def never(asked: Asked, line: Line) -> None:
         await asyncio.sleep(60)
 
@@ -402,7 +402,7 @@ def test_no_history_leaks_a_connection(history: list[str]) -> None:
     asyncio.run(story())
 
 
-async def test_what_a_sink_wanted_to_wait_for_is_dropped_when_its_reader_is_cancelled_at_that_moment() -> None:
+async def test_a_sinks_awaitable_is_dropped_when_its_reader_is_cancelled_at_that_moment() -> None:
     async def two_pieces(asked: Asked, line: Line) -> None:
         await line.start_stream()
         await line.chunk(b"1")

@@ -78,7 +78,7 @@ def test_a_chat_through_both(closed_gateway: daemons.Daemon) -> None:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in create(stream=True)) == whole
 
 
-def test_whose_certificate_or_secret_is_wrong_is_down(closed_gateway: daemons.Daemon) -> None:
+def test_a_node_with_a_wrong_certificate_or_secret_is_down(closed_gateway: daemons.Daemon) -> None:
     nodes = {node["name"]: node for node in closed_gateway.get("/admin/fleet")["nodes"]}
     assert nodes["good"]["up"]
     assert not nodes["unchecked"]["up"]

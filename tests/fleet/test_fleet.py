@@ -347,7 +347,7 @@ def test_a_gateway_killed(fleet: Fleet) -> None:
     fleet.assert_idle()
 
 
-def test_a_drained_node_finishes_what_it_runs(fleet: Fleet) -> None:
+def test_a_drained_node_finishes_its_requests(fleet: Fleet) -> None:
     async def story(client: Client) -> None:
         assert is_right(await client.chat("x"), "x")
         stream = client.stream("x", "tokens=20 pause=0.05")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run fuzz targets, each for so many seconds: tests/fuzz/run.sh SECONDS RUNS [TARGET...], by default all of them.
 # A target begins with its kept inputs, tests/fuzz/corpus/TARGET, where an input that fails is added; commit it with the
-# mend. New inputs are kept in build/fuzz. All targets run, whatever fails; the last lines name those that failed.
+# fix. New inputs are kept in build/fuzz. All targets run, whatever fails; the last lines name those that failed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 seconds=$1 runs=$2
@@ -17,7 +17,7 @@ for target in "$@"; do
     kept=tests/fuzz/corpus/$target learned=build/fuzz/$target
     mkdir -p "$kept" "$learned"
     echo "--- fuzz $target: $(find "$kept" -type f | wc -l) kept inputs, $seconds s"
-    # libFuzzer ends by itself; who hangs so that it cannot is ended half a minute later.
+    # libFuzzer ends by itself; a process that hangs is ended half a minute later.
     timeout --kill-after=10 $((seconds + 30)) python -P "tests/fuzz/fuzz_$target.py" -max_total_time="$seconds" \
         -runs="$runs" -timeout=20 -rss_limit_mb=3072 -print_final_stats=0 -verbosity=0 -artifact_prefix="$kept/" "$learned" "$kept" ||
         failed+=("$target")

@@ -305,7 +305,7 @@ def call_number(name):
 
 
 def reset(*, size_t free=3 << 30, size_t total=4 << 30, bint faults_stick=True):
-    """Forget everything. With ``faults_stick`` each call after a failed one fails too, as on a real device."""
+    """Reset all state. With ``faults_stick`` each call after a failed one fails too, as on a real device."""
     global num_calls, retained, streams, events, misuses, launched, finished, free_bytes, total_bytes, sticky, broken
     global context, furthest, stop_at, ring, has_hooks
     stop_at = 0

@@ -517,7 +517,7 @@ def test_a_drained_node_takes_nothing_new_until_it_is_opened_again() -> None:
     with_api(story, ScriptedHarness())
 
 
-def test_a_node_with_a_secret_answers_only_those_who_have_it(tmp_path: pathlib.Path) -> None:
+def test_a_node_with_a_secret_answers_only_its_holders(tmp_path: pathlib.Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("open sesame\n")
 
@@ -571,7 +571,7 @@ def test_an_answer_lists_unenforced_parts_of_its_schema(stream: bool) -> None:
         assert (reply.status, reply.headers["x-cortex-ignored"]) == (200, "response_format.uniqueItems")
 
 
-def test_what_only_other_servers_do_is_refused_by_name() -> None:
+def test_parameters_of_other_servers_are_refused_by_name() -> None:
     reply = ask_once("/v1/chat/completions", CHAT | {"use_beam_search": True})
     assert (reply.status, reply.json()["error"]["code"]) == (400, "unsupported_parameter")
     assert reply.json()["error"]["param"] == "use_beam_search"

@@ -41,7 +41,7 @@ def test_a_configuration_can_be_checked_without_serving(
 # ------------------------------------------------------------------ devices that are not here
 
 
-def test_what_is_typed_without_a_gpu_ends_with_status_2_and_names_what_is_missing() -> None:
+def test_cuda_devices_without_a_gpu_end_with_status_2_and_a_reason() -> None:
     if any(device.kind is DeviceKind.CUDA for device in probe.probe().devices):
         pytest.skip("there is a GPU here")
     command = [str(pathlib.Path(sys.executable).with_name("neuron")), "--devices", "0,1"]
@@ -119,7 +119,7 @@ def test_with_the_gateway_alone_the_demo_names_what_to_install() -> None:
     assert "torch, not installed here: pip install 'helexa-cortex[neuron]'" in done.stdout
 
 
-def test_what_is_asked_for_is_what_the_extra_installs() -> None:
+def test_checked_modules_are_those_of_the_extra() -> None:
     document = tomllib.loads((pathlib.Path(__file__).parents[2] / "pyproject.toml").read_text())
     extra = {re.split("[<>=\\[]", name)[0] for name in document["project"]["optional-dependencies"]["neuron"]}
     assert extra == {*NEURON_MODULES, "nvidia-ml-py"}

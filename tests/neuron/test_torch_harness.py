@@ -79,7 +79,7 @@ def load(device: Device, path: pathlib.Path) -> TorchModel:
     return asyncio.run(story())
 
 
-def test_text_that_cannot_be_read_is_found_before_a_device_is_asked(
+def test_a_broken_template_is_found_before_the_device_is_used(
     talking_llama: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     folder = shutil.copytree(talking_llama, tmp_path / "m")

@@ -36,7 +36,7 @@ def settings(path: pathlib.Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_is_copied_is_there_and_enough_to_build(path: pathlib.Path) -> None:
+def test_copied_files_exist_and_suffice_to_build(path: pathlib.Path) -> None:
     instructions = read(path)
     assert {name for name, _ in instructions} <= WORDS
     copied = {
@@ -83,7 +83,7 @@ def test_the_daemon_runs_without_rights_at_the_documented_port(path: pathlib.Pat
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_is_installed_is_locked(path: pathlib.Path) -> None:
+def test_installed_packages_are_locked(path: pathlib.Path) -> None:
     default = re.search(r"^ARG EXTRA=(\w+)", path.read_text(), re.MULTILINE)
     asked = re.findall(r"-r (packaging/lock/\S+)", path.read_text())
     assert len(asked) == 2
@@ -92,7 +92,7 @@ def test_what_is_installed_is_locked(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_health_check_asks_over_tls_too(path: pathlib.Path) -> None:
+def test_the_health_check_uses_tls_too(path: pathlib.Path) -> None:
     """It asked in the clear alone, and called a daemon with a certificate unhealthy."""
     check = dict(read(path))["HEALTHCHECK"]
     _, flag, code = json.loads(check[check.index("[") :])

@@ -34,7 +34,7 @@ def run(*command: str, cwd: pathlib.Path | None = None) -> str:
     return done.stdout + done.stderr
 
 
-def test_manuals_and_completions_are_those_of_the_commands() -> None:
+def test_manuals_and_completions_match_the_commands() -> None:
     spec = importlib.util.spec_from_file_location("command_line", PACKAGING / "command_line.py")
     assert spec is not None
     assert spec.loader is not None
@@ -57,7 +57,7 @@ def served() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", ["prometheus/helexa.rules.yml", "grafana/helexa.json"])
-def test_what_is_asked_of_prometheus_is_about_metrics_that_there_are(path: str, served: dict[str, str]) -> None:
+def test_prometheus_queries_use_existing_metrics(path: str, served: dict[str, str]) -> None:
     named = set(re.findall(r"\b(?:cortex|neuron)_[a-z_]+\b(?=[{\[),\s]|$)", (PACKAGING / path).read_text()))
     assert len(named) > 12
     for name in named:

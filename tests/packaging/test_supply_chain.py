@@ -49,7 +49,7 @@ def test_a_lock_names_all_that_is_needed_each_with_a_version_and_hashes(lock: st
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry
 
 
-def test_every_lock_is_held_to_what_it_is_for() -> None:
+def test_every_lock_has_a_purpose() -> None:
     assert {path.stem for path in LOCKS.glob("*.txt")} == set(NEEDED)
 
 

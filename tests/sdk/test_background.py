@@ -262,7 +262,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI, stream: bool) -> None:
     assert client.responses.retrieve(answer.id).output_text == "Hello", "its responses are kept"
 
 
-def test_what_a_conversation_refuses(client: openai.OpenAI) -> None:
+def test_refusals_of_a_conversation(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         ask(client, "hi", False, conversation="conv_none")
     conversation = client.conversations.create()

@@ -40,7 +40,7 @@ def run(tmp_path: pathlib.Path) -> Run:
     def run(*command: str, **environment: str) -> str:
         # Nothing of this machine's own accounts or settings.
         inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-        # The node that npm has brought, where it has: many want a newer one than hosts have.
+        # The node that npm has brought, where it has: many require a newer one than hosts have.
         inherited["PATH"] = f"{CLIENTS / 'node_modules' / 'node' / 'bin'}:{inherited['PATH']}"
         done = subprocess.run(
             command,

@@ -84,7 +84,7 @@ def test_one_prompt_that_fails_is_the_calls_failure(client: openai.OpenAI) -> No
         list(stream)
 
 
-def test_who_leaves_ends_all_of_it(gateway: daemons.Daemon) -> None:
+def test_a_disconnect_ends_all_prompts(gateway: daemons.Daemon) -> None:
     body = {"model": "m", "prompt": ["wait", "wait", "wait"], "stream": True}
     with httpx.stream("POST", f"{gateway.url}/v1/completions", json=body, timeout=30) as reply:
         next(reply.iter_lines())

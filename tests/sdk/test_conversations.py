@@ -103,7 +103,9 @@ HI = {"type": "message", "role": "user", "content": [{"type": "input_text", "tex
 
 @STREAMED
 @pytest.mark.parametrize("fields", [{"store": False}, {"input": "fail"}])
-def test_what_is_not_kept(gateway: daemons.Daemon, client: openai.OpenAI, stream: bool, fields: dict[str, Any]) -> None:
+def test_responses_that_are_not_stored(
+    gateway: daemons.Daemon, client: openai.OpenAI, stream: bool, fields: dict[str, Any]
+) -> None:
     body = {"model": "m", "input": "hi", "stream": stream, **fields}
     reply = httpx.post(gateway.url + "/v1/responses", json=body)
     if "store" not in fields:

@@ -78,7 +78,7 @@ def expected(path: pathlib.Path) -> list[tuple[float, bool]]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_likelihoods_are_those_of_transformers(
+def test_likelihoods_equal_those_of_transformers(
     serving: daemons.Daemon, folder: pathlib.Path, smollm2_gguf: pathlib.Path, batch_size: int
 ) -> None:
     program = CLIENTS / "evaluation" / "bin" / "lm_eval"

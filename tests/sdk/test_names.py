@@ -55,7 +55,7 @@ def test_an_answer_has_the_name_that_was_asked_for(url: str, path: str, name: st
 
 
 @NAMES
-def test_what_is_stored_has_it_too(url: str, name: str) -> None:
+def test_stored_responses_have_it_too(url: str, name: str) -> None:
     with httpx.Client(timeout=20, base_url=url) as client:
         first = client.post("/v1/responses", json={"model": name, "input": "hi"}).json()
         assert client.get(f"/v1/responses/{first['id']}").json()["model"] == name

@@ -55,7 +55,7 @@ def message(text: str, role: str = "user", **fields: Any) -> dict[str, Any]:
 
 
 def asked(server: daemons.Daemon, message: Any, **fields: Any) -> dict[str, Any]:
-    """Return a response over HTTP, held to the schema."""
+    """Return a response over HTTP, checked against the schema."""
     body = {"model": "m", "input": message, "stream": False, **fields}
     reply = httpx.post(f"{server.url}/v1/responses", json=body, timeout=30)
     assert reply.status_code == 200, reply.text
@@ -206,7 +206,7 @@ def count(server: daemons.Daemon, message: Any, **fields: Any) -> int:
     return tokens
 
 
-def test_what_a_prompt_costs_is_counted_without_an_answer(server: daemons.Daemon) -> None:
+def test_prompt_tokens_are_counted_without_an_answer(server: daemons.Daemon) -> None:
     fields = {"instructions": "Be brief.", "tools": [WEATHER]}
     assert count(server, "hi there", **fields) == asked(server, "hi there", **fields)["usage"]["input_tokens"]
 
@@ -390,7 +390,7 @@ def test_a_response_that_never_was(socket_url: str) -> None:
         "fail",  # broken off in the middle
     ],
 )
-def test_a_continuation_that_fails_forgets_what_it_continued(socket_url: str, failing: Any) -> None:
+def test_a_failed_continuation_evicts_its_previous_response(socket_url: str, failing: Any) -> None:
     first, failed, again = ask(socket_url, {"input": "hi"}, continues(0, failing), continues(0, "hi"))
     check_answers(first)
     assert failed[-1]["type"] in ("error", "response.failed")

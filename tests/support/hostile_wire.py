@@ -152,7 +152,7 @@ def cut(data: bytes, chance: random.Random, num_cuts: int) -> list[bytes]:
 
 
 class _Transport:
-    """A transport that only remembers whether it is closed."""
+    """A transport that only records whether it is closed."""
 
     def __init__(self) -> None:
         self.is_closed = False

@@ -53,7 +53,7 @@ def test_an_escape_is_seen_at_every_place_of_a_run(position: int, byte: str) -> 
 
 
 @given(st.lists(st.one_of(st.binary(), VALID_TEXT), max_size=20))
-def test_what_is_appended_is_taken(parts: list[bytes | str]) -> None:
+def test_appended_bytes_are_taken(parts: list[bytes | str]) -> None:
     buffer = Buffer()
     expected = b""
     for part in parts:

@@ -206,7 +206,7 @@ def test_a_failure_is_the_last_sse_event() -> None:
     assert payloads(stream().sse_events([Failed(ERROR)]))[0]["error"]["code"] == "worker_lost"
 
 
-def test_what_follows_the_end_is_dropped() -> None:
+def test_events_after_the_end_are_dropped() -> None:
     chat = stream(num_choices=2)
     chat.sse_events([Started(1), Finished(FinishReason.STOP, 1, choice=0)])
     assert not chat.finished

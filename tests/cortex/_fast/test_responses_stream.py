@@ -245,7 +245,7 @@ def test_reasoning_as_a_summary() -> None:
 
 
 @pytest.mark.parametrize("summarises", [False, True])
-def test_sealed_reasoning_is_what_was_thought(summarises: bool) -> None:
+def test_sealed_reasoning_opens_to_the_reasoning(summarises: bool) -> None:
     events: list[InferenceEvent] = [ReasoningDelta('wh"'), ReasoningDelta("y"), Finished(FinishReason.STOP, 2)]
     streamed = payloads(stream(summarises=summarises, seals=True).sse_events(events))
     item = streamed[-1]["response"]["output"][0]

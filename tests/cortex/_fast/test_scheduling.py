@@ -18,7 +18,7 @@ def has_slices() -> bool:
 
 
 @pytest.mark.skipif(not has_slices(), reason="the kernel reports no slice")
-def test_each_thread_of_a_process_has_it_and_those_to_come() -> None:
+def test_present_and_future_threads_of_a_process_have_the_slice() -> None:
     script = """
 import os, threading
 from cortex._fast.scheduling import set_slices, slice_of

@@ -101,7 +101,7 @@ def test_any_cuts(stream: bytes, cuts: list[int]) -> None:
 
 
 @given(st.binary(), st.one_of(st.none(), st.binary(min_size=1)))
-def test_what_is_encoded_is_decoded(data: bytes, event: bytes | None) -> None:
+def test_encoded_events_are_decoded(data: bytes, event: bytes | None) -> None:
     if event is not None and re.search(rb"[\r\n]", event):
         with pytest.raises(ValueError, match="one line"):
             sse.encode(data, event)

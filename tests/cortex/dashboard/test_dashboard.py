@@ -197,7 +197,7 @@ async def watch(gateway: Rig) -> Call:
     return watching
 
 
-async def test_whole_first_then_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_whole_snapshot_then_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "INTERVAL_S", 0.02)
     neuron = FakeNode("a").ready("m")
     profile = ModelProfile(id="cold", source="/w", aliases=("alias",))

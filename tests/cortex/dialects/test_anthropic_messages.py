@@ -391,7 +391,7 @@ def test_a_dated_tool_has_its_published_schema(type: str, name: str, needed: lis
     assert (call.request.tool_choice.mode, call.request.tool_choice.name) == (ToolMode.NAMED, name)
 
 
-def test_an_editors_commands_are_those_of_its_date() -> None:
+def test_an_editors_commands_match_its_date() -> None:
     def commands(type: str) -> list[str]:
         found: list[str] = (
             called(tools=[{"type": type, "name": "e"}]).request.tools[0].parameters["properties"]["command"]["enum"]

@@ -24,7 +24,7 @@ def answer(**fields: Any) -> bytes:
     return Compaction(orjson.dumps({"model": "m", "input": [MESSAGE]})).answer(response)
 
 
-def test_no_form_of_an_answer_is_asked_of_a_summary() -> None:
+def test_a_summary_has_no_response_format() -> None:
     forms = {
         "structured_outputs": {"regex": "a"},
         "guided_json": {},

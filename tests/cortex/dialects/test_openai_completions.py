@@ -71,7 +71,7 @@ def test_several_prompts_and_token_ids(prompt: Any, prompts: list[Any]) -> None:
     assert call.num_choices == 3 * len(prompts)
 
 
-def test_what_else_may_be_asked_of_a_prompt() -> None:
+def test_echo_scores_and_suffix() -> None:
     (request,) = decode(echo=True, logprobs=0, max_tokens=0, suffix="behind").requests
     assert (request.echo, request.top_logprobs, request.max_tokens, request.suffix) == (True, 0, 0, "behind")
     assert decode(logprobs=5).scores

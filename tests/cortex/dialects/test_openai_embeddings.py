@@ -46,7 +46,7 @@ def test_forms_of_input(given: Any, inputs: Any) -> None:
         ({"input": "a", "dimensions": 0}, "dimensions"),
     ],
 )
-def test_what_is_refused_is_named(fields: dict[str, Any], param: str) -> None:
+def test_refusals_name_the_parameter(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         decode(**fields)
     assert caught.value.param == param

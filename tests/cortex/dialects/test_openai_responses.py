@@ -205,7 +205,7 @@ def test_encrypted_content_of_another_server_is_dropped(sealed: str) -> None:
     assert messages(input=[item, {"role": "assistant", "content": "so"}]) == (Message(Role.ASSISTANT, "so"),)
 
 
-def test_what_is_asked_of_the_answer() -> None:
+def test_options_of_the_answer() -> None:
     plain = decode()
     asked = decode(reasoning={"summary": "auto"}, include=["reasoning.encrypted_content"], truncation="auto")
     assert (plain.summarises, plain.seals) == (False, False)

@@ -90,7 +90,7 @@ def test_every_way_to_ask_for_a_form_is_honoured(dialect: str, asked: dict[str, 
         ({"logit_bias": {"²": 1}}, "logit_bias"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_name(dialect: str, asked: dict[str, Any], param: str) -> None:
+def test_meaningless_values_are_refused_by_name(dialect: str, asked: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         decode(dialect, **asked)
     assert caught.value.param == param
@@ -106,7 +106,7 @@ def test_a_completion_has_a_form_too() -> None:
 
 @EVERY
 @pytest.mark.parametrize("name", [name for name in OPEN_SERVERS if name != "best_of"])
-def test_what_only_others_do_is_refused_unless_it_asks_for_what_is_done_anyway(dialect: str, name: str) -> None:
+def test_parameters_of_other_servers_are_refused_unless_neutral(dialect: str, name: str) -> None:
     for neutral in (None, *OPEN_SERVERS[name]):
         assert decode(dialect, **{name: neutral}).ignored == ()
     with pytest.raises(UnsupportedParameterError) as caught:
@@ -159,7 +159,7 @@ def test_names_in_typed_objects_are_looked_at_too(dialect: str, more: dict[str, 
     assert module.PARAMETERS.unknown(path).param == path
 
 
-def test_what_is_free_is_not_looked_into() -> None:
+def test_free_form_values_are_not_validated() -> None:
     schema = {"type": "object", "properties": {"anything": {"odd_keyword": 1}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     more = {"tools": tools, "metadata": {"a": "b"}, "chat_template_kwargs": {"x": {"y": 1}}, "logit_bias": {"5": 1}}
@@ -241,9 +241,7 @@ def test_more_than_is_read_is_refused_by_name(dialect: str, more: dict[str, Any]
     ("dialect", "name"),
     [("chat", "metadata"), ("completions", "vllm_xargs"), ("responses", "metadata"), ("messages", "tools")],
 )
-def test_what_is_nested_deeper_than_it_could_be_written_again_is_refused_with_its_place(
-    dialect: str, name: str
-) -> None:
+def test_values_too_deep_to_re_encode_are_refused_with_their_place(dialect: str, name: str) -> None:
     module, body = BODIES[dialect]
     for levels in (201, 300, 1000, 5000):
         text = json.dumps(body)[:-1] + f', "{name}": ' + "[" * levels + "]" * levels + "}"

@@ -50,7 +50,7 @@ DECODERS = [openai_chat, openai_completions, openai_embeddings, openai_responses
 
 @pytest.mark.parametrize("module", DECODERS, ids=lambda module: module.__name__.rpartition(".")[2])
 @pytest.mark.parametrize("body", BODIES)
-def test_errors_speak_plain_english(module: Any, body: bytes) -> None:
+def test_errors_are_in_plain_english(module: Any, body: bytes) -> None:
     try:
         module.decode(body)
     except ApiError as error:

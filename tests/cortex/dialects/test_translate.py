@@ -76,9 +76,7 @@ def test_events_come_back_out_of_chat_sse_events_however_they_are_cut(
 
 
 @given(streams(), st.lists(st.integers(0, 5000), max_size=6))
-def test_sse_events_are_what_a_node_that_speaks_the_dialect_sends(
-    events: list[InferenceEvent], places: list[int]
-) -> None:
+def test_translated_sse_events_have_the_shape_of_native_ones(events: list[InferenceEvent], places: list[int]) -> None:
     reader = ChatEvents()
     pieces = [reader.feed(data) for data in cut(chat_sse_events(events), places)]
     ordered = [Started(0), *events[1:-1], events[0], events[-1]]  # the counts are known at the end
@@ -178,7 +176,7 @@ START = Started(0)
         ([b'data: {"error":3}\n\n'], [Failed(ErrorInfo(502, "upstream_error", "The node failed."))]),
     ],
 )  # fmt: skip
-def test_what_other_servers_write(sse_events: list[bytes], expected: list[InferenceEvent]) -> None:
+def test_chunks_of_other_servers(sse_events: list[bytes], expected: list[InferenceEvent]) -> None:
     reader = ChatEvents()
     assert [event for sse_event in sse_events for event in reader.feed(sse_event)] == expected
     assert reader.ended
@@ -196,7 +194,7 @@ def test_a_stream_without_a_terminator() -> None:
 @pytest.mark.parametrize(
     "data", [b"x", b"[]", b'{"choices":3}', b'{"choices":[{"delta":{"content":3}}]}', b'{"choices":[{"index":"a"}]}']
 )
-def test_what_is_no_chat(data: bytes) -> None:
+def test_streams_that_are_no_chat(data: bytes) -> None:
     with pytest.raises(UpstreamError, match="something else"):
         ChatEvents().feed(b"data: " + data + b"\n\n")
 

@@ -118,7 +118,7 @@ async def test_requests_that_make_nodes_answer_500_open_no_circuit() -> None:
             assert (await gateway.chat(stream=stream).end()).status == 200
 
 
-async def test_a_replica_that_does_nothing_but_fail_is_asked_where_there_is_no_other() -> None:
+async def test_a_failing_replica_is_tried_where_there_is_no_other() -> None:
     broken, sound = FakeNode("a", script=error(500, "x")).ready("m"), FakeNode("b").ready("m")
     async with rig(broken, sound, breaker=BreakerSettings(failures=3, open_s=60)) as gateway:
         statuses = [(await gateway.chat(seed=i).end()).status for i in range(20)]

@@ -13,7 +13,7 @@ from gateway_rig import CHAT, Rig, rig, until
 from cortex.config import BreakerSettings
 from cortex.fleet.deaths import MAX_BODIES, REMEMBER_S, Deaths
 
-PATIENT = BreakerSettings(failures=10**6)
+NEVER_OPENS = BreakerSettings(failures=10**6)
 DEADLY = {**CHAT, "user": "deadly"}
 
 PATHS: Sequence[tuple[str, dict[str, Any]]] = (
@@ -88,7 +88,7 @@ async def test_a_request_kills_two_at_most_however_often_it_comes(
     path: str, body: dict[str, Any], num_nodes: int, warmed: bool
 ) -> None:
     nodes = [Mortal(f"n{i}") for i in range(num_nodes)]
-    async with rig(*nodes, breaker=PATIENT) as gateway:
+    async with rig(*nodes, breaker=NEVER_OPENS) as gateway:
         if warmed:
             await warm(gateway, 2 * num_nodes)
         calls = [await gateway.call("POST", path, body).end() for _ in range(5)]
@@ -112,7 +112,7 @@ async def test_a_translated_request_kills_two_at_most() -> None:
 
     for node in nodes:
         node.script = die
-    async with rig(*nodes, breaker=PATIENT) as gateway:
+    async with rig(*nodes, breaker=NEVER_OPENS) as gateway:
         for _ in range(4):
             await gateway.call("POST", "/v1/messages", {**DEADLY, "max_tokens": 5}).end()
             await gateway.call("POST", "/v1/messages", {**DEADLY, "max_tokens": 5, "stream": True}).end()
@@ -121,7 +121,7 @@ async def test_a_translated_request_kills_two_at_most() -> None:
 
 async def test_a_background_response_kills_two_at_most() -> None:
     nodes = [Mortal(f"n{i}") for i in range(4)]
-    async with rig(*nodes, breaker=PATIENT) as gateway:
+    async with rig(*nodes, breaker=NEVER_OPENS) as gateway:
         body = {"model": "m", "input": "deadly", "background": True}
         for _ in range(3):
             id = (await gateway.call("POST", "/v1/responses", body).end()).json()["id"]
@@ -151,7 +151,7 @@ async def test_a_request_that_kills_in_the_middle_of_its_answer_is_refused_the_t
 
     for node in nodes:
         node.script = die_late
-    async with rig(*nodes, breaker=PATIENT) as gateway:
+    async with rig(*nodes, breaker=NEVER_OPENS) as gateway:
         for _ in range(5):
             call = await gateway.chat(stream=stream).end()
         assert (call.status, call.json()["error"]["code"]) == (502, "upstream_died")
@@ -173,7 +173,7 @@ async def test_a_request_that_kills_the_process_behind_a_node_counts_too(early: 
 
     for node in nodes:
         node.script = lose
-    async with rig(*nodes, breaker=PATIENT) as gateway:
+    async with rig(*nodes, breaker=NEVER_OPENS) as gateway:
         for _ in range(5):
             call = await gateway.chat(stream=True).end()
         assert (call.status, call.json()["error"]["code"]) == (502, "upstream_died")
@@ -189,7 +189,7 @@ async def test_other_requests_of_a_dead_node_are_served_elsewhere() -> None:
         line.reset()
 
     first.script = second.script = wait
-    async with rig(first, second, breaker=PATIENT, affinity_slack=100) as gateway:
+    async with rig(first, second, breaker=NEVER_OPENS, affinity_slack=100) as gateway:
         calls = [gateway.chat() for _ in range(8)]  # of one body, as monitors send it
         await until(lambda: len(first.asked) + len(second.asked) == 8)
         second.script = first.script = answer
@@ -201,7 +201,7 @@ async def test_other_requests_of_a_dead_node_are_served_elsewhere() -> None:
 
 async def test_a_connection_that_could_not_be_made_is_no_death() -> None:
     nodes = [FakeNode(f"n{i}").ready("m") for i in range(4)]
-    async with rig(*nodes, breaker=PATIENT) as gateway:
+    async with rig(*nodes, breaker=NEVER_OPENS) as gateway:
         for pool in list(gateway.gateway.service.pools.values())[:3]:
             pool._port = 1  # without a listener
         assert (await gateway.chat().end()).status == 200
@@ -210,7 +210,7 @@ async def test_a_connection_that_could_not_be_made_is_no_death() -> None:
 
 async def test_a_kept_connection_that_was_just_closed_is_no_death() -> None:
     neuron = FakeNode().ready("m")
-    async with rig(neuron, breaker=PATIENT) as gateway:
+    async with rig(neuron, breaker=NEVER_OPENS) as gateway:
         for _ in range(6):
             assert (await gateway.chat().end()).status == 200
 

@@ -1,4 +1,4 @@
-"""Cold loads: one for all who wait, patient with progress, and never a 404."""
+"""Cold loads: one for all waiting requests, without a deadline while there is progress, and never a 404."""
 
 import asyncio
 

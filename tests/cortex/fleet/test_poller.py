@@ -103,7 +103,7 @@ async def test_models_are_not_denied_while_a_node_was_never_polled() -> None:
         assert (await gateway.chat(model="none").end()).status == 404
 
 
-async def test_a_node_that_is_down_is_asked_less_often() -> None:
+async def test_a_node_that_is_down_is_polled_less_often() -> None:
     neuron = FakeNode(control=error(500, "x"))
     async with rig(neuron) as gateway:
         poller, fleet = gateway.gateway.service.poller, gateway.gateway.fleet

@@ -84,7 +84,7 @@ def test_the_least_loaded_replica_serves_and_ties_go_by_name() -> None:
         node("a", status(kv_cache_bytes=0)),
     ],
 )
-def test_a_node_that_cannot_serve_is_not_asked(cannot: Node) -> None:
+def test_a_node_that_cannot_serve_is_no_candidate(cannot: Node) -> None:
     assert decide(cannot, node("b", status()), in_flight={"b": 100}) == Serve("b")
 
 
@@ -196,7 +196,7 @@ def test_a_nodes_measurement_beats_the_configuration() -> None:
         ({"min_compute_capability": "10.0"}, ["cpu"]),
     ],
 )
-def test_a_gpu_that_cannot_compute_a_model_is_not_asked(changes: dict[str, Any], able: list[str]) -> None:
+def test_a_gpu_that_cannot_compute_a_model_is_no_candidate(changes: dict[str, Any], able: list[str]) -> None:
     def gpu(capability: str) -> tuple[Device, ...]:
         return (msgspec.structs.replace(device(), compute_capability=capability),)
 

@@ -72,7 +72,7 @@ async def test_a_response_that_could_not_be_stored_has_store_false(stream: bool,
             assert (response["store"], found.status) == ((True, 200) if is_kept else (False, 404))
 
 
-async def test_what_is_to_be_kept_and_cannot_be_is_refused_before_a_node_is_asked() -> None:
+async def test_an_unstorable_response_is_refused_before_a_node_is_tried() -> None:
     neuron = responds(10)
     async with rig(neuron, store=SMALL) as gateway:
         large = {"model": "m", "input": "x" * 9_000}
@@ -135,10 +135,10 @@ async def test_values_within_an_item_are_counted_too() -> None:
         assert (call.status, call.json()["error"]["code"]) == (400, "too_many_items")
 
 
-# ------------------------------------------------------------------ what a connection remembers
+# ------------------------------------------------------------------ what a connection stores
 
 
-def test_connections_remember_within_bytes_of_a_key_and_of_all() -> None:
+def test_socket_memory_is_bounded_per_key_and_in_total() -> None:
     memory = SocketMemory(10_000, 4_000)
     alice, again, bob = memory.connection("alice"), memory.connection("alice"), memory.connection("bob")
     item = (msgspec.Raw(b"x" * 936),)  # 1,000 with what an item costs
@@ -216,7 +216,7 @@ async def add(gateway: Rig, id: str, *texts: str) -> Any:
     return await gateway.call("POST", f"/v1/conversations/{id}/items", {"items": items}).end()
 
 
-async def test_what_is_continued_is_no_more_than_a_body_may_be() -> None:
+async def test_a_continued_history_is_bounded_as_a_body_is() -> None:
     async with rig(responds(10), max_body_bytes=16_384) as gateway:
         id = await conversation(gateway)
         for _ in range(4):

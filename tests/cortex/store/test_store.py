@@ -58,7 +58,7 @@ def response(text: str, previous: str = "") -> StoredResponse:
     return StoredResponse(previous, msgspec.Raw(b"[]"), msgspec.Raw(b'{"text":"%b"}' % text.encode()))
 
 
-async def test_what_is_kept_survives_a_restart_and_can_be_forgotten(make: Make) -> None:
+async def test_stored_responses_survive_a_restart_and_can_be_deleted(make: Make) -> None:
     async with opened(make()) as first:
         await first.put("resp_a", response("one"), ())
         await first.put("resp_a", response("two", "resp_0"), ())
@@ -228,7 +228,7 @@ async def test_one_key_does_not_push_out_anothers(tmp_path: pathlib.Path) -> Non
         assert kept.obstacle(1000) is None
 
 
-async def test_a_file_of_an_earlier_version_learns_whose_each_response_is(tmp_path: pathlib.Path) -> None:
+async def test_a_file_of_an_earlier_version_gets_an_owner_for_each_response(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "responses.db"
     before = sqlite3.connect(path)
     before.executescript(

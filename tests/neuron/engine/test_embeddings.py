@@ -39,7 +39,7 @@ def vectors(driver: Any) -> dict[int, np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("pooling", list(Pooling))
-def test_they_are_what_transformers_computes(
+def test_they_equal_those_of_transformers(
     executor: str, harness: Any, tiny_llama: pathlib.Path, expected: Any, pooling: Pooling
 ) -> None:
     driver = harness()

@@ -370,7 +370,7 @@ def test_two_models_run_round_robin(driver: Any, make_checkpoint: Callable[..., 
     assert [row.sequence for row in driver.rows] == [1, 2] * 12
 
 
-def test_unload_cancels_and_forgets(driver: Any) -> None:
+def test_unload_cancels_and_frees(driver: Any) -> None:
     for number in range(20):
         driver.generate(number, PROMPT, 50)
     driver.engine.step()

@@ -241,7 +241,7 @@ async def generated(worker: Worker, model: str, prompts: tuple[list[int], ...], 
     return found
 
 
-def test_two_workers_compute_what_one_does(
+def test_two_workers_compute_the_same_as_one(
     make_checkpoint: Callable[..., pathlib.Path], harness: Callable[..., Any], set_engine: Callable[..., None]
 ) -> None:
     set_engine(cpu_kernels=False)
@@ -250,7 +250,7 @@ def test_two_workers_compute_what_one_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2_gguf", "gemma3_gguf"])
-def test_two_workers_compute_what_one_does_of_a_real_model(
+def test_two_workers_compute_the_same_as_one_of_a_real_model(
     name: str, request: pytest.FixtureRequest, harness: Callable[..., Any], set_engine: Callable[..., None]
 ) -> None:
     """Gemma has a single key-value head, on both ranks."""

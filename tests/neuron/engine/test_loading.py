@@ -42,7 +42,7 @@ def reference_output(driver: Any, prompt: list[int], max_tokens: int, **sampler:
     return found
 
 
-def test_a_load_does_not_stall_what_runs(driver: Any, tiny_llama: pathlib.Path) -> None:
+def test_a_load_does_not_stall_running_models(driver: Any, tiny_llama: pathlib.Path) -> None:
     driver.generate(1, PROMPT, 60)
     driver.engine.step()
     driver.sent.clear()
@@ -71,7 +71,7 @@ class SlowKernels:
         self.closed += 1
 
 
-def test_compiling_for_a_load_does_not_stall_what_runs(
+def test_compiling_for_a_load_does_not_stall_running_models(
     driver: Any, tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver.set(cpu_kernels=False)

@@ -1,4 +1,4 @@
-"""Log probabilities: of the model's own distribution, for requests that want them, beside others."""
+"""Log probabilities: of the model's own distribution, for requests that ask for them, beside others."""
 
 import pathlib
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_they_are_of_the_distribution_before_any_filter() -> None:
     assert sampler.report is None
 
 
-def test_log_probabilities_change_no_token_and_are_only_of_requests_that_want_them(
+def test_log_probabilities_change_no_token_and_are_only_of_requests_with_logprobs(
     harness: Callable[..., Any], tiny_llama: pathlib.Path
 ) -> None:
     driver = harness()

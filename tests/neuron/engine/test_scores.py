@@ -40,9 +40,7 @@ def scores(driver: Any, number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[A
     return own, ids, np.frombuffer(b"".join(part.top for part in parts), np.float32).reshape(len(own), 2)
 
 
-def test_they_are_what_transformers_computes(
-    executor: str, harness: Any, tiny_llama: pathlib.Path, expected: Any
-) -> None:
+def test_they_equal_those_of_transformers(executor: str, harness: Any, tiny_llama: pathlib.Path, expected: Any) -> None:
     driver = harness()
     driver.load(tiny_llama)
     random = np.random.default_rng(5)

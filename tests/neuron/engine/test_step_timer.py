@@ -5,7 +5,7 @@ import pytest
 from neuron.engine.step_timer import MIN_PROMPT_TOKENS, STALL_FACTOR, StepTimer
 
 
-def test_a_prompt_takes_what_the_others_can_spare() -> None:
+def test_a_prompt_takes_the_spare_time_of_the_others() -> None:
     step_timer = StepTimer(16, 512)
     assert step_timer.mixed_step_tokens(4) == 4 + 16, "before anything is known: a page"
     step_timer.record(4, 0, 0.010)

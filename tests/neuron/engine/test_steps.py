@@ -346,7 +346,7 @@ def driver_of(overlaps: bool, steps: int = 1) -> Steps:
     return machine
 
 
-def test_a_step_is_launched_before_the_one_before_it_is_known() -> None:
+def test_a_step_is_launched_before_the_result_of_the_last() -> None:
     machine = driver_of(overlaps=True)
     machine.arrive(20, 40, 0, None)
     assert not machine.model.step().rows, "the prompt is in flight"

@@ -131,13 +131,13 @@ OUTSIDE = (
 
 
 @pytest.mark.parametrize("text", ["", "hf:", "hf:justaname", "pypi:noversion", "pypi:a==", "hf:a/b@", *OUTSIDE])
-def test_what_is_no_source(text: str) -> None:
+def test_invalid_sources(text: str) -> None:
     with pytest.raises(InvalidSourceError) as caught:
         source.parse(text)
     assert caught.value.param == "source"
 
 
-def test_what_has_no_end_is_no_source(tmp_path: pathlib.Path) -> None:
+def test_unreadable_files_are_no_source(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").touch()
@@ -267,7 +267,7 @@ def test_pieces_that_make_no_file_leave_nothing(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_what_an_index_does_not_have(index: Site, tmp_path: pathlib.Path) -> None:
+def test_packages_missing_from_an_index(index: Site, tmp_path: pathlib.Path) -> None:
     with pytest.raises(SourceNotFoundError):
         source.fetch("pypi:unheard-of==1.0", cache=tmp_path)
     with pytest.raises(SourceNotFoundError, match=r"no wheel of tiny-model 2\.0"):

@@ -140,7 +140,7 @@ def specs(count: int) -> list[ModelSpec]:
     return [ModelSpec(f"m{number}", "/models/m") for number in range(count)]
 
 
-def test_the_table_does_not_grow_with_what_is_asked_of_it() -> None:
+def test_failed_loads_do_not_grow_the_table() -> None:
     async def story() -> None:
         left: list[str] = []
         models, harness = ModelTable(table()._load, on_leave=left.append, max_models=4), ScriptedHarness()

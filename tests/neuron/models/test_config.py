@@ -170,7 +170,7 @@ def test_a_model_that_does_not_fit_is_an_error_with_sizes(config: ModelConfig) -
     kv_cache_mib=st.integers(0, 1 << 16),
     device=st.sampled_from(["cpu:0", "cuda:3"]),
 )
-def test_a_plan_keeps_its_promises(
+def test_a_plan_fits_its_limits(
     tmp_path_factory: pytest.TempPathFactory,
     free_gib: int,
     context_tokens: int,

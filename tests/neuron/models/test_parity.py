@@ -43,7 +43,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "kind": "qwen3_moe",
         "num_experts": 7,
         "num_experts_per_tok": 3,
-        "moe_intermediate_size": 28,  # transformers wants multiples of 16 bytes
+        "moe_intermediate_size": 28,  # transformers requires multiples of 16 bytes
         "norm_topk_prob": True,
     },
     "qwen3-moe-plain-sum": {

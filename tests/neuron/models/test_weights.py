@@ -261,7 +261,7 @@ def test_a_fuzzed_safetensors_file_is_read_or_refused(
         assert error.status == 422
 
 
-def test_a_header_that_promises_too_much(tiny_llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_header_beyond_the_file_is_corrupt(tiny_llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
     header = json.dumps(
         {"model.norm.weight": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}

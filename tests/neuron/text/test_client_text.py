@@ -143,7 +143,7 @@ def test_only_the_template_writes_special_tokens(files: TextFiles) -> None:
     assert control(files, build(files, *attack[0], tools=attack[1])) == expected
 
 
-def test_what_was_spelt_is_still_there_to_be_read(files: TextFiles) -> None:
+def test_spelt_special_tokens_are_still_readable(files: TextFiles) -> None:
     ids = build(files, Message(Role.USER, ATTACK))
     answer = files.tokenizer.decode(ids, skip_special_tokens=False)
     if not isinstance(files.tokenizer.model, models.Unigram):

@@ -117,7 +117,7 @@ FILES = {pre: gguf(pre) for pre in RULES}
 
 @pytest.mark.parametrize("pre", RULES)
 @hypothesis.given(text=TEXTS)
-def test_what_any_rules_cut_is_the_text(pre: str, text: str) -> None:
+def test_pieces_of_any_rules_join_to_the_text(pre: str, text: str) -> None:
     tokenizer = FILES[pre].tokenizer
     whole = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
     assert whole == (unicodedata.normalize("NFC", text) if RULES[pre].composes else text)
@@ -139,7 +139,7 @@ def test_the_first_token_of_a_completion_is_the_files_or_else_the_rules_matter()
 
 
 @pytest.mark.parametrize("pre", ["superbpe", "", 7, ["qwen2"]])
-def test_rules_that_are_not_known_are_refused(pre: Any) -> None:
+def test_unknown_rules_are_refused(pre: Any) -> None:
     with pytest.raises(UnsupportedTokenizerError, match=r"pre-tokenizer .* is not supported; known: .*qwen2"):
         gguf(pre)
 

@@ -48,7 +48,7 @@ def test_tools_on_offer_are_an_alternative_to_the_format() -> None:
         (FormatKind.GRAMMAR, 'root ::= "a', "cannot be read"),
     ],
 )
-def test_what_cannot_be_compiled_is_refused_with_the_reason(kind: FormatKind, source: str, message: str) -> None:
+def test_an_invalid_grammar_is_refused_with_the_reason(kind: FormatKind, source: str, message: str) -> None:
     with pytest.raises(ApiError) as caught:
         ask(kind, source)
     error = caught.value.info()

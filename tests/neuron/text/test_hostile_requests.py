@@ -131,7 +131,7 @@ LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
         ],
     ],
 )
-def test_what_hurts_is_served_or_refused(chatty: str, request_: InferenceRequest) -> None:
+def test_expensive_inputs_are_served_or_refused(chatty: str, request_: InferenceRequest) -> None:
     serve(chatty, [request_])
 
 

@@ -179,7 +179,7 @@ def test_a_killed_process_costs_no_request(chatty: pathlib.Path) -> None:
     with_model(chatty, story)
 
 
-def test_what_was_running_at_two_deaths_is_not_tried_a_third_time(tmp_path: pathlib.Path) -> None:
+def test_work_running_at_two_deaths_is_not_retried(tmp_path: pathlib.Path) -> None:
     tries = tmp_path / "tries"
     program = tmp_path / "dies.py"
     program.write_text(
@@ -205,7 +205,7 @@ def test_what_was_running_at_two_deaths_is_not_tried_a_third_time(tmp_path: path
     assert tries.read_text() == "xx"
 
 
-def test_what_a_schema_leaves_out_is_found_in_a_text_process(chatty: pathlib.Path) -> None:
+def test_unenforced_keywords_are_found_in_a_text_process(chatty: pathlib.Path) -> None:
     async def story(pool: TextPool, model: TextModel) -> None:
         assert await model.left_out(asks('{"uniqueItems": true}')) == ("response_format.uniqueItems",)
         assert await model.left_out(asks('{"type": 5, "format": []}')) == ()
@@ -241,7 +241,7 @@ def test_requests_beyond_the_queue_are_refused(chatty: pathlib.Path, monkeypatch
     with_model(chatty, story)
 
 
-def test_one_principal_takes_no_more_than_its_share_of_those_that_wait(
+def test_one_principal_takes_no_more_than_its_share_of_the_queue(
     chatty: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("neuron.text.pool.MAX_WAITING", 16)
@@ -261,7 +261,7 @@ def test_one_principal_takes_no_more_than_its_share_of_those_that_wait(
     with_model(chatty, story)
 
 
-def test_what_waits_holds_no_more_bytes_than_it_may(chatty: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_is_bounded_in_bytes(chatty: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neuron.text.pool.MAX_WAITING_BYTES", 400_000)
 
     async def story(pool: TextPool, model: TextModel) -> None:

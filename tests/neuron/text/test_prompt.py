@@ -172,7 +172,7 @@ def test_a_syntax_error_of_a_template_has_its_line(template: str) -> None:
         prompts(template)
 
 
-def test_a_template_cannot_reach_behind_what_it_is_given() -> None:
+def test_a_template_is_sandboxed() -> None:
     for template in ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "{{ ''.__class__.__mro__[1] }}x"):
         with pytest.raises(TemplateError, match="failed"):
             render(template, HI)
@@ -221,7 +221,7 @@ def test_a_result_is_named_after_its_call() -> None:
     assert render(named, *history, orphan) == "user/- assistant/- tool/weather tool/- "
 
 
-def test_ids_of_calls_are_what_a_template_insists_on() -> None:
+def test_ids_of_calls_have_the_form_a_template_requires() -> None:
     """As Mistral's: `call_...` of other servers, and of this one, would be refused."""
     template = """{% for m in messages %}{% for call in m.tool_calls or [] %}
 {%- if call.id | length != 9 %}{{ raise_exception('Tool call IDs should have length 9!') }}{% endif %}{{ call.id }}
@@ -235,7 +235,7 @@ def test_ids_of_calls_are_what_a_template_insists_on() -> None:
     assert render(template, HI, kept) == "abcDEF123"
 
 
-def test_what_a_template_gets_of_its_own_cannot_be_replaced() -> None:
+def test_reserved_template_variables_cannot_be_replaced() -> None:
     for name in ("messages", "tools"):
         with pytest.raises(InvalidRequestError, match=f"'{name}' cannot be given"):
             render(STRICT, HI, template_arguments={name: []})

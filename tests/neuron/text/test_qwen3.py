@@ -86,7 +86,7 @@ def as_transformers_sees(message: Message) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_prompts_are_those_of_transformers(folder: pathlib.Path, files: TextFiles, name: str) -> None:
+def test_prompts_equal_those_of_transformers(folder: pathlib.Path, files: TextFiles, name: str) -> None:
     asked = CONVERSATIONS[name]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     tools = [

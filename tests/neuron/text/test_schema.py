@@ -147,7 +147,7 @@ def judged(schema: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_what_zod_and_pydantic_write_compiles_and_answers_fit_it(name: str) -> None:
+def test_schemas_of_zod_and_pydantic_compile_and_answers_fit_them(name: str) -> None:
     schema = SCHEMAS[name]
     grammar = answer_grammar(schema)
     given_up = PreparedSchema(schema).left_out
@@ -259,7 +259,7 @@ def test_references_of_an_answer(schema: dict[str, Any]) -> None:
         ({"oneOf": [{"type": 5}, {"type": "string"}]}, "."),
     ],
 )
-def test_what_is_no_schema_is_refused(schema: Any, message: str) -> None:
+def test_an_invalid_schema_is_refused(schema: Any, message: str) -> None:
     with pytest.raises(InvalidSchemaError, match=message):
         answer_grammar(schema)
 
@@ -274,7 +274,7 @@ def test_whatever_a_keyword_holds_is_an_answer_or_a_refusal(keyword: str, value:
     assert left_out(InferenceRequest("m", tools=(Tool("f", "", schema),), tool_choice=choice)) is not None
 
 
-def test_what_a_schema_takes_does_not_grow_with_its_square() -> None:
+def test_the_cost_of_a_schema_is_not_quadratic() -> None:
     wide = {"properties": {"k" * 100_000: {"properties": {f"p{index}": {} for index in range(5_000)}}}}
     chain = {f"a{index}": {"$ref": f"#/$defs/a{index + 1}"} for index in range(2_000)} | {"a2000": {"type": "null"}}
     chained = {"$defs": chain, "anyOf": [{"$ref": f"#/$defs/{name}"} for name in chain]}

@@ -140,7 +140,7 @@ def test_a_completion_begins_as_its_tokenizer_begins_texts_and_does_not_end(tmp_
     assert prompts.build(InferenceRequest("m", prompt="x"), whole=True).ids == [256, x, 257]
 
 
-def test_what_a_tokenizers_configuration_adds(tmp_path: pathlib.Path) -> None:
+def test_tokens_added_by_a_tokenizers_configuration(tmp_path: pathlib.Path) -> None:
     """The first token, tokens that ``tokenizer.json`` lacks, and a decoder where the file has none."""
     saved = letters("<s>")
     saved.decoder = None

@@ -207,6 +207,6 @@ def test_a_long_value_is_read_once() -> None:
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
     max_leaves=12,
 ))  # fmt: skip
-def test_what_python_writes_is_read(value: Any) -> None:
+def test_python_literals_are_read(value: Any) -> None:
     assert json.loads(as_json(repr([value]), {"type": "array"}, {})) == [value]
     assert json.loads(as_json(repr({"k": value}), {"type": "object"}, {})) == {"k": value}
