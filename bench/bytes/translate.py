@@ -50,7 +50,7 @@ def events() -> list[InferenceEvent]:
     return [Started(100), *deltas, Finished(FinishReason.STOP, NUM_TOKENS)]
 
 
-def pass_on(chunks: list[bytes]) -> None:
+def forward(chunks: list[bytes]) -> None:
     """Do what the gateway does with the chunks of a node of the Messages dialect."""
     scanner = UsageScanner()
     for chunk in chunks:
@@ -111,15 +111,15 @@ def main() -> None:
     assert translation is not None
     translation.body()
     native, chat = MessagesStream("msg_1", "m"), ChatStream("c", "m", 1, include_usage=True)
-    passed = [native.sse_events([event]) for event in events()]
+    native_chunks = [native.sse_events([event]) for event in events()]
     chat_chunks = [chat.sse_events([event]) for event in events()]
-    through = cpu_ns(lambda: pass_on(passed)) / NUM_TOKENS / 1e3
+    native_us = cpu_ns(lambda: forward(native_chunks)) / NUM_TOKENS / 1e3
     translated = cpu_ns(lambda: translate(chat_chunks, translation)) / NUM_TOKENS / 1e3
     rows: list[dict[str, Any]] = [
-        {"what": f"Messages stream of {NUM_TOKENS} tokens, passed on", "us a token": through},
+        {"what": f"Messages stream of {NUM_TOKENS} tokens, forwarded", "us a token": native_us},
         {"what": f"Messages stream of {NUM_TOKENS} tokens, from chat", "us a token": translated},
     ]
-    ratios = {"translation, us a token over passing on (at most 1.5)": translated - through}
+    ratios = {"translation, us a token over forwarding (at most 1.5)": translated - native_us}
     for dialect in (MESSAGES, RESPONSES):
         body = conversation(dialect)
         forwarded = len(body) / cpu_ns(lambda body=body: peek(body)) * 1e3  # type: ignore[misc]

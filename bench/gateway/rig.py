@@ -55,11 +55,11 @@ SERVER_INFO = {"model_path": "m", "model_id": "m", "served_model_name": "m", "tp
 DISCOVERY = Discovery("mock", "0", "mock", "linux", None, None, (DEVICE,), ("torch",), ("openai-chat",))
 HEALTH = Health(NodeState.READY, 0.0, ())
 PAGES: Mapping[str, object] = {
-    # What a neuron returns to its gateway,
+    # Answers of a neuron to its gateway,
     "/discovery": DISCOVERY,
     "/health": HEALTH,
     "/models": ModelList((MODEL,)),
-    # and what the other routers ask of a worker.
+    # and of a worker to the other routers.
     "/v1/models": OPENAI_MODELS,
     "/get_server_info": SERVER_INFO,
     "/server_info": SERVER_INFO,

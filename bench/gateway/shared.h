@@ -1,4 +1,4 @@
-/* What the bench's two programs agree on: the marker in a request, the stamp in an SSE event, and a clock.
+/* Definitions shared by the bench's two programs: the marker in a request, the stamp in an SSE event, and a clock.
  *
  * A gateway rewrites a body as it likes but passes a message's text on. So what is asked for stands in the text itself,
  * as `#IIIIIIIIFFFFPPPP` in hexadecimal: a number that no other request has, how many SSE events to answer with (0: an

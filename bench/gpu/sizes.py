@@ -17,7 +17,7 @@ class Sizes:
     """Output and input width of projections of few rows."""
     skinny_rows: tuple[int, ...] = (1, 8, 64)
     weights_bytes: int = 1 << 30
-    """Bytes of weights that calls read in turn, so that none are in the cache; up to eight sets."""
+    """Bytes of weights that calls read one after another, so that none are in the cache; up to eight sets."""
     matmul: tuple[tuple[int, int], ...] = ((6144, 4096), (24576, 4096), (4096, 12288))
     matmul_rows: tuple[int, ...] = (16, 128, 256, 512, 2048, 8192)
     heads: tuple[tuple[int, int, int], ...] = ((32, 8, 128), (16, 8, 128), (9, 3, 64))

@@ -168,7 +168,7 @@ async def test_a_page_of_another_site_does_not_read_metrics(how: str) -> None:
             await asyncio.to_thread(stop)
 
 
-# ------------------------------------------------------------------ what is allowed
+# ------------------------------------------------------------------ allowed requests
 
 CHAT_PAGE = "https://chat.example.com"
 

@@ -337,7 +337,7 @@ def stop_word_after(uint64_t steps):
 
 
 def publish_to(uintptr_t address, uint64_t rows, uint64_t columns):
-    """Have each launch that finishes write its number to a row of int32, round and round."""
+    """Have each launch that finishes write its number to a row of int32, as a ring buffer."""
     global ring, ring_rows, ring_columns
     ring, ring_rows, ring_columns = <int *>address, rows, columns
 

@@ -75,7 +75,7 @@ def test_the_daemon_runs_without_rights_at_the_documented_port(path: pathlib.Pat
     assert f"127.0.0.1:{port}/health" in instructions["HEALTHCHECK"]
     ours = settings(path)
     assert ours[f"{name.upper()}_{'GATEWAY' if name == 'cortex' else 'DAEMON'}__LISTEN"] == f"0.0.0.0:{port}"
-    # As under systemd: the folders for what is kept.
+    # As under systemd: the state folders.
     kept = dict(
         word.split("=", 1) for line in re.findall(r"^Environment=(.+)$", unit, re.MULTILINE) for word in line.split()
     )

@@ -1,4 +1,4 @@
-/* What the stubs share: symbol visibility, and the log STUB_CUDA_LOG, a line for each call of interest. */
+/* Definitions shared by the stubs: symbol visibility, and the log STUB_CUDA_LOG, a line for each call of interest. */
 #pragma once
 #include <stdarg.h>
 #include <stdio.h>

@@ -165,7 +165,7 @@ def test_a_token_is_content_of_any_kind(fields: dict[str, Any]) -> None:
 )
 def test_what_is_no_token(sse_event: bytes) -> None:
     assert findings(scanned(sse_event)) == (False, 0, None, False, False)
-    # Nor is it one behind a token whose place is remembered.
+    # Nor is it one behind a token whose place is recorded.
     scanner = scanned(delta(content="x"), sse_event)
     assert findings(scanner) == (True, 1, None, False, False)
 

@@ -58,7 +58,7 @@ def reload(page: Page) -> None:
     page.until("!window.isOld && document.getElementById('link')?.dataset.state === 'live'", what="it is live again")
 
 
-# ------------------------------------------------------------------ what an administrator does
+# ------------------------------------------------------------------ actions of an administrator
 
 
 def test_a_load_is_seen_to_progress_and_finish(opened: Page, nodes: dict[str, str]) -> None:

@@ -17,5 +17,5 @@ def test_no_body_crashes_a_decoder_or_leaks() -> None:
             check(*mutated(chance))
         gc.collect()
         blocks.append(sys.getallocatedblocks())
-    # What is kept once (caches, interned names) is kept in the first rounds.
+    # Objects kept once (caches, interned names) are kept in the first rounds.
     assert blocks[2] - blocks[1] < ROUNDS / 20, blocks

@@ -291,7 +291,7 @@ def test_the_older_name_of_a_format_counts_beside_a_config_without_one(config: d
     assert found.source == '{"type":"string"}'
 
 
-# ------------------------------------------------------------------ what is written of it
+# ------------------------------------------------------------------ its documentation
 
 
 def test_the_document_has_every_name() -> None:

@@ -135,7 +135,7 @@ async def test_values_within_an_item_are_counted_too() -> None:
         assert (call.status, call.json()["error"]["code"]) == (400, "too_many_items")
 
 
-# ------------------------------------------------------------------ what a connection stores
+# ------------------------------------------------------------------ memory of a connection
 
 
 def test_socket_memory_is_bounded_per_key_and_in_total() -> None:
@@ -193,7 +193,7 @@ async def test_a_connection_that_ends_is_forgotten_and_one_that_is_too_large_not
         assert memory.num_bytes == 0
 
 
-# ------------------------------------------------------------------ what a fuzzer found
+# ------------------------------------------------------------------ findings of a fuzzer
 
 
 def test_steps_at_random_end_as_typed_errors() -> None:
@@ -208,7 +208,7 @@ def test_steps_at_random_end_as_typed_errors() -> None:
         checker.close()
 
 
-# ------------------------------------------------------------------ what is continued
+# ------------------------------------------------------------------ continued responses
 
 
 async def add(gateway: Rig, id: str, *texts: str) -> Any:

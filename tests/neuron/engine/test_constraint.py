@@ -212,7 +212,7 @@ def test_the_grammar_begins_where_reasoning_ends(driver: Any, tokenizer: Tokeniz
         assert settings is inside or not reasons or head.startswith("<think>")
 
 
-# ------------------------------------------------------------------ what cannot be
+# ------------------------------------------------------------------ refusals
 
 
 def test_a_bad_grammar_is_this_sequences_error(driver: Any, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Values that a model writes bare: schemas that go round are read once."""
+"""Values that a model writes bare: recursive schemas are read once."""
 
 from typing import Any
 
