@@ -85,8 +85,8 @@ class Warmer:
         self._acts.pop(key, None)
 
     async def _try(self, act: Act, name: str, profile: ModelProfile) -> None:
-        key = name, profile.id
-        pause_s = self._death_pauses_s.get(key, 0.0)
+        key, is_load = (name, profile.id), act is self._load
+        pause_s = self._death_pauses_s.get(key, 0.0) if is_load else 0.0
         while True:
             await asyncio.sleep(pause_s)
             node = self._fleet.state.nodes.get(name)
@@ -97,6 +97,9 @@ class Warmer:
                 await act(name, profile)
             except ApiError as error:
                 log.warning("model=%s node=%s not warm yet: %s", profile.id, name, error.message)
+                if not is_load:  # the model may be gone: the watch decides again
+                    await asyncio.sleep(RETRY_FIRST_S)
+                    return
                 pause_s = min(max(RETRY_FIRST_S, 2 * pause_s), RETRY_MAX_S)
                 if is_death(error):
                     after_s = 2 * self._death_pauses_s.get(key, DEATH_FIRST_S / 2)

@@ -283,6 +283,9 @@ class FakeNode:
         elif asked.path == "/models/pin":
             pin = msgspec.json.decode(asked.body, type=PinRequest)
             self.pins.append(pin)
+            if pin.id not in self.models:
+                await error(404, "model_not_found")(asked, line)
+                return
             self.models[pin.id] = msgspec.structs.replace(self.models[pin.id], pinned=bool(pin.pinned))
             await line.reply(200, msgspec.json.encode(self.models[pin.id]))
         elif asked.path == "/models/forget":

@@ -11,7 +11,7 @@ from cortex.config import ModelProfile, Timeouts
 from cortex.errors import LoadFailedError, LoadRefusedError
 from cortex.fleet import warmer
 from cortex.fleet.loader import Loader
-from cortex.wire.node import ModelSpec, ModelState, ModelStatus, NodeState
+from cortex.wire.node import ModelList, ModelSpec, ModelState, ModelStatus, NodeState
 
 PROFILE = ModelProfile(id="m", source="/w", context_tokens=512)
 
@@ -293,3 +293,24 @@ async def test_a_node_that_died_of_a_pinned_model_comes_back_to_a_pause(monkeypa
         polls = node.num_polls
         await until(lambda: node.num_polls > polls + 5)
         assert len(node.loads) == 1
+
+
+async def test_a_model_that_is_gone_before_its_pin_arrives_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmer, "RETRY_FIRST_S", 0.001)
+    node = FakeNode("a").ready("m")
+    profile = msgspec.structs.replace(PROFILE, pinned=("a",))
+    listed, node.models = node.models, {}
+
+    async def control(asked: Asked, line: Line) -> None:
+        """List the model until its pin is asked for."""
+        if asked.path == "/models/pin":
+            node.control = None
+            line.reset()
+        elif asked.path == "/models":
+            await line.reply(200, msgspec.json.encode(ModelList(tuple(listed.values()))))
+        else:
+            await node._control(asked, line)
+
+    node.control = control
+    async with rig(node, models=(profile,)):
+        await until(lambda: node.loads)
