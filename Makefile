@@ -201,7 +201,7 @@ $(VENV)/triton: $(VENV)/editable
 check-kernels: $(VENV)/triton ## every Triton kernel against its reference, and its machine code; needs no GPU
 	$(BIN)/python -P -m neuron.triton_kernels.check --keep
 
-# The same in two parts, as the gate has it: the numbers, and what the oldest Triton that is allowed makes of the kernels,
+# The same in two parts: the numbers, and, as the gate has it, what the oldest Triton that is allowed makes of the kernels,
 # with the tests that need a compiler. Both are installed beside the environment, which has torch and no or another Triton.
 OLDEST_TRITON := 3.6.0
 build/triton-%/installed: | $(VENV)/made
