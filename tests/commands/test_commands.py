@@ -6,6 +6,7 @@ extras and files must exist. ``make test-commands`` runs targets of targets.toml
 
 import argparse
 import contextlib
+import os
 import pathlib
 import re
 import shlex
@@ -198,9 +199,18 @@ def test_every_target_is_run_somewhere_or_has_its_reason() -> None:
         assert ("what" in entry) == (entry["run"] == "needs"), name
 
 
+def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run `make` in this tree as a shell does, also where a `make` runs the tests."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
 def help_of_make(*arguments: str) -> dict[str, str]:
     """Return the targets that `make` prints, with their descriptions."""
-    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = make(*arguments)
+    assert done.returncode == 0, done.stderr
     return {name: text.strip() for name, _, text in (line.partition(" ") for line in done.stdout.splitlines())}
 
 
@@ -219,11 +229,9 @@ def test_the_choices_that_help_prints_are_targets(target: str, variable: str) ->
     assert {f"{target}-{choice}" for choice in choices} <= targets()
     for choice in choices:
         both = [
-            subprocess.run(
-                ["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
-            ).stdout
-            for words in ([target, f"{variable}={choice}"], [f"{target}-{choice}"])
+            make("--dry-run", *words).stdout for words in ([target, f"{variable}={choice}"], [f"{target}-{choice}"])
         ]
+        assert both[0]
         assert both[0] == both[1]
 
 
@@ -237,10 +245,7 @@ def test_the_gate_runs_the_targets_of_targets_toml() -> None:
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_a_target_has_commands_that_make_and_the_shell_can_read(target: str) -> None:
     """As `make --dry-run` writes them, in a tree where nothing has been made."""
-    done = subprocess.run(
-        ["make", "--dry-run", "--always-make", target, "VENV=/nonexistent"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = make("--dry-run", "--always-make", target, "VENV=/nonexistent")
     assert done.returncode == 0, done.stderr
     read = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True, timeout=60, check=False)
     assert read.returncode == 0, read.stderr
