@@ -309,6 +309,9 @@ def test_a_disk_that_is_full(fleet: Fleet, tmp_path: pathlib.Path) -> None:
         assert time.monotonic() - started < 5
         assert running.log.read_text().count("responses.db: ") >= 6
         limit_files(resource.RLIM_INFINITY)
+        while not (await respond("tokens=3")).json()["store"]:  # the store is tried again after a while
+            assert time.monotonic() - started < 30
+            await asyncio.sleep(0.2)
         for _ in range(4):
             kept = (await respond("tokens=3", previous_response_id=kept["id"])).json()
             assert kept["status"] == "completed"
