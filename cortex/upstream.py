@@ -115,9 +115,13 @@ class Pool:
             connection = self._idle.pop()
             if connection.usable and connection.idle_s < MAX_IDLE_S:
                 return connection
-            self._open.discard(connection)  # its callback comes later, and its place is free now
-            connection.abort()
+            self._drop(connection)
         return None
+
+    def _drop(self, connection: Connection) -> None:
+        """Close a connection that was idle. Its callback comes later, and its place is free now."""
+        self._open.discard(connection)
+        connection.abort()
 
     def keep(self, connection: Connection) -> None:
         """Return a connection to the pool."""
@@ -147,9 +151,7 @@ class Pool:
 
     async def _connect(self) -> Connection:
         if self.num_connections >= self._max_connections and self._idle:
-            oldest = self._idle.pop(0)  # a fresh connection is asked for: it takes the place of one that waits
-            self._open.discard(oldest)
-            oldest.abort()
+            self._drop(self._idle.pop(0))  # a fresh connection is asked for: it takes the place of one that waits
         if self.num_connections >= self._max_connections:
             raise PoolFullError(f"All {self._max_connections} connections to {self.name} are in use.", retry_after_s=1)
         self._connecting += 1

@@ -11,6 +11,7 @@ no third, nor again for a while.
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -150,30 +151,21 @@ class Loader:
 
     async def _load(self, profile: ModelProfile, candidates: tuple[str, ...], may_evict: bool) -> str:
         errors: dict[str, ApiError] = {}
-        full: list[str] = []
         wanted = {*profile.pinned, *profile.preferred_nodes}
-        for name in candidates:
-            at_once = may_evict and (len(candidates) == 1 or name in wanted)
+        attempts = deque((name, may_evict and (len(candidates) == 1 or name in wanted)) for name in candidates)
+        while attempts:
+            name, evicts = attempts.popleft()
             try:
-                await self.load_on(name, profile, may_evict=at_once)
-            except ApiError as error:
-                errors[name] = error
-                if self._is_deadly(profile):
-                    full = []
-                    break
-                if error.code == NO_ROOM and may_evict and not at_once:
-                    full.append(name)
-            else:
-                return self._loaded(profile, name)
-        for name in full:
-            try:
-                await self.load_on(name, profile)
+                await self.load_on(name, profile, may_evict=evicts)
             except ApiError as error:
                 errors[name] = error
                 if self._is_deadly(profile):
                     break
+                if error.code == NO_ROOM and may_evict and not evicts:
+                    attempts.append((name, True))
             else:
-                return self._loaded(profile, name)
+                self._on_load(profile.id, True)
+                return name
         self._on_load(profile.id, False)
         reasons = "; ".join(f"{name}: {error.message}" for name, error in errors.items())
         message = f"{profile.id} could not be loaded. {reasons}"
@@ -184,10 +176,6 @@ class Loader:
 
     def _is_deadly(self, profile: ModelProfile) -> bool:
         return self._deaths.is_deadly(_identity(profile), time.monotonic())
-
-    def _loaded(self, profile: ModelProfile, name: str) -> str:
-        self._on_load(profile.id, True)
-        return name
 
     async def _load_on(self, name: str, spec: LoadRequest) -> ModelStatus:
         """Load a model on one node. After a connection that breaks, the node is asked for the state of the load."""

@@ -72,21 +72,21 @@ class Warmer:
             return
         status = node.models.get(profile.id)
         if status is None or status.state in {ModelState.AVAILABLE, ModelState.FAILED}:
-            act = self._load
+            act = self._load_until_ready
         elif status.state is ModelState.READY and not status.pinned:
-            act = self._pin
+            act = self._pin_once
         else:
             return
         title = f"warm {profile.id} on {name}"
-        task = self._acts[key] = self._supervisor.start(title, lambda: self._try(act, name, profile))
+        task = self._acts[key] = self._supervisor.start(title, lambda: act(name, profile))
         task.add_done_callback(lambda done: self._ended(key))
 
     def _ended(self, key: tuple[str, str]) -> None:
         self._acts.pop(key, None)
 
-    async def _try(self, act: Act, name: str, profile: ModelProfile) -> None:
-        key, is_load = (name, profile.id), act is self._load
-        pause_s = self._death_pauses_s.get(key, 0.0) if is_load else 0.0
+    async def _load_until_ready(self, name: str, profile: ModelProfile) -> None:
+        key = name, profile.id
+        pause_s = self._death_pauses_s.get(key, 0.0)
         while True:
             await asyncio.sleep(pause_s)
             node = self._fleet.state.nodes.get(name)
@@ -94,12 +94,9 @@ class Warmer:
             if node is None or not node.takes_requests or current is None or name not in current.pinned:
                 return  # the watch starts another if need be
             try:
-                await act(name, profile)
+                await self._load(name, profile)
             except ApiError as error:
-                log.warning("model=%s node=%s not warm yet: %s", profile.id, name, error.message)
-                if not is_load:  # the model may be gone: the watch decides again
-                    await asyncio.sleep(RETRY_FIRST_S)
-                    return
+                _log_failure(name, profile, error)
                 pause_s = min(max(RETRY_FIRST_S, 2 * pause_s), RETRY_MAX_S)
                 if is_death(error):
                     after_s = 2 * self._death_pauses_s.get(key, DEATH_FIRST_S / 2)
@@ -108,3 +105,14 @@ class Warmer:
             else:
                 self._death_pauses_s.pop(key, None)
                 return
+
+    async def _pin_once(self, name: str, profile: ModelProfile) -> None:
+        try:
+            await self._pin(name, profile)
+        except ApiError as error:
+            _log_failure(name, profile, error)
+            await asyncio.sleep(RETRY_FIRST_S)  # the model may be gone: the watch decides again
+
+
+def _log_failure(name: str, profile: ModelProfile, error: ApiError) -> None:
+    log.warning("model=%s node=%s not warm yet: %s", profile.id, name, error.message)
