@@ -9,7 +9,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx._config
 import httpx._transports.default
@@ -221,6 +221,18 @@ class EngineHarness:
 
     def ends(self) -> dict[int, jobs.SequenceEnd]:
         return {row.sequence: row.end for row in self.rows if row.end is not None}
+
+    def output_alone(self, prompt: Sequence[int], max_tokens: int, **sampler: Any) -> list[int]:
+        """Return the output of a sequence that runs alone, and forget what was sent."""
+        self.generate(999_999, prompt, max_tokens, **sampler)
+        self.run()
+        found = self.outputs()[999_999]
+        self.sent.clear()
+        return found
+
+    def model(self, name: str = "m") -> Any:
+        """Return a loaded model of the engine."""
+        return self.engine._models[name]
 
     def failures(self) -> dict[int, ErrorInfo]:
         return {sent.sequence: sent.error for sent in self.sent if isinstance(sent, jobs.SequenceFailed)}

@@ -25,27 +25,6 @@ PROMPT = list(range(3, 43))
 HALF_A_TOKEN = jobs.Generate(1, "m", b"abc", 1, (), jobs.SamplerSettings())
 
 
-@pytest.fixture
-def driver(executor: str, harness: Callable[..., Any], tiny_llama: pathlib.Path) -> Any:
-    found = harness()
-    answer = found.load(tiny_llama)
-    assert isinstance(answer, jobs.Done), answer
-    return found
-
-
-def model_of(driver: Any, name: str = "m") -> Any:
-    return driver.engine._models[name]
-
-
-def reference_output(driver: Any, prompt: list[int], max_tokens: int, **sampler: Any) -> list[int]:
-    """Return the output of a sequence that runs alone."""
-    driver.generate(999_999, prompt, max_tokens, **sampler)
-    driver.run()
-    found: list[int] = driver.outputs()[999_999]
-    driver.sent.clear()
-    return found
-
-
 def test_a_load_reports_its_progress_and_its_plan(driver: Any) -> None:
     fractions = [message.fraction for message in driver.sent if isinstance(message, jobs.Progress)]
     assert fractions == sorted(fractions)
@@ -64,7 +43,7 @@ def test_a_load_reports_its_progress_and_its_plan(driver: Any) -> None:
 
 def caches_of(driver: Any) -> list[torch.Tensor]:
     """Return the caches with their pages first."""
-    runner = model_of(driver).runner
+    runner = driver.model().runner
     if isinstance(runner, NativeRunner):
         return [runner._cache]
     return [runner._keys.transpose(0, 1), runner._values.transpose(0, 1)]
@@ -72,7 +51,7 @@ def caches_of(driver: Any) -> list[torch.Tensor]:
 
 def poison(driver: Any, token: int) -> None:
     """Make the embedding of one token NaN."""
-    runner = model_of(driver).runner
+    runner = driver.model().runner
     if isinstance(runner, NativeRunner):
         # The first matrix of the region: float32 blocks of 16 rows.
         hidden = runner.config.hidden_size
@@ -83,7 +62,7 @@ def poison(driver: Any, token: int) -> None:
 
 
 def weights_bytes_of(driver: Any) -> int:
-    runner = model_of(driver).runner
+    runner = driver.model().runner
     if isinstance(runner, NativeRunner):
         return len(runner._weights.region)
     return sum(tensor.nbytes for tensor in tensors_of(runner._weights))
@@ -117,7 +96,7 @@ def test_rows_are_one_message_a_step_and_count_the_queue(driver: Any) -> None:
 
 
 def test_an_eos_ends_a_sequence_and_is_not_among_its_ids(driver: Any) -> None:
-    plain = reference_output(driver, PROMPT, 30)
+    plain = driver.output_alone(PROMPT, 30)
     stop = plain[7]
     driver.generate(1, PROMPT, 30, eos=(stop, 130))
     driver.run()
@@ -158,21 +137,21 @@ def test_a_request_that_can_never_be_served_fails_at_once(
     assert (error.code, error.status) == (code, status)
     assert named in error.message
     assert not driver.engine.busy
-    assert len(reference_output(driver, PROMPT, 3)) == 3
+    assert len(driver.output_alone(PROMPT, 3)) == 3
 
 
 def test_neighbours_and_chunks_change_no_token(driver: Any) -> None:
     settings = [{"temperature": 0.0}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.0, "seed": 5, "top_p": 0.9},
                 {"temperature": 1.0, "seed": 6, "repetition_penalty": 1.2}]  # fmt: skip
     requests = [(PROMPT[: 1 + 3 * i], settings[i % 4]) for i in range(12)]
-    alone = [reference_output(driver, prompt, 20, **sampler) for prompt, sampler in requests]
+    alone = [driver.output_alone(prompt, 20, **sampler) for prompt, sampler in requests]
     for number, (prompt, sampler) in enumerate(requests):
         driver.generate(number, prompt, 20, **sampler)
         driver.engine.step()
     driver.run()
     assert [driver.outputs()[number] for number in range(12)] == alone
-    assert reference_output(driver, PROMPT, 20, temperature=1.0, seed=1) != reference_output(
-        driver, PROMPT, 20, temperature=1.0, seed=2
+    assert driver.output_alone(PROMPT, 20, temperature=1.0, seed=1) != driver.output_alone(
+        PROMPT, 20, temperature=1.0, seed=2
     )
 
 
@@ -185,16 +164,16 @@ def cancelled(driver: Any, number: int) -> None:
     driver.post(jobs.Cancel(number))
     rows = driver.sent[before].rows
     assert rows == (jobs.TokenRow(number, b"", SequenceEnd.CANCELLED),)
-    model_of(driver).scheduler.check_integrity()
-    assert number not in model_of(driver).scheduler.running
-    assert number not in model_of(driver).scheduler.waiting
+    driver.model().scheduler.check_integrity()
+    assert number not in driver.model().scheduler.running
+    assert number not in driver.model().scheduler.waiting
 
 
 def test_cancel_while_waiting_prefilling_and_decoding(harness: Callable[..., Any], tiny_llama: pathlib.Path) -> None:
     driver = harness()
     driver.load(tiny_llama, prefix_cache=False)  # or the prompts would wait for the first
-    plain = reference_output(driver, PROMPT, 10)
-    scheduler = model_of(driver).scheduler
+    plain = driver.output_alone(PROMPT, 10)
+    scheduler = driver.model().scheduler
     for number in range(16):
         driver.generate(number, PROMPT, 10)
     driver.generate(16, PROMPT, 10)
@@ -253,7 +232,7 @@ def test_a_full_queue_fails_at_once_and_so_does_a_misfit(harness: Callable[..., 
 
 def test_a_nan_is_its_own_sequences_error(driver: Any) -> None:
     """A token's embedding is NaN: sequences with it fail; others in the batch, or on the pages later, do not."""
-    plain = {number: reference_output(driver, PROMPT[: 10 + number], 30) for number in range(4)}
+    plain = {number: driver.output_alone(PROMPT[: 10 + number], 30) for number in range(4)}
     poison(driver, 100)
     for number in range(4):
         driver.generate(number, PROMPT[: 10 + number], 30)
@@ -283,7 +262,7 @@ def test_a_nan_in_a_chunk_fails_before_the_prompt_is_done(driver: Any) -> None:
 
 
 def test_an_exception_in_a_step_fails_its_sequences_alone(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = model_of(driver).runner
+    runner = driver.model().runner
     run = runner.launch
 
     def fail_once(plan: Any) -> Any:
@@ -297,15 +276,15 @@ def test_an_exception_in_a_step_fails_its_sequences_alone(driver: Any, monkeypat
     driver.run()
     assert set(driver.failures()) == {1, 2}
     assert "a broken kernel" in driver.failures()[1].message
-    assert model_of(driver).scheduler.pool.num_free == model_of(driver).scheduler.limits.num_pages
-    assert len(reference_output(driver, PROMPT, 5)) == 5
+    assert driver.model().scheduler.pool.num_free == driver.model().scheduler.limits.num_pages
+    assert len(driver.output_alone(PROMPT, 5)) == 5
 
 
 def test_running_out_of_memory_is_temporary(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(plan: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA error: out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(model_of(driver).runner, "launch", fail)
+    monkeypatch.setattr(driver.model().runner, "launch", fail)
     driver.generate(1, PROMPT, 5)
     driver.run()
     assert driver.failures()[1].status == 503
@@ -327,7 +306,7 @@ def test_a_device_fault_leaves_the_engine(driver: Any, monkeypatch: pytest.Monke
     def fail(plan: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(model_of(driver).runner, "launch", fail)
+    monkeypatch.setattr(driver.model().runner, "launch", fail)
     driver.generate(1, PROMPT, 5)
     with pytest.raises(DeviceFault):
         driver.run()
@@ -340,7 +319,7 @@ def test_a_device_fault_is_recognised_at_every_call(driver: Any, monkeypatch: py
         raise cuda_error(700, "an illegal memory access was encountered")
 
     with monkeypatch.context() as clearing:
-        clearing.setattr(model_of(driver).runner, "clear_pages", fail)
+        clearing.setattr(driver.model().runner, "clear_pages", fail)
         poison(driver, 100)
         driver.generate(1, [*PROMPT, 100], 5)
         with pytest.raises(DeviceFault, match="illegal memory access") as caught:
@@ -421,18 +400,18 @@ def test_an_exception_in_one_sequences_outcome_is_its_own(driver: Any, monkeypat
     driver.generate(1, PROMPT, 5)
     driver.generate(2, PROMPT, 5)
     driver.engine.step()
-    proceed = model_of(driver)._continue
+    proceed = driver.model()._continue
 
     def fail(sequence: Any, *rest: Any) -> None:
         if sequence.number == 1:
             raise ValueError("a token of no kind")
         proceed(sequence, *rest)
 
-    monkeypatch.setattr(model_of(driver), "_continue", fail)
+    monkeypatch.setattr(driver.model(), "_continue", fail)
     driver.run()
     assert {number: error.code for number, error in driver.failures().items()} == {1: "engine_error"}
     assert len(driver.outputs()[2]) == 5
-    assert model_of(driver).scheduler.pool.num_free == model_of(driver).scheduler.limits.num_pages
+    assert driver.model().scheduler.pool.num_free == driver.model().scheduler.limits.num_pages
 
 
 def test_ids_are_int32_in_machine_order(driver: Any) -> None:

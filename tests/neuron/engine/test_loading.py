@@ -21,27 +21,6 @@ from neuron.models.matrix_reader import MatrixReader
 PROMPT = list(range(3, 43))
 
 
-@pytest.fixture
-def driver(executor: str, harness: Callable[..., Any], tiny_llama: pathlib.Path) -> Any:
-    found = harness()
-    answer = found.load(tiny_llama)
-    assert isinstance(answer, jobs.Done), answer
-    return found
-
-
-def model_of(driver: Any, name: str = "m") -> Any:
-    return driver.engine._models[name]
-
-
-def reference_output(driver: Any, prompt: list[int], max_tokens: int, **sampler: Any) -> list[int]:
-    """Return the output of a sequence that runs alone."""
-    driver.generate(999_999, prompt, max_tokens, **sampler)
-    driver.run()
-    found: list[int] = driver.outputs()[999_999]
-    driver.sent.clear()
-    return found
-
-
 def test_a_load_does_not_stall_running_models(driver: Any, tiny_llama: pathlib.Path) -> None:
     driver.generate(1, PROMPT, 60)
     driver.engine.step()
@@ -127,7 +106,7 @@ def test_a_load_that_fails_names_the_reason_and_the_engine_goes_on(
     assert isinstance(answer, jobs.JobFailed)
     assert answer.error.code == "model_does_not_fit"
     assert "needs" in answer.error.message
-    assert len(reference_output(driver, PROMPT, 3)) == 3
+    assert len(driver.output_alone(PROMPT, 3)) == 3
 
 
 def test_out_of_memory_in_a_load_is_reported_and_freed(
@@ -154,11 +133,11 @@ def test_out_of_memory_in_a_load_is_reported_and_freed(
     assert not [ref for ref in held if ref() is not None], "what was loaded is freed"
     monkeypatch.setattr(MatrixReader, "matrix", matrix)
     assert isinstance(driver.load(path, "other"), jobs.Done)
-    assert len(reference_output(driver, PROMPT, 5)) == 5
+    assert len(driver.output_alone(PROMPT, 5)) == 5
 
 
 def test_the_cache_planned_for_a_model_is_not_free_for_the_next(driver: Any, tiny_llama: pathlib.Path) -> None:
-    taken = model_of(driver).plan.kv_cache_bytes
+    taken = driver.model().plan.kv_cache_bytes
     driver.post(jobs.QueryMemory(3))
     memory = driver.sent[-1].result
     assert memory.free_bytes == driver.free_bytes - taken
