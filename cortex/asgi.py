@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cortex import worker_signals  # noqa: F401 - first: the others take long to import
 from cortex._fast.response_writer import WriteCoalescer
 from cortex._fast.watches import Watches
 from cortex.asgi_io import AsgiHead, AsgiProtocol

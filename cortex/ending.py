@@ -58,10 +58,16 @@ class Ending:
         """Time of the last start or end of a request, by ``time.monotonic``."""
 
     def listen_to_signals(self) -> None:
-        """Begin on SIGTERM, in place of the server, which is then stopped by SIGINT."""
+        """Begin on SIGTERM, in place of the server, which is then stopped by SIGINT.
+
+        The handler is Python's own: uvloop forgets a signal that comes while it does not run, and the server runs it
+        once to start and once more to serve. A worker that got SIGTERM in between would never end.
+        """
+        loop = asyncio.get_running_loop()
         # Only in the main thread: tests embed servers in others.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.begin)
+            loop.remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(self.begin))
 
     def begin(self) -> None:
         """Begin the shutdown; further calls do nothing."""

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import daemons
 import httpx
 import pytest
+import uvloop
 from answers import CHAT_STREAM
 from fake_node import Asked, FakeNode, Line, answer
 from gateway_rig import until, write_config
@@ -261,6 +262,32 @@ async def test_the_last_answer_on_a_kept_alive_connection_closes_it(tmp_path: pa
         finally:
             process.terminate()
             assert await asyncio.to_thread(process.wait, 15) == 0
+
+
+@pytest.mark.parametrize("new_loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_a_signal_between_the_start_and_the_first_request_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """The server runs its loop once to start the gateway and once to serve: SIGTERM in between left it running."""
+    begun: list[bool] = []
+    monkeypatch.setattr(ending.Ending, "begin", lambda _: begun.append(True))
+
+    async def start() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)  # as the server has
+        ending.Ending(1, [], lambda: None).listen_to_signals()
+
+    before, loop = signal.getsignal(signal.SIGTERM), new_loop()
+    try:
+        loop.run_until_complete(start())
+        signal.raise_signal(signal.SIGTERM)
+        loop.run_until_complete(asyncio.sleep(0.01))
+        assert begun == [True]
+        loop.call_later(0.01, signal.raise_signal, signal.SIGTERM)
+        loop.run_until_complete(asyncio.sleep(0.1))
+        assert begun == [True, True]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        loop.close()
 
 
 def test_only_sockets_that_listen_for_clients_are_taken_away() -> None:

@@ -143,6 +143,33 @@ async def test_several_workers_without_configuration(tmp_path: pathlib.Path) -> 
         await until(lambda: server.log.read_text().count("cortex started") == 2)
 
 
+async def test_a_server_that_is_told_to_end_while_it_starts_ends(tmp_path: pathlib.Path) -> None:
+    """The worker that imported the application kept the handler of its parent, which then waited for it forever."""
+
+    async def end_after(delay_s: float) -> None:
+        command = [GRANIAN, "--port", str(free_port()), "cortex.asgi:app"]
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            assert process.stdout is not None
+            async with asyncio.timeout(START_S):
+                while b"Listening at" not in await process.stdout.readline():
+                    pass
+                await asyncio.sleep(delay_s)
+                process.send_signal(signal.SIGTERM)
+                await process.communicate()
+        finally:
+            if process.returncode is None:
+                for child in psutil.Process(process.pid).children():
+                    child.kill()
+                process.kill()
+                await process.wait()
+
+    for delay_s in (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6):
+        await end_after(delay_s)
+
+
 async def test_metrics_are_served_as_soon_as_their_port_is_free(tmp_path: pathlib.Path) -> None:
     """A gateway that could not at its start had none until it was started again."""
     with socket.create_server(("127.0.0.1", 0)) as other:
