@@ -41,7 +41,7 @@ FORGETTABLE = frozenset({ModelState.AVAILABLE, ModelState.FAILED})
 class NodeReport(msgspec.Struct, frozen=True):
     """A node in the state of this process; ``in_flight`` counts this process's requests there.
 
-    ``strikes`` counts failed polls in a row.
+    ``failed_polls`` are those in a row.
     """
 
     name: str
@@ -54,7 +54,7 @@ class NodeReport(msgspec.Struct, frozen=True):
     workers: tuple[WorkerHealth, ...]
     models: tuple[ModelStatus, ...]
     in_flight: int
-    strikes: int
+    failed_polls: int
     fault: str | None
 
 
@@ -256,7 +256,7 @@ class Admin:
                 workers=node.health.workers if node.health else (),
                 models=tuple(sorted(node.models.values(), key=lambda status: status.id)),
                 in_flight=in_flight.get(node.name, 0),
-                strikes=node.failed_polls,
+                failed_polls=node.failed_polls,
                 fault=node.fault,
             )
             for node in self._fleet.state.nodes.values()

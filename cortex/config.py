@@ -56,12 +56,12 @@ class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Polling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Polling of nodes. ``strikes`` is the failure threshold: so many failed polls in a row make a node down."""
+    """Polling of nodes. ``failure_threshold`` failed polls in a row make a node down."""
 
     interval_s: Seconds = 2.0
     timeout_s: Seconds = 3.0
     max_backoff_s: Seconds = 30.0
-    strikes: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
+    failure_threshold: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
 
 
 class NodeTimeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -186,7 +186,7 @@ class AccessSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """URL of the Valkey or Redis server."""
     reserve_tokens: Annotated[int, msgspec.Meta(ge=0)] = 1024
     """Output tokens reserved for a request that sets no limit, until its use is known."""
-    leftover_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    spare_capacity_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
     """Time that a request which is served from spare capacity waits for it."""
     strict: bool = False
     """Whether a request with an unknown member is refused, unless its key decides; otherwise a header names it."""

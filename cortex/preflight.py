@@ -17,9 +17,9 @@ from cortex.store.sqlite import SqliteStore
 
 def check(config: Config, source: str, environment: Mapping[str, str]) -> None:
     """Raise :class:`ConfigError` if a gateway with this configuration would not start."""
-    made = store.make(config.store, environment)  # no home, or a package that is missing
-    if isinstance(made, SqliteStore) and made.path != ":memory:":
-        _check_file(pathlib.Path(made.path), source)
+    found = store.make(config.store, environment)  # no home, or a package that is missing
+    if isinstance(found, SqliteStore) and found.path != ":memory:":
+        _check_file(pathlib.Path(found.path), source)
     if config.access.counters is CountersKind.VALKEY:
         try:
             ValkeyRateLimiter(config.access.url)

@@ -33,7 +33,7 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
     """Print nodes, their devices and their models."""
     console = console or standard_console()
     nodes: Sequence[Mapping[str, Any]] = report.get("nodes", ())
-    table = _table("Node", "State", "Endpoint", ">Asked", "Version")
+    table = _table("Node", "State", "Endpoint", ">In flight", "Version")
     for node in nodes:
         state = (node.get("state") or "up") if node.get("up") else "down"
         in_flight = str(node.get("in_flight", ""))

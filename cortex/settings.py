@@ -24,6 +24,8 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
 """Size limit of a settings file, twice that of a catalogue of 50,000 models."""
+RENAMED_KEYS = {"strikes": "failure_threshold", "leftover_wait_s": "spare_capacity_wait_s"}
+"""Keys of earlier versions, and their names now."""
 
 
 class ConfigError(Exception):
@@ -125,10 +127,14 @@ def convert(document: Mapping[str, object], kind: type[S], source: str) -> S:
         reason, _, where = str(error).partition(" - at `")
         key = where.rstrip("`").removeprefix("key` in `").removeprefix("$").removeprefix(".")
         if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
-            key, reason = f"{key}.{unknown[1]}".lstrip("."), "unknown key"
+            key, reason = f"{key}.{unknown[1]}".lstrip("."), _unknown(unknown[1])
         elif missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
             key, reason = f"{key}.{missing[1]}".lstrip("."), "is missing"
         raise ConfigError(source, key, reason) from None
+
+
+def _unknown(key: str) -> str:
+    return f"is called {RENAMED_KEYS[key]} now" if key in RENAMED_KEYS else "unknown key"
 
 
 def read_secret(path: str, source: str, key: str) -> bytes:
@@ -214,7 +220,7 @@ def _typed(kind: Any, variable: str, keys: list[str], text: str) -> object:
     for key in keys:
         fields = {f.name: f.type for f in msgspec.structs.fields(kind)} if _is_struct(kind) else {}
         if key not in fields:
-            raise ConfigError(variable, ".".join(keys), "unknown key")
+            raise ConfigError(variable, ".".join(keys), _unknown(key))
         kind = fields[key]
     is_json = text[:1] in {"[", "{"}
     try:

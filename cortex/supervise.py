@@ -81,7 +81,7 @@ class Supervisor:
                         recovery.cancel()
                 if loop.time() - begun >= self._healthy_after_s:
                     pause_s = self._first_pause_s
-                self._note(name, failed, pause_s if is_restarted else None)
+                self._record(name, failed, pause_s if is_restarted else None)
                 if not is_restarted:
                     await loop.create_future()  # it stays degraded until its owner ends it
                 await asyncio.sleep(pause_s)
@@ -89,7 +89,7 @@ class Supervisor:
         finally:
             self._failing.pop(name, None)
 
-    def _note(self, name: str, error: Exception, pause_s: float | None) -> None:
+    def _record(self, name: str, error: Exception, pause_s: float | None) -> None:
         self._failing[name] = self._failing.get(name, 0) + 1
         then = "and stays ended" if pause_s is None else f"and is started again in {pause_s:g} s"
         with suppress(Exception):  # the task is started again in any case

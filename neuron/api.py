@@ -28,6 +28,7 @@ from cortex.dialects import (
     openai_embeddings,
     openai_responses,
 )
+from cortex.dialects.omitted_parts import readable
 from cortex.dialects.openai_chat_reply import ChatReply
 from cortex.dialects.parameters import add_header
 from cortex.dialects.passthrough import (
@@ -43,7 +44,6 @@ from cortex.dialects.passthrough import (
     ResponseContext,
     envelope_for,
 )
-from cortex.dialects.unseen_parts import readable
 from cortex.event_stream import stream
 from cortex.http_io import (
     AsgiExchange,
@@ -327,8 +327,8 @@ class Api:
 
         async def sse_events() -> AsyncGenerator[bytes, None]:
             async for events in self._events(exchange, requests, record):
-                if made := projector.sse_events(events):
-                    yield made
+                if encoded := projector.sse_events(events):
+                    yield encoded
 
         await stream(
             exchange,

@@ -16,8 +16,8 @@ from cortex.dialects import anthropic_blocks as blocks
 from cortex.dialects import openai_fields as fields
 from cortex.dialects.anthropic_client_tools import client_tool
 from cortex.dialects.generation import GenerationBody
+from cortex.dialects.omitted_parts import readable
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
-from cortex.dialects.unseen_parts import readable
 from cortex.wire.errors import InvalidRequestError, ThreadUnsupportedError
 from cortex.wire.request import (
     InferenceRequest,

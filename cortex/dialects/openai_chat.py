@@ -12,9 +12,9 @@ import msgspec
 from cortex.dialects import openai_fields as fields
 from cortex.dialects.answered_calls import OpenCalls
 from cortex.dialects.generation import GenerationBody, ResponseFormat, output_format_of
+from cortex.dialects.omitted_parts import readable
 from cortex.dialects.openai_chat_tools import ChoiceBody, ToolBody, chosen, offered
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
-from cortex.dialects.unseen_parts import readable
 from cortex.wire.errors import InvalidRequestError, MissingParameterError, ToolCallNotFoundError
 from cortex.wire.request import (
     InferenceRequest,

@@ -167,7 +167,7 @@ class Completion:
             return None
         scores = self._scores[choice]
         before = scores.num_numbers
-        made = scores.add_prompt(event) if isinstance(event, PromptEcho) else scores.add(event.logprobs)
+        logprobs = scores.add_prompt(event) if isinstance(event, PromptEcho) else scores.add(event.logprobs)
         self._num_numbers += scores.num_numbers - before
         if self._num_numbers > MAX_NUMBERS:
             raise InvalidRequestError(
@@ -175,7 +175,7 @@ class Completion:
                 "probabilities. Ask for fewer alternatives, or for fewer prompts in a call.",
                 param="logprobs",
             )
-        return made
+        return logprobs
 
     def _text_chunk(self, choice: int, text: str, logprobs: dict[str, Any] | None) -> bytes:
         self._texts[choice].append(text)

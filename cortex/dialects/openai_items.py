@@ -92,7 +92,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
     calls = OpenCalls()
     thoughts: list[str] = []  # of the assistant's next message
     answer: Message | None = None  # the assistant's, while calls may be added
-    made: list[ToolCall] = []  # its calls
+    tool_calls: list[ToolCall] = []  # its calls
     traces: dict[str, ToolCall] = {}  # calls of tools that the request does not have, without an output
     for index, raw in enumerate(items):
         where = f"input[{index}]"
@@ -104,7 +104,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                 call = _call(item, tools, where)
                 calls.add(call.id)
                 if answer is not None and not thoughts:
-                    made.append(call)
+                    tool_calls.append(call)
                     continue
                 message = Message(Role.ASSISTANT, "", (call,))
             case "function_call_output" | "custom_tool_call_output":
@@ -115,7 +115,7 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                     raise _unanswerable(item.type, call_id, calls.has_call(call_id))
                 if (trace := traces.pop(call_id, None)) is not None:
                     answer = answer or Message(Role.ASSISTANT, "")
-                    made.append(trace)
+                    tool_calls.append(trace)
                 message = Message(Role.TOOL, _content(item.output, f"{where}.output"), tool_call_id=call_id)
             case "reasoning":
                 if thought := _thought(item):
@@ -133,16 +133,16 @@ def messages_of(items: Sequence[msgspec.Raw], tools: OfferedTools) -> Iterator[M
                     traces[item.call_id] = ToolCall(item.call_id, item.type.removesuffix("_call"), "{}")
                 continue
         if answer is not None:
-            yield msgspec.structs.replace(answer, tool_calls=tuple(made))
-        answer, made = None, []
+            yield msgspec.structs.replace(answer, tool_calls=tuple(tool_calls))
+        answer, tool_calls = None, []
         if message.role is Role.ASSISTANT:
-            made = [*message.tool_calls]
+            tool_calls = [*message.tool_calls]
             answer = msgspec.structs.replace(message, reasoning="".join(thoughts) or None)
             thoughts = []
         else:
             yield message
     if answer is not None:
-        yield msgspec.structs.replace(answer, tool_calls=tuple(made))
+        yield msgspec.structs.replace(answer, tool_calls=tuple(tool_calls))
 
 
 def _item(raw: msgspec.Raw, where: str) -> Item:

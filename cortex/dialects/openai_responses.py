@@ -16,11 +16,11 @@ import msgspec
 from cortex.dialects import openai_fields as fields
 from cortex.dialects import openai_tools
 from cortex.dialects.generation import GenerationBody
+from cortex.dialects.omitted_parts import readable
 from cortex.dialects.openai_items import Item, messages_of
 from cortex.dialects.openai_tools import OfferedTools
 from cortex.dialects.parameters import OPEN_SERVERS, OPEN_SERVERS_WITHOUT_EFFECT, Parameters
 from cortex.dialects.passthrough import ResponseContext
-from cortex.dialects.unseen_parts import readable
 from cortex.wire.errors import ChainedConversationError, InvalidRequestError
 from cortex.wire.request import (
     InferenceRequest,

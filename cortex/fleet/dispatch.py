@@ -85,7 +85,7 @@ class Dispatcher:
         self._catalogue = catalogue
         self._slack = config.gateway.affinity_slack
         self._first_look_s = config.gateway.polling.timeout_s + 1
-        self._leftover_wait_s = config.access.leftover_wait_s
+        self._spare_capacity_wait_s = config.access.spare_capacity_wait_s
         self._names_there = {node.name: node.models for node in config.neurons if node.type is NodeType.OPENAI}
         self.breakers.settings = config.gateway.breaker
         self.breakers.keep(frozenset(node.name for node in config.neurons))
@@ -140,7 +140,7 @@ class Dispatcher:
         if self.deaths.is_deadly(request.body, time.monotonic()):
             raise DeadlyRequestError(DEADLY)
         if request.priority < 0:
-            await self._spare_capacity.wait(model, request.priority, self._leftover_wait_s)
+            await self._spare_capacity.wait(model, request.priority, self._spare_capacity_wait_s)
         begun = request.take_begun()
         prefix: PrefixHashes | None = None
         last: ApiError | None = None

@@ -1,7 +1,7 @@
 """The poller: keeps the state of each node current, in one task per node, so that a slow node delays no other.
 
 A poll requests ``/health``, ``/models`` and, for the free memory, ``/discovery`` together. A failed poll, for whatever
-reason, changes only the count of failed polls; at the failure threshold (``strikes``) the node is down. A node that is
+reason, changes only the count of failed polls; at ``failure_threshold`` the node is down. A node that is
 down is polled less and less often, up to a bound, and is up again with its first good answer.
 """
 
@@ -109,9 +109,9 @@ class Poller:
     def _fail(self, name: str, error: BaseException) -> None:
         known = self._fleet.state.nodes[name]
         failed_polls = known.failed_polls + 1
-        up = known.up and failed_polls < self._settings.strikes
+        up = known.up and failed_polls < self._settings.failure_threshold
         fault = str(error)[:MAX_TEXT] or type(error).__name__
-        if failed_polls == self._settings.strikes:  # once, of a node that has never been up too
+        if failed_polls == self._settings.failure_threshold:  # once, of a node that has never been up too
             log.warning("node=%s down failed_polls=%d fault=%r", name, failed_polls, fault)
         self._fleet.replace(replace(known, up=up, polled=True, failed_polls=failed_polls, fault=fault))
 
@@ -127,7 +127,7 @@ class Poller:
 
     def _pause_s(self, name: str) -> float:
         settings = self._settings
-        excess = self._fleet.state.nodes[name].failed_polls - settings.strikes
+        excess = self._fleet.state.nodes[name].failed_polls - settings.failure_threshold
         if excess <= 0:
             return settings.interval_s
         return max(settings.interval_s, min(settings.max_backoff_s, settings.interval_s * 2.0 ** min(excess, 16)))

@@ -46,9 +46,9 @@ async def test_a_compressed_body_is_read(encoding: str) -> None:
             headers = {"content-encoding": encoding}
             call = await gateway.call("POST", "/v1/chat/completions", ENCODED[encoding], headers).end()
             assert call.status == 200
-    for asked in neuron.asked:
-        assert asked.body == PLAIN
-        assert "content-encoding" not in asked.headers
+    for received in neuron.requests:
+        assert received.body == PLAIN
+        assert "content-encoding" not in received.headers
 
 
 @pytest.mark.parametrize(("path", "body"), BODIES)
@@ -67,7 +67,7 @@ async def test_any_other_encoding_is_refused_with_the_supported_ones(encoding: s
         call = await gateway.call("POST", "/v1/chat/completions", PLAIN, {"content-encoding": encoding}).end()
         assert (call.status, orjson.loads(call.body)["error"]["code"]) == (415, "unsupported_encoding")
         assert call.headers["accept-encoding"] == "gzip, deflate"
-        assert not neuron.asked
+        assert not neuron.requests
 
 
 @pytest.mark.parametrize("sent", [PLAIN, b"", gzip.compress(PLAIN)[:-9], gzip.compress(PLAIN) + b"more"])

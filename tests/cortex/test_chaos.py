@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 from answers import CHAT_STREAM, chat_chunk
-from fake_node import Asked, FakeNode, Line
+from fake_node import FakeNode, Line, Received
 from gateway_rig import Rig, rig
 
 from cortex.config import BreakerSettings
@@ -94,8 +94,8 @@ INTERFACES = pytest.mark.parametrize("interface", ["asgi", "rsgi"])
 @INTERFACES
 @pytest.mark.parametrize("first_seed", [0, 1000])
 async def test_the_result_is_that_of_a_reference_parser(first_seed: int, interface: str) -> None:
-    async def script(asked: Asked, line: Line) -> None:
-        story = Story.of(json.loads(asked.body)["seed"])
+    async def script(received: Received, line: Line) -> None:
+        story = Story.of(json.loads(received.body)["seed"])
         for piece, delay_s in zip(story.pieces, story.delays_s, strict=True):
             await asyncio.sleep(delay_s)  # not behind the last: a client may use again a connection that answered whole
             await line.send(piece)
@@ -139,8 +139,8 @@ async def test_the_result_is_that_of_a_reference_parser(first_seed: int, interfa
 
 @INTERFACES
 async def test_an_answer_arrives_whole_or_as_an_error(interface: str) -> None:
-    async def script(asked: Asked, line: Line) -> None:
-        story = WholeStory.of(json.loads(asked.body)["seed"])
+    async def script(received: Received, line: Line) -> None:
+        story = WholeStory.of(json.loads(received.body)["seed"])
         for piece, delay_s in zip(story.pieces, story.delays_s, strict=True):
             await asyncio.sleep(delay_s)  # not behind the last: a client may use again a connection that answered whole
             await line.send(piece)

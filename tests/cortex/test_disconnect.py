@@ -6,7 +6,7 @@ import time
 
 import pytest
 from answers import CHAT_ANSWER, CHAT_STREAM, chat_chunk
-from fake_node import Asked, FakeNode, Line, answer
+from fake_node import FakeNode, Line, Received, answer
 from gateway_rig import rig, until
 
 from cortex.config import ModelProfile
@@ -24,7 +24,7 @@ async def test_leaving_reaches_the_node(dialect: Dialect, stream: bool, when: st
         return
     sent = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         if when == "after the first byte":
             if stream:
                 await line.start_stream()
@@ -55,7 +55,7 @@ async def test_leaving_reaches_the_node(dialect: Dialect, stream: bool, when: st
 
 
 async def test_leaving_while_not_reading_reaches_the_node() -> None:
-    async def flood(asked: Asked, line: Line) -> None:
+    async def flood(received: Received, line: Line) -> None:
         await line.start_stream()
         while True:
             await line.chunk(chat_chunk({"content": "x" * 1000}))
@@ -97,14 +97,14 @@ async def test_leaving_a_cold_load_leaves_the_load_to_the_others() -> None:
         await calls[19].end()
         assert calls[19].status == 200
         assert len(neuron.loads) == 1
-        assert len(neuron.asked) == 1
+        assert len(neuron.requests) == 1
         assert gateway.in_flight == 0
 
 
 async def test_many_clients_that_leave_at_random_leave_nothing() -> None:
     random_numbers = random.Random(5)
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await asyncio.sleep(random_numbers.random() * 0.02)
         await line.start_stream()
         for _ in range(20):

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import uvloop
 from answers import CHAT_STREAM
-from fake_node import Asked, FakeNode, Line, answer
+from fake_node import FakeNode, Line, Received, answer
 from gateway_rig import until, write_config
 
 from cortex import ending
@@ -25,11 +25,11 @@ from cortex.wire.node import ModelSpec, ModelStatus
 BIN = pathlib.Path(sys.executable).parent
 
 
-async def slowly(asked: Asked, line: Line) -> None:
+async def slowly(received: Received, line: Line) -> None:
     """Answer after a few milliseconds, or SSE event by SSE event."""
-    if not json.loads(asked.body).get("stream"):
+    if not json.loads(received.body).get("stream"):
         await asyncio.sleep(0.005)
-        await answer(asked, line)
+        await answer(received, line)
         return
     await line.start_stream()
     for sse_event in CHAT_STREAM:
@@ -154,7 +154,7 @@ async def test_a_rolling_restart_loses_no_request(tmp_path: pathlib.Path, keeps_
             await asyncio.gather(*running)
     assert not [what for what in results if what.startswith("lost")], results
     assert results["answers"] > 100
-    assert len(neuron.asked) == results["answers"], "and none was asked twice"
+    assert len(neuron.requests) == results["answers"], "and none was asked twice"
 
 
 async def test_one_gateway_that_restarts_behind_a_socket_unit_keeps_its_clients_waiting(tmp_path: pathlib.Path) -> None:
@@ -187,7 +187,7 @@ async def test_one_gateway_that_restarts_behind_a_socket_unit_keeps_its_clients_
 async def test_an_answer_beyond_the_limit_ends_in_its_dialect_and_the_exit_is_in_time(
     tmp_path: pathlib.Path, waits_for: str, stream: bool
 ) -> None:
-    async def never(asked: Asked, line: Line) -> None:
+    async def never(received: Received, line: Line) -> None:
         await asyncio.sleep(60)
 
     async def load(spec: ModelSpec) -> ModelStatus:
@@ -216,7 +216,7 @@ async def test_an_answer_beyond_the_limit_ends_in_its_dialect_and_the_exit_is_in
                     await asyncio.sleep(0.02)
             body = {"model": "cold" if waits_for == "a load" else "m", "stream": stream}
             asking = asyncio.create_task(client.post("/v1/chat/completions", json=body))
-            await until(lambda: neuron.asked or neuron.loads)
+            await until(lambda: neuron.requests or neuron.loads)
             await asyncio.sleep(0.5)  # beyond the moment for which headers are held back
             process.send_signal(signal.SIGTERM)
             sent_at = asyncio.get_running_loop().time()

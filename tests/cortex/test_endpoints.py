@@ -9,7 +9,7 @@ import orjson
 import pytest
 from answers import CHAT_ANSWER, CHAT_STREAM, MESSAGES_STREAM, RESPONSES_STREAM
 from daemons import free_port
-from fake_node import Asked, FakeNode, Line, Script, answer, error
+from fake_node import FakeNode, Line, Received, Script, answer, error
 from gateway_rig import CHAT, STREAM, rig, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,9 +29,9 @@ async def test_a_body_goes_through_as_it_is_and_the_answer_too() -> None:
         call = await gateway.call("POST", "/v1/chat/completions", body, {"x-request-id": "abc-1"}).end()
     assert (call.status, call.body) == (200, CHAT_ANSWER)
     assert call.headers["x-request-id"] == "abc-1"
-    assert neuron.asked[0].body == body
-    assert neuron.asked[0].headers["x-request-id"] == "abc-1"
-    assert neuron.asked[0].headers["x-cortex-report-usage"] == "1"
+    assert neuron.requests[0].body == body
+    assert neuron.requests[0].headers["x-request-id"] == "abc-1"
+    assert neuron.requests[0].headers["x-cortex-report-usage"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ async def test_an_alias_is_spliced_and_nothing_else_changes() -> None:
     async with rig(neuron, models=(ModelProfile(id="m/long-name", source="/w"),), aliases={"al": "m/long-name"}) as r:
         call = r.call("POST", "/v1/chat/completions", b'{"a": {"model": "al"}, "model" :  "al" , "b":[1, 2]}')
         assert (await call.end()).status == 200
-        assert neuron.asked[0].body == b'{"a": {"model": "al"}, "model" :  "m/long-name" , "b":[1, 2]}'
+        assert neuron.requests[0].body == b'{"a": {"model": "al"}, "model" :  "m/long-name" , "b":[1, 2]}'
 
 
 @settings(max_examples=25, deadline=None)
@@ -60,7 +60,7 @@ def test_any_split_of_the_bytes_gives_the_same_stream(sizes: list[int], as_http_
     """Random splits, both of the SSE bytes into HTTP chunks and of the HTTP bytes into TCP segments."""
     payload = b"".join(CHAT_STREAM)
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         raw = b"%x\r\n%s\r\n0\r\n\r\n" % (len(payload), payload)
         at, piece_number = 0, 0
@@ -113,7 +113,7 @@ async def test_a_wrong_request_gets_the_reason(
         assert call.json()["error"]["code"] == code
         assert call.json()["error"]["param"] == param
         assert call.headers["x-request-id"].startswith("req_")
-        assert not neuron.asked
+        assert not neuron.requests
         text = gateway.gateway.metrics.registry
         labels = {label for family in text.collect() for sample in family.samples for label in sample.labels.values()}
         assert "nobody" not in labels
@@ -174,12 +174,12 @@ async def test_a_nodes_error_keeps_its_status_body_and_retry_after(stream: bool)
         neuron.script = error(503, "device_worker_lost", "retry-after: 7")
         call = await gateway.chat(stream=stream).end()
         assert (call.status, call.headers["retry-after"]) == (503, "7")
-        assert len(neuron.asked) == 2, "there is no other replica to try"
+        assert len(neuron.requests) == 2, "there is no other replica to try"
         assert gateway.in_flight == 0
 
 
 async def test_an_error_that_is_not_json_gets_an_envelope() -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.reply(502, b"<html>bad</html>", content_type="text/html")
 
     async with rig(FakeNode(script=script).ready("m")) as gateway:
@@ -193,7 +193,7 @@ async def test_an_error_that_is_not_json_gets_an_envelope() -> None:
 async def test_a_broken_stream_ends_in_an_error_of_its_dialect(how: str, path: str) -> None:
     begun = CHAT_STREAM[:2] if path == "/v1/chat/completions" else RESPONSES_STREAM[:2]
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         for sse_event in begun:
             await line.chunk(sse_event)
@@ -254,7 +254,7 @@ async def test_a_silence_in_the_middle_is_filled_and_never_within_an_sse_event(
     monkeypatch.setattr(event_stream, "HEARTBEAT_INTERVAL_S", 0.02)
     heartbeats_seen = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(sse_events[0] + sse_events[1][:9])
         await heartbeats_seen.wait()
@@ -271,7 +271,7 @@ async def test_a_silence_in_the_middle_is_filled_and_never_within_an_sse_event(
 
 
 async def test_a_stream_that_is_complete_may_lose_its_connection() -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         for sse_event in CHAT_STREAM:
             await line.chunk(sse_event)
@@ -284,7 +284,7 @@ async def test_a_stream_that_is_complete_may_lose_its_connection() -> None:
 async def test_a_nodes_own_error_sse_event_is_the_only_one() -> None:
     failure = b'data: {"error":{"message":"lost","type":"server_error","param":null,"code":"device_worker_lost"}}\n\n'
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(CHAT_STREAM[0] + failure)
         await line.end()
@@ -295,7 +295,7 @@ async def test_a_nodes_own_error_sse_event_is_the_only_one() -> None:
 
 @pytest.mark.parametrize("how", ["cut", "short", "silent"])
 async def test_a_broken_answer_is_an_error_and_never_half_a_body(how: str) -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         if how != "silent":
             await line.head(200, "content-type: application/json", f"content-length: {len(CHAT_ANSWER)}")
             await line.send(CHAT_ANSWER[:-5])
@@ -310,7 +310,7 @@ async def test_a_broken_answer_is_an_error_and_never_half_a_body(how: str) -> No
 
 
 async def test_a_streamed_request_that_is_not_streamed_back_is_an_error() -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.reply(200, CHAT_ANSWER)
 
     async with rig(FakeNode(script=script).ready("m")) as gateway:
@@ -324,7 +324,7 @@ async def test_a_streamed_request_that_is_not_streamed_back_is_an_error() -> Non
 @pytest.mark.parametrize("how", ["refused", "reset", "503", "429"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_another_replica_is_tried_before_the_first_byte(how: str, stream: bool) -> None:
-    async def reset(asked: Asked, line: Line) -> None:
+    async def reset(received: Received, line: Line) -> None:
         line.reset()
 
     first, second = FakeNode("a").ready("m"), FakeNode("b").ready("m")
@@ -339,7 +339,7 @@ async def test_another_replica_is_tried_before_the_first_byte(how: str, stream: 
         call = await gateway.chat(stream=stream).end()
         assert call.status == 200
         assert call.body == (b"".join(CHAT_STREAM) if stream else CHAT_ANSWER)
-        assert (len(first.asked), len(second.asked)) == (0 if how == "refused" else 1, 1)
+        assert (len(first.requests), len(second.requests)) == (0 if how == "refused" else 1, 1)
         reason = {"refused": "upstream_unreachable", "reset": "upstream_reset"}.get(how, "x")
         assert gateway.metric("cortex_upstream_retries_total", node="a", reason=reason) == 1
         assert gateway.metric("cortex_requests_total", model="m", node="b", dialect="openai-chat", status="200") == 1
@@ -347,7 +347,7 @@ async def test_another_replica_is_tried_before_the_first_byte(how: str, stream: 
 
 
 async def test_nothing_is_sent_twice_once_an_answer_has_begun() -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(CHAT_STREAM[0])
         await asyncio.sleep(0.05)
@@ -357,32 +357,32 @@ async def test_nothing_is_sent_twice_once_an_answer_has_begun() -> None:
     async with rig(first, second) as gateway:
         call = await gateway.chat(stream=True).end()
         assert b'"code":"upstream_error"' in call.body
-        assert len(first.asked) + len(second.asked) == 1
+        assert len(first.requests) + len(second.requests) == 1
 
 
 async def test_silence_is_not_sent_again() -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await asyncio.sleep(60)
 
     first, second = FakeNode("a", script=script).ready("m"), FakeNode("b").ready("m")
     async with rig(first, second, timeouts=Timeouts(first_byte_s=0.2)) as gateway:
         call = await gateway.chat(stream=True).end()
         assert call.status == 504
-        assert not second.asked
+        assert not second.requests
 
 
 async def test_a_burst_spreads_over_the_replicas() -> None:
     go = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await go.wait()
-        await answer(asked, line)
+        await answer(received, line)
 
     neurons = [FakeNode(name, script=script).ready("m") for name in "abcd"]
     async with rig(*neurons) as gateway:
         calls = [gateway.chat() for _ in range(40)]
-        await until(lambda: sum(len(neuron.asked) for neuron in neurons) == 40)
-        assert [len(neuron.asked) for neuron in neurons] == [10, 10, 10, 10]
+        await until(lambda: sum(len(neuron.requests) for neuron in neurons) == 40)
+        assert [len(neuron.requests) for neuron in neurons] == [10, 10, 10, 10]
         assert gateway.metric("cortex_in_flight_requests", node="a") == 10
         go.set()
         assert {(await call.end()).status for call in calls} == {200}
@@ -394,8 +394,8 @@ async def test_a_node_that_lost_the_model_gets_it_again() -> None:
     neuron = FakeNode().ready("m")
     scripts = [error(404, "model_not_found"), answer]
 
-    async def script(asked: Asked, line: Line) -> None:
-        await scripts.pop(0)(asked, line)
+    async def script(received: Received, line: Line) -> None:
+        await scripts.pop(0)(received, line)
 
     neuron.script = script
     async with rig(neuron, models=(PROFILE,)) as gateway:
@@ -475,7 +475,7 @@ async def test_a_recovering_model_is_503_where_no_other_node_has_free_memory() -
 
 @pytest.mark.parametrize("dies", ["before", "with the request"])
 async def test_a_model_whose_only_replica_is_dead_is_loaded_elsewhere_at_once(dies: str) -> None:
-    async def reset(asked: Asked, line: Line) -> None:
+    async def reset(received: Received, line: Line) -> None:
         line.reset()
 
     first, second = FakeNode("a", script=reset).ready("m"), FakeNode("b")
@@ -485,11 +485,11 @@ async def test_a_model_whose_only_replica_is_dead_is_loaded_elsewhere_at_once(di
             gateway.gateway.service.pools["a"]._port = free_port()  # where nothing listens
         call = await gateway.chat().end()
         assert (call.status, [load.id for load in second.loads]) == (200, ["m"])
-        assert len(second.asked) == 1
+        assert len(second.requests) == 1
 
 
 async def test_a_model_that_no_other_node_can_load_is_503_and_not_denied_for_good() -> None:
-    async def reset(asked: Asked, line: Line) -> None:
+    async def reset(received: Received, line: Line) -> None:
         line.reset()
 
     async def refuse(spec: ModelSpec) -> Script:

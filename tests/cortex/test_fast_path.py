@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from answers import CHAT_ANSWER
 from asgi_call import Call
-from fake_node import Asked, FakeNode, Line, answer, error
+from fake_node import FakeNode, Line, Received, answer, error
 from gateway_rig import CHAT, Rig, rig, until
 from key_rig import KEY, ring
 
@@ -46,21 +46,21 @@ async def warm(gateway: Rig, **fields: Any) -> None:
 async def observed(gateway: Rig, neuron: FakeNode, caplog: pytest.LogCaptureFixture, **request: Any) -> dict[str, Any]:
     """Send a request twice; return the response, log line and counters of the second."""
     await warm(gateway)
-    neuron.asked.clear()
+    neuron.requests.clear()
     caplog.clear()
     call = await gateway.call("POST", "/v1/chat/completions", **request).end()
     await until(lambda: gateway.metric("cortex_requests_total", **LABELS) >= 2)
     (record,) = (record for record in caplog.records if record.name == "cortex.request" and record.fields["id"] == "r2")
     fields = {name: value for name, value in record.fields.items() if name != "total_s"}
     assert record.fields["total_s"] > 0
-    (asked,) = neuron.asked
+    (received,) = neuron.requests
     counted = {name: gateway.metric(name, **LABELS) for name in COUNTERS}
     counted["durations"] = gateway.metric(
         "cortex_request_duration_seconds_count", **{k: v for k, v in LABELS.items() if k != "status"}
     )
-    asked_headers = {name: value for name, value in asked.headers.items() if name != "host"}
-    return {"status": call.status, "headers": call.headers, "body": call.body, "asked": asked_headers,
-            "asked_body": asked.body, "log": fields, "counted": counted}  # fmt: skip
+    received_headers = {name: value for name, value in received.headers.items() if name != "host"}
+    return {"status": call.status, "headers": call.headers, "body": call.body, "received": received_headers,
+            "received_body": received.body, "log": fields, "counted": counted}  # fmt: skip
 
 
 LABELS = {"model": "m", "node": "a", "dialect": "openai-chat", "status": "200"}
@@ -117,9 +117,9 @@ async def test_which_requests_it_is_for(
 async def test_a_busy_fleet_goes_the_slow_path(monkeypatch: pytest.MonkeyPatch, interface: str) -> None:
     """Several nodes have to be compared, or no node has an idle connection."""
 
-    async def slow(asked: Asked, line: Line) -> None:
+    async def slow(received: Received, line: Line) -> None:
         await asyncio.sleep(0.05)
-        await answer(asked, line)
+        await answer(received, line)
 
     neurons = FakeNode("a", script=slow).ready("m"), FakeNode("b").ready("n"), FakeNode("c").ready("n")
     async with rig(*neurons, interface=interface) as gateway:
@@ -147,14 +147,14 @@ async def end_of(script: Any, interface: str, **settings: Any) -> tuple[Call, Ri
         return call, gateway, neuron
 
 
-async def cut_in_the_middle(asked: Asked, line: Line) -> None:
+async def cut_in_the_middle(received: Received, line: Line) -> None:
     await line.head(200, "content-type: application/json", f"content-length: {len(CHAT_ANSWER)}")
     await line.send(CHAT_ANSWER[:20])
     await asyncio.sleep(0.01)
     line.cut()
 
 
-async def silence(asked: Asked, line: Line) -> None:
+async def silence(received: Received, line: Line) -> None:
     await asyncio.sleep(5)
 
 
@@ -163,34 +163,34 @@ async def unanswered(gateway: Rig, neuron: FakeNode) -> Call:
     await warm(gateway)
     neuron.script = silence
     call = gateway.chat()
-    await until(lambda: len(neuron.asked) == 2)
+    await until(lambda: len(neuron.requests) == 2)
     return call
 
 
-async def reset(asked: Asked, line: Line) -> None:
+async def reset(received: Received, line: Line) -> None:
     line.reset()
 
 
-async def nonsense(asked: Asked, line: Line) -> None:
+async def nonsense(received: Received, line: Line) -> None:
     await line.send(b"this is no HTTP\r\n\r\n")
 
 
-async def in_pieces(asked: Asked, line: Line) -> None:
+async def in_pieces(received: Received, line: Line) -> None:
     await line.start_stream()
     for at in range(0, len(LARGE), 10_000):
         await line.chunk(LARGE[at : at + 10_000])
     await line.end()
 
 
-async def large(asked: Asked, line: Line) -> None:
+async def large(received: Received, line: Line) -> None:
     await line.reply(200, LARGE)
 
 
-async def of_another_type(asked: Asked, line: Line) -> None:
+async def of_another_type(received: Received, line: Line) -> None:
     await line.reply(200, CHAT_ANSWER, content_type="application/json; charset=utf-8")
 
 
-async def byte_by_byte(asked: Asked, line: Line) -> None:
+async def byte_by_byte(received: Received, line: Line) -> None:
     head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(CHAT_ANSWER)}\r\n\r\n"
     for byte in head.encode() + CHAT_ANSWER:
         await line.send(bytes([byte]))
@@ -229,7 +229,7 @@ async def test_requests_that_leave_it_end_as_on_the_slow_path(script: Any) -> No
         }
         failures = {key: state.failures for key, state in gateway.gateway.service.dispatcher.breakers._states.items()}
         body = call.body.replace(str(neuron.port).encode(), b"PORT")
-        seen.append((call.status, call.headers, body, len(neuron.asked), samples, failures))
+        seen.append((call.status, call.headers, body, len(neuron.requests), samples, failures))
     assert seen[0] == seen[1] == seen[2]
 
 
@@ -239,7 +239,7 @@ async def test_a_connection_that_has_gone_stale_is_replaced_in_silence(
 ) -> None:
     neuron = FakeNode("a").ready("m")
 
-    async def drop(asked: Asked, line: Line) -> None:
+    async def drop(received: Received, line: Line) -> None:
         neuron.script = answer
         line.reset()
 
@@ -248,7 +248,7 @@ async def test_a_connection_that_has_gone_stale_is_replaced_in_silence(
         neuron.script = drop
         slow = SlowPath(gateway, monkeypatch)
         assert (await gateway.chat().end()).status == 200
-        assert (slow.count, len(neuron.asked)) == (1, 3)
+        assert (slow.count, len(neuron.requests)) == (1, 3)
         assert gateway.metric("cortex_upstream_retries_total", node="a", reason="upstream_connection_lost") == 0
         assert gateway.in_flight == 0
 
@@ -324,4 +324,4 @@ async def test_bad_bodies_are_refused_as_ever(interface: str) -> None:
         for body, status in ((b"{", 400), (b'{"model":1}', 400), (b"{}", 400), (b'{"model":"none"}', 404)):
             assert (await gateway.call("POST", "/v1/chat/completions", body).end()).status == status
         assert (await gateway.chat(user="x" * 1000).end()).status == 413
-        assert len(neuron.asked) == 1
+        assert len(neuron.requests) == 1

@@ -23,7 +23,7 @@ import websockets
 from answers import CHAT_STREAM, chat_chunk
 from asgi_call import Call
 from daemons import free_port
-from fake_node import Asked, FakeNode, Line
+from fake_node import FakeNode, Line, Received
 from gateway_rig import until, write_config
 
 from cortex.asgi import Application
@@ -310,7 +310,7 @@ STREAM = {**CHAT, "stream": True}
 
 
 async def test_over_http_2_a_client_that_leaves_is_seen(tmp_path: pathlib.Path) -> None:
-    async def endless(asked: Asked, line: Line) -> None:
+    async def endless(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(CHAT_STREAM[1])
         await asyncio.sleep(60)
@@ -331,7 +331,7 @@ async def test_over_http_2_a_client_that_leaves_is_seen(tmp_path: pathlib.Path) 
 async def test_over_http_2_readers_that_stall_cost_a_bounded_amount(tmp_path: pathlib.Path) -> None:
     num_stalled = 8
 
-    async def flood(asked: Asked, line: Line) -> None:
+    async def flood(received: Received, line: Line) -> None:
         await line.start_stream()
         while True:
             await line.chunk(chat_chunk({"content": "x" * 4000}))
@@ -360,7 +360,7 @@ async def test_over_http_2_readers_that_stall_cost_a_bounded_amount(tmp_path: pa
 async def test_over_http_2_a_reader_that_reads_gets_a_long_stream_whole(tmp_path: pathlib.Path) -> None:
     num_chunks = 2000
 
-    async def long(asked: Asked, line: Line) -> None:
+    async def long(received: Received, line: Line) -> None:
         await line.start_stream()
         for _ in range(num_chunks):
             await line.chunk(chat_chunk({"content": "x" * 4000}))

@@ -89,10 +89,10 @@ async def test_a_page_of_another_site_does_not_reach_a_model(how: str, body: dic
     async with rig(neuron) as gateway:
         for _ in range(2):
             assert (await gateway.chat().end()).status == 200, "and the fast path is warm"
-        num_asked = len(neuron.asked)
+        num_asked = len(neuron.requests)
         call = await gateway.call("POST", "/v1/chat/completions", body, headers).end()
         assert (call.status, call.json()["error"]["code"]) == (status, code)
-        assert len(neuron.asked) == num_asked
+        assert len(neuron.requests) == num_asked
         assert not any(name.startswith("access-control-allow") for name in call.headers)
 
 

@@ -20,7 +20,7 @@ from prometheus_client import generate_latest
 from cortex.config import BreakerSettings, Polling, Timeouts
 
 TIMEOUTS = Timeouts(connect_s=1, first_byte_s=0.4, answer_s=0.6, stall_s=0.3)
-POLLING = Polling(interval_s=0.02, timeout_s=0.5, max_backoff_s=0.05, strikes=2)
+POLLING = Polling(interval_s=0.02, timeout_s=0.5, max_backoff_s=0.05, failure_threshold=2)
 LIMIT_S = 10.0
 MAX_GROWTH_BYTES = 160 * 1024 * 1024
 """An answer that is not streamed may have 64 MiB; it lies here twice for a moment."""
@@ -296,9 +296,9 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
 def control(path: str, body: bytes, status: int = 200) -> Callable[[Any, Any], Any]:
     """Return a control plane that is right but for one path."""
 
-    async def script(asked: Any, line: Any) -> None:
-        sent = body if asked.path == path else orjson.dumps(GOOD[asked.path])
-        await line.reply(status if asked.path == path else 200, sent)
+    async def script(received: Any, line: Any) -> None:
+        sent = body if received.path == path else orjson.dumps(GOOD[received.path])
+        await line.reply(status if received.path == path else 200, sent)
 
     return script
 

@@ -7,7 +7,7 @@ import logging
 import orjson
 import pytest
 from answers import MESSAGES_ANSWER, MESSAGES_STREAM
-from fake_node import Asked, FakeNode, Line, error
+from fake_node import FakeNode, Line, Received, error
 from gateway_rig import rig
 
 from cortex import event_stream
@@ -33,8 +33,8 @@ async def test_bodies_and_answers_go_through_as_they_are(caplog: pytest.LogCaptu
     assert whole.body == MESSAGES_ANSWER
     assert streamed.body == b"".join(MESSAGES_STREAM)
     assert (count.headers["content-type"], count.body) == ("application/json", b'{"input_tokens":7}')
-    assert [asked.path for asked in neuron.asked] == [MESSAGES, MESSAGES, COUNT]
-    assert neuron.asked[0].body == orjson.dumps(BODY)
+    assert [received.path for received in neuron.requests] == [MESSAGES, MESSAGES, COUNT]
+    assert neuron.requests[0].body == orjson.dumps(BODY)
     assert [record.fields["finish"] for record in caplog.records] == ["end_turn", "end_turn", ""]  # type: ignore[attr-defined]
 
 
@@ -48,7 +48,7 @@ async def test_names_that_nothing_else_answers_to_go_by_the_longest_prefix() -> 
         assert (await gateway.call("GET", "/v1/models/claude-haiku-x").end()).json()["alias_of"] == "n"
         listed = (await gateway.call("GET", "/v1/models").end()).json()["data"]
         theirs = await gateway.call("GET", "/v1/models", headers={"anthropic-version": "2023-06-01"}).end()
-    assert [orjson.loads(asked.body)["model"] for asked in neuron.asked] == ["m", "n", "n", "claude-local"]
+    assert [orjson.loads(received.body)["model"] for received in neuron.requests] == ["m", "n", "n", "claude-local"]
     assert [model["id"] for model in listed] == ["claude-local", "m", "n", "claude-opus"]
     assert [model["id"] for model in theirs.json()["data"]] == [model["id"] for model in listed]
     assert theirs.json()["last_id"] == "claude-opus"
@@ -96,7 +96,7 @@ async def test_a_node_without_the_dialect_is_not_tried() -> None:
     async with rig(old, new) as gateway:
         for _ in range(4):
             assert (await gateway.call("POST", MESSAGES, BODY).end()).status == 200
-    assert old.asked == []
+    assert old.requests == []
     async with rig(FakeNode(dialects=("openai-completions",)).ready("m")) as gateway:
         assert (await gateway.call("POST", MESSAGES, BODY).end()).status == 529
 
@@ -105,7 +105,7 @@ async def test_a_node_without_the_dialect_is_not_tried() -> None:
 async def test_a_nodes_overload_goes_to_another_replica(stream: bool) -> None:
     failure = b'{"type":"error","error":{"type":"overloaded_error","message":"full","details":{"error_code":"x"}}}'
 
-    async def full(asked: Asked, line: Line) -> None:
+    async def full(received: Received, line: Line) -> None:
         await line.reply(529, failure, "retry-after: 3")
 
     first, second = FakeNode("a", script=full).ready("m"), FakeNode("b").ready("m")
@@ -117,7 +117,7 @@ async def test_a_nodes_overload_goes_to_another_replica(stream: bool) -> None:
 
 
 async def test_a_node_that_lost_the_model_is_believed_in_this_dialect_too() -> None:
-    async def gone(asked: Asked, line: Line) -> None:
+    async def gone(received: Received, line: Line) -> None:
         neuron.script = FakeNode().script
         details = {"type": "not_found_error", "message": "no", "details": {"error_code": "model_not_found"}}
         await line.reply(404, orjson.dumps({"type": "error", "error": details}))
@@ -130,7 +130,7 @@ async def test_a_node_that_lost_the_model_is_believed_in_this_dialect_too() -> N
 
 @pytest.mark.parametrize("how", ["cut", "end early", "stall"])
 async def test_a_broken_stream_ends_in_an_error_event(how: str) -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(b"".join(MESSAGES_STREAM[:3]) + b'event: content_block_delta\ndata: {"half')
         match how:
@@ -155,7 +155,7 @@ async def test_a_broken_stream_ends_in_an_error_event(how: str) -> None:
 async def test_a_nodes_error_event_is_the_only_one() -> None:
     failure = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"lost"}}\n\n'
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(MESSAGES_STREAM[0] + failure)
         await line.end()
@@ -190,9 +190,9 @@ async def test_an_error_after_the_first_ping_has_the_nodes_words(monkeypatch: py
     monkeypatch.setattr(event_stream, "HOLD_HEADERS_S", 0.0)
     refuse = error(400, "context_length_exceeded")
 
-    async def late(asked: Asked, line: Line) -> None:
+    async def late(received: Received, line: Line) -> None:
         await asyncio.sleep(0.05)
-        await refuse(asked, line)
+        await refuse(received, line)
 
     async with rig(FakeNode(script=late).ready("m")) as gateway:
         call = await gateway.call("POST", MESSAGES, STREAM).end()

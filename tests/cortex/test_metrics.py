@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from answers import CHAT_STREAM
 from daemons import free_port
-from fake_node import Asked, FakeNode, Line, error
+from fake_node import FakeNode, Line, Received, error
 from gateway_rig import rig, until
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -43,7 +43,7 @@ async def test_tokens_are_counted_whatever_the_dialect(stream: bool, path: str) 
 async def test_first_token_is_not_first_byte_and_duration_is_to_the_end() -> None:
     pauses = [0.15, 0.2, 0.1]  # until the head, from heartbeat and role to the first token, from there to the end
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await asyncio.sleep(pauses[0])
         await line.start_stream()
         await line.chunk(b": keep-alive\n\n" + CHAT_STREAM[0])
@@ -154,7 +154,7 @@ async def test_one_line_for_each_finished_request(caplog: pytest.LogCaptureFixtu
             await gateway.chat(messages=messages).end()
             neuron.script = error(400, "context_length_exceeded")
             await gateway.chat(stream=True, messages=messages).end()
-            neuron.script = lambda asked, line: asyncio.sleep(60)
+            neuron.script = lambda received, line: asyncio.sleep(60)
             call = gateway.chat(stream=True)
             await until(lambda: gateway.in_flight)
             call.leave()

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 from answers import CHAT_STREAM
-from fake_node import Asked, FakeNode, Line
+from fake_node import FakeNode, Line, Received
 from gateway_rig import CHAT, rig
 from key_rig import KEY, ring
 
@@ -48,7 +48,7 @@ async def test_an_answer_lists_ignored_parameters(
 async def test_a_stream_lists_them_before_the_nodes_first_byte(path: str, body: dict[str, Any]) -> None:
     neuron = node()
 
-    async def late(asked: Asked, line: Line) -> None:
+    async def late(received: Received, line: Line) -> None:
         await line.start_stream()
         for sse_event in CHAT_STREAM:
             await line.chunk(sse_event)
@@ -64,7 +64,7 @@ async def test_a_stream_lists_them_before_the_nodes_first_byte(path: str, body: 
 async def test_a_nodes_ignored_parameters_are_forwarded_and_sanitized() -> None:
     neuron = node()
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.reply(200, b'{"choices":[]}', "x-cortex-ignored: y, tools[0].type=web_search, \"<b>\"",
                          "x-cortex-omitted-parts: 3")  # fmt: skip
 
@@ -84,12 +84,12 @@ async def test_a_strict_key_is_refused_unknown_parameters(path: str, body: dict[
     async with rig(neuron, keys=keys) as gateway:
         for _ in range(2):
             assert (await gateway.call("POST", path, body, BEARER).end()).status == 200
-            neuron.asked.clear()
+            neuron.requests.clear()
             call = await gateway.call("POST", path, {**body, "strem": True}, BEARER).end()
             assert call.status == 400
             assert b"unknown_parameter" in call.body
             assert b"Did you mean 'stream'?" in call.body or "embeddings" in path
-            assert not neuron.asked
+            assert not neuron.requests
 
 
 @pytest.mark.parametrize(("default", "own", "status"), [(True, None, 400), (True, False, 200), (False, None, 200)])
@@ -110,7 +110,7 @@ async def test_a_body_over_the_limits_is_refused_before_any_node_is_tried() -> N
             assert call.status == 400
             assert orjson.loads(call.body)["error"]["code"] == "too_many_items"
             assert orjson.loads(call.body)["error"]["param"] == "messages"
-        assert not neuron.asked
+        assert not neuron.requests
 
 
 @pytest.mark.parametrize(
@@ -137,4 +137,4 @@ async def test_a_body_too_deep_to_re_encode_is_refused_before_any_node_is_tried(
                 error = orjson.loads(call.body)["error"]
                 assert call.status == 400
                 assert error["message"].startswith("Too deeply nested")
-        assert not neuron.asked
+        assert not neuron.requests

@@ -90,9 +90,9 @@ async def test_running_requests_outlive_their_node(tmp_path: pathlib.Path) -> No
     neuron, go = FakeNode("a").ready("m"), asyncio.Event()
     answer = neuron.script
 
-    async def script(asked: Any, line: Any) -> None:
+    async def script(received: Any, line: Any) -> None:
         await go.wait()
-        await answer(asked, line)
+        await answer(received, line)
 
     neuron.script = script
     other = FakeNode("b").ready("n")
@@ -100,7 +100,7 @@ async def test_running_requests_outlive_their_node(tmp_path: pathlib.Path) -> No
         path = write_config(tmp_path, neuron, gateway=QUICK)
         async with Running(path) as running:
             call = Call(running.app, "POST", "/v1/chat/completions", {"model": "m", "messages": []})
-            await until(lambda: neuron.asked)
+            await until(lambda: neuron.requests)
             write_config(tmp_path, other, gateway=QUICK)
             await running.until_named("n")
             go.set()
@@ -151,7 +151,7 @@ async def test_a_model_that_is_removed_from_the_catalogue_is_not_offered_even_if
             await running.until_named("one", "two", "of-the-node")
             asked = {"model": "two", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
             assert (await Call(running.app, "POST", "/v1/chat/completions", asked).end()).status == 200
-            num_asked = len(neuron.asked)
+            num_asked = len(neuron.requests)
             (tmp_path / "models.toml").write_text(model("one"))
             await running.until_named("one", "of-the-node")
             for dialect in ("/v1/chat/completions", "/v1/messages", "/v1/completions"):
@@ -160,7 +160,7 @@ async def test_a_model_that_is_removed_from_the_catalogue_is_not_offered_even_if
                     refused = await Call(running.app, "POST", dialect, body).end()
                     assert refused.status == 404, (dialect, stream)
             assert (await Call(running.app, "GET", "/v1/models/two").end()).status == 404
-            assert len(neuron.asked) == num_asked
+            assert len(neuron.requests) == num_asked
             (tmp_path / "models.toml").write_text(model("one") + model("two"))
             await running.until_named("one", "two", "of-the-node")
             assert (await Call(running.app, "POST", "/v1/chat/completions", asked).end()).status == 200

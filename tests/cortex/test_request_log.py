@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from answers import CHAT_STREAM, MESSAGES_STREAM, RESPONSE, RESPONSES_STREAM, event, message_event
-from fake_node import Asked, FakeNode, Line
+from fake_node import FakeNode, Line, Received
 from gateway_rig import rig, until
 
 from cortex import logs, request_log
@@ -168,7 +168,7 @@ async def test_a_stream_that_ends_in_an_error_is_written_down_as_its_client_saw_
 ) -> None:
     caplog.set_level(logging.INFO, "cortex")
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         for each in events:
             await line.chunk(each)

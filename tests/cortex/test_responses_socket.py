@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fake_node import Asked, FakeNode, Line
+from fake_node import FakeNode, Line, Received
 from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 
@@ -25,7 +25,7 @@ async def test_a_silence_has_no_message(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(event_stream, "HEARTBEAT_INTERVAL_S", 0.01)
     go = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(sse_event(CREATED))
         await go.wait()
@@ -173,13 +173,13 @@ async def test_an_input_nested_too_deep_is_refused_and_the_connection_goes_on() 
             assert answer["type"] == "error"
             assert answer["status"] == 400
             assert "too_deep" in json.dumps(answer)
-        assert not neuron.asked
+        assert not neuron.requests
 
 
 async def test_messages_that_wait_are_counted_in_bytes() -> None:
     go = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await go.wait()
         await line.start_stream()
         await line.chunk(sse_event(COMPLETED))

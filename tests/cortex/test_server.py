@@ -22,7 +22,7 @@ import psutil
 import pytest
 from answers import CHAT_STREAM, chat_chunk
 from daemons import free_port
-from fake_node import Asked, FakeNode, Line, answer
+from fake_node import FakeNode, Line, Received, answer
 from gateway_rig import until, write_config
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -142,7 +142,7 @@ async def test_the_official_sdk_is_content(tmp_path: pathlib.Path, interface: st
                 await client.chat.completions.create(model=5, messages=messages)  # type: ignore[arg-type]
             assert refused.value.param == "model"
 
-            async def cut(asked: Asked, line: Line) -> None:
+            async def cut(received: Received, line: Line) -> None:
                 await line.start_stream()
                 await line.chunk(CHAT_STREAM[1])
                 line.cut()
@@ -159,7 +159,7 @@ async def test_leaving_reaches_the_node_through_the_server(tmp_path: pathlib.Pat
     begun = asyncio.Event()
     stream, after_first_byte = False, False
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         if after_first_byte and stream:
             await line.start_stream()
             await line.chunk(CHAT_STREAM[1])
@@ -205,7 +205,7 @@ async def test_a_small_sse_event_goes_out_at_once(tmp_path: pathlib.Path, interf
     got = asyncio.Event()
     delays: list[float] = []
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         for _ in range(60):
             got.clear()
@@ -238,7 +238,7 @@ async def test_a_small_sse_event_goes_out_at_once(tmp_path: pathlib.Path, interf
 async def test_two_hundred_clients_that_leave_at_random_leave_nothing(tmp_path: pathlib.Path, interface: str) -> None:
     dice = random.Random(3)
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await asyncio.sleep(dice.random() * 0.05)
         await line.start_stream()
         for _ in range(30):
@@ -281,7 +281,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_large_answer_is_seen(
 ) -> None:
     """Also where the fast path has been asking for a while whether it is there, and had to hand it over."""
 
-    async def large_and_slow(asked: Asked, line: Line) -> None:
+    async def large_and_slow(received: Received, line: Line) -> None:
         await asyncio.sleep(0.1)
         await line.head(200, "content-type: application/json", "content-length: 1000000")
         await line.send(bytes(200_000))
@@ -305,7 +305,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_large_answer_is_seen(
 async def test_readers_that_stall_cost_a_bounded_amount(tmp_path: pathlib.Path, interface: str) -> None:
     num_readers = 8
 
-    async def flood(asked: Asked, line: Line) -> None:
+    async def flood(received: Received, line: Line) -> None:
         await line.start_stream()
         while True:
             await line.chunk(chat_chunk({"content": "x" * 4000}))
@@ -367,7 +367,7 @@ async def test_several_workers_under_bare_granian(tmp_path: pathlib.Path, interf
 async def test_sigterm_lets_a_stream_finish(tmp_path: pathlib.Path, command: str) -> None:
     go = asyncio.Event()
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(CHAT_STREAM[1])
         await go.wait()
@@ -388,7 +388,7 @@ async def test_sigterm_lets_a_stream_finish(tmp_path: pathlib.Path, command: str
 
 
 async def test_a_stream_gets_an_error_after_the_drain_timeout(tmp_path: pathlib.Path) -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         while True:
             await line.chunk(CHAT_STREAM[1])

@@ -37,7 +37,7 @@ async def test_a_context_reaches_the_node_and_the_log_line_as_it_came(
             headers = {"traceparent": GIVEN, "tracestate": "a=1,b=2"}
             await gateway.call("POST", path, {"model": "m"}, headers).end()
             await gateway.call("POST", path, {"model": "m"}).end()
-    with_context, without = neuron.asked
+    with_context, without = neuron.requests
     assert with_context.headers["traceparent"] == GIVEN
     assert with_context.headers["tracestate"] == "a=1,b=2"
     assert not {"traceparent", "tracestate"} & without.headers.keys()
@@ -123,7 +123,7 @@ async def test_each_request_is_a_span_between_its_caller_and_its_node(caplog: py
     assert (first.trace_id.hex(), first.parent_span_id.hex(), first.name) == (TRACE, PARENT, "openai-chat")
     assert second.trace_id.hex() not in {TRACE, third.trace_id.hex()}
     assert not second.parent_span_id
-    passed_on = [asked.headers["traceparent"].split("-") for asked in neuron.asked]
+    passed_on = [received.headers["traceparent"].split("-") for received in neuron.requests]
     assert [(row[1], row[2]) for row in passed_on] == [
         (span.trace_id.hex(), span.span_id.hex()) for span in (first, second)
     ]

@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 import pytest
 from answers import CHAT_STREAM, chat_chunk
-from fake_node import Asked, FakeNode, Line, answer, chat_only, error
+from fake_node import FakeNode, Line, Received, answer, chat_only, error
 from gateway_rig import rig
 
 MESSAGES = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
@@ -21,8 +21,8 @@ async def test_it_is_asked_in_chat(path: str, body: dict[str, Any], stream: bool
         call = await gateway.call("POST", path, {**body, "stream": stream}).end()
         assert call.status == 200
         assert b"Hello" in call.body or b"Hel" in call.body
-    assert [asked.path for asked in node.asked] == ["/v1/chat/completions"]
-    sent = orjson.loads(node.asked[0].body)
+    assert [received.path for received in node.requests] == ["/v1/chat/completions"]
+    sent = orjson.loads(node.requests[0].body)
     assert sent["messages"] == [{"role": "user", "content": "Hi"}]
     assert sent.get("stream", False) is stream
     labels = {"model": "m", "node": "a", "dialect": "anthropic-messages" if "messages" in path else "openai-responses"}
@@ -35,7 +35,7 @@ async def test_a_node_of_the_dialect_gets_the_bytes(path: str, body: dict[str, A
     async with rig(node) as gateway:
         text = orjson.dumps(body)
         await gateway.call("POST", path, text).end()
-    assert [(asked.path, asked.body) for asked in node.asked] == [(path, text)]
+    assert [(received.path, received.body) for received in node.requests] == [(path, text)]
 
 
 async def test_a_count_is_asked_for_in_chat() -> None:
@@ -43,7 +43,7 @@ async def test_a_count_is_asked_for_in_chat() -> None:
     async with rig(node) as gateway:
         call = await gateway.call("POST", "/v1/messages/count_tokens", MESSAGES).end()
     assert call.json() == {"input_tokens": 7}
-    assert orjson.loads(node.asked[0].body)["max_tokens"] == 1
+    assert orjson.loads(node.requests[0].body)["max_tokens"] == 1
 
 
 async def test_the_other_replica_is_tried_in_its_own_dialect() -> None:
@@ -54,8 +54,8 @@ async def test_the_other_replica_is_tried_in_its_own_dialect() -> None:
             call = await gateway.call("POST", "/v1/messages", {**MESSAGES, "stream": True}).end()
             assert call.status == 200
             assert call.data().endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
-    assert {asked.path for asked in first.asked} <= {"/v1/chat/completions"}
-    assert {asked.path for asked in second.asked} == {"/v1/messages"}
+    assert {received.path for received in first.requests} <= {"/v1/chat/completions"}
+    assert {received.path for received in second.requests} == {"/v1/messages"}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ async def test_errors_are_in_the_callers_dialect(
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
 async def test_a_stream_that_breaks_is_an_error(path: str, body: dict[str, Any]) -> None:
-    async def cut(asked: Asked, line: Line) -> None:
+    async def cut(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(chat_chunk({"content": "Hel"}))
         await line.end()
@@ -96,7 +96,7 @@ async def test_a_stream_that_breaks_is_an_error(path: str, body: dict[str, Any])
 
 
 async def test_a_stream_without_its_terminator_is_whole() -> None:
-    async def without(asked: Asked, line: Line) -> None:
+    async def without(received: Received, line: Line) -> None:
         await line.start_stream()
         for sse_event in CHAT_STREAM[:4]:
             await line.chunk(sse_event)
@@ -118,7 +118,7 @@ async def test_a_translated_response_is_stored_and_continued() -> None:
         again = {**RESPONSES, "previous_response_id": first["id"]}
         second = (await gateway.call("POST", "/v1/responses", again).end()).json()
     assert second["previous_response_id"] == first["id"]
-    received = [message["content"] for message in orjson.loads(node.asked[-1].body)["messages"]]
+    received = [message["content"] for message in orjson.loads(node.requests[-1].body)["messages"]]
     assert received == ["Hi", "Hello", "Hi"]
 
 
@@ -142,7 +142,7 @@ async def test_content_without_a_chat_content_part_is_a_line_of_text(stream: boo
         assert (call.status, call.headers["x-cortex-omitted-parts"]) == (200, "1")
         refused = await gateway.call("POST", "/v1/messages", {**body, "messages": history[:1]}).end()
         assert refused.status == 400
-    sent = orjson.loads(node.asked[0].body)["messages"][0]["content"]
+    sent = orjson.loads(node.requests[0].body)["messages"][0]["content"]
     assert sent == [
         {"type": "text", "text": "[document omitted: this model takes text and images]"},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "auto"}},
@@ -156,7 +156,7 @@ async def test_interleaved_calls_arrive_whole() -> None:
         call = {"index": index, "function": {"arguments": arguments, **more}, **({"id": f"c{index}"} if more else {})}
         return chat_chunk({"tool_calls": [call]})
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         for data in (
             piece(0, "", name="f"),
@@ -193,7 +193,7 @@ async def test_interleaved_calls_arrive_whole() -> None:
 async def test_token_bytes_that_are_none_are_the_nodes_error(path: str, body: dict[str, Any]) -> None:
     token = {"token": "a", "logprob": -1, "bytes": [300]}
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         choice = {"index": 0, "message": {"content": "a"}, "finish_reason": "stop", "logprobs": {"content": [token]}}
         await line.reply(200, orjson.dumps({"choices": [choice]}))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from daemons import free_port
-from fake_node import Asked, FakeNode, Line, Script
+from fake_node import FakeNode, Line, Received, Script
 from gateway_rig import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,12 +40,12 @@ async def pool_to(
             await until(lambda: pool.num_connections == 0)
 
 
-async def echo(asked: Asked, line: Line) -> None:
-    await line.reply(200, asked.body)
+async def echo(received: Received, line: Line) -> None:
+    await line.reply(200, received.body)
 
 
 def raw(data: bytes, then_cut: bool = False) -> Script:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.send(data)
         if then_cut:
             line.cut()
@@ -99,9 +99,9 @@ async def test_host_and_prefix_are_the_nodes_own() -> None:
     async with pool_to(echo, prefix="/v1/base") as (pool, neuron):
         response = await pool.request(b"POST", b"/models", [(b"x-a", b"1")], b"{}")
         await response.read_all(10)
-        assert neuron.asked[0].path == "/v1/base/models"
-        assert neuron.asked[0].headers["host"] == f"127.0.0.1:{neuron.port}"
-        assert neuron.asked[0].headers["x-a"] == "1"
+        assert neuron.requests[0].path == "/v1/base/models"
+        assert neuron.requests[0].headers["host"] == f"127.0.0.1:{neuron.port}"
+        assert neuron.requests[0].headers["x-a"] == "1"
 
 
 async def test_a_line_break_cannot_get_into_a_header() -> None:
@@ -114,24 +114,24 @@ async def test_a_stale_connection_is_replaced_once_in_silence() -> None:
     async with pool_to(echo) as (pool, neuron):
         await (await pool.request(b"POST", b"/v1/x", body=b"1")).read_all(10)
 
-        async def drop(asked: Asked, line: Line) -> None:
+        async def drop(received: Received, line: Line) -> None:
             neuron.script = echo
             line.reset()
 
         neuron.script = drop  # the kept connection dies as the next request reaches it
         response = await pool.request(b"POST", b"/v1/x", body=b"2")
         assert await response.read_all(10) == b"2"
-        assert [asked.body for asked in neuron.asked] == [b"1", b"2", b"2"]
+        assert [received.body for received in neuron.requests] == [b"1", b"2", b"2"]
 
 
 async def test_a_fresh_connection_that_dies_is_an_error() -> None:
-    async def drop(asked: Asked, line: Line) -> None:
+    async def drop(received: Received, line: Line) -> None:
         line.reset()
 
     async with pool_to(drop) as (pool, neuron):
         with pytest.raises(ConnectionLostError):
             await pool.request(b"POST", b"/v1/x")
-        assert len(neuron.asked) == 1
+        assert len(neuron.requests) == 1
 
 
 async def test_a_connection_that_the_node_closed_while_idle_is_not_used() -> None:
@@ -141,7 +141,7 @@ async def test_a_connection_that_the_node_closed_while_idle_is_not_used() -> Non
             response = await pool.request(b"POST", b"/v1/x", body=b"%d" % i)
             assert await response.read_all(10) == b"%d" % i
             await until(lambda: pool.num_connections == 0)
-        assert len(neuron.asked) == 4
+        assert len(neuron.requests) == 4
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -163,7 +163,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 )
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 async def test_every_framing_over_every_split(data: bytes, body: bytes, size: int) -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         for at in range(0, len(data), size):
             await line.send(data[at : at + size])
             await asyncio.sleep(0)
@@ -220,15 +220,15 @@ async def test_bytes_after_an_answer_spoil_only_the_connection() -> None:
 
 
 async def test_silence_is_timed_before_and_within_an_answer_but_not_its_length() -> None:
-    async def silent(asked: Asked, line: Line) -> None:
+    async def silent(received: Received, line: Line) -> None:
         await asyncio.sleep(60)
 
-    async def stalls(asked: Asked, line: Line) -> None:
+    async def stalls(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(b"x")
         await asyncio.sleep(60)
 
-    async def long(asked: Asked, line: Line) -> None:
+    async def long(received: Received, line: Line) -> None:
         await line.start_stream()
         for _ in range(12):
             await asyncio.sleep(0.05)
@@ -251,7 +251,7 @@ async def test_silence_is_timed_before_and_within_an_answer_but_not_its_length()
 async def test_a_reader_that_waits_is_not_the_nodes_silence() -> None:
     size = 4 * 1024 * 1024
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.reply(200, b"x" * size)
 
     async with pool_to(script, Timeouts(stall_s=0.1)) as (pool, _):
@@ -263,7 +263,7 @@ async def test_a_reader_that_waits_is_not_the_nodes_silence() -> None:
 async def test_a_slow_reader_pauses_the_node_within_a_bound() -> None:
     piece = b"x" * 65536
 
-    async def flood(asked: Asked, line: Line) -> None:
+    async def flood(received: Received, line: Line) -> None:
         await line.start_stream()
         while True:
             await line.chunk(piece)
@@ -284,7 +284,7 @@ async def test_a_slow_reader_pauses_the_node_within_a_bound() -> None:
 
 @pytest.mark.parametrize("when", ["before the head", "in the body", "unread"])
 async def test_giving_up_reaches_the_node_at_once(when: str) -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         if when != "before the head":
             await line.start_stream()
             await line.chunk(b"x")
@@ -292,7 +292,7 @@ async def test_giving_up_reaches_the_node_at_once(when: str) -> None:
 
     async with pool_to(script) as (pool, neuron):
         task = asyncio.ensure_future(pool.request(b"POST", b"/v1/x"))
-        await until(lambda: neuron.asked)
+        await until(lambda: neuron.requests)
         if when == "before the head":
             task.cancel()
         else:
@@ -318,12 +318,12 @@ async def test_a_fresh_connection_takes_the_place_of_an_idle_one() -> None:
 
 
 async def test_a_full_pool_is_an_error() -> None:
-    async def never(asked: Asked, line: Line) -> None:
+    async def never(received: Received, line: Line) -> None:
         await asyncio.sleep(60)
 
     async with pool_to(never, max_connections=2) as (pool, neuron):
         tasks = [asyncio.ensure_future(pool.request(b"POST", b"/v1/x")) for _ in range(2)]
-        await until(lambda: len(neuron.asked) == 2)
+        await until(lambda: len(neuron.requests) == 2)
         with pytest.raises(PoolFullError):
             await pool.request(b"POST", b"/v1/x")
         for task in tasks:
@@ -343,12 +343,12 @@ async def test_the_error_of_an_absent_node_has_its_address() -> None:
 
 
 async def test_closing_a_pool_ends_its_requests() -> None:
-    async def never(asked: Asked, line: Line) -> None:
+    async def never(received: Received, line: Line) -> None:
         await asyncio.sleep(60)
 
     async with pool_to(never) as (pool, neuron):
         task = asyncio.ensure_future(pool.request(b"POST", b"/v1/x"))
-        await until(lambda: neuron.asked)
+        await until(lambda: neuron.requests)
         pool.close()
         with pytest.raises(UpstreamError, match="was closed"):
             await task
@@ -359,8 +359,8 @@ async def test_closing_a_pool_ends_its_requests() -> None:
 def test_no_history_leaks_a_connection(history: list[str]) -> None:
     """Whatever happened on them before, open connections are those in use or kept, and the next request works."""
 
-    async def script(asked: Asked, line: Line) -> None:
-        what = asked.body.decode()
+    async def script(received: Received, line: Line) -> None:
+        what = received.body.decode()
         if what == "give up early":
             await asyncio.sleep(60)
         await line.start_stream()
@@ -403,7 +403,7 @@ def test_no_history_leaks_a_connection(history: list[str]) -> None:
 
 
 async def test_a_sinks_awaitable_is_dropped_when_its_reader_is_cancelled_at_that_moment() -> None:
-    async def two_pieces(asked: Asked, line: Line) -> None:
+    async def two_pieces(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(b"1")
         await asyncio.sleep(0.05)

@@ -33,16 +33,16 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 def client() -> Iterator[httpx.Client]:
     """Share a client among thousands of small requests."""
     with httpx.Client(timeout=20, headers={"content-type": "application/json"}) as found:
-        Asked.client = found
+        Received.client = found
         yield found
 
 
-class Asked:
+class Received:
     client: httpx.Client
 
 
 def ask(node: Daemon, path: str, body: bytes) -> httpx.Response:
-    return Asked.client.post(node.url + path, content=body)
+    return Received.client.post(node.url + path, content=body)
 
 
 def check(reply: httpx.Response) -> None:
@@ -99,7 +99,7 @@ def test_thousands_of_names_leave_a_short_list(tmp_path: pathlib.Path) -> None:
             reply = load(node, f"{number:0>120}", "/no/such")
             assert reply.status_code == 422, reply.text
             assert reply.json()["error"]["code"] == "source_not_found"
-        models = Asked.client.get(node.url + "/models")
+        models = Received.client.get(node.url + "/models")
         assert len(models.json()["models"]) == 256
         assert len(models.content) < 256 * 1000
         assert node.get("/health")

@@ -45,7 +45,7 @@ GIB = 1024**3
 
 
 @dataclass
-class Asked:
+class Received:
     """Inference request as it arrived."""
 
     path: str
@@ -102,20 +102,20 @@ class Line:
         self.writer.transport.abort()
 
 
-Script = Callable[[Asked, Line], Awaitable[None]]
+Script = Callable[[Received, Line], Awaitable[None]]
 
 
-async def answer(asked: Asked, line: Line) -> None:
+async def answer(received: Received, line: Line) -> None:
     """The default script: a short answer in the dialect asked for, streamed or not."""
     streams = {"/v1/responses": RESPONSES_STREAM, "/v1/messages": MESSAGES_STREAM}
-    if asked.path == "/v1/messages/count_tokens":
+    if received.path == "/v1/messages/count_tokens":
         await line.reply(200, b'{"input_tokens":7}')
         return
-    if not orjson.loads(asked.body).get("stream"):
-        await line.reply(200, WHOLE_ANSWERS.get(asked.path, CHAT_ANSWER))
+    if not orjson.loads(received.body).get("stream"):
+        await line.reply(200, WHOLE_ANSWERS.get(received.path, CHAT_ANSWER))
         return
     await line.start_stream()
-    for sse_event in streams.get(asked.path, CHAT_STREAM):
+    for sse_event in streams.get(received.path, CHAT_STREAM):
         await line.chunk(sse_event)
     await line.end()
 
@@ -124,7 +124,7 @@ def error(status: int, code: str, *headers: str) -> Script:
     """Return a script that answers with an error."""
     body = orjson.dumps({"error": {"message": f"error {code}", "type": "t", "param": None, "code": code}})
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.reply(status, body, *headers)
 
     return script
@@ -133,14 +133,14 @@ def error(status: int, code: str, *headers: str) -> Script:
 def answer_after(go: asyncio.Event) -> Script:
     """Return a script that answers once an event is set."""
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await go.wait()
-        await answer(asked, line)
+        await answer(received, line)
 
     return script
 
 
-async def never_answer(asked: Asked, line: Line) -> None:
+async def never_answer(received: Received, line: Line) -> None:
     """Send nothing until the client has left."""
     await line.left.wait()
 
@@ -159,7 +159,7 @@ class FakeNode:
     load: Callable[[ModelSpec], Awaitable[ModelStatus | Script]] | None = None
     free_bytes: int = 16 * GIB
     dialects: tuple[str, ...] = ("openai-chat", "openai-completions", "openai-responses", "anthropic-messages")
-    asked: list[Asked] = field(default_factory=list)
+    requests: list[Received] = field(default_factory=list)
     loads: list[ModelSpec] = field(default_factory=list)
     load_requests: list[LoadRequest] = field(default_factory=list)
     pins: list[PinRequest] = field(default_factory=list)
@@ -220,17 +220,17 @@ class FakeNode:
                 headers = dict(row.split(": ", 1) for row in header_lines)
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 _, path, _ = request.split(" ")
-                asked = Asked(path, headers, body)
+                received = Received(path, headers, body)
                 if path.startswith("/v1/"):
                     num_inferences += 1
                     self.num_connections += num_inferences == 1
-                    self.asked.append(asked)
+                    self.requests.append(received)
                     self.lines.add(line)
-                    await self._play(self.script, asked, line, reader)
+                    await self._play(self.script, received, line, reader)
                     if num_inferences >= self.max_requests_per_connection:
                         return
                 else:
-                    await self._play(self.control or self._control, asked, line, reader)
+                    await self._play(self.control or self._control, received, line, reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -239,19 +239,19 @@ class FakeNode:
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
 
-    async def _play(self, script: Script, asked: Asked, line: Line, reader: asyncio.StreamReader) -> None:
+    async def _play(self, script: Script, received: Received, line: Line, reader: asyncio.StreamReader) -> None:
         """Play a script until it ends or the other side leaves. A byte meanwhile is an error: no client pipelines."""
-        playing = asyncio.ensure_future(script(asked, line))
+        playing = asyncio.ensure_future(script(received, line))
         watching = asyncio.ensure_future(reader.read(1))
         try:
             await asyncio.wait({playing, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not playing.done():
                 assert watching.exception() or watching.result() == b"", "a second request before the first answer"
-                self.num_left += asked.path.startswith("/v1/")
+                self.num_left += received.path.startswith("/v1/")
                 line.left.set()
                 raise ConnectionError
             if isinstance(playing.exception(), ConnectionError):
-                self.num_left += asked.path.startswith("/v1/")
+                self.num_left += received.path.startswith("/v1/")
             playing.result()
             if watching.done():
                 raise ConnectionError
@@ -260,17 +260,17 @@ class FakeNode:
                 task.cancel()
             await asyncio.gather(playing, watching, return_exceptions=True)
 
-    async def _control(self, asked: Asked, line: Line) -> None:
+    async def _control(self, received: Received, line: Line) -> None:
         answers: dict[str, Callable[[], Any]] = {
             "/discovery": self.discovery,
             "/health": self.health,
             "/models": lambda: ModelList(tuple(self.models.values())),
         }
-        if asked.path in answers:
-            self.num_polls += asked.path == "/health"
-            await line.reply(200, msgspec.json.encode(answers[asked.path]()))
-        elif asked.path == "/models/load":
-            request = msgspec.json.decode(asked.body, type=LoadRequest)
+        if received.path in answers:
+            self.num_polls += received.path == "/health"
+            await line.reply(200, msgspec.json.encode(answers[received.path]()))
+        elif received.path == "/models/load":
+            request = msgspec.json.decode(received.body, type=LoadRequest)
             self.load_requests.append(request)
             spec = request.spec()
             self.loads.append(spec)
@@ -279,23 +279,23 @@ class FakeNode:
                 self.models[spec.id] = result
                 await line.reply(200, msgspec.json.encode(result))
             else:
-                await result(asked, line)
-        elif asked.path == "/models/pin":
-            pin = msgspec.json.decode(asked.body, type=PinRequest)
+                await result(received, line)
+        elif received.path == "/models/pin":
+            pin = msgspec.json.decode(received.body, type=PinRequest)
             self.pins.append(pin)
             if pin.id not in self.models:
-                await error(404, "model_not_found")(asked, line)
+                await error(404, "model_not_found")(received, line)
                 return
             self.models[pin.id] = msgspec.structs.replace(self.models[pin.id], pinned=bool(pin.pinned))
             await line.reply(200, msgspec.json.encode(self.models[pin.id]))
-        elif asked.path == "/models/forget":
-            await line.reply(200, msgspec.json.encode(self.models.pop(msgspec.json.decode(asked.body)["id"])))
-        elif asked.path == "/models/unload":
-            unload = msgspec.json.decode(asked.body, type=UnloadRequest)
+        elif received.path == "/models/forget":
+            await line.reply(200, msgspec.json.encode(self.models.pop(msgspec.json.decode(received.body)["id"])))
+        elif received.path == "/models/unload":
+            unload = msgspec.json.decode(received.body, type=UnloadRequest)
             self.models[unload.id] = msgspec.structs.replace(self.models[unload.id], state=ModelState.AVAILABLE)
             await line.reply(200, msgspec.json.encode(self.models[unload.id]))
-        elif asked.path == "/drain":
-            drain = msgspec.json.decode(asked.body, type=DrainRequest)
+        elif received.path == "/drain":
+            drain = msgspec.json.decode(received.body, type=DrainRequest)
             self.state = NodeState.DRAINING if drain.draining else NodeState.READY
             await line.reply(200, msgspec.json.encode(self.health()))
         else:

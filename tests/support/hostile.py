@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from answers import CHAT_ANSWER, CHAT_STREAM
-from fake_node import Asked, Line, Script
+from fake_node import Line, Received, Script
 
 ERROR, ANSWER = "error", "answer"
 STREAM = b"".join(CHAT_STREAM)
@@ -40,15 +40,15 @@ def sized(body: bytes, head: bytes = JSON, length: int | None = None) -> bytes:
     return OK + head + b"content-length: %d\r\n\r\n" % (len(body) if length is None else length) + body
 
 
-def right(asked: Asked) -> tuple[bytes, bytes]:
+def right(received: Received) -> tuple[bytes, bytes]:
     """Return the headers and the body that are asked for."""
-    return (EVENTS, STREAM) if b'"stream":true' in asked.body else (JSON, CHAT_ANSWER)
+    return (EVENTS, STREAM) if b'"stream":true' in received.body else (JSON, CHAT_ANSWER)
 
 
 def raw(data: bytes, *, then_cut: bool = False) -> Script:
     """Return a script that sends some bytes, and then cuts the connection or sends no more."""
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.send(data)
         if then_cut:
             line.cut()
@@ -60,7 +60,7 @@ def flood(head: bytes, piece: bytes) -> Script:
     """Return a script that sends a piece repeatedly until the other side takes no more."""
     pieces = piece * max(1, 65536 // len(piece))
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.send(head)
         while True:
             await line.send(pieces)
@@ -72,7 +72,7 @@ def flood(head: bytes, piece: bytes) -> Script:
 def drip(head: bytes, piece: bytes) -> Script:
     """Return a script that sends a piece every now and then, often enough never to be silent."""
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.send(head)
         while True:
             await asyncio.sleep(0.02)
@@ -84,8 +84,8 @@ def drip(head: bytes, piece: bytes) -> Script:
 def framed(change: str) -> Script:
     """Return a script with the right answer and something odd about it."""
 
-    async def script(asked: Asked, line: Line) -> None:
-        head, body = right(asked)
+    async def script(received: Received, line: Line) -> None:
+        head, body = right(received)
         ended = OK + head
         match change:
             case "one-byte chunks":

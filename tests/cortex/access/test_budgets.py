@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 from answers import chat_chunk
-from fake_node import Asked, FakeNode, Line, answer_after, never_answer
+from fake_node import FakeNode, Line, Received, answer_after, never_answer
 from gateway_rig import Rig, rig, until
 from key_rig import KEY, ring
 
@@ -41,7 +41,7 @@ async def test_a_nested_field_reserves_nothing(counters: str, valkey: str) -> No
     async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
         body = {"metadata": {"max_tokens": 1}, **CHAT, "max_tokens": 600}
         first = gateway.call("POST", "/v1/chat/completions", body, SIGNED)
-        await until(lambda: neuron.asked)
+        await until(lambda: neuron.requests)
         second = await gateway.call("POST", "/v1/chat/completions", body, SIGNED).end()
         assert (second.status, second.json()["error"]["code"]) == (429, "token_budget_exceeded")
         go.set()
@@ -66,7 +66,7 @@ async def test_answers_at_a_time_are_counted_and_not_requests(counters: str, val
     neuron = FakeNode(script=answer_after(go)).ready("m")
     async with rig(neuron, keys=keys, access=access(counters, valkey)) as gateway:
         first = gateway.call("POST", "/v1/chat/completions", {**CHAT, "n": 2}, SIGNED)
-        await until(lambda: neuron.asked)
+        await until(lambda: neuron.requests)
         assert (await used(gateway))["running"] == 2
         for more, with_wait in ((2, True), (4, False)):
             call = await gateway.call("POST", "/v1/chat/completions", {**CHAT, "n": more}, SIGNED).end()
@@ -75,7 +75,7 @@ async def test_answers_at_a_time_are_counted_and_not_requests(counters: str, val
         prompts = {"model": "m", "prompt": ["a", "b"]}
         assert (await gateway.call("POST", "/v1/completions", prompts, SIGNED).end()).status == 429
         third = gateway.call("POST", "/v1/chat/completions", CHAT, SIGNED)
-        await until(lambda: len(neuron.asked) == 2)
+        await until(lambda: len(neuron.requests) == 2)
         go.set()
         assert [(await call.end()).status for call in (first, third)] == [200, 200]
         assert (await used(gateway))["running"] == 0
@@ -94,7 +94,7 @@ async def test_a_client_that_disconnects_early_pays(counters: str, valkey: str, 
             else {"model": "m", "input": "Hi", "max_output_tokens": 500}
         )
         call = gateway.call("POST", path, body, SIGNED)
-        await until(lambda: neuron.asked)
+        await until(lambda: neuron.requests)
         call.leave()
         await call.end()
         spent = (await used(gateway))["spent_tokens"]
@@ -105,7 +105,7 @@ async def test_a_client_that_leaves_a_stream_pays_for_the_prompt_and_the_tokens_
     keys = alice("streams", balance_tokens=100_000)
     sends = False
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.start_stream()
         for _ in range(3 if sends else 0):
             await line.chunk(chat_chunk({"content": "x"}))
@@ -115,7 +115,7 @@ async def test_a_client_that_leaves_a_stream_pays_for_the_prompt_and_the_tokens_
     async with rig(neuron, keys=keys) as gateway:
         body = {**CHAT, "stream": True, "messages": [{"role": "user", "content": "x" * 4000}], "max_tokens": 500}
         call = gateway.call("POST", "/v1/chat/completions", body, SIGNED)
-        await until(lambda: neuron.asked)
+        await until(lambda: neuron.requests)
         call.leave()
         await call.end()
         before = (await used(gateway))["spent_tokens"]
@@ -132,7 +132,7 @@ async def test_a_client_that_disconnects_pays_no_more_than_was_reserved() -> Non
     neuron = FakeNode(script=never_answer).ready("m")
     async with rig(neuron, keys=alice("capped", tokens_per_window=1000)) as gateway:
         call = gateway.call("POST", "/v1/chat/completions", {**CHAT, "max_tokens": 900_000}, SIGNED)
-        await until(lambda: neuron.asked)
+        await until(lambda: neuron.requests)
         call.leave()
         await call.end()
         assert (await used(gateway))["spent_tokens"] == 1000
@@ -148,7 +148,7 @@ async def test_an_answer_that_timed_out_costs_the_reservation() -> None:
 
 
 async def test_an_error_of_the_nodes_costs_nothing() -> None:
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.reply(503, b'{"error":{"message":"no","type":"t","param":null,"code":"no_room"}}')
 
     async with rig(FakeNode(script=script).ready("m"), keys=alice("errors", balance_tokens=1000)) as gateway:

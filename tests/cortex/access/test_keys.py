@@ -111,7 +111,7 @@ async def test_requests_without_a_key_are_refused_and_no_log_has_a_key(caplog: p
             assert call.status == 401, path
         call = await gateway.call("POST", "/v1/chat/completions", b"{}", {"authorization": "Bearer nonsense"}).end()
         assert (call.status, call.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert not neuron.asked
+        assert not neuron.requests
         for given in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}):
             body = {"model": "m", "messages": []}
             assert (await gateway.call("POST", "/v1/chat/completions", body, given).end()).status == 200
@@ -121,9 +121,9 @@ async def test_requests_without_a_key_are_refused_and_no_log_has_a_key(caplog: p
             assert [model["id"] for model in listed] == ["m"]
             assert (await gateway.call("GET", "/v1/models/other", b"", given).end()).status == 404
         assert (await gateway.call("GET", "/health").end()).status == 200
-    assert {asked.headers["x-cortex-principal"] for asked in neuron.asked} == {"alice"}
-    assert {asked.headers.get("x-cortex-priority") for asked in neuron.asked} == {"3"}
-    assert not any(KEY in value for asked in neuron.asked for value in asked.headers.values())
+    assert {received.headers["x-cortex-principal"] for received in neuron.requests} == {"alice"}
+    assert {received.headers.get("x-cortex-priority") for received in neuron.requests} == {"3"}
+    assert not any(KEY in value for received in neuron.requests for value in received.headers.values())
     text = caplog.text + "".join(str(record.__dict__) for record in caplog.records)
     assert "alice" in text
     assert KEY not in text

@@ -222,7 +222,7 @@ async def test_a_limit_is_an_error_of_each_dialect_and_leases_are_released(url: 
     async with rig(neuron, keys=ring((KEY, principal)), access=access) as gateway:
         body = {"model": "m", "messages": []}
         held = [gateway.call("POST", "/v1/chat/completions", body | {"stream": i > 0}, given) for i in range(2)]
-        await until(lambda: len(neuron.asked) == 2)
+        await until(lambda: len(neuron.requests) == 2)
         refused = await gateway.call("POST", "/v1/chat/completions", body, given).end()
         assert (refused.status, refused.json()["error"]["code"]) == (429, "concurrency_exceeded")
         assert refused.headers["retry-after"] == "1"
@@ -248,4 +248,4 @@ async def test_exactly_as_many_as_allowed_get_through_the_gateway() -> None:
         calls = [gateway.call("POST", "/v1/chat/completions", body, given) for _ in range(64)]
         statuses = Counter([(await call.end()).status for call in calls])
         assert statuses == {200: 50, 429: 14}
-        assert len(neuron.asked) == 50
+        assert len(neuron.requests) == 50

@@ -21,23 +21,23 @@ async def test_anonymous_callers_wait_for_a_spare_slot_and_the_others_do_not() -
     neuron = FakeNode().ready("m", max_sequences=3)
 
     neuron.script = answer_after(go)
-    async with rig(neuron, keys=KEYS, access={"leftover_wait_s": 5}) as gateway:
+    async with rig(neuron, keys=KEYS, access={"spare_capacity_wait_s": 5}) as gateway:
 
         def ask(key: str | None) -> object:
             headers = {"x-api-key": key} if key else {}
             return gateway.call("POST", "/v1/chat/completions", BODY, headers)
 
         keyed = [ask(KEY) for _ in range(2)]
-        await until(lambda: len(neuron.asked) == 2)
+        await until(lambda: len(neuron.requests) == 2)
         waiting = [ask(None), ask("low")]
         keyed.append(ask(KEY))
-        await until(lambda: len(neuron.asked) == 3)
+        await until(lambda: len(neuron.requests) == 3)
         await asyncio.sleep(0.1)
-        assert len(neuron.asked) == 3, "one slot is free, and kept so"
+        assert len(neuron.requests) == 3, "one slot is free, and kept so"
         go.set()
         for call in (*keyed, *waiting):
             assert (await call.end()).status == 200  # type: ignore[attr-defined]
-        names = [asked.headers["x-cortex-principal"] for asked in neuron.asked]
+        names = [received.headers["x-cortex-principal"] for received in neuron.requests]
         assert names[:3] == ["alice"] * 3
         assert sorted(names[3:]) == ["anonymous", "low"]
 
@@ -66,7 +66,7 @@ async def test_waiting_requests_go_by_priority_and_then_by_arrival() -> None:
 
 async def test_a_wait_is_bounded() -> None:
     neuron = FakeNode().ready("m", max_sequences=2, running=2)
-    async with rig(neuron, keys=KEYS, access={"leftover_wait_s": 0.1}) as gateway:
+    async with rig(neuron, keys=KEYS, access={"spare_capacity_wait_s": 0.1}) as gateway:
         call = await gateway.call("POST", "/v1/chat/completions", BODY).end()
         assert (call.status, "retry-after" in call.headers) == (429, True)
         assert (await gateway.call("POST", "/v1/chat/completions", BODY, {"x-api-key": KEY}).end()).status == 200

@@ -372,7 +372,7 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
         reload(page)  # the tab keeps the key
         page.until("document.getElementById('requests').textContent.includes('alice')")
         assert admin not in page.run("document.documentElement.outerHTML")
-        assert not any(admin in url or user in url for url in page.asked)
+        assert not any(admin in url or user in url for url in page.requests)
         page.click("#sign")
         page.until("document.getElementById('link').dataset.state === 'refused'")
         assert page.run("sessionStorage.length") == 0
@@ -389,7 +389,7 @@ def test_a_guest_sees_no_fleet_and_keys_open_it(
 
 
 def test_a_hundred_nodes_stay_smooth(page: Page, folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page.asked.clear()
+    page.requests.clear()
     script = str(pathlib.Path(daemons.__file__).with_name("fake_node.py"))
     with subprocess.Popen([sys.executable, script, "100"], stdout=subprocess.PIPE) as process:
         try:
@@ -409,7 +409,7 @@ def test_a_hundred_nodes_stay_smooth(page: Page, folder: pathlib.Path, capsys: p
             "\n100 nodes, 800 devices, 500 placements: "
             + ", ".join(f"{key} {value:.1f}" for key, value in figures.items())
         )
-    assert sum(url.endswith("/v1/models") for url in page.asked) <= 2, "the feed is the only thing that goes on"
+    assert sum(url.endswith("/v1/models") for url in page.requests) <= 2, "the feed is the only thing that goes on"
     assert figures["feed kB/s"] < 80
     assert figures["update ms (median)"] < 25
     assert figures["frames/s"] > 20

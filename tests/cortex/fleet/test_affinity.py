@@ -70,6 +70,6 @@ async def test_conversations_keep_to_their_node_and_spread_over_both() -> None:
                 messages = [{"role": "user", "content": f"conversation {name} " * 100}]
                 call = await gateway.chat(messages=messages).end()
                 assert call.status == 200
-    asked = [{orjson.loads(a.body)["messages"][0]["content"] for a in neuron.asked} for neuron in neurons]
+    asked = [{orjson.loads(a.body)["messages"][0]["content"] for a in neuron.requests} for neuron in neurons]
     assert not asked[0] & asked[1]
     assert all(asked)

@@ -1,7 +1,7 @@
 """Circuits: what opens one, what does not, and how it closes."""
 
 import pytest
-from fake_node import Asked, FakeNode, Line, answer, error
+from fake_node import FakeNode, Line, Received, answer, error
 from gateway_rig import rig, until
 
 from cortex.config import BreakerSettings, Timeouts
@@ -79,7 +79,7 @@ async def test_faults_open_a_circuit_and_clients_and_back_pressure_do_not(script
     async with rig(neuron, breaker=BreakerSettings(failures=3, open_s=0.2)) as gateway:
         for i in range(6):
             await gateway.chat(seed=i).end()
-        assert len(neuron.asked) == (3 if opens else 6)
+        assert len(neuron.requests) == (3 if opens else 6)
         neuron.script = answer
         if opens:
             call = await gateway.chat().end()
@@ -107,8 +107,8 @@ def test_doubts_are_of_different_requests_in_a_row_and_pass() -> None:
 
 
 async def test_requests_that_make_nodes_answer_500_open_no_circuit() -> None:
-    async def picky(asked: Asked, line: Line) -> None:
-        await (error(500, "internal_error") if b"bad" in asked.body else answer)(asked, line)
+    async def picky(received: Received, line: Line) -> None:
+        await (error(500, "internal_error") if b"bad" in received.body else answer)(received, line)
 
     neuron = FakeNode(script=picky).ready("m")
     async with rig(neuron, breaker=BreakerSettings(failures=3, open_s=60)) as gateway:
@@ -125,28 +125,28 @@ async def test_a_failing_replica_is_tried_where_there_is_no_other() -> None:
         assert statuses.count(500) == 3
         sound.script = error(503, "busy")
         assert (await gateway.chat().end()).status == 500
-        assert len(broken.asked) == 4
+        assert len(broken.requests) == 4
 
 
 async def test_a_broken_replica_is_left_alone_and_the_other_serves() -> None:
     broken, sound = FakeNode("a").ready("m"), FakeNode("b").ready("m")
 
-    async def hang_up(asked: Asked, line: Line) -> None:
+    async def hang_up(received: Received, line: Line) -> None:
         line.reset()
 
     broken.script = hang_up
     async with rig(broken, sound, breaker=BreakerSettings(failures=2, open_s=60)) as gateway:
         assert {(await gateway.chat().end()).status for _ in range(10)} == {200}
-        assert len(broken.asked) <= 4  # each of two may be tried again once on a fresh connection
+        assert len(broken.requests) <= 4  # each of two may be tried again once on a fresh connection
 
 
 async def test_silence_and_broken_streams_count() -> None:
     neuron = FakeNode().ready("m")
 
-    async def mute(asked: Asked, line: Line) -> None:
+    async def mute(received: Received, line: Line) -> None:
         await line.left.wait()
 
-    async def cut(asked: Asked, line: Line) -> None:
+    async def cut(received: Received, line: Line) -> None:
         await line.start_stream()
         await line.chunk(b'data: {"x":1}\n\n')
         line.cut()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from asgi_call import Call
-from fake_node import Asked, FakeNode, Line, answer, chat_only, error
+from fake_node import FakeNode, Line, Received, answer, chat_only, error
 from gateway_rig import CHAT, Rig, rig, until
 
 from cortex.config import BreakerSettings
@@ -66,9 +66,9 @@ class Mortal(FakeNode):
         self.num_deaths = 0
         self.ready("m")
 
-    async def _die(self, asked: Asked, line: Line) -> None:
-        if b"deadly" not in asked.body:
-            await answer(asked, line)
+    async def _die(self, received: Received, line: Line) -> None:
+        if b"deadly" not in received.body:
+            await answer(received, line)
             return
         self.num_deaths += 1
         for other in self.lines:
@@ -106,8 +106,8 @@ async def test_a_translated_request_kills_two_at_most() -> None:
     nodes = [chat_only(f"n{i}") for i in range(4)]
     killed = []
 
-    async def die(asked: Asked, line: Line) -> None:
-        killed.append(asked)
+    async def die(received: Received, line: Line) -> None:
+        killed.append(received)
         line.reset()
 
     for node in nodes:
@@ -140,7 +140,7 @@ async def test_a_background_response_kills_two_at_most() -> None:
 async def test_a_request_that_kills_in_the_middle_of_its_answer_is_refused_the_third_time(stream: bool) -> None:
     nodes = [FakeNode(f"n{i}").ready("m") for i in range(4)]
 
-    async def die_late(asked: Asked, line: Line) -> None:
+    async def die_late(received: Received, line: Line) -> None:
         if stream:
             await line.start_stream()
             await line.chunk(b'data: {"choices":[]}\n\n')
@@ -155,7 +155,7 @@ async def test_a_request_that_kills_in_the_middle_of_its_answer_is_refused_the_t
         for _ in range(5):
             call = await gateway.chat(stream=stream).end()
         assert (call.status, call.json()["error"]["code"]) == (502, "upstream_died")
-    assert sum(len(node.asked) for node in nodes) == 2
+    assert sum(len(node.requests) for node in nodes) == 2
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before", "within"])
@@ -163,7 +163,7 @@ async def test_a_request_that_kills_the_process_behind_a_node_counts_too(early: 
     nodes = [FakeNode(f"n{i}").ready("m") for i in range(4)]
     lost = json.dumps({"error": {"message": "gone", "type": "server_error", "code": "device_worker_lost"}}).encode()
 
-    async def lose(asked: Asked, line: Line) -> None:
+    async def lose(received: Received, line: Line) -> None:
         if early:
             await line.reply(503, lost)
             return
@@ -177,21 +177,21 @@ async def test_a_request_that_kills_the_process_behind_a_node_counts_too(early: 
         for _ in range(5):
             call = await gateway.chat(stream=True).end()
         assert (call.status, call.json()["error"]["code"]) == (502, "upstream_died")
-    assert sum(len(node.asked) for node in nodes) == 2
+    assert sum(len(node.requests) for node in nodes) == 2
 
 
 async def test_other_requests_of_a_dead_node_are_served_elsewhere() -> None:
     first, second = FakeNode("a").ready("m"), FakeNode("b").ready("m")
     go = asyncio.Event()
 
-    async def wait(asked: Asked, line: Line) -> None:
+    async def wait(received: Received, line: Line) -> None:
         await go.wait()
         line.reset()
 
     first.script = second.script = wait
     async with rig(first, second, breaker=NEVER_OPENS, affinity_slack=100) as gateway:
         calls = [gateway.chat() for _ in range(8)]  # of one body, as monitors send it
-        await until(lambda: len(first.asked) + len(second.asked) == 8)
+        await until(lambda: len(first.requests) + len(second.requests) == 8)
         second.script = first.script = answer
         go.set()
         for call in calls:
@@ -214,7 +214,7 @@ async def test_a_kept_connection_that_was_just_closed_is_no_death() -> None:
         for _ in range(6):
             assert (await gateway.chat().end()).status == 200
 
-            async def close(asked: Asked, line: Line) -> None:
+            async def close(received: Received, line: Line) -> None:
                 neuron.script = answer
                 line.reset()
 

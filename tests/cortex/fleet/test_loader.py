@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from fake_node import Asked, FakeNode, Line, Script, answer, error
+from fake_node import FakeNode, Line, Received, Script, answer, error
 from gateway_rig import QUICK, Rig, rig, until
 
 from cortex.config import ModelProfile, Timeouts
@@ -36,7 +36,7 @@ async def test_fifty_callers_make_one_load() -> None:
         assert {(await call.end()).status for call in calls} == {200}
         assert first.loads == [PROFILE.spec()]
         assert not second.loads
-        assert len(first.asked) == 50
+        assert len(first.requests) == 50
         assert gateway.metric("cortex_model_loads_total", model="m", outcome="ok") == 1
 
 
@@ -126,7 +126,7 @@ async def test_a_node_that_goes_down_in_a_load_ends_it() -> None:
     neuron = FakeNode()
 
     async def load(spec: ModelSpec) -> ModelStatus:
-        async def mute(asked: Asked, line: Line) -> None:
+        async def mute(received: Received, line: Line) -> None:
             await asyncio.sleep(60)
 
         neuron.control = mute
@@ -152,7 +152,7 @@ async def test_a_broken_connection_is_no_answer(after: ModelState) -> None:
             return first.models["m"]
         first.models["m"] = msgspec.structs.replace(first.models["m"], state=after)
 
-        async def break_off(asked: Asked, line: Line) -> None:
+        async def break_off(received: Received, line: Line) -> None:
             await line.send(b"HTTP/1.1 200 OK\r\n")
             line.cut()
 
@@ -244,8 +244,8 @@ async def test_a_request_waits_for_a_model_that_is_on_its_way_out() -> None:
     neuron = FakeNode().ready("m")
     refusals = [error(503, "model_not_ready", "retry-after: 2")]
 
-    async def script(asked: Asked, line: Line) -> None:
-        await (refusals.pop() if refusals else answer)(asked, line)
+    async def script(received: Received, line: Line) -> None:
+        await (refusals.pop() if refusals else answer)(received, line)
 
     neuron.script = script
     async with rig(neuron, models=(PROFILE,)) as gateway:
@@ -255,9 +255,9 @@ async def test_a_request_waits_for_a_model_that_is_on_its_way_out() -> None:
 
 @pytest.mark.parametrize("how", ["connection", "worker"])
 async def test_a_load_that_nodes_die_of_is_tried_twice_and_then_left_alone(how: str) -> None:
-    async def die(asked: Asked, line: Line) -> None:
+    async def die(received: Received, line: Line) -> None:
         if how == "worker":
-            await error(503, "device_worker_lost")(asked, line)
+            await error(503, "device_worker_lost")(received, line)
         else:
             line.reset()
 
@@ -277,7 +277,7 @@ async def test_a_load_that_nodes_die_of_is_tried_twice_and_then_left_alone(how: 
 async def test_a_node_that_died_of_a_pinned_model_comes_back_to_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmer, "RETRY_FIRST_S", 0.001)
 
-    async def die(asked: Asked, line: Line) -> None:
+    async def die(received: Received, line: Line) -> None:
         line.reset()
 
     async def load(spec: ModelSpec) -> Script:
@@ -301,15 +301,15 @@ async def test_a_model_that_is_gone_before_its_pin_arrives_is_loaded(monkeypatch
     profile = msgspec.structs.replace(PROFILE, pinned=("a",))
     listed, node.models = node.models, {}
 
-    async def control(asked: Asked, line: Line) -> None:
+    async def control(received: Received, line: Line) -> None:
         """List the model until its pin is asked for."""
-        if asked.path == "/models/pin":
+        if received.path == "/models/pin":
             node.control = None
             line.reset()
-        elif asked.path == "/models":
+        elif received.path == "/models":
             await line.reply(200, msgspec.json.encode(ModelList(tuple(listed.values()))))
         else:
-            await node._control(asked, line)
+            await node._control(received, line)
 
     node.control = control
     async with rig(node, models=(profile,)):

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 from answers import CHAT_STREAM
-from fake_node import Asked, FakeNode, Line, answer
+from fake_node import FakeNode, Line, Received, answer
 from gateway_rig import rig as make_rig
 from gateway_rig import until
 
@@ -26,13 +26,13 @@ class Server(FakeNode):
         self.listed = models
         self.script = self._answer
 
-    async def _answer(self, asked: Asked, line: Line) -> None:
-        if asked.path == "/v1/models":
-            self.asked.remove(asked)
+    async def _answer(self, received: Received, line: Line) -> None:
+        if received.path == "/v1/models":
+            self.requests.remove(received)
             data = [{"id": name, "object": "model"} for name in self.listed]
             await line.reply(200, orjson.dumps({"object": "list", "data": data}))
         else:
-            await answer(asked, line)
+            await answer(received, line)
 
 
 async def test_models_of_another_server_are_offered_and_served(tmp_path: pathlib.Path) -> None:
@@ -48,9 +48,9 @@ async def test_models_of_another_server_are_offered_and_served(tmp_path: pathlib
         headers = {"authorization": "Bearer sk-here", "x-cortex-principal": "me"}
         call = await gateway.call("POST", "/v1/chat/completions", {"model": "x", "messages": []}, headers).end()
         assert call.status == 200
-    (asked,) = server.asked
-    assert asked.headers["authorization"] == "Bearer sk-there"
-    assert not [name for name in asked.headers if name.startswith("x-cortex")]
+    (received,) = server.requests
+    assert received.headers["authorization"] == "Bearer sk-there"
+    assert not [name for name in received.headers if name.startswith("x-cortex")]
 
 
 async def test_its_models_may_have_other_names_here() -> None:
@@ -65,7 +65,7 @@ async def test_its_models_may_have_other_names_here() -> None:
             assert (await gateway.call("POST", "/v1/chat/completions", body).end()).status == 200
             answer = await gateway.call("POST", "/v1/responses", {"model": "big", "input": "x"}).end()
             assert (answer.status, answer.json()["model"]) == (200, "big"), "by way of a chat"
-    assert [orjson.loads(asked.body)["model"] for asked in server.asked] == ["vendor/big-70b"] * 2
+    assert [orjson.loads(received.body)["model"] for received in server.requests] == ["vendor/big-70b"] * 2
 
 
 async def test_nothing_is_ever_loaded_on_it() -> None:
@@ -76,13 +76,13 @@ async def test_nothing_is_ever_loaded_on_it() -> None:
             assert (await gateway.chat().end()).status == 200
     assert len(neuron.loads) == 1
     assert not server.loads
-    assert not server.asked
+    assert not server.requests
 
 
 async def test_a_node_has_timeouts_of_its_own() -> None:
     slow, quick = FakeNode("slow").ready("m"), FakeNode("quick").ready("n")
 
-    async def mute(asked: Asked, line: Line) -> None:
+    async def mute(received: Received, line: Line) -> None:
         await line.left.wait()
 
     slow.script = quick.script = mute
@@ -183,7 +183,7 @@ async def test_its_answers_have_the_name_that_was_asked_for(
             assert f'"model":"{name}"'.encode() in call.body
             assert b'"model":"m"' not in call.body
             assert not stream or call.data().count(b"Hel") >= 1
-    assert orjson.loads(server.asked[0].body)["model"] == "m"
+    assert orjson.loads(server.requests[0].body)["model"] == "m"
 
 
 def test_every_byte_but_the_name_is_kept() -> None:

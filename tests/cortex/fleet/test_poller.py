@@ -4,17 +4,17 @@ import asyncio
 
 import msgspec
 import pytest
-from fake_node import Asked, FakeNode, Line, answer_after, error
+from fake_node import FakeNode, Line, Received, answer_after, error
 from gateway_rig import QUICK, rig, until
 
 from cortex.wire.node import NodeState
 
 
-async def hang(asked: Asked, line: Line) -> None:
+async def hang(received: Received, line: Line) -> None:
     await asyncio.sleep(60)
 
 
-async def nonsense(asked: Asked, line: Line) -> None:
+async def nonsense(received: Received, line: Line) -> None:
     await line.reply(200, b'{"models": 5}')
 
 
@@ -25,13 +25,13 @@ async def test_one_missed_poll_is_not_a_dead_node() -> None:
         struck = asyncio.Event()
         failures = 0
 
-        async def fail_once(asked: Asked, line: Line) -> None:
+        async def fail_once(received: Received, line: Line) -> None:
             nonlocal failures
             failures += 1
             if failures >= 3:  # one poll is three calls
                 neuron.control = None
                 struck.set()
-            await error(500, "x")(asked, line)
+            await error(500, "x")(received, line)
 
         neuron.control = fail_once
         await struck.wait()
@@ -120,7 +120,7 @@ async def test_polls_never_touch_the_counts_in_flight() -> None:
     neuron = FakeNode(script=answer_after(go)).ready("m")
     async with rig(neuron) as gateway:
         calls = [gateway.chat() for _ in range(5)]
-        await until(lambda: len(neuron.asked) == 5)
+        await until(lambda: len(neuron.requests) == 5)
         polls = neuron.num_polls
         neuron.models["m"] = msgspec.structs.replace(neuron.models["m"], running=7, waiting=1)
         await until(lambda: neuron.num_polls >= polls + 3)
@@ -138,7 +138,7 @@ async def test_polls_do_not_stand_behind_requests() -> None:
     neuron = FakeNode(script=answer_after(go)).ready("m")
     async with rig(neuron, max_connections_per_node=1) as gateway:
         call = gateway.chat()
-        await until(lambda: neuron.asked)
+        await until(lambda: neuron.requests)
         full = await gateway.chat().end()
         assert (full.status, "retry-after" in full.headers) == (429, True), "no connection is left for requests"
         polls = neuron.num_polls
@@ -153,7 +153,7 @@ async def test_a_draining_node_gets_no_requests() -> None:
     async with rig(first, second) as gateway:
         for _ in range(3):
             assert (await gateway.chat().end()).status == 200
-        assert len(second.asked) == 3
+        assert len(second.requests) == 3
 
 
 async def test_a_node_that_is_down_from_the_start_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

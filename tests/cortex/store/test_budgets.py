@@ -12,7 +12,7 @@ import orjson
 import pytest
 from answers import RESPONSE, USAGE, event
 from conversation_steps import Checker, steps
-from fake_node import Asked, FakeNode, Line
+from fake_node import FakeNode, Line, Received
 from gateway_rig import Rig, rig, until
 
 from cortex.config import StoreSettings
@@ -24,8 +24,8 @@ SMALL = StoreSettings(path=":memory:", max_bytes=16_384, max_bytes_per_key=8_192
 def responds(num_bytes: int) -> FakeNode:
     """Return a node whose responses are so large, and have the ``store`` that the gateway sent."""
 
-    async def script(asked: Asked, line: Line) -> None:
-        stores = '"store":true' in asked.headers.get("x-cortex-response", "").replace(" ", "")
+    async def script(received: Received, line: Line) -> None:
+        stores = '"store":true' in received.headers.get("x-cortex-response", "").replace(" ", "")
         text = [
             {
                 "type": "message",
@@ -41,7 +41,7 @@ def responds(num_bytes: int) -> FakeNode:
             "store": stores,
             "output": text,
         }
-        if not orjson.loads(asked.body).get("stream"):
+        if not orjson.loads(received.body).get("stream"):
             await line.reply(200, orjson.dumps(done))
             return
         await line.start_stream()
@@ -79,7 +79,7 @@ async def test_an_unstorable_response_is_refused_before_a_node_is_tried() -> Non
         for stream in (False, True):
             call = await gateway.call("POST", "/v1/responses", {**large, "store": True, "stream": stream}).end()
             assert (call.status, call.json()["error"]["code"]) == (507, "store_full")
-        assert not neuron.asked
+        assert not neuron.requests
         call = await gateway.call("POST", "/v1/responses", large).end()
         assert (call.status, call.json()["store"]) == (200, False), "no client asked for it to be stored"
         call = await gateway.call(
@@ -262,7 +262,7 @@ async def test_references_are_counted(num_references: int, num_bytes: int, code:
         ],
     }
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         await line.reply(200, orjson.dumps(done))
 
     async with rig(FakeNode(script=script).ready("m"), max_body_bytes=65_536) as gateway:
@@ -310,7 +310,7 @@ async def test_an_answer_that_could_not_be_listed_again_is_not_kept(levels: int,
         b'"id":"resp_1","object":"response","status":"completed","output":[{"type":"message","content":' + deep + b"}]"
     )
 
-    async def script(asked: Asked, line: Line) -> None:
+    async def script(received: Received, line: Line) -> None:
         if not stream:
             await line.reply(200, b"{" + members + b"}")
             return

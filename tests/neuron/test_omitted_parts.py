@@ -8,7 +8,7 @@ import pytest
 from asgi_client import Reply, ask
 from scripted_model import HELLO, ScriptedHarness
 
-from cortex.dialects.unseen_parts import readable
+from cortex.dialects.omitted_parts import readable
 from cortex.wire.node import LoadRequest
 from cortex.wire.request import ImagePart, MediaPart, Message, Role, TextPart
 from neuron.api import Api

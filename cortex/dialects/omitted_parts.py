@@ -33,18 +33,18 @@ def readable(
         if isinstance(message.content, str):
             found.append(message)
             continue
-        unseen = [part for part in message.content if _is_unseen(part, images)]
-        if not unseen:
+        unsupported = [part for part in message.content if _is_unsupported(part, images)]
+        if not unsupported:
             found.append(message)
             continue
         if at >= newest and message.role is Role.USER:
-            raise _refusal(unseen[0], model, seeing, param)
-        num_omitted += len(unseen)
+            raise _refusal(unsupported[0], model, seeing, param)
+        num_omitted += len(unsupported)
         found.append(msgspec.structs.replace(message, content=_replaced(message.content, images)))
     return tuple(found), num_omitted
 
 
-def _is_unseen(part: Part, images: bool) -> bool:
+def _is_unsupported(part: Part, images: bool) -> bool:
     return isinstance(part, MediaPart) or (isinstance(part, ImagePart) and not images)
 
 
@@ -52,7 +52,7 @@ def _replaced(parts: Sequence[Part], images: bool) -> str | tuple[Part, ...]:
     """Return the parts with a line of text in place of each unsupported part."""
     replaced: list[Part] = []
     for part in parts:
-        if _is_unseen(part, images):
+        if _is_unsupported(part, images):
             kind = part.kind if isinstance(part, MediaPart) else "image"
             takes = "text and images" if images and kind != "image" else "text only"
             replaced.append(TextPart(f"[{kind} omitted: this model takes {takes}]"))
