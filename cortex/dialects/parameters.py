@@ -264,12 +264,10 @@ def _object_of(kind: msgspec.inspect.Type, known: dict[type, _Object]) -> _Objec
     match kind:
         case msgspec.inspect.StructType():
             if kind.cls not in known:
-                known[kind.cls] = members_of_kind = _Object()
-                members_of_kind.members = {
-                    field.encode_name: _members_of_kindof(field.type, known) for field in kind.fields
-                }
+                known[kind.cls] = entry = _Object()
+                entry.members = {field.encode_name: _object_of(field.type, known) for field in kind.fields}
                 if kind.tag_field is not None:
-                    members_of_kind.members[kind.tag_field] = None
+                    entry.members[kind.tag_field] = None
             return known[kind.cls]
         case msgspec.inspect.UnionType():
             found = [one for one in (_object_of(each, known) for each in kind.types) if one is not None]
