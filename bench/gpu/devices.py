@@ -140,13 +140,12 @@ class Rehearsal(UntimedGpu):
         """Have models run the kernels in the interpreter, with the choices for a Hopper GPU."""
         from neuron.triton_kernels.interpreter import mend
         from neuron.triton_kernels.launch import Target, targeting
-        from neuron.triton_kernels.triton_operations import TritonOperations
+        from neuron.triton_kernels.operations import KERNELS
 
         mend()
-        operations = TritonOperations()
         with (
             targeting(Target(90, 3)),
-            mock.patch.object(dispatch, "operations_for", return_value=operations),
+            mock.patch.object(dispatch, "operations_for", return_value=KERNELS),
         ):
             yield self
 

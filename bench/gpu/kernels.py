@@ -9,20 +9,24 @@ import torch
 from devices import Gpu
 from sizes import Sizes
 
-from neuron.triton_kernels import activation, cases, launch, moe_matmul, moe_routing, norm, sampling
+from neuron.triton_kernels import cases, launch, moe_routing
+from neuron.triton_kernels.activation import gated_activation
+from neuron.triton_kernels.batch import AttentionParameters, KeyValueCache
 from neuron.triton_kernels.decode_attention import decode_attention
 from neuron.triton_kernels.matmul import matmul
+from neuron.triton_kernels.moe_matmul import moe_matmul
+from neuron.triton_kernels.operations import KERNELS
 from neuron.triton_kernels.prefill_attention import prefill_attention
-from neuron.triton_kernels.quantized_matmul import quantized_matmul
+from neuron.triton_kernels.quantized_matmul import FORMS, quantized_matmul
 from neuron.triton_kernels.random_batch import PAGE, random_batch
-from neuron.triton_kernels.routing import route
 from neuron.triton_kernels.sampling_rows import SamplingRows
 from neuron.triton_kernels.skinny_matmul import skinny_matmul
 
 Rows = Iterator[dict[str, Any]]
-EXACT = ("norm", "activation", "rope", "rotary", "sampling", "decode step")
+PLAIN = AttentionParameters(0.1)
+EXACT = ("rms norm", "gated activation", "rope and cache", "rotary table", "sample", "begin step", "end step")
 """Cases without products: the matrix units compute float32 as TF32, which no model here uses."""
-QUICK = ("norm", "moe matmul", "sampling", "decode step")
+QUICK = ("rms norm", "moe matmul of floats", "sample", "begin step", "end step")
 """Cases of a rehearsal."""
 
 
@@ -74,7 +78,7 @@ def nodes(bench: Bench) -> Rows:
     for name, capability in (("dependent launch", here.capability), ("plain launch", min(here.capability, 80))):
         if name == "plain launch" or here.has_dependent_launch:
             with launch.targeting(launch.Target(capability, here.num_sms)):
-                yield {"node": name, "us": bench.gpu.graph_us(lambda _: skinny_matmul(x, weight))}
+                yield {"node": name, "us": bench.gpu.graph_us(lambda _: skinny_matmul.triton(x, weight))}
 
 
 def projections(bench: Bench) -> Rows:
@@ -91,7 +95,7 @@ def projections(bench: Bench) -> Rows:
                 if name == "plain " and not here.has_dependent_launch:
                     continue
                 with launch.targeting(launch.Target(capability, here.num_sms)):
-                    us = bench.gpu.graph_us(lambda i, x=x, w=weights: skinny_matmul(x, w[i % len(w)]))
+                    us = bench.gpu.graph_us(lambda i, x=x, w=weights: skinny_matmul.triton(x, w[i % len(w)]))
                 row |= {name + key: value for key, value in bench.rate(nbytes, us).items()}
             us = bench.gpu.graph_us(lambda i, x=x, w=weights: torch.mm(x, w[i % len(w)].t()))
             yield row | {"cuBLAS GB/s": nbytes / us / 1e3}
@@ -104,7 +108,7 @@ def products(bench: Bench) -> Rows:
         for batch in bench.sizes.matmul_rows:
             x = bench.random(batch, depth)
             work = 2 * batch * width * depth / 1e6
-            ours = work / bench.gpu.graph_us(lambda _, x=x, w=weight: matmul(x, w))
+            ours = work / bench.gpu.graph_us(lambda _, x=x, w=weight: matmul.triton(x, w))
             theirs = work / bench.gpu.graph_us(lambda _, x=x, w=weight: torch.mm(x, w.t()))
             yield {"M": batch, "N": width, "K": depth, "TFLOP/s": ours, "cuBLAS": theirs, "share": ours / theirs}
 
@@ -116,12 +120,12 @@ def attention(bench: Bench) -> Rows:
         shape = {"H": num_heads, "K": num_kv_heads, "D": head_dim}
         for tokens in bench.sizes.prompts:
             batch, pages = random_batch([(tokens, tokens)], gpu.device)
-            caches = bench.random(2, pages, PAGE, num_kv_heads, head_dim)
+            cache = KeyValueCache(*(bench.random(pages, PAGE, num_kv_heads, head_dim) for _ in range(2)))
             q = bench.random(tokens, num_heads, head_dim)
             out = torch.empty_like(q)
 
-            def ours(_: int, a: Any = (q, *caches, batch, 0.1, out)) -> None:
-                prefill_attention(*a)
+            def ours(_: int, a: Any = (q, cache, batch, PLAIN, out)) -> None:
+                prefill_attention.triton(*a)
 
             each = q.transpose(0, 1)[None], *(bench.random(1, num_kv_heads, tokens, head_dim) for _ in range(2))
 
@@ -134,30 +138,32 @@ def attention(bench: Bench) -> Rows:
             yield row | {"SDPA TFLOP/s": work / other, "share of SDPA": other / us}
         for sequences, context in bench.sizes.contexts:
             batch, pages = random_batch([(1, context)] * sequences, gpu.device)
-            caches = bench.random(2, pages, PAGE, num_kv_heads, head_dim)
+            cache = KeyValueCache(*(bench.random(pages, PAGE, num_kv_heads, head_dim) for _ in range(2)))
             q = bench.random(sequences, num_heads, head_dim)
             out = torch.empty_like(q)
 
-            def decode(_: int, a: Any = (q, *caches, batch, 0.1, out)) -> None:
-                decode_attention(*a, num_sequences=len(a[0]))
+            def decode(_: int, a: Any = (q, cache, batch, PLAIN, out)) -> None:
+                decode_attention.triton(*a, num_sequences=len(a[0]))
 
             # Data smaller than the second-level cache stays there between calls, and its share can exceed 1.
+            nbytes = sum(pool.nbytes for pool in cache)
             row = {"kind": "decode", "B": sequences, "S": context, **shape}
-            yield row | bench.rate(caches.nbytes, gpu.graph_us(decode)) | {"MB": caches.nbytes / 1e6}
+            yield row | bench.rate(nbytes, gpu.graph_us(decode)) | {"MB": nbytes / 1e6}
 
 
 def quantised(bench: Bench) -> Rows:
     """Yield products with weights in each form; each call reads other weights."""
     width, depth = bench.sizes.quantized
-    for name, matrix in cases.quantized_forms(torch.randn(min(width, 256), depth)).items():
+    for name, form in FORMS.items():
         if name == "fp8" and launch.target_of(bench.gpu.device).capability < 89:
             continue
+        matrix = form(torch.randn(min(width, 256), depth))
         repeats = width // min(width, 256)
         whole = matrix.map(lambda array, n=repeats: array.to(bench.gpu.device).repeat(n, 1))
         copies = [whole.map(lambda array: array.clone()) for _ in range(8)]
         for batch in bench.sizes.quantized_rows:
             x = bench.random(batch, depth)
-            us = bench.gpu.graph_us(lambda i, x=x, w=copies: quantized_matmul(x, w[i % len(w)]))
+            us = bench.gpu.graph_us(lambda i, x=x, w=copies: quantized_matmul.triton(x, w[i % len(w)]))
             row: dict[str, Any] = {"form": name, "rows": batch, "N": width, "K": depth}
             yield row | bench.rate(whole.nbytes, us) | {"TFLOP/s": 2 * batch * width * depth / us / 1e6}
 
@@ -170,22 +176,22 @@ def pointwise(bench: Bench) -> Rows:
 
     rows, hidden, width = bench.sizes.pointwise
     x, gain, wide = bench.random(rows, hidden), bench.random(hidden), bench.random(rows, 2 * width)
-    yield row(f"norm {rows} x {hidden}", 2 * x.nbytes, norm.rms_norm, x, gain, 1e-6)
-    yield row(f"silu and mul {rows} x {width}", 3 * wide.nbytes // 2, activation.silu_and_mul, wide)
+    yield row(f"norm {rows} x {hidden}", 2 * x.nbytes, KERNELS.rms_norm, x, gain, 1e-6)
+    yield row(f"silu and mul {rows} x {width}", 3 * wide.nbytes // 2, gated_activation.triton, wide, "silu")
     count, choices, inner, model = bench.sizes.experts
     for tokens in bench.sizes.expert_tokens:
         experts, few = bench.random(count, 2 * inner, model), bench.random(tokens, model)
-        routing = route(bench.random(tokens, count), choices)
+        routing = moe_routing.route.eager(bench.random(tokens, count), choices)
         used = int((routing.starts.diff() > 0).sum()) * experts[0].nbytes
-        yield row(f"experts, {tokens} tokens", used, moe_matmul.moe_matmul, few, experts, routing)
+        yield row(f"experts, {tokens} tokens", used, moe_matmul.triton, few, experts, routing)
         if tokens <= moe_routing.MAX_TOKENS:
             scores = bench.random(tokens, count)
-            yield row(f"routing, {tokens} tokens", scores.nbytes, moe_routing.route, scores, choices)
+            yield row(f"routing, {tokens} tokens", scores.nbytes, moe_routing.route.triton, scores, choices)
     for num_rows in bench.sizes.sampled_rows:
         logits = bench.random(num_rows, bench.sizes.vocab, dtype=torch.float32)
         for name, asked in (("greedy", {"temperature": 0.0}), ("plain", {}), *FILTERS.items()):
             wanted = _sampling_rows(num_rows, bench.gpu.device, **{**NO_FILTER, **asked})
-            yield row(f"sampling, {num_rows} rows, {name}", logits.nbytes, sampling.sample_rows, logits, wanted)
+            yield row(f"sampling, {num_rows} rows, {name}", logits.nbytes, KERNELS.sample, logits, wanted)
 
 
 NO_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

@@ -31,7 +31,6 @@ from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models import decoder
 from neuron.models.config import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
-from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ class GraphRunner(Runner):
         self._num_columns = -(-plan.context_tokens // PAGE_TOKENS)
         self._buckets: dict[int, _Bucket] = {}
         # Eager attention takes host data of every step, which no graph can.
-        captures = settings.cuda_graphs and self._kernels is not dispatch.EAGER
+        captures = settings.cuda_graphs and self._kernels.by_kernels
         self._uncaptured = buckets(plan.max_sequences) if captures else []
         self._samples = isinstance(self.sampler, DeviceSampler)
         """Whether graphs sample."""

@@ -19,8 +19,8 @@ from neuron.models import decoder
 from neuron.models.config import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import dispatch
+from neuron.triton_kernels.attention import attention_parts
 from neuron.triton_kernels.batch import AttentionPart, Batch
-from neuron.triton_kernels.reference import attention_parts
 
 
 class Runner:
@@ -52,7 +52,7 @@ class Runner:
         self.sampler = self._make_sampler(plan.max_sequences, settings.device_sampling)
 
     def _make_sampler(self, max_sequences: int, on_device: bool) -> Sampler:
-        if self._kernels is dispatch.EAGER or not on_device:
+        if not (self._kernels.by_kernels and on_device):
             return Sampler(max_sequences, self.config.vocab_size, self.device)
         return DeviceSampler(max_sequences, self.config.vocab_size, self.device, self._kernels.sample)
 
@@ -98,7 +98,7 @@ class Runner:
 
     def _parts(self, plan: StepPlan) -> tuple[AttentionPart, ...]:
         """Return the parts for eager attention; kernels read the page table."""
-        if self._kernels is not dispatch.EAGER:
+        if self._kernels.by_kernels:
             return ()
         return attention_parts(
             plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device, self.config.window_tokens

@@ -16,8 +16,10 @@ from neuron.models.matrix_reader import MatrixReader, some_rows
 from neuron.models.rope import inverse_frequencies
 from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.triton_kernels import dispatch
-from neuron.triton_kernels.batch import Batch
-from neuron.triton_kernels.operations import Experts, Operations, Picks
+from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
+from neuron.triton_kernels.experts import Picks
+from neuron.triton_kernels.moe_matmul import Experts
+from neuron.triton_kernels.operations import Operations
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix, embedding_rows
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class LayerWeights:
     """``[2 I, hidden]``"""
     down: Matrix
     router: torch.Tensor | None = None
-    """``[E, hidden]`` where the MLP is E experts; ``gate_up`` and ``down`` are then :data:`~.operations.Experts`."""
+    """``[E, hidden]`` where the MLP is E experts; ``gate_up`` and ``down`` are then :data:`~.moe_matmul.Experts`."""
     attention_out_norm: torch.Tensor | None = None
     mlp_out_norm: torch.Tensor | None = None
     window_tokens: int = 0
@@ -168,10 +170,11 @@ def forward(
     if weights.window_inverse_frequencies is not None:
         window_rotary = kernels.rotary_table(batch.positions, weights.window_inverse_frequencies, residual.dtype)
     for number, layer in enumerate(weights.layers):
-        keys, values = key_cache[number], value_cache[number]
+        cache = KeyValueCache(key_cache[number], value_cache[number])
+        parameters = AttentionParameters(scale, layer.window_tokens, qk_norm=layer.qk_norm, eps=eps)
         angles = window_rotary if layer.window_tokens else rotary
         qkv = kernels.normed_linear(residual, (layer.input_norm, eps), layer.qkv, layer.qkv_bias)
-        x = kernels.attention(qkv, layer.qk_norm, eps, angles, keys, values, batch, scale, layer.window_tokens)
+        x = kernels.attention(qkv, angles, cache, batch, parameters)
         _add(kernels, x, layer.output, layer.output_bias, layer.attention_out_norm, eps, residual, sum_ranks)
         if layer.router is None:
             x = kernels.normed_mlp_in(residual, (layer.post_norm, eps), layer.gate_up, activation)
@@ -206,7 +209,7 @@ def _add(
     if out_norm is None:
         residual.add_(x)
     else:
-        kernels.add_normed(x, (out_norm, eps), residual)
+        residual.add_(kernels.rms_norm(x, out_norm, eps))
 
 
 def _experts(matrix: Matrix) -> Experts:

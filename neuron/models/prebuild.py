@@ -25,7 +25,7 @@ from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import decode_state, dispatch, sampling_rows
 from neuron.triton_kernels.batch import Batch
-from neuron.triton_kernels.operations import Operations
+from neuron.triton_kernels.operations import KERNELS
 
 if TYPE_CHECKING:
     from neuron.triton_kernels.compile import Compilation
@@ -51,39 +51,37 @@ def variants(
     """
     from neuron.triton_kernels.compile import target_for
     from neuron.triton_kernels.launch import recording
-    from neuron.triton_kernels.triton_operations import TritonOperations
 
     dtype = getattr(torch, plan.dtype)
     if dtype == torch.float32:
         return ()
     weights = _weights(config, dtype, plan.quant, shard)
     config, in_group = local_config(config, shard), in_group or shard.size > 1
-    operations = TritonOperations()
     shape = (len(weights.layers), plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
     keys, values = _meta(*shape, dtype=dtype), _meta(*shape, dtype=dtype)
     with recording(target_for(capability)) as recorder:
         for batch in _batches(plan, _steps(config)):
             token_ids = _meta(len(batch.positions), dtype=torch.int32)
             decoder.forward(
-                config, weights, token_ids, batch, keys, values, operations, (lambda x: x) if in_group else None
+                config, weights, token_ids, batch, keys, values, KERNELS, (lambda x: x) if in_group else None
             )
         for rows in sorted({min(n, plan.sampled_rows) for n in (*STEPS, plan.sampled_rows)}):
-            decoder.logits(weights, _meta(rows, config.hidden_size, dtype=dtype), operations)
-        _sample(config, plan, operations)
+            decoder.logits(weights, _meta(rows, config.hidden_size, dtype=dtype), KERNELS)
+        _sample(config, plan)
     return recorder.variants
 
 
-def _sample(config: ModelConfig, plan: MemoryPlan, operations: Operations) -> None:
+def _sample(config: ModelConfig, plan: MemoryPlan) -> None:
     """Launch the kernels after the logits, with and without changes of logits, and the ends of a captured step."""
     rows, vocab_size = plan.max_sequences, config.vocab_size
     for changes in (False, True):
         asked = sampling_rows.like(rows, vocab_size, plan.max_sequences, changes, _meta)
-        operations.sample(_meta(rows, vocab_size, dtype=torch.float32), asked)
+        KERNELS.sample(_meta(rows, vocab_size, dtype=torch.float32), asked)
     pages = -(-plan.context_tokens // PAGE_TOKENS)
     for num_rows in {1, plan.max_sequences}:
         state = decode_state.like(num_rows, pages, plan.max_sequences, _meta)
-        operations.begin_step(state)
-        operations.end_step(state, _meta(num_rows, dtype=torch.int32), PAGE_TOKENS)
+        KERNELS.begin_step(state)
+        KERNELS.end_step(state, _meta(num_rows, dtype=torch.int32), PAGE_TOKENS)
 
 
 class Preparation:
@@ -110,7 +108,7 @@ class Preparation:
             raise UnsupportedQuantizationError(f"{device} cannot convert float8; sm_89 and later can", param="quant")
         dtype = getattr(torch, plan.dtype)
         operations = dispatch.operations_for(device, dtype, triton=settings.triton_kernels)
-        if device.type != "cuda" or operations is dispatch.EAGER:
+        if device.type != "cuda" or not operations.by_kernels:
             return
         # Imported here: a host without CUDA may not have the compiler.
         from neuron.triton_kernels import compile

@@ -5,10 +5,19 @@ SiLU (SwiGLU) or the tanh form of GELU (GeGLU), both of arXiv:2002.05202. Comput
 """
 
 import torch
-import triton
-import triton.language as tl
+from torch.nn import functional
 
+from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.launch import cdiv, launch
+from neuron.triton_kernels.operation import Make, Operation, Run
+
+
+@Operation
+def gated_activation(gate_up: torch.Tensor, function: str) -> torch.Tensor:
+    """Return ``f(gate) * up`` ``[T, I]`` of ``[T, 2 I]``; ``function`` is ``"silu"`` or ``"gelu"``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    activated = functional.silu(gate) if function == "silu" else functional.gelu(gate, approximate="tanh")
+    return activated.mul_(up)
 
 
 @triton.jit
@@ -33,23 +42,31 @@ def _gated_kernel(gate_up, out, stride, width, ACTIVATION: tl.constexpr, BLOCK: 
     tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask=inside)
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return ``silu(gate) * up`` ``[T, I]``."""
-    return _launch(gate_up, "silu")
-
-
-def gelu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return ``gelu(gate) * up`` ``[T, I]``, with the tanh form of GELU."""
-    return _launch(gate_up, "gelu")
-
-
-def _launch(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+@gated_activation.launcher
+def _launch(gate_up: torch.Tensor, function: str) -> torch.Tensor:
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     launch(
         _gated_kernel,
         (num_rows, cdiv(width, 1024)),
-        {"gate_up": gate_up, "out": out, "stride": gate_up.stride(0), "width": width},
-        {"ACTIVATION": activation, "BLOCK": 1024},
+        gate_up=gate_up,
+        out=out,
+        stride=gate_up.stride(0),
+        width=width,
+        ACTIVATION=function,
+        BLOCK=1024,
     )
     return out
+
+
+@gated_activation.cases()
+def _cases(check: Run, make: Make) -> None:
+    for rows, width in ((1, 11), (4, 1025)):
+        for function in ("silu", "gelu"):
+            check(make(rows, 2 * width), function)
+
+
+@gated_activation.launches()
+def _launches(run: Run, make: Make) -> None:
+    for function in ("silu", "gelu"):
+        run(make(9, 24576), function)

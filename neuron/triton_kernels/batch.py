@@ -1,9 +1,10 @@
-"""Layout of a step's rows in memory, for the attention kernels.
+"""Arguments of attention: a step's rows, built once and read by all layers; a layer's cache and its parameters.
 
-Built once a step and read by all layers; KV slots and pages, no requests.
+KV slots and pages, no requests.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -44,3 +45,25 @@ class Batch:
     """Parts of the step, for the eager reference only."""
     num_decodes: int = 0
     """Number of leading sequences with one query token; all may be treated as prompts."""
+
+
+class KeyValueCache(NamedTuple):
+    """Paged keys and values of a layer, ``[P, page_size, K, D]`` each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class AttentionParameters(NamedTuple):
+    """Parameters of a layer's attention."""
+
+    scale: float
+    """Factor of ``q . k``."""
+    window: int = 0
+    """Number of last tokens that a token attends to, itself the last; 0: all."""
+    soft_cap: float = 0.0
+    """c where scores are ``c tanh(score / c)``; 0: not so."""
+    qk_norm: torch.Tensor | None = None
+    """``[H + K, D]``: weights by which each query and key head is normalised before it is rotated, if it is."""
+    eps: float = 0.0
+    """Epsilon of that norm."""

@@ -137,9 +137,8 @@ def inspect_variants(wanted: Iterable[Variant], capability: int, cache: KernelCa
 
 def all_variants(capability: int) -> tuple[Variant, ...]:
     """Return the variants that the machine-code check covers on one GPU."""
-    target = target_for(capability)
-    with recording(target) as recorder:
-        cases.launch_everything(target)
+    with recording(target_for(capability)) as recorder:
+        cases.launch_everything()
     return recorder.variants
 
 
@@ -159,7 +158,7 @@ def check_numbers(name_part: str = "") -> int:
             with targeting(target):
                 error = case.error(torch.device("cpu"))
             num_cases += 1
-            kind = f"{case.name.split(' H')[0]} {str(case.dtype).removeprefix('torch.')}"
+            kind = f"{case.operation.name} {str(case.dtype).removeprefix('torch.')}"
             worst[kind] = max(worst.get(kind, 0.0), error)
             if not error <= case.tolerance:
                 failed += 1

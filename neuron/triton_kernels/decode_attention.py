@@ -14,13 +14,15 @@ import math
 from typing import Final
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra import cuda
 
-from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels._triton import cuda, tl, triton
+from neuron.triton_kernels.attention_cases import HEADS, Heads, real_steps
+from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
 from neuron.triton_kernels.launch import Argument, Target, cdiv, launch, power_of_two, target_of
-from neuron.triton_kernels.prefill_attention import LOG2_E, capped
+from neuron.triton_kernels.operation import Make, Operation, Run
+from neuron.triton_kernels.prefill_attention import LOG2_E, attention_by_definition, capped
+from neuron.triton_kernels.rope import rope_and_cache
+from neuron.triton_kernels.rotary import Rotary
 from neuron.triton_kernels.workspace import counters
 
 MIN_SPLIT_TOKENS: Final = 128
@@ -28,6 +30,32 @@ MIN_SPLIT_TOKENS: Final = 128
 MAX_SPLITS: Final = 64
 MERGE_ROWS = tl.constexpr(32)
 """Number of heads of splits that the merge reads at once."""
+
+
+@Operation
+def decode_attention(
+    q: torch.Tensor,
+    cache: KeyValueCache,
+    batch: Batch,
+    parameters: AttentionParameters,
+    out: torch.Tensor,
+    *,
+    num_sequences: int,
+) -> None:
+    """Write the attention of the first ``num_sequences`` rows of ``q`` ``[T, H, D]`` into ``out`` ``[T, H, D]``.
+
+    Sequence b's only query is row b, and its key and value are in the cache already.
+    """
+    out[:num_sequences] = attention_by_definition(q, cache, batch, parameters)[:num_sequences]
+
+
+@Operation
+def rope_decode_attention(
+    qkv: torch.Tensor, rotary: Rotary, cache: KeyValueCache, batch: Batch, parameters: AttentionParameters
+) -> torch.Tensor:
+    """Norm, rotate, write the new keys and values, and attend: ``[B, H D]`` of ``qkv`` ``[B, (H + 2 K) D]``."""
+    q = rope_and_cache.eager(qkv, rotary, cache, batch.slot_mapping, parameters)
+    return attention_by_definition(q, cache, batch, parameters).reshape(len(qkv), -1)
 
 
 @triton.jit
@@ -252,92 +280,113 @@ def decode_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int | No
     return (32, 8, num_stages, None) if target.capability == 80 else (32, 4, num_stages, 255)
 
 
-def decode_attention(
+@decode_attention.launcher
+def _launch_decode(
     q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KeyValueCache,
     batch: Batch,
-    scale: float,
+    parameters: AttentionParameters,
     out: torch.Tensor,
     *,
     num_sequences: int,
-    window: int = 0,
-    soft_cap: float = 0.0,
 ) -> None:
-    """Write the attention of the first ``num_sequences`` rows of ``q`` ``[T, H, D]`` into ``out`` ``[T, H, D]``.
-
-    Sequence b's only query is row b, and its key and value are in the cache already.
-    """
-    num_heads = q.shape[1]
-    _launch(q, None, None, None, key_cache, value_cache, batch, scale, out, num_heads, num_sequences, window, soft_cap)
+    unused = {"qk_norm": None, "cos": None, "sin": None, "slot_mapping": None}
+    _launch(q, cache, batch, parameters, out, num_sequences, FUSED=False, **unused)
 
 
-def rope_decode_attention(
-    qkv: torch.Tensor,
-    qk_norm: torch.Tensor | None,
-    eps: float,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    batch: Batch,
-    scale: float,
-    *,
-    window: int = 0,
-    soft_cap: float = 0.0,
+@rope_decode_attention.launcher
+def _launch_fused(
+    qkv: torch.Tensor, rotary: Rotary, cache: KeyValueCache, batch: Batch, parameters: AttentionParameters
 ) -> torch.Tensor:
-    """Norm, rotate, write the new keys and values, and attend: ``[B, H D]`` of ``qkv`` ``[B, (H + 2 K) D]``."""
-    head_dim = key_cache.shape[3]
-    num_heads = qkv.shape[1] // head_dim - 2 * key_cache.shape[2]
-    out = torch.empty((qkv.shape[0], num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
-    _launch(
-        qkv, (qk_norm, eps), rotary, batch.slot_mapping, key_cache, value_cache, batch, scale, out,
-        num_heads, qkv.shape[0], window, soft_cap,
-    )  # fmt: skip
-    return out
+    num_kv_heads, head_dim = cache.keys.shape[2:]
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    out = torch.empty((len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    cos, sin = rotary
+    _launch(qkv, cache, batch, parameters, out, len(qkv), FUSED=True, cos=cos, sin=sin)
+    return out.view(len(qkv), -1)
 
 
 def _launch(
     q: torch.Tensor,
-    norm: tuple[torch.Tensor | None, float] | None,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    slot_mapping: torch.Tensor | None,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KeyValueCache,
     batch: Batch,
-    scale: float,
+    parameters: AttentionParameters,
     out: torch.Tensor,
-    num_heads: int,
     num_sequences: int,
-    window: int,
-    soft_cap: float,
+    **more: Argument,
 ) -> None:
-    page_size, num_kv_heads, head_dim = key_cache.shape[1:]
+    page_size, num_kv_heads, head_dim = cache.keys.shape[1:]
+    num_heads, window = out.shape[1], parameters.window
     target = target_of(q.device)
     group = num_heads // num_kv_heads
     max_context = batch.page_table.shape[1] * page_size
     splits = num_splits_for(num_sequences, num_kv_heads, min(max_context, window or max_context), target)
     parts = (num_sequences * num_kv_heads * splits, group * (head_dim + 2))
-    partial = torch.empty(parts, dtype=torch.float32, device=q.device)
     block_n, num_warps, num_stages, max_registers = decode_tiles(head_dim, target)
-    qk_norm, eps = norm or (None, 0.0)
-    cos, sin = rotary or (None, None)
     dependent = target.has_dependent_launch and q.device.type != "cpu"
-    made_here: dict[str, Argument] = {"qk_norm": qk_norm, "cos": cos, "sin": sin, "slot_mapping": slot_mapping}
     launch(
         _decode_attention_kernel,
         (num_kv_heads, splits, num_sequences),
-        {"q": q, **made_here}
-        | {"key_cache": key_cache, "value_cache": value_cache, "out": out, "page_table": batch.page_table}
-        | {"context_lens": batch.context_lens, "partial": partial}
-        | {"arrived": counters(q.device, num_sequences * num_kv_heads), "q_stride": q.stride(0), "eps": eps}
-        | {"table_stride": batch.page_table.stride(0), "window": window, "num_splits": splits}
-        | {"scale_log2": scale * LOG2_E, "soft_cap": soft_cap or math.inf},
-        {"FUSED": rotary is not None, "H": num_heads, "K": num_kv_heads, "D": head_dim, "PAGE": page_size}
-        | {"MIN_TOKENS": MIN_SPLIT_TOKENS, "BLOCK_M": max(power_of_two(group), 16), "BLOCK_N": block_n}
-        | {"BLOCK_D": power_of_two(head_dim), "HAS_WINDOW": window > 0, "HAS_CAP": soft_cap > 0}
-        | {"STAGES": num_stages, "PDL": dependent},
+        batch,
+        parameters,
+        q=q,
+        key_cache=cache.keys,
+        value_cache=cache.values,
+        out=out,
+        partial=torch.empty(parts, dtype=torch.float32, device=q.device),
+        arrived=counters(q.device, num_sequences * num_kv_heads),
+        q_stride=q.stride(0),
+        table_stride=batch.page_table.stride(0),
+        num_splits=splits,
+        scale_log2=parameters.scale * LOG2_E,
+        soft_cap=parameters.soft_cap or math.inf,
+        H=num_heads,
+        K=num_kv_heads,
+        D=head_dim,
+        PAGE=page_size,
+        MIN_TOKENS=MIN_SPLIT_TOKENS,
+        BLOCK_M=max(power_of_two(group), 16),
+        BLOCK_N=block_n,
+        BLOCK_D=power_of_two(head_dim),
+        HAS_WINDOW=window > 0,
+        HAS_CAP=parameters.soft_cap > 0,
+        STAGES=num_stages,
+        PDL=dependent,
         num_warps=num_warps,
         num_stages=num_stages,
         dependent_launch=dependent,
         max_registers=max_registers,
+        **more,
     )
+
+
+CONTEXTS: Final = ([1], [300, 129, 128, 17, 1], [600])
+
+
+@decode_attention.cases(*HEADS)
+def _decode_cases(check: Run, make: Make, heads: Heads) -> None:
+    for contexts in CONTEXTS:
+        step = heads.step(make, [(1, context) for context in contexts])
+        out = torch.full_like(step.q, torch.nan)
+        check(step.q, step.cache, step.batch, step.parameters, out, num_sequences=len(contexts))
+
+
+@rope_decode_attention.cases(*HEADS)
+def _fused_cases(check: Run, make: Make, heads: Heads) -> None:
+    for contexts in CONTEXTS:
+        step = heads.step(make, [(1, context) for context in contexts])
+        for pool in step.cache:
+            pool.view(-1, *pool.shape[2:])[step.batch.slot_mapping] = torch.nan
+        check(step.qkv, step.rotary, step.cache, step.batch, step.parameters)
+
+
+@decode_attention.launches()
+def _launches(run: Run, make: Make) -> None:
+    for step in real_steps(make):
+        run(step.q, step.cache, step.batch, step.parameters, step.q, num_sequences=len(step.q))
+
+
+@rope_decode_attention.launches()
+def _fused_launches(run: Run, make: Make) -> None:
+    for step in real_steps(make):
+        run(step.qkv, step.rotary, step.cache, step.batch, step.parameters)

@@ -10,15 +10,25 @@ their order does not matter. These stores write through the device's cache (``.w
 visible only when all queued work is done. A page beyond the table is of a step that is never launched, and read as 0.
 """
 
+import numpy as np
 import torch
-import triton
-import triton.language as tl
 
+from neuron.triton_kernels import decode_state
+from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.decode_state import MAX_STOPS, DecodeState
-from neuron.triton_kernels.launch import Argument, launch, power_of_two
+from neuron.triton_kernels.launch import launch, power_of_two
+from neuron.triton_kernels.operation import Make, Operation, Run
 
 MIN_BLOCK = 128
 """Least block of rows: one binary serves all batches up to it."""
+
+
+@Operation
+def begin_step(state: DecodeState) -> None:
+    """Replace negative tokens, which name rows of the step before, by their sampled ids."""
+    # A row that was not finite has no token; its sequence fails when it is settled.
+    known = state.last[(-1 - state.token_ids).clamp(min=0)].clamp(min=0)
+    state.token_ids.copy_(torch.where(state.token_ids < 0, known, state.token_ids))
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -30,6 +40,35 @@ def _begin_kernel(token_ids, last, B, BLOCK: tl.constexpr):
     known = tl.load(last + tl.where(unknown, -1 - token, 0), mask=unknown, other=0)
     # A row that was not finite has no token; its sequence fails when it is settled.
     tl.store(token_ids + row, tl.maximum(known, 0), mask=unknown)
+
+
+@begin_step.launcher
+def _launch_begin(state: DecodeState) -> None:
+    num_rows = len(state.token_ids)
+    launch(_begin_kernel, (1,), state, B=num_rows, BLOCK=max(MIN_BLOCK, power_of_two(num_rows)))
+
+
+@Operation
+def end_step(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
+    """Publish ``ids`` int32 ``[B]`` and advance each row that has not ended."""
+    num_rows = len(ids)
+    ended = state.ended != 0
+    tokens = torch.where(ended, state.last[:num_rows], ids)
+    state.last[:num_rows] = tokens
+    place = int(state.place)
+    state.published[place, :num_rows] = tokens.to(state.published.device)
+    state.place.add_(1)
+    ended = ended | (tokens[:, None] == state.stops).any(1)
+    state.ended.copy_(ended)
+    state.all_ended.fill_(int(ended.all()))
+    state.token_ids.copy_(torch.where(ended, state.token_ids, tokens))
+    for moved in (state.positions, state.context_lens, state.counters):
+        moved += ~ended
+    page = state.positions // page_tokens
+    inside = page < state.page_table.shape[1]
+    first = state.page_table.gather(1, torch.where(inside, page, 0).long()[:, None])[:, 0]
+    slot_mapping = torch.where(inside, first, 0).long() * page_tokens + state.positions % page_tokens
+    state.slot_mapping.copy_(torch.where(ended, state.slot_mapping, slot_mapping))
 
 
 @triton.jit(do_not_specialize=["B", "columns", "table_stride", "published_stride"])
@@ -82,34 +121,75 @@ def _end_kernel(
     tl.store(counters + row, tl.load(counters + row, mask=on, other=0) + 1, mask=on)
 
 
-def begin_step(state: DecodeState) -> None:
-    """Replace negative tokens, which name rows of the step before, by their sampled ids."""
-    num_rows = len(state.token_ids)
-    arguments: dict[str, Argument] = {"token_ids": state.token_ids, "last": state.last, "B": num_rows}
-    launch(_begin_kernel, (1,), arguments, {"BLOCK": max(MIN_BLOCK, power_of_two(num_rows))})
-
-
-def end_step(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
-    """Publish ``ids`` int32 ``[B]`` and advance each row that has not ended."""
+@end_step.launcher
+def _launch_end(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
     num_rows, columns = state.page_table.shape
-    arguments: dict[str, Argument] = {
-        "ids": ids,
-        "token_ids": state.token_ids,
-        "positions": state.positions,
-        "slot_mapping": state.slot_mapping,
-        "context_lens": state.context_lens,
-        "counters": state.counters,
-        "ended": state.ended,
-        "page_table": state.page_table,
-        "stops": state.stops,
-        "last": state.last,
-        "place": state.place,
-        "published": state.published,
-        "all_ended": state.all_ended,
-        "B": num_rows,
-        "columns": columns,
-        "table_stride": state.page_table.stride(0),
-        "published_stride": state.published.stride(0),
-    }
-    constants = {"BLOCK": max(MIN_BLOCK, power_of_two(num_rows)), "NUM_STOPS": MAX_STOPS, "PAGE": page_tokens}
-    launch(_end_kernel, (1,), arguments, constants)
+    launch(
+        _end_kernel,
+        (1,),
+        state,
+        ids=ids,
+        B=num_rows,
+        columns=columns,
+        table_stride=state.page_table.stride(0),
+        published_stride=state.published.stride(0),
+        BLOCK=max(MIN_BLOCK, power_of_two(num_rows)),
+        NUM_STOPS=MAX_STOPS,
+        PAGE=page_tokens,
+    )
+
+
+def _random_state(num_rows: int, device: torch.device, *, num_pages: int = 3, page_tokens: int = 4) -> DecodeState:
+    """Return rows in the middle of a multi-step decode; their outputs hold junk."""
+    generator = np.random.default_rng(num_rows)
+
+    def whole(*shape: int, low: int = 0, high: int = 50, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.from_numpy(generator.integers(low, high, shape)).to(device, dtype)
+
+    positions = whole(num_rows, high=num_pages * page_tokens)
+    return DecodeState(
+        token_ids=whole(num_rows, low=-num_rows, high=50),
+        positions=positions,
+        slot_mapping=whole(num_rows, dtype=torch.int64),
+        context_lens=positions + 1,
+        counters=whole(num_rows),
+        ended=whole(num_rows, high=4) // 3,
+        page_table=whole(num_rows, num_pages, high=99),
+        stops=torch.where(whole(num_rows, MAX_STOPS, high=3) == 0, whole(num_rows, MAX_STOPS, high=9), -1),
+        last=whole(num_rows + 3, low=-1, high=9),
+        place=torch.ones(1, dtype=torch.int32, device=device),
+        published=torch.full((7, num_rows + 3), -7, dtype=torch.int32, device=device),
+        all_ended=torch.full((1,), -7, dtype=torch.int32, device=device),
+    )
+
+
+@begin_step.cases(dtypes=(torch.float32,))
+def _begin_cases(check: Run, make: Make) -> None:
+    for num_rows in (1, 5, 130):
+        check(_random_state(num_rows, make.device))
+
+
+@end_step.cases(dtypes=(torch.float32,))
+def _end_cases(check: Run, make: Make) -> None:
+    """Run steps until all rows have ended."""
+    for num_rows in (1, 5, 130):
+        state = _random_state(num_rows, make.device)
+        for seed in range(5):
+            ids = np.random.default_rng(seed).integers(-1 if seed > 2 else 0, 9, num_rows)
+            if seed == 4:
+                ids[:] = -1
+            begin_step.eager(state)
+            check(state, torch.from_numpy(ids).to(make.device, torch.int32), 4)
+
+
+@begin_step.launches()
+def _begin_launches(run: Run, make: Make) -> None:
+    for num_rows in (64, 256):
+        run(decode_state.like(num_rows, 128, num_rows, make.integers))
+
+
+@end_step.launches()
+def _end_launches(run: Run, make: Make) -> None:
+    for num_rows in (64, 256):
+        state = decode_state.like(num_rows, 128, num_rows, make.integers)
+        run(state, state.last, 16)

@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-import triton
-from triton import knobs
 
-Argument = torch.Tensor | int | float | None
+from neuron.triton_kernels._triton import Kernel
+
 Constant = int | float | bool | str | None
+Argument = torch.Tensor | Constant
 
 _TYPES: Final = {
     torch.bfloat16: "*bf16",
@@ -92,7 +92,7 @@ class Variant:
     def function(self) -> Any:
         """Return the kernel itself, a ``triton.JITFunction`` (or its interpreted twin)."""
         module, _, name = self.kernel.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name).jitted
 
     def options(self) -> dict[str, Any]:
         """Return the compiler's options beside the constants."""
@@ -155,28 +155,46 @@ def _device_target(device: torch.device) -> Target:
 
 
 def launch(
-    kernel: Any,
+    kernel: Kernel,
     grid: Sequence[int],
-    arguments: Mapping[str, Argument],
-    constants: Mapping[str, Constant],
-    *,
+    *structs: object,
     num_warps: int = 4,
     num_stages: int = 1,
     dependent_launch: bool = False,
     max_registers: int | None = None,
+    **arguments: Argument,
 ) -> None:
-    """Run ``kernel`` on ``grid``, or record its variant; an argument that is ``None`` is a constant to the compiler."""
+    """Run ``kernel`` on ``grid``, or record its variant.
+
+    Its parameters are ``arguments``, and fields of ``structs``, dataclasses or named tuples, by their names; a struct
+    may have more. An argument that is None is a constant to the compiler.
+    """
+    given: dict[str, Any] = {name: value for struct in structs for name, value in _fields(struct)} | arguments
+    if unknown := arguments.keys() - set(kernel.arg_names):
+        raise TypeError(f"{kernel.fn.__name__} has no parameter {', '.join(sorted(unknown))}")
+    given = {name: given[name] for name in kernel.arg_names}
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.add(_variant(kernel, arguments, constants, (num_warps, num_stages, dependent_launch, max_registers)))
+        recorder.add(_variant(kernel, given, (num_warps, num_stages, dependent_launch, max_registers)))
         return
     if 0 in grid:
         return
-    if knobs.runtime.interpret:
-        kernel[tuple(grid)](**arguments, **constants)
-        return
-    options = _options(num_warps, num_stages, dependent_launch, max_registers)
-    kernel[tuple(grid)](**arguments, **constants, **options)
+    import triton
+
+    triton.set_allocator(_scratch)
+    interprets = triton.knobs.runtime.interpret
+    options = {} if interprets else _options(num_warps, num_stages, dependent_launch, max_registers)
+    kernel.jitted[tuple(grid)](**given, **options)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Return memory for the descriptors that a kernel makes on the device: 128 bytes each, a program."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _fields(struct: Any) -> Iterator[tuple[str, Any]]:
+    names = getattr(struct, "_fields", None) or [field.name for field in dataclasses.fields(struct)]
+    return ((name, getattr(struct, name)) for name in names)
 
 
 def _options(
@@ -190,38 +208,26 @@ def _options(
     return options
 
 
-def _variant(
-    kernel: Any,
-    arguments: Mapping[str, Argument],
-    constants: Mapping[str, Constant],
-    options: tuple[int, int, bool, int | None],
-) -> Variant:
-    function = kernel.fn
-    varying = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
-    parameters, fixed = [], dict(constants)
-    for name in kernel.arg_names:
-        if name in constants:
-            continue
-        match arguments[name]:
-            case None:
-                fixed[name] = None
-            case torch.Tensor() as tensor:
-                parameters.append(Parameter(name, _TYPES[tensor.dtype], tensor.data_ptr() % 16 == 0))
-            case int(value):
-                if value == 1 and name not in varying:
+def _variant(kernel: Kernel, given: Mapping[str, Any], options: tuple[int, int, bool, int | None]) -> Variant:
+    parameters: list[Parameter] = []
+    constants: list[tuple[str, Constant]] = []
+    for name, value in given.items():
+        varies = name in kernel.do_not_specialize
+        match value:
+            case _ if name in kernel.constants or value is None:
+                constants.append((name, value))
+            case torch.Tensor():
+                parameters.append(Parameter(name, _TYPES[value.dtype], value.data_ptr() % 16 == 0))
+            case int():
+                if value == 1 and not varies:
                     # The JIT would make it a constant; no size that is fixed for a model is 1.
-                    raise ValueError(f"{function.__name__}: {name} is 1, which would make a variant of its own")
+                    raise ValueError(f"{kernel.fn.__name__}: {name} is 1, which would make a variant of its own")
                 kind = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-                parameters.append(Parameter(name, kind, name not in varying and value % 16 == 0))
+                parameters.append(Parameter(name, kind, not varies and value % 16 == 0))
             case float():
                 parameters.append(Parameter(name, "fp32", False))
-    order = {name: i for i, name in enumerate(kernel.arg_names)}
-    return Variant(
-        f"{function.__module__}:{function.__name__}",
-        tuple(parameters),
-        tuple(sorted(fixed.items(), key=lambda item: order[item[0]])),
-        *options,
-    )
+    function = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
+    return Variant(function, tuple(parameters), tuple(constants), *options)
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -231,4 +237,4 @@ def cdiv(numerator: int, denominator: int) -> int:
 
 def power_of_two(number: int) -> int:
     """Return the smallest power of two that is not less than ``number``."""
-    return int(triton.next_power_of_2(number))
+    return 1 << (number - 1).bit_length()

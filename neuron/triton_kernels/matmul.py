@@ -9,12 +9,19 @@ programs share operands in the second-level cache (the order of the Triton tutor
 from typing import Final
 
 import torch
-import triton
-import triton.language as tl
+from torch.nn import functional
 
+from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+from neuron.triton_kernels.operation import Make, Operation, Run
 
 GROUP: Final = 8
+
+
+@Operation
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x w^T + bias`` ``[M, N]`` of ``x`` ``[M, K]`` and ``weight`` ``[N, K]``, contiguous."""
+    return functional.linear(x, weight, bias)
 
 
 @triton.jit
@@ -102,7 +109,11 @@ def _has_descriptors(target: Target) -> bool:
 
     For sm_120 the assembler of Triton 3.6 puts a call with a stack frame beside each, for copies to other blocks.
     """
-    return target.has_descriptors and not (target.capability == 120 and triton.__version__.startswith("3.6."))
+    if target.capability != 120:
+        return target.has_descriptors
+    import triton
+
+    return not triton.__version__.startswith("3.6.")
 
 
 def matmul_tiles(num_rows: int, aligned: bool, described: bool, target: Target) -> tuple[int, int, int, int, int]:
@@ -121,8 +132,8 @@ def matmul_tiles(num_rows: int, aligned: bool, described: bool, target: Target) 
     return (128, 128, 32, 8, 3) if large else (64, 128, 32, 4, 3)
 
 
-def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``x w^T + bias`` ``[M, N]`` of ``x`` ``[M, K]`` and ``weight`` ``[N, K]``, contiguous."""
+@matmul.launcher
+def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     num_rows, depth = x.shape
     width = weight.shape[0]
     target = target_of(x.device)
@@ -132,24 +143,39 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     persistent = _has_descriptors(target) and aligned and width % 16 == 0
     block_m, block_n, block_k, num_warps, num_stages = matmul_tiles(num_rows, aligned, persistent, target)
     tiles = cdiv(num_rows, block_m) * cdiv(width, block_n)
-    if persistent:
-        set_scratch_allocator()
     launch(
         _persistent_matmul_kernel if persistent else _matmul_kernel,
         (min(tiles, target.num_sms) if persistent else tiles,),
-        {"x": x, "w": weight, "bias": bias, "out": out}
-        | {"M": num_rows, "N": width, "K": depth, "x_stride": x.stride(0)},
-        {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": GROUP, "STAGES": num_stages},
+        x=x,
+        w=weight,
+        bias=bias,
+        out=out,
+        M=num_rows,
+        N=width,
+        K=depth,
+        x_stride=x.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP=GROUP,
+        STAGES=num_stages,
         num_warps=num_warps,
         num_stages=num_stages,
     )
     return out
 
 
-def set_scratch_allocator() -> None:
-    """Give Triton memory for the descriptors that a kernel makes on the device (128 bytes each, a program)."""
-    triton.set_allocator(_allocate)
+@matmul.cases()
+def _cases(check: Run, make: Make) -> None:
+    for rows, depth, width in ((1, 16, 16), (70, 144, 200), (300, 80, 272), (65, 77, 131)):
+        bias = make(width) if rows == 70 else None
+        check(make(rows, depth), make(width, depth, scale=depth**-0.5), bias)
 
 
-def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+@matmul.launches()
+def _launches(run: Run, make: Make) -> None:
+    for rows in (200, 4096):
+        run(make(rows, 4096), make(6144, 4096))
+        run(make(rows, 77), make(131, 77), make(131))
+    # The plain form is also what Hopper runs where only the output's rows are not whole.
+    run(make(4096, 4096), make(49155, 4096))

@@ -5,18 +5,48 @@ likeliest remaining expert of each token ``C`` times, in two passes: the first c
 second gives each token its place in the order (a counting sort).
 """
 
+import dataclasses
 from typing import Final
 
 import torch
-import triton
-import triton.language as tl
 
+from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.launch import cdiv, launch, power_of_two
-from neuron.triton_kernels.routing import Routing
+from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 
 MAX_TOKENS: Final = 64
 """Most tokens of one program: a tile of them by all experts stays in registers."""
 BLOCK_HIDDEN: Final = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Routing:
+    """Rows of each expert, for T tokens with C choices each; all on the device."""
+
+    order: torch.Tensor
+    """``[T C]`` int32: pairs, as ``token * C + choice``, sorted by expert."""
+    starts: torch.Tensor
+    """``[E + 1]`` int32: expert e has ``order[starts[e]:starts[e + 1]]``."""
+    weights: torch.Tensor
+    """``[T C]`` float32: the weight of each pair, by pair."""
+    choices: int
+
+
+@Operation
+def route(scores: torch.Tensor, choices: int, *, normalise: bool = True) -> Routing:
+    """Choose the ``choices`` likeliest experts of each token from router ``scores`` ``[T, E]``.
+
+    Kernels take the lower number first among equally likely experts, torch any.
+    """
+    probabilities = scores.float().softmax(-1)
+    weights, experts = probabilities.topk(choices, dim=-1)
+    if normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    flat = experts.reshape(-1)
+    order = flat.argsort(stable=True)
+    numbers = torch.arange(scores.shape[1] + 1, device=scores.device)
+    starts = torch.searchsorted(flat.index_select(0, order), numbers)
+    return Routing(order.to(torch.int32), starts.to(torch.int32), weights.reshape(-1).contiguous(), choices)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -66,14 +96,11 @@ def _route_kernel(
         left = tl.where(chosen, -2.0, left)
 
 
-def route(scores: torch.Tensor, choices: int, *, normalise: bool = True) -> Routing:
-    """Choose the ``choices`` likeliest experts of each of up to MAX_TOKENS tokens from ``scores`` ``[T, E]``.
-
-    Among equally likely experts the lower number goes first.
-    """
+@route.launcher
+def _launch_route(scores: torch.Tensor, choices: int, *, normalise: bool = True) -> Routing:
     num_tokens, num_experts = scores.shape
-    if not 1 <= num_tokens <= MAX_TOKENS:
-        raise ValueError(f"1 to {MAX_TOKENS} tokens are routed at once, not {num_tokens}")
+    if num_tokens > MAX_TOKENS:
+        return route.eager(scores, choices, normalise=normalise)
     pairs, device = num_tokens * choices, scores.device
     routing = Routing(
         order=torch.empty(pairs, dtype=torch.int32, device=device),
@@ -86,12 +113,43 @@ def route(scores: torch.Tensor, choices: int, *, normalise: bool = True) -> Rout
     launch(
         _route_kernel,
         (1,),
-        {"scores": scores, "order": routing.order, "starts": routing.starts, "weights": routing.weights}
-        | {"T": num_tokens},
-        {"E": num_experts, "CHOICES": choices, "NORMALISE": normalise, "BLOCK_T": block_t, "BLOCK_E": block_e},
+        routing,
+        scores=scores,
+        T=num_tokens,
+        E=num_experts,
+        CHOICES=choices,
+        NORMALISE=normalise,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
         num_warps=min(max(block_t * block_e // 512, 1), 16),
     )
     return routing
+
+
+@route.cases(dtypes=HALF_TYPES)
+def _route_cases(check: Run, make: Make) -> None:
+    for tokens, experts, choices, normalise in (
+        (1, 128, 8, True),
+        (7, 5, 3, False),
+        (16, 16, 1, True),
+        (61, 20, 9, True),
+    ):
+        # No two are equally likely: torch chooses among such arbitrarily.
+        ranks = torch.stack([torch.randperm(experts, device=make.device) for _ in range(tokens)])
+        check((ranks / 16).to(make.dtype), choices, normalise=normalise)
+
+
+@route.launches()
+def _route_launches(run: Run, make: Make) -> None:
+    for tokens in (1, 8, 64):
+        run(make(tokens, 128), 8)
+
+
+@Operation
+def add_choices(parts: torch.Tensor, choices: int, residual: torch.Tensor) -> None:
+    """Add ``parts`` ``[T C, hidden]``, summed over a token's choices, to ``residual`` ``[T, hidden]`` in place."""
+    total = parts.view(len(residual), choices, -1).sum(1, dtype=torch.float32)
+    residual.copy_(residual.float() + total)
 
 
 @triton.jit
@@ -106,13 +164,26 @@ def _combine_kernel(parts, residual, hidden, CHOICES: tl.constexpr, BLOCK: tl.co
     tl.store(residual + token * hidden + column, total.to(residual.dtype.element_ty), mask=inside)
 
 
-def add_choices(parts: torch.Tensor, choices: int, residual: torch.Tensor) -> None:
-    """Add ``parts`` ``[T C, hidden]``, summed over a token's choices, to ``residual`` ``[T, hidden]`` in place."""
+@add_choices.launcher
+def _launch_sum(parts: torch.Tensor, choices: int, residual: torch.Tensor) -> None:
     num_tokens, hidden = residual.shape
     launch(
         _combine_kernel,
         (num_tokens, cdiv(hidden, BLOCK_HIDDEN)),
-        {"parts": parts, "residual": residual, "hidden": hidden},
-        {"CHOICES": choices, "BLOCK": BLOCK_HIDDEN},
-        num_warps=4,
+        parts=parts,
+        residual=residual,
+        hidden=hidden,
+        CHOICES=choices,
+        BLOCK=BLOCK_HIDDEN,
     )
+
+
+@add_choices.cases(dtypes=HALF_TYPES)
+def _sum_cases(check: Run, make: Make) -> None:
+    for tokens, choices in ((1, 8), (7, 3), (61, 9)):
+        check(make(tokens * choices, 77), choices, make(tokens, 77))
+
+
+@add_choices.launches()
+def _sum_launches(run: Run, make: Make) -> None:
+    run(make(1024, 768), 8, make(128, 768))

@@ -1,53 +1,63 @@
-"""RMS normalisation, alone and after adding to the residual stream.
+"""RMS normalisation: ``y = x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (arXiv:1910.07467).
 
-``y = x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x`` ``[T, hidden]`` (arXiv:1910.07467), in
-float32. With a residual: ``r <- r + x``, rounded to the model's dtype as every later layer will read it, then ``y`` of
-``r``. One program holds one row in registers, so each element is read once and written once.
+In float32. One program holds one row in registers, so each element is read once and written once.
 """
 
 import torch
-import triton
-import triton.language as tl
+from torch.nn import functional
 
+from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.launch import launch, power_of_two
+from neuron.triton_kernels.operation import Make, Operation, Run
+
+Norm = tuple[torch.Tensor, float]
+"""Weight ``[hidden]`` and epsilon."""
+
+
+@Operation
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return ``x`` ``[T, hidden]`` normalised."""
+    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 @triton.jit(do_not_specialize=["eps"])
-def _rms_norm_kernel(x, residual, weight, out, x_stride, hidden, eps, BLOCK: tl.constexpr):
+def _rms_norm_kernel(x, weight, out, x_stride, hidden, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
     value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        value += tl.load(residual + row * hidden + columns, mask=inside, other=0.0).to(tl.float32)
-        rounded = value.to(residual.dtype.element_ty)
-        tl.store(residual + row * hidden + columns, rounded, mask=inside)
-        value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / hidden + eps)
     gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * hidden + columns, (value * scale * gain).to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return ``x`` ``[T, hidden]`` normalised."""
-    return _launch(x, None, weight, eps)
-
-
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Add ``x`` to ``residual`` in place and return the sum normalised."""
-    return _launch(x, residual, weight, eps)
-
-
-def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+@rms_norm.launcher
+def _launch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     num_rows, hidden = x.shape
     out = torch.empty((num_rows, hidden), dtype=x.dtype, device=x.device)
     block = power_of_two(hidden)
     launch(
         _rms_norm_kernel,
         (num_rows,),
-        {"x": x, "residual": residual, "weight": weight, "out": out}
-        | {"x_stride": x.stride(0), "hidden": hidden, "eps": eps},
-        {"BLOCK": block},
+        x=x,
+        weight=weight,
+        out=out,
+        x_stride=x.stride(0),
+        hidden=hidden,
+        eps=eps,
+        BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
     )
     return out
+
+
+@rms_norm.cases()
+def _cases(check: Run, make: Make) -> None:
+    for rows, hidden in ((1, 48), (3, 77), (5, 576)):
+        check(make(rows, 2 * hidden)[:, :hidden], make(hidden), 1e-5)
+
+
+@rms_norm.launches()
+def _launches(run: Run, make: Make) -> None:
+    for hidden in (4096, 8192):
+        run(make(9, hidden), make(hidden), 1e-5)

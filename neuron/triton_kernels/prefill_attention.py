@@ -15,13 +15,64 @@ import math
 from typing import Final
 
 import torch
-import triton
-import triton.language as tl
 
-from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels._triton import tl, triton
+from neuron.triton_kernels.attention_cases import HEADS, Heads, real_steps
+from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
 from neuron.triton_kernels.launch import Target, cdiv, launch, power_of_two, target_of
+from neuron.triton_kernels.operation import Make, Operation, Run
 
 LOG2_E: Final = 1.4426950408889634
+
+
+def attention_by_definition(
+    q: torch.Tensor, cache: KeyValueCache, batch: Batch, parameters: AttentionParameters
+) -> torch.Tensor:
+    """Return attention ``[T, H, D]`` in float32 and by the definition, one sequence after another."""
+    num_heads = q.shape[1]
+    num_kv_heads, head_dim = cache.keys.shape[2:]
+    scale, window, soft_cap = parameters[:3]
+    outputs = []
+    starts = batch.cu_seqlens.tolist()
+    for index, context in enumerate(batch.context_lens.tolist()):
+        pages = batch.page_table[index].long()
+        keys, values = (
+            pool[pages]
+            .reshape(-1, num_kv_heads, head_dim)[:context]
+            .float()
+            .repeat_interleave(num_heads // num_kv_heads, 1)
+            for pool in cache
+        )
+        queries = q[starts[index] : starts[index + 1]].float()
+        scores = torch.einsum("thd,shd->hts", queries, keys) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        position = torch.arange(context - len(queries), context, device=q.device)[:, None]
+        cached = torch.arange(context, device=q.device)[None, :]
+        seen = cached <= position
+        if window:
+            seen &= cached > position - window
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hts,shd->thd", weights, values).to(q.dtype))
+    return torch.cat(outputs)
+
+
+@Operation
+def prefill_attention(
+    q: torch.Tensor,
+    cache: KeyValueCache,
+    batch: Batch,
+    parameters: AttentionParameters,
+    out: torch.Tensor,
+    *,
+    first_sequence: int = 0,
+) -> None:
+    """Write the attention of every row of ``q`` ``[T, H, D]`` from ``first_sequence`` on into ``out`` ``[T, H, D]``.
+
+    The rows' keys and values are in the cache already.
+    """
+    start = int(batch.cu_seqlens[first_sequence])
+    out[start:] = attention_by_definition(q, cache, batch, parameters)[start:]
 
 
 @triton.jit
@@ -209,38 +260,59 @@ def prefill_tiles(head_dim: int, target: Target) -> tuple[int, int, int, int]:
     return (64, 32, 4, 2)
 
 
-def prefill_attention(
+@prefill_attention.launcher
+def _launch(
     q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: KeyValueCache,
     batch: Batch,
-    scale: float,
+    parameters: AttentionParameters,
     out: torch.Tensor,
     *,
     first_sequence: int = 0,
-    window: int = 0,
-    soft_cap: float = 0.0,
 ) -> None:
-    """Write the attention of every row from ``first_sequence`` on into ``out`` ``[T, H, D]``.
-
-    ``q`` is ``[T, H, D]``; the caches are ``[P, page, K, D]``; the rest is in :class:`Batch`. ``window`` and
-    ``soft_cap`` of 0 are off.
-    """
     num_tokens, num_heads, head_dim = q.shape
-    page_size, num_kv_heads = key_cache.shape[1:3]
+    page_size, num_kv_heads = cache.keys.shape[1:3]
     num_sequences = batch.context_lens.shape[0]
     block_m, block_n, num_warps, num_stages = prefill_tiles(head_dim, target_of(q.device))
     tokens = block_m // (num_heads // num_kv_heads)
     launch(
         _prefill_attention_kernel,
         (num_kv_heads, cdiv(num_tokens - first_sequence, tokens) + num_sequences - first_sequence),
-        {"q": q, "key_cache": key_cache, "value_cache": value_cache, "out": out, "cu_seqlens": batch.cu_seqlens}
-        | {"page_table": batch.page_table, "context_lens": batch.context_lens}
-        | {"table_stride": batch.page_table.stride(0), "first": first_sequence, "last": num_sequences}
-        | {"window": window, "scale_log2": scale * LOG2_E, "soft_cap": soft_cap or math.inf},
-        {"H": num_heads, "K": num_kv_heads, "D": head_dim, "PAGE": page_size}
-        | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": power_of_two(head_dim)}
-        | {"HAS_WINDOW": window > 0, "HAS_CAP": soft_cap > 0, "STAGES": num_stages},
+        batch,
+        q=q,
+        key_cache=cache.keys,
+        value_cache=cache.values,
+        out=out,
+        table_stride=batch.page_table.stride(0),
+        first=first_sequence,
+        last=num_sequences,
+        window=parameters.window,
+        scale_log2=parameters.scale * LOG2_E,
+        soft_cap=parameters.soft_cap or math.inf,
+        H=num_heads,
+        K=num_kv_heads,
+        D=head_dim,
+        PAGE=page_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=power_of_two(head_dim),
+        HAS_WINDOW=parameters.window > 0,
+        HAS_CAP=parameters.soft_cap > 0,
+        STAGES=num_stages,
         num_warps=num_warps,
         num_stages=num_stages,
     )
+
+
+@prefill_attention.cases(*HEADS)
+def _cases(check: Run, make: Make, heads: Heads) -> None:
+    step = heads.step(make, [(1, 50), (1, 3), (5, 5), (70, 91), (1, 17), (33, 140)])
+    for first in (2, 0):
+        out = torch.full_like(step.q, torch.nan)
+        check(step.q, step.cache, step.batch, step.parameters, out, first_sequence=first)
+
+
+@prefill_attention.launches()
+def _launches(run: Run, make: Make) -> None:
+    for step in real_steps(make):
+        run(step.q, step.cache, step.batch, step.parameters, step.q)

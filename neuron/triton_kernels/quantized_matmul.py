@@ -10,15 +10,43 @@ go through the matrix units; per-channel scales wait for the epilogue. For large
 dequantising (once for each BLOCK_M rows) stays under the time of the products.
 """
 
-import torch
-import triton
-import triton.language as tl
-from triton.language.extra import cuda
+from collections.abc import Callable, Iterator
+from typing import Final
 
-from neuron.triton_kernels.launch import Argument, Target, cdiv, launch, target_of
+import numpy as np
+import torch
+from torch.nn import functional
+
+from neuron.triton_kernels._triton import cuda, tl, triton
+from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+from neuron.triton_kernels.moe_routing import Routing
+from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 from neuron.triton_kernels.prefill_attention import find_block
-from neuron.triton_kernels.quantized import BLOCK, Quantization, QuantizedMatrix, StackedMatrix
-from neuron.triton_kernels.routing import Routing
+from neuron.triton_kernels.quantized import (
+    BLOCK,
+    Quantization,
+    QuantizedMatrix,
+    from_gguf,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+)
+
+
+@Operation
+def quantized_matmul(
+    x: torch.Tensor,
+    weight: QuantizedMatrix,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x w^T + bias`` ``[M, N]`` of ``x`` ``[M, K]``, contiguous in its last dimension.
+
+    ``residual`` ``[M, N]``, contiguous, is added to in place, and returned.
+    """
+    out = functional.linear(x.float(), weight.dequantize(), None if bias is None else bias.float())
+    return out.to(x.dtype) if residual is None else residual.add_(out)
 
 
 @triton.jit
@@ -215,52 +243,33 @@ def quantized_tiles(num_rows: int, bulky: bool, target: Target) -> tuple[int, in
     return (128, 128, 2, 8, 3) if target.capability in (90, 100) else (64, 128, 2, 8, 2)
 
 
-def quantized_matmul(
+@quantized_matmul.launcher
+def _launch(
     x: torch.Tensor,
-    weight: QuantizedMatrix | StackedMatrix,
+    weight: QuantizedMatrix,
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``x w^T + bias`` ``[M, N]`` of ``x`` ``[M, K]``, contiguous in its last dimension.
-
-    ``residual`` ``[M, N]``, contiguous, is added to in place, and returned. Each part of a stacked matrix is a
-    launch, into its columns of the result; the caller computes the parts that are not quantised.
-    """
-    num_rows, width = len(x), weight.shape[0]
-    out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
-    parts = weight.parts if isinstance(weight, StackedMatrix) else (weight,)
-    start = 0
-    for part in parts:
-        columns = slice(start, start + part.shape[0])
-        start = columns.stop
-        if isinstance(part, QuantizedMatrix):
-            own_bias = None if bias is None else bias[columns]
-            own_residual = None if residual is None else residual[:, columns]
-            _launch(x, part, own_bias, own_residual, out[:, columns])
+    out = torch.empty((len(x), weight.shape[0]), dtype=x.dtype, device=x.device) if residual is None else residual
+    launch_product(x, weight, out, bias=bias, residual=residual)
     return out
 
 
-def quantized_moe_matmul(
-    x: torch.Tensor, weight: QuantizedMatrix, routing: Routing, *, weighted: bool = False
-) -> torch.Tensor:
-    """Return as :func:`neuron.triton_kernels.moe_matmul.moe_matmul`, for quantised ``weight`` ``[E N, K]``."""
-    num_pairs, num_experts = routing.order.shape[0], routing.starts.shape[0] - 1
-    width = weight.shape[0] // num_experts
-    out = torch.empty((num_pairs, width), dtype=x.dtype, device=x.device)
-    _launch(x, weight, None, None, out, routing, weighted)
-    return out
-
-
-def _launch(
+def launch_product(
     x: torch.Tensor,
     weight: QuantizedMatrix,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     routing: Routing | None = None,
     weighted: bool = False,
 ) -> None:
+    """Write the product into ``out`` ``[M, N]``, which may be columns of a matrix and may be ``residual``.
+
+    With ``routing`` ``weight`` is ``[E N, K]`` and the rows are as :func:`~.moe_matmul.moe_matmul` has them.
+    """
     num_rows, width = out.shape
     depth = x.shape[1]
     unit = min(weight.group, BLOCK) or BLOCK
@@ -271,18 +280,24 @@ def _launch(
         raise ValueError(f"sm_{target.capability} cannot convert float8 e4m3; sm_89 and later can")
     dependent = target.has_dependent_launch and x.device.type != "cpu"
     int4 = weight.quantization is Quantization.INT4
-    arguments: dict[str, Argument] = {"x": x, "quants": weight.quants, "scales": weight.scales}
-    arguments |= {"minima": weight.minima, "super_scales": weight.super_scales, "super_minima": weight.super_minima}
-    arguments |= {"bias": bias, "residual": residual, "out": out}
-    constants = {"INT4": int4, "GROUP": weight.group, "UNIT": unit, "PDL": dependent}
     if num_rows == 1 and routing is None:
         block_n = 8
         launch(
             _quantized_gemv_kernel,
             (cdiv(width, block_n),),
-            {**arguments, "N": width, "K": depth},
-            {**constants, "BLOCK_N": block_n, "BLOCKS": (64 if int4 else 32) * BLOCK // unit},
-            num_warps=4,
+            weight,
+            x=x,
+            bias=bias,
+            residual=residual,
+            out=out,
+            N=width,
+            K=depth,
+            INT4=int4,
+            GROUP=weight.group,
+            UNIT=unit,
+            BLOCK_N=block_n,
+            BLOCKS=(64 if int4 else 32) * BLOCK // unit,
+            PDL=dependent,
             dependent_launch=dependent,
         )
         return
@@ -298,12 +313,100 @@ def _launch(
     launch(
         _quantized_matmul_kernel,
         (num_blocks, cdiv(width, block_n)),
-        {**arguments, "order": routing.order if routing else None, "starts": routing.starts if routing else None}
-        | {"weights": routing.weights if routing is not None and weighted else None}
-        | {"M": num_rows, "N": width, "K": depth, "x_stride": x.stride(0), "out_stride": out.stride(0)},
-        {**constants, "EXPERTS": experts, "SHARED": shared}
-        | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCKS": blocks * BLOCK // unit, "STAGES": num_stages},
+        weight,
+        x=x,
+        bias=bias,
+        residual=residual,
+        out=out,
+        order=routing.order if routing else None,
+        starts=routing.starts if routing else None,
+        weights=routing.weights if routing and weighted else None,
+        M=num_rows,
+        N=width,
+        K=depth,
+        x_stride=x.stride(0),
+        out_stride=out.stride(0),
+        INT4=int4,
+        GROUP=weight.group,
+        UNIT=unit,
+        EXPERTS=experts,
+        SHARED=shared,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCKS=blocks * BLOCK // unit,
+        STAGES=num_stages,
+        PDL=dependent,
         num_warps=num_warps,
         num_stages=num_stages,
         dependent_launch=dependent,
     )
+
+
+def _random_gguf(kind: str, block_bytes: int) -> Callable[[torch.Tensor], QuantizedMatrix]:
+    """Return a function that makes random blocks of ``kind`` of the shape of its argument."""
+
+    def make(weight: torch.Tensor) -> QuantizedMatrix:
+        generator = np.random.default_rng(3)
+        num_blocks = weight.numel() // (256 if kind.endswith("K") else 32)
+        blocks = generator.integers(0, 256, (num_blocks, block_bytes), dtype=np.uint8)
+        scales = generator.uniform(0.01, 0.1, (num_blocks, 2)) / (32 if kind.endswith("K") else 1)
+        halves = scales.astype(np.float16).view(np.uint8)
+        if kind == "Q6_K":
+            blocks[:, -2:] = halves[:, :2]
+        else:
+            blocks[:, :4] = halves
+        return from_gguf(kind, torch.from_numpy(blocks).to(weight.device), len(weight))
+
+    return make
+
+
+GGUF_BYTES: Final = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+"""Bytes of a block of 32 elements, or of 256 for the K kinds."""
+FORMS: Final[dict[str, Callable[[torch.Tensor], QuantizedMatrix]]] = {
+    "int8": quantize_int8,
+    "int4 g32": lambda weight: quantize_int4(weight, 32),
+    "int4 g128": lambda weight: quantize_int4(weight, 128),
+    "fp8": quantize_fp8,
+    **{kind: _random_gguf(kind, block_bytes) for kind, block_bytes in GGUF_BYTES.items()},
+}
+"""Every form, made of a matrix ``[N, K]`` with K a multiple of 256; GGUF's are random."""
+
+
+@quantized_matmul.cases(*FORMS, dtypes=HALF_TYPES)
+def _cases(check: Run, make: Make, form: str) -> None:
+    for rows, depth, width in ((1, 512, 20), (5, 768, 70), (40, 256, 33), (130, 512, 140)):
+        weight = FORMS[form](make(width, depth, dtype=torch.float32, scale=depth**-0.5))
+        x = make(rows, depth)
+        check(x, weight, make(width))
+        check(x, weight, residual=make(rows, width, scale=depth**0.5))
+
+
+def shapes_of_forms(make: Make, rows: int, columns: int) -> Iterator[QuantizedMatrix]:
+    """Yield a matrix in each form that a model can have on a GPU, and groups of 32 beside those of 128."""
+
+    def zeros(divisor: int, dtype: torch.dtype) -> torch.Tensor:
+        return make.integers(rows, columns // divisor, dtype=dtype)
+
+    f16, i8 = torch.float16, torch.int8
+    kinds = Quantization
+    quants, nibbles, per_row = zeros(1, i8), zeros(2, torch.uint8), make(rows, 1, dtype=torch.float32)
+    yield QuantizedMatrix(kinds.INT8, 0, quants, per_row)
+    if target_of(make.device).capability >= 89:
+        yield QuantizedMatrix(kinds.FP8, 0, zeros(1, torch.float8_e4m3fn), per_row)
+    scales, fewer = zeros(32, f16), zeros(128, f16)
+    yield QuantizedMatrix(kinds.INT8, 32, quants, scales)
+    yield QuantizedMatrix(kinds.INT4, 32, nibbles, scales)
+    yield QuantizedMatrix(kinds.INT4, 32, nibbles, scales, scales)
+    yield QuantizedMatrix(kinds.INT4, 128, nibbles, fewer, fewer)
+    inner, outer = zeros(32, i8), zeros(256, f16)
+    yield QuantizedMatrix(kinds.INT4, 32, nibbles, inner, inner, outer, outer)
+    yield QuantizedMatrix(kinds.INT8, 32, quants, inner, inner, outer, outer)
+    yield QuantizedMatrix(kinds.INT8, 16, quants, zeros(16, i8), super_scales=outer)
+
+
+@quantized_matmul.launches()
+def _launches(run: Run, make: Make) -> None:
+    for rows in (1, 16, 64, 2048) if make.dtype == torch.bfloat16 else (16,):
+        for weight in shapes_of_forms(make, 4096, 4096):
+            run(make(rows, 4096), weight)
+            run(make(rows, 4096), weight, residual=make(rows, 4096))

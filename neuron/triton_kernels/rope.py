@@ -7,10 +7,43 @@ queries are returned ``[T, H, D]``. One program does a few heads of one token, a
 """
 
 import torch
-import triton
-import triton.language as tl
+from torch.nn import functional
 
+from neuron.triton_kernels._triton import tl, triton
+from neuron.triton_kernels.attention_cases import real_steps
+from neuron.triton_kernels.batch import AttentionParameters, KeyValueCache
 from neuron.triton_kernels.launch import cdiv, launch, power_of_two
+from neuron.triton_kernels.operation import Make, Operation, Run
+from neuron.triton_kernels.random_batch import PAGE
+from neuron.triton_kernels.rotary import Rotary, rotary_table
+
+
+@Operation
+def rope_and_cache(
+    qkv: torch.Tensor,
+    rotary: Rotary,
+    cache: KeyValueCache,
+    slot_mapping: torch.Tensor,
+    parameters: AttentionParameters,
+) -> torch.Tensor:
+    """Rotate queries and keys, write keys and values to their KV slots, return the queries ``[T, H, D]``.
+
+    ``qkv`` is ``[T, (H + 2 K) D]``, ``slot_mapping`` ``[T]`` int64.
+    """
+    num_kv_heads, head_dim = cache.keys.shape[2:]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    rotated_heads = heads.shape[1] - num_kv_heads
+    x = heads[:, :rotated_heads]
+    if parameters.qk_norm is not None:
+        x = functional.rms_norm(x, (head_dim,), None, parameters.eps).mul_(parameters.qk_norm)
+    cos, sin = rotary
+    half = head_dim // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin)
+    cache.keys.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, out[:, rotated_heads - num_kv_heads :])
+    cache.values.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, heads[:, rotated_heads:])
+    return out[:, : rotated_heads - num_kv_heads]
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -66,33 +99,55 @@ def _rope_kernel(
     tl.store(key_at + half, high, mask=is_key)
 
 
-def rope_and_cache(
+@rope_and_cache.launcher
+def _launch(
     qkv: torch.Tensor,
-    qk_norm: torch.Tensor | None,
-    eps: float,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    rotary: Rotary,
+    cache: KeyValueCache,
     slot_mapping: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    parameters: AttentionParameters,
 ) -> torch.Tensor:
-    """Rotate queries and keys, write keys and values to their KV slots, return the queries ``[T, H, D]``.
-
-    ``rotary`` is the result of :func:`neuron.triton_kernels.reference.rotary_table`; ``qk_norm`` is ``[H + K, D]`` or
-    None; ``slot_mapping`` ``[T]`` are int64.
-    """
-    num_kv_heads, head_dim = key_cache.shape[2:]
+    num_kv_heads, head_dim = cache.keys.shape[2:]
     num_tokens = qkv.shape[0]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     block_half = power_of_two(head_dim // 2)
     block_heads = max(512 // block_half, 1)
-    cos, sin = rotary
     launch(
         _rope_kernel,
         (num_tokens, cdiv(num_heads + 2 * num_kv_heads, block_heads)),
-        {"qkv": qkv, "qk_norm": qk_norm, "cos": cos, "sin": sin, "slot_mapping": slot_mapping}
-        | {"key_cache": key_cache, "value_cache": value_cache, "out": out, "stride": qkv.stride(0), "eps": eps},
-        {"H": num_heads, "K": num_kv_heads, "D": head_dim, "BLOCK_H": block_heads, "BLOCK_HALF": block_half},
+        parameters,
+        qkv=qkv,
+        cos=rotary[0],
+        sin=rotary[1],
+        slot_mapping=slot_mapping,
+        key_cache=cache.keys,
+        value_cache=cache.values,
+        out=out,
+        stride=qkv.stride(0),
+        H=num_heads,
+        K=num_kv_heads,
+        D=head_dim,
+        BLOCK_H=block_heads,
+        BLOCK_HALF=block_half,
         num_warps=2,
     )
     return out
+
+
+@rope_and_cache.cases()
+def _cases(check: Run, make: Make) -> None:
+    for num_heads, num_kv_heads, head_dim, normed in ((9, 3, 64, False), (6, 2, 12, True), (4, 4, 80, True)):
+        frequencies = 10000.0 ** (-torch.arange(head_dim // 2, device=make.device) / (head_dim // 2))
+        rotary = rotary_table.eager(torch.tensor([0, 7, 1000], device=make.device), frequencies, make.dtype)
+        cache = KeyValueCache(*(torch.zeros_like(make(3, PAGE, num_kv_heads, head_dim)) for _ in range(2)))
+        slot_mapping = torch.tensor([33, 16, 47], device=make.device)
+        qk_norm = make(num_heads + num_kv_heads, head_dim) if normed else None
+        qkv = make(3, (num_heads + 2 * num_kv_heads) * head_dim)
+        check(qkv, rotary, cache, slot_mapping, AttentionParameters(0.0, qk_norm=qk_norm, eps=1e-6))
+
+
+@rope_and_cache.launches()
+def _launches(run: Run, make: Make) -> None:
+    for step in real_steps(make):
+        run(step.qkv, step.rotary, step.cache, step.batch.slot_mapping, step.parameters)

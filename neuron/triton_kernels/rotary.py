@@ -7,13 +7,24 @@ local memory.
 """
 
 import torch
-import triton
-import triton.language as tl
 
+from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.launch import launch, power_of_two
+from neuron.triton_kernels.operation import Make, Operation, Run
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosine ``[T, 1, D]`` and sine ``[T, 1, D / 2]`` of each token's position."""
 
 _QUARTERS = tl.constexpr(0.6366197723675814)  # of a turn, in one radian
 _RADIANS = tl.constexpr(1.5707963267948966)
+
+
+@Operation
+def rotary_table(positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype) -> Rotary:
+    """Return cosine and sine of ``positions`` ``[T]`` int32; ``inverse_frequencies`` are ``[D / 2]`` float32."""
+    angles = positions.to(torch.float32).unsqueeze(1) * inverse_frequencies
+    cos = angles.cos().to(dtype)
+    return torch.cat((cos, cos), dim=-1).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
 
 
 @triton.jit
@@ -45,21 +56,33 @@ def _rotary_kernel(positions, inverse_frequencies, cos, sin, HALF: tl.constexpr,
     tl.store(sin + token * HALF + i, s.to(sin.dtype.element_ty), mask=inside)
 
 
-def rotary_table(
-    positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine ``[T, 1, D]`` and sine ``[T, 1, D / 2]`` of ``positions`` ``[T]`` int32.
-
-    ``inverse_frequencies`` are ``[D / 2]`` float32.
-    """
+@rotary_table.launcher
+def _launch(positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype) -> Rotary:
     num_tokens, half = len(positions), len(inverse_frequencies)
     cos = torch.empty((num_tokens, 1, 2 * half), dtype=dtype, device=positions.device)
     sin = torch.empty((num_tokens, 1, half), dtype=dtype, device=positions.device)
     launch(
         _rotary_kernel,
         (num_tokens,),
-        {"positions": positions, "inverse_frequencies": inverse_frequencies, "cos": cos, "sin": sin},
-        {"HALF": half, "BLOCK": power_of_two(half)},
+        positions=positions,
+        inverse_frequencies=inverse_frequencies,
+        cos=cos,
+        sin=sin,
+        HALF=half,
+        BLOCK=power_of_two(half),
         num_warps=1,
     )
     return cos, sin
+
+
+@rotary_table.cases()
+def _cases(check: Run, make: Make) -> None:
+    for half in (6, 64):
+        positions = torch.tensor([0, 1, 7, 1000, 40959, 131071, 1048575], dtype=torch.int32, device=make.device)
+        check(positions, 10000.0 ** (-torch.arange(half, device=make.device) / half), make.dtype)
+
+
+@rotary_table.launches()
+def _launches(run: Run, make: Make) -> None:
+    for half in (32, 64, 128):
+        run(make.integers(64), make(half, dtype=torch.float32), make.dtype)

@@ -20,13 +20,16 @@ row with a NaN or an infinity among its logits, or with no token allowed, gets N
 are only read.
 """
 
+import dataclasses
 from typing import Final
 
+import numpy as np
 import torch
-import triton
-import triton.language as tl
 
+from neuron.triton_kernels import sampling_reference, sampling_rows
+from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.launch import cdiv, launch, power_of_two
+from neuron.triton_kernels.operation import Make, Operation, Run
 from neuron.triton_kernels.sampling_rows import SamplingRows
 from neuron.triton_kernels.workspace import counters
 
@@ -313,30 +316,90 @@ def _sample_kernel(
             tl.store(its_count, tl.load(its_count) + 1)
 
 
-def sample_rows(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
+@Operation
+def sample(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a token id int32 ``[R]`` and its log-probability float32 ``[R]`` for each row of ``logits`` ``[R, V]``."""
+    return sampling_reference.sample_rows(logits, rows)
+
+
+@sample.launcher
+def _launch(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, vocab_size = logits.shape
     device = logits.device
     ids = torch.empty(num_rows, dtype=torch.int32, device=device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=device)
     changed = any(x is not None for x in (rows.penalties, rows.bias_tokens, rows.allowed))
-    num_bias = rows.bias_tokens.shape[1] if rows.bias_tokens is not None else 0
     block = max(min(power_of_two(vocab_size), 2048), RUN.value)
     parts = cdiv(vocab_size, block)
     num_runs = parts * block // RUN.value
     launch(
         _sample_kernel,
         (parts, num_rows),
-        {"logits": logits, "work": torch.empty_like(logits) if changed else None}
-        | {"temperature": rows.temperature, "top_k": rows.top_k, "top_p": rows.top_p, "min_p": rows.min_p}
-        | {"seeds": rows.seeds, "counters": rows.counters, "slots": rows.slots, "penalties": rows.penalties}
-        | {"counts": rows.counts, "in_prompt": rows.in_prompt, "bias_tokens": rows.bias_tokens}
-        | {"bias_values": rows.bias_values, "allowed": rows.allowed, "ids": ids, "logprobs": logprobs}
-        | {"maxima": torch.empty((num_rows, num_runs), dtype=torch.float32, device=device)}
-        | {"runs": torch.empty((num_rows, num_runs), dtype=torch.int32, device=device)}
-        | {"found": torch.empty((num_rows, NUM_FOUND.value, parts), dtype=torch.float32, device=device)}
-        | {"arrived": counters(device, num_rows), "V": vocab_size, "num_bias": num_bias},
-        {"BLOCK": block, "BLOCK_BIAS": 256, "BLOCK_PARTS": power_of_two(parts)},
+        rows,
+        logits=logits,
+        work=torch.empty_like(logits) if changed else None,
+        ids=ids,
+        logprobs=logprobs,
+        maxima=torch.empty((num_rows, num_runs), dtype=torch.float32, device=device),
+        runs=torch.empty((num_rows, num_runs), dtype=torch.int32, device=device),
+        found=torch.empty((num_rows, NUM_FOUND.value, parts), dtype=torch.float32, device=device),
+        arrived=counters(device, num_rows),
+        V=vocab_size,
+        num_bias=rows.bias_tokens.shape[1] if rows.bias_tokens is not None else 0,
+        BLOCK=block,
+        BLOCK_BIAS=256,
+        BLOCK_PARTS=power_of_two(parts),
         num_warps=8,
     )
     return ids, logprobs
+
+
+def random_rows(num_rows: int, vocab_size: int, device: torch.device, *, everything: bool) -> SamplingRows:
+    """Return rows of different settings; with ``everything`` also penalties, bias and a mask."""
+    generator = np.random.default_rng(num_rows)
+
+    def pick(*choices: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor([choices[i % len(choices)] for i in range(num_rows)], dtype=dtype, device=device)
+
+    rows = SamplingRows(
+        temperature=pick(0.0, 1.0, 0.7, 1.3, 5.0),
+        top_k=pick(0, 0, 5, 1, 40, 0, 3, 300, dtype=torch.int32),
+        top_p=pick(1.0, 0.9, 1.0, 0.3, 0.95, 0.0),
+        min_p=pick(0.0, 0.0, 0.2, 0.0, 0.05),
+        seeds=torch.from_numpy(generator.integers(0, 1 << 62, num_rows)).to(device),
+        counters=torch.arange(num_rows, dtype=torch.int32, device=device),
+    )
+    if not everything:
+        return rows
+    bias = np.full((num_rows, 7), -1, np.int32)
+    for row in range(num_rows):
+        bias[row, : row % 8] = generator.choice(vocab_size, row % 8, replace=False)
+    words = generator.integers(-(1 << 31), 1 << 31, (num_rows, -(-vocab_size // 32)), dtype=np.int64).astype(np.int32)
+    words[::2] = -1
+    words[-1] = 0
+    return dataclasses.replace(
+        rows,
+        slots=torch.from_numpy(generator.permutation(num_rows).astype(np.int32)).to(device),
+        penalties=torch.from_numpy(generator.uniform((0.5, -1, -1), (2, 1, 1), (num_rows, 3)).astype(np.float32)).to(
+            device
+        ),
+        counts=torch.from_numpy(generator.poisson(0.3, (num_rows, vocab_size)).astype(np.int32)).to(device),
+        in_prompt=torch.from_numpy(generator.random((num_rows, vocab_size)) < 0.2).to(device),
+        bias_tokens=torch.from_numpy(bias).to(device),
+        bias_values=torch.from_numpy(generator.normal(0, 3, bias.shape).astype(np.float32)).to(device),
+        allowed=torch.from_numpy(words).to(device),
+    )
+
+
+@sample.cases(dtypes=(torch.float32,))
+def _cases(check: Run, make: Make) -> None:
+    for num_rows, vocab_size, everything in ((11, 131, False), (13, 131, True), (10, 5000, False), (9, 4999, True)):
+        logits = make(num_rows, vocab_size, scale=3)
+        logits[num_rows // 2, vocab_size // 2] = torch.nan
+        check(logits, random_rows(num_rows, vocab_size, make.device, everything=everything))
+
+
+@sample.launches()
+def _launches(run: Run, make: Make) -> None:
+    for changes in (False, True):
+        run(make(8, 151936, dtype=torch.float32), sampling_rows.like(8, 151936, 64, changes, make.integers))

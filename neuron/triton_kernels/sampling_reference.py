@@ -1,8 +1,7 @@
 """Sampling in eager torch: the reference of the kernels, and the sampler of a CPU.
 
 :func:`sample_rows` has the signature and the draws of the kernel; :func:`sample` draws by inverting the distribution,
-many rows at once, where there is no kernel. :func:`begin_step` and :func:`end_step` are those of
-:mod:`neuron.triton_kernels.decode_step`.
+many rows at once, where there is no kernel.
 """
 
 from typing import Any, Final
@@ -10,7 +9,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from neuron.triton_kernels.decode_state import DecodeState
 from neuron.triton_kernels.sampling_rows import SamplingRows
 
 Int32Array = np.ndarray[Any, np.dtype[np.int32]]
@@ -18,35 +16,6 @@ Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 
 TOP_P_CANDIDATES: Final = 512
 """Number of tokens that top-p tries before it sorts the whole vocabulary: 90 us against 3.2 ms a row at V = 49,152."""
-
-
-def begin_step(state: DecodeState) -> None:
-    """Replace negative tokens, which name rows of the step before, by their sampled ids."""
-    # A row that was not finite has no token; its sequence fails when it is settled.
-    known = state.last[(-1 - state.token_ids).clamp(min=0)].clamp(min=0)
-    state.token_ids.copy_(torch.where(state.token_ids < 0, known, state.token_ids))
-
-
-def end_step(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
-    """Publish ``ids`` int32 ``[B]`` and advance each row that has not ended."""
-    num_rows = len(ids)
-    ended = state.ended != 0
-    tokens = torch.where(ended, state.last[:num_rows], ids)
-    state.last[:num_rows] = tokens
-    place = int(state.place)
-    state.published[place, :num_rows] = tokens.to(state.published.device)
-    state.place.add_(1)
-    ended = ended | (tokens[:, None] == state.stops).any(1)
-    state.ended.copy_(ended)
-    state.all_ended.fill_(int(ended.all()))
-    state.token_ids.copy_(torch.where(ended, state.token_ids, tokens))
-    for moved in (state.positions, state.context_lens, state.counters):
-        moved += ~ended
-    page = state.positions // page_tokens
-    inside = page < state.page_table.shape[1]
-    first = state.page_table.gather(1, torch.where(inside, page, 0).long()[:, None])[:, 0]
-    slot_mapping = torch.where(inside, first, 0).long() * page_tokens + state.positions % page_tokens
-    state.slot_mapping.copy_(torch.where(ended, state.slot_mapping, slot_mapping))
 
 
 def philox(seed: int, first: np.ndarray[Any, Any], second: int) -> np.ndarray[Any, np.dtype[np.uint32]]:

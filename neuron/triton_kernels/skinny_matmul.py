@@ -13,19 +13,45 @@ adds up (see :mod:`neuron.triton_kernels.workspace`). With dependent launch the 
 kernel writes, is requested before the wait for the activations.
 """
 
+import functools
 from typing import Final
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra import cuda
+from torch.nn import functional
 
-from neuron.triton_kernels.activation import activate
+from neuron.triton_kernels._triton import cuda, tl, triton
+from neuron.triton_kernels.activation import activate, gated_activation
 from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+from neuron.triton_kernels.norm import Norm, rms_norm
+from neuron.triton_kernels.operation import Make, Operation, Run
 from neuron.triton_kernels.workspace import counters
 
 MAX_ROWS: Final = 64
 MAX_SPLITS: Final = 8
+
+
+@Operation
+def skinny_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the product ``[M, N]`` of contiguous ``x`` ``[M, K]``, M up to 64, and ``weight``, with fused neighbours.
+
+    With ``activation`` ``"silu"`` or ``"gelu"`` ``weight`` is ``[2 N, K]``, else ``[N, K]``; then ``bias`` is the
+    gate's. ``residual`` ``[M, N]`` is added to, in place, and returned. Float16 takes no ``norm`` for more than one
+    row: ``x g`` before the division by the root mean square can overflow it.
+    """
+    out = functional.linear(x if norm is None else rms_norm.eager(x, *norm), weight)
+    if bias is not None:
+        out[:, : len(bias)] += bias
+    if activation is not None:
+        out = gated_activation.eager(out, activation)
+    return out if residual is None else residual.add_(out)
 
 
 @triton.jit
@@ -215,21 +241,26 @@ def num_splits_for(num_blocks: int, depth: int, block_k: int, target: Target) ->
     return max(min(wanted, cdiv(depth, 4 * block_k), MAX_SPLITS), 1)
 
 
-def skinny_matmul(
+def skinny_tiles(block_m: int, gated: bool, target: Target) -> tuple[int, int, int]:
+    """Return BLOCK_N, BLOCK_K and stages: 32 to 96 KiB of weights in flight a program.
+
+    A ``gated`` product has two tiles of weights a stage; by Triton 3.6 the fourth stage of 64 rows spills on sm_100.
+    """
+    if target.big_shared_memory:
+        return (32, 256, 3) if block_m == 16 else (32, 128, 3 if gated else 4)
+    return (32, 128, 3) if block_m == 16 else (32, 64, 4)
+
+
+@skinny_matmul.launcher
+def _launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    norm: tuple[torch.Tensor, float] | None = None,
+    norm: Norm | None = None,
     activation: str | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the product ``[M, N]`` of contiguous ``x`` ``[M, K]``, M up to 64, and ``weight``, with fused neighbours.
-
-    ``norm`` is the weight ``[K]`` and epsilon of the norm of ``x``. With ``activation`` ``"silu"`` or ``"gelu"``
-    ``weight`` is ``[2 N, K]``, else ``[N, K]``. ``residual`` ``[M, N]`` is added to, in place, and returned. Float16
-    takes no norm for more than one row: ``x g`` before the division by the root mean square can overflow it.
-    """
     num_rows, depth = x.shape
     width = weight.shape[0] // (2 if activation else 1)
     if not 1 <= num_rows <= MAX_ROWS:
@@ -240,47 +271,59 @@ def skinny_matmul(
     dependent = target.has_dependent_launch and x.device.type != "cpu"
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
     gain, eps = norm or (None, 0.0)
-    arguments = {"x": x, "w": weight, "norm": gain, "bias": bias, "residual": residual, "out": out}
     if num_rows == 1:
-        block_n, block_k, num_warps = (4, 1024, 4) if activation else (8, 1024, 4)
-        num_blocks = cdiv(width, block_n)
-        splits = num_splits_for(num_blocks, depth, block_k, target)
-        partial = torch.empty((num_blocks * splits, 3 * block_n), dtype=torch.float32, device=x.device)
-        launch(
-            _gemv_kernel,
-            (num_blocks, splits),
-            {**arguments, "partial": partial, "arrived": counters(x.device, num_blocks)}
-            | {"N": width, "K": depth, "eps": eps, "num_splits": splits},
-            {"ACTIVATION": activation, "BLOCK_N": block_n, "BLOCK_K": block_k, "PDL": dependent},
-            num_warps=num_warps,
-            dependent_launch=dependent,
-        )
-        return out
-    block_m = 16 if num_rows <= 16 else 64
-    block_n, block_k, num_stages = skinny_tiles(block_m, activation is not None, target)
+        block_n, block_k, num_stages = 4 if activation else 8, 1024, 1
+        part_size = 3 * block_n
+    else:
+        block_m = 16 if num_rows <= 16 else 64
+        block_n, block_k, num_stages = skinny_tiles(block_m, activation is not None, target)
+        part_size = 2 * block_m * block_n + block_m
     num_blocks = cdiv(width, block_n)
     splits = num_splits_for(num_blocks, depth, block_k, target)
-    size = 2 * block_m * block_n + block_m
-    partial = torch.empty((num_blocks * splits, size), dtype=torch.float32, device=x.device)
-    launch(
-        _skinny_kernel,
-        (num_blocks, splits),
-        {**arguments, "partial": partial, "arrived": counters(x.device, num_blocks)}
-        | {"M": num_rows, "N": width, "K": depth, "eps": eps, "num_splits": splits},
-        {"ACTIVATION": activation, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-        | {"STAGES": num_stages, "PDL": dependent},
-        num_warps=4,
+    run = functools.partial(
+        launch,
+        x=x,
+        w=weight,
+        norm=gain,
+        bias=bias,
+        residual=residual,
+        out=out,
+        partial=torch.empty((num_blocks * splits, part_size), dtype=torch.float32, device=x.device),
+        arrived=counters(x.device, num_blocks),
+        N=width,
+        K=depth,
+        eps=eps,
+        num_splits=splits,
+        ACTIVATION=activation,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        PDL=dependent,
         num_stages=num_stages,
         dependent_launch=dependent,
     )
+    if num_rows == 1:
+        run(_gemv_kernel, (num_blocks, splits))
+    else:
+        run(_skinny_kernel, (num_blocks, splits), M=num_rows, BLOCK_M=block_m, STAGES=num_stages)
     return out
 
 
-def skinny_tiles(block_m: int, gated: bool, target: Target) -> tuple[int, int, int]:
-    """Return BLOCK_N, BLOCK_K and stages: 32 to 96 KiB of weights in flight a program.
+@skinny_matmul.cases()
+def _cases(check: Run, make: Make) -> None:
+    for rows, depth, width in ((1, 2064, 40), (1, 77, 9), (3, 1040, 48), (16, 130, 33), (40, 512, 70)):
+        x, weight = make(rows, depth), make(2 * width, depth, scale=depth**-0.5)
+        norm = (make(depth), 1e-5) if make.dtype != torch.float16 or rows == 1 else None
+        check(x, weight, make(2 * width), norm=norm)
+        for function in ("silu", "gelu"):
+            check(x, weight, norm=norm, activation=function)
+        check(x, weight, residual=make(rows, 2 * width))
 
-    A ``gated`` product has two tiles of weights a stage; by Triton 3.6 the fourth stage of 64 rows spills on sm_100.
-    """
-    if target.big_shared_memory:
-        return (32, 256, 3) if block_m == 16 else (32, 128, 3 if gated else 4)
-    return (32, 128, 3) if block_m == 16 else (32, 64, 4)
+
+@skinny_matmul.launches()
+def _launches(run: Run, make: Make) -> None:
+    for rows in (1, 16, 64) if make.dtype == torch.bfloat16 else (16,):
+        x = make(rows, 4096)
+        norm = (make(4096), 1e-6) if make.dtype == torch.bfloat16 or rows == 1 else None
+        run(x, make(6144, 4096), make(6144), norm=norm)
+        run(x, make(24576, 4096), norm=norm, activation="silu")
+        run(x, make(4096, 4096), residual=make(rows, 4096))

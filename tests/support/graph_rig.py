@@ -12,30 +12,21 @@ from neuron.device import _fake_driver as fake  # type: ignore[attr-defined]
 from neuron.device.driver import DeviceFault
 from neuron.device.loop import DeviceLoop
 from neuron.engine.step_inputs import StepInputs
-from neuron.triton_kernels import reference
-from neuron.triton_kernels.batch import Batch
-from neuron.triton_kernels.eager_operations import EagerOperations
-from neuron.triton_kernels.operations import Rotary
+from neuron.triton_kernels.decode_attention import rope_decode_attention
+from neuron.triton_kernels.operations import EAGER
 
 
-class ByDefinition(EagerOperations):
-    """Attention by the page table, as in the kernels: eager attention takes the step's parts, which no graph has."""
+class ByDefinition:
+    """Eager operations that pass for kernels: attention by the page table, as theirs.
 
-    def attention(
-        self,
-        qkv: torch.Tensor,
-        qk_norm: torch.Tensor | None,
-        eps: float,
-        rotary: Rotary,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: Batch,
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:
-        return reference.rope_decode_attention(
-            qkv, qk_norm, eps, rotary, key_cache, value_cache, batch, scale, window=window
-        )
+    Eager attention takes the step's parts, which no graph has.
+    """
+
+    by_kernels = True
+    attention = staticmethod(rope_decode_attention.eager)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(EAGER, name)
 
 
 def captured(step: Callable[[], None]) -> dict[str, Any]:

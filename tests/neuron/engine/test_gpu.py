@@ -24,7 +24,7 @@ from neuron.engine.sequence import Int32Array
 from neuron.engine.step_inputs import PENDING, Published, StepInputs
 from neuron.engine_settings import EngineSettings
 from neuron.models.sizing import PAGE_TOKENS
-from neuron.triton_kernels.triton_operations import TritonOperations
+from neuron.triton_kernels.operations import KERNELS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -57,11 +57,10 @@ class DecodeSteps:
         self.inputs = StepInputs(NUM_ROWS, 9, device, self.published)
         self.graphs = DeviceGraphs(loop)
         ids = torch.tensor(SAMPLED, dtype=torch.int32, device=device)
-        operations = TritonOperations()
 
         def step() -> None:
-            operations.begin_step(self.inputs.state)
-            operations.end_step(self.inputs.state, ids, PAGE_TOKENS)
+            KERNELS.begin_step(self.inputs.state)
+            KERNELS.end_step(self.inputs.state, ids, PAGE_TOKENS)
             if cycles:
                 torch.cuda._sleep(cycles)
 

@@ -392,10 +392,9 @@ def test_a_captured_step_launches_the_kernels_compiled_for_it(
     pytest.importorskip("triton")
     from neuron.triton_kernels.compile import target_for
     from neuron.triton_kernels.launch import recording
-    from neuron.triton_kernels.triton_operations import TritonOperations
+    from neuron.triton_kernels.operations import KERNELS
 
-    operations = TritonOperations()
-    monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: operations)
+    monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: KERNELS)
     driver = harness()
     driver.engine._graphs = Recorded
     driver.load(tiny_llama, dtype="bfloat16", max_sequences=6)

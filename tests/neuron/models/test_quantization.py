@@ -22,7 +22,7 @@ from neuron.models.shard import WHOLE, Shard, local_config
 from neuron.models.sizing import plan_memory
 from neuron.models.transfer import Transfer
 from neuron.models.weights import WeightSource, open_weights
-from neuron.triton_kernels import reference
+from neuron.triton_kernels.attention import attention_parts
 from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix
 from neuron.triton_kernels.random_batch import random_batch
 
@@ -90,7 +90,7 @@ def run(
     generator = torch.Generator().manual_seed(1)
     batch, pages = random_batch([(1, 20), (1, 3), (9, 30)], HOST)
     arrays = (batch.cu_seqlens.numpy(), batch.page_table.numpy(), batch.context_lens.numpy())
-    parts = reference.attention_parts(*arrays, 16, HOST, config.window_tokens)
+    parts = attention_parts(*arrays, 16, HOST, config.window_tokens)
     batch = dataclasses.replace(batch, parts=parts, num_decodes=2)
     shape = (len(weights.layers), pages, 16, config.num_kv_heads, config.head_dim)
     ids = torch.randint(config.vocab_size, (11,), generator=generator)

@@ -37,17 +37,15 @@ from neuron.triton_kernels import (  # noqa: E402
     check,
     compile,
     decode_state,
-    decode_step,
     matmul,
-    norm,
     prefill_attention,
     skinny_matmul,
     warm,
 )
-from neuron.triton_kernels.batch import Batch  # noqa: E402
+from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache  # noqa: E402
 from neuron.triton_kernels.compile import Compilation, KernelCache, KernelCompileError, target_for  # noqa: E402
 from neuron.triton_kernels.launch import Variant, recording  # noqa: E402
-from neuron.triton_kernels.triton_operations import TritonOperations  # noqa: E402
+from neuron.triton_kernels.operations import KERNELS  # noqa: E402
 from neuron.triton_kernels.warm import CompileAfterReadyError, DriverTooOldError  # noqa: E402
 
 
@@ -57,14 +55,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def activation_variant() -> Variant:
     with recording(target_for(90)) as recorder:
-        activation.silu_and_mul(meta(3, 2048))
+        activation.gated_activation.triton(meta(3, 2048), "silu")
     (variant,) = recorder.variants
     return variant
 
 
 def matmul_variant(block_m: int, block_n: int) -> Variant:
     with recording(target_for(80)) as recorder:
-        matmul.matmul(meta(4096, 4096), meta(4096, 4096))
+        matmul.matmul.triton(meta(4096, 4096), meta(4096, 4096))
     (variant,) = recorder.variants
     constants = dict(variant.constants) | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32, "STAGES": 2}
     return dataclasses.replace(variant, constants=tuple(constants.items()), num_warps=4, num_stages=2)
@@ -104,8 +102,8 @@ def test_hopper_uses_its_matrix_unit(cache: KernelCache) -> None:
     batch = Batch(meta(64, dtype=i32), meta(64), meta(3, dtype=i32), meta(2, 99, dtype=i32), meta(2, dtype=i32))
     q, keys = meta(64, 32, 128), meta(9, 16, 8, 128)
     with recording(target_for(90)) as recorder:
-        matmul.matmul(meta(4096, 4096), meta(4096, 4096))
-        prefill_attention.prefill_attention(q, keys, keys, batch, 0.1, q)
+        matmul.matmul.triton(meta(4096, 4096), meta(4096, 4096))
+        prefill_attention.prefill_attention.triton(q, KeyValueCache(keys, keys), batch, AttentionParameters(0.1), q)
     rows = check.inspect_variants(recorder.variants, 90, cache)
     assert [row.kernel for row in rows] == ["_persistent_matmul_kernel", "_prefill_attention_kernel"]
     for row in rows:
@@ -118,7 +116,7 @@ def test_hopper_uses_its_matrix_unit(cache: KernelCache) -> None:
 
 def test_a_dependent_launch_waits_before_it_touches_memory_that_others_write(cache: KernelCache) -> None:
     with recording(target_for(90)) as recorder:
-        skinny_matmul.skinny_matmul(meta(1, 4096), meta(4096, 4096), norm=(meta(4096), 1e-6))
+        skinny_matmul.skinny_matmul.triton(meta(1, 4096), meta(4096, 4096), norm=(meta(4096), 1e-6))
     (row,) = check.inspect_variants(recorder.variants, 90, cache)
     assert row.variant.dependent_launch
     assert row.faults() == []
@@ -135,7 +133,7 @@ def test_tokens_are_published_past_every_cache(cache: KernelCache, capability: i
     """The token and whether all rows have ended; all else stays on the device."""
     i32 = torch.int32
     with recording(target_for(capability)) as recorder:
-        decode_step.end_step(decode_state.like(3, 9, 4, meta), meta(3, dtype=i32), 16)
+        KERNELS.end_step(decode_state.like(3, 9, 4, meta), meta(3, dtype=i32), 16)
     (row,) = check.inspect_variants(recorder.variants, capability, cache)
     assert [one for one in row.code if one.startswith("STG")].count("STG.E.STRONG.SYS") == 2
 
@@ -152,7 +150,7 @@ def test_no_warp_reads_the_place_of_the_next_step(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton, "compile", ours)
     state = decode_state.like(64, 128, 64, meta)
     with recording(target_for(90)) as recorder:
-        decode_step.end_step(state, state.last, 16)
+        KERNELS.end_step(state, state.last, 16)
     compile.compile_variant(recorder.variants[0], 90)
     (lines,) = listings
     read: dict[str, int] = {}
@@ -168,7 +166,7 @@ def test_no_warp_reads_the_place_of_the_next_step(monkeypatch: pytest.MonkeyPatc
 def test_sizes_that_change_from_step_to_step_make_no_variant() -> None:
     with recording(target_for(90)) as recorder:
         for rows in (1, 2, 15, 16, 17, 4096, 4097):
-            norm.rms_norm(meta(rows, 4096), meta(4096), 1e-5)
+            KERNELS.rms_norm(meta(rows, 4096), meta(4096), 1e-5)
     assert len(recorder.variants) == 1
 
 
@@ -261,10 +259,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Driver]:
 
     stub = _Driver()
     monkeypatch.setattr(driver, "_active", stub)
-    activation._gated_kernel.device_caches.clear()
+    activation._gated_kernel.jitted.device_caches.clear()
     yield stub
     warm.permit_compiling()
-    activation._gated_kernel.device_caches.clear()
+    activation._gated_kernel.jitted.device_caches.clear()
 
 
 def warm_one(variant: Variant, cache: KernelCache, **settings: Any) -> None:
@@ -291,7 +289,7 @@ def test_the_first_launch_finds_everything_done(driver: _Driver, cache: KernelCa
     x, out = torch.empty(5, 2048, dtype=torch.bfloat16), torch.empty(5, 1024, dtype=torch.bfloat16)
     constants = {"ACTIVATION": "silu", "BLOCK": 1024}
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    activation._gated_kernel[(5,)](x, out, 2048, 1024, **constants, **options)
+    activation._gated_kernel.jitted[(5,)](x, out, 2048, 1024, **constants, **options)
     assert driver.done == ["launcher", "module of _gated_kernel", "launch"]
 
 
@@ -303,9 +301,9 @@ def test_a_launch_finds_a_warmed_kernel(cache: KernelCache) -> None:
     constants = {"ACTIVATION": "silu", "BLOCK": 1024}
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     x, out = torch.empty(5, 2048, dtype=torch.bfloat16), torch.empty(5, 1024, dtype=torch.bfloat16)
-    activation._gated_kernel.warmup(x, out, 2048, 1024, grid=(5,), **constants, **options)
+    activation._gated_kernel.jitted.warmup(x, out, 2048, 1024, grid=(5,), **constants, **options)
     with pytest.raises(CompileAfterReadyError):
-        activation._gated_kernel.warmup(x, out, 2047, 1024, grid=(5,), **constants, **options)
+        activation._gated_kernel.jitted.warmup(x, out, 2047, 1024, grid=(5,), **constants, **options)
 
 
 @pytest.mark.usefixtures("driver")
@@ -319,7 +317,7 @@ def test_a_prebuilt_kernel_needs_no_compiler(
     monkeypatch.setattr(triton, "compile", None)
     elsewhere = KernelCache(tmp_path / "own", prebuilt=cache.folder)
     warm_one(variant, elsewhere)
-    (kernel,) = activation._gated_kernel.device_caches[0][0].values()
+    (kernel,) = activation._gated_kernel.jitted.device_caches[0][0].values()
     assert kernel.asm["cubin"] == made.cubin
     assert kernel.name == made.metadata.name
     assert kernel.metadata.shared == made.metadata.shared_bytes
@@ -471,7 +469,7 @@ def test_a_shard_of_a_tied_head_launches_listed_variants(form: str, vocab_size: 
         with recording(target_for(90)) as recorder:
             for rows in (1, 40, plan.sampled_rows):
                 hidden = torch.zeros((rows, model.hidden_size), dtype=torch.bfloat16)
-                decoder.logits(weights, hidden, TritonOperations())
+                decoder.logits(weights, hidden, KERNELS)
         assert shapes_of(recorder.variants) <= shapes_of(variants(model, plan, 90, shard=shard)), f"rank {shard.rank}"
 
 

@@ -8,21 +8,20 @@ import pytest
 import torch
 
 from neuron.triton_kernels import dispatch
+from neuron.triton_kernels.operations import EAGER, KERNELS
 
 CUDA = torch.device("cuda", 0)
 
 
 def test_the_cpu_and_float32_stay_eager() -> None:
-    assert dispatch.operations_for(torch.device("cpu"), torch.bfloat16) is dispatch.EAGER
-    assert dispatch.operations_for(CUDA, torch.float32) is dispatch.EAGER
+    assert dispatch.operations_for(torch.device("cpu"), torch.bfloat16) is EAGER
+    assert dispatch.operations_for(CUDA, torch.float32) is EAGER
 
 
 def test_cuda_gets_kernels_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from neuron.triton_kernels.triton_operations import TritonOperations
-
-    assert isinstance(dispatch.operations_for(CUDA, torch.bfloat16), TritonOperations)
-    assert dispatch.operations_for(CUDA, torch.bfloat16, triton=False) is dispatch.EAGER
+    assert dispatch.operations_for(CUDA, torch.bfloat16) is KERNELS
+    assert dispatch.operations_for(CUDA, torch.bfloat16, triton=False) is EAGER
 
 
 def test_a_host_without_cuda_imports_no_triton() -> None:
@@ -36,9 +35,10 @@ import dataclasses, sys, torch
 from neuron.models import decoder
 from neuron.models.config import ModelConfig
 from neuron.models.registry import ARCHITECTURES
-from neuron.triton_kernels import cases, dispatch, reference
+from neuron.triton_kernels.attention import attention_parts
 from neuron.triton_kernels.interpreter import mend
-from neuron.triton_kernels.triton_operations import TritonOperations
+from neuron.triton_kernels.operations import EAGER, KERNELS
+from neuron.triton_kernels.random_batch import random_batch
 
 mend()
 torch.manual_seed(0)
@@ -71,13 +71,13 @@ while True:
         weights = finished.value
         break
 for lengths, decodes in (([(1, 20), (1, 3)], 2), ([(1, 33), (70, 70), (5, 21)], 1), ([(4, 4)], 0)):
-    batch, pages = cases.random_batch(lengths, torch.device("cpu"))
+    batch, pages = random_batch(lengths, torch.device("cpu"))
     arrays = (batch.cu_seqlens.numpy(), batch.page_table.numpy(), batch.context_lens.numpy())
-    parts = reference.attention_parts(*arrays, 16, torch.device("cpu"), config.window_tokens)
+    parts = attention_parts(*arrays, 16, torch.device("cpu"), config.window_tokens)
     batch = dataclasses.replace(batch, parts=parts, num_decodes=decodes)
     ids = torch.randint(131, (len(batch.positions),))
     results = []
-    for operations in (dispatch.EAGER, TritonOperations()):
+    for operations in (EAGER, KERNELS):
         torch.manual_seed(1)
         keys, values = (torch.randn(2, pages, 16, 2, 16).to(torch.float16) for _ in range(2))
         hidden = decoder.forward(config, weights, ids, batch, keys, values, operations)

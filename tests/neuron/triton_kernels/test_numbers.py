@@ -16,7 +16,9 @@ def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 # One case of each kernel; `make check-kernels` runs them all.
-@pytest.mark.parametrize("part", ["norm", "activation", "rope", "H4 K4 D80", "matmul", "quantized Q4_1"])
+@pytest.mark.parametrize(
+    "part", ["rms norm", "gated activation", "rope and", "H4 K4 D80", "skinny", "matmul of floats", "matmul Q4_1"]
+)
 def test_numbers(part: str) -> None:
     done = interpret("--only", part)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -25,9 +27,10 @@ def test_numbers(part: str) -> None:
 
 def test_the_check_sees_a_wrong_number() -> None:
     code = (
-        "from neuron.triton_kernels import check, reference\n"
-        "right = reference.silu_and_mul\n"
-        "reference.silu_and_mul = lambda x: right(x) * 1.2\n"
+        "from neuron.triton_kernels import activation, check\n"
+        "operation = activation.gated_activation\n"
+        "right = operation.eager\n"
+        "operation.eager = lambda *given: right(*given) * 1.2\n"
         "raise SystemExit(check.check_numbers('activation'))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -35,4 +38,4 @@ def test_the_check_sees_a_wrong_number() -> None:
         [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert "FAIL activation" in done.stdout
+    assert "FAIL gated activation" in done.stdout

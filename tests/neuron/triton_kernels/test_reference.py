@@ -6,27 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from neuron.triton_kernels import reference
-from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.activation import gated_activation
+from neuron.triton_kernels.attention import attention_parts, paged_attention
+from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
+from neuron.triton_kernels.operations import EAGER
+from neuron.triton_kernels.rope import rope_and_cache
 
 PAGE = 4
 
 
-def test_rms_norm_and_its_fusion_with_the_residual() -> None:
+def test_rms_norm() -> None:
     torch.manual_seed(0)
-    x, residual, weight = torch.randn(7, 33), torch.randn(7, 33), torch.rand(33)
+    x, weight = torch.randn(7, 33), torch.rand(33)
     expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-    torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), expected)
-    total = x + residual
-    expected = reference.rms_norm(total, weight, 1e-5)
-    torch.testing.assert_close(reference.add_rms_norm(x, residual, weight, 1e-5), expected)
-    torch.testing.assert_close(residual, total)
+    torch.testing.assert_close(EAGER.rms_norm(x, weight, 1e-5), expected)
 
 
-def test_silu_and_mul() -> None:
+def test_gated_activation() -> None:
     x = torch.randn(5, 22)
     expected = x[:, :11] / (1 + (-x[:, :11]).exp()) * x[:, 11:]
-    torch.testing.assert_close(reference.silu_and_mul(x), expected)
+    torch.testing.assert_close(gated_activation.eager(x, "silu"), expected)
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -39,8 +38,9 @@ def test_rope_rotates_and_writes_to_slots(normalised: bool) -> None:
     frequencies = torch.tensor([1.0, 0.3, 0.05, 0.002])
     weight = torch.rand(num_heads + num_kv_heads, head_dim) if normalised else None
     keys, values = torch.zeros(6, PAGE, num_kv_heads, head_dim), torch.zeros(6, PAGE, num_kv_heads, head_dim)
-    rotary = reference.rotary_table(positions, frequencies, torch.float32)
-    q = reference.rope_and_cache(qkv, weight, 1e-6, rotary, slot_mapping, keys, values)
+    rotary = EAGER.rotary_table(positions, frequencies, torch.float32)
+    parameters = AttentionParameters(0.0, qk_norm=weight, eps=1e-6)
+    q = rope_and_cache.eager(qkv, rotary, KeyValueCache(keys, values), slot_mapping, parameters)
 
     heads = qkv.view(tokens, -1, head_dim)
     for token in range(tokens):
@@ -90,12 +90,12 @@ def test_paged_attention(rows: list[tuple[int, int]], num_heads: int, num_kv_hea
     cu_seqlens = np.cumsum([0, *(query for query, _ in rows)]).astype(np.int32)
     context_lens = np.array([context for _, context in rows], np.int32)
     q = torch.randn(int(cu_seqlens[-1]), num_heads, head_dim)
-    parts = reference.attention_parts(cu_seqlens, table, context_lens, PAGE, torch.device("cpu"))
+    parts = attention_parts(cu_seqlens, table, context_lens, PAGE, torch.device("cpu"))
     empty = torch.empty(0)
     batch = Batch(
         empty, empty, torch.from_numpy(cu_seqlens), torch.from_numpy(table), torch.from_numpy(context_lens), parts
     )
-    found = reference.paged_attention(q, keys, values, batch, 0.25).view(-1, num_heads, head_dim)
+    found = paged_attention(q, KeyValueCache(keys, values), batch, AttentionParameters(0.25)).view(q.shape)
 
     for index, (query, context) in enumerate(rows):
         k = keys[table[index]].reshape(-1, num_kv_heads, head_dim)[:context]
@@ -113,6 +113,6 @@ def test_paged_attention(rows: list[tuple[int, int]], num_heads: int, num_kv_hea
 def test_decodes_of_similar_length_share_a_call() -> None:
     lengths = np.array([100, 90, 51, 49, 30, 25, 5], np.int32)
     table = np.zeros((7, 25), np.int32)
-    parts = reference.attention_parts(np.arange(8, dtype=np.int32), table, lengths, PAGE, torch.device("cpu"))
+    parts = attention_parts(np.arange(8, dtype=np.int32), table, lengths, PAGE, torch.device("cpu"))
     assert [(part.start, part.stop, part.num_tokens) for part in parts] == [(0, 3, 100), (3, 6, 49), (6, 7, 5)]
     assert [part.mask is not None for part in parts] == [True, True, False]

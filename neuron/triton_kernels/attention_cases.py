@@ -1,0 +1,82 @@
+"""Inputs of the attention family, on which its kernels are checked."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import torch
+
+from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
+from neuron.triton_kernels.operation import Make
+from neuron.triton_kernels.random_batch import PAGE, random_batch
+from neuron.triton_kernels.rotary import Rotary, rotary_table
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """Arguments of the operations of one layer's attention."""
+
+    qkv: torch.Tensor
+    q: torch.Tensor
+    rotary: Rotary
+    cache: KeyValueCache
+    batch: Batch
+    parameters: AttentionParameters
+
+
+class Heads(NamedTuple):
+    """Shape of attention: H, K and D, a window and a cap of the scores."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0
+    soft_cap: float = 0.0
+
+    def __str__(self) -> str:
+        return "H{} K{} D{} window {} cap {:g}".format(*self)
+
+    def step(self, make: Make, lengths: list[tuple[int, int]]) -> AttentionStep:
+        """Return a step of sequences of (query, context) tokens."""
+        batch, num_pages = random_batch(lengths, make.device)
+        frequencies = 10000.0 ** (-torch.arange(self.head_dim // 2, device=make.device) / (self.head_dim // 2))
+        return self.over(make, batch, num_pages, rotary_table.eager(batch.positions, frequencies, make.dtype))
+
+    def over(self, make: Make, batch: Batch, num_pages: int, rotary: Rotary) -> AttentionStep:
+        """Return the arguments of a step of ``batch``."""
+        num_tokens, num_normed = len(batch.positions), self.num_heads + self.num_kv_heads
+        cache = KeyValueCache(*(make(num_pages, PAGE, self.num_kv_heads, self.head_dim) for _ in range(2)))
+        qk_norm = make(num_normed, self.head_dim) if self.window or make.device.type == "meta" else None
+        return AttentionStep(
+            qkv=make(num_tokens, (num_normed + self.num_kv_heads) * self.head_dim),
+            q=make(num_tokens, self.num_heads, self.head_dim, scale=2),
+            rotary=rotary,
+            cache=cache,
+            batch=batch,
+            parameters=AttentionParameters(self.head_dim**-0.5, self.window, self.soft_cap, qk_norm, 1e-6),
+        )
+
+
+HEADS: Final = (
+    *(Heads(9, 3, 64, window, cap) for window, cap in ((0, 0.0), (37, 0.0), (0, 5.0))),
+    *(Heads(*shape, 9, 20.0) for shape in ((9, 3, 64), (4, 4, 80), (5, 1, 96), (4, 2, 128), (2, 1, 256))),
+)
+"""Small irregular shapes."""
+
+
+def real_steps(make: Make) -> Iterator[AttentionStep]:
+    """Yield steps of 64 tokens at real models' shapes."""
+    for shape in ((9, 3, 64), (32, 32, 80), (32, 32, 96), (32, 8, 128), (8, 4, 256)):
+        head_dim = shape[2]
+        if make.dtype == torch.float16 and head_dim != 128:
+            continue
+        batch = Batch(
+            positions=make.integers(64),
+            slot_mapping=make.integers(64, dtype=torch.int64),
+            cu_seqlens=make.integers(65),
+            page_table=make.integers(64, 128),
+            context_lens=make.integers(64),
+        )
+        rotary = make(64, 1, head_dim), make(64, 1, head_dim // 2)
+        for window, cap in ((0, 0.0), (4096, 50.0)) if head_dim in (128, 256) else ((0, 0.0),):
+            yield Heads(*shape, window, cap).over(make, batch, 99, rotary)
