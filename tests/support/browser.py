@@ -41,13 +41,13 @@ class PageError(AssertionError):
 
 
 class Page:
-    """Tab. ``complaints`` are its errors and warnings, ``asked`` the addresses of its requests."""
+    """Tab. ``complaints`` are its errors and warnings, ``requests`` the addresses of its requests."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
         self._numbers = itertools.count(1)
         self.complaints: list[str] = []
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.received_bytes = 0
         """Bytes of bodies, as they arrived."""
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -76,7 +76,7 @@ class Page:
             case "Log.entryAdded" if params["entry"]["level"] in {"error", "warning"}:
                 self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
             case "Network.requestWillBeSent":
-                self.asked.append(params["request"]["url"])
+                self.requests.append(params["request"]["url"])
             case "Network.dataReceived":
                 self.received_bytes += params["dataLength"]
 

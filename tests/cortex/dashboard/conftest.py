@@ -44,12 +44,12 @@ def gateway(folder: pathlib.Path, nodes: dict[str, str], models: str) -> Iterato
 def opened(page: browser.Page, gateway: fleet.Gateway) -> Iterator[browser.Page]:
     """The page, open and live; a test fails if the page logs an error or a warning."""
     page.complaints.clear()
-    page.asked.clear()
+    page.requests.clear()
     page.go("about:blank")  # the link differs from an open page by its fragment only, which loads nothing
     page.go(gateway.link)
     page.until("document.getElementById('link')?.dataset.state === 'live'", what="the feed is live")
     page.until("document.getElementById('chat-model').length", what="the models are listed")
     yield page
     assert not page.complaints
-    foreign = [url for url in page.asked if not url.startswith(gateway.url + "/")]
+    foreign = [url for url in page.requests if not url.startswith(gateway.url + "/")]
     assert not foreign, "the page asked another host"

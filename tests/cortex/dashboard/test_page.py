@@ -118,7 +118,7 @@ def test_a_node_is_drained_and_opened(opened: Page, nodes: dict[str, str]) -> No
 
 
 def test_a_configuration_that_is_not_in_force_is_shown(opened: Page, gateway: Gateway, models: str) -> None:
-    file = gateway.folder / "models.toml"
+    file = gateway.log.parent / "models.toml"
     file.write_text(models + "nonsense = 1\n")
     opened.until("document.getElementById('notice').textContent.includes('nonsense')")
     check_axe(opened)
@@ -269,7 +269,7 @@ def test_all_of_it_by_keyboard(opened: Page) -> None:
     for _ in range(120):
         opened.press("Tab")
         reached.add(opened.run("document.activeElement.textContent.trim() || document.activeElement.id"))
-    for wanted in ("Sign in", "Drain", "Load", "gpu-1", REAL, "Send", "Clear", "filter"):
+    for wanted in ("Sign out", "Drain", "Load", "gpu-1", REAL, "Send", "Clear", "filter"):
         assert wanted in reached, (wanted, reached)
 
 
