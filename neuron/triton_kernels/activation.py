@@ -49,13 +49,8 @@ def _launch(gate_up: torch.Tensor, function: str) -> torch.Tensor:
     launch(
         _gated_kernel,
         (num_rows, cdiv(width, 1024)),
-        gate_up=gate_up,
-        out=out,
-        stride=gate_up.stride(0),
-        width=width,
-        ACTIVATION=function,
-        BLOCK=1024,
-    )
+        gate_up=gate_up, out=out, stride=gate_up.stride(0), width=width, ACTIVATION=function, BLOCK=1024,
+    )  # fmt: skip
     return out
 
 

@@ -113,39 +113,12 @@ def _merged(parts, num_parts, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit(do_not_specialize=["eps", "table_stride", "window", "num_splits", "scale_log2", "soft_cap"])
 def _decode_attention_kernel(
-    q,
-    qk_norm,
-    cos,
-    sin,
-    slot_mapping,
-    key_cache,
-    value_cache,
-    out,
-    page_table,
-    context_lens,
-    partial,
-    arrived,
-    q_stride,
-    eps,
-    table_stride,
-    window,
-    num_splits,
-    scale_log2,
-    soft_cap,
-    FUSED: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    MIN_TOKENS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q, qk_norm, cos, sin, slot_mapping, key_cache, value_cache, out, page_table, context_lens, partial, arrived,
+    q_stride, eps, table_stride, window, num_splits, scale_log2, soft_cap,
+    FUSED: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    MIN_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     group: tl.constexpr = H // K
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -323,41 +296,20 @@ def _launch(
     splits = num_splits_for(num_sequences, num_kv_heads, min(max_context, window or max_context), target)
     parts = (num_sequences * num_kv_heads * splits, group * (head_dim + 2))
     block_n, num_warps, num_stages, max_registers = decode_tiles(head_dim, target)
-    dependent = target.has_dependent_launch and q.device.type != "cpu"
     launch(
         _decode_attention_kernel,
         (num_kv_heads, splits, num_sequences),
         batch,
         parameters,
-        q=q,
-        key_cache=cache.keys,
-        value_cache=cache.values,
-        out=out,
+        q=q, key_cache=cache.keys, value_cache=cache.values, out=out,
         partial=torch.empty(parts, dtype=torch.float32, device=q.device),
-        arrived=counters(q.device, num_sequences * num_kv_heads),
-        q_stride=q.stride(0),
-        table_stride=batch.page_table.stride(0),
-        num_splits=splits,
-        scale_log2=parameters.scale * LOG2_E,
-        soft_cap=parameters.soft_cap or math.inf,
-        H=num_heads,
-        K=num_kv_heads,
-        D=head_dim,
-        PAGE=page_size,
-        MIN_TOKENS=MIN_SPLIT_TOKENS,
-        BLOCK_M=max(power_of_two(group), 16),
-        BLOCK_N=block_n,
-        BLOCK_D=power_of_two(head_dim),
-        HAS_WINDOW=window > 0,
-        HAS_CAP=parameters.soft_cap > 0,
-        STAGES=num_stages,
-        PDL=dependent,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        dependent_launch=dependent,
-        max_registers=max_registers,
-        **more,
-    )
+        arrived=counters(q.device, num_sequences * num_kv_heads), q_stride=q.stride(0),
+        table_stride=batch.page_table.stride(0), num_splits=splits, scale_log2=parameters.scale * LOG2_E,
+        soft_cap=parameters.soft_cap or math.inf, H=num_heads, K=num_kv_heads, D=head_dim, PAGE=page_size,
+        MIN_TOKENS=MIN_SPLIT_TOKENS, BLOCK_M=max(power_of_two(group), 16), BLOCK_N=block_n,
+        BLOCK_D=power_of_two(head_dim), HAS_WINDOW=window > 0, HAS_CAP=parameters.soft_cap > 0, STAGES=num_stages,
+        num_warps=num_warps, max_registers=max_registers, **more,
+    )  # fmt: skip
 
 
 CONTEXTS: Final = ([1], [300, 129, 128, 17, 1], [600])

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -154,37 +154,49 @@ def _device_target(device: torch.device) -> Target:
     return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
+class Tiles(NamedTuple):
+    """Tile of a program of a matmul, and how it is computed."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    STAGES: int
+
+
 def launch(
     kernel: Kernel,
     grid: Sequence[int],
     *structs: object,
     num_warps: int = 4,
-    num_stages: int = 1,
-    dependent_launch: bool = False,
     max_registers: int | None = None,
     **arguments: Argument,
 ) -> None:
     """Run ``kernel`` on ``grid``, or record its variant.
 
     Its parameters are ``arguments``, and fields of ``structs``, dataclasses or named tuples, by their names; a struct
-    may have more. An argument that is None is a constant to the compiler.
+    may have more. An argument that is None is a constant to the compiler. STAGES is also the compiler's default for
+    loops. A kernel with a parameter PDL is launched before the one it depends on ends, where the GPU can do so.
     """
     given: dict[str, Any] = {name: value for struct in structs for name, value in _fields(struct)} | arguments
+    num_warps = given.pop("num_warps", num_warps)
+    if "PDL" in kernel.constants:
+        device = next(value.device for value in given.values() if isinstance(value, torch.Tensor))
+        given["PDL"] = target_of(device).has_dependent_launch and device.type != "cpu"
     if unknown := arguments.keys() - set(kernel.arg_names):
         raise TypeError(f"{kernel.fn.__name__} has no parameter {', '.join(sorted(unknown))}")
     given = {name: given[name] for name in kernel.arg_names}
+    options = num_warps, given.get("STAGES", 1), given.get("PDL", False), max_registers
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.add(_variant(kernel, given, (num_warps, num_stages, dependent_launch, max_registers)))
+        recorder.add(_variant(kernel, given, options))
         return
     if 0 in grid:
         return
     import triton
 
     triton.set_allocator(_scratch)
-    interprets = triton.knobs.runtime.interpret
-    options = {} if interprets else _options(num_warps, num_stages, dependent_launch, max_registers)
-    kernel.jitted[tuple(grid)](**given, **options)
+    kernel.jitted[tuple(grid)](**given, **({} if triton.knobs.runtime.interpret else _options(*options)))
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:

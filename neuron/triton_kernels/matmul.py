@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from neuron.triton_kernels._triton import tl, triton
-from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
 from neuron.triton_kernels.operation import Make, Operation, Run
 
 GROUP: Final = 8
@@ -35,20 +35,9 @@ def tile_of(tile, rows, columns, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _matmul_kernel(
-    x,
-    w,
-    bias,
-    out,
-    M,
-    N,
-    K,
-    x_stride,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, w, bias, out, M, N, K, x_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     i, j = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     n = j * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -72,20 +61,9 @@ def _matmul_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _persistent_matmul_kernel(
-    x,
-    w,
-    bias,
-    out,
-    M,
-    N,
-    K,
-    x_stride,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, w, bias, out, M, N, K, x_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     x_tiles = tl.make_tensor_descriptor(x, [M, K], [x_stride, 1], [BLOCK_M, BLOCK_K])
     w_tiles = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
     out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
@@ -116,20 +94,20 @@ def _has_descriptors(target: Target) -> bool:
     return not triton.__version__.startswith("3.6.")
 
 
-def matmul_tiles(num_rows: int, aligned: bool, described: bool, target: Target) -> tuple[int, int, int, int, int]:
-    """Return BLOCK_M, BLOCK_N, BLOCK_K, warps and stages: a small and a large choice for each GPU, by rows only.
+def matmul_tiles(num_rows: int, aligned: bool, described: bool, target: Target) -> Tiles:
+    """Return a small or a large choice for each GPU, by rows only.
 
     Rows not ``aligned`` to 16 bytes are copied element by element through registers, which spills in large tiles.
     Without descriptors (not ``described``) addresses take registers too, and the largest tile spills on sm_90.
     """
     if not aligned:
-        return (64, 64, 32, 4, 2)
+        return Tiles(64, 64, 32, 4, 2)
     large = num_rows > 256
     if target.capability in (90, 100):
-        return (128, 256 if described else 128, 64, 8, 3) if large else (64, 128, 64, 4, 4)
+        return Tiles(128, 256 if described else 128, 64, 8, 3) if large else Tiles(64, 128, 64, 4, 4)
     if target.big_shared_memory:
-        return (128, 128, 64, 8, 3) if large else (64, 128, 64, 4, 3)
-    return (128, 128, 32, 8, 3) if large else (64, 128, 32, 4, 3)
+        return Tiles(128, 128, 64, 8, 3) if large else Tiles(64, 128, 64, 4, 3)
+    return Tiles(128, 128, 32, 8, 3) if large else Tiles(64, 128, 32, 4, 3)
 
 
 @matmul.launcher
@@ -141,27 +119,14 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     # Whole units of 16 elements, as the compiler may assume of a size that is fixed for a model.
     aligned = depth % 16 == 0 and x.stride(0) % 16 == 0
     persistent = _has_descriptors(target) and aligned and width % 16 == 0
-    block_m, block_n, block_k, num_warps, num_stages = matmul_tiles(num_rows, aligned, persistent, target)
-    tiles = cdiv(num_rows, block_m) * cdiv(width, block_n)
+    tiles = matmul_tiles(num_rows, aligned, persistent, target)
+    num_tiles = cdiv(num_rows, tiles.BLOCK_M) * cdiv(width, tiles.BLOCK_N)
     launch(
         _persistent_matmul_kernel if persistent else _matmul_kernel,
-        (min(tiles, target.num_sms) if persistent else tiles,),
-        x=x,
-        w=weight,
-        bias=bias,
-        out=out,
-        M=num_rows,
-        N=width,
-        K=depth,
-        x_stride=x.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        GROUP=GROUP,
-        STAGES=num_stages,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        (min(num_tiles, target.num_sms) if persistent else num_tiles,),
+        tiles,
+        x=x, w=weight, bias=bias, out=out, M=num_rows, N=width, K=depth, x_stride=x.stride(0), GROUP=GROUP,
+    )  # fmt: skip
     return out
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from neuron.triton_kernels._triton import tl, triton
-from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
 from neuron.triton_kernels.moe_routing import Routing, route
 from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 from neuron.triton_kernels.prefill_attention import find_block
@@ -54,22 +54,10 @@ def _width(weight: Experts, num_experts: int) -> int:
 
 @triton.jit(do_not_specialize=["blocks"])
 def _moe_matmul_kernel(
-    x,
-    w,
-    out,
-    order,
-    starts,
-    weights,
-    blocks,
-    N,
-    K,
-    EXPERTS: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, w, out, order, starts, weights, blocks, N, K,
+    EXPERTS: tl.constexpr, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     none, all_ = tl.full([], 0, tl.int32), tl.full([], EXPERTS, tl.int32)
     expert, block = find_block(starts, none, all_, tl.program_id(0) % blocks, BLOCK_M)
     first = tl.load(starts + expert)
@@ -96,13 +84,13 @@ def _moe_matmul_kernel(
     tl.store(out + pair[:, None] * N + n[None, :], sums.to(out.dtype.element_ty), mask=mask)
 
 
-def moe_tiles(rows_per_expert: int, target: Target) -> tuple[int, int, int, int, int]:
-    """Return BLOCK_M, BLOCK_N, BLOCK_K, warps and stages for experts of so many rows on average."""
+def moe_tiles(rows_per_expert: int, target: Target) -> Tiles:
+    """Return the tiles for experts of so many rows on average."""
     if rows_per_expert <= 16:
-        return (16, 64, 128, 4, 3) if target.big_shared_memory else (16, 64, 64, 4, 4)
+        return Tiles(16, 64, 128, 4, 3) if target.big_shared_memory else Tiles(16, 64, 64, 4, 4)
     if rows_per_expert <= 64 or not target.big_shared_memory:
-        return (64, 128, 64, 4, 3)
-    return (128, 128, 64, 8, 3)
+        return Tiles(64, 128, 64, 4, 3)
+    return Tiles(128, 128, 64, 8, 3)
 
 
 @moe_matmul.launcher
@@ -116,30 +104,16 @@ def _launch(x: torch.Tensor, weight: Experts, routing: Routing, *, weighted: boo
     if isinstance(weight, QuantizedMatrix):
         launch_product(x, weight, out, routing=routing, weighted=weighted)
         return out
-    target = target_of(x.device)
-    block_m, block_n, block_k, num_warps, num_stages = moe_tiles(cdiv(num_pairs, num_experts), target)
-    blocks = num_pairs // block_m + num_experts
+    tiles = moe_tiles(cdiv(num_pairs, num_experts), target_of(x.device))
+    blocks = num_pairs // tiles.BLOCK_M + num_experts
     launch(
         _moe_matmul_kernel,
-        (blocks * cdiv(width, block_n),),
-        x=x,
-        w=weight,
-        out=out,
-        order=routing.order,
-        starts=routing.starts,
-        weights=routing.weights if weighted else None,
-        blocks=blocks,
-        N=width,
-        K=depth,
-        EXPERTS=num_experts,
-        SHARED=1 if x.shape[0] == num_pairs else routing.choices,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        STAGES=num_stages,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        (blocks * cdiv(width, tiles.BLOCK_N),),
+        tiles,
+        x=x, w=weight, out=out, order=routing.order, starts=routing.starts,
+        weights=routing.weights if weighted else None, blocks=blocks, N=width, K=depth,
+        EXPERTS=num_experts, SHARED=1 if x.shape[0] == num_pairs else routing.choices,
+    )  # fmt: skip
     return out
 
 

@@ -51,17 +51,9 @@ def route(scores: torch.Tensor, choices: int, *, normalise: bool = True) -> Rout
 
 @triton.jit(do_not_specialize=["T"])
 def _route_kernel(
-    scores,
-    order,
-    starts,
-    weights,
-    T,
-    E: tl.constexpr,
-    CHOICES: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    scores, order, starts, weights, T,
+    E: tl.constexpr, CHOICES: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     t = tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     inside = (t < T)[:, None] & (e < E)[None, :]
@@ -114,15 +106,9 @@ def _launch_route(scores: torch.Tensor, choices: int, *, normalise: bool = True)
         _route_kernel,
         (1,),
         routing,
-        scores=scores,
-        T=num_tokens,
-        E=num_experts,
-        CHOICES=choices,
-        NORMALISE=normalise,
-        BLOCK_T=block_t,
-        BLOCK_E=block_e,
-        num_warps=min(max(block_t * block_e // 512, 1), 16),
-    )
+        scores=scores, T=num_tokens, E=num_experts, CHOICES=choices, NORMALISE=normalise, BLOCK_T=block_t,
+        BLOCK_E=block_e, num_warps=min(max(block_t * block_e // 512, 1), 16),
+    )  # fmt: skip
     return routing
 
 
@@ -170,12 +156,8 @@ def _launch_sum(parts: torch.Tensor, choices: int, residual: torch.Tensor) -> No
     launch(
         _combine_kernel,
         (num_tokens, cdiv(hidden, BLOCK_HIDDEN)),
-        parts=parts,
-        residual=residual,
-        hidden=hidden,
-        CHOICES=choices,
-        BLOCK=BLOCK_HIDDEN,
-    )
+        parts=parts, residual=residual, hidden=hidden, CHOICES=choices, BLOCK=BLOCK_HIDDEN,
+    )  # fmt: skip
 
 
 @add_choices.cases(dtypes=HALF_TYPES)

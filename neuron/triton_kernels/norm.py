@@ -39,15 +39,9 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     launch(
         _rms_norm_kernel,
         (num_rows,),
-        x=x,
-        weight=weight,
-        out=out,
-        x_stride=x.stride(0),
-        hidden=hidden,
-        eps=eps,
-        BLOCK=block,
+        x=x, weight=weight, out=out, x_stride=x.stride(0), hidden=hidden, eps=eps, BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
-    )
+    )  # fmt: skip
     return out
 
 

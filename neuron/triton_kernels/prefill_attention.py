@@ -101,30 +101,11 @@ def find_block(starts, first, last, block, BLOCK: tl.constexpr):
 
 @triton.jit
 def _blocks(
-    accumulator,
-    total,
-    maximum,
-    q,
-    keys,
-    values,
-    pages,
-    begin,
-    end,
-    position,
-    context,
-    window,
-    scale_log2,
+    accumulator, total, maximum, q, keys, values, pages, begin, end, position, context, window, scale_log2,
     soft_cap,
-    MASKED: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    MASKED: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
@@ -172,30 +153,12 @@ def _blocks(
 
 @triton.jit(do_not_specialize=["table_stride", "first", "last", "window", "scale_log2", "soft_cap"])
 def _prefill_attention_kernel(
-    q,
-    key_cache,
-    value_cache,
-    out,
-    cu_seqlens,
-    page_table,
-    context_lens,
-    table_stride,
-    first,
-    last,
-    window,
-    scale_log2,
-    soft_cap,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    q, key_cache, value_cache, out, cu_seqlens, page_table, context_lens, table_stride, first, last, window,
+    scale_log2, soft_cap,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     group: tl.constexpr = H // K
     tokens: tl.constexpr = BLOCK_M // group
     kv_head = tl.program_id(0)
@@ -279,29 +242,12 @@ def _launch(
         _prefill_attention_kernel,
         (num_kv_heads, cdiv(num_tokens - first_sequence, tokens) + num_sequences - first_sequence),
         batch,
-        q=q,
-        key_cache=cache.keys,
-        value_cache=cache.values,
-        out=out,
-        table_stride=batch.page_table.stride(0),
-        first=first_sequence,
-        last=num_sequences,
-        window=parameters.window,
-        scale_log2=parameters.scale * LOG2_E,
-        soft_cap=parameters.soft_cap or math.inf,
-        H=num_heads,
-        K=num_kv_heads,
-        D=head_dim,
-        PAGE=page_size,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=power_of_two(head_dim),
-        HAS_WINDOW=parameters.window > 0,
-        HAS_CAP=parameters.soft_cap > 0,
-        STAGES=num_stages,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        q=q, key_cache=cache.keys, value_cache=cache.values, out=out, table_stride=batch.page_table.stride(0),
+        first=first_sequence, last=num_sequences, window=parameters.window, scale_log2=parameters.scale * LOG2_E,
+        soft_cap=parameters.soft_cap or math.inf, H=num_heads, K=num_kv_heads, D=head_dim, PAGE=page_size,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=power_of_two(head_dim), HAS_WINDOW=parameters.window > 0,
+        HAS_CAP=parameters.soft_cap > 0, STAGES=num_stages, num_warps=num_warps,
+    )  # fmt: skip
 
 
 @prefill_attention.cases(*HEADS)

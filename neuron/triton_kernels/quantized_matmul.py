@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from neuron.triton_kernels._triton import cuda, tl, triton
-from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
 from neuron.triton_kernels.moe_routing import Routing
 from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 from neuron.triton_kernels.prefill_attention import find_block
@@ -62,24 +62,10 @@ def _group_scales(scales, supers, row, block, inside, K, GROUP: tl.constexpr, UN
 
 @triton.jit
 def _quantized_gemv_kernel(
-    x,
-    quants,
-    scales,
-    minima,
-    super_scales,
-    super_minima,
-    bias,
-    residual,
-    out,
-    N,
-    K,
-    INT4: tl.constexpr,
-    GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    x, quants, scales, minima, super_scales, super_minima, bias, residual, out, N, K,
+    INT4: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     # A tile is [BLOCK_N rows, BLOCKS blocks, bytes of a block]: a thread holds whole runs of 16 bytes.
     bytes_: tl.constexpr = UNIT // 2 if INT4 else UNIT
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -127,34 +113,11 @@ def _quantized_gemv_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _quantized_matmul_kernel(
-    x,
-    quants,
-    scales,
-    minima,
-    super_scales,
-    super_minima,
-    bias,
-    residual,
-    out,
-    order,
-    starts,
-    weights,
-    M,
-    N,
-    K,
-    x_stride,
-    out_stride,
-    INT4: tl.constexpr,
-    GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, quants, scales, minima, super_scales, super_minima, bias, residual, out, order, starts, weights, M, N, K,
+    x_stride, out_stride,
+    INT4: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     bytes_: tl.constexpr = UNIT // 2 if INT4 else UNIT
     columns: tl.constexpr = BLOCKS * bytes_
     if PDL:
@@ -228,19 +191,19 @@ def _quantized_matmul_kernel(
     tl.store(out + out_at, sums.to(out.dtype.element_ty), mask=mask)
 
 
-def quantized_tiles(num_rows: int, bulky: bool, target: Target) -> tuple[int, int, int, int, int]:
-    """Return BLOCK_M, BLOCK_N, BLOCKS of 32 elements, warps and stages.
+def quantized_tiles(num_rows: int, bulky: bool, target: Target) -> Tiles:
+    """Return the tiles of so many rows.
 
     ``bulky`` weights take many registers while they are unpacked: 4-bit quants, and scales with scales of their own. A
     size below the fastest spilled with one of the supported compilers (``make check-kernels``).
     """
     if num_rows <= 16:
         if target.capability == 100:
-            return (16, 32, 2, 4, 3) if bulky else (16, 64, 2, 4, 3)
-        return (16, 64, 2 if target.capability == 120 else 4, 4, 3)
+            return Tiles(16, 32 if bulky else 64, 64, 4, 3)
+        return Tiles(16, 64, 64 if target.capability == 120 else 128, 4, 3)
     if num_rows <= 64:
-        return (64, 64, 2 if bulky or target.capability == 120 else 4, 4, 3)
-    return (128, 128, 2, 8, 3) if target.capability in (90, 100) else (64, 128, 2, 8, 2)
+        return Tiles(64, 64, 64 if bulky or target.capability == 120 else 128, 4, 3)
+    return Tiles(128, 128, 64, 8, 3) if target.capability in (90, 100) else Tiles(64, 128, 64, 8, 2)
 
 
 @quantized_matmul.launcher
@@ -278,68 +241,34 @@ def launch_product(
     target = target_of(x.device)
     if weight.quantization is Quantization.FP8 and target.capability < 89:
         raise ValueError(f"sm_{target.capability} cannot convert float8 e4m3; sm_89 and later can")
-    dependent = target.has_dependent_launch and x.device.type != "cpu"
     int4 = weight.quantization is Quantization.INT4
+    form = {"INT4": int4, "GROUP": weight.group, "UNIT": unit}
     if num_rows == 1 and routing is None:
-        block_n = 8
+        block_n, blocks = 8, (64 if int4 else 32) * BLOCK // unit
         launch(
             _quantized_gemv_kernel,
             (cdiv(width, block_n),),
             weight,
-            x=x,
-            bias=bias,
-            residual=residual,
-            out=out,
-            N=width,
-            K=depth,
-            INT4=int4,
-            GROUP=weight.group,
-            UNIT=unit,
-            BLOCK_N=block_n,
-            BLOCKS=(64 if int4 else 32) * BLOCK // unit,
-            PDL=dependent,
-            dependent_launch=dependent,
-        )
+            x=x, bias=bias, residual=residual, out=out, N=width, K=depth, BLOCK_N=block_n, BLOCKS=blocks, **form,
+        )  # fmt: skip
         return
     experts, shared, rows_per_tile = 0, 1, num_rows
     if routing is not None:
         experts = routing.starts.shape[0] - 1
         shared = num_rows // len(x)
         rows_per_tile = cdiv(num_rows, experts)
-    block_m, block_n, blocks, num_warps, num_stages = quantized_tiles(
-        rows_per_tile, int4 or weight.super_scales is not None, target
-    )
-    num_blocks = num_rows // block_m + experts if experts else cdiv(num_rows, block_m)
+    tiles = quantized_tiles(rows_per_tile, int4 or weight.super_scales is not None, target)
+    num_blocks = num_rows // tiles.BLOCK_M + experts if experts else cdiv(num_rows, tiles.BLOCK_M)
     launch(
         _quantized_matmul_kernel,
-        (num_blocks, cdiv(width, block_n)),
+        (num_blocks, cdiv(width, tiles.BLOCK_N)),
         weight,
-        x=x,
-        bias=bias,
-        residual=residual,
-        out=out,
-        order=routing.order if routing else None,
-        starts=routing.starts if routing else None,
-        weights=routing.weights if routing and weighted else None,
-        M=num_rows,
-        N=width,
-        K=depth,
-        x_stride=x.stride(0),
-        out_stride=out.stride(0),
-        INT4=int4,
-        GROUP=weight.group,
-        UNIT=unit,
-        EXPERTS=experts,
-        SHARED=shared,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCKS=blocks * BLOCK // unit,
-        STAGES=num_stages,
-        PDL=dependent,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        dependent_launch=dependent,
-    )
+        tiles,
+        x=x, bias=bias, residual=residual, out=out, order=routing.order if routing else None,
+        starts=routing.starts if routing else None, weights=routing.weights if routing and weighted else None,
+        M=num_rows, N=width, K=depth, x_stride=x.stride(0), out_stride=out.stride(0),
+        EXPERTS=experts, SHARED=shared, BLOCKS=tiles.BLOCK_K // unit, **form,
+    )  # fmt: skip
 
 
 def _random_gguf(kind: str, block_bytes: int) -> Callable[[torch.Tensor], QuantizedMatrix]:

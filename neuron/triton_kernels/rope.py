@@ -48,22 +48,9 @@ def rope_and_cache(
 
 @triton.jit(do_not_specialize=["eps"])
 def _rope_kernel(
-    qkv,
-    qk_norm,
-    cos,
-    sin,
-    slot_mapping,
-    key_cache,
-    value_cache,
-    out,
-    stride,
-    eps,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
+    qkv, qk_norm, cos, sin, slot_mapping, key_cache, value_cache, out, stride, eps,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
     half: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -117,21 +104,10 @@ def _launch(
         _rope_kernel,
         (num_tokens, cdiv(num_heads + 2 * num_kv_heads, block_heads)),
         parameters,
-        qkv=qkv,
-        cos=rotary[0],
-        sin=rotary[1],
-        slot_mapping=slot_mapping,
-        key_cache=cache.keys,
-        value_cache=cache.values,
-        out=out,
-        stride=qkv.stride(0),
-        H=num_heads,
-        K=num_kv_heads,
-        D=head_dim,
-        BLOCK_H=block_heads,
-        BLOCK_HALF=block_half,
-        num_warps=2,
-    )
+        qkv=qkv, cos=rotary[0], sin=rotary[1], slot_mapping=slot_mapping, key_cache=cache.keys,
+        value_cache=cache.values, out=out, stride=qkv.stride(0), H=num_heads, K=num_kv_heads, D=head_dim,
+        BLOCK_H=block_heads, BLOCK_HALF=block_half, num_warps=2,
+    )  # fmt: skip
     return out
 
 

@@ -64,14 +64,9 @@ def _launch(positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: t
     launch(
         _rotary_kernel,
         (num_tokens,),
-        positions=positions,
-        inverse_frequencies=inverse_frequencies,
-        cos=cos,
-        sin=sin,
-        HALF=half,
-        BLOCK=power_of_two(half),
-        num_warps=1,
-    )
+        positions=positions, inverse_frequencies=inverse_frequencies, cos=cos, sin=sin, HALF=half,
+        BLOCK=power_of_two(half), num_warps=1,
+    )  # fmt: skip
     return cos, sin
 
 

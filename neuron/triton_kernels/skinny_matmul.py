@@ -13,7 +13,6 @@ adds up (see :mod:`neuron.triton_kernels.workspace`). With dependent launch the 
 kernel writes, is requested before the wait for the activations.
 """
 
-import functools
 from typing import Final
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn import functional
 
 from neuron.triton_kernels._triton import cuda, tl, triton
 from neuron.triton_kernels.activation import activate, gated_activation
-from neuron.triton_kernels.launch import Target, cdiv, launch, target_of
+from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
 from neuron.triton_kernels.norm import Norm, rms_norm
 from neuron.triton_kernels.operation import Make, Operation, Run
 from neuron.triton_kernels.workspace import counters
@@ -64,23 +63,9 @@ def _weights(w, n, k, N, K, end):
 
 @triton.jit(do_not_specialize=["eps", "num_splits"])
 def _gemv_kernel(
-    x,
-    w,
-    norm,
-    bias,
-    residual,
-    out,
-    partial,
-    arrived,
-    N,
-    K,
-    eps,
-    num_splits,
-    ACTIVATION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, w, norm, bias, residual, out, partial, arrived, N, K, eps, num_splits,
+    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     gated: tl.constexpr = ACTIVATION is not None
     block, split = tl.program_id(0), tl.program_id(1)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -151,26 +136,10 @@ def _gemv_kernel(
 
 @triton.jit(do_not_specialize=["M", "eps", "num_splits"])
 def _skinny_kernel(
-    x,
-    w,
-    norm,
-    bias,
-    residual,
-    out,
-    partial,
-    arrived,
-    M,
-    N,
-    K,
-    eps,
-    num_splits,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, w, norm, bias, residual, out, partial, arrived, M, N, K, eps, num_splits,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     gated: tl.constexpr = ACTIVATION is not None
     block, split = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
@@ -241,14 +210,14 @@ def num_splits_for(num_blocks: int, depth: int, block_k: int, target: Target) ->
     return max(min(wanted, cdiv(depth, 4 * block_k), MAX_SPLITS), 1)
 
 
-def skinny_tiles(block_m: int, gated: bool, target: Target) -> tuple[int, int, int]:
-    """Return BLOCK_N, BLOCK_K and stages: 32 to 96 KiB of weights in flight a program.
+def skinny_tiles(num_rows: int, gated: bool, target: Target) -> Tiles:
+    """Return the tiles for several rows: 32 to 96 KiB of weights in flight a program.
 
     A ``gated`` product has two tiles of weights a stage; by Triton 3.6 the fourth stage of 64 rows spills on sm_100.
     """
-    if target.big_shared_memory:
-        return (32, 256, 3) if block_m == 16 else (32, 128, 3 if gated else 4)
-    return (32, 128, 3) if block_m == 16 else (32, 64, 4)
+    if num_rows <= 16:
+        return Tiles(16, 32, 256 if target.big_shared_memory else 128, 4, 3)
+    return Tiles(64, 32, 128, 4, 3 if gated else 4) if target.big_shared_memory else Tiles(64, 32, 64, 4, 4)
 
 
 @skinny_matmul.launcher
@@ -268,43 +237,26 @@ def _launch(
     if norm is not None and x.dtype == torch.float16 and num_rows > 1:
         raise ValueError("the norm prologue of several float16 rows can overflow; normalise first")
     target = target_of(x.device)
-    dependent = target.has_dependent_launch and x.device.type != "cpu"
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
     gain, eps = norm or (None, 0.0)
     if num_rows == 1:
-        block_n, block_k, num_stages = 4 if activation else 8, 1024, 1
-        part_size = 3 * block_n
+        tiles = Tiles(1, 4 if activation else 8, 1024, 4, 1)
+        part_size = 3 * tiles.BLOCK_N
     else:
-        block_m = 16 if num_rows <= 16 else 64
-        block_n, block_k, num_stages = skinny_tiles(block_m, activation is not None, target)
-        part_size = 2 * block_m * block_n + block_m
-    num_blocks = cdiv(width, block_n)
-    splits = num_splits_for(num_blocks, depth, block_k, target)
-    run = functools.partial(
-        launch,
-        x=x,
-        w=weight,
-        norm=gain,
-        bias=bias,
-        residual=residual,
-        out=out,
-        partial=torch.empty((num_blocks * splits, part_size), dtype=torch.float32, device=x.device),
-        arrived=counters(x.device, num_blocks),
-        N=width,
-        K=depth,
-        eps=eps,
-        num_splits=splits,
-        ACTIVATION=activation,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        PDL=dependent,
-        num_stages=num_stages,
-        dependent_launch=dependent,
-    )
-    if num_rows == 1:
-        run(_gemv_kernel, (num_blocks, splits))
-    else:
-        run(_skinny_kernel, (num_blocks, splits), M=num_rows, BLOCK_M=block_m, STAGES=num_stages)
+        tiles = skinny_tiles(num_rows, activation is not None, target)
+        part_size = 2 * tiles.BLOCK_M * tiles.BLOCK_N + tiles.BLOCK_M
+    num_blocks = cdiv(width, tiles.BLOCK_N)
+    splits = num_splits_for(num_blocks, depth, tiles.BLOCK_K, target)
+    partial = torch.empty((num_blocks * splits, part_size), dtype=torch.float32, device=x.device)
+    more = {} if num_rows == 1 else {"M": num_rows}
+    launch(
+        _gemv_kernel if num_rows == 1 else _skinny_kernel,
+        (num_blocks, splits),
+        tiles,
+        x=x, w=weight, norm=gain, bias=bias, residual=residual, out=out, partial=partial,
+        arrived=counters(x.device, num_blocks), N=width, K=depth, eps=eps, num_splits=splits, ACTIVATION=activation,
+        **more,
+    )  # fmt: skip
     return out
 
 
