@@ -19,8 +19,9 @@ from neuron.device.jobs import GroupSettings, LoadedModel
 from neuron.device.worker import Worker
 from neuron.errors import NoDeviceError
 from neuron.harness import Model, Progress, Requirement
-from neuron.models.config import ModelConfig, read_config
-from neuron.models.shard import Shard
+from neuron.layers.shard import Shard
+from neuron.models.config import read_config
+from neuron.models.model import ModelConfig
 from neuron.models.sizing import least_bytes, plan_memory
 from neuron.text.pool import TextModel, TextPool
 from neuron.torch_model import TorchModel

@@ -28,7 +28,7 @@ from neuron.device.worker import Worker
 from neuron.errors import AnswerCutError
 from neuron.generation import EchoedPrompt, Generation
 from neuron.harness import Embeddings
-from neuron.models.config import GenerationDefaults, ModelConfig
+from neuron.models.model import GenerationDefaults, ModelConfig
 from neuron.text.detokenize import Detokenizer
 from neuron.text.jobs import Built
 from neuron.text.pool import TextModel

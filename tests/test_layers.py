@@ -29,7 +29,8 @@ neuron.text.token_bytes neuron.triton_kernels
 cortex cortex._fast.event_fields cortex._fast.log_fields cortex._fast.peek cortex._fast.response_writer
 cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.demo cortex.dialects.anthropic_errors
 cortex.dialects.openai_chunks cortex.dialects.openai_errors cortex.errors cortex.fleet.state cortex.guard
-cortex.report cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors neuron.text.plain
+cortex.report cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors neuron.layers
+neuron.text.plain
 
 cortex._fast.chat_events cortex._fast.chat_stream cortex._fast.http_client cortex._fast.messages_stream
 cortex._fast.responses_stream cortex._fast.usage_scanner cortex.access cortex.http_io cortex.logs neuron.device

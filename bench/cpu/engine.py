@@ -124,7 +124,7 @@ def main() -> None:
     config = bench.engine._models["m"].config
     # Every weight once, but an embedding that is no head; and the keys and values of what came before, on average.
     read = result.result.weights_bytes + config.kv_bytes_per_token("bfloat16") * (PROMPT_TOKENS + options.tokens // 2)
-    if not config.tie_embeddings:
+    if not config.head.tied:
         read -= result.result.weights_bytes * config.vocab_size * config.hidden_size // config.num_parameters()
     found["bytes_per_token"] = read
     peak = resident_bytes()

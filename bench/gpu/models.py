@@ -26,8 +26,10 @@ from neuron.engine.loading import load_model
 from neuron.engine.model_engine import ModelEngine
 from neuron.engine.sequence import Sequence
 from neuron.engine_settings import DEFAULTS, EngineSettings
+from neuron.layers.attention import Attention
 from neuron.models import decoder, quantization
-from neuron.models.config import ModelConfig, read_config
+from neuron.models.config import read_config
+from neuron.models.model import ModelConfig
 from neuron.models.prebuild import Preparation, any_plan
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.models.transfer import Transfer
@@ -120,17 +122,18 @@ class Step:
             context_lens=torch.full((sequences,), context, device=device, dtype=torch.int32),
             num_decodes=batch,
         )
-        shape = (config.num_layers, sequences * pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
-        self.keys, self.values = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+        self.caches = decoder.new_caches(
+            config, sequences * pages + 1, lambda shape: torch.randn(shape, dtype=torch.bfloat16, device=device)
+        )
         self.ids = torch.randint(config.vocab_size, (tokens,), dtype=torch.int32, device=device)
 
     @torch.inference_mode()
     def run(self) -> torch.Tensor:
         """Compute the step's logits."""
-        hidden = decoder.forward(
-            self.config, self.weights, self.ids, self.batch, self.keys, self.values, self.operations
+        hidden = decoder.forward(self.config, self.weights, self.ids, self.batch, self.caches, self.operations)
+        return decoder.logits(
+            self.config, self.weights, hidden.index_select(0, self.batch.cu_seqlens[1:] - 1), self.operations
         )
-        return decoder.logits(self.weights, hidden.index_select(0, self.batch.cu_seqlens[1:] - 1), self.operations)
 
 
 def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
@@ -207,10 +210,11 @@ def prefill_rows(bench: Bench, name: str) -> Rows:
     gpu, config = bench.gpu, config_of(bench, name)
     weights = weights_of(gpu, config, quantization.NONE)
     prepare(gpu, config, any_plan(config, "bfloat16"))
-    matrices = config.num_parameters() - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    matrices = config.num_parameters() - config.vocab_size * config.hidden_size * (1 if config.head.tied else 2)
+    scores = sum(layer.num_heads * layer.head_dim for layer in config.layers if isinstance(layer, Attention))
     for tokens in bench.sizes.prefill_tokens:
         spent = gpu.seconds(Step(gpu, config, weights, 0, tokens).run, 3)
-        work = 2 * tokens * matrices + 2 * tokens * tokens * config.num_heads * config.head_dim * config.num_layers
+        work = 2 * tokens * matrices + 2 * tokens * tokens * scores
         row = {"model": name, "tokens": tokens, "ms": spent * 1e3, "tok/s": tokens / spent}
         yield row | {"TFLOP/s": work / spent / 1e12}
         gpu.forget()

@@ -15,7 +15,7 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.engine.staging import to_host
-from neuron.models.config import ModelConfig
+from neuron.models.model import ModelConfig
 
 MAX_STEPS: Final = 64
 """Most steps of a multi-step decode: the shortest on a GPU takes a quarter of a millisecond."""

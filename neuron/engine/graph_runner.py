@@ -29,7 +29,7 @@ from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.engine.step_inputs import PENDING, Published, StepInputs
 from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models import decoder
-from neuron.models.config import ModelConfig
+from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels.batch import Batch
 

@@ -17,15 +17,15 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.runner import Runner
 from neuron.engine.sequence import Int32Array
 from neuron.engine_settings import DEFAULTS, EngineSettings
+from neuron.layers.shard import Shard
 from neuron.models import decoder
-from neuron.models.config import ModelConfig
-from neuron.models.shard import Shard, local_config
+from neuron.models.model import ModelConfig
 from neuron.models.sizing import MemoryPlan
 from neuron.triton_kernels.batch import Batch
 
 
 class GroupRunner(Runner):
-    """Executor of a rank's part of a model. ``config`` is the whole model's."""
+    """Executor of a rank's part of a model."""
 
     def __init__(
         self,
@@ -36,12 +36,12 @@ class GroupRunner(Runner):
         group: Group,
         settings: EngineSettings = DEFAULTS,
     ) -> None:
-        super().__init__(local_config(config, Shard(group.rank, group.size)), weights, plan, device, settings)
+        super().__init__(config, weights, plan, device, settings, Shard(group.rank, group.size))
         # Only rank 0 has the sampled tokens, and sends them with the next plan.
         self.overlaps = False
         self.group = group
-        shares = [Shard(rank, group.size).vocabulary(config) for rank in range(group.size)]
-        self._widths = tuple(share.stop - share.start for share in shares)
+        ranks = [Shard(rank, group.size) for rank in range(group.size)]
+        self._widths = tuple(len(each.vocabulary(config.vocab_size)) for each in ranks)
 
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Begin a step on all ranks; rank 0 only."""
@@ -77,7 +77,7 @@ class GroupRunner(Runner):
 
     def _forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         return decoder.forward(
-            self.config, self._weights, token_ids, batch, self._keys, self._values, self._kernels, self.group.sum
+            self.config, self._weights, token_ids, batch, self._caches, self._kernels, self.group.sum
         )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

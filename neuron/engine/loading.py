@@ -25,12 +25,13 @@ from neuron.engine.model_engine import ModelEngine, describe
 from neuron.engine.native_runner import NativeRunner, shared_pool
 from neuron.engine.runner import Runner
 from neuron.engine_settings import DEFAULTS, EngineSettings
+from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed
-from neuron.models.config import ModelConfig, read_config
+from neuron.models.config import read_config
 from neuron.models.decoder import load_decoder
+from neuron.models.model import ModelConfig
 from neuron.models.packed_weights import load_packed
 from neuron.models.prebuild import Preparation
-from neuron.models.shard import WHOLE, Shard
 from neuron.models.sizing import MemoryPlan, plan_memory, with_pages
 from neuron.models.weights import WeightSource, open_weights
 

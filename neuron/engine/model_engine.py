@@ -36,7 +36,7 @@ from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceState
 from neuron.engine.speculation import PromptLookup, Speculation
 from neuron.engine.step_timer import StepTimer
-from neuron.models.config import ModelConfig
+from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.text import tokenizer
 from neuron.text.matcher import Vocabulary
@@ -382,7 +382,7 @@ def describe(name: str, config: ModelConfig, plan: MemoryPlan) -> LoadedModel:
     """Return the finished load, as the daemon gets it."""
     return LoadedModel(
         model=name,
-        architecture=config.architecture.name,
+        architecture=config.family,
         dtype=plan.dtype,
         context_tokens=plan.context_tokens,
         max_sequences=plan.max_sequences,

@@ -17,7 +17,7 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.models import packed
-from neuron.models.config import ModelConfig
+from neuron.models.model import ModelConfig
 from neuron.models.packed_weights import PackedWeights, huge_pages, make_model
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 
@@ -62,8 +62,7 @@ class NativeRunner:
             raise RuntimeError(f"the plan counted {plan.workspace_bytes} bytes of work space, {len(arena)} are needed")
         self._model.attach(cache, arena)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(plan.kv_dtype, torch.uint8)
-        shape = (plan.num_pages + 1, config.num_layers, 2, config.num_kv_heads, -1)
-        self._cache = torch.from_numpy(cache).view(dtype).view(shape)
+        self._cache = torch.from_numpy(cache).view(dtype).view(plan.num_pages + 1, -1)
         """``[pages, layers, keys and values, K, 16 D]``; laid out as in ``attention.c``."""
         self._logits: torch.Tensor | None = None
         self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"))
@@ -108,7 +107,7 @@ class NativeRunner:
             with torch.inference_mode():
                 rows = logits if draws is None else logits[torch.from_numpy(which)]
                 rows = rows[:, : self.config.vocab_size]
-                if cap := self.config.logit_cap:  # monotonic, so greedy rows need none
+                if cap := self.config.head.logit_cap:  # monotonic, so greedy rows need none
                     rows = rows.div_(cap).tanh_().mul_(cap)
                 slots, num_output = plan.slots[which], plan.num_output[which]
                 if len(plan.targets):

@@ -15,8 +15,9 @@ from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Int32Array
 from neuron.engine.staging import to_device
 from neuron.engine_settings import DEFAULTS, EngineSettings
+from neuron.layers.shard import WHOLE, Shard
 from neuron.models import decoder
-from neuron.models.config import ModelConfig
+from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.attention import attention_parts
@@ -35,16 +36,18 @@ class Runner:
         plan: MemoryPlan,
         device: torch.device,
         settings: EngineSettings = DEFAULTS,
+        shard: Shard = WHOLE,
     ) -> None:
         self.config = config
         self.device = device
         # A CPU computes while it launches, so there is nothing to overlap with.
         self.overlaps = device.type == "cuda" and settings.overlap_steps
         self._weights = weights
+        self._window_tokens = max(cache.window_tokens for cache in config.caches() if cache is not None)
         # One more page than the pool has: page 0 pads page tables.
-        shape = (config.num_layers, plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
-        self._keys = zeros(shape, weights.dtype, device)
-        self._values = zeros(shape, weights.dtype, device)
+        self._caches = decoder.new_caches(
+            config, plan.num_pages + 1, lambda shape: zeros(shape, weights.dtype, device), shard
+        )
         self._last_ids = torch.empty(0, dtype=torch.int32, device=device)
         """Token ids that the last step sampled."""
         self._none = torch.empty((0, config.hidden_size), dtype=torch.float32, device=device)
@@ -93,15 +96,16 @@ class Runner:
         """
         chosen = self._to_device(pages).to(torch.int64)
         # An assignment would copy the 0 to the device and wait for all queued work.
-        self._keys.index_fill_(1, chosen, 0)
-        self._values.index_fill_(1, chosen, 0)
+        for cache in self._caches:
+            for tensor in cache or ():
+                tensor.index_fill_(0, chosen, 0)
 
     def _parts(self, plan: StepPlan) -> tuple[AttentionPart, ...]:
         """Return the parts for eager attention; kernels read the page table."""
         if self._kernels.by_kernels:
             return ()
         return attention_parts(
-            plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device, self.config.window_tokens
+            plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device, self._window_tokens
         )
 
     def _known(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -112,11 +116,11 @@ class Runner:
 
     def _forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the hidden states ``[T, hidden]``."""
-        return decoder.forward(self.config, self._weights, token_ids, batch, self._keys, self._values, self._kernels)
+        return decoder.forward(self.config, self._weights, token_ids, batch, self._caches, self._kernels)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits ``[R, V]`` of the rows ``hidden``."""
-        return decoder.logits(self._weights, hidden, self._kernels, cap=self.config.logit_cap)
+        return decoder.logits(self.config, self._weights, hidden, self._kernels)
 
     def _rows(self, hidden: torch.Tensor, rows: Int32Array) -> torch.Tensor:
         return hidden if len(rows) == len(hidden) else hidden.index_select(0, self._to_device(rows))

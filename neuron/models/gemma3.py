@@ -5,19 +5,58 @@ square root of the hidden size, norms multiply by one more than their weight (GG
 form. Gemma 2's soft cap of attention is not supported.
 """
 
+import dataclasses
 from typing import Final
 
-from neuron.models.architecture import Architecture
+from neuron.models.errors import CorruptWeightsError, UnsupportedRopeError
+from neuron.models.family import ACTIVATIONS, Family, attention_of, decoder_of, mlp_of, norm_of
+from neuron.models.fields import Fields, GgufFields
+from neuron.models.model import ModelConfig
 
-GEMMA3: Final = Architecture(
-    name="gemma3_text",
-    gguf_architecture="gemma3",
-    class_names=("Gemma3ForCausalLM",),
-    qk_norm=True,
-    sandwich_norms=True,
-    norm_adds_one=True,
-    scales_embedding=True,
-    activation="gelu_pytorch_tanh",
-    windowed=True,
-    ties_embeddings=True,
-)
+ACTIVATION: Final = "gelu_pytorch_tanh"
+WINDOWED: Final = "sliding_attention"
+NOT_WINDOWED: Final = "full_attention"
+
+
+def build(fields: Fields) -> ModelConfig:
+    """Return the model of a configuration."""
+    is_gguf = isinstance(fields, GgufFields)
+    num_layers, norm = fields.size("num_hidden_layers"), norm_of(fields, less_one=True)
+    heads = fields.size("num_attention_heads")
+    head_dim = fields.size("head_dim", max(norm.size // heads, 1))
+    if is_gguf:
+        # As in llama.cpp: only the 27B model, of 62 layers, scales its queries by hidden size over heads.
+        scalar = norm.size / heads if num_layers == 62 else head_dim
+    else:
+        scalar = fields.number("query_pre_attn_scalar", 256)
+    rope, window_rope = fields.rope(head_dim, 1e4 if is_gguf else 1e6), fields.rope(head_dim, kind=WINDOWED)
+    if window_rope.scaling is not None:
+        raise UnsupportedRopeError(f"{fields.path}: rope scaling in layers with a window is not supported")
+    whole = attention_of(fields, norm=norm, rope=rope, scale=scalar**-0.5, qk_norm=True, out_norm=True)
+    windowed = dataclasses.replace(whole, rope=window_rope, window_tokens=fields.size("sliding_window"))
+    mlp = mlp_of(fields, norm=norm, activation=ACTIVATIONS[ACTIVATION], out_norm=True)
+    return decoder_of(
+        "gemma3_text",
+        fields,
+        [(windowed if kind == WINDOWED else whole, mlp) for kind in _kinds(fields, num_layers)],
+        activation=ACTIVATION,
+        embedding_scale=norm.size**0.5,
+        ties_embeddings=True,
+        logit_cap=fields.number("final_logit_softcapping", 1) if fields.values.get("final_logit_softcapping") else 0.0,
+    )
+
+
+def _kinds(fields: Fields, num_layers: int) -> tuple[str, ...]:
+    """Return the kind of each layer. By convention every sixth has no window, unless the file has another pattern."""
+    kinds = fields.names("layer_types")
+    if not kinds:
+        every = fields.size("sliding_window_pattern", 6)
+        return tuple(WINDOWED if (i + 1) % every else NOT_WINDOWED for i in range(num_layers))
+    if len(kinds) != num_layers or set(kinds) - {WINDOWED, NOT_WINDOWED}:
+        raise CorruptWeightsError(
+            fields.path, f"layer_types does not name a kind of attention for each of {num_layers} layers"
+        )
+    return kinds
+
+
+FAMILY: Final = Family("gemma3_text", ("Gemma3ForCausalLM",), build, gguf_name="gemma3")

@@ -4,12 +4,17 @@ Pure decisions on sizes: the daemon's preflight and the worker's load call the s
 kinds keep their codes; floats become bfloat16, and everything float32 where requested.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Final
 
 from neuron.cpu_kernels import native
-from neuron.models.config import ModelConfig
+from neuron.layers.attention import Attention
+from neuron.layers.mlp import GatedMlp
+from neuron.layers.parameters import Constant, Matrix, Vector
 from neuron.models.gguf import TensorKind
+from neuron.models.model import ModelConfig
 
 LANES: Final = 16
 MAX_HEAD_DIM: Final = 1024
@@ -27,7 +32,17 @@ class Format(IntEnum):
 
 
 FLOATS: Final = (TensorKind.F32, TensorKind.F16, TensorKind.BF16, TensorKind.F64)
-LAYER_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """Layers that all blocks of a model have in common, as the C executor runs them."""
+
+    attention: Attention
+    """Attention of every block, but for the rotary embedding and the window."""
+    mlp: GatedMlp
+    window_tokens: int
+    """Window of blocks with one; 0: there are none."""
 
 
 def checked_level(wanted: str) -> str:
@@ -40,11 +55,30 @@ def checked_level(wanted: str) -> str:
 
 def obstacle(config: ModelConfig) -> str | None:
     """Return the reason for which the kernels cannot run a model, ``None`` if they can."""
-    if config.num_experts:
-        return f"{config.architecture.name} has experts, which only the eager path computes"
-    if config.head_dim > MAX_HEAD_DIM:
-        return f"heads of {config.head_dim} dimensions; at most {MAX_HEAD_DIM} are supported"
+    for block in config.blocks:
+        if tuple(map(type, block)) != (Attention, GatedMlp):
+            return f"{config.family} has layers ({_names(block)}) that only the eager path computes"
+    attentions, mlps = zip(*config.blocks, strict=True)
+    kinds = {(layer.rope, layer.window_tokens) for layer in attentions}
+    alike = {dataclasses.replace(layer, rope=attentions[0].rope, window_tokens=0) for layer in attentions}
+    if len(alike) > 1 or len(set(mlps)) > 1 or len({bool(window) for _, window in kinds}) < len(kinds):
+        return f"{config.family} has blocks that differ in more than a window"
+    if attentions[0].head_dim > MAX_HEAD_DIM:
+        return f"heads of {attentions[0].head_dim} dimensions; at most {MAX_HEAD_DIM} are supported"
     return None
+
+
+def _names(block: tuple[object, ...]) -> str:
+    return ", ".join(type(layer).__name__ for layer in block)
+
+
+def sizes(config: ModelConfig) -> Sizes:
+    """Return the layers of a model without :func:`obstacle`."""
+    attention, mlp = config.blocks[0]
+    assert isinstance(attention, Attention)
+    assert isinstance(mlp, GatedMlp)
+    window = max(layer.window_tokens for layer in config.layers if isinstance(layer, Attention))
+    return Sizes(attention, mlp, window)
 
 
 def padded(count: int) -> int:
@@ -52,83 +86,61 @@ def padded(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def layer_formats(config: ModelConfig, number: int, dtype: str) -> dict[str, Format]:
-    """Return the format of each matrix of a layer, by projection.
+def formats(matrix: Matrix, kinds: Mapping[str, TensorKind], dtype: str) -> tuple[Format, ...]:
+    """Return the format of each tensor of a matrix; ``kinds`` are those of a GGUF file by safetensors name.
 
-    Query, key and value multiply the same activations, so all are integer or all float; gate and up alternate within
-    one matrix, so they have one format.
+    They multiply the same activations, so all are integer or all float; gate and up alternate within one matrix, so
+    they have one format.
     """
-    prefix = f"model.layers.{number}."
-    found = {}
-    for name in LAYER_MATRICES:
-        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-        found[name] = format_of(config, f"{prefix}{block}.{name}.weight", dtype)
-    attention = ("q_proj", "k_proj", "v_proj")
-    if len({max(found[name], Format.W8) for name in attention}) > 1:
-        found |= dict.fromkeys(attention, Format.W16)
-    if found["gate_proj"] != found["up_proj"]:
-        found["gate_proj"] = found["up_proj"] = max(found["gate_proj"], found["up_proj"])
-    return found
 
+    def format_of(name: str) -> Format:
+        if dtype == "float32":
+            return Format.W32
+        kind = kinds.get(name, TensorKind.BF16)
+        if kind in FLOATS:
+            return Format.W16
+        return Format.W4 if native.can_pack(kind, Format.W4) else Format.W8
 
-def format_of(config: ModelConfig, name: str, dtype: str) -> Format:
-    """Return the format of one matrix, by its safetensors name."""
-    if dtype == "float32":
-        return Format.W32
-    kind = config.tensor_kinds.get(name, TensorKind.BF16)
-    if kind in FLOATS:
-        return Format.W16
-    return Format.W4 if native.can_pack(kind, Format.W4) else Format.W8
+    found = tuple(format_of(tensor.name) for tensor in matrix.tensors)
+    if matrix.gated:
+        return (max(found),) * len(found)
+    return (Format.W16,) * len(found) if len({max(each, Format.W8) for each in found}) > 1 else found
 
 
 def weights_bytes(config: ModelConfig, dtype: str) -> int:
     """Return the bytes of all packed weights, exactly as the load allocates them."""
-    shapes = config.tensor_shapes()
-    total = native.packed_bytes(
-        format_of(config, "model.embed_tokens.weight", dtype), config.vocab_size, config.hidden_size
-    )
-    if not config.tie_embeddings:
-        total += native.packed_bytes(format_of(config, "lm_head.weight", dtype), config.vocab_size, config.hidden_size)
-    for number in range(config.num_layers):
-        formats = layer_formats(config, number, dtype)
-        for name, format in formats.items():
-            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            rows, columns = shapes[f"model.layers.{number}.{block}.{name}.weight"]
-            total += native.packed_bytes(format, rows, columns)
-    return total + 4 * vector_elements(config)
-
-
-def vector_elements(config: ModelConfig) -> int:
-    """Return the float32 elements of norms, biases and frequencies, each padded to whole registers."""
-    hidden, queries, keys = (
-        config.hidden_size,
-        config.num_heads * config.head_dim,
-        config.num_kv_heads * config.head_dim,
-    )
-    layer = (4 if config.architecture.sandwich_norms else 2) * padded(hidden)
-    if config.attention_bias:
-        layer += padded(queries) + 2 * padded(keys)
-        if config.architecture.output_bias_follows_qkv:
-            layer += padded(hidden)
-    if config.architecture.qk_norm:
-        layer += padded(queries + keys)
-    frequencies = (2 if config.windowed_layers else 1) * padded(config.head_dim // 2)
-    return config.num_layers * layer + padded(hidden) + frequencies
+    total, constants = 0, set[Constant]()
+    for parameters in config.parameters():
+        for parameter in parameters.values():
+            match parameter:
+                case Vector():
+                    total += 4 * padded(parameter.num_elements)
+                case Matrix():
+                    total += sum(4 * padded(bias.num_elements) for bias in parameter.biases)
+                    for tensor, each in zip(
+                        parameter.tensors, formats(parameter, config.tensor_kinds, dtype), strict=True
+                    ):
+                        total += native.packed_bytes(each, *tensor.shape)
+                case Constant():
+                    constants.add(parameter)
+    return total + sum(4 * padded(len(constant.values)) for constant in constants)
 
 
 def page_bytes(config: ModelConfig, kv_dtype: str, page_tokens: int) -> int:
     """Return the bytes of a page over all layers (``kv_page_bytes`` of ``kernels.h``): head vectors are padded to whole
     registers, and have a scale each in int8."""
+    attention = sizes(config).attention
     element = {"bfloat16": 2, "float32": 4, "int8": 1}[kv_dtype]
-    vector = padded(config.head_dim) * element + (4 if kv_dtype == INT8 else 0)
-    return 2 * config.num_layers * config.num_kv_heads * page_tokens * vector
+    vector = padded(attention.head_dim) * element + (4 if kv_dtype == INT8 else 0)
+    return 2 * len(config.blocks) * attention.num_kv_heads * page_tokens * vector
 
 
 def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, threads: int) -> int:
     """Return a bound on the arena of a step of ``rows`` tokens (``lay_out`` of ``step.c``)."""
-    hidden, heads, dim = padded(config.hidden_size), config.num_heads, config.head_dim
-    queries, keys = padded(heads * dim), padded(config.num_kv_heads * dim)
-    gated = padded(config.intermediate_size)
+    attention, mlp = sizes(config).attention, sizes(config).mlp
+    hidden, heads, dim = padded(config.hidden_size), attention.num_heads, attention.head_dim
+    queries, keys = padded(heads * dim), padded(attention.num_kv_heads * dim)
+    gated = padded(mlp.width)
     activation = 4 * max(hidden, queries, gated) + 64
     row = 4 * (2 * hidden + 2 * queries + 2 * keys + gated) + activation
     # Whether there is a window or not: angles, and one task a row and key-value head at most.

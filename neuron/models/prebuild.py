@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from neuron.engine_settings import DEFAULTS, EngineSettings
+from neuron.layers.attention import Attention
+from neuron.layers.experts import Experts
+from neuron.layers.shard import WHOLE, Shard
 from neuron.models import decoder, quantization
-from neuron.models.config import ModelConfig, read_config
+from neuron.models.config import read_config
 from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
-from neuron.models.shard import WHOLE, Shard, local_config
+from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import decode_state, dispatch, sampling_rows
 from neuron.triton_kernels.batch import Batch
@@ -55,18 +58,15 @@ def variants(
     dtype = getattr(torch, plan.dtype)
     if dtype == torch.float32:
         return ()
-    weights = _weights(config, dtype, plan.quant, shard)
-    config, in_group = local_config(config, shard), in_group or shard.size > 1
-    shape = (len(weights.layers), plan.num_pages + 1, PAGE_TOKENS, config.num_kv_heads, config.head_dim)
-    keys, values = _meta(*shape, dtype=dtype), _meta(*shape, dtype=dtype)
+    few, weights = _distinct_layers(config, dtype, plan.quant, shard)
+    caches = decoder.new_caches(few, plan.num_pages + 1, lambda shape: _meta(*shape, dtype=dtype), shard)
+    in_group = in_group or shard.size > 1
     with recording(target_for(capability)) as recorder:
         for batch in _batches(plan, _steps(config)):
             token_ids = _meta(len(batch.positions), dtype=torch.int32)
-            decoder.forward(
-                config, weights, token_ids, batch, keys, values, KERNELS, (lambda x: x) if in_group else None
-            )
+            decoder.forward(few, weights, token_ids, batch, caches, KERNELS, (lambda x: x) if in_group else None)
         for rows in sorted({min(n, plan.sampled_rows) for n in (*STEPS, plan.sampled_rows)}):
-            decoder.logits(weights, _meta(rows, config.hidden_size, dtype=dtype), KERNELS)
+            decoder.logits(config, weights, _meta(rows, config.hidden_size, dtype=dtype), KERNELS)
         _sample(config, plan)
     return recorder.variants
 
@@ -144,9 +144,8 @@ class Preparation:
 
 
 def _steps(config: ModelConfig) -> tuple[int, ...]:
-    if not config.num_experts:
-        return STEPS
-    edges = [rows * config.num_experts // config.num_experts_per_token for rows in EXPERT_ROWS]
+    experts = {(layer.num_experts, layer.choices) for layer in config.layers if isinstance(layer, Experts)}
+    edges = [rows * count // picked for count, picked in experts for rows in EXPERT_ROWS]
     return (*STEPS, *(edge + after for edge in edges for after in (0, 1)))
 
 
@@ -192,8 +191,10 @@ class _NoFile:
         """Do nothing."""
 
 
-def _weights(config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard) -> decoder.DecoderWeights:
-    """Return weights on ``meta`` with one layer of each kind: of windows, and of the forms of its matrices."""
+def _distinct_layers(
+    config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard
+) -> tuple[ModelConfig, decoder.DecoderWeights]:
+    """Return the model with one layer of each kind: of window, and of its matrices' forms, on ``meta``."""
     loading = decoder.load_decoder(_NoFile(config), dtype, torch.device("meta"), quant=quant, shard=shard)
     while True:
         try:
@@ -201,8 +202,12 @@ def _weights(config: ModelConfig, dtype: torch.dtype, quant: str, shard: Shard) 
         except StopIteration as finished:
             weights: decoder.DecoderWeights = finished.value
             break
-    kinds = {(bool(layer.window_tokens), repr(layer)): layer for layer in weights.layers}
-    return dataclasses.replace(weights, layers=tuple(kinds.values()))
+    kinds = {
+        (isinstance(layer, Attention) and bool(layer.window_tokens), repr(own)): (layer, own)
+        for layer, own in zip(config.layers, weights.layers, strict=True)
+    }
+    layers, loaded = zip(*kinds.values(), strict=True)
+    return dataclasses.replace(config, blocks=(layers,)), dataclasses.replace(weights, layers=loaded)
 
 
 def any_plan(config: ModelConfig, dtype: str, quant: str = quantization.NONE) -> MemoryPlan:

@@ -8,14 +8,14 @@ dtype), or ``int8``, ``int4``, ``fp8`` (a file of floats is rounded while it is 
 rounded: together they are a tenth of an 8B model, and the head's errors are those of the answer.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from neuron.models.config import DTYPE_BYTES, ModelConfig
+from neuron.layers.parameters import Constant, Matrix, Tensor, Vector
+from neuron.layers.shard import WHOLE, Shard
 from neuron.models.errors import UnsupportedQuantizationError
-from neuron.models.gguf import BLOCKS
-from neuron.models.shard import WHOLE, Shard, local_config
+from neuron.models.gguf import BLOCKS, TensorKind
+from neuron.models.model import DTYPE_BYTES, ModelConfig
 
 NONE: Final = "none"
 STORED: Final = "stored"
@@ -67,58 +67,50 @@ def resolve(config: ModelConfig, quant: str, dtype: str, device: str, *, cpu_ker
     return quant
 
 
-def form_of(config: ModelConfig, name: str, quant: str, columns: slice) -> str | None:
-    """Return the form on the device of the ``columns`` of a matrix, by its safetensors name; ``None``: the dtype."""
-    if quant == NONE or not name.endswith("weight") or name.endswith("mlp.gate.weight"):
-        return None
-    if quant == STORED:
-        kinds = {config.tensor_kinds.get(other) for other in _alike(name)}
-        kind = kinds.pop()
-        if kinds or kind is None or kind.name not in ROW_BYTES:
+def forms(matrix: Matrix, kinds: Mapping[str, TensorKind], quant: str) -> tuple[str | None, ...]:
+    """Return the form on the device of each tensor of a matrix, ``None`` for the model's dtype.
+
+    ``kinds`` are the storage kinds of a GGUF file by safetensors name. Experts are in one form.
+    """
+
+    def form_of(tensor: Tensor) -> str | None:
+        if quant == STORED:
+            kind = kinds.get(tensor.name)
+            form = kind.name if kind is not None and kind.name in ROW_BYTES else None
+        else:
+            form = quant if matrix.rounded else None
+        if form is None:
             return None
-        form = kind.name
-    elif name in ("model.embed_tokens.weight", "lm_head.weight"):
-        return None
-    else:
-        form = quant
-    unit = ROW_BYTES[form][0]
-    return None if columns.start % unit or columns.stop % unit else form
+        unit = ROW_BYTES[form][0]
+        return None if tensor.columns.start % unit or tensor.columns.stop % unit else form
 
-
-def _alike(name: str) -> tuple[str, ...]:
-    """Return the tensors that must be stored in one form: an expert's gate and up are one matrix."""
-    if ".experts." not in name or "down" in name:
-        return (name,)
-    return name.replace("up_proj", "gate_proj"), name.replace("gate_proj", "up_proj")
+    if quant == NONE or not matrix.quantised:
+        return (None,) * len(matrix.tensors)
+    found = tuple(form_of(tensor) for tensor in matrix.tensors)
+    return (None,) * len(found) if matrix.num_experts and len(set(found)) > 1 else found
 
 
 def weights_bytes(config: ModelConfig, dtype: str, quant: str, shard: Shard = WHOLE) -> int:
     """Return the bytes of all weights on the device, exactly as the load allocates them."""
-    total = 0
-    for name, shape in config.tensor_shapes().items():
-        if len(shape) == 1:
-            total += _vector_elements(config, name, shape[0], shard) * DTYPE_BYTES[dtype]
-            continue
-        rows, columns = shard.rows(config, name, shape[0]), shard.columns(config, name, shape[1])
-        form = form_of(config, name, quant, columns)
-        width = columns.stop - columns.start
-        row_bytes = width * DTYPE_BYTES[dtype] if form is None else ROW_BYTES[form][1](width)
-        total += (rows.stop - rows.start) * row_bytes
-    frequencies = config.head_dim // 2 * (2 if config.windowed_layers else 1)
-    return total + 4 * frequencies
-
-
-def _vector_elements(config: ModelConfig, name: str, size: int, shard: Shard) -> int:
-    if name.endswith(("q_norm.weight", "k_norm.weight")):
-        local = local_config(config, shard)
-        return size * (local.num_heads if "q_norm" in name else local.num_kv_heads)
-    if name.endswith("o_proj.bias") and shard.rank:
-        return 0
-    rows = shard.rows(config, name, size)
-    num_rows: int = rows.stop - rows.start
-    return num_rows
+    total, constants = 0, set[Constant]()
+    for parameters in config.parameters(shard):
+        for parameter in parameters.values():
+            match parameter:
+                case Vector():
+                    total += parameter.num_elements * DTYPE_BYTES[dtype]
+                case Matrix():
+                    total += sum(len(bias.rows) for bias in parameter.biases) * DTYPE_BYTES[dtype]
+                    for form, tensor in zip(
+                        forms(parameter, config.tensor_kinds, quant), parameter.tensors, strict=True
+                    ):
+                        width = len(tensor.columns)
+                        row_bytes = width * DTYPE_BYTES[dtype] if form is None else ROW_BYTES[form][1](width)
+                        total += len(tensor.rows) * row_bytes
+                case Constant():
+                    constants.add(parameter)
+    return total + 4 * sum(len(constant.values) for constant in constants)
 
 
 def largest_matrix_elements(config: ModelConfig) -> int:
     """Return the elements of the largest matrix: eager torch makes float32 of a quantised one on each use."""
-    return max(int(math.prod(shape)) for shape in config.tensor_shapes().values())
+    return max(tensor.num_elements for tensor in config.tensors().values())

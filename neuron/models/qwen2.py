@@ -2,11 +2,14 @@
 
 from typing import Final
 
-from neuron.models.architecture import Architecture
+from neuron.models.family import Family, attention_of, blocks_of, decoder_of, mlp_of
+from neuron.models.fields import Fields
+from neuron.models.model import ModelConfig
 
-QWEN2: Final = Architecture(
-    name="qwen2",
-    class_names=("Qwen2ForCausalLM",),
-    qkv_bias=True,
-    output_bias_follows_qkv=False,
-)
+
+def build(fields: Fields) -> ModelConfig:
+    """Return the model of a configuration."""
+    return decoder_of("qwen2", fields, blocks_of(fields, attention_of(fields, qkv_bias=True), mlp_of(fields)))
+
+
+FAMILY: Final = Family("qwen2", ("Qwen2ForCausalLM",), build)

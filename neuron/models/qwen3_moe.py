@@ -5,12 +5,33 @@
 
 from typing import Final
 
-from neuron.models.architecture import Architecture
+from neuron.layers.experts import Experts
+from neuron.models.errors import UnsupportedArchitectureError
+from neuron.models.family import Family, blocks_of, decoder_of, norm_of
+from neuron.models.fields import Fields, GgufFields
+from neuron.models.model import ModelConfig
+from neuron.models.qwen3 import qwen3_attention
 
-QWEN3_MOE: Final = Architecture(
-    name="qwen3_moe",
-    gguf_architecture="qwen3moe",
-    class_names=("Qwen3MoeForCausalLM",),
-    qk_norm=True,
-    has_experts=True,
-)
+MAX_EXPERT_MATRICES: Final = 1 << 17
+"""Bound on the experts of all layers together."""
+
+
+def build(fields: Fields) -> ModelConfig:
+    """Return the model of a configuration."""
+    if fields.values.get("mlp_only_layers") or fields.size("decoder_sparse_step", 1) != 1:
+        raise UnsupportedArchitectureError(f"{fields.path}: layers without experts among others are not supported")
+    is_gguf = isinstance(fields, GgufFields)
+    experts = Experts(
+        norm_of(fields),
+        fields.size("num_experts" if is_gguf or "num_experts" in fields.values else "num_local_experts"),
+        fields.size("num_experts_per_tok"),
+        fields.size("moe_intermediate_size"),
+        normalise=is_gguf or fields.flag("norm_topk_prob"),
+    )
+    blocks = blocks_of(fields, qwen3_attention(fields), experts)
+    if experts.num_experts * len(blocks) > MAX_EXPERT_MATRICES:
+        raise ValueError(f"{experts.num_experts} experts in {len(blocks)} layers are more than any model has")
+    return decoder_of("qwen3_moe", fields, blocks)
+
+
+FAMILY: Final = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), build, gguf_name="qwen3moe")

@@ -1,37 +1,33 @@
-"""Architectures that this engine runs. A new one is a file beside this one and a line here."""
+"""Families that this engine runs. A new one is a file beside this one and a line here."""
 
 from typing import Final
 
-from neuron.models.architecture import Architecture
+from neuron.models import gemma3, llama, qwen2, qwen3, qwen3_moe
 from neuron.models.errors import UnsupportedArchitectureError
-from neuron.models.gemma3 import GEMMA3
-from neuron.models.llama import LLAMA
-from neuron.models.qwen2 import QWEN2
-from neuron.models.qwen3 import QWEN3
-from neuron.models.qwen3_moe import QWEN3_MOE
+from neuron.models.family import Family
 
-ARCHITECTURES: Final[dict[str, Architecture]] = {
-    name: found
-    for found in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, GEMMA3)
-    for name in (found.name, found.gguf_architecture or found.name)
+FAMILIES: Final[dict[str, Family]] = {
+    name: family
+    for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gemma3.FAMILY)
+    for name in (family.name, family.gguf_name or family.name)
 }
 
 
-def find_architecture(name: str, class_names: tuple[str, ...] | None, where: object) -> Architecture:
-    """Return the architecture of that name; ``class_names`` are from ``config.json``, ``None`` for GGUF.
+def find_family(name: str, class_names: tuple[str, ...] | None, where: object) -> Family:
+    """Return the family of that name; ``class_names`` are from ``config.json``, ``None`` for GGUF.
 
     Raises :class:`UnsupportedArchitectureError`.
     """
-    found = ARCHITECTURES.get(name)
+    found = FAMILIES.get(name)
     if found is None or (class_names is not None and not set(class_names) & _class_names(found)):
         names = f"{name} ({', '.join(class_names)})" if class_names else name
         raise UnsupportedArchitectureError(
-            f"{where}: architecture {names!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
+            f"{where}: architecture {names!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         )
     return found
 
 
-def _class_names(architecture: Architecture) -> set[str]:
-    """Return an architecture's classes, including the ones without a head, which make embeddings."""
-    without_head = {name.removesuffix("ForCausalLM") + "Model" for name in architecture.class_names}
-    return {*architecture.class_names, *without_head}
+def _class_names(family: Family) -> set[str]:
+    """Return a family's classes, including the ones without a head, which make embeddings."""
+    without_head = {name.removesuffix("ForCausalLM") + "Model" for name in family.class_names}
+    return {*family.class_names, *without_head}

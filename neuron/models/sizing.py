@@ -12,10 +12,10 @@ from typing import Final
 
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
+from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed, quantization
-from neuron.models.config import DTYPE_BYTES, ModelConfig
 from neuron.models.errors import DoesNotFitError
-from neuron.models.shard import WHOLE, Shard, local_config
+from neuron.models.model import DTYPE_BYTES, ModelConfig
 
 PAGE_TOKENS: Final = 16
 """Tokens of a page of the KV cache: the unit of admission, and a tile's height in the kernels."""
@@ -139,13 +139,12 @@ def _costs(
             f"kv_dtype is {spec.kv_dtype!r}, which the CPU's kernels have; on {device} this model runs without them",
             param="kv_dtype",
         )
-    local = local_config(config, shard)
-    fixed_bytes = workspace_bytes(local, dtype, step_tokens, sampled_rows)
+    fixed_bytes = workspace_bytes(config, dtype, step_tokens, sampled_rows, shard)
     if device.startswith("cpu") and quant != quantization.NONE:
         fixed_bytes += 8 * quantization.largest_matrix_elements(config)
-    page_bytes = PAGE_TOKENS * local.kv_bytes_per_token(dtype)
+    page_bytes = PAGE_TOKENS * config.kv_bytes_per_token(dtype, shard)
     weights_bytes = quantization.weights_bytes(config, dtype, quant, shard)
-    gather_bytes = -(-page_bytes // config.num_layers)
+    gather_bytes = -(-page_bytes // len(config.blocks))
     return _Costs(dtype, quant, False, dtype, weights_bytes, fixed_bytes, page_bytes, gather_bytes)
 
 
@@ -253,18 +252,13 @@ def least_bytes(
         return error.needed_bytes
 
 
-def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, sampled_rows: int) -> int:
-    """Return the bytes of activations and sampling of a step, beside weights and cache.
+def workspace_bytes(config: ModelConfig, dtype: str, step_tokens: int, sampled_rows: int, shard: Shard = WHOLE) -> int:
+    """Return the bytes of a step, beside weights and cache: its activations, and per sampled row what the sampler has.
 
-    Counted at the widest point of a layer (the MLP: gate and up, their product, residual and normalised input; for each
-    picked expert), and in the sampler per row: float32 logits and probabilities, a float64 running sum, token counts
-    and the prompt's mask.
+    That is float32 logits and probabilities, a float64 running sum, token counts and the prompt's mask.
     """
-    picks = config.num_experts_per_token
-    gated = picks * config.expert_intermediate_size if picks else config.intermediate_size
-    width = 3 * gated + (4 + picks) * config.hidden_size
-    width += (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return step_tokens * width * DTYPE_BYTES[dtype] + sampled_rows * config.vocab_size * SAMPLER_BYTES
+    activations = step_tokens * config.workspace(shard) * DTYPE_BYTES[dtype]
+    return activations + sampled_rows * config.vocab_size * SAMPLER_BYTES
 
 
 def resolve_dtype(requested: str, device: str) -> str:

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from neuron.models.architecture import gguf_name
-from neuron.models.config import ModelConfig, config_from_gguf, read_config
+from neuron.layers.parameters import Tensor
+from neuron.models.config import config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
+from neuron.models.fields import MAX_EXPERTS
 from neuron.models.files import MAX_INDEX_BYTES, is_name, open_regular, read_json_object
 from neuron.models.gguf import TensorInfo, TensorKind, read_header
+from neuron.models.model import ModelConfig
 from neuron.models.transfer import ON_HOST, Transfer, from_file
 
 PIECE_ELEMENTS: Final = 1 << 18
@@ -31,8 +33,6 @@ DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", "rope_freqs.weight")
 MAX_HEADER_BYTES: Final = 16 << 20
 """Bound on the header of a safetensors file: 100 bytes a tensor; the largest checkpoints have 91,000 in 163 files."""
 SAFETENSORS_DTYPES: Final = ("F64", "F32", "F16", "BF16")
-HEAD_TENSORS: Final = tuple(f"self_attn.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
-
 STORED_KINDS: Final = {
     torch.float32: TensorKind.F32,
     torch.float16: TensorKind.F16,
@@ -51,17 +51,17 @@ class StoredTensor:
 
     kind: TensorKind
     packed: PackedBytes
-    interleaves_heads: bool
-    """Whether the rows of each head are stored as pairs of its halves, see :class:`Architecture`."""
+    head_dim: int = 0
+    """Size of each head, where its rows are stored as pairs of its halves; else 0."""
 
-    def rows(self, num_rows: int, head_dim: int, start: int, stop: int) -> PackedBytes:
+    def rows(self, num_rows: int, start: int, stop: int) -> PackedBytes:
         """Return rows ``start`` to ``stop`` of ``num_rows`` as bytes ``[rows, bytes]``, in rotate-half order.
 
         Llama's GGUF export interleaves the two halves of each query and key head for llama.cpp's rotary embedding. Rows
         are packed one by one, so they are reordered before they are dequantised, at a quarter of the bytes.
         """
-        packed = self.packed.reshape(num_rows, -1)
-        if not self.interleaves_heads:
+        packed, head_dim = self.packed.reshape(num_rows, -1), self.head_dim
+        if not head_dim:
             return packed[start:stop]
         wanted = np.arange(start, stop)
         place = wanted % head_dim
@@ -107,7 +107,7 @@ def open_weights(path: pathlib.Path) -> WeightSource:
         raise CorruptWeightsError(path, "no such file or folder")
     source = SafetensorsSource(path) if path.is_dir() else GgufSource(path)
     try:
-        check_shapes(path, source.config.tensor_shapes(), source.shapes(), source.config.tie_embeddings)
+        check_shapes(path, source.config.tensor_shapes(), source.shapes(), source.config.head.tied)
     except BaseException:
         source.close()
         raise
@@ -143,6 +143,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.config = read_config(folder)
+        self._declared = self.config.tensors()
         self._folder = folder
         self._files: dict[str, _SafetensorsFile] = {}
         file_of = _read_index(folder / "model.safetensors.index.json")
@@ -202,7 +203,7 @@ class SafetensorsSource:
         else:
             rows, columns = destination.shape
             transfer.copy(tensor[first_row : first_row + rows, first_column : first_column + columns], destination)
-        if self.config.architecture.norm_adds_one and name.endswith("norm.weight"):
+        if self._declared[name].less_one:
             destination.add_(1)
 
     def read_stored(self, name: str) -> StoredTensor | None:
@@ -210,7 +211,7 @@ class SafetensorsSource:
         stored = self._stored[name]
         tensor = self._files[self._file_of[stored]].get_tensor(stored)
         kind = STORED_KINDS.get(tensor.dtype)
-        return None if kind is None else StoredTensor(kind, tensor.view(torch.uint8).reshape(-1).numpy(), False)
+        return None if kind is None else StoredTensor(kind, tensor.view(torch.uint8).reshape(-1).numpy())
 
     def close(self) -> None:
         """Unmap the files."""
@@ -224,11 +225,14 @@ class GgufSource:
         header = read_header(path)
         self.config = config_from_gguf(path, header)
         self._path = path
-        tensors = [part for tensor in header.tensors for part in _experts(tensor, self.config.num_experts)]
-        stored = {tensor.name: tensor for tensor in tensors if not tensor.name.endswith(DERIVED_TENSORS)}
-        names = (*self.config.tensor_shapes(), "lm_head.weight")
-        known = {gguf_name(name, self.config.architecture): name for name in names}
-        self._tensors = {known.get(name, name): tensor for name, tensor in stored.items()}
+        self._declared: dict[str, Tensor] = self.config.tensors()
+        known = {tensor.gguf: name for name, tensor in self._declared.items()}
+        self._tensors = {
+            known.get(part.name, part.name): part
+            for tensor in header.tensors
+            if not tensor.name.endswith(DERIVED_TENSORS)
+            for part in _experts(tensor)
+        }
         with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -248,7 +252,7 @@ class GgufSource:
         """Dequantise into ``destination``, piece by piece."""
         tensor = self._tensors[name]
         if len(tensor.shape) == 1:
-            packed = self.read_stored(name).rows(tensor.shape[0], self.config.head_dim, 0, tensor.shape[0])
+            packed = self.read_stored(name).rows(tensor.shape[0], 0, tensor.shape[0])
             values = self._values(tensor, packed)
             transfer.copy(values[first_row : first_row + len(destination)], destination)
             return
@@ -257,7 +261,7 @@ class GgufSource:
         for start in range(0, len(destination), step):
             part = destination[start : start + step]
             first = first_row + start
-            packed = stored.rows(num_rows, self.config.head_dim, first, first + len(part))
+            packed = stored.rows(num_rows, first, first + len(part))
             values = self._values(tensor, packed).view(len(part), num_columns)
             transfer.copy(values[:, first_column : first_column + part.shape[1]], part)
 
@@ -265,8 +269,7 @@ class GgufSource:
         """Return the mapped blocks."""
         tensor = self._tensors[name]
         packed = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
-        interleaves = self.config.architecture.gguf_interleaves_heads and name.endswith(HEAD_TENSORS)
-        return StoredTensor(tensor.kind, packed, interleaves)
+        return StoredTensor(tensor.kind, packed, self._declared[name].head_dim)
 
     def _values(self, tensor: TensorInfo, blocks: PackedBytes) -> torch.Tensor:
         """Return the elements of ``blocks`` as one vector: floats as stored, others in float32."""
@@ -289,10 +292,10 @@ class GgufSource:
             self._data.close()
 
 
-def _experts(tensor: TensorInfo, num_experts: int) -> list[TensorInfo]:
+def _experts(tensor: TensorInfo) -> list[TensorInfo]:
     """Return a layer's experts one by one, as ``ffn_up_exps.7``; any other tensor unchanged."""
     stem = tensor.name.removesuffix(".weight")
-    if not stem.endswith("_exps") or len(tensor.shape) != 3 or tensor.shape[0] != num_experts:
+    if not stem.endswith("_exps") or len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
         return [tensor]
     count, *shape = tensor.shape
     nbytes = tensor.nbytes // count

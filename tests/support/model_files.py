@@ -13,7 +13,10 @@ from typing import Any
 
 from cortex.wire.errors import ApiError, ErrorInfo
 from cortex.wire.node import ModelSpec
-from neuron.models.config import ModelConfig, read_config
+from neuron.models.config import read_config
+from neuron.models.fields import JsonFields
+from neuron.models.model import ModelConfig
+from neuron.models.registry import FAMILIES
 from neuron.models.sizing import least_bytes
 
 CONFIG: dict[str, Any] = {
@@ -205,6 +208,12 @@ def folder_config(rng: random.Random) -> dict[str, bytes]:
     if rng.random() < 0.3:
         config = mutated(config, rng)
     return {"config.json": config, "generation_config.json": generation}
+
+
+def model_of(model_type: str, **values: Any) -> ModelConfig:
+    """Return the model of a ``config.json`` with ``values``, which need not be complete."""
+    usual = {"rms_norm_eps": 1e-6, "max_position_embeddings": 512, "hidden_size": 64, "intermediate_size": 96}
+    return FAMILIES[model_type].build(JsonFields(pathlib.Path("config.json"), {**usual, **values}))
 
 
 def check_config(path: pathlib.Path) -> ModelConfig | ErrorInfo:

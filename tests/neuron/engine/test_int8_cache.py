@@ -9,6 +9,7 @@ import pytest
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
+from neuron.layers.attention import Attention
 from neuron.models.config import read_config
 from neuron.models.packed import padded
 from neuron.models.sizing import PAGE_TOKENS, plan_memory
@@ -27,8 +28,10 @@ def test_a_page_of_int8_has_the_planned_size(harness: Callable[..., Any], tiny_l
     config = read_config(tiny_llama)
     driver = loaded(harness, tiny_llama, kv_dtype="int8")
     model = driver.engine._models["m"]
-    vectors = 2 * config.num_layers * config.num_kv_heads * PAGE_TOKENS
-    assert model.plan.kv_cache_bytes == model.plan.num_pages * vectors * (padded(config.head_dim) + 4)
+    attention, _ = config.blocks[0]
+    assert isinstance(attention, Attention)
+    vectors = 2 * len(config.blocks) * attention.num_kv_heads * PAGE_TOKENS
+    assert model.plan.kv_cache_bytes == model.plan.num_pages * vectors * (padded(attention.head_dim) + 4)
     assert model.runner._cache[1:].nbytes == model.plan.kv_cache_bytes
     assert driver.sent[-1].result.kv_cache_bytes == model.plan.kv_cache_bytes
 

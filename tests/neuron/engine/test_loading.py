@@ -16,7 +16,8 @@ from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.engine import engine, loading
 from neuron.engine.engine import Engine
-from neuron.models.matrix_reader import MatrixReader
+from neuron.layers.parameters import Matrix
+from neuron.models.parameter_reader import ParameterReader
 
 PROMPT = list(range(3, 43))
 
@@ -115,23 +116,23 @@ def test_out_of_memory_in_a_load_is_reported_and_freed(
     """Another process took the memory after the plan was made."""
     driver.set(cpu_kernels=False)
     path = make_checkpoint("llama", num_hidden_layers=4)
-    matrix, held = MatrixReader.matrix, []
+    matrix, held = ParameterReader._matrix, []
 
-    def scarce(self: MatrixReader, *names: str) -> Any:
-        if any(".layers.2." in name for name in names):
+    def scarce(self: ParameterReader, wanted: Matrix) -> Any:
+        if ".layers.2." in wanted.tensors[0].name:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        found = matrix(self, *names)
+        found = matrix(self, wanted)
         held.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(MatrixReader, "matrix", scarce)
+    monkeypatch.setattr(ParameterReader, "_matrix", scarce)
     failed = driver.load(path, "other")
     assert isinstance(failed, jobs.JobFailed)
     assert failed.error.code == "out_of_memory"
     assert "Tried to allocate 2.00 GiB" in failed.error.message
     assert held
     assert not [ref for ref in held if ref() is not None], "what was loaded is freed"
-    monkeypatch.setattr(MatrixReader, "matrix", matrix)
+    monkeypatch.setattr(ParameterReader, "_matrix", matrix)
     assert isinstance(driver.load(path, "other"), jobs.Done)
     assert len(driver.output_alone(PROMPT, 5)) == 5
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from cortex.wire.errors import ApiError, InvalidRequestError
 from cortex.wire.node import ModelSpec
+from neuron.layers.attention import Attention
 from neuron.models import sizing
-from neuron.models.config import ModelConfig, read_config
+from neuron.models.config import read_config
 from neuron.models.ends import gguf_ends
 from neuron.models.errors import (
     CorruptWeightsError,
@@ -21,6 +22,7 @@ from neuron.models.errors import (
     UnsupportedQuantizationError,
     UnsupportedRopeError,
 )
+from neuron.models.model import ModelConfig
 from neuron.models.sizing import plan_memory, resolve_dtype
 
 QWEN3_8B: dict[str, Any] = {
@@ -55,7 +57,7 @@ def write(folder: pathlib.Path, generation: dict[str, Any] | None = None, **chan
 def test_a_published_configuration(tmp_path: pathlib.Path) -> None:
     generation = {"eos_token_id": [151645, 151643], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True}
     config = read_config(write(tmp_path, generation))
-    assert config.architecture.name == "qwen3"
+    assert config.family == "qwen3"
     assert config.eos_ids == (151645, 151643)
     assert config.bos_id == 151643
     assert (config.generation.temperature, config.generation.top_k, config.generation.top_p) == (0.6, 20, 0.95)
@@ -76,10 +78,13 @@ def test_the_number_of_parameters_is_that_of_the_tensors(make_checkpoint: Callab
 def test_gguf_metadata(smollm2_gguf: pathlib.Path) -> None:
     config = read_config(smollm2_gguf)
     assert config.num_parameters() == 134_515_008
-    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.context_tokens) == (9, 3, 64, 8192)
-    assert config.tie_embeddings
+    attention = config.layers[0]
+    assert isinstance(attention, Attention)
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (9, 3, 64)
+    assert config.context_tokens == 8192
+    assert config.head.tied
     assert config.eos_ids == (2, 0), "the end of a turn and of a text"
-    assert config.rope_theta == 100000.0
+    assert attention.rope.theta == 100000.0
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from cortex.wire.node import ModelSpec
+from neuron.layers.shard import Shard
 from neuron.models import quantization
-from neuron.models.architecture import gguf_name
 from neuron.models.config import read_config
-from neuron.models.shard import Shard
 from neuron.models.sizing import least_bytes
 
 FILE = pathlib.Path(__file__).with_name("golden.json")
@@ -73,9 +72,7 @@ def sizes_of(folder: pathlib.Path) -> dict[str, Any]:
     config = read_config(folder)
     return {
         "parameters": config.num_parameters(),
-        "tensors": {
-            name: [gguf_name(name, config.architecture), *shape] for name, shape in config.tensor_shapes().items()
-        },
+        "tensors": {name: [tensor.gguf, *tensor.shape] for name, tensor in config.tensors().items()},
         "weights_bytes": {
             f"{dtype} {quant} {shard.rank}/{shard.size}": quantization.weights_bytes(config, dtype, quant, shard)
             for dtype, quant, shard in PLACES

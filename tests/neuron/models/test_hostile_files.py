@@ -29,7 +29,7 @@ from model_files import (
 )
 
 from cortex.wire.errors import ErrorInfo
-from neuron.models.config import ModelConfig
+from neuron.models.model import ModelConfig
 
 MOST_BYTES = 400 << 20
 """Most memory of a reader: a header of the largest size, as Python objects."""

@@ -13,12 +13,14 @@ import torch
 
 from cortex.wire.errors import ApiError, InvalidRequestError
 from cortex.wire.node import ModelSpec
+from neuron.layers.parameters import Matrix as MatrixParameter
+from neuron.layers.shard import WHOLE, Shard
+from neuron.layers.step import Linear, SumRanks
 from neuron.models import decoder, quantization
-from neuron.models.config import ModelConfig
 from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
-from neuron.models.matrix_reader import MatrixReader
-from neuron.models.shard import WHOLE, Shard, local_config
+from neuron.models.model import ModelConfig
+from neuron.models.parameter_reader import ParameterReader
 from neuron.models.sizing import plan_memory
 from neuron.models.transfer import Transfer
 from neuron.models.weights import WeightSource, open_weights
@@ -51,10 +53,8 @@ def loaded(source: WeightSource, **options: Any) -> decoder.DecoderWeights:
 
 
 def matrices(weights: decoder.DecoderWeights) -> Iterator[Matrix]:
-    yield weights.embedding
-    yield weights.head
-    for layer in weights.layers:
-        yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+    for layer in (weights.embedding, *weights.layers, weights.head):
+        yield from (loaded.weight for loaded in layer.values() if isinstance(loaded, Linear))
 
 
 def dense(matrix: Matrix) -> torch.Tensor:
@@ -78,24 +78,27 @@ def allocated(weights: decoder.DecoderWeights) -> int:
                 found[storage.data_ptr()] = storage.nbytes()
             case tuple() as several:
                 pending += several
+            case dict() as named:
+                pending += named.values()
             case thing if dataclasses.is_dataclass(thing):
                 pending += [getattr(thing, field.name) for field in dataclasses.fields(thing)]
     return sum(found.values())
 
 
 def run(
-    weights: decoder.DecoderWeights, config: ModelConfig, sum_ranks: decoder.SumRanks | None = None
+    weights: decoder.DecoderWeights, config: ModelConfig, sum_ranks: SumRanks | None = None, shard: Shard = WHOLE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A prompt and three decodes: the last hidden states and their logits."""
     generator = torch.Generator().manual_seed(1)
     batch, pages = random_batch([(1, 20), (1, 3), (9, 30)], HOST)
     arrays = (batch.cu_seqlens.numpy(), batch.page_table.numpy(), batch.context_lens.numpy())
-    parts = attention_parts(*arrays, 16, HOST, config.window_tokens)
+    window = max(cache.window_tokens for cache in config.caches() if cache is not None)
+    parts = attention_parts(*arrays, 16, HOST, window)
     batch = dataclasses.replace(batch, parts=parts, num_decodes=2)
-    shape = (len(weights.layers), pages, 16, config.num_kv_heads, config.head_dim)
+    caches = decoder.new_caches(config, pages, torch.zeros, shard)
     ids = torch.randint(config.vocab_size, (11,), generator=generator)
-    hidden = decoder.forward(config, weights, ids, batch, torch.zeros(shape), torch.zeros(shape), sum_ranks=sum_ranks)
-    return hidden, decoder.logits(weights, hidden, cap=config.logit_cap)
+    hidden = decoder.forward(config, weights, ids, batch, caches, sum_ranks=sum_ranks)
+    return hidden, decoder.logits(config, weights, hidden)
 
 
 @pytest.fixture
@@ -133,14 +136,19 @@ class RecordingTransfer(Transfer):
         super().copy(source, destination)
 
 
+def up_projection(source: WeightSource, shard: Shard = WHOLE) -> MatrixParameter:
+    parameter = list(source.config.parameters(shard))[2]["gate_up"]
+    assert isinstance(parameter, MatrixParameter)
+    return MatrixParameter(parameter.tensors[1:])
+
+
 @pytest.mark.parametrize("shard", [WHOLE, Shard(1, 2)])
 def test_blocks_are_copied_as_the_file_has_them(gguf_of: Callable[..., pathlib.Path], shard: Shard) -> None:
     """Blocks are converted on the device: a host takes ten times as long as the copy over the bus."""
     source = open_weights(gguf_of("Q4_0"))
-    reader = MatrixReader(source, torch.float32, HOST, quantization.STORED, shard)
+    reader = ParameterReader(source, torch.float32, HOST, quantization.STORED)
     reader._transfer = recorder = RecordingTransfer(HOST)
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert reader.matrix(name).shape == (192 // shard.size, 128)
+    assert reader._matrix(up_projection(source, shard)).shape == (192 // shard.size, 128)
     assert recorder.copied == [(torch.uint8, 192 // shard.size * 128 // 32 * 18)]
     source.close()
 
@@ -164,7 +172,7 @@ def test_floats_are_copied_as_the_file_has_them(
 def test_an_error_while_blocks_are_read_is_reported(gguf_of: Callable[..., pathlib.Path]) -> None:
     """The exception holds a view of the mapping, which can be closed only after it is gone."""
     source = open_weights(gguf_of("Q4_0"))
-    reader = MatrixReader(source, torch.float32, HOST, quantization.STORED, WHOLE)
+    reader = ParameterReader(source, torch.float32, HOST, quantization.STORED)
 
     class Full(Transfer):
         def copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
@@ -172,7 +180,7 @@ def test_an_error_while_blocks_are_read_is_reported(gguf_of: Callable[..., pathl
 
     reader._transfer = Full(HOST)
     with pytest.raises(torch.OutOfMemoryError), contextlib.closing(source):
-        reader.matrix("model.layers.0.mlp.up_proj.weight")
+        reader._matrix(up_projection(source))
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -231,7 +239,7 @@ def test_two_ranks_together_are_the_model(
 
         shard = Shard(rank, 2)
         weights = loaded(source, quant=quant, shard=shard)
-        results[rank] = run(weights, local_config(source.config, shard), sum_ranks)
+        results[rank] = run(weights, source.config, sum_ranks, shard)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -249,12 +257,12 @@ def test_floats_are_rounded_while_they_are_read(make_checkpoint: Callable[..., p
     source = open_weights(make_checkpoint(**WIDE))
     rounded, plain = loaded(source, quant=quant), loaded(source)
     for layer, expected in zip(rounded.layers, plain.layers, strict=True):
-        for name in ("qkv", "output", "gate_up", "down"):
-            matrix, exact = getattr(layer, name), getattr(expected, name)
+        for name in layer.keys() & {"qkv", "output", "gate_up", "down"}:
+            matrix, exact = layer[name].weight, expected[name].weight
             assert isinstance(matrix, QuantizedMatrix)
             error = (matrix.dequantize() - exact).abs().max() / exact.abs().max()
             assert 0 < error < {"int8": 0.005, "int4": 0.08, "fp8": 0.05}[quant]
-    assert isinstance(rounded.embedding, torch.Tensor)
+    assert isinstance(rounded.embedding["table"].weight, torch.Tensor)
     source.close()
 
 
@@ -266,10 +274,10 @@ def test_values_stored_finer_than_queries_are_a_part_of_their_own(
     kinds = {name: TensorKind.F16 if "v_proj" in name else kind for name, kind in source.config.tensor_kinds.items()}
     source.config = dataclasses.replace(source.config, tensor_kinds=kinds)
     kept, plain = loaded(source, quant=quantization.STORED), loaded(source)
-    matrix = kept.layers[0].qkv
+    matrix = kept.layers[0]["qkv"].weight
     assert isinstance(matrix, StackedMatrix)
     assert [type(part) for part in matrix.parts] == [QuantizedMatrix, torch.Tensor]
-    torch.testing.assert_close(dense(matrix), plain.layers[0].qkv)
+    torch.testing.assert_close(dense(matrix), plain.layers[0]["qkv"].weight)
     torch.testing.assert_close(run(kept, source.config)[1], run(plain, source.config)[1], rtol=1e-4, atol=1e-4)
     assert allocated(kept) == quantization.weights_bytes(source.config, "float32", quantization.STORED)
     source.close()
@@ -311,28 +319,23 @@ def test_quantised_weights_take_less_memory(gguf_of: Callable[..., pathlib.Path]
     source.close()
 
 
-def test_how_many_ranks_there_can_be(make_checkpoint: Callable[..., pathlib.Path]) -> None:
+def test_how_many_ranks_there_can_be() -> None:
     """Every query head is on one rank, which has the key-value head that it reads."""
-    source = open_weights(make_checkpoint(**WIDE, num_key_value_heads=2))
     for num_heads, num_kv_heads in ((4, 4), (4, 2), (6, 2), (4, 1), (12, 3), (9, 3)):
-        config = dataclasses.replace(source.config, num_heads=num_heads, num_kv_heads=num_kv_heads)
         for size in range(1, num_heads + 2):
             shards = [Shard(rank, size) for rank in range(size)]
             if size > num_kv_heads and (size % num_kv_heads or size > num_heads):
                 with pytest.raises(
                     InvalidRequestError, match=f"the model's {num_heads} heads and {num_kv_heads} key-v"
                 ):
-                    local_config(config, shards[0])
+                    shards[0].query_heads(num_heads, num_kv_heads)
                 continue
-            heads = [range(num_heads)[shard.query_heads(config)] for shard in shards]
+            heads = [shard.query_heads(num_heads, num_kv_heads) for shard in shards]
             assert [head for own in heads for head in own] == list(range(num_heads))
             for own, shard in zip(heads, shards, strict=True):
-                kv_heads = range(num_kv_heads)[shard.kv_heads(config)]
+                kv_heads = shard.kv_heads(num_kv_heads)
                 assert {head * num_kv_heads // num_heads for head in own} == set(kv_heads)
-                local = local_config(config, shard)
-                assert (local.num_heads, local.num_kv_heads) == (len(own), len(kv_heads))
-                assert local.num_heads % local.num_kv_heads == 0
-    source.close()
+                assert len(own) % len(kv_heads) == 0
 
 
 # ------------------------------------------------------------------ copies

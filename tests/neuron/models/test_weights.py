@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import struct
 from collections.abc import Callable
 
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cortex.wire.errors import ApiError
-from neuron.models.architecture import gguf_name
+from neuron.layers.experts import Experts
+from neuron.layers.rope import Rope
 from neuron.models.config import read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
-from neuron.models.rope import inverse_frequencies
+from neuron.models.model import ModelConfig
+from neuron.models.registry import FAMILIES
 from neuron.models.weights import open_weights
 
 Kind = gguf.GGMLQuantizationType
@@ -39,40 +42,40 @@ def export_gguf(
 ) -> None:
     """Write a safetensors checkpoint as llama.cpp's converter does, Llama's query and key rows interleaved."""
     config = read_config(folder)
-    architecture = config.architecture
-    name = architecture.gguf_architecture or architecture.name
+    name = FAMILIES[config.family].gguf_name or config.family
+    attention, mlp = config.blocks[0]
+    declared = config.tensors()
     writer = gguf.GGUFWriter(path, name)
-    writer.add_block_count(config.num_layers)
+    writer.add_block_count(len(config.blocks))
     writer.add_context_length(config.context_tokens)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    if config.windowed_layers:
-        writer.add_sliding_window(config.window_tokens)
-    if config.num_experts:
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_token)
-        writer.add_expert_feed_forward_length(config.expert_intermediate_size)
+    writer.add_feed_forward_length(mlp.width)
+    writer.add_head_count(attention.num_heads)
+    writer.add_head_count_kv(attention.num_kv_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_value_length(attention.head_dim)
+    writer.add_layer_norm_rms_eps(attention.norm.eps)
+    writer.add_rope_freq_base(config.blocks[-1][0].rope.theta)
+    if attention.window_tokens:
+        writer.add_sliding_window(attention.window_tokens)
+    if isinstance(mlp, Experts):
+        writer.add_expert_count(mlp.num_experts)
+        writer.add_expert_used_count(mlp.choices)
+        writer.add_expert_feed_forward_length(mlp.width)
     experts: dict[str, dict[int, np.ndarray]] = {}
     for tensor_name, tensor in load_file(folder / "model.safetensors").items():
-        values = tensor.numpy() + (architecture.norm_adds_one and tensor_name.endswith("norm.weight"))
+        values = tensor.numpy() + declared[tensor_name].less_one
         if ".experts." in tensor_name:
-            stem, _, number = gguf_name(tensor_name, architecture).rpartition(".")
+            stem, _, number = declared[tensor_name].gguf.rpartition(".")
             experts.setdefault(stem, {})[int(number)] = values
             continue
-        heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(tensor_name.split(".")[-2][0])
-        if name == "llama" and heads and "_proj" in tensor_name and "self_attn" in tensor_name:
-            halves = values.reshape(heads, 2, config.head_dim // 2, *values.shape[1:])
+        if head_dim := declared[tensor_name].head_dim:
+            halves = values.reshape(-1, 2, head_dim // 2, *values.shape[1:])
             values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
         packs = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         stored = kind if packs else Kind.F32
         packed = gguf.quants.quantize(values, stored)
-        writer.add_tensor(gguf_name(tensor_name, architecture), packed, raw_dtype=stored)
+        writer.add_tensor(declared[tensor_name].gguf, packed, raw_dtype=stored)
     for stem, parts in experts.items():
         values = np.stack([parts[number] for number in range(len(parts))])
         stored = kind if values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Kind.F32
@@ -104,9 +107,14 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pa
 
 
 # Tensors that the exporter above does not write, or GGUF rounds.
-UNREAD = {"eos_ids": (), "bos_id": None, "rms_norm_eps": 0.0, "tensor_kinds": {}}
+UNREAD = {"eos_ids": (), "bos_id": None, "tensor_kinds": {}}
 KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 TOLERANCE = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 1e-2, Kind.Q8_0: 1e-2, Kind.Q5_0: 0.07, Kind.Q5_1: 0.07}
+
+
+def without_eps(config: ModelConfig) -> str:
+    """Return what both formats hold; GGUF rounds the constant of norms to float32."""
+    return re.sub(r"eps=[^,)]*", "", repr(dataclasses.replace(config, **UNREAD)))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -115,10 +123,10 @@ def test_gguf_and_safetensors_hold_equal_tensors(checkpoint: pathlib.Path, tmp_p
     export_gguf(checkpoint, path, kind)
     expected = read_all(checkpoint)
     stored = load_file(checkpoint / "model.safetensors")
-    adds_one = read_config(checkpoint).architecture.norm_adds_one
-    assert dataclasses.replace(read_config(path), **UNREAD) == dataclasses.replace(read_config(checkpoint), **UNREAD)
+    declared = read_config(checkpoint).tensors()
+    assert without_eps(read_config(path)) == without_eps(read_config(checkpoint))
     for name, tensor in read_all(path).items():
-        assert torch.equal(expected[name], stored[name] + (adds_one and name.endswith("norm.weight")))
+        assert torch.equal(expected[name], stored[name] + declared[name].less_one)
         error = (tensor - expected[name]).abs().max() / expected[name].abs().max()
         assert error <= TOLERANCE.get(kind, 0.15), name
 
@@ -154,7 +162,7 @@ def test_k_quants_equal_the_library(
         if "q_proj" in name or "k_proj" in name:
             values = values.reshape(-1, 32, 2, 256).swapaxes(1, 2).reshape(shape)
         expected[name] = values
-        writer.add_tensor(gguf_name(name), data, raw_dtype=stored)
+        writer.add_tensor(config.tensors()[name].gguf, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -177,13 +185,13 @@ def test_llama3_scaling_in_gguf_is_that_of_the_configuration(
     rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     folder = make_checkpoint("llama", rope_parameters={**rope, "original_max_position_embeddings": 64})
     scaled = read_config(folder)
-    expected = inverse_frequencies(500.0, 8, scaled.rope_scaling)
-    plain = inverse_frequencies(500.0, 8, None)
+    expected = scaled.blocks[0][0].rope.inverse_frequencies()
+    plain = Rope(500.0, 8).inverse_frequencies()
     factors = np.array([a / b for a, b in zip(plain, expected, strict=True)], np.float32)
     path = tmp_path / "scaled.gguf"
     export_gguf(folder, path, Kind.F32, {"rope_freqs.weight": factors})
     found = read_config(path)
-    assert inverse_frequencies(500.0, 8, found.rope_scaling) == pytest.approx(expected)
+    assert found.blocks[0][0].rope.inverse_frequencies() == pytest.approx(expected)
     assert max(factors) == 8
     assert min(factors) == 1
     assert read_all(path).keys() == read_all(folder).keys()

@@ -19,19 +19,18 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from model_files import model_of  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from neuron.device.loop import die_with_parent  # noqa: E402
 from neuron.engine.errors import error_info  # noqa: E402
+from neuron.layers.shard import Shard  # noqa: E402
+from neuron.layers.step import Linear  # noqa: E402
 from neuron.models import decoder, prebuild  # noqa: E402
-from neuron.models.config import ModelConfig, read_config  # noqa: E402
-from neuron.models.gemma3 import GEMMA3  # noqa: E402
-from neuron.models.llama import LLAMA  # noqa: E402
-from neuron.models.matrix_reader import empty, some_rows  # noqa: E402
+from neuron.models.config import read_config  # noqa: E402
+from neuron.models.model import ModelConfig  # noqa: E402
+from neuron.models.parameter_reader import empty, some_rows  # noqa: E402
 from neuron.models.prebuild import any_plan, variants  # noqa: E402
-from neuron.models.qwen3 import QWEN3  # noqa: E402
-from neuron.models.qwen3_moe import QWEN3_MOE  # noqa: E402
-from neuron.models.shard import Shard  # noqa: E402
 from neuron.triton_kernels import (  # noqa: E402
     activation,
     check,
@@ -398,14 +397,13 @@ def test_a_load_finds_kernels_of_make_kernels(tmp_path: pathlib.Path, monkeypatc
     assert not (tmp_path / "own").exists()
 
 
-def config(**changes: object) -> ModelConfig:
-    fields: dict[str, object] = {
-        "architecture": QWEN3, "vocab_size": 151936, "hidden_size": 4096, "num_layers": 36, "num_heads": 32,
-        "num_kv_heads": 8, "head_dim": 128, "intermediate_size": 12288, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "rope_scaling": None, "attention_bias": False, "tie_embeddings": False, "context_tokens": 40960,
-        "eos_ids": (), "bos_id": None, "generation": None, **changes,
+def config(**changes: Any) -> ModelConfig:
+    values: dict[str, Any] = {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288,
+        "rope_theta": 1e6, "tie_word_embeddings": False, "max_position_embeddings": 40960, **changes,
     }  # fmt: skip
-    return ModelConfig(**fields)  # type: ignore[arg-type]
+    return model_of(values.pop("model_type"), **values)
 
 
 def test_a_step_of_decodes_takes_five_kernels_a_layer() -> None:
@@ -415,14 +413,14 @@ def test_a_step_of_decodes_takes_five_kernels_a_layer() -> None:
 
 
 MODELS = {
-    "llama": {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "architecture": LLAMA},
+    "llama": {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "model_type": "llama"},
     "gemma3": {
-        "num_heads": 4, "num_kv_heads": 1, "head_dim": 256, "architecture": GEMMA3, "num_layers": 6,
-        "window_tokens": 512, "windowed_layers": frozenset(range(5)), "window_rope_theta": 1e4, "logit_cap": 30.0,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "model_type": "gemma3",
+        "num_hidden_layers": 6, "sliding_window": 512, "final_logit_softcapping": 30.0,
     },
     "qwen3_moe": {
-        "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "architecture": QWEN3_MOE, "num_layers": 1,
-        "num_experts": 8, "num_experts_per_token": 2, "expert_intermediate_size": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "model_type": "qwen3_moe",
+        "num_hidden_layers": 1, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
     },
 }  # fmt: skip
 
@@ -458,18 +456,19 @@ def test_a_shard_adds_to_the_residual_after_the_sum() -> None:
 @pytest.mark.parametrize("form", ["none", "Q8_0"])
 def test_a_shard_of_a_tied_head_launches_listed_variants(form: str, vocab_size: int) -> None:
     """The list is made of shapes; a launch also looks where tensors begin, and a part of a table is a view of it."""
-    shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 1, **MODELS["llama"]}
-    model, quant = prebuild._stored_as(config(vocab_size=vocab_size, tie_embeddings=True, **shapes), form)
+    shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1, **MODELS["llama"]}
+    model, quant = prebuild._stored_as(config(vocab_size=vocab_size, tie_word_embeddings=True, **shapes), form)
     plan = any_plan(model, "bfloat16", quant)
     whole = (vocab_size, model.hidden_size)
     table = torch.zeros(whole, dtype=torch.bfloat16) if form == "none" else empty(form, *whole, torch.device("cpu"))
     for shard in (Shard(rank, 3) for rank in range(3)):
-        weights = prebuild._weights(model, torch.bfloat16, quant, shard)
-        weights = dataclasses.replace(weights, head=some_rows(table, shard.vocabulary(model)))
+        _, weights = prebuild._distinct_layers(model, torch.bfloat16, quant, shard)
+        head = {**weights.head, "matrix": Linear(some_rows(table, shard.vocabulary(vocab_size)), None)}
+        weights = dataclasses.replace(weights, head=head)
         with recording(target_for(90)) as recorder:
             for rows in (1, 40, plan.sampled_rows):
                 hidden = torch.zeros((rows, model.hidden_size), dtype=torch.bfloat16)
-                decoder.logits(weights, hidden, KERNELS)
+                decoder.logits(model, weights, hidden, KERNELS)
         assert shapes_of(recorder.variants) <= shapes_of(variants(model, plan, 90, shard=shard)), f"rank {shard.rank}"
 
 
@@ -480,8 +479,14 @@ def shapes_of(found: Iterable[Variant]) -> set[Any]:
 
 def test_a_shard_whose_columns_cut_a_block_lists_them_as_they_are_loaded() -> None:
     """Heads 1 and 2 of 6, of 128 columns each: their run begins within a block, though it is as long as one."""
-    shapes = {"num_heads": 6, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 768, "intermediate_size": 2048}
-    model, quant = prebuild._stored_as(config(architecture=LLAMA, num_layers=1, **shapes), "Q4_K")
+    shapes = {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+    }
+    model, quant = prebuild._stored_as(config(model_type="llama", num_hidden_layers=1, **shapes), "Q4_K")
     listed = variants(model, any_plan(model, "bfloat16", quant), 90, shard=Shard(1, 4))
     assert "_gemv_kernel" in {v.kernel.partition(":")[2] for v in listed}
 

@@ -1,4 +1,4 @@
-"""Reading of a checkpoint's tensors onto a device in the device's form, whole or one rank's part.
+"""Reading of a layer's parameters onto a device in the device's form, whole or one rank's part.
 
 :mod:`neuron.models.quantization` decides the form. Tensors are allocated at their final size and filled in runs of
 rows, so the peak is the weights and one run: a run's blocks or floats are copied unchanged, and converted or rounded on
@@ -6,18 +6,18 @@ the device. On ``meta`` nothing is read: the same code lists shapes and forms.
 """
 
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from neuron.layers.parameters import Constant, Matrix, Parameters, Tensor, Vector
+from neuron.layers.step import Linear
 from neuron.models import quantization
-from neuron.models.config import ModelConfig
 from neuron.models.gguf import BLOCKS
-from neuron.models.shard import Shard
 from neuron.models.transfer import Transfer, from_file
 from neuron.triton_kernels import quantized
-from neuron.triton_kernels.quantized import BLOCK, SUPER_BLOCK, Matrix, Quantization, QuantizedMatrix, StackedMatrix
+from neuron.triton_kernels.quantized import BLOCK, SUPER_BLOCK, Quantization, QuantizedMatrix, StackedMatrix
 
 if TYPE_CHECKING:
     from neuron.models.weights import WeightSource
@@ -26,112 +26,116 @@ RUN_ELEMENTS: Final = 1 << 23
 """Number of elements converted at a time: some 50 MiB of temporary arrays."""
 
 
-class MatrixReader:
-    """Reader of the tensors of ``source``; floats in ``dtype``, matrices in the form for ``quant``."""
+class ParameterReader:
+    """Reader of the parameters of ``source``; floats in ``dtype``, matrices in the form for ``quant``."""
 
-    def __init__(
-        self, source: "WeightSource", dtype: torch.dtype, device: torch.device, quant: str, shard: Shard
-    ) -> None:
-        self.shapes = source.config.tensor_shapes()
-        """Shapes of the whole model's tensors, by safetensors name."""
+    def __init__(self, source: "WeightSource", dtype: torch.dtype, device: torch.device, quant: str) -> None:
         self._source = source
-        self._config: ModelConfig = source.config
         self._dtype = dtype
         self._device = device
         self._quant = quant
-        self._shard = shard
         self._transfer = Transfer(device)
+        self._constants: dict[Constant, torch.Tensor] = {}
 
-    def vector(self, *names: str) -> torch.Tensor:
-        """Return the concatenation of vectors, this rank's part of each."""
-        return self._floats([(name, self._rows(name), slice(0, 0)) for name in names])
+    def read(self, parameters: Parameters) -> dict[str, Any]:
+        """Return the loaded parameters, as :data:`~neuron.layers.layer.Weights` has them."""
+        return {name: self._loaded(parameter) for name, parameter in parameters.items()}
 
-    def plain(self, *names: str) -> torch.Tensor:
-        """Return the concatenated rows of matrices, this rank's part of each, in the dtype."""
-        return self._floats([(name, self._rows(name), self._columns(name)) for name in names])
+    def _loaded(self, parameter: Vector | Matrix | Constant) -> "torch.Tensor | Linear":
+        match parameter:
+            case Vector():
+                return self._vector(parameter)
+            case Matrix():
+                return Linear(self._matrix(parameter), self._floats(parameter.biases) if parameter.biases else None)
+            case Constant():
+                if parameter not in self._constants:
+                    values = torch.tensor(parameter.values, dtype=torch.float32, device=self._device)
+                    self._constants[parameter] = values
+                return self._constants[parameter]
 
-    def table(self, name: str) -> torch.Tensor | QuantizedMatrix:
-        """Return one matrix."""
-        return cast(torch.Tensor | QuantizedMatrix, self.matrix(name))
+    def _vector(self, vector: Vector) -> torch.Tensor:
+        if not vector.repeats:
+            return self._floats(vector.tensors)
+        parts = [
+            self._floats([each]).expand(count, -1) for each, count in zip(vector.tensors, vector.repeats, strict=True)
+        ]
+        return torch.cat(parts)
 
-    def matrix(self, *names: str) -> Matrix:
-        """Return the concatenated rows of matrices, this rank's part of each: stacked where their forms differ."""
+    def _matrix(self, matrix: Matrix) -> "quantized.Matrix":
+        """Return the concatenated rows of a matrix's tensors: stacked where their forms differ."""
+        forms = quantization.forms(matrix, self._source.config.tensor_kinds, self._quant)
         parts: list[torch.Tensor | QuantizedMatrix] = []
-        for form, group in itertools.groupby(names, self._form):
-            alike = list(group)
-            parts.append(self.plain(*alike) if form is None else self._quantized(form, alike))
-        return parts[0] if len(parts) == 1 else StackedMatrix(tuple(parts))
+        for form, group in itertools.groupby(zip(forms, matrix.tensors, strict=True), lambda pair: pair[0]):
+            tensors = [tensor for _, tensor in group]
+            parts.append(self._floats(tensors) if form is None else self._quantized(form, tensors))
+        if len(parts) > 1:
+            return StackedMatrix(tuple(parts))
+        whole = parts[0]
+        if matrix.num_experts and isinstance(whole, torch.Tensor):
+            return whole.view(matrix.num_experts, -1, whole.shape[-1])
+        return whole
 
-    def _rows(self, name: str) -> slice:
-        return self._shard.rows(self._config, name, self.shapes[name][0])
-
-    def _columns(self, name: str) -> slice:
-        return self._shard.columns(self._config, name, self.shapes[name][1])
-
-    def _form(self, name: str) -> str | None:
-        return quantization.form_of(self._config, name, self._quant, self._columns(name))
-
-    def _floats(self, parts: list[tuple[str, slice, slice]]) -> torch.Tensor:
-        num_rows = sum(rows.stop - rows.start for _, rows, _ in parts)
-        columns = parts[0][2]
-        width = columns.stop - columns.start
-        shape = (num_rows, width) if width else (num_rows,)
-        fused = torch.empty(shape, dtype=self._dtype, device=self._device)
+    def _floats(self, tensors: Sequence[Tensor]) -> torch.Tensor:
+        """Return the concatenation of vectors, or of the rows of matrices, in the dtype."""
+        num_rows, width = sum(len(tensor.rows) for tensor in tensors), len(tensors[0].columns)
+        fused = torch.empty((num_rows, width) if width else (num_rows,), dtype=self._dtype, device=self._device)
         start = 0
-        for name, rows, columns in parts:
-            stop = start + rows.stop - rows.start
-            self._read(name, fused[start:stop], rows.start, columns.start)
+        for tensor in tensors:
+            stop = start + len(tensor.rows)
+            self._read(tensor, fused[start:stop], tensor.rows.start)
             start = stop
         return fused
 
-    def _read(self, name: str, destination: torch.Tensor, first_row: int, first_column: int) -> None:
+    def _read(self, tensor: Tensor, destination: torch.Tensor, first_row: int) -> None:
         if self._device.type != "meta":
             self._source.read_into(
-                name, destination, transfer=self._transfer, first_row=first_row, first_column=first_column
+                tensor.name,
+                destination,
+                transfer=self._transfer,
+                first_row=first_row,
+                first_column=tensor.columns.start,
             )
 
-    def _quantized(self, form: str, names: list[str]) -> QuantizedMatrix:
-        columns = self._columns(names[0])
-        width = columns.stop - columns.start
-        num_rows = sum(rows.stop - rows.start for rows in map(self._rows, names))
-        matrix = empty(form, num_rows, width, self._device)
+    def _quantized(self, form: str, tensors: Sequence[Tensor]) -> QuantizedMatrix:
+        num_rows = sum(len(tensor.rows) for tensor in tensors)
+        matrix = empty(form, num_rows, len(tensors[0].columns), self._device)
         if self._device.type == "meta":
             return matrix
         start = 0
-        for name in names:
-            rows = self._rows(name)
+        for tensor in tensors:
             runs = self._rounded if form in quantization.ROUNDED else self._stored
-            for run in runs(form, name, rows, columns):
+            for run in runs(form, tensor):
                 stop = start + run.shape[0]
                 for source, destination in zip(run.arrays(), matrix.arrays(), strict=True):
                     destination[start:stop].copy_(source)
                 start = stop
         return matrix
 
-    def _stored(self, form: str, name: str, rows: slice, columns: slice) -> Iterator[QuantizedMatrix]:
+    def _stored(self, form: str, tensor: Tensor) -> Iterator[QuantizedMatrix]:
         """Yield runs of rows in the layout of the device."""
-        stored = self._source.read_stored(name)
+        stored = self._source.read_stored(tensor.name)
         if stored is None:
-            raise TypeError(f"{name} is not stored as {form}")
-        num_rows, num_columns = self.shapes[name]
+            raise TypeError(f"{tensor.name} is not stored as {form}")
+        num_rows, num_columns = tensor.shape
+        rows, columns = tensor.rows, tensor.columns
         block, block_bytes = BLOCKS[stored.kind]
         step = max(1, RUN_ELEMENTS // num_columns)
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
-            blocks = stored.rows(num_rows, self._config.head_dim, start, stop).reshape(stop - start, -1, block_bytes)
+            blocks = stored.rows(num_rows, start, stop).reshape(stop - start, -1, block_bytes)
             chosen = blocks[:, columns.start // block : columns.stop // block].reshape(-1, block_bytes)
             here = from_file(chosen)
             there = torch.empty_like(here, device=self._device)
             self._transfer.copy(here, there)
             yield quantized.from_gguf(form, there, stop - start)
 
-    def _rounded(self, form: str, name: str, rows: slice, columns: slice) -> Iterator[QuantizedMatrix]:
+    def _rounded(self, form: str, tensor: Tensor) -> Iterator[QuantizedMatrix]:
         """Yield runs of rows, rounded."""
-        width = columns.stop - columns.start
+        rows, width = tensor.rows, len(tensor.columns)
         step = max(1, RUN_ELEMENTS // width)
         for start in range(rows.start, rows.stop, step):
             piece = torch.empty((min(step, rows.stop - start), width), dtype=self._dtype, device=self._device)
-            self._read(name, piece, start, columns.start)
+            self._read(tensor, piece, start)
             match form:
                 case "int8":
                     yield quantized.quantize_int8(piece)
@@ -179,6 +183,7 @@ def empty(form: str, num_rows: int, num_columns: int, device: torch.device) -> Q
             raise ValueError(f"{form} is no form of a matrix on a device")
 
 
-def some_rows(matrix: torch.Tensor | QuantizedMatrix, rows: slice) -> torch.Tensor | QuantizedMatrix:
+def some_rows(matrix: torch.Tensor | QuantizedMatrix, rows: range) -> torch.Tensor | QuantizedMatrix:
     """Return a view of a run of rows."""
-    return matrix[rows] if isinstance(matrix, torch.Tensor) else matrix.map(lambda array: array[rows])
+    run = slice(rows.start, rows.stop)
+    return matrix[run] if isinstance(matrix, torch.Tensor) else matrix.map(lambda array: array[run])

@@ -1,0 +1,1 @@
+"""Layers of decoders: each declares its tensors, its cache and its work once."""

@@ -1,0 +1,105 @@
+"""Grouped-query attention with a rotary embedding (arXiv:2305.13245, arXiv:2104.09864), norms and projections.
+
+``x += norm_out(W_o attend(rotate(norm_qk(W_qkv norm(x)))))``; the norms of heads and of the output are optional.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from neuron.layers.cache import PagedKV
+from neuron.layers.layer import Weights
+from neuron.layers.norm import Norm
+from neuron.layers.parameters import Constant, Matrix, Parameters, Tensor, Vector
+from neuron.layers.rope import Rope
+from neuron.layers.shard import WHOLE, Shard, scaled
+
+if TYPE_CHECKING:
+    import torch
+
+    from neuron.layers.step import Step
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention of ``num_heads``, H, over ``num_kv_heads``, K. Raises ``ValueError`` if these do not fit."""
+
+    norm: Norm
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+    scale: float
+    """Factor of the scores."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    """Whether each query and key head is normalised before it is rotated."""
+    out_norm: bool = False
+    """Whether the output is normalised before it is added to the residual."""
+    window_tokens: int = 0
+    """Number of last tokens, its own included, that a token attends to; 0: all."""
+    gguf_interleaves: bool = False
+    """Whether GGUF stores the rows of each query and key head as pairs (2i, 2i + 1)."""
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
+
+    def parameters(self, shard: Shard = WHOLE) -> Parameters:
+        """See :class:`~neuron.layers.layer.Layer`."""
+        hidden, dim = self.norm.size, self.head_dim
+        interleaved = dim if self.gguf_interleaves else 0
+        heads, kv_heads = shard.query_heads(self.num_heads, self.num_kv_heads), shard.kv_heads(self.num_kv_heads)
+        each = [
+            ("q", self.num_heads * dim, scaled(heads, dim), interleaved),
+            ("k", self.num_kv_heads * dim, scaled(kv_heads, dim), interleaved),
+            ("v", self.num_kv_heads * dim, scaled(kv_heads, dim), 0),
+        ]
+
+        def tensors(kind: str, *columns: int) -> tuple[Tensor, ...]:
+            return tuple(
+                Tensor(f"self_attn.{x}_proj.{kind}", f"attn_{x}.{kind}", (size, *columns), rows, head_dim=pairs)
+                for x, size, rows, pairs in each
+            )
+
+        output = Tensor(
+            "self_attn.o_proj.weight",
+            "attn_output.weight",
+            (hidden, self.num_heads * dim),
+            columns=scaled(heads, dim),
+        )
+        # Ranks' partial products are summed: the bias is in one of them.
+        has_output_bias = self.output_bias and not shard.rank
+        output_bias = (Tensor("self_attn.o_proj.bias", "attn_output.bias", (hidden,)),) if has_output_bias else ()
+        found: Parameters = {
+            "norm": self.norm.vector("input_layernorm", "attn_norm"),
+            "qkv": Matrix(tensors("weight", hidden), tensors("bias") if self.qkv_bias else ()),
+            "output": Matrix((output,), output_bias),
+            "frequencies": Constant(self.rope.inverse_frequencies()),
+        }
+        if self.qk_norm:
+            norm = dataclasses.replace(self.norm, size=dim)
+            names = (("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"))
+            # [H + K, D]: the query norm's weights for each query head, then the key norm's for each key head.
+            found["qk_norm"] = Vector(tuple(norm.tensor(*pair) for pair in names), (len(heads), len(kv_heads)))
+        if self.out_norm:
+            found["out_norm"] = self.norm.vector("post_attention_layernorm", "post_attention_norm")
+        return found
+
+    def cache(self, shard: Shard = WHOLE) -> PagedKV:
+        """See :class:`~neuron.layers.layer.Layer`."""
+        return PagedKV(len(shard.kv_heads(self.num_kv_heads)), self.head_dim, self.window_tokens)
+
+    def workspace(self, shard: Shard = WHOLE) -> int:
+        """See :class:`~neuron.layers.layer.Layer`."""
+        heads = len(shard.query_heads(self.num_heads, self.num_kv_heads))
+        return 2 * (heads + len(shard.kv_heads(self.num_kv_heads))) * self.head_dim
+
+    def forward(self, step: "Step", weights: Weights, residual: "torch.Tensor", cache: Any) -> None:
+        """See :class:`~neuron.layers.layer.Layer`."""
+        eps, qkv, rotary = self.norm.eps, weights["qkv"], step.rotary(weights["frequencies"])
+        x = step.operations.normed_linear(residual, (weights["norm"], eps), qkv.weight, qkv.bias)
+        qk_norm = weights.get("qk_norm")
+        x = step.attend(x, rotary, cache, scale=self.scale, window=self.window_tokens, qk_norm=qk_norm, eps=eps)
+        step.add_linear(x, weights["output"], (weights["out_norm"], eps) if self.out_norm else None, residual)

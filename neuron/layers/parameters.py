@@ -1,0 +1,112 @@
+"""Parameters of a layer, as declared: the tensors that a checkpoint has for them, and the part that a rank holds.
+
+A layer declares each tensor once. The check of shapes, the count of parameters, all sizes, GGUF's names, the load onto
+a GPU or for the CPU kernels, and a rank's part follow from the declaration. No torch here: a daemon plans with it.
+"""
+
+import dataclasses
+import math
+from typing import Final
+
+ALL: Final = range(-1)
+"""Rows or columns of a whole tensor."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tensor:
+    """Tensor of a checkpoint. A layer gives its names without the prefix of the block (``model.layers.3.``)."""
+
+    name: str
+    """Name in safetensors."""
+    gguf: str
+    """Name in GGUF, which has one tensor for a layer's experts: its matrix for expert 7 is ``ffn_up_exps.7``."""
+    shape: tuple[int, ...]
+    rows: range = ALL
+    """Rows of this rank."""
+    columns: range = ALL
+    """Columns of this rank, of a matrix."""
+    head_dim: int = 0
+    """Size of each head, where GGUF stores its rows as pairs (2i, 2i + 1), not as halves (i, i + D/2); else 0."""
+    less_one: bool = False
+    """Whether safetensors store it less one."""
+
+    def __post_init__(self) -> None:
+        """Take all rows and columns, unless a part is given."""
+        if self.rows.stop < 0:
+            object.__setattr__(self, "rows", range(self.shape[0]))
+        if self.columns.stop < 0:
+            object.__setattr__(self, "columns", range(self.shape[1] if len(self.shape) > 1 else 0))
+
+    def within(self, prefix: str, gguf_prefix: str) -> "Tensor":
+        """Return the tensor with its full names."""
+        return dataclasses.replace(self, name=prefix + self.name, gguf=gguf_prefix + self.gguf)
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements of the whole tensor."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Vector:
+    """Vector of the model's dtype: ``tensors`` concatenated, each repeated as in ``repeats``, then ``[repeats, D]``."""
+
+    tensors: tuple[Tensor, ...]
+    repeats: tuple[int, ...] = ()
+
+    @property
+    def num_elements(self) -> int:
+        """Number of this rank's elements."""
+        repeats = self.repeats or (1,) * len(self.tensors)
+        return sum(count * len(tensor.rows) for tensor, count in zip(self.tensors, repeats, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Matrix:
+    """Matrix ``[out, in]``, maybe with a bias: the rows of ``tensors`` concatenated. It may be quantised."""
+
+    tensors: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...] = ()
+    """Bias of each tensor, or none."""
+    num_experts: int = 0
+    """Number of experts in it, all in one form; 0: it is an ordinary matrix."""
+    gated: bool = False
+    """Whether its tensors are gate and up in turn: the CPU kernels alternate their rows, so they have one form."""
+    quantised: bool = True
+    """Whether it may stay in the quantised form of a file."""
+    rounded: bool = True
+    """Whether a load may round it to fewer bits."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Constant:
+    """Vector of float32 that comes from the configuration; equal ones are held once."""
+
+    values: tuple[float, ...]
+
+
+Parameter = Vector | Matrix | Constant
+Parameters = dict[str, Parameter]
+"""Parameters of a layer, by the name under which ``forward`` finds the loaded ones."""
+
+
+def tensors_of(parameter: Parameter) -> tuple[Tensor, ...]:
+    """Return the tensors that a checkpoint has for ``parameter``."""
+    match parameter:
+        case Vector():
+            return parameter.tensors
+        case Matrix():
+            return (*parameter.tensors, *parameter.biases)
+        case Constant():
+            return ()
+
+
+def within(parameter: Parameter, prefix: str, gguf_prefix: str) -> Parameter:
+    """Return ``parameter`` with full names of its tensors."""
+    if isinstance(parameter, Constant):
+        return parameter
+    tensors = tuple(tensor.within(prefix, gguf_prefix) for tensor in parameter.tensors)
+    if isinstance(parameter, Vector):
+        return dataclasses.replace(parameter, tensors=tensors)
+    biases = tuple(tensor.within(prefix, gguf_prefix) for tensor in parameter.biases)
+    return dataclasses.replace(parameter, tensors=tensors, biases=biases)

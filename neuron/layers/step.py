@@ -1,0 +1,88 @@
+"""Step of T tokens, as the forward pass of layers gets it: operations, the batch, and values that layers share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
+from neuron.triton_kernels.experts import Picks
+from neuron.triton_kernels.moe_matmul import Experts
+from neuron.triton_kernels.norm import Norm
+from neuron.triton_kernels.operations import Operations
+from neuron.triton_kernels.quantized import Matrix
+from neuron.triton_kernels.rotary import Rotary
+
+SumRanks = Callable[[torch.Tensor], torch.Tensor]
+"""Sum of a tensor over the ranks that hold a model, in place or not."""
+
+
+class Linear(NamedTuple):
+    """Loaded matrix ``[out, in]``, maybe quantised, and its bias ``[out]``."""
+
+    weight: Matrix
+    bias: torch.Tensor | None
+
+
+class Step:
+    """Step on one device; ``sum_ranks`` where several ranks hold the model."""
+
+    def __init__(
+        self, operations: Operations, batch: Batch, dtype: torch.dtype, sum_ranks: SumRanks | None = None
+    ) -> None:
+        self.operations = operations
+        self._batch = batch
+        self._dtype = dtype
+        self._sum_ranks = sum_ranks
+        self._rotary: dict[int, Rotary] = {}
+
+    def rotary(self, frequencies: torch.Tensor) -> Rotary:
+        """Return cosine and sine of the batch's positions, computed once a step for each set of ``frequencies``."""
+        found = self._rotary.get(id(frequencies))
+        if found is None:
+            found = self.operations.rotary_table(self._batch.positions, frequencies, self._dtype)
+            self._rotary[id(frequencies)] = found
+        return found
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        rotary: Rotary,
+        cache: KeyValueCache,
+        *,
+        scale: float,
+        window: int,
+        qk_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Return the attention ``[T, H D]`` of the projections ``qkv``, whose keys and values are written."""
+        parameters = AttentionParameters(scale, window, qk_norm=qk_norm, eps=eps)
+        return self.operations.attention(qkv, rotary, cache, self._batch, parameters)
+
+    def add_linear(self, x: torch.Tensor, linear: Linear, norm: Norm | None, residual: torch.Tensor) -> None:
+        """Add ``x weight^T + bias``, summed over the ranks and normalised where ``norm`` is given, to ``residual``."""
+        operations = self.operations
+        if norm is None and self._sum_ranks is None:
+            operations.add_linear(x, linear.weight, linear.bias, residual)
+            return
+        x = operations.linear(x, linear.weight, linear.bias)
+        if self._sum_ranks is not None:
+            x = self._sum_ranks(x)
+        residual.add_(x if norm is None else operations.rms_norm(x, *norm))
+
+    def add_experts(
+        self,
+        x: torch.Tensor,
+        router: torch.Tensor,
+        gate_up: Experts,
+        down: Experts,
+        residual: torch.Tensor,
+        *,
+        choices: int,
+        normalise: bool,
+    ) -> None:
+        """Add the weighted sum of the experts that ``router`` picks for each row, over the ranks, to ``residual``."""
+        added = residual if self._sum_ranks is None else torch.zeros_like(residual)
+        self.operations.add_experts(x, router, gate_up, down, Picks(choices, normalise), added)
+        if self._sum_ranks is not None:
+            residual.add_(self._sum_ranks(added))

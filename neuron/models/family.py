@@ -1,0 +1,100 @@
+"""Families of models, and what most of them build from: a family is a file beside this one and a line in the registry.
+
+A family reads a configuration, in either format, into blocks of layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from neuron.layers.attention import Attention
+from neuron.layers.embedding import Embedding, Head
+from neuron.layers.layer import Layer
+from neuron.layers.mlp import GatedMlp
+from neuron.layers.norm import Norm
+from neuron.models.errors import UnsupportedArchitectureError
+from neuron.models.fields import MAX_WIDTH, Fields
+from neuron.models.files import quoted
+from neuron.models.model import ModelConfig
+
+ACTIVATIONS: Final = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+"""Activations of layers, by their names in ``config.json``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Family:
+    """Family of models."""
+
+    name: str
+    """``model_type`` in ``config.json``, and ``general.architecture`` in GGUF unless given below."""
+    class_names: tuple[str, ...]
+    """Values of ``architectures`` in ``config.json``: a reward model shares the type, not these."""
+    build: Callable[[Fields], ModelConfig]
+    """Reader of a configuration; may raise ``ValueError`` for sizes that do not fit."""
+    gguf_name: str = ""
+
+
+def norm_of(fields: Fields, *, less_one: bool = False) -> Norm:
+    """Return the norm of the residual stream."""
+    return Norm(fields.size("hidden_size"), fields.number("rms_norm_eps", 1e-6), less_one)
+
+
+def attention_of(fields: Fields, **differences: Any) -> Attention:
+    """Return the usual attention, with ``differences`` to it."""
+    heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
+    kv_heads = fields.size("num_key_value_heads", heads)
+    head_dim = fields.size("head_dim", max(hidden // heads, 1))
+    if max(heads, kv_heads) * head_dim > MAX_WIDTH:
+        raise ValueError(f"{heads} heads of {head_dim} are wider than any model's")
+    usual = {"norm": norm_of(fields), "scale": head_dim**-0.5}
+    if "rope" not in differences:
+        usual["rope"] = fields.rope(head_dim)
+    return Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **{**usual, **differences})
+
+
+def mlp_of(fields: Fields, **differences: Any) -> GatedMlp:
+    """Return the usual MLP, with ``differences`` to it."""
+    return GatedMlp(**{"norm": norm_of(fields), "width": fields.size("intermediate_size"), **differences})
+
+
+def decoder_of(
+    name: str,
+    fields: Fields,
+    blocks: Sequence[tuple[Layer, ...]],
+    *,
+    activation: str = "silu",
+    embedding_scale: float = 1.0,
+    ties_embeddings: bool = False,
+    logit_cap: float = 0.0,
+) -> ModelConfig:
+    """Return the model of ``blocks``.
+
+    ``activation`` is the one, by its name in ``config.json``, that the layers have; ``ties_embeddings``: the head is
+    the embedding where the file has no key for it. Raises :class:`UnsupportedArchitectureError` for what no layer does.
+    """
+    path, values = fields.path, fields.values
+    attentions = [layer for block in blocks for layer in block if isinstance(layer, Attention)]
+    windows = bool(values.get("use_sliding_window") or set(fields.names("layer_types")) - {"full_attention"})
+    if windows and not any(layer.window_tokens for layer in attentions):
+        raise UnsupportedArchitectureError(f"{path}: sliding-window attention is not supported")
+    if values.get("mlp_bias"):
+        raise UnsupportedArchitectureError(f"{path}: biases in the MLP are not supported")
+    if values.get("attn_logit_softcapping") or values.get("use_bidirectional_attention"):
+        raise UnsupportedArchitectureError(f"{path}: attention with a soft cap, or both ways, is not supported")
+    found = values.get("hidden_activation") or values.get("hidden_act") or activation
+    if found != activation:
+        raise UnsupportedArchitectureError(f"{path}: activation {quoted(found)} is not supported")
+    norm = attentions[0].norm
+    vocab_size = fields.size("vocab_size")
+    return ModelConfig(
+        family=name,
+        embedding=Embedding(vocab_size, norm.size, embedding_scale),
+        blocks=tuple(blocks),
+        head=Head(norm, vocab_size, fields.flag("tie_word_embeddings", ties_embeddings), logit_cap),
+        context_tokens=fields.size("max_position_embeddings"),
+    )
+
+
+def blocks_of(fields: Fields, *layers: Layer) -> list[tuple[Layer, ...]]:
+    """Return as many blocks of ``layers`` as the model has."""
+    return [layers] * fields.size("num_hidden_layers")

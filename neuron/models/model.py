@@ -1,0 +1,118 @@
+"""A model as read from its files: an embedding, blocks of layers and a head, and the constants beside them.
+
+All sizes follow from the layers' declarations. Imports no torch: the daemon's preflight uses the same functions as the
+worker that loads the model.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from cortex.wire.node import SamplingDefaults
+from neuron.device.jobs import Pooling
+from neuron.layers.cache import Cache
+from neuron.layers.embedding import Embedding, Head
+from neuron.layers.layer import Layer
+from neuron.layers.parameters import Parameters, Tensor, tensors_of, within
+from neuron.layers.shard import WHOLE, Shard
+from neuron.models.gguf import TensorKind
+
+DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Sampling defaults that the model's authors recommend; ``None`` where there are none."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    def under(self, wanted: SamplingDefaults) -> "GenerationDefaults":
+        """Return these defaults, overridden by the ones in a model's entry."""
+        given = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Layers and constants of a model."""
+
+    family: str
+    embedding: Embedding
+    blocks: tuple[tuple[Layer, ...], ...]
+    """Layers of each block, in the order of computation."""
+    head: Head
+    context_tokens: int
+    """Longest context that the model was trained for, prompt and output together."""
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    generation: GenerationDefaults = GenerationDefaults()
+    pooling: Pooling = Pooling.LAST
+    """Pooling of its embeddings."""
+    generates: bool = True
+    """Whether it generates text, not embeddings alone."""
+    tensor_kinds: Mapping[str, TensorKind] = dataclasses.field(default_factory=dict)
+    """Storage kind of each tensor of a GGUF file, by safetensors name; empty for a folder, where all are floats."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the vocabulary."""
+        return self.embedding.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the residual stream."""
+        return self.embedding.hidden_size
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers, in the order of computation."""
+        return tuple(itertools.chain.from_iterable(self.blocks))
+
+    def parameters(self, shard: Shard = WHOLE) -> Iterator[Parameters]:
+        """Yield a rank's parameters, with full names: of the embedding, of each layer in order, and of the head."""
+        yield self.embedding.parameters(shard)
+        for number, block in enumerate(self.blocks):
+            prefixes = f"model.layers.{number}.", f"blk.{number}."
+            for layer in block:
+                yield {name: within(each, *prefixes) for name, each in layer.parameters(shard).items()}
+        yield self.head.parameters(shard)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return exactly the tensors of the checkpoint, by safetensors name."""
+        return named(
+            tensor for parameters in self.parameters() for each in parameters.values() for tensor in tensors_of(each)
+        )
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors of the checkpoint, by safetensors name."""
+        return {name: tensor.shape for name, tensor in self.tensors().items()}
+
+    def num_parameters(self) -> int:
+        """Return the number of weights; a tied head counts once."""
+        return sum(tensor.num_elements for tensor in self.tensors().values())
+
+    def caches(self, shard: Shard = WHOLE) -> tuple[Cache | None, ...]:
+        """Return what each layer keeps of earlier tokens on a rank."""
+        return tuple(layer.cache(shard) for layer in self.layers)
+
+    def kv_bytes_per_token(self, dtype: str, shard: Shard = WHOLE) -> int:
+        """Return the bytes of a token in the caches of all layers on a rank."""
+        return DTYPE_BYTES[dtype] * sum(cache.elements_per_token for cache in self.caches(shard) if cache is not None)
+
+    def workspace(self, shard: Shard = WHOLE) -> int:
+        """Return the activations of a token at the widest point of a block: residual, input, output and the layers'."""
+        places = itertools.zip_longest(*self.blocks)
+        widest = [max(layer.workspace(shard) for layer in place if layer is not None) for place in places]
+        return 4 * self.hidden_size + sum(widest)
+
+
+def named(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors`` by name."""
+    return {tensor.name: tensor for tensor in tensors}
