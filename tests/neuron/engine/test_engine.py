@@ -20,6 +20,7 @@ from neuron.engine import engine
 from neuron.engine.engine import Engine
 from neuron.engine.native_runner import NativeRunner
 from neuron.models import packed
+from neuron.models.decoder import DecoderWeights
 
 PROMPT = list(range(3, 43))
 HALF_A_TOKEN = jobs.Generate(1, "m", b"abc", 1, (), jobs.SamplerSettings())
@@ -46,7 +47,7 @@ def caches_of(driver: Any) -> list[torch.Tensor]:
     runner = driver.model().runner
     if isinstance(runner, NativeRunner):
         return [runner._cache]
-    return [runner._keys.transpose(0, 1), runner._values.transpose(0, 1)]
+    return [tensor for cache in runner._caches for tensor in cache or ()]
 
 
 def poison(driver: Any, token: int) -> None:
@@ -58,7 +59,7 @@ def poison(driver: Any, token: int) -> None:
         blocks = runner._weights.region[: 4 * packed.padded(131) * hidden].view(np.float32).reshape(-1, hidden, 16)
         blocks[token // 16, :, token % 16] = np.nan
     else:
-        runner._weights.embedding[token] = float("nan")
+        runner._weights.embedding["table"].weight[token] = float("nan")
 
 
 def weights_bytes_of(driver: Any) -> int:
@@ -68,10 +69,11 @@ def weights_bytes_of(driver: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors_of(runner._weights))
 
 
-def tensors_of(weights: Any) -> list[torch.Tensor]:
-    layers = [getattr(layer, name) for layer in weights.layers for name in layer.__slots__]
-    found = (weights.embedding, weights.norm, weights.head, weights.inverse_frequencies, *layers)
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+def tensors_of(weights: DecoderWeights) -> list[torch.Tensor]:
+    """Return each tensor once: layers share their rotary frequencies."""
+    loaded = [each for layer in (weights.embedding, *weights.layers, weights.head) for each in layer.values()]
+    tensors = [tensor for each in loaded for tensor in (each if isinstance(each, tuple) else (each,))]
+    return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
 
 
 def test_rows_are_one_message_a_step_and_count_the_queue(driver: Any) -> None:

@@ -315,11 +315,14 @@ def test_page_0_pads_page_tables_and_stays_zero(with_graphs: Callable[..., Any],
     graphs = Recorded(capacity)
     driver = with_graphs(graphs)
     runner = driver.engine._models["m"].runner
-    runner._weights.embedding[0] = 1.0  # the token of the capture's run, which transformers initialises to zero
+    runner._weights.embedding["table"].weight[0] = (
+        1.0  # the token of the capture's run, which transformers initialises to zero
+    )
     ask(driver, 8, 2)
     assert bool(graphs.steps) == bool(capacity)
-    assert runner._keys[:, 1:].any()
-    assert not runner._keys[:, 0].any()
+    keys = [cache.keys for cache in runner._caches if cache is not None]
+    assert all(each[1:].any() for each in keys)
+    assert not any(each[0].any() for each in keys)
 
 
 @pytest.mark.parametrize(
