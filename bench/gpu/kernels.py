@@ -19,7 +19,7 @@ from neuron.triton_kernels.operations import KERNELS
 from neuron.triton_kernels.prefill_attention import prefill_attention
 from neuron.triton_kernels.quantized_matmul import FORMS, quantized_matmul
 from neuron.triton_kernels.random_batch import PAGE, random_batch
-from neuron.triton_kernels.sampling_rows import SamplingRows
+from neuron.triton_kernels.sampling import SamplingRows
 from neuron.triton_kernels.skinny_matmul import skinny_matmul
 
 Rows = Iterator[dict[str, Any]]

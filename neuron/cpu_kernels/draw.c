@@ -1,11 +1,9 @@
 /* Sampling of a token from a row of logits.
  *
  *     x[i] = cap tanh(logit[i] / cap) with a cap;  w[i] = exp((x[i] - max x) / temperature)
- *     kept: top-k, top-p of what that leaves, and min-p
- *     the first i whose running sum of kept w exceeds `uniform` of their total, in the order of the vocabulary
  *
- * Nothing is sorted. Each filter is a least weight, found by partition among a few candidates, so tokens of equal weight
- * are kept or dropped together. Reference: sample of neuron.triton_kernels.reference.
+ * The rest is as neuron.triton_kernels.sampling defines a draw. Nothing is sorted: each filter is a least weight, found by
+ * partition among a few candidates.
  */
 #include "kernels.h"
 #include "simd.h"

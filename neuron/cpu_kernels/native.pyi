@@ -41,6 +41,7 @@ def draw(
     uniform: float = 0.5,
     cap: float = 0.0,
 ) -> int: ...
+def uniform(seed: int, counter: int) -> float: ...
 
 @final
 class Pool:

@@ -122,6 +122,7 @@ cdef extern from "step.h" nogil:
         int32_t *ids
         int32_t *finite
         float *hidden
+    double c_uniform "uniform"(uint64_t seed, uint64_t counter)
     size_t c_page_bytes "page_bytes"(const model *model)
     size_t c_arena_bytes "arena_bytes"(const model *model)
 
@@ -319,6 +320,11 @@ def draw(
     how.temperature, how.top_k, how.top_p, how.min_p = temperature, top_k, top_p, min_p
     how.uniform, how.cap = uniform, cap
     return table_of(level).draw(&logits[0], count, &how, &scratch[0])
+
+
+def uniform(uint64_t seed, uint64_t counter):
+    """Return the number in [0, 1) with which a step draws the token ``counter`` of a sequence with ``seed``."""
+    return c_uniform(seed, counter)
 
 
 @cython.final

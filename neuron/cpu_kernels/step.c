@@ -426,8 +426,7 @@ static uint64_t mix(uint64_t bits) {
     return bits ^ (bits >> 31);
 }
 
-/* neuron.engine.sampler.uniform: a number in [0, 1) of a seed and a counter. */
-static double uniform(uint64_t seed, uint64_t counter) {
+double uniform(uint64_t seed, uint64_t counter) {
     const uint64_t gamma = UINT64_C(0x9E3779B97F4A7C15);
     return (double)(mix(mix(seed + gamma) + (counter + 1) * gamma) >> 21) * 0x1p-43;
 }

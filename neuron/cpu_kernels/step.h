@@ -62,6 +62,9 @@ struct step {
 
 enum { NON_FINITE = -1 };
 
+/* The number in [0, 1) that a row draws with: neuron.triton_kernels.sampling. */
+double uniform(uint64_t seed, uint64_t counter);
+
 /* Bytes of a page over all layers. */
 size_t page_bytes(const struct model *model);
 

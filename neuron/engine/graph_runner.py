@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from neuron.engine.device_graphs import Graphs
-from neuron.engine.device_sampler import DeviceSampler
 from neuron.engine.errors import raise_device_fault, ran_out
 from neuron.engine.executor import MAX_STEPS, DeviceStep, InFlightStep, StepOutcome
 from neuron.engine.plan import StepPlan
@@ -92,7 +91,7 @@ class GraphRunner(Runner):
         # Eager attention takes host data of every step, which no graph can.
         captures = settings.cuda_graphs and self._kernels.by_kernels
         self._uncaptured = buckets(plan.max_sequences) if captures else []
-        self._samples = isinstance(self.sampler, DeviceSampler)
+        self._samples = settings.device_sampling
         """Whether graphs sample."""
         # A step may refer to any row that was sampled in the one before it.
         self._published = Published(plan.sampled_rows, device)

@@ -31,7 +31,6 @@ from neuron.engine.executor import Executor, InFlightStep
 from neuron.engine.graph_runner import GraphRunner
 from neuron.engine.group_runner import GroupRunner
 from neuron.engine.plan import StepPlan, build_plan
-from neuron.engine.sampler import NON_FINITE
 from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceState
 from neuron.engine.speculation import PromptLookup, Speculation
@@ -40,6 +39,7 @@ from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.text import tokenizer
 from neuron.text.matcher import Vocabulary
+from neuron.triton_kernels.sampling import NON_FINITE
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import mmap
 import numpy as np
 import torch
 
-from neuron.engine.device_sampler import DeviceSampler
 from neuron.engine.executor import DeviceStep, InFlightStep
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import LogprobReport, Sampler
@@ -22,6 +21,7 @@ from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.attention import attention_parts
 from neuron.triton_kernels.batch import AttentionPart, Batch
+from neuron.triton_kernels.operations import EAGER
 
 
 class Runner:
@@ -52,12 +52,8 @@ class Runner:
         """Token ids that the last step sampled."""
         self._none = torch.empty((0, config.hidden_size), dtype=torch.float32, device=device)
         self._kernels = dispatch.operations_for(device, weights.dtype, triton=settings.triton_kernels)
-        self.sampler = self._make_sampler(plan.max_sequences, settings.device_sampling)
-
-    def _make_sampler(self, max_sequences: int, on_device: bool) -> Sampler:
-        if not (self._kernels.by_kernels and on_device):
-            return Sampler(max_sequences, self.config.vocab_size, self.device)
-        return DeviceSampler(max_sequences, self.config.vocab_size, self.device, self._kernels.sample)
+        draw = self._kernels.sample if settings.device_sampling else EAGER.sample
+        self.sampler = Sampler(plan.max_sequences, config.vocab_size, device, draw)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlightStep:

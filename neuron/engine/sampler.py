@@ -1,11 +1,13 @@
 """From logits to token ids for all rows of a step at once, each row by its own sequence's settings.
 
 A sequence's settings are written into tables when it is admitted, one row a slot, and gathered by slot in each step.
-A row's draw depends on its seed and its number of tokens, never on its neighbours. Logits stay on the device.
+Tokens are drawn as :mod:`neuron.triton_kernels.sampling` defines it, by its kernel or in eager torch; logits stay on
+the device.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -14,11 +16,10 @@ import torch
 from cortex.wire.errors import InvalidRequestError
 from neuron.device.jobs import SamplerSettings, TokenLogprobs
 from neuron.engine.sequence import Float32Array, Int32Array
-from neuron.engine.staging import to_device, to_host
-from neuron.triton_kernels import sampling_reference as kernels
+from neuron.engine.staging import Array, to_device, to_host, together
+from neuron.triton_kernels.operations import EAGER
+from neuron.triton_kernels.sampling import NON_FINITE, SamplingRows
 
-NON_FINITE: Final = -1
-"""Id of a row whose logits hold a NaN or an infinity."""
 MAX_TOP_LOGPROBS: Final = 20
 GREEDY_BELOW: Final = 1e-5
 """Temperature under which sampling is greedy: dividing by it overflows float32."""
@@ -26,6 +27,8 @@ GREEDY_BELOW: Final = 1e-5
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 Float64Array = np.ndarray[Any, np.dtype[np.float64]]
 UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
+
+Draw = Callable[[torch.Tensor, SamplingRows], tuple[torch.Tensor, torch.Tensor]]
 
 NO_TOKENS: Final[Int32Array] = np.empty(0, np.int32)
 
@@ -64,11 +67,12 @@ class Draws(NamedTuple):
 
 
 class Sampler:
-    """The sampling state of one model's running sequences, on ``device``."""
+    """The sampling state of one model's running sequences, on ``device``; ``draw`` is the kernel, or its reference."""
 
-    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, max_sequences: int, vocab_size: int, device: torch.device, draw: Draw = EAGER.sample) -> None:
         self._vocab_size = vocab_size
         self._device = device
+        self._draw = draw
         self._temperature: Float64Array = np.zeros(max_sequences)
         self._top_p: Float64Array = np.ones(max_sequences)
         self._min_p: Float64Array = np.zeros(max_sequences)
@@ -82,8 +86,8 @@ class Sampler:
         """Log probabilities of the last :meth:`sample`."""
         self._masks: dict[int, Int32Array] = {}
         self._bias: dict[int, tuple[Int32Array, Float32Array]] = {}
-        # [slots, V], made for the first sequence with penalties: the count of each generated token, and whether the
-        # prompt has it.
+        # [slots, V], made for the first row that changes its logits: the count of each generated token, and whether
+        # the prompt has it.
         self._counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
 
@@ -154,42 +158,50 @@ class Sampler:
         self._masks[slot] = mask
 
     def sample(self, logits: torch.Tensor, slots: Int32Array, num_output: Int32Array) -> torch.Tensor:
-        """Return the next token id int32 ``[R]`` of each row of ``logits`` ``[R, V]`` float32, which are overwritten.
+        """Return the next token id int32 ``[R]`` of each row of ``logits`` ``[R, V]`` float32.
 
         ``slots`` and ``num_output`` ``[R]`` are each row's slot and its generated tokens. Several rows may be of one
         sequence if it has neither penalties nor a grammar. Sets ``report``.
         """
-        # A sum is finite only if every term is, and reads the logits once: 7 us a row against 46 for isfinite().all().
-        finite = logits.sum(-1).isfinite()
-        reported = np.flatnonzero(self._top_logprobs[slots] >= 0)
-        raw = logits[to_device(reported, self._device)] if len(reported) else None
-        penalised = np.flatnonzero(self._penalised[slots])
-        if len(penalised):
-            self._penalise(logits, penalised, slots)
-        for row, slot in enumerate(slots.tolist()) if self._bias else ():
+        ids, _ = self._draw(logits, self._rows(slots, num_output))
+        self.report = self._report(logits, ids, slots)
+        return ids
+
+    def _rows(self, slots: Int32Array, num_output: Int32Array) -> SamplingRows:
+        draws = self.draws(slots, num_output)
+        arrays: list[Array] = [
+            draws.temperature.astype(np.float32),
+            draws.top_k,
+            draws.top_p.astype(np.float32),
+            draws.min_p.astype(np.float32),
+            draws.seeds.view(np.int64),
+            draws.num_output,
+        ]
+        chosen = slots.tolist()
+        if not (self._penalised[slots].any() or any(slot in self._bias or slot in self._masks for slot in chosen)):
+            return SamplingRows(*together(arrays, self._device))
+        # All three for all rows, so that there are two kernels and not eight: other rows get neutral values.
+        arrays += [slots, self._penalties[slots].astype(np.float32), *self._biases(chosen), self._allowed(chosen)]
+        *plain, rows, penalties, tokens, values, allowed = together(arrays, self._device)
+        return SamplingRows(*plain, rows, penalties, *self._tables(), tokens, values, allowed)
+
+    def _biases(self, slots: list[int]) -> tuple[Int32Array, Float32Array]:
+        width = max([1, *(len(self._bias[slot][0]) for slot in slots if slot in self._bias)])
+        tokens: Int32Array = np.full((len(slots), width), -1, np.int32)
+        values: Float32Array = np.zeros((len(slots), width), np.float32)
+        for row, slot in enumerate(slots):
             if slot in self._bias:
-                tokens, values = (to_device(array, self._device) for array in self._bias[slot])
-                logits[row].index_add_(0, tokens, values)
-        for row, slot in enumerate(slots.tolist()) if self._masks else ():
+                own_tokens, own_values = self._bias[slot]
+                tokens[row, : len(own_tokens)] = own_tokens
+                values[row, : len(own_values)] = own_values
+        return tokens, values
+
+    def _allowed(self, slots: list[int]) -> Int32Array:
+        allowed: Int32Array = np.full((len(slots), -(-self._vocab_size // 32)), -1, np.int32)
+        for row, slot in enumerate(slots):
             if slot in self._masks:
-                mask = ~self._masks[slot].view(np.uint8)
-                forbidden = np.unpackbits(mask, count=self._vocab_size, bitorder="little").view(np.bool_)
-                logits[row].masked_fill_(to_device(forbidden, self._device), -torch.inf)
-        ids = kernels.sample(
-            logits,
-            self._temperature[slots],
-            self._top_k[slots],
-            self._top_p[slots],
-            self._min_p[slots],
-            uniform(self._seed[slots], num_output),
-        )
-        if len(penalised) and self._counts is not None:
-            rows = to_device(penalised, self._device)
-            chosen = to_device(slots[penalised], self._device).to(torch.int64)
-            ones = torch.ones(len(penalised), dtype=torch.int32, device=self._device)
-            self._counts.index_put_((chosen, ids.index_select(0, rows)), ones, accumulate=True)
-        self.report = None if raw is None else self._report(raw, ids, reported, slots)
-        return ids.to(torch.int32).masked_fill_(~finite, NON_FINITE)
+                allowed[row] = self._masks[slot]
+        return allowed
 
     def score(
         self, logits: torch.Tensor, slots: Int32Array, num_output: Int32Array, targets: Int32Array
@@ -205,42 +217,23 @@ class Sampler:
         if len(drawn):
             rows = np.flatnonzero(targets < 0)
             ids[drawn] = self.sample(logits.index_select(0, drawn), slots[rows], num_output[rows])
-        reported = np.flatnonzero(self._top_logprobs[slots] >= 0)
-        self.report = None
-        if len(reported):
-            raw = logits.index_select(0, to_device(reported, self._device))
-            self.report = self._report(raw, ids.clamp(min=0).to(torch.int64), reported, slots)
+        self.report = self._report(logits, ids, slots)
         return ids
 
-    def _report(
-        self, raw: torch.Tensor, ids: torch.Tensor, which: np.ndarray[Any, Any], slots: Int32Array
-    ) -> LogprobReport:
-        """Return the log probabilities of the rows ``which``, with the unfiltered logits ``raw`` ``[N, V]``."""
+    def _report(self, logits: torch.Tensor, ids: torch.Tensor, slots: Int32Array) -> LogprobReport | None:
+        """Return the log probabilities of the rows that want them."""
+        which = np.flatnonzero(self._top_logprobs[slots] >= 0)
+        if not len(which):
+            return None
         widths = self._top_logprobs[slots[which]].tolist()
-        logprobs = raw.log_softmax(-1)
-        chosen = ids[to_device(which, self._device)].unsqueeze(-1)
+        rows = to_device(which, self._device)
+        logprobs = logits.index_select(0, rows).log_softmax(-1)
+        # A row that is not finite has no id, and its report is never read.
+        chosen = ids[rows].clamp(min=0).to(torch.int64).unsqueeze(-1)
         likeliest = logprobs.topk(max(widths))
         place = {row: (at, width) for at, (row, width) in enumerate(zip(which.tolist(), widths, strict=True))}
         found = logprobs.gather(-1, chosen), likeliest.values, likeliest.indices.to(torch.int32)
         return LogprobReport(place, *map(to_host, found))
-
-    def _penalise(self, logits: torch.Tensor, which: np.ndarray[Any, Any], slots: Int32Array) -> None:
-        """Apply the penalties to the rows ``which``: repetition to prompt and output, the other two to output only.
-
-        Repetition: arXiv:1909.05858, dividing positive logits and multiplying negative ones.
-        """
-        if self._counts is None or self._in_prompt is None:
-            raise RuntimeError("a penalised sequence was never admitted")
-        rows = to_device(which, self._device)
-        chosen = to_device(slots[which], self._device).to(torch.int64)
-        counts = self._counts.index_select(0, chosen)
-        seen = (counts > 0) | self._in_prompt.index_select(0, chosen)
-        penalties = to_device(self._penalties[slots[which]].astype(np.float32), self._device)
-        repetition, presence, frequency = penalties.unsqueeze(-1).unbind(1)
-        x = logits.index_select(0, rows)
-        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
-        x -= frequency * counts + presence * (counts > 0)
-        logits.index_copy_(0, rows, x)
 
 
 def check_settings(settings: SamplerSettings, vocab_size: int) -> None:
@@ -264,21 +257,3 @@ def check_settings(settings: SamplerSettings, vocab_size: int) -> None:
             raise InvalidRequestError(
                 f"logit_bias adds {value} to token {token}; the model has {vocab_size} tokens", param="logit_bias"
             )
-
-
-def uniform(seeds: UInt64Array, counters: Int32Array) -> Float64Array:
-    """Return one number in [0, 1) for each seed and counter: the splitmix64 finaliser over both, in turn.
-
-    43 bits, so that times a float64 total it stays below the total. (Steele et al., OOPSLA 2014.)
-    """
-    bits = _mix(_mix(seeds + _GAMMA) + (counters.astype(np.uint64) + np.uint64(1)) * _GAMMA)
-    return (bits >> np.uint64(21)).astype(np.float64) * 2.0**-43
-
-
-_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(bits: UInt64Array) -> UInt64Array:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))

@@ -14,7 +14,7 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws
 from neuron.engine.sequence import Int32Array
 from neuron.triton_kernels.decode_state import MAX_STOPS, DecodeState
-from neuron.triton_kernels.sampling_rows import SamplingRows
+from neuron.triton_kernels.sampling import SamplingRows
 
 PENDING: Final = -2
 """Value of a token that the device has not published yet."""

@@ -26,7 +26,7 @@ from neuron.models.errors import UnsupportedQuantizationError
 from neuron.models.gguf import TensorKind
 from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
-from neuron.triton_kernels import decode_state, dispatch, sampling_rows
+from neuron.triton_kernels import decode_state, dispatch, sampling
 from neuron.triton_kernels.batch import Batch
 from neuron.triton_kernels.operations import KERNELS
 
@@ -75,7 +75,7 @@ def _sample(config: ModelConfig, plan: MemoryPlan) -> None:
     """Launch the kernels after the logits, with and without changes of logits, and the ends of a captured step."""
     rows, vocab_size = plan.max_sequences, config.vocab_size
     for changes in (False, True):
-        asked = sampling_rows.like(rows, vocab_size, plan.max_sequences, changes, _meta)
+        asked = sampling.like(rows, vocab_size, plan.max_sequences, changes, _meta)
         KERNELS.sample(_meta(rows, vocab_size, dtype=torch.float32), asked)
     pages = -(-plan.context_tokens // PAGE_TOKENS)
     for num_rows in {1, plan.max_sequences}:

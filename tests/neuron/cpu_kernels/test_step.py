@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from neuron.cpu_kernels import native
-from neuron.engine.sampler import uniform
 from neuron.models.packed import Format, padded
 from neuron.models.packed_weights import huge_pages
 
@@ -354,14 +353,13 @@ def test_rows_are_drawn_by_their_own_numbers_in_multi_step_too() -> None:
     tokens = {n: [int(driver.step({n: prompt})[0][0])] for n, prompt in prompts.items()}
     for step, row in enumerate(expected[:10]):
         _, logits = driver.step(tokens)
-        numbers = uniform(DRAWS[4], np.full(3, step, np.int32))
         for n in range(3):
             padded_row = np.zeros(80, np.float32)
             padded_row[:77] = logits[n]
             temperature, top_p, min_p, top_k = (values[n] for values in DRAWS[:4])
             token = native.draw(
                 level, padded_row, 77, np.zeros(80, np.float32), temperature=temperature, top_p=top_p, min_p=min_p,
-                top_k=top_k, uniform=numbers[n],
+                top_k=top_k, uniform=native.uniform(int(DRAWS[4][n]), step),
             )  # fmt: skip
             assert token == row[n]
         tokens = {n: [int(row[n])] for n in range(3)}

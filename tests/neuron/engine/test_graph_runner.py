@@ -20,7 +20,6 @@ from neuron.device import jobs
 from neuron.device.driver import DeviceFault, DriverError
 from neuron.engine import multi_step
 from neuron.engine.graph_runner import GraphRunner, buckets
-from neuron.engine.sampler import Sampler
 from neuron.engine.speculation import Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.models import prebuild
@@ -103,8 +102,7 @@ def test_graphs_give_the_tokens_of_single_launches(
     wanted = ask(with_graphs(nothing), **settings)
     assert not nothing.launched
     set_engine(cuda_graphs=True)
-    if not settings.get("temperature"):
-        assert wanted == expected(harness, tiny_llama, **settings), "the sampler in torch has the same likeliest tokens"
+    assert wanted == expected(harness, tiny_llama, **settings)
     graphs = Recorded(late=overlaps)
     driver = with_graphs(graphs)
     runner = driver.engine._models["m"].runner
@@ -150,7 +148,6 @@ def test_sampling_in_torch_can_be_selected(
     wanted = expected(harness, tiny_llama, **settings)
     graphs = Recorded()
     driver = with_graphs(graphs)
-    assert type(driver.engine._models["m"].runner.sampler) is Sampler
     assert ask(driver, **settings) == wanted
     assert graphs.launched
     assert not graphs.replays
@@ -406,7 +403,7 @@ def test_a_captured_step_launches_the_kernels_compiled_for_it(
     for size in (1, 2, 3, 5, 6):
         with recording(target_for(80)) as recorder:  # a CPU has no dependent launch
             model.runner._capture(size)
-        assert {v.kernel.partition(":")[2] for v in recorder.variants} > {"_sample_kernel", "_end_kernel"}
+        assert {v.kernel.partition(":")[2] for v in recorder.variants} > {"sample_kernel", "_end_kernel"}
         assert set(recorder.variants) <= set(listed)
 
 

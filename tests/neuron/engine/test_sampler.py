@@ -9,8 +9,8 @@ import torch
 
 from cortex.wire.errors import InvalidRequestError
 from neuron.device.jobs import SamplerSettings
-from neuron.engine.sampler import NON_FINITE, Sampler, check_settings, uniform
-from neuron.triton_kernels import sampling_reference
+from neuron.engine.sampler import Sampler, check_settings
+from neuron.triton_kernels.sampling import NON_FINITE, NUM_CANDIDATES, uniform
 
 DRAWS = 20_000
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_tokens_come_as_often_as_they_should(vocab_size: int, settings: dict[str
 
 
 def test_top_p_of_a_flat_distribution_needs_more_than_the_first_candidates() -> None:
-    logits = torch.linspace(0.0, 0.5, 4 * sampling_reference.TOP_P_CANDIDATES)
+    logits = torch.linspace(0.0, 0.5, 4 * NUM_CANDIDATES)
     assert_drawn_from(draw(logits, 5000, top_p=0.8), expected_probabilities(logits, top_p=0.8))
 
 
@@ -93,8 +93,8 @@ def test_the_chi_square_notices_a_wrong_distribution() -> None:
 
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:
-    seeds, counters = np.meshgrid(np.arange(256, dtype=np.uint64), np.arange(256, dtype=np.int32))
-    numbers = uniform(seeds.ravel(), counters.ravel())
+    seeds, counters = np.meshgrid(np.arange(256), np.arange(256, dtype=np.int32))
+    numbers = uniform(*map(torch.from_numpy, (seeds.ravel(), counters.ravel()))).numpy()
     assert 0 <= numbers.min() < numbers.max() < 1
     assert_drawn_from(np.bincount((numbers * 64).astype(int), minlength=64), np.full(64, 1 / 64))
     pairs = (numbers[:-1] * 8).astype(int) * 8 + (numbers[1:] * 8).astype(int)

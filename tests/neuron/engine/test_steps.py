@@ -22,11 +22,11 @@ from neuron.engine.executor import StepOutcome
 from neuron.engine.model_engine import ModelEngine, StepOutput
 from neuron.engine.multi_step import MULTI_STEP_S
 from neuron.engine.plan import StepPlan
-from neuron.engine.sampler import NON_FINITE
 from neuron.engine.sequence import Sequence, SequenceState
 from neuron.engine.speculation import Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
+from neuron.triton_kernels.sampling import NON_FINITE
 
 PLAN = MemoryPlan(
     dtype="float32", context_tokens=256, max_sequences=4, sampled_rows=7, num_pages=20, step_tokens=64,
