@@ -182,8 +182,8 @@ class Sampler:
             return SamplingRows(*together(arrays, self._device))
         # All three for all rows, so that there are two kernels and not eight: other rows get neutral values.
         arrays += [slots, self._penalties[slots].astype(np.float32), *self._biases(chosen), self._allowed(chosen)]
-        *plain, rows, penalties, tokens, values, allowed = together(arrays, self._device)
-        return SamplingRows(*plain, rows, penalties, *self._tables(), tokens, values, allowed)
+        there = together(arrays, self._device)
+        return SamplingRows(*[*there[:8], *self._tables(), *there[8:]])
 
     def _biases(self, slots: list[int]) -> tuple[Int32Array, Float32Array]:
         width = max([1, *(len(self._bias[slot][0]) for slot in slots if slot in self._bias)])

@@ -166,7 +166,7 @@ def test_tokens_in_triton() -> None:
 
 
 def write() -> None:
-    draws = []
+    draws: list[dict[str, Any]] = []
     for i, (logits, settings) in enumerate((logits, settings) for logits in LOGITS for settings in SETTINGS):
         row, seed, wanted = row_of(*logits), SEEDS[i % len(SEEDS)], len(draws) + 2
         for counter in range(200):
@@ -177,8 +177,8 @@ def write() -> None:
                     {"logits": logits, "settings": settings, "seed": seed, "counter": counter, "token": found.pop()}
                 )
     numbers = [[seed, counter, bits_of(seed, counter)] for seed in SEEDS for counter in COUNTERS]
-    parts = {"uniform": numbers, "draws": draws}
-    lists = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in parts.items())
+    parts: dict[str, list[Any]] = {"uniform": numbers, "draws": draws}
+    lists = (f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]" for name, rows in parts.items())
     TABLE.write_text("{" + ", ".join(lists) + "}\n")
 
 
