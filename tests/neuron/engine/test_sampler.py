@@ -1,6 +1,8 @@
 """Sampling: its distributions, reproducible seeds, and each setting against its formula."""
 
 import math
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,23 @@ def test_a_row_depends_on_its_own_seed_and_step_only() -> None:
         assert alone.tolist() == [together[slot]]
     others = [draw(torch.zeros(vocab_size), 50, seed=seed).nonzero()[0].tolist() for seed in (1, 2, -1, 1 << 63)]
     assert len({tuple(other) for other in others}) == 4
+
+
+def test_a_seed_gives_the_same_text_by_native_kernels_and_in_torch(
+    harness: Callable[..., Any], tiny_llama: pathlib.Path, set_engine: Callable[..., None]
+) -> None:
+    kinds: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.8, "min_p": 0.02}, {"presence_penalty": 0.5}]
+    found = []
+    for is_native in (False, True):
+        set_engine(cpu_kernels=is_native)
+        driver = harness()
+        driver.load(tiny_llama, dtype="float32", max_sequences=4)
+        for number, kind in enumerate(kinds):
+            driver.generate(number, list(range(3, 20)), 30, temperature=0.9, seed=number, **kind)
+        driver.run()
+        found.append(driver.outputs())
+    assert found[0] == found[1]
+    assert len({tuple(tokens) for tokens in found[0].values()}) == 4
 
 
 def test_penalties_and_bias_follow_their_formulas() -> None:
