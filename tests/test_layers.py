@@ -23,18 +23,18 @@ LAYERS = tuple(
 cortex._fast cortex._fast.buffer cortex._fast.clock cortex._fast.in_flight cortex._fast.scheduling
 cortex._fast.watches cortex.build_identity cortex.console cortex.dialects.openai_sealed cortex.ending cortex.extras
 cortex.loop_lag cortex.memory cortex.settings cortex.supervise cortex.systemd cortex.wire cortex.worker_signals
-neuron.cpu_kernels neuron.device.channel neuron.device.driver neuron.text.gguf_rules neuron.text.pieces
-neuron.text.token_bytes neuron.triton_kernels
+neuron.cpu_kernels neuron.device.channel neuron.device.driver neuron.formats neuron.text.gguf_rules neuron.text.pieces
+neuron.text.token_bytes
 
 cortex cortex._fast.event_fields cortex._fast.log_fields cortex._fast.peek cortex._fast.response_writer
 cortex._fast.sse cortex.access.keys cortex.body_encoding cortex.demo cortex.dialects.anthropic_errors
 cortex.dialects.openai_chunks cortex.dialects.openai_errors cortex.errors cortex.fleet.state cortex.guard
-cortex.report cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors neuron.layers
-neuron.text.plain
+cortex.report cortex.request_body cortex.tracing neuron neuron.device.jobs neuron.errors neuron.text.plain
+neuron.triton_kernels
 
 cortex._fast.chat_events cortex._fast.chat_stream cortex._fast.http_client cortex._fast.messages_stream
 cortex._fast.responses_stream cortex._fast.usage_scanner cortex.access cortex.http_io cortex.logs neuron.device
-neuron.harness neuron.text.matcher
+neuron.harness neuron.layers neuron.text.matcher
 
 cortex.asgi_io cortex.config cortex.dialects cortex.event_stream cortex.send_window neuron.batch
 neuron.engine_settings neuron.metrics

@@ -26,6 +26,7 @@ from neuron.engine.loading import load_model
 from neuron.engine.model_engine import ModelEngine
 from neuron.engine.sequence import Sequence
 from neuron.engine_settings import DEFAULTS, EngineSettings
+from neuron.formats.matrix import QuantizedMatrix, StackedMatrix
 from neuron.layers.attention import Attention
 from neuron.models import decoder, quantization
 from neuron.models.config import read_config
@@ -35,7 +36,6 @@ from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.models.transfer import Transfer
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch
-from neuron.triton_kernels.quantized import QuantizedMatrix, StackedMatrix
 
 MAX_COMPILERS = 16
 WARM_UP = 12

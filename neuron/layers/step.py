@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 
+from neuron.formats.matrix import Matrix
 from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
 from neuron.triton_kernels.experts import Picks
 from neuron.triton_kernels.moe_matmul import Experts
 from neuron.triton_kernels.norm import Norm
 from neuron.triton_kernels.operations import Operations
-from neuron.triton_kernels.quantized import Matrix
 from neuron.triton_kernels.rotary import Rotary
 
 SumRanks = Callable[[torch.Tensor], torch.Tensor]

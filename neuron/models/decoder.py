@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from neuron.formats.matrix import embedding_rows
 from neuron.layers.cache import Cache
 from neuron.layers.layer import Weights
 from neuron.layers.shard import WHOLE, Shard
@@ -20,7 +21,6 @@ from neuron.models.sizing import PAGE_TOKENS
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch, KeyValueCache
 from neuron.triton_kernels.operations import Operations
-from neuron.triton_kernels.quantized import embedding_rows
 
 if TYPE_CHECKING:
     from neuron.models.weights import WeightSource

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from neuron.formats import matrix as matrices
+from neuron.formats.matrix import QuantizedMatrix, StackedMatrix
+from neuron.formats.registry import FORMATS, ROUNDED_FORMATS, STORED_FORMATS
 from neuron.layers.parameters import Constant, Matrix, Parameters, Tensor, Vector
 from neuron.layers.step import Linear
 from neuron.models import quantization
-from neuron.models.gguf import BLOCKS
 from neuron.models.transfer import Transfer, from_file
-from neuron.triton_kernels import quantized
-from neuron.triton_kernels.quantized import BLOCK, SUPER_BLOCK, Quantization, QuantizedMatrix, StackedMatrix
 
 if TYPE_CHECKING:
     from neuron.models.weights import WeightSource
@@ -61,7 +61,7 @@ class ParameterReader:
         ]
         return torch.cat(parts)
 
-    def _matrix(self, matrix: Matrix) -> "quantized.Matrix":
+    def _matrix(self, matrix: Matrix) -> matrices.Matrix:
         """Return the concatenated rows of a matrix's tensors: stacked where their forms differ."""
         forms = quantization.forms(matrix, self._source.config.tensor_kinds, self._quant)
         parts: list[torch.Tensor | QuantizedMatrix] = []
@@ -98,12 +98,13 @@ class ParameterReader:
 
     def _quantized(self, form: str, tensors: Sequence[Tensor]) -> QuantizedMatrix:
         num_rows = sum(len(tensor.rows) for tensor in tensors)
-        matrix = empty(form, num_rows, len(tensors[0].columns), self._device)
+        columns = len(tensors[0].columns)
+        matrix = FORMATS[form].layout(columns).empty(num_rows, columns, self._device)
         if self._device.type == "meta":
             return matrix
         start = 0
         for tensor in tensors:
-            runs = self._rounded if form in quantization.ROUNDED else self._stored
+            runs = self._rounded if form in ROUNDED_FORMATS else self._stored
             for run in runs(form, tensor):
                 stop = start + run.shape[0]
                 for source, destination in zip(run.arrays(), matrix.arrays(), strict=True):
@@ -118,7 +119,8 @@ class ParameterReader:
             raise TypeError(f"{tensor.name} is not stored as {form}")
         num_rows, num_columns = tensor.shape
         rows, columns = tensor.rows, tensor.columns
-        block, block_bytes = BLOCKS[stored.kind]
+        format = STORED_FORMATS[form]
+        block, block_bytes = format.block, format.block_bytes
         step = max(1, RUN_ELEMENTS // num_columns)
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
@@ -127,7 +129,7 @@ class ParameterReader:
             here = from_file(chosen)
             there = torch.empty_like(here, device=self._device)
             self._transfer.copy(here, there)
-            yield quantized.from_gguf(form, there, stop - start)
+            yield format.read(there, stop - start)
 
     def _rounded(self, form: str, tensor: Tensor) -> Iterator[QuantizedMatrix]:
         """Yield runs of rows, rounded."""
@@ -136,51 +138,7 @@ class ParameterReader:
         for start in range(rows.start, rows.stop, step):
             piece = torch.empty((min(step, rows.stop - start), width), dtype=self._dtype, device=self._device)
             self._read(tensor, piece, start)
-            match form:
-                case "int8":
-                    yield quantized.quantize_int8(piece)
-                case "fp8":
-                    yield quantized.quantize_fp8(piece)
-                case _:
-                    yield quantized.quantize_int4(piece, quantization.int4_group(width))
-
-
-def empty(form: str, num_rows: int, num_columns: int, device: torch.device) -> QuantizedMatrix:
-    """Return an uninitialised matrix in ``form``, as of :func:`from_gguf` and the roundings."""
-
-    def array(columns: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty((num_rows, columns), dtype=dtype, device=device)
-
-    f16, f32, i8 = torch.float16, torch.float32, torch.int8
-    groups, supers = num_columns // BLOCK, num_columns // SUPER_BLOCK
-    int8, int4 = Quantization.INT8, Quantization.INT4
-    if form in ("int4", "Q4_0", "Q4_1", "Q4_K"):
-        quants = array(num_columns // 2, torch.uint8)
-    else:
-        quants = array(num_columns, torch.float8_e4m3fn if form == "fp8" else i8)
-    match form:
-        case "int8":
-            return QuantizedMatrix(int8, 0, quants, array(1, f32))
-        case "fp8":
-            return QuantizedMatrix(Quantization.FP8, 0, quants, array(1, f32))
-        case "int4":
-            group = quantization.int4_group(num_columns)
-            scales, minima = array(num_columns // group, f16), array(num_columns // group, f16)
-            return QuantizedMatrix(int4, group, quants, scales, minima)
-        case "Q8_0":
-            return QuantizedMatrix(int8, BLOCK, quants, array(groups, f16))
-        case "Q4_0":
-            return QuantizedMatrix(int4, BLOCK, quants, array(groups, f16))
-        case "Q4_1":
-            return QuantizedMatrix(int4, BLOCK, quants, array(groups, f16), array(groups, f16))
-        case "Q4_K" | "Q5_K":
-            scales, minima = array(groups, i8), array(groups, i8)
-            outer = array(supers, f16), array(supers, f16)
-            return QuantizedMatrix(int4 if form == "Q4_K" else int8, BLOCK, quants, scales, minima, *outer)
-        case "Q6_K":
-            return QuantizedMatrix(int8, BLOCK // 2, quants, array(2 * groups, i8), super_scales=array(supers, f16))
-        case _:
-            raise ValueError(f"{form} is no form of a matrix on a device")
+            yield ROUNDED_FORMATS[form].quantize(piece)
 
 
 def some_rows(matrix: torch.Tensor | QuantizedMatrix, rows: range) -> torch.Tensor | QuantizedMatrix:

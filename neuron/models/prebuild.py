@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from neuron.engine_settings import DEFAULTS, EngineSettings
+from neuron.formats.registry import FORMATS
 from neuron.layers.attention import Attention
 from neuron.layers.experts import Experts
 from neuron.layers.shard import WHOLE, Shard
@@ -38,7 +39,7 @@ CAPABILITIES: Final = (80, 89, 90, 100, 120)
 STEPS: Final = (1, 2, 16, 17, 64, 65, 256, 257)
 """Representative numbers of tokens of a step: both sides of every row count that launchers compare with."""
 FP8_CAPABILITY: Final = 89
-FORMS: Final = (quantization.NONE, *quantization.ROW_BYTES)
+FORMS: Final = (quantization.NONE, *FORMATS)
 EXPERT_ROWS: Final = (16, 64)
 """Representative numbers of rows of an expert on average."""
 POLL_S: Final = 0.001

@@ -1,16 +1,17 @@
 """Choice of the matrices that stay quantised on a device, of their form, and the bytes of all weights.
 
 Pure decisions on sizes: the daemon's preflight and the worker's load call the same functions. Layouts are in
-:mod:`neuron.triton_kernels.quantized`; the CPU kernels have their own formats (:mod:`.packed`).
+:mod:`neuron.formats`; the CPU kernels have their own formats (:mod:`.packed`).
 
 ``quant`` of a spec is ``auto`` (matrices that a GGUF file quantises stay so on a GPU), ``none`` (all in the model's
 dtype), or ``int8``, ``int4``, ``fp8`` (a file of floats is rounded while it is loaded). Embedding and head are not
 rounded: together they are a tenth of an 8B model, and the head's errors are those of the answer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
+from neuron.formats.registry import FORMATS, ROUNDED_FORMATS, STORED_FORMATS
 from neuron.layers.parameters import Constant, Matrix, Tensor, Vector
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models.errors import UnsupportedQuantizationError
@@ -20,37 +21,18 @@ from neuron.models.model import DTYPE_BYTES, ModelConfig
 NONE: Final = "none"
 STORED: Final = "stored"
 """Result of ``auto`` where the file's own blocks are kept."""
-ROUNDED: Final = ("int8", "int4", "fp8")
-KNOWN: Final = ("auto", NONE, *ROUNDED)
-
-ROW_BYTES: Final[dict[str, tuple[int, Callable[[int], int]]]] = {
-    "Q4_0": (32, lambda k: k // 2 + k // 32 * 2),
-    "Q4_1": (32, lambda k: k // 2 + k // 32 * 4),
-    "Q8_0": (32, lambda k: k + k // 32 * 2),
-    "Q4_K": (256, lambda k: k // 2 + k // 32 * 2 + k // 256 * 4),
-    "Q5_K": (256, lambda k: k + k // 32 * 2 + k // 256 * 4),
-    "Q6_K": (256, lambda k: k + k // 16 + k // 256 * 2),
-    "int8": (32, lambda k: k + 4),
-    "fp8": (32, lambda k: k + 4),
-    "int4": (32, lambda k: k // 2 + k // int4_group(k) * 4),
-}
-"""Each form's divisor of the columns, and its bytes of a row of so many columns."""
-
-
-def int4_group(columns: int) -> int:
-    """Return the number of elements that share a scale in rows of ``columns``, a multiple of 32."""
-    return 128 if columns % 128 == 0 else 32
+KNOWN: Final = ("auto", NONE, *ROUNDED_FORMATS)
 
 
 def resolve(config: ModelConfig, quant: str, dtype: str, device: str, *, cpu_kernels: bool = True) -> str:
-    """Return NONE, STORED or one of ROUNDED for the ``quant`` of a spec.
+    """Return NONE, STORED or one of ROUNDED_FORMATS for the ``quant`` of a spec.
 
     Raises :class:`UnsupportedQuantizationError` for an unknown quantisation, or one that this file or device cannot
     have.
     """
     if quant not in KNOWN:
         raise UnsupportedQuantizationError(f"quant is {quant!r}; it can be {', '.join(KNOWN)}", param="quant")
-    kept = any(kind.name in ROW_BYTES for kind in config.tensor_kinds.values())
+    kept = any(kind.name in STORED_FORMATS for kind in config.tensor_kinds.values())
     on_cpu = device.startswith("cpu")
     if quant == "auto":
         return STORED if kept and not on_cpu and dtype != "float32" else NONE
@@ -76,12 +58,12 @@ def forms(matrix: Matrix, kinds: Mapping[str, TensorKind], quant: str) -> tuple[
     def form_of(tensor: Tensor) -> str | None:
         if quant == STORED:
             kind = kinds.get(tensor.name)
-            form = kind.name if kind is not None and kind.name in ROW_BYTES else None
+            form = kind.name if kind is not None and kind.name in STORED_FORMATS else None
         else:
             form = quant if matrix.rounded else None
         if form is None:
             return None
-        unit = ROW_BYTES[form][0]
+        unit = FORMATS[form].layout(len(tensor.columns)).unit
         return None if tensor.columns.start % unit or tensor.columns.stop % unit else form
 
     if quant == NONE or not matrix.quantised:
@@ -92,23 +74,24 @@ def forms(matrix: Matrix, kinds: Mapping[str, TensorKind], quant: str) -> tuple[
 
 def weights_bytes(config: ModelConfig, dtype: str, quant: str, shard: Shard = WHOLE) -> int:
     """Return the bytes of all weights on the device, exactly as the load allocates them."""
-    total, constants = 0, set[Constant]()
-    for parameters in config.parameters(shard):
-        for parameter in parameters.values():
-            match parameter:
-                case Vector():
-                    total += parameter.num_elements * DTYPE_BYTES[dtype]
-                case Matrix():
-                    total += sum(len(bias.rows) for bias in parameter.biases) * DTYPE_BYTES[dtype]
-                    for form, tensor in zip(
-                        forms(parameter, config.tensor_kinds, quant), parameter.tensors, strict=True
-                    ):
-                        width = len(tensor.columns)
-                        row_bytes = width * DTYPE_BYTES[dtype] if form is None else ROW_BYTES[form][1](width)
-                        total += len(tensor.rows) * row_bytes
-                case Constant():
-                    constants.add(parameter)
-    return total + 4 * sum(len(constant.values) for constant in constants)
+    num_floats = num_bytes = 0
+    constants = set[Constant]()
+    for parameter in (each for parameters in config.parameters(shard) for each in parameters.values()):
+        match parameter:
+            case Vector():
+                num_floats += parameter.num_elements
+            case Matrix():
+                num_floats += sum(len(bias.rows) for bias in parameter.biases)
+                for form, tensor in zip(forms(parameter, config.tensor_kinds, quant), parameter.tensors, strict=True):
+                    rows, columns = len(tensor.rows), len(tensor.columns)
+                    if form is None:
+                        num_floats += rows * columns
+                    else:
+                        num_bytes += rows * FORMATS[form].layout(columns).row_bytes(columns)
+            case Constant():
+                constants.add(parameter)
+    num_bytes += sum(4 * len(constant.values) for constant in constants)
+    return num_floats * DTYPE_BYTES[dtype] + num_bytes
 
 
 def largest_matrix_elements(config: ModelConfig) -> int:

@@ -12,6 +12,7 @@ from typing import Final
 
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
+from neuron.formats.registry import ROUNDED_FORMATS
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed, quantization
 from neuron.models.errors import DoesNotFitError
@@ -207,7 +208,7 @@ def plan_memory(
         needs = weights_bytes + fixed_bytes + needed_pages * (page_bytes + gather_bytes)
         raise DoesNotFitError(
             f"model does not fit on {device}: needs {_gib(needs)}, free {_gib(free_bytes)} (weights in "
-            f"{own.quant if own.quant in quantization.ROUNDED else own.dtype} {_gib(weights_bytes)}, "
+            f"{own.quant if own.quant in ROUNDED_FORMATS else own.dtype} {_gib(weights_bytes)}, "
             f"cache for {needed_pages * PAGE_TOKENS} tokens {_gib(needed_pages * page_bytes)})",
             needs,
         )

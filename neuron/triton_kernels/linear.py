@@ -11,12 +11,12 @@ from typing import assert_never
 import torch
 from torch.nn import functional
 
+from neuron.formats.matrix import Matrix, QuantizedMatrix, StackedMatrix
 from neuron.triton_kernels import skinny_matmul as skinny
 from neuron.triton_kernels.activation import gated_activation
 from neuron.triton_kernels.matmul import matmul
 from neuron.triton_kernels.norm import Norm, rms_norm
 from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
-from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix
 from neuron.triton_kernels.quantized_matmul import FORMS, launch_product, quantized_matmul
 from neuron.triton_kernels.skinny_matmul import skinny_matmul
 

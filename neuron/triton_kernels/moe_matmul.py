@@ -11,12 +11,12 @@ import itertools
 import torch
 from torch.nn import functional
 
+from neuron.formats.matrix import QuantizedMatrix
 from neuron.triton_kernels._triton import tl, triton
 from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
 from neuron.triton_kernels.moe_routing import Routing, route
 from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 from neuron.triton_kernels.prefill_attention import find_block
-from neuron.triton_kernels.quantized import QuantizedMatrix
 from neuron.triton_kernels.quantized_matmul import FORMS, launch_product, quantized_matmul, shapes_of_forms
 
 Experts = torch.Tensor | QuantizedMatrix
@@ -117,7 +117,7 @@ def _launch(x: torch.Tensor, weight: Experts, routing: Routing, *, weighted: boo
     return out
 
 
-@moe_matmul.cases("of floats", "int8", "fp8", "int4 g128", "Q8_0", "Q4_K", "Q6_K", dtypes=HALF_TYPES)
+@moe_matmul.cases("of floats", "int8", "fp8", "int4", "Q8_0", "Q4_K", "Q6_K", dtypes=HALF_TYPES)
 def _cases(check: Run, make: Make, form: str) -> None:
     shapes = ((1, 4, 2, 48, 40), (37, 6, 3, 80, 72), (90, 3, 2, 64, 130))
     for tokens, experts, choices, depth, width in shapes if form == "of floats" else ((37, 5, 3, 256, 40),):

@@ -1,6 +1,6 @@
 """``out = x w^T + bias`` with ``w`` ``[N, K]`` quantised, dequantised in registers on its way to the multiplier.
 
-Formats and their layout: :mod:`neuron.triton_kernels.quantized`. ``x`` is ``[M, K]``, M from 1 up; K is a multiple of
+Formats and their layout: :mod:`neuron.formats`. ``x`` is ``[M, K]``, M from 1 up; K is a multiple of
 the group. A ``residual`` is added to in place instead of a result stored. A mixture of experts is the same with rows
 gathered by their routing and the weights of their expert (see :mod:`neuron.triton_kernels.moe_matmul`).
 
@@ -17,20 +17,16 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from neuron.formats import BLOCK
+from neuron.formats.format import StoredFormat
+from neuron.formats.matrix import Quantization, QuantizedMatrix
+from neuron.formats.registry import FORMATS, ROUNDED_FORMATS, STORED_FORMATS
+from neuron.formats.rounded import quantize_int4
 from neuron.triton_kernels._triton import cuda, tl, triton
 from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
 from neuron.triton_kernels.moe_routing import Routing
 from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 from neuron.triton_kernels.prefill_attention import find_block
-from neuron.triton_kernels.quantized import (
-    BLOCK,
-    Quantization,
-    QuantizedMatrix,
-    from_gguf,
-    quantize_fp8,
-    quantize_int4,
-    quantize_int8,
-)
 
 
 @Operation
@@ -271,32 +267,28 @@ def launch_product(
     )  # fmt: skip
 
 
-def _random_gguf(kind: str, block_bytes: int) -> Callable[[torch.Tensor], QuantizedMatrix]:
-    """Return a function that makes random blocks of ``kind`` of the shape of its argument."""
+def _random(format: StoredFormat) -> Callable[[torch.Tensor], QuantizedMatrix]:
+    """Return a function that makes random blocks of a format of the shape of its argument."""
 
     def make(weight: torch.Tensor) -> QuantizedMatrix:
         generator = np.random.default_rng(3)
-        num_blocks = weight.numel() // (256 if kind.endswith("K") else 32)
-        blocks = generator.integers(0, 256, (num_blocks, block_bytes), dtype=np.uint8)
-        scales = generator.uniform(0.01, 0.1, (num_blocks, 2)) / (32 if kind.endswith("K") else 1)
+        num_blocks = weight.numel() // format.block
+        blocks = generator.integers(0, 256, (num_blocks, format.block_bytes), dtype=np.uint8)
+        scales = generator.uniform(0.01, 0.1, (num_blocks, 2)) / (BLOCK if format.block > BLOCK else 1)
         halves = scales.astype(np.float16).view(np.uint8)
-        if kind == "Q6_K":
+        if format.name == "Q6_K":
             blocks[:, -2:] = halves[:, :2]
         else:
             blocks[:, :4] = halves
-        return from_gguf(kind, torch.from_numpy(blocks).to(weight.device), len(weight))
+        return format.read(torch.from_numpy(blocks).to(weight.device), len(weight))
 
     return make
 
 
-GGUF_BYTES: Final = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-"""Bytes of a block of 32 elements, or of 256 for the K kinds."""
 FORMS: Final[dict[str, Callable[[torch.Tensor], QuantizedMatrix]]] = {
-    "int8": quantize_int8,
+    **{name: format.quantize for name, format in ROUNDED_FORMATS.items()},
     "int4 g32": lambda weight: quantize_int4(weight, 32),
-    "int4 g128": lambda weight: quantize_int4(weight, 128),
-    "fp8": quantize_fp8,
-    **{kind: _random_gguf(kind, block_bytes) for kind, block_bytes in GGUF_BYTES.items()},
+    **{name: _random(format) for name, format in STORED_FORMATS.items()},
 }
 """Every form, made of a matrix ``[N, K]`` with K a multiple of 256; GGUF's are random."""
 
@@ -311,26 +303,10 @@ def _cases(check: Run, make: Make, form: str) -> None:
 
 
 def shapes_of_forms(make: Make, rows: int, columns: int) -> Iterator[QuantizedMatrix]:
-    """Yield a matrix in each form that a model can have on a GPU, and groups of 32 beside those of 128."""
-
-    def zeros(divisor: int, dtype: torch.dtype) -> torch.Tensor:
-        return make.integers(rows, columns // divisor, dtype=dtype)
-
-    f16, i8 = torch.float16, torch.int8
-    kinds = Quantization
-    quants, nibbles, per_row = zeros(1, i8), zeros(2, torch.uint8), make(rows, 1, dtype=torch.float32)
-    yield QuantizedMatrix(kinds.INT8, 0, quants, per_row)
-    if target_of(make.device).capability >= 89:
-        yield QuantizedMatrix(kinds.FP8, 0, zeros(1, torch.float8_e4m3fn), per_row)
-    scales, fewer = zeros(32, f16), zeros(128, f16)
-    yield QuantizedMatrix(kinds.INT8, 32, quants, scales)
-    yield QuantizedMatrix(kinds.INT4, 32, nibbles, scales)
-    yield QuantizedMatrix(kinds.INT4, 32, nibbles, scales, scales)
-    yield QuantizedMatrix(kinds.INT4, 128, nibbles, fewer, fewer)
-    inner, outer = zeros(32, i8), zeros(256, f16)
-    yield QuantizedMatrix(kinds.INT4, 32, nibbles, inner, inner, outer, outer)
-    yield QuantizedMatrix(kinds.INT8, 32, quants, inner, inner, outer, outer)
-    yield QuantizedMatrix(kinds.INT8, 16, quants, zeros(16, i8), super_scales=outer)
+    """Yield a matrix in each form that a model can have on a GPU."""
+    for name, format in FORMATS.items():
+        if name != "fp8" or target_of(make.device).capability >= 89:
+            yield format.layout(columns).empty(rows, columns, make.device)
 
 
 @quantized_matmul.launches()

@@ -13,6 +13,7 @@ import torch
 
 from cortex.wire.errors import ApiError, InvalidRequestError
 from cortex.wire.node import ModelSpec
+from neuron.formats.matrix import Matrix, QuantizedMatrix, StackedMatrix
 from neuron.layers.parameters import Matrix as MatrixParameter
 from neuron.layers.shard import WHOLE, Shard
 from neuron.layers.step import Linear, SumRanks
@@ -25,14 +26,13 @@ from neuron.models.sizing import plan_memory
 from neuron.models.transfer import Transfer
 from neuron.models.weights import WeightSource, open_weights
 from neuron.triton_kernels.attention import attention_parts
-from neuron.triton_kernels.quantized import Matrix, QuantizedMatrix, StackedMatrix
 from neuron.triton_kernels.random_batch import random_batch
 
 from .test_weights import export_gguf
 
 HOST = torch.device("cpu")
 KINDS = ("Q4_0", "Q4_1", "Q8_0")
-"""Kinds that the gguf library can write; the K kinds are checked in tests/neuron/triton_kernels/test_quantized.py."""
+"""Kinds that the gguf library can write; the K kinds are checked in tests/neuron/formats/test_formats.py."""
 WIDE: dict[str, Any] = {
     "kind": "llama",
     "hidden_size": 128,

@@ -24,12 +24,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from neuron.device.loop import die_with_parent  # noqa: E402
 from neuron.engine.errors import error_info  # noqa: E402
+from neuron.formats.registry import FORMATS  # noqa: E402
 from neuron.layers.shard import Shard  # noqa: E402
 from neuron.layers.step import Linear  # noqa: E402
 from neuron.models import decoder, prebuild  # noqa: E402
 from neuron.models.config import read_config  # noqa: E402
 from neuron.models.model import ModelConfig  # noqa: E402
-from neuron.models.parameter_reader import empty, some_rows  # noqa: E402
+from neuron.models.parameter_reader import some_rows  # noqa: E402
 from neuron.models.prebuild import any_plan, variants  # noqa: E402
 from neuron.triton_kernels import (  # noqa: E402
     activation,
@@ -460,7 +461,8 @@ def test_a_shard_of_a_tied_head_launches_listed_variants(form: str, vocab_size: 
     model, quant = prebuild._stored_as(config(vocab_size=vocab_size, tie_word_embeddings=True, **shapes), form)
     plan = any_plan(model, "bfloat16", quant)
     whole = (vocab_size, model.hidden_size)
-    table = torch.zeros(whole, dtype=torch.bfloat16) if form == "none" else empty(form, *whole, torch.device("cpu"))
+    layout = None if form == "none" else FORMATS[form].layout(model.hidden_size)
+    table = torch.zeros(whole, dtype=torch.bfloat16) if layout is None else layout.empty(*whole, torch.device("cpu"))
     for shard in (Shard(rank, 3) for rank in range(3)):
         _, weights = prebuild._distinct_layers(model, torch.bfloat16, quant, shard)
         head = {**weights.head, "matrix": Linear(some_rows(table, shard.vocabulary(vocab_size)), None)}

@@ -1,0 +1,124 @@
+"""Weight matrices on the device: quantised ones, and matrices of several parts.
+
+``w[n, k] = quants[n, k] * scales[n, k // group] + minima[n, k // group]``, planar: quants and scales each in an array
+of its own so that both are read in aligned runs of 16 bytes (GGUF's 18-byte blocks cannot be). Scales of scales: 256
+elements share a float16, which multiplies each group's own; both are kept, since their product takes 17 bits. 4-bit
+quants are two a byte: within each 32 elements byte j holds element j below and element j + 16 above, GGUF's order, so
+that the two halves meet two plain runs of the activations. The numbers are those of the format
+(:mod:`neuron.formats`), in another layout.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from neuron.formats import BLOCK
+
+
+class Quantization(enum.Enum):
+    """Storage of a quant."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    FP8 = "fp8"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """Weight ``[N, K]``."""
+
+    quantization: Quantization
+    group: int
+    """Elements of a row that share a scale; 0: all of them."""
+    quants: torch.Tensor
+    """``[N, K]`` int8 or float8, or ``[N, K / 2]`` uint8."""
+    scales: torch.Tensor
+    """``[N, K / group]`` or ``[N, 1]``: float16 or float32, or int8 with ``super_scales``."""
+    minima: torch.Tensor | None = None
+    """Minima, laid out like ``scales``; None is ``-8 * scales`` for int4, else no minima."""
+    super_scales: torch.Tensor | None = None
+    """``[N, K / 256]`` float16, which multiplies ``scales``."""
+    super_minima: torch.Tensor | None = None
+    """Scales of ``minima``, laid out like ``super_scales``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return N and K."""
+        rows, columns = self.quants.shape
+        return rows, columns * (2 if self.quantization is Quantization.INT4 else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Return its size on the device in bytes."""
+        return sum(tensor.nbytes for tensor in self.arrays())
+
+    def arrays(self) -> tuple[torch.Tensor, ...]:
+        """Return its arrays: each has a row for each row of the matrix."""
+        fields = (self.quants, self.scales, self.minima, self.super_scales, self.super_minima)
+        return tuple(tensor for tensor in fields if tensor is not None)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "QuantizedMatrix":
+        """Return the matrix with ``function`` applied to each of its arrays: a move, or a choice of rows."""
+        return dataclasses.replace(
+            self,
+            quants=function(self.quants),
+            scales=function(self.scales),
+            minima=None if self.minima is None else function(self.minima),
+            super_scales=None if self.super_scales is None else function(self.super_scales),
+            super_minima=None if self.super_minima is None else function(self.super_minima),
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the matrix ``[N, K]``."""
+        rows, columns = self.shape
+        group = self.group or columns
+        if self.quantization is Quantization.INT4:
+            packed = self.quants.view(rows, -1, BLOCK // 2)
+            values = torch.cat((packed & 15, packed >> 4), dim=-1).view(rows, columns).float()
+        else:
+            values = self.quants.float()
+        values = values.view(rows, -1, group)
+        scales = _scaled(self.scales, self.super_scales).unsqueeze(-1)
+        values = values * scales
+        if self.minima is not None:
+            values = values + _scaled(self.minima, self.super_minima).unsqueeze(-1)
+        elif self.quantization is Quantization.INT4:
+            values = values - 8 * scales
+        return values.view(rows, columns).to(dtype)
+
+
+def _scaled(scales: torch.Tensor, supers: torch.Tensor | None) -> torch.Tensor:
+    wide = scales.float()
+    if supers is None:
+        return wide
+    return wide.mul_(supers.float().repeat_interleave(scales.shape[1] // supers.shape[1], 1))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackedMatrix:
+    """Weight ``[N, K]`` whose rows lie in parts of different forms: a file may quantise values finer than queries."""
+
+    parts: "tuple[torch.Tensor | QuantizedMatrix, ...]"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return N and K."""
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Return its size on the device in bytes."""
+        return sum(part.nbytes for part in self.parts)
+
+
+Matrix = torch.Tensor | QuantizedMatrix | StackedMatrix
+
+
+def embedding_rows(token_ids: torch.Tensor, table: torch.Tensor | QuantizedMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rows ``token_ids`` ``[T]`` of ``table`` ``[V, hidden]`` in ``dtype``."""
+    if isinstance(table, torch.Tensor):
+        return functional.embedding(token_ids, table)
+    return table.map(lambda array: array.index_select(0, token_ids)).dequantize(dtype)
