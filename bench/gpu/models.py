@@ -123,14 +123,18 @@ class Step:
             num_decodes=batch,
         )
         self.caches = decoder.new_caches(
-            config, sequences * pages + 1, lambda shape: torch.randn(shape, dtype=torch.bfloat16, device=device)
+            config,
+            [sequences * pages + 1] * len(config.layers),
+            lambda shape: torch.randn(shape, dtype=torch.bfloat16, device=device),
         )
         self.ids = torch.randint(config.vocab_size, (tokens,), dtype=torch.int32, device=device)
 
     @torch.inference_mode()
     def run(self) -> torch.Tensor:
         """Compute the step's logits."""
-        hidden = decoder.forward(self.config, self.weights, self.ids, self.batch, self.caches, self.operations)
+        hidden = decoder.forward(
+            self.config, self.weights, self.ids, [self.batch] * len(self.caches), self.caches, self.operations
+        )
         return decoder.logits(
             self.config, self.weights, hidden.index_select(0, self.batch.cu_seqlens[1:] - 1), self.operations
         )

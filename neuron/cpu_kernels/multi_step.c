@@ -16,22 +16,24 @@ static int goes_on(const struct step *s, const struct multi_step *multi) {
 int run_multi_step(const struct model *model, const struct step *step, const struct multi_step *multi) {
     struct step next = *step;
     int count = step->num_sequences;
-    int32_t *token_ids = multi->scratch, *positions = token_ids + count, *slot_mapping = positions + count;
-    int32_t *context_lens = slot_mapping + count;
+    int32_t *token_ids = multi->scratch, *positions = token_ids + count, *context_lens = positions + count;
+    int32_t *slot_mappings = context_lens + count;
     run_step(model, step);
     int done = 1;
     for (; done < multi->num_steps && goes_on(&next, multi); done++) {
         for (int b = 0; b < count; b++) {
             int32_t position = step->positions[b] + done;
-            const int32_t *pages = step->page_table + (size_t)b * (size_t)step->page_columns;
             token_ids[b] = next.ids[b];
             positions[b] = position;
-            slot_mapping[b] = pages[position / PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS;
             context_lens[b] = step->context_lens[b] + done;
+            for (int row = b; row < count * model->num_tables; row += count) {
+                const int32_t *pages = step->page_tables + (size_t)row * (size_t)step->page_columns;
+                slot_mappings[row] = pages[position / PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS;
+            }
         }
         next.token_ids = token_ids;
         next.positions = positions;
-        next.slot_mapping = slot_mapping;
+        next.slot_mappings = slot_mappings;
         next.context_lens = context_lens;
         next.ids = multi->ids + (size_t)(done - 1) * (size_t)count;
         next.index = done;

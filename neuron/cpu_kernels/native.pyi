@@ -78,6 +78,7 @@ class Model:
         gelu: bool = False,
         window_tokens: int = 0,
         logit_cap: float = 0.0,
+        has_window_table: bool = False,
     ) -> Self: ...
     def set_ends(
         self,
@@ -105,17 +106,17 @@ class Model:
         windowed: bool = False,
     ) -> None: ...
     @property
-    def page_bytes(self) -> int: ...
+    def page_bytes(self) -> tuple[int, ...]: ...
     @property
     def arena_bytes(self) -> int: ...
-    def attach(self, cache: _Bytes, arena: _Bytes) -> None: ...
+    def attach(self, caches: tuple[_Bytes, ...], arena: _Bytes) -> None: ...
     def run(
         self,
         token_ids: _Ints,
         positions: _Ints,
-        slot_mapping: _Ints,
+        slot_mappings: _Ints,
         cu_seqlens: _Ints,
-        page_table: _Ints,
+        page_tables: _Ints,
         context_lens: _Ints,
         sampled: _Ints,
         hidden_rows: _Ints,

@@ -82,6 +82,7 @@ cdef extern from "step.h" nogil:
         matrix qkv[3]
         matrix output, gate_up, down
         int windowed
+    int MAX_TABLES
     cdef struct model:
         const kernels *kernels
         pool *pool
@@ -96,7 +97,9 @@ cdef extern from "step.h" nogil:
         const float *norm
         matrix embedding, head
         layer *layers
-        uint8_t *cache
+        int num_tables
+        int table_layers[2]
+        uint8_t *caches[2]
         uint8_t *arena
     cdef struct drawing "draws":
         const double *temperature
@@ -110,9 +113,9 @@ cdef extern from "step.h" nogil:
         int num_tokens, num_sequences, num_sampled, num_hidden, page_columns
         const int32_t *token_ids
         const int32_t *positions
-        const int32_t *slot_mapping
+        const int32_t *slot_mappings
         const int32_t *cu_seqlens
-        const int32_t *page_table
+        const int32_t *page_tables
         const int32_t *context_lens
         const int32_t *sampled
         const int32_t *hidden_rows
@@ -123,7 +126,8 @@ cdef extern from "step.h" nogil:
         int32_t *finite
         float *hidden
     double c_uniform "uniform"(uint64_t seed, uint64_t counter)
-    size_t c_page_bytes "page_bytes"(const model *model)
+    void place_layers(model *model)
+    size_t c_page_bytes "page_bytes"(const model *model, int table)
     size_t c_arena_bytes "arena_bytes"(const model *model)
 
 cdef extern from "multi_step.h" nogil:
@@ -334,21 +338,21 @@ cdef class Model:
     cdef model _model
     cdef Pool _pool
     cdef list _kept
-    cdef object _cache
+    cdef object _caches
     cdef object _arena
     cdef int32_t *_scratch
-    cdef Py_ssize_t _num_pages
+    cdef Py_ssize_t _num_pages[2]
 
     def __cinit__(
         self, Pool pool not None, str level not None, *, int num_layers, int hidden, int num_heads, int num_kv_heads,
         int head_dim, int intermediate, int vocab, float eps, str kv_dtype not None, int max_rows, int max_sequences,
         float embedding_scale=1.0, float attention_scale=0.0, bint gelu=False, int window_tokens=0,
-        float logit_cap=0.0, int max_sampled,
+        float logit_cap=0.0, int max_sampled, bint has_window_table=False,
     ):
         sizes = (
             num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_rows, max_sequences, max_sampled
         )
-        if min(sizes) < 1 or max_sampled < max_sequences or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024 or window_tokens < 0:
+        if min(sizes) < 1 or max_sampled < max_sequences or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024 or window_tokens < has_window_table:
             raise ValueError(f"no model of sizes {sizes}")
         memset(&self._model, 0, sizeof(model))
         self._pool = pool
@@ -361,8 +365,9 @@ cdef class Model:
         m.max_rows, m.max_sequences, m.max_sampled = max_rows, max_sequences, max_sampled
         m.embedding_scale, m.attention_scale = embedding_scale, attention_scale or head_dim ** -0.5
         m.gelu, m.window_tokens, m.logit_cap = gelu, window_tokens, logit_cap
+        m.num_tables = 1 + has_window_table
         m.layers = <layer *>calloc(num_layers, sizeof(layer))
-        self._scratch = <int32_t *>calloc(max_sequences, 4 * sizeof(int32_t))
+        self._scratch = <int32_t *>calloc(max_sequences, (3 + MAX_TABLES) * sizeof(int32_t))
         if m.layers == NULL or self._scratch == NULL:
             raise MemoryError
 
@@ -433,36 +438,42 @@ cdef class Model:
 
     @property
     def page_bytes(self):
-        """Size of a page of the cache over all layers in bytes."""
-        return c_page_bytes(&self._model)
+        """Sizes in bytes of a page of each table over its layers; known once all layers are set."""
+        place_layers(&self._model)
+        return tuple(c_page_bytes(&self._model, table) for table in range(self._model.num_tables))
 
     @property
     def arena_bytes(self):
         """Size of a step's arena in bytes; known once all matrices are set."""
         return c_arena_bytes(&self._model)
 
-    def attach(self, unsigned char[::1] cache not None, unsigned char[::1] arena not None):
-        """Set the cache (whole pages) and the arena, zeroed and aligned to 64 bytes."""
-        page = <Py_ssize_t>c_page_bytes(&self._model)
-        if self._model.head.data == NULL or any(self._model.layers[i].input_norm == NULL for i in range(self._model.num_layers)):
+    def attach(self, tuple caches not None, unsigned char[::1] arena not None):
+        """Set the cache of each page table (whole pages) and the arena, zeroed and aligned to 64 bytes."""
+        cdef unsigned char[::1] cache
+        m = &self._model
+        sizes = self.page_bytes
+        if m.head.data == NULL or any(m.layers[i].input_norm == NULL for i in range(m.num_layers)):
             raise ValueError("weights are missing")
-        if len({self._model.layers[i].mlp_out_norm == NULL for i in range(self._model.num_layers)}) > 1:
+        if len({m.layers[i].mlp_out_norm == NULL for i in range(m.num_layers)}) > 1:
             raise ValueError("some layers normalise their outputs, and others do not")
-        if cache.shape[0] < page or cache.shape[0] % page or arena.shape[0] < <Py_ssize_t>c_arena_bytes(&self._model):
-            raise ValueError(f"a cache of {cache.shape[0]} bytes and an arena of {arena.shape[0]} do not fit")
-        if <size_t>&cache[0] % 64 or <size_t>&arena[0] % 64:
-            raise ValueError("cache and arena must be aligned to 64 bytes")
-        self._cache, self._arena = cache, arena
-        self._num_pages = cache.shape[0] // page
-        self._model.cache, self._model.arena = &cache[0], &arena[0]
+        if len(caches) != m.num_tables or any(len(each) < size or (size and len(each) % size) for each, size in zip(caches, sizes)) or arena.shape[0] < <Py_ssize_t>c_arena_bytes(m):
+            raise ValueError(f"caches of {[len(each) for each in caches]} bytes and an arena of {arena.shape[0]} do not fit")
+        for table, cache in enumerate(caches):
+            if <size_t>&cache[0] % 64 or <size_t>&arena[0] % 64:
+                raise ValueError("cache and arena must be aligned to 64 bytes")
+            # A table without layers has any page.
+            self._num_pages[table] = cache.shape[0] // sizes[table] if sizes[table] else 1 << 27
+            m.caches[table] = &cache[0]
+        self._caches, self._arena = caches, arena
+        m.arena = &arena[0]
 
     def run(
         self,
         const int32_t[::1] token_ids not None,
         const int32_t[::1] positions not None,
-        const int32_t[::1] slot_mapping not None,
+        const int32_t[:, ::1] slot_mappings not None,
         const int32_t[::1] cu_seqlens not None,
-        const int32_t[:, ::1] page_table not None,
+        const int32_t[:, :, ::1] page_tables not None,
         const int32_t[::1] context_lens not None,
         const int32_t[::1] sampled not None,
         const int32_t[::1] hidden_rows not None,
@@ -499,7 +510,7 @@ cdef class Model:
         cdef int done
         m = &self._model
         cdef Py_ssize_t T = token_ids.shape[0], B = context_lens.shape[0], R = sampled.shape[0], E = hidden_rows.shape[0]
-        cdef Py_ssize_t i, j
+        cdef Py_ssize_t i, j, table
         cdef Py_ssize_t more = later.shape[0] if later is not None else 0
         cdef const int32_t[::1] rows
         if m.arena == NULL:
@@ -508,8 +519,10 @@ cdef class Model:
             raise ValueError(
                 f"a step of {T} tokens of {B} sequences, {R} sampled; at most {m.max_rows}, {m.max_sequences}, {m.max_sampled}"
             )
-        if positions.shape[0] != T or slot_mapping.shape[0] != T or cu_seqlens.shape[0] != B + 1 or page_table.shape[0] != B or finite.shape[0] != B or ids.shape[0] != R:
+        if positions.shape[0] != T or slot_mappings.shape[1] != T or cu_seqlens.shape[0] != B + 1 or page_tables.shape[1] != B or finite.shape[0] != B or ids.shape[0] != R:
             raise ValueError("the arrays of a step differ in length")
+        if slot_mappings.shape[0] != m.num_tables or page_tables.shape[0] != m.num_tables:
+            raise ValueError(f"{page_tables.shape[0]} page tables, {m.num_tables} wanted")
         if logits is not None and (logits.shape[0] != R or logits.shape[1] != m.head.rows):
             raise ValueError(f"logits [{logits.shape[0]}, {logits.shape[1]}], [{R}, {m.head.rows}] wanted")
         if (E or hidden is not None) and (hidden is None or hidden.shape[0] != E or hidden.shape[1] != m.hidden):
@@ -526,16 +539,20 @@ cdef class Model:
         if more and ((logits is not None and draws is None) or E or T != B or R != B or later.shape[1] != B):
             raise ValueError(f"{T} tokens of {B} sequences, {R} sampled, cannot be done {more + 1} times")
         for i in range(T):
-            if not 0 <= token_ids[i] < m.vocab or not 0 <= slot_mapping[i] < self._num_pages * 16:
-                raise ValueError(f"token {token_ids[i]} or slot {slot_mapping[i]} is out of range")
+            if not 0 <= token_ids[i] < m.vocab:
+                raise ValueError(f"token {token_ids[i]} is out of range")
+            for table in range(m.num_tables):
+                if not 0 <= slot_mappings[table, i] < self._num_pages[table] * 16:
+                    raise ValueError(f"slot {slot_mappings[table, i]} is out of range")
         for i in range(B):
-            if cu_seqlens[i + 1] <= cu_seqlens[i] or not 0 < context_lens[i] <= page_table.shape[1] * 16 - more:
+            if cu_seqlens[i + 1] <= cu_seqlens[i] or not 0 < context_lens[i] <= page_tables.shape[2] * 16 - more:
                 raise ValueError(f"sequence {i} has no tokens, or more than its pages hold")
             if positions[cu_seqlens[i + 1] - 1] != context_lens[i] - 1 or positions[cu_seqlens[i]] < 0:
                 raise ValueError(f"sequence {i} does not end at its last token")
-            for j in range((context_lens[i] + more + 15) // 16):
-                if not 0 <= page_table[i, j] < self._num_pages:
-                    raise ValueError(f"page {page_table[i, j]} is out of range")
+            for table in range(m.num_tables):
+                for j in range((context_lens[i] + more + 15) // 16):
+                    if not 0 <= page_tables[table, i, j] < self._num_pages[table]:
+                        raise ValueError(f"page {page_tables[table, i, j]} is out of range")
         if cu_seqlens[0] != 0 or cu_seqlens[B] != T:
             raise ValueError("the sequences do not cover the step")
         for rows in (sampled, hidden_rows):
@@ -543,9 +560,9 @@ cdef class Model:
                 if not (rows[i - 1] if i else -1) < rows[i] < T:
                     raise ValueError("rows are not in rising order")
         s.num_tokens, s.num_sequences, s.num_sampled, s.num_hidden = <int>T, <int>B, <int>R, <int>E
-        s.page_columns = <int>page_table.shape[1]
-        s.token_ids, s.positions, s.slot_mapping, s.cu_seqlens = &token_ids[0], &positions[0], &slot_mapping[0], &cu_seqlens[0]
-        s.page_table, s.context_lens = &page_table[0, 0], &context_lens[0]
+        s.page_columns = <int>page_tables.shape[2]
+        s.token_ids, s.positions, s.cu_seqlens = &token_ids[0], &positions[0], &cu_seqlens[0]
+        s.slot_mappings, s.page_tables, s.context_lens = &slot_mappings[0, 0], &page_tables[0, 0, 0], &context_lens[0]
         s.sampled = &sampled[0] if R else NULL
         s.logits = &logits[0, 0] if logits is not None and R else NULL
         s.draws, s.index = NULL, 0

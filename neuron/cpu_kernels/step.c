@@ -24,6 +24,7 @@ enum {
 /* An attention window, or the full context: its rotary tables and the attention tasks of a step. */
 struct window {
     int window_tokens; /* 0: all */
+    int table;         /* page table of its layers */
     const float *frequencies;
     float *cosine, *sine; /* [T, head_dim / 2] */
     struct attention_task *tasks;
@@ -119,6 +120,7 @@ static struct arena lay_out(const struct model *m, uint8_t *base) {
     for (int i = 0; i < num_windows(m); i++) {
         struct window *window = &a.windows[i];
         window->window_tokens = i == 0 ? 0 : m->window_tokens;
+        window->table = table_of(m, i);
         window->frequencies = i == 0 ? m->inverse_frequencies : m->window_inverse_frequencies;
         window->cosine = carve(&a, base, rows * half, 4);
         window->sine = carve(&a, base, rows * half, 4);
@@ -130,8 +132,15 @@ static struct arena lay_out(const struct model *m, uint8_t *base) {
 
 size_t arena_bytes(const struct model *m) { return lay_out(m, NULL).bytes; }
 
-size_t page_bytes(const struct model *m) {
-    return 2 * (size_t)m->num_layers * (size_t)m->num_kv_heads * kv_page_bytes(m->kv_form, m->head_dim);
+void place_layers(struct model *m) {
+    memset(m->table_layers, 0, sizeof m->table_layers);
+    for (int i = 0; i < m->num_layers; i++)
+        m->layers[i].place = m->table_layers[table_of(m, m->layers[i].windowed)]++;
+}
+
+size_t page_bytes(const struct model *m, int table) {
+    size_t heads = 2 * (size_t)m->table_layers[table] * (size_t)m->num_kv_heads;
+    return heads * kv_page_bytes(m->kv_form, m->head_dim);
 }
 
 /* ---------------------------------------------------------------- before the layers, on the caller's thread */
@@ -159,6 +168,7 @@ static void plan_attention(struct run *run, struct window *window) {
     const struct step *s = run->step;
     int group = m->num_heads / m->num_kv_heads, width = heads_per_task(m), threads = pool_threads(m->pool);
     int rows_per_task = MAX_TASK_QUERIES / width;
+    const int32_t *tables = s->page_tables + (size_t)(window->table * s->num_sequences) * (size_t)s->page_columns;
     int64_t narrow_tokens = 0; /* of the sequences whose rows are one task a key-value head */
     run->writes_apart = width < group;
     for (int b = 0; b < s->num_sequences; b++) {
@@ -188,7 +198,7 @@ static void plan_attention(struct run *run, struct window *window) {
                     for (int part = 0; part < parts; part++) {
                         int start = segments * part / parts, end = segments * (part + 1) / parts;
                         window->tasks[window->num_tasks++] = (struct attention_task){
-                            .pages = s->page_table + (size_t)b * (size_t)s->page_columns,
+                            .pages = tables + (size_t)b * (size_t)s->page_columns,
                             .first_row = first + row,
                             .num_rows = rows,
                             .position = position,
@@ -331,10 +341,11 @@ static void attend(const struct run *run, const struct attention *attention, con
     int threads = pool_threads(m->pool);
     if (run->writes_apart) {
         int first, end;
+        const int32_t *slots = s->slot_mappings + (size_t)window->table * (size_t)s->num_tokens;
         share_of(s->num_tokens, threads, thread, &first, &end);
         for (int row = first; row < end; row++)
             for (int kv = 0; kv < m->num_kv_heads; kv++)
-                m->kernels->write_kv(attention, row, kv, s->slot_mapping[row] / PAGE_TOKENS, s->slot_mapping[row] % PAGE_TOKENS);
+                m->kernels->write_kv(attention, row, kv, slots[row] / PAGE_TOKENS, slots[row] % PAGE_TOKENS);
         pool_barrier(m->pool);
     }
     float *scratch = a->scratch + (size_t)thread * a->scratch_stride;
@@ -349,6 +360,7 @@ static void run_layer(const struct run *run, int thread, int number) {
     const struct layer *l = &m->layers[number];
     const struct window *window = &a->windows[l->windowed];
     size_t head_bytes = kv_page_bytes(m->kv_form, m->head_dim), side = (size_t)m->num_kv_heads * head_bytes;
+    uint8_t *cache = m->caches[window->table] + 2 * (size_t)l->place * side;
     struct attention attention = {
         .qkv = a->qkv,
         .qkv_stride = a->qkv_stride,
@@ -357,9 +369,9 @@ static void run_layer(const struct run *run, int thread, int number) {
         .qk_norm = l->qk_norm,
         .cosine = window->cosine,
         .sine = window->sine,
-        .keys = m->cache + 2 * (size_t)number * side,
-        .values = m->cache + (2 * (size_t)number + 1) * side,
-        .page_stride = page_bytes(m),
+        .keys = cache,
+        .values = cache + side,
+        .page_stride = page_bytes(m, window->table),
         .head_stride = head_bytes,
         .out = a->mixed,
         .out_stride = a->mixed_stride,

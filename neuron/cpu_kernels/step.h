@@ -14,7 +14,11 @@ struct layer {
     struct matrix qkv[3]; /* separate, because a file may store each in another kind */
     struct matrix output, gate_up, down;
     int windowed; /* attends to the model's window only, with its rotary frequencies */
+    int place;    /* among the layers of its page table; set by place_layers */
 };
+
+/* Table 0 has all pages of a sequence. A second one is of the windowed layers, with a sequence's last pages. */
+enum { MAX_TABLES = 2 };
 
 struct model {
     const struct kernels *kernels;
@@ -31,7 +35,9 @@ struct model {
     const float *norm; /* [hidden padded to 16] */
     struct matrix embedding, head;
     struct layer *layers;
-    uint8_t *cache; /* [pages, layers, 2 (keys, values), K, page of a head] */
+    int num_tables;
+    int table_layers[MAX_TABLES]; /* number of layers; set by place_layers */
+    uint8_t *caches[MAX_TABLES];  /* [pages, layers of the table, 2 (keys, values), K, page of a head] */
     uint8_t *arena; /* arena_bytes(model), 64-byte aligned */
 };
 
@@ -46,9 +52,10 @@ struct draws {
 /* Arrays of neuron.engine.plan.StepPlan, and the results. */
 struct step {
     int num_tokens, num_sequences, num_sampled, num_hidden, page_columns;
-    const int32_t *token_ids, *positions, *slot_mapping; /* [T] */
+    const int32_t *token_ids, *positions;         /* [T] */
+    const int32_t *slot_mappings;                 /* [tables, T] */
     const int32_t *cu_seqlens;                    /* [B + 1] */
-    const int32_t *page_table;                    /* [B, page_columns] */
+    const int32_t *page_tables;                   /* [tables, B, page_columns]; 0: no page */
     const int32_t *context_lens;                  /* [B] */
     const int32_t *sampled;                       /* [R]: rows */
     const int32_t *hidden_rows;                   /* [E] */
@@ -65,8 +72,14 @@ enum { NON_FINITE = -1 };
 /* The number in [0, 1) that a row draws with: neuron.triton_kernels.sampling. */
 double uniform(uint64_t seed, uint64_t counter);
 
-/* Bytes of a page over all layers. */
-size_t page_bytes(const struct model *model);
+/* Count the layers of each page table; windows of all layers are set. */
+void place_layers(struct model *model);
+
+/* Number of the page table of layers with a window, or without. */
+static inline int table_of(const struct model *model, int windowed) { return windowed ? model->num_tables - 1 : 0; }
+
+/* Bytes of a page over all layers of a table. */
+size_t page_bytes(const struct model *model, int table);
 
 /* Bytes of the arena; depends on sizes and threads only. */
 size_t arena_bytes(const struct model *model);

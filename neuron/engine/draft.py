@@ -1,8 +1,9 @@
 """A draft model: a smaller one of the same vocabulary, whose tokens the target model verifies.
 
-It keeps a cache of its own under the same page numbers as the target's, so that the scheduler's decisions about a page,
-prefix sharing included, hold for both. It computes prompts beside the target and, when draft tokens are wanted, the
-tokens it has missed since; it samples with the random numbers of the target's sequence.
+It keeps a cache of its own under the page numbers of the target's table 0, so that the scheduler's decisions about a
+page, prefix sharing included, hold for both; layers with a window too, as its cache may lag behind the target's. It
+computes prompts beside the target and, when draft tokens are wanted, the tokens it has missed since; it samples with
+the random numbers of the target's sequence.
 """
 
 import time
@@ -20,11 +21,11 @@ Rows = list[tuple[Sequence, int, int]]
 
 
 class DraftModel:
-    """A :class:`~neuron.engine.speculation.Drafter`. ``page_table`` ``[slots, P]`` is the scheduler's."""
+    """A :class:`~neuron.engine.speculation.Drafter`. ``page_tables`` ``[G, slots, P]`` are the target's."""
 
-    def __init__(self, executor: Executor, page_table: Int32Array, page_tokens: int, step_tokens: int) -> None:
+    def __init__(self, executor: Executor, page_tables: Int32Array, page_tokens: int, step_tokens: int) -> None:
         self.executor = executor
-        self._page_table = page_table
+        self._page_tables = page_tables[:1]
         self._page_tokens = page_tokens
         self._step_tokens = step_tokens
         self._step_timer = StepTimer(page_tokens, step_tokens)
@@ -91,16 +92,16 @@ class DraftModel:
         np.cumsum(counts, out=cu_seqlens[1:])
         of_row = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
         positions = np.arange(cu_seqlens[-1], dtype=np.int32) - cu_seqlens[of_row] + starts[of_row]
-        pages = self._page_table[slots, : -(-int(ends.max()) // self._page_tokens)]
+        pages = self._page_tables[:, slots, : -(-int(ends.max()) // self._page_tokens)]
         prompts = np.array([s.num_prompt for s, _, _ in rows], np.int32)
         return StepPlan(
             num_decodes=len(rows) if counts.max() == 1 else 0,
             token_ids=np.concatenate([s.tokens[start:end] for s, start, end in rows]),
             positions=positions,
-            slot_mapping=pages[of_row, positions // self._page_tokens] * np.int32(self._page_tokens)
+            slot_mappings=pages[:, of_row, positions // self._page_tokens] * np.int32(self._page_tokens)
             + positions % self._page_tokens,
             cu_seqlens=cu_seqlens,
-            page_table=pages,
+            page_tables=pages,
             context_lens=ends,
             sampled=cu_seqlens[1:] - 1 if sampled else NO_TOKENS,
             slots=slots if sampled else NO_TOKENS,

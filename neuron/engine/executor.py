@@ -15,9 +15,10 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.engine.staging import to_host
+from neuron.layers.cache import AHEAD_TOKENS
 from neuron.models.model import ModelConfig
 
-MAX_STEPS: Final = 64
+MAX_STEPS: Final = AHEAD_TOKENS
 """Most steps of a multi-step decode: the shortest on a GPU takes a quarter of a millisecond."""
 NO_LATER: Final[Int32Array] = np.empty((0, 0), np.int32)
 
@@ -59,8 +60,8 @@ class Executor(Protocol):
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Begin a step."""
 
-    def clear_pages(self, pages: Int32Array) -> None:
-        """Zero ``pages``, so that a NaN in them cannot reach the next sequence that gets them."""
+    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+        """Zero pages of each of its tables, so that a NaN in them cannot reach the next sequence that gets them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

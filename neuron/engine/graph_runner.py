@@ -40,7 +40,7 @@ class _Bucket:
     """The graph of one number of rows, with its inputs and outputs."""
 
     inputs: StepInputs
-    batch: Batch
+    batches: tuple[Batch, ...]
     """The tensors of the graph, which holds addresses only."""
     graph: int = 0
     logits: torch.Tensor | None = None
@@ -129,25 +129,29 @@ class GraphRunner(Runner):
             if self._samples:
                 self.max_steps = MAX_STEPS
         # Capturing ran the step, which wrote to page 0: it is zero for all who pad with it.
-        self.clear_pages(np.zeros(1, np.int32))
+        self.clear_pages((np.zeros(1, np.int32),) * len(self._windows))
 
     def _captured(self, size: int) -> _Bucket:
-        inputs = StepInputs(size, self._num_columns, self.device, self._published)
+        inputs = StepInputs(size, self._num_columns, self.device, self._published, len(self._windows))
         state = inputs.state
-        batch = Batch(
-            positions=state.positions,
-            slot_mapping=state.slot_mapping,
-            cu_seqlens=torch.arange(size + 1, dtype=torch.int32, device=self.device),
-            page_table=state.page_table,
-            context_lens=state.context_lens,
-            num_decodes=size,
+        cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=self.device)
+        batches = tuple(
+            Batch(
+                positions=state.positions,
+                slot_mapping=slot_mapping,
+                cu_seqlens=cu_seqlens,
+                page_table=page_table,
+                context_lens=state.context_lens,
+                num_decodes=size,
+            )
+            for slot_mapping, page_table in zip(state.slot_mappings, state.page_tables, strict=True)
         )
-        bucket = _Bucket(inputs, batch)
+        bucket = _Bucket(inputs, batches)
 
         @torch.inference_mode()
         def step() -> None:
             self._kernels.begin_step(state)
-            bucket.logits = self._logits(self._forward(state.token_ids, batch))
+            bucket.logits = self._logits(self._forward(state.token_ids, batches))
             if self._samples:
                 ids, _ = self._kernels.sample(bucket.logits, inputs.rows)
                 self._kernels.end_step(state, ids, PAGE_TOKENS)

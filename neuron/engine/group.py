@@ -41,9 +41,9 @@ _BACKEND: Final = {"cuda": "nccl", "cpu": "gloo"}
 
 
 class Cleared(msgspec.Struct, frozen=True, tag="cleared"):
-    """Pages to be zeroed, as int32."""
+    """Pages to be zeroed in each table, as int32."""
 
-    pages: bytes
+    tables: tuple[bytes, ...]
 
 
 class Planned(msgspec.Struct, frozen=True, tag="planned"):
@@ -112,10 +112,10 @@ class Group:
 
     # ------------------------------------------------------------------ plans
 
-    def send(self, message: StepPlan | Int32Array) -> None:
-        """Send the other ranks a step, or pages to be zeroed; rank 0 only."""
-        if isinstance(message, np.ndarray):
-            encoded: Planned | Cleared = Cleared(message.tobytes())
+    def send(self, message: StepPlan | tuple[Int32Array, ...]) -> None:
+        """Send the other ranks a step, or pages of each table to be zeroed; rank 0 only."""
+        if isinstance(message, tuple):
+            encoded: Planned | Cleared = Cleared(tuple(pages.tobytes() for pages in message))
         else:
             fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
             encoded = Planned(

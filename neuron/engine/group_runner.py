@@ -59,8 +59,8 @@ class GroupRunner(Runner):
         match message:
             case None:
                 return False
-            case Cleared(pages):
-                super().clear_pages(np.frombuffer(pages, np.int32).copy())
+            case Cleared(tables):
+                super().clear_pages(tuple(np.frombuffer(pages, np.int32).copy() for pages in tables))
             case _:
                 try:
                     super().launch(plan_of(message))
@@ -70,15 +70,14 @@ class GroupRunner(Runner):
                     raise GroupLostError(f"a step failed on rank {self.group.rank}: {error}") from error
         return True
 
-    def clear_pages(self, pages: Int32Array) -> None:
-        """Zero ``pages`` on all ranks; rank 0 only."""
-        self.group.send(pages)
-        super().clear_pages(pages)
+    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+        """Zero pages of each table on all ranks; rank 0 only."""
+        self.group.send(tables)
+        super().clear_pages(tables)
 
-    def _forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return decoder.forward(
-            self.config, self._weights, token_ids, batch, self._caches, self._kernels, self.group.sum
-        )
+    def _forward(self, token_ids: torch.Tensor, batches: tuple[Batch, ...]) -> torch.Tensor:
+        own = self._of_layers(batches)
+        return decoder.forward(self.config, self._weights, token_ids, own, self._caches, self._kernels, self.group.sum)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # All ranks get all logits, as both backends have no gather to one rank. The others sample greedily and drop it.

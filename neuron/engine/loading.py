@@ -161,7 +161,7 @@ def _load_part(
         if group_settings.rank:
             yield from _rank_0(group_settings)
         group = Group(group_settings, device)
-        plan = with_pages(plan, group.least(plan.num_pages))
+        plan = with_pages(plan, tuple(group.least(count) for count in plan.table_pages))
         dtype = getattr(torch, plan.dtype)
         with contextlib.closing(_preparation(config, plan, device, settings, shard)) as kernels:
             weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)

@@ -104,14 +104,14 @@ class ModelEngine:
                 mixed_step_tokens=plan.mixed_step_tokens,
                 prefix_cache=prefix_cache,
                 sampled_rows=plan.sampled_rows,
+                windows=plan.tables,
             )
         )
-
         self.speculation: Speculation | None = None
         self._draft: DraftModel | None = None
         if speculates:
             if draft is not None:
-                self._draft = DraftModel(draft, self.scheduler.page_table, PAGE_TOKENS, plan.step_tokens)
+                self._draft = DraftModel(draft, self.scheduler.cache.page_tables, PAGE_TOKENS, plan.step_tokens)
             self.speculation = Speculation(self._draft or PromptLookup(), self._step_timer)
         self._executors = (runner,) if self._draft is None else (runner, self._draft.executor)
         """Executors of the model and of its draft model."""
@@ -207,7 +207,7 @@ class ModelEngine:
             step = dataclasses.replace(step, num_steps=num_steps)
         started_s = self._clock()
         try:
-            plan = build_plan(step, self.scheduler.page_table, PAGE_TOKENS)
+            plan = build_plan(step, self.scheduler.cache.page_tables, PAGE_TOKENS)
             launched = self.runner.launch(plan)
             if self._draft is not None:
                 self._draft.follow(step)
@@ -262,8 +262,9 @@ class ModelEngine:
                 sampled += later[index]
             if not finite[index] or NON_FINITE in sampled:
                 # Pages before these are full, sound, and maybe shared.
+                unsettled = self.scheduler.cache.unsettled(sequence)
                 for executor in self._executors:
-                    executor.clear_pages(sequence.pages[sequence.num_settled // PAGE_TOKENS :])
+                    executor.clear_pages(unsettled)
                 self._fail([sequence], NonFiniteLogitsError(self.name), output)
                 continue
             try:

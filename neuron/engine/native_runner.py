@@ -53,17 +53,22 @@ class NativeRunner:
             rows=rows,
             sequences=plan.max_sequences,
             sampled=plan.sampled_rows,
+            has_window_table=bool(plan.tables),
         )
-        # One more page than the pool has: page 0 pads page tables. A page holds all layers, so that a short
-        # sequence touches few huge pages however many layers there are.
-        cache = huge_pages((plan.num_pages + 1) * self._model.page_bytes)
+        # One more page than the pool has: page 0 pads page tables. A page holds all layers of its table, so that a
+        # short sequence touches few huge pages however many layers there are.
+        table_pages = (plan.num_pages, *(table.num_pages for table in plan.tables))
+        sizes = zip(table_pages, self._model.page_bytes, strict=True)
+        caches = tuple(huge_pages((num_pages + 1) * max(1, num_bytes)) for num_pages, num_bytes in sizes)
         arena = huge_pages(self._model.arena_bytes)
         if len(arena) > plan.workspace_bytes:
             raise RuntimeError(f"the plan counted {plan.workspace_bytes} bytes of work space, {len(arena)} are needed")
-        self._model.attach(cache, arena)
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(plan.kv_dtype, torch.uint8)
-        self._cache = torch.from_numpy(cache).view(dtype).view(plan.num_pages + 1, -1)
-        """``[pages, layers, keys and values, K, 16 D]``; laid out as in ``attention.c``."""
+        self._model.attach(caches, arena)
+        self._caches = [
+            torch.from_numpy(cache).view(num_pages + 1, -1)
+            for cache, num_pages in zip(caches, table_pages, strict=True)
+        ]
+        """Bytes of the pages of each table; laid out as in ``attention.c``."""
         self._logits: torch.Tensor | None = None
         self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"))
 
@@ -86,9 +91,9 @@ class NativeRunner:
         num_steps = self._model.run(
             plan.token_ids,
             np.ascontiguousarray(plan.positions),
-            plan.slot_mapping,
+            np.ascontiguousarray(plan.slot_mappings),
             plan.cu_seqlens,
-            np.ascontiguousarray(plan.page_table),
+            np.ascontiguousarray(plan.page_tables),
             plan.context_lens,
             plan.sampled,
             plan.hidden_rows,
@@ -125,6 +130,7 @@ class NativeRunner:
             self._logits = torch.empty((num_rows, packed.padded(self.config.vocab_size)), dtype=torch.float32)
         return self._logits
 
-    def clear_pages(self, pages: Int32Array) -> None:
-        """Zero ``pages``, so that a NaN in them cannot reach the next sequence that gets them."""
-        self._cache[torch.from_numpy(pages).to(torch.int64)] = 0
+    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+        """Zero pages of each table, so that a NaN in them cannot reach the next sequence that gets them."""
+        for cache, pages in zip(self._caches, tables, strict=False):
+            cache[torch.from_numpy(pages).to(torch.int64)] = 0

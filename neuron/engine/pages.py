@@ -79,6 +79,10 @@ class PagePool:
             self._page_of[key] = page
             self._key_of[page] = key
 
+    def has(self, key: bytes) -> bool:
+        """Return whether a page of ``key`` is cached."""
+        return key in self._page_of
+
     def find(self, keys: Iterable[bytes]) -> Int32Array:
         """Return the pages of the longest prefix of ``keys`` that is cached."""
         found = []

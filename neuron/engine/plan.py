@@ -28,12 +28,12 @@ class StepPlan:
     """``[T]``. A negative id, -1 - i, is the i-th token of the step before, which may still be on the device."""
     positions: Int32Array
     """``[T]``"""
-    slot_mapping: Int32Array
-    """``[T]``: the KV slot of each token's key and value."""
+    slot_mappings: Int32Array
+    """``[G, T]``: the KV slot of each token's key and value, in the pages of each table."""
     cu_seqlens: Int32Array
     """``[B + 1]``: first row of each sequence, and T."""
-    page_table: Int32Array
-    """``[B, P]``: each sequence's pages, padded with 0."""
+    page_tables: Int32Array
+    """``[G, B, P]``: each sequence's pages in each table, 0 where it has none: at the end, and behind a window."""
     context_lens: Int32Array
     """``[B]``: tokens in the cache after this step."""
     sampled: Int32Array
@@ -47,7 +47,7 @@ class StepPlan:
     """``[E]``: the rows whose last hidden states are returned, ascending."""
     num_steps: int = 1
     """Number of decode steps. In each after the first, every row's token is its last sampled one, one position further;
-    the page table has room for them."""
+    the page tables have room for them."""
     stops: Int32Array = dataclasses.field(default_factory=lambda: NO_STOPS)
     """``[B, X]``: the tokens that end each row, -1 where there are fewer; X is 0 for a single step."""
     targets: Int32Array = dataclasses.field(default_factory=lambda: NO_TOKENS)
@@ -58,8 +58,8 @@ class StepPlan:
 FIELDS = operator.attrgetter("num_computed", "num_prompt", "num_fill", "slot")
 
 
-def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan:
-    """Return the plan of ``step``; ``page_table`` ``[slots, P]`` is the scheduler's."""
+def build_plan(step: Step, page_tables: Int32Array, page_tokens: int) -> StepPlan:
+    """Return the plan of ``step``; ``page_tables`` ``[G, slots, P]`` are the cache's."""
     sequences = step.sequences
     num_decodes = step.num_decodes
     counts = np.array(step.num_tokens, np.int32)
@@ -67,7 +67,7 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
     cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
     context_lens = starts + counts
-    own_pages = page_table[slots, : -(-(int(context_lens.max()) + step.num_steps - 1) // page_tokens)]
+    own_pages = page_tables[:, slots, : -(-(int(context_lens.max()) + step.num_steps - 1) // page_tokens)]
     hidden_rows = targets = NO_TOKENS
     if num_decodes == len(sequences):
         rows = sampled = sampled_of = np.arange(num_decodes, dtype=np.int32)
@@ -102,9 +102,9 @@ def build_plan(step: Step, page_table: Int32Array, page_tokens: int) -> StepPlan
         num_decodes=num_decodes,
         token_ids=token_ids,
         positions=positions,
-        slot_mapping=own_pages[rows, positions // page_tokens] * np.int32(page_tokens) + positions % page_tokens,
+        slot_mappings=own_pages[:, rows, positions // page_tokens] * np.int32(page_tokens) + positions % page_tokens,
         cu_seqlens=cu_seqlens,
-        page_table=own_pages,
+        page_tables=own_pages,
         context_lens=context_lens,
         sampled=sampled,
         slots=slots[sampled_of],

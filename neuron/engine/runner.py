@@ -1,6 +1,6 @@
 """Execute a plan on a model in eager torch: the reference for all other executors.
 
-It owns the KV cache and the sampler's tables; sequences appear as rows, slots and pages only.
+It owns the memory of the caches and the sampler's tables; sequences appear as rows, slots and pages only.
 """
 
 import mmap
@@ -14,6 +14,7 @@ from neuron.engine.sampler import LogprobReport, Sampler
 from neuron.engine.sequence import Int32Array
 from neuron.engine.staging import to_device
 from neuron.engine_settings import DEFAULTS, EngineSettings
+from neuron.layers.cache import table_of
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import decoder
 from neuron.models.model import ModelConfig
@@ -43,10 +44,21 @@ class Runner:
         # A CPU computes while it launches, so there is nothing to overlap with.
         self.overlaps = device.type == "cuda" and settings.overlap_steps
         self._weights = weights
-        self._window_tokens = max(cache.window_tokens for cache in config.caches() if cache is not None)
+        windows = [cache.window_tokens if cache is not None else 0 for cache in config.caches()]
+        self._tables = [table_of(window, plan.tables) for window in windows]
+        """Page table of each layer."""
+        self._windows = [
+            max(window for window, of_layer in zip(windows, self._tables, strict=True) if of_layer == table)
+            for table in range(1 + len(plan.tables))
+        ]
+        """Longest window of the layers with each table; 0: none has one."""
         # One more page than the pool has: page 0 pads page tables.
+        table_pages = [plan.num_pages + 1, *(table.num_pages + 1 for table in plan.tables)]
         self._caches = decoder.new_caches(
-            config, plan.num_pages + 1, lambda shape: zeros(shape, weights.dtype, device), shard
+            config,
+            [table_pages[table] for table in self._tables],
+            lambda shape: zeros(shape, weights.dtype, device),
+            shard,
         )
         self._last_ids = torch.empty(0, dtype=torch.int32, device=device)
         """Token ids that the last step sampled."""
@@ -58,20 +70,25 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Queue a step on the device."""
-        batch = Batch(
-            positions=self._to_device(plan.positions),
-            slot_mapping=self._to_device(plan.slot_mapping).to(torch.int64),
-            cu_seqlens=self._to_device(plan.cu_seqlens),
-            page_table=self._to_device(plan.page_table),
-            context_lens=self._to_device(plan.context_lens),
-            num_decodes=plan.num_decodes,
-            parts=self._parts(plan),
+        positions, context_lens = self._to_device(plan.positions), self._to_device(plan.context_lens)
+        cu_seqlens = self._to_device(plan.cu_seqlens)
+        batches = tuple(
+            Batch(
+                positions=positions,
+                slot_mapping=self._to_device(slot_mapping).to(torch.int64),
+                cu_seqlens=cu_seqlens,
+                page_table=self._to_device(page_table),
+                context_lens=context_lens,
+                num_decodes=plan.num_decodes,
+                parts=self._parts(plan, table),
+            )
+            for table, (slot_mapping, page_table) in enumerate(zip(plan.slot_mappings, plan.page_tables, strict=True))
         )
         token_ids = self._to_device(plan.token_ids)
         if plan.token_ids.min() < 0:
             token_ids = self._known(token_ids)
-        hidden = self._forward(token_ids, batch)
-        last = hidden.index_select(0, batch.cu_seqlens[1:] - 1)
+        hidden = self._forward(token_ids, batches)
+        last = hidden.index_select(0, cu_seqlens[1:] - 1)
         finite = last.sum(-1, dtype=torch.float32).isfinite()
         ids = torch.empty(0, dtype=torch.int32, device=self.device)
         report: LogprobReport | None = None
@@ -85,23 +102,28 @@ class Runner:
         self._last_ids = ids
         return DeviceStep.behind(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
 
-    def clear_pages(self, pages: Int32Array) -> None:
-        """Zero ``pages``, so that a NaN in them cannot reach the next sequence that gets them.
+    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+        """Zero pages of each table, so that a NaN in them cannot reach the next sequence that gets them.
 
         Tokens beyond a sequence's end in its last page are masked, and zero times NaN is NaN.
         """
-        chosen = self._to_device(pages).to(torch.int64)
+        chosen = [self._to_device(pages).to(torch.int64) for pages in tables[: len(self._windows)]]
         # An assignment would copy the 0 to the device and wait for all queued work.
-        for cache in self._caches:
+        for cache, table in zip(self._caches, self._tables, strict=True):
             for tensor in cache or ():
-                tensor.index_fill_(0, chosen, 0)
+                tensor.index_fill_(0, chosen[table], 0)
 
-    def _parts(self, plan: StepPlan) -> tuple[AttentionPart, ...]:
+    def _parts(self, plan: StepPlan, table: int) -> tuple[AttentionPart, ...]:
         """Return the parts for eager attention; kernels read the page table."""
         if self._kernels.by_kernels:
             return ()
         return attention_parts(
-            plan.cu_seqlens, plan.page_table, plan.context_lens, PAGE_TOKENS, self.device, self._window_tokens
+            plan.cu_seqlens,
+            plan.page_tables[table],
+            plan.context_lens,
+            PAGE_TOKENS,
+            self.device,
+            self._windows[table],
         )
 
     def _known(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -110,9 +132,15 @@ class Runner:
         before = self._last_ids.clamp(min=0)
         return torch.where(token_ids < 0, before[(-1 - token_ids).clamp(min=0)], token_ids)
 
-    def _forward(self, token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _forward(self, token_ids: torch.Tensor, batches: tuple[Batch, ...]) -> torch.Tensor:
         """Return the hidden states ``[T, hidden]``."""
-        return decoder.forward(self.config, self._weights, token_ids, batch, self._caches, self._kernels)
+        return decoder.forward(
+            self.config, self._weights, token_ids, self._of_layers(batches), self._caches, self._kernels
+        )
+
+    def _of_layers(self, batches: tuple[Batch, ...]) -> list[Batch]:
+        """Return the one of ``batches``, which are of all page tables, for each layer."""
+        return [batches[table] for table in self._tables]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits ``[R, V]`` of the rows ``hidden``."""

@@ -20,12 +20,11 @@ import operator
 from collections.abc import Callable
 from typing import Final
 
-import numpy as np
-
 from neuron.device.jobs import Pooling
-from neuron.engine.pages import PagePool
+from neuron.engine.cache import Cache
 from neuron.engine.prefix import extend_keys
-from neuron.engine.sequence import NO_PAGES, NO_TOKENS, Int32Array, Sequence, SequenceState
+from neuron.engine.sequence import NO_TOKENS, Sequence, SequenceState
+from neuron.layers.cache import WindowTable
 
 GROWTH_PAGES: Final = 4
 """Free pages that admission leaves to each running sequence that may still need them."""
@@ -50,6 +49,8 @@ class Limits:
     prefix_cache: bool = True
     sampled_rows: int = 1 << 30
     """Rows of a step that may have logits; a scored prompt takes a row for each of its tokens."""
+    windows: tuple[WindowTable, ...] = ()
+    """Page tables of layers with a window, beside the one of ``num_pages``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,14 +73,18 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pool = PagePool(limits.num_pages)
+        self.cache = Cache(
+            num_pages=limits.num_pages,
+            page_tokens=limits.page_tokens,
+            context_tokens=limits.context_tokens,
+            num_slots=limits.max_sequences,
+            step_tokens=limits.step_tokens,
+            windows=limits.windows,
+        )
         self.waiting: dict[int, Sequence] = {}
         """Waiting sequences in order of arrival, behind preempted ones."""
         self.running: dict[int, Sequence] = {}
         """Running sequences in order of admission."""
-        max_pages = -(-limits.context_tokens // limits.page_tokens)
-        self.page_table: Int32Array = np.zeros((limits.max_sequences, max_pages), np.int32)
-        """``[slots, P]``: written when a sequence is admitted or grows, read by every step's plan."""
         self.num_preemptions = 0
         self._slots = list(range(limits.max_sequences))[::-1]
         # Keys of the pages that running sequences are about to fill, and the sequence of each.
@@ -95,13 +100,10 @@ class Scheduler:
         """Return how many sequences wait beyond the free slots; negative if slots stay free."""
         return len(self.waiting) - len(self._slots)
 
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.page_tokens)
-
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises ``ValueError`` for one that could never be admitted."""
         fits = sequence.num_prompt + sequence.max_tokens <= self.limits.context_tokens
-        if not fits or self._num_pages(sequence.num_cache_tokens) > self.limits.num_pages:
+        if not fits or self.cache.num_pages(sequence.num_cache_tokens) > self.limits.num_pages:
             raise ValueError(f"sequence {sequence.number} needs {sequence.num_cache_tokens} tokens of cache")
         if sequence.number in self.waiting or sequence.number in self.running:
             raise ValueError(f"sequence {sequence.number} exists already")
@@ -124,12 +126,9 @@ class Scheduler:
         for key in sequence.keys[sequence.num_published :]:
             if self._promised.get(key) == sequence.number:
                 del self._promised[key]
-        self.pool.release(sequence.pages)
         self._slots.append(sequence.slot)
-        self.page_table[sequence.slot] = 0
-        sequence.pages, sequence.slot = NO_PAGES, -1
-        sequence.num_computed = sequence.num_settled = sequence.num_published = sequence.num_awaited = 0
-        sequence.num_drafted = 0
+        self.cache.remove(sequence)
+        sequence.num_computed = sequence.num_settled = sequence.num_awaited = sequence.num_drafted = 0
         sequence.drafts, sequence.pooled = NO_TOKENS, None
 
     # -------------------------------------------------------------- admission
@@ -166,7 +165,7 @@ class Scheduler:
         if not self._promised:
             return False
         keys = self._sharable_keys(sequence)
-        farthest = len(self.pool.find(keys)) + AWAITED_PAGES - 1
+        farthest = len(self.cache.find(keys)) + AWAITED_PAGES - 1
         return farthest < len(keys) and keys[farthest] in self._promised
 
     def _sharable_keys(self, sequence: Sequence) -> list[bytes]:
@@ -179,27 +178,22 @@ class Scheduler:
         return sequence.keys[:count]
 
     def _place(self, sequence: Sequence) -> bool:
-        """Give a sequence its slot and its pages; return whether the pool has enough."""
+        """Give a sequence its slot and its pages; return whether there are enough."""
         keys = self._sharable_keys(sequence)
-        shared = self.pool.find(keys)
-        num_pages = self._num_pages(sequence.num_tokens)
-        margin = min(GROWTH_PAGES, self._num_pages(sequence.num_cache_tokens) - num_pages)
+        num_pages = self.cache.num_pages
+        margin = min(GROWTH_PAGES, num_pages(sequence.num_cache_tokens) - num_pages(sequence.num_tokens))
         for other in self.running.values():
-            margin += min(GROWTH_PAGES, self._num_pages(other.num_cache_tokens) - len(other.pages))
-        needed = num_pages - len(shared) + margin
-        if needed > self.pool.num_free - self.pool.count_idle(shared):
+            margin += min(GROWTH_PAGES, num_pages(other.num_cache_tokens) - len(other.pages))
+        if not self.cache.admit(sequence, self._slots[-1], keys, margin):
             return False
         del self.waiting[sequence.number]
-        self.pool.share(shared)
-        sequence.pages = np.concatenate((shared, self.pool.allocate(num_pages - len(shared))))
-        sequence.slot = self._slots.pop()
-        self.page_table[sequence.slot, :num_pages] = sequence.pages
-        sequence.num_computed = sequence.num_settled = sequence.num_drafted = len(shared) * self.limits.page_tokens
-        sequence.num_published = len(shared)
+        self._slots.pop()
+        num_shared = sequence.num_published
+        sequence.num_computed = sequence.num_settled = sequence.num_drafted = num_shared * self.limits.page_tokens
         sequence.num_fill = sequence.num_tokens
         if sequence.state is SequenceState.WAITING:
             sequence.num_cached = sequence.num_computed
-        for key in keys[len(shared) :]:
+        for key in keys[num_shared:]:
             self._promised.setdefault(key, sequence.number)
         sequence.state = SequenceState.RUNNING
         self.running[sequence.number] = sequence
@@ -260,6 +254,7 @@ class Scheduler:
                 if sequence.num_to_score(count):
                     count = min(count, 1 + max(0, spare_rows))
                     spare_rows -= count - 1
+                self.cache.extend(sequence, count)
                 sequences.append(sequence)
                 counts.append(count)
                 budget -= count
@@ -272,20 +267,14 @@ class Scheduler:
         """
         if sequence.num_computed < len(sequence.pages) * self.limits.page_tokens:
             return True
-        while not self.pool.num_free:
+        while not self.cache.grow(sequence):
             youngest = next(reversed(self.running.values()))
             if youngest.in_flight:
                 return False
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        self._add_page(sequence)
         return True
-
-    def _add_page(self, sequence: Sequence) -> None:
-        page = self.pool.allocate(1)
-        self.page_table[sequence.slot, len(sequence.pages)] = page[0]
-        sequence.pages = np.concatenate((sequence.pages, page))
 
     def reserve(self, sequence: Sequence, count: int) -> int:
         """Reserve pages for up to ``count`` tokens behind the next one of ``sequence``; return for how many.
@@ -295,9 +284,9 @@ class Scheduler:
         """
         count = min(count, sequence.max_tokens - sequence.num_output - 1)
         while (reserved := len(sequence.pages) * self.limits.page_tokens - sequence.num_computed - 1) < count:
-            if self.pool.num_free <= GROWTH_PAGES * len(self.running):
+            if self.cache.pool.num_free <= GROWTH_PAGES * len(self.running):
                 return reserved
-            self._add_page(sequence)
+            self.cache.grow(sequence)
         return count
 
     def begin(self, step: Step) -> None:
@@ -321,33 +310,27 @@ class Scheduler:
         """Record that a step of a running sequence was sound: ``num_tokens`` more are settled in the cache.
 
         ``num_sampled`` rows of it were sampled. The certain tokens have been appended; all but the last are in the
-        cache as well, and counted: accepted draft tokens, or a multi-step decode. Publishes full pages.
+        cache as well, and counted: accepted draft tokens, or a multi-step decode. Publishes full pages, and
+        gives back those that no later token sees.
         """
         sequence.num_settled += num_tokens
         sequence.num_computed = max(sequence.num_computed, sequence.num_settled)
         sequence.num_awaited -= num_sampled
-        if not self.limits.prefix_cache or sequence.pooling is Pooling.MEAN:
-            return
         full = sequence.num_settled // self.limits.page_tokens
-        if full > sequence.num_published:
+        if full > sequence.num_published and self.limits.prefix_cache and sequence.pooling is not Pooling.MEAN:
             extend_keys(sequence.keys, sequence.tokens, full, self.limits.page_tokens, sequence.root)
             for index in range(sequence.num_published, full):
-                key = sequence.keys[index]
-                self.pool.publish(int(sequence.pages[index]), key)
-                if self._promised.get(key) == sequence.number:
-                    del self._promised[key]
+                self.cache.publish(sequence, index)
+                if self._promised.get(sequence.keys[index]) == sequence.number:
+                    del self._promised[sequence.keys[index]]
             sequence.num_published = full
+        self.cache.give_back(sequence)
 
     def check_integrity(self) -> None:
-        """Raise unless slots, pages, promises and the page table agree with the sequences that run."""
+        """Raise unless slots, pages and promises agree with the sequences that run."""
         running = list(self.running.values())
-        self.pool.check_integrity([sequence.pages for sequence in running])
+        self.cache.check_integrity(running)
         if sorted([*self._slots, *(sequence.slot for sequence in running)]) != list(range(self.limits.max_sequences)):
             raise RuntimeError("slots are lost or held twice")
-        expected = np.zeros_like(self.page_table)
-        for sequence in running:
-            expected[sequence.slot, : len(sequence.pages)] = sequence.pages
-        if not np.array_equal(expected, self.page_table):
-            raise RuntimeError("the page table differs from the sequences' pages")
         if not set(self._promised.values()) <= self.running.keys():
             raise RuntimeError("pages are promised by a sequence that does not run")

@@ -57,13 +57,17 @@ class Published:
 
 
 class StepInputs:
-    """The inputs of a graph of ``num_rows`` rows with up to ``num_columns`` pages each."""
+    """The inputs of a graph of ``num_rows`` rows with up to ``num_columns`` pages each, in each of ``num_tables``."""
 
-    def __init__(self, num_rows: int, num_columns: int, device: torch.device, published: Published) -> None:
+    def __init__(
+        self, num_rows: int, num_columns: int, device: torch.device, published: Published, num_tables: int = 1
+    ) -> None:
         self.num_rows = num_rows
+        # Those of a table begin aligned too.
+        row_width, table_width = (-(-size // ALIGNED) * ALIGNED for size in (num_rows, num_rows * num_columns))
         parts = {
             # Elements of 8 bytes first, for alignment.
-            "slot_mapping": (num_rows, np.int64),
+            "slot_mappings": (num_tables * row_width, np.int64),
             "seeds": (num_rows, np.int64),
             "token_ids": (num_rows, np.int32),
             "positions": (num_rows, np.int32),
@@ -76,7 +80,7 @@ class StepInputs:
             "min_p": (num_rows, np.float32),
             "place": (1, np.int32),
             "stops": (num_rows * MAX_STOPS, np.int32),
-            "page_table": (num_rows * num_columns, np.int32),
+            "page_tables": (num_tables * table_width, np.int32),
         }
         spans: dict[str, tuple[int, int, Any]] = {}
         end = 0
@@ -84,7 +88,11 @@ class StepInputs:
             size = count * np.dtype(kind).itemsize // 4
             spans[name] = end, end + size, kind
             end += -(-size // ALIGNED) * ALIGNED
-        shapes = {"stops": (num_rows, MAX_STOPS), "page_table": (num_rows, num_columns)}
+        shapes = {
+            "stops": (num_rows, MAX_STOPS),
+            "slot_mappings": (num_tables, row_width),
+            "page_tables": (num_tables, table_width),
+        }
         self._there = torch.zeros(end, dtype=torch.int32, device=device)
         # Double-buffered: the device may still read the one of the step before. The one before that has been read,
         # since at most one step is launched ahead.
@@ -96,6 +104,10 @@ class StepInputs:
             }
             for staged in self._here
         ]
+        for views in self._views:
+            views["slot_mappings"] = views["slot_mappings"][:, :num_rows]
+            whole = views["page_tables"][:, : num_rows * num_columns]
+            views["page_tables"] = whole.reshape(num_tables, num_rows, num_columns)
         self._current = 0
         self._widths: list[dict[str, int]] = [{}, {}]
         """Columns of each table that the last plan in the buffer has written."""
@@ -104,9 +116,12 @@ class StepInputs:
             name: self._there[first:last].view(dtypes[kind]).view(shapes.get(name, -1))
             for name, (first, last, kind) in spans.items()
         }
-        names = ("token_ids", "positions", "slot_mapping", "context_lens", "counters", "ended", "page_table", "stops")
+        names = ("token_ids", "positions", "context_lens", "counters", "ended", "stops")
+        tables = there["page_tables"][:, : num_rows * num_columns]
         self.state = DecodeState(
             **{name: there[name] for name in names},
+            slot_mappings=there["slot_mappings"][:, :num_rows],
+            page_tables=tables.view(num_tables, num_rows, num_columns),
             last=published.last,
             place=there["place"],
             published=published.tokens,
@@ -132,7 +147,7 @@ class StepInputs:
         values: dict[str, Array] = {
             "token_ids": plan.token_ids,
             "positions": plan.positions,
-            "slot_mapping": plan.slot_mapping,
+            "slot_mappings": plan.slot_mappings,
             "context_lens": plan.context_lens,
             "counters": draws.num_output,
             "temperature": draws.temperature,
@@ -142,15 +157,15 @@ class StepInputs:
             "seeds": draws.seeds.view(np.int64),
         }
         for name, array in values.items():
-            view[name][:count] = array
-            view[name][count:] = array[0]
+            view[name][..., :count] = array
+            view[name][..., count:] = array[..., :1]
         view["ended"][:] = 0
         view["place"][0] = place
-        for name, table, rest in (("page_table", plan.page_table, 0), ("stops", plan.stops, -1)):
-            width, before = table.shape[1], self._widths[self._current].get(name, view[name].shape[1])
+        for name, table, rest in (("page_tables", plan.page_tables, 0), ("stops", plan.stops, -1)):
+            width, before = table.shape[-1], self._widths[self._current].get(name, view[name].shape[-1])
             self._widths[self._current][name] = width
-            view[name][:, width:before] = rest
+            view[name][..., width:before] = rest
             if width:
-                view[name][:count, :width] = table
-                view[name][count:, :width] = table[0]
+                view[name][..., :count, :width] = table
+                view[name][..., count:, :width] = table[..., :1, :]
         self._there.copy_(self._here[self._current], non_blocking=True)

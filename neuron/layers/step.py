@@ -31,7 +31,8 @@ class Step:
         self, operations: Operations, batch: Batch, dtype: torch.dtype, sum_ranks: SumRanks | None = None
     ) -> None:
         self.operations = operations
-        self._batch = batch
+        self.batch = batch
+        """The step with the page table of the layer that runs."""
         self._dtype = dtype
         self._sum_ranks = sum_ranks
         self._rotary: dict[int, Rotary] = {}
@@ -40,7 +41,7 @@ class Step:
         """Return cosine and sine of the batch's positions, computed once a step for each set of ``frequencies``."""
         found = self._rotary.get(id(frequencies))
         if found is None:
-            found = self.operations.rotary_table(self._batch.positions, frequencies, self._dtype)
+            found = self.operations.rotary_table(self.batch.positions, frequencies, self._dtype)
             self._rotary[id(frequencies)] = found
         return found
 
@@ -57,7 +58,7 @@ class Step:
     ) -> torch.Tensor:
         """Return the attention ``[T, H D]`` of the projections ``qkv``, whose keys and values are written."""
         parameters = AttentionParameters(scale, window, qk_norm=qk_norm, eps=eps)
-        return self.operations.attention(qkv, rotary, cache, self._batch, parameters)
+        return self.operations.attention(qkv, rotary, cache, self.batch, parameters)
 
     def add_linear(self, x: torch.Tensor, linear: Linear, norm: Norm | None, residual: torch.Tensor) -> None:
         """Add ``x weight^T + bias``, summed over the ranks and normalised where ``norm`` is given, to ``residual``."""

@@ -64,40 +64,41 @@ def load_decoder(
 
 
 def new_caches(
-    config: ModelConfig, num_pages: int, make: Callable[[tuple[int, ...]], torch.Tensor], shard: Shard = WHOLE
+    config: ModelConfig, num_pages: Sequence[int], make: Callable[[tuple[int, ...]], torch.Tensor], shard: Shard = WHOLE
 ) -> list[KeyValueCache | None]:
-    """Return each layer's cache of ``num_pages`` pages, of tensors by ``make``."""
+    """Return each layer's cache of its ``num_pages``, of tensors by ``make``."""
 
-    def cache_of(kind: Cache | None) -> KeyValueCache | None:
+    def cache_of(kind: Cache | None, pages: int) -> KeyValueCache | None:
         if kind is None:
             return None
-        shape = num_pages, PAGE_TOKENS, kind.num_kv_heads, kind.head_dim
+        shape = pages, PAGE_TOKENS, kind.num_kv_heads, kind.head_dim
         return KeyValueCache(make(shape), make(shape))
 
-    return [cache_of(kind) for kind in config.caches(shard)]
+    return [cache_of(*pair) for pair in zip(config.caches(shard), num_pages, strict=True)]
 
 
 def forward(
     config: ModelConfig,
     weights: DecoderWeights,
     token_ids: torch.Tensor,
-    batch: Batch,
+    batches: Sequence[Batch],
     caches: Sequence[Any],
     operations: Operations | None = None,
     sum_ranks: SumRanks | None = None,
 ) -> torch.Tensor:
     """Return the normalised hidden state ``[T, hidden]`` of ``token_ids`` ``[T]``, and write to ``caches``.
 
-    There is one for each layer. ``operations`` are the device's own unless given. Where several ranks hold the model,
-    ``sum_ranks`` returns the sum of a tensor over the ranks, in place or not.
+    Both ``batches`` and ``caches`` are of each layer: the step with its page table, and its cache. ``operations`` are
+    the device's own unless given. Where several ranks hold the model, ``sum_ranks`` returns the sum of a tensor over
+    the ranks, in place or not.
     """
     residual = embedding_rows(token_ids, weights.embedding["table"].weight, weights.dtype)
     if config.embedding.scale != 1.0:
         # Rounded to the dtype first, as these models were trained.
         residual *= torch.tensor(config.embedding.scale, dtype=residual.dtype)
     kernels = dispatch.operations_for(residual.device, residual.dtype) if operations is None else operations
-    step = Step(kernels, batch, residual.dtype, sum_ranks)
-    for layer, own, cache in zip(config.layers, weights.layers, caches, strict=True):
+    step = Step(kernels, batches[0], residual.dtype, sum_ranks)
+    for layer, own, cache, step.batch in zip(config.layers, weights.layers, caches, batches, strict=True):
         layer.forward(step, own, residual, cache)
     return config.head.normed(kernels, weights.head, residual)
 

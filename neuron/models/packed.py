@@ -11,6 +11,7 @@ from typing import Final
 
 from neuron.cpu_kernels import native
 from neuron.layers.attention import Attention
+from neuron.layers.cache import PagedKV
 from neuron.layers.mlp import GatedMlp
 from neuron.layers.parameters import Constant, Matrix, Vector
 from neuron.models.gguf import TensorKind
@@ -126,13 +127,12 @@ def weights_bytes(config: ModelConfig, dtype: str) -> int:
     return total + sum(4 * padded(len(constant.values)) for constant in constants)
 
 
-def page_bytes(config: ModelConfig, kv_dtype: str, page_tokens: int) -> int:
-    """Return the bytes of a page over all layers (``kv_page_bytes`` of ``kernels.h``): head vectors are padded to whole
+def page_bytes(cache: PagedKV, kv_dtype: str, page_tokens: int) -> int:
+    """Return the bytes of a layer's page (``kv_page_bytes`` of ``kernels.h``): head vectors are padded to whole
     registers, and have a scale each in int8."""
-    attention = sizes(config).attention
     element = {"bfloat16": 2, "float32": 4, "int8": 1}[kv_dtype]
-    vector = padded(attention.head_dim) * element + (4 if kv_dtype == INT8 else 0)
-    return 2 * len(config.blocks) * attention.num_kv_heads * page_tokens * vector
+    vector = padded(cache.head_dim) * element + (4 if kv_dtype == INT8 else 0)
+    return 2 * cache.num_kv_heads * page_tokens * vector
 
 
 def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, threads: int) -> int:

@@ -182,6 +182,7 @@ def make_model(
     rows: int,
     sequences: int,
     sampled: int,
+    has_window_table: bool = False,
 ) -> native.Model:
     """Return the executor's model of ``weights``, without a cache, for steps of at most so many rows and sequences."""
     sizes = packed.sizes(config)
@@ -206,6 +207,7 @@ def make_model(
         gelu=mlp.activation != "silu",
         window_tokens=sizes.window_tokens,
         logit_cap=config.head.logit_cap,
+        has_window_table=has_window_table,
     )
     half = attention.head_dim // 2
     frequencies: list[Floats | None] = [None, None]

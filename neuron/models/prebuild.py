@@ -60,12 +60,16 @@ def variants(
     if dtype == torch.float32:
         return ()
     few, weights = _distinct_layers(config, dtype, plan.quant, shard)
-    caches = decoder.new_caches(few, plan.num_pages + 1, lambda shape: _meta(*shape, dtype=dtype), shard)
+    caches = decoder.new_caches(
+        few, [plan.num_pages + 1] * len(few.layers), lambda shape: _meta(*shape, dtype=dtype), shard
+    )
     in_group = in_group or shard.size > 1
     with recording(target_for(capability)) as recorder:
         for batch in _batches(plan, _steps(config)):
             token_ids = _meta(len(batch.positions), dtype=torch.int32)
-            decoder.forward(few, weights, token_ids, batch, caches, KERNELS, (lambda x: x) if in_group else None)
+            decoder.forward(
+                few, weights, token_ids, [batch] * len(caches), caches, KERNELS, (lambda x: x) if in_group else None
+            )
         for rows in sorted({min(n, plan.sampled_rows) for n in (*STEPS, plan.sampled_rows)}):
             decoder.logits(config, weights, _meta(rows, config.hidden_size, dtype=dtype), KERNELS)
         _sample(config, plan)

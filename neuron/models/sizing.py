@@ -4,15 +4,18 @@ Pure and without torch, so that the daemon's preflight, the worker's load and th
 only: the caller finds the free bytes, and may free more.
 """
 
+import bisect
 import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
 from neuron.formats.registry import ROUNDED_FORMATS
+from neuron.layers.cache import PagedKV, WindowTable, chunk_pages, window_pages, windows_of
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed, quantization
 from neuron.models.errors import DoesNotFitError
@@ -52,7 +55,7 @@ CUDA_DEFAULTS: Final = DeviceDefaults(64, 64 * 8192, 0.8, step_tokens=2048, mixe
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Memory plan of a model on its device. ``kv_cache_bytes`` is exactly ``num_pages`` pages."""
+    """Memory plan of a model on its device. ``kv_cache_bytes`` is exactly the pages of all its tables."""
 
     dtype: str
     context_tokens: int
@@ -60,6 +63,7 @@ class MemoryPlan:
     sampled_rows: int
     """Most rows of a step that are sampled."""
     num_pages: int
+    """Pages of table 0, which hold all tokens of a sequence."""
     step_tokens: int
     mixed_step_tokens: int
     weights_bytes: int
@@ -71,8 +75,20 @@ class MemoryPlan:
     """Whether it runs on the CPU kernels; ``dtype`` is then the one of weights that the file stores as floats."""
     kv_dtype: str = "auto"
     """Dtype of keys and values in the cache; ``auto``: as ``dtype``."""
+    window_tables: tuple[WindowTable, ...] = ()
+    """Pages of the layers with each window, never more than ``num_pages``."""
     draft: "MemoryPlan | None" = None
     """Plan of the draft model, beside it on the device."""
+
+    @property
+    def tables(self) -> tuple[WindowTable, ...]:
+        """Return the page tables beside table 0: of windows that have fewer pages. Other layers share table 0."""
+        return tuple(table for table in self.window_tables if table.num_pages < self.num_pages)
+
+    @property
+    def table_pages(self) -> tuple[int, ...]:
+        """Return the pages of table 0, and those of each window."""
+        return (self.num_pages, *(table.num_pages for table in self.window_tables))
 
     @property
     def parts(self) -> "tuple[MemoryPlan, ...]":
@@ -85,19 +101,29 @@ class MemoryPlan:
         return sum(part.weights_bytes + part.kv_cache_bytes + part.workspace_bytes for part in self.parts)
 
 
-def with_pages(plan: MemoryPlan, num_pages: int) -> MemoryPlan:
-    """Return ``plan`` with fewer pages: all ranks have as many as the one with the least memory."""
+def with_pages(plan: MemoryPlan, table_pages: tuple[int, ...]) -> MemoryPlan:
+    """Return ``plan`` with fewer pages: all ranks have as many of each table as the one with the fewest."""
+    num_pages, *windows = table_pages
+    window_tables = tuple(
+        dataclasses.replace(table, num_pages=count) for table, count in zip(plan.window_tables, windows, strict=True)
+    )
+    page_bytes = (plan.kv_cache_bytes - _bytes_of(plan.window_tables)) // plan.num_pages
     return dataclasses.replace(
         plan,
         num_pages=num_pages,
         context_tokens=min(plan.context_tokens, num_pages * PAGE_TOKENS),
-        kv_cache_bytes=plan.kv_cache_bytes // plan.num_pages * num_pages,
+        kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables),
+        window_tables=window_tables,
     )
+
+
+def _bytes_of(tables: Iterable[WindowTable]) -> int:
+    return sum(table.num_pages * table.page_bytes for table in tables)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Costs:
-    """Costs of a model: fixed ones, and for each page of its cache."""
+    """Costs of a model: fixed ones, and for each page of its caches."""
 
     dtype: str
     quant: str
@@ -105,7 +131,8 @@ class _Costs:
     kv_dtype: str
     weights_bytes: int
     fixed_bytes: int
-    page_bytes: int
+    page_bytes: Mapping[int, int]
+    """Bytes of a page in all layers of each window; 0: those without."""
     gather_bytes: int
     """Bytes of work space for each page: the eager attention gathers one layer's pages before it reads them."""
 
@@ -133,7 +160,7 @@ def _costs(
         fixed_bytes += sampled_rows * config.vocab_size * SAMPLER_BYTES
         fixed_bytes += 4 * (os.cpu_count() or 1) * packed.padded(config.vocab_size)  # to draw in
         kv_dtype = dtype if spec.kv_dtype == "auto" else spec.kv_dtype
-        page_bytes = packed.page_bytes(config, kv_dtype, PAGE_TOKENS)
+        page_bytes = _page_bytes(config, lambda cache: packed.page_bytes(cache, kv_dtype, PAGE_TOKENS))
         return _Costs(dtype, quant, True, kv_dtype, packed.weights_bytes(config, dtype), fixed_bytes, page_bytes, 0)
     if spec.kv_dtype != "auto":
         raise InvalidRequestError(
@@ -143,10 +170,50 @@ def _costs(
     fixed_bytes = workspace_bytes(config, dtype, step_tokens, sampled_rows, shard)
     if device.startswith("cpu") and quant != quantization.NONE:
         fixed_bytes += 8 * quantization.largest_matrix_elements(config)
-    page_bytes = PAGE_TOKENS * config.kv_bytes_per_token(dtype, shard)
     weights_bytes = quantization.weights_bytes(config, dtype, quant, shard)
-    gather_bytes = -(-page_bytes // len(config.blocks))
+    token_bytes = DTYPE_BYTES[dtype]
+    page_bytes = _page_bytes(config, lambda cache: PAGE_TOKENS * token_bytes * cache.elements_per_token, shard)
+    caches = [cache for cache in config.caches(shard) if cache is not None]
+    gather_bytes = PAGE_TOKENS * token_bytes * max(cache.elements_per_token for cache in caches)
     return _Costs(dtype, quant, False, dtype, weights_bytes, fixed_bytes, page_bytes, gather_bytes)
+
+
+def _page_bytes(config: ModelConfig, bytes_of: Callable[[PagedKV], int], shard: Shard = WHOLE) -> dict[int, int]:
+    """Return the bytes of a page in all layers of each window, from the bytes in one layer."""
+    caches = config.caches(shard)
+    found = dict.fromkeys((0, *windows_of(caches)), 0)
+    for cache in caches:
+        if cache is not None:
+            found[cache.window_tokens] += bytes_of(cache)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _CacheSizes:
+    """Bytes of the caches of a model, and of its draft model, by number of pages."""
+
+    page_bytes: int
+    """Bytes of a page of table 0."""
+    window_bytes: Mapping[int, int]
+    """Bytes of a page in all layers of each window."""
+    step_tokens: int
+
+    def tables(self, num_pages: int, num_windows: int) -> tuple[WindowTable, ...]:
+        """Return the pages of each window for ``num_windows`` running sequences beside ``num_pages`` of table 0."""
+        chunks = chunk_pages(self.step_tokens, PAGE_TOKENS)
+        return tuple(
+            WindowTable(window, min(num_pages, num_windows * window_pages(window, PAGE_TOKENS) + chunks), page_bytes)
+            for window, page_bytes in self.window_bytes.items()
+        )
+
+    def total(self, num_pages: int, num_windows: int, gather_bytes: int = 0) -> int:
+        """Return the bytes of all tables, and ``gather_bytes`` for each page of table 0."""
+        return num_pages * (self.page_bytes + gather_bytes) + _bytes_of(self.tables(num_pages, num_windows))
+
+    def affordable(self, budget_bytes: int, num_windows: int, most: int, gather_bytes: int = 0) -> int:
+        """Return the pages of table 0, up to ``most``, that ``budget_bytes`` pay for, with their windows."""
+        key = functools.partial(self.total, num_windows=num_windows, gather_bytes=gather_bytes)
+        return bisect.bisect_right(range(1, most + 1), budget_bytes, key=key)
 
 
 def plan_memory(
@@ -162,8 +229,8 @@ def plan_memory(
     """Return the plan for ``spec`` on ``device`` (``cpu:0``, ``cuda:1``) with ``free_bytes`` free.
 
     Of a model that several devices hold, the plan of one rank's part; with ``draft``, the draft model has a plan
-    in it, of as many pages. Raises :class:`DoesNotFitError` if there is none, :class:`InvalidRequestError` if the spec
-    contradicts itself, :class:`UnsupportedQuantizationError`.
+    in it, of as many pages as table 0. Raises :class:`DoesNotFitError` if there is none, :class:`InvalidRequestError`
+    if the spec contradicts itself, :class:`UnsupportedQuantizationError`.
     """
     defaults = CPU_DEFAULTS if device.startswith("cpu") else CUDA_DEFAULTS
     for name in ("context_tokens", "max_sequences", "kv_cache_bytes"):
@@ -188,32 +255,48 @@ def plan_memory(
     ]
     own = each[0]
     weights_bytes, fixed_bytes = sum(c.weights_bytes for c in each), sum(c.fixed_bytes for c in each)
-    page_bytes, gather_bytes = sum(c.page_bytes for c in each), sum(c.gather_bytes for c in each)
+    gather_bytes = sum(c.gather_bytes for c in each)
+    # A draft model keeps all tokens, as its cache may lag behind.
+    draft_bytes = sum(sum(c.page_bytes.values()) for c in each[1:])
+    window_bytes = {window: num_bytes for window, num_bytes in own.page_bytes.items() if window}
+    sizes = _CacheSizes(own.page_bytes[0] + draft_bytes, window_bytes, defaults.step_tokens)
     needed_tokens = spec.context_tokens or min(MIN_CONTEXT_TOKENS, longest)
     needed_pages = -(-needed_tokens // PAGE_TOKENS)
     room_bytes = free_bytes - weights_bytes - fixed_bytes
     if spec.kv_cache_bytes:
-        num_pages = spec.kv_cache_bytes // page_bytes
-        if num_pages < needed_pages:
+        budget_bytes, gathered_bytes = spec.kv_cache_bytes, 0
+        most_pages = (
+            budget_bytes // sizes.page_bytes if sizes.page_bytes else max_sequences * -(-longest // PAGE_TOKENS)
+        )
+        if sizes.total(needed_pages, 1) > budget_bytes:
             raise InvalidRequestError(
-                f"kv_cache_bytes is {spec.kv_cache_bytes}; {needed_tokens} tokens need {needed_pages * page_bytes}",
+                f"kv_cache_bytes is {budget_bytes}; {needed_tokens} tokens need {sizes.total(needed_pages, 1)}",
                 param="kv_cache_bytes",
             )
-        needed_pages = num_pages
     else:
-        wanted_tokens = max(needed_tokens, min(defaults.cache_tokens, max_sequences * longest))
-        affordable = int(room_bytes * defaults.cache_share) // (page_bytes + gather_bytes)
-        num_pages = max(min(-(-wanted_tokens // PAGE_TOKENS), affordable), needed_pages)
-    if needed_pages * (page_bytes + gather_bytes) > room_bytes:
-        needs = weights_bytes + fixed_bytes + needed_pages * (page_bytes + gather_bytes)
+        budget_bytes, gathered_bytes = int(room_bytes * defaults.cache_share), gather_bytes
+        most_pages = -(-max(needed_tokens, min(defaults.cache_tokens, max_sequences * longest)) // PAGE_TOKENS)
+    num_pages = max(needed_pages, sizes.affordable(budget_bytes, max_sequences, most_pages, gathered_bytes))
+    # Where the tokens asked for leave too little for the windows of all sequences, fewer run at a time.
+    num_windows = max(
+        1,
+        bisect.bisect_right(
+            range(1, max_sequences + 1), budget_bytes, key=lambda count: sizes.total(num_pages, count, gathered_bytes)
+        ),
+    )
+    needed_bytes = sizes.total(num_pages, num_windows, gather_bytes)
+    if needed_bytes > room_bytes:
+        needs = weights_bytes + fixed_bytes + needed_bytes
         raise DoesNotFitError(
             f"model does not fit on {device}: needs {_gib(needs)}, free {_gib(free_bytes)} (weights in "
             f"{own.quant if own.quant in ROUNDED_FORMATS else own.dtype} {_gib(weights_bytes)}, "
-            f"cache for {needed_pages * PAGE_TOKENS} tokens {_gib(needed_pages * page_bytes)})",
+            f"cache for {num_pages * PAGE_TOKENS} tokens {_gib(sizes.total(num_pages, num_windows))})",
             needs,
         )
     found: MemoryPlan | None = None
     for costs in reversed(each):
+        window_tables = sizes.tables(num_pages, num_windows) if costs is own else ()
+        page_bytes = own.page_bytes[0] if costs is own else draft_bytes
         found = MemoryPlan(
             dtype=costs.dtype,
             context_tokens=spec.context_tokens or min(longest, num_pages * PAGE_TOKENS),
@@ -223,11 +306,12 @@ def plan_memory(
             step_tokens=defaults.step_tokens,
             mixed_step_tokens=defaults.mixed_step_tokens,
             weights_bytes=costs.weights_bytes,
-            kv_cache_bytes=num_pages * costs.page_bytes,
+            kv_cache_bytes=num_pages * page_bytes + _bytes_of(window_tables),
             workspace_bytes=costs.fixed_bytes + num_pages * costs.gather_bytes,
             quant=costs.quant,
             native=costs.native,
             kv_dtype=costs.kv_dtype,
+            window_tables=window_tables,
             draft=found,
         )
     assert found is not None

@@ -29,7 +29,10 @@ class AttentionPart:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """Step of B sequences with T query tokens, sequences with one query token (decodes) first, longest first."""
+    """Step of B sequences with T query tokens, sequences with one query token (decodes) first, longest first.
+
+    Of the layers with one page table.
+    """
 
     positions: torch.Tensor
     """``[T]`` int32: each token's position in its sequence."""
@@ -38,7 +41,8 @@ class Batch:
     cu_seqlens: torch.Tensor
     """``[B + 1]`` int32: sequence b owns the rows from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``."""
     page_table: torch.Tensor
-    """``[B, P]`` int32: the pages of each sequence in order, padded with page 0, which is always zero."""
+    """``[B, P]`` int32: the pages of each sequence in order; page 0, which is always zero, where it has none: at the
+    end, and behind a window."""
     context_lens: torch.Tensor
     """``[B]`` int32: tokens in the cache, this step's included."""
     parts: tuple[AttentionPart, ...] = ()

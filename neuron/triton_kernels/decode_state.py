@@ -15,22 +15,22 @@ MAX_STOPS: Final = 8
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeState:
-    """State of B rows, on the device but for two arrays that the host reads. All int32 but for ``slot_mapping``."""
+    """State of B rows, on the device but for two arrays that the host reads. All int32 but for ``slot_mappings``."""
 
     token_ids: torch.Tensor
     """``[B]``; a negative id, -1 - i, stands for ``last[i]``."""
     positions: torch.Tensor
     """``[B]``"""
-    slot_mapping: torch.Tensor
-    """``[B]`` int64: slot of the token's key and value."""
+    slot_mappings: torch.Tensor
+    """``[G, B]`` int64: slot of the token's key and value, in the pages of each table."""
     context_lens: torch.Tensor
     """``[B]``: tokens in the cache, this step's included."""
     counters: torch.Tensor
     """``[B]``: number of tokens that the row has generated."""
     ended: torch.Tensor
     """``[B]``: not 0 where the row has ended."""
-    page_table: torch.Tensor
-    """``[B, P]``"""
+    page_tables: torch.Tensor
+    """``[G, B, P]``"""
     stops: torch.Tensor
     """``[B, MAX_STOPS]``: padded with -1, which a row without finite logits samples."""
     last: torch.Tensor
@@ -49,11 +49,11 @@ def like(num_rows: int, num_pages: int, most: int, make: Callable[..., torch.Ten
     return DecodeState(
         token_ids=make(num_rows, dtype=i32),
         positions=make(num_rows, dtype=i32),
-        slot_mapping=make(num_rows, dtype=torch.int64),
+        slot_mappings=make(1, num_rows, dtype=torch.int64),
         context_lens=make(num_rows, dtype=i32),
         counters=make(num_rows, dtype=i32),
         ended=make(num_rows, dtype=i32),
-        page_table=make(num_rows, num_pages, dtype=i32),
+        page_tables=make(1, num_rows, num_pages, dtype=i32),
         stops=make(num_rows, MAX_STOPS, dtype=i32),
         last=make(most, dtype=i32),
         place=make(1, dtype=i32),

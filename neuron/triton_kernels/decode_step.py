@@ -2,7 +2,7 @@
 
     begin:  token[b] = last[-1 - token[b]]  where token[b] < 0
     end:    published[place, b] = last[b] = ended[b] ? last[b] : ids[b];  ended[b] |= last[b] in stops[b];  place += 1
-            where not ended[b]:  token[b] = last[b];  position, context and counter += 1;  slot_mapping of the position
+            where not ended[b]:  token[b] = last[b];  position, context and counter += 1;  slots of the position
             all_ended = all(ended)
 
 Results go to pinned host memory, and the host waits for the words that it reads: each token is a word of its own, so
@@ -65,30 +65,33 @@ def end_step(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
     for moved in (state.positions, state.context_lens, state.counters):
         moved += ~ended
     page = state.positions // page_tokens
-    inside = page < state.page_table.shape[1]
-    first = state.page_table.gather(1, torch.where(inside, page, 0).long()[:, None])[:, 0]
-    slot_mapping = torch.where(inside, first, 0).long() * page_tokens + state.positions % page_tokens
-    state.slot_mapping.copy_(torch.where(ended, state.slot_mapping, slot_mapping))
+    inside = page < state.page_tables.shape[2]
+    first = state.page_tables[:, torch.arange(num_rows, device=page.device), torch.where(inside, page, 0).long()]
+    slots = torch.where(inside, first, 0).long() * page_tokens + state.positions % page_tokens
+    state.slot_mappings.copy_(torch.where(ended, state.slot_mappings, slots))
 
 
-@triton.jit(do_not_specialize=["B", "columns", "table_stride", "published_stride"])
+@triton.jit(do_not_specialize=["B", "G", "columns", "row_stride", "table_stride", "mapping_stride", "published_stride"])
 def _end_kernel(
     ids,
     token_ids,
     positions,
-    slot_mapping,
+    slot_mappings,
     context_lens,
     counters,
     ended,
-    page_table,
+    page_tables,
     stops,
     last,
     place,
     published,
     all_ended,
     B,
+    G,
     columns,
+    row_stride,
     table_stride,
+    mapping_stride,
     published_stride,
     BLOCK: tl.constexpr,
     NUM_STOPS: tl.constexpr,
@@ -113,25 +116,33 @@ def _end_kernel(
     on = inside & (over == 0)
     position = tl.load(positions + row, mask=on, other=0) + 1
     page = position // PAGE
-    first = tl.load(page_table + row.to(tl.int64) * table_stride + page, mask=on & (page < columns), other=0)
+    pages = page_tables + row.to(tl.int64) * row_stride + page
+    slots = slot_mappings + row
+    for _ in tl.range(0, G):
+        first = tl.load(pages, mask=on & (page < columns), other=0)
+        tl.store(slots, first.to(tl.int64) * PAGE + position % PAGE, mask=on)
+        pages += table_stride
+        slots += mapping_stride
     tl.store(token_ids + row, token, mask=on)
     tl.store(positions + row, position, mask=on)
-    tl.store(slot_mapping + row, first.to(tl.int64) * PAGE + position % PAGE, mask=on)
     tl.store(context_lens + row, tl.load(context_lens + row, mask=on, other=0) + 1, mask=on)
     tl.store(counters + row, tl.load(counters + row, mask=on, other=0) + 1, mask=on)
 
 
 @end_step.launcher
 def _launch_end(state: DecodeState, ids: torch.Tensor, page_tokens: int) -> None:
-    num_rows, columns = state.page_table.shape
+    num_tables, num_rows, columns = state.page_tables.shape
     launch(
         _end_kernel,
         (1,),
         state,
         ids=ids,
         B=num_rows,
+        G=num_tables,
         columns=columns,
-        table_stride=state.page_table.stride(0),
+        row_stride=state.page_tables.stride(1),
+        table_stride=state.page_tables.stride(0),
+        mapping_stride=state.slot_mappings.stride(0),
         published_stride=state.published.stride(0),
         BLOCK=max(MIN_BLOCK, power_of_two(num_rows)),
         NUM_STOPS=MAX_STOPS,
@@ -150,11 +161,11 @@ def _random_state(num_rows: int, device: torch.device, *, num_pages: int = 3, pa
     return DecodeState(
         token_ids=whole(num_rows, low=-num_rows, high=50),
         positions=positions,
-        slot_mapping=whole(num_rows, dtype=torch.int64),
+        slot_mappings=whole(2, num_rows, dtype=torch.int64),
         context_lens=positions + 1,
         counters=whole(num_rows),
         ended=whole(num_rows, high=4) // 3,
-        page_table=whole(num_rows, num_pages, high=99),
+        page_tables=whole(2, num_rows, num_pages, high=99),
         stops=torch.where(whole(num_rows, MAX_STOPS, high=3) == 0, whole(num_rows, MAX_STOPS, high=9), -1),
         last=whole(num_rows + 3, low=-1, high=9),
         place=torch.ones(1, dtype=torch.int32, device=device),

@@ -22,7 +22,11 @@ NONE = np.empty(0, np.int32)
 PLAIN: dict[str, Any] = {}
 GEMMA: dict[str, Any] = {"window_tokens": 21, "gelu": True, "embedding_scale": 3.0, "attention_scale": 0.2}
 # Long enough for the context of one sequence to be cut into parts, within the window too.
-FORMS = {"plain": PLAIN, "gemma": GEMMA, "gemma-wide-window": {**GEMMA, "window_tokens": 150}}
+FORMS = {
+    "plain": PLAIN,
+    "gemma": {**GEMMA, "has_window_table": True},
+    "gemma-wide-window": {**GEMMA, "window_tokens": 150},
+}
 
 
 def make_model(
@@ -56,7 +60,7 @@ def make_model(
         max_sampled=MAX_SAMPLED,
     )  # fmt: skip
     with pytest.raises(ValueError, match="weights are missing"):
-        model.attach(huge_pages(model.page_bytes), huge_pages(1 << 24))
+        model.attach((huge_pages(1 << 16),), huge_pages(1 << 24))
     frequencies = (0.7 ** np.arange(5)).astype(np.float32)
     model.set_ends(matrix(77, 40, poisoned), matrix(77, 40), vector(40), frequencies, frequencies**2 if form else None)
     for number in range(2):
@@ -67,12 +71,16 @@ def make_model(
             attention_out_norm=vector(40) if form else None, mlp_out_norm=vector(40) if form else None,
             windowed=bool(form) and number == 0,
         )  # fmt: skip
-    model.attach(huge_pages(NUM_PAGES * model.page_bytes), huge_pages(model.arena_bytes))
+    caches = tuple(huge_pages(NUM_PAGES * page_bytes) for page_bytes in model.page_bytes)
+    model.attach(caches, huge_pages(model.arena_bytes))
     return model
 
 
 class Driver:
-    """Sequences with scattered pages, and the plans of their steps."""
+    """Sequences with scattered pages, and the plans of their steps.
+
+    A windowed table has other pages, and none behind the window.
+    """
 
     def __init__(self, model: native.Model) -> None:
         self.model = model
@@ -80,18 +88,23 @@ class Driver:
         self.starts = [0] * 5
 
     def plan(self, chunks: dict[int, list[int]]) -> list[np.ndarray[Any, Any]]:
-        tokens, positions, slot_mapping, ends, contexts = [], [], [], [0], []
+        tokens, positions, ends, contexts = [], [], [0], []
+        page_tables = np.stack([self.tables, NUM_PAGES - self.tables])[: len(self.model.page_bytes)]
+        slots: list[list[int]] = [[] for _ in page_tables]
         for number, chunk in chunks.items():
+            if len(page_tables) > 1:
+                page_tables[1, number, : max(0, self.starts[number] - GEMMA["window_tokens"] + 1) // 16] = 0
             for token in chunk:
                 position = self.starts[number]
                 tokens.append(token)
                 positions.append(position)
-                slot_mapping.append(self.tables[number, position // 16] * 16 + position % 16)
+                for own, table in zip(slots, page_tables, strict=True):
+                    own.append(table[number, position // 16] * 16 + position % 16)
                 self.starts[number] += 1
             ends.append(len(tokens))
             contexts.append(self.starts[number])
-        arrays = [np.array(values, np.int32) for values in (tokens, positions, slot_mapping, ends)]
-        return [*arrays, np.ascontiguousarray(self.tables[list(chunks)]), np.array(contexts, np.int32)]
+        arrays = [np.array(values, np.int32) for values in (tokens, positions, slots, ends)]
+        return [*arrays, np.ascontiguousarray(page_tables[:, list(chunks)]), np.array(contexts, np.int32)]
 
     def step(self, chunks: dict[int, list[int]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return ids and logits of one step, of the last row of each sequence."""
@@ -239,7 +252,7 @@ def test_a_step_out_of_bounds_is_refused() -> None:
 
     run(good)
     changes: list[tuple[int, int, int]] = [
-        (0, 0, 77), (0, 0, -1), (1, 1, 9), (2, 0, NUM_PAGES * 16), (2, 0, -1), (3, 0, 1), (3, 1, 3), (3, 2, 2),
+        (0, 0, 77), (0, 0, -1), (1, 1, 9), (3, 0, 1), (3, 1, 3), (3, 2, 2),
         (5, 0, 0), (5, 1, 200),
     ]  # fmt: skip
     for which, index, value in changes:
@@ -247,10 +260,13 @@ def test_a_step_out_of_bounds_is_refused() -> None:
         arrays[which][index] = value
         with pytest.raises(ValueError):
             run(arrays)
-    arrays = [array.copy() for array in good]
-    arrays[4][0, 0] = NUM_PAGES
-    with pytest.raises(ValueError):
-        run(arrays)
+    for index, place, value in ((2, (0, 0), NUM_PAGES * 16), (2, (0, 0), -1), (4, (0, 0, 0), NUM_PAGES)):
+        arrays = [array.copy() for array in good]
+        arrays[index][place] = value
+        with pytest.raises(ValueError, match="out of range"):
+            run(arrays)
+    with pytest.raises(ValueError, match="2 page tables, 1 wanted"):
+        run([*good[:2], good[2].repeat(2, 0), good[3], good[4].repeat(2, 0), good[5]])
     for wrong in ([1, 0], [0, 0], [0, 3], [-1, 0]):
         with pytest.raises(ValueError):
             run(good, np.array(wrong, np.int32))
@@ -463,7 +479,7 @@ def test_multi_step_out_of_bounds_is_refused() -> None:
     with pytest.raises(ValueError):
         run(logits=np.zeros((2, 80), np.float32))
     arrays = [array.copy() for array in good]
-    arrays[4][1, 1] = NUM_PAGES
+    arrays[4][0, 1, 1] = NUM_PAGES
     run(arrays, num_steps=15)
     with pytest.raises(ValueError):
         run(arrays, num_steps=16)

@@ -71,7 +71,7 @@ def test_sums_gathers_and_least() -> None:
 def plan() -> StepPlan:
     fields = dataclasses.fields(StepPlan)
     arrays = {field.name: np.arange(5, dtype=np.int32) for field in fields}
-    arrays["page_table"] = np.arange(12, dtype=np.int32).reshape(3, 4)[:, :3]
+    arrays["page_tables"] = np.arange(24, dtype=np.int32).reshape(2, 3, 4)[:, :, :3]
     return StepPlan(**{**arrays, "num_decodes": 3})  # type: ignore[arg-type]
 
 
@@ -85,13 +85,13 @@ def test_messages_of_rank_0_arrive() -> None:
                 found.append(message)
             return found
         group.send(sent)
-        group.send(np.array([4, 2], np.int32))
+        group.send((np.array([4, 2], np.int32), np.array([3], np.int32)))
         return []
 
     for step, cleared in together(3, work)[1:]:
         assert isinstance(step, Planned)
         assert isinstance(cleared, Cleared)
-        assert np.frombuffer(cleared.pages, np.int32).tolist() == [4, 2]
+        assert [np.frombuffer(pages, np.int32).tolist() for pages in cleared.tables] == [[4, 2], [3]]
         for field in dataclasses.fields(StepPlan):
             found, expected = getattr(plan_of(step), field.name), getattr(sent, field.name)
             assert np.array_equal(found, expected), field.name
@@ -132,9 +132,9 @@ def test_a_stranger_gets_no_plans() -> None:
                 link.sendall(bytes(16))  # the wrong token
         group = Group(GroupSettings(rank, 2, where, 20.0), HOST)
         if rank:
-            found = group.receive() == Cleared(np.array([1], np.int32).tobytes())
+            found = group.receive() == Cleared((np.array([1], np.int32).tobytes(),))
         else:
-            group.send(np.array([1], np.int32))
+            group.send((np.array([1], np.int32),))
             found = len(group._sockets) == 1
         group.close()
         return found

@@ -32,7 +32,7 @@ def test_a_page_of_int8_has_the_planned_size(harness: Callable[..., Any], tiny_l
     assert isinstance(attention, Attention)
     vectors = 2 * len(config.blocks) * attention.num_kv_heads * PAGE_TOKENS
     assert model.plan.kv_cache_bytes == model.plan.num_pages * vectors * (padded(attention.head_dim) + 4)
-    assert model.runner._cache[1:].nbytes == model.plan.kv_cache_bytes
+    assert model.runner._caches[0][1:].nbytes == model.plan.kv_cache_bytes
     assert driver.sent[-1].result.kv_cache_bytes == model.plan.kv_cache_bytes
 
 

@@ -4,6 +4,7 @@ Nothing leaks, no sequence starves, every step obeys its limits, and each sequen
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from neuron.engine.plan import build_plan
 from neuron.engine.prefix import extend_keys
 from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import Sequence, SequenceState
+from neuron.layers import cache as layer_caches
+from neuron.layers.cache import WindowTable
 
 LIMITS = Limits(
     num_pages=24, page_tokens=4, context_tokens=64, max_sequences=4, step_tokens=24, mixed_step_tokens=10
 )  # fmt: skip
+WINDOW = WindowTable(window_tokens=10, num_pages=18, page_bytes=0)
 POWERS = np.cumprod(np.full(4096, 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint64)
 
 
@@ -37,24 +41,38 @@ def contents(s: Sequence, stop: int) -> np.ndarray:
     return np.cumsum((s.tokens[:stop].astype(np.uint64) + np.uint64(1)) * POWERS[:stop], dtype=np.uint64)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_tokens_ahead() -> Iterator[None]:
+    """Have small windowed tables suffice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_caches, "AHEAD_TOKENS", 4)
+        yield
+
+
 class Cache:
-    """Cache of such numbers, written and read by plans like a model's."""
+    """Cache of such numbers for each table, written and read by plans like a model's."""
 
     def __init__(self, limits: Limits) -> None:
-        self.cache = np.zeros((limits.num_pages + 1) * limits.page_tokens, np.uint64)
+        pages = (limits.num_pages, *(window.num_pages for window in limits.windows))
+        self.caches = [np.zeros((num_pages + 1) * limits.page_tokens, np.uint64) for num_pages in pages]
+        self.windows = (limits.context_tokens, *(window.window_tokens for window in limits.windows))
 
     def run(self, step: Step, scheduler: Scheduler, *, reads: bool = True) -> None:
         page_tokens = scheduler.limits.page_tokens
-        plan = build_plan(step, scheduler.page_table, page_tokens)
+        plan = build_plan(step, scheduler.cache.page_tables, page_tokens)
+        tables = list(zip(self.caches, self.windows, plan.page_tables, plan.slot_mappings, strict=True))
         for index, s in enumerate(step.sequences):
             rows = slice(plan.cu_seqlens[index], plan.cu_seqlens[index + 1])
-            length = int(plan.context_lens[index])
-            expected = contents(s, length)
-            self.cache[plan.slot_mapping[rows]] = expected[plan.positions[rows]]
+            expected = contents(s, int(plan.context_lens[index]))
+            for cache, _, _, slots in tables:
+                assert (slots[rows] >= page_tokens).all(), "page 0 is written"
+                cache[slots[rows]] = expected[plan.positions[rows]]
         for index, s in enumerate(step.sequences) if reads else ():
-            length = int(plan.context_lens[index])
-            read = self.cache.reshape(-1, page_tokens)[plan.page_table[index]].reshape(-1)[:length]
-            assert np.array_equal(read, contents(s, length)), f"sequence {s.number} reads another's cache"
+            length, first = int(plan.context_lens[index]), int(plan.positions[plan.cu_seqlens[index]])
+            for cache, window, pages, _ in tables:
+                seen = slice(max(0, first - window + 1), length)
+                read = cache.reshape(-1, page_tokens)[pages[index]].reshape(-1)[seen]
+                assert np.array_equal(read, contents(s, length)[seen]), f"sequence {s.number} reads another's cache"
 
 
 def check_step(step: Step, scheduler: Scheduler) -> None:
@@ -79,20 +97,20 @@ def check_step(step: Step, scheduler: Scheduler) -> None:
 def check_plan(step: Step, scheduler: Scheduler) -> None:
     """Compare the arrays with a plain computation, token by token."""
     page_tokens = scheduler.limits.page_tokens
-    plan = build_plan(step, scheduler.page_table, page_tokens)
+    plan = build_plan(step, scheduler.cache.page_tables, page_tokens)
     row = 0
     sampled, slots, num_output = [], [], []
     for index, (s, count) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
         assert plan.cu_seqlens[index] == row
         assert plan.context_lens[index] == s.num_computed + count
-        pages = plan.page_table[index]
+        pages = plan.page_tables[0, index]
         needed = min(len(s.pages), len(pages))
         assert pages[:needed].tolist() == s.pages[:needed].tolist()
         assert not pages[len(s.pages) :].any()
         for position in range(s.num_computed, s.num_computed + count):
             assert plan.positions[row] == position
             assert plan.token_ids[row] == s.tokens[position]
-            assert plan.slot_mapping[row] == s.pages[position // page_tokens] * page_tokens + position % page_tokens
+            assert plan.slot_mappings[0, row] == s.pages[position // page_tokens] * page_tokens + position % page_tokens
             row += 1
         if s.num_computed + count == s.num_tokens:
             sampled.append(row - 1)
@@ -101,7 +119,7 @@ def check_plan(step: Step, scheduler: Scheduler) -> None:
     assert plan.cu_seqlens[-1] == row == len(plan.token_ids)
     assert (plan.sampled.tolist(), plan.slots.tolist(), plan.num_output.tolist()) == (sampled, slots, num_output)
     assert not len(plan.hidden_rows)
-    assert len(np.unique(plan.slot_mapping)) == row
+    assert len(np.unique(plan.slot_mappings[0])) == row
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
         assert not isinstance(value, np.ndarray) or value.dtype == np.int32, field.name
@@ -126,9 +144,9 @@ def advance(step: Step, scheduler: Scheduler, stop_at: int = -1) -> list[int]:
 
 
 class Arrivals(RuleBasedStateMachine):
-    @initialize(prefix_cache=st.booleans())
-    def start(self, prefix_cache: bool) -> None:
-        self.limits = dataclasses.replace(LIMITS, prefix_cache=prefix_cache)
+    @initialize(prefix_cache=st.booleans(), windows=st.sampled_from([(), (WINDOW,)]))
+    def start(self, prefix_cache: bool, windows: tuple[WindowTable, ...]) -> None:
+        self.limits = dataclasses.replace(LIMITS, prefix_cache=prefix_cache, windows=windows)
         self.scheduler = Scheduler(self.limits)
         self.cache = Cache(self.limits)
         self.number = 0
@@ -181,8 +199,9 @@ class Arrivals(RuleBasedStateMachine):
             steps += 1
             assert steps < 128 * (self.number + 1), "a sequence starves"
         self.scheduler.check_integrity()
-        assert self.scheduler.pool.num_free == LIMITS.num_pages
-        assert self.limits.prefix_cache or not self.scheduler.pool.num_idle
+        for pool in (self.scheduler.cache.pool, *(window.pool for window in self.scheduler.cache.windows)):
+            assert pool.num_free == pool.num_pages
+            assert self.limits.prefix_cache or not pool.num_idle
 
 
 Arrivals.TestCase.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
@@ -194,8 +213,9 @@ def test_ten_thousand_sequences_leave_nothing_behind(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(scheduler_module, "GROWTH_PAGES", 1)
     random = np.random.default_rng(11)
     limits = dataclasses.replace(
-        LIMITS, num_pages=120, context_tokens=256, max_sequences=32, mixed_step_tokens=256, step_tokens=256
-    )
+        LIMITS, num_pages=120, context_tokens=256, max_sequences=32, mixed_step_tokens=64, step_tokens=64,
+        windows=(dataclasses.replace(WINDOW, num_pages=100),),
+    )  # fmt: skip
     scheduler = Scheduler(limits)
     cache = Cache(limits)
     numbers = iter(range(10_000))
@@ -222,7 +242,7 @@ def test_ten_thousand_sequences_leave_nothing_behind(monkeypatch: pytest.MonkeyP
             scheduler.check_integrity()
     assert finished == 10_000
     scheduler.check_integrity()
-    assert scheduler.pool.num_free == 120
+    assert scheduler.cache.pool.num_free == 120
     assert num_cached > 10_000, "the families' prefixes were not shared"
     assert scheduler.num_preemptions > 100, "the cache was not too small"
 
@@ -268,7 +288,7 @@ def test_a_second_prompt_shares_the_full_pages_of_the_first() -> None:
     scheduler = Scheduler(LIMITS)
     scheduler.add(sequence(1, 22, 3, family=1))
     run_until_idle(scheduler)
-    assert scheduler.pool.num_idle == 6, "24 tokens were computed: output counts too"
+    assert scheduler.cache.pool.num_idle == 6, "24 tokens were computed: output counts too"
     # 22 tokens of the prompt are 5 full pages; a prompt of exactly 20 keeps one page to compute.
     for num_prompt, cached in ((22, 20), (60, 20), (20, 16), (4, 0), (3, 0)):
         second = sequence(100 + num_prompt, num_prompt, 1, family=1)
@@ -287,7 +307,7 @@ def test_the_switch_turns_sharing_off() -> None:
         run_until_idle(scheduler)
         assert one.num_cached == 0
         assert not one.keys
-    assert scheduler.pool.num_idle == 0
+    assert scheduler.cache.pool.num_idle == 0
 
 
 def test_choices_of_one_prompt_share_its_pages_and_it_is_computed_once() -> None:
@@ -336,7 +356,7 @@ def test_idle_pages_are_evicted_before_a_sequence_waits_oldest_first_and_last_pa
     for number, family in ((1, 1), (2, 2)):
         scheduler.add(sequence(number, 32, 1, family=family))
         run_until_idle(scheduler)
-    assert scheduler.pool.num_idle == 16
+    assert scheduler.cache.pool.num_idle == 16
     scheduler.add(hungry := sequence(3, 44, 1))
     assert scheduler.admit() == [hungry]
     run_until_idle(scheduler)
@@ -344,7 +364,7 @@ def test_idle_pages_are_evicted_before_a_sequence_waits_oldest_first_and_last_pa
     keys = [[], []]
     for family in (1, 2):
         extend_keys(keys[family - 1], sequence(1, 32, 1, family=family).tokens, 8, 4)
-    assert [len(scheduler.pool.find(some)) for some in keys] == [5, 8]
+    assert [len(scheduler.cache.pool.find(some)) for some in keys] == [5, 8]
 
 
 # ------------------------------------------------------------------ preemption

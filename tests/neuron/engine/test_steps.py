@@ -8,6 +8,7 @@ import array
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,17 @@ from neuron.engine.plan import StepPlan
 from neuron.engine.sequence import Sequence, SequenceState
 from neuron.engine.speculation import Speculation
 from neuron.engine.step_timer import StepTimer
+from neuron.layers import cache as layer_caches
+from neuron.layers.cache import WindowTable
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels.sampling import NON_FINITE
 
+WINDOW_TOKENS = 20
+AHEAD_TOKENS = 8
 PLAN = MemoryPlan(
-    dtype="float32", context_tokens=256, max_sequences=4, sampled_rows=7, num_pages=20, step_tokens=64,
+    dtype="float32", context_tokens=256, max_sequences=4, sampled_rows=7, num_pages=20, step_tokens=48,
     mixed_step_tokens=24, weights_bytes=0, kv_cache_bytes=0, workspace_bytes=0,
+    window_tables=(WindowTable(WINDOW_TOKENS, 19, 0),),
 )  # fmt: skip
 EOS = 7
 FACTOR = 0x9E3779B97F4A7C15
@@ -77,17 +83,25 @@ class Late:
         return self.outcome
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_tokens_ahead() -> Iterator[None]:
+    """Have a small windowed table suffice for several sequences."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_caches, "AHEAD_TOKENS", AHEAD_TOKENS)
+        yield
+
+
 class Device:
     """Executes plans on a number for each KV slot."""
 
     def __init__(self, overlaps: bool, repeats: bool = False) -> None:
         self.overlaps = overlaps
-        self.max_steps = 1000 if repeats and not overlaps else 1
+        self.max_steps = 1 + AHEAD_TOKENS if repeats and not overlaps else 1
         self.sampler = Sampler()
         self.num_steps: list[int] = []
         self.message_after: int | None = None
         """Number of the step after which a message of the daemon arrives."""
-        self.cache = [0] * ((PLAN.num_pages + 1) * PAGE_TOKENS)
+        self.caches = [[0] * ((num_pages + 1) * PAGE_TOKENS) for num_pages in PLAN.table_pages]
         self.last_ids: list[int] = []
         self.num_under_way = 0
         self.faults: dict[str, bool] = {}
@@ -107,10 +121,8 @@ class Device:
             if not outcome.finite.all() or np.isin(ids, plan.stops).any() or len(later) + 1 == self.message_after:
                 break
             at = plan.positions + len(later) + 1
-            slot_mapping = plan.page_table[np.arange(len(at)), at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS
-            plan_now = dataclasses.replace(
-                plan, token_ids=ids, positions=at, slot_mapping=slot_mapping, context_lens=at + 1
-            )
+            slots = plan.page_tables[:, np.arange(len(at)), at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS
+            plan_now = dataclasses.replace(plan, token_ids=ids, positions=at, slot_mappings=slots, context_lens=at + 1)
             found = self.run_step(plan_now, len(later) + 1 == fault_in)
             later.append(found.ids)
             outcome = dataclasses.replace(outcome, finite=found.finite)
@@ -126,18 +138,23 @@ class Device:
         hidden = np.zeros((len(plan.hidden_rows), 3), np.float32)
         slots = dict(zip(plan.sampled.tolist(), plan.slots.tolist(), strict=True))
         for index in range(len(plan.context_lens)):
-            pages = plan.page_table[index]
             first, end = plan.cu_seqlens[index], plan.cu_seqlens[index + 1]
             for row in range(first, end):
                 token, position = int(plan.token_ids[row]), int(plan.positions[row])
                 if token < 0:
                     assert self.overlaps, "a token that is not there"
                     token = self.last_ids[-1 - token]
-                slot = int(pages[position // PAGE_TOKENS]) * PAGE_TOKENS + position % PAGE_TOKENS
-                assert slot == plan.slot_mapping[row]
-                assert slot >= PAGE_TOKENS, "page 0 is written"
-                before = int(pages[(position - 1) // PAGE_TOKENS]) * PAGE_TOKENS + (position - 1) % PAGE_TOKENS
-                state = self.cache[slot] = state_after(self.cache[before] if position else 1, token)
+                states = []
+                for cache, pages, slots_of in zip(self.caches, plan.page_tables, plan.slot_mappings, strict=True):
+                    slot = slot_of(pages[index], position)
+                    assert slot == slots_of[row]
+                    assert slot >= PAGE_TOKENS, "page 0 is written"
+                    before = cache[slot_of(pages[index], position - 1)] if position else 1
+                    cache[slot] = state_after(before, token)
+                    seen = range(max(0, position - WINDOW_TOKENS + 1), position + 1)
+                    states.append([cache[slot_of(pages[index], at)] for at in seen])
+                assert states[0] == states[1], "the windowed table lacks what a token sees"
+                state = states[0][-1]
                 if row in slots:
                     ids.append(next_token(self.sampler.seeds[slots[row]], state))
                 if row in plan.hidden_rows:
@@ -151,9 +168,14 @@ class Device:
         self.last_ids = [max(0, token) for token in ids]
         return StepOutcome(np.array(ids, np.int32), finite, hidden, {})
 
-    def clear_pages(self, pages: np.ndarray[Any, Any]) -> None:
-        for page in pages.tolist():
-            self.cache[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = [0] * PAGE_TOKENS
+    def clear_pages(self, tables: tuple[np.ndarray[Any, Any], ...]) -> None:
+        for cache, pages in zip(self.caches, tables, strict=True):
+            for page in pages.tolist():
+                cache[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS] = [0] * PAGE_TOKENS
+
+
+def slot_of(pages: np.ndarray[Any, Any], position: int) -> int:
+    return int(pages[position // PAGE_TOKENS]) * PAGE_TOKENS + position % PAGE_TOKENS
 
 
 def expected_output(prompt: list[int], seed: int, max_tokens: int) -> tuple[list[int], SequenceEnd]:
@@ -301,7 +323,9 @@ class Steps(RuleBasedStateMachine):
             steps += 1
             assert steps < 300 * (self.number + 1), "a sequence starves"
         assert not self.asked
-        assert self.model.scheduler.pool.num_free == PLAN.num_pages
+        assert self.model.scheduler.cache.pool.num_free == PLAN.num_pages
+        (window,) = self.model.scheduler.cache.windows
+        assert window.pool.num_free == window.pool.num_pages
 
 
 Steps.TestCase.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
@@ -461,7 +485,7 @@ def test_a_fault_in_mid_multi_step_fails_its_sequence_alone_and_leaves_no_trace(
     assert machine.num_failed == 1
     (left,) = machine.asked
     kept = set(machine.model.scheduler.running[left].pages.tolist())
-    written = {slot // PAGE_TOKENS for slot, state in enumerate(machine.device.cache) if state}
+    written = {slot // PAGE_TOKENS for slot, state in enumerate(machine.device.caches[0]) if state}
     assert written - kept == sound
     machine.teardown()
     assert machine.num_finished == 1

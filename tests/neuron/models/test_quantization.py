@@ -95,9 +95,9 @@ def run(
     window = max(cache.window_tokens for cache in config.caches() if cache is not None)
     parts = attention_parts(*arrays, 16, HOST, window)
     batch = dataclasses.replace(batch, parts=parts, num_decodes=2)
-    caches = decoder.new_caches(config, pages, torch.zeros, shard)
+    caches = decoder.new_caches(config, [pages] * len(config.layers), torch.zeros, shard)
     ids = torch.randint(config.vocab_size, (11,), generator=generator)
-    hidden = decoder.forward(config, weights, ids, batch, caches, sum_ranks=sum_ranks)
+    hidden = decoder.forward(config, weights, ids, [batch] * len(caches), caches, sum_ranks=sum_ranks)
     return hidden, decoder.logits(config, weights, hidden)
 
 

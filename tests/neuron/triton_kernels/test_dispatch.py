@@ -79,8 +79,9 @@ for lengths, decodes in (([(1, 20), (1, 3)], 2), ([(1, 33), (70, 70), (5, 21)], 
     results = []
     for operations in (EAGER, KERNELS):
         torch.manual_seed(1)
-        caches = decoder.new_caches(config, pages, lambda shape: torch.randn(shape).to(torch.float16))
-        hidden = decoder.forward(config, weights, ids, batch, caches, operations)
+        num_pages = [pages] * len(config.layers)
+        caches = decoder.new_caches(config, num_pages, lambda shape: torch.randn(shape).to(torch.float16))
+        hidden = decoder.forward(config, weights, ids, [batch] * len(caches), caches, operations)
         found = decoder.logits(config, weights, hidden, operations)
         results.append((hidden, *(tensor for cache in caches for tensor in cache or ()), found))
     for expected, found in zip(*results):
