@@ -8,7 +8,7 @@ nothing: then they share table 0 as well. (The groups of vLLM's hybrid KV cache 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Final
+from typing import ClassVar, Final
 
 AHEAD_TOKENS: Final = 64
 """Most tokens behind its next one for which a sequence has pages: of a multi-step decode, or draft tokens."""
@@ -30,7 +30,23 @@ class PagedKV:
         return 2 * self.num_kv_heads * self.head_dim
 
 
-Cache = PagedKV
+@dataclasses.dataclass(frozen=True, slots=True)
+class Latent:
+    """Vector of each token, from which all heads make their keys and values (arXiv:2405.04434).
+
+    Each rank has all of it.
+    """
+
+    width: int
+    window_tokens: ClassVar[int] = 0
+
+    @property
+    def elements_per_token(self) -> int:
+        """Number of elements of a token."""
+        return self.width
+
+
+Cache = PagedKV | Latent
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

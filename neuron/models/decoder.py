@@ -5,12 +5,12 @@ Tensors and operations, no requests: the batch tells which rows form a sequence.
 
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 import torch
 
 from neuron.formats.matrix import embedding_rows
-from neuron.layers.cache import Cache
+from neuron.layers.cache import Cache, Latent, PagedKV
 from neuron.layers.layer import Weights
 from neuron.layers.shard import WHOLE, Shard
 from neuron.layers.step import Linear, Step, SumRanks
@@ -65,14 +65,23 @@ def load_decoder(
 
 def new_caches(
     config: ModelConfig, num_pages: Sequence[int], make: Callable[[tuple[int, ...]], torch.Tensor], shard: Shard = WHOLE
-) -> list[KeyValueCache | None]:
-    """Return each layer's cache of its ``num_pages``, of tensors by ``make``."""
+) -> list[tuple[torch.Tensor, ...] | None]:
+    """Return each layer's cache of its ``num_pages``, of tensors by ``make``.
 
-    def cache_of(kind: Cache | None, pages: int) -> KeyValueCache | None:
-        if kind is None:
-            return None
-        shape = pages, PAGE_TOKENS, kind.num_kv_heads, kind.head_dim
-        return KeyValueCache(make(shape), make(shape))
+    They are a :class:`KeyValueCache`, or of a latent cache one tensor ``[pages, page_size, width]``.
+    """
+
+    def cache_of(kind: Cache | None, pages: int) -> tuple[torch.Tensor, ...] | None:
+        match kind:
+            case None:
+                return None
+            case PagedKV(num_kv_heads, head_dim):
+                shape = pages, PAGE_TOKENS, num_kv_heads, head_dim
+                return KeyValueCache(make(shape), make(shape))
+            case Latent(width):
+                return (make((pages, PAGE_TOKENS, width)),)
+            case _:
+                assert_never(kind)
 
     return [cache_of(*pair) for pair in zip(config.caches(shard), num_pages, strict=True)]
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from neuron.cpu_kernels import native
 from neuron.layers.attention import Attention
-from neuron.layers.cache import PagedKV
+from neuron.layers.cache import Cache, PagedKV
 from neuron.layers.mlp import GatedMlp
 from neuron.layers.parameters import Constant, Matrix, Vector
 from neuron.models.gguf import TensorKind
@@ -127,9 +127,10 @@ def weights_bytes(config: ModelConfig, dtype: str) -> int:
     return total + sum(4 * padded(len(constant.values)) for constant in constants)
 
 
-def page_bytes(cache: PagedKV, kv_dtype: str, page_tokens: int) -> int:
+def page_bytes(cache: Cache, kv_dtype: str, page_tokens: int) -> int:
     """Return the bytes of a layer's page (``kv_page_bytes`` of ``kernels.h``): head vectors are padded to whole
     registers, and have a scale each in int8."""
+    assert isinstance(cache, PagedKV), "layers with another cache have no kernels"
     element = {"bfloat16": 2, "float32": 4, "int8": 1}[kv_dtype]
     vector = padded(cache.head_dim) * element + (4 if kv_dtype == INT8 else 0)
     return 2 * cache.num_kv_heads * page_tokens * vector

@@ -15,7 +15,7 @@ from typing import Final
 from cortex.wire.errors import InvalidRequestError
 from cortex.wire.node import ModelSpec
 from neuron.formats.registry import ROUNDED_FORMATS
-from neuron.layers.cache import PagedKV, WindowTable, chunk_pages, window_pages, windows_of
+from neuron.layers.cache import Cache, WindowTable, chunk_pages, window_pages, windows_of
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed, quantization
 from neuron.models.errors import DoesNotFitError
@@ -178,7 +178,7 @@ def _costs(
     return _Costs(dtype, quant, False, dtype, weights_bytes, fixed_bytes, page_bytes, gather_bytes)
 
 
-def _page_bytes(config: ModelConfig, bytes_of: Callable[[PagedKV], int], shard: Shard = WHOLE) -> dict[int, int]:
+def _page_bytes(config: ModelConfig, bytes_of: Callable[[Cache], int], shard: Shard = WHOLE) -> dict[int, int]:
     """Return the bytes of a page in all layers of each window, from the bytes in one layer."""
     caches = config.caches(shard)
     found = dict.fromkeys((0, *windows_of(caches)), 0)

@@ -126,7 +126,7 @@ def test_multi_step_is_for_a_model_that_has_the_device_to_itself(
     driver.post(jobs.Load(7, ModelSpec("third", "test", dtype="float32"), str(tiny_llama)))
     while driver.engine._loads:
         driver.engine.step()
-    assert lengths(driver) == [1] * 5 + [10], "a load goes on by a layer a step, until it is done"
+    assert lengths(driver) == [1] * 9 + [10], "a load goes on by a layer a step, until it is done"
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_nan_clears_only_its_own_pages(
     set_engine(cpu_kernels=False)  # its weights are accessible to a test
     driver = loaded(harness, tiny_llama)
     expected = run(driver, {1: {"prompt": SYSTEM, "max_tokens": 10}})[1]
-    driver.engine._models["m"].runner._weights.embedding[130] = float("nan")
+    driver.engine._models["m"].runner._weights.embedding["table"].weight[130] = float("nan")
     driver.generate(2, [*SYSTEM[:70], 130], 5)
     driver.run()
     assert driver.failures()[2].code == "non_finite_logits"
