@@ -29,11 +29,11 @@ from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels import decode_state, dispatch, sampling
 from neuron.triton_kernels.batch import Batch
+from neuron.triton_kernels.launch import Variant, recording, target_for, target_of
 from neuron.triton_kernels.operations import KERNELS
 
 if TYPE_CHECKING:
     from neuron.triton_kernels.compile import Compilation
-    from neuron.triton_kernels.launch import Variant
 
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
 STEPS: Final = (1, 2, 16, 17, 64, 65, 256, 257)
@@ -48,14 +48,11 @@ POLL_S: Final = 0.001
 
 def variants(
     config: ModelConfig, plan: MemoryPlan, capability: int, *, shard: Shard = WHOLE, in_group: bool = False
-) -> "tuple[Variant, ...]":
+) -> tuple[Variant, ...]:
     """Return every variant that serving the model, or ``shard`` of it, under ``plan`` on a GPU can launch.
 
     ``in_group``: the outputs of matrices are summed over ranks before the residual, as for any shard.
     """
-    from neuron.triton_kernels.compile import target_for
-    from neuron.triton_kernels.launch import recording
-
     dtype = getattr(torch, plan.dtype)
     if dtype == torch.float32:
         return ()
@@ -117,7 +114,6 @@ class Preparation:
             return
         # Imported here: a host without CUDA may not have the compiler.
         from neuron.triton_kernels import compile
-        from neuron.triton_kernels.launch import target_of
 
         capability = target_of(device).capability
         wanted = variants(config, plan, capability, shard=shard)

@@ -26,8 +26,8 @@ import torch
 import triton
 
 from neuron.triton_kernels import cases
-from neuron.triton_kernels.compile import Compiled, KernelCache, KernelCompileError, machine_code, target_for
-from neuron.triton_kernels.launch import SHARED_BYTES, Target, Variant, recording, targeting
+from neuron.triton_kernels.compile import Compiled, KernelCache, KernelCompileError, machine_code
+from neuron.triton_kernels.launch import SHARED_BYTES, Target, Variant, recording, target_for, targeting
 
 CAPABILITIES: Final = (80, 89, 90, 100, 120)
 NUMERIC_TARGETS: Final = (Target(80, 40), Target(90, 3))

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from neuron.triton_kernels.launch import Target, Variant
+from neuron.triton_kernels.launch import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -278,8 +278,3 @@ class Compilation:
         """Start no further variant."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def target_for(capability: int) -> Target:
-    """Return the usual GPU of a compute capability, to compile without one: its multiprocessors only size grids."""
-    return Target(capability, {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}.get(capability, 108))

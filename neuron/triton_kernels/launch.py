@@ -141,6 +141,11 @@ def recording(target: Target) -> Iterator[Recorder]:
         _recorder.reset(token)
 
 
+def target_for(capability: int) -> Target:
+    """Return the usual GPU of a compute capability, to compile without one: its multiprocessors only size grids."""
+    return Target(capability, {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}.get(capability, 108))
+
+
 def target_of(device: torch.device) -> Target:
     """Return the GPU to choose tiles for."""
     return _target.get() or _device_target(device)

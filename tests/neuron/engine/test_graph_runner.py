@@ -24,6 +24,8 @@ from neuron.engine.speculation import Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.models import prebuild
 from neuron.triton_kernels import dispatch
+from neuron.triton_kernels.launch import recording, target_for
+from neuron.triton_kernels.operations import KERNELS
 
 
 @pytest.fixture(autouse=True)
@@ -389,11 +391,6 @@ def test_a_captured_step_launches_the_kernels_compiled_for_it(
     harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The variants are listed from tensors without memory: those of a step's inputs must be aligned like them."""
-    pytest.importorskip("triton")
-    from neuron.triton_kernels.compile import target_for
-    from neuron.triton_kernels.launch import recording
-    from neuron.triton_kernels.operations import KERNELS
-
     monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: KERNELS)
     driver = harness()
     driver.engine._graphs = Recorded

@@ -31,6 +31,18 @@ def test_a_host_without_cuda_imports_no_triton() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_kernels_are_listed_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from neuron.triton_kernels import cases, launch\n"
+        "with launch.recording(launch.target_for(90)) as recorder:\n"
+        "    cases.launch_everything()\n"
+        "print(len(recorder.variants) > 100)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
 FORWARD = """
 import dataclasses, sys, torch
 from neuron.models import decoder
@@ -97,7 +109,8 @@ for lengths, decodes in (([(1, 20), (1, 3)], 2), ([(1, 33), (70, 70), (5, 21)], 
 def test_a_forward_pass_by_kernels_is_the_eager_one(architecture: str, quant: str) -> None:
     pytest.importorskip("triton")
     support = str(pathlib.Path(__file__).parents[2] / "support")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": support}
+    path = os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-P", "-c", FORWARD, architecture, quant]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
