@@ -63,6 +63,9 @@ class Executor(Protocol):
     def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
         """Zero pages of each of its tables, so that a NaN in them cannot reach the next sequence that gets them."""
 
+    def close(self) -> None:
+        """Release what it holds beside memory: graphs, the other ranks."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostStep:

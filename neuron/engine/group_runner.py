@@ -75,6 +75,10 @@ class GroupRunner(Runner):
         self.group.send(tables)
         super().clear_pages(tables)
 
+    def close(self) -> None:
+        """Leave the other ranks."""
+        self.group.close()
+
     def _forward(self, token_ids: torch.Tensor, batches: tuple[Batch, ...]) -> torch.Tensor:
         own = self._of_layers(batches)
         return decoder.forward(self.config, self._weights, token_ids, own, self._caches, self._kernels, self.group.sum)

@@ -28,8 +28,6 @@ from neuron.engine.constraint import Constraint, ConstraintError
 from neuron.engine.draft import DraftModel
 from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_fault
 from neuron.engine.executor import Executor, InFlightStep
-from neuron.engine.graph_runner import GraphRunner
-from neuron.engine.group_runner import GroupRunner
 from neuron.engine.plan import StepPlan, build_plan
 from neuron.engine.scheduler import Limits, Scheduler, Step
 from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceState
@@ -122,12 +120,9 @@ class ModelEngine:
         return describe(self.name, self.config, self.plan)
 
     def close(self) -> None:
-        """Leave the other ranks, and destroy the graphs, where there are some."""
-        if isinstance(self.runner, GroupRunner):
-            self.runner.group.close()
+        """Release what its executors hold beside memory."""
         for executor in self._executors:
-            if isinstance(executor, GraphRunner):
-                executor.close()
+            executor.close()
 
     def constrain(self, settings: ConstraintSettings) -> Constraint:
         """Return the constraint of a new sequence.

@@ -134,3 +134,6 @@ class NativeRunner:
         """Zero pages of each table, so that a NaN in them cannot reach the next sequence that gets them."""
         for cache, pages in zip(self._caches, tables, strict=False):
             cache[torch.from_numpy(pages).to(torch.int64)] = 0
+
+    def close(self) -> None:
+        """Do nothing: it holds memory alone."""

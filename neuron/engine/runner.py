@@ -113,6 +113,9 @@ class Runner:
             for tensor in cache or ():
                 tensor.index_fill_(0, chosen[table], 0)
 
+    def close(self) -> None:
+        """Do nothing: it holds memory alone."""
+
     def _parts(self, plan: StepPlan, table: int) -> tuple[AttentionPart, ...]:
         """Return the parts for eager attention; kernels read the page table."""
         if self._kernels.by_kernels:
