@@ -54,6 +54,22 @@ class Matrix:
     def __new__(cls, packed: _Bytes, format: int, rows: int, columns: int, bias: _Floats | None = None) -> Self: ...
     def unpack_row(self, row: int, out: _Floats) -> None: ...
 
+def kv_page_bytes(kv_dtype: str, head_dim: int) -> int: ...
+def arena_bytes(
+    *,
+    hidden: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    intermediate: int,
+    max_rows: int,
+    max_sequences: int,
+    max_sampled: int,
+    threads: int,
+    has_out_norms: bool,
+    has_windows: bool,
+) -> int: ...
+
 @final
 class Model:
     def __new__(

@@ -71,6 +71,7 @@ cdef extern from "kernels.h" nogil:
 
     enum kv_form:
         KV_BFLOAT16, KV_FLOAT32, KV_INT8
+    size_t c_kv_page_bytes "kv_page_bytes"(kv_form form, int head_dim)
 
 cdef extern from "step.h" nogil:
     cdef struct layer:
@@ -86,7 +87,7 @@ cdef extern from "step.h" nogil:
     cdef struct model:
         const kernels *kernels
         pool *pool
-        int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab
+        int threads, num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab
         float eps, embedding_scale, attention_scale, logit_cap
         int gelu
         kv_form kv_form
@@ -331,6 +332,36 @@ def uniform(uint64_t seed, uint64_t counter):
     return c_uniform(seed, counter)
 
 
+cdef kv_form kv_form_of(str dtype) except *:
+    return {"bfloat16": KV_BFLOAT16, "float32": KV_FLOAT32, "int8": KV_INT8}[dtype]
+
+
+def kv_page_bytes(str kv_dtype not None, int head_dim):
+    """Return the bytes of a page of the keys of one head, or of its values."""
+    return c_kv_page_bytes(kv_form_of(kv_dtype), head_dim)
+
+
+def arena_bytes(
+    *, int hidden, int num_heads, int num_kv_heads, int head_dim, int intermediate, int max_rows, int max_sequences,
+    int max_sampled, int threads, bint has_out_norms, bint has_windows,
+):
+    """Return a bound on the arena of a model of these sizes, whatever form its matrices have."""
+    cdef model m
+    cdef layer only
+    cdef float norm = 1
+    memset(&m, 0, sizeof(model))
+    memset(&only, 0, sizeof(layer))
+    m.layers, m.num_layers, m.threads, m.window_tokens = &only, 1, threads, has_windows
+    m.hidden, m.num_heads, m.num_kv_heads, m.head_dim = hidden, num_heads, num_kv_heads, head_dim
+    m.intermediate, m.max_rows, m.max_sequences, m.max_sampled = intermediate, max_rows, max_sequences, max_sampled
+    # Floats take the most: they are multiplied as they are.
+    m.head.format = only.qkv[0].format = only.output.format = only.gate_up.format = only.down.format = W32
+    only.qkv[0].columns = only.gate_up.columns = hidden
+    only.output.columns, only.down.columns = num_heads * head_dim, intermediate
+    only.mlp_out_norm = &norm if has_out_norms else NULL
+    return c_arena_bytes(&m)
+
+
 @cython.final
 cdef class Model:
     """Weights, cache and buffers of a model for the executor."""
@@ -358,10 +389,10 @@ cdef class Model:
         self._pool = pool
         self._kept = []
         m = &self._model
-        m.kernels, m.pool = table_of(level), pool._pool
+        m.kernels, m.pool, m.threads = table_of(level), pool._pool, pool_threads(pool._pool)
         m.num_layers, m.hidden, m.num_heads, m.num_kv_heads = num_layers, hidden, num_heads, num_kv_heads
         m.head_dim, m.intermediate, m.vocab, m.eps = head_dim, intermediate, vocab, eps
-        m.kv_form = {"bfloat16": KV_BFLOAT16, "float32": KV_FLOAT32, "int8": KV_INT8}[kv_dtype]
+        m.kv_form = kv_form_of(kv_dtype)
         m.max_rows, m.max_sequences, m.max_sampled = max_rows, max_sequences, max_sampled
         m.embedding_scale, m.attention_scale = embedding_scale, attention_scale or head_dim ** -0.5
         m.gelu, m.window_tokens, m.logit_cap = gelu, window_tokens, logit_cap

@@ -83,7 +83,7 @@ static size_t parted_rows(const struct model *m) { return (size_t)m->max_sampled
 
 static struct arena lay_out(const struct model *m, uint8_t *base) {
     struct arena a = {0};
-    size_t threads = (size_t)pool_threads(m->pool), rows = (size_t)m->max_rows, dim = (size_t)m->head_dim;
+    size_t threads = (size_t)m->threads, rows = (size_t)m->max_rows, dim = (size_t)m->head_dim;
     size_t sequences = (size_t)m->max_sequences, half = dim / 2;
     int queries = m->num_heads * m->head_dim, keys = m->num_kv_heads * m->head_dim;
     a.hidden_stride = (size_t)round_up(m->hidden, 16);

@@ -23,6 +23,7 @@ enum { MAX_TABLES = 2 };
 struct model {
     const struct kernels *kernels;
     struct pool *pool;
+    int threads; /* of the pool */
     int num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab;
     float eps;
     float embedding_scale, attention_scale;

@@ -127,28 +127,26 @@ def weights_bytes(config: ModelConfig, dtype: str) -> int:
     return total + sum(4 * padded(len(constant.values)) for constant in constants)
 
 
-def page_bytes(cache: Cache, kv_dtype: str, page_tokens: int) -> int:
-    """Return the bytes of a layer's page (``kv_page_bytes`` of ``kernels.h``): head vectors are padded to whole
-    registers, and have a scale each in int8."""
+def page_bytes(cache: Cache, kv_dtype: str) -> int:
+    """Return the bytes of a layer's page."""
     assert isinstance(cache, PagedKV), "layers with another cache have no kernels"
-    element = {"bfloat16": 2, "float32": 4, "int8": 1}[kv_dtype]
-    vector = padded(cache.head_dim) * element + (4 if kv_dtype == INT8 else 0)
-    return 2 * cache.num_kv_heads * page_tokens * vector
+    return 2 * cache.num_kv_heads * native.kv_page_bytes(kv_dtype, cache.head_dim)
 
 
 def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, threads: int) -> int:
-    """Return a bound on the arena of a step of ``rows`` tokens (``lay_out`` of ``step.c``)."""
-    attention, mlp = sizes(config).attention, sizes(config).mlp
-    hidden, heads, dim = padded(config.hidden_size), attention.num_heads, attention.head_dim
-    queries, keys = padded(heads * dim), padded(attention.num_kv_heads * dim)
-    gated = padded(mlp.width)
-    activation = 4 * max(hidden, queries, gated) + 64
-    row = 4 * (2 * hidden + 2 * queries + 2 * keys + gated) + activation
-    # Whether there is a window or not: angles, and one task a row and key-value head at most.
-    row += 2 * (4 * dim + 4 + 64 * heads)
-    sequence = 2 * 64 * heads * 16
-    # 16 partial results of each head of a row whose context is cut.
-    per_sampled = activation + 32 * threads
-    parted = (sampled + LANES) * heads * 16 * 4 * (padded(dim) + 2)
-    thread = 2 * activation + 4 * max(hidden, queries) + 8 * hidden + 4 * 16 * (3 * padded(dim) + 128)
-    return parted + rows * row + sequences * sequence + sampled * per_sampled + threads * thread + 64 * 64
+    """Return a bound on the arena of a step of ``rows`` tokens."""
+    shared = sizes(config)
+    attention, mlp = shared.attention, shared.mlp
+    return native.arena_bytes(
+        hidden=config.hidden_size,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        intermediate=mlp.width,
+        max_rows=rows,
+        max_sequences=sequences,
+        max_sampled=sampled,
+        threads=threads,
+        has_out_norms=mlp.out_norm,
+        has_windows=shared.window_tokens > 0,
+    )

@@ -160,7 +160,7 @@ def _costs(
         fixed_bytes += sampled_rows * config.vocab_size * SAMPLER_BYTES
         fixed_bytes += 4 * (os.cpu_count() or 1) * packed.padded(config.vocab_size)  # to draw in
         kv_dtype = dtype if spec.kv_dtype == "auto" else spec.kv_dtype
-        page_bytes = _page_bytes(config, lambda cache: packed.page_bytes(cache, kv_dtype, PAGE_TOKENS))
+        page_bytes = _page_bytes(config, lambda cache: packed.page_bytes(cache, kv_dtype))
         return _Costs(dtype, quant, True, kv_dtype, packed.weights_bytes(config, dtype), fixed_bytes, page_bytes, 0)
     if spec.kv_dtype != "auto":
         raise InvalidRequestError(
