@@ -57,8 +57,9 @@ def quantize_int4(weight: "torch.Tensor", group: int = 0) -> "QuantizedMatrix":
     return QuantizedMatrix(Quantization.INT4, group, packed, scales, minima)
 
 
-INT8: Final = RoundedFormat("int8", lambda _: Layout("int8", 0, "float32"), quantize_int8)
-FP8: Final = RoundedFormat("fp8", lambda _: Layout("fp8", 0, "float32"), quantize_fp8)
-INT4: Final = RoundedFormat(
-    "int4", lambda columns: Layout("int4", int4_group(columns), "float16", has_minima=True), quantize_int4
-)
+_LAYOUTS: Final = {group: Layout("int4", group, "float16", has_minima=True) for group in (BLOCK, 128)}
+_INT8: Final = Layout("int8", 0, "float32")
+_FP8: Final = Layout("fp8", 0, "float32")
+INT8: Final = RoundedFormat("int8", lambda _: _INT8, quantize_int8)
+FP8: Final = RoundedFormat("fp8", lambda _: _FP8, quantize_fp8)
+INT4: Final = RoundedFormat("int4", lambda columns: _LAYOUTS[int4_group(columns)], quantize_int4)

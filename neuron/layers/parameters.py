@@ -39,7 +39,9 @@ class Tensor:
 
     def within(self, prefix: str, gguf_prefix: str) -> "Tensor":
         """Return the tensor with its full names."""
-        return dataclasses.replace(self, name=prefix + self.name, gguf=gguf_prefix + self.gguf)
+        # Not dataclasses.replace, which takes twice as long: a mixture of experts has 20,000 tensors.
+        where = self.shape, self.rows, self.columns
+        return Tensor(prefix + self.name, gguf_prefix + self.gguf, *where, self.head_dim, self.less_one)
 
     @property
     def num_elements(self) -> int:

@@ -107,7 +107,8 @@ def forward(
         residual *= torch.tensor(config.embedding.scale, dtype=residual.dtype)
     kernels = dispatch.operations_for(residual.device, residual.dtype) if operations is None else operations
     step = Step(kernels, batches[0], residual.dtype, sum_ranks)
-    for layer, own, cache, step.batch in zip(config.layers, weights.layers, caches, batches, strict=True):
+    for layer, own, cache, batch in zip(config.layers, weights.layers, caches, batches, strict=True):
+        step.batch = batch
         layer.forward(step, own, residual, cache)
     return config.head.normed(kernels, weights.head, residual)
 

@@ -39,16 +39,14 @@ def norm_of(fields: Fields, *, less_one: bool = False) -> Norm:
     return Norm(fields.size("hidden_size"), fields.number("rms_norm_eps", 1e-6), less_one)
 
 
-def attention_of(fields: Fields, **differences: Any) -> Attention:
-    """Return the usual attention, with ``differences`` to it."""
+def attention_of(fields: Fields, rope_theta: float = 1e4, **differences: Any) -> Attention:
+    """Return the usual attention, with ``differences`` to it; ``rope_theta`` holds unless the file has another."""
     heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
     kv_heads = fields.size("num_key_value_heads", heads)
     head_dim = fields.size("head_dim", max(hidden // heads, 1))
     if max(heads, kv_heads) * head_dim > MAX_WIDTH:
         raise ValueError(f"{heads} heads of {head_dim} are wider than any model's")
-    usual = {"norm": norm_of(fields), "scale": head_dim**-0.5}
-    if "rope" not in differences:
-        usual["rope"] = fields.rope(head_dim)
+    usual = {"norm": norm_of(fields), "scale": head_dim**-0.5, "rope": fields.rope(head_dim, rope_theta)}
     return Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **{**usual, **differences})
 
 

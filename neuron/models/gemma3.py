@@ -22,17 +22,16 @@ def build(fields: Fields) -> ModelConfig:
     """Return the model of a configuration."""
     is_gguf = isinstance(fields, GgufFields)
     num_layers, norm = fields.size("num_hidden_layers"), norm_of(fields, less_one=True)
-    heads = fields.size("num_attention_heads")
-    head_dim = fields.size("head_dim", max(norm.size // heads, 1))
+    whole = attention_of(fields, rope_theta=1e4 if is_gguf else 1e6, norm=norm, qk_norm=True, out_norm=True)
     if is_gguf:
         # As in llama.cpp: only the 27B model, of 62 layers, scales its queries by hidden size over heads.
-        scalar = norm.size / heads if num_layers == 62 else head_dim
+        scalar = norm.size / whole.num_heads if num_layers == 62 else whole.head_dim
     else:
         scalar = fields.number("query_pre_attn_scalar", 256)
-    rope, window_rope = fields.rope(head_dim, 1e4 if is_gguf else 1e6), fields.rope(head_dim, kind=WINDOWED)
+    whole = dataclasses.replace(whole, scale=scalar**-0.5)
+    window_rope = fields.rope(whole.head_dim, kind=WINDOWED)
     if window_rope.scaling is not None:
         raise UnsupportedRopeError(f"{fields.path}: rope scaling in layers with a window is not supported")
-    whole = attention_of(fields, norm=norm, rope=rope, scale=scalar**-0.5, qk_norm=True, out_norm=True)
     windowed = dataclasses.replace(whole, rope=window_rope, window_tokens=fields.size("sliding_window"))
     mlp = mlp_of(fields, norm=norm, activation=ACTIVATIONS[ACTIVATION], out_norm=True)
     return decoder_of(

@@ -78,10 +78,12 @@ class ModelConfig:
     def parameters(self, shard: Shard = WHOLE) -> Iterator[Parameters]:
         """Yield a rank's parameters, with full names: of the embedding, of each layer in order, and of the head."""
         yield self.embedding.parameters(shard)
+        # Blocks have layers in common, whose declaration is made once.
+        declared = {layer: layer.parameters(shard) for layer in set(self.layers)}
         for number, block in enumerate(self.blocks):
             prefixes = f"model.layers.{number}.", f"blk.{number}."
             for layer in block:
-                yield {name: within(each, *prefixes) for name, each in layer.parameters(shard).items()}
+                yield {name: within(each, *prefixes) for name, each in declared[layer].items()}
         yield self.head.parameters(shard)
 
     def tensors(self) -> dict[str, Tensor]:
