@@ -30,7 +30,7 @@ from neuron.engine.errors import NonFiniteLogitsError, error_info, raise_device_
 from neuron.engine.executor import Executor, InFlightStep
 from neuron.engine.plan import StepPlan, build_plan
 from neuron.engine.scheduler import Limits, Scheduler, Step
-from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceState
+from neuron.engine.sequence import NO_TOKENS, Float32Array, Sequence, SequenceStatus
 from neuron.engine.speculation import PromptLookup, Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.models.model import ModelConfig
@@ -249,7 +249,7 @@ class ModelEngine:
         decodes_only = step.num_decodes == len(step.sequences)
         firsts = range(len(ids) + 1) if decodes_only else np.searchsorted(plan.sampled, plan.cu_seqlens).tolist()
         for index, (sequence, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
-            if sequence.state is not SequenceState.RUNNING:
+            if sequence.state is not SequenceStatus.RUNNING:
                 continue  # it ended while this step was in flight
             first, end = firsts[index], firsts[index + 1]
             sampled = ids[first:end]

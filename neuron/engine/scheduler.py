@@ -23,7 +23,7 @@ from typing import Final
 from neuron.device.jobs import Pooling
 from neuron.engine.cache import Cache
 from neuron.engine.prefix import extend_keys
-from neuron.engine.sequence import NO_TOKENS, Sequence, SequenceState
+from neuron.engine.sequence import NO_TOKENS, Sequence, SequenceStatus
 from neuron.layers.cache import WindowTable
 
 GROWTH_PAGES: Final = 4
@@ -117,7 +117,7 @@ class Scheduler:
             if sequence is None:
                 return None
             self._vacate(sequence)
-        sequence.state = SequenceState.FINISHED
+        sequence.status = SequenceStatus.FINISHED
         return sequence
 
     def _vacate(self, sequence: Sequence) -> None:
@@ -150,7 +150,7 @@ class Scheduler:
         best = (0, 0)
         seen: set[str] = set()
         for sequence in self.waiting.values():
-            if sequence.state is SequenceState.PREEMPTED:
+            if sequence.status is SequenceStatus.PREEMPTED:
                 return sequence
             if sequence.principal in seen or self._awaits_another(sequence):
                 continue
@@ -191,18 +191,18 @@ class Scheduler:
         num_shared = sequence.num_published
         sequence.num_computed = sequence.num_settled = sequence.num_drafted = num_shared * self.limits.page_tokens
         sequence.num_fill = sequence.num_tokens
-        if sequence.state is SequenceState.WAITING:
+        if sequence.status is SequenceStatus.WAITING:
             sequence.num_cached = sequence.num_computed
         for key in keys[num_shared:]:
             self._promised.setdefault(key, sequence.number)
-        sequence.state = SequenceState.RUNNING
+        sequence.status = SequenceStatus.RUNNING
         self.running[sequence.number] = sequence
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Preempt a running sequence: free all it has and put it at the head of the queue."""
         self._vacate(sequence)
-        sequence.state = SequenceState.PREEMPTED
+        sequence.status = SequenceStatus.PREEMPTED
         self.waiting = {sequence.number: sequence, **self.waiting}
         self.num_preemptions += 1
 
@@ -221,7 +221,7 @@ class Scheduler:
         decoding = [
             sequence
             for sequence in list(self.running.values())
-            if sequence.state is SequenceState.RUNNING and sequence.decodes and self._grow(sequence)
+            if sequence.status is SequenceStatus.RUNNING and sequence.decodes and self._grow(sequence)
         ]
         if propose is not None and decoding:
             propose(decoding)

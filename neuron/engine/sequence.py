@@ -19,8 +19,8 @@ FIRST_ACCEPTANCE: Final = 0.7
 """Assumed acceptance rate of a sequence's draft tokens before any was verified."""
 
 
-class SequenceState(StrEnum):
-    """State of a sequence. A running one prefills until all its tokens are computed, then decodes."""
+class SequenceStatus(StrEnum):
+    """Status of a sequence. A running one prefills until all its tokens are computed, then decodes."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -74,7 +74,7 @@ class Sequence:
         "sampler",
         "scores_prompt",
         "slot",
-        "state",
+        "status",
         "tokens",
     )  # fmt: skip
 
@@ -129,7 +129,7 @@ class Sequence:
         """Number of its pages that have been published."""
         self.slot = -1
         """Slot of the running batch: row of the page table and of the sampler's tables; -1 if not running."""
-        self.state = SequenceState.WAITING
+        self.status = SequenceStatus.WAITING
 
     @property
     def num_output(self) -> int:

@@ -17,7 +17,7 @@ from neuron.engine import scheduler as scheduler_module
 from neuron.engine.plan import build_plan
 from neuron.engine.prefix import extend_keys
 from neuron.engine.scheduler import Limits, Scheduler, Step
-from neuron.engine.sequence import Sequence, SequenceState
+from neuron.engine.sequence import Sequence, SequenceStatus
 from neuron.layers import cache as layer_caches
 from neuron.layers.cache import WindowTable
 
@@ -171,7 +171,7 @@ class Arrivals(RuleBasedStateMachine):
         self.scheduler.admit()
         step = self.scheduler.schedule()
         assert step is not None, "a sequence waits and none runs"
-        assert oldest is None or oldest.state is SequenceState.RUNNING, "the oldest was preempted"
+        assert oldest is None or oldest.status is SequenceStatus.RUNNING, "the oldest was preempted"
         check_step(step, self.scheduler)
         check_plan(step, self.scheduler)
         self.cache.run(step, self.scheduler)
@@ -184,7 +184,7 @@ class Arrivals(RuleBasedStateMachine):
         removed = self.scheduler.remove(number)
         assert (removed is not None) == known
         if removed is not None:
-            assert removed.state is SequenceState.FINISHED
+            assert removed.status is SequenceStatus.FINISHED
             assert not len(removed.pages)
 
     @invariant()

@@ -23,7 +23,7 @@ from neuron.engine.executor import StepOutcome
 from neuron.engine.model_engine import ModelEngine, StepOutput
 from neuron.engine.multi_step import MULTI_STEP_S
 from neuron.engine.plan import StepPlan
-from neuron.engine.sequence import Sequence, SequenceState
+from neuron.engine.sequence import Sequence, SequenceStatus
 from neuron.engine.speculation import Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.layers import cache as layer_caches
@@ -308,11 +308,11 @@ class Steps(RuleBasedStateMachine):
             np.testing.assert_allclose(np.frombuffer(embedding.vector, np.float32), expected, rtol=1e-5)
             self.finish(embedding.sequence)
         for number, _ in output.failures:
-            assert self.asked.pop(number).state is SequenceState.FINISHED
+            assert self.asked.pop(number).status is SequenceStatus.FINISHED
             self.num_failed += 1
 
     def finish(self, number: int) -> None:
-        assert self.asked.pop(number).state is SequenceState.FINISHED
+        assert self.asked.pop(number).status is SequenceStatus.FINISHED
         self.num_finished += 1
 
     def teardown(self) -> None:
