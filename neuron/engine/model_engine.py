@@ -249,7 +249,7 @@ class ModelEngine:
         decodes_only = step.num_decodes == len(step.sequences)
         firsts = range(len(ids) + 1) if decodes_only else np.searchsorted(plan.sampled, plan.cu_seqlens).tolist()
         for index, (sequence, num_tokens) in enumerate(zip(step.sequences, step.num_tokens, strict=True)):
-            if sequence.state is not SequenceStatus.RUNNING:
+            if sequence.status is not SequenceStatus.RUNNING:
                 continue  # it ended while this step was in flight
             first, end = firsts[index], firsts[index + 1]
             sampled = ids[first:end]
