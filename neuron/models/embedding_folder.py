@@ -11,11 +11,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Final
 
-import msgspec
-
 from neuron.device.jobs import Pooling
 from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError
-from neuron.models.files import MAX_INDEX_BYTES, is_name, open_regular, quoted, read_bounded, read_json_object
+from neuron.models.files import is_name, quoted, read_bounded, read_json_object
+from neuron.models.safetensors import read_tensors
 
 _POOLINGS: Final = {"mean_tokens": Pooling.MEAN, "lasttoken": Pooling.LAST}
 _STEPS: Final = frozenset({"Transformer", "Pooling", "Normalize"})
@@ -60,14 +59,8 @@ def pooling_of(folder: pathlib.Path) -> Pooling:
 def has_head(folder: pathlib.Path) -> bool:
     """Whether a checkpoint holds ``lm_head.weight``; also true if unreadable, which is refused later."""
     try:
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            return "lm_head.weight" in read_json_object(index, MAX_INDEX_BYTES).get("weight_map", {})
-        with open_regular(folder / "model.safetensors") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length) if length <= MAX_INDEX_BYTES else b""
-        return "lm_head.weight" in msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-    except (OSError, CorruptWeightsError, msgspec.DecodeError, UnicodeError, TypeError):
+        return "lm_head.weight" in read_tensors(folder)
+    except CorruptWeightsError:
         return True
 
 

@@ -7,22 +7,21 @@ twice. Names and shapes are checked against the configuration before any copy.
 import contextlib
 import dataclasses
 import mmap
-import os
 import pathlib
 from typing import Any, Final, Protocol
 
 import gguf
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from neuron.layers.parameters import Tensor
 from neuron.models.config import config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
 from neuron.models.fields import MAX_EXPERTS
-from neuron.models.files import MAX_INDEX_BYTES, is_name, open_regular, read_json_object
+from neuron.models.files import quoted
 from neuron.models.gguf import TensorInfo, TensorKind, read_header
 from neuron.models.model import ModelConfig
+from neuron.models.safetensors import TensorEntry, read_tensors
 from neuron.models.transfer import ON_HOST, Transfer, from_file
 
 PIECE_ELEMENTS: Final = 1 << 18
@@ -30,16 +29,10 @@ PIECE_ELEMENTS: Final = 1 << 18
 passes."""
 DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", "rope_freqs.weight")
 """Constants that some exporters store; here they come from the configuration."""
-MAX_HEADER_BYTES: Final = 16 << 20
-"""Bound on the header of a safetensors file: 100 bytes a tensor; the largest checkpoints have 91,000 in 163 files."""
-SAFETENSORS_DTYPES: Final = ("F64", "F32", "F16", "BF16")
-STORED_KINDS: Final = {
-    torch.float32: TensorKind.F32,
-    torch.float16: TensorKind.F16,
-    torch.bfloat16: TensorKind.BF16,
-}
-
-FLOATS: Final = {kind: dtype for dtype, kind in STORED_KINDS.items()}
+FLOAT_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of safetensors that are converted while they are copied."""
+STORED_KINDS: Final = {"F32": TensorKind.F32, "F16": TensorKind.F16, "BF16": TensorKind.BF16}
+FLOATS: Final = {kind: FLOAT_DTYPES[dtype] for dtype, kind in STORED_KINDS.items()}
 """Kinds that are read without dequantising."""
 
 PackedBytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -130,54 +123,18 @@ def check_shapes(
             )
 
 
-class _SafetensorsFile(Protocol):
-    """Interface of ``safetensors.safe_open``, which carries no types."""
-
-    def keys(self) -> list[str]: ...
-    def get_slice(self, name: str) -> Any: ...
-    def get_tensor(self, name: str) -> torch.Tensor: ...
-
-
 class SafetensorsSource:
-    """Checkpoint in a folder with ``config.json`` and ``.safetensors`` files."""
+    """Checkpoint in a folder with ``config.json`` and ``.safetensors`` files, which are mapped when first read."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.config = read_config(folder)
         self._declared = self.config.tensors()
-        self._folder = folder
-        self._files: dict[str, _SafetensorsFile] = {}
-        file_of = _read_index(folder / "model.safetensors.index.json")
-        if file_of is not None:
-            self._file_of = file_of
-            there: dict[str, set[str]] = {}
-            for name, file_name in self._file_of.items():
-                if file_name not in there:
-                    there[file_name] = set(self._open(file_name).keys())
-                if name not in there[file_name]:
-                    raise CorruptWeightsError(folder / file_name, f"the index promises {name}")
-        else:
-            self._file_of = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
-        self._file_of = {name: file for name, file in self._file_of.items() if not name.endswith(DERIVED_TENSORS)}
-        # A model that was saved without a head has no `model.` before its names.
-        bare = "embed_tokens.weight" in self._file_of
-        self._stored = {f"model.{name}" if bare and name != "lm_head.weight" else name: name for name in self._file_of}
-
-    def _open(self, file_name: str) -> _SafetensorsFile:
-        if file_name not in self._files:
-            path = self._folder / file_name
-            _check_header(path)
-            try:
-                self._files[file_name] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CorruptWeightsError(path, str(error)) from error
-        return self._files[file_name]
+        self._entries = read_tensors(folder)
+        self._files: dict[pathlib.Path, mmap.mmap] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors."""
-        return {
-            name: tuple(self._files[self._file_of[stored]].get_slice(stored).get_shape())
-            for name, stored in self._stored.items()
-        }
+        return {name: entry.shape for name, entry in self._entries.items()}
 
     def read_into(
         self,
@@ -189,32 +146,46 @@ class SafetensorsSource:
         first_column: int = 0,
     ) -> None:
         """Copy from the mapped file, with conversion, in one pass."""
-        stored_name = self._stored[name]
-        file_name = self._file_of[stored_name]
-        tensor = self._files[file_name].get_slice(stored_name)
-        stored = tensor.get_dtype()
-        if stored not in SAFETENSORS_DTYPES:
-            raise UnsupportedQuantizationError(f"{self._folder / file_name}: {stored_name} is stored as {stored}")
-        if list(destination.shape) == tensor.get_shape():
-            # A view of the mapping; a slice would be a copy of it.
-            transfer.copy(self._files[file_name].get_tensor(stored_name), destination)
-        elif destination.ndim == 1:
-            transfer.copy(tensor[first_row : first_row + len(destination)], destination)
+        entry = self._entries[name]
+        if entry.dtype not in FLOAT_DTYPES:
+            raise UnsupportedQuantizationError(f"{entry.file}: {name} is stored as {entry.dtype}")
+        tensor = self._mapped(entry)
+        if destination.ndim == 1:
+            part = tensor[first_row : first_row + len(destination)]
         else:
             rows, columns = destination.shape
-            transfer.copy(tensor[first_row : first_row + rows, first_column : first_column + columns], destination)
+            part = tensor[first_row : first_row + rows, first_column : first_column + columns]
+        transfer.copy(part, destination)
         if self._declared[name].less_one:
             destination.add_(1)
 
     def read_stored(self, name: str) -> StoredTensor | None:
         """Return the mapped tensor."""
-        stored = self._stored[name]
-        tensor = self._files[self._file_of[stored]].get_tensor(stored)
-        kind = STORED_KINDS.get(tensor.dtype)
-        return None if kind is None else StoredTensor(kind, tensor.view(torch.uint8).reshape(-1).numpy())
+        entry = self._entries[name]
+        kind = STORED_KINDS.get(entry.dtype)
+        return None if kind is None else StoredTensor(kind, self._bytes(entry))
+
+    def _bytes(self, entry: TensorEntry) -> PackedBytes:
+        if entry.file not in self._files:
+            with entry.file.open("rb") as file:
+                self._files[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = self._files[entry.file]
+        if entry.offset + entry.nbytes > len(mapped):
+            raise CorruptWeightsError(entry.file, f"{quoted(entry.name)} ends beyond the file")
+        return np.frombuffer(mapped, np.uint8, entry.nbytes, entry.offset)
+
+    def _mapped(self, entry: TensorEntry) -> torch.Tensor:
+        """Return a tensor of the file's memory, to be read only."""
+        dtype, packed = FLOAT_DTYPES[entry.dtype], self._bytes(entry)
+        if packed.ctypes.data % dtype.itemsize:
+            packed = packed.copy()
+        return from_file(packed).view(dtype).view(entry.shape)
 
     def close(self) -> None:
-        """Unmap the files."""
+        """Unmap the files; later, if a view of one is left."""
+        for mapped in self._files.values():
+            with contextlib.suppress(BufferError):
+                mapped.close()
         self._files.clear()
 
 
@@ -305,36 +276,3 @@ def _experts(tensor: TensorInfo) -> list[TensorInfo]:
         )
         for i in range(count)
     ]
-
-
-def _check_header(path: pathlib.Path) -> None:
-    """Raise CorruptWeightsError unless a safetensors file begins with a header of a sane size that fits into it.
-
-    Format: https://huggingface.co/docs/safetensors#format. The library takes up to 100 MB, a million tensors, and waits
-    for ever to open a pipe.
-    """
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-    except FileNotFoundError:
-        raise CorruptWeightsError(path, "no such file") from None
-    if size < 8 or length > size - 8:
-        raise CorruptWeightsError(path, f"a header of {length} bytes cannot be in {size}")
-    if length > MAX_HEADER_BYTES:
-        raise CorruptWeightsError(path, f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
-
-
-def _read_index(path: pathlib.Path) -> dict[str, str] | None:
-    """Return the file name of each tensor in a sharded checkpoint, ``None`` for one without an index."""
-    try:
-        file_of = read_json_object(path, MAX_INDEX_BYTES)["weight_map"]
-        # Only names within the folder: an index is as untrusted as the weights.
-        sound = all(is_name(file) for file in file_of.values())
-    except FileNotFoundError:
-        return None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptWeightsError(path, f"not an index of weights: {error!r}") from error
-    if not sound:
-        raise CorruptWeightsError(path, "the index names a file outside of its folder")
-    return dict(file_of)
