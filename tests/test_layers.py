@@ -68,6 +68,7 @@ NEURON_USES = (
     "cortex._fast.chat_stream",
     "cortex._fast.messages_stream",
     "cortex._fast.responses_stream",
+    "cortex._fast.scheduling",
     "cortex.build_identity",
     "cortex.dialects",
     "cortex.extras",

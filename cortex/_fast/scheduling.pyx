@@ -37,17 +37,20 @@ cdef extern from *:
     """
     struct scheduling:
         unsigned int policy
+        unsigned long long flags
         unsigned long long runtime_ns
     long scheduling_get(int thread, scheduling* found)
     long scheduling_set(int thread, scheduling* wanted)
 
 DEF SCHED_OTHER = 0
+DEF SCHED_FLAG_RESET_ON_FORK = 1
 
 
-def set_slice(int thread, long long slice_ns):
+def set_slice(int thread, long long slice_ns, bint inherited=True):
     """Let a thread run for ``slice_ns`` at a time, at least 0.1 ms and at most 100; by an older kernel nothing changes.
 
-    Its priority stays. A thread with another policy than the usual one keeps what it has. Raises ``OSError``.
+    Its priority stays. A thread with another policy than the usual one keeps what it has. ``inherited``: the threads
+    and processes that it begins later have the slice as well. Raises ``OSError``.
     """
     cdef scheduling found
     if scheduling_get(thread, &found) < 0:
@@ -55,6 +58,8 @@ def set_slice(int thread, long long slice_ns):
     if found.policy != SCHED_OTHER:
         return
     found.runtime_ns = slice_ns
+    if not inherited:
+        found.flags |= SCHED_FLAG_RESET_ON_FORK
     if scheduling_set(thread, &found) < 0:
         raise OSError(errno, "sched_setattr")
 

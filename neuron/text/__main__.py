@@ -5,6 +5,7 @@ and ends with the daemon. What a job does to it is that job's affair: the daemon
 """
 
 import argparse
+import os
 import pathlib
 import signal
 import sys
@@ -144,7 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="neuron.text", description=__doc__)
     parser.add_argument("--channel-fd", type=int, required=True, help="the inherited end of the daemon's channel")
     parser.add_argument("--device", required=True, help="its name in the daemon's log")
+    parser.add_argument("--nice", type=int, default=0, help="niceness to add to the daemon's")
     options = parser.parse_args(arguments)
+    os.nice(options.nice)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     limits.prepare()

@@ -48,6 +48,8 @@ SHARE_OF_ONE: Final = 4
 MAX_TRIES: Final = 2
 SHORT_BYTES: Final = 32 << 10
 """Requests up to this size are short: at most 0.05 s of CPU time."""
+COSTLY_NICENESS: Final = 5
+"""Niceness of the processes for all other jobs, which take seconds: they give way to the event loop."""
 SEVERAL_CORES: Final = 4
 MANY_CORES: Final = 8
 
@@ -83,10 +85,13 @@ class TextPool:
             QueueName.GRAMMAR: costly,
             QueueName.FILES: 1,
         }
-        self._command = tuple(command)
         self._open: set[int] = set()
         """The models that are open or being opened: jobs of others are not done."""
-        self._queues_by_name = {queue: _JobQueue(queue, command, size, self._open) for queue, size in sizes.items()}
+        costly_command = (*command, "--nice", str(COSTLY_NICENESS))
+        self._queues_by_name = {
+            queue: _JobQueue(queue, command if queue is QueueName.SHORT else costly_command, size, self._open)
+            for queue, size in sizes.items()
+        }
         self._models = itertools.count(1)
         self._numbers = itertools.count(1)
 

@@ -42,6 +42,21 @@ assert os.nice(0) == niced
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+@pytest.mark.skipif(not has_slices(), reason="the kernel reports no slice")
+def test_a_slice_can_be_of_one_thread_and_none_that_it_begins() -> None:
+    script = """
+import os, subprocess, sys
+from cortex._fast.scheduling import set_slice, slice_of
+usual = slice_of(0)
+assert usual != 100_000
+set_slice(0, 100_000, inherited=False)
+assert slice_of(0) == 100_000
+look = "from cortex._fast.scheduling import slice_of; print(slice_of(0))"
+assert int(subprocess.check_output([sys.executable, "-c", look])) == usual
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 def test_a_thread_of_another_policy_is_left_alone() -> None:
     seen = []
 

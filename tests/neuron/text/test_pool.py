@@ -17,7 +17,7 @@ import pytest
 from cortex.wire.errors import ApiError, ErrorInfo
 from cortex.wire.request import FormatKind, InferenceRequest, Message, OutputFormat, Role
 from neuron.text.jobs import Limits
-from neuron.text.pool import QueueName, TextModel, TextPool
+from neuron.text.pool import COSTLY_NICENESS, QueueName, TextModel, TextPool
 
 EOS = (2,)
 CONTEXT = 2048
@@ -203,6 +203,21 @@ def test_work_running_at_two_deaths_is_not_retried(tmp_path: pathlib.Path) -> No
 
     asyncio.run(story())
     assert tries.read_text() == "xx"
+
+
+def test_costly_jobs_give_way_to_the_daemon(chatty: pathlib.Path) -> None:
+    async def story(pool: TextPool, model: TextModel) -> None:
+        await model.left_out(asks('{"type": "object"}'))
+        own = os.nice(0)
+        niceness = sorted(
+            child.nice() - own
+            for child in psutil.Process().children()
+            if any(word.startswith("text:") for word in child.cmdline())
+        )
+        assert niceness[0] == 0
+        assert niceness[-1] == COSTLY_NICENESS
+
+    with_model(chatty, story)
 
 
 def test_unenforced_keywords_are_found_in_a_text_process(chatty: pathlib.Path) -> None:
