@@ -21,13 +21,13 @@ from kernels import Bench, Rows
 from cortex.wire.node import ModelSpec
 from neuron.device import jobs
 from neuron.engine import multi_step
-from neuron.engine.graph_runner import GraphRunner
-from neuron.engine.loading import load_model
+from neuron.engine.graph_executor import GraphExecutor
+from neuron.engine.loading import eager_executor, load_model
 from neuron.engine.model_engine import ModelEngine
 from neuron.engine.sequence import Sequence
 from neuron.engine_settings import DEFAULTS, EngineSettings
-from neuron.formats.matrix import QuantizedMatrix, StackedMatrix
 from neuron.layers.attention import Attention
+from neuron.layers.step import Linear
 from neuron.models import decoder, quantization
 from neuron.models.config import read_config
 from neuron.models.model import ModelConfig
@@ -84,11 +84,9 @@ def weights_of(gpu: Gpu, config: ModelConfig, quant: str) -> decoder.DecoderWeig
 
 def step_bytes(weights: decoder.DecoderWeights) -> int:
     """Return the bytes of weights that a decode step reads."""
-    total, layers = 0, weights.layers
-    for thing in (weights.head, *(getattr(layer, f.name) for layer in layers for f in dataclasses.fields(layer))):
-        if isinstance(thing, (torch.Tensor, QuantizedMatrix, StackedMatrix)):
-            total += thing.nbytes
-    return total
+    loaded = [each for layer in (*weights.layers, weights.head) for each in layer.values()]
+    parts = [part for each in loaded for part in (each if isinstance(each, Linear) else (each,))]
+    return sum(part.nbytes for part in parts if part is not None)
 
 
 def prepare(gpu: Gpu, config: ModelConfig, plan: MemoryPlan) -> None:
@@ -105,8 +103,7 @@ class Step:
     def __init__(
         self, gpu: Gpu, config: ModelConfig, weights: decoder.DecoderWeights, batch: int, context: int
     ) -> None:
-        self.config, self.weights = config, weights
-        self.operations = dispatch.operations_for(gpu.device, torch.bfloat16)
+        self.forward = decoder.Decoder(config, weights, dispatch.operations_for(gpu.device, torch.bfloat16))
         device = gpu.device
         sequences = max(batch, 1)
         tokens = batch or context
@@ -132,12 +129,8 @@ class Step:
     @torch.inference_mode()
     def run(self) -> torch.Tensor:
         """Compute the step's logits."""
-        hidden = decoder.forward(
-            self.config, self.weights, self.ids, [self.batch] * len(self.caches), self.caches, self.operations
-        )
-        return decoder.logits(
-            self.config, self.weights, hidden.index_select(0, self.batch.cu_seqlens[1:] - 1), self.operations
-        )
+        hidden = self.forward.hidden(self.ids, [self.batch] * len(self.caches), self.caches)
+        return self.forward.logits(hidden.index_select(0, self.batch.cu_seqlens[1:] - 1))
 
 
 def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
@@ -166,9 +159,9 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
             gpu.forget()
         for batch in sizes.batches:
             for way, settings in WAYS.items():
-                runner = GraphRunner(config, weights, plan, gpu.device, graphs(), settings)
-                runner.overlaps = True  # as on a GPU, also in a rehearsal
-                model = ModelEngine(name, config, plan, runner, pathlib.Path(), prefix_cache=False)
+                eager = eager_executor(config, weights, plan, gpu.device, settings)
+                executor = GraphExecutor(eager, plan, graphs(), settings)
+                model = ModelEngine(name, config, plan, executor, pathlib.Path(), prefix_cache=False)
                 spent, host_s = serve(model, batch, sizes.context, sizes.output, is_multi_step=way == "multi-step")
                 nbytes = step_bytes(weights)
                 nbytes += batch * (sizes.context + sizes.output // 2) * config.kv_bytes_per_token("bfloat16")
@@ -178,7 +171,7 @@ def decode_rows(bench: Bench, name: str, quant: str) -> Rows:
                     "share of copy": nbytes / spent / 1e9 / bench.copy_gb_s, "host us": host_s * 1e6,
                 }  # fmt: skip
                 model.close()
-                del model, runner
+                del model, executor, eager
                 gpu.forget()
 
 

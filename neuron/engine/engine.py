@@ -49,7 +49,6 @@ from neuron.device.jobs import (
 from neuron.engine.compiling import Compiling
 from neuron.engine.device_graphs import Graphs
 from neuron.engine.errors import GroupLostError, error_info, raise_device_fault, ran_out
-from neuron.engine.group_runner import Follower
 from neuron.engine.loading import load_model
 from neuron.engine.minimum import Minimum
 from neuron.engine.model_engine import ModelEngine
@@ -57,6 +56,7 @@ from neuron.engine.prefix import root_key
 from neuron.engine.process_memory import return_freed_memory, used_bytes
 from neuron.engine.sampler import check_settings
 from neuron.engine.sequence import Constrained, Sequence
+from neuron.engine.tensor_parallel import Follower
 from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.models.errors import LoadFailedError
 
@@ -212,17 +212,17 @@ class Engine:
 
     def _follow(self, timeout_s: float) -> None:
         sources = select.poll()
-        for descriptor in (self._channel_fd, *(f.runner.group.fileno() for f in self._followers.values())):
+        for descriptor in (self._channel_fd, *(follower.fileno() for follower in self._followers.values())):
             if descriptor >= 0:
                 sources.register(descriptor, select.POLLIN)
         ready = {descriptor for descriptor, _ in sources.poll(timeout_s * 1e3)}
         for name, follower in list(self._followers.items()):
-            if follower.runner.group.fileno() in ready and not follower.runner.follow():
+            if follower.fileno() in ready and not follower.follow():
                 self._leave(name)
                 self._left.add(name)
 
     def _leave(self, name: str) -> None:
-        self._followers.pop(name).runner.group.close()
+        self._followers.pop(name).close()
 
     # -------------------------------------------------------------- sequences
 

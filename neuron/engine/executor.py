@@ -48,7 +48,7 @@ class InFlightStep(Protocol):
 
 
 class Executor(Protocol):
-    """Runs the steps of one model: eager, by graphs, or native."""
+    """Executor of one model's steps, on its caches: eager, by graphs, native, or on several ranks."""
 
     config: ModelConfig
     sampler: Sampler

@@ -15,25 +15,29 @@ from neuron.device.driver import DriverHandle, cuda_driver
 from neuron.device.jobs import GroupSettings
 from neuron.device.loop import die_with_parent
 from neuron.device.probe import usable_cores
+from neuron.engine.cache_memory import LayerCaches
 from neuron.engine.device_graphs import Graphs
+from neuron.engine.eager_executor import EagerExecutor
 from neuron.engine.errors import GroupLostError
 from neuron.engine.executor import Executor
-from neuron.engine.graph_runner import GraphRunner
+from neuron.engine.graph_executor import GraphExecutor
 from neuron.engine.group import Group, rank_0_waits
-from neuron.engine.group_runner import Follower, GroupRunner
 from neuron.engine.model_engine import ModelEngine, describe
-from neuron.engine.native_runner import NativeRunner, shared_pool
-from neuron.engine.runner import Runner
+from neuron.engine.native_executor import NativeExecutor, shared_pool
+from neuron.engine.sampler import Sampler
+from neuron.engine.tensor_parallel import Follower, Leader, ParallelForward
 from neuron.engine_settings import DEFAULTS, EngineSettings
 from neuron.layers.shard import WHOLE, Shard
 from neuron.models import packed
 from neuron.models.config import read_config
-from neuron.models.decoder import load_decoder
+from neuron.models.decoder import Decoder, DecoderWeights, Forward, load_decoder
 from neuron.models.model import ModelConfig
 from neuron.models.packed_weights import load_packed
 from neuron.models.prebuild import Preparation
 from neuron.models.sizing import MemoryPlan, plan_memory, with_pages
 from neuron.models.weights import WeightSource, open_weights
+from neuron.triton_kernels import dispatch
+from neuron.triton_kernels.operations import EAGER
 
 logger = logging.getLogger(__name__)
 
@@ -74,21 +78,21 @@ def load_model(
             source.config, spec, str(device), free_bytes(), draft=draft_config, cpu_kernels=settings.cpu_kernels
         )
         yield 0.0
-        runner = yield from _load_runner(spec, source, plan, device, graphs, channel_fd, settings)
+        executor = yield from _load_executor(spec, source, plan, device, graphs, channel_fd, settings)
     finally:
         source.close()
     draft: Executor | None = None
     if draft_path is not None and plan.draft is not None:
         draft_source = open_weights(draft_path)
         try:
-            draft = yield from _load_runner(spec, draft_source, plan.draft, device, graphs, channel_fd, settings)
+            draft = yield from _load_executor(spec, draft_source, plan.draft, device, graphs, channel_fd, settings)
         finally:
             draft_source.close()
     return ModelEngine(
         spec.id,
         source.config,
         plan,
-        runner,
+        executor,
         path,
         draft=draft,
         prefix_cache=spec.prefix_cache,
@@ -96,7 +100,7 @@ def load_model(
     )
 
 
-def _load_runner(
+def _load_executor(
     spec: ModelSpec,
     source: WeightSource,
     plan: MemoryPlan,
@@ -107,19 +111,37 @@ def _load_runner(
 ) -> Generator[float, None, Executor]:
     if plan.native:
         packed_weights = yield from load_packed(source, plan.dtype, shared_pool())
-        return NativeRunner(source.config, packed_weights, plan, channel_fd, settings.cpu_level)
+        return NativeExecutor(source.config, packed_weights, plan, channel_fd, settings.cpu_level)
     if device.type == "cpu":
         reason = packed.obstacle(source.config) if settings.cpu_kernels else "cpu_kernels is false"
         logger.warning("%s runs in eager torch: %s", spec.id, reason)
     with contextlib.closing(_preparation(source.config, plan, device, settings)) as kernels:
         weights = yield from load_decoder(source, getattr(torch, plan.dtype), device, quant=plan.quant)
-        runner = (
-            Runner(source.config, weights, plan, device, settings)
-            if graphs is None
-            else GraphRunner(source.config, weights, plan, device, graphs(), settings)
-        )
+        eager = eager_executor(source.config, weights, plan, device, settings)
+        executor = eager if graphs is None else GraphExecutor(eager, plan, graphs(), settings)
         yield from _finish(kernels, device)
-    return runner
+    return executor
+
+
+def eager_executor(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    plan: MemoryPlan,
+    device: torch.device,
+    settings: EngineSettings = DEFAULTS,
+    group: Group | None = None,
+) -> EagerExecutor:
+    """Return the eager executor of a model, or of the part of it that this rank of ``group`` has."""
+    kernels = dispatch.operations_for(device, weights.dtype, triton=settings.triton_kernels)
+    part = Decoder(config, weights, kernels)
+    forward: Forward = part if group is None else ParallelForward(part, group)
+    shard = WHOLE if group is None else Shard(group.rank, group.size)
+    draw = kernels.sample if settings.device_sampling else EAGER.sample
+    return EagerExecutor(
+        forward,
+        LayerCaches(config, plan, weights.dtype, device, shard),
+        Sampler(plan.max_sequences, config.vocab_size, device, draw),
+    )
 
 
 def _preparation(
@@ -165,7 +187,7 @@ def _load_part(
         dtype = getattr(torch, plan.dtype)
         with contextlib.closing(_preparation(config, plan, device, settings, shard)) as kernels:
             weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)
-            runner = GroupRunner(config, weights, plan, device, group, settings)
+            executor = eager_executor(config, weights, plan, device, settings, group)
             yield from _finish(kernels, device)
     except BaseException:
         if group is not None:
@@ -174,9 +196,10 @@ def _load_part(
     finally:
         source.close()
     if group_settings.rank:
-        return Follower(runner, plan, describe(spec.id, config, plan))
+        return Follower(executor, group, plan, describe(spec.id, config, plan))
+    leader = Leader(executor, group)
     return ModelEngine(
-        spec.id, config, plan, runner, path, prefix_cache=spec.prefix_cache, speculates=settings.speculation
+        spec.id, config, plan, leader, path, prefix_cache=spec.prefix_cache, speculates=settings.speculation
     )
 
 

@@ -66,14 +66,14 @@ class _Pending:
 
 
 class ModelEngine:
-    """A loaded model with its scheduler and its runner."""
+    """A loaded model with its scheduler and its executor."""
 
     def __init__(
         self,
         name: str,
         config: ModelConfig,
         plan: MemoryPlan,
-        runner: Executor,
+        executor: Executor,
         path: pathlib.Path,
         *,
         draft: Executor | None = None,
@@ -85,7 +85,7 @@ class ModelEngine:
         self.name = name
         self.config = config
         self.plan = plan
-        self.runner = runner
+        self.executor = executor
         self._path = path
         self._vocabulary: Vocabulary | None = None
         self._pending: _Pending | None = None
@@ -111,7 +111,7 @@ class ModelEngine:
             if draft is not None:
                 self._draft = DraftModel(draft, self.scheduler.cache.page_tables, PAGE_TOKENS, plan.step_tokens)
             self.speculation = Speculation(self._draft or PromptLookup(), self._step_timer)
-        self._executors = (runner,) if self._draft is None else (runner, self._draft.executor)
+        self._executors = (executor,) if self._draft is None else (executor, self._draft.executor)
         """Executors of the model and of its draft model."""
 
     @property
@@ -159,7 +159,7 @@ class ModelEngine:
         self._admit(output)
         launched = self._launch(output, is_multi_step)
         before, self._pending = self._pending, launched
-        if not self.runner.overlaps or (launched is not None and launched.step.num_steps > 1):
+        if not self.executor.overlaps or (launched is not None and launched.step.num_steps > 1):
             before, self._pending = launched, None
         if before is not None:
             self._settle(before, output)
@@ -168,16 +168,16 @@ class ModelEngine:
     def _allows_multi_step(self) -> bool:
         """Return whether the next launch may be a multi-step decode."""
         # A draft model needs every token as it comes.
-        if self.runner.max_steps == 1 or self._draft is not None:
+        if self.executor.max_steps == 1 or self._draft is not None:
             return False
-        if not self.runner.overlaps:
+        if not self.executor.overlaps:
             return True
         running = self.scheduler.running.values()
         if not running or any(sequence.prefills for sequence in running):
             return False
         step_s = self._step_timer.step_s(len(running))
         return multi_step.is_worth_it(step_s, self._step_timer.host_s) and multi_step.qualifies(
-            running, self.runner.sampler.draws_plainly
+            running, self.executor.sampler.draws_plainly
         )
 
     def _admit(self, output: StepOutput) -> None:
@@ -187,7 +187,7 @@ class ModelEngine:
                 for executor in self._executors:
                     executor.sampler.admit(sequence.slot, sequence.sampler, prompt, generated)
                 if sequence.constraint is not None:
-                    self.runner.sampler.constrain(sequence.slot, sequence.constraint.mask())
+                    self.executor.sampler.constrain(sequence.slot, sequence.constraint.mask())
             except Exception as error:  # noqa: BLE001 (any error is this request's)
                 self._fail([sequence], error, output)
 
@@ -196,14 +196,14 @@ class ModelEngine:
         if step is None:
             return None
         if is_multi_step:
-            plainly, reserve = self.runner.sampler.draws_plainly, self.scheduler.reserve
+            plainly, reserve = self.executor.sampler.draws_plainly, self.scheduler.reserve
             step_s = self._step_timer.step_s(step.num_decodes)
-            num_steps = multi_step.num_steps(step, step_s, self.runner.max_steps, plainly, reserve)
+            num_steps = multi_step.num_steps(step, step_s, self.executor.max_steps, plainly, reserve)
             step = dataclasses.replace(step, num_steps=num_steps)
         started_s = self._clock()
         try:
             plan = build_plan(step, self.scheduler.cache.page_tables, PAGE_TOKENS)
-            launched = self.runner.launch(plan)
+            launched = self.executor.launch(plan)
             if self._draft is not None:
                 self._draft.follow(step)
         except Exception as error:  # noqa: BLE001 (any error is these requests')
@@ -218,7 +218,7 @@ class ModelEngine:
         able = [
             sequence
             for sequence in decoding
-            if not sequence.num_awaited and self.runner.sampler.can_verify_drafts(sequence.slot)
+            if not sequence.num_awaited and self.executor.sampler.can_verify_drafts(sequence.slot)
         ]
         # A prompt may end in this step and then takes a row as well.
         num_rows = self.plan.sampled_rows - len(self.scheduler.running)
@@ -227,7 +227,7 @@ class ModelEngine:
     def _settle(self, pending: _Pending, output: StepOutput) -> None:
         """Wait for a step, and add its tokens, embeddings and failures to ``output``."""
         step, plan = pending.step, pending.plan
-        if self.runner.overlaps:
+        if self.executor.overlaps:
             # The time between two consecutive steps is the host's work: output, sending, planning. A pause is not.
             host_s = self._clock() - self._settled_s
             if host_s < MOST_HOST_S:
@@ -323,7 +323,7 @@ class ModelEngine:
             if sequence.constraint is not None:
                 try:
                     complete = sequence.constraint.accept(token)
-                    self.runner.sampler.constrain(sequence.slot, None if complete else sequence.constraint.mask())
+                    self.executor.sampler.constrain(sequence.slot, None if complete else sequence.constraint.mask())
                 except ConstraintError as error:
                     self._fail([sequence], error, output)
                     return

@@ -1,6 +1,6 @@
 """The plan of a step: flat int32 arrays that describe the work of every row.
 
-They are all that an executor needs of the requests: the eager runner, a captured graph and a C loop read the same
+They are all that an executor needs of the requests: eager torch, a captured graph and a C loop read the same
 arrays. They are built with a few numpy calls a step, whatever the context's length.
 """
 

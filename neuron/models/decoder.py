@@ -5,7 +5,7 @@ Tensors and operations, no requests: the batch tells which rows form a sequence.
 
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
 import torch
 
@@ -18,7 +18,6 @@ from neuron.models import quantization
 from neuron.models.model import ModelConfig
 from neuron.models.parameter_reader import ParameterReader, some_rows
 from neuron.models.sizing import PAGE_TOKENS
-from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.batch import Batch, KeyValueCache
 from neuron.triton_kernels.operations import Operations
 
@@ -86,39 +85,50 @@ def new_caches(
     return [cache_of(*pair) for pair in zip(config.caches(shard), num_pages, strict=True)]
 
 
-def forward(
-    config: ModelConfig,
-    weights: DecoderWeights,
-    token_ids: torch.Tensor,
-    batches: Sequence[Batch],
-    caches: Sequence[Any],
-    operations: Operations | None = None,
-    sum_ranks: SumRanks | None = None,
-) -> torch.Tensor:
-    """Return the normalised hidden state ``[T, hidden]`` of ``token_ids`` ``[T]``, and write to ``caches``.
+class Forward(Protocol):
+    """Forward pass of a model on its device."""
 
-    Both ``batches`` and ``caches`` are of each layer: the step with its page table, and its cache. ``operations`` are
-    the device's own unless given. Where several ranks hold the model, ``sum_ranks`` returns the sum of a tensor over
-    the ranks, in place or not.
-    """
-    residual = embedding_rows(token_ids, weights.embedding["table"].weight, weights.dtype)
-    if config.embedding.scale != 1.0:
-        # Rounded to the dtype first, as these models were trained.
-        residual *= torch.tensor(config.embedding.scale, dtype=residual.dtype)
-    kernels = dispatch.operations_for(residual.device, residual.dtype) if operations is None else operations
-    step = Step(kernels, batches[0], residual.dtype, sum_ranks)
-    for layer, own, cache, batch in zip(config.layers, weights.layers, caches, batches, strict=True):
-        step.batch = batch
-        layer.forward(step, own, residual, cache)
-    return config.head.normed(kernels, weights.head, residual)
+    @property
+    def config(self) -> ModelConfig:
+        """Return the model's configuration."""
+
+    @property
+    def operations(self) -> Operations:
+        """Return the operations of the device."""
+
+    def hidden(self, token_ids: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]) -> torch.Tensor:
+        """Return the normalised hidden state ``[T, hidden]`` of ``token_ids`` ``[T]``, and write to ``caches``.
+
+        Both ``batches`` and ``caches`` are of each layer: the step with its page table, and its cache.
+        """
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``."""
 
 
-def logits(
-    config: ModelConfig, weights: DecoderWeights, hidden: torch.Tensor, operations: Operations | None = None
-) -> torch.Tensor:
-    """Return the logits ``[R, V]`` in float32 of the rows ``hidden`` ``[R, hidden]``.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decoder:
+    """:class:`Forward` of a model, or of one rank's part, whose logits are then of its run of the vocabulary."""
 
-    On a rank, the logits of its run of the vocabulary.
-    """
-    kernels = dispatch.operations_for(hidden.device, hidden.dtype) if operations is None else operations
-    return config.head.logits(kernels, weights.head, hidden)
+    config: ModelConfig
+    weights: DecoderWeights
+    operations: Operations
+    sum_ranks: SumRanks | None = None
+    """Sum of a tensor over the ranks that hold the model, if several do."""
+
+    def hidden(self, token_ids: torch.Tensor, batches: Sequence[Batch], caches: Sequence[Any]) -> torch.Tensor:
+        """See :class:`Forward`."""
+        config, weights = self.config, self.weights
+        residual = embedding_rows(token_ids, weights.embedding["table"].weight, weights.dtype)
+        if config.embedding.scale != 1.0:
+            # Rounded to the dtype first, as these models were trained.
+            residual *= torch.tensor(config.embedding.scale, dtype=residual.dtype)
+        step = Step(self.operations, batches[0], residual.dtype, self.sum_ranks)
+        for layer, own, cache, batch in zip(config.layers, weights.layers, caches, batches, strict=True):
+            step.batch = batch
+            layer.forward(step, own, residual, cache)
+        return config.head.normed(self.operations, weights.head, residual)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See :class:`Forward`."""
+        return self.config.head.logits(self.operations, self.weights.head, hidden)

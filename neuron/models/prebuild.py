@@ -61,14 +61,13 @@ def variants(
         few, [plan.num_pages + 1] * len(few.layers), lambda shape: _meta(*shape, dtype=dtype), shard
     )
     in_group = in_group or shard.size > 1
+    forward = decoder.Decoder(few, weights, KERNELS, (lambda x: x) if in_group else None)
     with recording(target_for(capability)) as recorder:
         for batch in _batches(plan, _steps(config)):
             token_ids = _meta(len(batch.positions), dtype=torch.int32)
-            decoder.forward(
-                few, weights, token_ids, [batch] * len(caches), caches, KERNELS, (lambda x: x) if in_group else None
-            )
+            forward.hidden(token_ids, [batch] * len(caches), caches)
         for rows in sorted({min(n, plan.sampled_rows) for n in (*STEPS, plan.sampled_rows)}):
-            decoder.logits(config, weights, _meta(rows, config.hidden_size, dtype=dtype), KERNELS)
+            forward.logits(_meta(rows, config.hidden_size, dtype=dtype))
         _sample(config, plan)
     return recorder.variants
 

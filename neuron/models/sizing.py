@@ -86,6 +86,11 @@ class MemoryPlan:
         return tuple(table for table in self.window_tables if table.num_pages < self.num_pages)
 
     @property
+    def pages(self) -> tuple[int, ...]:
+        """Return the pages of each page table: of table 0, and of :attr:`tables`."""
+        return (self.num_pages, *(table.num_pages for table in self.tables))
+
+    @property
     def table_pages(self) -> tuple[int, ...]:
         """Return the pages of table 0, and those of each window."""
         return (self.num_pages, *(table.num_pages for table in self.window_tables))

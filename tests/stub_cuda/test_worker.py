@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from neuron.device import jobs
-from neuron.engine.graph_runner import buckets
+from neuron.engine.graph_executor import buckets
 
 pytestmark = pytest.mark.stub_cuda
 

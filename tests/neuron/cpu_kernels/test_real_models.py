@@ -48,7 +48,7 @@ def perplexity(
 ) -> float:
     driver = harness()
     driver.load(path, dtype=dtype, kv_dtype=kv_dtype)
-    driver.engine._models["m"].runner.sampler = likelihood = Likelihood(tokens)
+    driver.engine._models["m"].executor.sampler = likelihood = Likelihood(tokens)
     driver.generate(1, tokens[:1], len(tokens) - 1)
     driver.run()
     assert driver.outputs()[1] == tokens[1:]

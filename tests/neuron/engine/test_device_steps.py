@@ -32,7 +32,7 @@ PROMPT = list(range(3, 43))
 class Running:
     """A worker with one model; the test is the daemon."""
 
-    def __init__(self, model: pathlib.Path) -> None:
+    def __init__(self, model: pathlib.Path, *, overlaps: bool) -> None:
         theirs, ours = socket_pair()
         self.daemon = Channel(ours)
         self._fd = theirs
@@ -40,12 +40,12 @@ class Running:
         self.outputs: dict[int, list[int]] = collections.defaultdict(list)
         self.rows: list[jobs.TokenRow] = []
         self.status: int | None = None
+        self._settings = EngineSettings(cpu_kernels=False, speculation=False, overlap_steps=overlaps)
         self.thread = threading.Thread(target=self._main)
         self.thread.start()
         self.post(jobs.Load(1, ModelSpec("m", "test", dtype="float32", max_sequences=4), str(model)))
         while not isinstance(self.receive(), jobs.Done):
             pass
-        self.runner = self.engine._models["m"].runner
 
     def _main(self) -> None:
         with DeviceLoop(fake.capsule(), 0, self._fd, name="cuda-dev-0") as loop:
@@ -57,7 +57,7 @@ class Running:
                 loop.stop,
                 channel_fd=loop.channel.fileno(),
                 graphs=lambda: self.graphs,
-                settings=EngineSettings(cpu_kernels=False, speculation=False),
+                settings=self._settings,
             )
             self.status = loop.run(self.engine)
 
@@ -93,14 +93,14 @@ class Running:
 
 
 @pytest.fixture
-def start(tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Running]]:
+def start(tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Running]]:
     operations = ByDefinition()
     monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: operations)
     fake.reset()
     running: list[Running] = []
 
-    def start_one() -> Running:
-        running.append(Running(tiny_llama))
+    def start_one(*, overlaps: bool = False) -> Running:
+        running.append(Running(tiny_llama, overlaps=overlaps))
         return running[-1]
 
     yield start_one
@@ -123,13 +123,16 @@ def since(seen: int) -> list[str]:
 
 
 def test_a_step_is_launched_before_the_one_before_it_is_read(
-    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: False)
-    running = start()
-    running.generate(0, 12)
-    alone = running.receive_all(1)
-    running.runner.overlaps = True
+    plain = start()
+    plain.generate(0, 12)
+    alone = plain.receive_all(1)
+    assert plain.end() == 0
+    running = start(overlaps=True)
+    running.generate(0, 12)  # captures the graphs
+    running.receive_all(1)
     seen = len(fake.calls())
     running.generate(0, 12)
     assert running.receive_all(1) == alone
@@ -143,11 +146,10 @@ def test_a_step_is_launched_before_the_one_before_it_is_read(
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_multi_step_is_launched_by_the_loop_one_step_ahead(
-    start: Callable[[], Running], ten_steps: None, monkeypatch: pytest.MonkeyPatch, overlaps: bool
+    start: Callable[..., Running], ten_steps: None, monkeypatch: pytest.MonkeyPatch, overlaps: bool
 ) -> None:
     monkeypatch.setattr(multi_step, "is_worth_it", lambda *_: True)
-    running = start()
-    running.runner.overlaps = overlaps
+    running = start(overlaps=overlaps)
     for number in range(2):
         running.generate(number, 32, temperature=1.0, seed=number)
     together = running.receive_all(2)
@@ -164,7 +166,7 @@ def test_multi_step_is_launched_by_the_loop_one_step_ahead(
     assert running.end() == 0
 
 
-def test_the_device_stops_multi_step_when_no_row_is_left(start: Callable[[], Running], ten_steps: None) -> None:
+def test_the_device_stops_multi_step_when_no_row_is_left(start: Callable[..., Running], ten_steps: None) -> None:
     running = start()
     running.generate(0, 30)
     plain = running.receive_all(1)[0]
@@ -181,7 +183,7 @@ def test_the_device_stops_multi_step_when_no_row_is_left(start: Callable[[], Run
 
 
 def test_a_cancel_is_handled_between_two_steps(
-    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
 ) -> None:
     monkeypatch.setattr(StepTimer, "step_s", lambda *_: multi_step.MULTI_STEP_S / 64.5)
     running = start()
@@ -203,7 +205,7 @@ def test_a_cancel_is_handled_between_two_steps(
 @pytest.mark.parametrize("at", [1, 2, 7])
 @pytest.mark.parametrize("call", ["cuGraphLaunch", "cuEventSynchronize", "cuStreamSynchronize"])
 def test_a_fault_of_any_launch_poisons_the_worker(
-    start: Callable[[], Running], ten_steps: None, call: str, at: int
+    start: Callable[..., Running], ten_steps: None, call: str, at: int
 ) -> None:
     running = start()
     fake.fail(call, at, 719)

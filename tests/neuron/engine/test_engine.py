@@ -18,7 +18,7 @@ from neuron.device.driver import DeviceFault
 from neuron.device.jobs import SequenceEnd
 from neuron.engine import engine
 from neuron.engine.engine import Engine
-from neuron.engine.native_runner import NativeRunner
+from neuron.engine.native_executor import NativeExecutor
 from neuron.models import packed
 from neuron.models.decoder import DecoderWeights
 
@@ -39,34 +39,34 @@ def test_a_load_reports_its_progress_and_its_plan(driver: Any) -> None:
     # All but page 0, which belongs to no sequence.
     caches = caches_of(driver)
     assert result.kv_cache_bytes == sum(cache[1:].nbytes for cache in caches)
-    assert isinstance(driver.model().runner, NativeRunner) or all(cache.dtype is torch.float32 for cache in caches)
+    assert isinstance(driver.model().executor, NativeExecutor) or all(cache.dtype is torch.float32 for cache in caches)
 
 
 def caches_of(driver: Any) -> list[torch.Tensor]:
     """Return the caches with their pages first."""
-    runner = driver.model().runner
-    if isinstance(runner, NativeRunner):
-        return runner._caches
-    return [tensor for cache in runner._caches for tensor in cache or ()]
+    executor = driver.model().executor
+    if isinstance(executor, NativeExecutor):
+        return [torch.from_numpy(pages) for pages in executor.caches.tables]
+    return [tensor for cache in executor.caches.layers for tensor in cache or ()]
 
 
 def poison(driver: Any, token: int) -> None:
     """Make the embedding of one token NaN."""
-    runner = driver.model().runner
-    if isinstance(runner, NativeRunner):
+    executor = driver.model().executor
+    if isinstance(executor, NativeExecutor):
         # The first matrix of the region: float32 blocks of 16 rows.
-        hidden = runner.config.hidden_size
-        blocks = runner._weights.region[: 4 * packed.padded(131) * hidden].view(np.float32).reshape(-1, hidden, 16)
+        hidden = executor.config.hidden_size
+        blocks = executor.weights.region[: 4 * packed.padded(131) * hidden].view(np.float32).reshape(-1, hidden, 16)
         blocks[token // 16, :, token % 16] = np.nan
     else:
-        runner._weights.embedding["table"].weight[token] = float("nan")
+        executor.forward.weights.embedding["table"].weight[token] = float("nan")
 
 
 def weights_bytes_of(driver: Any) -> int:
-    runner = driver.model().runner
-    if isinstance(runner, NativeRunner):
-        return len(runner._weights.region)
-    return sum(tensor.nbytes for tensor in tensors_of(runner._weights))
+    executor = driver.model().executor
+    if isinstance(executor, NativeExecutor):
+        return len(executor.weights.region)
+    return sum(tensor.nbytes for tensor in tensors_of(executor.forward.weights))
 
 
 def tensors_of(weights: DecoderWeights) -> list[torch.Tensor]:
@@ -264,16 +264,16 @@ def test_a_nan_in_a_chunk_fails_before_the_prompt_is_done(driver: Any) -> None:
 
 
 def test_an_exception_in_a_step_fails_its_sequences_alone(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = driver.model().runner
-    run = runner.launch
+    executor = driver.model().executor
+    run = executor.launch
 
     def fail_once(plan: Any) -> Any:
-        monkeypatch.setattr(runner, "launch", run)
+        monkeypatch.setattr(executor, "launch", run)
         raise ValueError("a broken kernel")
 
     driver.generate(1, PROMPT, 5)
     driver.engine.step()
-    monkeypatch.setattr(runner, "launch", fail_once)
+    monkeypatch.setattr(executor, "launch", fail_once)
     driver.generate(2, PROMPT, 5)
     driver.run()
     assert set(driver.failures()) == {1, 2}
@@ -286,7 +286,7 @@ def test_running_out_of_memory_is_temporary(driver: Any, monkeypatch: pytest.Mon
     def fail(plan: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA error: out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(driver.model().runner, "launch", fail)
+    monkeypatch.setattr(driver.model().executor, "launch", fail)
     driver.generate(1, PROMPT, 5)
     driver.run()
     assert driver.failures()[1].status == 503
@@ -308,7 +308,7 @@ def test_a_device_fault_leaves_the_engine(driver: Any, monkeypatch: pytest.Monke
     def fail(plan: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(driver.model().runner, "launch", fail)
+    monkeypatch.setattr(driver.model().executor, "launch", fail)
     driver.generate(1, PROMPT, 5)
     with pytest.raises(DeviceFault):
         driver.run()
@@ -321,7 +321,7 @@ def test_a_device_fault_is_recognised_at_every_call(driver: Any, monkeypatch: py
         raise cuda_error(700, "an illegal memory access was encountered")
 
     with monkeypatch.context() as clearing:
-        clearing.setattr(driver.model().runner, "clear_pages", fail)
+        clearing.setattr(driver.model().executor, "clear_pages", fail)
         poison(driver, 100)
         driver.generate(1, [*PROMPT, 100], 5)
         with pytest.raises(DeviceFault, match="illegal memory access") as caught:

@@ -32,7 +32,7 @@ def test_a_page_of_int8_has_the_planned_size(harness: Callable[..., Any], tiny_l
     assert isinstance(attention, Attention)
     vectors = 2 * len(config.blocks) * attention.num_kv_heads * PAGE_TOKENS
     assert model.plan.kv_cache_bytes == model.plan.num_pages * vectors * (padded(attention.head_dim) + 4)
-    assert model.runner._caches[0][1:].nbytes == model.plan.kv_cache_bytes
+    assert model.executor.caches.tables[0][1:].nbytes == model.plan.kv_cache_bytes
     assert driver.sent[-1].result.kv_cache_bytes == model.plan.kv_cache_bytes
 
 
@@ -64,9 +64,11 @@ def test_a_nan_is_one_in_int8_too(harness: Callable[..., Any], tiny_llama: pathl
     driver.generate(1, PROMPT, 20)
     driver.run()
     expected = driver.outputs()[1]
-    runner = driver.engine._models["m"].runner
-    hidden = runner.config.hidden_size
-    blocks = runner._weights.region[: 4 * padded(runner.config.vocab_size) * hidden].view("f4").reshape(-1, hidden, 16)
+    executor = driver.engine._models["m"].executor
+    hidden = executor.config.hidden_size
+    blocks = (
+        executor.weights.region[: 4 * padded(executor.config.vocab_size) * hidden].view("f4").reshape(-1, hidden, 16)
+    )
     blocks[100 // 16, :, 100 % 16] = float("nan")
     driver.generate(2, [*PROMPT, 100, *PROMPT], 20)
     driver.run()

@@ -76,7 +76,7 @@ def test_latents_are_paged_counted_shared_and_cleared(latent: pathlib.Path, harn
     model = driver.model()
     # Keys and values of 2 heads of 8, and the latents, in each of 2 blocks.
     assert model.plan.kv_cache_bytes == model.plan.num_pages * PAGE_TOKENS * 4 * 2 * (2 * 2 * 8 + WIDTH)
-    tensors = [tensor for cache in model.runner._caches for tensor in cache or ()]
+    tensors = [tensor for cache in model.executor.caches.layers for tensor in cache or ()]
     assert sum(tensor[1:].nbytes for tensor in tensors) == model.plan.kv_cache_bytes
     alone = driver.output_alone(PROMPT, 20)
     driver.generate(1, PROMPT, 20)
@@ -90,5 +90,5 @@ def test_latents_are_paged_counted_shared_and_cleared(latent: pathlib.Path, harn
     for number in range(2, 6):
         assert plain.output_alone([*PROMPT[: 9 * number], 5], 30) == driver.outputs()[number]
     pages = torch.arange(1, 4, dtype=torch.int32).numpy()
-    model.runner.clear_pages((pages,))
+    model.executor.clear_pages((pages,))
     assert not any(tensor[1:4].any() for tensor in tensors)

@@ -67,10 +67,10 @@ def test_choices_of_one_prompt_are_computed_once(
     harness: Callable[..., Any], tiny_llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = loaded(harness, tiny_llama)
-    runner = driver.engine._models["m"].runner
+    executor = driver.engine._models["m"].executor
     num_rows = []
-    plain_run = runner.launch
-    monkeypatch.setattr(runner, "launch", lambda plan: (num_rows.append(len(plan.token_ids)), plain_run(plan))[1])
+    plain_run = executor.launch
+    monkeypatch.setattr(executor, "launch", lambda plan: (num_rows.append(len(plan.token_ids)), plain_run(plan))[1])
     prompt = [77, *SYSTEM[1:]]
     expected = run(driver, {number: {"prompt": prompt, "max_tokens": 8} for number in range(4)})
     assert len({tuple(tokens) for tokens in expected.values()}) == 1
@@ -108,7 +108,7 @@ def test_a_nan_clears_only_its_own_pages(
     set_engine(cpu_kernels=False)  # its weights are accessible to a test
     driver = loaded(harness, tiny_llama)
     expected = run(driver, {1: {"prompt": SYSTEM, "max_tokens": 10}})[1]
-    driver.engine._models["m"].runner._weights.embedding["table"].weight[130] = float("nan")
+    driver.engine._models["m"].executor.forward.weights.embedding["table"].weight[130] = float("nan")
     driver.generate(2, [*SYSTEM[:70], 130], 5)
     driver.run()
     assert driver.failures()[2].code == "non_finite_logits"

@@ -59,7 +59,6 @@ def load(
             answer = driver.load(gemma, max_sequences=5, **spec)
         assert isinstance(answer, jobs.Done), answer
         model = driver.model()
-        model.runner.overlaps = request.param == "graphs"
         assert len(model.plan.tables) == len(model.scheduler.cache.windows) == has_windows
         return driver
 
@@ -137,15 +136,15 @@ def test_a_nan_clears_the_pages_of_each_table(
     driver = harness()
     assert isinstance(driver.load(gemma, max_sequences=5), jobs.Done)
     expected = run(driver)
-    runner, cache = driver.model().runner, driver.model().scheduler.cache
-    embedding = runner._weights.embedding["table"].weight
+    executor, cache = driver.model().executor, driver.model().scheduler.cache
+    embedding = executor.forward.weights.embedding["table"].weight
     sound = embedding[130].clone()
     embedding[130] = float("nan")
     driver.generate(9, [*SYSTEM[:70], 130], 5)
     driver.run()
     assert driver.failures()[9].code == "non_finite_logits"
     embedding[130] = sound
-    assert all(each.keys.isfinite().all() for each in runner._caches if each is not None)
+    assert all(each.keys.isfinite().all() for each in executor.caches.layers if each is not None)
     assert cache.windows[0].pool.num_free == cache.windows[0].pool.num_pages
     assert run(driver) == expected
 

@@ -105,7 +105,7 @@ def run_engine(
     model = driver.engine._models["m"]
     limits = dataclasses.replace(model.scheduler.limits, step_tokens=step_tokens, mixed_step_tokens=step_tokens)
     model.scheduler.limits = limits
-    model.runner.sampler = recorder = Recorder(model.runner.sampler, model.scheduler)
+    model.executor.sampler = recorder = Recorder(model.executor.sampler, model.scheduler)
     for number, prompt in enumerate(prompts):
         driver.generate(number, prompt, num_tokens)
     driver.run()

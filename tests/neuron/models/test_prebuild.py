@@ -91,7 +91,7 @@ def test_a_shard_of_a_tied_head_launches_listed_variants(form: str, vocab_size: 
         with recording(target_for(90)) as recorder:
             for rows in (1, 40, plan.sampled_rows):
                 hidden = torch.zeros((rows, model.hidden_size), dtype=torch.bfloat16)
-                decoder.logits(model, weights, hidden, KERNELS)
+                decoder.Decoder(model, weights, KERNELS).logits(hidden)
         assert shapes_of(recorder.variants) <= shapes_of(variants(model, plan, 90, shard=shard)), f"rank {shard.rank}"
 
 

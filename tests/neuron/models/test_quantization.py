@@ -26,6 +26,7 @@ from neuron.models.sizing import plan_memory
 from neuron.models.transfer import Transfer
 from neuron.models.weights import WeightSource, open_weights
 from neuron.triton_kernels.attention import attention_parts
+from neuron.triton_kernels.operations import EAGER
 from neuron.triton_kernels.random_batch import random_batch
 
 from .test_weights import export_gguf
@@ -97,8 +98,9 @@ def run(
     batch = dataclasses.replace(batch, parts=parts, num_decodes=2)
     caches = decoder.new_caches(config, [pages] * len(config.layers), torch.zeros, shard)
     ids = torch.randint(config.vocab_size, (11,), generator=generator)
-    hidden = decoder.forward(config, weights, ids, [batch] * len(caches), caches, sum_ranks=sum_ranks)
-    return hidden, decoder.logits(config, weights, hidden)
+    forward = decoder.Decoder(config, weights, EAGER, sum_ranks)
+    hidden = forward.hidden(ids, [batch] * len(caches), caches)
+    return hidden, forward.logits(hidden)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_cuda_gets_kernels_unless_switched_off(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_host_without_cuda_imports_no_triton() -> None:
-    code = "import neuron.engine.runner, neuron.models.prebuild, sys; print('triton' in sys.modules)"
+    code = "import neuron.engine.eager_executor, neuron.models.prebuild, sys; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -93,8 +93,9 @@ for lengths, decodes in (([(1, 20), (1, 3)], 2), ([(1, 33), (70, 70), (5, 21)], 
         torch.manual_seed(1)
         num_pages = [pages] * len(config.layers)
         caches = decoder.new_caches(config, num_pages, lambda shape: torch.randn(shape).to(torch.float16))
-        hidden = decoder.forward(config, weights, ids, [batch] * len(caches), caches, operations)
-        found = decoder.logits(config, weights, hidden, operations)
+        forward = decoder.Decoder(config, weights, operations)
+        hidden = forward.hidden(ids, [batch] * len(caches), caches)
+        found = forward.logits(hidden)
         results.append((hidden, *(tensor for cache in caches for tensor in cache or ()), found))
     for expected, found in zip(*results):
         torch.testing.assert_close(found, expected, atol=3e-2, rtol=3e-2)

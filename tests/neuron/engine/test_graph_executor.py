@@ -19,10 +19,11 @@ from graph_rig import ByDefinition, Recorded, captured
 from neuron.device import jobs
 from neuron.device.driver import DeviceFault, DriverError
 from neuron.engine import multi_step
-from neuron.engine.graph_runner import GraphRunner, buckets
+from neuron.engine.graph_executor import GraphExecutor, buckets
 from neuron.engine.speculation import Speculation
 from neuron.engine.step_timer import StepTimer
 from neuron.models import prebuild
+from neuron.models.decoder import Decoder
 from neuron.triton_kernels import dispatch
 from neuron.triton_kernels.launch import recording, target_for
 from neuron.triton_kernels.operations import KERNELS
@@ -40,10 +41,11 @@ def with_graphs(
     def make(graphs: Recorded, **spec: object) -> Any:
         driver = harness()
         driver.engine._graphs = lambda: graphs
+        driver.set(overlap_steps=graphs.late)
         operations = ByDefinition()
         monkeypatch.setattr(dispatch, "operations_for", lambda *_, **__: operations)
         driver.load(tiny_llama, dtype="float32", max_sequences=6, **spec)
-        assert isinstance(driver.engine._models["m"].runner, GraphRunner)
+        assert isinstance(driver.engine._models["m"].executor, GraphExecutor)
         return driver
 
     return make
@@ -107,8 +109,7 @@ def test_graphs_give_the_tokens_of_single_launches(
     assert wanted == expected(harness, tiny_llama, **settings)
     graphs = Recorded(late=overlaps)
     driver = with_graphs(graphs)
-    runner = driver.engine._models["m"].runner
-    runner.overlaps = overlaps
+    assert driver.model().executor.overlaps == overlaps
     assert ask(driver, **settings) == wanted
     # One capture a step, the largest first; a step took the smallest graph that held its rows.
     assert list(graphs.sizes.values()) == [6, 4, 2, 1] == buckets(6)
@@ -133,7 +134,6 @@ def test_rows_of_all_kinds_share_a_step(with_graphs: Callable[..., Any], set_eng
     set_engine(cuda_graphs=True)
     for late in (False, True):
         driver = with_graphs(Recorded(late=late))
-        driver.engine._models["m"].runner.overlaps = late
         assert run(driver) == wanted
         driver.post(jobs.Unload(9, "m"))
 
@@ -161,7 +161,7 @@ def test_eager_operations_have_no_graphs(harness: Callable[..., Any], tiny_llama
     driver, graphs = harness(), Recorded()
     driver.engine._graphs = lambda: graphs
     driver.load(tiny_llama, dtype="float32", max_sequences=6)
-    assert isinstance(driver.engine._models["m"].runner, GraphRunner)
+    assert isinstance(driver.engine._models["m"].executor, GraphExecutor)
     assert ask(driver) == wanted
     assert not graphs.steps
 
@@ -188,7 +188,6 @@ def test_multi_step_samples_the_tokens_of_single_steps(
 ) -> None:
     graphs = Recorded(late=overlaps)
     driver = with_graphs(graphs)
-    driver.engine._models["m"].runner.overlaps = overlaps
     plain = ask(driver, 40, 4, temperature=1.0)
     assert (10, 10) in graphs.replays
     stopped = ask_some_to_stop(driver, plain)
@@ -257,18 +256,18 @@ def test_a_nan_in_the_middle_of_multi_step(
 ) -> None:
     driver = with_graphs(Recorded())
     plain = ask(driver, 30, 2)
-    runner = driver.engine._models["m"].runner
-    logits = runner._logits
+    executor = driver.engine._models["m"].executor
+    logits = Decoder.logits
 
-    def broken(hidden: torch.Tensor) -> torch.Tensor:
-        found = logits(hidden)
+    def broken(forward: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        found = logits(forward, hidden)
         # The row of the longer context, in the middle of the second multi-step decode.
-        counters = [bucket.inputs.state.counters for bucket in runner._buckets.values()]
+        counters = [bucket.inputs.state.counters for bucket in executor._buckets.values()]
         if any(len(at) == len(found) and int(at[0]) == 14 for at in counters):
             found[0, 3] = torch.nan
         return found
 
-    monkeypatch.setattr(runner, "_logits", broken)
+    monkeypatch.setattr(Decoder, "logits", broken)
     driver.sent.clear()
     driver.generate(0, list(range(3, 9)), 30)
     driver.generate(1, list(range(4, 16)), 30)
@@ -313,13 +312,12 @@ def test_page_0_pads_page_tables_and_stays_zero(with_graphs: Callable[..., Any],
     """The run before a capture writes to it, even if the capture fails."""
     graphs = Recorded(capacity)
     driver = with_graphs(graphs)
-    runner = driver.engine._models["m"].runner
-    runner._weights.embedding["table"].weight[0] = (
-        1.0  # the token of the capture's run, which transformers initialises to zero
-    )
+    eager = driver.engine._models["m"].executor._eager
+    # The token of the capture's run, which transformers initialises to zero.
+    eager.forward.weights.embedding["table"].weight[0] = 1.0
     ask(driver, 8, 2)
     assert bool(graphs.steps) == bool(capacity)
-    keys = [cache.keys for cache in runner._caches if cache is not None]
+    keys = [cache.keys for cache in eager.caches.layers if cache is not None]
     assert all(each[1:].any() for each in keys)
     assert not any(each[0].any() for each in keys)
 
@@ -396,10 +394,10 @@ def test_a_captured_step_launches_the_kernels_compiled_for_it(
     driver.engine._graphs = Recorded
     driver.load(tiny_llama, dtype="bfloat16", max_sequences=6)
     model = driver.engine._models["m"]
-    listed = prebuild.variants(model.runner.config, model.plan, 80)
+    listed = prebuild.variants(model.executor.config, model.plan, 80)
     for size in (1, 2, 3, 5, 6):
         with recording(target_for(80)) as recorder:  # a CPU has no dependent launch
-            model.runner._capture(size)
+            model.executor._capture(size)
         assert {v.kernel.partition(":")[2] for v in recorder.variants} > {"sample_kernel", "_end_kernel"}
         assert set(recorder.variants) <= set(listed)
 
@@ -441,6 +439,5 @@ def test_a_step_may_follow_one_with_more_rows_than_sequences(
     num_drafts.clear()
     graphs = Recorded(late=True)
     driver = with_graphs(graphs)
-    driver.engine._models["m"].runner.overlaps = True
     assert run(driver) == plain
     assert num_drafts[0] == 9

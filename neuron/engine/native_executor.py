@@ -12,6 +12,7 @@ import torch
 from neuron.cpu_kernels import native
 from neuron.device.jobs import TokenLogprobs
 from neuron.device.probe import usable_cores
+from neuron.engine.cache_memory import NativeCaches
 from neuron.engine.executor import MAX_STEPS, HostStep, StepOutcome
 from neuron.engine.plan import StepPlan
 from neuron.engine.sampler import Draws, Sampler
@@ -28,7 +29,7 @@ def shared_pool() -> native.Pool:
     return native.Pool(usable_cores())
 
 
-class NativeRunner:
+class NativeExecutor:
     """Executor of a loaded model on the CPU."""
 
     overlaps = False
@@ -39,10 +40,10 @@ class NativeRunner:
     ) -> None:
         """``channel_fd`` is readable when the daemon waits: a multi-step decode is cut short then."""
         self.config = config
+        self.weights = weights
+        self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"))
         self._channel_fd = channel_fd
-        self._weights = weights
         self._sampled_rows = plan.sampled_rows
-        rows = max(plan.step_tokens, plan.sampled_rows + PAGE_TOKENS)
         self._model = make_model(
             config,
             weights,
@@ -50,27 +51,17 @@ class NativeRunner:
             packed.checked_level(level),
             dtype=plan.dtype,
             kv_dtype=plan.kv_dtype,
-            rows=rows,
+            rows=max(plan.step_tokens, plan.sampled_rows + PAGE_TOKENS),
             sequences=plan.max_sequences,
             sampled=plan.sampled_rows,
             has_window_table=bool(plan.tables),
         )
-        # One more page than the pool has: page 0 pads page tables. A page holds all layers of its table, so that a
-        # short sequence touches few huge pages however many layers there are.
-        table_pages = (plan.num_pages, *(table.num_pages for table in plan.tables))
-        sizes = zip(table_pages, self._model.page_bytes, strict=True)
-        caches = tuple(huge_pages((num_pages + 1) * max(1, num_bytes)) for num_pages, num_bytes in sizes)
+        self.caches = NativeCaches(plan, self._model.page_bytes)
         arena = huge_pages(self._model.arena_bytes)
         if len(arena) > plan.workspace_bytes:
             raise RuntimeError(f"the plan counted {plan.workspace_bytes} bytes of work space, {len(arena)} are needed")
-        self._model.attach(caches, arena)
-        self._caches = [
-            torch.from_numpy(cache).view(num_pages + 1, -1)
-            for cache, num_pages in zip(caches, table_pages, strict=True)
-        ]
-        """Bytes of the pages of each table; laid out as in ``attention.c``."""
+        self._model.attach(tuple(pages.reshape(-1) for pages in self.caches.tables), arena)
         self._logits: torch.Tensor | None = None
-        self.sampler = Sampler(plan.max_sequences, config.vocab_size, torch.device("cpu"))
 
     def launch(self, plan: StepPlan) -> HostStep:
         """Compute a step, on all cores, before returning."""
@@ -131,9 +122,8 @@ class NativeRunner:
         return self._logits
 
     def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
-        """Zero pages of each table, so that a NaN in them cannot reach the next sequence that gets them."""
-        for cache, pages in zip(self._caches, tables, strict=False):
-            cache[torch.from_numpy(pages).to(torch.int64)] = 0
+        """See :class:`~neuron.engine.executor.Executor`."""
+        self.caches.clear(tables)
 
     def close(self) -> None:
         """Do nothing: it holds memory alone."""

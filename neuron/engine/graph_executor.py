@@ -1,4 +1,4 @@
-"""The executor on a GPU: steps of decodes as captured graphs, everything else as :class:`~neuron.engine.runner.Runner`.
+"""The executor on a GPU: steps of decodes as captured graphs, all others by the eager executor, whose parts it shares.
 
 The host launches a few hundred kernels more slowly than a GPU runs them; a graph of them is one launch. There is a
 graph for each of a few numbers of rows (*buckets*), with inputs and outputs at fixed addresses; a step takes the
@@ -20,15 +20,13 @@ import numpy as np
 import torch
 
 from neuron.engine.device_graphs import Graphs
+from neuron.engine.eager_executor import EagerExecutor
 from neuron.engine.errors import raise_device_fault, ran_out
 from neuron.engine.executor import MAX_STEPS, DeviceStep, InFlightStep, StepOutcome
 from neuron.engine.plan import StepPlan
-from neuron.engine.runner import Runner
 from neuron.engine.sequence import Float32Array, Int32Array
 from neuron.engine.step_inputs import PENDING, Published, StepInputs
 from neuron.engine_settings import DEFAULTS, EngineSettings
-from neuron.models import decoder
-from neuron.models.model import ModelConfig
 from neuron.models.sizing import PAGE_TOKENS, MemoryPlan
 from neuron.triton_kernels.batch import Batch
 
@@ -40,8 +38,8 @@ class _Bucket:
     """The graph of one number of rows, with its inputs and outputs."""
 
     inputs: StepInputs
-    batches: tuple[Batch, ...]
-    """The tensors of the graph, which holds addresses only."""
+    batches: list[Batch]
+    """The tensors of the graph, which holds addresses only, for each layer."""
     graph: int = 0
     logits: torch.Tensor | None = None
     """``[B, V]`` float32"""
@@ -72,39 +70,42 @@ class _GraphStep:
         return StepOutcome(tokens[0], finite, self.hidden, {}, tokens[1:])
 
 
-class GraphRunner(Runner):
-    """Executor of a loaded model on one GPU."""
+class GraphExecutor:
+    """Executor by graphs, and by the ``eager`` executor of the same model where there is none for a step."""
+
+    max_steps = 1
 
     def __init__(
-        self,
-        config: ModelConfig,
-        weights: decoder.DecoderWeights,
-        plan: MemoryPlan,
-        device: torch.device,
-        graphs: Graphs,
-        settings: EngineSettings = DEFAULTS,
+        self, eager: EagerExecutor, plan: MemoryPlan, graphs: Graphs, settings: EngineSettings = DEFAULTS
     ) -> None:
-        super().__init__(config, weights, plan, device, settings)
+        self.config, self.sampler = eager.config, eager.sampler
+        self.overlaps = settings.overlap_steps
+        self._eager = eager
         self._graphs = graphs
+        self._device = eager.caches.device
         self._num_columns = -(-plan.context_tokens // PAGE_TOKENS)
         self._buckets: dict[int, _Bucket] = {}
         # Eager attention takes host data of every step, which no graph can.
-        captures = settings.cuda_graphs and self._kernels.by_kernels
+        captures = settings.cuda_graphs and eager.forward.operations.by_kernels
         self._uncaptured = buckets(plan.max_sequences) if captures else []
         self._samples = settings.device_sampling
         """Whether graphs sample."""
         # A step may refer to any row that was sampled in the one before it.
-        self._published = Published(plan.sampled_rows, device)
-        self._no_hidden: Float32Array = np.empty((0, config.hidden_size), np.float32)
+        self._published = Published(plan.sampled_rows, self._device)
+        self._no_hidden: Float32Array = np.empty((0, self.config.hidden_size), np.float32)
 
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Queue a step on the device, by a graph if it is one of decodes; a multi-step decode begins in ``wait``."""
         if not _is_decode(plan):
-            return super().launch(plan)
+            return self._eager.launch(plan)
         if self._uncaptured:
             self._capture(self._uncaptured.pop(0))
         size = min((size for size in self._buckets if size >= plan.num_decodes), default=0)
-        return self._replay(self._buckets[size], plan) if size else super().launch(plan)
+        return self._replay(self._buckets[size], plan) if size else self._eager.launch(plan)
+
+    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+        """See :class:`~neuron.engine.executor.Executor`."""
+        self._eager.clear_pages(tables)
 
     def close(self) -> None:
         """Destroy the graphs, once the device is done with the memory they write."""
@@ -129,32 +130,35 @@ class GraphRunner(Runner):
             if self._samples:
                 self.max_steps = MAX_STEPS
         # Capturing ran the step, which wrote to page 0: it is zero for all who pad with it.
-        self.clear_pages((np.zeros(1, np.int32),) * len(self._windows))
+        self.clear_pages((np.zeros(1, np.int32),) * len(self._eager.caches.windows))
 
     def _captured(self, size: int) -> _Bucket:
-        inputs = StepInputs(size, self._num_columns, self.device, self._published, len(self._windows))
+        forward, caches = self._eager.forward, self._eager.caches
+        inputs = StepInputs(size, self._num_columns, self._device, self._published, len(caches.windows))
         state = inputs.state
-        cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=self.device)
-        batches = tuple(
-            Batch(
-                positions=state.positions,
-                slot_mapping=slot_mapping,
-                cu_seqlens=cu_seqlens,
-                page_table=page_table,
-                context_lens=state.context_lens,
-                num_decodes=size,
-            )
-            for slot_mapping, page_table in zip(state.slot_mappings, state.page_tables, strict=True)
+        cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=self._device)
+        batches = caches.of_layers(
+            [
+                Batch(
+                    positions=state.positions,
+                    slot_mapping=slot_mapping,
+                    cu_seqlens=cu_seqlens,
+                    page_table=page_table,
+                    context_lens=state.context_lens,
+                    num_decodes=size,
+                )
+                for slot_mapping, page_table in zip(state.slot_mappings, state.page_tables, strict=True)
+            ]
         )
         bucket = _Bucket(inputs, batches)
 
         @torch.inference_mode()
         def step() -> None:
-            self._kernels.begin_step(state)
-            bucket.logits = self._logits(self._forward(state.token_ids, batches))
+            forward.operations.begin_step(state)
+            bucket.logits = forward.logits(forward.hidden(state.token_ids, batches, caches.layers))
             if self._samples:
-                ids, _ = self._kernels.sample(bucket.logits, inputs.rows)
-                self._kernels.end_step(state, ids, PAGE_TOKENS)
+                ids, _ = forward.operations.sample(bucket.logits, inputs.rows)
+                forward.operations.end_step(state, ids, PAGE_TOKENS)
 
         bucket.graph = self._graphs.capture(step)
         return bucket
@@ -164,11 +168,11 @@ class GraphRunner(Runner):
         count = plan.num_decodes
         place = self._published.take(plan.num_steps)
         bucket.inputs.fill(plan, self.sampler.draws(plan.slots, plan.num_output), place)
-        last = self._published.last
-        if self._last_ids is not last and plan.token_ids.min() < 0:
-            last[: len(self._last_ids)].copy_(self._last_ids)
+        last, last_ids = self._published.last, self._eager.last_ids
+        if last_ids is not last and plan.token_ids.min() < 0:
+            last[: len(last_ids)].copy_(last_ids)
         if self._samples and self.sampler.draws_plainly(plan.slots).all():
-            self._last_ids = last
+            self._eager.last_ids = last
             if plan.num_steps == 1:
                 self._graphs.launch(bucket.graph)
             published = self._published
@@ -178,8 +182,9 @@ class GraphRunner(Runner):
         self._graphs.launch(bucket.graph)
         assert bucket.logits is not None
         ids = self.sampler.sample(bucket.logits[:count], plan.slots, plan.num_output)
-        self._last_ids = ids
-        return DeviceStep.behind(ids, torch.ones(count, dtype=torch.bool), self._none, self.sampler.report)
+        self._eager.last_ids = ids
+        finite, hidden = torch.ones(count, dtype=torch.bool), torch.from_numpy(self._no_hidden)
+        return DeviceStep.behind(ids, finite, hidden, self.sampler.report)
 
 
 def buckets(most: int) -> list[int]:

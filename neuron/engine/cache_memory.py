@@ -1,0 +1,86 @@
+"""Memory of a model's caches on its device, by layers and page tables.
+
+Which pages a sequence has is decided by :mod:`neuron.engine.cache`. Each table has one page more than its pool: page 0
+pads page tables.
+"""
+
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from neuron.engine.sequence import Int32Array
+from neuron.engine.staging import to_device
+from neuron.layers.cache import table_of
+from neuron.layers.shard import WHOLE, Shard
+from neuron.models import decoder
+from neuron.models.model import ModelConfig
+from neuron.models.packed_weights import huge_pages
+from neuron.models.sizing import MemoryPlan
+from neuron.triton_kernels.batch import Batch
+
+
+class LayerCaches:
+    """Caches of all layers of a model, or of one rank's part, as tensors."""
+
+    def __init__(
+        self, config: ModelConfig, plan: MemoryPlan, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
+    ) -> None:
+        windows = [cache.window_tokens if cache is not None else 0 for cache in config.caches()]
+        self._tables = [table_of(window, plan.tables) for window in windows]
+        """Page table of each layer."""
+        self.device = device
+        self.windows = [
+            max(window for window, of_layer in zip(windows, self._tables, strict=True) if of_layer == table)
+            for table in range(len(plan.pages))
+        ]
+        """Longest window of the layers with each table, in tokens; 0: none has one."""
+        num_pages = [plan.pages[table] + 1 for table in self._tables]
+        self.layers = decoder.new_caches(config, num_pages, lambda shape: zeros(shape, dtype, device), shard)
+        """Tensors of each layer, pages first; ``None`` for a layer without a cache."""
+
+    def of_layers(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return the one of ``batches``, which are of all page tables, for each layer."""
+        return [batches[table] for table in self._tables]
+
+    def clear(self, tables: Sequence[Int32Array]) -> None:
+        """Zero pages of each table, so that a NaN in them cannot reach the next sequence that gets them.
+
+        Tokens beyond a sequence's end in its last page are masked, and zero times NaN is NaN.
+        """
+        chosen = [to_device(pages, self.device).to(torch.int64) for pages in tables[: len(self.windows)]]
+        # An assignment would copy the 0 to the device and wait for all queued work.
+        for cache, table in zip(self.layers, self._tables, strict=True):
+            for tensor in cache or ():
+                tensor.index_fill_(0, chosen[table], 0)
+
+
+class NativeCaches:
+    """Caches of a model as bytes ``[pages, bytes]`` for each table, laid out as in ``attention.c``.
+
+    A page holds all layers of its table, so that a short sequence touches few huge pages however many layers there are.
+    """
+
+    def __init__(self, plan: MemoryPlan, page_bytes: Sequence[int]) -> None:
+        self.tables: list[np.ndarray[Any, np.dtype[np.uint8]]] = [
+            huge_pages((num_pages + 1) * max(1, num_bytes)).reshape(num_pages + 1, -1)
+            for num_pages, num_bytes in zip(plan.pages, page_bytes, strict=True)
+        ]
+
+    def clear(self, tables: Sequence[Int32Array]) -> None:
+        """Zero pages of each table, as :meth:`LayerCaches.clear` does."""
+        for cache, pages in zip(self.tables, tables, strict=False):
+            cache[pages] = 0
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros; on a CPU in memory that is committed on first use and unmapped with the tensor.
+
+    ``torch.zeros`` writes them, 2 GiB in 0.4 s, to a heap that may keep them.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)

@@ -1,0 +1,92 @@
+"""The executor of eager torch, which launches each operation of a step singly: the reference for all others."""
+
+import torch
+
+from neuron.engine.cache_memory import LayerCaches
+from neuron.engine.executor import DeviceStep
+from neuron.engine.plan import StepPlan
+from neuron.engine.sampler import LogprobReport, Sampler
+from neuron.engine.sequence import Int32Array
+from neuron.engine.staging import to_device
+from neuron.models.decoder import Forward
+from neuron.models.sizing import PAGE_TOKENS
+from neuron.triton_kernels.attention import attention_parts
+from neuron.triton_kernels.batch import AttentionPart, Batch
+
+
+class EagerExecutor:
+    """Executor by a forward pass, its caches and a sampler, which share one device."""
+
+    # A CPU computes while it launches; on a GPU this is a part of the other executors.
+    overlaps = False
+    max_steps = 1
+
+    def __init__(self, forward: Forward, caches: LayerCaches, sampler: Sampler) -> None:
+        self.config = forward.config
+        self.forward, self.caches, self.sampler = forward, caches, sampler
+        self.last_ids = torch.empty(0, dtype=torch.int32, device=caches.device)
+        """Token ids that the last step sampled."""
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> DeviceStep:
+        """Queue a step on the device."""
+        positions, context_lens = self._to_device(plan.positions), self._to_device(plan.context_lens)
+        cu_seqlens = self._to_device(plan.cu_seqlens)
+        batches = [
+            Batch(
+                positions=positions,
+                slot_mapping=self._to_device(slot_mapping).to(torch.int64),
+                cu_seqlens=cu_seqlens,
+                page_table=self._to_device(page_table),
+                context_lens=context_lens,
+                num_decodes=plan.num_decodes,
+                parts=self._parts(plan, page_table, window),
+            )
+            for slot_mapping, page_table, window in zip(
+                plan.slot_mappings, plan.page_tables, self.caches.windows, strict=True
+            )
+        ]
+        token_ids = self._to_device(plan.token_ids)
+        if plan.token_ids.min() < 0:
+            token_ids = self._known(token_ids)
+        hidden = self.forward.hidden(token_ids, self.caches.of_layers(batches), self.caches.layers)
+        last = hidden.index_select(0, cu_seqlens[1:] - 1)
+        finite = last.sum(-1, dtype=torch.float32).isfinite()
+        ids = torch.empty(0, dtype=torch.int32, device=self.caches.device)
+        report: LogprobReport | None = None
+        if len(plan.sampled):
+            logits = self.forward.logits(self._rows(hidden, plan.sampled))
+            if len(plan.targets):
+                ids = self.sampler.score(logits, plan.slots, plan.num_output, plan.targets)
+            else:
+                ids = self.sampler.sample(logits, plan.slots, plan.num_output)
+            report = self.sampler.report
+        self.last_ids = ids
+        return DeviceStep.behind(ids, finite, self._rows(hidden, plan.hidden_rows).float(), report)
+
+    def clear_pages(self, tables: tuple[Int32Array, ...]) -> None:
+        """See :class:`~neuron.engine.executor.Executor`."""
+        self.caches.clear(tables)
+
+    def close(self) -> None:
+        """Do nothing: it holds memory alone."""
+
+    def _parts(self, plan: StepPlan, page_table: Int32Array, window_tokens: int) -> tuple[AttentionPart, ...]:
+        """Return the parts for eager attention; kernels read the page table."""
+        if self.forward.operations.by_kernels:
+            return ()
+        return attention_parts(
+            plan.cu_seqlens, page_table, plan.context_lens, PAGE_TOKENS, self.caches.device, window_tokens
+        )
+
+    def _known(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return ``token_ids`` with the tokens of the step before in place of the negative ones."""
+        # A row that was not finite has no token; its sequence fails when it is settled.
+        before = self.last_ids.clamp(min=0)
+        return torch.where(token_ids < 0, before[(-1 - token_ids).clamp(min=0)], token_ids)
+
+    def _rows(self, hidden: torch.Tensor, rows: Int32Array) -> torch.Tensor:
+        return hidden if len(rows) == len(hidden) else hidden.index_select(0, self._to_device(rows))
+
+    def _to_device(self, array: Int32Array) -> torch.Tensor:
+        return to_device(array, self.caches.device)
