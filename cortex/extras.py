@@ -4,7 +4,6 @@ import importlib.util
 
 NEURON_MODULES = (
     "gguf",
-    "huggingface_hub",
     "jinja2",
     "llguidance",
     "numpy",

@@ -159,7 +159,7 @@ class _LoadWatcher(threading.Thread):
         for node in fleet["nodes"]:
             for model in node["models"]:
                 if model["id"] == self._options.model and model["state"] == "loading":
-                    self._print(f"loading {model['id']} on {node['name']}: {model.get('progress', 0):.0%}")
+                    self._print(f"loading {model['id']} on {node['name']}: {report.progress_of(model)}")
 
     def _print(self, line: str) -> None:
         if line != self._last_line and not self._ended.is_set():

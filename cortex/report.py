@@ -60,7 +60,7 @@ def print_fleet(report: Mapping[str, Any], console: Console | None = None) -> No
     for node in nodes:
         for model in node.get("models", ()) if node.get("up") else ():
             state = model.get("state", "")
-            progress = f" {model['progress']:.0%}" if state == "loading" and model.get("progress") else ""
+            progress = f" {progress_of(model)}" if state == "loading" and model.get("progress") else ""
             _add(
                 models,
                 model.get("id", "") + (" *" if model.get("pinned") else ""),
@@ -183,6 +183,14 @@ def _add(table: Table, *cells: str | Text) -> None:
 def plain(text: str) -> str:
     """Return text of another process as a line without control characters."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+
+
+def progress_of(model: Mapping[str, Any]) -> str:
+    """Return the progress of a load that ``/admin/fleet`` describes, with the bytes of its download."""
+    progress, all_bytes = f"{model.get('progress', 0):.0%}", model.get("download_bytes", 0)
+    if not all_bytes:
+        return progress
+    return f"{progress} (downloaded {model.get('downloaded_bytes', 0) / 1e9:.2f} of {all_bytes / 1e9:.2f} GB)"
 
 
 def _text(text: str, style: str = "") -> Text:

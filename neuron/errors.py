@@ -61,6 +61,18 @@ class SourceNotFoundError(UnprocessableError):
     code = "source_not_found"
 
 
+class SourceForbiddenError(UnprocessableError):
+    """The server of the source refuses it to this node: it needs a token, or does not exist."""
+
+    code = "source_forbidden"
+
+
+class DiskFullError(UnavailableError):
+    """The disk of the cache has no room for the download."""
+
+    code = "disk_full"
+
+
 class SourceUnavailableError(UnavailableError):
     """The source is not in the cache and could not be downloaded."""
 

@@ -106,13 +106,19 @@ class _Snapshot(Collector):
         running = GaugeMetricFamily("neuron_requests_running", "Requests being answered", labels=["model"])
         weights = GaugeMetricFamily("neuron_model_weights_bytes", "Weights of a loaded model", labels=["model"])
         kv_cache = GaugeMetricFamily("neuron_model_kv_cache_bytes", "KV cache of a loaded model", labels=["model"])
+        download = GaugeMetricFamily(
+            "neuron_model_download_bytes", "Download of a model that is being loaded", labels=["model", "state"]
+        )
         for model in self._models:
             state.add_metric([model.id, str(model.state)], 1)
+            if model.download_bytes:
+                download.add_metric([model.id, "done"], model.downloaded_bytes)
+                download.add_metric([model.id, "missing"], model.download_bytes - model.downloaded_bytes)
             if model.state is not ModelState.AVAILABLE:
                 running.add_metric([model.id], model.running)
                 weights.add_metric([model.id], model.weights_bytes)
                 kv_cache.add_metric([model.id], model.kv_cache_bytes)
-        yield from (state, running, weights, kv_cache)
+        yield from (state, running, weights, kv_cache, download)
         worker_state = GaugeMetricFamily("neuron_worker_state", "1 for a worker's state", labels=["device", "state"])
         sequences = GaugeMetricFamily("neuron_worker_sequences", "Sequences in a worker", labels=["device", "state"])
         restarts = CounterMetricFamily(

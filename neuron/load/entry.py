@@ -43,6 +43,8 @@ class Entry:
     state: ModelState = ModelState.AVAILABLE
     model: Model | None = None
     progress: float = 0.0
+    downloaded_bytes: int = 0
+    download_bytes: int = 0
     loaded_at: float = 0.0
     last_used_at: float = 0.0
     running: int = 0
@@ -65,6 +67,8 @@ class Entry:
             state=self.state,
             source=self.spec.source,
             progress=self.progress if self.state in {ModelState.LOADING, ModelState.RECOVERING} else 0.0,
+            downloaded_bytes=self.downloaded_bytes,
+            download_bytes=self.download_bytes,
             running=self.running,
             loaded_at=self.loaded_at,
             last_used_at=self.last_used_at,

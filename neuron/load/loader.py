@@ -8,6 +8,7 @@ Progress is one fraction: the first half is the download where there is one, the
 import asyncio
 import logging
 import pathlib
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -15,6 +16,7 @@ from typing import Final
 import msgspec
 
 from cortex.wire.errors import ApiError
+from neuron.errors import SourceUnavailableError
 from neuron.harness import Model
 from neuron.load import source
 from neuron.load.entry import Entry
@@ -53,20 +55,29 @@ class Loader:
             raise LoadFailedError(f"The files of '{entry.spec.id}' cannot be loaded: {reason}") from error
 
     async def _load(self, entry: Entry) -> Model:
+        is_over = threading.Event()
+
         def fetched(done_bytes: int, total_bytes: int) -> None:
+            if is_over.is_set():
+                raise SourceUnavailableError(f"The load of '{spec.id}' was ended; what has come is kept.")
+            entry.downloaded_bytes, entry.download_bytes = done_bytes, total_bytes
             entry.progress = _FETCH_SHARE * done_bytes / total_bytes if total_bytes else 0.0
 
         def loaded(fraction: float) -> None:
             entry.progress = _FETCH_SHARE + (1.0 - _FETCH_SHARE) * fraction
 
         def fetch(name: str, sha256: str = "") -> pathlib.Path:
-            return source.fetch(name, cache=self._cache, sha256=sha256, progress=fetched)
+            return source.fetch(name, cache=self._cache, sha256=sha256, report=fetched)
 
         loop, spec = asyncio.get_running_loop(), entry.spec
-        path = await loop.run_in_executor(self._threads, fetch, spec.source, spec.sha256)
-        if spec.draft:
-            draft = await loop.run_in_executor(self._threads, fetch, spec.draft)
-            spec = msgspec.structs.replace(spec, draft=str(draft))
+        try:
+            path = await loop.run_in_executor(self._threads, fetch, spec.source, spec.sha256)
+            if spec.draft:
+                draft = await loop.run_in_executor(self._threads, fetch, spec.draft)
+                spec = msgspec.structs.replace(spec, draft=str(draft))
+        finally:
+            is_over.set()  # a thread cannot be cancelled
+            entry.downloaded_bytes = entry.download_bytes = 0
         need = await entry.harness.measure(spec, path)
         async with self._evictor.devices_for(entry, need) as devices:
             start = time.monotonic()

@@ -1,0 +1,74 @@
+"""A load that downloads: its progress while it runs, and what an unload leaves of it."""
+
+import asyncio
+import pathlib
+import threading
+from collections.abc import Callable
+
+import pytest
+from file_server import publish_repository, serve_files
+from scripted_model import ScriptedHarness
+
+from cortex.wire.errors import UnavailableError
+from cortex.wire.node import ModelSpec, ModelState
+from neuron import metrics
+from neuron.load import source
+from neuron.load.entry import Entry
+from neuron.load.eviction import Evictor
+from neuron.load.loader import Loader
+from neuron.load.table import ModelTable
+
+WEIGHTS = bytes(range(256)) * 16_000
+FILES = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": WEIGHTS}
+SIZE_BYTES = sum(map(len, FILES.values()))
+SPEC = ModelSpec("m", "hf:tiny/model")
+
+
+def test_a_download_is_reported_and_ends_with_its_load(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    first_came, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    async def story() -> None:
+        async def load(entry: Entry) -> object:
+            return await loader.load(entry)
+
+        models, harness = ModelTable(load), ScriptedHarness()  # type: ignore[arg-type]
+        loader = Loader(tmp_path, Evictor(models))
+        waiting = asyncio.ensure_future(models.load(SPEC, harness))
+        await asyncio.to_thread(first_came.wait, 10)
+        status = models.statuses()[0]
+        assert status.state is ModelState.LOADING
+        assert 0 < status.downloaded_bytes < status.download_bytes == SIZE_BYTES
+        assert status.progress == status.downloaded_bytes / status.download_bytes / 2
+        text = metrics.render(models.statuses(), (), ()).decode()
+        assert f'neuron_model_download_bytes{{model="m",state="done"}} {float(status.downloaded_bytes)}' in text
+        await models.unload("m", 0)
+        goes_on.set()
+        with pytest.raises(UnavailableError, match="ended by an unload"):
+            await waiting
+        await asyncio.to_thread(ended.wait, 10)
+        assert models.statuses()[0].download_bytes == 0
+        assert [path.suffix for path in tmp_path.glob("hub/*/blobs/*")] == [".incomplete"]
+        site.ranges.clear()
+        await models.load(SPEC, harness)
+        assert models.statuses()[0].state is ModelState.READY
+        assert not site.ranges[0].startswith("bytes=0-")
+
+    def watched(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        def report_and_wait(done: int, total: int) -> None:
+            try:
+                report(done, total)
+            except UnavailableError:
+                ended.set()
+                raise
+            first_came.set()
+            goes_on.wait(10)
+
+        return report_and_wait
+
+    fetch = source.fetch
+    monkeypatch.setattr(source, "fetch", lambda name, report, **rest: fetch(name, report=watched(report), **rest))
+    with serve_files() as site:
+        publish_repository(site, FILES)
+        monkeypatch.setenv("HF_ENDPOINT", site.address)
+        asyncio.run(story())
