@@ -77,9 +77,12 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., p
             "pad_token_id": 0,
             **changes,
         }
-        names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "gemma3": "Gemma3"}
+        names = {
+            "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "gemma3": "Gemma3",
+            "mistral": "Mistral", "ministral3": "Ministral3",
+        }  # fmt: skip
         name = names[kind]
-        if kind in {"qwen3", "qwen3_moe", "gemma3"}:
+        if kind in {"qwen3", "qwen3_moe", "gemma3", "mistral", "ministral3"}:
             settings.setdefault("head_dim", 12)
         config_name = name + ("TextConfig" if kind == "gemma3" else "Config")
         torch.manual_seed(1)

@@ -337,7 +337,7 @@ void LEVEL(attend)(const struct attention *a, const struct attention_task *t, fl
     }
     for (int r = 0; r < num_queries; r++) {
         int row = t->first_row + r / t->num_heads, head = t->first_head + r % t->num_heads;
-        rotate(a, a->qkv + (size_t)row * a->qkv_stride + head * dim, head, row, a->scale, q + r * padded);
+        rotate(a, a->qkv + (size_t)row * a->qkv_stride + head * dim, head, row, a->scales[row], q + r * padded);
         all_largest[r] = -INFINITY;
         all_total[r] = 0;
     }

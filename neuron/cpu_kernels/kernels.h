@@ -87,7 +87,8 @@ struct attention {
     int num_heads, num_kv_heads, head_dim;
     enum kv_form kv_form;
     int window_tokens; /* attended tokens up to the row's own; 0: all */
-    float eps, scale;
+    float eps;
+    const float *scales; /* [T]: factor of each row's queries */
 };
 
 /* Sampling parameters of a row of logits. */

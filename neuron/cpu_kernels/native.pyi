@@ -20,7 +20,6 @@ def pack(
     packed: _Bytes,
     format: int,
     *,
-    interleaved_head: int = 0,
     first_block: int = 0,
     block_step: int = 1,
 ) -> None: ...
@@ -67,7 +66,7 @@ def arena_bytes(
     max_sampled: int,
     threads: int,
     has_out_norms: bool,
-    has_windows: bool,
+    num_kinds: int,
 ) -> int: ...
 
 @final
@@ -92,17 +91,18 @@ class Model:
         embedding_scale: float = 1.0,
         attention_scale: float = 0.0,
         gelu: bool = False,
-        window_tokens: int = 0,
+        windows: tuple[int, ...] = (0,),
         logit_cap: float = 0.0,
         has_window_table: bool = False,
+        query_growth: float = 0.0,
+        query_tokens: int = 1,
     ) -> Self: ...
     def set_ends(
         self,
         embedding: Matrix,
         head: Matrix,
         norm: _Floats,
-        inverse_frequencies: _Floats,
-        window_inverse_frequencies: _Floats | None = None,
+        ropes: tuple[_Floats, ...],
     ) -> None: ...
     def set_layer(
         self,
@@ -119,7 +119,7 @@ class Model:
         down: Matrix,
         attention_out_norm: _Floats | None = None,
         mlp_out_norm: _Floats | None = None,
-        windowed: bool = False,
+        kind: int = 0,
     ) -> None: ...
     @property
     def page_bytes(self) -> tuple[int, ...]: ...

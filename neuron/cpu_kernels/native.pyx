@@ -27,7 +27,7 @@ cdef extern from "pack.h" nogil:
     cdef struct packing:
         const uint8_t *from_ "from"
         size_t row_bytes
-        int kind, rows, columns, interleaved_head
+        int kind, rows, columns
         uint8_t *to
         size_t to_stride
         int format
@@ -82,8 +82,8 @@ cdef extern from "step.h" nogil:
         const float *qk_norm
         matrix qkv[3]
         matrix output, gate_up, down
-        int windowed
-    int MAX_TABLES
+        int kind
+    int MAX_TABLES, MAX_KINDS
     cdef struct model:
         const kernels *kernels
         pool *pool
@@ -92,9 +92,11 @@ cdef extern from "step.h" nogil:
         int gelu
         kv_form kv_form
         int max_rows, max_sequences, max_sampled
-        int window_tokens
-        const float *inverse_frequencies
-        const float *window_inverse_frequencies
+        int num_kinds
+        int window_tokens[2]
+        const float *ropes[2]
+        float query_growth
+        int query_tokens
         const float *norm
         matrix embedding, head
         layer *layers
@@ -205,14 +207,12 @@ def pack(
     unsigned char[::1] packed not None,
     int format,
     *,
-    int interleaved_head=0,
     int first_block=0,
     int block_step=1,
 ):
     """Pack a stored matrix ``[rows, columns]`` of a GGUF ``kind`` into blocks of ``packed``, on all threads.
 
-    Its first block becomes ``first_block``, the next ``block_step`` further. ``interleaved_head`` is the head
-    dimension where the rows of each head are stored as pairs (2i, 2i + 1). Raises ValueError if lengths do not fit.
+    Its first block becomes ``first_block``, the next ``block_step`` further. Raises ValueError if lengths do not fit.
     """
     cdef pack_work work
     cdef size_t bytes = c_row_bytes(kind, columns), block = block_bytes(format, columns)
@@ -221,8 +221,6 @@ def pack(
         raise ValueError(f"kind {kind} of [{rows}, {columns}] cannot be packed as format {format}")
     if format <= W8 and columns % 32:
         raise ValueError(f"{columns} columns are no whole groups of 32")
-    if interleaved_head and rows % interleaved_head:
-        raise ValueError(f"{rows} rows are no heads of {interleaved_head}")
     if stored.shape[0] != <Py_ssize_t>bytes * rows:
         raise ValueError(f"{stored.shape[0]} bytes stored, {bytes * rows} wanted")
     if first_block < 0 or block_step < 1 or packed.shape[0] < ((blocks - 1) * block_step + first_block + 1) * <Py_ssize_t>block:
@@ -231,7 +229,6 @@ def pack(
     work.packing.from_ = &stored[0]
     work.packing.row_bytes = bytes
     work.packing.kind, work.packing.rows, work.packing.columns = kind, rows, columns
-    work.packing.interleaved_head = interleaved_head
     work.packing.to = &packed[first_block * <Py_ssize_t>block]
     work.packing.to_stride = block * block_step
     work.packing.format = format
@@ -343,7 +340,7 @@ def kv_page_bytes(str kv_dtype not None, int head_dim):
 
 def arena_bytes(
     *, int hidden, int num_heads, int num_kv_heads, int head_dim, int intermediate, int max_rows, int max_sequences,
-    int max_sampled, int threads, bint has_out_norms, bint has_windows,
+    int max_sampled, int threads, bint has_out_norms, int num_kinds,
 ):
     """Return a bound on the arena of a model of these sizes, whatever form its matrices have."""
     cdef model m
@@ -351,7 +348,7 @@ def arena_bytes(
     cdef float norm = 1
     memset(&m, 0, sizeof(model))
     memset(&only, 0, sizeof(layer))
-    m.layers, m.num_layers, m.threads, m.window_tokens = &only, 1, threads, has_windows
+    m.layers, m.num_layers, m.threads, m.num_kinds = &only, 1, threads, num_kinds
     m.hidden, m.num_heads, m.num_kv_heads, m.head_dim = hidden, num_heads, num_kv_heads, head_dim
     m.intermediate, m.max_rows, m.max_sequences, m.max_sampled = intermediate, max_rows, max_sequences, max_sampled
     # Floats take the most: they are multiplied as they are.
@@ -377,14 +374,16 @@ cdef class Model:
     def __cinit__(
         self, Pool pool not None, str level not None, *, int num_layers, int hidden, int num_heads, int num_kv_heads,
         int head_dim, int intermediate, int vocab, float eps, str kv_dtype not None, int max_rows, int max_sequences,
-        float embedding_scale=1.0, float attention_scale=0.0, bint gelu=False, int window_tokens=0,
-        float logit_cap=0.0, int max_sampled, bint has_window_table=False,
+        float embedding_scale=1.0, float attention_scale=0.0, bint gelu=False, tuple windows not None=(0,),
+        float logit_cap=0.0, int max_sampled, bint has_window_table=False, float query_growth=0.0, int query_tokens=1,
     ):
         sizes = (
             num_layers, hidden, num_heads, num_kv_heads, head_dim, intermediate, vocab, max_rows, max_sequences, max_sampled
         )
-        if min(sizes) < 1 or max_sampled < max_sequences or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024 or window_tokens < has_window_table:
+        if min(sizes) < 1 or max_sampled < max_sequences or num_heads % num_kv_heads or head_dim % 2 or head_dim > 1024 or query_tokens < 1:
             raise ValueError(f"no model of sizes {sizes}")
+        if not 0 < len(windows) <= MAX_KINDS or min(windows) < 0 or not has_window_table <= sum(map(bool, windows)) < 2:
+            raise ValueError(f"no model with the windows {windows}")
         memset(&self._model, 0, sizeof(model))
         self._pool = pool
         self._kept = []
@@ -395,7 +394,10 @@ cdef class Model:
         m.kv_form = kv_form_of(kv_dtype)
         m.max_rows, m.max_sequences, m.max_sampled = max_rows, max_sequences, max_sampled
         m.embedding_scale, m.attention_scale = embedding_scale, attention_scale or head_dim ** -0.5
-        m.gelu, m.window_tokens, m.logit_cap = gelu, window_tokens, logit_cap
+        m.gelu, m.logit_cap, m.query_growth, m.query_tokens = gelu, logit_cap, query_growth, query_tokens
+        m.num_kinds = <int>len(windows)
+        for kind, window in enumerate(windows):
+            m.window_tokens[kind] = window
         m.num_tables = 1 + has_window_table
         m.layers = <layer *>calloc(num_layers, sizeof(layer))
         self._scratch = <int32_t *>calloc(max_sequences, (3 + MAX_TABLES) * sizeof(int32_t))
@@ -419,24 +421,25 @@ cdef class Model:
         return found._matrix
 
     def set_ends(
-        self, Matrix embedding not None, Matrix head not None, norm not None, inverse_frequencies not None,
-        window_inverse_frequencies=None,
+        self, Matrix embedding not None, Matrix head not None, norm not None, tuple ropes not None,
     ):
-        """Set the embedding, the final norm and the head. ``norm`` is padded to 16."""
+        """Set the embedding, the final norm and the head, and the rotary embedding of each kind of layers.
+
+        ``norm`` is padded to 16. A rotary embedding is ``[head_dim]``: the angles of pairs, and the factors of pairs.
+        """
         m = &self._model
         m.embedding = self._checked(embedding, m.vocab, m.hidden)
         m.head = self._checked(head, m.vocab, m.hidden)
         m.norm = self._vector(norm, round_up(m.hidden, 16))
-        m.inverse_frequencies = self._vector(inverse_frequencies, m.head_dim // 2)
-        if (window_inverse_frequencies is None) != (m.window_tokens == 0):
-            raise ValueError("a window and frequencies for its layers come together")
-        if window_inverse_frequencies is not None:
-            m.window_inverse_frequencies = self._vector(window_inverse_frequencies, m.head_dim // 2)
+        if len(ropes) != m.num_kinds:
+            raise ValueError(f"{len(ropes)} rotary embeddings for {m.num_kinds} kinds of layers")
+        for kind, rope in enumerate(ropes):
+            m.ropes[kind] = self._vector(rope, m.head_dim)
 
     def set_layer(
         self, int number, *, input_norm not None, post_norm not None, qk_norm, Matrix query not None,
         Matrix key not None, Matrix value not None, Matrix output not None, Matrix gate_up not None, Matrix down not None,
-        attention_out_norm=None, mlp_out_norm=None, bint windowed=False,
+        attention_out_norm=None, mlp_out_norm=None, int kind=0,
     ):
         """Set a layer. Norms are padded to 16; ``gate_up`` alternates blocks of 16 rows of gate and up."""
         m = &self._model
@@ -452,9 +455,9 @@ cdef class Model:
         if attention_out_norm is not None:
             found.attention_out_norm = self._vector(attention_out_norm, round_up(m.hidden, 16))
             found.mlp_out_norm = self._vector(mlp_out_norm, round_up(m.hidden, 16))
-        if windowed and not m.window_tokens:
-            raise ValueError("a layer with a window in a model without")
-        found.windowed = windowed
+        if not 0 <= kind < m.num_kinds:
+            raise ValueError(f"no kind {kind} of layers")
+        found.kind = kind
         if qk_norm is not None:
             found.qk_norm = self._vector(qk_norm, (m.num_heads + m.num_kv_heads) * m.head_dim)
         found.qkv[0] = self._checked(query, queries, m.hidden)

@@ -164,13 +164,6 @@ static void write_w8(int kind, const uint8_t *row, int g, int columns, int lane,
     memcpy(group + 512 + 2 * lane, &d, 2);
 }
 
-static int source_row(const struct packing *p, int row) {
-    int dim = p->interleaved_head;
-    if (dim == 0) return row;
-    int within = row % dim;
-    return row - within + (within < dim / 2 ? 2 * within : 2 * (within - dim / 2) + 1);
-}
-
 void pack_blocks(const struct packing *p, int first_block, int end_block) {
     int groups = (p->columns + GROUP - 1) / GROUP;
     size_t bytes = block_bytes(p->format, p->columns);
@@ -179,7 +172,7 @@ void pack_blocks(const struct packing *p, int first_block, int end_block) {
         int lanes = p->rows - block * BLOCK_ROWS < BLOCK_ROWS ? p->rows - block * BLOCK_ROWS : BLOCK_ROWS;
         if (lanes < BLOCK_ROWS || p->format >= W16) memset(to, 0, bytes);
         for (int lane = 0; lane < lanes; lane++) {
-            const uint8_t *row = p->from + (size_t)source_row(p, block * BLOCK_ROWS + lane) * p->row_bytes;
+            const uint8_t *row = p->from + (size_t)(block * BLOCK_ROWS + lane) * p->row_bytes;
             if (p->kind == KIND_BF16 && p->format == W16) { /* unchanged: pairs of columns, a lane apart */
                 for (int i = 0; i < p->columns / 2; i++) memcpy(to + 64 * (size_t)i + 4 * lane, row + 4 * (size_t)i, 4);
                 if (p->columns % 2) memcpy(to + 64 * (size_t)(p->columns / 2) + 4 * lane, row + 2 * (p->columns - 1), 2);

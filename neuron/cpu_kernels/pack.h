@@ -21,7 +21,6 @@ struct packing {
     const uint8_t *from; /* [rows] of row_bytes each */
     size_t row_bytes;
     int kind, rows, columns;
-    int interleaved_head; /* head_dim if each head's rows are stored as pairs (2i, 2i + 1) of its halves; else 0 */
     uint8_t *to;          /* the first block */
     size_t to_stride;     /* bytes from block to block: two blocks' where gate and up alternate */
     int format;

@@ -25,7 +25,7 @@ enum {
 struct window {
     int window_tokens; /* 0: all */
     int table;         /* page table of its layers */
-    const float *frequencies;
+    const float *rope; /* [head_dim] */
     float *cosine, *sine; /* [T, head_dim / 2] */
     struct attention_task *tasks;
     size_t num_tasks;
@@ -46,7 +46,8 @@ struct arena {
     float *row;       /* [threads, row_stride] */
     float *scratch;   /* [threads, scratch_stride] */
     struct best *best; /* [threads, max_sampled] */
-    struct window windows[2]; /* of layers without a window, and with one */
+    float *query_scales; /* [T] */
+    struct window windows[MAX_KINDS]; /* of each kind of layers */
     size_t hidden_stride, qkv_stride, mixed_stride, gated_stride, activation_stride, row_stride, scratch_stride;
     size_t max_tasks;
     int key_column, value_column;
@@ -75,8 +76,6 @@ static int heads_per_task(const struct model *m) {
 }
 
 static int has_out_norms(const struct model *m) { return m->layers[0].mlp_out_norm != NULL; }
-
-static int num_windows(const struct model *m) { return m->window_tokens > 0 ? 2 : 1; }
 
 /* Rows whose context may be cut into partial results: decodes, draft tokens, and the first few of a prompt. */
 static size_t parted_rows(const struct model *m) { return (size_t)m->max_sampled + MAX_TASK_QUERIES; }
@@ -117,11 +116,12 @@ static struct arena lay_out(const struct model *m, uint8_t *base) {
     a.row = carve(&a, base, threads * a.row_stride, 4);
     a.scratch = carve(&a, base, threads * a.scratch_stride, 4);
     a.best = carve(&a, base, threads * (size_t)m->max_sampled, sizeof *a.best);
-    for (int i = 0; i < num_windows(m); i++) {
+    a.query_scales = carve(&a, base, rows, 4);
+    for (int i = 0; i < m->num_kinds; i++) {
         struct window *window = &a.windows[i];
-        window->window_tokens = i == 0 ? 0 : m->window_tokens;
+        window->window_tokens = m->window_tokens[i];
         window->table = table_of(m, i);
-        window->frequencies = i == 0 ? m->inverse_frequencies : m->window_inverse_frequencies;
+        window->rope = m->ropes[i];
         window->cosine = carve(&a, base, rows * half, 4);
         window->sine = carve(&a, base, rows * half, 4);
         window->tasks = carve(&a, base, a.max_tasks, sizeof *window->tasks);
@@ -135,7 +135,7 @@ size_t arena_bytes(const struct model *m) { return lay_out(m, NULL).bytes; }
 void place_layers(struct model *m) {
     memset(m->table_layers, 0, sizeof m->table_layers);
     for (int i = 0; i < m->num_layers; i++)
-        m->layers[i].place = m->table_layers[table_of(m, m->layers[i].windowed)]++;
+        m->layers[i].place = m->table_layers[table_of(m, m->layers[i].kind)]++;
 }
 
 size_t page_bytes(const struct model *m, int table) {
@@ -235,12 +235,15 @@ static void embed(const struct run *run, int thread) {
         if (m->embedding_scale != 1.0f)
             for (int i = 0; i < m->hidden; i++) x[i] *= m->embedding_scale;
         for (size_t i = (size_t)m->hidden; i < a->hidden_stride; i++) x[i] = 0;
-        for (int k = 0; k < num_windows(m); k++) {
+        int originals = s->positions[row] / m->query_tokens;
+        a->query_scales[row] = m->attention_scale * (1 + m->query_growth * logf((float)(1 + originals)));
+        for (int k = 0; k < m->num_kinds; k++) {
             const struct window *window = &a->windows[k];
+            const float *factors = window->rope + half;
             for (int i = 0; i < half; i++) {
-                float angle = (float)s->positions[row] * window->frequencies[i];
-                window->cosine[(size_t)row * (size_t)half + (size_t)i] = cosf(angle);
-                window->sine[(size_t)row * (size_t)half + (size_t)i] = sinf(angle);
+                float angle = (float)s->positions[row] * window->rope[i];
+                window->cosine[(size_t)row * (size_t)half + (size_t)i] = cosf(angle) * factors[i];
+                window->sine[(size_t)row * (size_t)half + (size_t)i] = sinf(angle) * factors[i];
             }
         }
     }
@@ -358,7 +361,7 @@ static void run_layer(const struct run *run, int thread, int number) {
     const struct model *m = run->model;
     const struct arena *a = &run->arena;
     const struct layer *l = &m->layers[number];
-    const struct window *window = &a->windows[l->windowed];
+    const struct window *window = &a->windows[l->kind];
     size_t head_bytes = kv_page_bytes(m->kv_form, m->head_dim), side = (size_t)m->num_kv_heads * head_bytes;
     uint8_t *cache = m->caches[window->table] + 2 * (size_t)l->place * side;
     struct attention attention = {
@@ -384,7 +387,7 @@ static void run_layer(const struct run *run, int thread, int number) {
         .kv_form = m->kv_form,
         .eps = m->eps,
         .window_tokens = window->window_tokens,
-        .scale = m->attention_scale,
+        .scales = a->query_scales,
     };
     /* A block's output is added to the residual at once, or normalised first where the next activations are prepared. */
     int is_normed = has_out_norms(m);
@@ -542,6 +545,6 @@ static void work(void *argument, int thread) {
 void run_step(const struct model *model, const struct step *step) {
     struct run run = {.model = model, .step = step, .arena = lay_out(model, model->arena)};
     run.has_own_x = has_out_norms(model) && step->num_tokens <= PRIVATE_ROWS;
-    for (int i = 0; i < num_windows(model); i++) plan_attention(&run, &run.arena.windows[i]);
+    for (int i = 0; i < model->num_kinds; i++) plan_attention(&run, &run.arena.windows[i]);
     pool_run(model->pool, work, &run);
 }

@@ -13,12 +13,15 @@ struct layer {
     const float *qk_norm; /* [H + K, head_dim], or NULL */
     struct matrix qkv[3]; /* separate, because a file may store each in another kind */
     struct matrix output, gate_up, down;
-    int windowed; /* attends to the model's window only, with its rotary frequencies */
-    int place;    /* among the layers of its page table; set by place_layers */
+    int kind;  /* of attention */
+    int place; /* among the layers of its page table; set by place_layers */
 };
 
 /* Table 0 has all pages of a sequence. A second one is of the windowed layers, with a sequence's last pages. */
 enum { MAX_TABLES = 2 };
+
+/* Attention of a model's layers differs in its window and its rotary embedding. */
+enum { MAX_KINDS = 2 };
 
 struct model {
     const struct kernels *kernels;
@@ -31,8 +34,11 @@ struct model {
     int gelu; /* the gate's activation; else SiLU */
     enum kv_form kv_form;
     int max_rows, max_sequences, max_sampled;
-    int window_tokens; /* of windowed layers; 0: there are none */
-    const float *inverse_frequencies, *window_inverse_frequencies; /* [head_dim / 2] */
+    int num_kinds;
+    int window_tokens[MAX_KINDS];  /* 0: all tokens; one kind at most has a window */
+    const float *ropes[MAX_KINDS]; /* [head_dim]: angle per position of each pair, and behind these each pair's factor */
+    float query_growth; /* queries are multiplied by 1 + growth log(1 + position / query_tokens), in whole numbers */
+    int query_tokens;
     const float *norm; /* [hidden padded to 16] */
     struct matrix embedding, head;
     struct layer *layers;
@@ -76,8 +82,10 @@ double uniform(uint64_t seed, uint64_t counter);
 /* Count the layers of each page table; windows of all layers are set. */
 void place_layers(struct model *model);
 
-/* Number of the page table of layers with a window, or without. */
-static inline int table_of(const struct model *model, int windowed) { return windowed ? model->num_tables - 1 : 0; }
+/* Number of the page table of layers of a kind. */
+static inline int table_of(const struct model *model, int kind) {
+    return model->window_tokens[kind] > 0 ? model->num_tables - 1 : 0;
+}
 
 /* Bytes of a page over all layers of a table. */
 size_t page_bytes(const struct model *model, int table);

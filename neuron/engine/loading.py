@@ -78,12 +78,14 @@ def load_model(
             source.config, spec, str(device), free_bytes(), draft=draft_config, cpu_kernels=settings.cpu_kernels
         )
         yield 0.0
+        source.config = source.config.within(plan.context_tokens)
         executor = yield from _load_executor(spec, source, plan, device, graphs, channel_fd, settings)
     finally:
         source.close()
     draft: Executor | None = None
     if draft_path is not None and plan.draft is not None:
         draft_source = open_weights(draft_path)
+        draft_source.config = draft_source.config.within(plan.context_tokens)
         try:
             draft = yield from _load_executor(spec, draft_source, plan.draft, device, graphs, channel_fd, settings)
         finally:
@@ -177,13 +179,13 @@ def _load_part(
     source = open_weights(path)
     group: Group | None = None
     try:
-        config = source.config
-        plan = plan_memory(config, spec, str(device), free_bytes(), shard, cpu_kernels=settings.cpu_kernels)
+        plan = plan_memory(source.config, spec, str(device), free_bytes(), shard, cpu_kernels=settings.cpu_kernels)
         yield 0.0
         if group_settings.rank:
             yield from _rank_0(group_settings)
         group = Group(group_settings, device)
         plan = with_pages(plan, tuple(group.least(count) for count in plan.table_pages))
+        config = source.config = source.config.within(plan.context_tokens)
         dtype = getattr(torch, plan.dtype)
         with contextlib.closing(_preparation(config, plan, device, settings, shard)) as kernels:
             weights = yield from load_decoder(source, dtype, device, quant=plan.quant, shard=shard)

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class QueryGrowth:
+    """Growth of the queries with the position: by 1 + ``factor`` ln(1 + floor(position / ``context_tokens``)).
+
+    It keeps the attention of long contexts sharp (Llama 4, Ministral 3).
+    """
+
+    factor: float = 0.0
+    context_tokens: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Attention:
     """Attention of ``num_heads``, H, over ``num_kv_heads``, K. Raises ``ValueError`` if these do not fit."""
 
@@ -36,6 +47,7 @@ class Attention:
     """Whether each query and key head is normalised before it is rotated."""
     out_norm: bool = False
     """Whether the output is normalised before it is added to the residual."""
+    query_growth: QueryGrowth = QueryGrowth()
     window_tokens: int = 0
     """Number of last tokens, its own included, that a token attends to; 0: all."""
     gguf_interleaves: bool = False
@@ -45,22 +57,28 @@ class Attention:
         """Check the sizes."""
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
+        if self.qk_norm and self.query_growth.factor:
+            raise ValueError("queries that are normalised cannot grow with the position")
 
     def parameters(self, shard: Shard = WHOLE) -> Parameters:
         """See :class:`~neuron.layers.layer.Layer`."""
         hidden, dim = self.norm.size, self.head_dim
-        interleaved = dim if self.gguf_interleaves else 0
+        orders = self.rope.order(), self.rope.order(adjacent=self.gguf_interleaves)
         heads, kv_heads = shard.query_heads(self.num_heads, self.num_kv_heads), shard.kv_heads(self.num_kv_heads)
         each = [
-            ("q", self.num_heads * dim, scaled(heads, dim), interleaved),
-            ("k", self.num_kv_heads * dim, scaled(kv_heads, dim), interleaved),
-            ("v", self.num_kv_heads * dim, scaled(kv_heads, dim), 0),
+            ("q", self.num_heads * dim, scaled(heads, dim), orders),
+            ("k", self.num_kv_heads * dim, scaled(kv_heads, dim), orders),
+            ("v", self.num_kv_heads * dim, scaled(kv_heads, dim), ((), ())),
         ]
 
         def tensors(kind: str, *columns: int) -> tuple[Tensor, ...]:
             return tuple(
-                Tensor(f"self_attn.{x}_proj.{kind}", f"attn_{x}.{kind}", (size, *columns), rows, head_dim=pairs)
-                for x, size, rows, pairs in each
+                dataclasses.replace(
+                    Tensor(f"self_attn.{x}_proj.{kind}", f"attn_{x}.{kind}", (size, *columns), rows),
+                    order=order,
+                    gguf_order=gguf_order,
+                )
+                for x, size, rows, (order, gguf_order) in each
             )
 
         output = Tensor(
@@ -76,13 +94,15 @@ class Attention:
             "norm": self.norm.vector("input_layernorm", "attn_norm"),
             "qkv": Matrix(tensors("weight", hidden), tensors("bias") if self.qkv_bias else ()),
             "output": Matrix((output,), output_bias),
-            "frequencies": Constant(self.rope.inverse_frequencies()),
+            "rope": Constant(self.rope.table()),
         }
         if self.qk_norm:
             norm = dataclasses.replace(self.norm, size=dim)
             names = (("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"))
             # [H + K, D]: the query norm's weights for each query head, then the key norm's for each key head.
-            found["qk_norm"] = Vector(tuple(norm.tensor(*pair) for pair in names), (len(heads), len(kv_heads)))
+            both = (norm.tensor(*pair) for pair in names)
+            tensors_of_heads = tuple(dataclasses.replace(each, order=orders[0], gguf_order=orders[1]) for each in both)
+            found["qk_norm"] = Vector(tensors_of_heads, (len(heads), len(kv_heads)))
         if self.out_norm:
             found["out_norm"] = self.norm.vector("post_attention_layernorm", "post_attention_norm")
         return found
@@ -98,8 +118,12 @@ class Attention:
 
     def forward(self, step: "Step", weights: Weights, residual: "torch.Tensor", cache: Any) -> None:
         """See :class:`~neuron.layers.layer.Layer`."""
-        eps, qkv, rotary = self.norm.eps, weights["qkv"], step.rotary(weights["frequencies"])
+        eps, qkv, rotary = self.norm.eps, weights["qkv"], step.rotary(weights["rope"])
         x = step.operations.normed_linear(residual, (weights["norm"], eps), qkv.weight, qkv.bias)
         qk_norm = weights.get("qk_norm")
+        if self.query_growth.factor:
+            # A rotation is linear, so the queries may be scaled before it; such models have no norm of heads.
+            queries = x[:, : x.shape[1] - 2 * cache.keys.shape[2] * self.head_dim]
+            queries *= step.query_scales(self.query_growth.factor, self.query_growth.context_tokens)
         x = step.attend(x, rotary, cache, scale=self.scale, window=self.window_tokens, qk_norm=qk_norm, eps=eps)
         step.add_linear(x, weights["output"], (weights["out_norm"], eps) if self.out_norm else None, residual)

@@ -25,8 +25,10 @@ class Tensor:
     """Rows of this rank."""
     columns: range = ALL
     """Columns of this rank, of a matrix."""
-    head_dim: int = 0
-    """Size of each head, where GGUF stores its rows as pairs (2i, 2i + 1), not as halves (i, i + D/2); else 0."""
+    order: tuple[int, ...] = ()
+    """Row in safetensors of each row of a head, where these have another order; all heads have the same one."""
+    gguf_order: tuple[int, ...] = ()
+    """The same in GGUF."""
     less_one: bool = False
     """Whether safetensors store it less one."""
 
@@ -41,7 +43,8 @@ class Tensor:
         """Return the tensor with its full names."""
         # Not dataclasses.replace, which takes twice as long: a mixture of experts has 20,000 tensors.
         where = self.shape, self.rows, self.columns
-        return Tensor(prefix + self.name, gguf_prefix + self.gguf, *where, self.head_dim, self.less_one)
+        how = self.order, self.gguf_order, self.less_one
+        return Tensor(prefix + self.name, gguf_prefix + self.gguf, *where, *how)
 
     @property
     def num_elements(self) -> int:

@@ -36,13 +36,23 @@ class Step:
         self._dtype = dtype
         self._sum_ranks = sum_ranks
         self._rotary: dict[int, Rotary] = {}
+        self._query_scales: dict[tuple[float, int], torch.Tensor] = {}
 
-    def rotary(self, frequencies: torch.Tensor) -> Rotary:
-        """Return cosine and sine of the batch's positions, computed once a step for each set of ``frequencies``."""
-        found = self._rotary.get(id(frequencies))
+    def rotary(self, rope: torch.Tensor) -> Rotary:
+        """Return cosine and sine of the batch's positions, computed once a step for each ``rope``: Rope.table()."""
+        found = self._rotary.get(id(rope))
         if found is None:
-            found = self.operations.rotary_table(self.batch.positions, frequencies, self._dtype)
-            self._rotary[id(frequencies)] = found
+            found = self.operations.rotary_table(self.batch.positions, rope, self._dtype)
+            self._rotary[id(rope)] = found
+        return found
+
+    def query_scales(self, factor: float, context_tokens: int) -> torch.Tensor:
+        """Return the factors ``[T, 1]`` by which queries grow with their positions, computed once a step."""
+        found = self._query_scales.get((factor, context_tokens))
+        if found is None:
+            contexts = torch.div(self.batch.positions, context_tokens, rounding_mode="floor")
+            found = torch.log1p(contexts.float()).mul_(factor).add_(1).to(self._dtype).unsqueeze(1)
+            self._query_scales[factor, context_tokens] = found
         return found
 
     def attend(

@@ -12,10 +12,11 @@ from neuron.layers.embedding import Embedding, Head
 from neuron.layers.layer import Layer
 from neuron.layers.mlp import GatedMlp
 from neuron.layers.norm import Norm
-from neuron.models.errors import UnsupportedArchitectureError
-from neuron.models.fields import MAX_WIDTH, Fields
+from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError
+from neuron.models.fields import MAX_WIDTH, NOT_WINDOWED, WINDOWED, Fields
 from neuron.models.files import quoted
 from neuron.models.model import ModelConfig
+from neuron.models.rope import rope_of
 
 ACTIVATIONS: Final = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 """Activations of layers, by their names in ``config.json``."""
@@ -32,6 +33,8 @@ class Family:
     build: Callable[[Fields], ModelConfig]
     """Reader of a configuration; may raise ``ValueError`` for sizes that do not fit."""
     gguf_name: str = ""
+    other_names: tuple[str, ...] = ()
+    """Further names in either format."""
 
 
 def norm_of(fields: Fields, *, less_one: bool = False) -> Norm:
@@ -39,14 +42,21 @@ def norm_of(fields: Fields, *, less_one: bool = False) -> Norm:
     return Norm(fields.size("hidden_size"), fields.number("rms_norm_eps", 1e-6), less_one)
 
 
-def attention_of(fields: Fields, rope_theta: float = 1e4, **differences: Any) -> Attention:
-    """Return the usual attention, with ``differences`` to it; ``rope_theta`` holds unless the file has another."""
+def attention_of(fields: Fields, rope_theta: float = 1e4, *, partial: float = 1.0, **differences: Any) -> Attention:
+    """Return the usual attention, with ``differences`` to it.
+
+    ``rope_theta`` and the rotated part of a head, ``partial``, hold unless the file has others.
+    """
     heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
     kv_heads = fields.size("num_key_value_heads", heads)
     head_dim = fields.size("head_dim", max(hidden // heads, 1))
     if max(heads, kv_heads) * head_dim > MAX_WIDTH:
         raise ValueError(f"{heads} heads of {head_dim} are wider than any model's")
-    usual = {"norm": norm_of(fields), "scale": head_dim**-0.5, "rope": fields.rope(head_dim, rope_theta)}
+    usual = {
+        "norm": norm_of(fields),
+        "scale": head_dim**-0.5,
+        "rope": rope_of(fields, head_dim, rope_theta, partial=partial),
+    }
     return Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **{**usual, **differences})
 
 
@@ -72,7 +82,7 @@ def decoder_of(
     """
     path, values = fields.path, fields.values
     attentions = [layer for block in blocks for layer in block if isinstance(layer, Attention)]
-    windows = bool(values.get("use_sliding_window") or set(fields.names("layer_types")) - {"full_attention"})
+    windows = bool(values.get("use_sliding_window") or set(fields.names("layer_types")) - {NOT_WINDOWED})
     if windows and not any(layer.window_tokens for layer in attentions):
         raise UnsupportedArchitectureError(f"{path}: sliding-window attention is not supported")
     if values.get("mlp_bias"):
@@ -89,8 +99,26 @@ def decoder_of(
         embedding=Embedding(vocab_size, norm.size, embedding_scale),
         blocks=tuple(blocks),
         head=Head(norm, vocab_size, fields.flag("tie_word_embeddings", ties_embeddings), logit_cap),
-        context_tokens=fields.size("max_position_embeddings"),
+        context_tokens=max(
+            fields.size("max_position_embeddings"), *(layer.rope.longest_tokens for layer in attentions)
+        ),
     )
+
+
+def kinds_of(fields: Fields) -> tuple[str, ...]:
+    """Return the kind of attention of each layer; nothing where the file does not tell."""
+    kinds, num_layers = fields.names("layer_types"), fields.size("num_hidden_layers")
+    if kinds and (len(kinds) != num_layers or set(kinds) - {WINDOWED, NOT_WINDOWED}):
+        raise CorruptWeightsError(
+            fields.path, f"layer_types does not name a kind of attention for each of {num_layers} layers"
+        )
+    return kinds
+
+
+def window_of(fields: Fields) -> int:
+    """Return the window of attention in tokens; 0 where there is none that is shorter than the context."""
+    window = fields.size("sliding_window", 0)
+    return window if window < fields.size("max_position_embeddings") else 0
 
 
 def blocks_of(fields: Fields, *layers: Layer) -> list[tuple[Layer, ...]]:

@@ -4,15 +4,15 @@ Families read both formats by the keys of ``config.json``; GGUF's names of the s
 """
 
 import abc
+import copy
 import math
 import os
 import pathlib
 import struct
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from neuron.layers.rope import FrequencyFactors, LinearScaling, Llama3Scaling, Rope, RopeScaling
-from neuron.models.errors import CorruptWeightsError, UnsupportedArchitectureError, UnsupportedRopeError
+from neuron.models.errors import CorruptWeightsError
 from neuron.models.files import open_regular, quoted
 from neuron.models.gguf import GgufHeader, TensorKind
 
@@ -54,8 +54,30 @@ GGUF_KEYS: Final = {
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
+    "rope_type": "rope.scaling.type",
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "value_dim": "attention.value_length",
+    "rotary_dim": "rope.dimension_count",
+    "short_factor": "rope_factors_short.weight",
+    "long_factor": "rope_factors_long.weight",
+    "attention_factor": "rope.scaling.attn_factor",
+    "mscale_all_dim": "rope.scaling.yarn_log_multiplier",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+    "llama_4_scaling_beta": "attention.temperature_scale",
 }
 """Keys of GGUF metadata, behind the architecture's name, for keys of ``config.json``."""
+
+
+FREQUENCY_FACTORS: Final = "rope_freqs.weight"
+FACTORS: Final = (FREQUENCY_FACTORS, GGUF_KEYS["short_factor"], GGUF_KEYS["long_factor"])
+"""Tensors of GGUF that are part of the configuration."""
+
+
+WINDOWED: Final = "sliding_attention"
+NOT_WINDOWED: Final = "full_attention"
+"""Kinds of attention layers, as ``layer_types`` names them."""
 
 
 class Fields(abc.ABC):
@@ -69,9 +91,19 @@ class Fields(abc.ABC):
         """Return this format's key for a key of ``config.json``."""
         return name
 
+    def value(self, name: str) -> Any:
+        """Return the value of a key as it is; ``None`` where there is none."""
+        return self.values.get(self.key(name))
+
     @abc.abstractmethod
-    def rope(self, head_dim: int, theta: float = 1e4, kind: str = "full_attention") -> Rope:
-        """Return the rotary embedding of a kind of layer; ``theta`` is its base unless the file has another."""
+    def rope_fields(self, kind: str = NOT_WINDOWED) -> "Fields":
+        """Return the fields that describe the rotary embedding of a kind of layer."""
+
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """Return the fields with other ``values``, by this format's keys; ``None``: without them."""
+        found = copy.copy(self)
+        found.values = {**self.values, **values}
+        return found
 
     def size(self, name: str, default: int | None = None) -> int:
         """Return a positive whole number within the limit of its key."""
@@ -83,10 +115,21 @@ class Fields(abc.ABC):
             raise CorruptWeightsError(self.path, f"{key} is {quoted(value)}, not a number from 1 to {most}")
         return value
 
-    def number(self, name: str, default: float, *, least: float = 0.0, most: float = MAX_SCALE) -> float:
+    def number(self, name: str, default: float | None = None, *, least: float = 0.0, most: float = MAX_SCALE) -> float:
         """Return a positive number from ``least`` to ``most``."""
         key = self.key(name)
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        return self._checked(key, default if value is None else value, least, most)
+
+    def numbers(self, name: str, *, least: float = 0.0, most: float = MAX_SCALE) -> tuple[float, ...]:
+        """Return a list of positive numbers from ``least`` to ``most``."""
+        key = self.key(name)
+        found = self.values.get(key)
+        if not isinstance(found, list) or len(found) > MAX_HEAD_DIM:
+            raise CorruptWeightsError(self.path, f"{key} is {quoted(found)}, not a list of numbers")
+        return tuple(self._checked(key, value, least, most) for value in found)
+
+    def _checked(self, key: str, value: Any, least: float, most: float) -> float:
         sound = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not sound or not least <= value <= most or value <= 0:
             raise CorruptWeightsError(
@@ -114,18 +157,19 @@ class Fields(abc.ABC):
 class JsonFields(Fields):
     """Fields of ``config.json``."""
 
-    def rope(self, head_dim: int, theta: float = 1e4, kind: str = "full_attention") -> Rope:
-        """See :class:`Fields`."""
+    def rope_fields(self, kind: str = NOT_WINDOWED) -> Fields:
+        """See :class:`Fields`: keys of the object of rope parameters, and what stands beside it."""
         found = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
         if not isinstance(found, dict):
-            raise CorruptWeightsError(self.path, "the rope parameters are not an object")
-        own = found.get(kind, found if kind == "full_attention" else {})
+            raise CorruptWeightsError(self.path, "rope_parameters or rope_scaling is not an object")
+        own = found.get(kind, found if kind == NOT_WINDOWED else {})
         if not isinstance(own, dict):
-            raise CorruptWeightsError(self.path, "the rope parameters of a kind of layer are not an object")
-        # Older files have a key of their own for layers with a window.
-        key = "rope_theta" if kind == "full_attention" or "rope_theta" in own else "rope_local_base_freq"
-        base = JsonFields(self.path, {**self.values, **own}).number(key, theta, least=1.0, most=MAX_ROPE_THETA)
-        return Rope(base, head_dim, _scaling_from(own, self.path))
+            raise CorruptWeightsError(self.path, f"the rope parameters of {kind} are not an object")
+        values = {**own, "max_position_embeddings": self.value("max_position_embeddings")}
+        if kind != NOT_WINDOWED and "rope_theta" not in own:
+            # Older files have a key of their own for layers with a window.
+            values["rope_theta"] = self.value("rope_local_base_freq")
+        return self.changed(values)
 
 
 class GgufFields(Fields):
@@ -136,6 +180,7 @@ class GgufFields(Fields):
         values = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
         tensors = {tensor.name: tensor for tensor in header.tensors}
         table = tensors.get("token_embd.weight")
+        self._tensors = tensors
         super().__init__(
             path,
             {
@@ -143,83 +188,34 @@ class GgufFields(Fields):
                 "vocab_size": table.shape[0] if table else 0,
                 "tie_word_embeddings": "output.weight" not in tensors,
                 "attention_bias": "blk.0.attn_q.bias" in tensors,
+                "mscale": 1.0,
             },
         )
-        self._frequency_factors = tensors.get("rope_freqs.weight")
+        factors = {name: list(self._read_factors(name)) for name in FACTORS if name in tensors}
+        self.values = {**self.values, **factors}
+        if self.value("long_factor") or self.value("short_factor"):
+            self.values[self.key("rope_type")] = "longrope"
 
     def key(self, name: str) -> str:
         """See :class:`Fields`."""
         return GGUF_KEYS.get(name, name)
 
-    def rope(self, head_dim: int, theta: float = 1e4, kind: str = "full_attention") -> Rope:
-        """See :class:`Fields`; the format has nothing about layers with a window."""
-        if self.size("attention.value_length", head_dim) != head_dim:
-            raise UnsupportedArchitectureError(f"{self.path}: keys and values of different sizes are not supported")
-        if self.size("rope.dimension_count", head_dim) != head_dim:
-            raise UnsupportedRopeError(f"{self.path}: a rotary embedding of part of the head is not supported")
-        if kind != "full_attention":
-            return Rope(theta, head_dim)
-        base = self.number("rope_theta", theta, least=1.0, most=MAX_ROPE_THETA)
-        return Rope(base, head_dim, self._scaling())
+    def rope_fields(self, kind: str = NOT_WINDOWED) -> "GgufFields":
+        """See :class:`Fields`; only the frequencies of layers without a window are scaled."""
+        if kind == NOT_WINDOWED:
+            return self
+        own = dict.fromkeys((FREQUENCY_FACTORS, self.key("rope_type")))
+        return self.changed({**own, self.key("rope_theta"): self.value("rope.freq_base_swa")})
 
-    def _scaling(self) -> RopeScaling | None:
-        if self._frequency_factors is not None:
-            return FrequencyFactors(self._read_factors())
-        kind, factor = self.values.get("rope.scaling.type", "none"), self.values.get("rope.scaling.factor")
-        if kind == "none":
-            return None
-        if kind == "linear" and isinstance(factor, float) and 0 < factor <= MAX_SCALE:
-            return LinearScaling(factor)
-        raise UnsupportedRopeError(
-            f"{self.path}: rope scaling {quoted(kind)} by {quoted(factor)} is not supported (linear and llama3 are)"
-        )
-
-    def _read_factors(self) -> tuple[float, ...]:
-        tensor, path = self._frequency_factors, self.path
-        assert tensor is not None
+    def _read_factors(self, name: str) -> tuple[float, ...]:
+        tensor, path = self._tensors[name], self.path
         if tensor.kind is not TensorKind.F32 or len(tensor.shape) != 1 or tensor.shape[0] > MAX_HEAD_DIM:
-            raise CorruptWeightsError(path, "rope_freqs.weight is not a vector of float32, half as long as a head")
+            raise CorruptWeightsError(path, f"{name} is not a vector of float32, half as long as a head")
         with open_regular(path) as file:
             packed = os.pread(file.fileno(), tensor.nbytes, tensor.offset)
         if len(packed) != tensor.nbytes:
-            raise CorruptWeightsError(path, "rope_freqs.weight is cut")
+            raise CorruptWeightsError(path, f"{name} is cut")
         factors = struct.unpack(f"<{tensor.shape[0]}f", packed)
         if not all(0 < factor < math.inf for factor in factors):
-            raise CorruptWeightsError(path, "rope_freqs.weight holds a number that is not positive")
+            raise CorruptWeightsError(path, f"{name} holds a number that is not positive")
         return factors
-
-
-def _scaling_from(parameters: Mapping[str, Any], where: object) -> RopeScaling | None:
-    """Return the scaling that a ``rope_scaling`` or ``rope_parameters`` object of ``config.json`` describes.
-
-    Raises :class:`UnsupportedRopeError` for an unknown kind, or if a number is missing.
-    """
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedRopeError(f"{where}: a rotary embedding of part of the head is not supported")
-    try:
-        if kind == "default":
-            return None
-        if kind == "linear":
-            return LinearScaling(_positive(parameters["factor"]))
-        if kind == "llama3":
-            scaling = Llama3Scaling(
-                factor=_positive(parameters["factor"]),
-                low_freq_factor=_positive(parameters["low_freq_factor"]),
-                high_freq_factor=_positive(parameters["high_freq_factor"]),
-                original_context_tokens=int(_positive(parameters["original_max_position_embeddings"])),
-            )
-            if scaling.high_freq_factor > scaling.low_freq_factor:
-                return scaling
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UnsupportedRopeError(f"{where}: rope scaling {quoted(kind)} has a bad or absent {error}") from error
-    raise UnsupportedRopeError(
-        f"{where}: rope scaling {quoted(dict(parameters))} is not supported (linear and llama3 are)"
-    )
-
-
-def _positive(value: Any) -> float:
-    number = float(value)
-    if not 0 < number <= 1e9:
-        raise ValueError(f"number {number}")
-    return number

@@ -8,14 +8,13 @@ form. Gemma 2's soft cap of attention is not supported.
 import dataclasses
 from typing import Final
 
-from neuron.models.errors import CorruptWeightsError, UnsupportedRopeError
-from neuron.models.family import ACTIVATIONS, Family, attention_of, decoder_of, mlp_of, norm_of
-from neuron.models.fields import Fields, GgufFields
+from neuron.models.errors import UnsupportedRopeError
+from neuron.models.family import ACTIVATIONS, Family, attention_of, decoder_of, kinds_of, mlp_of, norm_of
+from neuron.models.fields import NOT_WINDOWED, WINDOWED, Fields, GgufFields
 from neuron.models.model import ModelConfig
+from neuron.models.rope import rope_of
 
 ACTIVATION: Final = "gelu_pytorch_tanh"
-WINDOWED: Final = "sliding_attention"
-NOT_WINDOWED: Final = "full_attention"
 
 
 def build(fields: Fields) -> ModelConfig:
@@ -29,7 +28,7 @@ def build(fields: Fields) -> ModelConfig:
     else:
         scalar = fields.number("query_pre_attn_scalar", 256)
     whole = dataclasses.replace(whole, scale=scalar**-0.5)
-    window_rope = fields.rope(whole.head_dim, kind=WINDOWED)
+    window_rope = rope_of(fields, whole.head_dim, kind=WINDOWED)
     if window_rope.scaling is not None:
         raise UnsupportedRopeError(f"{fields.path}: rope scaling in layers with a window is not supported")
     windowed = dataclasses.replace(whole, rope=window_rope, window_tokens=fields.size("sliding_window"))
@@ -47,15 +46,10 @@ def build(fields: Fields) -> ModelConfig:
 
 def _kinds(fields: Fields, num_layers: int) -> tuple[str, ...]:
     """Return the kind of each layer. By convention every sixth has no window, unless the file has another pattern."""
-    kinds = fields.names("layer_types")
-    if not kinds:
-        every = fields.size("sliding_window_pattern", 6)
-        return tuple(WINDOWED if (i + 1) % every else NOT_WINDOWED for i in range(num_layers))
-    if len(kinds) != num_layers or set(kinds) - {WINDOWED, NOT_WINDOWED}:
-        raise CorruptWeightsError(
-            fields.path, f"layer_types does not name a kind of attention for each of {num_layers} layers"
-        )
-    return kinds
+    if kinds := kinds_of(fields):
+        return kinds
+    every = fields.size("sliding_window_pattern", 6)
+    return tuple(WINDOWED if (i + 1) % every else NOT_WINDOWED for i in range(num_layers))
 
 
 FAMILY: Final = Family("gemma3_text", ("Gemma3ForCausalLM",), build, gguf_name="gemma3")

@@ -11,6 +11,7 @@ from typing import Final
 
 from cortex.wire.node import SamplingDefaults
 from neuron.device.jobs import Pooling
+from neuron.layers.attention import Attention
 from neuron.layers.cache import Cache
 from neuron.layers.embedding import Embedding, Head
 from neuron.layers.layer import Layer
@@ -75,6 +76,11 @@ class ModelConfig:
         """All layers, in the order of computation."""
         return tuple(itertools.chain.from_iterable(self.blocks))
 
+    def within(self, context_tokens: int) -> "ModelConfig":
+        """Return the model as loaded for contexts of so many tokens: the rotary embedding of some depends on it."""
+        found = {layer: _within(layer, context_tokens) for layer in set(self.layers)}
+        return dataclasses.replace(self, blocks=tuple(tuple(found[layer] for layer in block) for block in self.blocks))
+
     def parameters(self, shard: Shard = WHOLE) -> Iterator[Parameters]:
         """Yield a rank's parameters, with full names: of the embedding, of each layer in order, and of the head."""
         yield self.embedding.parameters(shard)
@@ -113,6 +119,12 @@ class ModelConfig:
         places = itertools.zip_longest(*self.blocks)
         widest = [max(layer.workspace(shard) for layer in place if layer is not None) for place in places]
         return 4 * self.hidden_size + sum(widest)
+
+
+def _within(layer: Layer, context_tokens: int) -> Layer:
+    if not isinstance(layer, Attention):
+        return layer
+    return dataclasses.replace(layer, rope=layer.rope.within(context_tokens))
 
 
 def named(tensors: Iterable[Tensor]) -> dict[str, Tensor]:

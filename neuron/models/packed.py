@@ -14,6 +14,7 @@ from neuron.layers.attention import Attention
 from neuron.layers.cache import Cache, PagedKV
 from neuron.layers.mlp import GatedMlp
 from neuron.layers.parameters import Constant, Matrix, Vector
+from neuron.layers.rope import Rope
 from neuron.models.gguf import TensorKind
 from neuron.models.model import ModelConfig
 
@@ -35,6 +36,10 @@ class Format(IntEnum):
 FLOATS: Final = (TensorKind.F32, TensorKind.F16, TensorKind.BF16, TensorKind.F64)
 
 
+Kind = tuple[Rope, int]
+"""Rotary embedding and window of a layer of attention."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sizes:
     """Layers that all blocks of a model have in common, as the C executor runs them."""
@@ -42,8 +47,8 @@ class Sizes:
     attention: Attention
     """Attention of every block, but for the rotary embedding and the window."""
     mlp: GatedMlp
-    window_tokens: int
-    """Window of blocks with one; 0: there are none."""
+    kinds: tuple[Kind, ...]
+    """Kinds of attention: at most two, of which one at most has a window."""
 
 
 def checked_level(wanted: str) -> str:
@@ -60,13 +65,18 @@ def obstacle(config: ModelConfig) -> str | None:
         if tuple(map(type, block)) != (Attention, GatedMlp):
             return f"{config.family} has layers ({_names(block)}) that only the eager path computes"
     attentions, mlps = zip(*config.blocks, strict=True)
-    kinds = {(layer.rope, layer.window_tokens) for layer in attentions}
+    kinds = {kind_of(layer) for layer in attentions}
     alike = {dataclasses.replace(layer, rope=attentions[0].rope, window_tokens=0) for layer in attentions}
-    if len(alike) > 1 or len(set(mlps)) > 1 or len({bool(window) for _, window in kinds}) < len(kinds):
-        return f"{config.family} has blocks that differ in more than a window"
+    if len(alike) > 1 or len(set(mlps)) > 1 or len(kinds) > 2 or sum(window > 0 for _, window in kinds) > 1:
+        return f"{config.family} has blocks that differ in more than a window and its rotary embedding"
     if attentions[0].head_dim > MAX_HEAD_DIM:
         return f"heads of {attentions[0].head_dim} dimensions; at most {MAX_HEAD_DIM} are supported"
     return None
+
+
+def kind_of(layer: Attention) -> Kind:
+    """Return the kind of a layer."""
+    return layer.rope, layer.window_tokens
 
 
 def _names(block: tuple[object, ...]) -> str:
@@ -78,8 +88,8 @@ def sizes(config: ModelConfig) -> Sizes:
     attention, mlp = config.blocks[0]
     assert isinstance(attention, Attention)
     assert isinstance(mlp, GatedMlp)
-    window = max(layer.window_tokens for layer in config.layers if isinstance(layer, Attention))
-    return Sizes(attention, mlp, window)
+    kinds = dict.fromkeys(kind_of(layer) for layer in config.layers if isinstance(layer, Attention))
+    return Sizes(attention, mlp, tuple(kinds))
 
 
 def padded(count: int) -> int:
@@ -148,5 +158,5 @@ def arena_bytes(config: ModelConfig, rows: int, sequences: int, sampled: int, th
         max_sampled=sampled,
         threads=threads,
         has_out_norms=mlp.out_norm,
-        has_windows=shared.window_tokens > 0,
+        num_kinds=len(shared.kinds),
     )

@@ -133,11 +133,10 @@ class _Packer:
     ) -> None:
         rows, columns = tensor.shape
         stored = self.source.read_stored(tensor.name)
-        head = 0 if stored is None else stored.head_dim
         if stored is not None and native.can_pack(stored.kind, format):
-            kind, values = stored.kind, stored.packed
+            kind, values = stored.kind, stored.rows(rows, 0, rows).reshape(-1)
         else:
-            kind, values, head = TensorKind.F32, self._read(tensor).reshape(-1).view(np.uint8), 0
+            kind, values = TensorKind.F32, self._read(tensor).reshape(-1).view(np.uint8)
         native.pack(
             self.pool,
             values,
@@ -146,7 +145,6 @@ class _Packer:
             columns,
             to,
             format,
-            interleaved_head=head,
             first_block=first_block,
             block_step=block_step,
         )
@@ -205,16 +203,17 @@ def make_model(
         embedding_scale=embedding_scale(config, dtype),
         attention_scale=attention.scale,
         gelu=mlp.activation != "silu",
-        window_tokens=sizes.window_tokens,
+        windows=tuple(window for _, window in sizes.kinds),
         logit_cap=config.head.logit_cap,
         has_window_table=has_window_table,
+        query_growth=attention.query_growth.factor,
+        query_tokens=attention.query_growth.context_tokens,
     )
-    half = attention.head_dim // 2
-    frequencies: list[Floats | None] = [None, None]
+    ropes: dict[packed.Kind, Floats] = {}
     for number, ((layer, _), (own, its_mlp)) in enumerate(zip(config.blocks, weights.blocks, strict=True)):
         assert isinstance(layer, Attention)
-        windowed = bool(layer.window_tokens)
-        frequencies[windowed] = own["frequencies"][:half]
+        kind = packed.kind_of(layer)
+        ropes[kind] = own["rope"][: attention.head_dim]
         query, key, value = own["qkv"]
         qk_norm = own.get("qk_norm")
         model.set_layer(
@@ -230,11 +229,8 @@ def make_model(
             down=its_mlp["down"][0],
             attention_out_norm=own.get("out_norm"),
             mlp_out_norm=its_mlp.get("out_norm"),
-            windowed=windowed,
+            kind=sizes.kinds.index(kind),
         )
-    whole = frequencies[0] if frequencies[0] is not None else frequencies[1]
-    assert whole is not None
-    model.set_ends(
-        weights.embedding["table"][0], weights.head["matrix"][0], weights.head["norm"], whole, frequencies[1]
-    )
+    each = tuple(ropes[kind] for kind in sizes.kinds)
+    model.set_ends(weights.embedding["table"][0], weights.head["matrix"][0], weights.head["norm"], each)
     return model

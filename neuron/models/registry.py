@@ -2,14 +2,14 @@
 
 from typing import Final
 
-from neuron.models import gemma3, llama, qwen2, qwen3, qwen3_moe
+from neuron.models import gemma3, llama, mistral, qwen2, qwen3, qwen3_moe
 from neuron.models.errors import UnsupportedArchitectureError
 from neuron.models.family import Family
 
 FAMILIES: Final[dict[str, Family]] = {
     name: family
-    for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gemma3.FAMILY)
-    for name in (family.name, family.gguf_name or family.name)
+    for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, gemma3.FAMILY, mistral.FAMILY)
+    for name in (family.name, family.gguf_name or family.name, *family.other_names)
 }
 
 

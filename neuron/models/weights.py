@@ -17,7 +17,7 @@ import torch
 from neuron.layers.parameters import Tensor
 from neuron.models.config import config_from_gguf, read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
-from neuron.models.fields import MAX_EXPERTS
+from neuron.models.fields import FACTORS, MAX_EXPERTS
 from neuron.models.files import quoted
 from neuron.models.gguf import TensorInfo, TensorKind, read_header
 from neuron.models.model import ModelConfig
@@ -27,7 +27,7 @@ from neuron.models.transfer import ON_HOST, Transfer, from_file
 PIECE_ELEMENTS: Final = 1 << 18
 """Number of elements dequantised at a time, a multiple of every block: 1 MiB of float32 stays in the cache between
 passes."""
-DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", "rope_freqs.weight")
+DERIVED_TENSORS: Final = ("rotary_emb.inv_freq", *FACTORS)
 """Constants that some exporters store; here they come from the configuration."""
 FLOAT_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes of safetensors that are converted while they are copied."""
@@ -44,22 +44,27 @@ class StoredTensor:
 
     kind: TensorKind
     packed: PackedBytes
-    head_dim: int = 0
-    """Size of each head, where its rows are stored as pairs of its halves; else 0."""
+    order: tuple[int, ...] = ()
+    """Stored row of each row of a head; nothing if they are the same."""
 
     def rows(self, num_rows: int, start: int, stop: int) -> PackedBytes:
-        """Return rows ``start`` to ``stop`` of ``num_rows`` as bytes ``[rows, bytes]``, in rotate-half order.
+        """Return rows ``start`` to ``stop`` of ``num_rows`` as bytes ``[rows, bytes]``, in the order of the model.
 
-        Llama's GGUF export interleaves the two halves of each query and key head for llama.cpp's rotary embedding. Rows
-        are packed one by one, so they are reordered before they are dequantised, at a quarter of the bytes.
+        Rows are packed one by one, so they are reordered before they are dequantised, at a quarter of the bytes.
         """
-        packed, head_dim = self.packed.reshape(num_rows, -1), self.head_dim
-        if not head_dim:
+        packed = self.packed.reshape(num_rows, -1)
+        if not self.order:
             return packed[start:stop]
-        wanted = np.arange(start, stop)
-        place = wanted % head_dim
-        chosen: PackedBytes = packed[wanted - place + place % (head_dim // 2) * 2 + place // (head_dim // 2)]
+        chosen: PackedBytes = packed[stored_rows(self.order, start, stop)]
         return chosen
+
+
+def stored_rows(order: tuple[int, ...], start: int, stop: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the stored rows of rows ``start`` to ``stop`` of heads whose rows are in ``order``."""
+    wanted = np.arange(start, stop)
+    place = wanted % len(order)
+    stored: np.ndarray[Any, np.dtype[np.int64]] = wanted - place + np.array(order)[place]
+    return stored
 
 
 class WeightSource(Protocol):
@@ -149,8 +154,11 @@ class SafetensorsSource:
         entry = self._entries[name]
         if entry.dtype not in FLOAT_DTYPES:
             raise UnsupportedQuantizationError(f"{entry.file}: {name} is stored as {entry.dtype}")
-        tensor = self._mapped(entry)
-        if destination.ndim == 1:
+        tensor, order = self._mapped(entry), self._declared[name].order
+        if order:
+            part = tensor[stored_rows(order, first_row, first_row + len(destination))]
+            part = part if part.ndim == 1 else part[:, first_column : first_column + destination.shape[1]]
+        elif destination.ndim == 1:
             part = tensor[first_row : first_row + len(destination)]
         else:
             rows, columns = destination.shape
@@ -163,7 +171,7 @@ class SafetensorsSource:
         """Return the mapped tensor."""
         entry = self._entries[name]
         kind = STORED_KINDS.get(entry.dtype)
-        return None if kind is None else StoredTensor(kind, self._bytes(entry))
+        return None if kind is None else StoredTensor(kind, self._bytes(entry), self._declared[name].order)
 
     def _bytes(self, entry: TensorEntry) -> PackedBytes:
         if entry.file not in self._files:
@@ -240,7 +248,7 @@ class GgufSource:
         """Return the mapped blocks."""
         tensor = self._tensors[name]
         packed = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
-        return StoredTensor(tensor.kind, packed, self._declared[name].head_dim)
+        return StoredTensor(tensor.kind, packed, self._declared[name].gguf_order)
 
     def _values(self, tensor: TensorInfo, blocks: PackedBytes) -> torch.Tensor:
         """Return the elements of ``blocks`` as one vector: floats as stored, others in float32."""

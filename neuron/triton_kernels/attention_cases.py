@@ -9,7 +9,7 @@ import torch
 from neuron.triton_kernels.batch import AttentionParameters, Batch, KeyValueCache
 from neuron.triton_kernels.operation import Make
 from neuron.triton_kernels.random_batch import PAGE, random_batch
-from neuron.triton_kernels.rotary import Rotary, rotary_table
+from neuron.triton_kernels.rotary import Rotary, rotary_table, table_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Heads(NamedTuple):
     def step(self, make: Make, lengths: list[tuple[int, int]]) -> AttentionStep:
         """Return a step of sequences of (query, context) tokens."""
         batch, num_pages = random_batch(lengths, make.device)
-        frequencies = 10000.0 ** (-torch.arange(self.head_dim // 2, device=make.device) / (self.head_dim // 2))
-        return self.over(make, batch, num_pages, rotary_table.eager(batch.positions, frequencies, make.dtype))
+        table = table_of(self.head_dim // 2, make.device)
+        return self.over(make, batch, num_pages, rotary_table.eager(batch.positions, table, make.dtype))
 
     def over(self, make: Make, batch: Batch, num_pages: int, rotary: Rotary) -> AttentionStep:
         """Return the arguments of a step of ``batch``."""

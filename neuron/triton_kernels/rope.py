@@ -15,7 +15,7 @@ from neuron.triton_kernels.batch import AttentionParameters, KeyValueCache
 from neuron.triton_kernels.launch import cdiv, launch, power_of_two
 from neuron.triton_kernels.operation import Make, Operation, Run
 from neuron.triton_kernels.random_batch import PAGE
-from neuron.triton_kernels.rotary import Rotary, rotary_table
+from neuron.triton_kernels.rotary import Rotary, rotary_table, table_of
 
 
 @Operation
@@ -114,8 +114,8 @@ def _launch(
 @rope_and_cache.cases()
 def _cases(check: Run, make: Make) -> None:
     for num_heads, num_kv_heads, head_dim, normed in ((9, 3, 64, False), (6, 2, 12, True), (4, 4, 80, True)):
-        frequencies = 10000.0 ** (-torch.arange(head_dim // 2, device=make.device) / (head_dim // 2))
-        rotary = rotary_table.eager(torch.tensor([0, 7, 1000], device=make.device), frequencies, make.dtype)
+        positions, table = torch.tensor([0, 7, 1000], device=make.device), table_of(head_dim // 2, make.device)
+        rotary = rotary_table.eager(positions, table, make.dtype)
         cache = KeyValueCache(*(torch.zeros_like(make(3, PAGE, num_kv_heads, head_dim)) for _ in range(2)))
         slot_mapping = torch.tensor([33, 16, 47], device=make.device)
         qk_norm = make(num_heads + num_kv_heads, head_dim) if normed else None

@@ -82,16 +82,6 @@ def test_packing_another_kind_is_close(kind: TensorKind, format: Format, toleran
     assert (error <= tolerance * np.abs(blocks).max(-1, keepdims=True)).all()
 
 
-def test_heads_whose_rows_are_pairs_are_put_back() -> None:
-    head, heads, columns = 10, 3, 7
-    stored, values = stored_of(TensorKind.F32, head * heads, columns)
-    packed = np.zeros(native.packed_bytes(Format.W32, head * heads, columns), np.uint8)
-    native.pack(POOL, stored, TensorKind.F32, head * heads, columns, packed, Format.W32, interleaved_head=head)
-    expected = values.reshape(heads, head // 2, 2, columns).swapaxes(1, 2).reshape(-1, columns)
-    matrix = native.Matrix(packed, Format.W32, head * heads, columns)
-    np.testing.assert_array_equal(unpacked(matrix, head * heads, columns), expected)
-
-
 def test_lengths_are_checked() -> None:
     stored, _ = stored_of(TensorKind.Q4_1, 16, 64)
     packed = np.zeros(native.packed_bytes(Format.W4, 16, 64), np.uint8)
@@ -101,7 +91,6 @@ def test_lengths_are_checked() -> None:
         lambda: native.pack(POOL, stored, TensorKind.Q4_1, 16, 64, packed, Format.W4, first_block=1),
         lambda: native.pack(POOL, stored, TensorKind.Q8_0, 16, 64, packed, Format.W4),
         lambda: native.pack(POOL, stored, TensorKind.Q2_K, 16, 64, packed, Format.W8),
-        lambda: native.pack(POOL, stored, TensorKind.Q4_1, 16, 64, packed, Format.W4, interleaved_head=12),
         lambda: native.Matrix(packed[:-1], Format.W4, 16, 64),
         lambda: native.Matrix(packed, Format.W4, 16, 63),
         lambda: native.linear("avx1024", native.Matrix(packed, Format.W4, 16, 64), *two(1, 64, 16)),

@@ -20,12 +20,13 @@ SIZES = {"num_layers": 2, "hidden": 40, "num_heads": 6, "num_kv_heads": 2, "head
 MAX_ROWS, MAX_SEQUENCES, MAX_SAMPLED, NUM_PAGES = 200, 5, 8, 80
 NONE = np.empty(0, np.int32)
 PLAIN: dict[str, Any] = {}
-GEMMA: dict[str, Any] = {"window_tokens": 21, "gelu": True, "embedding_scale": 3.0, "attention_scale": 0.2}
+WINDOW = 21
+GEMMA: dict[str, Any] = {"windows": (0, WINDOW), "gelu": True, "embedding_scale": 3.0, "attention_scale": 0.2}
 # Long enough for the context of one sequence to be cut into parts, within the window too.
 FORMS = {
     "plain": PLAIN,
     "gemma": {**GEMMA, "has_window_table": True},
-    "gemma-wide-window": {**GEMMA, "window_tokens": 150},
+    "gemma-wide-window": {**GEMMA, "windows": (0, 150)},
 }
 
 
@@ -61,15 +62,18 @@ def make_model(
     )  # fmt: skip
     with pytest.raises(ValueError, match="weights are missing"):
         model.attach((huge_pages(1 << 16),), huge_pages(1 << 24))
-    frequencies = (0.7 ** np.arange(5)).astype(np.float32)
-    model.set_ends(matrix(77, 40, poisoned), matrix(77, 40), vector(40), frequencies, frequencies**2 if form else None)
+    ropes = [
+        np.concatenate((angles, np.ones(5))).astype(np.float32)
+        for angles in (0.7 ** np.arange(5), 0.49 ** np.arange(5))
+    ]
+    model.set_ends(matrix(77, 40, poisoned), matrix(77, 40), vector(40), tuple(ropes[: 2 if form else 1]))
     for number in range(2):
         model.set_layer(
             number, input_norm=vector(40), post_norm=vector(40), qk_norm=random.random(80).astype(np.float32),
             query=matrix(60, 40), key=matrix(20, 40), value=matrix(20, 40), output=matrix(40, 60),
             gate_up=matrix(96, 40), down=matrix(40, 37),
             attention_out_norm=vector(40) if form else None, mlp_out_norm=vector(40) if form else None,
-            windowed=bool(form) and number == 0,
+            kind=int(bool(form) and number == 0),
         )  # fmt: skip
     caches = tuple(huge_pages(NUM_PAGES * page_bytes) for page_bytes in model.page_bytes)
     model.attach(caches, huge_pages(model.arena_bytes))
@@ -93,7 +97,7 @@ class Driver:
         slots: list[list[int]] = [[] for _ in page_tables]
         for number, chunk in chunks.items():
             if len(page_tables) > 1:
-                page_tables[1, number, : max(0, self.starts[number] - GEMMA["window_tokens"] + 1) // 16] = 0
+                page_tables[1, number, : max(0, self.starts[number] - WINDOW + 1) // 16] = 0
             for token in chunk:
                 position = self.starts[number]
                 tokens.append(token)

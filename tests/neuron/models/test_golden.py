@@ -42,6 +42,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 5,
         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
     },
+    "ministral3": {
+        "model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"],
+        "rope_parameters": {
+            "type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
     "gemma3": {
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window": 20,
         "sliding_window_pattern": 3, "query_pre_attn_scalar": 9, "final_logit_softcapping": 5.0,

@@ -36,6 +36,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    "mistral-window": {"kind": "mistral", "sliding_window": 20},
+    "ministral3": {
+        "kind": "ministral3", "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "beta_fast": 4.0, "beta_slow": 1.0, "mscale": 0.5, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+        },
+    },
     "qwen3": {"kind": "qwen3"},
     "qwen3-tied": {"kind": "qwen3", "tie_word_embeddings": True, "head_dim": 16, "num_attention_heads": 4},
     "qwen2": {"kind": "qwen2"},

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from cortex.wire.errors import ApiError
 from neuron.layers.experts import Experts
+from neuron.layers.parameters import Tensor
 from neuron.layers.rope import Rope
 from neuron.models.config import read_config
 from neuron.models.errors import CorruptWeightsError, UnsupportedQuantizationError
@@ -35,6 +36,18 @@ def read_all(path: pathlib.Path) -> dict[str, torch.Tensor]:
         source.read_into(name, found[name])
     source.close()
     return found
+
+
+def in_order(values: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """Return a tensor of safetensors with the rows of each head in GGUF's order."""
+    size = len(tensor.gguf_order or tensor.order)
+    if not size:
+        return values
+    heads = values.reshape(-1, size, *values.shape[1:])
+    ours = heads[:, list(tensor.order or range(size))]
+    stored = np.empty_like(ours)
+    stored[:, list(tensor.gguf_order or range(size))] = ours
+    return stored.reshape(values.shape)
 
 
 def export_gguf(
@@ -56,6 +69,15 @@ def export_gguf(
     writer.add_value_length(attention.head_dim)
     writer.add_layer_norm_rms_eps(attention.norm.eps)
     writer.add_rope_freq_base(config.blocks[-1][0].rope.theta)
+    writer.add_rope_dimension_count(config.blocks[-1][0].rope.rotary_dim)
+    rope = json.loads((folder / "config.json").read_text()).get("rope_parameters") or {}
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if attention.window_tokens:
         writer.add_sliding_window(attention.window_tokens)
     if isinstance(mlp, Experts):
@@ -69,9 +91,7 @@ def export_gguf(
             stem, _, number = declared[tensor_name].gguf.rpartition(".")
             experts.setdefault(stem, {})[int(number)] = values
             continue
-        if head_dim := declared[tensor_name].head_dim:
-            halves = values.reshape(-1, 2, head_dim // 2, *values.shape[1:])
-            values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+        values = in_order(values, declared[tensor_name])
         packs = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         stored = kind if packs else Kind.F32
         packed = gguf.quants.quantize(values, stored)
@@ -88,7 +108,13 @@ def export_gguf(
     writer.close()
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "llama-bias", "qwen2", "qwen3_moe", "gemma3"])
+MINISTRAL_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "beta_fast": 4.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.25,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "llama-bias", "qwen2", "qwen3_moe", "gemma3", "ministral3"])
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pathlib.Path]) -> pathlib.Path:
     kind, _, bias = request.param.partition("-")
     more = {
@@ -99,8 +125,9 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., pa
             "query_pre_attn_scalar": 16,
             "tie_word_embeddings": True,
         },
+        "ministral3": {"rope_parameters": MINISTRAL_ROPE},
     }
-    changes = {} if kind in {"gemma3", "qwen2"} else {"attention_bias": bool(bias)}
+    changes = {} if kind in {"gemma3", "qwen2", "ministral3"} else {"attention_bias": bool(bias)}
     return make_checkpoint(
         kind, **more.get(kind, {}), **changes, hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16
     )
@@ -126,7 +153,9 @@ def test_gguf_and_safetensors_hold_equal_tensors(checkpoint: pathlib.Path, tmp_p
     declared = read_config(checkpoint).tensors()
     assert without_eps(read_config(path)) == without_eps(read_config(checkpoint))
     for name, tensor in read_all(path).items():
-        assert torch.equal(expected[name], stored[name] + declared[name].less_one)
+        order = declared[name].order
+        own = stored[name] if not order else stored[name].view(-1, len(order), *stored[name].shape[1:])[:, list(order)]
+        assert torch.equal(expected[name], own.view_as(stored[name]) + declared[name].less_one)
         error = (tensor - expected[name]).abs().max() / expected[name].abs().max()
         assert error <= TOLERANCE.get(kind, 0.15), name
 
@@ -185,13 +214,13 @@ def test_llama3_scaling_in_gguf_is_that_of_the_configuration(
     rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     folder = make_checkpoint("llama", rope_parameters={**rope, "original_max_position_embeddings": 64})
     scaled = read_config(folder)
-    expected = scaled.blocks[0][0].rope.inverse_frequencies()
-    plain = Rope(500.0, 8).inverse_frequencies()
-    factors = np.array([a / b for a, b in zip(plain, expected, strict=True)], np.float32)
+    expected = scaled.blocks[0][0].rope.table()
+    plain = Rope(500.0, 8).table()
+    factors = np.array([a / b for a, b in zip(plain[:4], expected, strict=False)], np.float32)
     path = tmp_path / "scaled.gguf"
     export_gguf(folder, path, Kind.F32, {"rope_freqs.weight": factors})
     found = read_config(path)
-    assert found.blocks[0][0].rope.inverse_frequencies() == pytest.approx(expected)
+    assert found.blocks[0][0].rope.table() == pytest.approx(expected)
     assert max(factors) == 8
     assert min(factors) == 1
     assert read_all(path).keys() == read_all(folder).keys()

@@ -38,7 +38,7 @@ def test_rope_rotates_and_writes_to_slots(normalised: bool) -> None:
     frequencies = torch.tensor([1.0, 0.3, 0.05, 0.002])
     weight = torch.rand(num_heads + num_kv_heads, head_dim) if normalised else None
     keys, values = torch.zeros(6, PAGE, num_kv_heads, head_dim), torch.zeros(6, PAGE, num_kv_heads, head_dim)
-    rotary = EAGER.rotary_table(positions, frequencies, torch.float32)
+    rotary = EAGER.rotary_table(positions, torch.cat((frequencies, torch.ones(4))), torch.float32)
     parameters = AttentionParameters(0.0, qk_norm=weight, eps=1e-6)
     q = rope_and_cache.eager(qkv, rotary, KeyValueCache(keys, values), slot_mapping, parameters)
 
