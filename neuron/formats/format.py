@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Final
 
-from neuron.formats import BLOCK, SUPER_BLOCK
+from neuron.formats import BLOCK, SUPER_BLOCK, Quantization
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,39 +12,43 @@ if TYPE_CHECKING:
 
     from neuron.formats.matrix import QuantizedMatrix
 
-BYTES: Final = {"int8": 1, "float16": 2, "float32": 4}
+BYTES: Final = {"int8": 1, "float8_e8m0fnu": 1, "float8_e4m3fn": 1, "float16": 2, "float32": 4}
+"""Bytes of a scale, by its dtype. Float8 e8m0 are powers of two."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
     """Layout of :class:`~neuron.formats.matrix.QuantizedMatrix`."""
 
-    quants: str
-    """Storage of a quant: ``int8``, ``int4`` or ``fp8``."""
+    quantization: Quantization
     group: int
     """Elements of a row that share a scale; 0: all of them."""
     scales: str
     """Dtype of the scales."""
     has_minima: bool = False
-    has_supers: bool = False
-    """Whether scales, and minima, have scales of their own."""
+    supers: str = ""
+    """Dtype of scales of scales and of minima: ``float16``, for 256 elements, or ``float32``, for a row; "": none."""
 
     @property
     def unit(self) -> int:
         """Divisor of the columns."""
-        return SUPER_BLOCK if self.has_supers else BLOCK
+        return SUPER_BLOCK if self.supers == "float16" else BLOCK
+
+    def num_supers(self, columns: int) -> int:
+        """Return the number of scales of scales of a row."""
+        return {"": 0, "float16": columns // SUPER_BLOCK, "float32": 1}[self.supers]
 
     def row_bytes(self, columns: int) -> int:
         """Return the bytes of a row."""
         groups = columns // self.group if self.group else 1
-        per_scale = groups * BYTES[self.scales] + (columns // SUPER_BLOCK * 2 if self.has_supers else 0)
-        return columns // (2 if self.quants == "int4" else 1) + per_scale * (2 if self.has_minima else 1)
+        per_scale = groups * BYTES[self.scales] + (self.num_supers(columns) * BYTES[self.supers] if self.supers else 0)
+        return columns // self.quantization.per_byte + per_scale * (2 if self.has_minima else 1)
 
     def empty(self, rows: int, columns: int, device: "torch.device") -> "QuantizedMatrix":
         """Return an uninitialised matrix."""
         import torch
 
-        from neuron.formats.matrix import Quantization, QuantizedMatrix
+        from neuron.formats.matrix import QUANT_DTYPES, QuantizedMatrix
 
         def array(width: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty((rows, width), dtype=dtype, device=device)
@@ -52,11 +56,10 @@ class Layout:
         def pair(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
             return array(width, dtype), array(width, dtype) if self.has_minima else None
 
-        kind = Quantization(self.quants)
-        dtypes = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
-        quants = array(columns // (2 if kind is Quantization.INT4 else 1), dtypes[self.quants])
+        kind = self.quantization
+        quants = array(columns // kind.per_byte, QUANT_DTYPES.get(kind, torch.uint8))
         scales = pair(columns // self.group if self.group else 1, getattr(torch, self.scales))
-        supers = pair(columns // SUPER_BLOCK, torch.float16) if self.has_supers else (None, None)
+        supers = pair(self.num_supers(columns), getattr(torch, self.supers)) if self.supers else (None, None)
         return QuantizedMatrix(kind, self.group, quants, *scales, *supers)
 
 

@@ -2,28 +2,23 @@
 
 ``w[n, k] = quants[n, k] * scales[n, k // group] + minima[n, k // group]``, planar: quants and scales each in an array
 of its own so that both are read in aligned runs of 16 bytes (GGUF's 18-byte blocks cannot be). Scales of scales: 256
-elements share a float16, which multiplies each group's own; both are kept, since their product takes 17 bits. 4-bit
-quants are two a byte: within each 32 elements byte j holds element j below and element j + 16 above, GGUF's order, so
-that the two halves meet two plain runs of the activations. The numbers are those of the format
-(:mod:`neuron.formats`), in another layout.
+elements, or a row, share a number that multiplies each group's own; both are kept, since their product takes 17 bits.
+4-bit quants are two a byte, integers or codes of a table: within each unit of 32 elements, or of a group where that is
+smaller, byte j holds element j below and element j + unit / 2 above, GGUF's order, so that the two halves meet two
+plain runs of the activations. The numbers are those of the format (:mod:`neuron.formats`), in another layout.
 """
 
 import dataclasses
-import enum
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch.nn import functional
 
-from neuron.formats import BLOCK
+from neuron.formats import BLOCK, Quantization
 
-
-class Quantization(enum.Enum):
-    """Storage of a quant."""
-
-    INT8 = "int8"
-    INT4 = "int4"
-    FP8 = "fp8"
+QUANT_DTYPES: Final = {Quantization.INT8: torch.int8, Quantization.FP8: torch.float8_e4m3fn}
+"""Dtypes of the quants of a byte each; others are packed in uint8."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,11 +31,11 @@ class QuantizedMatrix:
     quants: torch.Tensor
     """``[N, K]`` int8 or float8, or ``[N, K / 2]`` uint8."""
     scales: torch.Tensor
-    """``[N, K / group]`` or ``[N, 1]``: float16 or float32, or int8 with ``super_scales``."""
+    """``[N, K / group]`` or ``[N, 1]``: float16, float32, float8 e8m0 or e4m3; or int8, with ``super_scales``."""
     minima: torch.Tensor | None = None
     """Minima, laid out like ``scales``; None is ``-8 * scales`` for int4, else no minima."""
     super_scales: torch.Tensor | None = None
-    """``[N, K / 256]`` float16, which multiplies ``scales``."""
+    """``[N, K / 256]`` float16 or ``[N, 1]`` float32, which multiplies ``scales``."""
     super_minima: torch.Tensor | None = None
     """Scales of ``minima``, laid out like ``super_scales``."""
 
@@ -48,7 +43,12 @@ class QuantizedMatrix:
     def shape(self) -> tuple[int, int]:
         """Return N and K."""
         rows, columns = self.quants.shape
-        return rows, columns * (2 if self.quantization is Quantization.INT4 else 1)
+        return rows, columns * self.quantization.per_byte
+
+    @property
+    def unit(self) -> int:
+        """Return the number of elements that quants are packed in: at most a group."""
+        return min(self.group or BLOCK, BLOCK)
 
     @property
     def nbytes(self) -> int:
@@ -74,13 +74,7 @@ class QuantizedMatrix:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the matrix ``[N, K]``."""
         rows, columns = self.shape
-        group = self.group or columns
-        if self.quantization is Quantization.INT4:
-            packed = self.quants.view(rows, -1, BLOCK // 2)
-            values = torch.cat((packed & 15, packed >> 4), dim=-1).view(rows, columns).float()
-        else:
-            values = self.quants.float()
-        values = values.view(rows, -1, group)
+        values = self._numbers().view(rows, -1, self.group or columns)
         scales = _scaled(self.scales, self.super_scales).unsqueeze(-1)
         values = values * scales
         if self.minima is not None:
@@ -88,6 +82,18 @@ class QuantizedMatrix:
         elif self.quantization is Quantization.INT4:
             values = values - 8 * scales
         return values.view(rows, columns).to(dtype)
+
+    def _numbers(self) -> torch.Tensor:
+        """Return its quants as float32, unscaled."""
+        kind = self.quantization
+        if kind in QUANT_DTYPES:
+            return self.quants.float()
+        packed = self.quants.view(len(self.quants), -1, self.unit // kind.per_byte)
+        codes = torch.cat([packed >> shift & (1 << kind.bits) - 1 for shift in range(0, 8, kind.bits)], dim=-1)
+        if kind.table is None:
+            return codes.float()
+        multiples = torch.tensor(kind.table.multiples, dtype=torch.float32, device=codes.device)
+        return multiples[codes.int()] * kind.table.step
 
 
 def _scaled(scales: torch.Tensor, supers: torch.Tensor | None) -> torch.Tensor:
@@ -121,4 +127,11 @@ def embedding_rows(token_ids: torch.Tensor, table: torch.Tensor | QuantizedMatri
     """Return the rows ``token_ids`` ``[T]`` of ``table`` ``[V, hidden]`` in ``dtype``."""
     if isinstance(table, torch.Tensor):
         return functional.embedding(token_ids, table)
-    return table.map(lambda array: array.index_select(0, token_ids)).dequantize(dtype)
+    return table.map(lambda array: _chosen(array, token_ids)).dequantize(dtype)
+
+
+def _chosen(array: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows of an array, whose dtype may be one that torch only stores."""
+    if array.itemsize > 1:
+        return array.index_select(0, rows)
+    return array.view(torch.uint8).index_select(0, rows).view(array.dtype)

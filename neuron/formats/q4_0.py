@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from neuron.formats import BLOCK
+from neuron.formats import BLOCK, Quantization
 from neuron.formats.format import Layout, StoredFormat, halves_of, rows_of
 
 if TYPE_CHECKING:
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 def read(blocks: "torch.Tensor", num_rows: int) -> "QuantizedMatrix":
     """Return the matrix in ``blocks``."""
-    from neuron.formats.matrix import Quantization, QuantizedMatrix
+    from neuron.formats.matrix import QuantizedMatrix
 
     return QuantizedMatrix(
         Quantization.INT4, BLOCK, rows_of(blocks[:, 2:], num_rows), halves_of(blocks[:, :2], num_rows)
     )
 
 
-FORMAT: Final = StoredFormat("Q4_0", BLOCK, 18, Layout("int4", BLOCK, "float16"), read)
+FORMAT: Final = StoredFormat("Q4_0", BLOCK, 18, Layout(Quantization.INT4, BLOCK, "float16"), read)

@@ -8,7 +8,7 @@ bits from a plane of their own.
 
 from typing import TYPE_CHECKING, Final
 
-from neuron.formats import BLOCK, SUPER_BLOCK
+from neuron.formats import BLOCK, SUPER_BLOCK, Quantization
 from neuron.formats.format import Layout, StoredFormat, halves_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def read(blocks: "torch.Tensor", num_rows: int) -> "QuantizedMatrix":
     """Return the matrix in ``blocks`` of either kind."""
     import torch
 
-    from neuron.formats.matrix import Quantization, QuantizedMatrix
+    from neuron.formats.matrix import QuantizedMatrix
 
     low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scale = torch.cat((low & 63, (high & 15) | (low >> 6) << 4), 1)
@@ -47,8 +47,8 @@ def read(blocks: "torch.Tensor", num_rows: int) -> "QuantizedMatrix":
 
 
 Q4_K: Final = StoredFormat(
-    "Q4_K", SUPER_BLOCK, 144, Layout("int4", BLOCK, "int8", has_minima=True, has_supers=True), read
+    "Q4_K", SUPER_BLOCK, 144, Layout(Quantization.INT4, BLOCK, "int8", has_minima=True, supers="float16"), read
 )
 Q5_K: Final = StoredFormat(
-    "Q5_K", SUPER_BLOCK, 176, Layout("int8", BLOCK, "int8", has_minima=True, has_supers=True), read
+    "Q5_K", SUPER_BLOCK, 176, Layout(Quantization.INT8, BLOCK, "int8", has_minima=True, supers="float16"), read
 )

@@ -7,7 +7,7 @@ elements j, j + 32, j + 64 and j + 96. A quant is 32 less than its six bits. On 
 
 from typing import TYPE_CHECKING, Final
 
-from neuron.formats import BLOCK, SUPER_BLOCK
+from neuron.formats import BLOCK, SUPER_BLOCK, Quantization
 from neuron.formats.format import Layout, StoredFormat, halves_of, rows_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def read(blocks: "torch.Tensor", num_rows: int) -> "QuantizedMatrix":
     """Return the matrix in ``blocks``."""
     import torch
 
-    from neuron.formats.matrix import Quantization, QuantizedMatrix
+    from neuron.formats.matrix import QuantizedMatrix
 
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
@@ -33,4 +33,6 @@ def read(blocks: "torch.Tensor", num_rows: int) -> "QuantizedMatrix":
     )
 
 
-FORMAT: Final = StoredFormat("Q6_K", SUPER_BLOCK, 210, Layout("int8", BLOCK // 2, "int8", has_supers=True), read)
+FORMAT: Final = StoredFormat(
+    "Q6_K", SUPER_BLOCK, 210, Layout(Quantization.INT8, BLOCK // 2, "int8", supers="float16"), read
+)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from neuron.formats import BLOCK
+from neuron.formats import BLOCK, Quantization
 from neuron.formats.format import Layout, RoundedFormat
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ def quantize_int8(weight: "torch.Tensor") -> "QuantizedMatrix":
     """Round ``weight`` ``[N, K]`` to 8 bits with one scale a row, the largest magnitude being 127."""
     import torch
 
-    from neuron.formats.matrix import Quantization, QuantizedMatrix
+    from neuron.formats.matrix import QuantizedMatrix
 
     scales = (weight.float().abs().amax(1, keepdim=True) / 127).clamp_(min=1e-12)
     return QuantizedMatrix(Quantization.INT8, 0, (weight.float() / scales).round_().to(torch.int8), scales)
@@ -25,7 +25,7 @@ def quantize_fp8(weight: "torch.Tensor") -> "QuantizedMatrix":
     """Round ``weight`` ``[N, K]`` to float8 e4m3 with one scale a row, the largest magnitude being 448."""
     import torch
 
-    from neuron.formats.matrix import Quantization, QuantizedMatrix
+    from neuron.formats.matrix import QuantizedMatrix
 
     scales = (weight.float().abs().amax(1, keepdim=True) / 448).clamp_(min=1e-12)
     quants = (weight.float() / scales).clamp_(-448, 448).to(torch.float8_e4m3fn)
@@ -41,7 +41,7 @@ def quantize_int4(weight: "torch.Tensor", group: int = 0) -> "QuantizedMatrix":
     """Round ``weight`` ``[N, K]`` to 4 bits between the least and the greatest of each ``group`` elements."""
     import torch
 
-    from neuron.formats.matrix import Quantization, QuantizedMatrix
+    from neuron.formats.matrix import QuantizedMatrix
 
     rows, columns = weight.shape
     group = group or int4_group(columns)
@@ -57,9 +57,9 @@ def quantize_int4(weight: "torch.Tensor", group: int = 0) -> "QuantizedMatrix":
     return QuantizedMatrix(Quantization.INT4, group, packed, scales, minima)
 
 
-_LAYOUTS: Final = {group: Layout("int4", group, "float16", has_minima=True) for group in (BLOCK, 128)}
-_INT8: Final = Layout("int8", 0, "float32")
-_FP8: Final = Layout("fp8", 0, "float32")
+_LAYOUTS: Final = {group: Layout(Quantization.INT4, group, "float16", has_minima=True) for group in (BLOCK, 128)}
+_INT8: Final = Layout(Quantization.INT8, 0, "float32")
+_FP8: Final = Layout(Quantization.FP8, 0, "float32")
 INT8: Final = RoundedFormat("int8", lambda _: _INT8, quantize_int8)
 FP8: Final = RoundedFormat("fp8", lambda _: _FP8, quantize_fp8)
 INT4: Final = RoundedFormat("int4", lambda columns: _LAYOUTS[int4_group(columns)], quantize_int4)

@@ -117,7 +117,7 @@ def _launch(x: torch.Tensor, weight: Experts, routing: Routing, *, weighted: boo
     return out
 
 
-@moe_matmul.cases("of floats", "int8", "fp8", "int4", "Q8_0", "Q4_K", "Q6_K", dtypes=HALF_TYPES)
+@moe_matmul.cases("of floats", "int8", "fp8", "int4", "Q8_0", "Q4_K", "Q6_K", "MXFP4", dtypes=HALF_TYPES)
 def _cases(check: Run, make: Make, form: str) -> None:
     shapes = ((1, 4, 2, 48, 40), (37, 6, 3, 80, 72), (90, 3, 2, 64, 130))
     for tokens, experts, choices, depth, width in shapes if form == "of floats" else ((37, 5, 3, 256, 40),):

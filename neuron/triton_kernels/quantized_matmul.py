@@ -6,20 +6,24 @@ gathered by their routing and the weights of their expert (see :mod:`neuron.trit
 
 For one row a group is multiplied before it is scaled, ``sum_k w x = scale sum_k q x + minimum sum_k x``: one
 multiplication by a scale for 32 elements instead of 32. For more rows quants become the activations' dtype, scaled, and
-go through the matrix units; per-channel scales wait for the epilogue. For large M tiles grow, and the extra work of
+go through the matrix units; scales of a row wait for the epilogue. For large M tiles grow, and the extra work of
 dequantising (once for each BLOCK_M rows) stays under the time of the products.
+
+Quants of less than a byte lie in planes: the lowest bits of a unit's bytes are its first elements, the next bits the
+ones that follow, and each plane is multiplied by its own run of activations. Codes of a table are looked up in
+registers, in two words of eight bytes.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional
 
-from neuron.formats import BLOCK
-from neuron.formats.format import StoredFormat
-from neuron.formats.matrix import Quantization, QuantizedMatrix
+from neuron.formats import BLOCK, SUPER_BLOCK, Quantization
+from neuron.formats.format import Layout
+from neuron.formats.matrix import QuantizedMatrix
 from neuron.formats.registry import FORMATS, ROUNDED_FORMATS, STORED_FORMATS
 from neuron.formats.rounded import quantize_int4
 from neuron.triton_kernels._triton import cuda, tl, triton
@@ -27,6 +31,8 @@ from neuron.triton_kernels.launch import Target, Tiles, cdiv, launch, target_of
 from neuron.triton_kernels.moe_routing import Routing
 from neuron.triton_kernels.operation import HALF_TYPES, Make, Operation, Run
 from neuron.triton_kernels.prefill_attention import find_block
+
+_ENCODINGS: Final = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
 
 @Operation
@@ -46,24 +52,54 @@ def quantized_matmul(
 
 
 @triton.jit
-def _group_scales(scales, supers, row, block, inside, K, GROUP: tl.constexpr, UNIT: tl.constexpr):
+def _numbers(quants, plane, BITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Return the quants of a plane as float32; LOW and HIGH are the words of a table."""
+    if BITS == 8:
+        found = quants.to(tl.float32)
+    else:
+        codes = (quants >> (BITS * plane)) & ((1 << BITS) - 1)
+        if LOW is None:
+            found = codes.to(tl.float32)
+        else:
+            word = tl.where(codes < 8, tl.full([], LOW, tl.int64), tl.full([], HIGH, tl.int64))
+            found = (word >> ((codes & 7).to(tl.int64) * 8)).to(tl.int8).to(tl.float32)
+    return found
+
+
+@triton.jit
+def _group_scales(
+    scales, supers, row, block, inside, K,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, SUPER: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Return the float32 scale of each block of UNIT elements: ``[rows, blocks]``."""
     at = row[:, None] * (K // GROUP) + (block // (GROUP // UNIT))[None, :]
-    found = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
-    if supers is not None:
-        super_at = row[:, None] * (K // 256) + (block // (256 // UNIT))[None, :]
+    stored = tl.load(scales + at, mask=inside, other=0)
+    if SCALES == "e8m0":
+        # The exponent of a float32; 0 is 2^-127, a subnormal.
+        found = tl.where(stored == 0, 0x400000, stored.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    elif SCALES == "e4m3":
+        # As the bits of a float16 it is 2^-8 of itself. Not every GPU has the conversion.
+        bits = (stored & 127).to(tl.uint16) << 7 | (stored & 128).to(tl.uint16) << 8
+        found = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256
+    else:
+        found = stored.to(tl.float32)
+    if SUPER > 0:
+        super_at = row[:, None] * (K // SUPER) + (block // (SUPER // UNIT))[None, :]
         found *= tl.load(supers + super_at, mask=inside, other=0.0).to(tl.float32)
+    if STEP != 1:
+        found *= STEP
     return found
 
 
 @triton.jit
 def _quantized_gemv_kernel(
     x, quants, scales, minima, super_scales, super_minima, bias, residual, out, N, K,
-    INT4: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
+    BITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CENTER: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, SUPER: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # A tile is [BLOCK_N rows, BLOCKS blocks, bytes of a block]: a thread holds whole runs of 16 bytes.
-    bytes_: tl.constexpr = UNIT // 2 if INT4 else UNIT
+    bytes_: tl.constexpr = UNIT * BITS // 8
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, bytes_)
     if PDL:
@@ -79,27 +115,29 @@ def _quantized_gemv_kernel(
         at = (row[:, None] * num_blocks + block[None, :])[:, :, None] * bytes_ + lane[None, None, :]
         q = tl.load(quants + at, mask=mask[:, :, None], other=0.0, eviction_policy="evict_first")
         x_at = x + block[:, None] * UNIT + lane[None, :]
-        value = tl.load(x_at, mask=inside[:, None], other=0.0).to(tl.float32)
-        if INT4:
-            upper = tl.load(x_at + 16, mask=inside[:, None], other=0.0).to(tl.float32)
-            low, high = (q & 15).to(tl.float32), (q >> 4).to(tl.float32)
-            part = tl.sum(low * value[None, :, :] + high * upper[None, :, :], 2)
-            total = tl.sum(value + upper, 1)[None, :]
-        else:
-            part = tl.sum(q.to(tl.float32) * value[None, :, :], 2)
-            total = tl.sum(value, 1)[None, :]
+        products = tl.zeros([BLOCK_N, BLOCKS, bytes_], tl.float32)
+        values = tl.zeros([BLOCKS, bytes_], tl.float32)
+        for plane in tl.static_range(8 // BITS):
+            value = tl.load(x_at + plane * bytes_, mask=inside[:, None], other=0.0).to(tl.float32)
+            products += _numbers(q, plane, BITS, LOW, HIGH) * value[None, :, :]
+            values += value
+        part = tl.sum(products, 2)
         if GROUP > 0:
-            scale = _group_scales(scales, super_scales, row, block, mask, K, GROUP, UNIT)
+            scale = _group_scales(scales, super_scales, row, block, mask, K, GROUP, UNIT, SCALES, SUPER, STEP)
             if minima is not None:
-                part = part * scale + total * _group_scales(minima, super_minima, row, block, mask, K, GROUP, UNIT)
-            elif INT4:
-                part = (part - 8.0 * total) * scale
+                least = _group_scales(minima, super_minima, row, block, mask, K, GROUP, UNIT, SCALES, SUPER, STEP)
+                part = part * scale + tl.sum(values, 1)[None, :] * least
+            elif CENTER > 0:
+                part = (part - CENTER * tl.sum(values, 1)[None, :]) * scale
             else:
                 part = part * scale
         sums += part
     result = tl.sum(sums, 1)
     if GROUP == 0:
         result *= tl.load(scales + n, mask=n < N, other=0.0).to(tl.float32)
+    if super_scales is not None:
+        if SUPER == 0:
+            result *= tl.load(super_scales + n, mask=n < N, other=0.0)
     if bias is not None:
         result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if residual is not None:
@@ -111,10 +149,12 @@ def _quantized_gemv_kernel(
 def _quantized_matmul_kernel(
     x, quants, scales, minima, super_scales, super_minima, bias, residual, out, order, starts, weights, M, N, K,
     x_stride, out_stride,
-    INT4: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr,
+    BITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CENTER: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, SCALES: tl.constexpr, SUPER: tl.constexpr, STEP: tl.constexpr,
+    EXPERTS: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    bytes_: tl.constexpr = UNIT // 2 if INT4 else UNIT
+    bytes_: tl.constexpr = UNIT * BITS // 8
     columns: tl.constexpr = BLOCKS * bytes_
     if PDL:
         cuda.gdc_launch_dependents()
@@ -146,36 +186,32 @@ def _quantized_matmul_kernel(
         k = start * UNIT + c // bytes_ * UNIT + c % bytes_
         at = row[:, None] * (num_blocks * bytes_) + start * bytes_ + c[None, :]
         q = tl.load(quants + at, mask=inside, other=0.0)
-        value = tl.load(x_row + k[None, :], mask=inside, other=0.0)
-        if INT4:
-            upper = tl.load(x_row + k[None, :] + 16, mask=inside, other=0.0)
         if GROUP > 0:
             block = start + tl.arange(0, BLOCKS)
             there = (block < num_blocks)[None, :]
-            scale = _group_scales(scales, super_scales, row, block, there, K, GROUP, UNIT)[:, :, None]
+            scale = _group_scales(scales, super_scales, row, block, there, K, GROUP, UNIT, SCALES, SUPER, STEP)
+            scale = scale[:, :, None]
             if minima is not None:
-                least = _group_scales(minima, super_minima, row, block, there, K, GROUP, UNIT)[:, :, None]
-            elif INT4:
-                least = -8.0 * scale
-            parts = tl.reshape(q, [BLOCK_N, BLOCKS, bytes_])
-            if INT4:
-                low = (parts & 15).to(tl.float32) * scale + least
-                high = (parts >> 4).to(tl.float32) * scale + least
-                low = tl.reshape(low, [BLOCK_N, columns]).to(x.dtype.element_ty)
-                high = tl.reshape(high, [BLOCK_N, columns]).to(x.dtype.element_ty)
-                sums = tl.dot(value, tl.trans(low), sums)
-                sums = tl.dot(upper, tl.trans(high), sums)
-            else:
-                wide = parts.to(tl.float32) * scale
-                if minima is not None:
+                least = _group_scales(minima, super_minima, row, block, there, K, GROUP, UNIT, SCALES, SUPER, STEP)
+                least = least[:, :, None]
+            elif CENTER > 0:
+                least = -CENTER * scale
+            q = tl.reshape(q, [BLOCK_N, BLOCKS, bytes_])
+        for plane in tl.static_range(8 // BITS):
+            value = tl.load(x_row + k[None, :] + plane * bytes_, mask=inside, other=0.0)
+            # By way of float32, exact for every format: the interpreter has no other way from int8 to bfloat16.
+            wide = _numbers(q, plane, BITS, LOW, HIGH)
+            if GROUP > 0:
+                wide *= scale
+                if minima is not None or CENTER > 0:
                     wide += least
-                wide = tl.reshape(wide, [BLOCK_N, columns]).to(x.dtype.element_ty)
-                sums = tl.dot(value, tl.trans(wide), sums)
-        else:
-            # By way of float32, exact for both formats: the interpreter has no other way from int8 to bfloat16.
-            sums = tl.dot(value, tl.trans(q.to(tl.float32).to(x.dtype.element_ty)), sums)
+                wide = tl.reshape(wide, [BLOCK_N, columns])
+            sums = tl.dot(value, tl.trans(wide.to(x.dtype.element_ty)), sums)
     if GROUP == 0:
         sums *= tl.load(scales + row).to(tl.float32)[None, :]
+    if super_scales is not None:
+        if SUPER == 0:
+            sums *= tl.load(super_scales + row)[None, :]
     if bias is not None:
         sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if weights is not None:
@@ -187,18 +223,57 @@ def _quantized_matmul_kernel(
     tl.store(out + out_at, sums.to(out.dtype.element_ty), mask=mask)
 
 
-def quantized_tiles(num_rows: int, bulky: bool, target: Target) -> Tiles:
+class _Form(NamedTuple):
+    """Constants of the kernels for a layout."""
+
+    BITS: int
+    LOW: int | None
+    """Word of a table's codes 0 to 7."""
+    HIGH: int | None
+    CENTER: int
+    """Quant that stands for zero; 0 where quants are signed, or there are minima."""
+    GROUP: int
+    UNIT: int
+    SCALES: str
+    """Encoding of scales in bytes that Triton, or some GPU, has no type for; "": a number."""
+    SUPER: int
+    """Elements that share a scale of scales; 0: a row, or there are none."""
+    STEP: float
+
+
+def _form_of(weight: QuantizedMatrix) -> tuple[QuantizedMatrix, _Form]:
+    """Return a matrix as kernels load it, and its form."""
+    kind, table = weight.quantization, weight.quantization.table
+    encoding, supers = _ENCODINGS.get(weight.scales.dtype, ""), weight.super_scales
+    form = _Form(
+        BITS=kind.bits,
+        LOW=table.words[0] if table else None,
+        HIGH=table.words[1] if table else None,
+        CENTER=8 if kind is Quantization.INT4 and weight.minima is None else 0,
+        GROUP=weight.group,
+        UNIT=weight.unit,
+        SCALES=encoding,
+        SUPER=SUPER_BLOCK if supers is not None and supers.dtype == torch.float16 else 0,
+        STEP=table.step if table else 1.0,
+    )
+    return dataclasses.replace(weight, scales=weight.scales.view(torch.uint8)) if encoding else weight, form
+
+
+def quantized_tiles(num_rows: int, form: _Form, target: Target) -> Tiles:
     """Return the tiles of so many rows.
 
-    ``bulky`` weights take many registers while they are unpacked: 4-bit quants, and scales with scales of their own. A
-    size below the fastest spilled with one of the supported compilers (``make check-kernels``).
+    Weights take many registers while they are unpacked, if they are bulky: less than a byte each, or with scales of
+    scales; and more if they are looked up. A size below the fastest spilled with one of the supported compilers
+    (``make check-kernels``).
     """
+    bulky = form.BITS < 8 or form.SUPER > 0
+    looked_up = form.LOW is not None and target.capability < 90
     if num_rows <= 16:
         if target.capability == 100:
             return Tiles(16, 32 if bulky else 64, 64, 4, 3)
-        return Tiles(16, 64, 64 if target.capability == 120 else 128, 4, 3)
+        return Tiles(16, 64, 64 if looked_up or target.capability == 120 else 128, 4, 3)
     if num_rows <= 64:
-        return Tiles(64, 64, 64 if bulky or target.capability == 120 else 128, 4, 3)
+        return Tiles(64, 32 if looked_up else 64, 64 if bulky or target.capability == 120 else 128, 4, 3)
     return Tiles(128, 128, 64, 8, 3) if target.capability in (90, 100) else Tiles(64, 128, 64, 8, 2)
 
 
@@ -231,21 +306,21 @@ def launch_product(
     """
     num_rows, width = out.shape
     depth = x.shape[1]
-    unit = min(weight.group, BLOCK) or BLOCK
     if depth % BLOCK:
         raise ValueError(f"a quantised matmul wants a multiple of {BLOCK} columns, not {depth}")
     target = target_of(x.device)
     if weight.quantization is Quantization.FP8 and target.capability < 89:
         raise ValueError(f"sm_{target.capability} cannot convert float8 e4m3; sm_89 and later can")
-    int4 = weight.quantization is Quantization.INT4
-    form = {"INT4": int4, "GROUP": weight.group, "UNIT": unit}
+    weight, form = _form_of(weight)
     if num_rows == 1 and routing is None:
-        block_n, blocks = 8, (64 if int4 else 32) * BLOCK // unit
+        block_n = 8
         launch(
             _quantized_gemv_kernel,
             (cdiv(width, block_n),),
             weight,
-            x=x, bias=bias, residual=residual, out=out, N=width, K=depth, BLOCK_N=block_n, BLOCKS=blocks, **form,
+            form,
+            x=x, bias=bias, residual=residual, out=out, N=width, K=depth, BLOCK_N=block_n,
+            BLOCKS=1024 // (form.UNIT * form.BITS // 8),
         )  # fmt: skip
         return
     experts, shared, rows_per_tile = 0, 1, num_rows
@@ -253,44 +328,49 @@ def launch_product(
         experts = routing.starts.shape[0] - 1
         shared = num_rows // len(x)
         rows_per_tile = cdiv(num_rows, experts)
-    tiles = quantized_tiles(rows_per_tile, int4 or weight.super_scales is not None, target)
+    tiles = quantized_tiles(rows_per_tile, form, target)
     num_blocks = num_rows // tiles.BLOCK_M + experts if experts else cdiv(num_rows, tiles.BLOCK_M)
     launch(
         _quantized_matmul_kernel,
         (num_blocks, cdiv(width, tiles.BLOCK_N)),
         weight,
+        form,
         tiles,
         x=x, bias=bias, residual=residual, out=out, order=routing.order if routing else None,
         starts=routing.starts if routing else None, weights=routing.weights if routing and weighted else None,
         M=num_rows, N=width, K=depth, x_stride=x.stride(0), out_stride=out.stride(0),
-        EXPERTS=experts, SHARED=shared, BLOCKS=tiles.BLOCK_K // unit, **form,
+        EXPERTS=experts, SHARED=shared, BLOCKS=tiles.BLOCK_K // form.UNIT,
     )  # fmt: skip
 
 
-def _random(format: StoredFormat) -> Callable[[torch.Tensor], QuantizedMatrix]:
-    """Return a function that makes random blocks of a format of the shape of its argument."""
+def _random(layout: Layout) -> Callable[[torch.Tensor], QuantizedMatrix]:
+    """Return a function that makes a random matrix of a layout, of the shape of its argument."""
 
     def make(weight: torch.Tensor) -> QuantizedMatrix:
-        generator = np.random.default_rng(3)
-        num_blocks = weight.numel() // format.block
-        blocks = generator.integers(0, 256, (num_blocks, format.block_bytes), dtype=np.uint8)
-        scales = generator.uniform(0.01, 0.1, (num_blocks, 2)) / (BLOCK if format.block > BLOCK else 1)
-        halves = scales.astype(np.float16).view(np.uint8)
-        if format.name == "Q6_K":
-            blocks[:, -2:] = halves[:, :2]
-        else:
-            blocks[:, :4] = halves
-        return format.read(torch.from_numpy(blocks).to(weight.device), len(weight))
+        rows, columns = weight.shape
+        matrix = layout.empty(rows, columns, weight.device)
+
+        def filled(array: torch.Tensor) -> torch.Tensor:
+            if array.itemsize > 1:
+                return array.uniform_(0.01, 0.1)
+            least, most = _BYTES_OF_SCALES.get(array.dtype, (0, 64))
+            if array is matrix.quants:
+                least, most = 0, 256
+            return torch.randint(least, most, array.shape, dtype=torch.uint8).to(array.device).view(array.dtype)
+
+        return matrix.map(filled)
 
     return make
 
 
+_BYTES_OF_SCALES: Final = {torch.float8_e8m0fnu: (118, 124), torch.float8_e4m3fn: (0, 96)}
+"""Range of random scales in bytes: zero and subnormal ones are among the latter."""
 FORMS: Final[dict[str, Callable[[torch.Tensor], QuantizedMatrix]]] = {
     **{name: format.quantize for name, format in ROUNDED_FORMATS.items()},
     "int4 g32": lambda weight: quantize_int4(weight, 32),
-    **{name: _random(format) for name, format in STORED_FORMATS.items()},
+    **{name: _random(format.device_layout) for name, format in STORED_FORMATS.items()},
 }
-"""Every form, made of a matrix ``[N, K]`` with K a multiple of 256; GGUF's are random."""
+"""Every form, made of a matrix ``[N, K]`` with K a multiple of 256; stored ones are random."""
 
 
 @quantized_matmul.cases(*FORMS, dtypes=HALF_TYPES)

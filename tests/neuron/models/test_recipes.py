@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neuron.formats import BLOCK
+from neuron.formats import BLOCK, Quantization
 from neuron.formats.format import Layout, StoredFormat, halves_of, rows_of
-from neuron.formats.matrix import Quantization, QuantizedMatrix
+from neuron.formats.matrix import QuantizedMatrix
 from neuron.formats.registry import FORMATS, STORED_FORMATS
 from neuron.layers.layer import Weights
 from neuron.layers.parameters import Parameters, Tensor, Vector
@@ -108,7 +108,7 @@ def read_q5_0(blocks: torch.Tensor, num_rows: int) -> QuantizedMatrix:
 def test_a_storage_format_loads_and_multiplies(
     make_checkpoint: Callable[..., pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    format = StoredFormat("Q5_0", BLOCK, 22, Layout("int8", BLOCK, "float16"), read_q5_0)
+    format = StoredFormat("Q5_0", BLOCK, 22, Layout(Quantization.INT8, BLOCK, "float16"), read_q5_0)
     monkeypatch.setitem(STORED_FORMATS, "Q5_0", format)
     monkeypatch.setitem(FORMATS, "Q5_0", format)
     path = tmp_path / "q5_0.gguf"

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_blocks import stored_as
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -94,12 +95,12 @@ def export_gguf(
         values = in_order(values, declared[tensor_name])
         packs = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         stored = kind if packs else Kind.F32
-        packed = gguf.quants.quantize(values, stored)
+        packed = stored_as(values, stored)
         writer.add_tensor(declared[tensor_name].gguf, packed, raw_dtype=stored)
     for stem, parts in experts.items():
         values = np.stack([parts[number] for number in range(len(parts))])
         stored = kind if values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Kind.F32
-        writer.add_tensor(stem + ".weight", gguf.quants.quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(stem + ".weight", stored_as(values, stored), raw_dtype=stored)
     for tensor_name, values in (extra or {}).items():
         writer.add_tensor(tensor_name, values)
     writer.write_header_to_file()
