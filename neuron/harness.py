@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from cortex.wire.events import InferenceEvent
-from cortex.wire.node import Capability, ModelSpec
+from cortex.wire.node import Capability, Fit, ModelSpec
 from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron.device.jobs import LoadedModel
 
@@ -97,6 +97,13 @@ class Harness(Protocol):
 
         Raises:
             ApiError: they cannot be read, or the neuron has no device that the spec allows.
+        """
+
+    async def fit(self, spec: ModelSpec) -> Fit:
+        """Return the weights of the repository of ``spec`` that fit the memory that is free now best.
+
+        Raises:
+            ApiError: the source is no repository, or cannot be read.
         """
 
     async def free_bytes(self, devices: Collection[str]) -> Mapping[str, int]:

@@ -8,13 +8,23 @@ from cortex.build_identity import COMMIT
 from cortex.dialects import openai_fields, openapi
 from cortex.dialects.passthrough import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 from cortex.http_io import Exchange, until_disconnect
-from cortex.wire.node import DrainRequest, Endpoint, ForgetRequest, LoadRequest, ModelList, PinRequest, UnloadRequest
+from cortex.wire.node import (
+    DrainRequest,
+    Endpoint,
+    ForgetRequest,
+    LoadRequest,
+    ModelList,
+    ModelSpec,
+    PinRequest,
+    UnloadRequest,
+)
 from neuron import __version__, api_description, metrics
 from neuron.service import Service
 
 DIALECTS = (CHAT.name, COMPLETIONS.name, EMBEDDINGS.name, RESPONSES.name, MESSAGES.name)
 _ADMIN_BODY_BYTES = 1 << 20
 _LOAD_DECODER = msgspec.json.Decoder(LoadRequest)
+_FIT_DECODER = msgspec.json.Decoder(ModelSpec)
 _UNLOAD_DECODER = msgspec.json.Decoder(UnloadRequest)
 _FORGET_DECODER = msgspec.json.Decoder(ForgetRequest)
 _PIN_DECODER = msgspec.json.Decoder(PinRequest)
@@ -35,6 +45,7 @@ class NodeApi:
             "/metrics": {"GET": self._metrics},
             "/models": {"GET": self._models},
             "/models/load": {"POST": self._load},
+            "/models/fit": {"POST": self._fit},
             "/models/unload": {"POST": self._unload},
             "/models/forget": {"POST": self._forget},
             "/models/pin": {"POST": self._pin},
@@ -67,6 +78,10 @@ class NodeApi:
     async def _load(self, exchange: Exchange) -> None:
         asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _LOAD_DECODER)
         await reply_json(exchange, await until_disconnect(exchange, self._service.load(asked)))
+
+    async def _fit(self, exchange: Exchange) -> None:
+        asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _FIT_DECODER)
+        await reply_json(exchange, await until_disconnect(exchange, self._service.fit(asked)))
 
     async def _unload(self, exchange: Exchange) -> None:
         asked = openai_fields.decode(await exchange.read_body(_ADMIN_BODY_BYTES), _UNLOAD_DECODER)

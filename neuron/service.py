@@ -32,8 +32,10 @@ from cortex.wire.errors import ApiError, NoHarnessError, UnavailableError
 from cortex.wire.node import (
     Discovery,
     DrainRequest,
+    Fit,
     Health,
     LoadRequest,
+    ModelSpec,
     ModelStatus,
     NodeState,
     UnloadRequest,
@@ -141,15 +143,22 @@ class Service:
     async def load(self, asked: LoadRequest) -> ModelStatus:
         """Load a model; see :meth:`ModelTable.load`."""
         self.admit()
-        if asked.harness not in self._harnesses:
-            known = ", ".join(self._harnesses)
-            raise NoHarnessError(f"There is no harness '{asked.harness}' here; there is: {known}.", param="harness")
         retention = Retention(asked.pinned, asked.priority, asked.idle_ttl_s)
-        return await self.models.load(asked.spec(), self._harnesses[asked.harness], retention, asked.evict)
+        return await self.models.load(asked.spec(), self._harness_of(asked), retention, asked.evict)
+
+    async def fit(self, spec: ModelSpec) -> Fit:
+        """Return the weights of a repository that fit this node best; see :meth:`Harness.fit`."""
+        return await self._harness_of(spec).fit(spec)
 
     async def unload(self, asked: UnloadRequest) -> ModelStatus:
         """Unload a model; see :meth:`ModelTable.unload`."""
         return await self.models.unload(asked.id, asked.drain_timeout_s, asked.generation)
+
+    def _harness_of(self, spec: ModelSpec) -> Harness:
+        if spec.harness not in self._harnesses:
+            known = ", ".join(self._harnesses)
+            raise NoHarnessError(f"There is no harness '{spec.harness}' here; there is: {known}.", param="harness")
+        return self._harnesses[spec.harness]
 
     def drain(self, asked: DrainRequest) -> Health:
         """Refuse new requests and loads while running ones finish, or accept them again."""

@@ -6,6 +6,7 @@ processes import it.
 
 import asyncio
 import dataclasses
+import os
 import pathlib
 import socket
 from collections.abc import Collection, Mapping, Sequence
@@ -13,13 +14,16 @@ from collections.abc import Collection, Mapping, Sequence
 import msgspec
 
 from cortex.wire.errors import UnprocessableError
-from cortex.wire.node import ModelSpec
+from cortex.wire.node import Fit, ModelSpec
 from neuron.config import PrefixSharing
 from neuron.device.jobs import GroupSettings, LoadedModel
 from neuron.device.worker import Worker
-from neuron.errors import NoDeviceError
+from neuron.errors import InvalidSourceError, NoDeviceError
 from neuron.harness import Model, Progress, Requirement
 from neuron.layers.shard import Shard
+from neuron.load.hub import HubSource, hub_of
+from neuron.load.source import parse
+from neuron.load.survey import survey
 from neuron.models.config import read_config
 from neuron.models.model import ModelConfig
 from neuron.models.sizing import least_bytes, plan_memory
@@ -77,6 +81,15 @@ class TorchHarness:
             for device in devices
         }
         return Requirement(least, size)
+
+    async def fit(self, spec: ModelSpec) -> Fit:
+        """Return the weights that fit the free memory of the devices that the spec allows best."""
+        source = parse(spec.source)
+        if not isinstance(source, HubSource):
+            raise InvalidSourceError(f"'{spec.source}' is no repository: there is nothing to choose.", param="source")
+        free_bytes = await self.free_bytes([worker.device_id for worker in self._candidates(spec)])
+        hub = hub_of(os.environ)
+        return await asyncio.to_thread(survey, hub, source, free_bytes, spec, cpu_kernels=self._cpu_kernels)
 
     async def free_bytes(self, devices: Collection[str]) -> dict[str, int]:
         """Return the free bytes of ``devices`` whose workers are ready for loads."""

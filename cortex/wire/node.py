@@ -269,6 +269,35 @@ class ModelList(msgspec.Struct, frozen=True):
     generation: Generation = 0
 
 
+class ChosenWeights(msgspec.Struct, frozen=True):
+    """Weights that fit a node's free memory best, and where."""
+
+    choice: Label
+    """Tag or file that names them in a source."""
+    size_bytes: Amount
+    """Bytes of the download."""
+    devices: Annotated[tuple[Label, ...], msgspec.Meta(max_length=1024)]
+    context_tokens: Amount
+    """Longest context that the devices then hold."""
+    required_bytes: Amount
+    """Bytes on each device, with the cache for that context."""
+
+
+class PassedOver(msgspec.Struct, frozen=True):
+    """Weights of a repository that were not chosen."""
+
+    choice: Label
+    size_bytes: Amount
+    reason: str
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """``POST /models/fit``: the best of a repository's weights for this node; ``None``: none fits."""
+
+    chosen: ChosenWeights | None
+    passed_over: Annotated[tuple[PassedOver, ...], msgspec.Meta(max_length=4096)] = ()
+
+
 class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /models/unload``."""
 

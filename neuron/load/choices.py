@@ -5,6 +5,7 @@ publishers of such files use, ``Q4_K_M`` or ``UD-Q4_K_XL``. A file in parts, ``N
 choice. Projectors of images and importance matrices are none.
 """
 
+import collections
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
@@ -51,16 +52,13 @@ class Choice:
     """``Q4_K_M``; :data:`SAFETENSORS`; empty for a GGUF file whose name has no tag."""
     files: tuple[RepositoryFile, ...]
     """GGUF: its parts in order. Safetensors: all that is downloaded, ``config.json`` the last."""
+    name: str
+    """Its name in a source: its tag, or its first file where others have the same tag or it has none."""
 
     @property
     def size_bytes(self) -> int:
         """Return the bytes of all its files."""
         return sum(file.size_bytes for file in self.files)
-
-    @property
-    def name(self) -> str:
-        """Return what names the choice in a source: its tag, or its first file."""
-        return self.tag or self.files[0].path
 
 
 def find_choices(files: Iterable[RepositoryFile]) -> tuple[Choice, ...]:
@@ -72,8 +70,11 @@ def find_choices(files: Iterable[RepositoryFile]) -> tuple[Choice, ...]:
         if found is not None and not _NO_CHOICE.search(file.path.rpartition("/")[2]):
             groups.setdefault((found["stem"], int(found["parts"] or 1)), []).append(file)
     # An upload that lacks a part is no choice.
-    choices = [Choice(tag_of(stem), tuple(group)) for (stem, count), group in groups.items() if len(group) == count]
-    choices += _safetensors(files)
+    offers = [(tag_of(stem), tuple(group)) for (stem, count), group in groups.items() if len(group) == count]
+    if folder := _safetensors(files):
+        offers.append((SAFETENSORS, folder))
+    uses = collections.Counter(tag for tag, _ in offers)
+    choices = (Choice(tag, group, tag if tag and uses[tag] == 1 else group[0].path) for tag, group in offers)
     return tuple(sorted(choices, key=lambda choice: (-choice.size_bytes, choice.name)))
 
 
@@ -117,15 +118,15 @@ def _default(choices: Sequence[Choice]) -> list[Choice]:
     return list(choices) if len(choices) == 1 else []
 
 
-def _safetensors(files: Sequence[RepositoryFile]) -> list[Choice]:
-    """Return the choice of the safetensors at the top of the repository, where there are any."""
+def _safetensors(files: Sequence[RepositoryFile]) -> tuple[RepositoryFile, ...]:
+    """Return the safetensors at the top of the repository with what belongs to them, or nothing."""
     weights = [file for file in files if file.path.endswith(".safetensors") and "/" not in file.path]
     # Some repositories have the same weights a second time, in their authors' own layout.
     weights = [file for file in weights if file.path.startswith("model")] or weights
     config = [file for file in files if file.path == "config.json"]
     parts = {int(found[1]) for file in weights if (found := _PARTS.search(file.path))}
     if not weights or not config or (parts and parts != {len(weights)}):
-        return []
+        return ()
     beside = [
         file
         for file in files
@@ -133,4 +134,4 @@ def _safetensors(files: Sequence[RepositoryFile]) -> list[Choice]:
         and file.path.count("/") <= file.path.startswith("1_Pooling/")
         and file not in config
     ]
-    return [Choice(SAFETENSORS, (*weights, *beside, *config))]
+    return (*weights, *beside, *config)

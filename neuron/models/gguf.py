@@ -16,7 +16,7 @@ import pathlib
 import struct
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import Any, BinaryIO, Final
+from typing import Any, Final, Protocol
 
 from neuron.models.errors import CorruptWeightsError
 from neuron.models.files import open_regular, quoted
@@ -139,22 +139,36 @@ class GgufHeader:
     data_offset: int
 
 
+class Readable(Protocol):
+    """Source of a header's bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return the next bytes, at most ``size``; none at the end."""
+
+
 def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     """Read and check the header of the GGUF file at ``path``.
 
     Raises :class:`CorruptWeightsError` naming the file and the reason; ``FileNotFoundError`` if there is none.
     """
     with open_regular(pathlib.Path(path)) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 24:
-            raise CorruptWeightsError(path, f"{size} bytes are too few for a GGUF header")
-        return _Reader(path, file, size).header()
+        return read_header_of(path, file, os.fstat(file.fileno()).st_size)
+
+
+def read_header_of(path: str | os.PathLike[str], file: Readable, size_bytes: int) -> GgufHeader:
+    """Read the header at the start of an open file of ``size_bytes``; ``path`` is its name in errors.
+
+    Raises :class:`CorruptWeightsError`.
+    """
+    if size_bytes < 24:
+        raise CorruptWeightsError(path, f"{size_bytes} bytes are too few for a GGUF header")
+    return _Reader(path, file, size_bytes).header()
 
 
 class _Reader:
     """Cursor over the header's bytes; a failed read names its field."""
 
-    def __init__(self, path: str | os.PathLike[str], file: BinaryIO, size: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], file: Readable, size: int) -> None:
         self.path = path
         self.file = file
         self.data = bytearray()

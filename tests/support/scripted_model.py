@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapp
 
 from cortex.wire.errors import ApiError, UnprocessableError
 from cortex.wire.events import Finished, FinishReason, InferenceEvent, Started, TextDelta
-from cortex.wire.node import Capability, Device, DeviceKind, ModelSpec, WorkerHealth, WorkerState
+from cortex.wire.node import Capability, Device, DeviceKind, Fit, ModelSpec, WorkerHealth, WorkerState
 from cortex.wire.request import EmbeddingRequest, InferenceRequest
 from neuron.device.jobs import LoadedModel
 from neuron.device.probe import Host
@@ -115,6 +115,9 @@ class ScriptedHarness:
     def num_loads(self) -> Counter[str]:
         """Loads, by model."""
         return Counter(spec.id for spec in self.loads)
+
+    async def fit(self, spec: ModelSpec) -> Fit:
+        return Fit(None)
 
     async def measure(self, spec: ModelSpec, path: pathlib.Path) -> Requirement:
         if not path.is_file():
